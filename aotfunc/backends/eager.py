@@ -1,0 +1,76 @@
+"""The graph's own generated Python: straight-line calls of the ops, each value dropped after its last use."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx import Node
+
+_counter = 0
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
+    """A function of the graph's placeholders that returns its flat outputs as a tuple."""
+    global _counter
+    _counter += 1
+    env: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "torch": torch, "device": torch.device}
+    targets: dict[Any, str] = {}
+    lines: list[str] = []
+    last = last_uses(graph)
+    parameters = []
+
+    def literal(a: Any) -> str:
+        if isinstance(a, Node):
+            return a.name
+        if isinstance(a, list | tuple):
+            inside = ", ".join([literal(x) for x in a])
+            return f"[{inside}]"
+        if a is None or a.__class__ in (int, bool, float, str):
+            return repr(a)
+        name = f"c{len(env)}"
+        env[name] = a
+        return name
+
+    for n in graph.nodes:
+        if n.op == "placeholder":
+            parameters.append(n.name)
+            continue
+        if n.op == "output":
+            lines.append(f"return ({''.join([literal(a) + ', ' for a in n.args[0]])})")
+            continue
+        if n.target is operator.getitem:
+            lines.append(f"{n.name} = {literal(n.args[0])}[{n.args[1]}]")
+        else:
+            name = targets.get(n.target)
+            if name is None:
+                name = targets[n.target] = f"f{len(targets)}"
+                # the overload's C entry: OpOverload.__call__ adds a Python frame
+                env[name] = n.target._op if isinstance(n.target, OpOverload) else n.target
+            args = [literal(a) for a in n.args] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
+            lines.append(f"{n.name} = {name}({', '.join(args)})")
+        if dead := last.get(n):
+            lines.append(f"del {', '.join([d.name for d in dead])}")
+    source = f"def run({', '.join(parameters)}):\n    " + "\n    ".join(lines)
+    exec(compile(source, f"<aotfunc {_counter}>", "exec"), env)
+    fn = env["run"]
+    fn.source = source
+    return fn
+
+
+def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+    """For each node, the values that nobody reads after it (inputs included: the caller decides how long they live)."""
+    last: dict[Node, list[Node]] = {}
+    seen: set[Node] = set()
+    for n in reversed(graph.nodes):
+        fresh = [i for i in n._input_nodes if i not in seen]
+        seen.update(fresh)
+        if n.op != "output":
+            dead = fresh if n in seen or n.op != "call_function" else [*fresh, n]
+            if dead:
+                last[n] = dead
+    return last

@@ -1,0 +1,50 @@
+"""Where the user's code is, and what AOTFUNC_DEBUG asks for."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from types import CodeType
+from typing import NamedTuple
+
+import torch
+
+#: AOTFUNC_DEBUG=1 verifies every graph after every pass.
+LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
+
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_is_user: dict[CodeType, bool] = {}
+
+
+class Line(NamedTuple):
+    """A place in the user's code, kept unrendered until somebody reads it."""
+
+    code: CodeType
+    number: int
+
+    def __str__(self) -> str:
+        text = linecache.getline(self.code.co_filename, self.number).strip()
+        where = f"{os.path.basename(self.code.co_filename)}:{self.number} in {self.code.co_name}"
+        return f"{where}: {text}" if text else where
+
+
+def user_line(depth: int = 1) -> Line | None:
+    """The innermost line on the stack that lies neither in torch nor in aotfunc."""
+    frame = sys._getframe(depth)
+    while frame is not None:
+        code = frame.f_code
+        mine = _is_user.get(code)
+        if mine is None:
+            name = code.co_filename
+            mine = _is_user[code] = not (name.startswith((_OURS, _TORCH)) or name.startswith("<frozen"))
+        if mine:
+            return Line(code, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def at(line: Line | None) -> str:
+    """`` (at file:line in function: source)``, or nothing where the line is not known."""
+    return f" (at {line})" if line else ""

@@ -1,0 +1,27 @@
+"""The errors a user can see: what was wrong, which argument, the user's line, the way out."""
+
+from __future__ import annotations
+
+
+class AotfuncError(RuntimeError):
+    """Base of every error that aotfunc raises on purpose."""
+
+
+class ArgumentError(AotfuncError, TypeError, ValueError):
+    """A transform was called with arguments that it cannot take; the message names the argument and the leaf."""
+
+
+class CaptureError(AotfuncError):
+    """``f`` did something that cannot be captured; the message holds the user's line and what to write instead."""
+
+
+class RuleError(AotfuncError, NotImplementedError):
+    """No rule is known for an op under a transform; the message names the op, the transform and the user's line."""
+
+
+class GraphError(AotfuncError, AssertionError):
+    """A graph broke the grammar of :mod:`aotfunc.graph`; the message names the pass that made it."""
+
+
+class BackendError(AotfuncError, ImportError):
+    """A backend is unknown, or what it needs is not installed; the message says what to install."""

@@ -1,0 +1,165 @@
+"""What a legal graph is, and the program that carries one.
+
+    graph       := placeholder* call* output
+    placeholder    an input, or (behind the inputs) a closed-over tensor; meta["role"] says which
+    call        := call_function(target, args, kwargs)
+    target      := OpOverload that neither mutates nor (after functionalisation) aliases
+                 | operator.getitem                       one output of an op with several
+                 | a step with subgraphs of its own       (transforms/steps.py): a nested compiled call, a custom derivative
+    args        := node | literal | list of these
+    output      := (tuple,)                               flat: results, then the new values of mutated inputs
+
+Every node has ``meta["val"]``, its signature (a tuple of them for several outputs): shape, stride, dtype, device, nothing real;
+``meta["line"]``, the user's line, where it is known; and ``meta["region"]`` inside a checkpointed region. ``aten.detach`` and
+``aotfunc.hidden_write`` carry the user's intent about derivatives and are removed only when a graph is compiled.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from . import debug
+from .errors import GraphError
+
+
+class Program:
+    """A functional graph with what is needed to call it.
+
+    The graph's placeholders are ``n_inputs`` inputs followed by closed-over tensors; its flat outputs are ``n_outputs`` results (nodes or
+    literals) followed by the new value of each placeholder in ``mutated``.
+    """
+
+    def __init__(self, graph: fx.Graph, n_inputs: int, n_outputs: int, mutated: Sequence[int] = (), name: str = "") -> None:
+        self.graph, self.n_inputs, self.n_outputs, self.mutated = graph, n_inputs, n_outputs, tuple(mutated)
+        self.name = name
+        self._compiled: dict[Any, Callable] = {}
+        self.cache: dict[Any, Any] = {}  # programs derived from this one, by transform
+        if debug.LEVEL:
+            verify(graph, name)
+
+    @property
+    def placeholders(self) -> list[Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def outputs(self) -> tuple:
+        return output_node(self.graph).args[0]
+
+    @property
+    def vals(self) -> list:
+        """Signature of each result; literals stand for themselves."""
+        return [o.meta["val"] if isinstance(o, Node) else o for o in self.outputs[: self.n_outputs]]
+
+    def compiled(self, key: Any, compile: Callable[[Program], Callable]) -> Callable:
+        """``compile(self)``, once per key."""
+        fn = self._compiled.get(key)
+        if fn is None:
+            fn = self._compiled[key] = compile(self)
+        return fn
+
+    def __repr__(self) -> str:
+        return f"<{self.name or 'program'}: {size(self.graph)} nodes>\n{self.graph}"
+
+
+def output_node(graph: fx.Graph) -> Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def cut(
+    graph: fx.Graph, late_inputs: Sequence[Node], early_outs: Sequence[Any], late_outs: Sequence[Any]
+) -> tuple[list[Node], list[Node], list[Node]]:
+    """Split by reachability: ``(early nodes, late nodes, residuals)``.
+
+    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that somebody needs is early; residuals are the early values
+    (or other placeholders) that late nodes or late outputs read.
+    """
+    dependent = set(late_inputs)
+    for n in graph.nodes:
+        if n.op == "call_function" and any(i in dependent for i in n._input_nodes):
+            dependent.add(n)
+    late_wanted = {o for o in late_outs if isinstance(o, Node)}
+    early_wanted = {o for o in early_outs if isinstance(o, Node)}
+    residuals: dict[Node, None] = {o: None for o in late_outs if isinstance(o, Node) and o not in dependent}
+    late: list[Node] = []
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    for n in reversed(nodes):
+        if n in dependent and n in late_wanted:
+            late.append(n)
+            for i in n._input_nodes:
+                if i in dependent:
+                    late_wanted.add(i)
+                else:
+                    residuals[i] = None
+    early_wanted.update(residuals)
+    early: list[Node] = []
+    for n in reversed(nodes):
+        if n not in dependent and (n in early_wanted or kept_alive(n)):
+            early.append(n)
+            early_wanted.update(n._input_nodes)
+    order = {n: k for k, n in enumerate(graph.nodes)}
+    # an op with several outputs crosses as its items
+    whole = [r for r in residuals if isinstance(r.meta["val"], tuple)]
+    for r in whole:
+        del residuals[r]
+        for item in r.users:
+            if item.target is operator.getitem and item in late:
+                late.remove(item)
+                early.append(item)
+                residuals[item] = None
+    early.sort(key=order.__getitem__)
+    late.sort(key=order.__getitem__)
+    return early, late, sorted(residuals, key=order.__getitem__)
+
+
+def kept_alive(n: Node) -> bool:
+    """Whether a node must stay although nobody reads it: a draw moves the generator on, an effect is seen outside."""
+    target = n.target
+    if isinstance(target, OpOverload):
+        schema = target._schema
+        return (
+            torch.Tag.nondeterministic_seeded in target.tags
+            or not schema.returns
+            or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+        )
+    return bool(getattr(target, "effect", False))
+
+
+def size(graph: fx.Graph) -> int:
+    """How many ops a graph has: calls without ``getitem``."""
+    return sum(n.op == "call_function" and n.target is not operator.getitem for n in graph.nodes)
+
+
+def verify(graph: fx.Graph, made_by: str = "") -> None:
+    """Check the grammar; raises :class:`GraphError` naming the pass that made the graph."""
+
+    def wrong(what: str) -> GraphError:
+        return GraphError(f"{made_by or 'a pass'} made an illegal graph: {what}\n{graph}")
+
+    seen: set[Node] = set()
+    stage = 0
+    for n in graph.nodes:
+        order = {"placeholder": 0, "get_attr": 0, "call_function": 1, "output": 2}.get(n.op)
+        if order is None or order < stage or stage == 2:
+            raise wrong(f"a {n.op} node {n} is not allowed here")
+        stage = order
+        if any(i not in seen for i in n.all_input_nodes):
+            raise wrong(f"{n} reads a value that is not there yet")
+        if n.op != "output" and "val" not in n.meta:
+            raise wrong(f"{n} has no meta['val']")
+        if n.op == "call_function":
+            target = n.target
+            if isinstance(target, OpOverload):
+                if any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
+                    raise wrong(f"{n} mutates: {target}")
+            elif target is not operator.getitem and not hasattr(target, "inline"):
+                raise wrong(f"{n} calls {target}, which is neither an op nor a step")
+        seen.add(n)
+    if stage != 2:
+        raise wrong("it has no output")

@@ -1,0 +1,140 @@
+"""What a value costs: bytes to keep it, time to compute it again.
+
+Time is counted in *bytes of memory traffic*: an op takes as long as moving so many bytes takes. A price of 1 in the
+cut then means that a byte kept from forward to backward is worth the moving of one byte, whatever the machine.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from .ops import facts, is_symbol, is_view
+
+
+class Cost(Protocol):
+    """What the partitioner asks: the time of running a node once more, in bytes of traffic."""
+
+    def time(self, n: Node) -> float: ...
+
+
+def hint(size: Any) -> int:
+    """A size as a number; of a symbolic size what it was at capture (it steers choices, never correctness)."""
+    if isinstance(size, torch.SymInt | torch.SymFloat):
+        return int(size.node.hint) if size.node.has_hint() else 1
+    return int(size)
+
+
+def shape_of(val: Any) -> tuple[int, ...]:
+    """The shape in numbers."""
+    return tuple([hint(d) for d in val.shape])
+
+
+def nbytes(val: Any) -> int:
+    """Bytes of storage that a value keeps alive: tensors (real, fake, or any signature with ``shape``, ``stride`` and
+    ``dtype``), numbers, and tuples of them. Expanded dimensions count once."""
+    if isinstance(val, tuple | list):
+        return sum([nbytes(v) for v in val])
+    dtype = getattr(val, "dtype", None)
+    if dtype is None:
+        return 0 if val is None else 8
+    shape = shape_of(val)
+    if 0 in shape:
+        return 0
+    try:
+        stride = val.stride() if callable(val.stride) else val.stride
+    except RuntimeError:  # a layout without strides
+        return math.prod(shape) * dtype.itemsize
+    return (1 + sum([(n - 1) * hint(s) for n, s in zip(shape, stride, strict=True)])) * dtype.itemsize
+
+
+# ----- how long -------------------------------------------------------------------------------------------------------
+
+#: memory movers that a fusing backend folds into their readers, though they are not tagged as pointwise
+_FOLDS = frozenset(
+    # fmt: off
+    {
+        "_to_copy",
+        "cat",
+        "constant_pad_nd",
+        "convert_element_type",
+        "copy",
+        "embedding",
+        "expand_copy",
+        "fill",
+        "flip",
+        "fma",
+        "full_like",
+        "gather",
+        "index",
+        "index_select",
+        "lift_fresh_copy",
+        "masked_scatter",
+        "repeat",
+        "roll",
+        "select_scatter",
+        "slice_scatter",
+        "stack",
+        "tril",
+        "triu",
+    }
+    # fmt: on
+)
+#: matrix products: where the left factor stands among the arguments
+_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "_int_mm": 0, "_scaled_mm": 0}
+_PRODUCTS |= {"addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1, "_addmm_activation": 1}
+
+
+def flops(n: Node) -> float:
+    """Floating point operations of the ops that have many: products, convolutions, attention; 0 for all others."""
+    if n.target.__class__ is not OpOverload:
+        return 0.0
+    name = n.target._schema.name.split("::")[1]
+
+    def shape(i: int) -> Sequence[int]:
+        return shape_of(n.args[i].meta["val"])  # type: ignore[union-attr]
+
+    if name in _PRODUCTS:
+        left = shape(_PRODUCTS[name])
+        return 2.0 * math.prod(shape_of(n.meta["val"])) * left[-1]
+    if name == "convolution":
+        pixels = shape(0) if n.args[6] else shape_of(n.meta["val"])
+        return 2.0 * math.prod(pixels) * math.prod(shape(1)[1:])
+    if name == "convolution_backward":
+        pixels = shape(1) if n.args[7] else shape(0)
+        return 4.0 * math.prod(pixels) * math.prod(shape(2)[1:])
+    if "attention" in name:
+        backward = "backward" in name
+        query, key = shape(int(backward)), shape(int(backward) + 1)
+        return (10.0 if backward else 4.0) * math.prod(query) * key[-2]
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Time is the larger of arithmetic and traffic; what fuses costs a fraction of its output.
+
+    ``intensity``: floating point operations that the machine does while it moves one byte. ``fused``: what is left of
+    the traffic of an elementwise op that a backend fuses with its readers; 1 for a backend that does not fuse.
+    """
+
+    intensity: float = 64.0
+    fused: float = 0.1
+
+    def time(self, n: Node) -> float:
+        if n.op != "call_function" or n.target is operator.getitem or is_view(n) or is_symbol(n):
+            return 0.0
+        written = nbytes(n.meta.get("val"))
+        if self.fused < 1 and n.target.__class__ is OpOverload:
+            folds = facts(n.target).pointwise or n.target._schema.name.split("::")[1] in _FOLDS
+            if folds or not n.all_input_nodes:
+                return self.fused * written
+        traffic = written + sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])
+        return max(flops(n) / self.intensity, traffic)

@@ -1,0 +1,121 @@
+"""Which part of a joint graph is what: inputs, cotangents, forward, backward, and what stands on the border.
+
+Every node is **late** (it depends on a cotangent), **forward** (a forward output, a draw or an effect needs it) or
+**free** (neither: ``cos(x)`` for the derivative of ``sin(x)``, which may be computed on either side).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.fx import Node
+
+from .ops import is_pinned, user_line, writes
+
+
+class PartitionError(AssertionError):
+    """A joint graph that cannot be split as asked, or a split that is not right."""
+
+
+def describe(n: Node) -> str:
+    """A node as errors name it: what it is and where it comes from."""
+    line = user_line(n)
+    return f"{n.name} = {n.target}" + (f" ({line.strip()})" if line else "")
+
+
+def is_tangent(n: Node) -> bool:
+    """Whether a placeholder is a cotangent of the outputs: by its role, else by its name."""
+    role = n.meta.get("role")
+    return role == "tangent" if role is not None else "tangents" in n.name
+
+
+@dataclass
+class Joint:
+    """A joint graph, read once. Nodes are numbered in graph order; the lists run parallel to ``nodes``."""
+
+    nodes: list[Node]
+    index: dict[Node, int]
+    inputs: list[list[int]]
+    early_inputs: list[Node]
+    late_inputs: list[Node]
+    early_outputs: list[Any]
+    late_outputs: list[Any]
+    late: list[bool]
+    forward: list[bool]
+    #: draws and effects, which run exactly once and in order
+    pinned: list[bool]
+    #: what runs in the late part whatever is saved
+    live: list[bool]
+    #: early values that the late part reads or returns, in order
+    needed: list[int]
+
+
+def read_joint(graph: fx.Graph, num_early: int, late_inputs: Iterable[Node] | None = None) -> Joint:
+    """Number and classify the nodes of ``graph``, whose first ``num_early`` outputs belong to the early part.
+
+    ``late_inputs``: the placeholders that the late part gets (default: the cotangents). A node with ``meta["phase"] ==
+    "backward"`` is late as well, whatever it reads. Raises PartitionError if an early output depends on something late
+    or if a node writes its arguments.
+    """
+    nodes = list(graph.nodes)
+    output = nodes.pop()
+    outputs = output.args[0]
+    outputs = list(outputs) if isinstance(outputs, Sequence) else [outputs]
+    index = {n: i for i, n in enumerate(nodes)}
+    inputs = [[index[p] for p in n.all_input_nodes] for n in nodes]
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    chosen = {n for n in placeholders if is_tangent(n)} if late_inputs is None else set(late_inputs)
+
+    for n in nodes:
+        if writes(n):
+            raise PartitionError(f"{describe(n)} writes one of its arguments: a joint graph must be functional")
+
+    late = [False] * len(nodes)
+    for i, n in enumerate(nodes):
+        late[i] = n in chosen or n.meta.get("phase") == "backward" or any([late[p] for p in inputs[i]])
+    pinned = [is_pinned(n) for n in nodes]
+
+    early_outputs, late_outputs = outputs[:num_early], outputs[num_early:]
+    for o in early_outputs:
+        if isinstance(o, Node) and late[index[o]]:
+            raise PartitionError(f"the forward output {describe(o)} depends on a cotangent")
+
+    def roots(outs: list[Any], side: bool) -> list[int]:
+        return [index[o] for o in outs if isinstance(o, Node)] + [
+            i for i, pin in enumerate(pinned) if pin and late[i] is side
+        ]
+
+    ends = roots(late_outputs, True)
+    live = ancestors(inputs, [i for i in ends if late[i]], stop=[not x for x in late])
+    needed = {i for i in ends if not late[i]}
+    needed.update(p for i, alive in enumerate(live) if alive for p in inputs[i] if not late[p])
+    return Joint(
+        nodes=nodes,
+        index=index,
+        inputs=inputs,
+        early_inputs=[n for n in placeholders if n not in chosen],
+        late_inputs=[n for n in placeholders if n in chosen],
+        early_outputs=early_outputs,
+        late_outputs=late_outputs,
+        late=late,
+        forward=ancestors(inputs, roots(early_outputs, False)),
+        pinned=pinned,
+        live=live,
+        needed=sorted(needed),
+    )
+
+
+def ancestors(inputs: list[list[int]], ends: Iterable[int], stop: Sequence[bool] | None = None) -> list[bool]:
+    """Which nodes are needed for ``ends``, themselves included; the walk goes neither to nor past those in ``stop``."""
+    seen = [False] * len(inputs)
+    for i in ends:
+        seen[i] = True
+    for i in range(len(inputs) - 1, -1, -1):
+        if seen[i]:
+            for p in inputs[i]:
+                if stop is None or not stop[p]:
+                    seen[p] = True
+    return seen

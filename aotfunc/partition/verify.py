@@ -1,0 +1,118 @@
+"""Is a split right? Checked on the structure alone, after every partition, in one pass over the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from .ops import base, is_single, once
+from .roles import PartitionError, describe, read_joint
+
+
+def verify(fw: fx.GraphModule, bw: fx.GraphModule, joint: fx.GraphModule, *, num_fwd_outputs: int) -> None:
+    """Check that ``fw`` followed by ``bw`` computes what ``joint`` does; raise PartitionError if not.
+
+    Inputs and outputs are in the right order, ``None`` included; every other node is the joint graph's node of the same
+    name, on the same arguments; what may run only once does; draws and effects all run, in order; no storage is saved
+    twice.
+    """
+    roles = read_joint(joint.graph, num_fwd_outputs)
+    named = {n.name: n for n in roles.nodes}
+    early, late = list(fw.graph.nodes), list(bw.graph.nodes)
+    saved = late_args(early, len(roles.early_outputs))
+
+    expect("forward inputs", inputs_of(early), [n.name for n in roles.early_inputs])
+    expect("forward outputs", outputs_of(early)[: len(roles.early_outputs)], names(roles.early_outputs))
+    expect("backward inputs", inputs_of(late), [*saved, *[n.name for n in roles.late_inputs]])
+    expect("gradients", outputs_of(late), names(roles.late_outputs))
+    for graph in (early, late):
+        for n in graph:
+            if n.op not in ("placeholder", "output") and n.name in named:
+                check_copy(n, named[n.name])
+            elif n.op not in ("placeholder", "output") and not is_clone_of_input(n):
+                raise PartitionError(f"{describe(n)} is not in the joint graph")
+
+    run_early, run_late = ([n.name for n in g if n.op not in ("placeholder", "output")] for g in (early, late))
+    for name in set(run_early) & set(run_late):
+        if once(named[name]):
+            raise PartitionError(f"{describe(named[name])} runs in the forward and again in the backward")
+    for name in run_early:
+        if name in named and roles.late[roles.index[named[name]]]:
+            raise PartitionError(f"{describe(named[name])} depends on a cotangent and stands in the forward")
+    pinned = {n.name: late for n, pin, late in zip(roles.nodes, roles.pinned, roles.late, strict=True) if pin}
+    for what, run, side in (("forward", run_early, False), ("backward", run_late, True)):
+        due = [name for name, late in pinned.items() if late is side]
+        expect(f"draws and effects of the {what}", [name for name in run if name in pinned], due)
+    check_saved([named[s] for s in saved], early[-1].args[0][len(roles.early_outputs) :])
+
+
+def check_saved(saved: list[Node], handed: Sequence[Node]) -> None:
+    """No tuple, no storage twice, no input that will be overwritten."""
+    owners: dict[Node, Node] = {}
+    for n, given in zip(saved, handed, strict=True):
+        if not is_single(n):
+            raise PartitionError(f"{describe(n)} is saved, but is no tensor or number")
+        if owners.setdefault(base(n), n) is not n:
+            raise PartitionError(f"{describe(n)} and {describe(owners[base(n)])} are saved and share a storage")
+        if n.op == "placeholder" and n.meta.get("mutated") and given.op == "placeholder":
+            raise PartitionError(f"the input {n.name} is saved as it is, but is overwritten after the forward")
+
+
+def check_copy(n: Node, original: Node) -> None:
+    """``n`` must be the same call on the same arguments."""
+    if n.op != original.op or n.target is not original.target and n.target != original.target:
+        raise PartitionError(f"{n.name} was {original.target} and became {n.target}")
+    if not same(n.args, original.args) or not same(n.kwargs, original.kwargs):
+        raise PartitionError(f"the arguments of {describe(original)} became {n.args}, {n.kwargs}")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal arguments of nodes of two graphs, nodes by name."""
+    if a is b:
+        return True
+    if a.__class__ is not b.__class__ and not (isinstance(a, tuple | list) and isinstance(b, tuple | list)):
+        return False
+    if a.__class__ is Node:
+        return a.name == b.name
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all([same(x, y) for x, y in zip(a, b, strict=True)])
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all([same(a[k], b[k]) for k in a])
+    if isinstance(a, slice):
+        return same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+    return bool(a == b) or (a != a and b != b)
+
+
+def is_clone_of_input(n: Node) -> bool:
+    return n.target is torch.ops.aten.clone.default and n.args[0].op == "placeholder"  # type: ignore[union-attr]
+
+
+def inputs_of(nodes: list[Node]) -> list[str]:
+    return [n.name for n in nodes if n.op == "placeholder"]
+
+
+def outputs_of(nodes: list[Node]) -> list[Any]:
+    return names(nodes[-1].args[0])  # type: ignore[arg-type]
+
+
+def names(values: Sequence[Any]) -> list[Any]:
+    return [v.name if isinstance(v, Node) else v for v in values]
+
+
+def late_args(early: list[Node], num_outputs: int) -> list[str]:
+    """The names under which the backward gets what the forward hands over."""
+    handed = early[-1].args[0][num_outputs:]  # type: ignore[index]
+    return [n.args[0].name if is_handed_clone(n) else n.name for n in handed]
+
+
+def is_handed_clone(n: Node) -> bool:
+    return n.name.endswith("_kept") and is_clone_of_input(n)
+
+
+def expect(what: str, got: list[Any], wanted: list[Any]) -> None:
+    if got != wanted:
+        raise PartitionError(f"{what}: expected {wanted}, got {got}")

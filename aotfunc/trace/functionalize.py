@@ -1,0 +1,415 @@
+"""From a recording to a functional graph: nothing in it mutates and nothing aliases.
+
+A recording that never writes is copied as it is. Otherwise every traced tensor is a *view*: a storage (its current value is a node, and it
+counts versions) and a chain of view ops. A write to a view computes the storage's new value through the inverses of the chain; a
+read through another view replays that view's chain on the current value.
+
+Intent is made explicit, so that it survives every later rewriting: a value made under ``torch.no_grad()`` and read outside passes through
+``aten.detach``, and a write that autograd does not see becomes ``aotfunc.hidden_write(old, new)``: the new value with the old derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import Line, at
+from ..errors import CaptureError
+from .emit import Builder
+from .shapes import Facts, Instr, Sig, fill, sig_of
+from .tracer import Trace, Traced, flat
+
+aten = torch.ops.aten
+
+_library = torch.library.Library("aotfunc", "DEF")
+_library.define("hidden_write(Tensor old, Tensor new) -> Tensor")
+_library.impl("hidden_write", lambda old, new: new.clone(), "CompositeExplicitAutograd")
+_library.define("once(Tensor x) -> Tensor")
+_library.impl("once", lambda x: x.clone(), "CompositeExplicitAutograd")
+hidden_write = torch.ops.aotfunc.hidden_write.default
+once = torch.ops.aotfunc.once.default  # an identity that refuses to be differentiated: @once_differentiable
+
+
+class Storage:
+    """What views share: the current value and its version; ``ref`` where it is an input or a lifted tensor."""
+
+    __slots__ = ("node", "ref", "version")
+
+    def __init__(self, node: Node, ref: int | None = None) -> None:
+        self.node, self.version, self.ref = node, 0, ref
+
+
+class Link(tuple):
+    """One step of a view chain: ``(op, args after the tensor, kwargs, index among several outputs or None, val)``."""
+
+
+class View:
+    """A storage seen through a chain of view ops; remembers its node for the version it was read at."""
+
+    __slots__ = ("chain", "node", "storage", "version")
+
+    def __init__(self, storage: Storage, chain: tuple = (), node: Node | None = None) -> None:
+        self.storage, self.chain = storage, chain
+        self.node = storage.node if node is None and not chain else node
+        self.version = storage.version if self.node is not None else -1
+
+
+class Functionalizer:
+    """Builds the functional graph of one recording; ``read`` and ``write`` are what recorded steps of other layers need."""
+
+    def __init__(self, trace: Trace, builder: Builder, inputs: Sequence[Node], intent: bool = True) -> None:
+        self.trace, self.b = trace, builder
+        self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
+        self.env: dict[int, Any] = {}
+        self.cut: set[int] = set()  # made under no_grad
+        self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
+        self.placeholders = list(inputs)
+        refs = [*range(len(trace.inputs)), *(-1 - i for i in range(len(trace.lifted)))]
+        self.mutates = trace.mutates
+        self.number = len(trace.inputs)
+        if not self.mutates:
+            self.env.update(zip(refs, self.placeholders, strict=True))
+        else:
+            self._bind_storages(refs)
+
+    def _bind_storages(self, refs: list[int]) -> None:
+        groups: dict[int, list[int]] = {}
+        for i, number in enumerate(self.trace.storages()):
+            groups.setdefault(number, []).append(i)
+        for members in groups.values():
+            sigs = [self.placeholders[i].meta["val"] for i in members]
+            base = max(range(len(members)), key=lambda k: (sigs[k].plain, sigs[k].numel))
+            storage = Storage(self.placeholders[members[base]], refs[members[base]])
+            for i, sig in zip(members, sigs, strict=True):
+                if i == members[base] or sig is sigs[base]:
+                    self.env[refs[i]] = View(storage)
+                else:
+                    args = (list(sig.shape), list(sig.stride), sig.offset)
+                    link = Link((aten.as_strided.default, args, {}, None, sig))
+                    self.env[refs[i]] = View(storage, (link,), self.placeholders[i])
+
+    # ----- values -----------------------------------------------------------------------------------------------------
+
+    def read(self, ref: int, grad: bool = True) -> Node:
+        """The current value of a tensor; detached if it was made under no_grad and is read where gradients are on."""
+        view = self.env[ref]
+        if view.__class__ is View:
+            storage = view.storage
+            if view.version != storage.version:
+                node = storage.node
+                for link in view.chain:
+                    node = forward(self.b, link, node)
+                view.node, view.version = node, storage.version
+            node = view.node
+        else:
+            node = view
+        return self.detached(node) if grad and ref in self.cut and self.intent else node
+
+    def detached(self, node: Node) -> Node:
+        return self.b.node(aten.detach.default, (node,), {}, node.meta["val"])
+
+    def bind(self, node: Node, grad: bool) -> int:
+        """Give the next result of the recording its value."""
+        ref = self.number
+        self.number += 1
+        self.env[ref] = View(Storage(node)) if self.mutates else node
+        if not grad and node.meta["val"].differentiable:
+            self.cut.add(ref)
+        return ref
+
+    def write(self, ref: int, new: Node, grad: bool = True, line: Line | None = None) -> None:
+        """Replace the value of a tensor, and with it that of every tensor which shares its storage."""
+        view = self.env[ref]
+        target: Sig = view.node.meta["val"] if view.node is not None else view.chain[-1][4]
+        if any(s == 0 and n > 1 for s, n in zip(target.stride, target.shape, strict=True)):
+            raise CaptureError(f"a write to an expanded tensor: several elements share memory; clone() it first{at(line)}")
+        new = self.fitted(new, target)
+        storage = view.storage
+        bases = [storage.node]
+        for link in view.chain[:-1]:
+            bases.append(forward(self.b, link, bases[-1]))
+        whole = new
+        for link, base in zip(reversed(view.chain), reversed(bases), strict=False):
+            whole = inverse(self.b, link, base, whole, line)
+        whole = self.fitted(whole, storage.node.meta["val"])
+        hidden = not grad or any(link[0] is aten.detach.default for link in view.chain)
+        if hidden and target.differentiable:
+            whole = self.b.node(hidden_write, (storage.node, whole), {}, whole.meta["val"])
+        storage.node = whole
+        storage.version += 1
+        if grad or not target.differentiable:
+            view.node, view.version = new, storage.version
+
+    def fitted(self, node: Node, sig: Sig) -> Node:
+        """Cast and expanded as a write into a tensor of this signature does."""
+        val: Sig = node.meta["val"]
+        if val.dtype is not sig.dtype or val.device != sig.device:
+            node = self.b.call(aten._to_copy.default, node, dtype=sig.dtype, device=sig.device)
+        if val.shape != sig.shape:
+            node = self.b.call(aten.expand.default, node, list(sig.shape))
+        return node
+
+    # ----- the walk ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        for instr, refs, grad, region, line in self.trace.records:
+            self.b.meta = {"line": line} if region is None else {"line": line, "region": region}
+            if instr.__class__ is not Instr:
+                instr.lower(self, refs, grad, line)
+            elif instr.facts.writes:
+                self._write(instr, refs, grad, line)
+            elif self.mutates and instr.facts.view_of is not None:
+                self._view(instr, refs, grad)
+            else:
+                nodes = [self.read(r, grad) for r in refs]
+                self._results(self._call(instr, nodes), instr.outs, grad)
+        self.b.meta = {}
+
+    def _call(self, instr: Instr, nodes: list[Node]) -> Any:
+        if not self.intent and instr.op is aten.detach.default:
+            return nodes[0]
+        kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
+        return self.b.node(instr.op, fill(instr.args, nodes), kwargs, instr.outs)
+
+    def _results(self, out: Any, outs: Any, grad: bool) -> None:
+        if outs.__class__ is Sig:
+            self.bind(out, grad)
+        elif isinstance(outs, tuple):
+            for i, o in enumerate(outs):
+                if flat(o):
+                    self._results(self.b.item(out, i), o, grad)
+
+    def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:
+        """A view shares the storage of its argument (the first tensor; view ops have no other)."""
+        base = self.env[refs[0]]
+        outs = instr.outs
+        links = [Link((instr.op, instr.args[1:], instr.kwargs, None, outs))] if outs.__class__ is Sig else [
+            Link((instr.op, instr.args[1:], instr.kwargs, i, o)) for i, o in enumerate(outs)
+        ]  # fmt: skip
+        for link in links:
+            ref = self.number
+            self.number += 1
+            self.env[ref] = View(base.storage, (*base.chain, link))
+            if refs[0] in self.cut or (not grad and link[4].differentiable):
+                self.cut.add(ref)
+
+    def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None) -> None:
+        op, facts = instr.op, instr.facts
+        if facts.reshapes:
+            view = self.env[refs[0]]
+            twin = functional_twin(op, line)
+            sig = instr.outs
+            self.env[refs[0]] = View(view.storage, (*view.chain, Link((twin, instr.args[1:], instr.kwargs, None, sig))))
+            return
+        nodes = [self.read(r, grad) for r in refs]
+        slots = [instr.args[i] if i < len(instr.args) else instr.kwargs[facts.names[i]] for i in facts.writes]
+        written = [refs[int(s)] for slot in slots for s in (slot if isinstance(slot, list | tuple) else [slot])]
+        special = WRITES.get(op)
+        if special is not None:
+            news = [special(self.b, *fill(instr.args, nodes), **{k: fill(v, nodes) for k, v in instr.kwargs.items()})]
+        else:
+            twin = functional_twin(op, line)
+            news = self._twin_results(twin, instr, nodes)
+        for ref, new in zip(written, news[-len(written) :], strict=True):
+            self.write(ref, new, grad, line)
+        # results that are not the written arguments themselves
+        extra = news[: len(news) - len(written)] if len(news) > len(written) else []
+        outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
+        fresh = [o for o, same in zip(outs, facts.same, strict=False) if same is None]
+        for new, o in zip(extra, fresh, strict=False):
+            self._results(new, o, grad)
+
+    def _twin_results(self, twin: OpOverload, instr: Instr, nodes: list[Node]) -> list:
+        names = {a.name for a in twin._schema.arguments}
+        ours = instr.op._schema.arguments
+        args = [a for a, s in zip(instr.args, ours, strict=False) if s.name in names]
+        kwargs = {k: v for k, v in instr.kwargs.items() if k in names}
+        out = self.b.call(twin, *[fill(a, nodes) for a in args], **{k: fill(v, nodes) for k, v in kwargs.items()})
+        if isinstance(out, Node) and isinstance(out.meta["val"], tuple):
+            return [self.b.item(out, i) for i in range(len(out.meta["val"]))]
+        return [out]
+
+    def mutated(self) -> list[tuple[int, Node]]:
+        """Inputs and lifted tensors that were written: ``(placeholder index, final value)``."""
+        if not self.mutates:
+            return []
+        found = []
+        refs = [*range(len(self.trace.inputs)), *(-1 - i for i in range(len(self.trace.lifted)))]
+        for index, ref in enumerate(refs):
+            view = self.env[ref]
+            if view.storage.version and view.storage.ref == ref:
+                found.append((index, view.storage.node))
+        return found
+
+
+def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> list[Node]:
+    """A placeholder for each input and each lifted tensor of a recording."""
+    made = []
+    for i, t in enumerate(trace.inputs):
+        made.append(builder.placeholder(names[i] if i < len(names) else f"arg{i}", t.sig, role="primal"))
+    for i, t in enumerate(trace.lifted):
+        kind = "param" if isinstance(t, torch.nn.Parameter) else "const"
+        made.append(builder.placeholder(f"{kind}{i}", t.sig if t.__class__ is Traced else sig_of(t), role=kind))
+    return made
+
+
+# ----- views and their inverses ---------------------------------------------------------------------------------------
+
+
+def forward(b: Builder, link: Link, node: Node) -> Node:
+    op, args, kwargs, index, _ = link
+    out = b.call(op, node, *args, **kwargs)
+    return out if index is None else b.item(out, index)
+
+
+def inverse(b: Builder, link: Link, base: Node, new: Node, line: Line | None) -> Node:
+    """The value of ``base`` after what the link sees of it became ``new``."""
+    op, args, kwargs, index, _ = link
+    rule = INVERSES.get(op)
+    if rule is None:
+        return scatter(b, link, base, new)
+    return rule(b, base, new, index, *args, **kwargs)
+
+
+def scatter(b: Builder, link: Link, base: Node, new: Node) -> Node:
+    """The inverse of any view at all: look through it at the numbers of the elements, and put there."""
+    sig: Sig = base.meta["val"]
+    numbers = b.call(aten.arange.default, sig.numel, device=sig.device)
+    where = forward(b, link, b.call(aten.view.default, numbers, list(sig.shape)))
+    return b.call(aten.put.default, base, where, new)
+
+
+def reshaped(b: Builder, base: Node, new: Node, *_: Any, **__: Any) -> Node:
+    shape = list(base.meta["val"].shape)
+    try:
+        return b.call(aten.view.default, new, shape)
+    except RuntimeError:
+        return b.call(aten.view.default, b.call(aten.clone.default, new, memory_format=torch.contiguous_format), shape)
+
+
+def _permuted(b: Builder, base: Node, new: Node, index: Any, dims: Sequence[int]) -> Node:
+    back = [0] * len(dims)
+    for i, d in enumerate(dims):
+        back[d] = i
+    return b.call(aten.permute.default, new, back)
+
+
+def _part(b: Builder, base: Node, new: Node, dim: int, start: int, length: int) -> Node:
+    return b.call(aten.slice_scatter.default, base, new, dim, start, start + length)
+
+
+def _split(b: Builder, base: Node, new: Node, index: int, sizes: Any, dim: int = 0) -> Node:
+    if isinstance(sizes, int):
+        total = base.meta["val"].shape[dim]
+        sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
+    return _part(b, base, new, dim, sum(sizes[:index]), sizes[index])
+
+
+def _call(op: OpOverload) -> Any:
+    return lambda b, base, new, index, *args, **kwargs: b.call(op, new, *args, **kwargs)
+
+
+def _scattered(op: OpOverload) -> Any:
+    return lambda b, base, new, index, *args, **kwargs: b.call(op, base, new, *args, **kwargs)
+
+
+INVERSES: dict[OpOverload, Any] = {
+    **dict.fromkeys(
+        (
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten._reshape_alias.default,
+            aten.squeeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.unsqueeze.default,
+        ),
+        reshaped,
+    ),
+    **dict.fromkeys(
+        (aten.alias.default, aten.detach.default, aten.lift_fresh.default), lambda b, base, new, index: new
+    ),
+    aten.select.int: _scattered(aten.select_scatter.default),
+    aten.slice.Tensor: _scattered(aten.slice_scatter.default),
+    aten.diagonal.default: _scattered(aten.diagonal_scatter.default),
+    aten.as_strided.default: _scattered(aten.as_strided_scatter.default),
+    aten.t.default: _call(aten.t.default),
+    aten.transpose.int: _call(aten.transpose.int),
+    aten.permute.default: _permuted,
+    aten._conj.default: _call(aten._conj.default),
+    aten._neg_view.default: _call(aten.neg.default),
+    aten.view_as_real.default: lambda b, base, new, index: b.call(aten.view_as_complex.default, new),
+    aten.view_as_complex.default: lambda b, base, new, index: b.call(aten.view_as_real.default, new),
+    aten.view.dtype: lambda b, base, new, index, dtype: b.call(aten.view.dtype, new, base.meta["val"].dtype),
+    aten.unbind.int: lambda b, base, new, index, dim=0: b.call(aten.select_scatter.default, base, new, dim, index),
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.expand.default: lambda b, base, new, index, *a, **k: new,  # a write to a truly expanded view was refused
+}
+
+
+# ----- writes ---------------------------------------------------------------------------------------------------------
+
+
+def _filled(b: Builder, x: Node, value: Any) -> Node:
+    if isinstance(value, Node):
+        return value
+    return b.call(aten.full_like.default, x, value)
+
+
+def _filled_diagonal(b: Builder, x: Node, value: Any, wrap: bool = False) -> Node:
+    rows, columns = x.meta["val"].shape
+    if wrap and rows > columns:
+        raise CaptureError("fill_diagonal_(wrap=True) of a tall matrix has no functional form here")
+    line = b.call(aten.diagonal.default, x)
+    return b.call(aten.diagonal_scatter.default, x, b.call(aten.full_like.default, line, value))
+
+
+#: in-place ops whose functional form has another name
+WRITES: dict[OpOverload, Any] = {
+    aten.copy_.default: lambda b, x, source, non_blocking=False: source,
+    aten.zero_.default: lambda b, x: _filled(b, x, 0),
+    aten.fill_.Scalar: _filled,
+    aten.fill_.Tensor: _filled,
+    aten.fill_diagonal_.default: _filled_diagonal,
+    aten._index_put_impl_.default: lambda b, x, indices, values, accumulate=False, unsafe=False: b.call(
+        aten.index_put.default, x, indices, values, accumulate
+    ),
+    aten.normal_.default: lambda b, x, *a, **k: b.call(aten.normal_functional.default, x, *a, **k),
+    aten.bernoulli_.float: lambda b, x, p=0.5, generator=None: b.call(aten.bernoulli.p, x, p, generator=generator),
+    aten.relu_.default: lambda b, x: b.call(aten.relu.default, x),
+}
+
+
+@cache
+def _twin(op: OpOverload) -> OpOverload | None:
+    """The overload that returns what ``op`` writes: same arguments, without the trailing underscore or the ``out``s."""
+    name = op._schema.name.split("::")[1]
+    namespace = getattr(torch.ops, op.namespace)
+    out_form = all(a.kwarg_only or not (a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)
+    packet = getattr(namespace, name if out_form else name.removesuffix("_"), None)
+    if packet is None:
+        return None
+    wanted = [
+        (a.name, str(a.type)) for a in op._schema.arguments if not (out_form and a.alias_info and a.alias_info.is_write)
+    ]
+    for overload in packet.overloads():
+        candidate = getattr(packet, overload)
+        if Facts(candidate).writes:
+            continue
+        has = [(a.name, str(a.type)) for a in candidate._schema.arguments]
+        if has == wanted or [t for _, t in has] == [t for _, t in wanted]:
+            return candidate
+    return None
+
+
+def functional_twin(op: OpOverload, line: Line | None) -> OpOverload:
+    twin = _twin(op)
+    if twin is None:
+        raise CaptureError(f"{op} writes to its argument and has no functional form{at(line)}; use an op that returns")
+    return twin

@@ -1,0 +1,252 @@
+"""What an op returns for given signatures, without running it: shapes, strides, dtypes, devices, memoised.
+
+A tensor's signature (:class:`Sig`) is interned, so that signatures compare and hash by identity. An :class:`Instr` is
+an op together with its literals and the signatures of its tensor arguments; it is interned too, so that a recorded program is keyed by
+the identities of its instructions. Keys hold ``(type, value)`` for literals and floats by their bits, since ``1 == 1.0 == True``
+and ``-0.0 == 0.0`` in Python.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from ..errors import CaptureError
+
+aten = torch.ops.aten
+
+
+class Sig:
+    """Shape, stride, dtype, device and storage offset of a tensor; interned, so ``is`` compares."""
+
+    __slots__ = ("device", "dtype", "offset", "plain", "proto", "shape", "stride")
+
+    def __init__(self, shape: tuple, stride: tuple, dtype: torch.dtype, device: torch.device, offset: int) -> None:
+        self.shape, self.stride, self.dtype, self.device, self.offset = shape, stride, dtype, device, offset
+        self.plain = offset == 0 and stride == contiguous_stride(shape)
+        with torch._C._DisableTorchDispatch():
+            self.proto = self.fresh()
+
+    def fresh(self) -> Tensor:
+        """A new meta tensor with this signature."""
+        if not self.offset:
+            return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        extent = self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n)
+        return torch.empty(extent, dtype=self.dtype, device="meta").as_strided(self.shape, self.stride, self.offset)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def numel(self) -> int:
+        return self.proto.numel()
+
+    @property
+    def differentiable(self) -> bool:
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+    def __repr__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+def contiguous_stride(shape: tuple) -> tuple:
+    """Strides of a contiguous tensor of this shape."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+_sigs: dict[tuple, Sig] = {}
+
+
+def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Sig:
+    """The one signature with these values."""
+    key = (shape, stride, dtype, device, offset)
+    sig = _sigs.get(key)
+    if sig is None:
+        sig = _sigs[key] = Sig(tuple(shape), tuple(stride), dtype, device, offset)
+    return sig
+
+
+def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
+    """The signature of a tensor (``device`` overrides: a meta tensor stands for one of that device)."""
+    if t.layout is not torch.strided or t.is_quantized:
+        raise CaptureError(f"only dense tensors can be captured, not one with layout {t.layout} and dtype {t.dtype}")
+    return make_sig(t.shape, t.stride(), t.dtype, device or t.device, t.storage_offset())
+
+
+class Slot(int):
+    """The place of the i-th tensor in an instruction's argument template."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+@cache
+class Facts:
+    """What an overload's schema and tags say: which arguments it writes, what its returns alias, whether it draws."""
+
+    def __init__(self, op: OpOverload) -> None:
+        schema = op._schema
+        arguments, returns = schema.arguments, schema.returns
+        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        self.writes = tuple(written)
+        self.names = tuple(a.name for a in arguments)
+        #: for each return, the argument that it *is* (written in place), or None
+        self.same: tuple[int | None, ...] = tuple(
+            next((i for i in written if arguments[i].alias_info.before_set == r.alias_info.before_set), None)
+            if r.alias_info is not None and r.alias_info.is_write
+            else None
+            for r in returns
+        )
+        views = [r.alias_info for r in returns if r.alias_info is not None and not r.alias_info.is_write]
+        #: the argument that the returns are views of, or None
+        self.view_of: int | None = None
+        if views:
+            shared = views[0].before_set
+            self.view_of = next(
+                (i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.before_set & shared), 0
+            )
+        tags = op.tags
+        self.random = torch.Tag.nondeterministic_seeded in tags
+        self.reshapes = torch.Tag.inplace_view in tags
+        self.dynamic = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
+        self.pure = not self.writes and self.view_of is None
+        self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
+        self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"
+
+
+class Instr:
+    """An op with its literals and argument signatures, and what it returns: interned."""
+
+    __slots__ = ("args", "facts", "kwargs", "op", "outs", "sigs")
+
+    def __init__(self, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any) -> None:
+        self.op, self.args, self.kwargs, self.sigs, self.outs = op, args, kwargs, sigs, outs
+        self.facts = Facts(op)
+
+    def __repr__(self) -> str:
+        return f"{self.op}{self.args}"
+
+
+_memo: dict[tuple, Instr] = {}
+_LIMIT = 1 << 16
+
+SIMPLE = frozenset(
+    (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...), complex)
+)
+
+
+def env_key() -> tuple:
+    """The global settings that shape inference depends on."""
+    return (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+
+
+def encode(a: Any, key: list, sink: Any) -> Any:
+    """Append ``a`` to the key, tensors through ``sink(tensor) -> Sig``; return the template."""
+    cls = a.__class__
+    if cls in SIMPLE:
+        key += (cls, a)
+        return a
+    if cls is float:
+        key.append(a.hex())
+        return a
+    if isinstance(a, Tensor) or cls.__name__ == "Node":
+        slot, sig = sink(a)
+        key.append(sig)
+        return slot
+    if isinstance(a, list | tuple):
+        key.append("[")
+        result = [encode(x, key, sink) for x in a]
+        key.append("]")
+        return result if cls is not tuple else tuple(result)
+    if isinstance(a, torch.Generator):
+        key += (cls, id(a))
+        return a
+    if isinstance(a, float | int | str):  # numpy scalars, enums
+        key += (cls, repr(a))
+        return a
+    if isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool):
+        raise CaptureError(f"symbolic sizes are not captured yet: got {a}")
+    key += (cls, id(a))
+    return a
+
+
+def find(key: tuple) -> Instr | None:
+    return _memo.get(key)
+
+
+def intern(key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None) -> Instr:
+    """The instruction for this key, made (its outputs inferred, unless given) if it is new."""
+    if outs is None:
+        outs = infer(op, args, kwargs, sigs)
+    instr = Instr(op, args, kwargs, sigs, outs)
+    if len(_memo) >= _LIMIT:
+        _memo.clear()
+    _memo[key] = instr
+    return instr
+
+
+def fill(template: Any, values: Any) -> Any:
+    """The template with each slot replaced by its value."""
+    cls = template.__class__
+    if cls is Slot:
+        return values[template]
+    if cls is list:
+        return [fill(x, values) for x in template]
+    if cls is tuple:
+        return tuple(fill(x, values) for x in template)
+    return template
+
+
+def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
+    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none."""
+    device = output_device(kwargs, sigs)
+    with torch._C._DisableTorchDispatch(), torch.no_grad():
+        metas = [s.proto if Facts(op).pure else s.fresh() for s in sigs]
+        try:
+            outs = op(*fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op, kwargs))
+        except NotImplementedError:
+            outs = _on_zeros(op, args, kwargs, sigs)
+    return signatures(outs, device)
+
+
+def _on_meta(op: OpOverload, kwargs: dict) -> dict:
+    """Factories take their device as an argument: on meta they must be told so."""
+    return {"device": torch.device("meta")} if any(a.name == "device" for a in op._schema.arguments) else {}
+
+
+def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
+    """The stated fall-back for ops without a meta kernel: run once on zeros of the right shape, keep the signature."""
+    if Facts(op).dynamic:
+        raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
+    real = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
+    state = torch.get_rng_state()
+    try:
+        return op(*fill(args, real), **{k: fill(v, real) for k, v in kwargs.items()})
+    finally:
+        torch.set_rng_state(state)
+
+
+def output_device(kwargs: dict, sigs: tuple) -> torch.device:
+    """The device of an op's results: asked for, or that of its tensors (0-dim CPU tensors follow the others)."""
+    if (asked := kwargs.get("device")) is not None:
+        return torch.device(asked)
+    here = [s.device for s in sigs]
+    return next((d for d in here if d.type != "cpu"), here[0] if here else torch.device("cpu"))
+
+
+def signatures(outs: Any, device: torch.device | None = None) -> Any:
+    """A result with its tensors replaced by signatures; lists become tuples."""
+    if isinstance(outs, Tensor):
+        return sig_of(outs, device)
+    if isinstance(outs, list | tuple):
+        return tuple(signatures(o, device) for o in outs)
+    return outs

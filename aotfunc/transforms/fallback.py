@@ -1,0 +1,171 @@
+"""A rule for a single op where none is written: PyTorch's own formula for that op, traced once per signature; else its decomposition.
+
+This is the one place that uses PyTorch's autograd, forward AD and batching rules, and only ever on one op. The formulas run the op again; in
+the graph that second run merges with the first. Hence no op that draws random numbers comes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+
+from ..trace.tracer import Traced
+from .rules.table import call_op, tensor_args
+
+class NoFormula(Exception):
+    """PyTorch has no formula for this op."""
+
+
+def flat(outs: Any) -> list:
+    return [x for o in outs for x in flat(o)] if isinstance(outs, list | tuple) else [outs]
+
+
+def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
+    """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor arguments) replaced by ``f(x, i)``."""
+
+    def one(a: Any, i: int) -> Any:
+        if isinstance(a, list | tuple):
+            return [one(x, i) for x in a]
+        return f(a, i) if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
+
+    full = list(args)
+    for i, at in enumerate(tensor_args(op)):
+        full[at] = one(full[at], i)
+    return full
+
+
+def original_grad() -> Callable:
+    from .intent import ORIGINALS
+
+    return ORIGINALS.get("grad", torch.autograd.grad)
+
+
+def reverse_rule(op: OpOverload) -> Callable:
+    """A reverse rule from autograd's formula."""
+
+    def rule(g: Any, out: Any, *args: Any, needs: tuple[bool, ...]) -> list:
+        leaves: dict[int, Tensor] = {}
+
+        def leaf(x: Traced, i: int) -> Tensor:
+            if not needs[i]:
+                return x
+            twin = x.trace.alias(x)
+            Tensor.requires_grad_(twin)
+            leaves[id(x)] = twin
+            return twin
+
+        try:
+            outs = flat(call_op(op, replaced(op, list(args), leaf)))
+            gs = flat(g)
+            pairs = [
+                (o, x)
+                for o, x in zip(outs, gs, strict=True)
+                if x is not None and isinstance(o, Tensor) and Tensor.requires_grad.__get__(o)
+            ]
+            if not pairs:
+                if not any(isinstance(o, Tensor) and Tensor.requires_grad.__get__(o) for o in outs):
+                    raise NoFormula("autograd does not differentiate it")
+                return [None] * len(needs)
+            keys = list(leaves)
+            grads = original_grad()(
+                [o for o, _ in pairs], [leaves[k] for k in keys], [x for _, x in pairs], allow_unused=True
+            )
+        except (RuntimeError, NotImplementedError) as e:
+            raise NoFormula(str(e).split("\n")[0]) from e
+        found = dict(zip(keys, grads, strict=True))
+
+        def pick(a: Any) -> Any:
+            return [pick(x) for x in a] if isinstance(a, list | tuple) else found.get(id(a))
+
+        return [pick(args[at]) for at in tensor_args(op)]
+
+    return rule
+
+
+def forward_rule(op: OpOverload) -> Callable:
+    """A forward rule from forward AD's formula."""
+
+    def rule(tangents: tuple, out: Any, *args: Any) -> Any:
+        with forward_ad.dual_level():
+
+            def dual(a: Any, t: Any) -> Any:
+                if isinstance(a, list | tuple):
+                    return [dual(x, y) for x, y in zip(a, t or [None] * len(a), strict=True)]
+                if t is None:
+                    return a
+                return forward_ad.make_dual(a.trace.alias(a), t)
+
+            full = list(args)
+            for i, at in enumerate(tensor_args(op)):
+                full[at] = dual(full[at], tangents[i])
+            try:
+                outs = call_op(op, full)
+            except (RuntimeError, NotImplementedError) as e:
+                raise NoFormula(str(e).split("\n")[0]) from e
+
+            def tangent(o: Any) -> Any:
+                if isinstance(o, list | tuple):
+                    return [tangent(x) for x in o]
+                return forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) and o.sig.differentiable else None
+
+            return tangent(outs)
+
+    return rule
+
+
+def batching_rule(op: OpOverload) -> Callable:
+    """A batching rule from PyTorch's; batch at 0 in and out."""
+
+    def rule(*args: Any, batched: tuple) -> Any:
+        where = tensor_args(op)
+        xs: list[Tensor] = []
+        dims: list[int | None] = []
+
+        def take(a: Any, yes: Any) -> Any:
+            if isinstance(a, list | tuple):
+                return [take(x, y) for x, y in zip(a, yes, strict=True)]
+            if isinstance(a, Tensor):
+                xs.append(a)
+                dims.append(0 if yes else None)
+                return len(xs) - 1
+            return None
+
+        places = {at: take(args[at], yes) for at, yes in zip(where, batched, strict=True)}
+
+        def body(*values: Tensor) -> Any:
+            def put(p: Any) -> Any:
+                return [put(x) for x in p] if isinstance(p, list) else None if p is None else values[p]
+
+            return call_op(op, [put(places[i]) if i in places else a for i, a in enumerate(args)])
+
+        try:
+            return torch.func.vmap(body, in_dims=tuple(dims))(*xs)
+        except (RuntimeError, NotImplementedError) as e:
+            raise NoFormula(str(e).split("\n")[0]) from e
+
+    return rule
+
+
+@cache
+def decomposition(op: OpOverload) -> Callable | None:
+    """What the op consists of, as a function of all its arguments in schema order."""
+    from torch._decomp import decomposition_table
+
+    body = decomposition_table.get(op)
+    if body is None:
+        if not op._can_decompose():
+            return None
+        body = op.decompose
+    names = [a.name for a in op._schema.arguments if a.kwarg_only]
+
+    def call(*args: Any) -> Any:
+        split = len(args) - len(names)
+        return body(*args[:split], **dict(zip(names, args[split:], strict=True)))
+
+    return call

@@ -1,0 +1,225 @@
+"""Forward mode: walks a graph forwards and carries a tangent along with each value.
+
+An op without a written forward rule has its reverse rule transposed: the reverse rule is linear in the cotangent, and the derivative of that
+linear map, applied to tangents, is the forward rule.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import at
+from ..errors import RuleError
+from ..graph import Program, output_node
+from ..trace.emit import Builder, paused_gc, remap, remap_dict
+from ..trace.functionalize import hidden_write, once
+from ..trace.shapes import Facts
+from . import fallback
+from .rules.table import RULES, full_args, tensor_args
+from .vjp import active_nodes, fitted, reverse
+from .walk import apply, builder, outputs_of, traced
+
+aten = torch.ops.aten
+
+
+def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, Any]) -> None:
+    """Copy ``nodes`` into ``b`` (``env``: old to new) and fill ``tangents`` (keyed by the old node) along the way."""
+    nodes = list(nodes)
+    active = active_nodes(nodes, list(tangents))
+    for n in nodes:
+        if n.op != "call_function":
+            continue
+        b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+        new = env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+        if n in active:
+            t = push(b, n, new, env, tangents)
+            if t is not None:
+                tangents[n] = t
+    b.meta = {}
+
+
+def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
+    """The tangent of one node; None for zero, a list for an op with several outputs."""
+    op = n.target
+    if op is operator.getitem:
+        parts = tangents.get(n.args[0])
+        return None if parts is None else parts[n.args[1]]
+    if op is hidden_write:
+        return tangents.get(n.args[0])
+    if op is once:
+        raise RuleError(f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}")
+    if not isinstance(op, OpOverload):
+        return op.push(b, n, new, env, tangents)
+    args = full_args(op, n.args, n.kwargs)
+
+    def tangent(a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return [tangent(x) for x in a]
+        return tangents.get(a) if isinstance(a, Node) else None
+
+    ts = [tangent(args[i]) for i in tensor_args(op)]
+    if not any(any(x is not None for x in t) if isinstance(t, list) else t is not None for t in ts):
+        return None
+    new_args = remap(tuple(args), env)
+    out = outputs_of(b, new) if isinstance(new, Node) else new
+    if isinstance(n.meta["val"], tuple) and not isinstance(out, list):
+        out = [out]
+    return apply(b, ("jvp", op), jvp_make(n), ts, out, *new_args)
+
+
+def jvp_make(n: Node) -> Any:
+    """How to build the forward fragment: own rule, transpose of the own reverse rule, PyTorch's formula, its transpose, decomposition."""
+    op = n.target
+    line = RULES.get(op)
+
+    def make(b: Builder, ts: list, out: Any, *args: Any) -> Any:
+        if line is not None and line.jvp is not None:
+            result = traced(line.jvp)(b, tuple(ts), out, *args)
+        elif line is not None and line.vjp is not None:
+            result = transposed(b, traced(fitted(line.vjp, op)), op, ts, out, args)
+        elif Facts(op).random:
+            raise RuleError(f"{op} draws random numbers and has no forward rule{at(n.meta.get('line'))}")
+        else:
+            result = derived(b, n, ts, out, args)
+        return fit_tangents(b, result, out)
+
+    return make
+
+
+def derived(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
+    op = n.target
+    try:
+        return traced(fallback.forward_rule(op), intent=False)(b, tuple(ts), out, *args)
+    except fallback.NoFormula:
+        pass
+    try:
+        return transposed(b, traced(fitted(fallback.reverse_rule(op), op), intent=False), op, ts, out, args)
+    except (fallback.NoFormula, RuleError) as why:
+        body = fallback.decomposition(op)
+        if body is None:
+            raise RuleError(
+                f"no forward rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula of PyTorch's ({why}), "
+                "no decomposition"
+            ) from None
+    return opened(b, body, ts, args, op)
+
+
+def opened(b: Builder, body: Any, ts: list, args: Any, op: OpOverload) -> Any:
+    """Forward mode through the op's decomposition."""
+    inner = builder()
+    flat_args: list[Node] = []
+
+    def hole(a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return [hole(x) for x in a]
+        if isinstance(a, Node):
+            flat_args.append(a)
+            return inner.placeholder("x", a.meta["val"])
+        return a
+
+    holes = [hole(a) for a in args]
+    outs = traced(body)(inner, *holes)
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    env: dict[Node, Any] = dict(zip(placeholders, flat_args, strict=True))
+    flat_ts = [t for i in tensor_args(op) for t in _per_tensor(args[i], ts[tensor_args(op).index(i)])]
+    tensors = [p for i in tensor_args(op) for p in _per_tensor(holes[i], holes[i])]
+    tangents = {p: t for p, t in zip(tensors, flat_ts, strict=True) if t is not None}
+    forward(b, inner.graph.nodes, env, tangents)
+    return [tangents.get(o) for o in outs] if isinstance(outs, list) else tangents.get(outs)
+
+
+def _per_tensor(a: Any, t: Any) -> list:
+    if isinstance(a, list | tuple):
+        return list(t) if t is not None else [None] * len(a)
+    return [t] if isinstance(a, Node) else []
+
+
+def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, args: Any) -> Any:
+    """The forward rule as the derivative of the (linear) reverse rule with respect to its cotangent: the adjoint of the adjoint."""
+    single = not isinstance(out, list)
+    outs = [out] if single else out
+    # cotangents of unknown value: the result cannot depend on them
+    dummies = [
+        b.make("call_function", aten.empty_like.default, (o,), {}, o.meta["val"])
+        if isinstance(o, Node) and o.meta["val"].differentiable and (line_outputs(op) is None or i in line_outputs(op))
+        else None
+        for i, o in enumerate(outs)
+    ]
+    needs = tuple(_has(t) for t in ts)
+    grads = vjp_rule(b, needs, dummies[0] if single else dummies, out, *args)
+    flat_grads, flat_ts = [], []
+    for ga, t in zip(grads, ts, strict=True):
+        if isinstance(t, list):
+            flat_grads += list(ga) if ga is not None else [None] * len(t)
+            flat_ts += t
+        else:
+            flat_grads.append(ga)
+            flat_ts.append(t)
+    real = [d for d in dummies if d is not None]
+    kept = [(ga, t) for ga, t in zip(flat_grads, flat_ts, strict=True) if ga is not None]
+    back = iter(reverse(b, [ga for ga, _ in kept], [t for _, t in kept], real))
+    result = [next(back) if d is not None else None for d in dummies]
+    return result[0] if single else result
+
+
+def line_outputs(op: OpOverload) -> tuple[int, ...] | None:
+    line = RULES.get(op)
+    return line.diff_outputs if line is not None else None
+
+
+def _has(t: Any) -> bool:
+    return any(x is not None for x in t) if isinstance(t, list) else t is not None
+
+
+def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
+    """Tangents in the shape and dtype of their outputs."""
+    if isinstance(out, list):
+        parts = result if isinstance(result, list | tuple) else [result]
+        parts = [*parts, *[None] * (len(out) - len(parts))]
+        return [fit_tangents(b, r, o) for r, o in zip(parts, out, strict=True)]
+    if isinstance(result, list | tuple):
+        result = result[0] if result else None
+    if result is None or not isinstance(out, Node) or not out.meta["val"].differentiable:
+        return None
+    val, want = result.meta["val"], out.meta["val"]
+    if val.dtype is not want.dtype:
+        if val.dtype.is_complex and not want.dtype.is_complex:
+            result = traced(torch.real)(b, result)
+        result = b.call(aten._to_copy.default, result, dtype=want.dtype)
+    if result.meta["val"].shape != want.shape:
+        result = b.call(aten.expand.default, result, list(want.shape))
+    return result
+
+
+def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
+    """The tangent program: ``(inputs, tangents of wrt, closed-over) -> (outputs, output tangents)``.
+
+    Tangents that are zero are made (``zeros``) or ``None``; those of integer outputs are zeros of the output's dtype.
+    """
+    with paused_gc():
+        b = builder()
+        old = program.placeholders
+        new = [b.placeholder(p.name, p.meta["val"], role="primal") for p in old[: program.n_inputs]]
+        ts = [b.placeholder(f"{old[i].name}_t", old[i].meta["val"], role="tangent") for i in wrt]
+        new += [b.placeholder(p.name, p.meta["val"], role="const") for p in old[program.n_inputs :]]
+        env: dict[Node, Any] = dict(zip(old, new, strict=True))
+        tangents: dict[Node, Any] = {old[i]: t for i, t in zip(wrt, ts, strict=True)}
+        forward(b, program.graph.nodes, env, tangents)
+        outs = output_node(program.graph).args[0]
+        primal = remap(tuple(outs), env)
+        results = list(primal[: program.n_outputs])
+        pushed = []
+        for old_out, o in zip(outs[: program.n_outputs], results, strict=True):
+            t = tangents.get(old_out) if isinstance(old_out, Node) else None
+            if t is None and zeros and isinstance(o, Node):
+                t = b.call(aten.zeros_like.default, o)
+            pushed.append(t)
+        mutated = [i if i < program.n_inputs else i + len(wrt) for i in program.mutated]
+        graph = b.finish([*results, *pushed, *primal[program.n_outputs :]])
+        return Program(graph, program.n_inputs + len(wrt), len(results) + len(pushed), mutated, "jvp")

@@ -1,0 +1,257 @@
+"""Advanced indexing and masks: index, index_put, take, put, masked_select, masked_scatter.
+
+Reading transposes to an accumulating write and the other way round. An index that differs between examples becomes one
+index more, the number of the example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import (
+    aten,
+    expand_lead,
+    linear,
+)
+
+
+def align(x: Tensor, rank: int) -> Tensor:
+    """``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast against ``rank`` ones."""
+    return x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if x.dim() <= rank else x
+
+
+def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
+    """``0 .. size - 1`` along dimension 0, followed by ``rank`` dimensions of one."""
+    return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
+
+
+# ----- index and index_put: NumPy's advanced indexing ------------------------------------------------------------------
+# The indexed dimensions are replaced, at the place of the first, by the broadcast shape of the indices; if other
+# dimensions lie between the indexed ones, that shape comes first of all.
+
+
+class Places:
+    """The layout of advanced indices in the unbatched op."""
+
+    def __init__(self, indices: Sequence[Tensor | None], batched: Sequence[bool]):
+        used = [i for i, index in enumerate(indices) if index is not None]
+        mask = {i for i in used if indices[i].dtype in (torch.bool, torch.uint8)}
+        if any(batched[i] for i in mask):
+            raise NotImplementedError(
+                "a boolean index that differs between examples selects a different number of elements in each; "
+                "use torch.where(mask, x, other), which keeps the shape"
+            )
+        #: rank of the broadcast indices (a mask is as many vectors of positions as it has dimensions)
+        self.rank = max((1 if i in mask else indices[i].dim() - batched[i] for i in used), default=0)
+        #: how many dimensions of the tensor are indexed
+        self.taken = sum(indices[i].dim() if i in mask else 1 for i in used)
+        self.together = not used or used[-1] - used[0] + 1 == len(used)
+        #: dimensions that stay in front of the indices in the result
+        self.front = used[0] if used and self.together else 0
+
+    def result_rank(self, rank: int) -> int:
+        """Rank of what indexing a tensor of ``rank`` gives."""
+        return rank - self.taken + self.rank
+
+    def to_front(self, x: Tensor) -> Tensor:
+        """``[B, indices, front, rest] -> [B, front, indices, rest]``."""
+        return x.movedim(list(range(1, self.rank + 1)), list(range(self.front + 1, self.front + self.rank + 1)))
+
+    def from_front(self, x: Tensor) -> Tensor:
+        """``[B, front, indices, rest] -> [B, indices, front, rest]``."""
+        return x.movedim(list(range(self.front + 1, self.front + self.rank + 1)), list(range(1, self.rank + 1)))
+
+
+def with_example(indices: Sequence[Tensor | None], batched: Sequence[bool], size: Any, places: Places) -> list[Any]:
+    """The indices, preceded by the number of the example, to which all of them broadcast."""
+    rank = places.rank
+    aligned = [
+        align(index, rank) if index is not None and b else index for index, b in zip(indices, batched, strict=True)
+    ]
+    like = next(index for index in indices if index is not None)
+    return [count_up(size, like, rank), *aligned]
+
+
+def batch_index(x: Tensor, indices: Sequence[Tensor | None], *, batched: Any, size: Any) -> Tensor:
+    x_batched, index_batched = batched
+    places = Places(indices, index_batched)
+    if not any(index_batched) and places.together:
+        return aten.index.Tensor(x, [None, *indices])
+    if not x_batched:
+        aligned = [align(i, places.rank) if b else i for i, b in zip(indices, index_batched, strict=True)]
+        return aten.index.Tensor(x, aligned).movedim(places.front, 0)
+    return places.to_front(aten.index.Tensor(x, with_example(indices, index_batched, size, places)))
+
+
+def only_mask(indices: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
+    """The place and the boolean mask, if that is the only index."""
+    used = [(i, index) for i, index in enumerate(indices) if index is not None]
+    return used[0] if len(used) == 1 and used[0][1].dtype == torch.bool else (0, None)
+
+
+def across_mask(values: Sequence[Any], rest: int, rank: int) -> list[Any] | None:
+    """A shape in which values written through a mask of ``rank`` dimensions broadcast against the whole tensor.
+
+    There is one if they are the same for all selected elements; ``rest`` dimensions come after those of the mask.
+    """
+    inner = len(values) - rest
+    if inner <= 0:
+        return list(values)
+    return [*values[: inner - 1], *[1] * rank, *values[inner:]] if values[inner - 1] == 1 else None
+
+
+def batch_index_put(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, *, batched: Any, size: Any
+) -> Tensor:
+    x_batched, index_batched, values_batched = batched
+    front, mask = only_mask(indices)
+    if mask is not None and any(index_batched):
+        x, values = expand_lead(x, x_batched, size), expand_lead(values, values_batched, size)
+        rest = x.dim() - front - mask.dim()
+        shape = across_mask(values.shape[1:], rest, mask.dim() - 1)
+        if shape is not None:
+            mask = mask.reshape(size, *[1] * front, *mask.shape[1:], *[1] * rest)
+            values = align(values.reshape(size, *shape), x.dim() - 1)
+            return torch.where(mask, x + values if accumulate else values, x)
+    places = Places(indices, index_batched)
+    x = expand_lead(x, x_batched, size)
+    rank = places.result_rank(x.dim() - 1)
+    if values_batched:
+        values = align(values, rank)
+    if not any(index_batched) and places.together:
+        return aten.index_put(x, [None, *indices], values, accumulate)
+    if places.front:
+        values = places.from_front(values if values_batched else align(values.unsqueeze(0), rank))
+    return aten.index_put(x, with_example(indices, index_batched, size, places), values, accumulate)
+
+
+def put_back(g: Tensor, x: Tensor, indices: Any, values: Tensor, accumulate: bool) -> Tensor:
+    return g if accumulate else aten.index_put(g, indices, g.new_zeros(()), False)
+
+
+def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tensor:
+    front, mask = only_mask(indices)
+    if mask is not None:
+        rest = x.dim() - front - mask.dim()
+        shape = across_mask(values.shape, rest, mask.dim())
+        if shape is not None:  # no need to know how many are selected
+            selected = mask.reshape(*mask.shape, *[1] * rest)
+            return torch.where(selected, g, 0).sum_to_size(shape).reshape(values.shape)
+    return aten.index.Tensor(g, indices)
+
+
+for op in (aten.index.Tensor, aten._unsafe_index.Tensor):
+    linear(
+        op,
+        lambda g, x, indices: aten.index_put(g.new_zeros(x.shape), indices, g, True),
+        None,
+        batch=batch_index,
+    )
+for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
+    linear(
+        op,
+        put_back,
+        None,
+        put_values_back,
+        batch=batch_index_put,
+        jointly=True,
+    )
+
+# ----- take and put: positions in the flattened tensor ------------------------------------------------------------------
+
+
+def flat(x: Tensor, batched: bool) -> Tensor:
+    return x.flatten(1) if batched and x.dim() > 1 else x.reshape(x.shape[0], 1) if batched else x.flatten()
+
+
+def batch_take(x: Tensor, index: Tensor, *, batched: tuple[bool, bool], size: Any) -> Tensor:
+    if not batched[0]:
+        return x.take(index)
+    return batch_index(flat(x, True), [index], batched=(True, [batched[1]]), size=size)
+
+
+def batch_put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool, *, batched: Any, size: Any) -> Tensor:
+    shape = x.shape[1:] if batched[0] else x.shape
+    x = expand_lead(flat(x, batched[0]), batched[0], size)
+    out = batch_index_put(
+        x,
+        [flat(index, batched[1])],
+        flat(source, batched[2]),
+        accumulate,
+        batched=(True, [batched[1]], batched[2]),
+        size=size,
+    )
+    return out.reshape(size, *shape)
+
+
+linear(aten.take, lambda g, x, index: g.new_zeros(x.shape).put(index, g, True), None, batch=batch_take)
+linear(
+    aten.put,
+    lambda g, x, index, source, accumulate: g if accumulate else g.put(index, torch.zeros_like(source), False),
+    None,
+    lambda g, x, index, source: g.take(index).reshape(source.shape),
+    batch=batch_put,
+    jointly=True,
+)
+
+# ----- masks ------------------------------------------------------------------------------------------------------------
+
+
+def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool]) -> Tensor:
+    Places([mask], [batched[1]])  # raises for a batched mask: a different number of elements in each example
+    shape = torch.broadcast_shapes(x.shape[1:], mask.shape)
+    return aten.index.Tensor(align(x, len(shape)).expand(-1, *shape), [None, mask.expand(shape)])
+
+
+linear(
+    aten.masked_select,
+    lambda g, x, mask: g.new_zeros(torch.broadcast_shapes(x.shape, mask.shape)).masked_scatter(mask, g),
+    None,
+    batch=batch_masked_select,
+)
+
+
+def running(mask: Tensor) -> Tensor:
+    """For each true element of each row of ``mask [B, n]``, how many stand before it."""
+    return mask.cumsum(1) - 1
+
+
+def batch_masked_scatter(x: Tensor, mask: Tensor, source: Tensor, *, batched: Any, size: Any) -> Tensor:
+    x, mask, source = (expand_lead(t, b, size) for t, b in zip((x, mask, source), batched, strict=True))
+    rank = max(x.dim(), mask.dim()) - 1
+    x, mask = torch.broadcast_tensors(align(x, rank), align(mask, rank))
+    if source.numel() == 0:  # and nothing is selected
+        return x.clone()
+    nth = running(flat(mask, True)).clamp_min(0)
+    return torch.where(mask, flat(source, True).gather(1, nth).reshape(x.shape), x)
+
+
+def batch_masked_scatter_backward(g: Tensor, mask: Tensor, sizes: Sequence[Any], *, batched: Any, size: Any) -> Tensor:
+    g, mask = (expand_lead(t, b, size) for t, b in zip((g, mask), batched, strict=True))
+    rank = max(g.dim(), mask.dim()) - 1
+    g, mask = torch.broadcast_tensors(align(g, rank), align(mask, rank))
+    g, mask = flat(g, True), flat(mask, True)
+    length = prod(sizes)
+    nth = torch.where(mask, running(mask), length)  # the unselected go to one place more, which is then left out
+    return g.new_zeros(size, length + 1).scatter(1, nth, g)[:, :length].reshape(size, *sizes)
+
+
+linear(
+    aten.masked_scatter,
+    lambda g, x, mask: g.masked_fill(mask, 0),
+    None,
+    lambda g, x, mask, source: aten.masked_scatter_backward(g, mask, source.shape),
+    batch=batch_masked_scatter,
+    jointly=True,
+)
+linear(
+    aten.masked_scatter_backward,
+    lambda g, y, mask: g.new_zeros(y.shape).masked_scatter(mask, g),
+    None,
+    batch=batch_masked_scatter_backward,
+)

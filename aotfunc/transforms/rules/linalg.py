@@ -1,0 +1,201 @@
+"""Rules of linear algebra on matrices: inverse, systems, determinants, factorisations.
+
+All of these ops take leading dimensions of their own, so a batch goes in front of them. A derivative is written here
+where it is short; PyTorch's own formula serves for the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from aotfunc.transforms.rules.batching import with_batch
+from aotfunc.transforms.rules.table import (
+    Formula,
+    aten,
+    call_op,
+    jvp_of,
+    linear,
+    overload,
+    tensor_args,
+    total,
+    vjp_of,
+    vmap_of,
+)
+
+# ----- the batch in front ---------------------------------------------------------------------------------------------
+
+
+def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
+    """The vmap rule of an op with free leading dimensions.
+
+    Where its arguments broadcast, ``align`` is how many trailing dimensions they have of their own; the others are brought to one rank.
+    """
+    op = overload(op)
+    where = tensor_args(op)
+
+    def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Any:
+        full = list(args)
+        given = [(i, with_batch(args[i], b, size)) for i, b in zip(where, batched, strict=True) if args[i] is not None]
+        rank = max(x.dim() for _, x in given)
+        for i, x in given:
+            if align and x.dim() < rank:
+                x = x.reshape(size, *[1] * (rank - x.dim()), *x.shape[1:])
+            full[i] = x
+        return call_op(op, full)
+
+    return batch
+
+
+for op in (
+    *(aten._linalg_det, aten._linalg_slogdet, aten.linalg_inv_ex, aten.linalg_cholesky_ex, aten.cholesky),
+    *(aten.linalg_qr, aten._linalg_eigh, aten._linalg_svd, aten.linalg_eig, aten._linalg_eigvals, aten.linalg_matrix_exp),
+    *(aten.linalg_lu, aten.linalg_lu_factor_ex, aten.lu_unpack, aten.linalg_ldl_factor_ex, aten.linalg_householder_product),
+    *(aten.cholesky_inverse, aten.geqrf, aten.ormqr, aten.linalg_ldl_solve),
+):
+    vmap_of(op)(leading(op))
+for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve, aten.linalg_lu_solve):
+    vmap_of(op)(leading(op, align=2))
+vmap_of(aten.linalg_pinv.atol_rtol_tensor)(leading(aten.linalg_pinv.atol_rtol_tensor))
+
+
+@vmap_of(aten._linalg_solve_ex)
+def _(a, b, left, check, *, batched, size):
+    vector = b.dim() - batched[1] == 1 or (
+        a.dim() - batched[0] - 1 == b.dim() - batched[1] and a.shape[batched[0] : -1] == b.shape[batched[1] :]
+    )
+    if vector:  # the op tells vectors from matrices by comparing shapes: name them as matrices
+        b = b.unsqueeze(-1)
+    rank = max(a.dim() - batched[0], b.dim() - batched[1])
+    a, b = (with_batch(x, t, size) for x, t in zip((a, b), batched, strict=True))
+    a, b = (x.reshape(size, *[1] * (rank + 1 - x.dim()), *x.shape[1:]) for x in (a, b))
+    out, *others = aten._linalg_solve_ex(a, b, left=left, check_errors=check)
+    return out.squeeze(-1) if vector else out, *others
+
+
+# ----- inverse, systems, determinants ---------------------------------------------------------------------------------
+
+
+@vjp_of(aten.linalg_inv_ex, diff_outputs=(0,))
+def _(g, out, a):
+    inverse = out[0]
+    return [-(inverse.mH @ g[0] @ inverse.mH)]
+
+
+@jvp_of(aten.linalg_inv_ex)
+def _(tangents, out, a):
+    return -(out[0] @ tangents[0] @ out[0]), None
+
+
+def is_vector(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b`` is a batch of vectors to ``_linalg_solve_ex``."""
+    return b.dim() == 1 or (a.dim() - 1 == b.dim() and a.shape[:-1] == b.shape)
+
+
+@vjp_of(aten._linalg_solve_ex, diff_outputs=(0,))
+def _(g, out, a, b, left, *, needs):
+    vector = is_vector(a, b)
+    x, gx = (t.unsqueeze(-1) if vector else t for t in (out[0], g[0]))
+    gb = aten._linalg_solve_ex(a.mH, gx, left=left)[0]
+    of_a = None
+    if needs[0]:
+        of_a = -(gb @ x.mH) if left else -(x.mH @ gb)
+    return of_a, gb.squeeze(-1) if vector else gb
+
+
+@jvp_of(aten._linalg_solve_ex)
+def _(tangents, out, a, b, left):
+    ta, tb = tangents
+    vector = is_vector(a, b)
+    x, tb = (t.unsqueeze(-1) if vector and t is not None else t for t in (out[0], tb))
+    right = total(t for t in (tb, None if ta is None else -(ta @ x) if left else -(x @ ta)) if t is not None)
+    tx = aten._linalg_solve_ex(a, right, left=left)[0]
+    return tx.squeeze(-1) if vector else tx, None, None, None
+
+
+@vjp_of(aten._linalg_slogdet, diff_outputs=(0, 1))
+def _(g, out, a):
+    g_sign, g_log = g[:2]
+    if a.is_complex():  # the sign turns too
+        sign = out[0]
+        turn = None if g_sign is None else g_sign - (g_sign * sign.conj()).real * sign
+        weight = total(t for t in (g_log, None if turn is None else turn * sign.conj()) if t is not None)
+    else:
+        weight = g_log
+    return [None if weight is None else weight[..., None, None] * aten.linalg_inv_ex(a)[0].mH]
+
+
+@jvp_of(aten._linalg_slogdet)
+def _(tangents, out, a):
+    rate = aten._linalg_solve_ex(a, tangents[0])[0].diagonal(0, -2, -1).sum(-1)
+    if a.is_complex():
+        return out[0] * torch.complex(torch.zeros_like(rate.imag), rate.imag), rate.real, None, None
+    return None, rate, None, None
+
+
+# ----- factorisations -------------------------------------------------------------------------------------------------
+
+
+def half_triangle(x: Tensor) -> Tensor:
+    """The lower triangle, with half the diagonal."""
+    return x.tril() - 0.5 * torch.diag_embed(x.diagonal(0, -2, -1))
+
+
+def hermitian(x: Tensor) -> Tensor:
+    return 0.5 * (x + x.mH)
+
+
+@vjp_of(aten.linalg_cholesky_ex, diff_outputs=(0,))
+def _(g, out, a, upper):
+    lower, g = (t.mH if upper else t for t in (out[0], g[0]))
+    inner = hermitian(half_triangle(lower.mH @ g.tril()))
+    inner = aten.linalg_solve_triangular(lower.mH, inner, upper=True)  # L^-H S L^-1
+    return [aten.linalg_solve_triangular(lower, inner, upper=False, left=False)]
+
+
+@jvp_of(aten.linalg_cholesky_ex)
+def _(tangents, out, a, upper):
+    lower = out[0].mH if upper else out[0]
+    inner = aten.linalg_solve_triangular(lower, hermitian(tangents[0]), upper=False)
+    inner = aten.linalg_solve_triangular(lower.mH, inner, upper=True, left=False)
+    moved = lower @ half_triangle(inner)
+    return moved.mH if upper else moved, None
+
+
+@vjp_of(aten.linalg_solve_triangular)
+def _(g, out, a, b, upper, left, unit, *, needs):
+    gb = aten.linalg_solve_triangular(a.mH, g, upper=not upper, left=left, unitriangular=unit)
+    of_a = None
+    if needs[0]:
+        of_a = -(gb @ out.mH) if left else -(out.mH @ gb)
+        of_a = of_a.triu(int(unit)) if upper else of_a.tril(-int(unit))
+    return of_a, gb
+
+
+@jvp_of(aten.linalg_solve_triangular)
+def _(tangents, out, a, b, upper, left, unit):
+    ta, tb = tangents
+    if ta is not None:
+        ta = ta.triu(int(unit)) if upper else ta.tril(-int(unit))
+        tb = total(t for t in (tb, -(ta @ out) if left else -(out @ ta)) if t is not None)
+    return aten.linalg_solve_triangular(a, tb, upper=upper, left=left, unitriangular=unit)
+
+
+def cross(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    return aten.linalg_cross(a, b, dim=dim)
+
+
+def batch_cross(a: Tensor, b: Tensor, dim: int, *, batched: tuple[bool, ...], size: int) -> Tensor:
+    a, b = (with_batch(x, t, size) for x, t in zip((a, b), batched, strict=True))
+    return aten.linalg_cross(a, b, dim=dim % (a.dim() - 1) + 1)
+
+
+linear(
+    aten.linalg_cross,
+    lambda g, a, b, dim: cross(b.conj(), g, dim),
+    lambda g, a, b, dim: cross(g, a.conj(), dim),
+    batch=batch_cross,
+)

@@ -1,0 +1,133 @@
+"""Tables and sorted sequences: embedding, searchsorted, bucketize, and the positions of what is not zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import (
+    aten,
+    expand_lead,
+    linear,
+    nondiff,
+    vmap_of,
+)
+
+
+def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
+    """``0 .. size - 1`` along dimension 0, followed by ``rank`` dimensions of one."""
+    return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
+
+
+# ----- embedding --------------------------------------------------------------------------------------------------------
+
+
+@vmap_of(aten.embedding)
+def _(
+    weight: Tensor, indices: Tensor, padding_idx: Any, by_freq: bool, sparse: bool, *, batched: Any, size: Any
+) -> Tensor:
+    weight_batched, indices_batched = batched
+    if not weight_batched and not by_freq:
+        return aten.embedding(weight, indices, padding_idx)
+    weight = expand_lead(weight, weight_batched, size)
+    if indices_batched and padding_idx < 0:  # one table of all the examples' rows
+        start = count_up(size, indices, indices.dim() - 1) * weight.shape[1]
+        return aten.embedding(weight.flatten(0, 1), indices + start, padding_idx, by_freq)
+    # one table of all the examples' columns, since the padding row of each must keep its number
+    out = aten.embedding(weight.movedim(0, 1).flatten(1), indices, padding_idx, by_freq)
+    out = out.unflatten(-1, (size, weight.shape[2]))
+    return out.diagonal(0, 0, out.dim() - 2).movedim(-1, 0) if indices_batched else out.movedim(-2, 0)
+
+
+linear(
+    aten.embedding,
+    lambda g, weight, indices, pad, by_freq: aten.embedding_dense_backward(g, indices, weight.shape[0], pad, by_freq),
+    None,
+)
+
+
+def embedding_dense_back(g: Tensor, y: Tensor, indices: Tensor, rows: Any, padding_idx: Any, by_freq: bool) -> Tensor:
+    out = aten.index.Tensor(g, [indices])
+    if by_freq:
+        count = g.new_zeros(rows).index_put((indices,), g.new_ones(()), True)
+        out = out / aten.index.Tensor(count, [indices]).unsqueeze(-1)
+    return out if padding_idx < 0 else out.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+
+
+def batch_embedding_dense_backward(
+    g: Tensor, indices: Tensor, rows: Any, padding_idx: Any, by_freq: bool, *, batched: Any, size: Any
+) -> Tensor:
+    width = g.shape[-1]
+    if not batched[1]:
+        out = aten.embedding_dense_backward(g.movedim(0, -2).flatten(-2), indices, rows, padding_idx, by_freq)
+        return out.unflatten(1, (size, width)).movedim(1, 0)
+    g = expand_lead(g, batched[0], size)
+    if padding_idx >= 0:
+        g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    start = count_up(size, indices, indices.dim() - 1) * rows
+    return aten.embedding_dense_backward(g, indices + start, rows * size, -1, by_freq).unflatten(0, (size, rows))
+
+
+linear(aten.embedding_dense_backward, embedding_dense_back, None, batch=batch_embedding_dense_backward)
+
+# ----- positions: no derivative -----------------------------------------------------------------------------------------
+
+nondiff(aten.searchsorted.Tensor, aten.searchsorted.Scalar, aten.bucketize.Tensor, aten.bucketize.Scalar)
+nondiff(aten.nonzero_static, aten.nonzero)
+
+
+@vmap_of(aten.searchsorted.Tensor)
+def _(
+    row: Tensor, x: Tensor, int32: bool, right: bool, side: Any, sorter: Tensor | None, *, batched: Any, size: Any
+) -> Tensor:
+    how = {"out_int32": int32, "right": right, "side": side}
+    shape = x.shape if batched[1] else (size, *x.shape)
+    if row.dim() - batched[0] > 1:  # a sequence for each row of x
+        row, x = expand_lead(row, batched[0], size), expand_lead(x, batched[1], size)
+        sorter = None if sorter is None else expand_lead(sorter, batched[2], size)
+    elif batched[0] or (sorter is not None and batched[2]):  # a sequence for each example
+        row, x = expand_lead(row, batched[0], size), expand_lead(x, batched[1], size).reshape(size, -1)
+        sorter = None if sorter is None else expand_lead(sorter, batched[2], size).contiguous()
+    return torch.searchsorted(row.contiguous(), x.contiguous(), sorter=sorter, **how).reshape(shape)
+
+
+@vmap_of(aten.searchsorted.Scalar)
+def _(
+    row: Tensor, x: Any, int32: bool, right: bool, side: Any, sorter: Tensor | None, *, batched: Any, size: Any
+) -> Tensor:
+    value = torch.full((size, 1), x, device=row.device)
+    row = expand_lead(row, batched[0], size).contiguous()
+    sorter = None if sorter is None else expand_lead(sorter, batched[1], size).contiguous()
+    return torch.searchsorted(row, value, out_int32=int32, right=right, side=side, sorter=sorter).reshape(size)
+
+
+@vmap_of(aten.bucketize.Tensor)
+def _(x: Tensor, boundaries: Tensor, int32: bool, right: bool, *, batched: Any, size: Any) -> Tensor:
+    if not batched[1]:
+        return torch.bucketize(x, boundaries, out_int32=int32, right=right)
+    x = expand_lead(x, batched[0], size)
+    flat_x = x.reshape(size, -1).contiguous()
+    return torch.searchsorted(boundaries.contiguous(), flat_x, out_int32=int32, right=right).reshape(x.shape)
+
+
+@vmap_of(aten.bucketize.Scalar)
+def _(x: Any, boundaries: Tensor, int32: bool, right: bool) -> Tensor:
+    value = torch.full((boundaries.shape[0], 1), x, device=boundaries.device)
+    return torch.searchsorted(boundaries.contiguous(), value, out_int32=int32, right=right).squeeze(1)
+
+
+@vmap_of(aten.nonzero_static)
+def _(x: Tensor, length: Any, fill: int) -> Tensor:
+    found = (x != 0).flatten(1) if x.dim() > 1 else (x != 0).unsqueeze(1)
+    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)[
+        :, :length
+    ]  # the true ones first, in order
+    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))
+    there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
+    columns, stride = [], 1
+    for s in reversed(x.shape[1:]):
+        columns.append(torch.where(there, order.div(stride, rounding_mode="floor") % s, fill))
+        stride *= s
+    return torch.stack(columns[::-1], 2) if columns else order.new_zeros(x.shape[0], length, 0)

@@ -1,0 +1,454 @@
+"""Rules of the normalisations: batch, layer, group and root-mean-square norm.
+
+All of them are one function, ``xhat = (x - mean) * rstd`` with statistics over some dimensions, then a weight and a bias. So
+there is one set of formulas; the ops differ in the layout, a :class:`Layout`, in which they use them.
+
+The saved statistics are outputs that carry a derivative like any other: higher derivatives are written in plain ops on the
+mean and the rstd that the forward op saved, and reach ``x`` through them. The backward ops on the other hand count as
+functions of the cotangent, ``x`` and the weight alone, the statistics being those of ``x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from aotfunc.transforms.rules.batching import along_channels, into, out_of, with_batch
+from aotfunc.transforms.rules.table import aten, call_op, jvp_of, overload, total, vjp_of, vmap_of
+
+
+@dataclass
+class Layout:
+    """How one op sees the common formulas.
+
+    ``over`` are the dimensions the statistics are taken over (empty where they are constants, as in evaluation), ``shared``
+    those the weight, of ``shape``, is shared along; ``image``, ``affine`` and ``stat`` reshape ``x``, the weight or bias, and a statistic so that they
+    broadcast, and ``back`` undoes ``image``. ``centred`` is false where no mean is subtracted.
+    """
+
+    over: list[int]
+    shared: list[int]
+    shape: Sequence[int]
+    image: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    affine: Callable[[Tensor], Tensor]
+    stat: Callable[[Tensor], Tensor]
+    centred: bool = True
+
+    def hat(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+        """The normalised image."""
+        return (self.image(x) - self.stat(mean) if self.centred else self.image(x)) * self.stat(rstd)
+
+    def mean(self, v: Tensor) -> Tensor:
+        return v.mean(self.over, keepdim=True)
+
+    def project(self, v: Tensor, hat: Tensor) -> Tensor:
+        """What of a change ``v`` of ``x`` survives the normalisation, times the standard deviation; symmetric in ``v``."""
+        if not self.over:
+            return v
+        moved = v - self.mean(v) if self.centred else v
+        return moved - hat * self.mean(v * hat)
+
+
+def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, mean, rstd):
+    """Tangents of ``(out, mean, rstd)``."""
+    tx, tw, tb = tangents
+    hat, of_mean, of_rstd = at.hat(x, mean, rstd), None, None
+    terms = []
+    if tx is not None:
+        r, tx = at.stat(rstd), at.image(tx)
+        t = r * at.project(tx, hat)
+        terms.append(t if weight is None else t * at.affine(weight))
+        if at.over:
+            of_mean = at.mean(tx).reshape(rstd.shape) if at.centred else None
+            of_rstd = (-r * r * at.mean(tx * hat)).reshape(rstd.shape)
+    if tw is not None:
+        terms.append(hat * at.affine(tw))
+    if tb is not None:
+        terms.append(at.affine(tb).expand(hat.shape))
+    out = total(terms)
+    return out if out is None else at.back(out), of_mean, of_rstd
+
+
+def of_statistics(at: Layout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd) -> Tensor | None:
+    """The cotangent of ``x`` by way of the saved statistics."""
+    if not at.over or (g_mean is None and g_rstd is None):
+        return None
+    image = at.image(x)
+    count = 1
+    for d in at.over:
+        count = count * image.shape[d]
+    g = at.stat(g_mean) / count if g_mean is not None and at.centred else None
+    if g_rstd is not None:
+        g = total(t for t in (g, at.stat(-g_rstd * rstd * rstd) * at.hat(x, mean, rstd) / count) if t is not None)
+    return None if g is None else at.back(g.expand(image.shape))
+
+
+def backward_tangent(at: Layout, tangents: Sequence[Tensor | None], mask, g, x, weight, mean, rstd):
+    """Tangents of ``(gradient of x, of the weight, of the bias)``."""
+    tg, tx, tw = (None if t is None else f(t) for t, f in zip(tangents, (at.image, at.image, at.affine), strict=True))
+    hat, r, go = at.hat(x, mean, rstd), at.stat(rstd), at.image(g)
+    w = None if weight is None else at.affine(weight)
+    t_hat = r * at.project(tx, hat) if tx is not None else None
+    of_x = of_w = of_b = None
+    if mask[0]:
+        gh = go if w is None else go * w
+        parts = [tg if w is None else tg * w] if tg is not None else []
+        if tw is not None:
+            parts.append(go * tw)
+        t_gh = total(parts)
+        terms = [] if t_gh is None else [r * at.project(t_gh, hat)]
+        if t_hat is not None and at.over:
+            terms.append(-r * (t_hat * at.mean(gh * hat) + hat * at.mean(gh * t_hat)))
+            terms.append(-r * r * at.mean(tx * hat) * at.project(gh, hat))
+        of_x = total(terms)
+        of_x = of_x if of_x is None else at.back(of_x)
+    if mask[1]:
+        v = total(a * b for a, b in ((tg, hat), (go, t_hat)) if a is not None and b is not None)
+        of_w = None if v is None else reduced(v, at)
+    if len(mask) > 2 and mask[2] and tg is not None:
+        of_b = reduced(tg, at)
+    return of_x, of_w, of_b
+
+
+def backward_cotangent(at: Layout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs):
+    """Cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of the bias)``."""
+    a, b, c = (None if t is None else f(t) for t, f in zip(cotangents, (at.image, at.affine, at.affine), strict=True))
+    hat, r, go = at.hat(x, mean, rstd), at.stat(rstd), at.image(g)
+    w = None if weight is None else at.affine(weight)
+    ra = r * at.project(a, hat) if a is not None else None
+    of_g = of_x = of_w = None
+    if needs[0]:
+        of_g = total(
+            t
+            for t in (
+                None if ra is None else ra if w is None else ra * w,
+                None if b is None else hat * b,
+                None if c is None else c.expand(hat.shape),
+            )
+            if t is not None
+        )
+        of_g = of_g if of_g is None else at.back(of_g)
+    if needs[1]:
+        of_hat = [go * b] if b is not None else []
+        through_r = None
+        if a is not None and at.over:
+            gh = go if w is None else go * w
+            along = at.mean(gh * hat)
+            of_hat.append(-r * (a * along + gh * at.mean(a * hat)))
+            through_r = -r * r * hat * at.mean(a * at.project(gh, hat))
+        v = total(of_hat)
+        of_x = total(t for t in (None if v is None else r * at.project(v, hat), through_r) if t is not None)
+        of_x = of_x if of_x is None else at.back(of_x)
+    if needs[2] and ra is not None:
+        of_w = reduced(go * ra, at)
+    return of_g, of_x, of_w
+
+
+def reduced(v: Tensor, at: Layout) -> Tensor:
+    """``v`` summed over what the weight is shared along."""
+    return (v.sum(at.shared) if at.shared else v).reshape(at.shape)
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+# ----- batch norm -----------------------------------------------------------------------------------------------------
+
+
+def channels_layout(x: Tensor, training: bool) -> Layout:
+    others = [0, *range(2, x.dim())]
+    shape = [1, x.shape[1], *[1] * (x.dim() - 2)]
+
+    def broadcast(v: Tensor) -> Tensor:
+        return v.reshape(shape)
+
+    return Layout(others if training else [], others, x.shape[1:2], itself, itself, broadcast, broadcast)
+
+
+def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
+    """Register a variant of batch norm; ``arguments`` are the names of its arguments behind ``x weight bias``.
+
+    The outputs are ``(out, mean, rstd)`` and perhaps the new running statistics, which carry no derivative.
+    """
+    names = arguments.split()
+
+    def known(rest: Sequence[Any]) -> tuple[Any, Any, bool, float]:
+        given = dict(zip(names, rest, strict=True))
+        return given.get("mean"), given.get("var"), given.get("training", False), given["eps"]
+
+    @vjp_of(op, diff_outputs=(0, 1, 2))
+    def _(g, out, x, weight, bias, *rest, needs):
+        mean, var, training, eps = known(rest)
+        by_mean = of_statistics(channels_layout(x, training), g[1], g[2], x, out[1], out[2]) if needs[0] else None
+        grads = (None, None, None)
+        if g[0] is not None:
+            mask = [bool(n) for n in needs[:3]]
+            grads = aten.native_batch_norm_backward(g[0], x, weight, mean, var, out[1], out[2], training, eps, mask)
+        of_x = total(t for t in (grads[0], by_mean) if t is not None)
+        return [of_x, *grads[1:], *[None] * (len(needs) - 3)]
+
+    @jvp_of(op)
+    def _(tangents, out, x, weight, bias, *rest):
+        mean, var, training, eps = known(rest)
+        saved = (out[1], out[2]) if training else (mean, (var + eps).rsqrt())
+        moved = forward_tangent(channels_layout(x, training), tangents[:3], x, weight, *saved)
+        return (*(moved if training else (moved[0], None, None)), *[None] * (len(out) - 3))
+
+    @vmap_of(op)
+    def _(x, weight, bias, *rest, batched, size):
+        _, _, training, _ = known(rest)
+        rest = list(rest)
+        stats = [i for i, name in enumerate(names) if name in ("mean", "var")]
+        if not training and batched[0] and not any(batched[1:]):
+            out, mean, rstd, *others = call_op(overload(op), [x.flatten(0, 1), weight, bias, *rest])
+            out, alone = out.unflatten(0, (size, -1)), (mean, rstd, *others)
+            return (out, *(t.expand(size, *t.shape) for t in alone))
+        x, *vectors = (
+            None if t is None else into(with_batch(t, b, size), d)
+            for t, b, d in zip((x, weight, bias, *(rest[i] for i in stats)), batched, (1, 0, 0, 0, 0), strict=False)
+        )
+        for i, v in zip(stats, vectors[2:], strict=True):
+            rest[i] = v
+        out, *vectors = call_op(overload(op), [x, *vectors[:2], *rest])
+        return (out_of(out, 1, size), *(v.expand(size, 0) if v.numel() == 0 else out_of(v, 0, size) for v in vectors))
+
+
+batch_norm(aten.native_batch_norm, "mean var training momentum eps")
+batch_norm(aten._native_batch_norm_legit, "mean var training momentum eps")
+batch_norm(aten._native_batch_norm_legit_functional, "mean var training momentum eps")
+batch_norm(aten._native_batch_norm_legit_no_training, "mean var momentum eps")
+batch_norm(aten._native_batch_norm_legit.no_stats, "training momentum eps")
+
+
+@vjp_of(aten.native_batch_norm_backward)
+def _(cotangents, out, g, x, weight, mean, var, save_mean, save_rstd, training, eps, mask, *, needs):
+    saved = (save_mean, save_rstd) if training else (mean, (var + eps).rsqrt())
+    at = channels_layout(x, training)
+    return [*backward_cotangent(at, cotangents, g, x, weight, *saved, needs), None, None, None, None]
+
+
+@jvp_of(aten.native_batch_norm_backward)
+def _(tangents, out, g, x, weight, mean, var, save_mean, save_rstd, training, eps, mask):
+    saved = (save_mean, save_rstd) if training else (mean, (var + eps).rsqrt())
+    return backward_tangent(channels_layout(x, training), tangents[:3], mask, g, x, weight, *saved)
+
+
+@vmap_of(aten.native_batch_norm_backward)
+def _(g, x, *rest, batched, size):
+    *vectors, training, eps, mask = rest
+    g, x = (into(with_batch(t, b, size), 1) for t, b in zip((g, x), batched, strict=False))
+    vectors = [None if v is None else into(with_batch(v, b, size), 0) for v, b in zip(vectors, batched[2:], strict=True)]
+    of_x, *others = aten.native_batch_norm_backward(g, x, *vectors, training, eps, mask)
+    of_x = None if of_x is None else out_of(of_x, 1, size)
+    return (of_x, *(None if v is None else out_of(v, 0, size) for v in others))
+
+
+# ----- layer norm -----------------------------------------------------------------------------------------------------
+
+
+def trailing_layout(x: Tensor, shape: Sequence[int], centred: bool = True) -> Layout:
+    over = [d - len(shape) for d in range(len(shape))]
+    return Layout(over, list(range(x.dim() - len(shape))), shape, itself, itself, itself, itself, centred)
+
+
+def behind_batch(v: Tensor, rank: int) -> Tensor:
+    """A batch of weights shaped to broadcast against a batch of images of ``rank`` (the batch not counted)."""
+    return v.reshape(v.shape[0], *[1] * (rank + 1 - v.dim()), *v.shape[1:])
+
+
+@vjp_of(aten.native_layer_norm)
+def _(g, out, x, shape, weight, bias, *, needs):
+    by_mean = of_statistics(trailing_layout(x, shape), g[1], g[2], x, out[1], out[2]) if needs[0] else None
+    grads = (None, None, None)
+    if g[0] is not None:
+        mask = [bool(n) for n in needs]
+        grads = aten.native_layer_norm_backward(g[0], x, shape, out[1], out[2], weight, bias, mask)
+    return total(t for t in (grads[0], by_mean) if t is not None), *grads[1:]
+
+
+@jvp_of(aten.native_layer_norm)
+def _(tangents, out, x, shape, weight, bias):
+    return forward_tangent(trailing_layout(x, shape), tangents, x, weight, out[1], out[2])
+
+
+@vmap_of(aten.native_layer_norm)
+def _(x, shape, weight, bias, eps, *, batched, size):
+    x = with_batch(x, batched[0], size)
+    if not any(batched[1:]):
+        return aten.native_layer_norm(x, shape, weight, bias, eps)
+    out, mean, rstd = aten.native_layer_norm(x, shape, None, None, eps)
+    if weight is not None:
+        out = out * (behind_batch(weight, x.dim() - 1) if batched[1] else weight)
+    if bias is not None:
+        out = out + (behind_batch(bias, x.dim() - 1) if batched[2] else bias)
+    return out, mean, rstd
+
+
+@vjp_of(aten.native_layer_norm_backward)
+def _(cotangents, out, g, x, shape, mean, rstd, weight, bias, *, needs):
+    which = needs[0], needs[1], needs[4]
+    of_g, of_x, of_w = backward_cotangent(trailing_layout(x, shape), cotangents, g, x, weight, mean, rstd, which)
+    return of_g, of_x, None, None, of_w, None
+
+
+@jvp_of(aten.native_layer_norm_backward)
+def _(tangents, out, g, x, shape, mean, rstd, weight, bias, mask):
+    tg, tx, _, _, tw, _ = tangents
+    return backward_tangent(trailing_layout(x, shape), (tg, tx, tw), mask, g, x, weight, mean, rstd)
+
+
+@vmap_of(aten.native_layer_norm_backward)
+def _(g, x, shape, mean, rstd, weight, bias, mask, *, batched, size):
+    g, x, mean, rstd = (with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False))
+    of_x = of_w = of_b = None
+    if mask[0]:
+        apart = batched[4]
+        gh, w = (g * behind_batch(weight, x.dim() - 1), None) if apart else (g, weight)
+        of_x = aten.native_layer_norm_backward(gh, x, shape, mean, rstd, w, None, [True, False, False])[0]
+    shared = list(range(1, x.dim() - len(shape)))
+    if mask[1]:
+        each = g * ((x - mean) * rstd)
+        of_w = each.sum(shared) if shared else each
+    if mask[2]:
+        of_b = g.sum(shared) if shared else g
+    return of_x, of_w, of_b
+
+
+# ----- root-mean-square norm ------------------------------------------------------------------------------------------
+
+
+@vjp_of(aten._fused_rms_norm)
+def _(g, out, x, shape, weight, *, needs):
+    by_rstd = of_statistics(trailing_layout(x, shape, False), None, g[1], x, None, out[1]) if needs[0] else None
+    grads = (None, None)
+    if g[0] is not None:
+        grads = aten._fused_rms_norm_backward(g[0], x, shape, out[1], weight, [bool(n) for n in needs])
+    return total(t for t in (grads[0], by_rstd) if t is not None), grads[1]
+
+
+@jvp_of(aten._fused_rms_norm)
+def _(tangents, out, x, shape, weight):
+    at = trailing_layout(x, shape, False)
+    moved, _, of_rstd = forward_tangent(at, (*tangents, None), x, weight, None, out[1])
+    return moved, of_rstd
+
+
+@vmap_of(aten._fused_rms_norm)
+def _(x, shape, weight, eps, *, batched, size):
+    x = with_batch(x, batched[0], size)
+    if not batched[1]:
+        return aten._fused_rms_norm(x, shape, weight, eps)
+    out, rstd = aten._fused_rms_norm(x, shape, None, eps)
+    return out * behind_batch(weight, x.dim() - 1), rstd
+
+
+@vjp_of(aten._fused_rms_norm_backward)
+def _(cotangents, out, g, x, shape, rstd, weight, *, needs):
+    at, which = trailing_layout(x, shape, False), (needs[0], needs[1], needs[3])
+    of_g, of_x, of_w = backward_cotangent(at, (*cotangents, None), g, x, weight, None, rstd, which)
+    return of_g, of_x, None, of_w
+
+
+@jvp_of(aten._fused_rms_norm_backward)
+def _(tangents, out, g, x, shape, rstd, weight, mask):
+    tg, tx, _, tw = tangents
+    return backward_tangent(trailing_layout(x, shape, False), (tg, tx, tw), mask, g, x, weight, None, rstd)[:2]
+
+
+@vmap_of(aten._fused_rms_norm_backward)
+def _(g, x, shape, rstd, weight, mask, *, batched, size):
+    g, x, rstd = (with_batch(t, b, size) for t, b in zip((g, x, rstd), batched, strict=False))
+    of_x = of_w = None
+    if mask[0]:
+        gh, w = (g * behind_batch(weight, x.dim() - 1), None) if batched[3] else (g, weight)
+        of_x = aten._fused_rms_norm_backward(gh, x, shape, rstd, w, [True, False])[0]
+    if mask[1]:
+        shared = list(range(1, x.dim() - len(shape)))
+        each = g * (x * rstd)
+        of_w = each.sum(shared) if shared else each
+    return of_x, of_w
+
+
+# ----- group norm -----------------------------------------------------------------------------------------------------
+
+
+def groups_layout(x: Tensor, n: int, c: int, pixels: int, groups: int) -> Layout:
+    return Layout(
+        over=[2, 3],
+        shared=[0, 3],
+        shape=[c],
+        image=lambda v: v.reshape(n, groups, c // groups, pixels),
+        back=lambda v: v.reshape(x.shape),
+        affine=lambda v: v.reshape(1, groups, c // groups, 1),
+        stat=lambda v: v.reshape(n, groups, 1, 1),
+    )
+
+
+@vjp_of(aten.native_group_norm)
+def _(g, out, x, weight, bias, n, c, pixels, groups, *, needs):
+    at = groups_layout(x, n, c, pixels, groups)
+    by_mean = of_statistics(at, g[1], g[2], x, out[1], out[2]) if needs[0] else None
+    grads = (None, None, None)
+    if g[0] is not None:
+        mask = [bool(needs[0]), bool(needs[1]), bool(needs[2]) and weight is not None]
+        grads = aten.native_group_norm_backward(g[0], x, out[1], out[2], weight, n, c, pixels, groups, mask)
+        if needs[2] and weight is None:  # the kernel cannot do this one
+            grads = (*grads[:2], reduced(at.image(g[0]), at))
+    return total(t for t in (grads[0], by_mean) if t is not None), *grads[1:]
+
+
+@jvp_of(aten.native_group_norm)
+def _(tangents, out, x, weight, bias, n, c, pixels, groups):
+    return forward_tangent(groups_layout(x, n, c, pixels, groups), tangents, x, weight, out[1], out[2])
+
+
+@vmap_of(aten.native_group_norm)
+def _(x, weight, bias, n, c, pixels, groups, eps, *, batched, size):
+    x = with_batch(x, batched[0], size).flatten(0, 1)
+    apart = any(batched[1:])
+    affine = (None, None) if apart else (weight, bias)
+    outs = aten.native_group_norm(x, *affine, n * size, c, pixels, groups, eps)
+    out, mean, rstd = (t.unflatten(0, (size, -1)) for t in outs)
+    if apart and weight is not None:
+        out = out * along_channels(weight, x.dim() - 2)
+    if apart and bias is not None:
+        out = out + along_channels(bias, x.dim() - 2)
+    return out, mean, rstd
+
+
+@vjp_of(aten.native_group_norm_backward)
+def _(cotangents, out, g, x, mean, rstd, weight, n, c, pixels, groups, *, needs):
+    at, which = groups_layout(x, n, c, pixels, groups), (needs[0], needs[1], needs[4])
+    of_g, of_x, of_w = backward_cotangent(at, cotangents, g, x, weight, mean, rstd, which)
+    return of_g, of_x, None, None, of_w
+
+
+@jvp_of(aten.native_group_norm_backward)
+def _(tangents, out, g, x, mean, rstd, weight, n, c, pixels, groups, mask):
+    tg, tx, _, _, tw = tangents
+    at = groups_layout(x, n, c, pixels, groups)
+    return backward_tangent(at, (tg, tx, tw), mask, g, x, weight, mean, rstd)
+
+
+@vmap_of(aten.native_group_norm_backward)
+def _(g, x, mean, rstd, weight, n, c, pixels, groups, mask, *, batched, size):
+    g, x, mean, rstd = (with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False))
+    of_x = of_w = of_b = None
+    if mask[0]:
+        gh, w = (g * along_channels(weight, g.dim() - 3), None) if batched[4] else (g, weight)
+        flat = [t.flatten(0, 1) for t in (gh, x, mean, rstd)]
+        flat = aten.native_group_norm_backward(*flat, w, n * size, c, pixels, groups, [True, False, False])[0]
+        of_x = flat.unflatten(0, (size, -1))
+    if mask[1]:
+        at = groups_layout(x, n * size, c, pixels, groups)
+        each = (at.image(g) * at.hat(x, mean, rstd)).reshape(size, n, c, pixels)
+        of_w = each.sum([1, 3])
+    if mask[2]:
+        of_b = g.reshape(size, n, c, pixels).sum([1, 3])
+    return of_x, of_w, of_b

@@ -1,0 +1,376 @@
+"""What elementwise arithmetic means: sums and products, powers, unary functions, extrema, comparisons, complex numbers.
+
+A formula ``(g, out, *args)`` is the derivative times ``g``, without conjugates (see :func:`~.table.pointwise`). Where aten has
+one fused backward, that is the formula; where the output says it in one op less, the output is used. Conventions at points
+without a derivative (ties, bounds, zeros) are those of ``torch.autograd``.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from .table import aten, elementwise, jvp_of, linear, pointwise, tensor_args, total, vjp_of, vmap_of
+
+
+def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
+    """The overloads of ``packets`` that take and return tensors and write to none."""
+    for packet in packets:
+        for name in packet.overloads():
+            op = getattr(packet, name)
+            returns = [str(r.type) for r in op._schema.returns]
+            if tensor_args(op) and returns == ["Tensor"] and not op._schema.is_mutable:
+                yield op
+
+
+def times(g: Tensor, number: Any) -> Tensor:
+    """``g * number``, and ``g`` itself for one."""
+    return g if number == 1 else g * number
+
+
+def keep(mask: Tensor, g: Tensor) -> Tensor:
+    """``g`` where ``mask`` holds, zero elsewhere (even if ``g`` is not finite there)."""
+    return torch.where(mask, g, 0)
+
+
+# ----- sums, products, quotients --------------------------------------------------------------------------------------
+
+for op in functional(aten.add):
+    pointwise(op, lambda g, out, x, y, alpha: g, lambda g, out, x, y, alpha: times(g, alpha))
+for op in functional(aten.sub):
+    pointwise(op, lambda g, out, x, y, alpha: g, lambda g, out, x, y, alpha: times(-g, alpha))
+for op in functional(aten.rsub):
+    pointwise(op, lambda g, out, x, y, alpha: times(-g, alpha), lambda g, out, x, y, alpha: g)
+for op in functional(aten.mul):
+    pointwise(op, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
+for op in (aten.div.Tensor, aten.div.Scalar):
+    pointwise(op, lambda g, out, x, y: g / y, lambda g, out, x, y: -(g / y * out))
+for op in (
+    aten.div.Tensor_mode,
+    aten.div.Scalar_mode,
+):  # rounded: piecewise constant; rounding_mode=None: true division
+    pointwise(
+        op,
+        lambda g, out, x, y, mode: g / y if mode is None else torch.zeros_like(g),
+        lambda g, out, x, y, mode: -(g / y * out) if mode is None else torch.zeros_like(g),
+    )
+pointwise(aten.neg, lambda g, out, x: -g)
+pointwise(aten.reciprocal, lambda g, out, x: -(g * (out * out)))
+pointwise(
+    aten.addcmul,
+    lambda g, out, x, a, b, value: g,
+    lambda g, out, x, a, b, value: g * times(b, value),
+    lambda g, out, x, a, b, value: g * times(a, value),
+)
+pointwise(
+    aten.addcdiv,
+    lambda g, out, x, a, b, value: g,
+    lambda g, out, x, a, b, value: times(g, value) / b,
+    lambda g, out, x, a, b, value: -(times(g, value) / b * (a / b)),
+)
+pointwise(aten.lerp.Scalar, lambda g, out, x, y, w: g * (1 - w), lambda g, out, x, y, w: g * w)
+pointwise(
+    aten.lerp.Tensor,
+    lambda g, out, x, y, w: g * (1 - w),
+    lambda g, out, x, y, w: g * w,
+    lambda g, out, x, y, w: g * (y - x),
+)
+for op in (aten.fmod.Tensor, aten.fmod.Scalar):
+    pointwise(op, lambda g, out, x, y: g, lambda g, out, x, y: -(g * torch.div(x, y, rounding_mode="trunc")))
+for op in (aten.remainder.Tensor, aten.remainder.Scalar):
+    pointwise(op, lambda g, out, x, y: g, lambda g, out, x, y: -(g * torch.div(x, y, rounding_mode="floor")))
+pointwise(aten.remainder.Scalar_Tensor, lambda g, out, x, y: -(g * aten.floor(x / y)))
+pointwise(aten.frac, lambda g, out, x: g)
+for op in functional(aten.ldexp):
+    pointwise(op, lambda g, out, x, y: g * 2.0**y, lambda g, out, x, y: g * out * math.log(2))
+linear(aten.deg2rad, lambda g, x: aten.deg2rad(g), batch=elementwise(aten.deg2rad.default))
+linear(aten.rad2deg, lambda g, x: aten.rad2deg(g), batch=elementwise(aten.rad2deg.default))
+
+
+# ----- powers, roots, exponentials, logarithms ------------------------------------------------------------------------
+
+
+def power_of_number(g: Tensor, out: Tensor, x: Tensor, n: Any) -> Tensor:
+    if n == 0:
+        return torch.zeros_like(g)
+    if n == 1:
+        return g
+    return g * (x if n == 2 else x ** (n - 1)) * n
+
+
+def power_in_base(g: Tensor, out: Tensor, x: Tensor, n: Tensor) -> Tensor:
+    return g * torch.where(n == 0, 0, n * x ** (n - 1))
+
+
+def power_in_exponent(g: Tensor, out: Tensor, x: Any, n: Tensor) -> Tensor:
+    vanishes = (n.real if n.is_complex() else n) >= 0  # 0**n is constantly 0 there
+    if isinstance(x, Tensor):
+        return g * torch.where((x == 0) & vanishes, 0, out * x.log())
+    if x == 0:
+        return g * torch.where(vanishes, 0, out * -math.inf)
+    if isinstance(x, complex):
+        return g * (out * cmath.log(x))
+    return g * (out * (math.log(x) if x > 0 else math.nan))
+
+
+pointwise(aten.pow.Tensor_Scalar, power_of_number)
+pointwise(aten.pow.Tensor_Tensor, power_in_base, power_in_exponent)
+pointwise(aten.pow.Scalar, power_in_exponent)
+pointwise(aten.sqrt, lambda g, out, x: g / (2 * out))
+pointwise(aten.rsqrt, lambda g, out, x: g * out**3 * -0.5)
+pointwise(aten.exp, lambda g, out, x: g * out)
+pointwise(aten.exp2, lambda g, out, x: g * out * math.log(2))
+pointwise(aten.expm1, lambda g, out, x: g * (out + 1))
+pointwise(aten.log, lambda g, out, x: g / x)
+pointwise(aten.log2, lambda g, out, x: g / (x * math.log(2)))
+pointwise(aten.log10, lambda g, out, x: g / (x * math.log(10)))
+pointwise(aten.log1p, lambda g, out, x: g / (x + 1))
+pointwise(aten.logaddexp, lambda g, out, x, y: g * aten.sigmoid(x - y), lambda g, out, x, y: g * aten.sigmoid(y - x))
+pointwise(aten.logaddexp2, lambda g, out, x, y: g / (1 + 2.0 ** (y - x)), lambda g, out, x, y: g / (1 + 2.0 ** (x - y)))
+
+
+def through(log: Any, floor: float) -> Any:
+    """The derivative of ``x * log(y)`` in ``x``; where ``x`` is 0 and ``y`` not above ``floor`` the product is constantly 0."""
+
+    def formula(g: Tensor, out: Tensor, x: Tensor, y: Any) -> Tensor:
+        if isinstance(y, Tensor):
+            return log(g, y).masked_fill((x == 0) & (y <= floor), 0)
+        return log(g, y) if y > floor else log(g, y).masked_fill(x == 0, 0)
+
+    return formula
+
+
+in_x, in_y = through(aten.xlogy, 0), lambda g, out, x, y: g * x / y
+pointwise(aten.xlogy.Tensor, in_x, in_y)
+pointwise(aten.xlogy.Scalar_Other, in_x)
+pointwise(aten.xlogy.Scalar_Self, in_y)
+in_x, in_y = through(aten.special_xlog1py, -1), lambda g, out, x, y: g * x / (y + 1)
+pointwise(aten.special_xlog1py, in_x, in_y)
+pointwise(aten.special_xlog1py.other_scalar, in_x)
+pointwise(aten.special_xlog1py.self_scalar, in_y)
+
+
+# ----- circular and hyperbolic functions ------------------------------------------------------------------------------
+
+pointwise(aten.sin, lambda g, out, x: g * aten.cos(x))
+pointwise(aten.cos, lambda g, out, x: -(g * aten.sin(x)))
+pointwise(aten.tan, lambda g, out, x: g * (1 + out * out))
+pointwise(aten.asin, lambda g, out, x: g * aten.rsqrt(1 - x * x))
+pointwise(aten.acos, lambda g, out, x: -(g * aten.rsqrt(1 - x * x)))
+pointwise(aten.atan, lambda g, out, x: g / (x * x + 1))
+pointwise(aten.sinh, lambda g, out, x: g * aten.cosh(x))
+pointwise(aten.cosh, lambda g, out, x: g * aten.sinh(x))
+# tanh_backward and sigmoid_backward conjugate the output themselves, which a formula must not
+pointwise(aten.tanh, lambda g, out, x: aten.tanh_backward(g, out.conj()))
+pointwise(aten.sigmoid, lambda g, out, x: aten.sigmoid_backward(g, out.conj()))
+pointwise(aten.asinh, lambda g, out, x: g * aten.rsqrt(x * x + 1))
+pointwise(aten.acosh, lambda g, out, x: g * (aten.rsqrt(x - 1) * aten.rsqrt(x + 1)))
+pointwise(aten.atanh, lambda g, out, x: g / (1 - x * x))
+pointwise(
+    aten.atan2,
+    lambda g, out, y, x: g * (x / (x * x + y * y)),
+    lambda g, out, y, x: -(g * (y / (x * x + y * y))),
+)
+pointwise(aten.hypot, lambda g, out, x, y: g * (x / out), lambda g, out, x, y: g * (y / out))
+
+
+@vjp_of(aten.tanh_backward)
+def _(h: Tensor, out: Tensor, g: Tensor, y: Tensor) -> list[Tensor]:
+    return [aten.tanh_backward(h, y.conj()), h.conj() * g * y.conj() * -2]
+
+
+@jvp_of(aten.tanh_backward)
+def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) -> Tensor | None:
+    tg, ty = tangents
+    terms = (tg is not None and aten.tanh_backward(tg, y), ty is not None and g * (ty * y).conj() * -2)
+    return total(t for t in terms if t is not False)
+
+
+@vjp_of(aten.sigmoid_backward)
+def _(h: Tensor, out: Tensor, g: Tensor, y: Tensor) -> list[Tensor]:
+    return [aten.sigmoid_backward(h, y.conj()), h.conj() * g * (1 - 2 * y).conj()]
+
+
+@jvp_of(aten.sigmoid_backward)
+def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) -> Tensor | None:
+    tg, ty = tangents
+    terms = (tg is not None and aten.sigmoid_backward(tg, y), ty is not None and g * (ty * (1 - 2 * y)).conj())
+    return total(t for t in terms if t is not False)
+
+
+for op in (aten.tanh_backward.default, aten.sigmoid_backward.default):
+    vmap_of(op)(elementwise(op))
+
+
+# ----- extrema, bounds, choices ---------------------------------------------------------------------------------------
+
+pointwise(aten.abs, lambda g, out, x: g * aten.sgn(x))
+
+
+@jvp_of(aten.abs)
+def _(tangents: tuple[Tensor], out: Tensor, x: Tensor) -> Tensor:
+    product = tangents[0] * aten.sgn(x).conj()
+    return product.real if x.is_complex() else product
+
+
+def split_on_ties(g: Tensor, x: Tensor, y: Tensor, lost: Tensor) -> Tensor:
+    """``g`` to the winner, half of it to each of two equals."""
+    return torch.where(x == y, g / 2, g).masked_fill(lost, 0)
+
+
+pointwise(
+    aten.maximum,
+    lambda g, out, x, y: split_on_ties(g, x, y, x < y),
+    lambda g, out, x, y: split_on_ties(g, x, y, x > y),
+)
+pointwise(
+    aten.minimum,
+    lambda g, out, x, y: split_on_ties(g, x, y, x > y),
+    lambda g, out, x, y: split_on_ties(g, x, y, x < y),
+)
+pointwise(
+    aten.fmax,
+    lambda g, out, x, y: keep((x >= y) | y.isnan(), g),
+    lambda g, out, x, y: g.masked_fill((x >= y) | y.isnan(), 0),
+)
+pointwise(
+    aten.fmin,
+    lambda g, out, x, y: keep((x <= y) | y.isnan(), g),
+    lambda g, out, x, y: g.masked_fill((x <= y) | y.isnan(), 0),
+)
+
+
+def clamped(g: Tensor, out: Tensor, x: Tensor, low: Any, high: Any) -> Tensor:
+    if low is None:
+        return keep(x <= high, g)
+    if high is None:
+        return keep(x >= low, g)
+    return keep((x >= low) & (x <= high), g)
+
+
+def clamped_in_low(g: Tensor, out: Tensor, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:
+    return keep(x < low if high is None else (x < low) & (low < high), g)
+
+
+def clamped_in_high(g: Tensor, out: Tensor, x: Tensor, low: Tensor | None, high: Tensor) -> Tensor:
+    return keep(x > high if low is None else (x > high) | (high < low), g)
+
+
+pointwise(aten.clamp, clamped)
+pointwise(aten.clamp.Tensor, clamped, clamped_in_low, clamped_in_high)
+for op in (aten.clamp_min.default, aten.clamp_min.Tensor):
+    pointwise(op, lambda g, out, x, low: keep(x >= low, g), lambda g, out, x, low: keep(x < low, g))
+for op in (aten.clamp_max.default, aten.clamp_max.Tensor):
+    pointwise(op, lambda g, out, x, high: keep(x <= high, g), lambda g, out, x, high: keep(x > high, g))
+for op in functional(aten.copysign):
+    pointwise(op, lambda g, out, x, y: g * (out / x).masked_fill(x == 0, 0))
+pointwise(aten.nextafter, lambda g, out, x, y: keep(x != y, g))
+pointwise(aten.nan_to_num, lambda g, out, x: g * (x - x == 0))
+pointwise(aten.where.self, None, lambda g, out, c, x, y: keep(c, g), lambda g, out, c, x, y: g.masked_fill(c, 0))
+pointwise(aten.masked_fill.Scalar, lambda g, out, x, mask: g.masked_fill(mask, 0))
+pointwise(
+    aten.masked_fill.Tensor,
+    lambda g, out, x, mask, value: g.masked_fill(mask, 0),
+    None,
+    lambda g, out, x, mask, value: keep(mask, g),
+)
+
+
+@vmap_of(aten.masked_fill.Tensor)
+def _(x: Tensor, mask: Tensor, value: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
+    # the op wants a 0-dim value, which a batched one no longer is
+    return elementwise(aten.where.self)(mask, value.to(x.dtype), x, batched=(batched[1], batched[2], batched[0]))
+
+
+@vjp_of(aten.frexp.Tensor, diff_outputs=(0,))
+def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
+    return [g[0] / outs[1].exp2()]
+
+
+vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
+
+
+# ----- complex numbers ------------------------------------------------------------------------------------------------
+
+for op in (aten._conj.default, aten._conj_physical.default):
+    linear(op, lambda g, x: g.conj(), batch=elementwise(op))
+linear(aten._neg_view, lambda g, x: -g, batch=elementwise(aten._neg_view.default))
+linear(
+    aten.view_as_real, lambda g, x: aten.view_as_complex(g.contiguous()), batch=elementwise(aten.view_as_real.default)
+)
+linear(aten.view_as_complex, lambda g, x: aten.view_as_real(g), batch=elementwise(aten.view_as_complex.default))
+
+
+@vjp_of(aten.complex)
+def _(g: Tensor, out: Tensor) -> list[Tensor]:
+    return [g.real, g.imag]
+
+
+@jvp_of(aten.complex)
+def _(tangents: tuple[Tensor | None, ...], out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    tx, ty = tangents
+    return aten.complex(torch.zeros_like(x) if tx is None else tx, torch.zeros_like(y) if ty is None else ty)
+
+
+@vjp_of(aten.polar)
+def _(g: Tensor, out: Tensor) -> list[Tensor]:
+    return [(g.conj() * aten.sgn(out)).real, (g.conj() * (out * 1j)).real]
+
+
+@vjp_of(aten.angle)
+def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor | None]:
+    if not z.is_complex():
+        return [None]
+    return [torch.where(z == 0, 0, g * 1j / z.conj())]
+
+
+@vjp_of(aten.sgn)
+def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor | None]:
+    if not z.is_complex():
+        return [None]
+    return [torch.where(z == 0, 0, (g - out * (out.conj() * g).real) / z.abs())]
+
+
+for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sgn.default):
+    vmap_of(op)(elementwise(op))
+
+
+# ----- copies ---------------------------------------------------------------------------------------------------------
+
+
+def copying(op: OpOverload) -> Any:
+    """The vmap rule of an op whose ``memory_format`` may fit only the unbatched rank: values matter, strides do not."""
+    batch, at = elementwise(op), [a.name for a in op._schema.arguments].index("memory_format")
+
+    def rule(*args: Any, batched: tuple[bool, ...]) -> Tensor:
+        full = list(args)
+        if full[at] in (torch.channels_last, torch.channels_last_3d):
+            full[at] = torch.contiguous_format
+        return batch(*full, batched=batched)
+
+    return rule
+
+
+linear(aten.clone, lambda g, x: g, batch=copying(aten.clone.default))
+linear(aten._to_copy, lambda g, x: g.to(x.device), batch=copying(aten._to_copy.default))  # the walker casts the dtype
+for op in (aten.alias.default, aten.lift.default, aten.lift_fresh.default, aten._lazy_clone.default):
+    linear(op, lambda g, x: g, batch=elementwise(op))
+
+
+# ----- no derivative: rounding, comparisons, logic, bits --------------------------------------------------------------
+
+for op in functional(
+    *(aten.floor, aten.ceil, aten.trunc, aten.round, aten.sign, aten.floor_divide, aten.heaviside),
+    *(aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge),
+    *(aten.isnan, aten.isinf, aten.isposinf, aten.isneginf, aten.signbit),
+    *(aten.logical_and, aten.logical_or, aten.logical_xor, aten.logical_not),
+    *(aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.bitwise_not),
+    *(aten.bitwise_left_shift, aten.bitwise_right_shift, aten.__lshift__, aten.__rshift__, aten.gcd, aten.lcm),
+):
+    pointwise(op)

@@ -1,0 +1,260 @@
+"""What drawing random numbers means: no derivative, and under vmap one draw for all or one for each sample.
+
+``randomness="different"`` draws the whole batch at once. ``randomness="same"`` draws for one sample what the op would
+draw there without vmap, and shares it; parameters that differ between the samples are applied to the shared draw
+afterwards, or refused where that cannot be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from .pointwise import functional
+from .table import aten, call_op, jvp_of, nondiff, pointwise, tensor_args, vjp_of, vmap_of
+
+
+def shared(draw: Tensor, size: int) -> Tensor:
+    """One sample's draw, as a batch."""
+    return draw.expand(size, *draw.shape)
+
+
+def full_batch(x: Tensor, batched: bool, size: int) -> Tensor:
+    return x if batched else x.expand(size, *x.shape)
+
+
+def aligned(tensors: Any, batched: Any, size: int) -> list[Tensor]:
+    """The tensors as batches, ranks equal so that they broadcast sample by sample."""
+    rank = max(x.dim() - b for x, b in zip(tensors, batched, strict=True))
+    batches = [full_batch(x, b, size) for x, b in zip(tensors, batched, strict=True)]
+    return [x.reshape(size, *[1] * (rank + 1 - x.dim()), *x.shape[1:]) for x in batches]
+
+
+def no_shared_draw(op: OpOverload) -> RuntimeError:
+    return RuntimeError(
+        f"vmap: {op} with randomness='same' cannot share one draw, because the distribution differs between samples; "
+        "use randomness='different', or draw from a fixed distribution and transform the draw"
+    )
+
+
+# ----- draws of a given shape -----------------------------------------------------------------------------------------
+
+
+def of_size(op: OpOverload) -> Callable[..., Tensor]:
+    at = [a.name for a in op._schema.arguments].index("size")
+
+    def batch(*args: Any, size: int, randomness: str) -> Tensor:
+        if randomness == "same":
+            return shared(call_op(op, args), size)
+        return call_op(op, [*args[:at], [size, *args[at]], *args[at + 1 :]])
+
+    return batch
+
+
+def sized(*packets: Any) -> list[OpOverload]:
+    """The overloads that make a tensor of a ``size`` from numbers."""
+    ops = [getattr(p, name) for p in packets for name in p.overloads() if "names" not in name and "out" not in name]
+    return [op for op in ops if "size" in [a.name for a in op._schema.arguments] and not tensor_args(op)]
+
+
+nondiff(*sized(aten.rand, aten.randn, aten.randint, aten.normal), batch=of_size)
+
+
+def permutations(op: OpOverload) -> Callable[..., Tensor]:
+    def batch(*args: Any, size: int, randomness: str) -> Tensor:
+        return (
+            shared(call_op(op, args), size)
+            if randomness == "same"
+            else torch.stack([call_op(op, args) for _ in range(size)])
+        )
+
+    return batch
+
+
+nondiff(aten.randperm, aten.randperm.generator, batch=permutations)
+
+
+# ----- draws of the shape of a tensor ---------------------------------------------------------------------------------
+
+
+def of_shape(op: OpOverload) -> Callable[..., Tensor]:
+    """The first tensor argument gives only shape and dtype; there may be a 0-dim bound that must not be batched."""
+    names = [a.name for a in op._schema.arguments]
+    where = tensor_args(op)
+
+    def batch(*args: Any, batched: tuple[bool, ...], size: int, randomness: str) -> Tensor:
+        if any(batched[1:]):
+            raise no_shared_draw(op)
+        full = list(args)
+        like = full[where[0]]
+        if randomness == "same":
+            full[where[0]] = like[0] if batched[0] else like
+            return shared(call_op(op, full), size)
+        full[where[0]] = full_batch(like, batched[0], size)
+        if "memory_format" in names:  # it may fit only the unbatched rank
+            full[names.index("memory_format")] = None
+        return call_op(op, full)
+
+    return batch
+
+
+nondiff(
+    *functional(aten.rand_like, aten.randn_like, aten.randint_like, aten.uniform, aten.normal_functional),
+    *functional(aten.exponential, aten.cauchy, aten.geometric, aten.log_normal, aten.random),
+    aten.bernoulli.p,
+    batch=of_shape,
+)
+
+
+# ----- draws from a distribution for each element ---------------------------------------------------------------------
+
+
+def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
+    """The tensor arguments are the parameters, and broadcast."""
+    where = tensor_args(op)
+
+    def batch(*args: Any, batched: tuple[bool, ...], size: int, randomness: str) -> Tensor:
+        full = list(args)
+        if randomness == "same":
+            if any(batched):
+                raise no_shared_draw(op)
+            return shared(call_op(op, full), size)
+        for i, x in zip(where, aligned([args[i] for i in where], batched, size), strict=True):
+            full[i] = x
+        return call_op(op, full)
+
+    return batch
+
+
+nondiff(aten.poisson, aten.binomial, batch=of_parameters)
+vmap_of(aten._standard_gamma)(of_parameters(aten._standard_gamma.default))
+vmap_of(aten._sample_dirichlet)(of_parameters(aten._sample_dirichlet.default))
+
+
+@vjp_of(aten._standard_gamma)
+def _(g: Tensor, out: Tensor, concentration: Tensor) -> list[Tensor]:
+    return [g * aten._standard_gamma_grad(concentration, out)]
+
+
+nondiff(
+    aten.bernoulli, aten.bernoulli.Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor
+)
+
+
+@vmap_of(aten.bernoulli)
+def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness: str) -> Tensor:
+    if randomness == "different":
+        return aten.bernoulli(full_batch(p, batched[0], size), generator=generator)
+    if not batched[0]:
+        return shared(aten.bernoulli(p, generator=generator), size)
+    draw = aten.rand.generator(p.shape[1:], generator=generator, dtype=p.dtype, device=p.device)
+    return (draw < p).to(p.dtype)
+
+
+@vmap_of(aten.bernoulli.Tensor)
+def _(x: Tensor, p: Tensor, generator: Any, *, batched: tuple[bool, bool], size: int, randomness: str) -> Tensor:
+    like, p = aligned([x, p], batched, size)
+    if randomness == "different":
+        return aten.bernoulli.Tensor(like, p, generator=generator)
+    draw = aten.rand.generator(like.shape[1:], generator=generator, dtype=p.dtype, device=p.device)
+    return (draw < p).to(x.dtype)
+
+
+def normal(mean: Any, std: Any, generator: Any, batched: list[bool], size: int, randomness: str) -> Tensor:
+    """``mean + std * noise``, as the op itself computes it."""
+    tensors = [v for v in (mean, std) if isinstance(v, Tensor)]
+    values = iter(aligned(tensors, batched, size))
+    mean, std = (next(values) if isinstance(v, Tensor) else v for v in (mean, std))
+    shape = torch.broadcast_shapes(*(v.shape for v in (mean, std) if isinstance(v, Tensor)))
+    width = 1.0 if isinstance(std, Tensor) else std
+    noise = aten.normal.float_float(
+        0.0,
+        width,
+        shape[1:] if randomness == "same" else shape,
+        generator=generator,
+        dtype=tensors[0].dtype,
+        device=tensors[0].device,
+    )
+    noise = noise * std if isinstance(std, Tensor) else shared(noise, size) if randomness == "same" else noise
+    return noise + mean
+
+
+@vmap_of(aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor)
+def _(mean: Any, std: Any, generator: Any, *, batched: tuple[bool, ...], size: int, randomness: str) -> Tensor:
+    return normal(mean, std, generator, list(batched), size, randomness)
+
+
+nondiff(aten.multinomial)
+
+
+@vmap_of(aten.multinomial)
+def _(
+    p: Tensor, count: int, replacement: bool, generator: Any, *, batched: tuple[bool], size: int, randomness: str
+) -> Tensor:
+    def draw(p: Tensor) -> Tensor:
+        return aten.multinomial(p, count, replacement, generator=generator)
+
+    if randomness == "same":
+        if batched[0]:
+            raise no_shared_draw(aten.multinomial.default)
+        return shared(draw(p), size)
+    p = full_batch(p, batched[0], size)
+    return draw(p.flatten(0, -2)).reshape(*p.shape[:-1], count)
+
+
+# ----- dropout --------------------------------------------------------------------------------------------------------
+
+
+def dropout_scale(p: float, train: bool | None) -> float:
+    if train is False:
+        return 1.0
+    return 0.0 if p == 1 else 1 / (1 - p)
+
+
+@vjp_of(aten.native_dropout, diff_outputs=(0,))
+def _(g: Any, outs: Any, x: Tensor, p: float, train: bool | None) -> list[Tensor]:
+    return [aten.native_dropout_backward(g[0], outs[1], dropout_scale(p, train))]
+
+
+@jvp_of(aten.native_dropout)
+def _(tangents: tuple[Tensor], outs: Any, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, None]:
+    return aten.native_dropout_backward(tangents[0], outs[1], dropout_scale(p, train)), None
+
+
+@vmap_of(aten.native_dropout)
+def _(
+    x: Tensor, p: float, train: bool | None, *, batched: tuple[bool], size: int, randomness: str
+) -> tuple[Tensor, Tensor]:
+    x = full_batch(x, batched[0], size)
+    if randomness == "different":
+        return aten.native_dropout(x, p, train)
+    mask = aten.native_dropout(x[0], p, train)[1]
+    return x * mask * dropout_scale(p, train), shared(mask, size)
+
+
+pointwise(aten.native_dropout_backward, lambda h, out, g, mask, scale: aten.native_dropout_backward(h, mask, scale))
+
+
+@vmap_of(aten.rrelu_with_noise_functional)
+def _(
+    x: Tensor,
+    noise: Tensor,
+    low: float,
+    high: float,
+    train: bool,
+    generator: Any,
+    *,
+    batched: tuple[bool, bool],
+    size: int,
+    randomness: str,
+) -> tuple[Tensor, Tensor]:
+    x, noise = full_batch(x, batched[0], size), full_batch(noise, batched[1], size)
+    if randomness == "different" or not train:
+        return aten.rrelu_with_noise_functional(x, noise, low, high, train, generator)
+    slopes = aten.uniform(noise[0], low, high, generator=generator)  # used where x is not positive
+    noise = torch.where(x > 0, 1, slopes)
+    return x * noise, noise

@@ -1,0 +1,429 @@
+"""What reductions, scans and selections along a dimension mean.
+
+Shapes: ``out`` has the reduced dimensions removed, or 1 with ``keepdim``; :func:`restored` brings a cotangent of it
+back to a shape that broadcasts against the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from .pointwise import keep
+from .table import aten, jvp_of, linear, nondiff, shifted, vjp_of, vmap_of
+
+# ----- helpers --------------------------------------------------------------------------------------------------------
+
+
+def every(x: Tensor, dim: Any) -> tuple[int, ...]:
+    """The dimensions that ``dim`` names, not negative: an int, a list, or ``None`` or ``[]`` for all."""
+    if isinstance(dim, int):
+        dim = [dim]
+    return tuple(d % x.dim() for d in dim) if dim and x.dim() else tuple(range(x.dim()))
+
+
+def restored(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """``g`` with the reduced dimensions of ``x`` put back as 1."""
+    if keepdim or x.dim() == 0:
+        return g
+    dims = every(x, dim)
+    if len(dims) == 1:
+        return g.unsqueeze(dims[0])
+    return g.reshape([1 if d in dims else n for d, n in enumerate(x.shape)])
+
+
+def count(x: Tensor, dim: Any) -> Any:
+    """How many elements each output is made of."""
+    return math.prod(x.shape[d] for d in every(x, dim))
+
+
+def per_sample(op: Any) -> Callable[..., Any]:
+    """The vmap rule of a reduction of everything, from ``op(x, dims, *rest)`` that reduces some dimensions."""
+
+    def batch(x: Tensor, *rest: Any) -> Any:
+        x = x.unsqueeze(1) if x.dim() == 1 else x
+        return op(x, list(range(1, x.dim())), *rest)
+
+    return batch
+
+
+def rows(x: Tensor) -> Tensor:
+    """A batch of tensors as a batch of vectors."""
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+
+
+def summed(op: Any) -> Callable[..., Any]:
+    """``op`` with its keyword-only ``dtype`` given by position, without keeping dimensions."""
+    return lambda x, dims, dtype=None: op(x, dims, dtype=dtype)
+
+
+# ----- sums and means -------------------------------------------------------------------------------------------------
+
+linear(aten.sum, lambda g, x: g.expand(x.shape), batch=per_sample(summed(aten.sum)))
+linear(
+    aten.sum.dim_IntList,
+    lambda g, x, dim, keepdim: restored(g, x, dim, keepdim).expand(x.shape),
+    batch=shifted(aten.sum.dim_IntList, "dim"),
+)
+linear(aten.mean, lambda g, x: (g / x.numel()).expand(x.shape), batch=per_sample(summed(aten.mean)))
+linear(
+    aten.mean.dim,
+    lambda g, x, dim, keepdim: (restored(g, x, dim, keepdim) / count(x, dim)).expand(x.shape),
+    batch=shifted(aten.mean.dim, "dim"),
+)
+linear(
+    aten.trace,
+    lambda g, x: g * torch.eye(*x.shape, dtype=g.dtype, device=g.device),
+    batch=lambda x: x.diagonal(0, 1, 2).sum(1),
+)
+
+
+@vjp_of(aten.nansum)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
+    return [restored(g, x, dim, keepdim) * (x == x)]
+
+
+vmap_of(aten.nansum)(shifted(aten.nansum, "dim"))
+
+
+# ----- variance and norms ---------------------------------------------------------------------------------------------
+
+
+def var_backward(g: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> Tensor:
+    freedom = max(count(x, dim) - (1 if correction is None else correction), 0)
+    factor = 2 / freedom if freedom else math.inf
+    return restored(g, x, dim, keepdim) * factor * (x - x.mean(every(x, dim), keepdim=True))
+
+
+def std_backward(g: Tensor, std: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> Tensor:
+    return var_backward((g / (2 * std)).masked_fill(std == 0, 0), x, dim, correction, keepdim)
+
+
+def mean_backward(g: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
+    return (restored(g, x, dim, keepdim) / count(x, dim)).expand(x.shape)
+
+
+@vjp_of(aten.var.correction)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> list[Tensor]:
+    return [var_backward(g, x, dim, correction, keepdim)]
+
+
+@vjp_of(aten.std.correction)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> list[Tensor]:
+    return [std_backward(g, out, x, dim, correction, keepdim)]
+
+
+def with_mean(
+    backward: Callable[..., Tensor], g: Any, outs: Any, x: Tensor, dim: Any, correction: Any, keepdim: bool
+) -> Any:
+    terms = []
+    if g[0] is not None:
+        terms.append(backward(g[0], outs[0], x, dim, correction, keepdim))
+    if g[1] is not None:
+        terms.append(mean_backward(g[1], x, dim, keepdim))
+    return [sum(terms[1:], terms[0])]
+
+
+@vjp_of(aten.var_mean.correction)
+def _(g: Any, outs: Any, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> list[Tensor]:
+    return with_mean(lambda g, var, *rest: var_backward(g, *rest), g, outs, x, dim, correction, keepdim)
+
+
+@vjp_of(aten.std_mean.correction)
+def _(g: Any, outs: Any, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> list[Tensor]:
+    return with_mean(std_backward, g, outs, x, dim, correction, keepdim)
+
+
+for op in (aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction):
+    vmap_of(op)(shifted(op, "dim"))
+
+
+def norm_backward(g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any = None, keepdim: bool = False) -> Tensor:
+    p = 2.0 if p is None else float(p)
+    g, norm = restored(g, x, dim, keepdim), restored(norm, x, dim, keepdim)
+    if p == 0:
+        return torch.zeros_like(x)
+    if p == 1:
+        return g * x.sgn()
+    if p == 2:
+        return x * (g / norm).masked_fill(norm == 0, 0)
+    if math.isinf(p):  # the extreme elements share alike
+        size = x.abs()
+        extreme = (size == norm) | (size != size)
+        return x.sgn() * extreme * (g / extreme.sum(every(x, dim), keepdim=True))
+    if p < 1:
+        return (x.sgn() * x.abs() ** (p - 1)).masked_fill(x == 0, 0) * g * norm ** (1 - p)
+    scale = (g * norm ** (1 - p)).masked_fill(norm == 0, 0)
+    return (x.sgn() * x.abs() ** (p - 1) if p < 2 else x * x.abs() ** (p - 2)) * scale
+
+
+@vjp_of(aten.linalg_vector_norm)
+def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> list[Tensor]:
+    return [norm_backward(g, out, x, p, dim, keepdim)]
+
+
+vmap_of(aten.linalg_vector_norm)(shifted(aten.linalg_vector_norm, "dim"))
+
+
+@vjp_of(aten.norm.Scalar)
+def _(g: Tensor, out: Tensor, x: Tensor, p: Any) -> list[Tensor]:
+    return [norm_backward(g, out, x, p)]
+
+
+@vjp_of(aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
+def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> list[Tensor]:
+    return [norm_backward(g, out, x, p, dim, keepdim)]
+
+
+@vjp_of(aten.norm.ScalarOpt_dtype)
+def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dtype: Any) -> list[Tensor]:
+    return [norm_backward(g, out, x, p)]
+
+
+vmap_of(aten.norm.Scalar)(per_sample(lambda x, dims, p: aten.norm.ScalarOpt_dim(x, p, dims)))
+vmap_of(aten.norm.ScalarOpt_dtype)(
+    per_sample(lambda x, dims, p, dtype: aten.norm.ScalarOpt_dim_dtype(x, p, dims, False, dtype=dtype))
+)
+for op in (aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype):
+    vmap_of(op)(shifted(op, "dim"))
+
+
+@vjp_of(aten.dist)
+def _(g: Tensor, out: Tensor, x: Tensor, y: Tensor, p: Any) -> list[Tensor]:
+    along = norm_backward(g, out, x - y, p)
+    return [along, -along]
+
+
+@vmap_of(aten.dist)
+def _(x: Tensor, y: Tensor, p: Any) -> Tensor:
+    rank = max(x.dim(), y.dim())
+    x, y = (v.reshape(v.shape[0], *[1] * (rank - v.dim()), *v.shape[1:]) for v in (x, y))
+    return aten.linalg_vector_norm(rows(x - y), p, [1])
+
+
+# ----- extreme values: ties share the cotangent of amax, and of max without a dimension -------------------------------
+
+
+def share(g: Tensor, mask: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``g`` in equal parts to the places that ``mask`` marks."""
+    return g / mask.sum(dims, keepdim=True) * mask
+
+
+def equals(x: Tensor, out: Tensor) -> Tensor:
+    """Where ``x`` is ``out``; if that is NaN, where ``x`` is NaN."""
+    return (x == out) | ((x != x) & (out != out))
+
+
+@vjp_of(aten.amax, aten.amin)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
+    return [share(restored(g, x, dim, keepdim), x == restored(out, x, dim, keepdim), every(x, dim))]
+
+
+@jvp_of(aten.amax, aten.amin)
+def _(tangents: tuple[Tensor], out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
+    mask = x == restored(out, x, dim, keepdim)
+    return keep(mask, tangents[0]).sum(every(x, dim), keepdim) / mask.sum(every(x, dim), keepdim)
+
+
+@vjp_of(aten.max, aten.min, aten.median, aten.nanmedian)
+def _(g: Tensor, out: Tensor, x: Tensor) -> list[Tensor]:
+    mask = equals(x, out)
+    return [g / mask.sum() * mask]
+
+
+@jvp_of(aten.max, aten.min, aten.median, aten.nanmedian)
+def _(tangents: tuple[Tensor], out: Tensor, x: Tensor) -> Tensor:
+    mask = equals(x, out)
+    return keep(mask, tangents[0]).sum() / mask.sum()
+
+
+@vjp_of(aten.aminmax)
+def _(g: Any, outs: Any, x: Tensor, dim: int | None, keepdim: bool) -> list[Tensor]:
+    terms = [
+        share(restored(c, x, dim, keepdim), equals(x, restored(out, x, dim, keepdim)), every(x, dim))
+        for c, out in zip(g, outs, strict=True)
+        if c is not None
+    ]
+    return [sum(terms[1:], terms[0])]
+
+
+for op in (aten.amax.default, aten.amin.default):
+    vmap_of(op)(shifted(op, "dim"))
+vmap_of(aten.max)(per_sample(aten.amax))
+vmap_of(aten.min)(per_sample(aten.amin))
+vmap_of(aten.median)(lambda x: aten.median.dim(rows(x), 1)[0])
+vmap_of(aten.nanmedian)(lambda x: aten.nanmedian.dim(rows(x), 1)[0])
+
+
+@vmap_of(aten.aminmax)
+def _(x: Tensor, dim: int | None, keepdim: bool) -> tuple[Tensor, Tensor]:
+    low, high = aten.aminmax(rows(x), dim=1) if dim is None else shifted(aten.aminmax, "dim")(x, dim, keepdim)
+    ones = [1] * (x.dim() - 1) if dim is None and keepdim else []
+    return (low.reshape(-1, *ones), high.reshape(-1, *ones)) if ones else (low, high)
+
+
+# ----- selections: the values are the input at the indices ------------------------------------------------------------
+
+
+def selection(op: OpOverload) -> None:
+    """The rules of an op ``(x, …, dim, …) -> (values, indices)`` with ``values = x.gather(dim, indices)``."""
+    names = [a.name for a in op._schema.arguments]
+    dim_at, keepdim_at = names.index("dim"), names.index("keepdim") if "keepdim" in names else None
+
+    def place(args: Any) -> tuple[int, bool]:
+        """The dimension, and whether the outputs lack it."""
+        return args[dim_at], keepdim_at is not None and not args[keepdim_at] and args[0].dim() > 0
+
+    def vjp(g: Any, outs: Any, *args: Any) -> list[Tensor]:
+        dim, lacking = place(args)
+        values, indices = (v.unsqueeze(dim) if lacking else v for v in (g[0], outs[1]))
+        return [values.new_zeros(args[0].shape).scatter(dim, indices, values)]
+
+    def jvp(tangents: Any, outs: Any, *args: Any) -> tuple[Tensor, None]:
+        dim, lacking = place(args)
+        if lacking:
+            return tangents[0].gather(dim, outs[1].unsqueeze(dim)).squeeze(dim), None
+        return tangents[0].gather(dim, outs[1]), None
+
+    vjp_of(op, diff_outputs=(0,))(vjp)
+    jvp_of(op)(jvp)
+    vmap_of(op)(shifted(op, "dim"))
+
+
+for op in (
+    *(aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default),
+    *(aten.topk.default, aten.sort.default, aten.sort.stable),
+):
+    selection(op)
+
+
+@vjp_of(aten.cummax, aten.cummin, diff_outputs=(0,))
+def _(g: Any, outs: Any, x: Tensor, dim: int) -> list[Tensor]:
+    return [torch.zeros_like(g[0]).scatter_add(dim, outs[1], g[0])]
+
+
+@jvp_of(aten.cummax, aten.cummin)
+def _(tangents: tuple[Tensor], outs: Any, x: Tensor, dim: int) -> tuple[Tensor, None]:
+    return tangents[0].gather(dim, outs[1]), None
+
+
+for op in (aten.cummax.default, aten.cummin.default):
+    vmap_of(op)(shifted(op, "dim"))
+
+
+# ----- products and scans ---------------------------------------------------------------------------------------------
+
+
+def moved_by(x: Tensor, step: int, fill: float) -> Tensor:
+    """``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such element."""
+    return aten.constant_pad_nd(x, [step, -step], fill)
+
+
+def products_before(x: Tensor) -> Tensor:
+    """The product of the elements before each one along the last dimension."""
+    return moved_by(x, 1, 1).cumprod(-1)
+
+
+def weighted_after(g: Tensor, weight: Tensor) -> Tensor:
+    """Solve ``s[k] = g[k] + weight[k] s[k + 1]`` along the last dimension, in log2(n) steps and without a division."""
+    length, step = g.shape[-1], 1
+    while step < length:
+        g = g + weight * moved_by(g, -step, 0)
+        weight = weight * moved_by(weight, -step, 0)
+        step *= 2
+    return g
+
+
+@vjp_of(aten.prod)
+def _(g: Tensor, out: Tensor, x: Tensor) -> list[Tensor]:
+    return [g * prod_of_others(x.reshape(-1)).reshape(x.shape).conj()]
+
+
+@vjp_of(aten.prod.dim_int)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: int, keepdim: bool) -> list[Tensor]:
+    others = prod_of_others(x.transpose(dim, -1)).transpose(dim, -1) if x.dim() else torch.ones_like(x)
+    return [restored(g, x, dim, keepdim) * others.conj()]
+
+
+def prod_of_others(x: Tensor) -> Tensor:
+    """The product of all other elements along the last dimension: right for zeros, unlike ``out / x``."""
+    if x.shape[-1] == 0:
+        return x
+    return products_before(x) * products_before(x.flip(-1)).flip(-1)
+
+
+@vjp_of(aten.cumprod)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: int) -> list[Tensor]:
+    if x.dim() == 0 or x.numel() == 0:
+        return [g]
+    x, g = x.transpose(dim, -1).conj(), g.transpose(dim, -1)
+    return [(products_before(x) * weighted_after(g, moved_by(x, -1, 0))).transpose(dim, -1)]
+
+
+vmap_of(aten.prod)(lambda x, dtype: aten.prod.dim_int(rows(x), 1, dtype=dtype))
+for op in (aten.prod.dim_int, aten.cumprod.default):
+    vmap_of(op)(shifted(op, "dim"))
+linear(
+    aten.cumsum,
+    lambda g, x, dim: g.flip(dim).cumsum(dim).flip(dim) if x.dim() else g,
+    batch=shifted(aten.cumsum, "dim"),
+)
+
+
+@vjp_of(aten.logsumexp)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
+    return [restored(g, x, dim, keepdim) * (x - restored(out, x, dim, keepdim)).exp().conj()]
+
+
+@vjp_of(aten.logcumsumexp, aten._logcumsumexp)
+def _(g: Tensor, out: Tensor, x: Tensor, dim: int) -> list[Tensor]:
+    """Weights ``exp(x[k] - out[j])``, made of factors that cannot overflow: ``out`` does not decrease."""
+    if x.dim() == 0 or x.numel() == 0:
+        return [g]
+    x, g, out = x.transpose(dim, -1), g.transpose(dim, -1), out.transpose(dim, -1)
+    decay = (out - moved_by(out, -1, math.inf)).exp().conj()
+    return [((x - out).exp().conj() * weighted_after(g, decay)).transpose(dim, -1)]
+
+
+for op in (aten.logsumexp.default, aten.logcumsumexp.default, aten._logcumsumexp.default):
+    vmap_of(op)(shifted(op, "dim"))
+
+
+# ----- no derivative --------------------------------------------------------------------------------------------------
+
+nondiff(
+    aten.all.dim,
+    aten.all.dims,
+    aten.any.dim,
+    aten.any.dims,
+    aten.count_nonzero.dim_IntList,
+    batch=lambda op: shifted(op, "dim"),
+)
+nondiff(aten.all, batch=lambda op: per_sample(aten.all.dims))
+nondiff(aten.any, batch=lambda op: per_sample(aten.any.dims))
+nondiff(aten._is_all_true, batch=lambda op: per_sample(aten.all.dims))
+nondiff(aten._is_any_true, batch=lambda op: per_sample(aten.any.dims))
+
+
+def counting(x: Tensor, dim: int | None) -> Tensor:
+    return aten.count_nonzero(rows(x), 1) if dim is None else shifted(aten.count_nonzero, "dim")(x, dim)
+
+
+def arg_extreme(op: OpOverload) -> Callable[..., Tensor]:
+    """The vmap rule of argmax: without a dimension, the index into the flattened sample."""
+
+    def batch(x: Tensor, dim: int | None, keepdim: bool) -> Tensor:
+        if dim is not None:
+            return shifted(op, "dim")(x, dim, keepdim)
+        return op(rows(x), 1).reshape(x.shape[0], *[1] * (x.dim() - 1 if keepdim else 0))
+
+    return batch
+
+
+nondiff(aten.count_nonzero, batch=lambda op: counting)
+nondiff(aten.argmax, aten.argmin, batch=arg_extreme)

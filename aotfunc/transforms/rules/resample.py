@@ -1,0 +1,75 @@
+"""Rules of the ops that read an image at other places: resizing, shuffled channels, sampling at a grid of points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverloadPacket
+
+from aotfunc.transforms.rules.batching import with_batch
+from aotfunc.transforms.rules.table import aten, linear, vjp_of, vmap_of
+
+# ----- resizing -------------------------------------------------------------------------------------------------------
+
+
+def resizing(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
+    """Register an interpolation ``(x, output_size, *how)`` and its transpose ``(g, output_size, input_size, *how)``."""
+
+    def batch_backward(g: Tensor, output_size: Any, input_size: Any, *how: Any, size: int) -> Tensor:
+        n, *others = input_size
+        return backward(g.flatten(0, 1), output_size, [n * size, *others], *how).unflatten(0, (size, -1))
+
+    def batch(x: Tensor, *args: Any, size: int) -> Tensor:
+        return op(x.flatten(0, 1), *args).unflatten(0, (size, -1))
+
+    linear(op, lambda g, x, size, *how: backward(g, size, list(x.shape), *how), batch=batch)
+    linear(backward, lambda a, g, size, input_size, *how: op(a, size, *how), batch=batch_backward)
+
+
+for name in (
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
+    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+):
+    resizing(getattr(aten, name), getattr(aten, name + "_backward"))
+
+
+# ----- shuffling ------------------------------------------------------------------------------------------------------
+
+
+@vmap_of(aten.channel_shuffle)
+def _(x, groups, *, size):
+    return aten.channel_shuffle(x.flatten(0, 1), groups).unflatten(0, (size, -1))
+
+
+@vjp_of(aten.channel_shuffle)
+def _(g, out, x, groups):
+    return [aten.channel_shuffle(g, x.shape[1] // groups)]
+
+
+# ----- sampling at a grid of points -----------------------------------------------------------------------------------
+
+
+def sampling(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
+    """Register a grid sampler ``(x, grid, *how)`` and its backward op, whose last argument is the output mask."""
+
+    @vjp_of(op)
+    def _(g, out, x, grid, *how, needs):
+        return backward(g, x, grid, *how, [bool(n) for n in needs])
+
+    @vmap_of(op)
+    def _(x, grid, *how, batched, size):
+        x, grid = (with_batch(t, b, size).flatten(0, 1) for t, b in zip((x, grid), batched, strict=True))
+        return op(x, grid, *how).unflatten(0, (size, -1))
+
+    @vmap_of(backward)
+    def _(g, x, grid, *how, batched, size):
+        flat = [with_batch(t, b, size).flatten(0, 1) for t, b in zip((g, x, grid), batched, strict=True)]
+        of_x, of_grid = backward(*flat, *how)
+        return None if of_x is None else of_x.unflatten(0, (size, -1)), of_grid.unflatten(0, (size, -1))
+
+
+sampling(aten.grid_sampler_2d, aten.grid_sampler_2d_backward)
+sampling(aten.grid_sampler_3d, aten.grid_sampler_3d_backward)

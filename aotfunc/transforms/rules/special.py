@@ -1,0 +1,144 @@
+"""What the special functions mean: error functions, gamma, zeta, Bessel functions and their inverses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pointwise import functional, keep
+from .table import aten, elementwise, pointwise, vmap_of
+
+ROOT_PI = math.sqrt(math.pi)
+
+
+def near_zero(x: Tensor, close: Any, away: Callable[[Tensor], Tensor]) -> Tensor:
+    """``away(x)``, which divides by its argument, and the first terms ``close`` of its series where ``x`` is tiny."""
+    tiny = x.abs() <= torch.finfo(x.dtype).eps
+    return torch.where(tiny, close, away(x.masked_fill(tiny, 1)))
+
+
+# ----- the normal distribution ----------------------------------------------------------------------------------------
+
+pointwise(aten.erf, lambda g, out, x: g * (aten.exp(-(x * x)) * (2 / ROOT_PI)))
+pointwise(aten.erfc, lambda g, out, x: g * (aten.exp(-(x * x)) * (-2 / ROOT_PI)))
+pointwise(aten.erfinv, lambda g, out, x: g * (aten.exp(out * out) * (ROOT_PI / 2)))
+pointwise(aten.special_erfcx, lambda g, out, x: g * (2 * x * out - 2 / ROOT_PI))
+pointwise(aten.special_ndtri, lambda g, out, x: g * (aten.exp(out * out / 2) * math.sqrt(2 * math.pi)))
+pointwise(aten.special_log_ndtr, lambda g, out, x: g * (aten.exp(-(out + x * x / 2)) / math.sqrt(2 * math.pi)))
+
+
+# ----- logit, entropy, sinc -------------------------------------------------------------------------------------------
+
+
+def inside(x: Tensor, eps: float | None) -> Tensor:
+    low = 0.0 if eps is None else eps
+    return (x >= low) & (x <= 1 - low)
+
+
+def logit_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor, eps: float | None) -> Tensor:
+    product = x * (1 - x)
+    return keep(inside(x, eps), h * g * (2 * x - 1) / (product * product))
+
+
+def sinc_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g * near_zero(x, x * (-(math.pi**2) / 3), lambda y: (aten.cos(math.pi * x) - out) / y)
+
+
+pointwise(aten.logit, lambda g, out, x, eps: aten.logit_backward(g, x, eps))
+pointwise(aten.logit_backward, lambda h, out, g, x, eps: aten.logit_backward(h, x, eps), logit_second)
+pointwise(aten.special_entr, lambda g, out, x: -(g * (1 + aten.log(x))))
+pointwise(aten.sinc, sinc_first)
+
+
+# ----- gamma and zeta -------------------------------------------------------------------------------------------------
+
+
+def igamma_in_x(g: Tensor, out: Tensor, a: Tensor, x: Tensor) -> Tensor:
+    return g * aten.exp((a - 1) * aten.log(x) - x - aten.lgamma(a))
+
+
+def mvlgamma_first(g: Tensor, out: Tensor, x: Tensor, p: int) -> Tensor:
+    return g * sum((aten.digamma(x - j / 2) for j in range(1, p)), aten.digamma(x))
+
+
+pointwise(aten.lgamma, lambda g, out, x: g * aten.digamma(x))
+pointwise(aten.mvlgamma, mvlgamma_first)
+pointwise(aten.digamma, lambda g, out, x: g * aten.polygamma(1, x))
+pointwise(aten.polygamma, lambda g, out, n, x: g * aten.polygamma(n + 1, x))
+
+
+def refused(name: str) -> Any:
+    def formula(*args: Any) -> Tensor:
+        raise NotImplementedError(f"{name} has no known derivative in its first argument")
+
+    return formula
+
+
+def zeta_in_y(g: Tensor, out: Tensor, x: Any, y: Tensor) -> Tensor:
+    return -(g * x * aten.special_zeta(x + 1, y))
+
+
+pointwise(aten.igamma, refused("igamma"), igamma_in_x)
+pointwise(aten.igammac, refused("igammac"), lambda g, out, a, x: -igamma_in_x(g, out, a, x))
+pointwise(aten.special_zeta, refused("zeta"), zeta_in_y)
+pointwise(aten.special_zeta.other_scalar, refused("zeta"))
+pointwise(aten.special_zeta.self_scalar, zeta_in_y)
+
+
+# ----- Bessel functions -----------------------------------------------------------------------------------------------
+
+
+def i1_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g * near_zero(x, 0.5, lambda y: aten.i0(x) - out / y)
+
+
+def i1e_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g * near_zero(x, 0.5, lambda y: aten.special_i0e(x) - out * (aten.sgn(x) + 1 / y))
+
+
+def j1_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g * near_zero(x, 0.5, lambda y: aten.special_bessel_j0(x) - out / y)
+
+
+pointwise(aten.i0, lambda g, out, x: g * aten.special_i1(x))
+pointwise(aten.special_i0e, lambda g, out, x: g * (aten.special_i1e(x) - aten.sgn(x) * out))
+pointwise(aten.special_i1, i1_first)
+pointwise(aten.special_i1e, i1e_first)
+# PyTorch has no derivative for those below
+pointwise(aten.special_bessel_j0, lambda g, out, x: -(g * aten.special_bessel_j1(x)))
+pointwise(aten.special_bessel_j1, j1_first)
+pointwise(aten.special_bessel_y0, lambda g, out, x: -(g * aten.special_bessel_y1(x)))
+pointwise(aten.special_bessel_y1, lambda g, out, x: g * (aten.special_bessel_y0(x) - out / x))
+pointwise(aten.special_modified_bessel_i0, lambda g, out, x: g * aten.special_modified_bessel_i1(x))
+pointwise(
+    aten.special_modified_bessel_i1,
+    lambda g, out, x: g * near_zero(x, 0.5, lambda y: aten.special_modified_bessel_i0(x) - out / y),
+)
+pointwise(aten.special_modified_bessel_k0, lambda g, out, x: -(g * aten.special_modified_bessel_k1(x)))
+pointwise(aten.special_modified_bessel_k1, lambda g, out, x: -(g * (aten.special_modified_bessel_k0(x) + out / x)))
+pointwise(
+    aten.special_scaled_modified_bessel_k0, lambda g, out, x: g * (out - aten.special_scaled_modified_bessel_k1(x))
+)
+pointwise(
+    aten.special_scaled_modified_bessel_k1,
+    lambda g, out, x: g * (out - aten.special_scaled_modified_bessel_k0(x) - out / x),
+)
+pointwise(
+    aten.special_spherical_bessel_j0,
+    lambda g, out, x: g * near_zero(x, x / -3, lambda y: (aten.cos(x) - out) / y),
+)
+
+# ----- no derivative known: only batched ------------------------------------------------------------------------------
+
+for op in functional(
+    *(aten.special_airy_ai, aten.special_hermite_polynomial_h, aten.special_hermite_polynomial_he),
+    *(aten.special_laguerre_polynomial_l, aten.special_legendre_polynomial_p),
+    *(getattr(aten, f"special_chebyshev_polynomial_{kind}") for kind in "tuvw"),
+    *(getattr(aten, f"special_shifted_chebyshev_polynomial_{kind}") for kind in "tuvw"),
+    aten._standard_gamma_grad,
+):
+    vmap_of(op)(elementwise(op))

@@ -1,0 +1,96 @@
+"""Running a program: recorded if a recording is under way, otherwise on the eager backend, differentiable by plain autograd either way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.eager import compile_graph
+from ..graph import Program
+from ..trace.tracer import current
+from .lower import lowered, marked
+from .steps import CallStep
+from .vjp import differentiable, vjp
+
+
+def eager(program: Program) -> Callable[..., tuple]:
+    return compile_graph(lowered(program).graph)
+
+
+def run_eager(program: Program) -> Callable[..., tuple]:
+    """The program as a function of real tensors; mutated inputs are written back."""
+    fn = program.compiled("eager", eager)
+
+    def call(*tensors: Tensor) -> tuple:
+        outs = fn(*tensors)
+        write_back(program, tensors, outs)
+        return outs[: program.n_outputs]
+
+    return call
+
+
+def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
+    for index, new in zip(program.mutated, outs[program.n_outputs :], strict=True):
+        target = tensors[index]
+        if target.requires_grad and target.is_leaf:
+            with torch.no_grad():
+                target.copy_(new)
+        else:
+            target.copy_(new)
+
+
+def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
+    """The results of a program for these inputs and closed-over tensors."""
+    trace = current()
+    if trace is not None:
+        step = program.cache.get("step")
+        if step is None:
+            step = program.cache["step"] = CallStep(program, run_eager)
+        return trace.record(step, tensors)
+    fn = program.compiled("eager", eager)
+    if program.cache.get("marked") is None:
+        program.cache["marked"] = marked(program)
+    if program.cache["marked"] and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        outs = Differentiable.apply(program, *tensors)
+    else:
+        outs = fn(*tensors)
+    if program.mutated:
+        write_back(program, tensors, outs)
+    return outs[: program.n_outputs]
+
+
+class Differentiable(torch.autograd.Function):
+    """A program whose derivative autograd must take from us: its backward is the program's own reverse mode, run the same way, so that
+    it is differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, *tensors: Tensor) -> tuple:  # type: ignore[override]
+        outs = program.compiled("eager", eager)(*tensors)
+        fresh = tuple(o.clone() if isinstance(o, Tensor) and any(o is t for t in tensors) else o for o in outs)
+        ctx.program = program
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(
+            *[o for o in fresh if isinstance(o, Tensor) and not (o.is_floating_point() or o.is_complex())]
+        )
+        return fresh
+
+    @staticmethod
+    def backward(ctx: Any, *cts: Tensor) -> tuple:
+        program, tensors = ctx.program, ctx.saved_tensors
+        wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[1:]) if need)
+        whole = program.cache.get("whole")
+        if whole is None:
+            outs = program.n_outputs + len(program.mutated)
+            whole = program.cache["whole"] = Program(program.graph, len(tensors), outs, (), program.name)
+        have = tuple(differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True))
+        joint = whole.cache.get(("vjp", wrt, have))
+        if joint is None:
+            joint = whole.cache[("vjp", wrt, have)] = vjp(whole, wrt, have, keep=())
+        grads = execute(joint, [*tensors, *(c.contiguous() for c, yes in zip(cts, have, strict=True) if yes)])
+        result: list = [None] * (len(tensors) + 1)
+        for i, g in zip(wrt, grads, strict=True):
+            result[i + 1] = g
+        return tuple(result)

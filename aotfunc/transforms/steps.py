@@ -1,0 +1,340 @@
+"""Recorded steps that are more than one op, and the graph nodes that have subgraphs of their own.
+
+A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.Instr` does; ``lower`` puts it into the functional graph. A *call* is the target of a
+graph node: it says itself how it is differentiated (``pull``, ``push``), batched (``batch``) and dissolved (``inline``).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..debug import Line, at
+from ..errors import CaptureError
+from ..graph import Program, output_node
+from ..trace.emit import Builder, remap
+from ..trace.functionalize import Functionalizer
+from ..trace.shapes import Sig
+from ..trace.tracer import flat
+from .jvp import jvp
+from .vjp import reverse, vjp
+from .walk import number
+
+
+aten = torch.ops.aten
+
+
+class StepFacts:
+    """What the tracer asks of any recorded step."""
+
+    view_of = None
+    random = False
+    pure = False
+
+    def __init__(self, writes: Sequence[int] = (), results: int = 0) -> None:
+        self.writes = tuple(writes)
+        self.same = (None,) * results
+
+
+class Step:
+    """Base: results have the signatures ``outs`` (literals stand for themselves)."""
+
+    def __init__(self, outs: Sequence[Any], writes: Sequence[int] = ()) -> None:
+        self.outs = tuple(outs)
+        self.facts = StepFacts(writes, len(self.outs))
+        self.mutates = bool(writes)
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        raise NotImplementedError
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def bind(self, f: Functionalizer, results: Sequence[Any], grad: bool) -> None:
+        for r in results:
+            if isinstance(r, Node):
+                f.bind(r, grad)
+
+
+class CallStep(Step):
+    """A program called inside a recording: dissolved into it."""
+
+    def __init__(self, program: Program, runner: Callable[..., Any]) -> None:
+        super().__init__(program.vals, program.mutated)
+        self.program, self.runner = program, runner
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        nodes = [f.read(r, grad) for r in refs]
+        outs = f.b.splice(self.program.graph, nodes, output_node(self.program.graph).args[0])
+        self.finish(f, refs, outs, grad, line)
+
+    def finish(self, f: Functionalizer, refs: Sequence[int], outs: Any, grad: bool, line: Line | None) -> None:
+        count = self.program.n_outputs
+        self.bind(f, outs[:count], grad)
+        for index, new in zip(self.program.mutated, outs[count:], strict=True):
+            f.write(refs[index], new, grad, line)
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        return flat(self.runner(self.program)(*values))
+
+
+class CompiledStep(CallStep):
+    """A compiled function called inside a recording: one node that keeps its graph and backend."""
+
+    def __init__(self, call: CompiledCall, runner: Callable[..., Any]) -> None:
+        super().__init__(call.program, runner)
+        self.call = call
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        nodes = [f.read(r, grad) for r in refs]
+        self.finish(f, refs, emit_call(f.b, self.call, nodes), grad, line)
+
+
+def all_vals(program: Program) -> tuple:
+    """Signatures of all outputs, new values of mutated inputs included."""
+    return tuple(o.meta["val"] if isinstance(o, Node) else o for o in output_node(program.graph).args[0])
+
+
+def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
+    """A call node and its outputs."""
+    vals = all_vals(call.program)
+    node = b.make("call_function", call, tuple(nodes), {}, vals)
+    return [b.item(node, i) if v.__class__ is Sig else v for i, v in enumerate(vals)]
+
+
+class CompiledCall:
+    """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile``.
+
+    ``split(joint, n_outputs, n_primals) -> (forward, backward)`` is how its backend wants a joint program partitioned.
+    """
+
+    def __init__(self, program: Program, compile: Callable[[Program], Callable], split: Callable, name: str = "jit") -> None:
+        self.program, self.compile, self.split, self.__name__ = program, compile, split, name
+
+    def __call__(self, *args: Tensor) -> tuple:
+        return self.program.compiled(self.compile, self.compile)(*args)
+
+    def derived(self, key: tuple, make: Callable[[], Program], kind: str) -> CompiledCall:
+        calls = self.program.cache
+        call = calls.get((kind, *key))
+        if call is None:
+            call = calls[(kind, *key)] = CompiledCall(make(), self.compile, self.split, f"{kind}_{self.__name__}")
+        return call
+
+    def inline(self, b: Builder, args: Sequence[Any]) -> list:
+        return list(b.splice(self.program.graph, args, output_node(self.program.graph).args[0]))
+
+    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any) -> tuple[list, list]:
+        """Reverse mode: the call becomes one of the forward half, which also returns residuals, and one of the backward half."""
+        program = self.program
+        wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
+        have = tuple(i in g for i in range(program.n_outputs))
+        key = (wrt, have)
+        halves = program.cache.get(("vjp", *key))
+        if halves is None:
+            whole = Program(program.graph, len(n.args), program.n_outputs, program.mutated, program.name)
+            forward, backward = self.split(vjp(whole, wrt, have), program, len(n.args))
+            halves = program.cache[("vjp", *key)] = tuple(
+                CompiledCall(p, self.compile, self.split, f"{kind}_{self.__name__}")
+                for p, kind in ((forward, "forward"), (backward, "backward"))
+            )
+        forward, backward = halves
+        outs = emit_call(b, forward, n.args)
+        move_after(b, n, outs)
+        replace_items(n, outs)
+        count = len(n.meta["val"])
+        residuals = [r for r in outs[count:] if isinstance(r, Node)]
+        grads = emit_call(b, backward, [*residuals, *(g[i] for i, yes in enumerate(have) if yes)])
+        return [n.args[i] for i in wrt], grads[: len(wrt)]
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        program = self.program
+        wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
+
+        def make() -> Program:
+            return jvp(Program(program.graph, len(n.args), program.n_outputs, program.mutated), wrt)
+
+        call = self.derived(wrt, make, "jvp")
+        outs = emit_call(b, call, [*remap(n.args, env), *(tangents[n.args[i]] for i in wrt)])
+        count = program.n_outputs
+        env[n] = [*outs[:count], *outs[2 * count :]]
+        return [*outs[count : 2 * count], *[None] * len(program.mutated)]
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        from .vmap import vmap
+
+        flags = tuple(walk.has(a) for a in n.args)
+        args = remap(n.args, walk.env)
+        sigs = tuple(a.meta["val"] for a in args)
+
+        def make() -> Program:
+            dims = [0 if yes else None for yes in flags]
+            whole = Program(self.program.graph, len(n.args), self.program.n_outputs, self.program.mutated)
+            return vmap(whole, dims, sigs, walk.size, walk.randomness)
+
+        call = self.derived((flags, sigs, walk.size, walk.randomness), make, "vmap")
+        return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
+
+
+def move_after(b: Builder, n: Node, outs: Sequence[Any]) -> None:
+    """Move a call and its outputs, just made, to directly behind ``n``."""
+    items = [o for o in outs if isinstance(o, Node)]
+    place = n
+    for x in dict.fromkeys([items[0].args[0], *items]):
+        place.append(x)
+        place = x
+
+
+def replace_items(n: Node, outs: Sequence[Any]) -> None:
+    for item in list(n.users):
+        if item.target is operator.getitem and item not in outs:
+            item.replace_all_uses_with(outs[item.args[1]])
+
+
+class GradStep(Step):
+    """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function."""
+
+    def __init__(self, outs: Sequence[Sig], n_outputs: int, given: tuple[bool, ...], create_graph: bool) -> None:
+        super().__init__(outs)
+        self.n_outputs, self.given, self.create_graph = n_outputs, given, create_graph
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        n, m = self.n_outputs, sum(self.given)
+        outputs = [f.read(r) for r in refs[:n]]
+        cotangents = iter([f.read(r) for r in refs[n : n + m]])
+        inputs = [f.read(r) for r in refs[n + m :]]
+        seeds = [next(cotangents) if yes else number(f.b, 1, o.meta["val"]) for o, yes in zip(outputs, self.given, strict=True)]
+        grads = reverse(f.b, outputs, seeds, inputs)
+        if any(g is None for g in grads):
+            raise CaptureError(
+                f"one of the differentiated tensors was not used to compute the outputs{at(line)}; allow_unused=True returns None for it"
+            )
+        self.bind(f, grads, grad and self.create_graph)
+
+
+class Begin(Step):
+    """The start of an ``autograd.Function``: remembers the values of its tensor arguments, before ``forward`` may write to them."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        f.snapshots.append([f.read(r, True) for r in refs])
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        return []
+
+
+class End(Step):
+    """The end of an ``autograd.Function``: its outputs, which have the derivative that the Function says."""
+
+    def __init__(self, derivative: CustomDerivative) -> None:
+        super().__init__(derivative.vals)
+        self.derivative = derivative
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        d = self.derivative
+        inputs = f.snapshots.pop()
+        raw = [f.read(r, False) for r in refs[: d.n_outputs]]
+        residuals = [f.read(r, True) for r in refs[d.n_outputs :]]
+        node = f.b.make("call_function", d, (*inputs, *raw, *residuals), {}, d.vals)
+        self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        return values[: self.derivative.n_outputs]
+
+
+class CustomDerivative:
+    """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a derivative of the user's.
+
+    ``backward``: a program ``(cotangents of the outputs, residuals) -> gradients of the inputs``, or the error that making it raised;
+    ``forward``: a program ``(tangents of the inputs, residuals) -> tangents of the outputs``, or None. ``saved[k]`` is the output that residual k is, or None.
+    """
+
+    def __init__(self, name: str, n_inputs: int, vals: tuple, backward: Any, forward: Any, saved: tuple, batching: Any) -> None:
+        self.__name__, self.n_inputs, self.vals, self.n_outputs = name, n_inputs, vals, len(vals)
+        self.backward, self.forward, self.saved, self.batching = backward, forward, saved, batching
+
+    def __call__(self, *args: Tensor) -> tuple:
+        return args[self.n_inputs : self.n_inputs + self.n_outputs]
+
+    def inline(self, b: Builder, args: Sequence[Any]) -> list:
+        return list(args[self.n_inputs : self.n_inputs + self.n_outputs])
+
+    def parts(self, n: Node) -> tuple[list, list, list]:
+        i, o = self.n_inputs, self.n_inputs + self.n_outputs
+        return list(n.args[:i]), list(n.args[i:o]), list(n.args[o:])
+
+    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any) -> tuple[list, list]:
+        if not isinstance(self.backward, Program):
+            raise self.backward
+        inputs, _, residuals = self.parts(n)
+        residuals = [r if k is None else b.item(n, k) for r, k in zip(residuals, self.saved, strict=True)]
+        cts = [g[i] if i in g else number(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable]
+        outs = b.splice(self.backward.graph, [*cts, *residuals], self.backward.outputs)
+        return inputs, list(outs)
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        inputs, _, residuals = self.parts(n)
+        residuals = [remap(r, env) if k is None else b.item(new, k) for r, k in zip(residuals, self.saved, strict=True)]
+        if isinstance(self.forward, Program):
+            ts = [tangents.get(x) or number(b, 0, x.meta["val"]) for x in inputs if x.meta["val"].differentiable]
+            return list(b.splice(self.forward.graph, [*ts, *residuals], self.forward.outputs))
+        if not isinstance(self.backward, Program):
+            raise self.backward
+        # the transpose of the backward, which is linear in the cotangents
+        diff = [v for v in self.vals if v.differentiable]
+        dummies = [
+            b.make("call_function", aten.empty.memory_format, (list(v.shape),), {"dtype": v.dtype, "device": v.device}, v)
+            for v in diff
+        ]
+        grads = b.splice(self.backward.graph, [*dummies, *residuals], self.backward.outputs)
+        pairs = [(gr, tangents[x]) for gr, x in zip(grads, inputs, strict=True) if isinstance(gr, Node) and x in tangents]
+        back = iter(reverse(b, [p[0] for p in pairs], [p[1] for p in pairs], dummies))
+        return [next(back) if v.differentiable else None for v in self.vals]
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        from .vmap import vmap
+
+        b = walk.b
+        if self.batching is not None:
+            return self.batching(walk, n)
+        inputs, raw, residuals = self.parts(n)
+        new = [walk.expanded(a) for a in (*inputs, *raw)]
+        flags = [walk.has(r) for r in residuals]
+        rest = [remap(r, walk.env) for r in residuals]
+
+        def batched(program: Any, n_given: int) -> Any:
+            if not isinstance(program, Program):
+                return program
+            given = [walk_sig(p, walk.size) for p in program.placeholders[:n_given]]
+            dims = [0] * n_given + [0 if yes else None for yes in flags]
+            whole = Program(program.graph, len(dims), program.n_outputs)
+            sigs = (*given, *(r.meta["val"] for r in rest))
+            outs = [0 if isinstance(o, Node) else None for o in program.outputs]
+            return vmap(whole, dims, sigs, walk.size, walk.randomness, outs)
+
+        diff_outs = sum(v.differentiable for v in self.vals)
+        diff_ins = sum(x.meta["val"].differentiable for x in inputs)
+        d = CustomDerivative(
+            self.__name__,
+            self.n_inputs,
+            tuple(x.meta["val"] for x in new[len(inputs) :]),
+            batched(self.backward, diff_outs),
+            batched(self.forward, diff_ins),
+            self.saved,
+            None,
+        )
+        node = b.make("call_function", d, (*new, *rest), {}, d.vals)
+        return node, [True] * self.n_outputs
+
+
+def walk_sig(p: Node, size: int) -> Sig:
+    from .vmap import inserted
+
+    return inserted(p.meta["val"], 0, size)

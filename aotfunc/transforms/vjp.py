@@ -1,0 +1,232 @@
+"""Reverse mode: walks a graph backwards and splices each op's reverse rule.
+
+:func:`reverse` is the transform. It works on nodes of a graph under construction, so that it serves whole programs, ``torch.autograd.grad``
+inside a function and rules that differentiate others alike.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import at
+from ..errors import RuleError
+from ..graph import Program, output_node
+from ..trace.emit import Builder, paused_gc
+from ..trace.functionalize import hidden_write, once
+from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
+from . import fallback
+from .rules.table import RULES, full_args, tensor_args
+from .walk import apply, builder, number, outputs_of, traced
+
+aten = torch.ops.aten
+
+
+def differentiable(val: Any) -> bool:
+    return any(map(differentiable, val)) if isinstance(val, tuple) else val.__class__ is Sig and val.differentiable
+
+
+def active_nodes(nodes: Any, wrt: Sequence[Node]) -> dict[Node, None]:
+    """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order."""
+    active = dict.fromkeys(wrt)
+    for n in nodes:
+        if n in active or n.op != "call_function" or n.target is aten.detach.default:
+            continue
+        sources = n._input_nodes if n.target is not hidden_write else (n.args[0],)
+        for i in sources:
+            if i in active:
+                if differentiable(n.meta["val"]) and not is_nondiff(n):
+                    active[n] = None
+                break
+    return active
+
+
+def is_nondiff(n: Node) -> bool:
+    if n.target is operator.getitem:
+        parent, i = n.args
+        line = RULES.get(parent.target)
+        return line is not None and line.diff_outputs is not None and i not in line.diff_outputs
+    line = RULES.get(n.target)
+    return line is not None and line.nondiff
+
+
+def reverse(b: Builder, outs: Sequence[Any], cts: Sequence[Node | None], wrt: Sequence[Node]) -> list[Node | None]:
+    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing depends."""
+    active = active_nodes(list(b.graph.nodes), wrt)
+    ct: dict[Node, Any] = {}
+
+    def give(n: Any, g: Node | None) -> None:
+        if g is None or not isinstance(n, Node) or n not in active:
+            return
+        ct[n] = b.call(aten.add.Tensor, ct[n], g) if n in ct else g
+
+    for out, g in zip(outs, cts, strict=True):
+        give(out, g)
+    wanted = set(wrt)
+    found: dict[Node, Node] = {}
+    for n in reversed(list(active)):
+        g = ct.pop(n, None)
+        if g is None:
+            continue
+        if n in wanted:
+            found[n] = g
+            if n.op == "placeholder":
+                continue
+        b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+        if n.target is operator.getitem:
+            parent, i = n.args
+            parts = ct.setdefault(parent, {})
+            parts[i] = g
+            continue
+        for a, ga in zip(*pull(b, n, g, active), strict=True):
+            give(a, ga)
+    b.meta = {}
+    return [found.get(n) for n in wrt]
+
+
+def pull(b: Builder, n: Node, g: Any, active: Any) -> tuple[list, list]:
+    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat."""
+    op = n.target
+    if op is hidden_write:
+        return [n.args[0]], [g]
+    if op is once:
+        raise RuleError(f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}")
+    if not isinstance(op, OpOverload):
+        return op.pull(b, n, g, active)
+    args = full_args(op, n.args, n.kwargs)
+    where = tensor_args(op)
+    needs = tuple(
+        any(x in active for x in args[i] if isinstance(x, Node))
+        if isinstance(args[i], list | tuple)
+        else isinstance(args[i], Node) and args[i] in active
+        for i in where
+    )
+    if isinstance(n.meta["val"], tuple):
+        g = [g.get(i) for i in range(len(n.meta["val"]))]
+    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, outputs_of(b, n), *args)
+    flat_args: list = []
+    flat_grads: list = []
+    for i, ga in zip(where, grads, strict=False):
+        a = args[i]
+        if isinstance(a, list | tuple):
+            flat_args += a
+            flat_grads += ga if ga is not None else [None] * len(a)
+        else:
+            flat_args.append(a)
+            flat_grads.append(ga)
+    return flat_args, flat_grads
+
+
+def vjp_make(n: Node) -> Any:
+    """How to build the reverse fragment of this node's op: its own rule, PyTorch's formula, or its decomposition."""
+    op = n.target
+    line = RULES.get(op)
+    rule = line.vjp if line is not None else None
+
+    def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
+        if rule is not None:
+            return traced(fitted(rule, op))(b, needs, g, out, *args)
+        if Facts(op).random:
+            raise RuleError(f"{op} draws random numbers and has no reverse rule{at(n.meta.get('line'))}")
+        try:
+            return traced(fitted(fallback.reverse_rule(op), op), intent=False)(b, needs, g, out, *args)
+        except fallback.NoFormula as why:
+            return decomposed(b, n, needs, g, args, why)
+
+    return make
+
+
+def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Exception) -> Any:
+    """Open the op up and differentiate what it consists of."""
+    op = n.target
+    body = fallback.decomposition(op)
+    if body is None:
+        raise RuleError(
+            f"no reverse rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula of PyTorch's ({why}), no decomposition"
+        )
+    outs = traced(body)(b, *args)
+    flat_outs, flat_g = (list(outs), g) if isinstance(outs, list) else ([outs], [g])
+    tensors = [args[i] for i in tensor_args(op)]
+    wrt = [x for a, need in zip(tensors, needs, strict=True) if need for x in (a if isinstance(a, list | tuple) else [a])]
+    grads = dict(zip(wrt, reverse(b, flat_outs, flat_g, wrt), strict=True))
+    return [[grads.get(x) for x in a] if isinstance(a, list | tuple) else grads.get(a) for a in tensors]
+
+
+def fitted(rule: Any, op: OpOverload) -> Any:
+    """The rule with the chores done: each cotangent summed to its argument's shape and cast to its dtype."""
+    where = tensor_args(op)
+
+    def fit(ga: Any, a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return [None] * len(a) if ga is None else [fit(x, y) for x, y in zip(ga, a, strict=True)]
+        if ga is None or not isinstance(a, Tensor) or not (a.is_floating_point() or a.is_complex()):
+            return None
+        if ga.shape != a.shape:
+            ga = ga.sum_to_size(a.shape)
+        if ga.dtype != a.dtype:
+            if ga.is_complex() and not a.is_complex():
+                ga = torch.real(ga)
+            ga = ga.to(a.dtype)
+        return ga
+
+    def call(needs: tuple, g: Any, out: Any, *args: Any) -> Any:
+        g, out = (tuple(x) if isinstance(x, list) else x for x in (g, out))
+        grads = rule(g, out, *args, needs=needs)
+        grads = [grads] if isinstance(grads, Tensor) else list(grads)
+        grads += [None] * (len(where) - len(grads))
+        return [fit(ga, args[i]) if need else None for ga, i, need in zip(grads, where, needs, strict=False)]
+
+    return call
+
+
+def vjp(
+    program: Program,
+    wrt: Sequence[int],
+    cts: Sequence[bool] | None = None,
+    ones: bool = False,
+    fill: bool = False,
+    keep: Sequence[int] | None = None,
+) -> Program:
+    """The joint program: ``(inputs, cotangents, closed-over) -> (kept outputs, gradients)``.
+
+    ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero (default: all floating ones have). Cotangents
+    are inputs, or with ``ones`` all ones. A gradient that nothing depends on is ``None``, or with ``fill`` zeros. ``keep`` lists the
+    outputs to return (default: all).
+    """
+    with paused_gc():
+        b = builder()
+        vals = program.vals
+        if cts is None:
+            cts = [differentiable(v) for v in vals]
+        old = program.placeholders
+        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role", "primal")) for p in old[: program.n_inputs]]
+        seeds: list[Any] = [None] * len(vals)
+        if not ones:
+            for i, v in enumerate(vals):
+                if cts[i]:
+                    seeds[i] = b.placeholder(f"tangents_{i}", dense(v), role="tangent")
+        new += [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role", "const")) for p in old[program.n_inputs :]]
+        outs = b.splice(program.graph, new, output_node(program.graph).args[0])
+        wanted = [new[i] for i in wrt]
+        results = outs[: program.n_outputs]
+        if ones:
+            seeds = [number(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)]
+        grads = reverse(b, results, seeds, wanted)
+        if fill:
+            grads = [number(b, 0, x.meta["val"]) if g is None else g for g, x in zip(grads, wanted, strict=True)]
+        first = [*(results if keep is None else [results[i] for i in keep]), *grads]
+        count = 0 if ones else sum(bool(c) for c in cts)
+        mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
+        graph = b.finish([*first, *outs[program.n_outputs :]])
+        return Program(graph, program.n_inputs + count, len(first), mutated, "vjp")
+
+
+def dense(sig: Sig) -> Sig:
+    """The signature of a fresh contiguous tensor of this shape."""
+    return sig if sig.plain else make_sig(sig.shape, contiguous_stride(sig.shape), sig.dtype, sig.device)

@@ -1,0 +1,324 @@
+"""Batching: walks a graph and gives every op that meets the batch a form with one more dimension, the batch at 0.
+
+Ops that do not meet it are copied as they are: what is the same for all samples is computed once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import at
+from ..errors import ArgumentError, CaptureError, RuleError
+from ..graph import Program, output_node
+from ..trace.emit import Builder, paused_gc, remap, remap_dict
+from ..trace.functionalize import hidden_write, once
+from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
+from . import fallback
+from .rules.table import RULES, call_op, full_args, tensor_args
+from .walk import apply, builder, traced
+
+aten = torch.ops.aten
+
+#: ops that mean the same with the batch in front, whatever their arguments
+TRANSPARENT = {once, aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+
+
+class Batch:
+    """One batching walk: the size, what random ops do, and which old nodes are batched in the new graph."""
+
+    def __init__(self, b: Builder, size: int, randomness: str, strict: bool = False) -> None:
+        self.b, self.size, self.randomness, self.strict = b, size, randomness, strict
+        self.env: dict[Node, Any] = {}
+        self.batched: dict[Node, Any] = {}
+
+    def has(self, a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return [self.has(x) for x in a]
+        return isinstance(a, Node) and bool(self.batched.get(a))
+
+    def walk(self, nodes: Any) -> None:
+        b = self.b
+        for n in nodes:
+            if n.op != "call_function":
+                continue
+            b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+            if any(self.batched.get(i) for i in n._input_nodes):
+                self.env[n], self.batched[n] = self.batch(n)
+            elif is_random(n) and self.draws(n):
+                self.env[n], self.batched[n] = self.batch(n)
+            else:
+                self.env[n] = b.node(n.target, remap(n.args, self.env), remap_dict(n.kwargs, self.env), n.meta["val"])
+        b.meta = {}
+
+    def draws(self, n: Node) -> bool:
+        """Whether an unbatched draw is made once per sample."""
+        if self.randomness == "error":
+            raise ArgumentError(
+                f"vmap: {n.target} draws random numbers{at(n.meta.get('line'))}; say with randomness='same' or "
+                "'different' whether all samples share them"
+            )
+        return self.randomness == "different"
+
+    def batch(self, n: Node) -> tuple[Any, Any]:
+        op = n.target
+        if op is operator.getitem:
+            parent, i = n.args
+            flags = self.batched[parent]
+            return self.b.item(self.env[parent], i), flags[i] if isinstance(flags, list) else flags
+        if op in TRANSPARENT:
+            return self.b.call(op, self.env[n.args[0]]), True
+        if op is hidden_write:
+            old, new = (self.expanded(a) for a in n.args)
+            return self.b.node(op, (old, new), {}, new.meta["val"]), True
+        if not isinstance(op, OpOverload):
+            return op.batch(self, n)
+        if is_random(n) and self.randomness == "error":
+            self.draws(n)
+        args = full_args(op, n.args, n.kwargs)
+        flags = tuple(self.has(args[i]) for i in tensor_args(op))
+        new = remap(tuple(args), self.env)
+        tag = ("vmap", op, self.randomness if is_random(n) else "", tuple(_logical(args[i]) for i in tensor_args(op)))
+        out = apply(self.b, tag, self.make(n), flags, self.size, *new)
+        return out, True
+
+    def expanded(self, n: Node) -> Node:
+        """The new value of an old node, given a batch dimension if it has none."""
+        new = self.env[n]
+        if self.batched.get(n):
+            return new
+        return self.b.call(aten.expand.default, new, [self.size, *new.meta["val"].shape])
+
+    def make(self, n: Node) -> Any:
+        op = n.target
+        line = RULES.get(op)
+        rule = line.vmap if line is not None else None
+        randomness = self.randomness
+        where = tensor_args(op)
+        want = n.meta["val"]
+
+        def make(b: Builder, flags: tuple, size: int, *args: Any) -> Any:
+            full = list(args)
+            if rule is not None:
+                if "batched" not in rule.wants:  # the rule wants every tensor batched
+                    for i, yes in zip(where, flags, strict=True):
+                        full[i] = _all_batched(b, full[i], yes, size)
+                full = promoted(b, n, full, flags)
+                result = traced(lambda *xs: rule(*xs, batched=flags, size=size, randomness=randomness))(b, *full)
+            elif Facts(op).random:
+                raise RuleError(f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}")
+            else:
+                result = self.derived(b, n, flags, size, args)
+            return checked(b, n, result, want, size)
+
+        return make
+
+    def derived(self, b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
+        op = n.target
+        body = fallback.decomposition(op)
+        try:
+            return traced(lambda *xs: fallback.batching_rule(op)(*xs, batched=flags), intent=False)(b, *args)
+        except (fallback.NoFormula, CaptureError) as e:
+            why = e
+        if body is not None:
+            return self.opened(b, n, body, flags, size, args)
+        return self.looped(b, n, flags, size, args, why)
+
+    def opened(self, b: Builder, n: Node, body: Any, flags: tuple, size: int, args: Any) -> Any:
+        """Batch what the op consists of."""
+        inner = builder()
+        where = tensor_args(n.target)
+        sub = Batch(b, size, self.randomness, self.strict)
+
+        def hole(a: Any, old: Any, yes: Any) -> Any:
+            if isinstance(a, list | tuple):
+                return [hole(x, o, y) for x, o, y in zip(a, old, yes, strict=True)]
+            if isinstance(a, Node):
+                p = inner.placeholder("x", old.meta["val"])
+                sub.env[p], sub.batched[p] = a, yes
+                return p
+            return a
+
+        holes = list(args)
+        old = full_args(n.target, n.args, n.kwargs)
+        for i, yes in zip(where, flags, strict=True):
+            holes[i] = hole(args[i], old[i], yes)
+        outs = traced(body)(inner, *holes)
+        sub.walk(inner.graph.nodes)
+
+        def result(o: Any) -> Any:
+            return [result(x) for x in o] if isinstance(o, list) else sub.expanded(o) if isinstance(o, Node) else o
+
+        return result(outs)
+
+    def looped(self, b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Exception) -> Any:
+        """The last resort, visible in the graph: one call per sample, stacked."""
+        op = n.target
+        if self.strict:
+            raise RuleError(f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(n.meta.get('line'))}")
+        where = tensor_args(op)
+
+        def at_sample(a: Any, yes: Any, k: int) -> Any:
+            if isinstance(a, list | tuple):
+                return [at_sample(x, y, k) for x, y in zip(a, yes, strict=True)]
+            return a[k] if yes and a is not None else a
+
+        def loop(*xs: Any) -> Any:
+            rows = []
+            for k in range(size):
+                full = list(xs)
+                for i, yes in zip(where, flags, strict=True):
+                    full[i] = at_sample(full[i], yes, k)
+                rows.append(call_op(op, full))
+            if isinstance(rows[0], list | tuple):
+                return [torch.stack(column) for column in zip(*rows, strict=True)]
+            return torch.stack(rows)
+
+        try:
+            return traced(loop)(b, *args)
+        except CaptureError as e:
+            raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {why}; {e}") from None
+
+
+def is_random(n: Node) -> bool:
+    return isinstance(n.target, OpOverload) and Facts(n.target).random
+
+
+def _logical(a: Any) -> Any:
+    """The unbatched signatures: a fragment also depends on them (ranks, dtype promotion)."""
+    if isinstance(a, list | tuple):
+        return tuple(_logical(x) for x in a)
+    return a.meta["val"] if isinstance(a, Node) else None
+
+
+def _all_batched(b: Builder, a: Any, yes: Any, size: int) -> Any:
+    if isinstance(a, list | tuple):
+        return [_all_batched(b, x, y, size) for x, y in zip(a, yes, strict=True)]
+    if not isinstance(a, Node) or yes:
+        return a
+    return b.call(aten.expand.default, a, [size, *a.meta["val"].shape])
+
+
+def promoted(b: Builder, n: Node, args: list, flags: tuple) -> list:
+    """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it as it would have been."""
+    op = n.target
+    if torch.Tag.pointwise not in op.tags:
+        return args
+    old = full_args(op, n.args, n.kwargs)
+    where = [i for i in tensor_args(op) if isinstance(old[i], Node)]
+    sigs = [old[i].meta["val"] for i in where]
+    if len({s.dtype for s in sigs}) < 2 or not any(len(s.shape) == 0 for s in sigs):
+        return args
+    common = None
+    with torch._C._DisableTorchDispatch():
+        first, *rest = [s.proto for s in sigs]
+        common = first.dtype
+        for other in rest:
+            common = torch.result_type(first, other)
+    full = list(args)
+    for i, s in zip(where, sigs, strict=True):
+        if len(s.shape) == 0 and s.dtype is not common and s.dtype is not torch.bool:
+            full[i] = b.call(aten._to_copy.default, args[i], dtype=common)
+    return full
+
+
+def checked(b: Builder, n: Node, result: Any, want: Any, size: int) -> Any:
+    """The rule's result has the unbatched shape behind the batch, and the unbatched dtype."""
+    if isinstance(want, tuple):
+        if not isinstance(result, list | tuple):
+            result = [result]
+        return [checked(b, n, r, w, size) if w.__class__ is Sig else r for r, w in zip(result, want, strict=False)]
+    if not isinstance(result, Node):
+        raise RuleError(f"the batching rule of {n.target} returned {result!r}")
+    val = result.meta["val"]
+    if val.dtype is not want.dtype:
+        result = b.call(aten._to_copy.default, result, dtype=want.dtype)
+    if tuple(val.shape) != (size, *want.shape):
+        raise RuleError(
+            f"the batching rule of {n.target} returned shape {list(val.shape)} instead of {[size, *want.shape]}"
+            f"{at(n.meta.get('line'))}"
+        )
+    return result
+
+
+def vmap(
+    program: Program,
+    in_dims: Sequence[int | None],
+    sigs: Sequence[Sig],
+    size: int,
+    randomness: str,
+    out_dims: Sequence[int | None] | None = None,
+    strict: bool = False,
+) -> Program:
+    """The batched program. ``in_dims`` and ``sigs``: one per input, for the *batched* inputs; ``out_dims``: one per result.
+
+    A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in its own layout.
+    """
+    with paused_gc():
+        b = builder()
+        batch = Batch(b, size, randomness, strict)
+        closed = program.placeholders[len(in_dims) :]
+        dims = [*in_dims, *[None] * len(closed)]
+        sigs = [*sigs, *(p.meta["val"] for p in closed)]
+        for p, dim, sig in zip(program.placeholders, dims, sigs, strict=True):
+            batch.env[p] = new = b.placeholder(p.name, sig, role=p.meta.get("role"))
+            if dim is not None:
+                batch.env[p] = moved(b, new, dim, 0)
+                batch.batched[p] = True
+        batch.walk(program.graph.nodes)
+        results = []
+        outs = output_node(program.graph).args[0]
+        for i, o in enumerate(outs[: program.n_outputs]):
+            results.append(placed(batch, o, 0 if out_dims is None else out_dims[i], i))
+        written = []
+        for index, o in zip(program.mutated, outs[program.n_outputs :], strict=True):
+            dim = dims[index]
+            if dim is None:
+                if batch.has(o):
+                    raise ArgumentError(
+                        f"vmap: a tensor that is the same for all samples ({program.placeholders[index].name}) was written with "
+                        "a value that differs between samples; make it an input with its own in_dims"
+                    )
+                written.append(batch.env[o])
+            else:
+                written.append(moved(b, batch.expanded(o), 0, dim))
+        return Program(b.finish([*results, *written]), program.n_inputs, program.n_outputs, program.mutated, "vmap")
+
+
+def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
+    """A result with its batch dimension where it was asked for."""
+    if not isinstance(o, Node):
+        if dim is not None:
+            raise ArgumentError(
+                f"vmap: output {i} is {o!r} of type {type(o).__name__}, not a tensor: only out_dims=None returns such values"
+            )
+        return o
+    if dim is None:
+        if batch.has(o):
+            raise ArgumentError(f"vmap: output {i} is batched, but out_dims says None for it")
+        return batch.env[o]
+    rank = len(o.meta["val"].shape) + 1
+    if not -rank <= dim < rank:
+        raise ArgumentError(f"vmap: out_dims has {dim} for output {i}, which has {rank} dimensions with the batch")
+    return moved(batch.b, batch.expanded(o), 0, dim % rank)
+
+
+def moved(b: Builder, n: Node, source: int, target: int) -> Node:
+    """``n`` with one dimension moved."""
+    if source == target:
+        return n
+    order = list(range(len(n.meta["val"].shape)))
+    order.insert(target, order.pop(source))
+    return b.call(aten.permute.default, n, order)
+
+
+def inserted(sig: Sig, dim: int, size: int) -> Sig:
+    """The signature of a contiguous batched tensor whose samples have this shape."""
+    shape = list(sig.shape)
+    shape.insert(dim, size)
+    return make_sig(tuple(shape), contiguous_stride(tuple(shape)), sig.dtype, sig.device)

@@ -1,0 +1,135 @@
+"""What the walkers share: a rule is traced once per signature into a fragment and copied from then on.
+
+:func:`apply` is the whole mechanism. It keys on the rule's tag, the signatures of the nodes and the literals; the first time it lets ``make`` build the
+result on placeholders, tidied, and afterwards it splices that fragment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from ..errors import RuleError
+from ..trace import shapes
+from ..trace.emit import Builder
+from ..trace.functionalize import Functionalizer
+from ..trace.shapes import Sig, Slot, encode, fill
+from ..trace.tracer import Trace, Traced, recording
+from .tidy import REWRITES
+
+aten = torch.ops.aten
+
+#: builds a result out of nodes: ``(builder, *args) -> nested nodes``
+Make = Callable[..., Any]
+
+
+class Fragment:
+    """A rule's graph for one signature."""
+
+    __slots__ = ("inputs", "nodes", "outputs")
+
+    def __init__(self, graph: fx.Graph, outputs: Any) -> None:
+        self.nodes = [n for n in graph.nodes if n.op != "output"]
+        self.outputs = outputs
+
+
+_fragments: dict[tuple, Fragment] = {}
+_LIMIT = 1 << 14
+
+
+def builder() -> Builder:
+    """A builder that merges equal nodes and simplifies as it goes."""
+    return Builder(REWRITES)
+
+
+def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
+    """The result of ``make(builder, *args)`` in ``b``, through the fragment cache. ``args``: nested nodes and literals."""
+    key: list = [tag]
+    nodes: list[Node] = []
+
+    def sink(n: Node) -> tuple[Slot, Sig]:
+        nodes.append(n)
+        return Slot(len(nodes) - 1), n.meta["val"]
+
+    template = [encode(a, key, sink) for a in args]
+    key.append(shapes.env_key())
+    frozen = tuple(key)
+    fragment = _fragments.get(frozen)
+    if fragment is None:
+        if len(_fragments) >= _LIMIT:
+            _fragments.clear()
+        fb = builder()
+        inputs = [fb.placeholder("x", n.meta["val"]) for n in nodes]
+        outputs = make(fb, *fill(template, inputs))
+        fragment = _fragments[frozen] = Fragment(fb.finish(flat_nodes(outputs)), outputs)
+    return b.splice(fragment.nodes, nodes, fragment.outputs)
+
+
+def flat_nodes(outputs: Any) -> list[Node]:
+    if isinstance(outputs, list | tuple):
+        return [n for o in outputs for n in flat_nodes(o)]
+    return [outputs] if isinstance(outputs, Node) else []
+
+
+def traced(fn: Callable, intent: bool = True) -> Make:
+    """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the builder."""
+
+    def make(b: Builder, *args: Any) -> Any:
+        trace = Trace(why_not="a rule may not look at values")
+        nodes: list[Node] = []
+
+        def wrap(a: Any) -> Any:
+            if isinstance(a, Node):
+                nodes.append(a)
+                t = trace.new(a.meta["val"])
+                trace.inputs.append(t)
+                return t
+            if isinstance(a, list | tuple):
+                return type(a)(wrap(x) for x in a) if type(a) in (list, tuple) else [wrap(x) for x in a]
+            return a
+
+        wrapped = [wrap(a) for a in args]
+        with recording(trace):
+            results = fn(*wrapped)
+        consts = [constant(b, t) for t in trace.lifted]
+        f = Functionalizer(trace, b, [*nodes, *consts], intent)
+        kept, b.meta = b.meta, {}
+        f.run()
+        b.meta = kept
+        for index, _ in f.mutated():
+            raise RuleError(f"{fn} writes to its argument {index}")
+
+        def unwrap(r: Any) -> Any:
+            if isinstance(r, Tensor):
+                return f.read(r.ref, intent) if r.__class__ is Traced and r.trace is trace else constant(b, r)
+            if isinstance(r, list | tuple):
+                return [unwrap(x) for x in r]
+            return r
+
+        return unwrap(results)
+
+    return make
+
+
+def constant(b: Builder, t: Tensor) -> Node:
+    """A number that a rule made, as a node."""
+    if t.dim():
+        raise RuleError(f"a rule closes over a tensor of shape {tuple(t.shape)}; only numbers may be constants")
+    return b.call(aten.full.default, [], t.item(), dtype=t.dtype, device=t.device)
+
+
+def number(b: Builder, value: Any, sig: Sig) -> Node:
+    """A tensor like ``sig``, filled with a number."""
+    return b.call(aten.full.default, list(sig.shape), value, dtype=sig.dtype, device=sig.device)
+
+
+def outputs_of(b: Builder, n: Node) -> Any:
+    """What a node returns, as a rule wants it: itself, or the tuple of its outputs."""
+    val = n.meta["val"]
+    if not isinstance(val, tuple):
+        return n
+    return [b.item(n, i) if v.__class__ is Sig else v for i, v in enumerate(val)]
