@@ -5,7 +5,7 @@ Both are the same cut (``solve.py``) with other prices. Some values cost nothing
 - views and constants are never saved: a view is redone from the tensor that owns the storage;
 - of tuples the parts are saved; inputs and parameters are kept by the caller anyway, so saving them is free;
 - draws, effects and ops of which nothing is known never run twice;
-- the inside of a ``torch.utils.checkpoint`` region is never saved; what the forward reads of it outside is, if needed;
+- the inside of a ``torch.utils.checkpoint`` region is not saved, except draws and what the forward reads outside;
 - *free* values, which only the backward needs, run once on either side, so only what must be kept for them counts.
 """
 
@@ -120,11 +120,18 @@ def saving_cost(n: Node, inside: bool) -> float:
     """What saving the value of ``n`` costs: bytes, next to nothing for sizes and inputs, infinite where ruled out."""
     if is_symbol(n):
         return 1.0
-    if n.op == "placeholder":
-        return float(nbytes(n.meta.get("val"))) if n.meta.get("mutated") else 2.0
-    if inside or n.op == "get_attr" or is_view(n) or not is_single(n):
+    if n.op == "placeholder":  # free, but not worth holding for its sizes alone
+        return float(nbytes(n.meta.get("val"))) if n.meta.get("mutated") else 8.0
+    if n.op == "get_attr" or is_view(n) or not is_single(n) or (inside and not once(maker(n))):
         return INF
     return float(nbytes(n.meta["val"]))
+
+
+def maker(n: Node) -> Node:
+    """The node that computes ``n``: for a part of a tuple that of the tuple."""
+    while n.target is operator.getitem:
+        n = n.all_input_nodes[0]
+    return n
 
 
 def reason(n: Node, border: bool, never: bool) -> str:
@@ -133,10 +140,9 @@ def reason(n: Node, border: bool, never: bool) -> str:
         return "parameter" if n.meta.get("role") == "param" else "input"
     if is_symbol(n):
         return "size"
-    source = n.args[0] if n.target is operator.getitem else n
-    if is_random(source):  # type: ignore[arg-type]
+    if is_random(maker(n)):
         return "random: may run only once"
-    if once(source):  # type: ignore[arg-type]
+    if once(maker(n)):
         return "may run only once"
     if border:
         return "border of a checkpointed region"

@@ -127,7 +127,12 @@ class Copy:
         self.env: dict[Node, Node] = {}
 
     def node(self, n: Node) -> Node:
-        new = self.graph.create_node(n.op, n.target, self.map(n.args), self.map(n.kwargs), n.name, n.type)
+        # arguments come afterwards: given at once, they would be searched for stray sizes, half of the time
+        new = self.graph.create_node(n.op, n.target, name=n.name, type_expr=n.type)
+        if n.args:
+            new.args = self.map(n.args)
+        if n.kwargs:
+            new.kwargs = self.map(n.kwargs)
         new.meta = n.meta.copy()
         self.env[n] = new
         return new

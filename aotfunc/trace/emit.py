@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.immutable_collections import immutable_dict
 
+from ..graph import kept_alive
 from . import shapes
 from .shapes import Facts, Sig, encode
 
@@ -115,6 +117,8 @@ class Builder:
         if not self.merge or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
+        if target in COMMUTATIVE and args[0].__class__ is Node and args[1].__class__ is Node and id(args[0]) > id(args[1]):
+            key = (*key[:2], args[1], args[0], *key[4:])
         node = self.seen.get(key)
         if node is None:
             node = self.seen[key] = self.make("call_function", target, args, kwargs, val)
@@ -149,7 +153,11 @@ class Builder:
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:
         """End the graph with this flat tuple of outputs and drop what nobody reads (draws and effects stay)."""
-        out = self.make("output", "output", (tuple(outputs),), {}, None)
+        return self.finish_tree(tuple(outputs))
+
+    def finish_tree(self, tree: Any) -> fx.Graph:
+        out = self.make("output", "output", (tree,), {}, None)
+        del out.meta["val"]
         drop_dead(self.graph, out)
         return self.graph
 
@@ -187,14 +195,8 @@ def mergeable(target: Any) -> bool:
 
 _mergeable: dict[Any, bool] = {}
 
-
-def kept_alive(n: Node) -> bool:
-    """Whether a node must stay although nobody reads it: a draw moves the generator on, an effect is seen outside."""
-    target = n.target
-    if target.__class__ is OpOverload:
-        facts = Facts(target)
-        return facts.random or facts.effect or bool(facts.writes)
-    return getattr(target, "effect", False)
+_aten = torch.ops.aten
+COMMUTATIVE = frozenset((_aten.add.Tensor, _aten.mul.Tensor, _aten.maximum.default, _aten.minimum.default))
 
 
 def node_key(target: Any, args: tuple, kwargs: dict, region: Any) -> tuple:

@@ -49,7 +49,7 @@ def current() -> Trace | None:
 class Traced(Tensor):
     """A tensor that stands for a value of a recording: shape, dtype and device are real, there is no data."""
 
-    trace: Trace
+    tracer: Trace
     ref: int
     sig: Sig
 
@@ -60,14 +60,14 @@ class Traced(Tensor):
         """An op outside of every recording: a value leaked. It has data if its recording can be run."""
         from torch.utils._pytree import tree_map_only
 
-        args, kwargs = tree_map_only(Traced, lambda x: x.trace.value(x), (args, kwargs or {}))
+        args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     # ----- what autograd would answer -------------------------------------------------------------------------------
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        return self.trace.requires_grad(self)
+        return self.tracer.requires_grad(self)
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -76,16 +76,16 @@ class Traced(Tensor):
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         if requires_grad and not self.sig.differentiable:
             raise RuntimeError("only Tensors of floating point and complex dtype can require gradients")
-        self.trace.mark_leaf(self, requires_grad)
+        self.tracer.mark_leaf(self, requires_grad)
         return self
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
-        return self.trace.is_leaf(self)
+        return self.tracer.is_leaf(self)
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        return self.trace if self.requires_grad and not self.is_leaf else None
+        return self.tracer if self.requires_grad and not self.is_leaf else None
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
@@ -96,7 +96,7 @@ class Traced(Tensor):
         self.__dict__["_grad"] = value
 
     def retain_grad(self) -> None:
-        self.trace.retained.append(self)
+        self.tracer.retained.append(self)
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -136,7 +136,7 @@ class Traced(Tensor):
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return repr(self) if not self.trace.concrete_inputs else format(_live(self), spec)
+        return repr(self) if not self.tracer.concrete_inputs else format(_live(self), spec)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return self.clone()
@@ -146,7 +146,7 @@ class Traced(Tensor):
 
 
 def _live(x: Traced) -> Tensor:
-    return (current() or x.trace).value(x)
+    return (current() or x.tracer).value(x)
 
 
 # A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is a shapes.Instr for an op, or an object of another
@@ -195,7 +195,7 @@ class Trace(TorchDispatchMode):
             t = _wrapper(
                 Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device
             )
-        t.trace = self
+        t.tracer = self
         t.ref = self.count
         t.sig = sig
         self.count += 1
@@ -221,15 +221,15 @@ class Trace(TorchDispatchMode):
         ref = self._lift_refs.get(key)
         if ref is None:
             self._keep.append(t)  # so that id(t) stays its own
-            if t.__class__ is Traced and t.trace.finished:
-                t = t.trace.value(t)
+            if t.__class__ is Traced and t.tracer.finished:
+                t = t.tracer.value(t)
             check_kind(t)
             self.lifted.append(t)
             ref = self._lift_refs[key] = -len(self.lifted)
         return ref
 
     def ref_of(self, t: Tensor) -> tuple[int, Sig]:
-        if t.__class__ is Traced and t.trace is self:
+        if t.__class__ is Traced and t.tracer is self:
             return t.ref, t.sig
         ref = self.lift(t)
         real = self.lifted[-ref - 1]
@@ -256,7 +256,7 @@ class Trace(TorchDispatchMode):
         add = key.append
         for a in args:
             cls = a.__class__
-            if cls is Traced and a.trace is self:
+            if cls is Traced and a.tracer is self:
                 refs.append(a.ref)
                 add(a.sig)
                 sigs.append(a.sig)
@@ -346,7 +346,7 @@ class Trace(TorchDispatchMode):
                 results.append(self.wrap(sig))
                 continue
             t = argument(same)
-            if t.__class__ is Traced and t.trace is self and sig is not t.sig and sig.__class__ is Sig:
+            if t.__class__ is Traced and t.tracer is self and sig is not t.sig and sig.__class__ is Sig:
                 self._refresh(t, sig)
             results.append(t)
         return results[0] if single and results else tuple(results) if results else None
@@ -354,7 +354,8 @@ class Trace(TorchDispatchMode):
     def _refresh(self, t: Traced, sig: Sig) -> None:
         """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
         fresh = _wrapper(Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device)
-        Tensor.data.__set__(t, fresh)  # type: ignore[attr-defined]
+        with quiet():
+            Tensor.data.__set__(t, fresh)  # type: ignore[attr-defined]
         t.sig = sig
 
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
@@ -427,8 +428,8 @@ class Trace(TorchDispatchMode):
         """The real value of ``t``: what has been recorded so far is run on the concrete inputs."""
         if t.__class__ is not Traced:
             return t
-        if t.trace is not self:
-            return t.trace.value(t, what)
+        if t.tracer is not self:
+            return t.tracer.value(t, what)
         if self.concrete_inputs is None:
             reason = self.why_not or "this value belongs to a capture that is over"
             raise CaptureError(
@@ -461,7 +462,7 @@ class Replay:
                 for i in range(len(trace.lifted)):
                     if -1 - i not in self.env:
                         outer = trace.lifted[i]
-                        self.env[-1 - i] = copy_of(outer.trace.value(outer) if outer.__class__ is Traced else outer)
+                        self.env[-1 - i] = copy_of(outer.tracer.value(outer) if outer.__class__ is Traced else outer)
                 for instr, refs, *_ in trace.records[self.done :]:
                     outs = instr_run(instr, [self.env[r] for r in refs])
                     for o in outs:
@@ -527,7 +528,7 @@ def copy_of(t: Tensor) -> Tensor:
 
 def storage_id(t: Tensor) -> Any:
     if t.__class__ is Traced:
-        return (id(t.trace), t.trace.root(t.ref))
+        return (id(t.tracer), t.tracer.root(t.ref))
     try:
         return t.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):

@@ -55,7 +55,7 @@ def reverse_rule(op: OpOverload) -> Callable:
         def leaf(x: Traced, i: int) -> Tensor:
             if not needs[i]:
                 return x
-            twin = x.trace.alias(x)
+            twin = x.tracer.alias(x)
             Tensor.requires_grad_(twin)
             leaves[id(x)] = twin
             return twin
@@ -99,7 +99,7 @@ def forward_rule(op: OpOverload) -> Callable:
                     return [dual(x, y) for x, y in zip(a, t or [None] * len(a), strict=True)]
                 if t is None:
                     return a
-                return forward_ad.make_dual(a.trace.alias(a), t)
+                return forward_ad.make_dual(a.tracer.alias(a), t)
 
             full = list(args)
             for i, at in enumerate(tensor_args(op)):

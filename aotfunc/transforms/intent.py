@@ -163,7 +163,7 @@ def reaches(trace: Trace, x: Tensor, outs: list[Tensor]) -> bool:
     kept, trace.leaves = trace.leaves, {trace.ref_of(x)[0]: True}
     lifted, trace.lifted = trace.lifted, [t.detach() if t.__class__ is not Traced and t.requires_grad else t for t in trace.lifted]
     try:
-        return any(isinstance(o, Traced) and o.trace is trace and trace.requires_grad(o) for o in outs)
+        return any(isinstance(o, Traced) and o.tracer is trace and trace.requires_grad(o) for o in outs)
     finally:
         trace.leaves, trace.lifted = kept, lifted
 

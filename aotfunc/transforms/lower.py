@@ -24,8 +24,8 @@ def marked(program: Program) -> bool:
     )
 
 
-def lowered(program: Program, calls: bool = False) -> Program:
-    """Without ``detach``, hidden writes and custom derivatives; with ``calls``, without nested compiled calls too."""
+def lowered(program: Program, calls: bool = False, marks: bool = True) -> Program:
+    """Without custom derivatives; with ``marks``, without ``detach`` and hidden writes; with ``calls``, without nested compiled calls."""
     if not marked(program):
         return program
     with paused_gc():
@@ -38,20 +38,20 @@ def lowered(program: Program, calls: bool = False) -> Program:
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
             elif n.op == "call_function":
                 args = remap(n.args, env)
-                if target in (aten.detach.default, once):
+                if marks and target in (aten.detach.default, once):
                     env[n] = args[0]
-                elif target is hidden_write:
+                elif marks and target is hidden_write:
                     env[n] = args[1]
                 elif isinstance(target, CustomDerivative):
                     env[n] = target.inline(b, args)
                 elif calls and isinstance(target, CompiledCall):
-                    env[n] = lowered_call(b, target, args)
+                    env[n] = lowered_call(b, target, args, marks)
                 else:
                     env[n] = b.node(target, args, {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"])
         outs = remap(output_node(program.graph).args[0], env)
         return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name)
 
 
-def lowered_call(b: Builder, call: CompiledCall, args: Any) -> list:
-    body = lowered(call.program, calls=True)
+def lowered_call(b: Builder, call: CompiledCall, args: Any, marks: bool) -> list:
+    body = lowered(call.program, calls=True, marks=marks)
     return list(b.splice(body.graph, args, output_node(body.graph).args[0]))

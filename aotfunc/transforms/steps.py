@@ -108,16 +108,19 @@ def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
 
 
 class CompiledCall:
-    """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile``.
+    """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile(program, example_inputs)``.
 
-    ``split(joint, n_outputs, n_primals) -> (forward, backward)`` is how its backend wants a joint program partitioned.
+    ``split(joint, n_primals, n_early) -> (forward call, backward call)`` partitions a joint program and keeps the compilers.
     """
 
-    def __init__(self, program: Program, compile: Callable[[Program], Callable], split: Callable, name: str = "jit") -> None:
+    def __init__(self, program: Program, compile: Callable, split: Callable, name: str = "jit") -> None:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
 
-    def __call__(self, *args: Tensor) -> tuple:
-        return self.program.compiled(self.compile, self.compile)(*args)
+    def __call__(self, *args: Tensor) -> Sequence:
+        fn = self.program.cache.get(self.compile)
+        if fn is None:
+            fn = self.program.cache[self.compile] = self.compile(self.program, args)
+        return fn(*args)
 
     def derived(self, key: tuple, make: Callable[[], Program], kind: str) -> CompiledCall:
         calls = self.program.cache
@@ -134,15 +137,12 @@ class CompiledCall:
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
         have = tuple(i in g for i in range(program.n_outputs))
-        key = (wrt, have)
-        halves = program.cache.get(("vjp", *key))
+        halves = program.cache.get(("vjp", wrt, have))
         if halves is None:
-            whole = Program(program.graph, len(n.args), program.n_outputs, program.mutated, program.name)
-            forward, backward = self.split(vjp(whole, wrt, have), program, len(n.args))
-            halves = program.cache[("vjp", *key)] = tuple(
-                CompiledCall(p, self.compile, self.split, f"{kind}_{self.__name__}")
-                for p, kind in ((forward, "forward"), (backward, "backward"))
-            )
+            count = program.n_outputs + len(program.mutated)
+            whole = Program(program.graph, len(n.args), count, (), program.name)
+            joint = vjp(whole, wrt, (*have, *[False] * len(program.mutated)))
+            halves = program.cache[("vjp", wrt, have)] = self.split(joint, len(n.args), count)
         forward, backward = halves
         outs = emit_call(b, forward, n.args)
         move_after(b, n, outs)

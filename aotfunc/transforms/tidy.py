@@ -80,34 +80,20 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         return spread(b, x, val)
     if is_one(x) and y.__class__ is Node:
         return spread(b, y, val)
+    if is_one(x) and y.__class__ in (int, float) and val.differentiable:
+        return full(b, val, y)
     # a minus sign commutes with products: pull it out, where it meets others
     if is_call(x, aten.neg.default) and x.meta["val"].dtype is val.dtype:
         return b.call(aten.neg.default, b.call(aten.mul.Tensor, x.args[0], y))
     if is_call(y, aten.neg.default) and y.meta["val"].dtype is val.dtype:
         return b.call(aten.neg.default, b.call(aten.mul.Tensor, x, y.args[0]))
     if y.__class__ is Node and x.__class__ is Node and val.dtype.is_floating_point:
-        # one order for both operands, so that equal products merge
-        if _order(y) < _order(x) and x.meta["val"].device == y.meta["val"].device:
-            return b.node(aten.mul.Tensor, (y, x), {}, val) if val.plain else None
         # a filled tensor is a number
         for tensor, other in ((x, y), (y, x)):
             n = number(tensor)
             if n is not None and n.__class__ is not complex and same(other, val) and tensor.meta["val"].dtype is val.dtype:
                 return b.call(aten.mul.Tensor, other, n)
     return None
-
-
-def _order(n: Node) -> int:
-    return id(n) if False else n.meta.setdefault("order", _next())
-
-
-_count = 0
-
-
-def _next() -> int:
-    global _count
-    _count += 1
-    return _count
 
 
 @rewrite(aten.div.Tensor)
@@ -123,6 +109,8 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
 
 @rewrite(aten.neg.default)
 def _neg(b: Builder, val: Sig, x: Any) -> Any:
+    if is_call(x, aten.full.default) and x.args[1].__class__ in (int, float):
+        return full(b, val, -x.args[1])
     return x.args[0] if is_call(x, aten.neg.default) and same(x.args[0], val) else None
 
 
@@ -268,6 +256,15 @@ def _unsqueeze(b: Builder, val: Sig, x: Any, dim: int) -> Any:
 @rewrite(aten.slice.Tensor)
 def _slice(b: Builder, val: Sig, x: Any, *_: Any) -> Any:
     return x if x.meta["val"] is val else None
+
+
+@rewrite(aten.select_scatter.default, aten.slice_scatter.default)
+def _overwritten(b: Builder, val: Sig, x: Any, source: Any, *place: Any, **named: Any) -> Any:
+    """Of two writes to the same place the last one counts."""
+    for op in (aten.select_scatter.default, aten.slice_scatter.default):
+        if is_call(x, op) and x.args[2:] == place and dict(x.kwargs) == named and x.args[1].meta["val"].shape == source.meta["val"].shape:
+            return b.call(op, x.args[0], source, *place, **named)
+    return None
 
 
 @rewrite(operator.getitem)

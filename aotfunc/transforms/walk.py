@@ -105,7 +105,7 @@ def traced(fn: Callable, intent: bool = True) -> Make:
 
         def unwrap(r: Any) -> Any:
             if isinstance(r, Tensor):
-                return f.read(r.ref, intent) if r.__class__ is Traced and r.trace is trace else constant(b, r)
+                return f.read(r.ref, intent) if r.__class__ is Traced and r.tracer is trace else constant(b, r)
             if isinstance(r, list | tuple):
                 return [unwrap(x) for x in r]
             return r

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from .pointwise import keep
-from .table import aten, elementwise, pointwise, vjp_of, vmap_of
+from .table import aten, elementwise, pointwise, tensor_args, vjp_of, vmap_of
 
 # ----- piecewise linear: the second derivative is zero ----------------------------------------------------------------
 
@@ -117,6 +118,11 @@ def _(x: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
     return out, buffer if buffer.dim() == x.dim() else buffer.expand(size, 0)  # empty where the device needs none
 
 
+def as_batch(op: OpOverload) -> Any:
+    """The vmap rule of an elementwise op that does not broadcast every argument: all tensors come batched."""
+    return lambda *args: elementwise(op)(*args, batched=(True,) * len(tensor_args(op)))
+
+
 pointwise(
     aten.log_sigmoid_backward,
     lambda h, out, g, x, buffer: aten.log_sigmoid_backward(h, x, buffer),
@@ -124,11 +130,8 @@ pointwise(
 )
 
 
-@vmap_of(aten.log_sigmoid_backward)
-def _(g: Tensor, x: Tensor, buffer: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
-    if buffer.numel() == 0:
-        buffer, batched = x, (batched[0], batched[1], batched[1])
-    return elementwise(aten.log_sigmoid_backward.default)(g, x, buffer, batched=batched)
+for op in (aten.log_sigmoid_backward.default, aten.rrelu_with_noise_backward.default):
+    vmap_of(op)(as_batch(op))
 
 
 @vjp_of(aten._prelu_kernel)
@@ -145,8 +148,8 @@ def _(hs: tuple[Tensor | None, ...], outs: Any, g: Tensor, x: Tensor, w: Tensor)
     return [along_g, *negative]
 
 
-for op in (aten._prelu_kernel.default, aten._prelu_kernel_backward.default):
-    vmap_of(op)(elementwise(op))
+vmap_of(aten._prelu_kernel)(elementwise(aten._prelu_kernel.default))
+vmap_of(aten._prelu_kernel_backward)(as_batch(aten._prelu_kernel_backward.default))
 
 
 @vjp_of(aten.rrelu_with_noise_functional, diff_outputs=(0,))

@@ -1,8 +1,8 @@
-"""Rules of fused scaled-dot-product attention, for the CPU, flash and memory-efficient kernels.
+"""Rules of fused scaled-dot-product attention: the CPU, flash, memory-efficient and cuDNN kernels.
 
-The gradient is each kernel's own backward op. What no kernel offers, tangents and second derivatives, comes from the one
-definition in plain ops below, which all kernels share: ``P = softmax(scale * q @ k.mT + mask)``, ``out = P @ v``. It forms the
-attention matrix, and it is what dropout rules out: there no formula can know which entries the kernel dropped.
+The gradient is each kernel's own backward op. What no kernel offers, tangents and second derivatives, comes from the
+one definition in plain ops below, which all kernels share: ``P = softmax(scale * q @ k.mT + mask)``, ``out = P @ v``.
+It forms the attention matrix, and it rules out dropout: no formula can know which entries the kernel dropped.
 """
 
 from __future__ import annotations
@@ -169,7 +169,9 @@ def first(x: Any, carries: bool) -> Any:
 
 def same_dropout(dropout_p: float, randomness: str) -> None:
     if dropout_p and randomness == "same":
-        raise NotImplementedError('vmap of fused attention with dropout draws anew for each element: not randomness="same"')
+        raise NotImplementedError(
+            'vmap of fused attention with dropout draws anew for each element: not randomness="same"'
+        )
 
 
 # ----- the kernels ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where a batch goes when an op takes images: folded into ``N``, or among the channels. What vmap rules of nn ops share."""
+"""Where a batch goes when an op takes images: folded into ``N``, or among the channels. Shared by the rules of nn ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch._ops import OpOverload, OpOverloadPacket
 from aotfunc.transforms.rules.table import Formula, call_op, overload, tensor_args
 
 
-
 def with_batch(x: Tensor, carries: bool, size: int) -> Tensor:
     """``x`` with the batch in front, repeated if it does not carry it yet.
 
@@ -20,7 +19,7 @@ def with_batch(x: Tensor, carries: bool, size: int) -> Tensor:
 
 
 def into(x: Tensor, dim: int, groups: int = 1) -> Tensor:
-    """Move the batch from the front into dimension ``dim`` (counted without it), inside each of the ``groups`` there."""
+    """Move the batch from the front into dimension ``dim`` (counted without it), inside each of its ``groups``."""
     if groups == 1:
         return x.movedim(0, dim).flatten(dim, dim + 1)
     return x.unflatten(dim + 1, (groups, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
@@ -34,12 +33,12 @@ def out_of(x: Tensor, dim: int, size: int, groups: int = 1) -> Tensor:
 
 
 def along_channels(vector: Tensor, spatial: int) -> Tensor:
-    """A vector over the channels, perhaps a batch of them, shaped to broadcast against images ``(..., N, C, *spatial)``."""
+    """A vector over the channels, or a batch of them, shaped to broadcast against ``(..., N, C, *spatial)``."""
     return vector.reshape(*vector.shape[:-1], 1, -1, *[1] * spatial)
 
 
 def planes(op: OpOverload | OpOverloadPacket, spatial: int) -> Formula:
-    """The vmap rule of an op on images ``(N, C, *spatial)`` or ``(C, *spatial)``, which all its tensor arguments are."""
+    """The vmap rule of an op whose tensor arguments are all images ``(N, C, *spatial)`` or ``(C, *spatial)``."""
     op = overload(op)
     where = tensor_args(op)
 
@@ -52,6 +51,8 @@ def planes(op: OpOverload | OpOverloadPacket, spatial: int) -> Formula:
         out = call_op(op, full)
         if not fold:
             return out
-        return tuple(o.unflatten(0, (size, -1)) for o in out) if isinstance(out, tuple) else out.unflatten(0, (size, -1))
+        n = images[0].shape[1]
+        apart = [o.reshape(size, n, *o.shape[1:]) for o in (out if isinstance(out, tuple) else (out,))]
+        return tuple(apart) if isinstance(out, tuple) else apart[0]
 
     return batch

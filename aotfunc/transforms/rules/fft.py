@@ -13,7 +13,7 @@ from aotfunc.transforms.rules.table import aten, linear, shifted
 
 
 def halves(x: Tensor, dim: int, last: int, factor: float) -> Tensor:
-    """Scale the entries of a one-sided spectrum of ``last`` points that stand for two: all but the first, and the last of an even one."""
+    """Scale the entries of a one-sided spectrum of ``last`` points that stand for two: not the ends of an even one."""
     inner = (last - 1) // 2
     return x if inner == 0 else aten.slice_scatter(x, x.narrow(dim, 1, inner) * factor, dim, 1, 1 + inner)
 

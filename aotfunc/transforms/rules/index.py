@@ -16,7 +16,9 @@ from torch import Tensor
 from .table import (
     aten,
     expand_lead,
+    jvp_of,
     linear,
+    vmap_of,
 )
 
 
@@ -161,6 +163,58 @@ for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
         batch=batch_index_put,
         jointly=True,
     )
+
+# ----- masked indexing: positions may be out of range where the mask is false ---------------------------------------------
+
+
+def in_range(x: Tensor, indices: Sequence[Tensor | None], batched: bool) -> list[Tensor | None]:
+    return [i if i is None else i.clamp(-s, s - 1) for s, i in zip(x.shape[batched:], indices, strict=False)]
+
+
+linear(
+    aten._unsafe_masked_index,
+    lambda g, x, mask, indices: aten._unsafe_masked_index_put_accumulate(g.new_zeros(x.shape), mask, indices, g),
+    None,
+    None,
+)
+linear(
+    aten._unsafe_masked_index_put_accumulate,
+    lambda g, *_: g,
+    None,
+    None,
+    lambda g, x, mask, indices: aten._unsafe_masked_index(g, mask, indices, 0),
+    jointly=True,
+)
+
+
+@jvp_of(aten._unsafe_masked_index)
+def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor, indices: Any) -> Tensor:
+    return aten._unsafe_masked_index(tangents[0], mask, indices, 0)
+
+
+@vmap_of(aten._unsafe_masked_index)
+def _(x: Tensor, mask: Tensor, indices: Any, fill: Any, *, batched: Any, size: Any) -> Tensor:
+    if batched[0] or any(batched[2]):
+        x = batch_index(x, in_range(x, indices, batched[0]), batched=(batched[0], batched[2]), size=size)
+    else:
+        x = aten.index.Tensor(x, in_range(x, indices, False)).expand(size, *[-1] * (mask.dim() - 1))
+    return torch.where(align(mask, x.dim() - 1) if batched[1] else mask, x, fill)
+
+
+@vmap_of(aten._unsafe_masked_index_put_accumulate)
+def _(x: Tensor, mask: Tensor, indices: Any, values: Tensor, *, batched: Any, size: Any) -> Tensor:
+    both = batched[1], batched[3]
+    rank = max(t.dim() - b for t, b in zip((mask, values), both, strict=True))
+    mask, values = (align(t, rank) if b else t for t, b in zip((mask, values), both, strict=True))
+    return batch_index_put(
+        x,
+        in_range(x, indices, batched[0]),
+        torch.where(mask, values, 0),
+        True,
+        batched=(batched[0], batched[2], any(both)),
+        size=size,
+    )
+
 
 # ----- take and put: positions in the flattened tensor ------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from aotfunc.transforms.rules.table import (
 def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
     """The vmap rule of an op with free leading dimensions.
 
-    Where its arguments broadcast, ``align`` is how many trailing dimensions they have of their own; the others are brought to one rank.
+    Where its arguments broadcast, ``align`` is how many trailing dimensions each has of its own.
     """
     op = overload(op)
     where = tensor_args(op)
@@ -50,16 +50,36 @@ def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
     return batch
 
 
+PRIVATE = "det slogdet eigh svd eigvals".split()
+PUBLIC = "inv_ex cholesky_ex qr eig matrix_exp lu lu_factor_ex ldl_factor_ex householder_product".split()
 for op in (
-    *(aten._linalg_det, aten._linalg_slogdet, aten.linalg_inv_ex, aten.linalg_cholesky_ex, aten.cholesky),
-    *(aten.linalg_qr, aten._linalg_eigh, aten._linalg_svd, aten.linalg_eig, aten._linalg_eigvals, aten.linalg_matrix_exp),
-    *(aten.linalg_lu, aten.linalg_lu_factor_ex, aten.lu_unpack, aten.linalg_ldl_factor_ex, aten.linalg_householder_product),
-    *(aten.cholesky_inverse, aten.geqrf, aten.ormqr, aten.linalg_ldl_solve),
+    *(getattr(aten, f"_linalg_{name}") for name in PRIVATE),
+    *(getattr(aten, f"linalg_{name}") for name in PUBLIC),
+    *(aten.cholesky, aten.cholesky_inverse, aten.lu_unpack, aten.geqrf, aten.ormqr),
 ):
     vmap_of(op)(leading(op))
-for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve, aten.linalg_lu_solve):
+for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve):
     vmap_of(op)(leading(op, align=2))
 vmap_of(aten.linalg_pinv.atol_rtol_tensor)(leading(aten.linalg_pinv.atol_rtol_tensor))
+
+
+def with_pivots(op: OpOverloadPacket) -> None:
+    """Register the vmap rule of a solver ``(factors, pivots, b, *flags)``, whose pivots have a dimension less."""
+
+    @vmap_of(op)
+    def _(factors, pivots, b, *flags, batched, size):
+        factors, pivots, b = (with_batch(x, t, size) for x, t in zip((factors, pivots, b), batched, strict=True))
+        rank = max(factors.dim(), b.dim())
+        factors, b = (x.reshape(size, *[1] * (rank - x.dim()), *x.shape[1:]) for x in (factors, b))
+        pivots = pivots.reshape(size, *[1] * (rank - 1 - pivots.dim()), *pivots.shape[1:])
+        if op is aten.linalg_ldl_solve:  # it does not broadcast
+            lead = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+            factors, pivots, b = (x.expand(*lead, *x.shape[len(lead) :]).contiguous() for x in (factors, pivots, b))
+        return call_op(overload(op), [factors, pivots, b, *flags])
+
+
+with_pivots(aten.linalg_lu_solve)
+with_pivots(aten.linalg_ldl_solve)
 
 
 @vmap_of(aten._linalg_solve_ex)
@@ -116,6 +136,28 @@ def _(tangents, out, a, b, left):
     return tx.squeeze(-1) if vector else tx, None, None, None
 
 
+def nonsingular(out: Any, a: Tensor) -> Tensor:
+    """``a``, moved a little where a pivot of its factorisation is zero: the derivative of a determinant is there all the same."""
+    p, lower, upper = aten.lu_unpack(out[1], out[2])
+    pivots = upper.diagonal(0, -2, -1)
+    small = torch.finfo(a.dtype).eps ** 0.5
+    return a + p @ lower @ torch.diag_embed((pivots == 0).to(a.dtype) * small)
+
+
+@vjp_of(aten._linalg_det, diff_outputs=(0,))
+def _(g, out, a):
+    a = nonsingular(out, a)
+    weight = g[0] * aten._linalg_det(a)[0].conj()
+    return [weight[..., None, None] * aten.linalg_inv_ex(a)[0].mH]
+
+
+@jvp_of(aten._linalg_det)
+def _(tangents, out, a):
+    a = nonsingular(out, a)
+    rate = aten._linalg_solve_ex(a, tangents[0])[0].diagonal(0, -2, -1).sum(-1)
+    return rate * aten._linalg_det(a)[0], None, None
+
+
 @vjp_of(aten._linalg_slogdet, diff_outputs=(0, 1))
 def _(g, out, a):
     g_sign, g_log = g[:2]
@@ -151,7 +193,8 @@ def hermitian(x: Tensor) -> Tensor:
 @vjp_of(aten.linalg_cholesky_ex, diff_outputs=(0,))
 def _(g, out, a, upper):
     lower, g = (t.mH if upper else t for t in (out[0], g[0]))
-    inner = hermitian(half_triangle(lower.mH @ g.tril()))
+    product = lower.mH @ g
+    inner = 0.5 * (product.tril() + product.tril(-1).mH)
     inner = aten.linalg_solve_triangular(lower.mH, inner, upper=True)  # L^-H S L^-1
     return [aten.linalg_solve_triangular(lower, inner, upper=False, left=False)]
 

@@ -121,13 +121,28 @@ def _(x: Any, boundaries: Tensor, int32: bool, right: bool) -> Tensor:
 @vmap_of(aten.nonzero_static)
 def _(x: Tensor, length: Any, fill: int) -> Tensor:
     found = (x != 0).flatten(1) if x.dim() > 1 else (x != 0).unsqueeze(1)
-    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)[
-        :, :length
-    ]  # the true ones first, in order
-    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))
+    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)  # the true ones first, in order
+    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))  # or cuts off
     there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
     columns, stride = [], 1
     for s in reversed(x.shape[1:]):
         columns.append(torch.where(there, order.div(stride, rounding_mode="floor") % s, fill))
         stride *= s
     return torch.stack(columns[::-1], 2) if columns else order.new_zeros(x.shape[0], length, 0)
+
+
+nondiff(aten.isin.Tensor_Tensor, aten.isin.Tensor_Scalar)
+
+
+@vmap_of(aten.isin.Tensor_Tensor)
+def _(x: Tensor, tests: Tensor, unique: bool, invert: bool, *, batched: Any, size: Any) -> Tensor:
+    if not batched[1]:
+        return torch.isin(x, tests, invert=invert)
+    x = expand_lead(x, batched[0], size)
+    row = tests.reshape(size, *[1] * (x.dim() - 1), tests[0].numel())
+    return (x.unsqueeze(-1) != row).all(-1) if invert else (x.unsqueeze(-1) == row).any(-1)
+
+
+@vmap_of(aten.isin.Tensor_Scalar)
+def _(x: Tensor, test: Any, unique: bool, invert: bool) -> Tensor:
+    return torch.isin(x, test, invert=invert)

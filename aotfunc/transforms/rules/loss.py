@@ -115,7 +115,9 @@ def spread(g: Tensor, reduction: int, count: int) -> Tensor:
     return g / count if reduction == MEAN else g
 
 
-def aligned(op: OpOverload, args: Sequence[Any], batched: Sequence[bool], size: int, skip: int = 0) -> tuple[list[Any], torch.Size]:
+def aligned(
+    op: OpOverload, args: Sequence[Any], batched: Sequence[bool], size: int, skip: int = 0
+) -> tuple[list[Any], torch.Size]:
     """The arguments with all tensors expanded to one shape behind the batch, and that shape: the kernels do not broadcast.
 
     The first ``skip`` tensors are expanded with the others but have no say in the shape.

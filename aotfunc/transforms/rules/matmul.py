@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import aten, jvp_of, linear, vjp_of, vmap_of
+from .table import aten, conj, jvp_of, linear, vjp_of, vmap_of
 
 # ----- transposes -----------------------------------------------------------------------------------------------------
 
 
 def adjoint(x: Tensor) -> Tensor:
     """The conjugate transpose of a matrix or of a batch of them."""
-    x = x.t() if x.dim() == 2 else x.transpose(1, 2)
-    return x.conj() if x.is_complex() else x
+    return conj(x.t() if x.dim() == 2 else x.transpose(1, 2))
 
 
 def transposed(x: Tensor) -> bool:
@@ -34,11 +33,6 @@ def mm_left(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def mm_right(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The cotangent of ``b`` in ``a @ b``, laid out in memory as ``b`` is."""
     return torch.mm(g.t(), conj(a)).t() if transposed(b) else torch.mm(adjoint(a), g)
-
-
-def conj(x: Tensor) -> Tensor:
-    """``x.conj()``, and nothing at all for a real ``x``."""
-    return x.conj() if x.is_complex() else x
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
@@ -160,6 +154,9 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
     def vmap(c: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any, *, batched: Any, size: Any) -> Tensor:
         if op is aten.addmm and batched == (False, True, False) and (c.dim() < 2 or c.shape[0] == 1):
             return op(c, a.flatten(0, 1), b, beta=beta, alpha=alpha).reshape(a.shape[0], a.shape[1], b.shape[1])
+        if op is aten.addmm and batched[1] and batched[2]:
+            c = c.reshape(size, *[1] * (3 - c.dim()), *c.shape[1:]) if batched[0] else c
+            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
         beta, alpha = (as_dtype(x, torch.promote_types(c.dtype, a.dtype)) for x in (beta, alpha))
         if batched[1] or batched[2]:
             result = scale(batch(a, b, batched=batched[1:]), alpha)
@@ -247,13 +244,16 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *, batched: Any, size: Any
     row = weight.dim() - batched[1] == 1
     weight = weight.unsqueeze(-2) if row else weight
     lead = x.shape[1:-1] if batched[0] else x.shape[:-1]
-    x = x.reshape(size, -1, x.shape[-1]) if batched[0] else rows(x)
+    if not batched[0]:
+        x = rows(x)
+    else:
+        x = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
     if batched[0] or batched[1]:
         out = batch_mm(x, weight.mT, batched=batched)
     else:
         out = torch.mm(x, weight.t()).unsqueeze(0)
     if bias is not None:
-        out = out + (bias.reshape(size, 1, -1) if batched[2] else bias)
+        out = out + (bias.reshape(size, 1, 1 if row else bias.shape[-1]) if batched[2] else bias)
     return out.expand(size, *out.shape[1:]).reshape(size, *lead, *([] if row else [out.shape[-1]]))
 
 

@@ -26,7 +26,9 @@ def _(g, out, x, w, bias, stride, padding, dilation, transposed, output_padding,
     mask = [bool(need) for need in needs]
     if not transposed:  # the forward op ignores it, the backward op refuses it
         output_padding = [0] * len(output_padding)
-    return aten.convolution_backward(g, x, w, sizes, stride, padding, dilation, transposed, output_padding, groups, mask)
+    return aten.convolution_backward(
+        g, x, w, sizes, stride, padding, dilation, transposed, output_padding, groups, mask
+    )
 
 
 @jvp_of(aten.convolution)

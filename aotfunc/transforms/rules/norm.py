@@ -243,7 +243,9 @@ def _(tangents, out, g, x, weight, mean, var, save_mean, save_rstd, training, ep
 def _(g, x, *rest, batched, size):
     *vectors, training, eps, mask = rest
     g, x = (into(with_batch(t, b, size), 1) for t, b in zip((g, x), batched, strict=False))
-    vectors = [None if v is None else into(with_batch(v, b, size), 0) for v, b in zip(vectors, batched[2:], strict=True)]
+    vectors = [
+        None if v is None else into(with_batch(v, b, size), 0) for v, b in zip(vectors, batched[2:], strict=True)
+    ]
     of_x, *others = aten.native_batch_norm_backward(g, x, *vectors, training, eps, mask)
     of_x = None if of_x is None else out_of(of_x, 1, size)
     return (of_x, *(None if v is None else out_of(v, 0, size) for v in others))

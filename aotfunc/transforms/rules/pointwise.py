@@ -1,8 +1,8 @@
-"""What elementwise arithmetic means: sums and products, powers, unary functions, extrema, comparisons, complex numbers.
+"""What elementwise arithmetic means: sums, products, powers, unary functions, extrema, comparisons, complex numbers.
 
-A formula ``(g, out, *args)`` is the derivative times ``g``, without conjugates (see :func:`~.table.pointwise`). Where aten has
-one fused backward, that is the formula; where the output says it in one op less, the output is used. Conventions at points
-without a derivative (ties, bounds, zeros) are those of ``torch.autograd``.
+A formula ``(g, out, *args)`` is the derivative times ``g``, without conjugates (see :func:`~.table.pointwise`). Where
+aten has one fused backward, that is the formula; where the output says it in one op less, the output is used.
+Conventions at points without a derivative (ties, bounds, zeros) are those of ``torch.autograd``.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ pointwise(aten.logaddexp2, lambda g, out, x, y: g / (1 + 2.0 ** (y - x)), lambda
 
 
 def through(log: Any, floor: float) -> Any:
-    """The derivative of ``x * log(y)`` in ``x``; where ``x`` is 0 and ``y`` not above ``floor`` the product is constantly 0."""
+    """``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and ``y`` not above ``floor``."""
 
     def formula(g: Tensor, out: Tensor, x: Tensor, y: Any) -> Tensor:
         if isinstance(y, Tensor):
@@ -172,10 +172,18 @@ pointwise(aten.sigmoid, lambda g, out, x: aten.sigmoid_backward(g, out.conj()))
 pointwise(aten.asinh, lambda g, out, x: g * aten.rsqrt(x * x + 1))
 pointwise(aten.acosh, lambda g, out, x: g * (aten.rsqrt(x - 1) * aten.rsqrt(x + 1)))
 pointwise(aten.atanh, lambda g, out, x: g / (1 - x * x))
+
+
+def over_square(y: Tensor, x: Tensor, which: Tensor) -> Tensor:
+    """``which / (x² + y²)``, zero at the origin."""
+    square = x * x + y * y
+    return (which / square).masked_fill(square == 0, 0)
+
+
 pointwise(
     aten.atan2,
-    lambda g, out, y, x: g * (x / (x * x + y * y)),
-    lambda g, out, y, x: -(g * (y / (x * x + y * y))),
+    lambda g, out, y, x: g * over_square(y, x, x),
+    lambda g, out, y, x: -(g * over_square(y, x, y)),
 )
 pointwise(aten.hypot, lambda g, out, x, y: g * (x / out), lambda g, out, x, y: g * (y / out))
 
@@ -301,10 +309,6 @@ vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
 for op in (aten._conj.default, aten._conj_physical.default):
     linear(op, lambda g, x: g.conj(), batch=elementwise(op))
 linear(aten._neg_view, lambda g, x: -g, batch=elementwise(aten._neg_view.default))
-linear(
-    aten.view_as_real, lambda g, x: aten.view_as_complex(g.contiguous()), batch=elementwise(aten.view_as_real.default)
-)
-linear(aten.view_as_complex, lambda g, x: aten.view_as_real(g), batch=elementwise(aten.view_as_complex.default))
 
 
 @vjp_of(aten.complex)
@@ -359,8 +363,7 @@ def copying(op: OpOverload) -> Any:
 
 linear(aten.clone, lambda g, x: g, batch=copying(aten.clone.default))
 linear(aten._to_copy, lambda g, x: g.to(x.device), batch=copying(aten._to_copy.default))  # the walker casts the dtype
-for op in (aten.alias.default, aten.lift.default, aten.lift_fresh.default, aten._lazy_clone.default):
-    linear(op, lambda g, x: g, batch=elementwise(op))
+linear(aten._lazy_clone, lambda g, x: g, batch=elementwise(aten._lazy_clone.default))
 
 
 # ----- no derivative: rounding, comparisons, logic, bits --------------------------------------------------------------

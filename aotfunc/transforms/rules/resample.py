@@ -1,4 +1,4 @@
-"""Rules of the ops that read an image at other places: resizing, shuffled channels, sampling at a grid of points."""
+"""Rules of the ops that read an image at other places: resizing, sampling at a grid of points."""
 
 from __future__ import annotations
 
@@ -34,19 +34,6 @@ for name in (
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
 ):
     resizing(getattr(aten, name), getattr(aten, name + "_backward"))
-
-
-# ----- shuffling ------------------------------------------------------------------------------------------------------
-
-
-@vmap_of(aten.channel_shuffle)
-def _(x, groups, *, size):
-    return aten.channel_shuffle(x.flatten(0, 1), groups).unflatten(0, (size, -1))
-
-
-@vjp_of(aten.channel_shuffle)
-def _(g, out, x, groups):
-    return [aten.channel_shuffle(g, x.shape[1] // groups)]
 
 
 # ----- sampling at a grid of points -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .table import (
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
-    """``x`` filled up with zeros at the far ends to ``shape``: what an op reads only in part has no gradient elsewhere."""
+    """``x`` filled up with zeros at the far ends to ``shape``: what an op does not read has no gradient."""
     if x.shape == torch.Size(shape):
         return x
     return torch.nn.functional.pad(
@@ -91,7 +91,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, value: Any, re
     if reduce == "add":
         return g, None
     factor = torch.ones_like(x).scatter(dim, index, value, reduce="multiply")
-    return g * (factor.conj() if factor.is_complex() else factor), None
+    return g * conj(factor), None
 
 
 def scatter_reduce_back(
@@ -146,13 +146,13 @@ for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.redu
 # ----- index_select and its writes: one vector of positions along one dimension -----------------------------------------
 
 
-def spread(index: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Positions ``[n]`` along ``dim``, or ``[B, n]`` along ``dim`` past the batch at 0, for every element of ``like``."""
-    shape = [1] * like.dim()
-    shape[dim] = like.shape[dim]
+def spread(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:
+    """Positions ``[n]`` along ``dim``, or ``[B, n]`` of each example, for every element of a tensor of ``shape``."""
+    ones = [1] * len(shape)
+    ones[dim] = shape[dim]
     if index.dim() == 2:
-        shape[0] = like.shape[0]
-    return index.reshape(shape).expand(like.shape)
+        ones[0] = shape[0]
+    return index.reshape(ones).expand(shape)
 
 
 def batch_index_select(x: Tensor, dim: int, index: Tensor, *, batched: tuple[bool, bool], size: Any) -> Tensor:
@@ -164,12 +164,13 @@ def batch_index_select(x: Tensor, dim: int, index: Tensor, *, batched: tuple[boo
     dim %= rank
     if not index_batched:
         out = x.index_select(dim + 1, index)
-    elif not x_batched:
-        out = x.index_select(dim, index.flatten()).unflatten(dim, (size, -1 if index.dim() == 2 else 1)).movedim(dim, 0)
     else:
-        index = index.reshape(size, -1) if index.dim() == 1 else index
-        shape = [*x.shape[: dim + 1], index.shape[1], *x.shape[dim + 2 :]]
-        out = x.gather(dim + 1, spread(index, x.new_empty(shape), dim + 1))
+        index = index.unsqueeze(1) if index.dim() == 1 else index
+        if x_batched:
+            shape = [*x.shape[: dim + 1], index.shape[1], *x.shape[dim + 2 :]]
+            out = x.gather(dim + 1, spread(index, shape, dim + 1))
+        else:
+            out = x.index_select(dim, index.flatten()).unflatten(dim, index.shape).movedim(dim, 0)
     return out.squeeze(1) if scalar else out
 
 
@@ -179,8 +180,7 @@ def select_for(g: Tensor, source: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def written(op: Any, scatter: Any) -> Formula:
-    """The vmap rule of ``op(self, dim, index, source, ...)``; ``scatter(self, dim, index, source, ...)`` takes an index per
-    element."""
+    """The vmap rule of ``op(self, dim, index, source, ...)``; ``scatter``, called alike, takes an index per element."""
     op = overload(op)
 
     def batch(x: Tensor, dim: int, index: Tensor, source: Tensor, *rest: Any, batched: Any, size: Any) -> Tensor:
@@ -191,12 +191,18 @@ def written(op: Any, scatter: Any) -> Formula:
         if source.dim() == 1:  # one element for one position
             source = source.reshape(size, *[1] * (x.dim() - 1))
         if batched[1]:
-            out = scatter(x, dim, spread(index.reshape(size, -1), source, dim), source, *rest)
+            index = index.unsqueeze(1) if index.dim() == 1 else index
+            out = scatter(x, dim, spread(index, source.shape, dim), source, *rest)
         else:
             out = call_op(op, [x, dim, index, source, *rest])
         return out.reshape(size, *shape)
 
     return batch
+
+
+def times(x: Tensor, by: Any) -> Tensor:
+    """``x * by`` without the multiplication by one."""
+    return x if isinstance(by, int | float) and by == 1 else x * by
 
 
 linear(
@@ -209,7 +215,9 @@ linear(
     aten.index_add,
     lambda g, *_: g,
     None,
-    lambda g, x, dim, index, source, alpha: times(select_for(g, source, dim, index), alpha),
+    lambda g, x, dim, index, source, alpha: times(
+        select_for(g, source, dim, index), alpha.conjugate() if isinstance(alpha, complex) else alpha
+    ),
     batch=written(aten.index_add, lambda x, dim, at, source, alpha: x.scatter_add(dim, at, times(source, alpha))),
     jointly=True,
 )
@@ -221,13 +229,6 @@ linear(
     batch=written(aten.index_copy, torch.scatter),
     jointly=True,
 )
-
-
-def times(x: Tensor, by: Any) -> Tensor:
-    """``x * conj(by)`` for a real or complex number, without the multiplication by one."""
-    if isinstance(by, int | float) and by == 1:
-        return x
-    return (x * by).to(x.dtype)
 
 
 def fill_back(g: Tensor, x: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
@@ -246,10 +247,9 @@ def batch_fill(x: Tensor, dim: int, index: Tensor, value: Any, *, batched: Any, 
     value_batched = len(batched) == 3 and batched[2]
     if not batched[1] and not value_batched:
         return aten.index_fill(x, dim, index, value).reshape(size, *shape)
-    index = index.reshape(size, -1) if batched[1] else index.reshape(-1)
-    target = list(x.shape)
-    target[dim] = index.shape[-1]
-    index = spread(index, x.new_empty(target), dim)
+    index = index.unsqueeze(-1) if index.dim() == batched[1] else index
+    target = [*x.shape[:dim], index.shape[-1], *x.shape[dim + 1 :]]
+    index = spread(index, target, dim)
     if isinstance(value, Tensor):
         value = value.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1)).expand(target)
     return x.scatter(dim, index, value).reshape(size, *shape)
@@ -268,7 +268,7 @@ def _(tangents: Any, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Tensor:
 def _(
     g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, include_self: bool
 ) -> Any:
-    at = spread(index, source, dim) if source.dim() else index.reshape(source.shape)
+    at = spread(index, source.shape, dim) if source.dim() else index.reshape(source.shape)
     return scatter_reduce_back(g, out, x, dim, at, source, reduce, include_self)
 
 

@@ -52,6 +52,15 @@ def slice_back(g: Tensor, x: Tensor, dim: int, start: Any, end: Any, step: Any) 
 
 for op in named("slice.Tensor", "slice_copy.Tensor"):
     linear(op, slice_back, batch=shifted(op, "dim"))
+linear(
+    aten.narrow_copy,
+    lambda g, x, dim, start, length: (
+        slice_back(g, x, dim, start % x.shape[dim], start % x.shape[dim] + length, 1)
+        if length
+        else torch.zeros_like(x, dtype=g.dtype)
+    ),
+    batch=shifted(aten.narrow_copy, "dim"),
+)
 for op in named("select.int", "select_copy.int"):
     linear(op, lambda g, x, dim, i: aten.select_backward(g, x.shape, dim, i), batch=shifted(op, "dim"))
 for op in named("diagonal", "diagonal_copy"):
@@ -130,7 +139,7 @@ scatter_lines(aten.diagonal_scatter, aten.diagonal, "dim1", "dim2")
 
 
 def cells(x: Tensor, shape: Sequence[Any], stride: Sequence[Any], to: tuple[Any, Any, Any]) -> Tensor:
-    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x``, which has ``shape`` and ``stride``."""
+    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x``, laid out by ``shape, stride``."""
     size, strides, offset = to
     offset = 0 if offset is None else offset - x.storage_offset()
     numbers = torch.arange(prod(shape), device=x.device)

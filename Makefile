@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a first `make demo` or `make test` creates .venv by itself.
+
+PYTHON ?= python3
+JOBS   ?= 2
+# Arguments for pip, for instance: make venv PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
+PIP_ARGS ?=
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types bench check format clean
+
+help: ## show this list
+	@echo "aotfunc: make <target>"
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), JOBS=$(JOBS) (test processes), PIP_ARGS (for pip install)"
+
+venv: $(STAMP) ## create .venv and install aotfunc with its test tools (done by every other target when needed)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aotfunc needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[test]'
+	@touch $@
+
+demo: $(STAMP) ## train a small network on scikit-learn's digits: graphs, per-sample gradients, timings
+	$(PY) examples/digits.py
+
+test: $(STAMP) ## run the tests (JOBS processes, one thread each)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP) ## mypy over aotfunc/
+	$(PY) -m mypy
+
+bench: $(STAMP) ## run the benchmarks (installs the bench extra: jax)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[bench]'
+	@set -e; for b in benchmarks/[a-z]*.py; do echo "== $$b"; $(PY) $$b; done
+
+check: lint types test ## all that must pass before a change is handed in
+
+format: $(STAMP) ## let ruff fix and format the files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove .venv and all caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

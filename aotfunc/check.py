@@ -1,0 +1,109 @@
+"""Checks of derivatives against finite differences, and what the rule table covers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map, tree_unflatten
+
+from .errors import ArgumentError
+from .func import jvp, vjp
+from .trace.tree import Arguments, flatten
+from .transforms.rules.table import RULES
+
+
+def check_grads(
+    f: Callable,
+    args: Sequence[Any],
+    order: int = 2,
+    *,
+    modes: Sequence[str] = ("fwd", "rev"),
+    eps: float = 1e-5,
+    atol: float = 1e-5,
+    rtol: float = 1e-4,
+) -> None:
+    """Check ``f``'s derivatives up to ``order`` at ``args`` against central differences along random directions.
+
+    ``args``: trees of float64 (or complex128) tensors, all differentiated. ``modes``: forward and reverse, each alone and of one another. Raises AssertionError naming order and mode where
+    the numbers differ, ArgumentError for other dtypes.
+
+    >>> check_grads(torch.sin, (torch.ones(3, dtype=torch.float64),), order=2)
+    """
+    arguments = Arguments(args, {})
+    for i, x in enumerate(arguments.leaves):
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float64, torch.complex128):
+            raise ArgumentError(f"check_grads: leaf {i} must be a float64 or complex128 tensor; differences are no good in less")
+    _check(f, tuple(args), order, tuple(modes), eps, atol, rtol, "")
+
+
+def _directions(tree: Any) -> Any:
+    return tree_map(torch.randn_like, tree)
+
+
+def _moved(tree: Any, direction: Any, step: float) -> Any:
+    return tree_map(lambda x, d: x + step * d, tree, direction)
+
+
+def _real_dot(a: Any, b: Any) -> Tensor:
+    pairs = zip(flatten(a)[0], flatten(b)[0], strict=True)
+    return sum((torch.real(x.conj() * y).sum() for x, y in pairs if x.is_floating_point() or x.is_complex()), torch.zeros(()))
+
+
+def _check(f: Callable, args: tuple, order: int, modes: tuple, eps: float, atol: float, rtol: float, path: str) -> None:
+    direction = _directions(args)
+    with torch.no_grad():
+        upper = flatten(f(*_moved(args, direction, eps)))[0]
+        lower = flatten(f(*_moved(args, direction, -eps)))[0]
+    numeric = [(u - v) / (2 * eps) for u, v in zip(upper, lower, strict=True)]
+    close = {"atol": atol, "rtol": rtol, "check_dtype": False}
+    if "fwd" in modes:
+        _, tangent = jvp(f, args, direction)
+        for n, t in zip(numeric, flatten(tangent)[0], strict=True):
+            torch.testing.assert_close(t, n, **close, msg=lambda m: f"forward mode is wrong{path}: {m}")
+    if "rev" in modes:
+        out, pull = vjp(f, *args)
+        cotangent = _directions(out)
+        gradient = pull(cotangent)
+        got, want = _real_dot(gradient, direction), _real_dot(cotangent, _like(numeric, cotangent))
+        torch.testing.assert_close(got, want, **close, msg=lambda m: f"reverse mode is wrong{path}: {m}")
+    if order > 1:
+        if "fwd" in modes:
+            _check(lambda *a: jvp(f, a, direction)[1], args, order - 1, modes, eps, atol, rtol, f" in the derivative of jvp{path}")
+        if "rev" in modes:
+            _check(lambda *a: vjp(f, *a)[1](cotangent), args, order - 1, modes, eps, atol, rtol, f" in the derivative of vjp{path}")
+
+
+def _like(leaves: Sequence[Tensor], tree: Any) -> Any:
+    _, spec = flatten(tree)
+    return leaves[0] if spec is None else tree_unflatten(list(leaves), spec)
+
+
+def coverage() -> dict[str, dict[str, int]]:
+    """Print, and return, how many op overloads have a written rule, per transform; all others take the fallback: PyTorch's own formula for
+    that op, then its decomposition, then (vmap) a loop.
+
+    >>> coverage()["vjp"]["written"] > 100
+    True
+    """
+    table: dict[str, Counter] = {t: Counter() for t in ("vjp", "jvp", "vmap")}
+    for line in RULES.values():
+        for transform in table:
+            if transform != "vmap" and line.nondiff:
+                kind = "zero derivative"
+            elif getattr(line, transform) is not None:
+                kind = "written"
+            elif transform == "jvp" and line.vjp is not None:
+                kind = "transposed"
+            else:
+                kind = "fallback"
+            table[transform][kind] += 1
+    kinds = ("written", "transposed", "zero derivative", "fallback")
+    print(f"{len(RULES)} op overloads in the table")
+    print(f"{'':6}" + "".join(f"{k:>18}" for k in kinds))
+    for transform, counts in table.items():
+        print(f"{transform:6}" + "".join(f"{counts[k]:18}" for k in kinds))
+    return {t: dict(c) for t, c in table.items()}

@@ -1,0 +1,197 @@
+"""A program as an ``fx.GraphModule`` that others can read, run and compile; and ``make_fx``, which makes one of a function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .errors import ArgumentError
+from .graph import Program, output_node
+from .trace.emit import Builder, paused_gc
+from .trace.functionalize import hidden_write
+from .trace.shapes import Sig
+from .trace.tree import Arguments
+from .transforms.capture import parameter_names, record
+from .transforms.lower import lowered
+from .transforms.tidy import REWRITES
+
+aten = torch.ops.aten
+
+
+class Fakes:
+    """FakeTensors of one mode, one for each signature; they are shared and must not be changed."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.made: dict[Sig, Tensor] = {}
+
+    def of(self, val: Any) -> Any:
+        if val.__class__ is not Sig:
+            return tuple(self.of(v) for v in val) if isinstance(val, tuple) else val
+        fake = self.made.get(val)
+        if fake is None:
+            with self.mode:
+                if val.offset:
+                    fake = torch.empty(val.proto.untyped_storage().nbytes() // val.dtype.itemsize, dtype=val.dtype, device=val.device)
+                    fake = fake.as_strided(val.shape, val.stride, val.offset)
+                else:
+                    fake = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device=val.device)
+            self.made[val] = fake
+        return fake
+
+
+def graph_module(
+    program: Program, name: str = "Graph", constants: Sequence[Tensor] = (), outputs: Any = None, lower: bool = True
+) -> fx.GraphModule:
+    """The program as a module of its own, for somebody else: real metadata (FakeTensors), names counted anew.
+
+    The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes) -> tree`` arranges the results (default: a flat
+    tuple). With ``lower`` nested compiled calls are dissolved and marks of intent removed.
+    """
+    program = lowered(program, calls=True, marks=lower)
+    with paused_gc():
+        b = Builder(REWRITES)
+        fakes = Fakes()
+        root = torch.nn.Module()
+        inputs = []
+        placeholders = program.placeholders
+        n_real = len(placeholders) - len(constants)
+        for i, p in enumerate(placeholders):
+            if i < n_real:
+                inputs.append(b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")))
+        for i, t in enumerate(constants):
+            attr = f"_param_constant{i}" if isinstance(t, torch.nn.Parameter) else f"_tensor_constant{i}"
+            if isinstance(t, torch.nn.Parameter):
+                root.register_parameter(attr, t)
+            else:
+                root.register_buffer(attr, t)
+            inputs.append(b.make("get_attr", attr, (), {}, placeholders[n_real + i].meta["val"], name=attr.lstrip("_")))
+        results = list(b.splice(program.graph, inputs, output_node(program.graph).args[0]))
+        tree = tuple(results) if outputs is None else outputs(b, inputs, results)
+        graph = b.finish_tree(tree)
+        for n in graph.nodes:
+            if "val" in n.meta:
+                n.meta["val"] = fakes.of(n.meta["val"])
+            if (line := n.meta.get("line")) is not None:
+                n.meta["stack_trace"] = f'  File "{line.code.co_filename}", line {line.number}, in {line.code.co_name}'
+                n.meta["line"] = str(line)
+    gm = _LazyGraphModule(root, graph, name)
+    gm.fake_mode = fakes.mode
+    return gm
+
+
+def make_fx(
+    f: Callable,
+    decomposition_table: dict | None = None,
+    tracing_mode: str = "real",
+    *,
+    verbose: bool = False,
+    **_: Any,
+) -> Callable[..., fx.GraphModule]:
+    """The function ``(*args, **kwargs) -> GraphModule``: what ``f`` does for these arguments, as readable aten code.
+
+    The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final ``copy_``s where ``f`` writes to its inputs. ``f`` is specialised to the
+    arguments' shapes and Python values. ``decomposition_table`` maps overloads to functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values; "fake" and
+    "symbolic" do not (sizes are specialised in each). With ``verbose`` the code carries the user's lines as comments. Raises CaptureError where ``f`` cannot be captured.
+
+    >>> print(make_fx(lambda x: torch.sin(x) * 2)(torch.ones(3)).code.strip())
+    def forward(self, x):
+        sin = torch.ops.aten.sin.default(x);  x = None
+        mul = torch.ops.aten.mul.Tensor(sin, 2);  sin = None
+        return mul
+    """
+    if tracing_mode not in ("real", "fake", "symbolic"):
+        raise ArgumentError(f"make_fx: tracing_mode must be 'real', 'fake' or 'symbolic', not {tracing_mode!r}")
+
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> fx.GraphModule:
+        arguments = Arguments(args, kwargs)
+        why_not = None if tracing_mode == "real" else f"make_fx(tracing_mode={tracing_mode!r}) captures without values"
+        rec = record(
+            f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments)
+        )
+        program = rec.program()
+        if decomposition_table:
+            from .transforms.decompose import decomposed
+
+            program = decomposed(program, decomposition_table)
+        constants = rec.closed_over
+        n_real = program.n_inputs
+
+        def outputs(b: Builder, inputs: list, results: list) -> Any:
+            written = {}
+            for index, new in zip(program.mutated, results[program.n_outputs :], strict=True):
+                while isinstance(new, Node) and new.target in (hidden_write, aten.detach.default):
+                    new = new.args[1] if new.target is hidden_write else new.args[0]
+                node = b.make("call_function", aten.copy_.default, (inputs[index], new), {}, inputs[index].meta["val"])
+                written[results[program.n_outputs + len(written)]] = node
+            leaves = list(rec.leaves)
+            for i, r in zip(rec.tensors, results[: program.n_outputs], strict=True):
+                leaves[i] = r
+            return leaves[0] if rec.spec is None else leaves
+
+        gm = graph_module(program, getattr(f, "__name__", type(f).__name__), constants, outputs, lower=False)
+        _as_called(gm, arguments, args, kwargs, rec, n_real)
+        if verbose:
+            _with_lines(gm)
+        return gm
+
+    return wrapper
+
+
+def _as_called(gm: fx.GraphModule, arguments: Arguments, args: tuple, kwargs: dict, rec: Any, n_real: int) -> None:
+    """Let the module take ``f``'s arguments and return ``f``'s tree."""
+    plain_in = not kwargs and all(s is None for s in arguments.specs)
+    out = output_node(gm.graph)
+    if plain_in:
+        if rec.spec is not None:
+            out.args = (_literal_tree(out.args[0], rec.spec),)
+            gm.recompile()
+        return
+    # every leaf is an argument, those that are not tensors too: they were specialised, and are ignored
+    graph = gm.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    feed = iter(placeholders)
+    first = next(iter(graph.nodes))
+    place = first
+    names = []
+    for x in arguments.leaves:
+        if isinstance(x, Tensor):
+            p = next(feed)
+        else:
+            with graph.inserting_before(place) if not names else graph.inserting_after(last):
+                p = graph.placeholder("static")
+            p.meta["val"] = x
+        names.append(p.name)
+        last = p
+    in_spec = tree_flatten((tuple(args), kwargs))[1]
+    out_spec = rec.spec if rec.spec is not None else None
+    arg_names = [f"arg{i}" for i in range(len(args))] + list(kwargs)
+    if out_spec is not None and not isinstance(out.args[0], list | tuple):
+        out.args = ([out.args[0]],)
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arg_names, in_spec, out_spec)))
+    gm.recompile()
+
+
+def _literal_tree(leaves: Any, spec: Any) -> Any:
+    return tree_unflatten(list(leaves), spec)
+
+
+def _with_lines(gm: fx.GraphModule) -> None:
+    """Put the user's line behind each statement of the printed code."""
+    gm.real_recompile()
+    lines = {n.name: n.meta["line"] for n in gm.graph.nodes if n.meta.get("line")}
+    shown = []
+    for text in gm._code.splitlines():
+        name = text.strip().split(" = ", 1)[0].split(":")[0]
+        shown.append(f"{text}  # {lines[name]}" if name in lines and " = torch.ops." in text else text)
+    gm._code = "\n".join(shown) + "\n"

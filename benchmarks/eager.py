@@ -1,0 +1,84 @@
+"""Transforms called on real tensors: un-jitted and jit(backend="eager") beside torch.func eager.
+
+python -m benchmarks.eager [--quick] [--write]. Rivals are timed in turns within one process; "first" is the first call
+of a new function in a warm process, "again" the second and later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import aotfunc
+from benchmarks.measure import Report, arguments, interleaved, ms, ratio, timed
+from benchmarks.programs import conv_net
+
+Case = tuple[Callable, Callable, tuple]
+
+
+def pointwise(x):
+    return (torch.sin(x) * x + torch.tanh(x)).sum()
+
+
+def regression(w, x, t):
+    return (torch.relu(w @ x) - t).square().mean()
+
+
+def rosenbrock(x):
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def both(build: Callable[[object], Callable], *args) -> Case:
+    """The same transformed function from torch.func and from aotfunc."""
+    return build(torch.func), build(aotfunc), args
+
+
+def conv_case(batch: int, width: int, image: int) -> Case:
+    loss, params = conv_net(width, image)
+    x, t = torch.randn(batch, 1, image, image), torch.arange(batch) % 10
+    return both(lambda m: m.vmap(m.grad(loss), in_dims=(None, 0, 0)), params, x, t)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "grad, tiny (10)": lambda: both(lambda m: m.grad(pointwise), torch.randn(10)),
+    "grad, mid (300,000)": lambda: both(lambda m: m.grad(pointwise), torch.randn(300_000)),
+    "vmap(grad), tiny (8 x 3x5)": lambda: both(
+        lambda m: m.vmap(m.grad(regression), (None, 0, 0)), torch.randn(3, 5), torch.randn(8, 5), torch.randn(8, 3)
+    ),
+    "vmap(grad), mid (64 x 128x128)": lambda: both(
+        lambda m: m.vmap(m.grad(regression), (None, 0, 0)), torch.randn(128, 128), torch.randn(64, 128), torch.randn(64, 128)
+    ),
+    "hessian, tiny (4)": lambda: both(lambda m: m.hessian(rosenbrock), torch.randn(4)),
+    "hessian, mid (400)": lambda: both(lambda m: m.hessian(rosenbrock), torch.randn(400)),
+    "per-sample conv net, tiny (4 x 8x8)": lambda: conv_case(4, 2, 8),
+    "per-sample conv net, mid (64 x 28x28)": lambda: conv_case(64, 8, 28),
+}
+QUICK = [name for name in CASES if "tiny" in name]
+
+
+def measure(name: str, quick: bool) -> list[str]:
+    theirs, ours, args = CASES[name]()
+    jitted = aotfunc.jit(ours, backend="eager")
+    torch.testing.assert_close(ours(*args), theirs(*args))
+    torch.testing.assert_close(jitted(*args), theirs(*args))
+    _, anew, _ = CASES[name]()
+    first = timed(lambda: anew(*args))
+    runs = {"torch": lambda: theirs(*args), "again": lambda: ours(*args), "jit": lambda: jitted(*args)}
+    t = interleaved(runs, rounds=1 if quick else 3, budget_s=0.05 if quick else 0.5)
+    return [name, ms(t["torch"]), ms(first), ms(t["again"]), ms(t["jit"]), ratio(t["torch"], t["again"]), ratio(t["torch"], t["jit"])]
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    report = Report("eager", "Transforms on real tensors", "python -m benchmarks.eager")
+    rows = [measure(name, options.quick) for name in (QUICK if options.quick else CASES)]
+    head = ["case", "torch.func", "ours: first", "ours: again", "ours: jit", "torch/again", "torch/jit"]
+    report.table("Time per call, medians (above 1x we are faster)", head, rows)
+    if options.write:
+        report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""f asks for numbers, prints, leaks values: served on concrete inputs, else an error with the user's line."""
+
+import pytest
+import torch
+
+import aotfunc
+from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
+from aotfunc.errors import AotfuncError
+from tests.reference import assert_same, grads
+
+
+def r(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+# numbers -------------------------------------------------------------------------------------------------------------
+
+
+def by_item(x):
+    return x * x.sum().item()
+
+
+def by_float(x):
+    return x * float(x[0]) + int(x[1] * 10)
+
+
+def by_branch(x):
+    return x * 2 if x.sum() > 0 else x.sin()
+
+
+def by_and(x):
+    return x * 2 if (x > -100).all() and not bool(x.max() > 100) else x
+
+
+def by_loop(x):
+    while x.abs().max() > 0.1:
+        x = x / 2
+    return x
+
+
+def by_tolist(x):
+    return x * sum(x.tolist())
+
+
+def by_comparison_of_two(x):
+    return x if torch.equal(x, x * 1) and torch.allclose(x, x) else x * 0
+
+
+def by_an_iteration(x):
+    return sum(v * i for i, v in enumerate(x))
+
+
+def by_max_and_min(x):
+    return max(x[0], x[1]) * min(x[1], x[2])
+
+
+def by_index(x):
+    return x[int(x.argmax())] * x
+
+
+def by_format(x):
+    return x * float(f"{x[0].item():.3f}")
+
+
+def by_numpy_of_a_constant(x):
+    return x * torch.arange(3.0).numpy().sum().item()
+
+
+ASKING = [
+    by_item,
+    by_float,
+    by_branch,
+    by_and,
+    by_loop,
+    by_tolist,
+    by_comparison_of_two,
+    by_max_and_min,
+    by_index,
+    by_format,
+]
+asking = pytest.mark.parametrize("f", ASKING, ids=lambda f: f.__name__)
+never = pytest.mark.parametrize("f", [by_an_iteration, by_numpy_of_a_constant], ids=lambda f: f.__name__)
+
+
+@asking
+def test_concrete_inputs_serve(f):
+    for sign in (1, -1):
+        x = sign * r(3).abs()
+        assert_same(make_fx(f)(x)(x), f(x))
+        assert_same(grad(lambda x: f(x).sum())(x), grads(lambda x: f(x).sum())(x))
+        out, pull = vjp(f, x)
+        assert_same(out, f(x))
+        assert_same(pull(torch.ones_like(out))[0], grads(lambda x: f(x).sum())(x))
+
+
+@asking
+def test_forward_mode_and_jacobians(f):
+    x = r(3)
+    expected = torch.autograd.functional.jacobian(f, x)
+    assert_same(jvp(f, (x,), (torch.ones_like(x),))[1], expected.sum(-1))
+    assert_same(jacrev(f)(x), expected)
+
+
+@asking
+def test_vmap_says_so_with_the_line(f):
+    with pytest.raises(AotfuncError, match=r"test_asking\.py"):
+        vmap(f)(r(4, 3))
+
+
+@asking
+def test_jit_says_so_with_the_line(f):
+    with pytest.raises(AotfuncError, match=r"test_asking\.py"):
+        jit(f)(r(3))
+
+
+@asking
+def test_inside_vmap_of_a_closed_over_tensor(f):
+    """An unbatched concrete tensor may be asked even under vmap."""
+    w = r(3).abs()
+    x = r(4, 3)
+    assert_same(vmap(lambda x: x * f(w))(x), x * f(w))
+
+
+@never
+def test_asks_for_nothing(f):
+    x = r(3)
+    assert_same(make_fx(f)(x)(x), f(x))
+    assert_same(jit(f)(x), f(x))
+
+
+def test_f_does_not_run_again():
+    seen = []
+
+    def f(x):
+        seen.append("start")
+        y = x * 2
+        if y.sum() > -1e9:
+            y = y * 3
+        seen.append(y.sum().item())
+        return (y * x).sum()
+
+    x = r(3)
+    assert_same(grad(f)(x), 12 * x)
+    assert seen == ["start", float((6 * x).sum())]
+
+
+def test_asking_leaves_writes_and_random_numbers_as_they_are():
+    def f(x):
+        x.mul_(2)
+        noise = torch.rand(3, dtype=x.dtype)
+        if (x + noise).sum() > -1e9:
+            x.add_(1)
+        more = torch.rand(3, dtype=x.dtype)
+        return x * noise + more
+
+    for run in (lambda x: make_fx(f)(x.clone())(x), lambda x: vjp(f, x)[0]):
+        mine, theirs = r(3), None
+        theirs = mine.clone()
+        torch.manual_seed(3)
+        expected = f(theirs)
+        after = torch.get_rng_state()
+        torch.manual_seed(3)
+        out = run(mine)
+        assert_same(out, expected)
+        assert_same(mine, theirs)
+        assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_number_from_a_random_draw():
+    def f(x):
+        n = int(torch.randint(2, 6, ()))
+        return (x**n).sum()
+
+    x = r(3)
+    torch.manual_seed(1)
+    n = int(torch.randint(2, 6, ()))
+    torch.manual_seed(1)
+    assert_same(grad(f)(x), n * x ** (n - 1))
+
+
+def test_asking_inside_nested_transforms():
+    f = lambda x: (x * x.detach().sum().item()).sum() if x.sum() > 0 else (x**3).sum()  # noqa: E731
+    for x in (r(3).abs(), -r(3).abs()):
+        expected = grads(lambda x: grads(f, create_graph=True)(x).sum())(x)
+        assert_same(grad(lambda x: grad(f)(x).sum())(x), expected)
+
+
+def test_a_specialised_result_is_not_reused():
+    f = grad(lambda x: (x * 2).sum() if x.sum() > 0 else (x * 3).sum())
+    x = r(3).abs()
+    assert_same(f(x), torch.full_like(x, 2))
+    assert_same(f(-x), torch.full_like(x, 3))
+    assert_same(f(x), torch.full_like(x, 2))
+
+
+def test_a_data_dependent_shape_is_right_or_an_error():
+    f = lambda x: (x[x > 0] ** 2).sum()  # noqa: E731
+    x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    for run, expected in ((grad(f), grads(f)(x)), (lambda x: make_fx(f)(x)(x), f(x)), (jit(f), f(x))):
+        try:
+            out = run(x)
+        except AotfuncError as error:
+            assert "test_asking.py" in str(error)
+        else:
+            assert_same(out, expected)
+
+
+def test_numpy_of_a_traced_value():
+    f = lambda x: x * float(x.detach().numpy().sum())  # noqa: E731
+    x = r(3)
+    try:
+        out = make_fx(f)(x)(x)
+    except AotfuncError as error:
+        assert "test_asking.py" in str(error)
+    else:
+        assert_same(out, f(x))
+    with pytest.raises(AotfuncError, match=r"test_asking\.py"):
+        jit(f)(x)
+
+
+# printing ------------------------------------------------------------------------------------------------------------
+
+
+def test_print_never_asks(capsys):
+    def f(x):
+        y = x * 2
+        print(y, f"{y}", repr(y))
+        return y.sum()
+
+    x = r(3, 4)
+    for run in (grad(f), jit(f), vmap(f)):
+        run(x)
+        text = capsys.readouterr().out
+        assert "float64" in text and ("3, 4" in text or "4" in text)
+
+
+# leaks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_leaked_value_is_usable_after_an_unjitted_grad():
+    kept = []
+
+    def f(x):
+        h = x.sin()
+        kept.append(h)
+        return h.sum()
+
+    x = r(3)
+    grad(f)(x)
+    assert torch.allclose(kept[0] + 0, x.sin())
+    assert torch.allclose(kept[0] * 2, 2 * x.sin())
+
+
+def test_a_value_leaked_from_jit_points_to_has_aux():
+    kept = []
+
+    def f(x):
+        kept.append(x.sin())
+        return x.sum()
+
+    jit(f)(r(3))
+    with pytest.raises(AotfuncError, match="aux|return"):
+        kept[0] + 1
+
+
+def test_a_leaked_value_met_in_another_capture():
+    kept = []
+
+    def f(x):
+        kept.append(x.sin())
+        return x.sum()
+
+    jit(f)(r(3))
+    with pytest.raises(AotfuncError):
+        grad(lambda x: (x * kept[0]).sum())(r(3))
+
+
+def test_attributes_set_inside():
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            self.h = x * 2
+            return self.h.sum()
+
+    net, x = Net(), r(3)
+    assert_same(grad(net)(x), torch.full_like(x, 2))
+    try:
+        value = net.h + 0
+    except AotfuncError:
+        return
+    assert torch.allclose(value, 2 * x)
+
+
+def test_backward_inside_f_onto_a_closed_over_leaf_is_refused():
+    w = r(3).requires_grad_()
+
+    def f(x):
+        (w * x).sum().backward()
+        return x.sum()
+
+    with pytest.raises((AotfuncError, RuntimeError)):
+        grad(f)(r(3))
+    assert w.grad is None
+
+
+# errors name the user's line -----------------------------------------------------------------------------------------
+
+
+def test_no_internal_frames_are_needed_to_understand():
+    def model(x):
+        scale = x.mean().item()  # asked here
+        return x * scale
+
+    with pytest.raises(AotfuncError) as caught:
+        jit(model)(r(3))
+    message = str(caught.value)
+    assert "test_asking.py" in message and "model" in message
+
+
+def test_global_state_survives_an_error():
+    def f(x):
+        with torch.no_grad():
+            x.sum().item()
+        return x
+
+    with pytest.raises(AotfuncError):
+        vmap(f)(r(2, 3))
+    assert torch.is_grad_enabled()
+    assert torch.ones(2).sum().item() == 2
+    assert type(torch.ones(2) * 2) is torch.Tensor
+    assert_same(aotfunc.grad(lambda x: x.sum())(torch.ones(2)), torch.ones(2))

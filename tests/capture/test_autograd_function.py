@@ -1,0 +1,334 @@
+"""torch.autograd.Function in every style and by every name: its own rules are used, nested and under vmap."""
+
+import pytest
+import torch
+from torch.autograd import Function
+
+import aotfunc
+from aotfunc import grad, jacrev, jvp, make_fx, vjp, vmap
+from aotfunc.errors import AotfuncError
+from tests.reference import assert_same, grads, loop
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Every backward here is ten times the truth, so that it is seen whose rule is used.
+
+
+class Old(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 20 * g * x
+
+
+class New(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 20 * g * x
+
+    @staticmethod
+    def jvp(ctx, t):
+        (x,) = ctx.saved_tensors
+        return 20 * t * x
+
+
+class OwnVmap(Function):
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 20 * g * x
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        assert info.batch_size == x.shape[in_dims[0]]
+        return OwnVmap.apply(x), in_dims[0]
+
+
+class SavesOnCtx(Function):
+    @staticmethod
+    def forward(ctx, x, n, flag):
+        ctx.n, ctx.x = n, x
+        assert flag is True
+        return x**n
+
+    @staticmethod
+    def backward(ctx, g):
+        return 10 * g * ctx.n * ctx.x ** (ctx.n - 1), None, None
+
+
+class TwoOutputs(Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        index = (x * y).argmax()
+        ctx.mark_non_differentiable(index)
+        return x * y, x + y, index
+
+    @staticmethod
+    def backward(ctx, g, h, _):
+        x, y = ctx.saved_tensors
+        return 10 * (g * y + h), 10 * (g * x + h) if ctx.needs_input_grad[1] else None
+
+
+class SavesItsOutput(Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return 10 * g * y
+
+
+class Nested(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return Old.apply(x) * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return SavesItsOutput.apply(x) * g
+
+
+class StraightThrough(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Once(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 20 * g * x
+
+
+class NoMaterialize(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return x * 1, x * 2
+
+    @staticmethod
+    def backward(ctx, g, h):
+        assert g is None or h is None
+        return 10 * (h if g is None else g)
+
+
+sq = Old.apply  # an alias made before any capture
+FUNCTIONS = {
+    "old style": lambda x: Old.apply(x),
+    "new style": lambda x: New.apply(x),
+    "alias": lambda x: sq(x),
+    "own vmap": lambda x: OwnVmap.apply(x),
+    "values on ctx": lambda x: SavesOnCtx.apply(x, 3, True),
+    "two outputs": lambda x: TwoOutputs.apply(x, x * 2)[0] + TwoOutputs.apply(x, x)[1],
+    "saves its output": lambda x: SavesItsOutput.apply(x),
+    "nested": lambda x: Nested.apply(x),
+    "straight through": lambda x: StraightThrough.apply(x * 2) * x,
+    "in the middle": lambda x: Old.apply(x.sin()).exp(),
+    "twice": lambda x: Old.apply(Old.apply(x)),
+    "no materialize": lambda x: NoMaterialize.apply(x)[1],
+}
+functions = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def r(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def total(name):
+    return lambda x: FUNCTIONS[name](x).sum()
+
+
+@functions
+def test_gradient_is_the_functions_own(name):
+    x = r(3)
+    g, value = aotfunc.grad_and_value(total(name))(x)
+    assert_same(value, total(name)(x))
+    assert_same(g, grads(total(name))(x))
+
+
+@functions
+def test_captured(name):
+    x = r(3)
+    assert_same(make_fx(FUNCTIONS[name])(x)(x), FUNCTIONS[name](x))
+    assert_same(make_fx(grad(total(name)))(x)(x), grads(total(name))(x))
+
+
+@functions
+def test_second_order(name):
+    x = r(3)
+    expected = grads(lambda x: grads(total(name), create_graph=True)(x).sum())(x)
+    assert_same(grad(lambda x: grad(total(name))(x).sum())(x), expected)
+
+
+@functions
+def test_per_sample(name):
+    x = r(4, 3)
+    assert_same(vmap(FUNCTIONS[name])(x), loop(FUNCTIONS[name])(x))
+    assert_same(vmap(grad(total(name)))(x), loop(grads(total(name)))(x))
+
+
+@functions
+def test_jacobian(name):
+    x = r(3)
+    assert_same(jacrev(FUNCTIONS[name])(x), torch.diag(grads(total(name))(x)))
+
+
+@functions
+def test_backward_outside(name):
+    x = r(3)
+    for run in (aotfunc.jit(FUNCTIONS[name]), aotfunc.aot_function(FUNCTIONS[name], "eager"), vmap(FUNCTIONS[name])):
+        leaf = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(run(leaf).sum(), leaf)
+        assert_same(g, grads(total(name))(x))
+
+
+@functions
+def test_grad_of_jit(name):
+    x = r(3)
+    assert_same(grad(aotfunc.jit(total(name)))(x), grads(total(name))(x))
+
+
+def test_jvp_uses_the_functions_jvp():
+    x, t = r(3), r(3)
+    assert_same(jvp(New.apply, (x,), (t,)), (x * x, 20 * t * x))
+
+
+def test_jvp_without_a_rule_is_an_error_that_names_it():
+    with pytest.raises((AotfuncError, RuntimeError, NotImplementedError), match="Old|jvp"):
+        jvp(Old.apply, (r(3),), (r(3),))
+
+
+def test_closed_over_in_vmap_and_backward_outside():
+    w = r(3).requires_grad_()
+    vmap(New.apply)(w).sum().backward()
+    assert_same(w.grad, 20 * w.detach())
+
+
+def test_apply_outside_a_capture_is_left_as_it_was():
+    x = r(3).requires_grad_()
+    grad(total("old style"))(r(3))
+    (g,) = torch.autograd.grad(Old.apply(x).sum(), x)
+    assert_same(g, 20 * x.detach())
+
+
+def test_vjp_many_times():
+    x, v = r(3), r(3)
+    _, pull = vjp(Old.apply, x)
+    for scale in (1.0, 2.0):
+        assert_same(pull(scale * v), (20 * scale * v * x,))
+
+
+def test_once_differentiable():
+    x = r(3)
+    f = lambda x: Once.apply(x).sum()  # noqa: E731
+    assert_same(grad(f)(x), 20 * x)
+
+
+def test_inside_no_grad():
+    def f(x):
+        with torch.no_grad():
+            y = Old.apply(x)
+        return (x * y).sum()
+
+    x = r(3)
+    assert_same(grad(f)(x), x * x)
+
+
+def test_a_function_defined_inside_f():
+    def f(x):
+        class Local(Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, g):
+                return g * 7
+
+        return Local.apply(x).sum()
+
+    assert_same(grad(f)(r(3)), torch.full((3,), 7.0, dtype=torch.float64))
+    assert_same(grad(f)(r(3)), torch.full((3,), 7.0, dtype=torch.float64))
+
+
+def test_a_changed_closure_value_is_seen():
+    scale = [1.0]
+
+    class Scaled(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * scale[0]
+
+    f = grad(lambda x: Scaled.apply(x).sum())
+    x = r(3)
+    assert_same(f(x), torch.ones_like(x))
+    scale[0] = 5.0
+    assert_same(f(x), torch.full_like(x, 5.0))
+
+
+def test_mark_dirty():
+    class AddOne(Function):
+        @staticmethod
+        def forward(ctx, x):
+            x.add_(1)
+            ctx.mark_dirty(x)
+            return x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 10 * g
+
+    f = lambda x: (AddOne.apply(x * 2) * x).sum()  # noqa: E731
+    x = r(3)
+    try:
+        g = grad(f)(x)
+    except AotfuncError:
+        return
+    assert_same(g, grads(f)(x))

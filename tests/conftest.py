@@ -1,0 +1,55 @@
+"""What every test starts from: a seed, one thread, default global state, a time limit of its own."""
+
+import os
+import signal
+
+os.environ.setdefault("AOTFUNC_DEBUG", "1")  # every pass verifies the graph it leaves, in tests always
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+LIMIT_S = 60
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", f"limit(seconds): time limit of one test (default {LIMIT_S} s)")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def global_state_restored():
+    """A test that leaves grad mode, default dtype or autocast changed fails itself, not the next one."""
+    yield
+    changed = []
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        changed.append("grad mode")
+    if torch.get_default_dtype() != torch.float32:
+        torch.set_default_dtype(torch.float32)
+        changed.append("default dtype")
+    if torch.is_autocast_enabled("cpu"):
+        torch.set_autocast_enabled("cpu", False)
+        changed.append("autocast")
+    assert not changed, f"the test left changed: {', '.join(changed)}"
+
+
+@pytest.fixture(autouse=True)
+def time_limit(request):
+    """Fail a test that hangs (a compiler's favourite bug) instead of stopping the whole run."""
+    marker = request.node.get_closest_marker("limit")
+    seconds = marker.args[0] if marker else LIMIT_S
+
+    def expired(signum, frame):
+        raise TimeoutError(f"test ran longer than {seconds} s")
+
+    old = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
