@@ -105,9 +105,14 @@ def is_pinned(n: Node) -> bool:
     return n.op not in ("placeholder", "get_attr", "output") and (is_random(n) or has_effect(n))
 
 
+def region(n: Node) -> Any:
+    """The checkpointed region that the node lies in, or None."""
+    return n.meta.get("recompute", n.meta.get("region"))
+
+
 def once(n: Node) -> bool:
     """Whether the node may run only once, because a second run could give another value or be seen."""
-    unknown = n.target.__class__ is OpOverload and facts(n.target).unknown and n.meta.get("recompute") is None
+    unknown = n.target.__class__ is OpOverload and facts(n.target).unknown and region(n) is None
     return unknown or is_pinned(n)
 
 
@@ -123,4 +128,5 @@ def is_single(n: Node) -> bool:
 
 def user_line(n: Node) -> str | None:
     """The user's source line that made the node."""
-    return n.meta.get("line")
+    line = n.meta.get("line")
+    return None if line is None else str(line)

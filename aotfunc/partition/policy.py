@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx import Node
 
 from .cost import Cost, Roofline, nbytes
-from .ops import base, is_random, is_single, is_symbol, is_view, once
+from .ops import base, is_random, is_single, is_symbol, is_view, once, region
 from .roles import Joint, PartitionError, ancestors, describe, read_joint
 from .solve import INF, min_cut
 from .split import module, split
@@ -155,21 +155,21 @@ def regions(joint: Joint) -> tuple[set[int], set[int]]:
     A free value computed from the inside belongs to it: saved, it would take the memory that the region is to save.
     """
     nodes, inputs = joint.nodes, joint.inputs
-    region: dict[int, Any] = {}
+    lies_in: dict[int, Any] = {}
     for i, n in enumerate(nodes):
         if joint.late[i] or n.op in ("placeholder", "get_attr"):
             continue
-        own = n.meta.get("recompute")
+        own = region(n)
         if own is None and not joint.forward[i]:
-            own = next((region[p] for p in inputs[i] if p in region), None)
+            own = next((lies_in[p] for p in inputs[i] if p in lies_in), None)
         if own is not None:
-            region[i] = own
+            lies_in[i] = own
     read = {joint.index[o] for o in joint.early_outputs if isinstance(o, Node)}
     for i in range(len(nodes)):
         if joint.forward[i]:
-            read.update(p for p in inputs[i] if p in region and region.get(i) != region[p])
-    border = {joint.index[base(nodes[i])] for i in read} & region.keys()
-    return set(region), border
+            read.update(p for p in inputs[i] if p in lies_in and lies_in.get(i) != lies_in[p])
+    border = {joint.index[base(nodes[i])] for i in read} & lies_in.keys()
+    return set(lies_in), border
 
 
 def check_feasible(

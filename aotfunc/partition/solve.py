@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 INF = float("inf")
 #: scipy's capacities are 32-bit integers
@@ -61,6 +59,9 @@ class Network:
 
         ``bound`` is not below its cost; costs become integers in units of about 5e-10 of it.
         """
+        from scipy.sparse import csr_array  # slow to import: only who partitions pays
+        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
         scale = (_MAX - 2 - 2 * self.count) / (1.01 * bound) if bound > 0 else 1.0
 
         def integers(cost: np.ndarray) -> np.ndarray:

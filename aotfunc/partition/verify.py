@@ -64,7 +64,7 @@ def check_saved(saved: list[Node], handed: Sequence[Node]) -> None:
 
 def check_copy(n: Node, original: Node) -> None:
     """``n`` must be the same call on the same arguments."""
-    if n.op != original.op or n.target is not original.target and n.target != original.target:
+    if n.op != original.op or (n.target is not original.target and n.target != original.target):
         raise PartitionError(f"{n.name} was {original.target} and became {n.target}")
     if not same(n.args, original.args) or not same(n.kwargs, original.kwargs):
         raise PartitionError(f"the arguments of {describe(original)} became {n.args}, {n.kwargs}")

@@ -207,6 +207,14 @@ def fill(template: Any, values: Any) -> Any:
 
 
 def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
+    """The signatures of the outputs: by our own rule, else as PyTorch says."""
+    from .infer import infer as by_rule
+
+    outs = by_rule(op, args, kwargs, sigs)
+    return by_kernel(op, args, kwargs, sigs) if outs is NotImplemented else outs
+
+
+def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none."""
     device = output_device(kwargs, sigs)
     with torch._C._DisableTorchDispatch(), torch.no_grad():

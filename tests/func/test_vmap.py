@@ -288,7 +288,6 @@ REFUSED = {
     "no arguments": lambda: vmap(lambda: r(3))(),
     "in_dims of another structure": lambda: vmap(torch.add, in_dims=(0,))(r(3), r(3)),
     "in_dims a float": lambda: vmap(torch.sin, in_dims=0.5)(r(3)),
-    "in_dims a list": lambda: vmap(torch.add, in_dims=[0, 0])(r(3), r(3)),
     "in_dim out of range": lambda: vmap(torch.sin, in_dims=2)(r(3, 4)),
     "in_dim for a 0-dim tensor": lambda: vmap(torch.sin)(torch.tensor(1.0)),
     "in_dim for a number": lambda: vmap(torch.mul, in_dims=(0, 0))(r(3), 2.0),

@@ -20,7 +20,8 @@ DTYPES = {"float64": torch.float64, "complex128": torch.complex128, "int64": tor
 
 # Not functions of their inputs: uninitialised memory, or a result that is not a tensor.
 NO_FUNCTION = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "item", "equal"}
-NO_FUNCTION |= {"allclose", "resize_", "resize_as_", "is_pinned", "to_sparse", "sparse_mm_reduce", "sparse_sampled_addmm"}
+NO_FUNCTION |= {"jiterator_2inputs_2outputs", "jiterator_4inputs_with_extra_args", "jiterator_binary"}  # CUDA alone
+NO_FUNCTION |= {"jiterator_binary_return_by_ref", "jiterator_unary", "allclose", "resize_", "resize_as_", "is_pinned", "to_sparse", "sparse_mm_reduce", "sparse_sampled_addmm"}
 # vmap asks which kind of randomness is meant, and PyTorch's two kinds are tested in tests/func/test_random.py.
 RANDOM = {"bernoulli", "multinomial", "normal", "rand_like", "randn_like", "randint_like", "randint", "randn", "uniform"}
 RANDOM |= {"cauchy", "exponential", "geometric", "log_normal", "pca_lowrank", "svd_lowrank", "normal_number_mean"}
@@ -43,7 +44,7 @@ def dtypes(op) -> list[str]:
 def compositions(name: str, dtype: str) -> list[str]:
     op = OPS[name]
     floating = dtype in ("float64", "complex128")
-    derivative = op.supports_autograd and (dtype != "complex128" or op.supports_complex_autograd("cpu"))
+    derivative = op.supports_autograd and DTYPES[dtype] in op.supported_backward_dtypes("cpu")
     if not (floating and derivative):
         return [] if name in RANDOM else ["vmap"]
     return [c for c in COMPOSITIONS if not (name in RANDOM and "vmap" in c)]

@@ -247,7 +247,7 @@ def test_no_cotangents_no_gradients(partition: object) -> None:
 def test_output_of_a_cotangent_is_an_error() -> None:
     h = Hand()
     t = h.input("tangents_1", role=None)
-    with pytest.raises(PartitionError, match="forward output sin .* depends on a cotangent"):
+    with pytest.raises(PartitionError, match=r"forward output sin .* depends on a cotangent"):
         default_partition(h.module([h(aten.sin.default, t), None]), num_fwd_outputs=1)
 
 
@@ -285,31 +285,31 @@ def test_the_cut_chooses_among_casts() -> None:
 # ----- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def checkpointed(blocks: int = 3) -> tuple[torch.fx.GraphModule, list[torch.fx.Node]]:
+def checkpointed(key: str, blocks: int = 3) -> torch.fx.GraphModule:
     """A chain of regions, each ``sin(exp(sin(x @ w)))`` with a dropout inside."""
     h = Hand(4, 4)
     a, w, t = h.input("a"), h.input("w"), h.input("t", "tangent")
-    values, drawn = [], []
+    values = []
     for k in range(blocks):
-        mark = {"recompute": k}
+        mark = {key: k}
         product = h(aten.mm.default, a, w, **mark)
         noise = h(aten.rand.default, [4, 4], **mark)
         inner = h(aten.exp.default, h(aten.mul.Tensor, product, noise, **mark), **mark)
         values.append((product, noise, inner))
-        drawn.append(noise)
         a = h(aten.sin.default, inner, **mark)
     out = h(aten.mul.Tensor, a, a)
     g = h(aten.mul.Tensor, t, a)
     for product, noise, inner in reversed(values):
         g = h(aten.mul.Tensor, h(aten.mul.Tensor, g, h(aten.cos.default, inner)), inner)
         g = h(aten.mm.default, h(aten.mul.Tensor, h(aten.mul.Tensor, g, noise), product), h(aten.t.default, w))
-    return h.module([out, g]), drawn
+    return h.module([out, g])
 
 
 @pytest.mark.parametrize("partition", PARTITIONS[:2], ids=["default", "min_cut"])
-def test_checkpointed_regions_are_computed_again(partition: object) -> None:
+@pytest.mark.parametrize("key", ["recompute", "region"])
+def test_checkpointed_regions_are_computed_again(partition: object, key: str) -> None:
     """As eager does: the input of each region and its draws are saved, nothing else; the inside runs again."""
-    gm, drawn = checkpointed()
+    gm = checkpointed(key)
     fw, bw = partition(gm, num_fwd_outputs=1)  # type: ignore[operator]
     names = [n.name for n in saved(fw, 1)]
     assert names == ["a", "w", "rand", "sin", "rand_1", "sin_1", "rand_2", "sin_2"]
@@ -421,5 +421,5 @@ def test_verify_runs_on_graphs_of_others() -> None:
     for n in bad_bw.graph.nodes:
         n.name = rename.get(n.name, n.name)
     fw.graph.output_node().args = ((fw.graph.output_node().args[0][0], next(iter(fw.graph.nodes))),)
-    with pytest.raises(PartitionError, match="rand_like .* runs in the forward and again in the backward"):
+    with pytest.raises(PartitionError, match=r"rand_like .* runs in the forward and again in the backward"):
         verify(fw, bad_bw, gm, num_fwd_outputs=1)

@@ -148,8 +148,8 @@ def _(hs: tuple[Tensor | None, ...], outs: Any, g: Tensor, x: Tensor, w: Tensor)
     return [along_g, *negative]
 
 
-vmap_of(aten._prelu_kernel)(elementwise(aten._prelu_kernel.default))
-vmap_of(aten._prelu_kernel_backward)(as_batch(aten._prelu_kernel_backward.default))
+for op in (aten._prelu_kernel.default, aten._prelu_kernel_backward.default):
+    vmap_of(op)(as_batch(op))
 
 
 @vjp_of(aten.rrelu_with_noise_functional, diff_outputs=(0,))

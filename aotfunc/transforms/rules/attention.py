@@ -330,3 +330,53 @@ def _(g, q, k, v, mask, out, lse, seed, offset, dropout_p, which, causal, scale,
         of_mask = of_mask.reshape(size, *of_mask.shape[1:]).sum_to_size(size, *[1] * (4 - len(shape)), *shape)
         of_mask = of_mask.reshape(size, *shape)
     return *grads, of_mask
+
+
+cudnn, cudnn_backward = aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_cudnn_attention_backward
+
+
+@vjp_of(cudnn, diff_outputs=(0,))
+def _(g, out, q, k, v, mask, with_lse, dropout_p, causal, debug, scale, *, needs):
+    if not with_lse or needs[3]:  # the forward op kept nothing for its backward op, which has no gradient of the mask
+        undropped(dropout_p)
+        return cotangent(g[0], q, k, v, mask, causal, scale)
+    o, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = out
+    saved = (o, lse, seed, offset, mask, cum_q, cum_k, max_q, max_k, dropout_p, causal)
+    return *cudnn_backward(g[0], q, k, v, *saved, scale=scale), None
+
+
+@jvp_of(cudnn)
+def _(tangents, out, q, k, v, mask, with_lse, dropout_p, causal, debug, scale):
+    undropped(dropout_p)
+    return tangent(tangents, q, k, v, mask, causal, scale), *[None] * 8
+
+
+@vmap_of(cudnn)
+def _(q, k, v, mask, with_lse, dropout_p, causal, debug, scale, *, batched, size, randomness):
+    same_dropout(dropout_p, randomness)
+    q, k, v = (folded(x, b, size) for x, b in zip((q, k, v), batched, strict=False))
+    mask = folded_mask(mask, batched[3], size, q.shape[0] // size)
+    out, lse, *others = cudnn(q, k, v, mask, with_lse, dropout_p, causal, debug, scale=scale)
+    return unfolded(out, size), unfolded(lse, size), *(repeated(x, size) for x in others)
+
+
+@vjp_of(cudnn_backward)
+def _(cotangents, out, g, q, k, v, _o, _l, _s, _f, mask, _cq, _ck, _mq, _mk, dropout_p, causal, scale):
+    undropped(dropout_p)
+    *grads, of_mask = cotangent_of_cotangent((*cotangents, None), g, q, k, v, mask, causal, scale)
+    return *grads, *[None] * 4, of_mask, None, None
+
+
+@jvp_of(cudnn_backward)
+def _(tangents, out, g, q, k, v, _o, _l, _s, _f, mask, _cq, _ck, _mq, _mk, dropout_p, causal, scale):
+    undropped(dropout_p)
+    return tangent_of_cotangent((*tangents[:4], tangents[8]), g, q, k, v, mask, causal, scale)[:3]
+
+
+@vmap_of(cudnn_backward)
+def _(g, q, k, v, out, lse, seed, offset, mask, cum_q, cum_k, max_q, max_k, dropout_p, causal, scale, *, batched, size):
+    saved = [folded(x, b, size) for x, b in zip((g, q, k, v, out, lse), batched, strict=False)]
+    seed, offset, cum_q, cum_k = (first(x, batched[i]) for x, i in ((seed, 6), (offset, 7), (cum_q, 9), (cum_k, 10)))
+    mask = folded_mask(mask, batched[8], size, saved[1].shape[0] // size)
+    shared = (seed, offset, mask, cum_q, cum_k, max_q, max_k, dropout_p, causal)
+    return tuple(unfolded(x, size) for x in cudnn_backward(*saved, *shared, scale=scale))

@@ -1,4 +1,4 @@
-"""Where a batch goes when an op takes images: folded into ``N``, or among the channels. Shared by the rules of nn ops."""
+"""Where a batch goes when an op takes images: folded into ``N``, or among the channels."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
     return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
 
 
-# ----- index and index_put: NumPy's advanced indexing ------------------------------------------------------------------
+# ----- index and index_put: NumPy's advanced indexing -----------------------------------------------------------------
 # The indexed dimensions are replaced, at the place of the first, by the broadcast shape of the indices; if other
 # dimensions lie between the indexed ones, that shape comes first of all.
 
@@ -41,20 +41,21 @@ class Places:
     """The layout of advanced indices in the unbatched op."""
 
     def __init__(self, indices: Sequence[Tensor | None], batched: Sequence[bool]):
-        used = [i for i, index in enumerate(indices) if index is not None]
-        mask = {i for i in used if indices[i].dtype in (torch.bool, torch.uint8)}
+        used = {i: index for i, index in enumerate(indices) if index is not None}
+        mask = {i for i, index in used.items() if index.dtype in (torch.bool, torch.uint8)}
         if any(batched[i] for i in mask):
             raise NotImplementedError(
                 "a boolean index that differs between examples selects a different number of elements in each; "
                 "use torch.where(mask, x, other), which keeps the shape"
             )
+        at = list(used)
         #: rank of the broadcast indices (a mask is as many vectors of positions as it has dimensions)
-        self.rank = max((1 if i in mask else indices[i].dim() - batched[i] for i in used), default=0)
+        self.rank = max((1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0)
         #: how many dimensions of the tensor are indexed
-        self.taken = sum(indices[i].dim() if i in mask else 1 for i in used)
-        self.together = not used or used[-1] - used[0] + 1 == len(used)
+        self.taken = sum(index.dim() if i in mask else 1 for i, index in used.items())
+        self.together = not at or at[-1] - at[0] + 1 == len(at)
         #: dimensions that stay in front of the indices in the result
-        self.front = used[0] if used and self.together else 0
+        self.front = at[0] if at and self.together else 0
 
     def result_rank(self, rank: int) -> int:
         """Rank of what indexing a tensor of ``rank`` gives."""
@@ -164,7 +165,7 @@ for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
         jointly=True,
     )
 
-# ----- masked indexing: positions may be out of range where the mask is false ---------------------------------------------
+# ----- masked indexing: positions may be out of range where the mask is false -----------------------------------------
 
 
 def in_range(x: Tensor, indices: Sequence[Tensor | None], batched: bool) -> list[Tensor | None]:
@@ -209,14 +210,14 @@ def _(x: Tensor, mask: Tensor, indices: Any, values: Tensor, *, batched: Any, si
     return batch_index_put(
         x,
         in_range(x, indices, batched[0]),
-        torch.where(mask, values, 0),
+        torch.where(mask, values, values.new_zeros(())),
         True,
         batched=(batched[0], batched[2], any(both)),
         size=size,
     )
 
 
-# ----- take and put: positions in the flattened tensor ------------------------------------------------------------------
+# ----- take and put: positions in the flattened tensor ----------------------------------------------------------------
 
 
 def flat(x: Tensor, batched: bool) -> Tensor:
@@ -253,7 +254,7 @@ linear(
     jointly=True,
 )
 
-# ----- masks ------------------------------------------------------------------------------------------------------------
+# ----- masks ----------------------------------------------------------------------------------------------------------
 
 
 def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool]) -> Tensor:

@@ -22,8 +22,8 @@ from .table import (
 
 
 def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:
-    """The vmap rule of an op that acts on ``trailing`` dimensions of its first ``tensors`` arguments and maps over one or
-    two before them: fold the batch into those."""
+    """The vmap rule of an op that acts on ``trailing`` dimensions of its first ``tensors`` arguments, under one or two
+    dimensions over which it maps: fold the batch into those."""
     op = overload(op)
 
     def batch(*args: Any) -> Tensor:
@@ -47,7 +47,7 @@ def pieces_back(gs: Sequence[Tensor | None], x: Tensor, sizes: Sequence[Any], di
         start = sum(sizes[: there[0]])
         return aten.slice_backward(gs[there[0]], x.shape, dim, start, start + sizes[there[0]], 1)
     shapes = [[*x.shape[: dim % x.dim()], s, *x.shape[dim % x.dim() + 1 :]] for s in sizes]
-    like = gs[there[0]]
+    like: Any = gs[there[0]]
     return torch.cat([like.new_zeros(s) if g is None else g for g, s in zip(gs, shapes, strict=True)], dim)
 
 

@@ -50,12 +50,12 @@ def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
     return batch
 
 
-PRIVATE = "det slogdet eigh svd eigvals".split()
-PUBLIC = "inv_ex cholesky_ex qr eig matrix_exp lu lu_factor_ex ldl_factor_ex householder_product".split()
+PRIVATE = ["det", "slogdet", "eigh", "svd", "eigvals"]
+PUBLIC = ["inv_ex", "cholesky_ex", "qr", "eig", "matrix_exp", "lu", "lu_factor_ex", "ldl_factor_ex"]
 for op in (
     *(getattr(aten, f"_linalg_{name}") for name in PRIVATE),
     *(getattr(aten, f"linalg_{name}") for name in PUBLIC),
-    *(aten.cholesky, aten.cholesky_inverse, aten.lu_unpack, aten.geqrf, aten.ormqr),
+    *(aten.cholesky, aten.cholesky_inverse, aten.lu_unpack, aten.geqrf, aten.ormqr, aten.linalg_householder_product),
 ):
     vmap_of(op)(leading(op))
 for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve):
@@ -136,24 +136,23 @@ def _(tangents, out, a, b, left):
     return tx.squeeze(-1) if vector else tx, None, None, None
 
 
-def nonsingular(out: Any, a: Tensor) -> Tensor:
-    """``a``, moved a little where a pivot of its factorisation is zero: the derivative of a determinant is there all the same."""
-    p, lower, upper = aten.lu_unpack(out[1], out[2])
-    pivots = upper.diagonal(0, -2, -1)
+def nonsingular(a: Tensor) -> Tensor:
+    """``a``, moved a little where a pivot of its factorisation is zero: a determinant has a derivative there too."""
+    p, lower, upper = aten.linalg_lu(a.detach())  # the move itself is constant
     small = torch.finfo(a.dtype).eps ** 0.5
-    return a + p @ lower @ torch.diag_embed((pivots == 0).to(a.dtype) * small)
+    return a + p @ lower @ torch.diag_embed((upper.diagonal(0, -2, -1) == 0).to(a.dtype) * small)
 
 
 @vjp_of(aten._linalg_det, diff_outputs=(0,))
 def _(g, out, a):
-    a = nonsingular(out, a)
+    a = nonsingular(a)
     weight = g[0] * aten._linalg_det(a)[0].conj()
     return [weight[..., None, None] * aten.linalg_inv_ex(a)[0].mH]
 
 
 @jvp_of(aten._linalg_det)
 def _(tangents, out, a):
-    a = nonsingular(out, a)
+    a = nonsingular(a)
     rate = aten._linalg_solve_ex(a, tangents[0])[0].diagonal(0, -2, -1).sum(-1)
     return rate * aten._linalg_det(a)[0], None, None
 

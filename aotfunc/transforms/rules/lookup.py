@@ -21,7 +21,7 @@ def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
     return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
 
 
-# ----- embedding --------------------------------------------------------------------------------------------------------
+# ----- embedding ------------------------------------------------------------------------------------------------------
 
 
 @vmap_of(aten.embedding)
@@ -72,7 +72,7 @@ def batch_embedding_dense_backward(
 
 linear(aten.embedding_dense_backward, embedding_dense_back, None, batch=batch_embedding_dense_backward)
 
-# ----- positions: no derivative -----------------------------------------------------------------------------------------
+# ----- positions: no derivative ---------------------------------------------------------------------------------------
 
 nondiff(aten.searchsorted.Tensor, aten.searchsorted.Scalar, aten.bucketize.Tensor, aten.bucketize.Scalar)
 nondiff(aten.nonzero_static, aten.nonzero)

@@ -118,7 +118,7 @@ def spread(g: Tensor, reduction: int, count: int) -> Tensor:
 def aligned(
     op: OpOverload, args: Sequence[Any], batched: Sequence[bool], size: int, skip: int = 0
 ) -> tuple[list[Any], torch.Size]:
-    """The arguments with all tensors expanded to one shape behind the batch, and that shape: the kernels do not broadcast.
+    """The arguments with all tensors expanded to one shape behind the batch, which no kernel does, and that shape.
 
     The first ``skip`` tensors are expanded with the others but have no say in the shape.
     """
@@ -164,8 +164,8 @@ def elementwise_loss(
 ) -> None:
     """Register a loss ``(x, y, ..., reduction, ...)`` and its backward op, which takes the cotangent before these.
 
-    ``of_target(gx, g, x, y, *weight)`` is the cotangent of ``y``, ``gx`` being that of ``x`` and ``g`` that of each element's loss;
-    ``curvature(x, y, *rest)`` the second derivatives ``(by x and x, by x and y)`` of each element's loss.
+    ``of_target(gx, g, x, y, *weight)`` is the cotangent of ``y``, ``gx`` being that of ``x`` and ``g`` that of each
+    element's loss; ``curvature(x, y, *rest)`` its second derivatives ``(by x and x, by x and y)``.
     """
     at = [a.name for a in overload(op)._schema.arguments].index("reduction")
     vmap_of(op)(batch_loss(op, at))
@@ -265,8 +265,8 @@ def _(g, out, x, y, weight, pos_weight, reduction, *, needs):
 
 
 # ----- negative log-likelihood ----------------------------------------------------------------------------------------
-# x is (C,) or (N, C) or (N, C, H, W), the target the same without C. Batched, the loss of each element is taken with the
-# batch folded into N, and reduced by hand with the weights that the targets pick.
+# x is (C,) or (N, C) or (N, C, H, W), the target the same without C. Batched, the loss of each element is taken with
+# the batch folded into N, and reduced by hand with the weights that the targets pick.
 
 
 def picked_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore: int, weight_batched: bool) -> Tensor:

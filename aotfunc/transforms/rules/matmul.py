@@ -21,7 +21,7 @@ def adjoint(x: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory as the transpose of a contiguous matrix, as ``weight.t()`` of a linear layer does."""
+    """Whether ``x`` lies in memory as the transpose of a contiguous matrix, as a linear layer's ``weight.t()`` does."""
     return x.stride(0) == 1 and x.stride(1) == x.shape[0] and x.shape[0] != 1
 
 

@@ -16,8 +16,8 @@ from aotfunc.transforms.rules.table import aten, jvp_of, linear, overload, total
 
 # ----- convolution ----------------------------------------------------------------------------------------------------
 # The convolution is linear in the image and in the weight, and its backward op holds the two transposes. Whatever the
-# stride, padding, dilation, groups or direction, <a, image gradient> = <conv(a, w), g> and <b, weight gradient> = <conv(x, b), g>;
-# all the second derivatives follow from these two.
+# stride, padding, dilation, groups or direction, <a, image gradient> = <conv(a, w), g> and
+# <b, weight gradient> = <conv(x, b), g>; all the second derivatives follow from these two.
 
 
 @vjp_of(aten.convolution)
@@ -145,7 +145,7 @@ def pick(x: Tensor, indices: Tensor, spatial: int) -> Tensor:
 
 
 def max_pooling(op: OpOverloadPacket, backward: OpOverloadPacket, spatial: int) -> None:
-    """Register a pooling with outputs ``(values, indices)`` and its backward op, the indices last among its arguments."""
+    """Register a pooling with outputs ``(values, indices)`` and its backward op, which takes the indices last."""
     vmap_of(op)(planes(op, spatial))
     adaptive = len(overload(backward)._schema.arguments) == 3  # such a backward op reads the geometry off the shapes
 

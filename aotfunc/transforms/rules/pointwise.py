@@ -88,7 +88,7 @@ for op in (aten.remainder.Tensor, aten.remainder.Scalar):
 pointwise(aten.remainder.Scalar_Tensor, lambda g, out, x, y: -(g * aten.floor(x / y)))
 pointwise(aten.frac, lambda g, out, x: g)
 for op in functional(aten.ldexp):
-    pointwise(op, lambda g, out, x, y: g * 2.0**y, lambda g, out, x, y: g * out * math.log(2))
+    pointwise(op, lambda g, out, x, y: aten.ldexp(g, y), lambda g, out, x, y: g * out * math.log(2))
 linear(aten.deg2rad, lambda g, x: aten.deg2rad(g), batch=elementwise(aten.deg2rad.default))
 linear(aten.rad2deg, lambda g, x: aten.rad2deg(g), batch=elementwise(aten.rad2deg.default))
 
@@ -298,7 +298,7 @@ def _(x: Tensor, mask: Tensor, value: Tensor, *, batched: tuple[bool, ...]) -> T
 
 @vjp_of(aten.frexp.Tensor, diff_outputs=(0,))
 def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Tensor]:
-    return [g[0] / outs[1].exp2()]
+    return [aten.ldexp(g[0], -outs[1])]
 
 
 vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))

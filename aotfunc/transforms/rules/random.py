@@ -255,6 +255,7 @@ def _(
     x, noise = full_batch(x, batched[0], size), full_batch(noise, batched[1], size)
     if randomness == "different" or not train:
         return aten.rrelu_with_noise_functional(x, noise, low, high, train, generator)
-    slopes = aten.uniform(noise[0], low, high, generator=generator)  # used where x is not positive
+    # drawn in double precision as the op does; used where x is not positive
+    slopes = aten.uniform(noise[0].double(), low, high, generator=generator).to(x.dtype)
     noise = torch.where(x > 0, 1, slopes)
     return x * noise, noise

@@ -1,4 +1,4 @@
-"""What reductions, scans and selections along a dimension mean.
+"""What reductions to fewer elements and selections along a dimension mean.
 
 Shapes: ``out`` has the reduced dimensions removed, or 1 with ``keepdim``; :func:`restored` brings a cotangent of it
 back to a shape that broadcasts against the input.
@@ -302,96 +302,12 @@ for op in (
     selection(op)
 
 
-@vjp_of(aten.cummax, aten.cummin, diff_outputs=(0,))
-def _(g: Any, outs: Any, x: Tensor, dim: int) -> list[Tensor]:
-    return [torch.zeros_like(g[0]).scatter_add(dim, outs[1], g[0])]
-
-
-@jvp_of(aten.cummax, aten.cummin)
-def _(tangents: tuple[Tensor], outs: Any, x: Tensor, dim: int) -> tuple[Tensor, None]:
-    return tangents[0].gather(dim, outs[1]), None
-
-
-for op in (aten.cummax.default, aten.cummin.default):
-    vmap_of(op)(shifted(op, "dim"))
-
-
-# ----- products and scans ---------------------------------------------------------------------------------------------
-
-
-def moved_by(x: Tensor, step: int, fill: float) -> Tensor:
-    """``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such element."""
-    return aten.constant_pad_nd(x, [step, -step], fill)
-
-
-def products_before(x: Tensor) -> Tensor:
-    """The product of the elements before each one along the last dimension."""
-    return moved_by(x, 1, 1).cumprod(-1)
-
-
-def weighted_after(g: Tensor, weight: Tensor) -> Tensor:
-    """Solve ``s[k] = g[k] + weight[k] s[k + 1]`` along the last dimension, in log2(n) steps and without a division."""
-    length, step = g.shape[-1], 1
-    while step < length:
-        g = g + weight * moved_by(g, -step, 0)
-        weight = weight * moved_by(weight, -step, 0)
-        step *= 2
-    return g
-
-
-@vjp_of(aten.prod)
-def _(g: Tensor, out: Tensor, x: Tensor) -> list[Tensor]:
-    return [g * prod_of_others(x.reshape(-1)).reshape(x.shape).conj()]
-
-
-@vjp_of(aten.prod.dim_int)
-def _(g: Tensor, out: Tensor, x: Tensor, dim: int, keepdim: bool) -> list[Tensor]:
-    others = prod_of_others(x.transpose(dim, -1)).transpose(dim, -1) if x.dim() else torch.ones_like(x)
-    return [restored(g, x, dim, keepdim) * others.conj()]
-
-
-def prod_of_others(x: Tensor) -> Tensor:
-    """The product of all other elements along the last dimension: right for zeros, unlike ``out / x``."""
-    if x.shape[-1] == 0:
-        return x
-    return products_before(x) * products_before(x.flip(-1)).flip(-1)
-
-
-@vjp_of(aten.cumprod)
-def _(g: Tensor, out: Tensor, x: Tensor, dim: int) -> list[Tensor]:
-    if x.dim() == 0 or x.numel() == 0:
-        return [g]
-    x, g = x.transpose(dim, -1).conj(), g.transpose(dim, -1)
-    return [(products_before(x) * weighted_after(g, moved_by(x, -1, 0))).transpose(dim, -1)]
-
-
-vmap_of(aten.prod)(lambda x, dtype: aten.prod.dim_int(rows(x), 1, dtype=dtype))
-for op in (aten.prod.dim_int, aten.cumprod.default):
-    vmap_of(op)(shifted(op, "dim"))
-linear(
-    aten.cumsum,
-    lambda g, x, dim: g.flip(dim).cumsum(dim).flip(dim) if x.dim() else g,
-    batch=shifted(aten.cumsum, "dim"),
-)
-
-
 @vjp_of(aten.logsumexp)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
     return [restored(g, x, dim, keepdim) * (x - restored(out, x, dim, keepdim)).exp().conj()]
 
 
-@vjp_of(aten.logcumsumexp, aten._logcumsumexp)
-def _(g: Tensor, out: Tensor, x: Tensor, dim: int) -> list[Tensor]:
-    """Weights ``exp(x[k] - out[j])``, made of factors that cannot overflow: ``out`` does not decrease."""
-    if x.dim() == 0 or x.numel() == 0:
-        return [g]
-    x, g, out = x.transpose(dim, -1), g.transpose(dim, -1), out.transpose(dim, -1)
-    decay = (out - moved_by(out, -1, math.inf)).exp().conj()
-    return [((x - out).exp().conj() * weighted_after(g, decay)).transpose(dim, -1)]
-
-
-for op in (aten.logsumexp.default, aten.logcumsumexp.default, aten._logcumsumexp.default):
-    vmap_of(op)(shifted(op, "dim"))
+vmap_of(aten.logsumexp)(shifted(aten.logsumexp, "dim"))
 
 
 # ----- no derivative --------------------------------------------------------------------------------------------------

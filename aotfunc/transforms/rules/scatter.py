@@ -1,4 +1,4 @@
-"""Ops with an index along one dimension: gather and scatter (one per element), index_select and its writes (one vector).
+"""Ops that index one dimension: gather and scatter (a position per element), index_select and its writes (a vector).
 
 A vector of positions that differs between examples is spread out into one index per element.
 """
@@ -35,7 +35,7 @@ def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
     )
 
 
-# ----- gather and scatter: one index per element, along one dimension ---------------------------------------------------
+# ----- gather and scatter: one index per element, along one dimension -------------------------------------------------
 
 
 def along(op: Any) -> Formula:
@@ -143,7 +143,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor, r
 for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.reduce):
     vmap_of(op)(along(op))
 
-# ----- index_select and its writes: one vector of positions along one dimension -----------------------------------------
+# ----- index_select and its writes: one vector of positions along one dimension ---------------------------------------
 
 
 def spread(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:

@@ -75,7 +75,8 @@ for op in named("expand", "expand_copy"):  # the walker sums the cotangent back 
 
 def repeat_back(g: Tensor, x: Tensor, repeats: Sequence[Any]) -> Tensor:
     new = len(repeats) - x.dim()
-    shape, summed = [], []
+    shape: list[Any] = []
+    summed: list[int] = []
     for d, r in enumerate(repeats):
         if d < new or not (isinstance(r, int) and r == 1):
             summed.append(len(shape))

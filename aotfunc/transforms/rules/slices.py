@@ -139,7 +139,7 @@ scatter_lines(aten.diagonal_scatter, aten.diagonal, "dim1", "dim2")
 
 
 def cells(x: Tensor, shape: Sequence[Any], stride: Sequence[Any], to: tuple[Any, Any, Any]) -> Tensor:
-    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x``, laid out by ``shape, stride``."""
+    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x`` (of this shape and stride)."""
     size, strides, offset = to
     offset = 0 if offset is None else offset - x.storage_offset()
     numbers = torch.arange(prod(shape), device=x.device)

@@ -1,0 +1,238 @@
+"""Our own answers to what an op returns: shape rules for the common families, so that no meta kernel has to run.
+
+PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a fresh process; a rule here is a few
+lines and imports nothing. A rule takes the op's arguments with signatures in place of tensors, and answers exactly what the
+meta kernel would; whatever it is not sure of it declines (:class:`Unsure`), invalid arguments too, and the meta kernel decides.
+
+Pointwise ops need no rule each. Their result dtype is asked of the kernel itself, run on tensors without elements; shape
+and strides follow TensorIterator's rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from .shapes import Facts, Sig, contiguous_stride, fill, make_sig
+
+aten = torch.ops.aten
+
+#: op -> rule(*args, **kwargs), called with signatures for tensors; returns a signature or a tuple of them (None: no tensor)
+RULES: dict[OpOverload, Callable] = {}
+
+
+class Unsure(Exception):
+    """A rule leaves this call to the meta kernel."""
+
+
+def rule(*ops: Any) -> Callable[[Callable], Callable]:
+    """Decorator: this function answers for these overloads (a packet stands for its ``default``)."""
+
+    def register(f: Callable) -> Callable:
+        for op in ops:
+            RULES[op if isinstance(op, OpOverload) else op.default] = f
+        return f
+
+    return register
+
+
+def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
+    """The signatures of what ``op`` returns (arguments as for ``shapes.infer``), or NotImplemented."""
+    known = rule_for(op)
+    if known is None:
+        return NotImplemented
+    if len(sigs) > 1 and any(s.device != sigs[0].device for s in sigs):
+        return NotImplemented
+    try:
+        return known(*fill(args, sigs), **{k: fill(v, sigs) for k, v in kwargs.items()})
+    except (Unsure, IndexError):
+        return NotImplemented
+
+
+def sure(condition: Any) -> None:
+    """Decline unless this holds."""
+    if not condition:
+        raise Unsure
+
+
+# ----- signatures -----------------------------------------------------------------------------------------------------
+
+
+def new(like: Sig, shape: Iterable[int], dtype: torch.dtype | None = None, stride: tuple | None = None) -> Sig:
+    """A new tensor on the device of ``like``, of its dtype unless given; contiguous unless strides are given."""
+    shape = tuple(shape)
+    sure(all(n >= 0 for n in shape))
+    return make_sig(shape, contiguous_stride(shape) if stride is None else stride, dtype or like.dtype, like.device)
+
+
+def plain(*sigs: Sig | None) -> None:
+    """Decline unless these are contiguous, in the one usual way."""
+    sure(all(s is None or s.stride == contiguous_stride(s.shape) for s in sigs))
+
+
+def axis(dim: int, ndim: int) -> int:
+    """The dimension counted from the front; IndexError if there is no such."""
+    if not -max(ndim, 1) <= dim < max(ndim, 1):
+        raise IndexError
+    return dim % max(ndim, 1)
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """The shape that these broadcast to."""
+    result = [1] * max(map(len, shapes), default=0)
+    for shape in shapes:
+        for i in range(1, len(shape) + 1):
+            n = shape[-i]
+            if n != 1:
+                sure(result[-i] in (1, n))
+                result[-i] = n
+    return tuple(result)
+
+
+def ordered_strides(shape: tuple, order: Sequence[int]) -> tuple:
+    """Dense strides with the dimensions in this order in memory, outermost first."""
+    strides, step = [0] * len(shape), 1
+    for d in reversed(order):
+        strides[d] = step
+        step *= max(shape[d], 1)
+    return tuple(strides)
+
+
+CHANNELS_LAST = {torch.channels_last: (0, 2, 3, 1), torch.channels_last_3d: (0, 2, 3, 4, 1)}
+
+
+def formatted(shape: tuple, memory_format: torch.memory_format) -> tuple:
+    """The strides of a tensor in this memory format."""
+    if memory_format is torch.contiguous_format:
+        return contiguous_stride(shape)
+    order = CHANNELS_LAST[memory_format]
+    sure(len(order) == len(shape))
+    return ordered_strides(shape, order)
+
+
+def in_order(sig: Sig, order: Sequence[int]) -> bool:
+    """Whether the elements lie densely with the dimensions in this order (strides of single-element dimensions are moot)."""
+    step = 1
+    for d in reversed(order):
+        n = sig.shape[d]
+        if n != 1:
+            if sig.stride[d] != step:
+                return False
+            step *= n
+    return True
+
+
+def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
+    """The strides of a pointwise result: dense, the dimensions in the operands' common order (TensorIterator's rule)."""
+    standard = contiguous_stride(shape)
+    if len(shape) < 2 or all(s.stride == standard and s.shape == shape for s in operands):
+        return standard
+    operands = [s for s in operands if s.shape]
+    if not operands:
+        return standard
+    same = all(s.shape == shape for s in operands)
+    contiguous = same and all(in_order(s, range(len(shape))) for s in operands)
+    last = same and len(shape) == 4 and all(in_order(s, CHANNELS_LAST[torch.channels_last]) for s in operands)
+    if contiguous != last:
+        return standard if contiguous else ordered_strides(shape, CHANNELS_LAST[torch.channels_last])
+    sure(0 not in shape)
+    return ordered_strides(shape, memory_order(shape, operands))
+
+
+def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
+    """The dimensions from outermost to innermost, as the operands' strides have them; broadcast ones have no say.
+
+    An insertion sort, because the comparison may be undecided: earlier operands come first, ties go to the larger dimension inside.
+    """
+    ndim = len(shape)
+    strides = []
+    for s in operands:
+        lead = ndim - s.ndim
+        moved = zip(s.shape, s.stride, shape[lead:], strict=True)
+        strides.append([0] * lead + [0 if n == 1 and m != 1 else step for n, step, m in moved])
+
+    def compare(a: int, b: int) -> int:
+        """1 if ``a`` belongs outside of ``b``, -1 if inside, 0 if nobody says."""
+        for stride in strides:
+            sa, sb = stride[a], stride[b]
+            if sa and sb:
+                if sa != sb:
+                    return 1 if sa > sb else -1
+                if shape[a] > shape[b]:
+                    return 1
+        return 0
+
+    order = list(reversed(range(ndim)))  # innermost first
+    for i in range(1, ndim):
+        here = i
+        for there in reversed(range(i)):
+            says = compare(order[there], order[here])
+            if says > 0:
+                order[there], order[here] = order[here], order[there]
+                here = there
+            elif says < 0:
+                break
+    return order[::-1]
+
+
+# ----- pointwise ops --------------------------------------------------------------------------------------------------
+
+#: pointwise, but without the tag
+UNTAGGED = frozenset(
+    """
+    elu_backward hardtanh_backward leaky_relu_backward hardswish hardswish_ hardswish_backward hardsigmoid_backward
+    softplus_backward softshrink_backward hardshrink_backward mish_backward masked_fill.Tensor masked_fill_.Scalar
+    masked_fill_.Tensor eq_.Scalar eq_.Tensor ne_.Scalar ne_.Tensor ge_.Scalar ge_.Tensor gt_.Scalar gt_.Tensor
+    le_.Scalar le_.Tensor lt_.Scalar lt_.Tensor complex polar
+    """.split()
+)
+
+
+@cache
+def rule_for(op: OpOverload) -> Callable | None:
+    """The written rule, or the common one of pointwise ops."""
+    if op in RULES:
+        return RULES[op]
+    facts = Facts(op)
+    name = op._schema.name.removeprefix("aten::") + (f".{op._overloadname}" if op._overloadname != "default" else "")
+    tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
+    own = facts.pure or (facts.writes == (0,) and facts.same == (0,))
+    return partial(pointwise, op) if op.namespace == "aten" and tagged and own and not facts.random else None
+
+
+@cache
+def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
+    """A tensor that asks a kernel for its result dtype: with dimensions and without elements, or a single number."""
+    return torch.empty(0, dtype=dtype, device="cpu") if dimensions else torch.ones((), dtype=dtype, device="cpu")
+
+
+def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """One rule for every pointwise op."""
+    operands = [a for a in (*args, *kwargs.values()) if a.__class__ is Sig]
+    sure(operands and not any(isinstance(a, list | tuple) for a in args))
+    shape = operands[0].shape
+    if any(s.shape != shape for s in operands):
+        shape = broadcast(*[s.shape for s in operands])
+    written = Facts(op).writes
+    if written:
+        sure(shape == args[0].shape and not any(s == 0 for s in args[0].stride))
+
+    def asked(a: Any) -> Any:
+        return (probe(a.dtype, bool(a.shape)).clone() if written else probe(a.dtype, bool(a.shape))) if a.__class__ is Sig else a
+
+    with torch._C._DisableTorchDispatch(), torch._C._DisableAutocast(), torch.no_grad():
+        try:
+            outs = op(*[asked(a) for a in args], **{k: asked(v) for k, v in kwargs.items()})
+        except (RuntimeError, NotImplementedError):
+            raise Unsure from None
+    if written:
+        return args[0]
+    stride = result_strides(shape, operands)
+    if outs.__class__ is Tensor:
+        return new(operands[0], shape, outs.dtype, stride)
+    return tuple([new(operands[0], shape, o.dtype, stride) for o in outs])

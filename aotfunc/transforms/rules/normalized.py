@@ -1,0 +1,152 @@
+"""The one function behind all normalisations, and its first and second derivatives.
+
+``hat = (x - mean) * rstd`` with statistics over some dimensions, then a weight and a bias. The ops differ in the
+layout, a :class:`Layout`, in which they use the formulas.
+
+The saved statistics are outputs that carry a derivative like any other: higher derivatives are written in plain ops on
+the mean and the rstd that the forward op saved, and reach ``x`` through them. The backward ops on the other hand count
+as functions of the cotangent, ``x`` and the weight alone, the statistics being those of ``x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from aotfunc.transforms.rules.table import total
+
+
+@dataclass
+class Layout:
+    """How one op sees the common formulas.
+
+    ``over`` are the dimensions the statistics are taken over (empty where they are constants, as in evaluation),
+    ``shared`` those that the weight, of ``shape``, is shared along. ``image``, ``affine`` and ``stat`` reshape ``x``,
+    the weight or bias, and a statistic so that they broadcast, and ``back`` undoes ``image``. ``centred`` is false
+    where no mean is subtracted.
+    """
+
+    over: list[int]
+    shared: list[int]
+    shape: Sequence[int]
+    image: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    affine: Callable[[Tensor], Tensor]
+    stat: Callable[[Tensor], Tensor]
+    centred: bool = True
+
+    def hat(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
+        """The normalised image."""
+        return (self.image(x) - self.stat(mean) if self.centred else self.image(x)) * self.stat(rstd)
+
+    def mean(self, v: Tensor) -> Tensor:
+        return v.mean(self.over, keepdim=True)
+
+    def project(self, v: Tensor, hat: Tensor) -> Tensor:
+        """The part of a change ``v`` of ``x`` that survives the normalisation, but for ``rstd``: a symmetric map."""
+        if not self.over:
+            return v
+        moved = v - self.mean(v) if self.centred else v
+        return moved - hat * self.mean(v * hat)
+
+
+def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, mean, rstd):
+    """Tangents of ``(out, mean, rstd)``."""
+    tx, tw, tb = tangents
+    hat, of_mean, of_rstd = at.hat(x, mean, rstd), None, None
+    terms = []
+    if tx is not None:
+        r, tx = at.stat(rstd), at.image(tx)
+        t = r * at.project(tx, hat)
+        terms.append(t if weight is None else t * at.affine(weight))
+        if at.over:
+            of_mean = at.mean(tx).reshape(rstd.shape) if at.centred else None
+            of_rstd = (-r * r * at.mean(tx * hat)).reshape(rstd.shape)
+    if tw is not None:
+        terms.append(hat * at.affine(tw))
+    if tb is not None:
+        terms.append(at.affine(tb).expand(hat.shape))
+    out = total(terms)
+    return out if out is None else at.back(out), of_mean, of_rstd
+
+
+def of_statistics(at: Layout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd) -> Tensor | None:
+    """The cotangent of ``x`` by way of the saved statistics."""
+    if not at.over or (g_mean is None and g_rstd is None):
+        return None
+    image = at.image(x)
+    count = 1
+    for d in at.over:
+        count = count * image.shape[d]
+    g = at.stat(g_mean) / count if g_mean is not None and at.centred else None
+    if g_rstd is not None:
+        g = total(t for t in (g, at.stat(-g_rstd * rstd * rstd) * at.hat(x, mean, rstd) / count) if t is not None)
+    return None if g is None else at.back(g.expand(image.shape))
+
+
+def backward_tangent(at: Layout, tangents: Sequence[Tensor | None], mask, g, x, weight, mean, rstd):
+    """Tangents of ``(gradient of x, of the weight, of the bias)``."""
+    tg, tx, tw = (None if t is None else f(t) for t, f in zip(tangents, (at.image, at.image, at.affine), strict=True))
+    hat, r, go = at.hat(x, mean, rstd), at.stat(rstd), at.image(g)
+    w = None if weight is None else at.affine(weight)
+    t_hat = r * at.project(tx, hat) if tx is not None else None
+    of_x = of_w = of_b = None
+    if mask[0]:
+        gh = go if w is None else go * w
+        parts = [tg if w is None else tg * w] if tg is not None else []
+        if tw is not None:
+            parts.append(go * tw)
+        t_gh = total(parts)
+        terms = [] if t_gh is None else [r * at.project(t_gh, hat)]
+        if t_hat is not None and at.over:
+            terms.append(-r * (t_hat * at.mean(gh * hat) + hat * at.mean(gh * t_hat)))
+            terms.append(-r * r * at.mean(tx * hat) * at.project(gh, hat))
+        of_x = total(terms)
+        of_x = of_x if of_x is None else at.back(of_x)
+    if mask[1]:
+        v = total(a * b for a, b in ((tg, hat), (go, t_hat)) if a is not None and b is not None)
+        of_w = None if v is None else reduced(v, at)
+    if len(mask) > 2 and mask[2] and tg is not None:
+        of_b = reduced(tg, at)
+    return of_x, of_w, of_b
+
+
+def backward_cotangent(at: Layout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs):
+    """Cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of the bias)``."""
+    a, b, c = (None if t is None else f(t) for t, f in zip(cotangents, (at.image, at.affine, at.affine), strict=True))
+    hat, r, go = at.hat(x, mean, rstd), at.stat(rstd), at.image(g)
+    w = None if weight is None else at.affine(weight)
+    ra = r * at.project(a, hat) if a is not None else None
+    of_g = of_x = of_w = None
+    if needs[0]:
+        of_g = total(
+            t
+            for t in (
+                None if ra is None else ra if w is None else ra * w,
+                None if b is None else hat * b,
+                None if c is None else c.expand(hat.shape),
+            )
+            if t is not None
+        )
+        of_g = of_g if of_g is None else at.back(of_g)
+    if needs[1]:
+        of_hat = [go * b] if b is not None else []
+        through_r = None
+        if a is not None and at.over:
+            gh = go if w is None else go * w
+            along = at.mean(gh * hat)
+            of_hat.append(-r * (a * along + gh * at.mean(a * hat)))
+            through_r = -r * r * hat * at.mean(a * at.project(gh, hat))
+        v = total(of_hat)
+        of_x = total(t for t in (None if v is None else r * at.project(v, hat), through_r) if t is not None)
+        of_x = of_x if of_x is None else at.back(of_x)
+    if needs[2] and ra is not None:
+        of_w = reduced(go * ra, at)
+    return of_g, of_x, of_w
+
+
+def reduced(v: Tensor, at: Layout) -> Tensor:
+    """``v`` summed over what the weight is shared along."""
+    return (v.sum(at.shared) if at.shared else v).reshape(at.shape)
