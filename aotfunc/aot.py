@@ -16,21 +16,22 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from . import backends
-from .debug import at, user_line
+from .debug import at, outside_dynamo, user_line
 from .backends.eager import compile_graph
 from .errors import ArgumentError
 from .graph import Program, output_node
+from .func import fresh
 from .guards import closure_key, environment_key, leaf_key
 from .module import graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
 from .trace.emit import paused_gc, remap, remap_dict
 from .trace.shapes import make_sig
-from .trace.tracer import Traced, current
+from .trace.tracer import Traced, current, storage_id
 from .trace.tree import Arguments, unflatten
 from .transforms.capture import Recording, parameter_names, record
 from .transforms.decompose import decomposed
 from .transforms.lower import lowered
-from .transforms.run import run_eager, write_back
+from .transforms.run import execute, run_eager, write_back
 from .transforms.steps import CompiledCall, CompiledStep
 from .transforms.vjp import differentiable, vjp
 from .transforms.walk import builder
@@ -47,9 +48,16 @@ class Entry:
         self.step = CompiledStep(call, run_eager)
         # by reference: an optimizer's update is seen. Values of an outer recording are only good for that one.
         self.closed = list(rec.closed_over)
+        self.sharing = sharing([*rec.trace.origins, *self.closed]) if rec.trace.mutates else None
         self.reusable = not any(t.__class__ is Traced for t in self.closed)
         rec.trace.origins = []
         rec.trace.concrete_inputs = None
+
+
+def sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each tensor, the number of its storage among them."""
+    numbers: dict[Any, int] = {}
+    return tuple([numbers.setdefault(storage_id(t), len(numbers)) for t in tensors])
 
 
 class Compiled:
@@ -79,6 +87,7 @@ class Compiled:
 
     # ----- calling ----------------------------------------------------------------------------------------------------
 
+    @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs)
         key = (*[leaf_key(x) for x in arguments.leaves], arguments.key, self.closure(), environment_key())
@@ -86,12 +95,16 @@ class Compiled:
             entry = self.entries.get(key)
         except TypeError as e:
             raise ArgumentError(f"{self.name}: a Python argument is not hashable ({e}); pass it as a tensor, or as a tuple") from None
+        tensors = [x for x in arguments.leaves if isinstance(x, Tensor)]
+        if entry is not None and entry.sharing is not None and entry.sharing != sharing([*tensors, *entry.closed]):
+            # what a write reaches depends on which arguments share memory
+            key = (*key, sharing([*tensors, *entry.closed]))
+            entry = self.entries.get(key)
         if entry is None:
             entry = self.capture(arguments, args, kwargs)
             if entry.reusable:
                 self.entries[key] = entry
                 self.check_growth(arguments)
-        tensors = [x for x in arguments.leaves if isinstance(x, Tensor)]
         tensors += entry.closed
         trace = current()
         outs = trace.record(entry.step, tensors) if trace is not None else run(entry.call, tensors)
@@ -107,9 +120,10 @@ class Compiled:
             arguments.leaves,
             arguments.rebuilt,
             why_not=f"{self.name} captures the function once for all values",
+            constants=False,
             name_of=parameter_names(self.f, arguments),
         )
-        program = rec.program()
+        program = fresh(rec.program(), rec.aliases)
         if self.decompositions:
             program = decomposed(program, self.decompositions)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
@@ -171,6 +185,8 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor])
 def partitioned(partition: Partition, joint: Program, n_primals: int, n_early: int) -> tuple[Program, Program]:
     """Let a functorch partition function cut the joint program; its two modules as programs."""
     gm = graph_module(joint, "joint", lower=True)
+    for n, p in zip([n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True):
+        n.meta["role"] = p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     fw, bw = partition(gm, inputs, num_fwd_outputs=n_early)
     forward, backward = imported(fw.graph, n_primals), imported(bw.graph, None)
@@ -206,6 +222,8 @@ def sig_from(val: Any) -> Any:
 def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     """The results of a compiled call on real tensors, written inputs updated, differentiable if an input requires grad."""
     program = call.program
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside torch.func's transforms: theirs differentiate
+        return execute(program, tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         outs = Differentiated.apply(call, *tensors)
     else:
@@ -286,7 +304,7 @@ def call_halves(call: CompiledCall, wrt: tuple[int, ...]) -> tuple[CompiledCall,
     halves = cache.get(("halves", wrt))
     if halves is None:
         base = whole(call.program)
-        joint = vjp(base, wrt)
+        joint = vjp(base, wrt, recompute=False)
         halves = cache[("halves", wrt)] = call.split(joint, base.n_inputs, base.n_outputs)
     return halves
 

@@ -2,9 +2,7 @@
 
 from .aot import Compiled as Compiled
 from .aot import aot_function as aot_function
-from .aot import aot_function as compiled_function
 from .aot import aot_module as aot_module
-from .aot import aot_module as compiled_module
 from .aot import jit as jit
 from .backends import register as register
 from .partition import default_partition as default_partition

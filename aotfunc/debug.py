@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
+from collections.abc import Callable
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +17,8 @@ LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
 _is_user: dict[CodeType, bool] = {}
 
 
@@ -43,6 +47,22 @@ def user_line(depth: int = 1) -> Line | None:
             return Line(code, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def outside_dynamo(f: Callable) -> Callable:
+    """``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of it is a graph break."""
+    opaque: list[Callable] = []
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _frame_callback() is None:  # nobody compiles (and asking Dynamo itself would import it: seconds)
+            return f(*args, **kwargs)
+        if not opaque:
+            opaque.append(sys.modules["torch._dynamo"].disable(f))  # type: ignore[attr-defined]
+        return opaque[0](*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
 
 
 def at(line: Line | None) -> str:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .debug import outside_dynamo
 from .errors import ArgumentError
 from .graph import Program, cut, output_node
 from .trace.emit import Builder, paused_gc
 from .trace.shapes import Sig, make_sig, sig_of
 from .trace.tracer import Traced
 from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import Recording, parameter_names, record
+from .transforms.capture import Recording, leaf_labels, parameter_names, record
 from .transforms.jvp import jvp as jvp_pass
 from .transforms.run import execute
 from .transforms.vjp import differentiable
@@ -40,7 +41,9 @@ Dims = int | None | tuple | list | dict
 def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> list[int]:
     """Leaf positions of the differentiated arguments; each must be a floating or complex tensor."""
     count = len(args.spans)
-    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not isinstance(argnums, int) and not (isinstance(argnums, tuple) and all(isinstance(i, int) for i in argnums)):
+        raise ArgumentError(f"{name}: argnums must be an int or a tuple of ints, not {argnums!r}")
+    chosen = (argnums,) if isinstance(argnums, int) else argnums
     if not chosen:
         raise ArgumentError(f"{name}: argnums is empty")
     found = []
@@ -48,19 +51,28 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
         if not -count <= i < count:
             raise ArgumentError(f"{name}: argnums={argnums}, but there are {count} positional arguments")
         for k in args.spans[i]:
-            check_leaf(name, args.leaves[k], f"argument {i % count}", k - args.spans[i].start)
+            check_leaf(name, args.leaves[k], argument_path(args, i % count, k))
             found.append(k)
     if len({i % count for i in chosen}) != len(chosen):
         raise ArgumentError(f"{name}: argnums={argnums} names an argument twice")
     return found
 
 
-def check_leaf(name: str, x: Any, where: str, leaf: int) -> None:
+def argument_path(args: Arguments, i: int, k: int) -> str:
+    """Which argument, and which leaf of it, leaf ``k`` is."""
+    spec = args.specs[i]
+    if spec is None:
+        return f"argument {i}"
+    leaf = k - args.spans[i].start
+    return f"argument {i}, leaf {leaf} ({leaf_labels(spec)[leaf].lstrip('_')})"
+
+
+def check_leaf(name: str, x: Any, where: str) -> None:
     if not isinstance(x, Tensor):
-        raise ArgumentError(f"{name}: {where}, leaf {leaf} is a {type(x).__name__}, and only tensors can be differentiated")
+        raise ArgumentError(f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated")
     if not (x.is_floating_point() or x.is_complex()):
         raise ArgumentError(
-            f"{name}: {where}, leaf {leaf} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
+            f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
             "(pass it as another argument, or see argnums)"
         )
 
@@ -132,12 +144,13 @@ def fresh(program: Program, own: Sequence[int]) -> Program:
     seen: set[Node] = set()
     copied = []
     for i, o in enumerate(outs[: program.n_outputs]):
-        if i in own or not isinstance(o, Node):
+        if not isinstance(o, Node):
             continue
         root = storage_root(o)
-        if root.op == "placeholder" or root in seen:
+        if i not in own and (root.op == "placeholder" or root in seen):
             copied.append(i)
-        seen.add(root)
+        else:
+            seen.add(root)
     if not copied:
         return program
     with paused_gc():
@@ -180,6 +193,7 @@ def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: 
     (tensor([2., 4.]), tensor(5.))
     """
 
+    @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         grads, value, aux = _gradient("grad_and_value", func, argnums, has_aux, args, kwargs, value=True)
@@ -197,6 +211,7 @@ def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = Fal
     tensor([1., 1.])
     """
 
+    @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         grads, _, aux = _gradient("grad", func, argnums, has_aux, args, kwargs, value=False)
@@ -220,9 +235,10 @@ def _gradient(
         have = [i == 0 for i in range(base.n_outputs)]
         keep = range(0 if value else 1, base.n_outputs)
         joint = vjp_pass(base, wrt, have, ones=True, fill=True, keep=keep)
-        return fresh(joint, range(len(keep)))
+        return fresh(joint, [i - keep.start for i in own])
 
-    program = derived(base, ("grad", wrt, value), make)
+    own = rec.aliases
+    program = derived(base, ("grad", wrt, value, own), make)
     outs = execute(program, [*tensors_of(arguments), *rec.closed_over])
     kept = len(outs) - len(wrt)
     grads = chosen_tree(arguments, argnums, outs[kept:])
@@ -250,6 +266,7 @@ def check_scalar(name: str, rec: Recording, n_out: int, spec: Any) -> None:
         raise ArgumentError(f"{name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev")
 
 
+@outside_dynamo
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents of the output to a tuple of cotangents of
     the primals.
@@ -279,7 +296,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     joint = derived(base, ("vjp", wrt, have), make)
     halves = joint.cache.get("halves")
     if halves is None:
-        halves = joint.cache["halves"] = halve(joint, base.n_outputs, sum(have))
+        early, late, direct = halve(joint, base.n_outputs, sum(have))
+        halves = joint.cache["halves"] = fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]), late, direct
     forward, backward, direct = halves
     inputs = [*tensors_of(arguments), *rec.closed_over]
     outs = execute(forward, inputs)
@@ -292,6 +310,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     output = unflatten(leaves[:n_out], spec)
     vals = base.vals[:n_out]
 
+    @outside_dynamo
     def vjp_fn(*cotangents: Any, **_: Any) -> tuple:
         if len(cotangents) == 1 and (spec is None or isinstance(cotangents[0], type(output)) or n_out != 1):
             tree = cotangents[0]
@@ -361,6 +380,7 @@ def copy_nodes(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
 # ----- forward mode ---------------------------------------------------------------------------------------------------
 
 
+@outside_dynamo
 def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False) -> tuple:
     """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional derivative along ``tangents``.
 
@@ -381,7 +401,8 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
         bare = derived(base, ("jvp", wrt, False), lambda: jvp_pass(base, wrt, zeros=False))
         if any(t is None for t in bare.outputs[base.n_outputs : base.n_outputs + n_out]):
             raise ArgumentError("jvp(strict=True): an output does not depend on the primals")
-    program = derived(base, ("jvp", wrt), lambda: _tangent_program(base, wrt, n_out))
+    own = rec.aliases
+    program = derived(base, ("jvp", wrt, n_out, own), lambda: fresh(_tangent_program(base, wrt, n_out), own))
     inputs = [*tensors_of(arguments), *flat_tangents, *rec.closed_over]
     outs = execute(program, inputs)
     leaves = list(rec.leaves)
@@ -403,7 +424,7 @@ def _tangent_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program
     from .trace.emit import drop_dead
 
     drop_dead(whole.graph, output_node(whole.graph))
-    return fresh(Program(whole.graph, whole.n_inputs, count + n_out, whole.mutated, "jvp"), range(count))
+    return Program(whole.graph, whole.n_inputs, count + n_out, whole.mutated, "jvp")
 
 
 def _primals_and_tangents(name: str, primals: Any, tangents: Any) -> tuple[Arguments, list[Tensor]]:
@@ -420,6 +441,8 @@ def _primals_and_tangents(name: str, primals: Any, tangents: Any) -> tuple[Argum
         if not isinstance(t, Tensor) or t.shape != p.shape:
             shape = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
             raise ArgumentError(f"{name}: tangent leaf {i} must have its primal's shape {list(p.shape)}, not {shape}")
+        if t.dtype != p.dtype and name == "jvp_fn":
+            raise ArgumentError(f"{name}: tangent leaf {i} must have its primal's dtype {p.dtype}, not {t.dtype}")
         flat.append(like(t, p))
     return arguments, flat
 
@@ -438,6 +461,7 @@ def dense_layout(p: Tensor) -> bool:
     return p.storage_offset() == 0 and all(s for s, n in zip(p.stride(), p.shape, strict=True) if n > 1)
 
 
+@outside_dynamo
 def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """``(output, jvp_fn)``: the function's value and its linear map at ``primals``; ``jvp_fn(*tangents)`` does only the linear work.
 
@@ -457,7 +481,8 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     program = derived(base, ("linearize", wrt, n_out), lambda: _tangent_program(base, wrt, n_out))
     halves = program.cache.get("halves")
     if halves is None:
-        halves = program.cache["halves"] = halve(program, base.n_outputs, len(wrt))
+        early, late, direct = halve(program, base.n_outputs, len(wrt))
+        halves = program.cache["halves"] = fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]), late, direct
     early, late, direct = halves
     inputs = [*tensors_of(arguments), *rec.closed_over]
     outs = execute(early, inputs)
@@ -467,6 +492,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
         leaves[i] = t
     output = unflatten(leaves[:n_out], spec)
 
+    @outside_dynamo
     def jvp_fn(*tangents: Any) -> Any:
         _, flat = _primals_and_tangents("jvp_fn", primals, tangents)
         return unflatten(execute(late, [*residuals, *flat]), spec)
@@ -502,6 +528,7 @@ def vmap(
     if chunk_size is not None and chunk_size < 1:
         raise ArgumentError(f"vmap: chunk_size must be positive, not {chunk_size}")
 
+    @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs)
@@ -516,8 +543,6 @@ def vmap(
 
 def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | None]:
     """One dim per leaf, non-negative."""
-    if isinstance(in_dims, list):
-        in_dims = tuple(in_dims)
     if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
         if in_dims is None:
             raise ArgumentError("vmap: in_dims is None: no argument is batched")
@@ -599,9 +624,10 @@ def _batched(
     tensors = tensors_of(arguments)
     tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
     sigs = tuple(x.sig if x.__class__ is Traced else sig_of(x) for x in tensors)
-    key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict)
+    own = rec.aliases
+    key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)
     program = derived(
-        base, key, lambda: vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict)
+        base, key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
     )
     return rec.results(execute(program, [*tensors, *rec.closed_over]))
 
@@ -670,6 +696,7 @@ def jacrev(
             [0., 1.]])
     """
 
+    @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _jacobian("jacrev", _rows, func, argnums, has_aux, chunk_size, args, kwargs)
@@ -692,6 +719,7 @@ def jacfwd(
             [0., 1.]])
     """
 
+    @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _jacobian("jacfwd", _columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)
@@ -868,10 +896,13 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     if remove not in ("mutations", "mutations_and_views"):
         raise ArgumentError(f"functionalize: remove must be 'mutations' or 'mutations_and_views', not {remove!r}")
 
+    @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs)
         rec = record(func, arguments.leaves, arguments.rebuilt, name_of=parameter_names(func, arguments))
-        return rec.results(execute(rec.program(), [*tensors_of(arguments), *rec.closed_over]))
+        base, own = rec.program(), rec.aliases
+        program = derived(base, ("functionalize", own), lambda: fresh(base, own))
+        return rec.results(execute(program, [*tensors_of(arguments), *rec.closed_over]))
 
     return wrapper

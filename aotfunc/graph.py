@@ -124,11 +124,22 @@ def kept_alive(n: Node) -> bool:
     if isinstance(target, OpOverload):
         schema = target._schema
         return (
-            torch.Tag.nondeterministic_seeded in target.tags
+            draws(n)
             or not schema.returns
             or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
         )
     return bool(getattr(target, "effect", False))
+
+
+def draws(n: Node) -> bool:
+    """Whether a node draws random numbers; attention with dropout_p=0 is tagged as if it did."""
+    op = n.target
+    if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    for i, a in enumerate(op._schema.arguments):
+        if a.name == "dropout_p":
+            return bool(n.args[i] if i < len(n.args) else n.kwargs.get(a.name, a.default_value))
+    return True
 
 
 def size(graph: fx.Graph) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .debug import Line, outside_dynamo
 from .errors import ArgumentError
 from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
@@ -81,12 +83,10 @@ def graph_module(
         for n in graph.nodes:
             if "val" in n.meta:
                 n.meta["val"] = fakes.of(n.meta["val"])
-            if (line := n.meta.get("line")) is not None:
+            if isinstance(line := n.meta.get("line"), Line):
                 n.meta["stack_trace"] = f'  File "{line.code.co_filename}", line {line.number}, in {line.code.co_name}'
                 n.meta["line"] = str(line)
-    gm = _LazyGraphModule(root, graph, name)
-    gm.fake_mode = fakes.mode
-    return gm
+    return _LazyGraphModule(root, graph, name)
 
 
 def make_fx(
@@ -112,6 +112,7 @@ def make_fx(
     if tracing_mode not in ("real", "fake", "symbolic"):
         raise ArgumentError(f"make_fx: tracing_mode must be 'real', 'fake' or 'symbolic', not {tracing_mode!r}")
 
+    @outside_dynamo
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> fx.GraphModule:
         arguments = Arguments(args, kwargs)
@@ -125,7 +126,6 @@ def make_fx(
 
             program = decomposed(program, decomposition_table)
         constants = rec.closed_over
-        n_real = program.n_inputs
 
         def outputs(b: Builder, inputs: list, results: list) -> Any:
             written = {}
@@ -140,7 +140,7 @@ def make_fx(
             return leaves[0] if rec.spec is None else leaves
 
         gm = graph_module(program, getattr(f, "__name__", type(f).__name__), constants, outputs, lower=False)
-        _as_called(gm, arguments, args, kwargs, rec, n_real)
+        _as_called(gm, f, arguments, args, kwargs, rec)
         if verbose:
             _with_lines(gm)
         return gm
@@ -148,7 +148,16 @@ def make_fx(
     return wrapper
 
 
-def _as_called(gm: fx.GraphModule, arguments: Arguments, args: tuple, kwargs: dict, rec: Any, n_real: int) -> None:
+def argument_names(f: Callable, count: int) -> list[str]:
+    """The names of the first ``count`` parameters of ``f``."""
+    try:
+        names = [n for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_POSITIONAL]
+    except (TypeError, ValueError):
+        names = []
+    return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]
+
+
+def _as_called(gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tuple, kwargs: dict, rec: Any) -> None:
     """Let the module take ``f``'s arguments and return ``f``'s tree."""
     plain_in = not kwargs and all(s is None for s in arguments.specs)
     out = output_node(gm.graph)
@@ -162,20 +171,18 @@ def _as_called(gm: fx.GraphModule, arguments: Arguments, args: tuple, kwargs: di
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     feed = iter(placeholders)
     first = next(iter(graph.nodes))
-    place = first
-    names = []
+    last = None
     for x in arguments.leaves:
         if isinstance(x, Tensor):
             p = next(feed)
         else:
-            with graph.inserting_before(place) if not names else graph.inserting_after(last):
+            with graph.inserting_before(first) if last is None else graph.inserting_after(last):
                 p = graph.placeholder("static")
             p.meta["val"] = x
-        names.append(p.name)
         last = p
     in_spec = tree_flatten((tuple(args), kwargs))[1]
     out_spec = rec.spec if rec.spec is not None else None
-    arg_names = [f"arg{i}" for i in range(len(args))] + list(kwargs)
+    arg_names = [*argument_names(f, len(args)), *kwargs]
     if out_spec is not None and not isinstance(out.args[0], list | tuple):
         out.args = ([out.args[0]],)
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arg_names, in_spec, out_spec)))

@@ -91,8 +91,8 @@ def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, batch: int = 
             inside = outside
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
     params = {k: v.detach() for k, v in net.named_parameters()}
-    target = torch.arange(batch) % 10
-    return (lambda p, x: F.cross_entropy(functional_call(net, p, (x,)), target)), (params, torch.randn(batch, 3, image, image))
+    f = lambda p, x, t: F.cross_entropy(functional_call(net, p, (x,)), t)  # noqa: E731
+    return f, (params, torch.randn(batch, 3, image, image), torch.arange(batch) % 10)
 
 
 def conv_net(width: int, image: int, classes: int = 10) -> tuple[Callable, dict[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ def inductor(gm: fx.GraphModule, example_inputs: list) -> Callable:
     if not any(t.is_cuda for t in example_inputs if isinstance(t, torch.Tensor)) and shutil.which("g++") is None:
         raise BackendError("the inductor backend needs a C++ compiler on the CPU: install g++")
     fake_inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = gm.fake_mode
+    mode = next((v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None)
     with V.set_fake_mode(mode), torch.no_grad():
         fn: Any = compile_fx_inner(gm, fake_inputs)
 

@@ -68,6 +68,7 @@ class Functionalizer:
         self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
         self.env: dict[int, Any] = {}
         self.cut: set[int] = set()  # made under no_grad
+        self.made_inside: set[Node] = set()  # constants that f makes anew on each run
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
         self.placeholders = list(inputs)
         refs = [*range(len(trace.inputs)), *(-1 - i for i in range(len(trace.lifted)))]
@@ -85,6 +86,12 @@ class Functionalizer:
         for members in groups.values():
             sigs = [self.placeholders[i].meta["val"] for i in members]
             base = max(range(len(members)), key=lambda k: (sigs[k].plain, sigs[k].numel))
+            written = len({id(s) for s in sigs}) > 1
+            if written and any(s.extent > sigs[base].numel or not sigs[base].plain for s in sigs):
+                raise CaptureError(
+                    "some of the tensors that are written to, or their neighbours, overlap in memory and none of them covers the others; "
+                    "pass the whole tensor and slice it inside, or clone them"
+                )
             storage = Storage(self.placeholders[members[base]], refs[members[base]])
             for i, sig in zip(members, sigs, strict=True):
                 if i == members[base] or sig is sigs[base]:
@@ -164,11 +171,13 @@ class Functionalizer:
                 instr.lower(self, refs, grad, line)
             elif instr.facts.writes:
                 self._write(instr, refs, grad, line)
-            elif self.mutates and instr.facts.view_of is not None:
+            elif self.mutates and instr.facts.view_of is not None and instr.op is not aten.lift_fresh.default:
                 self._view(instr, refs, grad)
             else:
                 nodes = [self.read(r, grad) for r in refs]
                 self._results(self._call(instr, nodes), instr.outs, grad)
+                if instr.op is aten.lift_fresh.default:
+                    self.made_inside.add(nodes[0])
         self.b.meta = {}
 
     def _call(self, instr: Instr, nodes: list[Node]) -> Any:
@@ -189,6 +198,10 @@ class Functionalizer:
         """A view shares the storage of its argument (the first tensor; view ops have no other)."""
         base = self.env[refs[0]]
         outs = instr.outs
+        if not self.intent and instr.op is aten.detach.default:
+            self.env[self.number] = View(base.storage, base.chain)
+            self.number += 1
+            return
         links = [Link((instr.op, instr.args[1:], instr.kwargs, None, outs))] if outs.__class__ is Sig else [
             Link((instr.op, instr.args[1:], instr.kwargs, i, o)) for i, o in enumerate(outs)
         ]  # fmt: skip
@@ -390,6 +403,8 @@ WRITES: dict[OpOverload, Any] = {
 @cache
 def _twin(op: OpOverload) -> OpOverload | None:
     """The overload that returns what ``op`` writes: same arguments, without the trailing underscore or the ``out``s."""
+    if op is aten.rrelu_with_noise.default:
+        return aten.rrelu_with_noise_functional.default
     name = op._schema.name.split("::")[1]
     namespace = getattr(torch.ops, op.namespace)
     out_form = all(a.kwarg_only or not (a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)

@@ -10,6 +10,7 @@ and strides follow TensorIterator's rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -43,6 +44,8 @@ def rule(*ops: Any) -> Callable[[Callable], Callable]:
 
 def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of what ``op`` returns (arguments as for ``shapes.infer``), or NotImplemented."""
+    from . import families  # noqa: F401  (registers its rules; it imports this module)
+
     known = rule_for(op)
     if known is None:
         return NotImplemented
@@ -128,26 +131,42 @@ def in_order(sig: Sig, order: Sequence[int]) -> bool:
 
 
 def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
-    """The strides of a pointwise result: dense, the dimensions in the operands' common order (TensorIterator's rule)."""
+    """The strides of a pointwise result: dense, the dimensions in the operands' common order (TensorIterator's rule).
+
+    Declines where kernels differ: unusual layouts together with dimensions of size 1, overlap or broadcasting.
+    """
     standard = contiguous_stride(shape)
-    if len(shape) < 2 or all(s.stride == standard and s.shape == shape for s in operands):
+    sure(0 not in shape or all(s.stride == contiguous_stride(s.shape) for s in operands))
+    if len(shape) < 2 or all(s.stride == standard or natural(s) for s in operands):
         return standard
     operands = [s for s in operands if s.shape]
-    if not operands:
-        return standard
-    same = all(s.shape == shape for s in operands)
-    contiguous = same and all(in_order(s, range(len(shape))) for s in operands)
-    last = same and len(shape) == 4 and all(in_order(s, CHANNELS_LAST[torch.channels_last]) for s in operands)
-    if contiguous != last:
-        return standard if contiguous else ordered_strides(shape, CHANNELS_LAST[torch.channels_last])
-    sure(0 not in shape)
+    contiguous, last = range(len(shape)), CHANNELS_LAST[torch.channels_last]
+    if all(s.shape == shape for s in operands):
+        fits = all(in_order(s, contiguous) for s in operands)
+        if fits != (len(shape) == 4 and all(in_order(s, last) for s in operands)):
+            stride = standard if fits else ordered_strides(shape, last)
+            sure(all(n > 1 for n in shape) or all(s.stride == stride for s in operands))
+            return stride
+    sure(all(n > 1 for n in shape) and operands[0].shape == shape)
+    sure(all(s.shape == shape and 0 not in s.stride or s.stride == contiguous_stride(s.shape) for s in operands))
     return ordered_strides(shape, memory_order(shape, operands))
+
+
+def natural(sig: Sig) -> bool:
+    """Whether the dimensions lie in memory in their own order, expanded ones aside."""
+    step, size = math.inf, 0
+    for n, s in zip(sig.shape, sig.stride, strict=True):
+        if s:
+            if s > step or (s == step and n > size):
+                return False
+            step, size = s, n
+    return True
 
 
 def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
     """The dimensions from outermost to innermost, as the operands' strides have them; broadcast ones have no say.
 
-    An insertion sort, because the comparison may be undecided: earlier operands come first, ties go to the larger dimension inside.
+    An insertion sort, because the comparison may be undecided: earlier operands come first, equal strides go by size.
     """
     ndim = len(shape)
     strides = []
@@ -186,11 +205,21 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
 UNTAGGED = frozenset(
     """
     elu_backward hardtanh_backward leaky_relu_backward hardswish hardswish_ hardswish_backward hardsigmoid_backward
-    softplus_backward softshrink_backward hardshrink_backward mish_backward masked_fill.Tensor masked_fill_.Scalar
-    masked_fill_.Tensor eq_.Scalar eq_.Tensor ne_.Scalar ne_.Tensor ge_.Scalar ge_.Tensor gt_.Scalar gt_.Tensor
+    softplus_backward softshrink_backward hardshrink_backward mish_backward masked_fill_.Scalar eq_.Scalar eq_.Tensor ne_.Scalar ne_.Tensor ge_.Scalar ge_.Tensor gt_.Scalar gt_.Tensor
     le_.Scalar le_.Tensor lt_.Scalar lt_.Tensor complex polar
     """.split()
 )
+
+
+#: pointwise, but their meta kernels are compositions, which follow the rule for strides only where all operands are in natural order
+COMPOSED = frozenset(
+    """
+    masked_fill mvlgamma div floor_divide copysign xlogy special_xlog1py threshold_backward hardswish_backward
+    leaky_relu_backward logit_backward hardtanh_backward
+    """.split()
+)
+#: tagged, and yet left to others
+LEFT_OUT = frozenset("clone ldexp ldexp_".split())
 
 
 @cache
@@ -202,7 +231,9 @@ def rule_for(op: OpOverload) -> Callable | None:
     name = op._schema.name.removeprefix("aten::") + (f".{op._overloadname}" if op._overloadname != "default" else "")
     tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
     own = facts.pure or (facts.writes == (0,) and facts.same == (0,))
-    return partial(pointwise, op) if op.namespace == "aten" and tagged and own and not facts.random else None
+    if op.namespace != "aten" or not tagged or not own or facts.random or name in LEFT_OUT:
+        return None
+    return partial(pointwise, op)
 
 
 @cache
@@ -232,6 +263,9 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
             raise Unsure from None
     if written:
         return args[0]
+    name = op._schema.name.removeprefix("aten::")
+    sure(name not in COMPOSED or all(natural(s) for s in operands))
+    sure("backward" not in name or all(s.dtype is operands[0].dtype for s in operands))
     stride = result_strides(shape, operands)
     if outs.__class__ is Tensor:
         return new(operands[0], shape, outs.dtype, stride)

@@ -35,8 +35,12 @@ class Sig:
         """A new meta tensor with this signature."""
         if not self.offset:
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-        extent = self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n)
-        return torch.empty(extent, dtype=self.dtype, device="meta").as_strided(self.shape, self.stride, self.offset)
+        return torch.empty(self.extent, dtype=self.dtype, device="meta").as_strided(self.shape, self.stride, self.offset)
+
+    @property
+    def extent(self) -> int:
+        """How many elements of the storage it reaches."""
+        return self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n)
 
     @property
     def ndim(self) -> int:
@@ -215,15 +219,28 @@ def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none."""
+    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none, or does not know the layout."""
     device = output_device(kwargs, sigs)
     with torch._C._DisableTorchDispatch(), torch.no_grad():
+        if device_decides_layout(op, sigs):
+            try:
+                return signatures(_on_zeros(op, args, kwargs, sigs), device)
+            except RuntimeError:
+                pass  # zeros are no good argument for this op: let the meta kernel answer
         metas = [s.proto if Facts(op).pure else s.fresh() for s in sigs]
         try:
             outs = op(*fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op, kwargs))
         except NotImplementedError:
             outs = _on_zeros(op, args, kwargs, sigs)
     return signatures(outs, device)
+
+
+def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
+    """Whether the strides (or empty statistics) of the results depend on the device's kernel in ways that meta kernels do not know."""
+    name = op._schema.name.removeprefix("aten::")
+    if name.startswith(("convolution", "_native_batch_norm_legit")):
+        return any(not s.plain for s in sigs) or name.endswith("no_training")
+    return name.startswith(("linalg_", "_linalg_", "_fft_"))
 
 
 def _on_meta(op: OpOverload, kwargs: dict) -> dict:

@@ -79,6 +79,10 @@ class Traced(Tensor):
         self.tracer.mark_leaf(self, requires_grad)
         return self
 
+    def detach_(self) -> Tensor:  # autograd answers this one itself: it would never be recorded
+        self.ref = self.detach().ref
+        return self
+
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
         return self.tracer.is_leaf(self)
@@ -109,6 +113,11 @@ class Traced(Tensor):
                 self.copy_(value)
             else:
                 raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(debug.user_line())}")
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if (place := traced_place(index)) is not None:
+            return _at_tensor(self, index, place)
+        return Tensor.__getitem__(self, index)
 
     def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):  # type: ignore
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
@@ -145,6 +154,31 @@ class Traced(Tensor):
         raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}")
 
 
+def traced_place(index: Any) -> int | None:
+    """Where an index has a traced 0-dim integer, which PyTorch would ask for its value."""
+    parts = index if isinstance(index, tuple) else (index,)
+    found = [
+        i
+        for i, p in enumerate(parts)
+        if p.__class__ is Traced and not p.sig.shape and not p.sig.differentiable and p.sig.dtype is not torch.bool
+    ]
+    plain = all(p is None or p is ... or isinstance(p, int | slice) for i, p in enumerate(parts) if i not in found)
+    return found[0] if len(found) == 1 and plain else None
+
+
+def _at_tensor(x: Tensor, index: Any, place: int) -> Tensor:
+    """``x[..., i, ...]`` with a traced ``i``: the other parts first, then ``index_select`` along what is left of ``i``'s dimension."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    i = parts[place]
+    parts[place] = slice(None)
+    before = [p for p in parts[:place] if not isinstance(p, int)]
+    dim = -sum(p is None or isinstance(p, slice) for p in parts[place:]) if ... in before else len(before)
+    rest = Tensor.__getitem__(x, tuple(parts))
+    size = rest.shape[dim]
+    i = torch.where(i < 0, i + size, i)
+    return rest.index_select(dim, i.reshape(1)).squeeze(dim)
+
+
 def _live(x: Traced) -> Tensor:
     return (current() or x.tracer).value(x)
 
@@ -157,12 +191,14 @@ Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 class Trace(TorchDispatchMode):
     """One recording. Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
 
-    ``concrete`` are the real input tensors where the caller allows values to be asked for (``.item()``); ``why_not`` says why where
-    it does not.
+    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``); ``why_not`` says why where they may not. With ``constants`` the
+    values that depend on no input may be asked for all the same. Without ``intent`` autograd is left alone (derived rules use it).
     """
 
-    def __init__(self, why_not: str | None = None) -> None:
+    def __init__(self, why_not: str | None = None, constants: bool = True, intent: bool = True) -> None:
         super().__init__()
+        self.may_ask_constants = constants
+        self.keeps_intent = intent
         self.records: list[Record] = []
         self.count = 0
         self.inputs: list[Traced] = []
@@ -172,6 +208,7 @@ class Trace(TorchDispatchMode):
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
         self.retained: list[Traced] = []
+        self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.mutates = False
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
@@ -346,6 +383,10 @@ class Trace(TorchDispatchMode):
                 results.append(self.wrap(sig))
                 continue
             t = argument(same)
+            if t.__class__ is Traced and t.ref in self.protected and t.tracer is self and _grad_enabled():
+                raise RuntimeError(
+                    f"a leaf Variable that requires grad is being used in an in-place operation{at(debug.user_line(3))}"
+                )
             if t.__class__ is Traced and t.tracer is self and sig is not t.sig and sig.__class__ is Sig:
                 self._refresh(t, sig)
             results.append(t)
@@ -426,19 +467,23 @@ class Trace(TorchDispatchMode):
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
         """The real value of ``t``: what has been recorded so far is run on the concrete inputs."""
-        if t.__class__ is not Traced:
-            return t
-        if t.tracer is not self:
+        if t.__class__ is Traced and t.tracer is not self:
             return t.tracer.value(t, what)
-        if self.concrete_inputs is None:
+        ref = t.ref if t.__class__ is Traced else self._lift_refs.get(id(t))
+        if ref is None or (t.__class__ is not Traced and not self.mutates):
+            return t
+        found = None
+        if self.concrete_inputs is not None or self.may_ask_constants:
+            if self._values is None:
+                self._values = Replay(self)
+            found = self._values.value(ref)
+        if found is None:
             reason = self.why_not or "this value belongs to a capture that is over"
             raise CaptureError(
                 f"{what} was asked for, but {reason}{at(debug.user_line())}. Return it from the function (has_aux=True), "
                 "use torch.where instead of `if`, or pass the value as a Python argument."
             )
-        if self._values is None:
-            self._values = Replay(self)
-        return self._values.value(t.ref)
+        return found
 
 
 class Replay:
@@ -447,13 +492,16 @@ class Replay:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.done = 0
-        with quiet():
-            inputs = [trace.value(t) for t in trace.concrete_inputs or ()]
-            self.env: dict[int, Any] = {i: copy_of(t) for i, t in enumerate(inputs)}
+        self.env: dict[int, Any] = {}
+        if trace.concrete_inputs is not None:
+            with quiet():
+                reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in trace.concrete_inputs]
+                self.env = {i: copy_of(t) for i, t in enumerate(reals)}
         self.rng = torch.get_rng_state()
-        self.number = len(self.env)
+        self.number = len(trace.inputs)
 
-    def value(self, ref: int) -> Tensor:
+    def value(self, ref: int) -> Tensor | None:
+        """The value of a result; None if it depends on inputs that are not there."""
         trace = self.trace
         outside = torch.get_rng_state()
         torch.set_rng_state(self.rng)
@@ -462,17 +510,25 @@ class Replay:
                 for i in range(len(trace.lifted)):
                     if -1 - i not in self.env:
                         outer = trace.lifted[i]
-                        self.env[-1 - i] = copy_of(outer.tracer.value(outer) if outer.__class__ is Traced else outer)
+                        try:
+                            real = outer.tracer.value(outer) if outer.__class__ is Traced else outer
+                        except CaptureError:
+                            continue
+                        self.env[-1 - i] = copy_of(real)
                 for instr, refs, *_ in trace.records[self.done :]:
-                    outs = instr_run(instr, [self.env[r] for r in refs])
-                    for o in outs:
+                    if any(r not in self.env for r in refs):
+                        for slot in written_slots(instr):
+                            self.env.pop(refs[slot], None)
+                        self.number += results_of(instr)
+                        continue
+                    for o in instr_run(instr, [self.env[r] for r in refs]):
                         self.env[self.number] = o
                         self.number += 1
                 self.done = len(trace.records)
             self.rng = torch.get_rng_state()
         finally:
             torch.set_rng_state(outside)
-        return self.env[ref]
+        return self.env.get(ref)
 
 
 def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
@@ -582,6 +638,12 @@ def recording(trace: Trace) -> Iterator[Trace]:
 # ----- ops that the recording answers itself -------------------------------------------------------------------------
 
 
+def _conj(trace: Trace, x: Tensor) -> Tensor:
+    """Traced values have no lazy conjugate bit: conjugation is an op like any other."""
+    with trace:
+        return aten.conj_physical.default(x)
+
+
 def _scalar(trace: Trace, x: Tensor) -> Any:
     with quiet():
         return trace.value(x, "a number").item()
@@ -623,6 +685,7 @@ def _cudnn_batch_norm(trace: Trace, x, weight, bias, mean, var, training, moment
 SPECIAL: dict[OpOverload, Callable] = {
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
+    aten._conj.default: _conj,
     aten.native_batch_norm.default: _with_trace(_batch_norm),
     aten.cudnn_batch_norm.default: _with_trace(_cudnn_batch_norm),
     aten.miopen_batch_norm.default: _with_trace(_batch_norm),

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
@@ -55,9 +56,22 @@ class Recording:
             f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
             f.run()
             mutated = f.mutated()
-            outs = [*(f.read(r) for r in self.refs), *(n for _, n in mutated)]
+            outs = [*(self._returned(f, r) for r in self.refs), *(n for _, n in mutated)]
             program = Program(b.finish(outs), len(trace.inputs), len(self.refs), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
+
+    def _returned(self, f: Functionalizer, ref: int) -> Any:
+        node = f.read(ref)
+        if node in f.made_inside:  # a constant that f makes anew: nobody may get hold of ours
+            return f.b.make("call_function", torch.ops.aten.clone.default, (node,), {}, node.meta["val"])
+        return node
+
+    @property
+    def aliases(self) -> tuple[int, ...]:
+        """Positions, among the returned tensors, of those that share memory with an input, a closed-over tensor or one another."""
+        roots = [self.trace.root(r) for r in self.refs]
+        count = len(self.trace.inputs)
+        return tuple(i for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
         """The returned tree with these tensors in it."""
@@ -75,15 +89,16 @@ def record(
     samples: dict[int, Any] | None = None,
     differentiated: Sequence[int] = (),
     why_not: str | None = None,
+    constants: bool = True,
     name_of: Callable[[], Sequence[str]] | None = None,
 ) -> Recording:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
     ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch). ``differentiated`` leaves report
-    ``requires_grad``. With ``why_not`` values may not be asked for, and it says why.
+    ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants`` those of closed-over tensors may.
     """
     intent.install()
-    trace = Trace(why_not)
+    trace = Trace(why_not, constants)
     values = list(leaves)
     reals = []
     for i, x in enumerate(leaves):
@@ -95,6 +110,8 @@ def record(
                 t = trace.input(x)
                 if x.requires_grad:
                     trace.leaves[t.ref] = True
+                    if x.is_leaf and i not in differentiated:
+                        trace.protected.add(t.ref)
             values[i] = t
             reals.append(x)
     for i in differentiated:

@@ -10,7 +10,8 @@ from torch.fx import Node
 from ..graph import Program, output_node
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.functionalize import hidden_write, once
-from .steps import CompiledCall, CustomDerivative
+from .custom import CustomDerivative
+from .steps import CompiledCall
 from .tidy import REWRITES
 
 aten = torch.ops.aten

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.eager import compile_graph
-from ..graph import Program
+from ..graph import Program, output_node
+from ..trace.functionalize import hidden_write
 from ..trace.tracer import current
 from .lower import lowered, marked
 from .steps import CallStep
@@ -33,13 +35,13 @@ def run_eager(program: Program) -> Callable[..., tuple]:
 
 
 def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
-    for index, new in zip(program.mutated, outs[program.n_outputs :], strict=True):
-        target = tensors[index]
-        if target.requires_grad and target.is_leaf:
-            with torch.no_grad():
-                target.copy_(new)
-        else:
-            target.copy_(new)
+    hidden = program.cache.get("hidden")
+    if hidden is None:
+        finals = output_node(program.graph).args[0][program.n_outputs :]
+        hidden = program.cache["hidden"] = [n.target is hidden_write for n in finals]
+    for index, new, quiet in zip(program.mutated, outs[program.n_outputs :], hidden, strict=True):
+        with torch.no_grad() if quiet else nullcontext():
+            tensors[index].copy_(new)
 
 
 def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
@@ -66,16 +68,20 @@ class Differentiable(torch.autograd.Function):
     """A program whose derivative autograd must take from us: its backward is the program's own reverse mode, run the same way, so that
     it is differentiable again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, program: Program, *tensors: Tensor) -> tuple:  # type: ignore[override]
+    def forward(program: Program, *tensors: Tensor) -> tuple:  # type: ignore[override]
         outs = program.compiled("eager", eager)(*tensors)
-        fresh = tuple(o.clone() if isinstance(o, Tensor) and any(o is t for t in tensors) else o for o in outs)
-        ctx.program = program
+        return tuple(o.clone() if isinstance(o, Tensor) and any(o is t for t in tensors) else o for o in outs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.program, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(
-            *[o for o in fresh if isinstance(o, Tensor) and not (o.is_floating_point() or o.is_complex())]
+            *[o for o in output if isinstance(o, Tensor) and not (o.is_floating_point() or o.is_complex())]
         )
-        return fresh
 
     @staticmethod
     def backward(ctx: Any, *cts: Tensor) -> tuple:

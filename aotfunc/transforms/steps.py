@@ -132,7 +132,7 @@ class CompiledCall:
     def inline(self, b: Builder, args: Sequence[Any]) -> list:
         return list(b.splice(self.program.graph, args, output_node(self.program.graph).args[0]))
 
-    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any) -> tuple[list, list]:
+    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
         """Reverse mode: the call becomes one of the forward half, which also returns residuals, and one of the backward half."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
@@ -196,6 +196,20 @@ def replace_items(n: Node, outs: Sequence[Any]) -> None:
             item.replace_all_uses_with(outs[item.args[1]])
 
 
+_steps: dict[tuple, Any] = {}
+
+
+def interned(cls: Any, *args: Any) -> Any:
+    """One object for equal arguments: recordings are keyed by the identity of their steps."""
+    key = (cls, *args)
+    step = _steps.get(key)
+    if step is None:
+        if len(_steps) > 4096:
+            _steps.clear()
+        step = _steps[key] = cls(*args)
+    return step
+
+
 class GradStep(Step):
     """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function."""
 
@@ -215,126 +229,3 @@ class GradStep(Step):
                 f"one of the differentiated tensors was not used to compute the outputs{at(line)}; allow_unused=True returns None for it"
             )
         self.bind(f, grads, grad and self.create_graph)
-
-
-class Begin(Step):
-    """The start of an ``autograd.Function``: remembers the values of its tensor arguments, before ``forward`` may write to them."""
-
-    def __init__(self) -> None:
-        super().__init__(())
-
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        f.snapshots.append([f.read(r, True) for r in refs])
-
-    def run(self, values: list[Tensor]) -> list[Tensor]:
-        return []
-
-
-class End(Step):
-    """The end of an ``autograd.Function``: its outputs, which have the derivative that the Function says."""
-
-    def __init__(self, derivative: CustomDerivative) -> None:
-        super().__init__(derivative.vals)
-        self.derivative = derivative
-
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        d = self.derivative
-        inputs = f.snapshots.pop()
-        raw = [f.read(r, False) for r in refs[: d.n_outputs]]
-        residuals = [f.read(r, True) for r in refs[d.n_outputs :]]
-        node = f.b.make("call_function", d, (*inputs, *raw, *residuals), {}, d.vals)
-        self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
-
-    def run(self, values: list[Tensor]) -> list[Tensor]:
-        return values[: self.derivative.n_outputs]
-
-
-class CustomDerivative:
-    """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a derivative of the user's.
-
-    ``backward``: a program ``(cotangents of the outputs, residuals) -> gradients of the inputs``, or the error that making it raised;
-    ``forward``: a program ``(tangents of the inputs, residuals) -> tangents of the outputs``, or None. ``saved[k]`` is the output that residual k is, or None.
-    """
-
-    def __init__(self, name: str, n_inputs: int, vals: tuple, backward: Any, forward: Any, saved: tuple, batching: Any) -> None:
-        self.__name__, self.n_inputs, self.vals, self.n_outputs = name, n_inputs, vals, len(vals)
-        self.backward, self.forward, self.saved, self.batching = backward, forward, saved, batching
-
-    def __call__(self, *args: Tensor) -> tuple:
-        return args[self.n_inputs : self.n_inputs + self.n_outputs]
-
-    def inline(self, b: Builder, args: Sequence[Any]) -> list:
-        return list(args[self.n_inputs : self.n_inputs + self.n_outputs])
-
-    def parts(self, n: Node) -> tuple[list, list, list]:
-        i, o = self.n_inputs, self.n_inputs + self.n_outputs
-        return list(n.args[:i]), list(n.args[i:o]), list(n.args[o:])
-
-    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any) -> tuple[list, list]:
-        if not isinstance(self.backward, Program):
-            raise self.backward
-        inputs, _, residuals = self.parts(n)
-        residuals = [r if k is None else b.item(n, k) for r, k in zip(residuals, self.saved, strict=True)]
-        cts = [g[i] if i in g else number(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable]
-        outs = b.splice(self.backward.graph, [*cts, *residuals], self.backward.outputs)
-        return inputs, list(outs)
-
-    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        inputs, _, residuals = self.parts(n)
-        residuals = [remap(r, env) if k is None else b.item(new, k) for r, k in zip(residuals, self.saved, strict=True)]
-        if isinstance(self.forward, Program):
-            ts = [tangents.get(x) or number(b, 0, x.meta["val"]) for x in inputs if x.meta["val"].differentiable]
-            return list(b.splice(self.forward.graph, [*ts, *residuals], self.forward.outputs))
-        if not isinstance(self.backward, Program):
-            raise self.backward
-        # the transpose of the backward, which is linear in the cotangents
-        diff = [v for v in self.vals if v.differentiable]
-        dummies = [
-            b.make("call_function", aten.empty.memory_format, (list(v.shape),), {"dtype": v.dtype, "device": v.device}, v)
-            for v in diff
-        ]
-        grads = b.splice(self.backward.graph, [*dummies, *residuals], self.backward.outputs)
-        pairs = [(gr, tangents[x]) for gr, x in zip(grads, inputs, strict=True) if isinstance(gr, Node) and x in tangents]
-        back = iter(reverse(b, [p[0] for p in pairs], [p[1] for p in pairs], dummies))
-        return [next(back) if v.differentiable else None for v in self.vals]
-
-    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        from .vmap import vmap
-
-        b = walk.b
-        if self.batching is not None:
-            return self.batching(walk, n)
-        inputs, raw, residuals = self.parts(n)
-        new = [walk.expanded(a) for a in (*inputs, *raw)]
-        flags = [walk.has(r) for r in residuals]
-        rest = [remap(r, walk.env) for r in residuals]
-
-        def batched(program: Any, n_given: int) -> Any:
-            if not isinstance(program, Program):
-                return program
-            given = [walk_sig(p, walk.size) for p in program.placeholders[:n_given]]
-            dims = [0] * n_given + [0 if yes else None for yes in flags]
-            whole = Program(program.graph, len(dims), program.n_outputs)
-            sigs = (*given, *(r.meta["val"] for r in rest))
-            outs = [0 if isinstance(o, Node) else None for o in program.outputs]
-            return vmap(whole, dims, sigs, walk.size, walk.randomness, outs)
-
-        diff_outs = sum(v.differentiable for v in self.vals)
-        diff_ins = sum(x.meta["val"].differentiable for x in inputs)
-        d = CustomDerivative(
-            self.__name__,
-            self.n_inputs,
-            tuple(x.meta["val"] for x in new[len(inputs) :]),
-            batched(self.backward, diff_outs),
-            batched(self.forward, diff_ins),
-            self.saved,
-            None,
-        )
-        node = b.make("call_function", d, (*new, *rest), {}, d.vals)
-        return node, [True] * self.n_outputs
-
-
-def walk_sig(p: Node, size: int) -> Sig:
-    from .vmap import inserted
-
-    return inserted(p.meta["val"], 0, size)

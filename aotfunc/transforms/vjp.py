@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import RuleError
-from ..graph import Program, output_node
+from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
@@ -56,9 +56,48 @@ def is_nondiff(n: Node) -> bool:
     return line is not None and line.nondiff
 
 
-def reverse(b: Builder, outs: Sequence[Any], cts: Sequence[Node | None], wrt: Sequence[Node]) -> list[Node | None]:
-    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing depends."""
+class Regions:
+    """Checkpointed regions of a forward graph: what the reverse walk reads of one is computed again, when it gets there."""
+
+    def __init__(self, b: Builder) -> None:
+        self.b = b
+        self.nodes: dict[Any, list[Node]] = {}
+        for n in b.graph.nodes:
+            if "region" in n.meta and n.op == "call_function":
+                self.nodes.setdefault(n.meta["region"], []).append(n)
+        self.again: dict[Any, dict[Node, Any]] = {}
+
+    def recomputed(self, n: Node) -> Node:
+        """``n`` on recomputed arguments, if it lies in a region."""
+        region = n.meta.get("region")
+        if region is None:
+            return n
+        env = self.again.get(region)
+        if env is None:
+            env = self.again[region] = {}
+            for m in self.nodes[region]:
+                env[m] = m if draws(m) or not plain(m) else self.copy(m, region, env)
+        return env.get(n, n)
+
+    def copy(self, m: Node, region: Any, env: dict[Node, Any]) -> Any:
+        self.b.meta = {**{k: m.meta[k] for k in ("line",) if k in m.meta}, "region": ("again", region)}
+        swap = lambda a: [swap(x) for x in a] if isinstance(a, list | tuple) else env.get(a, a) if isinstance(a, Node) else a  # noqa: E731
+        return self.b.node(m.target, tuple(swap(a) for a in m.args), {k: swap(v) for k, v in m.kwargs.items()}, m.meta["val"])
+
+
+def plain(n: Node) -> bool:
+    return isinstance(n.target, OpOverload) or n.target is operator.getitem
+
+
+def reverse(
+    b: Builder, outs: Sequence[Any], cts: Sequence[Node | None], wrt: Sequence[Node], recompute: bool = False
+) -> list[Node | None]:
+    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing depends.
+
+    With ``recompute`` the values of checkpointed regions are computed again instead of kept.
+    """
     active = active_nodes(list(b.graph.nodes), wrt)
+    regions = Regions(b) if recompute else None
     ct: dict[Node, Any] = {}
 
     def give(n: Any, g: Node | None) -> None:
@@ -78,27 +117,28 @@ def reverse(b: Builder, outs: Sequence[Any], cts: Sequence[Node | None], wrt: Se
             found[n] = g
             if n.op == "placeholder":
                 continue
-        b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
         if n.target is operator.getitem:
             parent, i = n.args
             parts = ct.setdefault(parent, {})
             parts[i] = g
             continue
-        for a, ga in zip(*pull(b, n, g, active), strict=True):
+        again = regions.recomputed(n) if regions is not None else n
+        b.meta = {k: n.meta[k] for k in ("line",) if k in n.meta}
+        for a, ga in zip(*pull(b, n, g, active, again), strict=True):
             give(a, ga)
     b.meta = {}
     return [found.get(n) for n in wrt]
 
 
-def pull(b: Builder, n: Node, g: Any, active: Any) -> tuple[list, list]:
-    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat."""
+def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, list]:
+    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat. ``again`` is the node to read values of."""
     op = n.target
     if op is hidden_write:
         return [n.args[0]], [g]
     if op is once:
         raise RuleError(f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}")
     if not isinstance(op, OpOverload):
-        return op.pull(b, n, g, active)
+        return op.pull(b, n, g, active, again)
     args = full_args(op, n.args, n.kwargs)
     where = tensor_args(op)
     needs = tuple(
@@ -109,7 +149,8 @@ def pull(b: Builder, n: Node, g: Any, active: Any) -> tuple[list, list]:
     )
     if isinstance(n.meta["val"], tuple):
         g = [g.get(i) for i in range(len(n.meta["val"]))]
-    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, outputs_of(b, n), *args)
+    values = args if again is n else full_args(op, again.args, again.kwargs)
+    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, outputs_of(b, again), *values)
     flat_args: list = []
     flat_grads: list = []
     for i, ga in zip(where, grads, strict=False):
@@ -192,12 +233,13 @@ def vjp(
     ones: bool = False,
     fill: bool = False,
     keep: Sequence[int] | None = None,
+    recompute: bool = True,
 ) -> Program:
     """The joint program: ``(inputs, cotangents, closed-over) -> (kept outputs, gradients)``.
 
     ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero (default: all floating ones have). Cotangents
     are inputs, or with ``ones`` all ones. A gradient that nothing depends on is ``None``, or with ``fill`` zeros. ``keep`` lists the
-    outputs to return (default: all).
+    outputs to return (default: all). ``recompute``: checkpointed regions are computed again (a partitioner decides that itself).
     """
     with paused_gc():
         b = builder()
@@ -217,7 +259,7 @@ def vjp(
         results = outs[: program.n_outputs]
         if ones:
             seeds = [number(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)]
-        grads = reverse(b, results, seeds, wanted)
+        grads = reverse(b, results, seeds, wanted, recompute)
         if fill:
             grads = [number(b, 0, x.meta["val"]) if g is None else g for g, x in zip(grads, wanted, strict=True)]
         first = [*(results if keep is None else [results[i] for i in keep]), *grads]

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import ArgumentError, CaptureError, RuleError
-from ..graph import Program, output_node
+from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
@@ -50,13 +50,13 @@ class Batch:
             b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
             if any(self.batched.get(i) for i in n._input_nodes):
                 self.env[n], self.batched[n] = self.batch(n)
-            elif is_random(n) and self.draws(n):
+            elif draws(n) and self.once_each(n):
                 self.env[n], self.batched[n] = self.batch(n)
             else:
                 self.env[n] = b.node(n.target, remap(n.args, self.env), remap_dict(n.kwargs, self.env), n.meta["val"])
         b.meta = {}
 
-    def draws(self, n: Node) -> bool:
+    def once_each(self, n: Node) -> bool:
         """Whether an unbatched draw is made once per sample."""
         if self.randomness == "error":
             raise ArgumentError(
@@ -80,12 +80,12 @@ class Batch:
             return op.batch(self, n)
         if not op._schema.returns:  # a check of values, such as _linalg_check_errors: as good for a batch of them
             return self.b.node(op, remap(n.args, self.env), remap_dict(n.kwargs, self.env), None), False
-        if is_random(n) and self.randomness == "error":
-            self.draws(n)
+        if draws(n) and self.randomness == "error":
+            self.once_each(n)
         args = full_args(op, n.args, n.kwargs)
         flags = tuple(self.has(args[i]) for i in tensor_args(op))
         new = remap(tuple(args), self.env)
-        tag = ("vmap", op, self.randomness if is_random(n) else "", tuple(_logical(args[i]) for i in tensor_args(op)))
+        tag = ("vmap", op, self.randomness if draws(n) else "", tuple(_logical(args[i]) for i in tensor_args(op)))
         out = apply(self.b, tag, self.make(n), flags, self.size, *new)
         return out, True
 
@@ -111,7 +111,12 @@ class Batch:
                     for i, yes in zip(where, flags, strict=True):
                         full[i] = _all_batched(b, full[i], yes, size)
                 full = promoted(b, n, full, flags)
-                result = traced(lambda *xs: rule(*xs, batched=flags, size=size, randomness=randomness))(b, *full)
+                try:
+                    result = traced(lambda *xs: rule(*xs, batched=flags, size=size, randomness=randomness))(b, *full)
+                except RuleError:
+                    raise
+                except NotImplementedError as e:
+                    raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {e}") from None
             elif Facts(op).random:
                 raise RuleError(f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}")
             else:
@@ -185,10 +190,6 @@ class Batch:
             return traced(loop)(b, *args)
         except CaptureError as e:
             raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {why}; {e}") from None
-
-
-def is_random(n: Node) -> bool:
-    return isinstance(n.target, OpOverload) and Facts(n.target).random
 
 
 def _logical(a: Any) -> Any:

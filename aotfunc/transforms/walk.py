@@ -79,7 +79,7 @@ def traced(fn: Callable, intent: bool = True) -> Make:
     """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the builder."""
 
     def make(b: Builder, *args: Any) -> Any:
-        trace = Trace(why_not="a rule may not look at values")
+        trace = Trace("a rule may not look at values", intent=intent)
         nodes: list[Node] = []
 
         def wrap(a: Any) -> Any:

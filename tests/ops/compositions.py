@@ -106,7 +106,7 @@ def backward(f, primals, cotangents, create_graph=False):
         gs = torch.autograd.grad(
             [o for o, _ in pairs], primals, [c for _, c in pairs], create_graph=create_graph, allow_unused=True
         )
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(gs, primals)]
+    return [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for g, p in zip(gs, primals)]
 
 
 def leaf(tensors) -> list[torch.Tensor]:
@@ -169,9 +169,11 @@ def pull(f):
 
 
 def setup(call: Call):
+    """(f, cotangents); where f itself is not finite, derivatives are NaN in one formula and not in another."""
     f, outs, kept = differentiable(call)
-    outs = [o for o, keep in zip(outs, kept) if keep]
-    return f, noise(outs)
+    if not all(t.isfinite().all() for t in [*call.primals, *outs]):
+        raise NoReference("not finite")
+    return f, noise([o for o, keep in zip(outs, kept) if keep])
 
 
 def check_vjp(call: Call, variant: int) -> None:

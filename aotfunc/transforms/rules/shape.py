@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .table import (
     aten,
+    jvp_of,
     linear,
     named,
     nondiff,
@@ -37,6 +38,7 @@ def batch_reshape(x: Tensor, size: Sequence[Any]) -> Tensor:
 
 for op in named("view", "_unsafe_view", "_reshape_alias", "view_copy", "_reshape_copy"):
     linear(op, lambda g, x: g.reshape(x.shape), batch=batch_reshape)
+    jvp_of(op)(lambda tangents, out, *_: tangents[0].reshape(out.shape))  # a tangent need not have its primal's strides
 
 for op in named("alias", "alias_copy", "lift", "lift_fresh", "lift_fresh_copy"):
     linear(op, lambda g, x: g, batch=op)
