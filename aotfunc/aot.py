@@ -16,15 +16,15 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from . import backends
-from .debug import at, outside_dynamo, user_line
 from .backends.eager import compile_graph
+from .debug import at, outside_dynamo, user_line
 from .errors import ArgumentError
+from .transforms.fresh import fresh
 from .graph import Program, output_node
-from .func import fresh
 from .guards import closure_key, environment_key, leaf_key
 from .module import graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
-from .trace.emit import paused_gc, remap, remap_dict
+from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.shapes import make_sig
 from .trace.tracer import Traced, current, storage_id
 from .trace.tree import Arguments, unflatten
@@ -204,7 +204,7 @@ def imported(graph: fx.Graph, n_inputs: int | None) -> Program:
                 env[n] = b.placeholder(n.name, sig_from(n.meta["val"]), role=n.meta.get("role"))
                 count += 1
             elif n.op == "call_function":
-                b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+                b.meta = carried(n)
                 env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), sig_from(n.meta["val"]))
         outs = [remap(o, env) for o in output_node(graph).args[0]]
         return Program(b.finish(outs), count, len(outs))

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .debug import outside_dynamo
 from .errors import ArgumentError
-from .graph import Program, cut, output_node
-from .trace.emit import Builder, paused_gc
+from .graph import Program
 from .trace.shapes import Sig, make_sig, sig_of
 from .trace.tracer import Traced
 from .trace.tree import Arguments, flatten, unflatten
 from .transforms.capture import Recording, leaf_labels, parameter_names, record
+from .transforms.fresh import fresh
+from .transforms.jacobian import columns, rows
 from .transforms.jvp import jvp as jvp_pass
+from .transforms.linearize import halve, linear_program
 from .transforms.run import execute
 from .transforms.vjp import differentiable
 from .transforms.vjp import vjp as vjp_pass
 from .transforms.vmap import vmap as vmap_pass
-from .transforms.walk import builder, number
 
 aten = torch.ops.aten
 
@@ -135,48 +135,6 @@ def derived(program: Program, key: tuple, make: Callable[[], Program]) -> Progra
     if made is None:
         made = program.cache[key] = make()
     return made
-
-
-def fresh(program: Program, own: Sequence[int]) -> Program:
-    """The program with copies where an output would be an input, a view of one, or the same as another output; ``own`` are the outputs
-    that ``f`` returned itself and that may alias as it wishes."""
-    outs = list(output_node(program.graph).args[0])
-    seen: set[Node] = set()
-    copied = []
-    for i, o in enumerate(outs[: program.n_outputs]):
-        if not isinstance(o, Node):
-            continue
-        root = storage_root(o)
-        if i not in own and (root.op == "placeholder" or root in seen):
-            copied.append(i)
-        else:
-            seen.add(root)
-    if not copied:
-        return program
-    with paused_gc():
-        b = builder()
-        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in program.placeholders]
-        results = list(b.splice(program.graph, new, tuple(outs)))
-        for i in copied:
-            x = results[i]
-            results[i] = b.make("call_function", aten.clone.default, (x,), {}, x.meta["val"])
-        return Program(b.finish(results), program.n_inputs, program.n_outputs, program.mutated, program.name)
-
-
-def storage_root(n: Node) -> Node:
-    """The node whose memory ``n`` shows."""
-    from torch._ops import OpOverload
-
-    from .trace.shapes import Facts
-
-    while n.op == "call_function":
-        if isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None:
-            n = n.args[0]  # type: ignore[assignment]
-        elif n.target is aten.expand.default:
-            n = n.args[0]  # type: ignore[assignment]
-        else:
-            break
-    return n
 
 
 # ----- reverse mode ---------------------------------------------------------------------------------------------------
@@ -337,46 +295,6 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     return output, vjp_fn
 
 
-def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, list[int]]:
-    """A joint program cut by what depends on its ``n_late`` late inputs (those right after the primals).
-
-    Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program ``(residuals, late inputs) -> rest``, and which inputs
-    are residuals as they are: they come behind the computed ones.
-    """
-    placeholders = joint.placeholders
-    n_primal = joint.n_inputs - n_late
-    late = placeholders[n_primal : joint.n_inputs]
-    outs = output_node(joint.graph).args[0]
-    first, rest, written = outs[:n_early], outs[n_early : joint.n_outputs], outs[joint.n_outputs :]
-    early_nodes, late_nodes, residuals = cut(joint.graph, late, [*first, *written], rest)
-    inputs = [*placeholders[:n_primal], *placeholders[joint.n_inputs :]]
-    direct = [inputs.index(r) for r in residuals if r.op == "placeholder"]
-    computed = [r for r in residuals if r.op != "placeholder"]
-    with paused_gc():
-        b = builder()
-        env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in inputs}
-        copy_nodes(b, early_nodes, env)
-        results = [env.get(o, o) if isinstance(o, Node) else o for o in (*first, *computed, *written)]
-        shift = [i if i < n_primal else i - n_late for i in joint.mutated]
-        early = Program(b.finish(results), n_primal, n_early + len(computed), shift, "forward")
-        b = builder()
-        env = {r: b.placeholder(r.name, r.meta["val"]) for r in (*computed, *(inputs[i] for i in direct), *late)}
-        copy_nodes(b, late_nodes, env)
-        results = [env.get(o, o) if isinstance(o, Node) else o for o in rest]
-        late_program = Program(b.finish(results), len(residuals) + n_late, len(rest), (), "backward")
-    return early, fresh(late_program, ()), direct
-
-
-def copy_nodes(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
-    """Copy call nodes into ``b``."""
-    from .trace.emit import remap, remap_dict
-
-    for n in nodes:
-        b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
-        env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
-    b.meta = {}
-
-
 # ----- forward mode ---------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +320,7 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
         if any(t is None for t in bare.outputs[base.n_outputs : base.n_outputs + n_out]):
             raise ArgumentError("jvp(strict=True): an output does not depend on the primals")
     own = rec.aliases
-    program = derived(base, ("jvp", wrt, n_out, own), lambda: fresh(_tangent_program(base, wrt, n_out), own))
+    program = derived(base, ("jvp", wrt, n_out, own), lambda: fresh(linear_program(base, wrt, n_out), own))
     inputs = [*tensors_of(arguments), *flat_tangents, *rec.closed_over]
     outs = execute(program, inputs)
     leaves = list(rec.leaves)
@@ -413,18 +331,6 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
     if has_aux:
         return output, tangent, tree_unflatten(leaves[n_out:], aux_spec)
     return output, tangent
-
-
-def _tangent_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program:
-    whole = jvp_pass(base, wrt)
-    count = base.n_outputs
-    outs = output_node(whole.graph).args[0]
-    kept = [*outs[: count + n_out], *outs[2 * count :]]
-    output_node(whole.graph).args = (tuple(kept),)
-    from .trace.emit import drop_dead
-
-    drop_dead(whole.graph, output_node(whole.graph))
-    return Program(whole.graph, whole.n_inputs, count + n_out, whole.mutated, "jvp")
 
 
 def _primals_and_tangents(name: str, primals: Any, tangents: Any) -> tuple[Arguments, list[Tensor]]:
@@ -478,7 +384,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     rec, n_out, spec, aux_spec = record_call("linearize", func, arguments, range(len(arguments.leaves)), has_aux)
     base = rec.program()
     wrt = tuple(range(len(arguments.leaves)))
-    program = derived(base, ("linearize", wrt, n_out), lambda: _tangent_program(base, wrt, n_out))
+    program = derived(base, ("linearize", wrt, n_out), lambda: linear_program(base, wrt, n_out))
     halves = program.cache.get("halves")
     if halves is None:
         early, late, direct = halve(program, base.n_outputs, len(wrt))
@@ -699,7 +605,7 @@ def jacrev(
     @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian("jacrev", _rows, func, argnums, has_aux, chunk_size, args, kwargs)
+        return _jacobian("jacrev", rows, func, argnums, has_aux, chunk_size, args, kwargs)
 
     return wrapper
 
@@ -722,7 +628,7 @@ def jacfwd(
     @outside_dynamo
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian("jacfwd", _columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)
+        return _jacobian("jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)
 
     return wrapper
 
@@ -784,105 +690,6 @@ def _jacobian(
     for i, t in zip(rec.tensors[n_out:], outs[n_out * len(wrt) :], strict=True):
         leaves[i - n_out] = t
     return result, tree_unflatten(leaves, aux_spec)
-
-
-def _rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str) -> Program:
-    """Per output: the backward half, batched over a basis of its cotangents, residuals unbatched."""
-    with paused_gc():
-        b = builder()
-        inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in base.placeholders]
-        blocks: list = []
-        outs: Any = b.splice(base.graph, inputs, output_node(base.graph).args[0])
-        for i in range(n_out):
-            have = tuple(k == i for k in range(base.n_outputs))
-            early, late, direct = halve(vjp_pass(base, wrt, have, fill=True, keep=()), 0, 1)
-            residuals = spliced(b, early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
-            val = base.vals[i]
-            pieces = []
-            for start, count in chunks(val.numel, chunk):
-                basis = basis_rows(b, val, start, count)
-                dims = [None] * len(residuals) + [0]
-                sigs = [r.meta["val"] for r in (*residuals, basis)]
-                pieces.append(spliced(b, vmap_pass(late, dims, sigs, count, randomness), [*residuals, basis]))
-            for k, x in enumerate(wrt):
-                rows = joined(b, [p[k] for p in pieces], 0)
-                shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
-                blocks.append(reshaped(b, rows, shape))
-        aux = list(outs[n_out:])
-        return fresh(
-            Program(b.finish([*blocks, *aux]), base.n_inputs, len(blocks) + base.n_outputs - n_out, base.mutated, "jacrev"),
-            range(len(blocks), len(blocks) + base.n_outputs),
-        )
-
-
-def _columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str) -> Program:
-    """Per argument: the linear part, batched over a basis of its tangents."""
-    with paused_gc():
-        b = builder()
-        inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in base.placeholders]
-        outs: Any = b.splice(base.graph, inputs, output_node(base.graph).args[0])
-        columns: list[list] = []
-        for x in wrt:
-            linear = _tangent_program(base, (x,), n_out)
-            early, late, direct = halve(linear, base.n_outputs, 1)
-            residuals = spliced(b, early, inputs)[base.n_outputs : early.n_outputs] + [inputs[k] for k in direct]
-            val = base.placeholders[x].meta["val"]
-            pieces = []
-            for start, count in chunks(val.numel, chunk):
-                basis = basis_rows(b, val, start, count)
-                dims = [None] * len(residuals) + [0]
-                sigs = [r.meta["val"] for r in (*residuals, basis)]
-                pieces.append(spliced(b, vmap_pass(late, dims, sigs, count, randomness), [*residuals, basis]))
-            column = []
-            for i in range(n_out):
-                whole = joined(b, [p[i] for p in pieces], 0)
-                rank = len(base.vals[i].shape)
-                whole = b.call(aten.permute.default, whole, [*range(1, rank + 1), 0])
-                column.append(reshaped(b, whole, [*base.vals[i].shape, *val.shape]))
-            columns.append(column)
-        blocks = [columns[k][i] for i in range(n_out) for k in range(len(wrt))]
-        aux = list(outs[n_out:])
-        return fresh(
-            Program(b.finish([*blocks, *aux]), base.n_inputs, len(blocks) + base.n_outputs - n_out, base.mutated, "jacfwd"),
-            range(len(blocks), len(blocks) + base.n_outputs),
-        )
-
-
-def spliced(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
-    return list(b.splice(program.graph, inputs, output_node(program.graph).args[0]))
-
-
-def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
-    """``(start, count)`` of each part."""
-    step = total if chunk is None else chunk
-    return [(i, min(step, total - i)) for i in range(0, total, step)] if total else [(0, 0)]
-
-
-def basis_rows(b: Builder, sig: Sig, start: int, count: int) -> Node:
-    """Rows ``start`` to ``start + count`` of the identity over the elements of ``sig``, each in its shape."""
-    if sig.numel == 1 and count == 1:
-        return number(b, 1, make_dense((1, *sig.shape), sig))
-    eye = b.call(aten.eye.default, sig.numel, dtype=sig.dtype, device=sig.device)
-    if count != sig.numel:
-        eye = b.call(aten.slice.Tensor, eye, 0, start, start + count)
-    return b.call(aten.view.default, eye, [count, *sig.shape])
-
-
-def make_dense(shape: tuple, sig: Sig) -> Sig:
-    from .trace.shapes import contiguous_stride
-
-    return make_sig(shape, contiguous_stride(shape), sig.dtype, sig.device)
-
-
-def joined(b: Builder, pieces: Sequence[Node], dim: int) -> Node:
-    return pieces[0] if len(pieces) == 1 else b.call(aten.cat.default, list(pieces), dim)
-
-
-def reshaped(b: Builder, x: Node, shape: Sequence[int]) -> Node:
-    try:
-        return b.call(aten.view.default, x, list(shape))
-    except RuntimeError:
-        return b.call(aten.view.default, b.call(aten.clone.default, x, memory_format=torch.contiguous_format), list(shape))
 
 
 # ----- functionalize --------------------------------------------------------------------------------------------------

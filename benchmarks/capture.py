@@ -85,44 +85,48 @@ def fresh(peer: str, name: str, repeat: int) -> tuple[float, float]:
 # the tables ----------------------------------------------------------------------------------------------------------
 
 
-def warm_table(report: Report, names: list[str], quick: bool, jax: bool) -> None:
+def warm(name: str, quick: bool, jax: bool) -> tuple[int, dict[str, float | None]]:
+    """Graph ops and median seconds by peer of one program."""
     from benchmarks import programs
 
-    repeat, budget = (1, 0.0) if quick else (5, 12.0)
-    rows, times = [], {"ours": [], "torch": [], "jax": []}
-    for name in names:
-        f, args = programs.CAPTURED[name]()
-        gm = ours(f, args)
-        mine = median(lambda: ours(f, args), repeat=1 if quick else 11, budget_s=budget)
-        code = median(lambda: ours(f, args).code, repeat=repeat, budget_s=budget, warmup=0)
-        theirs = median(lambda: torchs(f, args), repeat=repeat, budget_s=budget, warmup=0 if quick else 1)
-        other = None
-        if jax:
-            from benchmarks import jax_programs
+    repeat, budget, rest = (1, 0.0, 0) if quick else (5, 12.0, 1)
+    f, args = programs.CAPTURED[name]()
+    gm = ours(f, args)
+    seconds: dict[str, float | None] = {
+        "ours": median(lambda: ours(f, args), repeat=1 if quick else 11, budget_s=budget),
+        "code": median(lambda: ours(f, args).code, repeat=repeat, budget_s=budget, warmup=0),
+        "torch": median(lambda: torchs(f, args), repeat=repeat, budget_s=budget, warmup=rest),
+        "jax": None,
+    }
+    if jax:
+        from benchmarks import jax_programs
 
-            g, jargs = jax_programs.CAPTURED[name]()
-            other = median(lambda: jax_programs.capture(g, jargs), repeat=repeat, budget_s=budget)
-        for peer, t in (("ours", mine), ("torch", theirs), ("jax", other)):
-            times[peer].append(t)
-        per_op = f"{mine / max(calls(gm), 1) * 1e6:.0f}"
-        rows.append(
-            [name, str(calls(gm)), ms(mine), per_op, ms(code), ms(theirs), ms(other), ratio(theirs, mine), ratio(other, mine)]
-        )
+        g, jargs = jax_programs.CAPTURED[name]()
+        seconds["jax"] = median(lambda: jax_programs.capture(g, jargs), repeat=repeat, budget_s=budget)
+    return calls(gm), seconds
+
+
+def warm_table(report: Report, names: list[str], quick: bool, jax: bool) -> None:
+    measured = {name: warm(name, quick, jax) for name in names}
+    rows = []
+    for name, (ops, t) in measured.items():
+        per_op = f"{t['ours'] / max(ops, 1) * 1e6:.0f}"
+        ratios = [ratio(t[peer], t["ours"]) for peer in ("torch", "jax")]
+        rows.append([name, str(ops), ms(t["ours"]), per_op, ms(t["code"]), ms(t["torch"]), ms(t["jax"]), *ratios])
     head = ["program", "graph ops", "ours", "µs/op", "with code", "torch", "JAX", "torch/ours", "JAX/ours"]
     report.table("Capture of the gradient, warm", head, rows)
-    chains = [(int(n.split("_")[1]), i) for i, n in enumerate(names) if n.startswith("chain")]
-    if len(chains) > 1:
-        sizes = [n for n, _ in chains]
-        exponents = {
-            peer: growth(sizes, [ts[i] for _, i in chains]) for peer, ts in times.items() if ts[chains[0][1]] is not None
-        }
-        report.note("Growth exponent over the chains: " + ", ".join(f"{p} {e:.2f}" for p, e in exponents.items()) + ".")
+    chains = {int(name.split("_")[1]): t for name, (_, t) in measured.items() if name.startswith("chain")}
+    peers = ["ours", "torch", *(["jax"] if jax else [])]
+    fits = [f"{peer} {growth(list(chains), [t[peer] for t in chains.values()]):.2f}" for peer in peers]
+    report.note(f"Growth exponent over the chains: {', '.join(fits)}.")
 
 
 def fresh_table(report: Report, names: list[str], quick: bool, jax: bool) -> None:
     rows = []
     for name in names:
-        results = {p: fresh(p, name, 1 if quick else 3) for p in (["ours", "torch", "jax"] if jax else ["ours", "torch"])}
+        results = {
+            p: fresh(p, name, 1 if quick else 3) for p in (["ours", "torch", "jax"] if jax else ["ours", "torch"])
+        }
         mine, theirs, other = results["ours"], results["torch"], results.get("jax")
         rows.append(
             [
@@ -140,7 +144,9 @@ def fresh_table(report: Report, names: list[str], quick: bool, jax: bool) -> Non
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--first", nargs=2, metavar=("PEER", "PROGRAM"), help="one cold capture (used by the benchmark)")
+    parser.add_argument(
+        "--first", nargs=2, metavar=("PEER", "PROGRAM"), help="one cold capture (used by the benchmark)"
+    )
     parser.add_argument("--only", choices=["warm", "fresh"], help="one of the two tables")
     options = parser.parse_args()
     if options.first:

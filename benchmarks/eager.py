@@ -47,7 +47,10 @@ CASES: dict[str, Callable[[], Case]] = {
         lambda m: m.vmap(m.grad(regression), (None, 0, 0)), torch.randn(3, 5), torch.randn(8, 5), torch.randn(8, 3)
     ),
     "vmap(grad), mid (64 x 128x128)": lambda: both(
-        lambda m: m.vmap(m.grad(regression), (None, 0, 0)), torch.randn(128, 128), torch.randn(64, 128), torch.randn(64, 128)
+        lambda m: m.vmap(m.grad(regression), (None, 0, 0)),
+        torch.randn(128, 128),
+        torch.randn(64, 128),
+        torch.randn(64, 128),
     ),
     "hessian, tiny (4)": lambda: both(lambda m: m.hessian(rosenbrock), torch.randn(4)),
     "hessian, mid (400)": lambda: both(lambda m: m.hessian(rosenbrock), torch.randn(400)),
@@ -66,7 +69,15 @@ def measure(name: str, quick: bool) -> list[str]:
     first = timed(lambda: anew(*args))
     runs = {"torch": lambda: theirs(*args), "again": lambda: ours(*args), "jit": lambda: jitted(*args)}
     t = interleaved(runs, rounds=1 if quick else 3, budget_s=0.05 if quick else 0.5)
-    return [name, ms(t["torch"]), ms(first), ms(t["again"]), ms(t["jit"]), ratio(t["torch"], t["again"]), ratio(t["torch"], t["jit"])]
+    return [
+        name,
+        ms(t["torch"]),
+        ms(first),
+        ms(t["again"]),
+        ms(t["jit"]),
+        ratio(t["torch"], t["again"]),
+        ratio(t["torch"], t["jit"]),
+    ]
 
 
 def main() -> None:

@@ -96,7 +96,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cpu", action="store_true", help="on the CPU (does it run?)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes")
-    parser.add_argument("--backends", nargs="+", default=["inductor"], help="backends of aot_function (default inductor)")
+    parser.add_argument(
+        "--backends", nargs="+", default=["inductor"], help="backends of aot_function (default inductor)"
+    )
     options = parser.parse_args()
     device = "cpu" if options.cpu or not torch.cuda.is_available() else "cuda"
     sync = torch.cuda.synchronize if device == "cuda" else None
@@ -109,7 +111,7 @@ def main() -> None:
         steps, first = {}, {}
         expected = step(f, args)()
         for rival, g in rivals(f, options.backends).items():
-            first[rival] = timed(lambda g=g: step(g, args)(), sync)
+            first[rival] = timed(lambda g=g, args=args: step(g, args)(), sync)
             steps[rival] = step(g, args)
             torch.testing.assert_close(steps[rival](), expected, rtol=2e-2, atol=2e-2)
         times = interleaved(steps, rounds=1 if options.tiny else 3, budget_s=0.05 if options.tiny else 0.5, sync=sync)

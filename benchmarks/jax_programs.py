@@ -72,7 +72,7 @@ def batch_norm(x, g, b):
 
 
 def resnet(depths=(3, 4, 6, 3), width=4, batch=2, image=32):
-    norm = lambda n: (jnp.ones(n), jnp.zeros(n))  # noqa: E731
+    norm = lambda n: (jnp.ones(n), jnp.zeros(n))
     params = {"stem": weight(width, 3, 3, 3), "stem_norm": norm(width), "blocks": []}
     strides, inside = [], width
     for stage, depth in enumerate(depths):

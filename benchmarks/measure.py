@@ -50,7 +50,9 @@ def per_call(run: Callable[[], object], budget_s: float = 0.6, sync=None) -> flo
     return median(batch, repeat=9, budget_s=budget_s, warmup=1, sync=sync) / number
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 3, budget_s: float = 0.4, sync=None) -> dict[str, float]:
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int = 3, budget_s: float = 0.4, sync=None
+) -> dict[str, float]:
     """per_call of several rivals, round by round, so that a busy moment of the machine meets them all."""
     seen: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -69,7 +71,13 @@ def growth(sizes: list[int], seconds: list[float]) -> float:
 def ms(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return (
+        f"{seconds * 1e6:.0f} µs"
+        if seconds < 1e-3
+        else f"{seconds * 1e3:.3g} ms"
+        if seconds < 1
+        else f"{seconds:.2f} s"
+    )
 
 
 def ratio(theirs: float | None, ours: float) -> str:
@@ -80,7 +88,9 @@ def machine() -> str:
     import torch  # here, so that a fresh process can time its own import
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {torch.get_num_threads()} thread(s)"
+    return (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {torch.get_num_threads()} thread(s)"
+    )
 
 
 class Report:

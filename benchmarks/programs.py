@@ -17,7 +17,7 @@ def chain(ops: int, size: int = 32) -> Program:
     """``ops`` pointwise steps of two ops each, then a sum; differentiated with respect to its one input."""
 
     def f(x):
-        for i in range(ops // 2):
+        for _ in range(ops // 2):
             x = torch.sin(x) * 1.01
             x = torch.tanh(x) + 0.5
         return x.sum()
@@ -28,7 +28,7 @@ def chain(ops: int, size: int = 32) -> Program:
 def transformer(layers: int = 12, width: int = 32, heads: int = 4, length: int = 16, batch: int = 2) -> Program:
     """A pre-norm encoder written out, with respect to all its weights."""
     torch.manual_seed(0)
-    w = lambda *shape: torch.randn(*shape) / math.sqrt(shape[-1])  # noqa: E731
+    w = lambda *shape: torch.randn(*shape) / math.sqrt(shape[-1])
     params = [
         {
             "qkv": w(3 * width, width),
@@ -59,7 +59,7 @@ def transformer(layers: int = 12, width: int = 32, heads: int = 4, length: int =
 class Bottleneck(nn.Module):
     def __init__(self, inside: int, width: int, outside: int, stride: int) -> None:
         super().__init__()
-        norm = lambda n: nn.BatchNorm2d(n, track_running_stats=False)  # noqa: E731
+        norm = lambda n: nn.BatchNorm2d(n, track_running_stats=False)
         self.body = nn.Sequential(
             nn.Conv2d(inside, width, 1, bias=False),
             norm(width),
@@ -81,7 +81,10 @@ class Bottleneck(nn.Module):
 def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, batch: int = 2, image: int = 32) -> Program:
     """ResNet-50's stack of bottlenecks at a small width, with respect to all its weights."""
     torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width, track_running_stats=False)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width, track_running_stats=False),
+    ]
     layers += [nn.ReLU(), nn.MaxPool2d(2)]
     inside = width
     for stage, depth in enumerate(depths):
@@ -91,7 +94,7 @@ def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, batch: int = 
             inside = outside
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
     params = {k: v.detach() for k, v in net.named_parameters()}
-    f = lambda p, x, t: F.cross_entropy(functional_call(net, p, (x,)), t)  # noqa: E731
+    f = lambda p, x, t: F.cross_entropy(functional_call(net, p, (x,)), t)
     return f, (params, torch.randn(batch, 3, image, image), torch.arange(batch) % 10)
 
 

@@ -8,7 +8,7 @@ DIFFERENTIABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, t
 
 
 def assert_same(actual, expected, *, strides=False, **tolerance):
-    """Equal trees, and per leaf equal dtype, shape and values (NaN equals NaN); other leaves equal in type and value."""
+    """Equal trees; per tensor equal dtype, shape and values (NaN equals NaN); other leaves equal by type and value."""
     got, got_tree = tree_flatten(actual)
     want, want_tree = tree_flatten(expected)
     assert got_tree == want_tree, f"trees differ: {got_tree} and {want_tree}"
@@ -117,7 +117,7 @@ def hess(f, x):
 
 
 def loop(f, in_dims=0, out_dims=0):
-    """vmap by a Python loop; in_dims as deep as vmap's own (an int, None, or a tree of them), out_dims an int or a tree."""
+    """vmap by a Python loop; in_dims as vmap's own (an int, None, or a tree of them), out_dims an int or a tree."""
 
     def run(*args):
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)

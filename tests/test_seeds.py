@@ -77,7 +77,7 @@ def test_readme_vjp():
 def test_readme_jvp():
     x = torch.randn(5)
     y = torch.randn(5)
-    f = lambda x, y: (x * y)  # noqa: E731
+    f = lambda x, y: x * y
     _, output = jvp(f, (x, y), (torch.ones(5), torch.ones(5)))
     assert torch.allclose(output, x + y)
 
@@ -150,7 +150,7 @@ def test_tour_vjp_of_a_triple():
 def test_tour_jvp():
     x = torch.randn(5)
     y = torch.randn(5)
-    f = lambda x, y: (x * y)  # noqa: E731
+    f = lambda x, y: x * y
     _, out_tangent = jvp(f, (x, y), (torch.ones(5), torch.ones(5)))
     assert torch.allclose(out_tangent, x + y)
 

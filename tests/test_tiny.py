@@ -83,7 +83,7 @@ def test_per_sample_gradients_of_a_module():
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     params = dict(net.named_parameters())
     x = torch.randn(6, 3)
-    loss = lambda p, row: aotfunc.functional_call(net, p, row).sum()  # noqa: E731
+    loss = lambda p, row: aotfunc.functional_call(net, p, row).sum()
     per_sample = aotfunc.vmap(aotfunc.grad(loss), in_dims=(None, 0))(params, x)
     for i, row in enumerate(x):
         expected = torch.autograd.grad(net(row).sum(), list(net.parameters()))

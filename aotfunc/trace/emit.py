@@ -114,6 +114,11 @@ class Builder:
             better = rewrite(self, val, *args, **kwargs)
             if better is not None:
                 return better
+        if "draw" in self.meta and draw_op(target):  # copies of one draw, see jacobian.py
+            key = ("draw", self.meta["draw"])
+            if key not in self.seen:
+                self.seen[key] = self.make("call_function", target, args, kwargs, val)
+            return self.seen[key]
         if not self.merge or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
@@ -162,7 +167,13 @@ class Builder:
         return self.graph
 
 
-_CARRIED = ("line", "region")
+_CARRIED = ("line", "region", "draw")
+
+
+def carried(n: Node) -> dict[str, Any]:
+    """What a copy of a node keeps: the user's line, its checkpointed region, the number of its draw."""
+    meta = n.meta
+    return {k: meta[k] for k in _CARRIED if k in meta}
 
 
 def remap(a: Any, env: dict[Node, Any]) -> Any:
@@ -179,6 +190,10 @@ def remap(a: Any, env: dict[Node, Any]) -> Any:
 
 def remap_dict(kwargs: dict, env: dict[Node, Any]) -> dict:
     return {k: remap(v, env) for k, v in kwargs.items()} if kwargs else _EMPTY
+
+
+def draw_op(target: Any) -> bool:
+    return target.__class__ is OpOverload and Facts(target).random
 
 
 def mergeable(target: Any) -> bool:

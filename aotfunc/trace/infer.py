@@ -44,8 +44,6 @@ def rule(*ops: Any) -> Callable[[Callable], Callable]:
 
 def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of what ``op`` returns (arguments as for ``shapes.infer``), or NotImplemented."""
-    from . import families  # noqa: F401  (registers its rules; it imports this module)
-
     known = rule_for(op)
     if known is None:
         return NotImplemented
@@ -204,13 +202,10 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
 #: pointwise, but without the tag
 UNTAGGED = frozenset(
     """
-    elu_backward hardtanh_backward leaky_relu_backward hardswish hardswish_ hardswish_backward hardsigmoid_backward
-    softplus_backward softshrink_backward hardshrink_backward mish_backward masked_fill_.Scalar eq_.Scalar eq_.Tensor ne_.Scalar ne_.Tensor ge_.Scalar ge_.Tensor gt_.Scalar gt_.Tensor
-    le_.Scalar le_.Tensor lt_.Scalar lt_.Tensor complex polar
+    elu_backward hardtanh_backward leaky_relu_backward hardswish hardswish_backward hardsigmoid_backward softplus_backward
+    softshrink_backward hardshrink_backward mish_backward complex polar rsub
     """.split()
 )
-
-
 #: pointwise, but their meta kernels are compositions, which follow the rule for strides only where all operands are in natural order
 COMPOSED = frozenset(
     """
@@ -219,21 +214,33 @@ COMPOSED = frozenset(
     """.split()
 )
 #: tagged, and yet left to others
-LEFT_OUT = frozenset("clone ldexp ldexp_".split())
+LEFT_OUT = frozenset("clone ldexp".split())
 
 
 @cache
 def rule_for(op: OpOverload) -> Callable | None:
-    """The written rule, or the common one of pointwise ops."""
+    """The written rule, or the common one of pointwise ops; for an op in place that of its functional twin."""
+    from . import families, layers  # noqa: F401  (their rules register themselves)
+
     if op in RULES:
         return RULES[op]
     facts = Facts(op)
-    name = op._schema.name.removeprefix("aten::") + (f".{op._overloadname}" if op._overloadname != "default" else "")
-    tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
-    own = facts.pure or (facts.writes == (0,) and facts.same == (0,))
-    if op.namespace != "aten" or not tagged or not own or facts.random or name in LEFT_OUT:
+    name = op._schema.name.removeprefix("aten::")
+    if op.namespace != "aten" or facts.random or name in LEFT_OUT:
         return None
-    return partial(pointwise, op)
+    if facts.writes == (0,) and facts.same == (0,) and name.endswith("_"):
+        twin = getattr(getattr(aten, name[:-1], None), op._overloadname, None)
+        functional = rule_for(twin) if twin is not None else None
+        return partial(in_place, functional) if functional is not None else None
+    tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
+    return partial(pointwise, op) if tagged and facts.pure else None
+
+
+def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
+    """A write to ``x`` of what the functional op would return."""
+    out = functional(x, *args, **kwargs)
+    sure(out.shape == x.shape and torch.can_cast(out.dtype, x.dtype) and 0 not in x.stride)
+    return x
 
 
 @cache
@@ -249,24 +256,18 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     shape = operands[0].shape
     if any(s.shape != shape for s in operands):
         shape = broadcast(*[s.shape for s in operands])
-    written = Facts(op).writes
-    if written:
-        sure(shape == args[0].shape and not any(s == 0 for s in args[0].stride))
-
-    def asked(a: Any) -> Any:
-        return (probe(a.dtype, bool(a.shape)).clone() if written else probe(a.dtype, bool(a.shape))) if a.__class__ is Sig else a
-
-    with torch._C._DisableTorchDispatch(), torch._C._DisableAutocast(), torch.no_grad():
-        try:
-            outs = op(*[asked(a) for a in args], **{k: asked(v) for k, v in kwargs.items()})
-        except (RuntimeError, NotImplementedError):
-            raise Unsure from None
-    if written:
-        return args[0]
     name = op._schema.name.removeprefix("aten::")
     sure(name not in COMPOSED or all(natural(s) for s in operands))
     sure("backward" not in name or all(s.dtype is operands[0].dtype for s in operands))
     stride = result_strides(shape, operands)
+    probes = [probe(a.dtype, bool(a.shape)) if a.__class__ is Sig else a for a in args]
+    with torch._C._DisableTorchDispatch(), torch._C._DisableAutocast():
+        try:
+            outs = op(
+                *probes, **{k: probe(v.dtype, bool(v.shape)) if v.__class__ is Sig else v for k, v in kwargs.items()}
+            )
+        except (RuntimeError, NotImplementedError):
+            raise Unsure from None
     if outs.__class__ is Tensor:
         return new(operands[0], shape, outs.dtype, stride)
     return tuple([new(operands[0], shape, o.dtype, stride) for o in outs])

@@ -191,8 +191,8 @@ Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 class Trace(TorchDispatchMode):
     """One recording. Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
 
-    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``); ``why_not`` says why where they may not. With ``constants`` the
-    values that depend on no input may be asked for all the same. Without ``intent`` autograd is left alone (derived rules use it).
+    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``); ``why_not`` says why where they may not. Values that depend on no input
+    may be asked for all the same: with ``constants`` on closed-over tensors too. Without ``intent`` autograd is left alone (derived rules use it).
     """
 
     def __init__(self, why_not: str | None = None, constants: bool = True, intent: bool = True) -> None:
@@ -473,7 +473,7 @@ class Trace(TorchDispatchMode):
         if ref is None or (t.__class__ is not Traced and not self.mutates):
             return t
         found = None
-        if self.concrete_inputs is not None or self.may_ask_constants:
+        if self.concrete_inputs is not None or not self.finished:
             if self._values is None:
                 self._values = Replay(self)
             found = self._values.value(ref)
@@ -508,7 +508,7 @@ class Replay:
         try:
             with quiet(), torch.no_grad():
                 for i in range(len(trace.lifted)):
-                    if -1 - i not in self.env:
+                    if -1 - i not in self.env and (trace.may_ask_constants or trace.concrete_inputs is not None):
                         outer = trace.lifted[i]
                         try:
                             real = outer.tracer.value(outer) if outer.__class__ is Traced else outer

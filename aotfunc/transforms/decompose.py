@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..graph import Program, output_node
-from ..trace.emit import Builder, paused_gc, remap
+from ..trace.emit import Builder, carried, paused_gc, remap
 from .rules.table import full_args
 from .walk import builder, traced
 
@@ -31,7 +31,7 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
     for n in nodes:
         if n.op != "call_function":
             continue
-        b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+        b.meta = carried(n)
         body = table.get(n.target) if depth < 20 else None
         if body is None:
             env[n] = b.node(n.target, remap(n.args, env), {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"])

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..trace.tracer import Traced
 from .rules.table import call_op, tensor_args
 
+
 class NoFormula(Exception):
     """PyTorch has no formula for this op."""
 

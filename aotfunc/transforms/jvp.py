@@ -17,12 +17,12 @@ from torch.fx import Node
 from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, output_node
-from ..trace.emit import Builder, paused_gc, remap, remap_dict
+from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
-from .vjp import active_nodes, fitted, reverse
+from .vjp import active_nodes, fitted, reverse, role
 from .walk import apply, builder, outputs_of, traced
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, A
     for n in nodes:
         if n.op != "call_function":
             continue
-        b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+        b.meta = carried(n)
         new = env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
         if n in active:
             t = push(b, n, new, env, tangents)
@@ -205,9 +205,9 @@ def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
     with paused_gc():
         b = builder()
         old = program.placeholders
-        new = [b.placeholder(p.name, p.meta["val"], role="primal") for p in old[: program.n_inputs]]
+        new = [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[: program.n_inputs]]
         ts = [b.placeholder(f"{old[i].name}_t", old[i].meta["val"], role="tangent") for i in wrt]
-        new += [b.placeholder(p.name, p.meta["val"], role="const") for p in old[program.n_inputs :]]
+        new += [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]]
         env: dict[Node, Any] = dict(zip(old, new, strict=True))
         tangents: dict[Node, Any] = {old[i]: t for i, t in zip(wrt, ts, strict=True)}
         forward(b, program.graph.nodes, env, tangents)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import Program, output_node
-from ..trace.emit import Builder, paused_gc, remap
+from ..trace.emit import Builder, carried, paused_gc, remap
 from ..trace.functionalize import hidden_write, once
 from .custom import CustomDerivative
 from .steps import CompiledCall
@@ -34,7 +34,7 @@ def lowered(program: Program, calls: bool = False, marks: bool = True) -> Progra
         env: dict[Node, Any] = {}
         for n in program.graph.nodes:
             target = n.target
-            b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+            b.meta = carried(n)
             if n.op == "placeholder":
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
             elif n.op == "call_function":

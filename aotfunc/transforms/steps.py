@@ -25,7 +25,6 @@ from .jvp import jvp
 from .vjp import reverse, vjp
 from .walk import number
 
-
 aten = torch.ops.aten
 
 
@@ -153,17 +152,20 @@ class CompiledCall:
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        """Forward mode: one call for the values and residuals, one for the tangents, which are linear in the tangents given."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
 
-        def make() -> Program:
-            return jvp(Program(program.graph, len(n.args), program.n_outputs, program.mutated), wrt)
-
-        call = self.derived(wrt, make, "jvp")
-        outs = emit_call(b, call, [*remap(n.args, env), *(tangents[n.args[i]] for i in wrt)])
-        count = program.n_outputs
-        env[n] = [*outs[:count], *outs[2 * count :]]
-        return [*outs[count : 2 * count], *[None] * len(program.mutated)]
+        count = program.n_outputs + len(program.mutated)
+        halves = program.cache.get(("jvp", wrt))
+        if halves is None:
+            whole = Program(program.graph, len(n.args), count, (), program.name)
+            halves = program.cache[("jvp", wrt)] = self.split(jvp(whole, wrt, zeros=False), len(n.args), count)
+        primal, linear = halves
+        outs = emit_call(b, primal, remap(n.args, env))
+        env[n] = outs[:count]
+        residuals = [r for r in outs[count:] if isinstance(r, Node)]
+        return emit_call(b, linear, [*residuals, *(tangents[n.args[i]] for i in wrt)])
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         from .vmap import vmap
@@ -175,7 +177,8 @@ class CompiledCall:
         def make() -> Program:
             dims = [0 if yes else None for yes in flags]
             whole = Program(self.program.graph, len(n.args), self.program.n_outputs, self.program.mutated)
-            return vmap(whole, dims, sigs, walk.size, walk.randomness)
+            outs = [0 if isinstance(o, Node) else None for o in self.program.outputs[: self.program.n_outputs]]
+            return vmap(whole, dims, sigs, walk.size, walk.randomness, outs)
 
         call = self.derived((flags, sigs, walk.size, walk.randomness), make, "vmap")
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])

@@ -247,13 +247,13 @@ def vjp(
         if cts is None:
             cts = [differentiable(v) for v in vals]
         old = program.placeholders
-        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role", "primal")) for p in old[: program.n_inputs]]
+        new = [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[: program.n_inputs]]
         seeds: list[Any] = [None] * len(vals)
         if not ones:
             for i, v in enumerate(vals):
                 if cts[i]:
                     seeds[i] = b.placeholder(f"tangents_{i}", dense(v), role="tangent")
-        new += [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role", "const")) for p in old[program.n_inputs :]]
+        new += [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]]
         outs = b.splice(program.graph, new, output_node(program.graph).args[0])
         wanted = [new[i] for i in wrt]
         results = outs[: program.n_outputs]
@@ -267,6 +267,11 @@ def vjp(
         mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
         graph = b.finish([*first, *outs[program.n_outputs :]])
         return Program(graph, program.n_inputs + count, len(first), mutated, "vjp")
+
+
+def role(p: Node) -> str:
+    """A parameter stays one; anything else that a program takes is a primal of what is made of it."""
+    return "param" if p.meta.get("role") == "param" else "primal"
 
 
 def dense(sig: Sig) -> Sig:

@@ -14,9 +14,9 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..debug import at
-from ..errors import ArgumentError, CaptureError, RuleError
+from ..errors import AotfuncError, ArgumentError, CaptureError, RuleError
 from ..graph import Program, draws, output_node
-from ..trace.emit import Builder, paused_gc, remap, remap_dict
+from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
@@ -47,7 +47,7 @@ class Batch:
         for n in nodes:
             if n.op != "call_function":
                 continue
-            b.meta = {k: n.meta[k] for k in ("line", "region") if k in n.meta}
+            b.meta = carried(n)
             if any(self.batched.get(i) for i in n._input_nodes):
                 self.env[n], self.batched[n] = self.batch(n)
             elif draws(n) and self.once_each(n):
@@ -113,9 +113,9 @@ class Batch:
                 full = promoted(b, n, full, flags)
                 try:
                     result = traced(lambda *xs: rule(*xs, batched=flags, size=size, randomness=randomness))(b, *full)
-                except RuleError:
+                except AotfuncError:
                     raise
-                except NotImplementedError as e:
+                except (NotImplementedError, RuntimeError) as e:
                     raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {e}") from None
             elif Facts(op).random:
                 raise RuleError(f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}")

@@ -140,7 +140,9 @@ def rnn_and_cells():
 
 @program
 def embedding():
-    return module(nn.Sequential(nn.Embedding(10, 4, padding_idx=0), nn.Linear(4, 2)), torch.tensor([[1, 0, 3], [3, 9, 9]]))
+    return module(
+        nn.Sequential(nn.Embedding(10, 4, padding_idx=0), nn.Linear(4, 2)), torch.tensor([[1, 0, 3], [3, 9, 9]])
+    )
 
 
 @program
@@ -160,13 +162,13 @@ def transformer_decoder():
 
 @program
 def attention():
-    f = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+    f = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return f, (r(2, 2, 5, 4), r(2, 2, 5, 4), r(2, 2, 5, 4))
 
 
 @program
 def attention_with_a_mask():
-    f = lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)  # noqa: E731
+    f = lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)
     return f, (r(2, 3, 4), r(2, 5, 4), r(2, 5, 4), torch.rand(3, 5) > 0.3)
 
 
@@ -210,7 +212,12 @@ def unfold_fold():
 
 @program
 def pooling():
-    f = lambda x: (F.avg_pool2d(x, 2), F.adaptive_avg_pool2d(x, 3), F.max_pool2d(x, 3, 2, 1), F.lp_pool2d(x.abs() + 1, 2, 2))  # noqa: E731
+    f = lambda x: (
+        F.avg_pool2d(x, 2),
+        F.adaptive_avg_pool2d(x, 3),
+        F.max_pool2d(x, 3, 2, 1),
+        F.lp_pool2d(x.abs() + 1, 2, 2),
+    )
     return f, (r(2, 2, 6, 6),)
 
 
@@ -224,7 +231,7 @@ def grid_sample():
 
 @program
 def einsum():
-    f = lambda a, b, c: (torch.einsum("bij,bjk,k->bi", a, b, c), torch.einsum("bii->b", b))  # noqa: E731
+    f = lambda a, b, c: (torch.einsum("bij,bjk,k->bi", a, b, c), torch.einsum("bii->b", b))
     return f, (r(2, 3, 4), r(2, 4, 4), r(4))
 
 
@@ -240,19 +247,19 @@ def matmul_broadcast():
 
 @program
 def fft():
-    f = lambda x: (torch.fft.rfft(x).abs(), torch.fft.irfft(torch.fft.rfft(x) * 2, n=6), torch.fft.fft2(x).real)  # noqa: E731
+    f = lambda x: (torch.fft.rfft(x).abs(), torch.fft.irfft(torch.fft.rfft(x) * 2, n=6), torch.fft.fft2(x).real)
     return f, (r(3, 6),)
 
 
 @program
 def stft():
-    f = lambda x: torch.stft(x, 8, 4, window=torch.hann_window(8, dtype=x.dtype), return_complex=True).abs()  # noqa: E731
+    f = lambda x: torch.stft(x, 8, 4, window=torch.hann_window(8, dtype=x.dtype), return_complex=True).abs()
     return f, (r(32),)
 
 
 @program
 def linalg_solve_and_det():
-    f = lambda a, b: (torch.linalg.solve(a, b), torch.linalg.det(a), torch.linalg.inv(a), torch.linalg.slogdet(a)[1])  # noqa: E731
+    f = lambda a, b: (torch.linalg.solve(a, b), torch.linalg.det(a), torch.linalg.inv(a), torch.linalg.slogdet(a)[1])
     return f, (r(3, 3) + 3 * torch.eye(3, dtype=torch.float64), r(3, 2))
 
 
@@ -261,7 +268,13 @@ def linalg_factorisations():
     def f(a):
         s = a @ a.t() + 3 * torch.eye(3, dtype=a.dtype)
         q, up = torch.linalg.qr(a)
-        return torch.linalg.cholesky(s), torch.linalg.eigvalsh(s), torch.linalg.svdvals(a), q @ up, torch.linalg.norm(a, 2)
+        return (
+            torch.linalg.cholesky(s),
+            torch.linalg.eigvalsh(s),
+            torch.linalg.svdvals(a),
+            q @ up,
+            torch.linalg.norm(a, 2),
+        )
 
     return f, (r(3, 3),)
 
@@ -273,31 +286,53 @@ def matrix_exp_and_power():
 
 @program
 def statistics():
-    f = lambda x: (x.mean(0), x.var(1), x.std(), x.median(), x.logsumexp(1), x.norm(dim=0), x.prod(1), torch.var_mean(x, 0))  # noqa: E731
+    f = lambda x: (
+        x.mean(0),
+        x.var(1),
+        x.std(),
+        x.median(),
+        x.logsumexp(1),
+        x.norm(dim=0),
+        x.prod(1),
+        torch.var_mean(x, 0),
+    )
     return f, (r(3, 5),)
 
 
 @program
 def sorting():
-    f = lambda x: (*x.sort(1), *x.topk(2), x.kthvalue(2)[0], x.amax(1), *x.max(0), x.cummax(1)[0], x.argsort(0))  # noqa: E731
+    f = lambda x: (*x.sort(1), *x.topk(2), x.kthvalue(2)[0], x.amax(1), *x.max(0), x.cummax(1)[0], x.argsort(0))
     return f, (r(3, 5),)
 
 
 @program
 def special_functions():
-    f = lambda x: (torch.erf(x), torch.lgamma(x.abs() + 1), torch.digamma(x.abs() + 1), torch.special.i0(x), torch.special.expit(x), torch.atan2(x, x + 2))  # noqa: E731
+    f = lambda x: (
+        torch.erf(x),
+        torch.lgamma(x.abs() + 1),
+        torch.digamma(x.abs() + 1),
+        torch.special.i0(x),
+        torch.special.expit(x),
+        torch.atan2(x, x + 2),
+    )
     return f, (r(4),)
 
 
 @program
 def cumulative():
-    f = lambda x: (x.cumsum(0), x.cumprod(1), x.logcumsumexp(1), torch.diff(x), torch.trapezoid(x))  # noqa: E731
+    f = lambda x: (x.cumsum(0), x.cumprod(1), x.logcumsumexp(1), torch.diff(x), torch.trapezoid(x))
     return f, (r(3, 4),)
 
 
 @program
 def complex_numbers():
-    f = lambda z: ((z * z.conj()).real, z.angle(), torch.view_as_real(z.exp()), torch.polar(z.abs(), z.imag), z.sum() * 2j)  # noqa: E731
+    f = lambda z: (
+        (z * z.conj()).real,
+        z.angle(),
+        torch.view_as_real(z.exp()),
+        torch.polar(z.abs(), z.imag),
+        z.sum() * 2j,
+    )
     return f, (r(4, dtype=torch.complex128),)
 
 
@@ -307,7 +342,11 @@ def shapes():
         a, b = x.chunk(2, 1)
         rolled = x.roll((1, -1), (0, 1)).flip(0)
         parts = x.split([1, 2], 0)
-        return torch.cat([a, b, *[p[:, :2] for p in parts]]), rolled.movedim(0, 1).reshape(2, -1), x.repeat(2, 1).tile(1, 2)
+        return (
+            torch.cat([a, b, *[p[:, :2] for p in parts]]),
+            rolled.movedim(0, 1).reshape(2, -1),
+            x.repeat(2, 1).tile(1, 2),
+        )
 
     return f, (r(3, 4),)
 
@@ -315,7 +354,7 @@ def shapes():
 @program
 def advanced_indexing():
     i = torch.tensor([0, 2, 2])
-    f = lambda x: (x[i], x[:, i], x[i, i], x[..., None, 1:3], x[::2, ::3], x[i[:, None], i], x[None, i, None], x[-1])  # noqa: E731
+    f = lambda x: (x[i], x[:, i], x[i, i], x[..., None, 1:3], x[::2, ::3], x[i[:, None], i], x[None, i, None], x[-1])
     return f, (r(3, 4),)
 
 
@@ -340,14 +379,30 @@ def gather_scatter():
 
 @program
 def dtype_casts():
-    f = lambda x, i: (x.float() * 2, x.to(torch.bfloat16).double(), x.long() + i, (x > 0).sum(), i / 2, x.type_as(i.float()))  # noqa: E731
+    f = lambda x, i: (
+        x.float() * 2,
+        x.to(torch.bfloat16).double(),
+        x.long() + i,
+        (x > 0).sum(),
+        i / 2,
+        x.type_as(i.float()),
+    )
     return f, (r(4), torch.arange(4))
 
 
 @program
 def promotion():
     def f(i, x, y):
-        return i * x, i + 1.5, x * y, x + torch.tensor(1.0, dtype=torch.float64), i // 2, i > 1.5, x ** torch.tensor(2), 2**i
+        return (
+            i * x,
+            i + 1.5,
+            x * y,
+            x + torch.tensor(1.0, dtype=torch.float64),
+            i // 2,
+            i > 1.5,
+            x ** torch.tensor(2),
+            2**i,
+        )
 
     return f, (torch.arange(3), r(3, dtype=torch.float32), r(3))
 
@@ -357,7 +412,14 @@ def factories():
     def f(x):
         n = x.shape[0]
         grid = torch.arange(n, dtype=x.dtype) + torch.linspace(0, 1, n, dtype=x.dtype)
-        return x * grid, torch.eye(n), torch.full((2,), 7), torch.tril(torch.ones(n, n)), torch.tensor([1.0, 2.0]), x.new_ones(2)
+        return (
+            x * grid,
+            torch.eye(n),
+            torch.full((2,), 7),
+            torch.tril(torch.ones(n, n)),
+            torch.tensor([1.0, 2.0]),
+            x.new_ones(2),
+        )
 
     return f, (r(4),)
 
@@ -504,7 +566,10 @@ def writes_an_input_through_a_view():
 def batch_norm_training():
     net = nn.BatchNorm1d(3).double()
     names = [k for k, _ in net.named_buffers()]
-    return (lambda x, *stats: functional_call(net, dict(zip(names, stats)), (x,))), (r(5, 3), *[b.clone() for _, b in net.named_buffers()])
+    return (lambda x, *stats: functional_call(net, dict(zip(names, stats)), (x,))), (
+        r(5, 3),
+        *[b.clone() for _, b in net.named_buffers()],
+    )
 
 
 # derivatives inside --------------------------------------------------------------------------------------------------
@@ -531,13 +596,13 @@ def autograd_grad_of_a_fresh_leaf():
 
 @program
 def torch_func_inside():
-    f = lambda x: (torch.func.vmap(torch.func.grad(lambda y: (y**3).sum()))(x), torch.func.jacrev(torch.sin)(x[0]))  # noqa: E731
+    f = lambda x: (torch.func.vmap(torch.func.grad(lambda y: (y**3).sum()))(x), torch.func.jacrev(torch.sin)(x[0]))
     return f, (r(2, 3),)
 
 
 @program
 def torch_func_jvp_and_hessian_inside():
-    f = lambda x: (torch.func.jvp(torch.sin, (x,), (x,)), torch.func.hessian(lambda y: (y**3).sum())(x))  # noqa: E731
+    f = lambda x: (torch.func.jvp(torch.sin, (x,), (x,)), torch.func.hessian(lambda y: (y**3).sum())(x))
     return f, (r(3),)
 
 
@@ -566,7 +631,7 @@ def trees():
 
 @program
 def python_numbers():
-    f = lambda x, n, s, flag, mode: (x * n + s).sum() if flag and mode == "sum" else x  # noqa: E731
+    f = lambda x, n, s, flag, mode: (x * n + s).sum() if flag and mode == "sum" else x
     return f, (r(3), 3, 0.5, True, "sum")
 
 
@@ -588,7 +653,7 @@ def autocast():
 
 @program
 def branches_on_shapes():
-    f = lambda x: x.sum(0) if x.dim() == 2 and len(x) > 2 and x.is_floating_point() else x  # noqa: E731
+    f = lambda x: x.sum(0) if x.dim() == 2 and len(x) > 2 and x.is_floating_point() else x
     return f, (r(3, 2),)
 
 
@@ -596,14 +661,18 @@ def branches_on_shapes():
 def randomness():
     def f(x):
         noise = torch.randn(3, dtype=x.dtype)
-        return F.dropout(x * noise, 0.5, training=True) + torch.rand_like(x), torch.randperm(4), torch.bernoulli(x.sigmoid())
+        return (
+            F.dropout(x * noise, 0.5, training=True) + torch.rand_like(x),
+            torch.randperm(4),
+            torch.bernoulli(x.sigmoid()),
+        )
 
     return f, (r(3),)
 
 
 @program(grad=False)
 def integers_and_bits():
-    f = lambda i: (i % 3, i // 2, i << 1, i & 3, ~i, i == 2, i.cumsum(0), i.float().int())  # noqa: E731
+    f = lambda i: (i % 3, i // 2, i << 1, i & 3, ~i, i == 2, i.cumsum(0), i.float().int())
     return f, (torch.arange(5),)
 
 

@@ -179,7 +179,7 @@ def test_a_number_from_a_random_draw():
 
 
 def test_asking_inside_nested_transforms():
-    f = lambda x: (x * x.detach().sum().item()).sum() if x.sum() > 0 else (x**3).sum()  # noqa: E731
+    f = lambda x: (x * x.detach().sum().item()).sum() if x.sum() > 0 else (x**3).sum()
     for x in (r(3).abs(), -r(3).abs()):
         expected = grads(lambda x: grads(f, create_graph=True)(x).sum())(x)
         assert_same(grad(lambda x: grad(f)(x).sum())(x), expected)
@@ -194,7 +194,7 @@ def test_a_specialised_result_is_not_reused():
 
 
 def test_a_data_dependent_shape_is_right_or_an_error():
-    f = lambda x: (x[x > 0] ** 2).sum()  # noqa: E731
+    f = lambda x: (x[x > 0] ** 2).sum()
     x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     for run, expected in ((grad(f), grads(f)(x)), (lambda x: make_fx(f)(x)(x), f(x)), (jit(f), f(x))):
         try:
@@ -206,7 +206,7 @@ def test_a_data_dependent_shape_is_right_or_an_error():
 
 
 def test_numpy_of_a_traced_value():
-    f = lambda x: x * float(x.detach().numpy().sum())  # noqa: E731
+    f = lambda x: x * float(x.detach().numpy().sum())
     x = r(3)
     try:
         out = make_fx(f)(x)(x)
@@ -259,7 +259,7 @@ def test_a_value_leaked_from_jit_points_to_has_aux():
         return x.sum()
 
     jit(f)(r(3))
-    with pytest.raises(AotfuncError, match="aux|return"):
+    with pytest.raises(AotfuncError, match=r"aux|return"):
         kept[0] + 1
 
 

@@ -308,8 +308,8 @@ checkpoints = pytest.mark.parametrize("name", CHECKPOINTS)
 
 @checkpoints
 def test_checkpoint_gradients(name):
-    f = lambda x, w: CHECKPOINTS[name](x, w).square().sum()  # noqa: E731
-    plain = lambda x, w: (block(x, w) * (2 if name in ("nested", "sequential") else 1)).square().sum()  # noqa: E731
+    f = lambda x, w: CHECKPOINTS[name](x, w).square().sum()
+    plain = lambda x, w: (block(x, w) * (2 if name in ("nested", "sequential") else 1)).square().sum()
     x, w = r(2, 3), r(3, 3)
     expected = grads(plain, (0, 1))(x, w)
     assert_same(grad(f, (0, 1))(x, w), expected)
@@ -318,8 +318,8 @@ def test_checkpoint_gradients(name):
 
 @checkpoints
 def test_checkpoint_under_vmap_and_forward_mode(name):
-    f = lambda x, w: CHECKPOINTS[name](x, w)  # noqa: E731
-    plain = lambda x, w: block(x, w) * (2 if name in ("nested", "sequential") else 1)  # noqa: E731
+    f = lambda x, w: CHECKPOINTS[name](x, w)
+    plain = lambda x, w: block(x, w) * (2 if name in ("nested", "sequential") else 1)
     x, w, t = r(4, 2, 3), r(3, 3), r(2, 3)
     assert_same(vmap(f, (0, None))(x, w), plain(x, w))
     assert_same(jvp(lambda x: f(x, w), (x[0],), (t,)), torch.func.jvp(lambda x: plain(x, w), (x[0],), (t,)))
@@ -328,7 +328,7 @@ def test_checkpoint_under_vmap_and_forward_mode(name):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_recomputes_in_the_gradient_graph(use_reentrant):
     """The region's sin is computed twice: its values are not kept from the forward."""
-    f = lambda x: checkpoint(lambda x: x.exp().sin(), x, use_reentrant=use_reentrant).sum()  # noqa: E731
+    f = lambda x: checkpoint(lambda x: x.exp().sin(), x, use_reentrant=use_reentrant).sum()
     gm = make_fx(aotfunc.grad_and_value(f))(r(3))
     exps = [n for n in gm.graph.nodes if n.target is torch.ops.aten.exp.default]
     assert len(exps) == 2, gm.code
@@ -336,7 +336,9 @@ def test_checkpoint_recomputes_in_the_gradient_graph(use_reentrant):
 
 def test_checkpoint_replays_its_random_numbers():
     def f(x):
-        return checkpoint(lambda x: torch.nn.functional.dropout(x, 0.5, training=True) ** 2, x, use_reentrant=False).sum()
+        return checkpoint(
+            lambda x: torch.nn.functional.dropout(x, 0.5, training=True) ** 2, x, use_reentrant=False
+        ).sum()
 
     x = torch.ones(100)
     torch.manual_seed(0)

@@ -71,7 +71,9 @@ def test_capture_equals_eager(name):
 def test_the_graph_runs_on_other_values(name):
     f, args = built(name)
     gm = make_fx(f)(*again(args))
-    scaled = lambda: tree_map(lambda x: (x * 0.5).detach().requires_grad_(x.requires_grad) if differentiable(x) else x, args)  # noqa: E731
+    scaled = lambda: tree_map(
+        lambda x: (x * 0.5).detach().requires_grad_(x.requires_grad) if differentiable(x) else x, args
+    )
     assert_same(seeded(gm, scaled()), seeded(f, scaled()))
 
 

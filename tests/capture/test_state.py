@@ -25,7 +25,7 @@ def r(*shape, dtype=torch.float64):
 def test_an_optimizer_step_is_seen(transform):
     net, x = nn.Linear(3, 1).double(), r(4, 3)
     opt = torch.optim.SGD(net.parameters(), lr=0.5)
-    f = lambda x: net(x).square().sum()  # noqa: E731
+    f = lambda x: net(x).square().sum()
     run = {"grad": grad(f), "jit": jit(grad(f)), "make_fx": make_fx(grad(f))(x)}[transform]
     for _ in range(3):
         assert_same(run(x), grads(f)(x))
@@ -102,8 +102,8 @@ def test_captured_graphs_do_not_keep_inputs_alive():
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(3), lambda: nn.BatchNorm1d(3, momentum=None, affine=False)])
 def test_batch_norm_statistics_move_once_per_call(make):
     mine, theirs, x = make().double(), make().double(), r(5, 3)
-    f = lambda x: (mine(x) * torch.arange(3.0, dtype=x.dtype)).square().sum()  # noqa: E731
-    g = lambda x: (theirs(x) * torch.arange(3.0, dtype=x.dtype)).square().sum()  # noqa: E731
+    f = lambda x: (mine(x) * torch.arange(3.0, dtype=x.dtype)).square().sum()
+    g = lambda x: (theirs(x) * torch.arange(3.0, dtype=x.dtype)).square().sum()
     for _ in range(2):
         assert_same(grad(f)(x), grads(g)(x))
         assert_same(dict(mine.state_dict()), dict(theirs.state_dict()))
@@ -134,7 +134,7 @@ def test_batch_norm_module_mode_is_a_guard():
 def test_autocast_leaves_no_traced_values_behind():
     w = r(3, 3, dtype=torch.float32).requires_grad_()
     x = r(2, 3, dtype=torch.float32)
-    f = lambda x: (x @ w).float().sum()  # noqa: E731
+    f = lambda x: (x @ w).float().sum()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = torch.mm(x, w)
         g = grad(f)(x)
@@ -170,7 +170,7 @@ def test_fast_paths_are_off_inside_and_on_again_after():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = r(2, 3, 8, dtype=torch.float32)
     before = torch.backends.mha.get_fastpath_enabled()
-    f = lambda x: layer(x).square().sum()  # noqa: E731
+    f = lambda x: layer(x).square().sum()
     with torch.no_grad():
         g = grad(f)(x)
     assert_same(g, grads(f)(x))
@@ -179,7 +179,7 @@ def test_fast_paths_are_off_inside_and_on_again_after():
 
 def test_default_dtype_inside_f():
     x = r(3, dtype=torch.float32)
-    f = lambda x: (x * torch.ones(3)).sum()  # noqa: E731
+    f = lambda x: (x * torch.ones(3)).sum()
     assert_same(grad(f)(x), torch.ones(3))
     torch.set_default_dtype(torch.float64)
     try:
@@ -357,7 +357,7 @@ def test_the_random_state_and_grad_mode_are_as_before():
     assert torch.is_grad_enabled()
 
 
-# writes that PyTorch itself refuses ------------------------------------------------------------------------------------
+# writes that PyTorch itself refuses -----------------------------------------------------------------------------------
 
 
 def test_a_write_to_a_stride_zero_view_is_refused():

@@ -214,7 +214,9 @@ def test_backward_outside_a_pair(pair):
     assert_same(got, torch.autograd.grad((reference(x) * WEIGHTS).sum(), x))
 
 
-@pytest.mark.parametrize("pair", ["vmap grad", "jvp grad", "grad grad", "hessian jit", "jit linearize", "grad functionalize"])
+@pytest.mark.parametrize(
+    "pair", ["vmap grad", "jvp grad", "grad grad", "hessian jit", "jit linearize", "grad functionalize"]
+)
 def test_capture_of_a_pair(pair):
     def captured(f):
         gm = None

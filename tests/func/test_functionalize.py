@@ -75,7 +75,7 @@ def test_remove_is_checked():
 
 def test_under_other_transforms():
     x = r(2, 3, 3)
-    f = lambda x: functionalize(through_views)(x)[0].sin().sum()  # noqa: E731
-    plain = lambda x: through_views(x)[0].sin().sum()  # noqa: E731
+    f = lambda x: functionalize(through_views)(x)[0].sin().sum()
+    plain = lambda x: through_views(x)[0].sin().sum()
     expected = torch.stack([torch.func.grad(plain)(row) for row in x])
     assert_same(vmap(grad(f))(x), expected)

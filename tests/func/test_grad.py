@@ -70,7 +70,7 @@ def test_equals_autograd(name):
 
 
 def test_has_aux():
-    f = lambda x: ((x * x).sum(), {"twice": 2 * x, "sum": [x.sum()]})  # noqa: E731
+    f = lambda x: ((x * x).sum(), {"twice": 2 * x, "sum": [x.sum()]})
     x = r(3)
     aux = {"twice": 2 * x, "sum": [x.sum()]}
     assert_same(grad(f, has_aux=True)(x), (2 * x, aux))
@@ -78,7 +78,7 @@ def test_has_aux():
 
 
 def test_aux_need_not_be_tensors():
-    f = lambda x: (x.sum(), {"steps": 3, "name": "a", "none": None, "t": x})  # noqa: E731
+    f = lambda x: (x.sum(), {"steps": 3, "name": "a", "none": None, "t": x})
     x = r(3)
     assert_same(grad(f, has_aux=True)(x)[1], {"steps": 3, "name": "a", "none": None, "t": x})
 
@@ -230,7 +230,7 @@ def test_perturbation_confusion():
 
 def test_three_levels_with_a_grand_outer_value():
     x = r()
-    f = lambda x: grad(lambda y: grad(lambda z: x**2 * y**3 * z**4)(y))(x)  # noqa: E731
+    f = lambda x: grad(lambda y: grad(lambda z: x**2 * y**3 * z**4)(y))(x)
     # inner: 4 x^2 y^6; middle: 24 x^2 y^5 at y = x: 24 x^7
     assert_same(f(x), 24 * x**7)
     assert_same(grad(f)(x), 168 * x**6)

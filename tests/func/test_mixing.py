@@ -173,7 +173,7 @@ def test_a_parameter_is_a_tensor():
 
 def test_a_conjugate_view():
     z = torch.randn(3, dtype=torch.complex128)
-    f = lambda z: (z * z).real.sum()  # noqa: E731
+    f = lambda z: (z * z).real.sum()
     zc = z.conj()
     leaf = zc.clone().resolve_conj().requires_grad_()
     (expected,) = torch.autograd.grad(f(leaf), leaf)

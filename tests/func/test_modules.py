@@ -43,7 +43,7 @@ def test_functional_call_takes_the_given_parameters():
 def test_grad_through_functional_call():
     net, x = mlp(), r(5, 3)
     params = {k: v.detach() for k, v in net.named_parameters()}
-    loss = lambda p: functional_call(net, p, (x,)).square().mean()  # noqa: E731
+    loss = lambda p: functional_call(net, p, (x,)).square().mean()
     assert_same(grad(loss)(params), grads(loss)(params))
 
 
@@ -66,7 +66,7 @@ def test_ensemble_training_step():
     models, x, y = [mlp() for _ in range(3)], r(5, 3), r(5, 2)
     params, _ = stack_module_state(models)
     base = mlp().to("meta")
-    loss = lambda p: (functional_call(base, p, (x,)) - y).square().mean()  # noqa: E731
+    loss = lambda p: (functional_call(base, p, (x,)) - y).square().mean()
     params = {k: v.detach() for k, v in params.items()}
     assert_same(vmap(grad(loss))(params), loop(grads(loss))(params))
 
@@ -77,7 +77,7 @@ def test_make_functional():
     assert_same(func(params, x), net(x))
     assert len(params) == 4
     shifted = tuple(p.detach() + 1 for p in params)
-    loss = lambda p: func(p, x).sum()  # noqa: E731
+    loss = lambda p: func(p, x).sum()
     assert_same(grad(loss)(shifted), grads(loss)(shifted))
 
 
@@ -90,7 +90,7 @@ def test_make_functional_with_buffers():
     net, x = with_statistics().eval(), r(5, 3)
     func, params, buffers = make_functional_with_buffers(net)
     assert_same(func(params, buffers, x), net(x))
-    loss = lambda p: func(p, buffers, x).square().sum()  # noqa: E731
+    loss = lambda p: func(p, buffers, x).square().sum()
     params = tuple(p.detach() for p in params)
     assert_same(grad(loss)(params), grads(loss)(params))
 
@@ -111,7 +111,7 @@ def test_replace_all_batch_norm_modules():
     assert net[1].running_mean is None and not net[1].track_running_stats
     x = r(4, 5, 3)
     params = {k: v.detach() for k, v in net.named_parameters()}
-    f = lambda p, x: functional_call(net, p, (x,)).square().mean()  # noqa: E731
+    f = lambda p, x: functional_call(net, p, (x,)).square().mean()
     assert_same(vmap(grad(f), (None, 0))(params, x), loop(grads(f), (None, 0))(params, x))
 
 
@@ -120,5 +120,5 @@ def test_tied_weights():
     net[1].weight = net[0].weight
     params = {k: v.detach() for k, v in net.named_parameters()}
     x = r(2, 3)
-    loss = lambda p: functional_call(net, p, (x,)).square().sum()  # noqa: E731
+    loss = lambda p: functional_call(net, p, (x,)).square().sum()
     assert_same(grad(loss)(params), grads(loss)(params))

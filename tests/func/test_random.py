@@ -63,9 +63,9 @@ def test_different_differs_by_sample(name):
             name, lambda x: torch.randint(0, 100, (40,))
         )
     if name == "randperm":
-        draw = lambda x: torch.randperm(40)  # noqa: E731
+        draw = lambda x: torch.randperm(40)
     if name == "multinomial":
-        draw = lambda x: torch.multinomial(x.abs() + 0.1, 20)  # noqa: E731
+        draw = lambda x: torch.multinomial(x.abs() + 0.1, 20)
     try:
         out = seeded(vmap(draw, randomness="different"), x)
     except AotfuncError:
@@ -80,12 +80,15 @@ def test_different_differs_by_sample(name):
 def test_different_is_one_draw_of_the_whole_batch(name):
     """As torch.func draws them, so that seeded programs keep their numbers."""
     x = torch.randn(4, 3)
-    assert_same(seeded(vmap(DRAWS[name], randomness="different"), x), seeded(torch.func.vmap(DRAWS[name], randomness="different"), x))
+    assert_same(
+        seeded(vmap(DRAWS[name], randomness="different"), x),
+        seeded(torch.func.vmap(DRAWS[name], randomness="different"), x),
+    )
 
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_error_is_the_default(name):
-    with pytest.raises(AotfuncError, match="randomness|rrelu"):
+    with pytest.raises(AotfuncError, match=r"randomness|rrelu"):
         vmap(DRAWS[name])(torch.ones(4, 3))
 
 

@@ -66,7 +66,7 @@ def test_linearize_equals_forward_ad(name):
 
 
 def test_has_aux():
-    f = lambda x: (x.sin(), {"n": x * 2})  # noqa: E731
+    f = lambda x: (x.sin(), {"n": x * 2})
     x, v = r(3), r(3)
     out, pull, aux = vjp(f, x, has_aux=True)
     assert_same((out, pull(v), aux), (x.sin(), (v * x.cos(),), {"n": x * 2}))
@@ -74,7 +74,7 @@ def test_has_aux():
 
 
 def test_aux_need_not_be_tensors():
-    f = lambda x: (x.sin(), "note")  # noqa: E731
+    f = lambda x: (x.sin(), "note")
     x = r(3)
     assert vjp(f, x, has_aux=True)[2] == "note"
     assert jvp(f, (x,), (x,), has_aux=True)[2] == "note"
@@ -203,12 +203,12 @@ def test_jvp_fn_of_an_outer_point_used_inside():
 def test_nested_jvp():
     x = r()
     one = torch.ones((), dtype=torch.float64)
-    first = lambda x: jvp(lambda y: y**3 * x, (x,), (one,))[1]  # noqa: E731  3 y^2 x at y = x: 3 x^3
+    first = lambda x: jvp(lambda y: y**3 * x, (x,), (one,))[1]
     assert_same(jvp(first, (x,), (one,)), (3 * x**3, 9 * x**2))
 
 
 def test_forward_over_reverse_is_a_hessian_vector_product():
-    f = lambda x: (x.sin() * x.prod()).sum()  # noqa: E731
+    f = lambda x: (x.sin() * x.prod()).sum()
     x, v = r(4), r(4)
     h = jacobian(lambda z: torch.autograd.grad(f(z), z, create_graph=True)[0], x)
     assert_same(jvp(grad(f), (x,), (v,))[1], h @ v)

@@ -16,7 +16,7 @@ def r(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype)
 
 
-# (function, in_dims, out_dims, arguments): each against a Python loop --------------------------------------------------
+# (function, in_dims, out_dims, arguments): each against a Python loop -------------------------------------------------
 
 DIMENSIONS = {
     "default": (torch.dot, 0, 0, lambda: (r(3, 5), r(3, 5))),
@@ -29,7 +29,12 @@ DIMENSIONS = {
     "out middle": (torch.mm, (2, None), 1, lambda: (r(2, 4, 3), r(4, 5))),
     "tuple out": (lambda x: (x.sin(), x.sum()), 0, (1, 0), lambda: (r(3, 5),)),
     "one out_dim for two": (lambda x: (x.sin(), x * 2), 0, 1, lambda: (r(3, 5),)),
-    "dict in": (lambda p, x: p["w"] @ x + p["b"], ({"w": 0, "b": None}, 0), 0, lambda: ({"w": r(3, 2, 4), "b": r(2)}, r(3, 4))),
+    "dict in": (
+        lambda p, x: p["w"] @ x + p["b"],
+        ({"w": 0, "b": None}, 0),
+        0,
+        lambda: ({"w": r(3, 2, 4), "b": r(2)}, r(3, 4)),
+    ),
     "dict under one dim": (lambda p: p["w"] @ p["b"], 0, 0, lambda: ({"w": r(3, 2, 4), "b": r(3, 4)},)),
     "nested in": (lambda t: t[0] * t[1][0] + t[1][1], ((0, (None, 1)),), 0, lambda: ((r(3, 2), (r(2), r(2, 3))),)),
     "list in": (lambda t: t[0] @ t[1], ([0, 1],), 0, lambda: ([r(3, 4), r(4, 3)],)),
@@ -50,20 +55,45 @@ DIMENSIONS = {
     "cumulative": (lambda x: x.cumsum(-1).cumprod(0), 0, 0, lambda: (r(3, 4),)),
     "concatenation": (lambda x, y: torch.cat([x, y, x]), (0, None), 0, lambda: (r(3, 2), r(2))),
     "stack": (lambda x, y: torch.stack([x, y], -1), (0, 1), 0, lambda: (r(3, 2), r(2, 3))),
-    "linear algebra": (lambda a: torch.linalg.inv(a @ a.t() + torch.eye(2, dtype=a.dtype)), 0, 0, lambda: (r(3, 2, 2),)),
+    "linear algebra": (
+        lambda a: torch.linalg.inv(a @ a.t() + torch.eye(2, dtype=a.dtype)),
+        0,
+        0,
+        lambda: (r(3, 2, 2),),
+    ),
     "einsum": (lambda a, b: torch.einsum("ij,jk->ki", a, b), (0, 2), 0, lambda: (r(3, 2, 4), r(4, 2, 3))),
-    "convolution": (lambda x, w: torch.conv2d(x, w, padding=1), (0, None), 0, lambda: (r(3, 1, 2, 5, 5), r(4, 2, 3, 3))),
-    "convolution, batched weight": (lambda x, w: torch.conv2d(x, w), (None, 0), 0, lambda: (r(1, 2, 5, 5), r(3, 4, 2, 3, 3))),
+    "convolution": (
+        lambda x, w: torch.conv2d(x, w, padding=1),
+        (0, None),
+        0,
+        lambda: (r(3, 1, 2, 5, 5), r(4, 2, 3, 3)),
+    ),
+    "convolution, batched weight": (
+        lambda x, w: torch.conv2d(x, w),
+        (None, 0),
+        0,
+        lambda: (r(1, 2, 5, 5), r(3, 4, 2, 3, 3)),
+    ),
     "convolution, both": (lambda x, w: torch.conv2d(x, w), 0, 0, lambda: (r(3, 1, 2, 5, 5), r(3, 4, 2, 3, 3))),
     "expand": (lambda x: x.expand(2, 4), 0, 0, lambda: (r(3, 4),)),
     "new_zeros": (lambda x: x.new_zeros(2) + x.sum(), 0, 0, lambda: (r(3, 4),)),
     "full_like": (lambda x: torch.full_like(x, 2) * x, 0, 0, lambda: (r(3, 4),)),
     "0-dim": (lambda x, y: x * y + 1, 0, 0, lambda: (r(3), r(3))),
-    "masked_fill": (lambda x, m: x.masked_fill(m, -1), (0, None), 0, lambda: (r(3, 4), torch.tensor([1, 0, 1, 0]).bool())),
+    "masked_fill": (
+        lambda x, m: x.masked_fill(m, -1),
+        (0, None),
+        0,
+        lambda: (r(3, 4), torch.tensor([1, 0, 1, 0]).bool()),
+    ),
     "scatter": (lambda x, i, s: x.scatter(0, i, s), 0, 0, lambda: (r(3, 4), torch.tensor([[1], [0], [3]]), r(3, 1))),
     "gather": (lambda x, i: x.gather(0, i), 0, 0, lambda: (r(3, 4), torch.tensor([[1], [0], [3]]))),
     "len-one batch": (lambda x: x.sin().sum(), 0, 0, lambda: (r(1, 4),)),
-    "softmax and loss": (lambda x, t: torch.nn.functional.cross_entropy(x, t), 0, 0, lambda: (r(3, 4, 5), torch.randint(5, (3, 4)))),
+    "softmax and loss": (
+        lambda x, t: torch.nn.functional.cross_entropy(x, t),
+        0,
+        0,
+        lambda: (r(3, 4, 5), torch.randint(5, (3, 4))),
+    ),
 }
 
 
@@ -97,7 +127,9 @@ def test_keyword_arguments_are_not_mapped():
 
 
 def test_python_arguments_need_None():
-    assert_same(vmap(lambda x, n: x * n, in_dims=(0, None))(r(3, 2).fill_(1), 4), torch.full((3, 2), 4.0, dtype=torch.float64))
+    assert_same(
+        vmap(lambda x, n: x * n, in_dims=(0, None))(r(3, 2).fill_(1), 4), torch.full((3, 2), 4.0, dtype=torch.float64)
+    )
 
 
 def test_non_tensor_outputs_need_out_dims_None():
@@ -123,13 +155,13 @@ def test_out_dims_None_of_a_batched_tensor_is_refused():
 
 def test_the_result_dtype_is_that_of_the_unbatched_op():
     wide, narrow = torch.randn(3, dtype=torch.float64), torch.randn(3, 2)
-    f = lambda a, b: (a + b, a * b, torch.where(b > 0, a, b), torch.maximum(a, b), b.add(a, alpha=2))  # noqa: E731
+    f = lambda a, b: (a + b, a * b, torch.where(b > 0, a, b), torch.maximum(a, b), b.add(a, alpha=2))
     assert all(y.dtype == torch.float32 for y in f(wide[0], narrow[0])[:2])
     assert_same(vmap(f)(wide, narrow), loop(f)(wide, narrow))
 
 
 def test_integers_meet_zero_dim_floats():
-    f = lambda i, x: (i * x, i + 1.5, i / 2, i.float() * x)  # noqa: E731
+    f = lambda i, x: (i * x, i + 1.5, i / 2, i.float() * x)
     args = torch.arange(6).view(3, 2), torch.randn(3, dtype=torch.float64)
     assert_same(vmap(f)(*args), loop(f)(*args))
 
@@ -154,7 +186,7 @@ def test_backward_continues_through_the_result():
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 7, 100])
 def test_chunk_size(chunk_size):
-    f = lambda x, y: ((x * y).sum(), {"y": y})  # noqa: E731
+    f = lambda x, y: ((x * y).sum(), {"y": y})
     args = r(4, 7), r(7, 4)
     run = vmap(f, in_dims=(1, 0), out_dims=(0, 1), chunk_size=chunk_size)
     assert_same(run(*args), loop(f, (1, 0), (0, 1))(*args))
@@ -215,7 +247,7 @@ def test_in_place_through_a_view_of_a_mapped_input():
 
 
 def test_in_place_on_a_value_made_from_an_unmapped_argument():
-    f = lambda w, x: w.clone().add_(x)  # noqa: E731
+    f = lambda w, x: w.clone().add_(x)
     w, x = r(4), r(3, 4)
     assert_same(vmap(f, in_dims=(None, 0))(w, x), w + x)
 

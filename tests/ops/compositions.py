@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as fwAD
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 import aotfunc
 
@@ -201,7 +201,7 @@ def batch(tensors, loop_ok: Callable[[list], object]) -> list[torch.Tensor]:
     second = [t * 0.97 if t.is_floating_point() or t.is_complex() else t for t in tensors]
     try:
         seeded(lambda: loop_ok(second))
-    except Exception:  # noqa: BLE001  outside the op's domain, whatever it says
+    except Exception:
         second = tensors
     return [torch.stack([a, b]) for a, b in zip(tensors, second)]
 
@@ -214,11 +214,15 @@ def check_vmap(call: Call, variant: int) -> None:
     if not both:
         raise NoReference("no tensor argument")
     stacked = batch(both, lambda ts: call.rebuilt(ts[:n], ts[n:]))
-    mapped = {0: [True] * len(both), 1: [i == 0 for i in range(len(both))], 2: [i < max(n, 1) for i in range(len(both))]}[variant]
+    mapped = {
+        0: [True] * len(both),
+        1: [i == 0 for i in range(len(both))],
+        2: [i < max(n, 1) for i in range(len(both))],
+    }[variant]
     at = -1 if variant == 2 else 0
     dims = tuple(at if m else None for m in mapped)
     args = [s.movedim(0, at) if m else t for s, t, m in zip(stacked, both, mapped)]
-    run = lambda *ts: call.rebuilt(list(ts[:n]), list(ts[n:]))  # noqa: E731
+    run = lambda *ts: call.rebuilt(list(ts[:n]), list(ts[n:]))
 
     def loop():
         unmapped = [(t, t._version) for t, m in zip(args, mapped) if not m]
@@ -256,7 +260,7 @@ def check_jvpvjp(call: Call, variant: int) -> None:
         return backward(lambda *_: gs, [*p, *c], seconds)
 
     expected = finite(inner(reference(want), [*tangents, *ct_tangents]))
-    run = lambda: aotfunc.jvp(pull(f), (copies(call.primals), list(cts)), (tangents, ct_tangents))  # noqa: E731
+    run = lambda: aotfunc.jvp(pull(f), (copies(call.primals), list(cts)), (tangents, ct_tangents))
     gs, got = seeded(run)
     close(gs, reference(lambda: backward(f, leaf(call.primals), cts)), "gradient")
     close([inner(seconds, got)], [expected], "inner product with the second gradient")

@@ -38,7 +38,9 @@ def work() -> None:
 def start() -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.ops.sweep", "--worker"]
     env = {**os.environ, "AOTFUNC_DEBUG": os.environ.get("AOTFUNC_DEBUG", "1")}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    )
 
 
 def feed(names: queue.Queue, results: dict, progress) -> None:
@@ -114,7 +116,13 @@ def main() -> int:
     failed = {k: r for k, r in results.items() if r.startswith("FAIL")}
     console = Console(width=180)
     for key, outcome in failed.items():
-        console.print(" ".join(key), "(known)" if key in known else "[red]NEW[/]", outcome, markup=key not in known, soft_wrap=True)
+        console.print(
+            " ".join(key),
+            "(known)" if key in known else "[red]NEW[/]",
+            outcome,
+            markup=key not in known,
+            soft_wrap=True,
+        )
     gone = [k for k in known if k not in failed]
     for key in gone:
         console.print(" ".join(key), "[red]is listed as failing and passes[/]")
@@ -131,8 +139,10 @@ def main() -> int:
         table.KNOWN.write_text(HEADER + "\n".join(lines) + ("\n" if lines else ""))
     if options.write:
         text = ["# Ops under every composition", "", "`python -m tests.ops.sweep`: aotfunc against torch.autograd,"]
-        text += ["forward AD and loops on OpInfo samples; \"no reference\": PyTorch has no answer to compare with.", ""]
-        text += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)] + ["| " + " | ".join(r) + " |" for r in rows]
+        text += ['forward AD and loops on OpInfo samples; "no reference": PyTorch has no answer to compare with.', ""]
+        text += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)] + [
+            "| " + " | ".join(r) + " |" for r in rows
+        ]
         Path("docs/ops.md").write_text("\n".join(text) + "\n")
     return 0 if options.update else int(bool(gone or set(failed) - set(known)))
 

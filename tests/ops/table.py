@@ -19,14 +19,49 @@ LIMIT_S = 20.0  # one op, dtype and composition
 DTYPES = {"float64": torch.float64, "complex128": torch.complex128, "int64": torch.int64, "bool": torch.bool}
 
 # Not functions of their inputs: uninitialised memory, or a result that is not a tensor.
-NO_FUNCTION = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "item", "equal"}
+NO_FUNCTION = {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "item",
+    "equal",
+}
 NO_FUNCTION |= {"jiterator_2inputs_2outputs", "jiterator_4inputs_with_extra_args", "jiterator_binary"}  # CUDA alone
-NO_FUNCTION |= {"jiterator_binary_return_by_ref", "jiterator_unary", "allclose", "resize_", "resize_as_", "is_pinned", "to_sparse", "sparse_mm_reduce", "sparse_sampled_addmm"}
+NO_FUNCTION |= {
+    "jiterator_binary_return_by_ref",
+    "jiterator_unary",
+    "allclose",
+    "resize_",
+    "resize_as_",
+    "is_pinned",
+    "to_sparse",
+    "sparse_mm_reduce",
+    "sparse_sampled_addmm",
+}
 # vmap asks which kind of randomness is meant, and PyTorch's two kinds are tested in tests/func/test_random.py.
-RANDOM = {"bernoulli", "multinomial", "normal", "rand_like", "randn_like", "randint_like", "randint", "randn", "uniform"}
+RANDOM = {
+    "bernoulli",
+    "multinomial",
+    "normal",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "randint",
+    "randn",
+    "uniform",
+}
 RANDOM |= {"cauchy", "exponential", "geometric", "log_normal", "pca_lowrank", "svd_lowrank", "normal_number_mean"}
-RANDOM |= {"nn_functional_" + n for n in ("dropout", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")}
-RANDOM |= {"nn_functional_feature_alpha_dropout_with_train", "nn_functional_rrelu", "nn_functional_fractional_max_pool2d"}
+RANDOM |= {
+    "nn_functional_" + n for n in ("dropout", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+}
+RANDOM |= {
+    "nn_functional_feature_alpha_dropout_with_train",
+    "nn_functional_rrelu",
+    "nn_functional_fractional_max_pool2d",
+}
 RANDOM |= {"nn_functional_fractional_max_pool3d", "nn_functional_scaled_dot_product_attention", "normal_in_place"}
 RANDOM |= {"nn_functional_multi_head_attention_forward"}
 
@@ -58,7 +93,11 @@ def samples(name: str, dtype: str) -> list:
     torch.manual_seed(0)
     found = []
     for sample in OPS[name].sample_inputs("cpu", DTYPES[dtype], requires_grad=False):
-        tensors = [t for t in torch.utils._pytree.tree_leaves((sample.input, sample.args, sample.kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = [
+            t
+            for t in torch.utils._pytree.tree_leaves((sample.input, sample.args, sample.kwargs))
+            if isinstance(t, torch.Tensor)
+        ]
         if sum(t.numel() for t in tensors) <= 3000 and all(t.layout == torch.strided for t in tensors):
             found.append(sample)
         if len(found) == 60:
@@ -94,7 +133,7 @@ def check(name: str, dtype: str, composition: str) -> str:
                         compared += 1
                     except NoReference as none:
                         reason = str(none)
-        except Exception as error:  # noqa: BLE001  any error is the finding
+        except Exception as error:
             text = " ".join(str(error).split())
             return f"FAIL: {type(error).__name__}: {text[:160]}"
     return "pass" if compared else f"skip: {' '.join(reason.split())[:120]}"

@@ -1,0 +1,135 @@
+"""Jacobians: the backward half batched over a basis of cotangents, or the linear part over a basis of tangents; residuals stay unbatched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import Program, draws, output_node
+from ..trace.emit import Builder, paused_gc
+from ..trace.shapes import Sig, contiguous_stride, make_sig
+from .fresh import fresh
+from .linearize import halve, linear_program
+from .lower import lowered
+from .vjp import vjp
+from .vmap import vmap
+from .walk import builder, number
+
+aten = torch.ops.aten
+
+
+def numbered_draws(program: Program) -> Program:
+    """The program with its draws numbered, so that the copies of it that are put together share them."""
+    program = lowered(program, calls=True, marks=False)
+    if not any(draws(n) for n in program.graph.nodes):
+        return program
+    b = builder()
+    inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in program.placeholders]
+    outs = spliced(b, program, inputs)
+    for k, n in enumerate(b.graph.nodes):
+        if n.op == "call_function" and draws(n):
+            n.meta["draw"] = k
+    return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name)
+
+
+def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: range) -> Program:
+    graph = b.finish(outs)
+    for n in graph.nodes:
+        n.meta.pop("draw", None)
+    return fresh(Program(graph, base.n_inputs, len(outs) - len(base.mutated), base.mutated, name), own)
+
+
+def rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str) -> Program:
+    """Per output: the backward half, batched over a basis of its cotangents, residuals unbatched."""
+    with paused_gc():
+        base = numbered_draws(base)
+        b = builder()
+        inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in base.placeholders]
+        blocks: list = []
+        outs: Any = b.splice(base.graph, inputs, output_node(base.graph).args[0])
+        for i in range(n_out):
+            have = tuple(k == i for k in range(base.n_outputs))
+            early, late, direct = halve(vjp(base, wrt, have, fill=True, keep=()), 0, 1)
+            residuals = spliced(b, early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
+            val = base.vals[i]
+            pieces = []
+            for start, count in chunks(val.numel, chunk):
+                basis = basis_rows(b, val, start, count)
+                dims = [None] * len(residuals) + [0]
+                sigs = [r.meta["val"] for r in (*residuals, basis)]
+                pieces.append(spliced(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis]))
+            for k, x in enumerate(wrt):
+                rows = joined(b, [p[k] for p in pieces], 0)
+                shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
+                blocks.append(reshaped(b, rows, shape))
+        own = range(len(blocks), len(blocks) + base.n_outputs)
+        return assembled(b, [*blocks, *outs[n_out:]], base, "jacrev", own)
+
+
+def columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str) -> Program:
+    """Per argument: the linear part, batched over a basis of its tangents."""
+    with paused_gc():
+        base = numbered_draws(base)
+        b = builder()
+        inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in base.placeholders]
+        outs: Any = b.splice(base.graph, inputs, output_node(base.graph).args[0])
+        columns: list[list] = []
+        for x in wrt:
+            linear = linear_program(base, (x,), n_out)
+            early, late, direct = halve(linear, base.n_outputs, 1)
+            residuals = spliced(b, early, inputs)[base.n_outputs : early.n_outputs] + [inputs[k] for k in direct]
+            val = base.placeholders[x].meta["val"]
+            pieces = []
+            for start, count in chunks(val.numel, chunk):
+                basis = basis_rows(b, val, start, count)
+                dims = [None] * len(residuals) + [0]
+                sigs = [r.meta["val"] for r in (*residuals, basis)]
+                pieces.append(spliced(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis]))
+            column = []
+            for i in range(n_out):
+                whole = joined(b, [p[i] for p in pieces], 0)
+                rank = len(base.vals[i].shape)
+                whole = b.call(aten.permute.default, whole, [*range(1, rank + 1), 0])
+                column.append(reshaped(b, whole, [*base.vals[i].shape, *val.shape]))
+            columns.append(column)
+        blocks = [columns[k][i] for i in range(n_out) for k in range(len(wrt))]
+        own = range(len(blocks), len(blocks) + base.n_outputs)
+        return assembled(b, [*blocks, *outs[n_out:]], base, "jacfwd", own)
+
+
+def spliced(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
+    return list(b.splice(program.graph, inputs, output_node(program.graph).args[0]))
+
+
+def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
+    """``(start, count)`` of each part."""
+    step = total if chunk is None else chunk
+    return [(i, min(step, total - i)) for i in range(0, total, step)] if total else [(0, 0)]
+
+
+def basis_rows(b: Builder, sig: Sig, start: int, count: int) -> Node:
+    """Rows ``start`` to ``start + count`` of the identity over the elements of ``sig``, each in its shape."""
+    if sig.numel == 1 and count == 1:
+        return number(b, 1, make_dense((1, *sig.shape), sig))
+    eye = b.call(aten.eye.default, sig.numel, dtype=sig.dtype, device=sig.device)
+    if count != sig.numel:
+        eye = b.call(aten.slice.Tensor, eye, 0, start, start + count)
+    return b.call(aten.view.default, eye, [count, *sig.shape])
+
+
+def make_dense(shape: tuple, sig: Sig) -> Sig:
+    return make_sig(shape, contiguous_stride(shape), sig.dtype, sig.device)
+
+
+def joined(b: Builder, pieces: Sequence[Node], dim: int) -> Node:
+    return pieces[0] if len(pieces) == 1 else b.call(aten.cat.default, list(pieces), dim)
+
+
+def reshaped(b: Builder, x: Node, shape: Sequence[int]) -> Node:
+    try:
+        return b.call(aten.view.default, x, list(shape))
+    except RuntimeError:
+        return b.call(aten.view.default, b.call(aten.clone.default, x, memory_format=torch.contiguous_format), list(shape))

@@ -1,0 +1,63 @@
+"""Linearisation: a tangent or joint program cut by what depends on its tangents (or cotangents)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from ..graph import Program, cut, output_node
+from ..trace.emit import Builder, carried, drop_dead, paused_gc, remap, remap_dict
+from .fresh import fresh
+from .jvp import jvp
+from .walk import builder
+
+
+def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, list[int]]:
+    """A joint program cut by what depends on its ``n_late`` late inputs (those right after the primals).
+
+    Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program ``(residuals, late inputs) -> rest``, and which inputs
+    are residuals as they are: they come behind the computed ones.
+    """
+    placeholders = joint.placeholders
+    n_primal = joint.n_inputs - n_late
+    late = placeholders[n_primal : joint.n_inputs]
+    outs = output_node(joint.graph).args[0]
+    first, rest, written = outs[:n_early], outs[n_early : joint.n_outputs], outs[joint.n_outputs :]
+    early_nodes, late_nodes, residuals = cut(joint.graph, late, [*first, *written], rest)
+    inputs = [*placeholders[:n_primal], *placeholders[joint.n_inputs :]]
+    direct = [inputs.index(r) for r in residuals if r.op == "placeholder"]
+    computed = [r for r in residuals if r.op != "placeholder"]
+    with paused_gc():
+        b = builder()
+        env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in inputs}
+        copy_nodes(b, early_nodes, env)
+        results = [env.get(o, o) if isinstance(o, Node) else o for o in (*first, *computed, *written)]
+        shift = [i if i < n_primal else i - n_late for i in joint.mutated]
+        early = Program(b.finish(results), n_primal, n_early + len(computed), shift, "forward")
+        b = builder()
+        env = {r: b.placeholder(r.name, r.meta["val"]) for r in (*computed, *(inputs[i] for i in direct), *late)}
+        copy_nodes(b, late_nodes, env)
+        results = [env.get(o, o) if isinstance(o, Node) else o for o in rest]
+        late_program = Program(b.finish(results), len(residuals) + n_late, len(rest), (), "backward")
+    return early, fresh(late_program, ()), direct
+
+
+def copy_nodes(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
+    """Copy call nodes into ``b``."""
+    for n in nodes:
+        b.meta = carried(n)
+        env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+    b.meta = {}
+
+
+def linear_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program:
+    """The tangent program of the arguments ``wrt``: all results, then tangents of the first ``n_out``."""
+    whole = jvp(base, wrt)
+    count = base.n_outputs
+    outs = output_node(whole.graph).args[0]
+    kept = [*outs[: count + n_out], *outs[2 * count :]]
+    output_node(whole.graph).args = (tuple(kept),)
+    drop_dead(whole.graph, output_node(whole.graph))
+    return Program(whole.graph, whole.n_inputs, count + n_out, whole.mutated, "jvp")
