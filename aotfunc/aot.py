@@ -19,7 +19,6 @@ from . import backends
 from .backends.eager import compile_graph
 from .debug import at, outside_dynamo, user_line
 from .errors import ArgumentError
-from .transforms.fresh import fresh
 from .graph import Program, output_node
 from .guards import closure_key, environment_key, leaf_key
 from .module import graph_module
@@ -30,6 +29,7 @@ from .trace.tracer import Traced, current, storage_id
 from .trace.tree import Arguments, unflatten
 from .transforms.capture import Recording, parameter_names, record
 from .transforms.decompose import decomposed
+from .transforms.fresh import fresh
 from .transforms.lower import lowered
 from .transforms.run import execute, run_eager, write_back
 from .transforms.steps import CompiledCall, CompiledStep
@@ -94,7 +94,9 @@ class Compiled:
         try:
             entry = self.entries.get(key)
         except TypeError as e:
-            raise ArgumentError(f"{self.name}: a Python argument is not hashable ({e}); pass it as a tensor, or as a tuple") from None
+            raise ArgumentError(
+                f"{self.name}: a Python argument is not hashable ({e}); pass it as a tensor, or as a tuple"
+            ) from None
         tensors = [x for x in arguments.leaves if isinstance(x, Tensor)]
         if entry is not None and entry.sharing is not None and entry.sharing != sharing([*tensors, *entry.closed]):
             # what a write reaches depends on which arguments share memory
@@ -136,14 +138,20 @@ class Compiled:
         if len(self.entries) >= 64 and not self.warned:
             self.warned = True
             changing = [
-                f"leaf {i}" for i, x in enumerate(arguments.leaves) if not isinstance(x, Tensor) and isinstance(x, int | float)
+                f"leaf {i}"
+                for i, x in enumerate(arguments.leaves)
+                if not isinstance(x, Tensor) and isinstance(x, int | float)
             ]
             torch._C._log_api_usage_once("aotfunc.recompile")
             import warnings
 
             warnings.warn(
                 f"{self.name} of {getattr(self.f, '__name__', self.f)} has been captured {len(self.entries)} times{at(user_line())}; "
-                + (f"Python numbers among its arguments ({', '.join(changing)}) specialise it: pass them as tensors" if changing else "its arguments keep changing shape"),
+                + (
+                    f"Python numbers among its arguments ({', '.join(changing)}) specialise it: pass them as tensors"
+                    if changing
+                    else "its arguments keep changing shape"
+                ),
                 stacklevel=3,
             )
 

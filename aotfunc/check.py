@@ -36,7 +36,9 @@ def check_grads(
     arguments = Arguments(args, {})
     for i, x in enumerate(arguments.leaves):
         if not isinstance(x, Tensor) or x.dtype not in (torch.float64, torch.complex128):
-            raise ArgumentError(f"check_grads: leaf {i} must be a float64 or complex128 tensor; differences are no good in less")
+            raise ArgumentError(
+                f"check_grads: leaf {i} must be a float64 or complex128 tensor; differences are no good in less"
+            )
     _check(f, tuple(args), order, tuple(modes), eps, atol, rtol, "")
 
 
@@ -50,7 +52,9 @@ def _moved(tree: Any, direction: Any, step: float) -> Any:
 
 def _real_dot(a: Any, b: Any) -> Tensor:
     pairs = zip(flatten(a)[0], flatten(b)[0], strict=True)
-    return sum((torch.real(x.conj() * y).sum() for x, y in pairs if x.is_floating_point() or x.is_complex()), torch.zeros(()))
+    return sum(
+        (torch.real(x.conj() * y).sum() for x, y in pairs if x.is_floating_point() or x.is_complex()), torch.zeros(())
+    )
 
 
 def _check(f: Callable, args: tuple, order: int, modes: tuple, eps: float, atol: float, rtol: float, path: str) -> None:
@@ -72,9 +76,27 @@ def _check(f: Callable, args: tuple, order: int, modes: tuple, eps: float, atol:
         torch.testing.assert_close(got, want, **close, msg=lambda m: f"reverse mode is wrong{path}: {m}")
     if order > 1:
         if "fwd" in modes:
-            _check(lambda *a: jvp(f, a, direction)[1], args, order - 1, modes, eps, atol, rtol, f" in the derivative of jvp{path}")
+            _check(
+                lambda *a: jvp(f, a, direction)[1],
+                args,
+                order - 1,
+                modes,
+                eps,
+                atol,
+                rtol,
+                f" in the derivative of jvp{path}",
+            )
         if "rev" in modes:
-            _check(lambda *a: vjp(f, *a)[1](cotangent), args, order - 1, modes, eps, atol, rtol, f" in the derivative of vjp{path}")
+            _check(
+                lambda *a: vjp(f, *a)[1](cotangent),
+                args,
+                order - 1,
+                modes,
+                eps,
+                atol,
+                rtol,
+                f" in the derivative of vjp{path}",
+            )
 
 
 def _like(leaves: Sequence[Tensor], tree: Any) -> Any:

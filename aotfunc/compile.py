@@ -18,6 +18,3 @@ def print_compile(fx_g, _):  # type: ignore[no-untyped-def]
     """The compiler that prints the graph's code and does nothing else."""
     print(fx_g.code)
     return fx_g
-
-
-

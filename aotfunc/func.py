@@ -104,7 +104,9 @@ def split_aux(name: str, f: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         result = f(*args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise ArgumentError(f"{name}: with has_aux=True the function must return (output, aux), not {type(result).__name__}")
+            raise ArgumentError(
+                f"{name}: with has_aux=True the function must return (output, aux), not {type(result).__name__}"
+            )
         return result
 
     return call
@@ -123,9 +125,7 @@ def record_call(
         specs.append((len(leaves), spec, aux_spec))
         return [*leaves, *more]
 
-    rec = record(
-        flat, args.leaves, args.rebuilt, differentiated=differentiated, name_of=parameter_names(f, args)
-    )
+    rec = record(flat, args.leaves, args.rebuilt, differentiated=differentiated, name_of=parameter_names(f, args))
     return rec, *specs[0]
 
 
@@ -221,7 +221,9 @@ def check_scalar(name: str, rec: Recording, n_out: int, spec: Any) -> None:
             "sum() it, or use vjp or jacrev"
         )
     if not out.is_floating_point():
-        raise ArgumentError(f"{name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev")
+        raise ArgumentError(
+            f"{name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev"
+        )
 
 
 @outside_dynamo
@@ -244,7 +246,9 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     base = rec.program()
     for k in range(n_out):
         if not isinstance(rec.leaves[k], Tensor):
-            raise ArgumentError(f"vjp: output leaf {k} is a {type(rec.leaves[k]).__name__}; outputs must be tensors (see has_aux)")
+            raise ArgumentError(
+                f"vjp: output leaf {k} is a {type(rec.leaves[k]).__name__}; outputs must be tensors (see has_aux)"
+            )
     have = tuple(i < n_out and differentiable(v) for i, v in enumerate(base.vals))
     wrt = tuple(range(len(chosen)))
 
@@ -255,7 +259,11 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     halves = joint.cache.get("halves")
     if halves is None:
         early, late, direct = halve(joint, base.n_outputs, sum(have))
-        halves = joint.cache["halves"] = fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]), late, direct
+        halves = joint.cache["halves"] = (
+            fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]),
+            late,
+            direct,
+        )
     forward, backward, direct = halves
     inputs = [*tensors_of(arguments), *rec.closed_over]
     outs = execute(forward, inputs)
@@ -275,7 +283,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
         else:
             tree = tuple(cotangents)
         cts, ct_spec = flatten(tree)
-        if len(cts) != n_out or (spec is None) != (ct_spec is None) and n_out != 1:
+        if len(cts) != n_out or ((spec is None) != (ct_spec is None) and n_out != 1):
             raise ArgumentError(f"vjp_fn: expected cotangents like the output ({n_out} tensors), got {len(cts)}")
         given = []
         for i, (c, v) in enumerate(zip(cts, vals, strict=True)):
@@ -312,7 +320,9 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
     rec, n_out, spec, aux_spec = record_call("jvp", func, arguments, range(len(arguments.leaves)), has_aux)
     for k in range(n_out):
         if not isinstance(rec.leaves[k], Tensor):
-            raise ArgumentError(f"jvp: output leaf {k} is a {type(rec.leaves[k]).__name__}; outputs must be tensors (see has_aux)")
+            raise ArgumentError(
+                f"jvp: output leaf {k} is a {type(rec.leaves[k]).__name__}; outputs must be tensors (see has_aux)"
+            )
     base = rec.program()
     wrt = tuple(range(len(flat_tangents)))
     if strict:
@@ -388,7 +398,11 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     halves = program.cache.get("halves")
     if halves is None:
         early, late, direct = halve(program, base.n_outputs, len(wrt))
-        halves = program.cache["halves"] = fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]), late, direct
+        halves = program.cache["halves"] = (
+            fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]),
+            late,
+            direct,
+        )
     early, late, direct = halves
     inputs = [*tensors_of(arguments), *rec.closed_over]
     outs = execute(early, inputs)
@@ -464,7 +478,9 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
         if not isinstance(dim, int) or isinstance(dim, bool):
             raise ArgumentError(f"vmap: in_dims has {dim!r} for leaf {k}; it must be an int or None")
         if not isinstance(x, Tensor):
-            raise ArgumentError(f"vmap: in_dims has {dim} for leaf {k}, which is a {type(x).__name__}, not a tensor; use None there")
+            raise ArgumentError(
+                f"vmap: in_dims has {dim} for leaf {k}, which is a {type(x).__name__}, not a tensor; use None there"
+            )
         if not -x.dim() <= dim < x.dim():
             raise ArgumentError(f"vmap: in_dims has {dim} for leaf {k}, which has only {x.dim()} dimensions")
         dims.append(dim % x.dim())
@@ -479,7 +495,9 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
     _, spec = tree_flatten(tree)
     flat = _broadcast_to_and_flatten(prefix, spec)
     if flat is None:
-        raise ArgumentError(f"vmap: {what}={prefix!r} does not have the structure of the {'arguments' if what == 'in_dims' else 'results'}")
+        raise ArgumentError(
+            f"vmap: {what}={prefix!r} does not have the structure of the {'arguments' if what == 'in_dims' else 'results'}"
+        )
     return flat
 
 
@@ -566,9 +584,12 @@ def _chunked(
         parts.append(_batched(func, piece, dims, count, out_dims, randomness, strict))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
-    where = broadcast_prefix(out_dims, parts[0], "out_dims") if not isinstance(out_dims, int) else [out_dims] * len(leaves)
+    where = (
+        broadcast_prefix(out_dims, parts[0], "out_dims") if not isinstance(out_dims, int) else [out_dims] * len(leaves)
+    )
     joined = [
-        torch.cat([p[0][i] for p in flat], d % leaves[i].dim()) if d is not None else leaves[i] for i, d in enumerate(where)
+        torch.cat([p[0][i] for p in flat], d % leaves[i].dim()) if d is not None else leaves[i]
+        for i, d in enumerate(where)
     ]
     return unflatten(joined, spec)
 
@@ -663,14 +684,20 @@ def _jacobian(
         raise ArgumentError(f"{name}: chunk_size must be positive, not {chunk_size}")
     for k in chosen:
         if arguments.leaves[k].is_complex():
-            raise ArgumentError(f"{name}: leaf {k} is complex; Jacobians are defined for real arguments only (use vjp or jvp)")
+            raise ArgumentError(
+                f"{name}: leaf {k} is complex; Jacobians are defined for real arguments only (use vjp or jvp)"
+            )
     rec, n_out, spec, aux_spec = record_call(name, func, arguments, chosen, has_aux)
     for k in range(n_out):
         x = rec.leaves[k]
         if not isinstance(x, Tensor):
-            raise ArgumentError(f"{name}: output leaf {k} is a {type(x).__name__}; outputs must be tensors (see has_aux)")
+            raise ArgumentError(
+                f"{name}: output leaf {k} is a {type(x).__name__}; outputs must be tensors (see has_aux)"
+            )
         if x.is_complex():
-            raise ArgumentError(f"{name}: output leaf {k} is complex; Jacobians are defined for real outputs only (use vjp or jvp)")
+            raise ArgumentError(
+                f"{name}: output leaf {k} is complex; Jacobians are defined for real outputs only (use vjp or jvp)"
+            )
         if not x.is_floating_point():
             raise ArgumentError(f"{name}: output leaf {k} has dtype {x.dtype}; outputs must be floating")
     if not n_out:

@@ -36,7 +36,9 @@ class Program:
     literals) followed by the new value of each placeholder in ``mutated``.
     """
 
-    def __init__(self, graph: fx.Graph, n_inputs: int, n_outputs: int, mutated: Sequence[int] = (), name: str = "") -> None:
+    def __init__(
+        self, graph: fx.Graph, n_inputs: int, n_outputs: int, mutated: Sequence[int] = (), name: str = ""
+    ) -> None:
         self.graph, self.n_inputs, self.n_outputs, self.mutated = graph, n_inputs, n_outputs, tuple(mutated)
         self.name = name
         self._compiled: dict[Any, Callable] = {}

@@ -43,7 +43,9 @@ class Fakes:
         if fake is None:
             with self.mode:
                 if val.offset:
-                    fake = torch.empty(val.proto.untyped_storage().nbytes() // val.dtype.itemsize, dtype=val.dtype, device=val.device)
+                    fake = torch.empty(
+                        val.proto.untyped_storage().nbytes() // val.dtype.itemsize, dtype=val.dtype, device=val.device
+                    )
                     fake = fake.as_strided(val.shape, val.stride, val.offset)
                 else:
                     fake = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device=val.device)
@@ -117,9 +119,7 @@ def make_fx(
     def wrapper(*args: Any, **kwargs: Any) -> fx.GraphModule:
         arguments = Arguments(args, kwargs)
         why_not = None if tracing_mode == "real" else f"make_fx(tracing_mode={tracing_mode!r}) captures without values"
-        rec = record(
-            f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments)
-        )
+        rec = record(f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments))
         program = rec.program()
         if decomposition_table:
             from .transforms.decompose import decomposed

@@ -48,9 +48,7 @@ def make_functional_with_buffers(
     return fmodel, params, buffers
 
 
-def make_functional(
-    model: nn.Module, disable_autograd_tracking: bool = False
-) -> tuple[Callable, tuple[Tensor, ...]]:
+def make_functional(model: nn.Module, disable_autograd_tracking: bool = False) -> tuple[Callable, tuple[Tensor, ...]]:
     """``(fmodel, params)`` with ``fmodel(params, *args, **kwargs)``; for a model without buffers.
 
     Raises ArgumentError if the model has buffers (see :func:`make_functional_with_buffers`).

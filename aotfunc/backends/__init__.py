@@ -26,7 +26,9 @@ def lookup(backend: str | Callable) -> Callable:
         return backend
     found = REGISTRY.get(backend)
     if found is None:
-        raise BackendError(f"there is no backend {backend!r}; known are {', '.join(sorted(REGISTRY))}, or pass a compiler(gm, example_inputs)")
+        raise BackendError(
+            f"there is no backend {backend!r}; known are {', '.join(sorted(REGISTRY))}, or pass a compiler(gm, example_inputs)"
+        )
     return found
 
 

@@ -122,7 +122,12 @@ class Builder:
         if not self.merge or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
-        if target in COMMUTATIVE and args[0].__class__ is Node and args[1].__class__ is Node and id(args[0]) > id(args[1]):
+        if (
+            target in COMMUTATIVE
+            and args[0].__class__ is Node
+            and args[1].__class__ is Node
+            and id(args[0]) > id(args[1])
+        ):
             key = (*key[:2], args[1], args[0], *key[4:])
         node = self.seen.get(key)
         if node is None:

@@ -1,4 +1,4 @@
-"""Shape rules of tensor algebra: copies of a shape, factories, reductions, products, joining, looking up. See :mod:`.infer`."""
+"""Shape rules of tensor algebra: the same shape again, reductions, products, joining, looking up. See :mod:`.infer`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,22 @@ def like(x: Sig, dtype: torch.dtype | None = None, memory_format: Any = None) ->
     return new(x, x.shape, dtype, like_strides(x, memory_format))
 
 
-@rule(aten.empty_like, aten.zeros_like, aten.ones_like, aten.rand_like, aten.randn_like)
+@rule(aten.empty_like, aten.zeros_like, aten.ones_like)
 def _like(x, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
     sure(layout in (None, torch.strided) and not pin_memory and (device is None or torch.device(device) == x.device))
     return like(x, dtype, memory_format)
+
+
+@rule(aten.rand_like, aten.randn_like)
+def _rand_like(x, *, dtype=None, **options):
+    sure((dtype or x.dtype).is_floating_point)
+    return _like(x, dtype=dtype, **options)
+
+
+@rule(aten.normal_)
+def _normal_(x, mean=0.0, std=1.0, *, generator=None):
+    sure(x.dtype.is_floating_point and std >= 0 and 0 not in x.stride)
+    return x
 
 
 @rule(aten.full_like)
@@ -75,12 +87,6 @@ def _pow(x, exponent):
     return pointwise(aten.pow.Tensor_Scalar, x, exponent)
 
 
-@rule(aten.uniform_, aten.normal_, aten.exponential_, aten.bernoulli_.float)
-def _drawn(x, *parameters, generator=None):
-    sure(floating(x) and not x.dtype.is_complex and 0 not in x.stride and len(parameters) != 1)
-    return x
-
-
 @rule(aten.tril, aten.triu)
 def _tri(x, diagonal=0):
     sure(x.ndim >= 2)
@@ -88,8 +94,9 @@ def _tri(x, diagonal=0):
     return like(x)
 
 
-@rule(aten.flip, aten.roll)
-def _flip(x, *dims):
+@rule(aten.flip)
+def _flip(x, dims):
+    sure(len({axis(d, x.ndim) for d in dims}) == len(dims))
     plain(x)
     return like(x)
 
@@ -101,18 +108,6 @@ def _cumulate(x, dim, *, dtype=None):
     return new(x, x.shape, dtype or (x.dtype if floating(x) else torch.int64))
 
 
-@rule(aten.fill_.Scalar, aten.zero_)
-def _filled(x, value=0):
-    sure(not isinstance(value, complex) or x.dtype.is_complex)
-    return x
-
-
-@rule(aten.copy_)
-def _copy_(x, source, non_blocking=False):
-    sure(broadcast(x.shape, source.shape) == x.shape)
-    return x
-
-
 # ----- factories ------------------------------------------------------------------------------------------------------
 
 
@@ -120,50 +115,6 @@ def created(size: Sequence[int], dtype: Any, layout: Any, device: Any, pin_memor
     sure(layout in (None, torch.strided) and not pin_memory and all(n >= 0 for n in size))
     where = torch.device(device) if device is not None else torch.device("cpu")
     return make_sig(tuple(size), contiguous_stride(tuple(size)), dtype or torch.get_default_dtype(), where)
-
-
-@rule(aten.zeros, aten.ones, aten.empty.memory_format, aten.rand, aten.randn)
-def _zeros(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    sure(memory_format is None)
-    return created(size, dtype, layout, device, pin_memory)
-
-
-def dtype_of(value: Any) -> torch.dtype | None:
-    """The dtype of a tensor full of this number (None: the default)."""
-    sure(not isinstance(value, complex))
-    return torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else None
-
-
-@rule(aten.full)
-def _full(size, value, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return created(size, dtype or dtype_of(value), layout, device, pin_memory)
-
-
-@rule(aten.scalar_tensor)
-def _scalar_tensor(value, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return created((), dtype, layout, device, pin_memory)
-
-
-@rule(aten.new_zeros, aten.new_ones, aten.new_empty)
-def _new(x, size, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return created(size, dtype or x.dtype, layout, device or x.device, pin_memory)
-
-
-@rule(aten.new_full)
-def _new_full(x, size, value, **options):
-    return _new(x, size, **options)
-
-
-@rule(aten.new_empty_strided)
-def _new_empty_strided(x, size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
-    sure(len(size) == len(stride))
-    made = created(size, dtype or x.dtype, layout, device or x.device, pin_memory)
-    return make_sig(made.shape, tuple(stride), made.dtype, made.device)
-
-
-@rule(aten.eye, aten.eye.m)
-def _eye(n, m=None, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return created((n, n if m is None else m), dtype, layout, device, pin_memory)
 
 
 @rule(aten.arange)
@@ -264,7 +215,7 @@ def _var_mean(x, dim=None, *, correction=None, keepdim=False):
 
 @rule(aten.logsumexp)
 def _logsumexp(x, dim, keepdim=False):
-    sure(x.dtype.is_floating_point)
+    sure(x.dtype.is_floating_point and dim)
     return new(x, reduced(x, dim, keepdim))
 
 
@@ -319,7 +270,7 @@ def _addmm(c, a, b, *, beta=1, alpha=1):
 @rule(aten.addmv)
 def _addmv(c, a, v, *, beta=1, alpha=1):
     out = _mv(a, v)
-    sure(c.dtype is out.dtype and broadcast(c.shape, out.shape) == out.shape)
+    sure(c.dtype is out.dtype and c.shape == out.shape and 0 not in a.shape)
     return out
 
 
@@ -400,6 +351,7 @@ def _index(x, indices):
 @rule(aten.slice_backward)
 def _slice_backward(g, sizes, dim, start, end, step):
     axis(dim, len(sizes))
+    sure(step > 0)
     return new(g, sizes)
 
 
@@ -438,7 +390,7 @@ def _index_add(x, dim, index, source, *, alpha=1):
 @rule(aten.slice_scatter)
 def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     d = axis(dim, x.ndim)
-    sure(x.ndim and step > 0 and source.dtype is x.dtype)
+    sure(x.ndim and step > 0 and x.offset == 0 and source.dtype is x.dtype)
     length = len(range(x.shape[d])[slice(start, end, step)])
     sure(source.shape == (*x.shape[:d], length, *x.shape[d + 1 :]))
     plain(x)
@@ -448,7 +400,7 @@ def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
 @rule(aten.select_scatter)
 def _select_scatter(x, source, dim, index):
     d = axis(dim, x.ndim)
-    sure(x.ndim and source.dtype is x.dtype and source.shape == x.shape[:d] + x.shape[d + 1 :])
+    sure(x.ndim and x.offset == 0 and source.dtype is x.dtype and source.shape == x.shape[:d] + x.shape[d + 1 :])
     sure(-x.shape[d] <= index < x.shape[d])
     plain(x)
     return like(x)

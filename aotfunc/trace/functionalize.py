@@ -135,7 +135,9 @@ class Functionalizer:
         view = self.env[ref]
         target: Sig = view.node.meta["val"] if view.node is not None else view.chain[-1][4]
         if any(s == 0 and n > 1 for s, n in zip(target.stride, target.shape, strict=True)):
-            raise CaptureError(f"a write to an expanded tensor: several elements share memory; clone() it first{at(line)}")
+            raise CaptureError(
+                f"a write to an expanded tensor: several elements share memory; clone() it first{at(line)}"
+            )
         new = self.fitted(new, target)
         storage = view.storage
         bases = [storage.node]

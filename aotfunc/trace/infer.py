@@ -146,7 +146,7 @@ def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
             sure(all(n > 1 for n in shape) or all(s.stride == stride for s in operands))
             return stride
     sure(all(n > 1 for n in shape) and operands[0].shape == shape)
-    sure(all(s.shape == shape and 0 not in s.stride or s.stride == contiguous_stride(s.shape) for s in operands))
+    sure(all((s.shape == shape and 0 not in s.stride) or s.stride == contiguous_stride(s.shape) for s in operands))
     return ordered_strides(shape, memory_order(shape, operands))
 
 
@@ -201,20 +201,14 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
 
 #: pointwise, but without the tag
 UNTAGGED = frozenset(
-    """
-    elu_backward hardtanh_backward leaky_relu_backward hardswish hardswish_backward hardsigmoid_backward softplus_backward
-    softshrink_backward hardshrink_backward mish_backward complex polar rsub
-    """.split()
+    ["elu_backward", "hardtanh_backward", "leaky_relu_backward", "hardswish", "hardswish_backward", "hardsigmoid_backward", "softplus_backward", "softshrink_backward", "hardshrink_backward", "mish_backward", "complex", "polar", "rsub"]
 )
 #: pointwise, but their meta kernels are compositions, which follow the rule for strides only where all operands are in natural order
 COMPOSED = frozenset(
-    """
-    masked_fill mvlgamma div floor_divide copysign xlogy special_xlog1py threshold_backward hardswish_backward
-    leaky_relu_backward logit_backward hardtanh_backward
-    """.split()
+    ["masked_fill", "mvlgamma", "div", "floor_divide", "copysign", "xlogy", "special_xlog1py", "threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"]
 )
 #: tagged, and yet left to others
-LEFT_OUT = frozenset("clone ldexp".split())
+LEFT_OUT = frozenset(["clone", "ldexp"])
 
 
 @cache
@@ -246,7 +240,8 @@ def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
 @cache
 def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
     """A tensor that asks a kernel for its result dtype: with dimensions and without elements, or a single number."""
-    return torch.empty(0, dtype=dtype, device="cpu") if dimensions else torch.ones((), dtype=dtype, device="cpu")
+    with torch._C._DisableTorchDispatch():  # an outer recording must not get hold of it
+        return torch.empty(0, dtype=dtype, device="cpu") if dimensions else torch.ones((), dtype=dtype, device="cpu")
 
 
 def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:

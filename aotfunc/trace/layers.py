@@ -211,6 +211,7 @@ def per_dim(values: Sequence[int], n: int) -> list[int]:
 @rule(aten.convolution)
 def _convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups):
     n = x.ndim - 2
+    plain(x, w)  # for other layouts the device's kernel decides the result's
     same_dtype(x, w, *([] if bias is None else [bias]))
     sure(n in (1, 2, 3) and w.ndim == x.ndim and groups > 0 and 0 not in x.shape and 0 not in w.shape)
     steps, pads, gaps, extra = (per_dim(v, n) for v in (stride, padding, dilation, output_padding))

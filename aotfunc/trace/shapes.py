@@ -35,7 +35,9 @@ class Sig:
         """A new meta tensor with this signature."""
         if not self.offset:
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-        return torch.empty(self.extent, dtype=self.dtype, device="meta").as_strided(self.shape, self.stride, self.offset)
+        return torch.empty(self.extent, dtype=self.dtype, device="meta").as_strided(
+            self.shape, self.stride, self.offset
+        )
 
     @property
     def extent(self) -> int:

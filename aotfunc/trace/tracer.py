@@ -128,16 +128,19 @@ class Traced(Tensor):
     # ----- what has no answer ----------------------------------------------------------------------------------------
 
     def numpy(self, *, force: bool = False) -> Any:
-        return _live(self).numpy(force=True)
+        with quiet():
+            return _live(self).numpy(force=True)
 
     def tolist(self) -> Any:
-        return _live(self).tolist()
+        with quiet():
+            return _live(self).tolist()
 
     def data_ptr(self) -> int:
         raise CaptureError(f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}")
 
     def __array__(self, dtype: Any = None) -> Any:
-        return _live(self).__array__(dtype) if dtype is not None else _live(self).__array__()
+        with quiet():
+            return _live(self).__array__(dtype) if dtype is not None else _live(self).__array__()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"traced({self.sig}, %{self.ref})" if hasattr(self, "sig") else "traced()"
@@ -145,7 +148,10 @@ class Traced(Tensor):
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return repr(self) if not self.tracer.concrete_inputs else format(_live(self), spec)
+        if not self.tracer.concrete_inputs:
+            return repr(self)
+        with quiet():
+            return format(_live(self), spec)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return self.clone()
@@ -357,7 +363,9 @@ class Trace(TorchDispatchMode):
         except Exception:
             from torch.utils._pytree import tree_map_only
 
-            args, kwargs = tree_map_only(Tensor, lambda t: self.value(t, f"the shape of {func}'s result"), (args, kwargs))
+            args, kwargs = tree_map_only(
+                Tensor, lambda t: self.value(t, f"the shape of {func}'s result"), (args, kwargs)
+            )
             with torch._C._DisableTorchDispatch(), torch.no_grad():
                 return shapes.signatures(func(*args, **kwargs))
 
@@ -394,7 +402,9 @@ class Trace(TorchDispatchMode):
 
     def _refresh(self, t: Traced, sig: Sig) -> None:
         """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
-        fresh = _wrapper(Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device)
+        fresh = _wrapper(
+            Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device
+        )
         with quiet():
             Tensor.data.__set__(t, fresh)  # type: ignore[attr-defined]
         t.sig = sig
@@ -594,8 +604,14 @@ def storage_id(t: Tensor) -> Any:
 def check_kind(t: Tensor) -> None:
     """Refuse the tensors that a recording cannot stand for."""
     if t.layout is not torch.strided or t.is_quantized:
-        raise CaptureError(f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}")
-    if type(t) not in _KINDS and hasattr(type(t), "__torch_dispatch__") and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise CaptureError(
+            f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"
+        )
+    if (
+        type(t) not in _KINDS
+        and hasattr(type(t), "__torch_dispatch__")
+        and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
         raise CaptureError(f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}")
 
 

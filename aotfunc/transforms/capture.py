@@ -145,7 +145,9 @@ def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
             found += [f"{name}{labels[k - span.start]}" for k in tensors]
         start = args.spans[-1].stop if args.spans else 0
         labels = leaf_labels(args.kw_spec) if args.kw_spec is not None else []
-        found += [labels[k - start].lstrip("_") for k in range(start, len(args.leaves)) if isinstance(args.leaves[k], Tensor)]
+        found += [
+            labels[k - start].lstrip("_") for k in range(start, len(args.leaves)) if isinstance(args.leaves[k], Tensor)
+        ]
         return found
 
     return names

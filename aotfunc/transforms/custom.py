@@ -99,11 +99,15 @@ class CustomDerivative:
         diff = [v for v in self.vals if v.differentiable]
         part = self.backward_part((True,) * len(diff))
         dummies = [
-            b.make("call_function", aten.empty.memory_format, (list(v.shape),), {"dtype": v.dtype, "device": v.device}, v)
+            b.make(
+                "call_function", aten.empty.memory_format, (list(v.shape),), {"dtype": v.dtype, "device": v.device}, v
+            )
             for v in diff
         ]
         grads = spliced(b, part, dummies, residuals)
-        pairs = [(gr, tangents[x]) for gr, x in zip(grads, inputs, strict=True) if isinstance(gr, Node) and x in tangents]
+        pairs = [
+            (gr, tangents[x]) for gr, x in zip(grads, inputs, strict=True) if isinstance(gr, Node) and x in tangents
+        ]
         back = iter(reverse(b, [p[0] for p in pairs], [p[1] for p in pairs], dummies))
         return [next(back) if v.differentiable else None for v in self.vals]
 
@@ -392,7 +396,9 @@ def custom_batching(cls: Any, args: Any) -> Callable:
             outs, out_dims = cls.vmap(info, tuple(dims), *full)
             pairs = [(outs, out_dims)] if isinstance(outs, Tensor) else zip(outs, out_dims, strict=True)
             return [
-                o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape) for o, d in pairs if isinstance(o, Tensor)
+                o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape)
+                for o, d in pairs
+                if isinstance(o, Tensor)
             ]
 
         outs = traced(body)(walk.b, *[walk.env[x] for x in inputs])

@@ -34,7 +34,9 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
         b.meta = carried(n)
         body = table.get(n.target) if depth < 20 else None
         if body is None:
-            env[n] = b.node(n.target, remap(n.args, env), {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"])
+            env[n] = b.node(
+                n.target, remap(n.args, env), {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"]
+            )
             continue
         names = [a.name for a in n.target._schema.arguments]
         keywords = {a.name for a in n.target._schema.arguments if a.kwarg_only}
@@ -64,5 +66,3 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
         else:
             copy(b, inner.graph.nodes, sub, table, depth + 1)
         env[n] = remap(outs, sub)
-
-

@@ -75,7 +75,11 @@ def reverse_rule(op: OpOverload) -> Callable:
                 return [None] * len(needs)
             keys = list(leaves)
             grads = original_grad()(
-                [o for o, _ in pairs], [leaves[k] for k in keys], [x for _, x in pairs], allow_unused=True, create_graph=True
+                [o for o, _ in pairs],
+                [leaves[k] for k in keys],
+                [x for _, x in pairs],
+                allow_unused=True,
+                create_graph=True,
             )
         except (RuntimeError, NotImplementedError) as e:
             raise NoFormula(str(e).split("\n")[0]) from e

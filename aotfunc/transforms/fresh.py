@@ -45,9 +45,7 @@ def fresh(program: Program, own: Sequence[int]) -> Program:
 def storage_root(n: Node) -> Node:
     """The node whose memory ``n`` shows."""
     while n.op == "call_function":
-        if isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None:
-            n = n.args[0]  # type: ignore[assignment]
-        elif n.target is aten.expand.default:
+        if (isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None) or n.target is aten.expand.default:
             n = n.args[0]  # type: ignore[assignment]
         else:
             break

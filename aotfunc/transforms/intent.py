@@ -45,7 +45,9 @@ def install() -> None:
     @functools.wraps(enter)
     def refuse(self: Any) -> Any:
         if recorded() is not None:
-            raise CaptureError(f"saved_tensors_hooks inside a captured function are not supported{at(debug.user_line())}")
+            raise CaptureError(
+                f"saved_tensors_hooks inside a captured function are not supported{at(debug.user_line())}"
+            )
         return enter(self)
 
     torch.autograd.graph.saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]
@@ -118,7 +120,9 @@ def manual_seed(seed: int) -> Any:
     """Seeding inside a function that is run again each time is done right away; a function compiled once would do it once."""
     trace = current()
     if trace is not None and not trace.may_ask_constants:
-        raise CaptureError(f"torch.manual_seed inside a compiled function would run only once{at(debug.user_line())}; seed outside")
+        raise CaptureError(
+            f"torch.manual_seed inside a compiled function would run only once{at(debug.user_line())}; seed outside"
+        )
     return ORIGINALS["seed"](seed)
 
 
@@ -144,11 +148,25 @@ def autograd_grad(
     ins = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if keys is not None else inputs)
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
         return ORIGINALS["grad"](
-            outputs, inputs, grad_outputs, retain_graph, create_graph, only_inputs, allow_unused, is_grads_batched, materialize_grads
+            outputs,
+            inputs,
+            grad_outputs,
+            retain_graph,
+            create_graph,
+            only_inputs,
+            allow_unused,
+            is_grads_batched,
+            materialize_grads,
         )
     if is_grads_batched:
         raise CaptureError(f"autograd.grad(is_grads_batched=True) is not captured; use vmap{at(debug.user_line())}")
-    gs = [None] * len(outs) if grad_outputs is None else [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
+    gs = (
+        [None] * len(outs)
+        if grad_outputs is None
+        else [grad_outputs]
+        if isinstance(grad_outputs, Tensor)
+        else list(grad_outputs)
+    )
     for o, g in zip(outs, gs, strict=True):
         if g is None and o.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
@@ -160,14 +178,20 @@ def autograd_grad(
         sigs = [trace.ref_of(x)[1] for x in wanted]
         step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph))
         found = list(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
-    results = [found.pop(0) if yes else torch.zeros_like(x) if materialize_grads else None for x, yes in zip(ins, used, strict=True)]
+    results = [
+        found.pop(0) if yes else torch.zeros_like(x) if materialize_grads else None
+        for x, yes in zip(ins, used, strict=True)
+    ]
     return dict(zip(keys, results, strict=True)) if keys is not None else tuple(results)
 
 
 def reaches(trace: Trace, x: Tensor, outs: list[Tensor]) -> bool:
     """Whether an output was computed from ``x``."""
     kept, trace.leaves = trace.leaves, {trace.ref_of(x)[0]: True}
-    lifted, trace.lifted = trace.lifted, [t.detach() if t.__class__ is not Traced and t.requires_grad else t for t in trace.lifted]
+    lifted, trace.lifted = (
+        trace.lifted,
+        [t.detach() if t.__class__ is not Traced and t.requires_grad else t for t in trace.lifted],
+    )
     try:
         return any(isinstance(o, Traced) and o.tracer is trace and trace.requires_grad(o) for o in outs)
     finally:
@@ -205,6 +229,7 @@ def autograd_backward(
 
 
 # ----- checkpoints and hooks -----------------------------------------------------------------------------------------
+
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be computed again in the backward."""

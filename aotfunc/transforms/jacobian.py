@@ -132,4 +132,6 @@ def reshaped(b: Builder, x: Node, shape: Sequence[int]) -> Node:
     try:
         return b.call(aten.view.default, x, list(shape))
     except RuntimeError:
-        return b.call(aten.view.default, b.call(aten.clone.default, x, memory_format=torch.contiguous_format), list(shape))
+        return b.call(
+            aten.view.default, b.call(aten.clone.default, x, memory_format=torch.contiguous_format), list(shape)
+        )

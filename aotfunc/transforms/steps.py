@@ -225,7 +225,10 @@ class GradStep(Step):
         outputs = [f.read(r) for r in refs[:n]]
         cotangents = iter([f.read(r) for r in refs[n : n + m]])
         inputs = [f.read(r) for r in refs[n + m :]]
-        seeds = [next(cotangents) if yes else number(f.b, 1, o.meta["val"]) for o, yes in zip(outputs, self.given, strict=True)]
+        seeds = [
+            next(cotangents) if yes else number(f.b, 1, o.meta["val"])
+            for o, yes in zip(outputs, self.given, strict=True)
+        ]
         grads = reverse(f.b, outputs, seeds, inputs)
         if any(g is None for g in grads):
             raise CaptureError(

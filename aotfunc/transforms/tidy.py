@@ -91,7 +91,12 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         # a filled tensor is a number
         for tensor, other in ((x, y), (y, x)):
             n = number(tensor)
-            if n is not None and n.__class__ is not complex and same(other, val) and tensor.meta["val"].dtype is val.dtype:
+            if (
+                n is not None
+                and n.__class__ is not complex
+                and same(other, val)
+                and tensor.meta["val"].dtype is val.dtype
+            ):
                 return b.call(aten.mul.Tensor, other, n)
     return None
 
@@ -262,7 +267,12 @@ def _slice(b: Builder, val: Sig, x: Any, *_: Any) -> Any:
 def _overwritten(b: Builder, val: Sig, x: Any, source: Any, *place: Any, **named: Any) -> Any:
     """Of two writes to the same place the last one counts."""
     for op in (aten.select_scatter.default, aten.slice_scatter.default):
-        if is_call(x, op) and x.args[2:] == place and dict(x.kwargs) == named and x.args[1].meta["val"].shape == source.meta["val"].shape:
+        if (
+            is_call(x, op)
+            and x.args[2:] == place
+            and dict(x.kwargs) == named
+            and x.args[1].meta["val"].shape == source.meta["val"].shape
+        ):
             return b.call(op, x.args[0], source, *place, **named)
     return None
 

@@ -81,8 +81,12 @@ class Regions:
 
     def copy(self, m: Node, region: Any, env: dict[Node, Any]) -> Any:
         self.b.meta = {**{k: m.meta[k] for k in ("line",) if k in m.meta}, "region": ("again", region)}
-        swap = lambda a: [swap(x) for x in a] if isinstance(a, list | tuple) else env.get(a, a) if isinstance(a, Node) else a  # noqa: E731
-        return self.b.node(m.target, tuple(swap(a) for a in m.args), {k: swap(v) for k, v in m.kwargs.items()}, m.meta["val"])
+        swap = lambda a: (
+            [swap(x) for x in a] if isinstance(a, list | tuple) else env.get(a, a) if isinstance(a, Node) else a
+        )
+        return self.b.node(
+            m.target, tuple(swap(a) for a in m.args), {k: swap(v) for k, v in m.kwargs.items()}, m.meta["val"]
+        )
 
 
 def plain(n: Node) -> bool:
@@ -194,7 +198,9 @@ def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Except
     outs = traced(body)(b, *args)
     flat_outs, flat_g = (list(outs), g) if isinstance(outs, list) else ([outs], [g])
     tensors = [args[i] for i in tensor_args(op)]
-    wrt = [x for a, need in zip(tensors, needs, strict=True) if need for x in (a if isinstance(a, list | tuple) else [a])]
+    wrt = [
+        x for a, need in zip(tensors, needs, strict=True) if need for x in (a if isinstance(a, list | tuple) else [a])
+    ]
     grads = dict(zip(wrt, reverse(b, flat_outs, flat_g, wrt), strict=True))
     return [[grads.get(x) for x in a] if isinstance(a, list | tuple) else grads.get(a) for a in tensors]
 

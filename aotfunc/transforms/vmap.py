@@ -48,9 +48,7 @@ class Batch:
             if n.op != "call_function":
                 continue
             b.meta = carried(n)
-            if any(self.batched.get(i) for i in n._input_nodes):
-                self.env[n], self.batched[n] = self.batch(n)
-            elif draws(n) and self.once_each(n):
+            if any(self.batched.get(i) for i in n._input_nodes) or (draws(n) and self.once_each(n)):
                 self.env[n], self.batched[n] = self.batch(n)
             else:
                 self.env[n] = b.node(n.target, remap(n.args, self.env), remap_dict(n.kwargs, self.env), n.meta["val"])
@@ -167,7 +165,9 @@ class Batch:
         """The last resort, visible in the graph: one call per sample, stacked."""
         op = n.target
         if self.strict:
-            raise RuleError(f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(n.meta.get('line'))}")
+            raise RuleError(
+                f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(n.meta.get('line'))}"
+            )
         where = tensor_args(op)
 
         def at_sample(a: Any, yes: Any, k: int) -> Any:

@@ -79,6 +79,8 @@ def close(got, want, what: str) -> None:
             tolerance = {"rtol": 0, "atol": 0}
         a, e = a.detach().resolve_conj().resolve_neg(), e.detach().resolve_conj().resolve_neg()
         ok = torch.isclose(a, e, equal_nan=True, **tolerance)
+        if what != "output":
+            ok |= e.isnan()  # an indeterminate form of eager's formula; another formula may well be finite there
         if not ok.all():
             worst = (a - e)[~ok].abs().max().item() if e.dtype != torch.bool else 1
             raise AssertionError(f"{what}[{i}]: {int((~ok).sum())} of {ok.numel()} wrong, by up to {worst:.3g}")
@@ -225,9 +227,9 @@ def check_vmap(call: Call, variant: int) -> None:
     run = lambda *ts: call.rebuilt(list(ts[:n]), list(ts[n:]))
 
     def loop():
-        unmapped = [(t, t._version) for t, m in zip(args, mapped) if not m]
+        unmapped = [(t, t.clone()) for t, m in zip(args, mapped) if not m]
         rows = [run(*[t.select(at, i).clone() if m else t for t, m in zip(args, mapped)]) for i in range(2)]
-        if any(t._version != version for t, version in unmapped):
+        if not all(torch.equal(t, before) for t, before in unmapped if not t.isnan().any()):
             raise NoReference("writes to an unmapped argument")
         return [torch.stack(list(column)) for column in zip(*rows)]
 

@@ -1,4 +1,4 @@
-"""The whole op table in worker processes: python -m tests.ops.sweep [PATTERN …] [--jobs 2] [--write] [--update].
+"""The whole op table in worker processes: python -m tests.ops.sweep [PATTERN …] [--jobs 2] [--part I/N] [--write] [--update].
 
 Prints what fails and a summary, compares with known_failures.txt (a new failure or a listed one that passes ends with
 status 1). --update rewrites the list from this run, --write puts the summary into docs/ops.md.
@@ -95,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th op")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, interleaved (default 1/1)")
     parser.add_argument("--update", action="store_true", help="rewrite known_failures.txt from this run")
     parser.add_argument("--write", action="store_true", help="write the summary to docs/ops.md")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -109,7 +109,8 @@ def main() -> int:
     from tests.ops import table
 
     names = [n for n in table.OPS if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)]
-    names = names[:: options.every]
+    part, parts = map(int, options.part.split("/"))
+    names = names[part - 1 :: parts]
     began = time.time()
     results = sweep(names, options.jobs)
     known = {k: why for k, why in table.known().items() if k[0] in set(names)}

@@ -108,7 +108,9 @@ def adapt(rule: Formula, leading: int) -> Formula:
 # ----- the verbs ------------------------------------------------------------------------------------------------------
 
 
-def vjp_of(*ops: OpOverload | OpOverloadPacket, diff_outputs: tuple[int, ...] | None = None) -> Callable[[Formula], Formula]:
+def vjp_of(
+    *ops: OpOverload | OpOverloadPacket, diff_outputs: tuple[int, ...] | None = None
+) -> Callable[[Formula], Formula]:
     """Decorator: this function is the reverse rule ``(g, out, *args) -> cotangents`` of ``ops``.
 
     ``diff_outputs`` lists the outputs that carry a derivative, where it is not all floating ones.
