@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -33,24 +34,70 @@ class Fakes:
     """FakeTensors of one mode, one for each signature; they are shared and must not be changed."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode: Any = None
         self.made: dict[Sig, Tensor] = {}
 
     def of(self, val: Any) -> Any:
         if val.__class__ is not Sig:
-            return tuple(self.of(v) for v in val) if isinstance(val, tuple) else val
+            return tuple([self.of(v) for v in val]) if val.__class__ is tuple else val
         fake = self.made.get(val)
         if fake is None:
+            if self.mode is None:
+                self.mode = FakeTensorMode(allow_non_fake_inputs=True)
             with self.mode:
                 if val.offset:
-                    fake = torch.empty(
-                        val.proto.untyped_storage().nbytes() // val.dtype.itemsize, dtype=val.dtype, device=val.device
-                    )
-                    fake = fake.as_strided(val.shape, val.stride, val.offset)
+                    whole = torch.empty(val.extent, dtype=val.dtype, device=val.device)
+                    fake = whole.as_strided(val.shape, val.stride, val.offset)
                 else:
                     fake = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device=val.device)
             self.made[val] = fake
         return fake
+
+
+class Meta(dict):
+    """A node's metadata whose FakeTensors are made when somebody looks: making a FakeTensorMode imports Dynamo, which takes seconds."""
+
+    fakes: Fakes
+
+    def __getitem__(self, key: str) -> Any:
+        value = dict.__getitem__(self, key)
+        if key == "val" and value.__class__ in (Sig, tuple):
+            value = self.fakes.of(value)
+            dict.__setitem__(self, key, value)
+        return value
+
+    def __iter__(self) -> Any:  # also keeps `{**meta}` from copying past __getitem__
+        return iter(list(dict.keys(self)))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if key in self:
+            self[key]
+        return dict.pop(self, key, *default)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def values(self) -> Any:
+        return [self[k] for k in self]
+
+    def items(self) -> Any:
+        return [(k, self[k]) for k in self]
+
+    def copy(self) -> dict:
+        return dict(self.items())
+
+    __copy__ = copy
+
+    def __reduce__(self) -> Any:
+        return (dict, (self.copy(),))
+
+    def __deepcopy__(self, memo: dict) -> dict:
+        return copy.deepcopy(self.copy(), memo)
 
 
 def graph_module(
@@ -83,8 +130,8 @@ def graph_module(
         tree = tuple(results) if outputs is None else outputs(b, inputs, results)
         graph = b.finish_tree(tree)
         for n in graph.nodes:
-            if "val" in n.meta:
-                n.meta["val"] = fakes.of(n.meta["val"])
+            n.meta = meta = Meta(n.meta)
+            meta.fakes = fakes
             if isinstance(line := n.meta.get("line"), Line):
                 n.meta["stack_trace"] = f'  File "{line.code.co_filename}", line {line.number}, in {line.code.co_name}'
                 n.meta["line"] = str(line)

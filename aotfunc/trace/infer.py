@@ -1,11 +1,12 @@
 """Our own answers to what an op returns: shape rules for the common families, so that no meta kernel has to run.
 
-PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a fresh process; a rule here is a few
-lines and imports nothing. A rule takes the op's arguments with signatures in place of tensors, and answers exactly what the
-meta kernel would; whatever it is not sure of it declines (:class:`Unsure`), invalid arguments too, and the meta kernel decides.
+PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a fresh process; a rule
+here is a few lines and imports nothing. A rule takes the op's arguments with signatures in place of tensors and answers
+exactly what the meta kernel would. What it is not sure of, invalid arguments included, it declines (:class:`Unsure`),
+and the meta kernel decides. Views, copies and factories have no rules: their meta kernels are C++, exact and quick.
 
-Pointwise ops need no rule each. Their result dtype is asked of the kernel itself, run on tensors without elements; shape
-and strides follow TensorIterator's rules.
+Pointwise ops need no rule each. Their result dtype is asked of the kernel itself, run on tensors without elements;
+shape and strides follow TensorIterator's rules.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .shapes import Facts, Sig, contiguous_stride, fill, make_sig
 
 aten = torch.ops.aten
 
-#: op -> rule(*args, **kwargs), called with signatures for tensors; returns a signature or a tuple of them (None: no tensor)
+#: op -> rule(*args, **kwargs): called with signatures for tensors, returns signatures (None where there is no tensor)
 RULES: dict[OpOverload, Callable] = {}
 
 
@@ -117,7 +118,7 @@ def formatted(shape: tuple, memory_format: torch.memory_format) -> tuple:
 
 
 def in_order(sig: Sig, order: Sequence[int]) -> bool:
-    """Whether the elements lie densely with the dimensions in this order (strides of single-element dimensions are moot)."""
+    """Whether the elements lie densely with the dimensions in this order (strides of size-1 dimensions are moot)."""
     step = 1
     for d in reversed(order):
         n = sig.shape[d]
@@ -200,21 +201,24 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
 # ----- pointwise ops --------------------------------------------------------------------------------------------------
 
 #: pointwise, but without the tag
-UNTAGGED = frozenset(
-    ["elu_backward", "hardtanh_backward", "leaky_relu_backward", "hardswish", "hardswish_backward", "hardsigmoid_backward", "softplus_backward", "softshrink_backward", "hardshrink_backward", "mish_backward", "complex", "polar", "rsub"]
-)
-#: pointwise, but their meta kernels are compositions, which follow the rule for strides only where all operands are in natural order
-COMPOSED = frozenset(
-    ["masked_fill", "mvlgamma", "div", "floor_divide", "copysign", "xlogy", "special_xlog1py", "threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"]
-)
+UNTAGGED = {
+    *("elu_backward", "hardtanh_backward", "leaky_relu_backward", "hardsigmoid_backward", "hardswish_backward"),
+    *("softplus_backward", "softshrink_backward", "hardshrink_backward", "mish_backward"),
+    *("hardswish", "complex", "polar", "rsub"),
+}
+#: pointwise, but composed of others on meta, and with strides by the rule only if all operands are in natural order
+COMPOSED = {
+    *("masked_fill", "mvlgamma", "div", "floor_divide", "rsub", "copysign", "xlogy", "special_xlog1py"),
+    *("threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"),
+}
 #: tagged, and yet left to others
-LEFT_OUT = frozenset(["clone", "ldexp"])
+LEFT_OUT = {"clone", "ldexp"}
 
 
 @cache
 def rule_for(op: OpOverload) -> Callable | None:
     """The written rule, or the common one of pointwise ops; for an op in place that of its functional twin."""
-    from . import families, layers  # noqa: F401  (their rules register themselves)
+    from . import families, layers, lookups  # noqa: F401  (their rules register themselves)
 
     if op in RULES:
         return RULES[op]
@@ -240,7 +244,7 @@ def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
 @cache
 def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
     """A tensor that asks a kernel for its result dtype: with dimensions and without elements, or a single number."""
-    with torch._C._DisableTorchDispatch():  # an outer recording must not get hold of it
+    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():  # nobody outside must get hold of it
         return torch.empty(0, dtype=dtype, device="cpu") if dimensions else torch.ones((), dtype=dtype, device="cpu")
 
 

@@ -45,8 +45,9 @@ def _log_sigmoid(x):
 
 @rule(aten.log_sigmoid_backward)
 def _log_sigmoid_backward(g, x, buffer):
-    sure(g.dtype is x.dtype and x.dtype.is_floating_point and g.shape == x.shape)
-    plain(g, x)
+    same_dtype(g, x, buffer)
+    sure(x.dtype.is_floating_point and g.shape == x.shape == buffer.shape)
+    plain(g, x, buffer)
     return like(x)
 
 
@@ -55,7 +56,7 @@ MEAN = 1  # the reductions of losses: none, mean, sum
 
 @rule(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
 def _loss(x, target, reduction=MEAN, parameter=1.0):
-    sure(x.dtype is target.dtype and x.dtype.is_floating_point and parameter > 0)
+    sure(x.dtype is target.dtype and x.dtype.is_floating_point and parameter > 0 and reduction in (0, 1, 2))
     shape = broadcast(x.shape, target.shape)
     return new(x, (), stride=()) if reduction else new(x, shape, stride=result_strides(shape, (x, target)))
 
@@ -69,7 +70,8 @@ def _loss_backward(g, x, target, reduction, *parameter):
 
 @rule(aten.binary_cross_entropy)
 def _bce(x, target, weight=None, reduction=MEAN):
-    sure(x.shape == target.shape and x.dtype is target.dtype and x.dtype.is_floating_point and weight is None)
+    sure(x.shape == target.shape and x.dtype is target.dtype and x.dtype.is_floating_point)
+    sure(weight is None and reduction in (0, 1, 2))
     plain(x, target)
     return new(x, () if reduction else x.shape)
 
@@ -82,7 +84,7 @@ def _bce_backward(g, x, target, weight=None, reduction=MEAN):
 
 @rule(aten.nll_loss_forward)
 def _nll_loss(x, target, weight, reduction, ignore_index):
-    sure(x.dtype.is_floating_point and x.ndim in (1, 2) and target.ndim == x.ndim - 1 and target.dtype is torch.int64)
+    sure(x.dtype.is_floating_point and x.ndim in (1, 2) and target.dtype is torch.int64 and reduction in (0, 1, 2))
     sure(
         target.shape == x.shape[:-1] and (weight is None or (weight.dtype is x.dtype and weight.shape == x.shape[-1:]))
     )
@@ -92,7 +94,8 @@ def _nll_loss(x, target, weight, reduction, ignore_index):
 @rule(aten.nll_loss_backward)
 def _nll_loss_backward(g, x, target, weight, reduction, ignore_index, total_weight):
     _nll_loss(x, target, weight, reduction, ignore_index)
-    sure(g.dtype is x.dtype and total_weight.shape == () and g.shape == (target.shape if reduction == 0 else ()))
+    same_dtype(g, x, total_weight)
+    sure(total_weight.shape == () and g.shape == (target.shape if reduction == 0 else ()))
     plain(x)
     return like(x)
 
@@ -131,7 +134,7 @@ def _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask):
     k = len(shape)
     sure(g.shape == x.shape and 0 < k <= x.ndim and x.shape[-k:] == tuple(shape) and 0 not in x.shape)
     sure(all(p is None or p.shape == tuple(shape) for p in (weight, bias)))
-    sure(all(m.shape[: x.ndim - k] == x.shape[:-k] and m.ndim == x.ndim for m in (mean, rstd)))
+    sure(all(m.shape == (*x.shape[:-k], *[1] * k) for m in (mean, rstd)))
     sure(all(s is None or (s.dtype is x.dtype and s.dtype.is_floating_point) for s in (g, mean, rstd, weight, bias)))
     plain(g, x, mean, rstd, weight, bias)
     return (
@@ -151,7 +154,8 @@ def _group_norm(x, weight, bias, n, c, hw, group, eps):
 @rule(aten.native_group_norm_backward)
 def _group_norm_backward(g, x, mean, rstd, weight, n, c, hw, group, mask):
     _group_norm_fits(x, weight, None, n, c, hw, group)
-    sure(g.shape == x.shape and g.dtype is x.dtype and mean.shape == rstd.shape == (n, group))
+    same_dtype(g, x, mean, rstd)
+    sure(g.shape == x.shape and mean.shape == rstd.shape == (n, group))
     plain(g, mean, rstd)
     return like(x) if mask[0] else None, new(x, (c,)) if mask[1] else None, new(x, (c,)) if mask[2] else None
 
@@ -196,7 +200,8 @@ def _batch_norm_backward(g, x, weight, mean, var, save_mean, save_rstd, train, e
     _batch_norm_fits(x, weight, *saved)
     sure(g.shape == x.shape and g.dtype is x.dtype and None not in saved)
     plain(g)
-    return like(x) if mask[0] else None, *[new(x, x.shape[1:2]) if m else None for m in mask[1:]]
+    sure(len(mask) == 3)
+    return like(x), *[new(x, x.shape[1:2]) if m else None for m in mask[1:]]
 
 
 # ----- windows --------------------------------------------------------------------------------------------------------
@@ -235,8 +240,7 @@ def _convolution(x, w, bias, stride, padding, dilation, transposed, output_paddi
 @rule(aten.convolution_backward)
 def _convolution_backward(g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask):
     out = _convolution(x, w, None, stride, padding, dilation, transposed, output_padding, groups)
-    sure(g.shape == out.shape and g.dtype is x.dtype)
-    plain(x, w)
+    sure(g.shape == out.shape and g.dtype is x.dtype and len(mask) == 3)
     return (
         new(x, x.shape) if mask[0] else None,
         new(w, w.shape) if mask[1] else None,
@@ -277,13 +281,14 @@ def _max_pool2d_backward(g, x, kernel, stride, padding, dilation, ceil_mode, ind
 
 @rule(aten.avg_pool2d)
 def _avg_pool2d(x, kernel, stride=(), padding=(0,), ceil_mode=False, count_include_pad=True, divisor=None):
-    sure(divisor != 0)
+    sure(divisor != 0 and x.dtype.is_floating_point)
     return new(x, pooled(x, kernel, stride, padding, (1,), ceil_mode))
 
 
 @rule(aten.avg_pool2d_backward)
 def _avg_pool2d_backward(g, x, kernel, stride, padding, ceil_mode, count_include_pad, divisor):
-    sure(g.shape == pooled(x, kernel, stride, padding, (1,), ceil_mode) and g.dtype is x.dtype and divisor != 0)
+    sure(g.shape == pooled(x, kernel, stride, padding, (1,), ceil_mode) and g.dtype is x.dtype)
+    sure(x.dtype.is_floating_point and divisor != 0)
     return new(x, x.shape)
 
 

@@ -414,6 +414,16 @@ def test_custom_op_without_rules_is_an_error_that_names_it():
         grad(lambda x: no_rules(x).sum())(r(3))
 
 
+def test_an_op_without_a_meta_kernel_is_captured_or_named():
+    x = r(3)
+    try:
+        gm = make_fx(lambda x: no_rules(x) + 1)(x)
+    except (AotfuncError, NotImplementedError) as error:
+        assert "no_rules" in str(error)
+    else:
+        assert_same(gm(x), x * 2 + 1)
+
+
 @torch.library.custom_op("aotfunc_tests::add_one_", mutates_args=("x",))
 def add_one_(x: torch.Tensor) -> None:
     x.add_(1)

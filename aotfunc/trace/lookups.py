@@ -1,0 +1,156 @@
+"""Shape rules of joining and looking up: cat, gather, embedding, indexing, scatters, sorting. See :mod:`.infer`."""
+
+from __future__ import annotations
+
+import torch
+
+from .families import like, same_dtype
+from .infer import axis, broadcast, new, plain, rule, sure
+from .shapes import Sig
+
+aten = torch.ops.aten
+
+
+@rule(aten.cat)
+def _cat(tensors, dim=0):
+    sure(tensors)
+    same_dtype(*tensors)
+    first = tensors[0]
+    d = axis(dim, first.ndim)
+    sure(first.ndim and all(t.shape[:d] + t.shape[d + 1 :] == first.shape[:d] + first.shape[d + 1 :] for t in tensors))
+    sure(all(t.ndim == first.ndim for t in tensors) and not (first.ndim == 1 and any(t.shape == (0,) for t in tensors)))
+    if first.ndim > 3:
+        plain(*tensors)
+    return new(first, (*first.shape[:d], sum(t.shape[d] for t in tensors), *first.shape[d + 1 :]))
+
+
+@rule(aten.stack)
+def _stack(tensors, dim=0):
+    sure(tensors)
+    same_dtype(*tensors)
+    plain(*tensors)
+    shape = tensors[0].shape
+    d = axis(dim, len(shape) + 1)
+    sure(all(t.shape == shape for t in tensors))
+    return new(tensors[0], (*shape[:d], len(tensors), *shape[d:]))
+
+
+@rule(aten.gather)
+def _gather(x, dim, index, *, sparse_grad=False):
+    d = axis(dim, x.ndim)
+    sure(index.dtype is torch.int64 and index.ndim == x.ndim > 0 and not sparse_grad)
+    sure(all(i == d or n <= m for i, (n, m) in enumerate(zip(index.shape, x.shape, strict=True))))
+    return new(x, index.shape)
+
+
+@rule(aten.index_select)
+def _index_select(x, dim, index):
+    d = axis(dim, x.ndim)
+    sure(x.ndim and index.ndim == 1 and index.dtype in (torch.int32, torch.int64))
+    return new(x, (*x.shape[:d], index.shape[0], *x.shape[d + 1 :]))
+
+
+@rule(aten.embedding)
+def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    sure(weight.ndim == 2 and indices.dtype in (torch.int32, torch.int64))
+    plain(weight)
+    return new(weight, (*indices.shape, weight.shape[1]))
+
+
+@rule(aten.embedding_dense_backward)
+def _embedding_backward(g, indices, num_weights, padding_idx, scale_grad_by_freq):
+    sure(indices.dtype in (torch.int32, torch.int64) and g.ndim == indices.ndim + 1 and g.shape[:-1] == indices.shape)
+    return new(g, (num_weights, g.shape[-1]))
+
+
+@rule(aten.index.Tensor)
+def _index(x, indices):
+    sure(indices and len(indices) <= x.ndim and 0 not in x.shape)
+    given = [i for i, t in enumerate(indices) if t is not None]
+    sure(given and all(indices[i].dtype in (torch.int32, torch.int64) for i in given))
+    sure(given[-1] - given[0] == len(given) - 1)
+    plain(x)
+    found = broadcast(*[indices[i].shape for i in given])
+    before, after = x.shape[: given[0]], x.shape[given[-1] + 1 :]
+    return new(x, (*before, *found, *after))
+
+
+@rule(aten.slice_backward)
+def _slice_backward(g, sizes, dim, start, end, step):
+    axis(dim, len(sizes))
+    sure(step > 0)
+    return new(g, sizes)
+
+
+@rule(aten.select_backward)
+def _select_backward(g, sizes, dim, index):
+    axis(dim, len(sizes))
+    return new(g, sizes)
+
+
+@rule(aten.scatter.src, aten.scatter_add, aten.scatter.value)
+def _scatter(x, dim, index, source):
+    d = axis(dim, x.ndim)
+    sure(index.dtype is torch.int64 and index.ndim == x.ndim > 0)
+    sure(all(i == d or n <= m for i, (n, m) in enumerate(zip(index.shape, x.shape, strict=True))))
+    if source.__class__ is Sig:
+        sure(source.dtype is x.dtype and source.ndim == x.ndim)
+        sure(all(n <= m for n, m in zip(index.shape, source.shape, strict=True)))
+    plain(x)
+    return like(x)
+
+
+@rule(aten.index_put)
+def _index_put(x, indices, values, accumulate=False):
+    sure(values.dtype is x.dtype and broadcast(values.shape, _index(x, indices).shape) == _index(x, indices).shape)
+    return like(x)
+
+
+@rule(aten.index_add, aten.index_copy)
+def _index_add(x, dim, index, source, *, alpha=1):
+    sure(source.shape == _index_select(x, dim, index).shape and source.dtype is x.dtype and index.dtype is torch.int64)
+    sure(alpha.__class__ is int)
+    plain(x)
+    return like(x)
+
+
+@rule(aten.slice_scatter)
+def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
+    d = axis(dim, x.ndim)
+    sure(x.ndim and step > 0 and x.offset == 0 and source.dtype is x.dtype)
+    length = len(range(x.shape[d])[slice(start, end, step)])
+    sure(source.shape == (*x.shape[:d], length, *x.shape[d + 1 :]))
+    plain(x)
+    return like(x)
+
+
+@rule(aten.select_scatter)
+def _select_scatter(x, source, dim, index):
+    d = axis(dim, x.ndim)
+    sure(x.ndim and x.offset == 0 and source.dtype is x.dtype and source.shape == x.shape[:d] + x.shape[d + 1 :])
+    sure(-x.shape[d] <= index < x.shape[d])
+    plain(x)
+    return like(x)
+
+
+@rule(aten.sort, aten.sort.stable)
+def _sort(x, dim=-1, descending=False, *, stable=None):
+    axis(dim, x.ndim)
+    sure(not x.dtype.is_complex)
+    plain(x)
+    return like(x), like(x, torch.int64)
+
+
+@rule(aten.topk)
+def _topk(x, k, dim=-1, largest=True, sorted=True):
+    d = axis(dim, x.ndim)
+    sure(x.ndim and 0 <= k <= x.shape[d] and x.dtype.is_floating_point)
+    shape = (*x.shape[:d], k, *x.shape[d + 1 :])
+    return new(x, shape), new(x, shape, torch.int64)
+
+
+@rule(aten.repeat)
+def _repeat(x, repeats):
+    lead = len(repeats) - x.ndim
+    sure(lead >= 0 and all(r >= 0 for r in repeats))
+    return new(x, [n * r for n, r in zip((1,) * lead + tuple(x.shape), repeats, strict=True)])
