@@ -8,10 +8,12 @@ one node that transforms rewrite, outside it runs behind one ``torch.autograd.Fu
 from __future__ import annotations
 
 import functools
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
@@ -19,45 +21,74 @@ from . import backends
 from .backends.eager import compile_graph
 from .debug import at, outside_dynamo, user_line
 from .errors import ArgumentError
-from .graph import Program, output_node
-from .guards import closure_key, environment_key, leaf_key
-from .module import graph_module
+from .graph import Program, kept_alive, output_node
+from .guards import Reached, changing, describe_argument, environment_key
+from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.shapes import make_sig
 from .trace.tracer import Traced, current, storage_id
 from .trace.tree import Arguments, unflatten
-from .transforms.capture import Recording, parameter_names, record
+from .transforms.aliasing import apart, without_views
+from .transforms.capture import Recording, leaf_labels, parameter_names, record
+from .transforms.compiled import run
 from .transforms.decompose import decomposed
 from .transforms.fresh import fresh
-from .transforms.lower import lowered
-from .transforms.run import execute, run_eager, write_back
+from .transforms.lower import EVERYTHING, lowered
+from .transforms.run import run_eager
 from .transforms.steps import CompiledCall, CompiledStep
-from .transforms.vjp import differentiable, vjp
 from .transforms.walk import builder
 
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
+#: signatures kept of one function, and captures after which it is time to say that there are many
+LIMIT, WARN_AT = 1024, 64
+
+#: all compiled functions, for clear_compile_cache
+EVERY: weakref.WeakSet[Compiled] = weakref.WeakSet()
+
 
 class Entry:
     """What was captured for one signature."""
 
-    def __init__(self, rec: Recording, call: CompiledCall) -> None:
-        self.rec, self.call = rec, call
+    def __init__(self, rec: Recording, call: CompiledCall, views: Callable[..., tuple] | None) -> None:
+        self.rec, self.call, self.views = rec, call, views
         self.step = CompiledStep(call, run_eager)
+        self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
         # by reference: an optimizer's update is seen. Values of an outer recording are only good for that one.
         self.closed = list(rec.closed_over)
         self.sharing = sharing([*rec.trace.origins, *self.closed]) if rec.trace.mutates else None
         self.reusable = not any(t.__class__ is Traced for t in self.closed)
+        self.plain = rec.spec is None or (len(rec.tensors) == len(rec.leaves) and rec.spec.is_leaf())
+        self.kept: list[Any] = []
         rec.trace.origins = []
         rec.trace.concrete_inputs = None
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        tensors += self.closed
+        outs: Sequence[Any] = ()
+        if not self.idle:
+            trace = current()
+            outs = trace.record(self.step, tensors) if trace is not None else run(self.call, tensors)
+        if self.views is not None:
+            outs = self.views(*tensors, *outs)
+        if self.plain:
+            return outs[0]
+        leaves = list(self.rec.leaves)
+        for i, t in zip(self.rec.tensors, outs, strict=True):
+            leaves[i] = t
+        return unflatten(leaves, self.rec.spec)
 
 
 def sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """For each tensor, the number of its storage among them."""
     numbers: dict[Any, int] = {}
     return tuple([numbers.setdefault(storage_id(t), len(numbers)) for t in tensors])
+
+
+def has_effects(program: Program) -> bool:
+    return any(n.op == "call_function" and kept_alive(n) for n in program.graph.nodes)
 
 
 class Compiled:
@@ -77,10 +108,11 @@ class Compiled:
         self.f, self.name = f, name
         self.forward_compiler, self.backward_compiler = forward_compiler, backward_compiler
         self.partition, self.decompositions = partition, decompositions
-        self.static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums or ())
         self.entries: dict[tuple, Entry] = {}
-        self.closure = closure_key(f)
-        self.warned = False
+        self.reached = Reached(f)
+        self.captures = 0  # how often f has been captured, for whatever signature
+        self.history: list[tuple[list[str], list[Any]]] = []
+        EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -89,34 +121,49 @@ class Compiled:
 
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs)
-        key = (*[leaf_key(x) for x in arguments.leaves], arguments.key, self.closure(), environment_key())
+        parts: list = [len(args)]
+        tensors: list[Tensor] = []
+        for a in args:
+            describe_argument(a, parts, tensors)
+        if kwargs:
+            describe_argument(kwargs, parts, tensors)
+        self.reached.describe(parts)
+        key = (*parts, *environment_key())
         try:
             entry = self.entries.get(key)
-        except TypeError as e:
-            raise ArgumentError(
-                f"{self.name}: a Python argument is not hashable ({e}); pass it as a tensor, or as a tuple"
-            ) from None
-        tensors = [x for x in arguments.leaves if isinstance(x, Tensor)]
-        if entry is not None and entry.sharing is not None and entry.sharing != sharing([*tensors, *entry.closed]):
-            # what a write reaches depends on which arguments share memory
-            key = (*key, sharing([*tensors, *entry.closed]))
-            entry = self.entries.get(key)
+        except TypeError:
+            raise self.unhashable(args, kwargs) from None
+        if entry is not None and entry.sharing is not None:
+            shared = sharing([*tensors, *entry.closed])
+            if entry.sharing != shared:  # what a write reaches depends on which arguments share memory
+                key = (*key, shared)
+                entry = self.entries.get(key)
         if entry is None:
-            entry = self.capture(arguments, args, kwargs)
+            entry = self.capture(args, kwargs)
             if entry.reusable:
-                self.entries[key] = entry
-                self.check_growth(arguments)
-        tensors += entry.closed
-        trace = current()
-        outs = trace.record(entry.step, tensors) if trace is not None else run(entry.call, tensors)
-        rec = entry.rec
-        leaves = list(rec.leaves)
-        for i, t in zip(rec.tensors, outs, strict=True):
-            leaves[i] = t
-        return unflatten(leaves, rec.spec)
+                self.store(key, entry)
+        return entry(tensors)
 
-    def capture(self, arguments: Arguments, args: tuple, kwargs: dict) -> Entry:
+    def unhashable(self, args: tuple, kwargs: dict) -> ArgumentError:
+        """The error for an argument that cannot be part of a key."""
+        for name, x in zip(*labelled(self.f, Arguments(args, kwargs)), strict=True):
+            try:
+                hash(x)
+            except TypeError as e:
+                what = f"{self.name}: the argument {name} is neither a tensor nor hashable ({e})"
+                return ArgumentError(f"{what}{at(user_line(3))}; pass it as a tensor, or as a tuple of numbers")
+        return ArgumentError(f"{self.name}: something that the function reaches is not hashable{at(user_line(3))}")
+
+    def store(self, key: tuple, entry: Entry) -> None:
+        """Keep an entry, and what its key names by ``id``; the oldest goes where there are very many."""
+        self.reached.describe([], lambda x: entry.kept.append(x) or id(x))
+        self.entries[key] = entry
+        if len(self.entries) > LIMIT:
+            del self.entries[next(iter(self.entries))]
+
+    def capture(self, args: tuple, kwargs: dict) -> Entry:
+        arguments = Arguments(args, kwargs)
+        self.captures += 1
         rec = record(
             self.f,
             arguments.leaves,
@@ -125,35 +172,46 @@ class Compiled:
             constants=False,
             name_of=parameter_names(self.f, arguments),
         )
-        program = fresh(rec.program(), rec.aliases)
+        program = apart(fresh(rec.program(), rec.aliases))
+        roots = {i: rec.trace.root(rec.refs[i]) for i in rec.aliases}
+        n = program.n_inputs
+        shares = {i: r if r >= 0 else n - r - 1 for i, r in roots.items() if r < n}
+        program, views = without_views(program, shares)
         if self.decompositions:
             program = decomposed(program, self.decompositions)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.compile_forward, self.split, self.name)
         for i in rec.tensors:  # keep the structure, not the traced values
             rec.leaves[i] = None
-        return Entry(rec, call)
+        self.watch_growth(arguments)
+        return Entry(rec, call, views)
 
-    def check_growth(self, arguments: Arguments) -> None:
-        if len(self.entries) >= 64 and not self.warned:
-            self.warned = True
-            changing = [
-                f"leaf {i}"
-                for i, x in enumerate(arguments.leaves)
-                if not isinstance(x, Tensor) and isinstance(x, int | float)
-            ]
-            torch._C._log_api_usage_once("aotfunc.recompile")
-            import warnings
-
-            warnings.warn(
-                f"{self.name} of {getattr(self.f, '__name__', self.f)} has been captured {len(self.entries)} times{at(user_line())}; "
-                + (
-                    f"Python numbers among its arguments ({', '.join(changing)}) specialise it: pass them as tensors"
-                    if changing
-                    else "its arguments keep changing shape"
-                ),
-                stacklevel=3,
+    def watch_growth(self, arguments: Arguments) -> None:
+        """Warn, once, of a function that is captured again and again, and say which argument is to blame."""
+        if self.captures > WARN_AT:
+            return
+        self.history.append(labelled(self.f, arguments))
+        if self.captures < WARN_AT:
+            return
+        names = self.history[-1][0]
+        guilty = changing(names, [values for _, values in self.history])
+        self.history.clear()
+        numbers = [name for name, x in guilty if isinstance(x, int | float | complex)]
+        others = [name for name, _ in guilty if name not in numbers]
+        why = []
+        if numbers:
+            why.append(
+                f"its Python argument {', '.join(numbers)} keeps changing, and every value is a new signature: pass it as a tensor"
             )
+        if others:
+            why.append(f"the shape, dtype or value of {', '.join(others)} keeps changing")
+        if not guilty:
+            why.append("what it closes over, a global or the mode of a module keeps changing")
+        warnings.warn(
+            f"{self.name} of {getattr(self.f, '__name__', self.f)} has been captured {self.captures} times{at(user_line())}: "
+            + "; ".join(why),
+            stacklevel=4,
+        )
 
     # ----- compiling --------------------------------------------------------------------------------------------------
 
@@ -165,7 +223,7 @@ class Compiled:
 
     def split(self, joint: Program, n_primals: int, n_early: int) -> tuple[CompiledCall, CompiledCall]:
         """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``."""
-        forward, backward = partitioned(self.partition, joint, n_primals, n_early)
+        forward, backward = partitioned(self.partition, joint, n_early)
         return (
             CompiledCall(forward, self.compile_forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.compile_backward, self.split, f"{self.name}_backward"),
@@ -175,7 +233,7 @@ class Compiled:
 def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor]) -> Callable:
     """Hand the program to a compiler as a GraphModule with example inputs."""
     if compiler is backends.lookup("eager"):
-        return compile_graph(lowered(program, calls=True).graph)
+        return compile_graph(lowered(program, EVERYTHING).graph)
     table = getattr(compiler, "decompositions", None)
     if table is not None:
         program = decomposed(program, table())
@@ -190,18 +248,17 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor])
     return call
 
 
-def partitioned(partition: Partition, joint: Program, n_primals: int, n_early: int) -> tuple[Program, Program]:
+def partitioned(partition: Partition, joint: Program, n_early: int) -> tuple[Program, Program]:
     """Let a functorch partition function cut the joint program; its two modules as programs."""
     gm = graph_module(joint, "joint", lower=True)
     for n, p in zip([n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True):
         n.meta["role"] = p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     fw, bw = partition(gm, inputs, num_fwd_outputs=n_early)
-    forward, backward = imported(fw.graph, n_primals), imported(bw.graph, None)
-    return forward, backward
+    return imported(fw.graph), imported(bw.graph)
 
 
-def imported(graph: fx.Graph, n_inputs: int | None) -> Program:
+def imported(graph: fx.Graph) -> Program:
     """A graph of somebody else's as a program: its metadata becomes signatures."""
     with paused_gc():
         b = builder()
@@ -224,102 +281,17 @@ def sig_from(val: Any) -> Any:
     return tuple(sig_from(v) for v in val) if isinstance(val, list | tuple) else val
 
 
-# ----- running --------------------------------------------------------------------------------------------------------
+# ----- naming arguments -----------------------------------------------------------------------------------------------
 
 
-def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
-    """The results of a compiled call on real tensors, written inputs updated, differentiable if an input requires grad."""
-    program = call.program
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside torch.func's transforms: theirs differentiate
-        return execute(program, tensors)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        outs = Differentiated.apply(call, *tensors)
-    else:
-        outs = call(*tensors)
-    if program.mutated:
-        write_back(program, tensors, outs)
-    return outs[: program.n_outputs]
-
-
-class Differentiated(torch.autograd.Function):
-    """A compiled call under autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, call: CompiledCall, *tensors: Tensor) -> tuple:  # type: ignore[override]
-        program = call.program
-        wrt = tuple(i for i, t in enumerate(tensors) if t.requires_grad and (t.is_floating_point() or t.is_complex()))
-        count = program.n_outputs + len(program.mutated)
-        halves = call_halves(call, wrt)
-        outs = halves[0](*tensors)
-        results, residuals = outs[:count], outs[count:]
-        ctx.call, ctx.wrt, ctx.halves, ctx.count = call, wrt, halves, len(tensors)
-        kept = [r if isinstance(r, Tensor) else None for r in residuals]
-        ctx.numbers = [None if isinstance(r, Tensor) else r for r in residuals]
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *[o for o in results if isinstance(o, Tensor) and not (o.is_floating_point() or o.is_complex())]
-        )
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx: Any, *cts: Tensor | None) -> tuple:
-        saved = ctx.saved_tensors
-        tensors, residuals = saved[: ctx.count], list(saved[ctx.count :])
-        result: list = [None] * (ctx.count + 1)
-        vals = all_floating(ctx.call.program)
-        if torch.is_grad_enabled():
-            have = tuple(yes and c is not None for yes, c in zip(vals, cts, strict=True))
-            gradient = gradient_call(ctx.call, ctx.wrt, have)
-            grads = run(gradient, [*tensors, *(c.contiguous() for c, yes in zip(cts, have, strict=True) if yes)])
-        else:
-            residuals = [n if r is None else r for r, n in zip(residuals, ctx.numbers, strict=True)]
-            filled = [
-                zeros_like_val(v) if c is None else c.contiguous()
-                for c, v, yes in zip(cts, whole_vals(ctx.call.program), vals, strict=True)
-                if yes
-            ]
-            grads = ctx.halves[1](*residuals, *filled)
-        for i, g in zip(ctx.wrt, grads, strict=True):
-            result[i + 1] = g
-        return tuple(result)
-
-
-def whole(program: Program) -> Program:
-    """The program with the new values of written inputs among its results."""
-    made = program.cache.get("whole")
-    if made is None:
-        outs = program.n_outputs + len(program.mutated)
-        made = program.cache["whole"] = Program(program.graph, len(program.placeholders), outs, (), program.name)
-    return made
-
-
-def whole_vals(program: Program) -> list:
-    return whole(program).vals
-
-
-def all_floating(program: Program) -> list[bool]:
-    return [differentiable(v) for v in whole_vals(program)]
-
-
-def zeros_like_val(val: Any) -> Tensor:
-    return torch.zeros(val.shape, dtype=val.dtype, device=val.device)
-
-
-def call_halves(call: CompiledCall, wrt: tuple[int, ...]) -> tuple[CompiledCall, CompiledCall]:
-    """Forward and backward half for gradients of ``wrt``."""
-    cache = call.program.cache
-    halves = cache.get(("halves", wrt))
-    if halves is None:
-        base = whole(call.program)
-        joint = vjp(base, wrt, recompute=False)
-        halves = cache[("halves", wrt)] = call.split(joint, base.n_inputs, base.n_outputs)
-    return halves
-
-
-def gradient_call(call: CompiledCall, wrt: tuple[int, ...], have: tuple[bool, ...]) -> CompiledCall:
-    """``(inputs, cotangents) -> gradients`` as one compiled call."""
-    return call.derived(("gradient", wrt, have), lambda: vjp(whole(call.program), wrt, have, keep=()), "gradient")
+def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
+    """A name for each leaf of a call, and the leaf: a tensor's shape and dtype for the tensor."""
+    names: list[str] = []
+    for base, span, spec in zip(argument_names(f, len(arguments.spans)), arguments.spans, arguments.specs, strict=True):
+        names += [f"{base}{rest}" for rest in (leaf_labels(spec) if spec is not None else [""])]
+    if arguments.kw_spec is not None:
+        names += [label.lstrip("_") for label in leaf_labels(arguments.kw_spec)]
+    return names, [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments.leaves]
 
 
 # ----- the public functions -------------------------------------------------------------------------------------------

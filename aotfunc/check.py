@@ -28,8 +28,9 @@ def check_grads(
 ) -> None:
     """Check ``f``'s derivatives up to ``order`` at ``args`` against central differences along random directions.
 
-    ``args``: trees of float64 (or complex128) tensors, all differentiated. ``modes``: forward and reverse, each alone and of one another. Raises AssertionError naming order and mode where
-    the numbers differ, ArgumentError for other dtypes.
+    ``args``: trees of float64 (or complex128) tensors, all differentiated. ``modes``: forward and reverse, each alone
+    and of one another. Raises AssertionError naming order and mode where the numbers differ, ArgumentError for other
+    dtypes.
 
     >>> check_grads(torch.sin, (torch.ones(3, dtype=torch.float64),), order=2)
     """
@@ -105,8 +106,8 @@ def _like(leaves: Sequence[Tensor], tree: Any) -> Any:
 
 
 def coverage() -> dict[str, dict[str, int]]:
-    """Print, and return, how many op overloads have a written rule, per transform; all others take the fallback: PyTorch's own formula for
-    that op, then its decomposition, then (vmap) a loop.
+    """Print, and return, how many op overloads have a written rule, per transform; all others take the fallback:
+    PyTorch's own formula for that op, then its decomposition, then (vmap) a loop.
 
     >>> coverage()["vjp"]["written"] > 100
     True

@@ -1,7 +1,7 @@
 """The transforms as users call them, with torch.func's signatures: trees in, trees out.
 
-Each call records ``f`` once, looks the transformed program up by the recording's key and runs it; inside another transform the run is recorded
-in turn. So transforms nest to any depth, and no result is ever stale.
+Each call records ``f`` once, looks the transformed program up by the recording's key and runs it; inside another
+transform the run is recorded in turn. So transforms nest to any depth, and no result is ever stale.
 """
 
 from __future__ import annotations
@@ -141,11 +141,12 @@ def derived(program: Program, key: tuple, make: Callable[[], Program]) -> Progra
 
 
 def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """The function ``(*args) -> (gradient, value)`` of a scalar function; ``(gradient, (value, aux))`` with ``has_aux``.
+    """The function ``(*args) -> (gradient, value)`` of a scalar function; ``(gradient, (value, aux))`` with
+    ``has_aux``.
 
-    The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf the shape and dtype of its primal. Arguments
-    that do not matter get zeros. Raises ArgumentError if a differentiated leaf is not a floating or complex tensor, or the
-    output not a real tensor with zero dimensions.
+    The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf the shape and
+    dtype of its primal. Arguments that do not matter get zeros. Raises ArgumentError if a differentiated leaf is not
+    a floating or complex tensor, or the output not a real tensor with zero dimensions.
 
     >>> grad_and_value(lambda x: (x * x).sum())(torch.tensor([1.0, 2.0]))
     (tensor([2., 4.]), tensor(5.))
@@ -161,7 +162,8 @@ def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: 
 
 
 def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """The gradient of a scalar function with respect to the arguments ``argnums``; ``(gradient, aux)`` with ``has_aux``.
+    """The gradient of a scalar function with respect to the arguments ``argnums``; ``(gradient, aux)`` with
+    ``has_aux``.
 
     Shapes and errors as in :func:`grad_and_value`.
 
@@ -228,11 +230,11 @@ def check_scalar(name: str, rec: Recording, n_out: int, spec: Any) -> None:
 
 @outside_dynamo
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
-    """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents of the output to a tuple of cotangents of
-    the primals.
+    """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents of the output to a
+    tuple of cotangents of the primals.
 
-    ``vjp_fn`` takes one tree like the output, or its parts as separate arguments; it may be called often, and under ``vmap``. Raises
-    ArgumentError for non-floating primals, or cotangents that do not fit the output.
+    ``vjp_fn`` takes one tree like the output, or its parts as separate arguments; it may be called often, and under
+    ``vmap``. Raises ArgumentError for non-floating primals, or cotangents that do not fit the output.
 
     >>> out, vjp_fn = vjp(torch.sin, torch.zeros(2))
     >>> vjp_fn(torch.ones(2))
@@ -308,10 +310,12 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 
 @outside_dynamo
 def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False) -> tuple:
-    """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional derivative along ``tangents``.
+    """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional derivative along
+    ``tangents``.
 
-    ``primals`` and ``tangents`` are tuples of equal trees; the tangent has the output's tree, shapes and dtypes (zeros for integer outputs).
-    Raises ArgumentError where they do not fit, for integer primals, and with ``strict`` if an output does not depend on the primals.
+    ``primals`` and ``tangents`` are tuples of equal trees; the tangent has the output's tree, shapes and dtypes
+    (zeros for integer outputs). Raises ArgumentError where they do not fit, for integer primals, and with ``strict``
+    if an output does not depend on the primals.
 
     >>> jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
     (tensor([0., 0.]), tensor([1., 1.]))
@@ -379,7 +383,8 @@ def dense_layout(p: Tensor) -> bool:
 
 @outside_dynamo
 def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
-    """``(output, jvp_fn)``: the function's value and its linear map at ``primals``; ``jvp_fn(*tangents)`` does only the linear work.
+    """``(output, jvp_fn)``: the function's value and its linear map at ``primals``; ``jvp_fn(*tangents)`` does only
+    the linear work.
 
     ``f`` is evaluated once. ``jvp_fn`` may be called often, nested, differentiated and batched.
 
@@ -434,11 +439,13 @@ def vmap(
     chunk_size: int | None = None,
     strict: bool = False,
 ) -> Callable:
-    """``func`` over batches: each tensor argument has a batch dimension where ``in_dims`` says, each result where ``out_dims`` says.
+    """``func`` over batches: each tensor argument has a batch dimension where ``in_dims`` says, each result where
+    ``out_dims`` says.
 
-    ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments' (the results') tree. Keyword arguments are
-    not batched. ``randomness``: "error", "same" or "different" draws per sample. ``chunk_size``: samples at a time. ``strict`` refuses ops
-    that can only be batched by a loop over the samples. Raises ArgumentError if dims and arguments do not fit, or sizes differ.
+    ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments'
+    (the results') tree. Keyword arguments are not batched. ``randomness``: "error", "same" or "different" draws per
+    sample. ``chunk_size``: samples at a time. ``strict`` refuses ops that can only be batched by a loop over the
+    samples. Raises ArgumentError if dims and arguments do not fit, or sizes differ.
 
     >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
     tensor([2., 2., 2.])
@@ -496,7 +503,8 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
     flat = _broadcast_to_and_flatten(prefix, spec)
     if flat is None:
         raise ArgumentError(
-            f"vmap: {what}={prefix!r} does not have the structure of the {'arguments' if what == 'in_dims' else 'results'}"
+            f"vmap: {what}={prefix!r} does not have the structure of the "
+            f"{'arguments' if what == 'in_dims' else 'results'}"
         )
     return flat
 
@@ -613,10 +621,11 @@ def chunk_vmap(
 def jacrev(
     func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
 ) -> Callable:
-    """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a tensor of shape ``O + I``.
+    """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a tensor of shape ``O
+    + I``.
 
-    The result has the output's tree, with the tree of the arguments (a tuple for a tuple ``argnums``) in place of each leaf. ``chunk_size``: rows at a
-    time. Complex inputs and outputs are refused.
+    The result has the output's tree, with the tree of the arguments (a tuple for a tuple ``argnums``) in place of
+    each leaf. ``chunk_size``: rows at a time. Complex inputs and outputs are refused.
 
     >>> jacrev(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],
@@ -657,7 +666,8 @@ def jacfwd(
 def hessian(
     func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
 ) -> Callable:
-    """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of shape ``I`` a tensor of shape ``I + I``.
+    """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of shape ``I`` a tensor of
+    shape ``I + I``.
 
     >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
     tensor([[6., 0.],
@@ -725,7 +735,8 @@ def _jacobian(
 def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     """``func`` without intermediate mutation: the same results, and the same final values of mutated arguments.
 
-    Views are always removed with the mutations (``remove`` is accepted for compatibility: "mutations" or "mutations_and_views").
+    Views are always removed with the mutations (``remove`` is accepted for compatibility: "mutations" or
+    "mutations_and_views").
     """
     if remove not in ("mutations", "mutations_and_views"):
         raise ArgumentError(f"functionalize: remove must be 'mutations' or 'mutations_and_views', not {remove!r}")

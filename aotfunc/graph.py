@@ -4,14 +4,15 @@
     placeholder    an input, or (behind the inputs) a closed-over tensor; meta["role"] says which
     call        := call_function(target, args, kwargs)
     target      := OpOverload that neither mutates nor (after functionalisation) aliases
-                 | operator.getitem                       one output of an op with several
-                 | a step with subgraphs of its own       (transforms/steps.py): a nested compiled call, a custom derivative
+                 | operator.getitem                       one output of an op with several | a step with subgraphs of
+                 its own       (transforms/steps.py): a nested compiled call, a custom derivative
     args        := node | literal | list of these
     output      := (tuple,)                               flat: results, then the new values of mutated inputs
 
-Every node has ``meta["val"]``, its signature (a tuple of them for several outputs): shape, stride, dtype, device, nothing real;
-``meta["line"]``, the user's line, where it is known; and ``meta["region"]`` inside a checkpointed region. ``aten.detach`` and
-``aotfunc.hidden_write`` carry the user's intent about derivatives and are removed only when a graph is compiled.
+Every node has ``meta["val"]``, its signature (a tuple of them for several outputs): shape, stride, dtype, device,
+nothing real; ``meta["line"]``, the user's line, where it is known; and ``meta["region"]`` inside a checkpointed
+region. ``aten.detach`` and ``aotfunc.hidden_write`` carry the user's intent about derivatives and are removed only
+when a graph is compiled.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from .errors import GraphError
 class Program:
     """A functional graph with what is needed to call it.
 
-    The graph's placeholders are ``n_inputs`` inputs followed by closed-over tensors; its flat outputs are ``n_outputs`` results (nodes or
-    literals) followed by the new value of each placeholder in ``mutated``.
+    The graph's placeholders are ``n_inputs`` inputs followed by closed-over tensors; its flat outputs are
+    ``n_outputs`` results (nodes or literals) followed by the new value of each placeholder in ``mutated``.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ def cut(
 ) -> tuple[list[Node], list[Node], list[Node]]:
     """Split by reachability: ``(early nodes, late nodes, residuals)``.
 
-    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that somebody needs is early; residuals are the early values
-    (or other placeholders) that late nodes or late outputs read.
+    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that somebody needs is
+    early; residuals are the early values (or other placeholders) that late nodes or late outputs read.
     """
     dependent = set(late_inputs)
     for n in graph.nodes:

@@ -1,4 +1,6 @@
-"""A program as an ``fx.GraphModule`` that others can read, run and compile; and ``make_fx``, which makes one of a function."""
+"""A program as an ``fx.GraphModule`` that others can read, run and compile; and ``make_fx``, which makes one of a
+function.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from .trace.functionalize import hidden_write
 from .trace.shapes import Sig
 from .trace.tree import Arguments
 from .transforms.capture import parameter_names, record
-from .transforms.lower import lowered
+from .transforms.decompose import decomposed
+from .transforms.lower import EVERYTHING, lowered
 from .transforms.tidy import REWRITES
 
 aten = torch.ops.aten
@@ -55,7 +58,9 @@ class Fakes:
 
 
 class Meta(dict):
-    """A node's metadata whose FakeTensors are made when somebody looks: making a FakeTensorMode imports Dynamo, which takes seconds."""
+    """A node's metadata whose FakeTensors are made when somebody looks: making a FakeTensorMode imports Dynamo, which
+    takes seconds.
+    """
 
     fakes: Fakes
 
@@ -70,7 +75,7 @@ class Meta(dict):
         return iter(list(dict.keys(self)))
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 - dict.get would pass __getitem__ by
 
     def pop(self, key: str, *default: Any) -> Any:
         if key in self:
@@ -105,10 +110,11 @@ def graph_module(
 ) -> fx.GraphModule:
     """The program as a module of its own, for somebody else: real metadata (FakeTensors), names counted anew.
 
-    The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes) -> tree`` arranges the results (default: a flat
-    tuple). With ``lower`` nested compiled calls are dissolved and marks of intent removed.
+    The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes)
+    -> tree`` arranges the results (default: a flat tuple). With ``lower`` nested compiled calls are dissolved and
+    marks of intent removed.
     """
-    program = lowered(program, calls=True, marks=lower)
+    program = lowered(program, EVERYTHING if lower else EVERYTHING - {"marks"})
     with paused_gc():
         b = Builder(REWRITES)
         fakes = Fakes()
@@ -148,9 +154,11 @@ def make_fx(
 ) -> Callable[..., fx.GraphModule]:
     """The function ``(*args, **kwargs) -> GraphModule``: what ``f`` does for these arguments, as readable aten code.
 
-    The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final ``copy_``s where ``f`` writes to its inputs. ``f`` is specialised to the
-    arguments' shapes and Python values. ``decomposition_table`` maps overloads to functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values; "fake" and
-    "symbolic" do not (sizes are specialised in each). With ``verbose`` the code carries the user's lines as comments. Raises CaptureError where ``f`` cannot be captured.
+    The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final ``copy_``s where ``f``
+    writes to its inputs. ``f`` is specialised to the arguments' shapes and Python values. ``decomposition_table``
+    maps overloads to functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values; "fake" and
+    "symbolic" do not (sizes are specialised in each). With ``verbose`` the code carries the user's lines as comments.
+    Raises CaptureError where ``f`` cannot be captured.
 
     >>> print(make_fx(lambda x: torch.sin(x) * 2)(torch.ones(3)).code.strip())
     def forward(self, x):
@@ -169,13 +177,11 @@ def make_fx(
         rec = record(f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments))
         program = rec.program()
         if decomposition_table:
-            from .transforms.decompose import decomposed
-
             program = decomposed(program, decomposition_table)
         constants = rec.closed_over
 
         def outputs(b: Builder, inputs: list, results: list) -> Any:
-            written = {}
+            written: dict[Any, Node] = {}
             for index, new in zip(program.mutated, results[program.n_outputs :], strict=True):
                 while isinstance(new, Node) and new.target in (hidden_write, aten.detach.default):
                     new = new.args[1] if new.target is hidden_write else new.args[0]

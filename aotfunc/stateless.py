@@ -26,10 +26,11 @@ def _emptied(model: nn.Module) -> nn.Module:
 def make_functional_with_buffers(
     model: nn.Module, disable_autograd_tracking: bool = False
 ) -> tuple[Callable, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """``(fmodel, params, buffers)`` with ``fmodel(params, buffers, *args, **kwargs)`` doing what ``model(*args, **kwargs)`` does.
+    """``(fmodel, params, buffers)`` with ``fmodel(params, buffers, *args, **kwargs)`` doing what ``model(*args,
+    **kwargs)`` does.
 
-    ``params`` and ``buffers`` are the model's own tensors in order of their names; with ``disable_autograd_tracking`` the
-    parameters are detached.
+    ``params`` and ``buffers`` are the model's own tensors in order of their names; with ``disable_autograd_tracking``
+    the parameters are detached.
 
     >>> fmodel, params, buffers = make_functional_with_buffers(nn.Linear(2, 1))
     >>> fmodel(params, buffers, torch.ones(3, 2)).shape
@@ -83,7 +84,9 @@ def combine_state_for_ensemble(
 
 
 def replace_all_batch_norm_modules_(root: nn.Module) -> nn.Module:
-    """Drop the running statistics of every batch norm in ``root``, in place: each then uses the batch it sees. Returns ``root``."""
+    """Drop the running statistics of every batch norm in ``root``, in place: each then uses the batch it sees.
+    Returns ``root``.
+    """
     for m in root.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm):
             m.running_mean = m.running_var = m.num_batches_tracked = None

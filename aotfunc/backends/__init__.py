@@ -27,7 +27,8 @@ def lookup(backend: str | Callable) -> Callable:
     found = REGISTRY.get(backend)
     if found is None:
         raise BackendError(
-            f"there is no backend {backend!r}; known are {', '.join(sorted(REGISTRY))}, or pass a compiler(gm, example_inputs)"
+            f"there is no backend {backend!r}; known are {', '.join(sorted(REGISTRY))}, "
+            "or pass a compiler(gm, example_inputs)"
         )
     return found
 

@@ -1,14 +1,15 @@
-"""Making graph nodes fast: one small emitter, which merges equal nodes and rewrites them by local rules as they are made.
+"""Making graph nodes fast: one small emitter, which merges equal nodes and rewrites them by local rules as they are
+made.
 
-``fx.Graph.create_node`` walks its arguments as a tree and names through regular expressions, 15 to 30 µs a node. The emitter does the same bookkeeping
-directly; it knows private fields of ``fx.Graph`` and is the only file that does.
+``fx.Graph.create_node`` walks its arguments as a tree and names through regular expressions, 15 to 30 µs a node. The
+emitter does the same bookkeeping directly; it knows private fields of ``fx.Graph`` and is the only file that does.
 """
 
 from __future__ import annotations
 
 import gc
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +31,9 @@ _EMPTY = immutable_dict()
 
 @contextmanager
 def paused_gc() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and scanning them again and again
-    is most of the time of making them."""
+    """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and scanning them again and
+    again is most of the time of making them.
+    """
     if not gc.isenabled():
         yield
         return
@@ -63,7 +65,7 @@ class Builder:
     ``rewrites`` maps a target to local rewriting rules; with ``merge`` (the default) equal pure nodes are made once.
     """
 
-    def __init__(self, rewrites: dict[Any, Sequence[Rewrite]] | None = None, merge: bool = True) -> None:
+    def __init__(self, rewrites: Mapping[Any, Sequence[Rewrite]] | None = None, merge: bool = True) -> None:
         self.graph = fx.Graph()
         self.rewrites = rewrites or {}
         self.merge = merge
@@ -115,10 +117,10 @@ class Builder:
             if better is not None:
                 return better
         if "draw" in self.meta and draw_op(target):  # copies of one draw, see jacobian.py
-            key = ("draw", self.meta["draw"])
-            if key not in self.seen:
-                self.seen[key] = self.make("call_function", target, args, kwargs, val)
-            return self.seen[key]
+            drawn = ("draw", self.meta["draw"])
+            if drawn not in self.seen:
+                self.seen[drawn] = self.make("call_function", target, args, kwargs, val)
+            return self.seen[drawn]
         if not self.merge or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))

@@ -97,7 +97,7 @@ def _tri(x, diagonal=0):
 
 @rule(aten.roll)
 def _roll(x, shifts, dims=()):
-    sure(len(shifts) == len(dims) or (len(shifts) == 1 and not dims))
+    sure(shifts and (len(shifts) == len(dims) or (len(shifts) == 1 and not dims)))
     sure(all(axis(d, x.ndim) < x.ndim for d in dims))
     plain(x)
     return like(x)

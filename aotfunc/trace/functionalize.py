@@ -1,11 +1,12 @@
 """From a recording to a functional graph: nothing in it mutates and nothing aliases.
 
-A recording that never writes is copied as it is. Otherwise every traced tensor is a *view*: a storage (its current value is a node, and it
-counts versions) and a chain of view ops. A write to a view computes the storage's new value through the inverses of the chain; a
-read through another view replays that view's chain on the current value.
+A recording that never writes is copied as it is. Otherwise every traced tensor is a *view*: a storage (its current
+value is a node, and it counts versions) and a chain of view ops. A write to a view computes the storage's new value
+through the inverses of the chain; a read through another view replays that view's chain on the current value.
 
-Intent is made explicit, so that it survives every later rewriting: a value made under ``torch.no_grad()`` and read outside passes through
-``aten.detach``, and a write that autograd does not see becomes ``aotfunc.hidden_write(old, new)``: the new value with the old derivative.
+Intent is made explicit, so that it survives every later rewriting: a value made under ``torch.no_grad()`` and read
+outside passes through ``aten.detach``, and a write that autograd does not see becomes ``aotfunc.hidden_write(old,
+new)``: the new value with the old derivative.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class View:
 
 
 class Functionalizer:
-    """Builds the functional graph of one recording; ``read`` and ``write`` are what recorded steps of other layers need."""
+    """Builds the functional graph of one recording; ``read`` and ``write`` are what recorded steps of other layers
+    need.
+    """
 
     def __init__(self, trace: Trace, builder: Builder, inputs: Sequence[Node], intent: bool = True) -> None:
         self.trace, self.b = trace, builder
@@ -89,8 +92,8 @@ class Functionalizer:
             written = len({id(s) for s in sigs}) > 1
             if written and any(s.extent > sigs[base].numel or not sigs[base].plain for s in sigs):
                 raise CaptureError(
-                    "some of the tensors that are written to, or their neighbours, overlap in memory and none of them covers the others; "
-                    "pass the whole tensor and slice it inside, or clone them"
+                    "some of the tensors that are written to, or their neighbours, overlap in memory and none of them "
+                    "covers the others; pass the whole tensor and slice it inside, or clone them"
                 )
             storage = Storage(self.placeholders[members[base]], refs[members[base]])
             for i, sig in zip(members, sigs, strict=True):

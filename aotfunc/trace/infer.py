@@ -231,7 +231,7 @@ def rule_for(op: OpOverload) -> Callable | None:
         functional = rule_for(twin) if twin is not None else None
         return partial(in_place, functional) if functional is not None else None
     tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
-    return partial(pointwise, op) if tagged and facts.pure else None
+    return partial(pointwise, op) if tagged and facts.pure and facts.returns_tensors else None
 
 
 def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:

@@ -1,9 +1,9 @@
 """What an op returns for given signatures, without running it: shapes, strides, dtypes, devices, memoised.
 
 A tensor's signature (:class:`Sig`) is interned, so that signatures compare and hash by identity. An :class:`Instr` is
-an op together with its literals and the signatures of its tensor arguments; it is interned too, so that a recorded program is keyed by
-the identities of its instructions. Keys hold ``(type, value)`` for literals and floats by their bits, since ``1 == 1.0 == True``
-and ``-0.0 == 0.0`` in Python.
+an op together with its literals and the signatures of its tensor arguments; it is interned too, so that a recorded
+program is keyed by the identities of its instructions. Keys hold ``(type, value)`` for literals and floats by their
+bits, since ``1 == 1.0 == True`` and ``-0.0 == 0.0`` in Python.
 """
 
 from __future__ import annotations
@@ -221,7 +221,9 @@ def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none, or does not know the layout."""
+    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none, or does not
+    know the layout.
+    """
     device = output_device(kwargs, sigs)
     with torch._C._DisableTorchDispatch(), torch.no_grad():
         if device_decides_layout(op, sigs):
@@ -238,7 +240,9 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
-    """Whether the strides (or empty statistics) of the results depend on the device's kernel in ways that meta kernels do not know."""
+    """Whether the strides (or empty statistics) of the results depend on the device's kernel in ways that meta
+    kernels do not know.
+    """
     name = op._schema.name.removeprefix("aten::")
     if name.startswith(("convolution", "_native_batch_norm_legit")):
         return any(not s.plain for s in sigs) or name.endswith("no_training")

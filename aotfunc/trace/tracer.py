@@ -1,8 +1,9 @@
 """Recording: runs a Python function on traced values and keeps a flat list of the aten ops it met.
 
-A traced value (:class:`Traced`) is a tensor without data that knows its signature and its number in the recording. Ops are recorded
-as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of them. What autograd would hide from us (no_grad regions, ``.data``,
-``requires_grad``, hooks) is written down on the way: see :mod:`.intent`. Traced values never take part in C++ autograd.
+A traced value (:class:`Traced`) is a tensor without data that knows its signature and its number in the recording.
+Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of them. What autograd
+would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is written down on the way: see
+:mod:`.intent`. Traced values never take part in C++ autograd.
 """
 
 from __future__ import annotations
@@ -173,7 +174,9 @@ def traced_place(index: Any) -> int | None:
 
 
 def _at_tensor(x: Tensor, index: Any, place: int) -> Tensor:
-    """``x[..., i, ...]`` with a traced ``i``: the other parts first, then ``index_select`` along what is left of ``i``'s dimension."""
+    """``x[..., i, ...]`` with a traced ``i``: the other parts first, then ``index_select`` along what is left of
+    ``i``'s dimension.
+    """
     parts = list(index) if isinstance(index, tuple) else [index]
     i = parts[place]
     parts[place] = slice(None)
@@ -189,16 +192,17 @@ def _live(x: Traced) -> Tensor:
     return (current() or x.tracer).value(x)
 
 
-# A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is a shapes.Instr for an op, or an object of another
-# layer with the same duty: `facts` and `lower(functionalizer, record)`, see functionalize.Step.
+# A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is a shapes.Instr for an op, or an
+# object of another layer with the same duty: `facts` and `lower(functionalizer, record)`, see functionalize.Step.
 Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 
 
 class Trace(TorchDispatchMode):
     """One recording. Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
 
-    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``); ``why_not`` says why where they may not. Values that depend on no input
-    may be asked for all the same: with ``constants`` on closed-over tensors too. Without ``intent`` autograd is left alone (derived rules use it).
+    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``); ``why_not`` says why where
+    they may not. Values that depend on no input may be asked for all the same: with ``constants`` on closed-over
+    tensors too. Without ``intent`` autograd is left alone (derived rules use it).
     """
 
     def __init__(self, why_not: str | None = None, constants: bool = True, intent: bool = True) -> None:
@@ -357,7 +361,9 @@ class Trace(TorchDispatchMode):
             raise CaptureError(f"{e}{at(debug.user_line())}") from None
 
     def _by_value(self, func: OpOverload, targs: Any, tkwargs: Any, sigs: tuple, args: tuple, kwargs: dict) -> Any:
-        """The result's signature of an op whose shape depends on data: static if the meta kernel can, else by running."""
+        """The result's signature of an op whose shape depends on data: static if the meta kernel can, else by
+        running.
+        """
         try:
             return shapes.infer(func, targs, tkwargs, sigs)
         except Exception:
@@ -456,7 +462,9 @@ class Trace(TorchDispatchMode):
         return t.ref in self.leaves or not self.requires_grad(t)
 
     def requires_grad(self, t: Traced) -> bool:
-        """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires grad."""
+        """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires
+        grad.
+        """
         if (known := self.leaves.get(t.ref)) is not None:
             return known
         if not t.sig.differentiable:
@@ -490,14 +498,16 @@ class Trace(TorchDispatchMode):
         if found is None:
             reason = self.why_not or "this value belongs to a capture that is over"
             raise CaptureError(
-                f"{what} was asked for, but {reason}{at(debug.user_line())}. Return it from the function (has_aux=True), "
-                "use torch.where instead of `if`, or pass the value as a Python argument."
+                f"{what} was asked for, but {reason}{at(debug.user_line())}. Return it from the function "
+                "(has_aux=True), use torch.where instead of `if`, or pass the value as a Python argument."
             )
         return found
 
 
 class Replay:
-    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes and from the saved RNG state."""
+    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes and from the saved
+    RNG state.
+    """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -627,7 +637,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def recording(trace: Trace) -> Iterator[Trace]:
-    """Record into ``trace`` meanwhile: with gradients on, autocast's cache and nn's fast paths off, functorch's levels aside."""
+    """Record into ``trace`` meanwhile: with gradients on, autocast's cache and nn's fast paths off, functorch's
+    levels aside.
+    """
     with ExitStack() as stack:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack

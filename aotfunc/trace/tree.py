@@ -10,7 +10,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
 class Arguments:
-    """The arguments of one call, flat. ``leaves`` in order; ``spans[i]`` are the leaf positions of positional argument i."""
+    """The arguments of one call, flat. ``leaves`` in order; ``spans[i]`` are the leaf positions of positional
+    argument i.
+    """
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.leaves: list[Any] = []

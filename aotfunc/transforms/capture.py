@@ -1,4 +1,6 @@
-"""A call of ``f`` recorded, and the program that the recording stands for: looked up by the recording's key, built when it is new."""
+"""A call of ``f`` recorded, and the program that the recording stands for: looked up by the recording's key, built
+when it is new.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class Recording:
 
     @property
     def aliases(self) -> tuple[int, ...]:
-        """Positions, among the returned tensors, of those that share memory with an input, a closed-over tensor or one another."""
+        """Positions, among the returned tensors, of those that share memory with an input, a closed-over tensor or
+        one another.
+        """
         roots = [self.trace.root(r) for r in self.refs]
         count = len(self.trace.inputs)
         return tuple(i for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
@@ -94,8 +98,9 @@ def record(
 ) -> Recording:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
-    ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch). ``differentiated`` leaves report
-    ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants`` those of closed-over tensors may.
+    ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch). ``differentiated``
+    leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants``
+    those of closed-over tensors may.
     """
     intent.install()
     trace = Trace(why_not, constants)

@@ -1,7 +1,9 @@
-"""``autograd.Function`` inside a recording: its forward is recorded, and its results are marked as having the derivative that it says.
+"""``autograd.Function`` inside a recording: its forward is recorded, and its results are marked as having the
+derivative that it says.
 
-The mark is a graph node whose target is a :class:`CustomDerivative`. The Function's ``backward`` (and ``jvp``) are recorded with it, as programs of the cotangents (tangents)
-and of what the context saved. So a custom derivative is itself a graph: transformed like any other, to any order.
+The mark is a graph node whose target is a :class:`CustomDerivative`. The Function's ``backward`` (and ``jvp``) are
+recorded with it, as programs of the cotangents (tangents) and of what the context saved. So a custom derivative is
+itself a graph: transformed like any other, to any order.
 """
 
 from __future__ import annotations
@@ -33,18 +35,20 @@ aten = torch.ops.aten
 
 
 class Part(NamedTuple):
-    """One recorded rule: a program of its given values and of ``count`` residuals from ``first`` on."""
+    """One recorded rule: a program of its given values and of ``n_residuals`` residuals from ``first`` on."""
 
     program: Program
     first: int
-    count: int
+    n_residuals: int
 
 
 class CustomDerivative:
     """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a derivative of the user's.
 
-    ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as zeros) to a Part ``(cotangents, residuals) -> gradients of the inputs``, or to the
-    error that recording it raised; ``forward`` is a Part ``(tangents, residuals) -> tangents`` or None. ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own rule.
+    ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as zeros) to a Part
+    ``(cotangents, residuals) -> gradients of the inputs``, or to the error that recording it raised; ``forward`` is a
+    Part ``(tangents, residuals) -> tangents`` or None. ``saved[k]`` is the output that residual k is, or None.
+    ``batching`` is the Function's own rule.
     """
 
     def __init__(
@@ -123,13 +127,13 @@ class CustomDerivative:
         def batched(part: Any) -> Any:
             if not isinstance(part, Part):
                 return part
-            program, here = part.program, slice(part.first, part.first + part.count)
-            given = program.placeholders[: len(program.placeholders) - part.count]
+            program, here = part.program, slice(part.first, part.first + part.n_residuals)
+            given = program.placeholders[: len(program.placeholders) - part.n_residuals]
             dims = [0] * len(given) + [0 if yes else None for yes in flags[here]]
             sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *(r.meta["val"] for r in rest[here])]
             outs = [0 if isinstance(o, Node) else None for o in program.outputs]
             whole = Program(program.graph, len(dims), program.n_outputs)
-            return Part(vmap(whole, dims, sigs, walk.size, walk.randomness, outs), part.first, part.count)
+            return Part(vmap(whole, dims, sigs, walk.size, walk.randomness, outs), part.first, part.n_residuals)
 
         d = CustomDerivative(
             self.__name__,
@@ -144,7 +148,7 @@ class CustomDerivative:
 
 
 def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:
-    inputs = [*given, *residuals[part.first : part.first + part.count]]
+    inputs = [*given, *residuals[part.first : part.first + part.n_residuals]]
     return list(b.splice(part.program.graph, inputs, part.program.outputs))
 
 
@@ -318,7 +322,9 @@ def listed(result: Any) -> list:
 
 
 def gradients_of(args: Any, backward: Callable) -> Callable:
-    """The backward, returning one gradient per tensor argument as autograd takes it: of the argument's shape and dtype, None for integers."""
+    """The backward, returning one gradient per tensor argument as autograd takes it: of the argument's shape and
+    dtype, None for integers.
+    """
     last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
     body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
 
@@ -349,7 +355,9 @@ _ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
 
 
 def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig]) -> Any:
-    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per leaf; or the error that it raised."""
+    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per leaf; or the error
+    that it raised.
+    """
     from .capture import Recording
 
     inner = Trace("the derivative of an autograd.Function is recorded without values")

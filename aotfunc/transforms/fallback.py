@@ -1,7 +1,9 @@
-"""A rule for a single op where none is written: PyTorch's own formula for that op, traced once per signature; else its decomposition.
+"""A rule for a single op where none is written: PyTorch's own formula for that op, traced once per signature; else
+its decomposition.
 
-This is the one place that uses PyTorch's autograd, forward AD and batching rules, and only ever on one op. The formulas run the op again; in
-the graph that second run merges with the first. Hence no op that draws random numbers comes here.
+This is the one place that uses PyTorch's autograd, forward AD and batching rules, and only ever on one op. The
+formulas run the op again; in the graph that second run merges with the first. Hence no op that draws random numbers
+comes here.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def flat(outs: Any) -> list:
 
 
 def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
-    """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor arguments) replaced by ``f(x, i)``."""
+    """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor arguments) replaced by
+    ``f(x, i)``.
+    """
 
     def one(a: Any, i: int) -> Any:
         if isinstance(a, list | tuple):

@@ -1,4 +1,6 @@
-"""Results that must not share memory with inputs or with one another get a copy: rewriting may have made them the same."""
+"""Results that must not share memory with inputs or with one another get a copy: rewriting may have made them the
+same.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ aten = torch.ops.aten
 
 
 def fresh(program: Program, own: Sequence[int]) -> Program:
-    """The program with copies where an output would be an input, a view of one, or the same as another output; ``own`` are the outputs
-    that ``f`` returned itself and that may alias as it wishes."""
+    """The program with copies where an output would be an input, a view of one, or the same as another output;
+    ``own`` are the outputs that ``f`` returned itself and that may alias as it wishes.
+    """
     outs = list(output_node(program.graph).args[0])
     seen: set[Node] = set()
     copied = []
@@ -45,7 +48,7 @@ def fresh(program: Program, own: Sequence[int]) -> Program:
 def storage_root(n: Node) -> Node:
     """The node whose memory ``n`` shows."""
     while n.op == "call_function":
-        if (isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None) or n.target is aten.expand.default:
+        if isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None:
             n = n.args[0]  # type: ignore[assignment]
         else:
             break

@@ -1,8 +1,9 @@
-"""What autograd would hide from a recording, written down: ``autograd.grad``, ``.backward()``, hooks, checkpoints (for ``autograd.Function`` see
-:mod:`.custom`).
+"""What autograd would hide from a recording, written down: ``autograd.grad``, ``.backward()``, hooks, checkpoints
+(for ``autograd.Function`` see :mod:`.custom`).
 
-These entry points of torch are redirected while a recording is under way in the calling thread, and do what they always did otherwise. The code object of each function is
-exchanged, not its name, so that names bound earlier (``sq = Sq.apply``) come along.
+These entry points of torch are redirected while a recording is under way in the calling thread, and do what they
+always did otherwise. The code object of each function is exchanged, not its name, so that names bound earlier (``sq =
+Sq.apply``) come along.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def recorded() -> Trace | None:
     return trace if trace is not None and trace.keeps_intent else None
 
 
-def redirect(name: str, f: types.FunctionType, ours: Callable, template: types.FunctionType) -> None:
+def redirect(name: str, f: types.FunctionType, ours: Callable, template: Any) -> None:
     """Exchange the code of ``f`` for the template's, which asks whether a recording is under way."""
     original = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
     original.__kwdefaults__ = f.__kwdefaults__
@@ -73,7 +74,7 @@ def redirect(name: str, f: types.FunctionType, ours: Callable, template: types.F
 class _ApplyTemplate:
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        __class__  # noqa: B018 - the original has this one free variable
+        __class__  # type: ignore[name-defined] # noqa: B018 - the original has this one free variable
         if _aotfunc_recording() is None:  # type: ignore[name-defined] # noqa: F821
             return _torch_apply(cls, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
         return _aotfunc_apply(cls, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
@@ -117,7 +118,9 @@ def _seed_template(seed):  # type: ignore[no-untyped-def]
 
 
 def manual_seed(seed: int) -> Any:
-    """Seeding inside a function that is run again each time is done right away; a function compiled once would do it once."""
+    """Seeding inside a function that is run again each time is done right away; a function compiled once would do it
+    once.
+    """
     trace = current()
     if trace is not None and not trace.may_ask_constants:
         raise CaptureError(
@@ -232,7 +235,9 @@ def autograd_backward(
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be computed again in the backward."""
+    """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be computed again in the
+    backward.
+    """
     trace = recorded()
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)

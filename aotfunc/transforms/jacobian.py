@@ -1,4 +1,6 @@
-"""Jacobians: the backward half batched over a basis of cotangents, or the linear part over a basis of tangents; residuals stay unbatched."""
+"""Jacobians: the backward half batched over a basis of cotangents, or the linear part over a basis of tangents;
+residuals stay unbatched.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ aten = torch.ops.aten
 
 def numbered_draws(program: Program) -> Program:
     """The program with its draws numbered, so that the copies of it that are put together share them."""
-    program = lowered(program, calls=True, marks=False)
-    if not any(draws(n) for n in program.graph.nodes):
+    inlined = lowered(program, frozenset({"calls"}))
+    if not any(draws(n) for n in inlined.graph.nodes):
         return program
+    program = inlined
     b = builder()
     inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in program.placeholders]
     outs = spliced(b, program, inputs)

@@ -1,7 +1,7 @@
 """Forward mode: walks a graph forwards and carries a tangent along with each value.
 
-An op without a written forward rule has its reverse rule transposed: the reverse rule is linear in the cotangent, and the derivative of that
-linear map, applied to tangents, is the forward rule.
+An op without a written forward rule has its reverse rule transposed: the reverse rule is linear in the cotangent, and
+the derivative of that linear map, applied to tangents, is the forward rule.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
 
 
 def jvp_make(n: Node) -> Any:
-    """How to build the forward fragment: own rule, transpose of the own reverse rule, PyTorch's formula, its transpose, decomposition."""
+    """How to build the forward fragment: own rule, transpose of the own reverse rule, PyTorch's formula, its
+    transpose, decomposition.
+    """
     op = n.target
     line = RULES.get(op)
 
@@ -141,13 +143,16 @@ def _per_tensor(a: Any, t: Any) -> list:
 
 
 def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, args: Any) -> Any:
-    """The forward rule as the derivative of the (linear) reverse rule with respect to its cotangent: the adjoint of the adjoint."""
+    """The forward rule as the derivative of the (linear) reverse rule with respect to its cotangent: the adjoint of
+    the adjoint.
+    """
     single = not isinstance(out, list)
     outs = [out] if single else out
+    carrying = line_outputs(op)
     # cotangents of unknown value: the result cannot depend on them
     dummies = [
         b.make("call_function", aten.empty_like.default, (o,), {}, o.meta["val"])
-        if isinstance(o, Node) and o.meta["val"].differentiable and (line_outputs(op) is None or i in line_outputs(op))
+        if isinstance(o, Node) and o.meta["val"].differentiable and (carrying is None or i in carrying)
         else None
         for i, o in enumerate(outs)
     ]

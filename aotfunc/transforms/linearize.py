@@ -17,8 +17,8 @@ from .walk import builder
 def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, list[int]]:
     """A joint program cut by what depends on its ``n_late`` late inputs (those right after the primals).
 
-    Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program ``(residuals, late inputs) -> rest``, and which inputs
-    are residuals as they are: they come behind the computed ones.
+    Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program ``(residuals, late
+    inputs) -> rest``, and which inputs are residuals as they are: they come behind the computed ones.
     """
     placeholders = joint.placeholders
     n_primal = joint.n_inputs - n_late

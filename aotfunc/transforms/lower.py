@@ -8,11 +8,11 @@ import torch
 from torch.fx import Node
 
 from ..graph import Program, output_node
-from ..trace.emit import Builder, carried, paused_gc, remap
+from ..trace.emit import carried, paused_gc, remap
 from ..trace.functionalize import hidden_write, once
 from .custom import CustomDerivative
 from .steps import CompiledCall
-from .tidy import REWRITES
+from .walk import builder
 
 aten = torch.ops.aten
 
@@ -25,12 +25,18 @@ def marked(program: Program) -> bool:
     )
 
 
-def lowered(program: Program, calls: bool = False, marks: bool = True) -> Program:
-    """Without custom derivatives; with ``marks``, without ``detach`` and hidden writes; with ``calls``, without nested compiled calls."""
+MARKS = frozenset({"marks", "customs"})
+EVERYTHING = frozenset({"marks", "customs", "calls"})
+
+
+def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
+    """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom derivatives) and ``calls`` (nested
+    compiled calls), as far as ``dissolve`` names them.
+    """
     if not marked(program):
         return program
     with paused_gc():
-        b = Builder(REWRITES)
+        b = builder()
         env: dict[Node, Any] = {}
         for n in program.graph.nodes:
             target = n.target
@@ -39,20 +45,16 @@ def lowered(program: Program, calls: bool = False, marks: bool = True) -> Progra
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
             elif n.op == "call_function":
                 args = remap(n.args, env)
-                if marks and target in (aten.detach.default, once):
+                if "marks" in dissolve and target in (aten.detach.default, once):
                     env[n] = args[0]
-                elif marks and target is hidden_write:
+                elif "marks" in dissolve and target is hidden_write:
                     env[n] = args[1]
-                elif isinstance(target, CustomDerivative):
+                elif "customs" in dissolve and isinstance(target, CustomDerivative):
                     env[n] = target.inline(b, args)
-                elif calls and isinstance(target, CompiledCall):
-                    env[n] = lowered_call(b, target, args, marks)
+                elif "calls" in dissolve and isinstance(target, CompiledCall):
+                    body = lowered(target.program, dissolve)
+                    env[n] = list(b.splice(body.graph, args, output_node(body.graph).args[0]))
                 else:
                     env[n] = b.node(target, args, {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"])
         outs = remap(output_node(program.graph).args[0], env)
         return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name)
-
-
-def lowered_call(b: Builder, call: CompiledCall, args: Any, marks: bool) -> list:
-    body = lowered(call.program, calls=True, marks=marks)
-    return list(b.splice(body.graph, args, output_node(body.graph).args[0]))

@@ -1,4 +1,6 @@
-"""Running a program: recorded if a recording is under way, otherwise on the eager backend, differentiable by plain autograd either way."""
+"""Running a program: recorded if a recording is under way, otherwise on the eager backend, differentiable by plain
+autograd either way.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,9 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
 
 
 class Differentiable(torch.autograd.Function):
-    """A program whose derivative autograd must take from us: its backward is the program's own reverse mode, run the same way, so that
-    it is differentiable again."""
+    """A program whose derivative autograd must take from us: its backward is the program's own reverse mode, run the
+    same way, so that it is differentiable again.
+    """
 
     generate_vmap_rule = True
 

@@ -1,7 +1,8 @@
 """Recorded steps that are more than one op, and the graph nodes that have subgraphs of their own.
 
-A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.Instr` does; ``lower`` puts it into the functional graph. A *call* is the target of a
-graph node: it says itself how it is differentiated (``pull``, ``push``), batched (``batch``) and dissolved (``inline``).
+A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.Instr` does; ``lower`` puts it into the
+functional graph. A *call* is the target of a graph node: it says itself how it is differentiated (``pull``,
+``push``), batched (``batch``) and dissolved (``inline``).
 """
 
 from __future__ import annotations
@@ -107,9 +108,11 @@ def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
 
 
 class CompiledCall:
-    """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile(program, example_inputs)``.
+    """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile(program,
+    example_inputs)``.
 
-    ``split(joint, n_primals, n_early) -> (forward call, backward call)`` partitions a joint program and keeps the compilers.
+    ``split(joint, n_primals, n_early) -> (forward call, backward call)`` partitions a joint program and keeps the
+    compilers.
     """
 
     def __init__(self, program: Program, compile: Callable, split: Callable, name: str = "jit") -> None:
@@ -132,7 +135,9 @@ class CompiledCall:
         return list(b.splice(self.program.graph, args, output_node(self.program.graph).args[0]))
 
     def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
-        """Reverse mode: the call becomes one of the forward half, which also returns residuals, and one of the backward half."""
+        """Reverse mode: the call becomes one of the forward half, which also returns residuals, and one of the
+        backward half.
+        """
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
         have = tuple(i in g for i in range(program.n_outputs))
@@ -152,7 +157,9 @@ class CompiledCall:
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: one call for the values and residuals, one for the tangents, which are linear in the tangents given."""
+        """Forward mode: one call for the values and residuals, one for the tangents, which are linear in the tangents
+        given.
+        """
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
 
@@ -232,6 +239,7 @@ class GradStep(Step):
         grads = reverse(f.b, outputs, seeds, inputs)
         if any(g is None for g in grads):
             raise CaptureError(
-                f"one of the differentiated tensors was not used to compute the outputs{at(line)}; allow_unused=True returns None for it"
+                f"one of the differentiated tensors was not used to compute the outputs{at(line)}; "
+                "allow_unused=True returns None for it"
             )
         self.bind(f, grads, grad and self.create_graph)

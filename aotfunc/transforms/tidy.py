@@ -1,7 +1,8 @@
 """Local rewritings that make graphs small and keep every value bit for bit, NaN, infinities and signed zeros included.
 
-They are applied as nodes are made (:class:`~aotfunc.trace.emit.Builder`), so each level of a nested transform works on a tidy graph. A rule is
-``(builder, val, *args, **kwargs) -> replacement | None``; it must return something with the signature ``val``, as far as anyone can see: shape, dtype and device.
+They are applied as nodes are made (:class:`~aotfunc.trace.emit.Builder`), so each level of a nested transform works
+on a tidy graph. A rule is ``(builder, val, *args, **kwargs) -> replacement | None``; it must return something with
+the signature ``val``, as far as anyone can see: shape, dtype and device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reverse mode: walks a graph backwards and splices each op's reverse rule.
 
-:func:`reverse` is the transform. It works on nodes of a graph under construction, so that it serves whole programs, ``torch.autograd.grad``
-inside a function and rules that differentiate others alike.
+:func:`reverse` is the transform. It works on nodes of a graph under construction, so that it serves whole programs,
+``torch.autograd.grad`` inside a function and rules that differentiate others alike.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def is_nondiff(n: Node) -> bool:
 
 
 class Regions:
-    """Checkpointed regions of a forward graph: what the reverse walk reads of one is computed again, when it gets there."""
+    """Checkpointed regions of a forward graph: what the reverse walk reads of one is computed again, when it gets
+    there.
+    """
 
     def __init__(self, b: Builder) -> None:
         self.b = b
@@ -81,12 +83,14 @@ class Regions:
 
     def copy(self, m: Node, region: Any, env: dict[Node, Any]) -> Any:
         self.b.meta = {**{k: m.meta[k] for k in ("line",) if k in m.meta}, "region": ("again", region)}
-        swap = lambda a: (
-            [swap(x) for x in a] if isinstance(a, list | tuple) else env.get(a, a) if isinstance(a, Node) else a
-        )
-        return self.b.node(
-            m.target, tuple(swap(a) for a in m.args), {k: swap(v) for k, v in m.kwargs.items()}, m.meta["val"]
-        )
+
+        def swap(a: Any) -> Any:
+            if isinstance(a, list | tuple):
+                return [swap(x) for x in a]
+            return env.get(a, a) if isinstance(a, Node) else a
+
+        kwargs = {k: swap(v) for k, v in m.kwargs.items()}
+        return self.b.node(m.target, tuple(swap(a) for a in m.args), kwargs, m.meta["val"])
 
 
 def plain(n: Node) -> bool:
@@ -135,7 +139,9 @@ def reverse(
 
 
 def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, list]:
-    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat. ``again`` is the node to read values of."""
+    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat. ``again`` is the node to
+    read values of.
+    """
     op = n.target
     if op is hidden_write:
         return [n.args[0]], [g]
@@ -193,7 +199,8 @@ def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Except
     body = fallback.decomposition(op)
     if body is None:
         raise RuleError(
-            f"no reverse rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula of PyTorch's ({why}), no decomposition"
+            f"no reverse rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula of PyTorch's "
+            f"({why}), no decomposition"
         )
     outs = traced(body)(b, *args)
     flat_outs, flat_g = (list(outs), g) if isinstance(outs, list) else ([outs], [g])
@@ -243,9 +250,10 @@ def vjp(
 ) -> Program:
     """The joint program: ``(inputs, cotangents, closed-over) -> (kept outputs, gradients)``.
 
-    ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero (default: all floating ones have). Cotangents
-    are inputs, or with ``ones`` all ones. A gradient that nothing depends on is ``None``, or with ``fill`` zeros. ``keep`` lists the
-    outputs to return (default: all). ``recompute``: checkpointed regions are computed again (a partitioner decides that itself).
+    ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero (default: all floating
+    ones have). Cotangents are inputs, or with ``ones`` all ones. A gradient that nothing depends on is ``None``, or
+    with ``fill`` zeros. ``keep`` lists the outputs to return (default: all). ``recompute``: checkpointed regions are
+    computed again (a partitioner decides that itself).
     """
     with paused_gc():
         b = builder()

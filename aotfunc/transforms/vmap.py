@@ -97,7 +97,7 @@ class Batch:
     def make(self, n: Node) -> Any:
         op = n.target
         line = RULES.get(op)
-        rule = line.vmap if line is not None else None
+        rule: Any = line.vmap if line is not None else None
         randomness = self.randomness
         where = tensor_args(op)
         want = n.meta["val"]
@@ -208,7 +208,9 @@ def _all_batched(b: Builder, a: Any, yes: Any, size: int) -> Any:
 
 
 def promoted(b: Builder, n: Node, args: list, flags: tuple) -> list:
-    """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it as it would have been."""
+    """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it as it would have
+    been.
+    """
     op = n.target
     if torch.Tag.pointwise not in op.tags:
         return args
@@ -258,7 +260,8 @@ def vmap(
     out_dims: Sequence[int | None] | None = None,
     strict: bool = False,
 ) -> Program:
-    """The batched program. ``in_dims`` and ``sigs``: one per input, for the *batched* inputs; ``out_dims``: one per result.
+    """The batched program. ``in_dims`` and ``sigs``: one per input, for the *batched* inputs; ``out_dims``: one per
+    result.
 
     A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in its own layout.
     """
@@ -285,8 +288,8 @@ def vmap(
             if dim is None:
                 if batch.has(o):
                     raise ArgumentError(
-                        f"vmap: a tensor that is the same for all samples ({program.placeholders[index].name}) was written with "
-                        "a value that differs between samples; make it an input with its own in_dims"
+                        f"vmap: a tensor that is the same for all samples ({program.placeholders[index].name}) was "
+                        "written with a value that differs between samples; make it an input with its own in_dims"
                     )
                 written.append(batch.env[o])
             else:
@@ -299,7 +302,8 @@ def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
     if not isinstance(o, Node):
         if dim is not None:
             raise ArgumentError(
-                f"vmap: output {i} is {o!r} of type {type(o).__name__}, not a tensor: only out_dims=None returns such values"
+                f"vmap: output {i} is {o!r} of type {type(o).__name__}, not a tensor: only out_dims=None returns "
+                "such values"
             )
         return o
     if dim is None:

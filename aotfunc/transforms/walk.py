@@ -1,7 +1,7 @@
 """What the walkers share: a rule is traced once per signature into a fragment and copied from then on.
 
-:func:`apply` is the whole mechanism. It keys on the rule's tag, the signatures of the nodes and the literals; the first time it lets ``make`` build the
-result on placeholders, tidied, and afterwards it splices that fragment.
+:func:`apply` is the whole mechanism. It keys on the rule's tag, the signatures of the nodes and the literals; the
+first time it lets ``make`` build the result on placeholders, tidied, and afterwards it splices that fragment.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def builder() -> Builder:
 
 
 def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
-    """The result of ``make(builder, *args)`` in ``b``, through the fragment cache. ``args``: nested nodes and literals."""
+    """The result of ``make(builder, *args)`` in ``b``, through the fragment cache. ``args``: nested nodes and
+    literals.
+    """
     key: list = [tag]
     nodes: list[Node] = []
 

@@ -12,7 +12,8 @@ from tests.reference import assert_same, fresh
 def shown(f, *args, like=None, **kwargs):
     """``make_fx(f)(*args).code`` without ``torch.ops.`` and the freeing of names, one trailing newline.
 
-    The graph is run once and compared, results and final values of arguments, with ``like`` (default: ``f`` itself) from the same seed.
+    The graph is run once and compared, results and final values of arguments, with ``like`` (default: ``f`` itself)
+    from the same seed.
     """
     gm = make_fx(f)(*args, **kwargs)
     runs = []
@@ -26,6 +27,16 @@ def shown(f, *args, like=None, **kwargs):
 
 
 def readable(code):
-    code = re.sub(r";(  \w+ =)+ None", "", code.replace("torch.ops.", ""))
+    code = re.sub(r";  (\w+ = )+None", "", code.replace("torch.ops.", ""))
     code = re.sub(r"\n\s*\n", "\n", code)
     return "\n".join(line.rstrip() for line in code.strip().splitlines()) + "\n"
+
+
+def by_autograd(f):
+    """The gradient of ``f`` with respect to its first argument, by torch.autograd."""
+
+    def run(x, *rest):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(f(x, *rest), x)[0]
+
+    return run

@@ -1,13 +1,15 @@
-"""Golden texts: what a captured program looks like: writes, marks of intent, trees of arguments, names and lines."""
+"""Golden texts: trees of arguments, names, lines, nested compiled calls, random numbers."""
+# ruff: noqa: E501 - printed graphs are as wide as they are
 
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from aotfunc import functional_call, functionalize, grad, jit, make_fx
-from tests.graphs.shown import readable, shown
+from aotfunc import functional_call, grad, jit, make_fx
+from tests.graphs.sample import waves, written
+from tests.graphs.shown import by_autograd, readable, shown
 
 T = torch.func
 
@@ -17,197 +19,121 @@ def r(*shape):
     return torch.randn(shape)
 
 
-# writes --------------------------------------------------------------------------------------------------------------
-
-
-def test_write_through_a_view():
-    def f(x):
-        y = x.clone()
-        y.t()[1] += 1
-        return y
-
-    assert_expected_inline(shown(f, r(2, 3)), """""")
-
-
-def test_write_through_a_view_of_a_view():
-    def f(x):
-        y = x * 2
-        y[1:].view(-1)[::2].mul_(3)
-        return y.sum(0)
-
-    assert_expected_inline(shown(f, r(3, 2)), """""")
-
-
-def test_write_at_indices():
-    def f(x, i, v):
-        y = x.sin()
-        y[i] = v
-        return y
-
-    assert_expected_inline(shown(f, r(4, 2), torch.tensor([2, 0]), r(2, 2)), """""")
-
-
-def test_write_to_an_input_comes_last():
-    def f(x, y):
-        x.add_(y)
-        return x * 2
-
-    assert_expected_inline(shown(f, r(3), r(3)), """""")
-
-
-def test_write_to_a_part_of_an_input():
-    def f(x):
-        x[0].zero_()
-        return x.sum()
-
-    assert_expected_inline(shown(f, r(2, 3)), """""")
-
-
-def test_gradient_through_a_write():
-    def f(x):
-        y = x * 2
-        y[0] = y[1] * x[0]
-        return y.sum()
-
-    assert_expected_inline(shown(grad(f), r(3), like=T.grad(f)), """""")
-
-
-def test_functionalize():
-    def f(x):
-        y = torch.zeros(3)
-        y.copy_(x)
-        y.relu_()
-        return y
-
-    assert_expected_inline(shown(functionalize(f), r(3), like=f), """""")
-
-
-def test_batch_norm_in_training_updates_its_statistics():
-    net = nn.BatchNorm1d(2)
-    f = lambda mean, var, x: F.batch_norm(x, mean, var, net.weight.detach(), net.bias.detach(), training=True)
-    assert_expected_inline(shown(f, torch.zeros(2), torch.ones(2), r(4, 2)), """""")
-
-
-# intent ---------------------------------------------------------------------------------------------------------------
-
-
-def test_detach_stays_visible():
-    f = lambda x: x.detach() * x
-    assert_expected_inline(shown(f, r(3)), """""")
-
-
-def test_gradient_stops_at_detach():
-    f = lambda x: (x.detach() * x.sin()).sum()
-    assert_expected_inline(shown(grad(f), r(3), like=T.grad(f)), """""")
-
-
-def test_gradient_stops_at_no_grad():
-    def f(x):
-        with torch.no_grad():
-            scale = x.norm()
-        return (x.sin() / scale).sum()
-
-    assert_expected_inline(shown(grad(f), r(3), like=T.grad(f)), """""")
-
-
-def test_hidden_write_keeps_the_old_derivative():
-    def f(x):
-        y = x.sin()
-        with torch.no_grad():
-            y.mul_(3)
-        return (y * y).sum()
-
-    x = r(3)
-
-    def by_autograd(x):
-        x = x.clone().requires_grad_()
-        return torch.autograd.grad(f(x), x)[0]
-
-    assert_expected_inline(shown(grad(f), x, like=by_autograd), """""")
-
-
-class Clipped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return (g * x.exp()).clamp(-1, 1)
-
-
-def by_autograd(f):
-    def run(x, *rest):
-        x = x.clone().requires_grad_()
-        return torch.autograd.grad(f(x, *rest), x)[0]
-
-    return run
-
-
-def test_custom_function_is_its_forward():
-    assert_expected_inline(shown(lambda x: Clipped.apply(x), r(3)), """""")
-
-
-def test_custom_function_has_its_own_backward():
-    f = lambda x: Clipped.apply(x).sum()
-    assert_expected_inline(shown(grad(f), r(3), like=by_autograd(f)), """""")
-
-
-def test_checkpoint_computes_again():
-    f = lambda x: checkpoint(lambda x: x.sin().exp(), x, use_reentrant=False).square().sum()
-    assert_expected_inline(shown(grad(f), r(3), like=by_autograd(f)), """""")
-
-
-def test_autograd_grad_inside():
-    def f(x):
-        x = x.clone().requires_grad_()
-        (g,) = torch.autograd.grad(x.sin().sum(), x, create_graph=True)
-        return g * x
-
-    assert_expected_inline(shown(f, r(3), like=lambda x: f(x).detach()), """""")
-
-
-# trees, names, lines -----------------------------------------------------------------------------------------------
-
-
 def test_dict_and_tuple_of_inputs():
     f = lambda params, pair: {"out": params["w"] * pair[0] + params["b"], "kept": [pair[1]]}
-    assert_expected_inline(shown(f, {"w": r(3), "b": r(3)}, (r(3), r(3))), """""")
+    assert_expected_inline(
+        shown(f, {"w": r(3), "b": r(3)}, (r(3), r(3))),
+        """\
+def forward(self, params, pair):
+    params_w, params_b, pair_0, pair_1, = fx_pytree.tree_flatten_spec(([params, pair], {}), self._in_spec)
+    mul = aten.mul.Tensor(params_w, pair_0)
+    add = aten.add.Tensor(mul, params_b)
+    return pytree.tree_unflatten([add, pair_1], self._out_spec)
+""",
+    )
 
 
 def test_keywords_and_python_values():
     f = lambda x, power=2, *, scale: (x**power) * scale
-    assert_expected_inline(shown(f, r(3), power=3, scale=r(3)), """""")
+    assert_expected_inline(
+        shown(f, r(3), power=3, scale=r(3)),
+        """\
+def forward(self, x, power, scale):
+    x, static, scale, = fx_pytree.tree_flatten_spec(([x], {'power':power, 'scale':scale}), self._in_spec)
+    pow_1 = aten.pow.Tensor_Scalar(x, 3)
+    mul = aten.mul.Tensor(pow_1, scale)
+    return mul
+""",
+    )
 
 
 def test_names_are_those_of_the_parameters():
     def step(weights, batch, momentum):
         return weights - 0.1 * (batch.mean(0) + momentum)
 
-    assert_expected_inline(shown(step, r(3), r(5, 3), r(3)), """""")
+    assert_expected_inline(
+        shown(step, r(3), r(5, 3), r(3)),
+        """\
+def forward(self, weights, batch, momentum):
+    mean = aten.mean.dim(batch, [0])
+    add = aten.add.Tensor(mean, momentum)
+    mul = aten.mul.Tensor(add, 0.1)
+    sub = aten.sub.Tensor(weights, mul)
+    return sub
+""",
+    )
 
 
 def test_closed_over_parameters():
     layer = nn.Linear(3, 2)
     shift = r(2)
-    assert_expected_inline(shown(lambda x: layer(x) + shift, r(4, 3), like=lambda x: (layer(x) + shift).detach()), """""")
+    assert_expected_inline(
+        shown(lambda x: layer(x) + shift, r(4, 3), like=lambda x: (layer(x) + shift).detach()),
+        """\
+def forward(self, x):
+    param_constant0 = self._param_constant0
+    param_constant1 = self._param_constant1
+    tensor_constant2 = self._tensor_constant2
+    t = aten.t.default(param_constant0)
+    addmm = aten.addmm.default(param_constant1, x, t)
+    add = aten.add.Tensor(addmm, tensor_constant2)
+    return add
+""",
+    )
 
 
 def test_gradient_of_a_module():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     params = {k: v.detach() for k, v in net.named_parameters()}
     f = lambda params, x: functional_call(net, params, (x,)).sum()
-    assert_expected_inline(shown(grad(f), params, r(5, 3), like=T.grad(f)), """""")
+    assert_expected_inline(
+        shown(grad(f), params, r(5, 3), like=T.grad(f)),
+        """\
+def forward(self, params, x):
+    params_0_weight, params_0_bias, params_2_weight, params_2_bias, x, = fx_pytree.tree_flatten_spec(([params, x], {}), self._in_spec)
+    t = aten.t.default(params_0_weight)
+    addmm = aten.addmm.default(params_0_bias, x, t)
+    tanh = aten.tanh.default(addmm)
+    full = aten.full.default([5, 1], 1, dtype = torch.float32, device = device(type='cpu'))
+    mm = aten.mm.default(full, params_2_weight)
+    t_1 = aten.t.default(full)
+    mm_1 = aten.mm.default(t_1, tanh)
+    sum_1 = aten.sum.dim_IntList(full, [0], True)
+    view = aten.view.default(sum_1, [1])
+    tanh_backward = aten.tanh_backward.default(mm, tanh)
+    t_2 = aten.t.default(tanh_backward)
+    mm_2 = aten.mm.default(t_2, x)
+    sum_2 = aten.sum.dim_IntList(tanh_backward, [0], True)
+    view_1 = aten.view.default(sum_2, [4])
+    return pytree.tree_unflatten([mm_2, view_1, mm_1, view], self._out_spec)
+""",
+    )
 
 
 def test_constant_and_passed_through_results():
-    assert_expected_inline(shown(lambda x, y: (x, 3, None, y.sin()), r(3), r(3)), """""")
+    assert_expected_inline(
+        shown(lambda x, y: (x, 3, None, y.sin()), r(3), r(3)),
+        """\
+def forward(self, x, y):
+    sin = aten.sin.default(y)
+    return (x, 3, None, sin)
+""",
+    )
 
 
 def test_equal_expressions_are_computed_once():
-    assert_expected_inline(shown(lambda x: x.sin() * x.sin() + (x + 1.0) * (1.0 + x), r(3)), """""")
+    assert_expected_inline(
+        shown(lambda x: x.sin() * x.sin() + (x + 1.0) * (1.0 + x), r(3)),
+        """\
+def forward(self, x):
+    sin = aten.sin.default(x)
+    mul = aten.mul.Tensor(sin, sin)
+    add = aten.add.Tensor(x, 1.0)
+    mul_1 = aten.mul.Tensor(add, add)
+    add_1 = aten.add.Tensor(mul, mul_1)
+    return add_1
+""",
+    )
 
 
 def test_dead_code_is_gone():
@@ -215,15 +141,54 @@ def test_dead_code_is_gone():
         x.exp()
         return x.sin()
 
-    assert_expected_inline(shown(f, r(3)), """""")
+    assert_expected_inline(
+        shown(f, r(3)),
+        """\
+def forward(self, x):
+    sin = aten.sin.default(x)
+    return sin
+""",
+    )
 
 
 def test_lines_of_the_user():
-    def f(x):
-        y = torch.sin(x)
-        return (y * y).sum()
+    assert_expected_inline(
+        readable(make_fx(waves, verbose=True)(r(3)).code),
+        """\
+def forward(self, x):
+    sin = aten.sin.default(x)  # sample.py:7 in waves: y = torch.sin(x)
+    mul = aten.mul.Tensor(sin, sin)  # sample.py:8 in waves: y = y * y
+    sum_1 = aten.sum.default(mul)  # sample.py:9 in waves: return y.sum()
+    return sum_1
+""",
+    )
 
-    assert_expected_inline(readable(make_fx(grad(f), verbose=True)(r(3)).code), """""")
+
+@pytest.mark.xfail(strict=True, reason="nodes of an inner transform carry the line of its call, not their own")
+def test_lines_of_the_user_under_a_transform():
+    assert_expected_inline(
+        readable(make_fx(grad(waves), verbose=True)(r(3)).code),
+        """\
+def forward(self, x):
+    sin = aten.sin.default(x)  # sample.py:7 in waves: y = torch.sin(x)
+    add = aten.add.Tensor(sin, sin)  # sample.py:8 in waves: y = y * y
+    cos = aten.cos.default(x)  # sample.py:7 in waves: y = torch.sin(x)
+    mul = aten.mul.Tensor(add, cos)  # sample.py:7 in waves: y = torch.sin(x)
+    return mul
+""",
+    )
+
+
+def test_lines_of_a_write():
+    assert_expected_inline(
+        readable(make_fx(written, verbose=True)(r(3)).code),
+        """\
+def forward(self, x):
+    tensor_constant0 = self._tensor_constant0
+    select_scatter = aten.select_scatter.default(x, tensor_constant0, 0, 0)  # sample.py:14 in written: y[0] = 1
+    return select_scatter
+""",
+    )
 
 
 # nested compiled calls, random numbers -------------------------------------------------------------------------------
@@ -233,17 +198,51 @@ def test_jit_inside_a_gradient_is_inlined():
     g = jit(lambda x: torch.sin(x) * x)
     f = lambda x: (g(x) ** 2).sum()
     like = T.grad(lambda x: ((torch.sin(x) * x) ** 2).sum())
-    assert_expected_inline(shown(grad(f), r(3), like=like), """""")
+    assert_expected_inline(
+        shown(grad(f), r(3), like=like),
+        """\
+def forward(self, x):
+    sin = aten.sin.default(x)
+    mul = aten.mul.Tensor(sin, x)
+    mul_1 = aten.mul.Tensor(mul, 2)
+    mul_2 = aten.mul.Tensor(mul_1, x)
+    mul_3 = aten.mul.Tensor(mul_1, sin)
+    cos = aten.cos.default(x)
+    mul_4 = aten.mul.Tensor(mul_2, cos)
+    add = aten.add.Tensor(mul_3, mul_4)
+    return add
+""",
+    )
 
 
 def test_jit_of_a_gradient_is_inlined():
     f = jit(grad(lambda x: torch.sin(x).sum()))
-    assert_expected_inline(shown(lambda x: f(x) + 1, r(3), like=lambda x: x.cos() + 1), """""")
+    assert_expected_inline(
+        shown(lambda x: f(x) + 1, r(3), like=lambda x: x.cos() + 1),
+        """\
+def forward(self, x):
+    cos = aten.cos.default(x)
+    add = aten.add.Tensor(cos, 1)
+    return add
+""",
+    )
 
 
 def test_dropout():
     f = lambda x: F.dropout(x, 0.5).sin().sum()
-    assert_expected_inline(shown(grad(f), r(8), like=by_autograd(f)), """""")
+    assert_expected_inline(
+        shown(grad(f), r(8), like=by_autograd(f)),
+        """\
+def forward(self, x):
+    empty_like = aten.empty_like.default(x)
+    bernoulli = aten.bernoulli.p(empty_like, 0.5, generator = None)
+    div = aten.div.Scalar(bernoulli, 0.5)
+    mul = aten.mul.Tensor(x, div)
+    cos = aten.cos.default(mul)
+    mul_1 = aten.mul.Tensor(cos, div)
+    return mul_1
+""",
+    )
 
 
 def test_draws_stay_in_order_even_when_nobody_reads_them():
@@ -251,4 +250,15 @@ def test_draws_stay_in_order_even_when_nobody_reads_them():
         torch.randn(2)
         return x * torch.rand(3) + torch.randn_like(x)
 
-    assert_expected_inline(shown(f, r(3)), """""")
+    assert_expected_inline(
+        shown(f, r(3)),
+        """\
+def forward(self, x):
+    randn = aten.randn.default([2], device = device(type='cpu'), pin_memory = False)
+    rand = aten.rand.default([3], device = device(type='cpu'), pin_memory = False)
+    mul = aten.mul.Tensor(x, rand)
+    randn_like = aten.randn_like.default(x, pin_memory = False)
+    add = aten.add.Tensor(mul, randn_like)
+    return add
+""",
+    )

@@ -1,4 +1,4 @@
-"""The whole op table in worker processes: python -m tests.ops.sweep [PATTERN …] [--jobs 2] [--part I/N] [--write] [--update].
+"""The whole op table in worker processes: python -m tests.ops.sweep [PATTERN …] [--jobs 2] [--part I/N] [--update].
 
 Prints what fails and a summary, compares with known_failures.txt (a new failure or a listed one that passes ends with
 status 1). --update rewrites the list from this run, --write puts the summary into docs/ops.md.

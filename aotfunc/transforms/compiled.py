@@ -1,0 +1,251 @@
+"""A compiled call on real tensors: one autograd node, whose backward is compiled too and is differentiable in turn.
+
+The node keeps the residuals of the partition for a plain backward. Where the backward is itself to be differentiated
+(``create_graph=True``) the gradient program of the inputs runs instead, as a compiled call like any other; random
+numbers that it draws again are those of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.fx import Node
+
+from ..graph import Program, draws, output_node
+from ..trace.emit import carried, paused_gc, remap, remap_dict
+from .lower import EVERYTHING, lowered
+from .run import execute, write_back
+from .steps import CompiledCall
+from .vjp import active_nodes, vjp
+from .walk import builder
+
+aten = torch.ops.aten
+_inside_functorch = torch._C._functorch.peek_interpreter_stack
+
+
+def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
+    """The results of a compiled call on real tensors, written inputs updated, differentiable if an input is."""
+    program = call.program
+    if _inside_functorch() is not None:  # torch.func's transforms differentiate and batch op by op
+        return execute(program, tensors)
+    outs = None
+    if torch.is_grad_enabled():
+        wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
+        if wrt:
+            halves = program.cache.get(("halves", wrt))
+            if halves is None:
+                halves = program.cache[("halves", wrt)] = Halves(call, wrt)
+            if halves.any_live:
+                outs = Differentiated.apply(halves, *halves.guarded(tensors))
+    if outs is None:
+        outs = call(*tensors)
+    if program.mutated:
+        write_back(program, tensors, outs)
+    return outs[: program.n_outputs]
+
+
+class Halves:
+    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient program when asked for."""
+
+    def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
+        self.call, self.wrt = call, wrt
+        program = call.program
+        self.count = program.n_outputs + len(program.mutated)
+        # written inputs among the results, closed-over tensors among the inputs
+        self.program = Program(program.graph, len(program.placeholders), self.count, (), program.name)
+        inputs = program.placeholders
+        active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt])
+        #: which results have a derivative: the others do not require grad, as in eager
+        self.live = [isinstance(o, Node) and o in active for o in output_node(program.graph).args[0]]
+        self.any_live = any(self.live)
+        self.generators = generators(program)
+        self.needed: tuple[int, ...] = ()
+        self.cloned: tuple[int, ...] = ()
+        self._backwards: dict[tuple[bool, ...], Any] = {}
+        if not self.any_live:
+            return
+        joint = vjp(self.program, wrt, self.live, recompute=False)
+        self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(inputs)))
+        self.cloned = tuple(set(self.needed) & set(program.mutated))
+        self.forward, self.backward = call.split(joint, len(inputs), self.count)
+
+    def guarded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inputs, those that the backward reads and that the call writes to copied."""
+        if not self.cloned:
+            return tensors
+        return [t.clone() if i in self.cloned else t for i, t in enumerate(tensors)]
+
+    def backward_for(self, have: tuple[bool, ...]) -> Any:
+        """The backward half where only some results have a cotangent."""
+        if all(have):
+            return self.backward
+        found = self._backwards.get(have)
+        if found is None:
+            half, absent = self.backward, [i for i, yes in enumerate(have) if not yes]
+            smaller = without_cotangents(half.program, len(have), absent)
+            found = self._backwards[have] = CompiledCall(smaller, half.compile, half.split, half.__name__)
+        return found
+
+    def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
+        """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
+
+        def make() -> Program:
+            lives = iter(have)
+            cts = [yes and next(lives) for yes in self.live]
+            joint = vjp(self.program, self.wrt, cts, keep=())
+            return only_inputs(joint, self.needed, len(self.program.placeholders))
+
+        return self.call.derived(("gradient", self.wrt, have), make, "gradient")
+
+
+class Differentiated(torch.autograd.Function):
+    """A compiled call under autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Halves, *tensors: Tensor) -> tuple:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.halves = halves
+        ctx.states = [(g, g.get_state()) for g in halves.generators]
+        outs = halves.forward(*tensors)
+        results, residuals = outs[: halves.count], outs[halves.count :]
+        ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
+        ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
+        # not saved tensors: a plain backward must not mind if one that it does not read has changed
+        ctx.inputs = [tensors[i] for i in halves.needed]
+        ctx.versions = [t._version if not t.is_inference() else 0 for t in ctx.inputs]
+        dead = [o for o, live in zip(results, halves.live, strict=True) if not live and isinstance(o, Tensor)]
+        if dead:
+            ctx.mark_non_differentiable(*dead)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *cts: Tensor | None) -> tuple:
+        halves, saved = ctx.halves, ctx.saved_tensors
+        live = [c for c, yes in zip(cts, halves.live, strict=True) if yes]
+        have = tuple([c is not None for c in live])
+        given = [c.contiguous() for c in live if c is not None]
+        if torch.is_grad_enabled():
+            with redrawn(ctx.states):
+                grads = run(halves.gradient(have), [*unchanged(ctx), *given])
+        else:
+            feed = iter(saved)
+            residuals = [next(feed) if r is None else r for r in ctx.residuals]
+            grads = halves.backward_for(have)(*residuals, *given)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.inputs = None
+        result: list = [None] * (len(ctx.needs_input_grad))
+        for i, g in zip(halves.wrt, grads, strict=True):
+            result[i + 1] = g
+        return tuple(result)
+
+
+def unchanged(ctx: Any) -> list[Tensor]:
+    """The inputs, as autograd would have saved them."""
+    for t, version in zip(ctx.inputs, ctx.versions, strict=True):
+        if not t.is_inference() and t._version != version:
+            raise RuntimeError(
+                f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by an inplace operation after "
+                "the call; its backward cannot be differentiated (create_graph=True) any more"
+            )
+    return ctx.inputs
+
+
+# ----- random numbers -------------------------------------------------------------------------------------------------
+
+
+def generators(program: Program) -> list[Generator]:
+    """The generators that a program draws from."""
+    found: dict[int, Generator] = {}
+    for n in lowered(program, EVERYTHING).graph.nodes:
+        if n.op == "call_function" and draws(n):
+            given = next((a for a in (*n.args, *n.kwargs.values()) if isinstance(a, Generator)), None)
+            g = given if given is not None else default_generator(device_of(n.meta["val"]))
+            found[id(g)] = g
+    return list(found.values())
+
+
+def device_of(val: Any) -> torch.device:
+    return device_of(val[0]) if isinstance(val, tuple) else val.device
+
+
+def default_generator(device: torch.device) -> Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+@contextmanager
+def redrawn(states: Sequence[tuple[Generator, Tensor]]) -> Iterator[None]:
+    """The generators as they were then, for a while."""
+    now = [(g, g.get_state()) for g, _ in states]
+    for g, state in states:
+        g.set_state(state)
+    try:
+        yield
+    finally:
+        for g, state in now:
+            g.set_state(state)
+
+
+# ----- smaller programs -----------------------------------------------------------------------------------------------
+
+
+def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:
+    """The positions, among the first ``count`` inputs, of those that ``outs`` depend on."""
+    seen = {o for o in outs if isinstance(o, Node)}
+    for n in reversed(program.graph.nodes):
+        if n in seen:
+            seen.update(n._input_nodes)
+    return [i for i, p in enumerate(program.placeholders[:count]) if p in seen]
+
+
+def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
+    """The program without those of its first ``count`` inputs that nothing depends on."""
+    with paused_gc():
+        b = builder()
+        kept = [p for i, p in enumerate(program.placeholders) if i >= count or i in needed]
+        env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in kept}
+        outs = b.splice(program.graph, [env.get(p) for p in program.placeholders], output_node(program.graph).args[0])
+        return Program(b.finish(outs), len(kept), program.n_outputs, (), program.name)
+
+
+def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:
+    """A backward half of which some of the ``count`` cotangents, its last inputs, do not arrive.
+
+    What depends on them alone is not computed, for 0 * inf is not 0; a gradient of which nothing is left is None.
+    """
+    placeholders = program.placeholders
+    cotangents = placeholders[len(placeholders) - count :]
+    missing = {cotangents[i] for i in absent}
+    linear = set(cotangents)  # depends on cotangents
+    with paused_gc():
+        b = builder()
+        env: dict[Node, Any] = {}
+        for n in program.graph.nodes:
+            if n.op == "placeholder":
+                if n not in missing:
+                    env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
+            elif n.op == "call_function":
+                sources = [i for i in n._input_nodes if i in linear]
+                if sources:
+                    linear.add(n)
+                    if all(i in missing for i in sources):
+                        missing.add(n)
+                        continue
+                b.meta = carried(n)
+                for i in sources:
+                    if i not in env:
+                        env[i] = zeros(b, i)
+                env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+        outs = [None if o in missing else remap(o, env) for o in output_node(program.graph).args[0]]
+        return Program(b.finish(outs), len(placeholders) - len(absent), len(outs))
+
+
+def zeros(b: Any, n: Node) -> Any:
+    val = n.meta["val"]
+    kwargs = {"dtype": val.dtype, "device": val.device}
+    return b.make("call_function", aten.zeros.default, (list(val.shape),), kwargs, val)

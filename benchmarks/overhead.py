@@ -1,0 +1,95 @@
+"""What a call of a compiled function costs beside the function itself: tiny functions, where Python is everything.
+
+python -m benchmarks.overhead [--quick] [--write]. Each row times one call of the plain function, of its torch.func or
+torch.autograd counterpart where there is one, and of the jitted function; "guards" is jit's time minus that of the
+plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import aotfunc
+from benchmarks.measure import Report, arguments, interleaved, ms
+
+SCALE = 2.0
+
+
+def case_pointwise() -> tuple[Callable, Callable | None, tuple]:
+    return (lambda x: torch.sin(x) * 2), None, (torch.randn(4),)
+
+
+def case_closure() -> tuple[Callable, Callable | None, tuple]:
+    w, b = torch.randn(4), 0.5
+    return (lambda x: torch.sin(x * w) * SCALE + b), None, (torch.randn(4),)
+
+
+def case_numbers() -> tuple[Callable, Callable | None, tuple]:
+    return (lambda x, y, a, flag, n=2: x * a + y if flag else y), None, (torch.randn(4), torch.randn(4), 0.5, True)
+
+
+def case_tree() -> tuple[Callable, Callable | None, tuple]:
+    params = {f"w{i}": torch.randn(4) for i in range(8)}
+    return (lambda p, x: {"y": p["w0"] * x, "z": p["w7"] + x}), None, (params, torch.randn(4))
+
+
+def case_gradient() -> tuple[Callable, Callable | None, tuple]:
+    def f(x):
+        return (torch.sin(x) * x).sum()
+
+    return aotfunc.grad(f), torch.func.grad(f), (torch.randn(4),)
+
+
+def case_module() -> tuple[Callable, Callable | None, tuple]:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+    net = nn.Sequential(*layers).requires_grad_(False)
+    return net, None, (torch.randn(2, 8),)
+
+
+def case_backward() -> tuple[Callable, Callable | None, tuple]:
+    return (lambda x: (torch.sin(x) * x).sum()), None, (torch.randn(4, requires_grad=True),)
+
+
+CASES: dict[str, Callable[[], tuple[Callable, Callable | None, tuple]]] = {
+    "sin(x) * 2": case_pointwise,
+    "with a closure and a global": case_closure,
+    "two tensors, three Python values": case_numbers,
+    "dictionary of 8 in, of 2 out": case_tree,
+    "gradient, jit(grad(f))": case_gradient,
+    "module of 4 Linear and Tanh": case_module,
+    "forward and backward": case_backward,
+}
+
+
+def measure(name: str, quick: bool) -> list[str]:
+    f, theirs, args = CASES[name]()
+    jitted = aotfunc.jit(f)
+    torch.testing.assert_close(jitted(*args), f(*args))
+
+    def called(g: Callable) -> Callable:
+        if name != "forward and backward":
+            return lambda: g(*args)
+        return lambda: torch.autograd.grad(g(*args), args)
+
+    runs = {"plain": called(f), "jit": called(jitted)}
+    if theirs is not None:
+        runs["torch"] = called(theirs)
+    t = interleaved(runs, rounds=1 if quick else 5, budget_s=0.05 if quick else 0.3)
+    return [name, ms(t["plain"]), ms(t.get("torch")), ms(t["jit"]), f"{(t['jit'] - t['plain']) * 1e6:+.1f} µs"]
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    report = Report("overhead", "The cost of a call", "python -m benchmarks.overhead")
+    head = ["case", "plain", "torch.func", "jit", "jit - plain"]
+    report.table("Time per call, medians", head, [measure(name, options.quick) for name in CASES])
+    if options.write:
+        report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Golden texts: programs that write, as graphs that do not."""
+# ruff: noqa: E501 - printed graphs are as wide as they are
+
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import nn
+
+from aotfunc import functionalize, grad
+from tests.graphs.shown import shown
+
+T = torch.func
+
+
+def r(*shape):
+    torch.manual_seed(0)
+    return torch.randn(shape)
+
+
+def test_write_through_a_view():
+    def f(x):
+        y = x.clone()
+        y.t()[1] += 1
+        return y
+
+    assert_expected_inline(
+        shown(f, r(2, 3)),
+        """\
+def forward(self, x):
+    t = aten.t.default(x)
+    select = aten.select.int(t, 0, 1)
+    add = aten.add.Tensor(select, 1)
+    select_scatter = aten.select_scatter.default(t, add, 0, 1)
+    t_1 = aten.t.default(select_scatter)
+    return t_1
+""",
+    )
+
+
+def test_write_through_a_view_of_a_view():
+    def f(x):
+        y = x * 2
+        y[1:].view(-1)[::2].mul_(3)
+        return y.sum(0)
+
+    assert_expected_inline(
+        shown(f, r(3, 2)),
+        """\
+def forward(self, x):
+    mul = aten.mul.Tensor(x, 2)
+    slice_1 = aten.slice.Tensor(mul, 0, 1, 9223372036854775807)
+    view = aten.view.default(slice_1, [-1])
+    slice_2 = aten.slice.Tensor(view, 0, 0, 9223372036854775807, 2)
+    mul_1 = aten.mul.Tensor(slice_2, 3)
+    slice_scatter = aten.slice_scatter.default(view, mul_1, 0, 0, 9223372036854775807, 2)
+    view_1 = aten.view.default(slice_scatter, [2, 2])
+    slice_scatter_1 = aten.slice_scatter.default(mul, view_1, 0, 1, 9223372036854775807)
+    sum_1 = aten.sum.dim_IntList(slice_scatter_1, [0])
+    return sum_1
+""",
+    )
+
+
+def test_write_at_indices():
+    def f(x, i, v):
+        y = x.sin()
+        y[i] = v
+        return y
+
+    assert_expected_inline(
+        shown(f, r(4, 2), torch.tensor([2, 0]), r(2, 2)),
+        """\
+def forward(self, x, i, v):
+    sin = aten.sin.default(x)
+    index_put = aten.index_put.default(sin, [i], v)
+    return index_put
+""",
+    )
+
+
+def test_write_to_an_input_comes_last():
+    def f(x, y):
+        x.add_(y)
+        return x * 2
+
+    assert_expected_inline(
+        shown(f, r(3), r(3)),
+        """\
+def forward(self, x, y):
+    add = aten.add.Tensor(x, y)
+    mul = aten.mul.Tensor(add, 2)
+    copy_ = aten.copy_.default(x, add)
+    return mul
+""",
+    )
+
+
+def test_write_to_a_part_of_an_input():
+    def f(x):
+        x[0].zero_()
+        return x.sum()
+
+    assert_expected_inline(
+        shown(f, r(2, 3)),
+        """\
+def forward(self, x):
+    select = aten.select.int(x, 0, 0)
+    full_like = aten.full_like.default(select, 0)
+    select_scatter = aten.select_scatter.default(x, full_like, 0, 0)
+    sum_1 = aten.sum.default(select_scatter)
+    copy_ = aten.copy_.default(x, select_scatter)
+    return sum_1
+""",
+    )
+
+
+def test_gradient_through_a_write():
+    def f(x):
+        y = x * 2
+        y[0] = x[1].sin() * x[0]
+        return y.sum()
+
+    assert_expected_inline(
+        shown(grad(f), r(3), like=T.grad(f)),
+        """\
+def forward(self, x):
+    select = aten.select.int(x, 0, 1)
+    sin = aten.sin.default(select)
+    select_1 = aten.select.int(x, 0, 0)
+    mul = aten.mul.Tensor(sin, select_1)
+    full = aten.full.default([3], 1, dtype = torch.float32, device = device(type='cpu'))
+    zeros_like = aten.zeros_like.default(mul, dtype = torch.float32, pin_memory = False)
+    select_scatter = aten.select_scatter.default(full, zeros_like, 0, 0)
+    select_2 = aten.select.int(full, 0, 0)
+    mul_1 = aten.mul.Tensor(select_2, select_1)
+    mul_2 = aten.mul.Tensor(select_2, sin)
+    select_backward = aten.select_backward.default(mul_2, [3], 0, 0)
+    cos = aten.cos.default(select)
+    mul_3 = aten.mul.Tensor(mul_1, cos)
+    select_backward_1 = aten.select_backward.default(mul_3, [3], 0, 1)
+    add = aten.add.Tensor(select_backward, select_backward_1)
+    mul_4 = aten.mul.Tensor(select_scatter, 2)
+    add_1 = aten.add.Tensor(add, mul_4)
+    return add_1
+""",
+    )
+
+
+def test_functionalize():
+    def f(x):
+        y = torch.zeros(3)
+        y.copy_(x)
+        y.relu_()
+        return y
+
+    assert_expected_inline(
+        shown(functionalize(f), r(3), like=f),
+        """\
+def forward(self, x):
+    relu = aten.relu.default(x)
+    return relu
+""",
+    )
+
+
+def test_batch_norm_in_training_updates_its_statistics():
+    net = nn.BatchNorm1d(2)
+    f = lambda mean, var, x: F.batch_norm(x, mean, var, net.weight.detach(), net.bias.detach(), training=True)
+    assert_expected_inline(
+        shown(f, torch.zeros(2), torch.ones(2), r(4, 2)),
+        """\
+def forward(self, mean, var, x):
+    param_constant0 = self._param_constant0
+    param_constant1 = self._param_constant1
+    detach = aten.detach.default(param_constant0)
+    detach_1 = aten.detach.default(param_constant1)
+    native_batch_norm_legit_functional = aten._native_batch_norm_legit_functional.default(x, detach, detach_1, mean, var, True, 0.1, 1e-05)
+    getitem = native_batch_norm_legit_functional[0]
+    getitem_1 = native_batch_norm_legit_functional[3]
+    getitem_2 = native_batch_norm_legit_functional[4]
+    copy_ = aten.copy_.default(mean, getitem_1)
+    copy__1 = aten.copy_.default(var, getitem_2)
+    return getitem
+""",
+    )
