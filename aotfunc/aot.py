@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx import Node
+from torch.utils._pytree import TreeSpec
 
 from . import backends
 from .backends.eager import compile_graph
@@ -53,17 +54,19 @@ class Entry:
     """What was captured for one signature."""
 
     def __init__(self, rec: Recording, call: CompiledCall, views: Callable[..., tuple] | None) -> None:
-        self.rec, self.call, self.views = rec, call, views
+        self.call, self.views = call, views
+        self.spec, self.tensors = rec.spec, rec.tensors
+        # the structure with what is constant in it; what was traced, and the arguments, may go
+        self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
         self.step = CompiledStep(call, run_eager)
         self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
         # by reference: an optimizer's update is seen. Values of an outer recording are only good for that one.
         self.closed = list(rec.closed_over)
         self.sharing = sharing([*rec.trace.origins, *self.closed]) if rec.trace.mutates else None
         self.reusable = not any(t.__class__ is Traced for t in self.closed)
-        self.plain = rec.spec is None or (len(rec.tensors) == len(rec.leaves) and rec.spec.is_leaf())
+        self.plain = rec.spec is None
+        self.rebuild = rebuilder(rec.spec)
         self.kept: list[Any] = []
-        rec.trace.origins = []
-        rec.trace.concrete_inputs = None
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         tensors += self.closed
@@ -75,16 +78,27 @@ class Entry:
             outs = self.views(*tensors, *outs)
         if self.plain:
             return outs[0]
-        leaves = list(self.rec.leaves)
-        for i, t in zip(self.rec.tensors, outs, strict=True):
+        leaves = list(self.leaves)
+        for i, t in zip(self.tensors, outs, strict=True):
             leaves[i] = t
-        return unflatten(leaves, self.rec.spec)
+        return self.rebuild(leaves)
 
 
 def sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """For each tensor, the number of its storage among them."""
     numbers: dict[Any, int] = {}
     return tuple([numbers.setdefault(storage_id(t), len(numbers)) for t in tensors])
+
+
+def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
+    """``leaves -> tree``: directly for a flat tuple, list or dictionary."""
+    if spec is not None and spec.num_children == spec.num_leaves and all(c.is_leaf() for c in spec.children()):
+        if spec.type is tuple or spec.type is list:
+            return spec.type
+        if spec.type is dict:
+            names = spec.context
+            return lambda leaves: dict(zip(names, leaves, strict=True))
+    return lambda leaves: unflatten(leaves, spec)
 
 
 def has_effects(program: Program) -> bool:
@@ -177,12 +191,8 @@ class Compiled:
         n = program.n_inputs
         shares = {i: r if r >= 0 else n - r - 1 for i, r in roots.items() if r < n}
         program, views = without_views(program, shares)
-        if self.decompositions:
-            program = decomposed(program, self.decompositions)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.compile_forward, self.split, self.name)
-        for i in rec.tensors:  # keep the structure, not the traced values
-            rec.leaves[i] = None
         self.watch_growth(arguments)
         return Entry(rec, call, views)
 
@@ -216,14 +226,18 @@ class Compiled:
     # ----- compiling --------------------------------------------------------------------------------------------------
 
     def compile_forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return compiled_by(self.forward_compiler, program, tensors)
+        return compiled_by(self.forward_compiler, self.opened(program), tensors)
 
     def compile_backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return compiled_by(self.backward_compiler, program, tensors)
+        return compiled_by(self.backward_compiler, self.opened(program), tensors)
+
+    def opened(self, program: Program) -> Program:
+        """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
+        return decomposed(program, self.decompositions) if self.decompositions else program
 
     def split(self, joint: Program, n_primals: int, n_early: int) -> tuple[CompiledCall, CompiledCall]:
         """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``."""
-        forward, backward = partitioned(self.partition, joint, n_early)
+        forward, backward = partitioned(self.partition, self.opened(joint), n_early)
         return (
             CompiledCall(forward, self.compile_forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.compile_backward, self.split, f"{self.name}_backward"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import linecache
 import os
 import sys
 from collections.abc import Callable
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +16,6 @@ LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
-
 _is_user: dict[CodeType, bool] = {}
 
 
@@ -50,19 +47,15 @@ def user_line(depth: int = 1) -> Line | None:
 
 
 def outside_dynamo(f: Callable) -> Callable:
-    """``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of it is a graph break."""
-    opaque: list[Callable] = []
-
-    @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if _frame_callback() is None:  # nobody compiles (and asking Dynamo itself would import it: seconds)
-            return f(*args, **kwargs)
-        if not opaque:
-            opaque.append(sys.modules["torch._dynamo"].disable(f))  # type: ignore[attr-defined]
-        return opaque[0](*args, **kwargs)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call
+    """Mark ``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of it is a graph break, and
+    what it calls runs as it is. (Dynamo's own ``disable`` would import Dynamo, which takes seconds.)
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    if hasattr(eval_frame, "set_code_exec_strategy"):
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(f.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    f._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return f
 
 
 def at(line: Line | None) -> str:

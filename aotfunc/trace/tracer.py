@@ -645,6 +645,9 @@ def recording(trace: Trace) -> Iterator[Trace]:
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
             stack.enter_context(temporarily_clear_interpreter_stack())
+        if (compiling := torch._C._dynamo.eval_frame.get_eval_frame_callback()) is not None:
+            torch._C._dynamo.eval_frame.set_eval_frame(None)  # Dynamo must not compile what f calls
+            stack.callback(torch._C._dynamo.eval_frame.set_eval_frame, compiling)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         cache = torch.is_autocast_cache_enabled()
