@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 JOBS   ?= 2
-# Arguments for pip, for instance: make venv PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
+# Further arguments for pip, such as an index that has CPU builds.
 PIP_ARGS ?=
 
 VENV  := .venv

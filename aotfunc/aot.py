@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-
 from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec
 
 from . import backends
+from .aliasing import apart, without_views
+from .autograd import run
 from .backends.eager import compile_graph
 from .debug import at, outside_dynamo, user_line
 from .errors import ArgumentError
@@ -26,17 +27,15 @@ from .graph import Program, kept_alive, output_node
 from .guards import Reached, changing, describe_argument, environment_key
 from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
+from .run import run_eager
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.shapes import make_sig
 from .trace.tracer import Traced, current, storage_id
 from .trace.tree import Arguments, unflatten
-from .transforms.aliasing import apart, without_views
 from .transforms.capture import Recording, leaf_labels, parameter_names, record
-from .transforms.compiled import run
 from .transforms.decompose import decomposed
 from .transforms.fresh import fresh
 from .transforms.lower import EVERYTHING, lowered
-from .transforms.run import run_eager
 from .transforms.steps import CompiledCall, CompiledStep
 from .transforms.walk import builder
 

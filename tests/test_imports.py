@@ -15,7 +15,8 @@ ROWS = [
     ("__init__",),
     ("compile",),
     ("aot", "check"),
-    ("func", "module", "stateless", "guards"),
+    ("func", "module", "stateless", "guards", "autograd", "aliasing"),
+    ("run", "arguments"),
     ("partition", "backends"),
     ("transforms",),
     ("trace", "rules"),
@@ -34,6 +35,7 @@ REFERENCES = ("functorch", "torch.func", "torch._functorch", "torch.vmap", "torc
 MAY_USE = {
     "aotfunc/transforms/fallback.py": REFERENCES,
     "aotfunc/stateless.py": ("torch.func.functional_call", "torch.func.stack_module_state"),
+    "aotfunc/trace/tracer.py": ("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",),
 }
 
 

@@ -73,8 +73,8 @@ def new(like: Sig, shape: Iterable[int], dtype: torch.dtype | None = None, strid
 
 
 def plain(*sigs: Sig | None) -> None:
-    """Decline unless these are contiguous, in the one usual way."""
-    sure(all(s is None or s.stride == contiguous_stride(s.shape) for s in sigs))
+    """Decline unless these are in natural order: contiguous, or expanded or sliced from such."""
+    sure(all(s is None or s.stride == contiguous_stride(s.shape) or natural(s) for s in sigs))
 
 
 def axis(dim: int, ndim: int) -> int:

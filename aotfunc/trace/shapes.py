@@ -70,6 +70,7 @@ def contiguous_stride(shape: tuple) -> tuple:
 
 
 _sigs: dict[tuple, Sig] = {}
+_LIMIT = 1 << 16
 
 
 def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Sig:
@@ -77,6 +78,8 @@ def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, 
     key = (shape, stride, dtype, device, offset)
     sig = _sigs.get(key)
     if sig is None:
+        if len(_sigs) >= _LIMIT:
+            _sigs.clear()  # equal signatures that are not identical only miss caches and rewritings
         sig = _sigs[key] = Sig(tuple(shape), tuple(stride), dtype, device, offset)
     return sig
 
@@ -143,7 +146,6 @@ class Instr:
 
 
 _memo: dict[tuple, Instr] = {}
-_LIMIT = 1 << 16
 
 SIMPLE = frozenset(
     (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...), complex)

@@ -83,7 +83,8 @@ class Batch:
         args = full_args(op, n.args, n.kwargs)
         flags = tuple(self.has(args[i]) for i in tensor_args(op))
         new = remap(tuple(args), self.env)
-        tag = ("vmap", op, self.randomness if draws(n) else "", tuple(_logical(args[i]) for i in tensor_args(op)))
+        by_value = n.meta["val"] if torch.Tag.dynamic_output_shape in op.tags else None
+        tag = ("vmap", op, self.randomness if draws(n) else "", tuple(_logical(args[i]) for i in tensor_args(op)), by_value)
         out = apply(self.b, tag, self.make(n), flags, self.size, *new)
         return out, True
 
@@ -110,7 +111,8 @@ class Batch:
                         full[i] = _all_batched(b, full[i], yes, size)
                 full = promoted(b, n, full, flags)
                 try:
-                    result = traced(lambda *xs: rule(*xs, batched=flags, size=size, randomness=randomness))(b, *full)
+                    extras = {"batched": flags, "size": size, "randomness": randomness, "shape": getattr(want, "shape", ())}
+                    result = traced(lambda *xs: rule(*xs, **extras))(b, *full)
                 except AotfuncError:
                     raise
                 except (NotImplementedError, RuntimeError) as e:

@@ -418,7 +418,7 @@ def test_an_op_without_a_meta_kernel_is_captured_or_named():
     x = r(3)
     try:
         gm = make_fx(lambda x: no_rules(x) + 1)(x)
-    except (AotfuncError, NotImplementedError) as error:
+    except RuntimeError as error:  # PyTorch's own text says how to register one
         assert "no_rules" in str(error)
     else:
         assert_same(gm(x), x * 2 + 1)

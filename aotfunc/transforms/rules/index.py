@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import RuleError
 from .table import (
     aten,
     expand_lead,
@@ -30,6 +31,40 @@ def align(x: Tensor, rank: int) -> Tensor:
 def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
     """``0 .. size - 1`` along dimension 0, followed by ``rank`` dimensions of one."""
     return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
+
+
+def numbered(mask: Tensor, count: Any) -> list[Tensor]:
+    """The positions of the ``count`` true elements of a mask, one vector for each of its dimensions.
+
+    How many there are is known here from the shape of a result; the op alone would have to look at the values.
+    """
+    return list(aten.nonzero_static(mask, size=count).unbind(1))
+
+
+def without_masks(indices: Sequence[Tensor | None], count: Any) -> list[Tensor | None]:
+    """The indices, boolean ones as vectors of positions, of which there are ``count``."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        found += numbered(index, count) if index is not None and index.dtype == torch.bool else [index]
+    return found
+
+
+def selected_count(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> Any:
+    """How many elements the mask among the indices selects, if the result has this shape; ``None``: there is no mask."""
+    masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+    if not masks:
+        return None
+    others = [i for i in indices if i is not None and i.dtype != torch.bool]
+    if len(masks) > 1 or any(i.dim() and i.shape[-1] != 1 for i in others):  # then it may be 1, repeated
+        raise RuleError("a boolean index beside others that broadcast against it: index in two steps, x[mask][:, other]")
+    places = Places(indices, [False] * len(indices))
+    return shape[places.front + places.rank - 1]
+
+
+def read(x: Tensor, indices: Sequence[Tensor | None], shape: Sequence[Any]) -> Tensor:
+    """``x[indices]``, whose shape is known."""
+    count = selected_count(shape, indices)
+    return aten.index.Tensor(x, indices if count is None else without_masks(indices, count))
 
 
 # ----- index and index_put: NumPy's advanced indexing -----------------------------------------------------------------
@@ -80,9 +115,13 @@ def with_example(indices: Sequence[Tensor | None], batched: Sequence[bool], size
     return [count_up(size, like, rank), *aligned]
 
 
-def batch_index(x: Tensor, indices: Sequence[Tensor | None], *, batched: Any, size: Any) -> Tensor:
+def batch_index(
+    x: Tensor, indices: Sequence[Tensor | None], *, batched: Any, size: Any, shape: Sequence[Any] = ()
+) -> Tensor:
     x_batched, index_batched = batched
     places = Places(indices, index_batched)
+    if not any(index_batched) and (count := selected_count(shape, indices)) is not None:
+        return batch_index(x, without_masks(indices, count), batched=(True, [False]), size=size)
     if not any(index_batched) and places.together:
         return aten.index.Tensor(x, [None, *indices])
     if not x_batched:
@@ -145,6 +184,7 @@ def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tenso
         if shape is not None:  # no need to know how many are selected
             selected = mask.reshape(*mask.shape, *[1] * rest)
             return torch.where(selected, g, 0).sum_to_size(shape).reshape(values.shape)
+        return aten.index.Tensor(g, without_masks(indices, values.shape[len(values.shape) - rest - 1]))
     return aten.index.Tensor(g, indices)
 
 
@@ -155,6 +195,13 @@ for op in (aten.index.Tensor, aten._unsafe_index.Tensor):
         None,
         batch=batch_index,
     )
+
+
+@jvp_of(aten.index.Tensor, aten._unsafe_index.Tensor)
+def _(tangents: Any, out: Tensor, x: Tensor, indices: Any) -> Tensor:
+    return read(tangents[0], indices, out.shape)
+
+
 for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
     linear(
         op,
@@ -257,10 +304,11 @@ linear(
 # ----- masks ----------------------------------------------------------------------------------------------------------
 
 
-def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool]) -> Tensor:
+def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], size: Any, shape: Any) -> Tensor:
     Places([mask], [batched[1]])  # raises for a batched mask: a different number of elements in each example
-    shape = torch.broadcast_shapes(x.shape[1:], mask.shape)
-    return aten.index.Tensor(align(x, len(shape)).expand(-1, *shape), [None, mask.expand(shape)])
+    full = torch.broadcast_shapes(x.shape[1:], mask.shape)
+    x = align(x, len(full)).expand(-1, *full)
+    return batch_index(x, [mask.expand(full)], batched=(True, [False]), size=size, shape=shape)
 
 
 linear(
@@ -269,6 +317,12 @@ linear(
     None,
     batch=batch_masked_select,
 )
+
+
+@jvp_of(aten.masked_select)
+def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    full = torch.broadcast_shapes(x.shape, mask.shape)
+    return read(tangents[0].expand(full), [mask.expand(full)], out.shape)
 
 
 def running(mask: Tensor) -> Tensor:

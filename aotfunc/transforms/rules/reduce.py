@@ -150,15 +150,17 @@ def norm_backward(g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any = None, k
         return torch.zeros_like(x)
     if p == 1:
         return g * x.sgn()
-    if p == 2:
-        return x * (g / norm).masked_fill(norm == 0, 0)
     if math.isinf(p):  # the extreme elements share alike
         size = x.abs()
         extreme = (size == norm) | (size != size)
         return x.sgn() * extreme * (g / extreme.sum(every(x, dim), keepdim=True))
+    zero = norm == 0
+    norm = norm.masked_fill(zero, 1)  # before the division: 0 / 0 would come back in the next derivative
+    if p == 2:
+        return x * (g / norm).masked_fill(zero, 0)
     if p < 1:
         return (x.sgn() * x.abs() ** (p - 1)).masked_fill(x == 0, 0) * g * norm ** (1 - p)
-    scale = (g * norm ** (1 - p)).masked_fill(norm == 0, 0)
+    scale = (g * norm ** (1 - p)).masked_fill(zero, 0)
     return (x.sgn() * x.abs() ** (p - 1) if p < 2 else x * x.abs() ** (p - 2)) * scale
 
 

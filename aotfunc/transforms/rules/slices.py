@@ -174,7 +174,7 @@ def as_strided_part(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
 
 def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any) -> Tensor:
     at = cells(x, x.shape[1:], x.stride()[1:], to).reshape(-1)
-    return x.flatten(1).index_copy(1, at, src.flatten(1)).reshape(x.shape)
+    return x.flatten(1).index_copy(1, at, src.reshape(src.shape[0], -1)).reshape(x.shape)
 
 
 for op in named("as_strided", "as_strided_copy"):

@@ -14,7 +14,8 @@ well be called in a Python shell. Conventions, the same for every verb:
   argument), accumulation, absent cotangents and tangents, moving the batch dimension to 0.
 - A rule may ask for more by naming a keyword-only parameter: ``needs`` (vjp: a tuple of bools, which tensor arguments
   want a gradient), ``batched`` (vmap: which tensor arguments carry the batch at dimension 0; a list of bools for a tensor list;
-  without it all tensor arguments arrive batched), ``size`` (vmap: the batch size), ``randomness`` (vmap: "different" or "same").
+  without it all tensor arguments arrive batched), ``size`` (vmap: the batch size), ``randomness`` (vmap: "different" or
+  "same"), ``shape`` (vmap: the unbatched shape of the only output, which for some ops depends on values).
 - A vmap rule returns the output(s) with the batch at dimension 0.
 
 Gradients of complex values follow PyTorch's convention: the cotangent of ``x`` is the conjugate Wirtinger
@@ -81,7 +82,7 @@ def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> li
     return full
 
 
-EXTRAS = ("needs", "batched", "size", "randomness")
+EXTRAS = ("needs", "batched", "size", "randomness", "shape")
 
 
 def adapt(rule: Formula, leading: int) -> Formula:

@@ -14,11 +14,11 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..backends.eager import compile_graph
-from ..graph import Program, output_node
-from ..trace.emit import Builder, paused_gc
-from ..trace.shapes import Facts
-from .walk import builder
+from .backends.eager import compile_graph
+from .graph import Program, output_node
+from .trace.emit import Builder, paused_gc
+from .trace.shapes import Facts
+from .transforms.walk import builder
 
 aten = torch.ops.aten
 

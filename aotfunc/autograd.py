@@ -15,13 +15,13 @@ import torch
 from torch import Generator, Tensor
 from torch.fx import Node
 
-from ..graph import Program, draws, output_node
-from ..trace.emit import carried, paused_gc, remap, remap_dict
-from .lower import EVERYTHING, lowered
+from .graph import Program, draws, output_node
 from .run import execute, write_back
-from .steps import CompiledCall
-from .vjp import active_nodes, vjp
-from .walk import builder
+from .trace.emit import carried, paused_gc, remap, remap_dict
+from .transforms.lower import EVERYTHING, lowered
+from .transforms.steps import CompiledCall
+from .transforms.vjp import active_nodes, vjp
+from .transforms.walk import builder
 
 aten = torch.ops.aten
 _inside_functorch = torch._C._functorch.peek_interpreter_stack

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.eager import compile_graph
-from ..graph import Program, output_node
-from ..trace.functionalize import hidden_write
-from ..trace.tracer import current
-from .lower import lowered, marked
-from .steps import CallStep
-from .vjp import differentiable, vjp
+from .backends.eager import compile_graph
+from .graph import Program, output_node
+from .trace.functionalize import hidden_write
+from .trace.tracer import current
+from .transforms.lower import lowered, marked
+from .transforms.steps import CallStep
+from .transforms.vjp import differentiable, vjp
 
 
 def eager(program: Program) -> Callable[..., tuple]:

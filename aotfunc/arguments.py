@@ -1,0 +1,218 @@
+"""What the transforms ask of their arguments: which leaves are differentiated or batched, and errors that name the
+ones that cannot be.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .errors import ArgumentError
+from .trace.shapes import Sig, make_sig
+from .trace.tree import Arguments, flatten, unflatten
+from .transforms.capture import Recording, leaf_labels, parameter_names, record
+
+Dims = int | None | tuple | list | dict
+
+
+def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> list[int]:
+    """Leaf positions of the differentiated arguments; each must be a floating or complex tensor."""
+    count = len(args.spans)
+    if not isinstance(argnums, int) and not (isinstance(argnums, tuple) and all(isinstance(i, int) for i in argnums)):
+        raise ArgumentError(f"{name}: argnums must be an int or a tuple of ints, not {argnums!r}")
+    chosen = (argnums,) if isinstance(argnums, int) else argnums
+    if not chosen:
+        raise ArgumentError(f"{name}: argnums is empty")
+    found = []
+    for i in chosen:
+        if not -count <= i < count:
+            raise ArgumentError(f"{name}: argnums={argnums}, but there are {count} positional arguments")
+        for k in args.spans[i]:
+            check_leaf(name, args.leaves[k], argument_path(args, i % count, k))
+            found.append(k)
+    if len({i % count for i in chosen}) != len(chosen):
+        raise ArgumentError(f"{name}: argnums={argnums} names an argument twice")
+    return found
+
+
+def argument_path(args: Arguments, i: int, k: int) -> str:
+    """Which argument, and which leaf of it, leaf ``k`` is."""
+    spec = args.specs[i]
+    if spec is None:
+        return f"argument {i}"
+    leaf = k - args.spans[i].start
+    return f"argument {i}, leaf {leaf} ({leaf_labels(spec)[leaf].lstrip('_')})"
+
+
+def check_leaf(name: str, x: Any, where: str) -> None:
+    if not isinstance(x, Tensor):
+        raise ArgumentError(f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ArgumentError(
+            f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
+            "(pass it as another argument, or see argnums)"
+        )
+
+
+def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:
+    """``values`` of the differentiated leaves in the shape of the arguments: one tree, or a tuple of them."""
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    feed = iter(values)
+    trees = []
+    for i in chosen:
+        leaves = [next(feed) for _ in args.spans[i]]
+        trees.append(unflatten(leaves, args.specs[i]))
+    return trees[0] if isinstance(argnums, int) else tuple(trees)
+
+
+def tensor_index(args: Arguments) -> dict[int, int]:
+    """Leaf position to input number of the recording."""
+    return {k: n for n, k in enumerate(k for k, x in enumerate(args.leaves) if isinstance(x, Tensor))}
+
+
+def tensors_of(args: Arguments) -> list[Tensor]:
+    return [x for x in args.leaves if isinstance(x, Tensor)]
+
+
+def split_aux(name: str, f: Callable) -> Callable:
+    """``f`` with its result checked to be a pair ``(output, aux)``."""
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = f(*args, **kwargs)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ArgumentError(
+                f"{name}: with has_aux=True the function must return (output, aux), not {type(result).__name__}"
+            )
+        return result
+
+    return call
+
+
+def record_call(
+    name: str, f: Callable, args: Arguments, differentiated: Sequence[int], has_aux: bool
+) -> tuple[Recording, int, Any, Any]:
+    """Record ``f``; also how many of its leaves are the output's, and the specs of output and aux."""
+    specs: list = []
+
+    def flat(*a: Any, **k: Any) -> Any:
+        result = split_aux(name, f)(*a, **k) if has_aux else f(*a, **k)
+        leaves, spec = flatten(result[0] if has_aux else result)
+        more, aux_spec = tree_flatten(result[1]) if has_aux else ([], None)
+        specs.append((len(leaves), spec, aux_spec))
+        return [*leaves, *more]
+
+    rec = record(flat, args.leaves, args.rebuilt, differentiated=differentiated, name_of=parameter_names(f, args))
+    return rec, *specs[0]
+
+
+def check_scalar(name: str, rec: Recording, n_out: int, spec: Any) -> None:
+    out = rec.leaves[0] if rec.leaves else None
+    if n_out != 1 or not isinstance(out, Tensor) or spec is not None:
+        kind = type(out).__name__ if n_out == 1 and spec is None else "a tree"
+        raise ArgumentError(f"{name}: the function must return one scalar tensor, not {kind}")
+    if out.dim():
+        raise ArgumentError(
+            f"{name}: the function must return a tensor with zero dimensions, not one of shape {list(out.shape)}; "
+            "sum() it, or use vjp or jacrev"
+        )
+    if not out.is_floating_point():
+        raise ArgumentError(
+            f"{name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev"
+        )
+
+
+def primals_and_tangents(name: str, primals: Any, tangents: Any) -> tuple[Arguments, list[Tensor]]:
+    if not isinstance(primals, tuple) or not primals:
+        raise ArgumentError(f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}")
+    if not isinstance(tangents, tuple) or len(tangents) != len(primals):
+        raise ArgumentError(f"{name}: tangents must be a tuple like primals")
+    arguments, others = Arguments(primals, {}), Arguments(tangents, {})
+    positions(name, arguments, tuple(range(len(primals))))
+    if arguments.specs != others.specs:
+        raise ArgumentError(f"{name}: tangents do not have the structure of primals")
+    flat = []
+    for i, (p, t) in enumerate(zip(arguments.leaves, others.leaves, strict=True)):
+        if not isinstance(t, Tensor) or t.shape != p.shape:
+            shape = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ArgumentError(f"{name}: tangent leaf {i} must have its primal's shape {list(p.shape)}, not {shape}")
+        if t.dtype != p.dtype and name == "jvp_fn":
+            raise ArgumentError(f"{name}: tangent leaf {i} must have its primal's dtype {p.dtype}, not {t.dtype}")
+        flat.append(like(t, p))
+    return arguments, flat
+
+
+def like(t: Tensor, p: Tensor) -> Tensor:
+    """``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
+    if t.dtype != p.dtype:
+        t = t.to(p.dtype)
+    if t.stride() != p.stride() or t.storage_offset() != p.storage_offset():
+        out = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) if dense_layout(p) else None
+        t = t.contiguous() if out is None else out.copy_(t)
+    return t
+
+
+def dense_layout(p: Tensor) -> bool:
+    return p.storage_offset() == 0 and all(s for s, n in zip(p.stride(), p.shape, strict=True) if n > 1)
+
+
+def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | None]:
+    """One dim per leaf, non-negative."""
+    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
+        if in_dims is None:
+            raise ArgumentError("vmap: in_dims is None: no argument is batched")
+        raise ArgumentError(f"vmap: in_dims must be an int or a tuple of dims, not {type(in_dims).__name__}")
+    if not args:
+        raise ArgumentError("vmap: the function was called without positional arguments: there is nothing to batch")
+    flat = broadcast_prefix(in_dims, tuple(args), "in_dims")
+    dims: list[int | None] = []
+    for k, (dim, x) in enumerate(zip(flat, arguments.leaves, strict=False)):
+        if dim is None:
+            dims.append(None)
+            continue
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise ArgumentError(f"vmap: in_dims has {dim!r} for leaf {k}; it must be an int or None")
+        if not isinstance(x, Tensor):
+            raise ArgumentError(
+                f"vmap: in_dims has {dim} for leaf {k}, which is a {type(x).__name__}, not a tensor; use None there"
+            )
+        if not -x.dim() <= dim < x.dim():
+            raise ArgumentError(f"vmap: in_dims has {dim} for leaf {k}, which has only {x.dim()} dimensions")
+        dims.append(dim % x.dim())
+    dims += [None] * (len(arguments.leaves) - len(dims))
+    return dims
+
+
+def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
+    """The leaves of ``prefix`` repeated for the leaves of ``tree`` below them."""
+    from torch.utils._pytree import _broadcast_to_and_flatten
+
+    _, spec = tree_flatten(tree)
+    flat = _broadcast_to_and_flatten(prefix, spec)
+    if flat is None:
+        raise ArgumentError(
+            f"vmap: {what}={prefix!r} does not have the structure of the "
+            f"{'arguments' if what == 'in_dims' else 'results'}"
+        )
+    return flat
+
+
+def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
+    sizes = {x.shape[d] for x, d in zip(arguments.leaves, dims, strict=True) if d is not None}
+    if not sizes:
+        raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
+    if len(sizes) > 1:
+        raise ArgumentError(f"vmap: the batched arguments have different sizes: {sorted(sizes)}")
+    return sizes.pop()
+
+
+def sample_sig(x: Tensor, dim: int) -> Sig:
+    """The signature of one sample of a batch."""
+    shape, stride = list(x.shape), list(x.stride())
+    del shape[dim], stride[dim]
+    return make_sig(tuple(shape), tuple(stride), x.dtype, x.device)
