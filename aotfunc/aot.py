@@ -174,6 +174,12 @@ class Compiled:
         if len(self.entries) > LIMIT:
             del self.entries[next(iter(self.entries))]
 
+    def forget(self) -> None:
+        """Drop all entries."""
+        self.entries.clear()
+        self.history.clear()
+        self.captures = 0
+
     def capture(self, args: tuple, kwargs: dict) -> Entry:
         arguments = Arguments(args, kwargs)
         self.captures += 1

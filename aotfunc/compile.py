@@ -1,20 +1,158 @@
-"""The names of ``functorch.compile``."""
+"""The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to look inside.
 
+Left out, as they mean nothing here: the TorchScript and TensorExpr compilers, and ``get_aot_compilation_context`` with
+its relatives (a compiler sees all it needs in the graph module that it is given).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .aot import EVERY
 from .aot import Compiled as Compiled
 from .aot import aot_function as aot_function
 from .aot import aot_module as aot_module
 from .aot import jit as jit
+from .backends import lookup
 from .backends import register as register
+from .errors import BackendError, CaptureError
 from .partition import default_partition as default_partition
 from .partition import min_cut_rematerialization_partition as min_cut_rematerialization_partition
 
+compiled_function = aot_function
+compiled_module = aot_module
 
-def nop(fx_g, _):  # type: ignore[no-untyped-def]
+
+# ----- compilers ------------------------------------------------------------------------------------------------------
+
+
+def nop(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
     """The compiler that does nothing: the graph module itself."""
     return fx_g
 
 
-def print_compile(fx_g, _):  # type: ignore[no-untyped-def]
-    """The compiler that prints the graph's code and does nothing else."""
-    print(fx_g.code)
+def print_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
+    """The compiler that prints the graph's code and does nothing else.
+
+    >>> _ = aot_function(torch.sin, print_compile)(torch.zeros(2))  # doctest: +NORMALIZE_WHITESPACE
+    def forward(self, input):
+        sin = torch.ops.aten.sin.default(input);  input = None
+        return (sin,)
+    """
+    print(fx_g.code.strip())
     return fx_g
+
+
+def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
+    """The compiler that checks: it runs op by op and raises where a value is not what the graph says it is (shape,
+    dtype, device), or where finite numbers first become NaN, naming the node and the user's line.
+    """
+
+    class Checked(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            expected = n.meta.get("val")
+            if isinstance(value, Tensor) and isinstance(expected, Tensor):
+                got, said = ((t.shape, t.dtype, t.device) for t in (value, expected))
+                if got != said:
+                    raise CaptureError(f"{n.format_node()} is {got}, the graph says {said}{line_of(n)}")
+                if n.op == "call_function" and nan(value) and not any(nan(self.env[i]) for i in n._input_nodes):
+                    raise CaptureError(f"{n.format_node()} is the first value with a NaN{line_of(n)}")
+            return value
+
+    return lambda *args: Checked(fx_g, garbage_collect_values=False).run(*args)
+
+
+def nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
+
+
+def line_of(n: fx.Node) -> str:
+    return f" (at {n.meta['line']})" if n.meta.get("line") else ""
+
+
+def make_boxed_func(f: Callable) -> Callable:
+    """``f`` as a function of one list of its arguments, which it may empty to free memory early."""
+
+    def boxed(args: list) -> Any:
+        return f(*args)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
+
+
+def make_boxed_compiler(compiler: str | Callable) -> Callable:
+    """The compiler, whose results take one list of arguments."""
+    compiler = lookup(compiler)
+
+    def boxed(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
+        return make_boxed_func(compiler(fx_g, example_inputs))
+
+    return boxed
+
+
+def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
+    """``fn`` (a function or a module) compiled by Inductor with the min-cut partition: cheap values are recomputed in
+    the backward, inside its fused loops, instead of being saved. ``kwargs`` are those of :func:`aot_function`.
+    """
+    options = {"fw_compiler": "inductor", "partition_fn": min_cut_rematerialization_partition, **kwargs}
+    return (aot_module if isinstance(fn, nn.Module) else aot_function)(fn, **options)
+
+
+# ----- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw_graph(traced: fx.GraphModule, fname: str, figname: str = "fx_graph", clear_meta: bool = True) -> None:
+    """Draw the graph into the file ``fname``: ``.dot`` (text), or an image format of Graphviz such as ``.svg``, which is
+    the default. Needs pydot (``pip install aotfunc[viz]``) and for images the program ``dot`` of Graphviz; raises
+    BackendError that says so. ``clear_meta`` leaves shapes out.
+    """
+    path = Path(fname if Path(fname).suffix else f"{fname}.svg")
+    try:
+        import pydot  # noqa: F401
+    except ImportError as e:
+        raise BackendError("draw_graph needs pydot: pip install pydot (or aotfunc[viz])") from e
+    from torch.fx.passes.graph_drawer import FxGraphDrawer
+
+    kind = path.suffix[1:]
+    if kind != "dot" and shutil.which("dot") is None:
+        raise BackendError(
+            f"drawing .{kind} needs Graphviz' program dot: install graphviz, or give the file the suffix .dot"
+        )
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    if clear_meta:
+        for n in graph.nodes:
+            n.meta = {}
+    dot = FxGraphDrawer(fx.GraphModule(traced, graph), figname).get_dot_graph()
+    if kind == "dot":
+        path.write_text(dot.to_string())
+    else:
+        dot.write(str(path), format=kind)
+
+
+def draw_joint_graph(
+    graph: fx.GraphModule, joint_inputs: Any, file_name: str = "full_graph.svg", **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A partition function that draws the joint graph and then does as :func:`default_partition`."""
+    draw_graph(graph, file_name)
+    return default_partition(graph, joint_inputs, **kwargs)
+
+
+# ----- the cache ------------------------------------------------------------------------------------------------------
+
+
+def num_of_recompilations() -> int:
+    """How many signatures have been captured, of all compiled functions alive, since the last clear_compile_cache()."""
+    return sum(c.captures for c in EVERY)
+
+
+def clear_compile_cache() -> None:
+    """Forget all that was captured and compiled; functions are captured again when they are next called."""
+    for c in EVERY:
+        c.forget()

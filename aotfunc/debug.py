@@ -16,7 +16,7 @@ LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_is_user: dict[CodeType, bool] = {}
+_is_user: dict[str, bool] = {}  # by file: a code object that Dynamo made need not be hashable
 
 
 class Line(NamedTuple):
@@ -36,10 +36,10 @@ def user_line(depth: int = 1) -> Line | None:
     frame = sys._getframe(depth)
     while frame is not None:
         code = frame.f_code
-        mine = _is_user.get(code)
+        name = code.co_filename
+        mine = _is_user.get(name)
         if mine is None:
-            name = code.co_filename
-            mine = _is_user[code] = not (name.startswith((_OURS, _TORCH)) or name.startswith("<frozen"))
+            mine = _is_user[name] = not (name.startswith((_OURS, _TORCH)) or name.startswith("<frozen"))
         if mine:
             return Line(code, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]

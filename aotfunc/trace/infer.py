@@ -208,7 +208,7 @@ UNTAGGED = {
 }
 #: pointwise, but composed of others on meta, and with strides by the rule only if all operands are in natural order
 COMPOSED = {
-    *("masked_fill", "mvlgamma", "div", "floor_divide", "rsub", "copysign", "xlogy", "special_xlog1py"),
+    *("masked_fill", "mvlgamma", "div.Tensor_mode", "floor_divide", "rsub", "copysign", "xlogy", "special_xlog1py"),
     *("threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"),
 }
 #: tagged, and yet left to others
@@ -256,7 +256,8 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     if any(s.shape != shape for s in operands):
         shape = broadcast(*[s.shape for s in operands])
     name = op._schema.name.removeprefix("aten::")
-    sure(name not in COMPOSED or all(natural(s) for s in operands))
+    composed = name in COMPOSED or f"{name}.{op._overloadname}" in COMPOSED
+    sure(not composed or all(natural(s) for s in operands))
     sure("backward" not in name or all(s.dtype is operands[0].dtype for s in operands))
     stride = result_strides(shape, operands)
     probes = [probe(a.dtype, bool(a.shape)) if a.__class__ is Sig else a for a in args]

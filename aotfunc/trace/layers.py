@@ -28,6 +28,13 @@ def _softmax(x, dim, half_to_float):
     return new(x, x.shape)
 
 
+@rule(aten._safe_softmax)
+def _safe_softmax(x, dim, dtype=None):
+    sure(dtype in (None, x.dtype))
+    plain(x)
+    return _softmax(x, dim, False)
+
+
 @rule(aten._softmax_backward_data, aten._log_softmax_backward_data)
 def _softmax_backward(g, y, dim, input_dtype):
     sure(g.dtype is y.dtype is input_dtype and g.shape == y.shape)

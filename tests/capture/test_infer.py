@@ -262,7 +262,10 @@ print(json.dumps({"already": already, "after": after, "asked": report}))
 """
 
 #: C++ on meta, and without a rule for that reason; views are too
-QUICK = {"clone", "_to_copy", "_unsafe_view", "zeros", "ones", "full", "empty", "new_zeros", "scalar_tensor"}
+QUICK = {
+    *("clone", "_to_copy", "copy_", "lift_fresh", "_unsafe_view", "bernoulli", "bernoulli_"),
+    *("zeros", "ones", "full", "empty", "new_zeros", "scalar_tensor"),
+}
 
 
 def test_a_fresh_process_captures_without_dynamo_and_sympy():
