@@ -106,7 +106,7 @@ def rewired(m: Any, x: Any) -> tuple:
 
 
 def apart(program: Program) -> Program:
-    """The program with copies where the new value of a written input is another input: that one may be written first."""
+    """With copies where the new value of a written input is another input, which may be written first."""
     if len(program.mutated) < 2:
         return program
     outs = list(output_node(program.graph).args[0])

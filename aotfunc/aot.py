@@ -1,8 +1,8 @@
 """Compiled functions: captured once per signature, partitioned, compiled, and differentiable to any order.
 
-A :class:`Compiled` function looks its entry up by the signature of the call (:mod:`.guards`). An entry carries its program; inside a capture a call of it is
-one node that transforms rewrite, outside it runs behind one ``torch.autograd.Function``: forward half, saved residuals, backward half. Where the backward is itself to be differentiated
-(``create_graph=True``) it is the gradient program of the inputs that runs, compiled the same way and differentiable in turn.
+A :class:`Compiled` function looks its entry up by the signature of the call (:mod:`.guards`). An entry carries its
+program. Inside a capture a call of it is one node that transforms rewrite; outside it is one node of autograd
+(:mod:`.autograd`): forward half, saved residuals, backward half.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 #: signatures kept of one function, and captures after which it is time to say that there are many
 LIMIT, WARN_AT = 1024, 64
+
+#: options of functorch's aot_function that are accepted and have no meaning here
+FUNCTORCH_OPTIONS = frozenset(
+    {"num_params_buffers", "keep_inference_input_mutations", "inference_compiler", "dynamic", "enable_log"}
+    | {"disable_functionalization"}
+)
 
 #: all compiled functions, for clear_compile_cache
 EVERY: weakref.WeakSet[Compiled] = weakref.WeakSet()
@@ -105,7 +111,7 @@ def has_effects(program: Program) -> bool:
 
 
 class Compiled:
-    """A function compiled by ``forward_compiler`` and ``backward_compiler``; see :func:`jit` and :func:`aot_function`."""
+    """A function compiled by two compilers; see :func:`jit` and :func:`aot_function`."""
 
     def __init__(
         self,
@@ -215,16 +221,17 @@ class Compiled:
         others = [name for name, _ in guilty if name not in numbers]
         why = []
         if numbers:
+            many = ", ".join(numbers)
             why.append(
-                f"its Python argument {', '.join(numbers)} keeps changing, and every value is a new signature: pass it as a tensor"
+                f"its Python argument {many} keeps changing; every value is a new signature: pass it as a tensor"
             )
         if others:
             why.append(f"the shape, dtype or value of {', '.join(others)} keeps changing")
         if not guilty:
             why.append("what it closes over, a global or the mode of a module keeps changing")
+        who = f"{self.name} of {getattr(self.f, '__name__', self.f)}"
         warnings.warn(
-            f"{self.name} of {getattr(self.f, '__name__', self.f)} has been captured {self.captures} times{at(user_line())}: "
-            + "; ".join(why),
+            f"{who} has been captured {self.captures} times{at(user_line())}: {'; '.join(why)}",
             stacklevel=4,
         )
 
@@ -306,7 +313,7 @@ def sig_from(val: Any) -> Any:
 def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
     """A name for each leaf of a call, and the leaf: a tensor's shape and dtype for the tensor."""
     names: list[str] = []
-    for base, span, spec in zip(argument_names(f, len(arguments.spans)), arguments.spans, arguments.specs, strict=True):
+    for base, spec in zip(argument_names(f, len(arguments.specs)), arguments.specs, strict=True):
         names += [f"{base}{rest}" for rest in (leaf_labels(spec) if spec is not None else [""])]
     if arguments.kw_spec is not None:
         names += [label.lstrip("_") for label in leaf_labels(arguments.kw_spec)]
@@ -317,12 +324,15 @@ def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
 
 
 def jit(f: Callable, backend: str | Compiler = "eager", static_argnums: int | Sequence[int] | None = None) -> Compiled:
-    """``f`` captured once per signature and compiled by ``backend`` (a name, see ``aotfunc.backends``, or a ``compiler(gm, example_inputs)``).
+    """``f`` captured once per signature and compiled by ``backend``, a name (see ``aotfunc.backends``) or a
+    ``compiler(gm, example_inputs) -> callable``.
 
-    The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments, values of Python arguments, grad and autocast mode, and what ``f``
-    reaches directly: its closure, globals that it names, parameters and modes of modules. Closed-over tensors are read by reference. Results are
-    differentiable to any order, and transforms of the jitted function stay compiled. ``static_argnums`` is accepted for compatibility: Python
-    arguments are always static. Raises CaptureError if ``f`` asks for values.
+    The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments, values of Python
+    arguments, grad and autocast mode, default dtype and device, and what ``f`` reaches directly: closure, defaults,
+    globals that it names, parameters and modes of modules. Closed-over tensors are read by reference; deeper Python
+    state is fixed at capture. Results are differentiable to any order, and transforms of the jitted function stay
+    compiled. ``static_argnums`` is accepted for compatibility: Python arguments are always static. Raises CaptureError
+    if ``f`` asks for values, ArgumentError for a Python argument that cannot be hashed.
 
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
@@ -338,19 +348,23 @@ def aot_function(
     partition_fn: Partition = default_partition,
     decompositions: dict | None = None,
     static_argnums: int | Sequence[int] | None = None,
-    **_: Any,
+    **options: Any,
 ) -> Compiled:
     """``fn`` with its forward and backward captured ahead of time, partitioned by ``partition_fn`` and compiled.
 
-    ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and return a callable, or are names of backends. ``partition_fn(joint_module, joint_inputs, *,
-    num_fwd_outputs)`` returns the forward module ``inputs -> (results, residuals)`` and the backward module ``(residuals, cotangents) -> gradients``. Guards and guarantees
-    are those of :func:`jit`.
+    ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and return a callable, or are
+    names of backends. ``partition_fn(joint_module, joint_inputs, *, num_fwd_outputs)`` returns the forward module
+    ``inputs -> (results, residuals)`` and the backward module ``(residuals, cotangents) -> gradients``; inputs that
+    require no gradient have none. ``decompositions`` maps ops to functions to use instead, after differentiation.
+    functorch's other options change nothing here. Guards and guarantees are those of :func:`jit`.
 
     >>> f = aot_function(lambda x: torch.sin(x), "eager")
     >>> x = torch.zeros(2, requires_grad=True)
     >>> f(x).sum().backward(); x.grad
     tensor([1., 1.])
     """
+    if unknown := set(options) - FUNCTORCH_OPTIONS:
+        raise ArgumentError(f"aot_function: there is no option {', '.join(sorted(unknown))}")
     forward = backends.lookup(fw_compiler)
     backward = forward if bw_compiler is None else backends.lookup(bw_compiler)
     return Compiled(fn, forward, backward, partition_fn, decompositions, static_argnums, "aot_function")

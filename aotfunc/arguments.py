@@ -33,7 +33,8 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
         if not -count <= i < count:
             raise ArgumentError(f"{name}: argnums={argnums}, but there are {count} positional arguments")
         for k in args.spans[i]:
-            check_leaf(name, args.leaves[k], argument_path(args, i % count, k))
+            if not differentiable(args.leaves[k]):
+                raise not_differentiable(name, args.leaves[k], argument_path(args, i % count, k))
             found.append(k)
     if len({i % count for i in chosen}) != len(chosen):
         raise ArgumentError(f"{name}: argnums={argnums} names an argument twice")
@@ -49,14 +50,17 @@ def argument_path(args: Arguments, i: int, k: int) -> str:
     return f"argument {i}, leaf {leaf} ({leaf_labels(spec)[leaf].lstrip('_')})"
 
 
-def check_leaf(name: str, x: Any, where: str) -> None:
+def differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
     if not isinstance(x, Tensor):
-        raise ArgumentError(f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated")
-    if not (x.is_floating_point() or x.is_complex()):
-        raise ArgumentError(
-            f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
-            "(pass it as another argument, or see argnums)"
-        )
+        return ArgumentError(f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated")
+    return ArgumentError(
+        f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
+        "(pass it as another argument, or see argnums)"
+    )
 
 
 def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:

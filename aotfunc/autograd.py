@@ -49,7 +49,7 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
 
 
 class Halves:
-    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient program when asked for."""
+    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient program if asked for."""
 
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
         self.call, self.wrt = call, wrt
@@ -148,8 +148,8 @@ def unchanged(ctx: Any) -> list[Tensor]:
     for t, version in zip(ctx.inputs, ctx.versions, strict=True):
         if not t.is_inference() and t._version != version:
             raise RuntimeError(
-                f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by an inplace operation after "
-                "the call; its backward cannot be differentiated (create_graph=True) any more"
+                f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by an inplace operation "
+                "after the call; its backward cannot be differentiated (create_graph=True) any more"
             )
     return ctx.inputs
 

@@ -108,8 +108,8 @@ def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
 
 
 def draw_graph(traced: fx.GraphModule, fname: str, figname: str = "fx_graph", clear_meta: bool = True) -> None:
-    """Draw the graph into the file ``fname``: ``.dot`` (text), or an image format of Graphviz such as ``.svg``, which is
-    the default. Needs pydot (``pip install aotfunc[viz]``) and for images the program ``dot`` of Graphviz; raises
+    """Draw the graph into the file ``fname``: ``.dot`` (text), or an image format of Graphviz such as ``.svg``, the
+    default. Needs pydot (``pip install aotfunc[viz]``) and for images the program ``dot`` of Graphviz; raises
     BackendError that says so. ``clear_meta`` leaves shapes out.
     """
     path = Path(fname if Path(fname).suffix else f"{fname}.svg")

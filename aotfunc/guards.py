@@ -1,4 +1,4 @@
-"""When a compiled entry may be used again: what identifies the arguments, the surroundings, and what a function reaches.
+"""When a compiled entry may be used again: keys of the arguments, the surroundings, and what a function reaches.
 
 A key is one flat tuple. Every description starts with its kind, so that no two different things flatten to equal keys;
 numbers stand beside their type and floats by their bits, since ``1 == 1.0 == True`` and ``0.0 == -0.0`` in Python;
@@ -126,7 +126,7 @@ class Reached:
                 self.globals.append((f.__globals__, tuple(names_in(f.__code__))))
         else:  # a module, or another object that can be called
             self.objects.append(f)
-            call = getattr(type(f), "__call__", None)
+            call = next((c.__dict__["__call__"] for c in type(f).__mro__ if "__call__" in c.__dict__), None)
             if isinstance(call, types.FunctionType) and not call.__code__.co_filename.startswith((_OURS, _TORCH)):
                 self._reach(call)
         wrapped = getattr(f, "__wrapped__", None)

@@ -25,13 +25,13 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 def _softmax(x, dim, half_to_float):
     sure(x.dtype.is_floating_point and not half_to_float)
     axis(dim, x.ndim)
+    plain(x)
     return new(x, x.shape)
 
 
 @rule(aten._safe_softmax)
 def _safe_softmax(x, dim, dtype=None):
     sure(dtype in (None, x.dtype))
-    plain(x)
     return _softmax(x, dim, False)
 
 

@@ -17,6 +17,7 @@ from aotfunc.transforms.rules.table import (
     Formula,
     aten,
     call_op,
+    conj,
     jvp_of,
     linear,
     overload,
@@ -55,12 +56,28 @@ PUBLIC = ["inv_ex", "cholesky_ex", "qr", "eig", "matrix_exp", "lu", "lu_factor_e
 for op in (
     *(getattr(aten, f"_linalg_{name}") for name in PRIVATE),
     *(getattr(aten, f"linalg_{name}") for name in PUBLIC),
-    *(aten.cholesky, aten.cholesky_inverse, aten.lu_unpack, aten.geqrf, aten.ormqr, aten.linalg_householder_product),
+    *(aten.cholesky, aten.cholesky_inverse, aten.geqrf, aten.ormqr, aten.linalg_householder_product),
 ):
     vmap_of(op)(leading(op))
 for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve):
     vmap_of(op)(leading(op, align=2))
-vmap_of(aten.linalg_pinv.atol_rtol_tensor)(leading(aten.linalg_pinv.atol_rtol_tensor))
+
+
+@vmap_of(aten.linalg_pinv.atol_rtol_tensor)
+def _(a, atol, rtol, hermitian, *, batched, size):
+    a = with_batch(a, batched[0], size)
+    tolerances = [  # one for each matrix, broadcast against the leading dimensions
+        t.reshape(size, *[1] * (a.dim() - 2 - t.dim()), *t.shape[1:]) if b else t
+        for t, b in zip((atol, rtol), batched[1:], strict=True)
+    ]
+    return aten.linalg_pinv.atol_rtol_tensor(a, atol=tolerances[0], rtol=tolerances[1], hermitian=hermitian)
+
+
+@vmap_of(aten.lu_unpack)
+def _(lu, pivots, data, with_pivots, *, batched, size):
+    lu, pivots = (with_batch(x, b, size) for x, b in zip((lu, pivots), batched, strict=True))
+    made = aten.lu_unpack(lu, pivots, data, with_pivots)
+    return tuple(x if wanted else x.expand(size, 0) for x, wanted in zip(made, (with_pivots, data, data), strict=True))
 
 
 def with_pivots(op: OpOverloadPacket) -> None:
@@ -224,6 +241,65 @@ def _(tangents, out, a, b, upper, left, unit):
         ta = ta.triu(int(unit)) if upper else ta.tril(-int(unit))
         tb = total(t for t in (tb, -(ta @ out) if left else -(out @ ta)) if t is not None)
     return aten.linalg_solve_triangular(a, tb, upper=upper, left=left, unitriangular=unit)
+
+
+@vjp_of(aten.triangular_solve, diff_outputs=(0, 1))
+def _(g, out, b, a, upper, transpose, unit, *, needs):
+    """``(x, a copy of a)`` with ``a x = b``, or ``a.mT x = b``."""
+    gx, of_a = g
+    if gx is None:
+        return None, of_a
+    gb = aten.triangular_solve(gx, conj(a), upper, not transpose, unit)[0]
+    if needs[1]:
+        moved = -(out[0].conj() @ gb.mT) if transpose else -(gb @ out[0].mH)
+        moved = moved.triu(int(unit)) if upper else moved.tril(-int(unit))
+        of_a = moved if of_a is None else of_a + moved.sum_to_size(a.shape)
+    return gb, of_a
+
+
+@vjp_of(aten.cholesky_inverse)
+def _(g, out, factor, upper):
+    factor = factor.triu() if upper else factor.tril()
+    inner = -2 * hermitian(out @ g @ out)  # the cotangent of factor @ factor.mH, twice
+    return [(factor @ inner).triu() if upper else (inner @ factor).tril()]
+
+
+def skew(x: Tensor) -> Tensor:
+    return x - x.mH
+
+
+@vjp_of(aten._linalg_svd)
+def _(g, out, a, full_matrices, compute_uv, driver):
+    """``a = u diag(s) vh``. Columns of ``u`` beyond the ``k = min(m, n)``-th are not differentiable, and left out.
+
+    The phases of complex singular vectors are arbitrary: this is the gradient of a function that does not depend on them.
+    """
+    if not compute_uv:
+        out = aten._linalg_svd(a, False, True, driver=driver)
+    u, s, vh = out
+    gu, gs, gvh = g
+    m, n = a.shape[-2:]
+    k = min(m, n)
+    u, vh = u[..., :k], vh[..., :k, :]
+    row, column = s.unsqueeze(-2), s.unsqueeze(-1)
+    gap = (row - column) * (row + column) + torch.eye(k, dtype=s.dtype, device=s.device)  # one on the diagonal
+    inner = [] if gs is None else [torch.diag_embed(gs.to(a.dtype))]
+    outside = []
+    if gu is not None:
+        gu = gu[..., :k]
+        turn = skew(u.mH @ gu)
+        inner.append((turn - torch.diag_embed(turn.diagonal(0, -2, -1))) / gap * row)
+        if a.is_complex():  # a common turn of both vectors changes nothing: half of it each
+            inner.append(torch.diag_embed(turn.diagonal(0, -2, -1) / (2 * s)))
+        if m > k:
+            outside.append((gu - u @ (u.mH @ gu)) / row @ vh)
+    if gvh is not None:
+        gvh = gvh[..., :k, :]
+        turn = skew(vh @ gvh.mH)
+        inner.append(column * (turn - torch.diag_embed(turn.diagonal(0, -2, -1))) / gap)
+        if n > k:
+            outside.append(u @ ((gvh - (gvh @ vh.mH) @ vh) / column))
+    return [total([u @ total(inner) @ vh, *outside])]
 
 
 def cross(a: Tensor, b: Tensor, dim: int) -> Tensor:
