@@ -43,9 +43,25 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
                 outs = Differentiated.apply(halves, *halves.guarded(tensors))
     if outs is None:
         outs = call(*tensors)
+        if program.n_outputs > 1:
+            outs = distinct(outs, program.n_outputs)
     if program.mutated:
         write_back(program, tensors, outs)
     return outs[: program.n_outputs]
+
+
+def distinct(outs: Sequence, count: int) -> Sequence:
+    """With copies where one of the first ``count`` is the same tensor as another: without its marks of intent a graph
+    may compute two results in one node.
+    """
+    if len(set(map(id, outs[:count]))) == count:
+        return outs
+    found, seen = list(outs), set()
+    for i, o in enumerate(found[:count]):
+        if isinstance(o, Tensor) and id(o) in seen:
+            found[i] = o.clone()
+        seen.add(id(o))
+    return found
 
 
 class Halves:
@@ -110,7 +126,7 @@ class Differentiated(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.halves = halves
         ctx.states = [(g, g.get_state()) for g in halves.generators]
-        outs = halves.forward(*tensors)
+        outs = distinct(halves.forward(*tensors), halves.count)
         results, residuals = outs[: halves.count], outs[halves.count :]
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])

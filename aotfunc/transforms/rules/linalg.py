@@ -264,6 +264,33 @@ def _(g, out, factor, upper):
     return [(factor @ inner).triu() if upper else (inner @ factor).tril()]
 
 
+@vjp_of(aten.linalg_lstsq, diff_outputs=(0, 1))
+def _(g, out, a, b, rcond, *, needs):
+    """Of ``x = pinv(a) @ b`` and, where there are any, of the residuals ``|a @ x - b|^2``; for ``a`` of full rank."""
+    x, gx, of_residual = out[0], g[0], g[1] if out[1].numel() else None
+    vector = b.dim() == 1 or (a.dim() - 1 == b.dim() and a.shape[:-1] == b.shape)
+    if vector:
+        x, b, gx = (None if t is None else t.unsqueeze(-1) for t in (x, b, gx))
+    ga, gb = [], []
+    if gx is not None:
+        inverse = torch.linalg.pinv(a)
+        back = inverse.mH @ gx
+        gb.append(back)
+        if needs[0]:
+            tall = a.shape[-2] >= a.shape[-1]
+            ga.append(-(back @ x.mH))
+            if tall:  # a moves what it leaves over of b
+                ga.append((b - a @ x) @ (inverse @ back).mH)
+            else:  # a moves the subspace that x lies in
+                ga.append((inverse.mH @ x) @ (gx - a.mH @ back).mH)
+    if of_residual is not None:
+        over = 2 * (a @ x - b) * (of_residual[..., None, None] if vector else of_residual.unsqueeze(-2))
+        ga.append(over @ x.mH)
+        gb.append(-over)
+    of_b = total(gb)
+    return total(ga) if needs[0] else None, of_b.squeeze(-1) if vector and of_b is not None else of_b
+
+
 def skew(x: Tensor) -> Tensor:
     return x - x.mH
 

@@ -54,6 +54,7 @@ class Rule:
 
 
 RULES: dict[OpOverload, Rule] = {}
+OPENED: dict[OpOverload, Formula] = {}
 
 
 def overload(op: OpOverload | OpOverloadPacket) -> OpOverload:
@@ -231,6 +232,12 @@ def nondiff(*ops: OpOverload | OpOverloadPacket, batch: Callable[[OpOverload], F
         line.verbs.append("nondiff")
         if batch:
             line.vmap = adapt(batch(overload(op)), 0)
+
+
+def opened_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
+    """Where neither a rule nor a formula of PyTorch's is there, ``op`` is transformed as what ``body(*args)`` consists of."""
+    OPENED[overload(op)] = body
+    rule_of(op).verbs.append("opened_as")
 
 
 # ----- what rules are made of -----------------------------------------------------------------------------------------

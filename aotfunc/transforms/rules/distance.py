@@ -1,0 +1,73 @@
+"""What distances between rows mean: cdist and pdist, to any order.
+
+The first reverse derivative is PyTorch's kernel; the derivatives of that kernel, for which PyTorch has none, go through
+the norm of all differences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aotfunc.transforms.rules.batching import with_batch
+from aotfunc.transforms.rules.reduce import norm_backward
+from aotfunc.transforms.rules.table import aten, jvp_of, opened_as, total, vmap_of
+
+
+def differences(x: Tensor, y: Tensor) -> Tensor:
+    """``x[i] - y[j]`` for all rows: ``[..., P, R, M]``."""
+    return x.unsqueeze(-2) - y.unsqueeze(-3)
+
+
+def along(t: Tensor, norm: Tensor, d: Tensor, p: float) -> Tensor:
+    """The tangent of the norm of the rows of ``d`` for the tangent ``t`` of ``d``."""
+    return (norm_backward(torch.ones_like(norm), norm, d, p, -1) * t).sum(-1)
+
+
+@jvp_of(aten._cdist_forward)
+def _(tangents: Any, out: Tensor, x: Tensor, y: Tensor, p: float) -> Tensor | None:
+    tx, ty = tangents
+    parts = (None if tx is None else tx.unsqueeze(-2), None if ty is None else -ty.unsqueeze(-3))
+    d = differences(x, y)
+    return total(along(t, out, d, p) for t in parts if t is not None)
+
+
+def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor) -> Tensor:
+    return norm_backward(g, out, differences(x, y), p, -1).sum(-2).sum_to_size(x.shape)
+
+
+opened_as(aten._cdist_backward, cdist_backward)
+
+
+@vmap_of(aten._cdist_backward)
+def _(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor, *, batched: Any, size: Any, shape: Any) -> Tensor:
+    tensors = [with_batch(t, b, size) for t, b in zip((g, x, y, out), batched, strict=True)]
+    rank = max(t.dim() for t in tensors)
+    tensors = [t.reshape(size, *[1] * (rank - t.dim()), *t.shape[1:]) for t in tensors]
+    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
+    g, x, y, out = (t.expand(*lead, *t.shape[-2:]).contiguous() for t in tensors)
+    summed = [size, *[1] * (rank - 1 - len(shape)), *shape]
+    return aten._cdist_backward(g, x, y, p, out).sum_to_size(summed).reshape(size, *shape)
+
+
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of the rows of all pairs, in pdist's order."""
+    first, second = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device).unbind(0)
+    return first, second
+
+
+@jvp_of(aten._pdist_forward)
+def _(tangents: Any, out: Tensor, x: Tensor, p: float) -> Tensor:
+    i, j = pairs(x)
+    return along(tangents[0][i] - tangents[0][j], out, x[i] - x[j], p)
+
+
+def pdist_backward(g: Tensor, x: Tensor, p: float, out: Tensor) -> Tensor:
+    i, j = pairs(x)
+    each = norm_backward(g, out, x[i] - x[j], p, -1)
+    return torch.zeros_like(x).index_add(0, i, each).index_add(0, j, -each)
+
+
+opened_as(aten._pdist_backward, pdist_backward)

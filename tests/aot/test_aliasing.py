@@ -1,0 +1,180 @@
+"""Results of compiled functions alias inputs, and one another, as those of the function itself do."""
+
+import pytest
+import torch
+
+from aotfunc import jit
+from tests.reference import assert_same
+
+
+def r(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def sine_and_its_transpose(x):
+    y = x.sin()
+    return y, y.t()
+
+
+def twice_the_same(x):
+    y = x.sin()
+    return y, y
+
+
+def written_and_returned(x):
+    x.mul_(2)
+    return x.t(), x * 3, x
+
+
+def written_through_a_view(x):
+    v = x[0]
+    v.mul_(2)
+    return v, x
+
+
+def written_with_what_is_returned(x):
+    y = x * 2
+    x.copy_(y)
+    return y, x
+
+
+W = r(2, 3)
+
+RETURNS = {
+    "the input": lambda x: x,
+    "twice": lambda x: (x, x),
+    "a view": lambda x: x.t(),
+    "a view of a view": lambda x: x.t()[1:].unsqueeze(0),
+    "a detached view": lambda x: (x.detach(), x * 2),
+    "pieces": lambda x: x.unbind(),
+    "chunks": lambda x: x.chunk(3, 1)[1],
+    "expanded": lambda x: x[:, :1].expand(2, 4) * 1 + x[0, 0].expand(2, 4),
+    "real view": lambda x: torch.view_as_complex(x[:, :2]),
+    "a new tensor": lambda x: x * 1,
+    "a reshaped new tensor": lambda x: x.sin().view(3, 2),
+    "two views of a new tensor": sine_and_its_transpose,
+    "a new tensor twice": twice_the_same,
+    "a closed-over tensor": lambda x: (W, W[0], x * W),
+    "written and returned": written_and_returned,
+    "written through a view": written_through_a_view,
+    "written with what is returned": written_with_what_is_returned,
+    "equal but apart": lambda x: (x * 2, x.detach() * 2, x * 2),
+}
+
+
+def memory(x, outs):
+    """Which of these tensors share storage, and where in it they begin."""
+    tensors = [x, *(outs if isinstance(outs, tuple | list) else [outs])]
+    numbers = {}
+    return [
+        (numbers.setdefault(t.untyped_storage().data_ptr(), len(numbers)), t.storage_offset(), t.stride())
+        for t in tensors
+    ]
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["plain", "under autograd"])
+@pytest.mark.parametrize("name", RETURNS)
+def test_memory(name, leaf):
+    f = RETURNS[name]
+    x0 = r(2, 3).requires_grad_(leaf)
+    x, y = x0 * 1, x0 * 1
+    g = jit(f)
+    for _ in range(2):
+        got, want = g(x), f(y)
+        assert_same(got, want)
+        assert_same(x, y)
+        assert memory(x, got) == memory(y, want)
+        same = lambda z, outs: [o is z for o in (outs if isinstance(outs, tuple | list) else [outs])]
+        assert same(x, got) == same(y, want)
+
+
+WRITES = {k: RETURNS[k] for k in ("the input", "a view", "a view of a view", "a reshaped new tensor")}
+WRITES |= {k: RETURNS[k] for k in ("two views of a new tensor", "a new tensor twice", "written and returned")}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writing_to_a_result(name):
+    """The write is seen through all aliases, values and gradients."""
+    x0 = r(2, 3).requires_grad_()
+
+    def run(f):
+        x = x0 * 1
+        outs = f(x)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        outs[0].mul_(2)
+        loss = (x * x).sum() + sum((o * o).sum() for o in outs)
+        return loss, torch.autograd.grad(loss, x0)[0]
+
+    assert_same(run(jit(WRITES[name])), run(WRITES[name]))
+
+
+def test_inside_another_capture():
+    transposed, doubled = jit(lambda a: a.t()), jit(lambda a: a[0].mul_(2))
+
+    def f(x, t=transposed, d=doubled):
+        x = x * 1
+        y = t(x)
+        y.mul_(2)
+        z = d(x)
+        z.add_(1)
+        return (x * x).sum()
+
+    plain = lambda x: f(x, lambda a: a.t(), lambda a: a[0].mul_(2))
+    x = r(2, 3)
+    assert_same(jit(f)(x), plain(x))
+
+
+def test_swapped_arguments():
+    def swap(a, b):
+        t = a.clone()
+        a.copy_(b)
+        b.copy_(t)
+
+    a, b = r(3), r(3)
+    old = a.clone(), b.clone()
+    assert jit(swap)(a, b) is None
+    assert_same((b, a), old)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_written_argument_that_is_differentiated(order):
+    x0 = r(3).requires_grad_()
+
+    def f(x):
+        x.mul_(x.detach().cos())
+        x.sin_()
+        return x.sum()
+
+    def run(f):
+        x = x0 * 1
+        y = f(x) * x
+        for _ in range(order):
+            (y,) = torch.autograd.grad(y.sum(), x0, create_graph=True)
+        return y
+
+    assert_same(run(jit(f)), run(f))
+
+
+def test_written_leaf_is_refused():
+    x = r(3).requires_grad_()
+    f = jit(lambda x: x.mul_(2))
+    f(x * 1)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        f(x)
+    with torch.no_grad():
+        f(x)
+
+
+def test_constants_are_made_anew():
+    f = jit(lambda x: (torch.zeros(3), x * 2))
+    f(r(3))[0].add_(1)
+    assert_same(f(r(3))[0], torch.zeros(3))
+
+
+def test_structure_and_constants_of_results():
+    f = lambda x, n: {"a": [x * n, (n, "s", None)], "b": torch.float64, "c": (x,)}
+    x = r(3)
+    assert_same(jit(f)(x, 2), f(x, 2))
+    assert jit(lambda x: None)(x) is None
+    assert jit(lambda x: 3)(x) == 3
+    assert jit(lambda x: ())(x) == ()

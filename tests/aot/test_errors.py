@@ -1,0 +1,146 @@
+"""What compiled functions refuse, and what they say then."""
+
+import warnings
+
+import pytest
+import torch
+
+import aotfunc
+from aotfunc import aot_function, jit
+from aotfunc.backends import REGISTRY, register
+from aotfunc.compile import nop
+from aotfunc.errors import AotfuncError, ArgumentError, BackendError, CaptureError
+
+X = torch.randn(3)
+
+
+def asks_if(x):
+    if x.sum() > 0:  # asked here
+        return x
+    return -x
+
+
+def asks_item(x):
+    return x * x.sum().item()  # asked here
+
+
+def asks_python(x):
+    return x * float(x.max())  # asked here
+
+
+@pytest.mark.parametrize("f", [asks_if, asks_item, asks_python])
+@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+def test_values_are_not_to_be_had(f, compiled):
+    with pytest.raises(CaptureError, match=r"test_errors.py:\d+ in asks_.*# asked here") as e:
+        compiled(f)(X)
+    assert "torch.where" in str(e.value) or "Python argument" in str(e.value)
+
+
+class Unhashable:
+    __hash__ = None
+
+
+@pytest.mark.parametrize("call", [lambda f, u: f(X, u), lambda f, u: f(X, option=u), lambda f, u: f(X, [1, u])])
+def test_unhashable_argument(call):
+    f = jit(lambda x, option: x, static_argnums=1)
+    with pytest.raises(ArgumentError, match=r"argument option.*not.*hashable.*test_errors.py:\d+"):
+        call(f, Unhashable())
+
+
+def test_static_arguments():
+    f = aot_function(lambda x, dim, keep: x.sum(dim, keep), "eager", static_argnums=(1, 2))
+    x = torch.randn(2, 3)
+    for dim in (0, 1, (0, 1)):
+        torch.testing.assert_close(f(x, dim, True), x.sum(dim, True))
+
+
+def test_unknown_backend():
+    for make in (lambda: jit(torch.sin, backend="nope"), lambda: aot_function(torch.sin, "nope")):
+        with pytest.raises(BackendError, match=r"no backend 'nope'; known are .*eager.*inductor"):
+            make()
+    with pytest.raises(BackendError, match="nope"):
+        aot_function(torch.sin, "eager", "nope")
+
+
+def test_backends_by_name():
+    register("mine", nop)
+    try:
+        x = torch.randn(3, requires_grad=True)
+        for f in (
+            jit(torch.sin, "mine"),
+            aot_function(torch.sin, "mine", "eager"),
+            aot_function(torch.sin, nop, "mine"),
+        ):
+            (g,) = torch.autograd.grad(f(x).sum(), x)
+            torch.testing.assert_close(g, x.detach().cos())
+        net = aotfunc.aot_module(torch.nn.Linear(3, 3), "mine")
+        net(x).sum().backward()
+    finally:
+        del REGISTRY["mine"]
+
+
+def test_inductor_without_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(BackendError, match="install g\\+\\+"):
+        jit(torch.sin, "inductor")(X)
+
+
+def test_unknown_option():
+    with pytest.raises(ArgumentError, match="partiton_fn"):
+        aot_function(torch.sin, "eager", partiton_fn=None)
+    aot_function(torch.sin, "eager", num_params_buffers=0, dynamic=False)
+
+
+def warned(f, calls):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for args in calls:
+            f(*args)
+    return [str(w.message) for w in seen]
+
+
+def test_warning_names_the_argument_that_keeps_changing():
+    (text,) = warned(jit(lambda x, lr: x * lr), [(X, 0.1 * i) for i in range(80)])
+    assert "64 times" in text and "Python argument lr" in text and "pass it as a tensor" in text
+    assert "test_errors.py" in text
+    (text,) = warned(jit(lambda p, x: p["rate"] * x), [({"rate": 0.1 * i}, X) for i in range(70)])
+    assert "p_rate" in text
+    (text,) = warned(jit(lambda x, y: x.sum() * y), [(torch.ones(i + 1), X) for i in range(70)])
+    assert "shape" in text and " x " in text and " y " not in text
+    k = 0
+    f = jit(lambda x: x * k)
+
+    def calls():
+        nonlocal k
+        for k in range(70):  # noqa: B007
+            yield (X,)
+
+    (text,) = warned(f, calls())
+    assert "closes over" in text
+    assert not warned(jit(lambda x, n: x * n), [(X, i % 3) for i in range(80)])
+
+
+def test_the_number_of_entries_is_bounded(monkeypatch):
+    monkeypatch.setattr("aotfunc.aot.LIMIT", 5)
+    f = jit(lambda x, n: x * n)
+    for n in range(12):
+        torch.testing.assert_close(f(X, n), X * n)
+    assert len(f.entries) == 5
+
+
+def test_errors_of_the_function_itself_pass():
+    def f(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        jit(f)(X)
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        jit(lambda x: x @ torch.ones(5))(X)
+    torch.testing.assert_close(jit(torch.sin)(X), X.sin())  # and nothing is left broken
+
+
+def test_leaked_value():
+    kept = []
+    jit(lambda x: (kept.append(x * 2), x)[1])(X)
+    with pytest.raises((AotfuncError, RuntimeError)):
+        kept[0] + 1

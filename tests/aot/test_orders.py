@@ -1,0 +1,146 @@
+"""Backward to any order through compiled functions (``create_graph=True``)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aotfunc import aot_function, jit
+from tests.aot.test_training import COMPILED
+from tests.reference import assert_same
+
+
+def r(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def in_place(x):
+    y = x * 2
+    y[0].mul_(x[1])
+    y.sin_()
+    y += x
+    return y * y
+
+
+def written_view(x):
+    x = x * 1
+    v = x.view(-1)
+    v[1:].mul_(x.sum())
+    return x
+
+
+def two_results(x):
+    return x.sin() * x, (x.exp() * x).sum(0)
+
+
+def attention(x):
+    return F.scaled_dot_product_attention(x, x.sin(), x * x)
+
+
+PROGRAMS = {
+    "pointwise": lambda x: x.sin() * x * x,
+    "product": lambda x: (x @ x.t()).tanh() @ x,
+    "softmax": lambda x: x.softmax(-1) * x.logsumexp(-1, keepdim=True),
+    "in place": in_place,
+    "through a view": written_view,
+    "gather": lambda x: x[[1, 0, 1]] * x.cumsum(0)[:1],
+    "two results": two_results,
+    "gradient inside": lambda x: torch.autograd.grad((x**4).sum(), x, create_graph=True)[0],
+    "sorted": lambda x: x.sort(-1)[0].prod(-1),
+}
+
+
+def derivatives(f, x, order=3):
+    found = []
+    y = f(x)
+    for _ in range(order):
+        ys = y if isinstance(y, tuple) else (y,)
+        (y,) = torch.autograd.grad(sum(v.sin().sum() for v in ys), x, create_graph=True)
+        found.append(y)
+    return found
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_third_order(name):
+    f, x = PROGRAMS[name], r(3, 3).requires_grad_()
+    expected = derivatives(f, x)
+    for compiled in COMPILED.values():
+        assert_same(derivatives(compiled(f), x), expected)
+
+
+def test_layer_norm():
+    """PyTorch's own third derivative of layer_norm is wrong (2.13): compared with its definition."""
+
+    def definition(x):
+        c = x - x.mean(-1, keepdim=True)
+        return c * (c.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    x = r(3, 3).requires_grad_()
+    assert_same(derivatives(jit(lambda x: F.layer_norm(x, (3,))), x), derivatives(definition, x))
+
+
+def test_gradgradcheck():
+    f = jit(lambda x, w: torch.sigmoid(x @ w) * x.sum())
+    args = (r(2, 3).requires_grad_(), r(3, 2).requires_grad_())
+    assert torch.autograd.gradcheck(f, args)
+    assert torch.autograd.gradgradcheck(f, args)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_twice(training):
+    m = nn.BatchNorm1d(4).double().train(training)
+    x, w = r(5, 4).requires_grad_(), r(5, 4)
+
+    def penalty(f):
+        m.reset_running_stats()
+        (g,) = torch.autograd.grad((f(x).sin() * w).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.sin().sum(), [x, *m.parameters()], allow_unused=True)
+
+    assert_same(penalty(jit(m)), penalty(m))
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_gradient_penalty(compiled):
+    net = nn.Sequential(nn.Linear(3, 5), nn.Softplus(), nn.Linear(5, 1)).double()
+    x = r(4, 3)
+
+    def penalized(f):
+        inputs = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(f(inputs).sum(), inputs, create_graph=True)
+        net.zero_grad()
+        (g.norm(dim=1) - 1).square().mean().backward()
+        return [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+
+    got, want = penalized(COMPILED[compiled](net)), penalized(net)
+    assert [g is None for g in got] == [g is None for g in want]
+    assert_same([g for g in got if g is not None], [g for g in want if g is not None])
+
+
+def test_in_and_outside_of_compiled_code():
+    f, x = jit(lambda x: x.sin() * x), r(3).requires_grad_()
+    assert_same(derivatives(lambda x: f(f(x) * x).exp(), x, 2), derivatives(lambda x: _twice(x).exp(), x, 2))
+
+
+def _twice(x):
+    y = x.sin() * x * x
+    return y.sin() * y
+
+
+def test_the_backward_of_the_backward_is_compiled_too():
+    from tests.aot.compilers import Watched
+
+    with Watched() as w:
+        x = r(3).requires_grad_()
+        y = aot_function(lambda x: (x.sin() * x).sum(), w.compiler)(x)
+        (g,) = torch.autograd.grad(y, x, create_graph=True)
+        torch.autograd.grad(g, x, torch.ones_like(g))
+    assert {"sin", "mul", "cos"} <= w.inside
+    assert not {"sin", "mul", "cos"} & w.outside
+
+
+def test_complex():
+    z = torch.randn(3, dtype=torch.complex128).requires_grad_()
+    f = lambda z: (z * z.conj()).real.sum() + z.abs().sin().sum()
+    assert_same(derivatives(jit(f), z, 1), derivatives(f, z, 1))
+    assert_same(jit(lambda z: z * 2j)(z.conj()), z.conj() * 2j)
+    assert_same(jit(lambda z: z.conj())(z), z.conj())

@@ -1,0 +1,141 @@
+"""Random numbers and state inside compiled functions: fresh on each call, eager's stream, never drawn again."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aotfunc import jit
+from tests.aot.compilers import Watched
+from tests.aot.test_training import COMPILED
+from tests.reference import assert_same
+
+
+def ones(n=60):
+    return torch.ones(n, dtype=torch.float64)
+
+
+def seeded(f, *args):
+    torch.manual_seed(7)
+    return f(*args)
+
+
+PROGRAMS = {
+    "dropout": lambda x: F.dropout(x * x, 0.5).sin(),
+    "noise": lambda x: (x * torch.randn_like(x)).exp() * torch.rand(x.shape, dtype=x.dtype),
+    "a draw for nothing": lambda x: (torch.rand(3), F.dropout(x * x, 0.3))[1],
+    "alpha dropout": lambda x: F.alpha_dropout(x.sin(), 0.4, True),
+    "rrelu": lambda x: F.rrelu(x - 1.5, training=True) * x,
+    "bernoulli": lambda x: torch.bernoulli(x * 0.5) * x * x,
+}
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_equals_eager_under_a_seed(name, compiled):
+    f = PROGRAMS[name]
+    g, x = COMPILED[compiled](f), ones().requires_grad_()
+
+    def both(f):
+        y = f(x)
+        return y, torch.autograd.grad(y.sum(), x)[0], torch.rand(2)
+
+    assert_same(seeded(both, g), seeded(both, f))
+    assert not torch.equal(g(x), g(x))
+
+
+@pytest.mark.parametrize("name", ["dropout", "noise", "a draw for nothing"])
+def test_second_order_sees_the_same_draws(name):
+    f, x = PROGRAMS[name], ones().requires_grad_()
+
+    def second(f):
+        y = f(x)
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad(g.sum(), x, create_graph=True)
+        (k,) = torch.autograd.grad(h.sum(), x)
+        return y, g, h, k, torch.rand(2)  # and the stream goes on where eager's would
+
+    assert_same(seeded(second, jit(f)), seeded(second, f))
+
+
+def test_generator_of_ones_own():
+    gen, x = torch.Generator(), ones().requires_grad_()
+
+    def run(f):
+        gen.manual_seed(3)
+        (g,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+        return g, torch.autograd.grad(g.sum(), x)[0], torch.rand(2, generator=gen)
+
+    f = lambda x: torch.rand(x.shape, generator=gen, dtype=x.dtype) * x**3
+    assert_same(run(jit(f)), run(f))
+
+
+@pytest.mark.parametrize("compiled", ["aot_function", "aot_function, min-cut"])
+def test_a_draw_is_not_in_the_backward(compiled):
+    from aotfunc import aot_function, default_partition, min_cut_rematerialization_partition
+
+    w = Watched()
+    partition = min_cut_rematerialization_partition if "min-cut" in compiled else default_partition
+    x = ones().requires_grad_()
+    aot_function(PROGRAMS["dropout"], w.compiler, partition_fn=partition)(x).sum().backward()
+    forward, backward = w.modules
+    assert "dropout" in forward.code or "bernoulli" in forward.code
+    assert "dropout.default" not in backward.code and "bernoulli" not in backward.code
+
+
+def test_buffers_are_updated():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.norm(x) * self.calls
+
+    net, x = Net().double(), torch.randn(5, 3, dtype=torch.float64)
+    twin = copy.deepcopy(net)
+    g = jit(net)
+    for i in range(4):
+        with torch.set_grad_enabled(i % 2 == 0):
+            assert_same(g(x), twin(x))
+        assert_same(net.state_dict(), twin.state_dict())
+    assert net.calls == 4
+    net.eval(), twin.eval()
+    assert_same(g(x), twin(x))
+    assert_same(net.state_dict(), twin.state_dict())
+
+
+def test_no_grad_around_a_call():
+    net, x = nn.Linear(3, 3), torch.randn(2, 3)
+    g = jit(net)
+    with torch.no_grad():
+        assert not g(x).requires_grad
+    g(x).sum().backward()
+    assert net.weight.grad is not None
+    y = g(x)
+    with torch.no_grad():
+        y = g(y)
+    assert not y.requires_grad
+
+
+def test_threads():
+    f, wrong = jit(lambda x, k: (x * k).sin().sum()), []
+
+    def work(i):
+        try:
+            for k in range(12):
+                x = torch.full((3,), float(i), requires_grad=True)
+                f(x, k % 4).backward()
+                assert_same(x.grad, (x.detach() * (k % 4)).cos() * (k % 4))
+        except Exception as e:
+            wrong.append(e)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong, wrong[0]
