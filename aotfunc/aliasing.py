@@ -17,6 +17,7 @@ from torch.fx import Node
 from .backends.eager import compile_graph
 from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
+from .trace.functionalize import hidden_write
 from .trace.shapes import Facts
 from .transforms.walk import builder
 
@@ -34,11 +35,12 @@ def is_view(n: Any) -> bool:
     return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
 
 
-def without_views(program: Program, shares: dict[int, int]) -> tuple[Program, Callable[..., tuple] | None]:
-    """``(program, views)``: a program that returns no views and no value twice, and ``views(*inputs, *its results)``,
-    run after written inputs have been updated, for the results of the old one (None where nothing changes).
+def without_views(program: Program, groups: Sequence[int]) -> tuple[Program, Callable[..., tuple] | None]:
+    """``(program, views)``: a program that returns no views, no inputs and no value twice, and ``views(*inputs, *its
+    results)``, run after written inputs have been updated, for the results of the old one (None where nothing changes).
 
-    ``shares``: for each result that shares memory with an input, the position of that input's placeholder.
+    ``groups``: for each result the value of the recording whose memory it shares: results of one group alias each
+    other, and the input of that number if there is one (closed-over tensors count -1, -2, …); others must not.
     """
     outs = output_node(program.graph).args[0]
     results, finals = outs[: program.n_outputs], outs[program.n_outputs :]
@@ -50,34 +52,38 @@ def without_views(program: Program, shares: dict[int, int]) -> tuple[Program, Ca
         inputs = dict(zip(placeholders, new, strict=True))
         written = {o: new[i] for i, o in zip(program.mutated, finals, strict=True) if isinstance(o, Node)}
         roots: dict[Node, Node] = {}
+        owners: dict[Node, int] = {}
 
-        def source(o: Node, i: int) -> tuple[Node, list[Node]]:
-            """The value that result i is to be made from, and the view ops between, last first."""
+        def result(o: Node, group: int) -> Node:
+            place = group if group >= 0 else program.n_inputs - group - 1
+            mine = new[place] if group < program.n_inputs else None
             chain: list[Node] = []
             n = o
-            while not (i in shares and n in written):
-                above = viewed(n)
-                if above is None:
-                    break
+            while (above := viewed(n)) is not None and (mine is None or written.get(n) is not mine):
                 chain.append(n)
                 n = above
-            if i in shares and n in written:
-                return written[n], chain
-            if n in inputs:
-                return inputs[n], chain
-            if i in shares:  # a view of what was written through views: it has no chain of its own any more
-                val, x = o.meta["val"], new[shares[i]]
+            if mine is not None:
+                if mine in (inputs.get(n), written.get(n)):
+                    return follow(b, mine, chain, made)
+                # a view of what was written through views: it has no chain of its own any more
+                val = o.meta["val"]
                 layout = (list(val.shape), list(val.stride), val.offset)
-                return b.make("call_function", aten.as_strided.default, (x, *layout), {}, val), []
-            if n not in roots:
-                roots[n] = b.placeholder(n.name, n.meta["val"])
-            return roots[n], chain
+                return b.make("call_function", aten.as_strided.default, (mine, *layout), {}, val)
+            if n in inputs:
+                source, owner = inputs[n], None
+            else:
+                if n not in roots:
+                    roots[n] = b.placeholder(n.name, n.meta["val"])
+                source, owner = roots[n], owners.setdefault(n, group)
+            if owner != group:  # rewriting has made them the same: a copy for each group
+                if (n, group) not in made:
+                    made[n, group] = b.make("call_function", aten.clone.default, (source,), {}, n.meta["val"])
+                source = made[n, group]
+            return follow(b, source, chain, made)
 
-        placed = [source(o, i) if isinstance(o, Node) else (o, []) for i, o in enumerate(results)]
-        direct = [s for s, chain in placed if not chain]
-        if list(roots) == list(results) and len(direct) == len(results):
+        final = [result(o, g) if isinstance(o, Node) else o for o, g in zip(results, groups, strict=True)]
+        if final == list(roots.values()) and list(roots) == list(results):
             return program, None
-        final = [follow(b, s, chain, made) for s, chain in placed]
         views = compile_graph(b.finish(final))
         b = builder()
         new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
@@ -105,26 +111,27 @@ def rewired(m: Any, x: Any) -> tuple:
     return tuple(args)
 
 
-def apart(program: Program) -> Program:
-    """With copies where the new value of a written input is another input, which may be written first."""
-    if len(program.mutated) < 2:
-        return program
-    outs = list(output_node(program.graph).args[0])
-    n = program.n_outputs
-    inputs = set(program.placeholders)
+def apart(program: Program, outs: Sequence[Any]) -> Sequence[Any]:
+    """The results of a program, with copies where the new value of a written input is, or is a view of, another written
+    input: that one may be written first.
+    """
+    found = program.cache.get("apart")
+    if found is None:
+        written = {program.placeholders[i] for i in program.mutated}
+        finals = output_node(program.graph).args[0]
+        count = program.n_outputs
+        found = [k for k in range(count, len(finals)) if len(written) > 1 and root(finals[k]) in written]
+        program.cache["apart"] = found
+    if not found:
+        return outs
+    return [x.clone() if k in found else x for k, x in enumerate(outs)]
 
-    def root(o: Any) -> Any:
-        while isinstance(o, Node) and (above := viewed(o) if o.op == "call_function" else None) is not None:
-            o = above
-        return o
 
-    shown = [i for i in range(n, len(outs)) if root(outs[i]) in inputs]
-    if not shown:
-        return program
-    with paused_gc():
-        b = builder()
-        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in program.placeholders]
-        results = list(b.splice(program.graph, new, tuple(outs)))
-        for i in shown:
-            results[i] = b.make("call_function", aten.clone.default, (results[i],), {}, results[i].meta["val"])
-        return Program(b.finish(results), program.n_inputs, n, program.mutated, program.name)
+def root(n: Any) -> Any:
+    """The node whose memory ``n`` shows."""
+    while isinstance(n, Node) and n.op == "call_function":
+        above = n.args[1] if n.target is hidden_write else viewed(n)
+        if above is None:
+            break
+        n = above
+    return n

@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils._pytree import TreeSpec
 
 from . import backends
-from .aliasing import apart, without_views
+from .aliasing import without_views
 from .autograd import run
 from .backends.eager import compile_graph
 from .debug import at, outside_dynamo, user_line
@@ -34,7 +34,6 @@ from .trace.tracer import Traced, current, storage_id
 from .trace.tree import Arguments, unflatten
 from .transforms.capture import Recording, leaf_labels, parameter_names, record
 from .transforms.decompose import decomposed
-from .transforms.fresh import fresh
 from .transforms.lower import EVERYTHING, lowered
 from .transforms.steps import CompiledCall, CompiledStep
 from .transforms.walk import builder
@@ -197,11 +196,7 @@ class Compiled:
             constants=False,
             name_of=parameter_names(self.f, arguments),
         )
-        program = apart(fresh(rec.program(), rec.aliases))
-        roots = {i: rec.trace.root(rec.refs[i]) for i in rec.aliases}
-        n = program.n_inputs
-        shares = {i: r if r >= 0 else n - r - 1 for i, r in roots.items() if r < n}
-        program, views = without_views(program, shares)
+        program, views = without_views(rec.program(), [rec.trace.root(r) for r in rec.refs])
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.compile_forward, self.split, self.name)
         self.watch_growth(arguments)

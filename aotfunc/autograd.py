@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.fx import Node
 
+from .aliasing import apart
 from .graph import Program, draws, output_node
 from .run import execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
@@ -32,31 +33,33 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     program = call.program
     if _inside_functorch() is not None:  # torch.func's transforms differentiate and batch op by op
         return execute(program, tensors)
-    outs = None
-    if torch.is_grad_enabled():
-        wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
-        if wrt:
-            halves = program.cache.get(("halves", wrt))
-            if halves is None:
-                halves = program.cache[("halves", wrt)] = Halves(call, wrt)
-            if halves.any_live:
-                outs = Differentiated.apply(halves, *halves.guarded(tensors))
-    if outs is None:
-        outs = call(*tensors)
-        if program.n_outputs > 1:
-            outs = distinct(outs, program.n_outputs)
+    wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad]) if torch.is_grad_enabled() else ()
+    if not wrt:
+        outs = distinct(call(*tensors), program.n_outputs, tensors)
+    else:
+        halves = program.cache.get(("halves", wrt))
+        if halves is None:
+            halves = program.cache[("halves", wrt)] = Halves(call, wrt)
+        if halves.any_live:
+            outs = Differentiated.apply(halves, *halves.guarded(tensors))
+        else:
+            with torch.no_grad():
+                outs = distinct(call(*tensors), program.n_outputs, tensors)
     if program.mutated:
-        write_back(program, tensors, outs)
+        write_back(program, tensors, apart(program, outs))
     return outs[: program.n_outputs]
 
 
-def distinct(outs: Sequence, count: int) -> Sequence:
-    """With copies where one of the first ``count`` is the same tensor as another: without its marks of intent a graph
-    may compute two results in one node.
+def distinct(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
+    """With copies where one of the first ``count`` is the same tensor as another, or an input: without its marks of
+    intent a graph may compute two results in one node.
     """
-    if len(set(map(id, outs[:count]))) == count:
+    seen = set(map(id, tensors))
+    total = len(seen)
+    seen.update(map(id, outs[:count]))
+    if len(seen) == total + count:
         return outs
-    found, seen = list(outs), set()
+    found, seen = list(outs), set(map(id, tensors))
     for i, o in enumerate(found[:count]):
         if isinstance(o, Tensor) and id(o) in seen:
             found[i] = o.clone()
@@ -126,7 +129,7 @@ class Differentiated(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.halves = halves
         ctx.states = [(g, g.get_state()) for g in halves.generators]
-        outs = distinct(halves.forward(*tensors), halves.count)
+        outs = distinct(halves.forward(*tensors), halves.count, tensors)
         results, residuals = outs[: halves.count], outs[halves.count :]
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])

@@ -45,6 +45,12 @@ def _rand_like(x, *, dtype=None, **options):
     return _like(x, dtype=dtype, **options)
 
 
+@rule(aten.hardtanh)
+def _hardtanh(x, min_val=-1, max_val=1):
+    sure(min_val <= max_val)
+    return pointwise(aten.hardtanh.default, x, min_val, max_val)
+
+
 @rule(aten.normal_)
 def _normal_(x, mean=0.0, std=1.0, *, generator=None):
     sure(x.dtype.is_floating_point and std >= 0 and 0 not in x.stride)

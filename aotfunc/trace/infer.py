@@ -212,7 +212,7 @@ COMPOSED = {
     *("threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"),
 }
 #: tagged, and yet left to others
-LEFT_OUT = {"clone", "ldexp"}
+LEFT_OUT = {"clone", "ldexp", "select_scatter", "slice_scatter", "diagonal_scatter", "as_strided_scatter"}
 
 
 @cache

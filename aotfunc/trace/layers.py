@@ -112,7 +112,8 @@ def _nll_loss_backward(g, x, target, weight, reduction, ignore_index, total_weig
 
 @rule(aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    sure(q.ndim == 4)
+    same_dtype(q, k, v)
+    sure(q.ndim == 4 and q.dtype.is_floating_point)
     b, h, n, _ = q.shape
     return like(q), new(q, (b, h, n), WIDE.get(q.dtype), ordered_strides((b, h, n), (0, 2, 1)))
 

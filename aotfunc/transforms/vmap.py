@@ -84,7 +84,13 @@ class Batch:
         flags = tuple(self.has(args[i]) for i in tensor_args(op))
         new = remap(tuple(args), self.env)
         by_value = n.meta["val"] if torch.Tag.dynamic_output_shape in op.tags else None
-        tag = ("vmap", op, self.randomness if draws(n) else "", tuple(_logical(args[i]) for i in tensor_args(op)), by_value)
+        tag = (
+            "vmap",
+            op,
+            self.randomness if draws(n) else "",
+            tuple(_logical(args[i]) for i in tensor_args(op)),
+            by_value,
+        )
         out = apply(self.b, tag, self.make(n), flags, self.size, *new)
         return out, True
 
@@ -111,7 +117,12 @@ class Batch:
                         full[i] = _all_batched(b, full[i], yes, size)
                 full = promoted(b, n, full, flags)
                 try:
-                    extras = {"batched": flags, "size": size, "randomness": randomness, "shape": getattr(want, "shape", ())}
+                    extras = {
+                        "batched": flags,
+                        "size": size,
+                        "randomness": randomness,
+                        "shape": getattr(want, "shape", ()),
+                    }
                     result = traced(lambda *xs: rule(*xs, **extras))(b, *full)
                 except AotfuncError:
                     raise

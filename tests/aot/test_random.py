@@ -26,7 +26,7 @@ def seeded(f, *args):
 PROGRAMS = {
     "dropout": lambda x: F.dropout(x * x, 0.5).sin(),
     "noise": lambda x: (x * torch.randn_like(x)).exp() * torch.rand(x.shape, dtype=x.dtype),
-    "a draw for nothing": lambda x: (torch.rand(3), F.dropout(x * x, 0.3))[1],
+    "a draw for nothing": lambda x: (torch.rand(3), F.dropout(x**4, 0.3))[1],
     "alpha dropout": lambda x: F.alpha_dropout(x.sin(), 0.4, True),
     "rrelu": lambda x: F.rrelu(x - 1.5, training=True) * x,
     "bernoulli": lambda x: torch.bernoulli(x * 0.5) * x * x,

@@ -1,8 +1,11 @@
 """A deterministic sample of the op table for every run: the ops that matter most, and every tenth of the others."""
 
 import pytest
+import torch
 
+import aotfunc
 from tests.ops import table
+from tests.ops.compositions import Call
 
 CORE = """
 abs add addmm addmv addbmm amax amin argmax as_strided baddbmm bmm cat clamp clone conj cos cumprod cumsum diag_embed
@@ -47,3 +50,18 @@ def test_op(name):
         elif not outcome.startswith("FAIL") and listed:
             wrong.append(f"{dtype} {composition}: listed in known_failures.txt, and {outcome}; take the line out")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", sorted(table.WRONG_IN_AUTOGRAD))
+def test_against_finite_differences_where_autograd_is_wrong(name):
+    for sample in table.samples(name, "float64"):
+        call = Call.of(table.OPS[name], sample)
+        aotfunc.check_grads(lambda *primals, f=call.f: f(*primals), call.primals, order=2)
+
+
+def test_a_mask_has_every_derivative_and_is_no_constant_of_the_cache():
+    x = torch.randn(6, dtype=torch.float64)
+    for mask in (x > 0, x < 0, x > 9):
+        aotfunc.check_grads(
+            lambda x, mask=mask: (x[mask] ** 3).sum() + x.masked_select(mask).sin().sum(), (x,), order=2
+        )

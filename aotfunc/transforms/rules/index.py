@@ -56,7 +56,9 @@ def selected_count(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> An
         return None
     others = [i for i in indices if i is not None and i.dtype != torch.bool]
     if len(masks) > 1 or any(i.dim() and i.shape[-1] != 1 for i in others):  # then it may be 1, repeated
-        raise RuleError("a boolean index beside others that broadcast against it: index in two steps, x[mask][:, other]")
+        raise RuleError(
+            "a boolean index beside others that broadcast against it: index in two steps, x[mask][:, other]"
+        )
     places = Places(indices, [False] * len(indices))
     return shape[places.front + places.rank - 1]
 

@@ -10,8 +10,11 @@ from torch import Tensor
 from .table import (
     aten,
     expand_lead,
+    jvp_of,
     linear,
     nondiff,
+    total,
+    vjp_of,
     vmap_of,
 )
 
@@ -71,6 +74,66 @@ def batch_embedding_dense_backward(
 
 
 linear(aten.embedding_dense_backward, embedding_dense_back, None, batch=batch_embedding_dense_backward)
+
+
+@vjp_of(aten._embedding_bag_forward_only, diff_outputs=(0,))
+def _(
+    g: Any,
+    out: Any,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    by_freq: bool,
+    mode: int,
+    sparse: bool,
+    weights: Tensor | None,
+    last: bool,
+    padding_idx: int,
+    *,
+    needs: Any,
+) -> list[Tensor | None]:
+    """The reverse kernels read what ``_embedding_bag`` leaves behind, and this op does not."""
+    kept = aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, weights, last, padding_idx)
+    of_row, count, largest = kept[1:]
+    how = (by_freq, mode, weights, padding_idx)
+    of_weight = of_weights = None
+    if needs[0]:
+        rows = weight.shape[0]
+        of_weight = aten._embedding_bag_dense_backward(g[0], indices, of_row, count, largest, rows, *how)
+    if len(needs) > 3 and needs[3]:
+        rest = (indices, offsets, of_row, mode, padding_idx)
+        of_weights = aten._embedding_bag_per_sample_weights_backward(g[0], weight, *rest)
+    return [of_weight, None, None, of_weights]
+
+
+@jvp_of(aten._embedding_bag_forward_only)
+def _(
+    tangents: Any,
+    out: Any,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    by_freq: bool,
+    mode: int,
+    sparse: bool,
+    weights: Tensor | None,
+    last: bool,
+    padding_idx: int,
+) -> Any:
+    """Linear in the table and in the weights, but for the largest rows (mode 2), which are read where they are."""
+    of_table, of_weights = tangents[0], tangents[3]
+    rest = (last, padding_idx)
+    if mode == 2:
+        largest = aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, weights, *rest)[3]
+        moved = of_table.gather(0, largest.clamp_min(0)).masked_fill(largest < 0, 0)
+        return moved, None, None, None
+    terms = []
+    if of_table is not None:
+        terms.append(aten._embedding_bag(of_table, indices, offsets, by_freq, mode, False, weights, *rest)[0])
+    if of_weights is not None:
+        terms.append(aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, of_weights, *rest)[0])
+    return total(terms), None, None, None
+
 
 # ----- positions: no derivative ---------------------------------------------------------------------------------------
 

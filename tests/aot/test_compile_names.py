@@ -1,0 +1,129 @@
+"""The names of functorch.compile."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from aotfunc import compile as names
+from aotfunc.errors import BackendError, CaptureError
+
+
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def test_functorchs_names_are_there():
+    functorch = pytest.importorskip("functorch.compile")
+    left_out = {
+        "config",
+        "default_decompositions",
+        "debug_nop",
+        "ts_compile",
+        "simple_ts_compile",
+        "tensorexpr_compile",
+    }
+    left_out |= {"nnc_jit", "get_aot_compilation_context", "get_aot_graph_name", "get_graph_being_compiled"}
+    left_out |= {"aot_module_simplified", "get_decompositions"}
+    wanted = {n for n in vars(functorch) if not n.startswith("_") and n != "nnc_jit"} - left_out
+    assert not {n for n in wanted if not hasattr(names, n)}
+
+
+def test_nop_and_print_compile(capsys):
+    x = leaf(3)
+    for compiler in (names.nop, names.print_compile):
+        f = names.compiled_function(lambda x: x.sin(), compiler)
+        torch.testing.assert_close(torch.autograd.grad(f(x).sum(), x)[0], x.detach().cos())
+    text = capsys.readouterr().out
+    assert text.count("def forward") == 2 and "aten.sin" in text and "aten.cos" in text
+
+
+def test_debug_compile():
+    x = leaf(3)
+    f = names.aot_function(lambda x: (x * x).sqrt().sum(), names.debug_compile)
+    torch.testing.assert_close(torch.autograd.grad(f(x), x)[0], x.detach().sign())
+    g = names.jit(lambda x: (x - 10).log().sum(), names.debug_compile)  # the culprit
+    with pytest.raises(CaptureError, match=r"log.*first value with a NaN.*the culprit"):
+        g(torch.rand(3))
+
+    def lying(gm, inputs):
+        next(n for n in gm.graph.nodes if n.op == "call_function").meta["val"] = torch.empty(7)
+        return names.debug_compile(gm, inputs)
+
+    with pytest.raises(CaptureError, match="the graph says"):
+        names.jit(torch.sin, lying)(torch.rand(3))
+
+
+def test_boxed():
+    seen = []
+
+    def compiler(gm, inputs):
+        return lambda *args: seen.append(len(args)) or gm(*args)
+
+    boxed = names.make_boxed_compiler(compiler)
+    run = boxed(lambda *args: args, [])
+    assert run._boxed_call and run([1, 2]) == (1, 2)
+    f = names.make_boxed_func(lambda a, b: a - b)
+    assert f._boxed_call and f([3, 1]) == 2
+    x = leaf(2)
+    seen.clear()
+    names.aot_function(lambda x, y: x * y, boxed)(x, x).sum().backward()
+    assert len(seen) == 2
+
+
+def test_recompilations_are_counted():
+    names.clear_compile_cache()
+    assert names.num_of_recompilations() == 0
+    f, g = names.jit(lambda x: x * 2), names.aot_function(lambda x: x * 3, "eager")
+    for n in (2, 2, 3):
+        f(torch.ones(n))
+    g(torch.ones(2))
+    assert names.num_of_recompilations() == 3
+    names.clear_compile_cache()
+    assert names.num_of_recompilations() == 0 and not f.entries
+    f(torch.ones(2))
+    assert names.num_of_recompilations() == 1
+
+
+def test_memory_efficient_fusion(monkeypatch):
+    from aotfunc.backends import REGISTRY
+
+    monkeypatch.setitem(REGISTRY, "inductor", names.nop)  # test_inductor.py runs the real one
+    x, net = leaf(3), nn.Linear(3, 2)
+    f = names.memory_efficient_fusion(lambda x: x.sin().cos())
+    assert f.partition is names.min_cut_rematerialization_partition
+    torch.testing.assert_close(f(x), x.sin().cos())
+    fused = names.memory_efficient_fusion(net)
+    assert isinstance(fused, nn.Module)
+    torch.testing.assert_close(fused(x), net(x))
+
+
+def graph():
+    from aotfunc import make_fx
+
+    return make_fx(lambda x: torch.sin(x) * 2)(torch.ones(2))
+
+
+def test_draw_graph(tmp_path):
+    pytest.importorskip("pydot")
+    names.draw_graph(graph(), str(tmp_path / "g.dot"))
+    text = (tmp_path / "g.dot").read_text()
+    assert "digraph" in text and "sin" in text
+    if shutil.which("dot") is None:
+        with pytest.raises(BackendError, match="install graphviz"):
+            names.draw_graph(graph(), str(tmp_path / "g"))
+    else:
+        names.draw_graph(graph(), str(tmp_path / "g"))
+        assert "<svg" in (tmp_path / "g.svg").read_text()
+    x = leaf(3)
+    partition = lambda gm, inputs, **kw: names.draw_joint_graph(gm, inputs, str(tmp_path / "joint.dot"), **kw)
+    names.aot_function(torch.sin, names.nop, partition_fn=partition)(x).sum().backward()
+    assert "cos" in (tmp_path / "joint.dot").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pydot") is not None, reason="pydot is installed")
+def test_draw_graph_without_pydot(tmp_path):
+    with pytest.raises(BackendError, match="pip install pydot"):
+        names.draw_graph(graph(), str(tmp_path / "g.dot"))
