@@ -35,15 +35,18 @@ def is_view(n: Any) -> bool:
     return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
 
 
-def without_views(program: Program, groups: Sequence[int]) -> tuple[Program, Callable[..., tuple] | None]:
+def without_views(
+    program: Program, groups: Sequence[int], quiet: bool = False
+) -> tuple[Program, Callable[..., tuple] | None]:
     """``(program, views)``: a program that returns no views, no inputs and no value twice, and ``views(*inputs, *its
     results)``, run after written inputs have been updated, for the results of the old one (None where nothing changes).
 
     ``groups``: for each result the value of the recording whose memory it shares: results of one group alias each
     other, and the input of that number if there is one (closed-over tensors count -1, -2, …); others must not.
+    ``quiet``: captured with gradients off, so that results need no ``detach`` of their own.
     """
     outs = output_node(program.graph).args[0]
-    results, finals = outs[: program.n_outputs], outs[program.n_outputs :]
+    results, finals = [undetached(o, quiet) for o in outs[: program.n_outputs]], outs[program.n_outputs :]
     placeholders = program.placeholders
     with paused_gc():
         b = Builder(None, merge=False)
@@ -89,6 +92,15 @@ def without_views(program: Program, groups: Sequence[int]) -> tuple[Program, Cal
         new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
         graph = b.finish(b.splice(program.graph, new, (*roots, *finals)))
     return Program(graph, program.n_inputs, len(roots), program.mutated, program.name), views
+
+
+def undetached(o: Any, quiet: bool) -> Any:
+    """A result as it was computed, where nobody will look for its derivative."""
+    if quiet and isinstance(o, Node) and o.target is aten.detach.default:
+        n = o.args[0]
+        if n.op == "call_function" and viewed(n) is None and n.target is not hidden_write:  # type: ignore[union-attr]
+            return n
+    return o
 
 
 def follow(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:

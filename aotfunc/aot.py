@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec
@@ -189,14 +190,16 @@ class Compiled:
         arguments = Arguments(args, kwargs)
         self.captures += 1
         rec = record(
-            self.f,
+            self.f if torch.is_grad_enabled() else torch.no_grad()(self.f),
             arguments.leaves,
             arguments.rebuilt,
             why_not=f"{self.name} captures the function once for all values",
             constants=False,
             name_of=parameter_names(self.f, arguments),
         )
-        program, views = without_views(rec.program(), [rec.trace.root(r) for r in rec.refs])
+        program, views = without_views(
+            rec.program(), [rec.trace.root(r) for r in rec.refs], not torch.is_grad_enabled()
+        )
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.compile_forward, self.split, self.name)
         self.watch_growth(arguments)
@@ -240,7 +243,7 @@ class Compiled:
 
     def opened(self, program: Program) -> Program:
         """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
-        return decomposed(program, self.decompositions) if self.decompositions else program
+        return decomposed(program, Declining(self.decompositions)) if self.decompositions else program
 
     def split(self, joint: Program, n_primals: int, n_early: int) -> tuple[CompiledCall, CompiledCall]:
         """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``."""
@@ -251,13 +254,26 @@ class Compiled:
         )
 
 
+class Declining(dict):
+    """A table of decompositions, some of which may answer NotImplemented: the op is then left as it is."""
+
+    def get(self, op: Any, default: Any = None) -> Any:
+        body = super().get(op)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = body(*args, **kwargs)  # type: ignore[misc]
+            return op(*args, **kwargs) if out is NotImplemented else out
+
+        return default if body is None else call
+
+
 def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor]) -> Callable:
     """Hand the program to a compiler as a GraphModule with example inputs."""
     if compiler is backends.lookup("eager"):
         return compile_graph(lowered(program, EVERYTHING).graph)
     table = getattr(compiler, "decompositions", None)
     if table is not None:
-        program = decomposed(program, table())
+        program = decomposed(program, Declining(table()))
     gm = graph_module(program, program.name or "Graph")
     fn = compiler(gm, [t.detach() for t in tensors])
     boxed = getattr(fn, "_boxed_call", False)

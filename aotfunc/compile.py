@@ -1,7 +1,8 @@
 """The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to look inside.
 
-Left out, as they mean nothing here: the TorchScript and TensorExpr compilers, and ``get_aot_compilation_context`` with
-its relatives (a compiler sees all it needs in the graph module that it is given).
+Left out, as they mean nothing here: the TorchScript and TensorExpr compilers, ``get_aot_compilation_context`` with
+its relatives (a compiler sees all it needs in the graph module that it is given), ``pythonkey_decompose`` (``make_fx`` takes
+a decomposition table), and the minifier.
 """
 
 from __future__ import annotations
@@ -134,6 +135,16 @@ def draw_graph(traced: fx.GraphModule, fname: str, figname: str = "fx_graph", cl
         path.write_text(dot.to_string())
     else:
         dot.write(str(path), format=kind)
+
+
+def draw_graph_compile(name: str) -> Callable:
+    """A compiler that draws each graph into the file ``name`` and does nothing else."""
+
+    def compiler(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
+        draw_graph(fx_g, name)
+        return fx_g
+
+    return compiler
 
 
 def draw_joint_graph(

@@ -145,6 +145,7 @@ def _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask):
     sure(all(m.shape == (*x.shape[:-k], *[1] * k) for m in (mean, rstd)))
     sure(all(s is None or (s.dtype is x.dtype and s.dtype.is_floating_point) for s in (g, mean, rstd, weight, bias)))
     plain(g, x, mean, rstd, weight, bias)
+    sure(k < x.ndim or all(n > 1 for n in x.shape))  # else the bias's gradient is a clone of g, strides and all
     return (
         like(x) if mask[0] else None,
         new(x, shape) if mask[1] and weight is not None else None,

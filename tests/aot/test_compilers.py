@@ -1,4 +1,5 @@
 """What compilers are given: golden texts of forward and backward, metadata, example inputs, Dynamo-style compilers."""
+# ruff: noqa: E501 (printed code is as wide as it is)
 
 import expecttest
 import pytest
@@ -52,7 +53,9 @@ class TestGolden(expecttest.TestCase):
     maxDiff = None
 
     def test_pointwise(self):
-        self.assertExpectedInline(given(lambda x: torch.sin(x) * 2, leaf(3)), """\
+        self.assertExpectedInline(
+            given(lambda x: torch.sin(x) * 2, leaf(3)),
+            """\
 def forward(self, x):
     sin = sin.default(x)
     mul = mul.Tensor(sin, 2);  sin = None
@@ -62,19 +65,25 @@ def forward(self, x, tangents_0):
     cos = cos.default(x);  x = None
     mul_1 = mul.Tensor(mul, cos);  mul = cos = None
     return (mul_1,)
-""")
+""",
+        )
 
     def test_no_gradient_wanted(self):
-        self.assertExpectedInline(given(lambda x: torch.sin(x) * 2, torch.randn(3)), """\
+        self.assertExpectedInline(
+            given(lambda x: torch.sin(x) * 2, torch.randn(3)),
+            """\
 def forward(self, x):
     sin = sin.default(x);  x = None
     mul = mul.Tensor(sin, 2);  sin = None
     return (mul,)
-""")
+""",
+        )
 
     def test_linear_relu(self):
         f = lambda x, w, b: F.relu(F.linear(x, w, b)).sum()
-        self.assertExpectedInline(given(f, torch.randn(2, 3), leaf(4, 3), leaf(4)), """\
+        self.assertExpectedInline(
+            given(f, torch.randn(2, 3), leaf(4, 3), leaf(4)),
+            """\
 def forward(self, x, w, b):
     t = t.default(w);  w = None
     addmm = addmm.default(b, x, t);  b = t = None
@@ -89,12 +98,15 @@ def forward(self, x, relu, tangents_0):
     sum_1 = sum.dim_IntList(threshold_backward, [0], True);  threshold_backward = None
     view = view.default(sum_1, [4]);  sum_1 = None
     return (mm, view)
-""")
+""",
+        )
 
     def test_min_cut_recomputes_cheap_values(self):
         f = lambda x: (x.sin().cos().sin().cos()).sum()
         got = given(f, leaf(8), partition=min_cut_rematerialization_partition)
-        self.assertExpectedInline(got, """\
+        self.assertExpectedInline(
+            got,
+            """\
 def forward(self, x):
     sin = sin.default(x)
     cos = cos.default(sin);  sin = None
@@ -116,10 +128,13 @@ def forward(self, x, tangents_0):
     cos_2 = cos.default(x);  x = None
     mul_3 = mul.Tensor(mul_2, cos_2);  mul_2 = cos_2 = None
     return (mul_3,)
-""")
+""",
+        )
 
     def test_default_saves_them(self):
-        self.assertExpectedInline(given(lambda x: (x.sin().cos().sin()).sum(), leaf(8)), """\
+        self.assertExpectedInline(
+            given(lambda x: (x.sin().cos().sin()).sum(), leaf(8)),
+            """\
 def forward(self, x):
     sin = sin.default(x)
     cos = cos.default(sin)
@@ -136,14 +151,17 @@ def forward(self, x, sin, cos, tangents_0):
     mul_2 = mul.Tensor(mul_1, cos_2);  mul_1 = cos_2 = None
     neg = neg.default(mul_2);  mul_2 = None
     return (neg,)
-""")
+""",
+        )
 
     def test_written_input_is_another_output(self):
         def f(x, state):
             state.add_(1)
             return x * state
 
-        self.assertExpectedInline(given(f, leaf(3), torch.zeros(3)), """\
+        self.assertExpectedInline(
+            given(f, leaf(3), torch.zeros(3)),
+            """\
 def forward(self, x, state):
     add = add.Tensor(state, 1);  state = None
     mul = mul.Tensor(x, add);  x = None
@@ -151,10 +169,13 @@ def forward(self, x, state):
 def forward(self, add, tangents_0):
     mul = mul.Tensor(tangents_0, add);  tangents_0 = add = None
     return (mul,)
-""")
+""",
+        )
 
     def test_views_of_results_are_made_outside(self):
-        self.assertExpectedInline(given(lambda x: (x.t(), (x * x).view(-1)), leaf(2, 3)), """\
+        self.assertExpectedInline(
+            given(lambda x: (x.t(), (x * x).view(-1)), leaf(2, 3)),
+            """\
 def forward(self, x):
     mul = mul.Tensor(x, x)
     return (mul, x)
@@ -162,7 +183,8 @@ def forward(self, x, tangents_0):
     mul = mul.Tensor(tangents_0, x);  tangents_0 = x = None
     add = add.Tensor(mul, mul);  mul = None
     return (add,)
-""")
+""",
+        )
 
     def test_no_grad_region(self):
         def f(x):
@@ -170,7 +192,9 @@ def forward(self, x, tangents_0):
                 s = x.sum()
             return x * s
 
-        self.assertExpectedInline(given(f, leaf(3)), """\
+        self.assertExpectedInline(
+            given(f, leaf(3)),
+            """\
 def forward(self, x):
     sum_1 = sum.default(x)
     mul = mul.Tensor(x, sum_1);  x = None
@@ -178,10 +202,13 @@ def forward(self, x):
 def forward(self, sum_1, tangents_0):
     mul = mul.Tensor(tangents_0, sum_1);  tangents_0 = sum_1 = None
     return (mul,)
-""")
+""",
+        )
 
     def test_dropout(self):
-        self.assertExpectedInline(given(lambda x: F.dropout(x, 0.5), leaf(4)), """\
+        self.assertExpectedInline(
+            given(lambda x: F.dropout(x, 0.5), leaf(4)),
+            """\
 def forward(self, x):
     empty_like = empty_like.default(x)
     bernoulli = bernoulli.p(empty_like, 0.5, generator = None);  empty_like = None
@@ -191,11 +218,14 @@ def forward(self, x):
 def forward(self, div, tangents_0):
     mul = mul.Tensor(tangents_0, div);  tangents_0 = div = None
     return (mul,)
-""")
+""",
+        )
 
     def test_batch_norm(self):
         m = nn.BatchNorm1d(3)
-        self.assertExpectedInline(given(m, torch.randn(4, 3)), """\
+        self.assertExpectedInline(
+            given(m, torch.randn(4, 3)),
+            """\
 def forward(self, args_0, const0, param1, param2, const3, const4):
     add = add.Tensor(const0, 1);  const0 = None
     native_batch_norm_legit_functional = _native_batch_norm_legit_functional.default(args_0, param1, param2, const3, const4, True, 0.1, 1e-05);  param2 = None
@@ -210,11 +240,14 @@ def forward(self, args_0, param1, const3, const4, getitem_3, getitem_4, tangents
     getitem = native_batch_norm_backward[1]
     getitem_1 = native_batch_norm_backward[2];  native_batch_norm_backward = None
     return (getitem, getitem_1)
-""")
+""",
+        )
 
     def test_nested_jit_is_dissolved(self):
         inner = jit(lambda x: x.exp() * x)
-        self.assertExpectedInline(given(lambda x: inner(x).sum(), leaf(3)), """\
+        self.assertExpectedInline(
+            given(lambda x: inner(x).sum(), leaf(3)),
+            """\
 def forward(self, x):
     exp = exp.default(x)
     mul = mul.Tensor(exp, x)
@@ -227,7 +260,8 @@ def forward(self, x, exp, tangents_0):
     mul_2 = mul.Tensor(mul, exp);  mul = exp = None
     add = add.Tensor(mul_1, mul_2);  mul_1 = mul_2 = None
     return (add,)
-""")
+""",
+        )
 
 
 def test_two_compilers():

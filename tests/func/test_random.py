@@ -201,6 +201,33 @@ def test_seeding_inside_f():
     assert_same(grad(f)(x), expected)
 
 
+@pytest.mark.parametrize("transform", ["make_fx", "grad", "vjp", "jvp", "vmap"])
+def test_a_forked_and_seeded_generator_inside_f(transform):
+    """The draw is the same at each call; so is ours, or the error says that it cannot be."""
+
+    def f(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(42)
+            return x * torch.rand(3)
+
+    x = torch.ones(3)
+    runs = {
+        "make_fx": lambda: make_fx(f)(x)(x),
+        "grad": lambda: grad(lambda x: f(x).sum())(x),
+        "vjp": lambda: vjp(f, x)[0],
+        "jvp": lambda: jvp(f, (x,), (x,))[0],
+        "vmap": lambda: vmap(f, randomness="same")(x[None])[0],
+    }
+    state = torch.get_rng_state()
+    try:
+        out = runs[transform]()
+    except AotfuncError as error:
+        assert "seed" in str(error) or "state" in str(error)
+    else:
+        assert_same(out, f(x))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_seeding_inside_f_under_jit_is_an_error():
     def f(x):
         torch.manual_seed(5)

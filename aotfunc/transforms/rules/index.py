@@ -50,15 +50,13 @@ def without_masks(indices: Sequence[Tensor | None], count: Any) -> list[Tensor |
 
 
 def selected_count(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> Any:
-    """How many elements the mask among the indices selects, if the result has this shape; ``None``: there is no mask."""
+    """How many elements the mask among the indices selects if the result has this shape; ``None`` without a mask."""
     masks = [i for i in indices if i is not None and i.dtype == torch.bool]
     if not masks:
         return None
     others = [i for i in indices if i is not None and i.dtype != torch.bool]
     if len(masks) > 1 or any(i.dim() and i.shape[-1] != 1 for i in others):  # then it may be 1, repeated
-        raise RuleError(
-            "a boolean index beside others that broadcast against it: index in two steps, x[mask][:, other]"
-        )
+        raise RuleError("a boolean index beside others that broadcast against it: use two steps, x[mask][:, other]")
     places = Places(indices, [False] * len(indices))
     return shape[places.front + places.rank - 1]
 

@@ -299,7 +299,7 @@ def skew(x: Tensor) -> Tensor:
 def _(g, out, a, full_matrices, compute_uv, driver):
     """``a = u diag(s) vh``. Columns of ``u`` beyond the ``k = min(m, n)``-th are not differentiable, and left out.
 
-    The phases of complex singular vectors are arbitrary: this is the gradient of a function that does not depend on them.
+    The phases of complex singular vectors are arbitrary: this is the gradient of a function that ignores them.
     """
     if not compute_uv:
         out = aten._linalg_svd(a, False, True, driver=driver)

@@ -235,7 +235,7 @@ def nondiff(*ops: OpOverload | OpOverloadPacket, batch: Callable[[OpOverload], F
 
 
 def opened_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
-    """Where neither a rule nor a formula of PyTorch's is there, ``op`` is transformed as what ``body(*args)`` consists of."""
+    """Where there is neither a rule nor a formula of PyTorch's, ``op`` is transformed as what ``body(*args)`` does."""
     OPENED[overload(op)] = body
     rule_of(op).verbs.append("opened_as")
 
