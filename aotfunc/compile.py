@@ -1,8 +1,8 @@
 """The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to look inside.
 
 Left out, as they mean nothing here: the TorchScript and TensorExpr compilers, ``get_aot_compilation_context`` with
-its relatives (a compiler sees all it needs in the graph module that it is given), ``pythonkey_decompose`` (``make_fx`` takes
-a decomposition table), and the minifier.
+its relatives (a compiler sees all it needs in the graph module that it is given), ``pythonkey_decompose`` (``make_fx``
+takes a decomposition table), and the minifier.
 """
 
 from __future__ import annotations

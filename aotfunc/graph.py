@@ -131,13 +131,15 @@ def kept_alive(n: Node) -> bool:
             or not schema.returns
             or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
         )
-    return bool(getattr(target, "effect", False))
+    return draws(n)
 
 
 def draws(n: Node) -> bool:
     """Whether a node draws random numbers; attention with dropout_p=0 is tagged as if it did."""
     op = n.target
-    if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+    if not isinstance(op, OpOverload):
+        return bool(getattr(op, "draws", False))
+    if torch.Tag.nondeterministic_seeded not in op.tags:
         return False
     for i, a in enumerate(op._schema.arguments):
         if a.name == "dropout_p":

@@ -27,8 +27,9 @@ from .trace.shapes import Sig
 from .trace.tree import Arguments
 from .transforms.capture import parameter_names, record
 from .transforms.decompose import decomposed
+from .transforms.fresh import fresh
 from .transforms.lower import EVERYTHING, lowered
-from .transforms.tidy import REWRITES
+from .transforms.tidy import FINAL
 
 aten = torch.ops.aten
 
@@ -116,7 +117,7 @@ def graph_module(
     """
     program = lowered(program, EVERYTHING if lower else EVERYTHING - {"marks"})
     with paused_gc():
-        b = Builder(REWRITES)
+        b = Builder(FINAL)
         fakes = Fakes()
         root = torch.nn.Module()
         inputs = []
@@ -175,7 +176,7 @@ def make_fx(
         arguments = Arguments(args, kwargs)
         why_not = None if tracing_mode == "real" else f"make_fx(tracing_mode={tracing_mode!r}) captures without values"
         rec = record(f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments))
-        program = rec.program()
+        program = fresh(rec.program(), rec.aliases)
         if decomposition_table:
             program = decomposed(program, decomposition_table)
         constants = rec.closed_over

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from .backends.eager import compile_graph
 from .graph import Program, output_node
@@ -56,7 +57,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         return trace.record(step, tensors)
     fn = program.compiled("eager", eager)
     if program.cache.get("marked") is None:
-        program.cache["marked"] = marked(program)
+        program.cache["marked"] = marked(program) or beyond_autograd(program)
     if program.cache["marked"] and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         outs = Differentiable.apply(program, *tensors)
     else:
@@ -64,6 +65,11 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     if program.mutated:
         write_back(program, tensors, outs)
     return outs[: program.n_outputs]
+
+
+def beyond_autograd(program: Program) -> bool:
+    """Whether the graph has backward ops: PyTorch differentiates some of them and not others, we all of them."""
+    return any(isinstance(n.target, OpOverload) and "_backward" in n.target._schema.name for n in program.graph.nodes)
 
 
 class Differentiable(torch.autograd.Function):

@@ -11,6 +11,8 @@ from torch import fx
 
 from ..errors import BackendError
 
+aten = torch.ops.aten
+
 
 def inductor(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """Compile a functional aten graph with Inductor's inner compiler; decompositions are applied first."""
@@ -21,6 +23,7 @@ def inductor(gm: fx.GraphModule, example_inputs: list) -> Callable:
         raise BackendError(f"the inductor backend needs a torch build with Inductor: {e}") from e
     if not any(t.is_cuda for t in example_inputs if isinstance(t, torch.Tensor)) and shutil.which("g++") is None:
         raise BackendError("the inductor backend needs a C++ compiler on the CPU: install g++")
+    transposes_opened(gm)
     fake_inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     mode = next((v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None)
     with V.set_fake_mode(mode), torch.no_grad():
@@ -30,6 +33,19 @@ def inductor(gm: fx.GraphModule, example_inputs: list) -> Callable:
         return fn(list(args))
 
     return call
+
+
+def transposes_opened(gm: fx.GraphModule) -> None:
+    """Inductor knows ``permute`` only; our graphs are tidied to ``t`` and ``transpose``, after decomposition too."""
+    for n in gm.graph.nodes:
+        if n.target in (aten.t.default, aten.transpose.int):
+            x = n.args[0]
+            order = list(range(x.meta["val"].dim()))
+            i, j = n.args[1:] if n.target is aten.transpose.int else (0, -1)
+            if order:
+                order[i], order[j] = order[j], order[i]
+            n.target, n.args = aten.permute.default, (x, order)
+    gm.recompile()
 
 
 def _decompositions() -> dict:

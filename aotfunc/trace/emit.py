@@ -124,13 +124,10 @@ class Builder:
         if not self.merge or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
-        if (
-            target in COMMUTATIVE
-            and args[0].__class__ is Node
-            and args[1].__class__ is Node
-            and id(args[0]) > id(args[1])
-        ):
-            key = (*key[:2], args[1], args[0], *key[4:])
+        if target in COMMUTATIVE and len(args) == 2 and not kwargs:
+            x, y = args
+            if x.__class__ is Node and y.__class__ is Node and x.meta["val"] is y.meta["val"] and id(x) > id(y):
+                key = (*key[:2], y, x)
         node = self.seen.get(key)
         if node is None:
             node = self.seen[key] = self.make("call_function", target, args, kwargs, val)
@@ -158,7 +155,9 @@ class Builder:
                 env[n] = next(feed)
             elif n.op == "call_function":
                 meta = n.meta
-                self.meta = {**kept, **{k: meta[k] for k in _CARRIED if k in meta and k not in kept}}
+                self.meta = {**kept, **carried(n)}
+                if "region" in kept:
+                    self.meta["region"] = kept["region"]
                 env[n] = self.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), meta["val"])
         self.meta = kept
         return remap(outputs, env)
@@ -218,7 +217,7 @@ def mergeable(target: Any) -> bool:
 _mergeable: dict[Any, bool] = {}
 
 _aten = torch.ops.aten
-COMMUTATIVE = frozenset((_aten.add.Tensor, _aten.mul.Tensor, _aten.maximum.default, _aten.minimum.default))
+COMMUTATIVE = frozenset((_aten.add.Tensor, _aten.mul.Tensor))
 
 
 def node_key(target: Any, args: tuple, kwargs: dict, region: Any) -> tuple:
@@ -237,6 +236,8 @@ def _part(a: Any, key: list) -> None:
         key.append(a)
     elif cls is float:
         key.append(a.hex())
+    elif cls is complex:
+        key += (cls, a.real.hex(), a.imag.hex())
     elif isinstance(a, list | tuple):
         key.append("[")
         for x in a:

@@ -40,10 +40,12 @@ once = torch.ops.aotfunc.once.default  # an identity that refuses to be differen
 class Storage:
     """What views share: the current value and its version; ``ref`` where it is an input or a lifted tensor."""
 
-    __slots__ = ("node", "ref", "version")
+    __slots__ = ("cut", "node", "ref", "sig", "version")
 
-    def __init__(self, node: Node, ref: int | None = None) -> None:
+    def __init__(self, node: Node, ref: int | None = None, cut: bool = False) -> None:
         self.node, self.version, self.ref = node, 0, ref
+        self.sig: Sig = node.meta["val"]
+        self.cut = cut  # made under no_grad
 
 
 class Link(tuple):
@@ -59,6 +61,10 @@ class View:
         self.storage, self.chain = storage, chain
         self.node = storage.node if node is None and not chain else node
         self.version = storage.version if self.node is not None else -1
+
+    @property
+    def sig(self) -> Sig:
+        return self.chain[-1][4] if self.chain else self.storage.sig
 
 
 class Functionalizer:
@@ -86,11 +92,16 @@ class Functionalizer:
         groups: dict[int, list[int]] = {}
         for i, number in enumerate(self.trace.storages()):
             groups.setdefault(number, []).append(i)
+        _, written = self.trace.roots()
         for members in groups.values():
+            if not any(refs[i] in written for i in members):  # only read: each stands for itself
+                for i in members:
+                    self.env[refs[i]] = View(Storage(self.placeholders[i], refs[i]))
+                continue
             sigs = [self.placeholders[i].meta["val"] for i in members]
             base = max(range(len(members)), key=lambda k: (sigs[k].plain, sigs[k].numel))
-            written = len({id(s) for s in sigs}) > 1
-            if written and any(s.extent > sigs[base].numel or not sigs[base].plain for s in sigs):
+            differ = len({id(s) for s in sigs}) > 1
+            if differ and any(s.extent > sigs[base].numel or not sigs[base].plain for s in sigs):
                 raise CaptureError(
                     "some of the tensors that are written to, or their neighbours, overlap in memory and none of them "
                     "covers the others; pass the whole tensor and slice it inside, or clone them"
@@ -128,28 +139,40 @@ class Functionalizer:
         """Give the next result of the recording its value."""
         ref = self.number
         self.number += 1
-        self.env[ref] = View(Storage(node)) if self.mutates else node
-        if not grad and node.meta["val"].differentiable:
+        cut = not grad and node.meta["val"].differentiable
+        self.env[ref] = View(Storage(node, cut=cut)) if self.mutates else node
+        if cut:
             self.cut.add(ref)
         return ref
+
+    def alias(self, ref: int, base: int, links: Sequence[Link]) -> None:
+        """Let a result share the memory of ``base``, seen through ``links``."""
+        view = self.env[base]
+        shared = View(view.storage, (*view.chain, *links), self.env[ref].node)
+        shared.version = view.storage.version
+        self.env[ref] = shared
 
     def write(self, ref: int, new: Node, grad: bool = True, line: Line | None = None) -> None:
         """Replace the value of a tensor, and with it that of every tensor which shares its storage."""
         view = self.env[ref]
-        target: Sig = view.node.meta["val"] if view.node is not None else view.chain[-1][4]
+        target = view.sig
         if any(s == 0 and n > 1 for s, n in zip(target.stride, target.shape, strict=True)):
             raise CaptureError(
                 f"a write to an expanded tensor: several elements share memory; clone() it first{at(line)}"
             )
         new = self.fitted(new, target)
         storage = view.storage
+        if grad and storage.cut:  # from here on it carries a derivative: that of what is written
+            storage.node, storage.cut = self.detached(storage.node), False
+            storage.version += 1
+            self.cut -= {r for r, v in self.env.items() if v.storage is storage}
         bases = [storage.node]
         for link in view.chain[:-1]:
             bases.append(forward(self.b, link, bases[-1]))
         whole = new
         for link, base in zip(reversed(view.chain), reversed(bases), strict=False):
             whole = inverse(self.b, link, base, whole, line)
-        whole = self.fitted(whole, storage.node.meta["val"])
+        whole = self.fitted(whole, storage.sig)
         hidden = not grad or any(link[0] is aten.detach.default for link in view.chain)
         if hidden and target.differentiable:
             whole = self.b.node(hidden_write, (storage.node, whole), {}, whole.meta["val"])
@@ -165,6 +188,9 @@ class Functionalizer:
             node = self.b.call(aten._to_copy.default, node, dtype=sig.dtype, device=sig.device)
         if val.shape != sig.shape:
             node = self.b.call(aten.expand.default, node, list(sig.shape))
+        val = node.meta["val"]
+        if val.stride != sig.stride and (sig.plain or 0 in val.stride):  # the written tensor keeps its layout
+            node = self.b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         return node
 
     # ----- the walk ---------------------------------------------------------------------------------------------------
@@ -205,6 +231,12 @@ class Functionalizer:
         outs = instr.outs
         if not self.intent and instr.op is aten.detach.default:
             self.env[self.number] = View(base.storage, base.chain)
+            self.number += 1
+            return
+        if outs is base.sig and instr.op in SAME_IF_EQUAL:  # `y[:]`
+            self.env[self.number] = View(base.storage, base.chain)
+            if refs[0] in self.cut or (not grad and outs.differentiable):
+                self.cut.add(self.number)
             self.number += 1
             return
         links = [Link((instr.op, instr.args[1:], instr.kwargs, None, outs))] if outs.__class__ is Sig else [
@@ -275,6 +307,10 @@ def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> li
         kind = "param" if isinstance(t, torch.nn.Parameter) else "const"
         made.append(builder.placeholder(f"{kind}{i}", t.sig if t.__class__ is Traced else sig_of(t), role=kind))
     return made
+
+
+#: views that show the same tensor if their result has its signature
+SAME_IF_EQUAL = (aten.slice.Tensor, aten.view.default, aten.alias.default)
 
 
 # ----- views and their inverses ---------------------------------------------------------------------------------------

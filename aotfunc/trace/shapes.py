@@ -148,7 +148,7 @@ class Instr:
 _memo: dict[tuple, Instr] = {}
 
 SIMPLE = frozenset(
-    (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...), complex)
+    (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
 )
 
 
@@ -165,6 +165,9 @@ def encode(a: Any, key: list, sink: Any) -> Any:
         return a
     if cls is float:
         key.append(a.hex())
+        return a
+    if cls is complex:
+        key += (cls, a.real.hex(), a.imag.hex())
         return a
     if isinstance(a, Tensor) or cls.__name__ == "Node":
         slot, sig = sink(a)

@@ -222,7 +222,6 @@ class Trace(TorchDispatchMode):
         self.mutates = False
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
-        self.env = shapes.env_key()
         self.why_not = why_not
         self.concrete_inputs: list[Tensor] | None = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
@@ -269,6 +268,7 @@ class Trace(TorchDispatchMode):
         if ref is None:
             self._keep.append(t)  # so that id(t) stays its own
             if t.__class__ is Traced and t.tracer.finished:
+                check_leak(t)
                 t = t.tracer.value(t)
             check_kind(t)
             self.lifted.append(t)
@@ -316,7 +316,7 @@ class Trace(TorchDispatchMode):
             for k, v in kwargs.items():
                 add(k)
                 encode(v, key, sink)
-        add(self.env)
+        add(shapes.env_key())
         frozen = tuple(key)
         instr = shapes.find(frozen)
         if instr is None:
@@ -442,14 +442,20 @@ class Trace(TorchDispatchMode):
 
     def root(self, ref: int) -> int:
         """The value whose storage this one shares."""
+        return self.roots()[0].get(ref, ref)
+
+    def roots(self) -> tuple[dict[int, int], set[int]]:
+        """For each view the value whose storage it shares, and which storages are written to."""
         roots: dict[int, int] = {}
+        written: set[int] = set()
         number = len(self.inputs)
         for instr, refs, *_ in self.records:
             made = range(number, number + results_of(instr))
             number += len(made)
             if instr.facts.view_of is not None and refs:
                 roots.update(dict.fromkeys(made, roots.get(refs[0], refs[0])))
-        return roots.get(ref, ref)
+            written.update(roots.get(refs[s], refs[s]) for s in written_slots(instr))
+        return roots, written
 
     # ----- requires_grad, asked for by f ------------------------------------------------------------------------------
 
@@ -513,12 +519,23 @@ class Replay:
         self.trace = trace
         self.done = 0
         self.env: dict[int, Any] = {}
+        self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
         if trace.concrete_inputs is not None:
             with quiet():
                 reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in trace.concrete_inputs]
-                self.env = {i: copy_of(t) for i, t in enumerate(reals)}
+                self.env = {i: self.copy(t) for i, t in enumerate(reals)}
         self.rng = torch.get_rng_state()
         self.number = len(trace.inputs)
+
+    def copy(self, t: Tensor) -> Tensor:
+        t = t.detach()
+        key = storage_id(t)
+        if key not in self.storages:
+            self.storages[key] = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone())
+        whole = self.storages[key]
+        if whole.dtype != t.dtype:
+            return t.clone()
+        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
     def value(self, ref: int) -> Tensor | None:
         """The value of a result; None if it depends on inputs that are not there."""
@@ -534,7 +551,7 @@ class Replay:
                             real = outer.tracer.value(outer) if outer.__class__ is Traced else outer
                         except CaptureError:
                             continue
-                        self.env[-1 - i] = copy_of(real)
+                        self.env[-1 - i] = self.copy(real)
                 for instr, refs, *_ in trace.records[self.done :]:
                     if any(r not in self.env for r in refs):
                         for slot in written_slots(instr):
@@ -598,10 +615,6 @@ def written_slots(instr: Any) -> list[int]:
     return found
 
 
-def copy_of(t: Tensor) -> Tensor:
-    return t.detach().clone()
-
-
 def storage_id(t: Tensor) -> Any:
     if t.__class__ is Traced:
         return (id(t.tracer), t.tracer.root(t.ref))
@@ -609,6 +622,15 @@ def storage_id(t: Tensor) -> Any:
         return t.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return id(t)
+
+
+def check_leak(t: Traced) -> None:
+    """A value of a finished transform is a constant, unless that transform ran inside one that still runs."""
+    if any(x.__class__ is Traced and not x.tracer.finished for x in (*t.tracer.origins, *t.tracer.lifted)):
+        raise CaptureError(
+            f"a value leaked from an inner transform and is used outside of it{at(debug.user_line())}: "
+            "return it from the inner function (has_aux=True)"
+        )
 
 
 def check_kind(t: Tensor) -> None:

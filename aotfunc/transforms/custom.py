@@ -371,7 +371,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig]) -> Any:
     except NotImplementedError as e:
         return CaptureError(f"{name} has no derivative: {e}")
     except Exception as e:  # the user's: it is raised where this derivative is asked for, as in eager
-        return e
+        return e.with_traceback(None)
     base = rec.program()
     if len(rec.tensors) == len(rec.leaves):
         return base, inner.lifted
@@ -390,15 +390,16 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig]) -> Any:
 def custom_batching(cls: Any, args: Any) -> Callable:
     """The ``vmap`` staticmethod of a Function as the batching rule of its node."""
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    plain = [None if isinstance(a, Tensor) else a for a in args]  # the rule must not keep tensors alive
 
     def batching(walk: Any, inputs: Sequence[Node]) -> tuple[Any, Any]:
-        dims: list = [None] * len(args)
+        dims: list = [None] * len(plain)
         for i, x in zip(places, inputs, strict=True):
             dims[i] = 0 if walk.has(x) else None
         info = types.SimpleNamespace(batch_size=walk.size, randomness=walk.randomness)
 
         def body(*tensors: Tensor) -> Any:
-            full = [None if isinstance(a, Tensor) else a for a in args]
+            full = list(plain)
             for i, t in zip(places, tensors, strict=True):
                 full[i] = t
             outs, out_dims = cls.vmap(info, tuple(dims), *full)

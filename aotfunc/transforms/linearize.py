@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ..graph import Program, cut, output_node
 from ..trace.emit import Builder, carried, drop_dead, paused_gc, remap, remap_dict
-from .fresh import fresh
+from .fresh import fresh, storage_root
 from .jvp import jvp
 from .walk import builder
+
+aten = torch.ops.aten
 
 
 def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, list[int]]:
@@ -27,13 +30,21 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
     first, rest, written = outs[:n_early], outs[n_early : joint.n_outputs], outs[joint.n_outputs :]
     early_nodes, late_nodes, residuals = cut(joint.graph, late, [*first, *written], rest)
     inputs = [*placeholders[:n_primal], *placeholders[joint.n_inputs :]]
-    direct = [inputs.index(r) for r in residuals if r.op == "placeholder"]
-    computed = [r for r in residuals if r.op != "placeholder"]
+    # a residual that shows an input which is written to at the end must be what it was
+    volatile = {placeholders[i] for i in joint.mutated}
+    copied = {r for r in residuals if storage_root(r) in volatile}
+    direct = [inputs.index(r) for r in residuals if r.op == "placeholder" and r not in copied]
+    computed = [r for r in residuals if r.op != "placeholder" or r in copied]
     with paused_gc():
         b = builder()
         env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in inputs}
         copy_nodes(b, early_nodes, env)
-        results = [env.get(o, o) if isinstance(o, Node) else o for o in (*first, *computed, *written)]
+        kept = [
+            b.make("call_function", aten.clone.default, (env[r],), {}, r.meta["val"]) if r in copied else env[r]
+            for r in computed
+        ]
+        results = [env.get(o, o) if isinstance(o, Node) else o for o in first]
+        results += [*kept, *(env.get(o, o) if isinstance(o, Node) else o for o in written)]
         shift = [i if i < n_primal else i - n_late for i in joint.mutated]
         early = Program(b.finish(results), n_primal, n_early + len(computed), shift, "forward")
         b = builder()

@@ -8,11 +8,11 @@ import torch
 from torch.fx import Node
 
 from ..graph import Program, output_node
-from ..trace.emit import carried, paused_gc, remap
+from ..trace.emit import Builder, carried, paused_gc, remap
 from ..trace.functionalize import hidden_write, once
 from .custom import CustomDerivative
 from .steps import CompiledCall
-from .walk import builder
+from .tidy import FINAL
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     if not marked(program):
         return program
     with paused_gc():
-        b = builder()
+        b = Builder(FINAL)
         env: dict[Node, Any] = {}
         for n in program.graph.nodes:
             target = n.target

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..debug import Line, at
 from ..errors import CaptureError
-from ..graph import Program, output_node
+from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, remap
-from ..trace.functionalize import Functionalizer
-from ..trace.shapes import Sig
+from ..trace.functionalize import Functionalizer, Link
+from ..trace.shapes import Facts, Sig
 from ..trace.tracer import flat
 from .jvp import jvp
 from .vjp import reverse, vjp
@@ -75,7 +76,11 @@ class CallStep(Step):
 
     def finish(self, f: Functionalizer, refs: Sequence[int], outs: Any, grad: bool, line: Line | None) -> None:
         count = self.program.n_outputs
-        self.bind(f, outs[:count], grad)
+        for k, out in enumerate(outs[:count]):
+            if isinstance(out, Node):
+                ref = f.bind(out, grad)
+                if f.mutates and (seen := shown_input(self.program, k)) is not None:
+                    f.alias(ref, refs[seen[0]], seen[1])
         for index, new in zip(self.program.mutated, outs[count:], strict=True):
             f.write(refs[index], new, grad, line)
 
@@ -93,6 +98,21 @@ class CompiledStep(CallStep):
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         nodes = [f.read(r, grad) for r in refs]
         self.finish(f, refs, emit_call(f.b, self.call, nodes), grad, line)
+
+
+def shown_input(program: Program, k: int) -> tuple[int, list[Link]] | None:
+    """The input that result ``k`` is a view of, and the views that lead there; None if it has memory of its own."""
+    n, links = program.outputs[k], []
+    while isinstance(n, Node) and n.op == "call_function":
+        index = None
+        if n.target is operator.getitem:
+            n, index = n.args  # type: ignore[misc]
+        if not isinstance(n.target, OpOverload) or Facts(n.target).view_of is None:
+            return None
+        val = n.meta["val"] if index is None else n.meta["val"][index]
+        links.insert(0, Link((n.target, n.args[1:], n.kwargs, index, val)))
+        n = n.args[0]
+    return (program.placeholders.index(n), links) if isinstance(n, Node) and n.op == "placeholder" else None
 
 
 def all_vals(program: Program) -> tuple:
@@ -123,6 +143,14 @@ class CompiledCall:
         if fn is None:
             fn = self.program.cache[self.compile] = self.compile(self.program, args)
         return fn(*args)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call draws random numbers."""
+        known = self.program.cache.get("draws")
+        if known is None:
+            known = self.program.cache["draws"] = any(map(draws, self.program.graph.nodes))
+        return known
 
     def derived(self, key: tuple, make: Callable[[], Program], kind: str) -> CompiledCall:
         calls = self.program.cache

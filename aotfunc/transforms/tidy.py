@@ -41,7 +41,9 @@ def same(a: Any, val: Sig) -> bool:
     if a.__class__ is not Node:
         return False
     sig = a.meta["val"]
-    return sig is val or (sig.shape == val.shape and sig.dtype is val.dtype and sig.device == val.device)
+    return sig is val or (
+        sig.shape == val.shape and sig.stride == val.stride and sig.dtype is val.dtype and sig.device == val.device
+    )
 
 
 def number(a: Any) -> Any:
@@ -64,23 +66,17 @@ def is_one(a: Any) -> bool:
     return n is not None and n.__class__ is not bool and n == 1
 
 
-def spread(b: Builder, x: Node, val: Sig) -> Any:
-    """``x`` in the shape of ``val``, if only the shape differs."""
-    sig = x.meta["val"]
-    if sig.dtype is not val.dtype or sig.device != val.device:
-        return None
-    return x if sig.shape == val.shape else b.call(aten.expand.default, x, list(val.shape))
-
-
 # ----- one, and signs -------------------------------------------------------------------------------------------------
 
 
 @rewrite(aten.mul.Tensor)
 def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
-    if is_one(y) and x.__class__ is Node:
-        return spread(b, x, val)
-    if is_one(x) and y.__class__ is Node:
-        return spread(b, y, val)
+    if val.dtype.is_complex:  # inf and nan mix between the parts
+        return None
+    if is_one(y) and same(x, val):
+        return x
+    if is_one(x) and same(y, val):
+        return y
     if is_one(x) and y.__class__ in (int, float) and val.differentiable:
         return full(b, val, y)
     # a minus sign commutes with products: pull it out, where it meets others
@@ -88,7 +84,7 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         return b.call(aten.neg.default, b.call(aten.mul.Tensor, x.args[0], y))
     if is_call(y, aten.neg.default) and y.meta["val"].dtype is val.dtype:
         return b.call(aten.neg.default, b.call(aten.mul.Tensor, x, y.args[0]))
-    if y.__class__ is Node and x.__class__ is Node and val.dtype.is_floating_point:
+    if y.__class__ is Node and x.__class__ is Node and val.dtype in (torch.float32, torch.float64):
         # a filled tensor is a number
         for tensor, other in ((x, y), (y, x)):
             n = number(tensor)
@@ -104,6 +100,8 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
 
 @rewrite(aten.div.Tensor)
 def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
+    if val.dtype.is_complex:
+        return None
     if is_one(y) and same(x, val):
         return x
     if is_call(x, aten.neg.default) and x.meta["val"].dtype is val.dtype:
@@ -139,7 +137,7 @@ def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
 
 
 def _float(x: Node, val: Sig) -> bool:
-    return x.meta["val"].dtype is val.dtype and val.differentiable
+    return x.meta["val"].dtype is val.dtype and val.dtype.is_floating_point
 
 
 @rewrite(aten.pow.Tensor_Scalar)
@@ -281,6 +279,10 @@ def _overwritten(b: Builder, val: Sig, x: Any, source: Any, *place: Any, **named
 @rewrite(operator.getitem)
 def _item(b: Builder, val: Any, x: Any, i: int) -> Any:
     return x[i] if isinstance(x, list | tuple) else None
+
+
+#: for the last passes, after results that need memory of their own were given copies
+FINAL: dict[Any, list] = {target: rules for target, rules in REWRITES.items() if target is not aten.clone.default}
 
 
 # ----- the pass -------------------------------------------------------------------------------------------------------

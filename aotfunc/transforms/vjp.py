@@ -123,7 +123,7 @@ def reverse(
             continue
         if n in wanted:
             found[n] = g
-            if n.op == "placeholder":
+            if not any(i in active for i in n._input_nodes):
                 continue
         if n.target is operator.getitem:
             parent, i = n.args

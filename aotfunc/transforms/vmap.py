@@ -230,19 +230,30 @@ def promoted(b: Builder, n: Node, args: list, flags: tuple) -> list:
     old = full_args(op, n.args, n.kwargs)
     where = [i for i in tensor_args(op) if isinstance(old[i], Node)]
     sigs = [old[i].meta["val"] for i in where]
+    if op is aten.where.self:  # its condition takes no part
+        where, sigs = where[1:], sigs[1:]
     if len({s.dtype for s in sigs}) < 2 or not any(len(s.shape) == 0 for s in sigs):
         return args
-    common = None
-    with torch._C._DisableTorchDispatch():
-        first, *rest = [s.proto for s in sigs]
-        common = first.dtype
-        for other in rest:
-            common = torch.result_type(first, other)
+    common = promotion(sigs)
     full = list(args)
     for i, s in zip(where, sigs, strict=True):
         if len(s.shape) == 0 and s.dtype is not common and s.dtype is not torch.bool:
             full[i] = b.call(aten._to_copy.default, args[i], dtype=common)
     return full
+
+
+def promotion(sigs: Sequence[Sig]) -> torch.dtype:
+    """The dtype that tensors of these signatures are computed in: 0-dim ones count only if they are of a higher category."""
+
+    def category(d: torch.dtype) -> int:
+        return 3 if d.is_complex else 2 if d.is_floating_point else 1 if d is not torch.bool else 0
+
+    order = sorted(sigs, key=lambda s: not s.shape)
+    common = order[0].dtype
+    for s in order[1:]:
+        if s.shape or not order[0].shape or category(s.dtype) > category(common):
+            common = torch.promote_types(common, s.dtype)
+    return common
 
 
 def checked(b: Builder, n: Node, result: Any, want: Any, size: int) -> Any:
