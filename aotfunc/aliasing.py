@@ -123,20 +123,24 @@ def rewired(m: Any, x: Any) -> tuple:
     return tuple(args)
 
 
-def apart(program: Program, outs: Sequence[Any]) -> Sequence[Any]:
+def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
     """The results of a program, with copies where the new value of a written input is, or is a view of, another written
     input: that one may be written first.
     """
-    found = program.cache.get("apart")
-    if found is None:
-        written = {program.placeholders[i] for i in program.mutated}
-        finals = output_node(program.graph).args[0]
-        count = program.n_outputs
-        found = [k for k in range(count, len(finals)) if len(written) > 1 and root(finals[k]) in written]
-        program.cache["apart"] = found
-    if not found:
+    count, mutated = program.n_outputs, program.mutated
+    if len(mutated) < 2:
         return outs
-    return [x.clone() if k in found else x for k, x in enumerate(outs)]
+    views = program.cache.get("apart")
+    if views is None:
+        placeholders = program.placeholders
+        written = {placeholders[i] for i in mutated}
+        finals = output_node(program.graph).args[0]
+        views = program.cache["apart"] = {k for k in range(count, len(finals)) if root(finals[k]) in written}
+    # what runs inside a nested call is not seen in the graph
+    same = {id(tensors[i]) for i in mutated}
+    if not views and not any(id(x) in same for x in outs[count:]):
+        return outs
+    return [x.clone() if k in views or (k >= count and id(x) in same) else x for k, x in enumerate(outs)]
 
 
 def root(n: Any) -> Any:

@@ -46,7 +46,7 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
             with torch.no_grad():
                 outs = distinct(call(*tensors), program.n_outputs, tensors)
     if program.mutated:
-        write_back(program, tensors, apart(program, outs))
+        write_back(program, tensors, apart(program, tensors, outs))
     return outs[: program.n_outputs]
 
 

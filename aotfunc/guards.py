@@ -22,6 +22,7 @@ from .debug import _OURS, _TORCH
 Ident = Callable[[Any], int]
 _NOTHING = object()
 _TENSORS = (Tensor, nn.Parameter)
+_SEQUENCES = (tuple, list)
 #: described by their value; equality within one of these classes is equality of meaning
 _ATOMS = frozenset({int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device})
 _BY_IDENTITY = frozenset({types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, types.MethodType})
@@ -38,6 +39,8 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor]) -> None:
         tensors.append(x)
     elif cls in _ATOMS:
         key += (cls, x)
+    elif cls is float:
+        key += (cls, x.hex())
     elif cls is tuple or cls is list:
         key += (cls, len(x))
         for v in x:
@@ -142,8 +145,12 @@ class Reached:
                 x = _NOTHING
             describe(x, key, ident)
         for scope, names in self.globals:
-            for name in names:
-                describe(scope.get(name, _NOTHING), key, ident)
+            for name in names:  # most are attributes, which no global is called after
+                x = scope.get(name, _NOTHING)
+                if x is _NOTHING:
+                    key.append(None)
+                else:
+                    describe(x, key, ident)
         for f in self.functions:
             key.append(ident(f.__code__))
             if f.__defaults__ is not None:
@@ -170,11 +177,13 @@ def describe(x: Any, key: list, ident: Ident, depth: int = 0) -> None:
         key += (cls, ident(x))
     elif cls in _ATOMS:
         key += (cls, x)
+    elif cls is float:
+        key += (cls, x.hex())
     elif isinstance(x, Tensor):
         describe_tensor(x, key, ident)
     elif isinstance(x, nn.Module):
         describe_module(x, key, ident)
-    elif isinstance(x, tuple | list) and depth < 8:
+    elif isinstance(x, _SEQUENCES) and depth < 8:
         key += (cls, len(x))
         for v in x:
             describe(v, key, ident, depth + 1)

@@ -24,6 +24,9 @@ def inductor(gm: fx.GraphModule, example_inputs: list) -> Callable:
     if not any(t.is_cuda for t in example_inputs if isinstance(t, torch.Tensor)) and shutil.which("g++") is None:
         raise BackendError("the inductor backend needs a C++ compiler on the CPU: install g++")
     transposes_opened(gm)
+    # results, and residuals that a backward half was promised, have the strides that the graph says
+    out = next(iter(reversed(gm.graph.nodes)))
+    out.meta["user_visible_output_idxs"] = [i for i, o in enumerate(out.args[0]) if isinstance(o, fx.Node)]
     fake_inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     mode = next((v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None)
     with V.set_fake_mode(mode), torch.no_grad():

@@ -124,15 +124,6 @@ def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     return like(x)
 
 
-@rule(aten.select_scatter)
-def _select_scatter(x, source, dim, index):
-    d = axis(dim, x.ndim)
-    sure(x.ndim and x.offset == 0 and source.dtype is x.dtype and source.shape == x.shape[:d] + x.shape[d + 1 :])
-    sure(-x.shape[d] <= index < x.shape[d])
-    plain(x)
-    return like(x)
-
-
 @rule(aten.sort, aten.sort.stable)
 def _sort(x, dim=-1, descending=False, *, stable=None):
     axis(dim, x.ndim)

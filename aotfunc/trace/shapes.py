@@ -266,11 +266,11 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     if Facts(op).dynamic:
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
     real = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
-    state = torch.get_rng_state()
+    state = torch.default_generator.get_state()
     try:
         return op(*fill(args, real), **{k: fill(v, real) for k, v in kwargs.items()})
     finally:
-        torch.set_rng_state(state)
+        torch.default_generator.set_state(state)
 
 
 def output_device(kwargs: dict, sigs: tuple) -> torch.device:

@@ -524,7 +524,7 @@ class Replay:
             with quiet():
                 reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in trace.concrete_inputs]
                 self.env = {i: self.copy(t) for i, t in enumerate(reals)}
-        self.rng = torch.get_rng_state()
+        self.rng = torch.default_generator.get_state()
         self.number = len(trace.inputs)
 
     def copy(self, t: Tensor) -> Tensor:
@@ -540,8 +540,8 @@ class Replay:
     def value(self, ref: int) -> Tensor | None:
         """The value of a result; None if it depends on inputs that are not there."""
         trace = self.trace
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.rng)
+        outside = torch.default_generator.get_state()
+        torch.default_generator.set_state(self.rng)
         try:
             with quiet(), torch.no_grad():
                 for i in range(len(trace.lifted)):
@@ -562,9 +562,9 @@ class Replay:
                         self.env[self.number] = o
                         self.number += 1
                 self.done = len(trace.records)
-            self.rng = torch.get_rng_state()
+            self.rng = torch.default_generator.get_state()
         finally:
-            torch.set_rng_state(outside)
+            torch.default_generator.set_state(outside)
         return self.env.get(ref)
 
 

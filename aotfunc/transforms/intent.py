@@ -38,6 +38,7 @@ def install() -> None:
     redirect("grad", torch.autograd.grad, autograd_grad, _grad_template)
     redirect("backward", torch.autograd.backward, autograd_backward, _backward_template)
     redirect("seed", torch.random.manual_seed, manual_seed, _seed_template)
+    redirect("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template)
     ORIGINALS["checkpoint"] = torch_checkpoint._checkpoint_without_reentrant_generator
     torch_checkpoint._checkpoint_without_reentrant_generator = checkpoint_region
     HOOKS["register_hook"] = register_hook
@@ -117,11 +118,34 @@ def _seed_template(seed):  # type: ignore[no-untyped-def]
     return f(seed)
 
 
+def _set_state_template(new_state):  # type: ignore[no-untyped-def]
+    f = _torch_set_state if _aotfunc_recording() is None else _aotfunc_set_state  # type: ignore[name-defined] # noqa: F821
+    return f(new_state)
+
+
+def drawn(trace: Trace) -> bool:
+    """Whether random numbers were drawn already, as far as the recording goes: they are drawn when it runs."""
+    return any(r[0].facts.random for r in trace.records)
+
+
+def set_rng_state(new_state: Tensor) -> None:
+    """The generator's state may change before the first draw only (``fork_rng`` changes it back after)."""
+    trace = current()
+    if trace is not None and drawn(trace):
+        raise CaptureError(
+            f"the random generator's state was set after a draw inside a captured function{at(debug.user_line())}; draw "
+            "from a generator of your own: torch.Generator().manual_seed(seed)"
+        )
+    ORIGINALS["set_state"](new_state)
+
+
 def manual_seed(seed: int) -> Any:
-    """Seeding inside a function that is run again each time is done right away; a function compiled once would do it
-    once.
+    """Seeding inside a function that is run again each time is done right away, before its draws; a function compiled
+    once would do it once.
     """
     trace = current()
+    if trace is not None and drawn(trace):
+        raise CaptureError(f"torch.manual_seed after a draw inside a captured function{at(debug.user_line())}; seed outside")
     if trace is not None and not trace.may_ask_constants:
         raise CaptureError(
             f"torch.manual_seed inside a compiled function would run only once{at(debug.user_line())}; seed outside"

@@ -121,7 +121,7 @@ class Batch:
                         "batched": flags,
                         "size": size,
                         "randomness": randomness,
-                        "shape": getattr(want, "shape", ()),
+                        "shape": want.shape if isinstance(want, Sig) else tuple(getattr(v, "shape", ()) for v in want),
                     }
                     result = traced(lambda *xs: rule(*xs, **extras))(b, *full)
                 except AotfuncError:

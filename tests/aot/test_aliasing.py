@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aotfunc import jit
+from aotfunc import grad, hessian, jit, jvp, vmap
 from tests.reference import assert_same
 
 
@@ -122,6 +122,21 @@ def test_inside_another_capture():
     plain = lambda x: f(x, lambda a: a.t(), lambda a: a[0].mul_(2))
     x = r(2, 3)
     assert_same(jit(f)(x), plain(x))
+
+
+def test_derivatives_through_a_write_inside_another_capture():
+    sine = jit(lambda a: (a.sin_(), None)[1])
+
+    def f(x, write=sine):
+        x = x * 1
+        write(x)
+        return (x * x).sum()
+
+    plain, x = (lambda x: f(x, torch.sin_)), r(3)
+    assert_same(grad(f)(x), torch.func.grad(plain)(x))
+    assert_same(hessian(f)(x), torch.func.hessian(plain)(x))
+    assert_same(jvp(f, (x,), (x,)), torch.func.jvp(plain, (x,), (x,)))
+    assert_same(vmap(grad(f))(torch.stack([x, x])), torch.func.vmap(torch.func.grad(plain))(torch.stack([x, x])))
 
 
 def test_swapped_arguments():

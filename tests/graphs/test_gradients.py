@@ -308,12 +308,13 @@ def test_indexing():
 def forward(self, x, i):
     index = aten.index.Tensor(x, [i])
     select = aten.select.int(x, 0, 0)
-    expand = aten.expand.default(select, [3, 2])
+    full = aten.full.default([3, 2], 1, dtype = torch.float32, device = device(type='cpu'))
+    mul = aten.mul.Tensor(full, select)
     sum_1 = aten.sum.dim_IntList(index, [0], True)
     view = aten.view.default(sum_1, [2])
     select_backward = aten.select_backward.default(view, [3, 2], 0, 0)
-    new_zeros = aten.new_zeros.default(expand, [3, 2], pin_memory = False)
-    index_put = aten.index_put.default(new_zeros, [i], expand, True)
+    new_zeros = aten.new_zeros.default(mul, [3, 2], pin_memory = False)
+    index_put = aten.index_put.default(new_zeros, [i], mul, True)
     add = aten.add.Tensor(select_backward, index_put)
     return add
 """,

@@ -1,7 +1,6 @@
 """Golden texts: trees of arguments, names, lines, nested compiled calls, random numbers."""
 # ruff: noqa: E501 - printed graphs are as wide as they are
 
-import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -164,7 +163,6 @@ def forward(self, x):
     )
 
 
-@pytest.mark.xfail(strict=True, reason="nodes of an inner transform carry the line of its call, not their own")
 def test_lines_of_the_user_under_a_transform():
     assert_expected_inline(
         readable(make_fx(grad(waves), verbose=True)(r(3)).code),

@@ -68,6 +68,12 @@ def reference(run: Callable):
         raise NoReference(str(error)) from None
 
 
+def tolerance_of(dtypes: set[torch.dtype]) -> dict[str, float]:
+    if torch.bfloat16 in dtypes:
+        return {"rtol": 5e-2, "atol": 5e-2}
+    return TOLERANCE if dtypes <= {torch.float64, torch.complex128} else {"rtol": 1e-3, "atol": 1e-3}
+
+
 def close(got, want, what: str, like=()) -> None:
     """``like`` are tensors whose precision ``want`` was computed in, where it is not its own."""
     got, want = list(got), list(want)
@@ -75,8 +81,7 @@ def close(got, want, what: str, like=()) -> None:
     for i, (a, e) in enumerate(zip(got, want)):
         assert a.dtype == e.dtype, f"{what}[{i}]: {a.dtype}, expected {e.dtype}"
         assert a.shape == e.shape, f"{what}[{i}]: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
-        exact = all(t.dtype in (torch.float64, torch.complex128) for t in [e, *like])
-        tolerance = TOLERANCE if exact else {"rtol": 1e-3, "atol": 1e-3}
+        tolerance = tolerance_of({t.dtype for t in [e, *like]})
         if not (e.is_floating_point() or e.is_complex()):
             tolerance = {"rtol": 0, "atol": 0}
         a, e = a.detach().resolve_conj().resolve_neg(), e.detach().resolve_conj().resolve_neg()

@@ -135,7 +135,7 @@ def main() -> int:
     console.print(shown)
     if options.update:
         kept = {k: why for k, why in table.known().items() if k[0] not in set(names)}
-        kept |= {k: r.removeprefix("FAIL: ") for k, r in failed.items()}
+        kept |= {k: r.removeprefix("FAIL: ").split(" (at ")[0][:140] for k, r in failed.items()}
         lines = [f"{' '.join(k)}  {' '.join(r.split())}" for k, r in sorted(kept.items())]
         table.KNOWN.write_text(HEADER + "\n".join(lines) + ("\n" if lines else ""))
     if options.write:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import RuleError
 from .table import (
     aten,
     expand_lead,
@@ -56,7 +55,9 @@ def selected_count(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> An
         return None
     others = [i for i in indices if i is not None and i.dtype != torch.bool]
     if len(masks) > 1 or any(i.dim() and i.shape[-1] != 1 for i in others):  # then it may be 1, repeated
-        raise RuleError("a boolean index beside others that broadcast against it: use two steps, x[mask][:, other]")
+        raise NotImplementedError(
+            "a boolean index beside others that broadcast against it: use two steps, x[mask][:, other]"
+        )
     places = Places(indices, [False] * len(indices))
     return shape[places.front + places.rank - 1]
 

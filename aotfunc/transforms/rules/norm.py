@@ -67,13 +67,13 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
         return (*(moved if training else (moved[0], None, None)), *[None] * (len(out) - 3))
 
     @vmap_of(op)
-    def _(x, weight, bias, *rest, batched, size):
+    def _(x, weight, bias, *rest, batched, size, shape):
         _, _, training, _ = known(rest)
         rest = list(rest)
         stats = [i for i, name in enumerate(names) if name in ("mean", "var")]
         if not training and batched[0] and not any(batched[1:]):
-            out, mean, rstd, *others = call_op(overload(op), [x.flatten(0, 1), weight, bias, *rest])
-            out, alone = out.unflatten(0, (size, -1)), (mean, rstd, *others)
+            out, _, _, *others = call_op(overload(op), [x.flatten(0, 1), weight, bias, *rest])
+            out, alone = out.unflatten(0, (size, -1)), (x.new_zeros(shape[1]), x.new_zeros(shape[2]), *others)
             return (out, *(t.expand(size, *t.shape) for t in alone))
         x, *vectors = (
             None if t is None else into(with_batch(t, b, size), d)
@@ -82,6 +82,9 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
         for i, v in zip(stats, vectors[2:], strict=True):
             rest[i] = v
         out, *vectors = call_op(overload(op), [x, *vectors[:2], *rest])
+        if not training:  # nothing reads the statistics, and the kernels do not agree whether there are any
+            vectors = [x.new_zeros(size, *s) for s in shape[1:3]] + [out_of(v, 0, size) for v in vectors[2:]]
+            return (out_of(out, 1, size), *vectors)
         return (out_of(out, 1, size), *(v.expand(size, 0) if v.numel() == 0 else out_of(v, 0, size) for v in vectors))
 
 

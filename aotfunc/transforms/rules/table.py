@@ -15,7 +15,7 @@ well be called in a Python shell. Conventions, the same for every verb:
 - A rule may ask for more by naming a keyword-only parameter: ``needs`` (vjp: a tuple of bools, which tensor arguments
   want a gradient), ``batched`` (vmap: which tensor arguments carry the batch at dimension 0; a list of bools for a tensor list;
   without it all tensor arguments arrive batched), ``size`` (vmap: the batch size), ``randomness`` (vmap: "different" or
-  "same"), ``shape`` (vmap: the unbatched shape of the only output, which for some ops depends on values).
+  "same"), ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several).
 - A vmap rule returns the output(s) with the batch at dimension 0.
 
 Gradients of complex values follow PyTorch's convention: the cotangent of ``x`` is the conjugate Wirtinger
