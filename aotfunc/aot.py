@@ -175,7 +175,12 @@ class Compiled:
 
     def store(self, key: tuple, entry: Entry) -> None:
         """Keep an entry, and what its key names by ``id``; the oldest goes where there are very many."""
-        self.reached.describe([], lambda x: entry.kept.append(x) or id(x))
+
+        def keep(x: Any) -> int:
+            entry.kept.append(x)
+            return id(x)
+
+        self.reached.describe([], keep)
         self.entries[key] = entry
         if len(self.entries) > LIMIT:
             del self.entries[next(iter(self.entries))]

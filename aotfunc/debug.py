@@ -47,8 +47,8 @@ def user_line(depth: int = 1) -> Line | None:
 
 
 def outside_dynamo(f: Callable) -> Callable:
-    """Mark ``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of it is a graph break, and
-    what it calls runs as it is. (Dynamo's own ``disable`` would import Dynamo, which takes seconds.)
+    """Mark ``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of it is a graph break,
+    and what it calls runs as it is. (Dynamo's own ``disable`` would import Dynamo, which takes seconds.)
     """
     eval_frame = torch._C._dynamo.eval_frame
     if hasattr(eval_frame, "set_code_exec_strategy"):

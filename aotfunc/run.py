@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .aliasing import apart
 from .backends.eager import compile_graph
 from .graph import Program, output_node
 from .trace.functionalize import hidden_write
@@ -42,6 +43,7 @@ def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any])
     if hidden is None:
         finals = output_node(program.graph).args[0][program.n_outputs :]
         hidden = program.cache["hidden"] = [n.target is hidden_write for n in finals]
+    outs = apart(program, tensors, outs)
     for index, new, quiet in zip(program.mutated, outs[program.n_outputs :], hidden, strict=True):
         with torch.no_grad() if quiet else nullcontext():
             tensors[index].copy_(new)

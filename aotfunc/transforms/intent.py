@@ -133,8 +133,8 @@ def set_rng_state(new_state: Tensor) -> None:
     trace = current()
     if trace is not None and drawn(trace):
         raise CaptureError(
-            f"the random generator's state was set after a draw inside a captured function{at(debug.user_line())}; draw "
-            "from a generator of your own: torch.Generator().manual_seed(seed)"
+            f"the random generator's state was set after a draw inside a captured function{at(debug.user_line())}; "
+            "draw from a generator of your own: torch.Generator().manual_seed(seed)"
         )
     ORIGINALS["set_state"](new_state)
 
@@ -145,7 +145,7 @@ def manual_seed(seed: int) -> Any:
     """
     trace = current()
     if trace is not None and drawn(trace):
-        raise CaptureError(f"torch.manual_seed after a draw inside a captured function{at(debug.user_line())}; seed outside")
+        raise CaptureError(f"torch.manual_seed after a draw inside a captured function{at(debug.user_line())}")
     if trace is not None and not trace.may_ask_constants:
         raise CaptureError(
             f"torch.manual_seed inside a compiled function would run only once{at(debug.user_line())}; seed outside"

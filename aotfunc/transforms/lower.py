@@ -30,8 +30,8 @@ EVERYTHING = frozenset({"marks", "customs", "calls"})
 
 
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
-    """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom derivatives) and ``calls`` (nested
-    compiled calls), as far as ``dissolve`` names them.
+    """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom derivatives) and ``calls``
+    (nested compiled calls), as far as ``dissolve`` names them.
     """
     if not marked(program):
         return program

@@ -102,7 +102,8 @@ class CompiledStep(CallStep):
 
 def shown_input(program: Program, k: int) -> tuple[int, list[Link]] | None:
     """The input that result ``k`` is a view of, and the views that lead there; None if it has memory of its own."""
-    n, links = program.outputs[k], []
+    n: Any = program.outputs[k]
+    links: list[Link] = []
     while isinstance(n, Node) and n.op == "call_function":
         index = None
         if n.target is operator.getitem:
@@ -168,12 +169,12 @@ class CompiledCall:
         """
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
-        have = tuple(i in g for i in range(program.n_outputs))
+        count = program.n_outputs + len(program.mutated)
+        have = tuple(i in g for i in range(count))  # new values of written inputs have cotangents, too
         halves = program.cache.get(("vjp", wrt, have))
         if halves is None:
-            count = program.n_outputs + len(program.mutated)
             whole = Program(program.graph, len(n.args), count, (), program.name)
-            joint = vjp(whole, wrt, (*have, *[False] * len(program.mutated)))
+            joint = vjp(whole, wrt, have)
             halves = program.cache[("vjp", wrt, have)] = self.split(joint, len(n.args), count)
         forward, backward = halves
         outs = emit_call(b, forward, n.args)

@@ -243,7 +243,9 @@ def promoted(b: Builder, n: Node, args: list, flags: tuple) -> list:
 
 
 def promotion(sigs: Sequence[Sig]) -> torch.dtype:
-    """The dtype that tensors of these signatures are computed in: 0-dim ones count only if they are of a higher category."""
+    """The dtype that tensors of these signatures are computed in: 0-dim ones count only if they are of a higher
+    category.
+    """
 
     def category(d: torch.dtype) -> int:
         return 3 if d.is_complex else 2 if d.is_floating_point else 1 if d is not torch.bool else 0

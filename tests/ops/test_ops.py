@@ -1,4 +1,4 @@
-"""A deterministic sample of the op table for every run: the ops that matter most, and every tenth of the others."""
+"""A deterministic sample of the op table for every run: the ops that matter most, and every fifteenth of the others."""
 
 import pytest
 import torch
@@ -27,11 +27,11 @@ view view_as_complex view_as_real where zeros_like
 """.split()  # noqa: SIM905  the lines say it shorter
 
 OTHERS = [name for name in table.OPS if name not in CORE]
-SAMPLE = [name for name in table.OPS if name in CORE] + OTHERS[::10]
+SAMPLE = [name for name in table.OPS if name in CORE] + OTHERS[::15]
 
 
 def test_the_core_names_exist():
-    assert len([name for name in CORE if name in table.OPS]) >= 150, [n for n in CORE if n not in table.OPS]
+    assert not [name for name in CORE if name not in table.OPS]
 
 
 def test_known_failures_name_ops_that_exist():

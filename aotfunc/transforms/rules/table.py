@@ -7,15 +7,15 @@ well be called in a Python shell. Conventions, the same for every verb:
   defaults filled in. A rule that takes fewer parameters is given the leading ones only.
 - First come the cotangent(s) or tangent(s), then the output(s), then the op's own arguments. An op with several
   outputs passes and returns tuples for them; in such a tuple of cotangents an absent (zero) one is ``None``.
-- *Tensor arguments* are the arguments whose schema type is ``Tensor``, ``Tensor?``, ``Tensor[]`` or ``Tensor?[]``. A vjp
-  rule returns one cotangent per tensor argument, in order: ``None`` for no gradient, a list for a tensor list. A jvp rule gets
-  one tangent per tensor argument in the same form and returns one tangent per output.
+- *Tensor arguments* are those whose schema type is ``Tensor``, ``Tensor?``, ``Tensor[]`` or ``Tensor?[]``. A vjp
+  rule returns one cotangent per tensor argument, in order: ``None`` for no gradient, a list for a tensor list. A jvp
+  rule gets one tangent per tensor argument in the same form and returns one tangent per output.
 - The walkers own the chores: un-broadcasting, casting to the primal's dtype (real part of a complex cotangent of a real
   argument), accumulation, absent cotangents and tangents, moving the batch dimension to 0.
 - A rule may ask for more by naming a keyword-only parameter: ``needs`` (vjp: a tuple of bools, which tensor arguments
-  want a gradient), ``batched`` (vmap: which tensor arguments carry the batch at dimension 0; a list of bools for a tensor list;
-  without it all tensor arguments arrive batched), ``size`` (vmap: the batch size), ``randomness`` (vmap: "different" or
-  "same"), ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several).
+  want a gradient), ``batched`` (vmap: which tensor arguments carry the batch at dimension 0; a list of bools for a
+  tensor list; without it all tensor arguments arrive batched), ``size`` (vmap: the batch size), ``randomness`` (vmap:
+  "different" or "same"), ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several).
 - A vmap rule returns the output(s) with the batch at dimension 0.
 
 Gradients of complex values follow PyTorch's convention: the cotangent of ``x`` is the conjugate Wirtinger
@@ -79,7 +79,7 @@ def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> li
     schema = op._schema.arguments
     full = list(args)
     for a in schema[len(args) :]:
-        full.append(kwargs[a.name] if a.name in kwargs else a.default_value)
+        full.append(kwargs.get(a.name, a.default_value))
     return full
 
 
@@ -160,9 +160,9 @@ def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]
 def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> None:
     """``op`` acts on each element: a diagonal Jacobian, holomorphic where complex.
 
-    One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``: the cotangent from the output's
-    cotangent and, the same thing, the output's tangent from the argument's tangent. Written without conjugates;
-    the verb conjugates. No formula at all means zero derivative.
+    One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``: the cotangent from
+    the output's cotangent and, the same thing, the output's tangent from the argument's tangent. Written without
+    conjugates; the verb conjugates. No formula at all means zero derivative.
     """
     line = rule_of(op)
     op = overload(op)
@@ -190,10 +190,10 @@ def linear(
 ) -> None:
     """``op`` is linear in each listed tensor argument (``None``: in that one it has no derivative).
 
-    One transpose ``(g, *args)`` per tensor argument, written for the conjugate already where it matters (``g @ b.mH``). The
-    tangent is the op on each tangent, summed; ``jointly`` says that the op is linear in all of them together
-    (``scatter_add``, not ``mm``), and then it is the op on all tangents at once.
-    ``batch`` is the vmap rule (see :func:`shifted`, :func:`elementwise`).
+    One transpose ``(g, *args)`` per tensor argument, written for the conjugate already where it matters (``g @
+    b.mH``). The tangent is the op on each tangent, summed; ``jointly`` says that the op is linear in all of them
+    together (``scatter_add``, not ``mm``), and then it is the op on all tangents at once. ``batch`` is the vmap rule
+    (see :func:`shifted`, :func:`elementwise`).
     """
     line = rule_of(op)
     op = overload(op)
