@@ -31,6 +31,7 @@ class Recording:
 
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
+        self._program: Program | None = None
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
@@ -41,12 +42,15 @@ class Recording:
 
     def program(self) -> Program:
         """The functional program: inputs, then closed-over tensors, to the tensors among the results."""
+        if self._program is not None:
+            return self._program
         key = (self.trace.key(), self.refs)
         program = _programs.get(key)
         if program is None:
             program = _programs[key] = self._build()
             if len(_programs) > _LIMIT:
                 _programs.popitem(last=False)
+        self._program = program
         return program
 
     def _build(self) -> Program:
@@ -73,9 +77,14 @@ class Recording:
         """Positions, among the returned tensors, of those that share memory with an input, a closed-over tensor or
         one another.
         """
-        roots = [self.trace.root(r) for r in self.refs]
-        count = len(self.trace.inputs)
-        return tuple(i for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
+        known = self.program().cache.get("aliases")
+        if known is None:
+            shared, _ = self.trace.roots()
+            roots = [shared.get(r, r) for r in self.refs]
+            count = len(self.trace.inputs)
+            known = tuple(i for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
+            self.program().cache["aliases"] = known
+        return known
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
         """The returned tree with these tensors in it."""

@@ -131,12 +131,12 @@ def drawn(trace: Trace) -> bool:
 def set_rng_state(new_state: Tensor) -> None:
     """The generator's state may change before the first draw only (``fork_rng`` changes it back after)."""
     trace = current()
+    ORIGINALS["set_state"](new_state)
     if trace is not None and drawn(trace):
         raise CaptureError(
             f"the random generator's state was set after a draw inside a captured function{at(debug.user_line())}; "
             "draw from a generator of your own: torch.Generator().manual_seed(seed)"
         )
-    ORIGINALS["set_state"](new_state)
 
 
 def manual_seed(seed: int) -> Any:
