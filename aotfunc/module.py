@@ -107,13 +107,18 @@ class Meta(dict):
 
 
 def graph_module(
-    program: Program, name: str = "Graph", constants: Sequence[Tensor] = (), outputs: Any = None, lower: bool = True
+    program: Program,
+    name: str = "Graph",
+    constants: Sequence[Tensor] = (),
+    outputs: Any = None,
+    lower: bool = True,
+    names: Sequence[str] = (),
 ) -> fx.GraphModule:
     """The program as a module of its own, for somebody else: real metadata (FakeTensors), names counted anew.
 
     The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes)
     -> tree`` arranges the results (default: a flat tuple). With ``lower`` nested compiled calls are dissolved and
-    marks of intent removed.
+    marks of intent removed. ``names`` are those of the first inputs (a cached program has its first capture's).
     """
     program = lowered(program, EVERYTHING if lower else EVERYTHING - {"marks"})
     with paused_gc():
@@ -125,7 +130,8 @@ def graph_module(
         n_real = len(placeholders) - len(constants)
         for i, p in enumerate(placeholders):
             if i < n_real:
-                inputs.append(b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")))
+                label = names[i] if i < len(names) else p.name
+                inputs.append(b.placeholder(label, p.meta["val"], role=p.meta.get("role")))
         for i, t in enumerate(constants):
             attr = f"_param_constant{i}" if isinstance(t, torch.nn.Parameter) else f"_tensor_constant{i}"
             if isinstance(t, torch.nn.Parameter):
@@ -193,7 +199,7 @@ def make_fx(
                 leaves[i] = r
             return leaves[0] if rec.spec is None else leaves
 
-        gm = graph_module(program, getattr(f, "__name__", type(f).__name__), constants, outputs, lower=False)
+        gm = graph_module(program, getattr(f, "__name__", type(f).__name__), constants, outputs, False, rec.names())
         _as_called(gm, f, arguments, args, kwargs, rec)
         if verbose:
             _with_lines(gm)

@@ -260,3 +260,9 @@ def forward(self, x):
     return add
 """,
     )
+
+
+def test_a_cached_program_does_not_keep_its_first_names():
+    x = r(3)
+    first, second = (make_fx(f)(x, x).code for f in (lambda a, b: a * b, lambda u, v: u * v))
+    assert "def forward(self, a, b)" in first and "def forward(self, u, v)" in second
