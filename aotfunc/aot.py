@@ -250,7 +250,7 @@ class Compiled:
         """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
         return decomposed(program, Declining(self.decompositions)) if self.decompositions else program
 
-    def split(self, joint: Program, n_primals: int, n_early: int) -> tuple[CompiledCall, CompiledCall]:
+    def split(self, joint: Program, n_early: int) -> tuple[CompiledCall, CompiledCall]:
         """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``."""
         forward, backward = partitioned(self.partition, self.opened(joint), n_early)
         return (

@@ -4,7 +4,6 @@ from .cost import Cost, Roofline, nbytes
 from .policy import default_partition, min_cut_rematerialization_partition
 from .report import Residual, residuals, table
 from .roles import PartitionError
-from .split import cut
 from .verify import verify
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "PartitionError",
     "Residual",
     "Roofline",
-    "cut",
     "default_partition",
     "min_cut_rematerialization_partition",
     "nbytes",

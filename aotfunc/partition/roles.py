@@ -53,12 +53,11 @@ class Joint:
     needed: list[int]
 
 
-def read_joint(graph: fx.Graph, num_early: int, late_inputs: Iterable[Node] | None = None) -> Joint:
+def read_joint(graph: fx.Graph, num_early: int) -> Joint:
     """Number and classify the nodes of ``graph``, whose first ``num_early`` outputs belong to the early part.
 
-    ``late_inputs``: the placeholders that the late part gets (default: the cotangents). A node with ``meta["phase"] ==
-    "backward"`` is late as well, whatever it reads. Raises PartitionError if an early output depends on something late
-    or if a node writes its arguments.
+    The late part gets the cotangents. A node with ``meta["phase"] == "backward"`` is late as well, whatever it reads.
+    Raises PartitionError if an early output depends on something late or if a node writes its arguments.
     """
     nodes = list(graph.nodes)
     output = nodes.pop()
@@ -67,7 +66,7 @@ def read_joint(graph: fx.Graph, num_early: int, late_inputs: Iterable[Node] | No
     index = {n: i for i, n in enumerate(nodes)}
     inputs = [[index[p] for p in n.all_input_nodes] for n in nodes]
     placeholders = [n for n in nodes if n.op == "placeholder"]
-    chosen = {n for n in placeholders if is_tangent(n)} if late_inputs is None else set(late_inputs)
+    chosen = {n for n in placeholders if is_tangent(n)}
 
     for n in nodes:
         if writes(n):

@@ -6,9 +6,7 @@ graph; what the early graph computes only to be saved stands right after its las
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .ops import is_symbol
-from .roles import Joint, PartitionError, ancestors, read_joint
+from ..trace.emit import paused_gc
+from .roles import Joint, PartitionError, ancestors
 
 try:  # the Python code of a module is made when it is asked for, if torch offers that
     from torch.fx._lazy_graph_module import _LazyGraphModule as GraphModule
@@ -79,39 +77,6 @@ def _split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
             raise PartitionError(f"the backward reads the input {nodes[i].name}, which is not saved")
     late.output(joint.late_outputs)
     return early.graph, late.graph
-
-
-def cut(
-    graph: fx.Graph, late_inputs: Iterable[Node], num_early_outputs: int | None = None
-) -> tuple[fx.Graph, fx.Graph, int]:
-    """Cut a graph by dependence: what depends on ``late_inputs`` is late, all else is early and nothing runs twice.
-
-    Returns ``early(*other_inputs) -> (*early_outputs, *residuals)``, ``late(*residuals, *late_inputs) -> late_outputs``
-    and the number of residuals: what the late graph reads of the early one, constants excepted, sizes last. The first
-    ``num_early_outputs`` outputs are early (default: those before the first that depends on ``late_inputs``).
-    """
-    late_inputs = list(late_inputs)
-    if num_early_outputs is None:
-        whole = read_joint(graph, 0, late_inputs)
-        depends = [isinstance(o, Node) and whole.late[whole.index[o]] for o in whole.late_outputs]
-        num_early_outputs = depends.index(True) if True in depends else len(depends)
-    joint = read_joint(graph, num_early_outputs, late_inputs)
-    residuals = [joint.nodes[i] for i in joint.needed if joint.nodes[i].op != "get_attr"]
-    residuals.sort(key=is_symbol)
-    early, late = split(joint, residuals)
-    return early, late, len(residuals)
-
-
-@contextmanager
-def paused_gc() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: graphs are many small objects, and scanning them is most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:

@@ -44,10 +44,6 @@ def paused_gc() -> Iterator[None]:
         gc.enable()
 
 
-def val_of(x: Any) -> Any:
-    return x.meta["val"] if x.__class__ is Node else x
-
-
 def base_name(target: Any) -> str:
     """What a node of this target is called, before numbering."""
     if isinstance(target, OpOverload):

@@ -132,7 +132,7 @@ class CompiledCall:
     """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile(program,
     example_inputs)``.
 
-    ``split(joint, n_primals, n_early) -> (forward call, backward call)`` partitions a joint program and keeps the
+    ``split(joint, n_early) -> (forward call, backward call)`` partitions a joint program and keeps the
     compilers.
     """
 
@@ -175,7 +175,7 @@ class CompiledCall:
         if halves is None:
             whole = Program(program.graph, len(n.args), count, (), program.name)
             joint = vjp(whole, wrt, have)
-            halves = program.cache[("vjp", wrt, have)] = self.split(joint, len(n.args), count)
+            halves = program.cache[("vjp", wrt, have)] = self.split(joint, count)
         forward, backward = halves
         outs = emit_call(b, forward, n.args)
         move_after(b, n, outs)
@@ -196,7 +196,7 @@ class CompiledCall:
         halves = program.cache.get(("jvp", wrt))
         if halves is None:
             whole = Program(program.graph, len(n.args), count, (), program.name)
-            halves = program.cache[("jvp", wrt)] = self.split(jvp(whole, wrt, zeros=False), len(n.args), count)
+            halves = program.cache[("jvp", wrt)] = self.split(jvp(whole, wrt, zeros=False), count)
         primal, linear = halves
         outs = emit_call(b, primal, remap(n.args, env))
         env[n] = outs[:count]

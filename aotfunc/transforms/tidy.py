@@ -211,7 +211,7 @@ def _expand_of_expand(b: Builder, val: Sig, x: Any, shape: Any, *, implicit: boo
 
 @rewrite(aten.t.default)
 def _t(b: Builder, val: Sig, x: Any) -> Any:
-    return x.args[0] if is_call(x, aten.t.default) else x if val.shape.__len__() < 2 else None
+    return x.args[0] if is_call(x, aten.t.default) else x if len(val.shape) < 2 else None
 
 
 @rewrite(aten.transpose.int)
