@@ -4,7 +4,9 @@ same.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -48,8 +50,8 @@ def fresh(program: Program, own: Sequence[int]) -> Program:
 def storage_root(n: Node) -> Node:
     """The node whose memory ``n`` shows."""
     while n.op == "call_function":
-        if isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None:
-            n = n.args[0]  # type: ignore[assignment]
-        else:
+        view: Any = n.args[0] if n.target is operator.getitem else n
+        if not (isinstance(view.target, OpOverload) and Facts(view.target).view_of is not None):
             break
+        n = view.args[0]
     return n

@@ -244,3 +244,17 @@ REFUSED = {
 def test_refused(name):
     with pytest.raises(AotfuncError):
         REFUSED[name]()
+
+
+def test_residuals_are_what_a_written_input_was():
+    """A residual that is a view of an input, one of several from one op, is copied before the input is written."""
+
+    def f(x):
+        a, b = x.unbind()
+        y = a * b
+        x.add_(1)
+        return y
+
+    x = r(2, 3)
+    assert_same(vjp(f, x.clone())[1](torch.ones(3, dtype=x.dtype))[0], x.flip(0))
+    assert_same(linearize(f, x.clone())[1](torch.ones_like(x)), x.sum(0))
