@@ -31,7 +31,7 @@ from .partition import default_partition, min_cut_rematerialization_partition
 from .run import run_eager
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.shapes import make_sig
-from .trace.tracer import Traced, current, storage_id
+from .trace.traced import Traced, current, storage_id
 from .trace.tree import Arguments, unflatten
 from .transforms.capture import Recording, leaf_labels, parameter_names, record
 from .transforms.decompose import decomposed

@@ -33,7 +33,7 @@ from .errors import ArgumentError
 from .graph import Program
 from .run import execute
 from .trace.shapes import sig_of
-from .trace.tracer import Traced
+from .trace.traced import Traced
 from .trace.tree import Arguments, flatten, unflatten
 from .transforms.capture import parameter_names, record
 from .transforms.fresh import fresh

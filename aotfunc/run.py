@@ -16,7 +16,7 @@ from .aliasing import apart
 from .backends.eager import compile_graph
 from .graph import Program, output_node
 from .trace.functionalize import hidden_write
-from .trace.tracer import current
+from .trace.traced import current
 from .transforms.lower import lowered, marked
 from .transforms.steps import CallStep
 from .transforms.vjp import differentiable, vjp

@@ -22,8 +22,10 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
+from .records import flat
 from .shapes import Facts, Instr, Sig, fill, sig_of
-from .tracer import Trace, Traced, flat
+from .traced import Traced
+from .tracer import Trace
 
 aten = torch.ops.aten
 

@@ -1,14 +1,12 @@
 """Recording: runs a Python function on traced values and keeps a flat list of the aten ops it met.
 
-A traced value (:class:`Traced`) is a tensor without data that knows its signature and its number in the recording.
 Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of them. What autograd
 would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is written down on the way: see
-:mod:`.intent`. Traced values never take part in C++ autograd.
+:mod:`.intent`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,182 +17,17 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import debug
-from ..debug import Line, at
+from ..debug import at
 from ..errors import CaptureError
 from . import shapes
-from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
+from .records import Record, instr_op, results_of, written_slots
+from .replay import Replay
+from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, sig_of
+from .traced import Traced, check_kind, check_leak, quiet, storage_id, under_way
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
 _grad_enabled = torch.is_grad_enabled
-
-
-#: what the layer above knows how to record: ``register_hook(tensor, hook)``
-HOOKS: dict[str, Callable] = {}
-
-
-class _Stack(threading.local):
-    def __init__(self) -> None:
-        self.traces: list[Trace] = []
-
-
-_stack = _Stack()
-
-
-def current() -> Trace | None:
-    """The innermost recording under way in this thread."""
-    traces = _stack.traces
-    return traces[-1] if traces else None
-
-
-class Traced(Tensor):
-    """A tensor that stands for a value of a recording: shape, dtype and device are real, there is no data."""
-
-    tracer: Trace
-    ref: int
-    sig: Sig
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """An op outside of every recording: a value leaked. It has data if its recording can be run."""
-        from torch.utils._pytree import tree_map_only
-
-        args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    # ----- what autograd would answer -------------------------------------------------------------------------------
-
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
-        return self.tracer.requires_grad(self)
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self.requires_grad_(value)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        if requires_grad and not self.sig.differentiable:
-            raise RuntimeError("only Tensors of floating point and complex dtype can require gradients")
-        self.tracer.mark_leaf(self, requires_grad)
-        return self
-
-    def detach_(self) -> Tensor:  # autograd answers this one itself: it would never be recorded
-        self.ref = self.detach().ref
-        return self
-
-    @property
-    def is_leaf(self) -> bool:  # type: ignore[override]
-        return self.tracer.is_leaf(self)
-
-    @property
-    def grad_fn(self) -> Any:  # type: ignore[override]
-        return self.tracer if self.requires_grad and not self.is_leaf else None
-
-    @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
-        return self.__dict__.get("_grad")
-
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
-        self.__dict__["_grad"] = value
-
-    def retain_grad(self) -> None:
-        self.tracer.retained.append(self)
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        with torch.no_grad():
-            if value.shape == self.shape and value.dtype == self.dtype:
-                self.copy_(value)
-            else:
-                raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(debug.user_line())}")
-
-    def __getitem__(self, index: Any) -> Tensor:
-        if (place := traced_place(index)) is not None:
-            return _at_tensor(self, index, place)
-        return Tensor.__getitem__(self, index)
-
-    def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):  # type: ignore
-        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
-
-    def register_hook(self, hook: Callable) -> Any:
-        return HOOKS["register_hook"](self, hook)
-
-    # ----- what has no answer ----------------------------------------------------------------------------------------
-
-    def numpy(self, *, force: bool = False) -> Any:
-        with quiet():
-            return _live(self).numpy(force=True)
-
-    def tolist(self) -> Any:
-        with quiet():
-            return _live(self).tolist()
-
-    def data_ptr(self) -> int:
-        raise CaptureError(f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}")
-
-    def __array__(self, dtype: Any = None) -> Any:
-        with quiet():
-            return _live(self).__array__(dtype) if dtype is not None else _live(self).__array__()
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"traced({self.sig}, %{self.ref})" if hasattr(self, "sig") else "traced()"
-
-    __str__ = __repr__
-
-    def __format__(self, spec: str) -> str:
-        if not self.tracer.concrete_inputs:
-            return repr(self)
-        with quiet():
-            return format(_live(self), spec)
-
-    def __deepcopy__(self, memo: dict) -> Tensor:
-        return self.clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}")
-
-
-def traced_place(index: Any) -> int | None:
-    """Where an index has a traced 0-dim integer, which PyTorch would ask for its value."""
-    parts = index if isinstance(index, tuple) else (index,)
-    found = [
-        i
-        for i, p in enumerate(parts)
-        if p.__class__ is Traced and not p.sig.shape and not p.sig.differentiable and p.sig.dtype is not torch.bool
-    ]
-    plain = all(p is None or p is ... or isinstance(p, int | slice) for i, p in enumerate(parts) if i not in found)
-    return found[0] if len(found) == 1 and plain else None
-
-
-def _at_tensor(x: Tensor, index: Any, place: int) -> Tensor:
-    """``x[..., i, ...]`` with a traced ``i``: the other parts first, then ``index_select`` along what is left of
-    ``i``'s dimension.
-    """
-    parts = list(index) if isinstance(index, tuple) else [index]
-    i = parts[place]
-    parts[place] = slice(None)
-    before = [p for p in parts[:place] if not isinstance(p, int)]
-    dim = -sum(p is None or isinstance(p, slice) for p in parts[place:]) if ... in before else len(before)
-    rest = Tensor.__getitem__(x, tuple(parts))
-    size = rest.shape[dim]
-    i = torch.where(i < 0, i + size, i)
-    return rest.index_select(dim, i.reshape(1)).squeeze(dim)
-
-
-def _live(x: Traced) -> Tensor:
-    return (current() or x.tracer).value(x)
-
-
-# A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is a shapes.Instr for an op, or an
-# object of another layer with the same duty: `facts` and `lower(functionalizer, record)`, see functionalize.Step.
-Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 
 
 class Trace(TorchDispatchMode):
@@ -226,6 +59,7 @@ class Trace(TorchDispatchMode):
         self.concrete_inputs: list[Tensor] | None = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
+        self._reached: tuple[Any, set[int], int, int] | None = None  # see _active
         self.finished = False
 
     @classmethod
@@ -475,17 +309,24 @@ class Trace(TorchDispatchMode):
             return known
         if not t.sig.differentiable:
             return False
-        active = {ref for ref, yes in self.leaves.items() if yes}
-        active |= {-1 - i for i, x in enumerate(self.lifted) if x.requires_grad}
-        number = len(self.inputs)
-        for instr, refs, grad, *_ in self.records:
-            outs = results_of(instr)
-            made = range(number, number + outs)
-            number += outs
+        return t.ref in self._active()
+
+    def _active(self) -> set[int]:
+        """The values that a path from a leaf leads to; worked out as far as the recording has come."""
+        start = (tuple(self.leaves.items()), tuple([x.requires_grad for x in self.lifted]))
+        if self._reached is None or self._reached[0] != start:
+            active = {ref for ref, yes in self.leaves.items() if yes}
+            active |= {-1 - i for i, yes in enumerate(start[1]) if yes}
+            self._reached = (start, active, 0, len(self.inputs))
+        _, active, done, number = self._reached
+        for instr, refs, grad, *_ in self.records[done:]:
+            made = range(number, number + results_of(instr))
+            number = made.stop
             if grad and instr_op(instr) is not aten.detach.default and any(r in active for r in refs):
                 active.update(m for m in made if self.leaves.get(m) is not False)
                 active.update(refs[i] for i in written_slots(instr))
-        return t.ref in active
+        self._reached = (start, active, len(self.records), number)
+        return active
 
     # ----- values on request ------------------------------------------------------------------------------------------
 
@@ -510,153 +351,6 @@ class Trace(TorchDispatchMode):
         return found
 
 
-class Replay:
-    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes and from the saved
-    RNG state.
-    """
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.done = 0
-        self.env: dict[int, Any] = {}
-        self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
-        if trace.concrete_inputs is not None:
-            with quiet():
-                reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in trace.concrete_inputs]
-                self.env = {i: self.copy(t) for i, t in enumerate(reals)}
-        self.rng = torch.default_generator.get_state()
-        self.number = len(trace.inputs)
-
-    def copy(self, t: Tensor) -> Tensor:
-        t = t.detach()
-        key = storage_id(t)
-        if key not in self.storages:
-            self.storages[key] = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone())
-        whole = self.storages[key]
-        if whole.dtype != t.dtype:
-            return t.clone()
-        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
-
-    def value(self, ref: int) -> Tensor | None:
-        """The value of a result; None if it depends on inputs that are not there."""
-        trace = self.trace
-        outside = torch.default_generator.get_state()
-        torch.default_generator.set_state(self.rng)
-        try:
-            with quiet(), torch.no_grad():
-                for i in range(len(trace.lifted)):
-                    if -1 - i not in self.env and (trace.may_ask_constants or trace.concrete_inputs is not None):
-                        outer = trace.lifted[i]
-                        try:
-                            real = outer.tracer.value(outer) if outer.__class__ is Traced else outer
-                        except CaptureError:
-                            continue
-                        self.env[-1 - i] = self.copy(real)
-                for instr, refs, *_ in trace.records[self.done :]:
-                    if any(r not in self.env for r in refs):
-                        for slot in written_slots(instr):
-                            self.env.pop(refs[slot], None)
-                        self.number += results_of(instr)
-                        continue
-                    for o in instr_run(instr, [self.env[r] for r in refs]):
-                        self.env[self.number] = o
-                        self.number += 1
-                self.done = len(trace.records)
-            self.rng = torch.default_generator.get_state()
-        finally:
-            torch.default_generator.set_state(outside)
-        return self.env.get(ref)
-
-
-def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
-    """Run one recorded step; its new results, flat."""
-    if not isinstance(instr, Instr):
-        return instr.run(values)
-    outs = instr.op(*fill(instr.args, values), **{k: fill(v, values) for k, v in instr.kwargs.items()})
-    facts = instr.facts
-    if facts.writes:
-        return [
-            x
-            for o, same in zip(outs if isinstance(outs, tuple | list) else (outs,), facts.same, strict=False)
-            if same is None
-            for x in flat(o)
-        ]
-    return flat(outs)
-
-
-def flat(outs: Any) -> list:
-    if isinstance(outs, list | tuple):
-        return [x for o in outs for x in flat(o)]
-    return [outs] if isinstance(outs, Tensor | Sig) else []
-
-
-def results_of(instr: Any) -> int:
-    """How many new values a step makes."""
-    if not instr.facts.writes:
-        return len(flat(instr.outs))
-    outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
-    return sum(len(flat(o)) for o, same in zip(outs, instr.facts.same, strict=False) if same is None)
-
-
-def instr_op(instr: Any) -> Any:
-    return getattr(instr, "op", None)
-
-
-def written_slots(instr: Any) -> list[int]:
-    """Which of a step's tensors it writes."""
-    if not instr.facts.writes:
-        return []
-    if not isinstance(instr, Instr):
-        return list(instr.facts.writes)
-    found = []
-    for i in instr.facts.writes:
-        a = instr.args[i] if i < len(instr.args) else instr.kwargs.get(instr.facts.names[i])
-        found += [int(s) for s in (a if isinstance(a, list | tuple) else [a]) if isinstance(s, Slot)]
-    return found
-
-
-def storage_id(t: Tensor) -> Any:
-    if t.__class__ is Traced:
-        return (id(t.tracer), t.tracer.root(t.ref))
-    try:
-        return t.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return id(t)
-
-
-def check_leak(t: Traced) -> None:
-    """A value of a finished transform is a constant, unless that transform ran inside one that still runs."""
-    if any(x.__class__ is Traced and not x.tracer.finished for x in (*t.tracer.origins, *t.tracer.lifted)):
-        raise CaptureError(
-            f"a value leaked from an inner transform and is used outside of it{at(debug.user_line())}: "
-            "return it from the inner function (has_aux=True)"
-        )
-
-
-def check_kind(t: Tensor) -> None:
-    """Refuse the tensors that a recording cannot stand for."""
-    if t.layout is not torch.strided or t.is_quantized:
-        raise CaptureError(
-            f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"
-        )
-    if (
-        type(t) not in _KINDS
-        and hasattr(type(t), "__torch_dispatch__")
-        and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    ):
-        raise CaptureError(f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}")
-
-
-_KINDS = {Tensor, torch.nn.Parameter, Traced}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No recording meanwhile."""
-    with torch._C._DisableTorchDispatch():
-        yield
-
-
 @contextmanager
 def recording(trace: Trace) -> Iterator[Trace]:
     """Record into ``trace`` meanwhile: with gradients on, autocast's cache and nn's fast paths off, functorch's
@@ -676,12 +370,12 @@ def recording(trace: Trace) -> Iterator[Trace]:
         torch.set_autocast_cache_enabled(False)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(True)
-        _stack.traces.append(trace)
+        under_way.traces.append(trace)
         try:
             with trace:
                 yield trace
         finally:
-            _stack.traces.pop()
+            under_way.traces.pop()
             torch._C._set_grad_enabled(grad)
             torch.set_autocast_cache_enabled(cache)
             torch.backends.mha.set_fastpath_enabled(fast)

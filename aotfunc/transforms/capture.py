@@ -16,7 +16,8 @@ from torch.utils._pytree import TreeSpec
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
-from ..trace.tracer import Trace, Traced, current, recording
+from ..trace.traced import Traced, current
+from ..trace.tracer import Trace, recording
 from ..trace.tree import flatten, unflatten
 from . import intent
 from .steps import GradStep

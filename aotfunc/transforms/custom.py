@@ -25,7 +25,8 @@ from ..graph import Program, output_node
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer, once
 from ..trace.shapes import Sig
-from ..trace.tracer import Trace, current, recording
+from ..trace.traced import current
+from ..trace.tracer import Trace, recording
 from .steps import Step, interned
 from .vjp import dense, reverse
 from .vmap import inserted, vmap

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from ..trace.tracer import Traced
+from ..trace.traced import Traced
 from .rules.table import OPENED, call_op, tensor_args
 
 

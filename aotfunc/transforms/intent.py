@@ -21,7 +21,8 @@ from torch.autograd.function import Function
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
-from ..trace.tracer import HOOKS, Trace, Traced, current
+from ..trace.traced import HOOKS, Traced, current
+from ..trace.tracer import Trace
 from .custom import Context, apply_function, call_function
 from .steps import GradStep, interned
 

@@ -21,8 +21,8 @@ from ..errors import CaptureError
 from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer, Link
+from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
-from ..trace.tracer import flat
 from .jvp import jvp
 from .vjp import reverse, vjp
 from .walk import number

@@ -18,7 +18,8 @@ from ..trace import shapes
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.shapes import Sig, Slot, encode, fill
-from ..trace.tracer import Trace, Traced, recording
+from ..trace.traced import Traced
+from ..trace.tracer import Trace, recording
 from .tidy import REWRITES
 
 aten = torch.ops.aten

@@ -1,0 +1,73 @@
+"""Values on request: a recording run on its concrete inputs, as far as it has come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError
+from .records import instr_run, results_of, written_slots
+from .traced import Traced, quiet, storage_id
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+
+class Replay:
+    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes and from the saved
+    RNG state.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.done = 0
+        self.env: dict[int, Any] = {}
+        self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
+        if trace.concrete_inputs is not None:
+            with quiet():
+                reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in trace.concrete_inputs]
+                self.env = {i: self.copy(t) for i, t in enumerate(reals)}
+        self.rng = torch.default_generator.get_state()
+        self.number = len(trace.inputs)
+
+    def copy(self, t: Tensor) -> Tensor:
+        t = t.detach()
+        key = storage_id(t)
+        if key not in self.storages:
+            self.storages[key] = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone())
+        whole = self.storages[key]
+        if whole.dtype != t.dtype:
+            return t.clone()
+        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    def value(self, ref: int) -> Tensor | None:
+        """The value of a result; None if it depends on inputs that are not there."""
+        trace = self.trace
+        outside = torch.default_generator.get_state()
+        torch.default_generator.set_state(self.rng)
+        try:
+            with quiet(), torch.no_grad():
+                for i in range(len(trace.lifted)):
+                    if -1 - i not in self.env and (trace.may_ask_constants or trace.concrete_inputs is not None):
+                        outer = trace.lifted[i]
+                        try:
+                            real = outer.tracer.value(outer) if outer.__class__ is Traced else outer
+                        except CaptureError:
+                            continue
+                        self.env[-1 - i] = self.copy(real)
+                for instr, refs, *_ in trace.records[self.done :]:
+                    if any(r not in self.env for r in refs):
+                        for slot in written_slots(instr):
+                            self.env.pop(refs[slot], None)
+                        self.number += results_of(instr)
+                        continue
+                    for o in instr_run(instr, [self.env[r] for r in refs]):
+                        self.env[self.number] = o
+                        self.number += 1
+                self.done = len(trace.records)
+            self.rng = torch.default_generator.get_state()
+        finally:
+            torch.default_generator.set_state(outside)
+        return self.env.get(ref)

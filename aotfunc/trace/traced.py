@@ -1,0 +1,226 @@
+"""The traced value: a tensor that stands for a value of a recording and answers what a tensor is asked.
+
+It knows its signature and its number in the recording and has no data. Traced values never take part in C++ autograd.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from .shapes import Sig
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+#: what the layer above knows how to record: ``register_hook(tensor, hook)``
+HOOKS: dict[str, Callable] = {}
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.traces: list[Trace] = []
+
+
+under_way = _Stack()
+
+
+def current() -> Trace | None:
+    """The innermost recording under way in this thread."""
+    traces = under_way.traces
+    return traces[-1] if traces else None
+
+
+class Traced(Tensor):
+    """A tensor that stands for a value of a recording: shape, dtype and device are real, there is no data."""
+
+    tracer: Trace
+    ref: int
+    sig: Sig
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """An op outside of every recording: a value leaked. It has data if its recording can be run."""
+        from torch.utils._pytree import tree_map_only
+
+        args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    # ----- what autograd would answer -------------------------------------------------------------------------------
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return self.tracer.requires_grad(self)
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        if requires_grad and not self.sig.differentiable:
+            raise RuntimeError("only Tensors of floating point and complex dtype can require gradients")
+        self.tracer.mark_leaf(self, requires_grad)
+        return self
+
+    def detach_(self) -> Tensor:  # autograd answers this one itself: it would never be recorded
+        self.ref = self.detach().ref
+        return self
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        return self.tracer.is_leaf(self)
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        return self.tracer if self.requires_grad and not self.is_leaf else None
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        return self.__dict__.get("_grad")
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.__dict__["_grad"] = value
+
+    def retain_grad(self) -> None:
+        self.tracer.retained.append(self)
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        with torch.no_grad():
+            if value.shape == self.shape and value.dtype == self.dtype:
+                self.copy_(value)
+            else:
+                raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(debug.user_line())}")
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if (place := traced_place(index)) is not None:
+            return _at_tensor(self, index, place)
+        return Tensor.__getitem__(self, index)
+
+    def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):  # type: ignore
+        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+
+    def register_hook(self, hook: Callable) -> Any:
+        return HOOKS["register_hook"](self, hook)
+
+    # ----- what has no answer ----------------------------------------------------------------------------------------
+
+    def numpy(self, *, force: bool = False) -> Any:
+        with quiet():
+            return _live(self).numpy(force=True)
+
+    def tolist(self) -> Any:
+        with quiet():
+            return _live(self).tolist()
+
+    def data_ptr(self) -> int:
+        raise CaptureError(f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}")
+
+    def __array__(self, dtype: Any = None) -> Any:
+        with quiet():
+            return _live(self).__array__(dtype) if dtype is not None else _live(self).__array__()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"traced({self.sig}, %{self.ref})" if hasattr(self, "sig") else "traced()"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        if not self.tracer.concrete_inputs:
+            return repr(self)
+        with quiet():
+            return format(_live(self), spec)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}")
+
+
+def traced_place(index: Any) -> int | None:
+    """Where an index has a traced 0-dim integer, which PyTorch would ask for its value."""
+    parts = index if isinstance(index, tuple) else (index,)
+    found = [
+        i
+        for i, p in enumerate(parts)
+        if p.__class__ is Traced and not p.sig.shape and not p.sig.differentiable and p.sig.dtype is not torch.bool
+    ]
+    plain = all(p is None or p is ... or isinstance(p, int | slice) for i, p in enumerate(parts) if i not in found)
+    return found[0] if len(found) == 1 and plain else None
+
+
+def _at_tensor(x: Tensor, index: Any, place: int) -> Tensor:
+    """``x[..., i, ...]`` with a traced ``i``: the other parts first, then ``index_select`` along what is left of
+    ``i``'s dimension.
+    """
+    parts = list(index) if isinstance(index, tuple) else [index]
+    i = parts[place]
+    parts[place] = slice(None)
+    before = [p for p in parts[:place] if not isinstance(p, int)]
+    dim = -sum(p is None or isinstance(p, slice) for p in parts[place:]) if ... in before else len(before)
+    rest = Tensor.__getitem__(x, tuple(parts))
+    size = rest.shape[dim]
+    i = torch.where(i < 0, i + size, i)
+    return rest.index_select(dim, i.reshape(1)).squeeze(dim)
+
+
+def _live(x: Traced) -> Tensor:
+    return (current() or x.tracer).value(x)
+
+
+def storage_id(t: Tensor) -> Any:
+    if t.__class__ is Traced:
+        return (id(t.tracer), t.tracer.root(t.ref))
+    try:
+        return t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return id(t)
+
+
+def check_leak(t: Traced) -> None:
+    """A value of a finished transform is a constant, unless that transform ran inside one that still runs."""
+    if any(x.__class__ is Traced and not x.tracer.finished for x in (*t.tracer.origins, *t.tracer.lifted)):
+        raise CaptureError(
+            f"a value leaked from an inner transform and is used outside of it{at(debug.user_line())}: "
+            "return it from the inner function (has_aux=True)"
+        )
+
+
+def check_kind(t: Tensor) -> None:
+    """Refuse the tensors that a recording cannot stand for."""
+    if t.layout is not torch.strided or t.is_quantized:
+        raise CaptureError(
+            f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"
+        )
+    if (
+        type(t) not in _KINDS
+        and hasattr(type(t), "__torch_dispatch__")
+        and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
+        raise CaptureError(f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}")
+
+
+_KINDS = {Tensor, torch.nn.Parameter, Traced}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No recording meanwhile."""
+    with torch._C._DisableTorchDispatch():
+        yield
