@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 class AotfuncError(RuntimeError):
     """Base of every error that aotfunc raises on purpose."""
@@ -25,3 +27,12 @@ class GraphError(AotfuncError, AssertionError):
 
 class BackendError(AotfuncError, ImportError):
     """A backend is unknown, or what it needs is not installed; the message says what to install."""
+
+
+class LoopWarning(UserWarning):
+    """``vmap`` met an op that it can only batch by a loop over the samples: right, but as slow as a Python loop, and
+    a graph that grows with the batch. Shown once for each op; ``vmap(..., strict=True)`` raises RuleError instead.
+    """
+
+
+warnings.filterwarnings("once", category=LoopWarning, append=True)  # behind whatever the user asks for

@@ -153,12 +153,21 @@ def batching_rule(op: OpOverload) -> Callable:
 
             return call_op(op, [put(places[i]) if i in places else a for i, a in enumerate(args)])
 
+        if not has_batching_rule(op):  # what PyTorch does then is a loop over the samples
+            raise NoFormula("PyTorch has no batching rule for it")
         try:
             return torch.func.vmap(body, in_dims=tuple(dims))(*xs)
         except (RuntimeError, NotImplementedError) as e:
             raise NoFormula(str(e).split("\n")[0]) from e
 
     return rule
+
+
+@cache
+def has_batching_rule(op: OpOverload) -> bool:
+    """Whether PyTorch batches ``op``, itself or through the ops that it is composed of, without its own slow loop."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has(op.name(), key) for key in ("FuncTorchBatched", "CompositeImplicitAutograd"))
 
 
 @cache

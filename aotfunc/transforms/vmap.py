@@ -19,8 +19,8 @@ from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
-from . import fallback
-from .rules.table import RULES, call_op, full_args, tensor_args
+from . import fallback, loops
+from .rules.table import RULES, full_args, tensor_args
 from .walk import apply, builder, traced
 
 aten = torch.ops.aten
@@ -36,6 +36,8 @@ class Batch:
         self.b, self.size, self.randomness, self.strict = b, size, randomness, strict
         self.env: dict[Node, Any] = {}
         self.batched: dict[Node, Any] = {}
+        #: the ops that were batched by a loop over the samples, and where the user called them
+        self.loops: list[tuple[OpOverload, Any]] = []
 
     def has(self, a: Any) -> Any:
         if isinstance(a, list | tuple):
@@ -91,7 +93,8 @@ class Batch:
             tuple(_logical(args[i]) for i in tensor_args(op)),
             by_value,
         )
-        out = apply(self.b, tag, self.make(n), flags, self.size, *new)
+        out, looped = apply(self.b, tag, self.make(n), flags, self.size, *new)
+        self.loops += [(loop, n.meta.get("line")) for loop in looped]
         return out, True
 
     def expanded(self, n: Node) -> Node:
@@ -102,6 +105,9 @@ class Batch:
         return self.b.call(aten.expand.default, new, [self.size, *new.meta["val"].shape])
 
     def make(self, n: Node) -> Any:
+        """How to build the batched op: its own rule (unless that returns NotImplemented), PyTorch's rule, what the op
+        consists of, a loop. With the result goes a list of the ops that were looped over.
+        """
         op = n.target
         line = RULES.get(op)
         rule: Any = line.vmap if line is not None else None
@@ -111,6 +117,8 @@ class Batch:
 
         def make(b: Builder, flags: tuple, size: int, *args: Any) -> Any:
             full = list(args)
+            result: Any = NotImplemented
+            looped: list[OpOverload] = []
             if rule is not None:
                 if "batched" not in rule.wants:  # the rule wants every tensor batched
                     for i, yes in zip(where, flags, strict=True):
@@ -130,24 +138,27 @@ class Batch:
                     raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {e}") from None
             elif Facts(op).random:
                 raise RuleError(f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}")
-            else:
-                result = self.derived(b, n, flags, size, args)
-            return checked(b, n, result, want, size)
+            if result is NotImplemented:
+                result, looped = self.derived(b, n, flags, size, args)
+            return checked(b, n, result, want, size), looped
 
         return make
 
-    def derived(self, b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
+    def derived(self, b: Builder, n: Node, flags: tuple, size: int, args: Any) -> tuple[Any, list[OpOverload]]:
         op = n.target
         body = fallback.decomposition(op)
         try:
-            return traced(lambda *xs: fallback.batching_rule(op)(*xs, batched=flags), intent=False)(b, *args)
+            rule = fallback.batching_rule(op)
+            return traced(lambda *xs: rule(*xs, batched=flags), intent=False)(b, *args), []
         except (fallback.NoFormula, CaptureError) as e:
             why = e
         if body is not None:
             return self.opened(b, n, body, flags, size, args)
-        return self.looped(b, n, flags, size, args, why)
+        return loops.looped(b, n, flags, size, args, why), [op]
 
-    def opened(self, b: Builder, n: Node, body: Any, flags: tuple, size: int, args: Any) -> Any:
+    def opened(
+        self, b: Builder, n: Node, body: Any, flags: tuple, size: int, args: Any
+    ) -> tuple[Any, list[OpOverload]]:
         """Batch what the op consists of."""
         inner = builder()
         where = tensor_args(n.target)
@@ -172,37 +183,7 @@ class Batch:
         def result(o: Any) -> Any:
             return [result(x) for x in o] if isinstance(o, list) else sub.expanded(o) if isinstance(o, Node) else o
 
-        return result(outs)
-
-    def looped(self, b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Exception) -> Any:
-        """The last resort, visible in the graph: one call per sample, stacked."""
-        op = n.target
-        if self.strict:
-            raise RuleError(
-                f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(n.meta.get('line'))}"
-            )
-        where = tensor_args(op)
-
-        def at_sample(a: Any, yes: Any, k: int) -> Any:
-            if isinstance(a, list | tuple):
-                return [at_sample(x, y, k) for x, y in zip(a, yes, strict=True)]
-            return a[k] if yes and a is not None else a
-
-        def loop(*xs: Any) -> Any:
-            rows = []
-            for k in range(size):
-                full = list(xs)
-                for i, yes in zip(where, flags, strict=True):
-                    full[i] = at_sample(full[i], yes, k)
-                rows.append(call_op(op, full))
-            if isinstance(rows[0], list | tuple):
-                return [torch.stack(column) for column in zip(*rows, strict=True)]
-            return torch.stack(rows)
-
-        try:
-            return traced(loop)(b, *args)
-        except CaptureError as e:
-            raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {why}; {e}") from None
+        return result(outs), [op for op, _ in sub.loops]
 
 
 def _logical(a: Any) -> Any:
@@ -289,7 +270,8 @@ def vmap(
     """The batched program. ``in_dims`` and ``sigs``: one per input, for the *batched* inputs; ``out_dims``: one per
     result.
 
-    A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in its own layout.
+    A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in its own layout. Ops
+    that only a loop over the samples can batch are reported by a LoopWarning, or with ``strict`` refused (RuleError).
     """
     with paused_gc():
         b = builder()
@@ -304,6 +286,8 @@ def vmap(
                 batch.env[p] = moved(b, batch.env[p], dim, 0)
                 batch.batched[p] = True
         batch.walk(program.graph.nodes)
+        for op, line in batch.loops:
+            loops.report(op, line, strict)
         results = []
         outs = output_node(program.graph).args[0]
         for i, o in enumerate(outs[: program.n_outputs]):

@@ -1,0 +1,76 @@
+"""The last resort of batching, visible in the graph and reported: one call per sample, stacked."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import Line, at
+from ..errors import CaptureError, LoopWarning, RuleError
+from ..trace.emit import Builder
+from ..trace.shapes import Sig
+from .rules.table import call_op, tensor_args
+from .walk import traced
+
+WAY_OUT = (
+    "Write it with ops that can be batched, call it outside of vmap on the whole batch, or give it a batching rule "
+    "(aotfunc.transforms.rules.table.vmap_of)"
+)
+_shown: dict = {}  # what the warnings module remembers of ours
+
+
+def report(op: OpOverload, line: Line | None, strict: bool) -> None:
+    """Warn, at the user's line, that ``op`` runs once for each sample; raise RuleError if ``strict``."""
+    if strict:
+        raise RuleError(
+            f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(line)}. {WAY_OUT}, or let it "
+            "loop with strict=False."
+        )
+    text = f"vmap: {op} can only be batched by a loop over the samples: the graph calls it once for each. {WAY_OUT}."
+    where = (line.code.co_filename, line.number) if line is not None else ("<aotfunc>", 0)
+    warnings.warn_explicit(text, LoopWarning, *where, registry=_shown)
+
+
+def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Exception) -> Any:
+    """The op of ``n`` called for each sample on the new ``args``, of which those that ``flags`` names are batched."""
+    op = n.target
+    where = tensor_args(op)
+
+    def at_sample(a: Any, yes: Any, k: int) -> Any:
+        if isinstance(a, list | tuple):
+            return [at_sample(x, y, k) for x, y in zip(a, yes, strict=True)]
+        return a[k] if yes and a is not None else a
+
+    def loop(*xs: Any) -> Any:
+        if not size:
+            return no_samples(n.meta["val"])
+        rows = []
+        for k in range(size):
+            full = list(xs)
+            for i, yes in zip(where, flags, strict=True):
+                full[i] = at_sample(full[i], yes, k)
+            rows.append(call_op(op, full))
+        return stacked(rows)
+
+    try:
+        return traced(loop)(b, *args)
+    except CaptureError as e:
+        raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {why}; {e}") from None
+
+
+def stacked(rows: list) -> Any:
+    """The samples' results along a new dimension 0; lists of results, of any depth, as lists."""
+    if isinstance(rows[0], list | tuple):
+        return [stacked(list(column)) for column in zip(*rows, strict=True)]
+    return torch.stack(rows)
+
+
+def no_samples(val: Any) -> Any:
+    """An empty batch of what a node with this value returns."""
+    if isinstance(val, tuple):
+        return [no_samples(v) for v in val]
+    return torch.empty((0, *val.shape), dtype=val.dtype, device=val.device) if isinstance(val, Sig) else val
