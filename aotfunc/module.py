@@ -29,7 +29,6 @@ from .transforms.capture import parameter_names, record
 from .transforms.decompose import decomposed
 from .transforms.fresh import fresh
 from .transforms.lower import EVERYTHING, lowered
-from .transforms.tidy import FINAL
 
 aten = torch.ops.aten
 
@@ -59,17 +58,29 @@ class Fakes:
 
 
 class Meta(dict):
-    """A node's metadata whose FakeTensors are made when somebody looks: making a FakeTensorMode imports Dynamo, which
-    takes seconds.
+    """A node's metadata that is made when somebody looks: FakeTensors, whose mode imports Dynamo, which takes seconds,
+    and the text of the user's line.
     """
 
-    fakes: Fakes
+    __slots__ = ("fakes",)
+
+    def __init__(self, meta: dict[str, Any], fakes: Fakes) -> None:
+        dict.__init__(self, meta)
+        self.fakes = fakes
+        if (line := meta.get("line")) is not None:
+            dict.__setitem__(self, "stack_trace", line)
 
     def __getitem__(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
         if key == "val" and value.__class__ in (Sig, tuple):
             value = self.fakes.of(value)
-            dict.__setitem__(self, key, value)
+        elif value.__class__ is Line and key == "line":
+            value = str(value)
+        elif value.__class__ is Line and key == "stack_trace":
+            value = f'  File "{value.code.co_filename}", line {value.number}, in {value.code.co_name}'
+        else:
+            return value
+        dict.__setitem__(self, key, value)
         return value
 
     def __iter__(self) -> Any:  # also keeps `{**meta}` from copying past __getitem__
@@ -122,7 +133,7 @@ def graph_module(
     """
     program = lowered(program, EVERYTHING if lower else EVERYTHING - {"marks"})
     with paused_gc():
-        b = Builder(FINAL)
+        b = Builder(merge=False)
         fakes = Fakes()
         root = torch.nn.Module()
         inputs = []
@@ -143,11 +154,7 @@ def graph_module(
         tree = tuple(results) if outputs is None else outputs(b, inputs, results)
         graph = b.finish_tree(tree)
         for n in graph.nodes:
-            n.meta = meta = Meta(n.meta)
-            meta.fakes = fakes
-            if isinstance(line := n.meta.get("line"), Line):
-                n.meta["stack_trace"] = f'  File "{line.code.co_filename}", line {line.number}, in {line.code.co_name}'
-                n.meta["line"] = str(line)
+            object.__setattr__(n, "meta", Meta(n.meta, fakes))  # the node's own way looks itself up in tables
     return _LazyGraphModule(root, graph, name)
 
 

@@ -95,7 +95,10 @@ class Builder:
         self._insert(node)
         self._table[(op, target if op == "call_function" else None)][node] = None
         self.graph._len += 1
-        node.meta = {"val": val, **self.meta}
+        meta = node.meta  # assigning it would take the node out of the graph's lookup table and put it back
+        meta["val"] = val
+        if self.meta:
+            meta.update(self.meta)
         return node
 
     def placeholder(self, name: str, val: Any, **meta: Any) -> Node:

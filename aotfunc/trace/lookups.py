@@ -11,6 +11,12 @@ from .shapes import Sig
 aten = torch.ops.aten
 
 
+def contiguous_joined(parts):
+    """Decline unless joined (shape, stride)s are contiguous for sure: where all are channels-last, so is the result."""
+    shape, _ = parts[0]
+    sure(len(shape) not in (4, 5) or any(stride[-1] < stride[1] * shape[1] for shape, stride in parts))
+
+
 @rule(aten.cat)
 def _cat(tensors, dim=0):
     sure(tensors)
@@ -19,8 +25,7 @@ def _cat(tensors, dim=0):
     d = axis(dim, first.ndim)
     sure(first.ndim and all(t.shape[:d] + t.shape[d + 1 :] == first.shape[:d] + first.shape[d + 1 :] for t in tensors))
     sure(all(t.ndim == first.ndim for t in tensors) and not (first.ndim == 1 and any(t.shape == (0,) for t in tensors)))
-    if first.ndim > 3:
-        plain(*tensors)
+    contiguous_joined([(t.shape, t.stride) for t in tensors])
     return new(first, (*first.shape[:d], sum(t.shape[d] for t in tensors), *first.shape[d + 1 :]))
 
 
@@ -28,10 +33,13 @@ def _cat(tensors, dim=0):
 def _stack(tensors, dim=0):
     sure(tensors)
     same_dtype(*tensors)
-    plain(*tensors)
     shape = tensors[0].shape
     d = axis(dim, len(shape) + 1)
     sure(all(t.shape == shape for t in tensors))
+    if d < len(shape):  # the kernel joins along this dimension and views it as two
+        contiguous_joined([(shape, t.stride) for t in tensors])
+    else:
+        contiguous_joined([((*shape, 1), (*t.stride, 1)) for t in tensors])
     return new(tensors[0], (*shape[:d], len(tensors), *shape[d:]))
 
 

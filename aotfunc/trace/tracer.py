@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import shapes
+from .emit import paused_gc
 from .records import Record, instr_op, results_of, written_slots
 from .replay import Replay
-from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, sig_of
-from .traced import Traced, check_kind, check_leak, quiet, storage_id, under_way
+from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
+from .traced import HOOKS, Traced, check_kind, check_leak, quiet, storage_id, under_way
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -33,8 +35,8 @@ _grad_enabled = torch.is_grad_enabled
 class Trace(TorchDispatchMode):
     """One recording. Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
 
-    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``); ``why_not`` says why where
-    they may not. Values that depend on no input may be asked for all the same: with ``constants`` on closed-over
+    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``), None for those of which
+    ``samples`` says that they are samples of a batch; ``why_not`` says why where they may not. Values that depend on no input may be asked for all the same: with ``constants`` on closed-over
     tensors too. Without ``intent`` autograd is left alone (derived rules use it).
     """
 
@@ -56,7 +58,8 @@ class Trace(TorchDispatchMode):
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
         self.why_not = why_not
-        self.concrete_inputs: list[Tensor] | None = None
+        self.concrete_inputs: list[Tensor | None] | None = None
+        self.samples: Any = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
         self._reached: tuple[Any, set[int], int, int] | None = None  # see _active
@@ -201,13 +204,12 @@ class Trace(TorchDispatchMode):
         try:
             return shapes.infer(func, targs, tkwargs, sigs)
         except Exception:
-            from torch.utils._pytree import tree_map_only
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
 
-            args, kwargs = tree_map_only(
-                Tensor, lambda t: self.value(t, f"the shape of {func}'s result"), (args, kwargs)
-            )
-            with torch._C._DisableTorchDispatch(), torch.no_grad():
-                return shapes.signatures(func(*args, **kwargs))
+        def shape(*values: Tensor) -> Any:
+            return shapes.signatures(func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()}))
+
+        return self.answer(shape, tensors, f"the shape of {func}'s result")
 
     def wrap(self, outs: Any, facts: Any = None) -> Any:
         """Traced values for signatures, in the same structure."""
@@ -332,31 +334,40 @@ class Trace(TorchDispatchMode):
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
         """The real value of ``t``: what has been recorded so far is run on the concrete inputs."""
+        return self.answer(lambda value: value, [t], what)
+
+    def answer(self, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
+        """``question(*values)`` for the real values of ``tensors``. Where there is one for each sample of a batch, all
+        samples must give the same answer.
+        """
+        values = [self._known(t) for t in tensors]
+        if any(v is None for v in values):
+            inner = tensors[0].tracer if len(tensors) == 1 and tensors[0].__class__ is Traced else self
+            return HOOKS["agreed"](inner, question, tensors, what)
+        with quiet(), torch.no_grad():
+            return question(*values)
+
+    def _known(self, t: Tensor) -> Tensor | None:
+        """The value of ``t`` if it depends on nothing but known inputs."""
         if t.__class__ is Traced and t.tracer is not self:
-            return t.tracer.value(t, what)
+            return t.tracer._known(t)
         ref = t.ref if t.__class__ is Traced else self._lift_refs.get(id(t))
         if ref is None or (t.__class__ is not Traced and not self.mutates):
             return t
-        found = None
-        if self.concrete_inputs is not None or not self.finished:
-            if self._values is None:
-                self._values = Replay(self)
-            found = self._values.value(ref)
-        if found is None:
-            reason = self.why_not or "this value belongs to a capture that is over"
-            raise CaptureError(
-                f"{what} was asked for, but {reason}{at(debug.user_line())}. Return it from the function "
-                "(has_aux=True), use torch.where instead of `if`, or pass the value as a Python argument."
-            )
-        return found
+        if self.finished and self.concrete_inputs is None:
+            return None
+        if self._values is None:
+            self._values = Replay(self)
+        return self._values.value(ref)
 
 
 @contextmanager
 def recording(trace: Trace) -> Iterator[Trace]:
     """Record into ``trace`` meanwhile: with gradients on, autocast's cache and nn's fast paths off, functorch's
-    levels aside.
+    levels aside, no garbage collection.
     """
     with ExitStack() as stack:
+        stack.enter_context(paused_gc())
         if torch._C._functorch.peek_interpreter_stack() is not None:
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
@@ -392,13 +403,11 @@ def _conj(trace: Trace, x: Tensor) -> Tensor:
 
 
 def _scalar(trace: Trace, x: Tensor) -> Any:
-    with quiet():
-        return trace.value(x, "a number").item()
+    return trace.answer(Tensor.item, [x], "a number")
 
 
 def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
-    with quiet():
-        return torch.equal(trace.value(a, "a truth value"), trace.value(b, "a truth value"))
+    return trace.answer(torch.equal, [a, b], "a truth value")
 
 
 def _batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps, *cudnn):  # type: ignore[no-untyped-def]
