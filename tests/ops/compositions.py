@@ -1,26 +1,39 @@
-"""One op under vjp, jvp, vmap and three pairs of them, each against torch.autograd, forward AD or a loop.
+"""One op under vjp, jvp, vmap and four pairs of them: a library's answer against an independent one.
 
-A check gets a Call (an op with one sample, as a function of its floating leaves) and raises AssertionError on a wrong
-result, NoReference where PyTorch itself has no answer to compare with.
+A check gets the library (``lib.vjp``, ``lib.jvp``, ``lib.vmap``) and a Call (an op with one sample, as a function of
+its floating leaves). It raises Wrong on a wrong result, NoReference where nothing has an answer to compare with, and
+lets the library's own errors through. The reference is always asked first, so an error is the library's alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-import aotfunc
-
-SEED = 11
-TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
-
-
-class NoReference(Exception):
-    """PyTorch has no derivative here (or its own loop fails), so there is nothing to compare with."""
+from tests.ops.references import (
+    LOOSE,
+    NoReference,
+    backward,
+    backward_twice,
+    close,
+    copies,
+    difference,
+    difference_of_backward,
+    finite,
+    forward_ad,
+    inner,
+    judge,
+    leaf,
+    noise,
+    reference,
+    same_kind,
+    second_difference,
+    seeded,
+)
 
 
 @dataclass
@@ -31,9 +44,10 @@ class Call:
     primals: list[torch.Tensor]
     others: list[torch.Tensor]  # the integer and boolean tensors among the arguments
     rebuilt: Callable[[list[torch.Tensor], list[torch.Tensor]], object]  # every tensor output, from both kinds
+    trusted: bool = True  # autograd's own derivative is right
 
     @staticmethod
-    def of(op, sample) -> Call:
+    def of(op, sample, trusted: bool = True) -> Call:
         leaves, tree = tree_flatten((sample.input, sample.args, sample.kwargs))
         is_float = [isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves]
         is_other = [isinstance(x, torch.Tensor) and not m for x, m in zip(leaves, is_float)]
@@ -50,111 +64,26 @@ class Call:
 
         primals = [x.detach() for x, m in zip(leaves, is_float) if m]
         others = [x for x, o in zip(leaves, is_other) if o]
-        return Call(f, primals, others, lambda p, o: [x for x in tree_leaves(run(p, o)) if isinstance(x, torch.Tensor)])
+        tensors = lambda p, o: [x for x in tree_leaves(run(p, o)) if isinstance(x, torch.Tensor)]
+        return Call(f, primals, others, tensors, trusted)
 
-
-def seeded(run: Callable):
-    torch.manual_seed(SEED)
-    return run()
-
-
-def reference(run: Callable):
-    """The reference's answer; its refusal is no failure of ours."""
-    try:
-        return seeded(run)
-    except (TimeoutError, NoReference):
-        raise
-    except (RuntimeError, NotImplementedError, ValueError, IndexError, TypeError) as error:
-        raise NoReference(str(error)) from None
-
-
-def tolerance_of(dtypes: set[torch.dtype]) -> dict[str, float]:
-    if torch.bfloat16 in dtypes:
-        return {"rtol": 5e-2, "atol": 5e-2}
-    return TOLERANCE if dtypes <= {torch.float64, torch.complex128} else {"rtol": 1e-3, "atol": 1e-3}
-
-
-def close(got, want, what: str, like=()) -> None:
-    """``like`` are tensors whose precision ``want`` was computed in, where it is not its own."""
-    got, want = list(got), list(want)
-    assert len(got) == len(want), f"{what}: {len(got)} results, {len(want)} expected"
-    for i, (a, e) in enumerate(zip(got, want)):
-        assert a.dtype == e.dtype, f"{what}[{i}]: {a.dtype}, expected {e.dtype}"
-        assert a.shape == e.shape, f"{what}[{i}]: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
-        tolerance = tolerance_of({t.dtype for t in [e, *like]})
-        if not (e.is_floating_point() or e.is_complex()):
-            tolerance = {"rtol": 0, "atol": 0}
-        a, e = a.detach().resolve_conj().resolve_neg(), e.detach().resolve_conj().resolve_neg()
-        ok = torch.isclose(a, e, equal_nan=True, **tolerance)
-        if what != "output":
-            ok |= e.isnan()  # an indeterminate form of eager's formula; another formula may well be finite there
-        if not ok.all():
-            worst = (a - e)[~ok].abs().max().item() if e.dtype != torch.bool else 1
-            raise AssertionError(f"{what}[{i}]: {int((~ok).sum())} of {ok.numel()} wrong, by up to {worst:.3g}")
-
-
-def noise(tensors) -> list[torch.Tensor]:
-    return [torch.randn(t.shape, dtype=t.dtype, generator=_generator()) for t in tensors]
-
-
-def _generator(seed=[0]) -> torch.Generator:  # noqa: B006  a counter: reproducible, and another draw each time
-    seed[0] += 1
-    return torch.Generator().manual_seed(seed[0])
-
-
-# references ----------------------------------------------------------------------------------------------------------
-
-
-def backward(f, primals, cotangents, create_graph=False):
-    """torch.autograd's vjp; zeros where nothing depends. primals must be leaves or non-leaves that require grad."""
-    with torch.enable_grad():
-        outs = f(*primals)
-        pairs = [(o, c) for o, c in zip(outs, cotangents) if o.requires_grad]
-        if not pairs:
-            raise NoReference("no output requires grad")
-        gs = torch.autograd.grad(
-            [o for o, _ in pairs], primals, [c for _, c in pairs], create_graph=create_graph, allow_unused=True
-        )
-    return [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for g, p in zip(gs, primals)]
-
-
-def leaf(tensors) -> list[torch.Tensor]:
-    return [t.detach().clone().requires_grad_() for t in tensors]
-
-
-def forward_ad(f, primals, tangents):
-    with fwAD.dual_level():
-        duals = [fwAD.unpack_dual(o) for o in f(*[fwAD.make_dual(p.clone(), t) for p, t in zip(primals, tangents)])]
-        return [torch.zeros_like(d.primal) if d.tangent is None else d.tangent for d in duals]
-
-
-def inner(us, vs) -> torch.Tensor:
-    """The real inner product of two lists of tensors."""
-    return sum(((u.conj() * v).real.double().sum() for u, v in zip(us, vs)), torch.zeros((), dtype=torch.float64))
-
-
-def finite(x: torch.Tensor) -> torch.Tensor:
-    """An inner product that a NaN of the reference swallowed says nothing."""
-    if not x.isfinite():
-        raise NoReference("the reference is not finite")
-    return x
-
-
-def copies(tensors) -> list[torch.Tensor]:
-    """For ops that write to their arguments (batch norm's statistics): the sample itself stays as it is."""
-    return [t.clone() for t in tensors]
+    def judge(self, *by_autograd: Callable[[], None], by_numbers: Callable[[], None]) -> None:
+        judge(*(by_autograd if self.trusted else ()), by_numbers)
 
 
 def moves(f, primals) -> list[bool]:
-    """Which outputs depend on the primals by a derivative."""
-    return [o.requires_grad for o in seeded(lambda: f(*leaf(primals)))]
+    """Which outputs depend on the primals by a derivative; all of them where autograd does not know."""
+    try:
+        return [o.requires_grad for o in seeded(lambda: f(*leaf(primals)))]
+    except NotImplementedError:
+        return [True for _ in seeded(lambda: f(*copies(primals)))]
 
 
-# the checks ----------------------------------------------------------------------------------------------------------
+def setup(call: Call):
+    """(f restricted to the outputs that have a derivative, cotangents, all of it finite).
 
-
-def differentiable(call: Call):
-    """(f, cotangent-like outputs) restricted to the outputs that have a derivative."""
+    Where f itself is not finite, derivatives are NaN in one formula and not in another.
+    """
     if not call.primals:
         raise NoReference("no floating argument")
     kept = reference(lambda: moves(call.f, call.primals))
@@ -164,44 +93,82 @@ def differentiable(call: Call):
     def f(*primals):
         return [o for o, keep in zip(call.f(*primals), kept) if keep]
 
-    return f, [o.detach() for o in seeded(lambda: call.f(*copies(call.primals)))], kept
+    outs = [o.detach() for o in reference(lambda: f(*copies(call.primals)))]
+    if not all(t.isfinite().all() for t in [*call.primals, *outs]):
+        raise NoReference("not finite")
+    return f, noise(outs, seed=1)
 
 
-def pull(f):
-    """(primals, cotangents) -> gradients, by aotfunc."""
+def pull(lib, f):
+    """(primals, cotangents) -> gradients."""
 
     def run(primals, cotangents):
-        _, back = aotfunc.vjp(f, *primals)
+        _, back = lib.vjp(f, *primals)
         return list(back(list(cotangents)))
 
     return run
 
 
-def setup(call: Call):
-    """(f, cotangents); where f itself is not finite, derivatives are NaN in one formula and not in another."""
-    f, outs, kept = differentiable(call)
-    if not all(t.isfinite().all() for t in [*call.primals, *outs]):
-        raise NoReference("not finite")
-    return f, noise([o for o, keep in zip(outs, kept) if keep])
+def push(lib, f):
+    """(primals, tangents) -> tangents of the outputs."""
+    return lambda primals, tangents: list(lib.jvp(f, tuple(primals), tuple(tangents))[1])
 
 
-def check_vjp(call: Call, variant: int) -> None:
+def check_vjp(lib, call: Call, variant: int) -> None:
     f, cts = setup(call)
-    want = reference(lambda: backward(f, leaf(call.primals), cts))
-    close(seeded(lambda: pull(f)(copies(call.primals), cts)), want, "gradient")
+    tangents = noise(call.primals, seed=2)
+
+    @cache
+    def got():
+        gs = seeded(lambda: pull(lib, f)(copies(call.primals), cts))
+        same_kind(gs, call.primals, "gradient")
+        return gs
+
+    def by_autograd():
+        want = reference(lambda: backward(f, leaf(call.primals), cts))
+        close(got(), want, "gradient")
+
+    def by_differences():
+        want = finite(inner(cts, reference(lambda: difference(f, call.primals, tangents))))
+        close([inner(got(), tangents)], [want], "inner product with differences", tolerance_for(cts))
+
+    call.judge(by_autograd, by_numbers=by_differences)
 
 
-def check_jvp(call: Call, variant: int) -> None:
+def check_jvp(lib, call: Call, variant: int) -> None:
     f, cts = setup(call)
-    tangents = noise(call.primals)
-    outs, got = seeded(lambda: aotfunc.jvp(f, tuple(copies(call.primals)), tuple(tangents)))
-    close(outs, seeded(lambda: f(*copies(call.primals))), "output")
-    try:
-        return close(got, reference(lambda: forward_ad(f, call.primals, tangents)), "tangent")
-    except (NoReference, AssertionError):
-        # no forward AD there, or a wrong one (scatter_reduce's product): <ct, J t> = <J^T ct, t> decides
-        gs = reference(lambda: backward(f, leaf(call.primals), cts))
-        close([inner(cts, got)], [finite(inner(gs, tangents))], "inner product with the vjp", like=cts)
+    tangents = noise(call.primals, seed=2)
+
+    @cache
+    def got():
+        outs, ts = seeded(lambda: lib.jvp(f, tuple(copies(call.primals)), tuple(tangents)))
+        close(outs, seeded(lambda: f(*copies(call.primals))), "output")
+        same_kind(ts, outs, "tangent")
+        return ts
+
+    def by_forward_ad():
+        want = reference(lambda: forward_ad(f, call.primals, tangents))
+        close(got(), want, "tangent")
+
+    def by_autograd():
+        want = finite(inner(reference(lambda: backward(f, leaf(call.primals), cts)), tangents))
+        close([inner(cts, got())], [want], "inner product with the vjp", like=cts)
+
+    def by_differences():
+        want = reference(lambda: difference(f, call.primals, tangents))
+        close(widened(got()), want, "difference", tolerance_for(cts))
+
+    call.judge(by_forward_ad, by_autograd, by_numbers=by_differences)
+
+
+def widened(tensors):
+    return [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in tensors]
+
+
+def tolerance_for(cts) -> dict[str, float] | None:
+    """For what differences gave: looser in float64, and in float32 as ever."""
+    wide = all(c.dtype in (torch.float64, torch.complex128) for c in cts)
+    return LOOSE if wide else {"rtol": 1e-3, "atol": 1e-3}
 
 
 def batch(tensors, loop_ok: Callable[[list], object]) -> list[torch.Tensor]:
@@ -214,7 +181,7 @@ def batch(tensors, loop_ok: Callable[[list], object]) -> list[torch.Tensor]:
     return [torch.stack([a, b]) for a, b in zip(tensors, second)]
 
 
-def check_vmap(call: Call, variant: int) -> None:
+def check_vmap(lib, call: Call, variant: int) -> None:
     """Variant 0 batches every tensor, 1 only the first, 2 the floating ones, at the last dimension."""
     primals, others = call.primals, call.others
     both = [*primals, *others]
@@ -240,58 +207,130 @@ def check_vmap(call: Call, variant: int) -> None:
         return [torch.stack(list(column)) for column in zip(*rows)]
 
     want = reference(loop)
-    close(seeded(lambda: aotfunc.vmap(run, in_dims=dims)(*copies(args))), want, "output")
+    close(seeded(lambda: lib.vmap(run, in_dims=dims)(*copies(args))), want, "output")
 
 
-def check_vjpvjp(call: Call, variant: int) -> None:
-    f, cts = setup(call)
-    seconds = noise(call.primals)
-
-    def want():
-        p, c = leaf(call.primals), leaf(cts)
-        gs = backward(f, p, c, create_graph=True)
-        return backward(lambda *_: gs, [*p, *c], seconds)
-
-    expected = reference(want)
-    got = seeded(lambda: aotfunc.vjp(pull(f), copies(call.primals), list(cts))[1](seconds))
-    close([*got[0], *got[1]], expected, "second gradient")
+def rows_of(primals, cts, run: Callable):
+    """The two samples of a batch, one after another: ``run(primals, cts)`` gives a list, and so does this, stacked."""
+    rows = [run([p[i] for p in primals], [c[i] for c in cts]) for i in range(2)]
+    return [torch.stack(list(column)) for column in zip(*rows)]
 
 
-def check_jvpvjp(call: Call, variant: int) -> None:
-    """<s, d(gradient)[t, u]> = <second gradient of s, [t, u]>."""
-    f, cts = setup(call)
-    tangents, ct_tangents, seconds = noise(call.primals), noise(cts), noise(call.primals)
-
-    def want():
-        p, c = leaf(call.primals), leaf(cts)
-        gs = backward(f, p, c, create_graph=True)
-        return backward(lambda *_: gs, [*p, *c], seconds)
-
-    expected = finite(inner(reference(want), [*tangents, *ct_tangents]))
-    run = lambda: aotfunc.jvp(pull(f), (copies(call.primals), list(cts)), (tangents, ct_tangents))
-    gs, got = seeded(run)
-    close(gs, reference(lambda: backward(f, leaf(call.primals), cts)), "gradient")
-    close([inner(seconds, got)], [expected], "inner product with the second gradient", like=cts)
-
-
-def check_vmapvjp(call: Call, variant: int) -> None:
+def check_vmapvjp(lib, call: Call, variant: int) -> None:
     f, cts = setup(call)
     primals = batch(call.primals, lambda ts: backward(f, leaf(ts), cts))
+    tangents = noise(call.primals, seed=2)
     cts = [torch.stack([c, -0.5 * c]) for c in cts]
 
-    def loop():
-        rows = [backward(f, leaf([p[i] for p in primals]), [c[i] for c in cts]) for i in range(2)]
-        return [torch.stack(list(column)) for column in zip(*rows)]
+    @cache
+    def got():
+        gs = seeded(lambda: lib.vmap(pull(lib, f))(copies(primals), cts))
+        same_kind(gs, primals, "gradient")
+        return gs
 
-    want = reference(loop)
-    close(seeded(lambda: aotfunc.vmap(pull(f))(primals, cts)), want, "gradient")
+    def by_loop():
+        want = reference(lambda: rows_of(primals, cts, lambda p, c: backward(f, leaf(p), c)))
+        close(got(), want, "gradient")
+
+    def by_differences():
+        along = lambda p, c: [finite(inner(c, difference(f, p, tangents)))]
+        (want,) = reference(lambda: rows_of(primals, cts, along))
+        found = torch.stack([inner([g[i] for g in got()], tangents) for i in range(2)])
+        close([found], [want], "inner product with differences", tolerance_for(cts))
+
+    call.judge(by_loop, by_numbers=by_differences)
+
+
+def check_vmapjvp(lib, call: Call, variant: int) -> None:
+    f, cts = setup(call)
+    primals = batch(call.primals, lambda ts: f(*ts))
+    tangents = noise(primals, seed=2)
+
+    @cache
+    def got():
+        return seeded(lambda: lib.vmap(push(lib, f))(copies(primals), tangents))
+
+    def by_loop():
+        want = reference(lambda: rows_of(primals, tangents, lambda p, t: forward_ad(f, p, t)))
+        close(got(), want, "tangent")
+
+    def by_autograd():
+        along = lambda p, t: [finite(inner(backward(f, leaf(p), cts), t))]
+        (want,) = reference(lambda: rows_of(primals, tangents, along))
+        same_kind([o[0] for o in got()], cts, "tangent")
+        found = torch.stack([inner(cts, [o[i] for o in got()]) for i in range(2)])
+        close([found], [want], "inner product with the vjp", like=cts)
+
+    def by_differences():
+        want = reference(lambda: rows_of(primals, tangents, lambda p, t: difference(f, p, t)))
+        same_kind([o[0] for o in got()], cts, "tangent")
+        close(widened(got()), want, "difference", tolerance_for(cts))
+
+    call.judge(by_loop, by_autograd, by_numbers=by_differences)
+
+
+def check_vjpvjp(lib, call: Call, variant: int) -> None:
+    f, cts = setup(call)
+    inputs, seconds = [*call.primals, *cts], noise(call.primals, seed=3)
+    tangents = noise(inputs, seed=4)
+
+    @cache
+    def got():
+        first, second = seeded(lambda: lib.vjp(pull(lib, f), copies(call.primals), list(cts))[1](seconds))
+        same_kind([*first, *second], inputs, "second gradient")
+        return [*first, *second]
+
+    def by_two_passes():
+        want = reference(lambda: backward_twice(f, call.primals, cts, seconds))
+        close(got(), want, "second gradient")
+
+    def by_differences():
+        moved = reference(lambda: difference_of_backward(f, call.primals, cts, tangents))
+        want = finite(inner(seconds, moved))
+        close([inner(got(), tangents)], [want], "inner product with differences", tolerance_for(cts))
+
+    def by_second_differences():
+        want = reference(lambda: second_difference(f, call.primals, cts, tangents, seconds))
+        close([inner(got(), tangents)], [want], "inner product with second differences", tolerance_for(cts))
+
+    call.judge(by_two_passes, by_differences, by_numbers=by_second_differences)
+
+
+def check_jvpvjp(lib, call: Call, variant: int) -> None:
+    """<s, d(gradient)[t, u]> = <second gradient of s, [t, u]>."""
+    f, cts = setup(call)
+    tangents, ct_tangents, seconds = noise(call.primals, seed=4), noise(cts, seed=5), noise(call.primals, seed=3)
+
+    @cache
+    def got():
+        run = lambda: lib.jvp(pull(lib, f), (copies(call.primals), list(cts)), (tangents, ct_tangents))
+        gs, moved = seeded(run)
+        same_kind(moved, call.primals, "tangent of the gradient")
+        return gs, moved
+
+    def by_two_passes():
+        expected = reference(lambda: backward_twice(f, call.primals, cts, seconds))
+        want = finite(inner(expected, [*tangents, *ct_tangents]))
+        close(got()[0], reference(lambda: backward(f, leaf(call.primals), cts)), "gradient")
+        close([inner(seconds, got()[1])], [want], "inner product with the second gradient", like=cts)
+
+    def by_differences():
+        want = reference(lambda: difference_of_backward(f, call.primals, cts, [*tangents, *ct_tangents]))
+        close(widened(got()[1]), want, "difference of the gradient", tolerance_for(cts))
+
+    def by_second_differences():
+        want = reference(lambda: second_difference(f, call.primals, cts, [*tangents, *ct_tangents], seconds))
+        close([inner(seconds, got()[1])], [want], "inner product with second differences", tolerance_for(cts))
+
+    call.judge(by_two_passes, by_differences, by_numbers=by_second_differences)
 
 
 COMPOSITIONS = {
     "vjp": check_vjp,
     "jvp": check_jvp,
     "vmap": check_vmap,
-    "vjpvjp": check_vjpvjp,
-    "jvpvjp": check_jvpvjp,
     "vmapvjp": check_vmapvjp,
+    "jvpvjp": check_jvpvjp,
+    "vjpvjp": check_vjpvjp,
+    "vmapjvp": check_vmapjvp,
 }

@@ -10,149 +10,154 @@ from pathlib import Path
 
 import torch
 from torch.testing._internal import common_methods_invocations as opinfos
+from torch.testing._internal.autograd_function_db import autograd_function_db
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.custom_op_db import custom_op_db
+from torch.utils._pytree import tree_leaves
 
-from tests.ops.compositions import COMPOSITIONS, Call, NoReference
+import aotfunc
+from tests.ops.compositions import COMPOSITIONS, Call
+from tests.ops.references import NoReference, Wrong
 
+LIBRARIES = {"aotfunc": aotfunc, "torch": torch.func}
 KNOWN = Path(__file__).with_name("known_failures.txt")
 SAMPLES = 3
-LIMIT_S = 20.0  # one op, dtype and composition
-DTYPES = {"float64": torch.float64, "complex128": torch.complex128, "int64": torch.int64, "bool": torch.bool}
+LARGE = 3000  # elements of one sample, where there are smaller ones
+LIMIT_S = 20.0  # of processor time, for one op, dtype and composition
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "complex128": torch.complex128}
+INTEGERS = {"int64": torch.int64, "bool": torch.bool}
+
+DB = [*op_db, *autograd_function_db, *custom_op_db]
 
 # OpInfo seeds inside the function, which a capture does once and its graph does not do again: here the checks seed.
 seeding, opinfos.wrapper_set_seed = opinfos.wrapper_set_seed, lambda op, *args, **kwargs: op(*args, **kwargs)
-for op in op_db:
+for op in DB:
     if op.gradcheck_wrapper is seeding:
         op.gradcheck_wrapper = opinfos.wrapper_set_seed
 
-# Not functions of their inputs: uninitialised memory, or a result that is not a tensor.
-NO_FUNCTION = {
-    "empty",
-    "empty_like",
-    "empty_permuted",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "item",
-    "equal",
-}
-NO_FUNCTION |= {"jiterator_2inputs_2outputs", "jiterator_4inputs_with_extra_args", "jiterator_binary"}  # CUDA alone
-NO_FUNCTION |= {
-    "jiterator_binary_return_by_ref",
-    "jiterator_unary",
-    "allclose",
-    "resize_",
-    "resize_as_",
-    "is_pinned",
-    "to_sparse",
-    "sparse_mm_reduce",
-    "sparse_sampled_addmm",
-}
+
+def names(text: str) -> set[str]:
+    return set(text.split())
+
+
+# Not functions of their inputs (uninitialised memory), results that are no tensors, sparse ones, and CUDA's alone.
+NO_FUNCTION = names(
+    """
+    empty empty_like empty_permuted empty_strided new_empty new_empty_strided item equal allclose is_pinned
+    resize_ resize_as_ to_sparse sparse_mm_reduce sparse_sampled_addmm jiterator_unary jiterator_binary
+    jiterator_2inputs_2outputs jiterator_4inputs_with_extra_args jiterator_binary_return_by_ref
+    """
+)
 # vmap asks which kind of randomness is meant, and PyTorch's two kinds are tested in tests/func/test_random.py.
-RANDOM = {
-    "bernoulli",
-    "multinomial",
-    "normal",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "randint",
-    "randn",
-    "uniform",
-}
-RANDOM |= {"cauchy", "exponential", "geometric", "log_normal", "pca_lowrank", "svd_lowrank", "normal_number_mean"}
-RANDOM |= {
-    "nn_functional_" + n for n in ("dropout", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-}
-RANDOM |= {
-    "nn_functional_feature_alpha_dropout_with_train",
-    "nn_functional_rrelu",
-    "nn_functional_fractional_max_pool2d",
-}
-RANDOM |= {"nn_functional_fractional_max_pool3d", "nn_functional_scaled_dot_product_attention", "normal_in_place"}
-RANDOM |= {"nn_functional_multi_head_attention_forward"}
-
+RANDOM = names(
+    """
+    bernoulli multinomial normal normal_in_place normal_number_mean rand_like randn_like randint_like randint randn
+    uniform cauchy exponential geometric log_normal pca_lowrank svd_lowrank
+    nn_functional_dropout nn_functional_dropout2d nn_functional_dropout3d nn_functional_alpha_dropout
+    nn_functional_feature_alpha_dropout_with_train nn_functional_feature_alpha_dropout_without_train
+    nn_functional_rrelu nn_functional_fractional_max_pool2d nn_functional_fractional_max_pool3d
+    """
+)
 # vmap has no answer where a result's shape depends on values; which error it is, is tested in tests/func/test_vmap.py.
-RANDOM_OR_RAGGED = RANDOM | {"argwhere", "bincount", "masked_select", "nonzero", "unique", "unique_consecutive"}
+RAGGED = names("argwhere bincount masked_select nonzero unique unique_consecutive NumpyNonzeroCustomOp")
+# Random in some samples only, which are left out.
+DROPPING = {"nn_functional_scaled_dot_product_attention", "nn_functional_multi_head_attention_forward"}
 
-# autograd's own gradient is not that of finite differences (test_ops.py compares with those)
+# autograd's own gradient is not that of finite differences, and those decide
 WRONG_IN_AUTOGRAD = {"as_strided_scatter"}
 
-OPS = {op.formatted_name: op for op in op_db}
-OPS = {name: op for name, op in OPS.items() if op.name not in NO_FUNCTION and not op.name.startswith("sparse")}
+OPS = {op.formatted_name: op for op in DB if op.name not in NO_FUNCTION and op.formatted_name not in NO_FUNCTION}
 
 
 def dtypes(op) -> list[str]:
-    """float64 and complex128 where the op takes them, else one integer type (for vmap alone)."""
+    """The three dtypes as far as the op takes them, else one integer type (for vmap alone)."""
     given = op.supported_dtypes("cpu")
-    found = [d for d in ("float64", "complex128") if DTYPES[d] in given]
-    return found or [d for d in ("int64", "bool") if DTYPES[d] in given][:1]
+    found = [name for name, dtype in DTYPES.items() if dtype in given]
+    return found or [name for name, dtype in INTEGERS.items() if dtype in given][:1]
 
 
 def compositions(name: str, dtype: str) -> list[str]:
     op = OPS[name]
-    floating = dtype in ("float64", "complex128")
-    derivative = op.supports_autograd and DTYPES[dtype] in op.supported_backward_dtypes("cpu")
-    if not (floating and derivative):
-        return [] if name in RANDOM_OR_RAGGED else ["vmap"]
-    found = [c for c in COMPOSITIONS if not (name in RANDOM_OR_RAGGED and "vmap" in c)]
-    return [c for c in found if name not in WRONG_IN_AUTOGRAD or "vjp" not in c]
+    found = list(COMPOSITIONS)
+    if not (dtype in DTYPES and op.supports_autograd and DTYPES[dtype] in op.supported_backward_dtypes("cpu")):
+        found = ["vmap"]
+    return [c for c in found if not (name in RANDOM | RAGGED and "vmap" in c)]
+
+
+def draws(sample) -> bool:
+    """Whether an attention sample has dropout."""
+    given = sample.kwargs.get("dropout_p", 0.0) or (sample.args[9:10] or (0.0,))[0]
+    return bool(given)
 
 
 def samples(name: str, dtype: str) -> list:
-    """Up to SAMPLES small ones, spread over the op's list."""
+    """Up to SAMPLES small ones, spread over the op's list; the smallest ones where all are large."""
     torch.manual_seed(0)
-    found = []
-    for sample in OPS[name].sample_inputs("cpu", DTYPES[dtype], requires_grad=False):
-        tensors = [
-            t
-            for t in torch.utils._pytree.tree_leaves((sample.input, sample.args, sample.kwargs))
-            if isinstance(t, torch.Tensor)
-        ]
-        if sum(t.numel() for t in tensors) <= 3000 and all(t.layout == torch.strided for t in tensors):
-            found.append(sample)
+    found, large = [], []
+    for sample in OPS[name].sample_inputs("cpu", (DTYPES | INTEGERS)[dtype], requires_grad=False):
+        leaves = tree_leaves((sample.input, sample.args, sample.kwargs))
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        if any(t.layout != torch.strided for t in tensors) or (name in DROPPING and draws(sample)):
+            continue
+        size = sum(t.numel() for t in tensors)
+        (found if size <= LARGE else large).append((size, sample))
         if len(found) == 60:
             break
+    found = found or sorted(large, key=lambda pair: pair[0])[:SAMPLES]
     step = max(1, (len(found) - 1) // max(SAMPLES - 1, 1))
-    return found[::step][:SAMPLES]
+    return [sample for _, sample in found[::step][:SAMPLES]]
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
+    """A limit in processor time, so that a busy machine changes no outcome."""
+
     def expired(signum, frame):
         raise TimeoutError(f"longer than {seconds:g} s")
 
-    old = signal.signal(signal.SIGALRM, expired)
-    left = signal.setitimer(signal.ITIMER_REAL, seconds)[0]
+    old = signal.signal(signal.SIGPROF, expired)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left)
-        signal.signal(signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
 
 
-def check(name: str, dtype: str, composition: str) -> str:
-    """'pass', 'skip: why' (PyTorch has no reference), or 'FAIL: why'."""
+def check(name: str, dtype: str, composition: str, lib: str = "aotfunc") -> str:
+    """'right', 'error: what', 'wrong: how' or 'none: why there is no reference'."""
     compared, reason = 0, "no sample"
+    text = lambda error: " ".join(str(error).split())[:160]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with limited(LIMIT_S):
                 for variant, sample in enumerate(samples(name, dtype)):
+                    call = Call.of(OPS[name], sample, trusted=name not in WRONG_IN_AUTOGRAD)
                     try:
-                        COMPOSITIONS[composition](Call.of(OPS[name], sample), variant)
+                        COMPOSITIONS[composition](LIBRARIES[lib], call, variant)
                         compared += 1
                     except NoReference as none:
-                        reason = str(none)
+                        reason = text(none)
+        except Wrong as error:
+            return f"wrong: {text(error)}"
         except Exception as error:
-            text = " ".join(str(error).split())
-            return f"FAIL: {type(error).__name__}: {text[:160]}"
-    return "pass" if compared else f"skip: {' '.join(reason.split())[:120]}"
+            return f"error: {type(error).__name__}: {text(error)}"
+    return "right" if compared else f"none: {reason}"
 
 
-def run(name: str) -> dict[tuple[str, str], str]:
+def failed(outcome: str) -> bool:
+    return outcome.startswith(("error", "wrong"))
+
+
+def cells(name: str) -> list[tuple[str, str]]:
     """Every (dtype, composition) of one op."""
-    return {(d, c): check(name, d, c) for d in dtypes(OPS[name]) for c in compositions(name, d)}
+    return [(d, c) for d in dtypes(OPS[name]) for c in compositions(name, d)]
+
+
+def run(name: str, lib: str = "aotfunc", only: tuple[str, ...] | None = None) -> dict[tuple[str, str], str]:
+    """The outcome of every cell of one op, or of those in the dtypes ``only``."""
+    return {(d, c): check(name, d, c, lib) for d, c in cells(name) if only is None or d in only}
 
 
 def known() -> dict[tuple[str, str, str], str]:
