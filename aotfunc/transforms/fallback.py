@@ -101,6 +101,8 @@ def forward_rule(op: OpOverload) -> Callable:
     """A forward rule from forward AD's formula."""
 
     def rule(tangents: tuple, out: Any, *args: Any) -> Any:
+        if op.namespace != "aten":  # forward AD has no formula for a custom op, and takes its tangent for zero
+            raise NoFormula("PyTorch has forward formulas for its own ops alone")
         with forward_ad.dual_level():
 
             def dual(a: Any, t: Any) -> Any:
