@@ -28,6 +28,7 @@ from .arguments import (
     tensor_index,
     tensors_of,
 )
+from .asked import Samples
 from .debug import outside_dynamo
 from .errors import ArgumentError
 from .graph import Program
@@ -348,12 +349,13 @@ def _batched(
     samples = {
         k: sample_sig(x, d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None
     }
+    tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
     rec = record(
         func,
         arguments.leaves,
         arguments.rebuilt,
         samples=samples,
-        why_not="there is one for each sample of the batch",
+        batch=Samples(tensor_dims, size, randomness),
         name_of=parameter_names(func, arguments),
     )
     if isinstance(out_dims, list):
@@ -372,7 +374,6 @@ def _batched(
     results_dims = tuple(flat[k] for k in rec.tensors)
     base = rec.program()
     tensors = tensors_of(arguments)
-    tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
     sigs = tuple(x.sig if x.__class__ is Traced else sig_of(x) for x in tensors)
     own = rec.aliases
     key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)

@@ -17,7 +17,7 @@ ROWS = [
     ("aot", "check"),
     ("func", "module", "stateless", "guards", "autograd"),
     ("run", "arguments"),
-    ("aliasing",),
+    ("aliasing", "asked"),
     ("partition", "backends"),
     ("transforms",),
     ("trace", "rules"),

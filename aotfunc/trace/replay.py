@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import CaptureError
 from .records import instr_run, results_of, written_slots
-from .traced import Traced, quiet, storage_id
+from .traced import Traced, quiet, storage_id, under_way
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -25,10 +24,13 @@ class Replay:
         self.done = 0
         self.env: dict[int, Any] = {}
         self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
+        # samples of a batch, and recordings inside of others, start at another state of the generator
+        self.draws = trace.samples is None and under_way.traces[:1] in ([], [trace])
         if trace.concrete_inputs is not None:
-            with quiet():
-                reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in trace.concrete_inputs]
-                self.env = {i: self.copy(t) for i, t in enumerate(reals)}
+            for i, t in enumerate(trace.concrete_inputs):
+                if t is not None and (real := t.tracer._known(t) if t.__class__ is Traced else t) is not None:
+                    with quiet():
+                        self.env[i] = self.copy(real)
         self.rng = torch.default_generator.get_state()
         self.number = len(trace.inputs)
 
@@ -52,13 +54,11 @@ class Replay:
                 for i in range(len(trace.lifted)):
                     if -1 - i not in self.env and (trace.may_ask_constants or trace.concrete_inputs is not None):
                         outer = trace.lifted[i]
-                        try:
-                            real = outer.tracer.value(outer) if outer.__class__ is Traced else outer
-                        except CaptureError:
-                            continue
-                        self.env[-1 - i] = self.copy(real)
+                        real = outer.tracer._known(outer) if outer.__class__ is Traced else outer
+                        if real is not None:
+                            self.env[-1 - i] = self.copy(real)
                 for instr, refs, *_ in trace.records[self.done :]:
-                    if any(r not in self.env for r in refs):
+                    if any(r not in self.env for r in refs) or (instr.facts.random and not self.draws):
                         for slot in written_slots(instr):
                             self.env.pop(refs[slot], None)
                         self.number += results_of(instr)

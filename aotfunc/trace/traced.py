@@ -121,19 +121,22 @@ class Traced(Tensor):
     # ----- what has no answer ----------------------------------------------------------------------------------------
 
     def numpy(self, *, force: bool = False) -> Any:
+        value = _live(self)
         with quiet():
-            return _live(self).numpy(force=True)
+            return value.numpy(force=True)
 
     def tolist(self) -> Any:
+        value = _live(self)
         with quiet():
-            return _live(self).tolist()
+            return value.tolist()
 
     def data_ptr(self) -> int:
         raise CaptureError(f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}")
 
     def __array__(self, dtype: Any = None) -> Any:
+        value = _live(self)
         with quiet():
-            return _live(self).__array__(dtype) if dtype is not None else _live(self).__array__()
+            return value.__array__(dtype) if dtype is not None else value.__array__()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"traced({self.sig}, %{self.ref})" if hasattr(self, "sig") else "traced()"
@@ -141,10 +144,11 @@ class Traced(Tensor):
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        if not self.tracer.concrete_inputs:
+        value = self.tracer._known(self)
+        if value is None:
             return repr(self)
         with quiet():
-            return format(_live(self), spec)
+            return format(value, spec)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return self.clone()

@@ -36,8 +36,9 @@ class Trace(TorchDispatchMode):
     """One recording. Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
 
     ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``), None for those of which
-    ``samples`` says that they are samples of a batch; ``why_not`` says why where they may not. Values that depend on no input may be asked for all the same: with ``constants`` on closed-over
-    tensors too. Without ``intent`` autograd is left alone (derived rules use it).
+    ``samples`` says that they are samples of a batch; ``why_not`` says why where they may not. Values that depend on no
+    input may be asked for all the same: with ``constants`` on closed-over tensors too. Without ``intent`` autograd is
+    left alone (derived rules use it).
     """
 
     def __init__(self, why_not: str | None = None, constants: bool = True, intent: bool = True) -> None:

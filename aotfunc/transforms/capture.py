@@ -102,13 +102,15 @@ def record(
     *,
     samples: dict[int, Any] | None = None,
     differentiated: Sequence[int] = (),
+    batch: Any = None,
     why_not: str | None = None,
     constants: bool = True,
     name_of: Callable[[], Sequence[str]] | None = None,
 ) -> Recording:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
-    ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch). ``differentiated``
+    ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch), and ``batch`` says what
+    batch (:class:`~aotfunc.asked.Samples`). ``differentiated``
     leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants``
     those of closed-over tensors may.
     """
@@ -131,7 +133,10 @@ def record(
             reals.append(x)
     for i in differentiated:
         trace.leaves[values[i].ref] = True
-    trace.concrete_inputs = reals if why_not is None else None
+    trace.samples = batch
+    if why_not is None:
+        dims = [None] * len(reals) if batch is None else batch.dims
+        trace.concrete_inputs = [x if d is None else None for x, d in zip(reals, dims, strict=True)]
     trace.origins = reals
     args, kwargs = rebuild(values)
     with recording(trace):

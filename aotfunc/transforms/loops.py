@@ -16,6 +16,8 @@ from ..trace.shapes import Sig
 from .rules.table import call_op, tensor_args
 from .walk import traced
 
+aten = torch.ops.aten
+
 WAY_OUT = (
     "Write it with ops that can be batched, call it outside of vmap on the whole batch, or give it a batching rule "
     "(aotfunc.transforms.rules.table.vmap_of)"
@@ -60,6 +62,28 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
         return traced(loop)(b, *args)
     except CaptureError as e:
         raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {why}; {e}") from None
+
+
+def by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
+    """As :func:`looped`, for an op whose result's shape depends on values: ``n`` says what it is for every sample."""
+    op, want = n.target, n.meta["val"]
+    named = [a.name for a in op._schema.arguments if a.kwarg_only]
+
+    def at_sample(a: Any, yes: Any, k: int) -> Any:
+        if isinstance(a, list | tuple):
+            return [at_sample(x, y, k) for x, y in zip(a, yes, strict=True)]
+        return b.call(aten.select.int, a, 0, k) if yes and a is not None else a
+
+    rows = []
+    for k in range(size):
+        full = list(args)
+        for i, yes in zip(tensor_args(op), flags, strict=True):
+            full[i] = at_sample(full[i], yes, k)
+        split = len(full) - len(named)
+        row = b.node(op, tuple(full[:split]), dict(zip(named, full[split:], strict=True)), want)
+        rows.append([row] if isinstance(want, Sig) else [b.item(row, i) for i in range(len(want))])
+    columns = [b.call(aten.stack.default, list(column)) for column in zip(*rows, strict=True)]
+    return columns[0] if isinstance(want, Sig) else columns
 
 
 def stacked(rows: list) -> Any:

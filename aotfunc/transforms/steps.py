@@ -68,6 +68,7 @@ class CallStep(Step):
     def __init__(self, program: Program, runner: Callable[..., Any]) -> None:
         super().__init__(program.vals, program.mutated)
         self.program, self.runner = program, runner
+        self.facts.random = any(map(draws, program.graph.nodes))
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         nodes = [f.read(r, grad) for r in refs]
@@ -214,9 +215,9 @@ class CompiledCall:
             dims = [0 if yes else None for yes in flags]
             whole = Program(self.program.graph, len(n.args), self.program.n_outputs, self.program.mutated)
             outs = [0 if isinstance(o, Node) else None for o in self.program.outputs[: self.program.n_outputs]]
-            return vmap(whole, dims, sigs, walk.size, walk.randomness, outs)
+            return vmap(whole, dims, sigs, walk.size, walk.randomness, outs, walk.strict)
 
-        call = self.derived((flags, sigs, walk.size, walk.randomness), make, "vmap")
+        call = self.derived((flags, sigs, walk.size, walk.randomness, walk.strict), make, "vmap")
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
 
 

@@ -146,6 +146,8 @@ class Batch:
 
     def derived(self, b: Builder, n: Node, flags: tuple, size: int, args: Any) -> tuple[Any, list[OpOverload]]:
         op = n.target
+        if Facts(op).dynamic:
+            return loops.by_value(b, n, flags, size, args), [op]
         body = fallback.decomposition(op)
         try:
             rule = fallback.batching_rule(op)

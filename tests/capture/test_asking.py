@@ -6,7 +6,7 @@ import torch
 import aotfunc
 from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
 from aotfunc.errors import AotfuncError
-from tests.reference import assert_same, grads
+from tests.reference import assert_same, grads, loop
 
 
 def r(*shape):
@@ -102,9 +102,18 @@ def test_forward_mode_and_jacobians(f):
 
 
 @asking
-def test_vmap_says_so_with_the_line(f):
-    with pytest.raises(AotfuncError, match=r"test_asking\.py"):
-        vmap(f)(r(4, 3))
+def test_vmap_answers_where_the_samples_agree_and_else_names_the_line(f):
+    x = r(3)
+    same = x.expand(4, 3)
+    assert_same(vmap(f)(same), f(x).expand(4, *f(x).shape))
+    mixed = torch.tensor([[1.0, 2.0, 0.3], [-1.0, -2.0, 0.2], [9.0, 0.5, 0.1]], dtype=torch.float64)
+    try:
+        out = vmap(f)(mixed)
+    except AotfuncError as error:
+        assert "test_asking.py" in str(error) and "samples" in str(error)
+        assert f not in (by_and, by_comparison_of_two)
+    else:
+        assert_same(out, loop(f)(mixed))
 
 
 @asking

@@ -48,6 +48,43 @@ def without_masks(indices: Sequence[Tensor | None], count: Any) -> list[Tensor |
     return found
 
 
+def numbered_each(
+    indices: Sequence[Tensor | None], batched: Sequence[bool], count: Any
+) -> tuple[list[Tensor | None], list[bool]]:
+    """The indices and which are batched, boolean ones that differ between examples as vectors of positions ``[B,
+    count]``: each example's mask selects ``count`` elements.
+    """
+    found: list[tuple[Tensor | None, bool]] = []
+    for index, b in zip(indices, batched, strict=True):
+        if index is None or index.dtype != torch.bool:
+            found.append((index, b))
+        elif b:
+            found += [(column, True) for column in nonzero_each(index, count).unbind(2)]
+        else:
+            found += [(column, False) for column in numbered(index, count)]
+    return [i for i, _ in found], [b for _, b in found]
+
+
+def nonzero_each(x: Tensor, length: Any, fill: int = -1) -> Tensor:
+    """``nonzero_static`` for each example: ``[B, length, rank]``."""
+    if not length or not x.numel():
+        return torch.full((x.shape[0], length, x.dim() - 1), fill, device=x.device)
+    found = (x != 0).flatten(1) if x.dim() > 1 else (x != 0).unsqueeze(1)
+    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)  # the true ones first, in order
+    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))  # or cuts off
+    there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
+    columns, stride = [], 1
+    for s in reversed(x.shape[1:]):
+        columns.append(torch.where(there, order.div(stride, rounding_mode="floor") % s, fill))
+        stride *= s
+    return torch.stack(columns[::-1], 2) if columns else order.new_zeros(x.shape[0], length, 0)
+
+
+def mapped_mask(indices: Sequence[Tensor | None], batched: Sequence[bool]) -> bool:
+    """Whether a boolean index differs between examples."""
+    return any(b and i is not None and i.dtype == torch.bool for i, b in zip(indices, batched, strict=True))
+
+
 def selected_count(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> Any:
     """How many elements the mask among the indices selects if the result has this shape; ``None`` without a mask."""
     masks = [i for i in indices if i is not None and i.dtype == torch.bool]
@@ -79,11 +116,6 @@ class Places:
     def __init__(self, indices: Sequence[Tensor | None], batched: Sequence[bool]):
         used = {i: index for i, index in enumerate(indices) if index is not None}
         mask = {i for i, index in used.items() if index.dtype in (torch.bool, torch.uint8)}
-        if any(batched[i] for i in mask):
-            raise NotImplementedError(
-                "a boolean index that differs between examples selects a different number of elements in each; "
-                "use torch.where(mask, x, other), which keeps the shape"
-            )
         at = list(used)
         #: rank of the broadcast indices (a mask is as many vectors of positions as it has dimensions)
         self.rank = max((1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0)
@@ -120,6 +152,11 @@ def batch_index(
     x: Tensor, indices: Sequence[Tensor | None], *, batched: Any, size: Any, shape: Sequence[Any] = ()
 ) -> Tensor:
     x_batched, index_batched = batched
+    if mapped_mask(indices, index_batched):  # the shape of the result says how many each of them selects
+        count = selected_count(
+            shape, [i[0] if b and i is not None else i for i, b in zip(indices, index_batched, strict=True)]
+        )
+        indices, index_batched = numbered_each(indices, index_batched, count)
     places = Places(indices, index_batched)
     if not any(index_batched) and (count := selected_count(shape, indices)) is not None:
         return batch_index(x, without_masks(indices, count), batched=(True, [False]), size=size)
@@ -161,6 +198,12 @@ def batch_index_put(
             mask = mask.reshape(size, *[1] * front, *mask.shape[1:], *[1] * rest)
             values = align(values.reshape(size, *shape), x.dim() - 1)
             return torch.where(mask, x + values if accumulate else values, x)
+        count = values.shape[values.dim() - 1 - rest]
+        selected = mask.flatten(1).sum(1)
+        aten._assert_async.msg((selected == count).all(), f"{count} elements are written where a mask selects others")
+        indices, index_batched = numbered_each(indices, index_batched, count)
+    elif mapped_mask(indices, index_batched):
+        raise NotImplementedError("a boolean index that differs between examples, beside others, cannot be written to")
     places = Places(indices, index_batched)
     x = expand_lead(x, x_batched, size)
     rank = places.result_rank(x.dim() - 1)
@@ -306,10 +349,12 @@ linear(
 
 
 def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], size: Any, shape: Any) -> Tensor:
-    Places([mask], [batched[1]])  # raises for a batched mask: a different number of elements in each example
-    full = torch.broadcast_shapes(x.shape[1:], mask.shape)
-    x = align(x, len(full)).expand(-1, *full)
-    return batch_index(x, [mask.expand(full)], batched=(True, [False]), size=size, shape=shape)
+    full = torch.broadcast_shapes(x.shape[batched[0] :], mask.shape[batched[1] :])
+    x, mask = (
+        align(t, len(full)).expand(size, *full) if b else t.expand(full)
+        for t, b in zip((x, mask), batched, strict=True)
+    )
+    return batch_index(x, [mask], batched=(batched[0], [batched[1]]), size=size, shape=shape)
 
 
 linear(
@@ -335,7 +380,8 @@ def batch_masked_scatter(x: Tensor, mask: Tensor, source: Tensor, *, batched: An
     x, mask, source = (expand_lead(t, b, size) for t, b in zip((x, mask, source), batched, strict=True))
     rank = max(x.dim(), mask.dim()) - 1
     x, mask = torch.broadcast_tensors(align(x, rank), align(mask, rank))
-    if source.numel() == 0:  # and nothing is selected
+    if source.numel() == 0:
+        aten._assert_async.msg(mask.logical_not().all(), "masked_scatter: the source has too few elements")
         return x.clone()
     nth = running(flat(mask, True)).clamp_min(0)
     return torch.where(mask, flat(source, True).gather(1, nth).reshape(x.shape), x)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .index import count_up, nonzero_each
 from .table import (
     aten,
     expand_lead,
@@ -17,12 +18,6 @@ from .table import (
     vjp_of,
     vmap_of,
 )
-
-
-def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
-    """``0 .. size - 1`` along dimension 0, followed by ``rank`` dimensions of one."""
-    return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
-
 
 # ----- embedding ------------------------------------------------------------------------------------------------------
 
@@ -181,17 +176,12 @@ def _(x: Any, boundaries: Tensor, int32: bool, right: bool) -> Tensor:
     return torch.searchsorted(boundaries.contiguous(), value, out_int32=int32, right=right).squeeze(1)
 
 
-@vmap_of(aten.nonzero_static)
-def _(x: Tensor, length: Any, fill: int) -> Tensor:
-    found = (x != 0).flatten(1) if x.dim() > 1 else (x != 0).unsqueeze(1)
-    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)  # the true ones first, in order
-    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))  # or cuts off
-    there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
-    columns, stride = [], 1
-    for s in reversed(x.shape[1:]):
-        columns.append(torch.where(there, order.div(stride, rounding_mode="floor") % s, fill))
-        stride *= s
-    return torch.stack(columns[::-1], 2) if columns else order.new_zeros(x.shape[0], length, 0)
+vmap_of(aten.nonzero_static)(nonzero_each)
+
+
+@vmap_of(aten.nonzero)
+def _(x: Tensor, *, shape: Any) -> Tensor:
+    return nonzero_each(x, shape[0])
 
 
 nondiff(aten.isin.Tensor_Tensor, aten.isin.Tensor_Scalar)
