@@ -173,7 +173,12 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
         raise ArgumentError(f"vmap: in_dims must be an int or a tuple of dims, not {type(in_dims).__name__}")
     if not args:
         raise ArgumentError("vmap: the function was called without positional arguments: there is nothing to batch")
-    flat = broadcast_prefix(in_dims, tuple(args), "in_dims")
+    if isinstance(in_dims, int):
+        in_dims = (in_dims,) * len(args)
+    if len(in_dims) == len(args) and all(d is None or isinstance(d, int) for d in in_dims):
+        flat = [d for d, span in zip(in_dims, arguments.spans, strict=True) for _ in span]
+    else:
+        flat = broadcast_prefix(in_dims, tuple(args), "in_dims")
     dims: list[int | None] = []
     for k, (dim, x) in enumerate(zip(flat, arguments.leaves, strict=False)):
         if dim is None:

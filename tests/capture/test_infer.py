@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aotfunc.trace import shapes
-from aotfunc.trace.infer import infer, rule_for
+from aotfunc.trace.infer import infer, ordered_strides, rule_for
 from aotfunc.trace.shapes import Slot, contiguous_stride, make_sig
 
 CPU = torch.device("cpu")
@@ -169,6 +169,24 @@ def test_type_promotion_and_strides_of_binary_ops():
     answered, wrong = mismatches(calls)
     assert not wrong, "\n".join([f"{len(wrong)} of {answered}", *wrong[:20]])
     assert answered > 1500
+
+
+def test_strides_of_joined_tensors():
+    draw = random.Random(3)
+    calls = []
+    for _ in range(2000):
+        shape = [draw.choice((1, 2, 3)) for _ in range(draw.choice((2, 3, 4, 5, 6)))]
+        sigs, dims = [], range(len(shape))
+        for _ in range(2):
+            order = draw.choice([dims, [0, *dims[2:], 1], draw.sample(dims, len(dims))])
+            strides = ordered_strides(tuple(shape), tuple(order))
+            sigs.append(make_sig(tuple(shape), strides, torch.float32, CPU, 0))
+        sigs = draw.choice((sigs, [sigs[0], sigs[0]]))
+        for op, n in ((torch.ops.aten.cat.default, len(shape)), (torch.ops.aten.stack.default, len(shape) + 1)):
+            calls.append((op, ([Slot(0), Slot(1)], draw.randrange(-n, n)), {}, tuple(sigs)))
+    answered, wrong = mismatches(calls)
+    assert not wrong, "\n".join([f"{len(wrong)} of {answered}", *wrong[:20]])
+    assert answered > 2000
 
 
 def changed_sig(sig, draw):
