@@ -1,0 +1,164 @@
+"""Batching of bags of embeddings: the samples' tables one below the other, their bags one after another.
+
+A call for a whole batch reads rows of one table of ``B * R`` rows, at indices that are moved on by ``R`` from sample to
+sample. The padding row must keep a number that all samples share: they use that of the first, which nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batching import with_batch
+from .lookup import count_up
+from .table import aten, vmap_of
+
+
+def lined_up(index: Tensor, step: Any) -> Tensor:
+    """Numbers ``[B, n]`` as ``[B * n]``, those of each sample moved on by ``step``."""
+    return (index + count_up(index.shape[0], index, 1) * step).flatten()
+
+
+def rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
+    """Row numbers ``[B, n]`` of tables of that many rows, as row numbers ``[B * n]`` of one table of them all."""
+    moved = lined_up(index, table)
+    return moved if padding_idx < 0 else torch.where(index.flatten() == padding_idx, padding_idx, moved)
+
+
+def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
+    """Where the bags begin (and with ``last``, where the last one ends) among the ``B * n`` indices of all samples."""
+    if not last:
+        return lined_up(offsets, n)
+    return torch.cat([lined_up(offsets[:, :-1], n), offsets[-1:, -1] + n * (offsets.shape[0] - 1)])
+
+
+def apart(x: Tensor, size: Any, n: Any) -> Tensor:
+    """``[B * n, ...]`` as ``[B, n, ...]``."""
+    return x.reshape(size, n, *x.shape[1:])
+
+
+def every(tensors: Sequence[Tensor | None], batched: Sequence[bool], size: Any) -> list[Any]:
+    """All of the tensors with the batch in front; what they share, repeated."""
+    return [None if t is None else with_batch(t, b, size) for t, b in zip(tensors, batched, strict=True)]
+
+
+@vmap_of(aten._embedding_bag, aten._embedding_bag_forward_only)
+def _(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    by_freq: bool,
+    mode: int,
+    sparse: bool,
+    weights: Tensor | None,
+    last: bool,
+    padding_idx: int,
+    *,
+    batched: Any,
+    size: Any,
+    shape: Any,
+) -> Any:
+    weight, indices, offsets, weights = every((weight, indices, offsets, weights), batched, size)
+    table, n, bags = weight.shape[1], indices.shape[1], shape[0][0]
+    flat = None if weights is None else weights.flatten()
+    where = (rows(indices, table, padding_idx), starts(offsets, n, last))
+    out, _, _, largest = aten._embedding_bag(
+        weight.flatten(0, 1), *where, by_freq, mode, False, flat, last, padding_idx
+    )
+    # What the kernel leaves for the reverse pass has other shapes in other cases: it is worked out here.
+    begin = offsets[:, :bags].contiguous()
+    number = torch.arange(n, device=indices.device, dtype=begin.dtype).expand(size, n)
+    bag_of = torch.searchsorted(begin, number.contiguous(), right=True) - 1
+    real = (indices != padding_idx).to(bag_of.dtype) if padding_idx >= 0 else torch.ones_like(bag_of)
+    count = bag_of.new_zeros(size, bags).scatter_add(1, bag_of, real)
+    if mode == 2:  # an empty bag has no largest rows, only zeros
+        largest = apart(largest, size, bags) - count_up(size, largest, 2) * table
+        largest = torch.where(count.unsqueeze(-1) > 0, largest, 0)
+    else:
+        largest = largest.new_zeros(size, *shape[3])
+    count = torch.nn.functional.pad(count, (0, shape[2][0] - bags))
+    return apart(out, size, bags), bag_of.to(indices.dtype), count.to(indices.dtype), largest
+
+
+@vmap_of(aten._embedding_bag_dense_backward)
+def _(
+    g: Tensor,
+    indices: Tensor,
+    bag_of: Tensor,
+    count: Tensor,
+    largest: Tensor,
+    table: Any,
+    by_freq: bool,
+    mode: int,
+    weights: Tensor | None,
+    padding_idx: int,
+    *,
+    batched: Any,
+    size: Any,
+) -> Tensor:
+    if not any(batched[1:]):  # the samples' rows side by side
+        width = g.shape[2]
+        g = g.movedim(0, 1).flatten(1)
+        if mode == 2:
+            largest = largest.repeat(1, size)
+        out = aten._embedding_bag_dense_backward(
+            g, indices, bag_of, count, largest, table, by_freq, mode, weights, padding_idx
+        )
+        return out.unflatten(1, (size, width)).movedim(1, 0)
+    if by_freq:  # the kernel divides by counts in an order that only a call of its own has: the walker loops
+        return NotImplemented
+    g, *kept, weights = every((g, indices, bag_of, count, largest, weights), batched, size)
+    indices, bag_of, count, largest = kept
+    bags = g.shape[1]
+    if mode == 2:
+        largest = (largest + count_up(size, largest, 2) * table).flatten(0, 1)
+    out = aten._embedding_bag_dense_backward(
+        g.flatten(0, 1),
+        rows(indices, table, padding_idx),
+        lined_up(bag_of, bags),
+        count[:, :bags].flatten(),
+        largest if mode == 2 else largest.flatten(),
+        table * size,
+        by_freq,
+        mode,
+        None if weights is None else weights.flatten(),
+        padding_idx,
+    )
+    return apart(out, size, table)
+
+
+@vmap_of(aten._embedding_bag_per_sample_weights_backward)
+def _(
+    g: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    bag_of: Tensor,
+    mode: int,
+    padding_idx: int,
+    *,
+    batched: Any,
+    size: Any,
+) -> Tensor:
+    g, weight, indices, offsets, bag_of = every((g, weight, indices, offsets, bag_of), batched, size)
+    table, n, bags = weight.shape[1], indices.shape[1], g.shape[1]
+    out = aten._embedding_bag_per_sample_weights_backward(
+        g.flatten(0, 1),
+        weight.flatten(0, 1),
+        rows(indices, table, padding_idx),
+        starts(offsets, n, False),
+        lined_up(bag_of, bags),
+        mode,
+        padding_idx,
+    )
+    return apart(out, size, n)
+
+
+@vmap_of(aten.embedding_renorm)
+def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    table = weight.shape[1]
+    out = aten.embedding_renorm(weight.flatten(0, 1), lined_up(indices.flatten(1), table), max_norm, norm_type)
+    return apart(out, weight.shape[0], table)
