@@ -294,3 +294,25 @@ def _baddbmm(c, a, b, *, beta=1, alpha=1):
     out = _bmm(a, b)
     sure(c.dtype is out.dtype and broadcast(c.shape, out.shape) == out.shape)
     return out
+
+
+@rule(aten.linalg_lstsq)
+def _lstsq(a, b, rcond=None, *, driver=None):
+    """Residuals that depend on the rank are left out, see :mod:`.special`."""
+    same_dtype(a, b)
+    sure(a.device.type == "cpu" and a.ndim >= 2 and 0 not in a.shape and 0 not in b.shape)
+    *batch, m, n = a.shape
+    vector = b.shape == a.shape[:-1]
+    columns = 1 if vector else b.shape[-1]
+    sure(vector or b.shape[:-1] == a.shape[:-1])
+    tall, real = max(m, n), a.dtype.to_real()
+    strides = [s * tall * columns for s in contiguous_stride(tuple(batch))]
+    x = (
+        new(a, (*batch, n), stride=(*strides, 1))
+        if vector
+        else new(a, (*batch, n, columns), stride=(*strides, 1, tall))
+    )
+    residuals = (*batch, columns) if driver == "gels" and m > n else (0,)
+    rank = (0,) if driver == "gels" else batch
+    singular = (*batch, min(m, n)) if driver in ("gelsd", "gelss") else (0,)
+    return x, new(a, residuals, real), new(a, rank, torch.int64), new(a, singular, real)

@@ -25,6 +25,7 @@ from .emit import paused_gc
 from .records import Record, instr_op, results_of, written_slots
 from .replay import Replay
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
+from .special import SPECIAL
 from .traced import HOOKS, Traced, check_kind, check_leak, quiet, storage_id, under_way
 
 aten = torch.ops.aten
@@ -65,6 +66,7 @@ class Trace(TorchDispatchMode):
         self._values: Replay | None = None
         self._reached: tuple[Any, set[int], int, int] | None = None  # see _active
         self.finished = False
+        self.in_lstsq = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -210,7 +212,8 @@ class Trace(TorchDispatchMode):
         def shape(*values: Tensor) -> Any:
             return shapes.signatures(func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()}))
 
-        return self.answer(shape, tensors, f"the shape of {func}'s result")
+        what = f"the shape of {func}'s result" if Facts(func).returns_tensors else "a truth value"
+        return self.answer(shape, tensors, what)
 
     def wrap(self, outs: Any, facts: Any = None) -> Any:
         """Traced values for signatures, in the same structure."""
@@ -392,58 +395,3 @@ def recording(trace: Trace) -> Iterator[Trace]:
             torch.set_autocast_cache_enabled(cache)
             torch.backends.mha.set_fastpath_enabled(fast)
             trace.finished = True
-
-
-# ----- ops that the recording answers itself -------------------------------------------------------------------------
-
-
-def _conj(trace: Trace, x: Tensor) -> Tensor:
-    """Traced values have no lazy conjugate bit: conjugation is an op like any other."""
-    with trace:
-        return aten.conj_physical.default(x)
-
-
-def _scalar(trace: Trace, x: Tensor) -> Any:
-    return trace.answer(Tensor.item, [x], "a number")
-
-
-def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
-    return trace.answer(torch.equal, [a, b], "a truth value")
-
-
-def _batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps, *cudnn):  # type: ignore[no-untyped-def]
-    """``native_batch_norm`` updates the running statistics and does not say so; the functional op returns them."""
-    if training and mean is not None:
-        out, m, s, new_mean, new_var = aten._native_batch_norm_legit_functional(
-            x, weight, bias, mean, var, True, momentum, eps
-        )
-        with torch.no_grad():
-            mean.copy_(new_mean)
-            var.copy_(new_var)
-        return out, m, s
-    if mean is None:
-        return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
-    return aten._native_batch_norm_legit_no_training(x, weight, bias, mean, var, momentum, eps)
-
-
-def _with_trace(special: Callable) -> Callable:
-    def call(trace: Trace, *args: Any, **kwargs: Any) -> Any:
-        with trace:
-            return special(trace, *args, **kwargs)
-
-    return call
-
-
-def _cudnn_batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps):  # type: ignore
-    out, m, s = _batch_norm(trace, x, weight, bias, mean, var, training, momentum, eps)
-    return out, m, s, x.new_empty(0, dtype=torch.uint8)
-
-
-SPECIAL: dict[OpOverload, Callable] = {
-    aten._local_scalar_dense.default: _scalar,
-    aten.equal.default: _equal,
-    aten._conj.default: _conj,
-    aten.native_batch_norm.default: _with_trace(_batch_norm),
-    aten.cudnn_batch_norm.default: _with_trace(_cudnn_batch_norm),
-    aten.miopen_batch_norm.default: _with_trace(_batch_norm),
-}

@@ -159,7 +159,8 @@ def batch_index(
         indices, index_batched = numbered_each(indices, index_batched, count)
     places = Places(indices, index_batched)
     if not any(index_batched) and (count := selected_count(shape, indices)) is not None:
-        return batch_index(x, without_masks(indices, count), batched=(True, [False]), size=size)
+        numbers = without_masks(indices, count)
+        return batch_index(x, numbers, batched=(True, [False] * len(numbers)), size=size)
     if not any(index_batched) and places.together:
         return aten.index.Tensor(x, [None, *indices])
     if not x_batched:

@@ -25,6 +25,7 @@ from aotfunc.transforms.rules.table import (
     total,
     vjp_of,
     vmap_of,
+    vmap_of,
 )
 
 # ----- the batch in front ---------------------------------------------------------------------------------------------
@@ -289,6 +290,13 @@ def _(g, out, a, b, rcond, *, needs):
         gb.append(-over)
     of_b = total(gb)
     return total(ga) if needs[0] else None, of_b.squeeze(-1) if vector and of_b is not None else of_b
+
+
+@vmap_of(aten.linalg_lstsq)
+def _(a, b, rcond, driver, *, shape):
+    """All samples in one call; what is left out (residuals of one driver, the rank with another) is left out of all."""
+    outs = aten.linalg_lstsq(a, b, rcond, driver=driver)
+    return tuple(o if tuple(s) != (0,) else o.new_empty(a.shape[0], 0) for o, s in zip(outs, shape, strict=True))
 
 
 def skew(x: Tensor) -> Tensor:

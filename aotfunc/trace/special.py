@@ -1,0 +1,95 @@
+"""Ops that a recording answers itself, or records as others: questions of values, and schemas that lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from ..errors import CaptureError
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+aten = torch.ops.aten
+
+
+def _conj(trace: Trace, x: Tensor) -> Tensor:
+    """Traced values have no lazy conjugate bit: conjugation is an op like any other."""
+    with trace:
+        return aten.conj_physical.default(x)
+
+
+def _scalar(trace: Trace, x: Tensor) -> Any:
+    return trace.answer(Tensor.item, [x], "a number")
+
+
+def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
+    return trace.answer(torch.equal, [a, b], "a truth value")
+
+
+def _batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps, *cudnn):  # type: ignore[no-untyped-def]
+    """``native_batch_norm`` updates the running statistics and does not say so; the functional op returns them."""
+    if training and mean is not None:
+        out, m, s, new_mean, new_var = aten._native_batch_norm_legit_functional(
+            x, weight, bias, mean, var, True, momentum, eps
+        )
+        with torch.no_grad():
+            mean.copy_(new_mean)
+            var.copy_(new_var)
+        return out, m, s
+    if mean is None:
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+    return aten._native_batch_norm_legit_no_training(x, weight, bias, mean, var, momentum, eps)
+
+
+def _with_trace(special: Callable) -> Callable:
+    def call(trace: Trace, *args: Any, **kwargs: Any) -> Any:
+        with trace:
+            return special(trace, *args, **kwargs)
+
+    return call
+
+
+def _cudnn_batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps):  # type: ignore
+    out, m, s = _batch_norm(trace, x, weight, bias, mean, var, training, momentum, eps)
+    return out, m, s, x.new_empty(0, dtype=torch.uint8)
+
+
+def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-untyped-def]
+    """Two drivers return residuals only if every matrix has full rank, a question of values (where it cannot be asked,
+    full rank is taken for granted). The op is recorded without them; they are added.
+    """
+    tall = a.dim() > 1 and a.shape[-2] > a.shape[-1]
+    if driver not in ("gelsd", "gelss") or not tall or trace.in_lstsq:
+        return NotImplemented
+    trace.in_lstsq = True
+    try:
+        x, none, rank, singular = aten.linalg_lstsq.default(a, b, rcond, driver=driver)
+    finally:
+        trace.in_lstsq = False
+    try:
+        full = bool((rank == a.shape[-1]).all())
+    except CaptureError:
+        if trace.samples is not None:
+            raise
+        full = True
+    if not full:
+        return x, none, rank, singular
+    vector = b.dim() == 1 or (a.dim() - 1 == b.dim() and a.shape[:-1] == b.shape)
+    over = (a @ x.unsqueeze(-1)) - b.unsqueeze(-1) if vector else a @ x - b
+    return x, over.abs().square().sum(-2), rank, singular
+
+
+SPECIAL: dict[OpOverload, Callable] = {
+    aten._local_scalar_dense.default: _scalar,
+    aten.equal.default: _equal,
+    aten._conj.default: _conj,
+    aten.native_batch_norm.default: _with_trace(_batch_norm),
+    aten.cudnn_batch_norm.default: _with_trace(_cudnn_batch_norm),
+    aten.miopen_batch_norm.default: _with_trace(_batch_norm),
+    aten.linalg_lstsq.default: _with_trace(_lstsq),
+}
