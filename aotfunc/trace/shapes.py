@@ -247,13 +247,13 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
-    """Whether the strides (or empty statistics) of the results depend on the device's kernel in ways that meta
-    kernels do not know.
+    """Whether the strides (or empty statistics, or the dimensions of a single loss) of the results depend on the
+    device's kernel in ways that meta kernels do not know.
     """
     name = op._schema.name.removeprefix("aten::")
     if name.startswith(("convolution", "_native_batch_norm_legit")):
         return any(not s.plain for s in sigs) or name.endswith("no_training")
-    return name.startswith(("linalg_", "_linalg_", "_fft_"))
+    return name.startswith(("linalg_", "_linalg_", "_fft_", "multi_margin_loss", "multilabel_margin_loss"))
 
 
 def _on_meta(op: OpOverload, kwargs: dict) -> dict:

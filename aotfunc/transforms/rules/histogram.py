@@ -22,7 +22,7 @@ nondiff(aten._histogramdd_bin_edges, aten._histogramdd_from_bin_cts, aten._histo
 
 
 def tally(at: Tensor, valid: Tensor | None, weight: Tensor | None, bins: Any, like: Tensor) -> Tensor:
-    """The weights (or ones) of a batch of elements summed by their bin numbers ``at``, all ``[B, n]``: ``[B, bins]``."""
+    """The weights (or ones) of a batch of elements ``[B, n]``, summed by their bin numbers ``at``: ``[B, bins]``."""
     each = torch.ones_like(at, dtype=like.dtype) if weight is None else weight.to(like.dtype)
     if valid is not None:
         at, each = at.masked_fill(~valid, 0), each.masked_fill(~valid, 0)
