@@ -42,7 +42,7 @@ class Samples(NamedTuple):
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
     """``question(*values)`` for the values of ``tensors``, which must be the same in all samples."""
     line = at(user_line())
-    with torch._C._DisableAutocast(), paused_gc():
+    with as_if_outside(), paused_gc():
         values, count = batches(trace, tensors, what)
     with quiet(), torch.no_grad():
         if not count:
@@ -61,6 +61,16 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
 
 
 HOOKS["agreed"] = agreed
+
+
+def as_if_outside() -> Any:
+    """Dispatch as outside of ops: a question may come from within one, where autograd and batching are switched off,
+    which the rules that are traced for the answer rely on.
+    """
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
+
+
+_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:

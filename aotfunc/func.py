@@ -316,6 +316,10 @@ def vmap(
     sample. ``chunk_size``: samples at a time. ``strict`` refuses ops that can only be batched by a loop over the
     samples. Raises ArgumentError if dims and arguments do not fit, or sizes differ.
 
+    Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of the arguments), the
+    samples are asked, anew at each call: what all of them answer alike holds. Raises CaptureError, with the line, if they
+    do not agree: use ``torch.where``, ``x[mask] = v``, ``nonzero_static``.
+
     >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
     tensor([2., 2., 2.])
     """

@@ -208,12 +208,14 @@ class Trace(TorchDispatchMode):
             return shapes.infer(func, targs, tkwargs, sigs)
         except Exception:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [zeros(sigs[0])] if func in SHAPED_BY_THE_OTHERS else []
 
         def shape(*values: Tensor) -> Any:
+            values = (*given, *values)
             return shapes.signatures(func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()}))
 
         what = f"the shape of {func}'s result" if Facts(func).returns_tensors else "a truth value"
-        return self.answer(shape, tensors, what)
+        return self.answer(shape, tensors[len(given) :], what)
 
     def wrap(self, outs: Any, facts: Any = None) -> Any:
         """Traced values for signatures, in the same structure."""
@@ -363,6 +365,16 @@ class Trace(TorchDispatchMode):
         if self._values is None:
             self._values = Replay(self)
         return self._values.value(ref)
+
+
+#: ops whose result has a shape that depends on the values of all tensors but the first
+SHAPED_BY_THE_OTHERS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_select.default)
+
+
+def zeros(sig: Sig) -> Tensor:
+    """A tensor of this signature, one zero everywhere."""
+    with quiet():
+        return torch.zeros((), dtype=sig.dtype, device=sig.device).expand(sig.shape)
 
 
 @contextmanager

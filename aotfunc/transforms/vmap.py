@@ -79,7 +79,10 @@ class Batch:
         if not isinstance(op, OpOverload):
             return op.batch(self, n)
         if not op._schema.returns:  # a check of values, such as _linalg_check_errors: as good for a batch of them
-            return self.b.node(op, remap(n.args, self.env), remap_dict(n.kwargs, self.env), None), False
+            args = remap(n.args, self.env)
+            if op._schema.name == "aten::_assert_async":
+                args = (self.b.call(aten.all.default, args[0]), *args[1:])
+            return self.b.node(op, args, remap_dict(n.kwargs, self.env), None), False
         if draws(n) and self.randomness == "error":
             self.once_each(n)
         args = full_args(op, n.args, n.kwargs)

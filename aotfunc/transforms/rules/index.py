@@ -203,6 +203,7 @@ def batch_index_put(
         selected = mask.flatten(1).sum(1)
         aten._assert_async.msg((selected == count).all(), f"{count} elements are written where a mask selects others")
         indices, index_batched = numbered_each(indices, index_batched, count)
+        x_batched = values_batched = True
     elif mapped_mask(indices, index_batched):
         raise NotImplementedError("a boolean index that differs between examples, beside others, cannot be written to")
     places = Places(indices, index_batched)

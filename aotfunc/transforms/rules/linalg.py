@@ -25,7 +25,6 @@ from aotfunc.transforms.rules.table import (
     total,
     vjp_of,
     vmap_of,
-    vmap_of,
 )
 
 # ----- the batch in front ---------------------------------------------------------------------------------------------

@@ -153,11 +153,6 @@ nondiff(aten.repeat_interleave.Tensor)
 
 
 @vmap_of(aten.repeat_interleave.Tensor)
-def _(repeats: Tensor, output_size: Any) -> Tensor:
-    if output_size is None:
-        raise NotImplementedError(
-            "repeat_interleave with counts that differ between examples gives results of different lengths; "
-            "pass output_size=..., the length that all of them have"
-        )
-    places = torch.arange(output_size, device=repeats.device).expand(repeats.shape[0], output_size).contiguous()
+def _(repeats: Tensor, output_size: Any, *, shape: Any) -> Tensor:
+    places = torch.arange(shape[0], device=repeats.device).expand(repeats.shape[0], shape[0]).contiguous()
     return torch.searchsorted(repeats.cumsum(1), places, right=True).to(repeats.dtype)
