@@ -30,8 +30,9 @@ from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
 from .run import run_eager
 from .trace.emit import carried, paused_gc, remap, remap_dict
+from .trace.memory import layout
 from .trace.shapes import make_sig
-from .trace.traced import Traced, current, storage_id
+from .trace.traced import Traced, current
 from .trace.tree import Arguments, unflatten
 from .transforms.capture import Recording, leaf_labels, parameter_names, record
 from .transforms.decompose import decomposed
@@ -67,7 +68,7 @@ class Entry:
         self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
         # by reference: an optimizer's update is seen. Values of an outer recording are only good for that one.
         self.closed = list(rec.closed_over)
-        self.sharing = sharing([*rec.trace.origins, *self.closed]) if rec.trace.mutates else None
+        self.layout = layout([*rec.trace.origins, *self.closed]) if rec.trace.mutates else None
         self.reusable = not any(t.__class__ is Traced for t in self.closed)
         self.plain = rec.spec is None
         self.rebuild = rebuilder(rec.spec)
@@ -87,12 +88,6 @@ class Entry:
         for i, t in zip(self.tensors, outs, strict=True):
             leaves[i] = t
         return self.rebuild(leaves)
-
-
-def sharing(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """For each tensor, the number of its storage among them."""
-    numbers: dict[Any, int] = {}
-    return tuple([numbers.setdefault(storage_id(t), len(numbers)) for t in tensors])
 
 
 def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
@@ -152,10 +147,10 @@ class Compiled:
             entry = self.entries.get(key)
         except TypeError:
             raise self.unhashable(args, kwargs) from None
-        if entry is not None and entry.sharing is not None:
-            shared = sharing([*tensors, *entry.closed])
-            if entry.sharing != shared:  # what a write reaches depends on which arguments share memory
-                key = (*key, shared)
+        if entry is not None and entry.layout is not None:
+            places = layout([*tensors, *entry.closed])
+            if entry.layout != places:  # what a write reaches depends on which arguments share memory
+                key = (*key, places)
                 entry = self.entries.get(key)
         if entry is None:
             entry = self.capture(args, kwargs)

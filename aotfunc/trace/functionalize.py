@@ -22,8 +22,9 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
+from .memory import part
 from .records import flat
-from .shapes import Facts, Instr, Sig, fill, sig_of
+from .shapes import Facts, Instr, Sig, contiguous_stride, fill, sig_of
 from .traced import Traced
 from .tracer import Trace
 
@@ -91,31 +92,31 @@ class Functionalizer:
             self._bind_storages(refs)
 
     def _bind_storages(self, refs: list[int]) -> None:
+        places = self.trace.layout()
         groups: dict[int, list[int]] = {}
-        for i, number in enumerate(self.trace.storages()):
-            groups.setdefault(number, []).append(i)
+        for i, place in enumerate(places):
+            groups.setdefault(place.group, []).append(i)
         _, written = self.trace.roots()
         for members in groups.values():
             if not any(refs[i] in written for i in members):  # only read: each stands for itself
                 for i in members:
                     self.env[refs[i]] = View(Storage(self.placeholders[i], refs[i]))
                 continue
-            sigs = [self.placeholders[i].meta["val"] for i in members]
-            base = max(range(len(members)), key=lambda k: (sigs[k].plain, sigs[k].numel))
-            differ = len({id(s) for s in sigs}) > 1
-            if differ and any(s.extent > sigs[base].numel or not sigs[base].plain for s in sigs):
-                raise CaptureError(
-                    "some of the tensors that are written to, or their neighbours, overlap in memory and none of them "
-                    "covers the others; pass the whole tensor and slice it inside, or clone them"
-                )
-            storage = Storage(self.placeholders[members[base]], refs[members[base]])
-            for i, sig in zip(members, sigs, strict=True):
-                if i == members[base] or sig is sigs[base]:
+            sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in members}
+            base = max(members, key=lambda i: (sigs[i].stride == contiguous_stride(sigs[i].shape), sigs[i].numel))
+            storage = Storage(self.placeholders[base], refs[base])
+            for i, sig in sigs.items():
+                if i == base or (sig is sigs[base] and places[i] == places[base]):
                     self.env[refs[i]] = View(storage)
-                else:
-                    args = (list(sig.shape), list(sig.stride), sig.offset)
-                    link = Link((aten.as_strided.default, args, {}, None, sig))
-                    self.env[refs[i]] = View(storage, (link,), self.placeholders[i])
+                    continue
+                start = part(sigs[base], places[base], sig, places[i])
+                if start is None:
+                    raise CaptureError(
+                        "some of the tensors that are written to, or their neighbours, overlap in memory and none of "
+                        "them covers the others; pass the whole tensor and slice it inside, or clone them"
+                    )
+                link = strided(sigs[base], sig, start)
+                self.env[refs[i]] = View(storage, (link,), self.placeholders[i])
 
     # ----- values -----------------------------------------------------------------------------------------------------
 
@@ -191,7 +192,8 @@ class Functionalizer:
         if val.shape != sig.shape:
             node = self.b.call(aten.expand.default, node, list(sig.shape))
         val = node.meta["val"]
-        if val.stride != sig.stride and (sig.plain or 0 in val.stride):  # the written tensor keeps its layout
+        plain = sig.stride == contiguous_stride(sig.shape)
+        if val.stride != sig.stride and (plain or 0 in val.stride):  # the written tensor keeps its layout
             node = self.b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         return node
 
@@ -241,9 +243,8 @@ class Functionalizer:
                 self.cut.add(self.number)
             self.number += 1
             return
-        links = [Link((instr.op, instr.args[1:], instr.kwargs, None, outs))] if outs.__class__ is Sig else [
-            Link((instr.op, instr.args[1:], instr.kwargs, i, o)) for i, o in enumerate(outs)
-        ]  # fmt: skip
+        each = [(None, outs)] if outs.__class__ is Sig else enumerate(outs)
+        links = [linked(base.sig, instr.op, instr.args[1:], instr.kwargs, i, o) for i, o in each]
         for link in links:
             ref = self.number
             self.number += 1
@@ -320,14 +321,40 @@ SAME_IF_EQUAL = (aten.slice.Tensor, aten.view.default, aten.alias.default)
 
 def forward(b: Builder, link: Link, node: Node) -> Node:
     op, args, kwargs, index, _ = link
+    if op is aten.as_strided.default:
+        node, args = in_memory(b, node, args)
     out = b.call(op, node, *args, **kwargs)
     return out if index is None else b.item(out, index)
+
+
+def linked(base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | None, val: Sig) -> Link:
+    """A view op on a tensor of signature ``base``."""
+    if op is aten.as_strided.default:
+        return strided(base, val, val.offset - base.offset)
+    return Link((op, args, kwargs, index, val))
+
+
+def strided(base: Sig, val: Sig, start: int) -> Link:
+    """A view of the memory of ``base``, from an element counted from its first one on."""
+    return Link((aten.as_strided.default, (list(val.shape), list(val.stride), start, base.stride), {}, None, val))
+
+
+def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
+    """``as_strided``'s arguments for a value that has, or is given, the layout which the link counts in."""
+    size, stride, start, layout = args
+    if node.meta["val"].stride != layout:
+        node = b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        if node.meta["val"].stride != layout:
+            raise CaptureError("as_strided of a tensor that is not contiguous cannot follow writes to it; clone() it")
+    return node, (size, stride, start + node.meta["val"].offset)
 
 
 def inverse(b: Builder, link: Link, base: Node, new: Node, line: Line | None) -> Node:
     """The value of ``base`` after what the link sees of it became ``new``."""
     op, args, kwargs, index, _ = link
     rule = INVERSES.get(op)
+    if op is aten.as_strided.default:
+        base, args = in_memory(b, base, args)
     if rule is None:
         return scatter(b, link, base, new)
     return rule(b, base, new, index, *args, **kwargs)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .memory import memory_of
 from .records import instr_run, results_of, written_slots
-from .traced import Traced, quiet, storage_id, under_way
+from .traced import Traced, quiet, under_way
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -36,7 +37,7 @@ class Replay:
 
     def copy(self, t: Tensor) -> Tensor:
         t = t.detach()
-        key = storage_id(t)
+        key, _ = memory_of(t)
         if key not in self.storages:
             self.storages[key] = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone())
         whole = self.storages[key]

@@ -188,15 +188,6 @@ def _live(x: Traced) -> Tensor:
     return (current() or x.tracer).value(x)
 
 
-def storage_id(t: Tensor) -> Any:
-    if t.__class__ is Traced:
-        return (id(t.tracer), t.tracer.root(t.ref))
-    try:
-        return t.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return id(t)
-
-
 def check_leak(t: Traced) -> None:
     """A value of a finished transform is a constant, unless that transform ran inside one that still runs."""
     if any(x.__class__ is Traced and not x.tracer.finished for x in (*t.tracer.origins, *t.tracer.lifted)):

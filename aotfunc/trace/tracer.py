@@ -22,11 +22,12 @@ from ..debug import at
 from ..errors import CaptureError
 from . import shapes
 from .emit import paused_gc
+from .memory import Place, layout
 from .records import Record, instr_op, results_of, written_slots
 from .replay import Replay
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
-from .traced import HOOKS, Traced, check_kind, check_leak, quiet, storage_id, under_way
+from .traced import HOOKS, Traced, check_kind, check_leak, quiet, under_way
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -268,19 +269,15 @@ class Trace(TorchDispatchMode):
     def key(self) -> tuple:
         """What two recordings have in common that differ only in the data they would run on."""
         sigs = tuple([t.sig if t.__class__ is Traced else sig_of(t) for t in self.lifted])
-        return (tuple([t.sig for t in self.inputs]), sigs, tuple([r[:4] for r in self.records]), self._alias_key())
+        memory = self.layout() if self.mutates else None
+        return (tuple([t.sig for t in self.inputs]), sigs, tuple([r[:4] for r in self.records]), memory)
 
-    def _alias_key(self) -> Any:
-        """Which inputs and lifted tensors share storage; asked only where something is written."""
-        if not self.mutates:
-            return None
-        return tuple(self.storages())
-
-    def storages(self) -> list[int]:
-        """For each input, then each lifted tensor: the number of its storage among them."""
-        numbers: dict[Any, int] = {}
-        reals = [*(self.origins or self.inputs), *self.lifted]
-        return [numbers.setdefault(storage_id(t), len(numbers)) for t in reals]
+    def layout(self) -> tuple[Place, ...]:
+        """For each input, then each lifted tensor: where it lies in memory."""
+        if len(self.origins) != len(self.inputs):  # the inputs of a rule: nothing but values
+            return tuple(Place(i, 0, None) for i in range(len(self.inputs) + len(self.lifted)))
+        dims = None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))
+        return layout([*self.origins, *self.lifted], dims)
 
     def root(self, ref: int) -> int:
         """The value whose storage this one shares."""

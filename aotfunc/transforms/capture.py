@@ -127,7 +127,7 @@ def record(
                 t = trace.input(x)
                 if x.requires_grad:
                     trace.leaves[t.ref] = True
-                    if x.is_leaf and i not in differentiated:
+                    if x.is_leaf and x.__class__ is not Traced and i not in differentiated:
                         trace.protected.add(t.ref)
             values[i] = t
             reals.append(x)

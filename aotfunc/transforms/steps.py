@@ -20,7 +20,7 @@ from ..debug import Line, at
 from ..errors import CaptureError
 from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, remap
-from ..trace.functionalize import Functionalizer, Link
+from ..trace.functionalize import Functionalizer, Link, linked
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
 from .jvp import jvp
@@ -112,7 +112,7 @@ def shown_input(program: Program, k: int) -> tuple[int, list[Link]] | None:
         if not isinstance(n.target, OpOverload) or Facts(n.target).view_of is None:
             return None
         val = n.meta["val"] if index is None else n.meta["val"][index]
-        links.insert(0, Link((n.target, n.args[1:], n.kwargs, index, val)))
+        links.insert(0, linked(n.args[0].meta["val"], n.target, n.args[1:], n.kwargs, index, val))
         n = n.args[0]
     return (program.placeholders.index(n), links) if isinstance(n, Node) and n.op == "placeholder" else None
 

@@ -132,6 +132,7 @@ class Batch:
                         "batched": flags,
                         "size": size,
                         "randomness": randomness,
+                        "sample": _logical(n.args[0]),
                         "shape": want.shape if isinstance(want, Sig) else tuple(getattr(v, "shape", ()) for v in want),
                     }
                     result = traced(lambda *xs: rule(*xs, **extras))(b, *full)

@@ -138,10 +138,13 @@ scatter_lines(aten.diagonal_scatter, aten.diagonal, "dim1", "dim2")
 # ----- as_strided: reads the memory behind x, here a gather of x's elements -------------------------------------------
 
 
-def cells(x: Tensor, shape: Sequence[Any], stride: Sequence[Any], to: tuple[Any, Any, Any]) -> Tensor:
-    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x`` (of this shape and stride)."""
+def cells(x: Tensor, layout: tuple[Sequence[Any], Sequence[Any], Any], to: tuple[Any, Any, Any]) -> Tensor:
+    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x`` (of this shape, stride and
+    offset).
+    """
+    shape, stride, start = layout
     size, strides, offset = to
-    offset = 0 if offset is None else offset - x.storage_offset()
+    offset = 0 if offset is None else offset - start
     numbers = torch.arange(prod(shape), device=x.device)
     expected, dense = 1, True
     for s, st in zip(reversed(shape), reversed(stride), strict=True):
@@ -153,27 +156,31 @@ def cells(x: Tensor, shape: Sequence[Any], stride: Sequence[Any], to: tuple[Any,
     return aten.as_strided(numbers, size, strides, offset)
 
 
+def layout(x: Tensor) -> tuple[Sequence[Any], Sequence[Any], Any]:
+    return x.shape, x.stride(), x.storage_offset()
+
+
 def as_strided_back(g: Tensor, x: Tensor, *to: Any) -> Tensor:
-    at = cells(x, x.shape, x.stride(), to).reshape(-1)
+    at = cells(x, layout(x), to).reshape(-1)
     return g.new_zeros(x.numel()).index_add(0, at, g.reshape(-1)).reshape(x.shape)
 
 
-def batch_as_strided(x: Tensor, *to: Any) -> Tensor:
-    at = cells(x, x.shape[1:], x.stride()[1:], to)
+def batch_as_strided(x: Tensor, *to: Any, sample: Any) -> Tensor:
+    at = cells(x, (sample.shape, sample.stride, sample.offset), to)
     return x.flatten(1).index_select(1, at.reshape(-1)).reshape(x.shape[0], *at.shape)
 
 
 def as_strided_scatter_back(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    at = cells(x, x.shape, x.stride(), to).reshape(-1)
+    at = cells(x, layout(x), to).reshape(-1)
     return g.reshape(-1).index_fill(0, at, 0).reshape(x.shape)
 
 
 def as_strided_part(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    return g.reshape(-1).index_select(0, cells(x, x.shape, x.stride(), to).reshape(-1)).reshape(src.shape)
+    return g.reshape(-1).index_select(0, cells(x, layout(x), to).reshape(-1)).reshape(src.shape)
 
 
-def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    at = cells(x, x.shape[1:], x.stride()[1:], to).reshape(-1)
+def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any, sample: Any) -> Tensor:
+    at = cells(x, (sample.shape, sample.stride, sample.offset), to).reshape(-1)
     return x.flatten(1).index_copy(1, at, src.reshape(src.shape[0], -1)).reshape(x.shape)
 
 

@@ -15,7 +15,8 @@ well be called in a Python shell. Conventions, the same for every verb:
 - A rule may ask for more by naming a keyword-only parameter: ``needs`` (vjp: a tuple of bools, which tensor arguments
   want a gradient), ``batched`` (vmap: which tensor arguments carry the batch at dimension 0; a list of bools for a
   tensor list; without it all tensor arguments arrive batched), ``size`` (vmap: the batch size), ``randomness`` (vmap:
-  "different" or "same"), ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several).
+  "different" or "same"), ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several),
+  ``sample`` (vmap: the unbatched signature of the first argument).
 - A vmap rule returns the output(s) with the batch at dimension 0.
 
 Gradients of complex values follow PyTorch's convention: the cotangent of ``x`` is the conjugate Wirtinger
@@ -83,7 +84,7 @@ def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> li
     return full
 
 
-EXTRAS = ("needs", "batched", "size", "randomness", "shape")
+EXTRAS = ("needs", "batched", "size", "randomness", "shape", "sample")
 
 
 def adapt(rule: Formula, leading: int) -> Formula:

@@ -1,0 +1,106 @@
+"""How tensors lie in memory: which of them overlap, and where each begins. A write to one is seen through the others.
+
+Memory is what a storage holds, or, for the values of a recording, what their root stands for: so the parts of one
+buffer are told apart also where they are samples of a batch, whose own signatures begin at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .shapes import Sig, contiguous_stride
+from .traced import Traced
+
+
+class Place(NamedTuple):
+    """``group`` is the same for tensors that overlap, directly or through others; ``start`` and ``step``, the distance
+    of the samples where the tensor is a batch, are in bytes.
+    """
+
+    group: int
+    start: int
+    step: int | None
+
+
+def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) -> tuple[Place, ...]:
+    """A place for each tensor. ``dims``: the dimensions along which they are batches."""
+    known = [memory_of(t) for t in tensors]
+    groups = list(range(len(tensors)))
+    beside: dict[Any, list[int]] = {}
+    for i, (memory, _) in enumerate(known):
+        others = beside.setdefault(memory, [])
+        for k in others:
+            if groups[k] != groups[i] and overlap(tensors[k], known[k][1], tensors[i], known[i][1]):
+                old, new = max(groups[i], groups[k]), min(groups[i], groups[k])
+                groups = [new if g == old else g for g in groups]
+        others.append(i)
+    alone = {g for g in groups if groups.count(g) == 1} if any(len(x) > 1 for x in beside.values()) else set(groups)
+    return tuple(
+        Place(g, 0, None) if g in alone else Place(g, start, step_of(t, dims[i] if dims else None))
+        for i, (g, t, (_, start)) in enumerate(zip(groups, tensors, known, strict=True))
+    )
+
+
+def step_of(t: Tensor, dim: int | None) -> int | None:
+    return None if dim is None else t.stride(dim) * t.element_size()
+
+
+def memory_of(t: Tensor) -> tuple[Any, int]:
+    """What identifies the memory that ``t`` lies in, and at which byte of it ``t`` begins."""
+    if t.__class__ is Traced:
+        trace, root = t.tracer, t.tracer.root(t.ref)
+        count = len(trace.inputs)
+        if root >= count:
+            return (id(trace), root), t.sig.offset * t.element_size()
+        base = trace.inputs[root] if root >= 0 else trace.lifted[-root - 1]
+        group, start, _ = trace.layout()[root if root >= 0 else count - root - 1]
+        return (id(trace), "group", group), start + (t.sig.offset - base.storage_offset()) * t.element_size()
+    try:
+        return t.untyped_storage()._cdata, t.storage_offset() * t.element_size()
+    except (RuntimeError, NotImplementedError):
+        return id(t), 0
+
+
+def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
+    """Whether two tensors of one memory share an element. Where that is hard to tell: yes."""
+    if not (a.numel() and b.numel() and a_start < b_start + extent(b) and b_start < a_start + extent(a)):
+        return False
+    try:
+        return np.shares_memory(_block(a, a_start), _block(b, b_start), max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def extent(t: Tensor) -> int:
+    """Bytes from the first element of ``t`` to behind its last."""
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def part(base: Sig, at: Place, sig: Sig, place: Place) -> int | None:
+    """At which element of ``base`` a tensor of signature ``sig`` begins that lies wholly inside of it; None if it does
+    not.
+    """
+    size = base.dtype.itemsize
+    start, odd = divmod(place.start - at.start, size)
+    dense = base.stride == contiguous_stride(base.shape) and (at.step is None or abs(at.step) >= base.numel * size)
+    inside = start >= 0 and start + sig.extent - sig.offset <= base.numel
+    return start if dense and inside and not odd and sig.dtype is base.dtype and place.step == at.step else None
+
+
+def _block(t: Tensor, start: int) -> np.ndarray:
+    """An array that lies where ``t`` does, relative to others; it is never read."""
+
+    class Block:
+        __array_interface__ = {
+            "data": ((1 << 20) + start, True),
+            "shape": tuple(t.shape),
+            "strides": tuple([s * t.element_size() for s in t.stride()]),
+            "typestr": f"|V{t.element_size()}",
+            "version": 3,
+        }
+
+    return np.asarray(Block())
