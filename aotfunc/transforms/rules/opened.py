@@ -117,7 +117,6 @@ opened_as(aten._add_relu.Tensor, lambda x, y, alpha=1: torch.relu(torch.add(x, y
 opened_as(aten._add_relu.Scalar, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
 opened_as(aten._aminmax, lambda x: tuple(aten.aminmax(x)))
 opened_as(aten._aminmax.dim, lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)))
-opened_as(aten._grid_sampler_2d_cpu_fallback, lambda x, grid, *how: aten.grid_sampler_2d(x, grid, *how))
 for name in ("conj_physical", "conj"):  # PyTorch's decompositions of Fourier transforms speak in prims
     if hasattr(torch.ops.prims, name):
         op = getattr(torch.ops.prims, name).default
