@@ -1,13 +1,15 @@
-"""Batching of reductions of segments: the samples' lengths become one more leading dimension of the lengths."""
+"""Reductions of segments: batched by one more leading dimension of the lengths, their gradient by ops that have one."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .batching import with_batch
-from .table import aten, vmap_of
+from .scatter import scatter_reduce_back
+from .table import aten, opened_as, vmap_of
 
 
 @vmap_of(aten.segment_reduce)
@@ -52,3 +54,25 @@ def _(
     )
     how = {"lengths": lengths, "offsets": offsets, "initial": initial}
     return aten._segment_reduce_backward(g, out, data, reduce, axis=axis + 1, **how)
+
+
+#: what a reduction is called by ``scatter_reduce``, and what it starts from
+AS_SCATTER = {"sum": ("sum", 0), "prod": ("prod", 1), "max": ("amax", -torch.inf), "min": ("amin", torch.inf)}
+
+
+def segment_gradient(g, out, data, reduce, lengths=None, offsets=None, axis=0, initial=None):
+    """The gradient of ``segment_reduce``: each element is one that is written to the place of its segment."""
+    count = offsets.diff(dim=axis) if lengths is None else lengths
+    ends = count.cumsum(axis)
+    positions = torch.arange(data.shape[axis], device=data.device).expand(*ends.shape[:-1], -1)
+    segment = torch.searchsorted(ends, positions.contiguous(), right=True)
+    segment = segment.reshape(*segment.shape, *[1] * (data.dim() - axis - 1)).expand(data.shape)
+    if reduce == "mean":
+        count = count.reshape(*count.shape, *[1] * (data.dim() - axis - 1)).clamp_min(1)
+        return (g / count).gather(axis, segment)
+    name, start = AS_SCATTER[reduce]
+    start = torch.full_like(out, start if initial is None else initial)
+    return scatter_reduce_back(g, out, start, axis, segment, data, name)[2]
+
+
+opened_as(aten._segment_reduce_backward, segment_gradient)
