@@ -49,6 +49,17 @@ def user_line(depth: int = 1) -> Line | None:
     return None
 
 
+def line_of(error: BaseException) -> Line | None:
+    """The innermost of the user's lines that an error came through."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((_OURS, _TORCH, "<frozen")):
+            found = Line(step.tb_frame.f_code, step.tb_lineno)
+        step = step.tb_next
+    return found
+
+
 def outside_dynamo(f: Callable) -> Callable:
     """Mark ``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of it is a graph break,
     and what it calls runs as it is. (Dynamo's own ``disable`` would import Dynamo, which takes seconds.)

@@ -50,6 +50,15 @@ def _log_sigmoid(x):
     return like(x), like(x)
 
 
+@rule(aten._ctc_loss.Tensor)
+def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
+    """As long as the longest target may be: how the loss is recorded, there is one of that length."""
+    sure(log_probs.dtype.is_floating_point and log_probs.ndim == 3 and targets.ndim == 2)
+    steps, n, _ = log_probs.shape
+    sure(targets.shape[0] == input_lengths.numel == target_lengths.numel == n)
+    return new(log_probs, (n,)), new(log_probs, (n, steps, 2 * targets.shape[1] + 1))
+
+
 @rule(aten.log_sigmoid_backward)
 def _log_sigmoid_backward(g, x, buffer):
     same_dtype(g, x, buffer)
@@ -200,7 +209,8 @@ def _batch_norm(x, weight, bias, training, momentum, eps):
 @rule(aten._native_batch_norm_legit_no_training)
 def _batch_norm_inference(x, weight, bias, mean, var, momentum, eps):
     _batch_norm_fits(x, weight, bias, mean, var)
-    return (like(x), *[new(x, x.shape[1:2])] * 2)
+    sure(x.device.type == "cpu")  # elsewhere the unused statistics may have a shape
+    return (like(x), *[new(x, (0,))] * 2)
 
 
 @rule(aten.native_batch_norm_backward)

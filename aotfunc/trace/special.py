@@ -84,11 +84,24 @@ def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-u
     return x, over.abs().square().sum(-2), rank, singular
 
 
+def _batch_norm_with_update(trace: Trace, x, weight, bias, mean, var, momentum, eps):  # type: ignore[no-untyped-def]
+    out = _batch_norm(trace, x, weight, bias, mean, var, True, momentum, eps)
+    return *out, x.new_empty(0, dtype=torch.uint8)
+
+
+def _batch_norm_no_update(trace: Trace, x, weight, bias, mean, var, momentum, eps):  # type: ignore[no-untyped-def]
+    out = _batch_norm(trace, x, weight, bias, mean, var, False, momentum, eps)
+    return *out, x.new_empty(0, dtype=torch.uint8)
+
+
 SPECIAL: dict[OpOverload, Callable] = {
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
     aten._conj.default: _conj,
     aten.native_batch_norm.default: _with_trace(_batch_norm),
+    aten._native_batch_norm_legit.default: _with_trace(_batch_norm),
+    aten._batch_norm_with_update.default: _with_trace(_batch_norm_with_update),
+    aten._batch_norm_no_update.default: _with_trace(_batch_norm_no_update),
     aten.cudnn_batch_norm.default: _with_trace(_cudnn_batch_norm),
     aten.miopen_batch_norm.default: _with_trace(_batch_norm),
     aten.linalg_lstsq.default: _with_trace(_lstsq),

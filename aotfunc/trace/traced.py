@@ -123,7 +123,9 @@ class Traced(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         value = _live(self)
         with quiet():
-            return value.numpy(force=True)
+            array = torch._C.TensorBase.numpy(value, force=True)
+        array.flags.writeable = False  # what is written there would not be in the recording
+        return array
 
     def tolist(self) -> Any:
         value = _live(self)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from ..debug import at, line_of
+from ..errors import CaptureError
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
@@ -140,7 +142,15 @@ def record(
     trace.origins = reals
     args, kwargs = rebuild(values)
     with recording(trace):
-        result = f(*args, **kwargs)
+        try:
+            result = f(*args, **kwargs)
+        except RuntimeError as e:
+            if "data is not allocated" not in str(e):
+                raise
+            raise CaptureError(
+                f"an op that reads its argument's memory itself was given a traced value{at(line_of(e))}; "
+                "pass it Python numbers (x.tolist())"
+            ) from e
         recording_ = Recording(trace, result, name_of or (lambda: ()))
     return recording_
 

@@ -1,36 +1,25 @@
-"""``autograd.Function`` inside a recording: its forward is recorded, and its results are marked as having the
-derivative that it says.
+"""The derivative that a user wrote for an ``autograd.Function``, as a graph node.
 
-The mark is a graph node whose target is a :class:`CustomDerivative`. The Function's ``backward`` (and ``jvp``) are
-recorded with it, as programs of the cotangents (tangents) and of what the context saved. So a custom derivative is
-itself a graph: transformed like any other, to any order.
+Such a node passes values through and marks them as having the derivative that it says. The Function's ``backward`` (and
+``jvp``) are recorded with it (see :mod:`.function`), as programs of the cotangents (tangents) and of what the context
+saved. So a custom derivative is itself a graph: transformed like any other, to any order.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx
 from torch.fx import Node
 
-from ..debug import Line
 from ..errors import CaptureError
-from ..graph import Program, output_node
+from ..graph import Program
 from ..trace.emit import Builder, remap
-from ..trace.functionalize import Functionalizer, once
-from ..trace.shapes import Sig
-from ..trace.traced import current
-from ..trace.tracer import Trace, recording
-from .steps import Step, interned
-from .vjp import dense, reverse
+from .vjp import reverse
 from .vmap import inserted, vmap
-from .walk import builder, number, traced
+from .walk import number
 
 aten = torch.ops.aten
 
@@ -43,6 +32,20 @@ class Part(NamedTuple):
     n_residuals: int
 
 
+class Later:
+    """A Part that is recorded when it is asked for: a derivative that calls its own Function has no last one."""
+
+    def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
+        self.make, self.first, self.n_residuals = make, first, n_residuals
+        self.made: Any = None
+
+    def part(self) -> Any:
+        """The Part, or the error that recording it raised."""
+        if self.made is None:
+            self.made, self.make = self.make(), None  # type: ignore[assignment]
+        return self.made
+
+
 class CustomDerivative:
     """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a derivative of the user's.
 
@@ -53,7 +56,14 @@ class CustomDerivative:
     """
 
     def __init__(
-        self, name: str, n_inputs: int, vals: tuple, backward: tuple, forward: Part | None, saved: tuple, batching: Any
+        self,
+        name: str,
+        n_inputs: int,
+        vals: tuple,
+        backward: tuple,
+        forward: Part | Later | None,
+        saved: tuple,
+        batching: Any,
     ) -> None:
         self.__name__, self.n_inputs, self.vals, self.n_outputs = name, n_inputs, vals, len(vals)
         self.backward: dict[Any, Any] = dict(backward)
@@ -73,6 +83,7 @@ class CustomDerivative:
         part = self.backward.get(have, self.backward.get(None))
         if part is None:
             raise CaptureError(f"{self.__name__} has no backward")
+        part = part.part() if isinstance(part, Later) else part
         if not isinstance(part, Part):
             raise part
         return part
@@ -93,13 +104,14 @@ class CustomDerivative:
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         inputs, _, residuals = self.parts(n)
         residuals = [remap(r, env) if k is None else b.item(new, k) for r, k in zip(residuals, self.saved, strict=True)]
-        if self.forward is not None:
+        forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
+        if isinstance(forward, Part):
             ts = [
                 tangents[x] if x in tangents else number(b, 0, x.meta["val"])
                 for x in inputs
                 if x.meta["val"].differentiable
             ]
-            return spliced(b, self.forward, ts, residuals)
+            return spliced(b, forward, ts, residuals)
         # the transpose of the backward, which is linear in the cotangents
         diff = [v for v in self.vals if v.differentiable]
         part = self.backward_part((True,) * len(diff))
@@ -124,14 +136,17 @@ class CustomDerivative:
         new = [walk.expanded(a) for a in (*inputs, *raw)]
         flags = [walk.has(r) for r in residuals]
         rest = [remap(r, walk.env) for r in residuals]
+        rest_sigs = [r.meta["val"] for r in rest]
 
         def batched(part: Any) -> Any:
+            if isinstance(part, Later):
+                return Later(lambda: batched(part.part()), part.first, part.n_residuals)
             if not isinstance(part, Part):
                 return part
             program, here = part.program, slice(part.first, part.first + part.n_residuals)
             given = program.placeholders[: len(program.placeholders) - part.n_residuals]
             dims = [0] * len(given) + [0 if yes else None for yes in flags[here]]
-            sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *(r.meta["val"] for r in rest[here])]
+            sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *rest_sigs[here]]
             outs = [0 if isinstance(o, Node) else None for o in program.outputs]
             whole = Program(program.graph, len(dims), program.n_outputs)
             return Part(vmap(whole, dims, sigs, walk.size, walk.randomness, outs), part.first, part.n_residuals)
@@ -151,267 +166,3 @@ class CustomDerivative:
 def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:
     inputs = [*given, *residuals[part.first : part.first + part.n_residuals]]
     return list(b.splice(part.program.graph, inputs, part.program.outputs))
-
-
-# ----- recording a call -----------------------------------------------------------------------------------------------
-
-
-class Begin(Step):
-    """The start of a Function: remembers the values of its tensor arguments, before ``forward`` may write to them."""
-
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        f.snapshots.append([f.read(r, True) for r in refs])
-
-    def run(self, values: list[Tensor]) -> list[Tensor]:
-        return []
-
-
-class End(Step):
-    """The end of a Function: its outputs, with the derivative that the Function says."""
-
-    def __init__(self, derivative: CustomDerivative) -> None:
-        super().__init__(derivative.vals)
-        self.derivative = derivative
-
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        d = self.derivative
-        inputs = f.snapshots.pop()
-        raw = [f.read(r, False) for r in refs[: d.n_outputs]]
-        residuals = [f.read(r, True) for r in refs[d.n_outputs :]]
-        node = f.b.make("call_function", d, (*inputs, *raw, *residuals), {}, d.vals)
-        self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
-
-    def run(self, values: list[Tensor]) -> list[Tensor]:
-        return values[: self.derivative.n_outputs]
-
-
-BEGIN = Begin(())
-
-
-class Context(FunctionCtx):
-    """What ``ctx`` is inside a recording."""
-
-    saved_for_forward: tuple = ()
-    to_save: tuple = ()
-    needs_input_grad: tuple = ()
-    materialize_grads = True
-    non_differentiable: tuple = ()
-    dirty_tensors: tuple = ()
-
-    @property
-    def saved_tensors(self) -> tuple:
-        return tuple(self.to_save) if self.to_save else tuple(self.saved_for_forward)
-
-    def set_materialize_grads(self, value: bool) -> None:
-        self.materialize_grads = value
-
-
-def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.apply(*args)`` inside a recording; Functions with ``setup_context`` and without."""
-    new_style = cls.setup_context is not Function.setup_context
-    if kwargs or new_style:
-        bound = inspect.signature(cls.forward).bind(*(args if new_style else (None, *args)), **kwargs)
-        bound.apply_defaults()
-        args = bound.args if new_style else bound.args[1:]
-    ctx = Context()
-    ctx.needs_input_grad = tuple(map(floating, args))
-
-    def forward(ctx: Any) -> Any:
-        if not new_style:
-            return cls.forward(ctx, *args)
-        output = cls.forward(*args)
-        cls.setup_context(ctx, args, output)
-        return output
-
-    backward = cls.backward if cls.backward is not Function.backward else cls.vjp
-    if backward is Function.vjp:
-        backward = None
-    jvp = cls.jvp if cls.jvp is not Function.jvp else None
-    batching = custom_batching(cls, args) if cls.vmap is not Function.vmap else None
-    return call_function(cls.__name__, args, forward, ctx, backward, jvp, batching)
-
-
-def floating(a: Any) -> bool:
-    return isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
-
-
-def call_function(
-    name: str, args: Any, forward: Callable, ctx: Context, backward: Any, jvp: Any = None, batching: Any = None
-) -> Any:
-    """Record one Function call between a Begin and an End."""
-    trace = current()
-    assert trace is not None
-    trace.record(BEGIN, [a for a in args if isinstance(a, Tensor)])
-    with torch.no_grad():
-        output = forward(ctx)
-    single = not isinstance(output, tuple | list)
-    outs = [output] if single else list(output)
-    places = [i for i, o in enumerate(outs) if isinstance(o, Tensor)]
-    raw = [outs[i] for i in places]
-    derivative, residuals = custom_derivative(trace, name, args, ctx, raw, backward, jvp, batching)
-    results = trace.record(interned(End, derivative), [*raw, *residuals])
-    frozen = {id(t) for t in ctx.non_differentiable}
-    dirty = {id(t): t for t in ctx.dirty_tensors or ()}
-    for i, o, new in zip(places, raw, results, strict=True):
-        if id(o) in dirty:
-            dirty[id(o)].copy_(new)
-            outs[i] = o
-        else:
-            outs[i] = new.detach() if id(o) in frozen else new
-    return outs[0] if single else tuple(outs)
-
-
-def custom_derivative(
-    trace: Trace, name: str, args: Any, ctx: Context, raw: list, backward: Any, jvp: Any, batching: Any
-) -> tuple[CustomDerivative, list[Tensor]]:
-    """The Function's backward and jvp recorded as programs, and the residuals that they read."""
-    vals = tuple(trace.ref_of(o)[1] for o in raw)
-    residuals: list[Tensor] = []
-
-    def part(rule: Callable, sigs: Sequence[Sig]) -> Any:
-        made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs)
-        if isinstance(made, Exception):
-            return made
-        program, lifted = made
-        residuals.extend(lifted)
-        return Part(program, len(residuals) - len(lifted), len(lifted))
-
-    backwards = []
-    if backward is not None:
-        wanted = gradients_of(args, backward)
-        diff = [v.differentiable for v in vals]
-        for have in patterns(sum(diff), ctx.materialize_grads):
-            present = iter(have or (True,) * sum(diff))
-            given = [yes and next(present) for yes in diff]
-            sigs = [dense(v) for v, yes in zip(vals, given, strict=True) if yes]
-            backwards.append((have, part(with_gaps(wanted, given), sigs)))
-    forward = None
-    if jvp is not None:
-        floats = [floating(a) for a in args]
-        sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
-        kept, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
-        made = part(with_gaps(lambda ctx, *ts: listed(jvp(ctx, *ts)), floats), sigs)
-        ctx.to_save = kept
-        forward = made if isinstance(made, Part) else None
-    number_of = {trace.ref_of(o)[0]: k for k, o in enumerate(raw)}
-    saved = tuple(number_of.get(trace.ref_of(r)[0]) for r in residuals)
-    n_inputs = sum(isinstance(a, Tensor) for a in args)
-    fields = (name, n_inputs, vals, tuple(backwards), forward, saved, batching)
-    unique = batching is not None or any(isinstance(p, Exception) for _, p in backwards)
-    return (CustomDerivative(*fields) if unique else interned(CustomDerivative, *fields)), residuals
-
-
-def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
-    """Which cotangents may be there: whichever, as zeros where absent; without materialisation each case by itself."""
-    if materialize or count > 4:
-        return [None]
-    return [p for p in itertools.product((True, False), repeat=count) if any(p)]
-
-
-def with_gaps(rule: Callable, given: Sequence[bool]) -> Callable:
-    """The rule called with ``None`` where nothing is given."""
-
-    def call(ctx: Any, *values: Tensor) -> Any:
-        feed = iter(values)
-        return rule(ctx, *[next(feed) if yes else None for yes in given])
-
-    return call
-
-
-def listed(result: Any) -> list:
-    return list(result) if isinstance(result, tuple | list) else [result]
-
-
-def gradients_of(args: Any, backward: Callable) -> Callable:
-    """The backward, returning one gradient per tensor argument as autograd takes it: of the argument's shape and
-    dtype, None for integers.
-    """
-    last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
-    body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
-
-    def fit(g: Any, a: Tensor) -> Any:
-        if g is None or not floating(a):
-            return None
-        if g.shape != a.shape:
-            g = g.sum_to_size(a.shape)
-        if g.dtype != a.dtype:
-            g = (torch.real(g) if g.is_complex() and not a.is_complex() else g).to(a.dtype)
-        return once(g) if last else g
-
-    def call(ctx: Any, *cts: Any) -> list:
-        grads = listed(body(ctx, *cts))
-        grads += [None] * (len(args) - len(grads))
-        return [fit(g, a) for g, a in zip(grads, args, strict=False) if isinstance(a, Tensor)]
-
-    return call
-
-
-@torch.autograd.function.once_differentiable  # type: ignore[type-var]
-def _once_differentiable(ctx: Any, g: Any) -> Any:
-    return g
-
-
-#: the code that every function decorated with @once_differentiable has
-_ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
-
-
-def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig]) -> Any:
-    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per leaf; or the error
-    that it raised.
-    """
-    from .capture import Recording
-
-    inner = Trace("the derivative of an autograd.Function is recorded without values")
-    for sig in sigs:
-        t = inner.new(sig)
-        inner.inputs.append(t)
-        inner.leaves[t.ref] = True
-    try:
-        with recording(inner):
-            rec = Recording(inner, rule(*inner.inputs), lambda: ())
-    except NotImplementedError as e:
-        return CaptureError(f"{name} has no derivative: {e}")
-    except Exception as e:  # the user's: it is raised where this derivative is asked for, as in eager
-        return e.with_traceback(None)
-    base = rec.program()
-    if len(rec.tensors) == len(rec.leaves):
-        return base, inner.lifted
-    key = ("gaps", tuple(rec.tensors), len(rec.leaves))
-    if key not in base.cache:
-        b = builder()
-        inputs = [b.placeholder(p.name, p.meta["val"]) for p in base.placeholders]
-        outs = b.splice(base.graph, inputs, output_node(base.graph).args[0])
-        full: list = [None] * len(rec.leaves)
-        for i, o in zip(rec.tensors, outs, strict=False):
-            full[i] = o
-        base.cache[key] = Program(b.finish(full), base.n_inputs, len(full), (), "backward")
-    return base.cache[key], inner.lifted
-
-
-def custom_batching(cls: Any, args: Any) -> Callable:
-    """The ``vmap`` staticmethod of a Function as the batching rule of its node."""
-    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    plain = [None if isinstance(a, Tensor) else a for a in args]  # the rule must not keep tensors alive
-
-    def batching(walk: Any, inputs: Sequence[Node]) -> tuple[Any, Any]:
-        dims: list = [None] * len(plain)
-        for i, x in zip(places, inputs, strict=True):
-            dims[i] = 0 if walk.has(x) else None
-        info = types.SimpleNamespace(batch_size=walk.size, randomness=walk.randomness)
-
-        def body(*tensors: Tensor) -> Any:
-            full = list(plain)
-            for i, t in zip(places, tensors, strict=True):
-                full[i] = t
-            outs, out_dims = cls.vmap(info, tuple(dims), *full)
-            pairs = [(outs, out_dims)] if isinstance(outs, Tensor) else zip(outs, out_dims, strict=True)
-            return [
-                o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape)
-                for o, d in pairs
-                if isinstance(o, Tensor)
-            ]
-
-        outs = traced(body)(walk.b, *[walk.env[x] for x in inputs])
-        return outs, [True] * len(outs)
-
-    return batching

@@ -167,9 +167,8 @@ def batching_rule(op: OpOverload) -> Callable:
 
 @cache
 def has_batching_rule(op: OpOverload) -> bool:
-    """Whether PyTorch batches ``op``, itself or through the ops that it is composed of, without its own slow loop."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return any(has(op.name(), key) for key in ("FuncTorchBatched", "CompositeImplicitAutograd"))
+    """Whether PyTorch batches ``op`` itself; what it has no rule for it loops over, also within composite ops."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "FuncTorchBatched")
 
 
 @cache

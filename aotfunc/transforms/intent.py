@@ -1,5 +1,5 @@
 """What autograd would hide from a recording, written down: ``autograd.grad``, ``.backward()``, hooks, checkpoints
-(for ``autograd.Function`` see :mod:`.custom`).
+(for ``autograd.Function`` see :mod:`.function`).
 
 These entry points of torch are redirected while a recording is under way in the calling thread, and do what they
 always did otherwise. The code object of each function is exchanged, not its name, so that names bound earlier (``sq =
@@ -21,9 +21,9 @@ from torch.autograd.function import Function
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
-from ..trace.traced import HOOKS, Traced, current
+from ..trace.traced import HOOKS, Traced, current, quiet
 from ..trace.tracer import Trace
-from .custom import Context, apply_function, call_function
+from .function import Context, apply_function, call_function
 from .steps import GradStep, interned
 
 #: the functions as torch defines them
@@ -43,6 +43,8 @@ def install() -> None:
     ORIGINALS["checkpoint"] = torch_checkpoint._checkpoint_without_reentrant_generator
     torch_checkpoint._checkpoint_without_reentrant_generator = checkpoint_region
     HOOKS["register_hook"] = register_hook
+    ORIGINALS["numpy"] = Tensor.numpy
+    Tensor.numpy = numpy_of_a_constant  # type: ignore[method-assign]
     enter = torch.autograd.graph.saved_tensors_hooks.__enter__
 
     @functools.wraps(enter)
@@ -54,6 +56,16 @@ def install() -> None:
         return enter(self)
 
     torch.autograd.graph.saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]
+
+
+@functools.wraps(Tensor.numpy)
+def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
+    """Memory of a tensor from outside; what torch does on the way must not be recorded."""
+    if (trace := current()) is None:
+        return ORIGINALS["numpy"](self, force=force)
+    value = trace.value(self)
+    with quiet():
+        return ORIGINALS["numpy"](value, force=force)
 
 
 def recorded() -> Trace | None:

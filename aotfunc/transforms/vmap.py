@@ -303,14 +303,29 @@ def vmap(
             dim = dims[index]
             if dim is None:
                 if batch.has(o):
-                    raise ArgumentError(
-                        f"vmap: a tensor that is the same for all samples ({program.placeholders[index].name}) was "
-                        "written with a value that differs between samples; make it an input with its own in_dims"
-                    )
+                    raise ArgumentError(shared_write(program.placeholders[index], o))
                 written.append(batch.env[o])
             else:
                 written.append(moved(b, batch.expanded(o), 0, dim))
         return Program(b.finish([*results, *written]), program.n_inputs, program.n_outputs, program.mutated, "vmap")
+
+
+def shared_write(target: Node, value: Node) -> str:
+    """What is wrong with writing a value that differs between samples to a tensor that does not."""
+    text = (
+        f"vmap: a tensor that is the same for all samples ({target.name}) was written with a value that differs "
+        f"between samples{at(value.meta.get('line'))}; make it an input with its own in_dims"
+    )
+    near = {value}
+    for _ in range(4):
+        near |= {i for n in near for i in n._input_nodes}
+    if not any("batch_norm" in getattr(n.target, "__name__", "") for n in near):
+        return text
+    return (
+        f"{text}. These are the running statistics of a batch norm in training mode, which cannot take one update for "
+        "each sample. Either leave them out (replace_all_batch_norm_modules_, or track_running_stats=False), or give "
+        "each sample its own (functional_call with buffers that have a batch dimension), or call eval() first."
+    )
 
 
 def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:

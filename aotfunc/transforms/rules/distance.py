@@ -71,3 +71,9 @@ def pdist_backward(g: Tensor, x: Tensor, p: float, out: Tensor) -> Tensor:
 
 
 opened_as(aten._pdist_backward, pdist_backward)
+
+
+@vmap_of(aten._pdist_forward)
+def _(x: Tensor, p: float) -> Tensor:
+    i, j = pairs(x[0])
+    return aten.linalg_vector_norm(x[:, i] - x[:, j], p, [-1])

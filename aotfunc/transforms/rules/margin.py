@@ -1,4 +1,5 @@
-"""Batching of the losses with a margin: the batch is folded into their ``N``, and what they reduce is reduced by hand.
+"""The losses with a margin: batching, where the batch is folded into their ``N`` and what they reduce is reduced by
+hand, and the derivatives of their gradients.
 
 ``x`` is ``(C,)`` or ``(N, C)``, the target ``()`` or ``(N,)`` for one class and shaped like ``x`` for several. Each
 loss is taken unreduced; the weight of its class, where that differs between samples, is a factor.
@@ -10,11 +11,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .batching import with_batch
 from .loss import MEAN, NONE, reduce
-from .table import aten, vmap_of
+from .table import aten, linear, opened_as, vmap_of
 
 
 def classes(x: Tensor) -> Tensor:
@@ -76,3 +78,40 @@ def _(g, x, target, reduction, is_target, *, batched, size):
     g = per_row(x, g, batched[0], reduction)
     out = aten.multilabel_margin_loss_backward(g, classes(x), classes(target), NONE, classes(is_target))
     return out.reshape(x.shape)
+
+
+# ----- second derivatives ---------------------------------------------------------------------------------------------
+
+
+def spread(g: Tensor, rows: int, reduction: int) -> Tensor:
+    """The cotangents of the rows' losses, ``(rows, 1)``, from that of the reduced loss."""
+    g = g / rows if reduction == MEAN else g
+    return g.reshape(-1, 1)
+
+
+def multi_margin_gradient(g, x, target, p, margin, weight=None, reduction=MEAN):
+    """The gradient of ``sum_j w_y max(0, margin - x_y + x_j)^p / C`` over the other classes ``j``, by ops that have
+    derivatives.
+    """
+    rows, y = classes(x), target.reshape(-1, 1)
+    gap = margin - rows.gather(1, y) + rows
+    others = (gap > 0).scatter(1, y, False)
+    slope = (gap * 2 if p == 2 else torch.ones_like(gap)).where(others, 0) / rows.shape[1]
+    if weight is not None:
+        slope = slope * weight.gather(0, target.reshape(-1)).reshape(-1, 1)
+    slope = slope.scatter_add(1, y, -slope.sum(1, keepdim=True))
+    return (slope * spread(g, rows.shape[0], reduction)).reshape(x.shape)
+
+
+opened_as(aten.multi_margin_loss_backward, multi_margin_gradient)
+
+
+def multilabel_margin_transposed(g: Tensor, gy: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor):
+    """The gradient is piecewise constant in ``x`` and linear in the cotangent ``gy``."""
+    ones = x.new_ones(x.shape[:-1])
+    slope = aten.multilabel_margin_loss_backward(ones, x, target, NONE, is_target)
+    loss = (g * slope).sum(-1)
+    return loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()
+
+
+linear(aten.multilabel_margin_loss_backward, multilabel_margin_transposed, None, None, None)

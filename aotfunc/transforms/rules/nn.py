@@ -187,3 +187,28 @@ adaptive_average_pooling(aten._adaptive_avg_pool3d, aten._adaptive_avg_pool3d_ba
 
 linear(aten.max_unpool2d, lambda g, x, indices: pick(g, indices, 2), None, batch=planes(aten.max_unpool2d, 2))
 linear(aten.max_unpool3d, lambda g, x, indices: pick(g, indices, 3), None, batch=planes(aten.max_unpool3d, 3))
+
+
+def fractional_pooling(op: OpOverloadPacket, backward: OpOverloadPacket, spatial: int) -> None:
+    """As :func:`max_pooling`; where the windows begin is drawn beforehand and given as the last argument."""
+
+    @vmap_of(op)
+    def _(x: Tensor, kernel: Any, shape: Any, draws: Tensor) -> tuple[Tensor, Tensor]:
+        size, images = x.shape[0], x.dim() == spatial + 3
+        out = op(x.flatten(0, 1) if images else x, kernel, shape, draws.flatten(0, 1))
+        values, indices = (o.unflatten(0, (size, -1)) if images else o for o in out)
+        return values, indices
+
+    @vjp_of(op, diff_outputs=(0,))
+    def _(g, out, x, kernel, shape):
+        return [backward(g[0], x, kernel, shape, out[1])]
+
+    @jvp_of(op)
+    def _(tangents, out, x):
+        return pick(tangents[0], out[1], spatial), None
+
+    linear(backward, lambda g, go, x, *rest: pick(g, rest[-1], spatial), None, None, batch=planes(backward, spatial))
+
+
+fractional_pooling(aten.fractional_max_pool2d, aten.fractional_max_pool2d_backward, 2)
+fractional_pooling(aten.fractional_max_pool3d, aten.fractional_max_pool3d_backward, 3)

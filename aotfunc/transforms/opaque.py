@@ -1,0 +1,129 @@
+"""The forward of an ``autograd.Function`` that needs values (numpy inside it, say), as one node of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..debug import Line
+from ..trace.emit import Builder, remap
+from ..trace.functionalize import Functionalizer
+from ..trace.shapes import Sig, sig_of
+from ..trace.traced import current, quiet, under_way
+from .steps import Step, interned
+
+aten = torch.ops.aten
+
+
+class OpaqueForward(Step):
+    """``cls.forward(*args)``, called with real tensors when the graph runs; ``plain`` are the arguments with None where
+    a tensor goes. Its results are constants to every derivative, as the Function's own derivative goes over it.
+    """
+
+    def __init__(self, cls: Any, plain: tuple, places: tuple[int, ...], vals: tuple[Sig, ...], kinds: Any = ()) -> None:
+        super().__init__(vals)
+        self.cls, self.plain, self.places = cls, plain, places
+        self.__name__ = f"{cls.__name__}_forward"
+        self.batching: Callable | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.cls.__name__}.forward"
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors among the results. The Function gets copies: it may write to its arguments."""
+        output, _ = called(self.cls, self.plain, self.places, tensors)
+        return [o for o in listed(output) if isinstance(o, Tensor)]
+
+    # ----- as a recorded step ---------------------------------------------------------------------------------------
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        node = f.b.node(self, tuple(f.read(r, False) for r in refs), {}, self.outs)
+        self.bind(f, [f.b.item(node, i) for i in range(len(self.outs))], grad)
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        return self(*values)
+
+    # ----- as a node ------------------------------------------------------------------------------------------------
+
+    def inline(self, b: Builder, args: Sequence[Any]) -> list:
+        node = b.node(self, tuple(args), {}, self.outs)
+        return [b.item(node, i) for i in range(len(self.outs))]
+
+    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+        return [], []
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        return [None] * len(self.outs)
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        if self.batching is not None:
+            return self.batching(walk, n.args)
+        b = walk.b
+        flags, args = [walk.has(a) for a in n.args], remap(n.args, walk.env)
+        pairs = list(zip(args, flags, strict=True))
+        rows = [
+            self.inline(b, [b.call(aten.select.int, a, 0, k) if yes else a for a, yes in pairs])
+            for k in range(walk.size)
+        ]
+        walk.loops.append((self, n.meta.get("line")))
+        columns = zip(*rows, strict=True)
+        return [b.call(aten.stack.default, list(column)) for column in columns], [True] * len(self.outs)
+
+
+def called(cls: Any, plain: tuple, places: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the copies."""
+    args = list(plain)
+    traces, under_way.traces = under_way.traces, []
+    try:
+        with quiet(), torch.no_grad():
+            for i, t in zip(places, tensors, strict=True):
+                args[i] = t.detach().clone(memory_format=torch.preserve_format)
+            return cls.forward(*args), [args[i] for i in places]
+    finally:
+        under_way.traces = traces
+
+
+def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Exception) -> Any:
+    """``cls.forward(*args)`` recorded as one step; what it returns. Its results' shapes are those of a run on zeros.
+
+    Raises ``why`` where that run fails, where a result that is no tensor may depend on values, and where it writes to
+    an argument that it does not return.
+    """
+    trace = current()
+    assert trace is not None
+    places = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor))
+    plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+    tensors = [args[i] for i in places]
+    sigs = [trace.ref_of(t)[1] for t in tensors]
+    with quiet():
+        zeros = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
+        try:
+            output, given = called(cls, plain, places, zeros)
+        except Exception as error:
+            raise why from error
+        outs = listed(output)
+        returned = [next((i for i, x in zip(places, given, strict=True) if o is x), None) for o in outs]
+        kept = [torch.equal(x, z) or i in returned for i, x, z in zip(places, given, zeros, strict=True)]
+        if not all(kept) or not all(o is None or isinstance(o, Tensor) for o in outs):
+            raise why
+        vals = tuple(sig_of(o.detach()) for o in outs if isinstance(o, Tensor))
+    kinds = tuple((type(a), repr(a) if isinstance(a, float) else "") for a in plain)  # 1, 1.0 and True are equal
+    try:
+        step = interned(OpaqueForward, cls, plain, places, vals, kinds)
+    except TypeError:  # an argument without a hash
+        step = OpaqueForward(cls, plain, places, vals)
+    step.batching = batching
+    results = iter(trace.record(step, tensors))
+    made: list[Any] = []
+    for o, at in zip(outs, returned, strict=True):
+        new = next(results) if isinstance(o, Tensor) else None
+        made.append(new if at is None else args[at].copy_(new))
+    return tuple(made) if isinstance(output, tuple | list) else made[0]
+
+
+def listed(output: Any) -> list:
+    return list(output) if isinstance(output, tuple | list) else [output]

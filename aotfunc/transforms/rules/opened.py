@@ -1,0 +1,132 @@
+"""Ops that say in other words what aten says already: each is transformed as what it consists of.
+
+Kernels for one device or precision (``slow_conv2d``, ``_int_mm``), derivatives that PyTorch has as ops of their own
+(``glu_jvp``), and the functional twins of views. Where a rule or PyTorch's own formula exists, that comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .table import aten, elementwise, linear, named, nondiff, opened_as, shifted, vmap_of
+
+# ----- convolutions ---------------------------------------------------------------------------------------------------
+
+
+def convolved(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] | None = None,
+    transposed: bool = False,
+    output_padding: Sequence[int] | None = None,
+) -> Tensor:
+    """The convolution of images ``(N, C, ...)``, or of one without ``N``."""
+    spatial = w.dim() - 2
+    single = x.dim() == spatial + 1
+    ones, zeros = [1] * spatial, [0] * spatial
+    how = (stride, padding, dilation or ones, transposed, output_padding or zeros, 1)
+    out = aten.convolution(x.unsqueeze(0) if single else x, w, bias, *how)
+    return out.squeeze(0) if single else out
+
+
+def dilated(x, w, kernel_size, bias=None, stride=(1,), padding=(0,), dilation=(1,)):
+    return convolved(x, w, bias, stride, padding, dilation)
+
+
+def transposed(x, w, kernel_size, bias=None, stride=(1,), padding=(0,), output_padding=(0,), dilation=(1,)):
+    return convolved(x, w, bias, stride, padding, dilation, True, output_padding)
+
+
+def by_columns(x, w, kernel_size, bias, stride, padding):
+    return convolved(x, w, bias, stride, padding)
+
+
+def by_columns_backward(g, x, w, kernel_size, stride, padding, output_mask):
+    spatial = w.dim() - 2
+    how = (stride, padding, [1] * spatial, False, [0] * spatial, 1)
+    return aten.convolution_backward(g, x, w, [w.shape[0]], *how, output_mask)
+
+
+def over_time(x: Tensor, w: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """``conv_tbc``: images ``(time, batch, channels)``, weights ``(time, in, out)``."""
+    return convolved(x.permute(1, 2, 0), w.permute(2, 1, 0), bias, [1], [pad]).permute(2, 0, 1)
+
+
+opened_as(aten.slow_conv_dilated2d, dilated)
+opened_as(aten.slow_conv_dilated3d, dilated)
+opened_as(aten.slow_conv_transpose2d, transposed)
+opened_as(aten.slow_conv_transpose3d, transposed)
+opened_as(aten._slow_conv2d_forward, by_columns)
+opened_as(aten._slow_conv2d_backward.output_mask, by_columns_backward)
+opened_as(aten.slow_conv3d_forward, by_columns)
+opened_as(aten.conv_tbc, over_time)
+
+
+# ----- products -------------------------------------------------------------------------------------------------------
+
+opened_as(aten._int_mm, lambda x, y: x.to(torch.int32) @ y.to(torch.int32))
+opened_as(aten._compute_linear_combination, lambda x, weights: torch.tensordot(weights, x, dims=1))
+
+
+def weight_norm_backward(g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Of ``w = scale * v / norms``, ``norms`` being those of ``v`` over all dimensions but ``dim``."""
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    of_scale = (g * v).sum(others, keepdim=True) / norms
+    return scale / norms * (g - v * of_scale / norms), of_scale
+
+
+opened_as(aten._weight_norm_interface_backward, weight_norm_backward)
+
+
+# ----- gated linear units ---------------------------------------------------------------------------------------------
+
+
+def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    first, second = x.chunk(2, dim)
+    return first, second
+
+
+def glu_tangent(out: Tensor, x: Tensor, dx: Tensor, dim: int) -> Tensor:
+    da, db = halves(dx, dim)
+    s = torch.sigmoid(halves(x, dim)[1])
+    return da * s + out * (1 - s) * db
+
+
+def glu_backward_tangent(gx: Tensor, g: Tensor, x: Tensor, dg: Tensor, dx: Tensor, dim: int) -> Tensor:
+    (a, b), (da, db) = halves(x, dim), halves(dx, dim)
+    s = torch.sigmoid(b)
+    slope = s * (1 - s)
+    of_a = dg * s + g * slope * db
+    of_b = slope * (dg * a + g * da + g * a * (1 - 2 * s) * db)
+    return torch.cat([of_a, of_b], dim)
+
+
+opened_as(aten.glu_jvp, glu_tangent)
+opened_as(aten.glu_backward_jvp, glu_backward_tangent)
+
+
+# ----- elements and views ---------------------------------------------------------------------------------------------
+
+opened_as(aten._add_relu.Tensor, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
+opened_as(aten._add_relu.Scalar, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
+opened_as(aten._aminmax, lambda x: tuple(aten.aminmax(x)))
+opened_as(aten._aminmax.dim, lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)))
+for name in ("conj_physical", "conj"):  # PyTorch's decompositions of Fourier transforms speak in prims
+    if hasattr(torch.ops.prims, name):
+        op = getattr(torch.ops.prims, name).default
+        linear(op, lambda g, x: g.conj(), batch=elementwise(op))
+
+
+for op in named("_conj_copy", "_neg_view_copy"):
+    vmap_of(op)(elementwise(op))
+for op in named("detach_copy", "_dirichlet_grad"):  # elements beside elements, whatever the shape
+    vmap_of(op)(op)
+for op in named("linalg__powsum"):
+    vmap_of(op)(shifted(op, "dim"))
+nondiff(*named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
