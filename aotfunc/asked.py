@@ -173,6 +173,8 @@ def bits(x: Tensor) -> Tensor:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two answers are the same: ``nan`` is itself, and 0.0 is not -0.0."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, Tensor):
         return bool(a.shape == b.shape and bits(a).eq(bits(b)).all())
     return a is b or (type(a) is type(b) and repr(a) == repr(b) and (a == b or a != a))

@@ -31,12 +31,12 @@ from .arguments import (
 from .asked import Samples
 from .debug import outside_dynamo
 from .errors import ArgumentError
-from .graph import Program
+from .graph import Program, draws
 from .run import execute
 from .trace.shapes import sig_of
 from .trace.traced import Traced
 from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import parameter_names, record
+from .transforms.capture import Recording, parameter_names, record
 from .transforms.fresh import fresh
 from .transforms.jacobian import columns, rows
 from .transforms.jvp import jvp as jvp_pass
@@ -313,12 +313,13 @@ def vmap(
 
     ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments'
     (the results') tree. Keyword arguments are not batched. ``randomness``: "error", "same" or "different" draws per
-    sample. ``chunk_size``: samples at a time. ``strict`` refuses ops that can only be batched by a loop over the
-    samples. Raises ArgumentError if dims and arguments do not fit, or sizes differ.
+    sample. ``chunk_size``: samples at a time (all of them at once where they share a draw). ``strict`` refuses ops that
+    can only be batched by a loop over the samples. Raises ArgumentError if dims and arguments do not fit, or sizes
+    differ.
 
     Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of the arguments), the
-    samples are asked, anew at each call: what all of them answer alike holds. Raises CaptureError, with the line, if they
-    do not agree: use ``torch.where``, ``x[mask] = v``, ``nonzero_static``.
+    samples are asked, anew at each call: what all of them answer alike holds. Raises CaptureError, with the line, if
+    they do not agree: use ``torch.where``, ``x[mask] = v``, ``nonzero_static``.
 
     >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
     tensor([2., 2., 2.])
@@ -341,7 +342,12 @@ def vmap(
     return wrapper
 
 
-def _batched(
+def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *how: Any) -> Any:
+    rec, program, inputs = _batched_program(func, arguments, dims, *how)
+    return rec.results(execute(program, inputs))
+
+
+def _batched_program(
     func: Callable,
     arguments: Arguments,
     dims: Sequence[int | None],
@@ -349,7 +355,8 @@ def _batched(
     out_dims: Dims,
     randomness: str,
     strict: bool,
-) -> Any:
+) -> tuple[Recording, Program, list[Tensor]]:
+    """The recording of one sample, the batched program and what to run it on."""
     samples = {
         k: sample_sig(x, d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None
     }
@@ -384,7 +391,7 @@ def _batched(
     program = derived(
         base, key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
     )
-    return rec.results(execute(program, [*tensors, *rec.closed_over]))
+    return rec, program, [*tensors, *rec.closed_over]
 
 
 def _chunked(
@@ -397,7 +404,7 @@ def _chunked(
     strict: bool,
     chunk: int,
 ) -> Any:
-    parts = []
+    parts: list[Any] = []
     for start in range(0, size, chunk):
         count = min(chunk, size - start)
         piece = Arguments((), {})
@@ -405,7 +412,14 @@ def _chunked(
         piece.leaves = [
             x if d is None else x.narrow(d, start, count) for x, d in zip(arguments.leaves, dims, strict=True)
         ]
-        parts.append(_batched(func, piece, dims, count, out_dims, randomness, strict))
+        rec, program, inputs = _batched_program(func, piece, dims, count, out_dims, randomness, strict)
+        if randomness == "same" and any(map(draws, program.graph.nodes)):  # no two chunks would draw the same
+            if parts:
+                raise ArgumentError(
+                    "vmap: randomness='same' with chunk_size, and not every chunk draws; drop chunk_size"
+                )
+            return _batched(func, arguments, dims, size, out_dims, randomness, strict)
+        parts.append(rec.results(execute(program, inputs)))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
     where = (

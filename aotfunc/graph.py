@@ -135,15 +135,18 @@ def kept_alive(n: Node) -> bool:
 
 
 def draws(n: Node) -> bool:
-    """Whether a node draws random numbers; attention with dropout_p=0 is tagged as if it did."""
+    """Whether a node draws random numbers; attention with dropout_p=0 and dropout in evaluation are tagged as if they
+    did.
+    """
     op = n.target
     if not isinstance(op, OpOverload):
         return bool(getattr(op, "draws", False))
     if torch.Tag.nondeterministic_seeded not in op.tags:
         return False
     for i, a in enumerate(op._schema.arguments):
-        if a.name == "dropout_p":
-            return bool(n.args[i] if i < len(n.args) else n.kwargs.get(a.name, a.default_value))
+        if a.name in ("dropout_p", "train", "training"):
+            given = n.args[i] if i < len(n.args) else n.kwargs.get(a.name, a.default_value)
+            return given is None or bool(given)
     return True
 
 

@@ -473,7 +473,7 @@ WRITES: dict[OpOverload, Any] = {
 @cache
 def _twin(op: OpOverload) -> OpOverload | None:
     """The overload that returns what ``op`` writes: same arguments, without the trailing underscore or the ``out``s."""
-    if op is aten.rrelu_with_noise.default:
+    if op in (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
         return aten.rrelu_with_noise_functional.default
     name = op._schema.name.split("::")[1]
     namespace = getattr(torch.ops, op.namespace)

@@ -94,6 +94,18 @@ def _batch_norm_no_update(trace: Trace, x, weight, bias, mean, var, momentum, ep
     return *out, x.new_empty(0, dtype=torch.uint8)
 
 
+def _pack_padded(trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """The lengths shape the result, and recurrent layers read the sizes of its steps from memory: both are asked for."""
+
+    def packed(lengths: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
+        return aten._pack_padded_sequence.default(numbers, lengths, batch_first)
+
+    where, sizes = trace.answer(packed, [lengths], "the lengths of a packed sequence")
+    with trace:
+        return x.flatten(0, 1).index_select(0, where.flatten().to(x.device)), sizes
+
+
 SPECIAL: dict[OpOverload, Callable] = {
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
@@ -105,4 +117,5 @@ SPECIAL: dict[OpOverload, Callable] = {
     aten.cudnn_batch_norm.default: _with_trace(_cudnn_batch_norm),
     aten.miopen_batch_norm.default: _with_trace(_batch_norm),
     aten.linalg_lstsq.default: _with_trace(_lstsq),
+    aten._pack_padded_sequence.default: _pack_padded,
 }

@@ -60,10 +60,7 @@ def rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, ran
             val = base.vals[i]
             pieces = []
             for start, count in chunks(val.numel, chunk):
-                basis = basis_rows(b, val, start, count)
-                dims = [None] * len(residuals) + [0]
-                sigs = [r.meta["val"] for r in (*residuals, basis)]
-                pieces.append(spliced(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis]))
+                pieces.append(along(b, late, residuals, basis_rows(b, val, start, count), count, randomness))
             for k, x in enumerate(wrt):
                 rows = joined(b, [p[k] for p in pieces], 0)
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
@@ -87,10 +84,7 @@ def columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, 
             val = base.placeholders[x].meta["val"]
             pieces = []
             for start, count in chunks(val.numel, chunk):
-                basis = basis_rows(b, val, start, count)
-                dims = [None] * len(residuals) + [0]
-                sigs = [r.meta["val"] for r in (*residuals, basis)]
-                pieces.append(spliced(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis]))
+                pieces.append(along(b, late, residuals, basis_rows(b, val, start, count), count, randomness))
             column = []
             for i in range(n_out):
                 whole = joined(b, [p[i] for p in pieces], 0)
@@ -105,6 +99,17 @@ def columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, 
 
 def spliced(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
     return list(b.splice(program.graph, inputs, output_node(program.graph).args[0]))
+
+
+def along(b: Builder, late: Program, residuals: Sequence[Any], basis: Node, count: int, randomness: str) -> list:
+    """The results of ``late`` for each row of ``basis``, in front; a single row needs no batch."""
+    sig = basis.meta["val"]
+    if count == 1:
+        row = b.call(aten.view.default, basis, list(sig.shape[1:]))
+        return [b.call(aten.unsqueeze.default, x, 0) for x in spliced(b, late, [*residuals, row])]
+    dims = [None] * len(residuals) + [0]
+    sigs = [r.meta["val"] for r in (*residuals, basis)]
+    return spliced(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis])
 
 
 def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:

@@ -222,7 +222,7 @@ def fitted(rule: Any, op: OpOverload) -> Any:
         if ga is None or not isinstance(a, Tensor) or not (a.is_floating_point() or a.is_complex()):
             return None
         if ga.shape != a.shape:
-            ga = ga.sum_to_size(a.shape)
+            ga = unbroadcast(ga, a.shape)
         if ga.dtype != a.dtype:
             if ga.is_complex() and not a.is_complex():
                 ga = torch.real(ga)
@@ -237,6 +237,15 @@ def fitted(rule: Any, op: OpOverload) -> Any:
         return [fit(ga, args[i]) if need else None for ga, i, need in zip(grads, where, needs, strict=False)]
 
     return call
+
+
+def unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
+    """``g`` summed to a shape that broadcasts to its own."""
+    lead = g.dim() - len(shape)
+    dims = [d for d, n in enumerate(g.shape) if n != 1 and (d < lead or shape[d - lead] == 1)]
+    if dims:
+        g = g.sum(dims, keepdim=dims[-1] >= lead)
+    return g if g.shape == shape else g.reshape(shape)
 
 
 def vjp(

@@ -105,15 +105,12 @@ def forward(self, w, b, x, y):
     view = aten.view.default(x, [5, 1, 3])
     t = aten.t.default(w)
     addmm = aten.addmm.default(b, x, t)
-    full = aten.full.default([5, 2], 1, dtype = torch.float32, device = device(type='cpu'))
-    div = aten.div.Tensor(full, 2)
-    mse_loss_backward = aten.mse_loss_backward.default(div, addmm, y, 0)
+    full = aten.full.default([5, 2], 0.5, dtype = torch.float32, device = device(type='cpu'))
+    mse_loss_backward = aten.mse_loss_backward.default(full, addmm, y, 0)
     view_1 = aten.view.default(mse_loss_backward, [5, 1, 2])
     transpose = aten.transpose.int(view_1, 1, 2)
     bmm = aten.bmm.default(transpose, view)
-    sum_1 = aten.sum.dim_IntList(view_1, [1], True)
-    view_2 = aten.view.default(sum_1, [5, 2])
-    return (bmm, view_2)
+    return (bmm, mse_loss_backward)
 """,
     )
 
@@ -128,24 +125,20 @@ def test_per_sample_gradients_of_two_layers():
 def forward(self, p, x, t):
     p_in, p_out, x, t, = fx_pytree.tree_flatten_spec(([p, x, t], {}), self._in_spec)
     unsqueeze = aten.unsqueeze.default(x, 1)
-    view = aten.view.default(unsqueeze, [5, 3])
-    mm = aten.mm.default(view, p_in)
+    mm = aten.mm.default(x, p_in)
     tanh = aten.tanh.default(mm)
     unsqueeze_1 = aten.unsqueeze.default(tanh, 1)
-    view_1 = aten.view.default(unsqueeze_1, [5, 4])
-    mm_1 = aten.mm.default(view_1, p_out)
+    mm_1 = aten.mm.default(tanh, p_out)
     log_softmax = aten._log_softmax.default(mm_1, 1, False)
     ne = aten.ne.Scalar(t, -100)
     to_copy = aten._to_copy.default(ne, dtype = torch.float32)
-    full = aten.full.default([5], 1, dtype = torch.float32, device = device(type='cpu'))
-    div = aten.div.Tensor(full, to_copy)
-    new_zeros = aten.new_zeros.default(log_softmax, [], pin_memory = False)
-    nll_loss_backward = aten.nll_loss_backward.default(div, log_softmax, t, None, 0, -100, new_zeros)
+    reciprocal = aten.reciprocal.default(to_copy)
+    full = aten.full.default([], 0, dtype = torch.float32, device = device(type='cpu'))
+    nll_loss_backward = aten.nll_loss_backward.default(reciprocal, log_softmax, t, None, 0, -100, full)
     log_softmax_backward_data = aten._log_softmax_backward_data.default(nll_loss_backward, log_softmax, 1, torch.float32)
     unsqueeze_2 = aten.unsqueeze.default(log_softmax_backward_data, 1)
     t_1 = aten.t.default(p_out)
-    view_2 = aten.view.default(unsqueeze_2, [5, 2])
-    mm_2 = aten.mm.default(view_2, t_1)
+    mm_2 = aten.mm.default(log_softmax_backward_data, t_1)
     transpose = aten.transpose.int(unsqueeze_1, 1, 2)
     bmm = aten.bmm.default(transpose, unsqueeze_2)
     tanh_backward = aten.tanh_backward.default(mm_2, tanh)
@@ -164,24 +157,19 @@ def test_per_sample_gradients_of_a_convolution():
         shown(run(grad, vmap), r(2, 1, 3, 3), r(5, 1, 4, 4), like=run(T.grad, T.vmap)),
         """\
 def forward(self, w, x):
-    unsqueeze = aten.unsqueeze.default(x, 1)
-    view = aten.view.default(unsqueeze, [5, 1, 4, 4])
-    convolution = aten.convolution.default(view, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-    view_1 = aten.view.default(convolution, [5, 1, 2, 4, 4])
-    relu = aten.relu.default(view_1)
+    convolution = aten.convolution.default(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    view = aten.view.default(convolution, [5, 1, 2, 4, 4])
+    relu = aten.relu.default(view)
     mul = aten.mul.Tensor(relu, 2)
     threshold_backward = aten.threshold_backward.default(mul, relu, 0)
-    new_zeros = aten.new_zeros.default(w, [], pin_memory = False)
-    expand = aten.expand.default(new_zeros, [5, 2, 1, 3, 3])
-    view_2 = aten.view.default(expand, [10, 1, 3, 3])
-    permute = aten.permute.default(threshold_backward, [1, 0, 2, 3, 4])
-    view_3 = aten.view.default(permute, [1, 10, 4, 4])
-    permute_1 = aten.permute.default(unsqueeze, [1, 0, 2, 3, 4])
-    view_4 = aten.view.default(permute_1, [1, 5, 4, 4])
-    convolution_backward = aten.convolution_backward.default(view_3, view_4, view_2, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 5, [False, True, False])
+    full = aten.full.default([], 0, dtype = torch.float32, device = device(type='cpu'))
+    expand = aten.expand.default(full, [10, 1, 3, 3])
+    view_1 = aten.view.default(threshold_backward, [1, 10, 4, 4])
+    view_2 = aten.view.default(x, [1, 5, 4, 4])
+    convolution_backward = aten.convolution_backward.default(view_1, view_2, expand, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 5, [False, True, False])
     getitem = convolution_backward[1]
-    view_5 = aten.view.default(getitem, [5, 2, 1, 3, 3])
-    return view_5
+    view_3 = aten.view.default(getitem, [5, 2, 1, 3, 3])
+    return view_3
 """,
     )
 
@@ -232,9 +220,9 @@ def test_writing_to_a_mapped_value():
         shown(vmap(f), r(5, 3), like=T.vmap(f)),
         """\
 def forward(self, x):
-    zeros_like = aten.zeros_like.default(x, pin_memory = False)
     select = aten.select.int(x, 1, 1)
-    select_scatter = aten.select_scatter.default(zeros_like, select, 1, 0)
+    full = aten.full.default([5, 3], 0, dtype = torch.float32, device = device(type='cpu'))
+    select_scatter = aten.select_scatter.default(full, select, 1, 0)
     add = aten.add.Tensor(select_scatter, 1)
     return add
 """,

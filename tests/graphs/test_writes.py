@@ -104,9 +104,8 @@ def test_write_to_a_part_of_an_input():
         shown(f, r(2, 3)),
         """\
 def forward(self, x):
-    select = aten.select.int(x, 0, 0)
-    full_like = aten.full_like.default(select, 0)
-    select_scatter = aten.select_scatter.default(x, full_like, 0, 0)
+    full = aten.full.default([3], 0, dtype = torch.float32, device = device(type='cpu'))
+    select_scatter = aten.select_scatter.default(x, full, 0, 0)
     sum_1 = aten.sum.default(select_scatter)
     copy_ = aten.copy_.default(x, select_scatter)
     return sum_1
@@ -127,20 +126,16 @@ def forward(self, x):
     select = aten.select.int(x, 0, 1)
     sin = aten.sin.default(select)
     select_1 = aten.select.int(x, 0, 0)
-    mul = aten.mul.Tensor(sin, select_1)
-    full = aten.full.default([3], 1, dtype = torch.float32, device = device(type='cpu'))
-    zeros_like = aten.zeros_like.default(mul, dtype = torch.float32, pin_memory = False)
-    select_scatter = aten.select_scatter.default(full, zeros_like, 0, 0)
-    select_2 = aten.select.int(full, 0, 0)
-    mul_1 = aten.mul.Tensor(select_2, select_1)
-    mul_2 = aten.mul.Tensor(select_2, sin)
-    select_backward = aten.select_backward.default(mul_2, [3], 0, 0)
+    full = aten.full.default([], 0, dtype = torch.float32, device = device(type='cpu'))
+    full_1 = aten.full.default([3], 1, dtype = torch.float32, device = device(type='cpu'))
+    select_scatter = aten.select_scatter.default(full_1, full, 0, 0)
+    select_backward = aten.select_backward.default(sin, [3], 0, 0)
     cos = aten.cos.default(select)
-    mul_3 = aten.mul.Tensor(mul_1, cos)
-    select_backward_1 = aten.select_backward.default(mul_3, [3], 0, 1)
+    mul = aten.mul.Tensor(select_1, cos)
+    select_backward_1 = aten.select_backward.default(mul, [3], 0, 1)
     add = aten.add.Tensor(select_backward, select_backward_1)
-    mul_4 = aten.mul.Tensor(select_scatter, 2)
-    add_1 = aten.add.Tensor(add, mul_4)
+    mul_1 = aten.mul.Tensor(select_scatter, 2)
+    add_1 = aten.add.Tensor(add, mul_1)
     return add_1
 """,
     )

@@ -45,6 +45,7 @@ class Call:
     others: list[torch.Tensor]  # the integer and boolean tensors among the arguments
     rebuilt: Callable[[list[torch.Tensor], list[torch.Tensor]], object]  # every tensor output, from both kinds
     trusted: bool = True  # autograd's own derivative is right
+    writes: bool = False  # to an argument that is not among the primals
 
     @staticmethod
     def of(op, sample, trusted: bool = True) -> Call:
@@ -66,6 +67,33 @@ class Call:
         others = [x for x, o in zip(leaves, is_other) if o]
         tensors = lambda p, o: [x for x in tree_leaves(run(p, o)) if isinstance(x, torch.Tensor)]
         return Call(f, primals, others, tensors, trusted)
+
+    def differentiated(self) -> Call:
+        """The call as a function of those primals that autograd differentiates it by (batch norm's statistics not)."""
+
+        def takes(chosen: list[bool]) -> bool:
+            try:
+                seeded(lambda: self.f(*[t.requires_grad_(yes) for t, yes in zip(copies(self.primals), chosen)]))
+            except (RuntimeError, NotImplementedError):
+                return False
+            return True
+
+        n = len(self.primals)
+        if n < 2 or takes([True] * n):
+            return self
+        chosen = [takes([i == k for i in range(n)]) for k in range(n)]
+        if not any(chosen) or all(chosen):
+            return self
+
+        def f(*primals):
+            feed, fixed = iter(primals), copies(self.primals)
+            return self.f(*[next(feed) if yes else t for t, yes in zip(fixed, chosen)])
+
+        tried = copies(self.primals)
+        seeded(lambda: self.f(*tried))
+        wrote = any(not torch.equal(t, x) for t, x, yes in zip(tried, self.primals, chosen) if not yes)
+        kept = [t for t, yes in zip(self.primals, chosen) if yes]
+        return Call(f, kept, self.others, self.rebuilt, self.trusted, wrote)
 
     def judge(self, *by_autograd: Callable[[], None], by_numbers: Callable[[], None]) -> None:
         judge(*(by_autograd if self.trusted else ()), by_numbers)
@@ -218,6 +246,8 @@ def rows_of(primals, cts, run: Callable):
 
 def check_vmapvjp(lib, call: Call, variant: int) -> None:
     f, cts = setup(call)
+    if call.writes:
+        raise NoReference("writes to an unmapped argument")
     primals = batch(call.primals, lambda ts: backward(f, leaf(ts), cts))
     tangents = noise(call.primals, seed=2)
     cts = [torch.stack([c, -0.5 * c]) for c in cts]
@@ -243,6 +273,8 @@ def check_vmapvjp(lib, call: Call, variant: int) -> None:
 
 def check_vmapjvp(lib, call: Call, variant: int) -> None:
     f, cts = setup(call)
+    if call.writes:
+        raise NoReference("writes to an unmapped argument")
     primals = batch(call.primals, lambda ts: f(*ts))
     tangents = noise(primals, seed=2)
 

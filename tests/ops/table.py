@@ -135,6 +135,7 @@ def check(name: str, dtype: str, composition: str, lib: str = "aotfunc") -> str:
                 for variant, sample in enumerate(samples(name, dtype)):
                     call = Call.of(OPS[name], sample, trusted=name not in WRONG_IN_AUTOGRAD)
                     try:
+                        call = call if composition == "vmap" else call.differentiated()
                         COMPOSITIONS[composition](LIBRARIES[lib], call, variant)
                         compared += 1
                     except NoReference as none:

@@ -1,14 +1,14 @@
-"""A deterministic sample of the op table for every run: the ops that matter most, and every fifteenth of the others."""
+"""A deterministic sample of the op matrix for every run: the ops that matter most, every thirtieth of the others."""
 
 import pytest
 import torch
 
 import aotfunc
 from tests.ops import table
-from tests.ops.compositions import Call
 
 CORE = """
-abs add addmm addmv addbmm amax amin argmax as_strided baddbmm bmm cat clamp clone conj cos cumprod cumsum diag_embed
+abs add addmm addmv addbmm amax amin argmax as_strided as_strided_scatter
+baddbmm bmm cat clamp clone conj cos cumprod cumsum diag_embed
 diagonal div_no_rounding_mode dot einsum eq erf exp expand expm1 flip float fill floor gather ge index_add index_copy
 index_fill index_put index_select linalg_cholesky linalg_det linalg_inv linalg_norm linalg_qr linalg_solve linalg_svd
 linalg_vector_norm log log1p log_softmax logsumexp masked_fill masked_select matmul max_binary max_reduction_with_dim
@@ -27,7 +27,8 @@ view view_as_complex view_as_real where zeros_like
 """.split()  # noqa: SIM905  the lines say it shorter
 
 OTHERS = [name for name in table.OPS if name not in CORE]
-SAMPLE = [name for name in table.OPS if name in CORE] + OTHERS[::15]
+SAMPLE = [name for name in table.OPS if name in CORE] + OTHERS[::30]
+DTYPES = ("float64", "complex128", "int64", "bool")  # float32 has the same rules: the whole matrix has it, too
 
 
 def test_the_core_names_exist():
@@ -43,20 +44,13 @@ def test_known_failures_name_ops_that_exist():
 def test_op(name):
     known = table.known()
     wrong = []
-    for (dtype, composition), outcome in table.run(name).items():
+    for (dtype, composition), outcome in table.run(name, only=DTYPES).items():
         listed = (name, dtype, composition) in known
         if table.failed(outcome) and not listed:
             wrong.append(f"{dtype} {composition}: {outcome}")
         elif not table.failed(outcome) and listed:
             wrong.append(f"{dtype} {composition}: listed in known_failures.txt, and {outcome}; take the line out")
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("name", sorted(table.WRONG_IN_AUTOGRAD))
-def test_against_finite_differences_where_autograd_is_wrong(name):
-    for sample in table.samples(name, "float64"):
-        call = Call.of(table.OPS[name], sample)
-        aotfunc.check_grads(lambda *primals, f=call.f: f(*primals), call.primals, order=2)
 
 
 def test_a_mask_has_every_derivative_and_is_no_constant_of_the_cache():

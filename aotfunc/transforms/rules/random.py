@@ -199,9 +199,14 @@ def _(
         return aten.multinomial(p, count, replacement, generator=generator)
 
     if randomness == "same":
-        if batched[0]:
+        if not batched[0]:
+            return shared(draw(p), size)
+        if replacement and count != 1:
             raise no_shared_draw(aten.multinomial.default)
-        return shared(draw(p), size)
+        valid = ((p >= 0) & p.isfinite()).all() & (p.sum(-1) > 0).all()
+        aten._assert_async.msg(valid, "multinomial: probabilities must be finite, not negative, and not all zero")
+        race = p / aten.exponential(p[0], 1.0, generator=generator)  # as the op draws it; the greatest wins
+        return race.argmax(-1, keepdim=True) if count == 1 else race.topk(count)[1]
     p = full_batch(p, batched[0], size)
     return draw(p.flatten(0, -2)).reshape(*p.shape[:-1], count)
 
@@ -255,7 +260,8 @@ def _(
     x, noise = full_batch(x, batched[0], size), full_batch(noise, batched[1], size)
     if randomness == "different" or not train:
         return aten.rrelu_with_noise_functional(x, noise, low, high, train, generator)
-    # drawn in double precision as the op does; used where x is not positive
-    slopes = aten.uniform(noise[0].double(), low, high, generator=generator).to(x.dtype)
-    noise = torch.where(x > 0, 1, slopes)
+    # drawn in double precision as the op does, one after the other where x is not positive
+    slopes = aten.uniform(noise[0].double(), low, high, generator=generator).to(x.dtype).flatten()
+    nth = (x <= 0).flatten(1).cumsum(1).sub(1).clamp_min(0).reshape(x.shape)
+    noise = torch.where(x <= 0, slopes[nth], 1)
     return x * noise, noise

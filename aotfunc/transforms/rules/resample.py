@@ -31,9 +31,10 @@ for name in (
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
     *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
-    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa"),
 ):
-    resizing(getattr(aten, name), getattr(aten, name + "_backward"))
+    if hasattr(aten, name):  # the last is new in PyTorch 2.13
+        resizing(getattr(aten, name), getattr(aten, name + "_backward"))
 
 
 # ----- sampling at a grid of points -----------------------------------------------------------------------------------

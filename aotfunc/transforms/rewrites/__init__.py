@@ -1,0 +1,11 @@
+"""The local rewritings of the tidying, a file for each subject; importing it fills the table of :mod:`.table`."""
+
+import aotfunc.transforms.rewrites.arithmetic
+import aotfunc.transforms.rewrites.broadcasting
+import aotfunc.transforms.rewrites.constants
+import aotfunc.transforms.rewrites.moves
+import aotfunc.transforms.rewrites.others  # noqa: F401
+
+from .table import REWRITES
+
+__all__ = ["REWRITES"]

@@ -1,0 +1,122 @@
+"""Arithmetic with one, with signs and with constants."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from torch.fx import Node
+
+from ...trace.emit import Builder
+from ...trace.shapes import Sig
+from .constants import computed, filled, is_one, number
+from .table import EXACT, aten, fit, rewrite, same
+
+NEG = aten.neg.default
+
+
+def negated(x: Any, val: Sig) -> bool:
+    """Whether ``x`` is minus something of the dtype of the result."""
+    return x.__class__ is Node and x.target is NEG and x.meta["val"].dtype is val.dtype
+
+
+@rewrite(aten.mul.Tensor)
+def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
+    if val.dtype.is_complex:  # inf and nan mix between the parts
+        return None
+    m, n = number(x), number(y)
+    if n is not None:
+        if n == 1 and same(x, val):
+            return x
+        if m is not None:
+            return computed(b, val, operator.mul, m, n)
+        if y.__class__ is Node and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
+            return scaled(b, val, x, n)
+    elif m is not None and x.__class__ is Node:
+        if m == 1 and same(y, val):
+            return y
+        if val.dtype in EXACT and x.meta["val"].dtype is val.dtype:
+            return scaled(b, val, y, m)
+    # a minus sign commutes with products: pull it out, where it meets others
+    if negated(x, val):
+        return fit(val, b.call(NEG, b.call(aten.mul.Tensor, x.args[0], y)))
+    if negated(y, val):
+        return fit(val, b.call(NEG, b.call(aten.mul.Tensor, x, y.args[0])))
+    return None
+
+
+def scaled(b: Builder, val: Sig, x: Any, n: Any) -> Any:
+    """``x`` times a number instead of a tensor filled with it, unless that tensor gives the result its shape."""
+    return fit(val, b.call(aten.mul.Tensor, x, n)) if x.__class__ is Node and x.meta["val"].dtype is val.dtype else None
+
+
+@rewrite(aten.div.Tensor)
+def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
+    if val.dtype.is_complex:
+        return None
+    if is_one(y) and same(x, val):
+        return x
+    m = number(x)
+    if m is not None:
+        n = number(y)
+        if n is not None:
+            return computed(b, val, np.divide, m, n)
+        if m == 1 and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
+            return fit(val, b.call(aten.reciprocal.default, y))
+    if negated(x, val):
+        return fit(val, b.call(NEG, b.call(aten.div.Tensor, x.args[0], y)))
+    if negated(y, val):
+        return fit(val, b.call(NEG, b.call(aten.div.Tensor, x, y.args[0])))
+    return None
+
+
+@rewrite(NEG)
+def _neg(b: Builder, val: Sig, x: Any) -> Any:
+    if x.target is NEG and same(x.args[0], val):
+        return x.args[0]
+    n = number(x)
+    return None if n is None or val.dtype not in EXACT else filled(b, val, -float(n))
+
+
+@rewrite(aten.add.Tensor)
+def _add(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
+    if alpha != 1:
+        return None
+    if negated(y, val):
+        return fit(val, b.call(aten.sub.Tensor, x, y.args[0])) if val.dtype.is_floating_point else None
+    if negated(x, val) and y.__class__ is Node and val.dtype.is_floating_point:
+        return fit(val, b.call(aten.sub.Tensor, y, x.args[0]))
+    return with_number(b, val, operator.add, x, y) if val.dtype in EXACT else None
+
+
+@rewrite(aten.sub.Tensor)
+def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
+    if alpha != 1:
+        return None
+    if negated(y, val):
+        return fit(val, b.call(aten.add.Tensor, x, y.args[0])) if val.dtype.is_floating_point else None
+    return with_number(b, val, operator.sub, x, y) if val.dtype in EXACT else None
+
+
+def with_number(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
+    """A sum or difference with a tensor filled with a number: of two it is a constant, of one it needs no tensor."""
+    m, n = number(x), number(y)
+    if m is None and n is None:
+        return None
+    if m is not None and n is not None:
+        return computed(b, val, op, m, n)
+    adds = op is operator.add
+    if n is not None:
+        if n == 0 and np.signbit(n) == adds and same(x, val):  # x - 0 and x + -0 are x, but -0 + 0 is 0
+            return x
+        if y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
+            return fit(val, b.call(aten.add.Tensor if adds else aten.sub.Tensor, x, n))
+    elif x.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
+        return fit(val, b.call(aten.add.Tensor if adds else aten.rsub.Scalar, y, m))
+    return None
+
+
+@rewrite(aten.pow.Tensor_Scalar)
+def _pow(b: Builder, val: Sig, x: Any, exponent: Any) -> Any:
+    return x if exponent == 1 and same(x, val) else None

@@ -1,0 +1,65 @@
+"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant be filled."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch.fx import Node
+
+from ...trace.emit import Builder, infer_val
+from ...trace.shapes import Sig
+from .constants import FULL, full, solid, spread
+from .table import aten, rewrite
+
+WHERE = aten.where.self
+POINTWISE = (
+    *(getattr(aten, name).Tensor for name in ["add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"]),
+    aten.maximum.default,
+    aten.minimum.default,
+    aten.pow.Tensor_Tensor,
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
+    aten.threshold_backward.default,
+    WHERE,
+)
+SPREAD = frozenset((aten.expand.default, aten.view.default, aten.unsqueeze.default, FULL))
+
+
+def _pointwise(op: Any, b: Builder, val: Sig, *args: Any, **kwargs: Any) -> Any:
+    constant = False
+    for i, a in enumerate(args):
+        if a.__class__ is Node and a.target in SPREAD:
+            constant = constant or spread(a)
+            narrow = unspread(b, a)
+            if narrow is None or (not narrow.meta["val"].shape and op is not WHERE and not one_dtype(args)):
+                continue
+            slim = (*args[:i], narrow, *args[i + 1 :])
+            # the kernel sees the same strides, so the bits are the same, unless this argument gave the shape
+            if infer_val(op, slim, kwargs) is val:
+                return b.node(op, slim, kwargs, val)
+    return solid(b, val, op, args, kwargs) if constant else None
+
+
+for op in POINTWISE:
+    rewrite(op)(partial(_pointwise, op))
+
+
+def unspread(b: Builder, a: Node) -> Node | None:
+    """What ``a`` is when it is broadcast from fewer elements or dimensions, or None."""
+    val = a.meta["val"]
+    if a.target is FULL:
+        return full(b, val, a.args[1], ()) if val.shape else None
+    x = a
+    while x.target in SPREAD and x.target is not FULL:
+        under = x.args[0]
+        shape, wide = under.meta["val"].shape, x.meta["val"].shape
+        if x.target is not aten.expand.default and wide != (1,) * (len(wide) - len(shape)) + shape:
+            break
+        x = under
+    return x if x is not a else None
+
+
+def one_dtype(args: tuple) -> bool:
+    """Whether all tensors have one dtype: else it matters to the result's which of them are 0-dim."""
+    return len({a.meta["val"].dtype for a in args if a.__class__ is Node}) == 1

@@ -1,0 +1,205 @@
+"""Constants: tensors filled with one number are written one way, follow every move, and are computed with.
+
+A filled tensor is ``full``, or ``expand`` of a ``full`` with one element where its strides are zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ...trace.emit import Builder, infer_val
+from ...trace.shapes import Sig, contiguous_stride
+from .table import EXACT, aten, fit, is_call, rewrite, tried
+
+FULL = aten.full.default
+VIEW, EXPAND, PERMUTE, TRANSPOSE, T = (
+    aten.view.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+)
+TURNS = frozenset((PERMUTE, TRANSPOSE, T))
+RESHAPES = (VIEW, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+#: ops that show the same elements in another shape or order
+MOVES = TURNS | {EXPAND, *RESHAPES}
+
+
+def number(a: Any) -> Any:
+    """The number that ``a`` is filled with everywhere, or None."""
+    if a.__class__ in (int, float):
+        return a
+    while a.__class__ is Node and a.op == "call_function":
+        target = a.target
+        if target is FULL:
+            value = a.args[1]
+            return value if value.__class__ in (int, float) else None
+        if target not in MOVES:
+            return None
+        a = a.args[0]
+    return None
+
+
+def is_one(a: Any) -> bool:
+    return number(a) == 1
+
+
+def filled(b: Builder, val: Sig, value: Any) -> Any:
+    """A tensor of this signature filled with this number; None if its layout is not that of a constant.
+
+    Its storage offset is 0, whatever was planned: of a constant nothing else can be seen at another offset.
+    """
+    if val.plain or val.stride == contiguous_stride(val.shape):
+        return full(b, val, value)
+    short = [s for n, s in zip(val.shape, val.stride, strict=True) if n == 1]
+    if not any(s for n, s in zip(val.shape, val.stride, strict=True) if n > 1):
+        single = full(b, val, value, [1] * len(val.shape) if short and min(short) == 1 else ())
+        return tried(b, val, EXPAND, single, list(val.shape))
+    return None
+
+
+def spread(a: Any) -> bool:
+    """Whether ``a`` is an expanded constant."""
+    return is_call(a, EXPAND) and is_call(a.args[0], FULL) and number(a) is not None
+
+
+def full(b: Builder, val: Sig, value: Any, shape: Any = None) -> Node:
+    """``full``, written one way so that equal ones merge."""
+    value = plain_number(value, val.dtype)
+    return b.call(FULL, list(val.shape if shape is None else shape), value, dtype=val.dtype, device=val.device)
+
+
+def plain_number(value: Any, dtype: torch.dtype) -> Any:
+    """The shortest Python number with this value in ``dtype``."""
+    if dtype not in EXACT or value.__class__ not in (int, float):
+        return value
+    try:
+        value = float(value)
+    except OverflowError:
+        return value
+    if not math.isfinite(value):
+        return value
+    if dtype is torch.float32:
+        with np.errstate(all="ignore"):
+            short = np.float32(value)
+        value = float(str(short)) if np.isfinite(short) else value
+    whole = value.is_integer() and abs(value) < 2**53 and (value != 0 or math.copysign(1, value) > 0)
+    return int(value) if whole else value
+
+
+def computed(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
+    """The constant ``op(x, y)`` of two constants, computed in their dtype; None where that is not to be had.
+
+    Arithmetic is the same to the bit wherever IEEE 754 holds, but for a quotient: a GPU multiplies by the reciprocal
+    of a number, which is the same for a numerator of one only.
+    """
+    if val.dtype not in EXACT or (op is np.divide and val.device.type != "cpu" and abs(x) != 1):
+        return None
+    real = np.float32 if val.dtype is torch.float32 else np.float64
+    with np.errstate(all="ignore"):
+        try:
+            value = float(op(real(x), real(y)))
+        except OverflowError:
+            return None
+    return filled(b, val, value) if math.isfinite(value) else None
+
+
+# ----- one way of writing them ----------------------------------------------------------------------------------------
+
+
+@rewrite(FULL)
+def _full(b: Builder, val: Sig, shape: Any, value: Any, pin_memory: Any = None, **named: Any) -> Any:
+    if pin_memory or value.__class__ not in (int, float, bool):
+        return None
+    short = plain_number(value, val.dtype)
+    kept = short.__class__ is value.__class__ and (short == value or short != short)
+    return None if kept and named.keys() == {"dtype", "device"} else full(b, val, short)
+
+
+@rewrite(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def _ones(b: Builder, val: Sig, *_: Any, pin_memory: Any = None, **__: Any) -> Any:
+    return None if pin_memory else filled(b, val, 1)
+
+
+@rewrite(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+def _zeros(b: Builder, val: Sig, *_: Any, pin_memory: Any = None, **__: Any) -> Any:
+    return None if pin_memory else filled(b, val, 0)
+
+
+@rewrite(aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default)
+def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: Any) -> Any:
+    value = args[-1]
+    return None if pin_memory or value.__class__ not in (int, float, bool) else filled(b, val, value)
+
+
+# ----- moved and selected ---------------------------------------------------------------------------------------------
+
+
+@rewrite(aten.select.int, aten.slice.Tensor, aten.as_strided.default, aten.clone.default)
+def _part(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
+    """A part of a constant is a constant."""
+    value = number(x) if is_call(x, FULL, EXPAND) else None
+    return None if value is None else filled(b, val, value)
+
+
+@rewrite(aten.sum.default, aten.sum.dim_IntList)
+def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
+    """The sum of equal whole numbers is exact in any order, as long as it is small."""
+    value = number(x) if is_call(x, FULL, EXPAND) else None
+    if value is None or dtype is not None or val.dtype not in EXACT or not val.numel:
+        return None
+    total = value * (x.meta["val"].numel // val.numel)
+    return filled(b, val, total) if value == int(value) and abs(total) < 2**24 else None
+
+
+@rewrite(aten.where.self)
+def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
+    if is_call(condition, FULL):
+        return fit(val, x if condition.args[1] else y)
+    return None
+
+
+# ----- dense where it matters not -------------------------------------------------------------------------------------
+
+
+def solid(b: Builder, val: Sig, op: Any, args: tuple, named: dict) -> Any:
+    """The call with expanded constants as dense ones, if its result is laid out the same."""
+    dense = tuple([full(b, a.meta["val"], number(a), a.meta["val"].shape) if spread(a) else a for a in args])
+    return b.node(op, dense, named, val) if infer_val(op, dense, named) is val else None
+
+
+def _solid(op: Any, b: Builder, val: Any, *args: Any, **named: Any) -> Any:
+    for a in args:
+        if a.__class__ is Node and a.target is EXPAND and spread(a):
+            return solid(b, val, op, args, named)
+    return None
+
+
+def _solid_matrix(op: Any, b: Builder, val: Sig, *args: Any, **named: Any) -> Any:
+    for a in args:
+        if a.__class__ is Node and a.target is EXPAND and spread(a):
+            if 1 in a.meta["val"].shape:  # strides of size 1 tell a matrix from its transpose
+                return None
+            return solid(b, val, op, args, named)
+    return None
+
+
+for name in ("mm", "bmm", "addmm", "baddbmm"):
+    op = getattr(aten, name).default
+    rewrite(op)(partial(_solid_matrix, op))
+for op in (
+    *(aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default, aten.index_add.default),
+    *(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.select_backward.default),
+    *(aten.slice_backward.default, aten._softmax_backward_data.default, aten._log_softmax_backward_data.default),
+    *(aten.gelu_backward.default, aten.silu_backward.default, aten.elu_backward.default),
+    *(aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default),
+    *(aten.native_layer_norm_backward.default, aten.native_batch_norm_backward.default),
+    *(aten.convolution_backward.default, aten.embedding_dense_backward.default, aten.diagonal_backward.default),
+):
+    rewrite(op)(partial(_solid, op))

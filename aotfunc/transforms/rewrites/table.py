@@ -1,0 +1,66 @@
+"""The table of rewritings and the questions that they ask of nodes.
+
+A rule is ``(builder, val, *args, **kwargs) -> replacement | None``. The replacement has the same bits as the op it
+stands for and exactly the signature ``val``: the ops behind were planned for these strides and this offset, and a
+``view`` of other ones may be impossible. :func:`fit` checks that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...trace.emit import Builder, infer_val
+from ...trace.shapes import Sig
+
+aten = torch.ops.aten
+
+REWRITES: dict[Any, list] = defaultdict(list)
+
+#: what a Python number is for tensors of these dtypes: the kernels convert it to the dtype before they compute
+EXACT = frozenset((torch.float32, torch.float64))
+
+
+def rewrite(*targets: Any) -> Any:
+    def register(rule: Any) -> Any:
+        for target in targets:
+            REWRITES[target].append(rule)
+        return rule
+
+    return register
+
+
+def is_call(a: Any, *targets: Any) -> bool:
+    return a.__class__ is Node and a.op == "call_function" and a.target in targets
+
+
+def same(a: Any, val: Sig) -> bool:
+    """Whether ``a`` is a tensor of exactly this signature."""
+    if a.__class__ is not Node:
+        return False
+    sig = a.meta["val"]
+    return sig is val or (
+        sig.__class__ is Sig
+        and sig.shape == val.shape
+        and sig.stride == val.stride
+        and sig.dtype is val.dtype
+        and sig.device == val.device
+        and sig.offset == val.offset
+    )
+
+
+def fit(val: Sig, a: Any) -> Any:
+    """``a`` if it can stand where ``val`` is expected, else None."""
+    return a if same(a, val) else None
+
+
+def tried(b: Builder, val: Sig, target: Any, *args: Any) -> Any:
+    """The node of this call if the call is possible and returns ``val``, else None."""
+    try:
+        found = infer_val(target, args, {})
+    except RuntimeError:
+        return None
+    return b.node(target, args, {}, val) if found is val else None

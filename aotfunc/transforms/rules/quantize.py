@@ -1,0 +1,43 @@
+"""Batching of fake quantisation (rounding to what an integer could say): per tensor it is elementwise, and where scales
+differ between samples each sample is a channel with its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batching import with_batch
+from .table import aten, elementwise, vmap_of
+
+per_tensor = aten.fake_quantize_per_tensor_affine_cachemask.default
+vmap_of(per_tensor)(elementwise(per_tensor))
+
+
+@vmap_of(aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams)
+def _(x, scale, zero, enabled, low, high, *, batched, size):
+    op = aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
+    if not any(batched[1:]):
+        return op(x, scale, zero, enabled, low, high)
+    x, scale, zero, enabled = (
+        with_batch(t, b, size).contiguous() for t, b in zip((x, scale, zero, enabled), batched, strict=True)
+    )
+    rows = x.reshape(size, -1)
+    how = (scale.reshape(size), zero.reshape(size).to(torch.int32), 0, low, high)
+    out, mask = aten.fake_quantize_per_channel_affine_cachemask(rows, *how)
+    on = enabled.reshape(size, 1) == 1
+    return torch.where(on, out, rows).reshape(x.shape), (mask | ~on).reshape(x.shape)
+
+
+@vmap_of(aten.fake_quantize_per_channel_affine_cachemask)
+def _(x: Tensor, scale: Tensor, zero: Tensor, axis: int, low: int, high: int, *, batched: Any, size: Any) -> Any:
+    op = aten.fake_quantize_per_channel_affine_cachemask
+    axis %= x.dim() - batched[0]
+    if not any(batched[1:]):
+        return op(x, scale, zero, axis + 1, low, high)
+    x, scale, zero = (with_batch(t, b, size) for t, b in zip((x, scale, zero), batched, strict=True))
+    first = x.movedim(axis + 1, 1)
+    out = op(first.flatten(0, 1).contiguous(), scale.flatten(), zero.flatten(), 0, low, high)
+    return tuple(o.reshape(first.shape).movedim(1, axis + 1) for o in out)
