@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import os
 import sys
@@ -16,6 +17,8 @@ LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+#: files whose lines say nothing to a user: the last is what runs the end of a `with` block
+_NOT_THE_USERS = (_OURS, _TORCH, "<frozen", contextlib.__file__)
 _is_user: dict[str, bool] = {}  # by file: a code object that Dynamo made need not be hashable
 
 
@@ -39,7 +42,7 @@ def user_line(depth: int = 1) -> Line | None:
         name = code.co_filename
         mine = _is_user.get(name)
         if mine is None:
-            mine = _is_user[name] = not (name.startswith((_OURS, _TORCH)) or name.startswith("<frozen"))
+            mine = _is_user[name] = not name.startswith(_NOT_THE_USERS)
         if mine:
             return Line(code, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
