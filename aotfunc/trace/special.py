@@ -95,7 +95,7 @@ def _batch_norm_no_update(trace: Trace, x, weight, bias, mean, var, momentum, ep
 
 
 def _pack_padded(trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """The lengths shape the result, and recurrent layers read the sizes of its steps from memory: both are asked for."""
+    """The lengths shape the result, and recurrent layers read the sizes of its steps from memory: both are asked."""
 
     def packed(lengths: Tensor) -> tuple[Tensor, Tensor]:
         numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
