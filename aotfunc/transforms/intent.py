@@ -24,6 +24,7 @@ from ..errors import CaptureError
 from ..trace.traced import HOOKS, Traced, current, quiet
 from ..trace.tracer import Trace
 from .function import Context, apply_function, call_function
+from .rules.ctc import recordable
 from .steps import GradStep, interned
 
 #: the functions as torch defines them
@@ -38,6 +39,7 @@ def install() -> None:
     redirect("apply", apply, applied, _ApplyTemplate.__dict__["apply"].__func__)
     redirect("grad", torch.autograd.grad, autograd_grad, _grad_template)
     redirect("backward", torch.autograd.backward, autograd_backward, _backward_template)
+    redirect("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template)
     redirect("seed", torch.random.manual_seed, manual_seed, _seed_template)
     redirect("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template)
     ORIGINALS["checkpoint"] = torch_checkpoint._checkpoint_without_reentrant_generator
@@ -134,6 +136,18 @@ def _seed_template(seed):  # type: ignore[no-untyped-def]
 def _set_state_template(new_state):  # type: ignore[no-untyped-def]
     f = _torch_set_state if _aotfunc_recording() is None else _aotfunc_set_state  # type: ignore[name-defined] # noqa: F821
     return f(new_state)
+
+
+def _ctc_loss_template(  # type: ignore[no-untyped-def]
+    log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
+):
+    f = _torch_ctc_loss if _aotfunc_recording() is None else _aotfunc_ctc_loss  # type: ignore[name-defined] # noqa: F821
+    return f(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)
+
+
+def ctc_loss(*args: Any) -> Tensor:
+    """The loss in a form that a recording can take."""
+    return recordable(ORIGINALS["ctc_loss"], *args)
 
 
 def drawn(trace: Trace) -> bool:
