@@ -1,5 +1,5 @@
-"""vmap of autograd.Functions: with a vmap of their own, with a generated one, with numpy inside; out_dims of results that
-are not batched.
+"""vmap of autograd.Functions: with a vmap of their own, with a generated one, with numpy inside; out_dims of results
+that are not batched.
 """
 
 import numpy as np
