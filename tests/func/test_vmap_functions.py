@@ -1,6 +1,4 @@
-"""vmap of autograd.Functions: with a vmap of their own, with a generated one, with numpy inside; out_dims of results
-that are not batched.
-"""
+"""vmap of autograd.Functions: with a vmap of their own, generated, by numpy; and out_dims of results not batched."""
 
 import numpy as np
 import pytest
