@@ -6,7 +6,9 @@ Kernels for one device or precision (``slow_conv2d``, ``_int_mm``), derivatives 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,10 +125,38 @@ for name in ("conj_physical", "conj"):  # PyTorch's decompositions of Fourier tr
         linear(op, lambda g, x: g.conj(), batch=elementwise(op))
 
 
-for op in named("_conj_copy", "_neg_view_copy"):
-    vmap_of(op)(elementwise(op))
-for op in named("detach_copy", "_dirichlet_grad"):  # elements beside elements, whatever the shape
-    vmap_of(op)(op)
+for op in named("_conj_copy"):
+    linear(op, lambda g, x: g.conj(), batch=elementwise(op))
+for op in named("_neg_view_copy"):
+    linear(op, lambda g, x: -g, batch=elementwise(op))
+vmap_of(aten._dirichlet_grad)(aten._dirichlet_grad.default)  # elements beside elements, whatever the shape
+nondiff(*named("detach_copy"), batch=lambda op: op)
+nondiff(*named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
+
+
+def power_sum(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    return (x if dtype is None else x.to(dtype)).abs().pow(ord).sum(dim, keepdim)
+
+
 for op in named("linalg__powsum"):
     vmap_of(op)(shifted(op, "dim"))
-nondiff(*named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
+    opened_as(op, power_sum)
+
+
+# ----- softmax of what a mask leaves ----------------------------------------------------------------------------------
+
+KEYS = 1  # value of the argument `mask_type`: a mask (N, T) of the keys; others broadcast as they are
+
+
+def masked_softmax(x: Tensor, mask: Tensor, dim: Any = None, mask_type: Any = None) -> Tensor:
+    if mask_type == KEYS:
+        mask = mask.reshape(mask.shape[0], *[1] * (x.dim() - 2), mask.shape[-1])
+    return x.masked_fill(mask, -math.inf).softmax(-1 if dim is None else dim)
+
+
+def masked_softmax_backward(g: Tensor, out: Tensor, mask: Tensor, dim: Any = None) -> Tensor:
+    return aten._softmax_backward_data(g, out, -1 if dim is None else dim, out.dtype).masked_fill(mask, 0)
+
+
+opened_as(aten._masked_softmax, masked_softmax)
+opened_as(aten._masked_softmax_backward, masked_softmax_backward)

@@ -36,7 +36,7 @@ def batch_reshape(x: Tensor, size: Sequence[Any]) -> Tensor:
     return x.reshape(x.shape[0], *known(size, prod(x.shape[1:])))
 
 
-for op in named("view", "_unsafe_view", "_reshape_alias", "view_copy", "_reshape_copy"):
+for op in named("view", "_unsafe_view", "_reshape_alias", "_reshape_alias_copy", "view_copy", "_reshape_copy"):
     linear(op, lambda g, x: g.reshape(x.shape), batch=batch_reshape)
     jvp_of(op)(lambda tangents, out, *_: tangents[0].reshape(out.shape))  # a tangent need not have its primal's strides
 
