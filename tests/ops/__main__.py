@@ -45,31 +45,27 @@ def work() -> None:
 class Worker:
     """A process that is asked for one cell after another, and replaced when it dies or does not answer."""
 
-    process: subprocess.Popen | None = None
+    def __init__(self, command: tuple[str, ...] = ("-m", "tests.ops", "--worker"), limit_s: float = WALL_LIMIT_S):
+        self.command, self.limit_s = command, limit_s
+        self.process: subprocess.Popen | None = None
 
     def start(self) -> subprocess.Popen:
         env = {**os.environ, "AOTFUNC_DEBUG": os.environ.get("AOTFUNC_DEBUG", "1")}
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.ops", "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=env,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([sys.executable, *self.command], **pipes, text=True, env=env)
 
     def ask(self, cell: Cell) -> str:
         self.process = process = self.process or self.start()
         assert process.stdin and process.stdout
         print(json.dumps(cell), file=process.stdin, flush=True)
-        ready, _, _ = select.select([process.stdout], [], [], WALL_LIMIT_S)
+        ready, _, _ = select.select([process.stdout], [], [], self.limit_s)
         line = process.stdout.readline() if ready else ""
         if line:
             return json.loads(line)
         process.kill()
         self.process = None
         code = process.wait()
-        return f"error: the process died ({code})" if ready else f"error: no answer within {WALL_LIMIT_S:g} s"
+        return f"error: the process died ({code})" if ready else f"error: no answer within {self.limit_s:g} s"
 
     def stop(self) -> None:
         if self.process and self.process.stdin:

@@ -17,6 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 TSV, MD = DOCS / "coverage.tsv", DOCS / "coverage.md"
 LETTERS = {"right": ".", "error": "E", "wrong": "W", "none": "-"}
 COLUMNS = list(COMPOSITIONS)
+VERSION = torch.__version__.split("+")[0]
 
 Outcomes = dict[tuple[str, str], dict[str, str]]  # (op, dtype) -> library -> a character per composition
 
@@ -28,58 +29,46 @@ def read() -> Outcomes:
     return {(op, dtype): dict(zip(table.LIBRARIES, letters)) for op, dtype, *letters in rows}
 
 
+def version() -> str:
+    """The PyTorch whose ops the file is about."""
+    return TSV.read_text().split(":")[0].removeprefix("# torch ") if TSV.exists() else ""
+
+
 def merged(results: dict[tuple[str, str, str, str], str]) -> Outcomes:
     """What the file holds, with this run put over it; one line for every op and dtype of the matrix."""
     stored, found = read(), {}
+
+    def letter(lib: str, op: str, dtype: str, i: int) -> str:
+        if COLUMNS[i] not in table.compositions(op, dtype):
+            return "_"
+        if outcome := results.get((lib, op, dtype, COLUMNS[i])):
+            return LETTERS[outcome.split(":")[0]]
+        before = stored.get((op, dtype), {}).get(lib, "")
+        return before[i].replace("_", "?") if before else "?"
+
     for op in sorted(table.OPS):
         for dtype in table.dtypes(table.OPS[op]):
-            present = table.compositions(op, dtype)
-            if not present:
-                continue
-            before = stored.get((op, dtype), {})
-            found[op, dtype] = {
-                lib: "".join(
-                    LETTERS[results[lib, op, dtype, c].split(":")[0]]
-                    if (lib, op, dtype, c) in results
-                    else "_"
-                    if c not in present
-                    else before.get(lib, "?" * len(COLUMNS))[i].replace("_", "?")
-                    for i, c in enumerate(COLUMNS)
-                )
-                for lib in table.LIBRARIES
-            }
+            if table.compositions(op, dtype):
+                letters = {lib: [letter(lib, op, dtype, i) for i in range(len(COLUMNS))] for lib in table.LIBRARIES}
+                found[op, dtype] = {lib: "".join(of) for lib, of in letters.items()}
     return found
 
 
 def counted(outcomes: Outcomes) -> list[list[str]]:
-    """Per composition: cells that both had a reference for, and who is right in how many of them."""
+    """Per composition, and of all: cells that both had a reference for, and who is right in how many of them."""
+    columns = {c: [(by["aotfunc"][i], by["torch"][i]) for by in outcomes.values()] for i, c in enumerate(COLUMNS)}
+    columns["all"] = [pair for pairs in columns.values() for pair in pairs]
     rows = []
-    for i, composition in enumerate(COLUMNS):
-        pairs = [(by["aotfunc"][i], by["torch"][i]) for by in outcomes.values()]
-        pairs = [(a, t) for a, t in pairs if a in ".EW" and t in ".EW"]
-        failed = [a for a, t in pairs if t != "."]
-        ahead = sum(a == "." for a in failed)
-        rows.append(
-            [
-                composition,
-                len(pairs),
-                sum(a == "." for a, _ in pairs),
-                sum(t == "." for _, t in pairs),
-                sum(t == "." and a != "." for a, t in pairs),
-                f"{ahead} of {len(failed)}" + (f" ({100 * ahead / len(failed):.0f} %)" if failed else ""),
-                sum(a == "W" for a, _ in pairs),
-                sum(t == "W" for _, t in pairs),
-            ]
-        )
-    return [[str(x) for x in row] for row in [*rows, total(rows)]]
-
-
-def total(rows: list[list]) -> list:
-    sums = [sum(row[i] for row in rows) for i in (1, 2, 3, 4, 6, 7)]
-    parts = [row[5].split(" (")[0].split(" of ") for row in rows]
-    ahead, failed = (sum(int(p[k]) for p in parts) for k in (0, 1))
-    share = f"{ahead} of {failed}" + (f" ({100 * ahead / failed:.0f} %)" if failed else "")
-    return ["all", *sums[:4], share, *sums[4:]]
+    for name, pairs in columns.items():
+        pairs = [(ours, theirs) for ours, theirs in pairs if ours in ".EW" and theirs in ".EW"]
+        they_fail = [ours for ours, theirs in pairs if theirs != "."]
+        ahead = they_fail.count(".")
+        share = f"{ahead} of {len(they_fail)}" + (f" ({100 * ahead / len(they_fail):.0f} %)" if they_fail else "")
+        ours, theirs = "".join(o for o, _ in pairs), "".join(t for _, t in pairs)
+        behind = sum(t == "." != o for o, t in pairs)
+        row = [name, len(pairs), ours.count("."), theirs.count("."), behind, share, ours.count("W"), theirs.count("W")]
+        rows.append([str(x) for x in row])
+    return rows
 
 
 HEAD = [
@@ -93,7 +82,6 @@ HEAD = [
     "wrong by torch.func",
 ]
 
-VERSION = torch.__version__.split("+")[0]
 TEXT = f"""# Every op under every composition
 
 `python -m tests.ops --lib both --write` (torch {VERSION}, CPU). A cell is an op of PyTorch's own
@@ -119,7 +107,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def write(outcomes: Outcomes) -> None:
-    lines = ["# op\tdtype\taotfunc\ttorch (" + " ".join(COLUMNS) + ")"]
+    lines = [f"# torch {VERSION}: op, dtype, aotfunc, torch.func ({' '.join(COLUMNS)})"]
     lines += ["\t".join([*key, *by.values()]) for key, by in outcomes.items()]
     TSV.write_text("\n".join(lines) + "\n")
     MD.write_text(TEXT + markdown(counted(outcomes)))
