@@ -23,7 +23,7 @@ from .trace.emit import Builder, paused_gc
 from .trace.functionalize import Functionalizer, input_nodes
 from .trace.records import flat
 from .trace.shapes import sig_of
-from .trace.traced import HOOKS, Traced, quiet, under_way
+from .trace.traced import HOOKS, Traced, has_values, quiet, under_way
 from .trace.tracer import Trace
 from .transforms.lower import lowered
 from .transforms.steps import CallStep
@@ -93,7 +93,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         program = program.cache[key]
     outer = outside(trace)
     if outer is None:
-        values, count = run(program, inputs), 1
+        values, count = run(program, inputs, what), 1
     else:
         with aside(outer, program, inputs) as results:
             values, count = batches(outer, results, what)
@@ -146,13 +146,15 @@ def compiled(program: Program) -> Callable[..., tuple]:
     return program.compiled("eager", lambda p: compile_graph(lowered(p).graph))
 
 
-def run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
     """The program's results on real tensors, as the only sample; generators of random numbers are left as they were."""
     generators = {torch.default_generator}
     for n in program.graph.nodes:
         generators.update(a for a in (*n.args, *n.kwargs.values()) if isinstance(a, torch.Generator))
     states = [(g, g.get_state()) for g in generators]
     reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in inputs]
+    if not all(map(has_values, reals)):
+        raise CaptureError(f"{what} was asked for, but the inputs have no values{at(user_line())}")
     try:
         with quiet(), torch.no_grad():
             return [o.unsqueeze(0) for o in compiled(program)(*reals)]

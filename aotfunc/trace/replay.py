@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .memory import memory_of
 from .records import instr_run, results_of, written_slots
-from .traced import Traced, quiet, under_way
+from .traced import Traced, has_values, quiet, under_way
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -29,7 +29,7 @@ class Replay:
         self.draws = trace.samples is None and under_way.traces[:1] in ([], [trace])
         if trace.concrete_inputs is not None:
             for i, t in enumerate(trace.concrete_inputs):
-                if t is not None and (real := t.tracer._known(t) if t.__class__ is Traced else t) is not None:
+                if t is not None and (real := known(t)) is not None:
                     with quiet():
                         self.env[i] = self.copy(real)
         self.rng = torch.default_generator.get_state()
@@ -54,8 +54,7 @@ class Replay:
             with quiet(), torch.no_grad():
                 for i in range(len(trace.lifted)):
                     if -1 - i not in self.env and (trace.may_ask_constants or trace.concrete_inputs is not None):
-                        outer = trace.lifted[i]
-                        real = outer.tracer._known(outer) if outer.__class__ is Traced else outer
+                        real = known(trace.lifted[i])
                         if real is not None:
                             self.env[-1 - i] = self.copy(real)
                 for instr, refs, *_ in trace.records[self.done :]:
@@ -72,3 +71,10 @@ class Replay:
         finally:
             torch.default_generator.set_state(outside)
         return self.env.get(ref)
+
+
+def known(t: Tensor) -> Tensor | None:
+    """The real tensor that this is or stands for, if it has values that are known."""
+    if t.__class__ is Traced:
+        return t.tracer._known(t)
+    return t if has_values(t) else None

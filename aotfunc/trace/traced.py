@@ -205,15 +205,25 @@ def check_kind(t: Tensor) -> None:
         raise CaptureError(
             f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"
         )
-    if (
-        type(t) not in _KINDS
-        and hasattr(type(t), "__torch_dispatch__")
-        and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    ):
+    if dispatches(t):
         raise CaptureError(f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}")
 
 
 _KINDS = {Tensor, torch.nn.Parameter, Traced}
+
+
+def dispatches(t: Tensor) -> bool:
+    """Whether a tensor is of a foreign subclass that answers ops itself."""
+    cls = type(t)
+    return cls not in _KINDS and getattr(cls, "__torch_dispatch__", _plain) is not _plain
+
+
+_plain = Tensor.__torch_dispatch__
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of torch.func's."""
+    return not (dispatches(t) or t.device.type == "meta" or torch._C._functorch.is_batchedtensor(t))
 
 
 @contextmanager

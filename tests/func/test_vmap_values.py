@@ -455,3 +455,48 @@ def test_a_draw_before_the_question_inside_nested_transforms(inner):
     assert_same(grad(f)(x), a * n * (n - 1) * x ** (n - 2))
     torch.manual_seed(1)
     assert_same(vmap(f, randomness="same")(x.expand(2, 3)), (a * n * (x ** (n - 1)).sum()).expand(2))
+
+
+def test_inputs_without_values():
+    """FakeTensors, and the samples of a torch.func.vmap outside: an error, no crash."""
+    from torch._subclasses import FakeTensorMode
+
+    x = r(2, B, 4).abs()
+    with pytest.raises(AotfuncError, match="no values"):
+        torch.func.vmap(vmap(branch))(x)
+    sample = x[0].clone()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(sample)
+        assert vmap(torch.sin)(fake).shape == (B, 4)
+        with pytest.raises(AotfuncError, match="no values"):
+            vmap(branch)(fake)
+    assert_same(torch.func.grad(lambda x: vmap(branch)(x).sum())(x[0]), torch.full_like(x[0], 2))
+
+
+def test_where_the_question_is_asked():
+    x = r(B, 4).abs()
+
+    def under_autocast(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = x.float()[None] @ x.float()[:, None]
+            return y * 2 if y.sum() > 0 else y
+
+    assert_same(vmap(under_autocast)(x), loop(under_autocast)(x))
+    assert_same(vmap(torch.no_grad()(branch))(x), x * 2)
+    with torch.inference_mode():
+        assert_same(vmap(branch)(x), x * 2)
+    inside = lambda x: torch.utils.checkpoint.checkpoint(scalar(branch), x, use_reentrant=False)
+    assert_same(vmap(grad(inside))(x), loop(grads(scalar(branch)))(x))
+    through = lambda x: torch.autograd.grad(scalar(branch)(x.requires_grad_()), x)[0]
+    assert_same(vmap(through)(x), loop(grads(scalar(branch)))(x))
+
+
+def test_an_outer_write_is_seen():
+    def f(x, w):
+        w = w.clone()
+        w.mul_(-1)
+        return vmap(lambda v: v * 2 if (w < 0).all() and (v * w < 0).all() else v * 3)(x).sum()
+
+    x, w = r(B, 4).abs(), r(4).abs()
+    assert_same(grad(f)(x, w), torch.full_like(x, 2))
+    assert_same(vmap(f, (0, None))(x[None], w), 2 * x.sum()[None])
