@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,10 +148,11 @@ def custom_derivative(
     residuals: list[Tensor] = []
 
     def part(rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
-        if calls in _under_way:
-            saved = held(ctx)
+        if calls in _under_way.rules:
+            bare, saved = held(ctx)
             residuals.extend(saved)
-            return later(name, rule, ctx, saved, sigs, [trace.ref_of(t)[1] for t in saved], len(residuals), calls)
+            more = [trace.ref_of(t)[1] for t in saved]
+            return later(name, rule, bare, len(residuals) - len(saved), sigs, more, calls)
         made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs, calls)
         if isinstance(made, Exception):
             return made
@@ -179,7 +181,7 @@ def custom_derivative(
     saved = tuple(number_of.get(trace.ref_of(r)[0]) for r in residuals)
     n_inputs = sum(isinstance(a, Tensor) for a in args)
     fields = (name, n_inputs, vals, tuple(backwards), forward, saved, batching)
-    unique = batching is not None or any(isinstance(p, Exception) for _, p in backwards)
+    unique = batching is not None or any(isinstance(p, Exception | Later) for p in (forward, *dict(backwards).values()))
     return (CustomDerivative(*fields) if unique else interned(CustomDerivative, *fields)), residuals
 
 
@@ -211,19 +213,22 @@ def gradients_of(args: Any, backward: Callable) -> Callable:
     last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
     body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
 
-    def fit(g: Any, a: Tensor) -> Any:
-        if g is None or not floating(a):
+    wanted = [(a.shape, a.dtype) if floating(a) else None for a in args if isinstance(a, Tensor)]  # and no tensor
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+    def fit(g: Any, want: Any) -> Any:
+        if g is None or want is None:
             return None
-        if g.shape != a.shape:
-            g = g.sum_to_size(a.shape)
-        if g.dtype != a.dtype:
-            g = (torch.real(g) if g.is_complex() and not a.is_complex() else g).to(a.dtype)
+        shape, dtype = want
+        if g.shape != shape:
+            g = g.sum_to_size(shape)
+        if g.dtype != dtype:
+            g = (torch.real(g) if g.is_complex() and not dtype.is_complex else g).to(dtype)
         return once(g) if last else g
 
     def call(ctx: Any, *cts: Any) -> list:
-        grads = listed(body(ctx, *cts))
-        grads += [None] * (len(args) - len(grads))
-        return [fit(g, a) for g, a in zip(grads, args, strict=False) if isinstance(a, Tensor)]
+        grads = dict(enumerate(listed(body(ctx, *cts))))
+        return [fit(grads.get(i), want) for i, want in zip(places, wanted, strict=True)]
 
     return call
 
@@ -237,41 +242,56 @@ def _once_differentiable(ctx: Any, g: Any) -> Any:
 _ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
 
 
-_under_way: list[Any] = []  # the derivatives that are being recorded
+class _UnderWay(threading.local):
+    def __init__(self) -> None:
+        self.rules: list[Any] = []
 
 
-def held(ctx: Context) -> list[Tensor]:
-    """The tensors that a context keeps, each once."""
+_under_way = _UnderWay()  # the derivatives that are being recorded
+
+
+class Held(int):
+    """The place of the i-th tensor that a context keeps."""
+
+
+def held(ctx: Context) -> tuple[Context, list[Tensor]]:
+    """A copy of a context that says Held where it keeps a tensor, and these tensors, each once."""
     kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
-    return list({id(t): t for t in kept if isinstance(t, Tensor)}.values())
+    tensors = list({id(t): t for t in kept if isinstance(t, Tensor)}.values())
+    numbers = {id(t): Held(i) for i, t in enumerate(tensors)}
+    bare = copy.copy(ctx)
+    bare.dirty_tensors = bare.non_differentiable = ()
+    return with_tensors(bare, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x), tensors
 
 
-def later(
-    name: str, rule: Callable, ctx: Context, saved: list, sigs: Sequence[Sig], saved_sigs: list, end: int, calls: Any
-) -> Later:
-    """The rule as a Part to be recorded on demand, a program of its given values and of all that the context keeps."""
-    ctx = copy.copy(ctx)
+def with_tensors(ctx: Context, put: Callable[[Any], Any]) -> Context:
+    """A copy of a context with everything that it keeps put in other words."""
+    new = copy.copy(ctx)
+    for name, value in vars(ctx).items():
+        setattr(new, name, put(value))
+    new.to_save, new.saved_for_forward = tuple(map(put, ctx.to_save)), tuple(map(put, ctx.saved_for_forward))
+    return new
+
+
+def later(name: str, rule: Callable, ctx: Context, first: int, sigs: Sequence[Sig], more: list, calls: Any) -> Later:
+    """The rule as a Part to be recorded on demand: a program of its given values (``sigs``) and of what the context
+    keeps (``more``). It holds no tensor.
+    """
 
     def on(*xs: Tensor) -> Any:
-        given, new = xs[: len(sigs)], dict(zip(map(id, saved), xs[len(sigs) :], strict=True))
-        inside = copy.copy(ctx)
-        inside.to_save = tuple(new.get(id(t), t) for t in ctx.to_save)
-        inside.saved_for_forward = tuple(new.get(id(t), t) for t in ctx.saved_for_forward)
-        for attribute, value in vars(ctx).items():
-            if isinstance(value, Tensor):
-                setattr(inside, attribute, new[id(value)])
-        return rule(inside, *given)
+        given, kept = xs[: len(sigs)], xs[len(sigs) :]
+        return rule(with_tensors(ctx, lambda x: kept[x] if isinstance(x, Held) else x), *given)
 
     def make() -> Any:
-        made = recorded_rule(name, on, [*sigs, *saved_sigs], calls)
+        made = recorded_rule(name, on, [*sigs, *more], calls)
         if isinstance(made, Exception):
             return made
         program, lifted = made
         if lifted:
             return CaptureError(f"{name}: a derivative that calls {name} again must get its tensors through ctx")
-        return Part(program, end - len(saved), len(saved))
+        return Part(program, first, len(more))
 
-    return Later(make, end - len(saved), len(saved))
+    return Later(make, first, len(more))
 
 
 def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
@@ -285,7 +305,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
         t = inner.new(sig)
         inner.inputs.append(t)
         inner.leaves[t.ref] = True
-    _under_way.append(calls)
+    _under_way.rules.append(calls)
     try:
         with recording(inner):
             rec = Recording(inner, rule(*inner.inputs), lambda: ())
@@ -294,7 +314,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     except Exception as e:  # the user's: it is raised where this derivative is asked for, as in eager
         return e.with_traceback(None)
     finally:
-        _under_way.pop()
+        _under_way.rules.pop()
     base = rec.program()
     if len(rec.tensors) == len(rec.leaves):
         return base, inner.lifted

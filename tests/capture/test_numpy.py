@@ -1,6 +1,9 @@
 """numpy inside of captured functions: in an autograd.Function it is one node of the graph; elsewhere values are asked
 for."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -147,3 +150,15 @@ def test_a_result_that_is_no_tensor_is_none_of_backward():
 
     x = torch.randn(3, dtype=torch.float64)
     torch.testing.assert_close(grad(lambda x: Pair.apply(x)[1].sum())(x), x.cos())
+
+
+@pytest.mark.filterwarnings("ignore::aotfunc.errors.LoopWarning")
+@pytest.mark.parametrize("f", [square, sine])
+def test_a_derivative_of_a_derivative_keeps_no_tensor(f):
+    x = torch.randn(3, dtype=torch.float64)
+    seen = weakref.ref(x)
+    grad(lambda x: f(x).sum())(x)
+    vmap(lambda x: vjp(f, x)[1](x))(x)
+    del x
+    gc.collect()
+    assert seen() is None
