@@ -125,6 +125,8 @@ def record(
             if samples is not None and i in samples:
                 t = trace.new(samples[i])
                 trace.inputs.append(t)
+                if x.requires_grad:
+                    trace.leaves[t.ref] = True
             else:
                 t = trace.input(x)
                 if x.requires_grad:

@@ -97,9 +97,18 @@ def histogram(points: Sequence[Tensor], edges: Sequence[Tensor], weight: Tensor 
 
 
 def ends(points: Sequence[Tensor], given: Sequence[float] | None) -> list[tuple[Tensor, Tensor]]:
-    """Both ends of the bins in each dimension."""
-    pairs = [(0.0, 0.0)] * len(points) if given is None else list(zip(given[::2], given[1::2], strict=True))
-    return [span(x, *pair) for x, pair in zip(points, pairs, strict=True)]
+    """Both ends of the bins in each dimension: as given, or of the data, and half apart from them where they are equal
+    (a whole for ``histc``, see :func:`span`).
+    """
+    found = []
+    for d, x in enumerate(points):
+        if given is None:
+            low, high = x.aminmax(dim=1) if x.shape[1] else (x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0]))
+        else:
+            low, high = (x.new_full(x.shape[:1], end) for end in given[2 * d : 2 * d + 2])
+        half = (low == high).to(x.dtype) / 2
+        found.append((low - half, high + half))
+    return found
 
 
 def counted(

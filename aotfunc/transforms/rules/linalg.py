@@ -52,13 +52,14 @@ def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
 
 
 PRIVATE = ["det", "slogdet", "eigh", "svd", "eigvals"]
-PUBLIC = ["inv_ex", "cholesky_ex", "qr", "eig", "matrix_exp", "lu", "lu_factor_ex", "ldl_factor_ex"]
+PUBLIC = ["inv_ex", "cholesky_ex", "qr", "eig", "lu", "lu_factor_ex", "ldl_factor_ex"]
 for op in (
     *(getattr(aten, f"_linalg_{name}") for name in PRIVATE),
     *(getattr(aten, f"linalg_{name}") for name in PUBLIC),
     *(aten.cholesky, aten.cholesky_inverse, aten.geqrf, aten.ormqr, aten.linalg_householder_product),
 ):
     vmap_of(op)(leading(op))
+vmap_of(aten.linalg_matrix_exp)(lambda a: aten.linalg_matrix_exp(a.contiguous()))  # no view of the leading dimensions
 for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve):
     vmap_of(op)(leading(op, align=2))
 
