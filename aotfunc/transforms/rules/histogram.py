@@ -103,7 +103,7 @@ def ends(points: Sequence[Tensor], given: Sequence[float] | None) -> list[tuple[
     found = []
     for d, x in enumerate(points):
         if given is None:
-            low, high = x.aminmax(dim=1) if x.shape[1] else (x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0]))
+            low, high = x.aminmax(dim=1) if x.shape[1] else (x.new_zeros(x.shape[:1]), x.new_ones(x.shape[:1]))
         else:
             low, high = (x.new_full(x.shape[:1], end) for end in given[2 * d : 2 * d + 2])
         half = (low == high).to(x.dtype) / 2
