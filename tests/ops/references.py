@@ -51,6 +51,8 @@ def judge(*ways: Callable[[], None]) -> None:
 def tolerance_of(dtypes: set[torch.dtype]) -> dict[str, float]:
     if torch.bfloat16 in dtypes:
         return {"rtol": 5e-2, "atol": 5e-2}
+    if dtypes & {torch.float16, torch.complex32}:
+        return {"rtol": 1e-2, "atol": 1e-2}
     return {"rtol": 1e-6, "atol": 1e-7} if dtypes <= {torch.float64, torch.complex128} else {"rtol": 1e-3, "atol": 1e-3}
 
 
@@ -149,7 +151,10 @@ def forward_ad_agreed(f, primals, tangents, cotangents):
 
 
 def difference(f, primals, tangents):
-    """The derivative of ``f`` along the tangents, by central differences of fourth order in float64."""
+    """The derivative of ``f`` along the tangents, by central differences of fourth order in float64.
+
+    Where differences over two distances are far apart, ``f`` has no derivative that they would find.
+    """
     p, t = ([x.to(WIDE.get(x.dtype, x.dtype)) for x in xs] for xs in (primals, tangents))
 
     def at(steps: float):
@@ -158,8 +163,11 @@ def difference(f, primals, tangents):
             raise NoReference("not computed in float64")
         return [o.detach() for o in outs]
 
-    rows = zip(at(1), at(-1), at(2), at(-2))
-    return [(8 * (a - b) - (c - d)) / (12 * STEP) for a, b, c, d in rows]
+    near = [(a - b) / (2 * STEP) for a, b in zip(at(1), at(-1))]
+    far = [(a - b) / (4 * STEP) for a, b in zip(at(2), at(-2))]
+    if not all(torch.allclose(a, b, rtol=1e-2, atol=1e-2, equal_nan=True) for a, b in zip(near, far)):
+        raise NoReference("not smooth here")
+    return [(4 * a - b) / 3 for a, b in zip(near, far)]
 
 
 def second_difference(f, primals, cotangents, tangents, seconds) -> torch.Tensor:
@@ -180,7 +188,10 @@ def second_difference(f, primals, cotangents, tangents, seconds) -> torch.Tensor
     def mixed(h: float) -> torch.Tensor:
         return (at(h, h) - at(h, -h) - at(-h, h) + at(-h, -h)) / (4 * h * h)
 
-    return finite((4 * mixed(16 * STEP) - mixed(32 * STEP)) / 3)
+    near, far = mixed(16 * STEP), mixed(32 * STEP)
+    if not torch.allclose(near, far, rtol=1e-2, atol=1e-2):
+        raise NoReference("not smooth here")
+    return finite((4 * near - far) / 3)
 
 
 def difference_of_backward(f, primals, cotangents, tangents):

@@ -40,12 +40,14 @@ def names(text: str) -> set[str]:
     return set(text.split())
 
 
-# Not functions of their inputs (uninitialised memory), results that are no tensors, sparse ones, and CUDA's alone.
+# Not functions of their inputs (uninitialised memory), results that are no tensors, sparse ones, CUDA's alone,
+# and a Function whose backward does not look at the cotangent.
 NO_FUNCTION = names(
     """
     empty empty_like empty_permuted empty_strided new_empty new_empty_strided item equal allclose is_pinned
     resize_ resize_as_ to_sparse sparse_mm_reduce sparse_sampled_addmm jiterator_unary jiterator_binary
     jiterator_2inputs_2outputs jiterator_4inputs_with_extra_args jiterator_binary_return_by_ref
+    NumpyCubeNotComposableAutogradFunction
     """
 )
 # vmap asks which kind of randomness is meant, and PyTorch's two kinds are tested in tests/func/test_random.py.
@@ -59,7 +61,9 @@ RANDOM = names(
     """
 )
 # vmap has no answer where a result's shape depends on values; which error it is, is tested in tests/func/test_vmap.py.
-RAGGED = names("argwhere bincount masked_select nonzero unique unique_consecutive NumpyNMSCustomOp")
+RAGGED = names(
+    "argwhere bincount masked_select nonzero unique unique_consecutive NumpyNonzeroCustomOp NumpyNMSCustomOp"
+)
 # Random in some samples only, which are left out.
 DROPPING = {"nn_functional_scaled_dot_product_attention", "nn_functional_multi_head_attention_forward"}
 
