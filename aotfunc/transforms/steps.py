@@ -21,10 +21,11 @@ from ..errors import CaptureError
 from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer, Link, linked
+from ..trace.infer import in_order
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
 from .jvp import jvp
-from .vjp import reverse, vjp
+from .vjp import dense, reverse, vjp
 from .walk import number
 
 aten = torch.ops.aten
@@ -183,7 +184,8 @@ class CompiledCall:
         replace_items(n, outs)
         count = len(n.meta["val"])
         residuals = [r for r in outs[count:] if isinstance(r, Node)]
-        grads = emit_call(b, backward, [*residuals, *(g[i] for i, yes in enumerate(have) if yes)])
+        cotangents = [laid_out(b, g[i], dense(v)) for i, v in enumerate(all_vals(program)) if have[i]]
+        grads = emit_call(b, backward, [*residuals, *cotangents])
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
@@ -202,7 +204,10 @@ class CompiledCall:
         outs = emit_call(b, primal, remap(n.args, env))
         env[n] = outs[:count]
         residuals = [r for r in outs[count:] if isinstance(r, Node)]
-        return emit_call(b, linear, [*residuals, *(tangents[n.args[i]] for i in wrt)])
+        planned = program.placeholders
+        return emit_call(
+            b, linear, [*residuals, *(laid_out(b, tangents[n.args[i]], planned[i].meta["val"]) for i in wrt)]
+        )
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         from .vmap import vmap
@@ -219,6 +224,16 @@ class CompiledCall:
 
         call = self.derived((flags, sigs, walk.size, walk.randomness, walk.strict), make, "vmap")
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
+
+
+def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
+    """``x`` with the strides that a compiled program was made for, unless these overlap."""
+    order = sorted(range(sig.ndim), key=lambda d: (-sig.stride[d], sig.shape[d] == 1))
+    if x.meta["val"].stride == sig.stride or not in_order(sig, order):
+        return x
+    inside = b.call(aten.permute.default, x, order)
+    copy = b.call(aten.clone.default, inside, memory_format=torch.contiguous_format)
+    return b.call(aten.permute.default, copy, sorted(range(sig.ndim), key=order.__getitem__))
 
 
 def move_after(b: Builder, n: Node, outs: Sequence[Any]) -> None:

@@ -147,3 +147,34 @@ def test_modules():
     params = dict(net.named_parameters())
     call = lambda t, p: t.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(p)
     assert_same(jit(lambda p: call(aotfunc, p))(params), call(torch.func, params))
+
+
+def test_cotangents_and_tangents_have_the_strides_that_were_compiled_for():
+    """An expanded or transposed cotangent is laid out anew: Inductor's code reads with fixed strides."""
+
+    def strict(gm, example_inputs):
+        planned = [n.meta["val"].stride() for n in gm.graph.nodes if n.op == "placeholder"]
+
+        def run(*args):
+            assert [x.stride() for x in args] == planned
+            return gm(*args)
+
+        return run
+
+    h = lambda x: (x @ x.t()).tanh() * x.sum(-1)
+    x, v = r(4, 4), r(4, 4)
+    g = jit(h, strict)
+    for k in (
+        lambda g: lambda x: g(x).sum(),
+        lambda g: lambda x: g(x).sum() * x.sum(),
+        lambda g: lambda x: g(x).t() * x,
+    ):
+        total = lambda x, k=k: k(g)(x).sum()
+        assert_same(grad(total)(x), torch.func.grad(lambda x, k=k: k(h)(x).sum())(x))
+    pushed = lambda t, g, by, x, v: t.jvp(lambda x: g(by(x)), (x,), (v,))
+    for by, a, b in (
+        (lambda y: y * 1.0, x, v.t()),
+        (lambda y: y.t() * 1.0, x, v.t()),
+        (lambda y: y.expand(4, 4), x[0], v[0]),
+    ):
+        assert_same(pushed(aotfunc, g, by, a, b), pushed(torch.func, h, by, a, b))

@@ -1,4 +1,7 @@
-"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant be filled."""
+"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant be filled.
+
+Those here are exact arithmetic, whose bits do not depend on how a kernel walks over memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
 from ...trace.shapes import Sig
-from .constants import FULL, full, solid, spread
+from .constants import EXPAND, FULL, VIEW, full, solid, spread
 from .table import aten, rewrite
 
 WHERE = aten.where.self
@@ -17,13 +20,13 @@ POINTWISE = (
     *(getattr(aten, name).Tensor for name in ["add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"]),
     aten.maximum.default,
     aten.minimum.default,
-    aten.pow.Tensor_Tensor,
     aten.tanh_backward.default,
     aten.sigmoid_backward.default,
     aten.threshold_backward.default,
     WHERE,
 )
-SPREAD = frozenset((aten.expand.default, aten.view.default, aten.unsqueeze.default, FULL))
+CLONE = aten.clone.default
+SPREAD = frozenset((EXPAND, VIEW, aten.unsqueeze.default, FULL, CLONE))
 
 
 def _pointwise(op: Any, b: Builder, val: Sig, *args: Any, **kwargs: Any) -> Any:
@@ -50,11 +53,11 @@ def unspread(b: Builder, a: Node) -> Node | None:
     val = a.meta["val"]
     if a.target is FULL:
         return full(b, val, a.args[1], ()) if val.shape else None
-    x = a
-    while x.target in SPREAD and x.target is not FULL:
+    x = a if a.target is not CLONE or a.args[0].target is not EXPAND else a.args[0]  # arithmetic needs no dense copy
+    while x.target in SPREAD and x.target is not FULL and x.target is not CLONE:
         under = x.args[0]
         shape, wide = under.meta["val"].shape, x.meta["val"].shape
-        if x.target is not aten.expand.default and wide != (1,) * (len(wide) - len(shape)) + shape:
+        if x.target is not EXPAND and wide != (1,) * (len(wide) - len(shape)) + shape:
             break
         x = under
     return x if x is not a else None
