@@ -91,11 +91,13 @@ def forward(self, x, w, b):
     sum_1 = sum.default(relu)
     return (sum_1, x, relu)
 def forward(self, x, relu, tangents_0):
-    threshold_backward = threshold_backward.default(tangents_0, relu, 0);  tangents_0 = relu = None
+    expand = expand.default(tangents_0, [2, 4]);  tangents_0 = None
+    threshold_backward = threshold_backward.default(expand, relu, 0);  expand = relu = None
     t = t.default(threshold_backward)
     mm = mm.default(t, x);  t = x = None
-    sum_1 = sum.dim_IntList(threshold_backward, [0]);  threshold_backward = None
-    return (mm, sum_1)
+    sum_1 = sum.dim_IntList(threshold_backward, [0], True);  threshold_backward = None
+    view = view.default(sum_1, [4]);  sum_1 = None
+    return (mm, view)
 """,
         )
 
@@ -113,11 +115,12 @@ def forward(self, x):
     sum_1 = sum.default(cos_1);  cos_1 = None
     return (sum_1, x)
 def forward(self, x, tangents_0):
+    expand = expand.default(tangents_0, [8]);  tangents_0 = None
     sin = sin.default(x)
     cos = cos.default(sin)
     sin_1 = sin.default(cos)
     sin_2 = sin.default(sin_1);  sin_1 = None
-    mul = mul.Tensor(tangents_0, sin_2);  tangents_0 = sin_2 = None
+    mul = mul.Tensor(expand, sin_2);  expand = sin_2 = None
     cos_1 = cos.default(cos);  cos = None
     mul_1 = mul.Tensor(mul, cos_1);  mul = cos_1 = None
     sin_3 = sin.default(sin);  sin = None
@@ -139,8 +142,9 @@ def forward(self, x):
     sum_1 = sum.default(sin_1);  sin_1 = None
     return (sum_1, x, sin, cos)
 def forward(self, x, sin, cos, tangents_0):
+    expand = expand.default(tangents_0, [8]);  tangents_0 = None
     cos_1 = cos.default(cos);  cos = None
-    mul = mul.Tensor(tangents_0, cos_1);  tangents_0 = cos_1 = None
+    mul = mul.Tensor(expand, cos_1);  expand = cos_1 = None
     sin_1 = sin.default(sin);  sin = None
     mul_1 = mul.Tensor(mul, sin_1);  mul = sin_1 = None
     cos_2 = cos.default(x);  x = None
@@ -250,8 +254,9 @@ def forward(self, x):
     sum_1 = sum.default(mul);  mul = None
     return (sum_1, x, exp)
 def forward(self, x, exp, tangents_0):
-    mul = mul.Tensor(tangents_0, x);  x = None
-    mul_1 = mul.Tensor(tangents_0, exp);  tangents_0 = None
+    expand = expand.default(tangents_0, [3]);  tangents_0 = None
+    mul = mul.Tensor(expand, x);  x = None
+    mul_1 = mul.Tensor(expand, exp);  expand = None
     mul_2 = mul.Tensor(mul, exp);  mul = exp = None
     add = add.Tensor(mul_1, mul_2);  mul_1 = mul_2 = None
     return (add,)
