@@ -61,6 +61,38 @@ WRITES = [
     lambda x, y: x.addcmul_(y, y, value=0.1),
 ]
 
+COMPLEX = {
+    "unary": [
+        torch.sin,
+        torch.neg,
+        torch.conj,
+        lambda x: x * (0.5 + 0.3j),
+        lambda x: torch.complex(x.real, 0.3 * x.imag),
+        lambda x: x / (2 + x.abs() ** 2),
+        lambda x: torch.view_as_complex(torch.view_as_real(x.resolve_conj()).tanh()),
+        lambda x: torch.polar(torch.sigmoid(x.real), x.imag),
+        lambda x: (x.abs() + 0.5).log() * (1 + 0j),
+        lambda x: torch.where(x.real > 0, x, x.conj() * 0.5),
+    ],
+    "binary": [torch.add, torch.sub, torch.mul, lambda a, b: a / (1.5 + b.abs() ** 2), lambda a, b: a * b.conj()],
+    "reduce": [
+        lambda x, d: x.sum(d, keepdim=True),
+        lambda x, d: x.mean(d, keepdim=True),
+        lambda x, d: x.cumsum(d),
+        lambda x, d: torch.linalg.vector_norm(x + 0.4j, dim=d, keepdim=True) + 1j,
+    ],
+    "writes": [
+        lambda x, y: x.add_(y),
+        lambda x, y: x.mul_(y),
+        lambda x, y: x.copy_(y.real),
+        lambda x, y: x.real.mul_(0.5),
+        lambda x, y: x.imag.copy_(y.real),
+        lambda x, y: x.conj().mul_(y),
+        lambda x, y: x.fill_(0.7 - 0.1j),
+    ],
+}
+REAL = {"unary": UNARY, "binary": BINARY, "reduce": REDUCE, "writes": WRITES}
+
 
 def part(draw, x):
     """A view of ``x``, drawn."""
@@ -100,12 +132,13 @@ def fits(x, y):
         return False
 
 
-def program(seed: int):
+def program(seed: int, dtype: torch.dtype = torch.float64):
     """``(f, inputs)``: drawn while it runs once; afterwards ``f`` repeats the same steps, writing to its arguments."""
     draw = random.Random(seed)
+    ops = COMPLEX if dtype.is_complex else REAL
     torch.manual_seed(seed)
     shapes = [(3,), (2, 3), (3, 2), (2, 3, 2), ()]
-    inputs = [torch.randn(draw.choice(shapes), dtype=torch.float64) for _ in range(draw.choice((1, 2, 3)))]
+    inputs = [torch.randn(draw.choice(shapes), dtype=dtype) for _ in range(draw.choice((1, 2, 3)))]
     steps = []
 
     def choose(pool):
@@ -118,10 +151,10 @@ def program(seed: int):
             kind = draw.random()
             i, j = choose(pool), choose(pool)
             if kind < 0.25:
-                op = draw.choice(UNARY)
+                op = draw.choice(ops["unary"])
                 step = lambda p, i=i, op=op: p.append(op(p[i]))
             elif kind < 0.45:
-                op = draw.choice(BINARY)
+                op = draw.choice(ops["binary"])
                 try:
                     torch.broadcast_shapes(pool[i].shape, pool[j].shape)
                 except RuntimeError:
@@ -131,12 +164,12 @@ def program(seed: int):
                 view = part(draw, pool[i])
                 step = lambda p, i=i, view=view: p.append(view(p[i]))
             elif kind < 0.7 and pool[i].dim():
-                op, d = draw.choice(REDUCE), draw.randrange(pool[i].dim())
+                op, d = draw.choice(ops["reduce"]), draw.randrange(pool[i].dim())
                 step = lambda p, i=i, op=op, d=d: p.append(op(p[i], d))
             elif kind < 0.75:
                 step = lambda p, i=i: p.append(p[i].detach() if i % 2 else p[i].clone())
             elif kind < 0.8:
-                op = draw.choice(UNARY)
+                op = draw.choice(ops["unary"])
 
                 def step(p, i=i, op=op):
                     with torch.no_grad():
@@ -148,7 +181,7 @@ def program(seed: int):
                 d = draw.randrange(pool[i].dim() + 1)
                 step = lambda p, same=tuple(same[:3]), d=d: p.append(torch.stack([p[k] for k in same], d))
             else:
-                op = draw.choice(WRITES)
+                op = draw.choice(ops["writes"])
                 j = j if fits(pool[i], pool[j]) else i
                 hidden = draw.random() < 0.15
 
@@ -165,14 +198,15 @@ def program(seed: int):
                 break
             steps.append(step)
     if not all(t.isfinite().all() for t in pool):
-        return program(seed + 10_000)
+        return program(seed + 10_000, dtype)
     kept = sorted(draw.sample(range(len(pool)), min(3, len(pool))))
 
     def f(*xs):
         p = list(xs)
         for step in steps:
             step(p)
-        return sum((p[k] * (k + 1)).sin().sum() for k in kept)
+        total = sum((p[k] * (k + 1)).sin().sum() for k in kept)
+        return total.real * 0.5 + total.imag if dtype.is_complex else total
 
     return f, inputs
 
@@ -211,7 +245,7 @@ def all_of(f, inputs):
     yield "grad", grad(*inputs), want
     yield "graph of grad", aotfunc.make_fx(grad)(*inputs)(*inputs), want
     tangents = [torch.randn_like(x) for x in inputs]
-    along = sum(((g * t).sum() for g, t in zip(want, tangents)), torch.zeros((), dtype=torch.float64))
+    along = sum(((g.conj() * t).sum().real for g, t in zip(want, tangents)), torch.zeros((), dtype=torch.float64))
     yield "jvp", aotfunc.jvp(f, tuple(inputs), tuple(tangents))[1], along
     jitted = aotfunc.jit(f)
     for _ in range(2):
@@ -238,18 +272,25 @@ def all_of(f, inputs):
         )
     xs = leaves(inputs)
     gs = autograd(f, xs, create_graph=True)
-    product = sum((g * t).sum() for g, t in zip(gs, tangents))
+    product = sum((g.conj() * t).sum().real for g, t in zip(gs, tangents))
     seconds = torch.autograd.grad(product, xs, allow_unused=True) if product.requires_grad else [None] * len(xs)
     seconds = [torch.zeros_like(x) if g is None else g for g, x in zip(seconds, xs)]
-    dot = lambda *xs: sum((g * t).sum() for g, t in zip(grad(*xs), tangents))
+    dot = lambda *xs: sum((g.conj() * t).sum().real for g, t in zip(grad(*xs), tangents))
     yield "grad of grad", aotfunc.grad(dot, every)(*inputs), seconds
+    if tangents[0].is_complex():  # the Hessian of a real function of complex numbers is symmetric as a real map only
+        others = [torch.randn_like(x) for x in inputs]
+        pairing = lambda us, vs: sum((u.conj() * v).sum().real for u, v in zip(us, vs))
+        pushed = aotfunc.jvp(grad, tuple(inputs), tuple(others))[1]
+        yield "jvp of grad", pairing(tangents, pushed), pairing(seconds, others)
+        return
     yield "jvp of grad", aotfunc.jvp(grad, tuple(inputs), tuple(tangents))[1], seconds
     yield "linearized grad", aotfunc.linearize(grad, *inputs)[1](*tangents), seconds
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
-def test_a_random_program(seed):
-    f, inputs = program(seed)
+def test_a_random_program(seed, dtype):
+    f, inputs = program(seed, dtype)
     f = pure(f)
     if not valid(f, inputs):
         pytest.skip("autograd refuses this program")

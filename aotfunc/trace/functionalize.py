@@ -218,6 +218,8 @@ class Functionalizer:
     def _call(self, instr: Instr, nodes: list[Node]) -> Any:
         if not self.intent and instr.op is aten.detach.default:
             return nodes[0]
+        if instr.op is aten._conj.default:
+            return self.b.call(aten.conj_physical.default, *nodes)
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
         return self.b.node(instr.op, fill(instr.args, nodes), kwargs, instr.outs)
 
@@ -323,6 +325,8 @@ def forward(b: Builder, link: Link, node: Node) -> Node:
     op, args, kwargs, index, _ = link
     if op is aten.as_strided.default:
         node, args = in_memory(b, node, args)
+    if op is aten._conj.default:
+        op = aten.conj_physical.default
     out = b.call(op, node, *args, **kwargs)
     return out if index is None else b.item(out, index)
 
@@ -425,7 +429,7 @@ INVERSES: dict[OpOverload, Any] = {
     aten.t.default: _call(aten.t.default),
     aten.transpose.int: _call(aten.transpose.int),
     aten.permute.default: _permuted,
-    aten._conj.default: _call(aten._conj.default),
+    aten._conj.default: _call(aten.conj_physical.default),
     aten._neg_view.default: _call(aten.neg.default),
     aten.view_as_real.default: lambda b, base, new, index: b.call(aten.view_as_complex.default, new),
     aten.view_as_complex.default: lambda b, base, new, index: b.call(aten.view_as_real.default, new),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..debug import Line
 from .shapes import Instr, Sig, Slot, fill
+
+aten = torch.ops.aten
 
 # A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is a shapes.Instr for an op, or an
 # object of another layer with the same duty: `facts` and `lower(functionalizer, record)`, see functionalize.Step.
@@ -18,6 +21,8 @@ def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
     """Run one recorded step; its new results, flat."""
     if not isinstance(instr, Instr):
         return instr.run(values)
+    if instr.op is aten.view_as_real.default:
+        values = [v.resolve_conj() for v in values]
     outs = instr.op(*fill(instr.args, values), **{k: fill(v, values) for k, v in instr.kwargs.items()})
     facts = instr.facts
     if facts.writes:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ..errors import CaptureError
+from .shapes import Slot, env_key, find, infer, intern
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -18,9 +19,18 @@ aten = torch.ops.aten
 
 
 def _conj(trace: Trace, x: Tensor) -> Tensor:
-    """Traced values have no lazy conjugate bit: conjugation is an op like any other."""
-    with trace:
-        return aten.conj_physical.default(x)
+    """A view, through which writes go; but traced values have no lazy conjugate bit, so what it shows is computed, laid
+    out as the result of an op.
+    """
+    if not x.is_complex():
+        return x
+    ref, sig = trace.ref_of(x)
+    key = (aten._conj.default, sig, env_key())
+    instr = find(key)
+    if instr is None:
+        outs = infer(aten.conj_physical.default, (Slot(0),), {}, (sig,))
+        instr = intern(key, aten._conj.default, (Slot(0),), {}, (sig,), outs)
+    return trace.note(instr, (ref,))
 
 
 def _scalar(trace: Trace, x: Tensor) -> Any:

@@ -107,6 +107,10 @@ class Traced(Tensor):
             else:
                 raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(debug.user_line())}")
 
+    def resolve_conj(self) -> Tensor:
+        """A copy where eager has a conjugate view, whose bit it would resolve."""
+        return self.clone() if self.tracer.conjugated(self.ref) else self
+
     def __getitem__(self, index: Any) -> Tensor:
         if (place := traced_place(index)) is not None:
             return _at_tensor(self, index, place)

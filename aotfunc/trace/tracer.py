@@ -266,6 +266,11 @@ class Trace(TorchDispatchMode):
             self.mutates = True
         return self.wrap(instr.outs)
 
+    def note(self, instr: Instr, refs: tuple[int, ...]) -> Any:
+        """Record an op that the recording answers itself; its results."""
+        self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
+        return self.wrap(instr.outs, instr.facts)
+
     def key(self) -> tuple:
         """What two recordings have in common that differ only in the data they would run on."""
         sigs = tuple([t.sig if t.__class__ is Traced else sig_of(t) for t in self.lifted])
@@ -283,18 +288,32 @@ class Trace(TorchDispatchMode):
         """The value whose storage this one shares."""
         return self.roots()[0].get(ref, ref)
 
-    def roots(self) -> tuple[dict[int, int], set[int]]:
-        """For each view the value whose storage it shares, and which storages are written to."""
+    def roots(self, conjugates: bool = True) -> tuple[dict[int, int], set[int]]:
+        """For each view the value whose storage it shares, and which storages are written to. Without ``conjugates``
+        the conjugate of a value, which no tensor but itself can show, is a value of its own.
+        """
         roots: dict[int, int] = {}
         written: set[int] = set()
         number = len(self.inputs)
         for instr, refs, *_ in self.records:
             made = range(number, number + results_of(instr))
             number += len(made)
-            if instr.facts.view_of is not None and refs:
+            if instr.facts.view_of is not None and refs and (conjugates or instr_op(instr) is not aten._conj.default):
                 roots.update(dict.fromkeys(made, roots.get(refs[0], refs[0])))
             written.update(roots.get(refs[s], refs[s]) for s in written_slots(instr))
         return roots, written
+
+    def conjugated(self, ref: int) -> bool:
+        """Whether this is a view of a conjugate, which eager would not have computed yet."""
+        bits: dict[int, bool] = {}
+        number = len(self.inputs)
+        for instr, refs, *_ in self.records:
+            made = range(number, number + results_of(instr))
+            number += len(made)
+            if instr.facts.view_of is not None and refs:
+                bit = bits.get(refs[0], False) ^ (instr_op(instr) is aten._conj.default)
+                bits.update(dict.fromkeys(made, bit))
+        return bits.get(ref, False)
 
     # ----- requires_grad, asked for by f ------------------------------------------------------------------------------
 

@@ -76,14 +76,19 @@ class Recording:
         return node
 
     @property
+    def roots(self) -> list[int]:
+        """For each returned tensor the value that it is a view of, or itself."""
+        shared, _ = self.trace.roots(conjugates=False)
+        return [shared.get(r, r) for r in self.refs]
+
+    @property
     def aliases(self) -> tuple[int, ...]:
         """Positions, among the returned tensors, of those that share memory with an input, a closed-over tensor or
         one another.
         """
         known = self.program().cache.get("aliases")
         if known is None:
-            shared, _ = self.trace.roots()
-            roots = [shared.get(r, r) for r in self.refs]
+            roots = self.roots
             count = len(self.trace.inputs)
             known = tuple(i for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
             self.program().cache["aliases"] = known

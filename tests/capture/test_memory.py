@@ -138,3 +138,20 @@ def test_as_strided_counts_in_the_memory_of_a_sample(dim):
     for f in (torch.sin, torch.clone, lambda x: x.t().contiguous().t(), lambda x: x.clone()[1:]):
         g = lambda x, f=f: f(x).as_strided((2, 2), (1, 3), f(x).storage_offset() + 1)
         assert torch.equal(aotfunc.vmap(g, in_dims=dim)(xs), torch.stack([g(x) for x in xs.unbind(dim)]))
+
+
+def test_a_write_to_a_conjugate_reaches_the_value():
+    def f(x):
+        x = x * 1
+        x.conj().mul_(1 + 2j)
+        x.conj().resolve_conj().mul_(3)  # a copy
+        x.resolve_conj().add_(0.5)  # the value itself
+        x.mH[0].mul_(2j)
+        return x, x.conj()
+
+    x = torch.randn(3, 3, dtype=torch.complex128)
+    for got in (aotfunc.make_fx(f)(x)(x), aotfunc.jit(f)(x), aotfunc.vjp(f, x)[0]):
+        torch.testing.assert_close(got, f(x))
+    xs = torch.randn(2, 3, 3, dtype=torch.complex128)
+    torch.testing.assert_close(aotfunc.vmap(f)(xs)[0], torch.stack([f(x)[0] for x in xs]))
+    aotfunc.check_grads(f, (x,), order=2)

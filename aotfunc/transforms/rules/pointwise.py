@@ -334,11 +334,26 @@ def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor | None]:
     return [torch.where(z == 0, 0, g * 1j / z.conj())]
 
 
+@jvp_of(aten.angle)
+def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
+    if not z.is_complex():
+        return torch.zeros_like(out)
+    return torch.where(z == 0, 0, (tangents[0] / z).imag)
+
+
+def across(t: Tensor, out: Tensor, z: Tensor) -> Tensor:
+    """The part of ``t`` across the direction of ``z``, by its length; its own transpose."""
+    return torch.where(z == 0, 0, (t - out * (out.conj() * t).real) / z.abs())
+
+
 @vjp_of(aten.sgn)
 def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor | None]:
-    if not z.is_complex():
-        return [None]
-    return [torch.where(z == 0, 0, (g - out * (out.conj() * g).real) / z.abs())]
+    return [across(g, out, z) if z.is_complex() else None]
+
+
+@jvp_of(aten.sgn)
+def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
+    return across(tangents[0], out, z) if z.is_complex() else torch.zeros_like(out)
 
 
 for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sgn.default):
