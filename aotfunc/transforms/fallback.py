@@ -125,7 +125,10 @@ def forward_rule(op: OpOverload) -> Callable:
                     return [tangent(x) for x in o]
                 return forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) and o.sig.differentiable else None
 
-            return tangent(outs)
+            result = tangent(outs)
+            if all(t is None for t in flat(result)):  # not a zero: forward AD knows nothing of it
+                raise NoFormula("forward AD does not differentiate it")
+            return result
 
     return rule
 
@@ -149,18 +152,28 @@ def batching_rule(op: OpOverload) -> Callable:
 
         places = {at: take(args[at], yes) for at, yes in zip(where, batched, strict=True)}
 
+        plain: dict[int, Any] = {}  # the outputs that are no tensors
+
         def body(*values: Tensor) -> Any:
             def put(p: Any) -> Any:
                 return [put(x) for x in p] if isinstance(p, list) else None if p is None else values[p]
 
-            return call_op(op, [put(places[i]) if i in places else a for i, a in enumerate(args)])
+            outs = call_op(op, [put(places[i]) if i in places else a for i, a in enumerate(args)])
+            if not isinstance(outs, tuple):
+                return outs
+            plain.update((i, o) for i, o in enumerate(outs) if not isinstance(o, Tensor | list | tuple))
+            return tuple(o for i, o in enumerate(outs) if i not in plain)
 
         if not has_batching_rule(op):  # what PyTorch does then is a loop over the samples
             raise NoFormula("PyTorch has no batching rule for it")
         try:
-            return torch.func.vmap(body, in_dims=tuple(dims))(*xs)
+            outs = torch.func.vmap(body, in_dims=tuple(dims))(*xs)
         except (RuntimeError, NotImplementedError) as e:
             raise NoFormula(str(e).split("\n")[0]) from e
+        if not plain:
+            return outs
+        rest = iter(outs)
+        return tuple(plain[i] if i in plain else next(rest) for i in range(len(outs) + len(plain)))
 
     return rule
 
@@ -185,6 +198,7 @@ def decomposition(op: OpOverload) -> Callable | None:
 
     def call(*args: Any) -> Any:
         split = len(args) - len(names)
-        return body(*args[:split], **dict(zip(names, args[split:], strict=True)))
+        named = {k: v for k, v in zip(names, args[split:], strict=True) if v is not None}
+        return body(*args[:split], **named)
 
     return call

@@ -7,7 +7,7 @@ the derivative of that linear map, applied to tangents, is the forward rule.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,10 +81,16 @@ def jvp_make(n: Node) -> Any:
     line = RULES.get(op)
 
     def make(b: Builder, ts: list, out: Any, *args: Any) -> Any:
-        if line is not None and line.jvp is not None:
-            result = traced(line.jvp)(b, tuple(ts), out, *args)
-        elif line is not None and line.vjp is not None:
-            result = transposed(b, traced(fitted(line.vjp, op)), op, ts, out, args)
+        if line is not None and (line.jvp is not None or line.vjp is not None):
+            try:
+                if line.jvp is not None:
+                    result = traced(line.jvp)(b, tuple(ts), out, *args)
+                else:
+                    result = transposed(b, traced(fitted(line.vjp, op)), op, ts, out, args)
+            except NotImplementedError as e:
+                if isinstance(e, RuleError):
+                    raise
+                raise RuleError(f"no forward rule for {op}{at(n.meta.get('line'))}: {e}") from None
         elif Facts(op).random:
             raise RuleError(f"{op} draws random numbers and has no forward rule{at(n.meta.get('line'))}")
         else:
@@ -146,18 +152,16 @@ def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, ar
     """The forward rule as the derivative of the (linear) reverse rule with respect to its cotangent: the adjoint of
     the adjoint.
     """
-    single = not isinstance(out, list)
-    outs = [out] if single else out
     carrying = line_outputs(op)
     # cotangents of unknown value: the result cannot depend on them
     dummies = [
         b.make("call_function", aten.empty_like.default, (o,), {}, o.meta["val"])
         if isinstance(o, Node) and o.meta["val"].differentiable and (carrying is None or i in carrying)
         else None
-        for i, o in enumerate(outs)
+        for i, o in enumerate(fallback.flat(out))
     ]
     needs = tuple(_has(t) for t in ts)
-    grads = vjp_rule(b, needs, dummies[0] if single else dummies, out, *args)
+    grads = vjp_rule(b, needs, like(out, iter(dummies)), out, *args)
     flat_grads, flat_ts = [], []
     for ga, t in zip(grads, ts, strict=True):
         if isinstance(t, list):
@@ -169,8 +173,12 @@ def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, ar
     real = [d for d in dummies if d is not None]
     kept = [(ga, t) for ga, t in zip(flat_grads, flat_ts, strict=True) if ga is not None]
     back = iter(reverse(b, [ga for ga, _ in kept], [t for _, t in kept], real))
-    result = [next(back) if d is not None else None for d in dummies]
-    return result[0] if single else result
+    return like(out, iter([next(back) if d is not None else None for d in dummies]))
+
+
+def like(out: Any, values: Iterator[Any]) -> Any:
+    """The values in the lists in which ``out`` is."""
+    return [like(o, values) for o in out] if isinstance(out, list) else next(values)
 
 
 def line_outputs(op: OpOverload) -> tuple[int, ...] | None:

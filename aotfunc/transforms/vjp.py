@@ -157,8 +157,7 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
         else isinstance(args[i], Node) and args[i] in active
         for i in where
     )
-    if isinstance(n.meta["val"], tuple):
-        g = [g.get(i) for i in range(len(n.meta["val"]))]
+    g = by_output(g, n.meta["val"])
     values = args if again is n else full_args(op, again.args, again.kwargs)
     grads = apply(b, ("vjp", op), vjp_make(n), needs, g, outputs_of(b, again), *values)
     flat_args: list = []
@@ -174,6 +173,11 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     return flat_args, flat_grads
 
 
+def by_output(g: Any, val: Any) -> Any:
+    """The cotangents of a node with this value: those of several outputs, given by their numbers, in lists."""
+    return [by_output((g or {}).get(i), v) for i, v in enumerate(val)] if isinstance(val, tuple) else g
+
+
 def vjp_make(n: Node) -> Any:
     """How to build the reverse fragment of this node's op: its own rule, PyTorch's formula, or its decomposition."""
     op = n.target
@@ -182,7 +186,12 @@ def vjp_make(n: Node) -> Any:
 
     def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
         if rule is not None:
-            return traced(fitted(rule, op))(b, needs, g, out, *args)
+            try:
+                return traced(fitted(rule, op))(b, needs, g, out, *args)
+            except NotImplementedError as e:
+                if isinstance(e, RuleError):
+                    raise
+                raise RuleError(f"no reverse rule for {op}{at(n.meta.get('line'))}: {e}") from None
         if Facts(op).random:
             raise RuleError(f"{op} draws random numbers and has no reverse rule{at(n.meta.get('line'))}")
         try:

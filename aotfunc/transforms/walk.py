@@ -133,8 +133,8 @@ def number(b: Builder, value: Any, sig: Sig) -> Node:
 
 
 def outputs_of(b: Builder, n: Node) -> Any:
-    """What a node returns, as a rule wants it: itself, or the tuple of its outputs."""
+    """What a node returns, as a rule wants it: itself, or the list of its outputs (some of which may be lists)."""
     val = n.meta["val"]
     if not isinstance(val, tuple):
         return n
-    return [b.item(n, i) if v.__class__ is Sig else v for i, v in enumerate(val)]
+    return [outputs_of(b, b.item(n, i)) if isinstance(v, Sig | tuple) else v for i, v in enumerate(val)]
