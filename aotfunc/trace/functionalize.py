@@ -12,7 +12,6 @@ new)``: the new value with the old derivative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ from ..errors import CaptureError
 from .emit import Builder
 from .memory import part
 from .records import flat
-from .shapes import Facts, Instr, Sig, contiguous_stride, fill, sig_of
+from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
 from .traced import Traced
 from .tracer import Trace
+from .views import Link, forward, inverse, linked, strided
+from .writes import WRITES, functional_twin
 
 aten = torch.ops.aten
 
@@ -49,10 +50,6 @@ class Storage:
         self.node, self.version, self.ref = node, 0, ref
         self.sig: Sig = node.meta["val"]
         self.cut = cut  # made under no_grad
-
-
-class Link(tuple):
-    """One step of a view chain: ``(op, args after the tensor, kwargs, index among several outputs or None, val)``."""
 
 
 class View:
@@ -316,190 +313,3 @@ def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> li
 
 #: views that show the same tensor if their result has its signature
 SAME_IF_EQUAL = (aten.slice.Tensor, aten.view.default, aten.alias.default)
-
-
-# ----- views and their inverses ---------------------------------------------------------------------------------------
-
-
-def forward(b: Builder, link: Link, node: Node) -> Node:
-    op, args, kwargs, index, _ = link
-    if op is aten.as_strided.default:
-        node, args = in_memory(b, node, args)
-    if op is aten._conj.default:
-        op = aten.conj_physical.default
-    out = b.call(op, node, *args, **kwargs)
-    return out if index is None else b.item(out, index)
-
-
-def linked(base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | None, val: Sig) -> Link:
-    """A view op on a tensor of signature ``base``."""
-    if op is aten.as_strided.default:
-        return strided(base, val, val.offset - base.offset)
-    return Link((op, args, kwargs, index, val))
-
-
-def strided(base: Sig, val: Sig, start: int) -> Link:
-    """A view of the memory of ``base``, from an element counted from its first one on."""
-    return Link((aten.as_strided.default, (list(val.shape), list(val.stride), start, base.stride), {}, None, val))
-
-
-def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
-    """``as_strided``'s arguments for a value that has, or is given, the layout which the link counts in."""
-    size, stride, start, layout = args
-    if node.meta["val"].stride != layout:
-        node = b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-        if node.meta["val"].stride != layout:
-            raise CaptureError("as_strided of a tensor that is not contiguous cannot follow writes to it; clone() it")
-    return node, (size, stride, start + node.meta["val"].offset)
-
-
-def inverse(b: Builder, link: Link, base: Node, new: Node, line: Line | None) -> Node:
-    """The value of ``base`` after what the link sees of it became ``new``."""
-    op, args, kwargs, index, _ = link
-    rule = INVERSES.get(op)
-    if op is aten.as_strided.default:
-        base, args = in_memory(b, base, args)
-    if rule is None:
-        return scatter(b, link, base, new)
-    return rule(b, base, new, index, *args, **kwargs)
-
-
-def scatter(b: Builder, link: Link, base: Node, new: Node) -> Node:
-    """The inverse of any view at all: look through it at the numbers of the elements, and put there."""
-    sig: Sig = base.meta["val"]
-    numbers = b.call(aten.arange.default, sig.numel, device=sig.device)
-    where = forward(b, link, b.call(aten.view.default, numbers, list(sig.shape)))
-    return b.call(aten.put.default, base, where, new)
-
-
-def reshaped(b: Builder, base: Node, new: Node, *_: Any, **__: Any) -> Node:
-    shape = list(base.meta["val"].shape)
-    try:
-        return b.call(aten.view.default, new, shape)
-    except RuntimeError:
-        return b.call(aten.view.default, b.call(aten.clone.default, new, memory_format=torch.contiguous_format), shape)
-
-
-def _permuted(b: Builder, base: Node, new: Node, index: Any, dims: Sequence[int]) -> Node:
-    back = [0] * len(dims)
-    for i, d in enumerate(dims):
-        back[d] = i
-    return b.call(aten.permute.default, new, back)
-
-
-def _part(b: Builder, base: Node, new: Node, dim: int, start: int, length: int) -> Node:
-    return b.call(aten.slice_scatter.default, base, new, dim, start, start + length)
-
-
-def _split(b: Builder, base: Node, new: Node, index: int, sizes: Any, dim: int = 0) -> Node:
-    if isinstance(sizes, int):
-        total = base.meta["val"].shape[dim]
-        sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
-    return _part(b, base, new, dim, sum(sizes[:index]), sizes[index])
-
-
-def _call(op: OpOverload) -> Any:
-    return lambda b, base, new, index, *args, **kwargs: b.call(op, new, *args, **kwargs)
-
-
-def _scattered(op: OpOverload) -> Any:
-    return lambda b, base, new, index, *args, **kwargs: b.call(op, base, new, *args, **kwargs)
-
-
-INVERSES: dict[OpOverload, Any] = {
-    **dict.fromkeys(
-        (
-            aten.view.default,
-            aten._unsafe_view.default,
-            aten._reshape_alias.default,
-            aten.squeeze.default,
-            aten.squeeze.dim,
-            aten.squeeze.dims,
-            aten.unsqueeze.default,
-        ),
-        reshaped,
-    ),
-    **dict.fromkeys(
-        (aten.alias.default, aten.detach.default, aten.lift_fresh.default), lambda b, base, new, index: new
-    ),
-    aten.select.int: _scattered(aten.select_scatter.default),
-    aten.slice.Tensor: _scattered(aten.slice_scatter.default),
-    aten.diagonal.default: _scattered(aten.diagonal_scatter.default),
-    aten.as_strided.default: _scattered(aten.as_strided_scatter.default),
-    aten.t.default: _call(aten.t.default),
-    aten.transpose.int: _call(aten.transpose.int),
-    aten.permute.default: _permuted,
-    aten._conj.default: _call(aten.conj_physical.default),
-    aten._neg_view.default: _call(aten.neg.default),
-    aten.view_as_real.default: lambda b, base, new, index: b.call(aten.view_as_complex.default, new),
-    aten.view_as_complex.default: lambda b, base, new, index: b.call(aten.view_as_real.default, new),
-    aten.view.dtype: lambda b, base, new, index, dtype: b.call(aten.view.dtype, new, base.meta["val"].dtype),
-    aten.unbind.int: lambda b, base, new, index, dim=0: b.call(aten.select_scatter.default, base, new, dim, index),
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.expand.default: lambda b, base, new, index, *a, **k: new,  # a write to a truly expanded view was refused
-}
-
-
-# ----- writes ---------------------------------------------------------------------------------------------------------
-
-
-def _filled(b: Builder, x: Node, value: Any) -> Node:
-    if isinstance(value, Node):
-        return value
-    return b.call(aten.full_like.default, x, value)
-
-
-def _filled_diagonal(b: Builder, x: Node, value: Any, wrap: bool = False) -> Node:
-    rows, columns = x.meta["val"].shape
-    if wrap and rows > columns:
-        raise CaptureError("fill_diagonal_(wrap=True) of a tall matrix has no functional form here")
-    line = b.call(aten.diagonal.default, x)
-    return b.call(aten.diagonal_scatter.default, x, b.call(aten.full_like.default, line, value))
-
-
-#: in-place ops whose functional form has another name
-WRITES: dict[OpOverload, Any] = {
-    aten.copy_.default: lambda b, x, source, non_blocking=False: source,
-    aten.zero_.default: lambda b, x: _filled(b, x, 0),
-    aten.fill_.Scalar: _filled,
-    aten.fill_.Tensor: _filled,
-    aten.fill_diagonal_.default: _filled_diagonal,
-    aten._index_put_impl_.default: lambda b, x, indices, values, accumulate=False, unsafe=False: b.call(
-        aten.index_put.default, x, indices, values, accumulate
-    ),
-    aten.normal_.default: lambda b, x, *a, **k: b.call(aten.normal_functional.default, x, *a, **k),
-    aten.bernoulli_.float: lambda b, x, p=0.5, generator=None: b.call(aten.bernoulli.p, x, p, generator=generator),
-    aten.relu_.default: lambda b, x: b.call(aten.relu.default, x),
-}
-
-
-@cache
-def _twin(op: OpOverload) -> OpOverload | None:
-    """The overload that returns what ``op`` writes: same arguments, without the trailing underscore or the ``out``s."""
-    if op in (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
-        return aten.rrelu_with_noise_functional.default
-    name = op._schema.name.split("::")[1]
-    namespace = getattr(torch.ops, op.namespace)
-    out_form = all(a.kwarg_only or not (a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)
-    packet = getattr(namespace, name if out_form else name.removesuffix("_"), None)
-    if packet is None:
-        return None
-    wanted = [
-        (a.name, str(a.type)) for a in op._schema.arguments if not (out_form and a.alias_info and a.alias_info.is_write)
-    ]
-    for overload in packet.overloads():
-        candidate = getattr(packet, overload)
-        if Facts(candidate).writes:
-            continue
-        has = [(a.name, str(a.type)) for a in candidate._schema.arguments]
-        if has == wanted or [t for _, t in has] == [t for _, t in wanted]:
-            return candidate
-    return None
-
-
-def functional_twin(op: OpOverload, line: Line | None) -> OpOverload:
-    twin = _twin(op)
-    if twin is None:
-        raise CaptureError(f"{op} writes to its argument and has no functional form{at(line)}; use an op that returns")
-    return twin

@@ -125,7 +125,7 @@ def _index_add(x, dim, index, source, *, alpha=1):
 @rule(aten.slice_scatter)
 def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     d = axis(dim, x.ndim)
-    sure(x.ndim and step > 0 and x.offset == 0 and source.dtype is x.dtype)
+    sure(x.ndim and step > 0 and x.offset == 0 and 0 not in x.stride and source.dtype is x.dtype)
     length = len(range(x.shape[d])[slice(start, end, step)])
     sure(source.shape == (*x.shape[:d], length, *x.shape[d + 1 :]))
     plain(x)

@@ -20,10 +20,11 @@ from ..debug import Line, at
 from ..errors import CaptureError
 from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, remap
-from ..trace.functionalize import Functionalizer, Link, linked
+from ..trace.functionalize import Functionalizer
 from ..trace.infer import in_order
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
+from ..trace.views import Link, linked
 from .jvp import jvp
 from .vjp import dense, reverse, vjp
 from .walk import number

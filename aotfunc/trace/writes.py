@@ -1,0 +1,78 @@
+"""Ops that write, as ops that return what would be written."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import Line, at
+from ..errors import CaptureError
+from .emit import Builder
+from .shapes import Facts
+
+aten = torch.ops.aten
+
+
+def _filled(b: Builder, x: Node, value: Any) -> Node:
+    if isinstance(value, Node):
+        return value
+    return b.call(aten.full_like.default, x, value)
+
+
+def _filled_diagonal(b: Builder, x: Node, value: Any, wrap: bool = False) -> Node:
+    rows, columns = x.meta["val"].shape
+    if wrap and rows > columns:
+        raise CaptureError("fill_diagonal_(wrap=True) of a tall matrix has no functional form here")
+    line = b.call(aten.diagonal.default, x)
+    return b.call(aten.diagonal_scatter.default, x, b.call(aten.full_like.default, line, value))
+
+
+#: in-place ops whose functional form has another name
+WRITES: dict[OpOverload, Any] = {
+    aten.copy_.default: lambda b, x, source, non_blocking=False: source,
+    aten.zero_.default: lambda b, x: _filled(b, x, 0),
+    aten.fill_.Scalar: _filled,
+    aten.fill_.Tensor: _filled,
+    aten.fill_diagonal_.default: _filled_diagonal,
+    aten._index_put_impl_.default: lambda b, x, indices, values, accumulate=False, unsafe=False: b.call(
+        aten.index_put.default, x, indices, values, accumulate
+    ),
+    aten.normal_.default: lambda b, x, *a, **k: b.call(aten.normal_functional.default, x, *a, **k),
+    aten.bernoulli_.float: lambda b, x, p=0.5, generator=None: b.call(aten.bernoulli.p, x, p, generator=generator),
+    aten.relu_.default: lambda b, x: b.call(aten.relu.default, x),
+}
+
+
+@cache
+def _twin(op: OpOverload) -> OpOverload | None:
+    """The overload that returns what ``op`` writes: same arguments, without the trailing underscore or the ``out``s."""
+    if op in (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
+        return aten.rrelu_with_noise_functional.default
+    name = op._schema.name.split("::")[1]
+    namespace = getattr(torch.ops, op.namespace)
+    out_form = all(a.kwarg_only or not (a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)
+    packet = getattr(namespace, name if out_form else name.removesuffix("_"), None)
+    if packet is None:
+        return None
+    wanted = [
+        (a.name, str(a.type)) for a in op._schema.arguments if not (out_form and a.alias_info and a.alias_info.is_write)
+    ]
+    for overload in packet.overloads():
+        candidate = getattr(packet, overload)
+        if Facts(candidate).writes:
+            continue
+        has = [(a.name, str(a.type)) for a in candidate._schema.arguments]
+        if has == wanted or [t for _, t in has] == [t for _, t in wanted]:
+            return candidate
+    return None
+
+
+def functional_twin(op: OpOverload, line: Line | None) -> OpOverload:
+    twin = _twin(op)
+    if twin is None:
+        raise CaptureError(f"{op} writes to its argument and has no functional form{at(line)}; use an op that returns")
+    return twin
