@@ -55,7 +55,7 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
                 raise CaptureError(
                     f"{what} was asked for, but the samples of the batch do not agree on it{line}. Use torch.where "
                     "instead of `if` and of selecting by a mask, nonzero_static(size=...) instead of nonzero, or pass "
-                    "the value as an argument with in_dims=None."
+                    "the value as an argument with in_dims=None. A tensor from outside is indexed by w[i.reshape(1)]."
                 )
     return answer
 

@@ -112,9 +112,21 @@ class Traced(Tensor):
         return self.clone() if self.tracer.conjugated(self.ref) else self
 
     def __getitem__(self, index: Any) -> Tensor:
-        if (place := traced_place(index)) is not None:
-            return _at_tensor(self, index, place)
+        if places := traced_places(index):
+            return _read_at(self, index, places)
         return Tensor.__getitem__(self, index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if places := traced_places(index):
+            _write_at(self, index, places, value)
+        else:
+            Tensor.__setitem__(self, index, value)
+
+    def narrow(self, dim: int, start: Any, length: int) -> Tensor:
+        if isinstance(start, Tensor) and traced_places(start):
+            places = torch.arange(length, device=self.device) + torch.where(start < 0, start + self.shape[dim], start)
+            return self.index_select(dim, places)
+        return Tensor.narrow(self, dim, start, length)
 
     def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):  # type: ignore
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
@@ -163,31 +175,50 @@ class Traced(Tensor):
         raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}")
 
 
-def traced_place(index: Any) -> int | None:
-    """Where an index has a traced 0-dim integer, which PyTorch would ask for its value."""
+def traced_places(index: Any) -> list[int]:
+    """Where an index of numbers and slices has traced 0-dim integers, which PyTorch would ask for their values."""
     parts = index if isinstance(index, tuple) else (index,)
-    found = [
-        i
-        for i, p in enumerate(parts)
-        if p.__class__ is Traced and not p.sig.shape and not p.sig.differentiable and p.sig.dtype is not torch.bool
-    ]
-    plain = all(p is None or p is ... or isinstance(p, int | slice) for i, p in enumerate(parts) if i not in found)
-    return found[0] if len(found) == 1 and plain else None
+    found = [i for i, p in enumerate(parts) if p.__class__ is Traced and not p.sig.shape and is_integer(p.sig.dtype)]
+    plain = found and all(p is None or p is ... or type(p) in (int, slice) for p in parts if p.__class__ is not Traced)
+    return found if plain and len(found) == sum(p.__class__ is Traced for p in parts) else []
 
 
-def _at_tensor(x: Tensor, index: Any, place: int) -> Tensor:
-    """``x[..., i, ...]`` with a traced ``i``: the other parts first, then ``index_select`` along what is left of
-    ``i``'s dimension.
-    """
+def is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def _rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor | None]]:
+    """What the other parts of an index show of ``x``, and an index into that for the traced parts."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    i = parts[place]
-    parts[place] = slice(None)
-    before = [p for p in parts[:place] if not isinstance(p, int)]
-    dim = -sum(p is None or isinstance(p, slice) for p in parts[place:]) if ... in before else len(before)
+    numbers = [parts[p] for p in places]
+    for p in places:
+        parts[p] = slice(None)
     rest = Tensor.__getitem__(x, tuple(parts))
-    size = rest.shape[dim]
-    i = torch.where(i < 0, i + size, i)
+    indices: list[Tensor | None] = [None] * rest.dim()
+    for p, i in zip(places, numbers, strict=True):
+        kept = [q is None or isinstance(q, slice) for q in parts]  # the dimensions of what they show
+        indices[-sum(kept[p:]) if ... in parts[:p] else sum(kept[:p])] = i
+    return rest, indices
+
+
+def _read_at(x: Tensor, index: Any, places: list[int]) -> Tensor:
+    """``x[..., i, ...]`` with traced numbers ``i``."""
+    rest, indices = _rest(x, index, places)
+    if len(places) > 1:
+        return torch.ops.aten.index.Tensor(rest, indices)
+    dim, i = next((d, i) for d, i in enumerate(indices) if i is not None)
+    i = torch.where(i < 0, i + rest.shape[dim], i)
     return rest.index_select(dim, i.reshape(1)).squeeze(dim)
+
+
+def _write_at(x: Tensor, index: Any, places: list[int], value: Any) -> None:
+    """``x[..., i, ...] = value`` with traced numbers ``i``."""
+    rest, indices = _rest(x, index, places)
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=rest.dtype, device=rest.device)
+    while value.dim() > rest.dim() - len(places) and value.shape[0] == 1:  # as an assignment allows
+        value = value.squeeze(0)
+    torch.ops.aten.index_put_.default(rest, indices, value.to(rest.dtype))
 
 
 def _live(x: Traced) -> Tensor:

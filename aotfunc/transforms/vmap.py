@@ -82,6 +82,9 @@ class Batch:
             args = remap(n.args, self.env)
             if op._schema.name == "aten::_assert_async":
                 args = (self.b.call(aten.all.default, args[0]), *args[1:])
+            elif op is aten._linalg_check_errors.default:
+                n = self.b.node(op, args, {"is_matrix": False}, None)
+                return n, False
             return self.b.node(op, args, remap_dict(n.kwargs, self.env), None), False
         if draws(n) and self.randomness == "error":
             self.once_each(n)

@@ -247,6 +247,61 @@ def test_masks_and_indices_that_differ(name):
     check(f, dims, make())
 
 
+def store(statement):
+    """``statement`` on a copy of x, as an expression."""
+    code = compile(statement, "store", "exec")
+
+    def f(x, *arguments):
+        y = x.clone()
+        exec(code, dict(zip("yijv", (y, *arguments))))
+        return y * x
+
+    return f
+
+
+I, J = torch.tensor([0, 2, -1]), torch.tensor([1, 0, -4])
+SCALARS = {
+    "x[i]": (lambda x, i: x[i], (0, 0), lambda: (r(B, 3, 4), I)),
+    "x[i, j]": (lambda x, i, j: x[i, j], (0, 0, 0), lambda: (r(B, 3, 4), I, J)),
+    "x[:, j]": (lambda x, j: x[:, j], (0, 0), lambda: (r(B, 3, 4), J)),
+    "x[..., j]": (lambda x, j: x[..., j], (0, 0), lambda: (r(B, 3, 4), J)),
+    "x[1, j]": (lambda x, j: x[1, j], (0, 0), lambda: (r(B, 3, 4), J)),
+    "x[i, None, 1:]": (lambda x, i: x[i, None, 1:], (0, 0), lambda: (r(B, 3, 4), I)),
+    "x[None, i, ..., j]": (lambda x, i, j: x[None, i, ..., j], (0, 0, 0), lambda: (r(B, 3, 2, 4), I, J)),
+    "x[i, j], unmapped x": (lambda x, i, j: x[i, j] * 2, (None, 0, 0), lambda: (r(3, 4), I, J)),
+    "x[i, j], unmapped i": (lambda x, i, j: x[i, j] * 2, (0, None, 0), lambda: (r(B, 3, 4), I[1], J)),
+    "narrow": (lambda x, i: x.narrow(1, i, 2), (0, 0), lambda: (r(B, 3, 4), torch.tensor([0, 2, 1]))),
+    "x[i] = v": (store("y[i] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
+    "x[i] = row": (store("y[i] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B, 4))),
+    "x[i] = row with ones": (store("y[i] = v[None, None]"), 0, lambda: (r(B, 3, 4), I, J, r(B, 4))),
+    "x[i, j] = v": (store("y[i, j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
+    "x[i, j] = number": (store("y[i, j] = 3"), 0, lambda: (r(B, 3, 4), I, J)),
+    "x[i, j] = integer": (store("y[i, j] = i"), 0, lambda: (r(B, 3, 4), I, J)),
+    "x[i, j] += v": (store("y[i, j] += v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
+    "x[:, j] = v": (store("y[:, j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B, 3))),
+    "x[..., j] = v": (store("y[..., j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
+    "x[i, 1:3] = v": (store("y[i, 1:3] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B, 2))),
+    "x[None, i, None, j] = v": (store("y[None, i, None, j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
+    "x[i] = v, unmapped x": (store("y[i] = v"), (None, 0, 0, 0), lambda: (r(3, 4), I, J, r(B))),
+    "x[i, j] = v, only v mapped": (store("y[i, j] = v"), (None, None, None, 0), lambda: (r(3, 4), I[1], J[0], r(B))),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_an_index_that_is_one_number_of_each_sample(name):
+    f, dims, make = SCALARS[name]
+    args = make()
+    check(f, dims, args)
+    single = [a if d is None else a[0] for a, d in zip(args, dims_of(dims, args))]
+    assert_same(jit(f)(*single), f(*single))
+
+
+def test_a_failed_factorization_is_the_samples_own():
+    for f in (torch.linalg.cholesky, torch.linalg.inv):
+        with pytest.raises(torch.linalg.LinAlgError, match="Batch element 1"):
+            vmap(f)(torch.stack([torch.eye(2), torch.zeros(2, 2)]))
+
+
 SELECTED = {
     "x[mask]": lambda x, m: x[m].sum(),
     "masked_select": lambda x, m: x.masked_select(m).sum(),
