@@ -4,7 +4,7 @@ from .aot import aot_function as aot_function
 from .aot import aot_module as aot_module
 from .aot import jit as jit
 from .check import check_grads as check_grads
-from .check import coverage as coverage
+from .covered import coverage as coverage
 from .func import chunk_vmap as chunk_vmap
 from .func import functionalize as functionalize
 from .func import grad as grad

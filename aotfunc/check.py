@@ -1,8 +1,7 @@
-"""Checks of derivatives against finite differences, and what the rule table covers."""
+"""Checks of derivatives against finite differences."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch.utils._pytree import tree_map, tree_unflatten
 from .errors import ArgumentError
 from .func import jvp, vjp
 from .trace.tree import Arguments, flatten
-from .transforms.rules.table import RULES
 
 
 def check_grads(
@@ -103,30 +101,3 @@ def _check(f: Callable, args: tuple, order: int, modes: tuple, eps: float, atol:
 def _like(leaves: Sequence[Tensor], tree: Any) -> Any:
     _, spec = flatten(tree)
     return leaves[0] if spec is None else tree_unflatten(list(leaves), spec)
-
-
-def coverage() -> dict[str, dict[str, int]]:
-    """Print, and return, how many op overloads have a written rule, per transform; all others take the fallback:
-    PyTorch's own formula for that op, then its decomposition, then (vmap) a loop.
-
-    >>> coverage()["vjp"]["written"] > 100
-    True
-    """
-    table: dict[str, Counter] = {t: Counter() for t in ("vjp", "jvp", "vmap")}
-    for line in RULES.values():
-        for transform in table:
-            if transform != "vmap" and line.nondiff:
-                kind = "zero derivative"
-            elif getattr(line, transform) is not None:
-                kind = "written"
-            elif transform == "jvp" and line.vjp is not None:
-                kind = "transposed"
-            else:
-                kind = "fallback"
-            table[transform][kind] += 1
-    kinds = ("written", "transposed", "zero derivative", "fallback")
-    print(f"{len(RULES)} op overloads in the table")
-    print(f"{'':6}" + "".join(f"{k:>18}" for k in kinds))
-    for transform, counts in table.items():
-        print(f"{transform:6}" + "".join(f"{counts[k]:18}" for k in kinds))
-    return {t: dict(c) for t, c in table.items()}

@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "aotfunc").rglob("*.py"))
 ROWS = [
     ("__init__",),
     ("compile",),
-    ("aot", "check"),
+    ("aot", "check", "covered"),
     ("func", "module", "stateless", "guards", "autograd"),
     ("run", "arguments"),
     ("aliasing", "asked"),

@@ -33,7 +33,7 @@ OTHERWISE = {
     "powsum": lambda x, ord, dtype: aten.linalg__powsum(x, ord, dtype=dtype),
     "addcmul": lambda x, y, z, value: torch.addcmul(x, y, z, value=value) if number(value) else x + value * y * z,
     "addcdiv": lambda x, y, z, value: torch.addcdiv(x, y, z, value=value) if number(value) else x + value * y / z,
-    "clone": lambda x, memory_format: aten.clone(x, memory_format=memory_format),
+    "clone": lambda x, memory_format=None: aten.clone(x, memory_format=memory_format),
     "add": lambda x, y, alpha=1: torch.add(x, y, alpha=alpha),
     "sub": lambda x, y, alpha=1: torch.sub(x, y, alpha=alpha),
 }

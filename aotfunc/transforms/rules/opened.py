@@ -143,6 +143,40 @@ for op in named("linalg__powsum"):
     opened_as(op, power_sum)
 
 
+# ----- numbers from tensors -------------------------------------------------------------------------------------------
+
+
+def numbers_between(start: Any, end: Any, steps: int, dtype: torch.dtype | None) -> Tensor:
+    """``linspace`` along a new last dimension, from both ends as the kernel does it."""
+    some = start if isinstance(start, Tensor) else end
+    if dtype is None:
+        is_complex = any(x.is_complex() if isinstance(x, Tensor) else isinstance(x, complex) for x in (start, end))
+        dtype = torch.get_default_dtype().to_complex() if is_complex else torch.get_default_dtype()
+    start, end = (x.to(dtype).unsqueeze(-1) if isinstance(x, Tensor) else x for x in (start, end))
+    i = torch.arange(steps, device=some.device)
+    step = (end - start) / max(steps - 1, 1)
+    if steps < 2:  # the start alone, or nothing
+        return (start + step * i).to(dtype)
+    return torch.where(i < steps // 2, start + step * i, end - step * (steps - 1 - i)).to(dtype)
+
+
+def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Tensor:
+    return numbers_between(start, end, steps, dtype)
+
+
+def logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any) -> Tensor:
+    return torch.pow(base, numbers_between(start, end, steps, dtype))
+
+
+for which in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor"):
+    for packet, body in ((aten.linspace, linspace), (aten.logspace, logspace)):
+        opened_as(getattr(packet, which), body)
+    vmap_of(getattr(aten.linspace, which))(lambda start, end, steps, dtype: numbers_between(start, end, steps, dtype))
+    vmap_of(getattr(aten.logspace, which))(
+        lambda start, end, steps, base, dtype: torch.pow(base, numbers_between(start, end, steps, dtype))
+    )
+
+
 # ----- softmax of what a mask leaves ----------------------------------------------------------------------------------
 
 KEYS = 1  # value of the argument `mask_type`: a mask (N, T) of the keys; others broadcast as they are
