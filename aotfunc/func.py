@@ -7,54 +7,32 @@ transform the run is recorded in turn. So transforms nest to any depth, and no r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from .arguments import (
-    Dims,
-    batch_size,
-    broadcast_prefix,
     check_scalar,
     chosen_tree,
-    input_dims,
     positions,
     primals_and_tangents,
     record_call,
-    sample_sig,
     tensor_index,
     tensors_of,
 )
-from .asked import Samples
 from .debug import outside_dynamo
 from .errors import ArgumentError
-from .graph import Program, draws
+from .graph import Program
 from .run import execute
-from .trace.shapes import sig_of
-from .trace.traced import Traced
 from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import Recording, parameter_names, record
+from .transforms.capture import parameter_names, record
 from .transforms.fresh import fresh
-from .transforms.jacobian import columns, rows
 from .transforms.jvp import jvp as jvp_pass
 from .transforms.linearize import halve, linear_program
 from .transforms.vjp import differentiable
 from .transforms.vjp import vjp as vjp_pass
-from .transforms.vmap import vmap as vmap_pass
-
-aten = torch.ops.aten
-
-
-def derived(program: Program, key: tuple, make: Callable[[], Program]) -> Program:
-    """A program made from another, once."""
-    made = program.cache.get(key)
-    if made is None:
-        made = program.cache[key] = make()
-    return made
-
 
 # ----- reverse mode ---------------------------------------------------------------------------------------------------
 
@@ -117,7 +95,7 @@ def _gradient(
         return fresh(joint, [i - keep.start for i in own])
 
     own = rec.aliases
-    program = derived(base, ("grad", wrt, value, own), make)
+    program = base.derived(("grad", wrt, value, own), make)
     outs = execute(program, [*tensors_of(arguments), *rec.closed_over])
     kept = len(outs) - len(wrt)
     grads = chosen_tree(arguments, argnums, outs[kept:])
@@ -160,7 +138,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     def make() -> Program:
         return vjp_pass(base, wrt, have, fill=True)
 
-    joint = derived(base, ("vjp", wrt, have), make)
+    joint = base.derived(("vjp", wrt, have), make)
     halves = joint.cache.get("halves")
     if halves is None:
         early, late, direct = halve(joint, base.n_outputs, sum(have))
@@ -233,11 +211,11 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
     base = rec.program()
     wrt = tuple(range(len(flat_tangents)))
     if strict:
-        bare = derived(base, ("jvp", wrt, False), lambda: jvp_pass(base, wrt, zeros=False))
+        bare = base.derived(("jvp", wrt, False), lambda: jvp_pass(base, wrt, zeros=False))
         if any(t is None for t in bare.outputs[base.n_outputs : base.n_outputs + n_out]):
             raise ArgumentError("jvp(strict=True): an output does not depend on the primals")
     own = rec.aliases
-    program = derived(base, ("jvp", wrt, n_out, own), lambda: fresh(linear_program(base, wrt, n_out), own))
+    program = base.derived(("jvp", wrt, n_out, own), lambda: fresh(linear_program(base, wrt, n_out), own))
     inputs = [*tensors_of(arguments), *flat_tangents, *rec.closed_over]
     outs = execute(program, inputs)
     leaves = list(rec.leaves)
@@ -268,7 +246,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     rec, n_out, spec, aux_spec = record_call("linearize", func, arguments, range(len(arguments.leaves)), has_aux)
     base = rec.program()
     wrt = tuple(range(len(arguments.leaves)))
-    program = derived(base, ("linearize", wrt, n_out), lambda: linear_program(base, wrt, n_out))
+    program = base.derived(("linearize", wrt, n_out), lambda: linear_program(base, wrt, n_out))
     halves = program.cache.get("halves")
     if halves is None:
         early, late, direct = halve(program, base.n_outputs, len(wrt))
@@ -296,269 +274,6 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     return output, jvp_fn
 
 
-# ----- batching -------------------------------------------------------------------------------------------------------
-
-
-def vmap(
-    func: Callable,
-    in_dims: Dims = 0,
-    out_dims: Dims = 0,
-    randomness: str = "error",
-    *,
-    chunk_size: int | None = None,
-    strict: bool = False,
-) -> Callable:
-    """``func`` over batches: each tensor argument has a batch dimension where ``in_dims`` says, each result where
-    ``out_dims`` says.
-
-    ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments'
-    (the results') tree. Keyword arguments are not batched. ``randomness``: "error", "same" or "different" draws per
-    sample. ``chunk_size``: samples at a time (all of them at once where they share a draw). ``strict`` refuses ops that
-    can only be batched by a loop over the samples. Raises ArgumentError if dims and arguments do not fit, or sizes
-    differ.
-
-    Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of the arguments), the
-    samples are asked, anew at each call: what all of them answer alike holds. Raises CaptureError, with the line, if
-    they do not agree: use ``torch.where``, ``x[mask] = v``, ``nonzero_static``.
-
-    >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
-    tensor([2., 2., 2.])
-    """
-    if randomness not in ("error", "same", "different"):
-        raise ArgumentError(f"vmap: randomness must be 'error', 'same' or 'different', not {randomness!r}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ArgumentError(f"vmap: chunk_size must be positive, not {chunk_size}")
-
-    @outside_dynamo
-    @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs)
-        dims = input_dims(in_dims, args, arguments)
-        size = batch_size(arguments, dims)
-        if chunk_size is None or size <= chunk_size:
-            return _batched(func, arguments, dims, size, out_dims, randomness, strict)
-        return _chunked(func, arguments, dims, size, out_dims, randomness, strict, chunk_size)
-
-    return wrapper
-
-
-def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *how: Any) -> Any:
-    rec, program, inputs = _batched_program(func, arguments, dims, *how)
-    return rec.results(execute(program, inputs))
-
-
-def _batched_program(
-    func: Callable,
-    arguments: Arguments,
-    dims: Sequence[int | None],
-    size: int,
-    out_dims: Dims,
-    randomness: str,
-    strict: bool,
-) -> tuple[Recording, Program, list[Tensor]]:
-    """The recording of one sample, the batched program and what to run it on."""
-    samples = {
-        k: sample_sig(x, d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None
-    }
-    tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
-    rec = record(
-        func,
-        arguments.leaves,
-        arguments.rebuilt,
-        samples=samples,
-        batch=Samples(tensor_dims, size, randomness),
-        name_of=parameter_names(func, arguments),
-    )
-    if isinstance(out_dims, list):
-        out_dims = tuple(out_dims)
-    flat = (
-        broadcast_prefix(out_dims, unflatten(rec.leaves, rec.spec), "out_dims")
-        if not isinstance(out_dims, int)
-        else [out_dims] * len(rec.leaves)
-    )
-    for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)):
-        if not isinstance(x, Tensor) and d is not None:
-            raise ArgumentError(
-                f"vmap: the function must return tensors, but result leaf {k} is {x!r} of type {type(x).__name__}; "
-                "out_dims=None lets other values pass"
-            )
-    results_dims = tuple(flat[k] for k in rec.tensors)
-    base = rec.program()
-    tensors = tensors_of(arguments)
-    sigs = tuple(x.sig if x.__class__ is Traced else sig_of(x) for x in tensors)
-    own = rec.aliases
-    key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)
-    program = derived(
-        base, key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
-    )
-    return rec, program, [*tensors, *rec.closed_over]
-
-
-def _chunked(
-    func: Callable,
-    arguments: Arguments,
-    dims: Sequence[int | None],
-    size: int,
-    out_dims: Dims,
-    randomness: str,
-    strict: bool,
-    chunk: int,
-) -> Any:
-    parts: list[Any] = []
-    for start in range(0, size, chunk):
-        count = min(chunk, size - start)
-        piece = Arguments((), {})
-        piece.specs, piece.spans, piece.kw_spec = arguments.specs, arguments.spans, arguments.kw_spec
-        piece.leaves = [
-            x if d is None else x.narrow(d, start, count) for x, d in zip(arguments.leaves, dims, strict=True)
-        ]
-        rec, program, inputs = _batched_program(func, piece, dims, count, out_dims, randomness, strict)
-        if randomness == "same" and any(map(draws, program.graph.nodes)):  # no two chunks would draw the same
-            if parts:
-                raise ArgumentError(
-                    "vmap: randomness='same' with chunk_size, and not every chunk draws; drop chunk_size"
-                )
-            return _batched(func, arguments, dims, size, out_dims, randomness, strict)
-        parts.append(rec.results(execute(program, inputs)))
-    flat = [flatten(p) for p in parts]
-    leaves, spec = flat[0]
-    where = (
-        broadcast_prefix(out_dims, parts[0], "out_dims") if not isinstance(out_dims, int) else [out_dims] * len(leaves)
-    )
-    joined = [
-        torch.cat([p[0][i] for p in flat], d % leaves[i].dim()) if d is not None else leaves[i]
-        for i, d in enumerate(where)
-    ]
-    return unflatten(joined, spec)
-
-
-def chunk_vmap(
-    func: Callable, in_dims: Dims = 0, out_dims: Dims = 0, randomness: str = "error", chunks: int = 2
-) -> Callable:
-    """:func:`vmap` in ``chunks`` parts, one after another, to use less memory."""
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs)
-        size = batch_size(arguments, input_dims(in_dims, args, arguments))
-        return vmap(func, in_dims, out_dims, randomness, chunk_size=max(-(-size // chunks), 1))(*args, **kwargs)
-
-    return functools.wraps(func)(wrapper)
-
-
-# ----- Jacobians ------------------------------------------------------------------------------------------------------
-
-
-def jacrev(
-    func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
-) -> Callable:
-    """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a tensor of shape ``O
-    + I``.
-
-    The result has the output's tree, with the tree of the arguments (a tuple for a tuple ``argnums``) in place of
-    each leaf. ``chunk_size``: rows at a time. Complex inputs and outputs are refused.
-
-    >>> jacrev(torch.sin)(torch.zeros(2))
-    tensor([[1., 0.],
-            [0., 1.]])
-    """
-
-    @outside_dynamo
-    @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian("jacrev", rows, func, argnums, has_aux, chunk_size, args, kwargs)
-
-    return wrapper
-
-
-def jacfwd(
-    func: Callable,
-    argnums: int | tuple[int, ...] = 0,
-    has_aux: bool = False,
-    *,
-    randomness: str = "error",
-    chunk_size: int | None = None,
-) -> Callable:
-    """The Jacobian by forward mode; results as in :func:`jacrev`. ``chunk_size``: columns at a time.
-
-    >>> jacfwd(torch.sin)(torch.zeros(2))
-    tensor([[1., 0.],
-            [0., 1.]])
-    """
-
-    @outside_dynamo
-    @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian("jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)
-
-    return wrapper
-
-
-def hessian(
-    func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
-) -> Callable:
-    """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of shape ``I`` a tensor of
-    shape ``I + I``.
-
-    >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
-    tensor([[6., 0.],
-            [0., 6.]])
-    """
-    inner = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size)
-    return jacfwd(inner, argnums, has_aux, chunk_size=chunk_size)
-
-
-def _jacobian(
-    name: str,
-    assemble: Callable,
-    func: Callable,
-    argnums: Any,
-    has_aux: bool,
-    chunk_size: int | None,
-    args: tuple,
-    kwargs: dict,
-    randomness: str = "error",
-) -> Any:
-    arguments = Arguments(args, kwargs)
-    chosen = positions(name, arguments, argnums)
-    if chunk_size is not None and chunk_size < 1:
-        raise ArgumentError(f"{name}: chunk_size must be positive, not {chunk_size}")
-    for k in chosen:
-        if arguments.leaves[k].is_complex():
-            raise ArgumentError(
-                f"{name}: leaf {k} is complex; Jacobians are defined for real arguments only (use vjp or jvp)"
-            )
-    rec, n_out, spec, aux_spec = record_call(name, func, arguments, chosen, has_aux)
-    for k in range(n_out):
-        x = rec.leaves[k]
-        if not isinstance(x, Tensor):
-            raise ArgumentError(
-                f"{name}: output leaf {k} is a {type(x).__name__}; outputs must be tensors (see has_aux)"
-            )
-        if x.is_complex():
-            raise ArgumentError(
-                f"{name}: output leaf {k} is complex; Jacobians are defined for real outputs only (use vjp or jvp)"
-            )
-        if not x.is_floating_point():
-            raise ArgumentError(f"{name}: output leaf {k} has dtype {x.dtype}; outputs must be floating")
-    if not n_out:
-        raise ArgumentError(f"{name}: the function returned no tensors")
-    base = rec.program()
-    index = tensor_index(arguments)
-    wrt = tuple(index[k] for k in chosen)
-    program = derived(
-        base, (name, wrt, n_out, chunk_size, randomness), lambda: assemble(base, wrt, n_out, chunk_size, randomness)
-    )
-    outs = execute(program, [*tensors_of(arguments), *rec.closed_over])
-    blocks = [outs[i * len(wrt) : (i + 1) * len(wrt)] for i in range(n_out)]
-    result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], spec)
-    if not has_aux:
-        return result
-    leaves = list(rec.leaves[n_out:])
-    for i, t in zip(rec.tensors[n_out:], outs[n_out * len(wrt) :], strict=True):
-        leaves[i - n_out] = t
-    return result, tree_unflatten(leaves, aux_spec)
-
-
 # ----- functionalize --------------------------------------------------------------------------------------------------
 
 
@@ -577,7 +292,7 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
         arguments = Arguments(args, kwargs)
         rec = record(func, arguments.leaves, arguments.rebuilt, name_of=parameter_names(func, arguments))
         base, own = rec.program(), rec.aliases
-        program = derived(base, ("functionalize", own), lambda: fresh(base, own))
+        program = base.derived(("functionalize", own), lambda: fresh(base, own))
         return rec.results(execute(program, [*tensors_of(arguments), *rec.closed_over]))
 
     return wrapper

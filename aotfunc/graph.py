@@ -67,6 +67,13 @@ class Program:
             fn = self._compiled[key] = compile(self)
         return fn
 
+    def derived(self, key: tuple, make: Callable[[], Program]) -> Program:
+        """A program made from this one, once per key."""
+        made = self.cache.get(key)
+        if made is None:
+            made = self.cache[key] = make()
+        return made
+
     def __repr__(self) -> str:
         return f"<{self.name or 'program'}: {size(self.graph)} nodes>\n{self.graph}"
 

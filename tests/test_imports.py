@@ -15,7 +15,7 @@ ROWS = [
     ("__init__",),
     ("compile",),
     ("aot", "check", "covered"),
-    ("func", "module", "stateless", "guards", "autograd"),
+    ("func", "batch", "jacobians", "module", "stateless", "guards", "autograd"),
     ("run", "arguments"),
     ("aliasing", "asked"),
     ("partition", "backends"),

@@ -1,0 +1,176 @@
+"""``vmap``: a function written for one sample, run on batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import (
+    Dims,
+    batch_size,
+    broadcast_prefix,
+    input_dims,
+    sample_sig,
+    tensors_of,
+)
+from .asked import Samples
+from .debug import outside_dynamo
+from .errors import ArgumentError
+from .graph import Program, draws
+from .run import execute
+from .trace.shapes import sig_of
+from .trace.traced import Traced
+from .trace.tree import Arguments, flatten, unflatten
+from .transforms.capture import Recording, parameter_names, record
+from .transforms.fresh import fresh
+from .transforms.vmap import vmap as vmap_pass
+
+
+def vmap(
+    func: Callable,
+    in_dims: Dims = 0,
+    out_dims: Dims = 0,
+    randomness: str = "error",
+    *,
+    chunk_size: int | None = None,
+    strict: bool = False,
+) -> Callable:
+    """``func`` over batches: each tensor argument has a batch dimension where ``in_dims`` says, each result where
+    ``out_dims`` says.
+
+    ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments'
+    (the results') tree. Keyword arguments are not batched. ``randomness``: "error", "same" or "different" draws per
+    sample. ``chunk_size``: samples at a time (all of them at once where they share a draw). ``strict`` refuses ops that
+    can only be batched by a loop over the samples. Raises ArgumentError if dims and arguments do not fit, or sizes
+    differ.
+
+    Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of the arguments), the
+    samples are asked, anew at each call: what all of them answer alike holds. Raises CaptureError, with the line, if
+    they do not agree: use ``torch.where``, ``x[mask] = v``, ``nonzero_static``.
+
+    >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
+    tensor([2., 2., 2.])
+    """
+    if randomness not in ("error", "same", "different"):
+        raise ArgumentError(f"vmap: randomness must be 'error', 'same' or 'different', not {randomness!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ArgumentError(f"vmap: chunk_size must be positive, not {chunk_size}")
+
+    @outside_dynamo
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        arguments = Arguments(args, kwargs)
+        dims = input_dims(in_dims, args, arguments)
+        size = batch_size(arguments, dims)
+        if chunk_size is None or size <= chunk_size:
+            return _batched(func, arguments, dims, size, out_dims, randomness, strict)
+        return _chunked(func, arguments, dims, size, out_dims, randomness, strict, chunk_size)
+
+    return wrapper
+
+
+def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *how: Any) -> Any:
+    rec, program, inputs = _batched_program(func, arguments, dims, *how)
+    return rec.results(execute(program, inputs))
+
+
+def _batched_program(
+    func: Callable,
+    arguments: Arguments,
+    dims: Sequence[int | None],
+    size: int,
+    out_dims: Dims,
+    randomness: str,
+    strict: bool,
+) -> tuple[Recording, Program, list[Tensor]]:
+    """The recording of one sample, the batched program and what to run it on."""
+    samples = {
+        k: sample_sig(x, d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None
+    }
+    tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
+    rec = record(
+        func,
+        arguments.leaves,
+        arguments.rebuilt,
+        samples=samples,
+        batch=Samples(tensor_dims, size, randomness),
+        name_of=parameter_names(func, arguments),
+    )
+    if isinstance(out_dims, list):
+        out_dims = tuple(out_dims)
+    flat = (
+        broadcast_prefix(out_dims, unflatten(rec.leaves, rec.spec), "out_dims")
+        if not isinstance(out_dims, int)
+        else [out_dims] * len(rec.leaves)
+    )
+    for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)):
+        if not isinstance(x, Tensor) and d is not None:
+            raise ArgumentError(
+                f"vmap: the function must return tensors, but result leaf {k} is {x!r} of type {type(x).__name__}; "
+                "out_dims=None lets other values pass"
+            )
+    results_dims = tuple(flat[k] for k in rec.tensors)
+    base = rec.program()
+    tensors = tensors_of(arguments)
+    sigs = tuple(x.sig if x.__class__ is Traced else sig_of(x) for x in tensors)
+    own = rec.aliases
+    key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)
+    program = base.derived(
+        key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
+    )
+    return rec, program, [*tensors, *rec.closed_over]
+
+
+def _chunked(
+    func: Callable,
+    arguments: Arguments,
+    dims: Sequence[int | None],
+    size: int,
+    out_dims: Dims,
+    randomness: str,
+    strict: bool,
+    chunk: int,
+) -> Any:
+    parts: list[Any] = []
+    for start in range(0, size, chunk):
+        count = min(chunk, size - start)
+        piece = Arguments((), {})
+        piece.specs, piece.spans, piece.kw_spec = arguments.specs, arguments.spans, arguments.kw_spec
+        piece.leaves = [
+            x if d is None else x.narrow(d, start, count) for x, d in zip(arguments.leaves, dims, strict=True)
+        ]
+        rec, program, inputs = _batched_program(func, piece, dims, count, out_dims, randomness, strict)
+        if randomness == "same" and any(map(draws, program.graph.nodes)):  # no two chunks would draw the same
+            if parts:
+                raise ArgumentError(
+                    "vmap: randomness='same' with chunk_size, and not every chunk draws; drop chunk_size"
+                )
+            return _batched(func, arguments, dims, size, out_dims, randomness, strict)
+        parts.append(rec.results(execute(program, inputs)))
+    flat = [flatten(p) for p in parts]
+    leaves, spec = flat[0]
+    where = (
+        broadcast_prefix(out_dims, parts[0], "out_dims") if not isinstance(out_dims, int) else [out_dims] * len(leaves)
+    )
+    joined = [
+        torch.cat([p[0][i] for p in flat], d % leaves[i].dim()) if d is not None else leaves[i]
+        for i, d in enumerate(where)
+    ]
+    return unflatten(joined, spec)
+
+
+def chunk_vmap(
+    func: Callable, in_dims: Dims = 0, out_dims: Dims = 0, randomness: str = "error", chunks: int = 2
+) -> Callable:
+    """:func:`vmap` in ``chunks`` parts, one after another, to use less memory."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        arguments = Arguments(args, kwargs)
+        size = batch_size(arguments, input_dims(in_dims, args, arguments))
+        return vmap(func, in_dims, out_dims, randomness, chunk_size=max(-(-size // chunks), 1))(*args, **kwargs)
+
+    return functools.wraps(func)(wrapper)

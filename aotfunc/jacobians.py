@@ -1,0 +1,134 @@
+"""Whole Jacobians, by rows and by columns, and Hessians."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
+
+from .arguments import (
+    chosen_tree,
+    positions,
+    record_call,
+    tensor_index,
+    tensors_of,
+)
+from .debug import outside_dynamo
+from .errors import ArgumentError
+from .run import execute
+from .trace.tree import Arguments, unflatten
+from .transforms.jacobian import columns, rows
+
+
+def jacrev(
+    func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
+) -> Callable:
+    """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a tensor of shape ``O
+    + I``.
+
+    The result has the output's tree, with the tree of the arguments (a tuple for a tuple ``argnums``) in place of
+    each leaf. ``chunk_size``: rows at a time. Complex inputs and outputs are refused.
+
+    >>> jacrev(torch.sin)(torch.zeros(2))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    @outside_dynamo
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return _jacobian("jacrev", rows, func, argnums, has_aux, chunk_size, args, kwargs)
+
+    return wrapper
+
+
+def jacfwd(
+    func: Callable,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+) -> Callable:
+    """The Jacobian by forward mode; results as in :func:`jacrev`. ``chunk_size``: columns at a time.
+
+    >>> jacfwd(torch.sin)(torch.zeros(2))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    @outside_dynamo
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return _jacobian("jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)
+
+    return wrapper
+
+
+def hessian(
+    func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
+) -> Callable:
+    """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of shape ``I`` a tensor of
+    shape ``I + I``.
+
+    >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
+    tensor([[6., 0.],
+            [0., 6.]])
+    """
+    inner = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size)
+    return jacfwd(inner, argnums, has_aux, chunk_size=chunk_size)
+
+
+def _jacobian(
+    name: str,
+    assemble: Callable,
+    func: Callable,
+    argnums: Any,
+    has_aux: bool,
+    chunk_size: int | None,
+    args: tuple,
+    kwargs: dict,
+    randomness: str = "error",
+) -> Any:
+    arguments = Arguments(args, kwargs)
+    chosen = positions(name, arguments, argnums)
+    if chunk_size is not None and chunk_size < 1:
+        raise ArgumentError(f"{name}: chunk_size must be positive, not {chunk_size}")
+    for k in chosen:
+        if arguments.leaves[k].is_complex():
+            raise ArgumentError(
+                f"{name}: leaf {k} is complex; Jacobians are defined for real arguments only (use vjp or jvp)"
+            )
+    rec, n_out, spec, aux_spec = record_call(name, func, arguments, chosen, has_aux)
+    for k in range(n_out):
+        x = rec.leaves[k]
+        if not isinstance(x, Tensor):
+            raise ArgumentError(
+                f"{name}: output leaf {k} is a {type(x).__name__}; outputs must be tensors (see has_aux)"
+            )
+        if x.is_complex():
+            raise ArgumentError(
+                f"{name}: output leaf {k} is complex; Jacobians are defined for real outputs only (use vjp or jvp)"
+            )
+        if not x.is_floating_point():
+            raise ArgumentError(f"{name}: output leaf {k} has dtype {x.dtype}; outputs must be floating")
+    if not n_out:
+        raise ArgumentError(f"{name}: the function returned no tensors")
+    base = rec.program()
+    index = tensor_index(arguments)
+    wrt = tuple(index[k] for k in chosen)
+    program = base.derived(
+        (name, wrt, n_out, chunk_size, randomness), lambda: assemble(base, wrt, n_out, chunk_size, randomness)
+    )
+    outs = execute(program, [*tensors_of(arguments), *rec.closed_over])
+    blocks = [outs[i * len(wrt) : (i + 1) * len(wrt)] for i in range(n_out)]
+    result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], spec)
+    if not has_aux:
+        return result
+    leaves = list(rec.leaves[n_out:])
+    for i, t in zip(rec.tensors[n_out:], outs[n_out * len(wrt) :], strict=True):
+        leaves[i - n_out] = t
+    return result, tree_unflatten(leaves, aux_spec)
