@@ -22,6 +22,7 @@ from .graph import Program
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import Functionalizer, input_nodes
 from .trace.records import flat
+from .trace.replay import generators, named_generators
 from .trace.shapes import sig_of
 from .trace.traced import HOOKS, Traced, has_values, quiet, under_way
 from .trace.tracer import Trace
@@ -148,10 +149,7 @@ def compiled(program: Program) -> Callable[..., tuple]:
 
 def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
     """The program's results on real tensors, as the only sample; generators of random numbers are left as they were."""
-    generators = {torch.default_generator}
-    for n in program.graph.nodes:
-        generators.update(a for a in (*n.args, *n.kwargs.values()) if isinstance(a, torch.Generator))
-    states = [(g, g.get_state()) for g in generators]
+    states = [(g, g.get_state()) for g in generators([]) | set(named_generators(program.graph.nodes))]
     reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in inputs]
     if not all(map(has_values, reals)):
         raise CaptureError(f"{what} was asked for, but the inputs have no values{at(user_line())}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .memory import memory_of
-from .records import instr_run, results_of, written_slots
+from .records import Record, instr_run, results_of, written_slots
 from .traced import Traced, has_values, quiet, under_way
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Replay:
-    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes and from the saved
-    RNG state.
+    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes; generators of
+    random numbers are left as they were.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -32,7 +33,7 @@ class Replay:
                 if t is not None and (real := known(t)) is not None:
                     with quiet():
                         self.env[i] = self.copy(real)
-        self.rng = torch.default_generator.get_state()
+        self.states: dict[torch.Generator, Tensor] = {}  # as what has been run left them
         self.number = len(trace.inputs)
 
     def copy(self, t: Tensor) -> Tensor:
@@ -48,8 +49,10 @@ class Replay:
     def value(self, ref: int) -> Tensor | None:
         """The value of a result; None if it depends on inputs that are not there."""
         trace = self.trace
-        outside = torch.default_generator.get_state()
-        torch.default_generator.set_state(self.rng)
+        used = generators(trace.records)
+        outside = {g: g.get_state() for g in used}
+        for g in used:
+            g.set_state(self.states.get(g, outside[g]))
         try:
             with quiet(), torch.no_grad():
                 for i in range(len(trace.lifted)):
@@ -67,10 +70,27 @@ class Replay:
                         self.env[self.number] = o
                         self.number += 1
                 self.done = len(trace.records)
-            self.rng = torch.default_generator.get_state()
+            self.states = {g: g.get_state() for g in used}
         finally:
-            torch.default_generator.set_state(outside)
+            for g, state in outside.items():
+                g.set_state(state)
         return self.env.get(ref)
+
+
+def generators(records: Sequence[Record]) -> set[torch.Generator]:
+    """The generators that a recording may draw from: the devices' own, and those it names."""
+    found = {torch.default_generator}
+    if torch.cuda.is_initialized():
+        found.update(torch.cuda.default_generators)
+    for instr, *_ in records:
+        if instr.facts.random:
+            found.update(named_generators(instr.program.graph.nodes if hasattr(instr, "program") else [instr]))
+    return found
+
+
+def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
+    """The generators among the arguments of recorded ops, or of nodes."""
+    return [a for c in calls for a in (*c.args, *c.kwargs.values()) if isinstance(a, torch.Generator)]
 
 
 def known(t: Tensor) -> Tensor | None:

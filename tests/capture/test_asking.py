@@ -175,6 +175,26 @@ def test_asking_leaves_writes_and_random_numbers_as_they_are():
         assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_a_number_from_a_generator_of_ones_own():
+    generator = torch.Generator()
+
+    def f(x):
+        noise = torch.rand(3, dtype=x.dtype, generator=generator)
+        n = int(torch.randint(2, 6, (), generator=generator))
+        return (x**n * noise).sum() if noise.sum() > n / 4 else (x * noise).sum()
+
+    for seed in range(4):
+        x = r(3)
+        expected = grads(f)
+        for run in (grad(f), lambda x: vmap(grad(f), randomness="same")(x.expand(2, 3))[1]):
+            generator.manual_seed(seed)
+            want = expected(x)
+            after = generator.get_state()
+            generator.manual_seed(seed)
+            assert_same(run(x), want)
+            assert torch.equal(generator.get_state(), after)
+
+
 def test_a_number_from_a_random_draw():
     def f(x):
         n = int(torch.randint(2, 6, ()))
