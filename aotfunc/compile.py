@@ -41,8 +41,8 @@ def print_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
     """The compiler that prints the graph's code and does nothing else.
 
     >>> _ = aot_function(torch.sin, print_compile)(torch.zeros(2))  # doctest: +NORMALIZE_WHITESPACE
-    def forward(self, input):
-        sin = torch.ops.aten.sin.default(input);  input = None
+    def forward(self, x):
+        sin = torch.ops.aten.sin.default(x);  x = None
         return (sin,)
     """
     print(fx_g.code.strip())
