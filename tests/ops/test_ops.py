@@ -24,6 +24,8 @@ nn_functional_silu nn_functional_softplus nn_functional_unfold norm permute pow 
 rsqrt rsub scatter scatter_add select select_scatter sigmoid sign sin slice slice_scatter softmax sort split sqrt
 square squeeze stack std sub sum t tan tanh topk trace transpose tril triu unbind unfold unsqueeze var
 view view_as_complex view_as_real where zeros_like
+_segment_reduce_lengths nn_functional_ctc_loss nn_functional_embedding_bag nn_functional_multi_margin_loss
+nn_functional_multilabel_margin_loss NumpyCubeAutogradFunction NumpySplitCopyWithIntCustomOp
 """.split()  # noqa: SIM905  the lines say it shorter
 
 OTHERS = [name for name in table.OPS if name not in CORE]
@@ -59,3 +61,25 @@ def test_a_mask_has_every_derivative_and_is_no_constant_of_the_cache():
         aotfunc.check_grads(
             lambda x, mask=mask: (x[mask] ** 3).sum() + x.masked_select(mask).sin().sum(), (x,), order=2
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel has a way of its own for float32
+@pytest.mark.parametrize("padding", [None, 1])
+@pytest.mark.parametrize("offsets", [[0, 3, 3, 5], [0, 2, 6, 8]])
+@pytest.mark.parametrize("how", ["sum", "mean", "max", "weighted", "last"])
+def test_bags_of_embeddings(how, offsets, padding, dtype):
+    indices = torch.tensor([0, 1, 1, 3, 2, 1, 4, 0][: 8 if how != "last" else offsets[-1]])
+    mode = how if how in ("mean", "max") else "sum"
+    named = {"mode": mode, "padding_idx": padding, "include_last_offset": how == "last"}
+    offsets, table, weights = torch.tensor(offsets), torch.randn(5, 3, dtype=dtype), torch.rand(8, dtype=dtype)
+
+    def f(table, *weights):
+        given = {"per_sample_weights": weights[0]} if weights else {}
+        return torch.nn.functional.embedding_bag(indices, table, offsets, **named, **given)
+
+    primals = [table, weights] if how == "weighted" else [table]
+    leaves = [p.clone().requires_grad_() for p in primals]
+    out, back = aotfunc.vjp(f, *primals)
+    torch.testing.assert_close(back(out), torch.autograd.grad(f(*leaves), leaves, out))
+    if dtype is torch.float64:
+        aotfunc.check_grads(f, primals, order=2)
