@@ -76,15 +76,14 @@ _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
     """Real values of ``tensors`` with all samples at dimension 0, and how many samples there are."""
-    if trace.concrete_inputs is None:
-        reason = trace.why_not or "this value belongs to a capture that is over"
-        raise CaptureError(
-            f"{what} was asked for, but {reason}{at(user_line())}. Return it from the function (has_aux=True), use "
-            "torch.where instead of `if`, or pass the value as a Python argument."
-        )
-    program = so_far(trace, tensors)
-    samples = trace.samples
+    if trace.concrete_inputs is None and not trace.may_ask_constants:
+        raise refusal(trace, what)
+    program, samples = so_far(trace, tensors), trace.samples
     inputs = [*trace.origins, *trace.lifted]
+    if trace.concrete_inputs is None:  # then closed-over tensors may still be asked, and what depends on them alone
+        if any(p.users for p in program.placeholders[: program.n_inputs]):
+            raise refusal(trace, what)
+        program, inputs = closed(program), trace.lifted
     if samples is not None:
         sigs = [t.sig if t.__class__ is Traced else sig_of(t) for t in trace.origins]
         key = ("asked", *samples, *sigs)
@@ -104,6 +103,14 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         return [v.flatten(0, 1) for v in values], count * samples.size
 
 
+def refusal(trace: Trace, what: str) -> CaptureError:
+    reason = trace.why_not or "this value belongs to a capture that is over"
+    return CaptureError(
+        f"{what} was asked for, but {reason}{at(user_line())}. Return it from the function (has_aux=True), use "
+        "torch.where instead of `if`, or pass the value as a Python argument."
+    )
+
+
 def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
     """What has been recorded up to now as a program for the values of ``tensors``; it writes nothing back."""
     refs = tuple([trace.ref_of(t)[0] for t in tensors])
@@ -118,6 +125,16 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
         outs = [f.read(r) for r in refs]
         program = _programs[key] = Program(b.finish(outs), len(trace.inputs), len(refs), (), "asked")
     return program
+
+
+def closed(program: Program) -> Program:
+    """The program as one of its closed-over tensors alone, on which it depends."""
+    if "closed" not in program.cache:
+        b = Builder()
+        rest = [b.placeholder(p.name, p.meta["val"]) for p in program.placeholders[program.n_inputs :]]
+        outs = b.splice(program.graph, [None] * program.n_inputs + rest, program.outputs)
+        program.cache["closed"] = Program(b.finish(outs), 0, program.n_outputs, (), "asked")
+    return program.cache["closed"]
 
 
 _programs: dict[tuple, Program] = {}

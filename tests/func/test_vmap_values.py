@@ -546,6 +546,36 @@ def test_where_the_question_is_asked():
     assert_same(vmap(through)(x), loop(grads(scalar(branch)))(x))
 
 
+class Asks(torch.autograd.Function):
+    """Its backward asks about what it saved."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * 2 * x if (x > 0).all() else g * 7
+
+
+def test_a_backward_that_asks_about_what_it_saved():
+    x = r(B, 4).abs()
+    total = lambda x: Asks.apply(x * 1.0).sum()
+    for sample in (x, -x):
+        expected = loop(grads(total))(sample)
+        assert_same(vmap(grad(total))(sample), expected)
+        assert_same(grad(lambda x: vmap(total)(x).sum())(sample), expected)
+        assert_same(grad(total)(sample[0]), expected[0])
+    x[1] *= -1
+    with pytest.raises(AotfuncError, match="samples"):
+        vmap(grad(total))(x)
+
+
 def test_an_outer_write_is_seen():
     def f(x, w):
         w = w.clone()
