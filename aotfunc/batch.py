@@ -44,9 +44,12 @@ def vmap(
 
     ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments'
     (the results') tree. Keyword arguments are not batched. ``randomness``: "error", "same" or "different" draws per
-    sample. ``chunk_size``: samples at a time (all of them at once where they share a draw). ``strict`` refuses ops that
-    can only be batched by a loop over the samples. Raises ArgumentError if dims and arguments do not fit, or sizes
-    differ.
+    sample. ``chunk_size``: samples at a time (all of them at once where they share a draw). Raises ArgumentError if dims
+    and arguments do not fit, or sizes differ.
+
+    A few ops can only be batched by a loop over the samples: those whose result's shape depends on values, and ops of
+    your own without ``torch.library.register_vmap``. They are called once per sample in the graph, and a LoopWarning
+    (once for each op) names the op and your line. ``strict`` raises RuleError instead.
 
     Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of the arguments), the
     samples are asked, anew at each call: what all of them answer alike holds. Raises CaptureError, with the line, if
@@ -54,6 +57,9 @@ def vmap(
 
     >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
     tensor([2., 2., 2.])
+    >>> vmap(torch.unique_consecutive, strict=True)(torch.tensor([[1, 1, 2], [3, 4, 4]]))  # one shape here, by chance
+    Traceback (most recent call last):
+    aotfunc.errors.RuleError: vmap(strict=True): aten.unique_consecutive.default can only be batched by a loop ...
     """
     if randomness not in ("error", "same", "different"):
         raise ArgumentError(f"vmap: randomness must be 'error', 'same' or 'different', not {randomness!r}")

@@ -19,8 +19,8 @@ from .walk import traced
 aten = torch.ops.aten
 
 WAY_OUT = (
-    "Write it with ops that can be batched, call it outside of vmap on the whole batch, or give it a batching rule "
-    "(aotfunc.transforms.rules.table.vmap_of)"
+    "Write it with ops that can be batched, call it outside of vmap on the whole batch, or give it a batching rule: "
+    "torch.library.register_vmap for an op of your own, aotfunc.transforms.rules.table.vmap_of for another"
 )
 _shown: dict = {}  # what the warnings module remembers of ours
 
