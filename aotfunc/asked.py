@@ -156,8 +156,7 @@ def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[
     try:
         yield flat(results)
     finally:
-        del trace.records[records:]
-        trace.count = count
+        trace.forget(records, count)
 
 
 def compiled(program: Program) -> Callable[..., tuple]:

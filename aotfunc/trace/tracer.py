@@ -65,6 +65,8 @@ class Trace(TorchDispatchMode):
         self.samples: Any = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
+        self._roots: tuple[int, dict[int, int]] | None = None  # after so many records, see root
+        self._places: tuple[Place, ...] | None = None
         self._reached: tuple[Any, set[int], int, int] | None = None  # see _active
         self.finished = False
         self.in_lstsq = False
@@ -271,6 +273,14 @@ class Trace(TorchDispatchMode):
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         return self.wrap(instr.outs, instr.facts)
 
+    def forget(self, records: int, count: int) -> None:
+        """Go back to when there were so many records and values."""
+        del self.records[records:]
+        self.count = count
+        self._roots = self._reached = None
+        if self._values is not None and self._values.done > records:
+            self._values = None
+
     def key(self) -> tuple:
         """What two recordings have in common that differ only in the data they would run on."""
         sigs = tuple([t.sig if t.__class__ is Traced else sig_of(t) for t in self.lifted])
@@ -281,12 +291,16 @@ class Trace(TorchDispatchMode):
         """For each input, then each lifted tensor: where it lies in memory."""
         if len(self.origins) != len(self.inputs):  # the inputs of a rule: nothing but values
             return tuple(Place(i, 0, None) for i in range(len(self.inputs) + len(self.lifted)))
-        dims = None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))
-        return layout([*self.origins, *self.lifted], dims)
+        if self._places is None or len(self._places) != len(self.inputs) + len(self.lifted):
+            dims = None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))
+            self._places = layout([*self.origins, *self.lifted], dims)
+        return self._places
 
     def root(self, ref: int) -> int:
         """The value whose storage this one shares."""
-        return self.roots()[0].get(ref, ref)
+        if self._roots is None or self._roots[0] != len(self.records):
+            self._roots = (len(self.records), self.roots()[0])
+        return self._roots[1].get(ref, ref)
 
     def roots(self, conjugates: bool = True) -> tuple[dict[int, int], set[int]]:
         """For each view the value whose storage it shares, and which storages are written to. Without ``conjugates``
