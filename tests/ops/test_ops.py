@@ -24,8 +24,8 @@ nn_functional_silu nn_functional_softplus nn_functional_unfold norm permute pow 
 rsqrt rsub scatter scatter_add select select_scatter sigmoid sign sin slice slice_scatter softmax sort split sqrt
 square squeeze stack std sub sum t tan tanh topk trace transpose tril triu unbind unfold unsqueeze var
 view view_as_complex view_as_real where zeros_like
-_segment_reduce_lengths nn_functional_ctc_loss nn_functional_embedding_bag nn_functional_multi_margin_loss
-nn_functional_multilabel_margin_loss NumpyCubeAutogradFunction NumpySplitCopyWithIntCustomOp
+_segment_reduce_lengths nn_functional_embedding_bag nn_functional_multi_margin_loss nn_functional_multilabel_margin_loss
+NumpyCubeAutogradFunction NumpySplitCopyWithIntCustomOp
 """.split()  # noqa: SIM905  the lines say it shorter
 
 OTHERS = [name for name in table.OPS if name not in CORE]
@@ -83,3 +83,19 @@ def test_bags_of_embeddings(how, offsets, padding, dtype):
     torch.testing.assert_close(back(out), torch.autograd.grad(f(*leaves), leaves, out))
     if dtype is torch.float64:
         aotfunc.check_grads(f, primals, order=2)
+
+
+@pytest.mark.parametrize("lengths", [((4, 4, 3), (2, 2, 1)), ((4, 3, 1), (1, 2, 0))])
+@pytest.mark.parametrize("flat", [False, True])
+def test_second_derivatives_of_ctc_loss(lengths, flat):
+    of_input, of_target = lengths
+    targets = torch.tensor([[1, 1], [3, 2], [2, 3]])
+    if flat:
+        targets = torch.cat([row[:n] for row, n in zip(targets, of_target)])
+    x = torch.randn(4, 3, 4, dtype=torch.float64)
+
+    def loss(x):
+        logs = x.log_softmax(-1)
+        return torch.nn.functional.ctc_loss(logs, targets, of_input, of_target, reduction="none", zero_infinity=True)
+
+    aotfunc.check_grads(loss, (x,), order=2)

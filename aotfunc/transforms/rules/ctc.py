@@ -78,15 +78,10 @@ def folded(
 
 @vjp_of(aten._ctc_loss.default, aten._ctc_loss.Tensor, diff_outputs=(0,))
 def _(g, out, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity):
-    lengths = (input_lengths, target_lengths)
-    return aten._ctc_loss_backward(g[0], log_probs, targets, *lengths, *out, blank, zero_infinity)
-
-
-@vjp_of(aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
-def _(a, out, g, *args, needs):
-    if any(needs[1:]):
-        raise NotImplementedError("ctc_loss has no second derivative")
-    return (a * aten._ctc_loss_backward(torch.ones_like(g), *args)).sum((0, 2))
+    """The cotangent is a factor outside of the kernel: then only second derivatives open the kernel up."""
+    g = g[0]
+    how = (targets, input_lengths, target_lengths, *out, blank, zero_infinity)
+    return aten._ctc_loss_backward(torch.ones_like(g), log_probs, *how) * (g.unsqueeze(-1) if g.dim() else g)
 
 
 @vmap_of(aten._ctc_loss.default, aten._ctc_loss.Tensor)

@@ -1,0 +1,100 @@
+"""The gradient of the connectionist temporal classification loss, by ops that have derivatives: its second derivative.
+
+The kernel's formula, with the recursions over time written out: a graph of some thirty ops a step. Only what
+differentiates the gradient opens it up; the gradient itself stays one call of the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import aten, opened_as
+
+NEVER = -1e30  # the logarithm of a probability of zero; -inf would have no derivative
+
+
+def column(lengths: Any, like: Tensor) -> Tensor:
+    """Lengths, numbers or a tensor of them, as ``(N, 1)``."""
+    if isinstance(lengths, Tensor):
+        return lengths.to(like.device).reshape(-1, 1)
+    return torch.cat([like.new_full((1, 1), n, dtype=torch.int64) for n in lengths])
+
+
+def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> Tensor:
+    """Targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between, before and behind."""
+    if targets.dim() == 1:
+        begin = (of_target.cumsum(0) - of_target).unsqueeze(1)
+        at = begin + torch.arange(targets.shape[0], device=targets.device)
+        targets = targets[at.clamp_max(targets.shape[0] - 1)]
+    blanks = torch.full_like(targets, blank)
+    pairs = torch.stack([blanks, targets], -1).flatten(1)
+    return torch.cat([pairs, blanks[:, :1]], 1).clamp(0, classes - 1)
+
+
+def moved(x: Tensor, by: int, fill: Any) -> Tensor:
+    """``x`` with its last dimension moved on (back for negative ``by``), ``fill`` where nothing comes in."""
+    gap = x.new_full((*x.shape[:-1], min(abs(by), x.shape[-1])), fill)
+    kept = x.shape[-1] - gap.shape[-1]
+    return torch.cat([gap, x[..., :kept]], -1) if by > 0 else torch.cat([x[..., x.shape[-1] - kept :], gap], -1)
+
+
+def passed(x: Tensor, skip: Tensor, by: int) -> Tensor:
+    """Log-probabilities one step on: from the same state, from the one before and, where ``skip``, the one before."""
+    before = [x, moved(x, by, NEVER), torch.where(skip, moved(x, 2 * by, NEVER), NEVER)]
+    return torch.stack(before).logsumexp(0)
+
+
+def ctc_gradient(
+    g: Tensor,
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    loss: Tensor,
+    log_alpha: Tensor,
+    blank: int,
+    zero_infinity: bool = False,
+) -> Tensor:
+    single = log_probs.dim() == 2
+    if single:
+        log_probs, targets, g, loss = log_probs.unsqueeze(1), targets.reshape(1, -1), g.reshape(1), loss.reshape(1)
+    steps, _, classes = log_probs.shape
+    of_input, of_target = (column(n, targets) for n in (input_lengths, target_lengths))
+    states = states_of(targets, of_target.flatten(), blank, classes)
+    number = torch.arange(states.shape[1], device=states.device)
+    valid, last = number <= 2 * of_target, (number == 2 * of_target) | (number == 2 * of_target - 1)
+    skip = (states != blank) & (states != moved(states, 2, blank))
+    index = states.expand(steps, *states.shape)
+    emitted = log_probs.gather(2, index)
+
+    ahead = torch.where(valid & (number < 2), emitted[0], NEVER)
+    forth = [ahead]
+    for t in range(1, steps):
+        ahead = torch.where(valid, passed(ahead, skip, 1) + emitted[t], NEVER)
+        forth.append(ahead)
+    behind = torch.full_like(ahead, NEVER)
+    back = []
+    for t in reversed(range(steps)):
+        going = passed(behind, moved(skip, -2, False), -1) + emitted[t]
+        now = torch.where(of_input == t + 1, torch.where(last, emitted[t], NEVER), going)
+        behind = torch.where(valid & (of_input > t), now, NEVER)
+        back.insert(0, behind)
+
+    alpha, beta = torch.stack(forth), torch.stack(back)
+    at_end = alpha.gather(0, (of_input - 1).clamp_min(0).expand(1, *states.shape))[0]
+    total = torch.where(last, at_end, NEVER).logsumexp(1).reshape(1, -1, 1)
+    both = alpha + beta
+    share = torch.where(both > NEVER / 2, both - total - emitted, NEVER).exp()
+    out = (log_probs.exp() - torch.zeros_like(log_probs).scatter_add(2, index, share)) * g.unsqueeze(-1)
+    time = torch.arange(steps, device=states.device).reshape(-1, 1, 1)
+    out = torch.where(time < of_input, out, 0)
+    if zero_infinity:
+        out = torch.where((loss == torch.inf).unsqueeze(-1), 0, out)
+    return out.squeeze(1) if single else out
+
+
+opened_as(aten._ctc_loss_backward.default, ctc_gradient)
+opened_as(aten._ctc_loss_backward.Tensor, ctc_gradient)
