@@ -44,8 +44,8 @@ def vmap(
 
     ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments'
     (the results') tree. Keyword arguments are not batched. ``randomness``: "error", "same" or "different" draws per
-    sample. ``chunk_size``: samples at a time (all of them at once where they share a draw). Raises ArgumentError if dims
-    and arguments do not fit, or sizes differ.
+    sample. ``chunk_size``: samples at a time (all at once where they share a draw). Raises ArgumentError if dims and
+    arguments do not fit, or sizes differ.
 
     A few ops can only be batched by a loop over the samples: those whose result's shape depends on values, and ops of
     your own without ``torch.library.register_vmap``. They are called once per sample in the graph, and a LoopWarning

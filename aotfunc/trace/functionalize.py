@@ -216,7 +216,7 @@ class Functionalizer:
         if not self.intent and instr.op is aten.detach.default:
             return nodes[0]
         if instr.op is aten._conj.default:
-            return self.b.call(aten.conj_physical.default, *nodes)
+            return self.b.call(aten._conj_physical.default, *nodes)
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
         return self.b.node(instr.op, fill(instr.args, nodes), kwargs, instr.outs)
 

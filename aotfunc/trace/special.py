@@ -28,7 +28,7 @@ def _conj(trace: Trace, x: Tensor) -> Tensor:
     key = (aten._conj.default, sig, env_key())
     instr = find(key)
     if instr is None:
-        outs = infer(aten.conj_physical.default, (Slot(0),), {}, (sig,))
+        outs = infer(aten._conj_physical.default, (Slot(0),), {}, (sig,))
         instr = intern(key, aten._conj.default, (Slot(0),), {}, (sig,), outs)
     return trace.note(instr, (ref,))
 

@@ -26,7 +26,7 @@ def forward(b: Builder, link: Link, node: Node) -> Node:
     if op is aten.as_strided.default:
         node, args = in_memory(b, node, args)
     if op is aten._conj.default:
-        op = aten.conj_physical.default
+        op = aten._conj_physical.default
     out = b.call(op, node, *args, **kwargs)
     return out if index is None else b.item(out, index)
 
@@ -129,7 +129,7 @@ INVERSES: dict[OpOverload, Any] = {
     aten.t.default: _call(aten.t.default),
     aten.transpose.int: _call(aten.transpose.int),
     aten.permute.default: _permuted,
-    aten._conj.default: _call(aten.conj_physical.default),
+    aten._conj.default: _call(aten._conj_physical.default),
     aten._neg_view.default: _call(aten.neg.default),
     aten.view_as_real.default: lambda b, base, new, index: b.call(aten.view_as_complex.default, new),
     aten.view_as_complex.default: lambda b, base, new, index: b.call(aten.view_as_real.default, new),

@@ -16,9 +16,9 @@ def _copy(b: Builder, val: Sig, x: Any, **_: Any) -> Any:
     return x if x.meta["val"] is val else None
 
 
-@rewrite(aten._conj.default)
+@rewrite(aten._conj_physical.default)
 def _conj(b: Builder, val: Sig, x: Any) -> Any:
-    return x.args[0] if is_call(x, aten._conj.default) else None
+    return fit(val, x.args[0]) if is_call(x, aten._conj_physical.default) else None
 
 
 @rewrite(aten.cat.default)

@@ -306,8 +306,7 @@ vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
 
 # ----- complex numbers ------------------------------------------------------------------------------------------------
 
-for op in (aten._conj.default, aten._conj_physical.default):
-    linear(op, lambda g, x: g.conj(), batch=elementwise(op))
+linear(aten._conj_physical, lambda g, x: g.conj(), batch=elementwise(aten._conj_physical.default))
 linear(aten._neg_view, lambda g, x: -g, batch=elementwise(aten._neg_view.default))
 
 
