@@ -162,7 +162,7 @@ def test_what_it_says_is_what_happens(transform, kind, taken):
     for op in candidates[::stride]:
         if len(seen) < 24 and (done := outcome(op, transform, taken)) is not None:
             seen[str(op)] = done
-    assert len(seen) >= min(6, len(candidates)), f"of {len(candidates)} only {seen} could be called"
+    assert len(seen) >= min(6, len(candidates) // 2), f"of {len(candidates)} only {seen} could be called"
     assert not {op: done for op, done in seen.items() if done != kind}
 
 

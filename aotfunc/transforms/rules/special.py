@@ -134,11 +134,5 @@ pointwise(
 
 # ----- no derivative known: only batched ------------------------------------------------------------------------------
 
-for op in functional(
-    *(aten.special_airy_ai, aten.special_hermite_polynomial_h, aten.special_hermite_polynomial_he),
-    *(aten.special_laguerre_polynomial_l, aten.special_legendre_polynomial_p),
-    *(getattr(aten, f"special_chebyshev_polynomial_{kind}") for kind in "tuvw"),
-    *(getattr(aten, f"special_shifted_chebyshev_polynomial_{kind}") for kind in "tuvw"),
-    aten._standard_gamma_grad,
-):
+for op in functional(aten.special_airy_ai, aten._standard_gamma_grad):
     vmap_of(op)(elementwise(op))
