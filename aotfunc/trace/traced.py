@@ -119,6 +119,8 @@ class Traced(Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         if places := traced_places(index):
             _write_at(self, index, places, value)
+        elif index.__class__ is Traced and not index.sig.shape and index.sig.dtype is torch.bool:
+            self.copy_(torch.where(index, _assigned(self, value, self.dim()), self))
         else:
             Tensor.__setitem__(self, index, value)
 
@@ -214,11 +216,16 @@ def _read_at(x: Tensor, index: Any, places: list[int]) -> Tensor:
 def _write_at(x: Tensor, index: Any, places: list[int], value: Any) -> None:
     """``x[..., i, ...] = value`` with traced numbers ``i``."""
     rest, indices = _rest(x, index, places)
+    torch.ops.aten.index_put_.default(rest, indices, _assigned(rest, value, rest.dim() - len(places)))
+
+
+def _assigned(x: Tensor, value: Any, rank: int) -> Tensor:
+    """A value as it is assigned to a part of ``x`` that has this rank."""
     if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=rest.dtype, device=rest.device)
-    while value.dim() > rest.dim() - len(places) and value.shape[0] == 1:  # as an assignment allows
+        return torch.full((), value, dtype=x.dtype, device=x.device)
+    while value.dim() > rank and value.shape[0] == 1:
         value = value.squeeze(0)
-    torch.ops.aten.index_put_.default(rest, indices, value.to(rest.dtype))
+    return value.to(x.dtype)
 
 
 def _live(x: Traced) -> Tensor:

@@ -122,6 +122,7 @@ def test_unmapped_values_may_be_asked(name):
 
 MASKS = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
 PAIRS = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]).bool()  # two each
+SQUARES = torch.tensor([[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [1, 0, 0]], [[1, 1, 0], [0, 0, 1]]]).bool()  # three each
 INDEX = torch.tensor([[3, 0], [1, 1], [2, 3]])
 
 
@@ -233,6 +234,38 @@ MAPPED = {
     "nonzero_static, size 0": (lambda x: x.nonzero_static(size=0), 0, lambda: (r(B, 2, 4),)),
     "nonzero_static of nothing": (lambda x: x.nonzero_static(size=2, fill_value=7), 0, lambda: (r(B, 0, 4),)),
     "nonzero_static of a number": (lambda x: x.nonzero_static(size=2), 0, lambda: (r(B),)),
+    "nonzero_static of an empty batch": (lambda m: m.nonzero_static(size=2), 0, lambda: (torch.ones(1, 4).bool(),)),
+    "x[mask of two dims]": (lambda x, m: x[m], 0, lambda: (r(B, 2, 3, 4), SQUARES)),
+    "x[mask of two dims] = row": (assigned, 0, lambda: (r(B, 2, 3, 4), SQUARES, r(B, 4))),
+    "x[mask of two dims] = rows": (assigned, 0, lambda: (r(B, 2, 3, 4), SQUARES, r(B, 3, 4))),
+    "x[mask of two dims] = rows, unmapped v": (assigned, (0, 0, None), lambda: (r(B, 2, 3, 4), SQUARES, r(3, 4))),
+    "x[mask, 0]": (lambda x, m: x[m, 0], 0, lambda: (r(B, 4, 2), PAIRS)),
+    "x[mask, None]": (lambda x, m: x[m, None], 0, lambda: (r(B, 4, 2), PAIRS)),
+    "x[mask, 1:]": (lambda x, m: x[m, 1:], 0, lambda: (r(B, 4, 2), PAIRS)),
+    "x[mask, index]": (lambda x, m: x[m, torch.tensor([0, 1])], 0, lambda: (r(B, 4, 2), PAIRS)),
+    "x[mask, index], unmapped mask": (lambda x, m, i: x[m, i], (0, None, 0), lambda: (r(B, 4, 4), PAIRS[0], INDEX)),
+    "x[mask of one, index]": (lambda x, m, i: x[m, i], 0, lambda: (r(B, 4, 4), torch.eye(4)[:B].bool(), INDEX)),
+    "x[mask, mask]": (lambda x, m: x[m, m], 0, lambda: (r(B, 4, 4), PAIRS)),
+    "x[mask, mask of one]": (lambda x, m, n: x[m, n], 0, lambda: (r(B, 4, 4), PAIRS, torch.eye(4)[:B].bool())),
+    "x[mask, 0] = v": (put(lambda m: (m, 0)), 0, lambda: (r(B, 4, 2), MASKS, r(B))),
+    "x[1:3, mask] = v": (put(lambda m: (slice(1, 3), m)), 0, lambda: (r(B, 5, 4), MASKS, r(B))),
+    "x[mask, index] = v": (put(lambda m: (m, torch.tensor([0, 1]))), 0, lambda: (r(B, 4, 2), PAIRS, r(B))),
+    "x[mask, index] = v for each": (put(lambda m: (m, torch.tensor([0, 1]))), 0, lambda: (r(B, 4, 2), PAIRS, r(B, 2))),
+    "x[mask, mask] = v for each": (put(lambda m: (m, m)), 0, lambda: (r(B, 4, 4), PAIRS, r(B, 2))),
+    "x[mask of one number]": (lambda x, m: x[m], (0, None), lambda: (r(B, 4), torch.tensor(True))),
+    "x[mask of one number] = v": (assigned, 0, lambda: (r(B, 4), torch.tensor([True, False, True]), r(B, 4))),
+    "x[mask of one number] = number": (
+        lambda x, m: assigned(x, m, 2),
+        0,
+        lambda: (r(B, 4), torch.tensor([True, False, True])),
+    ),
+    "indices apart": (lambda x, i: x[i, :, i], 0, lambda: (r(B, 4, 2, 4), INDEX)),
+    "indices apart, written": (
+        lambda x, i, v: put(lambda i: (i, slice(None), i))(x, i, v),
+        0,
+        lambda: (r(B, 4, 2, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), r(B, 2, 2)),
+    ),
+    "put_": (lambda x, i, v: x.clone().put_(i, v, accumulate=True) * x, 0, lambda: (r(B, 4), INDEX, r(B, 2))),
     "take by nonzero_static": (
         lambda x, m: torch.where(m.sum() > torch.arange(4), x[m.nonzero_static(size=4, fill_value=0)[:, 0]], 0.0),
         0,

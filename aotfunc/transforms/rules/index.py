@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .places import Indices, Places, count_read, count_written, is_mask, numbered, numbered_each, single
 from .table import (
     aten,
     expand_lead,
@@ -32,113 +33,16 @@ def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
     return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
 
 
-def numbered(mask: Tensor, count: Any) -> list[Tensor]:
-    """The positions of the ``count`` true elements of a mask, one vector for each of its dimensions.
-
-    How many there are is known here from the shape of a result; the op alone would have to look at the values.
-    """
-    return list(aten.nonzero_static(mask, size=count).unbind(1))
-
-
-def without_masks(indices: Sequence[Tensor | None], count: Any) -> list[Tensor | None]:
-    """The indices, boolean ones as vectors of positions, of which there are ``count``."""
-    found: list[Tensor | None] = []
-    for index in indices:
-        found += numbered(index, count) if index is not None and index.dtype == torch.bool else [index]
-    return found
-
-
-def numbered_each(
-    indices: Sequence[Tensor | None], batched: Sequence[bool], count: Any
-) -> tuple[list[Tensor | None], list[bool]]:
-    """The indices and which are batched, boolean ones that differ between examples as vectors of positions ``[B,
-    count]``: each example's mask selects ``count`` elements.
-    """
-    found: list[tuple[Tensor | None, bool]] = []
-    for index, b in zip(indices, batched, strict=True):
-        if index is None or index.dtype != torch.bool:
-            found.append((index, b))
-        elif b:
-            found += [(column, True) for column in nonzero_each(index, count).unbind(2)]
-        else:
-            found += [(column, False) for column in numbered(index, count)]
-    return [i for i, _ in found], [b for _, b in found]
-
-
-def nonzero_each(x: Tensor, length: Any, fill: int = -1) -> Tensor:
-    """``nonzero_static`` for each example: ``[B, length, rank]``."""
-    if not length or not x.numel():
-        return torch.full((x.shape[0], length, x.dim() - 1), fill, device=x.device)
-    found = (x != 0).flatten(1) if x.dim() > 1 else (x != 0).unsqueeze(1)
-    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)  # the true ones first, in order
-    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))  # or cuts off
-    there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
-    columns, stride = [], 1
-    for s in reversed(x.shape[1:]):
-        columns.append(torch.where(there, order.div(stride, rounding_mode="floor") % s, fill))
-        stride *= s
-    return torch.stack(columns[::-1], 2) if columns else order.new_zeros(x.shape[0], length, 0)
-
-
-def mapped_mask(indices: Sequence[Tensor | None], batched: Sequence[bool]) -> bool:
-    """Whether a boolean index differs between examples."""
-    return any(b and i is not None and i.dtype == torch.bool for i, b in zip(indices, batched, strict=True))
-
-
-def selected_count(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> Any:
-    """How many elements the mask among the indices selects if the result has this shape; ``None`` without a mask."""
-    masks = [i for i in indices if i is not None and i.dtype == torch.bool]
-    if not masks:
-        return None
-    others = [i for i in indices if i is not None and i.dtype != torch.bool]
-    if len(masks) > 1 or any(i.dim() and i.shape[-1] != 1 for i in others):  # then it may be 1, repeated
-        raise NotImplementedError(
-            "a boolean index beside others that broadcast against it: use two steps, x[mask][:, other]"
-        )
-    places = Places(indices, [False] * len(indices))
-    return shape[places.front + places.rank - 1]
-
-
-def read(x: Tensor, indices: Sequence[Tensor | None], shape: Sequence[Any]) -> Tensor:
+def read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
     """``x[indices]``, whose shape is known."""
-    count = selected_count(shape, indices)
-    return aten.index.Tensor(x, indices if count is None else without_masks(indices, count))
+    count = count_read(indices, shape)
+    return aten.index.Tensor(x, indices if count is None else numbered(indices, count))
 
 
-# ----- index and index_put: NumPy's advanced indexing -----------------------------------------------------------------
-# The indexed dimensions are replaced, at the place of the first, by the broadcast shape of the indices; if other
-# dimensions lie between the indexed ones, that shape comes first of all.
+# ----- index and index_put: NumPy's advanced indexing, see :mod:`.places` ---------------------------------------------
 
 
-class Places:
-    """The layout of advanced indices in the unbatched op."""
-
-    def __init__(self, indices: Sequence[Tensor | None], batched: Sequence[bool]):
-        used = {i: index for i, index in enumerate(indices) if index is not None}
-        mask = {i for i, index in used.items() if index.dtype in (torch.bool, torch.uint8)}
-        at = list(used)
-        #: rank of the broadcast indices (a mask is as many vectors of positions as it has dimensions)
-        self.rank = max((1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0)
-        #: how many dimensions of the tensor are indexed
-        self.taken = sum(index.dim() if i in mask else 1 for i, index in used.items())
-        self.together = not at or at[-1] - at[0] + 1 == len(at)
-        #: dimensions that stay in front of the indices in the result
-        self.front = at[0] if at and self.together else 0
-
-    def result_rank(self, rank: int) -> int:
-        """Rank of what indexing a tensor of ``rank`` gives."""
-        return rank - self.taken + self.rank
-
-    def to_front(self, x: Tensor) -> Tensor:
-        """``[B, indices, front, rest] -> [B, front, indices, rest]``."""
-        return x.movedim(list(range(1, self.rank + 1)), list(range(self.front + 1, self.front + self.rank + 1)))
-
-    def from_front(self, x: Tensor) -> Tensor:
-        """``[B, front, indices, rest] -> [B, indices, front, rest]``."""
-        return x.movedim(list(range(self.front + 1, self.front + self.rank + 1)), list(range(1, self.rank + 1)))
-
-
-def with_example(indices: Sequence[Tensor | None], batched: Sequence[bool], size: Any, places: Places) -> list[Any]:
+def with_example(indices: Indices, batched: Sequence[bool], size: Any, places: Places) -> list[Any]:
     """The indices, preceded by the number of the example, to which all of them broadcast."""
     rank = places.rank
     aligned = [
@@ -148,19 +52,11 @@ def with_example(indices: Sequence[Tensor | None], batched: Sequence[bool], size
     return [count_up(size, like, rank), *aligned]
 
 
-def batch_index(
-    x: Tensor, indices: Sequence[Tensor | None], *, batched: Any, size: Any, shape: Sequence[Any] = ()
-) -> Tensor:
+def batch_index(x: Tensor, indices: Indices, *, batched: Any, size: Any, shape: Sequence[Any] = ()) -> Tensor:
     x_batched, index_batched = batched
-    if mapped_mask(indices, index_batched):  # the shape of the result says how many each of them selects
-        count = selected_count(
-            shape, [i[0] if b and i is not None else i for i, b in zip(indices, index_batched, strict=True)]
-        )
+    if (count := count_read(single(indices, index_batched), shape)) is not None:
         indices, index_batched = numbered_each(indices, index_batched, count)
     places = Places(indices, index_batched)
-    if not any(index_batched) and (count := selected_count(shape, indices)) is not None:
-        numbers = without_masks(indices, count)
-        return batch_index(x, numbers, batched=(True, [False] * len(numbers)), size=size)
     if not any(index_batched) and places.together:
         return aten.index.Tensor(x, [None, *indices])
     if not x_batched:
@@ -169,10 +65,10 @@ def batch_index(
     return places.to_front(aten.index.Tensor(x, with_example(indices, index_batched, size, places)))
 
 
-def only_mask(indices: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
+def only_mask(indices: Indices) -> tuple[int, Tensor | None]:
     """The place and the boolean mask, if that is the only index."""
     used = [(i, index) for i, index in enumerate(indices) if index is not None]
-    return used[0] if len(used) == 1 and used[0][1].dtype == torch.bool else (0, None)
+    return used[0] if len(used) == 1 and is_mask(used[0][1]) else (0, None)
 
 
 def across_mask(values: Sequence[Any], rest: int, rank: int) -> list[Any] | None:
@@ -187,7 +83,7 @@ def across_mask(values: Sequence[Any], rest: int, rank: int) -> list[Any] | None
 
 
 def batch_index_put(
-    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, *, batched: Any, size: Any
+    x: Tensor, indices: Indices, values: Tensor, accumulate: bool = False, *, batched: Any, size: Any
 ) -> Tensor:
     x_batched, index_batched, values_batched = batched
     front, mask = only_mask(indices)
@@ -196,16 +92,22 @@ def batch_index_put(
         rest = x.dim() - front - mask.dim()
         shape = across_mask(values.shape[1:], rest, mask.dim() - 1)
         if shape is not None:
-            mask = mask.reshape(size, *[1] * front, *mask.shape[1:], *[1] * rest)
+            mask = mask.reshape(size, *[1] * front, *mask.shape[1:], *[1] * rest).bool()
             values = align(values.reshape(size, *shape), x.dim() - 1)
             return torch.where(mask, x + values if accumulate else values, x)
-        count = values.shape[values.dim() - 1 - rest]
-        selected = mask.flatten(1).sum(1)
-        aten._assert_async.msg((selected == count).all(), f"{count} elements are written where a mask selects others")
-        indices, index_batched = numbered_each(indices, index_batched, count)
         x_batched = values_batched = True
-    elif mapped_mask(indices, index_batched):
-        raise NotImplementedError("a boolean index that differs between examples, beside others, cannot be written to")
+    if any(map(is_mask, indices)) and any(index_batched):
+        alone = single(indices, index_batched)
+        count = count_written(alone, values.shape[values_batched:], x.dim() - x_batched)
+        if count is None:
+            raise NotImplementedError("one value for all that a boolean index, beside others, selects in each example")
+        for mask, b in zip(indices, index_batched, strict=True):
+            if b and mask is not None and is_mask(mask):
+                selected = mask.flatten(1).count_nonzero(1)
+                fits = (selected == count.number) | ((selected == 1) & count.repeated)
+                text = f"{count.number} elements are written where a mask selects others"
+                aten._assert_async.msg(fits.all(), text)
+        indices, index_batched = numbered_each(indices, index_batched, count)
     places = Places(indices, index_batched)
     x = expand_lead(x, x_batched, size)
     rank = places.result_rank(x.dim() - 1)
@@ -219,7 +121,18 @@ def batch_index_put(
 
 
 def put_back(g: Tensor, x: Tensor, indices: Any, values: Tensor, accumulate: bool) -> Tensor:
-    return g if accumulate else aten.index_put(g, indices, g.new_zeros(()), False)
+    if accumulate:
+        return g
+    if only_mask(indices)[1] is None:
+        indices = where_written(x, indices, values)
+    return aten.index_put(g, indices, g.new_zeros(()), False)
+
+
+def where_written(x: Tensor, indices: Indices, values: Tensor) -> Indices:
+    """The indices, masks as positions if the values written say how many they select."""
+    if not any(map(is_mask, indices)) or (count := count_written(indices, values.shape, x.dim())) is None:
+        return indices
+    return numbered(indices, count)
 
 
 def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tensor:
@@ -228,10 +141,9 @@ def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tenso
         rest = x.dim() - front - mask.dim()
         shape = across_mask(values.shape, rest, mask.dim())
         if shape is not None:  # no need to know how many are selected
-            selected = mask.reshape(*mask.shape, *[1] * rest)
+            selected = mask.reshape(*mask.shape, *[1] * rest).bool()
             return torch.where(selected, g, 0).sum_to_size(shape).reshape(values.shape)
-        return aten.index.Tensor(g, without_masks(indices, values.shape[len(values.shape) - rest - 1]))
-    return aten.index.Tensor(g, indices)
+    return aten.index.Tensor(g, where_written(x, indices, values))
 
 
 for op in (aten.index.Tensor, aten._unsafe_index.Tensor):
@@ -261,7 +173,7 @@ for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
 # ----- masked indexing: positions may be out of range where the mask is false -----------------------------------------
 
 
-def in_range(x: Tensor, indices: Sequence[Tensor | None], batched: bool) -> list[Tensor | None]:
+def in_range(x: Tensor, indices: Indices, batched: bool) -> list[Tensor | None]:
     return [i if i is None else i.clamp(-s, s - 1) for s, i in zip(x.shape[batched:], indices, strict=False)]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .index import count_up, nonzero_each
+from .index import count_up
+from .places import nonzero_each
 from .table import (
     aten,
     expand_lead,

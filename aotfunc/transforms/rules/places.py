@@ -1,0 +1,129 @@
+"""Where advanced indices lead: the layout of what they show, and boolean ones as vectors of positions.
+
+How many elements a mask selects is known here from the shape of a result, or of what is written; an op that asks for it
+would have to look at the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .table import aten
+
+Indices = Sequence[Tensor | None]
+
+
+def is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+class Places:
+    """The layout of advanced indices in the unbatched op: NumPy's.
+
+    The indexed dimensions are replaced, at the place of the first, by the broadcast shape of the indices; if other
+    dimensions lie between the indexed ones, that shape comes first of all.
+    """
+
+    def __init__(self, indices: Indices, batched: Sequence[bool]):
+        used = {i: index for i, index in enumerate(indices) if index is not None}
+        mask = {i for i, index in used.items() if is_mask(index)}
+        at = list(used)
+        #: rank of the broadcast indices (a mask is as many vectors of positions as it has dimensions)
+        self.rank = max((1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0)
+        #: how many dimensions of the tensor are indexed
+        self.taken = sum(index.dim() if i in mask else 1 for i, index in used.items())
+        self.together = not at or at[-1] - at[0] + 1 == len(at)
+        #: dimensions that stay in front of the indices in the result
+        self.front = at[0] if at and self.together else 0
+
+    def result_rank(self, rank: int) -> int:
+        """Rank of what indexing a tensor of ``rank`` gives."""
+        return rank - self.taken + self.rank
+
+    def to_front(self, x: Tensor) -> Tensor:
+        """``[B, indices, front, rest] -> [B, front, indices, rest]``."""
+        return x.movedim(list(range(1, self.rank + 1)), list(range(self.front + 1, self.front + self.rank + 1)))
+
+    def from_front(self, x: Tensor) -> Tensor:
+        """``[B, front, indices, rest] -> [B, indices, front, rest]``."""
+        return x.movedim(list(range(self.front + 1, self.front + self.rank + 1)), list(range(1, self.rank + 1)))
+
+
+# ----- masks as positions ---------------------------------------------------------------------------------------------
+
+
+class Count(NamedTuple):
+    """How many elements each mask of an index selects; ``repeated``: it may also be one, for all of them."""
+
+    number: Any
+    repeated: bool
+
+
+def single(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]:
+    """Indices as one example has them, for their shapes."""
+    return [i.new_empty(i.shape[1:]) if b and i is not None else i for i, b in zip(indices, batched, strict=True)]
+
+
+def widths(indices: Indices) -> list[Any]:
+    """Lengths, other than one, of the other indices where they meet the positions of a mask."""
+    return [i.shape[-1] for i in indices if i is not None and not is_mask(i) and i.dim() and i.shape[-1] != 1]
+
+
+def count_read(indices: Indices, shape: Sequence[Any]) -> Count | None:
+    """What the masks among the (unbatched) indices select if the result has this shape; ``None`` without a mask."""
+    masks = sum(map(is_mask, indices))
+    if not masks:
+        return None
+    places = Places(indices, [False] * len(indices))
+    return Count(shape[places.front + places.rank - 1], masks > 1 or bool(widths(indices)))
+
+
+def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count | None:
+    """What the masks among the (unbatched) indices of a tensor of ``rank`` select if values of this shape are written
+    there; ``None`` if one value is written to all.
+    """
+    if found := widths(indices):
+        return Count(found[0], True)
+    places = Places(indices, [False] * len(indices))
+    at = len(values) - (places.result_rank(rank) - (places.front + places.rank - 1))
+    return Count(values[at], sum(map(is_mask, indices)) > 1) if at >= 0 and values[at] != 1 else None
+
+
+def numbered(indices: Indices, count: Count) -> list[Tensor | None]:
+    """The indices of the unbatched op, masks as vectors of positions."""
+    return numbered_each(indices, [False] * len(indices), count)[0]
+
+
+def numbered_each(indices: Indices, batched: Sequence[bool], count: Count) -> tuple[list[Tensor | None], list[bool]]:
+    """The indices and which are batched, masks as one vector of positions ``[count]``, or ``[B, count]`` of each
+    example, for each of their dimensions.
+    """
+    found: list[tuple[Tensor | None, bool]] = []
+    for index, b in zip(indices, batched, strict=True):
+        if index is None or not is_mask(index):
+            found.append((index, b))
+            continue
+        rows = nonzero_each(index, count.number) if b else aten.nonzero_static(index, size=count.number)
+        if count.repeated:
+            rows = torch.where(rows < 0, rows.narrow(-2, 0, min(count.number, 1)), rows)
+        found += [(column, b) for column in rows.unbind(-1)]
+    return [i for i, _ in found], [b for _, b in found]
+
+
+def nonzero_each(x: Tensor, length: Any, fill: int = -1) -> Tensor:
+    """``nonzero_static`` for each example: ``[B, length, rank]``."""
+    if not length or not x.numel():
+        return torch.full((x.shape[0], length, x.dim() - 1), fill, device=x.device)
+    found = (x != 0).flatten(1) if x.dim() > 1 else (x != 0).unsqueeze(1)
+    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)  # the true ones first, in order
+    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))  # or cuts off
+    there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
+    columns, stride = [], 1
+    for s in reversed(x.shape[1:]):
+        columns.append(torch.where(there, order.div(stride, rounding_mode="floor") % s, fill))
+        stride *= s
+    return torch.stack(columns[::-1], 2) if columns else order.new_zeros(x.shape[0], length, 0)
