@@ -84,6 +84,7 @@ def weight_norm_backward(g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim
 
 
 opened_as(aten._weight_norm_interface_backward, weight_norm_backward)
+opened_as(aten._linalg_eigvals, lambda a: aten.linalg_eig(a)[0])
 
 
 # ----- gated linear units ---------------------------------------------------------------------------------------------
@@ -141,6 +142,14 @@ def power_sum(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, d
 for op in named("linalg__powsum"):
     vmap_of(op)(shifted(op, "dim"))
     opened_as(op, power_sum)
+
+
+opened_as(aten._stack, lambda tensors, dim=0: torch.stack(tensors, dim))
+
+
+@vmap_of(aten._functional_assert_async.msg)
+def _(x: Tensor, message: str, token: Tensor) -> Tensor:
+    return aten._functional_assert_async.msg(x.all(), message, token)
 
 
 # ----- numbers from tensors -------------------------------------------------------------------------------------------
