@@ -38,9 +38,9 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy over aotfunc/
 	$(PY) -m mypy
 
-bench: $(STAMP) ## run the benchmarks (installs the bench extra: jax)
+bench: $(STAMP) ## run the benchmarks that need no GPU (installs the bench extra: jax)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[bench]'
-	@set -e; for b in benchmarks/[a-z]*.py; do echo "== $$b"; $(PY) $$b; done
+	@set -e; for b in capture graphs eager overhead partition; do echo "== $$b"; $(PY) -m benchmarks.$$b; done
 
 check: lint types test ## all that must pass before a change is handed in
 
