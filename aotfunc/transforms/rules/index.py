@@ -104,7 +104,8 @@ def batch_index_put(
         for mask, b in zip(indices, index_batched, strict=True):
             if b and mask is not None and is_mask(mask):
                 selected = mask.flatten(1).count_nonzero(1)
-                fits = (selected == count.number) | ((selected == 1) & count.repeated)
+                fits = selected == count.number
+                fits = fits | (selected == 1) if count.repeated else fits
                 text = f"{count.number} elements are written where a mask selects others"
                 aten._assert_async.msg(fits.all(), text)
         indices, index_batched = numbered_each(indices, index_batched, count)

@@ -107,23 +107,38 @@ def numbered_each(indices: Indices, batched: Sequence[bool], count: Count) -> tu
         if index is None or not is_mask(index):
             found.append((index, b))
             continue
-        rows = nonzero_each(index, count.number) if b else aten.nonzero_static(index, size=count.number)
+        if b:
+            columns = columns_each(index, count.number, exact=not count.repeated)
+        else:
+            columns = list(aten.nonzero_static(index, size=count.number).unbind(1))
         if count.repeated:
-            rows = torch.where(rows < 0, rows.narrow(-2, 0, min(count.number, 1)), rows)
-        found += [(column, b) for column in rows.unbind(-1)]
+            columns = [torch.where(c < 0, c[..., :1], c) for c in columns]
+        found += [(c, b) for c in columns]
     return [i for i, _ in found], [b for _, b in found]
+
+
+def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) -> list[Tensor]:
+    """The columns ``[B, length]`` of ``nonzero_static`` for each example; ``exact``: each finds at least ``length``."""
+    if not length or not x.numel():
+        return [torch.full((x.shape[0], length), fill, device=x.device)] * (x.dim() - 1)
+    found = x if x.dtype == torch.bool else x != 0
+    found = found.flatten(1) if x.dim() > 1 else found.unsqueeze(1)
+    order = torch.argsort(found, dim=1, descending=True, stable=True)  # the true ones first, in order
+    columns, stride = [], 1
+    if exact:
+        order = order.narrow(1, 0, length)
+    else:
+        order = torch.nn.functional.pad(order, (0, length - order.shape[1]))  # or cuts off
+        there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
+    for d in reversed(range(1, x.dim())):
+        column = order if stride == 1 else order.div(stride, rounding_mode="floor")
+        column = column if d == 1 else column % x.shape[d]
+        columns.append(column if exact else torch.where(there, column, fill))
+        stride *= x.shape[d]
+    return columns[::-1]
 
 
 def nonzero_each(x: Tensor, length: Any, fill: int = -1) -> Tensor:
     """``nonzero_static`` for each example: ``[B, length, rank]``."""
-    if not length or not x.numel():
-        return torch.full((x.shape[0], length, x.dim() - 1), fill, device=x.device)
-    found = (x != 0).flatten(1) if x.dim() > 1 else (x != 0).unsqueeze(1)
-    order = torch.argsort(found.logical_not().to(torch.uint8), dim=1, stable=True)  # the true ones first, in order
-    order = torch.nn.functional.pad(order, (0, length - order.shape[1]))  # or cuts off
-    there = torch.arange(length, device=x.device) < found.sum(1, keepdim=True)
-    columns, stride = [], 1
-    for s in reversed(x.shape[1:]):
-        columns.append(torch.where(there, order.div(stride, rounding_mode="floor") % s, fill))
-        stride *= s
-    return torch.stack(columns[::-1], 2) if columns else order.new_zeros(x.shape[0], length, 0)
+    columns = columns_each(x, length, fill)
+    return torch.stack(columns, 2) if columns else x.new_zeros((x.shape[0], length, 0), dtype=torch.int64)
