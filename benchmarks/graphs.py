@@ -1,14 +1,15 @@
 """How many ops the graphs of transformed functions have: aotfunc beside torch.func under torch's make_fx, and JAX.
+``python -m benchmarks.graphs [--quick] [--write]``.
 
-python -m benchmarks.graphs [--quick] [--write]. The same functions of the same arguments, each written in the
-idiom of its library. What is counted, after code that no result needs is gone from each:
+The same functions of the same arguments, each written in the idiom of its library; that the three return equal values
+is checked on the way. What is counted, after code that no result needs is gone from each:
 
-- aotfunc: calls of the graph of ``aotfunc.make_fx``, ``getitem`` left out (SEMANTICS 26), constants left out;
+- aotfunc: calls in the graph of ``aotfunc.make_fx``; neither ``getitem`` nor constants (``get_attr``) are calls;
 - torch: the same of ``make_fx(torch.func…)`` once ``detach`` and ``alias``, mere bookkeeping, are removed; "merged"
   is that graph after functorch's common-subexpression elimination, which make_fx itself does not do;
 - JAX: equations of ``jax.make_jaxpr``, those of inner calls (pjit, custom_jvp_call, …) in place of the call. Its
-  primitives are finer than aten's ops (no softmax, layer norm, cross entropy; a type or a shape conversion is an
-  equation), so only the programs of plain arithmetic compare like with like; they have a mean of their own.
+  primitives are finer than aten's ops: there is no softmax, layer norm or cross entropy among them, and a conversion
+  of type or shape is an equation. So the programs of plain arithmetic have a mean of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx as torch_make_fx
@@ -33,7 +35,13 @@ aten = torch.ops.aten
 
 
 def ours(program: Callable, args: tuple) -> int:
-    return size(make_fx(program(aotfunc))(*args).graph)
+    gm = make_fx(program(aotfunc))(*args)
+    alike(gm(*args), program(torch.func)(*args))
+    return size(gm.graph)
+
+
+def alike(mine: Any, theirs: Any) -> None:
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3, check_stride=False)
 
 
 def torchs(program: Callable, args: tuple) -> tuple[int, int]:
@@ -67,6 +75,8 @@ def jaxs() -> Callable[[str, tuple], int] | None:
 
     def counted(name: str, args: tuple) -> int:
         mine = tree_map_only(torch.Tensor, lambda t: jnp.asarray(t.numpy()), args)
+        result = jax.tree.map(lambda a: torch.from_numpy(np.array(a)), THEIRS[name](*mine))
+        alike(PROGRAMS[name][0](aotfunc)(*args), result)
         jaxpr = jax.make_jaxpr(THEIRS[name])(*mine).jaxpr
         live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         return count(live)
@@ -83,6 +93,8 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     torch.set_num_threads(options.threads)
     report = Report("graphs", "Sizes of graphs", "python -m benchmarks.graphs")
+    for line in (__doc__ or "").split("\n\n", 1)[1].strip().split("\n\n"):
+        report.note(line)
     jax = jaxs()
     names = ["grad sum sin", "vmap grad MLP"] if options.quick else list(PROGRAMS)
     counts = {}

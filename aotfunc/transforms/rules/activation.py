@@ -83,6 +83,16 @@ pointwise(
     lambda h, out, g, x, approximate: aten.gelu_backward(h, x, approximate=approximate),
     gelu_second,
 )
+
+
+@vmap_of(aten.gelu_backward)
+def _(g: Tensor, x: Tensor, approximate: str, *, batched: tuple[bool, bool]) -> Tensor:
+    rank = max(g.dim() - batched[0], x.dim() - batched[1])
+    g, x = (t if b else t.unsqueeze(0) for t, b in zip((g, x), batched, strict=True))
+    g, x = (t.reshape(t.shape[0], *[1] * (rank + 1 - t.dim()), *t.shape[1:]) for t in (g, x))
+    return aten.gelu_backward(*torch.broadcast_tensors(g, x), approximate=approximate)  # oneDNN's does not broadcast
+
+
 pointwise(aten.silu, silu_first)
 pointwise(aten.silu_backward, lambda h, out, g, x: aten.silu_backward(h, x), silu_second)
 pointwise(aten.mish, lambda g, out, x: aten.mish_backward(g, x))
