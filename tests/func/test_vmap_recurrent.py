@@ -153,3 +153,30 @@ def test_a_packed_sequence(kind):
     assert_same(vmap(f)(x), loop(f)(x))
     total = lambda x: sum(o.sin().sum() for o in f(x))
     assert_same(vmap(grad(total))(x), loop(grads(total))(x))
+
+
+@pytest.mark.parametrize("count", [None, 1, 2])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}, {"bias": False}]
+)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_in_float32_on_the_kernels_of_onednn(kind, how, count):
+    torch.manual_seed(0)
+    module = getattr(torch.nn, kind)(I, H, **how)
+    shape = (T, I) if count is None else (count, T, I) if how.get("batch_first") else (T, count, I)
+    x, states = torch.randn(B, *shape), each(dict(module.named_parameters()))
+    f = lambda p, x: outputs(functional_call(module, p, (x,)))
+    total = lambda p, x: sum(o.sin().sum() for o in f(p, x))
+    plain = {k: v.detach() for k, v in module.named_parameters()}
+    none, mapped = dict.fromkeys(plain), dict.fromkeys(plain, 0)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    for dims, given, p, sample in (
+        ((none, 0), (None, 0), plain, x),
+        ((mapped, None), (0, None), states, x[0]),
+        ((mapped, 0), (0, 0), states, x),
+    ):
+        with torch.no_grad():
+            assert_same(vmap(f, given)(p, sample), loop(f, dims)(p, sample), **tolerance)
+        assert_same(
+            vmap(grad(total, (0, 1)), given)(p, sample), loop(grads(total, (0, 1)), dims)(p, sample), **tolerance
+        )

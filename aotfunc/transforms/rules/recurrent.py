@@ -39,8 +39,9 @@ def _(*args: Any, batched: Any, size: Any) -> Any:
     x, *weights, h, c = tensors
     x, h, c = (with_batch(t, b, size) for t, b in zip((x, h, c), (batched[0], *batched[5:]), strict=True))
     if not any(batched[1:5]):
-        folded = (into(x, 1), *weights, into(h, h.dim() - 3), into(c, c.dim() - 3))
-        out, h_end, c_end, _ = aten.mkldnn_rnn_layer(*folded, reverse, batch_sizes, mode, *rest)
+        # contiguous, as the kernel takes them to be without looking
+        x, h_in, c_in = (into(t, d).contiguous() for t, d in ((x, 1), (h, h.dim() - 3), (c, c.dim() - 3)))
+        out, h_end, c_end, _ = aten.mkldnn_rnn_layer(x, *weights, h_in, c_in, reverse, batch_sizes, mode, *rest)
         out = out_of(out, 1, size)
         h_end, c_end = out_of(h_end, h.dim() - 3, size), out_of(c_end, c.dim() - 3, size)
     else:
