@@ -30,7 +30,7 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         if n == 1 and same(x, val):
             return x
         if m is not None:
-            return computed(b, val, operator.mul, m, n)
+            return computed(b, val, operator.mul, x, y)
         if y.__class__ is Node and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
             return scaled(b, val, x, n)
     elif m is not None and x.__class__ is Node:
@@ -59,9 +59,8 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         return x
     m = number(x)
     if m is not None:
-        n = number(y)
-        if n is not None:
-            return computed(b, val, np.divide, m, n)
+        if number(y) is not None:
+            return computed(b, val, np.divide, x, y)
         if m == 1 and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
             return fit(val, b.call(aten.reciprocal.default, y))
     if negated(x, val):
@@ -105,7 +104,7 @@ def with_number(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
     if m is None and n is None:
         return None
     if m is not None and n is not None:
-        return computed(b, val, op, m, n)
+        return computed(b, val, op, x, y)
     adds = op is operator.add
     if n is not None:
         if n == 0 and np.signbit(n) == adds and same(x, val):  # x - 0 and x + -0 are x, but -0 + 0 is 0

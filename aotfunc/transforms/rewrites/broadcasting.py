@@ -1,7 +1,4 @@
-"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant be filled.
-
-Those here are exact arithmetic, whose bits do not depend on how a kernel walks over memory.
-"""
+"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant be filled."""
 
 from __future__ import annotations
 
@@ -16,14 +13,12 @@ from .constants import EXPAND, FULL, VIEW, full, solid, spread
 from .table import aten, rewrite
 
 WHERE = aten.where.self
-POINTWISE = (
-    *(getattr(aten, name).Tensor for name in ["add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"]),
-    aten.maximum.default,
-    aten.minimum.default,
-    aten.tanh_backward.default,
-    aten.sigmoid_backward.default,
-    aten.threshold_backward.default,
-    WHERE,
+#: one IEEE operation for each element: its bits do not depend on how a kernel walks over memory
+SINGLE = frozenset(
+    (
+        *(getattr(aten, name).Tensor for name in ["add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"]),
+        *(aten.maximum.default, aten.minimum.default, aten.threshold_backward.default, WHERE),
+    )
 )
 CLONE = aten.clone.default
 SPREAD = frozenset((EXPAND, VIEW, aten.unsqueeze.default, FULL, CLONE))
@@ -34,26 +29,26 @@ def _pointwise(op: Any, b: Builder, val: Sig, *args: Any, **kwargs: Any) -> Any:
     for i, a in enumerate(args):
         if a.__class__ is Node and a.target in SPREAD:
             constant = constant or spread(a)
-            narrow = unspread(b, a)
+            narrow = unspread(b, a, op in SINGLE)
             if narrow is None or (not narrow.meta["val"].shape and op is not WHERE and not one_dtype(args)):
                 continue
             slim = (*args[:i], narrow, *args[i + 1 :])
             # the kernel sees the same strides, so the bits are the same, unless this argument gave the shape
             if infer_val(op, slim, kwargs) is val:
                 return b.node(op, slim, kwargs, val)
-    return solid(b, val, op, args, kwargs) if constant else None
+    return solid(b, val, op, args, kwargs) if constant and op in SINGLE else None
 
 
-for op in POINTWISE:
+for op in (*SINGLE, aten.tanh_backward.default, aten.sigmoid_backward.default):
     rewrite(op)(partial(_pointwise, op))
 
 
-def unspread(b: Builder, a: Node) -> Node | None:
-    """What ``a`` is when it is broadcast from fewer elements or dimensions, or None."""
+def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
+    """What ``a`` is broadcast from (with ``copies`` also if it is a dense copy of that), None if it is not broadcast."""
     val = a.meta["val"]
     if a.target is FULL:
         return full(b, val, a.args[1], ()) if val.shape else None
-    x = a if a.target is not CLONE or a.args[0].target is not EXPAND else a.args[0]  # arithmetic needs no dense copy
+    x = a.args[0] if a.target is CLONE and copies and a.args[0].target is EXPAND else a
     while x.target in SPREAD and x.target is not FULL and x.target is not CLONE:
         under = x.args[0]
         shape, wide = under.meta["val"].shape, x.meta["val"].shape

@@ -93,13 +93,21 @@ def plain_number(value: Any, dtype: torch.dtype) -> Any:
     return int(value) if whole else value
 
 
-def computed(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
-    """The constant ``op(x, y)`` of two constants, computed in their dtype; None where that is not to be had.
+def of_dtype(a: Any, dtype: torch.dtype) -> bool:
+    """Whether :func:`number` of ``a`` is its value in this dtype; 0.1 in float32 is not 0.1 in float64."""
+    return a.__class__ is not Node or a.meta["val"].dtype is dtype
+
+
+def computed(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
+    """The constant ``op(a, c)`` of two constants, computed in their dtype; None where that is not to be had.
 
     Arithmetic is the same to the bit wherever IEEE 754 holds, but for a quotient: a GPU multiplies by the reciprocal
     of a number, which is the same for a numerator of one only.
     """
-    if val.dtype not in EXACT or (op is np.divide and val.device.type != "cpu" and abs(x) != 1):
+    if val.dtype not in EXACT or not (of_dtype(a, val.dtype) and of_dtype(c, val.dtype)):
+        return None
+    x, y = number(a), number(c)
+    if op is np.divide and val.device.type != "cpu" and abs(x) != 1:
         return None
     real = np.float32 if val.dtype is torch.float32 else np.float64
     with np.errstate(all="ignore"):
@@ -152,10 +160,10 @@ def _part(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
 def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
     """The sum of equal whole numbers is exact in any order, as long as it is small."""
     value = number(x) if is_call(x, FULL, EXPAND) else None
-    if value is None or dtype is not None or val.dtype not in EXACT or not val.numel:
+    if value is None or dtype is not None or val.dtype not in EXACT or not val.numel or not float(value).is_integer():
         return None
-    total = value * (x.meta["val"].numel // val.numel)
-    return filled(b, val, total) if value == int(value) and abs(total) < 2**24 else None
+    total = value * (x.meta["val"].numel // val.numel) + 0.0  # a sum starts with 0, so that of minus zeros is 0
+    return filled(b, val, total) if abs(total) < 2**24 else None
 
 
 @rewrite(aten.where.self)
