@@ -272,6 +272,34 @@ case(
     "LSTM grad", lambda x, w: grad(lambda w: lstm(x, w).sin().sum())(w), lambda: (r(5, 2, 3).float(), weights_of_lstm())
 )
 
+# dimensions of size 1, whose strides say nothing and are read by some kernels all the same ----------------------------
+
+segments_of_one = lambda x, n: torch.segment_reduce(x, "sum", lengths=n)
+for shape in ((6, 1), (1, 2), (3,)):
+    draw = lambda shape=shape: (r(*shape), torch.tensor(shape[:1]))
+    case(f"segment_reduce of one {shape}", segments_of_one, draw)
+    case(
+        f"segment_reduce vjp of one {shape}",
+        pulled(segments_of_one),
+        lambda draw=draw, shape=shape: (*draw(), r(1, *shape[1:])),
+    )
+case(
+    "LSTM of one", lambda x: torch.cat([t.flatten() for t in (LSTM(x)[0], *LSTM(x)[1])]), lambda: (r(5, 1, 3).float(),)
+)
+case("LSTM without a batch", lambda x: LSTM(x)[0], lambda: (r(5, 3).float(),))
+ctc_of_one = lambda x, t, a, b: F.ctc_loss(x, t, a, b, reduction="none")
+draw = lambda: (r(7, 1, 5).log_softmax(-1), whole(1, 5, 1, 1), whole(5, 8, 1), whole(0, 2, 1))
+case("ctc_loss of one label", ctc_of_one, draw)
+case("ctc_loss vjp of one label", pulled(ctc_of_one), lambda draw=draw: (*draw(), r(1)))
+for mode in ("sum", "mean", "max"):
+    bag_of_one = lambda w, i, o, mode=mode: F.embedding_bag(i, w, o, mode=mode)
+    draw = lambda: (r(3, 1), whole(0, 3, 1), torch.tensor([0]))
+    case(f"embedding_bag of one {mode}", bag_of_one, draw)
+    case(f"embedding_bag vjp of one {mode}", pulled(bag_of_one), lambda draw=draw: (*draw(), r(1, 1)))
+pool_of_one = lambda x, s: F.fractional_max_pool2d(x, 2, 3, _random_samples=s, return_indices=True)
+case("fractional_max_pool2d of one", pool_of_one, lambda: (r(1, 1, 7, 7), torch.rand(1, 1, 2, dtype=D)))
+case("multi_margin_loss of one", F.multi_margin_loss, lambda: (r(1, 5), whole(0, 5, 1)))
+
 
 def close(name):
     single = any(word in name for word in ("LSTM", "fake", "matrix"))

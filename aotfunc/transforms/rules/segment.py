@@ -12,6 +12,14 @@ from .scatter import scatter_reduce_back
 from .table import aten, opened_as, vmap_of
 
 
+def packed(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:
+    """A batch that is contiguous to the last stride: the kernels step by those of dimensions of size 1 too."""
+    if x is None:
+        return None
+    x = with_batch(x, carries, size)
+    return x.flatten().view(x.shape)
+
+
 @vmap_of(aten.segment_reduce)
 def _(
     data: Tensor,
@@ -27,8 +35,7 @@ def _(
     size: Any,
 ) -> Tensor:
     data, lengths, _, offsets = (
-        None if t is None else with_batch(t, b, size)
-        for t, b in zip((data, lengths, indices, offsets), batched, strict=True)
+        packed(t, b, size) for t, b in zip((data, lengths, indices, offsets), batched, strict=True)
     )
     how = {"lengths": lengths, "offsets": offsets, "unsafe": unsafe, "initial": initial}
     return aten.segment_reduce(data, reduce, axis=axis + 1, **how)
@@ -49,8 +56,7 @@ def _(
     size: Any,
 ) -> Tensor:
     g, out, data, lengths, offsets = (
-        None if t is None else with_batch(t, b, size)
-        for t, b in zip((g, out, data, lengths, offsets), batched, strict=True)
+        packed(t, b, size) for t, b in zip((g, out, data, lengths, offsets), batched, strict=True)
     )
     how = {"lengths": lengths, "offsets": offsets, "initial": initial}
     return aten._segment_reduce_backward(g, out, data, reduce, axis=axis + 1, **how)
