@@ -44,7 +44,7 @@ for op in (*SINGLE, aten.tanh_backward.default, aten.sigmoid_backward.default):
 
 
 def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
-    """What ``a`` is broadcast from (with ``copies`` also if it is a dense copy of that), None if it is not broadcast."""
+    """What ``a`` is broadcast from (with ``copies`` also if it is a dense copy of that); None if it is not."""
     val = a.meta["val"]
     if a.target is FULL:
         return full(b, val, a.args[1], ()) if val.shape else None
