@@ -18,7 +18,7 @@ from .backends.eager import compile_graph
 from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
-from .trace.shapes import Facts
+from .trace.shapes import Facts, Sig
 from .transforms.walk import builder
 
 aten = torch.ops.aten
@@ -36,14 +36,14 @@ def is_view(n: Any) -> bool:
 
 
 def without_views(
-    program: Program, groups: Sequence[int], quiet: bool = False
+    program: Program, groups: Sequence[int], sigs: Sequence[Sig], quiet: bool = False
 ) -> tuple[Program, Callable[..., tuple] | None]:
     """``(program, views)``: a program that returns no views, no inputs and no value twice, and ``views(*inputs, *its
     results)``, run after written inputs have been updated, for the results of the old one (None where nothing changes).
 
     ``groups``: for each result the value of the recording whose memory it shares: results of one group alias each
     other, and the input of that number if there is one (closed-over tensors count -1, -2, …); others must not.
-    ``quiet``: captured with gradients off, so that results need no ``detach`` of their own.
+    ``sigs``: what each result is in eager, with its place in an input's memory. ``quiet``: captured with gradients off, so that results need no ``detach`` of their own.
     """
     outs = output_node(program.graph).args[0]
     results, finals = [undetached(o, quiet) for o in outs[: program.n_outputs]], outs[program.n_outputs :]
@@ -57,7 +57,7 @@ def without_views(
         roots: dict[Node, Node] = {}
         owners: dict[Node, int] = {}
 
-        def result(o: Node, group: int) -> Node:
+        def result(o: Node, group: int, sig: Sig) -> Node:
             place = group if group >= 0 else program.n_inputs - group - 1
             mine = new[place] if group < program.n_inputs else None
             chain: list[Node] = []
@@ -66,31 +66,33 @@ def without_views(
                 chain.append(n)
                 n = above
             if mine is not None:
-                if mine in (inputs.get(n), written.get(n)):
+                counted = any(m.target is aten.as_strided.default for m in chain)  # in the memory of a value
+                if mine is inputs.get(n) or (mine is written.get(n) and not counted):
                     return follow(b, mine, chain, made)
                 # a view of what was written through views: it has no chain of its own any more
-                val = o.meta["val"]
-                layout = (list(val.shape), list(val.stride), val.offset)
-                return b.make("call_function", aten.as_strided.default, (mine, *layout), {}, val)
-            if n in inputs:
-                source, owner = inputs[n], None
-            else:
-                if n not in roots:
-                    roots[n] = b.placeholder(n.name, n.meta["val"])
-                source, owner = roots[n], owners.setdefault(n, group)
-            if owner != group:  # rewriting has made them the same: a copy for each group
+                layout = (list(sig.shape), list(sig.stride), sig.offset)
+                return b.make("call_function", aten.as_strided.default, (mine, *layout), {}, sig)
+            if n not in roots:
+                roots[n] = b.placeholder(n.name, n.meta["val"])
+            source = roots[n]
+            if owners.setdefault(n, group) != group:  # rewriting has made them the same: a copy for each group
                 if (n, group) not in made:
                     made[n, group] = b.make("call_function", aten.clone.default, (source,), {}, n.meta["val"])
                 source = made[n, group]
             return follow(b, source, chain, made)
 
-        final = [result(o, g) if isinstance(o, Node) else o for o, g in zip(results, groups, strict=True)]
-        if final == list(roots.values()) and list(roots) == list(results):
+        final = [result(o, g, s) if isinstance(o, Node) else o for o, g, s in zip(results, groups, sigs, strict=True)]
+        copied = [n for n in roots if n in inputs]  # values that are an input's own by now: its value before the writes
+        if not copied and final == list(roots.values()) and list(roots) == list(results):
             return program, None
         views = compile_graph(b.finish(final))
         b = builder()
         new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
-        graph = b.finish(b.splice(program.graph, new, (*roots, *finals)))
+        kept = list(b.splice(program.graph, new, (*roots, *finals)))
+        for i, n in enumerate(roots):
+            if n in inputs:
+                kept[i] = b.make("call_function", aten.clone.default, (kept[i],), {}, n.meta["val"])
+        graph = b.finish(kept)
     return Program(graph, program.n_inputs, len(roots), program.mutated, program.name), views
 
 

@@ -37,7 +37,9 @@ class Recording:
         self._program: Program | None = None
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
-        self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
+        found = [trace.ref_of(self.leaves[i]) for i in self.tensors]
+        self.refs = tuple([ref for ref, _ in found])
+        self.sigs = [sig for _, sig in found]
 
     @property
     def closed_over(self) -> list[Tensor]:
