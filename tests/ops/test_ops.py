@@ -65,7 +65,7 @@ def test_a_mask_has_every_derivative_and_is_no_constant_of_the_cache():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel has a way of its own for float32
 @pytest.mark.parametrize("padding", [None, 1])
-@pytest.mark.parametrize("offsets", [[0, 3, 3, 5], [0, 2, 6, 8]])
+@pytest.mark.parametrize("offsets", [[0, 3, 3, 8]])  # one bag is empty
 @pytest.mark.parametrize("how", ["sum", "mean", "max", "weighted", "last"])
 def test_bags_of_embeddings(how, offsets, padding, dtype):
     indices = torch.tensor([0, 1, 1, 3, 2, 1, 4, 0][: 8 if how != "last" else offsets[-1]])
