@@ -6,33 +6,21 @@ the result it is a view of, it is one for autograd too: later writes are seen th
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from .backends.eager import compile_graph
 from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
-from .trace.shapes import Facts, Sig
+from .trace.shapes import Sig
+from .transforms.fresh import follow, viewed
 from .transforms.walk import builder
 
 aten = torch.ops.aten
-
-
-def viewed(n: Node) -> Node | None:
-    """The node that ``n`` is a view of."""
-    if n.target is operator.getitem and is_view(n.args[0]):
-        n = n.args[0]  # type: ignore[assignment]
-    return n.args[Facts(n.target).view_of] if is_view(n) else None  # type: ignore[index,return-value]
-
-
-def is_view(n: Any) -> bool:
-    return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
 
 
 def without_views(
@@ -43,7 +31,8 @@ def without_views(
 
     ``groups``: for each result the value of the recording whose memory it shares: results of one group alias each
     other, and the input of that number if there is one (closed-over tensors count -1, -2, …); others must not.
-    ``sigs``: what each result is in eager, with its place in an input's memory. ``quiet``: captured with gradients off, so that results need no ``detach`` of their own.
+    ``sigs``: what each result is in eager, with its place in an input's memory. ``quiet``: captured with gradients
+    off, so that results need no ``detach`` of their own.
     """
     outs = output_node(program.graph).args[0]
     results, finals = [undetached(o, quiet) for o in outs[: program.n_outputs]], outs[program.n_outputs :]
@@ -105,26 +94,6 @@ def undetached(o: Any, quiet: bool) -> Any:
     return o
 
 
-def follow(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:
-    """The chain's ops applied to ``source``."""
-    x = source
-    for n in reversed(chain):
-        calls = [n.args[0], n] if n.target is operator.getitem else [n]
-        for m in calls:
-            key = (m, source)
-            if key not in made:
-                args = (x, m.args[1]) if m.target is operator.getitem else rewired(m, x)
-                made[key] = b.make("call_function", m.target, args, dict(m.kwargs), m.meta["val"])
-            x = made[key]
-    return x
-
-
-def rewired(m: Any, x: Any) -> tuple:
-    args = list(m.args)
-    args[Facts(m.target).view_of] = x  # type: ignore[index]
-    return tuple(args)
-
-
 def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
     """The results of a program, with copies where the new value of a written input is, or is a view of, another written
     input: that one may be written first.
@@ -147,7 +116,7 @@ def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequ
 
 def root(n: Any) -> Any:
     """The node whose memory ``n`` shows."""
-    while isinstance(n, Node) and n.op == "call_function":
+    while isinstance(n, Node):
         above = n.args[1] if n.target is hidden_write else viewed(n)
         if above is None:
             break
