@@ -6,44 +6,33 @@ the result it is a view of, it is one for autograd too: later writes are seen th
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from .backends.eager import compile_graph
 from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
-from .trace.shapes import Facts
+from .trace.shapes import Sig
+from .transforms.fresh import follow, viewed
 from .transforms.walk import builder
 
 aten = torch.ops.aten
 
 
-def viewed(n: Node) -> Node | None:
-    """The node that ``n`` is a view of."""
-    if n.target is operator.getitem and is_view(n.args[0]):
-        n = n.args[0]  # type: ignore[assignment]
-    return n.args[Facts(n.target).view_of] if is_view(n) else None  # type: ignore[index,return-value]
-
-
-def is_view(n: Any) -> bool:
-    return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
-
-
 def without_views(
-    program: Program, groups: Sequence[int], quiet: bool = False
+    program: Program, groups: Sequence[int], sigs: Sequence[Sig], quiet: bool = False
 ) -> tuple[Program, Callable[..., tuple] | None]:
     """``(program, views)``: a program that returns no views, no inputs and no value twice, and ``views(*inputs, *its
     results)``, run after written inputs have been updated, for the results of the old one (None where nothing changes).
 
     ``groups``: for each result the value of the recording whose memory it shares: results of one group alias each
     other, and the input of that number if there is one (closed-over tensors count -1, -2, …); others must not.
-    ``quiet``: captured with gradients off, so that results need no ``detach`` of their own.
+    ``sigs``: what each result is in eager, with its place in an input's memory. ``quiet``: captured with gradients
+    off, so that results need no ``detach`` of their own.
     """
     outs = output_node(program.graph).args[0]
     results, finals = [undetached(o, quiet) for o in outs[: program.n_outputs]], outs[program.n_outputs :]
@@ -57,7 +46,7 @@ def without_views(
         roots: dict[Node, Node] = {}
         owners: dict[Node, int] = {}
 
-        def result(o: Node, group: int) -> Node:
+        def result(o: Node, group: int, sig: Sig) -> Node:
             place = group if group >= 0 else program.n_inputs - group - 1
             mine = new[place] if group < program.n_inputs else None
             chain: list[Node] = []
@@ -66,31 +55,33 @@ def without_views(
                 chain.append(n)
                 n = above
             if mine is not None:
-                if mine in (inputs.get(n), written.get(n)):
+                counted = any(m.target is aten.as_strided.default for m in chain)  # in the memory of a value
+                if mine is inputs.get(n) or (mine is written.get(n) and not counted):
                     return follow(b, mine, chain, made)
                 # a view of what was written through views: it has no chain of its own any more
-                val = o.meta["val"]
-                layout = (list(val.shape), list(val.stride), val.offset)
-                return b.make("call_function", aten.as_strided.default, (mine, *layout), {}, val)
-            if n in inputs:
-                source, owner = inputs[n], None
-            else:
-                if n not in roots:
-                    roots[n] = b.placeholder(n.name, n.meta["val"])
-                source, owner = roots[n], owners.setdefault(n, group)
-            if owner != group:  # rewriting has made them the same: a copy for each group
+                layout = (list(sig.shape), list(sig.stride), sig.offset)
+                return b.make("call_function", aten.as_strided.default, (mine, *layout), {}, sig)
+            if n not in roots:
+                roots[n] = b.placeholder(n.name, n.meta["val"])
+            source = roots[n]
+            if owners.setdefault(n, group) != group:  # rewriting has made them the same: a copy for each group
                 if (n, group) not in made:
                     made[n, group] = b.make("call_function", aten.clone.default, (source,), {}, n.meta["val"])
                 source = made[n, group]
             return follow(b, source, chain, made)
 
-        final = [result(o, g) if isinstance(o, Node) else o for o, g in zip(results, groups, strict=True)]
-        if final == list(roots.values()) and list(roots) == list(results):
+        final = [result(o, g, s) if isinstance(o, Node) else o for o, g, s in zip(results, groups, sigs, strict=True)]
+        copied = [n for n in roots if n in inputs]  # values that are an input's own by now: its value before the writes
+        if not copied and final == list(roots.values()) and list(roots) == list(results):
             return program, None
         views = compile_graph(b.finish(final))
         b = builder()
         new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
-        graph = b.finish(b.splice(program.graph, new, (*roots, *finals)))
+        kept = list(b.splice(program.graph, new, (*roots, *finals)))
+        for i, n in enumerate(roots):
+            if n in inputs:
+                kept[i] = b.make("call_function", aten.clone.default, (kept[i],), {}, n.meta["val"])
+        graph = b.finish(kept)
     return Program(graph, program.n_inputs, len(roots), program.mutated, program.name), views
 
 
@@ -101,26 +92,6 @@ def undetached(o: Any, quiet: bool) -> Any:
         if n.op == "call_function" and viewed(n) is None and n.target is not hidden_write:  # type: ignore[union-attr]
             return n
     return o
-
-
-def follow(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:
-    """The chain's ops applied to ``source``."""
-    x = source
-    for n in reversed(chain):
-        calls = [n.args[0], n] if n.target is operator.getitem else [n]
-        for m in calls:
-            key = (m, source)
-            if key not in made:
-                args = (x, m.args[1]) if m.target is operator.getitem else rewired(m, x)
-                made[key] = b.make("call_function", m.target, args, dict(m.kwargs), m.meta["val"])
-            x = made[key]
-    return x
-
-
-def rewired(m: Any, x: Any) -> tuple:
-    args = list(m.args)
-    args[Facts(m.target).view_of] = x  # type: ignore[index]
-    return tuple(args)
 
 
 def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
@@ -145,7 +116,7 @@ def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequ
 
 def root(n: Any) -> Any:
     """The node whose memory ``n`` shows."""
-    while isinstance(n, Node) and n.op == "call_function":
+    while isinstance(n, Node):
         above = n.args[1] if n.target is hidden_write else viewed(n)
         if above is None:
             break

@@ -197,7 +197,7 @@ class Compiled:
             constants=False,
             name_of=parameter_names(self.f, arguments),
         )
-        program, views = without_views(rec.program(), rec.roots, not torch.is_grad_enabled())
+        program, views = without_views(rec.program(), rec.roots, rec.sigs, not torch.is_grad_enabled())
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.compile_forward, self.split, self.name)
         self.watch_growth(arguments)

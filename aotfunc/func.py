@@ -28,7 +28,7 @@ from .graph import Program
 from .run import execute
 from .trace.tree import Arguments, flatten, unflatten
 from .transforms.capture import parameter_names, record
-from .transforms.fresh import fresh
+from .transforms.fresh import ANYTHING, fresh
 from .transforms.jvp import jvp as jvp_pass
 from .transforms.linearize import halve, linear_program
 from .transforms.vjp import differentiable
@@ -92,7 +92,7 @@ def _gradient(
         have = [i == 0 for i in range(base.n_outputs)]
         keep = range(0 if value else 1, base.n_outputs)
         joint = vjp_pass(base, wrt, have, ones=True, fill=True, keep=keep)
-        return fresh(joint, [i - keep.start for i in own])
+        return fresh(joint, [(i - keep.start, r) for i, r in own if i in keep])
 
     own = rec.aliases
     program = base.derived(("grad", wrt, value, own), make)
@@ -143,7 +143,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     if halves is None:
         early, late, direct = halve(joint, base.n_outputs, sum(have))
         halves = joint.cache["halves"] = (
-            fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]),
+            fresh(early, [*rec.aliases, *((i, ANYTHING) for i in range(base.n_outputs, early.n_outputs))]),
             late,
             direct,
         )
@@ -251,7 +251,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     if halves is None:
         early, late, direct = halve(program, base.n_outputs, len(wrt))
         halves = program.cache["halves"] = (
-            fresh(early, [*rec.aliases, *range(base.n_outputs, early.n_outputs)]),
+            fresh(early, [*rec.aliases, *((i, ANYTHING) for i in range(base.n_outputs, early.n_outputs))]),
             late,
             direct,
         )

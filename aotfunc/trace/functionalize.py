@@ -132,6 +132,13 @@ class Functionalizer:
             node = view
         return self.detached(node) if grad and ref in self.cut and self.intent else node
 
+    def shown(self, ref: int) -> Node:
+        """As :meth:`read`, always as a view of the memory it shares: also where it was itself written last."""
+        view = self.env[ref]
+        if view.__class__ is View and view.chain and view.storage.version:
+            view.version = -1
+        return self.read(ref)
+
     def detached(self, node: Node) -> Node:
         return self.b.node(aten.detach.default, (node,), {}, node.meta["val"])
 

@@ -37,7 +37,9 @@ class Recording:
         self._program: Program | None = None
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
-        self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
+        found = [trace.ref_of(self.leaves[i]) for i in self.tensors]
+        self.refs = tuple([ref for ref, _ in found])
+        self.sigs = [sig for _, sig in found]
 
     @property
     def closed_over(self) -> list[Tensor]:
@@ -65,12 +67,13 @@ class Recording:
             f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
             f.run()
             mutated = f.mutated()
-            outs = [*(self._returned(f, r) for r in self.refs), *(n for _, n in mutated)]
+            shared = {self.refs[i] for i, _ in self.shared()}
+            outs = [*(self._returned(f, r, r in shared) for r in self.refs), *(n for _, n in mutated)]
             program = Program(b.finish(outs), len(trace.inputs), len(self.refs), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
 
-    def _returned(self, f: Functionalizer, ref: int) -> Any:
-        node = f.read(ref)
+    def _returned(self, f: Functionalizer, ref: int, shared: bool) -> Any:
+        node = f.shown(ref) if shared else f.read(ref)
         if node in f.made_inside:  # a constant that f makes anew: nobody may get hold of ours
             return f.b.make("call_function", torch.ops.aten.clone.default, (node,), {}, node.meta["val"])
         return node
@@ -82,17 +85,18 @@ class Recording:
         return [shared.get(r, r) for r in self.refs]
 
     @property
-    def aliases(self) -> tuple[int, ...]:
-        """Positions, among the returned tensors, of those that share memory with an input, a closed-over tensor or
-        one another.
+    def aliases(self) -> tuple[tuple[int, int], ...]:
+        """``(position, root)`` of those among the returned tensors that share memory with an input, a closed-over
+        tensor or one another.
         """
         known = self.program().cache.get("aliases")
         if known is None:
-            roots = self.roots
-            count = len(self.trace.inputs)
-            known = tuple(i for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
-            self.program().cache["aliases"] = known
+            known = self.program().cache["aliases"] = self.shared()
         return known
+
+    def shared(self) -> tuple[tuple[int, int], ...]:
+        roots, count = self.roots, len(self.trace.inputs)
+        return tuple((i, r) for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
         """The returned tree with these tensors in it."""

@@ -1,11 +1,12 @@
-"""Results that must not share memory with inputs or with one another get a copy: rewriting may have made them the
-same.
+"""Results that must not share memory with inputs or with one another get memory of their own: rewriting may have made
+them the same.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,45 +14,116 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..graph import Program, output_node
-from ..trace.emit import paused_gc
+from ..trace.emit import Builder, infer_val, paused_gc
 from ..trace.shapes import Facts
 from .walk import builder
 
 aten = torch.ops.aten
 
+#: for a result that may share memory with anything
+ANYTHING = None
 
-def fresh(program: Program, own: Sequence[int]) -> Program:
-    """The program with copies where an output would be an input, a view of one, or the same as another output;
-    ``own`` are the outputs that ``f`` returned itself and that may alias as it wishes.
+
+def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
+    """The program with copies where an output would be an input, a view of one, or show another output's memory.
+
+    ``aliases``: pairs of an output and a number. Outputs of one number share their memory, and are views of the input
+    of that number if there is one (closed-over tensors count -1, -2, …); those without a number share none.
     """
     outs = list(output_node(program.graph).args[0])
-    seen: set[Node] = set()
-    copied = []
+    groups: dict[int, Any] = {i: ("own", i) for i in range(program.n_outputs)} | dict(aliases)
+    count = program.n_inputs
+    owners: dict[Node, Any] = {p: i if i < count else count - i - 1 for i, p in enumerate(program.placeholders)}
+    clashes = []
     for i, o in enumerate(outs[: program.n_outputs]):
-        if not isinstance(o, Node):
-            continue
-        root = storage_root(o)
-        if i not in own and (root.op == "placeholder" or root in seen):
-            copied.append(i)
-        else:
-            seen.add(root)
-    if not copied:
+        if isinstance(o, Node):
+            group = groups[i]
+            owner = owners.setdefault(storage_root(o), ("own", i) if group is ANYTHING else group)
+            if owner != group and group is not ANYTHING:
+                clashes.append(i)
+    if not clashes:
         return program
+    together = Counter(groups.values())
     with paused_gc():
         b = builder()
-        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in program.placeholders]
-        results = list(b.splice(program.graph, new, tuple(outs)))
-        for i in copied:
-            x = results[i]
-            results[i] = b.make("call_function", aten.clone.default, (x,), {}, x.meta["val"])
-        return Program(b.finish(results), program.n_inputs, program.n_outputs, program.mutated, program.name)
+        placeholders = program.placeholders
+        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
+        tops = [storage_root(outs[i]) for i in clashes]
+        results = list(b.splice(program.graph, new, (*outs, *tops)))
+        made: dict[tuple, Any] = {}
+        for i, old, top in zip(clashes, tops, results[len(outs) :], strict=True):
+            results[i] = own(b, results[i], outs[i], old, top, groups[i], together[groups[i]] == 1, made)
+        return Program(b.finish(results[: len(outs)]), count, program.n_outputs, program.mutated, program.name)
+
+
+def own(b: Builder, x: Node, out: Node, old: Node, top: Node, group: Any, alone: bool, made: dict) -> Node:
+    """A copy of ``x``; of what it shows (``top``), seen through the same views, if others share it or if a mere copy
+    would be laid out otherwise.
+    """
+    val = out.meta["val"]
+    if x is not top and not (alone and infer_val(aten.clone.default, (x,), {}) is val):
+        chain = chain_of(out)
+        if (top, group) not in made:
+            made[top, group] = copy_of(b, top)
+        memory = made[top, group]
+        if memory.meta["val"] is top.meta["val"] and not any(n.target is aten.as_strided.default for n in chain):
+            return follow(b, memory, chain, made)
+    if (x, group) not in made:
+        made[x, group] = copy_of(b, x)
+    return made[x, group]
+
+
+def copy_of(b: Builder, x: Node) -> Node:
+    return b.make("call_function", aten.clone.default, (x,), {}, infer_val(aten.clone.default, (x,), {}))
+
+
+# ----- views ----------------------------------------------------------------------------------------------------------
+
+
+def is_view(n: Any) -> bool:
+    return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
+
+
+def viewed(n: Node) -> Node | None:
+    """The node that ``n`` is a view of."""
+    if n.op != "call_function":
+        return None
+    if n.target is operator.getitem and is_view(n.args[0]):
+        n = n.args[0]  # type: ignore[assignment]
+    return n.args[Facts(n.target).view_of] if is_view(n) else None  # type: ignore[index,return-value]
+
+
+def chain_of(n: Node) -> list[Node]:
+    """The views that lead from ``n`` to the node whose memory it shows, the last one first."""
+    chain: list[Node] = []
+    while (above := viewed(n)) is not None:
+        chain.append(n)
+        n = above
+    return chain
 
 
 def storage_root(n: Node) -> Node:
     """The node whose memory ``n`` shows."""
-    while n.op == "call_function":
-        view: Any = n.args[0] if n.target is operator.getitem else n
-        if not (isinstance(view.target, OpOverload) and Facts(view.target).view_of is not None):
-            break
-        n = view.args[0]
+    while (above := viewed(n)) is not None:
+        n = above
     return n
+
+
+def follow(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:
+    """The chain's ops applied to ``source``."""
+    x = source
+    for n in reversed(chain):
+        calls = [n.args[0], n] if n.target is operator.getitem else [n]
+        for m in calls:
+            key = (m, source)
+            if key not in made:
+                args = (x, m.args[1]) if m.target is operator.getitem else rewired(m, x)  # type: ignore[union-attr]
+                made[key] = b.make("call_function", m.target, args, dict(m.kwargs), m.meta["val"])  # type: ignore[union-attr]
+            x = made[key]
+    return x
+
+
+def rewired(m: Any, x: Any) -> tuple:
+    args = list(m.args)
+    args[Facts(m.target).view_of] = x  # type: ignore[index]
+    return tuple(args)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..graph import Program, draws, output_node
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes import Sig, contiguous_stride, make_sig
-from .fresh import fresh
+from .fresh import ANYTHING, fresh
 from .linearize import halve, linear_program
 from .lower import lowered
 from .vjp import vjp
@@ -42,7 +42,9 @@ def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: ra
     graph = b.finish(outs)
     for n in graph.nodes:
         n.meta.pop("draw", None)
-    return fresh(Program(graph, base.n_inputs, len(outs) - len(base.mutated), base.mutated, name), own)
+    return fresh(
+        Program(graph, base.n_inputs, len(outs) - len(base.mutated), base.mutated, name), [(i, ANYTHING) for i in own]
+    )
 
 
 def rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str) -> Program:

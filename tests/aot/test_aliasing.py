@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aotfunc import grad, hessian, jit, jvp, vmap
+from aotfunc import aot_function, grad, hessian, jit, jvp, vmap
 from tests.reference import assert_same
 
 
@@ -195,3 +195,49 @@ def test_structure_and_constants_of_results():
     assert jit(lambda x: None)(x) is None
     assert jit(lambda x: 3)(x) == 3
     assert jit(lambda x: ())(x) == ()
+
+
+def rows(n=12):
+    return (torch.arange(float(n)).view(3, 4),)
+
+
+def part_of_a_buffer():
+    buffer = torch.arange(12.0)
+    return buffer[4:8], buffer
+
+
+@pytest.mark.parametrize(
+    ("f", "arguments"),
+    [
+        (lambda x: (x.clone(), x.add_(1))[0], rows),  # the value before the write
+        (lambda x: (x * 1, x.add_(1))[0], rows),
+        (lambda x: (x.clone().view(2, 6)[1:], x.add_(1))[0], rows),
+        (lambda x: (x.contiguous(), x.add_(1))[0], rows),  # x itself
+        (lambda x: x[1].add_(1), rows),  # views that were written to
+        (lambda x: x[1:].mul_(2), rows),
+        (lambda x: (x[:, ::2].mul_(2), x[1])[0], rows),
+        (lambda a, b: a.add_(1), part_of_a_buffer),
+        (lambda a, b: (a.mul_(2), a.as_strided((2,), (1,), a.storage_offset()))[1], part_of_a_buffer),
+    ],
+)
+@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(jit(f))])
+def test_results_and_writes_as_in_eager(compiled, f, arguments):
+    mine, theirs = arguments(), arguments()
+    got, want = compiled(f)(*mine), f(*theirs)
+    for _ in range(2):
+        assert_same([got, *mine], [want, *theirs])
+        assert (got.stride(), got.storage_offset()) == (want.stride(), want.storage_offset())
+        got.add_(1)
+        want.add_(1)
+
+
+def test_a_closed_over_value_from_before_the_write():
+    w, norm = torch.zeros(2), torch.nn.BatchNorm1d(2)
+
+    def step(x):
+        old = w.clone()
+        w.add_(x)
+        return old
+
+    assert_same(jit(step)(torch.ones(2)), torch.zeros(2))
+    assert_same(jit(lambda x: (norm.running_mean.clone(), norm(x))[0])(torch.randn(4, 2) + 5), torch.zeros(2))
