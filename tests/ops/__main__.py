@@ -75,7 +75,7 @@ class Worker:
 
 def sweep(cells: list[Cell], jobs: int, log: Path | None) -> dict[Cell, str]:
     """The outcome of every cell; those that the log holds are not run."""
-    from tqdm import tqdm
+    from rich.progress import Progress
 
     results: dict[Cell, str] = {}
     if log and log.exists():
@@ -98,9 +98,10 @@ def sweep(cells: list[Cell], jobs: int, log: Path | None) -> dict[Cell, str]:
             results[cell] = worker.ask(cell)
             if out:
                 out.write(json.dumps([*cell, results[cell]]) + "\n")
-            bar.update()
+            bar.advance(task)
 
-    with tqdm(total=todo.qsize(), unit="cell", mininterval=2) as bar:
+    with Progress() as bar:
+        task = bar.add_task("cells", total=todo.qsize())
         threads = [threading.Thread(target=feed) for _ in range(jobs)]
         for thread in threads:
             thread.start()
