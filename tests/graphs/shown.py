@@ -2,11 +2,15 @@
 
 import re
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from aotfunc import make_fx
 from tests.reference import assert_same, fresh
+
+#: 2.11's meta kernel says that select_scatter into an expanded tensor keeps its stride 0: one op more is left there
+dense_scatter = pytest.mark.skipif(torch.__version__ < "2.12", reason="as printed from torch 2.12 on")
 
 
 def shown(f, *args, like=None, **kwargs):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
 from aotfunc import grad, jvp, vmap
-from tests.graphs.shown import shown
+from tests.graphs.shown import dense_scatter, shown
 
 T = torch.func
 
@@ -209,6 +209,7 @@ def forward(self, w, x):
     )
 
 
+@dense_scatter
 def test_writing_to_a_mapped_value():
     def f(x):
         y = torch.zeros_like(x)

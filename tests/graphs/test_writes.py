@@ -7,7 +7,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from aotfunc import functionalize, grad
-from tests.graphs.shown import shown
+from tests.graphs.shown import dense_scatter, shown
 
 T = torch.func
 
@@ -113,6 +113,7 @@ def forward(self, x):
     )
 
 
+@dense_scatter
 def test_gradient_through_a_write():
     def f(x):
         y = x * 2
