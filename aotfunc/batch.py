@@ -63,8 +63,8 @@ def vmap(
     """
     if randomness not in ("error", "same", "different"):
         raise ArgumentError(f"vmap: randomness must be 'error', 'same' or 'different', not {randomness!r}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ArgumentError(f"vmap: chunk_size must be positive, not {chunk_size}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ArgumentError(f"vmap: chunk_size must be a positive int, not {chunk_size!r}")
 
     @outside_dynamo
     @functools.wraps(func)

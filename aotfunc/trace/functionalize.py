@@ -21,7 +21,7 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
-from .memory import part
+from .memory import overlaps_itself, part
 from .records import flat
 from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
 from .traced import Traced
@@ -163,9 +163,9 @@ class Functionalizer:
         """Replace the value of a tensor, and with it that of every tensor which shares its storage."""
         view = self.env[ref]
         target = view.sig
-        if any(s == 0 and n > 1 for s, n in zip(target.stride, target.shape, strict=True)):
+        if overlaps_itself(target):
             raise CaptureError(
-                f"a write to an expanded tensor: several elements share memory; clone() it first{at(line)}"
+                f"a write to an expanded tensor: several of its elements share memory; clone() it first{at(line)}"
             )
         new = self.fitted(new, target)
         storage = view.storage

@@ -7,6 +7,8 @@ buffer are told apart also where they are samples of a batch, whose own signatur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
+from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,6 +91,14 @@ def part(base: Sig, at: Place, sig: Sig, place: Place) -> int | None:
     dense = base.stride == contiguous_stride(base.shape) and (at.step is None or abs(at.step) >= base.numel * size)
     inside = start >= 0 and start + sig.extent - sig.offset <= base.numel
     return start if dense and inside and not odd and sig.dtype is base.dtype and place.step == at.step else None
+
+
+def overlaps_itself(sig: Sig) -> bool:
+    """Whether steps along one dimension, or along two, lead to the same memory. (Three or more are not looked at.)"""
+    steps = [(s, n) for s, n in zip(sig.stride, sig.shape, strict=True) if n > 1]
+    if any(s == 0 for s, _ in steps):
+        return True
+    return any(lcm(s, t) < min(s * n, t * m) for (s, n), (t, m) in combinations(steps, 2))
 
 
 def _block(t: Tensor, start: int) -> np.ndarray:

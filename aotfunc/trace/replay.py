@@ -56,7 +56,7 @@ class Replay:
         try:
             with quiet(), torch.no_grad():
                 for i in range(len(trace.lifted)):
-                    if -1 - i not in self.env and (trace.may_ask_constants or trace.concrete_inputs is not None):
+                    if -1 - i not in self.env and trace.may_ask_constants:
                         real = known(trace.lifted[i])
                         if real is not None:
                             self.env[-1 - i] = self.copy(real)

@@ -27,7 +27,7 @@ from .records import Record, instr_op, results_of, written_slots
 from .replay import Replay
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
-from .traced import HOOKS, Traced, check_kind, check_leak, quiet, under_way
+from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet, under_way
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -45,7 +45,9 @@ class Trace(TorchDispatchMode):
 
     def __init__(self, why_not: str | None = None, constants: bool = True, intent: bool = True) -> None:
         super().__init__()
-        self.may_ask_constants = constants
+        outer = current()
+        #: not inside of anything that is compiled once, however deep
+        self.may_ask_constants: bool = constants and (outer is None or outer.may_ask_constants)
         self.keeps_intent = intent
         self.records: list[Record] = []
         self.count = 0

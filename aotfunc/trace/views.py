@@ -98,6 +98,12 @@ def _split(b: Builder, base: Node, new: Node, index: int, sizes: Any, dim: int =
     return _part(b, base, new, dim, sum(sizes[:index]), sizes[index])
 
 
+def _expanded(b: Builder, base: Node, new: Node, index: Any, *_: Any, **__: Any) -> Node:
+    if new.meta["val"].shape != base.meta["val"].shape:  # a part of it that is not expanded was written
+        raise CaptureError("a write through an expanded tensor: several elements share memory; clone() it first")
+    return new
+
+
 def _call(op: OpOverload) -> Any:
     return lambda b, base, new, index, *args, **kwargs: b.call(op, new, *args, **kwargs)
 
@@ -137,5 +143,5 @@ INVERSES: dict[OpOverload, Any] = {
     aten.unbind.int: lambda b, base, new, index, dim=0: b.call(aten.select_scatter.default, base, new, dim, index),
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
-    aten.expand.default: lambda b, base, new, index, *a, **k: new,  # a write to a truly expanded view was refused
+    aten.expand.default: _expanded,
 }

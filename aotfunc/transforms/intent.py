@@ -47,6 +47,8 @@ def install() -> None:
     HOOKS["register_hook"] = register_hook
     ORIGINALS["numpy"] = Tensor.numpy
     Tensor.numpy = numpy_of_a_constant  # type: ignore[method-assign]
+    ORIGINALS["tolist"] = Tensor.tolist
+    Tensor.tolist = tolist_of_a_constant  # type: ignore[method-assign]
     enter = torch.autograd.graph.saved_tensors_hooks.__enter__
 
     @functools.wraps(enter)
@@ -63,11 +65,29 @@ def install() -> None:
 @functools.wraps(Tensor.numpy)
 def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
     """Memory of a tensor from outside; what torch does on the way must not be recorded."""
-    if (trace := current()) is None:
+    if current() is None:
         return ORIGINALS["numpy"](self, force=force)
-    value = trace.value(self)
+    value = constant(self)
     with quiet():
         return ORIGINALS["numpy"](value, force=force)
+
+
+@functools.wraps(Tensor.tolist)
+def tolist_of_a_constant(self: Tensor) -> Any:
+    return ORIGINALS["tolist"](constant(self))
+
+
+def constant(t: Tensor) -> Tensor:
+    """The value of a tensor from outside, if it may be asked for."""
+    trace = current()
+    if trace is None:
+        return t
+    if not trace.may_ask_constants:
+        raise CaptureError(
+            f"the values of a closed-over tensor were asked for, but the function is compiled once for all values"
+            f"{at(debug.user_line())}. Pass them as a Python argument, or compute with the tensor."
+        )
+    return trace.value(t)
 
 
 def recorded() -> Trace | None:

@@ -345,6 +345,8 @@ def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
             raise ArgumentError(f"vmap: output {i} is batched, but out_dims says None for it")
         return batch.env[o]
     rank = len(o.meta["val"].shape) + 1
+    if not isinstance(dim, int):
+        raise ArgumentError(f"vmap: out_dims has {dim!r} for output {i}; it must be an int or None")
     if not -rank <= dim < rank:
         raise ArgumentError(f"vmap: out_dims has {dim} for output {i}, which has {rank} dimensions with the batch")
     return moved(batch.b, batch.expanded(o), 0, dim % rank)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from aotfunc import aot_function, grad, jit
+from aotfunc import aot_function, grad, jacrev, jit, jvp, linearize, vjp, vmap
+from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
 Pair = namedtuple("Pair", "left right")
@@ -343,3 +344,35 @@ def test_closed_over_tensor_that_is_an_argument_too():
     assert_same(g(torch.ones(3)), torch.full((3,), 3.0))
     assert_same(g(w), torch.full((3,), 4.0))
     assert_same(g(torch.ones(3)), torch.full((3,), 4.0))
+
+
+ASKING = {
+    "item": lambda x, w: x * w.sum().item(),
+    "float": lambda x, w: x * float(w[0]),
+    "branch": lambda x, w: x * 2 if w[0] > 1 else x,
+    "mask": lambda x, w: x[w > 0].sum() * x,
+    "tolist": lambda x, w: x * w.tolist()[0],
+    "numpy": lambda x, w: x * float(w.numpy()[0]),
+}
+AROUND = {
+    "nothing": lambda f: f,
+    "grad": lambda f: grad(lambda x: f(x).sum()),
+    "vmap": lambda f: lambda x: vmap(f)(torch.stack([x, x])),
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x,))[1],
+    "vjp": lambda f: lambda x: vjp(f, x)[1](x)[0],
+    "jacrev": jacrev,
+    "linearize": lambda f: lambda x: linearize(f, x)[1](x),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("asking", ASKING)
+def test_values_of_closed_over_tensors_are_not_baked_in(asking, around):
+    """They may change between the calls; outside of jit they are asked anew."""
+    w, x = torch.tensor([0.5, 2.0]), torch.ones(2)
+    f = AROUND[around](lambda x: ASKING[asking](x, w))
+    first = f(x)
+    w.copy_(torch.tensor([2.5, 3.0]))
+    assert not torch.equal(first, f(x)) or asking == "mask"
+    with pytest.raises(CaptureError, match="asked for"):
+        jit(f)(x)

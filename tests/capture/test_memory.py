@@ -155,3 +155,16 @@ def test_a_write_to_a_conjugate_reaches_the_value():
     xs = torch.randn(2, 3, 3, dtype=torch.complex128)
     torch.testing.assert_close(aotfunc.vmap(f)(xs)[0], torch.stack([f(x)[0] for x in xs]))
     aotfunc.check_grads(f, (x,), order=2)
+
+
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (lambda x: x.add_(1), torch.arange(6.0).unfold(0, 4, 2)),
+        (lambda x: x.expand(2, 3)[1:].fill_(3), torch.ones(3)),
+        (lambda x: x.expand(2, 3).mul_(3), torch.ones(3)),
+    ],
+)
+def test_a_write_where_elements_share_memory_is_refused(f, x):
+    with pytest.raises(CaptureError, match="share memory"):
+        aotfunc.make_fx(f)(x)

@@ -297,3 +297,15 @@ def test_gradients_and_batches_of_chains(seed):
     assert_same(make_fx(grad(f))(x)(x), expected)
     many = torch.stack([x, 2 * x])
     assert_same(make_fx(vmap(f))(many)(many), torch.stack([f(x), f(2 * x)]))
+
+
+def test_truth_values_among_the_arguments():
+    x, m = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
+    for f in (
+        lambda x, m: -x + m,
+        lambda x, m: m + -x,
+        lambda x, m: torch.ones(2) / True + x * m,
+        lambda x, m: (torch.ones(2) + True) * x,
+        lambda x, m: torch.ones(2) * True - x,
+    ):
+        assert torch.equal(make_fx(f)(x, m)(x, m), f(x, m))

@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from ...trace.emit import Builder
@@ -14,6 +15,11 @@ from .constants import computed, filled, is_one, number
 from .table import EXACT, aten, fit, rewrite, same
 
 NEG = aten.neg.default
+
+
+def is_bool(x: Any) -> bool:
+    """Whether this is a tensor of truth values, of which no difference can be taken."""
+    return x.__class__ is Node and x.meta["val"].dtype is torch.bool
 
 
 def negated(x: Any, val: Sig) -> bool:
@@ -61,7 +67,7 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
     if m is not None:
         if number(y) is not None:
             return computed(b, val, np.divide, x, y)
-        if m == 1 and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
+        if m == 1 and val.dtype in EXACT and y.__class__ is Node and y.meta["val"].dtype is val.dtype:
             return fit(val, b.call(aten.reciprocal.default, y))
     if negated(x, val):
         return fit(val, b.call(NEG, b.call(aten.div.Tensor, x.args[0], y)))
@@ -81,6 +87,8 @@ def _neg(b: Builder, val: Sig, x: Any) -> Any:
 @rewrite(aten.add.Tensor)
 def _add(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
     if alpha != 1:
+        return None
+    if is_bool(x) or is_bool(y):
         return None
     if negated(y, val):
         return fit(val, b.call(aten.sub.Tensor, x, y.args[0])) if val.dtype.is_floating_point else None
@@ -111,7 +119,7 @@ def with_number(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
             return x
         if y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
             return fit(val, b.call(aten.add.Tensor if adds else aten.sub.Tensor, x, n))
-    elif x.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
+    elif y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
         return fit(val, b.call(aten.add.Tensor if adds else aten.rsub.Scalar, y, m))
     return None
 

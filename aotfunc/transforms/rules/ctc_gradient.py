@@ -76,7 +76,7 @@ def ctc_gradient(
         ahead = torch.where(valid, passed(ahead, skip, 1) + emitted[t], NEVER)
         forth.append(ahead)
     behind = torch.full_like(ahead, NEVER)
-    back = []
+    back: list[Tensor] = []
     for t in reversed(range(steps)):
         going = passed(behind, moved(skip, -2, False), -1) + emitted[t]
         now = torch.where(of_input == t + 1, torch.where(last, emitted[t], NEVER), going)
