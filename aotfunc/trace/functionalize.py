@@ -261,6 +261,8 @@ class Functionalizer:
     def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None) -> None:
         op, facts = instr.op, instr.facts
         if facts.reshapes:
+            if len(refs) > 1:
+                raise CaptureError(f"{op} gives a tensor the shape or memory of another{at(line)}; assign a new tensor")
             view = self.env[refs[0]]
             twin = functional_twin(op, line)
             sig = instr.outs

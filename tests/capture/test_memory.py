@@ -168,3 +168,9 @@ def test_a_write_to_a_conjugate_reaches_the_value():
 def test_a_write_where_elements_share_memory_is_refused(f, x):
     with pytest.raises(CaptureError, match="share memory"):
         aotfunc.make_fx(f)(x)
+
+
+@pytest.mark.parametrize("f", [lambda x: x.clone().resize_as_(x), lambda x: x.clone().set_(x)])
+def test_memory_taken_from_another_tensor_is_refused(f):
+    with pytest.raises(CaptureError, match="shape or memory of another"):
+        aotfunc.make_fx(f)(torch.ones(3))

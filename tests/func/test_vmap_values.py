@@ -618,3 +618,10 @@ def test_an_outer_write_is_seen():
     x, w = r(B, 4).abs(), r(4).abs()
     assert_same(grad(f)(x, w), torch.full_like(x, 2))
     assert_same(vmap(f, (0, None))(x[None], w), 2 * x.sum()[None])
+
+
+def test_masks_of_a_single_number():
+    select = lambda x, m: x.masked_select(m)
+    ones, yes = torch.tensor([1.0, 2.0]), torch.ones(2, dtype=torch.bool)
+    assert torch.equal(vmap(select)(ones, yes), ones[:, None])
+    assert torch.equal(vmap(select, (None, 0))(ones[1], yes), torch.full((2, 1), 2.0))

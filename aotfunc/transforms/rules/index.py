@@ -264,7 +264,7 @@ linear(
 
 
 def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], size: Any, shape: Any) -> Tensor:
-    full = torch.broadcast_shapes(x.shape[batched[0] :], mask.shape[batched[1] :])
+    full = torch.broadcast_shapes(x.shape[batched[0] :], mask.shape[batched[1] :]) or (1,)
     x, mask = (
         align(t, len(full)).expand(size, *full) if b else t.expand(full)
         for t, b in zip((x, mask), batched, strict=True)
