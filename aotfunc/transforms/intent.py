@@ -72,8 +72,8 @@ def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
         return ORIGINALS["numpy"](value, force=force)
 
 
-@functools.wraps(Tensor.tolist)
 def tolist_of_a_constant(self: Tensor) -> Any:
+    """Values of a tensor from outside."""
     return ORIGINALS["tolist"](constant(self))
 
 

@@ -117,9 +117,9 @@ def with_number(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
     if n is not None:
         if n == 0 and np.signbit(n) == adds and same(x, val):  # x - 0 and x + -0 are x, but -0 + 0 is 0
             return x
-        if y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
+        if x.__class__ is y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
             return fit(val, b.call(aten.add.Tensor if adds else aten.sub.Tensor, x, n))
-    elif y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
+    elif x.__class__ is y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
         return fit(val, b.call(aten.add.Tensor if adds else aten.rsub.Scalar, y, m))
     return None
 
