@@ -170,8 +170,9 @@ def make_fx(
 
     The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final ``copy_``s where ``f``
     writes to its inputs. ``f`` is specialised to the arguments' shapes and Python values. ``decomposition_table``
-    maps overloads to functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values; "fake" and
-    "symbolic" do not (sizes are specialised in each). With ``verbose`` the code carries the user's lines as comments.
+    maps overloads to functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values, whose
+    answers (a branch taken, ``.item()``) the module keeps for all inputs; "fake" and "symbolic" do not (sizes are
+    specialised in each). With ``verbose`` the code carries the user's lines as comments.
     Raises CaptureError where ``f`` cannot be captured.
 
     >>> print(make_fx(lambda x: torch.sin(x) * 2)(torch.ones(3)).code.strip())

@@ -48,8 +48,6 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
         return a[k] if yes and a is not None else a
 
     def loop(*xs: Any) -> Any:
-        if not size:
-            return no_samples(n.meta["val"])
         rows = []
         for k in range(size):
             full = list(xs)
@@ -97,4 +95,4 @@ def no_samples(val: Any) -> Any:
     """An empty batch of what a node with this value returns."""
     if isinstance(val, tuple):
         return [no_samples(v) for v in val]
-    return torch.empty((0, *val.shape), dtype=val.dtype, device=val.device) if isinstance(val, Sig) else val
+    return torch.zeros((0, *val.shape), dtype=val.dtype, device=val.device) if isinstance(val, Sig) else val

@@ -382,3 +382,28 @@ def test_per_sample_gradients_of_a_conv_net():
 def test_an_empty_batch():
     out = vmap(lambda x: x.sin() * 2)(r(0, 4))
     assert out.shape == (0, 4)
+
+
+F = torch.nn.functional
+OF_NO_SAMPLES = {
+    "nll_loss, weights": (lambda x, t, w: F.nll_loss(x, t, w), [(3, 4), (3,), (4,)], 1),
+    "searchsorted": (lambda x, t, w: torch.searchsorted(x, w), [(4,), (3,), (4,)], 1),
+    "grid_sample": (lambda x, t, w: F.grid_sample(x, w), [(1, 2, 4, 4), (3,), (1, 3, 3, 2)], 1),
+    "interpolate": (lambda x, t, w: F.interpolate(x, scale_factor=2.0), [(1, 2, 4), (3,), (4,)], 1),
+    "batch_norm": (lambda x, t, w: F.batch_norm(x, None, None, w, training=True), [(3, 4), (3,), (4,)], 1),
+    "solve": (lambda x, t, w: torch.linalg.solve(x, w), [(4, 4), (3,), (4,)], 1),
+    "sort": (lambda x, t, w: x.sort()[0] + w, [(4,), (3,), (4,)], 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_NO_SAMPLES)
+def test_an_empty_batch_of_any_op(name):
+    f, shapes, integer = OF_NO_SAMPLES[name]
+    make = lambda i, shape: torch.zeros(shape, dtype=torch.int64) if i == integer else torch.rand(shape)
+    one = f(*[make(i, shape) for i, shape in enumerate(shapes)])
+    none = [make(i, (0, *shape)) for i, shape in enumerate(shapes)]
+    got = vmap(f)(*none)
+    assert got.shape == (0, *one.shape) and got.dtype == one.dtype
+    if one.is_floating_point():
+        shared = vmap(f, (None, 0, 0))
+        assert torch.equal(grad(lambda x: shared(x, *none[1:]).sum())(make(0, shapes[0])), torch.zeros(shapes[0]))
