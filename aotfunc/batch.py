@@ -144,11 +144,8 @@ def _chunked(
     parts: list[Any] = []
     for start in range(0, size, chunk):
         count = min(chunk, size - start)
-        piece = Arguments((), {})
-        piece.specs, piece.spans, piece.kw_spec = arguments.specs, arguments.spans, arguments.kw_spec
-        piece.leaves = [
-            x if d is None else x.narrow(d, start, count) for x, d in zip(arguments.leaves, dims, strict=True)
-        ]
+        parts_of = zip(arguments.leaves, dims, strict=True)
+        piece = arguments.with_leaves([x if d is None else x.narrow(d, start, count) for x, d in parts_of])
         rec, program, inputs = _batched_program(func, piece, dims, count, out_dims, randomness, strict)
         if randomness == "same" and any(map(draws, program.graph.nodes)):  # no two chunks would draw the same
             if parts:

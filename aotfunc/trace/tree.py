@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ class Arguments:
         if kwargs:
             flat, self.kw_spec = tree_flatten(kwargs)
             self.leaves += flat
+
+    def with_leaves(self, leaves: list[Any]) -> Arguments:
+        """The same trees of other leaves."""
+        other = copy.copy(self)
+        other.leaves = leaves
+        return other
 
     def rebuilt(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with these leaves instead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,17 +43,12 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
     op = n.target
     where = tensor_args(op)
 
-    def at_sample(a: Any, yes: Any, k: int) -> Any:
-        if isinstance(a, list | tuple):
-            return [at_sample(x, y, k) for x, y in zip(a, yes, strict=True)]
-        return a[k] if yes and a is not None else a
-
     def loop(*xs: Any) -> Any:
         rows = []
         for k in range(size):
             full = list(xs)
             for i, yes in zip(where, flags, strict=True):
-                full[i] = at_sample(full[i], yes, k)
+                full[i] = at_sample(full[i], yes, k, lambda x, k: x[k])
             rows.append(call_op(op, full))
         return stacked(rows)
 
@@ -67,21 +63,23 @@ def by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
     op, want = n.target, n.meta["val"]
     named = [a.name for a in op._schema.arguments if a.kwarg_only]
 
-    def at_sample(a: Any, yes: Any, k: int) -> Any:
-        if isinstance(a, list | tuple):
-            return [at_sample(x, y, k) for x, y in zip(a, yes, strict=True)]
-        return b.call(aten.select.int, a, 0, k) if yes and a is not None else a
-
     rows = []
     for k in range(size):
         full = list(args)
         for i, yes in zip(tensor_args(op), flags, strict=True):
-            full[i] = at_sample(full[i], yes, k)
+            full[i] = at_sample(full[i], yes, k, lambda x, k: b.call(aten.select.int, x, 0, k))
         split = len(full) - len(named)
         row = b.node(op, tuple(full[:split]), dict(zip(named, full[split:], strict=True)), want)
         rows.append([row] if isinstance(want, Sig) else [b.item(row, i) for i in range(len(want))])
     columns = [b.call(aten.stack.default, list(column)) for column in zip(*rows, strict=True)]
     return columns[0] if isinstance(want, Sig) else columns
+
+
+def at_sample(a: Any, yes: Any, k: int, select: Callable) -> Any:
+    """The part of an argument that the k-th sample sees."""
+    if isinstance(a, list | tuple):
+        return [at_sample(x, y, k, select) for x, y in zip(a, yes, strict=True)]
+    return select(a, k) if yes and a is not None else a
 
 
 def stacked(rows: list) -> Any:

@@ -12,11 +12,8 @@ from .places import nonzero_each
 from .table import (
     aten,
     expand_lead,
-    jvp_of,
     linear,
     nondiff,
-    total,
-    vjp_of,
     vmap_of,
 )
 
@@ -70,92 +67,6 @@ def batch_embedding_dense_backward(
 
 
 linear(aten.embedding_dense_backward, embedding_dense_back, None, batch=batch_embedding_dense_backward)
-
-
-# ----- bags of embeddings ---------------------------------------------------------------------------------------------
-
-
-def bag_of_each(indices: Tensor, offsets: Tensor, last: bool) -> Tensor:
-    """The bag that each index is in. (What the kernel leaves behind says it too, but not in all of its cases.)"""
-    begins = offsets[:-1] if last else offsets
-    number = torch.arange(indices.shape[0], device=indices.device, dtype=begins.dtype)
-    return torch.searchsorted(begins.contiguous(), number, right=True) - 1
-
-
-def bag_sizes(indices: Tensor, bag: Tensor, bags: Any, padding_idx: int) -> Tensor:
-    """How many indices each bag has, padding not counted."""
-    real = torch.ones_like(bag) if padding_idx < 0 else (indices != padding_idx).to(bag.dtype)
-    return bag.new_zeros(bags).scatter_add(0, bag, real)
-
-
-@vjp_of(aten._embedding_bag, aten._embedding_bag_forward_only, diff_outputs=(0,))
-def _(
-    g: Any,
-    out: Any,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    by_freq: bool,
-    mode: int,
-    sparse: bool,
-    weights: Tensor | None,
-    last: bool,
-    padding_idx: int,
-    *,
-    needs: Any,
-) -> list[Tensor | None]:
-    """By ops that have derivatives of their own, which the reverse kernels do not."""
-    g = g[0]
-    bag = bag_of_each(indices, offsets, last)
-    count = bag_sizes(indices, bag, g.shape[0], padding_idx)
-    of_weight = of_weights = None
-    if mode == 2:
-        some = count.unsqueeze(-1) > 0
-        largest = aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, weights, last, padding_idx)[3]
-        of_weight = torch.zeros_like(weight).scatter_add(0, largest * some, g * some)
-        return [of_weight, None, None, None]
-    rows = (g / count.clamp_min(1).unsqueeze(-1) if mode == 1 else g).index_select(0, bag)
-    if needs[0] and by_freq:  # which frequency divides which row is the kernel's own affair
-        how = (weight.shape[0], by_freq, mode, weights, padding_idx)
-        of_weight = aten._embedding_bag_dense_backward(g, indices, bag, count, count, *how)
-    elif needs[0]:
-        scaled = rows if weights is None else rows * weights.unsqueeze(-1)
-        of_weight = aten.embedding_dense_backward(scaled, indices, weight.shape[0], padding_idx, False)
-    if len(needs) > 3 and needs[3]:
-        of_weights = (rows * weight.index_select(0, indices)).sum(-1)
-        if padding_idx >= 0:
-            of_weights = of_weights.masked_fill(indices == padding_idx, 0)
-    return [of_weight, None, None, of_weights]
-
-
-@jvp_of(aten._embedding_bag, aten._embedding_bag_forward_only)
-def _(
-    tangents: Any,
-    out: Any,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    by_freq: bool,
-    mode: int,
-    sparse: bool,
-    weights: Tensor | None,
-    last: bool,
-    padding_idx: int,
-) -> Any:
-    """Linear in the table and in the weights, but for the largest rows (mode 2), which are read where they are."""
-    of_table, of_weights = tangents[0], tangents[3]
-    rest = (last, padding_idx)
-    if mode == 2:
-        bag = bag_of_each(indices, offsets, last)
-        some = bag_sizes(indices, bag, out[0].shape[0], padding_idx).unsqueeze(-1) > 0
-        largest = aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, weights, *rest)[3]
-        return of_table.gather(0, largest * some) * some, None, None, None
-    terms = []
-    if of_table is not None:
-        terms.append(aten._embedding_bag(of_table, indices, offsets, by_freq, mode, False, weights, *rest)[0])
-    if of_weights is not None:
-        terms.append(aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, of_weights, *rest)[0])
-    return total(terms), None, None, None
 
 
 # ----- positions: no derivative ---------------------------------------------------------------------------------------
