@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from .backends.eager import compile_graph
-from .graph import Program, output_node
+from .graph import Program
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
 from .trace.shapes import Sig
@@ -34,13 +34,13 @@ def without_views(
     ``sigs``: what each result is in eager, with its place in an input's memory. ``quiet``: captured with gradients
     off, so that results need no ``detach`` of their own.
     """
-    outs = output_node(program.graph).args[0]
+    outs = program.outputs
     results, finals = [undetached(o, quiet) for o in outs[: program.n_outputs]], outs[program.n_outputs :]
     placeholders = program.placeholders
     with paused_gc():
         b = Builder(None, merge=False)
         made: dict[tuple, Any] = {}
-        new = [b.placeholder(p.name, p.meta["val"]) for p in placeholders]
+        new = b.inputs(placeholders)
         inputs = dict(zip(placeholders, new, strict=True))
         written = {o: new[i] for i, o in zip(program.mutated, finals, strict=True) if isinstance(o, Node)}
         roots: dict[Node, Node] = {}
@@ -76,7 +76,7 @@ def without_views(
             return program, None
         views = compile_graph(b.finish(final))
         b = builder()
-        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
+        new = b.inputs(placeholders)
         kept = list(b.splice(program.graph, new, (*roots, *finals)))
         for i, n in enumerate(roots):
             if n in inputs:
@@ -101,12 +101,13 @@ def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequ
     count, mutated = program.n_outputs, program.mutated
     if len(mutated) < 2:
         return outs
-    views = program.cache.get("apart")
-    if views is None:
-        placeholders = program.placeholders
+
+    def of_written() -> set[int]:
+        placeholders, finals = program.placeholders, program.outputs
         written = {placeholders[i] for i in mutated}
-        finals = output_node(program.graph).args[0]
-        views = program.cache["apart"] = {k for k in range(count, len(finals)) if root(finals[k]) in written}
+        return {k for k in range(count, len(finals)) if root(finals[k]) in written}
+
+    views = program.once("apart", of_written)
     # what runs inside a nested call is not seen in the graph
     same = {id(tensors[i]) for i in mutated}
     if not views and not any(id(x) in same for x in outs[count:]):

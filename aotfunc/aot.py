@@ -34,7 +34,8 @@ from .trace.memory import layout
 from .trace.shapes import make_sig
 from .trace.traced import Traced, current
 from .trace.tree import Arguments, unflatten
-from .transforms.capture import Recording, leaf_labels, parameter_names, record
+from .transforms.capture import leaf_labels, parameter_names, record
+from .transforms.captured import Recording
 from .transforms.decompose import decomposed
 from .transforms.lower import EVERYTHING, lowered
 from .transforms.steps import CompiledCall, CompiledStep

@@ -4,18 +4,18 @@ ones that cannot be.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import ArgumentError
+from .graph import Program
 from .trace.shapes import Sig, make_sig
 from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import Recording, leaf_labels, parameter_names, record
+from .transforms.capture import leaf_labels, parameter_names, record
 
 Dims = int | None | tuple | list | dict
 
@@ -74,61 +74,78 @@ def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequenc
     return trees[0] if isinstance(argnums, int) else tuple(trees)
 
 
-def tensor_index(args: Arguments) -> dict[int, int]:
-    """Leaf position to input number of the recording."""
-    return {k: n for n, k in enumerate(k for k, x in enumerate(args.leaves) if isinstance(x, Tensor))}
-
-
 def tensors_of(args: Arguments) -> list[Tensor]:
     return [x for x in args.leaves if isinstance(x, Tensor)]
 
 
-def split_aux(name: str, f: Callable) -> Callable:
-    """``f`` with its result checked to be a pair ``(output, aux)``."""
+class Call:
+    """One call of ``f`` by a transform: its arguments, what it did on them, and how results go back into trees.
 
-    @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = f(*args, **kwargs)
+    With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come first.
+    """
+
+    def __init__(
+        self, name: str, f: Callable, arguments: Arguments, differentiated: Sequence[int], has_aux: bool
+    ) -> None:
+        self.name, self.arguments, self.has_aux = name, arguments, has_aux
+        self.n_out, self.spec, self.aux_spec = 0, None, None
+
+        def flat(*args: Any, **kwargs: Any) -> list:
+            output, aux = self.split(f(*args, **kwargs))
+            leaves, self.spec = flatten(output)
+            more, self.aux_spec = tree_flatten(aux) if has_aux else ([], None)
+            self.n_out = len(leaves)
+            return [*leaves, *more]
+
+        names = parameter_names(f, arguments)
+        self.rec = record(flat, arguments.leaves, arguments.rebuilt, differentiated=differentiated, name_of=names)
+        self.program, self.aliases = self.rec.program(), self.rec.aliases
+        self.inputs = [*tensors_of(arguments), *self.rec.closed_over]
+        self.primals = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
+        self.wrt = tuple(map(self.primals.index, differentiated))
+
+    def split(self, result: Any) -> tuple[Any, Any]:
+        if not self.has_aux:
+            return result, None
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ArgumentError(
-                f"{name}: with has_aux=True the function must return (output, aux), not {type(result).__name__}"
+                f"{self.name}: with has_aux=True the function must return (output, aux), not {type(result).__name__}"
             )
         return result
 
-    return call
+    def check_tensors(self) -> None:
+        """Every leaf of the output is a tensor."""
+        for k, x in enumerate(self.rec.leaves[: self.n_out]):
+            if not isinstance(x, Tensor):
+                raise ArgumentError(
+                    f"{self.name}: output leaf {k} is a {type(x).__name__}; outputs must be tensors (see has_aux)"
+                )
 
+    def check_scalar(self) -> None:
+        out = self.rec.leaves[0] if self.rec.leaves else None
+        if self.n_out != 1 or not isinstance(out, Tensor) or self.spec is not None:
+            kind = type(out).__name__ if self.n_out == 1 and self.spec is None else "a tree"
+            raise ArgumentError(f"{self.name}: the function must return one scalar tensor, not {kind}")
+        if out.dim():
+            raise ArgumentError(
+                f"{self.name}: the function must return a tensor with zero dimensions, not one of shape "
+                f"{list(out.shape)}; sum() it, or use vjp or jacrev"
+            )
+        if not out.is_floating_point():
+            raise ArgumentError(
+                f"{self.name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev"
+            )
 
-def record_call(
-    name: str, f: Callable, args: Arguments, differentiated: Sequence[int], has_aux: bool
-) -> tuple[Recording, int, Any, Any]:
-    """Record ``f``; also how many of its leaves are the output's, and the specs of output and aux."""
-    specs: list = []
+    def derived(self, key: tuple, make: Callable[[], Program]) -> Program:
+        return self.program.once((self.name, self.wrt, *key), make)
 
-    def flat(*a: Any, **k: Any) -> Any:
-        result = split_aux(name, f)(*a, **k) if has_aux else f(*a, **k)
-        leaves, spec = flatten(result[0] if has_aux else result)
-        more, aux_spec = tree_flatten(result[1]) if has_aux else ([], None)
-        specs.append((len(leaves), spec, aux_spec))
-        return [*leaves, *more]
-
-    rec = record(flat, args.leaves, args.rebuilt, differentiated=differentiated, name_of=parameter_names(f, args))
-    return rec, *specs[0]
-
-
-def check_scalar(name: str, rec: Recording, n_out: int, spec: Any) -> None:
-    out = rec.leaves[0] if rec.leaves else None
-    if n_out != 1 or not isinstance(out, Tensor) or spec is not None:
-        kind = type(out).__name__ if n_out == 1 and spec is None else "a tree"
-        raise ArgumentError(f"{name}: the function must return one scalar tensor, not {kind}")
-    if out.dim():
-        raise ArgumentError(
-            f"{name}: the function must return a tensor with zero dimensions, not one of shape {list(out.shape)}; "
-            "sum() it, or use vjp or jacrev"
-        )
-    if not out.is_floating_point():
-        raise ArgumentError(
-            f"{name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev"
-        )
+    def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
+        """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there is one."""
+        leaves = list(self.rec.leaves)
+        for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
+            leaves[i] = t
+        output = unflatten(leaves[: self.n_out], self.spec)
+        return (output, tree_unflatten(leaves[self.n_out :], self.aux_spec)) if self.has_aux else (output,)
 
 
 def primals_and_tangents(name: str, primals: Any, tangents: Any) -> tuple[Arguments, list[Tensor]]:

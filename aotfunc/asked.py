@@ -87,10 +87,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
     if samples is not None:
         sigs = [t.sig if t.__class__ is Traced else sig_of(t) for t in trace.origins]
         key = ("asked", *samples, *sigs)
-        if key not in program.cache:
-            outs = [0] * program.n_outputs
-            program.cache[key] = vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs)
-        program = program.cache[key]
+        program = batched(program, samples, sigs, key)
     outer = outside(trace)
     if outer is None:
         values, count = run(program, inputs, what), 1
@@ -101,6 +98,11 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         return values, count
     with quiet():
         return [v.flatten(0, 1) for v in values], count * samples.size
+
+
+def batched(program: Program, samples: Samples, sigs: Sequence[Any], key: tuple) -> Program:
+    outs = [0] * program.n_outputs
+    return program.once(key, lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs))
 
 
 def refusal(trace: Trace, what: str) -> CaptureError:
@@ -129,12 +131,14 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
 
 def closed(program: Program) -> Program:
     """The program as one of its closed-over tensors alone, on which it depends."""
-    if "closed" not in program.cache:
+
+    def make() -> Program:
         b = Builder()
-        rest = [b.placeholder(p.name, p.meta["val"]) for p in program.placeholders[program.n_inputs :]]
+        rest = b.inputs(program.placeholders[program.n_inputs :])
         outs = b.splice(program.graph, [None] * program.n_inputs + rest, program.outputs)
-        program.cache["closed"] = Program(b.finish(outs), 0, program.n_outputs, (), "asked")
-    return program.cache["closed"]
+        return Program(b.finish(outs), 0, program.n_outputs, (), "asked")
+
+    return program.once("closed", make)
 
 
 _programs: dict[tuple, Program] = {}
@@ -160,7 +164,7 @@ def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[
 
 
 def compiled(program: Program) -> Callable[..., tuple]:
-    return program.compiled("eager", lambda p: compile_graph(lowered(p).graph))
+    return program.once(compiled, lambda: compile_graph(lowered(program).graph))
 
 
 def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:

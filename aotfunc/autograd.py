@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.fx import Node
 
 from .aliasing import apart
-from .graph import Program, draws, output_node
+from .graph import Program, draws
 from .run import execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .transforms.lower import EVERYTHING, lowered
@@ -37,9 +37,7 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     if not wrt:
         outs = distinct(call(*tensors), program.n_outputs, tensors)
     else:
-        halves = program.cache.get(("halves", wrt))
-        if halves is None:
-            halves = program.cache[("halves", wrt)] = Halves(call, wrt)
+        halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
         if halves.any_live:
             outs = Differentiated.apply(halves, *halves.guarded(tensors))
         else:
@@ -73,13 +71,12 @@ class Halves:
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
         self.call, self.wrt = call, wrt
         program = call.program
-        self.count = program.n_outputs + len(program.mutated)
-        # written inputs among the results, closed-over tensors among the inputs
-        self.program = Program(program.graph, len(program.placeholders), self.count, (), program.name)
+        self.program = program.flat()
+        self.count = self.program.n_outputs
         inputs = program.placeholders
         active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt])
         #: which results have a derivative: the others do not require grad, as in eager
-        self.live = [isinstance(o, Node) and o in active for o in output_node(program.graph).args[0]]
+        self.live = [isinstance(o, Node) and o in active for o in program.outputs]
         self.any_live = any(self.live)
         self.generators = generators(program)
         self.needed: tuple[int, ...] = ()
@@ -228,7 +225,7 @@ def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
         b = builder()
         kept = [p for i, p in enumerate(program.placeholders) if i >= count or i in needed]
         env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in kept}
-        outs = b.splice(program.graph, [env.get(p) for p in program.placeholders], output_node(program.graph).args[0])
+        outs = b.splice(program.graph, [env.get(p) for p in program.placeholders], program.outputs)
         return Program(b.finish(outs), len(kept), program.n_outputs, (), program.name)
 
 
@@ -260,7 +257,7 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
                     if i not in env:
                         env[i] = zeros(b, i)
                 env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
-        outs = [None if o in missing else remap(o, env) for o in output_node(program.graph).args[0]]
+        outs = [None if o in missing else remap(o, env) for o in program.outputs]
         return Program(b.finish(outs), len(placeholders) - len(absent), len(outs))
 
 

@@ -25,7 +25,8 @@ from .run import execute
 from .trace.shapes import sig_of
 from .trace.traced import Traced
 from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import Recording, parameter_names, record
+from .transforms.capture import parameter_names, record
+from .transforms.captured import Recording
 from .transforms.fresh import fresh
 from .transforms.vmap import vmap as vmap_pass
 
@@ -125,7 +126,7 @@ def _batched_program(
     sigs = tuple(x.sig if x.__class__ is Traced else sig_of(x) for x in tensors)
     own = rec.aliases
     key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)
-    program = base.derived(
+    program = base.once(
         key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
     )
     return rec, program, [*tensors, *rec.closed_over]

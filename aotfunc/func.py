@@ -11,17 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
-from .arguments import (
-    check_scalar,
-    chosen_tree,
-    positions,
-    primals_and_tangents,
-    record_call,
-    tensor_index,
-    tensors_of,
-)
+from .arguments import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .debug import outside_dynamo
 from .errors import ArgumentError
 from .graph import Program
@@ -81,32 +72,30 @@ def _gradient(
     name: str, func: Callable, argnums: Any, has_aux: bool, args: tuple, kwargs: dict, value: bool
 ) -> tuple[Any, Any, Any]:
     arguments = Arguments(args, kwargs)
-    chosen = positions(name, arguments, argnums)
-    rec, n_out, spec, aux_spec = record_call(name, func, arguments, chosen, has_aux)
-    check_scalar(name, rec, n_out, spec)
-    base = rec.program()
-    index = tensor_index(arguments)
-    wrt = tuple(index[k] for k in chosen)
+    call = Call(name, func, arguments, positions(name, arguments, argnums), has_aux)
+    call.check_scalar()
+    base, first = call.program, 0 if value else 1
 
     def make() -> Program:
         have = [i == 0 for i in range(base.n_outputs)]
-        keep = range(0 if value else 1, base.n_outputs)
-        joint = vjp_pass(base, wrt, have, ones=True, fill=True, keep=keep)
-        return fresh(joint, [(i - keep.start, r) for i, r in own if i in keep])
+        joint = vjp_pass(base, call.wrt, have, ones=True, fill=True, keep=range(first, base.n_outputs))
+        return fresh(joint, [(i - first, r) for i, r in call.aliases if i >= first])
 
-    own = rec.aliases
-    program = base.derived(("grad", wrt, value, own), make)
-    outs = execute(program, [*tensors_of(arguments), *rec.closed_over])
-    kept = len(outs) - len(wrt)
-    grads = chosen_tree(arguments, argnums, outs[kept:])
-    head = 1 if value else 0
-    aux = None
-    if has_aux:
-        leaves = list(rec.leaves[1:])
-        for i, t in zip(rec.tensors[1:], outs[head:kept], strict=True):
-            leaves[i - 1] = t
-        aux = tree_unflatten(leaves, aux_spec)
-    return grads, outs[0] if value else None, aux
+    outs = execute(call.derived((value, call.aliases), make), call.inputs)
+    kept = len(outs) - len(call.wrt)
+    _, *aux = call.results(outs[:kept], first)
+    return chosen_tree(arguments, argnums, outs[kept:]), outs[0] if value else None, aux[0] if aux else None
+
+
+def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, list[int]]:
+    """A joint program cut by what depends on its late inputs; the early results have memory of their own."""
+
+    def make() -> Any:
+        early, late, direct = halve(joint, call.program.n_outputs, n_late)
+        residuals = ((i, ANYTHING) for i in range(call.program.n_outputs, early.n_outputs))
+        return fresh(early, [*call.aliases, *residuals]), late, direct
+
+    return joint.once(("halves",), make)  # type: ignore[return-value, arg-type]
 
 
 @outside_dynamo
@@ -121,42 +110,19 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     >>> vjp_fn(torch.ones(2))
     (tensor([1., 1.]),)
     """
-    arguments = Arguments(primals, {})
     if not primals:
         raise ArgumentError("vjp: there is nothing to differentiate: no primals were given")
-    chosen = positions("vjp", arguments, tuple(range(len(primals))))
-    rec, n_out, spec, aux_spec = record_call("vjp", func, arguments, chosen, has_aux)
-    base = rec.program()
-    for k in range(n_out):
-        if not isinstance(rec.leaves[k], Tensor):
-            raise ArgumentError(
-                f"vjp: output leaf {k} is a {type(rec.leaves[k]).__name__}; outputs must be tensors (see has_aux)"
-            )
+    arguments, everything = Arguments(primals, {}), tuple(range(len(primals)))
+    call = Call("vjp", func, arguments, positions("vjp", arguments, everything), has_aux)
+    call.check_tensors()
+    base, n_out, spec = call.program, call.n_out, call.spec
     have = tuple(i < n_out and differentiable(v) for i, v in enumerate(base.vals))
-    wrt = tuple(range(len(chosen)))
-
-    def make() -> Program:
-        return vjp_pass(base, wrt, have, fill=True)
-
-    joint = base.derived(("vjp", wrt, have), make)
-    halves = joint.cache.get("halves")
-    if halves is None:
-        early, late, direct = halve(joint, base.n_outputs, sum(have))
-        halves = joint.cache["halves"] = (
-            fresh(early, [*rec.aliases, *((i, ANYTHING) for i in range(base.n_outputs, early.n_outputs))]),
-            late,
-            direct,
-        )
-    forward, backward, direct = halves
-    inputs = [*tensors_of(arguments), *rec.closed_over]
-    outs = execute(forward, inputs)
-    residuals = [*outs[base.n_outputs :], *(inputs[i] for i in direct)]
+    joint = call.derived((have,), lambda: vjp_pass(base, call.wrt, have, fill=True))
+    forward, backward, direct = _halves(joint, call, sum(have))
+    outs = execute(forward, call.inputs)
+    residuals = [*outs[base.n_outputs :], *(call.inputs[i] for i in direct)]
     versions = [t._version for t in residuals]
-    results = outs[: base.n_outputs]
-    leaves = list(rec.leaves)
-    for i, t in zip(rec.tensors, results, strict=True):
-        leaves[i] = t
-    output = unflatten(leaves[:n_out], spec)
+    output, *aux = call.results(outs[: base.n_outputs])
     vals = base.vals[:n_out]
 
     @outside_dynamo
@@ -178,12 +144,9 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
         for r, version in zip(residuals, versions, strict=True):
             if r._version != version:
                 raise ArgumentError("vjp_fn: an input of vjp was modified in place after the call; clone it before")
-        grads = execute(backward, [*residuals, *given])
-        return chosen_tree(arguments, tuple(range(len(primals))), grads)
+        return chosen_tree(arguments, everything, execute(backward, [*residuals, *given]))
 
-    if has_aux:
-        return output, vjp_fn, tree_unflatten(leaves[n_out:], aux_spec)
-    return output, vjp_fn
+    return output, vjp_fn, *aux
 
 
 # ----- forward mode ---------------------------------------------------------------------------------------------------
@@ -202,30 +165,17 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
     (tensor([0., 0.]), tensor([1., 1.]))
     """
     arguments, flat_tangents = primals_and_tangents("jvp", primals, tangents)
-    rec, n_out, spec, aux_spec = record_call("jvp", func, arguments, range(len(arguments.leaves)), has_aux)
-    for k in range(n_out):
-        if not isinstance(rec.leaves[k], Tensor):
-            raise ArgumentError(
-                f"jvp: output leaf {k} is a {type(rec.leaves[k]).__name__}; outputs must be tensors (see has_aux)"
-            )
-    base = rec.program()
-    wrt = tuple(range(len(flat_tangents)))
+    call = Call("jvp", func, arguments, range(len(flat_tangents)), has_aux)
+    call.check_tensors()
+    base, wrt, n_out = call.program, call.wrt, call.n_out
     if strict:
-        bare = base.derived(("jvp", wrt, False), lambda: jvp_pass(base, wrt, zeros=False))
+        bare = call.derived((False,), lambda: jvp_pass(base, wrt, zeros=False))
         if any(t is None for t in bare.outputs[base.n_outputs : base.n_outputs + n_out]):
             raise ArgumentError("jvp(strict=True): an output does not depend on the primals")
-    own = rec.aliases
-    program = base.derived(("jvp", wrt, n_out, own), lambda: fresh(linear_program(base, wrt, n_out), own))
-    inputs = [*tensors_of(arguments), *flat_tangents, *rec.closed_over]
-    outs = execute(program, inputs)
-    leaves = list(rec.leaves)
-    for i, t in zip(rec.tensors, outs[: base.n_outputs], strict=True):
-        leaves[i] = t
-    output = unflatten(leaves[:n_out], spec)
-    tangent = unflatten(outs[base.n_outputs :], spec)
-    if has_aux:
-        return output, tangent, tree_unflatten(leaves[n_out:], aux_spec)
-    return output, tangent
+    program = call.derived((n_out, call.aliases), lambda: fresh(linear_program(base, wrt, n_out), call.aliases))
+    outs = execute(program, [*tensors_of(arguments), *flat_tangents, *call.rec.closed_over])
+    output, *aux = call.results(outs[: base.n_outputs])
+    return output, unflatten(outs[base.n_outputs :], call.spec), *aux
 
 
 @outside_dynamo
@@ -242,36 +192,21 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     if not primals:
         raise ArgumentError("linearize: no primals were given")
     arguments = Arguments(primals, {})
-    positions("linearize", arguments, tuple(range(len(primals))))
-    rec, n_out, spec, aux_spec = record_call("linearize", func, arguments, range(len(arguments.leaves)), has_aux)
-    base = rec.program()
-    wrt = tuple(range(len(arguments.leaves)))
-    program = base.derived(("linearize", wrt, n_out), lambda: linear_program(base, wrt, n_out))
-    halves = program.cache.get("halves")
-    if halves is None:
-        early, late, direct = halve(program, base.n_outputs, len(wrt))
-        halves = program.cache["halves"] = (
-            fresh(early, [*rec.aliases, *((i, ANYTHING) for i in range(base.n_outputs, early.n_outputs))]),
-            late,
-            direct,
-        )
-    early, late, direct = halves
-    inputs = [*tensors_of(arguments), *rec.closed_over]
-    outs = execute(early, inputs)
-    residuals = [*outs[base.n_outputs :], *(inputs[i] for i in direct)]
-    leaves = list(rec.leaves)
-    for i, t in zip(rec.tensors, outs[: base.n_outputs], strict=True):
-        leaves[i] = t
-    output = unflatten(leaves[:n_out], spec)
+    chosen = positions("linearize", arguments, tuple(range(len(primals))))
+    call = Call("linearize", func, arguments, chosen, has_aux)
+    base, wrt, n_out = call.program, call.wrt, call.n_out
+    joint = call.derived((n_out,), lambda: linear_program(base, wrt, n_out))
+    early, late, direct = _halves(joint, call, len(wrt))
+    outs = execute(early, call.inputs)
+    residuals = [*outs[base.n_outputs :], *(call.inputs[i] for i in direct)]
+    output, *aux = call.results(outs[: base.n_outputs])
 
     @outside_dynamo
     def jvp_fn(*tangents: Any) -> Any:
         _, flat = primals_and_tangents("jvp_fn", primals, tangents)
-        return unflatten(execute(late, [*residuals, *flat]), spec)
+        return unflatten(execute(late, [*residuals, *flat]), call.spec)
 
-    if has_aux:
-        return output, jvp_fn, tree_unflatten(leaves[n_out:], aux_spec)
-    return output, jvp_fn
+    return output, jvp_fn, *aux
 
 
 # ----- functionalize --------------------------------------------------------------------------------------------------
@@ -292,7 +227,7 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
         arguments = Arguments(args, kwargs)
         rec = record(func, arguments.leaves, arguments.rebuilt, name_of=parameter_names(func, arguments))
         base, own = rec.program(), rec.aliases
-        program = base.derived(("functionalize", own), lambda: fresh(base, own))
+        program = base.once(("functionalize", own), lambda: fresh(base, own))
         return rec.results(execute(program, [*tensors_of(arguments), *rec.closed_over]))
 
     return wrapper

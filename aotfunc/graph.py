@@ -42,8 +42,7 @@ class Program:
     ) -> None:
         self.graph, self.n_inputs, self.n_outputs, self.mutated = graph, n_inputs, n_outputs, tuple(mutated)
         self.name = name
-        self._compiled: dict[Any, Callable] = {}
-        self.cache: dict[Any, Any] = {}  # programs derived from this one, by transform
+        self.cache: dict[Any, Any] = {}  # what was made of it: see once
         if debug.LEVEL:
             verify(graph, name)
 
@@ -60,19 +59,16 @@ class Program:
         """Signature of each result; literals stand for themselves."""
         return [o.meta["val"] if isinstance(o, Node) else o for o in self.outputs[: self.n_outputs]]
 
-    def compiled(self, key: Any, compile: Callable[[Program], Callable]) -> Callable:
-        """``compile(self)``, once per key."""
-        fn = self._compiled.get(key)
-        if fn is None:
-            fn = self._compiled[key] = compile(self)
-        return fn
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is made of this program, once per key."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
 
-    def derived(self, key: tuple, make: Callable[[], Program]) -> Program:
-        """A program made from this one, once per key."""
-        made = self.cache.get(key)
-        if made is None:
-            made = self.cache[key] = make()
-        return made
+    def flat(self) -> Program:
+        """The same graph with its closed-over tensors among the inputs, and the new values among the results."""
+        outs = self.n_outputs + len(self.mutated)
+        return self.once("flat", lambda: Program(self.graph, len(self.placeholders), outs, (), self.name))
 
     def __repr__(self) -> str:
         return f"<{self.name or 'program'}: {size(self.graph)} nodes>\n{self.graph}"

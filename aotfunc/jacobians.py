@@ -6,16 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_unflatten
-
-from .arguments import (
-    chosen_tree,
-    positions,
-    record_call,
-    tensor_index,
-    tensors_of,
-)
+from .arguments import Call, chosen_tree, positions
 from .debug import outside_dynamo
 from .errors import ArgumentError
 from .run import execute
@@ -102,13 +93,10 @@ def _jacobian(
             raise ArgumentError(
                 f"{name}: leaf {k} is complex; Jacobians are defined for real arguments only (use vjp or jvp)"
             )
-    rec, n_out, spec, aux_spec = record_call(name, func, arguments, chosen, has_aux)
-    for k in range(n_out):
-        x = rec.leaves[k]
-        if not isinstance(x, Tensor):
-            raise ArgumentError(
-                f"{name}: output leaf {k} is a {type(x).__name__}; outputs must be tensors (see has_aux)"
-            )
+    call = Call(name, func, arguments, chosen, has_aux)
+    call.check_tensors()
+    base, wrt, n_out = call.program, call.wrt, call.n_out
+    for k, x in enumerate(call.rec.leaves[:n_out]):
         if x.is_complex():
             raise ArgumentError(
                 f"{name}: output leaf {k} is complex; Jacobians are defined for real outputs only (use vjp or jvp)"
@@ -117,18 +105,9 @@ def _jacobian(
             raise ArgumentError(f"{name}: output leaf {k} has dtype {x.dtype}; outputs must be floating")
     if not n_out:
         raise ArgumentError(f"{name}: the function returned no tensors")
-    base = rec.program()
-    index = tensor_index(arguments)
-    wrt = tuple(index[k] for k in chosen)
-    program = base.derived(
-        (name, wrt, n_out, chunk_size, randomness), lambda: assemble(base, wrt, n_out, chunk_size, randomness)
-    )
-    outs = execute(program, [*tensors_of(arguments), *rec.closed_over])
+    how = (n_out, chunk_size, randomness)
+    outs = execute(call.derived(how, lambda: assemble(base, wrt, *how)), call.inputs)
     blocks = [outs[i * len(wrt) : (i + 1) * len(wrt)] for i in range(n_out)]
-    result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], spec)
-    if not has_aux:
-        return result
-    leaves = list(rec.leaves[n_out:])
-    for i, t in zip(rec.tensors[n_out:], outs[n_out * len(wrt) :], strict=True):
-        leaves[i - n_out] = t
-    return result, tree_unflatten(leaves, aux_spec)
+    result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], call.spec)
+    _, *aux = call.results(outs[n_out * len(wrt) :], n_out)
+    return (result, *aux) if has_aux else result

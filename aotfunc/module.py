@@ -150,7 +150,7 @@ def graph_module(
             else:
                 root.register_buffer(attr, t)
             inputs.append(b.make("get_attr", attr, (), {}, placeholders[n_real + i].meta["val"], name=attr.lstrip("_")))
-        results = list(b.splice(program.graph, inputs, output_node(program.graph).args[0]))
+        results = list(b.splice(program.graph, inputs, program.outputs))
         tree = tuple(results) if outputs is None else outputs(b, inputs, results)
         graph = b.finish_tree(tree)
         for n in graph.nodes:

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from .aliasing import apart
 from .backends.eager import compile_graph
-from .graph import Program, output_node
+from .graph import Program
 from .trace.functionalize import hidden_write
 from .trace.traced import current
 from .transforms.lower import lowered, marked
@@ -23,12 +23,13 @@ from .transforms.vjp import differentiable, vjp
 
 
 def eager(program: Program) -> Callable[..., tuple]:
-    return compile_graph(lowered(program).graph)
+    """The program on the eager backend, new values of mutated inputs among its results."""
+    return program.once(eager, lambda: compile_graph(lowered(program).graph))
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:
     """The program as a function of real tensors; mutated inputs are written back."""
-    fn = program.compiled("eager", eager)
+    fn = eager(program)
 
     def call(*tensors: Tensor) -> tuple:
         outs = fn(*tensors)
@@ -39,10 +40,8 @@ def run_eager(program: Program) -> Callable[..., tuple]:
 
 
 def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
-    hidden = program.cache.get("hidden")
-    if hidden is None:
-        finals = output_node(program.graph).args[0][program.n_outputs :]
-        hidden = program.cache["hidden"] = [n.target is hidden_write for n in finals]
+    finals = program.outputs[program.n_outputs :]
+    hidden = program.once("hidden", lambda: [n.target is hidden_write for n in finals])
     outs = apart(program, tensors, outs)
     for index, new, quiet in zip(program.mutated, outs[program.n_outputs :], hidden, strict=True):
         with torch.no_grad() if quiet else nullcontext():
@@ -53,14 +52,10 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     """The results of a program for these inputs and closed-over tensors."""
     trace = current()
     if trace is not None:
-        step = program.cache.get("step")
-        if step is None:
-            step = program.cache["step"] = CallStep(program, run_eager)
-        return trace.record(step, tensors)
-    fn = program.compiled("eager", eager)
-    if program.cache.get("marked") is None:
-        program.cache["marked"] = marked(program) or beyond_autograd(program)
-    if program.cache["marked"] and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
+    fn = eager(program)
+    ours = program.once("marked", lambda: marked(program) or beyond_autograd(program))
+    if ours and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         outs = Differentiable.apply(program, *tensors)
     else:
         outs = fn(*tensors)
@@ -83,7 +78,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(program: Program, *tensors: Tensor) -> tuple:  # type: ignore[override]
-        outs = program.compiled("eager", eager)(*tensors)
+        outs = eager(program)(*tensors)
         return tuple(o.clone() if isinstance(o, Tensor) and any(o is t for t in tensors) else o for o in outs)
 
     @staticmethod
@@ -98,14 +93,9 @@ class Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *cts: Tensor) -> tuple:
         program, tensors = ctx.program, ctx.saved_tensors
         wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[1:]) if need)
-        whole = program.cache.get("whole")
-        if whole is None:
-            outs = program.n_outputs + len(program.mutated)
-            whole = program.cache["whole"] = Program(program.graph, len(tensors), outs, (), program.name)
+        whole = program.flat()
         have = tuple(differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True))
-        joint = whole.cache.get(("vjp", wrt, have))
-        if joint is None:
-            joint = whole.cache[("vjp", wrt, have)] = vjp(whole, wrt, have, keep=())
+        joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
         grads = execute(joint, [*tensors, *(c.contiguous() for c, yes in zip(cts, have, strict=True) if yes)])
         result: list = [None] * (len(tensors) + 1)
         for i, g in zip(wrt, grads, strict=True):

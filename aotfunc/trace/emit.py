@@ -109,6 +109,10 @@ class Builder:
         node.meta.update(meta)
         return node
 
+    def inputs(self, placeholders: Sequence[Node]) -> list[Node]:
+        """Placeholders like these."""
+        return [self.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
+
     def node(self, target: Any, args: tuple, kwargs: dict, val: Any) -> Any:
         """The value of ``target(*args, **kwargs)``: rewritten, or an equal node made before, or a new one."""
         for rewrite in self.rewrites.get(target, ()):

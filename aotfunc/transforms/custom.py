@@ -72,7 +72,9 @@ class CustomDerivative:
     def __call__(self, *args: Tensor) -> tuple:
         return args[self.n_inputs : self.n_inputs + self.n_outputs]
 
-    def inline(self, b: Builder, args: Sequence[Any]) -> list:
+    dissolved_with = "customs"
+
+    def inline(self, b: Builder, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
         return list(args[self.n_inputs : self.n_inputs + self.n_outputs])
 
     def parts(self, n: Node) -> tuple[list, list, list]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..graph import Program, output_node
+from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap
 from .rules.table import full_args
 from .walk import builder, traced
@@ -23,7 +23,7 @@ def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
             if n.op == "placeholder":
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
         copy(b, program.graph.nodes, env, table, 0)
-        outs = remap(output_node(program.graph).args[0], env)
+        outs = remap(program.outputs, env)
         return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "decompose")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from ..trace.patches import ORIGINALS
 from ..trace.traced import Traced
 from .rules.table import OPENED, call_op, tensor_args
 
@@ -43,12 +44,6 @@ def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> 
     for i, at in enumerate(tensor_args(op)):
         full[at] = one(full[at], i)
     return full
-
-
-def original_grad() -> Callable:
-    from .intent import ORIGINALS
-
-    return ORIGINALS.get("grad", torch.autograd.grad)
 
 
 def reverse_rule(op: OpOverload) -> Callable:
@@ -78,7 +73,7 @@ def reverse_rule(op: OpOverload) -> Callable:
                     raise NoFormula("autograd does not differentiate it")
                 return [None] * len(needs)
             keys = list(leaves)
-            grads = original_grad()(
+            grads = ORIGINALS.get("grad", torch.autograd.grad)(
                 [o for o, _ in pairs],
                 [leaves[k] for k in keys],
                 [x for _, x in pairs],

@@ -13,7 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..graph import Program, output_node
+from ..graph import Program
 from ..trace.emit import Builder, infer_val, paused_gc
 from ..trace.shapes import Facts
 from .walk import builder
@@ -30,7 +30,7 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
     ``aliases``: pairs of an output and a number. Outputs of one number share their memory, and are views of the input
     of that number if there is one (closed-over tensors count -1, -2, …); those without a number share none.
     """
-    outs = list(output_node(program.graph).args[0])
+    outs = list(program.outputs)
     groups: dict[int, Any] = {i: ("own", i) for i in range(program.n_outputs)} | dict(aliases)
     count = program.n_inputs
     owners: dict[Node, Any] = {p: i if i < count else count - i - 1 for i, p in enumerate(program.placeholders)}
@@ -47,7 +47,7 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
     with paused_gc():
         b = builder()
         placeholders = program.placeholders
-        new = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
+        new = b.inputs(placeholders)
         tops = [storage_root(outs[i]) for i in clashes]
         results = list(b.splice(program.graph, new, (*outs, *tops)))
         made: dict[tuple, Any] = {}

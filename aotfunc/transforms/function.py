@@ -19,12 +19,13 @@ from torch.fx import Node
 
 from ..debug import Line
 from ..errors import CaptureError
-from ..graph import Program, output_node
+from ..graph import Program
 from ..trace.functionalize import Functionalizer, once
 from ..trace.shapes import Sig
 from ..trace.traced import current
 from ..trace.tracer import Trace, recording
 from . import opaque
+from .captured import Recording
 from .custom import CustomDerivative, Later, Part
 from .steps import Step, interned
 from .vjp import dense
@@ -298,8 +299,6 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per leaf; or the error
     that it raised.
     """
-    from .capture import Recording
-
     inner = Trace("the derivative of an autograd.Function is recorded without values")
     for sig in sigs:
         t = inner.new(sig)
@@ -318,16 +317,16 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     base = rec.program()
     if len(rec.tensors) == len(rec.leaves):
         return base, inner.lifted
-    key = ("gaps", tuple(rec.tensors), len(rec.leaves))
-    if key not in base.cache:
+
+    def with_nones() -> Program:
         b = builder()
-        inputs = [b.placeholder(p.name, p.meta["val"]) for p in base.placeholders]
-        outs = b.splice(base.graph, inputs, output_node(base.graph).args[0])
+        outs = b.splice(base.graph, b.inputs(base.placeholders), base.outputs)
         full: list = [None] * len(rec.leaves)
         for i, o in zip(rec.tensors, outs, strict=False):
             full[i] = o
-        base.cache[key] = Program(b.finish(full), base.n_inputs, len(full), (), "backward")
-    return base.cache[key], inner.lifted
+        return Program(b.finish(full), base.n_inputs, len(full), (), "backward")
+
+    return base.once(("gaps", tuple(rec.tensors), len(rec.leaves)), with_nones), inner.lifted
 
 
 def custom_batching(cls: Any, args: Any) -> Callable:

@@ -9,7 +9,6 @@ Sq.apply``) come along.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +20,12 @@ from torch.autograd.function import Function
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from ..trace.patches import ORIGINALS, recorded, redirect
 from ..trace.traced import HOOKS, Traced, current, quiet
 from ..trace.tracer import Trace
 from .function import Context, apply_function, call_function
 from .rules.ctc import recordable
 from .steps import GradStep, interned
-
-#: the functions as torch defines them
-ORIGINALS: dict[str, Callable] = {}
 
 
 def install() -> None:
@@ -88,23 +85,6 @@ def constant(t: Tensor) -> Tensor:
             f"{at(debug.user_line())}. Pass them as a Python argument, or compute with the tensor."
         )
     return trace.value(t)
-
-
-def recorded() -> Trace | None:
-    """The recording under way, unless it leaves autograd alone."""
-    trace = current()
-    return trace if trace is not None and trace.keeps_intent else None
-
-
-def redirect(name: str, f: types.FunctionType, ours: Callable, template: Any) -> None:
-    """Exchange the code of ``f`` for the template's, which asks whether a recording is under way."""
-    original = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
-    original.__kwdefaults__ = f.__kwdefaults__
-    ORIGINALS[name] = original
-    f.__globals__["_aotfunc_recording"] = recorded
-    f.__globals__[f"_aotfunc_{name}"] = ours
-    f.__globals__[f"_torch_{name}"] = original
-    f.__code__ = template.__code__
 
 
 class _ApplyTemplate:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph import Program, draws, output_node
+from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes import Sig, contiguous_stride, make_sig
 from .fresh import ANYTHING, fresh
@@ -30,7 +30,7 @@ def numbered_draws(program: Program) -> Program:
         return program
     program = inlined
     b = builder()
-    inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in program.placeholders]
+    inputs = b.inputs(program.placeholders)
     outs = spliced(b, program, inputs)
     for k, n in enumerate(b.graph.nodes):
         if n.op == "call_function" and draws(n):
@@ -52,9 +52,9 @@ def rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, ran
     with paused_gc():
         base = numbered_draws(base)
         b = builder()
-        inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in base.placeholders]
+        inputs = b.inputs(base.placeholders)
         blocks: list = []
-        outs: Any = b.splice(base.graph, inputs, output_node(base.graph).args[0])
+        outs: Any = b.splice(base.graph, inputs, base.outputs)
         for i in range(n_out):
             have = tuple(k == i for k in range(base.n_outputs))
             early, late, direct = halve(vjp(base, wrt, have, fill=True, keep=()), 0, 1)
@@ -76,8 +76,8 @@ def columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, 
     with paused_gc():
         base = numbered_draws(base)
         b = builder()
-        inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in base.placeholders]
-        outs: Any = b.splice(base.graph, inputs, output_node(base.graph).args[0])
+        inputs = b.inputs(base.placeholders)
+        outs: Any = b.splice(base.graph, inputs, base.outputs)
         columns: list[list] = []
         for x in wrt:
             linear = linear_program(base, (x,), n_out)
@@ -100,7 +100,7 @@ def columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, 
 
 
 def spliced(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
-    return list(b.splice(program.graph, inputs, output_node(program.graph).args[0]))
+    return list(b.splice(program.graph, inputs, program.outputs))
 
 
 def along(b: Builder, late: Program, residuals: Sequence[Any], basis: Node, count: int, randomness: str) -> list:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import RuleError
-from ..graph import Program, output_node
+from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts
@@ -224,7 +224,7 @@ def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
         env: dict[Node, Any] = dict(zip(old, new, strict=True))
         tangents: dict[Node, Any] = {old[i]: t for i, t in zip(wrt, ts, strict=True)}
         forward(b, program.graph.nodes, env, tangents)
-        outs = output_node(program.graph).args[0]
+        outs = program.outputs
         primal = remap(tuple(outs), env)
         results = list(primal[: program.n_outputs])
         pushed = []

@@ -26,7 +26,7 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
     placeholders = joint.placeholders
     n_primal = joint.n_inputs - n_late
     late = placeholders[n_primal : joint.n_inputs]
-    outs = output_node(joint.graph).args[0]
+    outs = joint.outputs
     first, rest, written = outs[:n_early], outs[n_early : joint.n_outputs], outs[joint.n_outputs :]
     early_nodes, late_nodes, residuals = cut(joint.graph, late, [*first, *written], rest)
     inputs = [*placeholders[:n_primal], *placeholders[joint.n_inputs :]]
@@ -67,7 +67,7 @@ def linear_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program:
     """The tangent program of the arguments ``wrt``: all results, then tangents of the first ``n_out``."""
     whole = jvp(base, wrt)
     count = base.n_outputs
-    outs = output_node(whole.graph).args[0]
+    outs = whole.outputs
     kept = [*outs[: count + n_out], *outs[2 * count :]]
     output_node(whole.graph).args = (tuple(kept),)
     drop_dead(whole.graph, output_node(whole.graph))

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph import Program, output_node
+from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap
 from ..trace.functionalize import hidden_write, once
-from .custom import CustomDerivative
-from .steps import CompiledCall
 from .tidy import FINAL
 
 aten = torch.ops.aten
@@ -20,7 +18,7 @@ aten = torch.ops.aten
 def marked(program: Program) -> bool:
     """Whether the graph carries intent that plain autograd, run over its ops, would not see."""
     return any(
-        n.target in (aten.detach.default, hidden_write, once) or isinstance(n.target, CustomDerivative | CompiledCall)
+        n.target in (aten.detach.default, hidden_write, once) or getattr(n.target, "dissolved_with", "")
         for n in program.graph.nodes
     )
 
@@ -49,12 +47,9 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
                     env[n] = args[0]
                 elif "marks" in dissolve and target is hidden_write:
                     env[n] = args[1]
-                elif "customs" in dissolve and isinstance(target, CustomDerivative):
-                    env[n] = target.inline(b, args)
-                elif "calls" in dissolve and isinstance(target, CompiledCall):
-                    body = lowered(target.program, dissolve)
-                    env[n] = list(b.splice(body.graph, args, output_node(body.graph).args[0]))
+                elif getattr(target, "dissolved_with", None) in dissolve:
+                    env[n] = target.inline(b, args, lambda p: lowered(p, dissolve))  # type: ignore[union-attr]
                 else:
                     env[n] = b.node(target, args, {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"])
-        outs = remap(output_node(program.graph).args[0], env)
+        outs = remap(program.outputs, env)
         return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name)

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from ..debug import Line, at
 from ..errors import CaptureError
-from ..graph import Program, draws, output_node
+from ..graph import Program, draws
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
 from ..trace.infer import in_order
@@ -27,6 +27,7 @@ from ..trace.shapes import Facts, Sig
 from ..trace.views import Link, linked
 from .jvp import jvp
 from .vjp import dense, reverse, vjp
+from .vmap import vmap
 from .walk import number
 
 aten = torch.ops.aten
@@ -74,7 +75,7 @@ class CallStep(Step):
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         nodes = [f.read(r, grad) for r in refs]
-        outs = f.b.splice(self.program.graph, nodes, output_node(self.program.graph).args[0])
+        outs = f.b.splice(self.program.graph, nodes, self.program.outputs)
         self.finish(f, refs, outs, grad, line)
 
     def finish(self, f: Functionalizer, refs: Sequence[int], outs: Any, grad: bool, line: Line | None) -> None:
@@ -121,7 +122,7 @@ def shown_input(program: Program, k: int) -> tuple[int, list[Link]] | None:
 
 def all_vals(program: Program) -> tuple:
     """Signatures of all outputs, new values of mutated inputs included."""
-    return tuple(o.meta["val"] if isinstance(o, Node) else o for o in output_node(program.graph).args[0])
+    return tuple(o.meta["val"] if isinstance(o, Node) else o for o in program.outputs)
 
 
 def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
@@ -143,28 +144,22 @@ class CompiledCall:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
 
     def __call__(self, *args: Tensor) -> Sequence:
-        fn = self.program.cache.get(self.compile)
-        if fn is None:
-            fn = self.program.cache[self.compile] = self.compile(self.program, args)
-        return fn(*args)
+        return self.program.once(self.compile, lambda: self.compile(self.program, args))(*args)
 
     @property
     def draws(self) -> bool:
         """Whether a call draws random numbers."""
-        known = self.program.cache.get("draws")
-        if known is None:
-            known = self.program.cache["draws"] = any(map(draws, self.program.graph.nodes))
-        return known
+        return self.program.once("draws", lambda: any(map(draws, self.program.graph.nodes)))
 
     def derived(self, key: tuple, make: Callable[[], Program], kind: str) -> CompiledCall:
-        calls = self.program.cache
-        call = calls.get((kind, *key))
-        if call is None:
-            call = calls[(kind, *key)] = CompiledCall(make(), self.compile, self.split, f"{kind}_{self.__name__}")
-        return call
+        name = f"{kind}_{self.__name__}"
+        return self.program.once((kind, *key), lambda: CompiledCall(make(), self.compile, self.split, name))
 
-    def inline(self, b: Builder, args: Sequence[Any]) -> list:
-        return list(b.splice(self.program.graph, args, output_node(self.program.graph).args[0]))
+    dissolved_with = "calls"
+
+    def inline(self, b: Builder, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
+        body = inner(self.program)
+        return list(b.splice(body.graph, args, body.outputs))
 
     def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
         """Reverse mode: the call becomes one of the forward half, which also returns residuals, and one of the
@@ -172,14 +167,10 @@ class CompiledCall:
         """
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
-        count = program.n_outputs + len(program.mutated)
+        whole = program.flat()
+        count = whole.n_outputs
         have = tuple(i in g for i in range(count))  # new values of written inputs have cotangents, too
-        halves = program.cache.get(("vjp", wrt, have))
-        if halves is None:
-            whole = Program(program.graph, len(n.args), count, (), program.name)
-            joint = vjp(whole, wrt, have)
-            halves = program.cache[("vjp", wrt, have)] = self.split(joint, count)
-        forward, backward = halves
+        forward, backward = whole.once(("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count))
         outs = emit_call(b, forward, n.args)
         move_after(b, n, outs)
         replace_items(n, outs)
@@ -195,13 +186,9 @@ class CompiledCall:
         """
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
-
-        count = program.n_outputs + len(program.mutated)
-        halves = program.cache.get(("jvp", wrt))
-        if halves is None:
-            whole = Program(program.graph, len(n.args), count, (), program.name)
-            halves = program.cache[("jvp", wrt)] = self.split(jvp(whole, wrt, zeros=False), count)
-        primal, linear = halves
+        whole = program.flat()
+        count = whole.n_outputs
+        primal, linear = whole.once(("linear", wrt), lambda: self.split(jvp(whole, wrt, zeros=False), count))
         outs = emit_call(b, primal, remap(n.args, env))
         env[n] = outs[:count]
         residuals = [r for r in outs[count:] if isinstance(r, Node)]
@@ -211,8 +198,6 @@ class CompiledCall:
         )
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        from .vmap import vmap
-
         flags = tuple(walk.has(a) for a in n.args)
         args = remap(n.args, walk.env)
         sigs = tuple(a.meta["val"] for a in args)

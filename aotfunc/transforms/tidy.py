@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..graph import Program, output_node
+from ..graph import Program
 from ..trace.emit import Builder, paused_gc
 from .rewrites import REWRITES
 
@@ -25,6 +25,6 @@ def retidy(program: Program, name: str = "tidy") -> Program:
     """The program rebuilt: rewritten, equal nodes merged, dead ones gone, names counted anew."""
     with paused_gc():
         b = Builder(REWRITES)
-        inputs = [b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in program.placeholders]
-        outs = b.splice(program.graph, inputs, output_node(program.graph).args[0])
+        inputs = b.inputs(program.placeholders)
+        outs = b.splice(program.graph, inputs, program.outputs)
         return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, name)

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import RuleError
-from ..graph import Program, draws, output_node
+from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
@@ -286,7 +286,7 @@ def vjp(
                 if cts[i]:
                     seeds[i] = b.placeholder(f"tangents_{i}", dense(v), role="tangent")
         new += [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]]
-        outs = b.splice(program.graph, new, output_node(program.graph).args[0])
+        outs = b.splice(program.graph, new, program.outputs)
         wanted = [new[i] for i in wrt]
         results = outs[: program.n_outputs]
         if ones:

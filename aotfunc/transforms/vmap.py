@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import AotfuncError, ArgumentError, CaptureError, RuleError
-from ..graph import Program, draws, output_node
+from ..graph import Program, draws
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
@@ -300,7 +300,7 @@ def vmap(
         for op, line in batch.loops:
             loops.report(op, line, strict)
         results = []
-        outs = output_node(program.graph).args[0]
+        outs = program.outputs
         for i, o in enumerate(outs[: program.n_outputs]):
             results.append(placed(batch, o, 0 if out_dims is None else out_dims[i], i))
         written = []

@@ -1,0 +1,95 @@
+"""What one call of a function did, and the program that it stands for: looked up by the recording's key."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graph import Program
+from ..trace.emit import Builder, paused_gc
+from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.tracer import Trace
+from ..trace.tree import flatten, unflatten
+from .steps import GradStep
+from .tidy import REWRITES, retidy
+
+_programs: OrderedDict[tuple, Program] = OrderedDict()
+_LIMIT = 4096
+
+
+class Recording:
+    """What one call did: the trace, the leaves that it returned, and which of them are tensors."""
+
+    def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
+        self.trace, self.names = trace, names
+        self._program: Program | None = None
+        self.leaves, self.spec = flatten(result)
+        self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+        found = [trace.ref_of(self.leaves[i]) for i in self.tensors]
+        self.refs = tuple([ref for ref, _ in found])
+        self.sigs = [sig for _, sig in found]
+
+    @property
+    def closed_over(self) -> list[Tensor]:
+        return self.trace.lifted
+
+    def program(self) -> Program:
+        """The functional program: inputs, then closed-over tensors, to the tensors among the results."""
+        if self._program is not None:
+            return self._program
+        key = (self.trace.key(), self.refs)
+        program = _programs.get(key)
+        if program is None:
+            program = _programs[key] = self._build()
+            if len(_programs) > _LIMIT:
+                _programs.popitem(last=False)
+        self._program = program
+        return program
+
+    def _build(self) -> Program:
+        trace = self.trace
+        # torch.autograd.grad inside f tells equal nodes apart, so with it merging has to wait
+        plain = any(r[0].__class__ is GradStep for r in trace.records)
+        with paused_gc():
+            b = Builder(None, merge=False) if plain else Builder(REWRITES)
+            f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
+            f.run()
+            mutated = f.mutated()
+            shared = {self.refs[i] for i, _ in self.shared()}
+            outs = [*(self._returned(f, r, r in shared) for r in self.refs), *(n for _, n in mutated)]
+            program = Program(b.finish(outs), len(trace.inputs), len(self.refs), [i for i, _ in mutated], "capture")
+        return retidy(program, "capture") if plain else program
+
+    def _returned(self, f: Functionalizer, ref: int, shared: bool) -> Any:
+        node = f.shown(ref) if shared else f.read(ref)
+        if node in f.made_inside:  # a constant that f makes anew: nobody may get hold of ours
+            return f.b.make("call_function", torch.ops.aten.clone.default, (node,), {}, node.meta["val"])
+        return node
+
+    @property
+    def roots(self) -> list[int]:
+        """For each returned tensor the value that it is a view of, or itself."""
+        shared, _ = self.trace.roots(conjugates=False)
+        return [shared.get(r, r) for r in self.refs]
+
+    @property
+    def aliases(self) -> tuple[tuple[int, int], ...]:
+        """``(position, root)`` of those among the returned tensors that share memory with an input, a closed-over
+        tensor or one another.
+        """
+        return self.program().once("aliases", self.shared)
+
+    def shared(self) -> tuple[tuple[int, int], ...]:
+        roots, count = self.roots, len(self.trace.inputs)
+        return tuple((i, r) for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
+
+    def results(self, tensors: Sequence[Tensor]) -> Any:
+        """The returned tree with these tensors in it."""
+        leaves = list(self.leaves)
+        for i, t in zip(self.tensors, tensors, strict=True):
+            leaves[i] = t
+        return unflatten(leaves, self.spec)
