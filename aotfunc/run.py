@@ -15,10 +15,9 @@ from torch._ops import OpOverload
 from .aliasing import apart
 from .backends.eager import compile_graph
 from .graph import Program
-from .trace.functionalize import hidden_write
 from .trace.traced import current
 from .transforms.lower import lowered, marked
-from .transforms.steps import CallStep
+from .transforms.steps import CallStep, hidden_writes
 from .transforms.vjp import differentiable, vjp
 
 
@@ -40,8 +39,7 @@ def run_eager(program: Program) -> Callable[..., tuple]:
 
 
 def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
-    finals = program.outputs[program.n_outputs :]
-    hidden = program.once("hidden", lambda: [n.target is hidden_write for n in finals])
+    hidden = hidden_writes(program)
     outs = apart(program, tensors, outs)
     for index, new, quiet in zip(program.mutated, outs[program.n_outputs :], hidden, strict=True):
         with torch.no_grad() if quiet else nullcontext():

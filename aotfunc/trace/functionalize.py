@@ -77,7 +77,6 @@ class Functionalizer:
         self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
         self.env: dict[int, Any] = {}
         self.cut: set[int] = set()  # made under no_grad
-        self.made_inside: set[Node] = set()  # constants that f makes anew on each run
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
         self.placeholders = list(inputs)
         refs = [*range(len(trace.inputs)), *(-1 - i for i in range(len(trace.lifted)))]
@@ -210,13 +209,11 @@ class Functionalizer:
                 instr.lower(self, refs, grad, line)
             elif instr.facts.writes:
                 self._write(instr, refs, grad, line)
-            elif self.mutates and instr.facts.view_of is not None and instr.op is not aten.lift_fresh.default:
+            elif self.mutates and instr.facts.view_of is not None:
                 self._view(instr, refs, grad)
             else:
                 nodes = [self.read(r, grad) for r in refs]
                 self._results(self._call(instr, nodes), instr.outs, grad)
-                if instr.op is aten.lift_fresh.default:
-                    self.made_inside.add(nodes[0])
         self.b.meta = {}
 
     def _call(self, instr: Instr, nodes: list[Node]) -> Any:

@@ -118,7 +118,7 @@ class Facts:
         views = [r.alias_info for r in returns if r.alias_info is not None and not r.alias_info.is_write]
         #: the argument that the returns are views of, or None
         self.view_of: int | None = None
-        if views:
+        if views and op is not aten.lift_fresh.default:  # a constant made inside is new on every run
             shared = views[0].before_set
             self.view_of = next(
                 (i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.before_set & shared), 0

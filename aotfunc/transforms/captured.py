@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..graph import Program
@@ -60,15 +59,9 @@ class Recording:
             f.run()
             mutated = f.mutated()
             shared = {self.refs[i] for i, _ in self.shared()}
-            outs = [*(self._returned(f, r, r in shared) for r in self.refs), *(n for _, n in mutated)]
+            outs = [*(f.shown(r) if r in shared else f.read(r) for r in self.refs), *(n for _, n in mutated)]
             program = Program(b.finish(outs), len(trace.inputs), len(self.refs), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
-
-    def _returned(self, f: Functionalizer, ref: int, shared: bool) -> Any:
-        node = f.shown(ref) if shared else f.read(ref)
-        if node in f.made_inside:  # a constant that f makes anew: nobody may get hold of ours
-            return f.b.make("call_function", torch.ops.aten.clone.default, (node,), {}, node.meta["val"])
-        return node
 
     @property
     def roots(self) -> list[int]:

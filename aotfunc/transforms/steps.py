@@ -20,7 +20,7 @@ from ..debug import Line, at
 from ..errors import CaptureError
 from ..graph import Program, draws
 from ..trace.emit import Builder, remap
-from ..trace.functionalize import Functionalizer
+from ..trace.functionalize import Functionalizer, hidden_write
 from ..trace.infer import in_order
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
@@ -85,8 +85,9 @@ class CallStep(Step):
                 ref = f.bind(out, grad)
                 if f.mutates and (seen := shown_input(self.program, k)) is not None:
                     f.alias(ref, refs[seen[0]], seen[1])
-        for index, new in zip(self.program.mutated, outs[count:], strict=True):
-            f.write(refs[index], new, grad, line)
+        quiet = hidden_writes(self.program)
+        for index, new, hidden in zip(self.program.mutated, outs[count:], quiet, strict=True):
+            f.write(refs[index], new, grad and not hidden, line)
 
     def run(self, values: list[Tensor]) -> list[Tensor]:
         return flat(self.runner(self.program)(*values))
@@ -102,6 +103,18 @@ class CompiledStep(CallStep):
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         nodes = [f.read(r, grad) for r in refs]
         self.finish(f, refs, emit_call(f.b, self.call, nodes), grad, line)
+
+
+def hidden_writes(program: Program) -> list[bool]:
+    """For each written input of a program whether autograd was to see none of the writes."""
+
+    def untouched(index: int, n: Node) -> bool:
+        while n.target is hidden_write:
+            n = n.args[0]  # type: ignore[assignment]
+        return n is placeholders[index]
+
+    placeholders, finals = program.placeholders, program.outputs[program.n_outputs :]
+    return program.once("hidden", lambda: [*map(untouched, program.mutated, finals)])
 
 
 def shown_input(program: Program, k: int) -> tuple[int, list[Link]] | None:
