@@ -154,25 +154,47 @@ def _(tangents, out, a, b, left):
     return tx.squeeze(-1) if vector else tx, None, None, None
 
 
-def nonsingular(a: Tensor) -> Tensor:
-    """``a``, moved a little where a pivot of its factorisation is zero: a determinant has a derivative there too."""
-    p, lower, upper = aten.linalg_lu(a.detach())  # the move itself is constant
-    small = torch.finfo(a.dtype).eps ** 0.5
-    return a + p @ lower @ torch.diag_embed((upper.diagonal(0, -2, -1) == 0).to(a.dtype) * small)
+def adjugate(a: Tensor) -> Tensor:
+    """``det(a) * inv(a)``, for singular ``a`` too.
+
+    Of ``a = p @ lower @ upper``, where partial pivoting leaves the zero of a matrix of rank n - 1 to the last pivot,
+    ``adj(a) = det(p) * prod(the other pivots) * upper'^-1 @ diag(last, …, last, 1) @ lower^-1 @ p^T`` where ``upper'``
+    has one for its last pivot: nothing is divided by it. Derivatives are those of ``det * inv`` with small pivots moved
+    away from zero: the adjugate is a polynomial, so they move as little.
+    """
+    n = a.shape[-1]
+    if n == 0:
+        return a
+    p, lower, upper = aten.linalg_lu(a.detach())
+    pivots = upper.diagonal(0, -2, -1)
+    rows = (p.mT @ a.detach()).abs().amax(-1)
+
+    def off_zero(bound: float) -> Tensor:
+        """What takes each pivot that is small beside its row away from zero."""
+        small = bound * torch.where(rows > 0, rows, 1)
+        return torch.where(pivots.abs() < small, small - pivots, 0)
+
+    eps = torch.finfo(a.dtype).eps
+    moved = a + p @ lower @ torch.diag_embed(off_zero(eps**0.3))
+    smooth = aten._linalg_det(moved)[0][..., None, None] * aten.linalg_inv_ex(moved)[0]
+
+    last = torch.arange(n, device=a.device) == n - 1
+    others = torch.where(last, 1, pivots + off_zero(eps))
+    upper = upper + torch.diag_embed(others - pivots)
+    scale = torch.where(last, 1, pivots[..., -1:]) * (aten._linalg_det(p)[0] * others.prod(-1)).unsqueeze(-1)
+    right = scale.unsqueeze(-1) * aten.linalg_solve_triangular(lower, p.mT, upper=False, unitriangular=True)
+    exact = aten.linalg_solve_triangular(upper, right, upper=True)
+    return exact.detach() + (smooth - smooth.detach())
 
 
 @vjp_of(aten._linalg_det, diff_outputs=(0,))
 def _(g, out, a):
-    a = nonsingular(a)
-    weight = g[0] * aten._linalg_det(a)[0].conj()
-    return [weight[..., None, None] * aten.linalg_inv_ex(a)[0].mH]
+    return [g[0][..., None, None] * adjugate(a).mH]
 
 
 @jvp_of(aten._linalg_det)
 def _(tangents, out, a):
-    a = nonsingular(a)
-    rate = aten._linalg_solve_ex(a, tangents[0])[0].diagonal(0, -2, -1).sum(-1)
-    return rate * aten._linalg_det(a)[0], None, None
+    return (adjugate(a).mT * tangents[0]).sum((-2, -1)), None, None
 
 
 @vjp_of(aten._linalg_slogdet, diff_outputs=(0, 1))
@@ -297,6 +319,30 @@ def _(a, b, rcond, driver, *, shape):
     """All samples in one call; what is left out (residuals of one driver, the rank with another) is left out of all."""
     outs = aten.linalg_lstsq(a, b, rcond, driver=driver)
     return tuple(o if tuple(s) != (0,) else o.new_empty(a.shape[0], 0) for o, s in zip(outs, shape, strict=True))
+
+
+def off_diagonal(x: Tensor, gaps_of: Tensor) -> Tensor:
+    """``x_ij / (w_j - w_i)``, zero on the diagonal."""
+    gaps = gaps_of.unsqueeze(-2) - gaps_of.unsqueeze(-1)
+    one = torch.eye(gaps.shape[-1], dtype=gaps.dtype, device=gaps.device)
+    return (x - torch.diag_embed(x.diagonal(0, -2, -1))) / (gaps + one)
+
+
+@jvp_of(aten._linalg_eigh)
+def _(tangents, out, a, uplo, compute_v):
+    w, v = out if compute_v else aten._linalg_eigh(a, uplo, True)
+    moved = v.mH @ tangents[0] @ v
+    rate = moved.diagonal(0, -2, -1).real if a.is_complex() else moved.diagonal(0, -2, -1)
+    return rate, v @ off_diagonal(moved, w) if compute_v else None
+
+
+@jvp_of(aten.linalg_eig)
+def _(tangents, out, a):
+    w, v = out
+    moved = aten._linalg_solve_ex(v, tangents[0].to(v.dtype) @ v)[0]
+    turn = v @ off_diagonal(moved, w)
+    along = (v.conj() * turn).sum(-2, keepdim=True).real  # vectors keep their length
+    return moved.diagonal(0, -2, -1), turn - v * along
 
 
 def skew(x: Tensor) -> Tensor:
