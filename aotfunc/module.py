@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
@@ -24,6 +24,7 @@ from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
 from .trace.shapes import Sig
+from .trace.traced import quiet
 from .trace.tree import Arguments
 from .transforms.capture import parameter_names, record
 from .transforms.decompose import decomposed
@@ -47,13 +48,8 @@ class Fakes:
         if fake is None:
             if self.mode is None:
                 self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-            with self.mode:
-                if val.offset:
-                    whole = torch.empty(val.extent, dtype=val.dtype, device=val.device)
-                    fake = whole.as_strided(val.shape, val.stride, val.offset)
-                else:
-                    fake = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device=val.device)
-            self.made[val] = fake
+            with quiet():  # without the mode: its flags belong to the process, and a recording may be under way
+                fake = self.made[val] = FakeTensor(self.mode, val.fresh(), val.device)
         return fake
 
 

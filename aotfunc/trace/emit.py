@@ -7,10 +7,8 @@ emitter does the same bookkeeping directly; it knows private fields of ``fx.Grap
 
 from __future__ import annotations
 
-import gc
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,27 +19,13 @@ from torch.fx.immutable_collections import immutable_dict
 
 from ..graph import kept_alive
 from . import shapes
+from .collector import paused_gc as paused_gc
 from .shapes import Facts, Sig, encode
 
 #: a rewriting of one op: ``(builder, val, *args) -> Node | None`` (None: leave it)
 Rewrite = Callable[..., Any]
 
 _EMPTY = immutable_dict()
-
-
-@contextmanager
-def paused_gc() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and scanning them again and
-    again is most of the time of making them.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def base_name(target: Any) -> str:

@@ -309,8 +309,8 @@ class Functionalizer:
 def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> list[Node]:
     """A placeholder for each input and each lifted tensor of a recording."""
     made = []
-    for i, t in enumerate(trace.inputs):
-        made.append(builder.placeholder(names[i] if i < len(names) else f"arg{i}", t.sig, role="primal"))
+    for i, sig in enumerate(trace.inputs):
+        made.append(builder.placeholder(names[i] if i < len(names) else f"arg{i}", sig, role="primal"))
     for i, t in enumerate(trace.lifted):
         kind = "param" if isinstance(t, torch.nn.Parameter) else "const"
         made.append(builder.placeholder(f"{kind}{i}", t.sig if t.__class__ is Traced else sig_of(t), role=kind))

@@ -58,9 +58,9 @@ def memory_of(t: Tensor) -> tuple[Any, int]:
         count = len(trace.inputs)
         if root >= count:
             return (id(trace), root), t.sig.offset * t.element_size()
-        base = trace.inputs[root] if root >= 0 else trace.lifted[-root - 1]
+        base = trace.inputs[root].offset if root >= 0 else trace.lifted[-root - 1].storage_offset()
         group, start, _ = trace.layout()[root if root >= 0 else count - root - 1]
-        return (id(trace), "group", group), start + (t.sig.offset - base.storage_offset()) * t.element_size()
+        return (id(trace), "group", group), start + (t.sig.offset - base) * t.element_size()
     try:
         return t.untyped_storage()._cdata, t.storage_offset() * t.element_size()
     except (RuntimeError, NotImplementedError):

@@ -22,7 +22,6 @@ class Replay:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self.trace = trace
         self.done = 0
         self.env: dict[int, Any] = {}
         self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
@@ -46,9 +45,8 @@ class Replay:
             return t.clone()
         return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
-    def value(self, ref: int) -> Tensor | None:
-        """The value of a result; None if it depends on inputs that are not there."""
-        trace = self.trace
+    def value(self, trace: Trace, ref: int) -> Tensor | None:
+        """The value of a result of the recording; None if it depends on inputs that are not there."""
         used = generators(trace.records)
         outside = {g: g.get_state() for g in used}
         for g in used:

@@ -7,8 +7,8 @@ would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import shapes
-from .emit import paused_gc
+from .collector import paused_gc
 from .memory import Place, layout
 from .records import Record, instr_op, results_of, written_slots
 from .replay import Replay
@@ -51,7 +51,7 @@ class Trace(TorchDispatchMode):
         self.keeps_intent = intent
         self.records: list[Record] = []
         self.count = 0
-        self.inputs: list[Traced] = []
+        self.inputs: list[Sig] = []  # traced values know their recording; it must not hold them when it is over
         self.lifted: list[Tensor] = []  # outside tensors, by reference
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
@@ -95,9 +95,12 @@ class Trace(TorchDispatchMode):
     def input(self, real: Tensor) -> Traced:
         """A new input with the signature of ``real``."""
         check_kind(real)
-        t = self.new(real.sig if real.__class__ is Traced else sig_of(real))
-        self.inputs.append(t)
-        return t
+        return self.input_like(real.sig if real.__class__ is Traced else sig_of(real))
+
+    def input_like(self, sig: Sig) -> Traced:
+        """A new input of this signature."""
+        self.inputs.append(sig)
+        return self.new(sig)
 
     def alias(self, t: Traced) -> Traced:
         """Another tensor object for the same value."""
@@ -275,6 +278,12 @@ class Trace(TorchDispatchMode):
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         return self.wrap(instr.outs, instr.facts)
 
+    def finish(self) -> None:
+        """Nothing is recorded any more; traced values may live on, and go when their last user does."""
+        self.finished = True
+        self.leaf_tensors.clear()
+        self.retained.clear()
+
     def forget(self, records: int, count: int) -> None:
         """Go back to when there were so many records and values."""
         del self.records[records:]
@@ -287,7 +296,7 @@ class Trace(TorchDispatchMode):
         """What two recordings have in common that differ only in the data they would run on."""
         sigs = tuple([t.sig if t.__class__ is Traced else sig_of(t) for t in self.lifted])
         memory = self.layout() if self.mutates else None
-        return (tuple([t.sig for t in self.inputs]), sigs, tuple([r[:4] for r in self.records]), memory)
+        return (tuple(self.inputs), sigs, tuple([r[:4] for r in self.records]), memory)
 
     def layout(self) -> tuple[Place, ...]:
         """For each input, then each lifted tensor: where it lies in memory."""
@@ -396,7 +405,7 @@ class Trace(TorchDispatchMode):
             return None
         if self._values is None:
             self._values = Replay(self)
-        return self._values.value(ref)
+        return self._values.value(self, ref)
 
 
 #: ops whose result has a shape that depends on the values of all tensors but the first
@@ -409,33 +418,47 @@ def zeros(sig: Sig) -> Tensor:
         return torch.zeros((), dtype=sig.dtype, device=sig.device).expand(sig.shape)
 
 
-@contextmanager
-def recording(trace: Trace) -> Iterator[Trace]:
-    """Record into ``trace`` meanwhile: with gradients on, autocast's cache and nn's fast paths off, functorch's
-    levels aside, no garbage collection.
+def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
+    """``body()`` recorded into ``trace``: with gradients on, autocast's cache and Dynamo off, functorch's levels aside,
+    no garbage collection. All of it holds for this thread alone and is undone whatever is raised, whenever.
     """
-    with ExitStack() as stack:
-        stack.enter_context(paused_gc())
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
+    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    compiling = dynamo.get_eval_frame_callback()
+    depth, modes = len(traces), torch._C._len_torch_dispatch_stack()
 
-            stack.enter_context(temporarily_clear_interpreter_stack())
-        if (compiling := torch._C._dynamo.eval_frame.get_eval_frame_callback()) is not None:
-            torch._C._dynamo.eval_frame.set_eval_frame(None)  # Dynamo must not compile what f calls
-            stack.callback(torch._C._dynamo.eval_frame.set_eval_frame, compiling)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        cache = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)
-        under_way.traces.append(trace)
+    def restore() -> None:
+        while torch._C._len_torch_dispatch_stack() > modes:
+            torch._C._pop_torch_dispatch_stack(None)
+        del traces[depth:]
+        torch._C._set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+        if compiling is not None:
+            dynamo.set_eval_frame(compiling)
+        trace.finish()
+
+    with paused_gc(), without_functorch():
         try:
-            with trace:
-                yield trace
+            if compiling is not None:
+                dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
+            torch.set_autocast_cache_enabled(False)
+            torch._C._set_grad_enabled(True)
+            traces.append(trace)
+            # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole process
+            torch._C._push_on_torch_dispatch_stack(trace)
+            return body()
         finally:
-            under_way.traces.pop()
-            torch._C._set_grad_enabled(grad)
-            torch.set_autocast_cache_enabled(cache)
-            torch.backends.mha.set_fastpath_enabled(fast)
-            trace.finished = True
+            try:
+                restore()
+            except BaseException:  # Ctrl-C came in between
+                restore()
+                raise
+
+
+def without_functorch() -> Any:
+    """torch.func's levels set aside, if there are any."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()

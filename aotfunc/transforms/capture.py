@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec
 from ..debug import at, line_of
 from ..errors import CaptureError
 from ..trace.traced import Traced, current
-from ..trace.tracer import Trace, recording
+from ..trace.tracer import Trace, record_into
 from . import intent
 from .captured import Recording
 
@@ -45,8 +45,7 @@ def record(
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor):
             if samples is not None and i in samples:
-                t = trace.new(samples[i])
-                trace.inputs.append(t)
+                t = trace.input_like(samples[i])
                 if x.requires_grad:
                     trace.leaves[t.ref] = True
             else:
@@ -65,7 +64,8 @@ def record(
         trace.concrete_inputs = [x if d is None else None for x, d in zip(reals, dims, strict=True)]
     trace.origins = reals
     args, kwargs = rebuild(values)
-    with recording(trace):
+
+    def call() -> Recording:
         try:
             result = f(*args, **kwargs)
         except RuntimeError as e:
@@ -75,8 +75,9 @@ def record(
                 f"an op that reads its argument's memory itself was given a traced value{at(line_of(e))}; "
                 "pass it Python numbers (x.tolist())"
             ) from e
-        recording_ = Recording(trace, result, name_of or (lambda: ()))
-    return recording_
+        return Recording(trace, result, name_of or (lambda: ()))
+
+    return record_into(trace, call)
 
 
 def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:

@@ -23,7 +23,7 @@ from ..graph import Program
 from ..trace.functionalize import Functionalizer, once
 from ..trace.shapes import Sig
 from ..trace.traced import current
-from ..trace.tracer import Trace, recording
+from ..trace.tracer import Trace, record_into
 from . import opaque
 from .captured import Recording
 from .custom import CustomDerivative, Later, Part
@@ -300,14 +300,11 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     that it raised.
     """
     inner = Trace("the derivative of an autograd.Function is recorded without values")
-    for sig in sigs:
-        t = inner.new(sig)
-        inner.inputs.append(t)
-        inner.leaves[t.ref] = True
+    values = [inner.input_like(sig) for sig in sigs]
+    inner.leaves.update((t.ref, True) for t in values)
     _under_way.rules.append(calls)
     try:
-        with recording(inner):
-            rec = Recording(inner, rule(*inner.inputs), lambda: ())
+        rec = record_into(inner, lambda: Recording(inner, rule(*values), lambda: ()))
     except NotImplementedError as e:
         return CaptureError(f"{name} has no derivative: {e}")
     except Exception as e:  # the user's: it is raised where this derivative is asked for, as in eager

@@ -27,10 +27,13 @@ from .function import Context, apply_function, call_function
 from .rules.ctc import recordable
 from .steps import GradStep, interned
 
+_installed = False
+
 
 def install() -> None:
-    """Redirect torch's entry points, once."""
-    if ORIGINALS:
+    """Redirect torch's entry points, once; each step may be done again by another thread."""
+    global _installed
+    if _installed:
         return
     apply = Function.apply.__func__  # type: ignore[attr-defined]
     redirect("apply", apply, applied, _ApplyTemplate.__dict__["apply"].__func__)
@@ -39,14 +42,15 @@ def install() -> None:
     redirect("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template)
     redirect("seed", torch.random.manual_seed, manual_seed, _seed_template)
     redirect("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template)
-    ORIGINALS["checkpoint"] = torch_checkpoint._checkpoint_without_reentrant_generator
+    redirect("fastpath", torch.backends.mha.get_fastpath_enabled, None, _fastpath_template)
+    ORIGINALS.setdefault("checkpoint", torch_checkpoint._checkpoint_without_reentrant_generator)
     torch_checkpoint._checkpoint_without_reentrant_generator = checkpoint_region
     HOOKS["register_hook"] = register_hook
-    ORIGINALS["numpy"] = Tensor.numpy
+    ORIGINALS.setdefault("numpy", Tensor.numpy)
     Tensor.numpy = numpy_of_a_constant  # type: ignore[method-assign]
-    ORIGINALS["tolist"] = Tensor.tolist
+    ORIGINALS.setdefault("tolist", Tensor.tolist)
     Tensor.tolist = tolist_of_a_constant  # type: ignore[method-assign]
-    enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+    enter = ORIGINALS.setdefault("saved_tensors_hooks", torch.autograd.graph.saved_tensors_hooks.__enter__)
 
     @functools.wraps(enter)
     def refuse(self: Any) -> Any:
@@ -57,6 +61,7 @@ def install() -> None:
         return enter(self)
 
     torch.autograd.graph.saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]
+    _installed = True
 
 
 @functools.wraps(Tensor.numpy)
@@ -136,6 +141,11 @@ def _seed_template(seed):  # type: ignore[no-untyped-def]
 def _set_state_template(new_state):  # type: ignore[no-untyped-def]
     f = _torch_set_state if _aotfunc_recording() is None else _aotfunc_set_state  # type: ignore[name-defined] # noqa: F821
     return f(new_state)
+
+
+def _fastpath_template() -> bool:
+    """nn's fused layers have no derivative. (What torch looks up is spelled out: Dynamo looks into this function.)"""
+    return _is_fastpath_enabled and _aotfunc_recording() is None  # type: ignore[name-defined] # noqa: F821
 
 
 def _ctc_loss_template(  # type: ignore[no-untyped-def]

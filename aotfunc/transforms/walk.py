@@ -19,7 +19,7 @@ from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.shapes import Sig, Slot, encode, fill
 from ..trace.traced import Traced
-from ..trace.tracer import Trace, recording
+from ..trace.tracer import Trace, record_into
 from .tidy import REWRITES
 
 aten = torch.ops.aten
@@ -90,16 +90,13 @@ def traced(fn: Callable, intent: bool = True) -> Make:
         def wrap(a: Any) -> Any:
             if isinstance(a, Node):
                 nodes.append(a)
-                t = trace.new(a.meta["val"])
-                trace.inputs.append(t)
-                return t
+                return trace.input_like(a.meta["val"])
             if isinstance(a, list | tuple):
                 return type(a)(wrap(x) for x in a) if type(a) in (list, tuple) else [wrap(x) for x in a]
             return a
 
         wrapped = [wrap(a) for a in args]
-        with recording(trace):
-            results = fn(*wrapped)
+        results = record_into(trace, lambda: fn(*wrapped))
         consts = [constant(b, t) for t in trace.lifted]
         f = Functionalizer(trace, b, [*nodes, *consts], intent)
         kept, b.meta = b.meta, {}

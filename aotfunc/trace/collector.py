@@ -1,0 +1,56 @@
+"""Python's garbage collector, paused while any thread makes a graph."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: what is under way, by thread; the collector belongs to the process, so the last to leave puts it back
+_under_way: dict[object, int] = {}
+_lock = threading.Lock()
+_was_on = False
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and scanning them again and
+    again is most of the time of making them.
+    """
+    global _was_on
+    mine = object()
+    try:
+        with _lock:
+            if not _under_way:
+                _was_on = gc.isenabled()
+            _under_way[mine] = threading.get_ident()
+            gc.disable()
+        yield
+    finally:
+        try:
+            _leave(mine)
+        except BaseException:  # Ctrl-C came in between
+            _leave(mine)
+            raise
+
+
+def _leave(mine: object) -> None:
+    with _lock:
+        _under_way.pop(mine, None)
+        if not _under_way and _was_on:
+            gc.enable()
+
+
+def _alone() -> None:
+    """In a forked process only the thread that forked goes on."""
+    global _lock
+    _lock = threading.Lock()
+    for key in [k for k, thread in _under_way.items() if thread != threading.get_ident()]:
+        del _under_way[key]
+        if not _under_way and _was_on:
+            gc.enable()
+
+
+os.register_at_fork(after_in_child=_alone)
