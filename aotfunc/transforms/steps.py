@@ -21,7 +21,7 @@ from ..errors import CaptureError
 from ..graph import Program, draws
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer, hidden_write
-from ..trace.infer import in_order
+from ..trace.infer import in_order, memory_order
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
 from ..trace.views import Link, linked
@@ -74,7 +74,8 @@ class CallStep(Step):
         self.facts.random = any(map(draws, program.graph.nodes))
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        nodes = [f.read(r, grad) for r in refs]
+        planned = self.program.placeholders
+        nodes = [laid_out(f.b, f.read(r, grad), p.meta["val"]) for r, p in zip(refs, planned, strict=True)]
         outs = f.b.splice(self.program.graph, nodes, self.program.outputs)
         self.finish(f, refs, outs, grad, line)
 
@@ -226,9 +227,9 @@ class CompiledCall:
 
 
 def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
-    """``x`` with the strides that a compiled program was made for, unless these overlap."""
-    order = sorted(range(sig.ndim), key=lambda d: (-sig.stride[d], sig.shape[d] == 1))
-    if x.meta["val"].stride == sig.stride or not in_order(sig, order):
+    """``x`` with its dimensions in memory in the order that a program was made for: what that views can be viewed."""
+    val, order = x.meta["val"], memory_order(sig.shape, (sig,))
+    if val.stride == sig.stride or in_order(val, order):
         return x
     inside = b.call(aten.permute.default, x, order)
     copy = b.call(aten.clone.default, inside, memory_format=torch.contiguous_format)

@@ -62,11 +62,11 @@ def weighed(vectors):
 
 
 SPECTRA = {
-    "eigh": lambda x: (lambda w, q: (w.sin().sum() + weighed(q)))(*torch.linalg.eigh(x + x.mT)),
+    "eigh": lambda x: (lambda w, q: w.sin().sum() + weighed(q))(*torch.linalg.eigh(x + x.mT)),
     "eigvalsh": lambda x: torch.linalg.eigvalsh(x + x.mT).sin().sum(),
     "eig": lambda x: (lambda w, v: w.pow(3).sum().real + weighed(v))(*torch.linalg.eig(x)),
     "eigvals": lambda x: torch.linalg.eigvals(x).pow(3).sum().real,
-    "svd": lambda x: (lambda u, s, vh: (s.sin().sum() + weighed(u) + weighed(vh.mT)))(*torch.linalg.svd(x)),
+    "svd": lambda x: (lambda u, s, vh: s.sin().sum() + weighed(u) + weighed(vh.mT))(*torch.linalg.svd(x)),
     "complex eigh": lambda x: (lambda w, q: w.sin().sum() + weighed(q))(*torch.linalg.eigh(hermitian(x))),
 }
 
