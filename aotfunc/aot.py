@@ -25,10 +25,12 @@ from .backends.eager import compile_graph
 from .debug import at, outside_dynamo, user_line
 from .errors import ArgumentError
 from .graph import Program, kept_alive, output_node
-from .guards import Reached, changing, describe_argument, environment_key
+from .guards import changing, describe_argument, environment_key
 from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
+from .reads import Names
 from .run import run_eager
+from .state import Check, State, look
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import layout
 from .trace.shapes import make_sig
@@ -60,23 +62,31 @@ EVERY: weakref.WeakSet[Compiled] = weakref.WeakSet()
 class Entry:
     """What was captured for one signature."""
 
-    def __init__(self, rec: Recording, call: CompiledCall, views: Callable[..., tuple] | None) -> None:
-        self.call, self.views = call, views
+    def __init__(
+        self, rec: Recording, call: CompiledCall, views: Callable[..., tuple] | None, state: State, key: tuple
+    ) -> None:
+        self.call, self.views, self.key = call, views, key
         self.spec, self.tensors = rec.spec, rec.tensors
         # the structure with what is constant in it; what was traced, and the arguments, may go
         self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
         self.step = CompiledStep(call, run_eager)
         self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
-        # by reference: an optimizer's update is seen. Values of an outer recording are only good for that one.
-        self.closed = list(rec.closed_over)
-        self.layout = layout([*rec.trace.origins, *self.closed]) if rec.trace.mutates else None
-        self.reusable = not any(t.__class__ is Traced for t in self.closed)
+        # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
+        found = {id(t): i for i, t in enumerate(state.tensors)}
+        self.sources = [found.get(id(t), t) for t in rec.closed_over]
+        self.layout = layout([*rec.trace.origins, *rec.closed_over]) if rec.trace.mutates else None
+        # values of an outer recording are only good for that one
+        self.reusable = not any(t.__class__ is Traced for t in self.sources)
         self.plain = rec.spec is None
         self.rebuild = rebuilder(rec.spec)
+        self.check = Check(state)
         self.kept: list[Any] = []
 
+    def closed(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """The closed-over tensors, where these are the tensors of the state."""
+        return [found[s] if s.__class__ is int else s for s in self.sources]
+
     def __call__(self, tensors: list[Tensor]) -> Any:
-        tensors += self.closed
         outs: Sequence[Any] = ()
         if not self.idle:
             trace = current()
@@ -124,9 +134,10 @@ class Compiled:
         self.forward_compiler, self.backward_compiler = forward_compiler, backward_compiler
         self.partition, self.decompositions = partition, decompositions
         self.entries: dict[tuple, Entry] = {}
-        self.reached = Reached(f)
+        self.recent: dict[tuple, Entry] = {}  # the entry last used for arguments like these
+        self.names = Names()
         self.captures = 0  # how often f has been captured, for whatever signature
-        self.history: list[tuple[list[str], list[Any]]] = []
+        self.history: list[dict[str, Any]] = []
         EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -138,57 +149,91 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parts: list = [len(args)]
         tensors: list[Tensor] = []
+        objects: list[Any] = []
         for a in args:
-            describe_argument(a, parts, tensors)
+            describe_argument(a, parts, tensors, objects)
         if kwargs:
-            describe_argument(kwargs, parts, tensors)
-        self.reached.describe(parts)
+            describe_argument(kwargs, parts, tensors, objects)
         key = (*parts, *environment_key())
         try:
-            entry = self.entries.get(key)
+            entry = self.recent.get(key)
         except TypeError:
-            raise self.unhashable(args, kwargs) from None
-        if entry is not None and entry.layout is not None:
-            places = layout([*tensors, *entry.closed])
-            if entry.layout != places:  # what a write reaches depends on which arguments share memory
-                key = (*key, places)
-                entry = self.entries.get(key)
-        if entry is None:
-            entry = self.capture(args, kwargs)
-            if entry.reusable:
-                self.store(key, entry)
-        return entry(tensors)
+            raise self.unhashable(Arguments(args, kwargs)) from None
+        if entry is not None:
+            found = entry.check.tensors(self.f, objects)
+            if found is not None:
+                closed = [*tensors, *entry.closed(found)]
+                if entry.layout is None or entry.layout == layout(closed):
+                    return entry(closed)
+        return self.looked_up(key, tensors, objects, Arguments(args, kwargs))
 
-    def unhashable(self, args: tuple, kwargs: dict) -> ArgumentError:
+    def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], arguments: Arguments) -> Any:
+        """A call for which the entry last used is not the right one."""
+        names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
+        labels = [f"argument {names.get(id(x), '')}" for x in objects]
+        state = look(self.f, objects, labels, self.names)
+        for x in objects:
+            if type(x).__hash__ is None and any(x is o for o in state.opaque):
+                raise self.unhashable(arguments)
+        full = (key, *state.key)
+        entry = self.entries.get(full)
+        if entry is not None and entry.layout is not None:
+            places = layout([*tensors, *entry.closed(state.tensors)])
+            if entry.layout != places:  # what a write reaches depends on which arguments share memory
+                full = (*full, places)
+                entry = self.entries.get(full)
+        if entry is None:
+            entry = self.capture(arguments, state, key)
+            # a function that changes what it reads is captured at every call, until it does not change any more
+            if entry.reusable and look(self.f, objects, labels, self.names).key == state.key:
+                self.store(full, entry, state)
+        else:
+            entry.check.renew(state)
+            self.recent[key] = entry
+        return entry([*tensors, *entry.closed(state.tensors)])
+
+    def unhashable(self, arguments: Arguments) -> ArgumentError:
         """The error for an argument that cannot be part of a key."""
-        for name, x in zip(*labelled(self.f, Arguments(args, kwargs)), strict=True):
+        for name, x in zip(*labelled(self.f, arguments), strict=True):
             try:
                 hash(x)
             except TypeError as e:
                 what = f"{self.name}: the argument {name} is neither a tensor nor hashable ({e})"
-                return ArgumentError(f"{what}{at(user_line(3))}; pass it as a tensor, or as a tuple of numbers")
-        return ArgumentError(f"{self.name}: something that the function reaches is not hashable{at(user_line(3))}")
+                return ArgumentError(f"{what}{at(user_line(4))}; pass it as a tensor, or as a tuple of numbers")
+        return ArgumentError(f"{self.name}: something that the function reaches is not hashable{at(user_line(4))}")
 
-    def store(self, key: tuple, entry: Entry) -> None:
-        """Keep an entry, and what its key names by ``id``; the oldest goes where there are very many."""
+    def store(self, full: tuple, entry: Entry, state: State) -> None:
+        """Keep an entry as long as what its key names by ``id`` lives; the oldest goes where there are very many."""
+        mine = weakref.ref(self)
 
-        def keep(x: Any) -> int:
-            entry.kept.append(x)
-            return id(x)
+        def drop(_: Any) -> None:
+            compiled = mine()
+            if compiled is not None:
+                compiled.drop(full)
 
-        self.reached.describe([], keep)
-        self.entries[key] = entry
+        for x in state.opaque:
+            try:
+                entry.kept.append(weakref.ref(x, drop))
+            except TypeError:
+                entry.kept.append(x)
+        self.entries[full] = self.recent[entry.key] = entry
         if len(self.entries) > LIMIT:
-            del self.entries[next(iter(self.entries))]
+            self.drop(next(iter(self.entries)))
+
+    def drop(self, full: tuple) -> None:
+        """Forget an entry."""
+        entry = self.entries.pop(full, None)
+        if entry is not None and self.recent.get(entry.key) is entry:
+            del self.recent[entry.key]
 
     def forget(self) -> None:
         """Drop all entries."""
         self.entries.clear()
+        self.recent.clear()
         self.history.clear()
         self.captures = 0
 
-    def capture(self, args: tuple, kwargs: dict) -> Entry:
-        arguments = Arguments(args, kwargs)
+    def capture(self, arguments: Arguments, state: State, key: tuple) -> Entry:
         self.captures += 1
         rec = record(
             self.f if torch.is_grad_enabled() else torch.no_grad()(self.f),
@@ -201,21 +246,22 @@ class Compiled:
         program, views = without_views(rec.program(), rec.roots, rec.sigs, not torch.is_grad_enabled())
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.compile_forward, self.split, self.name)
-        self.watch_growth(arguments)
-        return Entry(rec, call, views)
+        self.watch_growth(arguments, state)
+        return Entry(rec, call, views, state, key)
 
-    def watch_growth(self, arguments: Arguments) -> None:
+    def watch_growth(self, arguments: Arguments, state: State) -> None:
         """Warn, once, of a function that is captured again and again, and say which argument is to blame."""
         if self.captures > WARN_AT:
             return
-        self.history.append(labelled(self.f, arguments))
+        given = dict(zip(*labelled(self.f, arguments), strict=True))
+        self.history.append({**dict(state.facts), **given})
         if self.captures < WARN_AT:
             return
-        names = self.history[-1][0]
-        guilty = changing(names, [values for _, values in self.history])
+        guilty = changing(self.history)
         self.history.clear()
-        numbers = [name for name, x in guilty if isinstance(x, int | float | complex)]
-        others = [name for name, _ in guilty if name not in numbers]
+        numbers = [name for name, x in guilty if name in given and isinstance(x, int | float | complex)]
+        others = [name for name, _ in guilty if name in given and name not in numbers]
+        reached = [name for name, _ in guilty if name not in given]
         why = []
         if numbers:
             many = ", ".join(numbers)
@@ -224,8 +270,9 @@ class Compiled:
             )
         if others:
             why.append(f"the shape, dtype or value of {', '.join(others)} keeps changing")
-        if not guilty:
-            why.append("what it closes over, a global or the mode of a module keeps changing")
+        if reached or not guilty:
+            many = ", ".join(reached) or "the mode of a module"
+            why.append(f"what it reads or closes over, {many}, keeps changing")
         who = f"{self.name} of {getattr(self.f, '__name__', self.f)}"
         warnings.warn(
             f"{who} has been captured {self.captures} times{at(user_line())}: {'; '.join(why)}",

@@ -1,38 +1,70 @@
-"""When a compiled entry may be used again: keys of the arguments, the surroundings, and what a function reaches.
+"""When a compiled entry may be used again: keys of the arguments and of the surroundings.
 
 A key is one flat tuple. Every description starts with its kind, so that no two different things flatten to equal keys;
-numbers stand beside their type and floats by their bits, since ``1 == 1.0 == True`` and ``0.0 == -0.0`` in Python;
-objects stand for themselves by ``id``, and whoever stores a key keeps them alive (``ident``).
+numbers stand beside their type and floats by their bits, since ``1 == 1.0 == True`` and ``0.0 == -0.0`` in Python.
+What is neither a tensor, a plain value nor a tree of them is an object: :mod:`.state` describes it.
 """
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _device
 from torch.utils._pytree import tree_flatten
 
-from .debug import _OURS, _TORCH
-
-Ident = Callable[[Any], int]
-_NOTHING = object()
 _TENSORS = (Tensor, nn.Parameter)
-_SEQUENCES = (tuple, list)
 #: described by their value; equality within one of these classes is equality of meaning
-_ATOMS = frozenset({int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device})
-_BY_IDENTITY = frozenset({types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, types.MethodType})
+_ATOMS = frozenset(
+    {int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format, range}
+)
+_VALUES = (*_ATOMS - {bool, range, type(None), type(...)}, float, complex, np.generic, np.dtype, Enum)
+
+
+# ----- plain values ---------------------------------------------------------------------------------------------------
+
+
+def is_value(x: Any) -> bool:
+    """Whether ``x`` is described by what it is equal to."""
+    cls = x.__class__
+    return cls in _ATOMS or cls is float or isinstance(x, _VALUES)
+
+
+def bits(x: Any) -> Any:
+    """A plain value, such that equal ones of one class mean the same: numbers by their bits."""
+    cls = x.__class__
+    if cls in _ATOMS:
+        return x
+    if isinstance(x, Enum):
+        return x.name
+    if isinstance(x, np.generic):
+        return x.tobytes() if x.dtype.kind != "O" else id(x)
+    if isinstance(x, float):
+        return float.hex(x)
+    return complex.__repr__(x) if isinstance(x, complex) else x
+
+
+def tensor_facts(t: Tensor) -> tuple:
+    """What is the same for two tensors that a program cannot tell apart."""
+    sig = getattr(t, "sig", None)  # a value of a recording under way
+    if sig is not None:
+        return (t.__class__, t.requires_grad, sig)
+    place = (t.stride(), t.storage_offset()) if t.layout is torch.strided else (t.layout,)
+    keys = torch._C._dispatch_keys(t).raw_repr()  # type: ignore[attr-defined]  # whether conjugated, of inference mode, …
+    return (t.__class__, t.requires_grad, t.dtype, t.shape, t.device, keys, *place)
 
 
 # ----- arguments ------------------------------------------------------------------------------------------------------
 
 
-def describe_argument(x: Any, key: list, tensors: list[Tensor]) -> None:
-    """Append to ``key`` what identifies an argument tree, and to ``tensors`` its tensors in the order of its leaves."""
+def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[Any]) -> None:
+    """Append to ``key`` what identifies an argument tree, and to ``tensors`` and ``objects`` its leaves of these kinds,
+    in order.
+    """
     cls = x.__class__
     if cls in _TENSORS:
         key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.storage_offset())
@@ -44,37 +76,31 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor]) -> None:
     elif cls is tuple or cls is list:
         key += (cls, len(x))
         for v in x:
-            describe_argument(v, key, tensors)
+            describe_argument(v, key, tensors, objects)
     elif cls is dict:
         key += (dict, tuple(x), tuple(map(type, x)))
         for v in x.values():
-            describe_argument(v, key, tensors)
+            describe_argument(v, key, tensors, objects)
     elif isinstance(x, Tensor):
         key.append(cls)
         sig = getattr(x, "sig", None)  # a value of a recording under way
         key += (x.requires_grad, sig) if sig is not None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
         tensors.append(x)
-    elif number := number_key(x):
-        key += number
+    elif is_value(x):
+        key += (cls, bits(x))
     elif cls is slice:
         key.append(slice)
         for v in (x.start, x.stop, x.step):
-            describe_argument(v, key, [])
+            describe_argument(v, key, [], objects)
     else:
         leaves, spec = tree_flatten(x)
         if len(leaves) == 1 and leaves[0] is x:
-            key += (cls, x)
+            key.append(object)
+            objects.append(x)
         else:
             key.append(spec)
             for v in leaves:
-                describe_argument(v, key, tensors)
-
-
-def number_key(x: Any) -> tuple | None:
-    """A float or complex number by its bits."""
-    if isinstance(x, float):
-        return (x.__class__, float(x).hex())
-    return (x.__class__, repr(x)) if isinstance(x, complex) else None
+                describe_argument(v, key, tensors, objects)
 
 
 # ----- surroundings ---------------------------------------------------------------------------------------------------
@@ -88,6 +114,7 @@ def environment_key() -> tuple:
         autocast = tuple([torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds])
     return (
         torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
         _device.CURRENT_DEVICE,
         autocast,
@@ -95,146 +122,14 @@ def environment_key() -> tuple:
     )
 
 
-# ----- what a function reaches ----------------------------------------------------------------------------------------
-
-
-class Reached:
-    """What ``f`` reaches directly: closure cells, globals that its code names, defaults, and the modules among them.
-
-    Deeper Python state is fixed at capture, as in JAX.
-    """
-
-    def __init__(self, f: Callable) -> None:
-        self.cells: list[Any] = []
-        self.globals: list[tuple[dict, tuple[str, ...]]] = []
-        self.functions: list[types.FunctionType] = []
-        self.objects: list[Any] = []
-        self._seen: set[int] = set()
-        self._reach(f)
-
-    def _reach(self, f: Any) -> None:
-        if id(f) in self._seen:
-            return
-        self._seen.add(id(f))
-        if isinstance(f, functools.partial):
-            self.objects += [*f.args, *f.keywords.values()]
-            self._reach(f.func)
-        elif isinstance(f, types.MethodType):
-            self.objects.append(f.__self__)
-            self._reach(f.__func__)
-        elif isinstance(f, types.FunctionType):
-            self.functions.append(f)
-            self.cells += f.__closure__ or ()
-            if not f.__code__.co_filename.startswith((_OURS, _TORCH)):
-                self.globals.append((f.__globals__, tuple(names_in(f.__code__))))
-        else:  # a module, or another object that can be called
-            self.objects.append(f)
-            call = next((c.__dict__["__call__"] for c in type(f).__mro__ if "__call__" in c.__dict__), None)
-            if isinstance(call, types.FunctionType) and not call.__code__.co_filename.startswith((_OURS, _TORCH)):
-                self._reach(call)
-        wrapped = getattr(f, "__wrapped__", None)
-        if wrapped is not None:
-            self._reach(wrapped)
-
-    def describe(self, key: list, ident: Ident = id) -> None:
-        """Append what all this is now."""
-        for cell in self.cells:
-            try:
-                x = cell.cell_contents
-            except ValueError:  # not bound yet
-                x = _NOTHING
-            describe(x, key, ident)
-        for scope, names in self.globals:
-            for name in names:  # most are attributes, which no global is called after
-                x = scope.get(name, _NOTHING)
-                if x is _NOTHING:
-                    key.append(None)
-                else:
-                    describe(x, key, ident)
-        for f in self.functions:
-            key.append(ident(f.__code__))
-            if f.__defaults__ is not None:
-                describe(f.__defaults__, key, ident)
-            if f.__kwdefaults__ is not None:
-                describe(f.__kwdefaults__, key, ident)
-        for x in self.objects:
-            describe(x, key, ident)
-
-
-def names_in(code: types.CodeType) -> dict[str, None]:
-    """The names that a code object and the functions defined in it look up."""
-    names = dict.fromkeys(code.co_names)
-    for c in code.co_consts:
-        if isinstance(c, types.CodeType):
-            names.update(names_in(c))
-    return names
-
-
-def describe(x: Any, key: list, ident: Ident, depth: int = 0) -> None:
-    """Numbers and containers by value, tensors and objects by identity, modules by their state."""
-    cls = x.__class__
-    if cls in _BY_IDENTITY:
-        key += (cls, ident(x))
-    elif cls in _ATOMS:
-        key += (cls, x)
-    elif cls is float:
-        key += (cls, x.hex())
-    elif isinstance(x, Tensor):
-        describe_tensor(x, key, ident)
-    elif isinstance(x, nn.Module):
-        describe_module(x, key, ident)
-    elif isinstance(x, _SEQUENCES) and depth < 8:
-        key += (cls, len(x))
-        for v in x:
-            describe(v, key, ident, depth + 1)
-    elif isinstance(x, dict) and depth < 8:
-        key += (cls, tuple(x), tuple(map(type, x)))
-        for v in x.values():
-            describe(v, key, ident, depth + 1)
-    elif number := number_key(x):
-        key += number
-    elif cls is set or cls is frozenset:
-        key += (cls, frozenset([(type(v), v) for v in x]))
-    else:
-        key += (cls, ident(x))
-
-
-def describe_tensor(x: Tensor, key: list, ident: Ident) -> None:
-    """By reference; ``.data = …`` and ``module.half()`` change what is behind it."""
-    if x.__class__ in _TENSORS:
-        key += (ident(x), x.requires_grad, x.shape, x.dtype, x.device)
-    else:
-        key += (ident(x), x.requires_grad)
-
-
-def describe_module(m: nn.Module, key: list, ident: Ident) -> None:
-    """Identity and mode of the modules, parameters and buffers."""
-    stack, seen = [m], {id(m)}
-    while stack:
-        sub = stack.pop()
-        state = sub.__dict__
-        key += (ident(sub), sub.training)
-        for table in (state["_parameters"], state["_buffers"]):
-            key.append(len(table))
-            for t in table.values():
-                if t is None:
-                    key.append(None)
-                else:
-                    describe_tensor(t, key, ident)
-        for child in state["_modules"].values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                stack.append(child)
-
-
 # ----- naming what keeps changing -------------------------------------------------------------------------------------
 
 
-def changing(names: Sequence[str], history: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
-    """Which of the described leaves took many values: ``(name, latest value)``."""
+def changing(history: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Which of the things described took many values: ``(name, latest value)``."""
     found = []
-    for i, name in enumerate(names):
-        values = {repr(h[i]) for h in history if i < len(h)}
+    for name, latest in history[-1].items():
+        values = {repr(h[name]) for h in history if name in h}
         if len(values) > len(history) // 2:
-            found.append((name, history[-1][i]))
+            found.append((name, latest))
     return found

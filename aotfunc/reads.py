@@ -1,0 +1,136 @@
+"""Which globals, closure variables and attributes the code of a function reads."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import types
+from typing import NamedTuple
+
+import numpy
+
+from .debug import _OURS, _TORCH
+
+_STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+_NUMPY = os.path.dirname(os.path.abspath(numpy.__file__)) + os.sep
+
+#: calls of them that change a container and whose result says nothing about it
+_GROWS = frozenset({"append", "add", "extend", "insert", "update"})
+#: what reads attributes that the code does not name
+_BY_ANY_NAME = frozenset({"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"})
+_ASKS = frozenset({"getattr", "hasattr"})
+
+
+class Reads(NamedTuple):
+    """``variables`` are globals and closure variables, ``written`` names of either kind, or of attributes, that only
+    occur in ``n += 1`` and ``names.append(x)``, ``stored`` attributes that are assigned. With ``any_name`` attributes
+    are read by names made at run time.
+    """
+
+    variables: frozenset[str]
+    attributes: frozenset[str]
+    written: frozenset[str]
+    stored: frozenset[str]
+    imports: frozenset[str]
+    any_name: bool
+
+
+@functools.lru_cache(4096)
+def reads_of(code: types.CodeType) -> Reads:
+    """What a code object, and the functions defined in it, read."""
+    variables: set[str] = set()
+    attributes: set[str] = set()
+    written: set[str] = set()
+    stored: set[str] = set()
+    imports: set[str] = set()
+    any_name = False
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG")]
+    for i, step in enumerate(steps):
+        kind, name = step.opname, step.argval
+        if kind.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR")):
+            (written if _changes_only(steps, i) else variables).add(name)
+            if name in _BY_ANY_NAME or (name in _ASKS and not _constant_name(steps, i + 1)):
+                any_name = True
+        elif kind.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")):
+            (written if _changes_only(steps, i) else attributes).add(name)
+            any_name = any_name or name in _BY_ANY_NAME
+        elif kind == "IMPORT_NAME":
+            imports.add(name)
+        elif kind == "STORE_ATTR":
+            stored.add(name)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            inner = reads_of(const)
+            variables |= inner.variables
+            attributes |= inner.attributes
+            written |= inner.written
+            stored |= inner.stored
+            imports |= inner.imports
+            any_name = any_name or inner.any_name
+        else:  # getattr(x, "name"), case Point(x=0), get_submodule("layers.0")
+            for text in const if isinstance(const, tuple) else (const,):
+                if isinstance(text, str):
+                    attributes.update(part for part in text.split(".") if part.isidentifier())
+    return Reads(
+        frozenset(variables),
+        frozenset(attributes),
+        frozenset(written - variables - attributes),
+        frozenset(stored),
+        frozenset(imports),
+        any_name,
+    )
+
+
+def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
+    """Whether what is loaded here is changed, and its old value has no other use: ``n += 1``, ``names.append(x)``."""
+    name, rest = steps[i].argval, [s.opname for s in steps[i + 1 : i + 5]]
+    if rest[:1] and rest[0] in ("LOAD_METHOD", "LOAD_ATTR") and steps[i + 1].argval in _GROWS:
+        return True
+    if rest[1:3] == ["COPY", "COPY"]:  # counts[k] += 1
+        return True
+    if steps[i].opname == "LOAD_ATTR":
+        return i > 0 and steps[i - 1].opname == "COPY"
+    return rest[1:3] == ["BINARY_OP", steps[i].opname.replace("LOAD", "STORE")] and steps[i + 3].argval == name
+
+
+def _constant_name(steps: list[dis.Instruction], i: int) -> bool:
+    """Whether the second argument of the call whose arguments begin here is a constant."""
+    i += 1
+    while steps[i].opname == "LOAD_ATTR":
+        i += 1
+    call = next((k for k in range(i, len(steps)) if steps[k].opname.startswith(("CALL", "PRECALL"))), i)
+    made = any(s.opname.startswith(("FORMAT", "BUILD", "BINARY", "CONVERT")) for s in steps[i:call])
+    return steps[i].opname == "LOAD_CONST" and not made
+
+
+@functools.lru_cache(4096)
+def is_library(filename: str) -> bool:
+    """Whether code of this file is that of Python, torch, NumPy or aotfunc, whose own state is not looked at."""
+    if filename.startswith((_OURS, _TORCH, _NUMPY, "<frozen")):
+        return True
+    return filename.startswith(_STDLIB) and "-packages" not in filename
+
+
+class Names:
+    """The names by which the functions that have been met read their state; they only become more."""
+
+    def __init__(self) -> None:
+        self.attributes: set[str] = {"forward", "__wrapped__"}
+        self.written: set[str] = set()
+        self.stored: set[str] = set()
+        self.any = False
+        self._entered: set[types.CodeType] = set()
+
+    def __len__(self) -> int:
+        return len(self.attributes) + len(self.written) + len(self.stored) + self.any
+
+    def enter(self, code: types.CodeType) -> Reads:
+        reads = reads_of(code)
+        if code not in self._entered:
+            self._entered.add(code)
+            self.attributes |= reads.attributes
+            self.written |= reads.written
+            self.stored |= reads.stored
+            self.any = self.any or reads.any_name
+        return reads

@@ -1,0 +1,524 @@
+"""The Python state that a function reads: a key for it, and a quick check that it is as it was.
+
+From ``f`` and the objects among its arguments everything is followed that the code can name: closure variables,
+globals, defaults, attributes of objects, modules and classes, elements of containers, and from the functions that are
+met on the way, in turn. What is found is described by structure, never by address: two modules of one architecture are
+the same state with other tensors. Tensors are inputs: the check fetches them by the path on which they were found.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .guards import bits, is_value, tensor_facts
+from .reads import Names, is_library
+from .trace.traced import Traced
+
+#: elements of a container that are looked at; of longer ones only the length counts
+LIMIT = 10_000
+
+#: what the compiled function itself is called in descriptions, if it is an object
+ROOT = "self"
+
+_NOTHING = object()
+_GROWING = (list, set, dict, collections.deque)
+_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "aotfunc"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOW_HOOKS_ARE_CALLED = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)
+_TABLES = ("_parameters", "_buffers", "_modules")
+_NOT_STATE = frozenset(
+    {*_HOOKS, *_HOW_HOOKS_ARE_CALLED, *_TABLES, "_non_persistent_buffers_set", "_state_dict_hooks"}
+    | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+)
+_GLOBAL_HOOKS = tuple(n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
+#: methods that Python calls without naming them, but not while a function is computed
+_NOT_CALLED = frozenset(
+    {"__repr__", "__str__", "__format__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__"}
+    | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
+)
+_FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+#: libraries' classes whose methods compute with their attributes
+_READ_THEMSELVES = ("torch.nn.", "torch.distributions.", "torch.optim.", "collections")
+
+
+class Named(NamedTuple):
+    """An object that is guarded by its identity."""
+
+    name: str
+    number: int
+
+
+class State:
+    """What ``f`` and ``objects``, called ``labels``, reach now, by the names in ``names``."""
+
+    def __init__(self, f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> None:
+        self.key: list[Any] = []
+        self.tensors: list[Tensor] = []
+        self.paths: list[str] = []  # the variables that hold the tensors
+        self.facts: list[tuple[str, Any]] = []  # what is guarded, for people
+        self.lines: list[str] = []
+        self.constants: dict[str, Any] = {}
+        self.opaque: list[Any] = []  # guarded by identity
+        self.names = names
+        self.seen: dict[int, str] = {}
+        self.distinct: list[str] = []
+        self._kept: list[Any] = []
+        self._classes: set[type] = set()
+        self._globals: set[tuple[int, str]] = set()
+        self._todo: list[tuple[Any, str, str]] = []
+        self._static: dict[type, list[str]] = {}
+        self._modules = False
+        self.meet(f, "f", ROOT)
+        for i, (x, label) in enumerate(zip(objects, labels, strict=True)):
+            self.meet(x, f"objects[{i}]", label)
+        self.finish()
+        if self._modules:
+            table = vars(nn.modules.module)
+            where = self.constant(table)
+            self.hooks([(table[n], f"{where}['{n}']", n) for n in _GLOBAL_HOOKS])
+            self.finish()
+        if len(self.distinct) > 1:
+            ids = ", ".join(f"id({v})" for v in self.distinct)
+            self.lines.append(f"if len({{{ids}}}) != {len(self.distinct)}: return")
+
+    def finish(self) -> None:
+        while self._todo:
+            self.visit(*self._todo.pop())
+
+    # ----- the pieces of a check --------------------------------------------------------------------------------------
+
+    def constant(self, x: Any) -> str:
+        name = f"k{len(self.constants)}"
+        self.constants[name] = x
+        return name
+
+    def require(self, expr: str, x: Any) -> None:
+        """That ``expr`` is the object ``x``."""
+        known = repr(x) if x is None or x is True or x is False else self.constant(x)
+        self.lines.append(f"if {expr} is not {known}: return")
+
+    def bind(self, expr: str) -> str:
+        name = f"v{len(self.lines)}"
+        self.lines.append(f"{name} = {expr}")
+        return name
+
+    def meet(self, x: Any, expr: str, label: str) -> None:
+        """Describe ``x``, which ``expr`` yields, now if it is a plain value, and later otherwise."""
+        if is_value(x):
+            self.key += (x.__class__, bits(x))
+            self.facts.append((label, x))
+            self.require(expr, x)
+            return
+        known = self.seen.get(id(x))
+        if known is not None:
+            self.key.append(known)
+            self.lines.append(f"if {expr} is not {known}: return")
+            return
+        v = self.seen[id(x)] = self.bind(expr)
+        self._kept.append(x)
+        if isinstance(x, Tensor):
+            facts = tensor_facts(x)
+            self.key.append(facts)
+            self.facts.append((label, facts))
+            self.tensors.append(x)
+            self.paths.append(v)
+        else:
+            self.key.append(v)
+            self._todo.append((x, v, label))
+
+    def visit(self, x: Any, v: str, label: str) -> None:
+        cls = type(x)
+        self.key.append(v)
+        if isinstance(x, types.FunctionType):
+            self.function(x, v, label)
+        elif isinstance(x, types.ModuleType):
+            self.python_module(x, v, label)
+        elif isinstance(x, type):
+            self.same(x, v, label)
+            self.class_of(x)
+        elif isinstance(x, types.MethodType):
+            self.key.append(cls)
+            self.meet(x.__self__, f"{v}.__self__", "self" if label == ROOT else f"{label}.__self__")
+            self.meet(x.__func__, f"{v}.__func__", label)
+        elif isinstance(x, functools.partial):
+            self.require(f"type({v})", cls)
+            for name in ("func", "args", "keywords"):
+                self.meet(getattr(x, name), f"{v}.{name}", label if name == "func" else f"{label}.{name}")
+        elif isinstance(x, property | staticmethod | classmethod | functools.cached_property):
+            self.parts(x, v, label, ("fget", "__func__", "func"))
+        elif isinstance(x, list | tuple | collections.deque):
+            self.sequence(x, v, label)
+        elif isinstance(x, dict):
+            self.dictionary(x, v, label)
+        elif isinstance(x, set | frozenset | np.ndarray | slice | bytearray):
+            self.content(x, v, label)
+        elif isinstance(x, weakref.ref):
+            self.key.append(cls)
+            self.meet(x(), f"{v}()", label)
+        elif isinstance(x, nn.Module) and "_parameters" in x.__dict__:
+            self.module(x, v, label)
+        elif cls.__module__ == "aotfunc.aot":  # a compiled function
+            self.key.append(cls)
+            self.require(f"type({v})", cls)
+            self.meet(x.f, f"{v}.f", label)
+        else:
+            self.object(x, v, label)
+
+    # ----- functions --------------------------------------------------------------------------------------------------
+
+    def function(self, f: types.FunctionType, v: str, label: str) -> None:
+        """Code, defaults, closure variables, and the globals that it names."""
+        code = f.__code__
+        label = f.__name__ if label == ROOT else label
+        self.same(code, f"{v}.__code__", label)
+        known = is_library(code.co_filename)
+        self.meet(f.__defaults__, f"{v}.__defaults__", f"{label}.__defaults__")
+        self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")
+        reads = None if known else self.names.enter(code)
+        if f.__closure__:
+            cells = self.bind(f"{v}.__closure__")
+            for i, (name, cell) in enumerate(zip(code.co_freevars, f.__closure__, strict=True)):
+                self.key.append(name)
+                try:
+                    x = cell.cell_contents
+                except ValueError:  # not bound yet
+                    self.key.append(_NOTHING)
+                    self.lines.append(f"if not unbound({cells}[{i}]): return")
+                    continue
+                if reads is None or name in reads.variables or not (name in reads.written and passing(x)):
+                    self.meet(x, f"{cells}[{i}].cell_contents", name)
+        if reads is not None:
+            scope = f.__globals__
+            where = None
+            for name in sorted(reads.variables | reads.written):
+                if (id(scope), name) not in self._globals:
+                    self._globals.add((id(scope), name))
+                    where = where or self.constant(scope)
+                    self.key.append(name)
+                    x = scope.get(name, _NOTHING)
+                    if x is _NOTHING:
+                        self.key.append(None)
+                        self.lines.append(f"if '{name}' in {where}: return")
+                    elif name in reads.variables or not passing(x):
+                        self.meet(x, f"{where}['{name}']", name)
+            for name in sorted(reads.imports):
+                if name in sys.modules:
+                    self.meet(sys.modules[name], f"{self.constant(sys.modules)}['{name}']", name)
+        wrapped = f.__dict__
+        if wrapped:
+            d = self.bind(f"{v}.__dict__")
+            for name, x in wrapped.items():
+                if name == "__wrapped__" or (not known and self.wants(name, x)):
+                    self.key.append(name)
+                    self.meet(x, f"{d}['{name}']", label if name == "__wrapped__" else f"{label}.{name}")
+
+    def python_module(self, m: types.ModuleType, v: str, label: str) -> None:
+        """The names that the code may look up in it."""
+        self.require(v, m)
+        self.key.append(m.__name__)
+        d, table = None, vars(m)
+        library = m.__name__.partition(".")[0] in _LIBRARIES
+        for name in sorted(self.names.attributes | self.names.written):
+            x = table.get(name, _NOTHING)
+            if x is _NOTHING or not self.wants(name, x):
+                continue
+            d = d or self.bind(f"{v}.__dict__")
+            self.key.append(name)
+            if library and not is_value(x) and not isinstance(x, types.ModuleType):
+                self.same(x, f"{d}['{name}']", f"{label}.{name}")
+            else:
+                self.meet(x, f"{d}['{name}']", f"{label}.{name}")
+
+    # ----- containers -------------------------------------------------------------------------------------------------
+
+    def sequence(self, x: Any, v: str, label: str) -> None:
+        self.key += (type(x), len(x))
+        self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
+        self.elements(x, v, label)
+        self.extra(x, v, label)
+
+    def elements(self, x: Sequence[Any], v: str, label: str) -> None:
+        if len(x) > 4 and all(map(is_value, x)):
+            self.key += [part for e in x for part in (e.__class__, bits(e))]
+            self.facts.append((label, tuple(x)))
+            self.lines.append(f"if not all(map(is_, {v}, {self.constant(tuple(x))})): return")
+        elif len(x) <= LIMIT:
+            for i, e in enumerate(x):
+                self.meet(e, f"{v}[{i}]", f"{label}[{i}]")
+
+    def dictionary(self, x: dict, v: str, label: str) -> None:
+        self.key += (type(x), len(x))
+        self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
+        if len(x) > LIMIT:
+            return
+        if all(type(k) is str for k in x):
+            self.key += x
+            if len(x) > 1:
+                self.lines.append(f"if [*{v}] != {self.constant([*x])}: return")
+            for k, e in x.items():
+                self.meet(e, f"{v}[{k!r}]", f"{label}[{k!r}]")
+        else:
+            self.elements([*x], self.bind(f"[*{v}]"), f"{label}.keys()")
+            self.elements([*x.values()], self.bind(f"[*{v}.values()]"), f"{label}.values()")
+        self.extra(x, v, label)
+
+    def content(self, x: Any, v: str, label: str) -> None:
+        """A set or an array, by what is in it."""
+        now = content(x)
+        self.key.append(now)
+        self.facts.append((label, now))
+        self.lines.append(f"if content({v}) != {self.constant(now)}: return")
+
+    def extra(self, x: Any, v: str, label: str) -> None:
+        """The attributes of a container of the user's own class."""
+        if type(x).__module__.partition(".")[0] not in {"builtins", "collections", "torch"}:
+            self.class_of(type(x))
+            if getattr(x, "__dict__", None):
+                self.attributes(x, v, label, False)
+
+    # ----- objects ----------------------------------------------------------------------------------------------------
+
+    def parts(self, x: Any, v: str, label: str, names: Sequence[str]) -> None:
+        self.require(f"type({v})", type(x))
+        self.key.append(type(x))
+        for name in names:
+            if hasattr(x, name):
+                self.meet(getattr(x, name), f"{v}.{name}", label)
+
+    def same(self, x: Any, expr: str, label: str) -> None:
+        """An object that nothing is known of but its identity."""
+        self.key.append(id(x))
+        self.opaque.append(x)
+        self.facts.append((label, Named(getattr(x, "__qualname__", type(x).__qualname__), id(x))))
+        try:
+            weakref.ref(x)
+        except TypeError:
+            self.require(expr, x)
+        else:
+            self.lines.append(f"if {expr} is not {self.constant(weakref.ref(x))}(): return")
+
+    def object(self, x: Any, v: str, label: str) -> None:
+        cls = type(x)
+        whole = cls.__module__.startswith(_READ_THEMSELVES)
+        library = cls.__module__.partition(".")[0] in _LIBRARIES
+        slots = [n for c in cls.__mro__ for n in slots_of(c) if self.names.any or n in self.names.attributes]
+        opaque = not whole and cls.__module__.startswith(("torch", "aotfunc"))
+        if library and (opaque or not (slots or hasattr(x, "__dict__"))):
+            self.same(x, v, label)
+            return
+        self.require(f"type({v})", cls)
+        self.key.append(id(cls))
+        self.opaque.append(cls)
+        self.class_of(cls)
+        for name in slots:
+            self.key.append(name)
+            if (e := getattr(x, name, _NOTHING)) is _NOTHING:
+                self.lines.append(f"if hasattr({v}, '{name}'): return")
+            else:
+                self.meet(e, f"{v}.{name}", f"{label}.{name}")
+        if (hasattr(x, "__dict__") and self.attributes(x, v, label, whole)) or slots:
+            self.distinct.append(v)
+        else:  # there is nothing to tell it by but that it is itself
+            self.same(x, v, label)
+
+    def attributes(self, x: Any, v: str, label: str, whole: bool) -> int:
+        """Those that the code may name, or all of them where it is a library's code that reads them; how many."""
+        table, count = x.__dict__, 0
+        d = self.bind(f"{v}.__dict__")
+        self.lines.append(f"if len({d}) != {len(table)}: return")
+        for name, e in table.items():
+            if (whole and name not in _NOT_STATE) or self.wants(name, e):
+                self.key.append(name)
+                self.meet(e, f"{d}[{name!r}]", f"{label}.{name}")
+                count += 1
+        if not whole and (hidden := [n for n in self.static(type(x)) if n not in table]):
+            self.lines.append(f"if {' or '.join(f'{n!r} in {d}' for n in hidden)}: return")
+        return count
+
+    def static(self, cls: type) -> list[str]:
+        """The names that instances find in their class, unless they have one of their own."""
+        if cls not in self._static:
+            named = self.names.attributes
+            self._static[cls] = sorted({n for c in cls.__mro__ if c is not object for n in c.__dict__ if n in named})
+        return self._static[cls]
+
+    def wants(self, name: str, x: Any) -> bool:
+        names = self.names
+        return names.any or name in names.attributes or (name in names.written and not passing(x))
+
+    def module(self, m: nn.Module, v: str, label: str) -> None:
+        """Its mode, plain attributes, parameters, buffers, children and hooks."""
+        cls, table = type(m), m.__dict__
+        self._modules = True
+        self.require(f"type({v})", cls)
+        self.key.append(id(cls))
+        self.opaque.append(cls)
+        self.class_of(cls)
+        library = cls.__module__.partition(".")[0] in _LIBRARIES
+        self.attributes(m, v, label, library)
+        d = self.bind(f"{v}.__dict__")
+        if not library:
+            self.meet(m.training, f"{d}['training']", f"{label}.training")
+        empty = []
+        for name in _TABLES:
+            e = table[name]
+            self.key.append(len(e))
+            if not e:
+                empty.append(f"{d}['{name}']")
+                continue
+            t = self.bind(f"{d}['{name}']")
+            self.lines.append(f"if len({t}) != {len(e)}: return")
+            for k, child in e.items():
+                self.key.append(k)
+                self.meet(child, f"{t}[{k!r}]", f"{label}.{k}")
+        if empty:
+            self.lines.append(f"if {' or '.join(empty)}: return")
+        if self.hooks([(table[n], f"{d}['{n}']", f"{label}.{n}") for n in _HOOKS]):
+            for name in _HOW_HOOKS_ARE_CALLED:
+                self.meet(table[name], f"{d}['{name}']", f"{label}.{name}")
+
+    def hooks(self, tables: Sequence[tuple[dict, str, str]]) -> bool:
+        """Tables of hooks, which are nearly always empty."""
+        full = any(t for t, _, _ in tables)
+        self.key.append(full)
+        if full:
+            for t, expr, label in tables:
+                self.meet(t, expr, label)
+        else:
+            self.lines.append(f"if {' or '.join(e for _, e, _ in tables)}: return")
+        return full
+
+    def class_of(self, cls: type) -> None:
+        """The attributes of a class and of its bases that the code may name."""
+        if cls in self._classes:
+            return
+        self._classes.add(cls)
+        named = self.names.attributes
+        if issubclass(cls, torch.autograd.Function):
+            named = named | _FUNCTION_RULES
+        for owner in cls.__mro__:
+            library = owner.__module__.partition(".")[0] in _LIBRARIES
+            if owner is object or owner is nn.Module or (library and not issubclass(owner, nn.Module)):
+                continue
+            table = owner.__dict__
+            p = self.constant(table)
+            self.key += (id(owner),)
+            self.opaque.append(owner)
+            if not library:
+                self.lines.append(f"if len({p}) != {len(table)}: return")
+            for name, e in table.items():
+                if library:
+                    if name == "forward":
+                        self.same(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+                elif isinstance(e, _SLOTS) or name == "__classcell__":
+                    continue
+                elif name.startswith("__"):
+                    called = isinstance(e, types.FunctionType) and name not in _NOT_CALLED
+                    if called and not (name == "__init__" and issubclass(cls, nn.Module)):
+                        self.key.append(name)
+                        self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+                elif name in named or (self.wants(name, e) and name != "_abc_impl"):
+                    self.key.append(name)
+                    self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+
+
+class Check:
+    """A quick way to tell whether a state is still the one that was looked at, and to fetch its tensors."""
+
+    def __init__(self, state: State) -> None:
+        self.renew(state)
+
+    def renew(self, state: State) -> None:
+        """Take the objects of an equal state for those to compare with."""
+        source = check_source(state)
+        if source != getattr(self, "source", None):
+            self.source = source
+            self.space: dict[str, Any] = {"is_": is_, "content": content, "unbound": unbound}
+            exec(source, self.space)
+            self.tensors: Callable[[Callable, Sequence[Any]], tuple | None] = self.space["tensors"]
+        self.space.update(state.constants)
+        self.space["alike"] = metadata_check(state.tensors)
+
+
+def check_source(state: State) -> str:
+    """The check as Python: a function of ``f`` and the objects among the arguments to the tensors that are reached, or
+    to None where the state is another one.
+    """
+    body = "".join(f"        {line}\n" for line in state.lines)
+    found = ", ".join(state.paths) + ("," if len(state.paths) == 1 else "")
+    alike = " if alike(*found) else None" if found else ""
+    return f"""def tensors(f, objects):
+    try:
+{body}    except (LookupError, AttributeError, TypeError, ValueError):
+        return
+    found = ({found})
+    return found{alike}
+"""
+
+
+def passing(x: Any) -> bool:
+    """Whether a value that the code only adds to need not be looked at: a counter, a list that is appended to."""
+    return isinstance(x, int | float | complex | str) or type(x) in _GROWING
+
+
+def slots_of(cls: type) -> Sequence[str]:
+    slots = cls.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def unbound(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def content(x: Any) -> Any:
+    """A description of a set, an array or a slice that compares equal where it has the same elements."""
+    if isinstance(x, np.ndarray):
+        return (x.dtype, x.shape, x.strides, x.tobytes() if x.dtype.kind != "O" else tuple(map(id, x.flat)))
+    if isinstance(x, slice):
+        return (slice, *[(type(i), i) for i in (x.start, x.stop, x.step)])
+    return (type(x), bytes(x) if isinstance(x, bytearray) else frozenset([(type(e), bits(e)) for e in x]))
+
+
+def metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether tensors have the shapes, strides, dtypes, devices and requires_grad that these have."""
+    if not any(t.__class__ is Traced for t in tensors):
+        try:
+            from torch._C._dynamo.guards import TensorGuards
+
+            shapes = [list(t.shape) for t in tensors]
+            strides = [list(t.stride()) for t in tensors]
+            return TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+        except (ImportError, TypeError, RuntimeError):
+            pass
+    facts = [tensor_facts(t) for t in tensors]
+    return lambda *now: [tensor_facts(t) for t in now] == facts
+
+
+def look(f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> State:
+    """The state, looked at again while functions are found that read other names."""
+    while True:
+        known = len(names)
+        state = State(f, objects, labels, names)
+        if len(names) == known:
+            return state
