@@ -56,7 +56,7 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
                 raise CaptureError(
                     f"{what} was asked for, but the samples of the batch do not agree on it{line}. Use torch.where "
                     "instead of `if` and of selecting by a mask, nonzero_static(size=...) instead of nonzero, or pass "
-                    "the value as an argument with in_dims=None. A tensor from outside is indexed by w[i.reshape(1)]."
+                    "the value as an argument with in_dims=None. Beside another index tensor write w[i.reshape(1), j]."
                 )
     return answer
 

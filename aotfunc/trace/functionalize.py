@@ -26,7 +26,7 @@ from .records import flat
 from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
 from .traced import Traced
 from .tracer import Trace
-from .views import Link, forward, inverse, linked, strided
+from .views import COMPUTED, Link, forward, inverse, linked, strided
 from .writes import WRITES, functional_twin
 
 aten = torch.ops.aten
@@ -219,8 +219,8 @@ class Functionalizer:
     def _call(self, instr: Instr, nodes: list[Node]) -> Any:
         if not self.intent and instr.op is aten.detach.default:
             return nodes[0]
-        if instr.op is aten._conj.default:
-            return self.b.call(aten._conj_physical.default, *nodes)
+        if instr.op in COMPUTED:
+            return forward(self.b, Link((instr.op, fill(instr.args, nodes)[1:], {}, None, instr.outs)), nodes[0])
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
         return self.b.node(instr.op, fill(instr.args, nodes), kwargs, instr.outs)
 
@@ -233,7 +233,7 @@ class Functionalizer:
                     self._results(self.b.item(out, i), o, grad)
 
     def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:
-        """A view shares the storage of its argument (the first tensor; view ops have no other)."""
+        """A view shares the storage of its argument, the first tensor; another says where it starts."""
         base = self.env[refs[0]]
         outs = instr.outs
         if not self.intent and instr.op is aten.detach.default:
@@ -247,7 +247,10 @@ class Functionalizer:
             self.number += 1
             return
         each = [(None, outs)] if outs.__class__ is Sig else enumerate(outs)
-        links = [linked(base.sig, instr.op, instr.args[1:], instr.kwargs, i, o) for i, o in each]
+        args = instr.args[1:]
+        if len(refs) > 1:
+            args = fill(instr.args, [None, *[self.read(r, grad) for r in refs[1:]]])[1:]
+        links = [linked(base.sig, instr.op, args, instr.kwargs, i, o) for i, o in each]
         for link in links:
             ref = self.number
             self.number += 1

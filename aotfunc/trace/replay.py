@@ -25,11 +25,12 @@ class Replay:
         self.done = 0
         self.env: dict[int, Any] = {}
         self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
-        # samples of a batch, and recordings inside of others, start at another state of the generator
-        self.draws = trace.samples is None and under_way.traces[:1] in ([], [trace])
+        # samples of a batch, and recordings inside of others, start at another state of the generator, and so does
+        # each call of what is compiled once
+        self.draws = trace.samples is None and trace.may_ask_constants and under_way.traces[:1] in ([], [trace])
         if trace.concrete_inputs is not None:
             for i, t in enumerate(trace.concrete_inputs):
-                if t is not None and (real := known(t)) is not None:
+                if t is not None and (real := known(trace, t)) is not None:
                     with quiet():
                         self.env[i] = self.copy(real)
         self.states: dict[torch.Generator, Tensor] = {}  # as what has been run left them
@@ -45,6 +46,11 @@ class Replay:
             return t.clone()
         return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
+    def lose(self, trace: Trace, root: int) -> None:
+        """Something unknown was written there."""
+        for ref in [r for r in self.env if trace.root(r) == root]:
+            del self.env[ref]
+
     def value(self, trace: Trace, ref: int) -> Tensor | None:
         """The value of a result of the recording; None if it depends on inputs that are not there."""
         used = generators(trace.records)
@@ -53,15 +59,15 @@ class Replay:
             g.set_state(self.states.get(g, outside[g]))
         try:
             with quiet(), torch.no_grad():
-                for i in range(len(trace.lifted)):
-                    if -1 - i not in self.env and trace.may_ask_constants:
-                        real = known(trace.lifted[i])
+                for i, t in enumerate(trace.lifted):
+                    if -1 - i not in self.env:
+                        real = t if -1 - i in trace.made_inside else known(trace, t)
                         if real is not None:
                             self.env[-1 - i] = self.copy(real)
                 for instr, refs, *_ in trace.records[self.done :]:
                     if any(r not in self.env for r in refs) or (instr.facts.random and not self.draws):
                         for slot in written_slots(instr):
-                            self.env.pop(refs[slot], None)
+                            self.lose(trace, trace.root(refs[slot]))
                         self.number += results_of(instr)
                         continue
                     for o in instr_run(instr, [self.env[r] for r in refs]):
@@ -91,8 +97,8 @@ def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
     return [a for c in calls for a in (*c.args, *c.kwargs.values()) if isinstance(a, torch.Generator)]
 
 
-def known(t: Tensor) -> Tensor | None:
-    """The real tensor that this is or stands for, if it has values that are known."""
+def known(trace: Trace, t: Tensor) -> Tensor | None:
+    """The real tensor that this is or stands for, if it has values that stay as they are until the next call."""
     if t.__class__ is Traced:
         return t.tracer._known(t)
-    return t if has_values(t) else None
+    return t if trace.may_ask_constants and has_values(t) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ..errors import CaptureError
+from .numbers import forgive
+from .places import is_integer, part, subscript
 from .shapes import Slot, env_key, find, infer, intern
 
 if TYPE_CHECKING:
@@ -33,8 +36,40 @@ def _conj(trace: Trace, x: Tensor) -> Tensor:
     return trace.note(instr, (ref,))
 
 
+def _lift_fresh(trace: Trace, x: Tensor) -> Any:
+    """A constant made by ``f``, or a tensor in numpy's memory, which may change."""
+    if x.untyped_storage().resizable():
+        trace.made_inside.add(trace.lift(x))
+    return NotImplemented
+
+
 def _scalar(trace: Trace, x: Tensor) -> Any:
-    return trace.answer(Tensor.item, [x], "a number")
+    try:
+        return trace.answer(Tensor.item, [x], "a number")
+    except CaptureError as error:
+        spot = subscript(sys._getframe(2)) if is_integer(x) else None
+        if spot is None:
+            raise
+        trace.place, trace.refused = (x, spot, error), trace.refused or error
+        return 0  # any number will do for `outside[x]`, of which a select follows
+
+
+def _select(trace: Trace, x: Tensor, dim: int, index: int) -> Any:
+    if trace.place is None:
+        return NotImplemented
+    place, spot, error = trace.place
+    trace.place = None
+    if spot != subscript(sys._getframe(2)):
+        raise error
+    forgive(error)
+    with trace:
+        return part(x, dim, place, 1).squeeze(dim)
+
+
+def _slice(trace: Trace, *_: Any, **__: Any) -> Any:
+    if trace.place is not None:
+        raise trace.place[2]
+    return NotImplemented
 
 
 def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
@@ -118,7 +153,10 @@ def _pack_padded(trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool) ->
 
 SPECIAL: dict[OpOverload, Callable] = {
     aten._local_scalar_dense.default: _scalar,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
     aten.equal.default: _equal,
+    aten.lift_fresh.default: _lift_fresh,
     aten._conj.default: _conj,
     aten.native_batch_norm.default: _with_trace(_batch_norm),
     aten._native_batch_norm_legit.default: _with_trace(_batch_norm),

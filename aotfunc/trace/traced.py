@@ -28,6 +28,7 @@ HOOKS: dict[str, Callable] = {}
 class _Stack(threading.local):
     def __init__(self) -> None:
         self.traces: list[Trace] = []
+        self.quiet = 0
 
 
 under_way = _Stack()
@@ -111,24 +112,8 @@ class Traced(Tensor):
         """A copy where eager has a conjugate view, whose bit it would resolve."""
         return self.clone() if self.tracer.conjugated(self.ref) else self
 
-    def __getitem__(self, index: Any) -> Tensor:
-        if places := traced_places(index):
-            return _read_at(self, index, places)
-        return Tensor.__getitem__(self, index)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if places := traced_places(index):
-            _write_at(self, index, places, value)
-        elif index.__class__ is Traced and not index.sig.shape and index.sig.dtype is torch.bool:
-            self.copy_(torch.where(index, _assigned(self, value, self.dim()), self))
-        else:
-            Tensor.__setitem__(self, index, value)
-
-    def narrow(self, dim: int, start: Any, length: int) -> Tensor:
-        if isinstance(start, Tensor) and traced_places(start):
-            places = torch.arange(length, device=self.device) + torch.where(start < 0, start + self.shape[dim], start)
-            return self.index_select(dim, places)
-        return Tensor.narrow(self, dim, start, length)
+    def __index__(self) -> int:  # in a frame of its own, see places.subscript
+        return Tensor.__index__(self)
 
     def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):  # type: ignore
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
@@ -174,58 +159,7 @@ class Traced(Tensor):
         return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}")
-
-
-def traced_places(index: Any) -> list[int]:
-    """Where an index of numbers and slices has traced 0-dim integers, which PyTorch would ask for their values."""
-    parts = index if isinstance(index, tuple) else (index,)
-    found = [i for i, p in enumerate(parts) if p.__class__ is Traced and not p.sig.shape and is_integer(p.sig.dtype)]
-    plain = found and all(p is None or p is ... or type(p) in (int, slice) for p in parts if p.__class__ is not Traced)
-    return found if plain and len(found) == sum(p.__class__ is Traced for p in parts) else []
-
-
-def is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
-
-
-def _rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor | None]]:
-    """What the other parts of an index show of ``x``, and an index into that for the traced parts."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    numbers = [parts[p] for p in places]
-    for p in places:
-        parts[p] = slice(None)
-    rest = Tensor.__getitem__(x, tuple(parts))
-    indices: list[Tensor | None] = [None] * rest.dim()
-    for p, i in zip(places, numbers, strict=True):
-        kept = [q is None or isinstance(q, slice) for q in parts]  # the dimensions of what they show
-        indices[-sum(kept[p:]) if ... in parts[:p] else sum(kept[:p])] = i
-    return rest, indices
-
-
-def _read_at(x: Tensor, index: Any, places: list[int]) -> Tensor:
-    """``x[..., i, ...]`` with traced numbers ``i``."""
-    rest, indices = _rest(x, index, places)
-    if len(places) > 1:
-        return torch.ops.aten.index.Tensor(rest, indices)
-    dim, i = next((d, i) for d, i in enumerate(indices) if i is not None)
-    i = torch.where(i < 0, i + rest.shape[dim], i)
-    return rest.index_select(dim, i.reshape(1)).squeeze(dim)
-
-
-def _write_at(x: Tensor, index: Any, places: list[int], value: Any) -> None:
-    """``x[..., i, ...] = value`` with traced numbers ``i``."""
-    rest, indices = _rest(x, index, places)
-    torch.ops.aten.index_put_.default(rest, indices, _assigned(rest, value, rest.dim() - len(places)))
-
-
-def _assigned(x: Tensor, value: Any, rank: int) -> Tensor:
-    """A value as it is assigned to a part of ``x`` that has this rank."""
-    if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=x.dtype, device=x.device)
-    while value.dim() > rank and value.shape[0] == 1:
-        value = value.squeeze(0)
-    return value.to(x.dtype)
+        raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}; do so outside")
 
 
 def _live(x: Traced) -> Tensor:
@@ -271,5 +205,9 @@ def has_values(t: Tensor) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No recording meanwhile."""
-    with torch._C._DisableTorchDispatch():
-        yield
+    under_way.quiet += 1
+    try:
+        with torch._C._DisableTorchDispatch():
+            yield
+    finally:
+        under_way.quiet -= 1

@@ -23,11 +23,13 @@ from ..errors import CaptureError
 from . import shapes
 from .collector import paused_gc
 from .memory import Place, layout
+from .numbers import refusal, watch
 from .records import Record, instr_op, results_of, written_slots
 from .replay import Replay
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
 from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet, under_way
+from .views import COMPUTED
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -53,6 +55,7 @@ class Trace(TorchDispatchMode):
         self.count = 0
         self.inputs: list[Sig] = []  # traced values know their recording; it must not hold them when it is over
         self.lifted: list[Tensor] = []  # outside tensors, by reference
+        self.made_inside: set[int] = set()  # those among them that f makes anew on each run: torch.tensor(3)
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
@@ -71,6 +74,8 @@ class Trace(TorchDispatchMode):
         self._places: tuple[Place, ...] | None = None
         self._reached: tuple[Any, set[int], int, int] | None = None  # see _active
         self.finished = False
+        self.refused: CaptureError | None = None  # a question that had no answer
+        self.place: tuple | None = None  # an index that was asked for its number, see special
         self.in_lstsq = False
 
     @classmethod
@@ -313,9 +318,9 @@ class Trace(TorchDispatchMode):
             self._roots = (len(self.records), self.roots()[0])
         return self._roots[1].get(ref, ref)
 
-    def roots(self, conjugates: bool = True) -> tuple[dict[int, int], set[int]]:
-        """For each view the value whose storage it shares, and which storages are written to. Without ``conjugates``
-        the conjugate of a value, which no tensor but itself can show, is a value of its own.
+    def roots(self, computed: bool = True) -> tuple[dict[int, int], set[int]]:
+        """For each view the value whose storage it shares, and which storages are written to. Without ``computed`` the
+        views that a graph has to compute are values of their own: conjugates, and parts at a place that a tensor knows.
         """
         roots: dict[int, int] = {}
         written: set[int] = set()
@@ -323,7 +328,7 @@ class Trace(TorchDispatchMode):
         for instr, refs, *_ in self.records:
             made = range(number, number + results_of(instr))
             number += len(made)
-            if instr.facts.view_of is not None and refs and (conjugates or instr_op(instr) is not aten._conj.default):
+            if instr.facts.view_of is not None and refs and (computed or instr_op(instr) not in COMPUTED):
                 roots.update(dict.fromkeys(made, roots.get(refs[0], refs[0])))
             written.update(roots.get(refs[s], refs[s]) for s in written_slots(instr))
         return roots, written
@@ -387,6 +392,8 @@ class Trace(TorchDispatchMode):
         """``question(*values)`` for the real values of ``tensors``. Where there is one for each sample of a batch, all
         samples must give the same answer.
         """
+        if not self.may_ask_constants and any(t.__class__ is not Traced for t in tensors):
+            raise refusal(what)
         values = [self._known(t) for t in tensors]
         if any(v is None for v in values):
             inner = tensors[0].tracer if len(tensors) == 1 and tensors[0].__class__ is Traced else self
@@ -421,6 +428,8 @@ def zeros(sig: Sig) -> Tensor:
 def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     """``body()`` recorded into ``trace``: with gradients on, autocast's cache and Dynamo off, functorch's levels aside,
     no garbage collection. All of it holds for this thread alone and is undone whatever is raised, whenever.
+
+    Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """
     dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
     grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
@@ -437,7 +446,8 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             dynamo.set_eval_frame(compiling)
         trace.finish()
 
-    with paused_gc(), without_functorch():
+    numbers = watch if trace.samples is not None or not trace.may_ask_constants else nullcontext()
+    with paused_gc(), without_functorch(), numbers:
         try:
             if compiling is not None:
                 dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
@@ -446,7 +456,15 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             traces.append(trace)
             # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole process
             torch._C._push_on_torch_dispatch_stack(trace)
-            return body()
+            result = body()
+        except Exception as e:
+            if trace.refused is not None and trace.refused is not e:
+                raise trace.refused from e
+            raise
+        else:
+            if trace.refused is not None:
+                raise trace.refused
+            return result
         finally:
             try:
                 restore()

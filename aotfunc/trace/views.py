@@ -16,6 +16,15 @@ from .shapes import Sig
 
 aten = torch.ops.aten
 
+#: ``x.narrow(dim, start, length)`` where ``start`` is a tensor; only recorded: graphs hold what it shows
+_library = torch.library.Library("aotfunc", "FRAGMENT")
+_library.define("narrow_at(Tensor(a) x, int dim, Tensor start, int length) -> Tensor(a)")
+_library.impl("narrow_at", lambda x, dim, start, length: x.narrow(dim, int(start), length), "CompositeExplicitAutograd")
+narrow_at = torch.ops.aotfunc.narrow_at.default
+
+#: views of a recording that graphs compute
+COMPUTED = (aten._conj.default, narrow_at)
+
 
 class Link(tuple):
     """One step of a view chain: ``(op, args after the tensor, kwargs, index among several outputs or None, val)``."""
@@ -27,8 +36,20 @@ def forward(b: Builder, link: Link, node: Node) -> Node:
         node, args = in_memory(b, node, args)
     if op is aten._conj.default:
         op = aten._conj_physical.default
+    if op is narrow_at:
+        op, args = aten.index_select.default, (args[0], places(b, *args[1:]))
     out = b.call(op, node, *args, **kwargs)
     return out if index is None else b.item(out, index)
+
+
+def places(b: Builder, start: Node, length: int) -> Node:
+    """The indices from ``start`` on."""
+    sig: Sig = start.meta["val"]
+    if sig.dtype not in (torch.int64, torch.int32):
+        start = b.call(aten._to_copy.default, start, dtype=torch.int64)
+    if length == 1:
+        return b.call(aten.view.default, start, [1])
+    return b.call(aten.add.Tensor, b.call(aten.arange.default, length, device=sig.device), start)
 
 
 def linked(base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | None, val: Sig) -> Link:
@@ -130,6 +151,7 @@ INVERSES: dict[OpOverload, Any] = {
     ),
     aten.select.int: _scattered(aten.select_scatter.default),
     aten.slice.Tensor: _scattered(aten.slice_scatter.default),
+    narrow_at: lambda b, base, new, index, dim, *at: b.call(aten.index_copy.default, base, dim, places(b, *at), new),
     aten.diagonal.default: _scattered(aten.diagonal_scatter.default),
     aten.as_strided.default: _scattered(aten.as_strided_scatter.default),
     aten.t.default: _call(aten.t.default),

@@ -66,7 +66,7 @@ class Recording:
     @property
     def roots(self) -> list[int]:
         """For each returned tensor the value that it is a view of, or itself."""
-        shared, _ = self.trace.roots(conjugates=False)
+        shared, _ = self.trace.roots(computed=False)
         return [shared.get(r, r) for r in self.refs]
 
     @property

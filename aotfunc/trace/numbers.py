@@ -1,0 +1,92 @@
+"""What PyTorch reads of a tensor without an op that a recording would see: refused in what is compiled once.
+
+``float(c)`` and ``range(c)`` are ops, but inside of ``torch.tensor([c, 2])`` dispatch is off; printing, pickling and
+sharing memory never were ops. While a number would be frozen, or differs between the samples of a batch, the methods of
+``Tensor`` that ask for one are exchanged: these refuse, those of :mod:`.places` do without.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from .places import METHODS
+from .traced import Traced, current, under_way
+
+#: methods that read values, and what they are asked for
+READERS = {
+    **dict.fromkeys(("__float__", "__int__", "__index__", "__complex__", "__bool__"), "a number"),
+    "__repr__": "the text",
+    **dict.fromkeys(("__reduce_ex__", "__dlpack__", "storage"), "the memory"),
+}
+
+
+def refusal(what: str) -> CaptureError:
+    """The error for a question whose answer would be frozen. Whoever catches it goes on without eager's number, so the
+    captures under way fail all the same: see :func:`~aotfunc.trace.tracer.recording`.
+    """
+    error = CaptureError(
+        f"{what} was asked for that depends on a tensor from outside, but the function is compiled once for all values"
+        f"{at(debug.user_line())}. Compute with the tensor, use torch.where instead of `if`, or pass the number as a "
+        "Python argument."
+    )
+    for trace in under_way.traces:
+        if not trace.may_ask_constants:
+            trace.refused = trace.refused or error
+    return error
+
+
+def forgive(error: CaptureError) -> None:
+    """It could be done without the number."""
+    for trace in under_way.traces:
+        if trace.refused is error:
+            trace.refused = None
+
+
+def refusing(read: Callable, what: str) -> Callable:
+    """The method, for tensors whose values may be asked for by the recording under way in this thread."""
+
+    @functools.wraps(read)
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        trace = current()
+        if trace is not None and not trace.may_ask_constants and self.__class__ is not Traced and not under_way.quiet:
+            raise refusal(what)
+        return read(self, *args, **kwargs)
+
+    return method
+
+
+class Watch:
+    """Holds the methods of ``Tensor`` exchanged while any thread needs it."""
+
+    def __init__(self) -> None:
+        self.lock, self.count = threading.Lock(), 0
+        self.own: dict[str, Any] = {}  # the methods of Tensor itself; it inherits the others
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.count += 1
+            if self.count == 1:
+                new = {name: refusing(getattr(Tensor, name), what) for name, what in READERS.items()} | METHODS
+                self.own = {name: Tensor.__dict__[name] for name in new if name in Tensor.__dict__}
+                for name, method in new.items():
+                    setattr(Tensor, name, method)
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.count -= 1
+            if not self.count:
+                for name in (*READERS, *METHODS):
+                    delattr(Tensor, name)
+                for name, method in self.own.items():
+                    setattr(Tensor, name, method)
+
+
+watch = Watch()

@@ -1,0 +1,131 @@
+"""Parts of a tensor at places that only a 0-dim integer tensor knows: ``x[i]``, ``x[i] = v``, ``narrow``, ``select``.
+
+PyTorch would ask for the number. Where it is not to be had (or would be frozen: a tensor from outside, in what is
+compiled once) the part is recorded as a view all the same: :data:`~aotfunc.trace.views.narrow_at`.
+"""
+
+from __future__ import annotations
+
+import dis
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shapes import Slot, env_key, find, infer, intern
+from .traced import Traced, current, under_way
+from .views import narrow_at
+
+aten = torch.ops.aten
+_getitem, _setitem, _narrow, _select = Tensor.__getitem__, Tensor.__setitem__, Tensor.narrow, Tensor.select
+
+
+def is_integer(x: Tensor) -> bool:
+    """Whether PyTorch would take this for a number in an index: bytes are masks."""
+    return not (x.dim() or x.is_floating_point() or x.is_complex() or x.dtype in (torch.bool, torch.uint8))
+
+
+def is_place(x: Any) -> bool:
+    """Whether this is an integer that is not asked for its number."""
+    if not isinstance(x, Tensor) or not is_integer(x):
+        return False
+    if x.__class__ is Traced:
+        return True
+    trace = current()
+    return trace is not None and not trace.may_ask_constants and not under_way.quiet
+
+
+def places_in(index: Any) -> list[int]:
+    """Where an index of numbers and slices has places."""
+    parts = index if isinstance(index, tuple) else (index,)
+    found = [i for i, p in enumerate(parts) if is_place(p)]
+    plain = all(p is None or p is ... or type(p) in (int, slice) for i, p in enumerate(parts) if i not in found)
+    return found if plain else []
+
+
+def part(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
+    """The view ``x.narrow(dim, start, length)``."""
+    trace = current()
+    if trace is None:  # a value leaked
+        return _narrow(x, dim, start, length)
+    size = x.shape[dim]
+    start = torch.where(start < 0, start + size, start).to(x.device)
+    (ref, sig), (at, at_sig) = trace.ref_of(x), trace.ref_of(start)
+    key = (narrow_at, sig, dim, at_sig, length, env_key())
+    instr = find(key)
+    if instr is None:
+        outs = infer(aten.slice.Tensor, (Slot(0), dim, 0, length), {}, (sig,))
+        instr = intern(key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig), outs)
+    return trace.note(instr, (ref, at))
+
+
+def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor | None]]:
+    """What the other parts of an index show of ``x``, and an index into that for the places."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    numbers = [parts[p] for p in places]
+    for p in places:
+        parts[p] = slice(None)
+    shown = _getitem(x, tuple(parts))
+    indices: list[Tensor | None] = [None] * shown.dim()
+    for p, i in zip(places, numbers, strict=True):
+        kept = [q is None or isinstance(q, slice) for q in parts]  # the dimensions of what they show
+        indices[-sum(kept[p:]) if ... in parts[:p] else sum(kept[:p])] = i
+    return shown, indices
+
+
+def getitem(self: Tensor, index: Any) -> Tensor:
+    places = places_in(index)
+    if not places:
+        return _getitem(self, index)
+    shown, indices = rest(self, index, places)
+    for dim, i in reversed(list(enumerate(indices))):
+        if i is not None:
+            shown = part(shown, dim, i, 1).squeeze(dim)
+    return shown
+
+
+def setitem(self: Tensor, index: Any, value: Any) -> None:
+    if places := places_in(index):
+        shown, indices = rest(self, index, places)
+        aten.index_put_.default(shown, indices, assigned(shown, value, shown.dim() - len(places)))
+    elif index.__class__ is Traced and not index.sig.shape and index.sig.dtype is torch.bool:
+        self.copy_(torch.where(index, assigned(self, value, self.dim()), self))
+    else:
+        _setitem(self, index, value)
+
+
+def assigned(x: Tensor, value: Any, rank: int) -> Tensor:
+    """A value as it is assigned to a part of ``x`` that has this rank."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=x.dtype, device=x.device)
+    while value.dim() > rank and value.shape[0] == 1:
+        value = value.squeeze(0)
+    return value.to(x.dtype)
+
+
+def narrow(self: Tensor, dim: Any, start: Any, length: Any) -> Tensor:
+    return part(self, range(self.dim())[dim], start, length) if is_place(start) else _narrow(self, dim, start, length)
+
+
+def select(self: Tensor, dim: Any, index: Any) -> Tensor:
+    return part(self, range(self.dim())[dim], index, 1).squeeze(dim) if is_place(index) else _select(self, dim, index)
+
+
+#: methods for outside tensors, too (with a ``__getitem__`` of Python's they would be sequences for ``torch.tensor``)
+METHODS = {"narrow": narrow, "select": select}
+for name, method in {"__getitem__": getitem, "__setitem__": setitem, **METHODS}.items():
+    setattr(Traced, name, method)
+
+
+def subscript(frame: FrameType) -> tuple[int, int] | None:
+    """Which ``x[...]`` a frame executes. If it asks for a number by itself, ``x`` is a tensor: other containers call
+    ``__index__``, a function of ours.
+    """
+    code, at = frame.f_code.co_code, frame.f_lasti
+    name = dis.opname[code[at]]
+    yes = name in ("BINARY_SUBSCR", "STORE_SUBSCR") or (name == "BINARY_OP" and code[at + 1] == _SUBSCRIPT)
+    return (id(frame), at) if yes else None
+
+
+_SUBSCRIPT = next((i for i, (_, sign) in enumerate(dis._nb_ops) if sign == "[]"), None)  # type: ignore[attr-defined]

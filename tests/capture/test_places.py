@@ -1,0 +1,149 @@
+"""Parts of a tensor at places that 0-dim integer tensors know: views, as in eager."""
+
+import operator
+
+import pytest
+import torch
+
+from aotfunc import grad, jit, vmap
+from aotfunc.errors import CaptureError
+from tests.reference import assert_same, grads
+
+
+def assign(x, index, value):
+    x[index] = value
+    return x
+
+
+def add_to(x, index, value):
+    x[index] += value
+    return x
+
+
+def write_to_a_part(x, i):
+    x[i].mul_(5)
+    return x
+
+
+def write_to_the_whole(x, i):
+    y = x[i, i]
+    x.add_(1)
+    y.mul_(3)
+    return x * y.sum()
+
+
+def move_the_place(x, i):
+    i = i.clone()
+    y = x[i]
+    i.sub_(1)  # y stays where it is
+    x.add_(1)
+    return y * x[i]
+
+
+PARTS = {
+    "x[i]": lambda x, i: x[i],
+    "x[i, i]": lambda x, i: x[i, i],
+    "x[..., i]": lambda x, i: x[..., i],
+    "x[i, ..., i]": lambda x, i: x[i, ..., i],
+    "x[2:, i]": lambda x, i: x[2:, i],
+    "x[1, i, ::2]": lambda x, i: x[1, i, ::2],
+    "x[None, i]": lambda x, i: x[None, i],
+    "x[i, :, None]": lambda x, i: x[i, :, None],
+    "int32": lambda x, i: x[i.int()],
+    "int16": lambda x, i: x[i.short()],
+    "computed": lambda x, i: x[(i * 2 + 1) % 3],
+    "select": lambda x, i: x.select(-1, i),
+    "narrow": lambda x, i: x.narrow(1, i, 1),
+    "narrow of two": lambda x, i: x.narrow(1, abs(i), 2),
+    "x[i] = number": lambda x, i: assign(x * 1, i, 3.0),
+    "x[i, 1:] = tensor": lambda x, i: assign(x * 1, (i, slice(1, None)), x[0, 1:] * 2),
+    "x[i] += tensor": lambda x, i: add_to(x * 1, i, x[0]),
+    "x[i, i] += number": lambda x, i: add_to(x * 1, (i, i), 1),
+    "a part": lambda x, i: write_to_a_part(x * 1, i),
+    "the whole": lambda x, i: write_to_the_whole(x * 1, i),
+    "moved": lambda x, i: move_the_place(x * 1, i),
+    "part of a part": lambda x, i: (y := x * 1, y[i, :2].narrow(1, abs(i), 1).zero_())[0],
+}
+each = pytest.mark.parametrize("f", PARTS.values(), ids=PARTS)
+
+
+def data():
+    return torch.arange(64.0, dtype=torch.float64).reshape(4, 4, 4)
+
+
+@each
+def test_argument(f):
+    compiled, x = jit(f), data()
+    for i in map(torch.tensor, (1, 2, -1)):
+        assert_same(compiled(x, i), f(x, i))
+        summed = lambda x, i=i: f(x, i).square().sum()
+        assert_same(grad(summed)(x), grads(summed)(x))
+
+
+@each
+def test_from_outside(f):
+    x, place = data(), torch.tensor(1)
+    compiled = jit(lambda x: f(x, place))
+    gradient = jit(grad(lambda x: f(x, place).square().sum()))
+    for i in (1, 2, -1):
+        place.fill_(i)
+        assert_same(compiled(x), f(x, place))
+        assert_same(gradient(x), grads(lambda x: f(x, place).square().sum())(x))
+
+
+@each
+@pytest.mark.parametrize("compile", [lambda f: f, jit], ids=["vmap", "jit(vmap)"])
+def test_batch_of_places_in_a_tensor_from_outside(f, compile):
+    x, places = data(), torch.tensor([1, 0, -1])
+    assert_same(compile(vmap(lambda i: f(x, i)))(places), torch.stack([f(x, i) for i in places]))
+    both = compile(vmap(vmap(lambda x, i: f(x, i), in_dims=(None, 0)), in_dims=(0, None)))
+    y = torch.stack([x, x + 1])
+    assert_same(both(y, places), torch.stack([torch.stack([f(x, i) for i in places]) for x in y]))
+
+
+def test_writes_to_a_tensor_from_outside():
+    """As a cache of keys and values is filled."""
+
+    def store(x, i):
+        cache[:, i] = x
+        return cache.sum(0)[i] * 1
+
+    def run(f):
+        cache.zero_()
+        return [f(torch.full((2, 3), float(i + 1)), torch.tensor(i)) for i in range(4)], cache.clone()
+
+    cache = torch.zeros(2, 4, 3)
+    assert_same(run(jit(store)), run(store))
+
+
+def test_outside_of_the_tensor():
+    for f in (lambda x, i: x[i], lambda x, i: x.narrow(0, i, 2), lambda x, i: assign(x * 1, i, 0.0)):
+        compiled = jit(f)
+        compiled(data(), torch.tensor(0))
+        for i in (7, -7):
+            with pytest.raises((IndexError, RuntimeError)):
+                compiled(data(), torch.tensor(i))
+
+
+def test_what_a_number_would_be_needed_for():
+    for f in (lambda x, i: x[:i], lambda x, i: x[i, torch.tensor([0, 1])], lambda x, i: x[i.to(torch.uint8)]):
+        with pytest.raises(CaptureError, match=r"asked for.*test_places\.py"):
+            jit(f)(data(), torch.tensor(1))
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, jit], ids=["vmap", "jit(vmap)"])
+def test_containers_and_slices_with_places(compile):
+    x, numbers, text = data(), [1.0, 2.0, 3.0], "123"
+    asking = [
+        lambda i: x[0, 0] * numbers[i],
+        lambda i: (numbers[i], x[0])[1],
+        lambda i: numbers[i] * i,
+        lambda i: x[0] * float(text[i]),
+        lambda i: x[:2][: i + 2],
+        lambda i: operator.getitem(x, i),
+        lambda i: assign(x * 1, slice(i, None), 0.0),
+        lambda i: x[int(i)],
+    ]
+    for f in asking:
+        with pytest.raises(CaptureError, match=r"asked for.*test_places\.py"):
+            compile(vmap(f))(torch.tensor([0, 1]))
