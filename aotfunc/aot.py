@@ -36,7 +36,7 @@ from .trace.memory import layout
 from .trace.shapes import make_sig
 from .trace.traced import Traced, current
 from .trace.tree import Arguments, unflatten
-from .transforms.capture import leaf_labels, parameter_names, record
+from .transforms.capture import as_called, leaf_labels, parameter_names, record
 from .transforms.captured import Recording
 from .transforms.decompose import decomposed
 from .transforms.lower import EVERYTHING, lowered
@@ -63,9 +63,17 @@ class Entry:
     """What was captured for one signature."""
 
     def __init__(
-        self, rec: Recording, call: CompiledCall, views: Callable[..., tuple] | None, state: State, key: tuple
+        self,
+        rec: Recording,
+        call: CompiledCall,
+        views: Callable[..., tuple] | None,
+        state: State,
+        key: tuple,
+        enables: bool,
     ) -> None:
         self.call, self.views, self.key = call, views, key
+        #: gradients were off, and the function turned them on in places: its marks say where
+        self.enables = enables
         self.spec, self.tensors = rec.spec, rec.tensors
         # the structure with what is constant in it; what was traced, and the arguments, may go
         self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
@@ -87,6 +95,12 @@ class Entry:
         return [found[s] if s.__class__ is int else s for s in self.sources]
 
     def __call__(self, tensors: list[Tensor]) -> Any:
+        if self.enables and not torch.is_inference_mode_enabled():
+            with torch.enable_grad():
+                return self.results(tensors)
+        return self.results(tensors)
+
+    def results(self, tensors: list[Tensor]) -> Any:
         outs: Sequence[Any] = ()
         if not self.idle:
             trace = current()
@@ -236,18 +250,20 @@ class Compiled:
     def capture(self, arguments: Arguments, state: State, key: tuple) -> Entry:
         self.captures += 1
         rec = record(
-            self.f if torch.is_grad_enabled() else torch.no_grad()(self.f),
+            as_called(self.f),
             arguments.leaves,
             arguments.rebuilt,
             why_not=f"{self.name} captures the function once for all values",
             constants=False,
             name_of=parameter_names(self.f, arguments),
         )
-        program, views = without_views(rec.program(), rec.roots, rec.sigs, not torch.is_grad_enabled())
+        quiet = not torch.is_grad_enabled()
+        enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
+        program, views = without_views(rec.program(), rec.roots, rec.sigs, quiet and not enables)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.compile_forward, self.split, self.name)
         self.watch_growth(arguments, state)
-        return Entry(rec, call, views, state, key)
+        return Entry(rec, call, views, state, key, enables)
 
     def watch_growth(self, arguments: Arguments, state: State) -> None:
         """Warn, once, of a function that is captured again and again, and say which argument is to blame."""

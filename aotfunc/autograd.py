@@ -7,21 +7,20 @@ numbers that it draws again are those of the forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.fx import Node
 
 from .aliasing import apart
-from .graph import Program, draws
-from .run import execute, write_back
+from .graph import Program
+from .redraw import redrawn, states
+from .run import distinct, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
-from .transforms.lower import EVERYTHING, lowered
 from .transforms.steps import CompiledCall
-from .transforms.vjp import active_nodes, vjp
+from .transforms.vjp import live, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
@@ -48,23 +47,6 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     return outs[: program.n_outputs]
 
 
-def distinct(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """With copies where one of the first ``count`` is the same tensor as another, or an input: without its marks of
-    intent a graph may compute two results in one node.
-    """
-    seen = set(map(id, tensors))
-    total = len(seen)
-    seen.update(map(id, outs[:count]))
-    if len(seen) == total + count:
-        return outs
-    found, seen = list(outs), set(map(id, tensors))
-    for i, o in enumerate(found[:count]):
-        if isinstance(o, Tensor) and id(o) in seen:
-            found[i] = o.clone()
-        seen.add(id(o))
-    return found
-
-
 class Halves:
     """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient program if asked for."""
 
@@ -73,19 +55,16 @@ class Halves:
         program = call.program
         self.program = program.flat()
         self.count = self.program.n_outputs
-        inputs = program.placeholders
-        active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt])
         #: which results have a derivative: the others do not require grad, as in eager
-        self.live = [isinstance(o, Node) and o in active for o in program.outputs]
+        self.live = live(program, wrt)
         self.any_live = any(self.live)
-        self.generators = generators(program)
         self.needed: tuple[int, ...] = ()
         self.cloned: tuple[int, ...] = ()
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
             return
         joint = vjp(self.program, wrt, self.live, recompute=False)
-        self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(inputs)))
+        self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
         self.cloned = tuple(set(self.needed) & set(program.mutated))
         self.forward, self.backward = call.split(joint, self.count)
 
@@ -125,7 +104,7 @@ class Differentiated(torch.autograd.Function):
     def forward(ctx: Any, halves: Halves, *tensors: Tensor) -> tuple:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         ctx.halves = halves
-        ctx.states = [(g, g.get_state()) for g in halves.generators]
+        ctx.states = states(halves.call.program)
         outs = distinct(halves.forward(*tensors), halves.count, tensors)
         results, residuals = outs[: halves.count], outs[halves.count :]
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
@@ -168,43 +147,6 @@ def unchanged(ctx: Any) -> list[Tensor]:
                 "after the call; its backward cannot be differentiated (create_graph=True) any more"
             )
     return ctx.inputs
-
-
-# ----- random numbers -------------------------------------------------------------------------------------------------
-
-
-def generators(program: Program) -> list[Generator]:
-    """The generators that a program draws from."""
-    found: dict[int, Generator] = {}
-    for n in lowered(program, EVERYTHING).graph.nodes:
-        if n.op == "call_function" and draws(n):
-            given = next((a for a in (*n.args, *n.kwargs.values()) if isinstance(a, Generator)), None)
-            g = given if given is not None else default_generator(device_of(n.meta["val"]))
-            found[id(g)] = g
-    return list(found.values())
-
-
-def device_of(val: Any) -> torch.device:
-    return device_of(val[0]) if isinstance(val, tuple) else val.device
-
-
-def default_generator(device: torch.device) -> Generator:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
-
-
-@contextmanager
-def redrawn(states: Sequence[tuple[Generator, Tensor]]) -> Iterator[None]:
-    """The generators as they were then, for a while."""
-    now = [(g, g.get_state()) for g, _ in states]
-    for g, state in states:
-        g.set_state(state)
-    try:
-        yield
-    finally:
-        for g, state in now:
-            g.set_state(state)
 
 
 # ----- smaller programs -----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .run import execute
 from .trace.shapes import sig_of
 from .trace.traced import Traced
 from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import parameter_names, record
+from .transforms.capture import as_called, parameter_names, record
 from .transforms.captured import Recording
 from .transforms.fresh import fresh
 from .transforms.vmap import vmap as vmap_pass
@@ -100,7 +100,7 @@ def _batched_program(
     }
     tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
     rec = record(
-        func,
+        as_called(func),
         arguments.leaves,
         arguments.rebuilt,
         samples=samples,

@@ -18,7 +18,7 @@ from .errors import ArgumentError
 from .graph import Program
 from .run import execute
 from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import parameter_names, record
+from .transforms.capture import as_called, parameter_names, record
 from .transforms.fresh import ANYTHING, fresh
 from .transforms.jvp import jvp as jvp_pass
 from .transforms.linearize import halve, linear_program
@@ -225,7 +225,8 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs)
-        rec = record(func, arguments.leaves, arguments.rebuilt, name_of=parameter_names(func, arguments))
+        names = parameter_names(func, arguments)
+        rec = record(as_called(func), arguments.leaves, arguments.rebuilt, name_of=names)
         base, own = rec.program(), rec.aliases
         program = base.once(("functionalize", own), lambda: fresh(base, own))
         return rec.results(execute(program, [*tensors_of(arguments), *rec.closed_over]))

@@ -15,10 +15,11 @@ from torch._ops import OpOverload
 from .aliasing import apart
 from .backends.eager import compile_graph
 from .graph import Program
+from .redraw import redrawn, states
 from .trace.traced import current
 from .transforms.lower import lowered, marked
 from .transforms.steps import CallStep, hidden_writes
-from .transforms.vjp import differentiable, vjp
+from .transforms.vjp import differentiable, live, vjp
 
 
 def eager(program: Program) -> Callable[..., tuple]:
@@ -54,12 +55,29 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     fn = eager(program)
     ours = program.once("marked", lambda: marked(program) or beyond_autograd(program))
     if ours and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        outs = Differentiable.apply(program, *tensors)
+        outs = Differentiable.apply(program, states(program), *tensors)
     else:
-        outs = fn(*tensors)
+        outs = distinct(fn(*tensors), program.n_outputs, tensors) if ours else fn(*tensors)
     if program.mutated:
         write_back(program, tensors, outs)
     return outs[: program.n_outputs]
+
+
+def distinct(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
+    """With copies where one of the first ``count`` is the same tensor as another, or an input: without its marks of
+    intent a graph may compute two results in one node.
+    """
+    seen = set(map(id, tensors))
+    total = len(seen)
+    seen.update(map(id, outs[:count]))
+    if len(seen) == total + count:
+        return outs
+    found, seen = list(outs), set(map(id, tensors))
+    for i, o in enumerate(found[:count]):
+        if isinstance(o, Tensor) and id(o) in seen:
+            found[i] = o.clone()
+        seen.add(id(o))
+    return found
 
 
 def beyond_autograd(program: Program) -> bool:
@@ -69,33 +87,37 @@ def beyond_autograd(program: Program) -> bool:
 
 class Differentiable(torch.autograd.Function):
     """A program whose derivative autograd must take from us: its backward is the program's own reverse mode, run the
-    same way, so that it is differentiable again.
+    same way, so that it is differentiable again; random numbers that it draws again are those of the forward.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(program: Program, *tensors: Tensor) -> tuple:  # type: ignore[override]
+    def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore[override]
         outs = eager(program)(*tensors)
-        return tuple(o.clone() if isinstance(o, Tensor) and any(o is t for t in tensors) else o for o in outs)
+        return tuple(distinct(outs, len(outs), tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.program, *tensors = inputs
+        ctx.program, ctx.states, *tensors = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
+        alive = live(ctx.program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))
         ctx.mark_non_differentiable(
-            *[o for o in output if isinstance(o, Tensor) and not (o.is_floating_point() or o.is_complex())]
+            *[o for o, yes in zip(output, alive, strict=True) if isinstance(o, Tensor) and not yes]
         )
 
     @staticmethod
-    def backward(ctx: Any, *cts: Tensor) -> tuple:
+    def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         program, tensors = ctx.program, ctx.saved_tensors
-        wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[1:]) if need)
+        wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)
         whole = program.flat()
         have = tuple(differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True))
         joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
-        grads = execute(joint, [*tensors, *(c.contiguous() for c, yes in zip(cts, have, strict=True) if yes)])
-        result: list = [None] * (len(tensors) + 1)
+        given = [c.contiguous() for c, yes in zip(cts, have, strict=True) if yes and c is not None]
+        with redrawn(ctx.states):
+            grads = execute(joint, [*tensors, *given])
+        result: list = [None] * (len(tensors) + 2)
         for i, g in zip(wrt, grads, strict=True):
-            result[i + 1] = g
+            result[i + 2] = g
         return tuple(result)

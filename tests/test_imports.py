@@ -17,7 +17,7 @@ ROWS = [
     ("aot", "check", "covered"),
     ("func", "batch", "jacobians", "module", "stateless", "state", "autograd"),
     ("run", "arguments", "guards", "reads"),
-    ("aliasing", "asked"),
+    ("aliasing", "asked", "redraw"),
     ("partition", "backends"),
     ("transforms",),
     ("trace", "rules"),

@@ -41,12 +41,17 @@ def flat(outs: Any) -> list:
     return [outs] if isinstance(outs, Tensor | Sig) else []
 
 
+def result_sigs(instr: Any) -> list:
+    """The signatures of the new values that a step makes."""
+    if not instr.facts.writes:
+        return flat(instr.outs)
+    outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
+    return [sig for o, same in zip(outs, instr.facts.same, strict=False) if same is None for sig in flat(o)]
+
+
 def results_of(instr: Any) -> int:
     """How many new values a step makes."""
-    if not instr.facts.writes:
-        return len(flat(instr.outs))
-    outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
-    return sum(len(flat(o)) for o, same in zip(outs, instr.facts.same, strict=False) if same is None)
+    return len(result_sigs(instr))
 
 
 def instr_op(instr: Any) -> Any:

@@ -24,7 +24,7 @@ from . import shapes
 from .collector import paused_gc
 from .memory import Place, layout
 from .numbers import refusal, watch
-from .records import Record, instr_op, results_of, written_slots
+from .records import Record, instr_op, result_sigs, results_of, written_slots
 from .replay import Replay
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
@@ -72,7 +72,7 @@ class Trace(TorchDispatchMode):
         self._values: Replay | None = None
         self._roots: tuple[int, dict[int, int]] | None = None  # after so many records, see root
         self._places: tuple[Place, ...] | None = None
-        self._reached: tuple[Any, set[int], int, int] | None = None  # see _active
+        self._reached: tuple[Any, Reach] | None = None  # see _active
         self.finished = False
         self.refused: CaptureError | None = None  # a question that had no answer
         self.place: tuple | None = None  # an index that was asked for its number, see special
@@ -371,16 +371,12 @@ class Trace(TorchDispatchMode):
         if self._reached is None or self._reached[0] != start:
             active = {ref for ref, yes in self.leaves.items() if yes}
             active |= {-1 - i for i, yes in enumerate(start[1]) if yes}
-            self._reached = (start, active, 0, len(self.inputs))
-        _, active, done, number = self._reached
-        for instr, refs, grad, *_ in self.records[done:]:
-            made = range(number, number + results_of(instr))
-            number = made.stop
-            if grad and instr_op(instr) is not aten.detach.default and any(r in active for r in refs):
-                active.update(m for m in made if self.leaves.get(m) is not False)
-                active.update(refs[i] for i in written_slots(instr))
-        self._reached = (start, active, len(self.records), number)
-        return active
+            self._reached = (start, Reach(self, active))
+        return self._reached[1].extended()
+
+    def reaches(self, ref: int, outs: Sequence[int]) -> bool:
+        """Whether one of ``outs`` was computed from the value ``ref``, as autograd sees it."""
+        return not Reach(self, {ref}).extended().isdisjoint(outs)
 
     # ----- values on request ------------------------------------------------------------------------------------------
 
@@ -413,6 +409,46 @@ class Trace(TorchDispatchMode):
         if self._values is None:
             self._values = Replay(self)
         return self._values.value(self, ref)
+
+
+class Reach:
+    """The values of a recording that a differentiable path leads to from ``active`` ones."""
+
+    def __init__(self, trace: Trace, active: set[int]) -> None:
+        self.trace, self.active = trace, active
+        self.done, self.number = 0, len(trace.inputs)
+        self.bases: dict[int, int] = {}  # of each view the value that it shows
+        self.views: dict[int, list[int]] = {}  # and the views of each value
+
+    def extended(self) -> set[int]:
+        """``active``, as far as the recording has come."""
+        active, leaves = self.active, self.trace.leaves
+        for instr, refs, grad, *_ in self.trace.records[self.done :]:
+            sigs = result_sigs(instr)
+            made = range(self.number, self.number + len(sigs))
+            self.number = made.stop
+            if not grad or instr_op(instr) is aten.detach.default:
+                continue
+            if instr.facts.view_of is not None and refs:
+                base = self.bases.get(refs[0], refs[0])
+                self.bases.update(dict.fromkeys(made, base))
+                self.views.setdefault(base, []).extend(made)
+            given = [r in active for r in refs]
+            if not any(given):
+                continue
+            slots = written_slots(instr)
+            live, written = instr.live(given) if hasattr(instr, "live") else ([True] * len(sigs), [True] * len(slots))
+            active.update(
+                m
+                for m, sig, yes in zip(made, sigs, live, strict=True)
+                if yes and sig.differentiable and leaves.get(m) is not False
+            )
+            for slot, yes in zip(slots, written, strict=True):
+                if yes:  # all that shows the written memory
+                    base = self.bases.get(refs[slot], refs[slot])
+                    active.update((base, *self.views.get(base, ())))
+        self.done = len(self.trace.records)
+        return active
 
 
 #: ops whose result has a shape that depends on the values of all tensors but the first

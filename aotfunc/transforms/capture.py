@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
@@ -80,6 +81,11 @@ def record(
     return record_into(trace, call)
 
 
+def as_called(f: Callable) -> Callable:
+    """``f`` with gradients off if they are off here: a recording turns them on."""
+    return f if torch.is_grad_enabled() else torch.no_grad()(f)
+
+
 def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
     """Names for the leaves of a call, after the function's parameters."""
 
@@ -120,4 +126,4 @@ def leaf_labels(spec: TreeSpec) -> list[str]:
     return labels
 
 
-__all__ = ["Recording", "Traced", "current", "parameter_names", "record"]
+__all__ = ["Recording", "Traced", "as_called", "current", "parameter_names", "record"]

@@ -43,7 +43,7 @@ class Begin(Step):
 
 
 class End(Step):
-    """The end of a Function: its outputs, with the derivative that the Function says."""
+    """The end of a Function, ``(values, residuals, inputs) -> outputs``: the values, with the derivative it says."""
 
     def __init__(self, derivative: CustomDerivative) -> None:
         super().__init__(derivative.vals)
@@ -53,9 +53,14 @@ class End(Step):
         d = self.derivative
         inputs = f.snapshots.pop()
         raw = [f.read(r, False) for r in refs[: d.n_outputs]]
-        residuals = [f.read(r, True) for r in refs[d.n_outputs :]]
+        residuals = [f.read(r, True) for r in refs[d.n_outputs : len(refs) - d.n_inputs]]
         node = f.b.make("call_function", d, (*inputs, *raw, *residuals), {}, d.vals)
         self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
+
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        """The Function's inputs alone, the last of the step's, decide whether its outputs require grad."""
+        d = self.derivative
+        return [any(given[len(given) - d.n_inputs :])] * d.n_outputs, []
 
     def run(self, values: list[Tensor]) -> list[Tensor]:
         return values[: self.derivative.n_outputs]
@@ -120,7 +125,8 @@ def call_function(
     """Record one Function call between a Begin and an End."""
     trace = current()
     assert trace is not None
-    trace.record(BEGIN, [a for a in args if isinstance(a, Tensor)])
+    inputs = [a for a in args if isinstance(a, Tensor)]
+    trace.record(BEGIN, inputs)
     with torch.no_grad():
         output = forward(ctx)
     single = not isinstance(output, tuple | list)
@@ -128,7 +134,7 @@ def call_function(
     places = [i for i, o in enumerate(outs) if isinstance(o, Tensor)]
     raw = [outs[i] for i in places]
     derivative, residuals = custom_derivative(trace, name, args, ctx, outs, backward, jvp, batching)
-    results = trace.record(interned(End, derivative), [*raw, *residuals])
+    results = trace.record(interned(End, derivative), [*raw, *residuals, *inputs])
     frozen = {id(t) for t in ctx.non_differentiable}
     dirty = {id(t): t for t in ctx.dirty_tensors or ()}
     for i, o, new in zip(places, raw, results, strict=True):

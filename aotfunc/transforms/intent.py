@@ -228,7 +228,8 @@ def autograd_grad(
         if g is None and o.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     lenient = bool(allow_unused) or materialize_grads
-    used = [not lenient or reaches(trace, x, outs) for x in ins]
+    refs = [trace.ref_of(o)[0] for o in outs]
+    used = [not lenient or trace.reaches(trace.ref_of(x)[0], refs) for x in ins]
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
     found: list = []
     if wanted:
@@ -240,19 +241,6 @@ def autograd_grad(
         for x, yes in zip(ins, used, strict=True)
     ]
     return dict(zip(keys, results, strict=True)) if keys is not None else tuple(results)
-
-
-def reaches(trace: Trace, x: Tensor, outs: list[Tensor]) -> bool:
-    """Whether an output was computed from ``x``."""
-    kept, trace.leaves = trace.leaves, {trace.ref_of(x)[0]: True}
-    lifted, trace.lifted = (
-        trace.lifted,
-        [t.detach() if t.__class__ is not Traced and t.requires_grad else t for t in trace.lifted],
-    )
-    try:
-        return any(isinstance(o, Traced) and o.tracer is trace and trace.requires_grad(o) for o in outs)
-    finally:
-        trace.leaves, trace.lifted = kept, lifted
 
 
 def autograd_backward(
@@ -268,17 +256,22 @@ def autograd_backward(
     assert trace is not None
     outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gs = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
+    refs = [trace.ref_of(o)[0] for o in outs]
+    outside = {t.ref for t in trace.inputs if trace.leaves.get(t.ref)}
+    outside |= {-1 - i for i, t in enumerate(trace.lifted) if t.requires_grad}
     if inputs is None:
-        for t in trace.lifted:
-            if t.requires_grad and t.is_leaf and t.__class__ is not Traced and reaches(trace, t, outs):
-                raise CaptureError(
-                    "`.backward()` inside a captured function would write the .grad of a tensor from outside"
-                    f"{at(debug.user_line())}; return the gradient instead: torch.autograd.grad(...), or grad(f)"
-                )
-        leaves = [t for t in trace.leaf_tensors if trace.leaves.get(t.ref)]
-        leaves = [t for t in (*leaves, *trace.retained) if reaches(trace, t, outs)]
+        found = [ref for ref in outside if trace.reaches(ref, refs)]
+        inside = [t for t in (*trace.leaf_tensors, *trace.retained) if t.ref not in outside and trace.requires_grad(t)]
+        leaves: list = [t for t in inside if trace.reaches(t.ref, refs)]
     else:
         leaves = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        found = [ref for ref, _ in map(trace.ref_of, leaves) if ref < len(trace.inputs)]
+    if found:
+        raise CaptureError(
+            "`.backward()` inside a captured function would write the .grad of a tensor from outside"
+            f"{at(debug.user_line())}; return the gradient instead, by torch.autograd.grad(...) or grad(f), or call "
+            ".backward() on the result"
+        )
     if not leaves:
         raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
     for x, g in zip(leaves, autograd_grad(outs, leaves, gs, create_graph=create_graph), strict=True):

@@ -26,7 +26,7 @@ from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
 from ..trace.views import Link, linked
 from .jvp import jvp
-from .vjp import dense, reverse, vjp
+from .vjp import dense, live, reverse, vjp
 from .vmap import vmap
 from .walk import number
 
@@ -90,6 +90,14 @@ class CallStep(Step):
         for index, new, hidden in zip(self.program.mutated, outs[count:], quiet, strict=True):
             f.write(refs[index], new, grad and not hidden, line)
 
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        """Which results, and which written inputs, have a derivative where the inputs ``given`` have one."""
+        program = self.program
+        flags = live(program, tuple(i for i, yes in enumerate(given) if yes))
+        count = program.n_outputs
+        made = [yes for yes, o in zip(flags[:count], program.outputs, strict=False) if isinstance(o, Node)]
+        return made, [yes and not quiet for yes, quiet in zip(flags[count:], hidden_writes(program), strict=True)]
+
     def run(self, values: list[Tensor]) -> list[Tensor]:
         return flat(self.runner(self.program)(*values))
 
@@ -146,6 +154,14 @@ def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
     return [b.item(node, i) if v.__class__ is Sig else v for i, v in enumerate(vals)]
 
 
+def becomes(b: Builder, n: Node, half: CompiledCall, count: int) -> list[Node]:
+    """Let a call node be one of a half that returns residuals behind the ``count`` results; the residuals. A second
+    node would draw random numbers again.
+    """
+    n.target, n.meta["val"] = half, all_vals(half.program)
+    return [b.item(n, i) for i, v in enumerate(n.meta["val"]) if i >= count and v.__class__ is Sig]
+
+
 class CompiledCall:
     """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile(program,
     example_inputs)``.
@@ -169,6 +185,10 @@ class CompiledCall:
         name = f"{kind}_{self.__name__}"
         return self.program.once((kind, *key), lambda: CompiledCall(make(), self.compile, self.split, name))
 
+    def live(self, n: Node, active: dict[Node, None]) -> list[bool]:
+        """Which outputs of the node ``n`` have a derivative where its ``active`` arguments do."""
+        return live(self.program, tuple(i for i, a in enumerate(n.args) if a in active))
+
     dissolved_with = "calls"
 
     def inline(self, b: Builder, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
@@ -176,8 +196,8 @@ class CompiledCall:
         return list(b.splice(body.graph, args, body.outputs))
 
     def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
-        """Reverse mode: the call becomes one of the forward half, which also returns residuals, and one of the
-        backward half.
+        """Reverse mode: the node becomes a call of the forward half, which also returns residuals, and there is one of
+        the backward half.
         """
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
@@ -185,27 +205,21 @@ class CompiledCall:
         count = whole.n_outputs
         have = tuple(i in g for i in range(count))  # new values of written inputs have cotangents, too
         forward, backward = whole.once(("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count))
-        outs = emit_call(b, forward, n.args)
-        move_after(b, n, outs)
-        replace_items(n, outs)
-        count = len(n.meta["val"])
-        residuals = [r for r in outs[count:] if isinstance(r, Node)]
+        residuals = becomes(b, n, forward, count)
         cotangents = [laid_out(b, g[i], dense(v)) for i, v in enumerate(all_vals(program)) if have[i]]
         grads = emit_call(b, backward, [*residuals, *cotangents])
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: one call for the values and residuals, one for the tangents, which are linear in the tangents
-        given.
+        """Forward mode: ``new`` becomes a call for the values and residuals, and there is one for the tangents, which
+        are linear in the tangents given.
         """
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
         whole = program.flat()
         count = whole.n_outputs
         primal, linear = whole.once(("linear", wrt), lambda: self.split(jvp(whole, wrt, zeros=False), count))
-        outs = emit_call(b, primal, remap(n.args, env))
-        env[n] = outs[:count]
-        residuals = [r for r in outs[count:] if isinstance(r, Node)]
+        residuals = becomes(b, new, primal, count)
         planned = program.placeholders
         return emit_call(
             b, linear, [*residuals, *(laid_out(b, tangents[n.args[i]], planned[i].meta["val"]) for i in wrt)]
@@ -234,21 +248,6 @@ def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
     inside = b.call(aten.permute.default, x, order)
     copy = b.call(aten.clone.default, inside, memory_format=torch.contiguous_format)
     return b.call(aten.permute.default, copy, sorted(range(sig.ndim), key=order.__getitem__))
-
-
-def move_after(b: Builder, n: Node, outs: Sequence[Any]) -> None:
-    """Move a call and its outputs, just made, to directly behind ``n``."""
-    items = [o for o in outs if isinstance(o, Node)]
-    place = n
-    for x in dict.fromkeys([items[0].args[0], *items]):
-        place.append(x)
-        place = x
-
-
-def replace_items(n: Node, outs: Sequence[Any]) -> None:
-    for item in list(n.users):
-        if item.target is operator.getitem and item not in outs:
-            item.replace_all_uses_with(outs[item.args[1]])
 
 
 _steps: dict[tuple, Any] = {}

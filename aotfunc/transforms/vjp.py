@@ -38,22 +38,42 @@ def active_nodes(nodes: Any, wrt: Sequence[Node]) -> dict[Node, None]:
     for n in nodes:
         if n in active or n.op != "call_function" or n.target is aten.detach.default:
             continue
-        sources = n._input_nodes if n.target is not hidden_write else (n.args[0],)
-        for i in sources:
+        for i in sources(n):
             if i in active:
-                if differentiable(n.meta["val"]) and not is_nondiff(n):
+                if differentiable(n.meta["val"]) and not is_nondiff(n, active):
                     active[n] = None
                 break
     return active
 
 
-def is_nondiff(n: Node) -> bool:
+def sources(n: Node) -> Sequence[Node]:
+    """What a node can have a derivative of."""
+    if n.target is hidden_write:
+        return n.args[:1]  # type: ignore[return-value]
+    count = None if isinstance(n.target, OpOverload) else getattr(n.target, "n_inputs", None)  # a custom derivative's
+    return n._input_nodes if count is None else n.args[:count]  # type: ignore[return-value]
+
+
+def is_nondiff(n: Node, active: dict[Node, None]) -> bool:
     if n.target is operator.getitem:
         parent, i = n.args
-        line = RULES.get(parent.target)
+        if (live := getattr(parent.target, "live", None)) is not None:  # type: ignore[union-attr]
+            return not live(parent, active)[i]
+        line = RULES.get(parent.target)  # type: ignore[union-attr]
         return line is not None and line.diff_outputs is not None and i not in line.diff_outputs
     line = RULES.get(n.target)
     return line is not None and line.nondiff
+
+
+def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
+    """Which outputs of a program, new values of written inputs included, have a derivative with respect to ``wrt``."""
+
+    def find() -> list[bool]:
+        inputs = program.placeholders
+        active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt])
+        return [isinstance(o, Node) and o in active for o in program.outputs]
+
+    return program.once(("live", wrt), find)
 
 
 class Regions:

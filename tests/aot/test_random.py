@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aotfunc import jit
+from aotfunc import functionalize, jit, jvp, linearize, vjp
 from tests.aot.compilers import Watched
 from tests.aot.test_training import COMPILED
 from tests.reference import assert_same
@@ -139,3 +139,48 @@ def test_threads():
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert not wrong, wrong[0]
+
+
+def marked(f):
+    """With a derivative that autograd, run over the ops, would not see."""
+    return lambda x: f(x) * x.detach()
+
+
+NESTED = {
+    "jit in jit": lambda f: (lambda j: jit(lambda x: j(x)))(jit(f)),
+    "jit in jit, more around": lambda f: (lambda j: jit(lambda x: j(x * 1) + 0))(jit(f)),
+    "functionalize": functionalize,
+    "functionalize of marks": lambda f: functionalize(marked(f)),
+    "marks in jit in functionalize": lambda f: functionalize(jit(marked(f))),
+}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("around", NESTED)
+@pytest.mark.parametrize("name", ["dropout", "noise", "a draw for nothing"])
+def test_nested_calls_draw_once(name, around, order):
+    """A call inside a call draws once, and a backward that runs the function again sees the draws of the forward."""
+    f = PROGRAMS[name]
+    g, plain, x = NESTED[around](f), marked(f) if "marks" in around else f, ones().requires_grad_()
+
+    def all_of_it(f):
+        y = f(x)
+        torch.rand(1)  # the state has gone on when the backward runs
+        (d,) = torch.autograd.grad(y.sum(), x, create_graph=order == 2)
+        return y, d, torch.autograd.grad(d.sum(), x)[0] if order == 2 else None, torch.rand(2)
+
+    for _ in range(2):
+        assert_same(seeded(all_of_it, g), seeded(all_of_it, plain))
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: jvp(f, (x,), (x * 2,)),
+    "vjp": lambda f, x: vjp(f, x)[1](x),
+    "linearize": lambda f, x: linearize(f, x)[1](x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_a_compiled_function_draw_once(transform):
+    x, f = ones(), PROGRAMS["noise"]
+    assert_same(*(seeded(lambda g: (TRANSFORMS[transform](g, x), torch.rand(2)), g) for g in (jit(f), f)))
