@@ -371,12 +371,12 @@ class Trace(TorchDispatchMode):
         if self._reached is None or self._reached[0] != start:
             active = {ref for ref, yes in self.leaves.items() if yes}
             active |= {-1 - i for i, yes in enumerate(start[1]) if yes}
-            self._reached = (start, Reach(self, active))
-        return self._reached[1].extended()
+            self._reached = (start, Reach(active, len(self.inputs)))
+        return self._reached[1].extended(self.records, self.leaves)
 
     def reaches(self, ref: int, outs: Sequence[int]) -> bool:
         """Whether one of ``outs`` was computed from the value ``ref``, as autograd sees it."""
-        return not Reach(self, {ref}).extended().isdisjoint(outs)
+        return not Reach({ref}, len(self.inputs)).extended(self.records, self.leaves).isdisjoint(outs)
 
     # ----- values on request ------------------------------------------------------------------------------------------
 
@@ -414,16 +414,15 @@ class Trace(TorchDispatchMode):
 class Reach:
     """The values of a recording that a differentiable path leads to from ``active`` ones."""
 
-    def __init__(self, trace: Trace, active: set[int]) -> None:
-        self.trace, self.active = trace, active
-        self.done, self.number = 0, len(trace.inputs)
+    def __init__(self, active: set[int], count: int) -> None:
+        self.active, self.done, self.number = active, 0, count  # so many records and values are done
         self.bases: dict[int, int] = {}  # of each view the value that it shows
         self.views: dict[int, list[int]] = {}  # and the views of each value
 
-    def extended(self) -> set[int]:
-        """``active``, as far as the recording has come."""
-        active, leaves = self.active, self.trace.leaves
-        for instr, refs, grad, *_ in self.trace.records[self.done :]:
+    def extended(self, records: list[Record], leaves: dict[int, bool]) -> set[int]:
+        """``active``, as far as the recording has come; a value of which ``leaves`` says so requires no grad."""
+        active = self.active
+        for instr, refs, grad, *_ in records[self.done :]:
             sigs = result_sigs(instr)
             made = range(self.number, self.number + len(sigs))
             self.number = made.stop
@@ -447,7 +446,7 @@ class Reach:
                 if yes:  # all that shows the written memory
                     base = self.bases.get(refs[slot], refs[slot])
                     active.update((base, *self.views.get(base, ())))
-        self.done = len(self.trace.records)
+        self.done = len(records)
         return active
 
 

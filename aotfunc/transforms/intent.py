@@ -257,7 +257,7 @@ def autograd_backward(
     outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gs = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
     refs = [trace.ref_of(o)[0] for o in outs]
-    outside = {t.ref for t in trace.inputs if trace.leaves.get(t.ref)}
+    outside = {i for i in range(len(trace.inputs)) if trace.leaves.get(i)}
     outside |= {-1 - i for i, t in enumerate(trace.lifted) if t.requires_grad}
     if inputs is None:
         found = [ref for ref in outside if trace.reaches(ref, refs)]
