@@ -39,7 +39,7 @@ from .trace.tree import Arguments, unflatten
 from .transforms.capture import as_called, leaf_labels, parameter_names, record
 from .transforms.captured import Recording
 from .transforms.decompose import decomposed
-from .transforms.lower import EVERYTHING, lowered
+from .transforms.lower import CALLS, EVERYTHING, lowered
 from .transforms.steps import CompiledCall, CompiledStep
 from .transforms.walk import builder
 
@@ -307,9 +307,11 @@ class Compiled:
         """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
         return decomposed(program, Declining(self.decompositions)) if self.decompositions else program
 
-    def split(self, joint: Program, n_early: int) -> tuple[CompiledCall, CompiledCall]:
-        """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``."""
-        forward, backward = partitioned(self.partition, self.opened(joint), n_early)
+    def split(self, joint: Program, n_early: int, last: bool = False) -> tuple[CompiledCall, CompiledCall]:
+        """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``. Unless they are
+        the ``last`` that is made of it they keep their marks of intent, for higher derivatives.
+        """
+        forward, backward = partitioned(self.partition, self.opened(joint), n_early, EVERYTHING if last else CALLS)
         return (
             CompiledCall(forward, self.compile_forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.compile_backward, self.split, f"{self.name}_backward"),
@@ -347,9 +349,11 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor])
     return call
 
 
-def partitioned(partition: Partition, joint: Program, n_early: int) -> tuple[Program, Program]:
+def partitioned(
+    partition: Partition, joint: Program, n_early: int, dissolve: frozenset[str]
+) -> tuple[Program, Program]:
     """Let a functorch partition function cut the joint program; its two modules as programs."""
-    gm = graph_module(joint, "joint", lower=True)
+    gm = graph_module(joint, "joint", dissolve=dissolve)
     for n, p in zip([n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True):
         n.meta["role"] = p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]

@@ -66,7 +66,7 @@ class Halves:
         joint = vjp(self.program, wrt, self.live, recompute=False)
         self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
         self.cloned = tuple(set(self.needed) & set(program.mutated))
-        self.forward, self.backward = call.split(joint, self.count)
+        self.forward, self.backward = call.split(joint, self.count, last=True)
 
     def guarded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs, those that the backward reads and that the call writes to copied."""

@@ -118,16 +118,16 @@ def graph_module(
     name: str = "Graph",
     constants: Sequence[Tensor] = (),
     outputs: Any = None,
-    lower: bool = True,
+    dissolve: frozenset[str] = EVERYTHING,
     names: Sequence[str] = (),
 ) -> fx.GraphModule:
     """The program as a module of its own, for somebody else: real metadata (FakeTensors), names counted anew.
 
     The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes)
-    -> tree`` arranges the results (default: a flat tuple). With ``lower`` nested compiled calls are dissolved and
-    marks of intent removed. ``names`` are those of the first inputs (a cached program has its first capture's).
+    -> tree`` arranges the results (default: a flat tuple). ``dissolve`` says what is removed, see
+    :mod:`.transforms.lower`. ``names`` are those of the first inputs (a cached program has its first capture's).
     """
-    program = lowered(program, EVERYTHING if lower else EVERYTHING - {"marks"})
+    program = lowered(program, dissolve)
     with paused_gc():
         b = Builder(merge=False)
         fakes = Fakes()
@@ -203,7 +203,9 @@ def make_fx(
                 leaves[i] = r
             return leaves[0] if rec.spec is None else leaves
 
-        gm = graph_module(program, getattr(f, "__name__", type(f).__name__), constants, outputs, False, rec.names())
+        gm = graph_module(
+            program, getattr(f, "__name__", type(f).__name__), constants, outputs, EVERYTHING - {"marks"}, rec.names()
+        )
         _as_called(gm, f, arguments, args, kwargs, rec)
         if verbose:
             _with_lines(gm)

@@ -24,7 +24,8 @@ def marked(program: Program) -> bool:
 
 
 MARKS = frozenset({"marks", "customs"})
-EVERYTHING = frozenset({"marks", "customs", "calls"})
+CALLS = frozenset({"calls"})
+EVERYTHING = MARKS | CALLS
 
 
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:

@@ -166,7 +166,7 @@ class CompiledCall:
     """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile(program,
     example_inputs)``.
 
-    ``split(joint, n_early) -> (forward call, backward call)`` partitions a joint program and keeps the
+    ``split(joint, n_early, last=False) -> (forward call, backward call)`` partitions a joint program and keeps the
     compilers.
     """
 

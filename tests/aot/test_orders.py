@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from aotfunc import aot_function, jit
+from aotfunc import aot_function, functionalize, jit, jvp, vmap
 from tests.aot.test_training import COMPILED
 from tests.reference import assert_same
 
@@ -144,3 +145,58 @@ def test_complex():
     assert_same(derivatives(jit(f), z, 1), derivatives(f, z, 1))
     assert_same(jit(lambda z: z * 2j)(z.conj()), z.conj() * 2j)
     assert_same(jit(lambda z: z.conj())(z), z.conj())
+
+
+class Saved(torch.autograd.Function):
+    """A derivative that is not the values' own, and that reads the output."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        return g * x * y * 3
+
+
+def hidden(x):
+    y = x * x
+    with torch.no_grad():
+        y.mul_(3)
+    return y * x
+
+
+MARKED = {
+    "detach": lambda x: x.sin() * x.detach() * (x * x).detach().sin(),
+    "hidden write": hidden,
+    "custom derivative": lambda x: Saved.apply(x * x) * x,
+    "checkpoint": lambda x: checkpoint(lambda x: (x.sin() * x.detach()).exp(), x, use_reentrant=False) * x,
+}
+AROUND = {
+    "jit": jit,
+    "jit in jit": lambda f: (lambda j: jit(lambda x: j(x) * 1))(jit(f)),
+    "aot_function in jit": lambda f: jit(aot_function(f, "eager")),
+    "three": lambda f: jit(jit(jit(f))),
+    "functionalize of jit": lambda f: functionalize(jit(f)),
+    "vmap of jit": lambda f: vmap(jit(f)),
+    "jvp of jit": lambda f: lambda x: jvp(jit(f), (x,), (x.detach() * 0 + 1,))[0],
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", MARKED)
+def test_marks_outlive_every_order(name, around):
+    """What the user cut, hid or wrote himself stays so in second and third derivatives of calls inside of calls."""
+
+    def orders(f):
+        x = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)
+        found = [f(x)]
+        for _ in range(3):
+            (g,) = torch.autograd.grad(found[-1].sum(), x, create_graph=True)
+            found.append(g)
+        return found
+
+    assert_same(orders(AROUND[around](MARKED[name])), orders(MARKED[name]))
