@@ -5,6 +5,7 @@ from .aot import aot_module as aot_module
 from .aot import jit as jit
 from .batch import chunk_vmap as chunk_vmap
 from .batch import vmap as vmap
+from .cache import clear_caches as clear_caches
 from .check import check_grads as check_grads
 from .covered import coverage as coverage
 from .func import functionalize as functionalize

@@ -137,7 +137,7 @@ class Call:
             )
 
     def derived(self, key: tuple, make: Callable[[], Program]) -> Program:
-        return self.program.once((self.name, self.wrt, *key), make)
+        return self.program.derived((self.name, self.wrt, *key), make)
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
         """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there is one."""

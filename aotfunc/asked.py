@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .backends.eager import compile_graph
+from .cache import Cache
 from .debug import at, user_line
 from .errors import CaptureError
-from .graph import Program
+from .graph import Program, weight
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import Functionalizer, input_nodes
 from .trace.records import flat
@@ -102,7 +103,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
 
 def batched(program: Program, samples: Samples, sigs: Sequence[Any], key: tuple) -> Program:
     outs = [0] * program.n_outputs
-    return program.once(key, lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs))
+    return program.derived(key, lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs))
 
 
 def refusal(trace: Trace, what: str) -> CaptureError:
@@ -116,17 +117,15 @@ def refusal(trace: Trace, what: str) -> CaptureError:
 def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
     """What has been recorded up to now as a program for the values of ``tensors``; it writes nothing back."""
     refs = tuple([trace.ref_of(t)[0] for t in tensors])
-    key = ("asked", trace.key(), refs)
-    program = _programs.get(key)
-    if program is None:
+
+    def make() -> Program:
         b = Builder(REWRITES)
         f = Functionalizer(trace, b, input_nodes(trace, b))
         f.run()
-        if len(_programs) >= _LIMIT:
-            _programs.clear()
         outs = [f.read(r) for r in refs]
-        program = _programs[key] = Program(b.finish(outs), len(trace.inputs), len(refs), (), "asked")
-    return program
+        return Program(b.finish(outs), len(trace.inputs), len(refs), (), "asked")
+
+    return _programs.once((trace.key(), refs), make)
 
 
 def closed(program: Program) -> Program:
@@ -141,8 +140,7 @@ def closed(program: Program) -> Program:
     return program.once("closed", make)
 
 
-_programs: dict[tuple, Program] = {}
-_LIMIT = 1024
+_programs = Cache(1 << 16, weight)
 
 
 def outside(trace: Trace) -> Trace | None:

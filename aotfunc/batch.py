@@ -126,7 +126,7 @@ def _batched_program(
     sigs = tuple(x.sig if x.__class__ is Traced else sig_of(x) for x in tensors)
     own = rec.aliases
     key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)
-    program = base.once(
+    program = base.derived(
         key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
     )
     return rec, program, [*tensors, *rec.closed_over]

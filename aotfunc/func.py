@@ -95,7 +95,7 @@ def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, 
         residuals = ((i, ANYTHING) for i in range(call.program.n_outputs, early.n_outputs))
         return fresh(early, [*call.aliases, *residuals]), late, direct
 
-    return joint.once(("halves",), make)  # type: ignore[return-value, arg-type]
+    return joint.derived(("halves",), make)
 
 
 @outside_dynamo
@@ -228,7 +228,7 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
         names = parameter_names(func, arguments)
         rec = record(as_called(func), arguments.leaves, arguments.rebuilt, name_of=names)
         base, own = rec.program(), rec.aliases
-        program = base.once(("functionalize", own), lambda: fresh(base, own))
+        program = base.derived(("functionalize", own), lambda: fresh(base, own))
         return rec.results(execute(program, [*tensors_of(arguments), *rec.closed_over]))
 
     return wrapper

@@ -27,6 +27,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from . import debug
+from .cache import Cache
 from .errors import GraphError
 
 
@@ -42,7 +43,7 @@ class Program:
     ) -> None:
         self.graph, self.n_inputs, self.n_outputs, self.mutated = graph, n_inputs, n_outputs, tuple(mutated)
         self.name = name
-        self.cache: dict[Any, Any] = {}  # what was made of it: see once
+        self.cache: dict[Any, Any] = {}  # what belongs to it: see once
         if debug.LEVEL:
             verify(graph, name)
 
@@ -60,10 +61,16 @@ class Program:
         return [o.meta["val"] if isinstance(o, Node) else o for o in self.outputs[: self.n_outputs]]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is made of this program, once per key."""
+        """What belongs to this program and lives as long: facts, its code, its halves."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]
+
+    def derived(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What a transform makes of this program; there may be many (one for each size of a batch), so the cache of
+        all programs forgets them in time.
+        """
+        return _derived.once((self, *key), make)
 
     def flat(self) -> Program:
         """The same graph with its closed-over tensors among the inputs, and the new values among the results."""
@@ -72,6 +79,17 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<{self.name or 'program'}: {size(self.graph)} nodes>\n{self.graph}"
+
+
+def weight(made: Any) -> int:
+    """How many nodes there are in a program, in what carries one, or in several of these."""
+    if isinstance(made, tuple):
+        return sum(map(weight, made))
+    program = getattr(made, "program", made)
+    return len(program.graph.nodes) if isinstance(program, Program) else 1
+
+
+_derived = Cache(1 << 16, weight)
 
 
 def output_node(graph: fx.Graph) -> Node:

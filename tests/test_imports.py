@@ -22,7 +22,7 @@ ROWS = [
     ("transforms",),
     ("trace", "rules"),
     ("graph",),
-    ("debug",),
+    ("debug", "cache"),
     ("errors",),
 ]
 # Stricter than the rows: a backend does not know that a gradient exists; a rule is plain tensor code beside its table.

@@ -11,13 +11,9 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx import Node
 
-_counter = 0
-
 
 def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
     """A function of the graph's placeholders that returns its flat outputs as a tuple."""
-    global _counter
-    _counter += 1
     env: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "torch": torch, "device": torch.device}
     targets: dict[Any, str] = {}
     lines: list[str] = []
@@ -56,7 +52,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
         if dead := last.get(n):
             lines.append(f"del {', '.join([d.name for d in dead])}")
     source = f"def run({', '.join(parameters)}):\n    " + "\n    ".join(lines)
-    exec(compile(source, f"<aotfunc {_counter}>", "exec"), env)
+    exec(compile(source, "<aotfunc>", "exec"), env)
     fn = env["run"]
     fn.source = source
     return fn

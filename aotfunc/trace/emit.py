@@ -30,12 +30,15 @@ _EMPTY = immutable_dict()
 
 def base_name(target: Any) -> str:
     """What a node of this target is called, before numbering."""
-    if isinstance(target, OpOverload):
-        return target._schema.name.split("::")[-1].lstrip("_") or "op"
-    return getattr(target, "__name__", type(target).__name__).lower()
+    if target.__class__ is not OpOverload:
+        return getattr(target, "__name__", type(target).__name__).lower()
+    name = _names.get(target)
+    if name is None:
+        name = _names[target] = target._schema.name.split("::")[-1].lstrip("_") or "op"
+    return name
 
 
-_names: dict[Any, str] = {}
+_names: dict[OpOverload, str] = {}  # of ops only: compiled calls come and go
 _BUILTIN = frozenset(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
 
 
@@ -71,9 +74,7 @@ class Builder:
     def make(self, op: str, target: Any, args: tuple, kwargs: dict, val: Any, name: str | None = None) -> Node:
         """Append a node, no questions asked."""
         if name is None:
-            name = _names.get(target)
-            if name is None:
-                name = _names[target] = base_name(target)
+            name = base_name(target)
         name = self.name(name)
         node = Node(self.graph, name, op, target, args, kwargs or _EMPTY, None)
         self._insert(node)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from ..cache import Cache
 from ..errors import CaptureError
 
 aten = torch.ops.aten
@@ -69,8 +70,8 @@ def contiguous_stride(shape: tuple) -> tuple:
     return tuple(reversed(strides))
 
 
-_sigs: dict[tuple, Sig] = {}
-_LIMIT = 1 << 16
+#: equal signatures of which one was forgotten are not identical, and only miss caches and rewritings
+_sigs = Cache(1 << 16)
 
 
 def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Sig:
@@ -78,9 +79,8 @@ def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, 
     key = (shape, stride, dtype, device, offset)
     sig = _sigs.get(key)
     if sig is None:
-        if len(_sigs) >= _LIMIT:
-            _sigs.clear()  # equal signatures that are not identical only miss caches and rewritings
-        sig = _sigs[key] = Sig(tuple(shape), tuple(stride), dtype, device, offset)
+        sig = Sig(tuple(shape), tuple(stride), dtype, device, offset)
+        _sigs.put(key, sig)
     return sig
 
 
@@ -145,7 +145,9 @@ class Instr:
         return f"{self.op}{self.args}"
 
 
-_memo: dict[tuple, Instr] = {}
+_memo = Cache(1 << 16)
+#: the instruction for a key, or None
+find = _memo.get
 
 SIMPLE = frozenset(
     (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
@@ -190,18 +192,12 @@ def encode(a: Any, key: list, sink: Any) -> Any:
     return a
 
 
-def find(key: tuple) -> Instr | None:
-    return _memo.get(key)
-
-
 def intern(key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None) -> Instr:
     """The instruction for this key, made (its outputs inferred, unless given) if it is new."""
     if outs is None:
         outs = infer(op, args, kwargs, sigs)
     instr = Instr(op, args, kwargs, sigs, outs)
-    if len(_memo) >= _LIMIT:
-        _memo.clear()
-    _memo[key] = instr
+    _memo.put(key, instr)
     return instr
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..graph import Program
+from ..cache import Cache
+from ..graph import Program, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.tracer import Trace
@@ -16,8 +16,8 @@ from ..trace.tree import flatten, unflatten
 from .steps import GradStep
 from .tidy import REWRITES, retidy
 
-_programs: OrderedDict[tuple, Program] = OrderedDict()
-_LIMIT = 4096
+#: by what was recorded; weighed in nodes, of which each takes a kilobyte or two with all that is made of it
+_programs = Cache(1 << 16, weight)
 
 
 class Recording:
@@ -41,12 +41,7 @@ class Recording:
         if self._program is not None:
             return self._program
         key = (self.trace.key(), self.refs)
-        program = _programs.get(key)
-        if program is None:
-            program = _programs[key] = self._build()
-            if len(_programs) > _LIMIT:
-                _programs.popitem(last=False)
-        self._program = program
+        program = self._program = _programs.once(key, self._build)
         return program
 
     def _build(self) -> Program:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..cache import Cache
 from ..debug import Line, at
 from ..errors import CaptureError
 from ..graph import Program, draws
@@ -236,7 +237,10 @@ class CompiledCall:
             outs = [0 if isinstance(o, Node) else None for o in self.program.outputs[: self.program.n_outputs]]
             return vmap(whole, dims, sigs, walk.size, walk.randomness, outs, walk.strict)
 
-        call = self.derived((flags, sigs, walk.size, walk.randomness, walk.strict), make, "vmap")
+        key = ("vmap", self.compile, flags, sigs, walk.size, walk.randomness, walk.strict)
+        call = self.program.derived(
+            key, lambda: CompiledCall(make(), self.compile, self.split, f"vmap_{self.__name__}")
+        )
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
 
 
@@ -250,18 +254,12 @@ def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
     return b.call(aten.permute.default, copy, sorted(range(sig.ndim), key=order.__getitem__))
 
 
-_steps: dict[tuple, Any] = {}
+_steps = Cache(4096)
 
 
 def interned(cls: Any, *args: Any) -> Any:
     """One object for equal arguments: recordings are keyed by the identity of their steps."""
-    key = (cls, *args)
-    step = _steps.get(key)
-    if step is None:
-        if len(_steps) > 4096:
-            _steps.clear()
-        step = _steps[key] = cls(*args)
-    return step
+    return _steps.once((cls, *args), lambda: cls(*args))
 
 
 class GradStep(Step):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from ..cache import Cache
 from ..errors import RuleError
 from ..trace import shapes
 from ..trace.emit import Builder
@@ -40,8 +41,7 @@ class Fragment:
         self.outputs = outputs
 
 
-_fragments: dict[tuple, Fragment] = {}
-_LIMIT = 1 << 14
+_fragments = Cache(1 << 16, lambda fragment: 1 + len(fragment.nodes))
 
 
 def builder() -> Builder:
@@ -65,12 +65,11 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
     frozen = tuple(key)
     fragment = _fragments.get(frozen)
     if fragment is None:
-        if len(_fragments) >= _LIMIT:
-            _fragments.clear()
         fb = builder()
         inputs = [fb.placeholder("x", n.meta["val"]) for n in nodes]
         outputs = make(fb, *fill(template, inputs))
-        fragment = _fragments[frozen] = Fragment(fb.finish(flat_nodes(outputs)), outputs)
+        fragment = Fragment(fb.finish(flat_nodes(outputs)), outputs)
+        _fragments.put(frozen, fragment)
     return b.splice(fragment.nodes, nodes, fragment.outputs)
 
 
