@@ -40,7 +40,7 @@ def nop(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
 def print_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
     """The compiler that prints the graph's code and does nothing else.
 
-    >>> _ = aot_function(torch.sin, print_compile)(torch.zeros(2))  # doctest: +NORMALIZE_WHITESPACE
+    >>> _ = aot_function(lambda x: torch.sin(x), print_compile)(torch.zeros(2))  # doctest: +NORMALIZE_WHITESPACE
     def forward(self, x):
         sin = torch.ops.aten.sin.default(x);  x = None
         return (sin,)
