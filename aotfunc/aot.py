@@ -7,11 +7,15 @@ program. Inside a capture a call of it is one node that transforms rewrite; outs
 
 from __future__ import annotations
 
+import copyreg
 import functools
+import inspect
+import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,9 +26,10 @@ from . import backends
 from .aliasing import without_views
 from .autograd import run
 from .backends.eager import compile_graph
+from .cache import Cache
 from .debug import at, outside_dynamo, user_line
-from .errors import ArgumentError
-from .graph import Program, kept_alive, output_node
+from .errors import AotfuncError, ArgumentError, BackendError
+from .graph import Program, kept_alive, output_node, weight
 from .guards import changing, describe_argument, environment_key
 from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
@@ -46,8 +51,8 @@ from .transforms.walk import builder
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
-#: signatures kept of one function, and captures after which it is time to say that there are many
-LIMIT, WARN_AT = 1024, 64
+#: nodes of graphs, and signatures, kept of one function, and captures after which it is time to say that there are many
+NODES, LIMIT, WARN_AT = 1 << 15, 1024, 64
 
 #: options of functorch's aot_function that are accepted and have no meaning here
 FUNCTORCH_OPTIONS = frozenset(
@@ -90,6 +95,9 @@ class Entry:
         self.check = Check(state)
         self.kept: list[Any] = []
 
+    def __repr__(self) -> str:
+        return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
+
     def closed(self, found: Sequence[Tensor]) -> list[Tensor]:
         """The closed-over tensors, where these are the tensors of the state."""
         return [found[s] if s.__class__ is int else s for s in self.sources]
@@ -126,6 +134,24 @@ def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
     return lambda leaves: unflatten(leaves, spec)
 
 
+def weight_of(entry: Entry) -> int:
+    return max(weight(entry.call), NODES // LIMIT)
+
+
+def title(f: Any) -> str:
+    """What a function is called in messages, with its parameters where they are known."""
+    name = getattr(f, "__qualname__", None) or f"a {type(f).__name__}"
+    try:
+        return f"{name}{inspect.signature(f)}"
+    except (TypeError, ValueError):
+        return name
+
+
+def shortened(code: str, limit: int = 40) -> str:
+    lines = code.strip().splitlines()
+    return "\n".join([*lines[:limit], f"… {len(lines) - limit} more lines"] if len(lines) > limit else lines)
+
+
 def has_effects(program: Program) -> bool:
     return any(n.op == "call_function" and kept_alive(n) for n in program.graph.nodes)
 
@@ -133,29 +159,39 @@ def has_effects(program: Program) -> bool:
 class Compiled:
     """A function compiled by two compilers; see :func:`jit` and :func:`aot_function`."""
 
-    def __init__(
-        self,
-        f: Callable,
-        forward_compiler: Compiler,
-        backward_compiler: Compiler,
-        partition: Partition,
-        decompositions: dict | None,
-        static_argnums: int | Sequence[int] | None,
-        name: str,
-    ) -> None:
-        functools.update_wrapper(self, f)
-        self.f, self.name = f, name
-        self.forward_compiler, self.backward_compiler = forward_compiler, backward_compiler
-        self.partition, self.decompositions = partition, decompositions
-        self.entries: dict[tuple, Entry] = {}
-        self.recent: dict[tuple, Entry] = {}  # the entry last used for arguments like these
+    def __init__(self, f: Callable, pipeline: Pipeline) -> None:
+        self.binds = type(f)
+        if isinstance(f, staticmethod | classmethod):
+            f = f.__func__
+        functools.update_wrapper(self, f, updated=("__dict__",) if isinstance(f, types.FunctionType) else ())
+        self.f, self.pipeline, self.name = f, pipeline, pipeline.name
+        self.entries = Cache(NODES, weight_of)
+        self.recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         self.names = Names()
         self.captures = 0  # how often f has been captured, for whatever signature
         self.history: list[dict[str, Any]] = []
         EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        instance = owner if self.binds is classmethod else instance
+        return self if instance is None or self.binds is staticmethod else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        count = len(self.entries)
+        return f"<{self.name} of {title(self.f)}, {self.pipeline}: {count} entr{'y' if count == 1 else 'ies'}>"
+
+    # ----- copying and pickling: what was captured stays behind -------------------------------------------------------
+
+    def __reduce__(self) -> Any:
+        """By its name where that is this compiled function, as a decorated one is; else by its parts."""
+        new = copyreg.__newobj__  # type: ignore[attr-defined]
+        found: Any = sys.modules.get(getattr(self, "__module__", None) or "")
+        for name in getattr(self, "__qualname__", "").split("."):
+            found = getattr(found, name, None)
+        return self.__qualname__ if found is self else (new, (Compiled,), (self.f, self.pipeline))
+
+    def __setstate__(self, parts: tuple) -> None:
+        Compiled.__init__(self, *parts)
 
     # ----- calling ----------------------------------------------------------------------------------------------------
 
@@ -203,7 +239,7 @@ class Compiled:
                 self.store(full, entry, state)
         else:
             entry.check.renew(state)
-            self.recent[key] = entry
+            self.recent.put(key, entry)
         return entry([*tensors, *entry.closed(state.tensors)])
 
     def unhashable(self, arguments: Arguments) -> ArgumentError:
@@ -217,7 +253,7 @@ class Compiled:
         return ArgumentError(f"{self.name}: something that the function reaches is not hashable{at(user_line(4))}")
 
     def store(self, full: tuple, entry: Entry, state: State) -> None:
-        """Keep an entry as long as what its key names by ``id`` lives; the oldest goes where there are very many."""
+        """Keep an entry as long as what its key names by ``id`` lives."""
         mine = weakref.ref(self)
 
         def drop(_: Any) -> None:
@@ -230,15 +266,14 @@ class Compiled:
                 entry.kept.append(weakref.ref(x, drop))
             except TypeError:
                 entry.kept.append(x)
-        self.entries[full] = self.recent[entry.key] = entry
-        if len(self.entries) > LIMIT:
-            self.drop(next(iter(self.entries)))
+        self.entries.put(full, entry)
+        self.recent.put(entry.key, entry)
 
     def drop(self, full: tuple) -> None:
         """Forget an entry."""
-        entry = self.entries.pop(full, None)
+        entry = self.entries.pop(full)
         if entry is not None and self.recent.get(entry.key) is entry:
-            del self.recent[entry.key]
+            self.recent.pop(entry.key)
 
     def forget(self) -> None:
         """Drop all entries."""
@@ -261,7 +296,7 @@ class Compiled:
         enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
         program, views = without_views(rec.program(), rec.roots, rec.sigs, quiet and not enables)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
-        call = CompiledCall(whole, self.compile_forward, self.split, self.name)
+        call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
         self.watch_growth(arguments, state)
         return Entry(rec, call, views, state, key, enables)
 
@@ -295,13 +330,44 @@ class Compiled:
             stacklevel=4,
         )
 
-    # ----- compiling --------------------------------------------------------------------------------------------------
 
-    def compile_forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return compiled_by(self.forward_compiler, self.opened(program), tensors)
+# ----- compiling ------------------------------------------------------------------------------------------------------
 
-    def compile_backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return compiled_by(self.backward_compiler, self.opened(program), tensors)
+
+class Pipeline:
+    """What happens to the programs of a compiled function: which compilers, partition and decompositions they get.
+
+    Compiled code knows its pipeline and not the function, so it does not keep alive what that closes over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        compiler: str | Compiler,
+        backward_compiler: str | Compiler | None = None,
+        partition: Partition = min_cut_rematerialization_partition,
+        decompositions: dict | None = None,
+    ) -> None:
+        self.name, self.partition, self.decompositions = name, partition, decompositions
+        self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
+        self.forward_compiler, self.backward_compiler = map(backends.lookup, self.compilers)
+
+    def __reduce__(self) -> Any:  # ops and backends by their names
+        table = self.decompositions and {str(op): body for op, body in self.decompositions.items()}
+        return loaded, (self.name, *self.compilers, self.partition, table)
+
+    def __deepcopy__(self, memo: dict) -> Pipeline:
+        return self
+
+    def __repr__(self) -> str:
+        names = dict.fromkeys([c if isinstance(c, str) else title(c) for c in self.compilers])
+        return f"compiled by {' and '.join(names)}"
+
+    def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
+        return compiled_by(self.forward_compiler, self.opened(program), tensors, f"{self.name}: forward")
+
+    def backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
+        return compiled_by(self.backward_compiler, self.opened(program), tensors, f"{self.name}: backward")
 
     def opened(self, program: Program) -> Program:
         """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
@@ -313,8 +379,8 @@ class Compiled:
         """
         forward, backward = partitioned(self.partition, self.opened(joint), n_early, EVERYTHING if last else CALLS)
         return (
-            CompiledCall(forward, self.compile_forward, self.split, f"{self.name}_forward"),
-            CompiledCall(backward, self.compile_backward, self.split, f"{self.name}_backward"),
+            CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
+            CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),
         )
 
 
@@ -331,15 +397,32 @@ class Declining(dict):
         return default if body is None else call
 
 
-def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor]) -> Callable:
-    """Hand the program to a compiler as a GraphModule with example inputs."""
+def loaded(name: str, forward: Any, backward: Any, partition: Partition, table: dict | None) -> Pipeline:
+    """A pipeline of its pickled parts."""
+    ops = table and {functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()}
+    return Pipeline(name, forward, backward, partition, ops)
+
+
+def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor], what: str) -> Callable:
+    """Hand the program to a compiler as a GraphModule with example inputs. Raises BackendError, which keeps the graph,
+    where the compiler raises an error that is not ours.
+    """
     if compiler is backends.lookup("eager"):
         return compile_graph(lowered(program, EVERYTHING).graph)
     table = getattr(compiler, "decompositions", None)
     if table is not None:
         program = decomposed(program, Declining(table()))
     gm = graph_module(program, program.name or "Graph")
-    fn = compiler(gm, [t.detach() for t in tensors])
+    try:
+        fn = compiler(gm, [t.detach() for t in tensors])
+    except AotfuncError:
+        raise
+    except Exception as e:
+        raise BackendError(
+            f"{what}: the compiler {title(compiler)} failed on {gm._get_name()} ({len(gm.graph.nodes)} nodes): "
+            f"{type(e).__name__}: {e}\nThe graph is this error's .graph_module:\n{shortened(gm.code)}",
+            graph_module=gm,
+        ) from e
     boxed = getattr(fn, "_boxed_call", False)
 
     def call(*args: Tensor) -> Sequence:
@@ -400,7 +483,19 @@ def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
 # ----- the public functions -------------------------------------------------------------------------------------------
 
 
-def jit(f: Callable, backend: str | Compiler = "eager", static_argnums: int | Sequence[int] | None = None) -> Compiled:
+@overload
+def jit(f: None = None, backend: str | Compiler = "eager", static_argnums: Any = None) -> Callable[..., Compiled]: ...
+
+
+@overload
+def jit(f: Callable, backend: str | Compiler = "eager", static_argnums: Any = None) -> Compiled: ...
+
+
+def jit(
+    f: Callable | None = None,
+    backend: str | Compiler = "eager",
+    static_argnums: int | Sequence[int] | None = None,
+) -> Any:
     """``f`` captured once per signature and compiled by ``backend``, a name (see ``aotfunc.backends``) or a
     ``compiler(gm, example_inputs) -> callable``.
 
@@ -414,19 +509,30 @@ def jit(f: Callable, backend: str | Compiler = "eager", static_argnums: int | Se
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
     """
-    compiler = backends.lookup(backend)
-    return Compiled(f, compiler, compiler, min_cut_rematerialization_partition, None, static_argnums, "jit")
+    if f is None:
+        return functools.partial(jit, backend=backend, static_argnums=static_argnums)
+    return Compiled(f, Pipeline("jit", backend))
+
+
+@overload
+def aot_function(
+    fn: None = None, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any
+) -> Callable[..., Compiled]: ...
+
+
+@overload
+def aot_function(fn: Callable, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any) -> Compiled: ...
 
 
 def aot_function(
-    fn: Callable,
-    fw_compiler: str | Compiler,
+    fn: Callable | None = None,
+    fw_compiler: str | Compiler = "eager",
     bw_compiler: str | Compiler | None = None,
     partition_fn: Partition = default_partition,
     decompositions: dict | None = None,
     static_argnums: int | Sequence[int] | None = None,
     **options: Any,
-) -> Compiled:
+) -> Any:
     """``fn`` with its forward and backward captured ahead of time, partitioned by ``partition_fn`` and compiled.
 
     ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and return a callable, or are
@@ -442,9 +548,8 @@ def aot_function(
     """
     if unknown := set(options) - FUNCTORCH_OPTIONS:
         raise ArgumentError(f"aot_function: there is no option {', '.join(sorted(unknown))}")
-    forward = backends.lookup(fw_compiler)
-    backward = forward if bw_compiler is None else backends.lookup(bw_compiler)
-    return Compiled(fn, forward, backward, partition_fn, decompositions, static_argnums, "aot_function")
+    pipeline = Pipeline("aot_function", fw_compiler, bw_compiler, partition_fn, decompositions)
+    return Compiled(fn, pipeline) if fn is not None else lambda fn: Compiled(fn, pipeline)
 
 
 class CompiledModule(nn.Module):

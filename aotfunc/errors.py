@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 
 class AotfuncError(RuntimeError):
@@ -26,7 +27,13 @@ class GraphError(AotfuncError, AssertionError):
 
 
 class BackendError(AotfuncError, ImportError):
-    """A backend is unknown, or what it needs is not installed; the message says what to install."""
+    """A backend is unknown, what it needs is not installed (the message says what to install), or it failed on a
+    graph: that is ``graph_module``, the message names the half, and the compiler's own error is the cause.
+    """
+
+    def __init__(self, message: str, graph_module: Any = None) -> None:
+        super().__init__(message)
+        self.graph_module = graph_module
 
 
 class LoopWarning(UserWarning):

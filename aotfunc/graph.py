@@ -78,7 +78,13 @@ class Program:
         return self.once("flat", lambda: Program(self.graph, len(self.placeholders), outs, (), self.name))
 
     def __repr__(self) -> str:
-        return f"<{self.name or 'program'}: {size(self.graph)} nodes>\n{self.graph}"
+        return f"<{self.name or 'program'}: {self.signature}, {size(self.graph)} nodes>\n{self.graph}"
+
+    @property
+    def signature(self) -> str:
+        """What goes in, closed-over tensors included, and what comes out."""
+        given = ", ".join([str(p.meta["val"]) for p in self.placeholders])
+        return f"({given}) -> ({', '.join(map(str, self.vals))})"
 
 
 def weight(made: Any) -> int:

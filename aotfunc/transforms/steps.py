@@ -19,7 +19,7 @@ from torch.fx import Node
 from ..cache import Cache
 from ..debug import Line, at
 from ..errors import CaptureError
-from ..graph import Program, draws
+from ..graph import Program, draws, size
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer, hidden_write
 from ..trace.infer import in_order, memory_order
@@ -173,6 +173,10 @@ class CompiledCall:
 
     def __init__(self, program: Program, compile: Callable, split: Callable, name: str = "jit") -> None:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
+
+    def __repr__(self) -> str:
+        program = self.program
+        return f"<compiled call {self.__name__}: {program.signature}, {size(program.graph)} nodes>"
 
     def __call__(self, *args: Tensor) -> Sequence:
         return self.program.once(self.compile, lambda: self.compile(self.program, args))(*args)
