@@ -38,6 +38,7 @@ from .run import run_eager
 from .state import Check, State, look
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import layout
+from .trace.modes import OTHERS, function_modes_key, without_modes
 from .trace.shapes import make_sig
 from .trace.traced import Traced, current
 from .trace.tree import Arguments, unflatten
@@ -110,11 +111,12 @@ class Entry:
 
     def results(self, tensors: list[Tensor]) -> Any:
         outs: Sequence[Any] = ()
-        if not self.idle:
-            trace = current()
-            outs = trace.record(self.step, tensors) if trace is not None else run(self.call, tensors)
-        if self.views is not None:
-            outs = self.views(*tensors, *outs)
+        with without_modes():
+            if not self.idle:
+                trace = current()
+                outs = trace.record(self.step, tensors) if trace is not None else run(self.call, tensors)
+            if self.views is not None:
+                outs = self.views(*tensors, *outs)
         if self.plain:
             return outs[0]
         leaves = list(self.leaves)
@@ -235,7 +237,7 @@ class Compiled:
         if entry is None:
             entry = self.capture(arguments, state, key)
             # a function that changes what it reads is captured at every call, until it does not change any more
-            if entry.reusable and look(self.f, objects, labels, self.names).key == state.key:
+            if entry.reusable and function_modes_key() is not OTHERS and look(self.f, objects, labels, self.names).key == state.key:
                 self.store(full, entry, state)
         else:
             entry.check.renew(state)

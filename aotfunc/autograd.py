@@ -19,6 +19,8 @@ from .graph import Program
 from .redraw import redrawn, states
 from .run import distinct, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
+from .trace.memory import version
+from .trace.modes import without_modes
 from .transforms.steps import CompiledCall
 from .transforms.vjp import live, vjp
 from .transforms.walk import builder
@@ -111,7 +113,8 @@ class Differentiated(torch.autograd.Function):
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
         # not saved tensors: a plain backward must not mind if one that it does not read has changed
         ctx.inputs = [tensors[i] for i in halves.needed]
-        ctx.versions = [t._version if not t.is_inference() else 0 for t in ctx.inputs]
+        ctx.versions = list(map(version, ctx.inputs))
+        ctx.dtype = torch.get_default_dtype()
         dead = [o for o, live in zip(results, halves.live, strict=True) if not live and isinstance(o, Tensor)]
         if dead:
             ctx.mark_non_differentiable(*dead)
@@ -122,14 +125,15 @@ class Differentiated(torch.autograd.Function):
         halves, saved = ctx.halves, ctx.saved_tensors
         live = [c for c, yes in zip(cts, halves.live, strict=True) if yes]
         have = tuple([c is not None for c in live])
-        given = [c.contiguous() for c in live if c is not None]
-        if torch.is_grad_enabled():
-            with redrawn(ctx.states):
-                grads = run(halves.gradient(have), [*unchanged(ctx), *given])
-        else:
-            feed = iter(saved)
-            residuals = [next(feed) if r is None else r for r in ctx.residuals]
-            grads = halves.backward_for(have)(*residuals, *given)
+        with without_modes(ctx.dtype):
+            given = [c.contiguous() for c in live if c is not None]
+            if torch.is_grad_enabled():
+                with redrawn(ctx.states):
+                    grads = run(halves.gradient(have), [*unchanged(ctx), *given])
+            else:
+                feed = iter(saved)
+                residuals = [next(feed) if r is None else r for r in ctx.residuals]
+                grads = halves.backward_for(have)(*residuals, *given)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = None
         result: list = [None] * (len(ctx.needs_input_grad))
@@ -140,8 +144,8 @@ class Differentiated(torch.autograd.Function):
 
 def unchanged(ctx: Any) -> list[Tensor]:
     """The inputs, as autograd would have saved them."""
-    for t, version in zip(ctx.inputs, ctx.versions, strict=True):
-        if not t.is_inference() and t._version != version:
+    for t, before in zip(ctx.inputs, ctx.versions, strict=True):
+        if version(t) != before:
             raise RuntimeError(
                 f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by an inplace operation "
                 "after the call; its backward cannot be differentiated (create_graph=True) any more"

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .arguments import Call, chosen_tree, positions, primals_and_tangents, tensors_of
@@ -17,6 +18,8 @@ from .debug import outside_dynamo
 from .errors import ArgumentError
 from .graph import Program
 from .run import execute
+from .trace.memory import version
+from .trace.modes import without_modes
 from .trace.tree import Arguments, flatten, unflatten
 from .transforms.capture import as_called, parameter_names, record
 from .transforms.fresh import ANYTHING, fresh
@@ -121,7 +124,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     forward, backward, direct = _halves(joint, call, sum(have))
     outs = execute(forward, call.inputs)
     residuals = [*outs[base.n_outputs :], *(call.inputs[i] for i in direct)]
-    versions = [t._version for t in residuals]
+    versions, dtype = list(map(version, residuals)), torch.get_default_dtype()
     output, *aux = call.results(outs[: base.n_outputs])
     vals = base.vals[:n_out]
 
@@ -141,10 +144,11 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
                 raise ArgumentError(f"vjp_fn: cotangent {i} must have the output's shape {list(v.shape)}, not {shape}")
             if have[i]:
                 given.append(c.to(v.dtype).contiguous())
-        for r, version in zip(residuals, versions, strict=True):
-            if r._version != version:
+        for r, before in zip(residuals, versions, strict=True):
+            if version(r) != before:
                 raise ArgumentError("vjp_fn: an input of vjp was modified in place after the call; clone it before")
-        return chosen_tree(arguments, everything, execute(backward, [*residuals, *given]))
+        with without_modes(dtype):
+            return chosen_tree(arguments, everything, execute(backward, [*residuals, *given]))
 
     return output, vjp_fn, *aux
 
@@ -200,11 +204,13 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     outs = execute(early, call.inputs)
     residuals = [*outs[base.n_outputs :], *(call.inputs[i] for i in direct)]
     output, *aux = call.results(outs[: base.n_outputs])
+    dtype = torch.get_default_dtype()
 
     @outside_dynamo
     def jvp_fn(*tangents: Any) -> Any:
         _, flat = primals_and_tangents("jvp_fn", primals, tangents)
-        return unflatten(execute(late, [*residuals, *flat]), call.spec)
+        with without_modes(dtype):
+            return unflatten(execute(late, [*residuals, *flat]), call.spec)
 
     return output, jvp_fn, *aux
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _device
 from torch.utils._pytree import tree_flatten
+
+from .trace.modes import function_modes_key
 
 _TENSORS = (Tensor, nn.Parameter)
 #: described by their value; equality within one of these classes is equality of meaning
@@ -116,7 +117,7 @@ def environment_key() -> tuple:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
-        _device.CURRENT_DEVICE,
+        function_modes_key(),
         autocast,
         torch.are_deterministic_algorithms_enabled(),
     )

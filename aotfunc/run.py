@@ -16,6 +16,7 @@ from .aliasing import apart
 from .backends.eager import compile_graph
 from .graph import Program
 from .redraw import redrawn, states
+from .trace.modes import without_modes
 from .trace.traced import current
 from .transforms.lower import lowered, marked
 from .transforms.steps import CallStep, hidden_writes
@@ -52,14 +53,15 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     trace = current()
     if trace is not None:
         return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
-    fn = eager(program)
     ours = program.once("marked", lambda: marked(program) or beyond_autograd(program))
-    if ours and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        outs = Differentiable.apply(program, states(program), *tensors)
-    else:
-        outs = distinct(fn(*tensors), program.n_outputs, tensors) if ours else fn(*tensors)
-    if program.mutated:
-        write_back(program, tensors, outs)
+    with without_modes():
+        if ours and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            outs = Differentiable.apply(program, states(program), *tensors)
+        else:
+            fn = eager(program)
+            outs = distinct(fn(*tensors), program.n_outputs, tensors) if ours else fn(*tensors)
+        if program.mutated:
+            write_back(program, tensors, outs)
     return outs[: program.n_outputs]
 
 
@@ -100,6 +102,7 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.program, ctx.states, *tensors = inputs
+        ctx.dtype = torch.get_default_dtype()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         alive = live(ctx.program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))
@@ -115,7 +118,7 @@ class Differentiable(torch.autograd.Function):
         have = tuple(differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True))
         joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
         given = [c.contiguous() for c, yes in zip(cts, have, strict=True) if yes and c is not None]
-        with redrawn(ctx.states):
+        with without_modes(ctx.dtype), redrawn(ctx.states):
             grads = execute(joint, [*tensors, *given])
         result: list = [None] * (len(tensors) + 2)
         for i, g in zip(wrt, grads, strict=True):

@@ -67,6 +67,11 @@ def memory_of(t: Tensor) -> tuple[Any, int]:
         return id(t), 0
 
 
+def version(t: Tensor) -> int:
+    """How often a tensor has been written to; tensors made in inference mode do not count."""
+    return 0 if t.is_inference() else t._version
+
+
 def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
     """Whether two tensors of one memory share an element. Where that is hard to tell: yes."""
     if not (a.numel() and b.numel() and a_start < b_start + extent(b) and b_start < a_start + extent(a)):

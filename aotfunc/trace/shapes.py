@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 
 from ..cache import Cache
 from ..errors import CaptureError
+from .modes import off
 
 aten = torch.ops.aten
 
@@ -226,7 +227,7 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     know the layout.
     """
     device = output_device(kwargs, sigs)
-    with torch._C._DisableTorchDispatch(), torch.no_grad():
+    with torch._C._DisableTorchDispatch(), off(), torch.no_grad():
         if device_decides_layout(op, sigs):
             try:
                 return signatures(_on_zeros(op, args, kwargs, sigs), device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from .modes import without_modes
 from .shapes import Sig
 
 if TYPE_CHECKING:
@@ -204,10 +205,10 @@ def has_values(t: Tensor) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No recording meanwhile."""
+    """No recording meanwhile, and no mode that what is recorded has been through."""
     under_way.quiet += 1
     try:
-        with torch._C._DisableTorchDispatch():
+        with torch._C._DisableTorchDispatch(), without_modes():
             yield
     finally:
         under_way.quiet -= 1

@@ -14,12 +14,14 @@ from torch.utils._pytree import TreeSpec
 
 from ..debug import at, line_of
 from ..errors import CaptureError
+from ..trace.modes import outside_inference_mode
 from ..trace.traced import Traced, current
 from ..trace.tracer import Trace, record_into
 from . import intent
 from .captured import Recording
 
 
+@outside_inference_mode
 def record(
     f: Callable,
     leaves: Sequence[Any],

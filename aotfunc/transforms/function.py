@@ -21,6 +21,7 @@ from ..debug import Line
 from ..errors import CaptureError
 from ..graph import Program
 from ..trace.functionalize import Functionalizer, once
+from ..trace.modes import Surroundings
 from ..trace.shapes import Sig
 from ..trace.traced import current
 from ..trace.tracer import Trace, record_into
@@ -215,7 +216,7 @@ def listed(result: Any) -> list:
 
 def gradients_of(args: Any, backward: Callable) -> Callable:
     """The backward, returning one gradient per tensor argument as autograd takes it: of the argument's shape and
-    dtype, None for integers.
+    dtype, None for integers. It runs as where nobody has switched autocast on: a backward belongs outside of it.
     """
     last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
     body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
@@ -234,7 +235,8 @@ def gradients_of(args: Any, backward: Callable) -> Callable:
         return once(g) if last else g
 
     def call(ctx: Any, *cts: Any) -> list:
-        grads = dict(enumerate(listed(body(ctx, *cts))))
+        with torch._C._DisableAutocast():
+            grads = dict(enumerate(listed(body(ctx, *cts))))
         return [fit(grads.get(i), want) for i, want in zip(places, wanted, strict=True)]
 
     return call
@@ -336,6 +338,7 @@ def custom_batching(cls: Any, args: Any) -> Callable:
     """The ``vmap`` staticmethod of a Function as the batching rule of its node."""
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     plain = [None if isinstance(a, Tensor) else a for a in args]  # the rule must not keep tensors alive
+    surroundings = Surroundings.now()
 
     def batching(walk: Any, inputs: Sequence[Node]) -> tuple[Any, Any]:
         dims: list = [None] * len(plain)
@@ -347,7 +350,8 @@ def custom_batching(cls: Any, args: Any) -> Callable:
             full = list(plain)
             for i, t in zip(places, tensors, strict=True):
                 full[i] = t.clone()  # a Function may write to its argument: the recorded call does so, too
-            outs, out_dims = cls.vmap(info, tuple(dims), *full)
+            with surroundings.again():
+                outs, out_dims = cls.vmap(info, tuple(dims), *full)
             pairs = [(outs, out_dims)] if isinstance(outs, Tensor) else zip(outs, out_dims, strict=True)
             return [
                 o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape)

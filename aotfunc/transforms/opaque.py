@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.fx import Node
 from ..debug import Line
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
+from ..trace.modes import Surroundings
 from ..trace.shapes import Sig, sig_of
 from ..trace.traced import current, quiet, under_way
 from .steps import Step, interned
@@ -19,23 +20,32 @@ from .steps import Step, interned
 aten = torch.ops.aten
 
 
+class Call(NamedTuple):
+    """``cls.forward(*args)``; ``plain`` are the arguments with None where a tensor goes."""
+
+    cls: Any
+    plain: tuple
+    places: tuple[int, ...]
+    surroundings: Surroundings
+
+
 class OpaqueForward(Step):
-    """``cls.forward(*args)``, called with real tensors when the graph runs; ``plain`` are the arguments with None where
-    a tensor goes. Its results are constants to every derivative, as the Function's own derivative goes over it.
+    """A call of ``forward``, made with real tensors when the graph runs. Its results are constants to every derivative,
+    as the Function's own derivative goes over it.
     """
 
-    def __init__(self, cls: Any, plain: tuple, places: tuple[int, ...], vals: tuple[Sig, ...], kinds: Any = ()) -> None:
+    def __init__(self, call: Call, vals: tuple[Sig, ...], kinds: Any = ()) -> None:
         super().__init__(vals)
-        self.cls, self.plain, self.places = cls, plain, places
-        self.__name__ = f"{cls.__name__}_forward"
+        self.call = call
+        self.__name__ = f"{call.cls.__name__}_forward"
         self.batching: Callable | None = None
 
     def __repr__(self) -> str:
-        return f"{self.cls.__name__}.forward"
+        return f"{self.call.cls.__name__}.forward"
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors among the results. The Function gets copies: it may write to its arguments."""
-        output, _ = called(self.cls, self.plain, self.places, tensors)
+        output, _ = called(self.call, tensors)
         return [o for o in listed(output) if isinstance(o, Tensor)]
 
     # ----- as a recorded step ---------------------------------------------------------------------------------------
@@ -74,15 +84,16 @@ class OpaqueForward(Step):
         return [b.call(aten.stack.default, list(column)) for column in columns], [True] * len(self.outs)
 
 
-def called(cls: Any, plain: tuple, places: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+def called(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the copies."""
-    args = list(plain)
+    args = list(call.plain)
     traces, under_way.traces = under_way.traces, []
     try:
         with quiet(), torch.no_grad():
-            for i, t in zip(places, tensors, strict=True):
+            for i, t in zip(call.places, tensors, strict=True):
                 args[i] = t.detach().clone(memory_format=torch.preserve_format)
-            return cls.forward(*args), [args[i] for i in places]
+            with call.surroundings.again():
+                return call.cls.forward(*args), [args[i] for i in call.places]
     finally:
         under_way.traces = traces
 
@@ -97,12 +108,13 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
     assert trace is not None
     places = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor))
     plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+    call = Call(cls, plain, places, Surroundings.now())
     tensors = [args[i] for i in places]
     sigs = [trace.ref_of(t)[1] for t in tensors]
     with quiet():
         zeros = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
         try:
-            output, given = called(cls, plain, places, zeros)
+            output, given = called(call, zeros)
         except Exception as error:
             raise why from error
         outs = listed(output)
@@ -113,9 +125,9 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
         vals = tuple(sig_of(o.detach()) for o in outs if isinstance(o, Tensor))
     kinds = tuple((type(a), repr(a) if isinstance(a, float) else "") for a in plain)  # 1, 1.0 and True are equal
     try:
-        step = interned(OpaqueForward, cls, plain, places, vals, kinds)
+        step = interned(OpaqueForward, call, vals, kinds)
     except TypeError:  # an argument without a hash
-        step = OpaqueForward(cls, plain, places, vals)
+        step = OpaqueForward(call, vals)
     step.batching = batching
     results = iter(trace.record(step, tensors))
     made: list[Any] = []

@@ -18,6 +18,7 @@ from ..errors import RuleError
 from ..trace import shapes
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
+from ..trace.modes import off, outside_inference_mode
 from ..trace.shapes import Sig, Slot, encode, fill
 from ..trace.traced import Traced
 from ..trace.tracer import Trace, record_into
@@ -82,6 +83,7 @@ def flat_nodes(outputs: Any) -> list[Node]:
 def traced(fn: Callable, intent: bool = True) -> Make:
     """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the builder."""
 
+    @outside_inference_mode
     def make(b: Builder, *args: Any) -> Any:
         trace = Trace("a rule may not look at values", intent=intent)
         nodes: list[Node] = []
@@ -95,7 +97,8 @@ def traced(fn: Callable, intent: bool = True) -> Make:
             return a
 
         wrapped = [wrap(a) for a in args]
-        results = record_into(trace, lambda: fn(*wrapped))
+        with off():
+            results = record_into(trace, lambda: fn(*wrapped))
         consts = [constant(b, t) for t in trace.lifted]
         f = Functionalizer(trace, b, [*nodes, *consts], intent)
         kept, b.meta = b.meta, {}

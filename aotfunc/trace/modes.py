@@ -1,0 +1,90 @@
+"""Modes around a call act while a function is recorded, and then no more: not on what was recorded of it.
+
+Autocast has put its casts into the recording, a ``TorchFunctionMode`` (``torch.set_default_device`` is one) has changed
+the calls that it sees. Rules, shape inference and programs run later, when the same modes or others may be on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._device import DeviceContext
+
+_autocast = torch._C._is_any_autocast_enabled
+_function_modes = torch._C._len_torch_function_stack
+_NONE = nullcontext()
+
+
+def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
+    """Autocast and function modes off, meanwhile: around programs, and whatever else has been through them. ``dtype``:
+    the default dtype of the recording, for a program that runs later than it.
+    """
+    changed = dtype is not None and torch.get_default_dtype() is not dtype
+    if not (changed or _autocast() or _function_modes()):
+        return _NONE
+    stack = off()
+    if changed:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(dtype)
+    return stack
+
+
+def off() -> ExitStack:
+    """As :func:`without_modes`, whether there are any or not."""
+    stack = ExitStack()
+    stack.enter_context(torch._C._DisableAutocast())
+    stack.enter_context(torch._C.DisableTorchFunction())
+    return stack
+
+
+def outside_inference_mode(f: Callable) -> Callable:
+    """``f`` outside of inference mode, in which autograd's own formulas record nothing and traced values could not be
+    written to.
+    """
+
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return f(*args, **kwargs)
+        with torch.inference_mode(False):
+            return f(*args, **kwargs)
+
+    return wrapper
+
+
+class Surroundings(NamedTuple):
+    """The autocast of a moment, for a part of the user's code that runs later."""
+
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+    @classmethod
+    def now(cls) -> Surroundings:
+        devices = torch._C._autocast_supported_devices() if _autocast() else ()
+        return cls(tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)))
+
+    def again(self) -> ExitStack:
+        """As it was then; function modes as they are."""
+        stack = ExitStack()
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch._C._EnableTorchFunction())
+        for device, dtype in self.autocast:
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        return stack
+
+
+def function_modes_key() -> torch.device | str | None:
+    """The default device, or OTHERS where a mode is on that may do something else at each call."""
+    device = None
+    for i in range(_function_modes()):
+        mode = torch._C._get_function_stack_at(i)
+        if not isinstance(mode, DeviceContext):
+            return OTHERS
+        device = mode.device  # of several the innermost is asked first
+    return device
+
+
+OTHERS = "function modes"
