@@ -189,8 +189,6 @@ def test_a_call(mode, program):
         close(calls[name](W), plain)
 
 
-
-
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("mode", ["none", "autocast to bfloat16", "float64 by default"])
 def test_a_backward_at_another_time(mode, program):
