@@ -284,7 +284,7 @@ class Functionalizer:
         outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
         fresh = [o for o, same in zip(outs, facts.same, strict=False) if same is None]
         for new, o in zip(extra, fresh, strict=False):
-            self._results(new, o, grad)
+            self._results(self.fitted(new, o) if o.__class__ is Sig else new, o, grad)
 
     def _twin_results(self, twin: OpOverload, instr: Instr, nodes: list[Node]) -> list:
         names = {a.name for a in twin._schema.arguments}

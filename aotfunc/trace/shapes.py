@@ -248,7 +248,7 @@ def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
     device's kernel in ways that meta kernels do not know.
     """
     name = op._schema.name.removeprefix("aten::")
-    if name.startswith(("convolution", "_native_batch_norm_legit")):
+    if name.startswith(("convolution", "_native_batch_norm_legit", "rrelu_with_noise")):
         return any(not s.plain for s in sigs) or name.endswith("no_training")
     return name.startswith(("linalg_", "_linalg_", "_fft_", "multi_margin_loss", "multilabel_margin_loss"))
 

@@ -31,6 +31,16 @@ def _filled_diagonal(b: Builder, x: Node, value: Any, wrap: bool = False) -> Nod
     return b.call(aten.diagonal_scatter.default, x, b.call(aten.full_like.default, line, value))
 
 
+def _drawn_in_place(b: Builder, x: Node, p: float = 0.5, generator: Any = None) -> Node:
+    """In place, draws come in the order of memory; the functional op draws in that of the dimensions."""
+    sig = x.meta["val"]
+    order = sorted(range(sig.ndim), key=lambda d: (-sig.stride[d], sig.shape[d] == 1))
+    if order == sorted(order):
+        return b.call(aten.bernoulli.p, x, p, generator=generator)
+    draw = b.call(aten.bernoulli.p, b.call(aten.permute.default, x, order), p, generator=generator)
+    return b.call(aten.permute.default, draw, sorted(order, key=order.__getitem__))
+
+
 #: in-place ops whose functional form has another name
 WRITES: dict[OpOverload, Any] = {
     aten.copy_.default: lambda b, x, source, non_blocking=False: source,
@@ -42,7 +52,7 @@ WRITES: dict[OpOverload, Any] = {
         aten.index_put.default, x, indices, values, accumulate
     ),
     aten.normal_.default: lambda b, x, *a, **k: b.call(aten.normal_functional.default, x, *a, **k),
-    aten.bernoulli_.float: lambda b, x, p=0.5, generator=None: b.call(aten.bernoulli.p, x, p, generator=generator),
+    aten.bernoulli_.float: _drawn_in_place,
     aten.relu_.default: lambda b, x: b.call(aten.relu.default, x),
 }
 
