@@ -160,7 +160,7 @@ def _(x: Tensor, p: Tensor, generator: Any, *, batched: tuple[bool, bool], size:
     like, p = aligned([x, p], batched, size)
     if randomness == "different":
         return aten.bernoulli.Tensor(like, p, generator=generator)
-    draw = aten.rand.generator(like.shape[1:], generator=generator, dtype=p.dtype, device=p.device)
+    draw = aten.uniform(torch.empty_like(like[0], dtype=p.dtype), generator=generator)  # in the order of memory
     return (draw < p).to(x.dtype)
 
 
@@ -262,6 +262,6 @@ def _(
         return aten.rrelu_with_noise_functional(x, noise, low, high, train, generator)
     # drawn in double precision as the op does, one after the other where x is not positive
     slopes = aten.uniform(noise[0].double(), low, high, generator=generator).to(x.dtype).flatten()
-    nth = (x <= 0).flatten(1).cumsum(1).sub(1).clamp_min(0).reshape(x.shape)
+    nth = (x <= 0).reshape(size, -1).cumsum(1).sub(1).clamp_min(0).reshape(x.shape)
     noise = torch.where(x <= 0, slopes[nth], 1)
     return x * noise, noise
