@@ -237,7 +237,8 @@ class Compiled:
         if entry is None:
             entry = self.capture(arguments, state, key)
             # a function that changes what it reads is captured at every call, until it does not change any more
-            if entry.reusable and function_modes_key() is not OTHERS and look(self.f, objects, labels, self.names).key == state.key:
+            changes = function_modes_key() is OTHERS or look(self.f, objects, labels, self.names).key != state.key
+            if entry.reusable and not changes:
                 self.store(full, entry, state)
         else:
             entry.check.renew(state)

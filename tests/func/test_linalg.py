@@ -1,4 +1,4 @@
-"""Derivatives of linear algebra where formulas divide by what may be zero: determinants of singular matrices, spectra."""
+"""Derivatives of linear algebra where formulas divide by zero: determinants of singular matrices, spectra."""
 
 from itertools import permutations
 
