@@ -134,8 +134,7 @@ class Numpy(Product):
 
     @staticmethod
     def forward(x, w):
-        assert x.detach().numpy().shape == (4, 16)
-        return x @ w
+        return x @ w * float(x.detach().numpy().shape[1] / 16)
 
 
 PROGRAMS = {
