@@ -15,6 +15,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -88,6 +89,8 @@ class Entry:
         # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
         found = {id(t): i for i, t in enumerate(state.tensors)}
         self.sources = [found.get(id(t), t) for t in rec.closed_over]
+        known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
+        self.pick = itemgetter(*self.sources) if known else None
         self.layout = layout([*rec.trace.origins, *rec.closed_over]) if rec.trace.mutates else None
         # values of an outer recording are only good for that one
         self.reusable = not any(t.__class__ is Traced for t in self.sources)
@@ -99,8 +102,10 @@ class Entry:
     def __repr__(self) -> str:
         return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
 
-    def closed(self, found: Sequence[Tensor]) -> list[Tensor]:
+    def closed(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
         """The closed-over tensors, where these are the tensors of the state."""
+        if self.pick is not None:
+            return self.pick(found)
         return [found[s] if s.__class__ is int else s for s in self.sources]
 
     def __call__(self, tensors: list[Tensor]) -> Any:

@@ -6,7 +6,7 @@ import dis
 import functools
 import os
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -112,6 +112,10 @@ def is_library(filename: str) -> bool:
     return filename.startswith(_STDLIB) and "-packages" not in filename
 
 
+#: methods of torch's modules that do not compute results
+_NO_FORWARD = frozenset({"__init__", "extra_repr", "__repr__", "__setstate__", "__getstate__", "reset_parameters"})
+
+
 class Names:
     """The names by which the functions that have been met read their state; they only become more."""
 
@@ -119,11 +123,12 @@ class Names:
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
         self.stored: set[str] = set()
+        self.of_torch: set[str] = {"training"}  # what the methods of torch's modules read
         self.any = False
-        self._entered: set[types.CodeType] = set()
+        self._entered: set[Any] = set()
 
     def __len__(self) -> int:
-        return len(self.attributes) + len(self.written) + len(self.stored) + self.any
+        return len(self.attributes) + len(self.written) + len(self.stored) + len(self.of_torch) + self.any
 
     def enter(self, code: types.CodeType) -> Reads:
         reads = reads_of(code)
@@ -134,3 +139,11 @@ class Names:
             self.stored |= reads.stored
             self.any = self.any or reads.any_name
         return reads
+
+    def enter_class(self, cls: type) -> None:
+        """A class of torch's that is a module."""
+        if cls not in self._entered:
+            self._entered.add(cls)
+            for name, f in cls.__dict__.items():
+                if isinstance(f, types.FunctionType) and name not in _NO_FORWARD:
+                    self.of_torch |= reads_of(f.__code__).attributes

@@ -121,8 +121,8 @@ class State:
 
     def meet(self, x: Any, expr: str, label: str) -> None:
         """Describe ``x``, which ``expr`` yields, now if it is a plain value, and later otherwise."""
-        if is_value(x):
-            self.key += (x.__class__, bits(x))
+        if is_plain(x):
+            self.key += (x.__class__, plain(x))
             self.facts.append((label, x))
             self.require(expr, x)
             return
@@ -241,7 +241,7 @@ class State:
                 continue
             d = d or self.bind(f"{v}.__dict__")
             self.key.append(name)
-            if library and not is_value(x) and not isinstance(x, types.ModuleType):
+            if library and not is_plain(x) and not isinstance(x, types.ModuleType):
                 self.same(x, f"{d}['{name}']", f"{label}.{name}")
             else:
                 self.meet(x, f"{d}['{name}']", f"{label}.{name}")
@@ -250,18 +250,26 @@ class State:
 
     def sequence(self, x: Any, v: str, label: str) -> None:
         self.key += (type(x), len(x))
-        self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
+        self.require(f"type({v})", type(x))
         self.elements(x, v, label)
         self.extra(x, v, label)
 
     def elements(self, x: Sequence[Any], v: str, label: str) -> None:
-        if len(x) > 4 and all(map(is_value, x)):
-            self.key += [part for e in x for part in (e.__class__, bits(e))]
-            self.facts.append((label, tuple(x)))
-            self.lines.append(f"if not all(map(is_, {v}, {self.constant(tuple(x))})): return")
-        elif len(x) <= LIMIT:
-            for i, e in enumerate(x):
+        if len(x) > LIMIT or not all(map(is_plain, x)):
+            self.lines.append(f"if len({v}) != {len(x)}: return")
+            for i, e in enumerate(x if len(x) <= LIMIT else ()):
                 self.meet(e, f"{v}[{i}]", f"{label}[{i}]")
+            return
+        self.key.append(plain(tuple(x)))
+        self.facts.append((label, tuple(x)))
+        if len(x) <= 4:
+            names = [f"{v}_{i}" for i in range(len(x))]
+            self.lines.append(f"[{', '.join(names)}] = {v}")
+            for name, e in zip(names, x, strict=True):
+                self.require(name, e)
+        else:
+            k = self.constant(tuple(x))
+            self.lines.append(f"if len({v}) != {len(x)} or not all(map(is_, {v}, {k})): return")
 
     def dictionary(self, x: dict, v: str, label: str) -> None:
         self.key += (type(x), len(x))
@@ -291,7 +299,7 @@ class State:
         if type(x).__module__.partition(".")[0] not in {"builtins", "collections", "torch"}:
             self.class_of(type(x))
             if getattr(x, "__dict__", None):
-                self.attributes(x, v, label, False)
+                self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
 
     # ----- objects ----------------------------------------------------------------------------------------------------
 
@@ -316,8 +324,8 @@ class State:
 
     def object(self, x: Any, v: str, label: str) -> None:
         cls = type(x)
-        whole = cls.__module__.startswith(_READ_THEMSELVES)
         library = cls.__module__.partition(".")[0] in _LIBRARIES
+        whole = any(c.__module__.startswith(_READ_THEMSELVES) for c in cls.__mro__)
         slots = [n for c in cls.__mro__ for n in slots_of(c) if self.names.any or n in self.names.attributes]
         opaque = not whole and cls.__module__.startswith(("torch", "aotfunc"))
         if library and (opaque or not (slots or hasattr(x, "__dict__"))):
@@ -333,22 +341,25 @@ class State:
                 self.lines.append(f"if hasattr({v}, '{name}'): return")
             else:
                 self.meet(e, f"{v}.{name}", f"{label}.{name}")
-        if (hasattr(x, "__dict__") and self.attributes(x, v, label, whole)) or slots:
+        told = len(slots)
+        if hasattr(x, "__dict__"):
+            d = self.bind(f"{v}.__dict__")
+            self.lines.append(f"if len({d}) != {len(x.__dict__)}: return")
+            told += self.attributes(x, d, label, (lambda *_: True) if whole else self.wants)
+        if told:
             self.distinct.append(v)
         else:  # there is nothing to tell it by but that it is itself
             self.same(x, v, label)
 
-    def attributes(self, x: Any, v: str, label: str, whole: bool) -> int:
-        """Those that the code may name, or all of them where it is a library's code that reads them; how many."""
+    def attributes(self, x: Any, d: str, label: str, wanted: Callable[[str, Any], bool]) -> int:
+        """Those that the code may name; how many there are. ``d`` holds the dictionary of ``x``."""
         table, count = x.__dict__, 0
-        d = self.bind(f"{v}.__dict__")
-        self.lines.append(f"if len({d}) != {len(table)}: return")
         for name, e in table.items():
-            if (whole and name not in _NOT_STATE) or self.wants(name, e):
+            if wanted(name, e):
                 self.key.append(name)
                 self.meet(e, f"{d}[{name!r}]", f"{label}.{name}")
                 count += 1
-        if not whole and (hidden := [n for n in self.static(type(x)) if n not in table]):
+        if hidden := [n for n in self.static(type(x)) if n not in table]:
             self.lines.append(f"if {' or '.join(f'{n!r} in {d}' for n in hidden)}: return")
         return count
 
@@ -371,25 +382,29 @@ class State:
         self.key.append(id(cls))
         self.opaque.append(cls)
         self.class_of(cls)
-        library = cls.__module__.partition(".")[0] in _LIBRARIES
-        self.attributes(m, v, label, library)
         d = self.bind(f"{v}.__dict__")
-        if not library:
-            self.meet(m.training, f"{d}['training']", f"{label}.training")
-        empty = []
+        users = cls.__module__.partition(".")[0] not in _LIBRARIES
+        if users:
+            self.lines.append(f"if len({d}) != {len(table)}: return")
+        of_torch = self.names.of_torch
+
+        def wanted(name: str, x: Any) -> bool:
+            return name not in _NOT_STATE and (name in of_torch or self.wants(name, x))
+
+        self.attributes(m, d, label, wanted)
         for name in _TABLES:
-            e = table[name]
-            self.key.append(len(e))
-            if not e:
-                empty.append(f"{d}['{name}']")
-                continue
-            t = self.bind(f"{d}['{name}']")
-            self.lines.append(f"if len({t}) != {len(e)}: return")
-            for k, child in e.items():
-                self.key.append(k)
-                self.meet(child, f"{t}[{k!r}]", f"{label}.{k}")
-        if empty:
-            self.lines.append(f"if {' or '.join(empty)}: return")
+            children = table[name]
+            self.key.append(len(children))
+            counted = users or (name == "_modules" and (children or cls.__module__ == nn.Sequential.__module__))
+            if not children and counted:
+                self.lines.append(f"if {d}['{name}']: return")
+            elif children:
+                t = self.bind(f"{d}['{name}']")
+                if counted:
+                    self.lines.append(f"if len({t}) != {len(children)}: return")
+                for k, child in children.items():
+                    self.key.append(k)
+                    self.meet(child, f"{t}[{k!r}]", f"{label}.{k}")
         if self.hooks([(table[n], f"{d}['{n}']", f"{label}.{n}") for n in _HOOKS]):
             for name in _HOW_HOOKS_ARE_CALLED:
                 self.meet(table[name], f"{d}['{name}']", f"{label}.{name}")
@@ -421,13 +436,14 @@ class State:
             p = self.constant(table)
             self.key += (id(owner),)
             self.opaque.append(owner)
-            if not library:
-                self.lines.append(f"if len({p}) != {len(table)}: return")
+            if library:
+                self.names.enter_class(owner)
+                if "forward" in table:
+                    self.same(table["forward"], f"{p}['forward']", f"{owner.__name__}.forward")
+                continue
+            self.lines.append(f"if len({p}) != {len(table)}: return")
             for name, e in table.items():
-                if library:
-                    if name == "forward":
-                        self.same(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
-                elif isinstance(e, _SLOTS) or name == "__classcell__":
+                if isinstance(e, _SLOTS) or name == "__classcell__":
                     continue
                 elif name.startswith("__"):
                     called = isinstance(e, types.FunctionType) and name not in _NOT_CALLED
@@ -471,6 +487,15 @@ def check_source(state: State) -> str:
     found = ({found})
     return found{alike}
 """
+
+
+def is_plain(x: Any) -> bool:
+    """A plain value, or a tuple of them."""
+    return is_value(x) or (x.__class__ in (tuple, torch.Size) and all(map(is_plain, x)))
+
+
+def plain(x: Any) -> Any:
+    return tuple([(e.__class__, plain(e)) for e in x]) if isinstance(x, tuple) else bits(x)
 
 
 def passing(x: Any) -> bool:
