@@ -30,8 +30,9 @@ from .backends.eager import compile_graph
 from .cache import Cache
 from .debug import at, outside_dynamo, user_line
 from .errors import AotfuncError, ArgumentError, BackendError
+from .explain import Explanation, Facts, differences, explained, facts_of, growth
 from .graph import Program, kept_alive, output_node, weight
-from .guards import changing, describe_argument, environment_key
+from .guards import describe_argument, environment_key, noted
 from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
 from .reads import Names
@@ -76,9 +77,10 @@ class Entry:
         views: Callable[..., tuple] | None,
         state: State,
         key: tuple,
+        facts: Facts,
         enables: bool,
     ) -> None:
-        self.call, self.views, self.key = call, views, key
+        self.call, self.views, self.key, self.facts = call, views, key, facts
         #: gradients were off, and the function turned them on in places: its marks say where
         self.enables = enables
         self.spec, self.tensors = rec.spec, rec.tensors
@@ -176,7 +178,9 @@ class Compiled:
         self.recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         self.names = Names()
         self.captures = 0  # how often f has been captured, for whatever signature
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Facts] = []  # of the first captures
+        self.last: tuple[list[Facts], Facts] | None = None  # the entries before the last capture, and that
+        self.changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed
         EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -241,9 +245,10 @@ class Compiled:
                 entry = self.entries.get(full)
         if entry is None:
             entry = self.capture(arguments, state, key)
+            after = look(self.f, objects, labels, self.names)
+            self.changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
             # a function that changes what it reads is captured at every call, until it does not change any more
-            changes = function_modes_key() is OTHERS or look(self.f, objects, labels, self.names).key != state.key
-            if entry.reusable and not changes:
+            if entry.reusable and self.changed is None and function_modes_key() is not OTHERS:
                 self.store(full, entry, state)
         else:
             entry.check.renew(state)
@@ -288,7 +293,7 @@ class Compiled:
         self.entries.clear()
         self.recent.clear()
         self.history.clear()
-        self.captures = 0
+        self.captures, self.last, self.changed = 0, None, None
 
     def capture(self, arguments: Arguments, state: State, key: tuple) -> Entry:
         self.captures += 1
@@ -305,38 +310,55 @@ class Compiled:
         program, views = without_views(rec.program(), rec.roots, rec.sigs, quiet and not enables)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
-        self.watch_growth(arguments, state)
-        return Entry(rec, call, views, state, key, enables)
+        given = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}
+        facts = facts_of(given, state.facts)
+        self.last = ([e.facts for e in self.entries.values()], facts)
+        self.watch_growth(facts)
+        return Entry(rec, call, views, state, key, facts, enables)
 
-    def watch_growth(self, arguments: Arguments, state: State) -> None:
-        """Warn, once, of a function that is captured again and again, and say which argument is to blame."""
+    def watch_growth(self, facts: Facts) -> None:
+        """Warn, once, of a function that is captured again and again, and say what is to blame."""
         if self.captures > WARN_AT:
             return
-        given = dict(zip(*labelled(self.f, arguments), strict=True))
-        self.history.append({**dict(state.facts), **given})
-        if self.captures < WARN_AT:
-            return
-        guilty = changing(self.history)
-        self.history.clear()
-        numbers = [name for name, x in guilty if name in given and isinstance(x, int | float | complex)]
-        others = [name for name, _ in guilty if name in given and name not in numbers]
-        reached = [name for name, _ in guilty if name not in given]
-        why = []
-        if numbers:
-            many = ", ".join(numbers)
-            why.append(
-                f"its Python argument {many} keeps changing; every value is a new signature: pass it as a tensor"
-            )
-        if others:
-            why.append(f"the shape, dtype or value of {', '.join(others)} keeps changing")
-        if reached or not guilty:
-            many = ", ".join(reached) or "the mode of a module"
-            why.append(f"what it reads or closes over, {many}, keeps changing")
-        who = f"{self.name} of {getattr(self.f, '__name__', self.f)}"
-        warnings.warn(
-            f"{who} has been captured {self.captures} times{at(user_line())}: {'; '.join(why)}",
-            stacklevel=4,
-        )
+        self.history.append(facts)
+        if self.captures == WARN_AT:
+            text = f"{self.who} has been captured {self.captures} times{at(user_line())}: {growth(self.history)}"
+            self.history.clear()
+            warnings.warn(text, stacklevel=5)
+
+    @property
+    def who(self) -> str:
+        return f"{self.name} of {title(self.f)}"
+
+    def explain(self) -> Explanation:
+        """What each entry depends on (a call with all of it equal uses the entry again), and what was different when
+        the function was last captured. A text that shows itself.
+
+        >>> rate = [0.5]
+        >>> f = jit(lambda x: x * rate[0])
+        >>> _ = f(torch.ones(3))
+        >>> rate[0] = 0.25
+        >>> _ = f(torch.ones(3))
+        >>> f.explain()
+        jit of <lambda>(x): captured 2 times, 2 entries
+        entry 0:
+          argument x: float32[3]
+          <lambda> is <lambda> at <doctest ...>:1
+          ...rate == (0.5,)
+        entry 1:
+          argument x: float32[3]
+          <lambda> is <lambda> at <doctest ...>:1
+          ...rate == (0.25,)
+        captured last because:
+          ...rate was (0.5,), and is (0.25,)
+        """
+        why: list[str] = []
+        if self.last is not None and self.last[0]:
+            why = min([[*differences(old, self.last[1])] for old in self.last[0]], key=len)
+            why = why or ["what it reads is arranged in another way, or its arguments share memory"]
+        if self.changed is not None:
+            why += [f"it changed while it ran, and is not kept: {x}" for x in differences(*self.changed)]
+        return explained(self.who, self.captures, [e.facts for e in self.entries.values()], why)
 
 
 # ----- compiling ------------------------------------------------------------------------------------------------------
@@ -479,13 +501,13 @@ def sig_from(val: Any) -> Any:
 
 
 def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
-    """A name for each leaf of a call, and the leaf: a tensor's shape and dtype for the tensor."""
+    """A name for each leaf of a call, and the leaf."""
     names: list[str] = []
     for base, spec in zip(argument_names(f, len(arguments.specs)), arguments.specs, strict=True):
         names += [f"{base}{rest}" for rest in (leaf_labels(spec) if spec is not None else [""])]
     if arguments.kw_spec is not None:
         names += [label.lstrip("_") for label in leaf_labels(arguments.kw_spec)]
-    return names, [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in arguments.leaves]
+    return names, arguments.leaves
 
 
 # ----- the public functions -------------------------------------------------------------------------------------------
@@ -570,6 +592,10 @@ class CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiled(*args, **kwargs)
+
+    def explain(self) -> Explanation:
+        """See :meth:`Compiled.explain`."""
+        return self._compiled.explain()
 
 
 def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

@@ -7,9 +7,8 @@ What is neither a tensor, a plain value nor a tree of them is an object: :mod:`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,14 +48,54 @@ def bits(x: Any) -> Any:
     return complex.__repr__(x) if isinstance(x, complex) else x
 
 
-def tensor_facts(t: Tensor) -> tuple:
+class TensorFacts(NamedTuple):
     """What is the same for two tensors that a program cannot tell apart."""
+
+    cls: type
+    requires_grad: bool
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: torch.device
+    stride: tuple[int, ...] | None
+    offset: int
+    keys: int  # of dispatch: whether it is conjugated, of inference mode, …
+
+    def __str__(self) -> str:
+        dense: list[int] = []
+        size = 1
+        for n in reversed(self.shape):
+            dense.insert(0, size)
+            size *= max(n, 1)
+        more = [] if self.device.type == "cpu" else [str(self.device)]
+        more += [f"strides {list(self.stride or ())}"] if list(self.stride or ()) != dense else []
+        more += ["requires grad"] if self.requires_grad else []
+        return ", ".join([f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}", *more])
+
+
+def tensor_facts(t: Tensor) -> TensorFacts:
     sig = getattr(t, "sig", None)  # a value of a recording under way
     if sig is not None:
-        return (t.__class__, t.requires_grad, sig)
-    place = (t.stride(), t.storage_offset()) if t.layout is torch.strided else (t.layout,)
-    keys = torch._C._dispatch_keys(t).raw_repr()  # type: ignore[attr-defined]  # whether conjugated, of inference mode, …
-    return (t.__class__, t.requires_grad, t.dtype, t.shape, t.device, keys, *place)
+        return TensorFacts(t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, sig.offset, 0)
+    stride, offset = (t.stride(), t.storage_offset()) if t.layout is torch.strided else (None, 0)
+    keys = torch._C._dispatch_keys(t).raw_repr()  # type: ignore[attr-defined]
+    return TensorFacts(t.__class__, t.requires_grad, t.dtype, t.shape, t.device, stride, offset, keys)
+
+
+class Named(NamedTuple):
+    """An object of which only its identity counts."""
+
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def noted(x: Any) -> Any:
+    """What to remember of ``x``, without keeping it alive."""
+    if isinstance(x, Tensor):
+        return tensor_facts(x)
+    return x if is_value(x) else Named(getattr(x, "__qualname__", f"a {type(x).__qualname__}"), id(x))
 
 
 # ----- arguments ------------------------------------------------------------------------------------------------------
@@ -107,6 +146,10 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
 # ----- surroundings ---------------------------------------------------------------------------------------------------
 
 
+#: what the parts of :func:`environment_key` are
+ENVIRONMENT = ("grad mode", "inference mode", "default dtype", "default device", "autocast", "deterministic algorithms")
+
+
 def environment_key() -> tuple:
     """Grad mode, autocast, the defaults for new tensors, determinism."""
     autocast: Any = None
@@ -121,16 +164,3 @@ def environment_key() -> tuple:
         autocast,
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-# ----- naming what keeps changing -------------------------------------------------------------------------------------
-
-
-def changing(history: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
-    """Which of the things described took many values: ``(name, latest value)``."""
-    found = []
-    for name, latest in history[-1].items():
-        values = {repr(h[name]) for h in history if name in h}
-        if len(values) > len(history) // 2:
-            found.append((name, latest))
-    return found

@@ -216,8 +216,9 @@ def make_fx(
 
 def argument_names(f: Callable, count: int) -> list[str]:
     """The names of the first ``count`` parameters of ``f``."""
+    called = f.forward if isinstance(f, torch.nn.Module) else f
     try:
-        names = [n for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_POSITIONAL]
+        names = [n for n, p in inspect.signature(called).parameters.items() if p.kind is not p.VAR_POSITIONAL]
     except (TypeError, ValueError):
         names = []
     return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import sys
 import types
 import weakref
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .guards import bits, is_value, tensor_facts
+from .guards import Named, bits, is_value, noted, tensor_facts
 from .reads import Names, is_library
 from .trace.traced import Traced
 
@@ -56,13 +57,6 @@ _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jv
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 #: libraries' classes whose methods compute with their attributes
 _READ_THEMSELVES = ("torch.nn.", "torch.distributions.", "torch.optim.", "collections")
-
-
-class Named(NamedTuple):
-    """An object that is guarded by its identity."""
-
-    name: str
-    number: int
 
 
 class State:
@@ -186,8 +180,11 @@ class State:
     def function(self, f: types.FunctionType, v: str, label: str) -> None:
         """Code, defaults, closure variables, and the globals that it names."""
         code = f.__code__
-        label = f.__name__ if label == ROOT else label
+        root = label == ROOT
+        label = f.__name__ if root else label
         self.same(code, f"{v}.__code__", label)
+        where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+        self.facts[-1] = (label, Named(f"{f.__qualname__} at {where}", id(code)))
         known = is_library(code.co_filename)
         self.meet(f.__defaults__, f"{v}.__defaults__", f"{label}.__defaults__")
         self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")
@@ -203,21 +200,21 @@ class State:
                     self.lines.append(f"if not unbound({cells}[{i}]): return")
                     continue
                 if reads is None or name in reads.variables or not (name in reads.written and passing(x)):
-                    self.meet(x, f"{cells}[{i}].cell_contents", name)
+                    self.meet(x, f"{cells}[{i}].cell_contents", name if root else f"{label}.{name}")
         if reads is not None:
             scope = f.__globals__
-            where = None
+            scoped = ""
             for name in sorted(reads.variables | reads.written):
                 if (id(scope), name) not in self._globals:
                     self._globals.add((id(scope), name))
-                    where = where or self.constant(scope)
+                    scoped = scoped or self.constant(scope)
                     self.key.append(name)
                     x = scope.get(name, _NOTHING)
                     if x is _NOTHING:
                         self.key.append(None)
-                        self.lines.append(f"if '{name}' in {where}: return")
+                        self.lines.append(f"if '{name}' in {scoped}: return")
                     elif name in reads.variables or not passing(x):
-                        self.meet(x, f"{where}['{name}']", name)
+                        self.meet(x, f"{scoped}['{name}']", f"{scope.get('__name__')}.{name}")
             for name in sorted(reads.imports):
                 if name in sys.modules:
                     self.meet(sys.modules[name], f"{self.constant(sys.modules)}['{name}']", name)
@@ -314,7 +311,7 @@ class State:
         """An object that nothing is known of but its identity."""
         self.key.append(id(x))
         self.opaque.append(x)
-        self.facts.append((label, Named(getattr(x, "__qualname__", type(x).__qualname__), id(x))))
+        self.facts.append((label, noted(x)))
         try:
             weakref.ref(x)
         except TypeError:

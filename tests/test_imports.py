@@ -15,7 +15,7 @@ ROWS = [
     ("__init__",),
     ("compile",),
     ("aot", "check", "covered"),
-    ("func", "batch", "jacobians", "module", "stateless", "state", "autograd"),
+    ("func", "batch", "jacobians", "module", "stateless", "state", "explain", "autograd"),
     ("run", "arguments", "guards", "reads"),
     ("aliasing", "asked", "redraw"),
     ("partition", "backends"),

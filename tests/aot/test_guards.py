@@ -855,3 +855,119 @@ def test_changes_are_seen(name, compiler):
             change()
             check(f"after change {i}")
             check(f"again after change {i}")
+
+
+# ----- state that a function changes itself ------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.seen, self.counts = 0, [], {"n": 0}
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(1)
+        self.counts["n"] += 1
+        return x * 2
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_counter_that_nothing_reads_is_no_reason_to_capture_again(compiler):
+    m = Counting()
+    f = COMPILERS[compiler](m)
+    for _ in range(5):
+        f(X)
+    assert m.calls == len(m.seen) == m.counts["n"] <= 2
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.filterwarnings("error")
+def test_a_counter_that_is_read(compiler):
+    def make():
+        box = SimpleNamespace(n=0, flag=True)
+
+        def f(x):
+            box.n += 1
+            box.flag = not box.flag
+            return x * box.n + (1 if box.flag else -1)
+
+        return f
+
+    f = COMPILERS[compiler](make())
+    want = make() if compiler != "jit of grad" else gradient(make())
+    for _ in range(6):
+        assert_same(f(X), want(X))
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_caches_filled_at_the_first_call(compiler):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ready, self.sizes, self.runs = False, {}, 0
+
+        def forward(self, x):
+            self.runs += 1
+            if not self.ready:
+                self.factor, self.ready = 3.0, True
+            n = x.shape[-1]
+            if n not in self.sizes:
+                self.sizes[n] = 1 / n
+            return x * self.factor * self.sizes[n]
+
+    m, plain = Lazy(), Lazy()
+    f = COMPILERS[compiler](m)
+    want = gradient(plain) if compiler == "jit of grad" else plain
+    for x in (X, X, X, X[:, :2].clone(), X, X[:, :2].clone(), X):
+        assert_same(f(x), want(x))
+    assert m.runs <= 6
+
+
+def test_the_warning_names_what_changes():
+    box = SimpleNamespace(n=0)
+
+    def f(x):
+        box.n = box.n + 1
+        return x * box.n
+
+    g = jit(f)
+    with pytest.warns(UserWarning, match=r"captured 64 times.*box\.n, keeps changing"):
+        for _ in range(70):
+            g(X)
+    assert not g.entries and "box.n" in g.explain()
+
+
+# ----- explain -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", ["jit", "aot_function", "aot_module"])
+def test_explain(compiler):
+    m = Scaled()
+    f = COMPILERS[compiler](m)
+    f(X)
+    text = repr(f.explain())
+    for line in ("argument x: float32[3, 4]", ".beta == 0.5", ".layer.weight: float32[4, 4], requires grad"):
+        assert line in text
+    assert "captured 1 time, 1 entry" in text and "captured last" not in text
+    m.beta = 0.25
+    f(X)
+    assert f.explain().count("captured last because") == 1
+    assert ".beta was 0.5, and is 0.25" in f.explain()
+    m.eval()
+    f(X)
+    assert ".training was True, and is False" in f.explain()
+    f(X[:2].clone())
+    assert "argument x was float32[3, 4], and is float32[2, 4]" in f.explain()
+    with torch.no_grad():
+        f(X)
+    assert "grad mode was True, and is False" in f.explain()
+    helper = state_helper.helper
+    g = COMPILERS[compiler](lambda x: through(x))
+    g(X)
+    try:
+        state_helper.helper = lambda x: x
+        g(X)
+    finally:
+        state_helper.helper = helper
+    assert "helper was helper at state_helper.py" in g.explain()

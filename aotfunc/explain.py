@@ -1,0 +1,99 @@
+"""What the entries of a compiled function depend on, and why it was captured again, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+
+from .guards import ENVIRONMENT, Named, TensorFacts, environment_key
+
+Facts = dict[str, Any]
+
+
+class Explanation(str):
+    """A text that shows itself as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def facts_of(given: Facts, reached: Sequence[tuple[str, Any]]) -> Facts:
+    """All that an entry depends on, by name: its arguments, what it reads, and the surroundings."""
+    return {**given, **dict(reached), **dict(zip(ENVIRONMENT, environment_key(), strict=False))}
+
+
+def differences(old: Facts, new: Facts) -> Iterator[str]:
+    """What was something else."""
+    for name in {**old, **new}:
+        if name not in new:
+            yield f"{name} was {worded(old[name])}, and is not there any more"
+        elif name not in old:
+            yield f"{name} is {worded(new[name])}, and was not there before"
+        elif old[name] is not new[name] and repr(old[name]) != repr(new[name]):
+            yield f"{name} was {worded(old[name])}, and is {worded(new[name])}"
+
+
+def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
+    """Which of the things described took many values: ``(name, latest value)``."""
+    found = []
+    for name, latest in history[-1].items():
+        values = {repr(h[name]) for h in history if name in h}
+        if len(values) > len(history) // 2:
+            found.append((name, latest))
+    return found
+
+
+def guards(facts: Facts) -> list[str]:
+    """One line for each thing that an entry depends on, but for what is as always."""
+    usual = (True, False, torch.float32, None, None, False)
+    hidden = dict(zip(ENVIRONMENT, usual, strict=False))
+    lines = []
+    for name, x in facts.items():
+        if name in hidden and repr(hidden[name]) == repr(x):
+            continue
+        if x is None and name.endswith(("__defaults__", "__kwdefaults__")):
+            continue
+        sign = ":" if isinstance(x, TensorFacts) else " is" if isinstance(x, Named | bool | Enum | None) else " =="
+        lines.append(f"{name}{sign} {worded(x)}")
+    return lines
+
+
+def worded(x: Any) -> str:
+    return str(x) if isinstance(x, TensorFacts | Named) else repr(x)
+
+
+def explained(who: str, captures: int, entries: Sequence[Facts], why: Sequence[str]) -> Explanation:
+    """The whole text."""
+    count = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"
+    lines = [f"{who}: captured {captures} {'time' if captures == 1 else 'times'}, {count}"]
+    for i, facts in enumerate(entries):
+        lines += [f"entry {i}:", *[f"  {line}" for line in guards(facts)]]
+    if why:
+        lines += ["captured last because:", *[f"  {line}" for line in why]]
+    return Explanation("\n".join(lines))
+
+
+def growth(history: Sequence[Facts]) -> str:
+    """What keeps changing, and what to do about it."""
+    guilty = changing(history)
+    given = [(name.removeprefix("argument "), x) for name, x in guilty if name.startswith("argument ")]
+    numbers = [name for name, x in given if isinstance(x, int | float | complex)]
+    others = [name for name, x in given if name not in numbers]
+    reached = [name for name, _ in guilty if not name.startswith("argument ")]
+    why = []
+    if numbers:
+        many = ", ".join(numbers)
+        why.append(f"its Python argument {many} keeps changing; every value is a new signature: pass it as a tensor")
+    if others:
+        why.append(f"the shape, dtype or value of {', '.join(others)} keeps changing")
+    if reached or not guilty:
+        many = ", ".join(reached) or "a global or the mode of a module"
+        why.append(
+            f"what it reads or closes over, {many}, keeps changing; keep it in a tensor, or write to it elsewhere"
+        )
+    return "; ".join(why)
