@@ -10,88 +10,116 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from .backends.eager import compile_graph
+from .debug import at
+from .errors import CaptureError
 from .graph import Program
+from .trace.aliases import Shown
 from .trace.emit import Builder, paused_gc
-from .trace.functionalize import hidden_write
-from .trace.shapes import Sig
-from .transforms.fresh import follow, viewed
-from .transforms.walk import builder
+from .trace.functionalize import functional_twin, hidden_write
+from .trace.shapes import Facts, Sig
+from .transforms.captured import Recording
+from .transforms.fresh import fresh, viewed
 
 aten = torch.ops.aten
 
 
-def without_views(
-    program: Program, groups: Sequence[int], sigs: Sequence[Sig], quiet: bool = False
-) -> tuple[Program, Callable[..., tuple] | None]:
-    """``(program, views)``: a program that returns no views, no inputs and no value twice, and ``views(*inputs, *its
-    results)``, run after written inputs have been updated, for the results of the old one (None where nothing changes).
+def without_views(rec: Recording, quiet: bool = False) -> tuple[Program, Callable[..., tuple] | None]:
+    """``(program, views)``: the program of what the recording was computed for, one result for each piece of memory
+    that a returned tensor shows, and ``views(*inputs, *its results)``, run after written inputs have been updated, for
+    the tensors that were returned (None where these are the program's results).
 
-    ``groups``: for each result the value of the recording whose memory it shares: results of one group alias each
-    other, and the input of that number if there is one (closed-over tensors count -1, -2, …); others must not.
-    ``sigs``: what each result is in eager, with its place in an input's memory. ``quiet``: captured with gradients
-    off, so that results need no ``detach`` of their own.
+    Results share memory with an input and with one another where the recording says so, and nowhere else. ``quiet``:
+    captured with gradients off, so that no view needs to be detached.
     """
-    outs = program.outputs
-    results, finals = [undetached(o, quiet) for o in outs[: program.n_outputs]], outs[program.n_outputs :]
-    placeholders = program.placeholders
+    owned = tuple(dict.fromkeys(r for r in rec.roots if r >= len(rec.trace.inputs)))
+    base = rec.program(memory=owned)
+    return base.once(("views", tuple(rec.trace.finals), quiet), lambda: separated(rec, fresh(base, ()), owned, quiet))
+
+
+def separated(rec: Recording, program: Program, owned: Sequence[int], quiet: bool) -> tuple[Program, Any]:
+    """The program, which computes the memory of the values ``owned``, and the views."""
+    count, returned = len(rec.trace.inputs), [rec.seen.get(r) or Shown(r) for r in rec.refs]
+    if rec.refs == owned and not any(s.of for s in returned):
+        return program, None
+    itself = {ref: i for i, ref in enumerate(rec.trace.finals)}  # an argument stays the tensor that it was
     with paused_gc():
         b = Builder(None, merge=False)
-        made: dict[tuple, Any] = {}
-        new = b.inputs(placeholders)
-        inputs = dict(zip(placeholders, new, strict=True))
-        written = {o: new[i] for i, o in zip(program.mutated, finals, strict=True) if isinstance(o, Node)}
-        roots: dict[Node, Node] = {}
-        owners: dict[Node, int] = {}
+        inputs = b.inputs(program.placeholders)
+        made: dict[Any, Node] = {}
+        for r, o in zip(owned, program.outputs, strict=False):
+            made[r] = b.placeholder(o.name, o.meta["val"])
 
-        def result(o: Node, group: int, sig: Sig) -> Node:
-            place = group if group >= 0 else program.n_inputs - group - 1
-            mine = new[place] if group < program.n_inputs else None
-            chain: list[Node] = []
-            n = o
-            while (above := viewed(n)) is not None and (mine is None or written.get(n) is not mine):
-                chain.append(n)
-                n = above
-            if mine is not None:
-                counted = any(m.target is aten.as_strided.default for m in chain)  # in the memory of a value
-                if mine is inputs.get(n) or (mine is written.get(n) and not counted):
-                    return follow(b, mine, chain, made)
-                # a view of what was written through views: it has no chain of its own any more
-                layout = (list(sig.shape), list(sig.stride), sig.offset)
-                return b.make("call_function", aten.as_strided.default, (mine, *layout), {}, sig)
-            if n not in roots:
-                roots[n] = b.placeholder(n.name, n.meta["val"])
-            source = roots[n]
-            if owners.setdefault(n, group) != group:  # rewriting has made them the same: a copy for each group
-                if (n, group) not in made:
-                    made[n, group] = b.make("call_function", aten.clone.default, (source,), {}, n.meta["val"])
-                source = made[n, group]
-            return follow(b, source, chain, made)
+        def memory(ref: int) -> Node:
+            return made[ref] if ref >= count else inputs[ref if ref >= 0 else count - ref - 1]
 
-        final = [result(o, g, s) if isinstance(o, Node) else o for o, g, s in zip(results, groups, sigs, strict=True)]
-        copied = [n for n in roots if n in inputs]  # values that are an input's own by now: its value before the writes
-        if not copied and final == list(roots.values()) and list(roots) == list(results):
-            return program, None
-        views = compile_graph(b.finish(final))
-        b = builder()
-        new = b.inputs(placeholders)
-        kept = list(b.splice(program.graph, new, (*roots, *finals)))
-        for i, n in enumerate(roots):
-            if n in inputs:
-                kept[i] = b.make("call_function", aten.clone.default, (kept[i],), {}, n.meta["val"])
-        graph = b.finish(kept)
-    return Program(graph, program.n_inputs, len(roots), program.mutated, program.name), views
+        def node(s: Shown) -> Node:
+            x = memory(s.root)
+            for step in s.path[1:]:
+                if step not in made:
+                    made[step] = through(b, x, step, quiet, made)  # type: ignore[index]
+                x = made[step]  # type: ignore[index]
+            return x
+
+        results = [inputs[itself[r]] if itself.get(r) == s.root else node(s) for r, s in zip(rec.refs, returned)]
+        return program, compile_graph(b.finish(results))
 
 
-def undetached(o: Any, quiet: bool) -> Any:
-    """A result as it was computed, where nobody will look for its derivative."""
-    if quiet and isinstance(o, Node) and o.target is aten.detach.default:
-        n = o.args[0]
-        if n.op == "call_function" and viewed(n) is None and n.target is not hidden_write:  # type: ignore[union-attr]
-            return n
-    return o
+def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
+    """The view of ``x`` that a step of a path is."""
+    op, args, kwargs, val = step.call
+    if Facts(op).reshapes:
+        op = functional_twin(op, None)
+    sig: Sig = val if step.index is None else val[step.index]
+    if op in (aten.as_strided.default, aten.resize.default):
+        op, args, kwargs = aten.as_strided.default, (x, list(sig.shape), list(sig.stride), sig.offset), {}
+    call = (x, id(step.call))  # results of one call are made together
+    if call not in made:
+        made[call] = b.make("call_function", op, (x, *args[1:]), dict(kwargs), val)
+    node = made[call] if step.index is None else b.item(made[call], step.index)
+    return b.make("call_function", aten.detach.default, (node,), {}, sig) if step.cut and not quiet else node
+
+
+class Changes:
+    """What ``f`` changed of its arguments besides their values: whether they require grad, before anything reads them;
+    their shape and history in place (``x.t_()``, ``x.detach_()``), of which nothing but the argument itself depends.
+    """
+
+    def __init__(self, rec: Recording) -> None:
+        trace = rec.trace
+        self.flags = [(i, value, line) for i, (value, line) in trace.flags.items()]
+        self.ops: list[tuple[int, list[tuple]]] = []  # (position, [(op, other arguments, keywords)])
+        if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
+            return
+        for i, ref in enumerate(trace.finals):
+            last = rec.seen.get(ref)
+            if last is not None and last.of is not None and last.root == i:
+                self.ops.append((i, [in_place(step.call) for step in last.path[1:]]))
+
+    def __bool__(self) -> bool:
+        return bool(self.flags or self.ops)
+
+    def before(self, tensors: Sequence[Tensor]) -> None:
+        for i, value, line in self.flags:
+            if line is not None:
+                raise CaptureError(f"requires_grad_() of an argument that was used before{at(line)}; call it first")
+            tensors[i].requires_grad_(value)
+
+    def after(self, tensors: Sequence[Tensor], but: Sequence[int] = ()) -> None:
+        """To the tensors themselves, but for those at the positions ``but``."""
+        for i, ops in self.ops:
+            if i not in but:
+                for op, args, kwargs in ops:
+                    t = tensors[i]
+                    t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
+
+
+def in_place(call: tuple) -> tuple:
+    op, args, kwargs, _ = call
+    return (op, args[1:], kwargs) if Facts(op).reshapes else (aten.detach_.default, (), {})  # recorded as a detach
 
 
 def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:

@@ -24,7 +24,7 @@ from torch.fx import Node
 from torch.utils._pytree import TreeSpec
 
 from . import backends
-from .aliasing import without_views
+from .aliasing import Changes, without_views
 from .autograd import run
 from .backends.eager import compile_graph
 from .cache import Cache
@@ -87,6 +87,7 @@ class Entry:
         # the structure with what is constant in it; what was traced, and the arguments, may go
         self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
         self.step = CompiledStep(call, run_eager)
+        self.changes = Changes(rec)
         self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
         # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
         found = {id(t): i for i, t in enumerate(state.tensors)}
@@ -119,11 +120,15 @@ class Entry:
     def results(self, tensors: list[Tensor]) -> Any:
         outs: Sequence[Any] = ()
         with without_modes():
+            if self.changes:
+                self.changes.before(tensors)
             if not self.idle:
                 trace = current()
                 outs = trace.record(self.step, tensors) if trace is not None else run(self.call, tensors)
             if self.views is not None:
                 outs = self.views(*tensors, *outs)
+            if self.changes:
+                self.changes.after(tensors)
         if self.plain:
             return outs[0]
         leaves = list(self.leaves)
@@ -307,7 +312,7 @@ class Compiled:
         )
         quiet = not torch.is_grad_enabled()
         enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
-        program, views = without_views(rec.program(), rec.roots, rec.sigs, quiet and not enables)
+        program, views = without_views(rec, quiet and not enables)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
         given = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .aliasing import Changes
 from .errors import ArgumentError
 from .graph import Program
 from .trace.shapes import Sig, make_sig
@@ -141,6 +142,7 @@ class Call:
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
         """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there is one."""
+        Changes(self.rec).after(self.inputs, self.wrt)
         leaves = list(self.rec.leaves)
         for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
             leaves[i] = t

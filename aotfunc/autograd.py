@@ -17,7 +17,7 @@ from torch.fx import Node
 from .aliasing import apart
 from .graph import Program
 from .redraw import redrawn, states
-from .run import distinct, execute, write_back
+from .run import execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
@@ -36,17 +36,49 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
         return execute(program, tensors)
     wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad]) if torch.is_grad_enabled() else ()
     if not wrt:
-        outs = distinct(call(*tensors), program.n_outputs, tensors)
+        outs = owned(call(*tensors), program.n_outputs, tensors)
     else:
         halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
         if halves.any_live:
             outs = Differentiated.apply(halves, *halves.guarded(tensors))
         else:
             with torch.no_grad():
-                outs = distinct(call(*tensors), program.n_outputs, tensors)
+                outs = owned(call(*tensors), program.n_outputs, tensors)
     if program.mutated:
         write_back(program, tensors, apart(program, tensors, outs))
     return outs[: program.n_outputs]
+
+
+def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
+    """With copies where one of the first ``count`` is the same tensor as another or an input, or shares memory: a graph
+    without its marks of intent may compute two results in one node, and a compiler may hand out the memory of an input,
+    of another result or of a constant that it keeps.
+    """
+    found, seen = outs, set(map(id, tensors))
+    for i in range(count):
+        o = outs[i]
+        if isinstance(o, Tensor) and (id(o) in seen or (users(o) > 1 and not among_views(o, outs[count:], seen))):
+            found = list(found) if found is outs else found
+            found[i] = o.clone()  # type: ignore[index]
+        seen.add(id(o))
+    return found
+
+
+def users(t: Tensor) -> int:
+    """How many tensors use the memory of this one."""
+    return storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1  # but for the one that asks
+
+
+storage_users = torch._C._storage_Use_Count
+
+
+def among_views(t: Tensor, residuals: Sequence, taken: set[int]) -> bool:
+    """Whether all that shares the memory of ``t`` are residuals, as views which autograd sees when ``t`` is written,
+    and the tensor that they, or ``t``, are views of.
+    """
+    base = t if t._base is None else t._base
+    views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
+    return id(base) not in taken and users(t) == len(views | {id(t), id(base)})
 
 
 class Halves:
@@ -107,7 +139,7 @@ class Differentiated(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.halves = halves
         ctx.states = states(halves.call.program)
-        outs = distinct(halves.forward(*tensors), halves.count, tensors)
+        outs = owned(halves.forward(*tensors), halves.count, tensors)
         results, residuals = outs[: halves.count], outs[halves.count :]
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])

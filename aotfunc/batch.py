@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .aliasing import Changes
 from .arguments import (
     Dims,
     batch_size,
@@ -19,7 +20,7 @@ from .arguments import (
 )
 from .asked import Samples
 from .debug import outside_dynamo
-from .errors import ArgumentError
+from .errors import ArgumentError, CaptureError
 from .graph import Program, draws
 from .run import execute
 from .trace.shapes import sig_of
@@ -82,7 +83,13 @@ def vmap(
 
 def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *how: Any) -> Any:
     rec, program, inputs = _batched_program(func, arguments, dims, *how)
-    return rec.results(execute(program, inputs))
+    return _run(rec, program, inputs)
+
+
+def _run(rec: Recording, program: Program, inputs: list[Tensor]) -> Any:
+    outs = execute(program, inputs)
+    Changes(rec).after(inputs)
+    return rec.results(outs)
 
 
 def _batched_program(
@@ -107,6 +114,10 @@ def _batched_program(
         batch=Samples(tensor_dims, size, randomness),
         name_of=parameter_names(func, arguments),
     )
+    for i, _ in Changes(rec).ops:
+        if tensor_dims[i] is not None:
+            name = rec.names()[i]
+            raise CaptureError(f"vmap: the shape of {name}, which is batched, is changed in place; make a view of it")
     if isinstance(out_dims, list):
         out_dims = tuple(out_dims)
     flat = (
@@ -154,7 +165,7 @@ def _chunked(
                     "vmap: randomness='same' with chunk_size, and not every chunk draws; drop chunk_size"
                 )
             return _batched(func, arguments, dims, size, out_dims, randomness, strict)
-        parts.append(rec.results(execute(program, inputs)))
+        parts.append(_run(rec, program, inputs))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
     where = (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .aliasing import Changes, without_views
 from .arguments import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .debug import outside_dynamo
 from .errors import ArgumentError
@@ -233,8 +234,12 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
         arguments = Arguments(args, kwargs)
         names = parameter_names(func, arguments)
         rec = record(as_called(func), arguments.leaves, arguments.rebuilt, name_of=names)
-        base, own = rec.program(), rec.aliases
-        program = base.derived(("functionalize", own), lambda: fresh(base, own))
-        return rec.results(execute(program, [*tensors_of(arguments), *rec.closed_over]))
+        program, views = without_views(rec)
+        inputs, changes = [*tensors_of(arguments), *rec.closed_over], Changes(rec)
+        changes.before(inputs)
+        outs = execute(program, inputs)
+        outs = outs if views is None else views(*inputs, *outs)
+        changes.after(inputs)
+        return rec.results(outs)
 
     return wrapper

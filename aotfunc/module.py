@@ -18,6 +18,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .aliasing import Changes
 from .debug import Line, outside_dynamo
 from .errors import ArgumentError
 from .graph import Program, output_node
@@ -198,6 +199,9 @@ def make_fx(
                     new = new.args[1] if new.target is hidden_write else new.args[0]
                 node = b.make("call_function", aten.copy_.default, (inputs[index], new), {}, inputs[index].meta["val"])
                 written[results[program.n_outputs + len(written)]] = node
+            for index, ops in Changes(rec).ops:
+                for op, args, kw in ops:
+                    b.make("call_function", op, (inputs[index], *args), dict(kw), inputs[index].meta["val"])
             leaves = list(rec.leaves)
             for i, r in zip(rec.tensors, results[: program.n_outputs], strict=True):
                 leaves[i] = r

@@ -26,7 +26,7 @@ from .records import flat
 from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
 from .traced import Traced
 from .tracer import Trace
-from .views import COMPUTED, Link, forward, inverse, linked, strided
+from .views import COMPUTED, Link, forward, inverse, linked, restrided, strided
 from .writes import WRITES, functional_twin
 
 aten = torch.ops.aten
@@ -65,6 +65,13 @@ class View:
     @property
     def sig(self) -> Sig:
         return self.chain[-1][4] if self.chain else self.storage.sig
+
+
+def seen(base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig) -> View:
+    """A tensor seen through a view op, or one that became what the op shows of it."""
+    if op in (aten.as_strided.default, aten.resize.default):
+        return View(base.storage, restrided(base.storage.sig, base.chain, sig))
+    return View(base.storage, (*base.chain, linked(base.sig, op, args, kwargs, index, sig)))
 
 
 class Functionalizer:
@@ -137,6 +144,16 @@ class Functionalizer:
         if view.__class__ is View and view.chain and view.storage.version:
             view.version = -1
         return self.read(ref)
+
+    def memory(self, ref: int) -> Node:
+        """The current value of all the memory that a value was made with (what is computed has its own)."""
+        view = self.env[ref]
+        node = view
+        if view.__class__ is View:
+            node, ops = view.storage.node, [link[0] for link in view.chain]
+            for link in view.chain[: max((i + 1 for i, op in enumerate(ops) if op in COMPUTED), default=0)]:
+                node = forward(self.b, link, node)
+        return self.detached(node) if ref in self.cut and self.intent else node
 
     def detached(self, node: Node) -> Node:
         return self.b.node(aten.detach.default, (node,), {}, node.meta["val"])
@@ -250,23 +267,19 @@ class Functionalizer:
         args = instr.args[1:]
         if len(refs) > 1:
             args = fill(instr.args, [None, *[self.read(r, grad) for r in refs[1:]]])[1:]
-        links = [linked(base.sig, instr.op, args, instr.kwargs, i, o) for i, o in each]
-        for link in links:
+        for i, sig in each:
             ref = self.number
             self.number += 1
-            self.env[ref] = View(base.storage, (*base.chain, link))
-            if refs[0] in self.cut or (not grad and link[4].differentiable):
+            self.env[ref] = seen(base, instr.op, args, instr.kwargs, i, sig)
+            if refs[0] in self.cut or (not grad and sig.differentiable):
                 self.cut.add(ref)
 
     def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None) -> None:
         op, facts = instr.op, instr.facts
         if facts.reshapes:
-            if len(refs) > 1:
-                raise CaptureError(f"{op} gives a tensor the shape or memory of another{at(line)}; assign a new tensor")
-            view = self.env[refs[0]]
-            twin = functional_twin(op, line)
-            sig = instr.outs
-            self.env[refs[0]] = View(view.storage, (*view.chain, Link((twin, instr.args[1:], instr.kwargs, None, sig))))
+            self.env[refs[0]] = seen(
+                self.env[refs[0]], functional_twin(op, line), instr.args[1:], instr.kwargs, None, instr.outs
+            )
             return
         nodes = [self.read(r, grad) for r in refs]
         slots = [instr.args[i] if i < len(instr.args) else instr.kwargs[facts.names[i]] for i in facts.writes]

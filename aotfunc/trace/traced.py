@@ -88,10 +88,12 @@ class Traced(Tensor):
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
+        self.tracer.check_grad(self)
         return self.__dict__.get("_grad")
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
+        self.tracer.check_grad(self)
         self.__dict__["_grad"] = value
 
     def retain_grad(self) -> None:
@@ -103,11 +105,7 @@ class Traced(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        with torch.no_grad():
-            if value.shape == self.shape and value.dtype == self.dtype:
-                self.copy_(value)
-            else:
-                raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(debug.user_line())}")
+        self.tracer.give_memory(self, value)
 
     def resolve_conj(self) -> Tensor:
         """A copy where eager has a conjugate view, whose bit it would resolve."""

@@ -29,7 +29,6 @@ from .replay import Replay
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
 from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet, under_way
-from .views import COMPUTED
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -54,15 +53,20 @@ class Trace(TorchDispatchMode):
         self.records: list[Record] = []
         self.count = 0
         self.inputs: list[Sig] = []  # traced values know their recording; it must not hold them when it is over
+        self.arguments: list[Traced] = []  # the tensors themselves, while they are used
+        self.finals: list[int] = []  # the values that they are in the end
         self.lifted: list[Tensor] = []  # outside tensors, by reference
         self.made_inside: set[int] = set()  # those among them that f makes anew on each run: torch.tensor(3)
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
+        self.given: list[tuple[int, int, int, Any]] = []  # see give_memory
+        self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.mutates = False
+        self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
         self.why_not = why_not
@@ -105,7 +109,8 @@ class Trace(TorchDispatchMode):
     def input_like(self, sig: Sig) -> Traced:
         """A new input of this signature."""
         self.inputs.append(sig)
-        return self.new(sig)
+        self.arguments.append(self.new(sig))
+        return self.arguments[-1]
 
     def alias(self, t: Traced) -> Traced:
         """Another tensor object for the same value."""
@@ -183,6 +188,9 @@ class Trace(TorchDispatchMode):
                 return self.new(outs)
         elif facts.writes:
             self.mutates = True
+            if facts.reshapes:
+                self.reshapes = True
+                self._check_reshaped(func, args[0], outs)
             return self._written(facts, outs, args, kwargs)
         return self.wrap(outs, facts)
 
@@ -261,13 +269,28 @@ class Trace(TorchDispatchMode):
             results.append(t)
         return results[0] if single and results else tuple(results) if results else None
 
+    def _check_reshaped(self, op: OpOverload, t: Tensor, new: Sig) -> None:
+        """Refuse changes of a shape, in place, that the tensor outside or its memory would not follow."""
+        name, line = op._schema.name.removeprefix("aten::"), at(debug.user_line(3))
+        if t.__class__ is not Traced or t.tracer is not self:
+            raise CaptureError(
+                f"{name} changes the shape of a tensor from outside, of shape {list(t.shape)}{line}; pass it as an "
+                "argument, or make a view of it"
+            )
+        if name in ("set_", "resize_as_"):
+            raise CaptureError(f"{name} gives a tensor the shape or memory of another{line}; assign a new tensor")
+        if name == "resize_" and self.requires_grad(t):
+            raise RuntimeError(f"cannot resize variables that require grad{line}")
+        if name == "resize_" and new.extent > t.sig.extent:
+            raise CaptureError(f"{name} makes a tensor larger, by elements without a value{line}; make a new tensor")
+
     def _refresh(self, t: Traced, sig: Sig) -> None:
         """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
         fresh = _wrapper(
             Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device
         )
         with quiet():
-            Tensor.data.__set__(t, fresh)  # type: ignore[attr-defined]
+            torch._C.TensorBase.data.__set__(t, fresh)
         t.sig = sig
 
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
@@ -286,6 +309,8 @@ class Trace(TorchDispatchMode):
     def finish(self) -> None:
         """Nothing is recorded any more; traced values may live on, and go when their last user does."""
         self.finished = True
+        self.finals = [t.ref for t in self.arguments]
+        self.arguments.clear()
         self.leaf_tensors.clear()
         self.retained.clear()
 
@@ -318,17 +343,15 @@ class Trace(TorchDispatchMode):
             self._roots = (len(self.records), self.roots()[0])
         return self._roots[1].get(ref, ref)
 
-    def roots(self, computed: bool = True) -> tuple[dict[int, int], set[int]]:
-        """For each view the value whose storage it shares, and which storages are written to. Without ``computed`` the
-        views that a graph has to compute are values of their own: conjugates, and parts at a place that a tensor knows.
-        """
+    def roots(self) -> tuple[dict[int, int], set[int]]:
+        """For each view the value whose storage it shares, and which storages are written to."""
         roots: dict[int, int] = {}
         written: set[int] = set()
         number = len(self.inputs)
         for instr, refs, *_ in self.records:
             made = range(number, number + results_of(instr))
             number += len(made)
-            if instr.facts.view_of is not None and refs and (computed or instr_op(instr) not in COMPUTED):
+            if instr.facts.view_of is not None and refs:
                 roots.update(dict.fromkeys(made, roots.get(refs[0], refs[0])))
             written.update(roots.get(refs[s], refs[s]) for s in written_slots(instr))
         return roots, written
@@ -348,9 +371,55 @@ class Trace(TorchDispatchMode):
     # ----- requires_grad, asked for by f ------------------------------------------------------------------------------
 
     def mark_leaf(self, t: Traced, value: bool) -> None:
+        if 0 <= t.ref < len(self.inputs) and self.requires_grad(t) is not value:
+            used = any(t.ref in refs for _, refs, *_ in self.records)
+            self.flags[t.ref] = (value, debug.user_line(2) if used else None)
+            (self.protected.add if value else self.protected.discard)(t.ref)
         self.leaves[t.ref] = value
         if value:
             self.leaf_tensors.append(t)
+
+    def check_grad(self, t: Traced) -> None:
+        """An argument's ``.grad`` is another tensor at each call, which a function compiled once would not see."""
+        if not self.may_ask_constants and any(t is a for a in self.arguments):
+            raise CaptureError(
+                f"the .grad of an argument is not captured{at(debug.user_line())}; pass gradients as arguments, and "
+                "return them: torch.autograd.grad(...), or grad(f)"
+            )
+
+    # ----- t.data = value ---------------------------------------------------------------------------------------------
+
+    def give_memory(self, t: Traced, value: Tensor) -> None:
+        """From here on ``t`` is the memory of ``value``, with the derivative that it had; older views keep theirs."""
+        line = debug.user_line(2)
+        if current() is not self or any(t is a for a in self.arguments):
+            raise CaptureError(
+                f"`.data = ` gives an argument, or a tensor from outside, other memory{at(line)}; write to the memory "
+                "that it has: `with torch.no_grad(): x.copy_(value)`"
+            )
+        if value.shape != t.shape or value.dtype != t.dtype:
+            raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(line)}; make a new tensor")
+        with torch.enable_grad():
+            new = torch.ops.aotfunc.hidden_write.default(t, value.detach())
+        self.given.append((len(self.records), self.ref_of(value)[0], new.ref, line))
+        t.ref = new.ref
+        self._refresh(t, new.sig)
+
+    def check_given(self, returned: Sequence[int]) -> None:
+        """The program has a copy where ``t.data = value`` lets two tensors share memory: refuse what would tell."""
+        for start, value, new, line in self.given:
+            first, results = self.root(value), {self.root(r) for r in returned}
+            later = self.records[start:]
+            used = results | {self.root(r) for _, refs, *_ in later for r in refs}
+            written = {self.root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
+            outside = first < len(self.inputs)
+            if first in written or (
+                new in written | results and (outside or first in (used if new in written else results))
+            ):
+                raise CaptureError(
+                    f"`.data = ` lets two tensors share memory, and one is written or both are returned{at(line)}; "
+                    "assign a clone()"
+                )
 
     def is_leaf(self, t: Traced) -> bool:
         return t.ref in self.leaves or not self.requires_grad(t)

@@ -59,6 +59,16 @@ def linked(base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | No
     return Link((op, args, kwargs, index, val))
 
 
+def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
+    """The chain of a tensor that counts in the memory of the storage ``base``, whatever it was taken from."""
+    if val.dtype is not base.dtype or any(link[0] in (*COMPUTED, aten._neg_view.default) for link in chain):
+        last = chain[-1][4] if chain else base
+        return (*chain, strided(last, val, val.offset - last.offset))
+    first = chain[0] if chain and chain[0][0] is aten.as_strided.default else None  # a part of the storage
+    start = val.offset - base.offset if first is None else first[1][2] + val.offset - first[4].offset
+    return (*[link for link in chain if link[0] is aten.detach.default], strided(base, val, start))
+
+
 def strided(base: Sig, val: Sig, start: int) -> Link:
     """A view of the memory of ``base``, from an element counted from its first one on."""
     return Link((aten.as_strided.default, (list(val.shape), list(val.stride), start, base.stride), {}, None, val))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from ..cache import Cache
 from ..graph import Program, weight
+from ..trace.aliases import Shown, shown
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.tracer import Trace
@@ -28,23 +30,34 @@ class Recording:
         self._program: Program | None = None
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
-        found = [trace.ref_of(self.leaves[i]) for i in self.tensors]
-        self.refs = tuple([ref for ref, _ in found])
-        self.sigs = [sig for _, sig in found]
+        self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
+        trace.check_given(self.refs)
+
+    @cached_property
+    def seen(self) -> dict[int, Shown]:
+        return shown(self.trace)
+
+    @property
+    def roots(self) -> list[int]:
+        """For each returned tensor the value that it is a view of, or itself."""
+        return [self.seen[r].root if r in self.seen else r for r in self.refs]
 
     @property
     def closed_over(self) -> list[Tensor]:
         return self.trace.lifted
 
-    def program(self) -> Program:
-        """The functional program: inputs, then closed-over tensors, to the tensors among the results."""
-        if self._program is not None:
+    def program(self, memory: tuple[int, ...] | None = None) -> Program:
+        """The functional program: inputs, then closed-over tensors, to the tensors among the results. With ``memory``
+        to the whole of what these values were made with, instead.
+        """
+        if memory is None and self._program is not None:
             return self._program
-        key = (self.trace.key(), self.refs)
-        program = self._program = _programs.once(key, self._build)
+        program = _programs.once((self.trace.key(), self.refs, memory), lambda: self._build(memory))
+        if memory is None:
+            self._program = program
         return program
 
-    def _build(self) -> Program:
+    def _build(self, memory: tuple[int, ...] | None) -> Program:
         trace = self.trace
         # torch.autograd.grad inside f tells equal nodes apart, so with it merging has to wait
         plain = any(r[0].__class__ is GradStep for r in trace.records)
@@ -53,16 +66,14 @@ class Recording:
             f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
             f.run()
             mutated = f.mutated()
-            shared = {self.refs[i] for i, _ in self.shared()}
-            outs = [*(f.shown(r) if r in shared else f.read(r) for r in self.refs), *(n for _, n in mutated)]
-            program = Program(b.finish(outs), len(trace.inputs), len(self.refs), [i for i, _ in mutated], "capture")
+            if memory is None:
+                shared = {self.refs[i] for i, _ in self.shared()}
+                results = [f.shown(r) if r in shared else f.read(r) for r in self.refs]
+            else:
+                results = [f.memory(r) for r in memory]
+            outs = [*results, *(n for _, n in mutated)]
+            program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
-
-    @property
-    def roots(self) -> list[int]:
-        """For each returned tensor the value that it is a view of, or itself."""
-        shared, _ = self.trace.roots(computed=False)
-        return [shared.get(r, r) for r in self.refs]
 
     @property
     def aliases(self) -> tuple[tuple[int, int], ...]:

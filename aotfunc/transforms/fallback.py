@@ -56,7 +56,7 @@ def reverse_rule(op: OpOverload) -> Callable:
             if not needs[i]:
                 return x
             twin = x.tracer.alias(x)
-            Tensor.requires_grad_(twin)
+            torch._C.TensorBase.requires_grad_(twin)
             leaves[id(x)] = twin
             return twin
 

@@ -20,6 +20,7 @@ from torch.autograd.function import Function
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from ..trace import outside
 from ..trace.patches import ORIGINALS, recorded, redirect
 from ..trace.traced import HOOKS, Traced, current, quiet, under_way
 from ..trace.tracer import Trace
@@ -46,6 +47,7 @@ def install() -> None:
     ORIGINALS.setdefault("checkpoint", torch_checkpoint._checkpoint_without_reentrant_generator)
     torch_checkpoint._checkpoint_without_reentrant_generator = checkpoint_region
     HOOKS["register_hook"] = register_hook
+    outside.install()
     ORIGINALS.setdefault("numpy", Tensor.numpy)
     Tensor.numpy = numpy_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("tolist", Tensor.tolist)

@@ -60,6 +60,12 @@ class Step:
     def run(self, values: list[Tensor]) -> list[Tensor]:
         raise NotImplementedError
 
+    def views(self) -> Sequence[Any]:
+        """For each result that shows the memory of an input: which one, and the calls ``((op, args, kwargs, results),
+        index)`` of the views that lead there. None for the others.
+        """
+        return ()
+
     def bind(self, f: Functionalizer, results: Sequence[Any], grad: bool) -> None:
         for r in results:
             if isinstance(r, Node):
@@ -80,13 +86,17 @@ class CallStep(Step):
         outs = f.b.splice(self.program.graph, nodes, self.program.outputs)
         self.finish(f, refs, outs, grad, line)
 
+    def views(self) -> Sequence[Any]:
+        results = range(self.program.n_outputs)
+        return self.program.once("views", lambda: [shown_input(self.program, k) for k in results])
+
     def finish(self, f: Functionalizer, refs: Sequence[int], outs: Any, grad: bool, line: Line | None) -> None:
         count = self.program.n_outputs
         for k, out in enumerate(outs[:count]):
             if isinstance(out, Node):
                 ref = f.bind(out, grad)
-                if f.mutates and (seen := shown_input(self.program, k)) is not None:
-                    f.alias(ref, refs[seen[0]], seen[1])
+                if f.mutates and (seen := self.views()[k]) is not None:
+                    f.alias(ref, refs[seen[0]], links(self.program.placeholders[seen[0]].meta["val"], seen[1]))
         quiet = hidden_writes(self.program)
         for index, new, hidden in zip(self.program.mutated, outs[count:], quiet, strict=True):
             f.write(refs[index], new, grad and not hidden, line)
@@ -127,20 +137,30 @@ def hidden_writes(program: Program) -> list[bool]:
     return program.once("hidden", lambda: [*map(untouched, program.mutated, finals)])
 
 
-def shown_input(program: Program, k: int) -> tuple[int, list[Link]] | None:
-    """The input that result ``k`` is a view of, and the views that lead there; None if it has memory of its own."""
+def shown_input(program: Program, k: int) -> tuple[int, list[tuple[tuple, int | None]]] | None:
+    """The input that result ``k`` is a view of, and the views that lead there, as :meth:`Step.views` says; None if it
+    has memory of its own.
+    """
     n: Any = program.outputs[k]
-    links: list[Link] = []
+    calls: list[tuple[tuple, int | None]] = []
     while isinstance(n, Node) and n.op == "call_function":
         index = None
         if n.target is operator.getitem:
             n, index = n.args  # type: ignore[misc]
         if not isinstance(n.target, OpOverload) or Facts(n.target).view_of is None:
             return None
-        val = n.meta["val"] if index is None else n.meta["val"][index]
-        links.insert(0, linked(n.args[0].meta["val"], n.target, n.args[1:], n.kwargs, index, val))
+        calls.insert(0, ((n.target, n.args, n.kwargs, n.meta["val"]), index))
         n = n.args[0]
-    return (program.placeholders.index(n), links) if isinstance(n, Node) and n.op == "placeholder" else None
+    return (program.placeholders.index(n), calls) if isinstance(n, Node) and n.op == "placeholder" else None
+
+
+def links(sig: Sig, calls: Sequence[tuple[tuple, int | None]]) -> list[Link]:
+    """The same views of a tensor of signature ``sig``, as links of a chain."""
+    found: list[Link] = []
+    for (op, args, kwargs, val), index in calls:
+        found.append(linked(sig, op, args[1:], kwargs, index, val if index is None else val[index]))
+        sig = found[-1][4]
+    return found
 
 
 def all_vals(program: Program) -> tuple:

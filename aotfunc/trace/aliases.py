@@ -1,0 +1,72 @@
+"""Which values of a recording show the memory of which others, and through which views: told by the record, not by a
+graph that has been rewritten since.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .records import flat, instr_op, results_of
+from .shapes import Sig
+from .views import COMPUTED
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+aten = torch.ops.aten
+
+
+class Shown:
+    """What a value shows: memory of its own (``of`` is None: ``ref`` was made with it), or what another one shows, seen
+    through a ``call`` ``(op, args, kwargs, results)``, of which it is the result ``index`` if there are several. The
+    op may be one that changes its argument's shape in place. ``cut``: made under no_grad.
+    """
+
+    __slots__ = ("call", "cut", "index", "of", "ref")
+
+    def __init__(self, ref: int, of: Shown | None = None, call: Any = None, index: Any = None, cut: bool = False):
+        self.ref, self.of, self.call, self.index, self.cut = ref, of, call, index, cut
+
+    @property
+    def root(self) -> int:
+        """The value whose memory this is."""
+        return self.path[0].ref
+
+    @property
+    def path(self) -> list[Shown]:
+        """From the memory to this value."""
+        found = [self]
+        while found[-1].of is not None:
+            found.append(found[-1].of)
+        return found[::-1]
+
+
+def shown(trace: Trace) -> dict[int, Shown]:
+    """What each value shows in the end; values that are not there have memory of their own."""
+    found: dict[int, Shown] = {}
+
+    def of(ref: int) -> Shown:
+        return found.setdefault(ref, Shown(ref))
+
+    number = len(trace.inputs)
+    for instr, refs, grad, *_ in trace.records:
+        made = range(number, number + results_of(instr))
+        number = made.stop
+        op, facts = instr_op(instr), instr.facts
+        if op is None:
+            for ref, seen in zip(made, instr.views(), strict=False):
+                if seen is not None:
+                    slot, calls = seen
+                    found[ref] = of(refs[slot])
+                    for call, index in calls:
+                        found[ref] = Shown(ref, found[ref], call, index, not grad)
+        elif facts.view_of is not None and refs and op not in COMPUTED:
+            call = (op, instr.args, instr.kwargs, instr.outs)
+            several = instr.outs.__class__ is not Sig
+            for i, (ref, sig) in enumerate(zip(made, flat(instr.outs), strict=True)):
+                found[ref] = Shown(ref, of(refs[0]), call, i if several else None, not grad and sig.differentiable)
+        elif facts.reshapes:
+            found[refs[0]] = Shown(refs[0], of(refs[0]), (op, instr.args, instr.kwargs, instr.outs))
+    return found

@@ -1,0 +1,92 @@
+"""What ``f`` does to the memory, the gradient or the flags of a tensor from outside: past every op, so that a recording
+would not see it, and a traced value left there has no data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..debug import at, user_line
+from ..errors import CaptureError
+from .patches import ORIGINALS, redirect
+from .traced import Traced, current
+
+_base = torch._C.TensorBase
+_data, _grad = _base.data, _base.grad
+
+
+def install() -> None:
+    """Check these ways of changing a tensor; reading ``.grad`` stays as fast as it was."""
+    torch.overrides.get_default_nowrap_functions()  # it knows them by their getters of now, and keeps what it found
+    Tensor.data = property(data, set_data, doc=_data.__doc__)  # type: ignore[assignment, misc]
+    Tensor.grad = property(_grad.__get__, set_grad, _grad.__delete__, _grad.__doc__)  # type: ignore
+    Tensor.requires_grad_ = requires_grad_  # type: ignore[method-assign]
+    Tensor.detach_ = detach_  # type: ignore[method-assign]
+    redirect("swap", torch.utils.swap_tensors, swap_tensors, _swap_template)
+
+
+def data(self: Tensor) -> Tensor:
+    return _data.__get__(self) if current() is None else self.detach()
+
+
+def set_data(self: Tensor, value: Any) -> None:
+    if current() is not None:
+        raise CaptureError(
+            f"`.data = ` gives a tensor from outside, of shape {list(self.shape)}, other memory{at(user_line())}; "
+            "write to the memory that it has: `with torch.no_grad(): x.copy_(value)`"
+        )
+    _data.__set__(self, known(value))
+
+
+def set_grad(self: Tensor, value: Any) -> None:
+    trace = current()
+    if trace is not None and (value.__class__ is Traced or not (trace.may_ask_constants or value is self.grad)):
+        raise CaptureError(
+            f"`.grad = ` of a tensor from outside, of shape {list(self.shape)}, is not captured{at(user_line())}; "
+            "return the gradient and assign it outside"
+        )
+    _grad.__set__(self, known(value))
+
+
+def known(value: Any) -> Any:
+    """What leaked from a recording that is over, as a tensor that has data."""
+    return value.tracer.value(value) if value.__class__ is Traced else value
+
+
+def requires_grad_(self: Tensor, requires_grad: bool = True) -> Tensor:
+    if bool(requires_grad) != self.requires_grad:
+        check_flag(self, "requires_grad_()")
+    return _base.requires_grad_(self, requires_grad)
+
+
+def detach_(self: Tensor) -> Tensor:
+    if self.requires_grad:
+        check_flag(self, "detach_()")
+    return _base.detach_(self)
+
+
+def check_flag(t: Tensor, what: str) -> None:
+    """A function compiled once would set it once."""
+    trace = current()
+    if trace is not None and not trace.may_ask_constants:
+        raise CaptureError(
+            f"{what} of a tensor from outside, of shape {list(t.shape)}, would happen during the capture only"
+            f"{at(user_line())}; do it outside, or pass the tensor as an argument"
+        )
+
+
+def swap_tensors(t1: Tensor, t2: Tensor) -> None:
+    if t1.__class__ is not t2.__class__ or t1.__class__ is not Traced:
+        raise CaptureError(
+            f"swap_tensors exchanges the memory of tensors from outside{at(user_line())}; write to the memory that "
+            "they have: `with torch.no_grad(): x.copy_(value)`"
+        )
+    ORIGINALS["swap"](t1, t2)
+
+
+def _swap_template(t1, t2):  # type: ignore[no-untyped-def]
+    f = _torch_swap if _aotfunc_recording() is None else _aotfunc_swap  # type: ignore[name-defined] # noqa: F821
+    return f(t1, t2)
