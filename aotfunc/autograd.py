@@ -94,19 +94,29 @@ class Halves:
         self.any_live = any(self.live)
         self.needed: tuple[int, ...] = ()
         self.cloned: tuple[int, ...] = ()
+        self.unreached: tuple[int, ...] = ()
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
             return
         joint = vjp(self.program, wrt, self.live, recompute=False)
+        grads = joint.outputs[self.count : self.count + len(wrt)]
+        self.unreached = tuple(i for i, g in zip(wrt, grads, strict=True) if g is None)
         self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
         self.cloned = tuple(set(self.needed) & set(program.mutated))
         self.forward, self.backward = call.split(joint, self.count, last=True)
 
     def guarded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The inputs, those that the backward reads and that the call writes to copied."""
-        if not self.cloned:
+        """The inputs: copies of those that the backward reads and that the call writes to, and no way back to those
+        that have no gradient, of which hooks run or a graph may be freed.
+        """
+        if not self.cloned and not self.unreached:
             return tensors
-        return [t.clone() if i in self.cloned else t for i, t in enumerate(tensors)]
+        inputs = list(tensors)
+        for i in self.unreached:
+            inputs[i] = inputs[i].detach()
+        for i in self.cloned:
+            inputs[i] = inputs[i].clone()
+        return inputs
 
     def backward_for(self, have: tuple[bool, ...]) -> Any:
         """The backward half where only some results have a cotangent."""

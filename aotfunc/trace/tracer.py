@@ -264,6 +264,11 @@ class Trace(TorchDispatchMode):
                 raise RuntimeError(
                     f"a leaf Variable that requires grad is being used in an in-place operation{at(debug.user_line(3))}"
                 )
+            if sig.__class__ is Sig and sig.shape != tuple(t.shape) and not facts.reshapes:
+                raise CaptureError(
+                    f"out= has the shape {list(t.shape)}, the result has {list(sig.shape)}{at(debug.user_line(3))}; "
+                    "resizing is not captured: pass a tensor of the result's shape"
+                )
             if t.__class__ is Traced and t.tracer is self and sig is not t.sig and sig.__class__ is Sig:
                 self._refresh(t, sig)
             results.append(t)

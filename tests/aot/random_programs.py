@@ -54,7 +54,7 @@ class Scope:
     def __init__(self, draw: random.Random, env: dict, numbers: Iterator[int], names=(), outside=()) -> None:
         self.draw, self.env, self.numbers = draw, env, numbers
         self.names: list[str] = list(names)  # expressions for tensors; the latest are drawn most
-        self.same = ""  # the tensor that was named last
+        self.same = self.made = ""  # the tensor that was named last, and the new one
         self.outside: list[str] = list(outside)  # expressions for whatever lies outside
 
     # ----- what can be named ------------------------------------------------------------------------------------------
@@ -96,7 +96,10 @@ class Scope:
         choice = self.draw.choice
         match what:
             case "new":
-                return f"v{next(self.numbers)}"
+                self.made = f"v{next(self.numbers)}"
+                return self.made
+            case "made":
+                return self.made
             case "x" | "y" | "any" | "int" | "local":
                 self.same = self.operand(what)
                 return self.same
@@ -168,7 +171,8 @@ class Scope:
         name, t = f"part{number}", f"t{number}"
         try:
             x = self.tensor()
-            self.env[t] = self.value(x) * 1
+            if not self.take(f"{t} = {x} * 1"):
+                return []
             inner = Scope(self.draw, self.env, self.numbers, [t], self.outside)
             body = [text for _ in range(3) if (text := inner.statement(table)) is not None]
             block = Block(f"def {name}({t}):", [*body, f"return {inner.tensor(outside=0)}"])
@@ -188,7 +192,10 @@ class Driver(Scope):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.spent: list[str] = []  # results whose graph is freed: more of it may be kept in eager mode
+        self.spent: list[str] = []  # results that are not to be differentiated any more
+
+    def spend(self) -> None:
+        self.spent = [n for n in self.env if n.startswith("out")]
 
     def hole(self, what: str) -> str:
         choice, env = self.draw.choice, self.env
@@ -212,7 +219,9 @@ class Driver(Scope):
                 return choice([n for n in recent if what == "any outs" or n not in self.spent])
             case "out" | "result":
                 outs = self.hole("outs" if what == "out" else "any outs")
-                return outs if isinstance(env[outs], Tensor) else f"{outs}[{self.draw.randrange(len(env[outs]))}]"
+                single = isinstance(env[outs], Tensor)
+                self.same = outs if single else f"{outs}[{self.draw.randrange(len(env[outs]))}]"
+                return self.same
         return super().hole(what)
 
 
@@ -321,8 +330,10 @@ class Drawing:
         table = [c for c in table if not any(word in c for word in self.off)]
         for k in range(draw.randrange(2, 5)):
             if k:
-                texts = [s.statement(self.between) for _ in range(draw.randrange(4))]
-                lines += [*[text for text in texts if text is not None], "see()"]
+                texts = [text for _ in range(draw.randrange(4)) if (text := s.statement(self.between)) is not None]
+                lines += [*texts, "see()"]
+                if any(".data" in text for text in texts):  # eager derivatives are those of the new data
+                    s.spend()
             text = draw.choice(table).replace("{outs}", f"out{k}").replace("{args}", args)
             if not s.take(text):
                 continue
@@ -337,8 +348,8 @@ class Drawing:
                     if not s.take(text):
                         break
                     lines += [text, "see()"]
-                    if "_graph" not in text:
-                        s.spent = [n for n in self.env if n.startswith("out")]
+                    if "_graph" not in text:  # more of a freed graph may be left in eager mode
+                        s.spend()
         return lines
 
 

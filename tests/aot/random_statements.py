@@ -68,15 +68,12 @@ BODY: Table = {
         + ["F.relu({x}, inplace=True)", "{x}.masked_fill_({same} < 0, 0.5)", "{x}.view(-1)[0] = 2.0", "{x}.sub_({y})"]
         + ["torch.sin({x}, out={y})", "{x}.t().mul_({y})", "{x}[0].add_({y})", "{x}.lerp_({y}, 0.3)", "{any}.mul_(2)"],
     ),
+    # through .data only where nothing has been saved: eager derivatives would be of the value that is there by then
     "hidden write": (
         5,
-        [
-            "{x}.data.mul_({number})",
-            "{x}.detach().add_({y}.detach())",
-            "{x}.data[0] = 1.0",
-            "{x}.detach().mul_({number})",
-        ]
-        + ["{x}.data.copy_({y})", "{x}.detach().zero_()"],
+        ["{x}.detach().add_({y}.detach())", "{x}.detach().mul_({number})", "{x}.detach()[0].fill_({number})"]
+        + ["{new} = {x} + 0\n{made}.data.mul_({number})", "{new} = {x} + {y}\n{made}.data[0] = 1.0"]
+        + ["{new} = {x}.clone()\n{made}.data.copy_({y})", "{x}.detach().zero_()"],
     ),
     "state": (
         5,
@@ -122,7 +119,7 @@ BODY: Table = {
         + ["{new} = {x}.detach().requires_grad_()", "{new} = {x} * (2 if {same}.requires_grad else 3)"]
         + ["{new} = {x} * (2 if torch.is_grad_enabled() else 3)", "{new} = {x} * (2 if {same}.is_leaf else 3)"]
         + ["if {x}.requires_grad:\n    {new} = torch.autograd.grad({same}.exp().sum(), {same})[0]"]
-        + ["if {y}.requires_grad:\n    {new} = torch.autograd.grad((c * {same}).sum(), {same}, create_graph=True)[0]"],
+        + ["if {y}.requires_grad:\n    {new} = torch.autograd.grad(({same} ** 3).sum(), {same}, create_graph=True)[0]"],
     ),
     "custom": (3, ["{new} = Cube.apply({x})", "{new} = Straight.apply({x})", "{new} = Twice.apply({x}, {y})[0]"]),
     "nested": (
@@ -130,7 +127,10 @@ BODY: Table = {
         ["{new} = {inner}({x})", "{new} = compiled(lambda t: t.sin() * {y})({x})", "{new} = {inner}({x}) * {y}"]
         + ["{new} = compiled(lambda t: (t * 2, t.detach() * 3, t[0]))({x})[0]"]
         + ["{new} = compiled({module})({x})", "compiled(lambda t: t.mul_(2))({x})"]
-        + ["compiled(lambda t: t.data.mul_(2))({x})", "{new} = compiled(lambda t: t.view(-1))({x})"],
+        + [
+            "{new} = {x} + 0\ncompiled(lambda t: t.data.mul_(2))({made})",
+            "{new} = compiled(lambda t: t.view(-1))({x})",
+        ],
     ),
     "metadata": (2, ["{x}.unsqueeze_(0)", "{x}.t_()", "{x}.squeeze_()", "{x}.transpose_(0, -1)", "{x}.detach_()"]),
     "python": (
@@ -246,8 +246,15 @@ BETWEEN: Table = {
         ]
         + ["h.remove()", "{m}.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,))"]
         + ["{m}.register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else g * 2 for g in gi))"]
-        + ["h = {m}.register_full_backward_pre_hook(lambda m, go: (go[0] * 3,))", "x.register_hook(lambda g: g * 2)"]
-        + ["{out}.register_hook(lambda g: g * 2)", "w.register_hook(lambda g: g + 1)", "{out}.retain_grad()"],
+        + [
+            "h = {m}.register_full_backward_pre_hook(lambda m, go: (go[0] * 3,))",
+            "if x._base is None:\n    x.register_hook(lambda g: g * 2)",
+        ]
+        + [
+            "if {out}.grad_fn is not None:\n    {same}.register_hook(lambda g: g * 2)",
+            "w.register_hook(lambda g: g + 1)",
+            "{out}.retain_grad()",
+        ],
     ),
     "results": (
         3,

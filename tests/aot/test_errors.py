@@ -141,6 +141,27 @@ def test_errors_of_the_function_itself_pass():
     torch.testing.assert_close(jit(torch.sin)(X), X.sin())  # and nothing is left broken
 
 
+OUTSIDE = torch.ones(3)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.sin(x.sum(), out=x.view_as(x)),
+        lambda x: torch.sin(x.clone(), out=OUTSIDE[:1]),
+        lambda x: torch.sin(x, out=OUTSIDE),
+        lambda x: torch.sort(x, out=(torch.empty(0), torch.empty(0, dtype=torch.long)))[0],
+    ],
+)
+def test_out_of_another_shape(f):
+    """Eager mode resizes what is passed as ``out=``, a view away from the memory of its base."""
+    x = torch.ones(2, 3)
+    with pytest.raises(CaptureError, match=r"out= has the shape \[.*test_errors.py:\d+.*pass a tensor of the result's"):
+        jit(f)(x)
+    assert x.tolist() == [[1, 1, 1]] * 2 and OUTSIDE.tolist() == [1, 1, 1]
+
+
 def test_leaked_value():
     kept = []
     jit(lambda x: (kept.append(x * 2), x)[1])(X)

@@ -25,7 +25,7 @@ OFF: dict[str, str] = dict.fromkeys(
     ["metadata", "hooks", "nested", "hidden write", "no-op view", "gradient", "checkpoint"], "has faults that are known"
 )
 #: programs that differ for reasons that are known
-KNOWN = {9, 19, 21, 31, 34, 51}
+KNOWN = {19, 31, 34, 51}
 
 REFUSED: collections.Counter[str] = collections.Counter()
 

@@ -111,6 +111,19 @@ def test_unused_and_frozen_inputs_have_no_gradient():
     assert b.grad is None  # only the other result depends on it
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_backward_does_not_go_through_inputs_without_a_gradient(compiled):
+    """Hooks of an input that no result depends on do not run, and its own graph may be freed."""
+    w, leaf = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    f = COMPILED[compiled](lambda x, y: x * w + y.shape[0])
+    leaf.register_hook(lambda g: g * 2)
+    y = leaf * 1
+    for _ in range(2):
+        f(torch.ones(3), y).sum().backward()
+    f(torch.ones(3), leaf).sum().backward()
+    assert w.grad.tolist() == [3, 3, 3] and leaf.grad is None
+
+
 def test_results_require_grad_as_in_eager():
     def f(x, w):
         with torch.no_grad():
