@@ -7,7 +7,7 @@ would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -81,6 +81,7 @@ class Trace(TorchDispatchMode):
         self.refused: CaptureError | None = None  # a question that had no answer
         self.place: tuple | None = None  # an index that was asked for its number, see special
         self.in_lstsq = False
+        self.opened: Mapping[OpOverload, Callable] = {}  # decompositions, instead of an answer of SPECIAL's
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -145,7 +146,8 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         special = SPECIAL.get(func)
         if special is not None:
-            done = special(self, *args, **(kwargs or {}))
+            body = self.opened.get(func)
+            done = special(self, *args, **(kwargs or {})) if body is None else self._open(body, args, kwargs or {})
             if done is not NotImplemented:
                 return done
         key = [func]
@@ -193,6 +195,14 @@ class Trace(TorchDispatchMode):
                 self._check_reshaped(func, args[0], outs)
             return self._written(facts, outs, args, kwargs)
         return self.wrap(outs, facts)
+
+    def _open(self, body: Callable, args: tuple, kwargs: dict) -> Any:
+        opened, self.opened = self.opened, {}
+        try:
+            with self:
+                return body(*args, **kwargs)
+        finally:
+            self.opened = opened
 
     def _learn(self, key: tuple, func: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Instr:
         count = 0

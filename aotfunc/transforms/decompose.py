@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..errors import GraphError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap
+from ..trace.shapes import Sig
+from .fresh import storage_root
 from .rules.table import full_args
+from .steps import laid_out
 from .walk import builder, traced
+
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
-    """The program with the table's ops opened up, again and again until none is left."""
+    """The program with the table's ops opened up, again and again until none is left.
+
+    Values keep their dtypes and strides: what was captured behind them, and a backward half that is compiled apart,
+    rely on these.
+    """
     with paused_gc():
         b = builder()
         env: dict[Node, Any] = {}
@@ -23,7 +36,7 @@ def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
             if n.op == "placeholder":
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
         copy(b, program.graph.nodes, env, table, 0)
-        outs = remap(program.outputs, env)
+        outs = apart(b, program.outputs, env)
         return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "decompose")
 
 
@@ -38,15 +51,7 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
                 n.target, remap(n.args, env), {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"]
             )
             continue
-        names = [a.name for a in n.target._schema.arguments]
-        keywords = {a.name for a in n.target._schema.arguments if a.kwarg_only}
         args = remap(tuple(full_args(n.target, n.args, n.kwargs)), env)
-
-        def call(*values: Any, body: Any = body, names: Any = names, keywords: Any = keywords) -> Any:
-            positional = [v for k, v in zip(names, values, strict=True) if k not in keywords]
-            named = {k: v for k, v in zip(names, values, strict=True) if k in keywords and v is not None}
-            return body(*positional, **named)
-
         inner = builder()
         holes: dict[Node, Node] = {}
 
@@ -59,10 +64,74 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
                 return holes[a]
             return a
 
-        outs = traced(call)(inner, *[hole(a) for a in args])
+        outs = traced(by_schema(n.target, body), opened=table)(inner, *[hole(a) for a in args])
+        outs = fitted(inner, outs, n.meta["val"], n.target)
         sub: dict[Node, Any] = {p: a for a, p in holes.items()}
         if any(m.target is n.target for m in inner.graph.nodes):
             copy(b, inner.graph.nodes, sub, {}, depth)
         else:
             copy(b, inner.graph.nodes, sub, table, depth + 1)
         env[n] = remap(outs, sub)
+
+
+def apart(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
+    """The outputs, copied where one shows memory that it did not show before: a ``cat`` of one is no input."""
+    owners = {new: old for old, new in env.items() if old.op == "placeholder"}
+    new = remap(list(outs), env)
+    for i, (old, mine) in enumerate(zip(outs, new, strict=True)):
+        if isinstance(mine, Node) and owners.setdefault(storage_root(mine), storage_root(old)) is not storage_root(old):
+            new[i] = b.make("call_function", aten.clone.default, (mine,), {}, mine.meta["val"])
+    return new
+
+
+def by_schema(op: OpOverload, body: Callable) -> Callable:
+    """``body`` as a function of all the arguments that the op's schema names, called as PyTorch calls decompositions:
+    without defaults at the end, by keyword what the schema or the body itself takes by keyword only.
+    """
+    schema = op._schema.arguments
+    keywords = {a.name for a in schema if a.kwarg_only} | keywords_of(body)
+
+    def call(*values: Any) -> Any:
+        given = list(zip(schema, values, strict=True))
+        positional = [(a, v) for a, v in given if a.name not in keywords]
+        while positional and is_default(*positional[-1]):
+            positional.pop()
+        named = {a.name: v for a, v in given if a.name in keywords and not is_default(a, v)}
+        return body(*[v for _, v in positional], **named)
+
+    return call
+
+
+@cache
+def keywords_of(body: Callable) -> frozenset[str]:
+    try:
+        parameters = inspect.signature(body).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def is_default(argument: Any, value: Any) -> bool:
+    if not argument.has_default_value():
+        return False
+    default = argument.default_value
+    return value is default or (type(value) is type(default) and not isinstance(value, Node) and value == default)
+
+
+def fitted(b: Builder, out: Any, val: Any, op: OpOverload) -> Any:
+    """What a decomposition returned, with the dtypes and strides that the op's own results have."""
+    if isinstance(val, tuple):
+        items: Sequence = out if isinstance(out, list | tuple) else [b.item(out, i) for i in range(len(val))]
+        return [fitted(b, o, v, op) for o, v in zip(items, val, strict=True)]
+    if out.__class__ is not Node or val.__class__ is not Sig:
+        return out
+    if out.meta["val"].dtype is not val.dtype:
+        source = out.args[0] if out.target in (aten._to_copy.default, prims.convert_element_type.default) else None
+        if source is not None and source.meta["val"].dtype is val.dtype:
+            out = source  # not rounded on the way
+        else:
+            out = b.call(aten._to_copy.default, out, dtype=val.dtype)
+    if out.meta["val"].shape != val.shape:
+        shapes = f"shape {list(out.meta['val'].shape)}, the op itself {list(val.shape)}"
+        raise GraphError(f"the decomposition of {op} returns a tensor of {shapes}")
+    return laid_out(b, out, val)

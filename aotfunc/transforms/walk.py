@@ -80,12 +80,15 @@ def flat_nodes(outputs: Any) -> list[Node]:
     return [outputs] if isinstance(outputs, Node) else []
 
 
-def traced(fn: Callable, intent: bool = True) -> Make:
-    """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the builder."""
+def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Make:
+    """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the builder; ``opened``:
+    functions to call in place of ops that a recording would answer itself.
+    """
 
     @outside_inference_mode
     def make(b: Builder, *args: Any) -> Any:
         trace = Trace("a rule may not look at values", intent=intent)
+        trace.opened = opened or {}
         nodes: list[Node] = []
 
         def wrap(a: Any) -> Any:
