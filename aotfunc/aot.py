@@ -424,12 +424,15 @@ class Declining(dict):
 
     def get(self, op: Any, default: Any = None) -> Any:
         body = super().get(op)
+        if body is None:
+            return default
 
+        @functools.wraps(body)
         def call(*args: Any, **kwargs: Any) -> Any:
-            out = body(*args, **kwargs)  # type: ignore[misc]
+            out = body(*args, **kwargs)
             return op(*args, **kwargs) if out is NotImplemented else out
 
-        return default if body is None else call
+        return call
 
 
 def loaded(name: str, forward: Any, backward: Any, partition: Partition, table: dict | None) -> Pipeline:
@@ -446,7 +449,7 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor],
         return compile_graph(lowered(program, EVERYTHING).graph)
     table = getattr(compiler, "decompositions", None)
     if table is not None:
-        program = decomposed(program, Declining(table()))
+        program = decomposed(lowered(program, EVERYTHING), Declining(table()))
     gm = graph_module(program, program.name or "Graph")
     try:
         fn = compiler(gm, [t.detach() for t in tensors])

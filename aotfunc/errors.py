@@ -36,10 +36,17 @@ class BackendError(AotfuncError, ImportError):
         self.graph_module = graph_module
 
 
+class BackendWarning(UserWarning):
+    """A backend runs an op, or a whole graph, eagerly, because its compiler failed: right, but not compiled. Shown once
+    for each op and reason.
+    """
+
+
 class LoopWarning(UserWarning):
     """``vmap`` met an op that it can only batch by a loop over the samples: right, but as slow as a Python loop, and
     a graph that grows with the batch. Shown once for each op; ``vmap(..., strict=True)`` raises RuleError instead.
     """
 
 
-warnings.filterwarnings("once", category=LoopWarning, append=True)  # behind whatever the user asks for
+for category in (LoopWarning, BackendWarning):
+    warnings.filterwarnings("once", category=category, append=True)  # behind whatever the user asks for

@@ -1,60 +1,202 @@
-"""PyTorch's Inductor as a backend: C++ on CPU (needs g++), Triton on GPU."""
+"""PyTorch's Inductor as a backend: C++ on CPU (needs g++), Triton on GPU; what it cannot take is run eagerly."""
 
 from __future__ import annotations
 
+import operator
+import re
 import shutil
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._ops import OpOverload
 
-from ..errors import BackendError
+from ..errors import BackendError, BackendWarning
+from ..graph import draws
+from .eager import compile_graph
+from .results import Results, root
 
 aten = torch.ops.aten
 
+#: Inductor's settings, and what it has been told of an op, are the process's: one compile at a time
+_LOCK = threading.RLock()
 
-def inductor(gm: fx.GraphModule, example_inputs: list) -> Callable:
-    """Compile a functional aten graph with Inductor's inner compiler; decompositions are applied first."""
+
+def inductor(gm: fx.GraphModule, example_inputs: list) -> Call:
+    """Compile a functional aten graph with Inductor's inner compiler; decompositions are applied first.
+
+    Random ops draw eager's numbers. An op that Inductor fails on is called as it is, and where that does not help the
+    whole graph is run eagerly; either way a BackendWarning says so, and so does the attribute ``eagerly`` of what is
+    returned. Raises BackendError where Inductor, or the C++ compiler that it needs, is not installed.
+    """
     try:
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.virtualized import V
+        import torch._inductor.compile_fx
     except ImportError as e:
         raise BackendError(f"the inductor backend needs a torch build with Inductor: {e}") from e
     if not any(t.is_cuda for t in example_inputs if isinstance(t, torch.Tensor)) and shutil.which("g++") is None:
         raise BackendError("the inductor backend needs a C++ compiler on the CPU: install g++")
-    transposes_opened(gm)
-    # results, and residuals that a backward half was promised, have the strides that the graph says
-    out = next(iter(reversed(gm.graph.nodes)))
-    out.meta["user_visible_output_idxs"] = [i for i, o in enumerate(out.args[0]) if isinstance(o, fx.Node)]
-    fake_inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = next((v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None)
-    with V.set_fake_mode(mode), torch.no_grad():
-        fn: Any = compile_fx_inner(gm, fake_inputs)
-
-    def call(*args: torch.Tensor) -> Any:
-        return fn(list(args))
-
-    return call
+    return Call(gm)
 
 
-def transposes_opened(gm: fx.GraphModule) -> None:
-    """Inductor knows ``permute`` only; our graphs are tidied to ``t`` and ``transpose``, after decomposition too."""
+class Call:
+    """A graph compiled by Inductor, called as the graph is."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.results = Results(gm.graph)
+        own = any(n.op == "get_attr" for n in gm.graph.nodes)
+        self.eager: Callable = gm.forward if own else compile_graph(gm.graph)
+        self.draws = any(n.op == "call_function" and draws(n) for n in gm.graph.nodes)
+        self.eagerly: dict[str, str] = {}  # what is run eagerly, and why
+        self.repairs: list | None = None  # known after the first call
+        self.fn: Callable | None = None
+        try:
+            self.fn = compiled(gm, self.say)
+        except Exception as e:
+            self.say("the whole graph", e)
+
+    def say(self, what: str, error: Exception) -> None:
+        error = getattr(error, "inner_exception", error)
+        why = self.eagerly[what] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        warnings.warn(f"inductor: {what} is run eagerly, for the compiler says {why}", BackendWarning, stacklevel=2)
+
+    def __call__(self, *args: Tensor) -> Sequence:
+        if self.fn is None:
+            return self.eager(*args)
+        if any([a.is_conj() or a.is_neg() for a in args]):  # lazily: the memory that the code reads is not the value
+            args = tuple([resolved(a) for a in args])
+        first = self.repairs is None
+        state = torch.get_rng_state() if first and self.draws else None
+        try:
+            outs = self.fn(list(args))
+            if self.repairs is None:
+                self.repairs = self.results.repairs(args, outs)
+        except Exception as e:
+            if state is not None:
+                torch.set_rng_state(state)
+            outs = self.eager(*args)  # eager's own error, if it has one
+            if first:
+                self.fn = None
+                self.say("the whole graph", e)
+            return outs
+        if self.repairs:
+            outs = list(outs)
+            for k, repair in self.repairs:
+                outs[k] = repair(args, outs)
+        return outs
+
+
+def resolved(t: Tensor) -> Tensor:
+    """The tensor with its conjugation or negation carried out, laid out as before."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return t.as_strided((extent,), (1,)).resolve_conj().resolve_neg().as_strided(t.shape, t.stride(), 0)
+
+
+def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:
+    """What Inductor makes of a graph; ops that it fails on are left to eager kernels, and ``say`` is told."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
     for n in gm.graph.nodes:
+        if n.op == "call_function" and not isinstance(n.target, OpOverload) and n.target is not operator.getitem:
+            raise BackendError(f"{n.name} is Python code")
+        if any(isinstance(a, torch.Generator) for a in (*n.args, *n.kwargs.values())):
+            raise BackendError(f"{n.name} draws from a torch.Generator")
+    failing: set[Any] = set()
+    with settled(gm):
+        while True:
+            ours = prepared(gm, failing)
+            marked = any("should_fallback" in n.meta for n in ours.graph.nodes)  # the key of the disk cache is the code
+            fakes = [n.meta["val"] for n in ours.graph.nodes if n.op == "placeholder"]
+            try:
+                with config.patch(force_disable_caches=True) if marked else nullcontext():
+                    return compile_fx_inner(ours, fakes)
+            except Exception as e:
+                culprit = next((op for op in sorted(ops(gm), key=str) if str(op) in targets_named(e)), None)
+                if culprit is None or culprit in failing:
+                    raise
+                failing.add(culprit)
+                say(str(culprit), e)
+
+
+@contextmanager
+def settled(gm: fx.GraphModule) -> Iterator[None]:
+    """Inductor's surroundings: random ops left alone, and a mode of fake tensors with a ShapeEnv, without which its
+    disk cache does not work.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    vals = [v for n in gm.graph.nodes for v in [n.meta.get("val")] if hasattr(v, "fake_mode")]
+    mode = vals[0].fake_mode if vals else FakeTensorMode(allow_non_fake_inputs=True)
+    if mode.shape_env is None:
+        mode.shape_env = ShapeEnv()  # the mode stays static
+    with ExitStack() as stack:
+        for context in (_LOCK, config.patch(fallback_random=True), tracing(TracingContext(mode))):
+            stack.enter_context(context)
+        for context in (V.set_fake_mode(mode), torch.no_grad(), torch._C._DisableAutocast()):
+            stack.enter_context(context)
+        yield
+
+
+def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
+    """A copy for Inductor, which rewrites what it is given."""
+    from torch._inductor.decomposition import decompositions
+    from torch._inductor.lowering import constrain_to_fx_strides, lowerings, make_fallback
+
+    graph = fx.Graph()
+    out = graph.output(graph.graph_copy(gm.graph, {}))
+    # results, and residuals that a backward half was promised, have the strides that the graph says
+    out.meta["user_visible_output_idxs"] = [i for i, o in enumerate(out.args[0]) if isinstance(o, fx.Node)]
+    for n in graph.nodes:
         if n.target in (aten.t.default, aten.transpose.int):
-            x = n.args[0]
-            order = list(range(x.meta["val"].dim()))
-            i, j = n.args[1:] if n.target is aten.transpose.int else (0, -1)
-            if order:
-                order[i], order[j] = order[j], order[i]
-            n.target, n.args = aten.permute.default, (x, order)
-    gm.recompile()
+            n.target, n.args = aten.permute.default, (n.args[0], swapped(n))
+        if n.target in failing or misplaced(n):
+            n.meta["should_fallback"] = True
+        if n.kwargs.get("generator", 0) is None:  # not all of Inductor's functions take one
+            n.kwargs = {k: v for k, v in n.kwargs.items() if k != "generator"}
+    for op in ops(gm):
+        if op not in lowerings and op in decompositions:  # its decomposition is not for this case
+            make_fallback(op, constrain_to_fx_strides, warn=False, override_decomp=True)
+    return fx.GraphModule(gm, graph)
+
+
+def misplaced(n: fx.Node) -> bool:
+    """Whether a node counts from where the storage of an input begins; Inductor would count from the input."""
+    if n.target not in (aten.as_strided.default, aten.as_strided_scatter.default):
+        return False
+    source = root(n.args[0])
+    return source.op == "placeholder" and source.meta["val"].storage_offset() != 0
+
+
+def swapped(n: fx.Node) -> list[int]:
+    """The order of a transpose's dimensions: Inductor knows ``permute`` only."""
+    order = list(range(n.args[0].meta["val"].dim()))  # type: ignore[union-attr]
+    i, j = n.args[1:] if n.target is aten.transpose.int else (0, -1)
+    if order:
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def ops(gm: fx.GraphModule) -> set[OpOverload]:
+    return {n.target for n in gm.graph.nodes if isinstance(n.target, OpOverload)}
+
+
+def targets_named(error: Exception) -> set[str]:
+    """The ops that an error of Inductor's lowering names."""
+    return set(re.findall(r"target: (\S+)", str(error)))
 
 
 def _decompositions() -> dict:
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor import decomposition
 
-    return select_decomp_table()
+    return decomposition.decompositions
 
 
 #: what Inductor wants opened up before it compiles

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aotfunc import aot_function, grad, jit, min_cut_rematerialization_partition
+from aotfunc.errors import BackendWarning
 from tests.reference import assert_same
 
 pytestmark = [
@@ -71,3 +72,123 @@ def test_transformer_layer():
         return y, g, [p.grad.clone() for p in layer.parameters()]
 
     assert_same(run(jit(layer, "inductor")), run(layer), rtol=1e-3, atol=1e-4)
+
+
+def gradients(f, x, *parameters, weight):
+    """Results of ``f(x)`` and gradients of their weighted sum."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    outs = f(x)
+    loss = sum((o.float() * weight).sum() for o in outs)
+    return outs, torch.autograd.grad(loss, [x, *parameters])
+
+
+def test_norms_in_half_precision():
+    """Their statistics are float32, whatever Inductor's decompositions make of them; rows are of different size."""
+    layers = [nn.LayerNorm(8), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.BatchNorm1d(4)]
+    layers += [nn.BatchNorm1d(4).eval(), nn.LayerNorm(8, elementwise_affine=False)]
+    layers[4].running_mean.normal_()
+    layers[4].running_var.uniform_(0.5, 2)
+    x = (torch.randn(6, 4, 8) * torch.logspace(-1, 1, 6)[:, None, None]).bfloat16()
+    weight = torch.linspace(-1, 1, 32).view(4, 8)
+    f = lambda x: tuple(layer(x) for layer in layers) + (F.rms_norm(x, (8,)), layers[0](x.half()))
+    parameters = [p for layer in layers for p in layer.parameters()]
+    want, got = (gradients(g, x, *parameters, weight=weight) for g in (f, jit(f, "inductor")))
+    for a, e in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert a.dtype is e.dtype
+        assert (a - e).abs().max() <= 0.05 * e.abs().max()
+
+
+def test_random_ops_draw_eagers_numbers():
+    def f(x):
+        filled = [getattr(torch.empty(3), name)() for name in ("uniform_", "normal_", "exponential_", "cauchy_")]
+        return (
+            *filled,
+            torch.randn_like(x) + torch.rand(5, 8) + torch.bernoulli(torch.full_like(x, 0.5)),
+            torch.randint(9, (4,)),
+            torch.randperm(7),
+            F.gumbel_softmax(x),
+            F.rrelu(x, training=True),
+            F.dropout(x, 0.3),
+            F.dropout1d(x, 0.5),
+            F.alpha_dropout(x, 0.3),
+            F.fractional_max_pool2d(x[None], 2, output_size=(2, 3)),
+        )
+
+    g = jit(f, "inductor")
+    x = torch.randn(5, 8)
+    runs = []
+    for h in (f, g):
+        torch.manual_seed(0)
+        runs.append([gradients(lambda x, h=h: h(x)[7:], x, weight=1) for _ in range(2)] + [h(x)])
+    assert_same(runs[1], runs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_fresh_and_laid_out_as_eagers():
+    def f(x):
+        same = (x * 1, x / 1.0, torch.stack([x])[0], torch.cat([x]), x.clone(), F.pad(x, (0, 0)), x.repeat(1, 1))
+        images = x.view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+        laid_out = (x.t().exp(), images.relu(), F.gelu(images), images.sum(1, keepdim=True), x.t().softmax(0))
+        return *same, *laid_out, x[0] + x.t()[1, 0]
+
+    x = torch.randn(6, 4)
+    got, want = jit(f, "inductor")(x), f(x)
+    assert_same(got, want, rtol=1e-4, atol=1e-5)
+    assert [t.stride() for t in got] == [t.stride() for t in want]
+    assert len({t.untyped_storage().data_ptr() for t in (x, *got)}) == len(got) + 1
+
+
+def test_inputs_as_they_come():
+    """Offsets, overlaps, lazy conjugates and cotangents of any layout."""
+    memory, z = torch.randn(40), torch.randn(3, 4, dtype=torch.complex64)
+    f = lambda x: (x.cumsum(0), x.as_strided((3,), (2,), 1) * 2, x[1:] - x[:-1])
+    g = jit(f, "inductor")
+    for x in (memory[:9], memory[1:10], memory[3:12], memory.as_strided((9,), (3,), 2)):
+        assert_same(g(x), f(x), rtol=1e-4, atol=1e-5)
+
+    f = lambda z, y: (torch.view_as_real(z * 2).sum(-1), z.abs() + 1, y.cos() + 1, y.expand(2, 3, 4).contiguous() * 2)
+    g = jit(f, "inductor")
+    y = z.conj().imag
+    assert z.conj().is_conj() and y.is_neg()
+    for args in ((z.conj(), y), (z, y.clone()), (z, y[:1].expand(3, 4)), (z, memory.as_strided((3, 4), (1, 2)))):
+        assert_same(g(*args), f(*args), rtol=1e-4, atol=1e-5)
+
+    x = torch.randn(2, 3, 4, 4).requires_grad_()
+    h = lambda x: F.relu(x) * x
+    k = jit(h, "inductor")
+    for ct in (torch.randn(2, 4, 4, 3).permute(0, 3, 1, 2), torch.ones(()).expand(2, 3, 4, 4)):
+        assert_same(*(torch.autograd.grad(m(x), x, ct)[0] for m in (k, h)))
+
+
+def test_what_inductor_cannot_take_is_run_eagerly():
+    generator = torch.Generator()
+    f = lambda x: torch.rand(3, generator=generator) * x
+    g = jit(f, "inductor")
+    x = torch.randn(3)
+    with pytest.warns(BackendWarning, match="draws from a torch.Generator"):
+        got = [generator.manual_seed(3) and g(x), g(x)]
+    assert_same(got, [generator.manual_seed(3) and f(x), f(x)])
+
+
+def test_an_op_that_inductor_fails_on():
+    from torch._inductor import lowering
+
+    def broken(*args):
+        raise NotImplementedError("not today")
+
+    f = lambda x: torch.special.i1e(x.sin()) * x.exp()
+    x = torch.randn(3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(lowering.lowerings, torch.ops.aten.special_i1e.default, broken)
+        with pytest.warns(BackendWarning, match="aten.special_i1e.default is run eagerly.*not today"):
+            assert_same(jit(f, "inductor")(x), f(x))
+
+
+def test_disk_cache_is_hit():
+    from torch._dynamo.utils import counters
+
+    f = lambda x: (x.sin() * 3).softmax(-1)
+    x = torch.randn(4, 5, requires_grad=True)
+    jit(f, "inductor")(x).sum().backward()
+    before = counters["inductor"]["fxgraph_cache_hit"]
+    jit(lambda x: f(x), "inductor")(x).sum().backward()
+    assert counters["inductor"]["fxgraph_cache_hit"] == before + 2

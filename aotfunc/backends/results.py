@@ -1,0 +1,104 @@
+"""What a graph says of its results, and how those of compiled code are brought to it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..errors import GraphError
+from ..trace.shapes import Facts
+
+#: a tensor, found or made from ``(arguments, results)``
+Pick = Callable[[Sequence, Sequence], Tensor]
+#: what to return in place of the result of this number
+Repair = tuple[int, Pick]
+
+
+class Results:
+    """Shapes, dtypes and strides of a graph's results, and whose memory they show.
+
+    A compiler that is free to choose may lay a result out otherwise, and may return an input, or one result's memory
+    twice, for values that are equal. What it does is the same at every call, so :meth:`repairs` looks at the first.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.outputs = list(next(iter(reversed(graph.nodes))).args[0])
+        self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        self.vals = [o.meta["val"] if isinstance(o, Node) else o for o in self.outputs]
+        self.roots = [root(o) for o in self.outputs]
+
+    def repairs(self, args: Sequence, outs: Sequence) -> list[Repair]:
+        """What has to be done to these results, and to those of every later call; raises GraphError where nothing
+        helps.
+        """
+        found: list[Repair] = []
+        owners: dict[int, list[tuple[Node, Pick]]] = {}  # address -> the values whose memory it is
+        for i, a in enumerate(args):
+            if address := memory(a):
+                owners.setdefault(address, []).append((self.placeholders[i], argument(i)))
+        for k, (out, val) in enumerate(zip(outs, self.vals, strict=True)):
+            if not isinstance(out, Tensor):
+                continue
+            if out.dtype is not val.dtype or out.shape != val.shape:
+                got, want = f"{out.dtype}{list(out.shape)}", f"{val.dtype}{list(val.shape)}"
+                raise GraphError(f"result {k} of the compiled code is {got}, the graph says {want}")
+            there = owners.setdefault(address, []) if (address := memory(out)) else []
+            owner = next((pick for n, pick in there if n is self.roots[k]), None)
+            base = owner and owner(args, outs)
+            laid_out = out.stride() == tuple(val.stride())
+            if owner and base is not None and base.dtype is out.dtype and laid_out:
+                if base is not out:
+                    found.append((k, view(owner, out)))
+            elif there or not laid_out:
+                found.append((k, copy(k, tuple(val.shape), tuple(val.stride()))))
+            else:
+                there.append((self.roots[k], result(k)))
+        return found
+
+
+def memory(t: Tensor) -> int:
+    """The address of a tensor's memory, 0 where it has none."""
+    return t.untyped_storage().data_ptr() if t.numel() and t.layout is torch.strided else 0
+
+
+def root(n: Any) -> Any:
+    """The node whose memory ``n`` shows."""
+    while isinstance(n, Node) and n.op == "call_function":
+        made: Any = n.args[0] if n.target is operator.getitem else n
+        of = Facts(made.target).view_of if isinstance(made.target, OpOverload) else None
+        if of is None:
+            break
+        n = made.args[of]
+    return n
+
+
+def argument(i: int) -> Pick:
+    return lambda args, outs: args[i]
+
+
+def result(k: int) -> Pick:
+    return lambda args, outs: outs[k]
+
+
+def view(owner: Pick, out: Tensor) -> Pick:
+    """``out`` as a view of an argument or of an earlier result, so that autograd notices writes to it if this is
+    saved.
+    """
+    size, stride, offset = out.shape, out.stride(), out.storage_offset()
+    return lambda args, outs: owner(args, outs).detach().as_strided(size, stride, offset)
+
+
+def copy(k: int, size: tuple, stride: tuple) -> Pick:
+    """A copy of result ``k`` in the graph's layout."""
+
+    def copied(args: Sequence, outs: Sequence) -> Tensor:
+        out = outs[k]
+        return torch.empty_strided(size, stride, dtype=out.dtype, device=out.device).copy_(out)
+
+    return copied

@@ -1,0 +1,209 @@
+"""Every op's forward and backward through Inductor: python -m tests.ops.inductor [PATTERN …] [--log FILE] …
+
+One sample of each op, in float32 (in the first dtype that it takes where that is none) or in another --dtype. Ops are
+compiled a few at a time, and each by itself where not all of these are right. With --log each outcome is appended to
+FILE as it comes, and what FILE holds already is not run again. --write puts the outcomes into docs/inductor.md. Status
+1 if one is wrong or an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import aotfunc
+from tests.ops import table
+from tests.ops.__main__ import Worker
+from tests.ops.compositions import Call
+from tests.ops.references import NoReference, Wrong, backward, close, leaf, noise, reference, seeded
+
+DOC = Path(__file__).parents[2] / "docs" / "inductor.md"
+TOGETHER = 8
+LIMIT_S = 60.0
+
+TEXT = """# Every op through Inductor
+
+`python -m tests.ops.inductor --write` (torch {version}, CPU): one sample of every op of PyTorch's own database, forward
+and backward through `jit(f, backend="inductor")`, against eager with the same seed.
+
+{counts}
+
+*Right* is right numbers, dtypes and strides. *Eagerly* means that Inductor failed on an op or on the graph: it is run
+by PyTorch's own kernels, and a BackendWarning names the reason. (Inductor itself calls PyTorch's kernels for many ops,
+which is not counted here.) *None* is no reference: eager has no answer to compare with.
+
+{listed}"""
+
+
+@dataclass
+class Sample:
+    """One op on one sample, as a function of its primals that returns its tensors."""
+
+    name: str
+    f: Callable
+    primals: list[torch.Tensor]
+
+    @staticmethod
+    def of(name: str, dtype: str) -> Sample:
+        op, found = table.OPS[name], table.samples(name, dtype)
+        if not found:
+            raise NoReference("no sample")
+        call = Call.of(op, found[0])
+        part = call.differentiated() if op.supports_autograd else call
+        f = part.f if part is not call else lambda *primals: call.rebuilt(list(primals), call.others)
+        reference(lambda: f(*leaf(part.primals)))
+        try:
+            seeded(lambda: aotfunc.jit(f)(*leaf(part.primals)))
+        except Exception as error:
+            raise NoReference(f"jit refuses it whatever the backend: {error}") from None
+        return Sample(name, f, part.primals)
+
+
+def compare(samples: list[Sample]) -> None:
+    """Raises Wrong where jit with Inductor does not give what eager gives, for all of these in one function."""
+
+    def outputs(*primals):
+        feed = iter(primals)
+        return [o for s in samples for o in s.f(*[next(feed) for _ in s.primals])]
+
+    primals = [p for s in samples for p in s.primals]
+    compiled = aotfunc.jit(outputs, backend="inductor")
+    want = reference(lambda: outputs(*leaf(primals)))
+    got = seeded(lambda: compiled(*leaf(primals)))
+    close(got, want, "output")
+    for a, e in zip(got, want):
+        if e.numel() and a.stride() != e.stride():
+            raise Wrong(f"strides {a.stride()}, expected {e.stride()}")
+    live = [i for i, o in enumerate(got) if o.requires_grad]
+    if live:
+        cts = noise([want[i] for i in live], seed=1)
+        some = lambda f: lambda *primals: [o for i, o in enumerate(f(*primals)) if i in live]
+        gradients = lambda f: reference(lambda: backward(some(f), leaf(primals), cts))
+        found = seeded(lambda: backward(some(compiled), leaf(primals), cts))
+        try:
+            close(found, gradients(outputs), "gradient")
+        except Wrong:  # as autograd is in places: python -m tests.ops asks differences
+            close(found, gradients(aotfunc.jit(outputs)), "gradient")
+
+
+def outcome(samples: list[Sample]) -> str:
+    """'right', 'eagerly: what and why', 'wrong: how', 'error: what' or 'none: why there is no reference'."""
+    text = lambda error: " ".join(str(error).split())[:250]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with table.limited(LIMIT_S):
+                compare(samples)
+        except NoReference as error:
+            return f"none: {text(error)}"
+        except Wrong as error:
+            return f"wrong: {text(error)}"
+        except Exception as error:
+            return f"error: {type(error).__name__}: {text(error)}"
+    said = [text(w.message).removeprefix("inductor: ") for w in caught if w.category.__name__ == "BackendWarning"]
+    return f"eagerly: {'; '.join(dict.fromkeys(said))}" if said else "right"
+
+
+def outcomes(names: list[str], dtype: str) -> dict[str, str]:
+    """The outcome of each op, as far as they can be told apart: 'right' for all, or for none but a single one."""
+    found, samples = {}, []
+    for name in names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                samples.append(Sample.of(name, dtype))
+            except NoReference as error:
+                found[name] = f"none: {' '.join(str(error).split())[:160]}"
+    if samples:
+        result = outcome(samples)
+        if result == "right" or len(names) == 1:
+            found |= {s.name: result for s in samples}
+    return found
+
+
+def work() -> None:
+    """A worker: names of ops and a dtype come in, outcomes go out, a line of JSON each."""
+    table.DTYPES.setdefault("bfloat16", torch.bfloat16)
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        names, dtype = json.loads(line)
+        print(json.dumps(outcomes(names, dtype)), flush=True)
+
+
+def run(todo: list[tuple[str, str]], keep: Callable[[str, str, str], None]) -> None:
+    """Ask for these (op, dtype), a few at a time and then the others one by one."""
+    worker = Worker(("-m", "tests.ops.inductor", "--worker"), 900.0)
+    for dtype in dict.fromkeys(d for _, d in todo):
+        names = [name for name, d in todo if d == dtype]
+        for i in range(0, len(names), TOGETHER):
+            batch = names[i : i + TOGETHER]
+            found = worker.ask((batch, dtype)) if len(batch) > 1 else {}
+            for name in batch:
+                answer = found if isinstance(found, dict) and name in found else worker.ask(([name], dtype))
+                keep(name, dtype, answer[name] if isinstance(answer, dict) else answer)
+    worker.stop()
+
+
+def dtype_of(name: str, dtype: str) -> str | None:
+    op = table.OPS[name]
+    if dtype == "float32":
+        return next(iter(table.dtypes(op)), None)
+    return dtype if getattr(torch, dtype) in op.supported_dtypes("cpu") else None
+
+
+def write(results: dict[tuple[str, str], str]) -> None:
+    kinds = Counter((d, o.split(":")[0]) for (_, d), o in results.items())
+    counts = ["| dtype | outcome | ops |", "| --- | --- | --- |"]
+    counts += [f"| {d} | {kind} | {count} |" for (d, kind), count in sorted(kinds.items())]
+    lines = ["| op | dtype | outcome |", "| --- | --- | --- |"]
+    lines += [f"| {n} | {d} | {o.replace('|', '/')} |" for (n, d), o in sorted(results.items()) if o != "right"]
+    version = torch.__version__.split("+")[0]
+    DOC.write_text(TEXT.format(version=version, counts="\n".join(counts), listed="\n".join(lines) + "\n"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, interleaved (default 1/1)")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append each outcome to FILE; do not run what it has")
+    parser.add_argument("--write", action="store_true", help="put the outcomes, the log's too, into docs/inductor.md")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work()
+        return 0
+    results: dict[tuple[str, str], str] = {}
+    if options.log and options.log.exists():
+        results = {(n, d): o for n, d, o in map(json.loads, options.log.read_text().splitlines())}
+
+    def keep(name: str, dtype: str, outcome: str) -> None:
+        results[name, dtype] = outcome
+        if options.log:
+            with options.log.open("a") as out:
+                out.write(json.dumps([name, dtype, outcome]) + "\n")
+
+    names = [n for n in table.OPS if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)]
+    part, parts = map(int, options.part.split("/"))
+    asked = [(n, d) for n in names[part - 1 :: parts] if (d := dtype_of(n, options.dtype))]
+    run([key for key in asked if key not in results], keep)
+    bad = {key: o for key, o in results.items() if table.failed(o)}
+    for key, o in sorted(bad.items()):
+        print(*key, o)
+    print(Counter(o.split(":")[0] for o in results.values()))
+    if options.write:
+        write(results)
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
