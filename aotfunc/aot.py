@@ -29,7 +29,7 @@ from .autograd import run
 from .backends.eager import compile_graph
 from .cache import Cache
 from .debug import at, outside_dynamo, user_line
-from .errors import AotfuncError, ArgumentError, BackendError
+from .errors import AotfuncError, ArgumentError, BackendError, CaptureError
 from .explain import Explanation, Facts, differences, explained, facts_of, growth
 from .graph import Program, kept_alive, output_node, weight
 from .guards import describe_argument, environment_key, noted
@@ -310,6 +310,12 @@ class Compiled:
             constants=False,
             name_of=parameter_names(self.f, arguments),
         )
+        for i, x in enumerate(rec.leaves):
+            if i not in rec.tensors and any(v.__class__ is Traced for v in getattr(x, "__dict__", {}).values()):
+                raise CaptureError(
+                    f"{self.name}: {title(self.f)} returns a {type(x).__name__} that holds tensors, which would be the "
+                    "same object at every call; return a dataclass, or a tuple or dictionary of the tensors"
+                )
         quiet = not torch.is_grad_enabled()
         enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
         program, views = without_views(rec, quiet and not enables)

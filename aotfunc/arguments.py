@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_, tree_unflatten
 
 from .aliasing import Changes
 from .errors import ArgumentError
 from .graph import Program
+from .trace.instances import flatten_tree, opened_in
 from .trace.shapes import Sig, make_sig
 from .trace.tree import Arguments, flatten, unflatten
 from .transforms.capture import leaf_labels, parameter_names, record
@@ -94,7 +95,7 @@ class Call:
         def flat(*args: Any, **kwargs: Any) -> list:
             output, aux = self.split(f(*args, **kwargs))
             leaves, self.spec = flatten(output)
-            more, self.aux_spec = tree_flatten(aux) if has_aux else ([], None)
+            more, self.aux_spec = flatten_tree(aux) if has_aux else ([], None)
             self.n_out = len(leaves)
             return [*leaves, *more]
 
@@ -218,15 +219,16 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
     """The leaves of ``prefix`` repeated for the leaves of ``tree`` below them."""
-    from torch.utils._pytree import _broadcast_to_and_flatten
-
-    _, spec = tree_flatten(tree)
-    flat = _broadcast_to_and_flatten(prefix, spec)
-    if flat is None:
+    flat: list = []
+    try:
+        tree_map_(
+            lambda x, below: flat.extend([x] * len(tree_leaves(below))), opened_in(prefix, always=True), opened_in(tree)
+        )
+    except ValueError:
         raise ArgumentError(
             f"vmap: {what}={prefix!r} does not have the structure of the "
             f"{'arguments' if what == 'in_dims' else 'results'}"
-        )
+        ) from None
     return flat
 
 

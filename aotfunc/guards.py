@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from .trace.instances import flatten_tree
 from .trace.modes import function_modes_key
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -133,7 +133,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         for v in (x.start, x.stop, x.step):
             describe_argument(v, key, [], objects)
     else:
-        leaves, spec = tree_flatten(x)
+        leaves, spec = flatten_tree(x)
         if len(leaves) == 1 and leaves[0] is x:
             key.append(object)
             objects.append(x)

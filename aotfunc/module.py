@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from .aliasing import Changes
 from .debug import Line, outside_dynamo
@@ -24,6 +24,7 @@ from .errors import ArgumentError
 from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
+from .trace.instances import flatten_tree
 from .trace.shapes import Sig
 from .trace.traced import quiet
 from .trace.tree import Arguments
@@ -251,13 +252,20 @@ def _as_called(gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tupl
                 p = graph.placeholder("static")
             p.meta["val"] = x
         last = p
-    in_spec = tree_flatten((tuple(args), kwargs))[1]
+    in_spec = flatten_tree((tuple(args), kwargs))[1]
     out_spec = rec.spec if rec.spec is not None else None
     arg_names = [*argument_names(f, len(args)), *kwargs]
     if out_spec is not None and not isinstance(out.args[0], list | tuple):
         out.args = ([out.args[0]],)
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arg_names, in_spec, out_spec)))
+    graph.set_codegen(AsCalled(_PyTreeInfo(arg_names, in_spec, out_spec)))
     gm.recompile()
+
+
+class AsCalled(_PyTreeCodeGen):
+    """Generated code that takes a function's arguments; instances among them, too."""
+
+    def process_inputs(self, *args: Any) -> Any:
+        return flatten_tree(args)[0]
 
 
 def _literal_tree(leaves: Any, spec: Any) -> Any:

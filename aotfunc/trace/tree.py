@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from .instances import flatten_tree
 
 
 class Arguments:
@@ -25,13 +27,13 @@ class Arguments:
                 self.leaves.append(a)
                 self.specs.append(None)
             else:
-                flat, spec = tree_flatten(a)
+                flat, spec = flatten_tree(a)
                 self.leaves += flat
                 self.specs.append(spec)
             self.spans.append(range(start, len(self.leaves)))
         self.kw_spec: TreeSpec | None = None
         if kwargs:
-            flat, self.kw_spec = tree_flatten(kwargs)
+            flat, self.kw_spec = flatten_tree(kwargs)
             self.leaves += flat
 
     def with_leaves(self, leaves: list[Any]) -> Arguments:
@@ -59,7 +61,7 @@ class Arguments:
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
     """Leaves and spec; the spec of a bare tensor is None."""
-    return ([tree], None) if isinstance(tree, Tensor) else tree_flatten(tree)
+    return ([tree], None) if isinstance(tree, Tensor) else flatten_tree(tree)
 
 
 def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:

@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec
 
 from ..debug import at, line_of
 from ..errors import CaptureError
+from ..trace.instances import Opened, assigned, names_of
 from ..trace.modes import outside_inference_mode
 from ..trace.traced import Traced, current
 from ..trace.tracer import Trace, record_into
@@ -78,6 +79,11 @@ def record(
                 f"an op that reads its argument's memory itself was given a traced value{at(line_of(e))}; "
                 "pass it Python numbers (x.tolist())"
             ) from e
+        if assigned((args, kwargs), values):
+            raise CaptureError(
+                "the function assigns to an attribute of an argument, which the caller would not see: arguments are "
+                "made anew for each capture; return the new value instead"
+            )
         return Recording(trace, result, name_of or (lambda: ()))
 
     return record_into(trace, call)
@@ -120,7 +126,8 @@ def leaf_labels(spec: TreeSpec) -> list[str]:
     """``_key`` or ``_0`` for each leaf of a tree, joined along the path."""
     if spec.is_leaf():
         return [""]
-    keys = spec.context if isinstance(spec.context, list) else range(spec.num_children)
+    names = names_of(spec.context) if spec.type is Opened else spec.context
+    keys = names if isinstance(names, list) else range(spec.num_children)
     labels = []
     for i, child in enumerate(spec.children()):
         key = list(keys)[i] if i < len(list(keys)) else i

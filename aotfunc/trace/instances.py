@@ -1,0 +1,105 @@
+"""Instances that are trees: dataclasses, attrs classes and namespaces with tensors in their attributes.
+
+PyTorch's trees know containers and the classes that were registered with them. An instance of a plain data class is
+put in other words before it is flattened: an :class:`Opened`, whose children are what the attributes (and, of a
+dictionary that is a dataclass too, the items) hold, and from whose leaves an instance of the class is made again. Its
+``__init__`` does not run for that. An instance without a tensor is a value like any other.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx._pytree import register_pytree_flatten_spec
+from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, register_pytree_node, tree_flatten, tree_unflatten
+
+
+class Opened:
+    """What an instance holds: attributes, then those items that are not the attribute of their name."""
+
+    def __init__(self, x: Any) -> None:
+        attributes = attributes_of(x)
+        items = dict(dict.items(x)) if isinstance(x, dict) else {}
+        more = {k: v for k, v in items.items() if not (k in attributes and attributes[k] is v)}
+        self.children = [*attributes.values(), *more.values()]
+        self.context = (type(x), tuple(attributes), tuple(more), tuple(items))
+
+
+def made(children: Any, context: Any) -> Any:
+    """The instance with these children."""
+    cls, attributes, more, items = context
+    values = dict(zip((*attributes, *more), children, strict=True))
+    x = cls.__new__(cls)
+    for name in attributes:
+        object.__setattr__(x, name, values[name])
+    if items:
+        put = OrderedDict.__setitem__ if isinstance(x, OrderedDict) else dict.__setitem__
+        for key in items:
+            put(x, key, values[key])
+    return x
+
+
+def names_of(context: Any) -> list[str]:
+    """What to call the children."""
+    _, attributes, more, _ = context
+    return list(map(str, (*attributes, *more)))
+
+
+register_pytree_node(Opened, lambda x: (x.children, x.context), made)
+register_pytree_flatten_spec(Opened, lambda x, spec: Opened(x).children)
+
+
+def attributes_of(x: Any) -> dict[str, Any]:
+    cls = type(x)
+    fields = [*getattr(cls, "__dataclass_fields__", ()), *[a.name for a in getattr(cls, "__attrs_attrs__", ())]]
+    return {n: getattr(x, n) for n in (*fields, *getattr(x, "__dict__", ())) if hasattr(x, n)}
+
+
+def is_data(x: Any) -> bool:
+    """Whether ``x`` is an instance of a class that is there to hold data."""
+    cls = x.__class__
+    if cls is types.SimpleNamespace:
+        return True
+    data = hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__")
+    return data and not isinstance(x, Tensor | nn.Module | type) and cls not in SUPPORTED_NODES
+
+
+def holds_tensor(x: Any, depth: int = 0) -> bool:
+    if isinstance(x, Tensor):
+        return True
+    leaves = tree_flatten(x)[0]
+    if depth < 16 and len(leaves) == 1 and leaves[0] is x:
+        return is_data(x) and any(holds_tensor(v, depth + 1) for v in Opened(x).children)
+    return any(holds_tensor(v, depth + 1) for v in leaves)
+
+
+def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """Leaves and spec of a tree; instances that hold tensors are trees."""
+    leaves, spec = tree_flatten(tree)
+    return tree_flatten(opened_in(tree)) if any(map(is_data, leaves)) else (leaves, spec)
+
+
+def opened(x: Any, always: bool = False) -> Any:
+    """A leaf, or what it holds if there is a tensor in it, put in words that PyTorch's trees know."""
+    if not (is_data(x) and (always or holds_tensor(x))):
+        return x
+    found = Opened(x)
+    found.children = [opened_in(v, always) for v in found.children]
+    return found
+
+
+def opened_in(tree: Any, always: bool = False) -> Any:
+    """A tree whose leaves are opened."""
+    leaves, spec = tree_flatten(tree)
+    return tree_unflatten([opened(x, always) for x in leaves], spec) if any(map(is_data, leaves)) else tree
+
+
+def assigned(tree: Any, leaves: Sequence[Any]) -> bool:
+    """Whether the instances in a tree that was made of these leaves hold something else by now."""
+    if not any(map(is_data, tree_flatten(tree)[0])):
+        return False
+    return list(map(id, flatten_tree(tree)[0])) != list(map(id, leaves))
