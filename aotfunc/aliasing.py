@@ -7,6 +7,7 @@ the result it is a view of, it is one for autograd too: later writes are seen th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .trace.aliases import Shown
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import functional_twin, hidden_write
 from .trace.shapes import Facts, Sig
+from .trace.traced import current
 from .transforms.captured import Recording
 from .transforms.fresh import fresh, viewed
 
@@ -102,18 +104,25 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.flags or self.ops)
 
-    def before(self, tensors: Sequence[Tensor]) -> None:
+    def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the program runs on: its backward must not see the shapes that arguments have later."""
         for i, value, line in self.flags:
             if line is not None:
                 raise CaptureError(f"requires_grad_() of an argument that was used before{at(line)}; call it first")
             tensors[i].requires_grad_(value)
+        changed = {i for i, _ in self.ops}
+        return [t.view_as(t) if i in changed else t for i, t in enumerate(tensors)]
 
     def after(self, tensors: Sequence[Tensor], but: Sequence[int] = ()) -> None:
         """To the tensors themselves, but for those at the positions ``but``."""
         for i, ops in self.ops:
-            if i not in but:
+            t = tensors[i]
+            if i in but:
+                continue
+            # no value changes: what the backward keeps of it is still good
+            kept = current() is None and not t.is_inference()
+            with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
                 for op, args, kwargs in ops:
-                    t = tensors[i]
                     t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
 
 

@@ -120,11 +120,10 @@ class Entry:
     def results(self, tensors: list[Tensor]) -> Any:
         outs: Sequence[Any] = ()
         with without_modes():
-            if self.changes:
-                self.changes.before(tensors)
+            inputs = self.changes.before(tensors) if self.changes else tensors
             if not self.idle:
                 trace = current()
-                outs = trace.record(self.step, tensors) if trace is not None else run(self.call, tensors)
+                outs = trace.record(self.step, inputs) if trace is not None else run(self.call, inputs)
             if self.views is not None:
                 outs = self.views(*tensors, *outs)
             if self.changes:

@@ -1,18 +1,24 @@
-"""What ``f`` does to the memory, the gradient or the flags of a tensor from outside: past every op, so that a recording
-would not see it, and a traced value left there has no data.
+"""What ``f`` does past every op, to the memory, the gradient or the flags of a tensor: a recording would not see it,
+and a traced value left in a tensor from outside has no data.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..debug import at, user_line
 from ..errors import CaptureError
+from .functionalize import hidden_write
 from .patches import ORIGINALS, redirect
-from .traced import Traced, current
+from .records import written_slots
+from .traced import HOOKS, Traced, current
+
+if TYPE_CHECKING:
+    from .tracer import Trace
 
 _base = torch._C.TensorBase
 _data, _grad = _base.data, _base.grad
@@ -25,6 +31,7 @@ def install() -> None:
     Tensor.grad = property(_grad.__get__, set_grad, _grad.__delete__, _grad.__doc__)  # type: ignore
     Tensor.requires_grad_ = requires_grad_  # type: ignore[method-assign]
     Tensor.detach_ = detach_  # type: ignore[method-assign]
+    HOOKS["give_memory"], HOOKS["check_grad"] = give_memory, check_grad
     redirect("swap", torch.utils.swap_tensors, swap_tensors, _swap_template)
 
 
@@ -90,3 +97,51 @@ def swap_tensors(t1: Tensor, t2: Tensor) -> None:
 def _swap_template(t1, t2):  # type: ignore[no-untyped-def]
     f = _torch_swap if _aotfunc_recording() is None else _aotfunc_swap  # type: ignore[name-defined] # noqa: F821
     return f(t1, t2)
+
+
+# ----- traced values --------------------------------------------------------------------------------------------------
+
+
+def check_grad(t: Traced) -> None:
+    """An argument's ``.grad`` is another tensor at each call, which a function compiled once would not see."""
+    trace = t.tracer
+    if not trace.may_ask_constants and any(t is a for a in trace.arguments):
+        raise CaptureError(
+            f"the .grad of an argument is not captured{at(user_line())}; pass gradients as arguments, and return them: "
+            "torch.autograd.grad(...), or grad(f)"
+        )
+
+
+def give_memory(t: Traced, value: Tensor) -> None:
+    """``t.data = value``: ``t`` becomes a copy of ``value``, with the derivative that it had; older views stay."""
+    trace, line = t.tracer, user_line()
+    if current() is not trace or any(t is a for a in trace.arguments):
+        raise CaptureError(
+            f"`.data = ` gives an argument, or a tensor from outside, other memory{at(line)}; write to the memory that "
+            "it has: `with torch.no_grad(): x.copy_(value)`"
+        )
+    if value.shape != t.shape or value.dtype != t.dtype:
+        raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(line)}; make a new tensor")
+    with torch.enable_grad():
+        new = hidden_write(t, value.detach())
+    trace.given.append((len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, line))
+    t.ref = new.ref
+    trace.refresh(t, new.sig)
+
+
+def check_given(trace: Trace, returned: Sequence[int]) -> None:
+    """In eager ``t.data = value`` lets the two share memory, and older views of ``t`` its derivative: refuse what would
+    tell that there is a copy.
+    """
+    root = trace.root
+    for start, value, old, new, line in trace.given:
+        shared, results, later = {root(value), root(old)}, {root(r) for r in returned}, trace.records[start:]
+        used = results | {root(r) for _, refs, *_ in later for r in refs}
+        written = {root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
+        outside = root(value) < len(trace.inputs)
+        told = new in results and (outside or root(value) in results)
+        if told or written & shared or (new in written and (outside or used & shared)):
+            raise CaptureError(
+                f"`.data = ` lets tensors share memory, and one is written or both are returned{at(line)}; assign a "
+                "clone()"
+            )

@@ -88,12 +88,12 @@ class Traced(Tensor):
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
-        self.tracer.check_grad(self)
+        HOOKS["check_grad"](self)
         return self.__dict__.get("_grad")
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self.tracer.check_grad(self)
+        HOOKS["check_grad"](self)
         self.__dict__["_grad"] = value
 
     def retain_grad(self) -> None:
@@ -105,7 +105,7 @@ class Traced(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.tracer.give_memory(self, value)
+        HOOKS["give_memory"](self, value)
 
     def resolve_conj(self) -> Tensor:
         """A copy where eager has a conjugate view, whose bit it would resolve."""

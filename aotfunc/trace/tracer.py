@@ -61,7 +61,7 @@ class Trace(TorchDispatchMode):
         self._keep: list[Tensor] = []
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
-        self.given: list[tuple[int, int, int, Any]] = []  # see give_memory
+        self.given: list[tuple[int, int, int, int, Any]] = []  # see outside.py
         self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
@@ -280,7 +280,7 @@ class Trace(TorchDispatchMode):
                     "resizing is not captured: pass a tensor of the result's shape"
                 )
             if t.__class__ is Traced and t.tracer is self and sig is not t.sig and sig.__class__ is Sig:
-                self._refresh(t, sig)
+                self.refresh(t, sig)
             results.append(t)
         return results[0] if single and results else tuple(results) if results else None
 
@@ -299,7 +299,7 @@ class Trace(TorchDispatchMode):
         if name == "resize_" and new.extent > t.sig.extent:
             raise CaptureError(f"{name} makes a tensor larger, by elements without a value{line}; make a new tensor")
 
-    def _refresh(self, t: Traced, sig: Sig) -> None:
+    def refresh(self, t: Traced, sig: Sig) -> None:
         """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
         fresh = _wrapper(
             Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device
@@ -393,48 +393,6 @@ class Trace(TorchDispatchMode):
         self.leaves[t.ref] = value
         if value:
             self.leaf_tensors.append(t)
-
-    def check_grad(self, t: Traced) -> None:
-        """An argument's ``.grad`` is another tensor at each call, which a function compiled once would not see."""
-        if not self.may_ask_constants and any(t is a for a in self.arguments):
-            raise CaptureError(
-                f"the .grad of an argument is not captured{at(debug.user_line())}; pass gradients as arguments, and "
-                "return them: torch.autograd.grad(...), or grad(f)"
-            )
-
-    # ----- t.data = value ---------------------------------------------------------------------------------------------
-
-    def give_memory(self, t: Traced, value: Tensor) -> None:
-        """From here on ``t`` is the memory of ``value``, with the derivative that it had; older views keep theirs."""
-        line = debug.user_line(2)
-        if current() is not self or any(t is a for a in self.arguments):
-            raise CaptureError(
-                f"`.data = ` gives an argument, or a tensor from outside, other memory{at(line)}; write to the memory "
-                "that it has: `with torch.no_grad(): x.copy_(value)`"
-            )
-        if value.shape != t.shape or value.dtype != t.dtype:
-            raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(line)}; make a new tensor")
-        with torch.enable_grad():
-            new = torch.ops.aotfunc.hidden_write.default(t, value.detach())
-        self.given.append((len(self.records), self.ref_of(value)[0], new.ref, line))
-        t.ref = new.ref
-        self._refresh(t, new.sig)
-
-    def check_given(self, returned: Sequence[int]) -> None:
-        """The program has a copy where ``t.data = value`` lets two tensors share memory: refuse what would tell."""
-        for start, value, new, line in self.given:
-            first, results = self.root(value), {self.root(r) for r in returned}
-            later = self.records[start:]
-            used = results | {self.root(r) for _, refs, *_ in later for r in refs}
-            written = {self.root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
-            outside = first < len(self.inputs)
-            if first in written or (
-                new in written | results and (outside or first in (used if new in written else results))
-            ):
-                raise CaptureError(
-                    f"`.data = ` lets two tensors share memory, and one is written or both are returned{at(line)}; "
-                    "assign a clone()"
-                )
 
     def is_leaf(self, t: Traced) -> bool:
         return t.ref in self.leaves or not self.requires_grad(t)

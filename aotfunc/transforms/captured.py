@@ -13,6 +13,7 @@ from ..graph import Program, weight
 from ..trace.aliases import Shown, shown
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.outside import check_given
 from ..trace.tracer import Trace
 from ..trace.tree import flatten, unflatten
 from .steps import GradStep
@@ -31,7 +32,7 @@ class Recording:
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
-        trace.check_given(self.refs)
+        check_given(trace, self.refs)
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
