@@ -1,8 +1,8 @@
 """What PyTorch reads of a tensor without an op that a recording would see: refused in what is compiled once.
 
 ``float(c)`` and ``range(c)`` are ops, but inside of ``torch.tensor([c, 2])`` dispatch is off; printing, pickling and
-sharing memory never were ops. While a number would be frozen, or differs between the samples of a batch, the methods of
-``Tensor`` that ask for one are exchanged: these refuse, those of :mod:`.places` do without.
+sharing memory never were ops. While a number would be frozen, or differs between the samples of a batch, the methods
+that ask for one are exchanged: these refuse, those of :mod:`.places` do without.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import debug
@@ -63,30 +64,48 @@ def refusing(read: Callable, what: str) -> Callable:
     return method
 
 
+def asking(split: Callable) -> Callable:
+    """``tensor_split``, which reads indices from the memory of a tensor."""
+
+    def listed(x: Any) -> Any:
+        return x.tolist() if isinstance(x, Tensor) and x.dim() == 1 else x
+
+    @functools.wraps(split)
+    def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if current() is None or under_way.quiet:
+            return split(x, *args, **kwargs)
+        named = {"indices" if isinstance(v, Tensor) and v.dim() == 1 else k: listed(v) for k, v in kwargs.items()}
+        return split(x, *map(listed, args), **named)
+
+    return function
+
+
 class Watch:
-    """Holds the methods of ``Tensor`` exchanged while any thread needs it."""
+    """Holds the methods exchanged while any thread needs it."""
 
     def __init__(self) -> None:
         self.lock, self.count = threading.Lock(), 0
-        self.own: dict[str, Any] = {}  # the methods of Tensor itself; it inherits the others
+        self.new: dict[tuple[Any, str], Any] = {(Tensor, name): method for name, method in METHODS.items()}
+        self.new |= {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
+        self.new |= {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
+        self.old: dict[tuple[Any, str], Any] = {}  # where it is not inherited
 
     def __enter__(self) -> None:
         with self.lock:
             self.count += 1
             if self.count == 1:
-                new = {name: refusing(getattr(Tensor, name), what) for name, what in READERS.items()} | METHODS
-                self.own = {name: Tensor.__dict__[name] for name in new if name in Tensor.__dict__}
-                for name, method in new.items():
-                    setattr(Tensor, name, method)
+                self.old = {(x, name): x.__dict__[name] for x, name in self.new if name in x.__dict__}
+                for (x, name), method in self.new.items():
+                    setattr(x, name, method)
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.count -= 1
             if not self.count:
-                for name in (*READERS, *METHODS):
-                    delattr(Tensor, name)
-                for name, method in self.own.items():
-                    setattr(Tensor, name, method)
+                for x, name in self.new:
+                    delattr(x, name)
+                for (x, name), method in self.old.items():
+                    setattr(x, name, method)
 
 
 watch = Watch()

@@ -369,6 +369,16 @@ def test_memory_of_numpy_is_outside():
     assert_same(f(torch.ones(2)), torch.full((2,), 5.0, dtype=torch.float64))
 
 
+def test_indices_read_from_memory():
+    x, at = torch.arange(6.0), torch.tensor([1, 3])
+    for split in (lambda x: x.tensor_split(at), lambda x: torch.tensor_split(x, tensor_indices_or_sections=at)):
+        with pytest.raises(CaptureError, match="asked for"):
+            jit(split)(x)
+        assert_same(vmap(split)(torch.stack([x, x]))[1], torch.stack([x, x])[:, 1:3])
+    for within in (lambda x: torch.tensor_split(x, torch.tensor([1, 3])), lambda x: x.tensor_split((1, 3))):
+        assert_same(jit(within)(x), within(x))
+
+
 def test_a_caller_may_fall_back():
     """A refusal of what is compiled inside of something that runs again at each call."""
     w = torch.tensor(2.0)
