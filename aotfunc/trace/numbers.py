@@ -1,8 +1,8 @@
 """What PyTorch reads of a tensor without an op that a recording would see: refused in what is compiled once.
 
 ``float(c)`` and ``range(c)`` are ops, but inside of ``torch.tensor([c, 2])`` dispatch is off; printing, pickling and
-sharing memory never were ops. While a number would be frozen, or differs between the samples of a batch, the methods
-that ask for one are exchanged: these refuse, those of :mod:`.places` do without.
+sharing memory never were ops. While a number would be frozen, the methods that ask for one are exchanged: these refuse,
+those of :mod:`.places` do without.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ def is_integer(x: Tensor) -> bool:
     return not (x.dim() or x.is_floating_point() or x.is_complex() or x.dtype in (torch.bool, torch.uint8))
 
 
-def is_place(x: Any) -> bool:
+def is_place(x: Tensor) -> bool:
     """Whether this is an integer that is not asked for its number."""
-    if not isinstance(x, Tensor) or not is_integer(x):
+    if not is_integer(x):
         return False
     if x.__class__ is Traced:
         return True
@@ -39,9 +39,11 @@ def is_place(x: Any) -> bool:
 def places_in(index: Any) -> list[int]:
     """Where an index of numbers and slices has places."""
     parts = index if isinstance(index, tuple) else (index,)
-    found = [i for i, p in enumerate(parts) if is_place(p)]
-    plain = all(p is None or p is ... or type(p) in (int, slice) for i, p in enumerate(parts) if i not in found)
-    return found if plain else []
+    found = [i for i, p in enumerate(parts) if isinstance(p, Tensor) and is_place(p)]
+    if not found:
+        return found
+    others = [p for i, p in enumerate(parts) if i not in found]
+    return found if all(p is None or p is ... or type(p) in (int, slice) for p in others) else []
 
 
 def part(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
@@ -105,11 +107,15 @@ def assigned(x: Tensor, value: Any, rank: int) -> Tensor:
 
 
 def narrow(self: Tensor, dim: Any, start: Any, length: Any) -> Tensor:
-    return part(self, range(self.dim())[dim], start, length) if is_place(start) else _narrow(self, dim, start, length)
+    if isinstance(start, Tensor) and is_place(start):
+        return part(self, range(self.dim())[dim], start, length)
+    return _narrow(self, dim, start, length)
 
 
 def select(self: Tensor, dim: Any, index: Any) -> Tensor:
-    return part(self, range(self.dim())[dim], index, 1).squeeze(dim) if is_place(index) else _select(self, dim, index)
+    if isinstance(index, Tensor) and is_place(index):
+        return part(self, range(self.dim())[dim], index, 1).squeeze(dim)
+    return _select(self, dim, index)
 
 
 #: methods for outside tensors, too (with a ``__getitem__`` of Python's they would be sequences for ``torch.tensor``)

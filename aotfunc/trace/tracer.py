@@ -523,7 +523,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             dynamo.set_eval_frame(compiling)
         trace.finish()
 
-    numbers = watch if trace.samples is not None or not trace.may_ask_constants else nullcontext()
+    numbers = nullcontext() if trace.may_ask_constants else watch
     with paused_gc(), without_functorch(), numbers:
         try:
             if compiling is not None:

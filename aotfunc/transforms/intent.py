@@ -50,6 +50,8 @@ def install() -> None:
     outside.install()
     ORIGINALS.setdefault("numpy", Tensor.numpy)
     Tensor.numpy = numpy_of_a_constant  # type: ignore[method-assign]
+    ORIGINALS.setdefault("deepcopy", Tensor.__deepcopy__)
+    Tensor.__deepcopy__ = deepcopy_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("tolist", Tensor.tolist)
     Tensor.tolist = tolist_of_a_constant  # type: ignore[method-assign]
     enter = ORIGINALS.setdefault("saved_tensors_hooks", torch.autograd.graph.saved_tensors_hooks.__enter__)
@@ -79,6 +81,15 @@ def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
 def tolist_of_a_constant(self: Tensor) -> Any:
     """Values of a tensor from outside."""
     return ORIGINALS["tolist"](constant(self))
+
+
+def deepcopy_of_a_constant(self: Tensor, memo: dict) -> Tensor:
+    """A copy of a tensor from outside, as a new leaf."""
+    if current() is None or under_way.quiet:
+        return ORIGINALS["deepcopy"](self, memo)
+    if id(self) not in memo:
+        memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+    return memo[id(self)]
 
 
 def constant(t: Tensor) -> Tensor:

@@ -379,6 +379,16 @@ def test_indices_read_from_memory():
         assert_same(jit(within)(x), within(x))
 
 
+def test_deepcopy_is_by_reference():
+    w, norm, x = torch.tensor(3.0), nn.BatchNorm1d(3).eval(), torch.ones(2, 3)
+    for f in (lambda x: x * copy.deepcopy(w), lambda x: copy.deepcopy(norm)(x)):
+        compiled = jit(f)
+        for value in (3.0, 4.0):
+            w.fill_(value)
+            norm.running_mean.fill_(value)
+            assert_same(compiled(x), f(x))
+
+
 def test_a_caller_may_fall_back():
     """A refusal of what is compiled inside of something that runs again at each call."""
     w = torch.tensor(2.0)

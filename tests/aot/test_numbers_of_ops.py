@@ -53,7 +53,7 @@ def variants(op):
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         if any(t.layout != torch.strided for t in tensors) or sum(t.numel() for t in tensors) > LARGE:
             continue
-        first = isinstance(leaves[0], torch.Tensor)
+        first = bool(leaves) and isinstance(leaves[0], torch.Tensor)
         for i, value in enumerate(leaves):
             key = (len(leaves), i, type(value), isinstance(value, torch.Tensor) and value.dim())
             if key in seen or not (type(value) in (int, float) or (isinstance(value, torch.Tensor) and i)):
