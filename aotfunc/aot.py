@@ -35,12 +35,14 @@ from .graph import Program, kept_alive, output_node, weight
 from .guards import describe_argument, environment_key, noted
 from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
+from .partition.foreign import cut_by
 from .reads import Names
 from .run import run_eager
 from .state import Check, State, look
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes
+from .trace.replay import named_generators
 from .trace.shapes import make_sig
 from .trace.traced import Traced, current
 from .trace.tree import Arguments, unflatten
@@ -450,7 +452,8 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor],
     """Hand the program to a compiler as a GraphModule with example inputs. Raises BackendError, which keeps the graph,
     where the compiler raises an error that is not ours.
     """
-    if compiler is backends.lookup("eager"):
+    generators = named_generators(program.graph.nodes)  # unknown to Inductor
+    if compiler is backends.lookup("eager") or (generators and compiler is backends.lookup("inductor")):
         return compile_graph(lowered(program, EVERYTHING).graph)
     table = getattr(compiler, "decompositions", None)
     if table is not None:
@@ -483,24 +486,25 @@ def partitioned(
     for n, p in zip([n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True):
         n.meta["role"] = p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    fw, bw = partition(gm, inputs, num_fwd_outputs=n_early)
-    return imported(fw.graph), imported(bw.graph)
+    return tuple(map(imported, cut_by(partition, gm, inputs, n_early)))  # type: ignore[return-value]
 
 
-def imported(graph: fx.Graph) -> Program:
+def imported(gm: fx.GraphModule) -> Program:
     """A graph of somebody else's as a program: its metadata becomes signatures."""
     with paused_gc():
         b = builder()
         env: dict[Node, Any] = {}
         count = 0
-        for n in graph.nodes:
+        for n in gm.graph.nodes:
             if n.op == "placeholder":
                 env[n] = b.placeholder(n.name, sig_from(n.meta["val"]), role=n.meta.get("role"))
                 count += 1
+            elif n.op == "get_attr":
+                env[n] = getattr(gm, n.target)  # type: ignore[arg-type]
             elif n.op == "call_function":
                 b.meta = carried(n)
                 env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), sig_from(n.meta["val"]))
-        outs = [remap(o, env) for o in output_node(graph).args[0]]
+        outs = [remap(o, env) for o in output_node(gm.graph).args[0]]
         return Program(b.finish(outs), count, len(outs))
 
 

@@ -25,6 +25,7 @@ from .graph import Program, output_node
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
 from .trace.instances import flatten_tree
+from .trace.replay import named_generators
 from .trace.shapes import Sig
 from .trace.traced import quiet
 from .trace.tree import Arguments
@@ -148,7 +149,15 @@ def graph_module(
             else:
                 root.register_buffer(attr, t)
             inputs.append(b.make("get_attr", attr, (), {}, placeholders[n_real + i].meta["val"], name=attr.lstrip("_")))
+        generators: dict[int, Node] = {}  # they have no literal
+        for g in dict.fromkeys(named_generators(program.graph.nodes)):
+            attr = f"_generator{len(generators)}"
+            setattr(root, attr, g)
+            generators[id(g)] = b.make("get_attr", attr, (), {}, None, name=attr.lstrip("_"))
         results = list(b.splice(program.graph, inputs, program.outputs))
+        for n in b.graph.nodes if generators else ():
+            n.args = tuple([generators.get(id(a), a) for a in n.args])
+            n.kwargs = {k: generators.get(id(a), a) for k, a in n.kwargs.items()}
         tree = tuple(results) if outputs is None else outputs(b, inputs, results)
         graph = b.finish_tree(tree)
         for n in graph.nodes:
@@ -251,6 +260,11 @@ def _as_called(gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tupl
             with graph.inserting_before(first) if last is None else graph.inserting_after(last):
                 p = graph.placeholder("static")
             p.meta["val"] = x
+            if isinstance(x, torch.Generator):  # unlike a number it is read, by reference
+                for n in graph.find_nodes(op="get_attr"):
+                    if getattr(getattr(gm, n.target), "_cdata", None) == x._cdata:
+                        n.replace_all_uses_with(p)
+                        graph.erase_node(n)
         last = p
     in_spec = flatten_tree((tuple(args), kwargs))[1]
     out_spec = rec.spec if rec.spec is not None else None

@@ -36,6 +36,9 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
         if n.op == "placeholder":
             parameters.append(n.name)
             continue
+        if n.op == "get_attr":
+            lines.append(f"{n.name} = {literal(getattr(graph.owning_module, n.target))}")
+            continue
         if n.op == "output":
             lines.append(f"return ({''.join([literal(a) + ', ' for a in n.args[0]])})")
             continue

@@ -13,10 +13,11 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
+from ..errors import AotfuncError
 from .ops import is_pinned, user_line, writes
 
 
-class PartitionError(AssertionError):
+class PartitionError(AotfuncError, AssertionError):
     """A joint graph that cannot be split as asked, or a split that is not right."""
 
 

@@ -227,6 +227,8 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     know the layout.
     """
     device = output_device(kwargs, sigs)
+    args = tuple([no_generator(a) for a in args])
+    kwargs = {k: no_generator(v) for k, v in kwargs.items()}
     with torch._C._DisableTorchDispatch(), off(), torch.no_grad():
         if device_decides_layout(op, sigs):
             try:
@@ -241,6 +243,11 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
                 raise
             outs = _on_zeros(op, args, kwargs, sigs)
     return signatures(outs, device)
+
+
+def no_generator(a: Any) -> Any:
+    """Nothing is drawn from the user's for a signature, and some meta kernels take none."""
+    return None if isinstance(a, torch.Generator) else a
 
 
 def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
@@ -263,11 +270,13 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     if Facts(op).dynamic:
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
     real = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
-    state = torch.default_generator.get_state()
+    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    states = [g.get_state() for g in generators]
     try:
         return op(*fill(args, real), **{k: fill(v, real) for k, v in kwargs.items()})
     finally:
-        torch.default_generator.set_state(state)
+        for g, state in zip(generators, states, strict=True):
+            g.set_state(state)
 
 
 def output_device(kwargs: dict, sigs: tuple) -> torch.device:

@@ -41,6 +41,15 @@ def _drawn_in_place(b: Builder, x: Node, p: float = 0.5, generator: Any = None) 
     return b.call(aten.permute.default, draw, sorted(order, key=order.__getitem__))
 
 
+def _integers(b: Builder, x: Node, low: int, high: int | None, generator: Any = None) -> Node:
+    """The op's own twin is called ``random.from``, which is no Python."""
+    if high is None:
+        return b.call(getattr(aten.random, "from"), x, low, high, generator=generator)
+    if generator is None:
+        return b.call(aten.randint_like.low_dtype, x, low, high)
+    return b.call(aten.add.Tensor, b.call(aten.random.to, x, high - low, generator=generator), low)
+
+
 #: in-place ops whose functional form has another name
 WRITES: dict[OpOverload, Any] = {
     aten.copy_.default: lambda b, x, source, non_blocking=False: source,
@@ -53,6 +62,7 @@ WRITES: dict[OpOverload, Any] = {
     ),
     aten.normal_.default: lambda b, x, *a, **k: b.call(aten.normal_functional.default, x, *a, **k),
     aten.bernoulli_.float: _drawn_in_place,
+    getattr(aten.random_, "from"): _integers,
     aten.relu_.default: lambda b, x: b.call(aten.relu.default, x),
 }
 
