@@ -72,7 +72,7 @@ def contiguous_stride(shape: tuple) -> tuple:
 
 
 #: equal signatures of which one was forgotten are not identical, and only miss caches and rewritings
-_sigs = Cache(1 << 16)
+_sigs = Cache(1 << 14)
 
 
 def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Sig:
