@@ -79,7 +79,8 @@ def record(
                 f"an op that reads its argument's memory itself was given a traced value{at(line_of(e))}; "
                 "pass it Python numbers (x.tolist())"
             ) from e
-        if assigned((args, kwargs), values):
+        plain = not kwargs and all(a.__class__ is Traced for a in args)
+        if not plain and assigned((args, kwargs), values):
             raise CaptureError(
                 "the function assigns to an attribute of an argument, which the caller would not see: arguments are "
                 "made anew for each capture; return the new value instead"
