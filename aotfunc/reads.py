@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import os
+import sys
 import types
 from typing import Any, NamedTuple
 
@@ -104,12 +105,29 @@ def _constant_name(steps: list[dis.Instruction], i: int) -> bool:
     return steps[i].opname == "LOAD_CONST" and not made
 
 
+#: their code is not followed: what it reads is known, or hidden
+CLOSED = frozenset({"python", "torch", "numpy", "aotfunc"})
+
+
 @functools.lru_cache(4096)
-def is_library(filename: str) -> bool:
-    """Whether code of this file is that of Python, torch, NumPy or aotfunc, whose own state is not looked at."""
-    if filename.startswith((_OURS, _TORCH, _NUMPY, "<frozen")):
-        return True
-    return filename.startswith(_STDLIB) and "-packages" not in filename
+def library_of(filename: str) -> str | None:
+    """The library that a file belongs to, or None for a file of the user's."""
+    for name, folder in (("aotfunc", _OURS), ("torch", _TORCH), ("numpy", _NUMPY), ("python", "<frozen")):
+        if filename.startswith(folder):
+            return name
+    _, installed, path = filename.partition(f"-packages{os.sep}")
+    if installed:
+        return path.partition(os.sep)[0].removesuffix(".py")
+    return "python" if filename.startswith(_STDLIB) else None
+
+
+@functools.lru_cache(4096)
+def library_of_module(name: str) -> str | None:
+    """The library that a module, named in full, belongs to."""
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names:
+        return "python"
+    return library_of(getattr(sys.modules.get(top), "__file__", None) or "")
 
 
 #: methods of torch's modules that do not compute results
@@ -124,11 +142,21 @@ class Names:
         self.written: set[str] = set()
         self.stored: set[str] = set()
         self.of_torch: set[str] = {"training"}  # what the methods of torch's modules read
+        self.opened: set[str] = set()  # libraries whose objects the function uses: their code is the user's
         self.any = False
         self._entered: set[Any] = set()
 
     def __len__(self) -> int:
-        return len(self.attributes) + len(self.written) + len(self.stored) + len(self.of_torch) + self.any
+        sets = (self.attributes, self.written, self.stored, self.of_torch, self.opened)
+        return sum(map(len, sets)) + self.any
+
+    def open(self, library: str | None) -> None:
+        if library is not None and library not in CLOSED:
+            self.opened.add(library)
+
+    def follows(self, library: str | None) -> bool:
+        """Whether code of this library is followed."""
+        return library is None or library in self.opened
 
     def enter(self, code: types.CodeType) -> Reads:
         reads = reads_of(code)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .guards import Named, bits, is_value, noted, tensor_facts
-from .reads import Names, is_library
+from .reads import CLOSED, Names, library_of, library_of_module
 from .trace.traced import Traced
 
 #: elements of a container that are looked at; of longer ones only the length counts
@@ -34,7 +34,6 @@ ROOT = "self"
 
 _NOTHING = object()
 _GROWING = (list, set, dict, collections.deque)
-_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "aotfunc"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOW_HOOKS_ARE_CALLED = (
     "_forward_hooks_with_kwargs",
@@ -185,7 +184,10 @@ class State:
         self.same(code, f"{v}.__code__", label)
         where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
         self.facts[-1] = (label, Named(f"{f.__qualname__} at {where}", id(code)))
-        known = is_library(code.co_filename)
+        library = library_of(code.co_filename)
+        if root:
+            self.names.open(library)
+        known = not self.names.follows(library)
         self.meet(f.__defaults__, f"{v}.__defaults__", f"{label}.__defaults__")
         self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")
         reads = None if known else self.names.enter(code)
@@ -231,7 +233,7 @@ class State:
         self.require(v, m)
         self.key.append(m.__name__)
         d, table = None, vars(m)
-        library = m.__name__.partition(".")[0] in _LIBRARIES
+        library = not self.names.follows(library_of_module(m.__name__))
         for name in sorted(self.names.attributes | self.names.written):
             x = table.get(name, _NOTHING)
             if x is _NOTHING or not self.wants(name, x):
@@ -321,11 +323,12 @@ class State:
 
     def object(self, x: Any, v: str, label: str) -> None:
         cls = type(x)
-        library = cls.__module__.partition(".")[0] in _LIBRARIES
+        library = library_of_module(cls.__module__)
+        self.names.open(library)
         whole = any(c.__module__.startswith(_READ_THEMSELVES) for c in cls.__mro__)
         slots = [n for c in cls.__mro__ for n in slots_of(c) if self.names.any or n in self.names.attributes]
-        opaque = not whole and cls.__module__.startswith(("torch", "aotfunc"))
-        if library and (opaque or not (slots or hasattr(x, "__dict__"))):
+        opaque = not whole and library in ("torch", "aotfunc")
+        if opaque or (library == "python" and not (slots or hasattr(x, "__dict__"))):
             self.same(x, v, label)
             return
         self.require(f"type({v})", cls)
@@ -380,7 +383,9 @@ class State:
         self.opaque.append(cls)
         self.class_of(cls)
         d = self.bind(f"{v}.__dict__")
-        users = cls.__module__.partition(".")[0] not in _LIBRARIES
+        library = library_of_module(cls.__module__)
+        self.names.open(library)
+        users = library not in CLOSED
         if users:
             self.lines.append(f"if len({d}) != {len(table)}: return")
         of_torch = self.names.of_torch
@@ -426,7 +431,7 @@ class State:
         if issubclass(cls, torch.autograd.Function):
             named = named | _FUNCTION_RULES
         for owner in cls.__mro__:
-            library = owner.__module__.partition(".")[0] in _LIBRARIES
+            library = library_of_module(owner.__module__) in CLOSED
             if owner is object or owner is nn.Module or (library and not issubclass(owner, nn.Module)):
                 continue
             table = owner.__dict__
