@@ -39,6 +39,7 @@ from .partition.foreign import cut_by
 from .reads import Names
 from .run import run_eager
 from .state import Check, State, look
+from .stores import Place, Stores, left_behind, put_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes
@@ -81,6 +82,7 @@ class Entry:
         key: tuple,
         facts: Facts,
         enables: bool,
+        places: Sequence[Place],
     ) -> None:
         self.call, self.views, self.key, self.facts = call, views, key, facts
         #: gradients were off, and the function turned them on in places: its marks say where
@@ -102,6 +104,7 @@ class Entry:
         self.plain = rec.spec is None
         self.rebuild = rebuilder(rec.spec)
         self.check = Check(state)
+        self.stores = Stores(state, places) if places else None
         self.kept: list[Any] = []
 
     def __repr__(self) -> str:
@@ -231,7 +234,8 @@ class Compiled:
             if found is not None:
                 closed = [*tensors, *entry.closed(found)]
                 if entry.layout is None or entry.layout == layout(closed):
-                    return entry(closed)
+                    result = entry(closed)
+                    return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
         return self.looked_up(key, tensors, objects, Arguments(args, kwargs))
 
     def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], arguments: Arguments) -> Any:
@@ -249,17 +253,24 @@ class Compiled:
             if entry.layout != places:  # what a write reaches depends on which arguments share memory
                 full = (*full, places)
                 entry = self.entries.get(full)
-        if entry is None:
-            entry = self.capture(arguments, state, key)
-            after = look(self.f, objects, labels, self.names)
-            self.changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
-            # a function that changes what it reads is captured at every call, until it does not change any more
-            if entry.reusable and self.changed is None and function_modes_key() is not OTHERS:
-                self.store(full, entry, state)
-        else:
+        if entry is not None:
             entry.check.renew(state)
             self.recent.put(key, entry)
-        return entry([*tensors, *entry.closed(state.tensors)])
+            result = entry([*tensors, *entry.closed(state.tensors)])
+            return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
+        try:
+            entry = self.capture(arguments, state, key)
+            result = entry([*tensors, *entry.closed(state.tensors)])
+            result = result if entry.stores is None else entry.stores.first(*result)
+        except BaseException:
+            put_back(state)
+            raise
+        after = look(self.f, objects, labels, self.names)
+        self.changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
+        # a function that changes what it reads is captured at every call, until it does not change any more
+        if entry.reusable and self.changed is None and function_modes_key() is not OTHERS:
+            self.store(full, entry, state)
+        return result
 
     def unhashable(self, arguments: Arguments) -> ArgumentError:
         """The error for an argument that cannot be part of a key."""
@@ -303,8 +314,18 @@ class Compiled:
 
     def capture(self, arguments: Arguments, state: State, key: tuple) -> Entry:
         self.captures += 1
+        places: list[Place] = []
+
+        def f(*args: Any, **kwargs: Any) -> Any:
+            given = Arguments(args, kwargs)
+            result = called(*args, **kwargs)
+            self.check_containers(given, Arguments(args, kwargs))
+            places.extend(left_behind(state))
+            return (result, [p.value for p in places]) if places else result
+
+        called = as_called(self.f)
         rec = record(
-            as_called(self.f),
+            f,
             arguments.leaves,
             arguments.rebuilt,
             why_not=f"{self.name} captures the function once for all values",
@@ -326,7 +347,19 @@ class Compiled:
         facts = facts_of(given, state.facts)
         self.last = ([e.facts for e in self.entries.values()], facts)
         self.watch_growth(facts)
-        return Entry(rec, call, views, state, key, facts, enables)
+        return Entry(rec, call, views, state, key, facts, enables, places)
+
+    def check_containers(self, before: Arguments, after: Arguments) -> None:
+        """Lists and dictionaries among the arguments are rebuilt for the capture: what is done to them is lost."""
+        same = before.key == after.key and all(x is y for x, y in zip(before.leaves, after.leaves, strict=False))
+        if not same:
+            names = argument_names(self.f, len(before.specs))
+            changed = [n for n, *specs in zip(names, before.specs, after.specs, strict=True) if specs[0] != specs[1]]
+            which = f"its argument {changed[0]}" if changed else "a list or dictionary among its arguments"
+            raise CaptureError(
+                f"{self.name}: the function changes {which}, which a compiled function cannot{at(user_line())}; "
+                "copy it first, or return what is new"
+            )
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""

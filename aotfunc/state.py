@@ -8,7 +8,10 @@ the same state with other tensors. Tensors are inputs: the check fetches them by
 
 from __future__ import annotations
 
+import argparse
 import collections
+import contextvars
+import dataclasses
 import functools
 import os
 import sys
@@ -53,6 +56,8 @@ _NOT_CALLED = frozenset(
     | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
 )
 _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
+#: classes of which the instances are what is in them
+_RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 #: libraries' classes whose methods compute with their attributes
 _READ_THEMSELVES = ("torch.nn.", "torch.distributions.", "torch.optim.", "collections")
@@ -69,6 +74,8 @@ class State:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
         self.opaque: list[Any] = []  # guarded by identity
+        #: dictionaries, lists and cells, the variable that holds each, and what was in it
+        self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}
         self.distinct: list[str] = []
@@ -162,6 +169,12 @@ class State:
             self.dictionary(x, v, label)
         elif isinstance(x, set | frozenset | np.ndarray | slice | bytearray):
             self.content(x, v, label)
+        elif isinstance(x, contextvars.ContextVar):
+            self.same(x, v, label)
+            if (now := x.get(_NOTHING)) is _NOTHING:
+                self.lines.append(f"if {v}.get({self.constant(_NOTHING)}) is not {self.constant(_NOTHING)}: return")
+            else:
+                self.meet(now, f"{v}.get()", label)
         elif isinstance(x, weakref.ref):
             self.key.append(cls)
             self.meet(x(), f"{v}()", label)
@@ -200,7 +213,9 @@ class State:
                 except ValueError:  # not bound yet
                     self.key.append(_NOTHING)
                     self.lines.append(f"if not unbound({cells}[{i}]): return")
+                    self.owners.append((cell, f"{cells}[{i}]", {}))
                     continue
+                self.owners.append((cell, f"{cells}[{i}]", {"cell_contents": x}))
                 if reads is None or name in reads.variables or not (name in reads.written and passing(x)):
                     self.meet(x, f"{cells}[{i}].cell_contents", name if root else f"{label}.{name}")
         if reads is not None:
@@ -250,6 +265,8 @@ class State:
     def sequence(self, x: Any, v: str, label: str) -> None:
         self.key += (type(x), len(x))
         self.require(f"type({v})", type(x))
+        if isinstance(x, list):
+            self.owners.append((x, v, dict(enumerate(x))))
         self.elements(x, v, label)
         self.extra(x, v, label)
 
@@ -275,6 +292,7 @@ class State:
         self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
         if len(x) > LIMIT:
             return
+        self.owners.append((x, v, dict(x)))
         if all(type(k) is str for k in x):
             self.key += x
             if len(x) > 1:
@@ -341,7 +359,7 @@ class State:
                 self.lines.append(f"if hasattr({v}, '{name}'): return")
             else:
                 self.meet(e, f"{v}.{name}", f"{label}.{name}")
-        told = len(slots)
+        told = len(slots) + (isinstance(x, _RECORDS) or dataclasses.is_dataclass(x))
         if hasattr(x, "__dict__"):
             d = self.bind(f"{v}.__dict__")
             self.lines.append(f"if len({d}) != {len(x.__dict__)}: return")
@@ -354,6 +372,7 @@ class State:
     def attributes(self, x: Any, d: str, label: str, wanted: Callable[[str, Any], bool]) -> int:
         """Those that the code may name; how many there are. ``d`` holds the dictionary of ``x``."""
         table, count = x.__dict__, 0
+        self.owners.append((table, d, dict(table)))
         for name, e in table.items():
             if wanted(name, e):
                 self.key.append(name)
@@ -402,6 +421,7 @@ class State:
                 self.lines.append(f"if {d}['{name}']: return")
             elif children:
                 t = self.bind(f"{d}['{name}']")
+                self.owners.append((children, t, dict(children)))
                 if counted:
                     self.lines.append(f"if len({t}) != {len(children)}: return")
                 for k, child in children.items():

@@ -1,0 +1,127 @@
+"""Tensors that a function binds in the state it reaches are real ones afterwards, those of eager, at every call."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from aotfunc import aot_function, aot_module, jit
+from aotfunc.errors import CaptureError
+from tests.reference import assert_same
+
+X = torch.linspace(-1.0, 1.5, 12).view(3, 4)
+COMPILERS = {
+    "jit": jit,
+    "aot_function": lambda f: aot_function(f, "eager"),
+    "aot_module": lambda f: aot_module(f, "eager"),
+    "jit of jit": lambda f: jit(jit(f)),
+}
+
+
+class Recurrent(nn.Module):
+    """A state bound anew at every call, and one that is made at the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(4))
+        self.register_buffer("running", torch.zeros(4))
+        self.state, self.last, self.table, self.cache = None, None, None, None
+        self.box, self.hist, self.flag = {"k": torch.zeros(4), "n": {}}, [torch.zeros(4)], False
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(4.0) + x.new_zeros(4)
+        h = x @ self.w + self.table
+        h = h if self.state is None else h + self.state
+        self.state = h.detach() * 0.5
+        self.running = self.running * 0.9 + x.mean(0) * 0.1
+        self.last = (h, [x * 2, {"x": x}])
+        self.attention = h.softmax(-1)
+        self.cache = (h, h + 1) if self.cache is None else (self.cache[0] * 2, self.cache[1] + h)
+        self.box["k"] = self.box["k"] + x.sum(0)
+        self.hist[0] = self.hist[0] - x.sum(0)
+        return h + self.running + self.box["k"] + self.hist[0]
+
+
+def state_of(m):
+    names = ("state", "running", "last", "table", "attention", "cache", "box", "hist")
+    return [getattr(m, n) for n in names]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_state_bound_anew(compiler):
+    m, plain = Recurrent(), Recurrent()
+    f = COMPILERS[compiler](m)
+    for i in range(6):
+        x = X + i
+        got, want = f(x), plain(x)
+        assert_same(got, want)
+        assert_same(state_of(m), state_of(plain))
+        assert [t.requires_grad for t in m.last[:1]] == [t.requires_grad for t in plain.last[:1]]
+        (got + m.last[0] + m.attention * 2).sum().backward()
+        (want + plain.last[0] + plain.attention * 2).sum().backward()
+        assert_same(m.w.grad, plain.w.grad)
+        m.cache, plain.cache = [tuple(t.detach() for t in n.cache) for n in (m, plain)]
+    assert isinstance(m.running, torch.Tensor) and "running" in dict(m.named_buffers())
+
+
+@pytest.mark.parametrize("compiler", ["jit", "aot_function"])
+def test_it_settles(compiler):
+    m, k, box = Recurrent(), torch.zeros(4), SimpleNamespace(last=None)
+
+    def f(x, o):
+        nonlocal k
+        k = k + x.sum(0)
+        o.seen = box.last = k * 2
+        return m(x) + k
+
+    g = COMPILERS[compiler](f)
+    with torch.no_grad():
+        for i in range(5):
+            o = SimpleNamespace()
+            g(X, o)
+            assert_same((k, box.last, o.seen), (X.sum(0) * (i + 1), X.sum(0) * 2 * (i + 1), X.sum(0) * 2 * (i + 1)))
+    assert g.captures <= 3
+
+
+def test_a_capture_that_fails_leaves_the_state_as_it_was():
+    m, k = Recurrent(), None
+    m.cells = []
+
+    def f(x):
+        nonlocal k
+        m(x)
+        k = x
+        m.cells.append(x)
+        m.new = x
+        if len(m.cells) > 1:
+            raise KeyError("mine")
+        return float(x.sum())
+
+    before, w = state_of_new(m), m.w
+    with pytest.raises(CaptureError, match="asked for"):
+        jit(f)(X)
+    assert state_of_new(m) == before and m.w is w and k is None and m.cells == []
+    assert not hasattr(m, "new") and not hasattr(m, "attention")
+
+
+def state_of_new(m):
+    tables = (m.__dict__, m._buffers, m.box)
+    return [{k: id(v) for k, v in t.items() if not k.startswith("_")} for t in tables] + [list(map(id, m.hist))]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda xs: xs["a"].append(xs["a"][0] * 2) or xs["a"][0],
+        lambda xs: xs.__setitem__("b", xs["a"][0] * 2) or xs["a"][0],
+        lambda xs: xs.__setitem__("a", [xs["a"][0] * 2]) or xs["a"][0],
+        lambda xs: xs.pop("a")[0],
+    ],
+)
+def test_a_container_that_is_an_argument_is_not_changed(f):
+    xs = {"a": [X]}
+    with pytest.raises(CaptureError, match=r"changes its argument xs|among its arguments"):
+        jit(f)(xs)
+    assert list(xs) == ["a"] and len(xs["a"]) == 1 and xs["a"][0] is X
