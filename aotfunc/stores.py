@@ -27,10 +27,10 @@ class Place(NamedTuple):
     value: Any
 
 
-def traced(x: Any) -> bool:
-    if isinstance(x, list | tuple | dict):
-        return any(e.__class__ is Traced for e in tree_leaves(x))
-    return x.__class__ is Traced
+def traced(x: Any) -> list[Traced]:
+    """The traced values in a tree."""
+    leaves = tree_leaves(x) if isinstance(x, list | tuple | dict) else [x]
+    return [e for e in leaves if e.__class__ is Traced]
 
 
 def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
@@ -43,12 +43,14 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
         yield from list(owner.items()) if isinstance(owner, dict) else list(enumerate(owner))
 
 
-def left_behind(state: State) -> list[Place]:
+def left_behind(state: State, all_of_them: bool = False) -> list[Place]:
     """Where the function has put traced values since the state was looked at."""
     found = []
     for i, (owner, _, before) in enumerate(state.owners):
         for key, value in entries(owner):
-            if value is not before.get(key, _NOTHING) and traced(value):
+            if value is not before.get(key, _NOTHING) and (values := traced(value)):
+                if any(t.tracer.finished for t in values) and not all_of_them:  # an inner transform's: a leak
+                    continue
                 found.append(Place(i, key, value))
     return found
 
@@ -62,7 +64,7 @@ def put(owner: Any, key: Any, value: Any) -> None:
 
 def put_back(state: State) -> None:
     """Undo what :func:`left_behind` finds."""
-    for place in left_behind(state):
+    for place in left_behind(state, all_of_them=True):
         owner, _, before = state.owners[place.owner]
         if place.key in before:
             put(owner, place.key, before[place.key])
