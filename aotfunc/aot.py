@@ -21,7 +21,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from . import backends
 from .aliasing import Changes, without_views
@@ -317,9 +317,9 @@ class Compiled:
         places: list[Place] = []
 
         def f(*args: Any, **kwargs: Any) -> Any:
-            given = Arguments(args, kwargs)
+            given = [tree_flatten(x) for x in (*args, kwargs)]
             result = called(*args, **kwargs)
-            self.check_containers(given, Arguments(args, kwargs))
+            self.check_containers(given, [tree_flatten(x) for x in (*args, kwargs)])
             places.extend(left_behind(state))
             return (result, [p.value for p in places]) if places else result
 
@@ -349,17 +349,15 @@ class Compiled:
         self.watch_growth(facts)
         return Entry(rec, call, views, state, key, facts, enables, places)
 
-    def check_containers(self, before: Arguments, after: Arguments) -> None:
+    def check_containers(self, before: Sequence[tuple], after: Sequence[tuple]) -> None:
         """Lists and dictionaries among the arguments are rebuilt for the capture: what is done to them is lost."""
-        same = before.key == after.key and all(x is y for x, y in zip(before.leaves, after.leaves, strict=False))
-        if not same:
-            names = argument_names(self.f, len(before.specs))
-            changed = [n for n, *specs in zip(names, before.specs, after.specs, strict=True) if specs[0] != specs[1]]
-            which = f"its argument {changed[0]}" if changed else "a list or dictionary among its arguments"
-            raise CaptureError(
-                f"{self.name}: the function changes {which}, which a compiled function cannot{at(user_line())}; "
-                "copy it first, or return what is new"
-            )
+        names = [*argument_names(self.f, len(before) - 1), "given by keyword"]
+        for name, (leaves, spec), (now, now_spec) in zip(names, before, after, strict=True):
+            if spec != now_spec or any(x is not y for x, y in zip(leaves, now, strict=True)):
+                raise CaptureError(
+                    f"{self.name}: the function changes the list or dictionary that is its argument {name}, which a "
+                    f"compiled function cannot{at(user_line())}; copy it first, or return what is new"
+                )
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""

@@ -19,6 +19,11 @@ COMPILERS = {
 }
 
 
+class Box:
+    def __init__(self):
+        self.one = 1.0
+
+
 class Recurrent(nn.Module):
     """A state bound anew at every call, and one that is made at the first."""
 
@@ -74,12 +79,12 @@ def test_it_settles(compiler):
         nonlocal k
         k = k + x.sum(0)
         o.seen = box.last = k * 2
-        return m(x) + k
+        return m(x) + k + o.one
 
     g = COMPILERS[compiler](f)
     with torch.no_grad():
         for i in range(5):
-            o = SimpleNamespace()
+            o = Box()
             g(X, o)
             assert_same((k, box.last, o.seen), (X.sum(0) * (i + 1), X.sum(0) * 2 * (i + 1), X.sum(0) * 2 * (i + 1)))
     assert g.captures <= 3
@@ -122,6 +127,6 @@ def state_of_new(m):
 )
 def test_a_container_that_is_an_argument_is_not_changed(f):
     xs = {"a": [X]}
-    with pytest.raises(CaptureError, match=r"changes its argument xs|among its arguments"):
+    with pytest.raises(CaptureError, match="list or dictionary that is its argument xs"):
         jit(f)(xs)
     assert list(xs) == ["a"] and len(xs["a"]) == 1 and xs["a"][0] is X
