@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from .aliasing import apart
@@ -27,12 +28,13 @@ from .transforms.walk import builder
 
 aten = torch.ops.aten
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
+_batched = torch._C._parse_dispatch_key("Batched")  # by autograd.grad(is_grads_batched=True), on no stack
 
 
 def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     """The results of a compiled call on real tensors, written inputs updated, differentiable if an input is."""
     program = call.program
-    if _inside_functorch() is not None:  # torch.func's transforms differentiate and batch op by op
+    if op_by_op():
         return execute(program, tensors)
     wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad]) if torch.is_grad_enabled() else ()
     if not wrt:
@@ -47,6 +49,15 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     if program.mutated:
         write_back(program, tensors, apart(program, tensors, outs))
     return outs[: program.n_outputs]
+
+
+def op_by_op(cotangents: Sequence[Tensor] = ()) -> bool:
+    """Whether PyTorch's own transforms are at work (torch.func's, forward AD, batched backward passes): values are then
+    batched or dual, and compiled code sees none of that.
+    """
+    if _inside_functorch() is not None or forward_ad._current_level >= 0:
+        return True
+    return any([torch._C._dispatch_keys(c).has(_batched) for c in cotangents])
 
 
 def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
@@ -175,7 +186,9 @@ class Differentiated(torch.autograd.Function):
             else:
                 feed = iter(saved)
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
-                grads = halves.backward_for(have)(*residuals, *given)
+                half = halves.backward_for(have)
+                whole = not op_by_op(given)
+                grads = half(*residuals, *given) if whole else execute(half.program, [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = None
         result: list = [None] * (len(ctx.needs_input_grad))

@@ -5,8 +5,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from aotfunc import aot_function, jit
+from aotfunc.backends import register
 from aotfunc.errors import BackendWarning
 from tests.reference import assert_same
 
@@ -160,3 +162,29 @@ def test_decompositions_keep_results_apart():
     x = torch.zeros(2)
     outs = f(x)
     assert len({t.data_ptr() for t in (x, *outs)}) == 4
+
+
+# PyTorch's transforms around compiled code -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda f: jit(f, "opaque"), lambda f: aot_function(f, "opaque")], ids=["jit", "aot"])
+def test_batched_and_dual_values_go_past_compiled_code(wrap):
+    def opaque(gm, example_inputs):
+        def fn(*args):
+            return tuple(torch.from_numpy(o.numpy()) for o in gm(*[torch.from_numpy(a.numpy()) for a in args]))
+
+        return fn
+
+    register("opaque", opaque)
+    f = lambda x: x.sin() * x.sum()
+    g = wrap(f)
+    x = torch.randn(4)
+    jacobian = torch.autograd.functional.jacobian
+    assert_same(jacobian(g, x, vectorize=True), jacobian(f, x))
+    leaf = x.clone().requires_grad_()
+    assert_same(torch.autograd.grad(g(leaf), leaf, torch.eye(4), is_grads_batched=True)[0], jacobian(f, x))
+    assert_same(jacobian(g, x, vectorize=True, strategy="forward-mode"), jacobian(f, x))
+    assert_same(torch.func.jacfwd(g)(x), jacobian(f, x))
+    with forward_ad.dual_level():
+        got, want = (forward_ad.unpack_dual(h(forward_ad.make_dual(x, torch.ones(4)))) for h in (g, f))
+    assert_same(tuple(got), tuple(want))
