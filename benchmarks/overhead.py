@@ -1,19 +1,23 @@
 """What a call of a compiled function costs beside the function itself: tiny functions, where Python is everything.
 
 python -m benchmarks.overhead [--quick] [--write]. Each row times one call of the plain function, of its torch.func or
-torch.autograd counterpart where there is one, and of the jitted function; "guards" is jit's time minus that of the
-plain one.
+torch.autograd counterpart where there is one, and of the jitted function. The second table times the part of it that
+looks whether the Python state is as it was, and fetches the tensors: for networks the larger part.
 """
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 import aotfunc
+from aotfunc.reads import Names
+from aotfunc.state import Check, look
 from benchmarks.measure import Report, arguments, interleaved, ms
+from benchmarks.programs import resnet_module
 
 SCALE = 2.0
 
@@ -81,12 +85,36 @@ def measure(name: str, quick: bool) -> list[str]:
     return [name, ms(t["plain"]), ms(t.get("torch")), ms(t["jit"]), f"{(t['jit'] - t['plain']) * 1e6:+.1f} µs"]
 
 
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "1 Linear": lambda: nn.Linear(8, 8),
+    "MLP, 16 Linear and Tanh": lambda: nn.Sequential(*[m for _ in range(16) for m in (nn.Linear(8, 8), nn.Tanh())]),
+    "transformer, 12 layers": transformer,
+    "ResNet-50-like": lambda: resnet_module(statistics=True),
+}
+
+
+def guards(name: str, quick: bool) -> list[str]:
+    net = NETWORKS[name]()
+    check = Check(look(net, (), (), Names()))
+    assert check.tensors(net, ()) is not None
+    seconds = min(timeit.repeat(lambda: check.tensors(net, ()), number=10, repeat=50 if quick else 500)) / 10
+    counts = [len(list(x())) for x in (net.modules, net.parameters, net.buffers)]
+    return [name, *map(str, counts), ms(seconds), f"{seconds / counts[0] * 1e6:.2f} µs"]
+
+
 def main() -> None:
     options = arguments(__doc__).parse_args()
     torch.set_num_threads(options.threads)
     report = Report("overhead", "The cost of a call", "python -m benchmarks.overhead")
     head = ["case", "plain", "torch.func", "jit", "jit - plain"]
     report.table("Time per call, medians", head, [measure(name, options.quick) for name in CASES])
+    head = ["network", "modules", "parameters", "buffers", "guards", "per module"]
+    report.table("What the guards cost per call, best of 500", head, [guards(name, options.quick) for name in NETWORKS])
     if options.write:
         report.write()
 

@@ -57,9 +57,9 @@ def transformer(layers: int = 12, width: int = 32, heads: int = 4, length: int =
 
 
 class Bottleneck(nn.Module):
-    def __init__(self, inside: int, width: int, outside: int, stride: int) -> None:
+    def __init__(self, inside: int, width: int, outside: int, stride: int, statistics: bool) -> None:
         super().__init__()
-        norm = lambda n: nn.BatchNorm2d(n, track_running_stats=False)
+        norm = lambda n: nn.BatchNorm2d(n, track_running_stats=statistics)
         self.body = nn.Sequential(
             nn.Conv2d(inside, width, 1, bias=False),
             norm(width),
@@ -80,22 +80,26 @@ class Bottleneck(nn.Module):
 
 def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, batch: int = 2, image: int = 32) -> Program:
     """ResNet-50's stack of bottlenecks at a small width, with respect to all its weights."""
+    net = resnet_module(depths, width)
+    params = {k: v.detach() for k, v in net.named_parameters()}
+    f = lambda p, x, t: F.cross_entropy(functional_call(net, p, (x,)), t)
+    return f, (params, torch.randn(batch, 3, image, image), torch.arange(batch) % 10)
+
+
+def resnet_module(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, statistics: bool = False) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = [
         nn.Conv2d(3, width, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(width, track_running_stats=False),
+        nn.BatchNorm2d(width, track_running_stats=statistics),
     ]
     layers += [nn.ReLU(), nn.MaxPool2d(2)]
     inside = width
     for stage, depth in enumerate(depths):
         for i in range(depth):
             outside = 4 * width * 2**stage
-            layers.append(Bottleneck(inside, width * 2**stage, outside, 2 if i == 0 and stage else 1))
+            layers.append(Bottleneck(inside, width * 2**stage, outside, 2 if i == 0 and stage else 1, statistics))
             inside = outside
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
-    params = {k: v.detach() for k, v in net.named_parameters()}
-    f = lambda p, x, t: F.cross_entropy(functional_call(net, p, (x,)), t)
-    return f, (params, torch.randn(batch, 3, image, image), torch.arange(batch) % 10)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
 
 
 def conv_net(width: int, image: int, classes: int = 10) -> tuple[Callable, dict[str, torch.Tensor]]:
