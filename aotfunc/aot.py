@@ -44,6 +44,7 @@ from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes
 from .trace.replay import named_generators
+from .trace.seeds import of_python, states
 from .trace.shapes import make_sig
 from .trace.traced import Traced, current
 from .trace.tree import Arguments, unflatten
@@ -258,6 +259,7 @@ class Compiled:
             self.recent.put(key, entry)
             result = entry([*tensors, *entry.closed(state.tensors)])
             return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
+        drawn = of_python()
         try:
             entry = self.capture(arguments, state, key)
             result = entry([*tensors, *entry.closed(state.tensors)])
@@ -268,7 +270,8 @@ class Compiled:
         after = look(self.f, objects, labels, self.names)
         self.changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
         # a function that changes what it reads is captured at every call, until it does not change any more
-        if entry.reusable and self.changed is None and function_modes_key() is not OTHERS:
+        other = function_modes_key() is OTHERS or of_python() != drawn
+        if entry.reusable and self.changed is None and not other:
             self.store(full, entry, state)
         return result
 
@@ -323,7 +326,7 @@ class Compiled:
             places.extend(left_behind(state))
             return (result, [p.value for p in places]) if places else result
 
-        called = as_called(self.f)
+        called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
         rec = record(
             f,
             arguments.leaves,
@@ -332,6 +335,7 @@ class Compiled:
             constants=False,
             name_of=parameter_names(self.f, arguments),
         )
+        rec.trace.seeds.check_compiled(known, self.name)
         for i, x in enumerate(rec.leaves):
             if i not in rec.tensors and any(v.__class__ is Traced for v in getattr(x, "__dict__", {}).values()):
                 raise CaptureError(

@@ -26,6 +26,7 @@ from .memory import Place, layout
 from .numbers import refusal, watch
 from .records import Record, instr_op, result_sigs, results_of, written_slots
 from .replay import Replay
+from .seeds import Seeds
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
 from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet, under_way
@@ -64,6 +65,7 @@ class Trace(TorchDispatchMode):
         self.given: list[tuple[int, int, int, int, Any]] = []  # see outside.py
         self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
+        self.seeds = Seeds()
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.mutates = False
         self.reshapes = False  # in place
@@ -185,6 +187,8 @@ class Trace(TorchDispatchMode):
         self.records.append((instr, tuple(refs), _grad_enabled(), self.region, line))
         outs = instr.outs
         facts = instr.facts
+        if facts.random:
+            self.seeds.draw([instr])
         if facts.pure:
             if outs.__class__ is Sig:
                 return self.new(outs)
@@ -314,6 +318,8 @@ class Trace(TorchDispatchMode):
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         if instr.mutates:
             self.mutates = True
+        if instr.facts.random and hasattr(instr, "program"):
+            self.seeds.draw(instr.program.graph.nodes)
         return self.wrap(instr.outs)
 
     def note(self, instr: Instr, refs: tuple[int, ...]) -> Any:

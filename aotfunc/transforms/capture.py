@@ -87,7 +87,9 @@ def record(
             )
         return Recording(trace, result, name_of or (lambda: ()))
 
-    return record_into(trace, call)
+    recorded = record_into(trace, call)
+    trace.seeds.check()
+    return recorded
 
 
 def as_called(f: Callable) -> Callable:

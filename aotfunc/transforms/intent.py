@@ -42,6 +42,8 @@ def install() -> None:
     redirect("backward", torch.autograd.backward, autograd_backward, _backward_template)
     redirect("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template)
     redirect("seed", torch.random.manual_seed, manual_seed, _seed_template)
+    redirect("random_seed", torch.random.seed, random_seed, _random_seed_template)
+    redirect("get_state", torch.random.get_rng_state, get_rng_state, _get_state_template)
     redirect("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template)
     redirect("fastpath", torch.backends.mha.get_fastpath_enabled, None, _fastpath_template)
     ORIGINALS.setdefault("checkpoint", torch_checkpoint._checkpoint_without_reentrant_generator)
@@ -154,6 +156,16 @@ def _fastpath_template() -> bool:
     return _is_fastpath_enabled and _aotfunc_recording() is None  # type: ignore[name-defined] # noqa: F821
 
 
+def _random_seed_template():  # type: ignore[no-untyped-def]
+    f = _torch_random_seed if _aotfunc_recording() is None else _aotfunc_random_seed  # type: ignore[name-defined] # noqa: F821
+    return f()
+
+
+def _get_state_template():  # type: ignore[no-untyped-def]
+    f = _torch_get_state if _aotfunc_recording() is None else _aotfunc_get_state  # type: ignore[name-defined] # noqa: F821
+    return f()
+
+
 def _ctc_loss_template(  # type: ignore[no-untyped-def]
     log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
 ):
@@ -172,28 +184,37 @@ def drawn(trace: Trace) -> bool:
 
 
 def set_rng_state(new_state: Tensor) -> None:
-    """The generator's state may change before the first draw only (``fork_rng`` changes it back after)."""
-    trace = current()
-    ORIGINALS["set_state"](new_state)
-    if trace is not None and drawn(trace):
-        raise CaptureError(
-            f"the random generator's state was set after a draw inside a captured function{at(debug.user_line())}; "
-            "draw from a generator of your own: torch.Generator().manual_seed(seed)"
-        )
+    """The default generator's state may be set before the first draw, by a function that is run again each time."""
+    ORIGINALS["set_state"](settable("torch.set_rng_state", new_state))
 
 
 def manual_seed(seed: int) -> Any:
-    """Seeding inside a function that is run again each time is done right away, before its draws; a function compiled
-    once would do it once.
-    """
+    """As :func:`set_rng_state`."""
+    return ORIGINALS["seed"](settable("torch.manual_seed", seed))
+
+
+def random_seed() -> int:
+    """As :func:`set_rng_state`."""
+    settable("torch.seed", None)
+    return ORIGINALS["random_seed"]()
+
+
+def get_rng_state() -> Tensor:
+    """The default generator's state, as long as it is the one that the program will find."""
+    settable("torch.get_rng_state", None)
+    return ORIGINALS["get_state"]()
+
+
+def settable(what: str, value: Any) -> Any:
+    """``value``; raises CaptureError where the generator's state is set, or looked at, at another time than it runs."""
     trace = current()
-    if trace is not None and drawn(trace):
-        raise CaptureError(f"torch.manual_seed after a draw inside a captured function{at(debug.user_line())}")
-    if trace is not None and not trace.may_ask_constants:
-        raise CaptureError(
-            f"torch.manual_seed inside a compiled function would run only once{at(debug.user_line())}; seed outside"
-        )
-    return ORIGINALS["seed"](seed)
+    if trace is not None:
+        if drawn(trace):
+            trace.seeds.refuse(f"{what} after a draw inside a captured function, which draws when it runs")
+        if not trace.may_ask_constants:
+            trace.seeds.refuse(f"{what} inside a compiled function would run only once; call it outside")
+        trace.seeds.setting()
+    return value
 
 
 # ----- autograd.grad and .backward() ---------------------------------------------------------------------------------

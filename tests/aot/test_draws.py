@@ -1,5 +1,8 @@
 """Random numbers: every way to draw, into every layout, is eager's at one seed and leaves the generators alike."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,3 +292,111 @@ def test_a_generator_argument_is_by_reference():
     for call in (A.jit(f), A.aot_function(f, lambda gm, inputs: gm), A.make_fx(f)(x, GENERATOR)):
         for g in (GENERATOR, OTHER, GENERATOR):
             assert_same(reseeded(call, x, g), reseeded(f, x, g))
+
+
+# ----- seeds ----------------------------------------------------------------------------------------------------------
+
+
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator, self.by_name = torch.Generator(), {"one": torch.Generator()}
+
+    def forward(self, x):
+        return x + torch.rand(3, generator=self.generator) * helper(self)
+
+
+def helper(module):
+    return torch.rand(3, generator=module.by_name["one"]) + torch.rand(3, generator=OTHER)
+
+
+def test_generators_are_found_wherever_f_finds_them():
+    noise, x = Noise(), ramp(3)
+
+    def run(f):
+        for g in (noise.generator, noise.by_name["one"], OTHER):
+            g.manual_seed(5)
+        return f(x), f(x), [g.get_state() for g in (noise.generator, noise.by_name["one"], OTHER)]
+
+    assert_same(run(A.jit(noise)), run(noise))
+    noise.generator = torch.Generator()
+    assert_same(run(A.jit(noise)), run(noise))
+
+
+def reseeds(x):
+    GENERATOR.manual_seed(5)
+    return x * torch.rand(3, generator=GENERATOR)
+
+
+def reseeds_between(x):
+    y = x * torch.rand(3, generator=GENERATOR)
+    return y * reseeds(x)
+
+
+def forks(x):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        y = x * torch.rand(3)
+    return y * torch.rand(3)
+
+
+def seeds(x):
+    torch.manual_seed(5)
+    return x * torch.rand(3)
+
+
+def sets_state(x):
+    torch.set_rng_state(torch.Generator().manual_seed(9).get_state())
+    return x * torch.rand(3)
+
+
+def goes_back(x):
+    state, y = torch.get_rng_state(), x * torch.rand(3)
+    torch.set_rng_state(state)
+    return y * torch.rand(3)
+
+
+def shows_state(x):
+    return x * torch.rand(3), torch.get_rng_state()
+
+
+SEEDING = {
+    "makes one": lambda x: x * torch.rand(3, generator=torch.Generator().manual_seed(0)),
+    "seed": lambda x: (torch.seed(), x * 0)[1],
+}
+SEEDING |= {f.__name__: f for f in (reseeds, reseeds_between, forks, seeds, sets_state, goes_back, shows_state)}
+
+
+@pytest.mark.parametrize("program", SEEDING)
+@pytest.mark.parametrize("wrapper", [A.jit, lambda f: A.aot_function(f, "eager"), A.functionalize])
+def test_seeding_inside_is_eagers_or_refused(wrapper, program):
+    f, x = SEEDING[program], ramp(3)
+
+    def twice(g):
+        torch.manual_seed(1)
+        return reseeded(lambda x: (g(x), g(x)), x)
+
+    want = twice(f)
+    torch.manual_seed(1)
+    before = reseeded(lambda: None)
+    compiled = wrapper(f)
+    try:
+        got = compiled(x)
+    except A.errors.CaptureError as e:
+        assert "test_draws.py" in str(e)
+        assert_same((None, GENERATOR.get_state(), OTHER.get_state(), torch.get_rng_state()), before)
+    else:
+        del got
+        assert wrapper is A.functionalize
+        if program != "seed":
+            assert_same(twice(compiled), want)
+
+
+def test_numbers_of_python_and_numpy_are_drawn_anew():
+    f, x = lambda x: x * random.random() * float(np.random.rand()), ramp(3)
+
+    def run(f):
+        random.seed(0), np.random.seed(0)
+        return f(x), f(x), f(x)
+
+    assert_same(run(A.jit(f)), run(f))

@@ -1,0 +1,91 @@
+"""Generators of random numbers that ``f`` seeds. A recording draws nothing, its program draws when it runs: so a state
+that is set between two draws, or in a function that is compiled once, would be set at the wrong time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from ..debug import at, user_line
+from ..errors import CaptureError
+from .replay import named_generators
+from .traced import quiet
+
+States = dict[int, tuple[Generator, Tensor]]  # Python may have several objects for one generator
+
+
+def states(objects: Iterable[Any]) -> States:
+    """The generators among these with their states now."""
+    with quiet():
+        return {g._cdata: (g, g.get_state()) for g in objects if isinstance(g, Generator)}
+
+
+class Seeds:
+    """What one recording knows of generators: ``drawn``, those that it named, as they were at their first draw, and
+    ``before``, the default generator's state before ``f`` set it.
+    """
+
+    def __init__(self) -> None:
+        self.drawn: States = {}
+        self.before: Tensor | None = None
+
+    def draw(self, calls: Iterable[Any]) -> None:
+        """Note the generators that these recorded ops, or nodes, name."""
+        self.drawn = states(g for g in named_generators(calls) if g._cdata not in self.drawn) | self.drawn
+
+    def setting(self) -> None:
+        """The default generator is about to be set."""
+        if self.before is None:
+            self.before = torch.default_generator.get_state()
+
+    def refuse(self, what: str) -> None:
+        """Raise CaptureError, the default generator as it was."""
+        if self.before is not None:
+            torch.default_generator.set_state(self.before)
+        way_out = "draw from a generator of your own: torch.Generator().manual_seed(seed)"
+        raise CaptureError(f"{what}{at(user_line())}; {way_out}")
+
+    def check(self) -> None:
+        """Refuse a generator that was seeded after a draw from it."""
+        if changed(self.drawn):
+            raise CaptureError(
+                f"a torch.Generator was seeded after a draw from it, inside a captured function{at(user_line())}; "
+                "use one generator for each seed"
+            )
+
+    def check_compiled(self, known: States, name: str) -> None:
+        """Refuse what a compiled function does to generators only once: seeding one, or making one. ``known``: those
+        that it finds outside, as they were before.
+        """
+        if changed(known):
+            raise CaptureError(
+                f"a torch.Generator is seeded inside a compiled function, which {name} would do only once"
+                f"{at(user_line())}; seed it outside"
+            )
+        own = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+        if self.drawn.keys() - known.keys() - {g._cdata for g in own}:
+            raise CaptureError(
+                f"a torch.Generator is made inside a compiled function, which {name} would do only once"
+                f"{at(user_line())}; pass it as an argument, or close over it and seed it outside"
+            )
+
+
+def changed(known: States) -> bool:
+    """Whether a state is another one now; if so, all are put back."""
+    same = all(torch.equal(g.get_state(), state) for g, state in known.values())
+    for g, state in () if same else known.values():
+        g.set_state(state)
+    return not same
+
+
+def of_python() -> tuple:
+    """The states of Python's and NumPy's global generators, which are drawn from while ``f`` is recorded."""
+    state: Any = np.random.get_state()
+    _, keys, place, *rest = state
+    return random.getstate(), keys.tobytes(), place, *rest
