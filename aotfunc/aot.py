@@ -259,9 +259,10 @@ class Compiled:
             self.recent.put(key, entry)
             result = entry([*tensors, *entry.closed(state.tensors)])
             return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
-        drawn = of_python()
+        before = of_python()
         try:
             entry = self.capture(arguments, state, key)
+            drew = of_python() != before
             result = entry([*tensors, *entry.closed(state.tensors)])
             result = result if entry.stores is None else entry.stores.first(*result)
         except BaseException:
@@ -270,8 +271,8 @@ class Compiled:
         after = look(self.f, objects, labels, self.names)
         self.changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
         # a function that changes what it reads is captured at every call, until it does not change any more
-        other = function_modes_key() is OTHERS or of_python() != drawn
-        if entry.reusable and self.changed is None and not other:
+        alike = self.changed is None and not drew and function_modes_key() is not OTHERS
+        if entry.reusable and alike:
             self.store(full, entry, state)
         return result
 
