@@ -146,7 +146,7 @@ class Instr:
         return f"{self.op}{self.args}"
 
 
-_memo = Cache(1 << 16)
+_memo = Cache(1 << 15)
 #: the instruction for a key, or None
 find = _memo.get
 

@@ -42,7 +42,7 @@ class Fragment:
         self.outputs = outputs
 
 
-_fragments = Cache(1 << 16, lambda fragment: 1 + len(fragment.nodes))
+_fragments = Cache(1 << 15, lambda fragment: 1 + len(fragment.nodes))
 
 
 def builder() -> Builder:
