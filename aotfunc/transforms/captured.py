@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from ..cache import Cache
+from ..errors import CaptureError
 from ..graph import Program, weight
 from ..trace.aliases import Shown, shown
 from ..trace.emit import Builder, paused_gc
@@ -31,6 +32,13 @@ class Recording:
         self._program: Program | None = None
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+        if len(self.tensors) < len(self.leaves):
+            for x in self.leaves:
+                if isinstance(x, Iterator | Awaitable):
+                    raise CaptureError(
+                        f"the function returns a {type(x).__name__}, which would go on when the capture is over; "
+                        "return a list or a tuple of the values"
+                    )
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
         check_given(trace, self.refs)
 

@@ -115,6 +115,22 @@ def test_a_decorated_forward():
         torch.testing.assert_close(net(X), X.sum() * (i + 2))
 
 
+def iterated(x):
+    yield x * 2
+
+
+async def awaited(x):
+    return x * 2
+
+
+@pytest.mark.parametrize("transform", [A.jit, A.vmap, A.functionalize, A.make_fx])
+@pytest.mark.parametrize("f", [iterated, awaited, lambda x: map(torch.sin, x), lambda x: {"y": zip(x, x, strict=True)}])
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_what_would_go_on_after_the_capture_is_refused(f, transform):
+    with pytest.raises(CaptureError, match="would go on when the capture is over"):
+        transform(f)(X[None])
+
+
 # ----- reprs ----------------------------------------------------------------------------------------------------------
 
 
