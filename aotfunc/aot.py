@@ -179,6 +179,8 @@ class Compiled:
     """A function compiled by two compilers; see :func:`jit` and :func:`aot_function`."""
 
     def __init__(self, f: Callable, pipeline: Pipeline) -> None:
+        if not callable(f) and not isinstance(f, classmethod):
+            raise ArgumentError(f"{pipeline.name}: {f!r} is not a function (options have names: backend='inductor')")
         self.binds = type(f)
         if isinstance(f, staticmethod | classmethod):
             f = f.__func__
@@ -588,10 +590,16 @@ def jit(
     inputs. Results are differentiable to any order, and transforms of the jitted function stay compiled.
     ``static_argnums`` is accepted for compatibility: Python arguments are always static. Raises CaptureError if ``f``
     asks for values or changes a list or dictionary that is an argument, ArgumentError for a Python argument that can
-    neither be hashed nor be described by its attributes.
+    neither be hashed nor be described by its attributes, BackendError, which keeps the graph, if the compiler fails.
+    Copies and pickled ones are captured again. Without ``f`` it is a decorator, of functions and of methods.
 
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
+    >>> @jit(backend="eager")
+    ... def doubled(x):
+    ...     return x * 2
+    >>> doubled(torch.ones(2))
+    tensor([2., 2.])
     """
     if f is None:
         return functools.partial(jit, backend=backend, static_argnums=static_argnums)
@@ -623,7 +631,8 @@ def aot_function(
     names of backends. ``partition_fn(joint_module, joint_inputs, *, num_fwd_outputs)`` returns the forward module
     ``inputs -> (results, residuals)`` and the backward module ``(residuals, cotangents) -> gradients``; inputs that
     require no gradient have none. ``decompositions`` maps ops to functions to use instead, after differentiation.
-    functorch's other options change nothing here. Guards and guarantees are those of :func:`jit`.
+    functorch's other options change nothing here. Guards, errors and guarantees are those of :func:`jit`; without
+    ``fn`` it is a decorator, too.
 
     >>> f = aot_function(lambda x: torch.sin(x), "eager")
     >>> x = torch.zeros(2, requires_grad=True)

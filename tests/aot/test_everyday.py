@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import aotfunc as A
-from aotfunc.errors import AotfuncError, BackendError, CaptureError
+from aotfunc.errors import AotfuncError, ArgumentError, BackendError, CaptureError
 
 X = torch.linspace(-1, 1, 3)
 
@@ -95,6 +95,11 @@ def test_methods(name):
     thing.method(X)
     thing.c = 7.0
     torch.testing.assert_close(thing.method(X), X * 7.0)
+
+
+def test_an_option_without_its_name():
+    with pytest.raises(ArgumentError, match=r"'inductor' is not a function .options have names"):
+        A.jit("inductor")
 
 
 def test_a_decorated_forward():
