@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.fx import Node
 
 from .aliasing import apart
-from .graph import Program
+from .graph import Program, kept_alive
 from .redraw import redrawn, states
 from .run import execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
@@ -212,10 +212,10 @@ def unchanged(ctx: Any) -> list[Tensor]:
 
 
 def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:
-    """The positions, among the first ``count`` inputs, of those that ``outs`` depend on."""
+    """The positions, among the first ``count`` inputs, of those that ``outs`` and what stays anyway depend on."""
     seen = {o for o in outs if isinstance(o, Node)}
     for n in reversed(program.graph.nodes):
-        if n in seen:
+        if n in seen or (n.op == "call_function" and kept_alive(n)):
             seen.update(n._input_nodes)
     return [i for i, p in enumerate(program.placeholders[:count]) if p in seen]
 

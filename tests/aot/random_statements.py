@@ -104,7 +104,7 @@ BODY: Table = {
         4,
         ["{new} = {x} > 0", "{new} = ({x} * 3).long()", "{new} = {x}.argmax(-1)", "{new} = {x}.to(torch.float32)"]
         + ["{new} = {x}.double()", "{new} = ({x} > 0).sum()", "{new} = {x}.to(torch.bfloat16)"]
-        + ["{new} = {x} * {any}", "{new} = {x}[{int}]", "{new} = torch.max({x}, -1).indices"],
+        + ["{new} = {x} * {any}", "{new} = {x}[{int}.flatten()]", "{new} = torch.max({x}, -1).indices"],
     ),
     "hook": (
         3,

@@ -61,6 +61,24 @@ def test_second_order_sees_the_same_draws(name):
     assert_same(seeded(second, jit(f)), seeded(second, f))
 
 
+def test_second_order_past_a_draw_that_nobody_reads():
+    """The draw stays in the gradient's program, and so does what it reads."""
+    c = torch.randn(3, dtype=torch.float64)
+
+    def f(x):
+        y = x.sin() * x
+        y.add_(c)
+        torch.rand_like(y)
+        return y
+
+    def second(f):
+        x = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+        (g,) = torch.autograd.grad(f(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.sum(), x)
+
+    assert_same(second(jit(f)), second(f))
+
+
 def test_generator_of_ones_own():
     gen, x = torch.Generator(), ones().requires_grad_()
 
