@@ -41,9 +41,15 @@ def run_eager(program: Program) -> Callable[..., tuple]:
 
 
 def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
+    """Give the written inputs their new values, with the derivative that these have in the program: what is the input
+    itself by now may have been detached.
+    """
     hidden = hidden_writes(program)
-    outs = apart(program, tensors, outs)
-    for index, new, quiet in zip(program.mutated, outs[program.n_outputs :], hidden, strict=True):
+    news = apart(program, tensors, outs)[program.n_outputs :]
+    if torch.is_grad_enabled() and any(new.requires_grad for new in news):
+        flags = live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))[program.n_outputs :]
+        news = [new if yes else new.detach() for new, yes in zip(news, flags, strict=True)]
+    for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
         with torch.no_grad() if quiet else nullcontext():
             tensors[index].copy_(new)
 
