@@ -106,8 +106,10 @@ class Functionalizer:
                     self.env[refs[i]] = View(Storage(self.placeholders[i], refs[i]))
                 continue
             sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in members}
-            base = max(members, key=lambda i: (sigs[i].stride == contiguous_stride(sigs[i].shape), sigs[i].numel))
+            dense = {i: sig.stride == contiguous_stride(sig.shape) for i, sig in sigs.items()}
+            base = max(members, key=lambda i: (not places[i].cut, dense[i], sigs[i].numel))
             storage = Storage(self.placeholders[base], refs[base])
+            detach = linked(sigs[base], aten.detach.default, (), {}, None, sigs[base])
             for i, sig in sigs.items():
                 if i == base or (sig is sigs[base] and places[i] == places[base]):
                     self.env[refs[i]] = View(storage)
@@ -118,8 +120,8 @@ class Functionalizer:
                         "some of the tensors that are written to, or their neighbours, overlap in memory and none of "
                         "them covers the others; pass the whole tensor and slice it inside, or clone them"
                     )
-                link = strided(sigs[base], sig, start)
-                self.env[refs[i]] = View(storage, (link,), self.placeholders[i])
+                links = (detach, strided(sigs[base], sig, start))[0 if places[i].cut else 1 :]
+                self.env[refs[i]] = View(storage, links, self.placeholders[i])
 
     # ----- values -----------------------------------------------------------------------------------------------------
 

@@ -20,12 +20,14 @@ from .traced import Traced
 
 class Place(NamedTuple):
     """``group`` is the same for tensors that overlap, directly or through others; ``start`` and ``step``, the distance
-    of the samples where the tensor is a batch, are in bytes.
+    of the samples where the tensor is a batch, are in bytes. ``cut``: it requires no grad, and another of its group
+    does, so that its writes are hidden from autograd.
     """
 
     group: int
     start: int
     step: int | None
+    cut: bool = False
 
 
 def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) -> tuple[Place, ...]:
@@ -41,8 +43,11 @@ def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) 
                 groups = [new if g == old else g for g in groups]
         others.append(i)
     alone = {g for g in groups if groups.count(g) == 1} if any(len(x) > 1 for x in beside.values()) else set(groups)
+    live = {g for g, t in zip(groups, tensors, strict=True) if g not in alone and t.requires_grad}
     return tuple(
-        Place(g, 0, None) if g in alone else Place(g, start, step_of(t, dims[i] if dims else None))
+        Place(g, 0, None)
+        if g in alone
+        else Place(g, start, step_of(t, dims[i] if dims else None), g in live and not t.requires_grad)
         for i, (g, t, (_, start)) in enumerate(zip(groups, tensors, known, strict=True))
     )
 
@@ -59,7 +64,7 @@ def memory_of(t: Tensor) -> tuple[Any, int]:
         if root >= count:
             return (id(trace), root), t.sig.offset * t.element_size()
         base = trace.inputs[root].offset if root >= 0 else trace.lifted[-root - 1].storage_offset()
-        group, start, _ = trace.layout()[root if root >= 0 else count - root - 1]
+        group, start, *_ = trace.layout()[root if root >= 0 else count - root - 1]
         return (id(trace), "group", group), start + (t.sig.offset - base) * t.element_size()
     try:
         return t.untyped_storage()._cdata, t.storage_offset() * t.element_size()

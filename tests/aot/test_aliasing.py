@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aotfunc import aot_function, grad, hessian, jit, jvp, vmap
+from aotfunc import aot_function, functionalize, grad, hessian, jit, jvp, vmap
 from tests.reference import assert_same
 
 
@@ -241,3 +241,57 @@ def test_a_closed_over_value_from_before_the_write():
 
     assert_same(jit(step)(torch.ones(2)), torch.zeros(2))
     assert_same(jit(lambda x: (norm.running_mean.clone(), norm(x))[0])(torch.randn(4, 2) + 5), torch.zeros(2))
+
+
+# ----- a tensor and what is detached from it ------------------------------------------------------------------------
+
+PAIRS = {
+    "the same": lambda u: (u, u.detach()),
+    "a part": lambda u: (u, u.detach()[1:]),
+    "the other way round": lambda u: (u.detach(), u),
+}
+TURNS = {
+    "first": lambda a, b: (a.mul_(3), b * 2)[1],
+    "second": lambda a, b: (b.mul_(3), a * 2)[1],
+    "second, read again": lambda a, b: (b.mul_(3), b * 2)[1],
+    "both": lambda a, b: (a.mul_(3), b.add_(1), (a * a).sum() + b.sum())[2],
+    "both, in turn": lambda a, b: (b.add_(1), a.mul_(2), (a * a).sum() + b.sum())[2],
+}
+
+
+@pytest.mark.parametrize("writes", TURNS)
+@pytest.mark.parametrize("both", PAIRS)
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_detached_aliases(both, writes, closed_over):
+    """Autograd does not see what is written through the detached one."""
+
+    def run(compiled):
+        w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        a, b = PAIRS[both](w * 2)
+        out = compiled(lambda: TURNS[writes](a, b))() if closed_over else compiled(TURNS[writes])(a, b)
+        total = out.sum() + a.sum() + b.sum()
+        (g,) = torch.autograd.grad(total, w, allow_unused=True) if total.requires_grad else (None,)
+        return out, a, b, g, [t.requires_grad for t in (out, a, b)]
+
+    assert_same(run(jit), run(lambda f: f))
+
+
+def test_a_parameter_is_written_through_its_detached_alias():
+    layer = torch.nn.Linear(2, 2)
+    frozen = layer.weight.detach()
+    twice = jit(lambda x: (layer(x), frozen.mul_(2))[0])
+    before = frozen.clone()
+    for _ in range(2):
+        twice(torch.ones(2)).sum().backward()
+    assert layer.weight.requires_grad and not frozen.requires_grad
+    assert_same(layer.weight.detach(), 4 * before)
+
+
+@pytest.mark.parametrize("value", [lambda x: x.detach(), lambda x: x.detach() * 2, lambda x: x.data])
+@pytest.mark.parametrize("compiled", [jit, lambda f: jit(jit(f)), functionalize])
+def test_a_buffer_with_a_detached_value(compiled, value):
+    """It does not come to require grad: an average of weights, a queue of features, statistics."""
+    buffer, x = torch.zeros(2), torch.ones(2, requires_grad=True)
+    out = compiled(lambda x: (x * 2, buffer.copy_(value(x)))[0])(x)
+    assert out.requires_grad and not buffer.requires_grad
+    assert_same(buffer, value(x))
