@@ -128,6 +128,7 @@ class Facts:
         self.random = torch.Tag.nondeterministic_seeded in tags
         self.reshapes = torch.Tag.inplace_view in tags
         self.dynamic = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
+        self.accumulates = op in (torch.ops.aten.add_.Tensor, torch.ops.aten.sub_.Tensor)
         self.pure = not self.writes and self.view_of is None
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"

@@ -34,6 +34,7 @@ from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet, under
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
 _grad_enabled = torch.is_grad_enabled
+_tracked = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]  # as autograd sees it
 
 
 class Trace(TorchDispatchMode):
@@ -68,6 +69,7 @@ class Trace(TorchDispatchMode):
         self.seeds = Seeds()
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.mutates = False
+        self.rewritten: list[Tensor] = []  # outside tensors without a history, to which autograd gave one
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
@@ -267,6 +269,8 @@ class Trace(TorchDispatchMode):
         def argument(i: int) -> Any:
             return args[i] if i < len(args) else (kwargs or {}).get(facts.names[i])
 
+        if _grad_enabled():
+            self._keep_history(facts, tree_leaves((args, kwargs)), tree_leaves([argument(i) for i in facts.writes]))
         single = not isinstance(outs, tuple)
         results = []
         for sig, same in zip((outs,) if single else outs, facts.same, strict=False):
@@ -312,6 +316,23 @@ class Trace(TorchDispatchMode):
             torch._C.TensorBase.data.__set__(t, fresh)
         t.sig = sig
 
+    def _keep_history(self, facts: Any, args: list, written: list) -> None:
+        """Keep autograd's own record of a write, made behind our back where parameters take part, off outside tensors:
+        it is taken back when the recording ends, or, where there is an older one, the write is refused.
+        """
+        tracked = [t for t in args if isinstance(t, Tensor) and _tracked(t)]
+        for t in written if tracked else ():
+            owner = t._base if t._is_view() else t
+            if owner.__class__ is Traced:
+                continue
+            if not (owner.requires_grad or (owner is not t and t.__class__ is not Traced)):
+                self.rewritten.append(owner)
+            elif not facts.accumulates or len(tracked) > 1 or tracked[0] is not t:  # else its derivative is 1
+                raise CaptureError(
+                    "a tensor from outside that requires grad is written to, and autograd is to see it"
+                    f"{at(debug.user_line(3))}: pass it as an argument, or write to it under no_grad"
+                )
+
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
         """Record a step of another layer (a nested program, a custom derivative); its results."""
         refs = tuple([self.ref_of(t)[0] for t in tensors])
@@ -330,6 +351,9 @@ class Trace(TorchDispatchMode):
     def finish(self) -> None:
         """Nothing is recorded any more; traced values may live on, and go when their last user does."""
         self.finished = True
+        with quiet():
+            for t in self.rewritten:
+                t.detach_()
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
         self.leaf_tensors.clear()

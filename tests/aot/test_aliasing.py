@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aotfunc import aot_function, functionalize, grad, hessian, jit, jvp, vmap
+from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
 
@@ -272,6 +273,35 @@ def test_detached_aliases(both, writes, closed_over):
         total = out.sum() + a.sum() + b.sum()
         (g,) = torch.autograd.grad(total, w, allow_unused=True) if total.requires_grad else (None,)
         return out, a, b, g, [t.requires_grad for t in (out, a, b)]
+
+    multiplied = 1 if writes.startswith("second") else 0
+    if closed_over and multiplied == (both == "the other way round"):  # not the detached one
+        with pytest.raises(CaptureError, match="requires grad is written to"):
+            run(jit)
+    else:
+        assert_same(run(jit), run(lambda f: f))
+
+
+OUTSIDE_WRITES = {
+    "a sum of losses": lambda total, layer, x: total.add_(layer(x).sum()),
+    "a parameter": lambda total, layer, x: total.add_(layer.weight),
+    "a product": lambda total, layer, x: total.add_(1).mul_(layer.weight * x),
+    "a row": lambda total, layer, x: total[1].add_(layer.weight[0]),
+    "a part": lambda total, layer, x: total[:1, 1:].copy_(layer.weight[1:, 1:] * x[0]),
+}
+
+
+@pytest.mark.parametrize("write", OUTSIDE_WRITES)
+def test_the_history_of_what_is_written_outside_is_that_of_the_call(write):
+    """Parameters take part while the function is recorded: autograd would give the outside tensor a history then."""
+    layer = torch.nn.Linear(2, 2)
+
+    def run(compiled):
+        layer.zero_grad()
+        total = torch.zeros(2, 2)
+        compiled(lambda x: OUTSIDE_WRITES[write](total, layer, x))(torch.tensor([3.0, 5.0]))
+        total.sum().backward()
+        return total, layer.weight.grad
 
     assert_same(run(jit), run(lambda f: f))
 
