@@ -45,7 +45,7 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
             outs = Differentiated.apply(halves, *halves.guarded(tensors))
         else:
             with torch.no_grad():
-                outs = owned(call(*tensors), program.n_outputs, tensors)
+                outs = unviewed(owned(call(*tensors), program.n_outputs, tensors))
     if program.mutated:
         write_back(program, tensors, apart(program, tensors, outs))
     return outs[: program.n_outputs]
@@ -90,6 +90,15 @@ def among_views(t: Tensor, residuals: Sequence, taken: set[int]) -> bool:
     base = t if t._base is None else t._base
     views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
     return id(base) not in taken and users(t) == len(views | {id(t), id(base)})
+
+
+def unviewed(outs: Sequence) -> Sequence:
+    """The results, none of them a view for autograd: it would refuse to have one written to that was made where no
+    gradients are recorded.
+    """
+    if any(isinstance(o, Tensor) and o._is_view() for o in outs):
+        return [o.detach() if isinstance(o, Tensor) and o._is_view() else o for o in outs]
+    return outs
 
 
 class Halves:
@@ -161,7 +170,7 @@ class Differentiated(torch.autograd.Function):
         ctx.halves = halves
         ctx.states = states(halves.call.program)
         outs = owned(halves.forward(*tensors), halves.count, tensors)
-        results, residuals = outs[: halves.count], outs[halves.count :]
+        results, residuals = unviewed(outs[: halves.count]), outs[halves.count :]
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
         # not saved tensors: a plain backward must not mind if one that it does not read has changed

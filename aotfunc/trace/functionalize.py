@@ -21,6 +21,7 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
+from .infer import memory_order, ordered_strides
 from .memory import overlaps_itself, part
 from .records import flat
 from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
@@ -214,9 +215,14 @@ class Functionalizer:
         if val.shape != sig.shape:
             node = self.b.call(aten.expand.default, node, list(sig.shape))
         val = node.meta["val"]
-        plain = sig.stride == contiguous_stride(sig.shape)
-        if val.stride != sig.stride and (plain or 0 in val.stride):  # the written tensor keeps its layout
-            node = self.b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        if val.stride != sig.stride:  # the written tensor keeps its layout
+            order = memory_order(sig.shape, (sig,))
+            if sig.stride == contiguous_stride(sig.shape) or 0 in val.stride:
+                node = self.b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+            elif sig.stride == ordered_strides(sig.shape, order):
+                inside = self.b.call(aten.permute.default, node, order)
+                inside = self.b.call(aten.clone.default, inside, memory_format=torch.contiguous_format)
+                node = self.b.call(aten.permute.default, inside, sorted(range(sig.ndim), key=order.__getitem__))
         return node
 
     # ----- the walk ---------------------------------------------------------------------------------------------------

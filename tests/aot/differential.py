@@ -97,7 +97,7 @@ class Eye:
 
     def __init__(self) -> None:
         self.pictures: list[Picture] = []
-        self.versions: dict[str, tuple[Tensor, int]] = {}
+        self.versions: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def __call__(self) -> None:
         self.pictures.append(self.look(sys._getframe(1)))
@@ -119,11 +119,15 @@ class Eye:
                 t.grad.detach().clone() if leaf is True and t.grad is not None else None,
                 storages.setdefault(storage, len(storages)),
                 identities.setdefault(id(t), len(identities)),
-                known is not None and known[0] is t and known[1] != t._version,
+                known is not None and known[0] is t and known[1] != t._version and changed(known[2], t),
             )
-            versions[name] = (t, t._version)
+            versions[name] = (t, t._version, picture[name].value)
         self.versions = versions
         return picture
+
+
+def changed(before: Tensor, now: Tensor) -> bool:
+    return before.shape == now.shape and far(before, now.detach()) is not None
 
 
 def tensors(variables: dict) -> Iterator[tuple[str, Tensor]]:

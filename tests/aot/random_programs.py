@@ -170,13 +170,15 @@ class Scope:
         number = next(self.numbers)
         name, t = f"part{number}", f"t{number}"
         try:
-            x = self.tensor()
-            if not self.take(f"{t} = {x} * 1"):
+            x, reentrant = self.tensor(), self.draw.choice([True, False])
+            # a reentrant one runs on leaves when gradients are computed, and autograd then refuses to write to them
+            if not self.take(
+                f"{t} = {x}.detach().requires_grad_({x}.requires_grad)" if reentrant else f"{t} = {x} * 1"
+            ):
                 return []
             inner = Scope(self.draw, self.env, self.numbers, [t], self.outside)
             body = [text for _ in range(3) if (text := inner.statement(table)) is not None]
             block = Block(f"def {name}({t}):", [*body, f"return {inner.tensor(outside=0)}"])
-            reentrant = self.draw.choice([True, False])
             text = self.fill(f"{{new}} = checkpoint({name}, {x}, use_reentrant={reentrant})")
         except IndexError:
             return []

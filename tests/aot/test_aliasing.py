@@ -325,3 +325,32 @@ def test_a_buffer_with_a_detached_value(compiled, value):
     out = compiled(lambda x: (x * 2, buffer.copy_(value(x)))[0])(x)
     assert out.requires_grad and not buffer.requires_grad
     assert_same(buffer, value(x))
+
+
+@pytest.mark.parametrize("before", [lambda x: x, lambda x: x.detach()])
+def test_a_result_that_was_written_through_a_view_can_be_written_to(before):
+    """What a call computes is no view for autograd, which forbids to write to one made without gradients."""
+
+    def f(x):
+        y = (before(x) - 1).flatten()
+        y.add_(y, alpha=2)
+        return y[:]
+
+    def run(f):
+        x = torch.arange(6.0).view(2, 3).requires_grad_()
+        y = f(x * 1)
+        y.mul_(x.sum())
+        return y, torch.autograd.grad(y.sum(), x)
+
+    assert_same(run(jit(f)), run(f))
+
+
+@pytest.mark.parametrize("write", [lambda y: y.masked_fill_(y < 0, 0.5), lambda y: y.copy_(torch.ones(2, 3))])
+def test_what_is_written_keeps_its_strides(write):
+    def f(x):
+        y = x.tanh()
+        write(y)
+        return y, y[0]
+
+    x = torch.randn(3, 2).t()
+    assert [t.stride() for t in jit(f)(x)] == [t.stride() for t in f(x)] == [(1, 2), (2,)]

@@ -21,11 +21,7 @@ FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
 WAY = os.environ.get("AOTFUNC_FUZZ_WAY")
 
 #: kinds of statements that are switched off, and why
-OFF: dict[str, str] = dict.fromkeys(
-    ["metadata", "hooks", "nested", "hidden write", "no-op view", "gradient", "checkpoint"], "has faults that are known"
-)
-#: programs that differ for reasons that are known
-KNOWN = {19, 31, 34, 51}
+OFF: dict[str, str] = dict.fromkeys(["hooks", "gradient", "checkpoint"], "has faults that are known")
 
 REFUSED: collections.Counter[str] = collections.Counter()
 
@@ -40,8 +36,6 @@ def refusals():
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_a_random_program(seed):
-    if seed in KNOWN:
-        pytest.skip("differs for a known reason")
     checked = valid(drawn(seed, OFF.keys()))
     assert checked is not None, "eager mode refuses the program"
     lines, want = checked
