@@ -381,8 +381,8 @@ class Compiled:
         return f"{self.name} of {title(self.f)}"
 
     def explain(self) -> Explanation:
-        """What each entry depends on (a call with all of it equal uses the entry again), and what was different when
-        the function was last captured. A text that shows itself.
+        """What each entry depends on (a call with all of it equal uses the entry again), what was different when
+        the function was last captured, and what its backend runs eagerly. A text that shows itself.
 
         >>> rate = [0.5]
         >>> f = jit(lambda x: x * rate[0])
@@ -408,7 +408,8 @@ class Compiled:
             why = why or ["what it reads is arranged in another way, or its arguments share memory"]
         if self.changed is not None:
             why += [f"it changed while it ran, and is not kept: {x}" for x in differences(*self.changed)]
-        return explained(self.who, self.captures, [e.facts for e in self.entries.values()], why)
+        eagerly = {f"{half}: {what}: {e}" for half, found in self.pipeline.eagerly for what, e in found.items()}
+        return explained(self.who, self.captures, [e.facts for e in self.entries.values()], why, sorted(eagerly))
 
 
 # ----- compiling ------------------------------------------------------------------------------------------------------
@@ -431,6 +432,7 @@ class Pipeline:
         self.name, self.partition, self.decompositions = name, partition, decompositions
         self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
         self.forward_compiler, self.backward_compiler = map(backends.lookup, self.compilers)
+        self.eagerly: list[tuple[str, dict[str, str]]] = []  # what a backend runs eagerly in which half, and why
 
     def __reduce__(self) -> Any:  # ops and backends by their names
         table = self.decompositions and {str(op): body for op, body in self.decompositions.items()}
@@ -444,10 +446,16 @@ class Pipeline:
         return f"compiled by {' and '.join(names)}"
 
     def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return compiled_by(self.forward_compiler, self.opened(program), tensors, f"{self.name}: forward")
+        return self.compiled(self.forward_compiler, program, tensors, "forward")
 
     def backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return compiled_by(self.backward_compiler, self.opened(program), tensors, f"{self.name}: backward")
+        return self.compiled(self.backward_compiler, program, tensors, "backward")
+
+    def compiled(self, compiler: Compiler, program: Program, tensors: Sequence[Tensor], half: str) -> Callable:
+        fn = compiled_by(compiler, self.opened(program), tensors, f"{self.name}: {half}")
+        if (eagerly := getattr(fn, "eagerly", None)) is not None:
+            self.eagerly.append((half, eagerly))
+        return fn
 
     def opened(self, program: Program) -> Program:
         """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
@@ -513,6 +521,7 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor],
         outs = fn(list(args)) if boxed else fn(*args)
         return outs if isinstance(outs, list | tuple) else (outs,)
 
+    call.eagerly = getattr(fn, "eagerly", None)  # type: ignore[attr-defined]
     return call
 
 

@@ -67,7 +67,9 @@ def worded(x: Any) -> str:
     return str(x) if isinstance(x, TensorFacts | Named) else repr(x)
 
 
-def explained(who: str, captures: int, entries: Sequence[Facts], why: Sequence[str]) -> Explanation:
+def explained(
+    who: str, captures: int, entries: Sequence[Facts], why: Sequence[str], eagerly: Sequence[str] = ()
+) -> Explanation:
     """The whole text."""
     count = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"
     lines = [f"{who}: captured {captures} {'time' if captures == 1 else 'times'}, {count}"]
@@ -75,6 +77,8 @@ def explained(who: str, captures: int, entries: Sequence[Facts], why: Sequence[s
         lines += [f"entry {i}:", *[f"  {line}" for line in guards(facts)]]
     if why:
         lines += ["captured last because:", *[f"  {line}" for line in why]]
+    if eagerly:
+        lines += ["run eagerly:", *[f"  {line}" for line in eagerly]]
     return Explanation("\n".join(lines))
 
 

@@ -79,6 +79,7 @@ def test_compiled_code_that_fails_is_not_used(compiler, make):
         got = [f(x), f(x)]
     torch.manual_seed(0)
     assert_same(got, [torch.rand(3), torch.rand(3)])
+    assert "run eagerly:\n  forward: the whole graph: " in f.explain()
 
 
 def test_saved_views_notice_writes(compiler):
