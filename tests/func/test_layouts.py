@@ -61,3 +61,24 @@ def test_tangents_of_a_batch_of_transposed_matrices():
     x, v = torch.randn(3, 2, dtype=F64).mT, torch.randn(5, 2, 3, dtype=F64)
     got = vmap(lambda v: jvp(lambda x: x.mT.reshape(6), (x,), (v,))[1])(v)
     torch.testing.assert_close(got, v.mT.reshape(5, 6))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+@pytest.mark.parametrize("loss", [torch.nn.functional.nll_loss, torch.nn.functional.cross_entropy])
+def test_class_scores_that_are_not_contiguous(loss, reduction):
+    """PyTorch's own backward refuses these images."""
+    x, target = torch.randn(2, 3, 4, 5, dtype=F64).movedim(-1, 1), torch.arange(24).view(2, 3, 4) % 5
+    weight, v = torch.rand(5, dtype=F64), torch.randn(2, 5, 3, 4, dtype=F64)
+
+    def f(x):
+        return loss(x, target, weight=weight, reduction=reduction).square().sum()
+
+    dense = x.contiguous()
+    want = torch.autograd.functional.vjp(f, dense)[1]
+    second = torch.autograd.functional.vhp(f, dense, v)[1]
+    torch.testing.assert_close(grad(f)(x), want)
+    torch.testing.assert_close(jit(grad(f))(x), want)
+    torch.testing.assert_close(vmap(grad(f))(torch.stack([x, x]))[1], want)
+    torch.testing.assert_close(jvp(f, (x,), (v,))[1], (want * v).sum())
+    torch.testing.assert_close(jvp(grad(f), (x,), (v,))[1], second)
+    torch.testing.assert_close(grad(lambda x: jvp(f, (x,), (v,))[1])(x), second)

@@ -285,6 +285,7 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
     @vjp_of(op, diff_outputs=(0,))
     def _(g, out, x, target, weight, reduction, ignore, *, needs):
         unweighted(needs[2:], op)
+        x = x.contiguous()  # the kernel for images takes no other
         return backward(g[0], x, target, weight, reduction, ignore, out[1]), None, None
 
     @jvp_of(op)
@@ -318,7 +319,7 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
             g = g.reshape(size, *[1] * (target.dim() - 1)).expand(target.shape)
         if batched[3]:
             g, weight = g * picked_weights(x, target, weight, ignore, True), None
-        flat = [t.flatten(0, 1) for t in (g, x, target)] if x.dim() > 2 else [g, x, target]
+        flat = [t.flatten(0, 1).contiguous() for t in (g, x, target)] if x.dim() > 2 else [g, x, target]
         return backward(*flat, weight, NONE, ignore, x.new_zeros(())).reshape(x.shape)
 
 
