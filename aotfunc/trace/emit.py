@@ -133,8 +133,12 @@ class Builder:
 
     # ----- graphs -----------------------------------------------------------------------------------------------------
 
-    def splice(self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any) -> Any:
-        """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs`` mapped."""
+    def splice(
+        self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any, relaid: bool = False
+    ) -> Any:
+        """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs`` mapped. Some inputs may
+        be ``relaid``, with other strides than their placeholders: signatures are then inferred anew.
+        """
         env: dict[Node, Any] = {}
         feed = iter(inputs)
         kept = self.meta
@@ -146,7 +150,12 @@ class Builder:
                 self.meta = {**kept, **carried(n)}
                 if "region" in kept:
                     self.meta["region"] = kept["region"]
-                env[n] = self.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), meta["val"])
+                args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), meta["val"]
+                if relaid and isinstance(n.target, OpOverload):
+                    val = infer_val(n.target, args, kwargs)
+                elif relaid and n.target is operator.getitem:
+                    val = args[0].meta["val"][args[1]]
+                env[n] = self.node(n.target, args, kwargs, val)
         self.meta = kept
         return remap(outputs, env)
 

@@ -21,13 +21,12 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
-from .infer import memory_order, ordered_strides
 from .memory import overlaps_itself, part
 from .records import flat
 from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
 from .traced import Traced
 from .tracer import Trace
-from .views import COMPUTED, Link, forward, inverse, linked, restrided, strided
+from .views import COMPUTED, Link, forward, inverse, laid_out, linked, restrided, strided
 from .writes import WRITES, functional_twin
 
 aten = torch.ops.aten
@@ -214,16 +213,7 @@ class Functionalizer:
             node = self.b.call(aten._to_copy.default, node, dtype=sig.dtype, device=sig.device)
         if val.shape != sig.shape:
             node = self.b.call(aten.expand.default, node, list(sig.shape))
-        val = node.meta["val"]
-        if val.stride != sig.stride:  # the written tensor keeps its layout
-            order = memory_order(sig.shape, (sig,))
-            if sig.stride == contiguous_stride(sig.shape) or 0 in val.stride:
-                node = self.b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-            elif sig.stride == ordered_strides(sig.shape, order):
-                inside = self.b.call(aten.permute.default, node, order)
-                inside = self.b.call(aten.clone.default, inside, memory_format=torch.contiguous_format)
-                node = self.b.call(aten.permute.default, inside, sorted(range(sig.ndim), key=order.__getitem__))
-        return node
+        return laid_out(self.b, node, sig)  # the written tensor keeps its layout
 
     # ----- the walk ---------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .families import like, same_dtype
-from .infer import axis, broadcast, new, plain, rule, sure
-from .shapes import Sig
+from .infer import axis, broadcast, natural, new, plain, rule, sure
+from .shapes import Sig, contiguous_stride
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def _index(x, indices):
     given = [i for i, t in enumerate(indices) if t is not None]
     sure(given and all(indices[i].dtype in (torch.int32, torch.int64) for i in given))
     sure(given[-1] - given[0] == len(given) - 1)
-    plain(x)
+    sure(natural(x))
     found = broadcast(*[indices[i].shape for i in given])
     before, after = x.shape[: given[0]], x.shape[given[-1] + 1 :]
     return new(x, (*before, *found, *after))
@@ -125,7 +125,7 @@ def _index_add(x, dim, index, source, *, alpha=1):
 @rule(aten.slice_scatter)
 def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     d = axis(dim, x.ndim)
-    sure(x.ndim and step > 0 and x.offset == 0 and 0 not in x.stride and source.dtype is x.dtype)
+    sure(x.ndim and step > 0 and x.offset == 0 and x.stride == contiguous_stride(x.shape) and source.dtype is x.dtype)
     length = len(range(x.shape[d])[slice(start, end, step)])
     sure(source.shape == (*x.shape[:d], length, *x.shape[d + 1 :]))
     plain(x)

@@ -78,7 +78,8 @@ def detach_(self: Tensor) -> Tensor:
 def check_flag(t: Tensor, what: str) -> None:
     """A function compiled once would set it once."""
     trace = current()
-    if trace is not None and not trace.may_ask_constants:
+    made_now = torch._C._functorch.is_functorch_wrapped_tensor(t)  # by a transform of torch.func's
+    if trace is not None and not trace.may_ask_constants and not made_now:
         raise CaptureError(
             f"{what} of a tensor from outside, of shape {list(t.shape)}, would happen during the capture only"
             f"{at(user_line())}; do it outside, or pass the tensor as an argument"

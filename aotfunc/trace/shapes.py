@@ -251,11 +251,18 @@ def no_generator(a: Any) -> Any:
     return None if isinstance(a, torch.Generator) else a
 
 
+#: elements of zeros on which an op may be tried
+AFFORDABLE = 1 << 22
+
+
 def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
     """Whether the strides (or empty statistics, or the dimensions of a single loss) of the results depend on the
-    device's kernel in ways that meta kernels do not know.
+    device's kernel in ways that meta kernels do not know: for unusual layouts they often do not.
     """
     name = op._schema.name.removeprefix("aten::")
+    unusual = any(s.stride != contiguous_stride(s.shape) for s in sigs)
+    if unusual and op.namespace == "aten" and Facts(op).pure and sum(s.numel for s in sigs) < AFFORDABLE:
+        return True
     if name.startswith(("convolution", "_native_batch_norm_legit", "rrelu_with_noise")):
         return any(not s.plain for s in sigs) or name.endswith("no_training")
     return name.startswith(("linalg_", "_linalg_", "_fft_", "multi_margin_loss", "multilabel_margin_loss"))
@@ -270,7 +277,7 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The stated fall-back for ops without a meta kernel: run once on zeros of the right shape, keep the signature."""
     if Facts(op).dynamic:
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
-    real = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
+    real = [zeros_at(s) for s in sigs]
     generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
     states = [g.get_state() for g in generators]
     try:
@@ -278,6 +285,13 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     finally:
         for g, state in zip(generators, states, strict=True):
             g.set_state(state)
+
+
+def zeros_at(s: Sig) -> Tensor:
+    """Zeros with this signature, the offset included."""
+    reach = s.offset + 1 + sum((n - 1) * step for n, step in zip(s.shape, s.stride, strict=True))
+    memory = torch.zeros(reach if s.numel else s.offset, dtype=s.dtype, device=s.device)
+    return memory.as_strided(s.shape, s.stride, s.offset)
 
 
 def output_device(kwargs: dict, sigs: tuple) -> torch.device:

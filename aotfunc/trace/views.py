@@ -12,6 +12,7 @@ from torch.fx import Node
 from ..debug import Line
 from ..errors import CaptureError
 from .emit import Builder
+from .infer import in_order, memory_order
 from .shapes import Sig
 
 aten = torch.ops.aten
@@ -177,3 +178,17 @@ INVERSES: dict[OpOverload, Any] = {
     aten.split_with_sizes.default: _split,
     aten.expand.default: _expanded,
 }
+
+
+def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
+    """``x`` with its dimensions in memory in the order of ``sig``: what that views can be viewed."""
+    val = x.meta["val"]
+    if val.stride == sig.stride:
+        return x
+    order = memory_order(sig.shape, (sig,))
+    if in_order(val, order):
+        return x
+    if order == sorted(order):
+        return b.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+    copy = b.call(aten.clone.default, b.call(aten.permute.default, x, order), memory_format=torch.contiguous_format)
+    return b.call(aten.permute.default, copy, sorted(range(sig.ndim), key=order.__getitem__))

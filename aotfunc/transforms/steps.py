@@ -22,10 +22,9 @@ from ..errors import CaptureError
 from ..graph import Program, draws, size
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer, hidden_write
-from ..trace.infer import in_order, memory_order
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
-from ..trace.views import Link, linked
+from ..trace.views import Link, laid_out, linked
 from .jvp import jvp
 from .vjp import dense, live, reverse, vjp
 from .vmap import vmap
@@ -81,9 +80,10 @@ class CallStep(Step):
         self.facts.random = any(map(draws, program.graph.nodes))
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        planned = self.program.placeholders
-        nodes = [laid_out(f.b, f.read(r, grad), p.meta["val"]) for r, p in zip(refs, planned, strict=True)]
-        outs = f.b.splice(self.program.graph, nodes, self.program.outputs)
+        planned = [p.meta["val"] for p in self.program.placeholders]
+        nodes = [laid_out(f.b, f.read(r, grad), val) for r, val in zip(refs, planned, strict=True)]
+        relaid = any(n.meta["val"].stride != val.stride for n, val in zip(nodes, planned, strict=True))
+        outs = f.b.splice(self.program.graph, nodes, self.program.outputs, relaid)
         self.finish(f, refs, outs, grad, line)
 
     def views(self) -> Sequence[Any]:
@@ -266,16 +266,6 @@ class CompiledCall:
             key, lambda: CompiledCall(make(), self.compile, self.split, f"vmap_{self.__name__}")
         )
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
-
-
-def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
-    """``x`` with its dimensions in memory in the order that a program was made for: what that views can be viewed."""
-    val, order = x.meta["val"], memory_order(sig.shape, (sig,))
-    if val.stride == sig.stride or in_order(val, order):
-        return x
-    inside = b.call(aten.permute.default, x, order)
-    copy = b.call(aten.clone.default, inside, memory_format=torch.contiguous_format)
-    return b.call(aten.permute.default, copy, sorted(range(sig.ndim), key=order.__getitem__))
 
 
 _steps = Cache(4096)
