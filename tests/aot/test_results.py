@@ -165,7 +165,7 @@ def test_decompositions_keep_results_apart():
     assert len({t.data_ptr() for t in (x, *outs)}) == 4
 
 
-# PyTorch's transforms around compiled code -----------------------------------------------------------------------------
+# PyTorch's transforms around compiled code ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [lambda f: jit(f, "opaque"), lambda f: aot_function(f, "opaque")], ids=["jit", "aot"])
