@@ -7,6 +7,7 @@ What is neither a tensor, a plain value nor a tree of them is an object: :mod:`.
 
 from __future__ import annotations
 
+import types
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -95,7 +96,10 @@ def noted(x: Any) -> Any:
     """What to remember of ``x``, without keeping it alive."""
     if isinstance(x, Tensor):
         return tensor_facts(x)
-    return x if is_value(x) else Named(getattr(x, "__qualname__", f"a {type(x).__qualname__}"), id(x))
+    if is_value(x):
+        return x
+    named = isinstance(x, type | types.FunctionType | types.BuiltinFunctionType)
+    return Named(x.__qualname__ if named else f"a {type(x).__qualname__}", id(x))
 
 
 # ----- arguments ------------------------------------------------------------------------------------------------------

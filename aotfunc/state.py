@@ -139,6 +139,8 @@ class State:
             self.facts.append((label, facts))
             self.tensors.append(x)
             self.paths.append(v)
+            if x.__class__ is not Traced and x.__dict__:
+                self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
         else:
             self.key.append(v)
             self._todo.append((x, v, label))
@@ -153,6 +155,7 @@ class State:
         elif isinstance(x, type):
             self.same(x, v, label)
             self.class_of(x)
+            self.class_of(cls)
         elif isinstance(x, types.MethodType):
             self.key.append(cls)
             self.meet(x.__self__, f"{v}.__self__", "self" if label == ROOT else f"{label}.__self__")
@@ -165,7 +168,7 @@ class State:
             self.parts(x, v, label, ("fget", "__func__", "func"))
         elif isinstance(x, list | tuple | collections.deque):
             self.sequence(x, v, label)
-        elif isinstance(x, dict):
+        elif isinstance(x, dict | types.MappingProxyType):
             self.dictionary(x, v, label)
         elif isinstance(x, set | frozenset | np.ndarray | slice | bytearray):
             self.content(x, v, label)
@@ -287,12 +290,13 @@ class State:
             k = self.constant(tuple(x))
             self.lines.append(f"if len({v}) != {len(x)} or not all(map(is_, {v}, {k})): return")
 
-    def dictionary(self, x: dict, v: str, label: str) -> None:
+    def dictionary(self, x: Any, v: str, label: str) -> None:
         self.key += (type(x), len(x))
         self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
         if len(x) > LIMIT:
             return
-        self.owners.append((x, v, dict(x)))
+        if isinstance(x, dict):
+            self.owners.append((x, v, dict(x)))
         if all(type(k) is str for k in x):
             self.key += x
             if len(x) > 1:

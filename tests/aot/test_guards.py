@@ -2,9 +2,11 @@
 
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import enum
 import functools
+import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +49,10 @@ def case(make):
     """``make() -> (f, args, change, …)``: right after every change, and with all of them."""
     CASES[make.__name__] = make
     return make
+
+
+def new(*shape):
+    return nn.Parameter(torch.randn(shape))
 
 
 def setting(x, name, value):
@@ -570,6 +576,98 @@ def long_lists():
     )
 
 
+@case
+def lookups_that_classes_answer_themselves():
+    class Meta(type):
+        def __getattr__(cls, name):
+            return cls.table[name]
+
+    class A(metaclass=Meta):
+        table = {"late": 2.0}
+
+    class Answers:
+        def __init__(self):
+            self.values = {"k": 2.0, "list": [1.0, 2.0]}
+
+        def __getattr__(self, name):
+            return self.__dict__["values"][name]
+
+        def __getitem__(self, i):
+            return self.values["list"][i]
+
+        def __len__(self):
+            return len(self.values["list"])
+
+    class Described:
+        def __init__(self, k):
+            self.k = k
+
+        def __get__(self, instance, owner):
+            return self.k
+
+    class Uses:
+        a = Described(2.0)
+
+    b, u = Answers(), Uses()
+    return (
+        lambda x: x * A.late + b.k + b[1] + len(b) + u.a,
+        (X,),
+        lambda: A.table.__setitem__("late", 3.0),
+        lambda: b.values.__setitem__("k", 3.0),
+        lambda: b.values["list"].__setitem__(1, 4.0),
+        lambda: b.values["list"].append(4.0),
+        setting(Uses.__dict__["a"], "k", 7.0),
+        setting(Uses, "a", 8.0),
+    )
+
+
+@case
+def caches_views_and_context_variables():
+    @functools.lru_cache
+    def cached(n):
+        return n * GAIN
+
+    table, var = {"a": 1.0}, contextvars.ContextVar("var", default=1.0)
+    view, chain = types.MappingProxyType(table), collections.ChainMap({}, table)
+    made = collections.defaultdict(lambda: GAIN)
+    w = nn.Parameter(torch.ones(4))
+    w.kind = 2.0
+    return (
+        lambda x: x * cached(2) + view["a"] + chain["a"] + made["q"] + var.get() + w * w.kind,
+        (X,),
+        lambda: table.__setitem__("a", 5.0),
+        lambda: made.clear(),
+        lambda: var.set(6.0) and None,
+        setting(w, "kind", 3.0),
+    )
+
+
+class Sub(nn.Dropout):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@case
+def what_torchs_own_methods_read():
+    s, lstm, layer = Sub(0.5), nn.LSTM(4, 4, 2, dropout=0.5), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    return (
+        lambda x: layer(lstm(s(x)[None])[0]),
+        (X,),
+        setting(s, "p", 0.25),
+        s.eval,
+        lstm.eval,
+        lstm.train,
+        setting(lstm, "dropout", 0.0),
+        setting(lstm, "weight_ih_l0", new(16, 4)),
+        layer.eval,
+        setting(layer.self_attn, "num_heads", 1),
+        setting(layer, "norm_first", True),
+        setting(layer, "activation", torch.tanh),
+        layer.train,
+        setting(layer.dropout1, "p", 0.0),
+    )
+
+
 # ----- modules -----------------------------------------------------------------------------------------------------
 
 
@@ -591,10 +689,6 @@ class Block(nn.Module):
             x = x * w
         x = x * self.scale if hasattr(self, "scale") else x
         return x if self.skip is None else x + self.skip(x)
-
-
-def new(*shape):
-    return nn.Parameter(torch.randn(shape))
 
 
 @case
