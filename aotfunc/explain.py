@@ -64,7 +64,8 @@ def guards(facts: Facts) -> list[str]:
 
 
 def worded(x: Any) -> str:
-    return str(x) if isinstance(x, TensorFacts | Named) else repr(x)
+    text = str(x) if isinstance(x, TensorFacts | Named) else repr(x)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def explained(

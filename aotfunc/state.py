@@ -29,7 +29,7 @@ from .guards import Named, bits, is_value, noted, tensor_facts
 from .reads import CLOSED, Names, library_of, library_of_module
 from .trace.traced import Traced
 
-#: elements of a container that are looked at; of longer ones only the length counts
+#: objects in a container that are looked at; of more only their number counts
 LIMIT = 10_000
 
 #: what the compiled function itself is called in descriptions, if it is an object
@@ -183,7 +183,7 @@ class State:
             self.meet(x(), f"{v}()", label)
         elif isinstance(x, nn.Module) and "_parameters" in x.__dict__:
             self.module(x, v, label)
-        elif cls.__module__ == "aotfunc.aot":  # a compiled function
+        elif cls.__module__ == "aotfunc.aot" and cls.__name__ == "Compiled":
             self.key.append(cls)
             self.require(f"type({v})", cls)
             self.meet(x.f, f"{v}.f", label)
@@ -274,7 +274,7 @@ class State:
         self.extra(x, v, label)
 
     def elements(self, x: Sequence[Any], v: str, label: str) -> None:
-        if len(x) > LIMIT or not all(map(is_plain, x)):
+        if not all(map(is_plain, x)):
             self.lines.append(f"if len({v}) != {len(x)}: return")
             for i, e in enumerate(x if len(x) <= LIMIT else ()):
                 self.meet(e, f"{v}[{i}]", f"{label}[{i}]")
@@ -293,11 +293,10 @@ class State:
     def dictionary(self, x: Any, v: str, label: str) -> None:
         self.key += (type(x), len(x))
         self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
-        if len(x) > LIMIT:
-            return
         if isinstance(x, dict):
             self.owners.append((x, v, dict(x)))
-        if all(type(k) is str for k in x):
+        whole = len(x) > LIMIT or (len(x) > 4 and all(map(is_plain, x.values())))
+        if not whole and all(type(k) is str for k in x):
             self.key += x
             if len(x) > 1:
                 self.lines.append(f"if [*{v}] != {self.constant([*x])}: return")

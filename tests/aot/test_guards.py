@@ -565,11 +565,15 @@ def sets_and_other_keys():
 
 
 @case
-def long_lists():
+def long_containers():
     numbers = [float(i) for i in range(50)]
+    words = {f"w{i}": i for i in range(12_000)}
     return (
-        lambda x: x * sum(numbers),
+        lambda x: x * sum(numbers) + words["w7"] + next(iter(words.values())),
         (X,),
+        lambda: words.__setitem__("w7", 8),
+        lambda: words.__setitem__("w7", 8.5),
+        lambda: words.__setitem__("w0", words.pop("w0")),
         lambda: numbers.__setitem__(40, -1.0),
         lambda: numbers.__setitem__(0, 1),
         lambda: numbers.pop(),
