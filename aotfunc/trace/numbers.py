@@ -27,16 +27,17 @@ READERS = {
     "__repr__": "the text",
     **dict.fromkeys(("__reduce_ex__", "__dlpack__", "storage"), "the memory"),
 }
+WAY = "Compute with the tensor, use torch.where instead of `if`, or pass the number as a Python argument."
+_grad = torch._C.TensorBase.grad
 
 
-def refusal(what: str) -> CaptureError:
+def refusal(what: str, way: str = WAY) -> CaptureError:
     """The error for a question whose answer would be frozen. Whoever catches it goes on without eager's number, so the
     captures under way fail all the same: see :func:`~aotfunc.trace.tracer.recording`.
     """
     error = CaptureError(
         f"{what} was asked for that depends on a tensor from outside, but the function is compiled once for all values"
-        f"{at(debug.user_line())}. Compute with the tensor, use torch.where instead of `if`, or pass the number as a "
-        "Python argument."
+        f"{at(debug.user_line())}. {way}"
     )
     for trace in under_way.traces:
         if not trace.may_ask_constants:
@@ -56,12 +57,24 @@ def refusing(read: Callable, what: str) -> Callable:
 
     @functools.wraps(read)
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        trace = current()
-        if trace is not None and not trace.may_ask_constants and self.__class__ is not Traced and not under_way.quiet:
+        if frozen(self):
             raise refusal(what)
         return read(self, *args, **kwargs)
 
     return method
+
+
+def frozen(t: Tensor) -> bool:
+    """Whether what is read of ``t`` would stay as it is now."""
+    trace = current()
+    return trace is not None and not trace.may_ask_constants and t.__class__ is not Traced and not under_way.quiet
+
+
+def grad(self: Tensor) -> Tensor | None:
+    """Another tensor after each backward pass."""
+    if frozen(self):
+        raise refusal("the .grad", "Pass gradients as arguments.")
+    return _grad.__get__(self)
 
 
 def asking(split: Callable) -> Callable:
@@ -88,7 +101,11 @@ class Watch:
         self.new: dict[tuple[Any, str], Any] = {(Tensor, name): method for name, method in METHODS.items()}
         self.new |= {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
         self.new |= {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
+        self.new[Tensor, "grad"] = property(grad, self.set_grad)
         self.old: dict[tuple[Any, str], Any] = {}  # where it is not inherited
+
+    def set_grad(self, t: Tensor, value: Any) -> None:
+        self.old.get((Tensor, "grad"), _grad).__set__(t, value)
 
     def __enter__(self) -> None:
         with self.lock:

@@ -50,7 +50,9 @@ def set_data(self: Tensor, value: Any) -> None:
 
 def set_grad(self: Tensor, value: Any) -> None:
     trace = current()
-    if trace is not None and (value.__class__ is Traced or not (trace.may_ask_constants or value is self.grad)):
+    if trace is not None and (
+        value.__class__ is Traced or not (trace.may_ask_constants or value is _grad.__get__(self))
+    ):
         raise CaptureError(
             f"`.grad = ` of a tensor from outside, of shape {list(self.shape)}, is not captured{at(user_line())}; "
             "return the gradient and assign it outside"

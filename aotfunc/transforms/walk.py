@@ -87,7 +87,7 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
 
     @outside_inference_mode
     def make(b: Builder, *args: Any) -> Any:
-        trace = Trace("a rule may not look at values", intent=intent)
+        trace = Trace("a rule may not look at values", constants=False, intent=intent)
         trace.opened = opened or {}
         nodes: list[Node] = []
 

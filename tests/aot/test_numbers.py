@@ -411,3 +411,59 @@ def test_tensor_is_as_before():
     with pytest.raises(CaptureError):
         jit(lambda x: x * jit(lambda x: x * float(ONE))(x))(torch.ones(2))
     assert [getattr(torch.Tensor, name) for name in names] == before and float(ONE) == 1 and repr(ONE) == "tensor([1])"
+
+
+def test_gradients_of_outside_tensors():
+    """Each backward pass may make another tensor."""
+    weight = nn.Parameter(torch.ones(2))
+    for f in (lambda x: x if weight.grad is None else -x, lambda x: x * weight.grad):
+        for weight.grad in (None, torch.ones(2)):
+            with pytest.raises(CaptureError, match=r"\.grad was asked for.*test_numbers\.py.*as arguments"):
+                jit(f)(torch.ones(2))
+    assert_same(grad(lambda x: (x * weight.grad).sum())(torch.zeros(2)), torch.ones(2))
+    assert_same(jit(lambda x, g: x * g)(torch.ones(2), weight.grad), torch.ones(2))
+
+
+# what runs when derivatives or batches are taken, and may be made once for many calls
+
+
+class ByFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * SCALE.item()
+
+
+@torch.library.custom_op("aotfunc_numbers::scaled", mutates_args=())
+def by_op(x: torch.Tensor) -> torch.Tensor:
+    return x * SCALE
+
+
+by_op.register_fake(torch.empty_like)
+by_op.register_autograd(lambda ctx, g: g * SCALE.item())
+
+
+def by_hook(x):
+    y = x * 1
+    y.register_hook(lambda g: g * SCALE.item())
+    return y
+
+
+SCALE = torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("f", [ByFunction.apply, by_op, by_hook], ids=["Function", "custom_op", "hook"])
+def test_derivatives_that_ask(f):
+    x = torch.ones(2)
+    with pytest.raises(CaptureError, match="from outside"):
+        jit(grad(summed(f)))(x)
+    with pytest.raises(CaptureError, match="from outside"):
+        jit(f)(x.requires_grad_()).sum().backward()
+    if f is by_op:  # a rule is made once
+        with pytest.raises(CaptureError, match="from outside"):
+            grad(summed(f))(x)
+    else:
+        assert_same(grad(summed(f))(x), torch.full((2,), 2.0))
