@@ -205,3 +205,16 @@ def test_what_is_interrupted_is_not_wrapped():
 
     with pytest.raises(KeyboardInterrupt):
         A.jit(wave, compiler)(X)
+
+
+def test_what_belongs_to_a_compiled_function_may_be_reached():
+    inner = A.jit(wave)
+    pipeline, call = inner.pipeline, inner(X) is None
+
+    @A.jit
+    def f(x):
+        return inner(x) * len(pipeline.name) + call
+
+    torch.testing.assert_close(f(X), wave(X) * 3)
+    entry = next(iter(inner.entries.values()))
+    torch.testing.assert_close(A.jit(lambda x: x * len(entry.call.__name__))(X), X * 3)
