@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .trace.instances import flatten_tree
-from .trace.modes import function_modes_key
+from .trace.modes import Surroundings, function_modes_key
 
 _TENSORS = (Tensor, nn.Parameter)
 #: described by their value; equality within one of these classes is equality of meaning
@@ -155,16 +155,15 @@ ENVIRONMENT = ("grad mode", "inference mode", "default dtype", "default device",
 
 
 def environment_key() -> tuple:
-    """Grad mode, autocast, the defaults for new tensors, determinism."""
-    autocast: Any = None
-    if torch._C._is_any_autocast_enabled():
-        kinds = ("cpu", "cuda")
-        autocast = tuple([torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds])
+    """Grad mode, autocast, the defaults for new tensors, determinism, which kernels attention may use."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
         function_modes_key(),
-        autocast,
+        Surroundings.now() if torch._C._is_any_autocast_enabled() else None,
         torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
     )

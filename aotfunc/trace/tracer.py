@@ -74,6 +74,7 @@ class Trace(TorchDispatchMode):
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
         self.why_not = why_not
+        self.dtype: torch.dtype = torch.get_default_dtype() if outer is None else outer.dtype
         self.concrete_inputs: list[Tensor | None] | None = None
         self.samples: Any = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
@@ -180,11 +181,14 @@ class Trace(TorchDispatchMode):
             for k, v in kwargs.items():
                 add(k)
                 encode(v, key, sink)
-        add(shapes.env_key())
+        env = shapes.env_key()
+        add(env)
         frozen = tuple(key)
         instr = shapes.find(frozen)
         if instr is None:
             instr = self._learn(frozen, func, args, kwargs or {}, tuple(sigs))
+        if env[0] is not self.dtype and follows_default(instr, kwargs or {}):
+            return self._with_dtype(instr, types, args, kwargs or {})
         line = debug.user_line(2)
         self.records.append((instr, tuple(refs), _grad_enabled(), self.region, line))
         outs = instr.outs
@@ -201,6 +205,15 @@ class Trace(TorchDispatchMode):
                 self._check_reshaped(func, args[0], outs)
             return self._written(facts, outs, args, kwargs)
         return self.wrap(outs, facts)
+
+    def _with_dtype(self, instr: Instr, types: Any, args: tuple, kwargs: dict) -> Any:
+        """An op under a default dtype that ``f`` has set, and under which its program does not run: it is told."""
+        if "dtype" not in instr.facts.names:
+            raise CaptureError(
+                f"the dtype of {instr.op}'s result is the default dtype, which is another one here than around the "
+                f"captured function{at(debug.user_line())}; convert its argument, say by .to(torch.get_default_dtype())"
+            )
+        return self.__torch_dispatch__(instr.op, types, args, {**kwargs, "dtype": instr.outs.dtype})
 
     def _open(self, body: Callable, args: tuple, kwargs: dict) -> Any:
         opened, self.opened = self.opened, {}
@@ -524,6 +537,13 @@ class Reach:
 
 #: ops whose result has a shape that depends on the values of all tensors but the first
 SHAPED_BY_THE_OTHERS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_select.default)
+
+
+def follows_default(instr: Instr, kwargs: dict) -> bool:
+    """Whether the dtype of the result is the default dtype: that of a factory, or of an op on integers."""
+    outs = instr.outs
+    made = outs.__class__ is Sig and outs.differentiable and not any(s.differentiable for s in instr.sigs)
+    return made and kwargs.get("dtype") is None
 
 
 def zeros(sig: Sig) -> Tensor:

@@ -304,3 +304,55 @@ def test_a_compiler_compiles_and_runs_without_modes():
         C.aot_function(island, compiler)(w).sum().backward()
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False] * 4
+
+
+def test_a_default_dtype_set_inside():
+    def f(w):
+        with default_dtype():
+            y = torch.ones(3), torch.full((2,), 1.5), torch.tensor(2.5), w.new_ones(2), torch.linspace(0, 1, 3)
+            z = A.grad(lambda w: (w * torch.ones(16)).sum())(w.double())
+        return y, z, torch.ones(3), w.sum()
+
+    want = f(W)
+    for call in (A.jit(f), A.functionalize(f), A.jit(A.jit(f)), lambda w: A.make_fx(f)(w)(w)):
+        assert_same(call(W), want)
+
+    def divided(w):
+        with default_dtype():
+            return w + torch.arange(16) / 3
+
+    with pytest.raises(A.errors.CaptureError, match=r"default dtype, which is another one here .*test_modes.py"):
+        A.jit(divided)(W)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_kernels_of_attention_are_those_of_the_call():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q = rand(1, 2, 8, 4)
+    f = lambda q: F.scaled_dot_product_attention(q, q, q)
+    g = A.jit(f)
+    for _ in range(2):
+        assert_same(g(q), f(q), atol=0, rtol=0)
+        with sdpa_kernel(SDPBackend.MATH):
+            assert_same(g(q), f(q), atol=0, rtol=0)
+    assert g.captures == 2
+
+
+def test_compiled_and_transformed_inside_a_region():
+    inner = A.jit(lambda w: (X @ w).sin())
+    by_sample = lambda w: A.vmap(lambda v: (X @ v).sin())(torch.stack([w, w]))
+
+    def f(w):
+        with autocast():
+            y, z = inner(w), by_sample(w)
+            with autocast(enabled=False):
+                return y, z, inner(w), by_sample(w)
+
+    want = (lambda y: (y, torch.stack([y, y])))((X.bfloat16() @ W.bfloat16()).sin())
+    exact = (lambda y: (y, torch.stack([y, y])))((X @ W).sin())
+    for call in (f, A.jit(f), A.functionalize(f)):
+        for mode in ("none", "autocast to float16"):
+            with MODES[mode]():
+                got = call(W)
+            [close(a, b) for a, b in zip(got, (*want, *exact))]
