@@ -25,14 +25,12 @@ _ASKS = frozenset({"getattr", "hasattr"})
 
 class Reads(NamedTuple):
     """``variables`` are globals and closure variables, ``written`` names of either kind, or of attributes, that only
-    occur in ``n += 1`` and ``names.append(x)``, ``stored`` attributes that are assigned. With ``any_name`` attributes
-    are read by names made at run time.
+    occur in ``n += 1`` and ``names.append(x)``. With ``any_name`` attributes are read by names made at run time.
     """
 
     variables: frozenset[str]
     attributes: frozenset[str]
     written: frozenset[str]
-    stored: frozenset[str]
     imports: frozenset[str]
     any_name: bool
 
@@ -43,7 +41,6 @@ def reads_of(code: types.CodeType) -> Reads:
     variables: set[str] = set()
     attributes: set[str] = set()
     written: set[str] = set()
-    stored: set[str] = set()
     imports: set[str] = set()
     any_name = False
     steps = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG")]
@@ -58,15 +55,12 @@ def reads_of(code: types.CodeType) -> Reads:
             any_name = any_name or name in _BY_ANY_NAME
         elif kind == "IMPORT_NAME":
             imports.add(name)
-        elif kind == "STORE_ATTR":
-            stored.add(name)
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             inner = reads_of(const)
             variables |= inner.variables
             attributes |= inner.attributes
             written |= inner.written
-            stored |= inner.stored
             imports |= inner.imports
             any_name = any_name or inner.any_name
         else:  # getattr(x, "name"), case Point(x=0), get_submodule("layers.0")
@@ -77,7 +71,6 @@ def reads_of(code: types.CodeType) -> Reads:
         frozenset(variables),
         frozenset(attributes),
         frozenset(written - variables - attributes),
-        frozenset(stored),
         frozenset(imports),
         any_name,
     )
@@ -140,14 +133,13 @@ class Names:
     def __init__(self) -> None:
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
-        self.stored: set[str] = set()
         self.of_torch: set[str] = {"training"}  # what the methods of torch's modules read
         self.opened: set[str] = set()  # libraries whose objects the function uses: their code is the user's
         self.any = False
         self._entered: set[Any] = set()
 
     def __len__(self) -> int:
-        sets = (self.attributes, self.written, self.stored, self.of_torch, self.opened)
+        sets = (self.attributes, self.written, self.of_torch, self.opened)
         return sum(map(len, sets)) + self.any
 
     def open(self, library: str | None) -> None:
@@ -164,7 +156,6 @@ class Names:
             self._entered.add(code)
             self.attributes |= reads.attributes
             self.written |= reads.written
-            self.stored |= reads.stored
             self.any = self.any or reads.any_name
         return reads
 

@@ -484,18 +484,20 @@ class Check:
     """A quick way to tell whether a state is still the one that was looked at, and to fetch its tensors."""
 
     def __init__(self, state: State) -> None:
+        self.source = ""
+        self.space: dict[str, Any] = {}
         self.renew(state)
 
     def renew(self, state: State) -> None:
-        """Take the objects of an equal state for those to compare with."""
-        source = check_source(state)
-        if source != getattr(self, "source", None):
-            self.source = source
-            self.space: dict[str, Any] = {"is_": is_, "content": content, "unbound": unbound}
-            exec(source, self.space)
-            self.tensors: Callable[[Callable, Sequence[Any]], tuple | None] = self.space["tensors"]
-        self.space.update(state.constants)
-        self.space["alike"] = metadata_check(state.tensors)
+        """Take the objects of an equal state for those to compare with. (Another thread may be checking meanwhile.)"""
+        source, found = check_source(state), {**state.constants, "alike": metadata_check(state.tensors)}
+        if source == self.source:
+            self.space.update(found)
+            return
+        space = {"is_": is_, "content": content, "unbound": unbound, **found}
+        exec(source, space)
+        self.tensors: Callable[[Callable, Sequence[Any]], tuple | None] = space["tensors"]
+        self.source, self.space = source, space
 
 
 def check_source(state: State) -> str:

@@ -6,6 +6,7 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import threading
 import types
 from types import SimpleNamespace
 
@@ -953,6 +954,26 @@ def test_changes_are_seen(name, compiler):
             change()
             check(f"after change {i}")
             check(f"again after change {i}")
+
+
+def test_threads_with_modules_of_one_architecture():
+    nets = [Block().eval() for _ in range(4)]
+    f, errors = jit(lambda x, m: m(x)), []
+
+    def work(k):
+        try:
+            for i in range(60):
+                m = nets[(i * k) % 4]
+                assert_same(f(X, m), m(X))
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in (1, 2, 3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors and len(f.entries) == 1
 
 
 # ----- state that a function changes itself ------------------------------------------------------------------------
