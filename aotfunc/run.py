@@ -60,6 +60,10 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     if trace is not None:
         return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
     ours = program.once("marked", lambda: marked(program) or beyond_autograd(program))
+    given = tensors
+    if program.mutated and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        # autograd keeps what it reads: the values from before the writes
+        tensors = [t.clone() if i in program.mutated else t for i, t in enumerate(tensors)]
     with without_modes():
         if ours and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             outs = Differentiable.apply(program, states(program), *tensors)
@@ -67,7 +71,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
             fn = eager(program)
             outs = distinct(fn(*tensors), program.n_outputs, tensors) if ours else fn(*tensors)
         if program.mutated:
-            write_back(program, tensors, outs)
+            write_back(program, given, outs)
     return outs[: program.n_outputs]
 
 
