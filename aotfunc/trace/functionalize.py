@@ -41,13 +41,26 @@ torch.library.register_autograd("aotfunc::hidden_write", lambda ctx, g: (g, None
 once = torch.ops.aotfunc.once.default  # an identity that refuses to be differentiated: @once_differentiable
 
 
+class Memory:
+    """What storages share whose derivatives are apart: the version, and which of them was written last."""
+
+    __slots__ = ("version", "writer")
+
+    def __init__(self, writer: Storage) -> None:
+        self.version, self.writer = 0, writer
+
+
 class Storage:
-    """What views share: the current value and its version; ``ref`` where it is an input or a lifted tensor."""
+    """What views share: the current value, as of a version of the memory; ``ref`` where it is an input or a lifted
+    tensor. A detached tensor begins another storage of the same memory.
+    """
 
-    __slots__ = ("cut", "node", "ref", "sig", "version")
+    __slots__ = ("cut", "memory", "node", "ref", "sig", "version")
 
-    def __init__(self, node: Node, ref: int | None = None, cut: bool = False) -> None:
-        self.node, self.version, self.ref = node, 0, ref
+    def __init__(self, node: Node, ref: int | None = None, cut: bool = False, memory: Memory | None = None) -> None:
+        self.node, self.ref = node, ref
+        self.memory = memory or Memory(self)
+        self.version = self.memory.version
         self.sig: Sig = node.meta["val"]
         self.cut = cut  # made under no_grad
 
@@ -65,13 +78,6 @@ class View:
     @property
     def sig(self) -> Sig:
         return self.chain[-1][4] if self.chain else self.storage.sig
-
-
-def seen(base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig) -> View:
-    """A tensor seen through a view op, or one that became what the op shows of it."""
-    if op in (aten.as_strided.default, aten.resize.default):
-        return View(base.storage, restrided(base.storage.sig, base.chain, sig))
-    return View(base.storage, (*base.chain, linked(base.sig, op, args, kwargs, index, sig)))
 
 
 class Functionalizer:
@@ -130,8 +136,8 @@ class Functionalizer:
         view = self.env[ref]
         if view.__class__ is View:
             storage = view.storage
-            if view.version != storage.version:
-                node = storage.node
+            if view.version != storage.memory.version:
+                node = self.current(storage)
                 for link in view.chain:
                     node = forward(self.b, link, node)
                 view.node, view.version = node, storage.version
@@ -140,10 +146,40 @@ class Functionalizer:
             node = view
         return self.detached(node) if grad and ref in self.cut and self.intent else node
 
+    def current(self, storage: Storage) -> Node:
+        """The value of a storage; where the memory was written through another one, the derivative stays."""
+        memory = storage.memory
+        if storage.version != memory.version:
+            new = memory.writer.node
+            while new.target is hidden_write:
+                new = new.args[1]  # type: ignore[assignment]
+            differentiable = storage.sig.differentiable
+            storage.node = self.b.node(hidden_write, (storage.node, new), {}, storage.sig) if differentiable else new
+            storage.version = memory.version
+        return storage.node
+
+    def became(self, storage: Storage, node: Node) -> None:
+        """The storage has another value from here on, and its memory."""
+        memory = storage.memory
+        memory.version, memory.writer = memory.version + 1, storage
+        storage.node, storage.version = node, memory.version
+
+    def through(self, base: View, link: Link) -> View:
+        if link[0] is aten.detach.default:
+            storage = Storage(self.detached(self.current(base.storage)), memory=base.storage.memory)
+            return View(storage, base.chain)
+        return View(base.storage, (*base.chain, link))
+
+    def seen(self, base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig) -> View:
+        """A tensor seen through a view op, or one that became what the op shows of it."""
+        if op in (aten.as_strided.default, aten.resize.default):
+            return View(base.storage, restrided(base.storage.sig, base.chain, sig))
+        return self.through(base, linked(base.sig, op, args, kwargs, index, sig))
+
     def shown(self, ref: int) -> Node:
         """As :meth:`read`, always as a view of the memory it shares: also where it was itself written last."""
         view = self.env[ref]
-        if view.__class__ is View and view.chain and view.storage.version:
+        if view.__class__ is View and view.chain and view.storage.memory.version:
             view.version = -1
         return self.read(ref)
 
@@ -152,7 +188,7 @@ class Functionalizer:
         view = self.env[ref]
         node = view
         if view.__class__ is View:
-            node, ops = view.storage.node, [link[0] for link in view.chain]
+            node, ops = self.current(view.storage), [link[0] for link in view.chain]
             for link in view.chain[: max((i + 1 for i, op in enumerate(ops) if op in COMPUTED), default=0)]:
                 node = forward(self.b, link, node)
         return self.detached(node) if ref in self.cut and self.intent else node
@@ -172,10 +208,11 @@ class Functionalizer:
 
     def alias(self, ref: int, base: int, links: Sequence[Link]) -> None:
         """Let a result share the memory of ``base``, seen through ``links``."""
-        view = self.env[base]
-        shared = View(view.storage, (*view.chain, *links), self.env[ref].node)
-        shared.version = view.storage.version
-        self.env[ref] = shared
+        view, node = self.env[base], self.env[ref].node
+        for link in links:
+            view = self.through(view, link)
+        self.env[ref] = View(view.storage, view.chain, node)
+        self.env[ref].version = view.storage.memory.version
 
     def write(self, ref: int, new: Node, grad: bool = True, line: Line | None = None) -> None:
         """Replace the value of a tensor, and with it that of every tensor which shares its storage."""
@@ -188,21 +225,19 @@ class Functionalizer:
         new = self.fitted(new, target)
         storage = view.storage
         if grad and storage.cut:  # from here on it carries a derivative: that of what is written
-            storage.node, storage.cut = self.detached(storage.node), False
-            storage.version += 1
+            self.became(storage, self.detached(self.current(storage)))
+            storage.cut = False
             self.cut -= {r for r, v in self.env.items() if v.storage is storage}
-        bases = [storage.node]
+        bases = [self.current(storage)]
         for link in view.chain[:-1]:
             bases.append(forward(self.b, link, bases[-1]))
         whole = new
         for link, base in zip(reversed(view.chain), reversed(bases), strict=False):
             whole = inverse(self.b, link, base, whole, line)
         whole = self.fitted(whole, storage.sig)
-        hidden = not grad or any(link[0] is aten.detach.default for link in view.chain)
-        if hidden and target.differentiable:
+        if not grad and target.differentiable:
             whole = self.b.node(hidden_write, (storage.node, whole), {}, whole.meta["val"])
-        storage.node = whole
-        storage.version += 1
+        self.became(storage, whole)
         if grad or not target.differentiable:
             view.node, view.version = new, storage.version
 
@@ -268,14 +303,14 @@ class Functionalizer:
         for i, sig in each:
             ref = self.number
             self.number += 1
-            self.env[ref] = seen(base, instr.op, args, instr.kwargs, i, sig)
+            self.env[ref] = self.seen(base, instr.op, args, instr.kwargs, i, sig)
             if refs[0] in self.cut or (not grad and sig.differentiable):
                 self.cut.add(ref)
 
     def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None) -> None:
         op, facts = instr.op, instr.facts
         if facts.reshapes:
-            self.env[refs[0]] = seen(
+            self.env[refs[0]] = self.seen(
                 self.env[refs[0]], functional_twin(op, line), instr.args[1:], instr.kwargs, None, instr.outs
             )
             return
@@ -315,8 +350,8 @@ class Functionalizer:
         refs = [*range(len(self.trace.inputs)), *(-1 - i for i in range(len(self.trace.lifted)))]
         for index, ref in enumerate(refs):
             view = self.env[ref]
-            if view.storage.version and view.storage.ref == ref:
-                found.append((index, view.storage.node))
+            if view.storage.memory.version and view.storage.ref == ref:
+                found.append((index, self.current(view.storage)))
         return found
 
 
