@@ -37,7 +37,8 @@ def without_views(rec: Recording, quiet: bool = False) -> tuple[Program, Callabl
     Results share memory with an input and with one another where the recording says so, and nowhere else. ``quiet``:
     captured with gradients off, so that no view needs to be detached.
     """
-    owned = tuple(dict.fromkeys(r for r in rec.roots if r >= len(rec.trace.inputs)))
+    steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
+    owned = tuple(dict.fromkeys(s.ref for s in steps if s.apart or (s.of is None and s.ref >= len(rec.trace.inputs))))
     base = rec.program(memory=owned)
     return base.once(("views", tuple(rec.trace.finals), quiet), lambda: separated(rec, fresh(base, ()), owned, quiet))
 
@@ -63,6 +64,9 @@ def separated(rec: Recording, program: Program, owned: Sequence[int], quiet: boo
             for step in s.path[1:]:
                 if step not in made:
                     made[step] = through(b, x, step, quiet, made)  # type: ignore[index]
+                    if step.apart:  # the same memory, the values that it has, and their derivative
+                        x, new = made[step], memory(step.ref)
+                        made[step] = b.make("call_function", aten.copy_.default, (x, new), {}, x.meta["val"])
                 x = made[step]  # type: ignore[index]
             return x
 
@@ -99,6 +103,11 @@ class Changes:
         for i, ref in enumerate(trace.finals):
             last = rec.seen.get(ref)
             if last is not None and last.of is not None and last.root == i:
+                if any(step.apart for step in last.path):
+                    raise CaptureError(
+                        f"{rec.names()[i]} is detached in place and then written with what requires grad; "
+                        "detach() it, and return it"
+                    )
                 self.ops.append((i, [in_place(step.call) for step in last.path[1:]]))
 
     def __bool__(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .records import flat, instr_op, results_of
+from .records import flat, instr_op, results_of, written_slots
 from .shapes import Sig
 from .views import COMPUTED
 
@@ -21,13 +21,15 @@ aten = torch.ops.aten
 class Shown:
     """What a value shows: memory of its own (``of`` is None: ``ref`` was made with it), or what another one shows, seen
     through a ``call`` ``(op, args, kwargs, results)``, of which it is the result ``index`` if there are several. The
-    op may be one that changes its argument's shape in place. ``cut``: made under no_grad.
+    op may be one that changes its argument's shape in place. ``cut``: made under no_grad. ``apart``: detached, and then
+    written in view of autograd: it has a derivative of its own.
     """
 
-    __slots__ = ("call", "cut", "index", "of", "ref")
+    __slots__ = ("apart", "call", "cut", "index", "of", "ref")
 
     def __init__(self, ref: int, of: Shown | None = None, call: Any = None, index: Any = None, cut: bool = False):
         self.ref, self.of, self.call, self.index, self.cut = ref, of, call, index, cut
+        self.apart = False
 
     @property
     def root(self) -> int:
@@ -67,6 +69,11 @@ def shown(trace: Trace) -> dict[int, Shown]:
             several = instr.outs.__class__ is not Sig
             for i, (ref, sig) in enumerate(zip(made, flat(instr.outs), strict=True)):
                 found[ref] = Shown(ref, of(refs[0]), call, i if several else None, not grad and sig.differentiable)
-        elif facts.reshapes:
+        elif not facts.reshapes:
+            for slot in written_slots(instr) if grad else ():
+                if (seen := found.get(refs[slot])) is not None and not trace.active().isdisjoint(refs):
+                    for step in [s for s in seen.path[1:] if s.call[0] is aten.detach.default][-1:]:
+                        step.apart = True
+        else:
             found[refs[0]] = Shown(refs[0], of(refs[0]), (op, instr.args, instr.kwargs, instr.outs))
     return found

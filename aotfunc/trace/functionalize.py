@@ -253,12 +253,12 @@ class Functionalizer:
     # ----- the walk ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        for instr, refs, grad, region, line in self.trace.records:
+        for i, (instr, refs, grad, region, line) in enumerate(self.trace.records):
             self.b.meta = {"line": line} if region is None else {"line": line, "region": region}
             if instr.__class__ is not Instr:
                 instr.lower(self, refs, grad, line)
             elif instr.facts.writes:
-                self._write(instr, refs, grad, line)
+                self._write(instr, refs, grad, line, i in self.trace.overwritten)
             elif self.mutates and instr.facts.view_of is not None:
                 self._view(instr, refs, grad)
             else:
@@ -307,7 +307,7 @@ class Functionalizer:
             if refs[0] in self.cut or (not grad and sig.differentiable):
                 self.cut.add(ref)
 
-    def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None) -> None:
+    def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None, overwritten: bool) -> None:
         op, facts = instr.op, instr.facts
         if facts.reshapes:
             self.env[refs[0]] = self.seen(
@@ -323,6 +323,8 @@ class Functionalizer:
         else:
             twin = functional_twin(op, line)
             news = self._twin_results(twin, instr, nodes)
+        if overwritten:
+            news[0] = self.still_requiring_grad(nodes[0], news[0])
         for ref, new in zip(written, news[-len(written) :], strict=True):
             self.write(ref, new, grad, line)
         # results that are not the written arguments themselves
@@ -331,6 +333,11 @@ class Functionalizer:
         fresh = [o for o, same in zip(outs, facts.same, strict=False) if same is None]
         for new, o in zip(extra, fresh, strict=False):
             self._results(self.fitted(new, o) if o.__class__ is Sig else new, o, grad)
+
+    def still_requiring_grad(self, old: Node, new: Node) -> Node:
+        """The new value of a tensor that requires grad, and does so still: its derivative is zero."""
+        sig: Sig = old.meta["val"]
+        return self.b.node(hidden_write, (self.b.call(aten.mul.Tensor, old, 0), self.fitted(new, sig)), {}, sig)
 
     def _twin_results(self, twin: OpOverload, instr: Instr, nodes: list[Node]) -> list:
         names = {a.name for a in twin._schema.arguments}

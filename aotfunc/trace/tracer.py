@@ -71,6 +71,7 @@ class Trace(TorchDispatchMode):
         self.mutates = False
         self.rewritten: list[Tensor] = []  # outside tensors without a history, to which autograd gave one
         self.reshapes = False  # in place
+        self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
         self.why_not = why_not
@@ -81,7 +82,7 @@ class Trace(TorchDispatchMode):
         self._values: Replay | None = None
         self._roots: tuple[int, dict[int, int]] | None = None  # after so many records, see root
         self._places: tuple[Place, ...] | None = None
-        self._reached: tuple[Any, Reach] | None = None  # see _active
+        self._reached: tuple[Any, Reach] | None = None  # see active
         self.finished = False
         self.refused: CaptureError | None = None  # a question that had no answer
         self.place: tuple | None = None  # an index that was asked for its number, see special
@@ -200,6 +201,10 @@ class Trace(TorchDispatchMode):
                 return self.new(outs)
         elif facts.writes:
             self.mutates = True
+            if func in OVERWRITES and refs[0] >= 0 and not self.may_ask_constants and _grad_enabled():
+                active = self.active()  # the tensor requires grad still, though nothing of it is left
+                if refs[0] in active and active.isdisjoint(refs[1:]):
+                    self.overwritten.add(len(self.records) - 1)
             if facts.reshapes:
                 self.reshapes = True
                 self._check_reshaped(func, args[0], outs)
@@ -384,7 +389,7 @@ class Trace(TorchDispatchMode):
         """What two recordings have in common that differ only in the data they would run on."""
         sigs = tuple([t.sig if t.__class__ is Traced else sig_of(t) for t in self.lifted])
         memory = self.layout() if self.mutates else None
-        return (tuple(self.inputs), sigs, tuple([r[:4] for r in self.records]), memory)
+        return (tuple(self.inputs), sigs, tuple([r[:4] for r in self.records]), memory, tuple(self.overwritten))
 
     def layout(self) -> tuple[Place, ...]:
         """For each input, then each lifted tensor: where it lies in memory."""
@@ -448,9 +453,9 @@ class Trace(TorchDispatchMode):
             return known
         if not t.sig.differentiable:
             return False
-        return t.ref in self._active()
+        return t.ref in self.active()
 
-    def _active(self) -> set[int]:
+    def active(self) -> set[int]:
         """The values that a path from a leaf leads to; worked out as far as the recording has come."""
         start = (tuple(self.leaves.items()), tuple([x.requires_grad for x in self.lifted]))
         if self._reached is None or self._reached[0] != start:
@@ -534,6 +539,12 @@ class Reach:
         self.done = len(records)
         return active
 
+
+#: writes that do not read what they write to
+OVERWRITES = frozenset(
+    (aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.normal_.default)
+    + (aten.uniform_.default, aten.bernoulli_.float, aten.exponential_.default)
+)
 
 #: ops whose result has a shape that depends on the values of all tensors but the first
 SHAPED_BY_THE_OTHERS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_select.default)

@@ -79,7 +79,7 @@ class Recording:
                 shared = {self.refs[i] for i, _ in self.shared()}
                 results = [f.shown(r) if r in shared else f.read(r) for r in self.refs]
             else:
-                results = [f.memory(r) for r in memory]
+                results = [f.read(r) if r in self.seen and self.seen[r].of else f.memory(r) for r in memory]
             outs = [*results, *(n for _, n in mutated)]
             program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
