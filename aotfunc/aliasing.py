@@ -38,15 +38,18 @@ def without_views(rec: Recording, quiet: bool = False) -> tuple[Program, Callabl
     captured with gradients off, so that no view needs to be detached.
     """
     steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
-    owned = tuple(dict.fromkeys(s.ref for s in steps if s.apart or (s.of is None and s.ref >= len(rec.trace.inputs))))
+    if any(s.apart and rec.seen[s.ref] is not s for s in steps):
+        raise CaptureError("a detached tensor was written with what requires grad, and its shape changed in place")
+    count = len(rec.trace.inputs)
+    owned = tuple(dict.fromkeys((s.ref, not s.apart) for s in steps if s.apart or (s.of is None and s.ref >= count)))
     base = rec.program(memory=owned)
     return base.once(("views", tuple(rec.trace.finals), quiet), lambda: separated(rec, fresh(base, ()), owned, quiet))
 
 
-def separated(rec: Recording, program: Program, owned: Sequence[int], quiet: bool) -> tuple[Program, Any]:
+def separated(rec: Recording, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool) -> tuple[Program, Any]:
     """The program, which computes the memory of the values ``owned``, and the views."""
     count, returned = len(rec.trace.inputs), [rec.seen.get(r) or Shown(r) for r in rec.refs]
-    if rec.refs == owned and not any(s.of for s in returned):
+    if rec.refs == tuple(r for r, _ in owned) and not any(s.of for s in returned):
         return program, None
     itself = {ref: i for i, ref in enumerate(rec.trace.finals)}  # an argument stays the tensor that it was
     with paused_gc():
@@ -57,7 +60,7 @@ def separated(rec: Recording, program: Program, owned: Sequence[int], quiet: boo
             made[r] = b.placeholder(o.name, o.meta["val"])
 
         def memory(ref: int) -> Node:
-            return made[ref] if ref >= count else inputs[ref if ref >= 0 else count - ref - 1]
+            return made[ref, True] if ref >= count else inputs[ref if ref >= 0 else count - ref - 1]
 
         def node(s: Shown) -> Node:
             x = memory(s.root)
@@ -65,7 +68,7 @@ def separated(rec: Recording, program: Program, owned: Sequence[int], quiet: boo
                 if step not in made:
                     made[step] = through(b, x, step, quiet, made)  # type: ignore[index]
                     if step.apart:  # the same memory, the values that it has, and their derivative
-                        x, new = made[step], memory(step.ref)
+                        x, new = made[step], made[step.ref, False]
                         made[step] = b.make("call_function", aten.copy_.default, (x, new), {}, x.meta["val"])
                 x = made[step]  # type: ignore[index]
             return x

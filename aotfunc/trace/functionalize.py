@@ -21,7 +21,7 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
-from .memory import overlaps_itself, part
+from .memory import Place, overlaps_itself, part
 from .records import flat
 from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
 from .traced import Traced
@@ -44,10 +44,10 @@ once = torch.ops.aotfunc.once.default  # an identity that refuses to be differen
 class Memory:
     """What storages share whose derivatives are apart: the version, and which of them was written last."""
 
-    __slots__ = ("version", "writer")
+    __slots__ = ("first", "version", "writer")
 
-    def __init__(self, writer: Storage) -> None:
-        self.version, self.writer = 0, writer
+    def __init__(self, first: Storage) -> None:
+        self.version, self.first, self.writer = 0, first, first
 
 
 class Storage:
@@ -55,12 +55,12 @@ class Storage:
     tensor. A detached tensor begins another storage of the same memory.
     """
 
-    __slots__ = ("cut", "memory", "node", "ref", "sig", "version")
+    __slots__ = ("cut", "memory", "node", "ref", "sig", "version", "written")
 
     def __init__(self, node: Node, ref: int | None = None, cut: bool = False, memory: Memory | None = None) -> None:
         self.node, self.ref = node, ref
         self.memory = memory or Memory(self)
-        self.version = self.memory.version
+        self.version, self.written = self.memory.version, False
         self.sig: Sig = node.meta["val"]
         self.cut = cut  # made under no_grad
 
@@ -78,6 +78,19 @@ class View:
     @property
     def sig(self) -> Sig:
         return self.chain[-1][4] if self.chain else self.storage.sig
+
+
+def covered(sigs: dict[int, Sig], places: Sequence[Place], base: int, i: int) -> tuple[Link, ...]:
+    """How the input ``base`` shows the input ``i``, which lies inside of it."""
+    if i == base or (sigs[i] is sigs[base] and places[i][:3] == places[base][:3]):
+        return ()
+    start = part(sigs[base], places[base], sigs[i], places[i])
+    if start is None:
+        raise CaptureError(
+            "some of the tensors that are written to, or their neighbours, overlap in memory and none of them covers "
+            "the others; pass the whole tensor and slice it inside, or clone them"
+        )
+    return (strided(sigs[base], sigs[i], start),)
 
 
 class Functionalizer:
@@ -112,22 +125,25 @@ class Functionalizer:
                     self.env[refs[i]] = View(Storage(self.placeholders[i], refs[i]))
                 continue
             sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in members}
-            dense = {i: sig.stride == contiguous_stride(sig.shape) for i, sig in sigs.items()}
-            base = max(members, key=lambda i: (not places[i].cut, dense[i], sigs[i].numel))
-            storage = Storage(self.placeholders[base], refs[base])
-            detach = linked(sigs[base], aten.detach.default, (), {}, None, sigs[base])
-            for i, sig in sigs.items():
-                if i == base or (sig is sigs[base] and places[i] == places[base]):
-                    self.env[refs[i]] = View(storage)
-                    continue
-                start = part(sigs[base], places[base], sig, places[i])
-                if start is None:
-                    raise CaptureError(
-                        "some of the tensors that are written to, or their neighbours, overlap in memory and none of "
-                        "them covers the others; pass the whole tensor and slice it inside, or clone them"
-                    )
-                links = (detach, strided(sigs[base], sig, start))[0 if places[i].cut else 1 :]
-                self.env[refs[i]] = View(storage, links, self.placeholders[i])
+            base = max(members, key=lambda i: (sigs[i].stride == contiguous_stride(sigs[i].shape), sigs[i].numel))
+            memory = None
+            for kin in dict.fromkeys((places[base].kin, *(places[i].kin for i in members))):
+                mine = [i for i in members if places[i].kin == kin]
+                memory = self._bind_kin(refs, mine, base, places, memory)
+
+    def _bind_kin(self, refs: list[int], mine: list[int], base: int, places: Sequence[Place], memory: Any) -> Memory:
+        """A storage, laid out as the input ``base``, for inputs that autograd knows as views of one tensor."""
+        sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in (*mine, base)}
+        chains = {i: covered(sigs, places, base, i) for i in mine}
+        first = base if base in mine else max(mine, key=lambda i: sigs[i].numel)
+        node = self.placeholders[first]
+        for link in chains[first]:  # what else the memory holds has no derivative here
+            node = inverse(self.b, link, self.detached(self.placeholders[base]), node, None)
+        storage = Storage(node, refs[first], memory=memory)
+        for i in mine:
+            covered(sigs, places, first, i)
+            self.env[refs[i]] = View(storage, chains[i], self.placeholders[i] if chains[i] else None)
+        return storage.memory
 
     # ----- values -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +178,7 @@ class Functionalizer:
         """The storage has another value from here on, and its memory."""
         memory = storage.memory
         memory.version, memory.writer = memory.version + 1, storage
-        storage.node, storage.version = node, memory.version
+        storage.node, storage.version, storage.written = node, memory.version, True
 
     def through(self, base: View, link: Link) -> View:
         if link[0] is aten.detach.default:
@@ -357,8 +373,10 @@ class Functionalizer:
         refs = [*range(len(self.trace.inputs)), *(-1 - i for i in range(len(self.trace.lifted)))]
         for index, ref in enumerate(refs):
             view = self.env[ref]
-            if view.storage.memory.version and view.storage.ref == ref:
-                found.append((index, self.current(view.storage)))
+            storage = view.storage
+            changed = storage.written or (storage.memory.version and storage.memory.first is storage)
+            if changed and storage.ref == ref:
+                found.append((index, self.read(ref) if view.chain else self.current(storage)))
         return found
 
 

@@ -12,22 +12,26 @@ from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from .aliases import shown
 from .shapes import Sig, contiguous_stride
 from .traced import Traced
+
+aten = torch.ops.aten
 
 
 class Place(NamedTuple):
     """``group`` is the same for tensors that overlap, directly or through others; ``start`` and ``step``, the distance
-    of the samples where the tensor is a batch, are in bytes. ``cut``: it requires no grad, and another of its group
-    does, so that its writes are hidden from autograd.
+    of the samples where the tensor is a batch, are in bytes. ``kin`` is the same for those of a group that autograd
+    knows as views of one tensor: a detached one is not.
     """
 
     group: int
     start: int
     step: int | None
-    cut: bool = False
+    kin: int = 0
 
 
 def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) -> tuple[Place, ...]:
@@ -43,17 +47,29 @@ def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) 
                 groups = [new if g == old else g for g in groups]
         others.append(i)
     alone = {g for g in groups if groups.count(g) == 1} if any(len(x) > 1 for x in beside.values()) else set(groups)
-    live = {g for g, t in zip(groups, tensors, strict=True) if g not in alone and t.requires_grad}
+    kins: dict[Any, int] = {}
     return tuple(
         Place(g, 0, None)
         if g in alone
-        else Place(g, start, step_of(t, dims[i] if dims else None), g in live and not t.requires_grad)
+        else Place(g, start, step_of(t, dims[i] if dims else None), kins.setdefault(viewed(t), len(kins)))
         for i, (g, t, (_, start)) in enumerate(zip(groups, tensors, known, strict=True))
     )
 
 
 def step_of(t: Tensor, dim: int | None) -> int | None:
     return None if dim is None else t.stride(dim) * t.element_size()
+
+
+def viewed(t: Tensor) -> Any:
+    """What identifies the tensor that autograd knows ``t`` as a view of."""
+    if t.__class__ is not Traced:
+        return id(t if t._base is None else t._base)
+    trace, seen = t.tracer, shown(t.tracer).get(t.ref)
+    path = [] if seen is None else seen.path
+    ref = next((s.ref for s in reversed(path[1:]) if s.call[0] is aten.detach.default), path[0].ref if path else t.ref)
+    if 0 <= ref < len(trace.origins):
+        return viewed(trace.origins[ref])
+    return viewed(trace.lifted[-ref - 1]) if ref < 0 else (id(trace), ref)
 
 
 def memory_of(t: Tensor) -> tuple[Any, int]:

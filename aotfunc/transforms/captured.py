@@ -55,9 +55,9 @@ class Recording:
     def closed_over(self) -> list[Tensor]:
         return self.trace.lifted
 
-    def program(self, memory: tuple[int, ...] | None = None) -> Program:
-        """The functional program: inputs, then closed-over tensors, to the tensors among the results. With ``memory``
-        to the whole of what these values were made with, instead.
+    def program(self, memory: tuple[tuple[int, bool], ...] | None = None) -> Program:
+        """The functional program: inputs, then closed-over tensors, to the tensors among the results. With ``memory``,
+        pairs of a value and a flag, to these instead: the value, or the whole memory that it was made with.
         """
         if memory is None and self._program is not None:
             return self._program
@@ -66,7 +66,7 @@ class Recording:
             self._program = program
         return program
 
-    def _build(self, memory: tuple[int, ...] | None) -> Program:
+    def _build(self, memory: tuple[tuple[int, bool], ...] | None) -> Program:
         trace = self.trace
         # torch.autograd.grad inside f tells equal nodes apart, so with it merging has to wait
         plain = any(r[0].__class__ is GradStep for r in trace.records)
@@ -79,7 +79,7 @@ class Recording:
                 shared = {self.refs[i] for i, _ in self.shared()}
                 results = [f.shown(r) if r in shared else f.read(r) for r in self.refs]
             else:
-                results = [f.read(r) if r in self.seen and self.seen[r].of else f.memory(r) for r in memory]
+                results = [f.memory(r) if whole else f.read(r) for r, whole in memory]
             outs = [*results, *(n for _, n in mutated)]
             program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
