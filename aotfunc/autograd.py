@@ -18,7 +18,7 @@ from torch.fx import Node
 from .aliasing import apart
 from .graph import Program, kept_alive
 from .redraw import redrawn, states
-from .run import execute, write_back
+from .run import before_writes, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
@@ -113,7 +113,6 @@ class Halves:
         self.live = live(program, wrt)
         self.any_live = any(self.live)
         self.needed: tuple[int, ...] = ()
-        self.cloned: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
@@ -122,21 +121,15 @@ class Halves:
         grads = joint.outputs[self.count : self.count + len(wrt)]
         self.unreached = tuple(i for i, g in zip(wrt, grads, strict=True) if g is None)
         self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
-        self.cloned = tuple(set(self.needed) & set(program.mutated))
         self.forward, self.backward = call.split(joint, self.count, last=True)
 
     def guarded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs: copies of those that the backward reads and that the call writes to, and no way back to those
         that have no gradient, of which hooks run or a graph may be freed.
         """
-        if not self.cloned and not self.unreached:
-            return tensors
-        inputs = list(tensors)
-        for i in self.unreached:
-            inputs[i] = inputs[i].detach()
-        for i in self.cloned:
-            inputs[i] = inputs[i].clone()
-        return inputs
+        if self.unreached:
+            tensors = [t.detach() if i in self.unreached else t for i, t in enumerate(tensors)]
+        return before_writes(self.call.program, tensors, self.needed)
 
     def backward_for(self, have: tuple[bool, ...]) -> Any:
         """The backward half where only some results have a cotangent."""

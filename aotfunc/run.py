@@ -62,8 +62,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     ours = program.once("marked", lambda: marked(program) or beyond_autograd(program))
     given = tensors
     if program.mutated and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        # autograd keeps what it reads: the values from before the writes
-        tensors = [t.clone() if i in program.mutated else t for i, t in enumerate(tensors)]
+        tensors = before_writes(program, tensors, range(len(tensors)))
     with without_modes():
         if ours and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             outs = Differentiable.apply(program, states(program), *tensors)
@@ -73,6 +72,14 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         if program.mutated:
             write_back(program, given, outs)
     return outs[: program.n_outputs]
+
+
+def before_writes(program: Program, tensors: Sequence[Tensor], kept: Sequence[int]) -> Sequence[Tensor]:
+    """The inputs, with copies of those that autograd keeps and whose memory the program will write to."""
+    if not program.mutated:
+        return tensors
+    written = {tensors[i].untyped_storage()._cdata for i in program.mutated}
+    return [t.clone() if i in kept and t.untyped_storage()._cdata in written else t for i, t in enumerate(tensors)]
 
 
 def distinct(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:

@@ -169,8 +169,9 @@ class Functionalizer:
             new = memory.writer.node
             while new.target is hidden_write:
                 new = new.args[1]  # type: ignore[assignment]
-            differentiable = storage.sig.differentiable
-            storage.node = self.b.node(hidden_write, (storage.node, new), {}, storage.sig) if differentiable else new
+            if storage.sig.differentiable:
+                new = self.b.node(hidden_write, (storage.node, new), {}, new.meta["val"])
+            storage.node = new
             storage.version = memory.version
         return storage.node
 
@@ -352,8 +353,8 @@ class Functionalizer:
 
     def still_requiring_grad(self, old: Node, new: Node) -> Node:
         """The new value of a tensor that requires grad, and does so still: its derivative is zero."""
-        sig: Sig = old.meta["val"]
-        return self.b.node(hidden_write, (self.b.call(aten.mul.Tensor, old, 0), self.fitted(new, sig)), {}, sig)
+        new = self.fitted(new, old.meta["val"])
+        return self.b.node(hidden_write, (self.b.call(aten.mul.Tensor, old, 0), new), {}, new.meta["val"])
 
     def _twin_results(self, twin: OpOverload, instr: Instr, nodes: list[Node]) -> list:
         names = {a.name for a in twin._schema.arguments}
