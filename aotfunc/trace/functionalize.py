@@ -52,10 +52,10 @@ class Memory:
 
 class Storage:
     """What views share: the current value, as of a version of the memory; ``ref`` where it is an input or a lifted
-    tensor. A detached tensor begins another storage of the same memory.
+    tensor, which shows it through ``chain``. A detached tensor begins another storage of the same memory.
     """
 
-    __slots__ = ("cut", "memory", "node", "ref", "sig", "version", "written")
+    __slots__ = ("chain", "cut", "memory", "node", "ref", "sig", "version", "written")
 
     def __init__(self, node: Node, ref: int | None = None, cut: bool = False, memory: Memory | None = None) -> None:
         self.node, self.ref = node, ref
@@ -63,6 +63,7 @@ class Storage:
         self.version, self.written = self.memory.version, False
         self.sig: Sig = node.meta["val"]
         self.cut = cut  # made under no_grad
+        self.chain: tuple[Link, ...] = ()
 
 
 class View:
@@ -140,6 +141,7 @@ class Functionalizer:
         for link in chains[first]:  # what else the memory holds has no derivative here
             node = inverse(self.b, link, self.detached(self.placeholders[base]), node, None)
         storage = Storage(node, refs[first], memory=memory)
+        storage.chain = chains[first]
         for i in mine:
             covered(sigs, places, first, i)
             self.env[refs[i]] = View(storage, chains[i], self.placeholders[i] if chains[i] else None)
@@ -377,7 +379,10 @@ class Functionalizer:
             storage = view.storage
             changed = storage.written or (storage.memory.version and storage.memory.first is storage)
             if changed and storage.ref == ref:
-                found.append((index, self.read(ref) if view.chain else self.current(storage)))
+                node = self.current(storage)
+                for link in storage.chain:
+                    node = forward(self.b, link, node)
+                found.append((index, node))
         return found
 
 

@@ -405,3 +405,89 @@ def test_data_of_a_parameter_is_by_reference():
     p.data = torch.full((3,), 5.0)
     assert_same(f(torch.ones(3)), torch.full((3,), 10.0))
     assert_same(p.data, torch.full((3,), 10.0))
+
+
+# ----- arguments that share memory ------------------------------------------------------------------------------------
+
+
+def matrix():
+    return torch.arange(1.0, 7.0).view(2, 3)
+
+
+def with_detached(x):
+    return x, x.detach()
+
+
+def with_part_of_detached(x):
+    return x, x.detach()[0]
+
+
+def with_views(x):
+    x = x * 1
+    return x, x.view(-1), x.t()
+
+
+@pytest.mark.parametrize("wrap", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(jit(f))])
+@pytest.mark.parametrize(
+    ("share", "f"),
+    [
+        (with_detached, lambda x, y: (y.mul_(2), x * 3)[1]),
+        (with_detached, lambda x, y: (y.add_(1), x * y, y)[1:]),
+        (with_detached, lambda x, y: (x.detach().add_(y), y * 2)),
+        (with_part_of_detached, lambda x, y: (y.mul_(2), x * 3)[1]),
+        (with_views, lambda x, y, z: (y.detach().mul_(0.5), z)[1]),
+        (with_views, lambda x, y, z: (z.mul_(x.t()), y[1:], x)[1:]),
+        (lambda x: (x, torch.zeros(2, 3)), lambda x, b: (b.copy_(x.detach()), x * 2)[1]),
+        (lambda x: (x, torch.zeros(2, 3)), lambda x, b: (b.copy_(x), b * 2, b.zero_())[1]),
+        (lambda x: (x * 1, torch.zeros(2, 3)), lambda x, b: (x.copy_(b), x * 2, x.t())[1:]),
+    ],
+)
+def test_arguments_that_share_memory(share, f, wrap):
+    def run(f):
+        leaf = matrix().requires_grad_()
+        args = share(leaf)
+        outs = f(*args)
+        found = tensors((outs, args))
+        loss = sum((t * t).sum() for t in found if t.requires_grad)
+        same = [[a is b for b in args] for a in tensors(outs)]
+        return found, [t.requires_grad for t in found], same, torch.autograd.grad(loss, leaf, allow_unused=True)
+
+    assert_same(run(wrap(f)), run(f))
+
+
+def test_a_detached_parameter_that_is_written():
+    layer = nn.Linear(3, 3)
+    frozen = layer.weight.detach()
+    before = frozen.clone()
+    step = jit(lambda x: (frozen.add_(1), layer(x))[1])
+    assert step(torch.ones(1, 3)).requires_grad
+    assert_same(layer.weight.detach(), before + 1)
+    assert layer.weight.is_leaf
+    assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_results_have_memory_of_their_own(backend):
+    functions = [
+        lambda x: x * 1,
+        lambda x: x / 1.0,
+        lambda x: torch.stack([x])[0],
+        lambda x: torch.cat([x]),
+        lambda x: x.reshape(-1).clone(),
+        lambda x: (x.sin(), x.sin()),
+        lambda x: (x + 0, x.clone().t()),
+        lambda x: torch.tensor([1.0, 2.0]) * 1,
+    ]
+    everything = lambda x: [f(x) for f in functions]
+    for x in (matrix(), matrix().requires_grad_()):
+        f = jit(everything, backend)
+        for _ in range(2):
+            outs = tensors(f(x))
+            want = [t.detach().clone() for t in outs]
+            assert len({t.untyped_storage().data_ptr() for t in (x, *outs)}) == 1 + len(outs)
+            assert_same([t.detach() for t in outs], tensors(everything(x.detach())))
+            with torch.no_grad():
+                for i, t in enumerate(outs):
+                    t.add_(100)
+                    assert_same(outs[i + 1 :], want[i + 1 :])
+            assert_same(x.detach(), matrix())
