@@ -68,7 +68,9 @@ def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
     found, seen = outs, set(map(id, tensors))
     for i in range(count):
         o = outs[i]
-        if isinstance(o, Tensor) and (id(o) in seen or (users(o) > 1 and not among_views(o, outs[count:], seen))):
+        if isinstance(o, Tensor) and (
+            id(o) in seen or (users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i])))
+        ):
             found = list(found) if found is outs else found
             found[i] = o.clone()  # type: ignore[index]
         seen.add(id(o))
@@ -83,13 +85,15 @@ def users(t: Tensor) -> int:
 storage_users = torch._C._storage_Use_Count
 
 
-def among_views(t: Tensor, residuals: Sequence, taken: set[int]) -> bool:
-    """Whether all that shares the memory of ``t`` are residuals, as views which autograd sees when ``t`` is written,
-    and the tensor that they, or ``t``, are views of.
+def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
+    """Whether all that shares the memory of ``t`` are residuals, as views of which autograd sees when ``t`` is written,
+    and the tensor that they, or ``t``, are views of; none of the ``others``.
     """
-    base = t if t._base is None else t._base
+    base, memory = t if t._base is None else t._base, t.untyped_storage()._cdata
     views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
-    return id(base) not in taken and users(t) == len(views | {id(t), id(base)})
+    if users(t) != len(views | {id(t), id(base)}):
+        return False
+    return not any(isinstance(o, Tensor) and o.untyped_storage()._cdata == memory for o in others)
 
 
 def unviewed(outs: Sequence) -> Sequence:

@@ -436,7 +436,7 @@ def with_views(x):
         (with_detached, lambda x, y: (x.detach().add_(y), y * 2)),
         (with_part_of_detached, lambda x, y: (y.mul_(2), x * 3)[1]),
         (with_views, lambda x, y, z: (y.detach().mul_(0.5), z)[1]),
-        (with_views, lambda x, y, z: (z.mul_(x.t()), y[1:], x)[1:]),
+        (with_views, lambda x, y, z: (z.mul_(2), y[1:], x)[1:]),
         (lambda x: (x, torch.zeros(2, 3)), lambda x, b: (b.copy_(x.detach()), x * 2)[1]),
         (lambda x: (x, torch.zeros(2, 3)), lambda x, b: (b.copy_(x), b * 2, b.zero_())[1]),
         (lambda x: (x * 1, torch.zeros(2, 3)), lambda x, b: (x.copy_(b), x * 2, x.t())[1:]),
