@@ -102,27 +102,31 @@ class Watch:
         self.new |= {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
         self.new |= {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
         self.new[Tensor, "grad"] = property(grad, self.set_grad)
-        self.old: dict[tuple[Any, str], Any] = {}  # where it is not inherited
+        self.old: dict[tuple[Any, str], Any] = {}  # None where it is inherited
 
     def set_grad(self, t: Tensor, value: Any) -> None:
-        self.old.get((Tensor, "grad"), _grad).__set__(t, value)
+        (self.old.get((Tensor, "grad")) or _grad).__set__(t, value)
 
     def __enter__(self) -> None:
         with self.lock:
             self.count += 1
             if self.count == 1:
-                self.old = {(x, name): x.__dict__[name] for x, name in self.new if name in x.__dict__}
                 for (x, name), method in self.new.items():
-                    setattr(x, name, method)
+                    before = x.__dict__.get(name)
+                    if before is not method:  # after Ctrl-C in __exit__ it may be ours still
+                        self.old[x, name] = before
+                        setattr(x, name, method)
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.count -= 1
             if not self.count:
-                for x, name in self.new:
-                    delattr(x, name)
-                for (x, name), method in self.old.items():
-                    setattr(x, name, method)
+                for (x, name), method in self.new.items():
+                    if x.__dict__.get(name) is method:
+                        if (before := self.old[x, name]) is None:
+                            delattr(x, name)
+                        else:
+                            setattr(x, name, before)
 
 
 watch = Watch()
