@@ -345,7 +345,7 @@ class Compiled:
                     f"{self.name}: {title(self.f)} returns a {type(x).__name__} that holds tensors, which would be the "
                     "same object at every call; return a dataclass, or a tuple or dictionary of the tensors"
                 )
-        quiet = not torch.is_grad_enabled()
+        quiet = as_called(self.f) is not self.f
         enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
         program, views = without_views(rec, quiet and not enables)
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)

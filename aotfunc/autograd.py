@@ -16,26 +16,27 @@ from torch.autograd import forward_ad
 from torch.fx import Node
 
 from .aliasing import apart
+from .batched import apply
 from .graph import Program, kept_alive
 from .redraw import redrawn, states
 from .run import before_writes, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
+from .transforms.lower import CALLS, lowered
 from .transforms.steps import CompiledCall
 from .transforms.vjp import live, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
-_batched = torch._C._parse_dispatch_key("Batched")  # by autograd.grad(is_grads_batched=True), on no stack
 
 
 def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     """The results of a compiled call on real tensors, written inputs updated, differentiable if an input is."""
     program = call.program
     if op_by_op():
-        return execute(program, tensors)
+        return execute(program.once("op by op", lambda: lowered(program, CALLS)), tensors)
     wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad]) if torch.is_grad_enabled() else ()
     if not wrt:
         outs = owned(call(*tensors), program.n_outputs, tensors)
@@ -51,13 +52,16 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     return outs[: program.n_outputs]
 
 
-def op_by_op(cotangents: Sequence[Tensor] = ()) -> bool:
-    """Whether PyTorch's own transforms are at work (torch.func's, forward AD, batched backward passes): values are then
-    batched or dual, and compiled code sees none of that.
+def op_by_op() -> bool:
+    """Whether PyTorch's own transforms are at work (torch.func's, forward AD): values are then batched or dual, and
+    compiled code sees none of that.
     """
-    if _inside_functorch() is not None or forward_ad._current_level >= 0:
-        return True
-    return any([torch._C._dispatch_keys(c).has(_batched) for c in cotangents])
+    return _inside_functorch() is not None or forward_ad._current_level >= 0
+
+
+def compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
+    """What a half of a compiled call returns."""
+    return execute(call.program, tensors) if op_by_op() else call(*tensors)
 
 
 def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
@@ -188,13 +192,11 @@ class Differentiated(torch.autograd.Function):
             given = [c.contiguous() for c in live if c is not None]
             if torch.is_grad_enabled():
                 with redrawn(ctx.states):
-                    grads = run(halves.gradient(have), [*unchanged(ctx), *given])
+                    grads = apply(run, halves.gradient(have), [*unchanged(ctx), *given])
             else:
                 feed = iter(saved)
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
-                half = halves.backward_for(have)
-                whole = not op_by_op(given)
-                grads = half(*residuals, *given) if whole else execute(half.program, [*residuals, *given])
+                grads = apply(compiled, halves.backward_for(have), [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = None
         result: list = [None] * (len(ctx.needs_input_grad))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .trace.instances import flatten_tree
 from .trace.modes import Surroundings, function_modes_key
@@ -151,14 +152,18 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
 
 
 #: what the parts of :func:`environment_key` are
-ENVIRONMENT = ("grad mode", "inference mode", "default dtype", "default device", "autocast", "deterministic algorithms")
+ENVIRONMENT = (
+    *("grad mode", "inference mode", "forward AD level", "default dtype", "default device", "autocast"),
+    "deterministic algorithms",
+)
 
 
 def environment_key() -> tuple:
-    """Grad mode, autocast, the defaults for new tensors, determinism, which kernels attention may use."""
+    """Grad modes, autocast, the defaults for new tensors, determinism, which kernels attention may use."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        forward_ad._current_level,
         torch.get_default_dtype(),
         function_modes_key(),
         Surroundings.now() if torch._C._is_any_autocast_enabled() else None,

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from .aliasing import apart
 from .backends.eager import compile_graph
+from .batched import apply
+from .duals import pushed, refuse_cuts
 from .graph import Program
 from .redraw import redrawn, states
 from .trace.modes import without_modes
@@ -60,11 +63,14 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     if trace is not None:
         return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
     ours = program.once("marked", lambda: marked(program) or beyond_autograd(program))
+    forward = forward_ad._current_level >= 0
+    if ours and forward and torch._C._functorch.peek_interpreter_stack() is None:
+        refuse_cuts(program, tensors)
     given = tensors
     if program.mutated and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         tensors = before_writes(program, tensors, range(len(tensors)))
     with without_modes():
-        if ours and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if ours and (forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))):
             outs = Differentiable.apply(program, states(program), *tensors)
         else:
             fn = eager(program)
@@ -122,10 +128,21 @@ class Differentiable(torch.autograd.Function):
         ctx.dtype = torch.get_default_dtype()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        alive = live(ctx.program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))
+        ctx.save_for_forward(*tensors)
+        forward = forward_ad._current_level >= 0  # any may have a tangent
+        alive = live(ctx.program, tuple(i for i, t in enumerate(tensors) if t.requires_grad or forward))
         ctx.mark_non_differentiable(
             *[o for o, yes in zip(output, alive, strict=True) if isinstance(o, Tensor) and not yes]
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        """The tangents of torch's forward mode; ours has no need of it."""
+        program, given = ctx.program, tangents[2:]
+        wrt = tuple(i for i, t in enumerate(given) if t is not None)
+        with redrawn(ctx.states):
+            outs = execute(pushed(program, wrt), [*ctx.saved_tensors, *(given[i] for i in wrt)])
+        return tuple(outs[len(program.outputs) :])
 
     @staticmethod
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
@@ -136,7 +153,7 @@ class Differentiable(torch.autograd.Function):
         joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
         given = [c.contiguous() for c, yes in zip(cts, have, strict=True) if yes and c is not None]
         with without_modes(ctx.dtype), redrawn(ctx.states):
-            grads = execute(joint, [*tensors, *given])
+            grads = apply(execute, joint, [*tensors, *given])
         result: list = [None] * (len(tensors) + 2)
         for i, g in zip(wrt, grads, strict=True):
             result[i + 2] = g

@@ -55,7 +55,7 @@ class Storage:
     tensor, which shows it through ``chain``. A detached tensor begins another storage of the same memory.
     """
 
-    __slots__ = ("chain", "cut", "memory", "node", "ref", "sig", "version", "written")
+    __slots__ = ("chain", "cut", "memory", "node", "ref", "shown", "sig", "version", "written")
 
     def __init__(self, node: Node, ref: int | None = None, cut: bool = False, memory: Memory | None = None) -> None:
         self.node, self.ref = node, ref
@@ -64,6 +64,15 @@ class Storage:
         self.sig: Sig = node.meta["val"]
         self.cut = cut  # made under no_grad
         self.chain: tuple[Link, ...] = ()
+        self.shown: dict[int, tuple[int, Node]] = {}
+
+    def seen_through(self, b: Builder, link: Link, node: Node) -> Node:
+        """``node`` seen through a link of a view's chain: one node, that a view and the views of it depend on."""
+        version, found = self.shown.get(id(link), (None, node))
+        if version != self.version:
+            found = forward(b, link, node)
+            self.shown[id(link)] = self.version, found
+        return found
 
 
 class View:
@@ -104,6 +113,7 @@ class Functionalizer:
         self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
         self.env: dict[int, Any] = {}
         self.cut: set[int] = set()  # made under no_grad
+        self.cuts: dict[Node, Node] = {}  # and one node each for what is read of them where gradients are on
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
         self.placeholders = list(inputs)
         refs = [*range(len(trace.inputs)), *(-1 - i for i in range(len(trace.lifted)))]
@@ -157,7 +167,7 @@ class Functionalizer:
             if view.version != storage.memory.version:
                 node = self.current(storage)
                 for link in view.chain:
-                    node = forward(self.b, link, node)
+                    node = storage.seen_through(self.b, link, node)
                 view.node, view.version = node, storage.version
             node = view.node
         else:
@@ -213,7 +223,9 @@ class Functionalizer:
         return self.detached(node) if ref in self.cut and self.intent else node
 
     def detached(self, node: Node) -> Node:
-        return self.b.node(aten.detach.default, (node,), {}, node.meta["val"])
+        if node not in self.cuts:
+            self.cuts[node] = self.b.node(aten.detach.default, (node,), {}, node.meta["val"])
+        return self.cuts[node]
 
     def bind(self, node: Node, grad: bool) -> int:
         """Give the next result of the recording its value."""
@@ -323,7 +335,8 @@ class Functionalizer:
             ref = self.number
             self.number += 1
             self.env[ref] = self.seen(base, instr.op, args, instr.kwargs, i, sig)
-            if refs[0] in self.cut or (not grad and sig.differentiable):
+            cut = refs[0] in self.cut and instr.op is not aten.detach.default  # which is a cut itself
+            if cut or (not grad and sig.differentiable):
                 self.cut.add(ref)
 
     def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None, overwritten: bool) -> None:

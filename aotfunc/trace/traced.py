@@ -1,6 +1,7 @@
 """The traced value: a tensor that stands for a value of a recording and answers what a tensor is asked.
 
-It knows its signature and its number in the recording and has no data. Traced values never take part in C++ autograd.
+It knows its signature and its number in the recording and has no data. What C++ autograd records where a parameter
+meets a traced value is dropped unused.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Traced(Tensor):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        return self.tracer if self.requires_grad and not self.is_leaf else None
+        return GradFn() if self.requires_grad and not self.is_leaf else None
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
@@ -119,6 +120,12 @@ class Traced(Tensor):
 
     def register_hook(self, hook: Callable) -> Any:
         return HOOKS["register_hook"](self, hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable) -> Any:
+        raise CaptureError(
+            f"register_post_accumulate_grad_hook inside a captured function is not supported{at(debug.user_line())}; "
+            "register it outside, on the leaf"
+        )
 
     # ----- what has no answer ----------------------------------------------------------------------------------------
 
@@ -159,6 +166,22 @@ class Traced(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}; do so outside")
+
+
+class GradFn:
+    """What ``grad_fn`` is: a sign that there is one. Its graph is not to be walked, nor hooked, before it is made."""
+
+    def name(self) -> str:
+        return "traced"
+
+    def refuse(self, *_: Any) -> Any:
+        raise CaptureError(
+            f"the nodes of autograd's graph are not there inside a captured function{at(debug.user_line())}; hooks "
+            "may be registered on tensors (register_hook) and modules (register_full_backward_hook)"
+        )
+
+    register_hook = register_prehook = refuse
+    next_functions = metadata = property(refuse)
 
 
 def _live(x: Traced) -> Tensor:

@@ -7,6 +7,7 @@ would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is wri
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -67,6 +68,7 @@ class Trace(TorchDispatchMode):
         self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
         self.seeds = Seeds()
+        self.made: list[weakref.ref[Traced]] = []  # of nothing: torch.ones(..., requires_grad=True) says so afterwards
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.mutates = False
         self.rewritten: list[Tensor] = []  # outside tensors without a history, to which autograd gave one
@@ -198,7 +200,10 @@ class Trace(TorchDispatchMode):
             self.seeds.draw([instr])
         if facts.pure:
             if outs.__class__ is Sig:
-                return self.new(outs)
+                t = self.new(outs)
+                if not refs:
+                    self.made.append(weakref.ref(t))
+                return t
         elif facts.writes:
             self.mutates = True
             if func in OVERWRITES and refs[0] >= 0 and not self.may_ask_constants and _grad_enabled():
@@ -438,17 +443,38 @@ class Trace(TorchDispatchMode):
             used = any(t.ref in refs for _, refs, *_ in self.records)
             self.flags[t.ref] = (value, debug.user_line(2) if used else None)
             (self.protected.add if value else self.protected.discard)(t.ref)
+        if value and self.made_quietly(t.ref):  # what is computed from it, views included, is not cut off any more
+            with torch.enable_grad():
+                t.ref = t.detach().ref
         self.leaves[t.ref] = value
         if value:
             self.leaf_tensors.append(t)
 
+    def made_quietly(self, ref: int) -> bool:
+        """Whether a value was made with gradients off."""
+        number = len(self.inputs)
+        for instr, _, grad, *_ in self.records:
+            number += results_of(instr)
+            if number > ref:
+                return ref >= len(self.inputs) and not grad
+        return False
+
     def is_leaf(self, t: Traced) -> bool:
         return t.ref in self.leaves or not self.requires_grad(t)
+
+    def adopt_leaves(self) -> None:
+        """Note which tensors made of nothing were to require grad."""
+        for t in [t for r in self.made if (t := r()) is not None and t.ref not in self.leaves]:
+            if torch._C.TensorBase.requires_grad.__get__(t):  # type: ignore[attr-defined]
+                self.leaves[t.ref] = True
+                self.leaf_tensors.append(t)
 
     def requires_grad(self, t: Traced) -> bool:
         """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires
         grad.
         """
+        if self.made:
+            self.adopt_leaves()
         if (known := self.leaves.get(t.ref)) is not None:
             return known
         if not t.sig.differentiable:
@@ -564,14 +590,17 @@ def zeros(sig: Sig) -> Tensor:
 
 
 def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
-    """``body()`` recorded into ``trace``: with gradients on, autocast's cache and Dynamo off, functorch's levels aside,
-    no garbage collection. All of it holds for this thread alone and is undone whatever is raised, whenever.
+    """``body()`` recorded into ``trace``: with gradients on, autocast's cache and Dynamo off, functorch's levels and
+    saved_tensors_hooks aside (parameters make autograd save traced values), no garbage collection. All of it holds for
+    this thread alone and is undone whatever is raised, whenever.
 
     Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """
     dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
     grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
     compiling = dynamo.get_eval_frame_callback()
+    set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
+    set_aside(aside := set_aside(True))
     depth, modes = len(traces), torch._C._len_torch_dispatch_stack()
 
     def restore() -> None:
@@ -580,6 +609,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
         del traces[depth:]
         torch._C._set_grad_enabled(grad)
         torch.set_autocast_cache_enabled(cache)
+        set_aside(aside)
         if compiling is not None:
             dynamo.set_eval_frame(compiling)
         trace.finish()
@@ -591,6 +621,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
                 dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
             torch.set_autocast_cache_enabled(False)
             torch._C._set_grad_enabled(True)
+            set_aside(True)
             traces.append(trace)
             # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole process
             torch._C._push_on_torch_dispatch_stack(trace)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec
 
 from ..debug import at, line_of
@@ -93,8 +94,10 @@ def record(
 
 
 def as_called(f: Callable) -> Callable:
-    """``f`` with gradients off if they are off here: a recording turns them on."""
-    return f if torch.is_grad_enabled() else torch.no_grad()(f)
+    """``f`` with gradients off if they are off here: a recording turns them on. What autograd then would not see is
+    there for forward_ad.
+    """
+    return f if torch.is_grad_enabled() or forward_ad._current_level >= 0 else torch.no_grad()(f)
 
 
 def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:

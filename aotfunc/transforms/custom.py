@@ -19,7 +19,7 @@ from ..graph import Program
 from ..trace.emit import Builder, remap
 from .vjp import reverse
 from .vmap import inserted, vmap
-from .walk import number
+from .walk import number, unknown
 
 aten = torch.ops.aten
 
@@ -117,12 +117,7 @@ class CustomDerivative:
         # the transpose of the backward, which is linear in the cotangents
         diff = [v for v in self.vals if v.differentiable]
         part = self.backward_part((True,) * len(diff))
-        dummies = [
-            b.make(
-                "call_function", aten.empty.memory_format, (list(v.shape),), {"dtype": v.dtype, "device": v.device}, v
-            )
-            for v in diff
-        ]
+        dummies = [unknown(b, v) for v in diff]
         grads = spliced(b, part, dummies, residuals)
         pairs = [
             (gr, tangents[x]) for gr, x in zip(grads, inputs, strict=True) if isinstance(gr, Node) and x in tangents
@@ -138,7 +133,6 @@ class CustomDerivative:
         new = [walk.expanded(a) for a in (*inputs, *raw)]
         flags = [walk.has(r) for r in residuals]
         rest = [remap(r, walk.env) for r in residuals]
-        rest_sigs = [r.meta["val"] for r in rest]
 
         def batched(part: Any) -> Any:
             if isinstance(part, Later):
@@ -148,21 +142,18 @@ class CustomDerivative:
             program, here = part.program, slice(part.first, part.first + part.n_residuals)
             given = program.placeholders[: len(program.placeholders) - part.n_residuals]
             dims = [0] * len(given) + [0 if yes else None for yes in flags[here]]
-            sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *rest_sigs[here]]
+            sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *(r.meta["val"] for r in rest[here])]
             outs = [0 if isinstance(o, Node) else None for o in program.outputs]
             whole = Program(program.graph, len(dims), program.n_outputs)
             return Part(vmap(whole, dims, sigs, walk.size, walk.randomness, outs), part.first, part.n_residuals)
 
-        d = CustomDerivative(
-            self.__name__,
-            self.n_inputs,
-            tuple(x.meta["val"] for x in new[len(inputs) :]),
-            tuple((have, batched(part)) for have, part in self.backward.items()),
-            batched(self.forward),
-            self.saved,
-            None,
-        )
+        d = self.batched(walk, tuple(x.meta["val"] for x in new[len(inputs) :]), batched)
         return b.make("call_function", d, (*new, *rest), {}, d.vals), [True] * self.n_outputs
+
+    def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
+        """The same with each part ``batched``."""
+        backward = tuple((have, batched(part)) for have, part in self.backward.items())
+        return CustomDerivative(self.__name__, self.n_inputs, vals, backward, batched(self.forward), self.saved, None)
 
 
 def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:

@@ -22,8 +22,10 @@ from ..debug import at
 from ..errors import CaptureError
 from ..trace import outside
 from ..trace.patches import ORIGINALS, recorded, redirect
+from ..trace.shapes import contiguous_stride, make_sig
 from ..trace.traced import HOOKS, Traced, current, quiet, under_way
 from ..trace.tracer import Trace
+from . import module_hooks
 from .function import Context, apply_function, call_function
 from .rules.ctc import recordable
 from .steps import GradStep, interned
@@ -50,24 +52,30 @@ def install() -> None:
     torch_checkpoint._checkpoint_without_reentrant_generator = checkpoint_region
     HOOKS["register_hook"] = register_hook
     outside.install()
+    module_hooks.install()
     ORIGINALS.setdefault("numpy", Tensor.numpy)
     Tensor.numpy = numpy_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("deepcopy", Tensor.__deepcopy__)
     Tensor.__deepcopy__ = deepcopy_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("tolist", Tensor.tolist)
     Tensor.tolist = tolist_of_a_constant  # type: ignore[method-assign]
-    enter = ORIGINALS.setdefault("saved_tensors_hooks", torch.autograd.graph.saved_tensors_hooks.__enter__)
-
-    @functools.wraps(enter)
-    def refuse(self: Any) -> Any:
-        if recorded() is not None:
-            raise CaptureError(
-                f"saved_tensors_hooks inside a captured function are not supported{at(debug.user_line())}"
-            )
-        return enter(self)
-
-    torch.autograd.graph.saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]
+    graph = torch.autograd.graph
+    refuse(graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks")
+    refuse(graph, "register_multi_grad_hook", "hooks of several tensors")
     _installed = True
+
+
+def refuse(owner: Any, name: str, what: str) -> None:
+    """Let a function of torch's be an error inside a recording."""
+    f = ORIGINALS.setdefault(what, getattr(owner, name))
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if recorded() is not None:
+            raise CaptureError(f"{what} inside a captured function are not supported{at(debug.user_line())}")
+        return f(*args, **kwargs)
+
+    setattr(owner, name, call)
 
 
 @functools.wraps(Tensor.numpy)
@@ -249,8 +257,6 @@ def autograd_grad(
             is_grads_batched,
             materialize_grads,
         )
-    if is_grads_batched:
-        raise CaptureError(f"autograd.grad(is_grads_batched=True) is not captured; use vmap{at(debug.user_line())}")
     gs = (
         [None] * len(outs)
         if grad_outputs is None
@@ -259,16 +265,23 @@ def autograd_grad(
         else list(grad_outputs)
     )
     for o, g in zip(outs, gs, strict=True):
-        if g is None and o.numel() != 1:
+        if g is None and (o.numel() != 1 or is_grads_batched):
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    lenient = bool(allow_unused) or materialize_grads
+    size = gs[0].shape[0] if is_grads_batched else None  # type: ignore[union-attr]
     refs = [trace.ref_of(o)[0] for o in outs]
-    used = [not lenient or trace.reaches(trace.ref_of(x)[0], refs) for x in ins]
+    used = [trace.reaches(trace.ref_of(x)[0], refs) for x in ins]
+    if not (all(used) or allow_unused or materialize_grads):
+        raise CaptureError(
+            f"one of the differentiated tensors was not used to compute the outputs{at(debug.user_line())}; "
+            "allow_unused=True returns None for it"
+        )
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
     found: list = []
     if wanted:
         sigs = [trace.ref_of(x)[1] for x in wanted]
-        step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph))
+        if size is not None:
+            sigs = [make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs]
+        step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph), size)
         found = list(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
     results = [
         found.pop(0) if yes else torch.zeros_like(x) if materialize_grads else None
@@ -291,6 +304,7 @@ def autograd_backward(
     outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gs = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
     refs = [trace.ref_of(o)[0] for o in outs]
+    trace.adopt_leaves()
     outside = {i for i in range(len(trace.inputs)) if trace.leaves.get(i)}
     outside |= {-1 - i for i, t in enumerate(trace.lifted) if t.requires_grad}
     if inputs is None:

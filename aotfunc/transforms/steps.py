@@ -17,10 +17,9 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..cache import Cache
-from ..debug import Line, at
-from ..errors import CaptureError
-from ..graph import Program, draws, size
-from ..trace.emit import Builder, remap
+from ..debug import Line
+from ..graph import Program, cut, draws, size
+from ..trace.emit import Builder, remap, remap_dict
 from ..trace.functionalize import Functionalizer, hidden_write
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
@@ -28,7 +27,7 @@ from ..trace.views import Link, laid_out, linked
 from .jvp import jvp
 from .vjp import dense, live, reverse, vjp
 from .vmap import vmap
-from .walk import number
+from .walk import builder, number, unknown
 
 aten = torch.ops.aten
 
@@ -277,25 +276,51 @@ def interned(cls: Any, *args: Any) -> Any:
 
 
 class GradStep(Step):
-    """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function."""
+    """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function; with a ``size`` it is that of
+    ``is_grads_batched``, the number of gradients that are given for each output and due for each input.
+    """
 
-    def __init__(self, outs: Sequence[Sig], n_outputs: int, given: tuple[bool, ...], create_graph: bool) -> None:
+    def __init__(
+        self,
+        outs: Sequence[Sig],
+        n_outputs: int,
+        given: tuple[bool, ...],
+        create_graph: bool,
+        size: int | None = None,
+    ) -> None:
         super().__init__(outs)
-        self.n_outputs, self.given, self.create_graph = n_outputs, given, create_graph
+        self.n_outputs, self.given, self.create_graph, self.size = n_outputs, given, create_graph, size
+
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        return [self.create_graph] * len(self.outs), []
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         n, m = self.n_outputs, sum(self.given)
         outputs = [f.read(r) for r in refs[:n]]
-        cotangents = iter([f.read(r) for r in refs[n : n + m]])
+        cotangents = [f.read(r) for r in refs[n : n + m]]
         inputs = [f.read(r) for r in refs[n + m :]]
+        feed = iter(cotangents if self.size is None else [unknown(f.b, o.meta["val"]) for o in outputs])
         seeds = [
-            next(cotangents) if yes else number(f.b, 1, o.meta["val"])
-            for o, yes in zip(outputs, self.given, strict=True)
+            next(feed) if yes else number(f.b, 1, o.meta["val"]) for o, yes in zip(outputs, self.given, strict=True)
         ]
-        grads = reverse(f.b, outputs, seeds, inputs)
-        if any(g is None for g in grads):
-            raise CaptureError(
-                f"one of the differentiated tensors was not used to compute the outputs{at(line)}; "
-                "allow_unused=True returns None for it"
-            )
+        grads: Sequence[Any] = reverse(f.b, outputs, seeds, inputs)
+        grads = [number(f.b, 0, x.meta["val"]) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+        if self.size is not None:
+            grads = [f.fitted(g, sig) for g, sig in zip(for_each(f.b, seeds, grads, cotangents, self.size), self.outs)]
         self.bind(f, grads, grad and self.create_graph)
+
+
+def for_each(b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Sequence[Node], size: int) -> list[Node]:
+    """``outs``, which were computed from ``inputs``, for each of a batch of these."""
+    _, nodes, residuals = cut(b.graph, inputs, (), outs)
+    inner = builder()
+    env = {n: inner.placeholder(n.name, n.meta["val"]) for n in (*inputs, *residuals)}
+    count = len(env)
+    for n in nodes:
+        if n not in env:
+            env[n] = inner.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+    program = Program(inner.finish(remap(tuple(outs), env)), count, len(outs))
+    dims = [0] * len(inputs) + [None] * len(residuals)
+    given = [*batch, *residuals]
+    each = vmap(program, dims, [x.meta["val"] for x in given], size, "same", [0] * len(outs))
+    return list(b.splice(each.graph, given, each.outputs))

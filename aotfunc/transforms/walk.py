@@ -134,6 +134,12 @@ def number(b: Builder, value: Any, sig: Sig) -> Node:
     return b.call(aten.full.default, list(sig.shape), value, dtype=sig.dtype, device=sig.device)
 
 
+def unknown(b: Builder, sig: Sig) -> Node:
+    """A tensor like ``sig`` of any value: an input of what is linear in it, to be dropped with it."""
+    kwargs = {"dtype": sig.dtype, "device": sig.device}
+    return b.make("call_function", aten.empty.memory_format, (list(sig.shape),), kwargs, sig)
+
+
 def outputs_of(b: Builder, n: Node) -> Any:
     """What a node returns, as a rule wants it: itself, or the list of its outputs (some of which may be lists)."""
     val = n.meta["val"]

@@ -1,0 +1,250 @@
+"""Hooks on modules and tensors act in compiled and transformed functions as they do in eager."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from aotfunc import aot_function, aot_module, grad, grad_and_value, jit, vjp, vmap
+from aotfunc.errors import CaptureError
+from tests.reference import assert_same
+
+
+class Several(nn.Module):
+    """Several arguments and results, some of which are no tensors or have no derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x, scale, c):
+        y = self.linear(x)
+        return y * scale, (x * c).sum(), y.argmax(), scale
+
+
+class Net(nn.Module):
+    def __init__(self, used=(0, 1)):
+        super().__init__()
+        self.first, self.several, self.last, self.used = nn.Linear(3, 3), Several(), nn.Linear(3, 1), used
+
+    def forward(self, x):
+        outs = self.several(torch.tanh(self.first(x)), 2.0, torch.ones(3, dtype=x.dtype))
+        y = outs[0] if 0 in self.used else x
+        return self.last(y).sum() + (outs[1].sin() if 1 in self.used else 0)
+
+
+def scaled(k):
+    return lambda module, gi, go: tuple(None if g is None else g * k for g in gi)
+
+
+def by_outputs(module, gi, go):
+    """Reads the gradients of the outputs that are there."""
+    return tuple(None if g is None else g * (2 + sum(o.sum() for o in go if o is not None)) for g in gi)
+
+
+def with_parameter(module, gi, go):
+    return (gi[0] * next(module.parameters()).sum(),)
+
+
+def pre(module, go):
+    return tuple(None if g is None else g * 3 for g in go)
+
+
+def pre_nothing(module, go):
+    return None
+
+
+HOOKS = {
+    "full": lambda m: m.last.register_full_backward_hook(scaled(3)),
+    "full, of the first": lambda m: m.first.register_full_backward_hook(lambda *_: None),
+    "pre": lambda m: m.last.register_full_backward_pre_hook(pre),
+    "pre, of the first": lambda m: m.first.register_full_backward_pre_hook(pre),
+    "both": lambda m: (
+        m.last.register_full_backward_pre_hook(pre),
+        m.last.register_full_backward_hook(by_outputs),
+        m.last.register_full_backward_hook(scaled(-2)),
+    ),
+    "several": lambda m: m.several.register_full_backward_hook(by_outputs),
+    "several, pre": lambda m: (
+        m.several.register_full_backward_pre_hook(pre_nothing),
+        m.several.register_full_backward_pre_hook(pre),
+        m.several.register_full_backward_hook(by_outputs),
+    ),
+    "with a parameter": lambda m: m.last.register_full_backward_hook(with_parameter),
+    "on the whole": lambda m: m.register_full_backward_hook(scaled(5)),
+    "a forward hook too": lambda m: (
+        m.first.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+        m.first.register_forward_hook(lambda m, args, out: out.sin()),
+        m.first.register_full_backward_hook(scaled(3)),
+    ),
+    "a removed one": lambda m: m.last.register_full_backward_hook(scaled(3)).remove(),
+}
+WAYS = {
+    "jit": jit,
+    "aot_module": lambda m: aot_module(m, "eager"),
+    "jit in jit": lambda m: (lambda j: jit(lambda x: j(x)))(jit(m)),
+    "vmap": lambda m: lambda x: vmap(m)(x.unsqueeze(0)).squeeze(0),
+}
+
+
+def outcome(f, m, x, order=1):
+    m.zero_grad()
+    x = x.clone().requires_grad_()
+    y = f(x)
+    if order == 1:
+        y.backward()
+        return y.detach(), x.grad, [p.grad for p in m.parameters()]
+    (g,) = torch.autograd.grad(y, x, create_graph=True)
+    return y.detach(), g.detach(), torch.autograd.grad(g.square().sum(), [x, m.first.weight], allow_unused=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*ull backward hook is (firing|called)")
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", HOOKS)
+def test_backward_hooks_of_modules(name, way, used, order):
+    torch.manual_seed(0)
+    m, x = Net(used).double(), torch.randn(2, 3, dtype=torch.float64)
+    HOOKS[name](m)
+    want = outcome(m, m, x, order)
+    f = WAYS[way](m)
+    for _ in range(2):
+        assert_same(outcome(f, m, x, order), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*ull backward hook is (firing|called)")
+@pytest.mark.parametrize("name", HOOKS)
+def test_under_transforms(name):
+    torch.manual_seed(0)
+    m, xs = Net().double(), torch.randn(4, 2, 3, dtype=torch.float64)
+    HOOKS[name](m)
+    want = torch.stack([outcome(m, m, x)[1] for x in xs])
+    assert_same(vmap(grad(m))(xs), want)
+    assert_same(jit(vmap(grad_and_value(m)))(xs)[0], want)
+    assert_same(vjp(jit(m), xs[0])[1](torch.tensor(1.0, dtype=torch.float64))[0], want[0])
+
+
+def test_weights_alone_require_grad():
+    """The hook is called with the outputs' gradients alone."""
+    torch.manual_seed(0)
+    m, x, seen = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(2, 3), []
+    m[1].register_full_backward_pre_hook(lambda m, go: (go[0] * 2,))
+    m[0].register_full_backward_hook(lambda m, gi, go: seen.append((gi, [g.shape for g in go])))
+    m(x).sum().backward()
+    want, m[0].weight.grad = m[0].weight.grad, None
+    with pytest.warns(UserWarning, match="full backward hook"):
+        jit(m)(x).sum().backward()
+    assert_same(m[0].weight.grad, want)
+    assert seen[0] == seen[-1]
+
+
+def test_a_hook_that_returns_the_wrong_number():
+    m, x = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
+    m.register_full_backward_hook(lambda m, gi, go: (gi[0], gi[0]))
+    with pytest.raises(RuntimeError, match="invalid number of grad_input, got 2, but expected 1"):
+        jit(m)(x).sum().backward()
+
+
+def test_a_gradient_that_a_hook_keeps_is_no_number():
+    """GradCAM: the hook runs while the function is captured, so what it keeps cannot be looked at."""
+    m, x, kept = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True), []
+    m.register_full_backward_hook(lambda m, gi, go: kept.append(go[0]))
+    jit(m)(x).sum().backward()
+    with pytest.raises(CaptureError):
+        kept[0].tolist()
+
+
+# ----- tensors --------------------------------------------------------------------------------------------------------
+
+
+def hooked_inside(x):
+    h = x * 2
+    h.register_hook(lambda g: g * 3)
+    return (h * h).sum()
+
+
+def hooked_twice(x):
+    h = x.sin()
+    h.register_hook(lambda g: g * g)
+    k = h * 2
+    h.register_hook(lambda g: None)
+    k.register_hook(lambda g: g + h.detach())
+    return (k * h).sum()
+
+
+@pytest.mark.parametrize("way", ["jit", "jit in jit", "vmap"])
+@pytest.mark.parametrize("f", [hooked_inside, hooked_twice])
+def test_hooks_of_tensors(f, way):
+    x = torch.randn(3, dtype=torch.float64)
+    assert_same(outcome(WAYS[way](f), nn.Module(), x), outcome(f, nn.Module(), x))
+
+
+def test_hooks_outside_of_parameters_and_arguments():
+    """Autograd's own: on leaves, on arguments and results, after accumulation; removed ones do not act."""
+
+    def run(wrap):
+        torch.manual_seed(0)
+        m, log = nn.Linear(3, 3).double(), []
+        leaf = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+        f = wrap(m)
+        m.weight.register_hook(lambda g: g * 2)
+        m.bias.register_post_accumulate_grad_hook(lambda p: log.append(p.grad.clone()))
+        removed = m.weight.register_hook(lambda g: g * 100)
+        for _ in range(2):
+            x = leaf * 2
+            x.register_hook(lambda g: g * 5)
+            y = f(x)
+            y.register_hook(lambda g: g * 7)
+            y.sum().backward()
+            removed.remove()
+        return leaf.grad, m.weight.grad, m.bias.grad, log
+
+    assert_same(run(jit), run(lambda m: m))
+    assert_same(run(lambda m: aot_function(m, "eager")), run(lambda m: m))
+
+
+REFUSED = {
+    "a node's hook": (lambda h: h.grad_fn.register_hook(lambda *_: None), "hooks may be registered on tensors"),
+    "a node's pre-hook": (lambda h: h.grad_fn.register_prehook(lambda *_: None), "hooks may be registered"),
+    "the next nodes": (lambda h: h.grad_fn.next_functions, "nodes of autograd's graph are not there"),
+    "after accumulation": (lambda h: h.register_post_accumulate_grad_hook(lambda *_: None), "register it outside"),
+    "several tensors": (
+        lambda h: torch.autograd.graph.register_multi_grad_hook([h, h * 2], lambda *_: None),
+        "hooks of several tensors",
+    ),
+    "removed": (lambda h: h.register_hook(lambda g: g * 2).remove(), "cannot be removed inside"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    call, why = REFUSED[name]
+
+    def f(x):
+        h = x * 2
+        call(h)
+        return h
+
+    with pytest.raises(CaptureError, match=why) as e:
+        jit(f)(torch.ones(2, requires_grad=True))
+    assert "test_hooks.py" in str(e.value)
+
+
+def test_the_deprecated_backward_hook_is_refused():
+    m = nn.Linear(3, 3)
+    m.register_backward_hook(lambda m, gi, go: None)
+    with pytest.raises(CaptureError, match="register_full_backward_hook"):
+        jit(m)(torch.ones(2, 3))
+
+
+def test_the_plain_module_is_as_before():
+    """After captures hooks still run in eager."""
+    m, x = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
+    m.register_full_backward_hook(scaled(3))
+    jit(m)(x)
+    twin = copy.deepcopy(m)
+    twin._backward_hooks.clear()
+    (g,) = torch.autograd.grad(m(x).sum(), x)
+    assert_same(g, torch.autograd.grad(twin(x).sum(), x)[0] * 3)
