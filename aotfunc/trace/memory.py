@@ -121,6 +121,8 @@ def part(base: Sig, at: Place, sig: Sig, place: Place) -> int | None:
 
 def overlaps_itself(sig: Sig) -> bool:
     """Whether steps along one dimension, or along two, lead to the same memory. (Three or more are not looked at.)"""
+    if 0 in sig.shape:
+        return False
     steps = [(s, n) for s, n in zip(sig.stride, sig.shape, strict=True) if n > 1]
     if any(s == 0 for s, _ in steps):
         return True
