@@ -320,6 +320,10 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     finally:
         _under_way.rules.pop()
     base = rec.program()
+    if base.mutated:
+        return CaptureError(
+            f"the backward or jvp of {name} writes to what it was given or saved; clone() it there first"
+        )
     if len(rec.tensors) == len(rec.leaves):
         return base, inner.lifted
 

@@ -407,6 +407,25 @@ def test_data_of_a_parameter_is_by_reference():
     assert_same(p.data, torch.full((3,), 10.0))
 
 
+class WritesToWhatItSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        k = x.sin()
+        ctx.save_for_backward(k)
+        return x * k
+
+    @staticmethod
+    def backward(ctx, g):
+        (k,) = ctx.saved_tensors
+        return g * k.mul_(2)
+
+
+@pytest.mark.parametrize("wrap", [jit, lambda f: aot_function(f, "eager"), lambda f: grad(lambda x: f(x).sum())])
+def test_a_backward_that_writes_to_what_it_saved_is_refused(wrap):
+    with pytest.raises(CaptureError, match="WritesToWhatItSaved writes to what it was given or saved"):
+        wrap(lambda x: WritesToWhatItSaved.apply(x) * 1)(torch.ones(3, requires_grad=True))
+
+
 # ----- arguments that share memory ------------------------------------------------------------------------------------
 
 
