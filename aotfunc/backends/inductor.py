@@ -103,8 +103,9 @@ def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Calla
     for n in gm.graph.nodes:
         if n.op == "call_function" and not isinstance(n.target, OpOverload) and n.target is not operator.getitem:
             raise BackendError(f"{n.name} is Python code")
-        if any(isinstance(a, torch.Generator) for a in (*n.args, *n.kwargs.values())):
-            raise BackendError(f"{n.name} draws from a torch.Generator")
+        given = [getattr(gm, n.target)] if n.op == "get_attr" else [*n.args, *n.kwargs.values()]
+        if any(isinstance(a, torch.Generator) for a in given):  # code in the disk cache would draw from a copy
+            raise BackendError(f"{n.name} takes a torch.Generator")
     failing: set[Any] = set()
     with settled(gm):
         while True:

@@ -164,7 +164,7 @@ def test_what_inductor_cannot_take_is_run_eagerly():
     f = lambda x: torch.rand(3, generator=generator) * x
     g = jit(f, "inductor")
     x = torch.randn(3)
-    with pytest.warns(BackendWarning, match="draws from a torch.Generator"):
+    with pytest.warns(BackendWarning, match="takes a torch.Generator"):
         got = [generator.manual_seed(3) and g(x), g(x)]
     assert_same(got, [generator.manual_seed(3) and f(x), f(x)])
 
