@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -346,15 +347,19 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Function.apply`` inside a recording; reentrant checkpointing comes this way too."""
+    """``Function.apply`` inside a recording; reentrant checkpointing comes this way too. Compiled for arguments of which
+    none requires grad, it has no derivative of what it closes over either.
+    """
     if cls is not torch_checkpoint.CheckpointFunction:
         return apply_function(cls, *args, **kwargs)
     trace = current()
     assert trace is not None
     outer = trace.region
     trace.region = trace.regions = trace.regions + 1
+    needed = trace.may_ask_constants or any(isinstance(a, Tensor) and a.requires_grad for a in args[2:])
     try:
-        return args[0](*args[2:])
+        with nullcontext() if needed else torch.no_grad():
+            return args[0](*args[2:])
     finally:
         trace.region = outer
 
