@@ -71,6 +71,7 @@ class Trace(TorchDispatchMode):
         self.made: list[weakref.ref[Traced]] = []  # of nothing: torch.ones(..., requires_grad=True) says so afterwards
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.mutates = False
+        self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
         self.rewritten: list[Tensor] = []  # outside tensors without a history, to which autograd gave one
         self.reshapes = False  # in place
         self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
@@ -292,6 +293,8 @@ class Trace(TorchDispatchMode):
         def argument(i: int) -> Any:
             return args[i] if i < len(args) else (kwargs or {}).get(facts.names[i])
 
+        if self.hooked:
+            self._keep_hooked([argument(i) for i in facts.writes])
         if _grad_enabled():
             self._keep_history(facts, tree_leaves((args, kwargs)), tree_leaves([argument(i) for i in facts.writes]))
         single = not isinstance(outs, tuple)
@@ -338,6 +341,11 @@ class Trace(TorchDispatchMode):
         with quiet():
             torch._C.TensorBase.data.__set__(t, fresh)
         t.sig = sig
+
+    def _keep_hooked(self, written: list) -> None:
+        if any(t.__class__ is Traced and self.root(t.ref) in self.hooked for t in tree_leaves(written)):
+            line = at(debug.user_line(3))
+            raise CaptureError(f"a write to an argument with a hook{line}: register the hook after it, on a new tensor")
 
     def _keep_history(self, facts: Any, args: list, written: list) -> None:
         """Keep autograd's own record of a write, made behind our back where parameters take part, off outside tensors:

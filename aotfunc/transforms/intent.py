@@ -9,7 +9,7 @@ Sq.apply``) come along.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..debug import at
 from ..errors import CaptureError
 from ..trace import outside
 from ..trace.patches import ORIGINALS, recorded, redirect
+from ..trace.records import instr_op, written_slots
 from ..trace.shapes import contiguous_stride, make_sig
 from ..trace.traced import HOOKS, Traced, current, quiet, under_way
 from ..trace.tracer import Trace
@@ -347,8 +348,8 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Function.apply`` inside a recording; reentrant checkpointing comes this way too. Compiled for arguments of which
-    none requires grad, it has no derivative of what it closes over either.
+    """``Function.apply`` inside a recording; reentrant checkpointing comes this way too. Compiled for arguments none of
+    which requires grad, it has no derivative of what it closes over either.
     """
     if cls is not torch_checkpoint.CheckpointFunction:
         return apply_function(cls, *args, **kwargs)
@@ -364,8 +365,24 @@ def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         trace.region = outer
 
 
+def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
+    """Whether a step has a derivative with respect to ``ref`` as it was before: not the value that it writes there."""
+    return instr_op(instr) is not torch.ops.aten.detach.default and all(refs[s] != ref for s in written_slots(instr))
+
+
 def register_hook(t: Traced, hook: Callable) -> Any:
-    """A tensor hook: from here on ``t`` is a value whose cotangent passes through the hook."""
+    """A tensor hook: from here on ``t`` is a value whose cotangent passes through the hook. Refused where that is not
+    what a hook of autograd's sees: what ``t`` was used for before, or an input's gradient after a write.
+    """
+    trace = t.tracer
+    roots, written = trace.roots()
+    own = roots.get(t.ref, t.ref)
+    if any(t.ref in refs and grad and reads(instr, refs, t.ref) for instr, refs, grad, *_ in trace.records):
+        raise CaptureError(f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once")
+    if own < len(trace.inputs) and own in written:
+        raise CaptureError(
+            f"a hook of an argument that was written to{at(debug.user_line())}: register it first, outside"
+        )
 
     def backward(ctx: Any, g: Tensor) -> Tensor:
         changed = hook(g)
@@ -373,6 +390,8 @@ def register_hook(t: Traced, hook: Callable) -> Any:
 
     hooked = call_function("hook", [t], lambda ctx: t.view_as(t), Context(), backward)
     t.ref = hooked.ref
+    if own < len(trace.inputs):
+        trace.hooked.add(t.ref)
     return _Handle()
 
 

@@ -177,8 +177,12 @@ class Scope:
             ):
                 return []
             inner = Scope(self.draw, self.env, self.numbers, [t], self.outside)
+            # what it writes outside is written again when it is computed again
+            table = {kind: table[kind] for kind in ("compute", "view", "random", "custom", "write") if kind in table}
+            if reentrant:  # what it returns undifferentiated requires grad all the same
+                table = {kind: table[kind] for kind in ("compute", "random") if kind in table}
             body = [text for _ in range(3) if (text := inner.statement(table)) is not None]
-            block = Block(f"def {name}({t}):", [*body, f"return {inner.tensor(outside=0)}"])
+            block = Block(f"def {name}({t}):", [*body, f"return {inner.tensor(outside=0)}.clone()"])
             text = self.fill(f"{{new}} = checkpoint({name}, {x}, use_reentrant={reentrant})")
         except IndexError:
             return []
@@ -249,7 +253,7 @@ class Drawing:
         f = self.function(signature, args)
         names = [n for n in self.outside if n.isidentifier() and self.draw.random() < 0.3]
         scope = [f"global {', '.join(names)}"] if names else []
-        main = [*scope, *self.setup, f, "f = compiled(f)", "see()", *self.calls(args)]
+        main = [*scope, *self.setup, f, "f = compiled(f)", "see()", *self.calls(args, render([*classes, f]))]
         return [*classes, Block("def program(compiled, see):", main)]
 
     def module(self) -> Block:
@@ -324,12 +328,14 @@ class Drawing:
         comma = "," if len(results) == 1 and self.draw.random() < 0.3 else ""
         return f"return {', '.join(results)}{comma}"
 
-    def calls(self, args: str) -> list[Line]:
+    def calls(self, args: str, text_of_f: str) -> list[Line]:
         """The calls and what happens between them."""
         s, draw = Driver(self.draw, self.env, self.numbers), self.draw
         lines: list[Line] = []
         table = CALLS + [f"with torch.autocast('cpu', torch.bfloat16):\n    {CALLS[0]}"] * 4 * self.single
         table = [c for c in table if not any(word in c for word in self.off)]
+        if re.search(r"_\(|\[.*\] = |[-+*/]= |out=|inplace|norm|bn", text_of_f):  # would be written again
+            table = [c for c in table if "checkpoint" not in c]
         for k in range(draw.randrange(2, 5)):
             if k:
                 texts = [text for _ in range(draw.randrange(4)) if (text := s.statement(self.between)) is not None]

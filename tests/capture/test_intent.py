@@ -6,8 +6,8 @@ import torch.utils.checkpoint
 from torch.utils.checkpoint import checkpoint
 
 import aotfunc
-from aotfunc import grad, jacfwd, jacrev, jvp, linearize, make_fx, vjp, vmap
-from aotfunc.errors import AotfuncError
+from aotfunc import grad, jacfwd, jacrev, jit, jvp, linearize, make_fx, vjp, vmap
+from aotfunc.errors import AotfuncError, CaptureError
 from tests.reference import assert_same, grads, loop
 
 early_checkpoint = checkpoint  # a name bound before any capture
@@ -279,6 +279,34 @@ def test_is_leaf_and_grad_fn_questions_do_not_fail():
 
     x = r(3)
     assert_same(grad(f)(x), torch.full_like(x, 2))
+
+
+LATE_HOOKS = {
+    "used before": lambda x: (y := x * 2, z := y**2, y.register_hook(lambda g: g * 10), z)[-1],
+    "written before": lambda x: (x.mul_(2), x.register_hook(lambda g: g * 10), x * 1)[-1],
+    "written after": lambda x: (x.register_hook(lambda g: g * 10), x.mul_(2), x * 1)[-1],
+    "a part written after": lambda x: (x.register_hook(lambda g: g * 10), x[0].mul_(2), x * 1)[-1],
+}
+
+
+@pytest.mark.parametrize("name", LATE_HOOKS)
+def test_a_hook_that_autograd_would_run_on_more(name):
+    """Of a use before the registration, or of an argument's gradient outside: refused, and nothing is written."""
+    x = torch.ones(3, requires_grad=True) * 1
+    with pytest.raises(CaptureError, match=r"a hook.*test_intent.py:\d+.*register"):
+        jit(LATE_HOOKS[name])(x)
+    assert x.tolist() == [1, 1, 1]
+
+
+def test_a_hook_after_a_write_to_a_new_tensor():
+    def f(x):
+        y = x * 2
+        y.mul_(3)
+        y.register_hook(lambda g: g * 10)
+        return y**2
+
+    x = torch.ones(3, requires_grad=True)
+    assert_same(torch.autograd.grad(jit(f)(x).sum(), x), torch.autograd.grad(f(x).sum(), x))
 
 
 # checkpoint ----------------------------------------------------------------------------------------------------------
