@@ -219,7 +219,8 @@ class Driver(Scope):
             case "param":
                 return choice(params * (self.draw.random() < 0.3) + theirs)
             case "leaf":
-                return choice([n for n in [*params, *theirs, "x"] if n in env and self.value(n).requires_grad])
+                names = [n for n in [*params, *theirs, "x"] if n in env and is_leaf(self.value(n))]
+                return choice([n for n in names if self.value(n).requires_grad])
             case "outs" | "any outs":
                 recent = [n for n in env if n.startswith("out")][-2:]
                 return choice([n for n in recent if what == "any outs" or n not in self.spent])
