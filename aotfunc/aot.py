@@ -43,7 +43,6 @@ from .stores import Place, Stores, left_behind, put_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes
-from .trace.replay import named_generators
 from .trace.seeds import of_python, states
 from .trace.shapes import make_sig
 from .trace.traced import Traced, current
@@ -498,8 +497,7 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor],
     """Hand the program to a compiler as a GraphModule with example inputs. Raises BackendError, which keeps the graph,
     where the compiler raises an error that is not ours.
     """
-    generators = named_generators(program.graph.nodes)  # unknown to Inductor
-    if compiler is backends.lookup("eager") or (generators and compiler is backends.lookup("inductor")):
+    if compiler is backends.lookup("eager"):
         return compile_graph(lowered(program, EVERYTHING).graph)
     table = getattr(compiler, "decompositions", None)
     if table is not None:
