@@ -93,7 +93,7 @@ def test_memory_efficient_fusion(monkeypatch):
     monkeypatch.setitem(REGISTRY, "inductor", names.nop)  # test_inductor.py runs the real one
     x, net = leaf(3), nn.Linear(3, 2)
     f = names.memory_efficient_fusion(lambda x: x.sin().cos())
-    assert f.partition is names.min_cut_rematerialization_partition
+    assert f.pipeline.partition is names.min_cut_rematerialization_partition
     torch.testing.assert_close(f(x), x.sin().cos())
     fused = names.memory_efficient_fusion(net)
     assert isinstance(fused, nn.Module)
