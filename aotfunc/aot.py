@@ -30,16 +30,17 @@ from .backends.eager import compile_graph
 from .cache import Cache
 from .debug import at, outside_dynamo, user_line
 from .errors import AotfuncError, ArgumentError, BackendError, CaptureError
-from .explain import Explanation, Facts, differences, explained, facts_of, growth
 from .graph import Program, kept_alive, output_node, weight
-from .guards import describe_argument, environment_key, noted
+from .guards.check import Check
+from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
+from .guards.keys import describe_argument, environment_key, noted
+from .guards.reads import Names
+from .guards.state import State, look
+from .guards.stores import Place, Stores, left_behind, put_back
 from .module import argument_names, graph_module
 from .partition import default_partition, min_cut_rematerialization_partition
 from .partition.foreign import cut_by
-from .reads import Names
 from .run import run_eager
-from .state import Check, State, look
-from .stores import Place, Stores, left_behind, put_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import aotfunc
-from aotfunc.reads import Names
-from aotfunc.state import Check, look
+from aotfunc.guards.check import Check
+from aotfunc.guards.reads import Names
+from aotfunc.guards.state import look
 from benchmarks.measure import Report, arguments, interleaved, ms
 from benchmarks.programs import resnet_module
 

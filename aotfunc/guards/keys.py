@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .trace.instances import flatten_tree
-from .trace.modes import Surroundings, function_modes_key
+from ..trace.instances import flatten_tree
+from ..trace.modes import Surroundings, function_modes_key
 
 _TENSORS = (Tensor, nn.Parameter)
 #: described by their value; equality within one of these classes is equality of meaning

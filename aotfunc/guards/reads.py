@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from .debug import _OURS, _TORCH
+from ..debug import _OURS, _TORCH
 
 _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 _NUMPY = os.path.dirname(os.path.abspath(numpy.__file__)) + os.sep

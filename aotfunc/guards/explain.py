@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .guards import ENVIRONMENT, Named, TensorFacts, environment_key
+from .keys import ENVIRONMENT, Named, TensorFacts, environment_key
 
 Facts = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch.utils._pytree import tree_leaves
 
+from ..trace.traced import Traced
 from .state import State
-from .trace.traced import Traced
 
 _NOTHING = object()
 

@@ -1,0 +1,84 @@
+"""Containers as state: their type, their length and what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .description import is_plain, plain
+from .keys import bits
+from .objects import Objects
+
+#: objects in a container that are looked at; of more only their number counts
+LIMIT = 10_000
+
+
+class Containers(Objects):
+    """Describes lists, tuples, dictionaries, sets and arrays."""
+
+    def sequence(self, x: Any, v: str, label: str) -> None:
+        self.key += (type(x), len(x))
+        self.require(f"type({v})", type(x))
+        if isinstance(x, list):
+            self.owners.append((x, v, dict(enumerate(x))))
+        self.elements(x, v, label)
+        self.extra(x, v, label)
+
+    def elements(self, x: Sequence[Any], v: str, label: str) -> None:
+        if not all(map(is_plain, x)):
+            self.lines.append(f"if len({v}) != {len(x)}: return")
+            for i, e in enumerate(x if len(x) <= LIMIT else ()):
+                self.meet(e, f"{v}[{i}]", f"{label}[{i}]")
+            return
+        self.key.append(plain(tuple(x)))
+        self.facts.append((label, tuple(x)))
+        if len(x) <= 4:
+            names = [f"{v}_{i}" for i in range(len(x))]
+            self.lines.append(f"[{', '.join(names)}] = {v}")
+            for name, e in zip(names, x, strict=True):
+                self.require(name, e)
+        else:
+            k = self.constant(tuple(x))
+            self.lines.append(f"if len({v}) != {len(x)} or not all(map(is_, {v}, {k})): return")
+
+    def dictionary(self, x: Any, v: str, label: str) -> None:
+        self.key += (type(x), len(x))
+        self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
+        if isinstance(x, dict):
+            self.owners.append((x, v, dict(x)))
+        whole = len(x) > LIMIT or (len(x) > 4 and all(map(is_plain, x.values())))
+        if not whole and all(type(k) is str for k in x):
+            self.key += x
+            if len(x) > 1:
+                self.lines.append(f"if [*{v}] != {self.constant([*x])}: return")
+            for k, e in x.items():
+                self.meet(e, f"{v}[{k!r}]", f"{label}[{k!r}]")
+        else:
+            self.elements([*x], self.bind(f"[*{v}]"), f"{label}.keys()")
+            self.elements([*x.values()], self.bind(f"[*{v}.values()]"), f"{label}.values()")
+        self.extra(x, v, label)
+
+    def content(self, x: Any, v: str, label: str) -> None:
+        """A set or an array, by what is in it."""
+        now = content(x)
+        self.key.append(now)
+        self.facts.append((label, now))
+        self.lines.append(f"if content({v}) != {self.constant(now)}: return")
+
+    def extra(self, x: Any, v: str, label: str) -> None:
+        """The attributes of a container of the user's own class."""
+        if type(x).__module__.partition(".")[0] not in {"builtins", "collections", "torch"}:
+            self.class_of(type(x))
+            if getattr(x, "__dict__", None):
+                self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
+
+
+def content(x: Any) -> Any:
+    """A description of a set, an array or a slice that compares equal where it has the same elements."""
+    if isinstance(x, np.ndarray):
+        return (x.dtype, x.shape, x.strides, x.tobytes() if x.dtype.kind != "O" else tuple(map(id, x.flat)))
+    if isinstance(x, slice):
+        return (slice, *[(type(i), i) for i in (x.start, x.stop, x.step)])
+    return (type(x), bytes(x) if isinstance(x, bytearray) else frozenset([(type(e), bits(e)) for e in x]))

@@ -1,0 +1,90 @@
+"""Functions as state: code, defaults, closure variables, and the globals and parts of modules that they name."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+
+from .containers import Containers
+from .description import NOTHING, is_plain, passing
+from .keys import Named
+from .reads import library_of, library_of_module
+
+#: what the compiled function itself is called in descriptions, if it is an object
+ROOT = "self"
+
+
+class Functions(Containers):
+    """Describes functions and Python modules."""
+
+    def function(self, f: types.FunctionType, v: str, label: str) -> None:
+        """Code, defaults, closure variables, and the globals that it names."""
+        code = f.__code__
+        root = label == ROOT
+        label = f.__name__ if root else label
+        self.same(code, f"{v}.__code__", label)
+        where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+        self.facts[-1] = (label, Named(f"{f.__qualname__} at {where}", id(code)))
+        library = library_of(code.co_filename)
+        if root:
+            self.names.open(library)
+        known = not self.names.follows(library)
+        self.meet(f.__defaults__, f"{v}.__defaults__", f"{label}.__defaults__")
+        self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")
+        reads = None if known else self.names.enter(code)
+        if f.__closure__:
+            cells = self.bind(f"{v}.__closure__")
+            for i, (name, cell) in enumerate(zip(code.co_freevars, f.__closure__, strict=True)):
+                self.key.append(name)
+                try:
+                    x = cell.cell_contents
+                except ValueError:  # not bound yet
+                    self.key.append(NOTHING)
+                    self.lines.append(f"if not unbound({cells}[{i}]): return")
+                    self.owners.append((cell, f"{cells}[{i}]", {}))
+                    continue
+                self.owners.append((cell, f"{cells}[{i}]", {"cell_contents": x}))
+                if reads is None or name in reads.variables or not (name in reads.written and passing(x)):
+                    self.meet(x, f"{cells}[{i}].cell_contents", name if root else f"{label}.{name}")
+        if reads is not None:
+            scope = f.__globals__
+            scoped = ""
+            for name in sorted(reads.variables | reads.written):
+                if (id(scope), name) not in self._globals:
+                    self._globals.add((id(scope), name))
+                    scoped = scoped or self.constant(scope)
+                    self.key.append(name)
+                    x = scope.get(name, NOTHING)
+                    if x is NOTHING:
+                        self.key.append(None)
+                        self.lines.append(f"if '{name}' in {scoped}: return")
+                    elif name in reads.variables or not passing(x):
+                        self.meet(x, f"{scoped}['{name}']", f"{scope.get('__name__')}.{name}")
+            for name in sorted(reads.imports):
+                if name in sys.modules:
+                    self.meet(sys.modules[name], f"{self.constant(sys.modules)}['{name}']", name)
+        wrapped = f.__dict__
+        if wrapped:
+            d = self.bind(f"{v}.__dict__")
+            for name, x in wrapped.items():
+                if name == "__wrapped__" or (not known and self.wants(name, x)):
+                    self.key.append(name)
+                    self.meet(x, f"{d}['{name}']", label if name == "__wrapped__" else f"{label}.{name}")
+
+    def python_module(self, m: types.ModuleType, v: str, label: str) -> None:
+        """The names that the code may look up in it."""
+        self.require(v, m)
+        self.key.append(m.__name__)
+        d, table = None, vars(m)
+        library = not self.names.follows(library_of_module(m.__name__))
+        for name in sorted(self.names.attributes | self.names.written):
+            x = table.get(name, NOTHING)
+            if x is NOTHING or not self.wants(name, x):
+                continue
+            d = d or self.bind(f"{v}.__dict__")
+            self.key.append(name)
+            if library and not is_plain(x) and not isinstance(x, types.ModuleType):
+                self.same(x, f"{d}['{name}']", f"{label}.{name}")
+            else:
+                self.meet(x, f"{d}['{name}']", f"{label}.{name}")
