@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .aot import EVERY
-from .aot import Compiled as Compiled
 from .aot import aot_function as aot_function
 from .aot import aot_module as aot_module
 from .aot import jit as jit
 from .backends import lookup
 from .backends import register as register
+from .compiled import EVERY
+from .compiled import Compiled as Compiled
 from .errors import BackendError, CaptureError
 from .partition import default_partition as default_partition
 from .partition import min_cut_rematerialization_partition as min_cut_rematerialization_partition

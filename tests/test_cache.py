@@ -71,7 +71,7 @@ def small(monkeypatch):
     A.clear_caches()
     for memo in (captured._programs, graph._derived, walk._fragments):
         monkeypatch.setattr(memo, "limit", 2000)
-    monkeypatch.setattr("aotfunc.aot.NODES", 2000)
+    monkeypatch.setattr("aotfunc.compiled.NODES", 2000)
     yield
     A.clear_caches()
 

@@ -15,6 +15,8 @@ ROWS = [
     ("__init__",),
     ("compile",),
     ("aot", "check", "covered"),
+    ("compiled",),
+    ("pipeline",),
     ("func", "batch", "jacobians", "module", "stateless", "autograd"),
     ("run", "arguments"),
     ("aliasing", "asked", "duals", "redraw", "guards"),

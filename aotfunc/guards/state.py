@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from .description import NOTHING
 from .functions import ROOT, Functions
@@ -88,7 +88,7 @@ class State(Functions):
             self.meet(x(), f"{v}()", label)
         elif isinstance(x, nn.Module) and "_parameters" in x.__dict__:
             self.module(x, v, label)
-        elif cls.__module__ == "aotfunc.aot" and cls.__name__ == "Compiled":
+        elif cls.__module__ == "aotfunc.compiled" and cls.__name__ == "Compiled":
             self.key.append(cls)
             self.require(f"type({v})", cls)
             self.meet(x.f, f"{v}.f", label)

@@ -1,0 +1,389 @@
+"""Compiled functions: captured once per signature, partitioned, compiled, and differentiable to any order.
+
+A :class:`Compiled` function looks its entry up by the signature of the call (:mod:`.guards`). An entry carries its
+program. Inside a capture a call of it is one node that transforms rewrite; outside it is one node of autograd
+(:mod:`.autograd`): forward half, saved residuals, backward half.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import sys
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from .aliasing import Changes, without_views
+from .autograd import run
+from .cache import Cache
+from .debug import at, outside_dynamo, user_line
+from .errors import ArgumentError, CaptureError
+from .graph import Program, kept_alive, weight
+from .guards.check import Check
+from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
+from .guards.keys import describe_argument, environment_key, noted
+from .guards.reads import Names
+from .guards.state import State, look
+from .guards.stores import Place, Stores, left_behind, put_back
+from .module import argument_names
+from .pipeline import Pipeline, title
+from .run import run_eager
+from .trace.memory import layout
+from .trace.modes import OTHERS, function_modes_key, without_modes
+from .trace.seeds import of_python, states
+from .trace.traced import Traced, current
+from .trace.tree import Arguments, unflatten
+from .transforms.capture import as_called, leaf_labels, parameter_names, record
+from .transforms.captured import Recording
+from .transforms.steps import CompiledCall, CompiledStep
+
+#: nodes of graphs, and signatures, kept of one function, and captures after which it is time to say that there are many
+NODES, LIMIT, WARN_AT = 1 << 15, 1024, 64
+
+#: all compiled functions, for clear_compile_cache
+EVERY: weakref.WeakSet[Compiled] = weakref.WeakSet()
+
+
+class Entry:
+    """What was captured for one signature."""
+
+    def __init__(
+        self,
+        rec: Recording,
+        call: CompiledCall,
+        views: Callable[..., tuple] | None,
+        state: State,
+        key: tuple,
+        facts: Facts,
+        enables: bool,
+        places: Sequence[Place],
+    ) -> None:
+        self.call, self.views, self.key, self.facts = call, views, key, facts
+        #: gradients were off, and the function turned them on in places: its marks say where
+        self.enables = enables
+        self.spec, self.tensors = rec.spec, rec.tensors
+        # the structure with what is constant in it; what was traced, and the arguments, may go
+        self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
+        self.step = CompiledStep(call, run_eager)
+        self.changes = Changes(rec)
+        self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
+        # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
+        found = {id(t): i for i, t in enumerate(state.tensors)}
+        self.sources = [found.get(id(t), t) for t in rec.closed_over]
+        known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
+        self.pick = itemgetter(*self.sources) if known else None
+        self.layout = layout([*rec.trace.origins, *rec.closed_over]) if rec.trace.mutates else None
+        # values of an outer recording are only good for that one
+        self.reusable = not any(t.__class__ is Traced for t in self.sources)
+        self.plain = rec.spec is None
+        self.rebuild = rebuilder(rec.spec)
+        self.check = Check(state)
+        self.stores = Stores(state, places) if places else None
+        self.kept: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
+
+    def closed(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The closed-over tensors, where these are the tensors of the state."""
+        if self.pick is not None:
+            return self.pick(found)
+        return [found[s] if s.__class__ is int else s for s in self.sources]
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        if self.enables and not torch.is_inference_mode_enabled():
+            with torch.enable_grad():
+                return self.results(tensors)
+        return self.results(tensors)
+
+    def results(self, tensors: list[Tensor]) -> Any:
+        outs: Sequence[Any] = ()
+        with without_modes():
+            inputs = self.changes.before(tensors) if self.changes else tensors
+            if not self.idle:
+                trace = current()
+                outs = trace.record(self.step, inputs) if trace is not None else run(self.call, inputs)
+            if self.views is not None:
+                outs = self.views(*tensors, *outs)
+            if self.changes:
+                self.changes.after(tensors)
+        if self.plain:
+            return outs[0]
+        leaves = list(self.leaves)
+        for i, t in zip(self.tensors, outs, strict=True):
+            leaves[i] = t
+        return self.rebuild(leaves)
+
+
+def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
+    """``leaves -> tree``: directly for a flat tuple, list or dictionary."""
+    if spec is not None and spec.num_children == spec.num_leaves and all(c.is_leaf() for c in spec.children()):
+        if spec.type is tuple or spec.type is list:
+            return spec.type
+        if spec.type is dict:
+            names = spec.context
+            return lambda leaves: dict(zip(names, leaves, strict=True))
+    return lambda leaves: unflatten(leaves, spec)
+
+
+def weight_of(entry: Entry) -> int:
+    return max(weight(entry.call), NODES // LIMIT)
+
+
+def has_effects(program: Program) -> bool:
+    return any(n.op == "call_function" and kept_alive(n) for n in program.graph.nodes)
+
+
+class Compiled:
+    """A function compiled by two compilers; see :func:`jit` and :func:`aot_function`."""
+
+    def __init__(self, f: Callable, pipeline: Pipeline) -> None:
+        if not callable(f) and not isinstance(f, classmethod):
+            raise ArgumentError(f"{pipeline.name}: {f!r} is not a function (options have names: backend='inductor')")
+        self.binds = type(f)
+        if isinstance(f, staticmethod | classmethod):
+            f = f.__func__
+        functools.update_wrapper(self, f, updated=("__dict__",) if isinstance(f, types.FunctionType) else ())
+        self.f, self.pipeline, self.name = f, pipeline, pipeline.name
+        self.entries = Cache(NODES, weight_of)
+        self.recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
+        self.names = Names()
+        self.captures = 0  # how often f has been captured, for whatever signature
+        self.history: list[Facts] = []  # of the first captures
+        self.last: tuple[list[Facts], Facts] | None = None  # the entries before the last capture, and that
+        self.changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed
+        EVERY.add(self)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        instance = owner if self.binds is classmethod else instance
+        return self if instance is None or self.binds is staticmethod else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        count = len(self.entries)
+        return f"<{self.name} of {title(self.f)}, {self.pipeline}: {count} entr{'y' if count == 1 else 'ies'}>"
+
+    # ----- copying and pickling: what was captured stays behind -------------------------------------------------------
+
+    def __reduce__(self) -> Any:
+        """By its name where that is this compiled function, as a decorated one is; else by its parts."""
+        new = copyreg.__newobj__  # type: ignore[attr-defined]
+        found: Any = sys.modules.get(getattr(self, "__module__", None) or "")
+        for name in getattr(self, "__qualname__", "").split("."):
+            found = getattr(found, name, None)
+        return self.__qualname__ if found is self else (new, (Compiled,), (self.f, self.pipeline))
+
+    def __setstate__(self, parts: tuple) -> None:
+        Compiled.__init__(self, *parts)
+
+    # ----- calling ----------------------------------------------------------------------------------------------------
+
+    @outside_dynamo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parts: list = [len(args)]
+        tensors: list[Tensor] = []
+        objects: list[Any] = []
+        for a in args:
+            describe_argument(a, parts, tensors, objects)
+        if kwargs:
+            describe_argument(kwargs, parts, tensors, objects)
+        key = (*parts, *environment_key())
+        try:
+            entry = self.recent.get(key)
+        except TypeError:
+            raise self.unhashable(Arguments(args, kwargs)) from None
+        if entry is not None:
+            found = entry.check.tensors(self.f, objects)
+            if found is not None:
+                closed = [*tensors, *entry.closed(found)]
+                if entry.layout is None or entry.layout == layout(closed):
+                    result = entry(closed)
+                    return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
+        return self.looked_up(key, tensors, objects, Arguments(args, kwargs))
+
+    def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], arguments: Arguments) -> Any:
+        """A call for which the entry last used is not the right one."""
+        names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
+        labels = [f"argument {names.get(id(x), '')}" for x in objects]
+        state = look(self.f, objects, labels, self.names)
+        for x in objects:
+            if type(x).__hash__ is None and any(x is o for o in state.opaque):
+                raise self.unhashable(arguments)
+        full = (key, *state.key)
+        entry = self.entries.get(full)
+        if entry is not None and entry.layout is not None:
+            places = layout([*tensors, *entry.closed(state.tensors)])
+            if entry.layout != places:  # what a write reaches depends on which arguments share memory
+                full = (*full, places)
+                entry = self.entries.get(full)
+        if entry is not None:
+            entry.check.renew(state)
+            self.recent.put(key, entry)
+            result = entry([*tensors, *entry.closed(state.tensors)])
+            return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
+        before = of_python()
+        try:
+            entry = self.capture(arguments, state, key)
+            drew = of_python() != before
+            result = entry([*tensors, *entry.closed(state.tensors)])
+            result = result if entry.stores is None else entry.stores.first(*result)
+        except BaseException:
+            put_back(state)
+            raise
+        after = look(self.f, objects, labels, self.names)
+        self.changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
+        # a function that changes what it reads is captured at every call, until it does not change any more
+        alike = self.changed is None and not drew and function_modes_key() is not OTHERS
+        if entry.reusable and alike:
+            self.store(full, entry, state)
+        return result
+
+    def unhashable(self, arguments: Arguments) -> ArgumentError:
+        """The error for an argument that cannot be part of a key."""
+        for name, x in zip(*labelled(self.f, arguments), strict=True):
+            try:
+                hash(x)
+            except TypeError as e:
+                what = f"{self.name}: the argument {name} is neither a tensor nor hashable ({e})"
+                return ArgumentError(f"{what}{at(user_line(4))}; pass it as a tensor, or as a tuple of numbers")
+        return ArgumentError(f"{self.name}: something that the function reaches is not hashable{at(user_line(4))}")
+
+    def store(self, full: tuple, entry: Entry, state: State) -> None:
+        """Keep an entry as long as what its key names by ``id`` lives."""
+        mine = weakref.ref(self)
+
+        def drop(_: Any) -> None:
+            compiled = mine()
+            if compiled is not None:
+                compiled.drop(full)
+
+        for x in state.opaque:
+            try:
+                entry.kept.append(weakref.ref(x, drop))
+            except TypeError:
+                entry.kept.append(x)
+        self.entries.put(full, entry)
+        self.recent.put(entry.key, entry)
+
+    def drop(self, full: tuple) -> None:
+        """Forget an entry."""
+        entry = self.entries.pop(full)
+        if entry is not None and self.recent.get(entry.key) is entry:
+            self.recent.pop(entry.key)
+
+    def forget(self) -> None:
+        """Drop all entries."""
+        self.entries.clear()
+        self.recent.clear()
+        self.history.clear()
+        self.captures, self.last, self.changed = 0, None, None
+
+    def capture(self, arguments: Arguments, state: State, key: tuple) -> Entry:
+        self.captures += 1
+        places: list[Place] = []
+
+        def f(*args: Any, **kwargs: Any) -> Any:
+            given = [tree_flatten(x) for x in (*args, kwargs)]
+            result = called(*args, **kwargs)
+            self.check_containers(given, [tree_flatten(x) for x in (*args, kwargs)])
+            places.extend(left_behind(state))
+            return (result, [p.value for p in places]) if places else result
+
+        called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
+        rec = record(
+            f,
+            arguments.leaves,
+            arguments.rebuilt,
+            why_not=f"{self.name} captures the function once for all values",
+            constants=False,
+            name_of=parameter_names(self.f, arguments),
+        )
+        rec.trace.seeds.check_compiled(known, self.name)
+        for i, x in enumerate(rec.leaves):
+            if i not in rec.tensors and any(v.__class__ is Traced for v in getattr(x, "__dict__", {}).values()):
+                raise CaptureError(
+                    f"{self.name}: {title(self.f)} returns a {type(x).__name__} that holds tensors, which would be the "
+                    "same object at every call; return a dataclass, or a tuple or dictionary of the tensors"
+                )
+        quiet = as_called(self.f) is not self.f
+        enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
+        program, views = without_views(rec, quiet and not enables)
+        whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
+        call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
+        given = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}
+        facts = facts_of(given, state.facts)
+        self.last = ([e.facts for e in self.entries.values()], facts)
+        self.watch_growth(facts)
+        return Entry(rec, call, views, state, key, facts, enables, places)
+
+    def check_containers(self, before: Sequence[tuple], after: Sequence[tuple]) -> None:
+        """Lists and dictionaries among the arguments are rebuilt for the capture: what is done to them is lost."""
+        names = [*argument_names(self.f, len(before) - 1), "given by keyword"]
+        for name, (leaves, spec), (now, now_spec) in zip(names, before, after, strict=True):
+            if spec != now_spec or any(x is not y for x, y in zip(leaves, now, strict=True)):
+                raise CaptureError(
+                    f"{self.name}: the function changes the list or dictionary that is its argument {name}, which a "
+                    f"compiled function cannot{at(user_line())}; copy it first, or return what is new"
+                )
+
+    def watch_growth(self, facts: Facts) -> None:
+        """Warn, once, of a function that is captured again and again, and say what is to blame."""
+        if self.captures > WARN_AT:
+            return
+        self.history.append(facts)
+        if self.captures == WARN_AT:
+            text = f"{self.who} has been captured {self.captures} times{at(user_line())}: {growth(self.history)}"
+            self.history.clear()
+            warnings.warn(text, stacklevel=5)
+
+    @property
+    def who(self) -> str:
+        return f"{self.name} of {title(self.f)}"
+
+    def explain(self) -> Explanation:
+        """What each entry depends on (a call with all of it equal uses the entry again), what was different when
+        the function was last captured, and what its backend runs eagerly. A text that shows itself.
+
+        >>> rate = [0.5]
+        >>> f = jit(lambda x: x * rate[0])
+        >>> _ = f(torch.ones(3))
+        >>> rate[0] = 0.25
+        >>> _ = f(torch.ones(3))
+        >>> f.explain()
+        jit of <lambda>(x): captured 2 times, 2 entries
+        entry 0:
+          argument x: float32[3]
+          <lambda> is <lambda> at <doctest ...>:1
+          ...rate == (0.5,)
+        entry 1:
+          argument x: float32[3]
+          <lambda> is <lambda> at <doctest ...>:1
+          ...rate == (0.25,)
+        captured last because:
+          ...rate was (0.5,), and is (0.25,)
+        """
+        why: list[str] = []
+        if self.last is not None and self.last[0]:
+            why = min([[*differences(old, self.last[1])] for old in self.last[0]], key=len)
+            why = why or ["what it reads is arranged in another way, or its arguments share memory"]
+        if self.changed is not None:
+            why += [f"it changed while it ran, and is not kept: {x}" for x in differences(*self.changed)]
+        eagerly = {f"{half}: {what}: {e}" for half, found in self.pipeline.eagerly for what, e in found.items()}
+        return explained(self.who, self.captures, [e.facts for e in self.entries.values()], why, sorted(eagerly))
+
+
+def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
+    """A name for each leaf of a call, and the leaf."""
+    names: list[str] = []
+    for base, spec in zip(argument_names(f, len(arguments.specs)), arguments.specs, strict=True):
+        names += [f"{base}{rest}" for rest in (leaf_labels(spec) if spec is not None else [""])]
+    if arguments.kw_spec is not None:
+        names += [label.lstrip("_") for label in leaf_labels(arguments.kw_spec)]
+    return names, arguments.leaves
