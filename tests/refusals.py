@@ -1,0 +1,154 @@
+"""What compiled functions refuse, each program with its message: ``python -m tests.refusals`` writes the table."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from aotfunc import jit
+from aotfunc.errors import AotfuncError
+
+PAGE = Path(__file__).parents[1] / "docs" / "refusals.md"
+TITLE = """# What is refused
+
+Each program below is refused when it is first called, and the caller's tensors and generators are as they were.
+`python -m tests.refusals` runs them and writes this page; `tests/test_refusals.py` compares it.
+
+| program | message |
+| --- | --- |
+"""
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.ones(3))
+
+
+def on(*args: Callable[[], torch.Tensor]) -> Callable:
+    def decorate(f: Callable) -> Callable:
+        return lambda compiler: compiler(f)(*[make() for make in args])
+
+    return decorate
+
+
+def backward_writes(ctx, g):
+    (x,) = ctx.saved_tensors
+    return g * x.mul_(2)
+
+
+class WritesWhatItSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    backward = staticmethod(backward_writes)
+
+
+ones = lambda *shape: lambda: torch.ones(*shape or (3,))
+leaf = lambda: torch.ones(3, requires_grad=True)
+pair = lambda: torch.arange(6.0).view(2, 3)
+
+
+def closed_over(make: Callable[[], object], f: Callable) -> Callable:
+    """A function ``x -> f(c, x)`` that closes over ``c``."""
+
+    def run(compiler: Callable) -> object:
+        c = make()
+        return compiler(lambda x: f(c, x))(torch.ones(3))
+
+    return run
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def drawn_then_seeded(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    x = x + torch.rand(3, generator=g)
+    g.manual_seed(1)
+    return x
+
+
+def assigned(name: str) -> Callable:
+    def f(c, x):
+        setattr(c, name, x * 2)
+        return x
+
+    return f
+
+
+def hook_removed(x):
+    y = x * 2
+    y.register_hook(lambda g: g).remove()
+    return y
+
+
+PROGRAMS: dict[str, Callable] = {
+    "`if x.sum() > 0`": on(ones())(lambda x: x if x.sum() > 0 else -x),
+    "`x * c.item()`, `c` from outside": closed_over(lambda: torch.tensor(3.0), lambda c, x: x * c.item()),
+    "`x[:n]`, `n` a tensor from outside": closed_over(lambda: torch.tensor(2), lambda n, x: x[:n]),
+    "`torch.add(x, x, alpha=c)`": closed_over(lambda: torch.tensor(2), lambda c, x: torch.add(x, x, alpha=c)),
+    '`f"{c}"`': closed_over(lambda: torch.tensor(2), lambda c, x: (f"{c}", x)[1]),
+    "`x[w > 0]`": closed_over(ones(), lambda w, x: x[w > 0]),
+    "`torch.rand(2).sum().item()`": on(ones())(lambda x: x * torch.rand(2).sum().item()),
+    "`w.grad`": closed_over(parameter, lambda w, x: x if w.grad is None else x + w.grad),
+    "`w.data = …`": closed_over(parameter, assigned("data")),
+    "`w.grad = …`": closed_over(parameter, assigned("grad")),
+    "`w.requires_grad_(False)`": closed_over(parameter, lambda w, x: w.requires_grad_(False) * x),
+    "`x.data = y` of an argument": on(ones(), ones())(lambda x, y: (setattr(x, "data", y), x * 2)[1]),
+    "`x.resize_(6)` of an argument": on(ones())(lambda x: x.resize_(6) * 2),
+    "`c.unsqueeze_(0)`, `c` from outside": closed_over(ones(), lambda c, x: c.unsqueeze_(0) * x),
+    "`torch.sin(x, out=b)` of another shape": closed_over(ones(2), lambda b, x: torch.sin(x, out=b)),
+    "`x.expand(2, 3).add_(1)`": on(ones())(lambda x: x.expand(2, 3).add_(1)),
+    "writes to overlapping arguments": lambda compiler: compiler(lambda a, b: a.add_(b.sum()))(
+        *(lambda t: (t[:4], t[2:]))(torch.arange(6.0))
+    ),
+    "`xs.append(x)` of an argument": lambda compiler: compiler(lambda xs: (xs.append(xs[0]), xs[0] * 2)[1])(
+        [torch.ones(3)]
+    ),
+    "`y.backward()` onto `w` from outside": closed_over(parameter, lambda w, x: ((w * x).sum().backward(), x)[1]),
+    "a backward that writes to what it saved": lambda compiler: (
+        compiler(WritesWhatItSaved.apply)(leaf()).sum().backward()
+    ),
+    "`hook.remove()` inside": on(leaf)(hook_removed),
+    "`saved_tensors_hooks` inside": on(leaf)(
+        lambda x: torch.autograd.graph.save_on_cpu().__enter__() and x  # the context is refused as it is entered
+    ),
+    "`y.grad_fn.register_hook(…)`": on(leaf)(lambda x: ((x * 2).grad_fn.register_hook(print), x)[1]),
+    "`torch.manual_seed(0)`": on(ones())(lambda x: (torch.manual_seed(0), x * torch.rand(3))[1]),
+    "`torch.Generator()` made inside": on(ones())(lambda x: x + torch.rand(3, generator=generator())),
+    "`g.manual_seed(1)` after a draw": closed_over(generator, drawn_then_seeded),
+    "a generator as the result": on(ones())(lambda x: (v for v in x)),
+    "a sparse argument": lambda compiler: compiler(lambda x: x * 2)(torch.eye(3).to_sparse()),
+    "a compiler that fails": lambda compiler: jit(lambda x: x * 2, backend=lambda gm, inputs: 1 / 0)(torch.ones(3)),
+    "an unknown backend": lambda compiler: jit(lambda x: x, backend="none")(torch.ones(3)),
+}
+
+
+def message(program: Callable, compiler: Callable) -> str:
+    """What a program is refused with, without the line of this file. Raises AssertionError where it is not refused."""
+    try:
+        program(compiler)
+    except AotfuncError as e:
+        text = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    else:
+        raise AssertionError("it is not refused")
+    place = re.search(r" \(at refusals\.py:(\d+) in .*?: ", text)
+    if place is None:
+        return text
+    line = linecache.getline(__file__, int(place[1])).strip()
+    return text[: place.start()] + text[place.end() :].removeprefix(line).removeprefix(")")
+
+
+def table() -> str:
+    rows = [f"| {name} | {message(p, jit)} |" for name, p in PROGRAMS.items()]
+    return TITLE + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(table())
