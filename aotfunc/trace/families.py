@@ -24,6 +24,7 @@ def floating(x: Sig) -> bool:
 def like_strides(x: Sig, memory_format: Any = None) -> tuple:
     """Strides of ``empty_like``."""
     if memory_format in (None, torch.preserve_format):
+        sure(1 not in x.shape or x.stride == contiguous_stride(x.shape))
         return result_strides(x.shape, (x,))
     return formatted(x.shape, memory_format)
 

@@ -168,8 +168,8 @@ def hooked_inside(x):
 def hooked_twice(x):
     h = x.sin()
     h.register_hook(lambda g: g * g)
-    k = h * 2
     h.register_hook(lambda g: None)
+    k = h * 2
     k.register_hook(lambda g: g + h.detach())
     return (k * h).sum()
 
