@@ -95,11 +95,14 @@ def test_from_outside(f):
 @pytest.mark.parametrize("compile", [lambda f: f, jit], ids=["vmap", "jit(vmap)"])
 def test_batch_of_places_in_a_tensor_from_outside(f, compile):
     x, places = data(), torch.tensor([1, 0, -1])
+    want = torch.stack([f(x, i) for i in places])
     if compile is not jit and f in (PARTS["select"], PARTS["narrow"], PARTS["narrow of two"]):
-        with pytest.raises(CaptureError, match="samples"):
-            vmap(lambda i: f(x, i))(places)
+        try:  # methods are exchanged only while something is compiled once, here or in another thread
+            assert_same(vmap(lambda i: f(x, i))(places), want)
+        except CaptureError as e:
+            assert "samples" in str(e)
         return
-    assert_same(compile(vmap(lambda i: f(x, i)))(places), torch.stack([f(x, i) for i in places]))
+    assert_same(compile(vmap(lambda i: f(x, i)))(places), want)
     both = compile(vmap(vmap(lambda x, i: f(x, i), in_dims=(None, 0)), in_dims=(0, None)))
     y = torch.stack([x, x + 1])
     assert_same(both(y, places), torch.stack([torch.stack([f(x, i) for i in places]) for x in y]))
