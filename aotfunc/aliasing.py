@@ -40,10 +40,16 @@ def without_views(rec: Recording, quiet: bool = False) -> tuple[Program, Callabl
     steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
     if any(s.apart and rec.seen[s.ref] is not s for s in steps):
         raise CaptureError("a detached tensor was written with what requires grad, and its shape changed in place")
-    count = len(rec.trace.inputs)
-    owned = tuple(dict.fromkeys((s.ref, not s.apart) for s in steps if s.apart or (s.of is None and s.ref >= count)))
+    owned = memory_of(rec)
     base = rec.program(memory=owned)
     return base.once(("views", tuple(rec.trace.finals), quiet), lambda: separated(rec, fresh(base, ()), owned, quiet))
+
+
+def memory_of(rec: Recording) -> tuple[tuple[int, bool], ...]:
+    """What the program computes for the tensors that are returned, as :meth:`Recording.program` takes it."""
+    steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
+    count = len(rec.trace.inputs)
+    return tuple(dict.fromkeys((s.ref, not s.apart) for s in steps if s.apart or (s.of is None and s.ref >= count)))
 
 
 def separated(rec: Recording, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool) -> tuple[Program, Any]:

@@ -16,7 +16,7 @@ ROWS = [
     ("compile",),
     ("aot", "check", "covered"),
     ("compiled",),
-    ("pipeline",),
+    ("pipeline", "stages"),
     ("func", "batch", "jacobians", "module", "stateless", "autograd"),
     ("run", "arguments"),
     ("aliasing", "asked", "duals", "redraw", "guards"),

@@ -112,6 +112,7 @@ class Functionalizer:
         self.trace, self.b = trace, builder
         self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
         self.env: dict[int, Any] = {}
+        self.direct = True  # a view that was written is what was written; else it is read from the memory it shows
         self.cut: set[int] = set()  # made under no_grad
         self.cuts: dict[Node, Node] = {}  # and one node each for what is read of them where gradients are on
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
@@ -269,7 +270,7 @@ class Functionalizer:
         if not grad and target.differentiable:
             whole = self.b.node(hidden_write, (storage.node, whole), {}, whole.meta["val"])
         self.became(storage, whole)
-        if grad or not target.differentiable:
+        if self.direct and (grad or not target.differentiable):
             view.node, view.version = new, storage.version
 
     def fitted(self, node: Node, sig: Sig) -> Node:

@@ -84,6 +84,18 @@ class Recording:
             program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
 
+    def as_recorded(self, memory: tuple[tuple[int, bool], ...]) -> Program:
+        """:meth:`program` op by op, nothing rewritten or merged; the last results are the tensors returned."""
+        trace = self.trace
+        with paused_gc():
+            b = Builder(None, merge=False)
+            f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
+            f.direct = False
+            f.run()
+            outs = [f.memory(r) if whole else f.read(r) for r, whole in memory]
+            outs += [*(n for _, n in f.mutated()), *map(f.read, self.refs)]
+            return Program(b.finish(outs), len(trace.inputs), len(outs), (), "capture")
+
     @property
     def aliases(self) -> tuple[tuple[int, int], ...]:
         """``(position, root)`` of those among the returned tensors that share memory with an input, a closed-over

@@ -192,6 +192,8 @@ class CompiledCall:
 
     def __init__(self, program: Program, compile: Callable, split: Callable, name: str = "jit") -> None:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
+        #: the program as recorded, where results were computed from one another
+        self.plain: Program | None = None
 
     def __repr__(self) -> str:
         program = self.program
