@@ -93,9 +93,15 @@ def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
         op, args, kwargs = aten.as_strided.default, (x, list(sig.shape), list(sig.stride), sig.offset), {}
     call = (x, id(step.call))  # results of one call are made together
     if call not in made:
-        made[call] = b.make("call_function", op, (x, *args[1:]), dict(kwargs), val)
-    node = made[call] if step.index is None else b.item(made[call], step.index)
-    return b.make("call_function", aten.detach.default, (node,), {}, sig) if step.cut and not quiet else node
+        target, given = (cut, (op, x, *args[1:])) if step.cut and not quiet else (op, (x, *args[1:]))
+        made[call] = b.make("call_function", target, given, dict(kwargs), val)
+    return made[call] if step.index is None else b.item(made[call], step.index)
+
+
+def cut(op: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A view made under no_grad: it has no derivative, and requires grad if what it is a view of does."""
+    with torch.no_grad():
+        return op(*args, **kwargs)
 
 
 class Changes:

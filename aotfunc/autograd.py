@@ -43,7 +43,8 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     else:
         halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
         if halves.any_live:
-            outs = Differentiated.apply(halves, *halves.guarded(tensors))
+            given = halves.unwritten(tensors)
+            outs = Differentiated.apply(halves, [given[i] for i in halves.needed], *halves.reached(given))
         else:
             with torch.no_grad():
                 outs = unviewed(owned(call(*tensors), program.n_outputs, tensors))
@@ -131,13 +132,17 @@ class Halves:
         self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
         self.forward, self.backward = call.split(joint, self.count, last=True)
 
-    def guarded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The inputs: copies of those that the backward reads and that the call writes to, and no way back to those
-        that have no gradient, of which hooks run or a graph may be freed.
-        """
-        if self.unreached:
-            tensors = [t.detach() if i in self.unreached else t for i, t in enumerate(tensors)]
+    def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inputs, with copies of those that the backward reads and that the call writes to."""
         return before_writes(self.call.program, tensors, self.needed)
+
+    def reached(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inputs, with no way back to those that have no gradient: their hooks would run, and their graph be freed.
+        The results require grad because of them too.
+        """
+        if not self.unreached:
+            return tensors
+        return [t.detach().requires_grad_() if i in self.unreached else t for i, t in enumerate(tensors)]
 
     def backward_for(self, have: tuple[bool, ...]) -> Any:
         """The backward half where only some results have a cotangent."""
@@ -166,7 +171,7 @@ class Differentiated(torch.autograd.Function):
     """A compiled call under autograd."""
 
     @staticmethod
-    def forward(ctx: Any, halves: Halves, *tensors: Tensor) -> tuple:  # type: ignore[override]
+    def forward(ctx: Any, halves: Halves, needed: list[Tensor], *tensors: Tensor) -> tuple:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         ctx.halves = halves
         ctx.states = states(halves.call.program)
@@ -175,7 +180,7 @@ class Differentiated(torch.autograd.Function):
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
         # not saved tensors: a plain backward must not mind if one that it does not read has changed
-        ctx.inputs = [tensors[i] for i in halves.needed]
+        ctx.inputs = needed  # of which the gradients may depend, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
         ctx.dtype = torch.get_default_dtype()
         dead = [o for o, live in zip(results, halves.live, strict=True) if not live and isinstance(o, Tensor)]
@@ -201,7 +206,7 @@ class Differentiated(torch.autograd.Function):
             ctx.inputs = None
         result: list = [None] * (len(ctx.needs_input_grad))
         for i, g in zip(halves.wrt, grads, strict=True):
-            result[i + 1] = g
+            result[i + 2] = g
         return tuple(result)
 
 

@@ -550,12 +550,14 @@ class Reach:
             sigs = result_sigs(instr)
             made = range(self.number, self.number + len(sigs))
             self.number = made.stop
-            if not grad or instr_op(instr) is aten.detach.default:
+            if instr_op(instr) is aten.detach.default:
                 continue
             if instr.facts.view_of is not None and refs:
                 base = self.bases.get(refs[0], refs[0])
                 self.bases.update(dict.fromkeys(made, base))
                 self.views.setdefault(base, []).extend(made)
+            elif not grad:  # a view requires grad even so, if what it shows does
+                continue
             given = [r in active for r in refs]
             if not any(given):
                 continue

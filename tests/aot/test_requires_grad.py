@@ -25,6 +25,32 @@ class Scaled(torch.autograd.Function):
         return g * 2
 
 
+class Constant(torch.autograd.Function):
+    """Says that it has no derivative; its argument makes its result require grad all the same."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+class Weighted(torch.autograd.Function):
+    """The derivative, which is not the function's, depends on an argument of which the result has none."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * y**3, None
+
+
 class Two(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -66,7 +92,7 @@ def not_reached(x, c):
 
 
 def custom(x, c):
-    return Scaled.apply(x), Scaled.apply(c), Scaled.apply(x.detach()), *Two.apply(x), *Two.apply(c)
+    return Scaled.apply(x), Scaled.apply(c), Scaled.apply(x.detach()), *Two.apply(x), *Two.apply(c), Constant.apply(x)
 
 
 def written(x, c):
@@ -83,6 +109,21 @@ def written(x, c):
 def views(x, c):
     y, z = x * 2, c * 2
     return y.view(3, 1), y[0], z[:2], z.detach().view(-1), x.view(3, 1), c.view(3, 1)
+
+
+def views_unseen(x, c):
+    """Views made with gradients off: autograd says of them what it says of the tensor that they show."""
+    y = x * 2
+    with torch.no_grad():
+        parts = y.unbind(0)
+        flat = x.view(3, 1), y.view(3, 1), c.view(3, 1), (x * 2).view(3, 1), y.detach().view(3, 1), W[1:]
+    return *flat, parts[0], parts[2], flat[1][:2], y
+
+
+def asks_of_unseen_views(x, c):
+    with torch.no_grad():
+        seen = [x.view(3, 1), x.view(3, 1)[0], c.view(3, 1), W[1:], (x * 2)[1:], x.detach()[1:], x * 2]
+    return tuple(torch.full((), float(t.requires_grad), dtype=c.dtype) for t in seen)
 
 
 def asks(x, c):
@@ -109,6 +150,8 @@ FUNCTIONS = [
     custom,
     written,
     views,
+    views_unseen,
+    asks_of_unseen_views,
     asks,
     inner_gradient,
 ]
@@ -165,9 +208,27 @@ def test_gradients_off(f, way):
         want, got = f(x, C.clone()), WAYS[way](f)(x, C.clone())
     want, got = (torch.utils._pytree.tree_leaves(t) for t in (want, got))
     assert_same([t.detach() for t in got], [t.detach() for t in want])
-    if f in (views, regions_nested):  # eager says of views of leaves made there that they require grad
+    if f is regions_nested and way.startswith("functionalize"):  # runs its graph as a whole, with gradients off
         return
     assert [t.requires_grad for t in got] == [t.requires_grad for t in want]
+
+
+def test_a_result_without_any_gradient():
+    """It requires grad; hooks of what it does not depend on do not run."""
+    x, seen = C.clone().requires_grad_(), []
+    x.register_hook(seen.append)
+    y = jit(lambda x: Constant.apply(x))(x)
+    assert y.requires_grad and not y.is_leaf
+    y.sum().backward()
+    assert x.grad is None and not seen
+
+
+@pytest.mark.parametrize("way", ["jit", "aot_function"])
+def test_a_gradient_that_depends_on_what_the_result_does_not(way):
+    x, y = C.clone().requires_grad_(), (C + 1).requires_grad_()
+    (g,) = torch.autograd.grad(WAYS[way](lambda x, y: Weighted.apply(x, y))(x, y).sum(), x, create_graph=True)
+    assert_same(g.detach(), (C + 1) ** 3)
+    assert_same(torch.autograd.grad(g.sum(), y)[0], 3 * (C + 1) ** 2)
 
 
 def enabled(x, c):
