@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import array
+import collections
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .description import is_plain, plain
-from .keys import bits
 from .objects import Objects
 
 #: objects in a container that are looked at; of more only their number counts
 LIMIT = 10_000
+
+BYTES = bytearray | array.array | memoryview
 
 
 class Containers(Objects):
@@ -48,6 +51,8 @@ class Containers(Objects):
         self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
         if isinstance(x, dict):
             self.owners.append((x, v, dict(x)))
+        if isinstance(x, collections.defaultdict):
+            self.meet(x.default_factory, f"{v}.default_factory", f"{label}.default_factory")
         whole = len(x) > LIMIT or (len(x) > 4 and all(map(is_plain, x.values())))
         if not whole and all(type(k) is str for k in x):
             self.key += x
@@ -60,8 +65,20 @@ class Containers(Objects):
             self.elements([*x.values()], self.bind(f"[*{v}.values()]"), f"{label}.values()")
         self.extra(x, v, label)
 
+    def unordered(self, x: set | frozenset, v: str, label: str) -> None:
+        """A set, in the order in which it is run through."""
+        self.key += (type(x), len(x))
+        self.require(f"type({v})", type(x))
+        self.elements([*x], self.bind(f"[*{v}]"), label)
+        self.extra(x, v, label)
+
     def content(self, x: Any, v: str, label: str) -> None:
-        """A set or an array, by what is in it."""
+        """An array or a slice, by what is in it."""
+        if isinstance(x, np.ndarray) and x.dtype.kind == "O":
+            self.key += (x.shape, x.strides)
+            self.lines.append(f"if {v}.shape != {x.shape} or {v}.strides != {x.strides}: return")
+            self.elements([*x.flat], self.bind(f"[*{v}.flat]"), label)
+            return
         now = content(x)
         self.key.append(now)
         self.facts.append((label, now))
@@ -76,9 +93,9 @@ class Containers(Objects):
 
 
 def content(x: Any) -> Any:
-    """A description of a set, an array or a slice that compares equal where it has the same elements."""
+    """A description of an array or a slice that compares equal where it has the same elements."""
     if isinstance(x, np.ndarray):
-        return (x.dtype, x.shape, x.strides, x.tobytes() if x.dtype.kind != "O" else tuple(map(id, x.flat)))
+        return (x.dtype, x.shape, x.strides, x.tobytes())
     if isinstance(x, slice):
         return (slice, *[(type(i), i) for i in (x.start, x.stop, x.step)])
-    return (type(x), bytes(x) if isinstance(x, bytearray) else frozenset([(type(e), bits(e)) for e in x]))
+    return (type(x), getattr(x, "typecode", None) or getattr(x, "format", None), bytes(x))

@@ -50,6 +50,9 @@ class Functions(Containers):
         if reads is not None:
             scope = f.__globals__
             scoped = ""
+            if reads.binds_globals:
+                scoped = self.constant(scope)
+                self.owners.append((scope, scoped, dict(scope)))
             for name in sorted(reads.variables | reads.written):
                 if (id(scope), name) not in self._globals:
                     self._globals.add((id(scope), name))
@@ -64,6 +67,8 @@ class Functions(Containers):
             for name in sorted(reads.imports):
                 if name in sys.modules:
                     self.meet(sys.modules[name], f"{self.constant(sys.modules)}['{name}']", name)
+        if f is os.getenv:
+            self.meet(os.environ, self.constant(os.environ), "os.environ")
         wrapped = f.__dict__
         if wrapped:
             d = self.bind(f"{v}.__dict__")
@@ -84,7 +89,8 @@ class Functions(Containers):
                 continue
             d = d or self.bind(f"{v}.__dict__")
             self.key.append(name)
-            if library and not is_plain(x) and not isinstance(x, types.ModuleType):
+            read = isinstance(x, types.ModuleType | os._Environ) or x is os.getenv
+            if library and not is_plain(x) and not read:
                 self.same(x, f"{d}['{name}']", f"{label}.{name}")
             else:
                 self.meet(x, f"{d}['{name}']", f"{label}.{name}")

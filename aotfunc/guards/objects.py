@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .description import NOTHING, Description, passing
-from .keys import noted
+from .keys import Named, noted
 from .reads import CLOSED, library_of_module
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -28,7 +28,7 @@ _NOT_STATE = frozenset(
     {*_HOOKS, *_HOW_HOOKS_ARE_CALLED, *_TABLES, "_non_persistent_buffers_set", "_state_dict_hooks"}
     | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 )
-#: methods that Python calls without naming them, but not while a function is computed
+#: methods that Python calls without naming them, but not while a function is computed, unless it makes texts
 _NOT_CALLED = frozenset(
     {"__repr__", "__str__", "__format__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__"}
     | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
@@ -62,6 +62,13 @@ class Objects(Description):
             self.require(expr, x)
         else:
             self.lines.append(f"if {expr} is not {self.constant(weakref.ref(x))}(): return")
+
+    def moving(self, x: Any, label: str) -> None:
+        """An object that is never what it was: the function is captured at every call."""
+        token = object()
+        self.key.append(token)
+        self.facts.append((label, Named(f"a {type(x).__qualname__}, which changes when it is used", id(token))))
+        self.lines.append("return")
 
     def object(self, x: Any, v: str, label: str) -> None:
         cls = type(x)
@@ -188,11 +195,12 @@ class Objects(Description):
                     self.same(table["forward"], f"{p}['forward']", f"{owner.__name__}.forward")
                 continue
             self.lines.append(f"if len({p}) != {len(table)}: return")
+            self.require(f"{self.constant(owner)}.__mro__", owner.__mro__)
             for name, e in table.items():
                 if isinstance(e, _SLOTS) or name == "__classcell__":
                     continue
                 elif name.startswith("__"):
-                    called = isinstance(e, types.FunctionType) and name not in _NOT_CALLED
+                    called = isinstance(e, types.FunctionType) and (name not in _NOT_CALLED or name in named)
                     if called and not (name == "__init__" and issubclass(cls, nn.Module)):
                         self.key.append(name)
                         self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")

@@ -21,6 +21,10 @@ _GROWS = frozenset({"append", "add", "extend", "insert", "update"})
 #: what reads attributes that the code does not name
 _BY_ANY_NAME = frozenset({"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"})
 _ASKS = frozenset({"getattr", "hasattr"})
+_IMPORTS = frozenset({"import_module", "__import__"})
+#: what makes a text of an object, and the methods that say which
+_TELLS = frozenset({"str", "repr", "format", "ascii"})
+_TEXTS = frozenset({"__str__", "__repr__", "__format__"})
 
 
 class Reads(NamedTuple):
@@ -33,6 +37,7 @@ class Reads(NamedTuple):
     written: frozenset[str]
     imports: frozenset[str]
     any_name: bool
+    binds_globals: bool
 
 
 @functools.lru_cache(4096)
@@ -42,7 +47,7 @@ def reads_of(code: types.CodeType) -> Reads:
     attributes: set[str] = set()
     written: set[str] = set()
     imports: set[str] = set()
-    any_name = False
+    any_name = binds_globals = False
     steps = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG")]
     for i, step in enumerate(steps):
         kind, name = step.opname, step.argval
@@ -55,6 +60,17 @@ def reads_of(code: types.CodeType) -> Reads:
             any_name = any_name or name in _BY_ANY_NAME
         elif kind == "IMPORT_NAME":
             imports.add(name)
+        elif kind == "STORE_GLOBAL":
+            binds_globals = True
+        elif kind.startswith("FORMAT") and not _raised(steps, i):
+            attributes |= _TEXTS
+    texts = {c for c in code.co_consts if isinstance(c, str)}
+    if "globals" in variables:
+        variables |= texts
+    if _IMPORTS & (variables | attributes):
+        imports |= texts
+    if _TELLS & (variables | attributes):
+        attributes |= _TEXTS
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             inner = reads_of(const)
@@ -63,6 +79,7 @@ def reads_of(code: types.CodeType) -> Reads:
             written |= inner.written
             imports |= inner.imports
             any_name = any_name or inner.any_name
+            binds_globals = binds_globals or inner.binds_globals
         else:  # getattr(x, "name"), case Point(x=0), get_submodule("layers.0")
             for text in const if isinstance(const, tuple) else (const,):
                 if isinstance(text, str):
@@ -73,6 +90,7 @@ def reads_of(code: types.CodeType) -> Reads:
         frozenset(written - variables - attributes),
         frozenset(imports),
         any_name,
+        binds_globals,
     )
 
 
@@ -86,6 +104,12 @@ def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
     if steps[i].opname == "LOAD_ATTR":
         return i > 0 and steps[i - 1].opname == "COPY"
     return rest[1:3] == ["BINARY_OP", steps[i].opname.replace("LOAD", "STORE")] and steps[i + 3].argval == name
+
+
+def _raised(steps: list[dis.Instruction], i: int) -> bool:
+    """Whether the text made here is the message of an error."""
+    makes = ("FORMAT", "BUILD_STRING", "CONVERT", "LOAD", "CALL", "PRECALL", "BINARY")
+    return next((s.opname for s in steps[i:] if not s.opname.startswith(makes)), "") == "RAISE_VARARGS"
 
 
 def _constant_name(steps: list[dis.Instruction], i: int) -> bool:

@@ -11,19 +11,26 @@ from __future__ import annotations
 import collections
 import contextvars
 import functools
+import io
+import operator
+import os
+import random
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MappingView, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from .containers import BYTES
 from .description import NOTHING
 from .functions import ROOT, Functions
-from .reads import Names
+from .reads import CLOSED, Names, library_of_module
 
 _GLOBAL_HOOKS = tuple(n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
+#: libraries' objects that are different ones after every use, in a way that does not show
+_MOVING = (Iterator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 class State(Functions):
@@ -75,8 +82,19 @@ class State(Functions):
             self.sequence(x, v, label)
         elif isinstance(x, dict | types.MappingProxyType):
             self.dictionary(x, v, label)
-        elif isinstance(x, set | frozenset | np.ndarray | slice | bytearray):
+        elif isinstance(x, set | frozenset):
+            self.unordered(x, v, label)
+        elif isinstance(x, np.ndarray | slice | BYTES):
             self.content(x, v, label)
+        elif isinstance(x, MappingView) and hasattr(x, "mapping"):
+            self.parts(x, v, label, ("mapping",))
+        elif isinstance(x, os._Environ):
+            self.parts(x, v, label, ("_data",))
+        elif isinstance(x, operator.attrgetter | operator.methodcaller):
+            self.names.attributes.update(part for text in texts(x.__reduce__()) for part in text.split("."))
+            self.same(x, v, label)
+        elif isinstance(x, _MOVING) and not isinstance(x, io.IOBase) and library_of_module(cls.__module__) in CLOSED:
+            self.moving(x, label)
         elif isinstance(x, contextvars.ContextVar):
             self.same(x, v, label)
             if (now := x.get(NOTHING)) is NOTHING:
@@ -94,6 +112,11 @@ class State(Functions):
             self.meet(x.f, f"{v}.f", label)
         else:
             self.object(x, v, label)
+
+
+def texts(x: Any) -> list[str]:
+    """The strings in nested tuples."""
+    return [t for e in x for t in texts(e)] if isinstance(x, tuple) else [x] if isinstance(x, str) else []
 
 
 def look(f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> State:

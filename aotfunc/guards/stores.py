@@ -20,7 +20,7 @@ _NOTHING = object()
 
 
 class Place(NamedTuple):
-    """The entry ``key`` of an owner: the dictionary of an object, another dictionary, a list or a cell."""
+    """The entry ``key`` of an owner: the dictionary of an object, the globals, another dictionary, a list or a cell."""
 
     owner: int
     key: Any
@@ -105,7 +105,7 @@ class Stores:
 
 def needed(lines: Sequence[str], names: Sequence[str]) -> list[str]:
     """The lines that bind these variables, and those that they are made of."""
-    wanted, found = set(names), []
+    wanted, found = set(re.findall(r"\bv\d+\b", " ".join(names))), []
     for line in reversed(lines):
         name, bound, expr = line.partition(" = ")
         if bound and name in wanted:

@@ -1,0 +1,296 @@
+"""Objects of Python's and numpy's own that a function reads: used or changed between two calls they are never stale."""
+
+import array
+import collections
+import dataclasses
+import importlib
+import itertools
+import operator
+import os
+import random
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from aotfunc import aot_function, jit
+from tests.reference import assert_same
+
+X = torch.arange(1.0, 5.0)
+COMPILERS = {"jit": jit, "aot_function": lambda f: aot_function(f, "eager")}
+
+#: ``make() -> (f, change)``
+CASES = {}
+
+
+def case(make):
+    CASES[make.__name__] = make
+    return make
+
+
+class Holder:
+    def __init__(self, k=2.0):
+        self.k = k
+
+    def get(self):
+        return self.k
+
+    def __str__(self):
+        return str(self.k)
+
+    __repr__ = __str__
+
+
+def unchanged():
+    pass
+
+
+# ----- what moves on by itself ---------------------------------------------------------------------------------------
+
+
+def drawing(new):
+    """A case of an object that is another one after each use."""
+
+    def make(use):
+        x = new()
+        return lambda t: t * use(x), unchanged
+
+    return make
+
+
+MOVING = {
+    "iterator": (lambda: iter([1.0, 2.0, 3.0, 4.0, 5.0]), next),
+    "generator": (lambda: (2.0**i for i in range(9)), next),
+    "count": (itertools.count, next),
+    "cycle": (lambda: itertools.cycle([1.0, 2.0]), next),
+    "Random": (lambda: random.Random(0), lambda r: r.random()),
+    "numpy Generator": (lambda: np.random.default_rng(0), lambda r: r.random()),
+    "numpy RandomState": (lambda: np.random.RandomState(0), lambda r: r.rand()),
+}
+for name, (new, use) in MOVING.items():
+    CASES[name] = lambda new=new, use=use: drawing(new)(use)
+
+
+# ----- containers ----------------------------------------------------------------------------------------------------
+
+
+@case
+def objects_in_a_set():
+    o = Holder()
+    s = {o}
+    return lambda x: x * sum(e.k for e in s), lambda: setattr(o, "k", o.k + 1)
+
+
+@case
+def order_of_a_set():
+    s = [{1, 9}]
+
+    def f(x):
+        for e in s[0]:
+            x = x * 2 + e
+        return x
+
+    return f, lambda: s.__setitem__(0, {9, 1})
+
+
+@case
+def objects_in_an_array():
+    o = Holder()
+    a = np.array([o], dtype=object)
+    return lambda x: x * a[0].k, lambda: setattr(o, "k", o.k + 1)
+
+
+@case
+def array_array():
+    a = array.array("d", [2.0])
+    return lambda x: x * a[0], lambda: a.append(a.pop() + 1)
+
+
+@case
+def memory_view():
+    b = bytearray([2])
+    m = memoryview(b)
+    return lambda x: x * m[0], lambda: b.__setitem__(0, b[0] + 1)
+
+
+@case
+def view_of_a_dictionary():
+    d = {"a": 1.0}
+    v = d.values()
+    return lambda x: x * sum(v), lambda: d.update(a=d["a"] + 1)
+
+
+@case
+def default_factory():
+    d = collections.defaultdict(lambda: 3.0)
+    return lambda x: x * d.default_factory(), lambda: setattr(d, "default_factory", lambda: 8.0)
+
+
+# ----- read without its name -----------------------------------------------------------------------------------------
+
+
+@case
+def attribute_getter():
+    o, get = Holder(Holder()), operator.attrgetter("k.k")
+    return lambda x: x * get(o), lambda: setattr(o.k, "k", o.k.k + 1)
+
+
+@case
+def method_caller():
+    o, get = Holder(), operator.methodcaller("get")
+    return lambda x: x * get(o), lambda: setattr(o, "k", o.k + 1)
+
+
+@case
+def text_of_an_object():
+    o = Holder()
+    return lambda x: x * float(f"{o}"), lambda: setattr(o, "k", o.k + 1)
+
+
+@case
+def repr_of_a_dataclass():
+    @dataclasses.dataclass
+    class Config:
+        size: int = 2
+
+    c = Config()
+    return lambda x: x * len(repr(c)), lambda: setattr(c, "size", c.size * 10)
+
+
+@case
+def bases_of_a_class():
+    class First:
+        def k(self):
+            return 2.0
+
+    class Second:
+        def k(self):
+            return 5.0
+
+    class Child(First):
+        pass
+
+    o = Child()
+    return lambda x: x * o.k(), lambda: setattr(Child, "__bases__", (Second,))
+
+
+SCALE = 2.0
+
+
+@case
+def globals_by_name():
+    globals()["SCALE"] = 2.0
+    return lambda x: x * globals()["SCALE"], lambda: globals().update(SCALE=globals()["SCALE"] + 1)
+
+
+@case
+def imported_by_name():
+    m = sys.modules["state_of_this_test"] = types.ModuleType("state_of_this_test")
+    m.K = 2.0
+    return lambda x: x * importlib.import_module("state_of_this_test").K, lambda: setattr(m, "K", m.K + 1)
+
+
+VARIABLE = "AOTFUNC_TEST_SCALE"
+ENVIRONMENT = {
+    "environ[]": lambda: os.environ[VARIABLE],
+    "environ.get": lambda: os.environ.get(VARIABLE, "7"),
+    "getenv": lambda: os.getenv(VARIABLE),
+}
+
+
+def environment_case(read):
+    os.environ[VARIABLE] = "2"
+    return lambda x: x * float(read()), lambda: os.environ.update({VARIABLE: str(float(os.environ[VARIABLE]) + 1)})
+
+
+for name, read in ENVIRONMENT.items():
+    CASES[name] = lambda read=read: environment_case(read)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("name", CASES)
+def test_never_stale(name, compiler):
+    want = []
+    f, change = CASES[name]()
+    for _ in range(3):
+        want.append(f(X))
+        change()
+    f, change = CASES[name]()
+    compiled = COMPILERS[compiler](f)
+    for w in want:
+        assert_same(compiled(X), w)
+        change()
+    os.environ.pop(VARIABLE, None)
+
+
+def test_an_iterator_as_argument():
+    f, it = jit(lambda x, it: x * next(it)), iter([1.0, 2.0])
+    assert_same(f(X, it), X)
+    assert_same(f(X, it), X * 2)
+
+
+def test_texts_of_errors_are_no_reason_to_capture_again():
+    o = Holder()
+
+    def f(x):
+        if x.dim() != 1:
+            raise ValueError(f"{o} wants one dimension, not {x.dim()}")
+        return x * 2
+
+    g = jit(f)
+    for k in range(3):
+        o.k = k
+        g(X)
+    assert g.captures == 1
+
+
+# ----- variables that are bound anew ---------------------------------------------------------------------------------
+
+STATE = torch.zeros(4)
+
+
+def steps_a_global(x):
+    global STATE
+    STATE = STATE * 0.5 + x
+    return STATE * 2
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_global_tensor_bound_by_the_function(compiler, monkeypatch):
+    monkeypatch.setitem(globals(), "STATE", torch.zeros(4))
+    f, want = COMPILERS[compiler](steps_a_global), torch.zeros(4)
+    for k in range(4):
+        want = want * 0.5 + X * k
+        assert_same(f(X * k), want * 2)
+        assert_same(STATE, want)
+
+
+def test_a_global_is_put_back_after_an_error(monkeypatch):
+    before = torch.zeros(4)
+    monkeypatch.setitem(globals(), "STATE", before)
+
+    def f(x):
+        steps_a_global(x)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        jit(f)(X)
+    assert STATE is before
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_closure_variable_bound_by_the_function(compiler):
+    state = torch.zeros(4)
+
+    def step(x):
+        nonlocal state
+        state = state * 0.5 + x
+        return state * 2
+
+    f, want = COMPILERS[compiler](step), torch.zeros(4)
+    for k in range(4):
+        want = want * 0.5 + X * k
+        assert_same(f(X * k), want * 2)
+        assert_same(state, want)
