@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from .aliasing import apart
 from .batched import apply
+from .debug import outside_dynamo
 from .graph import Program, kept_alive
 from .redraw import redrawn, states
 from .run import before_writes, execute, write_back
@@ -189,6 +190,7 @@ class Differentiated(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
+    @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         halves, saved = ctx.halves, ctx.saved_tensors
         live = [c for c, yes in zip(cts, halves.live, strict=True) if yes]

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from .aliasing import apart
 from .backends.eager import compile_graph
 from .batched import apply
+from .debug import outside_dynamo
 from .duals import pushed, refuse_cuts
 from .graph import Program
 from .redraw import redrawn, states
@@ -145,6 +146,7 @@ class Differentiable(torch.autograd.Function):
         return tuple(outs[len(program.outputs) :])
 
     @staticmethod
+    @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         program, tensors = ctx.program, ctx.saved_tensors
         wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)

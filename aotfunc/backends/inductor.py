@@ -195,7 +195,7 @@ def targets_named(error: Exception) -> set[str]:
 
 
 def _decompositions() -> dict:
-    from torch._inductor import decomposition
+    from torch._inductor import decomposition, lowering  # noqa: F401 - some decompositions ask what a lowering can do
 
     return decomposition.decompositions
 

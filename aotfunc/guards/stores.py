@@ -40,7 +40,7 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
         except ValueError:  # not bound
             return
     else:
-        yield from list(owner.items()) if isinstance(owner, dict) else list(enumerate(owner))
+        yield from list(owner.items()) if hasattr(owner, "items") else list(enumerate(owner))  # not all tables are dicts
 
 
 def left_behind(state: State, all_of_them: bool = False) -> list[Place]:
