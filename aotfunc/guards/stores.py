@@ -40,7 +40,8 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
         except ValueError:  # not bound
             return
     else:
-        yield from list(owner.items()) if hasattr(owner, "items") else list(enumerate(owner))  # not all tables are dicts
+        table = hasattr(owner, "items")  # those of scripted modules are no dicts
+        yield from list(owner.items() if table else enumerate(owner))
 
 
 def left_behind(state: State, all_of_them: bool = False) -> list[Place]:

@@ -74,6 +74,11 @@ def record(
         try:
             result = f(*args, **kwargs)
         except RuntimeError as e:
+            if type(e).__module__ == "torch._dynamo.exc":
+                raise CaptureError(
+                    f"a function that torch.compile has compiled does not take traced values{at(line_of(e))}; call the "
+                    'function that it was made from, or capture inside torch.compiler.set_stance("force_eager")'
+                ) from e
             if "data is not allocated" not in str(e):
                 raise
             raise CaptureError(

@@ -4,35 +4,53 @@ import copy
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
 from aotfunc import aot_function, jit
+from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
 
-def test_a_training_step_under_torch_compile():
+def loss(net):
+    return lambda x: net(x).square().sum()
+
+
+def step(f, optimizer, x):
+    optimizer.zero_grad()
+    value = f(x)
+    value.backward()
+    optimizer.step()
+    return value
+
+
+@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+def test_a_training_step_under_torch_compile(compiled):
     """Dynamo meets the backward too: it looks into neither half."""
-    for compiled in (jit, lambda f: aot_function(f, "eager")):
-        nets = [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))]
-        nets.append(copy.deepcopy(nets[0]))
-        loss = lambda net: lambda x: net(x).square().sum()
-        fs = [compiled(loss(nets[0])), loss(nets[1])]
-        optimizers = [torch.optim.SGD(net.parameters(), 0.1) for net in nets]
+    ours = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    theirs = copy.deepcopy(ours)
+    a, b = (torch.optim.SGD(net.parameters(), 0.1) for net in (ours, theirs))
+    f = compiled(loss(ours))
+    whole = torch.compile(lambda x: step(f, a, x), backend="eager")
+    for _ in range(3):
+        x = torch.randn(5, 3)
+        assert_same(whole(x), step(loss(theirs), b, x))
+        assert_same(list(ours.parameters()), list(theirs.parameters()))
+    torch._dynamo.reset()
 
-        def step(i, x, fs=fs, optimizers=optimizers):
-            optimizers[i].zero_grad()
-            value = fs[i](x)
-            value.backward()
-            optimizers[i].step()
-            return value
 
-        ours = torch.compile(lambda x, step=step: step(0, x), backend="eager")
-        for _ in range(3):
-            x = torch.randn(5, 3)
-            assert_same(ours(x), step(1, x))
-            assert_same(list(nets[0].parameters()), list(nets[1].parameters()))
-        torch._dynamo.reset()
+def test_a_function_that_torch_compile_has_compiled():
+    """It is refused inside a capture, and runs as it is where the user turns Dynamo off."""
+    layer = nn.Linear(3, 3)
+    theirs = torch.compile(layer, backend="eager")
+    f, x = jit(lambda x: theirs(x).sin()), torch.ones(1, 3)
+    with pytest.raises(CaptureError, match=r"torch\.compile has compiled .*theirs"):
+        f(x)
+    with torch.compiler.set_stance("force_eager"):
+        assert_same(f(x), layer(x).sin())
+    assert_same(theirs(x), layer(x))
+    torch._dynamo.reset()
 
 
 def test_a_scripted_module():
@@ -44,6 +62,7 @@ def test_a_scripted_module():
     assert_same(f(x), scripted(x) * 2)
 
 
+@pytest.mark.slow
 def test_decompositions_of_inductor_in_a_fresh_process():
     """Max pooling's asks a module of Inductor's that it does not import."""
     code = "import torch; from aotfunc.backends.inductor import _decompositions as d; d(); torch._inductor.lowering"
