@@ -25,7 +25,7 @@ from .trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from .trace.records import results_of
 from .trace.shapes import Instr
 from .transforms.captured import Recording
-from .transforms.fresh import viewed
+from .transforms.fresh import chain_of, viewed
 from .transforms.steps import CompiledCall, CompiledStep
 from .transforms.vjp import active_nodes, sources
 from .transforms.walk import builder
@@ -58,22 +58,22 @@ def dissolved(program: Program) -> Program:
     """
     with paused_gc():
         b = Builder(None, merge=False)
-        views: dict[str, Any] = {}
+        views: dict[str, list[Node]] = {}  # in the order of the results
         env: dict[Node, Any] = dict(zip(program.placeholders, b.inputs(program.placeholders), strict=True))
         for n in program.graph.nodes:
             plain = getattr(n.target, "plain", None)
             if plain is not None:
                 env[n] = b.splice(plain.graph, remap(n.args, env), plain.outputs)
                 for v in env[n][len(n.meta["val"]) :]:
-                    while isinstance(v, Node) and (above := viewed(v)) is not None:
-                        for m in (v, v.args[0]) if v.target is operator.getitem else (v,):
-                            views[call_of(m.target, m.args)] = m
-                        v = above
+                    for m in reversed(chain_of(v) if isinstance(v, Node) else []):
+                        for made in (m.args[0], m) if m.target is operator.getitem else (m,):
+                            alike = views.setdefault(call_of(made.target, made.args), [])
+                            if made not in alike:
+                                alike.append(made)
             elif n.op == "call_function":
                 args = remap(n.args, env)
-                found = views.pop(call_of(n.target, args), None)
-                if found is not None:
-                    env[n] = found
+                if alike := views.get(call_of(n.target, args), []):
+                    env[n] = alike.pop(0)
                 elif n.target is operator.getitem:
                     env[n] = b.item(*args)
                 else:

@@ -148,6 +148,12 @@ def nested(x):
     return y * h.sum(), h, y
 
 
+def equal_views(x):
+    h = x.sin()
+    a, b = h.t(), h.t()
+    return a, b.tanh(), b, a[0].exp()
+
+
 def batched(x):
     def f(row):
         h = row.sin()
@@ -159,7 +165,7 @@ def batched(x):
 PROGRAMS = [
     *(features, flattened, only_alike, neutral, cloned, view_of_an_argument, chunks, split, views_of_views, reshaped),
     *(dropout, written_later, written_view, written_through_a_view, detached, without_grad, largest, hidden_states),
-    *(gradient_inside, twice, buffers, siblings, two_levels, nested, batched),
+    *(gradient_inside, twice, buffers, siblings, two_levels, nested, batched, equal_views),
 ]
 COMPILED = {
     "jit": jit,
