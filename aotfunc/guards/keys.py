@@ -112,7 +112,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
     """
     cls = x.__class__
     if cls in _TENSORS:
-        key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.storage_offset())
+        key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.storage_offset())
         tensors.append(x)
     elif cls in _ATOMS:
         key += (cls, x)
@@ -129,7 +129,8 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
     elif isinstance(x, Tensor):
         key.append(cls)
         sig = getattr(x, "sig", None)  # a value of a recording under way
-        key += (x.requires_grad, sig) if sig is not None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+        key.append(x.requires_grad and 1 + x.is_leaf)
+        key += (sig,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
         tensors.append(x)
     elif is_value(x):
         key += (cls, bits(x))

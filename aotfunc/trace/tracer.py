@@ -64,6 +64,7 @@ class Trace(TorchDispatchMode):
         self._keep: list[Tensor] = []
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
+        self.computed: set[int] = set()  # inputs that have a history
         self.given: list[tuple[int, int, int, int, Any]] = []  # see outside.py
         self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
@@ -468,7 +469,7 @@ class Trace(TorchDispatchMode):
         return False
 
     def is_leaf(self, t: Traced) -> bool:
-        return t.ref in self.leaves or not self.requires_grad(t)
+        return not self.requires_grad(t) or (t.ref in self.leaves and t.ref not in self.computed)
 
     def adopt_leaves(self) -> None:
         """Note which tensors made of nothing were to require grad."""

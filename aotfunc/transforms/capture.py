@@ -59,6 +59,8 @@ def record(
                     trace.leaves[t.ref] = True
                     if x.is_leaf and x.__class__ is not Traced and i not in differentiated:
                         trace.protected.add(t.ref)
+                    elif not x.is_leaf and i not in differentiated:
+                        trace.computed.add(t.ref)
             values[i] = t
             reals.append(x)
     for i in differentiated:

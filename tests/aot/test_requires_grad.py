@@ -213,6 +213,17 @@ def test_gradients_off(f, way):
     assert [t.requires_grad for t in got] == [t.requires_grad for t in want]
 
 
+@pytest.mark.parametrize("way", ["jit", "aot_function", "jit in jit", "aot_function in jit"])
+def test_an_argument_says_whether_it_is_a_leaf(way):
+    def f(x, y):
+        return x * (2 if y.is_leaf else 3), x * (2 if y.grad_fn is None else 3)
+
+    g, x = WAYS[way](f), torch.ones(3, requires_grad=True)
+    for y in (x, x * 1, x.detach(), x * 2, x):
+        for first in (x, y):
+            assert_same([t.detach() for t in g(first, y)], [t.detach() for t in f(first, y)])
+
+
 def test_a_result_without_any_gradient():
     """It requires grad; hooks of what it does not depend on do not run."""
     x, seen = C.clone().requires_grad_(), []
