@@ -219,7 +219,7 @@ class Compiled:
     def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], arguments: Arguments) -> Any:
         """A call for which the entry last used is not the right one."""
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
-        labels = [f"argument {names.get(id(x), '')}" for x in objects]
+        labels = [x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}" for x in objects]
         state = look(self.f, objects, labels, self.names)
         for x in objects:
             if type(x).__hash__ is None and any(x is o for o in state.opaque):

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import TreeSpec
 
 from ..trace.instances import flatten_tree
 from ..trace.modes import Surroundings, function_modes_key
+from .reads import CLOSED, library_of_module
 
 _TENSORS = (Tensor, nn.Parameter)
 #: described by their value; equality within one of these classes is equality of meaning
@@ -134,6 +136,8 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         tensors.append(x)
     elif is_value(x):
         key += (cls, bits(x))
+        if isinstance(x, Enum) and library_of_module(cls.__module__) not in CLOSED:
+            objects += (cls, x.__dict__)
     elif cls is slice:
         key.append(slice)
         for v in (x.start, x.stop, x.step):
@@ -145,8 +149,16 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
             objects.append(x)
         else:
             key.append(spec)
+            objects += classes_in(spec)
             for v in leaves:
                 describe_argument(v, key, tensors, objects)
+
+
+def classes_in(spec: TreeSpec) -> list[type]:
+    """The user's classes in a tree, whose methods the function may call."""
+    named = (spec.type, *(spec.context if isinstance(spec.context, tuple) else (spec.context,)))
+    found = [c for c in named if isinstance(c, type) and library_of_module(c.__module__) not in CLOSED]
+    return [*found, *[c for child in spec.children() for c in classes_in(child)]]
 
 
 # ----- surroundings ---------------------------------------------------------------------------------------------------
