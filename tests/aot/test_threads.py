@@ -209,6 +209,9 @@ def test_an_error_in_the_middle_of_a_capture(error, wrapper):
     assert state() == before
 
 
+@pytest.mark.skipif(
+    "AOTFUNC_FUZZ" not in os.environ, reason="moments at random, where torch's own switches may be hit, too"
+)
 @pytest.mark.parametrize("wrapper", ["grad", "vmap", "make_fx", "jit"])
 def test_an_interrupt_at_any_moment(wrapper):
     """Ctrl-C, wherever it hits: what was switched off is on again."""
