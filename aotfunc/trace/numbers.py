@@ -110,12 +110,11 @@ class Watch:
     def __enter__(self) -> None:
         with self.lock:
             self.count += 1
-            if self.count == 1:
-                for (x, name), method in self.new.items():
-                    before = x.__dict__.get(name)
-                    if before is not method:  # after Ctrl-C in __exit__ it may be ours still
-                        self.old[x, name] = before
-                        setattr(x, name, method)
+            for (x, name), method in self.new.items():  # each time: Ctrl-C may have come in the middle of this
+                before = x.__dict__.get(name)
+                if before is not method:
+                    self.old[x, name] = before
+                    setattr(x, name, method)
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
