@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import re
 import sys
 import warnings
 from collections import Counter
@@ -99,7 +100,7 @@ def compare(samples: list[Sample]) -> None:
 
 def outcome(samples: list[Sample]) -> str:
     """'right', 'eagerly: what and why', 'wrong: how', 'error: what' or 'none: why there is no reference'."""
-    text = lambda error: " ".join(str(error).split())[:250]
+    text = lambda error: re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))[:250]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -124,7 +125,7 @@ def outcomes(names: list[str], dtype: str) -> dict[str, str]:
             try:
                 samples.append(Sample.of(name, dtype))
             except NoReference as error:
-                found[name] = f"none: {' '.join(str(error).split())[:160]}"
+                found[name] = f"none: {text(error)[:160]}"
     if samples:
         result = outcome(samples)
         if result == "right" or len(names) == 1:
