@@ -98,9 +98,13 @@ def compare(samples: list[Sample]) -> None:
             close(found, gradients(aotfunc.jit(outputs)), "gradient")
 
 
+def text(error: object) -> str:
+    """A message on one line, shortened, files without the folder that they are installed in."""
+    return re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))[:250]
+
+
 def outcome(samples: list[Sample]) -> str:
     """'right', 'eagerly: what and why', 'wrong: how', 'error: what' or 'none: why there is no reference'."""
-    text = lambda error: re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))[:250]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
