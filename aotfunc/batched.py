@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .graph import Program
+from .trace.recording import without_functorch
 from .trace.shapes import Sig, sig_of
-from .trace.tracer import without_functorch
 from .transforms.steps import CompiledCall
 from .transforms.vmap import vmap
 

@@ -39,7 +39,7 @@ REFERENCES = ("functorch", "torch.func", "torch._functorch", "torch.vmap", "torc
 MAY_USE = {
     "aotfunc/transforms/fallback.py": REFERENCES,
     "aotfunc/stateless.py": ("torch.func.functional_call", "torch.func.stack_module_state"),
-    "aotfunc/trace/tracer.py": ("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",),
+    "aotfunc/trace/recording.py": ("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",),
 }
 
 

@@ -33,7 +33,7 @@ _grad = torch._C.TensorBase.grad
 
 def refusal(what: str, way: str = WAY) -> CaptureError:
     """The error for a question whose answer would be frozen. Whoever catches it goes on without eager's number, so the
-    captures under way fail all the same: see :func:`~aotfunc.trace.tracer.recording`.
+    captures under way fail all the same: see :func:`~aotfunc.trace.recording.record_into`.
     """
     error = CaptureError(
         f"{what} was asked for that depends on a tensor from outside, but the function is compiled once for all values"

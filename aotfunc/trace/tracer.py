@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,15 +21,14 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import shapes
-from .collector import paused_gc
 from .memory import Place, layout
-from .numbers import refusal, watch
+from .numbers import refusal
 from .records import Record, instr_op, result_sigs, results_of, written_slots
 from .replay import Replay
 from .seeds import Seeds
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
-from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet, under_way
+from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -598,65 +596,3 @@ def zeros(sig: Sig) -> Tensor:
     """A tensor of this signature, one zero everywhere."""
     with quiet():
         return torch.zeros((), dtype=sig.dtype, device=sig.device).expand(sig.shape)
-
-
-def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
-    """``body()`` recorded into ``trace``: with gradients on, autocast's cache and Dynamo off, functorch's levels and
-    saved_tensors_hooks aside (parameters make autograd save traced values), no garbage collection. All of it holds for
-    this thread alone and is undone whatever is raised, whenever.
-
-    Raises CaptureError where a number was refused, even if ``body`` caught the error.
-    """
-    dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
-    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    compiling = dynamo.get_eval_frame_callback()
-    set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
-    set_aside(aside := set_aside(True))
-    depth, modes = len(traces), torch._C._len_torch_dispatch_stack()
-
-    def restore() -> None:
-        while torch._C._len_torch_dispatch_stack() > modes:
-            torch._C._pop_torch_dispatch_stack(None)
-        del traces[depth:]
-        torch._C._set_grad_enabled(grad)
-        torch.set_autocast_cache_enabled(cache)
-        set_aside(aside)
-        if compiling is not None:
-            dynamo.set_eval_frame(compiling)
-        trace.finish()
-
-    numbers = nullcontext() if trace.may_ask_constants else watch
-    with paused_gc(), without_functorch(), numbers:
-        try:
-            if compiling is not None:
-                dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
-            torch.set_autocast_cache_enabled(False)
-            torch._C._set_grad_enabled(True)
-            set_aside(True)
-            traces.append(trace)
-            # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole process
-            torch._C._push_on_torch_dispatch_stack(trace)
-            result = body()
-        except Exception as e:
-            if trace.refused is not None and trace.refused is not e:
-                raise trace.refused from e
-            raise
-        else:
-            if trace.refused is not None:
-                raise trace.refused
-            return result
-        finally:
-            try:
-                restore()
-            except BaseException:  # Ctrl-C came in between
-                restore()
-                raise
-
-
-def without_functorch() -> Any:
-    """torch.func's levels set aside, if there are any."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return nullcontext()
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    return temporarily_clear_interpreter_stack()

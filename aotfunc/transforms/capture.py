@@ -17,8 +17,9 @@ from ..debug import at, line_of
 from ..errors import CaptureError
 from ..trace.instances import Opened, assigned, names_of
 from ..trace.modes import outside_inference_mode
+from ..trace.recording import record_into
 from ..trace.traced import Traced, current
-from ..trace.tracer import Trace, record_into
+from ..trace.tracer import Trace
 from . import intent
 from .captured import Recording
 

@@ -22,9 +22,10 @@ from ..errors import CaptureError
 from ..graph import Program
 from ..trace.functionalize import Functionalizer, once
 from ..trace.modes import Surroundings
+from ..trace.recording import record_into
 from ..trace.shapes import Sig
 from ..trace.traced import current
-from ..trace.tracer import Trace, record_into
+from ..trace.tracer import Trace
 from . import opaque
 from .captured import Recording
 from .custom import CustomDerivative, Later, Part

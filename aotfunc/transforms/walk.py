@@ -19,9 +19,10 @@ from ..trace import shapes
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
+from ..trace.recording import record_into
 from ..trace.shapes import Sig, Slot, encode, fill
 from ..trace.traced import Traced
-from ..trace.tracer import Trace, record_into
+from ..trace.tracer import Trace
 from .tidy import REWRITES
 
 aten = torch.ops.aten

@@ -1,0 +1,76 @@
+"""A function body recorded into a trace, with what of the thread and of PyTorch is set aside meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from .collector import paused_gc
+from .numbers import watch
+from .traced import under_way
+from .tracer import Trace
+
+
+def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
+    """``body()`` recorded into ``trace``: with gradients on, autocast's cache and Dynamo off, functorch's levels and
+    saved_tensors_hooks aside (parameters make autograd save traced values), no garbage collection. All of it holds for
+    this thread alone and is undone whatever is raised, whenever.
+
+    Raises CaptureError where a number was refused, even if ``body`` caught the error.
+    """
+    dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
+    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    compiling = dynamo.get_eval_frame_callback()
+    set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
+    set_aside(aside := set_aside(True))
+    depth, modes = len(traces), torch._C._len_torch_dispatch_stack()
+
+    def restore() -> None:
+        while torch._C._len_torch_dispatch_stack() > modes:
+            torch._C._pop_torch_dispatch_stack(None)
+        del traces[depth:]
+        torch._C._set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+        set_aside(aside)
+        if compiling is not None:
+            dynamo.set_eval_frame(compiling)
+        trace.finish()
+
+    numbers = nullcontext() if trace.may_ask_constants else watch
+    with paused_gc(), without_functorch(), numbers:
+        try:
+            if compiling is not None:
+                dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
+            torch.set_autocast_cache_enabled(False)
+            torch._C._set_grad_enabled(True)
+            set_aside(True)
+            traces.append(trace)
+            # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole process
+            torch._C._push_on_torch_dispatch_stack(trace)
+            result = body()
+        except Exception as e:
+            if trace.refused is not None and trace.refused is not e:
+                raise trace.refused from e
+            raise
+        else:
+            if trace.refused is not None:
+                raise trace.refused
+            return result
+        finally:
+            try:
+                restore()
+            except BaseException:  # Ctrl-C came in between
+                restore()
+                raise
+
+
+def without_functorch() -> Any:
+    """torch.func's levels set aside, if there are any."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
