@@ -111,7 +111,7 @@ class Changes:
 
     def __init__(self, rec: Recording) -> None:
         trace = rec.trace
-        self.flags = [(i, value, line) for i, (value, line) in trace.flags.items()]
+        self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
         self.ops: list[tuple[int, list[tuple]]] = []  # (position, [(op, other arguments, keywords)])
         if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
             return

@@ -34,15 +34,16 @@ from .transforms.walk import builder
 def as_recorded(rec: Recording, mutated: Sequence[int]) -> Program | None:
     """The program to cut; None where autograd sees no result that was computed from another."""
     trace, refs = rec.trace, dict.fromkeys(rec.refs)
+    autograd = trace.autograd
     count = len(trace.inputs)
     ends = {*refs, *(i if i < count else count - i - 1 for i in mutated)}
-    if len(ends) < 2 or not (trace.active() & ends):
+    if len(ends) < 2 or not (autograd.active() & ends):
         return None
     inputs = range(-len(trace.lifted), count)
     read = {r for _, given, *_ in trace.records for r in given}
     # results of one step may be computed from one another
     inside = any(i.__class__ is not Instr and (results_of(i) > 1 or has_chain(i)) for i, *_ in trace.records)
-    if not inside and not any(trace.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs):
+    if not inside and not any(autograd.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs):
         return None
     program = rec.as_recorded(memory_of(rec))
     return dissolved(program) if inside else program

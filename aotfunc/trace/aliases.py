@@ -71,7 +71,7 @@ def shown(trace: Trace) -> dict[int, Shown]:
                 found[ref] = Shown(ref, of(refs[0]), call, i if several else None, not grad and sig.differentiable)
         elif not facts.reshapes:
             for slot in written_slots(instr) if grad else ():
-                if (seen := found.get(refs[slot])) is not None and not trace.active().isdisjoint(refs):
+                if (seen := found.get(refs[slot])) is not None and not trace.autograd.active().isdisjoint(refs):
                     for step in [s for s in seen.path[1:] if s.call[0] is aten.detach.default][-1:]:
                         step.apart = True
         else:

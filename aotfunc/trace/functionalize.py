@@ -290,7 +290,7 @@ class Functionalizer:
             if instr.__class__ is not Instr:
                 instr.lower(self, refs, grad, line)
             elif instr.facts.writes:
-                self._write(instr, refs, grad, line, i in self.trace.overwritten)
+                self._write(instr, refs, grad, line, i in self.trace.autograd.overwritten)
             elif self.mutates and instr.facts.view_of is not None:
                 self._view(instr, refs, grad)
             else:

@@ -63,7 +63,7 @@ class Traced(Tensor):
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        return self.tracer.requires_grad(self)
+        return self.tracer.autograd.requires_grad(self)
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -72,7 +72,7 @@ class Traced(Tensor):
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         if requires_grad and not self.sig.differentiable:
             raise RuntimeError("only Tensors of floating point and complex dtype can require gradients")
-        self.tracer.mark_leaf(self, requires_grad)
+        self.tracer.autograd.mark_leaf(self, requires_grad)
         return self
 
     def detach_(self) -> Tensor:  # autograd answers this one itself: it would never be recorded
@@ -81,7 +81,7 @@ class Traced(Tensor):
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
-        return self.tracer.is_leaf(self)
+        return self.tracer.autograd.is_leaf(self)
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
@@ -98,7 +98,7 @@ class Traced(Tensor):
         self.__dict__["_grad"] = value
 
     def retain_grad(self) -> None:
-        self.tracer.retained.append(self)
+        self.tracer.autograd.retained.append(self)
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]

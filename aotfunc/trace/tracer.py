@@ -2,7 +2,7 @@
 
 Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of them. What autograd
 would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is written down on the way: see
-:mod:`.intent`.
+:mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.transforms.intent`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import shapes
+from .autograd import Autograd, requires_grad
 from .memory import Place, layout
 from .numbers import refusal
-from .records import Record, instr_op, result_sigs, results_of, written_slots
+from .records import Record, instr_op, results_of, written_slots
 from .replay import Replay
 from .seeds import Seeds
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
@@ -33,7 +34,6 @@ from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
 _grad_enabled = torch.is_grad_enabled
-_tracked = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]  # as autograd sees it
 
 
 class Trace(TorchDispatchMode):
@@ -60,20 +60,13 @@ class Trace(TorchDispatchMode):
         self.made_inside: set[int] = set()  # those among them that f makes anew on each run: torch.tensor(3)
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
-        self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
-        self.leaf_tensors: list[Traced] = []
-        self.computed: set[int] = set()  # inputs that have a history
+        self.autograd = Autograd(self.inputs, self.lifted, self.records)
         self.given: list[tuple[int, int, int, int, Any]] = []  # see outside.py
-        self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
-        self.retained: list[Traced] = []
         self.seeds = Seeds()
-        self.made: list[weakref.ref[Traced]] = []  # of nothing: torch.ones(..., requires_grad=True) says so afterwards
-        self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.mutates = False
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
         self.rewritten: list[Tensor] = []  # outside tensors without a history, to which autograd gave one
         self.reshapes = False  # in place
-        self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
         self.why_not = why_not
@@ -84,7 +77,6 @@ class Trace(TorchDispatchMode):
         self._values: Replay | None = None
         self._roots: tuple[int, dict[int, int]] | None = None  # after so many records, see root
         self._places: tuple[Place, ...] | None = None
-        self._reached: tuple[Any, Reach] | None = None  # see active
         self.finished = False
         self.refused: CaptureError | None = None  # a question that had no answer
         self.place: tuple | None = None  # an index that was asked for its number, see special
@@ -202,14 +194,12 @@ class Trace(TorchDispatchMode):
             if outs.__class__ is Sig:
                 t = self.new(outs)
                 if not refs:
-                    self.made.append(weakref.ref(t))
+                    self.autograd.made.append(weakref.ref(t))
                 return t
         elif facts.writes:
             self.mutates = True
             if func in OVERWRITES and refs[0] >= 0 and not self.may_ask_constants and _grad_enabled():
-                active = self.active()  # the tensor requires grad still, though nothing of it is left
-                if refs[0] in active and active.isdisjoint(refs[1:]):
-                    self.overwritten.add(len(self.records) - 1)
+                self.autograd.overwrite(refs)
             if facts.reshapes:
                 self.reshapes = True
                 self._check_reshaped(func, args[0], outs)
@@ -303,7 +293,7 @@ class Trace(TorchDispatchMode):
                 results.append(self.wrap(sig))
                 continue
             t = argument(same)
-            if t.__class__ is Traced and t.ref in self.protected and t.tracer is self and _grad_enabled():
+            if t.__class__ is Traced and t.ref in self.autograd.protected and t.tracer is self and _grad_enabled():
                 raise RuntimeError(
                     f"a leaf Variable that requires grad is being used in an in-place operation{at(debug.user_line(3))}"
                 )
@@ -327,7 +317,7 @@ class Trace(TorchDispatchMode):
             )
         if name in ("set_", "resize_as_"):
             raise CaptureError(f"{name} gives a tensor the shape or memory of another{line}; assign a new tensor")
-        if name == "resize_" and self.requires_grad(t):
+        if name == "resize_" and self.autograd.requires_grad(t):
             raise RuntimeError(f"cannot resize variables that require grad{line}")
         if name == "resize_" and new.extent > t.sig.extent:
             raise CaptureError(f"{name} makes a tensor larger, by elements without a value{line}; make a new tensor")
@@ -350,7 +340,7 @@ class Trace(TorchDispatchMode):
         """Keep autograd's own record of a write, made behind our back where parameters take part, off outside tensors:
         it is taken back when the recording ends, or, where there is an older one, the write is refused.
         """
-        tracked = [t for t in args if isinstance(t, Tensor) and _tracked(t)]
+        tracked = [t for t in args if isinstance(t, Tensor) and requires_grad(t)]
         for t in written if tracked else ():
             owner = t._base if t._is_view() else t
             if owner.__class__ is Traced:
@@ -386,14 +376,14 @@ class Trace(TorchDispatchMode):
                 t.detach_()
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
-        self.leaf_tensors.clear()
-        self.retained.clear()
+        self.autograd.finish()
 
     def forget(self, records: int, count: int) -> None:
         """Go back to when there were so many records and values."""
         del self.records[records:]
         self.count = count
-        self._roots = self._reached = None
+        self._roots = None
+        self.autograd.forget()
         if self._values is not None and self._values.done > records:
             self._values = None
 
@@ -401,7 +391,8 @@ class Trace(TorchDispatchMode):
         """What two recordings have in common that differ only in the data they would run on."""
         sigs = tuple([t.sig if t.__class__ is Traced else sig_of(t) for t in self.lifted])
         memory = self.layout() if self.mutates else None
-        return (tuple(self.inputs), sigs, tuple([r[:4] for r in self.records]), memory, tuple(self.overwritten))
+        records, overwritten = tuple([r[:4] for r in self.records]), tuple(self.autograd.overwritten)
+        return (tuple(self.inputs), sigs, records, memory, overwritten)
 
     def layout(self) -> tuple[Place, ...]:
         """For each input, then each lifted tensor: where it lies in memory."""
@@ -443,64 +434,6 @@ class Trace(TorchDispatchMode):
                 bits.update(dict.fromkeys(made, bit))
         return bits.get(ref, False)
 
-    # ----- requires_grad, asked for by f ------------------------------------------------------------------------------
-
-    def mark_leaf(self, t: Traced, value: bool) -> None:
-        if 0 <= t.ref < len(self.inputs) and self.requires_grad(t) is not value:
-            used = any(t.ref in refs for _, refs, *_ in self.records)
-            self.flags[t.ref] = (value, debug.user_line(2) if used else None)
-            (self.protected.add if value else self.protected.discard)(t.ref)
-        if value and self.made_quietly(t.ref):  # what is computed from it, views included, is not cut off any more
-            with torch.enable_grad():
-                t.ref = t.detach().ref
-        self.leaves[t.ref] = value
-        if value:
-            self.leaf_tensors.append(t)
-
-    def made_quietly(self, ref: int) -> bool:
-        """Whether a value was made with gradients off."""
-        number = len(self.inputs)
-        for instr, _, grad, *_ in self.records:
-            number += results_of(instr)
-            if number > ref:
-                return ref >= len(self.inputs) and not grad
-        return False
-
-    def is_leaf(self, t: Traced) -> bool:
-        return not self.requires_grad(t) or (t.ref in self.leaves and t.ref not in self.computed)
-
-    def adopt_leaves(self) -> None:
-        """Note which tensors made of nothing were to require grad."""
-        for t in [t for r in self.made if (t := r()) is not None and t.ref not in self.leaves]:
-            if torch._C.TensorBase.requires_grad.__get__(t):  # type: ignore[attr-defined]
-                self.leaves[t.ref] = True
-                self.leaf_tensors.append(t)
-
-    def requires_grad(self, t: Traced) -> bool:
-        """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires
-        grad.
-        """
-        if self.made:
-            self.adopt_leaves()
-        if (known := self.leaves.get(t.ref)) is not None:
-            return known
-        if not t.sig.differentiable:
-            return False
-        return t.ref in self.active()
-
-    def active(self) -> set[int]:
-        """The values that a path from a leaf leads to; worked out as far as the recording has come."""
-        start = (tuple(self.leaves.items()), tuple([x.requires_grad for x in self.lifted]))
-        if self._reached is None or self._reached[0] != start:
-            active = {ref for ref, yes in self.leaves.items() if yes}
-            active |= {-1 - i for i, yes in enumerate(start[1]) if yes}
-            self._reached = (start, Reach(active, len(self.inputs)))
-        return self._reached[1].extended(self.records, self.leaves)
-
-    def reaches(self, ref: int, outs: Sequence[int]) -> bool:
-        """Whether one of ``outs`` was computed from the value ``ref``, as autograd sees it."""
-        return not Reach({ref}, len(self.inputs)).extended(self.records, self.leaves).isdisjoint(outs)
-
     # ----- values on request ------------------------------------------------------------------------------------------
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
@@ -532,47 +465,6 @@ class Trace(TorchDispatchMode):
         if self._values is None:
             self._values = Replay(self)
         return self._values.value(self, ref)
-
-
-class Reach:
-    """The values of a recording that a differentiable path leads to from ``active`` ones."""
-
-    def __init__(self, active: set[int], count: int) -> None:
-        self.active, self.done, self.number = active, 0, count  # so many records and values are done
-        self.bases: dict[int, int] = {}  # of each view the value that it shows
-        self.views: dict[int, list[int]] = {}  # and the views of each value
-
-    def extended(self, records: list[Record], leaves: dict[int, bool]) -> set[int]:
-        """``active``, as far as the recording has come; a value of which ``leaves`` says so requires no grad."""
-        active = self.active
-        for instr, refs, grad, *_ in records[self.done :]:
-            sigs = result_sigs(instr)
-            made = range(self.number, self.number + len(sigs))
-            self.number = made.stop
-            if instr_op(instr) is aten.detach.default:
-                continue
-            if instr.facts.view_of is not None and refs:
-                base = self.bases.get(refs[0], refs[0])
-                self.bases.update(dict.fromkeys(made, base))
-                self.views.setdefault(base, []).extend(made)
-            elif not grad:  # a view requires grad even so, if what it shows does
-                continue
-            given = [r in active for r in refs]
-            if not any(given):
-                continue
-            slots = written_slots(instr)
-            live, written = instr.live(given) if hasattr(instr, "live") else ([True] * len(sigs), [True] * len(slots))
-            active.update(
-                m
-                for m, sig, yes in zip(made, sigs, live, strict=True)
-                if yes and sig.differentiable and leaves.get(m) is not False
-            )
-            for slot, yes in zip(slots, written, strict=True):
-                if yes:  # all that shows the written memory
-                    base = self.bases.get(refs[slot], refs[slot])
-                    active.update((base, *self.views.get(base, ())))
-        self.done = len(records)
-        return active
 
 
 #: writes that do not read what they write to

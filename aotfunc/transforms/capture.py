@@ -46,6 +46,7 @@ def record(
     """
     intent.install()
     trace = Trace(why_not, constants)
+    autograd = trace.autograd
     values = list(leaves)
     reals = []
     for i, x in enumerate(leaves):
@@ -53,19 +54,19 @@ def record(
             if samples is not None and i in samples:
                 t = trace.input_like(samples[i])
                 if x.requires_grad:
-                    trace.leaves[t.ref] = True
+                    autograd.leaves[t.ref] = True
             else:
                 t = trace.input(x)
                 if x.requires_grad:
-                    trace.leaves[t.ref] = True
+                    autograd.leaves[t.ref] = True
                     if x.is_leaf and x.__class__ is not Traced and i not in differentiated:
-                        trace.protected.add(t.ref)
+                        autograd.protected.add(t.ref)
                     elif not x.is_leaf and i not in differentiated:
-                        trace.computed.add(t.ref)
+                        autograd.computed.add(t.ref)
             values[i] = t
             reals.append(x)
     for i in differentiated:
-        trace.leaves[values[i].ref] = True
+        autograd.leaves[values[i].ref] = True
     trace.samples = batch
     if why_not is None:
         dims = [None] * len(reals) if batch is None else batch.dims

@@ -310,7 +310,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     """
     inner = Trace("the derivative of an autograd.Function is recorded without values")
     values = [inner.input_like(sig) for sig in sigs]
-    inner.leaves.update((t.ref, True) for t in values)
+    inner.autograd.leaves.update((t.ref, True) for t in values)
     _under_way.rules.append(calls)
     try:
         rec = record_into(inner, lambda: Recording(inner, rule(*values), lambda: ()))

@@ -271,7 +271,7 @@ def autograd_grad(
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     size = gs[0].shape[0] if is_grads_batched else None  # type: ignore[union-attr]
     refs = [trace.ref_of(o)[0] for o in outs]
-    used = [trace.reaches(trace.ref_of(x)[0], refs) for x in ins]
+    used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
     if not (all(used) or allow_unused or materialize_grads):
         raise CaptureError(
             f"one of the differentiated tensors was not used to compute the outputs{at(debug.user_line())}; "
@@ -306,13 +306,8 @@ def autograd_backward(
     outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gs = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
     refs = [trace.ref_of(o)[0] for o in outs]
-    trace.adopt_leaves()
-    outside = {i for i in range(len(trace.inputs)) if trace.leaves.get(i)}
-    outside |= {-1 - i for i, t in enumerate(trace.lifted) if t.requires_grad}
     if inputs is None:
-        found = [ref for ref in outside if trace.reaches(ref, refs)]
-        inside = [t for t in (*trace.leaf_tensors, *trace.retained) if t.ref not in outside and trace.requires_grad(t)]
-        leaves: list = [t for t in inside if trace.reaches(t.ref, refs)]
+        found, leaves = trace.autograd.leaves_of(refs)
     else:
         leaves = [inputs] if isinstance(inputs, Tensor) else list(inputs)
         found = [ref for ref, _ in map(trace.ref_of, leaves) if ref < len(trace.inputs)]
