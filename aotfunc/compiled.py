@@ -29,7 +29,7 @@ from .errors import ArgumentError, CaptureError
 from .graph import Program, kept_alive, weight
 from .guards.check import Check
 from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
-from .guards.keys import describe_argument, environment_key, noted
+from .guards.keys import describe_argument, environment_key, noted, reached, repeated
 from .guards.reads import Names
 from .guards.state import State, look
 from .guards.stores import Place, Stores, left_behind, put_back
@@ -81,6 +81,7 @@ class Entry:
         self.sources = [found.get(id(t), t) for t in rec.closed_over]
         known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
         self.pick = itemgetter(*self.sources) if known else None
+        self.reached = reached(rec.trace.origins, state.tensors)
         self.layout = layout([*rec.trace.origins, *rec.closed_over]) if rec.trace.mutates else None
         # values of an outer recording are only good for that one
         self.reusable = not any(t.__class__ is Traced for t in self.sources)
@@ -202,6 +203,8 @@ class Compiled:
             describe_argument(a, parts, tensors, objects)
         if kwargs:
             describe_argument(kwargs, parts, tensors, objects)
+        if len(tensors) > 1 and (same := repeated(tensors)) is not None:
+            parts.append(same)
         key = (*parts, *environment_key())
         try:
             entry = self.recent.get(key)
@@ -209,7 +212,7 @@ class Compiled:
             raise self.unhashable(Arguments(args, kwargs)) from None
         if entry is not None:
             found = entry.check.tensors(self.f, objects)
-            if found is not None:
+            if found is not None and (not found or reached(tensors, found) == entry.reached):
                 closed = [*tensors, *entry.closed(found)]
                 if entry.layout is None or entry.layout == layout(closed):
                     result = entry(closed)
@@ -224,7 +227,7 @@ class Compiled:
         for x in objects:
             if type(x).__hash__ is None and any(x is o for o in state.opaque):
                 raise self.unhashable(arguments)
-        full = (key, *state.key)
+        full = (key, reached(tensors, state.tensors), *state.key)
         entry = self.entries.get(full)
         if entry is not None and entry.layout is not None:
             places = layout([*tensors, *entry.closed(state.tensors)])
@@ -311,6 +314,7 @@ class Compiled:
             arguments.rebuilt,
             why_not=f"{self.name} captures the function once for all values",
             constants=False,
+            outside={id(t) for t in state.tensors},
             name_of=parameter_names(self.f, arguments),
         )
         rec.trace.seeds.check_compiled(known, self.name)
@@ -381,7 +385,7 @@ class Compiled:
         why: list[str] = []
         if self.last is not None and self.last[0]:
             why = min([[*differences(old, self.last[1])] for old in self.last[0]], key=len)
-            why = why or ["what it reads is arranged in another way, or its arguments share memory"]
+            why = why or ["what it reads is arranged in another way, or arguments are one tensor or share memory"]
         if self.changed is not None:
             why += [f"it changed while it ran, and is not kept: {x}" for x in differences(*self.changed)]
         eagerly = {f"{half}: {what}: {e}" for half, found in self.pipeline.eagerly for what, e in found.items()}

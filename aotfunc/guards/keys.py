@@ -8,6 +8,7 @@ What is neither a tensor, a plain value nor a tree of them is an object: :mod:`.
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -152,6 +153,20 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
             objects += classes_in(spec)
             for v in leaves:
                 describe_argument(v, key, tensors, objects)
+
+
+def repeated(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Of each tensor the first that is the same one; None if no two are."""
+    ids = [*map(id, tensors)]
+    return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
+
+
+def reached(tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
+    """Which of the tensors ``found`` in the state each of these is; None if none of them is one."""
+    if not found or {*map(id, tensors)}.isdisjoint(map(id, found)):
+        return None
+    places = {id(t): i for i, t in enumerate(found)}
+    return tuple([places.get(id(t)) for t in tensors])
 
 
 def classes_in(spec: TreeSpec) -> list[type]:

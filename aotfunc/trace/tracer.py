@@ -134,12 +134,28 @@ class Trace(TorchDispatchMode):
             ref = self._lift_refs[key] = -len(self.lifted)
         return ref
 
+    def stand_for(self, t: Traced, real: Tensor) -> None:
+        """Let ``t``, an input, be what is recorded where ``f`` reaches ``real`` by another way: it closes over it."""
+        self._lift_refs[id(real)] = t.ref
+
     def ref_of(self, t: Tensor) -> tuple[int, Sig]:
         if t.__class__ is Traced and t.tracer is self:
             return t.ref, t.sig
         ref = self.lift(t)
+        if ref >= 0:
+            return ref, self._unchanged(ref)
         real = self.lifted[-ref - 1]
         return ref, real.sig if real.__class__ is Traced else sig_of(real)
+
+    def _unchanged(self, ref: int) -> Sig:
+        """The signature of an argument that ``f`` reaches from outside, too: there it is what it was."""
+        now = self.arguments[ref] if self.arguments else None
+        if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
+            raise CaptureError(
+                f"an argument of shape {list(self.inputs[ref].shape)} that the function also closes over is reshaped "
+                f"or detached in place{at(debug.user_line())}; make a view of it"
+            )
+        return self.inputs[ref]
 
     # ----- recording --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ when it is new.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def record(
     batch: Any = None,
     why_not: str | None = None,
     constants: bool = True,
+    outside: Collection[int] = (),
     name_of: Callable[[], Sequence[str]] | None = None,
 ) -> Recording:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
@@ -43,14 +44,19 @@ def record(
     batch (:class:`~aotfunc.asked.Samples`). ``differentiated``
     leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants``
     those of closed-over tensors may.
+
+    A tensor that is passed twice is one traced value; as in torch.func, not where some are differentiated, nor if it is
+    batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over, are passed as they are.
     """
     intent.install()
     trace = Trace(why_not, constants)
     autograd = trace.autograd
     values = list(leaves)
     reals = []
+    first: dict[int, Traced] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor):
+            reals.append(x)
             if samples is not None and i in samples:
                 t = trace.input_like(samples[i])
                 if x.requires_grad:
@@ -63,8 +69,10 @@ def record(
                         autograd.protected.add(t.ref)
                     elif not x.is_leaf and i not in differentiated:
                         autograd.computed.add(t.ref)
-            values[i] = t
-            reals.append(x)
+                if not differentiated:
+                    t = first.setdefault(id(x), t)
+                    trace.stand_for(t, x)
+            values[i] = x if id(x) in outside else t
     for i in differentiated:
         autograd.leaves[values[i].ref] = True
     trace.samples = batch
