@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_unflatten
 
@@ -22,6 +21,7 @@ from .aliasing import Changes
 from .debug import Line, outside_dynamo
 from .errors import ArgumentError
 from .graph import Program, output_node
+from .specialised import Specialised
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import hidden_write
 from .trace.instances import flatten_tree
@@ -123,7 +123,7 @@ def graph_module(
     outputs: Any = None,
     dissolve: frozenset[str] = EVERYTHING,
     names: Sequence[str] = (),
-) -> fx.GraphModule:
+) -> Specialised:
     """The program as a module of its own, for somebody else: real metadata (FakeTensors), names counted anew.
 
     The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes)
@@ -162,7 +162,7 @@ def graph_module(
         graph = b.finish_tree(tree)
         for n in graph.nodes:
             object.__setattr__(n, "meta", Meta(n.meta, fakes))  # the node's own way looks itself up in tables
-    return _LazyGraphModule(root, graph, name)
+    return Specialised(root, graph, name)
 
 
 def make_fx(
@@ -170,17 +170,19 @@ def make_fx(
     decomposition_table: dict | None = None,
     tracing_mode: str = "real",
     *,
+    check_inputs: bool = True,
     verbose: bool = False,
     **_: Any,
 ) -> Callable[..., fx.GraphModule]:
     """The function ``(*args, **kwargs) -> GraphModule``: what ``f`` does for these arguments, as readable aten code.
 
     The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final ``copy_``s where ``f``
-    writes to its inputs. ``f`` is specialised to the arguments' shapes and Python values. ``decomposition_table``
-    maps overloads to functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values, whose
-    answers (a branch taken, ``.item()``) the module keeps for all inputs; "fake" and "symbolic" do not (sizes are
-    specialised in each). With ``verbose`` the code carries the user's lines as comments.
-    Raises CaptureError where ``f`` cannot be captured.
+    writes to its inputs. ``f`` is specialised to the arguments' shapes, dtypes, devices and Python values: the module
+    raises ArgumentError for others, unless ``check_inputs`` is False. ``decomposition_table`` maps overloads to
+    functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values, whose answers (a branch taken,
+    ``.item()``) the module keeps for all inputs; "fake" does not. With ``verbose`` the code carries the user's lines as
+    comments.
+    Raises CaptureError where ``f`` cannot be captured, ArgumentError for ``tracing_mode="symbolic"``.
 
     >>> print(make_fx(lambda x: torch.sin(x) * 2)(torch.ones(3)).code.strip())
     def forward(self, x):
@@ -188,8 +190,13 @@ def make_fx(
         mul = torch.ops.aten.mul.Tensor(sin, 2);  sin = None
         return mul
     """
-    if tracing_mode not in ("real", "fake", "symbolic"):
-        raise ArgumentError(f"make_fx: tracing_mode must be 'real', 'fake' or 'symbolic', not {tracing_mode!r}")
+    if tracing_mode == "symbolic":
+        raise ArgumentError(
+            "make_fx: tracing_mode='symbolic' is not supported, as sizes are numbers of the graph: use 'real' or "
+            "'fake', and call make_fx again for other sizes"
+        )
+    if tracing_mode not in ("real", "fake"):
+        raise ArgumentError(f"make_fx: tracing_mode must be 'real' or 'fake', not {tracing_mode!r}")
 
     @outside_dynamo
     @functools.wraps(f)
@@ -221,6 +228,9 @@ def make_fx(
             program, getattr(f, "__name__", type(f).__name__), constants, outputs, EVERYTHING - {"marks"}, rec.names()
         )
         _as_called(gm, f, arguments, args, kwargs, rec)
+        if check_inputs:
+            names = [*argument_names(f, len(args)), *kwargs]
+            gm.made_for_these(names, [*args, *kwargs.values()])
         if verbose:
             _with_lines(gm)
         return gm

@@ -18,7 +18,7 @@ ROWS = [
     ("compiled",),
     ("pipeline", "stages"),
     ("func", "batch", "jacobians", "module", "stateless", "autograd"),
-    ("run", "arguments"),
+    ("run", "arguments", "specialised"),
     ("aliasing", "asked", "duals", "redraw", "guards"),
     ("batched",),
     ("partition", "backends"),

@@ -93,19 +93,13 @@ def asking(split: Callable) -> Callable:
     return function
 
 
-class Watch:
-    """Holds the methods exchanged while any thread needs it."""
+class Exchange:
+    """Puts attributes in the place of others while any thread needs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
         self.lock, self.count = threading.Lock(), 0
-        self.new: dict[tuple[Any, str], Any] = {(Tensor, name): method for name, method in METHODS.items()}
-        self.new |= {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
-        self.new |= {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
-        self.new[Tensor, "grad"] = property(grad, self.set_grad)
+        self.new = new
         self.old: dict[tuple[Any, str], Any] = {}  # None where it is inherited
-
-    def set_grad(self, t: Tensor, value: Any) -> None:
-        (self.old.get((Tensor, "grad")) or _grad).__set__(t, value)
 
     def __enter__(self) -> None:
         with self.lock:
@@ -128,4 +122,13 @@ class Watch:
                             setattr(x, name, before)
 
 
-watch = Watch()
+def set_grad(t: Tensor, value: Any) -> None:
+    (watch.old.get((Tensor, "grad")) or _grad).__set__(t, value)
+
+
+watch = Exchange(
+    {(Tensor, name): method for name, method in METHODS.items()}
+    | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
+    | {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
+    | {(Tensor, "grad"): property(grad, set_grad)}
+)

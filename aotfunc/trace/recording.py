@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .collector import paused_gc
+from .constructors import constructors
 from .numbers import watch
 from .traced import under_way
 from .tracer import Trace
@@ -40,7 +41,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
         trace.finish()
 
     numbers = nullcontext() if trace.may_ask_constants else watch
-    with paused_gc(), without_functorch(), numbers:
+    with paused_gc(), without_functorch(), constructors, numbers:
         try:
             if compiling is not None:
                 dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls

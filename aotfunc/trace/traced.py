@@ -130,11 +130,21 @@ class Traced(Tensor):
     # ----- what has no answer ----------------------------------------------------------------------------------------
 
     def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            self.check_numpy()
         value = _live(self)
         with quiet():
             array = torch._C.TensorBase.numpy(value, force=True)
         array.flags.writeable = False  # what is written there would not be in the recording
         return array
+
+    def check_numpy(self) -> None:
+        """Refuse what would cut a derivative without a word."""
+        if self.requires_grad:
+            raise CaptureError(
+                f"a value that is being differentiated was turned into a numpy array{at(debug.user_line())}, which has "
+                "no derivative: use torch's functions, an autograd.Function with a backward, or .detach() it first"
+            )
 
     def tolist(self) -> Any:
         value = _live(self)
@@ -145,6 +155,7 @@ class Traced(Tensor):
         raise CaptureError(f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}")
 
     def __array__(self, dtype: Any = None) -> Any:
+        self.check_numpy()
         value = _live(self)
         with quiet():
             return value.__array__(dtype) if dtype is not None else value.__array__()

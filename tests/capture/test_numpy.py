@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 import aotfunc
 from aotfunc import grad, hessian, jacfwd, jit, jvp, make_fx, vjp, vmap
-from aotfunc.errors import LoopWarning
+from aotfunc.errors import CaptureError, LoopWarning
 
 
 class Product(Function):
@@ -129,11 +129,48 @@ def test_memory_of_a_constant():
 
 def test_an_array_of_a_traced_value_is_not_written_to():
     def f(x):
-        x.numpy()[0] = 0
+        x.detach().numpy()[0] = 0
         return x * 2
 
     with pytest.raises(ValueError, match="read-only"):
         aotfunc.jvp(f, (torch.ones(2),), (torch.ones(2),))
+
+
+ARRAYS = {
+    "numpy": lambda x: torch.from_numpy(x.numpy() * 2),
+    "asarray": lambda x: torch.as_tensor(np.sin(np.asarray(x))),
+    "ufunc": lambda x: torch.as_tensor(np.sin(x)),
+    "of a result": lambda x: torch.from_numpy((2 * x).numpy().copy()) + x,
+}
+DERIVATIVES = {
+    "grad": lambda f, x: grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: vjp(f, x),
+    "jvp": lambda f, x: jvp(f, (x,), (x,)),
+    "linearize": lambda f, x: aotfunc.linearize(f, x),
+    "jacfwd": lambda f, x: jacfwd(f)(x),
+    "hessian": lambda f, x: hessian(lambda x: f(x).sum())(x),
+    "vmap in grad": lambda f, x: grad(lambda x: vmap(f)(x).sum())(x),
+    "grad in vmap": lambda f, x: vmap(grad(lambda r: f(r).sum()))(x),
+    "vmap of a leaf": lambda f, x: vmap(f)(x.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("array", ARRAYS)
+def test_an_array_of_a_differentiated_value_is_refused(array, derivative):
+    """It would cut the derivative without a word; autograd refuses it, too."""
+    with pytest.raises(CaptureError, match="has no derivative"):
+        DERIVATIVES[derivative](ARRAYS[array], torch.ones(2))
+
+
+def test_an_array_of_a_detached_or_unrelated_value():
+    x, y = torch.tensor([0.5, 1.0]), torch.tensor([2.0, 3.0])
+    detached = lambda x: (x * torch.from_numpy(np.sin(x.detach().numpy()))).sum()
+    torch.testing.assert_close(grad(detached)(x), x.sin())
+    unrelated = lambda x, y: (x * torch.from_numpy(np.sin(y.numpy()))).sum()
+    torch.testing.assert_close(grad(unrelated)(x, y), y.sin())
+    torch.testing.assert_close(grad(lambda x: (x * torch.as_tensor(x.numpy(force=True))).sum())(x), x)
+    torch.testing.assert_close(vmap(lambda x: torch.as_tensor(np.sin(x.numpy())))(torch.ones(3)), torch.ones(3).sin())
 
 
 def test_a_result_that_is_no_tensor_is_none_of_backward():

@@ -1,6 +1,8 @@
 """Capture and the state around it: closed-over tensors, batch norm, autocast, modes, keys, caches, names."""
 
 import gc
+import math
+import re
 import weakref
 
 import pytest
@@ -10,7 +12,7 @@ from torch.func import functional_call
 
 import aotfunc
 from aotfunc import grad, jit, make_fx, vmap
-from aotfunc.errors import AotfuncError
+from aotfunc.errors import AotfuncError, ArgumentError
 from tests.reference import assert_same, grads
 
 
@@ -295,11 +297,52 @@ def test_the_code_says_what_runs():
     assert "detach" not in gm.code and "lift_fresh" not in gm.code
 
 
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
 def test_tracing_modes_are_accepted(tracing_mode):
     x = r(3)
     gm = make_fx(torch.sin, tracing_mode=tracing_mode)(x)
     assert_same(gm(x), x.sin())
+
+
+def test_symbolic_sizes_are_refused():
+    with pytest.raises(ArgumentError, match="tracing_mode='symbolic' is not supported"):
+        make_fx(torch.sin, tracing_mode="symbolic")
+
+
+OTHERS = {
+    "shape": ((r(4), 2), "x = float64[3] on cpu, not float64[4] on cpu"),
+    "dtype": ((r(3).float(), 2), "x = float64[3] on cpu, not float32[3] on cpu"),
+    "device": ((r(3).to("meta"), 2), "x = float64[3] on cpu, not float64[3] on meta"),
+    "number": ((r(3), 3), "k = 2, not 3"),
+    "kind of number": ((r(3), 2.0), "k = 2, not 2.0"),
+}
+
+
+@pytest.mark.parametrize("copied", ["made", "deepcopy", "pickle"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_module_refuses_what_it_was_not_made_for(other, copied):
+    import copy
+    import pickle
+
+    gm = make_fx(lambda x, k: (x * k).mean())(r(3), 2)
+    gm = {"made": lambda: gm, "deepcopy": lambda: copy.deepcopy(gm), "pickle": lambda: pickle.loads(pickle.dumps(gm))}[
+        copied
+    ]()
+    arguments, said = OTHERS[other]
+    with pytest.raises(ArgumentError, match=re.escape(f"the module was made for {said}")):
+        gm(*arguments)
+
+
+def test_a_module_that_takes_what_it_is_given():
+    gm = make_fx(lambda x: x * 2, check_inputs=False)(r(3))
+    assert gm(torch.ones(4)).tolist() == [2.0] * 4
+
+
+def test_a_module_made_for_a_tree():
+    gm = make_fx(lambda d, p: d["a"] * p[0] + p[1])({"a": r(3)}, (r(3), math.nan))
+    assert gm({"a": r(3)}, (r(3), math.nan)).isnan().all()
+    with pytest.raises(ArgumentError, match=r"p \(leaf 1\) = nan, not 1.0"):
+        gm({"a": r(3)}, (r(3), 1.0))
 
 
 def test_a_decomposition_table_is_used():

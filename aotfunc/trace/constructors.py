@@ -1,0 +1,75 @@
+"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers: PyTorch would read them from memory; they are stacked.
+
+As in eager no derivative goes through. The functions are exchanged while a recording is under way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .numbers import Exchange, frozen
+from .traced import Traced, current, under_way
+
+
+def elements(data: Any) -> Iterator[Any]:
+    """What nested lists and tuples hold."""
+    for x in data:
+        if isinstance(x, list | tuple):
+            yield from elements(x)
+        else:
+            yield x
+
+
+def to_stack(data: Any) -> bool:
+    """Whether nested lists hold a number that would have to be read now."""
+    if not isinstance(data, list | tuple) or current() is None or under_way.quiet:
+        return False
+    return any(isinstance(x, Tensor) and (x.__class__ is Traced or frozen(x)) for x in elements(data))
+
+
+def stacked(data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bool = False) -> Tensor:
+    """The tensor of nested lists of numbers and tensors of one element each; the common dtype if ``dtype`` is None."""
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, (torch.as_tensor(x).dtype for x in elements(data)))
+    device = torch.get_default_device() if device is None else device
+
+    def stack(x: Any) -> Tensor:
+        if isinstance(x, list | tuple):
+            return torch.stack([stack(y) for y in x])
+        if not isinstance(x, Tensor):
+            return torch.full((), x, dtype=dtype, device=device)
+        if x.numel() != 1:
+            raise ValueError(f"only tensors of one element can be numbers in a list, not one of shape {list(x.shape)}")
+        if not torch.can_cast(x.dtype, dtype) and dtype is not torch.bool:
+            raise TypeError(f"a number of dtype {x.dtype} does not become one of dtype {dtype}")
+        return x.detach().reshape(()).to(device, dtype)
+
+    return stack(data).requires_grad_(requires_grad)
+
+
+def stacking(make: Callable) -> Callable:
+    """``torch.tensor`` and its like, for lists of traced numbers too."""
+
+    @functools.wraps(make)
+    def function(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or not to_stack(data):
+            return make(data, *args, **kwargs)
+        return stacked(data, kwargs.get("dtype"), kwargs.get("device"), kwargs.get("requires_grad", False))
+
+    return function
+
+
+def new_tensor(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
+    if not to_stack(data):
+        return Tensor.new_tensor(self, data, **kwargs)
+    return stacked(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
+
+
+Traced.new_tensor = new_tensor  # type: ignore[method-assign]
+
+constructors = Exchange({(torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")})
