@@ -219,6 +219,7 @@ def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of the outputs: by our own rule, else as PyTorch says."""
     from .infer import infer as by_rule
 
+    check_devices(op, sigs)
     outs = by_rule(op, args, kwargs, sigs)
     return by_kernel(op, args, kwargs, sigs) if outs is NotImplemented else outs
 
@@ -227,7 +228,7 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none, or does not
     know the layout.
     """
-    device = output_device(kwargs, sigs)
+    device = output_device(op, kwargs, sigs)
     args = tuple([no_generator(a) for a in args])
     kwargs = {k: no_generator(v) for k, v in kwargs.items()}
     with torch._C._DisableTorchDispatch(), off(), torch.no_grad():
@@ -259,7 +260,7 @@ def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
     """Whether the strides (or empty statistics, or the dimensions of a single loss) of the results depend on the
     device's kernel in ways that meta kernels do not know: for unusual layouts they often do not.
     """
-    name = op._schema.name.removeprefix("aten::")
+    name = plain_name(op)
     unusual = any(s.stride != contiguous_stride(s.shape) for s in sigs)
     if unusual and op.namespace == "aten" and Facts(op).pure and sum(s.numel for s in sigs) < AFFORDABLE:
         return True
@@ -294,12 +295,33 @@ def zeros_at(s: Sig) -> Tensor:
     return memory.as_strided(s.shape, s.stride, s.offset)
 
 
-def output_device(kwargs: dict, sigs: tuple) -> torch.device:
+def output_device(op: OpOverload, kwargs: dict, sigs: tuple) -> torch.device:
     """The device of an op's results: asked for, or that of its tensors (0-dim CPU tensors follow the others)."""
+    if plain_name(op) in MIXES:
+        return sigs[0].device
     if (asked := kwargs.get("device")) is not None:
         return torch.device(asked)
     here = [s.device for s in sigs]
     return next((d for d in here if d.type != "cpu"), here[0] if here else torch.device("cpu"))
+
+
+def plain_name(op: OpOverload) -> str:
+    return op._schema.name.removeprefix("aten::")
+
+
+#: ops whose indices may lie on the CPU, or that copy from anywhere
+MIXES = frozenset(
+    ("copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+)
+
+
+def check_devices(op: OpOverload, sigs: tuple) -> None:
+    """Refuse tensors on several devices, which some meta kernels do not look at; 0-dim CPU tensors go with any."""
+    here = {s.device for s in sigs if s.shape or s.device.type != "cpu"}
+    if len(here) > 1 and op.namespace == "aten" and plain_name(op) not in MIXES:
+        raise CaptureError(
+            f"{plain_name(op)} was given tensors on {' and '.join(sorted(map(str, here)))}: move them to one device"
+        )
 
 
 def signatures(outs: Any, device: torch.device | None = None) -> Any:

@@ -97,7 +97,7 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         bound.apply_defaults()
         args = bound.args if new_style else bound.args[1:]
     ctx = Context()
-    ctx.needs_input_grad = tuple(map(floating, args))
+    ctx.needs_input_grad = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
     batching = custom_batching(cls, args) if cls.vmap is not Function.vmap else None
 
     def forward(ctx: Any) -> Any:

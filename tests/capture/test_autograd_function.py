@@ -333,3 +333,71 @@ def test_mark_dirty():
     except AotfuncError:
         return
     assert_same(g, grads(f)(x))
+
+
+class Picky(torch.autograd.Function):
+    """x * w, whose backward refuses what was not asked for."""
+
+    asked: list[tuple] = []
+
+    @staticmethod
+    def forward(x, w):
+        return x * w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        Picky.asked.append(ctx.needs_input_grad)
+        by_x, by_w = ctx.needs_input_grad
+        return g * w if by_x else None, g * x if by_w else None
+
+
+NEEDED = {
+    "grad by x": (lambda f, x, w: aotfunc.grad(lambda x: f(x, w).sum())(x), lambda x, w: w, (True, False)),
+    "argnums": (lambda f, x, w: aotfunc.grad(lambda x, w: f(x, w).sum(), 1)(x, w), lambda x, w: x, (False, True)),
+    "vmap in grad": (
+        lambda f, x, w: aotfunc.grad(lambda x: aotfunc.vmap(f)(x, w).sum())(x),
+        lambda x, w: w,
+        (True, False),
+    ),
+    "grad in vmap": (lambda f, x, w: aotfunc.vmap(aotfunc.grad(f))(x, w), lambda x, w: w, (True, False)),
+    "jacfwd": (lambda f, x, w: aotfunc.jacfwd(lambda w: f(x, w))(w), lambda x, w: torch.diag(x), (False, True)),
+    "of a detached value": (
+        lambda f, x, w: aotfunc.grad(lambda x: f(x, x.detach()).sum())(x),
+        lambda x, w: x,
+        (True, False),
+    ),
+    "through jit": (
+        lambda f, x, w: aotfunc.grad(lambda x: aotfunc.jit(f)(x, w).sum())(x),
+        lambda x, w: w,
+        (True, False),
+    ),
+    "a closed-over leaf": (
+        lambda f, x, w: (lambda leaf: aotfunc.grad(lambda x: f(x, leaf).sum())(x))(w.clone().requires_grad_()),
+        lambda x, w: w,
+        (True, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEEDED)
+def test_needs_input_grad_is_true_for_what_is_differentiated(case):
+    call, right, needed = NEEDED[case]
+    x, w = torch.randn(2, 3, dtype=torch.float64)
+    Picky.asked.clear()
+    torch.testing.assert_close(call(Picky.apply, x, w).detach(), right(x, w))
+    assert set(Picky.asked) == {needed}
+
+
+def test_a_compiled_function_is_captured_for_what_needs_a_gradient():
+    x, w = torch.randn(2, 3)
+    compiled = aotfunc.jit(lambda x, w: Picky.apply(x, w).sum())
+    compiled(x, w)
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(compiled(a, w), a)[0], w)
+    assert torch.equal(torch.autograd.grad(compiled(x, b), b)[0], x)
+    assert [g.tolist() for g in torch.autograd.grad(compiled(a, b), (a, b))] == [w.tolist(), x.tolist()]

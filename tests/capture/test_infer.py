@@ -13,6 +13,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import aotfunc
+from aotfunc.errors import CaptureError
 from aotfunc.trace import shapes
 from aotfunc.trace.infer import infer, ordered_strides, rule_for
 from aotfunc.trace.shapes import Slot, contiguous_stride, make_sig
@@ -233,6 +235,8 @@ FRESH = """
 import json, sys
 import torch
 import aotfunc
+import aotfunc
+from aotfunc.errors import CaptureError
 from aotfunc.trace import shapes
 
 already = [m for m in ("torch._dynamo", "sympy") if m in sys.modules]
@@ -299,3 +303,37 @@ def test_a_fresh_process_captures_without_dynamo_and_sympy():
         for name in ops:
             op = getattr(getattr(torch.ops.aten, name.split(".")[1]), name.split(".")[2])
             assert shapes.Facts(op).view_of is not None or name.split(".")[1] in QUICK, f"{program}: {name} has no rule"
+
+
+ELSEWHERE = {
+    "add": lambda x, y: x + y,
+    "mm": lambda x, y: x @ y,
+    "linear": lambda x, y: torch.nn.functional.linear(x, y),
+    "cat": lambda x, y: torch.cat([x, y]),
+    "where": lambda x, y: torch.where(x > 0, x, y),
+    "gather": lambda x, y: x.gather(0, (y > 0).long()),
+    "index_select": lambda x, y: x.index_select(0, y.view(-1).long()),
+    "a factor": lambda x, y: x * y.sum(),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("transform", ["jit", "grad", "make_fx", "vmap"])
+def test_tensors_on_two_devices_are_refused(name, transform):
+    """Some of PyTorch's CPU kernels do not look, and compute with memory that is not there."""
+    x, y, f = torch.randn(3, 3), torch.ones(3, 3, device="meta"), ELSEWHERE[name]
+    call = {
+        "jit": lambda: aotfunc.jit(f)(x, y),
+        "grad": lambda: aotfunc.grad(lambda x: f(x, y).sum())(x),
+        "make_fx": lambda: aotfunc.make_fx(f)(x, y),
+        "vmap": lambda: aotfunc.vmap(f, (0, None))(x[None], y),
+    }[transform]
+    with pytest.raises(CaptureError, match="tensors on cpu and meta: move them to one device"):
+        call()
+
+
+def test_a_number_on_the_cpu_goes_with_any_device():
+    y = torch.ones(3, device="meta")
+    assert aotfunc.jit(lambda y, c: y * c)(y, torch.tensor(2.0)).device.type == "meta"
+    assert aotfunc.jit(lambda y, i: y[i])(y, torch.tensor([0, 1])).device.type == "meta"
+    assert aotfunc.jit(lambda y, x: y.copy_(x))(y, torch.randn(3)).device.type == "meta"
