@@ -19,20 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec
 
 from .aliasing import Changes, without_views
 from .autograd import run
 from .cache import Cache
 from .debug import at, outside_dynamo, user_line
-from .errors import ArgumentError, CaptureError
+from .errors import ArgumentError
 from .graph import Program, kept_alive, weight
 from .guards.check import Check
 from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
+from .guards.given import Given
 from .guards.keys import describe_argument, environment_key, noted, reached, repeated
 from .guards.reads import Names
+from .guards.returned import Finish, recorded
 from .guards.state import State, look
-from .guards.stores import Place, Stores, left_behind, put_back
+from .guards.stores import Place, left_behind, put_back
 from .module import argument_names
 from .pipeline import Pipeline, title
 from .run import run_eager
@@ -65,7 +67,7 @@ class Entry:
         key: tuple,
         facts: Facts,
         enables: bool,
-        places: Sequence[Place],
+        finish: Finish,
     ) -> None:
         self.call, self.views, self.key, self.facts = call, views, key, facts
         #: gradients were off, and the function turned them on in places: its marks say where
@@ -88,7 +90,7 @@ class Entry:
         self.plain = rec.spec is None
         self.rebuild = rebuilder(rec.spec)
         self.check = Check(state)
-        self.stores = Stores(state, places) if places else None
+        self.finish = finish or None
         self.kept: list[Any] = []
 
     def __repr__(self) -> str:
@@ -100,13 +102,14 @@ class Entry:
             return self.pick(found)
         return [found[s] if s.__class__ is int else s for s in self.sources]
 
-    def __call__(self, tensors: list[Tensor]) -> Any:
+    def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
+        """The result for these tensors of a call that is, in Python, ``where = (f, objects, arguments)``."""
         if self.enables and not torch.is_inference_mode_enabled():
             with torch.enable_grad():
-                return self.results(tensors)
-        return self.results(tensors)
+                return self.results(tensors, where)
+        return self.results(tensors, where)
 
-    def results(self, tensors: list[Tensor]) -> Any:
+    def results(self, tensors: list[Tensor], where: tuple) -> Any:
         outs: Sequence[Any] = ()
         shown: dict[int, Tensor] = {}
         with without_modes():
@@ -129,7 +132,7 @@ class Entry:
         leaves = list(self.leaves)
         for i, t in zip(self.tensors, outs, strict=True):
             leaves[i] = t
-        return self.rebuild(leaves)
+        return self.rebuild(leaves) if self.finish is None else self.finish(leaves, *where)
 
 
 def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
@@ -215,12 +218,12 @@ class Compiled:
             if found is not None and (not found or reached(tensors, found) == entry.reached):
                 closed = [*tensors, *entry.closed(found)]
                 if entry.layout is None or entry.layout == layout(closed):
-                    result = entry(closed)
-                    return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
-        return self.looked_up(key, tensors, objects, Arguments(args, kwargs))
+                    return entry(closed, self.f, objects, (args, kwargs))
+        return self.looked_up(key, tensors, objects, (args, kwargs))
 
-    def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], arguments: Arguments) -> Any:
-        """A call for which the entry last used is not the right one."""
+    def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple) -> Any:
+        """A call, with the arguments ``given``, for which the entry last used is not the right one."""
+        arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
         labels = [x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}" for x in objects]
         state = look(self.f, objects, labels, self.names)
@@ -237,14 +240,12 @@ class Compiled:
         if entry is not None:
             entry.check.renew(state)
             self.recent.put(key, entry)
-            result = entry([*tensors, *entry.closed(state.tensors)])
-            return result if entry.stores is None else entry.stores.put(self.f, objects, *result)
+            return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         before = of_python()
         try:
             entry = self.capture(arguments, state, key)
             drew = of_python() != before
-            result = entry([*tensors, *entry.closed(state.tensors)])
-            result = result if entry.stores is None else entry.stores.first(*result)
+            result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         except BaseException:
             put_back(state)
             raise
@@ -301,11 +302,11 @@ class Compiled:
         places: list[Place] = []
 
         def f(*args: Any, **kwargs: Any) -> Any:
-            given = [tree_flatten(x) for x in (*args, kwargs)]
+            given = Given(args, kwargs)
             result = called(*args, **kwargs)
-            self.check_containers(given, [tree_flatten(x) for x in (*args, kwargs)])
-            places.extend(left_behind(state))
-            return (result, [p.value for p in places]) if places else result
+            given.check(argument_names(self.f, len(args)), self.name)
+            places.extend(left_behind(state, self.titled))
+            return recorded(result, places, state, given.containers)
 
         called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
         rec = record(
@@ -318,12 +319,7 @@ class Compiled:
             name_of=parameter_names(self.f, arguments),
         )
         rec.trace.seeds.check_compiled(known, self.name)
-        for i, x in enumerate(rec.leaves):
-            if i not in rec.tensors and any(v.__class__ is Traced for v in getattr(x, "__dict__", {}).values()):
-                raise CaptureError(
-                    f"{self.name}: {title(self.f)} returns a {type(x).__name__} that holds tensors, which would be the "
-                    "same object at every call; return a dataclass, or a tuple or dictionary of the tensors"
-                )
+        finish = Finish(rec, state, places, self.titled)
         quiet = as_called(self.f) is not self.f
         enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
         program, views = without_views(rec, quiet and not enables)
@@ -334,17 +330,7 @@ class Compiled:
         facts = facts_of(given, state.facts)
         self.last = ([e.facts for e in self.entries.values()], facts)
         self.watch_growth(facts)
-        return Entry(rec, call, views, state, key, facts, enables, places)
-
-    def check_containers(self, before: Sequence[tuple], after: Sequence[tuple]) -> None:
-        """Lists and dictionaries among the arguments are rebuilt for the capture: what is done to them is lost."""
-        names = [*argument_names(self.f, len(before) - 1), "given by keyword"]
-        for name, (leaves, spec), (now, now_spec) in zip(names, before, after, strict=True):
-            if spec != now_spec or any(x is not y for x, y in zip(leaves, now, strict=True)):
-                raise CaptureError(
-                    f"{self.name}: the function changes the list or dictionary that is its argument {name}, which a "
-                    f"compiled function cannot{at(user_line())}; copy it first, or return what is new"
-                )
+        return Entry(rec, call, views, state, key, facts, enables, finish)
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""
@@ -355,6 +341,9 @@ class Compiled:
             text = f"{self.who} has been captured {self.captures} times{at(user_line())}: {growth(self.history)}"
             self.history.clear()
             warnings.warn(text, stacklevel=5)
+
+    def titled(self) -> str:
+        return f"{self.name}: {title(self.f)}"
 
     @property
     def who(self) -> str:

@@ -24,7 +24,7 @@ class Containers(Objects):
     def sequence(self, x: Any, v: str, label: str) -> None:
         self.key += (type(x), len(x))
         self.require(f"type({v})", type(x))
-        if isinstance(x, list):
+        if not isinstance(x, tuple):
             self.owners.append((x, v, dict(enumerate(x))))
         self.elements(x, v, label)
         self.extra(x, v, label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..trace.traced import Traced
 from .keys import bits, is_value, tensor_facts
-from .reads import Names
+from .reads import CLOSED, Names, library_of_module
 
 NOTHING = object()
 _GROWING = (list, set, dict, collections.deque)
@@ -32,7 +33,7 @@ class Description:
         self.names = names
         self.seen: dict[int, str] = {}
         self.distinct: list[str] = []
-        self._kept: list[Any] = []
+        self.kept: list[Any] = []  # so that their ids stay their own
         self._classes: set[type] = set()
         self._globals: set[tuple[int, str]] = set()
         self._todo: list[tuple[Any, str, str]] = []
@@ -60,6 +61,7 @@ class Description:
             self.key += (x.__class__, plain(x))
             self.facts.append((label, x))
             self.require(expr, x)
+            self.of_subclass(x, expr, label)
             return
         known = self.seen.get(id(x))
         if known is not None:
@@ -67,7 +69,7 @@ class Description:
             self.lines.append(f"if {expr} is not {known}: return")
             return
         v = self.seen[id(x)] = self.bind(expr)
-        self._kept.append(x)
+        self.kept.append(x)
         if isinstance(x, Tensor):
             facts = tensor_facts(x)
             self.key.append(facts)
@@ -76,9 +78,18 @@ class Description:
             self.paths.append(v)
             if x.__class__ is not Traced and x.__dict__:
                 self._todo.append((x, v, label))
+            else:  # it may get attributes
+                self.owners.append((x.__dict__, f"{v}.__dict__", dict(x.__dict__)))
         else:
             self.key.append(v)
             self._todo.append((x, v, label))
+
+    def of_subclass(self, x: Any, expr: str, label: str) -> None:
+        """The attributes, and the class, of a number or text that has a class of the user's."""
+        cls = type(x)
+        if not isinstance(x, Enum | tuple) and library_of_module(cls.__module__) not in CLOSED:
+            self.meet(cls, f"type({expr})", label)
+            self.meet(getattr(x, "__dict__", None), f"getattr({expr}, '__dict__', None)", label)
 
 
 def is_plain(x: Any) -> bool:

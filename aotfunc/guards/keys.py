@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec
 
-from ..trace.instances import flatten_tree
+from ..trace.instances import flatten_tree, without_class
 from ..trace.modes import Surroundings, function_modes_key
+from ..trace.traced import attributes
 from .reads import CLOSED, library_of_module
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -35,7 +36,10 @@ _VALUES = (*_ATOMS - {bool, range, type(None), type(...)}, float, complex, np.ge
 
 def is_value(x: Any) -> bool:
     """Whether ``x`` is described by what it is equal to."""
-    cls = x.__class__
+    try:
+        cls = x.__class__
+    except Exception as e:
+        raise without_class(x) from e
     return cls in _ATOMS or cls is float or isinstance(x, _VALUES)
 
 
@@ -113,10 +117,15 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
     """Append to ``key`` what identifies an argument tree, and to ``tensors`` and ``objects`` its leaves of these kinds,
     in order.
     """
-    cls = x.__class__
+    try:
+        cls = x.__class__
+    except Exception as e:
+        raise without_class(x) from e
     if cls in _TENSORS:
         key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.storage_offset())
         tensors.append(x)
+        if x.__dict__:
+            describe_attributes(x, key, objects)
     elif cls in _ATOMS:
         key += (cls, x)
     elif cls is float:
@@ -135,10 +144,11 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         key.append(x.requires_grad and 1 + x.is_leaf)
         key += (sig,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
         tensors.append(x)
+        describe_attributes(x, key, objects)
     elif is_value(x):
         key += (cls, bits(x))
-        if isinstance(x, Enum) and library_of_module(cls.__module__) not in CLOSED:
-            objects += (cls, x.__dict__)
+        if library_of_module(cls.__module__) not in CLOSED:
+            objects += (cls, getattr(x, "__dict__", {}))
     elif cls is slice:
         key.append(slice)
         for v in (x.start, x.stop, x.step):
@@ -153,6 +163,12 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
             objects += classes_in(spec)
             for v in leaves:
                 describe_argument(v, key, tensors, objects)
+
+
+def describe_attributes(t: Tensor, key: list, objects: list[Any]) -> None:
+    if given := attributes(t):
+        key.append(tuple(given))
+        objects.append(given)
 
 
 def repeated(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..trace.holding import slots_of
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
 from .reads import CLOSED, library_of_module
@@ -75,7 +76,8 @@ class Objects(Description):
         library = library_of_module(cls.__module__)
         self.names.open(library)
         whole = any(c.__module__.startswith(_READ_THEMSELVES) for c in cls.__mro__)
-        slots = [n for c in cls.__mro__ for n in slots_of(c) if self.names.any or n in self.names.attributes]
+        every = slots_of(cls)
+        slots = [n for n in every if self.names.any or n in self.names.attributes]
         opaque = not whole and library in ("torch", "aotfunc")
         if opaque or (library == "python" and not (slots or hasattr(x, "__dict__"))):
             self.same(x, v, label)
@@ -84,6 +86,8 @@ class Objects(Description):
         self.key.append(id(cls))
         self.opaque.append(cls)
         self.class_of(cls)
+        if every:
+            self.owners.append((Slots(x), f"Slots({v})", dict(Slots(x).items())))
         for name in slots:
             self.key.append(name)
             if (e := getattr(x, name, NOTHING)) is NOTHING:
@@ -209,6 +213,17 @@ class Objects(Description):
                     self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
 
 
-def slots_of(cls: type) -> Sequence[str]:
-    slots = cls.__dict__.get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+class Slots:
+    """The slots of an object as a dictionary."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(n, getattr(self.x, n)) for n in slots_of(type(self.x)) if hasattr(self.x, n)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self.x, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self.x, name)

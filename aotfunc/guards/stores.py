@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import re
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
+from ..errors import CaptureError
+from ..trace.holding import holds_traced
+from ..trace.instances import flatten_tree
 from ..trace.traced import Traced
+from .objects import Slots
 from .state import State
 
 _NOTHING = object()
 
 
 class Place(NamedTuple):
-    """The entry ``key`` of an owner: the dictionary of an object, the globals, another dictionary, a list or a cell."""
+    """The entry ``key`` of an owner: the dictionary or the slots of an object, the globals, another dictionary, a list
+    or a cell.
+    """
 
     owner: int
     key: Any
     value: Any
-
-
-def traced(x: Any) -> list[Traced]:
-    """The traced values in a tree."""
-    leaves = tree_leaves(x) if isinstance(x, list | tuple | dict) else [x]
-    return [e for e in leaves if e.__class__ is Traced]
 
 
 def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
@@ -44,15 +45,32 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
         yield from list(owner.items() if table else enumerate(owner))
 
 
-def left_behind(state: State, all_of_them: bool = False) -> list[Place]:
-    """Where the function has put traced values since the state was looked at."""
-    found = []
+def changed(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
+    """Where the function has put tensors since the state was looked at, traced ones or such as were elsewhere, and
+    these; there are none where it is an object that hides them.
+    """
+    known = set(state.seen)
     for i, (owner, _, before) in enumerate(state.owners):
         for key, value in entries(owner):
-            if value is not before.get(key, _NOTHING) and (values := traced(value)):
-                if any(t.tracer.finished for t in values) and not all_of_them:  # an inner transform's: a leak
-                    continue
-                found.append(Place(i, key, value))
+            if value is not before.get(key, _NOTHING):
+                leaves = flatten_tree(value)[0]
+                tensors = [x for x in leaves if isinstance(x, Tensor)]
+                hidden = any(holds_traced(x, known) for x in leaves if not isinstance(x, Tensor))
+                if tensors or hidden:
+                    yield Place(i, key, value), [] if hidden else tensors
+
+
+def left_behind(state: State, titled: Callable[[], str]) -> list[Place]:
+    """Where the function has put tensors; what inner transforms leaked stays where it is."""
+    found = []
+    for place, tensors in changed(state):
+        if not tensors:
+            raise CaptureError(
+                f"{titled()} leaves a {type(place.value).__name__} that holds tensors in what lies outside, in which "
+                "every call would have to put its own; keep a dataclass, or a tuple or dictionary of the tensors"
+            )
+        if not any(t.__class__ is Traced and t.tracer.finished for t in tensors):
+            found.append(place)
     return found
 
 
@@ -64,44 +82,26 @@ def put(owner: Any, key: Any, value: Any) -> None:
 
 
 def put_back(state: State) -> None:
-    """Undo what :func:`left_behind` finds."""
-    for place in left_behind(state, all_of_them=True):
+    """Undo what :func:`changed` finds."""
+    for place, _ in list(changed(state)):
         owner, _, before = state.owners[place.owner]
-        if place.key in before:
+        if isinstance(owner, list | deque):
+            owner.clear()
+            owner.extend(before.values())
+        elif place.key in before:
             put(owner, place.key, before[place.key])
-        elif isinstance(owner, list):
-            del owner[place.key :]
-        elif isinstance(owner, dict):
-            del owner[place.key]
-        else:
+        elif isinstance(owner, types.CellType):
             del owner.cell_contents
+        else:
+            del owner[place.key]
 
 
-class Stores:
-    """The places in which every call of an entry puts the last of its results."""
-
-    def __init__(self, state: State, places: Sequence[Place]) -> None:
-        self.keys = [p.key for p in places]
-        self.captured = [state.owners[p.owner][0] for p in places]
-        names = [state.owners[p.owner][1] for p in places]
-        lines = needed(state.lines, names)
-        body = "".join(f"    {line}\n" for line in lines)
-        space = dict(state.constants)
-        exec(f"def owners(f, objects):\n{body}    return [{', '.join(names)}]\n", space)
-        self.owners: Callable[[Callable, Sequence[Any]], list] = space["owners"]
-
-    def put(self, f: Callable, objects: Sequence[Any], result: Any, values: Sequence[Any]) -> Any:
-        """Put the values in their places; the result that the caller gets."""
-        for owner, key, value in zip(self.owners(f, objects), self.keys, values, strict=True):
-            put(owner, key, value)
-        return result
-
-    def first(self, result: Any, values: Sequence[Any]) -> Any:
-        """The same right after the capture, when the state may be another one already."""
-        for owner, key, value in zip(self.captured, self.keys, values, strict=True):
-            put(owner, key, value)
-        self.captured = []
-        return result
+def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
+    """A function of ``f`` and the objects among the arguments to what these variables of the state's check hold."""
+    body = "".join(f"    {line}\n" for line in needed(state.lines, names))
+    space = {"Slots": Slots, **state.constants}
+    exec(f"def found(f, objects):\n{body}    return [{', '.join(names)}]\n", space)
+    return space.pop("found")  # no cycle: what the constants are lives no longer than the function
 
 
 def needed(lines: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import types
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx._pytree import register_pytree_flatten_spec
 from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, register_pytree_node, tree_flatten, tree_unflatten
+
+from ..errors import CaptureError
 
 
 class Opened:
@@ -61,11 +64,21 @@ def attributes_of(x: Any) -> dict[str, Any]:
 
 def is_data(x: Any) -> bool:
     """Whether ``x`` is an instance of a class that is there to hold data."""
-    cls = x.__class__
+    try:
+        cls = x.__class__
+    except Exception as e:
+        raise without_class(x) from e
     if cls is types.SimpleNamespace:
         return True
     data = hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__")
     return data and not isinstance(x, Tensor | nn.Module | type) and cls not in SUPPORTED_NODES
+
+
+def without_class(x: Any) -> CaptureError:
+    return CaptureError(
+        f"an object of the class {type(x).__name__} does not tell its __class__, by which it would be known; let its "
+        "__getattribute__ leave names with two underscores to object.__getattribute__, or pass what is in it"
+    )
 
 
 def holds_tensor(x: Any, depth: int = 0) -> bool:
@@ -96,6 +109,22 @@ def opened_in(tree: Any, always: bool = False) -> Any:
     """A tree whose leaves are opened."""
     leaves, spec = tree_flatten(tree)
     return tree_unflatten([opened(x, always) for x in leaves], spec) if any(map(is_data, leaves)) else tree
+
+
+def containers(tree: Any) -> list[Any]:
+    """The lists, tuples, dictionaries and instances that a tree is made of, the outer ones first."""
+    if isinstance(tree, Tensor):
+        return []
+    children = Opened(tree).children if is_data(tree) and holds_tensor(tree) else children_of(tree)
+    if len(children) == 1 and children[0] is tree:
+        return []
+    return [tree, *[c for child in children for c in containers(child)]]
+
+
+def children_of(x: Any) -> list[Any]:
+    """What a container holds; a leaf itself."""
+    first = chain((False,), repeat(True))  # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
+    return tree_flatten(x, is_leaf=lambda _: next(first))[0]
 
 
 def assigned(tree: Any, leaves: Sequence[Any]) -> bool:

@@ -179,6 +179,21 @@ class Traced(Tensor):
         raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}; do so outside")
 
 
+#: what a traced value knows of itself
+_OWN = frozenset({"tracer", "ref", "sig", "_grad"})
+
+
+def attributes(t: Tensor) -> dict[str, Any]:
+    """The attributes that a tensor was given in Python."""
+    given = t.__dict__
+    if t.__class__ is Traced:
+        return {k: v for k, v in given.items() if k not in _OWN}
+    if not _OWN.isdisjoint(given):
+        names = ", ".join(sorted(_OWN.intersection(given)))
+        raise CaptureError(f"an argument of shape {list(t.shape)} has the attribute {names}; give it another name")
+    return given
+
+
 class GradFn:
     """What ``grad_fn`` is: a sign that there is one. Its graph is not to be walked, nor hooked, before it is made."""
 

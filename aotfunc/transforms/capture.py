@@ -18,7 +18,7 @@ from ..errors import CaptureError
 from ..trace.instances import Opened, assigned, names_of
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
-from ..trace.traced import Traced, current
+from ..trace.traced import Traced, attributes, current
 from ..trace.tracer import Trace
 from . import intent
 from .captured import Recording
@@ -72,6 +72,7 @@ def record(
                 if not differentiated:
                     t = first.setdefault(id(x), t)
                     trace.stand_for(t, x)
+            t.__dict__.update(attributes(x))
             values[i] = x if id(x) in outside else t
     for i in differentiated:
         autograd.leaves[values[i].ref] = True

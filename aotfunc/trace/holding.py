@@ -1,0 +1,54 @@
+"""Whether an object holds a traced value, however deep."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from .traced import Traced
+
+#: what nothing can be changed of, or what is known by its name
+SHARED = (type, types.ModuleType, types.BuiltinFunctionType)
+
+
+def holds_traced(x: Any, seen: set[int]) -> bool:
+    """Whether there is a traced value in an object, beside those in objects that were ``seen``, by ``id``."""
+    todo, seen, alive = [x], set(seen), []
+    while todo:
+        e = todo.pop()
+        if type(e) is Traced:
+            return True
+        if id(e) not in seen and not issubclass(type(e), SHARED):
+            seen.add(id(e))
+            alive.append(e)  # so that its id stays its own
+            todo += inside(e)
+    return False
+
+
+def inside(x: Any) -> Iterator[Any]:
+    """What an object holds."""
+    cls = type(x)
+    if cls is types.FunctionType:
+        yield from [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
+        yield from x.__defaults__ or ()
+    elif issubclass(cls, functools.partial):
+        yield from (x.func, *x.args, *x.keywords.values())
+    elif cls is types.MethodType:
+        yield x.__self__
+    elif issubclass(cls, list | tuple | set | frozenset | deque):
+        yield from x
+    elif issubclass(cls, dict):
+        yield from dict.values(x)
+    with suppress(AttributeError):
+        yield from object.__getattribute__(x, "__dict__").values()
+    yield from [getattr(x, n) for n in slots_of(cls) if hasattr(x, n)]
+
+
+def slots_of(cls: type) -> list[str]:
+    """The names of the slots that instances of a class have."""
+    own = [c.__dict__ for c in cls.__mro__ if "__slots__" in c.__dict__]
+    return [n for table in own for n, e in table.items() if isinstance(e, types.MemberDescriptorType)]
