@@ -71,15 +71,14 @@ def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
     without its marks of intent may compute two results in one node, and a compiler may hand out the memory of an input,
     of another result or of a constant that it keeps.
     """
-    found, seen = outs, set(map(id, tensors))
-    for i in range(count):
-        o = outs[i]
-        if isinstance(o, Tensor) and (
-            id(o) in seen or (users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i])))
-        ):
-            found = list(found) if found is outs else found
-            found[i] = o.clone()  # type: ignore[index]
-        seen.add(id(o))
+    found, seen = outs, {*map(id, tensors)}
+    for i, o in enumerate(outs[:count]):
+        if isinstance(o, Tensor):
+            known = id(o)
+            if known in seen or (users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i]))):
+                found = list(found) if found is outs else found
+                found[i] = o.clone()  # type: ignore[index]
+            seen.add(known)
     return found
 
 

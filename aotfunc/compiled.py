@@ -30,7 +30,7 @@ from .graph import Program, kept_alive, weight
 from .guards.check import Check
 from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
 from .guards.given import Given
-from .guards.keys import describe_argument, environment_key, noted, reached, repeated
+from .guards.keys import Shared, describe_argument, environment_key, noted, reached, repeated
 from .guards.reads import Names
 from .guards.returned import Finish, recorded
 from .guards.state import State, look
@@ -76,14 +76,15 @@ class Entry:
         # the structure with what is constant in it; what was traced, and the arguments, may go
         self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
         self.step = CompiledStep(call, run_eager)
-        self.changes = Changes(rec)
+        changes = Changes(rec)
+        self.changes = changes if changes else None
         self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
         # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
         found = {id(t): i for i, t in enumerate(state.tensors)}
         self.sources = [found.get(id(t), t) for t in rec.closed_over]
         known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
         self.pick = itemgetter(*self.sources) if known else None
-        self.reached = reached(rec.trace.origins, state.tensors)
+        self.shared = Shared(rec.trace.origins, state.tensors)
         self.layout = layout([*rec.trace.origins, *rec.closed_over]) if rec.trace.mutates else None
         # values of an outer recording are only good for that one
         self.reusable = not any(t.__class__ is Traced for t in self.sources)
@@ -113,7 +114,7 @@ class Entry:
         outs: Sequence[Any] = ()
         shown: dict[int, Tensor] = {}
         with without_modes():
-            inputs = self.changes.before(tensors) if self.changes else tensors
+            inputs = tensors if self.changes is None else self.changes.before(tensors)
             trace = current()
             if trace is not None and not self.idle:
                 outs = trace.record(self.step, inputs)
@@ -125,7 +126,7 @@ class Entry:
                 outs = self.views(*tensors, *outs)
             if shown:
                 outs = [shown.get(k, o) for k, o in enumerate(outs)]
-            if self.changes:
+            if self.changes is not None:
                 self.changes.after(tensors)
         if self.plain:
             return outs[0]
@@ -215,7 +216,7 @@ class Compiled:
             raise self.unhashable(Arguments(args, kwargs)) from None
         if entry is not None:
             found = entry.check.tensors(self.f, objects)
-            if found is not None and (not found or reached(tensors, found) == entry.reached):
+            if found is not None and entry.shared.again(tensors, found):
                 closed = [*tensors, *entry.closed(found)]
                 if entry.layout is None or entry.layout == layout(closed):
                     return entry(closed, self.f, objects, (args, kwargs))

@@ -177,6 +177,25 @@ def repeated(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
 
 
+class Shared:
+    """Which of the arguments are tensors of the state, as it was at the capture. Shapes belong to the key and to the
+    check, so that no others need be looked at than those of a shape that occurs on both sides.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        shapes = {t.shape for t in tensors} & {t.shape for t in found}
+        self.given = [i for i, t in enumerate(tensors) if t.shape in shapes]
+        self.found = [i for i, t in enumerate(found) if t.shape in shapes]
+        self.places = self.of(tensors, found)
+
+    def of(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
+        return reached([tensors[i] for i in self.given], [found[i] for i in self.found])
+
+    def again(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+        """Whether the same are."""
+        return not self.given or self.of(tensors, found) == self.places
+
+
 def reached(tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
     """Which of the tensors ``found`` in the state each of these is; None if none of them is one."""
     if not found or {*map(id, tensors)}.isdisjoint(map(id, found)):

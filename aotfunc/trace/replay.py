@@ -94,7 +94,8 @@ def generators(records: Sequence[Record]) -> set[torch.Generator]:
 
 def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
     """The generators among the arguments of recorded ops, or of nodes."""
-    return [a for c in calls for a in (*c.args, *c.kwargs.values()) if isinstance(a, torch.Generator)]
+    # isinstance(a, Generator) would run Python of torch's
+    return [a for c in calls for a in (*c.args, *c.kwargs.values()) if issubclass(a.__class__, torch.Generator)]
 
 
 def known(trace: Trace, t: Tensor) -> Tensor | None:

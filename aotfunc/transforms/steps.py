@@ -200,7 +200,10 @@ class CompiledCall:
         return f"<compiled call {self.__name__}: {program.signature}, {size(program.graph)} nodes>"
 
     def __call__(self, *args: Tensor) -> Sequence:
-        return self.program.once(self.compile, lambda: self.compile(self.program, args))(*args)
+        run = self.program.cache.get(self.compile)
+        if run is None:
+            run = self.program.once(self.compile, lambda: self.compile(self.program, args))
+        return run(*args)
 
     @property
     def draws(self) -> bool:
