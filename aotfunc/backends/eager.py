@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Node
+
+from .. import debug
+from ..debug import at
+from ..errors import GraphError
+from ..trace.shapes import Sig
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
@@ -52,6 +58,8 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
                 env[name] = n.target._op if isinstance(n.target, OpOverload) else n.target
             args = [literal(a) for a in n.args] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
             lines.append(f"{n.name} = {name}({', '.join(args)})")
+            if debug.LEVEL:
+                lines.append(f"{literal(functools.partial(compare, n))}({n.name})")
         if dead := last.get(n):
             lines.append(f"del {', '.join([d.name for d in dead])}")
     source = f"def run({', '.join(parameters)}):\n    " + "\n    ".join(lines)
@@ -59,6 +67,29 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
     fn = env["run"]
     fn.source = source
     return fn
+
+
+def compare(n: Node, value: Any) -> None:
+    """Raise GraphError where a value is not what the graph says of it: shape, strides, dtype, device."""
+
+    def differ(sig: Any, x: Any) -> bool:
+        if isinstance(sig, tuple):
+            return len(sig) != len(x) or any(map(differ, sig, x))
+        if not isinstance(sig, Sig) or not isinstance(x, Tensor):
+            return False
+        steps = [(a, b) for a, b, size in zip(sig.stride, x.stride(), x.shape, strict=False) if size > 1]
+        facts = (tuple(x.shape), x.dtype, x.device.type)
+        return facts != (sig.shape, sig.dtype, sig.device.type) or (x.numel() > 0 and any(a != b for a, b in steps))
+
+    if differ(n.meta["val"], value):
+        said = [(s, s.stride) for s in flat(n.meta["val"])]
+        real = [(tuple(x.shape), x.stride(), x.dtype) for x in flat(value)]
+        raise GraphError(f"{n.format_node()} is {real}, not {said} as the graph says{at(n.meta.get('line'))}")
+
+
+def flat(x: Any) -> list:
+    """The signatures or tensors in nested tuples."""
+    return [y for part in x for y in flat(part)] if isinstance(x, tuple | list) else [x] * isinstance(x, Sig | Tensor)
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 WALL_LIMIT_S = 240.0  # one cell; the limit in processor time (table.LIMIT_S) comes first, unless a kernel hangs
@@ -73,7 +74,7 @@ class Worker:
             self.process.wait()
 
 
-def sweep(cells: list[Cell], jobs: int, log: Path | None) -> dict[Cell, str]:
+def sweep(cells: list[Cell], jobs: int, log: Path | None, new_worker: Callable[[], Worker] = Worker) -> dict[Cell, str]:
     """The outcome of every cell; those that the log holds are not run."""
     from rich.progress import Progress
 
@@ -89,7 +90,7 @@ def sweep(cells: list[Cell], jobs: int, log: Path | None) -> dict[Cell, str]:
     out = log.open("a", buffering=1) if log else None
 
     def feed() -> None:
-        worker = Worker()
+        worker = new_worker()
         while True:
             try:
                 cell = todo.get_nowait()

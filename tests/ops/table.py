@@ -94,8 +94,8 @@ def draws(sample) -> bool:
     return bool(given)
 
 
-def samples(name: str, dtype: str) -> list:
-    """Up to SAMPLES small ones, spread over the op's list; the smallest ones where all are large."""
+def samples(name: str, dtype: str, count: int = SAMPLES) -> list:
+    """Up to ``count`` small ones, spread over the op's list; the smallest ones where all are large."""
     torch.manual_seed(0)
     found, large = [], []
     for sample in OPS[name].sample_inputs("cpu", (DTYPES | INTEGERS)[dtype], requires_grad=False):
@@ -107,9 +107,9 @@ def samples(name: str, dtype: str) -> list:
         (found if size <= LARGE else large).append((size, sample))
         if len(found) == 60:
             break
-    found = found or sorted(large, key=lambda pair: pair[0])[:SAMPLES]
-    step = max(1, (len(found) - 1) // max(SAMPLES - 1, 1))
-    return [sample for _, sample in found[::step][:SAMPLES]]
+    found = found or sorted(large, key=lambda pair: pair[0])[:count]
+    step = max(1, (len(found) - 1) // max(count - 1, 1))
+    return [sample for _, sample in found[::step][:count]]
 
 
 @contextmanager
@@ -128,10 +128,13 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, old)
 
 
+def text(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
 def check(name: str, dtype: str, composition: str, lib: str = "aotfunc") -> str:
     """'right', 'error: what', 'wrong: how' or 'none: why there is no reference'."""
     compared, reason = 0, "no sample"
-    text = lambda error: " ".join(str(error).split())[:160]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
