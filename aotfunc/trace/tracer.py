@@ -51,6 +51,8 @@ class Trace(TorchDispatchMode):
         #: not inside of anything that is compiled once, however deep
         self.may_ask_constants: bool = constants and (outer is None or outer.may_ask_constants)
         self.keeps_intent = intent
+        #: its program may be differentiated by any of its values
+        self.of_a_rule: bool = outer is not None and outer.of_a_rule
         self.records: list[Record] = []
         self.count = 0
         self.inputs: list[Sig] = []  # traced values know their recording; it must not hold them when it is over

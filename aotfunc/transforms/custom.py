@@ -52,7 +52,8 @@ class CustomDerivative:
     ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as zeros) to a Part
     ``(cotangents, residuals) -> gradients of the inputs``, or to the error that recording it raised; ``forward`` is a
     Part ``(tangents, residuals) -> tangents`` or None. ``saved[k]`` is the output that residual k is, or None.
-    ``batching`` is the Function's own rule.
+    ``batching`` is the Function's own rule. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the
+    mask need a gradient.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class CustomDerivative:
         forward: Part | Later | None,
         saved: tuple,
         batching: Any,
+        narrow: tuple[tuple[bool, ...], tuple] | None = None,
     ) -> None:
         self.__name__, self.n_inputs, self.vals, self.n_outputs = name, n_inputs, vals, len(vals)
         self.backward: dict[Any, Any] = dict(backward)
-        self.forward, self.saved, self.batching = forward, saved, batching
+        self.forward, self.saved, self.batching, self.narrow = forward, saved, batching, narrow
 
     def __call__(self, *args: Tensor) -> tuple:
         return args[self.n_inputs : self.n_inputs + self.n_outputs]
@@ -81,8 +83,14 @@ class CustomDerivative:
         i, o = self.n_inputs, self.n_inputs + self.n_outputs
         return list(n.args[:i]), list(n.args[i:o]), list(n.args[o:])
 
-    def backward_part(self, have: tuple[bool, ...]) -> Part:
-        part = self.backward.get(have, self.backward.get(None))
+    def backward_for(self, wanted: Sequence[bool]) -> dict[Any, Any]:
+        """The backward for where these inputs need a gradient."""
+        if self.narrow is not None and all(m or not w for m, w in zip(self.narrow[0], wanted, strict=True)):
+            return dict(self.narrow[1])
+        return self.backward
+
+    def part(self, backward: dict[Any, Any], have: tuple[bool, ...]) -> Part:
+        part = backward.get(have, backward.get(None))
         if part is None:
             raise CaptureError(f"{self.__name__} has no backward")
         part = part.part() if isinstance(part, Later) else part
@@ -96,8 +104,9 @@ class CustomDerivative:
         residuals = [r if k is None else b.item(again, k) for r, k in zip(residuals, self.saved, strict=True)]
         places = [i for i, v in enumerate(self.vals) if v.differentiable]
         have = tuple(i in g for i in places)
-        part = self.backward_part(have)
-        if have in self.backward:
+        backward = self.backward_for([x in active for x in inputs])
+        part = self.part(backward, have)
+        if have in backward:
             cts = [g[i] for i in places if i in g]
         else:
             cts = [g[i] if i in g else number(b, 0, self.vals[i]) for i in places]
@@ -116,7 +125,7 @@ class CustomDerivative:
             return spliced(b, forward, ts, residuals)
         # the transpose of the backward, which is linear in the cotangents
         diff = [v for v in self.vals if v.differentiable]
-        part = self.backward_part((True,) * len(diff))
+        part = self.part(self.backward_for([x in tangents for x in inputs]), (True,) * len(diff))
         dummies = [unknown(b, v) for v in diff]
         grads = spliced(b, part, dummies, residuals)
         pairs = [
@@ -152,8 +161,10 @@ class CustomDerivative:
 
     def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
         """The same with each part ``batched``."""
-        backward = tuple((have, batched(part)) for have, part in self.backward.items())
-        return CustomDerivative(self.__name__, self.n_inputs, vals, backward, batched(self.forward), self.saved, None)
+        each = lambda backward: tuple((have, batched(part)) for have, part in backward)
+        narrow = (self.narrow[0], each(self.narrow[1])) if self.narrow is not None else None
+        backward, forward = each(self.backward.items()), batched(self.forward)
+        return CustomDerivative(self.__name__, self.n_inputs, vals, backward, forward, self.saved, None, narrow)
 
 
 def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:

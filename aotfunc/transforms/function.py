@@ -97,7 +97,7 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         bound.apply_defaults()
         args = bound.args if new_style else bound.args[1:]
     ctx = Context()
-    ctx.needs_input_grad = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
+    ctx.needs_input_grad = tuple(map(floating, args))
     batching = custom_batching(cls, args) if cls.vmap is not Function.vmap else None
 
     def forward(ctx: Any) -> Any:
@@ -115,6 +115,10 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         backward = None
     jvp = cls.jvp if cls.jvp is not Function.jvp else None
     return call_function(cls.__name__, args, forward, ctx, backward, jvp, batching)
+
+
+def requires_grad(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.requires_grad
 
 
 def floating(a: Any) -> bool:
@@ -169,15 +173,25 @@ def custom_derivative(
         residuals.extend(lifted)
         return Part(program, len(residuals) - len(lifted), len(lifted))
 
-    backwards = []
+    backwards, narrow = (), None
     if backward is not None:
         wanted = gradients_of(args, backward)
         diff = [floating(o) for o in outs]
-        for have in patterns(sum(diff), ctx.materialize_grads):
-            present = iter(have or (True,) * sum(diff))
-            given = [yes and next(present) for yes in diff]
-            sigs = [dense(trace.ref_of(o)[1]) for o, yes in zip(outs, given, strict=True) if yes]
-            backwards.append((have, part(with_gaps(wanted, given), sigs, backward)))
+
+        def recorded(needed: tuple[bool, ...]) -> tuple:
+            ctx.needs_input_grad, found = needed, []
+            for have in patterns(sum(diff), ctx.materialize_grads):
+                present = iter(have or (True,) * sum(diff))
+                given = [yes and next(present) for yes in diff]
+                sigs = [dense(trace.ref_of(o)[1]) for o, yes in zip(outs, given, strict=True) if yes]
+                found.append((have, part(with_gaps(wanted, given), sigs, backward)))
+            return tuple(found)
+
+        needed = tuple(map(requires_grad, args))
+        if any(needed) and not trace.of_a_rule and needed != tuple(map(floating, args)):
+            mask = tuple(yes for a, yes in zip(args, needed, strict=True) if isinstance(a, Tensor))
+            narrow = (mask, recorded(needed))
+        backwards = recorded(tuple(map(floating, args)))
     forward = None
     if jvp is not None:
         floats = [floating(a) for a in args]
@@ -189,8 +203,9 @@ def custom_derivative(
     number_of = {trace.ref_of(o)[0]: k for k, o in enumerate(raw)}
     saved = tuple(number_of.get(trace.ref_of(r)[0]) for r in residuals)
     n_inputs = sum(isinstance(a, Tensor) for a in args)
-    fields = (name, n_inputs, vals, tuple(backwards), forward, saved, batching)
-    unique = batching is not None or any(isinstance(p, Exception | Later) for p in (forward, *dict(backwards).values()))
+    fields = (name, n_inputs, vals, backwards, forward, saved, batching, narrow)
+    parts = [forward, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
+    unique = batching is not None or any(isinstance(p, Exception | Later) for p in parts)
     return (CustomDerivative(*fields) if unique else interned(CustomDerivative, *fields)), residuals
 
 
@@ -309,6 +324,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     that it raised.
     """
     inner = Trace("the derivative of an autograd.Function is recorded without values")
+    inner.of_a_rule = True
     values = [inner.input_like(sig) for sig in sigs]
     inner.autograd.leaves.update((t.ref, True) for t in values)
     _under_way.rules.append(calls)

@@ -89,7 +89,7 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
     @outside_inference_mode
     def make(b: Builder, *args: Any) -> Any:
         trace = Trace("a rule may not look at values", constants=False, intent=intent)
-        trace.opened = opened or {}
+        trace.opened, trace.of_a_rule = opened or {}, True
         nodes: list[Node] = []
 
         def wrap(a: Any) -> Any:

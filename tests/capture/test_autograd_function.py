@@ -335,10 +335,8 @@ def test_mark_dirty():
     assert_same(g, grads(f)(x))
 
 
-class Picky(torch.autograd.Function):
-    """x * w, whose backward refuses what was not asked for."""
-
-    asked: list[tuple] = []
+class Counting(torch.autograd.Function):
+    """x * w; what backward returns is multiplied by how many gradients it was asked for."""
 
     @staticmethod
     def forward(x, w):
@@ -351,53 +349,116 @@ class Picky(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        Picky.asked.append(ctx.needs_input_grad)
         by_x, by_w = ctx.needs_input_grad
+        g = g * sum(ctx.needs_input_grad)
         return g * w if by_x else None, g * x if by_w else None
 
 
 NEEDED = {
-    "grad by x": (lambda f, x, w: aotfunc.grad(lambda x: f(x, w).sum())(x), lambda x, w: w, (True, False)),
-    "argnums": (lambda f, x, w: aotfunc.grad(lambda x, w: f(x, w).sum(), 1)(x, w), lambda x, w: x, (False, True)),
-    "vmap in grad": (
-        lambda f, x, w: aotfunc.grad(lambda x: aotfunc.vmap(f)(x, w).sum())(x),
-        lambda x, w: w,
-        (True, False),
-    ),
-    "grad in vmap": (lambda f, x, w: aotfunc.vmap(aotfunc.grad(f))(x, w), lambda x, w: w, (True, False)),
-    "jacfwd": (lambda f, x, w: aotfunc.jacfwd(lambda w: f(x, w))(w), lambda x, w: torch.diag(x), (False, True)),
-    "of a detached value": (
-        lambda f, x, w: aotfunc.grad(lambda x: f(x, x.detach()).sum())(x),
-        lambda x, w: x,
-        (True, False),
-    ),
-    "through jit": (
-        lambda f, x, w: aotfunc.grad(lambda x: aotfunc.jit(f)(x, w).sum())(x),
-        lambda x, w: w,
-        (True, False),
-    ),
+    "grad by x": (lambda f, x, w: grad(lambda x: f(x, w).sum())(x), lambda x, w: w),
+    "argnums": (lambda f, x, w: grad(lambda x, w: f(x, w).sum(), 1)(x, w), lambda x, w: x),
+    "both": (lambda f, x, w: grad(lambda x, w: f(x, w).sum(), (0, 1))(x, w)[0], lambda x, w: 2 * w),
+    "vmap in grad": (lambda f, x, w: grad(lambda x: vmap(f)(x, w).sum())(x), lambda x, w: w),
+    "grad in vmap": (lambda f, x, w: vmap(grad(f))(x, w), lambda x, w: w),
+    "jacfwd": (lambda f, x, w: aotfunc.jacfwd(lambda w: f(x, w))(w), lambda x, w: torch.diag(x)),
+    "a detached value": (lambda f, x, w: grad(lambda x: f(x, x.detach()).sum())(x), lambda x, w: x),
+    "jit in grad": (lambda f, x, w: grad(lambda x: aotfunc.jit(f)(x, w).sum())(x), lambda x, w: w),
     "a closed-over leaf": (
-        lambda f, x, w: (lambda leaf: aotfunc.grad(lambda x: f(x, leaf).sum())(x))(w.clone().requires_grad_()),
-        lambda x, w: w,
-        (True, True),
+        lambda f, x, w: (lambda leaf: grad(lambda x: f(x, leaf).sum())(x))(w.clone().requires_grad_()),
+        lambda x, w: 2 * w,
     ),
 }
 
 
 @pytest.mark.parametrize("case", NEEDED)
 def test_needs_input_grad_is_true_for_what_is_differentiated(case):
-    call, right, needed = NEEDED[case]
+    call, right = NEEDED[case]
     x, w = torch.randn(2, 3, dtype=torch.float64)
-    Picky.asked.clear()
-    torch.testing.assert_close(call(Picky.apply, x, w).detach(), right(x, w))
-    assert set(Picky.asked) == {needed}
+    torch.testing.assert_close(call(Counting.apply, x, w).detach(), right(x, w))
 
 
-def test_a_compiled_function_is_captured_for_what_needs_a_gradient():
+@pytest.mark.parametrize("compiled", [aotfunc.jit, lambda f: aotfunc.aot_function(f, "eager")])
+def test_a_compiled_function_knows_what_needs_a_gradient(compiled):
     x, w = torch.randn(2, 3)
-    compiled = aotfunc.jit(lambda x, w: Picky.apply(x, w).sum())
+    compiled = compiled(lambda x, w: Counting.apply(x, w))
     compiled(x, w)
-    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-    assert torch.equal(torch.autograd.grad(compiled(a, w), a)[0], w)
-    assert torch.equal(torch.autograd.grad(compiled(x, b), b)[0], x)
-    assert [g.tolist() for g in torch.autograd.grad(compiled(a, b), (a, b))] == [w.tolist(), x.tolist()]
+    a, b, one = x.clone().requires_grad_(), w.clone().requires_grad_(), torch.ones(3)
+    assert torch.equal(torch.autograd.grad(compiled(a, w), a, one)[0], w)
+    assert torch.equal(torch.autograd.grad(compiled(x, b), b, one)[0], x)
+    assert torch.equal(torch.autograd.grad(compiled(a, b), a, one)[0], 2 * w)
+    with torch.autograd.forward_ad.dual_level():  # a tangent for what did not require grad
+        dual = torch.autograd.forward_ad.make_dual(x, one)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(compiled(dual, w)).tangent, 2 * w)
+
+
+class Asking(torch.autograd.Function):
+    """x * y, whose backward gives what is asked for and calls it again."""
+
+    @staticmethod
+    def forward(x, y):
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        by_x, by_y = ctx.needs_input_grad
+        return Asking.apply(g, y) if by_x else None, Asking.apply(g, x) if by_y else None
+
+    @staticmethod
+    def jvp(ctx, t, u):
+        x, y = ctx.saved_tensors
+        return t * y + u * x
+
+    @staticmethod
+    def vmap(info, in_dims, x, y):
+        x, y = (t.movedim(d, -1) if d is not None else t.unsqueeze(-1) for t, d in zip((x, y), in_dims))
+        return Asking.apply(x, y), -1
+
+
+class CubeByAsking(torch.autograd.Function):
+    """(x³, 3x²), whose rules apply another Function to what the context saved."""
+
+    @staticmethod
+    def forward(x):
+        return x**3, 3 * x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.save_for_forward(inputs[0], output[1])
+
+    @staticmethod
+    def backward(ctx, g, h):
+        x, slope = ctx.saved_tensors
+        return Asking.apply(g, slope) + 6 * Asking.apply(h, x)
+
+    @staticmethod
+    def jvp(ctx, t):
+        x, slope = ctx.saved_tensors
+        return Asking.apply(t, slope), 6 * Asking.apply(t, x)
+
+
+@pytest.mark.parametrize("f", [lambda x: CubeByAsking.apply(x)[0], lambda x: Asking.apply(x, Asking.apply(x, x))])
+def test_a_rule_that_asks_what_is_needed_is_differentiated_again(f):
+    x, v = torch.randn(2, 3, dtype=torch.float64)
+    once, twice = 3 * x**2, 6 * x * v
+    push = lambda x: aotfunc.jvp(f, (x,), (v,))[1]
+    pull = lambda x: aotfunc.vjp(f, x)[1](v)[0]
+    torch.testing.assert_close(aotfunc.grad(lambda x: f(x).sum())(x), once)
+    for second in (
+        aotfunc.vjp(push, x)[1](torch.ones_like(x))[0],
+        aotfunc.vjp(pull, x)[1](torch.ones_like(x))[0],
+        aotfunc.jvp(pull, (x,), (torch.ones_like(x),))[1],
+        aotfunc.vmap(aotfunc.grad(lambda x, v: aotfunc.jvp(f, (x,), (v,))[1]))(x, v),
+        aotfunc.grad(lambda x: aotfunc.vmap(lambda x, v: aotfunc.jvp(f, (x,), (v,))[1])(x, v).sum())(x),
+        aotfunc.vmap(aotfunc.grad(lambda x: aotfunc.grad(f)(x)))(x) * v,
+        aotfunc.grad(lambda x: aotfunc.vmap(aotfunc.grad(f))(x).sum())(x) * v,
+    ):
+        torch.testing.assert_close(second, twice)
+    third = aotfunc.grad(lambda x: aotfunc.vmap(aotfunc.grad(aotfunc.grad(f)))(x).sum())(x)
+    torch.testing.assert_close(third, torch.full_like(x, 6.0))
