@@ -151,7 +151,7 @@ class Builder:
                 if "region" in kept:
                     self.meta["region"] = kept["region"]
                 args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), meta["val"]
-                if relaid and isinstance(n.target, OpOverload):
+                if relaid and isinstance(n.target, OpOverload) and not shapes.Facts(n.target).dynamic:
                     val = infer_val(n.target, args, kwargs)
                 elif relaid and n.target is operator.getitem:
                     val = args[0].meta["val"][args[1]]

@@ -256,6 +256,12 @@ def no_generator(a: Any) -> Any:
 AFFORDABLE = 1 << 22
 
 
+#: ops whose results the device's kernel lays out, or leaves empty, as no meta kernel says
+DEVICE_DECIDES = ("linalg_", "_linalg_", "_fft_", "multi_margin_loss", "multilabel_margin_loss", "nonzero_static") + (
+    ("_embedding_bag", "_embedding_bag_forward_only")
+)
+
+
 def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
     """Whether the strides (or empty statistics, or the dimensions of a single loss) of the results depend on the
     device's kernel in ways that meta kernels do not know: for unusual layouts they often do not.
@@ -266,7 +272,7 @@ def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
         return True
     if name.startswith(("convolution", "_native_batch_norm_legit", "rrelu_with_noise")):
         return any(not s.plain for s in sigs) or name.endswith("no_training")
-    return name.startswith(("linalg_", "_linalg_", "_fft_", "multi_margin_loss", "multilabel_margin_loss"))
+    return name.startswith(DEVICE_DECIDES)
 
 
 def _on_meta(op: OpOverload, kwargs: dict) -> dict:
