@@ -82,6 +82,21 @@ def assigned(name: str) -> Callable:
     return f
 
 
+def assigned_to_argument(x):
+    x.tag = x * 2
+    return x
+
+
+class Box:
+    def __init__(self, kept=None):
+        self.kept = kept
+
+
+class Classless:
+    def __getattribute__(self, name):
+        return {"scale": 2.0}[name]
+
+
 def hook_removed(x):
     y = x * 2
     y.register_hook(lambda g: g).remove()
@@ -124,6 +139,11 @@ PROGRAMS: dict[str, Callable] = {
     "`torch.Generator()` made inside": on(ones())(lambda x: x + torch.rand(3, generator=generator())),
     "`g.manual_seed(1)` after a draw": closed_over(generator, drawn_then_seeded),
     "a generator as the result": on(ones())(lambda x: (v for v in x)),
+    "a function made inside as the result": on(ones())(lambda x: lambda z, y=x * 2: z * y),
+    "`d.keys()` as the result": closed_over(dict, lambda d, x: (x, d.keys())),
+    "`c.kept = Box(x * 2)`": closed_over(Box, lambda c, x: (setattr(c, "kept", Box(x * 2)), x)[1]),
+    "`x.tag = y` of an argument": on(ones())(assigned_to_argument),
+    "an object without `__class__`": closed_over(Classless, lambda c, x: x * c.scale),
     "a sparse argument": lambda compiler: compiler(lambda x: x * 2)(torch.eye(3).to_sparse()),
     "a compiler that fails": lambda compiler: jit(lambda x: x * 2, backend=lambda gm, inputs: 1 / 0)(torch.ones(3)),
     "an unknown backend": lambda compiler: jit(lambda x: x, backend="none")(torch.ones(3)),

@@ -84,6 +84,11 @@ class Description:
             self.key.append(v)
             self._todo.append((x, v, label))
 
+    def may_grow(self, x: Any, expr: str) -> None:
+        """A container that the code only adds to: it is not described, and may get tensors."""
+        if isinstance(x, list | dict | collections.deque):
+            self.owners.append((x, expr, dict(x) if isinstance(x, dict) else dict(enumerate(x))))
+
     def of_subclass(self, x: Any, expr: str, label: str) -> None:
         """The attributes, and the class, of a number or text that has a class of the user's."""
         cls = type(x)
@@ -103,4 +108,5 @@ def plain(x: Any) -> Any:
 
 def passing(x: Any) -> bool:
     """Whether a value that the code only adds to need not be looked at: a counter, a list that is appended to."""
-    return isinstance(x, int | float | complex | str) or type(x) in _GROWING
+    full = getattr(x, "maxlen", None) is not None  # then what is added shifts the rest
+    return isinstance(x, int | float | complex | str) or (type(x) in _GROWING and not full)

@@ -47,6 +47,8 @@ class Functions(Containers):
                 self.owners.append((cell, f"{cells}[{i}]", {"cell_contents": x}))
                 if reads is None or name in reads.variables or not (name in reads.written and passing(x)):
                     self.meet(x, f"{cells}[{i}].cell_contents", name if root else f"{label}.{name}")
+                else:
+                    self.may_grow(x, f"{cells}[{i}].cell_contents")
         if reads is not None:
             scope = f.__globals__
             scoped = ""
@@ -64,6 +66,8 @@ class Functions(Containers):
                         self.lines.append(f"if '{name}' in {scoped}: return")
                     elif name in reads.variables or not passing(x):
                         self.meet(x, f"{scoped}['{name}']", f"{scope.get('__name__')}.{name}")
+                    else:
+                        self.may_grow(x, f"{scoped}['{name}']")
             for name in sorted(reads.imports):
                 if name in sys.modules:
                     self.meet(sys.modules[name], f"{self.constant(sys.modules)}['{name}']", name)

@@ -113,6 +113,8 @@ class Objects(Description):
                 self.key.append(name)
                 self.meet(e, f"{d}[{name!r}]", f"{label}.{name}")
                 count += 1
+            elif name in self.names.written:
+                self.may_grow(e, f"{d}[{name!r}]")
         if hidden := [n for n in self.static(type(x)) if n not in table]:
             self.lines.append(f"if {' or '.join(f'{n!r} in {d}' for n in hidden)}: return")
         return count

@@ -17,7 +17,7 @@ _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 _NUMPY = os.path.dirname(os.path.abspath(numpy.__file__)) + os.sep
 
 #: calls of them that change a container and whose result says nothing about it
-_GROWS = frozenset({"append", "add", "extend", "insert", "update"})
+_GROWS = frozenset({"append", "add", "extend", "update"})
 #: what reads attributes that the code does not name
 _BY_ANY_NAME = frozenset({"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"})
 _ASKS = frozenset({"getattr", "hasattr"})

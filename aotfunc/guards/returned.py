@@ -67,7 +67,7 @@ class Finish:
         result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore[union-attr]
         self.spec, self.values, self.count = result, values, result.num_leaves if result else 0
         numbers = {k: n for n, k in enumerate(dict.fromkeys(id(p.value) for p in places))}
-        self.keys = [(p.key, numbers[id(p.value)]) for p in places]
+        self.keys = [(p.key, numbers[id(p.value)], p.grows) for p in places]
         self.references = [(i, x) for i, x in enumerate(rec.leaves) if x.__class__ is Reference]
         known = {id(x) for x in state.kept if not isinstance(x, (*SHARED, types.FunctionType))}
         others = [(i, x) for i, x in enumerate(rec.leaves) if not isinstance(x, Tensor | Reference)]
@@ -83,7 +83,8 @@ class Finish:
 
     def __call__(self, leaves: list, f: Callable, objects: Sequence[Any], arguments: tuple) -> Any:
         """The result, of the leaves that the program gives."""
-        found, self.found = self.found or self.find(f, objects), None
+        first, self.found = self.found, None
+        found = first or self.find(f, objects)
         outside, given = iter(found[len(self.keys) :]), None
         for i, x in self.copies:
             leaves[i] = copy.deepcopy(x)
@@ -100,8 +101,11 @@ class Finish:
         for i, k in later:
             leaves[i] = values[k]
         result = tree_unflatten(leaves[: self.count], self.spec)
-        for owner, (key, number) in zip(found, self.keys, strict=False):
-            put(owner, key, values[number])
+        for owner, (key, number, grows) in zip(found, self.keys, strict=False):
+            if grows and first is None:
+                owner.append(values[number])
+            else:
+                put(owner, key, values[number])
         return result
 
 

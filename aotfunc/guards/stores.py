@@ -32,6 +32,7 @@ class Place(NamedTuple):
     owner: int
     key: Any
     value: Any
+    grows: bool  # the list gets one more element
 
 
 def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
@@ -50,14 +51,16 @@ def changed(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
     these; there are none where it is an object that hides them.
     """
     known = set(state.seen)
-    for i, (owner, _, before) in enumerate(state.owners):
+    owners = {id(owner): (i, owner, before) for i, (owner, _, before) in enumerate(state.owners)}
+    for i, owner, before in owners.values():
         for key, value in entries(owner):
             if value is not before.get(key, _NOTHING):
                 leaves = flatten_tree(value)[0]
                 tensors = [x for x in leaves if isinstance(x, Tensor)]
                 hidden = any(holds_traced(x, known) for x in leaves if not isinstance(x, Tensor))
                 if tensors or hidden:
-                    yield Place(i, key, value), [] if hidden else tensors
+                    grows = isinstance(owner, list | deque) and key not in before
+                    yield Place(i, key, value, grows), [] if hidden else tensors
 
 
 def left_behind(state: State, titled: Callable[[], str]) -> list[Place]:

@@ -193,6 +193,54 @@ def test_what_is_moved_or_bound_outside(compiler, change):
     assert_same(*seen)
 
 
+LOG: list = []
+
+
+@every_compiler
+def test_what_is_only_added_to(compiler):
+    """Logs are not looked at, whatever is in them; they get what eager gives them, without another capture."""
+    seen = []
+    for call in (COMPILERS[compiler], lambda f: f):
+        m, log, recent = Net(), [], collections.deque([X, X + 1], maxlen=2)
+        m.log, m.table = [0.5], {}
+        LOG.clear()
+
+        def f(x, m=m, log=log, recent=recent):
+            LOG.append((x * 2, "twice"))
+            m.log.append(x)
+            m.log.extend([x + 1, x + 2])
+            m.table.update(last=x * 3)
+            log.insert(0, x * 4)
+            recent.append(x * 5)
+            return x
+
+        f, mine = call(f), []
+        for k in range(5):
+            x = (X + k).requires_grad_()
+            f(x)
+            (g,) = torch.autograd.grad(LOG[-1][0].sum(), x)
+            mine.append(([*LOG], [*m.log], dict(m.table), [*log[:2]], [*recent], m.log[-3] is x, g))
+            if k == 2:
+                del LOG[:2], log[:]
+        seen.append(mine)
+    assert_same(*seen)
+
+
+@every_compiler
+def test_a_log_is_not_looked_at(compiler):
+    log: list = []
+
+    def f(x):
+        log.append(x * 2)
+        return x
+
+    g = COMPILERS[compiler](f)
+    for k in range(5):
+        g(X + k)
+    assert g.captures == 1
+    assert_same(log, [(X + k) * 2 for k in range(5)])
+
+
 # ----- slots ----------------------------------------------------------------------------------------------------------
 
 
