@@ -10,17 +10,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from ..errors import BackendError, BackendWarning
-from ..graph import draws
+from ..graph import draws, output_node
 from .eager import compile_graph
+from .formulas import FORMULAS, LOW
 from .results import Results, root
 
 aten = torch.ops.aten
+
+#: ops that have a factor as a positional argument
+ALPHA = (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 
 #: Inductor's settings, and what it has been told of an op, are the process's: one compile at a time
 _LOCK = threading.RLock()
@@ -107,14 +112,17 @@ def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Calla
         if any(isinstance(a, torch.Generator) for a in given):  # code in the disk cache would draw from a copy
             raise BackendError(f"{n.name} takes a torch.Generator")
     failing: set[Any] = set()
+    count = len(output_node(gm.graph).args[0])  # type: ignore[arg-type]
     with settled(gm):
         while True:
             ours = prepared(gm, failing)
+            more = len(output_node(ours.graph).args[0]) > count  # type: ignore[arg-type]
             marked = any("should_fallback" in n.meta for n in ours.graph.nodes)  # the key of the disk cache is the code
             fakes = [n.meta["val"] for n in ours.graph.nodes if n.op == "placeholder"]
             try:
                 with config.patch(force_disable_caches=True) if marked else nullcontext():
-                    return compile_fx_inner(ours, fakes)
+                    fn = compile_fx_inner(ours, fakes)
+                return first(fn, count) if more else fn
             except Exception as e:
                 culprit = next((op for op in sorted(ops(gm), key=str) if str(op) in targets_named(e)), None)
                 if culprit is None or culprit in failing:
@@ -125,11 +133,12 @@ def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Calla
 
 @contextmanager
 def settled(gm: fx.GraphModule) -> Iterator[None]:
-    """Inductor's surroundings: random ops left alone, and a mode of fake tensors with a ShapeEnv, without which its
-    disk cache does not work.
+    """Inductor's surroundings: random ops left alone, low precision rounded as in eager mode, and a mode of fake
+    tensors with a ShapeEnv, without which its disk cache does not work.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
+    from torch._inductor.lowering import fallback_handler, lowerings
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -139,7 +148,11 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
     if mode.shape_env is None:
         mode.shape_env = ShapeEnv()  # the mode stays static
     with ExitStack() as stack:
-        for context in (_LOCK, config.patch(fallback_random=True), tracing(TracingContext(mode))):
+        # Inductor's own function for this op draws into a copy, at a time that nothing determines
+        bernoulli = fallback_handler(aten.bernoulli.p, add_to_fallback_set=False)
+        drawing = patch.dict(lowerings, {aten.bernoulli.p: bernoulli})
+        settings = config.patch(fallback_random=True, emulate_precision_casts=True)
+        for context in (_LOCK, settings, drawing, tracing(TracingContext(mode))):
             stack.enter_context(context)
         for context in (V.set_fake_mode(mode), torch.no_grad(), torch._C._DisableAutocast()):
             stack.enter_context(context)
@@ -153,19 +166,41 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
 
     graph = fx.Graph()
     out = graph.output(graph.graph_copy(gm.graph, {}))
+    out.args = ([*out.args[0], *unread_draws(graph)],)  # type: ignore[misc]
     # results, and residuals that a backward half was promised, have the strides that the graph says
     out.meta["user_visible_output_idxs"] = [i for i, o in enumerate(out.args[0]) if isinstance(o, fx.Node)]
     for n in graph.nodes:
         if n.target in (aten.t.default, aten.transpose.int):
             n.target, n.args = aten.permute.default, (n.args[0], swapped(n))
-        if n.target in failing or misplaced(n):
+        low = getattr(n.meta.get("val"), "dtype", None) in LOW
+        n.meta["low_precision_pointwise_barrier"] = low  # it is rounded, also where kernels are fused
+        if n.target in failing or misplaced(n) or (low and n.target is aten.nextafter.default):
             n.meta["should_fallback"] = True
         if n.kwargs.get("generator", 0) is None:  # not all of Inductor's functions take one
             n.kwargs = {k: v for k, v in n.kwargs.items() if k != "generator"}
+        if len(n.args) == 3 and n.target in ALPHA:  # they take it by keyword only
+            n.args, n.kwargs = n.args[:2], {"alpha": n.args[2]}
     for op in ops(gm):
         if op not in lowerings and op in decompositions:  # its decomposition is not for this case
             make_fallback(op, constrain_to_fx_strides, warn=False, override_decomp=True)
     return fx.GraphModule(gm, graph)
+
+
+def first(fn: Callable, count: int) -> Callable:
+    """The first results of a compiled graph; unread draws come behind them."""
+    return lambda args: fn(args)[:count]
+
+
+def unread_draws(graph: fx.Graph) -> Iterator[fx.Node]:
+    """What nothing reads of the random numbers drawn: as results, they are drawn, and in their turn."""
+    for n in list(graph.nodes):
+        if n.op == "call_function" and draws(n) and not n.users:
+            val = n.meta["val"]
+            if isinstance(val, tuple | list):
+                with graph.inserting_after(n):
+                    n = graph.call_function(operator.getitem, (n, 0))
+                n.meta["val"] = val[0]
+            yield n
 
 
 def misplaced(n: fx.Node) -> bool:
@@ -197,7 +232,9 @@ def targets_named(error: Exception) -> set[str]:
 def _decompositions() -> dict:
     from torch._inductor import decomposition, lowering  # noqa: F401 - some decompositions ask what a lowering can do
 
-    return decomposition.decompositions
+    random = torch.Tag.nondeterministic_seeded  # what draws in another way draws other numbers
+    table = {op: f for op, f in decomposition.decompositions.items() if random not in getattr(op, "tags", ())}
+    return {**table, **FORMULAS}
 
 
 #: what Inductor wants opened up before it compiles

@@ -1,5 +1,6 @@
 """The backend "inductor", end to end on the CPU. Its first compile takes seconds, so these are few and do much."""
 
+import math
 import shutil
 
 import pytest
@@ -121,6 +122,140 @@ def test_random_ops_draw_eagers_numbers():
         torch.manual_seed(0)
         runs.append([gradients(lambda x, h=h: h(x)[7:], x, weight=1) for _ in range(2)] + [h(x)])
     assert_same(runs[1], runs[0], rtol=1e-4, atol=1e-5)
+
+
+def drawing(f, *args):
+    """What ``f`` gives from a seed on, and where it leaves the generator."""
+    torch.manual_seed(0)
+    return f(*args), torch.get_rng_state()
+
+
+def unread(x):
+    """Nothing reads some of the numbers; they are drawn in their turn."""
+    F.dropout(x, 0.4)
+    (x + 1).normal_()
+    order = torch.randperm(5)
+    torch.bernoulli(x.sigmoid())
+    F.rrelu(x, training=True)
+    torch.multinomial(x.sigmoid(), 2)
+    torch.bernoulli(torch.full((5,), 0.5, dtype=torch.float64))
+    return x[order], torch.rand(3), F.dropout(x.exp(), 0.5), torch.bernoulli(x.double().sigmoid())
+
+
+def no_result(x):
+    F.dropout(x, 0.5)
+
+
+def late_uses(x):
+    """The first that is drawn is used last."""
+    a, b, c, d = torch.randn(5, 5), torch.bernoulli(x, 0.3), torch.rand(5, 5), F.dropout(x, 0.2)
+    return (c @ d).sin() + b + a, torch.normal(c, b + 1)
+
+
+@pytest.mark.parametrize("f", [unread, no_result, late_uses], ids=lambda f: f.__name__)
+def test_draws_come_in_eagers_order(f):
+    x = torch.randn(5, 5)
+    (got, after), (want, state) = drawing(jit(f, "inductor"), x), drawing(f, x)
+    assert_same(got, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(after, state)
+
+
+UNARY = """abs acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 floor frac
+lgamma log log10 log1p log2 logit nan_to_num neg reciprocal relu round rsqrt sgn sigmoid sign signbit sin sinh sqrt
+square tan tanh trunc isnan isinf isfinite logical_not"""
+ACTIVATIONS = """celu elu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu softplus
+softshrink softsign tanhshrink"""
+BINARY = """add sub mul true_divide floor_divide remainder fmod pow atan2 copysign hypot maximum minimum fmax fmin
+heaviside logaddexp nextafter xlogy eq ne lt le gt ge"""
+DIVISIONS = {
+    "x // y": lambda x, y: x // y,
+    "x // 1": lambda x, y: x // 1,
+    "x // 0": lambda x, y: torch.div(x, 0.0, rounding_mode="floor"),
+    "truncated": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "x % 2.5": lambda x, y: x % 2.5,
+    "2.5 % x": lambda x, y: 2.5 % x,
+    "x % 0.7": lambda x, y: x % 0.7,
+    "fmod(x, 0.7)": lambda x, y: torch.fmod(x, 0.7),
+    "expm1": lambda x, y: torch.expm1(x),
+}
+WITH_NUMBERS = {
+    "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
+    "alpha of a number": lambda x, y: torch.sub(x, 2, alpha=0.5),
+    "rsub": lambda x, y: torch.rsub(x, 2, alpha=0.5),
+    "power": lambda x, y: x**3,
+    "clamp": lambda x, y: x.clamp(-1, 2),
+    "where": lambda x, y: torch.where(x > 0.3, x, y),
+    "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.5),
+}
+#: not gelu: eager's own gelu(inf) is nan or inf, as the layout is
+FLOATS = {**DIVISIONS, **WITH_NUMBERS}
+FLOATS |= {name: lambda x, y, name=name: getattr(torch, name)(x) for name in UNARY.split()}
+FLOATS |= {name: lambda x, y, name=name: getattr(F, name)(x) for name in ACTIVATIONS.split()}
+FLOATS |= {name: lambda x, y, name=name: getattr(torch, name)(x, y) for name in BINARY.split()}
+
+
+def special(dtype):
+    """Pairs of numbers at the edges, and of everyday ones; more than a vector of them, and not a whole number of."""
+    tiny = torch.finfo(dtype).tiny
+    numbers = [0, math.inf, tiny, tiny / 4, 1e-3, 0.03, 0.1, 0.3, 0.5, 1, 2, 2.5, 3, 20, 1e4]
+    values = torch.tensor([*numbers, *(-x for x in numbers), math.nan, max(1e-9, tiny)]).to(dtype)
+    return values.repeat_interleave(len(values)), values.repeat(len(values))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_special_values(dtype, tolerance):
+    """Relative errors are small, near zero too; a zero that a division gives has eager's sign."""
+    f = lambda x, y: [f(x, y) for f in FLOATS.values()]
+    x, y = special(dtype)
+    for name, got, want in zip(FLOATS, jit(f, "inductor")(x, y), f(x, y), strict=True):
+        right = (got == want) | (got.isnan() & want.isnan())
+        if want.is_floating_point():
+            right |= (got - want).abs() <= tolerance * want.abs()
+        if name in DIVISIONS:
+            right &= (got != 0) | (got.signbit() == want.signbit())
+        wrong = torch.stack([x, y, got.to(dtype), want.to(dtype)], 1)[~right]
+        assert right.all(), f"{name}: x, y, Inductor, eager {wrong[:5].tolist()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_rounded_where_eager_rounds(dtype):
+    def f(x, y):
+        chain = ((x * y + x) * y, (x * y).float() * 3, x.exp() * 0.3, F.silu(x) * y, (x.float() * 3).to(dtype).float())
+        numbers = (x.add(y, alpha=0.3), x.lerp(y, 0.3), x.lerp(y, y.sigmoid()), x.nextafter(y), F.elu(x), torch.erf(x))
+        return *chain, *numbers, *[f(x, y) for f in DIVISIONS.values()]
+
+    x, y = torch.randn(2, 1000).to(dtype)
+    for k, (got, want) in enumerate(zip(jit(f, "inductor")(x, y), f(x, y), strict=True)):
+        same = (got == want).float().mean()
+        assert same == 1 if k < 5 else same > 0.98, (k, same)
+
+
+def test_autocast_rounds_where_eager_rounds():
+    w, b, x = (torch.randn(3, 3, requires_grad=True) for _ in range(3))
+
+    def gradients(f):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = f(x)
+        return y, *torch.autograd.grad(y.sin().sum(), (x, w, b))
+
+    f = lambda x: (F.linear(x, w) * x + b).sin() * b
+    assert_same(gradients(jit(f, "inductor")), gradients(f), rtol=1e-3, atol=1e-4)
+
+
+def test_integers_divided_by_zero_are_an_error():
+    """And not the end of the process."""
+    x, y = torch.arange(-40, 41), torch.full((81,), 3)
+    y[::2] = -4
+    division = lambda mode: lambda x, y: torch.div(x, y, rounding_mode=mode)
+    fs = [division("trunc"), division("floor"), torch.remainder, torch.fmod]
+    f = jit(lambda x, y: [f(x, y) for f in fs], "inductor")
+    assert_same(f(x, y), [f(x, y) for f in fs])
+    y[77] = 0
+    for g in (division("trunc"), division("floor"), torch.remainder, torch.fmod):
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            jit(g, "inductor")(x, y)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        f(x, y)
 
 
 def test_results_are_fresh_and_laid_out_as_eagers():
