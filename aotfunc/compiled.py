@@ -39,6 +39,7 @@ from .module import argument_names
 from .pipeline import Pipeline, title
 from .run import run_eager
 from .stages import as_recorded, chained
+from .trace.instances import containers, remade
 from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes
 from .trace.seeds import of_python, states
@@ -208,7 +209,7 @@ class Compiled:
         if kwargs:
             describe_argument(kwargs, parts, tensors, objects)
         if len(tensors) > 1 and (same := repeated(tensors)) is not None:
-            parts.append(same)
+            parts.append((same, repeated(containers((args, kwargs)))))
         key = (*parts, *environment_key())
         try:
             entry = self.recent.get(key)
@@ -244,7 +245,7 @@ class Compiled:
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         before = of_python()
         try:
-            entry = self.capture(arguments, state, key)
+            entry = self.capture(arguments, tensors, given, state, key)
             drew = of_python() != before
             result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         except BaseException:
@@ -298,22 +299,23 @@ class Compiled:
         self.history.clear()
         self.captures, self.last, self.changed = 0, None, None
 
-    def capture(self, arguments: Arguments, state: State, key: tuple) -> Entry:
+    def capture(self, arguments: Arguments, tensors: list[Tensor], given: tuple, state: State, key: tuple) -> Entry:
         self.captures += 1
         places: list[Place] = []
 
         def f(*args: Any, **kwargs: Any) -> Any:
-            given = Given(args, kwargs)
+            mine = Given(args, kwargs)
             result = called(*args, **kwargs)
-            given.check(argument_names(self.f, len(args)), self.name)
+            mine.check(argument_names(self.f, len(args)), self.name)
             places.extend(left_behind(state, self.titled))
-            return recorded(result, places, state, given.containers)
+            return recorded(result, places, state, mine.containers)
 
         called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
         rec = record(
             f,
             arguments.leaves,
-            arguments.rebuilt,
+            # containers passed twice hold tensors twice
+            arguments.rebuilt if repeated(tensors) is None else lambda xs: remade(given, iter(xs), {}),
             why_not=f"{self.name} captures the function once for all values",
             constants=False,
             outside={id(t) for t in state.tensors},
@@ -327,8 +329,8 @@ class Compiled:
         whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
         call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
         call.plain = as_recorded(rec, whole.mutated)
-        given = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}
-        facts = facts_of(given, state.facts)
+        described = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}
+        facts = facts_of(described, state.facts)
         self.last = ([e.facts for e in self.entries.values()], facts)
         self.watch_growth(facts)
         return Entry(rec, call, views, state, key, facts, enables, finish)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -115,16 +115,23 @@ def containers(tree: Any) -> list[Any]:
     """The lists, tuples, dictionaries and instances that a tree is made of, the outer ones first."""
     if isinstance(tree, Tensor):
         return []
-    children = Opened(tree).children if is_data(tree) and holds_tensor(tree) else children_of(tree)
-    if len(children) == 1 and children[0] is tree:
-        return []
-    return [tree, *[c for child in children for c in containers(child)]]
+    children, spec = one_level(tree)
+    return [] if spec.is_leaf() else [tree, *[c for child in children for c in containers(child)]]
 
 
-def children_of(x: Any) -> list[Any]:
-    """What a container holds; a leaf itself."""
+def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
+    """The tree of these leaves; a container that is in it twice is one container in the new tree, too."""
+    children, spec = one_level(tree)
+    if spec.is_leaf():
+        return next(leaves)
+    new = tree_unflatten([remade(c, leaves, made) for c in children], spec)
+    return made.setdefault(id(tree), new)
+
+
+def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
+    """What a container holds, and the container without it."""
     first = chain((False,), repeat(True))  # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
-    return tree_flatten(x, is_leaf=lambda _: next(first))[0]
+    return tree_flatten(Opened(x) if is_data(x) and holds_tensor(x) else x, is_leaf=lambda _: next(first))
 
 
 def assigned(tree: Any, leaves: Sequence[Any]) -> bool:

@@ -1,5 +1,7 @@
 """One tensor passed twice, or passed and closed over, is one tensor inside a compiled function, too."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ COMPILERS = {
     "jit": jit,
     "aot_function": lambda f: aot_function(f, "eager"),
     "jit of jit": lambda f: jit(jit(f)),
-    "inlined": lambda f: jit(lambda *args: f(*args)),
+    "inlined": lambda f: jit(lambda *args, **kwargs: f(*args, **kwargs)),
 }
 every_compiler = pytest.mark.parametrize("compiler", COMPILERS)
 
@@ -106,6 +108,29 @@ def test_in_trees(compiler):
     x, y, z = X.clone(), X.clone(), X.clone()
     for more in ({"d": x, "t": (y, x)}, {"d": y, "t": (x, z)}, {"d": x, "t": [x]}, {"d": z, "t": (y, y)}):
         assert_same(f(x, more), in_trees(x, more))
+
+
+@every_compiler
+def test_one_container_passed_twice(compiler):
+    def f(a, b, *, c):
+        known = 1 + 2 * (a is b) + 4 * (a is c) + 8 * (b is c["a"] if isinstance(c, dict) else 0)
+        return (a, c, a[0] * known) if isinstance(a, list) else (a, c, a.x * known)
+
+    g = COMPILERS[compiler](f)
+    x, y = X.clone(), X.clone()
+    one, other, data = [x, 2], [x, 2], SimpleNamespace(x=x, n=[y])
+    for a, b, c in (
+        *((one, one, one), (one, other, one), (one, other, other), (one, one, {"a": one}), (other, one, {"a": one})),
+        *(
+            (data, data, data),
+            (data, SimpleNamespace(x=x, n=[y]), data),
+            (data, data.n, data),
+            (data, data.n, {"a": data.n}),
+        ),
+    ):
+        got, want = g(a, b, c=c), f(a, b, c=c)
+        assert got[0] is a and got[1] is c
+        assert_same(got[2], want[2])
 
 
 class Net(nn.Module):
