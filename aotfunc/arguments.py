@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_, tree_unflatten
 
 from .aliasing import Changes
+from .debug import defined
 from .errors import ArgumentError
 from .graph import Program
 from .trace.instances import flatten_tree, opened_in
 from .trace.shapes import Sig, make_sig
-from .trace.tree import Arguments, flatten, unflatten
-from .transforms.capture import leaf_labels, parameter_names, record
+from .trace.tree import Arguments, flatten, leaf_paths, structure, unflatten
+from .transforms.capture import parameter_names, record
 
 Dims = int | None | tuple | list | dict
 
@@ -36,20 +37,11 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
             raise ArgumentError(f"{name}: argnums={argnums}, but there are {count} positional arguments")
         for k in args.spans[i]:
             if not differentiable(args.leaves[k]):
-                raise not_differentiable(name, args.leaves[k], argument_path(args, i % count, k))
+                raise not_differentiable(name, args.leaves[k], args.said(k))
             found.append(k)
     if len({i % count for i in chosen}) != len(chosen):
         raise ArgumentError(f"{name}: argnums={argnums} names an argument twice")
     return found
-
-
-def argument_path(args: Arguments, i: int, k: int) -> str:
-    """Which argument, and which leaf of it, leaf ``k`` is."""
-    spec = args.specs[i]
-    if spec is None:
-        return f"argument {i}"
-    leaf = k - args.spans[i].start
-    return f"argument {i}, leaf {leaf} ({leaf_labels(spec)[leaf].lstrip('_')})"
 
 
 def differentiable(x: Any) -> bool:
@@ -94,6 +86,8 @@ class Call:
 
         def flat(*args: Any, **kwargs: Any) -> list:
             output, aux = self.split(f(*args, **kwargs))
+            if output is None:
+                raise ArgumentError(f"{name}: {defined(f)} returned None: is a `return` missing?")
             leaves, self.spec = flatten(output)
             more, self.aux_spec = flatten_tree(aux) if has_aux else ([], None)
             self.n_out = len(leaves)
@@ -111,7 +105,7 @@ class Call:
             return result, None
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ArgumentError(
-                f"{self.name}: with has_aux=True the function must return (output, aux), not {type(result).__name__}"
+                f"{self.name}: with has_aux=True the function must return (output, aux), not {structure(result)}"
             )
         return result
 
@@ -120,8 +114,13 @@ class Call:
         for k, x in enumerate(self.rec.leaves[: self.n_out]):
             if not isinstance(x, Tensor):
                 raise ArgumentError(
-                    f"{self.name}: output leaf {k} is a {type(x).__name__}; outputs must be tensors (see has_aux)"
+                    f"{self.name}: the output{self.path(k)} is a {type(x).__name__}; outputs must be tensors "
+                    "(see has_aux)"
                 )
+
+    def path(self, k: int) -> str:
+        """Where leaf ``k`` is in the output."""
+        return leaf_paths(self.spec)[k] if self.spec is not None else ""
 
     def check_scalar(self) -> None:
         out = self.rec.leaves[0] if self.rec.leaves else None
@@ -151,24 +150,34 @@ class Call:
         return (output, tree_unflatten(leaves[self.n_out :], self.aux_spec)) if self.has_aux else (output,)
 
 
-def primals_and_tangents(name: str, primals: Any, tangents: Any) -> tuple[Arguments, list[Tensor]]:
+def primals_and_tangents(
+    name: str, primals: Any, tangents: Any, f: Callable | None = None
+) -> tuple[Arguments, list[Tensor]]:
     if not isinstance(primals, tuple) or not primals:
         raise ArgumentError(f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}")
     if not isinstance(tangents, tuple) or len(tangents) != len(primals):
-        raise ArgumentError(f"{name}: tangents must be a tuple like primals")
-    arguments, others = Arguments(primals, {}), Arguments(tangents, {})
+        raise ArgumentError(f"{name}: tangents must be a tuple like primals: {unlike(primals, tangents)}")
+    arguments, others = Arguments(primals, {}, f), Arguments(tangents, {}, f)
     positions(name, arguments, tuple(range(len(primals))))
     if arguments.specs != others.specs:
-        raise ArgumentError(f"{name}: tangents do not have the structure of primals")
+        raise ArgumentError(f"{name}: tangents do not have the structure of primals: {unlike(primals, tangents)}")
     flat = []
     for i, (p, t) in enumerate(zip(arguments.leaves, others.leaves, strict=True)):
         if not isinstance(t, Tensor) or t.shape != p.shape:
             shape = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            raise ArgumentError(f"{name}: tangent leaf {i} must have its primal's shape {list(p.shape)}, not {shape}")
+            raise ArgumentError(
+                f"{name}: the tangent of {arguments.said(i)} must have its primal's shape {list(p.shape)}, not {shape}"
+            )
         if t.dtype != p.dtype and name == "jvp_fn":
-            raise ArgumentError(f"{name}: tangent leaf {i} must have its primal's dtype {p.dtype}, not {t.dtype}")
+            raise ArgumentError(
+                f"{name}: the tangent of {arguments.said(i)} must have its primal's dtype {p.dtype}, not {t.dtype}"
+            )
         flat.append(like(t, p))
     return arguments, flat
+
+
+def unlike(primals: Any, tangents: Any) -> str:
+    return f"primals are {structure(primals)}, tangents {structure(tangents)}"
 
 
 def like(t: Tensor, p: Tensor) -> Tensor:
@@ -205,13 +214,15 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
             dims.append(None)
             continue
         if not isinstance(dim, int) or isinstance(dim, bool):
-            raise ArgumentError(f"vmap: in_dims has {dim!r} for leaf {k}; it must be an int or None")
+            raise ArgumentError(f"vmap: in_dims has {dim!r} for {arguments.said(k)}; it must be an int or None")
         if not isinstance(x, Tensor):
             raise ArgumentError(
-                f"vmap: in_dims has {dim} for leaf {k}, which is a {type(x).__name__}, not a tensor; use None there"
+                f"vmap: in_dims has {dim} for {arguments.said(k)}, which is a {type(x).__name__}, not a tensor; "
+                "use None there"
             )
         if not -x.dim() <= dim < x.dim():
-            raise ArgumentError(f"vmap: in_dims has {dim} for leaf {k}, which has only {x.dim()} dimensions")
+            has = f"which has {x.dim()} dimension{'s' * (x.dim() != 1)}"
+            raise ArgumentError(f"vmap: in_dims has {dim} for {arguments.said(k)}, {has}")
         dims.append(dim % x.dim())
     dims += [None] * (len(arguments.leaves) - len(dims))
     return dims
@@ -227,18 +238,19 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
     except ValueError:
         raise ArgumentError(
             f"vmap: {what}={prefix!r} does not have the structure of the "
-            f"{'arguments' if what == 'in_dims' else 'results'}"
+            f"{'arguments' if what == 'in_dims' else 'results'}, {structure(tree)}"
         ) from None
     return flat
 
 
 def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
-    sizes = {x.shape[d] for x, d in zip(arguments.leaves, dims, strict=True) if d is not None}
-    if not sizes:
+    batched = [(k, x.shape[d], d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None]
+    if not batched:
         raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
-    if len(sizes) > 1:
-        raise ArgumentError(f"vmap: the batched arguments have different sizes: {sorted(sizes)}")
-    return sizes.pop()
+    if len({size for _, size, _ in batched}) > 1:
+        said = "; ".join(f"{arguments.said(k)} has {size} at dimension {d}" for k, size, d in batched)
+        raise ArgumentError(f"vmap: the batched arguments have different sizes: {said}")
+    return batched[0][1]
 
 
 def sample_sig(x: Tensor, dim: int) -> Sig:

@@ -19,13 +19,13 @@ from .arguments import (
     tensors_of,
 )
 from .asked import Samples
-from .debug import outside_dynamo
+from .debug import defined, entry
 from .errors import ArgumentError, CaptureError
 from .graph import Program, draws
 from .run import execute
 from .trace.shapes import sig_of
 from .trace.traced import Traced
-from .trace.tree import Arguments, flatten, unflatten
+from .trace.tree import Arguments, flatten, leaf_paths, unflatten
 from .transforms.capture import as_called, parameter_names, record
 from .transforms.captured import Recording
 from .transforms.fresh import fresh
@@ -68,10 +68,10 @@ def vmap(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"vmap: chunk_size must be a positive int, not {chunk_size!r}")
 
-    @outside_dynamo
+    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs)
+        arguments = Arguments(args, kwargs, func)
         dims = input_dims(in_dims, args, arguments)
         size = batch_size(arguments, dims)
         if chunk_size is None or size <= chunk_size:
@@ -127,8 +127,11 @@ def _batched_program(
     )
     for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)):
         if not isinstance(x, Tensor) and d is not None:
+            path = leaf_paths(rec.spec)[k] if rec.spec is not None else ""
+            if x is None and not path:
+                raise ArgumentError(f"vmap: {defined(func)} returned None: is a `return` missing?")
             raise ArgumentError(
-                f"vmap: the function must return tensors, but result leaf {k} is {x!r} of type {type(x).__name__}; "
+                f"vmap: the function must return tensors, but the result{path} is {x!r} of type {type(x).__name__}; "
                 "out_dims=None lets other values pass"
             )
     results_dims = tuple(flat[k] for k in rec.tensors)
@@ -184,7 +187,7 @@ def chunk_vmap(
     """:func:`vmap` in ``chunks`` parts, one after another, to use less memory."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs)
+        arguments = Arguments(args, kwargs, func)
         size = batch_size(arguments, input_dims(in_dims, args, arguments))
         return vmap(func, in_dims, out_dims, randomness, chunk_size=max(-(-size // chunks), 1))(*args, **kwargs)
 

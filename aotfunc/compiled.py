@@ -24,7 +24,7 @@ from torch.utils._pytree import TreeSpec
 from .aliasing import Changes, without_views
 from .autograd import run
 from .cache import Cache
-from .debug import at, outside_dynamo, user_line
+from .debug import at, entry, outside_dynamo, user_line
 from .errors import ArgumentError
 from .graph import Program, kept_alive, weight
 from .guards.check import Check
@@ -44,8 +44,8 @@ from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes
 from .trace.seeds import of_python, states
 from .trace.traced import Traced, current
-from .trace.tree import Arguments, unflatten
-from .transforms.capture import as_called, leaf_labels, parameter_names, record
+from .trace.tree import Arguments, leaf_labels, unflatten
+from .transforms.capture import as_called, parameter_names, record
 from .transforms.captured import Recording
 from .transforms.steps import CompiledCall, CompiledStep
 
@@ -223,6 +223,7 @@ class Compiled:
                     return entry(closed, self.f, objects, (args, kwargs))
         return self.looked_up(key, tensors, objects, (args, kwargs))
 
+    @entry
     def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple) -> Any:
         """A call, with the arguments ``given``, for which the entry last used is not the right one."""
         arguments = Arguments(*given)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import linecache
 import os
 import sys
 from collections.abc import Callable
-from types import CodeType
-from typing import NamedTuple
+from types import CodeType, TracebackType
+from typing import Any, NamedTuple
 
 import torch
 
 #: AOTFUNC_DEBUG=1 verifies every graph after every pass.
 LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
+
+#: AOTFUNC_TRACEBACK=full shows our frames in the tracebacks of errors.
+FULL = os.environ.get("AOTFUNC_TRACEBACK") == "full"
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -49,6 +54,13 @@ def user_line(depth: int = 1) -> Line | None:
     return None
 
 
+def defined(f: Any) -> str:
+    """Where a function was defined, for an error about what it returns."""
+    code = getattr(inspect.unwrap(f) if callable(f) else f, "__code__", None)
+    name = getattr(f, "__name__", type(f).__name__)
+    return name if code is None else f"{name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+
 def line_of(error: BaseException) -> Line | None:
     """The innermost of the user's lines that an error came through."""
     found, step = None, error.__traceback__
@@ -70,6 +82,36 @@ def outside_dynamo(f: Callable) -> Callable:
         eval_frame.set_code_exec_strategy(f.__code__, eval_frame._FrameExecStrategy(skip, skip))
     f._torchdynamo_disable = True  # type: ignore[attr-defined]
     return f
+
+
+def entry(f: Callable) -> Callable:
+    """Mark ``f`` as a way into aotfunc: Dynamo does not look into it, and errors leave it with a short traceback, the
+    user's lines (``AOTFUNC_TRACEBACK=full`` shows all).
+    """
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return f(*args, **kwargs)
+        except Exception as e:
+            e.__traceback__ = shortened(e.__traceback__)
+            raise
+
+    return outside_dynamo(call)
+
+
+def shortened(traceback: TracebackType | None) -> TracebackType | None:
+    """Without frames of ours, nor of torch's that these call."""
+    shown, hidden = [], False
+    while traceback is not None and not FULL:
+        name = traceback.tb_frame.f_code.co_filename
+        hidden = name.startswith(_OURS) or (hidden and name.startswith(_TORCH))
+        if not hidden:
+            shown.append(traceback)
+        traceback = traceback.tb_next
+    for t in reversed(shown):
+        traceback = TracebackType(traceback, t.tb_frame, t.tb_lasti, t.tb_lineno)
+    return traceback
 
 
 def at(line: Line | None) -> str:

@@ -18,6 +18,18 @@ class CaptureError(AotfuncError):
     """``f`` did something that cannot be captured; the message holds the user's line and what to write instead."""
 
 
+class OpError(CaptureError):
+    """PyTorch refuses the arguments of an op that ``f`` calls; the message holds the op, their shapes and the user's
+    line. It is also of the class that PyTorch raises: an IndexError, a TypeError, a ValueError.
+    """
+
+    @staticmethod
+    def like(error: Exception, message: str) -> OpError:
+        """One of ``error``'s class, too."""
+        kind = next((k for k in (IndexError, TypeError, ValueError, NotImplementedError) if isinstance(error, k)), None)
+        return OpError(message) if kind is None else type("OpError", (OpError, kind), {})(message)
+
+
 class RuleError(AotfuncError, NotImplementedError):
     """No rule is known for an op under a transform; the message names the op, the transform and the user's line."""
 

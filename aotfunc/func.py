@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .aliasing import Changes, without_views
 from .arguments import Call, chosen_tree, positions, primals_and_tangents, tensors_of
-from .debug import outside_dynamo
+from .debug import entry
 from .errors import ArgumentError
 from .graph import Program
 from .run import execute
@@ -44,7 +44,7 @@ def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: 
     (tensor([2., 4.]), tensor(5.))
     """
 
-    @outside_dynamo
+    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         grads, value, aux = _gradient("grad_and_value", func, argnums, has_aux, args, kwargs, value=True)
@@ -63,7 +63,7 @@ def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = Fal
     tensor([1., 1.])
     """
 
-    @outside_dynamo
+    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         grads, _, aux = _gradient("grad", func, argnums, has_aux, args, kwargs, value=False)
@@ -75,7 +75,7 @@ def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = Fal
 def _gradient(
     name: str, func: Callable, argnums: Any, has_aux: bool, args: tuple, kwargs: dict, value: bool
 ) -> tuple[Any, Any, Any]:
-    arguments = Arguments(args, kwargs)
+    arguments = Arguments(args, kwargs, func)
     call = Call(name, func, arguments, positions(name, arguments, argnums), has_aux)
     call.check_scalar()
     base, first = call.program, 0 if value else 1
@@ -102,7 +102,7 @@ def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, 
     return joint.derived(("halves",), make)
 
 
-@outside_dynamo
+@entry
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents of the output to a
     tuple of cotangents of the primals.
@@ -116,7 +116,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """
     if not primals:
         raise ArgumentError("vjp: there is nothing to differentiate: no primals were given")
-    arguments, everything = Arguments(primals, {}), tuple(range(len(primals)))
+    arguments, everything = Arguments(primals, {}, func), tuple(range(len(primals)))
     call = Call("vjp", func, arguments, positions("vjp", arguments, everything), has_aux)
     call.check_tensors()
     base, n_out, spec = call.program, call.n_out, call.spec
@@ -129,7 +129,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     output, *aux = call.results(outs[: base.n_outputs])
     vals = base.vals[:n_out]
 
-    @outside_dynamo
+    @entry
     def vjp_fn(*cotangents: Any, **_: Any) -> tuple:
         if len(cotangents) == 1 and (spec is None or isinstance(cotangents[0], type(output)) or n_out != 1):
             tree = cotangents[0]
@@ -157,7 +157,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 # ----- forward mode ---------------------------------------------------------------------------------------------------
 
 
-@outside_dynamo
+@entry
 def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False) -> tuple:
     """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional derivative along
     ``tangents``.
@@ -169,7 +169,7 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
     >>> jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
     (tensor([0., 0.]), tensor([1., 1.]))
     """
-    arguments, flat_tangents = primals_and_tangents("jvp", primals, tangents)
+    arguments, flat_tangents = primals_and_tangents("jvp", primals, tangents, func)
     call = Call("jvp", func, arguments, range(len(flat_tangents)), has_aux)
     call.check_tensors()
     base, wrt, n_out = call.program, call.wrt, call.n_out
@@ -183,7 +183,7 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
     return output, unflatten(outs[base.n_outputs :], call.spec), *aux
 
 
-@outside_dynamo
+@entry
 def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """``(output, jvp_fn)``: the function's value and its linear map at ``primals``; ``jvp_fn(*tangents)`` does only
     the linear work.
@@ -196,7 +196,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """
     if not primals:
         raise ArgumentError("linearize: no primals were given")
-    arguments = Arguments(primals, {})
+    arguments = Arguments(primals, {}, func)
     chosen = positions("linearize", arguments, tuple(range(len(primals))))
     call = Call("linearize", func, arguments, chosen, has_aux)
     base, wrt, n_out = call.program, call.wrt, call.n_out
@@ -207,9 +207,9 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     output, *aux = call.results(outs[: base.n_outputs])
     dtype = torch.get_default_dtype()
 
-    @outside_dynamo
+    @entry
     def jvp_fn(*tangents: Any) -> Any:
-        _, flat = primals_and_tangents("jvp_fn", primals, tangents)
+        _, flat = primals_and_tangents("jvp_fn", primals, tangents, func)
         with without_modes(dtype):
             return unflatten(execute(late, [*residuals, *flat]), call.spec)
 
@@ -228,10 +228,10 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     if remove not in ("mutations", "mutations_and_views"):
         raise ArgumentError(f"functionalize: remove must be 'mutations' or 'mutations_and_views', not {remove!r}")
 
-    @outside_dynamo
+    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs)
+        arguments = Arguments(args, kwargs, func)
         names = parameter_names(func, arguments)
         rec = record(as_called(func), arguments.leaves, arguments.rebuilt, name_of=names)
         program, views = without_views(rec)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .arguments import Call, chosen_tree, positions
-from .debug import outside_dynamo
+from .debug import entry
 from .errors import ArgumentError
 from .run import execute
 from .trace.tree import Arguments, unflatten
@@ -28,7 +28,7 @@ def jacrev(
             [0., 1.]])
     """
 
-    @outside_dynamo
+    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _jacobian("jacrev", rows, func, argnums, has_aux, chunk_size, args, kwargs)
@@ -51,7 +51,7 @@ def jacfwd(
             [0., 1.]])
     """
 
-    @outside_dynamo
+    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _jacobian("jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)
@@ -84,14 +84,15 @@ def _jacobian(
     kwargs: dict,
     randomness: str = "error",
 ) -> Any:
-    arguments = Arguments(args, kwargs)
+    arguments = Arguments(args, kwargs, func)
     chosen = positions(name, arguments, argnums)
     if chunk_size is not None and chunk_size < 1:
         raise ArgumentError(f"{name}: chunk_size must be positive, not {chunk_size}")
     for k in chosen:
         if arguments.leaves[k].is_complex():
             raise ArgumentError(
-                f"{name}: leaf {k} is complex; Jacobians are defined for real arguments only (use vjp or jvp)"
+                f"{name}: {arguments.said(k)} is complex; Jacobians are defined for real arguments only "
+                "(use vjp or jvp)"
             )
     call = Call(name, func, arguments, chosen, has_aux)
     call.check_tensors()
@@ -99,10 +100,11 @@ def _jacobian(
     for k, x in enumerate(call.rec.leaves[:n_out]):
         if x.is_complex():
             raise ArgumentError(
-                f"{name}: output leaf {k} is complex; Jacobians are defined for real outputs only (use vjp or jvp)"
+                f"{name}: the output{call.path(k)} is complex; Jacobians are defined for real outputs only "
+                "(use vjp or jvp)"
             )
         if not x.is_floating_point():
-            raise ArgumentError(f"{name}: output leaf {k} has dtype {x.dtype}; outputs must be floating")
+            raise ArgumentError(f"{name}: the output{call.path(k)} has dtype {x.dtype}; outputs must be floating")
     if not n_out:
         raise ArgumentError(f"{name}: the function returned no tensors")
     how = (n_out, chunk_size, randomness)

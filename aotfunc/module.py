@@ -18,7 +18,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_unflatten
 
 from .aliasing import Changes
-from .debug import Line, outside_dynamo
+from .debug import Line, entry
 from .errors import ArgumentError
 from .graph import Program, output_node
 from .specialised import Specialised
@@ -198,7 +198,7 @@ def make_fx(
     if tracing_mode not in ("real", "fake"):
         raise ArgumentError(f"make_fx: tracing_mode must be 'real' or 'fake', not {tracing_mode!r}")
 
-    @outside_dynamo
+    @entry
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> fx.GraphModule:
         arguments = Arguments(args, kwargs)

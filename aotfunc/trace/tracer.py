@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import debug
 from ..debug import at
-from ..errors import CaptureError
+from ..errors import CaptureError, OpError
 from . import shapes
 from .autograd import Autograd, requires_grad
 from .memory import Place, layout
@@ -267,6 +267,9 @@ class Trace(TorchDispatchMode):
             return shapes.intern(key, func, targs, tkwargs, sigs, outs)
         except CaptureError as e:
             raise CaptureError(f"{e}{at(debug.user_line())}") from None
+        except (RuntimeError, IndexError, TypeError, ValueError) as e:
+            said = f"{func}({', '.join(map(str, sigs))}): {e}{at(debug.user_line())}"
+            raise OpError.like(e, said) from None
 
     def _by_value(self, func: OpOverload, targs: Any, tkwargs: Any, sigs: tuple, args: tuple, kwargs: dict) -> Any:
         """The result's signature of an op whose shape depends on data: static if the meta kernel can, else by

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
-from .instances import flatten_tree
+from .instances import Opened, flatten_tree, names_of
 
 
 class Arguments:
-    """The arguments of one call, flat. ``leaves`` in order; ``spans[i]`` are the leaf positions of positional
+    """The arguments of one call of ``f``, flat. ``leaves`` in order; ``spans[i]`` are the leaf positions of positional
     argument i.
     """
 
-    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], f: Callable | None = None) -> None:
+        self.f = f
         self.leaves: list[Any] = []
         self.specs: list[TreeSpec | None] = []
         self.spans: list[range] = []
@@ -53,6 +55,16 @@ class Arguments:
         start = self.spans[-1].stop if self.spans else 0
         return args, tree_unflatten(list(leaves[start:]), self.kw_spec)
 
+    def said(self, k: int) -> str:
+        """What an error calls leaf ``k``: ``batch['x'] (argument 1)``."""
+        for i, (span, spec) in enumerate(zip(self.spans, self.specs, strict=True)):
+            if k in span:
+                path = leaf_paths(spec)[k - span.start] if spec is not None else ""
+                name = parameter(self.f, i)
+                return f"argument {i}{path}" if name is None else f"{name}{path} (argument {i})"
+        start = self.spans[-1].stop if self.spans else 0
+        return leaf_paths(self.kw_spec)[k - start].replace("['", "", 1).replace("']", "", 1)  # type: ignore[arg-type]
+
     @property
     def key(self) -> tuple:
         """The trees, for a cache key."""
@@ -66,3 +78,58 @@ def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
 
 def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:
     return leaves[0] if spec is None else tree_unflatten(list(leaves), spec)
+
+
+def parameter(f: Callable | None, i: int) -> str | None:
+    """The name of the parameter that positional argument ``i`` is for; ``args[1]`` of a variadic one."""
+    try:
+        parameters = list(inspect.signature(f).parameters.values()) if f is not None else []
+    except (TypeError, ValueError):
+        return None
+    for j, p in enumerate(parameters):
+        if p.kind is p.VAR_POSITIONAL:
+            return f"{p.name}[{i - j}]"
+        if j == i:
+            return p.name
+    return None
+
+
+def leaf_paths(spec: TreeSpec) -> list[str]:
+    """``['key']``, ``[0]`` or ``.field`` for each leaf of a tree, joined along the path."""
+    if spec.is_leaf():
+        return [""]
+    paths = []
+    for name, child in zip(child_names(spec), spec.children(), strict=True):
+        step = f".{name}" if spec.type is Opened else f"[{name!r}]"
+        paths += [step + rest for rest in leaf_paths(child)]
+    return paths
+
+
+def leaf_labels(spec: TreeSpec) -> list[str]:
+    """``_key`` or ``_0`` for each leaf of a tree, joined along the path."""
+    if spec.is_leaf():
+        return [""]
+    children = zip(child_names(spec), spec.children(), strict=True)
+    return [f"_{name}{rest}" for name, child in children for rest in leaf_labels(child)]
+
+
+def child_names(spec: TreeSpec) -> list[Any]:
+    """Keys, attributes or numbers of what a tree holds."""
+    names = names_of(spec.context) if spec.type is Opened else spec.context
+    names = names if isinstance(names, list) else []
+    return [*names[: spec.num_children], *range(len(names), spec.num_children)]
+
+
+def structure(tree: Any) -> str:
+    """A tree as an error shows it: tensors by dtype and shape, other leaves by type."""
+
+    class Shown:
+        def __init__(self, x: Any) -> None:
+            self.x = x
+
+        def __repr__(self) -> str:
+            if isinstance(self.x, Tensor):
+                return f"{str(self.x.dtype).removeprefix('torch.')}{list(self.x.shape)}"
+            return type(self.x).__name__
+
+    return repr(tree_map(Shown, tree))

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import TreeSpec
 
 from ..debug import at, line_of
 from ..errors import CaptureError
-from ..trace.instances import Opened, assigned, names_of
+from ..trace.instances import assigned
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.traced import Traced, attributes, current
 from ..trace.tracer import Trace
+from ..trace.tree import leaf_labels
 from . import intent
 from .captured import Recording
 
@@ -144,19 +144,6 @@ def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
         return found
 
     return names
-
-
-def leaf_labels(spec: TreeSpec) -> list[str]:
-    """``_key`` or ``_0`` for each leaf of a tree, joined along the path."""
-    if spec.is_leaf():
-        return [""]
-    names = names_of(spec.context) if spec.type is Opened else spec.context
-    keys = names if isinstance(names, list) else range(spec.num_children)
-    labels = []
-    for i, child in enumerate(spec.children()):
-        key = list(keys)[i] if i < len(list(keys)) else i
-        labels += [f"_{key}{rest}" for rest in leaf_labels(child)]
-    return labels
 
 
 __all__ = ["Recording", "Traced", "as_called", "current", "parameter_names", "record"]
