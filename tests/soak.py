@@ -2,9 +2,9 @@
 
 Every call is of one kind: fresh closures, shapes, numbers, modules, threads, errors in the middle of a capture, copies.
 A table of memory, live tensors and cache sizes is printed along the way. At the end memory must have been flat over the
-last third (by then the caches are full): the blocks that Python's objects take, and what is resident, which also holds
-the gaps that the allocator has left between them. The process must be as it was, and tensors must have gone without the
-garbage collector.
+last third (by then all caches but the memo of op signatures are full): the blocks that Python's objects take, and what
+is resident, which also holds the gaps that the allocator has left between them. The process must be as it was, and
+tensors must have gone without the garbage collector.
 """
 
 from __future__ import annotations
