@@ -24,9 +24,10 @@ from .run import before_writes, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
+from .trace.shapes import Sig
 from .transforms.lower import CALLS, lowered
 from .transforms.steps import CompiledCall
-from .transforms.vjp import live, vjp
+from .transforms.vjp import has_zeros, live, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
@@ -155,6 +156,17 @@ class Halves:
             found = self._backwards[have] = CompiledCall(smaller, half.compile, half.split, half.__name__)
         return found
 
+    def zeros(self, have: tuple[bool, ...]) -> dict[int, Sig]:
+        """The inputs to which zeros go where only some results have a cotangent, and nothing else."""
+
+        def find() -> dict[int, Sig]:
+            nodes, flags = self.program.graph.nodes, iter(have)
+            ends = [o for o, yes in zip(self.program.outputs, self.live, strict=True) if yes and next(flags)]
+            inputs = self.program.placeholders
+            return {i: inputs[i].meta["val"] for i in self.wrt if has_zeros(nodes, ends, inputs[i])}
+
+        return self.program.once(("zeros", self.wrt, have), find)
+
     def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
         """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
 
@@ -207,6 +219,8 @@ class Differentiated(torch.autograd.Function):
             ctx.inputs = None
         result: list = [None] * (len(ctx.needs_input_grad))
         for i, g in zip(halves.wrt, grads, strict=True):
+            if g is None and (sig := halves.zeros(have).get(i)) is not None:
+                g = torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
             result[i + 2] = g
         return tuple(result)
 

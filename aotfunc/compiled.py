@@ -35,6 +35,7 @@ from .guards.reads import Names
 from .guards.returned import Finish, recorded
 from .guards.state import State, look
 from .guards.stores import Place, left_behind, put_back
+from .leaves import Leaves
 from .module import argument_names
 from .pipeline import Pipeline, title
 from .run import run_eager
@@ -69,6 +70,7 @@ class Entry:
         facts: Facts,
         enables: bool,
         finish: Finish,
+        inside: Leaves,
     ) -> None:
         self.call, self.views, self.key, self.facts = call, views, key, facts
         #: gradients were off, and the function turned them on in places: its marks say where
@@ -79,6 +81,8 @@ class Entry:
         self.step = CompiledStep(call, run_eager)
         changes = Changes(rec)
         self.changes = changes if changes else None
+        self.inside = inside if inside else None
+        self.inference = made_in_inference_mode(rec)
         self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
         # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
         found = {id(t): i for i, t in enumerate(state.tensors)}
@@ -106,6 +110,9 @@ class Entry:
 
     def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
         """The result for these tensors of a call that is, in Python, ``where = (f, objects, arguments)``."""
+        if self.inference:
+            with torch.inference_mode():
+                return self.results(tensors, where)
         if self.enables and not torch.is_inference_mode_enabled():
             with torch.enable_grad():
                 return self.results(tensors, where)
@@ -123,10 +130,14 @@ class Entry:
                 outs, shown = found
             elif not self.idle:
                 outs = run(self.call, inputs)
+            if self.inside is not None:
+                self.inside.attach(outs, inputs)
             if self.views is not None:
                 outs = self.views(*tensors, *outs)
             if shown:
                 outs = [shown.get(k, o) for k, o in enumerate(outs)]
+            if self.inside is not None:
+                outs = self.inside.returns(outs)
             if self.changes is not None:
                 self.changes.after(tensors)
         if self.plain:
@@ -146,6 +157,23 @@ def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
             names = spec.context
             return lambda leaves: dict(zip(names, leaves, strict=True))
     return lambda leaves: unflatten(leaves, spec)
+
+
+def made_in_inference_mode(rec: Recording) -> bool:
+    """Whether the function has made its results in inference mode, which it switched on. Raises CaptureError where it
+    has made others too: a program runs in the mode, or outside.
+    """
+    trace = rec.trace
+    made = [trace.root(ref) in trace.autograd.inference for ref in rec.refs]
+    if not any(made):
+        return False
+    for yes, ref in zip(made, rec.refs, strict=True):
+        if not yes and ref not in trace.finals:
+            raise CaptureError(
+                "the function returns tensors made in torch.inference_mode(), and others, or views of its arguments; "
+                "use torch.no_grad(), or return clones made outside of the mode"
+            )
+    return True
 
 
 def weight_of(entry: Entry) -> int:
@@ -334,7 +362,7 @@ class Compiled:
         facts = facts_of(described, state.facts)
         self.last = ([e.facts for e in self.entries.values()], facts)
         self.watch_growth(facts)
-        return Entry(rec, call, views, state, key, facts, enables, finish)
+        return Entry(rec, call, views, state, key, facts, enables, finish, Leaves(rec, whole.mutated))
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""

@@ -128,7 +128,7 @@ class Cut:
         #: memory of the results, then new values of written inputs
         self.ends = plain.outputs[: len(whole.outputs)]
         self.returned = plain.outputs[len(whole.outputs) :]
-        self.active = active_nodes(plain.graph.nodes, [self.placeholders[i] for i in wrt])
+        self.active = active_nodes(plain.graph.nodes, [self.placeholders[i] for i in wrt], zeros=True)
         results = [n for n in self.ends[: whole.n_outputs] if isinstance(n, Node) and n.op == "call_function"]
         roots = {*results, *(() if whole.mutated else self.placeholders)}
         #: results that are views of other results or of inputs, and are made by PyTorch

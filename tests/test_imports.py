@@ -16,7 +16,7 @@ ROWS = [
     ("compile",),
     ("aot", "check", "covered"),
     ("compiled",),
-    ("pipeline", "stages"),
+    ("pipeline", "stages", "leaves"),
     ("func", "batch", "jacobians", "module", "stateless", "autograd"),
     ("run", "arguments", "specialised"),
     ("aliasing", "asked", "duals", "redraw", "guards"),

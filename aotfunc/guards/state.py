@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.library import CustomOpDef
 
 from .containers import BYTES
 from .description import NOTHING
@@ -101,6 +102,8 @@ class State(Functions):
                 self.lines.append(f"if {v}.get({self.constant(NOTHING)}) is not {self.constant(NOTHING)}: return")
             else:
                 self.meet(now, f"{v}.get()", label)
+        elif isinstance(x, CustomOpDef):  # its rules are recorded as a part of the function
+            self.parts(x, v, label, ("_backward_fn", "_setup_context_fn"))
         elif isinstance(x, weakref.ref):
             self.key.append(cls)
             self.meet(x(), f"{v}()", label)

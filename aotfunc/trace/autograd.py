@@ -25,11 +25,12 @@ class Autograd:
         self.inputs, self.lifted, self.records = inputs, lifted, records
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
-        self.made: list[weakref.ref[Traced]] = []  # of nothing: torch.ones(..., requires_grad=True) says so afterwards
-        self.computed: set[int] = set()  # inputs that have a history
+        self.made: list[weakref.ref[Traced]] = []  # now, of nothing: torch.ones(..., requires_grad=True) says so later
+        self.computed: set[int] = set()  # those of the leaves that have a history: inputs, results of nested functions
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
+        self.inference: set[int] = set()  # values made in an inference mode that the function switched on
         self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
         self._reached: tuple[Any, Reach] | None = None  # see active
 
@@ -45,6 +46,11 @@ class Autograd:
         self.leaves[t.ref] = value
         if value:
             self.leaf_tensors.append(t)
+
+    def mark_computed(self, t: Traced) -> None:
+        """``t`` was computed from a leaf that a nested function has made."""
+        self.leaves[t.ref] = True
+        self.computed.add(t.ref)
 
     def made_quietly(self, ref: int) -> bool:
         """Whether a value was made with gradients off."""
@@ -64,6 +70,7 @@ class Autograd:
             if requires_grad(t):
                 self.leaves[t.ref] = True
                 self.leaf_tensors.append(t)
+        self.made.clear()
 
     def requires_grad(self, t: Traced) -> bool:
         """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires
@@ -110,8 +117,18 @@ class Autograd:
 
     def finish(self) -> None:
         """Let go of the tensors."""
+        self.adopt_leaves()
         self.leaf_tensors.clear()
         self.retained.clear()
+
+
+#: ops of whose floating results autograd says that they do not require grad
+UNTRACKED = frozenset(
+    getattr(packet, name)
+    for packet in (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like)
+    + (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided, aten.histc, aten.detach)
+    for name in packet.overloads()
+)
 
 
 class Reach:
@@ -129,7 +146,7 @@ class Reach:
             sigs = result_sigs(instr)
             made = range(self.number, self.number + len(sigs))
             self.number = made.stop
-            if instr_op(instr) is aten.detach.default:
+            if instr_op(instr) in UNTRACKED:
                 continue
             if instr.facts.view_of is not None and refs:
                 base = self.bases.get(refs[0], refs[0])

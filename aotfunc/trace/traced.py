@@ -97,6 +97,9 @@ class Traced(Tensor):
         HOOKS["check_grad"](self)
         self.__dict__["_grad"] = value
 
+    def is_inference(self) -> bool:
+        return self.tracer.root(self.ref) in self.tracer.autograd.inference
+
     def retain_grad(self) -> None:
         self.tracer.autograd.retained.append(self)
 

@@ -34,6 +34,7 @@ from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
 _grad_enabled = torch.is_grad_enabled
+_inference_mode = torch.is_inference_mode_enabled
 
 
 class Trace(TorchDispatchMode):
@@ -92,6 +93,10 @@ class Trace(TorchDispatchMode):
     # ----- values -----------------------------------------------------------------------------------------------------
 
     def new(self, sig: Sig) -> Traced:
+        if _inference_mode():
+            self.autograd.inference.add(self.count)
+            with torch.inference_mode(False):  # a traced value of inference mode could not be a view of an argument
+                return self.new(sig)
         if sig.plain:
             t = _wrapper(Traced, sig.shape, dtype=sig.dtype, device=sig.device)
         else:
@@ -162,6 +167,8 @@ class Trace(TorchDispatchMode):
     # ----- recording --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if self.autograd.made:
+            self.autograd.adopt_leaves()
         special = SPECIAL.get(func)
         if special is not None:
             body = self.opened.get(func)
@@ -211,7 +218,7 @@ class Trace(TorchDispatchMode):
         if facts.pure:
             if outs.__class__ is Sig:
                 t = self.new(outs)
-                if not refs:
+                if not refs or func is aten.lift_fresh.default:
                     self.autograd.made.append(weakref.ref(t))
                 return t
         elif facts.writes:
@@ -376,6 +383,7 @@ class Trace(TorchDispatchMode):
 
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
         """Record a step of another layer (a nested program, a custom derivative); its results."""
+        self.autograd.adopt_leaves()
         refs = tuple([self.ref_of(t)[0] for t in tensors])
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         if instr.mutates:

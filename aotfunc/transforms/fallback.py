@@ -9,7 +9,7 @@ comes here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from ..errors import RuleError
 from ..trace.patches import ORIGINALS
-from ..trace.traced import Traced
+from ..trace.traced import Traced, current
 from .rules.table import OPENED, call_op, tensor_args
 
 
@@ -46,9 +47,27 @@ def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> 
     return full
 
 
+def own(op: OpOverload) -> Callable[[Callable], Callable]:
+    """For a rule that may have been registered for a custom op: what it closes over would be kept as it is now."""
+
+    def decorate(rule: Callable) -> Callable:
+        @wraps(rule)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            result = rule(*args, **kwargs)
+            trace = current()
+            if trace is not None and any(-1 - i not in trace.made_inside for i in range(len(trace.lifted))):
+                raise RuleError(f"a rule registered for {op} closes over a tensor; give it to the op as an argument")
+            return result
+
+        return checked if op.namespace not in ("aten", "prims") else rule
+
+    return decorate
+
+
 def reverse_rule(op: OpOverload) -> Callable:
     """A reverse rule from autograd's formula."""
 
+    @own(op)
     def rule(g: Any, out: Any, *args: Any, needs: tuple[bool, ...]) -> list:
         leaves: dict[int, Tensor] = {}
 
@@ -131,6 +150,7 @@ def forward_rule(op: OpOverload) -> Callable:
 def batching_rule(op: OpOverload) -> Callable:
     """A batching rule from PyTorch's; batch at 0 in and out."""
 
+    @own(op)
     def rule(*args: Any, batched: tuple) -> Any:
         where = tensor_args(op)
         xs: list[Tensor] = []

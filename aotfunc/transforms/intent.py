@@ -17,6 +17,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.utils._pytree import tree_leaves
 
 from .. import debug
 from ..debug import at
@@ -61,6 +62,8 @@ def install() -> None:
     Tensor.__deepcopy__ = deepcopy_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("tolist", Tensor.tolist)
     Tensor.tolist = tolist_of_a_constant  # type: ignore[method-assign]
+    ORIGINALS.setdefault("any_requires_grad", torch._C._any_requires_grad)
+    torch._C._any_requires_grad = any_requires_grad
     graph = torch.autograd.graph
     refuse(graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks")
     refuse(graph, "register_multi_grad_hook", "hooks of several tensors")
@@ -78,6 +81,13 @@ def refuse(owner: Any, name: str, what: str) -> None:
         return f(*args, **kwargs)
 
     setattr(owner, name, call)
+
+
+def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
+    """What a custom op asks before it calls its registered backward as an ``autograd.Function``."""
+    if recorded() is None:
+        return ORIGINALS["any_requires_grad"](*args, **kwargs)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
 
 
 @functools.wraps(Tensor.numpy)

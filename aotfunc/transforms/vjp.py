@@ -32,15 +32,17 @@ def differentiable(val: Any) -> bool:
     return any(map(differentiable, val)) if isinstance(val, tuple) else val.__class__ is Sig and val.differentiable
 
 
-def active_nodes(nodes: Any, wrt: Sequence[Node]) -> dict[Node, None]:
-    """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order."""
+def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[Node, None]:
+    """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order; with ``zeros`` also those
+    where it is zero and autograd says all the same that they require grad.
+    """
     active = dict.fromkeys(wrt)
     for n in nodes:
         if n in active or n.op != "call_function" or n.target is aten.detach.default:
             continue
         for i in sources(n):
             if i in active:
-                if differentiable(n.meta["val"]) and not is_nondiff(n, active):
+                if differentiable(n.meta["val"]) and not is_nondiff(n, active, zeros):
                     active[n] = None
                 break
     return active
@@ -54,7 +56,7 @@ def sources(n: Node) -> Sequence[Node]:
     return n._input_nodes if count is None else n.args[:count]  # type: ignore[return-value]
 
 
-def is_nondiff(n: Node, active: dict[Node, None]) -> bool:
+def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
     if n.target is operator.getitem:
         parent, i = n.args
         if (live := getattr(parent.target, "live", None)) is not None:  # type: ignore[union-attr]
@@ -62,15 +64,15 @@ def is_nondiff(n: Node, active: dict[Node, None]) -> bool:
         line = RULES.get(parent.target)  # type: ignore[union-attr]
         return line is not None and line.diff_outputs is not None and i not in line.diff_outputs
     line = RULES.get(n.target)
-    return line is not None and line.nondiff
+    return line is not None and line.nondiff and not (zeros and line.zero)
 
 
 def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
-    """Which outputs of a program, new values of written inputs included, have a derivative with respect to ``wrt``."""
+    """Which outputs of a program, new values of written inputs included, require grad if the inputs ``wrt`` do."""
 
     def find() -> list[bool]:
         inputs = program.placeholders
-        active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt])
+        active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt], zeros=True)
         return [isinstance(o, Node) and o in active for o in program.outputs]
 
     return program.once(("live", wrt), find)
@@ -289,9 +291,9 @@ def vjp(
     """The joint program: ``(inputs, cotangents, closed-over) -> (kept outputs, gradients)``.
 
     ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero (default: all floating
-    ones have). Cotangents are inputs, or with ``ones`` all ones. A gradient that nothing depends on is ``None``, or
-    with ``fill`` zeros. ``keep`` lists the outputs to return (default: all). ``recompute``: checkpointed regions are
-    computed again (a partitioner decides that itself).
+    ones have). Cotangents are inputs, or with ``ones`` all ones. The gradient of an input on which nothing depends is
+    ``None``, or with ``fill`` zeros. ``keep`` lists the outputs to return (default: all). ``recompute``: checkpointed
+    regions are computed again (a partitioner decides that itself).
     """
     with paused_gc():
         b = builder()
@@ -312,13 +314,22 @@ def vjp(
         if ones:
             seeds = [number(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)]
         grads = reverse(b, results, seeds, wanted, recompute)
-        if fill:
-            grads = [number(b, 0, x.meta["val"]) if g is None else g for g, x in zip(grads, wanted, strict=True)]
+        ends = [o for o, g in zip(results, seeds, strict=True) if g is not None]
+        for i, x in enumerate(wanted):
+            if grads[i] is None and (fill or has_zeros(b.graph.nodes, ends, x)):
+                grads[i] = number(b, 0, x.meta["val"])
         first = [*(results if keep is None else [results[i] for i in keep]), *grads]
         count = 0 if ones else sum(bool(c) for c in cts)
         mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
         graph = b.finish([*first, *outs[program.n_outputs :]])
         return Program(graph, program.n_inputs + count, len(first), mutated, "vjp")
+
+
+def has_zeros(nodes: Any, outs: Sequence[Any], x: Node) -> bool:
+    """Whether one of ``outs`` was computed from ``x`` by an op for which autograd has zeros."""
+    flat = [n for n in active_nodes(nodes, [x], zeros=True) if (line := RULES.get(n.target)) and line.zero]
+    active = active_nodes(nodes, flat, zeros=True) if flat else ()
+    return any(o in active for o in outs)
 
 
 def role(p: Node) -> str:

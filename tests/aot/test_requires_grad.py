@@ -6,6 +6,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from aotfunc import aot_function, aot_module, functionalize, grad_and_value, jit, jvp, vjp, vmap
+from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
 W = torch.tensor([1.5, -2.0, 0.5], dtype=torch.float64, requires_grad=True)  # closed over
@@ -141,7 +142,35 @@ def inner_gradient(x, c):
     return g, h, g * c, h * c
 
 
+def zero_derivatives(x, c):
+    """Steps, and draws by their parameters: the gradient is zero, not None."""
+    drawn = torch.bernoulli(x * 0 + 1), torch.normal(x, 0.0), torch.normal(c, x * 0), torch.poisson(x * 0), x.floor()
+    return *drawn, torch.sign(x), x.round() * c, (c * 1).zero_(), (x * 2).floor_(), x.sgn()
+
+
+def asks_of_likes(x, c):
+    likes = torch.zeros_like(x), torch.rand_like(x), x.new_ones(2), torch.histc(x), x.sign(), torch.bernoulli(x * 0)
+    return tuple(torch.full((), float(t.requires_grad), dtype=c.dtype) for t in likes)
+
+
+def made_inside(x, c):
+    """Leaves that the function makes itself, and what it computes from them."""
+    leaf, late = torch.ones(3, dtype=x.dtype, requires_grad=True), (c * 2).requires_grad_()
+    with torch.no_grad():
+        cut = leaf * 2
+    h = nn.Parameter(c * 2) * c
+    return leaf * c, h, h[0], late.sin(), cut, leaf.detach(), leaf * x, torch.tensor([2.0], requires_grad=True) * c
+
+
+def returned_leaf(x, c):
+    return nn.Parameter(torch.ones(3)), torch.zeros(2, requires_grad=True), c.detach().requires_grad_(), x * 2
+
+
 FUNCTIONS = [
+    zero_derivatives,
+    asks_of_likes,
+    made_inside,
+    returned_leaf,
     region,
     regions_nested,
     detached,
@@ -194,6 +223,8 @@ def outcome(f, active, frozen):
 def test_as_in_eager(f, way, active, frozen):
     if f is inner_gradient and not active:
         pytest.skip("eager cannot differentiate")
+    if f in (made_inside, returned_leaf) and way.startswith("functionalize"):
+        pytest.skip("leaves that a function makes are known to compiled functions")
     want = outcome(f, active, frozen)
     assert_same(outcome(WAYS[way](f), active, frozen), want)
 
@@ -203,6 +234,8 @@ def test_as_in_eager(f, way, active, frozen):
 def test_gradients_off(f, way):
     if f is inner_gradient:
         pytest.skip("eager cannot differentiate")
+    if f is returned_leaf and way.startswith("functionalize"):
+        pytest.skip("leaves that a function makes are known to compiled functions")
     x = C.clone().requires_grad_()
     with torch.no_grad():
         want, got = f(x, C.clone()), WAYS[way](f)(x, C.clone())
@@ -285,6 +318,62 @@ def test_gradients_on_inside_and_a_write():
             y = g(x, buffer)
         assert y.requires_grad and not buffer.requires_grad
         assert_same(buffer, 2 * C)
+
+
+def test_where_eager_has_no_formula_the_gradient_is_zero():
+    for f in (lambda x: x // 1, lambda x: torch.floor_divide(x, x + 1), lambda x: torch.heaviside(x, x)):
+        x = C.clone().requires_grad_()
+        y = jit(f)(x)
+        assert y.requires_grad and f(x).requires_grad
+        assert_same(torch.autograd.grad(y.sum(), x)[0], torch.zeros_like(C))
+
+
+def test_a_module_made_inside():
+    def f(x):
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        return net(x)
+
+    x = torch.randn(5, 3)
+    torch.manual_seed(0)
+    want = f(x)
+    torch.manual_seed(0)
+    got = jit(f)(x)
+    assert_same(got.detach(), want.detach())
+    assert got.requires_grad and not got.is_leaf and got.grad_fn is not None
+    got.sum().backward()
+
+
+def test_a_written_argument_requires_grad():
+    def f(x):
+        x.mul_(nn.Parameter(torch.full((3,), 2.0)))
+
+    for g in (f, jit(f)):
+        x = torch.ones(3)
+        g(x)
+        assert x.requires_grad and not x.is_leaf
+        assert_same(x.detach(), torch.full((3,), 2.0))
+
+
+def test_a_parameter_stays_one():
+    for trainable in (True, False):
+        p = jit(lambda x: nn.Parameter(x * 2, requires_grad=trainable))(torch.ones(3))  # noqa: B023
+        assert type(p) is nn.Parameter and p.is_leaf and p.requires_grad is trainable
+
+
+def test_a_leaf_beside_what_was_computed_from_it_is_refused():
+    with pytest.raises(CaptureError, match="made inside"):
+        jit(lambda x: (lambda p: (p, p * x))(nn.Parameter(torch.ones(3))))(torch.ones(3))
+
+
+def test_a_second_derivative_that_is_zero():
+    for f in (torch.abs, lambda x: x * x.sign(), lambda x: x.sgn() * x, lambda x: x * x.floor()):
+        gs = []
+        for way in (lambda f: f, jit):
+            x = torch.tensor([0.5, -1.5], requires_grad=True)
+            (g,) = torch.autograd.grad(way(f)(x).sum(), x, create_graph=True)
+            assert g.requires_grad
+            gs.append((g.detach(), torch.autograd.grad(g.sum(), x)))
+        assert_same(gs[1], gs[0])
 
 
 def no_grad(f):

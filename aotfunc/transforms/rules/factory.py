@@ -51,8 +51,8 @@ nondiff(aten.new_empty_strided, batch=restrided)
 
 # ----- overwriting: the old value is lost, the new one goes through ---------------------------------------------------
 
-nondiff(aten.zero, batch=lambda op: lambda x: op(x))
-nondiff(aten.fill.Scalar, batch=lambda op: lambda x, value: op(x, value))
+nondiff(aten.zero, batch=lambda op: lambda x: op(x), zero=True)
+nondiff(aten.fill.Scalar, batch=lambda op: lambda x, value: op(x, value), zero=True)
 
 
 @vjp_of(aten.fill.Tensor)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from .table import aten, elementwise, jvp_of, linear, pointwise, tensor_args, total, vjp_of, vmap_of
+from .table import aten, elementwise, jvp_of, linear, pointwise, rule_of, tensor_args, total, vjp_of, vmap_of
 
 
 def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
@@ -357,6 +357,8 @@ def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
 
 for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sgn.default):
     vmap_of(op)(elementwise(op))
+for op in (aten.angle, aten.sgn):
+    rule_of(op).zero = True
 
 
 # ----- copies ---------------------------------------------------------------------------------------------------------

@@ -102,11 +102,13 @@ def of_shape(op: OpOverload) -> Callable[..., Tensor]:
     return batch
 
 
+nondiff(*functional(aten.rand_like, aten.randn_like, aten.randint_like), batch=of_shape)
 nondiff(
-    *functional(aten.rand_like, aten.randn_like, aten.randint_like, aten.uniform, aten.normal_functional),
-    *functional(aten.exponential, aten.cauchy, aten.geometric, aten.log_normal, aten.random),
+    *functional(aten.uniform, aten.normal_functional, aten.exponential, aten.cauchy, aten.geometric, aten.log_normal),
+    *functional(aten.random),
     aten.bernoulli.p,
     batch=of_shape,
+    zero=True,
 )
 
 
@@ -130,7 +132,7 @@ def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
     return batch
 
 
-nondiff(aten.poisson, aten.binomial, batch=of_parameters)
+nondiff(aten.poisson, aten.binomial, batch=of_parameters, zero=True)
 vmap_of(aten._standard_gamma)(of_parameters(aten._standard_gamma.default))
 vmap_of(aten._sample_dirichlet)(of_parameters(aten._sample_dirichlet.default))
 
@@ -141,7 +143,9 @@ def _(g: Tensor, out: Tensor, concentration: Tensor) -> list[Tensor]:
 
 
 nondiff(
-    aten.bernoulli, aten.bernoulli.Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor
+    *(aten.bernoulli, aten.bernoulli.Tensor),
+    *(aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor),
+    zero=True,
 )
 
 

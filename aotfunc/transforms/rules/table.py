@@ -49,6 +49,8 @@ class Rule:
     vmap: Formula | None = None
     #: no derivative at all: every tangent and cotangent is zero
     nondiff: bool = False
+    #: the derivative is zero, of real numbers at least, and autograd says that the result requires grad
+    zero: bool = False
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating ones
     diff_outputs: tuple[int, ...] | None = None
     verbs: list[str] = field(default_factory=list)
@@ -170,7 +172,7 @@ def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> N
     line.vmap = adapt(elementwise(op), 0)
     line.verbs.append("pointwise")
     if not any(formulas):
-        line.nondiff = True
+        line.nondiff = line.zero = True
         return
     rules = [adapt(f, 2) if f else None for f in formulas]
 
@@ -225,11 +227,15 @@ def linear(
         line.vmap = adapt(batch, 0)
 
 
-def nondiff(*ops: OpOverload | OpOverloadPacket, batch: Callable[[OpOverload], Formula] | None = None) -> None:
-    """``ops`` have no derivative: integer-valued, comparisons, factories. ``batch(op)`` makes the vmap rule."""
+def nondiff(
+    *ops: OpOverload | OpOverloadPacket, batch: Callable[[OpOverload], Formula] | None = None, zero: bool = False
+) -> None:
+    """``ops`` have no derivative: integer-valued, comparisons, factories; or it is ``zero``, as that of a draw by its
+    parameters. ``batch(op)`` makes the vmap rule.
+    """
     for op in ops:
         line = rule_of(op)
-        line.nondiff = True
+        line.nondiff, line.zero = True, zero
         line.verbs.append("nondiff")
         if batch:
             line.vmap = adapt(batch(overload(op)), 0)

@@ -1,0 +1,84 @@
+"""Leaves that a function makes itself, as modules and parameters inside: what it computes from them requires grad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .aliasing import memory_of
+from .errors import CaptureError
+from .trace.autograd import Reach
+from .trace.traced import Traced
+from .transforms.captured import Recording
+
+
+class Leaves:
+    """Which results of a program, and of the function, require grad because of leaves that the function made.
+
+    Raises CaptureError where such a leaf is returned beside what was computed from it: autograd would not connect them.
+    """
+
+    def __init__(self, rec: Recording, mutated: Sequence[int]) -> None:
+        trace = rec.trace
+        count = len(trace.inputs)
+        leaves = {ref for ref, yes in trace.autograd.leaves.items() if yes and ref >= count}
+        self.parameters = [k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")]
+        self.returned = [k for k, ref in enumerate(rec.refs) if ref in leaves and ref not in trace.autograd.computed]
+        #: what is computed from one: results of the program by their positions, then written inputs by theirs
+        self.results: list[int] = []
+        self.written: list[int] = []
+        if not leaves:
+            return
+        owned, finals = [ref for ref, _ in memory_of(rec)], [trace.finals[i] if i < count else -1 for i in mutated]
+        given = {rec.refs[k] for k in self.returned}
+        if given and (reached(rec, given) - given).intersection((*owned, *rec.refs, *finals)):
+            raise CaptureError(
+                "a tensor that was made inside and requires grad is returned, and so is what was computed from it, of "
+                "which the gradient would not reach it; pass it as an argument"
+            )
+        found = reached(rec, leaves) - (leaves - trace.autograd.computed)
+        self.results = [k for k, ref in enumerate(owned) if ref in found]
+        self.written = [i for i, ref in zip(mutated, finals, strict=True) if ref in found]
+
+    def __bool__(self) -> bool:
+        return bool(self.parameters or self.returned or self.results or self.written)
+
+    def attach(self, outs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+        """Let the results of the program, and written inputs, require grad."""
+        for t in (*[outs[k] for k in self.results], *[tensors[i] for i in self.written]):
+            if t.requires_grad:
+                continue
+            if t.__class__ is Traced:
+                t.tracer.autograd.mark_computed(t)
+            else:
+                Attached.apply(torch.zeros((), requires_grad=True), t)
+
+    def returns(self, outs: Sequence[Any]) -> Sequence[Any]:
+        """The tensors that the function returns, those that are leaves as leaves."""
+        outs = list(outs)
+        for k in self.returned:
+            outs[k] = outs[k].requires_grad_()
+        for k in self.parameters:
+            outs[k] = nn.Parameter(outs[k], k in self.returned)
+        return outs
+
+
+def reached(rec: Recording, leaves: set[int]) -> set[int]:
+    """What was computed from leaves, and these."""
+    return set(Reach(set(leaves), len(rec.trace.inputs)).extended(rec.trace.records, rec.trace.autograd.leaves))
+
+
+class Attached(torch.autograd.Function):
+    """A tensor with a way to a leaf that is gone, changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(t)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        return None, None
