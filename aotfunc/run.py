@@ -4,7 +4,7 @@ autograd either way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,9 +44,9 @@ def run_eager(program: Program) -> Callable[..., tuple]:
     return call
 
 
-def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any]) -> None:
-    """Give the written inputs their new values, with the derivative that these have in the program: what is the input
-    itself by now may have been detached.
+def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any], done: Collection[int] = ()) -> None:
+    """Give the written inputs their new values, but for those that have them, with the derivative that these have in
+    the program: what is the input itself by now may have been detached.
     """
     hidden = hidden_writes(program)
     news = apart(program, tensors, outs)[program.n_outputs :]
@@ -54,6 +54,8 @@ def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any])
         flags = live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))[program.n_outputs :]
         news = [new if yes else new.detach() for new, yes in zip(news, flags, strict=True)]
     for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
+        if index in done:
+            continue
         with torch.no_grad() if quiet else nullcontext():
             tensors[index].copy_(new)
 

@@ -1,8 +1,9 @@
-"""A compiled call under autograd whose results were computed from one another: a chain of calls, cut at these.
+"""A compiled call under autograd whose results were computed from one another, or from the new value of a written
+argument: a chain of calls, cut at these.
 
-What is computed from a result has to read the very tensor that is returned: ``autograd.grad(loss, features)``, hooks
-and ``retain_grad`` act on it then. The graph is cut by position, so that random numbers are drawn in order, and it is
-the graph as recorded: a rewritten one computes results from one another that only have an op in common.
+What is computed from a result has to read the very tensor that is returned, or was written to: ``autograd.grad(loss,
+features)``, hooks and ``retain_grad`` act on it then. The graph is cut by position, so that random numbers are drawn in
+order, and it is the graph as recorded: a rewritten one computes results from one another that only have an op in common.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from .backends.eager import compile_graph
 from .graph import Program, kept_alive
 from .run import before_writes, write_back
 from .trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from .trace.records import results_of
+from .trace.records import results_of, written_slots
 from .trace.shapes import Instr
+from .trace.tracer import Trace
 from .transforms.captured import Recording
 from .transforms.fresh import chain_of, viewed
-from .transforms.steps import CompiledCall, CompiledStep
+from .transforms.steps import CompiledCall, CompiledStep, hidden_writes
 from .transforms.vjp import active_nodes, sources
 from .transforms.walk import builder
 
@@ -36,7 +38,8 @@ def as_recorded(rec: Recording, mutated: Sequence[int]) -> Program | None:
     trace, refs = rec.trace, dict.fromkeys(rec.refs)
     autograd = trace.autograd
     count = len(trace.inputs)
-    ends = {*refs, *(i if i < count else count - i - 1 for i in mutated)}
+    written = [i if i < count else count - i - 1 for i in mutated]
+    ends = {*refs, *written}
     if len(ends) < 2 or not (autograd.active() & ends):
         return None
     inputs = range(-len(trace.lifted), count)
@@ -44,9 +47,20 @@ def as_recorded(rec: Recording, mutated: Sequence[int]) -> Program | None:
     # results of one step may be computed from one another
     inside = any(i.__class__ is not Instr and (results_of(i) > 1 or has_chain(i)) for i, *_ in trace.records)
     if not inside and not any(autograd.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs):
-        return None
+        if not any(r in autograd.active() and read_when_written(trace, r) for r in written):
+            return None
     program = rec.as_recorded(memory_of(rec))
     return dissolved(program) if inside else program
+
+
+def read_when_written(trace: Trace, ref: int) -> bool:
+    """Whether something was computed from an input after the last write to it, in view of autograd."""
+    last, base = 0, trace.root(ref)
+    for k, (instr, refs, *_) in enumerate(trace.records):
+        if any(trace.root(refs[s]) == base for s in written_slots(instr)):
+            last = k + 1
+    later = trace.records[last:]
+    return last > 0 and any(grad and any(trace.root(r) == base for r in refs) for _, refs, grad, *_ in later)
 
 
 def has_chain(step: Any) -> bool:
@@ -89,7 +103,9 @@ def chained(call: CompiledCall, tensors: Sequence[Tensor]) -> tuple[Sequence[Ten
     if not torch.is_grad_enabled() or op_by_op():
         return None
     wrt = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
-    chain = call.program.once(("chain", wrt), lambda: Cut(call, wrt).chain())
+    written = call.program.mutated
+    apart = len({tensors[i].untyped_storage()._cdata for i in written}) == len(written)
+    chain = call.program.once(("chain", wrt, apart), lambda: Cut(call, wrt, apart).chain())
     return None if chain is None else chain(tensors)
 
 
@@ -100,26 +116,30 @@ def call_of(target: Any, args: tuple) -> str:
 class Chain:
     """Steps ``(function of a list of tensors, positions of what it reads)``, each of which adds to the values."""
 
-    def __init__(self, program: Program, steps: list[tuple], outs: Sequence[int], views: dict[int, int]) -> None:
-        self.program, self.steps, self.outs, self.views = program, steps, outs, views
+    def __init__(
+        self, program: Program, steps: list[tuple], outs: Sequence[int], views: dict[int, int], written: Sequence[int]
+    ) -> None:
+        self.program, self.steps, self.outs, self.views, self.written = program, steps, outs, views, written
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]]:
         program = self.program
-        values = list(before_writes(program, tensors, range(len(tensors))))
+        values = [*before_writes(program, tensors, range(len(tensors))), *tensors]
         for fn, reads in self.steps:
             values += fn([values[i] for i in reads])
         outs, given = [], range(len(tensors))
         for k, i in enumerate(self.outs):  # no result is an input or another one
             outs.append(values[i].clone() if i in given or i in self.outs[:k] else values[i])
         if program.mutated:
-            write_back(program, tensors, outs)
+            write_back(program, tensors, outs, self.written)
         return outs[: program.n_outputs], {k: values[i] for k, i in self.views.items()}
 
 
 class Cut:
-    """Where the graph of a call is cut for the gradients of its inputs ``wrt``."""
+    """Where the graph of a call is cut for the gradients of its inputs ``wrt``; at new values of written inputs only if
+    these are ``apart`` in memory, for a later write to one must not reach what is kept of another.
+    """
 
-    def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
+    def __init__(self, call: CompiledCall, wrt: tuple[int, ...], apart: bool) -> None:
         assert call.plain is not None
         self.call, self.program = call, call.plain
         whole, plain = call.program, call.plain
@@ -130,15 +150,21 @@ class Cut:
         self.returned = plain.outputs[len(whole.outputs) :]
         self.active = active_nodes(plain.graph.nodes, [self.placeholders[i] for i in wrt], zeros=True)
         results = [n for n in self.ends[: whole.n_outputs] if isinstance(n, Node) and n.op == "call_function"]
-        roots = {*results, *(() if whole.mutated else self.placeholders)}
+        #: new values of written inputs, and these
+        self.written = {
+            n: i
+            for i, n, quiet in zip(whole.mutated, self.ends[whole.n_outputs :], hidden_writes(whole), strict=True)
+            if apart and not quiet and n in self.active and n.op == "call_function" and n not in results
+        }
+        roots = {*results, *self.written, *(p for i, p in enumerate(self.placeholders) if i not in whole.mutated)}
         #: results that are views of other results or of inputs, and are made by PyTorch
         self.views: dict[Node, list[Node]] = {}
         for n in self.nodes:
-            if n in self.returned and n in self.active and n not in results:
+            if n in self.returned and n in self.active and n not in roots:
                 chain = self.chain_of(n, roots)
                 if chain:
                     self.views[n] = chain
-        self.cuts = self.dependent([n for n in results if n in self.active])
+        self.cuts = self.dependent([n for n in (*results, *self.written) if n in self.active])
         self.stage = self.numbered()
 
     def chain_of(self, n: Node, roots: set[Node]) -> list[Node]:
@@ -155,7 +181,7 @@ class Cut:
         return [n, *chain]
 
     def dependent(self, results: Sequence[Node]) -> set[Node]:
-        """The results and views from which other results, or new values of written inputs, are computed."""
+        """Those from which results or new values of written inputs are computed."""
         bits = {n: 1 << k for k, n in enumerate(dict.fromkeys([*results, *self.views]))}
         found, masks = 0, dict.fromkeys(self.active, 0)
         for n in self.active:
@@ -185,28 +211,46 @@ class Cut:
     def chain(self) -> Chain | None:
         if not self.cuts:
             return None
+        count = len(self.placeholders)
         place: dict[Node, int] = {p: i for i, p in enumerate(self.placeholders)}
+        size = 2 * count  # the inputs as they were before the call, and as they are
         sources = {chain[0] for chain in self.views.values()}
         wanted = {n for n in self.ends if isinstance(n, Node)} | sources
         for n in self.nodes:
             wanted.update(i for i in n._input_nodes if i in self.stage and self.stage[i] < self.stage[n])
         steps: list[tuple] = []
+        written = [n for n in self.written if n in self.cuts or n in sources]
+
+        def step(fn: Callable, reads: list[int], outs: Sequence[Node]) -> None:
+            nonlocal size
+            steps.append((fn, reads))
+            for n in outs:
+                place[n] = size
+                size += 1
+
         for k in range(max(self.stage.values()) + 1):
             mine = [n for n in self.nodes if self.stage[n] == k]
             outs = [n for n in mine if n in wanted and n not in self.views]
             if body := needed(mine, outs):
                 reads = [i for i in dict.fromkeys(i for n in body for i in n._input_nodes) if self.stage.get(i, -1) < k]
                 stage = CompiledCall(part(body, reads, outs), self.call.compile, self.call.split, self.call.__name__)
-                steps.append((partial(run, stage), [place[i] for i in reads]))
-                for n in outs:
-                    place[n] = len(place)
+                step(partial(run, stage), [place[i] for i in reads], outs)
             for n in mine:
+                if n in written:
+                    step(write, [count + self.written[n], place[n]], [n])
                 if n in self.views:
                     source, *calls = self.views[n]
-                    steps.append((view_of(source, calls), [place[source]]))
-                    place[n] = len(place)
+                    step(view_of(source, calls), [place[source]], [n])
         views = {k: place[n] for k, n in enumerate(self.returned) if n in self.views}
-        return Chain(self.call.program, steps, [place[n] for n in self.ends], views)
+        done = [self.written[n] for n in written]
+        return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done)
+
+
+def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Give a written input its new value; what is computed from that reads the input."""
+    t, new = values
+    t.copy_(new)
+    return [t]
 
 
 def needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:

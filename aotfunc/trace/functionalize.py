@@ -112,7 +112,8 @@ class Functionalizer:
         self.trace, self.b = trace, builder
         self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
         self.env: dict[int, Any] = {}
-        self.direct = True  # a view that was written is what was written; else it is read from the memory it shows
+        #: a view that was written, and a copy, are what was written; else they are read from the memory they show
+        self.direct = True
         self.cut: set[int] = set()  # made under no_grad
         self.cuts: dict[Node, Node] = {}  # and one node each for what is read of them where gradients are on
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
@@ -356,6 +357,8 @@ class Functionalizer:
         else:
             twin = functional_twin(op, line)
             news = self._twin_results(twin, instr, nodes)
+        if op is aten.copy_.default and not self.direct:  # what is read of the copy is not read of its source
+            news[0] = self.b.call(aten.clone.default, news[0])
         if overwritten:
             news[0] = self.still_requiring_grad(nodes[0], news[0])
         for ref, new in zip(written, news[-len(written) :], strict=True):

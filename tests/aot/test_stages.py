@@ -326,3 +326,121 @@ def test_inductor():
     assert_same(torch.autograd.grad(y, h, retain_graph=True)[0], 2 * h)
     (expected,) = torch.autograd.grad(flattened(given)[1], given)
     assert_same(torch.autograd.grad(y, given)[0], expected)
+
+
+# ----- new values of written arguments --------------------------------------------------------------------------------
+
+
+def summed(x, y):
+    x.mul_(2)
+    return x.sum(), x.sin()
+
+
+def both_written(x, y):
+    x.mul_(2)
+    y.add_(x)
+    return (x * y).sum(), x * 3
+
+
+def row_written(x, y):
+    x[0].mul_(2)
+    return x.sum(), x[1]
+
+
+def viewed_then_written(x, y):
+    v = x.view(-1)
+    v.mul_(2)
+    return v, v.exp(), x.sum()
+
+
+def returned(x, y):
+    x.mul_(2)
+    return x, x.sum(), x[0], x.view(-1).exp()
+
+
+def copied(x, y):
+    z = y * 3
+    x.copy_(z)
+    return z, z.sum(), x.sum()
+
+
+def exchanged(x, y):
+    t = x.clone()
+    x.copy_(y)
+    y.copy_(t)
+    return (x * 2).sum(), (y * 3).sum()
+
+
+def between_writes(x, y):
+    a = x * 2
+    x.mul_(3)
+    b = x + a.sin()
+    x.add_(1)
+    return b.sum(), (x + b).sin().sum()
+
+
+def hidden_after(x, y):
+    x.mul_(2)
+    with torch.no_grad():
+        x.mul_(5)
+    return x.sin().sum()
+
+
+def view_of_the_other(x, y):
+    x.mul_(2)
+    return y.view(-1), y.view(-1).exp(), x.sum()
+
+
+def drawn(x, y):
+    x.mul_(torch.rand(4, 4))
+    return (x * torch.rand(4, 4)).sum()
+
+
+def by_a_nested_function(x, y):
+    return jit(summed)(x, y)[0] * x.sum()
+
+
+WRITTEN = [summed, both_written, row_written, viewed_then_written, returned, copied, exchanged, between_writes]
+WRITTEN += [hidden_after, view_of_the_other, drawn, by_a_nested_function]
+
+
+@pytest.mark.parametrize("active", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize("f", WRITTEN, ids=lambda f: f.__name__)
+def test_written_arguments(f, way, active):
+    """The gradient of every result, and of every argument as it is afterwards, in each of them."""
+
+    def run(g):
+        torch.manual_seed(0)
+        leaves = [torch.rand(4, 4, requires_grad=yes) for yes in active]
+        x, y = [t * 1 for t in leaves]
+        results = g(x, y)
+        tensors = [*(results if isinstance(results, tuple) else [results]), x, y, *leaves]
+        found = [[t.detach().clone(), t.requires_grad] for t in tensors]
+        for t in tensors:
+            weights = torch.arange(1.0, 1 + t.numel()).view(t.shape)
+            for of in tensors if t.requires_grad else ():
+                if of.requires_grad:
+                    (g,) = torch.autograd.grad((t * weights).sum(), of, allow_unused=True, retain_graph=True)
+                    found.append(g)
+        return found
+
+    compiled, want = way(f), run(f)
+    for _ in range(2):
+        assert_same(run(compiled), want)
+
+
+def test_written_arguments_that_share_memory():
+    def f(a, b):
+        a.mul_(2)
+        b.mul_(3)
+        return a.sum() + b.sum()
+
+    def run(g):
+        w = torch.arange(1.0, 4.0, requires_grad=True)
+        a = w * 1
+        b = a.detach()
+        out = g(a, b)
+        return out.detach(), a.detach(), torch.autograd.grad(out, w)
+
+    assert_same(run(jit(f)), run(f))
