@@ -3,7 +3,8 @@ argument: a chain of calls, cut at these.
 
 What is computed from a result has to read the very tensor that is returned, or was written to: ``autograd.grad(loss,
 features)``, hooks and ``retain_grad`` act on it then. The graph is cut by position, so that random numbers are drawn in
-order, and it is the graph as recorded: a rewritten one computes results from one another that only have an op in common.
+order, and it is the graph as recorded: a rewritten one computes results from one another that only have an op in
+common.
 """
 
 from __future__ import annotations
