@@ -25,7 +25,7 @@ from .aliasing import Changes, without_views
 from .autograd import run
 from .cache import Cache
 from .debug import at, entry, outside_dynamo, user_line
-from .errors import ArgumentError
+from .errors import ArgumentError, CaptureError
 from .graph import Program, kept_alive, weight
 from .guards.check import Check
 from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
@@ -35,7 +35,7 @@ from .guards.reads import Names
 from .guards.returned import Finish, recorded
 from .guards.state import State, look
 from .guards.stores import Place, left_behind, put_back
-from .leaves import Leaves
+from .leaves import Leaves, made_in_inference_mode
 from .module import argument_names
 from .pipeline import Pipeline, title
 from .run import run_eager
@@ -159,23 +159,6 @@ def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
     return lambda leaves: unflatten(leaves, spec)
 
 
-def made_in_inference_mode(rec: Recording) -> bool:
-    """Whether the function has made its results in inference mode, which it switched on. Raises CaptureError where it
-    has made others too: a program runs in the mode, or outside.
-    """
-    trace = rec.trace
-    made = [trace.root(ref) in trace.autograd.inference for ref in rec.refs]
-    if not any(made):
-        return False
-    for yes, ref in zip(made, rec.refs, strict=True):
-        if not yes and ref not in trace.finals:
-            raise CaptureError(
-                "the function returns tensors made in torch.inference_mode(), and others, or views of its arguments; "
-                "use torch.no_grad(), or return clones made outside of the mode"
-            )
-    return True
-
-
 def weight_of(entry: Entry) -> int:
     return max(weight((entry.call, entry.call.plain)), NODES // LIMIT)
 
@@ -254,6 +237,11 @@ class Compiled:
     @entry
     def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple) -> Any:
         """A call, with the arguments ``given``, for which the entry last used is not the right one."""
+        if torch._C._get_tracing_state() is not None:  # the shapes of arguments are tensors
+            raise CaptureError(
+                f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function that it was made from "
+                "(.__wrapped__)"
+            )
         arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
         labels = [x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}" for x in objects]

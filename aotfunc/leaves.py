@@ -1,4 +1,6 @@
-"""Leaves that a function makes itself, as modules and parameters inside: what it computes from them requires grad."""
+"""What a function makes beside autograd's view of its arguments: leaves, as modules and parameters inside, of which the
+results require grad, and results of an inference mode.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +71,23 @@ class Leaves:
 def reached(rec: Recording, leaves: set[int]) -> set[int]:
     """What was computed from leaves, and these."""
     return set(Reach(set(leaves), len(rec.trace.inputs)).extended(rec.trace.records, rec.trace.autograd.leaves))
+
+
+def made_in_inference_mode(rec: Recording) -> bool:
+    """Whether the function has made its results in inference mode, which it switched on. Raises CaptureError where it
+    has made others too: a program runs in the mode, or outside.
+    """
+    trace = rec.trace
+    made = [trace.root(ref) in trace.autograd.inference for ref in rec.refs]
+    if not any(made):
+        return False
+    for yes, ref in zip(made, rec.refs, strict=True):
+        if not yes and ref not in trace.finals:
+            raise CaptureError(
+                "the function returns tensors made in torch.inference_mode(), and others, or views of its arguments; "
+                "use torch.no_grad(), or return clones made outside of the mode"
+            )
+    return True
 
 
 class Attached(torch.autograd.Function):

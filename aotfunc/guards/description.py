@@ -38,6 +38,7 @@ class Description:
         self._globals: set[tuple[int, str]] = set()
         self._todo: list[tuple[Any, str, str]] = []
         self._static: dict[type, list[str]] = {}
+        self._functions: set[str] = set()  # of torch.nn.functional
         self._modules = False
 
     def constant(self, x: Any) -> str:

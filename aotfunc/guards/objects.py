@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 from ..trace.holding import slots_of
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
-from .reads import CLOSED, library_of_module
+from .reads import CLOSED, library_of_module, reads_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOW_HOOKS_ARE_CALLED = (
@@ -199,6 +200,7 @@ class Objects(Description):
                 self.names.enter_class(owner)
                 if "forward" in table:
                     self.same(table["forward"], f"{p}['forward']", f"{owner.__name__}.forward")
+                self.functional(owner)
                 continue
             self.lines.append(f"if len({p}) != {len(table)}: return")
             self.require(f"{self.constant(owner)}.__mro__", owner.__mro__)
@@ -213,6 +215,26 @@ class Objects(Description):
                 elif name in named or (self.wants(name, e) and name != "_abc_impl"):
                     self.key.append(name)
                     self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+
+    def functional(self, cls: type) -> None:
+        """The functions of ``torch.nn.functional`` that the methods of a class of torch's call."""
+        table = vars(torch.nn.functional)
+        if found := [n for n in functions_of(cls) if n not in self._functions and n in table]:
+            self._functions.update(found)
+            where = self.constant(table)
+            for name in found:
+                self.same(table[name], f"{where}['{name}']", f"torch.nn.functional.{name}")
+
+
+@functools.lru_cache(1024)
+def functions_of(cls: type) -> tuple[str, ...]:
+    """What the methods of a class call of ``torch.nn.functional``, and what these functions call of it."""
+    table = vars(torch.nn.functional)
+    methods = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    names = {n for f in methods for n in reads_of(f.__code__).attributes}
+    called = [f for n in names if isinstance(f := table.get(n), types.FunctionType)]
+    names |= {n for f in called for n in reads_of(f.__code__).variables}
+    return tuple(sorted(n for n in names if isinstance(table.get(n), types.FunctionType | types.BuiltinFunctionType)))
 
 
 class Slots:

@@ -27,7 +27,7 @@ from torch.library import CustomOpDef
 from .containers import BYTES
 from .description import NOTHING
 from .functions import ROOT, Functions
-from .reads import CLOSED, Names, library_of_module
+from .reads import CLOSED, Names, library_of, library_of_module
 
 _GLOBAL_HOOKS = tuple(n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
 #: libraries' objects that are different ones after every use, in a way that does not show
@@ -43,6 +43,7 @@ class State(Functions):
         for i, (x, label) in enumerate(zip(objects, labels, strict=True)):
             self.meet(x, f"objects[{i}]", label)
         self.finish()
+        self.methods_of_tensors()
         if self._modules:
             table = vars(nn.modules.module)
             where = self.constant(table)
@@ -51,6 +52,17 @@ class State(Functions):
         if len(self.distinct) > 1:
             ids = ", ".join(f"id({v})" for v in self.distinct)
             self.lines.append(f"if len({{{ids}}}) != {len(self.distinct)}: return")
+
+    def methods_of_tensors(self) -> None:
+        """Those that the user has added to ``torch.Tensor``, or put in the place of others."""
+        table = vars(Tensor)
+        where = self.constant(table)
+        self.lines.append(f"if len({where}) != {len(table)}: return")
+        for name in sorted(self.names.attributes & table.keys()):
+            x = table[name]
+            if isinstance(x, types.FunctionType) and self.names.follows(library_of(x.__code__.co_filename)):
+                self.meet(x, f"{where}['{name}']", f"Tensor.{name}")
+        self.finish()
 
     def finish(self) -> None:
         while self._todo:

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from .averages import averaging
 from .places import METHODS
 from .traced import Traced, current, under_way
 
@@ -130,5 +132,5 @@ watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
     | {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
-    | {(Tensor, "grad"): property(grad, set_grad)}
+    | {(Tensor, "grad"): property(grad, set_grad), (_BatchNorm, "forward"): averaging(_BatchNorm.forward)}
 )

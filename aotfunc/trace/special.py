@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from ..debug import _OURS
 from ..errors import CaptureError
 from .numbers import forgive
 from .places import is_integer, part, subscript
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from .tracer import Trace
 
 aten = torch.ops.aten
+_DISTRIBUTIONS = os.path.join(os.path.dirname(torch.__file__), "distributions", "")
 
 
 def _conj(trace: Trace, x: Tensor) -> Tensor:
@@ -47,11 +51,33 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
     try:
         return trace.answer(Tensor.item, [x], "a number")
     except CaptureError as error:
-        spot = subscript(sys._getframe(2)) if is_integer(x) else None
+        frame = sys._getframe(2)
+        if x.dtype is torch.bool and (what := validated(frame)):
+            forgive(error)
+            with trace:
+                aten._assert_async.msg(x, f"invalid values: {what}")
+            return True
+        spot = subscript(frame) if is_integer(x) else None
         if spot is None:
             raise
         trace.place, trace.refused = (x, spot, error), trace.refused or error
         return 0  # any number will do for `outside[x]`, of which a select follows
+
+
+def validated(asking: FrameType) -> str | None:
+    """What ``torch.distributions`` checks and raises an error for, if it is that which asks: the program then checks
+    it at each call.
+    """
+    frame: FrameType | None = asking
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    if frame is None or not frame.f_code.co_filename.startswith(_DISTRIBUTIONS):
+        return None
+    names = frame.f_locals
+    kind = type(names.get("self")).__name__
+    if frame.f_code.co_name not in ("__init__", "_validate_sample", "check"):
+        return None
+    return f"{names['param']} of {kind}" if "param" in names else kind
 
 
 def _select(trace: Trace, x: Tensor, dim: int, index: int) -> Any:

@@ -50,9 +50,16 @@ def _integers(b: Builder, x: Node, low: int, high: int | None, generator: Any = 
     return b.call(aten.add.Tensor, b.call(aten.random.to, x, high - low, generator=generator), low)
 
 
+def _eye(b: Builder, n: int, m: int | None = None, *, out: Node) -> Node:
+    sig = out.meta["val"]
+    return b.call(aten.eye.m, n, n if m is None else m, dtype=sig.dtype, device=sig.device)
+
+
 #: in-place ops whose functional form has another name
 WRITES: dict[OpOverload, Any] = {
     aten.copy_.default: lambda b, x, source, non_blocking=False: source,
+    aten.eye.out: _eye,
+    aten.eye.m_out: _eye,
     aten.zero_.default: lambda b, x: _filled(b, x, 0),
     aten.fill_.Scalar: _filled,
     aten.fill_.Tensor: _filled,

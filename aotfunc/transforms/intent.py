@@ -9,6 +9,8 @@ Sq.apply``) come along.
 from __future__ import annotations
 
 import functools
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +19,9 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.utils import module_tracker
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from .. import debug
 from ..debug import at
@@ -66,7 +70,7 @@ def install() -> None:
     torch._C._any_requires_grad = any_requires_grad
     graph = torch.autograd.graph
     refuse(graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks")
-    refuse(graph, "register_multi_grad_hook", "hooks of several tensors")
+    redirect("multi_hook", graph.register_multi_grad_hook, register_multi_grad_hook, _multi_hook_template)
     _installed = True
 
 
@@ -88,6 +92,13 @@ def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
     if recorded() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
     return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+
+
+def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
+    """Hooks of several tensors are refused; those of FlopCounterMode, which follow modules backward, do nothing."""
+    if sys._getframe(2).f_code.co_filename == module_tracker.__file__:
+        return RemovableHandle(OrderedDict())
+    raise CaptureError(f"hooks of several tensors inside a captured function are not supported{at(debug.user_line())}")
 
 
 @functools.wraps(Tensor.numpy)
@@ -159,6 +170,11 @@ def _backward_template(  # type: ignore[no-untyped-def]
 ):
     f = _torch_backward if _aotfunc_recording() is None else _aotfunc_backward  # type: ignore[name-defined] # noqa: F821
     return f(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+
+
+def _multi_hook_template(tensors, fn, *, mode="all"):  # type: ignore[no-untyped-def]
+    f = _torch_multi_hook if _aotfunc_recording() is None else _aotfunc_multi_hook  # type: ignore[name-defined] # noqa: F821
+    return f(tensors, fn, mode=mode)
 
 
 def _seed_template(seed):  # type: ignore[no-untyped-def]
