@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aotfunc import jit
 from aotfunc.errors import AotfuncError
@@ -103,6 +104,23 @@ def hook_removed(x):
     return y
 
 
+def both_modes(x):
+    with torch.inference_mode():
+        y = x * 2
+    return y, x * 3
+
+
+def optimizer_inside(compiler):
+    net = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net(torch.ones(3)).sum().backward()
+    compiler(lambda x: (optimizer.step(), x)[1])(torch.ones(3))
+
+
+def fake() -> torch.Tensor:
+    return FakeTensorMode().from_tensor(torch.ones(3))
+
+
 PROGRAMS: dict[str, Callable] = {
     "`if x.sum() > 0`": on(ones())(lambda x: x if x.sum() > 0 else -x),
     "`x * c.item()`, `c` from outside": closed_over(lambda: torch.tensor(3.0), lambda c, x: x * c.item()),
@@ -144,6 +162,15 @@ PROGRAMS: dict[str, Callable] = {
     "`c.kept = Box(x * 2)`": closed_over(Box, lambda c, x: (setattr(c, "kept", Box(x * 2)), x)[1]),
     "`x.tag = y` of an argument": on(ones())(assigned_to_argument),
     "an object without `__class__`": closed_over(Classless, lambda c, x: x * c.scale),
+    "`optimizer.step()` inside": optimizer_inside,
+    "a parameter made inside, and what depends on it": on(ones())(
+        lambda x: (lambda p: (p, p * x))(nn.Parameter(torch.ones(3)))
+    ),
+    "results made in and outside of `inference_mode()`": on(ones())(both_modes),
+    "`torch.jit.trace` of a compiled function": lambda compiler: torch.jit.trace(
+        compiler(lambda x: x * 2), (torch.ones(3),)
+    ),
+    "a FakeTensor as argument": on(fake)(lambda x: x * 2),
     "a sparse argument": lambda compiler: compiler(lambda x: x * 2)(torch.eye(3).to_sparse()),
     "a compiler that fails": lambda compiler: jit(lambda x: x * 2, backend=lambda gm, inputs: 1 / 0)(torch.ones(3)),
     "an unknown backend": lambda compiler: jit(lambda x: x, backend="none")(torch.ones(3)),
