@@ -22,9 +22,9 @@ from .errors import CaptureError
 from .graph import Program, weight
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import Functionalizer, input_nodes
-from .trace.records import flat
+from .trace.records import Record, flat
 from .trace.replay import generators, named_generators
-from .trace.shapes import sig_of
+from .trace.shapes import Instr, Sig, sig_of
 from .trace.traced import HOOKS, Traced, has_values, quiet, under_way
 from .trace.tracer import Trace
 from .transforms.lower import lowered
@@ -45,7 +45,7 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
     """``question(*values)`` for the values of ``tensors``, which must be the same in all samples."""
     line = at(user_line())
     with as_if_outside(), paused_gc():
-        values, count = batches(trace, tensors, what)
+        values, count = followed(trace, tensors) or batches(trace, tensors, what)
     with quiet(), torch.no_grad():
         if not count:
             raise CaptureError(f"{what} was asked for, but the batch is empty: there is no sample to answer{line}")
@@ -75,6 +75,131 @@ def as_if_outside() -> Any:
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 
+# ----- step by step ---------------------------------------------------------------------------------------------------
+
+
+class Unsteady(Exception):
+    """A recording that cannot be followed step by step: something writes, draws or looks back at earlier steps."""
+
+
+def followed(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
+    """As :func:`batches`, but each step is run once, however often a recording is asked; None if that cannot be."""
+    try:
+        follower = follow(trace)
+        return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
+    except Unsteady:
+        return None
+
+
+def follow(trace: Trace) -> Followed:
+    if trace.followed is None:
+        trace.followed = Followed(trace)
+    trace.followed.catch_up(trace)
+    return trace.followed
+
+
+class Followed:
+    """The values of a recording as far as it has come, for all samples of all batches around it at dimension 0."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.outer = samples_around(trace)
+        self.count = samples_around(trace, itself=True)
+        self.values: dict[int, Tensor] = {}
+        self.done, self.number = 0, len(trace.inputs)  # steps that have been run, and values up to there
+
+    def catch_up(self, trace: Trace) -> None:
+        """Run what has been recorded since."""
+        new = trace.records[self.done :]
+        going_on = trace in under_way.traces and trace.concrete_inputs is not None
+        written = any(t.mutates for t in under_way.traces)  # in a recording around, too, to what this one closes over
+        if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
+            raise Unsteady
+        if not new:
+            return
+        refs, program = part(new, self.number)
+        values = [self.value(trace, r) for r in refs]
+        sigs = list(map(sig_of, values))
+        code = compiled(batched(program, Samples((0,) * len(values), self.count, "error"), sigs))
+        with quiet(), torch.no_grad():
+            made = code(*values)
+        self.values.update(enumerate(made, self.number))
+        self.number += len(made)
+        self.done += len(new)
+
+    def value(self, trace: Trace, ref: int) -> Tensor:
+        if ref not in self.values:
+            self.values[ref] = self.given(trace, ref)
+        return self.values[ref]
+
+    def given(self, trace: Trace, ref: int) -> Tensor:
+        """The value of an input, or of a tensor from outside."""
+        t = trace.origins[ref] if ref >= 0 else trace.lifted[~ref]
+        dim = trace.samples.dims[ref] if ref >= 0 and trace.samples is not None else None
+        with quiet(), torch.no_grad():
+            if t.__class__ is Traced:
+                if t.tracer not in under_way.traces:
+                    raise Unsteady
+                x = follow(t.tracer).value(t.tracer, t.ref)
+                x = repeated(x, self.outer // len(x))
+            elif has_values(t):
+                x = t.detach().expand(self.outer, *t.shape)
+            else:
+                raise Unsteady
+            if dim is None:
+                return repeated(x, self.count // self.outer)
+            return x.movedim(dim % t.ndim + 1, 1).flatten(0, 1)
+
+
+def samples_around(trace: Trace, itself: bool = False) -> int:
+    """How many samples the batches have together in which a recording goes on."""
+    traces = under_way.traces
+    around = traces[: traces.index(trace) + itself] if trace in traces else []
+    return math.prod(t.samples.size for t in around if t.samples is not None)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.unsqueeze(1).expand(len(x), times, *x.shape[1:]).flatten(0, 1)
+
+
+def steady(instr: Any) -> bool:
+    """Whether a step is nothing but a function of the tensors that it reads."""
+    facts = instr.facts
+    if facts.random or facts.writes:
+        return False
+    return instr.__class__ is CallStep or (instr.__class__ is Instr and not (facts.effect or facts.dynamic))
+
+
+def part(records: Sequence[Record], number: int) -> tuple[list[int], Program]:
+    """Steps, of which the first makes the value ``number``, as a program of those values that they read and do not
+    make; it returns all that they make. A loop's rounds are the same program.
+    """
+    read: dict[int, Sig] = {}
+    for instr, refs, *_ in records:
+        known = instr.sigs if instr.__class__ is Instr else [p.meta["val"] for p in instr.program.placeholders]
+        for r, sig in zip(refs, known, strict=True):
+            if r < number and (r not in read or instr.__class__ is Instr):
+                read[r] = sig
+    place = {r: i for i, r in enumerate(read)}
+    shift = len(read) - number
+    own = tuple(
+        [(r[0], tuple([place[x] if x in place else x + shift for x in r[1]]), r[2], None, None) for r in records]
+    )
+
+    def make() -> Program:
+        trace, b = Trace(), Builder(REWRITES)
+        trace.inputs += read.values()
+        trace.records += own
+        f = Functionalizer(trace, b, input_nodes(trace, b))
+        f.run()
+        made = [f.read(r) for r in range(len(read), f.number)]
+        return Program(b.finish(made), len(read), len(made), (), "asked")
+
+    return list(read), _programs.once((own, *read.values()), make)
+
+
+# ----- the whole of it ------------------------------------------------------------------------------------------------
+
+
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
     """Real values of ``tensors`` with all samples at dimension 0, and how many samples there are."""
     if trace.concrete_inputs is None and not trace.may_ask_constants:
@@ -87,8 +212,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         program, inputs = closed(program), trace.lifted
     if samples is not None:
         sigs = [t.sig if t.__class__ is Traced else sig_of(t) for t in trace.origins]
-        key = ("asked", *samples, *sigs)
-        program = batched(program, samples, sigs, key)
+        program = batched(program, samples, sigs)
     outer = outside(trace)
     if outer is None:
         values, count = run(program, inputs, what), 1
@@ -101,9 +225,11 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         return [v.flatten(0, 1) for v in values], count * samples.size
 
 
-def batched(program: Program, samples: Samples, sigs: Sequence[Any], key: tuple) -> Program:
+def batched(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
     outs = [0] * program.n_outputs
-    return program.derived(key, lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs))
+    return program.derived(
+        ("asked", *samples, *sigs), lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs)
+    )
 
 
 def refusal(trace: Trace, what: str) -> CaptureError:

@@ -33,6 +33,7 @@ class Replay:
                 if t is not None and (real := known(trace, t)) is not None:
                     with quiet():
                         self.env[i] = self.copy(real)
+        self.generators = generators([])
         self.states: dict[torch.Generator, Tensor] = {}  # as what has been run left them
         self.number = len(trace.inputs)
 
@@ -53,10 +54,11 @@ class Replay:
 
     def value(self, trace: Trace, ref: int) -> Tensor | None:
         """The value of a result of the recording; None if it depends on inputs that are not there."""
-        used = generators(trace.records)
-        outside = {g: g.get_state() for g in used}
-        for g in used:
-            g.set_state(self.states.get(g, outside[g]))
+        new = trace.records[self.done :]  # what has been run is not run again, nor looked at
+        self.generators |= generators(new)
+        outside = {g: g.get_state() for g in self.generators}
+        for g, state in outside.items():
+            g.set_state(self.states.get(g, state))
         try:
             with quiet(), torch.no_grad():
                 for i, t in enumerate(trace.lifted):
@@ -64,7 +66,7 @@ class Replay:
                         real = t if -1 - i in trace.made_inside else known(trace, t)
                         if real is not None:
                             self.env[-1 - i] = self.copy(real)
-                for instr, refs, *_ in trace.records[self.done :]:
+                for instr, refs, *_ in new:
                     if any(r not in self.env for r in refs) or (instr.facts.random and not self.draws):
                         for slot in written_slots(instr):
                             self.lose(trace, trace.root(refs[slot]))
@@ -74,7 +76,7 @@ class Replay:
                         self.env[self.number] = o
                         self.number += 1
                 self.done = len(trace.records)
-            self.states = {g: g.get_state() for g in used}
+            self.states = {g: g.get_state() for g in self.generators}
         finally:
             for g, state in outside.items():
                 g.set_state(state)

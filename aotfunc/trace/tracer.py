@@ -78,6 +78,7 @@ class Trace(TorchDispatchMode):
         self.samples: Any = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
+        self.followed: Any = None  # see asked.py
         self._roots: tuple[int, dict[int, int]] | None = None  # after so many records, see root
         self._places: tuple[Place, ...] | None = None
         self.finished = False
@@ -415,6 +416,8 @@ class Trace(TorchDispatchMode):
         self.autograd.forget()
         if self._values is not None and self._values.done > records:
             self._values = None
+        if self.followed is not None and self.followed.done > records:
+            self.followed = None
 
     def key(self) -> tuple:
         """What two recordings have in common that differ only in the data they would run on."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import aotfunc
-from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
+from aotfunc import asked, grad, jacrev, jit, jvp, make_fx, vjp, vmap
 from aotfunc.errors import AotfuncError
+from aotfunc.trace import replay
 from tests.reference import assert_same, grads, loop
 
 
@@ -371,3 +372,64 @@ def test_global_state_survives_an_error():
     assert torch.ones(2).sum().item() == 2
     assert type(torch.ones(2) * 2) is torch.Tensor
     assert_same(aotfunc.grad(lambda x: x.sum())(torch.ones(2)), torch.ones(2))
+
+
+# loops that ask in every round --------------------------------------------------------------------------------------
+
+
+def rounds(n, asks=True):
+    def f(x):
+        y = x
+        for _ in range(n):
+            y = y - 0.1 * y.sin() * x
+            y = y * 2 if asks and y.abs().max() < 1e-9 else y
+        return y.sum()
+
+    return f
+
+
+def inner_gradients(n, asks=True):
+    def f(x):
+        y = x
+        for _ in range(n):
+            y = y - 0.1 * grad(lambda y: (y * x).sin().sum())(y)
+            if asks and y.detach().norm() > 1e9:
+                break
+        return y.sum()
+
+    return f
+
+
+@pytest.mark.parametrize("f", [rounds, inner_gradients])
+@pytest.mark.parametrize(
+    "how",
+    [
+        grad,
+        vmap,
+        lambda f: grad(lambda x: grad(f)(x).sum()),
+        lambda f: vmap(grad(f)),
+        lambda f: grad(lambda x: vmap(f)(x).sum()),
+        lambda f: vmap(vmap(f)),
+        lambda f: vmap(lambda x: jvp(f, (x,), (x,))[1]),
+        lambda f: vmap(f, in_dims=1),
+    ],
+    ids=["grad", "vmap", "grad grad", "vmap grad", "grad vmap", "vmap vmap", "vmap jvp", "vmap of columns"],
+)
+def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
+    """The steps that are run to answer grow as the rounds do, and the answers are right."""
+    ran = []
+
+    def counted(module, name, steps):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (ran.append(steps(*args)), original(*args))[1])
+
+    counted(replay, "instr_run", lambda *_: 1)
+    counted(asked, "part", lambda records, _: len(records))
+    counted(asked, "so_far", lambda trace, _: len(trace.records))
+    x, steps = r(2, 3, 4) if how is not grad else r(4), []
+    for n in (10, 20):
+        ran.clear()
+        out = how(f(n))(x)
+        steps.append(sum(ran))
+        assert_same(out, how(f(n, asks=False))(x))
+    assert steps[0] >= 10 and steps[1] < 2.5 * steps[0]
