@@ -50,16 +50,37 @@ class Fakes:
         fake = self.made.get(val)
         if fake is None:
             if self.mode is None:
-                self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+                self.mode = LazyMode()
             with quiet():  # without the mode: its flags belong to the process, and a recording may be under way
                 fake = self.made[val] = FakeTensor(self.mode, val.fresh(), val.device)
         return fake
 
 
-class Meta(dict):
-    """A node's metadata that is made when somebody looks: FakeTensors, whose mode imports Dynamo, which takes seconds,
-    and the text of the user's line.
+class LazyMode(FakeTensorMode):
+    """A FakeTensorMode that becomes one when an op runs under it, because making one imports Dynamo, which takes
+    seconds. Until then it knows what FakeTensors ask for when they are made.
     """
+
+    _allow_unsafe_data_ptr_access = allow_meta = True
+
+    def __init__(self) -> None:
+        pass
+
+    def become(self) -> None:
+        object.__setattr__(self, "__class__", FakeTensorMode)
+        self.__init__(allow_non_fake_inputs=True)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        self.become()
+        return getattr(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.become()
+        setattr(self, name, value)
+
+
+class Meta(dict):
+    """A node's metadata that is made when somebody looks: FakeTensors and the text of the user's line."""
 
     __slots__ = ("fakes",)
 

@@ -1,15 +1,13 @@
-"""Shape rules of tensor algebra: the same shape again, a range, reductions, products. See :mod:`.infer`."""
+"""Shape rules of tensor algebra: the same shape again, reductions, products, solutions. See :mod:`.infer`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .infer import axis, broadcast, formatted, new, plain, pointwise, result_strides, rule, sure
-from .shapes import Sig, contiguous_stride, make_sig
+from .infer import axis, broadcast, formatted, new, ordered_strides, plain, pointwise, result_strides, rule, sure
+from .shapes import Sig, contiguous_stride
 
 aten = torch.ops.aten
 
@@ -39,8 +37,8 @@ def _like(x, *, dtype=None, layout=None, device=None, pin_memory=None, memory_fo
     return like(x, dtype, memory_format)
 
 
-@rule(aten.rand_like, aten.randn_like)
-def _rand_like(x, *, dtype=None, **options):
+@rule(aten.rand_like, aten.rand_like.generator, aten.randn_like, aten.randn_like.generator)
+def _rand_like(x, *, dtype=None, generator=None, **options):
     drawn = dtype or x.dtype
     sure(drawn.is_floating_point or drawn.is_complex)
     return _like(x, dtype=dtype, **options)
@@ -122,29 +120,6 @@ def _cumulate(x, dim, *, dtype=None):
     axis(dim, x.ndim)
     plain(x)
     return new(x, x.shape, dtype or (x.dtype if floating(x) else torch.int64))
-
-
-# ----- factories ------------------------------------------------------------------------------------------------------
-
-
-def created(size: Sequence[int], dtype: Any, layout: Any, device: Any, pin_memory: Any) -> Sig:
-    sure(layout in (None, torch.strided) and not pin_memory and all(n >= 0 for n in size))
-    where = torch.device(device) if device is not None else torch.device("cpu")
-    return make_sig(tuple(size), contiguous_stride(tuple(size)), dtype or torch.get_default_dtype(), where)
-
-
-@rule(aten.arange)
-def _arange(end, **options):
-    return _arange_step(0, end, **options)
-
-
-@rule(aten.arange.start, aten.arange.start_step)
-def _arange_step(start, end, step=1, *, dtype=None, layout=None, device=None, pin_memory=None):
-    whole = all(type(n) is int for n in (start, end, step))
-    sure(step and (whole or dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)))
-    sure((end - start) * step >= 0 and math.isfinite((end - start) / step))
-    length = -((start - end) // step) if whole else math.ceil((end - start) / step)
-    return created((length,), dtype or (torch.int64 if whole else None), layout, device, pin_memory)
 
 
 # ----- reductions -----------------------------------------------------------------------------------------------------
@@ -295,6 +270,53 @@ def _baddbmm(c, a, b, *, beta=1, alpha=1):
     out = _bmm(a, b)
     sure(c.dtype is out.dtype and broadcast(c.shape, out.shape) == out.shape)
     return out
+
+
+# ----- solutions ------------------------------------------------------------------------------------------------------
+
+
+def matrix_strides(shape: tuple, column_major: bool) -> tuple:
+    """Strides of a batch of matrices that are contiguous by rows or by columns."""
+    batch, rows, columns = range(len(shape) - 2), len(shape) - 2, len(shape) - 1
+    return ordered_strides(shape, (*batch, columns, rows) if column_major else range(len(shape)))
+
+
+@rule(aten.cholesky)
+def _cholesky(a, upper=False):
+    sure(a.ndim >= 2 and a.shape[-2] == a.shape[-1] and a.differentiable and 0 not in a.shape)
+    return new(a, a.shape, stride=matrix_strides(a.shape, column_major=True))
+
+
+@rule(aten.lu_unpack)
+def _lu_unpack(a, pivots, unpack_data=True, unpack_pivots=True):
+    sure(a.ndim >= 2 and a.dtype.is_floating_point and pivots.dtype is torch.int32)
+    sure(pivots.shape == (*a.shape[:-2], min(a.shape[-2:])))
+    *batch, m, n = a.shape
+    k = min(m, n)
+    shapes = [(*batch, m, m) if unpack_pivots else (0,)]
+    shapes += [(*batch, m, k), (*batch, k, n)] if unpack_data else [(0,), (0,)]
+    return tuple([new(a, shape) for shape in shapes])
+
+
+def solved(factors: Sig, pivots: Sig, b: Sig, column_major: bool = True) -> Sig:
+    same_dtype(factors, b)
+    sure(factors.ndim >= 2 and b.ndim >= 2 and pivots.dtype is torch.int32)
+    *batch, m, n = factors.shape
+    sure(m == n and pivots.shape == factors.shape[:-1])
+    shape = (*broadcast(batch, b.shape[:-2]), *b.shape[-2:])
+    return new(b, shape, stride=matrix_strides(shape, column_major))
+
+
+@rule(aten.linalg_lu_solve)
+def _lu_solve(factors, pivots, b, *, left=True, adjoint=False):
+    sure(b.shape[-2 if left else -1] == factors.shape[-1])
+    return solved(factors, pivots, b, column_major=left)
+
+
+@rule(aten.linalg_ldl_solve)
+def _ldl_solve(factors, pivots, b, *, hermitian=False):
+    sure(b.shape[-2] == factors.shape[-1])
+    return solved(factors, pivots, b)
 
 
 @rule(aten.linalg_lstsq)

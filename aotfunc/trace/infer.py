@@ -2,8 +2,9 @@
 
 PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a fresh process; a rule
 here is a few lines and imports nothing. A rule takes the op's arguments with signatures in place of tensors and answers
-exactly what the meta kernel would. What it is not sure of, invalid arguments included, it declines (:class:`Unsure`),
-and the meta kernel decides. Views, copies and factories have no rules: their meta kernels are C++, exact and quick.
+exactly what the kernel would. What it is not sure of, invalid arguments included, it declines (:class:`Unsure`), and a
+kernel decides, see :func:`.shapes.by_kernel`. Views and copies have no rules: their meta kernels are C++, exact and
+quick.
 
 Pointwise ops need no rule each. Their result dtype is asked of the kernel itself, run on tensors without elements;
 shape and strides follow TensorIterator's rules.
@@ -132,10 +133,11 @@ def in_order(sig: Sig, order: Sequence[int]) -> bool:
 def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
     """The strides of a pointwise result: dense, the dimensions in the operands' common order (TensorIterator's rule).
 
-    Declines where kernels differ: unusual layouts together with dimensions of size 1, overlap or broadcasting.
+    Declines where kernels differ: no elements, and unusual layouts together with dimensions of size 1, overlap or
+    broadcasting.
     """
     standard = contiguous_stride(shape)
-    sure(0 not in shape or all(s.stride == contiguous_stride(s.shape) for s in operands))
+    sure(0 not in shape)
     if len(shape) < 2 or all(s.stride == standard or natural(s) for s in operands):
         return standard
     operands = [s for s in operands if s.shape]
@@ -219,7 +221,7 @@ LEFT_OUT = {"clone", "ldexp", "select_scatter", "slice_scatter", "diagonal_scatt
 @cache
 def rule_for(op: OpOverload) -> Callable | None:
     """The written rule, or the common one of pointwise ops; for an op in place that of its functional twin."""
-    from . import families, layers, lookups  # noqa: F401  (their rules register themselves)
+    from . import factories, families, layers, lookups  # noqa: F401  (their rules register themselves)
 
     if op in RULES:
         return RULES[op]

@@ -142,7 +142,7 @@ def _layer_norm(x, shape, weight, bias, eps):
     sure(0 < k <= x.ndim and x.shape[-k:] == tuple(shape) and 0 not in x.shape and x.dtype.is_floating_point)
     sure(all(p is None or (p.shape == tuple(shape) and p.dtype is x.dtype) for p in (weight, bias)))
     plain(x, weight, bias)
-    moment = new(x, (*x.shape[:-k], *[1] * k), WIDE.get(x.dtype))
+    moment = new(x, (*x.shape[:-k], *[1] * k), None if x.device.type == "cpu" else WIDE.get(x.dtype))
     return like(x), moment, moment
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .families import like, same_dtype
@@ -92,7 +94,8 @@ def _slice_backward(g, sizes, dim, start, end, step):
 
 @rule(aten.select_backward)
 def _select_backward(g, sizes, dim, index):
-    axis(dim, len(sizes))
+    n = sizes[axis(dim, len(sizes))]
+    sure(-n <= index < n)
     return new(g, sizes)
 
 
@@ -110,8 +113,24 @@ def _scatter(x, dim, index, source):
 
 @rule(aten.index_put)
 def _index_put(x, indices, values, accumulate=False):
-    sure(values.dtype is x.dtype and broadcast(values.shape, _index(x, indices).shape) == _index(x, indices).shape)
+    sure(values.dtype is x.dtype and indices)
+    if not fitting_masks(x, indices):
+        chosen = _index(x, indices).shape
+        sure(broadcast(values.shape, chosen) == chosen)
     return like(x)
+
+
+def fitting_masks(x: Sig, indices: Sequence[Sig | None]) -> bool:
+    """Whether there are masks among the indices; declines unless they fit."""
+    masks, d = False, 0
+    for i in indices:
+        if i is not None and i.dtype is torch.bool:
+            sure(i.shape == x.shape[d : d + i.ndim])
+            masks, d = True, d + i.ndim
+        else:
+            d += 1
+    sure(d <= x.ndim and (not masks or all(i is None or i.dtype is torch.bool for i in indices)))
+    return masks
 
 
 @rule(aten.index_add, aten.index_copy)
@@ -153,3 +172,10 @@ def _repeat(x, repeats):
     lead = len(repeats) - x.ndim
     sure(lead >= 0 and all(r >= 0 for r in repeats))
     return new(x, [n * r for n, r in zip((1,) * lead + tuple(x.shape), repeats, strict=True)])
+
+
+@rule(aten.constant_pad_nd)
+def _constant_pad(x, pads, value=0):
+    sure(len(pads) % 2 == 0 and len(pads) <= 2 * x.ndim and all(p >= 0 for p in pads))
+    sure(x.stride == contiguous_stride(x.shape))
+    return new(x, [n + sum(pads[2 * d : 2 * d + 2]) for d, n in zip(range(x.ndim - 1, -1, -1), x.shape, strict=True)])

@@ -225,17 +225,17 @@ def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none, or does not
-    know the layout.
+    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none, does not know
+    the layout, or would have to import half of PyTorch.
     """
     device = output_device(op, kwargs, sigs)
     args = tuple([no_generator(a) for a in args])
     kwargs = {k: no_generator(v) for k, v in kwargs.items()}
     with torch._C._DisableTorchDispatch(), off(), torch.no_grad():
-        if device_decides_layout(op, sigs):
+        if better_tried(op, sigs):
             try:
                 return signatures(_on_zeros(op, args, kwargs, sigs), device)
-            except RuntimeError:
+            except (RuntimeError, IndexError):
                 pass  # zeros are no good argument for this op: let the meta kernel answer
         metas = [s.proto if Facts(op).pure else s.fresh() for s in sigs]
         try:
@@ -260,19 +260,42 @@ AFFORDABLE = 1 << 22
 DEVICE_DECIDES = ("linalg_", "_linalg_", "_fft_", "multi_margin_loss", "multilabel_margin_loss", "nonzero_static") + (
     ("_embedding_bag", "_embedding_bag_forward_only")
 )
+#: zeros are indices out of bounds to them, or a failed assertion, which kernels on a GPU do not survive
+NOT_OF_ZEROS = {"lu_unpack", "linalg_lu_solve", "linalg_ldl_solve", "multinomial", "_functional_assert_async"}
 
 
-def device_decides_layout(op: OpOverload, sigs: tuple) -> bool:
-    """Whether the strides (or empty statistics, or the dimensions of a single loss) of the results depend on the
-    device's kernel in ways that meta kernels do not know: for unusual layouts they often do not.
+def better_tried(op: OpOverload, sigs: tuple) -> bool:
+    """Whether the device's kernel, on zeros, is a better witness than the meta kernel: where the strides (or empty
+    statistics, or the dimensions of a single loss) of the results depend on the device in ways that meta kernels do not
+    know, for unusual layouts they often do not; and where the meta kernel is written in Python.
     """
     name = plain_name(op)
-    unusual = any(s.stride != contiguous_stride(s.shape) for s in sigs)
-    if unusual and op.namespace == "aten" and Facts(op).pure and sum(s.numel for s in sigs) < AFFORDABLE:
-        return True
+    facts, affordable = Facts(op), sum(s.numel for s in sigs) < AFFORDABLE
+    if name in NOT_OF_ZEROS or facts.effect or facts.dynamic:
+        return False
+    if op.namespace == "aten" and affordable:
+        if facts.pure and any(s.stride != contiguous_stride(s.shape) for s in sigs):
+            return True
+        if sigs and facts.view_of is None and python_meta(op):
+            return True
     if name.startswith(("convolution", "_native_batch_norm_legit", "rrelu_with_noise")):
         return any(not s.plain for s in sigs) or name.endswith("no_training")
     return name.startswith(DEVICE_DECIDES)
+
+
+#: composed of ops with such kernels
+MADE_OF_SUCH = {"rot90", "_trilinear", "constant_pad_nd", "randint_like", "mish_backward", "_conj_physical"}
+
+
+@cache
+def python_meta(op: OpOverload) -> bool:
+    """Whether the op's meta kernel is written in Python, or made of such: it imports sympy and often Dynamo, seconds
+    in a fresh process.
+    """
+    if plain_name(op) in MADE_OF_SUCH:
+        return True
+    entries = torch._C._dispatch_dump(op.name()).splitlines()
+    return any(e.startswith("Meta: registered at") and ".py:" in e for e in entries)
 
 
 def _on_meta(op: OpOverload, kwargs: dict) -> dict:

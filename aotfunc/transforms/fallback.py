@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
+from torch.autograd import Variable, forward_ad
 
 from ..errors import RuleError
-from ..trace.patches import ORIGINALS
 from ..trace.traced import Traced, current
 from .rules.table import OPENED, call_op, tensor_args
 
@@ -92,12 +91,15 @@ def reverse_rule(op: OpOverload) -> Callable:
                     raise NoFormula("autograd does not differentiate it")
                 return [None] * len(needs)
             keys = list(leaves)
-            grads = ORIGINALS.get("grad", torch.autograd.grad)(
-                [o for o, _ in pairs],
-                [leaves[k] for k in keys],
-                [x for _, x in pairs],
-                allow_unused=True,
-                create_graph=True,
+            # the engine itself: torch.autograd.grad imports sympy to compare shapes
+            grads = Variable._execution_engine.run_backward(
+                tuple(o for o, _ in pairs),
+                tuple(x for _, x in pairs),
+                True,  # keep the graph
+                True,  # and make one
+                tuple(leaves[k] for k in keys),
+                allow_unreachable=True,
+                accumulate_grad=False,
             )
         except (RuntimeError, NotImplementedError) as e:
             raise NoFormula(str(e).split("\n")[0]) from e

@@ -57,6 +57,7 @@ def install() -> None:
     redirect("fastpath", torch.backends.mha.get_fastpath_enabled, None, _fastpath_template)
     ORIGINALS.setdefault("checkpoint", torch_checkpoint._checkpoint_without_reentrant_generator)
     torch_checkpoint._checkpoint_without_reentrant_generator = checkpoint_region
+    undisturbed(torch_checkpoint.checkpoint)
     HOOKS["register_hook"] = register_hook
     outside.install()
     module_hooks.install()
@@ -72,6 +73,19 @@ def install() -> None:
     refuse(graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks")
     redirect("multi_hook", graph.register_multi_grad_hook, register_multi_grad_hook, _multi_hook_template)
     _installed = True
+
+
+def undisturbed(f: Callable) -> None:
+    """Let a function that PyTorch keeps Dynamo out of import it no sooner than somebody else does."""
+    body = f.__wrapped__  # type: ignore[attr-defined]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return body(*args, **kwargs)
+        del body.__dynamo_disable  # PyTorch keeps there what it calls for `f`, and now makes its own
+        return f(*args, **kwargs)
+
+    body.__dynamo_disable = call
 
 
 def refuse(owner: Any, name: str, what: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.reduce import norm_backward
-from aotfunc.transforms.rules.table import aten, jvp_of, opened_as, total, vmap_of
+from aotfunc.transforms.rules.table import aten, broadcast_shapes, jvp_of, opened_as, total, vmap_of
 
 
 def differences(x: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor, *, batched: Any, s
     tensors = [with_batch(t, b, size) for t, b in zip((g, x, y, out), batched, strict=True)]
     rank = max(t.dim() for t in tensors)
     tensors = [t.reshape(size, *[1] * (rank - t.dim()), *t.shape[1:]) for t in tensors]
-    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
+    lead = broadcast_shapes(*(t.shape[:-2] for t in tensors))
     g, x, y, out = (t.expand(*lead, *t.shape[-2:]).contiguous() for t in tensors)
     summed = [size, *[1] * (rank - 1 - len(shape)), *shape]
     return aten._cdist_backward(g, x, y, p, out).sum_to_size(summed).reshape(size, *shape)

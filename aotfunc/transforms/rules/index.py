@@ -16,6 +16,7 @@ from torch import Tensor
 from .places import Indices, Places, count_read, count_written, is_mask, numbered, numbered_each, single
 from .table import (
     aten,
+    broadcast_shapes,
     expand_lead,
     jvp_of,
     linear,
@@ -264,7 +265,7 @@ linear(
 
 
 def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], size: Any, shape: Any) -> Tensor:
-    full = torch.broadcast_shapes(x.shape[batched[0] :], mask.shape[batched[1] :]) or (1,)
+    full = broadcast_shapes(x.shape[batched[0] :], mask.shape[batched[1] :]) or (1,)
     x, mask = (
         align(t, len(full)).expand(size, *full) if b else t.expand(full)
         for t, b in zip((x, mask), batched, strict=True)
@@ -274,7 +275,7 @@ def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], 
 
 linear(
     aten.masked_select,
-    lambda g, x, mask: g.new_zeros(torch.broadcast_shapes(x.shape, mask.shape)).masked_scatter(mask, g),
+    lambda g, x, mask: g.new_zeros(broadcast_shapes(x.shape, mask.shape)).masked_scatter(mask, g),
     None,
     batch=batch_masked_select,
 )
@@ -282,7 +283,7 @@ linear(
 
 @jvp_of(aten.masked_select)
 def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    full = torch.broadcast_shapes(x.shape, mask.shape)
+    full = broadcast_shapes(x.shape, mask.shape)
     return read(tangents[0].expand(full), [mask.expand(full)], out.shape)
 
 

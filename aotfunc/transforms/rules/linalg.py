@@ -16,6 +16,7 @@ from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.table import (
     Formula,
     aten,
+    broadcast_shapes,
     call_op,
     conj,
     jvp_of,
@@ -91,7 +92,7 @@ def with_pivots(op: OpOverloadPacket) -> None:
         factors, b = (x.reshape(size, *[1] * (rank - x.dim()), *x.shape[1:]) for x in (factors, b))
         pivots = pivots.reshape(size, *[1] * (rank - 1 - pivots.dim()), *pivots.shape[1:])
         if op is aten.linalg_ldl_solve:  # it does not broadcast
-            lead = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+            lead = broadcast_shapes(factors.shape[:-2], b.shape[:-2])
             factors, pivots, b = (x.expand(*lead, *x.shape[len(lead) :]).contiguous() for x in (factors, pivots, b))
         return call_op(overload(op), [factors, pivots, b, *flags])
 

@@ -14,6 +14,7 @@ from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.table import (
     Formula,
     aten,
+    broadcast_shapes,
     call_op,
     jvp_of,
     linear,
@@ -124,7 +125,7 @@ def aligned(
     """
     full = list(args)
     given = [(i, args[i], b) for i, b in zip(tensor_args(op), batched, strict=True) if args[i] is not None]
-    shape = torch.broadcast_shapes(*(x.shape[1:] if b else x.shape for _, x, b in given[skip:]))
+    shape = broadcast_shapes(*(x.shape[1:] if b else x.shape for _, x, b in given[skip:]))
     for i, x, b in given:
         if b:
             x = x.reshape(size, *[1] * (len(shape) + 1 - x.dim()), *x.shape[1:])
@@ -176,7 +177,7 @@ def elementwise_loss(
         unweighted(needs[2:], op)
         x, y, *weight = args[:at]
         gx = backward(g, *args)
-        count = torch.broadcast_shapes(x.shape, y.shape).numel()
+        count = broadcast_shapes(x.shape, y.shape).numel()
         gy = of_target(gx, spread(g, args[at], count), x, y, *weight) if needs[1] else None
         return gx, gy, *[None] * len(weight)
 
@@ -248,7 +249,7 @@ vmap_of(aten.binary_cross_entropy_with_logits)(batch_loss(aten.binary_cross_entr
 
 @vjp_of(aten.binary_cross_entropy_with_logits)
 def _(g, out, x, y, weight, pos_weight, reduction, *, needs):
-    shape = torch.broadcast_shapes(*(t.shape for t in (x, y, weight, pos_weight) if t is not None))
+    shape = broadcast_shapes(*(t.shape for t in (x, y, weight, pos_weight) if t is not None))
     raw = spread(g, reduction, shape.numel()).expand(shape)
     g = raw if weight is None else raw * weight
     of_x = of_y = of_weight = of_pos = None

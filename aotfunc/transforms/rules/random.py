@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from .pointwise import functional
-from .table import aten, call_op, jvp_of, nondiff, pointwise, tensor_args, vjp_of, vmap_of
+from .table import aten, broadcast_shapes, call_op, jvp_of, nondiff, pointwise, tensor_args, vjp_of, vmap_of
 
 
 def shared(draw: Tensor, size: int) -> Tensor:
@@ -173,7 +173,7 @@ def normal(mean: Any, std: Any, generator: Any, batched: list[bool], size: int, 
     tensors = [v for v in (mean, std) if isinstance(v, Tensor)]
     values = iter(aligned(tensors, batched, size))
     mean, std = (next(values) if isinstance(v, Tensor) else v for v in (mean, std))
-    shape = torch.broadcast_shapes(*(v.shape for v in (mean, std) if isinstance(v, Tensor)))
+    shape = broadcast_shapes(*(v.shape for v in (mean, std) if isinstance(v, Tensor)))
     width = 1.0 if isinstance(std, Tensor) else std
     noise = aten.normal.float_float(
         0.0,

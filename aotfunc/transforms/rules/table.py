@@ -29,6 +29,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -89,17 +90,25 @@ def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> li
 EXTRAS = ("needs", "batched", "size", "randomness", "shape", "sample")
 
 
+def parameters(f: Formula) -> tuple[int, tuple[str, ...], bool]:
+    """How many positional parameters ``f`` has, its keyword-only ones, and whether it takes any number of positional
+    ones, as an op does. Read off the code: signatures of two thousand rules would take half the time of the import.
+    """
+    code = getattr(f, "__code__", None)
+    if code is None:
+        return 0, (), True
+    count, keyword_only = code.co_argcount, code.co_kwonlyargcount
+    return count, code.co_varnames[count : count + keyword_only], bool(code.co_flags & inspect.CO_VARARGS)
+
+
 def adapt(rule: Formula, leading: int) -> Formula:
     """Wrap ``rule`` so that it may be called with every argument and every extra; it is given what it names.
 
     ``leading`` is the number of parameters before the op's own arguments.
     """
-    parameters = inspect.signature(rule).parameters.values()
-    wants = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    count, wants, variadic = parameters(rule)
     if unknown := [name for name in wants if name not in EXTRAS]:
         raise TypeError(f"a rule may ask for {', '.join(EXTRAS)}, not {', '.join(unknown)}")
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
     def call(*args: Any, **extras: Any) -> Any:
         given = args if variadic else args[:count]
@@ -268,6 +277,12 @@ def total(terms: Any) -> Tensor | None:
     for term in terms:
         result = term if result is None else result + term
     return result
+
+
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
+    """The shape that these broadcast to, which they do. (``torch.broadcast_shapes`` imports sympy.)"""
+    sizes = zip_longest(*map(reversed, shapes), fillvalue=1)
+    return torch.Size([next((n for n in along if n != 1), 1) for along in sizes][::-1])
 
 
 def elementwise(op: OpOverload) -> Formula:
