@@ -25,9 +25,10 @@ from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
 from .trace.shapes import Sig
+from .trace.views import laid_out
 from .transforms.lower import CALLS, lowered
 from .transforms.steps import CompiledCall
-from .transforms.vjp import has_zeros, live, vjp
+from .transforms.vjp import dense, has_zeros, live, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
@@ -293,4 +294,4 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
 def zeros(b: Any, n: Node) -> Any:
     val = n.meta["val"]
     kwargs = {"dtype": val.dtype, "device": val.device}
-    return b.make("call_function", aten.zeros.default, (list(val.shape),), kwargs, val)
+    return laid_out(b, b.make("call_function", aten.zeros.default, (list(val.shape),), kwargs, dense(val)), val)
