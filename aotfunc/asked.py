@@ -135,16 +135,18 @@ class Followed:
         """The value of an input, or of a tensor from outside."""
         t = trace.origins[ref] if ref >= 0 else trace.lifted[~ref]
         dim = trace.samples.dims[ref] if ref >= 0 and trace.samples is not None else None
+        known = None
+        if t.__class__ is Traced:
+            if t.tracer not in under_way.traces:
+                raise Unsteady
+            known = follow(t.tracer).value(t.tracer, t.ref)  # traces rules, for which nothing is set aside
+        elif not has_values(t):
+            raise Unsteady
         with quiet(), torch.no_grad():
-            if t.__class__ is Traced:
-                if t.tracer not in under_way.traces:
-                    raise Unsteady
-                x = follow(t.tracer).value(t.tracer, t.ref)
-                x = repeated(x, self.outer // len(x))
-            elif has_values(t):
+            if known is None:
                 x = t.detach().expand(self.outer, *t.shape)
             else:
-                raise Unsteady
+                x = repeated(known, self.outer // len(known))
             if dim is None:
                 return repeated(x, self.count // self.outer)
             return x.movedim(dim % t.ndim + 1, 1).flatten(0, 1)

@@ -412,8 +412,11 @@ def inner_gradients(n, asks=True):
         lambda f: vmap(vmap(f)),
         lambda f: vmap(lambda x: jvp(f, (x,), (x,))[1]),
         lambda f: vmap(f, in_dims=1),
+        lambda f: vmap(lambda x: vmap(lambda y: f(y.cos() * x.sin().sum()), in_dims=-1)(x.exp()).sum() * x),
+        lambda f: vmap(lambda x: grad(lambda y: f(y * x.sin()))(x.exp())),
     ],
-    ids=["grad", "vmap", "grad grad", "vmap grad", "grad vmap", "vmap vmap", "vmap jvp", "vmap of columns"],
+    ids=["grad", "vmap", "grad grad", "vmap grad", "grad vmap", "vmap vmap", "vmap jvp", "vmap of columns"]
+    + ["steps around vmap", "steps around grad"],
 )
 def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
     """The steps that are run to answer grow as the rounds do, and the answers are right."""
