@@ -16,9 +16,11 @@ from .debug import defined
 from .errors import ArgumentError
 from .graph import Program
 from .trace.instances import flatten_tree, opened_in
-from .trace.shapes import Sig, make_sig
+from .trace.shapes import Sig, make_sig, sig_of
+from .trace.traced import Traced
 from .trace.tree import Arguments, flatten, leaf_paths, structure, unflatten
 from .transforms.capture import parameter_names, record
+from .transforms.jvp import tangent_sig
 
 Dims = int | None | tuple | list | dict
 
@@ -182,16 +184,11 @@ def unlike(primals: Any, tangents: Any) -> str:
 
 def like(t: Tensor, p: Tensor) -> Tensor:
     """``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
-    if t.dtype != p.dtype:
-        t = t.to(p.dtype)
-    if t.stride() != p.stride() or t.storage_offset() != p.storage_offset():
-        out = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) if dense_layout(p) else None
-        t = t.contiguous() if out is None else out.copy_(t)
+    want = tangent_sig(p.sig if p.__class__ is Traced else sig_of(p))
+    t = t.to(p.dtype)
+    if t.stride() != want.stride or t.storage_offset():
+        t = torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device=want.device).copy_(t)
     return t
-
-
-def dense_layout(p: Tensor) -> bool:
-    return p.storage_offset() == 0 and all(s for s, n in zip(p.stride(), p.shape, strict=True) if n > 1)
 
 
 def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | None]:

@@ -45,7 +45,7 @@ def stacked(data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bo
             return torch.full((), x, dtype=dtype, device=device)
         if x.numel() != 1:
             raise ValueError(f"only tensors of one element can be numbers in a list, not one of shape {list(x.shape)}")
-        if not torch.can_cast(x.dtype, dtype):
+        if (x.is_floating_point() or x.is_complex()) and not torch.can_cast(x.dtype, dtype):
             raise TypeError(f"a number of dtype {x.dtype} does not become one of dtype {dtype}")
         return x.detach().reshape(()).to(device, dtype)
 

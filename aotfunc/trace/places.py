@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shapes import Slot, env_key, find, infer, intern
+from .shapes import Slot, env_key, find, infer, intern, make_sig
 from .traced import Traced, current, under_way
 from .views import narrow_at
 
@@ -57,7 +57,8 @@ def part(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
     key = (narrow_at, sig, dim, at_sig, length, env_key())
     instr = find(key)
     if instr is None:
-        outs = infer(aten.slice.Tensor, (Slot(0), dim, 0, length), {}, (sig,))
+        where = make_sig((length,), (1,), torch.int64, sig.device)  # in the graph it is a copy, laid out as one
+        outs = infer(aten.index_select.default, (Slot(0), dim, Slot(1)), {}, (sig, where))
         instr = intern(key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig), outs)
     return trace.note(instr, (ref, at))
 

@@ -19,10 +19,10 @@ from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
-from ..trace.shapes import Facts
+from ..trace.shapes import Facts, Sig, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
-from .vjp import active_nodes, fitted, reverse, role
+from .vjp import active_nodes, dense, fitted, reverse, role
 from .walk import apply, builder, outputs_of, traced
 
 aten = torch.ops.aten
@@ -210,6 +210,12 @@ def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
     return result
 
 
+def tangent_sig(primal: Sig) -> Sig:
+    """How the tangent of an input lies in memory: as its primal, unless that overlaps itself or is a part of more."""
+    whole = not primal.offset and all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
+    return primal if whole else dense(make_sig(primal.shape, primal.stride, primal.dtype, primal.device))
+
+
 def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
     """The tangent program: ``(inputs, tangents of wrt, closed-over) -> (outputs, output tangents)``.
 
@@ -219,7 +225,7 @@ def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
         b = builder()
         old = program.placeholders
         new = [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[: program.n_inputs]]
-        ts = [b.placeholder(f"{old[i].name}_t", old[i].meta["val"], role="tangent") for i in wrt]
+        ts = [b.placeholder(f"{old[i].name}_t", tangent_sig(old[i].meta["val"]), role="tangent") for i in wrt]
         new += [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]]
         env: dict[Node, Any] = dict(zip(old, new, strict=True))
         tangents: dict[Node, Any] = {old[i]: t for i, t in zip(wrt, ts, strict=True)}

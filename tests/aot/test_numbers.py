@@ -85,11 +85,6 @@ REFUSED = {
     "equal": lambda x, c: x * torch.equal(c, torch.tensor(1)),
     "allclose": lambda x, c: x * torch.allclose(c * 1.0, torch.tensor(1.0)),
     "is_nonzero": lambda x, c: x * torch.is_nonzero(c - 1),
-    "tensor": lambda x, c: x * torch.tensor([c, 3])[0],
-    "tensor of floats": lambda x, c: x * torch.tensor([c, 3.0], dtype=torch.float64)[0],
-    "tensor of bools": lambda x, c: x * torch.tensor([c], dtype=torch.bool)[0],
-    "as_tensor": lambda x, c: x * torch.as_tensor([c, c])[0],
-    "new_tensor": lambda x, c: x * x.new_tensor([c, c])[0],
     "Tensor": lambda x, c: x * torch.Tensor([c, c])[0],
     "Size": lambda x, c: torch.zeros(torch.Size([c, 2])) + x.sum(),
     "x[:c]": lambda x, c: x[:c],
@@ -190,6 +185,11 @@ BY_REFERENCE = {
     "max": lambda x, c: x * torch.maximum(c, ONE),
     "numel": lambda x, c: x * c.numel() * (c.dim() + 1),
     "hash": lambda x, c: x * {c: 2}[c],
+    "tensor": lambda x, c: x * torch.tensor([c, 3])[0],
+    "tensor of floats": lambda x, c: x * torch.tensor([c, 3.0], dtype=torch.float64)[0],
+    "tensor of bools": lambda x, c: x * torch.tensor([c], dtype=torch.bool)[0],
+    "as_tensor": lambda x, c: x * torch.as_tensor([c, c])[0],
+    "new_tensor": lambda x, c: x * x.new_tensor([c, c])[0],
 }
 FORMS = {**REFUSED, **BY_REFERENCE}
 
