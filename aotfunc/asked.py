@@ -19,7 +19,7 @@ from .backends.eager import compile_graph
 from .cache import Cache
 from .debug import at, user_line
 from .errors import CaptureError
-from .graph import Program, weight
+from .graph import Program, cut, weight
 from .trace.emit import Builder, paused_gc
 from .trace.functionalize import Functionalizer, input_nodes
 from .trace.records import Record, flat
@@ -63,6 +63,22 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
 
 
 HOOKS["agreed"] = agreed
+
+
+def batch(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
+    """Real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and at which dimension; None for
+    what is the same for all of them.
+    """
+    with as_if_outside(), paused_gc():
+        program = so_far(trace, tensors)
+        values, _ = batches(trace, tensors, "the batch of an autograd.Function")
+    inputs = [p for p, d in zip(program.placeholders, trace.samples.dims, strict=False) if d is not None]
+    _, late, _ = cut(program.graph, inputs, (), program.outputs)
+    differ = {*inputs, *late}
+    return [(v, 0) if o in differ else (v[0], None) for v, o in zip(values, program.outputs, strict=True)]
+
+
+HOOKS["batch"] = batch
 
 
 def as_if_outside() -> Any:

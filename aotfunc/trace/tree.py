@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .instances import Opened, flatten_tree, names_of
 
@@ -69,6 +69,49 @@ class Arguments:
     def key(self) -> tuple:
         """The trees, for a cache key."""
         return (tuple(self.specs), self.kw_spec)
+
+
+class Operands:
+    """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's: ``plain`` are the leaves
+    with None where a tensor goes, ``places`` say where. Equal if they differ in the tensors only.
+    """
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        leaves, self.spec = tree_flatten(tuple(args))
+        self.places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
+        self.tensors = [leaves[i] for i in self.places]
+        self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+
+    def without_tensors(self) -> Operands:
+        """What may be kept without keeping tensors alive."""
+        other = copy.copy(self)
+        other.tensors = []
+        return other
+
+    def rebuilt(self, values: Sequence[Any]) -> tuple:
+        """The arguments with ``values`` for the tensors."""
+        leaves = list(self.plain)
+        for i, x in zip(self.places, values, strict=True):
+            leaves[i] = x
+        return tree_unflatten(leaves, self.spec)
+
+    def dims(self, values: Sequence[int | None]) -> tuple:
+        """The same trees of dimensions: ``values`` for the tensors, None for all else."""
+        leaves: list[int | None] = [None] * len(self.plain)
+        for i, d in zip(self.places, values, strict=True):
+            leaves[i] = d
+        return tree_unflatten(leaves, self.spec)
+
+    @property
+    def key(self) -> tuple:
+        kinds = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in self.plain)  # 1, 1.0, True are equal
+        return (self.spec, self.places, self.plain, kinds)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Operands) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:

@@ -52,8 +52,8 @@ class CustomDerivative:
     ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as zeros) to a Part
     ``(cotangents, residuals) -> gradients of the inputs``, or to the error that recording it raised; ``forward`` is a
     Part ``(tangents, residuals) -> tangents`` or None. ``saved[k]`` is the output that residual k is, or None.
-    ``batching`` is the Function's own rule. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the
-    mask need a gradient.
+    ``batching`` is the Function's own :class:`~aotfunc.transforms.function_vmap.OwnRule`, and the node's last arguments
+    are its operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a gradient.
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class CustomDerivative:
         b = walk.b
         inputs, raw, residuals = self.parts(n)
         if self.batching is not None:
-            return self.batching(walk, inputs)
+            operands = n.args[len(n.args) - len(self.batching.operands.places) :]
+            return self.batching(walk, operands, n.meta.get("line"))
         new = [walk.expanded(a) for a in (*inputs, *raw)]
         flags = [walk.has(r) for r in residuals]
         rest = [remap(r, walk.env) for r in residuals]

@@ -8,30 +8,29 @@ import copy
 import inspect
 import itertools
 import threading
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
-from torch.fx import Node
 
 from ..debug import Line
 from ..errors import CaptureError
 from ..graph import Program
 from ..trace.functionalize import Functionalizer, once
-from ..trace.modes import Surroundings
 from ..trace.recording import record_into
 from ..trace.shapes import Sig
 from ..trace.traced import current
 from ..trace.tracer import Trace
+from ..trace.tree import Operands
 from . import opaque
 from .captured import Recording
 from .custom import CustomDerivative, Later, Part
+from .function_vmap import OwnRule, on_real_batch
 from .steps import Step, interned
 from .vjp import dense
-from .walk import builder, traced
+from .walk import builder
 
 
 class Begin(Step):
@@ -53,10 +52,11 @@ class End(Step):
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         d = self.derivative
-        inputs = f.snapshots.pop()
+        taken = f.snapshots.pop()
+        inputs, operands = taken[: d.n_inputs], taken[d.n_inputs :]
         raw = [f.read(r, False) for r in refs[: d.n_outputs]]
         residuals = [f.read(r, True) for r in refs[d.n_outputs : len(refs) - d.n_inputs]]
-        node = f.b.make("call_function", d, (*inputs, *raw, *residuals), {}, d.vals)
+        node = f.b.make("call_function", d, (*inputs, *raw, *residuals, *operands), {}, d.vals)
         self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
@@ -96,9 +96,14 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(cls.forward).bind(*(args if new_style else (None, *args)), **kwargs)
         bound.apply_defaults()
         args = bound.args if new_style else bound.args[1:]
+    batching = None
+    if cls.vmap is not Function.vmap:
+        results = on_real_batch(cls, args)
+        if results is not NotImplemented:
+            return results
+        batching = OwnRule(cls, args)
     ctx = Context()
     ctx.needs_input_grad = tuple(map(floating, args))
-    batching = custom_batching(cls, args) if cls.vmap is not Function.vmap else None
 
     def forward(ctx: Any) -> Any:
         if not new_style:
@@ -132,7 +137,7 @@ def call_function(
     trace = current()
     assert trace is not None
     inputs = [a for a in args if isinstance(a, Tensor)]
-    trace.record(BEGIN, inputs)
+    trace.record(BEGIN, inputs if batching is None else [*inputs, *Operands(args).tensors])
     with torch.no_grad():
         output = forward(ctx)
     single = not isinstance(output, tuple | list)
@@ -202,6 +207,7 @@ def custom_derivative(
         forward = made if isinstance(made, Part | Later) else None
     number_of = {trace.ref_of(o)[0]: k for k, o in enumerate(raw)}
     saved = tuple(number_of.get(trace.ref_of(r)[0]) for r in residuals)
+    saved += (None,) * (0 if batching is None else len(batching.operands.places))
     n_inputs = sum(isinstance(a, Tensor) for a in args)
     fields = (name, n_inputs, vals, backwards, forward, saved, batching, narrow)
     parts = [forward, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
@@ -353,34 +359,3 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
         return Program(b.finish(full), base.n_inputs, len(full), (), "backward")
 
     return base.once(("gaps", tuple(rec.tensors), len(rec.leaves)), with_nones), inner.lifted
-
-
-def custom_batching(cls: Any, args: Any) -> Callable:
-    """The ``vmap`` staticmethod of a Function as the batching rule of its node."""
-    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    plain = [None if isinstance(a, Tensor) else a for a in args]  # the rule must not keep tensors alive
-    surroundings = Surroundings.now()
-
-    def batching(walk: Any, inputs: Sequence[Node]) -> tuple[Any, Any]:
-        dims: list = [None] * len(plain)
-        for i, x in zip(places, inputs, strict=True):
-            dims[i] = 0 if walk.has(x) else None
-        info = types.SimpleNamespace(batch_size=walk.size, randomness=walk.randomness)
-
-        def body(*tensors: Tensor) -> Any:
-            full = list(plain)
-            for i, t in zip(places, tensors, strict=True):
-                full[i] = t.clone()  # a Function may write to its argument: the recorded call does so, too
-            with surroundings.again():
-                outs, out_dims = cls.vmap(info, tuple(dims), *full)
-            pairs = [(outs, out_dims)] if isinstance(outs, Tensor) else zip(outs, out_dims, strict=True)
-            return [
-                o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape)
-                for o, d in pairs
-                if isinstance(o, Tensor)
-            ]
-
-        outs = traced(body)(walk.b, *[walk.env[x] for x in inputs])
-        return outs, [True] * len(outs)
-
-    return batching

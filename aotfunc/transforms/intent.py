@@ -311,7 +311,9 @@ def autograd_grad(
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     size = gs[0].shape[0] if is_grads_batched else None  # type: ignore[union-attr]
     refs = [trace.ref_of(o)[0] for o in outs]
-    used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
+    places = [trace.ref_of(x)[0] for x in ins]
+    check_paths_outside(trace, refs, places)
+    used = [trace.autograd.reaches(ref, refs) for ref in places]
     if not (all(used) or allow_unused or materialize_grads):
         raise CaptureError(
             f"one of the differentiated tensors was not used to compute the outputs{at(debug.user_line())}; "
@@ -330,6 +332,34 @@ def autograd_grad(
         for x, yes in zip(ins, used, strict=True)
     ]
     return dict(zip(keys, results, strict=True)) if keys is not None else tuple(results)
+
+
+def check_paths_outside(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> None:
+    """Refuse a gradient part of which would flow through a graph from outside, which the recording does not see."""
+    real = {**dict(enumerate(trace.origins)), **{-1 - i: t for i, t in enumerate(trace.lifted)}}
+    wanted = [real[ref] for ref in ins if ref in real]
+    for ref, t in real.items() if wanted else ():
+        if t.__class__ is Traced or t.grad_fn is None or not trace.autograd.reaches(ref, outs):
+            continue
+        if any(x is not t and x.__class__ is not Traced and leads_to(t, x) for x in wanted):
+            raise CaptureError(
+                f"a tensor from outside, of shape {list(t.shape)}, was computed there from one that is differentiated "
+                f"here{at(debug.user_line())}: compute it inside, or detach() it"
+            )
+
+
+def leads_to(t: Tensor, x: Tensor) -> bool:
+    """Whether autograd's graph of ``t`` leads back to ``x``."""
+    seen, stack = set(), [t.grad_fn]
+    while stack:
+        fn = stack.pop()
+        if fn is None or fn in seen:
+            continue
+        if fn is x.grad_fn or getattr(fn, "variable", None) is x:
+            return True
+        seen.add(fn)
+        stack.extend(f for f, _ in fn.next_functions)
+    return False
 
 
 def autograd_backward(

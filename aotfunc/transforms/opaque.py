@@ -15,17 +15,17 @@ from ..trace.functionalize import Functionalizer
 from ..trace.modes import Surroundings
 from ..trace.shapes import Sig, sig_of
 from ..trace.traced import current, quiet, under_way
+from ..trace.tree import Operands
 from .steps import Step, interned
 
 aten = torch.ops.aten
 
 
 class Call(NamedTuple):
-    """``cls.forward(*args)``; ``plain`` are the arguments with None where a tensor goes."""
+    """``cls.forward(*args)``"""
 
     cls: Any
-    plain: tuple
-    places: tuple[int, ...]
+    operands: Operands
     surroundings: Surroundings
 
 
@@ -34,7 +34,7 @@ class OpaqueForward(Step):
     as the Function's own derivative goes over it.
     """
 
-    def __init__(self, call: Call, vals: tuple[Sig, ...], kinds: Any = ()) -> None:
+    def __init__(self, call: Call, vals: tuple[Sig, ...]) -> None:
         super().__init__(vals)
         self.call = call
         self.__name__ = f"{call.cls.__name__}_forward"
@@ -71,7 +71,7 @@ class OpaqueForward(Step):
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         if self.batching is not None:
-            return self.batching(walk, n.args)
+            return self.batching(walk, n.args, n.meta.get("line"))
         b = walk.b
         flags, args = [walk.has(a) for a in n.args], remap(n.args, walk.env)
         pairs = list(zip(args, flags, strict=True))
@@ -86,14 +86,12 @@ class OpaqueForward(Step):
 
 def called(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the copies."""
-    args = list(call.plain)
     traces, under_way.traces = under_way.traces, []
     try:
         with quiet(), torch.no_grad():
-            for i, t in zip(call.places, tensors, strict=True):
-                args[i] = t.detach().clone(memory_format=torch.preserve_format)
+            copies = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
             with call.surroundings.again():
-                return call.cls.forward(*args), [args[i] for i in call.places]
+                return call.cls.forward(*call.operands.rebuilt(copies)), copies
     finally:
         under_way.traces = traces
 
@@ -106,10 +104,9 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
     """
     trace = current()
     assert trace is not None
-    places = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor))
-    plain = tuple(None if isinstance(a, Tensor) else a for a in args)
-    call = Call(cls, plain, places, Surroundings.now())
-    tensors = [args[i] for i in places]
+    operands = Operands(args)
+    tensors = operands.tensors
+    call = Call(cls, operands.without_tensors(), Surroundings.now())
     sigs = [trace.ref_of(t)[1] for t in tensors]
     with quiet():
         zeros = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
@@ -118,14 +115,13 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
         except Exception as error:
             raise why from error
         outs = listed(output)
-        returned = [next((i for i, x in zip(places, given, strict=True) if o is x), None) for o in outs]
-        kept = [torch.equal(x, z) or i in returned for i, x, z in zip(places, given, zeros, strict=True)]
+        returned = [next((i for i, x in enumerate(given) if o is x), None) for o in outs]
+        kept = [torch.equal(x, z) or i in returned for i, (x, z) in enumerate(zip(given, zeros, strict=True))]
         if not all(kept) or not all(o is None or isinstance(o, Tensor) for o in outs):
             raise why
         vals = tuple(sig_of(o.detach()) for o in outs if isinstance(o, Tensor))
-    kinds = tuple((type(a), repr(a) if isinstance(a, float) else "") for a in plain)  # 1, 1.0 and True are equal
     try:
-        step = interned(OpaqueForward, call, vals, kinds)
+        step = interned(OpaqueForward, call, vals)
     except TypeError:  # an argument without a hash
         step = OpaqueForward(call, vals)
     step.batching = batching
@@ -133,7 +129,7 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
     made: list[Any] = []
     for o, at in zip(outs, returned, strict=True):
         new = next(results) if isinstance(o, Tensor) else None
-        made.append(new if at is None else args[at].copy_(new))
+        made.append(new if at is None else tensors[at].copy_(new))
     return tuple(made) if isinstance(output, tuple | list) else made[0]
 
 

@@ -21,7 +21,7 @@ from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.shapes import Sig, Slot, encode, fill
-from ..trace.traced import Traced
+from ..trace.traced import Traced, quiet
 from ..trace.tracer import Trace
 from .tidy import REWRITES
 
@@ -103,7 +103,9 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
         wrapped = [wrap(a) for a in args]
         with off():
             results = record_into(trace, lambda: fn(*wrapped))
-        consts = [constant(b, t) for t in trace.lifted]
+        with quiet():  # what the rule made itself may be looked at anywhere
+            known = {r: constant(b, trace.lifted[-1 - r]) for r in trace.made_inside}
+        consts = [known.get(-1 - i) or constant(b, t) for i, t in enumerate(trace.lifted)]
         f = Functionalizer(trace, b, [*nodes, *consts], intent)
         kept, b.meta = b.meta, {}
         f.run()

@@ -1,0 +1,382 @@
+"""The vmap staticmethod of an autograd.Function: what it is given and may do on the real batch, as with torch.func, and
+what it is refused where it is recorded."""
+
+import pytest
+import torch
+from torch.autograd import Function
+
+from aotfunc import grad, jit, make_fx, vmap
+from aotfunc.errors import AotfuncError, ArgumentError, CaptureError, LoopWarning, RuleError
+from tests.reference import assert_same
+
+X = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.1, 4.0, -2.0, 1.0], [5.0, 6.0, -7.0, 8.0]])
+Y = torch.tensor([1.0, -2.0, 0.5, 3.0])
+K = torch.tensor([2.0, -1.0, 0.25])
+
+
+class Plain(Function):
+    """A Function without a derivative; subclasses say forward and vmap."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+def front(x, dim):
+    return x.movedim(dim, 0)
+
+
+# ----- trees ----------------------------------------------------------------------------------------------------------
+
+seen: list = []
+
+
+class Trees(Plain):
+    @staticmethod
+    def forward(pair, options, name):
+        (a, [b]), by = pair, options["by"]
+        return a * b * by, (a * by).sum()
+
+    @staticmethod
+    def vmap(info, in_dims, pair, options, name):
+        seen.append((info.batch_size, info.randomness, in_dims, name, options["flag"]))
+        (a, [b]), by = pair, options["by"]
+        (da, [db]), dk = in_dims[0], in_dims[1]["by"]
+        a = front(a, da) if da is not None else a.expand(info.batch_size, *a.shape)
+        b = front(b, db) if db is not None else b
+        by = by.reshape(-1, 1) if dk is not None else by
+        return (a * b * by, (a * by).sum(1)), (0, 0)
+
+
+TREES = {
+    "a tuple": (lambda a, k: Trees.apply((a, [Y]), {"by": torch.tensor(2.0), "flag": True}, "n"), (0, 0)),
+    "a dict": (lambda a, k: Trees.apply((Y, [Y]), {"by": k, "flag": None}, "n"), (0, 0)),
+    "both": (lambda a, k: Trees.apply((a, [a]), {"by": k, "flag": 3}, "n"), (0, 0)),
+    "computed": (lambda a, k: Trees.apply((a.sin(), [Y.cos()]), {"by": k + 1, "flag": 3}, "n"), (0, 0)),
+    "not batched": (lambda a, k: Trees.apply((a, [Y]), {"by": k, "flag": 3}, "n"), (0, None)),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_of_arguments(name):
+    f, dims = TREES[name]
+    k = K if dims[1] == 0 else K[0]
+    results = []
+    for library in (torch.func.vmap, vmap):
+        seen.clear()
+        results.append((library(f, dims, randomness="same")(X, k), *seen))
+    assert_same(results[1], results[0])
+    want, again = results[0][0], lambda *xs: vmap(f, dims)(*xs)
+    assert_same(jit(again)(X, k), want)  # recorded
+    assert_same(make_fx(again)(X, k)(X, k), want)
+    assert_same(vmap(again, (0, None))(torch.stack([X, X]), k), tuple(torch.stack([w, w]) for w in want))
+
+
+def test_trees_where_the_forward_needs_values():
+    class Numpy(Plain):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(pair, scale):
+            return torch.from_numpy(pair[0].detach().numpy() * pair[1].numpy() * scale)
+
+    f = lambda a: Numpy.apply((a, Y), 2)
+    with pytest.warns(LoopWarning):
+        assert_same(vmap(f)(X), X * Y * 2)
+    assert_same(jit(f)(X[0]), X[0] * Y * 2)
+
+
+# ----- results --------------------------------------------------------------------------------------------------------
+
+
+def results_of(output, out_dims, forward=None):
+    class Results(Plain):
+        @staticmethod
+        def forward(x):
+            return forward(x)
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return output(x), out_dims
+
+    return Results.apply
+
+
+RESULTS = {
+    "none for two": (lambda x: (Y, Y + 1), None, lambda x: (Y * 1, Y + 1), (Y.expand(3, 4), (Y + 1).expand(3, 4))),
+    "one for two": (lambda x: (x.sin(), x.cos()), 0, lambda x: (x.sin(), x.cos()), (X.sin(), X.cos())),
+    "each its own": (lambda x: (x.t(), Y), (1, None), lambda x: (x * 1, Y * 1), (X, Y.expand(3, 4))),
+    "a tuple of one": (lambda x: (x * 2,), (0,), lambda x: (x * 2,), (X * 2,)),
+    "negative": (lambda x: x.t(), -1, lambda x: x * 1, X),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_and_their_dims(name):
+    output, out_dims, forward, want = RESULTS[name]
+    f = results_of(output, out_dims, forward)
+    assert_same(vmap(f)(X), want)
+    if out_dims != -1:
+        assert_same(torch.func.vmap(f)(X), want)
+    if "Y" not in output.__code__.co_names:
+        assert_same(jit(vmap(f))(X), want)
+    assert_same(vmap(lambda x: (f(x), x)[0])(X), want)
+
+
+def test_results_that_are_no_tensors():
+    f = results_of(lambda x: (x * 2, "name", None), (0, None, None), lambda x: (x * 2, "name", None))
+    assert_same(vmap(f, out_dims=(0, None, None))(X), (X * 2, "name", None))
+    assert_same(jit(lambda x: vmap(lambda x: f(x)[0])(x))(X), X * 2)
+    nothing = results_of(lambda x: None, None, lambda x: None)
+    assert vmap(lambda x: nothing(x), out_dims=None)(X) is None
+
+
+WRONG = {
+    "no pair": (lambda x: x, None, "must return .output, out_dims."),
+    "structure": (lambda x: (x, x), (0, 0, 0), "structure"),
+    "size": (lambda x: x[:2], 0, "3 samples at dimension 0"),
+    "rank": (lambda x: x, 5, "3 samples at dimension 5"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("around", [lambda f: f, jit])
+def test_wrong_results(name, around):
+    output, out_dims, message = WRONG[name]
+
+    class Wrong(Plain):
+        @staticmethod
+        def forward(x):
+            return x * 1
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return output(x) if name == "no pair" else (output(x), out_dims)
+
+    with pytest.raises(ArgumentError, match=f"Wrong.vmap.*{message}"):
+        around(vmap(Wrong.apply))(X)
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jit, lambda f: grad(lambda x: f(x).sum())])
+def test_two_rules_are_refused(around):
+    class Both(Plain):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x * 1
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return x * 1, 0
+
+    with pytest.raises(RuntimeError, match="generate_vmap_rule"):
+        torch.func.vmap(Both.apply)(X)
+    with pytest.raises(RuleError, match=r"Both has a vmap staticmethod and generate_vmap_rule=True"):
+        around(vmap(Both.apply))(X)
+    assert_same(jit(Both.apply)(X), X)
+
+
+# ----- what it may do on the real batch -------------------------------------------------------------------------------
+
+
+def rule(body, forward=None):
+    """A Function of one argument whose vmap is ``body(x)``, with x's batch in front."""
+
+    class Ruled(Plain):
+        calls = 0
+
+        @staticmethod
+        def forward(x):
+            return x * 1 if forward is None else forward(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            Ruled.calls += 1
+            return body(front(x, in_dims[0])), 0
+
+    return Ruled
+
+
+W = torch.tensor([1.0, 2.0, -3.0, 0.5], requires_grad=True)
+OUT = (W * 2).exp()
+
+
+def of_a_graph(x):
+    """A row of the Jacobian of a graph from outside for each sample."""
+    return torch.stack([torch.autograd.grad(OUT, W, g, retain_graph=True)[0] for g in x])
+
+
+BODIES = {
+    "closes over a tensor": lambda x: x * Y,
+    "closes over a number": lambda x: x * torch.as_tensor(2.5),
+    "looks at values": lambda x: x * 2 if x.sum() > 0 else x * 3,
+    "looks at a number": lambda x: x * x.max().item(),
+    "numpy": lambda x: torch.from_numpy(x.numpy() * 2),
+    "transforms": lambda x: torch.func.vmap(torch.func.grad(lambda r: (r**3 * Y).sum()))(x),
+    "our transforms": lambda x: vmap(grad(lambda r: (r**3 * Y).sum()))(x),
+    "autograd": lambda x: (
+        torch.autograd.grad((x.detach().requires_grad_() ** 2 * Y).sum(), [x])[0] if x.requires_grad else x * 2 * Y
+    ),
+    "a graph from outside": of_a_graph,
+    "a function of theirs": lambda x: Twice.apply(x),
+}
+
+
+class Twice(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_on_the_real_batch(name):
+    F = rule(BODIES[name])
+    program = lambda x, k: F.apply(F.apply(x.sin() * k).cos()) + x
+    for x in (X, X + 1, X.double()[:2].float()):  # the program of the first is used again
+        k = K[: len(x)]
+        F.calls = 0
+        got = vmap(program)(x, k)
+        assert F.calls == 2
+        assert_same(got, torch.func.vmap(program)(x, k))
+    assert_same(vmap(F.apply, 1, 1)(X.t()), torch.func.vmap(F.apply, 1, 1)(X.t()))
+    assert_same(vmap(F.apply, chunk_size=2)(X[:2]), torch.func.vmap(F.apply)(X[:2]))
+
+
+def test_derivatives_of_what_it_closes_over():
+    w = Y.clone().requires_grad_()
+    F = rule(lambda x: (x * w).sin())
+    for library in (torch.func.vmap, vmap):
+        w.grad = None
+        (library(lambda x: F.apply(x) * x)(X)).sum().backward()
+        torch.testing.assert_close(w.grad, ((X * Y).cos() * X * X).sum(0))
+
+
+def test_operands_that_require_grad_and_come_from_outside():
+    w = Y.clone().requires_grad_()
+
+    class Product(Plain):
+        @staticmethod
+        def forward(x, w):
+            return x * w
+
+        @staticmethod
+        def vmap(info, in_dims, x, w):
+            assert type(x) is type(w) or isinstance(w, torch.Tensor)
+            assert float(x.sum()) == float(X.sum())
+            return x * w, 0
+
+    (got,) = torch.autograd.grad(vmap(lambda x: Product.apply(x, w))(X).sum(), w)
+    torch.testing.assert_close(got, X.sum(0))
+
+
+def test_gradients_off_stay_off():
+    w = Y.clone().requires_grad_()
+    F = rule(lambda x: x * w)
+    with torch.no_grad():
+        assert not vmap(F.apply)(X).requires_grad
+    assert vmap(F.apply)(X).requires_grad
+
+
+def test_writes_to_an_operand():
+    class Exp(Function):
+        @staticmethod
+        def forward(x):
+            return x.exp_()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.mark_dirty(inputs[0])
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            assert x.sum() != 0
+            return x.exp_(), in_dims[0]
+
+    def f(x):
+        before = x * 2
+        y = Exp.apply(x)
+        return before, y + 1, x * 3
+
+    x = X.clone()
+    assert_same(vmap(f)(x), (X * 2, X.exp() + 1, X.exp() * 3))
+    torch.testing.assert_close(x, X.exp())
+    assert_same(vmap(lambda x: f(x * 1.0))(X), (X * 2, X.exp() + 1, X.exp() * 3))
+
+
+def test_writes_to_what_was_read():
+    total = torch.zeros(4)
+    F = rule(lambda x: (total.add_(1), x + total)[1])
+    assert_same(vmap(lambda x: F.apply(x) + F.apply(x))(X), X + 1 + X + 2)
+    with pytest.raises(CaptureError, match=r"Ruled.vmap writes to a tensor .*clone"):
+        vmap(lambda x: F.apply(x * total))(X)
+
+
+def test_draws_before_it_are_not_drawn_again():
+    F = rule(lambda x: x * 2)
+
+    def f(x):
+        mask = torch.rand(4)
+        return mask, F.apply(mask + 0 * x)
+
+    mask, twice = vmap(f, randomness="different")(X)
+    torch.testing.assert_close(twice, 2 * mask)
+
+
+def test_an_empty_batch():
+    F = rule(lambda x: x * Y)
+    assert vmap(F.apply)(torch.zeros(0, 4)).shape == (0, 4)
+
+
+# ----- where it is recorded -------------------------------------------------------------------------------------------
+
+AROUND = {
+    "jit": jit,
+    "grad": lambda f: grad(lambda x: f(x).sum()),
+    "vmap": lambda f: lambda x: vmap(f)(x[None]),
+    "make_fx": lambda f: lambda x: make_fx(f)(x)(x),
+    "requires grad": lambda f: lambda x: f(x.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", ["closes over a tensor", "closes over a number", "looks at values", "numpy"])
+def test_refusals(name, around):
+    F = rule({**BODIES, "closes over a number": lambda x: x * K[0]}[name])
+    with pytest.raises(AotfuncError, match=r"Ruled.vmap is recorded here.*arguments of Ruled.apply") as e:
+        AROUND[around](vmap(F.apply))(X)
+    assert "test_function_vmap_rules.py" in str(e.value)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_rule_that_can_be_recorded(around):
+    F = rule(lambda x: x.sin() * torch.tensor(2.0), lambda x: x.sin() * 2)
+    got = AROUND[around](vmap(F.apply))(X)
+    want = {"grad": 2 * X.cos(), "vmap": (X.sin() * 2)[None]}.get(around, X.sin() * 2)
+    assert_same(got, want)
+
+
+# ----- a graph from outside, inside ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", [vmap, jit])
+def test_gradients_through_a_graph_from_outside(around):
+    w = Y.clone().requires_grad_()
+    h = (w * 2).sin()
+    gradient = lambda x: torch.autograd.grad((x * h * w).sum(), w, retain_graph=True)[0]
+    assert_same(torch.stack([gradient(x) for x in X]), X * (h + 2 * w * (2 * w).cos()))
+    with pytest.raises(CaptureError, match="computed there from one that is differentiated"):
+        around(gradient)(X)
+    detached = lambda x: torch.autograd.grad((x * h.detach() * w).sum(), w)[0]
+    assert_same(around(detached)(X), X * h if around is vmap else (X * h).sum(0))
+    with pytest.raises(CaptureError, match="computed there from one that is differentiated"):
+        F = rule(lambda x: x * w)
+        vmap(lambda x: torch.autograd.grad((F.apply(x) * w).sum(), w)[0])(X)
