@@ -25,7 +25,7 @@ from .trace.functionalize import Functionalizer, input_nodes
 from .trace.records import Record, flat
 from .trace.replay import generators, named_generators
 from .trace.shapes import Instr, Sig, sig_of
-from .trace.traced import HOOKS, Traced, has_values, quiet, under_way
+from .trace.traced import HOOKS, Traced, as_if_outside, has_values, quiet, under_way
 from .trace.tracer import Trace
 from .transforms.lower import lowered
 from .transforms.steps import CallStep
@@ -79,16 +79,6 @@ def batch(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | N
 
 
 HOOKS["batch"] = batch
-
-
-def as_if_outside() -> Any:
-    """Dispatch as outside of ops: a question may come from within one, where autograd and batching are switched off,
-    which the rules that are traced for the answer rely on.
-    """
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
-
-
-_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 
 # ----- step by step ---------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from .trace.instances import containers, remade
 from .trace.memory import layout
 from .trace.modes import OTHERS, function_modes_key, without_modes
 from .trace.seeds import of_python, states
-from .trace.traced import Traced, current
+from .trace.traced import Traced, check_kind, current
 from .trace.tree import Arguments, leaf_labels, unflatten
 from .transforms.capture import as_called, parameter_names, record
 from .transforms.captured import Recording
@@ -260,6 +260,8 @@ class Compiled:
             entry.check.renew(state)
             self.recent.put(key, entry)
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
+        for t in tensors:
+            check_kind(t)
         before = of_python()
         try:
             entry = self.capture(arguments, tensors, given, state, key)

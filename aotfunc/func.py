@@ -21,6 +21,7 @@ from .graph import Program
 from .run import execute
 from .trace.memory import version
 from .trace.modes import without_modes
+from .trace.traced import plain
 from .trace.tree import Arguments, flatten, unflatten
 from .transforms.capture import as_called, parameter_names, record
 from .transforms.fresh import ANYTHING, fresh
@@ -136,6 +137,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
         else:
             tree = tuple(cotangents)
         cts, ct_spec = flatten(tree)
+        cts = list(map(plain, cts))
         if len(cts) != n_out or ((spec is None) != (ct_spec is None) and n_out != 1):
             raise ArgumentError(f"vjp_fn: expected cotangents like the output ({n_out} tensors), got {len(cts)}")
         given = []

@@ -115,6 +115,20 @@ class Traced(Tensor):
         """A copy where eager has a conjugate view, whose bit it would resolve."""
         return self.clone() if self.tracer.conjugated(self.ref) else self
 
+    def as_subclass(self, cls: type) -> Tensor:  # type: ignore[override]
+        """A traced value is a plain tensor: it stands for an instance of a subclass that changes nothing of that."""
+        if only_adds(cls):
+            return self
+        raise CaptureError(
+            f"a result here would be of the subclass {cls.__name__}, which changes what tensors do"
+            f"{at(debug.user_line())}; inside a captured function compute with x.as_subclass(torch.Tensor)"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"tensors have no attribute {name!r}: those of a subclass are plain tensors inside a captured function"
+        )
+
     def __index__(self) -> int:  # in a frame of its own, see places.subscript
         return Tensor.__index__(self)
 
@@ -234,6 +248,8 @@ def check_kind(t: Tensor) -> None:
         )
     if dispatches(t):
         raise CaptureError(f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}")
+    if plain_function(type(t)) is not _plain_function and type(t).__torch_function__ is not _disabled:
+        raise of_subclass(t, "an argument")
 
 
 _KINDS = {Tensor, torch.nn.Parameter, Traced}
@@ -245,12 +261,56 @@ def dispatches(t: Tensor) -> bool:
     return cls not in _KINDS and getattr(cls, "__torch_dispatch__", _plain) is not _plain
 
 
+def of_subclass(t: Tensor, what: str) -> CaptureError:
+    return CaptureError(
+        f"{what} is of the subclass {type(t).__name__}{at(debug.user_line())}, which is not compiled; "
+        "use x.as_subclass(torch.Tensor)"
+    )
+
+
+def plain_function(cls: Any) -> Any:
+    return getattr(cls.__torch_function__, "__func__", None)
+
+
 _plain = Tensor.__torch_dispatch__
+_plain_function = plain_function(Tensor)
+_disabled = Traced.__torch_function__
+
+
+def plain(x: Any) -> Any:
+    """An instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the same memory and history:
+    its ``__torch_function__`` would be asked about the ops of programs. Anything else is itself.
+    """
+    cls = x.__class__
+    if cls in _KINDS or not isinstance(x, Tensor) or cls.__torch_function__ is _disabled or dispatches(x):
+        return x
+    with as_if_outside(), quiet(), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
+
+
+def only_adds(cls: type) -> bool:
+    """Whether a subclass of Tensor adds to what a tensor is, and changes nothing of it."""
+    added = (set(vars(c)) for c in cls.__mro__ if issubclass(c, Tensor) and c is not Tensor)
+    return all(name in _HARMLESS or not hasattr(Tensor, name) for names in added for name in names)
+
+
+_HARMLESS = frozenset(
+    ("__doc__", "__module__", "__dict__", "__weakref__", "__new__", "__init__", "__repr__", "__str__", "__slots__")
+    + ("__annotations__", "__annotate_func__", "__static_attributes__", "__firstlineno__")
+)
 
 
 def has_values(t: Tensor) -> bool:
     """Whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of torch.func's."""
     return not (dispatches(t) or t.device.type == "meta" or torch._C._functorch.is_batchedtensor(t))
+
+
+def as_if_outside() -> Any:
+    """Dispatch as outside of ops: within one, autograd and batching are switched off, which rules rely on."""
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
+
+
+_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from .replay import Replay
 from .seeds import Seeds
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
-from .traced import HOOKS, Traced, check_kind, check_leak, current, quiet
+from .traced import HOOKS, Traced, check_kind, check_leak, current, of_subclass, plain, quiet
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -137,8 +137,11 @@ class Trace(TorchDispatchMode):
             if t.__class__ is Traced and t.tracer.finished:
                 check_leak(t)
                 t = t.tracer.value(t)
-            check_kind(t)
-            self.lifted.append(t)
+            ordinary = plain(t)
+            if ordinary is not t and not self.may_ask_constants:  # it would not be found again at the next call
+                raise of_subclass(t, "a tensor from outside")
+            check_kind(ordinary)
+            self.lifted.append(ordinary)
             ref = self._lift_refs[key] = -len(self.lifted)
         return ref
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .instances import Opened, flatten_tree, names_of
+from .traced import plain
 
 
 class Arguments:
@@ -37,6 +38,7 @@ class Arguments:
         if kwargs:
             flat, self.kw_spec = flatten_tree(kwargs)
             self.leaves += flat
+        self.leaves = list(map(plain, self.leaves))
 
     def with_leaves(self, leaves: list[Any]) -> Arguments:
         """The same trees of other leaves."""
