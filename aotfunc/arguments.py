@@ -17,7 +17,7 @@ from .errors import ArgumentError
 from .graph import Program
 from .trace.instances import flatten_tree, opened_in
 from .trace.shapes import Sig, make_sig, sig_of
-from .trace.traced import Traced
+from .trace.traced import Traced, check_kind
 from .trace.tree import Arguments, flatten, leaf_paths, structure, unflatten
 from .transforms.capture import parameter_names, record
 from .transforms.jvp import tangent_sig
@@ -241,6 +241,9 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
 
 
 def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
+    for x, d in zip(arguments.leaves, dims, strict=True):
+        if d is not None:
+            check_kind(x)
     batched = [(k, x.shape[d], d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None]
     if not batched:
         raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec
 
 from ..trace.instances import flatten_tree, without_class
 from ..trace.modes import Surroundings, function_modes_key
-from ..trace.traced import attributes
+from ..trace.traced import attributes, check_kind
 from .reads import CLOSED, library_of_module
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -85,6 +85,8 @@ def tensor_facts(t: Tensor) -> TensorFacts:
     sig = getattr(t, "sig", None)  # a value of a recording under way
     if sig is not None:
         return TensorFacts(t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, sig.offset, 0)
+    if t.is_nested:  # it has no shape, and is refused where it is used
+        return TensorFacts(t.__class__, t.requires_grad, t.dtype, (), t.device, None, 0, 0)
     stride, offset = (t.stride(), t.storage_offset()) if t.layout is torch.strided else (None, 0)
     keys = torch._C._dispatch_keys(t).raw_repr()  # type: ignore[attr-defined]
     return TensorFacts(t.__class__, t.requires_grad, t.dtype, t.shape, t.device, stride, offset, keys)
@@ -122,7 +124,11 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
     except Exception as e:
         raise without_class(x) from e
     if cls in _TENSORS:
-        key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.storage_offset())
+        try:
+            key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.storage_offset())
+        except RuntimeError:  # a nested tensor has no shape
+            check_kind(x)
+            raise
         tensors.append(x)
         if x.__dict__:
             describe_attributes(x, key, objects)

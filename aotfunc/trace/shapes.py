@@ -241,9 +241,10 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
         try:
             outs = op(*fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op, kwargs))
         except (NotImplementedError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and not isinstance(e, NotImplementedError) and "fake impl" not in str(e):
+            missing = isinstance(e, NotImplementedError) or "fake impl" in str(e)
+            if not missing and (Facts(op).dynamic or sum(s.numel for s in sigs) >= AFFORDABLE):
                 raise
-            outs = _on_zeros(op, args, kwargs, sigs)
+            outs = _on_zeros(op, args, kwargs, sigs) if missing else kernel_takes(op, args, kwargs, sigs, e)
     return signatures(outs, device)
 
 
@@ -315,6 +316,14 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     finally:
         for g, state in zip(generators, states, strict=True):
             g.set_state(state)
+
+
+def kernel_takes(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, refused: RuntimeError) -> Any:
+    """As :func:`_on_zeros`, for what a meta kernel has ``refused``: some know fewer dtypes than the device's."""
+    try:
+        return _on_zeros(op, args, kwargs, sigs)
+    except RuntimeError:
+        raise refused from None
 
 
 def zeros_at(s: Sig) -> Tensor:

@@ -173,6 +173,7 @@ def _pack_padded(trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool) ->
         return aten._pack_padded_sequence.default(numbers, lengths, batch_first)
 
     where, sizes = trace.answer(packed, [lengths], "the lengths of a packed sequence")
+    trace.made_inside.add(trace.lift(sizes))
     with trace:
         return x.flatten(0, 1).index_select(0, where.flatten().to(x.device)), sizes
 

@@ -242,6 +242,10 @@ def check_leak(t: Traced) -> None:
 
 def check_kind(t: Tensor) -> None:
     """Refuse the tensors that a recording cannot stand for."""
+    if t.is_nested:
+        raise CaptureError(
+            f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask where it matters"
+        )
     if t.layout is not torch.strided or t.is_quantized:
         raise CaptureError(
             f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"

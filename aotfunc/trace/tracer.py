@@ -87,6 +87,8 @@ class Trace(TorchDispatchMode):
         self.in_lstsq = False
         self.opened: Mapping[OpOverload, Callable] = {}  # decompositions, instead of an answer of SPECIAL's
 
+    supports_higher_order_operators = True  # so that they come here, to be refused in words
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else every dispatch is wrapped in a Dynamo guard
@@ -171,6 +173,8 @@ class Trace(TorchDispatchMode):
     # ----- recording --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.__class__ is not OpOverload:
+            raise on_functions(func.__name__)
         if self.autograd.made:
             self.autograd.adopt_leaves()
         special = SPECIAL.get(func)
@@ -253,6 +257,10 @@ class Trace(TorchDispatchMode):
             self.opened = opened
 
     def _learn(self, key: tuple, func: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Instr:
+        if "nested" in func._schema.name:
+            raise CaptureError(
+                f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask where it matters"
+            )
         count = 0
 
         def template(a: Any) -> Any:
@@ -479,7 +487,7 @@ class Trace(TorchDispatchMode):
         """``question(*values)`` for the real values of ``tensors``. Where there is one for each sample of a batch, all
         samples must give the same answer.
         """
-        if not self.may_ask_constants and any(t.__class__ is not Traced for t in tensors):
+        if not self.may_ask_constants and any(t.__class__ is not Traced and not self._made(t) for t in tensors):
             raise refusal(what)
         values = [self._known(t) for t in tensors]
         if any(v is None for v in values):
@@ -487,6 +495,10 @@ class Trace(TorchDispatchMode):
             return HOOKS["agreed"](inner, question, tensors, what)
         with quiet(), torch.no_grad():
             return question(*values)
+
+    def _made(self, t: Tensor) -> bool:
+        """Whether ``f`` makes this tensor anew on each run, always the same."""
+        return self._lift_refs.get(id(t)) in self.made_inside
 
     def _known(self, t: Tensor) -> Tensor | None:
         """The value of ``t`` if it depends on nothing but known inputs."""
@@ -500,6 +512,14 @@ class Trace(TorchDispatchMode):
         if self._values is None:
             self._values = Replay(self)
         return self._values.value(self, ref)
+
+
+def on_functions(name: str) -> CaptureError:
+    """The refusal of an operator that takes functions: torch.cond, while_loop, scan, map, flex_attention, …"""
+    return CaptureError(
+        f"{name} calls functions that are given to it, which is not captured{at(debug.user_line())}. Write it with "
+        "torch.where, a Python `if` or a Python loop; attention by scaled_dot_product_attention with a mask"
+    )
 
 
 #: writes that do not read what they write to

@@ -5,6 +5,7 @@ when it is new.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..trace.instances import assigned
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.traced import Traced, attributes, current
-from ..trace.tracer import Trace
+from ..trace.tracer import Trace, on_functions
 from ..trace.tree import leaf_labels
 from . import intent
 from .captured import Recording
@@ -88,6 +89,8 @@ def record(
             result = f(*args, **kwargs)
         except RuntimeError as e:
             if type(e).__module__ == "torch._dynamo.exc":
+                if (operator := called_by(e)) is not None:
+                    raise on_functions(operator) from e
                 raise CaptureError(
                     f"a function that torch.compile has compiled does not take traced values{at(line_of(e))}; call the "
                     'function that it was made from, or capture inside torch.compiler.set_stance("force_eager")'
@@ -109,6 +112,20 @@ def record(
     recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded
+
+
+def called_by(error: BaseException) -> str | None:
+    """The operator on functions, torch.cond or its like, in which Dynamo raised an error."""
+    step = error.__traceback__
+    while step is not None:
+        folder, file = os.path.split(step.tb_frame.f_code.co_filename)
+        if os.path.basename(folder) in ("_higher_order_ops", "attention") and file.removesuffix(".py") in OPERATORS:
+            return file.removesuffix(".py")
+        step = step.tb_next
+    return None
+
+
+OPERATORS = ("cond", "while_loop", "scan", "map", "associative_scan", "flex_attention")
 
 
 def as_called(f: Callable) -> Callable:

@@ -35,6 +35,7 @@ from ..trace.tracer import Trace
 from . import module_hooks
 from .function import Context, apply_function, call_function
 from .rules.ctc import recordable
+from .rules.packed import padded
 from .steps import GradStep, interned
 
 _installed = False
@@ -69,6 +70,8 @@ def install() -> None:
     Tensor.tolist = tolist_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("any_requires_grad", torch._C._any_requires_grad)
     torch._C._any_requires_grad = any_requires_grad
+    ORIGINALS.setdefault("pad_packed", torch._VF._pad_packed_sequence)
+    torch._VF._pad_packed_sequence = pad_packed
     graph = torch.autograd.graph
     refuse(graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks")
     redirect("multi_hook", graph.register_multi_grad_hook, register_multi_grad_hook, _multi_hook_template)
@@ -226,6 +229,12 @@ def _ctc_loss_template(  # type: ignore[no-untyped-def]
 def ctc_loss(*args: Any) -> Tensor:
     """The loss in a form that a recording can take."""
     return recordable(ORIGINALS["ctc_loss"], *args)
+
+
+def pad_packed(data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int) -> tuple[Tensor, Tensor]:
+    """``torch.nn.utils.rnn.pad_packed_sequence``, likewise."""
+    pad = ORIGINALS["pad_packed"] if recorded() is None else padded
+    return pad(data, sizes, batch_first, value, length)
 
 
 def drawn(trace: Trace) -> bool:

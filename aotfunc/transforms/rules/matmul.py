@@ -272,3 +272,10 @@ def _(
 @vmap_of(aten._trilinear)
 def _(a: Tensor, b: Tensor, c: Tensor, ea: Any, eb: Any, ec: Any, over: Any, unroll: Any) -> Tensor:
     return aten._trilinear(a, b, c, *([d + 1 for d in dims] for dims in (ea, eb, ec, over)), unroll + 1)
+
+
+@vjp_of(aten._grouped_mm)
+def grouped_mm(g, out, a, b, offs=None, bias=None, out_dtype=None):
+    if bias is not None or out_dtype not in (None, a.dtype):
+        raise NotImplementedError("_grouped_mm with a bias or another dtype of its result has no derivative")
+    return aten._grouped_mm(g, b.mT, offs), aten._grouped_mm(a.mT, g, offs)
