@@ -23,6 +23,7 @@ from .trace.emit import Builder, paused_gc
 from .trace.functionalize import functional_twin, hidden_write
 from .trace.shapes import Facts, Sig
 from .trace.traced import current
+from .trace.tracer import SHAPE_OF_GRADIENT
 from .transforms.captured import Recording
 from .transforms.fresh import fresh, viewed
 
@@ -93,7 +94,8 @@ def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
         op, args, kwargs = aten.as_strided.default, (x, list(sig.shape), list(sig.stride), sig.offset), {}
     call = (x, id(step.call))  # results of one call are made together
     if call not in made:
-        target, given = (cut, (op, x, *args[1:])) if step.cut and not quiet else (op, (x, *args[1:]))
+        unseen = step.cut and not quiet and not Facts(step.call[0]).reshapes
+        target, given = (cut, (op, x, *args[1:])) if unseen else (op, (x, *args[1:]))
         made[call] = b.make("call_function", target, given, dict(kwargs), val)
     return made[call] if step.index is None else b.item(made[call], step.index)
 
@@ -112,7 +114,7 @@ class Changes:
     def __init__(self, rec: Recording) -> None:
         trace = rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
-        self.ops: list[tuple[int, list[tuple]]] = []  # (position, [(op, other arguments, keywords)])
+        self.ops: list[tuple[int, list[tuple]]] = []  # (position, [(op, other arguments, keywords, under no_grad)])
         if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
             return
         for i, ref in enumerate(trace.finals):
@@ -123,7 +125,10 @@ class Changes:
                         f"{rec.names()[i]} is detached in place and then written with what requires grad; "
                         "detach() it, and return it"
                     )
-                self.ops.append((i, [in_place(step.call) for step in last.path[1:]]))
+                self.ops.append((i, [in_place(step) for step in last.path[1:]]))
+                if trace.autograd.leaves.get(i) and torch.is_grad_enabled():
+                    for op in [op for op, *_, unseen in self.ops[-1][1] if unseen and op is not aten.detach_.default]:
+                        raise CaptureError(f"{rec.names()[i]}: {op} under no_grad{SHAPE_OF_GRADIENT}")
 
     def __bool__(self) -> bool:
         return bool(self.flags or self.ops)
@@ -144,15 +149,19 @@ class Changes:
             if i in but:
                 continue
             # no value changes: what the backward keeps of it is still good
-            kept = current() is None and not t.is_inference()
+            kept = current() is None and torch.is_grad_enabled() and not t.is_inference()
             with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
-                for op, args, kwargs in ops:
-                    t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
+                for op, args, kwargs, unseen in ops:
+                    t.grad_fn  # noqa: B018 - of a view it is that of its base by now, which autograd does not look up
+                    with torch.no_grad() if unseen else nullcontext():
+                        t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
 
 
-def in_place(call: tuple) -> tuple:
-    op, args, kwargs, _ = call
-    return (op, args[1:], kwargs) if Facts(op).reshapes else (aten.detach_.default, (), {})  # recorded as a detach
+def in_place(step: Shown) -> tuple:
+    op, args, kwargs, _ = step.call
+    if not Facts(op).reshapes:
+        op, args, kwargs = aten.detach_.default, (None,), {}  # recorded as a detach
+    return op, args[1:], kwargs, step.cut
 
 
 def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:

@@ -1,8 +1,9 @@
 """A compiled call on real tensors: one autograd node, whose backward is compiled too and is differentiable in turn.
 
-The node keeps the residuals of the partition for a plain backward. Where the backward is itself to be differentiated
-(``create_graph=True``) the gradient program of the inputs runs instead, as a compiled call like any other; random
-numbers that it draws again are those of the forward.
+Results that have no input in common are nodes of their own: a backward of one must not visit what the others were
+computed from. A node keeps the residuals of the partition for a plain backward. Where the backward is itself to be
+differentiated (``create_graph=True``) the gradient program of the inputs runs instead, as a compiled call like any
+other; random numbers that it draws again are those of the forward.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from .trace.memory import version
 from .trace.modes import without_modes
 from .trace.shapes import Sig
 from .trace.views import laid_out
+from .transforms.custom import CustomDerivative
 from .transforms.lower import CALLS, lowered
 from .transforms.steps import CompiledCall
-from .transforms.vjp import dense, has_zeros, live, vjp
+from .transforms.vjp import active_nodes, dense, has_zeros, live, sources, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
+#: nodes of autograd for one call, each of which has a backward graph of its own
+MANY = 8
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
 
@@ -46,8 +50,7 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     else:
         halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
         if halves.any_live:
-            given = halves.unwritten(tensors)
-            outs = Differentiated.apply(halves, [given[i] for i in halves.needed], *halves.reached(given))
+            outs = differentiated(halves, tensors)
         else:
             with torch.no_grad():
                 outs = unviewed(owned(call(*tensors), program.n_outputs, tensors))
@@ -125,6 +128,9 @@ class Halves:
         self.any_live = any(self.live)
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
+        #: (results, inputs) of each node
+        self.parts = parts(self.program, wrt, self.live)
+        self.materializes = materializes(self.program)
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
             return
@@ -138,13 +144,11 @@ class Halves:
         """The inputs, with copies of those that the backward reads and that the call writes to."""
         return before_writes(self.call.program, tensors, self.needed)
 
-    def reached(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The inputs, with no way back to those that have no gradient: their hooks would run, and their graph be freed.
-        The results require grad because of them too.
+    def reached(self, tensors: Sequence[Tensor], inputs: Sequence[int]) -> list[Tensor]:
+        """These inputs, with no way back to those that have no gradient: their hooks would run, and their graph be
+        freed. The results require grad because of them too.
         """
-        if not self.unreached:
-            return tensors
-        return [t.detach().requires_grad_() if i in self.unreached else t for i, t in enumerate(tensors)]
+        return [tensors[i].detach().requires_grad_() if i in self.unreached else tensors[i] for i in inputs]
 
     def backward_for(self, have: tuple[bool, ...]) -> Any:
         """The backward half where only some results have a cotangent."""
@@ -180,36 +184,59 @@ class Halves:
         return self.call.derived(("gradient", self.wrt, have), make, "gradient")
 
 
+def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
+    """The results of a call of which some have a derivative, new values of written inputs included."""
+    given, before = halves.unwritten(tensors), states(halves.call.program)
+    with torch.no_grad():
+        outs = owned(halves.forward(*given), halves.count, given)
+        results, residuals = list(unviewed(outs[: halves.count])), outs[halves.count :]
+    needed = [given[i] for i in halves.needed]
+    if len(halves.parts) > 1:  # residuals may be results of another node: they must not hold each other
+        residuals = [r.detach() if isinstance(r, Tensor) else r for r in residuals]
+    for part in halves.parts:
+        mine, inputs = part
+        found = [results[i] for i in mine]
+        new = Differentiated.apply(halves, part, found, residuals, needed, before, *halves.reached(given, inputs))
+        for i, o in zip(mine, new, strict=True):
+            # autograd calls the hooks of all results of a node, those that no gradient reaches with None
+            results[i] = aten.lift.default(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
+    return results
+
+
 class Differentiated(torch.autograd.Function):
-    """A compiled call under autograd."""
+    """Results of a compiled call, as a node of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, halves: Halves, needed: list[Tensor], *tensors: Tensor) -> tuple:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        halves: Halves,
+        part: tuple,
+        results: list[Tensor],
+        residuals: Sequence,
+        needed: list[Tensor],
+        before: list,
+        *inputs: Tensor,
+    ) -> tuple:
         ctx.set_materialize_grads(False)
-        ctx.halves = halves
-        ctx.states = states(halves.call.program)
-        outs = owned(halves.forward(*tensors), halves.count, tensors)
-        results, residuals = unviewed(outs[: halves.count]), outs[halves.count :]
+        ctx.halves, ctx.part, ctx.states = halves, part, before
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
         # not saved tensors: a plain backward must not mind if one that it does not read has changed
         ctx.inputs = needed  # of which the gradients may depend, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
         ctx.dtype = torch.get_default_dtype()
-        dead = [o for o, live in zip(results, halves.live, strict=True) if not live and isinstance(o, Tensor)]
-        if dead:
-            ctx.mark_non_differentiable(*dead)
         return tuple(results)
 
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         halves, saved = ctx.halves, ctx.saved_tensors
-        live = [c for c, yes in zip(cts, halves.live, strict=True) if yes]
-        have = tuple([c is not None for c in live])
+        outs, inputs = ctx.part
+        there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
+        have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):
-            given = [c.contiguous() for c in live if c is not None]
-            if torch.is_grad_enabled():
+            given = [c.contiguous() for c in cts if c is not None]
+            if torch.is_grad_enabled() or (halves.materializes and not all(have)):
                 with redrawn(ctx.states):
                     grads = apply(run, halves.gradient(have), [*unchanged(ctx), *given])
             else:
@@ -218,12 +245,11 @@ class Differentiated(torch.autograd.Function):
                 grads = apply(compiled, halves.backward_for(have), [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = None
-        result: list = [None] * (len(ctx.needs_input_grad))
-        for i, g in zip(halves.wrt, grads, strict=True):
-            if g is None and (sig := halves.zeros(have).get(i)) is not None:
-                g = torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
-            result[i + 2] = g
-        return tuple(result)
+        found = dict(zip(halves.wrt, grads, strict=True))
+        for i, sig in halves.zeros(have).items():
+            if found[i] is None and i in inputs:
+                found[i] = torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
+        return *[None] * 6, *[found[i] for i in inputs]
 
 
 def unchanged(ctx: Any) -> list[Tensor]:
@@ -235,6 +261,41 @@ def unchanged(ctx: Any) -> list[Tensor]:
                 "after the call; its backward cannot be differentiated (create_graph=True) any more"
             )
     return ctx.inputs
+
+
+# ----- what a program's results have in common ------------------------------------------------------------------------
+
+
+def parts(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> list[tuple[list[int], list[int]]]:
+    """The live results, and the inputs ``wrt``, in groups that no derivative connects; all together where there would
+    be more than MANY.
+    """
+    inputs = program.placeholders
+    masks = {inputs[i]: 1 << i for i in wrt}
+    for n in active_nodes(program.graph.nodes, list(masks), zeros=True):
+        for i in sources(n) if n.op == "call_function" else ():
+            masks[n] = masks.get(n, 0) | masks.get(i, 0)
+    groups: dict[int, list[int]] = {}
+    for k, (o, yes) in enumerate(zip(program.outputs, live, strict=True)):
+        if yes:
+            mask, outs = masks[o], [k]
+            for other in [m for m in groups if m & mask]:
+                mask, outs = mask | other, [*groups.pop(other), *outs]
+            groups[mask] = outs
+    if len(groups) > MANY:
+        return [([k for k, yes in enumerate(live) if yes], list(wrt))]
+    return [(sorted(outs), [i for i in wrt if mask >> i & 1]) for mask, outs in groups.items()]
+
+
+def materializes(program: Program) -> bool:
+    """Whether a Function in it has several outputs, and a backward that gets zeros where one has no cotangent."""
+
+    def one(n: Node) -> bool:
+        if isinstance(n.target, CustomDerivative):
+            return None in n.target.backward and n.target.n_outputs > 1
+        return isinstance(n.target, CompiledCall) and materializes(n.target.program)
+
+    return program.once("materializes", lambda: any(map(one, program.graph.nodes)))
 
 
 # ----- smaller programs -----------------------------------------------------------------------------------------------

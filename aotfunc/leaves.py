@@ -29,6 +29,8 @@ class Leaves:
         leaves = {ref for ref, yes in trace.autograd.leaves.items() if yes and ref >= count}
         self.parameters = [k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")]
         self.returned = [k for k, ref in enumerate(rec.refs) if ref in leaves and ref not in trace.autograd.computed]
+        if any(rec.leaves[rec.tensors[k]].__dict__.get("_grad") is not None for k in self.returned):
+            raise CaptureError("a tensor that was made inside is returned, and has a .grad; return x.grad, too")
         #: what is computed from one: results of the program by their positions, then written inputs by theirs
         self.results: list[int] = []
         self.written: list[int] = []
@@ -42,6 +44,11 @@ class Leaves:
                 "which the gradient would not reach it; pass it as an argument"
             )
         found = reached(rec, leaves) - (leaves - trace.autograd.computed)
+        if any(ref in found and (s := rec.seen.get(ref)) and s.root not in found for ref in rec.refs):
+            raise CaptureError(
+                "a view of a tensor that was made inside and requires grad is returned; return the tensor itself, or a "
+                "clone() of the view"
+            )
         self.results = [k for k, ref in enumerate(owned) if ref in found]
         self.written = [i for i, ref in zip(mutated, finals, strict=True) if ref in found]
 

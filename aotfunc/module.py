@@ -23,7 +23,7 @@ from .errors import ArgumentError
 from .graph import Program, output_node
 from .specialised import Specialised
 from .trace.emit import Builder, paused_gc
-from .trace.functionalize import hidden_write
+from .trace.functionalize import dead_end, hidden_write
 from .trace.instances import flatten_tree
 from .trace.replay import named_generators
 from .trace.shapes import Sig
@@ -233,12 +233,12 @@ def make_fx(
         def outputs(b: Builder, inputs: list, results: list) -> Any:
             written: dict[Any, Node] = {}
             for index, new in zip(program.mutated, results[program.n_outputs :], strict=True):
-                while isinstance(new, Node) and new.target in (hidden_write, aten.detach.default):
+                while isinstance(new, Node) and new.target in (hidden_write, dead_end, aten.detach.default):
                     new = new.args[1] if new.target is hidden_write else new.args[0]
                 node = b.make("call_function", aten.copy_.default, (inputs[index], new), {}, inputs[index].meta["val"])
                 written[results[program.n_outputs + len(written)]] = node
             for index, ops in Changes(rec).ops:
-                for op, args, kw in ops:
+                for op, args, kw, _ in ops:
                     b.make("call_function", op, (inputs[index], *args), dict(kw), inputs[index].meta["val"])
             leaves = list(rec.leaves)
             for i, r in zip(rec.tensors, results[: program.n_outputs], strict=True):

@@ -75,5 +75,5 @@ def shown(trace: Trace) -> dict[int, Shown]:
                     for step in [s for s in seen.path[1:] if s.call[0] is aten.detach.default][-1:]:
                         step.apart = True
         else:
-            found[refs[0]] = Shown(refs[0], of(refs[0]), (op, instr.args, instr.kwargs, instr.outs))
+            found[refs[0]] = Shown(refs[0], of(refs[0]), (op, instr.args, instr.kwargs, instr.outs), cut=not grad)
     return found

@@ -16,6 +16,7 @@ from .traced import Traced
 
 aten = torch.ops.aten
 requires_grad = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]  # as autograd sees it
+is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 class Autograd:
@@ -62,12 +63,14 @@ class Autograd:
         return False
 
     def is_leaf(self, t: Traced) -> bool:
-        return not self.requires_grad(t) or (t.ref in self.leaves and t.ref not in self.computed)
+        if not self.requires_grad(t) or (t.ref in self.leaves and t.ref not in self.computed):
+            return True
+        return self.made_quietly(t.ref)  # a view, which has no history
 
     def adopt_leaves(self) -> None:
         """Note which tensors made of nothing were to require grad."""
         for t in [t for r in self.made if (t := r()) is not None and t.ref not in self.leaves]:
-            if requires_grad(t):
+            if requires_grad(t) and is_leaf(t):
                 self.leaves[t.ref] = True
                 self.leaf_tensors.append(t)
         self.made.clear()
@@ -93,7 +96,8 @@ class Autograd:
 
     def reaches(self, ref: int, outs: Sequence[int]) -> bool:
         """Whether one of ``outs`` was computed from the value ``ref``, as autograd sees it."""
-        return not Reach({ref}, len(self.inputs)).extended(self.records, self.leaves).isdisjoint(outs)
+        found = Reach({ref}, len(self.inputs), unseen_views=False).extended(self.records, self.leaves)
+        return not found.isdisjoint(outs)
 
     def leaves_of(self, outs: Sequence[int]) -> tuple[list[int], list[Traced]]:
         """What ``.backward()`` of ``outs`` would give a gradient: leaves from outside, and tensors made inside."""
@@ -132,10 +136,13 @@ UNTRACKED = frozenset(
 
 
 class Reach:
-    """The values of a recording that a differentiable path leads to from ``active`` ones."""
+    """The values of a recording that a differentiable path leads to from ``active`` ones. ``unseen_views``: through
+    views made under no_grad, too, which require grad if what they show does.
+    """
 
-    def __init__(self, active: set[int], count: int) -> None:
+    def __init__(self, active: set[int], count: int, unseen_views: bool = True) -> None:
         self.active, self.done, self.number = active, 0, count  # so many records and values are done
+        self.unseen_views = unseen_views
         self.bases: dict[int, int] = {}  # of each view the value that it shows
         self.views: dict[int, list[int]] = {}  # and the views of each value
 
@@ -152,7 +159,8 @@ class Reach:
                 base = self.bases.get(refs[0], refs[0])
                 self.bases.update(dict.fromkeys(made, base))
                 self.views.setdefault(base, []).extend(made)
-            elif not grad:  # a view requires grad even so, if what it shows does
+                grad |= self.unseen_views
+            if not grad:
                 continue
             given = [r in active for r in refs]
             if not any(given):

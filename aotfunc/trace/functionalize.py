@@ -5,8 +5,9 @@ value is a node, and it counts versions) and a chain of view ops. A write to a v
 through the inverses of the chain; a read through another view replays that view's chain on the current value.
 
 Intent is made explicit, so that it survives every later rewriting: a value made under ``torch.no_grad()`` and read
-outside passes through ``aten.detach``, and a write that autograd does not see becomes ``aotfunc.hidden_write(old,
-new)``: the new value with the old derivative.
+outside passes through ``aten.detach``, a view made there through ``aotfunc.dead_end`` (it requires grad if what it
+shows does, and has no derivative), and a write that autograd does not see becomes ``aotfunc.hidden_write(old, new)``:
+the new value with the old derivative.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ _library.define("once(Tensor x) -> Tensor")
 _library.impl("once", lambda x: x.clone(), "CompositeExplicitAutograd")
 hidden_write = torch.ops.aotfunc.hidden_write.default
 torch.library.register_autograd("aotfunc::hidden_write", lambda ctx, g: (g, None), lib=_library)
+_library.define("dead_end(Tensor(a) x) -> Tensor(a)")
+_library.impl("dead_end", torch.no_grad()(lambda x: x.view_as(x)), "CompositeImplicitAutograd")
+dead_end = torch.ops.aotfunc.dead_end.default
 once = torch.ops.aotfunc.once.default  # an identity that refuses to be differentiated: @once_differentiable
 
 
@@ -114,8 +118,8 @@ class Functionalizer:
         self.env: dict[int, Any] = {}
         #: a view that was written, and a copy, are what was written; else they are read from the memory they show
         self.direct = True
-        self.cut: set[int] = set()  # made under no_grad
-        self.cuts: dict[Node, Node] = {}  # and one node each for what is read of them where gradients are on
+        self.cut: dict[int, OpOverload] = {}  # made under no_grad, and how it is read where gradients are on
+        self.cuts: dict[tuple, Node] = {}  # and one node each for that
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
         self.placeholders = list(inputs)
         refs = [*range(len(trace.inputs)), *(-1 - i for i in range(len(trace.lifted)))]
@@ -162,7 +166,7 @@ class Functionalizer:
     # ----- values -----------------------------------------------------------------------------------------------------
 
     def read(self, ref: int, grad: bool = True) -> Node:
-        """The current value of a tensor; detached if it was made under no_grad and is read where gradients are on."""
+        """The current value of a tensor; cut off if it was made under no_grad and is read where gradients are on."""
         view = self.env[ref]
         if view.__class__ is View:
             storage = view.storage
@@ -174,7 +178,11 @@ class Functionalizer:
             node = view.node
         else:
             node = view
-        return self.detached(node) if grad and ref in self.cut and self.intent else node
+        return self.cut_off(ref, node) if grad else node
+
+    def cut_off(self, ref: int, node: Node) -> Node:
+        how = self.cut.get(ref) if self.intent else None
+        return node if how is None else self.detached(node, how)
 
     def current(self, storage: Storage) -> Node:
         """The value of a storage; where the memory was written through another one, the derivative stays."""
@@ -222,22 +230,28 @@ class Functionalizer:
             node, ops = self.current(view.storage), [link[0] for link in view.chain]
             for link in view.chain[: max((i + 1 for i, op in enumerate(ops) if op in COMPUTED), default=0)]:
                 node = forward(self.b, link, node)
-        return self.detached(node) if ref in self.cut and self.intent else node
+        return self.cut_off(ref, node)
 
-    def detached(self, node: Node) -> Node:
-        if node not in self.cuts:
-            self.cuts[node] = self.b.node(aten.detach.default, (node,), {}, node.meta["val"])
-        return self.cuts[node]
+    def detached(self, node: Node, how: OpOverload = aten.detach.default) -> Node:
+        if (node, how) not in self.cuts:
+            self.cuts[node, how] = self.b.node(how, (node,), {}, node.meta["val"])
+        return self.cuts[node, how]
 
-    def bind(self, node: Node, grad: bool) -> int:
+    def bind(self, node: Node, grad: bool, how: OpOverload = aten.detach.default) -> int:
         """Give the next result of the recording its value."""
         ref = self.number
         self.number += 1
         cut = not grad and node.meta["val"].differentiable
         self.env[ref] = View(Storage(node, cut=cut)) if self.mutates else node
         if cut:
-            self.cut.add(ref)
+            self.cut[ref] = how
         return ref
+
+    def how_cut(self, instr: Instr, refs: Sequence[int]) -> OpOverload:
+        """How the results of an op under no_grad are read where gradients are on."""
+        if instr.facts.view_of is None or instr.op is aten.detach.default:
+            return aten.detach.default
+        return self.cut.get(refs[0], dead_end)
 
     def alias(self, ref: int, base: int, links: Sequence[Link]) -> None:
         """Let a result share the memory of ``base``, seen through ``links``."""
@@ -260,7 +274,7 @@ class Functionalizer:
         if grad and storage.cut:  # from here on it carries a derivative: that of what is written
             self.became(storage, self.detached(self.current(storage)))
             storage.cut = False
-            self.cut -= {r for r, v in self.env.items() if v.storage is storage}
+            self.cut = {r: how for r, how in self.cut.items() if self.env[r].storage is not storage}
         bases = [self.current(storage)]
         for link in view.chain[:-1]:
             bases.append(forward(self.b, link, bases[-1]))
@@ -296,7 +310,7 @@ class Functionalizer:
                 self._view(instr, refs, grad)
             else:
                 nodes = [self.read(r, grad) for r in refs]
-                self._results(self._call(instr, nodes), instr.outs, grad)
+                self._results(self._call(instr, nodes), instr.outs, grad, self.how_cut(instr, refs))
         self.b.meta = {}
 
     def _call(self, instr: Instr, nodes: list[Node]) -> Any:
@@ -307,13 +321,13 @@ class Functionalizer:
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
         return self.b.node(instr.op, fill(instr.args, nodes), kwargs, instr.outs)
 
-    def _results(self, out: Any, outs: Any, grad: bool) -> None:
+    def _results(self, out: Any, outs: Any, grad: bool, how: OpOverload = aten.detach.default) -> None:
         if outs.__class__ is Sig:
-            self.bind(out, grad)
+            self.bind(out, grad, how)
         elif isinstance(outs, tuple):
             for i, o in enumerate(outs):
                 if flat(o):
-                    self._results(self.b.item(out, i), o, grad)
+                    self._results(self.b.item(out, i), o, grad, how)
 
     def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:
         """A view shares the storage of its argument, the first tensor; another says where it starts."""
@@ -326,7 +340,7 @@ class Functionalizer:
         if outs is base.sig and instr.op in SAME_IF_EQUAL:  # `y[:]`
             self.env[self.number] = View(base.storage, base.chain)
             if refs[0] in self.cut or (not grad and outs.differentiable):
-                self.cut.add(self.number)
+                self.cut[self.number] = self.how_cut(instr, refs)
             self.number += 1
             return
         each = [(None, outs)] if outs.__class__ is Sig else enumerate(outs)
@@ -339,7 +353,7 @@ class Functionalizer:
             self.env[ref] = self.seen(base, instr.op, args, instr.kwargs, i, sig)
             cut = refs[0] in self.cut and instr.op is not aten.detach.default  # which is a cut itself
             if cut or (not grad and sig.differentiable):
-                self.cut.add(ref)
+                self.cut[ref] = self.how_cut(instr, refs)
 
     def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None, overwritten: bool) -> None:
         op, facts = instr.op, instr.facts
@@ -371,9 +385,10 @@ class Functionalizer:
             self._results(self.fitted(new, o) if o.__class__ is Sig else new, o, grad)
 
     def still_requiring_grad(self, old: Node, new: Node) -> Node:
-        """The new value of a tensor that requires grad, and does so still: its derivative is zero."""
+        """The new value of a tensor that requires grad, and does so still: the derivative of the old one is zero."""
         new = self.fitted(new, old.meta["val"])
-        return self.b.node(hidden_write, (self.b.call(aten.mul.Tensor, old, 0), new), {}, new.meta["val"])
+        both = self.b.call(aten.add.Tensor, self.b.call(aten.zero.default, old), new)
+        return self.b.node(hidden_write, (both, new), {}, new.meta["val"])
 
     def _twin_results(self, twin: OpOverload, instr: Instr, nodes: list[Node]) -> list:
         names = {a.name for a in twin._schema.arguments}

@@ -5,7 +5,7 @@ and a traced value left in a tensor from outside has no data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,24 +127,32 @@ def give_memory(t: Traced, value: Tensor) -> None:
         raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(line)}; make a new tensor")
     with torch.enable_grad():
         new = hidden_write(t, value.detach())
-    trace.given.append((len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, line))
+    why = f"`.data = ` lets tensors share memory, and one is written or both are returned{at(line)}; assign a clone()"
+    trace.stand_ins.append(StandIn(len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, why))
     t.ref = new.ref
     trace.refresh(t, new.sig)
 
 
-def check_given(trace: Trace, returned: Sequence[int]) -> None:
-    """In eager ``t.data = value`` lets the two share memory, and older views of ``t`` its derivative: refuse what would
-    tell that there is a copy.
+class StandIn(NamedTuple):
+    """A value that stands, after so many records, for ``old``, and in eager shares the memory of ``value``: after
+    ``t.data = value``, or with a hook. ``why`` is the error where that is seen.
     """
+
+    start: int
+    value: int
+    old: int
+    new: int
+    why: str
+
+
+def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
+    """Refuse what would tell that a value which stands for another has memory of its own."""
     root = trace.root
-    for start, value, old, new, line in trace.given:
+    for start, value, old, new, why in trace.stand_ins:
         shared, results, later = {root(value), root(old)}, {root(r) for r in returned}, trace.records[start:]
         used = results | {root(r) for _, refs, *_ in later for r in refs}
         written = {root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
         outside = root(value) < len(trace.inputs)
         told = new in results and (outside or root(value) in results)
         if told or written & shared or (new in written and (outside or used & shared)):
-            raise CaptureError(
-                f"`.data = ` lets tensors share memory, and one is written or both are returned{at(line)}; assign a "
-                "clone()"
-            )
+            raise CaptureError(why)

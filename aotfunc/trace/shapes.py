@@ -130,6 +130,8 @@ class Facts:
         self.dynamic = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
         self.accumulates = op in (torch.ops.aten.add_.Tensor, torch.ops.aten.sub_.Tensor)
         self.pure = not self.writes and self.view_of is None
+        #: makes a tensor of no other's values: it may be told to require grad (`requires_grad=True`)
+        self.factory = "pin_memory" in self.names or op is aten.lift_fresh.default
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"
 

@@ -64,7 +64,7 @@ class Trace(TorchDispatchMode):
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
         self.autograd = Autograd(self.inputs, self.lifted, self.records)
-        self.given: list[tuple[int, int, int, int, Any]] = []  # see outside.py
+        self.stand_ins: list[Any] = []  # see outside.py
         self.seeds = Seeds()
         self.mutates = False
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
@@ -226,7 +226,7 @@ class Trace(TorchDispatchMode):
         if facts.pure:
             if outs.__class__ is Sig:
                 t = self.new(outs)
-                if not refs or func is aten.lift_fresh.default:
+                if facts.factory or not refs:
                     self.autograd.made.append(weakref.ref(t))
                 return t
         elif facts.writes:
@@ -355,6 +355,8 @@ class Trace(TorchDispatchMode):
                 f"{name} changes the shape of a tensor from outside, of shape {list(t.shape)}{line}; pass it as an "
                 "argument, or make a view of it"
             )
+        if not _grad_enabled() and t.ref >= len(self.inputs) and not t.is_leaf:
+            raise CaptureError(f"{name} under no_grad{SHAPE_OF_GRADIENT}{line}")
         if name in ("set_", "resize_as_"):
             raise CaptureError(f"{name} gives a tensor the shape or memory of another{line}; assign a new tensor")
         if name == "resize_" and self.autograd.requires_grad(t):
@@ -522,10 +524,13 @@ def on_functions(name: str) -> CaptureError:
     )
 
 
-#: writes that do not read what they write to
+SHAPE_OF_GRADIENT = " changes the shape of a tensor whose gradient would keep the old one; make a view of it"
+
+#: writes after which nothing is left of the derivative of what they write to
 OVERWRITES = frozenset(
-    (aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.normal_.default)
-    + (aten.uniform_.default, aten.bernoulli_.float, aten.exponential_.default)
+    getattr(packet, name)
+    for packet in (aten.copy_, aten.zero_, aten.fill_, aten.eq_, aten.ne_, aten.lt_, aten.le_, aten.gt_, aten.ge_)
+    for name in packet.overloads()
 )
 
 #: ops whose result has a shape that depends on the values of all tensors but the first

@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.fx import Node
 
 from ..cache import Cache
 from ..errors import CaptureError
@@ -14,11 +16,13 @@ from ..graph import Program, weight
 from ..trace.aliases import Shown, shown
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
-from ..trace.outside import check_given
+from ..trace.outside import check_stand_ins
 from ..trace.tracer import Trace
 from ..trace.tree import flatten, unflatten
 from .steps import GradStep
 from .tidy import REWRITES, retidy
+
+aten = torch.ops.aten
 
 #: by what was recorded; weighed in nodes, of which each takes a kilobyte or two with all that is made of it
 _programs = Cache(1 << 16, weight)
@@ -40,7 +44,7 @@ class Recording:
                         "return a list or a tuple of the values"
                     )
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
-        check_given(trace, self.refs)
+        check_stand_ins(trace, self.refs)
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
@@ -79,10 +83,17 @@ class Recording:
                 shared = {self.refs[i] for i, _ in self.shared()}
                 results = [f.shown(r) if r in shared else f.read(r) for r in self.refs]
             else:
-                results = [f.memory(r) if whole else f.read(r) for r, whole in memory]
+                results = [self._memory(f, r) if whole else f.read(r) for r, whole in memory]
             outs = [*results, *(n for _, n in mutated)]
             program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
+
+    def _memory(self, f: Functionalizer, ref: int) -> Node:
+        """The memory of a value; without a derivative where all that is returned of it is detached."""
+        node = f.memory(ref)
+        paths = [s.path for r in self.refs if (s := self.seen.get(r)) is not None and s.root == ref]
+        alone = ref not in self.refs and all(any(s.call[0] is aten.detach.default for s in path[1:]) for path in paths)
+        return f.detached(node) if alone and node.meta["val"].differentiable else node
 
     def as_recorded(self, memory: tuple[tuple[int, bool], ...]) -> Program:
         """:meth:`program` op by op, nothing rewritten or merged; the last results are the tensors returned."""
@@ -92,8 +103,12 @@ class Recording:
             f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
             f.direct = False
             f.run()
-            outs = [f.memory(r) if whole else f.read(r) for r, whole in memory]
-            outs += [*(n for _, n in f.mutated()), *map(f.read, self.refs)]
+            outs = [self._memory(f, r) if whole else f.read(r) for r, whole in memory]
+            returned: dict[int, Node] = {}
+            outs += [n for _, n in f.mutated()]
+            for ref, n in {r: f.read(r) for r in self.refs}.items():
+                returned[ref] = b.call(aten.alias.default, n) if n in returned.values() else n  # tensors of their own
+            outs += [returned[r] for r in self.refs]
             return Program(b.finish(outs), len(trace.inputs), len(outs), (), "capture")
 
     @property

@@ -20,7 +20,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils import module_tracker
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from .. import debug
@@ -33,7 +33,7 @@ from ..trace.shapes import contiguous_stride, make_sig
 from ..trace.traced import HOOKS, Traced, current, quiet, under_way
 from ..trace.tracer import Trace
 from . import module_hooks
-from .function import Context, apply_function, call_function
+from .function import Context, apply_function, call_function, floating
 from .rules.ctc import recordable
 from .rules.packed import padded
 from .steps import GradStep, interned
@@ -320,6 +320,7 @@ def autograd_grad(
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     size = gs[0].shape[0] if is_grads_batched else None  # type: ignore[union-attr]
     refs = [trace.ref_of(o)[0] for o in outs]
+    ins = [before_hooks(x) if x.__class__ is Traced and x.tracer is trace else x for x in ins]
     places = [trace.ref_of(x)[0] for x in ins]
     check_paths_outside(trace, refs, places)
     used = [trace.autograd.reaches(ref, refs) for ref in places]
@@ -429,14 +430,39 @@ def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return apply_function(cls, *args, **kwargs)
     trace = current()
     assert trace is not None
-    outer = trace.region
+    outer, records = trace.region, len(trace.records)
     trace.region = trace.regions = trace.regions + 1
-    needed = trace.may_ask_constants or any(isinstance(a, Tensor) and a.requires_grad for a in args[2:])
+    given = [a for a in args[2:] if isinstance(a, Tensor)]
+    requiring = [a for a in given if a.requires_grad]
     try:
-        with nullcontext() if needed else torch.no_grad():
-            return args[0](*args[2:])
+        with nullcontext() if trace.may_ask_constants or requiring else torch.no_grad():
+            result = args[0](*args[2:])
+    except RuntimeError as e:
+        if "a leaf Variable that requires grad" in str(e):
+            raise written_in_checkpoint() from e
+        raise
     finally:
         trace.region = outer
+    if trace.may_ask_constants or not (requiring and torch.is_grad_enabled()):
+        return result
+    roots = {trace.root(trace.ref_of(a)[0]) for a in given}
+    if any(trace.root(refs[s]) in roots for instr, refs, *_ in trace.records[records:] for s in written_slots(instr)):
+        raise written_in_checkpoint()
+    return tree_map_only(Tensor, lambda t: requiring_grad(t, requiring), result)
+
+
+def written_in_checkpoint() -> CaptureError:
+    return CaptureError(
+        f"a checkpoint writes to its argument{at(debug.user_line())}, and would do so again in the backward; say "
+        "use_reentrant=False, or clone() it there"
+    )
+
+
+def requiring_grad(t: Tensor, because_of: Sequence[Tensor]) -> Tensor:
+    """A result that requires grad as those of a Function do, though nothing of it has a derivative."""
+    if t.requires_grad or not floating(t):
+        return t
+    return call_function("checkpoint", because_of, lambda ctx: t.clone(), Context(), lambda ctx, g: None)
 
 
 def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
@@ -458,15 +484,31 @@ def register_hook(t: Traced, hook: Callable) -> Any:
             f"a hook of an argument that was written to{at(debug.user_line())}: register it first, outside"
         )
 
+    why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written or both are returned; "
+    why += "register the hook on a clone()"
+
     def backward(ctx: Any, g: Tensor) -> Tensor:
         changed = hook(g)
         return g if changed is None else changed
 
-    hooked = call_function("hook", [t], lambda ctx: t.view_as(t), Context(), backward)
-    t.ref = hooked.ref
+    if t.is_leaf and t.ref not in trace.autograd.leaves:  # a view made under no_grad, which no gradient reaches
+        return _Handle()
+    before = t.ref
+    with torch.enable_grad():
+        t.ref = call_function("hook", [t], lambda ctx: t.view_as(t), Context(), backward).ref
+    trace.stand_ins.append(outside.StandIn(len(trace.records), before, before, t.ref, why))
     if own < len(trace.inputs):
         trace.hooked.add(t.ref)
     return _Handle()
+
+
+def before_hooks(t: Traced) -> Traced:
+    """The value that a tensor was before hooks were registered on it: its gradient has passed them."""
+    hooked = {s.new: s.old for s in t.tracer.stand_ins if s.old == s.value}
+    twin = t.tracer.alias(t)
+    while twin.ref in hooked:
+        twin.ref = hooked[twin.ref]
+    return t if twin.ref == t.ref else twin
 
 
 class _Handle:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap
-from ..trace.functionalize import hidden_write, once
+from ..trace.functionalize import dead_end, hidden_write, once
 from .tidy import FINAL
 
 aten = torch.ops.aten
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 def marked(program: Program) -> bool:
     """Whether the graph carries intent that plain autograd, run over its ops, would not see."""
     return any(
-        n.target in (aten.detach.default, hidden_write, once) or getattr(n.target, "dissolved_with", "")
+        n.target in (aten.detach.default, dead_end, hidden_write, once) or getattr(n.target, "dissolved_with", "")
         for n in program.graph.nodes
     )
 
@@ -44,7 +44,7 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
             elif n.op == "call_function":
                 args = remap(n.args, env)
-                if "marks" in dissolve and target in (aten.detach.default, once):
+                if "marks" in dissolve and target in (aten.detach.default, dead_end, once):
                     env[n] = args[0]
                 elif "marks" in dissolve and target is hidden_write:
                     env[n] = args[1]

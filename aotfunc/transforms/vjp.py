@@ -19,7 +19,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
-from ..trace.functionalize import hidden_write, once
+from ..trace.functionalize import dead_end, hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
@@ -34,11 +34,13 @@ def differentiable(val: Any) -> bool:
 
 def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[Node, None]:
     """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order; with ``zeros`` also those
-    where it is zero and autograd says all the same that they require grad.
+    where it is zero, or ends, and autograd says all the same that they require grad.
     """
     active = dict.fromkeys(wrt)
     for n in nodes:
         if n in active or n.op != "call_function" or n.target is aten.detach.default:
+            continue
+        if n.target is dead_end and not zeros:
             continue
         for i in sources(n):
             if i in active:
@@ -327,7 +329,8 @@ def vjp(
 
 def has_zeros(nodes: Any, outs: Sequence[Any], x: Node) -> bool:
     """Whether one of ``outs`` was computed from ``x`` by an op for which autograd has zeros."""
-    flat = [n for n in active_nodes(nodes, [x], zeros=True) if (line := RULES.get(n.target)) and line.zero]
+    through = [n for n in nodes if None in getattr(n.target, "backward", (None,))]  # others get no zeros, and give none
+    flat = [n for n in active_nodes(through, [x], zeros=True) if (line := RULES.get(n.target)) and line.zero]
     active = active_nodes(nodes, flat, zeros=True) if flat else ()
     return any(o in active for o in outs)
 

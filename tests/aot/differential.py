@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +83,15 @@ def far(a: Tensor, b: Tensor) -> str | None:
     """What keeps two tensors from being equal up to rounding."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{a.dtype}{list(a.shape)}, eager {b.dtype}{list(b.shape)}"
-    limit = CLOSE.get(a.dtype, 0)
+    limit = CLOSE.get(torch.bfloat16 if all(map(rounded, (a, b))) else a.dtype, 0)
     if torch.allclose(a, b, rtol=limit, atol=limit, equal_nan=True):
         return None
     return f"value {a.tolist()}, eager {b.tolist()}"
+
+
+def rounded(x: Tensor) -> bool:
+    """Whether these are numbers of bfloat16, whatever holds them now."""
+    return x.is_floating_point() and bool((x == x.bfloat16()).all()) and not bool((x == x.round()).all())
 
 
 Picture = dict[str, "Look | Tensor"]
@@ -97,7 +102,7 @@ class Eye:
 
     def __init__(self) -> None:
         self.pictures: list[Picture] = []
-        self.versions: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self.versions: dict[str, tuple[Tensor, int, Tensor, tuple]] = {}
 
     def __call__(self) -> None:
         self.pictures.append(self.look(sys._getframe(1)))
@@ -119,15 +124,15 @@ class Eye:
                 t.grad.detach().clone() if leaf is True and t.grad is not None else None,
                 storages.setdefault(storage, len(storages)),
                 identities.setdefault(id(t), len(identities)),
-                known is not None and known[0] is t and known[1] != t._version and changed(known[2], t),
+                known is not None and known[0] is t and known[1] != t._version and changed(*known[2:], t),
             )
-            versions[name] = (t, t._version, picture[name].value)
+            versions[name] = (t, t._version, picture[name].value, t.stride())
         self.versions = versions
         return picture
 
 
-def changed(before: Tensor, now: Tensor) -> bool:
-    return before.shape == now.shape and far(before, now.detach()) is not None
+def changed(before: Tensor, stride: tuple, now: Tensor) -> bool:
+    return before.shape == now.shape and stride == now.stride() and far(before, now.detach()) is not None
 
 
 def tensors(variables: dict) -> Iterator[tuple[str, Tensor]]:
@@ -183,12 +188,13 @@ class Outcome:
     pictures: list[Picture]
     error: Exception | None = None
     after: Picture | None = None
-    line: int = 0  # of the program, where the exception came from
+    lines: Sequence[int] = ()  # of the program, by which the exception came
 
     @property
     def refused(self) -> bool:
         """On purpose, or by autograd, to which a compiled call is one node that keeps what it likes."""
         told = ("has been modified by an inplace operation", "Trying to backward through the graph a second time")
+        told += ("A view was created in no_grad mode",)  # autograd does not say whether it is a leaf
         return isinstance(self.error, AotfuncError) or any(text in str(self.error) for text in told)
 
 
@@ -204,7 +210,7 @@ def run(program: Callable, compiled: Callable) -> Outcome:
             file = program.__code__.co_filename
             frames = [(f, n) for f, n in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == file]
             main = next(f for f, _ in frames if f.f_code is program.__code__)
-            return Outcome(eye.pictures, e, eye.look(main), frames[-1][1])
+            return Outcome(eye.pictures, e, eye.look(main), [n for _, n in frames])
         finally:
             torch.set_default_dtype(dtype)
             torch.set_rng_state(state)
@@ -237,11 +243,12 @@ def unwritten(picture: Picture) -> Picture:
 
 def valid(lines: list[Line]) -> tuple[list[Line], Outcome] | None:
     """The program, without the statements that eager mode refuses after all, and what it does there."""
-    for _ in range(12):
+    for _ in range(60):
         want = run(program_of(lines), plain)
         if want.error is None:
             return lines, want
-        lines = without(lines, want.line)
+        fewer = [without(lines, n) for n in reversed(want.lines)]
+        lines = next((x for x in fewer if x != lines), lines)
     return None
 
 

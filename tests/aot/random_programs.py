@@ -217,7 +217,8 @@ class Driver(Scope):
             case "lin":
                 return choice([n for n in ("lin", "m.lin") if n.split(".")[0] in env])
             case "param":
-                return choice(params * (self.draw.random() < 0.3) + theirs)
+                self.same = choice(params * (self.draw.random() < 0.3) + theirs)
+                return self.same
             case "leaf":
                 names = [n for n in [*params, *theirs, "x"] if n in env and is_leaf(self.value(n))]
                 return choice([n for n in names if self.value(n).requires_grad])

@@ -190,8 +190,8 @@ BETWEEN: Table = {
     "arguments": (5, [*ARGUMENTS, *ALIASES]),
     "weights": (
         4,
-        ["with torch.no_grad():\n    {param}.mul_(0.9)", "{param}.data.add_(0.1)", "{param}.data = {param}.data * 0.9"]
-        + ["{param}.data = torch.randn_like({param})", "opt.step()", "opt.step()", "opt.zero_grad()", "opt.step()"]
+        ["with torch.no_grad():\n    {param}.mul_(0.9)", "{param}.data.add_(0.1)", "{param}.data = {same}.data * 0.9"]
+        + ["{param}.data = torch.randn_like({same})", "opt.step()", "opt.step()", "opt.zero_grad()", "opt.step()"]
         + [
             "opt.zero_grad(set_to_none=False)",
             "{m}.load_state_dict({{n: t * 0.5 for n, t in {m}.state_dict().items()}})",

@@ -21,7 +21,7 @@ FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
 WAY = os.environ.get("AOTFUNC_FUZZ_WAY")
 
 #: kinds of statements that are switched off, and why
-OFF: dict[str, str] = {"gradient": "x.detach().requires_grad_() made inside does not require grad when it is returned"}
+OFF: dict[str, str] = {}
 
 REFUSED: collections.Counter[str] = collections.Counter()
 
