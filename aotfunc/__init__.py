@@ -7,6 +7,7 @@ with paused_gc():  # of the objects that PyTorch has made by now, one collection
     from .aot import aot_module as aot_module
     from .aot import jit as jit
     from .batch import chunk_vmap as chunk_vmap
+    from .batch import debug_unwrap as debug_unwrap
     from .batch import vmap as vmap
     from .cache import clear_caches as clear_caches
     from .check import check_grads as check_grads
@@ -23,6 +24,8 @@ with paused_gc():  # of the objects that PyTorch has made by now, one collection
     from .module import make_fx as make_fx
     from .partition import default_partition as default_partition
     from .partition import min_cut_rematerialization_partition as min_cut_rematerialization_partition
+    from .patch import patch_torch_func as patch_torch_func
+    from .rearrange import rearrange as rearrange
     from .stateless import combine_state_for_ensemble as combine_state_for_ensemble
     from .stateless import functional_call as functional_call
     from .stateless import make_functional as make_functional

@@ -18,7 +18,7 @@ from .graph import Program
 from .trace.instances import flatten_tree, opened_in
 from .trace.shapes import Sig, make_sig, sig_of
 from .trace.traced import Traced, check_kind
-from .trace.tree import Arguments, flatten, leaf_paths, structure, unflatten
+from .trace.tree import Arguments, flatten, in_order_of, leaf_paths, structure, unflatten
 from .transforms.capture import parameter_names, record
 from .transforms.jvp import tangent_sig
 
@@ -159,7 +159,7 @@ def primals_and_tangents(
         raise ArgumentError(f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}")
     if not isinstance(tangents, tuple) or len(tangents) != len(primals):
         raise ArgumentError(f"{name}: tangents must be a tuple like primals: {unlike(primals, tangents)}")
-    arguments, others = Arguments(primals, {}, f), Arguments(tangents, {}, f)
+    arguments, others = Arguments(primals, {}, f), Arguments(in_order_of(primals, tangents), {}, f)
     positions(name, arguments, tuple(range(len(primals))))
     if arguments.specs != others.specs:
         raise ArgumentError(f"{name}: tangents do not have the structure of primals: {unlike(primals, tangents)}")
@@ -174,6 +174,8 @@ def primals_and_tangents(
             raise ArgumentError(
                 f"{name}: the tangent of {arguments.said(i)} must have its primal's dtype {p.dtype}, not {t.dtype}"
             )
+        if t.is_complex() and not p.is_complex():
+            raise ArgumentError(f"{name}: the tangent of {arguments.said(i)}, which is real, is complex")
         flat.append(like(t, p))
     return arguments, flat
 
@@ -228,6 +230,7 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
     """The leaves of ``prefix`` repeated for the leaves of ``tree`` below them."""
     flat: list = []
+    prefix = in_order_of(tree, prefix)
     try:
         tree_map_(
             lambda x, below: flat.extend([x] * len(tree_leaves(below))), opened_in(prefix, always=True), opened_in(tree)

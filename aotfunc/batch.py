@@ -18,7 +18,7 @@ from .arguments import (
     sample_sig,
     tensors_of,
 )
-from .asked import Samples
+from .asked import Samples, batches
 from .debug import defined, entry
 from .errors import ArgumentError, CaptureError
 from .graph import Program, draws
@@ -179,6 +179,19 @@ def _chunked(
         for i, d in enumerate(where)
     ]
     return unflatten(joined, spec)
+
+
+def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
+    """The value of a tensor inside a transform, to look at in a debugger: that of all samples where it is batched, at
+    dimension 0. Any other tensor is itself (``recurse`` is accepted for compatibility).
+
+    >>> _ = vmap(lambda x: print(debug_unwrap(x * 2)))(torch.ones(2))  # doctest: +SKIP
+    tensor([2., 2.])
+    """
+    if tensor.__class__ is not Traced:
+        return tensor
+    values, count = batches(tensor.tracer, [tensor], "the value of a tensor")
+    return values[0] if count > 1 or tensor.tracer.samples is not None else values[0][0]
 
 
 def chunk_vmap(

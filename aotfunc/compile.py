@@ -1,8 +1,8 @@
 """The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to look inside.
 
-Left out, as they mean nothing here: the TorchScript and TensorExpr compilers, ``get_aot_compilation_context`` with
-its relatives (a compiler sees all it needs in the graph module that it is given), ``pythonkey_decompose`` (``make_fx``
-takes a decomposition table), and the minifier.
+Some mean nothing here, and say so when they are called: the TorchScript and TensorExpr compilers,
+``get_aot_compilation_context`` with its relatives (a compiler sees all it needs in the graph module that it is given),
+``pythonkey_decompose`` (``make_fx`` takes a decomposition table), and the minifier.
 """
 
 from __future__ import annotations
@@ -153,6 +153,38 @@ def draw_joint_graph(
     """A partition function that draws the joint graph and then does as :func:`default_partition`."""
     draw_graph(graph, file_name)
     return default_partition(graph, joint_inputs, **kwargs)
+
+
+# ----- names without a meaning ----------------------------------------------------------------------------------------
+
+
+def meaningless(name: str, instead: str) -> Callable:
+    """The function of this name, which raises BackendError and says what to use instead."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        raise BackendError(f"aotfunc.compile.{name} means nothing here: {instead}")
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+ts_compile = meaningless("ts_compile", "TorchScript is no backend; use backend='inductor'")
+nnc_jit = meaningless("nnc_jit", "TensorExpr is no backend; use backend='inductor'")
+get_aot_compilation_context = meaningless("get_aot_compilation_context", "a compiler is given the graph module")
+get_aot_graph_name = meaningless("get_aot_graph_name", "a compiler is given the graph module")
+get_graph_being_compiled = meaningless("get_graph_being_compiled", "a compiler is given the graph module")
+pythonkey_decompose = meaningless("pythonkey_decompose", "pass decomposition_table to make_fx")
+minifier = meaningless("minifier", "debug_compile names the first node that is wrong")
+
+#: no options: policies are passed as values
+config: dict[str, Any] = {}
+#: AOTAutograd's have no say here: ``decompositions=`` of :func:`aot_function` takes a table
+default_decompositions: dict[Any, Callable] = {}
+
+
+def aot_module_simplified(mod: nn.Module, args: Sequence[Any], *compilers: Any, **options: Any) -> Callable:
+    """:func:`aot_module` as a function of the module's arguments; ``args`` are an example, which is not needed."""
+    return aot_module(mod, *compilers, **options)
 
 
 # ----- the cache ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .run import execute
 from .trace.memory import version
 from .trace.modes import without_modes
 from .trace.traced import plain
-from .trace.tree import Arguments, flatten, unflatten
+from .trace.tree import Arguments, flatten, in_order_of, unflatten
 from .transforms.capture import as_called, parameter_names, record
 from .transforms.fresh import ANYTHING, fresh
 from .transforms.jvp import jvp as jvp_pass
@@ -131,12 +131,14 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     vals = base.vals[:n_out]
 
     @entry
-    def vjp_fn(*cotangents: Any, **_: Any) -> tuple:
+    def vjp_fn(*cotangents: Any, **_: Any) -> tuple:  # torch.func's retain_graph and create_graph decide nothing here
+        while len(cotangents) > 1 and isinstance(cotangents[-1], bool | None):
+            cotangents = cotangents[:-1]
         if len(cotangents) == 1 and (spec is None or isinstance(cotangents[0], type(output)) or n_out != 1):
             tree = cotangents[0]
         else:
             tree = tuple(cotangents)
-        cts, ct_spec = flatten(tree)
+        cts, ct_spec = flatten(in_order_of(output, tree))
         cts = list(map(plain, cts))
         if len(cts) != n_out or ((spec is None) != (ct_spec is None) and n_out != 1):
             raise ArgumentError(f"vjp_fn: expected cotangents like the output ({n_out} tensors), got {len(cts)}")
@@ -145,6 +147,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
             if not isinstance(c, Tensor) or tuple(c.shape) != v.shape:
                 shape = list(c.shape) if isinstance(c, Tensor) else type(c).__name__
                 raise ArgumentError(f"vjp_fn: cotangent {i} must have the output's shape {list(v.shape)}, not {shape}")
+            if c.is_complex() and not v.dtype.is_complex:
+                raise ArgumentError(f"vjp_fn: cotangent {i} is complex, and the output is real")
             if have[i]:
                 given.append(c.to(v.dtype).contiguous())
         for r, before in zip(residuals, versions, strict=True):

@@ -15,13 +15,19 @@ from .transforms.jacobian import columns, rows
 
 
 def jacrev(
-    func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
+    func: Callable,
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    _preallocate_and_copy: bool = False,
 ) -> Callable:
     """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a tensor of shape ``O
     + I``.
 
     The result has the output's tree, with the tree of the arguments (a tuple for a tuple ``argnums``) in place of
-    each leaf. ``chunk_size``: rows at a time. Complex inputs and outputs are refused.
+    each leaf. ``chunk_size``: rows at a time (``_preallocate_and_copy``, which torch.func has for them, decides
+    nothing). Complex inputs and outputs are refused.
 
     >>> jacrev(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],

@@ -13,11 +13,11 @@ FILES = sorted((ROOT / "aotfunc").rglob("*.py"))
 # From the top down; the units of one row are siblings. A unit may import itself and the rows below.
 ROWS = [
     ("__init__",),
-    ("compile",),
+    ("compile", "patch"),
     ("aot", "check", "covered"),
     ("compiled",),
     ("pipeline", "stages", "leaves"),
-    ("func", "batch", "jacobians", "module", "stateless", "autograd"),
+    ("func", "batch", "jacobians", "module", "stateless", "rearrange", "autograd"),
     ("run", "arguments", "specialised"),
     ("aliasing", "asked", "duals", "redraw", "guards"),
     ("batched",),

@@ -190,10 +190,23 @@ class Traced(Tensor):
             return format(value, spec)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
-        return self.clone()
+        """A leaf of its own, without a derivative, as in eager."""
+        if not self.is_leaf:
+            raise CaptureError(
+                f"deepcopy of a value that is computed from what requires grad{at(debug.user_line())}: only leaves can "
+                "be copied, in eager too; clone() keeps the derivative, detach().clone() does not"
+            )
+        if id(self) not in memo:
+            memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}; do so outside")
+        """Values that are the same whatever is differentiated or batched can be pickled where a function runs once."""
+        value = self.tracer._known(self) if self.tracer.may_ask_constants and not self.requires_grad else None
+        if value is None:
+            raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}; do so outside")
+        with quiet():
+            return value.__reduce_ex__(protocol)
 
 
 #: what a traced value knows of itself

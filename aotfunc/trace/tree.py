@@ -73,6 +73,21 @@ class Arguments:
         return (tuple(self.specs), self.kw_spec)
 
 
+def in_order_of(template: Any, tree: Any) -> Any:
+    """``tree`` with the keys of its dictionaries in the order that they have in ``template``."""
+    if isinstance(tree, dict) and isinstance(template, dict) and tree.keys() == template.keys():
+        new = copy.copy(tree)
+        new.clear()
+        new.update({k: in_order_of(template[k], tree[k]) for k in template})
+        return new
+    if isinstance(tree, tuple | list) and isinstance(template, tuple | list) and len(tree) == len(template):
+        parts = [*map(in_order_of, template, tree)]
+        if type(tree) in (tuple, list):
+            return type(tree)(parts)
+        return tree._make(parts) if hasattr(tree, "_make") else tree
+    return tree
+
+
 class Operands:
     """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's: ``plain`` are the leaves
     with None where a tensor goes, ``places`` say where. Equal if they differ in the tensors only.

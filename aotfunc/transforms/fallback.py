@@ -184,7 +184,7 @@ def batching_rule(op: OpOverload) -> Callable:
         if not has_batching_rule(op):  # what PyTorch does then is a loop over the samples
             raise NoFormula("PyTorch has no batching rule for it")
         try:
-            outs = torch.func.vmap(body, in_dims=tuple(dims))(*xs)
+            outs = torch._functorch.apis.vmap(body, in_dims=tuple(dims))(*xs)  # also where torch.func is patched
         except (RuntimeError, NotImplementedError) as e:
             raise NoFormula(str(e).split("\n")[0]) from e
         if not plain:

@@ -66,6 +66,8 @@ def install() -> None:
     Tensor.numpy = numpy_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("deepcopy", Tensor.__deepcopy__)
     Tensor.__deepcopy__ = deepcopy_of_a_constant  # type: ignore[method-assign]
+    ORIGINALS.setdefault("rebuild", torch._utils._rebuild_tensor)
+    torch._utils._rebuild_tensor = unpickled
     ORIGINALS.setdefault("tolist", Tensor.tolist)
     Tensor.tolist = tolist_of_a_constant  # type: ignore[method-assign]
     ORIGINALS.setdefault("any_requires_grad", torch._C._any_requires_grad)
@@ -140,6 +142,19 @@ def deepcopy_of_a_constant(self: Tensor, memo: dict) -> Tensor:
     if id(self) not in memo:
         memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
     return memo[id(self)]
+
+
+def unpickled(*parts: Any) -> Tensor:
+    """A tensor in memory that pickle has read, as one from outside."""
+    trace = current()
+    if trace is None or under_way.quiet:
+        return ORIGINALS["rebuild"](*parts)
+    if not trace.may_ask_constants:
+        raise CaptureError(
+            f"a tensor is unpickled in a function that is compiled once{at(debug.user_line())}: do so outside"
+        )
+    with quiet():
+        return ORIGINALS["rebuild"](*parts)
 
 
 def constant(t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from aotfunc import compile as names
 from aotfunc.errors import BackendError, CaptureError
+from tests.reference import assert_same
 
 
 def leaf(*shape):
@@ -17,18 +18,18 @@ def leaf(*shape):
 
 def test_functorchs_names_are_there():
     functorch = pytest.importorskip("functorch.compile")
-    left_out = {
-        "config",
-        "default_decompositions",
-        "debug_nop",
-        "ts_compile",
-        "simple_ts_compile",
-        "tensorexpr_compile",
-    }
-    left_out |= {"nnc_jit", "get_aot_compilation_context", "get_aot_graph_name", "get_graph_being_compiled"}
-    left_out |= {"aot_module_simplified", "get_decompositions", "minifier", "pythonkey_decompose"}
-    wanted = {n for n in vars(functorch) if not n.startswith("_") and n != "nnc_jit"} - left_out
-    assert not {n for n in wanted if not hasattr(names, n)}
+    assert not {n for n in vars(functorch) if not n.startswith("_") and not hasattr(names, n)}
+
+
+@pytest.mark.parametrize("name", ["ts_compile", "nnc_jit", "get_aot_graph_name", "pythonkey_decompose", "minifier"])
+def test_names_without_a_meaning_say_so(name):
+    with pytest.raises(BackendError, match=rf"{name} means nothing here: "):
+        getattr(names, name)(None)
+
+
+def test_aot_module_simplified():
+    net, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    assert_same(names.aot_module_simplified(net, (x,), names.nop)(x), net(x))
 
 
 def test_nop_and_print_compile(capsys):
