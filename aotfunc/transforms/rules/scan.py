@@ -90,14 +90,33 @@ linear(
 )
 
 
+def exponentials(x: Tensor, out: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """``exp(x[k] - out[k])`` and the factors ``exp(out[k] - out[k + 1])`` (``step`` -1) or ``exp(out[k - 1] - out[k])``
+    (1), none of which overflows, as ``out`` does not decrease; zero where there is no mass yet (``out`` is -inf).
+    """
+    empty = torch.real(out) == -math.inf
+    other = moved_by(out, step, math.inf if step < 0 else -math.inf)
+    decay = out - other if step < 0 else other - out
+    return (x - out).masked_fill(empty, -math.inf).exp(), decay.masked_fill(empty, -math.inf).exp()
+
+
 @vjp_of(aten.logcumsumexp, aten._logcumsumexp)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: int) -> list[Tensor]:
-    """Weights ``exp(x[k] - out[j])``, made of factors that cannot overflow: ``out`` does not decrease."""
+    """Weights ``exp(x[k] - out[j])``, as products."""
     if x.dim() == 0 or x.numel() == 0:
         return [g]
     x, g, out = x.transpose(dim, -1), g.transpose(dim, -1), out.transpose(dim, -1)
-    decay = (out - moved_by(out, -1, math.inf)).exp().conj()
-    return [((x - out).exp().conj() * weighted_after(g, decay)).transpose(dim, -1)]
+    own, decay = exponentials(x, out, -1)
+    return [(own.conj() * weighted_after(g, decay.conj())).transpose(dim, -1)]
+
+
+@jvp_of(aten.logcumsumexp, aten._logcumsumexp)
+def _(tangents: tuple[Tensor], out: Tensor, x: Tensor, dim: int) -> Tensor:
+    if x.dim() == 0 or x.numel() == 0:
+        return tangents[0]
+    x, t, out = x.transpose(dim, -1), tangents[0].transpose(dim, -1), out.transpose(dim, -1)
+    own, decay = exponentials(x, out, 1)
+    return weighted_after((own * t).flip(-1), decay.flip(-1)).flip(-1).transpose(dim, -1)
 
 
 for op in (aten.logcumsumexp.default, aten._logcumsumexp.default):

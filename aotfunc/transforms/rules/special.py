@@ -15,10 +15,20 @@ from .table import aten, elementwise, pointwise, vmap_of
 ROOT_PI = math.sqrt(math.pi)
 
 
-def near_zero(x: Tensor, close: Any, away: Callable[[Tensor], Tensor]) -> Tensor:
-    """``away(x)``, which divides by its argument, and the first terms ``close`` of its series where ``x`` is tiny."""
-    tiny = x.abs() <= torch.finfo(x.dtype).eps
-    return torch.where(tiny, close, away(x.masked_fill(tiny, 1)))
+NEAR = 0.1
+TERMS = 8  # of a series: enough for its sixth derivative in float64, where |x| < NEAR
+
+
+def near_zero(x: Tensor, term: Callable[[int], float], away: Callable[[Tensor], Tensor], times: Any = 1) -> Tensor:
+    """``away(x)``, which divides by its argument; near zero, where digits cancel, more with each derivative, the power
+    series ``times * sum(term(k) * x**(2 * k))``.
+    """
+    near = x.abs() < NEAR
+    y = x.masked_fill(~near, 0)
+    square, series = y * y, term(TERMS - 1)
+    for k in reversed(range(TERMS - 1)):
+        series = series * square + term(k)  # type: ignore[assignment]
+    return torch.where(near, series * (y if times is x else times), away(x.masked_fill(near, 1)))
 
 
 # ----- the normal distribution ----------------------------------------------------------------------------------------
@@ -45,7 +55,8 @@ def logit_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor, eps: float | None
 
 
 def sinc_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    return g * near_zero(x, x * (-(math.pi**2) / 3), lambda y: (aten.cos(math.pi * x) - out) / y)
+    term = lambda k: (-1) ** (k + 1) * math.pi ** (2 * k + 2) * (2 * k + 2) / math.factorial(2 * k + 3)
+    return g * near_zero(x, term, lambda y: (aten.cos(math.pi * x) - out) / y, times=x)
 
 
 pointwise(aten.logit, lambda g, out, x, eps: aten.logit_backward(g, x, eps))
@@ -92,31 +103,42 @@ pointwise(aten.special_zeta.self_scalar, zeta_in_y)
 # ----- Bessel functions -----------------------------------------------------------------------------------------------
 
 
-def i1_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    return g * near_zero(x, 0.5, lambda y: aten.i0(x) - out / y)
+def i1_slope(k: int) -> float:
+    """The coefficient of ``x**(2k)`` in the derivative of the Bessel function I1, see DLMF 10.25.2."""
+    return (2 * k + 1) / (2 ** (2 * k + 1) * math.factorial(k) * math.factorial(k + 1))
+
+
+def j1_slope(k: int) -> float:
+    """The same of J1, see DLMF 10.2.2."""
+    return (-1) ** k * i1_slope(k)
+
+
+def sphere_slope(k: int) -> float:
+    """The coefficient of ``x**(2k + 1)`` in the derivative of sin(x) / x."""
+    return (-1) ** (k + 1) * (2 * k + 2) / math.factorial(2 * k + 3)
 
 
 def i1e_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    return g * near_zero(x, 0.5, lambda y: aten.special_i0e(x) - out * (aten.sgn(x) + 1 / y))
-
-
-def j1_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    return g * near_zero(x, 0.5, lambda y: aten.special_bessel_j0(x) - out / y)
+    scaled = near_zero(x, i1_slope, lambda y: aten.special_i0e(x) - out / y, times=aten.exp(-x.abs()))
+    return g * (scaled - out * aten.sgn(x))
 
 
 pointwise(aten.i0, lambda g, out, x: g * aten.special_i1(x))
 pointwise(aten.special_i0e, lambda g, out, x: g * (aten.special_i1e(x) - aten.sgn(x) * out))
-pointwise(aten.special_i1, i1_first)
+pointwise(aten.special_i1, lambda g, out, x: g * near_zero(x, i1_slope, lambda y: aten.i0(x) - out / y))
 pointwise(aten.special_i1e, i1e_first)
 # PyTorch has no derivative for those below
 pointwise(aten.special_bessel_j0, lambda g, out, x: -(g * aten.special_bessel_j1(x)))
-pointwise(aten.special_bessel_j1, j1_first)
+pointwise(
+    aten.special_bessel_j1,
+    lambda g, out, x: g * near_zero(x, j1_slope, lambda y: aten.special_bessel_j0(x) - out / y),
+)
 pointwise(aten.special_bessel_y0, lambda g, out, x: -(g * aten.special_bessel_y1(x)))
 pointwise(aten.special_bessel_y1, lambda g, out, x: g * (aten.special_bessel_y0(x) - out / x))
 pointwise(aten.special_modified_bessel_i0, lambda g, out, x: g * aten.special_modified_bessel_i1(x))
 pointwise(
     aten.special_modified_bessel_i1,
-    lambda g, out, x: g * near_zero(x, 0.5, lambda y: aten.special_modified_bessel_i0(x) - out / y),
+    lambda g, out, x: g * near_zero(x, i1_slope, lambda y: aten.special_modified_bessel_i0(x) - out / y),
 )
 pointwise(aten.special_modified_bessel_k0, lambda g, out, x: -(g * aten.special_modified_bessel_k1(x)))
 pointwise(aten.special_modified_bessel_k1, lambda g, out, x: -(g * (aten.special_modified_bessel_k0(x) + out / x)))
@@ -129,7 +151,7 @@ pointwise(
 )
 pointwise(
     aten.special_spherical_bessel_j0,
-    lambda g, out, x: g * near_zero(x, x / -3, lambda y: (aten.cos(x) - out) / y),
+    lambda g, out, x: g * near_zero(x, sphere_slope, lambda y: (aten.cos(x) - out) / y, times=x),
 )
 
 # ----- no derivative known: only batched ------------------------------------------------------------------------------
