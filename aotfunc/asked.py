@@ -26,7 +26,7 @@ from .trace.records import Record, flat
 from .trace.replay import generators, named_generators
 from .trace.shapes import Instr, Sig, sig_of
 from .trace.traced import HOOKS, Traced, as_if_outside, has_values, quiet, under_way
-from .trace.tracer import Trace
+from .trace.tracer import Trace, signature
 from .transforms.lower import lowered
 from .transforms.steps import CallStep
 from .transforms.tidy import REWRITES
@@ -219,8 +219,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
             raise refusal(trace, what)
         program, inputs = closed(program), trace.lifted
     if samples is not None:
-        sigs = [t.sig if t.__class__ is Traced else sig_of(t) for t in trace.origins]
-        program = batched(program, samples, sigs)
+        program = batched(program, samples, trace.as_placed([*map(signature, trace.origins)]))
     outer = outside(trace)
     if outer is None:
         values, count = run(program, inputs, what), 1

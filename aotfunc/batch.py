@@ -23,8 +23,7 @@ from .debug import defined, entry
 from .errors import ArgumentError, CaptureError
 from .graph import Program, draws
 from .run import execute
-from .trace.shapes import sig_of
-from .trace.traced import Traced
+from .trace.tracer import signature
 from .trace.tree import Arguments, flatten, leaf_paths, unflatten
 from .transforms.capture import as_called, parameter_names, record
 from .transforms.captured import Recording
@@ -137,7 +136,7 @@ def _batched_program(
     results_dims = tuple(flat[k] for k in rec.tensors)
     base = rec.program()
     tensors = tensors_of(arguments)
-    sigs = tuple(x.sig if x.__class__ is Traced else sig_of(x) for x in tensors)
+    sigs = tuple(rec.trace.as_placed([*map(signature, tensors)]))
     own = rec.aliases
     key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)
     program = base.derived(

@@ -41,7 +41,7 @@ from .pipeline import Pipeline, title
 from .run import run_eager
 from .stages import as_recorded, chained
 from .trace.instances import containers, remade
-from .trace.memory import layout
+from .trace.memory import whereabouts
 from .trace.modes import OTHERS, function_modes_key, without_modes
 from .trace.seeds import of_python, states
 from .trace.traced import Traced, check_kind, current
@@ -90,7 +90,7 @@ class Entry:
         known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
         self.pick = itemgetter(*self.sources) if known else None
         self.shared = Shared(rec.trace.origins, state.tensors)
-        self.layout = layout([*rec.trace.origins, *rec.closed_over]) if rec.trace.mutates else None
+        self.whereabouts = whereabouts([*rec.trace.origins, *rec.closed_over]) if rec.trace.placed else None
         # values of an outer recording are only good for that one
         self.reusable = not any(t.__class__ is Traced for t in self.sources)
         self.plain = rec.spec is None
@@ -230,7 +230,7 @@ class Compiled:
             found = entry.check.tensors(self.f, objects)
             if found is not None and entry.shared.again(tensors, found):
                 closed = [*tensors, *entry.closed(found)]
-                if entry.layout is None or entry.layout == layout(closed):
+                if entry.whereabouts is None or entry.whereabouts == whereabouts(closed):
                     return entry(closed, self.f, objects, (args, kwargs))
         return self.looked_up(key, tensors, objects, (args, kwargs))
 
@@ -251,10 +251,10 @@ class Compiled:
                 raise self.unhashable(arguments)
         full = (key, reached(tensors, state.tensors), *state.key)
         entry = self.entries.get(full)
-        if entry is not None and entry.layout is not None:
-            places = layout([*tensors, *entry.closed(state.tensors)])
-            if entry.layout != places:  # what a write reaches depends on which arguments share memory
-                full = (*full, places)
+        if entry is not None and entry.whereabouts is not None:
+            now = whereabouts([*tensors, *entry.closed(state.tensors)])
+            if entry.whereabouts != now:  # what a write reaches depends on which arguments share memory
+                full = (*full, now)
                 entry = self.entries.get(full)
         if entry is not None:
             entry.check.renew(state)

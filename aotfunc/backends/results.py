@@ -54,7 +54,7 @@ class Results:
             laid_out = out.stride() == tuple(val.stride())
             if owner and base is not None and base.dtype is out.dtype and laid_out:
                 if base is not out:
-                    found.append((k, view(owner, out)))
+                    found.append((k, view(owner, base, out)))
             elif there or not laid_out:
                 found.append((k, copy(k, tuple(val.shape), tuple(val.stride()))))
             else:
@@ -86,12 +86,17 @@ def result(k: int) -> Pick:
     return lambda args, outs: outs[k]
 
 
-def view(owner: Pick, out: Tensor) -> Pick:
-    """``out`` as a view of an argument or of an earlier result, so that autograd notices writes to it if this is
+def view(owner: Pick, base: Tensor, out: Tensor) -> Pick:
+    """``out`` as a view of ``base``, an argument or an earlier result, so that autograd notices writes to it if this is
     saved.
     """
-    size, stride, offset = out.shape, out.stride(), out.storage_offset()
-    return lambda args, outs: owner(args, outs).detach().as_strided(size, stride, offset)
+    size, stride, start = out.shape, out.stride(), out.storage_offset() - base.storage_offset()
+
+    def shown(args: Sequence, outs: Sequence) -> Tensor:
+        now = owner(args, outs).detach()
+        return now.as_strided(size, stride, now.storage_offset() + start)
+
+    return shown
 
 
 def copy(k: int, size: tuple, stride: tuple) -> Pick:

@@ -66,7 +66,6 @@ class TensorFacts(NamedTuple):
     shape: tuple[int, ...]
     device: torch.device
     stride: tuple[int, ...] | None
-    offset: int
     keys: int  # of dispatch: whether it is conjugated, of inference mode, …
 
     def __str__(self) -> str:
@@ -84,12 +83,12 @@ class TensorFacts(NamedTuple):
 def tensor_facts(t: Tensor) -> TensorFacts:
     sig = getattr(t, "sig", None)  # a value of a recording under way
     if sig is not None:
-        return TensorFacts(t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, sig.offset, 0)
+        return TensorFacts(t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, 0)
     if t.is_nested:  # it has no shape, and is refused where it is used
-        return TensorFacts(t.__class__, t.requires_grad, t.dtype, (), t.device, None, 0, 0)
-    stride, offset = (t.stride(), t.storage_offset()) if t.layout is torch.strided else (None, 0)
+        return TensorFacts(t.__class__, t.requires_grad, t.dtype, (), t.device, None, 0)
+    stride = t.stride() if t.layout is torch.strided else None
     keys = torch._C._dispatch_keys(t).raw_repr()  # type: ignore[attr-defined]
-    return TensorFacts(t.__class__, t.requires_grad, t.dtype, t.shape, t.device, stride, offset, keys)
+    return TensorFacts(t.__class__, t.requires_grad, t.dtype, t.shape, t.device, stride, keys)
 
 
 class Named(NamedTuple):
@@ -125,7 +124,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         raise without_class(x) from e
     if cls in _TENSORS:
         try:
-            key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.storage_offset())
+            key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf)
         except RuntimeError:  # a nested tensor has no shape
             check_kind(x)
             raise
@@ -148,7 +147,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         key.append(cls)
         sig = getattr(x, "sig", None)  # a value of a recording under way
         key.append(x.requires_grad and 1 + x.is_leaf)
-        key += (sig,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
+        key += (sig.start,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
         tensors.append(x)
         describe_attributes(x, key, objects)
     elif is_value(x):

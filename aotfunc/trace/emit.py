@@ -137,14 +137,17 @@ class Builder:
         self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any, relaid: bool = False
     ) -> Any:
         """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs`` mapped. Some inputs may
-        be ``relaid``, with other strides than their placeholders: signatures are then inferred anew.
+        be ``relaid``, with other strides than their placeholders: signatures are then inferred anew. Views of those
+        that begin elsewhere in a storage do so, too.
         """
         env: dict[Node, Any] = {}
+        moved = False
         feed = iter(inputs)
         kept = self.meta
         for n in graph.nodes if isinstance(graph, fx.Graph) else graph:
             if n.op == "placeholder":
                 env[n] = next(feed)
+                moved = moved or (env[n].__class__ is Node and displaced(n, env[n]) != 0)
             elif n.op == "call_function":
                 meta = n.meta
                 self.meta = {**kept, **carried(n)}
@@ -153,7 +156,9 @@ class Builder:
                 args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), meta["val"]
                 if relaid and isinstance(n.target, OpOverload) and not shapes.Facts(n.target).dynamic:
                     val = infer_val(n.target, args, kwargs)
-                elif relaid and n.target is operator.getitem:
+                elif moved and isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None:
+                    val = shapes.moved(val, displaced(n.args[0], args[0]))
+                elif (relaid or moved) and n.target is operator.getitem:
                     val = args[0].meta["val"][args[1]]
                 env[n] = self.node(n.target, args, kwargs, val)
         self.meta = kept
@@ -168,6 +173,12 @@ class Builder:
         del out.meta["val"]
         drop_dead(self.graph, out)
         return self.graph
+
+
+def displaced(old: Any, new: Any) -> int:
+    """How many elements further on in a storage ``new`` is than ``old``."""
+    sigs = old.meta["val"], new.meta["val"]
+    return sigs[1].offset - sigs[0].offset if sigs[0].__class__ is sigs[1].__class__ is Sig else 0
 
 
 _CARRIED = ("line", "region", "draw")

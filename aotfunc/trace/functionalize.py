@@ -24,8 +24,7 @@ from ..errors import CaptureError
 from .emit import Builder
 from .memory import Place, overlaps_itself, part
 from .records import flat
-from .shapes import Instr, Sig, contiguous_stride, fill, sig_of
-from .traced import Traced
+from .shapes import Instr, Sig, contiguous_stride, fill, moved
 from .tracer import Trace
 from .views import COMPUTED, Link, forward, inverse, laid_out, linked, restrided, strided
 from .writes import WRITES, functional_twin
@@ -319,7 +318,10 @@ class Functionalizer:
         if instr.op in COMPUTED:
             return forward(self.b, Link((instr.op, fill(instr.args, nodes)[1:], {}, None, instr.outs)), nodes[0])
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
-        return self.b.node(instr.op, fill(instr.args, nodes), kwargs, instr.outs)
+        outs = instr.outs
+        if instr.facts.view_of is not None and (by := nodes[0].meta["val"].offset - instr.sigs[0].offset):
+            outs = moved(outs, by)
+        return self.b.node(instr.op, fill(instr.args, nodes), kwargs, outs)
 
     def _results(self, out: Any, outs: Any, grad: bool, how: OpOverload = aten.detach.default) -> None:
         if outs.__class__ is Sig:
@@ -421,11 +423,12 @@ class Functionalizer:
 def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> list[Node]:
     """A placeholder for each input and each lifted tensor of a recording."""
     made = []
-    for i, sig in enumerate(trace.inputs):
+    count, sigs = len(trace.inputs), trace.signatures()
+    for i, sig in enumerate(sigs[:count]):
         made.append(builder.placeholder(names[i] if i < len(names) else f"arg{i}", sig, role="primal"))
-    for i, t in enumerate(trace.lifted):
+    for i, (t, sig) in enumerate(zip(trace.lifted, sigs[count:], strict=True)):
         kind = "param" if isinstance(t, torch.nn.Parameter) else "const"
-        made.append(builder.placeholder(f"{kind}{i}", t.sig if t.__class__ is Traced else sig_of(t), role=kind))
+        made.append(builder.placeholder(f"{kind}{i}", sig, role=kind))
     return made
 
 

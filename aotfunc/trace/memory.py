@@ -56,6 +56,11 @@ def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) 
     )
 
 
+def whereabouts(tensors: Sequence[Tensor]) -> tuple:
+    """All that a program may depend on of where tensors lie."""
+    return layout(tensors), tuple([torch._C.TensorBase.storage_offset(t) for t in tensors])
+
+
 def step_of(t: Tensor, dim: int | None) -> int | None:
     return None if dim is None else t.stride(dim) * t.element_size()
 

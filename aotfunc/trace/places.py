@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shapes import Slot, env_key, find, infer, intern, make_sig
+from .shapes import TOLD, Sig, Slot, env_key, find, infer, intern, make_sig
 from .traced import Traced, current, under_way
 from .views import narrow_at
 
@@ -55,12 +55,17 @@ def part(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
     start = torch.where(start < 0, start + size, start).to(x.device)
     (ref, sig), (at, at_sig) = trace.ref_of(x), trace.ref_of(start)
     key = (narrow_at, sig, dim, at_sig, length, env_key())
-    instr = find(key)
-    if instr is None:
-        where = make_sig((length,), (1,), torch.int64, sig.device)  # in the graph it is a copy, laid out as one
-        outs = infer(aten.index_select.default, (Slot(0), dim, Slot(1)), {}, (sig, where))
-        instr = intern(key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig), outs)
+    instr = find(key) or intern(key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig))
     return trace.note(instr, (ref, at))
+
+
+def as_copied(x: Sig, dim: int, start: Sig, length: int) -> Sig:
+    """What a graph has in place of the view: a copy, laid out as one."""
+    where = make_sig((length,), (1,), torch.int64, x.device)
+    return infer(aten.index_select.default, (Slot(0), dim, Slot(1)), {}, (x, where))
+
+
+TOLD[narrow_at] = as_copied
 
 
 def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor | None]]:

@@ -16,7 +16,7 @@ from ..debug import _OURS
 from ..errors import CaptureError
 from .numbers import forgive
 from .places import is_integer, part, subscript
-from .shapes import Slot, env_key, find, infer, intern
+from .shapes import TOLD, Slot, env_key, find, infer, intern
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -33,11 +33,11 @@ def _conj(trace: Trace, x: Tensor) -> Tensor:
         return x
     ref, sig = trace.ref_of(x)
     key = (aten._conj.default, sig, env_key())
-    instr = find(key)
-    if instr is None:
-        outs = infer(aten._conj_physical.default, (Slot(0),), {}, (sig,))
-        instr = intern(key, aten._conj.default, (Slot(0),), {}, (sig,), outs)
+    instr = find(key) or intern(key, aten._conj.default, (Slot(0),), {}, (sig,))
     return trace.note(instr, (ref,))
+
+
+TOLD[aten._conj.default] = lambda x: infer(aten._conj_physical.default, (Slot(0),), {}, (x,))
 
 
 def _lift_fresh(trace: Trace, x: Tensor) -> Any:

@@ -168,6 +168,11 @@ class Traced(Tensor):
         with quiet():
             return value.tolist()
 
+    def storage_offset(self) -> int:
+        for trace in (self.tracer, *under_way.traces):
+            trace.strided = True
+        return Tensor.storage_offset(self)
+
     def data_ptr(self) -> int:
         raise CaptureError(f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}")
 

@@ -67,6 +67,7 @@ class Trace(TorchDispatchMode):
         self.stand_ins: list[Any] = []  # see outside.py
         self.seeds = Seeds()
         self.mutates = False
+        self.strided = False  # counts from where a storage begins
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
         self.rewritten: list[Tensor] = []  # outside tensors without a history, to which autograd gave one
         self.reshapes = False  # in place
@@ -115,7 +116,7 @@ class Trace(TorchDispatchMode):
     def input(self, real: Tensor) -> Traced:
         """A new input with the signature of ``real``."""
         check_kind(real)
-        return self.input_like(real.sig if real.__class__ is Traced else sig_of(real))
+        return self.input_like(signature(real))
 
     def input_like(self, sig: Sig) -> Traced:
         """A new input of this signature."""
@@ -157,8 +158,7 @@ class Trace(TorchDispatchMode):
         ref = self.lift(t)
         if ref >= 0:
             return ref, self._unchanged(ref)
-        real = self.lifted[-ref - 1]
-        return ref, real.sig if real.__class__ is Traced else sig_of(real)
+        return ref, signature(self.lifted[-ref - 1])
 
     def _unchanged(self, ref: int) -> Sig:
         """The signature of an argument that ``f`` reaches from outside, too: there it is what it was."""
@@ -237,6 +237,8 @@ class Trace(TorchDispatchMode):
                 self.reshapes = True
                 self._check_reshaped(func, args[0], outs)
             return self._written(facts, outs, args, kwargs)
+        elif facts.strided:
+            self.strided = True
         return self.wrap(outs, facts)
 
     def _with_dtype(self, instr: Instr, types: Any, args: tuple, kwargs: dict) -> Any:
@@ -402,6 +404,8 @@ class Trace(TorchDispatchMode):
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         if instr.mutates:
             self.mutates = True
+        if instr.strided:
+            self.strided = True
         if instr.facts.random and hasattr(instr, "program"):
             self.seeds.draw(instr.program.graph.nodes)
         return self.wrap(instr.outs)
@@ -434,10 +438,25 @@ class Trace(TorchDispatchMode):
 
     def key(self) -> tuple:
         """What two recordings have in common that differ only in the data they would run on."""
-        sigs = tuple([t.sig if t.__class__ is Traced else sig_of(t) for t in self.lifted])
         memory = self.layout() if self.mutates else None
-        records, overwritten = tuple([r[:4] for r in self.records]), tuple(self.autograd.overwritten)
-        return (tuple(self.inputs), sigs, records, memory, overwritten)
+        if self.placed:
+            records = tuple([r[:4] for r in self.records])
+        else:
+            records = tuple([(r[0].anywhere or r[0], r[1], r[2], r[3]) for r in self.records])
+        return (len(self.inputs), *self.signatures(), records, memory, tuple(self.autograd.overwritten))
+
+    @property
+    def placed(self) -> bool:
+        """Whether it matters where in their storages the inputs begin: for writes, and for what counts from there."""
+        return self.mutates or self.strided
+
+    def signatures(self) -> list[Sig]:
+        """Those of the inputs, then of the lifted tensors, as a program has them."""
+        return self.as_placed([*self.inputs, *map(signature, self.lifted)])
+
+    def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
+        """Signatures, at the beginning of a storage where it does not matter where in one they are."""
+        return list(sigs) if self.placed else [s.start for s in sigs]
 
     def layout(self) -> tuple[Place, ...]:
         """For each input, then each lifted tensor: where it lies in memory."""
@@ -542,6 +561,11 @@ def follows_default(instr: Instr, kwargs: dict) -> bool:
     outs = instr.outs
     made = outs.__class__ is Sig and outs.differentiable and not any(s.differentiable for s in instr.sigs)
     return made and kwargs.get("dtype") is None
+
+
+def signature(t: Tensor) -> Sig:
+    """The signature of a tensor from outside, or of a value of any recording."""
+    return t.sig if t.__class__ is Traced else sig_of(t)
 
 
 def zeros(sig: Sig) -> Tensor:

@@ -343,6 +343,9 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     finally:
         _under_way.rules.pop()
     base = rec.program()
+    trace = current()
+    if inner.strided and trace is not None:
+        trace.strided = True
     if base.mutated:
         return CaptureError(
             f"the backward or jvp of {name} writes to what it was given or saved; clone() it there first"

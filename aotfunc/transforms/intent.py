@@ -347,7 +347,7 @@ def autograd_grad(
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
     found: list = []
     if wanted:
-        sigs = [trace.ref_of(x)[1] for x in wanted]
+        sigs = [trace.ref_of(x)[1].start for x in wanted]
         if size is not None:
             sigs = [make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs]
         step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph), size)

@@ -47,10 +47,13 @@ class StepFacts:
 class Step:
     """Base: results have the signatures ``outs`` (literals stand for themselves)."""
 
+    anywhere = None  # it is the same wherever its inputs lie, see Instr
+
     def __init__(self, outs: Sequence[Any], writes: Sequence[int] = ()) -> None:
         self.outs = tuple(outs)
         self.facts = StepFacts(writes, len(self.outs))
         self.mutates = bool(writes)
+        self.strided = False  # counts from where a storage begins
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         raise NotImplementedError
@@ -77,6 +80,7 @@ class CallStep(Step):
         super().__init__(program.vals, program.mutated)
         self.program, self.runner = program, runner
         self.facts.random = any(map(draws, program.graph.nodes))
+        self.strided = any(map(strided, program.graph.nodes))
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         planned = [p.meta["val"] for p in self.program.placeholders]
@@ -122,6 +126,11 @@ class CompiledStep(CallStep):
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         nodes = [f.read(r, grad) for r in refs]
         self.finish(f, refs, emit_call(f.b, self.call, nodes), grad, line)
+
+
+def strided(n: Node) -> bool:
+    """Whether a node counts from where a storage begins."""
+    return isinstance(n.target, OpOverload) and Facts(n.target).strided
 
 
 def hidden_writes(program: Program) -> list[bool]:
