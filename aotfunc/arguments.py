@@ -96,7 +96,9 @@ class Call:
             return [*leaves, *more]
 
         names = parameter_names(f, arguments)
-        self.rec = record(flat, arguments.leaves, arguments.rebuilt, differentiated=differentiated, name_of=names)
+        self.rec = record(
+            flat, arguments.leaves, arguments.rebuilt, differentiated=differentiated, numbers=True, name_of=names
+        )
         self.program, self.aliases = self.rec.program(), self.rec.aliases
         self.inputs = [*tensors_of(arguments), *self.rec.closed_over]
         self.primals = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]

@@ -24,6 +24,7 @@ from .trace.emit import Builder, paused_gc
 from .trace.functionalize import Functionalizer, input_nodes
 from .trace.records import Record, flat
 from .trace.replay import generators, named_generators
+from .trace.scalars import FIRST, bits_of
 from .trace.shapes import Instr, Sig, sig_of
 from .trace.traced import HOOKS, Traced, as_if_outside, has_values, quiet, under_way
 from .trace.tracer import Trace, signature
@@ -122,7 +123,7 @@ class Followed:
             raise Unsteady
         if not new:
             return
-        refs, program = part(new, self.number)
+        refs, program = part(new, self.number, trace.numbers)
         values = [self.value(trace, r) for r in refs]
         sigs = list(map(sig_of, values))
         code = compiled(batched(program, Samples((0,) * len(values), self.count, "error"), sigs))
@@ -177,17 +178,18 @@ def steady(instr: Any) -> bool:
     return instr.__class__ is CallStep or (instr.__class__ is Instr and not (facts.effect or facts.dynamic))
 
 
-def part(records: Sequence[Record], number: int) -> tuple[list[int], Program]:
+def part(records: Sequence[Record], number: int, numbers: Sequence[float]) -> tuple[list[int], Program]:
     """Steps, of which the first makes the value ``number``, as a program of those values that they read and do not
-    make; it returns all that they make. A loop's rounds are the same program.
+    make; it returns all that they make. A loop's rounds are the same program. The Python ``numbers`` are literals.
     """
     read: dict[int, Sig] = {}
     for instr, refs, *_ in records:
         known = instr.sigs if instr.__class__ is Instr else [p.meta["val"] for p in instr.program.placeholders]
         for r, sig in zip(refs, known, strict=True):
-            if r < number and (r not in read or instr.__class__ is Instr):
+            if FIRST < r < number and (r not in read or instr.__class__ is Instr):
                 read[r] = sig
-    place = {r: i for i, r in enumerate(read)}
+    literals = {r: numbers[FIRST - r] for _, refs, *_ in records for r in refs if r <= FIRST}
+    place = {r: i for i, r in enumerate(read)} | {r: FIRST - i for i, r in enumerate(literals)}
     shift = len(read) - number
     own = tuple(
         [(r[0], tuple([place[x] if x in place else x + shift for x in r[1]]), r[2], None, None) for r in records]
@@ -197,12 +199,13 @@ def part(records: Sequence[Record], number: int) -> tuple[list[int], Program]:
         trace, b = Trace(), Builder(REWRITES)
         trace.inputs += read.values()
         trace.records += own
+        trace.numbers += literals.values()
         f = Functionalizer(trace, b, input_nodes(trace, b))
         f.run()
         made = [f.read(r) for r in range(len(read), f.number)]
         return Program(b.finish(made), len(read), len(made), (), "asked")
 
-    return list(read), _programs.once((own, *read.values()), make)
+    return list(read), _programs.once((own, *read.values(), bits_of(literals.values())), make)
 
 
 # ----- the whole of it ------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
         outs = [f.read(r) for r in refs]
         return Program(b.finish(outs), len(trace.inputs), len(refs), (), "asked")
 
-    return _programs.once((trace.key(), refs), make)
+    return _programs.once((trace.key(), bits_of(trace.numbers), refs), make)
 
 
 def closed(program: Program) -> Program:

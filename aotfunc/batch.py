@@ -23,6 +23,7 @@ from .debug import defined, entry
 from .errors import ArgumentError, CaptureError
 from .graph import Program, draws
 from .run import execute
+from .trace.traced import Traced
 from .trace.tracer import signature
 from .trace.tree import Arguments, flatten, leaf_paths, unflatten
 from .transforms.capture import as_called, parameter_names, record
@@ -111,6 +112,7 @@ def _batched_program(
         arguments.rebuilt,
         samples=samples,
         batch=Samples(tensor_dims, size, randomness),
+        numbers=True,
         name_of=parameter_names(func, arguments),
     )
     for i, _ in Changes(rec).ops:

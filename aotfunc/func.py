@@ -239,7 +239,7 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
         names = parameter_names(func, arguments)
-        rec = record(as_called(func), arguments.leaves, arguments.rebuilt, name_of=names)
+        rec = record(as_called(func), arguments.leaves, arguments.rebuilt, numbers=True, name_of=names)
         program, views = without_views(rec)
         inputs, changes = [*tensors_of(arguments), *rec.closed_over], Changes(rec)
         outs = execute(program, changes.before(inputs) if changes else inputs)

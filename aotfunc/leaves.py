@@ -77,7 +77,9 @@ class Leaves:
 
 def reached(rec: Recording, leaves: set[int]) -> set[int]:
     """What was computed from leaves, and these."""
-    return set(Reach(set(leaves), len(rec.trace.inputs)).extended(rec.trace.records, rec.trace.autograd.leaves))
+    reach = Reach(set(leaves), len(rec.trace.inputs))
+    reach.extend(rec.trace.records, rec.trace.autograd.leaves)
+    return reach.active
 
 
 def made_in_inference_mode(rec: Recording) -> bool:

@@ -29,6 +29,13 @@ def rosenbrock(x):
     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
 
+def relaxed(x):
+    """A loop of 100 steps, of which each is next to nothing."""
+    for _ in range(100):
+        x = x + 0.01 * (x.sin() - x)
+    return x.sum()
+
+
 def both(build: Callable[[object], Callable], *args) -> Case:
     """The same transformed function from torch.func and from aotfunc."""
     return build(torch.func), build(aotfunc), args
@@ -38,6 +45,20 @@ def conv_case(batch: int, width: int, image: int) -> Case:
     loss, params = conv_net(width, image)
     x, t = torch.randn(batch, 1, image, image), torch.arange(batch) % 10
     return both(lambda m: m.vmap(m.grad(loss), in_dims=(None, 0, 0)), params, x, t)
+
+
+def jacobian_case(batch: int, width: int, image: int) -> Case:
+    net, x = conv_logits(width, image), torch.randn(batch, 1, image, image)
+    return both(lambda m: m.vmap(m.jacrev(net)), x)
+
+
+def conv_logits(width: int, image: int) -> Callable:
+    kernel, out = torch.randn(width, 1, 3, 3), torch.randn(10, width * (image - 2) ** 2) / image
+
+    def net(x):
+        return out @ torch.nn.functional.conv2d(x.unsqueeze(0), kernel).relu().flatten()
+
+    return net
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -54,6 +75,9 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "hessian, tiny (4)": lambda: both(lambda m: m.hessian(rosenbrock), torch.randn(4)),
     "hessian, mid (400)": lambda: both(lambda m: m.hessian(rosenbrock), torch.randn(400)),
+    "grad, 100 steps, tiny (8)": lambda: both(lambda m: m.grad(relaxed), torch.randn(8)),
+    "vmap(jacrev), conv net, tiny (4 x 8x8)": lambda: jacobian_case(4, 2, 8),
+    "vmap(jacrev), conv net, mid (32 x 28x28)": lambda: jacobian_case(32, 8, 28),
     "per-sample conv net, tiny (4 x 8x8)": lambda: conv_case(4, 2, 8),
     "per-sample conv net, mid (64 x 28x28)": lambda: conv_case(64, 8, 28),
 }

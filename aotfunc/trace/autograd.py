@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class Autograd:
         self.retained: list[Traced] = []
         self.inference: set[int] = set()  # values made in an inference mode that the function switched on
         self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
-        self._reached: tuple[Any, Reach] | None = None  # see active
+        self._reached: Reach | None = None  # see active
 
     def mark_leaf(self, t: Traced, value: bool) -> None:
         """``t.requires_grad_(value)``"""
@@ -44,23 +45,23 @@ class Autograd:
         if value and self.made_quietly(t.ref):  # what is computed from it, views included, is not cut off any more
             with torch.enable_grad():
                 t.ref = t.detach().ref
+        reach = self.reach()  # what was computed so far, views aside, does not become a result of this leaf
         self.leaves[t.ref] = value
         if value:
+            reach.active.update((t.ref, *reach.views.get(t.ref, ())))
             self.leaf_tensors.append(t)
+        else:
+            reach.active.discard(t.ref)
 
     def mark_computed(self, t: Traced) -> None:
         """``t`` was computed from a leaf that a nested function has made."""
+        self.reach().active.add(t.ref)
         self.leaves[t.ref] = True
         self.computed.add(t.ref)
 
     def made_quietly(self, ref: int) -> bool:
         """Whether a value was made with gradients off."""
-        number = len(self.inputs)
-        for instr, _, grad, *_ in self.records:
-            number += results_of(instr)
-            if number > ref:
-                return ref >= len(self.inputs) and not grad
-        return False
+        return ref >= len(self.inputs) and not self.records[self.reach().maker(ref)][2]
 
     def is_leaf(self, t: Traced) -> bool:
         if not self.requires_grad(t) or (t.ref in self.leaves and t.ref not in self.computed):
@@ -73,31 +74,33 @@ class Autograd:
             if requires_grad(t) and is_leaf(t):
                 self.leaves[t.ref] = True
                 self.leaf_tensors.append(t)
+                if self._reached is not None:
+                    self._reached.active.add(t.ref)
         self.made.clear()
 
     def requires_grad(self, t: Traced) -> bool:
         """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires
         grad.
         """
-        if self.made:
-            self.adopt_leaves()
+        self.adopt_leaves()
         if (known := self.leaves.get(t.ref)) is not None:
             return known
         return t.sig.differentiable and t.ref in self.active()
 
     def active(self) -> set[int]:
         """The values that a path from a leaf leads to; worked out as far as the recording has come."""
-        start = (tuple(self.leaves.items()), tuple([x.requires_grad for x in self.lifted]))
-        if self._reached is None or self._reached[0] != start:
-            active = {ref for ref, yes in self.leaves.items() if yes}
-            active |= {-1 - i for i, yes in enumerate(start[1]) if yes}
-            self._reached = (start, Reach(active, len(self.inputs)))
-        return self._reached[1].extended(self.records, self.leaves)
+        return self.reach().active
+
+    def reach(self) -> Reach:
+        self.adopt_leaves()
+        if self._reached is None:
+            self._reached = Reach({ref for ref, yes in self.leaves.items() if yes}, len(self.inputs), self.lifted)
+        self._reached.extend(self.records, self.leaves)
+        return self._reached
 
     def reaches(self, ref: int, outs: Sequence[int]) -> bool:
         """Whether one of ``outs`` was computed from the value ``ref``, as autograd sees it."""
-        found = Reach({ref}, len(self.inputs), unseen_views=False).extended(self.records, self.leaves)
-        return not found.isdisjoint(outs)
+        return not self.reach().of(ref, self.records, self.leaves).isdisjoint(outs)
 
     def leaves_of(self, outs: Sequence[int]) -> tuple[list[int], list[Traced]]:
         """What ``.backward()`` of ``outs`` would give a gradient: leaves from outside, and tensors made inside."""
@@ -136,45 +139,65 @@ UNTRACKED = frozenset(
 
 
 class Reach:
-    """The values of a recording that a differentiable path leads to from ``active`` ones. ``unseen_views``: through
-    views made under no_grad, too, which require grad if what they show does.
+    """The values of a recording that a differentiable path leads to from ``active`` ones and, as they are when they are
+    used, from tensors of ``lifted`` that require grad.
     """
 
-    def __init__(self, active: set[int], count: int, unseen_views: bool = True) -> None:
-        self.active, self.done, self.number = active, 0, count  # so many records and values are done
-        self.unseen_views = unseen_views
+    def __init__(self, active: set[int], count: int, lifted: Sequence[Tensor] = ()) -> None:
+        self.active, self.lifted = active, lifted
+        self.ends: list[int] = []  # for each record that is done, how many values there were after it
+        self.count = count
         self.bases: dict[int, int] = {}  # of each view the value that it shows
         self.views: dict[int, list[int]] = {}  # and the views of each value
 
-    def extended(self, records: list[Record], leaves: dict[int, bool]) -> set[int]:
-        """``active``, as far as the recording has come; a value of which ``leaves`` says so requires no grad."""
-        active = self.active
-        for instr, refs, grad, *_ in records[self.done :]:
-            sigs = result_sigs(instr)
-            made = range(self.number, self.number + len(sigs))
-            self.number = made.stop
-            if instr_op(instr) in UNTRACKED:
-                continue
-            if instr.facts.view_of is not None and refs:
-                base = self.bases.get(refs[0], refs[0])
-                self.bases.update(dict.fromkeys(made, base))
-                self.views.setdefault(base, []).extend(made)
-                grad |= self.unseen_views
-            if not grad:
-                continue
-            given = [r in active for r in refs]
-            if not any(given):
-                continue
-            slots = written_slots(instr)
-            live, written = instr.live(given) if hasattr(instr, "live") else ([True] * len(sigs), [True] * len(slots))
-            active.update(
-                m
-                for m, sig, yes in zip(made, sigs, live, strict=True)
-                if yes and sig.differentiable and leaves.get(m) is not False
-            )
-            for slot, yes in zip(slots, written, strict=True):
-                if yes:  # all that shows the written memory
-                    base = self.bases.get(refs[slot], refs[slot])
-                    active.update((base, *self.views.get(base, ())))
-        self.done = len(records)
+    def maker(self, ref: int) -> int:
+        """The record that made a value."""
+        return bisect_right(self.ends, ref)
+
+    def of(self, ref: int, records: list[Record], leaves: dict[int, bool]) -> set[int]:
+        """What a path leads to from ``ref`` alone."""
+        start = self.maker(ref) + 1 if ref >= self.count else 0
+        active = {ref}
+        for k in range(start, len(records)):
+            self.step(active, records[k], k, leaves, unseen_views=False)
         return active
+
+    def extend(self, records: list[Record], leaves: dict[int, bool]) -> None:
+        """Go as far as the recording has come; a value of which ``leaves`` says so requires no grad."""
+        for k in range(len(self.ends), len(records)):
+            instr, refs, *_ = records[k]
+            first = self.ends[-1] if k else self.count
+            self.ends.append(first + results_of(instr))
+            if instr.facts.view_of is not None and refs and instr_op(instr) not in UNTRACKED:
+                base = self.bases.get(refs[0], refs[0])
+                self.bases.update(dict.fromkeys(range(first, self.ends[k]), base))
+                self.views.setdefault(base, []).extend(range(first, self.ends[k]))
+            for i in [-1 - r for r in refs if r < 0]:
+                if i < len(self.lifted):  # not a number
+                    (self.active.add if self.lifted[i].requires_grad else self.active.discard)(-1 - i)
+            self.step(self.active, records[k], k, leaves)
+
+    def step(
+        self, active: set[int], record: Record, k: int, leaves: dict[int, bool], unseen_views: bool = True
+    ) -> None:
+        """Add to ``active`` what record ``k`` makes of the values there. ``unseen_views``: also views made under
+        no_grad, which require grad if what they show does.
+        """
+        instr, refs, grad, *_ = record
+        seen = grad or (unseen_views and instr.facts.view_of is not None and refs)
+        if active.isdisjoint(refs) or instr_op(instr) in UNTRACKED or not seen:
+            return
+        sigs, slots = result_sigs(instr), written_slots(instr)
+        live, written = [True] * len(sigs), [True] * len(slots)
+        if hasattr(instr, "live"):
+            live, written = instr.live([r in active for r in refs])
+        made = range(self.ends[k] - len(sigs), self.ends[k])
+        active.update(
+            m
+            for m, sig, yes in zip(made, sigs, live, strict=True)
+            if yes and sig.differentiable and leaves.get(m) is not False
+        )
+        for slot, yes in zip(slots, written, strict=True):
+            if yes:  # all that shows the written memory
+                base = self.bases.get(refs[slot], refs[slot])
+                active.update((base, *self.views.get(base, ())))

@@ -137,8 +137,8 @@ class Builder:
         self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any, relaid: bool = False
     ) -> Any:
         """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs`` mapped. Some inputs may
-        be ``relaid``, with other strides than their placeholders: signatures are then inferred anew. Views of those
-        that begin elsewhere in a storage do so, too.
+        be ``relaid``, with other strides than their placeholders: signatures are then inferred anew; so are those of
+        what is computed from values that lie elsewhere in a storage.
         """
         env: dict[Node, Any] = {}
         moved = False
@@ -147,7 +147,7 @@ class Builder:
         for n in graph.nodes if isinstance(graph, fx.Graph) else graph:
             if n.op == "placeholder":
                 env[n] = next(feed)
-                moved = moved or (env[n].__class__ is Node and displaced(n, env[n]) != 0)
+                moved = moved or displaced(n.meta["val"], env[n])
             elif n.op == "call_function":
                 meta = n.meta
                 self.meta = {**kept, **carried(n)}
@@ -156,8 +156,9 @@ class Builder:
                 args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), meta["val"]
                 if relaid and isinstance(n.target, OpOverload) and not shapes.Facts(n.target).dynamic:
                     val = infer_val(n.target, args, kwargs)
-                elif moved and isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None:
-                    val = shapes.moved(val, displaced(n.args[0], args[0]))
+                elif moved and n.args and isinstance(n.target, OpOverload) and not Facts(n.target).dynamic:
+                    if n.args[0].__class__ is Node and displaced(n.args[0].meta["val"], args[0]):
+                        val = infer_val(n.target, args, kwargs)
                 elif (relaid or moved) and n.target is operator.getitem:
                     val = args[0].meta["val"][args[1]]
                 env[n] = self.node(n.target, args, kwargs, val)
@@ -175,10 +176,12 @@ class Builder:
         return self.graph
 
 
-def displaced(old: Any, new: Any) -> int:
-    """How many elements further on in a storage ``new`` is than ``old``."""
-    sigs = old.meta["val"], new.meta["val"]
-    return sigs[1].offset - sigs[0].offset if sigs[0].__class__ is sigs[1].__class__ is Sig else 0
+def displaced(planned: Any, x: Any) -> bool:
+    """Whether a value begins elsewhere in its storage, or is laid out otherwise, than was planned."""
+    sig = x.meta["val"] if x.__class__ is Node else None
+    if sig is planned or sig.__class__ is not Sig or planned.__class__ is not Sig:
+        return False
+    return (sig.offset, sig.stride) != (planned.offset, planned.stride)
 
 
 _CARRIED = ("line", "region", "draw")

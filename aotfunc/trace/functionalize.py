@@ -12,7 +12,8 @@ the new value with the old derivative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch.fx import Node
 
 from ..debug import Line, at
 from ..errors import CaptureError
-from .emit import Builder
+from .emit import Builder, displaced, infer_val
 from .memory import Place, overlaps_itself, part
 from .records import flat
-from .shapes import Instr, Sig, contiguous_stride, fill, moved
+from .scalars import FIRST, NUMBER, with_tensor
+from .shapes import Instr, Sig, contiguous_stride, fill
 from .tracer import Trace
 from .views import COMPUTED, Link, forward, inverse, laid_out, linked, restrided, strided
 from .writes import WRITES, functional_twin
@@ -111,10 +113,17 @@ class Functionalizer:
     need.
     """
 
-    def __init__(self, trace: Trace, builder: Builder, inputs: Sequence[Node], intent: bool = True) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        builder: Builder,
+        inputs: Sequence[Node],
+        intent: bool = True,
+        numbers: Mapping[int, Node] = MappingProxyType({}),
+    ) -> None:
         self.trace, self.b = trace, builder
         self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
-        self.env: dict[int, Any] = {}
+        self.env: dict[int, Any] = {FIRST - i: numbers.get(i, x) for i, x in enumerate(trace.numbers)}
         #: a view that was written, and a copy, are what was written; else they are read from the memory they show
         self.direct = True
         self.cut: dict[int, OpOverload] = {}  # made under no_grad, and how it is read where gradients are on
@@ -134,7 +143,7 @@ class Functionalizer:
         groups: dict[int, list[int]] = {}
         for i, place in enumerate(places):
             groups.setdefault(place.group, []).append(i)
-        _, written = self.trace.roots()
+        written = self.trace.roots().written
         for members in groups.values():
             if not any(refs[i] in written for i in members):  # only read: each stands for itself
                 for i in members:
@@ -308,20 +317,30 @@ class Functionalizer:
             elif self.mutates and instr.facts.view_of is not None:
                 self._view(instr, refs, grad)
             else:
-                nodes = [self.read(r, grad) for r in refs]
+                nodes = self._nodes(instr, refs, grad)
                 self._results(self._call(instr, nodes), instr.outs, grad, self.how_cut(instr, refs))
         self.b.meta = {}
+
+    def _nodes(self, instr: Instr, refs: Sequence[int], grad: bool) -> list[Any]:
+        """The values of an op's tensors, and of its number where that is no literal."""
+        nodes: list[Any] = [self.read(r, grad) for r in refs]
+        if instr.number is torch.float32 and literal(nodes) is None:
+            i = instr.sigs.index(NUMBER)
+            nodes[i] = self.b.call(aten._to_copy.default, nodes[i], dtype=instr.number)
+        return nodes
 
     def _call(self, instr: Instr, nodes: list[Node]) -> Any:
         if not self.intent and instr.op is aten.detach.default:
             return nodes[0]
         if instr.op in COMPUTED:
             return forward(self.b, Link((instr.op, fill(instr.args, nodes)[1:], {}, None, instr.outs)), nodes[0])
+        if instr.number is not None and literal(nodes) is None:
+            return self.b.node(*with_tensor(instr.op, fill(instr.args, nodes)), {}, instr.outs)
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
-        outs = instr.outs
-        if instr.facts.view_of is not None and (by := nodes[0].meta["val"].offset - instr.sigs[0].offset):
-            outs = moved(outs, by)
-        return self.b.node(instr.op, fill(instr.args, nodes), kwargs, outs)
+        args, outs = fill(instr.args, nodes), instr.outs
+        if not instr.facts.dynamic and any(map(displaced, instr.sigs, nodes)):
+            outs = infer_val(instr.op, args, kwargs)
+        return self.b.node(instr.op, args, kwargs, outs)
 
     def _results(self, out: Any, outs: Any, grad: bool, how: OpOverload = aten.detach.default) -> None:
         if outs.__class__ is Sig:
@@ -364,7 +383,7 @@ class Functionalizer:
                 self.env[refs[0]], functional_twin(op, line), instr.args[1:], instr.kwargs, None, instr.outs
             )
             return
-        nodes = [self.read(r, grad) for r in refs]
+        nodes = self._nodes(instr, refs, grad)
         slots = [instr.args[i] if i < len(instr.args) else instr.kwargs[facts.names[i]] for i in facts.writes]
         written = [refs[int(s)] for slot in slots for s in (slot if isinstance(slot, list | tuple) else [slot])]
         special = WRITES.get(op)
@@ -430,6 +449,11 @@ def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> li
         kind = "param" if isinstance(t, torch.nn.Parameter) else "const"
         made.append(builder.placeholder(f"{kind}{i}", sig, role=kind))
     return made
+
+
+def literal(values: Sequence[Any]) -> float | None:
+    """The number among an op's values; None where that is a node, too."""
+    return next((v for v in values if v.__class__ is float or v.__class__ is int), None)
 
 
 #: views that show the same tensor if their result has its signature

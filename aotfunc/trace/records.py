@@ -54,6 +54,30 @@ def results_of(instr: Any) -> int:
     return len(result_sigs(instr))
 
 
+class Roots:
+    """Whose memory views show, and which memory is written to, as far as a recording has come."""
+
+    def __init__(self, count: int) -> None:
+        self.done, self.number = 0, count
+        self.of: dict[int, int] = {}  # for each view the value whose storage it shares
+        self.written: set[int] = set()  # such values
+        self.conjugates: set[int] = set()  # views which eager would not have computed yet
+
+    def extended(self, records: list[Record]) -> Roots:
+        of = self.of
+        for k in range(self.done, len(records)):
+            instr, refs, *_ = records[k]
+            made = range(self.number, self.number + results_of(instr))
+            self.number = made.stop
+            if instr.facts.view_of is not None and refs:
+                of.update(dict.fromkeys(made, of.get(refs[0], refs[0])))
+                if (refs[0] in self.conjugates) is not (instr_op(instr) is aten._conj.default):
+                    self.conjugates.update(made)
+            self.written.update([of.get(refs[s], refs[s]) for s in written_slots(instr)])
+        self.done = len(records)
+        return self
+
+
 def instr_op(instr: Any) -> Any:
     return getattr(instr, "op", None)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .memory import memory_of
 from .records import Record, instr_run, results_of, written_slots
+from .scalars import FIRST
+from .shapes import Instr
 from .traced import Traced, has_values, quiet, under_way
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ class Replay:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self.done = 0
+        self.done = self.lifted = self.numbers = 0  # of the recording, so much
         self.env: dict[int, Any] = {}
         self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
         # samples of a batch, and recordings inside of others, start at another state of the generator, and so does
@@ -33,7 +36,6 @@ class Replay:
                 if t is not None and (real := known(trace, t)) is not None:
                     with quiet():
                         self.env[i] = self.copy(real)
-        self.generators = generators([])
         self.states: dict[torch.Generator, Tensor] = {}  # as what has been run left them
         self.number = len(trace.inputs)
 
@@ -54,33 +56,45 @@ class Replay:
 
     def value(self, trace: Trace, ref: int) -> Tensor | None:
         """The value of a result of the recording; None if it depends on inputs that are not there."""
-        new = trace.records[self.done :]  # what has been run is not run again, nor looked at
-        self.generators |= generators(new)
-        outside = {g: g.get_state() for g in self.generators}
-        for g, state in outside.items():
-            g.set_state(self.states.get(g, state))
+        new = trace.records[self.done :]
+        with quiet(), torch.no_grad(), self.drawing(new):
+            for i in range(self.lifted, len(trace.lifted)):
+                t = trace.lifted[i]
+                real = t if -1 - i in trace.made_inside else known(trace, t)
+                if real is not None:
+                    self.env[-1 - i] = self.copy(real)
+            self.lifted = len(trace.lifted)
+            for i in range(self.numbers, len(trace.numbers)):
+                self.env[FIRST - i] = trace.numbers[i]
+            self.numbers = len(trace.numbers)
+            for instr, refs, *_ in new:
+                if any(r not in self.env for r in refs) or (instr.facts.random and not self.draws):
+                    for slot in written_slots(instr):
+                        self.lose(trace, trace.root(refs[slot]))
+                    self.number += results_of(instr)
+                    continue
+                for o in instr_run(instr, [self.env[r] for r in refs]):
+                    self.env[self.number] = o
+                    self.number += 1
+            self.done += len(new)
+        return self.env.get(ref)
+
+    @contextmanager
+    def drawing(self, records: Sequence[Record]) -> Iterator[None]:
+        """Generators meanwhile go on where the replay left them."""
+        if all(instr.__class__ is Instr and not instr.facts.random for instr, *_ in records):
+            yield
+            return
+        used = generators(records)
+        outside = {g: g.get_state() for g in used}
+        for g in used:
+            g.set_state(self.states.get(g, outside[g]))
         try:
-            with quiet(), torch.no_grad():
-                for i, t in enumerate(trace.lifted):
-                    if -1 - i not in self.env:
-                        real = t if -1 - i in trace.made_inside else known(trace, t)
-                        if real is not None:
-                            self.env[-1 - i] = self.copy(real)
-                for instr, refs, *_ in new:
-                    if any(r not in self.env for r in refs) or (instr.facts.random and not self.draws):
-                        for slot in written_slots(instr):
-                            self.lose(trace, trace.root(refs[slot]))
-                        self.number += results_of(instr)
-                        continue
-                    for o in instr_run(instr, [self.env[r] for r in refs]):
-                        self.env[self.number] = o
-                        self.number += 1
-                self.done = len(trace.records)
-            self.states = {g: g.get_state() for g in self.generators}
+            yield
+            self.states.update((g, g.get_state()) for g in used)
         finally:
             for g, state in outside.items():
                 g.set_state(state)
-        return self.env.get(ref)
 
 
 def generators(records: Sequence[Record]) -> set[torch.Generator]:

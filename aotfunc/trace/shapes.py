@@ -150,10 +150,11 @@ class Facts:
 
 class Instr:
     """An op with its literals and argument signatures, and what it returns: interned. ``anywhere`` is that of the same
-    call at the beginning of every storage, where that makes a difference to the signatures alone.
+    call at the beginning of every storage, where that makes a difference to the signatures alone; ``number`` the dtype
+    with which a Python number among its arguments may be a tensor.
     """
 
-    __slots__ = ("anywhere", "args", "facts", "kwargs", "op", "outs", "sigs")
+    __slots__ = ("anywhere", "args", "facts", "kwargs", "number", "op", "outs", "sigs")
 
     def __init__(
         self, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any, anywhere: Instr | None = None
@@ -161,6 +162,7 @@ class Instr:
         self.op, self.args, self.kwargs, self.sigs, self.outs = op, args, kwargs, sigs, outs
         self.facts = Facts(op)
         self.anywhere = anywhere
+        self.number: torch.dtype | None = None
 
     def __repr__(self) -> str:
         return f"{self.op}{self.args}"
@@ -219,8 +221,8 @@ def intern(key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, o
     if any(s.offset for s in sigs) and not facts.strided and not facts.writes:
         there = tuple([k.start if k.__class__ is Sig else k for k in key])
         anywhere = find(there) or intern(there, op, args, kwargs, tuple([s.start for s in sigs]), outs)
-        outs = anywhere.outs if facts.view_of is None else moved(anywhere.outs, sigs[0].offset)
-    elif outs is None:
+        outs = outs if facts.view_of is None else moved(anywhere.outs, sigs[0].offset)
+    if outs is None:
         outs = infer(op, args, kwargs, sigs)
     instr = Instr(op, args, kwargs, sigs, outs, anywhere)
     _memo.put(key, instr)

@@ -24,8 +24,9 @@ from . import shapes
 from .autograd import Autograd, requires_grad
 from .memory import Place, layout
 from .numbers import refusal
-from .records import Record, instr_op, results_of, written_slots
+from .records import Record, Roots
 from .replay import Replay
+from .scalars import FIRST, NUMBER, generic, has_number, with_number
 from .seeds import Seeds
 from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
 from .special import SPECIAL
@@ -61,6 +62,8 @@ class Trace(TorchDispatchMode):
         self.finals: list[int] = []  # the values that they are in the end
         self.lifted: list[Tensor] = []  # outside tensors, by reference
         self.made_inside: set[int] = set()  # those among them that f makes anew on each run: torch.tensor(3)
+        self.lifts_numbers = False  # see scalars
+        self.numbers: list[float] = []  # which may be inputs
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
         self.autograd = Autograd(self.inputs, self.lifted, self.records)
@@ -80,7 +83,7 @@ class Trace(TorchDispatchMode):
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
         self.followed: Any = None  # see asked.py
-        self._roots: tuple[int, dict[int, int]] | None = None  # after so many records, see root
+        self._roots: Roots | None = None
         self._places: tuple[Place, ...] | None = None
         self.finished = False
         self.refused: CaptureError | None = None  # a question that had no answer
@@ -194,12 +197,19 @@ class Trace(TorchDispatchMode):
             return Slot(len(sigs) - 1), sig
 
         add = key.append
+        lifts, count = self.lifts_numbers and not kwargs and has_number(func, args), len(self.numbers)
         for a in args:
             cls = a.__class__
             if cls is Traced and a.tracer is self:
                 refs.append(a.ref)
                 add(a.sig)
                 sigs.append(a.sig)
+            elif lifts and (cls is float or cls is int) and generic(a):
+                refs.append(FIRST - len(self.numbers))
+                self.numbers.append(a)
+                add(cls)
+                add(NUMBER)
+                sigs.append(NUMBER)
             elif cls in SIMPLE:
                 add(cls)
                 add(a)
@@ -215,6 +225,8 @@ class Trace(TorchDispatchMode):
         instr = shapes.find(frozen)
         if instr is None:
             instr = self._learn(frozen, func, args, kwargs or {}, tuple(sigs))
+        if instr.number is None and len(self.numbers) > count:
+            return self._with_literal(func, types, args, count)
         if env[0] is not self.dtype and follows_default(instr, kwargs or {}):
             return self._with_dtype(instr, types, args, kwargs or {})
         line = debug.user_line(2)
@@ -249,6 +261,15 @@ class Trace(TorchDispatchMode):
                 f"captured function{at(debug.user_line())}; convert its argument, say by .to(torch.get_default_dtype())"
             )
         return self.__torch_dispatch__(instr.op, types, args, {**kwargs, "dtype": instr.outs.dtype})
+
+    def _with_literal(self, op: OpOverload, types: Any, args: tuple, count: int) -> Any:
+        """An op whose number cannot be an input."""
+        del self.numbers[count:]
+        self.lifts_numbers = False
+        try:
+            return self.__torch_dispatch__(op, types, args)
+        finally:
+            self.lifts_numbers = True
 
     def _open(self, body: Callable, args: tuple, kwargs: dict) -> Any:
         opened, self.opened = self.opened, {}
@@ -285,6 +306,8 @@ class Trace(TorchDispatchMode):
             if known is not None:
                 return known
         try:
+            if NUMBER in sigs:
+                return with_number(key, func, args, sigs)
             return shapes.intern(key, func, targs, tkwargs, sigs, outs)
         except CaptureError as e:
             raise CaptureError(f"{e}{at(debug.user_line())}") from None
@@ -469,34 +492,16 @@ class Trace(TorchDispatchMode):
 
     def root(self, ref: int) -> int:
         """The value whose storage this one shares."""
-        if self._roots is None or self._roots[0] != len(self.records):
-            self._roots = (len(self.records), self.roots()[0])
-        return self._roots[1].get(ref, ref)
+        return self.roots().of.get(ref, ref)
 
-    def roots(self) -> tuple[dict[int, int], set[int]]:
-        """For each view the value whose storage it shares, and which storages are written to."""
-        roots: dict[int, int] = {}
-        written: set[int] = set()
-        number = len(self.inputs)
-        for instr, refs, *_ in self.records:
-            made = range(number, number + results_of(instr))
-            number += len(made)
-            if instr.facts.view_of is not None and refs:
-                roots.update(dict.fromkeys(made, roots.get(refs[0], refs[0])))
-            written.update(roots.get(refs[s], refs[s]) for s in written_slots(instr))
-        return roots, written
+    def roots(self) -> Roots:
+        if self._roots is None:
+            self._roots = Roots(len(self.inputs))
+        return self._roots.extended(self.records)
 
     def conjugated(self, ref: int) -> bool:
         """Whether this is a view of a conjugate, which eager would not have computed yet."""
-        bits: dict[int, bool] = {}
-        number = len(self.inputs)
-        for instr, refs, *_ in self.records:
-            made = range(number, number + results_of(instr))
-            number += len(made)
-            if instr.facts.view_of is not None and refs:
-                bit = bits.get(refs[0], False) ^ (instr_op(instr) is aten._conj.default)
-                bits.update(dict.fromkeys(made, bit))
-        return bits.get(ref, False)
+        return ref in self.roots().conjugates
 
     # ----- values on request ------------------------------------------------------------------------------------------
 

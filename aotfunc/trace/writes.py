@@ -75,7 +75,7 @@ WRITES: dict[OpOverload, Any] = {
 
 
 @cache
-def _twin(op: OpOverload) -> OpOverload | None:
+def twin_of(op: OpOverload) -> OpOverload | None:
     """The overload that returns what ``op`` writes: same arguments, without the trailing underscore or the ``out``s."""
     if op in (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
         return aten.rrelu_with_noise_functional.default
@@ -99,7 +99,7 @@ def _twin(op: OpOverload) -> OpOverload | None:
 
 
 def functional_twin(op: OpOverload, line: Line | None) -> OpOverload:
-    twin = _twin(op)
+    twin = twin_of(op)
     if twin is None:
         raise CaptureError(f"{op} writes to its argument and has no functional form{at(line)}; use an op that returns")
     return twin

@@ -37,6 +37,7 @@ def record(
     why_not: str | None = None,
     constants: bool = True,
     outside: Collection[int] = (),
+    numbers: bool = False,
     name_of: Callable[[], Sequence[str]] | None = None,
 ) -> Recording:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
@@ -44,13 +45,14 @@ def record(
     ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch), and ``batch`` says what
     batch (:class:`~aotfunc.asked.Samples`). ``differentiated``
     leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants``
-    those of closed-over tensors may.
+    those of closed-over tensors may. ``numbers``: Python numbers may be inputs of the program.
 
     A tensor that is passed twice is one traced value; as in torch.func, not where some are differentiated, nor if it is
     batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over, are passed as they are.
     """
     intent.install()
-    trace = Trace(why_not, constants)
+    trace, outer = Trace(why_not, constants), current()
+    trace.lifts_numbers = numbers and (outer is None or outer.lifts_numbers)
     autograd = trace.autograd
     values = list(leaves)
     reals = []

@@ -17,6 +17,8 @@ from ..trace.aliases import Shown, shown
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.outside import check_stand_ins
+from ..trace.scalars import TENSOR, bits_of
+from ..trace.traced import quiet
 from ..trace.tracer import Trace
 from ..trace.tree import flatten, unflatten
 from .steps import GradStep
@@ -28,12 +30,32 @@ aten = torch.ops.aten
 _programs = Cache(1 << 16, weight)
 
 
+class Numbers:
+    """The Python numbers of recordings that differ in nothing else: ``first``, and the places that have ``varied``."""
+
+    def __init__(self, first: tuple) -> None:
+        self.first = first
+        self.varied: tuple[int, ...] = ()
+
+    def inputs(self, now: tuple) -> tuple[tuple[int, ...], ...]:
+        """The numbers that are inputs from now on: for each its places."""
+        if now != self.first:
+            changed = {i for i, (x, y) in enumerate(zip(now, self.first, strict=True)) if x != y}
+            if not changed.issubset(self.varied):
+                self.varied = tuple(sorted(changed.union(self.varied)))
+        places: dict[Any, list[int]] = {}
+        for i in self.varied:
+            places.setdefault(now[i], []).append(i)
+        return tuple(map(tuple, places.values()))
+
+
 class Recording:
     """What one call did: the trace, the leaves that it returned, and which of them are tensors."""
 
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
         self._program: Program | None = None
+        self.numbers: tuple[tuple[int, ...], ...] = ()  # those that are inputs of its programs
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         if len(self.tensors) < len(self.leaves):
@@ -55,9 +77,27 @@ class Recording:
         """For each returned tensor the value that it is a view of, or itself."""
         return [self.seen[r].root if r in self.seen else r for r in self.refs]
 
-    @property
+    @cached_property
+    def key(self) -> Any:
+        """What its programs depend on. It decides which numbers are inputs of them."""
+        key = (self.trace.key(), self.refs)
+        if not self.trace.numbers:
+            return key
+        now = bits_of(self.trace.numbers)
+        known = _programs.once(key, lambda: Numbers(now))
+        self.numbers = known.inputs(now)
+        fixed = now if not known.varied else tuple([x for i, x in enumerate(now) if i not in known.varied])
+        return known, self.numbers, fixed
+
+    @cached_property
     def closed_over(self) -> list[Tensor]:
-        return self.trace.lifted
+        """What its programs take behind the inputs."""
+        assert self.key
+        if not self.numbers:
+            return self.trace.lifted
+        with quiet():
+            how = {"dtype": TENSOR.dtype, "device": TENSOR.device}
+            return [*self.trace.lifted, *(torch.tensor(self.trace.numbers[at], **how) for at, *_ in self.numbers)]
 
     def program(self, memory: tuple[tuple[int, bool], ...] | None = None) -> Program:
         """The functional program: inputs, then closed-over tensors, to the tensors among the results. With ``memory``,
@@ -65,7 +105,7 @@ class Recording:
         """
         if memory is None and self._program is not None:
             return self._program
-        program = _programs.once((self.trace.key(), self.refs, memory), lambda: self._build(memory))
+        program = _programs.once((*self.key, memory), lambda: self._build(memory))
         if memory is None:
             self._program = program
         return program
@@ -76,7 +116,10 @@ class Recording:
         plain = any(r[0].__class__ is GradStep for r in trace.records)
         with paused_gc():
             b = Builder(None, merge=False) if plain else Builder(REWRITES)
-            f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
+            inputs, numbers = input_nodes(trace, b, self.names()), {}
+            for places in self.numbers:
+                numbers.update(dict.fromkeys(places, b.placeholder("number", TENSOR, role="const")))
+            f = Functionalizer(trace, b, inputs, numbers=numbers)
             f.run()
             mutated = f.mutated()
             if memory is None:

@@ -490,11 +490,10 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     what a hook of autograd's sees: what ``t`` was used for before, or an input's gradient after a write.
     """
     trace = t.tracer
-    roots, written = trace.roots()
-    own = roots.get(t.ref, t.ref)
+    own = trace.root(t.ref)
     if any(t.ref in refs and grad and reads(instr, refs, t.ref) for instr, refs, grad, *_ in trace.records):
         raise CaptureError(f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once")
-    if own < len(trace.inputs) and own in written:
+    if own < len(trace.inputs) and own in trace.roots().written:
         raise CaptureError(
             f"a hook of an argument that was written to{at(debug.user_line())}: register it first, outside"
         )

@@ -427,7 +427,7 @@ def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
         monkeypatch.setattr(module, name, lambda *args: (ran.append(steps(*args)), original(*args))[1])
 
     counted(replay, "instr_run", lambda *_: 1)
-    counted(asked, "part", lambda records, _: len(records))
+    counted(asked, "part", lambda records, *_: len(records))
     counted(asked, "so_far", lambda trace, _: len(trace.records))
     x, steps = r(2, 3, 4) if how is not grad else r(4), []
     for n in (10, 20):
