@@ -149,7 +149,7 @@ class Changes:
             if i in but:
                 continue
             # no value changes: what the backward keeps of it is still good
-            kept = current() is None and torch.is_grad_enabled() and not t.is_inference()
+            kept = current() is None and not t.is_inference()
             with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
                 for op, args, kwargs, unseen in ops:
                     t.grad_fn  # noqa: B018 - of a view it is that of its base by now, which autograd does not look up

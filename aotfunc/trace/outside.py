@@ -4,7 +4,7 @@ and a traced value left in a tensor from outside has no data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -143,12 +143,13 @@ class StandIn(NamedTuple):
     old: int
     new: int
     why: str
+    hooks: tuple[Callable, ...] = ()
 
 
 def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
     """Refuse what would tell that a value which stands for another has memory of its own."""
     root = trace.root
-    for start, value, old, new, why in trace.stand_ins:
+    for start, value, old, new, why, _ in trace.stand_ins:
         shared, results, later = {root(value), root(old)}, {root(r) for r in returned}, trace.records[start:]
         used = results | {root(r) for _, refs, *_ in later for r in refs}
         written = {root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}

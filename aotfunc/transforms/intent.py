@@ -501,16 +501,22 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written or both are returned; "
     why += "register the hook on a clone()"
 
+    before = next((s for s in trace.stand_ins if s.hooks and s.new == t.ref), None)
+    hooks = (hook,) if before is None else (*before.hooks, hook)
+    source = trace.alias(t)
+    value = old = source.ref = t.ref if before is None else before.old
+
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        changed = hook(g)
-        return g if changed is None else changed
+        for each in hooks:  # in this order
+            changed = each(g)
+            g = g if changed is None else changed
+        return g
 
     if t.is_leaf and t.ref not in trace.autograd.leaves:  # a view made under no_grad, which no gradient reaches
         return _Handle()
-    before = t.ref
     with torch.enable_grad():
-        t.ref = call_function("hook", [t], lambda ctx: t.view_as(t), Context(), backward).ref
-    trace.stand_ins.append(outside.StandIn(len(trace.records), before, before, t.ref, why))
+        t.ref = call_function("hook", [source], lambda ctx: source.view_as(source), Context(), backward).ref
+    trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, hooks))
     if own < len(trace.inputs):
         trace.hooked.add(t.ref)
     return _Handle()
@@ -518,7 +524,7 @@ def register_hook(t: Traced, hook: Callable) -> Any:
 
 def before_hooks(t: Traced) -> Traced:
     """The value that a tensor was before hooks were registered on it: its gradient has passed them."""
-    hooked = {s.new: s.old for s in t.tracer.stand_ins if s.old == s.value}
+    hooked = {s.new: s.old for s in t.tracer.stand_ins if s.hooks}
     twin = t.tracer.alias(t)
     while twin.ref in hooked:
         twin.ref = hooked[twin.ref]

@@ -329,8 +329,7 @@ def vjp(
 
 def has_zeros(nodes: Any, outs: Sequence[Any], x: Node) -> bool:
     """Whether one of ``outs`` was computed from ``x`` by an op for which autograd has zeros."""
-    through = [n for n in nodes if None in getattr(n.target, "backward", (None,))]  # others get no zeros, and give none
-    flat = [n for n in active_nodes(through, [x], zeros=True) if (line := RULES.get(n.target)) and line.zero]
+    flat = [n for n in active_nodes(nodes, [x], zeros=True) if (line := RULES.get(n.target)) and line.zero]
     active = active_nodes(nodes, flat, zeros=True) if flat else ()
     return any(o in active for o in outs)
 

@@ -213,6 +213,12 @@ def hooked_argument(x):
     return x.detach()
 
 
+def hooked_twice(x):
+    x.register_hook(lambda g: g * 2)
+    x.register_hook(lambda g: g * 3)
+    return x[:]
+
+
 def hooked_and_seen(x):
     y = x * 2
     d = y.detach()
@@ -220,7 +226,7 @@ def hooked_and_seen(x):
     return y * 1, d, y
 
 
-@pytest.mark.parametrize("f", [hooked_view, hooked_argument, hooked_and_seen])
+@pytest.mark.parametrize("f", [hooked_view, hooked_argument, hooked_twice, hooked_and_seen])
 def test_hooked_tensors_that_share_memory_are_refused(f):
     for how in HOWS:
         with pytest.raises(CaptureError, match=r"a tensor with a hook.*shares memory"):
@@ -246,6 +252,16 @@ def test_shapes_changed_in_place():
         return out, y, w.grad, said(out, y), quiet, z.shape, said(quiet, z)
 
     both(program)
+
+
+def test_a_gradient_taken_inside_has_passed_the_hooks():
+    def f(x):
+        y = x * 2
+        y.register_hook(lambda g: g * 5)
+        y.register_hook(lambda g: g + 1)
+        return torch.autograd.grad((y**3).sum(), y, create_graph=True)[0], torch.autograd.grad(y.sum(), x)[0]
+
+    both(lambda how: how(f)(torch.arange(3.0, requires_grad=True)))
 
 
 def test_shapes_changed_in_place_under_no_grad():
