@@ -82,13 +82,20 @@ def vmap(
 
 
 def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *how: Any) -> Any:
-    rec, program, inputs = _batched_program(func, arguments, dims, *how)
-    return _run(rec, program, inputs)
+    return _run(*_batched_program(func, arguments, dims, *how))
 
 
-def _run(rec: Recording, program: Program, inputs: list[Tensor]) -> Any:
-    outs = execute(program, inputs)
+def _run(rec: Recording, program: Program, inputs: list[Tensor], dims: Sequence[tuple[int | None, int | None]]) -> Any:
+    """The results of a batched program; a written input that is returned is itself. ``dims``: for each result the
+    dimension of the batch in the input that it is, and in the result.
+    """
+    outs = list(execute(program, inputs))
     Changes(rec).after(inputs)
+    for k, (ref, (old, new)) in enumerate(zip(rec.refs, dims, strict=True)) if program.mutated else ():
+        i = ref if ref >= 0 else program.n_inputs - 1 - ref
+        if i in program.mutated and (old is None) == (new is None):
+            x = inputs[i]
+            outs[k] = x if new is None or new % x.dim() == old else x.movedim(old, new)
     return rec.results(outs)
 
 
@@ -100,8 +107,8 @@ def _batched_program(
     out_dims: Dims,
     randomness: str,
     strict: bool,
-) -> tuple[Recording, Program, list[Tensor]]:
-    """The recording of one sample, the batched program and what to run it on."""
+) -> tuple[Recording, Program, list[Tensor], list[tuple[int | None, int | None]]]:
+    """The recording of one sample, the batched program, what to run it on, and the dimensions as _run takes them."""
     samples = {
         k: sample_sig(x, d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None
     }
@@ -144,7 +151,8 @@ def _batched_program(
     program = base.derived(
         key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
     )
-    return rec, program, [*tensors, *rec.closed_over]
+    sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.refs)
+    return rec, program, [*tensors, *rec.closed_over], list(zip(sources, results_dims, strict=True))
 
 
 def _chunked(
@@ -162,14 +170,14 @@ def _chunked(
         count = min(chunk, size - start)
         parts_of = zip(arguments.leaves, dims, strict=True)
         piece = arguments.with_leaves([x if d is None else x.narrow(d, start, count) for x, d in parts_of])
-        rec, program, inputs = _batched_program(func, piece, dims, count, out_dims, randomness, strict)
+        rec, program, inputs, places = _batched_program(func, piece, dims, count, out_dims, randomness, strict)
         if randomness == "same" and any(map(draws, program.graph.nodes)):  # no two chunks would draw the same
             if parts:
                 raise ArgumentError(
                     "vmap: randomness='same' with chunk_size, and not every chunk draws; drop chunk_size"
                 )
             return _batched(func, arguments, dims, size, out_dims, randomness, strict)
-        parts.append(_run(rec, program, inputs))
+        parts.append(_run(rec, program, inputs, places))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
     where = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .aliasing import Changes, without_views
+from .anomaly import check_gradients
 from .arguments import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .debug import entry
 from .errors import ArgumentError
@@ -86,8 +87,10 @@ def _gradient(
         joint = vjp_pass(base, call.wrt, have, ones=True, fill=True, keep=range(first, base.n_outputs))
         return fresh(joint, [(i - first, r) for i, r in call.aliases if i >= first])
 
-    outs = execute(call.derived((value, call.aliases), make), call.inputs)
+    program = call.derived((value, call.aliases), make)
+    outs = execute(program, call.inputs)
     kept = len(outs) - len(call.wrt)
+    check_gradients(program, call.inputs, outs[kept:])
     _, *aux = call.results(outs[:kept], first)
     return chosen_tree(arguments, argnums, outs[kept:]), outs[0] if value else None, aux[0] if aux else None
 
@@ -155,7 +158,9 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
             if version(r) != before:
                 raise ArgumentError("vjp_fn: an input of vjp was modified in place after the call; clone it before")
         with without_modes(dtype):
-            return chosen_tree(arguments, everything, execute(backward, [*residuals, *given]))
+            grads = execute(backward, inputs := [*residuals, *given])
+            check_gradients(backward, inputs, grads)
+            return chosen_tree(arguments, everything, grads)
 
     return output, vjp_fn, *aux
 

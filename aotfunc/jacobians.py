@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .anomaly import check_gradients
 from .arguments import Call, chosen_tree, positions
 from .debug import entry
 from .errors import ArgumentError
@@ -114,7 +115,10 @@ def _jacobian(
     if not n_out:
         raise ArgumentError(f"{name}: the function returned no tensors")
     how = (n_out, chunk_size, randomness)
-    outs = execute(call.derived(how, lambda: assemble(base, wrt, *how)), call.inputs)
+    program = call.derived(how, lambda: assemble(base, wrt, *how))
+    outs = execute(program, call.inputs)
+    if assemble is rows:
+        check_gradients(program, call.inputs, outs[: n_out * len(wrt)])
     blocks = [outs[i * len(wrt) : (i + 1) * len(wrt)] for i in range(n_out)]
     result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], call.spec)
     _, *aux = call.results(outs[n_out * len(wrt) :], n_out)

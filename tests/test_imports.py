@@ -19,7 +19,7 @@ ROWS = [
     ("pipeline", "stages", "leaves"),
     ("func", "batch", "jacobians", "module", "stateless", "rearrange", "autograd"),
     ("run", "arguments", "specialised"),
-    ("aliasing", "asked", "duals", "redraw", "guards"),
+    ("aliasing", "anomaly", "asked", "duals", "redraw", "guards"),
     ("batched",),
     ("partition", "backends"),
     ("transforms",),

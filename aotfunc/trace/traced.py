@@ -111,6 +111,10 @@ class Traced(Tensor):
     def data(self, value: Tensor) -> None:
         HOOKS["give_memory"](self, value)
 
+    def is_conj(self) -> bool:
+        """As in eager, though a traced conjugate is computed at once."""
+        return self.is_complex() and self.tracer.conjugated(self.ref)
+
     def resolve_conj(self) -> Tensor:
         """A copy where eager has a conjugate view, whose bit it would resolve."""
         return self.clone() if self.tracer.conjugated(self.ref) else self

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.utils import module_tracker
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -29,7 +30,7 @@ from ..errors import CaptureError
 from ..trace import outside
 from ..trace.patches import ORIGINALS, recorded, redirect
 from ..trace.records import instr_op, written_slots
-from ..trace.shapes import contiguous_stride, make_sig
+from ..trace.shapes import Instr, contiguous_stride, fill, make_sig
 from ..trace.traced import HOOKS, Traced, current, quiet, under_way
 from ..trace.tracer import Trace
 from . import module_hooks
@@ -74,6 +75,8 @@ def install() -> None:
     torch._C._any_requires_grad = any_requires_grad
     ORIGINALS.setdefault("pad_packed", torch._VF._pad_packed_sequence)
     torch._VF._pad_packed_sequence = pad_packed
+    ORIGINALS.setdefault("fwd_grad", forward_ad._set_fwd_grad_enabled.__init__)
+    forward_ad._set_fwd_grad_enabled.__init__ = set_fwd_grad_enabled
     graph = torch.autograd.graph
     refuse(graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks")
     redirect("multi_hook", graph.register_multi_grad_hook, register_multi_grad_hook, _multi_hook_template)
@@ -155,6 +158,16 @@ def unpickled(*parts: Any) -> Tensor:
         )
     with quiet():
         return ORIGINALS["rebuild"](*parts)
+
+
+def set_fwd_grad_enabled(self: Any, mode: bool) -> None:
+    """A region without tangents, but with gradients: a graph has no sign for it."""
+    if not mode and recorded() is not None:
+        raise CaptureError(
+            f"switching forward-mode derivatives off inside a function is not captured{at(debug.user_line())}: "
+            "detach() the values that are to have no tangent"
+        )
+    ORIGINALS["fwd_grad"](self, mode)
 
 
 def constant(t: Tensor) -> Tensor:
@@ -429,12 +442,34 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
         return
-    outer = trace.region
+    outer, start = trace.region, len(trace.records)
     trace.region = trace.regions = trace.regions + 1
     try:
         yield
     finally:
         trace.region = outer
+    context_fn = kwargs.get("context_fn", args[1] if len(args) > 1 else torch_checkpoint.noop_context_fn)
+    if context_fn is not torch_checkpoint.noop_context_fn:
+        keep_saved(trace, start, context_fn()[0])
+
+
+def keep_saved(trace: Trace, start: int, context: Any) -> None:
+    """Take out of a checkpointed region, whose records begin at ``start``, the ops that the policy of
+    ``create_selective_checkpoint_contexts`` says to save.
+    """
+    if not hasattr(context, "policy_fn"):
+        raise CaptureError(
+            f"checkpoint(context_fn=...) with contexts of your own is not captured{at(debug.user_line())}; those of "
+            "create_selective_checkpoint_contexts are"
+        )
+    save = (torch_checkpoint.CheckpointPolicy.MUST_SAVE, torch_checkpoint.CheckpointPolicy.PREFER_SAVE)
+    told = torch_checkpoint.SelectiveCheckpointContext(is_recompute=False)
+    for i, (instr, refs, grad, region, line) in enumerate(trace.records[start:], start):
+        if isinstance(instr, Instr) and region == trace.regions:
+            protos = [s.proto for s in instr.sigs]
+            args, kwargs = fill(instr.args, protos), {k: fill(v, protos) for k, v in instr.kwargs.items()}
+            if context.policy_fn(told, instr.op, *args, **kwargs) in save:
+                trace.records[i] = (instr, refs, grad, None, line)
 
 
 def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
