@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributions import Distribution
 from torch.utils._pytree import TreeSpec
 
 from ..trace.instances import flatten_tree, without_class
@@ -26,7 +27,8 @@ from .reads import CLOSED, library_of_module
 _TENSORS = (Tensor, nn.Parameter)
 #: described by their value; equality within one of these classes is equality of meaning
 _ATOMS = frozenset(
-    {int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format, range}
+    {int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format}
+    | {range, torch.Size}
 )
 _VALUES = (*_ATOMS - {bool, range, type(None), type(...)}, float, complex, np.generic, np.dtype, Enum)
 
@@ -223,11 +225,12 @@ def classes_in(spec: TreeSpec) -> list[type]:
 ENVIRONMENT = (
     *("grad mode", "inference mode", "forward AD level", "default dtype", "default device", "autocast"),
     "deterministic algorithms",
+    "validation of distributions",
 )
 
 
 def environment_key() -> tuple:
-    """Grad modes, autocast, the defaults for new tensors, determinism, which kernels attention may use."""
+    """Grad modes, autocast, defaults of tensors and distributions, determinism, which kernels attention may use."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -236,6 +239,7 @@ def environment_key() -> tuple:
         function_modes_key(),
         Surroundings.now() if torch._C._is_any_autocast_enabled() else None,
         torch.are_deterministic_algorithms_enabled(),
+        Distribution._validate_args,
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),

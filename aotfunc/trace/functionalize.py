@@ -45,6 +45,14 @@ _library.impl("dead_end", torch.no_grad()(lambda x: x.view_as(x)), "CompositeImp
 dead_end = torch.ops.aotfunc.dead_end.default
 once = torch.ops.aotfunc.once.default  # an identity that refuses to be differentiated: @once_differentiable
 
+#: in place, comparisons have the derivative zero in both arguments; autograd sees nothing of logical ops
+COMPARISONS = frozenset(
+    getattr(packet, name)
+    for packet in (aten.eq_, aten.ne_, aten.lt_, aten.le_, aten.gt_, aten.ge_)
+    for name in ("Scalar", "Tensor")
+)
+TRUTH = COMPARISONS | {getattr(aten, f"logical_{n}_").default for n in ("and", "or", "xor", "not")}
+
 
 class Memory:
     """What storages share whose derivatives are apart: the version, and which of them was written last."""
@@ -394,6 +402,8 @@ class Functionalizer:
             news = self._twin_results(twin, instr, nodes)
         if op is aten.copy_.default and not self.direct:  # what is read of the copy is not read of its source
             news[0] = self.b.call(aten.clone.default, news[0])
+        if self.intent and grad and op in TRUTH and nodes[0].meta["val"].differentiable:
+            news[0] = self.truth(op, nodes, news[0])
         if overwritten:
             news[0] = self.still_requiring_grad(nodes[0], news[0])
         for ref, new in zip(written, news[-len(written) :], strict=True):
@@ -404,6 +414,17 @@ class Functionalizer:
         fresh = [o for o, same in zip(outs, facts.same, strict=False) if same is None]
         for new, o in zip(extra, fresh, strict=False):
             self._results(self.fitted(new, o) if o.__class__ is Sig else new, o, grad)
+
+    def truth(self, op: OpOverload, nodes: list[Node], new: Node) -> Node:
+        """What an op that answers with truth values leaves in a tensor of numbers."""
+        old, *others = nodes
+        if op in COMPARISONS:
+            old = self.b.call(aten.mul.Tensor, old, 0)
+            for x in others:
+                if x.meta["val"].differentiable:
+                    zero = self.fitted(self.b.call(aten.mul.Tensor, x, 0), old.meta["val"])
+                    old = self.b.call(aten.add.Tensor, old, zero)
+        return self.b.node(hidden_write, (old, self.fitted(new, old.meta["val"])), {}, old.meta["val"])
 
     def still_requiring_grad(self, old: Node, new: Node) -> Node:
         """The new value of a tensor that requires grad, and does so still: the derivative of the old one is zero."""

@@ -231,10 +231,15 @@ def rule_for(op: OpOverload) -> Callable | None:
         return None
     if facts.writes == (0,) and facts.same == (0,) and name.endswith("_"):
         twin = getattr(getattr(aten, name[:-1], None), op._overloadname, None)
-        functional = rule_for(twin) if twin is not None else None
+        functional = rule_for(twin) if twin is not None and takes(twin) == takes(op) else None
         return partial(in_place, functional) if functional is not None else None
     tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
     return partial(pointwise, op) if tagged and facts.pure and facts.returns_tensors else None
+
+
+def takes(op: OpOverload) -> list[str]:
+    """The types of its arguments: `pow.Scalar` is not what `pow_.Scalar` computes."""
+    return [str(a.type) for a in op._schema.arguments]
 
 
 def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:

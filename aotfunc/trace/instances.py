@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.fx._pytree import register_pytree_flatten_spec
-from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, register_pytree_node, tree_flatten, tree_unflatten
+from torch.utils import _pytree as pytree
+from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, register_pytree_node, tree_unflatten
 
 from ..errors import CaptureError
 
@@ -44,6 +45,15 @@ def made(children: Any, context: Any) -> Any:
         for key in items:
             put(x, key, values[key])
     return x
+
+
+def is_size(x: Any) -> bool:
+    """Whether ``x`` is a shape: a value here, of which PyTorch's trees would make a plain tuple."""
+    return x.__class__ is Size
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    return pytree.tree_flatten(tree, is_leaf=is_size)
 
 
 def names_of(context: Any) -> list[str]:
@@ -131,7 +141,8 @@ def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
 def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
     """What a container holds, and the container without it."""
     first = chain((False,), repeat(True))  # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
-    return tree_flatten(Opened(x) if is_data(x) and holds_tensor(x) else x, is_leaf=lambda _: next(first))
+    x = Opened(x) if is_data(x) and holds_tensor(x) else x
+    return pytree.tree_flatten(x, is_leaf=lambda v: next(first) or is_size(v))
 
 
 def assigned(tree: Any, leaves: Sequence[Any]) -> bool:

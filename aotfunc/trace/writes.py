@@ -71,6 +71,7 @@ WRITES: dict[OpOverload, Any] = {
     aten.bernoulli_.float: _drawn_in_place,
     getattr(aten.random_, "from"): _integers,
     aten.relu_.default: lambda b, x: b.call(aten.relu.default, x),
+    aten.polygamma_.default: lambda b, x, n: b.call(aten.polygamma.default, n, x),
 }
 
 

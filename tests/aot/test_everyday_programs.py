@@ -90,6 +90,18 @@ def test_validation_at_the_first_call_and_of_samples():
         batched(torch.tensor([1.0, -1.0]))
 
 
+def test_validation_is_switched_off_and_on():
+    f, bad = jit(lambda v: D.Bernoulli(torch.tensor(0.25)).log_prob(v)), torch.tensor(2.0)
+    f(torch.tensor(1.0))
+    try:
+        D.Distribution.set_default_validate_args(False)
+        assert_same(f(bad), D.Bernoulli(torch.tensor(0.25)).log_prob(bad))
+    finally:
+        D.Distribution.set_default_validate_args(True)
+    with pytest.raises(RuntimeError, match="Bernoulli"):
+        f(bad)
+
+
 def test_a_distribution_made_outside():
     d = D.Normal(torch.zeros(3), torch.ones(3))
     f = jit(lambda x: d.log_prob(x))

@@ -328,6 +328,35 @@ def test_where_eager_has_no_formula_the_gradient_is_zero():
         assert_same(torch.autograd.grad(y.sum(), x)[0], torch.zeros_like(C))
 
 
+ANSWERS = {
+    "comparison": lambda x, y: x.gt_(0.5),
+    "comparison with a tensor": lambda x, y: x.le_(y),
+    "comparison of what requires no grad": lambda x, y: x.detach().clone().eq_(y),
+    "comparison of a part": lambda x, y: (x[1:].ne_(y[1:]), x)[1],
+    "comparison without gradients": lambda x, y: (torch.no_grad()(x.lt_)(y), x)[1],
+    "logical op": lambda x, y: x.logical_and_(y),
+    "logical op of a part": lambda x, y: (x[:2].logical_not_(), x)[1],
+    "logical op with what requires grad": lambda x, y: x.detach().clone().logical_xor_(y),
+}
+
+
+@pytest.mark.parametrize("way", ["jit", "aot_function", "functionalize"])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_truth_values_in_a_tensor_of_numbers(name, way):
+    """Autograd gives comparisons in place the derivative zero, and does not see logical ops."""
+
+    def run(f):
+        x, y = C.clone().requires_grad_(), (C - 1).requires_grad_()
+        out = f(x, y)
+        grads = torch.autograd.grad(out.sum(), [x, y], allow_unused=True) if out.requires_grad else None
+        return out.detach(), out.requires_grad, grads
+
+    def f(x, y):
+        return ANSWERS[name](x * 1.5, y)
+
+    assert_same(run(WAYS[way](f)), run(f))
+
+
 def test_a_module_made_inside():
     def f(x):
         net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))

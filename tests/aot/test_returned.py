@@ -365,6 +365,24 @@ def test_what_does_not_change_may_be_one_object():
         assert f(X)[1:] == (Net, torch.float32, len, 3, "a", np.float32(2), X.shape, X.device, slice(1, 2), ..., None)
 
 
+@every_compiler
+def test_shapes_stay_shapes(compiler):
+    kept = {}
+
+    def f(x, shape, pair):
+        kept["shape"] = x.shape
+        return x.expand(shape) * shape.numel(), x.shape, [shape, x.sum().shape], Pair(x * 2, pair.b)
+
+    g = COMPILERS[compiler](f)
+    for shape in (torch.Size([2, 4]), torch.Size([3, 4]), torch.Size([2, 4])):
+        out, own, shapes, pair = g(X, shape, Pair(X, shape[:1]))
+        assert_same(out, X.expand(shape) * shape.numel())
+        assert_same(pair.a, X * 2)
+        found = [own, *shapes, pair.b, kept.pop("shape")]
+        assert found == [X.shape, shape, (), shape[:1], X.shape]
+        assert all(type(s) is torch.Size for s in found)
+
+
 def test_aot_module_returns_what_is_the_modules():
     class Returns(Net):
         def forward(self, x):

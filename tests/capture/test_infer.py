@@ -339,3 +339,11 @@ def test_a_number_on_the_cpu_goes_with_any_device():
     assert aotfunc.jit(lambda y, c: y * c)(y, torch.tensor(2.0)).device.type == "meta"
     assert aotfunc.jit(lambda y, i: y[i])(y, torch.tensor([0, 1])).device.type == "meta"
     assert aotfunc.jit(lambda y, x: y.copy_(x))(y, torch.randn(3)).device.type == "meta"
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.square_, lambda t: t.pow_(3), lambda t: t.polygamma_(1)])
+def test_a_write_whose_functional_overload_takes_other_arguments(write):
+    """The first call asks, and an op that is given the wrong arguments asks for a tensor's text."""
+    aotfunc.clear_caches()
+    x = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(aotfunc.jit(lambda x: write(x.clone()))(x), write(x.clone()))
