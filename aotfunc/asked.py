@@ -147,7 +147,7 @@ class Followed:
             if t.tracer not in under_way.traces:
                 raise Unsteady
             known = follow(t.tracer).value(t.tracer, t.ref)  # traces rules, for which nothing is set aside
-        elif not has_values(t):
+        elif not has_values(t) or not (trace.may_ask_constants or ref in trace.made_inside):
             raise Unsteady
         with quiet(), torch.no_grad():
             if known is None:
