@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aotfunc import jit
 from aotfunc.errors import AotfuncError
@@ -117,10 +116,6 @@ def optimizer_inside(compiler):
     compiler(lambda x: (optimizer.step(), x)[1])(torch.ones(3))
 
 
-def fake() -> torch.Tensor:
-    return FakeTensorMode().from_tensor(torch.ones(3))
-
-
 PROGRAMS: dict[str, Callable] = {
     "`if x.sum() > 0`": on(ones())(lambda x: x if x.sum() > 0 else -x),
     "`x * c.item()`, `c` from outside": closed_over(lambda: torch.tensor(3.0), lambda c, x: x * c.item()),
@@ -170,7 +165,6 @@ PROGRAMS: dict[str, Callable] = {
     "`torch.jit.trace` of a compiled function": lambda compiler: torch.jit.trace(
         compiler(lambda x: x * 2), (torch.ones(3),)
     ),
-    "a FakeTensor as argument": on(fake)(lambda x: x * 2),
     "a sparse argument": lambda compiler: compiler(lambda x: x * 2)(torch.eye(3).to_sparse()),
     "a compiler that fails": lambda compiler: jit(lambda x: x * 2, backend=lambda gm, inputs: 1 / 0)(torch.ones(3)),
     "an unknown backend": lambda compiler: jit(lambda x: x, backend="none")(torch.ones(3)),

@@ -272,9 +272,13 @@ def check_kind(t: Tensor) -> None:
         raise CaptureError(
             f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"
         )
-    if dispatches(t):
+    if dispatches(t) and not is_fake(t):
         raise CaptureError(f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}")
-    if plain_function(type(t)) is not _plain_function and type(t).__torch_function__ is not _disabled:
+    if (
+        not is_fake(t)
+        and plain_function(type(t)) is not _plain_function
+        and type(t).__torch_function__ is not _disabled
+    ):
         raise of_subclass(t, "an argument")
 
 
@@ -285,6 +289,11 @@ def dispatches(t: Tensor) -> bool:
     """Whether a tensor is of a foreign subclass that answers ops itself."""
     cls = type(t)
     return cls not in _KINDS and getattr(cls, "__torch_dispatch__", _plain) is not _plain
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether a tensor is a FakeTensor: ops on it, so programs too, say what shapes and dtypes they give."""
+    return type(t).__module__ == "torch._subclasses.fake_tensor"
 
 
 def of_subclass(t: Tensor, what: str) -> CaptureError:
