@@ -23,8 +23,10 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 class Autograd:
     """The leaves of a recording, of which it shares these lists, and what they lead to."""
 
-    def __init__(self, inputs: list[Sig], lifted: list[Tensor], records: list[Record]) -> None:
-        self.inputs, self.lifted, self.records = inputs, lifted, records
+    def __init__(
+        self, inputs: list[Sig], lifted: list[Tensor], records: list[Record], rewritten: list[tuple[Tensor, int]]
+    ) -> None:
+        self.inputs, self.lifted, self.records, self.rewritten = inputs, lifted, records, rewritten
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
         self.made: list[weakref.ref[Traced]] = []  # now, of nothing: torch.ones(..., requires_grad=True) says so later
@@ -64,7 +66,7 @@ class Autograd:
         return ref >= len(self.inputs) and not self.records[self.reach().maker(ref)][2]
 
     def is_leaf(self, t: Traced) -> bool:
-        if not self.requires_grad(t) or (t.ref in self.leaves and t.ref not in self.computed):
+        if not t.requires_grad or (t.ref in self.leaves and t.ref not in self.computed):
             return True
         return self.made_quietly(t.ref)  # a view, which has no history
 
@@ -78,14 +80,15 @@ class Autograd:
                     self._reached.active.add(t.ref)
         self.made.clear()
 
-    def requires_grad(self, t: Traced) -> bool:
+    def requires_grad(self, t: Traced, ref: int | None = None) -> bool:
         """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires
-        grad.
+        grad. ``ref``: the number that a value of an outer recording has in this one.
         """
+        ref = t.ref if ref is None else ref
         self.adopt_leaves()
-        if (known := self.leaves.get(t.ref)) is not None:
+        if (known := self.leaves.get(ref)) is not None:
             return known
-        return t.sig.differentiable and t.ref in self.active()
+        return t.sig.differentiable and ref in self.active()
 
     def active(self) -> set[int]:
         """The values that a path from a leaf leads to; worked out as far as the recording has come."""
@@ -106,7 +109,8 @@ class Autograd:
         """What ``.backward()`` of ``outs`` would give a gradient: leaves from outside, and tensors made inside."""
         self.adopt_leaves()
         outside = {i for i in range(len(self.inputs)) if self.leaves.get(i)}
-        outside |= {-1 - i for i, t in enumerate(self.lifted) if t.requires_grad}
+        rewritten = {id(t) for t, _ in self.rewritten}
+        outside |= {-1 - i for i, t in enumerate(self.lifted) if t.requires_grad and id(t) not in rewritten}
         inside = [t for t in (*self.leaf_tensors, *self.retained) if t.ref not in outside and self.requires_grad(t)]
         return [r for r in outside if self.reaches(r, outs)], [t for t in inside if self.reaches(t.ref, outs)]
 
@@ -174,8 +178,15 @@ class Reach:
                 self.views.setdefault(base, []).extend(range(first, self.ends[k]))
             for i in [-1 - r for r in refs if r < 0]:
                 if i < len(self.lifted):  # not a number
-                    (self.active.add if self.lifted[i].requires_grad else self.active.discard)(-1 - i)
+                    self.use(self.lifted[i], -1 - i)
             self.step(self.active, records[k], k, leaves)
+
+    def use(self, t: Tensor, ref: int) -> None:
+        """An outside tensor, as it is now; a value of an outer recording is there what it was before it was written."""
+        if t.__class__ is not Traced:
+            (self.active.add if t.requires_grad else self.active.discard)(ref)
+        elif t.tracer.autograd.requires_grad(t):
+            self.active.add(ref)
 
     def step(
         self, active: set[int], record: Record, k: int, leaves: dict[int, bool], unseen_views: bool = True

@@ -63,7 +63,10 @@ class Traced(Tensor):
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        return self.tracer.autograd.requires_grad(self)
+        trace = current()
+        if trace is None or trace is self.tracer or (ref := trace.seen_as(self)) is None:
+            return self.tracer.autograd.requires_grad(self)
+        return trace.autograd.requires_grad(self, ref)  # it may have been written to in here
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:

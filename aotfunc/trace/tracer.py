@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
-from . import shapes
-from .autograd import Autograd, requires_grad
+from . import histories, shapes
+from .autograd import Autograd
 from .memory import Place, layout
 from .numbers import refusal
-from .records import Record, Roots
+from .records import Record, Roots, written_slots
 from .replay import Replay
 from .scalars import FIRST, NUMBER, generic, has_number, with_number
 from .seeds import Seeds
@@ -66,13 +66,14 @@ class Trace(TorchDispatchMode):
         self.numbers: list[float] = []  # which may be inputs
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
-        self.autograd = Autograd(self.inputs, self.lifted, self.records)
+        #: outside tensors without a history, which have one meanwhile, and their versions before
+        self.rewritten: list[tuple[Tensor, int]] = []
+        self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
         self.seeds = Seeds()
         self.mutates = False
         self.strided = False  # counts from where a storage begins
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
-        self.rewritten: list[Tensor] = []  # outside tensors without a history, to which autograd gave one
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
@@ -154,6 +155,10 @@ class Trace(TorchDispatchMode):
     def stand_for(self, t: Traced, real: Tensor) -> None:
         """Let ``t``, an input, be what is recorded where ``f`` reaches ``real`` by another way: it closes over it."""
         self._lift_refs[id(real)] = t.ref
+
+    def seen_as(self, t: Tensor) -> int | None:
+        """The number of an outside tensor, or of the argument that it is, if it has one."""
+        return self._lift_refs.get(id(t))
 
     def ref_of(self, t: Tensor) -> tuple[int, Sig]:
         if t.__class__ is Traced and t.tracer is self:
@@ -243,7 +248,7 @@ class Trace(TorchDispatchMode):
                 return t
         elif facts.writes:
             self.mutates = True
-            if func in OVERWRITES and refs[0] >= 0 and not self.may_ask_constants and _grad_enabled():
+            if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
                 self.autograd.overwrite(refs)
             if facts.reshapes:
                 self.reshapes = True
@@ -350,7 +355,8 @@ class Trace(TorchDispatchMode):
         if self.hooked:
             self._keep_hooked([argument(i) for i in facts.writes])
         if _grad_enabled():
-            self._keep_history(facts, tree_leaves((args, kwargs)), tree_leaves([argument(i) for i in facts.writes]))
+            given, to = tree_leaves((args, kwargs)), tree_leaves([argument(i) for i in facts.writes])
+            histories.keep_off(self, facts, [t for t in given if isinstance(t, Tensor)], to)
         single = not isinstance(outs, tuple)
         results = []
         for sig, same in zip((outs,) if single else outs, facts.same, strict=False):
@@ -403,23 +409,6 @@ class Trace(TorchDispatchMode):
             line = at(debug.user_line(3))
             raise CaptureError(f"a write to an argument with a hook{line}: register the hook after it, on a new tensor")
 
-    def _keep_history(self, facts: Any, args: list, written: list) -> None:
-        """Keep autograd's own record of a write, made behind our back where parameters take part, off outside tensors:
-        it is taken back when the recording ends, or, where there is an older one, the write is refused.
-        """
-        tracked = [t for t in args if isinstance(t, Tensor) and requires_grad(t)]
-        for t in written if tracked else ():
-            owner = t._base if t._is_view() else t
-            if owner.__class__ is Traced:
-                continue
-            if not (owner.requires_grad or (owner is not t and t.__class__ is not Traced)):
-                self.rewritten.append(owner)
-            elif not facts.accumulates or len(tracked) > 1 or tracked[0] is not t:  # else its derivative is 1
-                raise CaptureError(
-                    "a tensor from outside that requires grad is written to, and autograd is to see it"
-                    f"{at(debug.user_line(3))}: pass it as an argument, or write to it under no_grad"
-                )
-
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
         """Record a step of another layer (a nested program, a custom derivative); its results."""
         self.autograd.adopt_leaves()
@@ -427,6 +416,8 @@ class Trace(TorchDispatchMode):
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         if instr.mutates:
             self.mutates = True
+            if _grad_enabled():
+                histories.follow(self, [tensors[s] for s in written_slots(instr)])
         if instr.strided:
             self.strided = True
         if instr.facts.random and hasattr(instr, "program"):
@@ -441,9 +432,7 @@ class Trace(TorchDispatchMode):
     def finish(self) -> None:
         """Nothing is recorded any more; traced values may live on, and go when their last user does."""
         self.finished = True
-        with quiet():
-            for t in self.rewritten:
-                t.detach_()
+        histories.take_back(self.rewritten)
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
         self.autograd.finish()

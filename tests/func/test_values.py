@@ -230,3 +230,37 @@ def test_nan_constants():
         bits_equal_nan = aotfunc.jit(f)(x)
         assert bits_equal_nan.isnan().tolist() == [False, True]
         assert_same(grad(lambda x: f(x).nansum())(x), torch.tensor([1.0, 0.0], dtype=torch.float64))
+
+
+# masks of bytes, which are deprecated -------------------------------------------------------------------------------
+
+
+def written(c, x):
+    y = x.clone()
+    y[c] = x[:2] * 3
+    return y
+
+
+BYTES = {
+    "where": lambda c, x: torch.where(c, x, x * 2),
+    "where, a number": lambda c, x: torch.where(c, 1.0, x),
+    "where, of it": lambda c, x: x.where(c, x * 2),
+    "index": lambda c, x: x[c] * 2,
+    "index among others": lambda c, x: torch.stack([x, x * 2])[:, c],
+    "write": written,
+    "index_put": lambda c, x: x.index_put((c,), x[:1] * 2, accumulate=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8")
+@pytest.mark.parametrize("name", BYTES)
+def test_masks_of_bytes(name):
+    c, x = torch.tensor([1, 0, 1], dtype=torch.uint8), torch.tensor([1.0, 2.0, 4.0])
+    f = lambda x: (BYTES[name](c, x) ** 2).sum()
+    want = grads(f)(x)
+    assert_same(grad(f)(x), want)
+    assert_same(torch.stack([jvp(f, (x,), (t,))[1] for t in torch.eye(3)]), want)
+    assert_same(vmap(grad(f))(torch.stack([x, x])), torch.stack([want, want]))
+    if not name.startswith("index"):  # the shape of what is selected depends on the mask
+        assert_same(aotfunc.jit(f)(x), f(x))
+        assert_same(aotfunc.jit(grad(lambda x, c: (BYTES[name](c, x) ** 2).sum()))(x, c), want)

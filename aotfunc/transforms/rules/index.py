@@ -127,6 +127,8 @@ def put_back(g: Tensor, x: Tensor, indices: Any, values: Tensor, accumulate: boo
         return g
     if only_mask(indices)[1] is None:
         indices = where_written(x, indices, values)
+    # masks of bytes are deprecated, and one number is not written through them
+    indices = [i.bool() if is_mask(i) else i for i in indices]
     return aten.index_put(g, indices, g.new_zeros(()), False)
 
 

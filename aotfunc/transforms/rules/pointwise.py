@@ -280,7 +280,12 @@ for op in functional(aten.copysign):
     pointwise(op, lambda g, out, x, y: g * (out / x).masked_fill(x == 0, 0))
 pointwise(aten.nextafter, lambda g, out, x, y: keep(x != y, g))
 pointwise(aten.nan_to_num, lambda g, out, x: g * (x - x == 0))
-pointwise(aten.where.self, None, lambda g, out, c, x, y: keep(c, g), lambda g, out, c, x, y: g.masked_fill(c, 0))
+pointwise(
+    aten.where.self,
+    None,
+    lambda g, out, c, x, y: keep(c, g),
+    lambda g, out, c, x, y: g.masked_fill(c.bool(), 0),  # bytes are conditions, too
+)
 pointwise(aten.masked_fill.Scalar, lambda g, out, x, mask: g.masked_fill(mask, 0))
 pointwise(
     aten.masked_fill.Tensor,

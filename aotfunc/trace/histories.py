@@ -1,0 +1,82 @@
+"""What PyTorch's autograd knows of tensors from outside that a recording writes to: meanwhile what it would know in
+eager mode, so that they answer for themselves; afterwards nothing, for the program is yet to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from ..debug import at, user_line
+from ..errors import CaptureError
+from .autograd import requires_grad
+from .traced import Traced, quiet, under_way
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+
+class History(Function):
+    """Gives a tensor a history, and does not touch its values."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(t)
+        return t
+
+
+def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence[Any]) -> None:
+    """Keep autograd's own record of a write, made behind our back where parameters take part, off outside tensors: it
+    is taken back when the recording ends, or, where there is an older one, the write is refused.
+    """
+    tracked = [t for t in args if requires_grad(t)]
+    if not tracked:
+        follow(trace, written)
+        return
+    trace.autograd.reach()  # what was read before the write
+    for t in written:
+        owner = t._base if t._is_view() else t
+        if owner.__class__ is Traced or known(owner):
+            continue
+        if not (owner.requires_grad or is_part(t, owner)):
+            trace.rewritten.append((owner, owner._version))
+        elif not facts.accumulates or len(tracked) > 1 or tracked[0] is not t:  # else its derivative is 1
+            raise CaptureError(
+                "a tensor from outside that requires grad is written to, and autograd is to see it"
+                f"{at(user_line(4))}: pass it as an argument, or write to it under no_grad"
+            )
+
+
+def follow(trace: Trace, written: Sequence[Any]) -> None:
+    """Let outside tensors that were just written to require grad if what was written does."""
+    for t in written:
+        owner = t._base if t._is_view() else t
+        if owner.__class__ is Traced or is_part(t, owner) or owner.requires_grad or owner.is_inference():
+            continue
+        if trace.seen_as(owner) in trace.autograd.active():
+            trace.rewritten.append((owner, owner._version))
+            with quiet():
+                super(Function, History).apply(owner, torch.empty(0, requires_grad=True))  # which is not redirected
+                _ = torch._C.TensorBase.grad_fn.__get__(t)  # a view finds out only when it is asked
+
+
+def known(t: Tensor) -> bool:
+    """Whether it has a history for the time of a recording."""
+    return any(t is r for trace in under_way.traces for r, _ in trace.rewritten)
+
+
+def is_part(t: Tensor, owner: Tensor) -> bool:
+    """Whether it is a view made outside, the history of which could not be taken back."""
+    return owner is not t and t.__class__ is not Traced
+
+
+def take_back(rewritten: Sequence[tuple[Tensor, int]]) -> None:
+    """Nothing was written after all."""
+    with quiet():
+        for t, version in rewritten:
+            torch._C.TensorBase.detach_(t)
+            torch._C._autograd._unsafe_set_version_counter((t,), (version,))
