@@ -107,13 +107,15 @@ def cut(op: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 class Changes:
-    """What ``f`` changed of its arguments besides their values: whether they require grad, before anything reads them;
-    their shape and history in place (``x.t_()``, ``x.detach_()``), of which nothing but the argument itself depends.
+    """What ``f`` changed of its arguments besides their values: whether they require grad, before anything reads them,
+    and retain it; their shape and history in place (``x.t_()``, ``x.detach_()``), of which nothing but the argument
+    itself depends.
     """
 
     def __init__(self, rec: Recording) -> None:
         trace = rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
+        self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
         self.ops: list[tuple[int, list[tuple]]] = []  # (position, [(op, other arguments, keywords, under no_grad)])
         if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
             return
@@ -131,7 +133,7 @@ class Changes:
                         raise CaptureError(f"{rec.names()[i]}: {op} under no_grad{SHAPE_OF_GRADIENT}")
 
     def __bool__(self) -> bool:
-        return bool(self.flags or self.ops)
+        return bool(self.flags or self.retained or self.ops)
 
     def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the program runs on: its backward must not see the shapes that arguments have later."""
@@ -139,6 +141,8 @@ class Changes:
             if line is not None:
                 raise CaptureError(f"requires_grad_() of an argument that was used before{at(line)}; call it first")
             tensors[i].requires_grad_(value)
+        for i in self.retained:
+            tensors[i].retain_grad()
         changed = {i for i, _ in self.ops}
         return [t.view_as(t) if i in changed else t for i, t in enumerate(tensors)]
 

@@ -27,6 +27,7 @@ class Leaves:
         trace = rec.trace
         count = len(trace.inputs)
         leaves = {ref for ref, yes in trace.autograd.leaves.items() if yes and ref >= count}
+        self.retained = [k for k, ref in enumerate(rec.refs) if ref in trace.autograd.kept and ref not in trace.finals]
         self.parameters = [k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")]
         self.returned = [k for k, ref in enumerate(rec.refs) if ref in leaves and ref not in trace.autograd.computed]
         if any(rec.leaves[rec.tensors[k]].__dict__.get("_grad") is not None for k in self.returned):
@@ -53,7 +54,7 @@ class Leaves:
         self.written = [i for i, ref in zip(mutated, finals, strict=True) if ref in found]
 
     def __bool__(self) -> bool:
-        return bool(self.parameters or self.returned or self.results or self.written)
+        return bool(self.parameters or self.returned or self.retained or self.results or self.written)
 
     def attach(self, outs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
         """Let the results of the program, and written inputs, require grad."""
@@ -66,12 +67,15 @@ class Leaves:
                 Attached.apply(torch.zeros((), requires_grad=True), t)
 
     def returns(self, outs: Sequence[Any]) -> Sequence[Any]:
-        """The tensors that the function returns, those that are leaves as leaves."""
+        """The tensors that the function returns, those that are leaves as leaves; some retain their gradient."""
         outs = list(outs)
         for k in self.returned:
             outs[k] = outs[k].requires_grad_()
         for k in self.parameters:
             outs[k] = nn.Parameter(outs[k], k in self.returned)
+        for k in self.retained:
+            if outs[k].requires_grad:
+                outs[k].retain_grad()
         return outs
 
 

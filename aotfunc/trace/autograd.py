@@ -34,6 +34,7 @@ class Autograd:
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
         self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
+        self.kept: set[int] = set()  # the values that these are in the end
         self.inference: set[int] = set()  # values made in an inference mode that the function switched on
         self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
         self._reached: Reach | None = None  # see active
@@ -130,6 +131,7 @@ class Autograd:
         """Let go of the tensors."""
         self.adopt_leaves()
         self.leaf_tensors.clear()
+        self.kept = {t.ref for t in self.retained}
         self.retained.clear()
 
 

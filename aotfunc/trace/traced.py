@@ -104,7 +104,13 @@ class Traced(Tensor):
         return self.tracer.root(self.ref) in self.tracer.autograd.inference
 
     def retain_grad(self) -> None:
+        if not self.requires_grad:
+            raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
         self.tracer.autograd.retained.append(self)
+
+    @property
+    def retains_grad(self) -> bool:  # type: ignore[override]
+        return not self.is_leaf and any(self is t for t in self.tracer.autograd.retained)
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]

@@ -432,6 +432,7 @@ class Trace(TorchDispatchMode):
     def finish(self) -> None:
         """Nothing is recorded any more; traced values may live on, and go when their last user does."""
         self.finished = True
+        self.autograd.reach()
         histories.take_back(self.rewritten)
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
