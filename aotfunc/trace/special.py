@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.nn import functional as F
 
 from ..debug import _OURS
 from ..errors import CaptureError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .tracer import Trace
 
 aten = torch.ops.aten
+NEGATIVE = "var of gaussian_nll_loss is negative"
 _DISTRIBUTIONS = os.path.join(os.path.dirname(torch.__file__), "distributions", "")
 
 
@@ -54,9 +56,10 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         frame = sys._getframe(2)
         if x.dtype is torch.bool and (what := validated(frame)):
             forgive(error)
+            good = what != NEGATIVE  # the answer that raises no error
             with trace:
-                aten._assert_async.msg(x, f"invalid values: {what}")
-            return True
+                aten._assert_async.msg(x if good else x.logical_not(), f"invalid values: {what}")
+            return good
         spot = subscript(frame) if is_integer(x) else None
         if spot is None:
             raise
@@ -65,12 +68,14 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
 
 
 def validated(asking: FrameType) -> str | None:
-    """What ``torch.distributions`` checks and raises an error for, if it is that which asks: the program then checks
-    it at each call.
+    """What ``torch.distributions`` or a loss checks and raises an error for, if it is that which asks: the program then
+    checks it at each call.
     """
     frame: FrameType | None = asking
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
+    if frame is not None and frame.f_code is F.gaussian_nll_loss.__code__:
+        return NEGATIVE
     if frame is None or not frame.f_code.co_filename.startswith(_DISTRIBUTIONS):
         return None
     names = frame.f_locals

@@ -102,6 +102,19 @@ def test_validation_is_switched_off_and_on():
         f(bad)
 
 
+@pytest.mark.parametrize("way", [jit, lambda f: jit(vmap(f)), lambda f: vmap(jit(f))])
+def test_a_loss_validates_at_every_call(way):
+    def f(var):
+        return torch.nn.functional.gaussian_nll_loss(torch.ones_like(var), torch.zeros_like(var), var)
+
+    g, good = way(f), torch.tensor([[0.5, 2.0], [1.0, 3.0]])
+    for var in (good, good + 1):
+        want = f(var) if way is jit else torch.stack([f(v) for v in var])
+        assert_same(g(var), want)
+    with pytest.raises(RuntimeError, match="var of gaussian_nll_loss is negative"):
+        g(torch.tensor([[0.5, 2.0], [1.0, -3.0]]))
+
+
 def test_a_distribution_made_outside():
     d = D.Normal(torch.zeros(3), torch.ones(3))
     f = jit(lambda x: d.log_prob(x))
