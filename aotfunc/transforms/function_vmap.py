@@ -113,7 +113,7 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
 
 def may_be_real(trace: Trace) -> bool:
     """Whether the recording is of an outermost ``vmap`` that runs at once, on tensors with values; and nothing was
-    drawn in it yet, which would be drawn again.
+    drawn in it yet, which would be drawn again, nor written to a tensor from outside, where a rule would not see it.
     """
     return (
         trace.samples is not None
@@ -122,6 +122,7 @@ def may_be_real(trace: Trace) -> bool:
         and forward_ad._current_level < 0
         and all(t.__class__ is not Traced and plain(t) for t in (*trace.origins, *trace.lifted))
         and not any(instr.facts.random for instr, *_ in trace.records)
+        and not (trace.mutates and any(root < 0 for root in trace.roots().written))
     )
 
 

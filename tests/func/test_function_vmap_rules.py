@@ -320,6 +320,19 @@ def test_writes_to_what_was_read():
         vmap(lambda x: F.apply(x * total))(X)
 
 
+def test_writes_from_before_are_not_overlooked():
+    total = torch.zeros(4)
+    F = rule(lambda x: x + total)
+
+    def f(x):
+        total.add_(1)
+        return F.apply(x)
+
+    with pytest.raises(CaptureError, match=r"Ruled.vmap is recorded here.*closes over"):
+        vmap(f)(X)
+    assert not total.any()
+
+
 def test_draws_before_it_are_not_drawn_again():
     F = rule(lambda x: x * 2)
 
@@ -380,3 +393,63 @@ def test_gradients_through_a_graph_from_outside(around):
     with pytest.raises(CaptureError, match="computed there from one that is differentiated"):
         F = rule(lambda x: x * w)
         vmap(lambda x: torch.autograd.grad((F.apply(x) * w).sum(), w)[0])(X)
+
+
+def test_the_gramian_of_an_autograd_graph():
+    """Hooks put a Function into a graph from outside; its backward calls another, whose vmap makes a Gramian of all
+    rows of the Jacobian: the engine of torchjd in small.
+    """
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)), torch.randn(5, 3)
+
+    def gramian(library):
+        found, busy = [], []
+
+        class Accumulate(Plain):
+            @staticmethod
+            def forward(module, inputs, g):
+                return None
+
+            @staticmethod
+            def vmap(info, in_dims, module, inputs, g):
+                assert in_dims == (None, [None], 0) and inputs[0].shape == (5, module.in_features)
+                parameters = {k: p.detach() for k, p in module.named_parameters()}
+
+                def of_one(x, g):
+                    f = lambda p: torch.func.functional_call(module, p, (x,))
+                    return torch.func.vjp(f, parameters)[1](g)[0]
+
+                busy.append(module)
+                rows = library(library(of_one), (None, 0))(inputs[0].detach(), front(g, 0)).values()
+                busy.pop()
+                jacobian = torch.cat([r.sum(1).flatten(1) for r in rows], 1)
+                found.append(jacobian @ jacobian.T)
+                return None, None
+
+        class Node(Function):
+            @staticmethod
+            def forward(ctx, module, inputs, out):
+                ctx.call = module, inputs
+                return out.detach()
+
+            @staticmethod
+            def backward(ctx, g):
+                Accumulate.apply(*ctx.call, g)
+                return None, None, g
+
+        def hook(module, inputs, out):
+            return out if busy else Node.apply(module, [*inputs], out)
+
+        handles = [m.register_forward_hook(hook) for m in (net[0], net[2])]
+        out, leaves = net(x).sum(1), [*net.parameters()]
+        rows = library(lambda g: torch.autograd.grad(out, leaves, g, retain_graph=True))(torch.eye(5))
+        for handle in handles:
+            handle.remove()
+        return sum(found), torch.cat([r.flatten(1) for r in rows], 1)
+
+    got, jacobian = gramian(vmap)
+    assert_same(got, jacobian @ jacobian.T, atol=1e-5, rtol=1e-4)
+    want = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(net(r).sum(), [*net.parameters()])]) for r in x]
+    )
+    assert_same(jacobian, want, atol=1e-5, rtol=1e-4)
