@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 
 from ..errors import CaptureError
 from ..trace.holding import SHARED, holds_traced
-from ..trace.instances import Opened, containers, holds_tensor, is_data, is_size
+from ..trace.instances import Opened, containers, holds_tensor, is_data, is_whole
 from ..transforms.captured import Recording
 from .description import is_plain
 from .state import State
@@ -55,7 +55,7 @@ def referred(tree: Any, known: dict[int, Reference]) -> Any:
         found.children = [referred(v, known) for v in found.children]
         return found
 
-    return tree_map(leaf, tree, is_leaf=lambda x: id(x) in known or is_size(x))
+    return tree_map(leaf, tree, is_leaf=lambda x: id(x) in known or is_whole(x))
 
 
 class Finish:

@@ -1,4 +1,5 @@
-"""Instances that are trees: dataclasses, attrs classes and namespaces with tensors in their attributes.
+"""Instances that are trees: dataclasses, attrs classes, namespaces and named tuples with attributes, with tensors in
+them.
 
 PyTorch's trees know containers and the classes that were registered with them. An instance of a plain data class is
 put in other words before it is flattened: an :class:`Opened`, whose children are what the attributes (and, of a
@@ -23,11 +24,14 @@ from ..errors import CaptureError
 
 
 class Opened:
-    """What an instance holds: attributes, then those items that are not the attribute of their name."""
+    """What an instance holds: attributes, then those items of a dictionary that are not the attribute of their name, or
+    those of a tuple, by number.
+    """
 
     def __init__(self, x: Any) -> None:
         attributes = attributes_of(x)
-        items = dict(dict.items(x)) if isinstance(x, dict) else {}
+        items: dict[Any, Any] = dict(enumerate(x)) if isinstance(x, tuple) else {}
+        items.update(dict.items(x) if isinstance(x, dict) else {})
         more = {k: v for k, v in items.items() if not (k in attributes and attributes[k] is v)}
         self.children = [*attributes.values(), *more.values()]
         self.context = (type(x), tuple(attributes), tuple(more), tuple(items))
@@ -37,23 +41,27 @@ def made(children: Any, context: Any) -> Any:
     """The instance with these children."""
     cls, attributes, more, items = context
     values = dict(zip((*attributes, *more), children, strict=True))
-    x = cls.__new__(cls)
+    of_tuple = issubclass(cls, tuple)
+    x = tuple.__new__(cls, [values[i] for i in items]) if of_tuple else cls.__new__(cls)
     for name in attributes:
         object.__setattr__(x, name, values[name])
-    if items:
+    if items and not of_tuple:
         put = OrderedDict.__setitem__ if isinstance(x, OrderedDict) else dict.__setitem__
         for key in items:
             put(x, key, values[key])
     return x
 
 
-def is_size(x: Any) -> bool:
-    """Whether ``x`` is a shape: a value here, of which PyTorch's trees would make a plain tuple."""
-    return x.__class__ is Size
+def is_whole(x: Any) -> bool:
+    """Whether ``x`` is more than the tuple that PyTorch's trees would make of it: a shape, which is a value here, or a
+    named tuple with attributes.
+    """
+    cls = type(x)
+    return cls is Size or (cls is not tuple and issubclass(cls, tuple) and bool(getattr(x, "__dict__", None)))
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    return pytree.tree_flatten(tree, is_leaf=is_size)
+    return pytree.tree_flatten(tree, is_leaf=is_whole)
 
 
 def names_of(context: Any) -> list[str]:
@@ -78,7 +86,7 @@ def is_data(x: Any) -> bool:
         cls = x.__class__
     except Exception as e:
         raise without_class(x) from e
-    if cls is types.SimpleNamespace:
+    if cls is types.SimpleNamespace or (issubclass(type(x), tuple) and cls is not Size and is_whole(x)):
         return True
     data = hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__")
     return data and not isinstance(x, Tensor | nn.Module | type) and cls not in SUPPORTED_NODES
@@ -142,7 +150,7 @@ def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
     """What a container holds, and the container without it."""
     first = chain((False,), repeat(True))  # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
     x = Opened(x) if is_data(x) and holds_tensor(x) else x
-    return pytree.tree_flatten(x, is_leaf=lambda v: next(first) or is_size(v))
+    return pytree.tree_flatten(x, is_leaf=lambda v: next(first) or is_whole(v))
 
 
 def assigned(tree: Any, leaves: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from .instances import Opened, flatten_tree, names_of
+from .instances import Opened, flatten_tree, is_data, is_whole, names_of
 from .traced import plain
 
 
@@ -75,6 +75,8 @@ class Arguments:
 
 def in_order_of(template: Any, tree: Any) -> Any:
     """``tree`` with the keys of its dictionaries in the order that they have in ``template``."""
+    if is_data(tree) or is_whole(tree):
+        return tree
     if isinstance(tree, dict) and isinstance(template, dict) and tree.keys() == template.keys():
         new = copy.copy(tree)
         new.clear()

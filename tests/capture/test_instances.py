@@ -67,6 +67,20 @@ class Output(collections.OrderedDict):
             self[f.name] = getattr(self, f.name)
 
 
+class Single(NamedTuple):
+    x: Tensor
+
+
+class Tagged(Single):
+    """A named tuple with an attribute."""
+
+
+def tagged(x, w):
+    p = Tagged(x)
+    p.w = w
+    return p
+
+
 def namespace(x, w):
     return types.SimpleNamespace(x=x, w=w)
 
@@ -78,6 +92,7 @@ CLASSES = {
     "attrs": Attrs,
     "NamedTuple": Pair,
     "namespace": namespace,
+    "named tuple with an attribute": tagged,
     "dictionary": Output,
 }
 
