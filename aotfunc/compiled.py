@@ -326,7 +326,7 @@ class Compiled:
             mine = Given(args, kwargs)
             result = called(*args, **kwargs)
             mine.check(argument_names(self.f, len(args)), self.name)
-            places.extend(left_behind(state, self.titled))
+            places.extend(left_behind(state, self.titled, containers(given)))
             return recorded(result, places, state, mine.containers)
 
         called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])

@@ -63,10 +63,18 @@ def changed(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
                     yield Place(i, key, value, grows), [] if hidden else tensors
 
 
-def left_behind(state: State, titled: Callable[[], str]) -> list[Place]:
-    """Where the function has put tensors; what inner transforms leaked stays where it is."""
+def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = ()) -> list[Place]:
+    """Where the function has put tensors; what inner transforms leaked stays where it is. It sees the containers
+    ``given``, of its arguments, as copies: refused where it has changed one that it reaches by another way, too.
+    """
     found = []
+    twice = {id(x) for c in given for x in (c, getattr(c, "__dict__", c))}
     for place, tensors in changed(state):
+        if id(state.owners[place.owner][0]) in twice:
+            raise CaptureError(
+                f"{titled()} changes a {type(state.owners[place.owner][0]).__name__} that is an argument and that it "
+                "reaches by another way, too; pass it, or close over it, not both"
+            )
         if not tensors:
             raise CaptureError(
                 f"{titled()} leaves a {type(place.value).__name__} that holds tensors in what lies outside, in which "

@@ -130,3 +130,31 @@ def test_a_container_that_is_an_argument_is_not_changed(f):
     with pytest.raises(CaptureError, match="list or dictionary that is its argument xs"):
         jit(f)(xs)
     assert list(xs) == ["a"] and len(xs["a"]) == 1 and xs["a"][0] is X
+
+
+def test_a_container_that_is_an_argument_and_closed_over_is_not_changed():
+    rows, table, box = [X, X * 2], {"a": X}, SimpleNamespace(a=X)
+
+    def sets(given):
+        rows[0] = given[1] + 5
+        return given[0]
+
+    def grows(given):
+        rows.append(given[1] + 5)
+        return given[-1]
+
+    def fills(given):
+        table["b"] = given["a"] * 2
+        return given["a"]
+
+    def assigns(given):
+        box.a = given.a * 2
+        return given.a
+
+    for f, x in ((sets, rows), (grows, rows), (fills, table), (assigns, box)):
+        with pytest.raises(CaptureError, match=f"{f.__name__}.* an argument and that it reaches by another way"):
+            jit(f)(x)
+    assert len(rows) == 2 and rows[0] is X and list(table) == ["a"] and box.a is X
+    assert_same(jit(lambda given: given[0] + rows[1])(rows), X * 3)
+    assert_same(jit(grows)([X, X]), X)  # another list
+    assert_same(rows, [X, X * 2, X + 5])
