@@ -43,6 +43,7 @@ from .stages import as_recorded, chained
 from .trace.instances import containers, remade
 from .trace.memory import whereabouts
 from .trace.modes import OTHERS, function_modes_key, without_modes
+from .trace.outside import check_hooks
 from .trace.seeds import of_python, states
 from .trace.traced import Traced, check_kind, current
 from .trace.tree import Arguments, leaf_labels, unflatten
@@ -83,6 +84,8 @@ class Entry:
         self.changes = changes if changes else None
         self.inside = inside if inside else None
         self.inference = made_in_inference_mode(rec)
+        count = len(rec.trace.inputs)
+        self.differentiated = [(i if i >= 0 else count - 1 - i, line) for i, line in rec.trace.differentiated.items()]
         self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
         # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
         found = {id(t): i for i, t in enumerate(state.tensors)}
@@ -121,6 +124,8 @@ class Entry:
     def results(self, tensors: list[Tensor], where: tuple) -> Any:
         outs: Sequence[Any] = ()
         shown: dict[int, Tensor] = {}
+        for i, line in self.differentiated:
+            check_hooks(current(), tensors[i], line)
         with without_modes():
             inputs = tensors if self.changes is None else self.changes.before(tensors)
             trace = current()

@@ -15,7 +15,7 @@ from ..errors import CaptureError
 from .functionalize import hidden_write
 from .patches import ORIGINALS, redirect
 from .records import written_slots
-from .traced import HOOKS, Traced, current
+from .traced import HOOKS, Traced, current, under_way
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -100,6 +100,27 @@ def swap_tensors(t1: Tensor, t2: Tensor) -> None:
 def _swap_template(t1, t2):  # type: ignore[no-untyped-def]
     f = _torch_swap if _aotfunc_recording() is None else _aotfunc_swap  # type: ignore[name-defined] # noqa: F821
     return f(t1, t2)
+
+
+def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
+    """Refuse a gradient that is taken, at ``line`` of a recording, with respect to a tensor from outside with hooks, as
+    autograd would call these. Of inputs it is known at each call.
+    """
+    if trace is None:
+        hooks: Any = t._backward_hooks or t.retains_grad
+    else:
+        ref = trace.ref_of(t)[0]
+        if ref < len(trace.inputs):
+            trace.differentiated[ref] = line
+        if ref < 0:  # then it is outside of the recording around this one, too, or a value of that
+            around = under_way.traces[: under_way.traces.index(trace)]
+            return check_hooks(around[-1] if around else None, t, line)
+        hooks = any(s.hooks and s.new == ref for s in trace.stand_ins)
+    if hooks:
+        raise CaptureError(
+            f"a tensor from outside, of shape {list(t.shape)}, has hooks or retains its gradient, and is "
+            f"differentiated inside a captured function{line}: differentiate x.view_as(x), and apply what the hooks do"
+        )
 
 
 # ----- traced values --------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ class Trace(TorchDispatchMode):
         self.mutates = False
         self.strided = False  # counts from where a storage begins
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
+        self.differentiated: dict[int, str] = {}  # of which inputs and lifted tensors a gradient was taken: (at line)
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0

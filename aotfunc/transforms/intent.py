@@ -358,6 +358,8 @@ def autograd_grad(
             "allow_unused=True returns None for it"
         )
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
+    for x in wanted:
+        outside.check_hooks(trace, x, at(debug.user_line()))
     found: list = []
     if wanted:
         sigs = [trace.ref_of(x)[1].start for x in wanted]

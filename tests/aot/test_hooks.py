@@ -248,3 +248,51 @@ def test_the_plain_module_is_as_before():
     twin._backward_hooks.clear()
     (g,) = torch.autograd.grad(m(x).sum(), x)
     assert_same(g, torch.autograd.grad(twin(x).sum(), x)[0] * 3)
+
+
+def inner_gradient(w):
+    return torch.autograd.grad((w**3).sum(), w)[0].detach()
+
+
+INNER = {
+    "argument": lambda compiler, w: lambda: compiler(inner_gradient)(w),
+    "argument twice": lambda compiler, w: lambda: compiler(lambda w, v: inner_gradient(v))(w, w),
+    "closed over": lambda compiler, w: (lambda f: lambda: f(torch.ones(3)))(compiler(lambda x: inner_gradient(w) * x)),
+    "nested": lambda compiler, w: (lambda f: lambda: f(w))(compiler(lambda w: jit(inner_gradient)(w) * 1)),
+    "nested, closed over": lambda compiler, w: (lambda f: lambda: f(torch.ones(3)))(
+        compiler(lambda x: jit(lambda x: inner_gradient(w) * x)(x) * 1)
+    ),
+    "under vmap": lambda compiler, w: (lambda f: lambda: f(torch.ones(1, 3))[0])(
+        compiler(vmap(lambda x: inner_gradient(w) * x))
+    ),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["registered before the capture", "registered later"])
+@pytest.mark.parametrize("compiler", [jit, lambda f: aot_function(f, lambda gm, _: gm)], ids=["jit", "aot_function"])
+@pytest.mark.parametrize("name", INNER)
+def test_a_gradient_taken_inside_does_not_leave_out_hooks_from_outside(name, compiler, before):
+    """autograd.grad calls the hooks of the tensors that it differentiates."""
+    w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    call, want = INNER[name](compiler, w), 3 * torch.tensor([1.0, 4.0, 9.0])
+    if not before:
+        assert_same(call(), want)
+    handle = w.register_hook(lambda g: g * 2)
+    assert_same(inner_gradient(w), 2 * want)
+    with pytest.raises(CaptureError, match="has hooks"):
+        call()
+    handle.remove()
+    assert_same(call(), want)
+
+
+def test_a_gradient_taken_inside_of_what_retains_its_gradient():
+    """autograd.grad leaves it there."""
+    w = torch.ones(3, requires_grad=True) * 2
+    f = jit(inner_gradient)
+    assert_same(f(w), torch.full((3,), 12.0))
+    w.retain_grad()
+    with pytest.raises(CaptureError, match="retains its gradient"):
+        f(w)
+    inner_gradient(w)
+    assert_same(w.grad, torch.full((3,), 12.0))
+    assert_same(jit(lambda w: inner_gradient(w.view_as(w)))(w), torch.full((3,), 12.0))
