@@ -203,14 +203,14 @@ class Trace(TorchDispatchMode):
             return Slot(len(sigs) - 1), sig
 
         add = key.append
-        lifts, count = self.lifts_numbers and not kwargs and has_number(func, args), len(self.numbers)
+        lifts, count = self.lifts_numbers and not kwargs, len(self.numbers)
         for a in args:
             cls = a.__class__
             if cls is Traced and a.tracer is self:
                 refs.append(a.ref)
                 add(a.sig)
                 sigs.append(a.sig)
-            elif lifts and (cls is float or cls is int) and generic(a):
+            elif lifts and (cls is float or cls is int) and generic(a) and has_number(func, args):
                 refs.append(FIRST - len(self.numbers))
                 self.numbers.append(a)
                 add(cls)

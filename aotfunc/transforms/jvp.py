@@ -19,7 +19,7 @@ from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import hidden_write, once
-from ..trace.shapes import Facts, Sig, make_sig
+from ..trace.shapes import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
 from .vjp import active_nodes, dense, fitted, reverse, role
@@ -211,9 +211,9 @@ def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
 
 
 def tangent_sig(primal: Sig) -> Sig:
-    """How the tangent of an input lies in memory: as its primal, unless that overlaps itself or is a part of more."""
-    whole = not primal.offset and all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
-    return primal if whole else dense(make_sig(primal.shape, primal.stride, primal.dtype, primal.device))
+    """How the tangent of an input lies in memory: as its primal, wherever that begins, unless that overlaps itself."""
+    whole = all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
+    return primal.start if whole else dense(primal.start)
 
 
 def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:

@@ -76,6 +76,17 @@ def test_one_program_for_all_places(name, made):
     assert len(made) == count
 
 
+@pytest.mark.parametrize("way", [lambda f: f, jit])
+def test_tangents_are_laid_out_alike_wherever_the_primal_begins(way):
+    f = lambda x: x.t().reshape(-1) * 2 + x.t().contiguous().view(-1)
+    for p in (table[0].t(), table[1].t(), table[1], table[1, :, 1:3], table[:4, 1].t(), table[2, 1].expand(4, 4)):
+        for t in (torch.ones(4, 4, dtype=p.dtype), torch.ones(4, 4, dtype=p.dtype).t(), table[3], table[3].t(), p):
+            t = t[:, : p.shape[1]]
+            want = torch.func.jvp(f, (p.contiguous(),), (t.contiguous(),))[1]
+            torch.testing.assert_close(way(lambda p, t: jvp(f, (p,), (t,))[1])(p, t), want)
+            torch.testing.assert_close(way(lambda p, t: linearize(f, p)[1](t))(p, t), want)
+
+
 def test_complex_rows(made):
     f = lambda x: vjp(lambda x: x.conj()[1:] * x[1:], x)[1](x[1:])[0]
     f(z[1])
