@@ -30,7 +30,7 @@ from .trace.views import laid_out
 from .transforms.custom import CustomDerivative
 from .transforms.lower import CALLS, lowered
 from .transforms.steps import CompiledCall
-from .transforms.vjp import active_nodes, dense, has_zeros, live, sources, vjp
+from .transforms.vjp import active_nodes, dense, given_zeros, live, sources, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
@@ -167,8 +167,8 @@ class Halves:
         def find() -> dict[int, Sig]:
             nodes, flags = self.program.graph.nodes, iter(have)
             ends = [o for o, yes in zip(self.program.outputs, self.live, strict=True) if yes and next(flags)]
-            inputs = self.program.placeholders
-            return {i: inputs[i].meta["val"] for i in self.wrt if has_zeros(nodes, ends, inputs[i])}
+            inputs = {p: i for i, p in enumerate(self.program.placeholders) if i in self.wrt}
+            return {inputs[p]: p.meta["val"] for p in given_zeros(nodes, ends, list(inputs))}
 
         return self.program.once(("zeros", self.wrt, have), find)
 

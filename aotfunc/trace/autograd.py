@@ -117,10 +117,11 @@ class Autograd:
 
     def overwrite(self, refs: Sequence[int]) -> None:
         """The last record gave the first of ``refs`` the value of the others: it requires grad still if it did, though
-        nothing of it is left.
+        nothing of it is left, and has a gradient of zeros.
         """
         active = self.active()
-        if refs[0] in active and active.isdisjoint(refs[1:]):
+        copied = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
+        if refs[0] in active and (copied or active.isdisjoint(refs[1:])):
             self.overwritten.add(len(self.records) - 1)
 
     def forget(self) -> None:

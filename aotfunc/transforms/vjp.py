@@ -317,9 +317,9 @@ def vjp(
             seeds = [number(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)]
         grads = reverse(b, results, seeds, wanted, recompute)
         ends = [o for o, g in zip(results, seeds, strict=True) if g is not None]
-        for i, x in enumerate(wanted):
-            if grads[i] is None and (fill or has_zeros(b.graph.nodes, ends, x)):
-                grads[i] = number(b, 0, x.meta["val"])
+        missing = [x for x, g in zip(wanted, grads, strict=True) if g is None]
+        zeros = missing if fill else given_zeros(b.graph.nodes, ends, missing) if missing else ()
+        grads = [number(b, 0, x.meta["val"]) if x in zeros else g for x, g in zip(wanted, grads, strict=True)]
         first = [*(results if keep is None else [results[i] for i in keep]), *grads]
         count = 0 if ones else sum(bool(c) for c in cts)
         mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
@@ -327,11 +327,25 @@ def vjp(
         return Program(graph, program.n_inputs + count, len(first), mutated, "vjp")
 
 
-def has_zeros(nodes: Any, outs: Sequence[Any], x: Node) -> bool:
-    """Whether one of ``outs`` was computed from ``x`` by an op for which autograd has zeros."""
-    flat = [n for n in active_nodes(nodes, [x], zeros=True) if (line := RULES.get(n.target)) and line.zero]
-    active = active_nodes(nodes, flat, zeros=True) if flat else ()
-    return any(o in active for o in outs)
+def given_zeros(nodes: Any, outs: Sequence[Any], inputs: Sequence[Node]) -> list[Node]:
+    """Those of ``inputs``, to which no derivative leads from ``outs``, that autograd gives zeros: there are ops on the
+    way that have a derivative of zero, and no Function that gives nothing.
+    """
+    active = active_nodes(nodes, inputs, zeros=True)
+    found: set[Any] = {o for o in outs if o in active}
+    zeros: set[Any] = set()
+    results: dict[Node, set[int]] = {}  # of nodes with several, those that a gradient reaches
+    for n in reversed(list(active)):
+        if n not in found or n.op != "call_function" or n.target is dead_end:
+            continue
+        if n.target is operator.getitem:
+            results.setdefault(n.args[0], set()).add(n.args[1])  # type: ignore[arg-type]
+        reached = getattr(n.target, "reached", None)
+        before = sources(n) if reached is None else reached(n, results.get(n, set()), active)
+        found.update(before)
+        if n in zeros or ((line := RULES.get(n.target)) and line.zero):
+            zeros.update(before)
+    return [x for x in inputs if x in zeros]
 
 
 def role(p: Node) -> str:

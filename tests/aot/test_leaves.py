@@ -308,6 +308,47 @@ def test_a_function_gets_zeros_where_there_is_no_gradient(which, create_graph):
     both(program)
 
 
+class Halved(torch.autograd.Function):
+    """Says of each gradient that is not there that there is none."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.set_materialize_grads(False)
+        return x * 2, y * 3
+
+    @staticmethod
+    def backward(ctx, g, h):
+        return None if g is None else g * 2, None if h is None else h * 3
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("flat", [torch.floor, torch.zero_, lambda t: t.detach() + t.round(), lambda t: t.exp()])
+def test_zeros_pass_a_function_as_other_gradients_do(flat, which):
+    def program(how):
+        x, y = torch.arange(3.0, requires_grad=True), torch.ones(3, requires_grad=True)
+        out = how(lambda x, y: (flat(Halved.apply(x * 1, y * 1)[which]), x * y))(x, y)
+        return torch.autograd.grad(out[0].sum(), [x, y], allow_unused=True)
+
+    both(program)
+
+
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t[:], lambda t: t[1:]])
+@pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda t, y: t.fill_(y.sum())])
+def test_what_is_written_over_gets_zeros(view, write):
+    def f(x, y):
+        v = x * x
+        write(view(v), y)
+        return v, view(v) * 2
+
+    def program(how):
+        x, y = torch.tensor([1.0, 2.0, 3.0], requires_grad=True), torch.tensor(2.0, requires_grad=True)
+        v, w = how(f)(x, y)
+        grads = torch.autograd.grad((v.sin() * 3).sum(), [x, y], allow_unused=True, retain_graph=True)
+        return v, w, [g + 0 for g in (*grads, *torch.autograd.grad(w.exp().sum(), [x, y], allow_unused=True))]
+
+    both(program)
+
+
 def test_results_with_no_input_in_common():
     """A backward of one visits nothing of the others: a graph that was freed, hooks, which would get None."""
 
