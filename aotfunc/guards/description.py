@@ -28,13 +28,14 @@ class Description:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
         self.opaque: list[Any] = []  # guarded by identity
-        #: dictionaries, lists and cells, the variable that holds each, and what was in it
+        #: dictionaries (of classes, too), lists and cells, the variable that holds each, and what was in it
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}
         self.distinct: list[str] = []
         self.kept: list[Any] = []  # so that their ids stay their own
         self._classes: set[type] = set()
+        self._bases: set[type] = set()  # and the bases of these
         self._globals: set[tuple[int, str]] = set()
         self._todo: list[tuple[Any, str, str]] = []
         self._static: dict[type, list[str]] = {}

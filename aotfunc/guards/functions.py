@@ -74,12 +74,15 @@ class Functions(Containers):
         if f is os.getenv:
             self.meet(os.environ, self.constant(os.environ), "os.environ")
         wrapped = f.__dict__
-        if wrapped:
-            d = self.bind(f"{v}.__dict__")
-            for name, x in wrapped.items():
-                if name == "__wrapped__" or (not known and self.wants(name, x)):
-                    self.key.append(name)
-                    self.meet(x, f"{d}['{name}']", label if name == "__wrapped__" else f"{label}.{name}")
+        if not known:
+            self.owners.append((wrapped, f"{v}.__dict__", dict(wrapped)))
+        d = self.bind(f"{v}.__dict__") if wrapped else ""
+        for name, x in wrapped.items():
+            if name == "__wrapped__" or (not known and self.wants(name, x)):
+                self.key.append(name)
+                self.meet(x, f"{d}['{name}']", label if name == "__wrapped__" else f"{label}.{name}")
+            elif not known and name in self.names.written:
+                self.may_grow(x, f"{d}['{name}']")
 
     def python_module(self, m: types.ModuleType, v: str, label: str) -> None:
         """The names that the code may look up in it."""
@@ -87,9 +90,13 @@ class Functions(Containers):
         self.key.append(m.__name__)
         d, table = None, vars(m)
         library = not self.names.follows(library_of_module(m.__name__))
+        if not library:
+            self.owners.append((table, f"{v}.__dict__", dict(table)))
         for name in sorted(self.names.attributes | self.names.written):
             x = table.get(name, NOTHING)
             if x is NOTHING or not self.wants(name, x):
+                if not library:
+                    self.may_grow(x, f"{v}.__dict__['{name}']")
                 continue
             d = d or self.bind(f"{v}.__dict__")
             self.key.append(name)

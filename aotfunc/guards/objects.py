@@ -204,6 +204,10 @@ class Objects(Description):
                 continue
             self.lines.append(f"if len({p}) != {len(table)}: return")
             self.require(f"{self.constant(owner)}.__mro__", owner.__mro__)
+            if owner not in self._bases:
+                self._bases.add(owner)
+                attributes = Attributes(owner)
+                self.owners.append((attributes, self.constant(attributes), dict(attributes.items())))
             for name, e in table.items():
                 if isinstance(e, _SLOTS) or name == "__classcell__":
                     continue
@@ -215,6 +219,8 @@ class Objects(Description):
                 elif name in named or (self.wants(name, e) and name != "_abc_impl"):
                     self.key.append(name)
                     self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+                elif name in self.names.written:
+                    self.may_grow(e, f"{p}['{name}']")
 
     def functional(self, cls: type) -> None:
         """The functions of ``torch.nn.functional`` that the methods of a class of torch's call."""
@@ -235,6 +241,22 @@ def functions_of(cls: type) -> tuple[str, ...]:
     called = [f for n in names if isinstance(f := table.get(n), types.FunctionType)]
     names |= {n for f in called for n in reads_of(f.__code__).variables}
     return tuple(sorted(n for n in names if isinstance(table.get(n), types.FunctionType | types.BuiltinFunctionType)))
+
+
+class Attributes:
+    """The attributes of a class as a dictionary that can be written to."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+    def items(self) -> list[tuple[str, Any]]:
+        return list(vars(self.cls).items())
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        type.__setattr__(self.cls, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        type.__delattr__(self.cls, name)
 
 
 class Slots:

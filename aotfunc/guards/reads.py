@@ -67,6 +67,7 @@ def reads_of(code: types.CodeType) -> Reads:
     texts = {c for c in code.co_consts if isinstance(c, str)}
     if "globals" in variables:
         variables |= texts
+        binds_globals = True
     if _IMPORTS & (variables | attributes):
         imports |= texts
     if _TELLS & (variables | attributes):

@@ -1,5 +1,6 @@
 """Tensors that a function binds in the state it reaches are real ones afterwards, those of eager, at every call."""
 
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -158,3 +159,118 @@ def test_a_container_that_is_an_argument_and_closed_over_is_not_changed():
     assert_same(jit(lambda given: given[0] + rows[1])(rows), X * 3)
     assert_same(jit(grows)([X, X]), X)  # another list
     assert_same(rows, [X, X * 2, X + 5])
+
+
+# ----- attributes of classes, functions and Python modules ------------------------------------------------------------
+
+
+def kept_by_a_class():
+    class Total:
+        value, seen, table = torch.zeros(2), [], {}
+
+        @classmethod
+        def add(cls, x):
+            cls.value = cls.value + x
+            cls.seen.append(x * 3)
+            cls.table["last"] = x * 4
+
+    def f(x):
+        Total.add(x)
+        Total.new = x * 5
+        return x * Total.value
+
+    return f, lambda: [Total.value, *Total.seen, Total.table, Total.new]
+
+
+def kept_by_a_subclass():
+    class Base:
+        value = torch.zeros(2)
+
+    class Derived(Base):
+        pass
+
+    def f(x):
+        Derived.value = Derived.value + x
+        return Derived.value * 2
+
+    return f, lambda: [Base.value, Derived.value]
+
+
+def kept_by_the_class_of_a_module():
+    class Counts(nn.Module):
+        value = torch.zeros(2)
+
+        def forward(self, x):
+            type(self).value = self.value + x
+            return self.value * 2
+
+    return Counts(), lambda: [Counts.value]
+
+
+def kept_by_a_function():
+    def helper(x):
+        helper.last = x * 2
+        helper.seen.append(x)
+        return x + 1
+
+    helper.seen = []
+    return (lambda x: helper(x) * 2), lambda: [helper.last, *helper.seen]
+
+
+def kept_by_the_function_itself():
+    def f(x):
+        f.last = x * 2
+        return x + 1
+
+    itself = f
+    return itself, lambda: [itself.last]
+
+
+def kept_by_a_python_module():
+    place = types.ModuleType("place")
+    place.value, place.seen = torch.zeros(2), []
+
+    def f(x):
+        place.value = place.value + x
+        place.seen.append(x)
+        return place.value * 2
+
+    return f, lambda: [place.value, *place.seen]
+
+
+def kept_by_the_globals():
+    def f(x):
+        globals()["_kept"] = x * 2
+        return x + 1
+
+    return f, lambda: [globals().pop("_kept")]
+
+
+KEPT = [v for k, v in list(globals().items()) if k.startswith("kept_by_")]
+
+
+@pytest.mark.parametrize("compiler", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(jit(f))])
+@pytest.mark.parametrize("make", KEPT)
+def test_tensors_kept_by_classes_functions_and_modules(make, compiler):
+    (f, kept), (g, kept_compiled) = make(), make()
+    g = compiler(g)
+    for k in range(4):
+        x = torch.tensor([1.0, -2.0]) * (k + 1)
+        want = f(x), kept()
+        assert_same((g(x), kept_compiled()), want)
+
+
+def test_a_capture_that_fails_leaves_classes_as_they_were():
+    class Total:
+        value, seen = torch.zeros(2), []
+
+    def f(x):
+        Total.value = Total.value + x
+        Total.new = x
+        Total.seen.append(x)
+        return x.sum().item()
+
+    before = Total.value
+    with pytest.raises(CaptureError):
+        jit(f)(torch.ones(2))
+    assert Total.value is before and not Total.seen and not hasattr(Total, "new")
