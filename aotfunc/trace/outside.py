@@ -170,11 +170,12 @@ class StandIn(NamedTuple):
 def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
     """Refuse what would tell that a value which stands for another has memory of its own."""
     root = trace.root
-    for start, value, old, new, why, _ in trace.stand_ins:
+    for start, value, old, new, why, hooks in trace.stand_ins:
         shared, results, later = {root(value), root(old)}, {root(r) for r in returned}, trace.records[start:]
         used = results | {root(r) for _, refs, *_ in later for r in refs}
         written = {root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
         outside = root(value) < len(trace.inputs)
         told = new in results and (outside or root(value) in results)
-        if told or written & shared or (new in written and (outside or used & shared)):
+        renewed = hooks and root(old) != old  # a view whose memory was written to has another history, without hooks
+        if told or written & shared or (new in written and (renewed or outside or used & shared)):
             raise CaptureError(why)

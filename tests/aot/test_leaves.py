@@ -402,3 +402,19 @@ def test_two_views_of_one_result_are_two_tensors():
         return [a is b for a in outs for b in outs], outs
 
     both(program)
+
+
+@pytest.mark.parametrize("write", [lambda y: y.detach().add_(1), lambda y: y.data.mul_(2), lambda y: y.mul_(2)])
+def test_a_hooked_view_that_is_written_to_is_refused(write):
+    """Eager makes the history of such a view anew, and forgets the hook."""
+
+    def f(x):
+        y = (x * 1)[..., ::2]
+        y.register_hook(lambda g: g * 2)
+        write(y)
+        return y[:]
+
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    for how in HOWS:
+        with pytest.raises(CaptureError, match="a tensor with a hook"):
+            how(f)(x)
