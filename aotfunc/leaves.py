@@ -31,7 +31,7 @@ class Leaves:
         self.parameters = [k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")]
         self.returned = [k for k, ref in enumerate(rec.refs) if ref in leaves and ref not in trace.autograd.computed]
         if any(rec.leaves[rec.tensors[k]].__dict__.get("_grad") is not None for k in self.returned):
-            raise CaptureError("a tensor that was made inside is returned, and has a .grad; return x.grad, too")
+            raise CaptureError("a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad")
         #: what is computed from one: results of the program by their positions, then written inputs by theirs
         self.results: list[int] = []
         self.written: list[int] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from aotfunc import jit
 from aotfunc.errors import AotfuncError
@@ -103,6 +104,32 @@ def hook_removed(x):
     return y
 
 
+def hooked_and_shared(x):
+    y = x * 2
+    z = y.detach()
+    y.register_hook(lambda g: g * 2)
+    return y, z
+
+
+def hooked_outside():
+    x = leaf()
+    x.register_hook(lambda g: g * 2)
+    return x
+
+
+def reshaped_quietly(x):
+    y = x * 2
+    with torch.no_grad():
+        y.unsqueeze_(0)
+    return y
+
+
+def leaf_with_gradient(x):
+    w = torch.ones(3, requires_grad=True)
+    (w * x).sum().backward()
+    return w
+
+
 def both_modes(x):
     with torch.inference_mode():
         y = x * 2
@@ -144,6 +171,14 @@ PROGRAMS: dict[str, Callable] = {
         compiler(WritesWhatItSaved.apply)(leaf()).sum().backward()
     ),
     "`hook.remove()` inside": on(leaf)(hook_removed),
+    "`y` with a hook, and `y.detach()`, as results": on(leaf)(hooked_and_shared),
+    "`torch.autograd.grad(…, x)`, `x` with a hook": on(hooked_outside)(
+        lambda x: torch.autograd.grad((x * x).sum(), x)[0].detach()
+    ),
+    "`y.unsqueeze_(0)` under `no_grad()`": on(leaf)(reshaped_quietly),
+    "a reentrant checkpoint that writes to its argument": on(leaf)(
+        lambda x: checkpoint(lambda v: v.mul_(2), x * 1, use_reentrant=True)
+    ),
     "`saved_tensors_hooks` inside": on(leaf)(
         lambda x: torch.autograd.graph.save_on_cpu().__enter__() and x  # the context is refused as it is entered
     ),
@@ -161,6 +196,8 @@ PROGRAMS: dict[str, Callable] = {
     "a parameter made inside, and what depends on it": on(ones())(
         lambda x: (lambda p: (p, p * x))(nn.Parameter(torch.ones(3)))
     ),
+    "a view of a leaf made inside": on(ones())(lambda x: torch.ones(3, requires_grad=True)[:2]),
+    "a leaf made inside that has a `.grad`": on(ones())(leaf_with_gradient),
     "results made in and outside of `inference_mode()`": on(ones())(both_modes),
     "`torch.jit.trace` of a compiled function": lambda compiler: torch.jit.trace(
         compiler(lambda x: x * 2), (torch.ones(3),)
