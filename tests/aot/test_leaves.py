@@ -332,6 +332,18 @@ def test_zeros_pass_a_function_as_other_gradients_do(flat, which):
     both(program)
 
 
+def test_zeros_pass_the_hooks_of_a_module():
+    m = nn.Dropout(0.0)
+    m.register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else g * 2 for g in gi))
+
+    def program(how):
+        x, w = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        f = lambda x, w: (m((x * 2)[:2]) + x[:2]).copy_(w[:2])
+        return torch.autograd.grad(how(f)(x, w).sum(), [x, w])
+
+    both(program)
+
+
 @pytest.mark.parametrize("view", [lambda t: t, lambda t: t[:], lambda t: t[1:]])
 @pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda t, y: t.fill_(y.sum())])
 def test_what_is_written_over_gets_zeros(view, write):
