@@ -117,10 +117,11 @@ class Autograd:
 
     def overwrite(self, refs: Sequence[int]) -> None:
         """The last record gave the first of ``refs`` the value of the others: it requires grad still if it did, though
-        nothing of it is left, and has a gradient of zeros.
+        nothing of it is left, and has a gradient of zeros. (Copied values are copied to arguments outside, too.)
         """
-        active = self.active()
-        copied = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
+        active, base = self.active(), self.reach().bases.get(refs[0], refs[0])
+        copies = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
+        copied = copies and base >= len(self.inputs)
         if refs[0] in active and (copied or active.isdisjoint(refs[1:])):
             self.overwritten.add(len(self.records) - 1)
 
