@@ -24,7 +24,7 @@ from ..trace.functionalize import Functionalizer, hidden_write
 from ..trace.records import flat
 from ..trace.shapes import Facts, Sig
 from ..trace.views import Link, laid_out, linked
-from .jvp import jvp
+from .jvp import jvp, tangent_sig
 from .vjp import dense, live, reverse, vjp
 from .vmap import vmap
 from .walk import builder, number, unknown
@@ -258,10 +258,8 @@ class CompiledCall:
         count = whole.n_outputs
         primal, linear = whole.once(("linear", wrt), lambda: self.split(jvp(whole, wrt, zeros=False), count))
         residuals = becomes(b, new, primal, count)
-        planned = program.placeholders
-        return emit_call(
-            b, linear, [*residuals, *(laid_out(b, tangents[n.args[i]], planned[i].meta["val"]) for i in wrt)]
-        )
+        planned = [tangent_sig(p.meta["val"]) for p in program.placeholders]
+        return emit_call(b, linear, [*residuals, *(laid_out(b, tangents[n.args[i]], planned[i]) for i in wrt)])
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         flags = tuple(walk.has(a) for a in n.args)
