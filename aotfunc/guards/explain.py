@@ -50,7 +50,7 @@ def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
 
 def guards(facts: Facts) -> list[str]:
     """One line for each thing that an entry depends on, but for what is as always."""
-    usual = (True, False, -1, torch.float32, None, None, False)
+    usual = (True, False, -1, torch.float32, None, None, False, __debug__)  # as torch.distributions starts
     hidden = dict(zip(ENVIRONMENT, usual, strict=False))
     lines = []
     for name, x in facts.items():

@@ -211,7 +211,7 @@ UNTAGGED = {
 #: pointwise, but composed of others on meta, and with strides by the rule only if all operands are in natural order
 COMPOSED = {
     *("masked_fill", "mvlgamma", "div.Tensor_mode", "floor_divide", "rsub", "copysign", "xlogy", "special_xlog1py"),
-    *("logical_and", "logical_or", "logical_xor", "pow.Scalar"),
+    *("logical_and", "logical_or", "logical_xor", "pow.Scalar", "angle"),
     *("threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"),
 }
 #: tagged, and yet left to others

@@ -185,7 +185,7 @@ def batching_rule(op: OpOverload) -> Callable:
             raise NoFormula("PyTorch has no batching rule for it")
         try:
             outs = torch._functorch.apis.vmap(body, in_dims=tuple(dims))(*xs)  # also where torch.func is patched
-        except (RuntimeError, NotImplementedError) as e:
+        except Exception as e:  # a rule of the user's may raise anything
             raise NoFormula(str(e).split("\n")[0]) from e
         if not plain:
             return outs
