@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 
 from .keys import ENVIRONMENT, Named, TensorFacts, environment_key
 
@@ -50,7 +51,7 @@ def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
 
 def guards(facts: Facts) -> list[str]:
     """One line for each thing that an entry depends on, but for what is as always."""
-    usual = (True, False, -1, torch.float32, None, None, False, __debug__)  # as torch.distributions starts
+    usual = (True, False, -1, torch.float32, None, None, False, Distribution._validate_args)
     hidden = dict(zip(ENVIRONMENT, usual, strict=False))
     lines = []
     for name, x in facts.items():
