@@ -7,16 +7,10 @@ import torch
 
 from aotfunc import aot_function, functionalize, grad, jit, make_fx, vmap
 from aotfunc.errors import CaptureError
+from tests.aot.compiled_by import COMPILERS, every_compiler
 from tests.reference import assert_same
 
 X = torch.linspace(-1.0, 1.5, 4, dtype=torch.float64)
-COMPILERS = {
-    "jit": jit,
-    "aot_function": lambda f: aot_function(f, "eager"),
-    "jit of jit": lambda f: jit(jit(f)),
-    "inlined": lambda f: jit(lambda *args: f(*args)),
-}
-every_compiler = pytest.mark.parametrize("compiler", COMPILERS)
 
 
 def tagged(**attributes):

@@ -8,17 +8,11 @@ from torch import nn
 
 from aotfunc import aot_function, aot_module, grad, jit, jvp, make_fx, vjp, vmap
 from aotfunc.errors import CaptureError
+from tests.aot.compiled_by import COMPILERS, every_compiler
 from tests.reference import assert_same
 
 X = torch.linspace(-1.0, 1.5, 6, dtype=torch.float64).view(2, 3)
 W = torch.tensor([2.0, -3.0, 0.5], dtype=torch.float64)
-COMPILERS = {
-    "jit": jit,
-    "aot_function": lambda f: aot_function(f, "eager"),
-    "jit of jit": lambda f: jit(jit(f)),
-    "inlined": lambda f: jit(lambda *args, **kwargs: f(*args, **kwargs)),
-}
-every_compiler = pytest.mark.parametrize("compiler", COMPILERS)
 
 
 def requires_grad_after(x, y):
