@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from aotfunc import aot_function, jit
-from aotfunc.backends import register
+from aotfunc.backends import REGISTRY
 from aotfunc.errors import BackendWarning
 from tests.reference import assert_same
 
@@ -169,14 +169,14 @@ def test_decompositions_keep_results_apart():
 
 
 @pytest.mark.parametrize("wrap", [lambda f: jit(f, "opaque"), lambda f: aot_function(f, "opaque")], ids=["jit", "aot"])
-def test_batched_and_dual_values_go_past_compiled_code(wrap):
+def test_batched_and_dual_values_go_past_compiled_code(wrap, monkeypatch):
     def opaque(gm, example_inputs):
         def fn(*args):
             return tuple(torch.from_numpy(o.numpy()) for o in gm(*[torch.from_numpy(a.numpy()) for a in args]))
 
         return fn
 
-    register("opaque", opaque)
+    monkeypatch.setitem(REGISTRY, "opaque", opaque)
     f = lambda x: x.sin() * x.sum()
     g = wrap(f)
     x = torch.randn(4)
