@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Node
@@ -20,11 +20,18 @@ from ..trace.shapes import Sig
 
 def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
     """A function of the graph's placeholders that returns its flat outputs as a tuple."""
-    env: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "torch": torch, "device": torch.device}
+    env: dict[str, Any] = {}  # what the code reads besides its own values, under names that are none of theirs
+    taken = {n.name for n in graph.nodes}
     targets: dict[Any, str] = {}
     lines: list[str] = []
     last = last_uses(graph)
     parameters = []
+
+    def outside(value: Any, name: str) -> str:
+        while name in taken:
+            name += "_"
+        env[name] = value
+        return name
 
     def literal(a: Any) -> str:
         if isinstance(a, Node):
@@ -32,11 +39,9 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
         if isinstance(a, list | tuple):
             inside = ", ".join([literal(x) for x in a])
             return f"[{inside}]"
-        if a is None or a.__class__ in (int, bool, float, str):
+        if a is None or a.__class__ in (int, bool, str) or (a.__class__ is float and math.isfinite(a)):
             return repr(a)
-        name = f"c{len(env)}"
-        env[name] = a
-        return name
+        return outside(a, f"c{len(env)}")
 
     for n in graph.nodes:
         if n.op == "placeholder":
@@ -53,9 +58,9 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
         else:
             name = targets.get(n.target)
             if name is None:
-                name = targets[n.target] = f"f{len(targets)}"
                 # the overload's C entry: OpOverload.__call__ adds a Python frame
-                env[name] = n.target._op if isinstance(n.target, OpOverload) else n.target
+                call = n.target._op if isinstance(n.target, OpOverload) else n.target
+                name = targets[n.target] = outside(call, f"f{len(targets)}")
             args = [literal(a) for a in n.args] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
             lines.append(f"{n.name} = {name}({', '.join(args)})")
             if debug.LEVEL:

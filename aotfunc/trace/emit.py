@@ -7,6 +7,7 @@ emitter does the same bookkeeping directly; it knows private fields of ``fx.Grap
 
 from __future__ import annotations
 
+import builtins
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,7 +40,8 @@ def base_name(target: Any) -> str:
 
 
 _names: dict[OpOverload, str] = {}  # of ops only: compiled calls come and go
-_BUILTIN = frozenset(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
+#: names that mean something in the code of an fx.GraphModule
+_BUILTIN = frozenset((*dir(builtins), "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"))
 
 
 class Builder:

@@ -264,3 +264,18 @@ def test_masks_of_bytes(name):
     if not name.startswith("index"):  # the shape of what is selected depends on the mask
         assert_same(aotfunc.jit(f)(x), f(x))
         assert_same(aotfunc.jit(grad(lambda x, c: (BYTES[name](c, x) ** 2).sum()))(x, c), want)
+
+
+# names of arguments --------------------------------------------------------------------------------------------------
+
+OTHERS = ("torch", "inf", "nan", "device", "self", "fx_pytree", "pytree", "NoneType", "run", "f0", "c0", "c1", "c0_")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_argument_has_a_name_of_the_generated_code(name):
+    f = eval(f"lambda x, {name}: at.where(x > {name}, at.inf, x).to(at.float64) * {name}", {"at": torch})
+    x, y = torch.tensor([1.0, 5.0, -1.0]), torch.tensor([2.0, 3.0, -2.0])
+    for g in (vmap(f), aotfunc.functionalize(f), aotfunc.jit(f), make_fx(f)(x, y)):
+        assert_same(g(x, y), f(x, y))
+    h = lambda *xs: f(*xs).nan_to_num(posinf=7.0).sum()
+    assert_same(aotfunc.grad(h, argnums=(0, 1))(x, y), grads(h, (0, 1))(x, y))
