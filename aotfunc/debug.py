@@ -21,6 +21,7 @@ LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 FULL = os.environ.get("AOTFUNC_TRACEBACK") == "full"
 
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_RULES = os.path.join(_OURS, "transforms", "rules", "")
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 #: files whose lines say nothing to a user: the last is what runs the end of a `with` block
 _NOT_THE_USERS = (_OURS, _TORCH, "<frozen", contextlib.__file__)
@@ -67,6 +68,17 @@ def line_of(error: BaseException) -> Line | None:
     while step is not None:
         name = step.tb_frame.f_code.co_filename
         if not name.startswith((_OURS, _TORCH, "<frozen")):
+            found = Line(step.tb_frame.f_code, step.tb_lineno)
+        step = step.tb_next
+    return found
+
+
+def line_in_a_rule(error: BaseException) -> Line | None:
+    """The innermost line of a rule, ours or an extension's, that an error came through on its way here."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith(_NOT_THE_USERS) or (name.startswith(_RULES) and name != _RULES + "table.py"):
             found = Line(step.tb_frame.f_code, step.tb_lineno)
         step = step.tb_next
     return found

@@ -63,8 +63,17 @@ def own(op: OpOverload) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def without_formula(op: OpOverload) -> bool:
+    """Whether ``op`` was registered for devices only: autograd takes its results for constants."""
+    keys = "Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return op.namespace not in ("aten", "prims") and not any(has(op.name(), key) for key in keys)
+
+
 def reverse_rule(op: OpOverload) -> Callable:
     """A reverse rule from autograd's formula."""
+    if without_formula(op):
+        raise NoFormula(f"register one by torch.library.register_autograd({op.name()!r}, ...), or detach() its inputs")
 
     @own(op)
     def rule(g: Any, out: Any, *args: Any, needs: tuple[bool, ...]) -> list:

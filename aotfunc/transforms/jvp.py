@@ -23,7 +23,7 @@ from ..trace.shapes import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
 from .vjp import active_nodes, dense, fitted, reverse, role
-from .walk import apply, builder, outputs_of, traced
+from .walk import apply, builder, errors_of, outputs_of, traced
 
 aten = torch.ops.aten
 
@@ -79,23 +79,19 @@ def jvp_make(n: Node) -> Any:
     """
     op = n.target
     line = RULES.get(op)
+    forward = line.jvp if line is not None else None
+    backward = line.vjp if line is not None else None
 
     def make(b: Builder, ts: list, out: Any, *args: Any) -> Any:
-        if line is not None and (line.jvp is not None or line.vjp is not None):
-            try:
-                if line.jvp is not None:
-                    result = traced(line.jvp)(b, tuple(ts), out, *args)
-                else:
-                    result = transposed(b, traced(fitted(line.vjp, op)), op, ts, out, args)
-            except NotImplementedError as e:
-                if isinstance(e, RuleError):
-                    raise
-                raise RuleError(f"no forward rule for {op}{at(n.meta.get('line'))}: {e}") from None
-        elif Facts(op).random:
+        if forward is not None:
+            with errors_of("forward", n, forward):
+                return fit_tangents(b, traced(forward)(b, tuple(ts), out, *args), out)
+        if backward is not None:
+            with errors_of("forward", n, backward):
+                return fit_tangents(b, transposed(b, traced(fitted(backward, op)), op, ts, out, args), out)
+        if Facts(op).random:
             raise RuleError(f"{op} draws random numbers and has no forward rule{at(n.meta.get('line'))}")
-        else:
-            result = derived(b, n, ts, out, args)
-        return fit_tangents(b, result, out)
+        return fit_tangents(b, derived(b, n, ts, out, args), out)
 
     return make
 

@@ -23,7 +23,7 @@ from ..trace.functionalize import dead_end, hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
-from .walk import apply, builder, number, outputs_of, traced
+from .walk import apply, builder, errors_of, number, outputs_of, traced
 
 aten = torch.ops.aten
 
@@ -210,12 +210,8 @@ def vjp_make(n: Node) -> Any:
 
     def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
         if rule is not None:
-            try:
+            with errors_of("reverse", n, rule):
                 return traced(fitted(rule, op))(b, needs, g, out, *args)
-            except NotImplementedError as e:
-                if isinstance(e, RuleError):
-                    raise
-                raise RuleError(f"no reverse rule for {op}{at(n.meta.get('line'))}: {e}") from None
         if Facts(op).random:
             raise RuleError(f"{op} draws random numbers and has no reverse rule{at(n.meta.get('line'))}")
         try:
@@ -254,6 +250,8 @@ def fitted(rule: Any, op: OpOverload) -> Any:
             return [None] * len(a) if ga is None else [fit(x, y) for x, y in zip(ga, a, strict=True)]
         if ga is None or not isinstance(a, Tensor) or not (a.is_floating_point() or a.is_complex()):
             return None
+        if not isinstance(ga, Tensor):
+            raise ValueError(f"it returned {ga!r}")
         if ga.shape != a.shape:
             ga = unbroadcast(ga, a.shape)
         if ga.dtype != a.dtype:

@@ -14,14 +14,14 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..debug import at
-from ..errors import AotfuncError, ArgumentError, CaptureError, RuleError
+from ..errors import ArgumentError, CaptureError, RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import dead_end, hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback, loops
 from .rules.table import RULES, full_args, tensor_args
-from .walk import apply, builder, traced
+from .walk import apply, builder, errors_of, traced
 
 aten = torch.ops.aten
 
@@ -125,31 +125,26 @@ class Batch:
             if not size:  # whatever the op computes
                 return traced(lambda *_: loops.no_samples(want))(b, *args), []
             full = list(args)
-            result: Any = NotImplemented
-            looped: list[OpOverload] = []
             if rule is not None:
                 if "batched" not in rule.wants:  # the rule wants every tensor batched
                     for i, yes in zip(where, flags, strict=True):
                         full[i] = _all_batched(b, full[i], yes, size)
                 full = promoted(b, n, full, flags)
-                try:
-                    extras = {
-                        "batched": flags,
-                        "size": size,
-                        "randomness": randomness,
-                        "sample": _logical(n.args[0]),
-                        "shape": want.shape if isinstance(want, Sig) else tuple(getattr(v, "shape", ()) for v in want),
-                    }
+                extras = {
+                    "batched": flags,
+                    "size": size,
+                    "randomness": randomness,
+                    "sample": _logical(n.args[0]),
+                    "shape": want.shape if isinstance(want, Sig) else tuple(getattr(v, "shape", ()) for v in want),
+                }
+                with errors_of("batching", n, rule):
                     result = traced(lambda *xs: rule(*xs, **extras))(b, *full)
-                except AotfuncError:
-                    raise
-                except (NotImplementedError, RuntimeError) as e:
-                    raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {e}") from None
+                    if result is not NotImplemented:
+                        return checked(b, result, want, size), []
             elif Facts(op).random:
                 raise RuleError(f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}")
-            if result is NotImplemented:
-                result, looped = self.derived(b, n, flags, size, args)
-            return checked(b, n, result, want, size), looped
+            result, looped = self.derived(b, n, flags, size, args)
+            return checked(b, result, want, size), looped
 
         return make
 
@@ -250,22 +245,21 @@ def promotion(sigs: Sequence[Sig]) -> torch.dtype:
     return common
 
 
-def checked(b: Builder, n: Node, result: Any, want: Any, size: int) -> Any:
-    """The rule's result has the unbatched shape behind the batch, and the unbatched dtype."""
+def checked(b: Builder, result: Any, want: Any, size: int) -> Any:
+    """The result of a rule, in the unbatched dtype. Raises ValueError where it is not of the unbatched shape behind
+    the batch.
+    """
     if isinstance(want, tuple):
         if not isinstance(result, list | tuple):
             result = [result]
-        return [checked(b, n, r, w, size) if w.__class__ is Sig else r for r, w in zip(result, want, strict=False)]
+        return [checked(b, r, w, size) if w.__class__ is Sig else r for r, w in zip(result, want, strict=False)]
     if not isinstance(result, Node):
-        raise RuleError(f"the batching rule of {n.target} returned {result!r}")
+        raise ValueError(f"it returned {result!r}")
     val = result.meta["val"]
     if val.dtype is not want.dtype:
         result = b.call(aten._to_copy.default, result, dtype=want.dtype)
     if tuple(val.shape) != (size, *want.shape):
-        raise RuleError(
-            f"the batching rule of {n.target} returned shape {list(val.shape)} instead of {[size, *want.shape]}"
-            f"{at(n.meta.get('line'))}"
-        )
+        raise ValueError(f"it returned shape {list(val.shape)} instead of {[size, *want.shape]}")
     return result
 
 

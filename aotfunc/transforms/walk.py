@@ -6,7 +6,9 @@ first time it lets ``make`` build the result on placeholders, tidied, and afterw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from ..cache import Cache
+from ..debug import Line, at, line_in_a_rule
 from ..errors import RuleError
 from ..trace import shapes
 from ..trace.emit import Builder
@@ -123,6 +126,26 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
         return unwrap(results)
 
     return make
+
+
+@contextmanager
+def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
+    """Raise RuleError for whatever goes wrong in a rule inside, with the op, the rule's line, and the user's. A rule
+    raises NotImplementedError for arguments that it is not made for.
+    """
+    try:
+        yield
+    except RuleError:
+        raise
+    except NotImplementedError as e:
+        raise RuleError(f"no {kind} rule for {n.target}{at(n.meta.get('line'))}: {e}") from None
+    except Exception as e:
+        code = inspect.unwrap(rule).__code__
+        place = line_in_a_rule(e) or Line(code, code.co_firstlineno)
+        line = at(n.meta.get("line"))
+        raise RuleError(
+            f"the {kind} rule of {n.target} ({place}) failed{line}: {type(e).__name__}: {str(e).removesuffix(line)}"
+        ) from e
 
 
 def constant(b: Builder, t: Tensor) -> Node:

@@ -34,9 +34,9 @@ def aligned(tensors: Any, batched: Any, size: int) -> list[Tensor]:
     return [x.reshape(size, *[1] * (rank + 1 - x.dim()), *x.shape[1:]) for x in batches]
 
 
-def no_shared_draw(op: OpOverload) -> RuntimeError:
-    return RuntimeError(
-        f"vmap: {op} with randomness='same' cannot share one draw, because the distribution differs between samples; "
+def no_shared_draw() -> NotImplementedError:
+    return NotImplementedError(
+        "with randomness='same' it cannot share one draw, because the distribution differs between samples; "
         "use randomness='different', or draw from a fixed distribution and transform the draw"
     )
 
@@ -88,7 +88,7 @@ def of_shape(op: OpOverload) -> Callable[..., Tensor]:
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int, randomness: str) -> Tensor:
         if any(batched[1:]):
-            raise no_shared_draw(op)
+            raise no_shared_draw()
         full = list(args)
         like = full[where[0]]
         if randomness == "same":
@@ -123,7 +123,7 @@ def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
         full = list(args)
         if randomness == "same":
             if any(batched):
-                raise no_shared_draw(op)
+                raise no_shared_draw()
             return shared(call_op(op, full), size)
         for i, x in zip(where, aligned([args[i] for i in where], batched, size), strict=True):
             full[i] = x
@@ -206,7 +206,7 @@ def _(
         if not batched[0]:
             return shared(draw(p), size)
         if replacement and count != 1:
-            raise no_shared_draw(aten.multinomial.default)
+            raise no_shared_draw()
         valid = ((p >= 0) & p.isfinite()).all() & (p.sum(-1) > 0).all()
         aten._assert_async.msg(valid, "multinomial: probabilities must be finite, not negative, and not all zero")
         race = p / aten.exponential(p[0], 1.0, generator=generator)  # as the op draws it; the greatest wins

@@ -115,7 +115,7 @@ def adapt(rule: Formula, leading: int) -> Formula:
         return rule(*given, **{name: extras[name] for name in wants})
 
     call.wants = wants  # type: ignore[attr-defined]
-    call.rule = rule  # type: ignore[attr-defined]
+    call.__wrapped__ = rule  # type: ignore[attr-defined]
     return call
 
 
