@@ -19,9 +19,8 @@ from torch.fx import Node
 from torch.fx.immutable_collections import immutable_dict
 
 from ..graph import kept_alive
-from . import shapes
 from .collector import paused_gc as paused_gc
-from .shapes import Facts, Sig, encode
+from .shapes import Facts, Sig, Slot, encode, env_key, intern, interned, sig_of
 
 #: a rewriting of one op: ``(builder, val, *args) -> Node | None`` (None: leave it)
 Rewrite = Callable[..., Any]
@@ -156,7 +155,7 @@ class Builder:
                 if "region" in kept:
                     self.meta["region"] = kept["region"]
                 args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), meta["val"]
-                if relaid and isinstance(n.target, OpOverload) and not shapes.Facts(n.target).dynamic:
+                if relaid and isinstance(n.target, OpOverload) and not Facts(n.target).dynamic:
                     val = infer_val(n.target, args, kwargs)
                 elif moved and n.args and isinstance(n.target, OpOverload) and not Facts(n.target).dynamic:
                     if n.args[0].__class__ is Node and displaced(n.args[0].meta["val"], args[0]):
@@ -283,16 +282,16 @@ def infer_val(target: OpOverload, args: tuple, kwargs: dict) -> Any:
     sigs: list[Sig] = []
 
     def sink(n: Any) -> tuple:
-        sig = n.meta["val"] if n.__class__ is Node else shapes.sig_of(n)
+        sig = n.meta["val"] if n.__class__ is Node else sig_of(n)
         sigs.append(sig)
-        return shapes.Slot(len(sigs) - 1), sig
+        return Slot(len(sigs) - 1), sig
 
     template = tuple([encode(a, key, sink) for a in args])
     ktemplate = {}
     for k, v in kwargs.items():
         key.append(k)
         ktemplate[k] = encode(v, key, sink)
-    key.append(shapes.env_key())
+    key.append(env_key())
     frozen = tuple(key)
-    instr = shapes.find(frozen) or shapes.intern(frozen, target, template, ktemplate, tuple(sigs))
+    instr = interned(frozen) or intern(frozen, target, template, ktemplate, tuple(sigs))
     return instr.outs

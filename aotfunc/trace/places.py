@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shapes import TOLD, Sig, Slot, env_key, find, infer, intern, make_sig
+from .shapes import TOLD, Sig, Slot, env_key, infer, intern, interned, make_sig
 from .traced import Traced, current, under_way
 from .views import narrow_at
 
@@ -55,7 +55,7 @@ def part(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
     start = torch.where(start < 0, start + size, start).to(x.device)
     (ref, sig), (at, at_sig) = trace.ref_of(x), trace.ref_of(start)
     key = (narrow_at, sig, dim, at_sig, length, env_key())
-    instr = find(key) or intern(key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig))
+    instr = interned(key) or intern(key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig))
     return trace.note(instr, (ref, at))
 
 

@@ -12,7 +12,7 @@ from .shapes import Instr, Sig, Slot, fill
 
 aten = torch.ops.aten
 
-# A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is a shapes.Instr for an op, or an
+# A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is an Instr for an op, or an
 # object of another layer with the same duty: `facts` and `lower(functionalizer, record)`, see functionalize.Step.
 Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 

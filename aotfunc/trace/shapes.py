@@ -170,7 +170,7 @@ class Instr:
 
 _memo = Cache(1 << 15)
 #: the instruction for a key, or None
-find = _memo.get
+interned = _memo.get
 
 SIMPLE = frozenset(
     (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
@@ -220,7 +220,7 @@ def intern(key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, o
     facts, anywhere = Facts(op), None
     if any(s.offset for s in sigs) and not facts.strided and not facts.writes:
         there = tuple([k.start if k.__class__ is Sig else k for k in key])
-        anywhere = find(there) or intern(there, op, args, kwargs, tuple([s.start for s in sigs]), outs)
+        anywhere = interned(there) or intern(there, op, args, kwargs, tuple([s.start for s in sigs]), outs)
         outs = outs if facts.view_of is None else moved(anywhere.outs, sigs[0].offset)
     if outs is None:
         outs = infer(op, args, kwargs, sigs)

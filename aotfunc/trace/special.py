@@ -17,7 +17,7 @@ from ..debug import _OURS
 from ..errors import CaptureError
 from .numbers import forgive
 from .places import is_integer, part, subscript
-from .shapes import TOLD, Slot, env_key, find, infer, intern
+from .shapes import TOLD, Slot, env_key, infer, intern, interned
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -35,7 +35,7 @@ def _conj(trace: Trace, x: Tensor) -> Tensor:
         return x
     ref, sig = trace.ref_of(x)
     key = (aten._conj.default, sig, env_key())
-    instr = find(key) or intern(key, aten._conj.default, (Slot(0),), {}, (sig,))
+    instr = interned(key) or intern(key, aten._conj.default, (Slot(0),), {}, (sig,))
     return trace.note(instr, (ref,))
 
 

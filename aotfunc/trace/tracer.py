@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
-from . import histories, shapes
+from . import histories
 from .autograd import Autograd
 from .memory import Place, layout
 from .numbers import refusal
@@ -28,7 +28,7 @@ from .records import Record, Roots, written_slots
 from .replay import Replay
 from .scalars import FIRST, NUMBER, generic, has_number, with_number
 from .seeds import Seeds
-from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, fill, sig_of
+from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, env_key, fill, infer, intern, interned, sig_of, signatures
 from .special import SPECIAL
 from .traced import HOOKS, Traced, check_kind, check_leak, current, of_subclass, plain, quiet
 
@@ -225,10 +225,10 @@ class Trace(TorchDispatchMode):
             for k, v in kwargs.items():
                 add(k)
                 encode(v, key, sink)
-        env = shapes.env_key()
+        env = env_key()
         add(env)
         frozen = tuple(key)
-        instr = shapes.find(frozen)
+        instr = interned(frozen)
         if instr is None:
             instr = self._learn(frozen, func, args, kwargs or {}, tuple(sigs))
         if instr.number is None and len(self.numbers) > count:
@@ -308,13 +308,13 @@ class Trace(TorchDispatchMode):
         if facts.dynamic or not facts.returns_tensors:
             outs = self._by_value(func, targs, tkwargs, sigs, args, kwargs)
             key = (*key, outs)
-            known = shapes.find(key)
+            known = interned(key)
             if known is not None:
                 return known
         try:
             if NUMBER in sigs:
                 return with_number(key, func, args, sigs)
-            return shapes.intern(key, func, targs, tkwargs, sigs, outs)
+            return intern(key, func, targs, tkwargs, sigs, outs)
         except CaptureError as e:
             raise CaptureError(f"{e}{at(debug.user_line())}") from None
         except (RuntimeError, IndexError, TypeError, ValueError) as e:
@@ -326,14 +326,14 @@ class Trace(TorchDispatchMode):
         running.
         """
         try:
-            return shapes.infer(func, targs, tkwargs, sigs)
+            return infer(func, targs, tkwargs, sigs)
         except Exception:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         given = [zeros(sigs[0])] if func in SHAPED_BY_THE_OTHERS else []
 
         def shape(*values: Tensor) -> Any:
             values = (*given, *values)
-            return shapes.signatures(func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()}))
+            return signatures(func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()}))
 
         what = f"the shape of {func}'s result" if Facts(func).returns_tensors else "a truth value"
         return self.answer(shape, tensors[len(given) :], what)

@@ -15,9 +15,9 @@ from ..errors import GraphError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap
 from ..trace.shapes import Sig
+from ..trace.views import laid_out
 from .fresh import storage_root
 from .rules.table import full_args
-from .steps import laid_out
 from .walk import builder, traced
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -18,12 +18,11 @@ from torch.fx import Node
 from ..cache import Cache
 from ..debug import Line, at, line_in_a_rule
 from ..errors import RuleError
-from ..trace import shapes
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
 from ..trace.recording import record_into
-from ..trace.shapes import Sig, Slot, encode, fill
+from ..trace.shapes import Sig, Slot, encode, env_key, fill
 from ..trace.traced import Traced, quiet
 from ..trace.tracer import Trace
 from .tidy import REWRITES
@@ -66,7 +65,7 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
         return Slot(len(nodes) - 1), n.meta["val"]
 
     template = [encode(a, key, sink) for a in args]
-    key.append(shapes.env_key())
+    key.append(env_key())
     frozen = tuple(key)
     fragment = _fragments.get(frozen)
     if fragment is None:
