@@ -430,3 +430,20 @@ def test_a_hooked_view_that_is_written_to_is_refused(write):
     for how in HOWS:
         with pytest.raises(CaptureError, match="a tensor with a hook"):
             how(f)(x)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:, 1:], lambda x: x.view(-1), lambda x: x])
+def test_a_returned_argument_that_shows_a_written_one_is_itself(view):
+    def f(x, y):
+        x.mul_(2)
+        return y, x * 3, y[:1]
+
+    def program(how):
+        leaf = torch.arange(6.0).view(2, 3).requires_grad_()
+        x = leaf * 1
+        y = view(x)
+        out = how(f)(x, y)
+        loss = sum((k + 1) * t.sin().sum() for k, t in enumerate(out))
+        return out[0] is y, out[2]._base is x, out, torch.autograd.grad(loss, leaf)
+
+    both(program)
