@@ -26,6 +26,7 @@ from .shapes import Facts, Sig, Slot, encode, env_key, intern, interned, sig_of
 Rewrite = Callable[..., Any]
 
 _EMPTY = immutable_dict()
+_aten = torch.ops.aten
 
 
 def base_name(target: Any) -> str:
@@ -47,12 +48,16 @@ class Builder:
     """A graph under construction.
 
     ``rewrites`` maps a target to local rewriting rules; with ``merge`` (the default) equal pure nodes are made once.
+    Casts are not, for their gradients are added in the dtype that they cast from, unless the graph is ``final``: it is
+    not going to be differentiated.
     """
 
-    def __init__(self, rewrites: Mapping[Any, Sequence[Rewrite]] | None = None, merge: bool = True) -> None:
+    def __init__(
+        self, rewrites: Mapping[Any, Sequence[Rewrite]] | None = None, merge: bool = True, final: bool = False
+    ) -> None:
         self.graph = fx.Graph()
         self.rewrites = rewrites or {}
-        self.merge = merge
+        self.merge, self.final = merge, final
         self.seen: dict[tuple, Node] = {}
         self.meta: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
@@ -110,7 +115,7 @@ class Builder:
             if drawn not in self.seen:
                 self.seen[drawn] = self.make("call_function", target, args, kwargs, val)
             return self.seen[drawn]
-        if not self.merge or not mergeable(target):
+        if not self.merge or not mergeable(target) or (not self.final and casts(target, args, val)):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
         if target in COMMUTATIVE and len(args) == 2 and not kwargs:
@@ -228,7 +233,15 @@ def mergeable(target: Any) -> bool:
 
 _mergeable: dict[Any, bool] = {}
 
-_aten = torch.ops.aten
+
+def casts(target: Any, args: Sequence[Any], val: Any) -> bool:
+    """Whether a call has a derivative that goes from one dtype to another."""
+    if target is not _aten._to_copy.default or args[0].__class__ is not Node:
+        return False
+    sig = args[0].meta["val"]
+    return sig.dtype is not val.dtype and sig.differentiable and val.differentiable
+
+
 COMMUTATIVE = frozenset((_aten.add.Tensor, _aten.mul.Tensor))
 
 

@@ -60,11 +60,13 @@ class Surroundings(NamedTuple):
     """The autocast of a moment, for a part of the user's code that runs later."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
+    cached: bool
 
     @classmethod
     def now(cls) -> Surroundings:
         devices = torch._C._autocast_supported_devices() if _autocast() else ()
-        return cls(tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)))
+        on = tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d))
+        return cls(on, torch.is_autocast_cache_enabled())
 
     def again(self) -> ExitStack:
         """As it was then; function modes as they are."""
@@ -72,7 +74,7 @@ class Surroundings(NamedTuple):
         stack.enter_context(torch._C._DisableAutocast())
         stack.enter_context(torch._C._EnableTorchFunction())
         for device, dtype in self.autocast:
-            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=self.cached))
         return stack
 
 

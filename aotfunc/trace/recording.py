@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .casts import cache_enabled, contexts, enable_cache
 from .collector import paused_gc
 from .constructors import constructors
 from .numbers import watch
@@ -23,7 +24,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """
     dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
-    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    grad, cache = torch.is_grad_enabled(), cache_enabled()
     compiling = dynamo.get_eval_frame_callback()
     set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
     set_aside(aside := set_aside(True))
@@ -34,18 +35,18 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             torch._C._pop_torch_dispatch_stack(None)
         del traces[depth:]
         torch._C._set_grad_enabled(grad)
-        torch.set_autocast_cache_enabled(cache)
+        enable_cache(cache)
         set_aside(aside)
         if compiling is not None:
             dynamo.set_eval_frame(compiling)
         trace.finish()
 
     numbers = nullcontext() if trace.may_ask_constants else watch
-    with paused_gc(), without_functorch(), constructors, numbers:
+    with paused_gc(), without_functorch(), constructors, contexts, numbers:
         try:
             if compiling is not None:
                 dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
-            torch.set_autocast_cache_enabled(False)
+            enable_cache(False)
             torch._C._set_grad_enabled(True)
             set_aside(True)
             traces.append(trace)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..debug import _OURS
 from ..errors import CaptureError
+from .casts import cast
 from .numbers import forgive
 from .places import is_integer, part, subscript
 from .shapes import TOLD, Slot, env_key, infer, intern, interned
@@ -190,6 +191,7 @@ SPECIAL: dict[OpOverload, Callable] = {
     aten.equal.default: _equal,
     aten.lift_fresh.default: _lift_fresh,
     aten._conj.default: _conj,
+    aten._to_copy.default: cast,
     aten.native_batch_norm.default: _with_trace(_batch_norm),
     aten._native_batch_norm_legit.default: _with_trace(_batch_norm),
     aten._batch_norm_with_update.default: _with_trace(_batch_norm_with_update),

@@ -71,6 +71,8 @@ class Trace(TorchDispatchMode):
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
         self.seeds = Seeds()
+        self.caches_casts: bool = torch.is_autocast_cache_enabled()
+        self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
         self.mutates = False
         self.strided = False  # counts from where a storage begins
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
@@ -437,6 +439,7 @@ class Trace(TorchDispatchMode):
         histories.take_back(self.rewritten)
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
+        self.casts.clear()
         self.autograd.finish()
 
     def forget(self, records: int, count: int) -> None:
@@ -444,6 +447,7 @@ class Trace(TorchDispatchMode):
         del self.records[records:]
         self.count = count
         self._roots = None
+        self.casts.clear()
         self.autograd.forget()
         if self._values is not None and self._values.done > records:
             self._values = None

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import Program
-from ..trace.emit import Builder, carried, paused_gc, remap
+from ..trace.emit import Builder, carried, casts, paused_gc, remap
 from ..trace.functionalize import dead_end, hidden_write, once
 from .tidy import FINAL
 
@@ -32,10 +32,12 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom derivatives) and ``calls``
     (nested compiled calls), as far as ``dissolve`` names them.
     """
-    if not marked(program):
+    final = dissolve == EVERYTHING
+    casting = final and any(casts(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes)
+    if not (casting or marked(program)):
         return program
     with paused_gc():
-        b = Builder(FINAL)
+        b = Builder(FINAL, final=final)
         env: dict[Node, Any] = {}
         for n in program.graph.nodes:
             target = n.target

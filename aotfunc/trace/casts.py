@@ -1,0 +1,77 @@
+"""Autocast's cache, as a recording keeps it (PyTorch's own would hand out traced values later).
+
+A leaf that requires grad, as a weight is, is cast once for all its uses, and their gradients are added in the narrow
+dtype; of any other tensor each use has a cast of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .numbers import Exchange
+from .shapes import Slot, env_key, intern, interned
+from .traced import current, under_way
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+aten = torch.ops.aten
+#: PyTorch's own
+cache_enabled, enable_cache = torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled
+clear_cache = torch.clear_autocast_cache
+
+
+def cast(trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """``_to_copy``: where it is autocast's of a leaf, what that has been cast to before, or is now, to be kept."""
+    if dtype is None or kwargs or x.dtype is not torch.float32 or not (trace.caches_casts and nesting()):
+        return NotImplemented
+    if dtype is not torch.get_autocast_dtype(x.device.type) or not (x.requires_grad and x.is_leaf):
+        return NotImplemented
+    if not torch.is_grad_enabled():
+        return NotImplemented
+    ref, sig = trace.ref_of(x)
+    made = trace.casts.get((ref, dtype))
+    if made is None:
+        key = (aten._to_copy.default, sig, dtype, env_key())
+        instr = interned(key) or intern(key, aten._to_copy.default, (Slot(0),), {"dtype": dtype}, (sig,))
+        made = trace.casts[ref, dtype] = trace.note(instr, (ref,))
+    return made
+
+
+def nesting() -> int:
+    """How many autocast contexts have been entered."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+# ----- what autocast's contexts call ----------------------------------------------------------------------------------
+
+
+def is_enabled() -> bool:
+    trace = current()
+    return cache_enabled() if trace is None else trace.caches_casts
+
+
+def set_enabled(enabled: bool) -> None:
+    if (trace := current()) is None:
+        enable_cache(enabled)
+    else:
+        trace.caches_casts = enabled
+
+
+def clear() -> None:
+    for trace in under_way.traces:
+        trace.casts.clear()
+    clear_cache()
+
+
+contexts = Exchange(
+    {
+        (torch, "is_autocast_cache_enabled"): is_enabled,
+        (torch, "set_autocast_cache_enabled"): set_enabled,
+        (torch, "clear_autocast_cache"): clear,
+    }
+)
