@@ -44,7 +44,7 @@ def rule(*ops: Any) -> Callable[[Callable], Callable]:
     return register
 
 
-def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
+def by_rule(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of what ``op`` returns (arguments as for ``shapes.infer``), or NotImplemented."""
     known = rule_for(op)
     if known is None:

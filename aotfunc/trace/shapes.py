@@ -252,7 +252,7 @@ TOLD: dict[OpOverload, Callable] = {}
 
 def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of the outputs: by our own rule, else as PyTorch says."""
-    from .infer import infer as by_rule
+    from .infer import by_rule
 
     if (told := TOLD.get(op)) is not None:
         return told(*fill(args, sigs))

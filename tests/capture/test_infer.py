@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import aotfunc
 from aotfunc.errors import CaptureError
 from aotfunc.trace import shapes
-from aotfunc.trace.infer import infer, ordered_strides, rule_for
+from aotfunc.trace.infer import by_rule, ordered_strides, rule_for
 from aotfunc.trace.shapes import Slot, contiguous_stride, make_sig
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def mismatches(calls):
     """How many calls the rules answer, and where they differ from the kernels."""
     answered, wrong = 0, []
     for op, args, kwargs, sigs in calls:
-        ours = infer(op, args, kwargs, sigs)
+        ours = by_rule(op, args, kwargs, sigs)
         if ours is NotImplemented:
             continue
         answered += 1
