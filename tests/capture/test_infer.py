@@ -17,7 +17,7 @@ import aotfunc
 from aotfunc.errors import CaptureError
 from aotfunc.trace import shapes
 from aotfunc.trace.infer import by_rule, ordered_strides, rule_for
-from aotfunc.trace.shapes import Slot, contiguous_stride, make_sig
+from aotfunc.trace.shapes import Facts, Sig, Slot, contiguous_stride, encode, make_sig, sig_of
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.complex64, torch.int64, torch.float16)
@@ -36,16 +36,16 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if rule_for(func) is not None and not shapes.Facts(func).dynamic:  # of those no kernel says a shape
+        if rule_for(func) is not None and not Facts(func).dynamic:  # of those no kernel says a shape
             key, sigs = [func], []
 
             def sink(t):
-                sigs.append(shapes.sig_of(t))
+                sigs.append(sig_of(t))
                 return Slot(len(sigs) - 1), sigs[-1]
 
-            template = tuple(shapes.encode(a, key, sink) for a in args)
+            template = tuple(encode(a, key, sink) for a in args)
             key.append("**")
-            ktemplate = {k: shapes.encode(v, key, sink) for k, v in kwargs.items()}
+            ktemplate = {k: encode(v, key, sink) for k, v in kwargs.items()}
             if all(isinstance(x, LITERALS) for x in tree_leaves((template, list(ktemplate.values())))):
                 self.seen.setdefault(tuple(key), (func, template, ktemplate, tuple(sigs)))
         return func(*args, **kwargs)
@@ -118,7 +118,7 @@ def by_kernel(op, args, kwargs, sigs):
 
 def described(outs):
     """An answer with all that must agree; signatures print without strides."""
-    if isinstance(outs, shapes.Sig):
+    if isinstance(outs, Sig):
         return tuple(outs.shape), tuple(outs.stride), outs.dtype, outs.device, outs.offset
     return [described(o) for o in outs] if isinstance(outs, tuple) else outs
 
@@ -304,7 +304,7 @@ def test_a_fresh_process_captures_without_dynamo_and_sympy():
     for program, ops in report["asked"].items():
         for name in ops:
             op = getattr(getattr(torch.ops.aten, name.split(".")[1]), name.split(".")[2])
-            assert shapes.Facts(op).view_of is not None or name.split(".")[1] in QUICK, f"{program}: {name} has no rule"
+            assert Facts(op).view_of is not None or name.split(".")[1] in QUICK, f"{program}: {name} has no rule"
 
 
 ELSEWHERE = {
