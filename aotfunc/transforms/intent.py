@@ -33,7 +33,7 @@ from ..trace.records import instr_op, written_slots
 from ..trace.shapes import Instr, contiguous_stride, fill, make_sig
 from ..trace.traced import HOOKS, Traced, current, quiet, under_way
 from ..trace.tracer import Trace
-from . import module_hooks
+from . import module_hooks, outside_graphs
 from .function import Context, apply_function, call_function, floating
 from .rules.ctc import recordable
 from .rules.packed import padded
@@ -325,7 +325,7 @@ def autograd_grad(
     keys = list(inputs) if isinstance(inputs, dict) else None
     ins = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if keys is not None else inputs)
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
-        return ORIGINALS["grad"](
+        return outside_graphs.along(
             outputs,
             inputs,
             grad_outputs,
@@ -349,57 +349,35 @@ def autograd_grad(
     size = gs[0].shape[0] if is_grads_batched else None  # type: ignore[union-attr]
     refs = [trace.ref_of(o)[0] for o in outs]
     ins = [before_hooks(x) if x.__class__ is Traced and x.tracer is trace else x for x in ins]
-    places = [trace.ref_of(x)[0] for x in ins]
-    check_paths_outside(trace, refs, places)
-    used = [trace.autograd.reaches(ref, refs) for ref in places]
-    if not (all(used) or allow_unused or materialize_grads):
+    inside = functools.partial(gradients_inside, trace, outs, gs, create_graph, size)
+    grads = outside_graphs.gradients(trace, refs, ins, gs, inside, retain_graph, create_graph, is_grads_batched)
+    if any(g is None for g in grads) and not (allow_unused or materialize_grads):
         raise CaptureError(
             f"one of the differentiated tensors was not used to compute the outputs{at(debug.user_line())}; "
             "allow_unused=True returns None for it"
         )
+    if materialize_grads:
+        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, ins, strict=True)]
+    return dict(zip(keys, grads, strict=True)) if keys is not None else tuple(grads)
+
+
+def gradients_inside(
+    trace: Trace, outs: Sequence, gs: Sequence, create_graph: bool, size: int | None, ins: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients in ``ins``, as far as the recording goes: None for those that do not lead to ``outs`` here."""
+    refs = [trace.ref_of(o)[0] for o in outs]
+    used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
+    if not wanted:
+        return [None] * len(ins)
     for x in wanted:
         outside.check_hooks(trace, x, at(debug.user_line()))
-    found: list = []
-    if wanted:
-        sigs = [trace.ref_of(x)[1].start for x in wanted]
-        if size is not None:
-            sigs = [make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs]
-        step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph), size)
-        found = list(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
-    results = [
-        found.pop(0) if yes else torch.zeros_like(x) if materialize_grads else None
-        for x, yes in zip(ins, used, strict=True)
-    ]
-    return dict(zip(keys, results, strict=True)) if keys is not None else tuple(results)
-
-
-def check_paths_outside(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> None:
-    """Refuse a gradient part of which would flow through a graph from outside, which the recording does not see."""
-    real = {**dict(enumerate(trace.origins)), **{-1 - i: t for i, t in enumerate(trace.lifted)}}
-    wanted = [real[ref] for ref in ins if ref in real]
-    for ref, t in real.items() if wanted else ():
-        if t.__class__ is Traced or t.grad_fn is None or not trace.autograd.reaches(ref, outs):
-            continue
-        if any(x is not t and x.__class__ is not Traced and leads_to(t, x) for x in wanted):
-            raise CaptureError(
-                f"a tensor from outside, of shape {list(t.shape)}, was computed there from one that is differentiated "
-                f"here{at(debug.user_line())}: compute it inside, or detach() it"
-            )
-
-
-def leads_to(t: Tensor, x: Tensor) -> bool:
-    """Whether autograd's graph of ``t`` leads back to ``x``."""
-    seen, stack = set(), [t.grad_fn]
-    while stack:
-        fn = stack.pop()
-        if fn is None or fn in seen:
-            continue
-        if fn is x.grad_fn or getattr(fn, "variable", None) is x:
-            return True
-        seen.add(fn)
-        stack.extend(f for f, _ in fn.next_functions)
-    return False
+    sigs = [trace.ref_of(x)[1].start for x in wanted]
+    if size is not None:
+        sigs = [make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs]
+    step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph), size)
+    found = iter(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
+    return [next(found) if yes else None for yes in used]
 
 
 def autograd_backward(

@@ -21,7 +21,7 @@ from ..debug import Line
 from ..graph import Program, cut, draws, size
 from ..trace.emit import Builder, remap, remap_dict
 from ..trace.functionalize import Functionalizer, hidden_write
-from ..trace.records import flat
+from ..trace.records import flat, instr_op
 from ..trace.shapes import Facts, Sig
 from ..trace.views import Link, laid_out, linked
 from .jvp import jvp, tangent_sig
@@ -319,7 +319,20 @@ class GradStep(Step):
         grads = [number(f.b, 0, x.meta["val"]) if g is None else g for g, x in zip(grads, inputs, strict=True)]
         if self.size is not None:
             grads = [f.fitted(g, sig) for g, sig in zip(for_each(f.b, seeds, grads, cotangents, self.size), self.outs)]
+        elif any(g.meta["val"].stride != sig.stride for g, sig in zip(grads, self.outs, strict=True)):
+            roots = f.trace.roots().of
+            viewed = {
+                roots.get(refs[0], refs[0]) for instr, refs, *_ in f.trace.records if instr_op(instr) in BY_LAYOUT
+            }
+            grads = [
+                f.fitted(g, sig) if ref in viewed else g
+                for ref, (g, sig) in enumerate(zip(grads, self.outs, strict=True), f.number)
+            ]
         self.bind(f, grads, grad and self.create_graph)
+
+
+#: views that some layouts have, and others not
+BY_LAYOUT = frozenset((aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default))
 
 
 def for_each(b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Sequence[Node], size: int) -> list[Node]:
