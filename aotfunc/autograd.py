@@ -349,7 +349,7 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
                         env[i] = zeros(b, i)
                 env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
         outs = [None if o in missing else remap(o, env) for o in program.outputs]
-        return Program(b.finish(outs), len(placeholders) - len(absent), len(outs))
+        return Program(b.finish(outs), len(placeholders) - len(absent), len(outs), (), "backward")
 
 
 def zeros(b: Any, n: Node) -> Any:

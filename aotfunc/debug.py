@@ -1,4 +1,4 @@
-"""Where the user's code is, and what AOTFUNC_DEBUG asks for."""
+"""Looking inside: where the user's code is, the programs of a call, and what AOTFUNC_DEBUG asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: AOTFUNC_DEBUG=1 verifies every graph after every pass.
+from .cache import EVERY
+
+#: AOTFUNC_DEBUG: 1 verifies every graph after every pass; 2 also compares every value of a run on the eager backend
+#: with the shape, strides and dtype that its graph says it has; 3 prints every program, 4 the generated Python as well
 LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 
 #: AOTFUNC_TRACEBACK=full shows our frames in the tracebacks of errors.
@@ -129,3 +132,76 @@ def shortened(traceback: TracebackType | None) -> TracebackType | None:
 def at(line: Line | None) -> str:
     """`` (at file:line in function: source)``, or nothing where the line is not known."""
     return f" (at {line})" if line else ""
+
+
+class Stage(NamedTuple):
+    """A program that a call went through: the pass that made it, its code, how many ops it has, and its graph."""
+
+    made_by: str
+    code: str
+    size: int
+    graph: Any
+
+
+class Stages(list[Stage]):
+    """The programs of one call in order; printed, each as Python under a line such as ``# vjp: 31 -> 25 nodes``."""
+
+    def __repr__(self) -> str:
+        parts, before = [], None
+        for made_by, code, size, _ in self:
+            change = f"{size}" if before is None else f"{before} -> {size}"
+            parts.append(f"# {made_by}: {change} nodes\n{code}")
+            before = size
+        return "\n\n".join(parts)
+
+
+#: where programs are noted as they are made, while :func:`stages` watches
+watched: Stages | None = None
+
+
+def note(made_by: str, graph: Any, code: Callable[[], str], size: int) -> None:
+    """Show a new program to :func:`stages`, and under AOTFUNC_DEBUG=3."""
+    if watched is not None and any(graph is stage.graph for stage in watched):
+        return  # only called by another name
+    stage = Stage(made_by, code(), size, graph)
+    if watched is not None:
+        watched.append(stage)
+    if LEVEL >= 3:
+        print(repr(Stages([stage])), end="\n\n", file=sys.stderr)
+
+
+def stages(f: Callable) -> Callable[..., Stages]:
+    """The function ``(*args, **kwargs) -> Stages`` that calls ``f`` and returns the programs that this made, in order.
+
+    ``f`` may be a function that calls transforms, a transformed function, or one compiled by ``jit``, ``aot_function``
+    or ``aot_module``. It is captured anew, as in a fresh process; what was remembered is there again afterwards. A
+    pass that leaves its program as it is makes none.
+
+    >>> stages(grad(lambda x: x.sin()))(torch.zeros(()))
+    # capture: 1 nodes
+    def capture(x):
+        sin = torch.ops.aten.sin.default(x);  x = None
+        return (sin,)
+    <BLANKLINE>
+    # vjp: 1 -> 1 nodes
+    def vjp(x):
+        cos = torch.ops.aten.cos.default(x);  x = None
+        return (cos,)
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Stages:
+        global watched
+        caches = [(cache, vars(cache).copy()) for cache in EVERY]
+        outer, found = watched, Stages()
+        watched = found
+        try:
+            for cache, _ in caches:
+                cache.clear()
+            f(*args, **kwargs)
+        finally:
+            watched = outer
+            for cache, before in caches:
+                vars(cache).update(before)
+        return found
+
+    return call

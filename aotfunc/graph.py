@@ -46,6 +46,8 @@ class Program:
         self.cache: dict[Any, Any] = {}  # what belongs to it: see once
         if debug.LEVEL:
             verify(graph, name)
+        if debug.watched is not None or debug.LEVEL >= 3:
+            debug.note(name, graph, lambda: self.code, size(graph))
 
     @property
     def placeholders(self) -> list[Node]:
@@ -76,6 +78,12 @@ class Program:
         """The same graph with its closed-over tensors among the inputs, and the new values among the results."""
         outs = self.n_outputs + len(self.mutated)
         return self.once("flat", lambda: Program(self.graph, len(self.placeholders), outs, (), self.name))
+
+    @property
+    def code(self) -> str:
+        """The program as a Python function."""
+        text = self.graph.python_code("self").src.strip()
+        return text.replace("def forward(self, ", f"def {self.name.replace(' ', '_') or 'program'}(", 1)
 
     def __repr__(self) -> str:
         return f"<{self.name or 'program'}: {self.signature}, {size(self.graph)} nodes>\n{self.graph}"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from . import backends
+from . import backends, debug
 from .backends.eager import compile_graph
 from .errors import AotfuncError, BackendError
-from .graph import Program, output_node
+from .graph import Program, output_node, size
 from .module import graph_module
 from .partition import min_cut_rematerialization_partition
 from .partition.foreign import cut_by
@@ -118,6 +118,8 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor],
     if table is not None:
         program = decomposed(lowered(program, EVERYTHING), Declining(table()))
     gm = graph_module(program, program.name or "Graph")
+    if debug.watched is not None or debug.LEVEL >= 3:
+        debug.note(f"compiled by {title(compiler)}", gm.graph, lambda: gm.code.strip(), size(gm.graph))
     try:
         fn = compiler(gm, [t.detach() for t in tensors])
     except AotfuncError:
@@ -146,10 +148,11 @@ def partitioned(
     for n, p in zip([n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True):
         n.meta["role"] = p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    return tuple(map(imported, cut_by(partition, gm, inputs, n_early)))  # type: ignore[return-value]
+    early, late = cut_by(partition, gm, inputs, n_early)
+    return imported(early, "forward"), imported(late, "backward")
 
 
-def imported(gm: fx.GraphModule) -> Program:
+def imported(gm: fx.GraphModule, name: str) -> Program:
     """A graph of somebody else's as a program: its metadata becomes signatures."""
     with paused_gc():
         b = builder()
@@ -165,7 +168,7 @@ def imported(gm: fx.GraphModule) -> Program:
                 b.meta = carried(n)
                 env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), sig_from(n.meta["val"]))
         outs = [remap(o, env) for o in output_node(gm.graph).args[0]]
-        return Program(b.finish(outs), count, len(outs))
+        return Program(b.finish(outs), count, len(outs), (), name)
 
 
 def sig_from(val: Any) -> Any:

@@ -3,7 +3,7 @@
 import os
 import signal
 
-os.environ.setdefault("AOTFUNC_DEBUG", "1")  # every pass verifies the graph it leaves, in tests always
+os.environ.setdefault("AOTFUNC_DEBUG", "2")  # graphs are verified and values compared with them, in tests always
 
 import pytest
 import torch

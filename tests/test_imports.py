@@ -25,7 +25,8 @@ ROWS = [
     ("transforms",),
     ("trace", "rules"),
     ("graph",),
-    ("debug", "cache"),
+    ("debug",),
+    ("cache",),
     ("errors",),
 ]
 # Stricter than the rows: a backend does not know that a gradient exists; a rule is plain tensor code beside its table.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,11 +64,13 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
                 name = targets[n.target] = outside(call, f"f{len(targets)}")
             args = [literal(a) for a in n.args] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
             lines.append(f"{n.name} = {name}({', '.join(args)})")
-            if debug.LEVEL:
+            if debug.LEVEL >= 2:
                 lines.append(f"{literal(functools.partial(compare, n))}({n.name})")
         if dead := last.get(n):
             lines.append(f"del {', '.join([d.name for d in dead])}")
     source = f"def run({', '.join(parameters)}):\n    " + "\n    ".join(lines)
+    if debug.LEVEL >= 4:
+        print(source, end="\n\n", file=sys.stderr)
     exec(compile(source, "<aotfunc>", "exec"), env)
     fn = env["run"]
     fn.source = source

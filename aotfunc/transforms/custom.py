@@ -165,7 +165,7 @@ class CustomDerivative:
             dims = [0] * len(given) + [0 if yes else None for yes in flags[here]]
             sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *(r.meta["val"] for r in rest[here])]
             outs = [0 if isinstance(o, Node) else None for o in program.outputs]
-            whole = Program(program.graph, len(dims), program.n_outputs)
+            whole = Program(program.graph, len(dims), program.n_outputs, (), program.name)
             return Part(vmap(whole, dims, sigs, walk.size, walk.randomness, outs), part.first, part.n_residuals)
 
         d = self.batched(walk, tuple(x.meta["val"] for x in new[len(inputs) :]), batched)

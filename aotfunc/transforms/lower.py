@@ -55,4 +55,4 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
                 else:
                     env[n] = b.node(target, args, {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"])
         outs = remap(program.outputs, env)
-        return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name)
+        return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "lower")

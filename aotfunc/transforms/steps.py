@@ -268,7 +268,8 @@ class CompiledCall:
 
         def make() -> Program:
             dims = [0 if yes else None for yes in flags]
-            whole = Program(self.program.graph, len(n.args), self.program.n_outputs, self.program.mutated)
+            base = self.program
+            whole = Program(base.graph, len(n.args), base.n_outputs, base.mutated, base.name)
             outs = [0 if isinstance(o, Node) else None for o in self.program.outputs[: self.program.n_outputs]]
             return vmap(whole, dims, sigs, walk.size, walk.randomness, outs, walk.strict)
 
@@ -344,7 +345,7 @@ def for_each(b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Seq
     for n in nodes:
         if n not in env:
             env[n] = inner.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
-    program = Program(inner.finish(remap(tuple(outs), env)), count, len(outs))
+    program = Program(inner.finish(remap(tuple(outs), env)), count, len(outs), (), "each")
     dims = [0] * len(inputs) + [None] * len(residuals)
     given = [*batch, *residuals]
     each = vmap(program, dims, [x.meta["val"] for x in given], size, "same", [0] * len(outs))

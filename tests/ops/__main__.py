@@ -51,7 +51,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> subprocess.Popen:
-        env = {**os.environ, "AOTFUNC_DEBUG": os.environ.get("AOTFUNC_DEBUG", "1")}
+        env = {**os.environ, "AOTFUNC_DEBUG": os.environ.get("AOTFUNC_DEBUG", "2")}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         return subprocess.Popen([sys.executable, *self.command], **pipes, text=True, env=env)
 

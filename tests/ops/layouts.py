@@ -211,7 +211,7 @@ def cells(name: str) -> list[tuple[str, str]]:
 def work() -> None:
     """A worker: a cell comes in, its outcome goes out, a line of JSON each."""
     torch.set_num_threads(1)
-    debug.LEVEL = 1
+    debug.LEVEL = 2
     for line in sys.stdin:
         _, name, dtype, cell = json.loads(line)
         print(json.dumps(check(name, dtype, *cell.split("@"))), flush=True)

@@ -19,7 +19,7 @@ CELLS = [("vjp", "anyhow"), ("jvp", "column"), ("vmap", "channels_last"), ("vjpj
 def compared(monkeypatch):
     """Every value is compared with what the graph says of it, in code that is made now."""
     aotfunc.clear_caches()
-    monkeypatch.setattr(debug, "LEVEL", 1)
+    monkeypatch.setattr(debug, "LEVEL", 2)
     yield
     aotfunc.clear_caches()
 
