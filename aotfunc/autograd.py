@@ -25,12 +25,11 @@ from .run import before_writes, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
-from .trace.shapes import Sig
 from .trace.views import laid_out
 from .transforms.custom import CustomDerivative
 from .transforms.lower import CALLS, lowered
 from .transforms.steps import CompiledCall
-from .transforms.vjp import active_nodes, dense, given_zeros, live, sources, vjp
+from .transforms.vjp import active_nodes, dense, live, sources, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
@@ -161,17 +160,6 @@ class Halves:
             found = self._backwards[have] = CompiledCall(smaller, half.compile, half.split, half.__name__)
         return found
 
-    def zeros(self, have: tuple[bool, ...]) -> dict[int, Sig]:
-        """The inputs to which zeros go where only some results have a cotangent, and nothing else."""
-
-        def find() -> dict[int, Sig]:
-            nodes, flags = self.program.graph.nodes, iter(have)
-            ends = [o for o, yes in zip(self.program.outputs, self.live, strict=True) if yes and next(flags)]
-            inputs = {p: i for i, p in enumerate(self.program.placeholders) if i in self.wrt}
-            return {inputs[p]: p.meta["val"] for p in given_zeros(nodes, ends, list(inputs))}
-
-        return self.program.once(("zeros", self.wrt, have), find)
-
     def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
         """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
 
@@ -246,9 +234,6 @@ class Differentiated(torch.autograd.Function):
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = None
         found = dict(zip(halves.wrt, grads, strict=True))
-        for i, sig in halves.zeros(have).items():
-            if found[i] is None and i in inputs:
-                found[i] = torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
         return *[None] * 6, *[found[i] for i in inputs]
 
 

@@ -112,17 +112,6 @@ class CustomDerivative:
             cts = [g[i] if i in g else number(b, 0, self.vals[i]) for i in places]
         return inputs, spliced(b, part, cts, residuals)
 
-    def reached(self, n: Node, results: set[int], active: Any) -> list:
-        """The inputs to which the backward of these results gives something: all, where it could not be recorded."""
-        inputs, _, _ = self.parts(n)
-        have = tuple(i in results for i, v in enumerate(self.vals) if v.differentiable)
-        backward = self.backward_for([x in active for x in inputs])
-        part = backward.get(have, backward.get(None))
-        part = part.part() if isinstance(part, Later) else part
-        if not isinstance(part, Part):
-            return inputs
-        return [x for x, g in zip(inputs, part.program.outputs, strict=True) if g is not None]
-
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         inputs, _, residuals = self.parts(n)
         residuals = [remap(r, env) if k is None else b.item(new, k) for r, k in zip(residuals, self.saved, strict=True)]

@@ -22,7 +22,7 @@ from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import dead_end, hidden_write, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
-from .rules.table import RULES, full_args, tensor_args
+from .rules.table import RULES, full_args, tensor_args, zeros
 from .walk import apply, builder, errors_of, number, outputs_of, traced
 
 aten = torch.ops.aten
@@ -124,11 +124,12 @@ def plain(n: Node) -> bool:
 def reverse(
     b: Builder, outs: Sequence[Any], cts: Sequence[Node | None], wrt: Sequence[Node], recompute: bool = False
 ) -> list[Node | None]:
-    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing depends.
+    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing depends. Zeros, which
+    ops with a derivative of zero give, are handed on as others are: autograd sees what they are multiplied by.
 
     With ``recompute`` the values of checkpointed regions are computed again instead of kept.
     """
-    active = active_nodes(list(b.graph.nodes), wrt)
+    active = active_nodes(list(b.graph.nodes), wrt, zeros=True)
     regions = Regions(b) if recompute else None
     ct: dict[Node, Any] = {}
 
@@ -167,6 +168,8 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     read values of.
     """
     op = n.target
+    if op is dead_end:
+        return [], []
     if op is hidden_write:
         return [n.args[0]], [g]
     if op is once:
@@ -206,7 +209,7 @@ def vjp_make(n: Node) -> Any:
     """How to build the reverse fragment of this node's op: its own rule, PyTorch's formula, or its decomposition."""
     op = n.target
     line = RULES.get(op)
-    rule = line.vjp if line is not None else None
+    rule = None if line is None else no_slope if line.zero else line.vjp
 
     def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
         if rule is not None:
@@ -220,6 +223,10 @@ def vjp_make(n: Node) -> Any:
             return decomposed(b, n, needs, g, args, why)
 
     return make
+
+
+def no_slope(g: Tensor, out: Tensor, *args: Any, needs: tuple[bool, ...]) -> list[Tensor]:
+    return [zeros(g)] * len(needs)
 
 
 def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Exception) -> Any:
@@ -314,36 +321,13 @@ def vjp(
         if ones:
             seeds = [number(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)]
         grads = reverse(b, results, seeds, wanted, recompute)
-        ends = [o for o, g in zip(results, seeds, strict=True) if g is not None]
-        missing = [x for x, g in zip(wanted, grads, strict=True) if g is None]
-        zeros = missing if fill else given_zeros(b.graph.nodes, ends, missing) if missing else ()
-        grads = [number(b, 0, x.meta["val"]) if x in zeros else g for x, g in zip(wanted, grads, strict=True)]
+        if fill:
+            grads = [number(b, 0, x.meta["val"]) if g is None else g for x, g in zip(wanted, grads, strict=True)]
         first = [*(results if keep is None else [results[i] for i in keep]), *grads]
         count = 0 if ones else sum(bool(c) for c in cts)
         mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
         graph = b.finish([*first, *outs[program.n_outputs :]])
         return Program(graph, program.n_inputs + count, len(first), mutated, "vjp")
-
-
-def given_zeros(nodes: Any, outs: Sequence[Any], inputs: Sequence[Node]) -> list[Node]:
-    """Those of ``inputs``, to which no derivative leads from ``outs``, that autograd gives zeros: there are ops on the
-    way that have a derivative of zero, and no Function that gives nothing.
-    """
-    active = active_nodes(nodes, inputs, zeros=True)
-    found: set[Any] = {o for o in outs if o in active}
-    zeros: set[Any] = set()
-    results: dict[Node, set[int]] = {}  # of nodes with several, those that a gradient reaches
-    for n in reversed(list(active)):
-        if n not in found or n.op != "call_function" or n.target is dead_end:
-            continue
-        if n.target is operator.getitem:
-            results.setdefault(n.args[0], set()).add(n.args[1])  # type: ignore[arg-type]
-        reached = getattr(n.target, "reached", None)
-        before = sources(n) if reached is None else reached(n, results.get(n, set()), active)
-        found.update(before)
-        if n in zeros or ((line := RULES.get(n.target)) and line.zero):
-            zeros.update(before)
-    return [x for x in inputs if x in zeros]
 
 
 def role(p: Node) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from .table import aten, elementwise, jvp_of, linear, pointwise, rule_of, tensor_args, total, vjp_of, vmap_of
+from .table import aten, elementwise, jvp_of, linear, pointwise, tensor_args, total, vjp_of, vmap_of, zeros
 
 
 def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
@@ -277,7 +277,8 @@ for op in (aten.clamp_min.default, aten.clamp_min.Tensor):
 for op in (aten.clamp_max.default, aten.clamp_max.Tensor):
     pointwise(op, lambda g, out, x, high: keep(x <= high, g), lambda g, out, x, high: keep(x > high, g))
 for op in functional(aten.copysign):
-    pointwise(op, lambda g, out, x, y: g * (out / x).masked_fill(x == 0, 0))
+    signs = (zeros,) if len(tensor_args(op)) > 1 else ()
+    pointwise(op, lambda g, out, x, y: g * (out / x).masked_fill(x == 0, 0), *signs)
 pointwise(aten.nextafter, lambda g, out, x, y: keep(x != y, g))
 pointwise(aten.nan_to_num, lambda g, out, x: g * (x - x == 0))
 pointwise(
@@ -332,9 +333,9 @@ def _(g: Tensor, out: Tensor) -> list[Tensor]:
 
 
 @vjp_of(aten.angle)
-def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor | None]:
+def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor]:
     if not z.is_complex():
-        return [None]
+        return [zeros(g)]
     return [torch.where(z == 0, 0, g * 1j / z.conj())]
 
 
@@ -351,8 +352,8 @@ def across(t: Tensor, out: Tensor, z: Tensor) -> Tensor:
 
 
 @vjp_of(aten.sgn)
-def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor | None]:
-    return [across(g, out, z) if z.is_complex() else None]
+def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor]:
+    return [across(g, out, z) if z.is_complex() else zeros(g)]
 
 
 @jvp_of(aten.sgn)
@@ -362,8 +363,6 @@ def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
 
 for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sgn.default):
     vmap_of(op)(elementwise(op))
-for op in (aten.angle, aten.sgn):
-    rule_of(op).zero = True
 
 
 # ----- copies ---------------------------------------------------------------------------------------------------------

@@ -250,6 +250,11 @@ def nondiff(
             line.vmap = adapt(batch(overload(op)), 0)
 
 
+def zeros(g: Tensor, *_: Any) -> Tensor:
+    """The formula of a derivative that is zero: no value of ``g`` counts, but where that is not there nothing is."""
+    return aten.zero.default(g).detach()
+
+
 def opened_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
     """Where there is neither a rule nor a formula of PyTorch's, ``op`` is transformed as what ``body(*args)`` does."""
     OPENED[overload(op)] = body
