@@ -2,6 +2,8 @@
 
 from .trace.collector import paused_gc
 
+__version__ = "0.1.0"
+
 with paused_gc():  # of the objects that PyTorch has made by now, one collection takes longer than these imports
     from .aot import aot_function as aot_function
     from .aot import aot_module as aot_module
