@@ -35,7 +35,8 @@ from .transforms.vmap import vmap
 
 
 class Samples(NamedTuple):
-    """Of what the inputs of a recording under ``vmap`` are samples: one dimension (or None) for each of them."""
+    """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each (None: unbatched), the
+    size of the batch, and ``randomness``."""
 
     dims: tuple[int | None, ...]
     size: int
@@ -179,7 +180,7 @@ def steady(instr: Any) -> bool:
 
 
 def part(records: Sequence[Record], number: int, numbers: Sequence[float]) -> tuple[list[int], Program]:
-    """Steps, of which the first makes the value ``number``, as a program of those values that they read and do not
+    """Steps, the first of which makes the value ``number``, as a program of those values that they read and do not
     make; it returns all that they make. A loop's rounds are the same program. The Python ``numbers`` are literals.
     """
     read: dict[int, Sig] = {}
@@ -302,7 +303,7 @@ def compiled(program: Program) -> Callable[..., tuple]:
 
 
 def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
-    """The program's results on real tensors, as the only sample; generators of random numbers are left as they were."""
+    """Run the program on real tensors, add a leading dimension of 1 to the results, and restore the generators."""
     states = [(g, g.get_state()) for g in generators([]) | set(named_generators(program.graph.nodes))]
     reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in inputs]
     if not all(map(has_values, reals)):

@@ -33,7 +33,7 @@ from .transforms.vjp import active_nodes, dense, live, sources, vjp
 from .transforms.walk import builder
 
 aten = torch.ops.aten
-#: nodes of autograd for one call, each of which has a backward graph of its own
+#: nodes of autograd for one call, each with a backward graph of its own
 MANY = 8
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
@@ -173,7 +173,7 @@ class Halves:
 
 
 def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
-    """The results of a call of which some have a derivative, new values of written inputs included."""
+    """The results of a call and the new values of written inputs, if some of them have a derivative."""
     given, before = halves.unwritten(tensors), states(halves.call.program)
     with torch.no_grad():
         outs = owned(halves.forward(*given), halves.count, given)
@@ -210,7 +210,7 @@ class Differentiated(torch.autograd.Function):
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
         # not saved tensors: a plain backward must not mind if one that it does not read has changed
-        ctx.inputs = needed  # of which the gradients may depend, though the results do not
+        ctx.inputs = needed  # their gradients may depend on it, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
         ctx.dtype = torch.get_default_dtype()
         return tuple(results)
@@ -306,9 +306,10 @@ def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
 
 
 def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:
-    """A backward half of which some of the ``count`` cotangents, its last inputs, do not arrive.
+    """A backward half without those of its ``count`` cotangents, the last inputs, that do not arrive.
 
-    What depends on them alone is not computed, for 0 * inf is not 0; a gradient of which nothing is left is None.
+    What depends on absent cotangents alone is dropped (feeding zeros would give 0 * inf = nan); a gradient without
+    terms is None.
     """
     placeholders = program.placeholders
     cotangents = placeholders[len(placeholders) - count :]

@@ -18,7 +18,7 @@ class Cache:
     goes.
 
     Entries live in two generations. Whatever is put, or found, is young; when the young ones weigh half of the limit
-    they become the old ones, and the old ones that nobody asked for meanwhile go. So a hit costs one look-up and no
+    they become the old ones, and the old ones that were not asked for meanwhile go. So a hit costs one look-up and no
     bookkeeping, and threads need no lock: what they may lose is an entry, which is made again.
     """
 

@@ -187,7 +187,7 @@ class Compiled:
         self.entries = Cache(NODES, weight_of)
         self.recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         self.names = Names()
-        self.captures = 0  # how often f has been captured, for whatever signature
+        self.captures = 0  # how often f has been captured, for all signatures
         self.history: list[Facts] = []  # of the first captures
         self.last: tuple[list[Facts], Facts] | None = None  # the entries before the last capture, and that
         self.changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed

@@ -32,7 +32,7 @@ _is_user: dict[str, bool] = {}  # by file: a code object that Dynamo made need n
 
 
 class Line(NamedTuple):
-    """A place in the user's code, kept unrendered until somebody reads it."""
+    """A place in the user's code, rendered when it is read."""
 
     code: CodeType
     number: int

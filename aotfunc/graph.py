@@ -115,7 +115,7 @@ def cut(
 ) -> tuple[list[Node], list[Node], list[Node]]:
     """Split by reachability: ``(early nodes, late nodes, residuals)``.
 
-    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that somebody needs is
+    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that is needed is
     early; residuals are the early values (or other placeholders) that late nodes or late outputs read.
     """
     dependent = set(late_inputs)
@@ -157,7 +157,7 @@ def cut(
 
 
 def kept_alive(n: Node) -> bool:
-    """Whether a node must stay although nobody reads it: a draw moves the generator on, an effect is seen outside."""
+    """Whether a node must stay although it is not read: a draw moves the generator on, an effect is seen outside."""
     target = n.target
     if isinstance(target, OpOverload):
         schema = target._schema

@@ -80,7 +80,7 @@ class LazyMode(FakeTensorMode):
 
 
 class Meta(dict):
-    """A node's metadata that is made when somebody looks: FakeTensors and the text of the user's line."""
+    """A node's metadata that is made when it is read: FakeTensors and the text of the user's line."""
 
     __slots__ = ("fakes",)
 
@@ -145,7 +145,7 @@ def graph_module(
     dissolve: frozenset[str] = EVERYTHING,
     names: Sequence[str] = (),
 ) -> Specialised:
-    """The program as a module of its own, for somebody else: real metadata (FakeTensors), names counted anew.
+    """Export the program as a module of its own: FakeTensors in ``meta["val"]``, names numbered anew.
 
     The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes)
     -> tree`` arranges the results (default: a flat tuple). ``dissolve`` says what is removed, see

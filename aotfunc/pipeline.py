@@ -153,7 +153,7 @@ def partitioned(
 
 
 def imported(gm: fx.GraphModule, name: str) -> Program:
-    """A graph of somebody else's as a program: its metadata becomes signatures."""
+    """A foreign graph as a program: its metadata becomes signatures."""
     with paused_gc():
         b = builder()
         env: dict[Node, Any] = {}

@@ -1,4 +1,4 @@
-"""Random numbers drawn again: the generators of a program, put back into the states of an earlier run for a while."""
+"""Random numbers drawn again: set the generators of a program to the states of an earlier run inside a block."""
 
 from __future__ import annotations
 

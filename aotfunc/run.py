@@ -114,8 +114,8 @@ def beyond_autograd(program: Program) -> bool:
 
 
 class Differentiable(torch.autograd.Function):
-    """A program whose derivative autograd must take from us: its backward is the program's own reverse mode, run the
-    same way, so that it is differentiable again; random numbers that it draws again are those of the forward.
+    """An un-jitted program as one autograd node. Its backward is our vjp of the program, run in the same way and so
+    differentiable again; random numbers that it draws again are those of the forward.
     """
 
     generate_vmap_rule = True

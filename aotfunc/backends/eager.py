@@ -101,7 +101,7 @@ def flat(x: Any) -> list:
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """For each node, the values that nobody reads after it (inputs included: the caller decides how long they live)."""
+    """For each node, the values that are not read after it (inputs included: the caller decides how long they live)."""
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for n in reversed(graph.nodes):

@@ -94,7 +94,7 @@ def tensor_facts(t: Tensor) -> TensorFacts:
 
 
 class Named(NamedTuple):
-    """An object of which only its identity counts."""
+    """An object that is known by its identity alone."""
 
     name: str
     number: int

@@ -36,7 +36,7 @@ _NOT_CALLED = frozenset(
     | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
 )
 _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
-#: classes of which the instances are what is in them
+#: classes whose instances are known by what is in them
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 #: libraries' classes whose methods compute with their attributes

@@ -120,7 +120,7 @@ def immutable(x: Any) -> bool:
 
 
 def pristine(x: Any, known: set[int], titled: Callable[[], str]) -> Any:
-    """A copy of an object that the function has made, of which each call gets a copy in turn."""
+    """A copy of an object that the function has made: each call gets another one."""
 
     class Memo(dict):
         def get(self, key: Any, default: Any = None) -> Any:

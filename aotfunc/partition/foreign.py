@@ -65,7 +65,7 @@ def set_outputs(gm: fx.GraphModule, values: list[Any]) -> None:
 
 
 def erase_leftovers(backward: fx.GraphModule, early: set[str]) -> None:
-    """Drop the draws of the forward that stand in the backward and that nobody reads: PyTorch copies them along, and
+    """Drop the draws of the forward that stand in the backward and are not read: PyTorch copies them along, and
     no elimination of dead code dares to take them away.
     """
     for n in reversed(backward.graph.nodes):

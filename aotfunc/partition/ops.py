@@ -101,7 +101,7 @@ def writes(n: Node) -> bool:
 
 
 def is_pinned(n: Node) -> bool:
-    """Whether the node must run where ``f`` ran it, in order and though nobody may read it: draws and effects."""
+    """Whether the node must run where ``f`` ran it, in order though it may not be read: draws and effects."""
     return n.op not in ("placeholder", "get_attr", "output") and (is_random(n) or has_effect(n))
 
 

@@ -89,7 +89,7 @@ def choose(joint: Joint, cost: Cost, price: float) -> dict[Node, str]:
         n = nodes[i]
         fixed = INF if n.op == "placeholder" or once(n) or i in border else 0.0
         time = cost.time(n)
-        # the price of a second run; inside a checkpointed region it was ordered, and only tells equal ways apart
+        # the price of a second run; inside a checkpointed region that was asked for, and the price only breaks ties
         second = time and (min(price, 1.0) * time if i in inside else price * time)
         again.append(fixed or second)
         redo.append(fixed or (second if joint.forward[i] else 0.0))

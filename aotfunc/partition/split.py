@@ -92,7 +92,7 @@ class Copy:
         self.env: dict[Node, Node] = {}
 
     def node(self, n: Node) -> Node:
-        # arguments come afterwards: given at once, they would be searched for stray sizes, half of the time
+        # arguments come afterwards: create_node searches those it is given for SymInts, half of its time
         new = self.graph.create_node(n.op, n.target, name=n.name, type_expr=n.type)
         if n.args:
             new.args = self.map(n.args)

@@ -92,7 +92,7 @@ class Autograd:
         return t.sig.differentiable and ref in self.active()
 
     def active(self) -> set[int]:
-        """The values that a path from a leaf leads to; worked out as far as the recording has come."""
+        """The values that depend differentiably on a leaf, among those recorded so far."""
         return self.reach().active
 
     def reach(self) -> Reach:

@@ -78,7 +78,7 @@ class Builder:
         return name
 
     def make(self, op: str, target: Any, args: tuple, kwargs: dict, val: Any, name: str | None = None) -> Node:
-        """Append a node, no questions asked."""
+        """Append a node, neither rewritten nor merged."""
         if name is None:
             name = base_name(target)
         name = self.name(name)
@@ -172,7 +172,7 @@ class Builder:
         return remap(outputs, env)
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:
-        """End the graph with this flat tuple of outputs and drop what nobody reads (draws and effects stay)."""
+        """End the graph with this flat tuple of outputs and drop what is not read (draws and effects stay)."""
         return self.finish_tree(tuple(outputs))
 
     def finish_tree(self, tree: Any) -> fx.Graph:

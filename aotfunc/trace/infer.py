@@ -177,7 +177,7 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
         strides.append([0] * lead + [0 if n == 1 and m != 1 else step for n, step, m in moved])
 
     def compare(a: int, b: int) -> int:
-        """1 if ``a`` belongs outside of ``b``, -1 if inside, 0 if nobody says."""
+        """1 if dimension ``a`` is the outer one, -1 if the inner one, 0 if no operand decides."""
         for stride in strides:
             sa, sb = stride[a], stride[b]
             if sa and sb:
@@ -252,7 +252,7 @@ def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
 @cache
 def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
     """A tensor that asks a kernel for its result dtype: with dimensions and without elements, or a single number."""
-    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():  # nobody outside must get hold of it
+    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():  # wrapped by no mode
         return torch.empty(0, dtype=dtype, device="cpu") if dimensions else torch.ones((), dtype=dtype, device="cpu")
 
 

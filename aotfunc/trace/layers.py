@@ -52,7 +52,9 @@ def _log_sigmoid(x):
 
 @rule(aten._ctc_loss.Tensor)
 def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
-    """As long as the longest target may be: how the loss is recorded, there is one of that length."""
+    """The signatures of the loss and its buffer; ``rules/ctc.py`` appends a target of maximal length, and the buffer
+    has that length.
+    """
     sure(log_probs.dtype.is_floating_point and log_probs.ndim == 3 and targets.ndim == 2)
     steps, n, _ = log_probs.shape
     sure(targets.shape[0] == input_lengths.numel == target_lengths.numel == n)

@@ -29,5 +29,5 @@ def redirect(name: str, f: types.FunctionType, ours: Callable | None, template: 
     f.__globals__["_aotfunc_recording"] = recorded
     f.__globals__[f"_aotfunc_{name}"] = ours
     f.__globals__[f"_torch_{name}"] = original
-    code = f.__code__  # whoever reads the source (TorchScript does) finds torch's
+    code = f.__code__  # a reader of the source, as TorchScript, finds torch's
     f.__code__ = template.__code__.replace(co_filename=code.co_filename, co_firstlineno=code.co_firstlineno)

@@ -81,7 +81,7 @@ def contiguous_stride(shape: tuple) -> tuple:
     return tuple(reversed(strides))
 
 
-#: equal signatures of which one was forgotten are not identical, and only miss caches and rewritings
+#: two equal signatures are not identical after one was forgotten: they only miss caches and rewritings
 _sigs = Cache(1 << 14)
 
 

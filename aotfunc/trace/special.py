@@ -29,8 +29,8 @@ _DISTRIBUTIONS = os.path.join(os.path.dirname(torch.__file__), "distributions", 
 
 
 def _conj(trace: Trace, x: Tensor) -> Tensor:
-    """A view, through which writes go; but traced values have no lazy conjugate bit, so what it shows is computed, laid
-    out as the result of an op.
+    """Record ``conj`` as a view, so that writes pass through, and compute its value at once: traced values have no lazy
+    conjugate bit.
     """
     if not x.is_complex():
         return x

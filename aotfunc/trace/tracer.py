@@ -455,7 +455,7 @@ class Trace(TorchDispatchMode):
             self.followed = None
 
     def key(self) -> tuple:
-        """What two recordings have in common that differ only in the data they would run on."""
+        """A key that is equal for recordings of the same ops, signatures and wiring."""
         memory = self.layout() if self.mutates else None
         if self.placed:
             records = tuple([r[:4] for r in self.records])
@@ -501,7 +501,7 @@ class Trace(TorchDispatchMode):
     # ----- values on request ------------------------------------------------------------------------------------------
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
-        """The real value of ``t``: what has been recorded so far is run on the concrete inputs."""
+        """The real value of ``t``: replay the recording on the concrete inputs."""
         return self.answer(lambda value: value, [t], what)
 
     def answer(self, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:

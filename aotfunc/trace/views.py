@@ -1,4 +1,4 @@
-"""Views as links of a chain: looking through one, and what it means for its base that something was written to it."""
+"""Chains of views: ``forward`` replays one on its base, ``inverse`` writes through it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 class Later:
-    """A Part that is recorded when it is asked for: a derivative that calls its own Function has no last one."""
+    """A Part that is recorded when it is asked for: a backward that applies its own Function would recurse for ever."""
 
     def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
         self.make, self.first, self.n_residuals = make, first, n_residuals

@@ -216,7 +216,9 @@ def custom_derivative(
 
 
 def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
-    """Which cotangents may be there: whichever, as zeros where absent; without materialisation each case by itself."""
+    """The sets of cotangents that a backward is recorded for: ``[None]`` with materialised gradients, where absent ones
+    are zeros; otherwise every set that is not empty.
+    """
     if materialize or count > 4:
         return [None]
     return [p for p in itertools.product((True, False), repeat=count) if any(p)]
@@ -238,7 +240,7 @@ def listed(result: Any) -> list:
 
 def gradients_of(args: Any, backward: Callable) -> Callable:
     """The backward, returning one gradient per tensor argument as autograd takes it: of the argument's shape and
-    dtype, None for integers. It runs as where nobody has switched autocast on: a backward belongs outside of it.
+    dtype, None for integers. It runs without autocast: a backward belongs outside of it.
     """
     last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
     body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
@@ -296,7 +298,7 @@ def held(ctx: Context) -> tuple[Context, list[Tensor]]:
 
 
 def with_tensors(ctx: Context, put: Callable[[Any], Any]) -> Context:
-    """A copy of a context with everything that it keeps put in other words."""
+    """A copy of ``ctx`` with ``put`` applied to each value that it keeps."""
     new = copy.copy(ctx)
     for name, value in vars(ctx).items():
         setattr(new, name, put(value))

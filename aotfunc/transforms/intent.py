@@ -84,7 +84,7 @@ def install() -> None:
 
 
 def undisturbed(f: Callable) -> None:
-    """Let a function that PyTorch keeps Dynamo out of import it no sooner than somebody else does."""
+    """Let a function that PyTorch keeps Dynamo out of import it no sooner than other code does."""
     body = f.__wrapped__  # type: ignore[attr-defined]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -453,8 +453,8 @@ def keep_saved(trace: Trace, start: int, context: Any) -> None:
 
 
 def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Function.apply`` inside a recording; reentrant checkpointing comes this way too. Compiled for arguments none of
-    which requires grad, it has no derivative of what it closes over either.
+    """``Function.apply`` inside a recording; reentrant checkpoints are Functions, too. Without an argument that
+    requires grad a compiled one has no derivative of what it closes over either.
     """
     if cls is not torch_checkpoint.CheckpointFunction:
         return apply_function(cls, *args, **kwargs)

@@ -30,8 +30,8 @@ class Call(NamedTuple):
 
 
 class OpaqueForward(Step):
-    """A call of ``forward``, made with real tensors when the graph runs. Its results are constants to every derivative,
-    as the Function's own derivative goes over it.
+    """A call of ``forward``, made with real tensors when the graph runs. It is not differentiated:
+    the derivative is that of the Function.
     """
 
     def __init__(self, call: Call, vals: tuple[Sig, ...]) -> None:

@@ -331,7 +331,7 @@ def vjp(
 
 
 def role(p: Node) -> str:
-    """A parameter stays one; anything else that a program takes is a primal of what is made of it."""
+    """The role of a placeholder in the derived program: "param" stays, everything else becomes "primal"."""
     return "param" if p.meta.get("role") == "param" else "primal"
 
 

@@ -111,8 +111,8 @@ class Batch:
         return self.b.call(aten.expand.default, new, [self.size, *new.meta["val"].shape])
 
     def make(self, n: Node) -> Any:
-        """How to build the batched op: its own rule (unless that returns NotImplemented), PyTorch's rule, what the op
-        consists of, a loop. With the result goes a list of the ops that were looped over.
+        """Build the batched op by the first that answers: our rule (it may return NotImplemented), PyTorch's batching
+        rule, the decomposition, a loop. Return ``(result, looped ops)``.
         """
         op = n.target
         line = RULES.get(op)
@@ -122,7 +122,7 @@ class Batch:
         want = n.meta["val"]
 
         def make(b: Builder, flags: tuple, size: int, *args: Any) -> Any:
-            if not size:  # whatever the op computes
+            if not size:  # for every op
                 return traced(lambda *_: loops.no_samples(want))(b, *args), []
             full = list(args)
             if rule is not None:
@@ -310,7 +310,7 @@ def vmap(
 
 
 def shared_write(target: Node, value: Node) -> str:
-    """What is wrong with writing a value that differs between samples to a tensor that does not."""
+    """The error for writing a batched value to an unbatched tensor."""
     text = (
         f"vmap: a tensor that is the same for all samples ({target.name}) was written with a value that differs "
         f"between samples{at(value.meta.get('line'))}; make it an input with its own in_dims"

@@ -41,7 +41,7 @@ class Fragment:
     def __init__(self, graph: fx.Graph, outputs: Any) -> None:
         self.nodes = [n for n in graph.nodes if n.op != "output"]
         for n in self.nodes:
-            n.meta = {"val": n.meta["val"]}  # the line is that of the op it is copied for
+            n.meta = {"val": n.meta["val"]}  # splice adds the line of the op that the rule is for
         self.outputs = outputs
 
 

@@ -18,7 +18,7 @@ NEG = aten.neg.default
 
 
 def is_bool(x: Any) -> bool:
-    """Whether this is a tensor of truth values, of which no difference can be taken."""
+    """Whether this is a tensor of truth values, which cannot be subtracted."""
     return x.__class__ is Node and x.meta["val"].dtype is torch.bool
 
 

@@ -1,4 +1,4 @@
-"""Copies that nobody needs, writes that are overwritten, and dimensions counted from the front."""
+"""Copies that are not needed, writes that are overwritten, and dimensions counted from the front."""
 
 from __future__ import annotations
 

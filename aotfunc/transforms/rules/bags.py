@@ -3,7 +3,7 @@
 A batch is the samples' tables one below the other, their bags one after another.
 
 A call for a whole batch reads rows of one table of ``B * R`` rows, at indices that are moved on by ``R`` from sample to
-sample. The padding row must keep a number that all samples share: they use that of the first, which nobody reads.
+sample. The padding row must keep a number that all samples share: they use that of the first, which is not read.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _(
     out, _, _, largest = aten._embedding_bag(
         weight.flatten(0, 1), *where, by_freq, mode, False, flat, last, padding_idx
     )
-    # What the kernel leaves for the reverse pass has other shapes in other cases: it is worked out here.
+    # The shapes of what the kernel saves depend on its arguments: compute it here.
     begin = offsets[:, :bags].contiguous()
     number = torch.arange(n, device=indices.device, dtype=begin.dtype).expand(size, n)
     bag_of = torch.searchsorted(begin, number.contiguous(), right=True) - 1

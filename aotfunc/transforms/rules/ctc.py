@@ -27,8 +27,8 @@ def recordable(
     reduction: str,
     zero_infinity: bool,
 ) -> Tensor:
-    """``F.ctc_loss`` without what a recording cannot see: a tensor of the lengths that C++ fills in, and a buffer as
-    long as the longest target. One more example, with a target as long as can be, makes that length known.
+    """``F.ctc_loss`` with buffers of a known size: append one dummy example whose target has maximal length. (C++ fills
+    a tensor of lengths, and makes a buffer as long as the longest, which a recording cannot see.)
     """
 
     def each(*args: Any) -> Tensor:

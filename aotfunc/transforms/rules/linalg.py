@@ -303,7 +303,7 @@ def _(g, out, a, b, rcond, *, needs):
         if needs[0]:
             tall = a.shape[-2] >= a.shape[-1]
             ga.append(-(back @ x.mH))
-            if tall:  # a moves what it leaves over of b
+            if tall:  # the term of the residual b - a @ x
                 ga.append((b - a @ x) @ (inverse @ back).mH)
             else:  # a moves the subspace that x lies in
                 ga.append((inverse.mH @ x) @ (gx - a.mH @ back).mH)

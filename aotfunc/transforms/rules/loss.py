@@ -196,7 +196,7 @@ def elementwise_loss(
 
 
 def unweighted(needs: tuple[bool, ...], op: OpOverloadPacket) -> None:
-    """Refuse a derivative that nobody has written."""
+    """Refuse a derivative that is not written."""
     if any(needs):
         raise NotImplementedError(f"{op} has no derivative with respect to its weight; detach the weight")
 

@@ -1,6 +1,6 @@
 """Batching of oneDNN's recurrent layer: folded into the sequences' own batch, or step by step where weights differ.
 
-Sequences are ``(T, N, I)`` (also with ``batch_first``: whoever calls the layer has turned them), states ``(N, H)``.
+Sequences are ``(T, N, I)`` (also with ``batch_first``: the layer's caller has turned them), states ``(N, H)``.
 Recurrent layers on other kernels are recorded as what they consist of.
 """
 

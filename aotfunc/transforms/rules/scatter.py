@@ -97,7 +97,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, value: Any, re
 def scatter_reduce_back(
     g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, include_self: bool = True
 ) -> tuple[Tensor, None, Tensor]:
-    """The cotangents of ``scatter_reduce``, of which the other reducing writes are special cases."""
+    """The cotangents of ``scatter_reduce``; the other reducing writes are special cases of it."""
 
     def reduced(by: str, x: Tensor, src: Tensor) -> Tensor:
         return x.scatter_reduce(dim, index, src, by, include_self=include_self)
