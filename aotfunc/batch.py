@@ -22,6 +22,7 @@ from .asked import Samples, batches
 from .debug import defined, entry
 from .errors import ArgumentError, CaptureError
 from .graph import Program, draws
+from .resized import of_size
 from .run import execute
 from .trace.traced import Traced
 from .trace.tracer import signature
@@ -147,9 +148,13 @@ def _batched_program(
     tensors = tensors_of(arguments)
     sigs = tuple(rec.trace.as_placed([*map(signature, tensors)]))
     own = rec.aliases
-    key = ("vmap", tensor_dims, sigs, size, randomness, results_dims, strict, own)
+    how = (randomness, results_dims, strict, own)
+
+    def make() -> Program:
+        return fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
+
     program = base.derived(
-        key, lambda: fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
+        ("vmap", tensor_dims, sigs, size, *how), lambda: of_size(base, tensor_dims, sigs, size, how, make)
     )
     sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.refs)
     return rec, program, [*tensors, *rec.closed_over], list(zip(sources, results_dims, strict=True))

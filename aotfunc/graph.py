@@ -50,6 +50,11 @@ class Program:
             debug.note(name, graph, lambda: self.code, size(graph))
 
     @property
+    def weight(self) -> int:
+        """How much memory it takes: its number of nodes."""
+        return len(self.graph.nodes)
+
+    @property
     def placeholders(self) -> list[Node]:
         return [n for n in self.graph.nodes if n.op == "placeholder"]
 
@@ -95,12 +100,16 @@ class Program:
         return f"({given}) -> ({', '.join(map(str, self.vals))})"
 
 
+class Times(int):
+    """A literal that is so many times the size of a batch, in code that is shared by programs for different sizes."""
+
+
 def weight(made: Any) -> int:
     """How many nodes there are in a program, in what carries one, or in several of these."""
     if isinstance(made, tuple):
         return sum(map(weight, made))
     program = getattr(made, "program", made)
-    return len(program.graph.nodes) if isinstance(program, Program) else 1
+    return program.weight if isinstance(program, Program) else 1
 
 
 _derived = Cache(1 << 16, weight)

@@ -65,22 +65,27 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     trace = current()
     if trace is not None:
         return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
-    ours = program.once("marked", lambda: marked(program) or beyond_autograd(program))
+    by_us = ours(program)
     forward = forward_ad._current_level >= 0
-    if ours and forward and torch._C._functorch.peek_interpreter_stack() is None:
+    if by_us and forward and torch._C._functorch.peek_interpreter_stack() is None:
         refuse_cuts(program, tensors)
     given = tensors
     if program.mutated and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         tensors = before_writes(program, tensors, range(len(tensors)))
     with without_modes():
-        if ours and (forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))):
+        if by_us and (forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))):
             outs = Differentiable.apply(program, states(program), *tensors)
         else:
             fn = eager(program)
-            outs = distinct(fn(*tensors), program.n_outputs, tensors) if ours else fn(*tensors)
+            outs = distinct(fn(*tensors), program.n_outputs, tensors) if by_us else fn(*tensors)
         if program.mutated:
             write_back(program, given, outs)
     return outs[: program.n_outputs]
+
+
+def ours(program: Program) -> bool:
+    """Whether the derivative of a program's results must be taken from us."""
+    return program.once(ours, lambda: marked(program) or beyond_autograd(program))
 
 
 def before_writes(program: Program, tensors: Sequence[Tensor], kept: Sequence[int]) -> Sequence[Tensor]:

@@ -6,6 +6,7 @@ of a new function in a warm process, "again" the second and later ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,22 @@ def relaxed(x):
     for _ in range(100):
         x = x + 0.01 * (x.sin() - x)
     return x.sum()
+
+
+def chain(angles):
+    """The end of an arm of 8 links."""
+    pose = torch.eye(3)
+    for a in angles:
+        zero, one = torch.zeros_like(a), torch.ones_like(a)
+        turn = torch.stack([a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero, zero, zero, one]).view(3, 3)
+        pose = pose @ (turn + torch.eye(3))
+    return pose[:, 2]
+
+
+def with_new_sizes(f: Callable) -> Callable:
+    """``f`` of another batch at each call, of a size that was not seen before (among the first 400)."""
+    sizes = itertools.cycle(range(4, 404))
+    return lambda: f(torch.linspace(-1, 1, 8 * 404).view(404, 8)[: next(sizes)])
 
 
 def both(build: Callable[[object], Callable], *args) -> Case:
@@ -78,6 +95,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "grad, 100 steps, tiny (8)": lambda: both(lambda m: m.grad(relaxed), torch.randn(8)),
     "vmap(jacrev), conv net, tiny (4 x 8x8)": lambda: jacobian_case(4, 2, 8),
     "vmap(jacrev), conv net, mid (32 x 28x28)": lambda: jacobian_case(32, 8, 28),
+    "vmap(jacrev), a new size each call (8 links)": lambda: both(lambda m: with_new_sizes(m.vmap(m.jacrev(chain)))),
+    "vmap(jacrev), one size (8 links)": lambda: both(lambda m: m.vmap(m.jacrev(chain)), torch.randn(16, 8)),
     "per-sample conv net, tiny (4 x 8x8)": lambda: conv_case(4, 2, 8),
     "per-sample conv net, mid (64 x 28x28)": lambda: conv_case(64, 8, 28),
 }
@@ -86,21 +105,23 @@ QUICK = [name for name in CASES if "tiny" in name]
 
 def measure(name: str, quick: bool) -> list[str]:
     theirs, ours, args = CASES[name]()
-    jitted = aotfunc.jit(ours, backend="eager")
-    torch.testing.assert_close(ours(*args), theirs(*args))
-    torch.testing.assert_close(jitted(*args), theirs(*args))
+    runs = {"torch": lambda: theirs(*args), "again": lambda: ours(*args)}
+    if args:
+        jitted = aotfunc.jit(ours, backend="eager")
+        runs["jit"] = lambda: jitted(*args)
+    for run in list(runs.values())[1:]:
+        torch.testing.assert_close(run(), theirs(*args))
     _, anew, _ = CASES[name]()
     first = timed(lambda: anew(*args))
-    runs = {"torch": lambda: theirs(*args), "again": lambda: ours(*args), "jit": lambda: jitted(*args)}
     t = interleaved(runs, rounds=1 if quick else 3, budget_s=0.05 if quick else 0.5)
     return [
         name,
         ms(t["torch"]),
         ms(first),
         ms(t["again"]),
-        ms(t["jit"]),
+        ms(t["jit"]) if args else "",
         ratio(t["torch"], t["again"]),
-        ratio(t["torch"], t["jit"]),
+        ratio(t["torch"], t["jit"]) if args else "",
     ]
 
 

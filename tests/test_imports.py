@@ -18,6 +18,7 @@ ROWS = [
     ("compiled",),
     ("pipeline", "stages", "leaves"),
     ("func", "batch", "jacobians", "module", "stateless", "rearrange", "autograd"),
+    ("resized",),
     ("run", "arguments", "specialised"),
     ("aliasing", "anomaly", "asked", "duals", "redraw", "guards"),
     ("batched",),

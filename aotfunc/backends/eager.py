@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -16,17 +16,23 @@ from torch.fx import Node
 from .. import debug
 from ..debug import at
 from ..errors import GraphError
+from ..graph import Times
 from ..trace.shapes import Sig
 
 
-def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
-    """A function of the graph's placeholders that returns its flat outputs as a tuple."""
+def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) -> Callable[..., tuple]:
+    """A function of the graph's placeholders that returns its flat outputs as a tuple. With ``sized``, nodes' arguments
+    with :class:`Times` in them, the size that these multiply is its first argument.
+    """
     env: dict[str, Any] = {}  # what the code reads besides its own values, under names that are none of theirs
     taken = {n.name for n in graph.nodes}
     targets: dict[Any, str] = {}
     lines: list[str] = []
     last = last_uses(graph)
     parameters = []
+    size = "size"
+    while size in taken:
+        size += "_"
 
     def outside(value: Any, name: str) -> str:
         while name in taken:
@@ -37,6 +43,8 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
     def literal(a: Any) -> str:
         if isinstance(a, Node):
             return a.name
+        if a.__class__ is Times:
+            return f"{int(a)} * {size}"
         if isinstance(a, list | tuple):
             inside = ", ".join([literal(x) for x in a])
             return f"[{inside}]"
@@ -62,12 +70,15 @@ def compile_graph(graph: fx.Graph) -> Callable[..., tuple]:
                 # the overload's C entry: OpOverload.__call__ adds a Python frame
                 call = n.target._op if isinstance(n.target, OpOverload) else n.target
                 name = targets[n.target] = outside(call, f"f{len(targets)}")
-            args = [literal(a) for a in n.args] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
+            given = n.args if sized is None else sized.get(n, n.args)
+            args = [literal(a) for a in given] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
             lines.append(f"{n.name} = {name}({', '.join(args)})")
-            if debug.LEVEL >= 2:
+            if debug.LEVEL >= 2 and sized is None:
                 lines.append(f"{literal(functools.partial(compare, n))}({n.name})")
         if dead := last.get(n):
             lines.append(f"del {', '.join([d.name for d in dead])}")
+    if sized is not None:
+        parameters.insert(0, size)
     source = f"def run({', '.join(parameters)}):\n    " + "\n    ".join(lines)
     if debug.LEVEL >= 4:
         print(source, end="\n\n", file=sys.stderr)
