@@ -19,9 +19,11 @@ from .arguments import (
     tensors_of,
 )
 from .asked import Samples, batches
-from .debug import defined, entry
+from .debug import defined
+from .dynamo import traced
 from .errors import ArgumentError, CaptureError
 from .graph import Program, draws
+from .readings import batched, run_batched
 from .resized import of_size
 from .run import execute
 from .trace.traced import Traced
@@ -33,6 +35,7 @@ from .transforms.fresh import fresh
 from .transforms.vmap import vmap as vmap_pass
 
 
+@traced(batched, run_batched)
 def vmap(
     func: Callable,
     in_dims: Dims = 0,
@@ -69,7 +72,6 @@ def vmap(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"vmap: chunk_size must be a positive int, not {chunk_size!r}")
 
-    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
@@ -208,6 +210,7 @@ def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
     return values[0] if count > 1 or tensor.tracer.samples is not None else values[0][0]
 
 
+@traced(batched, run_batched)
 def chunk_vmap(
     func: Callable, in_dims: Dims = 0, out_dims: Dims = 0, randomness: str = "error", chunks: int = 2
 ) -> Callable:

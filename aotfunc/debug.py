@@ -13,6 +13,7 @@ from types import CodeType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .cache import EVERY
 
@@ -99,9 +100,9 @@ def outside_dynamo(f: Callable) -> Callable:
     return f
 
 
-def entry(f: Callable) -> Callable:
-    """Mark ``f`` as a way into aotfunc: Dynamo does not look into it, and errors leave it with a short traceback, the
-    user's lines (``AOTFUNC_TRACEBACK=full`` shows all).
+def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
+    """Mark ``f`` as a way into aotfunc: errors leave it with a short traceback, the user's lines
+    (``AOTFUNC_TRACEBACK=full`` shows all). Dynamo reads ``in_graph`` instead, or does not look into it.
     """
 
     @functools.wraps(f)
@@ -112,7 +113,15 @@ def entry(f: Callable) -> Callable:
             e.__traceback__ = shortened(e.__traceback__)
             raise
 
-    return outside_dynamo(call)
+    outside_dynamo(call)
+    if in_graph is None:
+        return call
+
+    @functools.wraps(f)
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return in_graph(*args, **kwargs) if is_dynamo_compiling() else call(*args, **kwargs)
+
+    return read
 
 
 def shortened(traceback: TracebackType | None) -> TracebackType | None:

@@ -12,13 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .aliasing import Changes, without_views
 from .anomaly import check_gradients
 from .arguments import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .debug import entry
+from .dynamo import read_as, traced
 from .errors import ArgumentError
 from .graph import Program
+from .readings import (
+    gradient,
+    gradient_and_value,
+    linearize_in_graph,
+    pushed,
+    run_gradient,
+    run_gradient_and_value,
+    vjp_in_graph,
+)
 from .run import execute
 from .trace.memory import version
 from .trace.modes import without_modes
@@ -34,6 +45,7 @@ from .transforms.vjp import vjp as vjp_pass
 # ----- reverse mode ---------------------------------------------------------------------------------------------------
 
 
+@traced(gradient_and_value, run_gradient_and_value)
 def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """The function ``(*args) -> (gradient, value)`` of a scalar function; ``(gradient, (value, aux))`` with
     ``has_aux``.
@@ -46,7 +58,6 @@ def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: 
     (tensor([2., 4.]), tensor(5.))
     """
 
-    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         grads, value, aux = _gradient("grad_and_value", func, argnums, has_aux, args, kwargs, value=True)
@@ -55,6 +66,7 @@ def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: 
     return wrapper
 
 
+@traced(gradient, run_gradient)
 def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """The gradient of a scalar function with respect to the arguments ``argnums``; ``(gradient, aux)`` with
     ``has_aux``.
@@ -65,7 +77,6 @@ def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = Fal
     tensor([1., 1.])
     """
 
-    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         grads, _, aux = _gradient("grad", func, argnums, has_aux, args, kwargs, value=False)
@@ -106,7 +117,7 @@ def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, 
     return joint.derived(("halves",), make)
 
 
-@entry
+@read_as(vjp_in_graph)
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents of the output to a
     tuple of cotangents of the primals.
@@ -168,7 +179,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 # ----- forward mode ---------------------------------------------------------------------------------------------------
 
 
-@entry
+@read_as(pushed)
 def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False) -> tuple:
     """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional derivative along
     ``tangents``.
@@ -194,7 +205,7 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
     return output, unflatten(outs[base.n_outputs :], call.spec), *aux
 
 
-@entry
+@read_as(linearize_in_graph)
 def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """``(output, jvp_fn)``: the function's value and its linear map at ``primals``; ``jvp_fn(*tangents)`` does only
     the linear work.
@@ -239,7 +250,6 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     if remove not in ("mutations", "mutations_and_views"):
         raise ArgumentError(f"functionalize: remove must be 'mutations' or 'mutations_and_views', not {remove!r}")
 
-    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
@@ -252,4 +262,4 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
         changes.after(inputs)
         return rec.results(outs)
 
-    return wrapper
+    return func if is_dynamo_compiling() else entry(wrapper, func)

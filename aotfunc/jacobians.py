@@ -8,13 +8,15 @@ from typing import Any
 
 from .anomaly import check_gradients
 from .arguments import Call, chosen_tree, positions
-from .debug import entry
+from .dynamo import traced
 from .errors import ArgumentError
+from .readings import jacobian, run_jacobian
 from .run import execute
 from .trace.tree import Arguments, unflatten
 from .transforms.jacobian import columns, rows
 
 
+@traced(jacobian, run_jacobian)
 def jacrev(
     func: Callable,
     argnums: int | tuple[int, ...] = 0,
@@ -35,7 +37,6 @@ def jacrev(
             [0., 1.]])
     """
 
-    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _jacobian("jacrev", rows, func, argnums, has_aux, chunk_size, args, kwargs)
@@ -43,6 +44,7 @@ def jacrev(
     return wrapper
 
 
+@traced(jacobian, run_jacobian)
 def jacfwd(
     func: Callable,
     argnums: int | tuple[int, ...] = 0,
@@ -58,7 +60,6 @@ def jacfwd(
             [0., 1.]])
     """
 
-    @entry
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _jacobian("jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)

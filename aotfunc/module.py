@@ -18,7 +18,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_unflatten
 
 from .aliasing import Changes
-from .debug import Line, entry
+from .debug import Line, entry, outside_dynamo
 from .errors import ArgumentError
 from .graph import Program, output_node
 from .specialised import Specialised
@@ -186,6 +186,7 @@ def graph_module(
     return Specialised(root, graph, name)
 
 
+@outside_dynamo
 def make_fx(
     f: Callable,
     decomposition_table: dict | None = None,

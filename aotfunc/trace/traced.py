@@ -301,8 +301,10 @@ def dispatches(t: Tensor) -> bool:
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether a tensor is a FakeTensor: ops on it, so programs too, say what shapes and dtypes they give."""
-    return type(t).__module__ == "torch._subclasses.fake_tensor"
+    """Whether a tensor is a FakeTensor, or AOTAutograd's around one: ops on it, so programs too, say what shapes and
+    dtypes they give.
+    """
+    return type(t).__module__ in ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
 
 
 def of_subclass(t: Tensor, what: str) -> CaptureError:

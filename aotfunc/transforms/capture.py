@@ -52,7 +52,7 @@ def record(
     """
     intent.install()
     trace, outer = Trace(why_not, constants), current()
-    trace.lifts_numbers = numbers and (outer is None or outer.lifts_numbers)
+    trace.lifts_numbers = numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
     autograd = trace.autograd
     values = list(leaves)
     reals = []
@@ -114,6 +114,11 @@ def record(
     recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded
+
+
+def under_fake_mode() -> bool:
+    """Whether FakeTensors are made here, with which the tensor that a number becomes would not mix."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def called_by(error: BaseException) -> str | None:

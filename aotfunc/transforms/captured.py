@@ -18,7 +18,7 @@ from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.outside import check_stand_ins
 from ..trace.scalars import TENSOR, bits_of
-from ..trace.traced import quiet
+from ..trace.traced import is_fake, quiet
 from ..trace.tracer import Trace
 from ..trace.tree import flatten, unflatten
 from .steps import GradStep
@@ -95,9 +95,12 @@ class Recording:
         assert self.key
         if not self.numbers:
             return self.trace.lifted
+        trace = self.trace
         with quiet():
             how = {"dtype": TENSOR.dtype, "device": TENSOR.device}
-            return [*self.trace.lifted, *(torch.tensor(self.trace.numbers[at], **how) for at, *_ in self.numbers)]
+            numbers = [torch.tensor(trace.numbers[at], **how) for at, *_ in self.numbers]
+        fake: Any = next(filter(is_fake, (*trace.origins, *trace.lifted)), None)
+        return [*trace.lifted, *(map(fake.fake_mode.from_tensor, numbers) if fake is not None else numbers)]
 
     def program(self, memory: tuple[tuple[int, bool], ...] | None = None) -> Program:
         """The functional program: inputs, then closed-over tensors, to the tensors among the results. With ``memory``,

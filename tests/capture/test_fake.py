@@ -49,3 +49,12 @@ def test_an_entry_serves_both():
 def test_values_are_refused():
     with FakeTensorMode() as mode, pytest.raises(AotfuncError, match="no values"):
         grad(lambda x: x.sum() * x.sum().item())(mode.from_tensor(torch.ones(3)))
+
+
+def test_numbers_that_change():
+    """A Python number that changes is an input of the program: a tensor that mixes with fake ones."""
+    for rate in (0.1, 0.2, 0.3):
+        with FakeTensorMode() as mode:
+            inside = grad(lambda x, r=rate: (x * r).sin().sum())(torch.ones(3))
+        outside = grad(lambda x, r=rate: (x * r).sin().sum())(mode.from_tensor(torch.ones(3)))
+        assert inside.shape == outside.shape == (3,)

@@ -1,0 +1,244 @@
+"""Functions that call transforms, compiled by torch.compile in one graph: values, gradients and writes are those of the
+same function with torch.func's transforms, or with a loop.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import aotfunc
+from aotfunc import grad, jacrev, linearize, vjp, vmap
+from aotfunc.errors import ArgumentError, CaptureError
+
+BACKENDS = ("eager", "aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "Dynamo does not know how to trace the builtin ..."
+        yield
+    torch._dynamo.reset()
+
+
+torch.manual_seed(0)
+W = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+NET = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+X = torch.randn(5, 3, dtype=torch.float64)
+
+
+def put(x, i, value):
+    x = x.clone()
+    x[i] = value
+    return x * x[i]
+
+
+def half_cut(a):
+    with torch.no_grad():
+        b = a * 2
+    return (a * b).sum()
+
+
+def descent(T):
+    def f(x):
+        for _ in range(3):
+            x = x - 0.1 * T.grad(lambda a: (a @ W).sin().square().sum())(x)
+        return x
+
+    return f
+
+
+def per_sample(T):
+    def loss(p, a, b):
+        return ((torch.func.functional_call(NET, p, (a,)) - b) ** 2).sum()
+
+    return lambda x: T.vmap(T.grad(loss), in_dims=(None, 0, 0))(dict(NET.named_parameters()), x, x[:, :2])
+
+
+def pulled_back(T):
+    def f(x):
+        out, vjp_fn, aux = T.vjp(lambda a: ({"u": a * 3, "v": (a @ W).sin().sum(0)}, a + 1), x, has_aux=True)
+        return out, vjp_fn({"u": x, "v": x[0]}), aux
+
+    return f
+
+
+def rows(T):
+    def f(x):
+        out, vjp_fn = T.vjp(lambda a: (a @ W).sin(), x[0])
+        return T.vmap(vjp_fn)(torch.eye(3, dtype=x.dtype)), out
+
+    return f
+
+
+def under_no_grad(T):
+    def f(x):
+        with torch.no_grad():
+            return T.grad(lambda a: (a @ W).sin().sum())(x)
+
+    return f
+
+
+def wave(a):
+    return (a @ W).sin()
+
+
+#: with T for aotfunc or torch.func
+PROGRAMS = {
+    "grad": lambda T: lambda x: T.grad(lambda a: wave(a).sum())(x) * 2 + x,
+    "grad_and_value": lambda T: (
+        lambda x: T.grad_and_value(lambda a, b: (wave(a).sum() + b.sum(), {"k": a * 2}), argnums=(0, -1), has_aux=True)(
+            x, x * 2
+        )
+    ),
+    "vmap": lambda T: lambda x: T.vmap(lambda a, b: {"q": a @ W + b["z"]}, in_dims=(0, {"z": None}))(x, {"z": x[0]}),
+    "dims": lambda T: lambda x: T.vmap(lambda a: (a.sum(), a * x.sum()), in_dims=1, out_dims=(0, -1))(x),
+    "twice": lambda T: lambda x: T.vmap(T.vmap(lambda a: a * W.sum(), in_dims=0), in_dims=1)(x),
+    "vmap of grad": lambda T: lambda x: T.vmap(T.grad(lambda a: wave(a).sum()))(x),
+    "per sample": per_sample,
+    "module": lambda T: lambda x: (T.vmap(NET)(x), T.grad(lambda a: NET(a).square().sum())(x)),
+    "jacrev": lambda T: (
+        lambda x: T.jacrev(lambda a, b: ((a * b).sin(), {"d": a.sum()}), argnums=(0, 1), has_aux=True)(x[0], x[1])
+    ),
+    "jacfwd": lambda T: lambda x: T.jacfwd(lambda a: {"w": wave(a), "s": a.sum()})(x[0]),
+    "hessian": lambda T: lambda x: T.vmap(T.hessian(lambda a: wave(a).sum()))(x),
+    "jvp": lambda T: lambda x: T.jvp(lambda a: (wave(a), a * 2), (x,), (x * 2,)),
+    "vjp": pulled_back,
+    "vmap of vjp": rows,
+    "functionalize": lambda T: lambda x: T.functionalize(lambda a: (a + 0).add_(1) * W.sum())(x),
+    "no_grad inside": lambda T: lambda x: T.grad(half_cut)(x),
+    "no_grad around": under_no_grad,
+    "index": lambda T: lambda x: T.vmap(put)(x, torch.tensor([0, 1, 2, 0, 1]), x[:, 0]),
+    "chunks": lambda T: lambda x: T.vmap(lambda a: a @ W, chunk_size=2)(x),
+    "descent": descent,
+}
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_values_and_gradients(name, backend):
+    x = X.clone().requires_grad_()
+    want = PROGRAMS[name](torch.func)(x)
+    got = torch.compile(PROGRAMS[name](aotfunc), backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(got, want)
+    places = [x, W, *NET.parameters()]
+    grads = []
+    for results in (tensors(got), tensors(want)):
+        assert [t.requires_grad for t in results] == [t.requires_grad for t in tensors(want)]
+        total = sum((t.sin().sum() for t in results if t.requires_grad), x.sum() * 0)
+        grads.append(torch.autograd.grad(total, places, allow_unused=True, materialize_grads=True))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_transformed_function_itself(backend):
+    x, i, v = torch.randn(3, 5), torch.tensor([1, 0, 4]), torch.randn(3)
+    want = torch.stack([put(a, b, c) for a, b, c in zip(x, i, v, strict=True)])
+    torch.testing.assert_close(torch.compile(vmap(put), backend=backend, fullgraph=True)(x, i, v), want)
+    cube = torch.compile(grad(lambda x: (x**3).sum()), backend=backend, fullgraph=True)
+    torch.testing.assert_close(cube(v), 3 * v**2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linearize(backend):
+    def f(x):
+        out, jvp_fn = linearize(torch.sin, x)
+        return out, jvp_fn(x * 2)
+
+    x = torch.randn(3)
+    torch.testing.assert_close(torch.compile(f, backend=backend, fullgraph=True)(x), (x.sin(), x.cos() * x * 2))
+
+
+def test_inductor():
+    x = X.clone().requires_grad_()
+    want, got = (
+        PROGRAMS["per sample"](torch.func)(x),
+        torch.compile(PROGRAMS["per sample"](aotfunc), fullgraph=True)(x),
+    )
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_writes(backend):
+    norm, buffer = torch.nn.BatchNorm1d(3).double().requires_grad_(False), torch.zeros(3, dtype=torch.float64)
+    other = copy.deepcopy(norm)
+
+    def f(x):
+        def loss(a):
+            buffer.add_(1)
+            return (norm(a) * a).sum() + (buffer * a).sum()
+
+        g = grad(loss)(x)
+        vmap(lambda a: a.mul_(2))(x)
+        return g, x + 1
+
+    x, before = X.clone(), X.clone().requires_grad_()
+    (want,) = torch.autograd.grad((other(before) * before).sum() + before.sum(), before)
+    got = torch.compile(f, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(got, (want, 2 * X + 1))
+    torch.testing.assert_close(x, 2 * X)
+    assert torch.equal(buffer, torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(norm.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_sizes_and_numbers(backend):
+    f = torch.compile(lambda x, s: vmap(grad(lambda a: (a * s).sin().sum()))(x), backend=backend, fullgraph=True)
+    for n, s in ((3, 0.1), (4, 0.2), (5, 0.3), (7, 0.4)):
+        x = torch.randn(n, 3)
+        torch.testing.assert_close(f(x, s), s * (x * s).cos())
+
+
+def test_what_dynamo_cannot_read_runs_as_it_is():
+    log = []
+
+    def positive(a):
+        log.append(tuple(a.shape))
+        return a if a.abs().sum() > 0 else -a
+
+    x = torch.randn(4, 3)
+    f = torch.compile(lambda x: vmap(grad(lambda a: positive(a).sin().sum()))(x) + 1, backend="eager")
+    torch.testing.assert_close(f(x), x.cos() + 1)
+    assert log == [(3,)]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda a, i: a[:i],
+        lambda a, i: a[int(i)],
+        lambda a, i: a * i.item(),
+        lambda a, i: a * [2, 3][i],
+        lambda a, i: torch.zeros(i) + a.sum(),
+        lambda a, i: a * torch.arange(i + 1).sum(),
+    ],
+)
+def test_a_number_of_a_sample(ask):
+    """Dynamo reads some index for the sample's; no other use of it may be baked in."""
+    x, i = torch.randn(2, 3), torch.tensor([1, 1])
+    with pytest.raises(CaptureError, match="differs between samples"):
+        torch.compile(vmap(ask), backend="eager", fullgraph=True)(x, i)
+
+
+def test_errors_are_ours_and_leave_nothing_behind():
+    x = torch.randn(3)
+    with pytest.raises(ArgumentError, match="zero dimensions"):
+        torch.compile(grad(lambda a: a), backend="eager", fullgraph=True)(x)
+    for f in (torch.nn.functional.dropout, lambda a: x.add_(1) * a):
+        with pytest.raises(CaptureError, match="runs the differentiated function again"):
+            torch.compile(lambda a, f=f: vjp(f, a)[1](a), backend="eager", fullgraph=True)(torch.ones(3))
+    torch.testing.assert_close(jacrev(torch.sin)(x), x.cos().diag())
+
+
+def test_other_ways_in_break_the_graph():
+    x = torch.randn(3)
+    f = torch.compile(lambda x: aotfunc.make_fx(lambda a: a.sin())(x)(x) + 1, backend="eager")
+    torch.testing.assert_close(f(x), x.sin() + 1)
