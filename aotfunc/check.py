@@ -1,17 +1,21 @@
-"""Checks of derivatives against finite differences."""
+"""Checks of derivatives against finite differences, and of an op's rules against what they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_map, tree_unflatten
 
+from .batch import vmap
 from .errors import ArgumentError
 from .func import jvp, vjp
 from .trace.tree import Arguments, flatten
+from .transforms.rules.table import overload
 
 
 def check_grads(
@@ -39,6 +43,42 @@ def check_grads(
                 f"check_grads: leaf {i} must be a float64 or complex128 tensor; differences are no good in less"
             )
     _check(f, tuple(args), order, tuple(modes), eps, atol, rtol, "")
+
+
+def check_rule(op: OpOverload | OpOverloadPacket, *samples: Sequence[Any], order: int = 2, batch: int = 3) -> None:
+    """Check what the transforms make of ``op`` at samples of its positional arguments.
+
+    Derivatives are compared with central differences up to ``order`` (see :func:`check_grads`; tensors are converted
+    to float64), batching with a loop over ``batch`` samples, for each choice of the tensors that are batched. Raises
+    AssertionError naming what is wrong, RuleError where an op has no rule.
+
+    >>> check_rule(torch.ops.aten.atan2, (torch.ones(3), torch.arange(1.0, 4.0)))
+    """
+    op = overload(op)
+    for args in samples:
+        given = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        tensors = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
+        floating = [i for i in tensors if given[i].dtype in (torch.float64, torch.complex128)]
+
+        def call(*xs: Tensor, at: list[int] = floating, given: list = given) -> Any:
+            full = list(given)
+            for i, x in zip(at, xs, strict=True):
+                full[i] = x
+            return op(*full)
+
+        if floating:
+            smooth = lambda *xs, call=call: [x for x in flatten(call(*xs))[0] if x.is_floating_point()]
+            check_grads(smooth, [given[i] for i in floating], order)
+        for batched in product((True, False), repeat=len(tensors)):
+            if any(batched):
+                at = [i for i, yes in zip(tensors, batched, strict=True) if yes]
+                scales = [1 + k / (4 * batch) for k in range(batch)]
+                stacks = [torch.stack([given[i] * k if i in floating else given[i] for k in scales]) for i in at]
+                got = flatten(vmap(lambda *xs, at=at: call(*xs, at=at), randomness="same")(*stacks))[0]
+                loop = [flatten(call(*xs, at=at))[0] for xs in zip(*stacks, strict=True)]
+                for g, want in zip(got, map(torch.stack, zip(*loop, strict=True)), strict=True):
+                    said = f"batching arguments {at} is wrong: "
+                    torch.testing.assert_close(g, want, equal_nan=True, msg=lambda m, said=said: said + m)
 
 
 def _directions(tree: Any) -> Any:

@@ -92,7 +92,7 @@ def make_boxed_compiler(compiler: str | Callable) -> Callable:
     compiler = lookup(compiler)
 
     def boxed(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
-        return make_boxed_func(compiler(fx_g, example_inputs))
+        return make_boxed_func(compiler(fx_g, list(example_inputs)))
 
     return boxed
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from . import backends, debug
+from .backends import Backend
 from .backends.eager import compile_graph
 from .errors import AotfuncError, BackendError
 from .graph import Program, output_node, size
@@ -45,7 +46,7 @@ class Pipeline:
     ) -> None:
         self.name, self.partition, self.decompositions = name, partition, decompositions
         self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
-        self.forward_compiler, self.backward_compiler = map(backends.lookup, self.compilers)
+        self.forward_backend, self.backward_backend = map(backends.lookup, self.compilers)
         self.eagerly: list[tuple[str, dict[str, str]]] = []  # what a backend runs eagerly in which half, and why
 
     def __reduce__(self) -> Any:  # ops and backends by their names
@@ -56,17 +57,17 @@ class Pipeline:
         return self
 
     def __repr__(self) -> str:
-        names = dict.fromkeys([c if isinstance(c, str) else title(c) for c in self.compilers])
+        names = dict.fromkeys([c if isinstance(c, str) else title(backends.lookup(c).compile) for c in self.compilers])
         return f"compiled by {' and '.join(names)}"
 
     def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return self.compiled(self.forward_compiler, program, tensors, "forward")
+        return self.compiled(self.forward_backend, program, tensors, "forward")
 
     def backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return self.compiled(self.backward_compiler, program, tensors, "backward")
+        return self.compiled(self.backward_backend, program, tensors, "backward")
 
-    def compiled(self, compiler: Compiler, program: Program, tensors: Sequence[Tensor], half: str) -> Callable:
-        fn = compiled_by(compiler, self.opened(program), tensors, f"{self.name}: {half}")
+    def compiled(self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str) -> Callable:
+        fn = compiled_by(backend, self.opened(program), tensors, f"{self.name}: {half}")
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
@@ -108,15 +109,15 @@ def loaded(name: str, forward: Any, backward: Any, partition: Partition, table: 
     return Pipeline(name, forward, backward, partition, ops)
 
 
-def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor], what: str) -> Callable:
-    """Hand the program to a compiler as a GraphModule with example inputs. Raises BackendError, which keeps the graph,
+def compiled_by(backend: Backend, program: Program, tensors: Sequence[Tensor], what: str) -> Callable:
+    """Hand the program to a backend as a GraphModule with example inputs. Raises BackendError, which keeps the graph,
     where the compiler raises an error that is not ours.
     """
-    if compiler is backends.lookup("eager"):
+    if backend == backends.EAGER:
         return compile_graph(lowered(program, EVERYTHING).graph)
-    table = getattr(compiler, "decompositions", None)
+    table, compiler = backend.table, backend.compile
     if table is not None:
-        program = decomposed(lowered(program, EVERYTHING), Declining(table()))
+        program = decomposed(lowered(program, EVERYTHING), Declining(table))
     gm = graph_module(program, program.name or "Graph")
     if debug.watched is not None or debug.LEVEL >= 3:
         debug.note(f"compiled by {title(compiler)}", gm.graph, lambda: gm.code.strip(), size(gm.graph))
@@ -130,7 +131,7 @@ def compiled_by(compiler: Compiler, program: Program, tensors: Sequence[Tensor],
             f"{type(e).__name__}: {e}\nThe graph is this error's .graph_module:\n{shortened(gm.code)}",
             graph_module=gm,
         ) from e
-    boxed = getattr(fn, "_boxed_call", False)
+    boxed = backend.boxed or getattr(fn, "_boxed_call", False)
 
     def call(*args: Tensor) -> Sequence:
         outs = fn(list(args)) if boxed else fn(*args)

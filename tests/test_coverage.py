@@ -77,7 +77,7 @@ def taken(monkeypatch):
         monkeypatch.setattr(module, name, noted)
 
     def reverse(rule, op):
-        return "rule" if op in RULES and rule is RULES[op].vjp else "derived"
+        return "zero" if rule is vjp.no_slope else "rule" if op in RULES and rule is RULES[op].vjp else "derived"
 
     def transposed(b, rule, op, *rest):
         return "transposed" if op in RULES and RULES[op].vjp is not None else "derived"

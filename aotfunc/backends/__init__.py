@@ -1,12 +1,37 @@
-"""Backends by name: each is a ``compiler(gm, example_inputs) -> callable``."""
+"""Backends by name: each compiles a graph module into a callable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BackendError
-from .inductor import inductor
+from .inductor import decompositions, inductor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How graphs are compiled.
+
+    ``compile(gm, example_inputs) -> callable`` gets a ``torch.fx.GraphModule`` of functional aten ops whose nodes have
+    FakeTensors in ``meta["val"]``, and the tensors of the first call, detached; what it returns is called with tensors
+    of the same shapes, strides, dtypes and devices, and returns the graph's flat results. ``decompositions`` maps ops
+    to functions that are put in their place before, or is a function that makes this table when it is needed. With
+    ``boxed`` the callable takes its inputs as one list, which it may empty to free memory early.
+    """
+
+    compile: Callable[[Any, list], Callable]
+    decompositions: Mapping | Callable[[], Mapping] | None = None
+    boxed: bool = False
+
+    def __call__(self, gm: Any, example_inputs: list) -> Callable:
+        return self.compile(gm, example_inputs)
+
+    @property
+    def table(self) -> Mapping | None:
+        """The decompositions."""
+        return self.decompositions() if callable(self.decompositions) else self.decompositions
 
 
 def eager(gm: Any, example_inputs: Any) -> Callable:
@@ -16,23 +41,23 @@ def eager(gm: Any, example_inputs: Any) -> Callable:
     return compile_graph(gm.graph)
 
 
-#: name -> compiler; add your own
-REGISTRY: dict[str, Callable] = {"eager": eager, "inductor": inductor}
+EAGER = Backend(eager)
+
+#: name -> backend
+REGISTRY: dict[str, Backend] = {"eager": EAGER, "inductor": Backend(inductor, decompositions)}
 
 
-def lookup(backend: str | Callable) -> Callable:
-    """The compiler of this name (or the compiler itself). Raises BackendError for an unknown name."""
-    if callable(backend):
-        return backend
-    found = REGISTRY.get(backend)
+def lookup(backend: str | Callable) -> Backend:
+    """The backend of this name; a bare compiler becomes one. Raises BackendError for an unknown name."""
+    found = backend if callable(backend) else REGISTRY.get(backend)
     if found is None:
         raise BackendError(
             f"there is no backend {backend!r}; known are {', '.join(sorted(REGISTRY))}, "
             "or pass a compiler(gm, example_inputs)"
         )
-    return found
+    return found if isinstance(found, Backend) else Backend(found)
 
 
 def register(name: str, compiler: Callable) -> None:
-    """Make a compiler known by name."""
-    REGISTRY[name] = compiler
+    """Make a :class:`Backend`, or a bare ``compiler(gm, example_inputs)``, known by name."""
+    REGISTRY[name] = lookup(compiler)

@@ -229,13 +229,10 @@ def targets_named(error: Exception) -> set[str]:
     return set(re.findall(r"target: (\S+)", str(error)))
 
 
-def _decompositions() -> dict:
+def decompositions() -> dict:
+    """What Inductor wants opened up before it compiles."""
     from torch._inductor import decomposition, lowering  # noqa: F401 - some decompositions ask what a lowering can do
 
     random = torch.Tag.nondeterministic_seeded  # what draws in another way draws other numbers
     table = {op: f for op, f in decomposition.decompositions.items() if random not in getattr(op, "tags", ())}
     return {**table, **FORMULAS}
-
-
-#: what Inductor wants opened up before it compiles
-inductor.decompositions = _decompositions  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from torch.autograd import Variable, forward_ad
 
 from ..errors import RuleError
 from ..trace.traced import Traced, current
-from .rules.table import OPENED, call_op, tensor_args
+from .rules.table import DECOMPOSITIONS, call_op, tensor_args
 
 
 class NoFormula(Exception):
@@ -215,7 +215,7 @@ def decomposition(op: OpOverload) -> Callable | None:
     """What the op consists of, as a function of all its arguments in schema order."""
     from torch._decomp import decomposition_table
 
-    body = OPENED.get(op) or decomposition_table.get(op)
+    body = DECOMPOSITIONS.get(op) or decomposition_table.get(op)
     if body is None:
         if not op._can_decompose():
             return None

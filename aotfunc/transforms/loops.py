@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 WAY_OUT = (
     "Write it with ops that can be batched, call it outside of vmap on the whole batch, or give it a batching rule: "
-    "torch.library.register_vmap for an op of your own, aotfunc.transforms.rules.table.vmap_of for another"
+    "torch.library.register_vmap for an op of your own, aotfunc.extend.vmap_of for another"
 )
 _shown: dict = {}  # what the warnings module remembers of ours
 

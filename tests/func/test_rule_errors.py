@@ -8,7 +8,7 @@ import torch
 
 from aotfunc import grad, hessian, jit, jvp, vmap
 from aotfunc.errors import RuleError
-from aotfunc.transforms.rules.table import jvp_of, vjp_of, vmap_of
+from aotfunc.extend import jvp_of, vjp_of, vmap_of
 
 X = torch.linspace(-1, 1, 3)
 LIBRARY = torch.library.Library("aotfunc_rule_errors", "DEF")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import aten, opened_as
+from .table import aten, decompose_as
 
 NEVER = -1e30  # the logarithm of a probability of zero; -inf would have no derivative
 
@@ -96,5 +96,5 @@ def ctc_gradient(
     return out.squeeze(1) if single else out
 
 
-opened_as(aten._ctc_loss_backward.default, ctc_gradient)
-opened_as(aten._ctc_loss_backward.Tensor, ctc_gradient)
+decompose_as(aten._ctc_loss_backward.default, ctc_gradient)
+decompose_as(aten._ctc_loss_backward.Tensor, ctc_gradient)

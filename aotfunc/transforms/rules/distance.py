@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.reduce import norm_backward
-from aotfunc.transforms.rules.table import aten, broadcast_shapes, jvp_of, opened_as, total, vmap_of
+from aotfunc.transforms.rules.table import aten, broadcast_shapes, decompose_as, jvp_of, total, vmap_of
 
 
 def differences(x: Tensor, y: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor) -> Te
     return norm_backward(g, out, differences(x, y), p, -1).sum(-2).sum_to_size(x.shape)
 
 
-opened_as(aten._cdist_backward, cdist_backward)
+decompose_as(aten._cdist_backward, cdist_backward)
 
 
 @vmap_of(aten._cdist_backward)
@@ -70,7 +70,7 @@ def pdist_backward(g: Tensor, x: Tensor, p: float, out: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, i, each).index_add(0, j, -each)
 
 
-opened_as(aten._pdist_backward, pdist_backward)
+decompose_as(aten._pdist_backward, pdist_backward)
 
 
 @vmap_of(aten._pdist_forward)

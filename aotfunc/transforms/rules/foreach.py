@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .table import aten, opened_as
+from .table import aten, decompose_as
 
 #: ``_foreach_<name>`` is ``aten.<name>`` on each element; numbers and single tensors are for all of them
 NAMES = """
@@ -65,4 +65,4 @@ for name in NAMES:
     for which in packet.overloads() if packet is not None else ():
         op = getattr(packet, which)
         if not op._schema.is_mutable:
-            opened_as(op, on_each(op, OTHERWISE.get(name) or getattr(aten, name)))
+            decompose_as(op, on_each(op, OTHERWISE.get(name) or getattr(aten, name)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batching import with_batch
 from .loss import MEAN, NONE, reduce
-from .table import aten, linear, opened_as, vmap_of
+from .table import aten, decompose_as, linear, vmap_of
 
 
 def classes(x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def multi_margin_gradient(g, x, target, p, margin, weight=None, reduction=MEAN):
     return (slope * spread(g, rows.shape[0], reduction)).reshape(x.shape)
 
 
-opened_as(aten.multi_margin_loss_backward, multi_margin_gradient)
+decompose_as(aten.multi_margin_loss_backward, multi_margin_gradient)
 
 
 def multilabel_margin_transposed(g: Tensor, gy: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor):

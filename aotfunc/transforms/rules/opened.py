@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import aten, elementwise, linear, named, nondiff, opened_as, shifted, vmap_of
+from .table import aten, decompose_as, elementwise, linear, named, nondiff, shifted, vmap_of
 
 # ----- convolutions ---------------------------------------------------------------------------------------------------
 
@@ -60,20 +60,20 @@ def over_time(x: Tensor, w: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
     return convolved(x.permute(1, 2, 0), w.permute(2, 1, 0), bias, [1], [pad]).permute(2, 0, 1)
 
 
-opened_as(aten.slow_conv_dilated2d, dilated)
-opened_as(aten.slow_conv_dilated3d, dilated)
-opened_as(aten.slow_conv_transpose2d, transposed)
-opened_as(aten.slow_conv_transpose3d, transposed)
-opened_as(aten._slow_conv2d_forward, by_columns)
-opened_as(aten._slow_conv2d_backward.output_mask, by_columns_backward)
-opened_as(aten.slow_conv3d_forward, by_columns)
-opened_as(aten.conv_tbc, over_time)
+decompose_as(aten.slow_conv_dilated2d, dilated)
+decompose_as(aten.slow_conv_dilated3d, dilated)
+decompose_as(aten.slow_conv_transpose2d, transposed)
+decompose_as(aten.slow_conv_transpose3d, transposed)
+decompose_as(aten._slow_conv2d_forward, by_columns)
+decompose_as(aten._slow_conv2d_backward.output_mask, by_columns_backward)
+decompose_as(aten.slow_conv3d_forward, by_columns)
+decompose_as(aten.conv_tbc, over_time)
 
 
 # ----- products -------------------------------------------------------------------------------------------------------
 
-opened_as(aten._int_mm, lambda x, y: x.to(torch.int32) @ y.to(torch.int32))
-opened_as(aten._compute_linear_combination, lambda x, weights: torch.tensordot(weights, x, dims=1))
+decompose_as(aten._int_mm, lambda x, y: x.to(torch.int32) @ y.to(torch.int32))
+decompose_as(aten._compute_linear_combination, lambda x, weights: torch.tensordot(weights, x, dims=1))
 
 
 def weight_norm_backward(g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,8 @@ def weight_norm_backward(g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim
     return scale / norms * (g - v * of_scale / norms), of_scale
 
 
-opened_as(aten._weight_norm_interface_backward, weight_norm_backward)
-opened_as(aten._linalg_eigvals, lambda a: aten.linalg_eig(a)[0])
+decompose_as(aten._weight_norm_interface_backward, weight_norm_backward)
+decompose_as(aten._linalg_eigvals, lambda a: aten.linalg_eig(a)[0])
 
 
 # ----- gated linear units ---------------------------------------------------------------------------------------------
@@ -110,16 +110,16 @@ def glu_backward_tangent(gx: Tensor, g: Tensor, x: Tensor, dg: Tensor, dx: Tenso
     return torch.cat([of_a, of_b], dim)
 
 
-opened_as(aten.glu_jvp, glu_tangent)
-opened_as(aten.glu_backward_jvp, glu_backward_tangent)
+decompose_as(aten.glu_jvp, glu_tangent)
+decompose_as(aten.glu_backward_jvp, glu_backward_tangent)
 
 
 # ----- elements and views ---------------------------------------------------------------------------------------------
 
-opened_as(aten._add_relu.Tensor, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
-opened_as(aten._add_relu.Scalar, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
-opened_as(aten._aminmax, lambda x: tuple(aten.aminmax(x)))
-opened_as(aten._aminmax.dim, lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)))
+decompose_as(aten._add_relu.Tensor, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
+decompose_as(aten._add_relu.Scalar, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
+decompose_as(aten._aminmax, lambda x: tuple(aten.aminmax(x)))
+decompose_as(aten._aminmax.dim, lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)))
 for name in ("conj_physical", "conj"):  # PyTorch's decompositions of Fourier transforms speak in prims
     if hasattr(torch.ops.prims, name):
         op = getattr(torch.ops.prims, name).default
@@ -141,10 +141,10 @@ def power_sum(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, d
 
 for op in named("linalg__powsum"):
     vmap_of(op)(shifted(op, "dim"))
-    opened_as(op, power_sum)
+    decompose_as(op, power_sum)
 
 
-opened_as(aten._stack, lambda tensors, dim=0: torch.stack(tensors, dim))
+decompose_as(aten._stack, lambda tensors, dim=0: torch.stack(tensors, dim))
 
 
 @vmap_of(aten._functional_assert_async.msg)
@@ -179,7 +179,7 @@ def logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any
 
 for which in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor"):
     for packet, body in ((aten.linspace, linspace), (aten.logspace, logspace)):
-        opened_as(getattr(packet, which), body)
+        decompose_as(getattr(packet, which), body)
     vmap_of(getattr(aten.linspace, which))(lambda start, end, steps, dtype: numbers_between(start, end, steps, dtype))
     vmap_of(getattr(aten.logspace, which))(
         lambda start, end, steps, base, dtype: torch.pow(base, numbers_between(start, end, steps, dtype))
@@ -201,5 +201,5 @@ def masked_softmax_backward(g: Tensor, out: Tensor, mask: Tensor, dim: Any = Non
     return aten._softmax_backward_data(g, out, -1 if dim is None else dim, out.dtype).masked_fill(mask, 0)
 
 
-opened_as(aten._masked_softmax, masked_softmax)
-opened_as(aten._masked_softmax_backward, masked_softmax_backward)
+decompose_as(aten._masked_softmax, masked_softmax)
+decompose_as(aten._masked_softmax_backward, masked_softmax_backward)

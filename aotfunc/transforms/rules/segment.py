@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .batching import with_batch
 from .scatter import scatter_reduce_back
-from .table import aten, opened_as, vmap_of
+from .table import aten, decompose_as, vmap_of
 
 
 def packed(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:
@@ -81,4 +81,4 @@ def segment_gradient(g, out, data, reduce, lengths=None, offsets=None, axis=0, i
     return scatter_reduce_back(g, out, start, axis, segment, data, name)[2]
 
 
-opened_as(aten._segment_reduce_backward, segment_gradient)
+decompose_as(aten._segment_reduce_backward, segment_gradient)

@@ -58,7 +58,7 @@ class Rule:
 
 
 RULES: dict[OpOverload, Rule] = {}
-OPENED: dict[OpOverload, Formula] = {}
+DECOMPOSITIONS: dict[OpOverload, Formula] = {}
 
 
 def overload(op: OpOverload | OpOverloadPacket) -> OpOverload:
@@ -255,10 +255,10 @@ def zeros(g: Tensor, *_: Any) -> Tensor:
     return aten.zero.default(g).detach()
 
 
-def opened_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
+def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
     """Where there is neither a rule nor a formula of PyTorch's, ``op`` is transformed as what ``body(*args)`` does."""
-    OPENED[overload(op)] = body
-    rule_of(op).verbs.append("opened_as")
+    DECOMPOSITIONS[overload(op)] = body
+    rule_of(op).verbs.append("decompose_as")
 
 
 # ----- what rules are made of -----------------------------------------------------------------------------------------
