@@ -72,7 +72,9 @@ def separated(rec: Recording, program: Program, owned: Sequence[tuple[int, bool]
         def node(s: Shown) -> Node:
             x = memory(s.root)
             for step in s.path[1:]:
-                if step not in made:
+                if step not in made and step.passed:
+                    made[step] = b.make("call_function", passed, (x, made[step.ref, False]), {}, step.call[3])
+                elif step not in made:
                     made[step] = through(b, x, step, quiet, made)  # type: ignore[index]
                     if step.apart:  # the same memory, the values that it has, and their derivative
                         x, new = made[step], made[step.ref, False]
@@ -104,6 +106,22 @@ def cut(op: Callable, *args: Any, **kwargs: Any) -> Any:
     """A view made under no_grad: it has no derivative, and requires grad if what it is a view of does."""
     with torch.no_grad():
         return op(*args, **kwargs)
+
+
+class Passed(torch.autograd.Function):
+    """What a Function was given and returns: the memory of one tensor, with the derivative of another."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Tensor, new: Tensor) -> Tensor:  # type: ignore[override]
+        return memory
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        return None, g
+
+
+def passed(memory: Tensor, new: Tensor) -> Tensor:
+    return Passed.apply(memory, new)
 
 
 class Changes:

@@ -22,14 +22,15 @@ class Shown:
     """What a value shows: memory of its own (``of`` is None: ``ref`` was made with it), or what another one shows, seen
     through a ``call`` ``(op, args, kwargs, results)``, of which it is the result ``index`` if there are several. The
     op may be one that changes its argument's shape in place. ``cut``: made under no_grad. ``apart``: detached, and then
-    written in view of autograd: it has a derivative of its own.
+    written in view of autograd: it has a derivative of its own. So has what a Function was given and returns, which is
+    ``passed``.
     """
 
-    __slots__ = ("apart", "call", "cut", "index", "of", "ref")
+    __slots__ = ("apart", "call", "cut", "index", "of", "passed", "ref")
 
     def __init__(self, ref: int, of: Shown | None = None, call: Any = None, index: Any = None, cut: bool = False):
         self.ref, self.of, self.call, self.index, self.cut = ref, of, call, index, cut
-        self.apart = False
+        self.apart = self.passed = False
 
     @property
     def root(self) -> int:
@@ -38,10 +39,12 @@ class Shown:
 
     @property
     def path(self) -> list[Shown]:
-        """From the memory to this value."""
-        found = [self]
-        while found[-1].of is not None:
-            found.append(found[-1].of)
+        """From the memory to this value; of what Functions passed on, the last one has all of the derivative."""
+        found, step = [self], self.of
+        while step is not None:
+            if not (step.passed and any(s.passed for s in found)):
+                found.append(step)
+            step = step.of
         return found[::-1]
 
 
@@ -64,6 +67,11 @@ def shown(trace: Trace) -> dict[int, Shown]:
                     found[ref] = of(refs[slot])
                     for call, index in calls:
                         found[ref] = Shown(ref, found[ref], call, index, not grad)
+            given = {of(r).root for r in instr.handed(refs)}
+            for ref, raw, sig in zip(made, refs, instr.outs, strict=False) if given else ():
+                if of(raw).root in given:
+                    found[ref] = Shown(ref, of(raw), (aten.detach.default, (None,), {}, sig), cut=not grad)
+                    found[ref].apart = found[ref].passed = grad
         elif facts.view_of is not None and refs and op not in COMPUTED:
             call = (op, instr.args, instr.kwargs, instr.outs)
             several = instr.outs.__class__ is not Sig

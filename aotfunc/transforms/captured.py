@@ -70,12 +70,19 @@ class Recording:
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
-        return shown(self.trace)
+        found = shown(self.trace)
+        paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
+        for step in {step for path in paths for step in path if step.passed}:
+            root = step.root
+            if root >= len(self.trace.inputs) and all(step in path for path in paths if path[0].ref == root):
+                step.of, step.apart, step.passed = None, False, False  # nothing else shows that memory
+        return found
 
     @property
     def roots(self) -> list[int]:
-        """For each returned tensor the value that it is a view of, or itself."""
-        return [self.seen[r].root if r in self.seen else r for r in self.refs]
+        """For each returned tensor the value that it is a view of, or itself; what a Function passed on is its own."""
+        paths = [self.seen[r].path if r in self.seen else [Shown(r)] for r in self.refs]
+        return [next((s.ref for s in path[:0:-1] if s.passed), path[0].ref) for path in paths]
 
     @cached_property
     def key(self) -> Any:

@@ -64,6 +64,9 @@ class End(Step):
         d = self.derivative
         return [any(given[len(given) - d.n_inputs :])] * d.n_outputs, []
 
+    def handed(self, refs: Sequence[int]) -> Sequence[int]:
+        return refs[len(refs) - self.derivative.n_inputs :]
+
     def run(self, values: list[Tensor]) -> list[Tensor]:
         return values[: self.derivative.n_outputs]
 

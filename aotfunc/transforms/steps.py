@@ -67,6 +67,12 @@ class Step:
         """
         return ()
 
+    def handed(self, refs: Sequence[int]) -> Sequence[int]:
+        """Of the tensors of a step whose results are its first ones, with another derivative, those that it may show
+        the memory of.
+        """
+        return ()
+
     def bind(self, f: Functionalizer, results: Sequence[Any], grad: bool) -> None:
         for r in results:
             if isinstance(r, Node):

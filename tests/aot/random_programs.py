@@ -77,7 +77,9 @@ class Scope:
     def tensor(self, outside: float = 0.15, floating: bool | None = True) -> str:
         mine, theirs = (
             [e for e in self.of_kind(Tensor, es) if floating in (None, self.value(e).is_floating_point())]
-            for es in (self.names, self.outside)
+            # eager derivatives of what read the statistics are of those that are there by then: a normalisation updates
+            # them and does not say so
+            for es in (self.names, [e for e in self.outside if not e.endswith(("running_mean", "running_var"))])
         )
         if theirs and (not mine or self.draw.random() < outside):
             return self.draw.choice(theirs)
@@ -123,7 +125,7 @@ class Scope:
 
     def fill(self, template: str) -> str:
         """The template with its holes filled."""
-        text = re.sub(r"(?<!\{)\{(\w+)\}(?!\})", lambda m: self.hole(m[1]), template)
+        text = re.sub(r"(?<!\{)\{(\w[\w ]*)\}(?!\})", lambda m: self.hole(m[1]), template)
         return text.replace("{{", "{").replace("}}", "}")
 
     def take(self, text: str) -> bool:
@@ -230,6 +232,9 @@ class Driver(Scope):
                 single = isinstance(env[outs], Tensor)
                 self.same = outs if single else f"{outs}[{self.draw.randrange(len(env[outs]))}]"
                 return self.same
+            case "unwritten out":  # a view from before a write does not learn at once that its base requires grad
+                out = self.hole("out")
+                return choice([out] * (self.value(out)._version == 0))
         return super().hole(what)
 
 

@@ -269,7 +269,7 @@ BETWEEN: Table = {
             "{result}.unsqueeze_(0)",
             "y = {out}",
             "x = {result}.detach()",
-            "{out}.requires_grad_()",
+            "{unwritten out}.requires_grad_()",
             "x = {result}.detach().clone()",
         ]
         + [
