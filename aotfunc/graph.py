@@ -4,8 +4,8 @@
     placeholder    an input, or (behind the inputs) a closed-over tensor; meta["role"] says which
     call        := call_function(target, args, kwargs)
     target      := OpOverload that neither mutates nor (after functionalisation) aliases
-                 | operator.getitem                       one output of an op with several | a step with subgraphs of
-                 its own       (transforms/steps.py): a nested compiled call, a custom derivative
+                 | operator.getitem                       one output of an op with several
+                 | Target                                 a nested compiled call, a custom derivative
     args        := node | literal | list of these
     output      := (tuple,)                               flat: results, then the new values of mutated inputs
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -29,6 +29,34 @@ from torch.fx import Node
 from . import debug
 from .cache import Cache
 from .errors import GraphError
+
+
+@runtime_checkable
+class Target(Protocol):
+    """What a node calls that is no op: it has programs of its own, and each pass asks it for its part."""
+
+    __name__: str
+
+    @property
+    def dissolved_with(self) -> str | None:
+        """The kind that ``lowered`` dissolves it with: "calls", "customs", or None for what stays a node."""
+
+    def __call__(self, *tensors: Any) -> Sequence[Any]:
+        """Run it: its flat results."""
+
+    def inline(self, b: Any, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
+        """Its results as nodes of the builder ``b``, for ``args``; ``inner`` lowers the programs in it."""
+
+    def pull(self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+        """Reverse mode: ``(arguments, their cotangents)`` of the node ``n`` for the cotangents ``g`` of its results;
+        ``again`` is the node whose values may be read.
+        """
+
+    def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        """Forward mode: the tangents of the results of ``n``, which has become ``new``."""
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        """Batching: ``(results, which of them are batched)`` of ``n`` for the new arguments in ``walk.env``."""
 
 
 class Program:
@@ -221,8 +249,8 @@ def verify(graph: fx.Graph, made_by: str = "") -> None:
             if isinstance(target, OpOverload):
                 if any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
                     raise wrong(f"{n} mutates: {target}")
-            elif target is not operator.getitem and not hasattr(target, "inline"):
-                raise wrong(f"{n} calls {target}, which is neither an op nor a step")
+            elif target is not operator.getitem and not isinstance(target, Target):
+                raise wrong(f"{n} calls {target}, which is neither an op nor a Target")
         seen.add(n)
     if stage != 2:
         raise wrong("it has no output")

@@ -166,7 +166,7 @@ def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
 class Row(Step):
     """``(batch, sample) -> the row of the batch that belongs to the sample``: batched, it is the whole batch."""
 
-    __name__ = "row"
+    __name__, dissolved_with = "row", None
 
     def inline(self, *_: Any) -> Any:
         raise RuleError("a row of a batch does not run by itself: it is batched first")

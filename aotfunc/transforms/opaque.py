@@ -59,7 +59,9 @@ class OpaqueForward(Step):
 
     # ----- as a node ------------------------------------------------------------------------------------------------
 
-    def inline(self, b: Builder, args: Sequence[Any]) -> list:
+    dissolved_with = None
+
+    def inline(self, b: Builder, args: Sequence[Any], inner: Callable | None = None) -> list:
         node = b.node(self, tuple(args), {}, self.outs)
         return [b.item(node, i) for i in range(len(self.outs))]
 
