@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .places import Indices, Places, count_read, count_written, is_mask, numbered, numbered_each, single
+from .places import Indices, Places, at_most, count_read, count_written, is_mask, numbered, numbered_each, single
 from .table import (
     aten,
     broadcast_shapes,
@@ -101,7 +101,7 @@ def batch_index_put(
         alone = single(indices, index_batched)
         count = count_written(alone, values.shape[values_batched:], x.dim() - x_batched)
         if count is None:
-            raise NotImplementedError("one value for all that a boolean index, beside others, selects in each example")
+            return put_one_for_all(x, indices, values, accumulate, batched, size)
         for mask, b in zip(indices, index_batched, strict=True):
             if b and mask is not None and is_mask(mask):
                 selected = mask.flatten(1).count_nonzero(1)
@@ -120,6 +120,30 @@ def batch_index_put(
     if places.front:
         values = places.from_front(values if values_batched else align(values.unsqueeze(0), rank))
     return aten.index_put(x, with_example(indices, index_batched, size, places), values, accumulate)
+
+
+def put_one_for_all(x: Tensor, indices: Indices, values: Tensor, accumulate: bool, batched: Any, size: Any) -> Tensor:
+    """One value for all that masks, beside other indices, select: written to as many positions as they may select, the
+    first again and again behind the last.
+    """
+    x_batched, index_batched, values_batched = batched
+    count, there = at_most(indices, index_batched)
+    each = there.dim() == 2
+    indices, index_batched = numbered_each(indices, index_batched, count)
+    places = Places(indices, index_batched)
+    rank = places.result_rank(x.dim() - x_batched)
+    if values_batched:
+        values = align(values, rank)
+    written = along_positions(there if accumulate else there[..., :1], places, rank)
+    now = 0 if accumulate else batch_index(x, indices, batched=(x_batched, index_batched), size=size)
+    values = torch.where(align(written, rank) if each else written, values, now)
+    batched = x_batched, index_batched, values_batched or each or not accumulate
+    return batch_index_put(x, indices, values, accumulate, batched=batched, size=size)
+
+
+def along_positions(there: Tensor, places: Places, rank: int) -> Tensor:
+    """``there [(B,) n]``, of the last of the dimensions of the indices in a result of ``rank``."""
+    return there.reshape(*there.shape, *[1] * (rank - places.front - places.rank))
 
 
 def put_back(g: Tensor, x: Tensor, indices: Any, values: Tensor, accumulate: bool) -> Tensor:
@@ -147,7 +171,16 @@ def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tenso
         if shape is not None:  # no need to know how many are selected
             selected = mask.reshape(*mask.shape, *[1] * rest).bool()
             return torch.where(selected, g, 0).sum_to_size(shape).reshape(values.shape)
-    return aten.index.Tensor(g, where_written(x, indices, values))
+    numbers = where_written(x, indices, values)
+    if not any(map(is_mask, numbers)):
+        return aten.index.Tensor(g, numbers)
+    unbatched = [False] * len(indices)
+    count, there = at_most(indices, unbatched)
+    numbers = numbered(indices, count)
+    found = aten.index.Tensor(g, numbers)
+    return torch.where(along_positions(there, Places(numbers, unbatched), found.dim()), found, 0).sum_to_size(
+        values.shape
+    )
 
 
 for op in (aten.index.Tensor, aten._unsafe_index.Tensor):

@@ -6,7 +6,9 @@ would have to look at the values.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +93,20 @@ def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count |
     places = Places(indices, [False] * len(indices))
     at = len(values) - (places.result_rank(rank) - (places.front + places.rank - 1))
     return Count(values[at], sum(map(is_mask, indices)) > 1) if at >= 0 and values[at] != 1 else None
+
+
+def at_most(indices: Indices, batched: Sequence[bool]) -> tuple[Count, Tensor]:
+    """For masks of which it is not known how many elements they select: how many these may be, and which of so many
+    positions there are, ``[count]`` or ``[B, count]``.
+    """
+    masks = [(i, b) for i, b in zip(indices, batched, strict=True) if i is not None and is_mask(i)]
+    count = max(prod(i.shape[b:]) for i, b in masks)
+    selected = [i.flatten(1).count_nonzero(1).unsqueeze(1) if b else i.count_nonzero() for i, b in masks]
+    place = torch.arange(count, device=masks[0][0].device)
+    there = place < functools.reduce(torch.maximum, selected)
+    for n in selected if len(masks) > 1 else ():
+        there = there & (n > 0)
+    return Count(count, True), there
 
 
 def numbered(indices: Indices, count: Count) -> list[Tensor | None]:
