@@ -1,9 +1,9 @@
 """A compiled call on real tensors: one autograd node, whose backward is compiled too and is differentiable in turn.
 
-Results that have no input in common are nodes of their own: a backward of one must not visit what the others were
-computed from. A node keeps the residuals of the partition for a plain backward. Where the backward is itself to be
-differentiated (``create_graph=True``) the gradient program of the inputs runs instead, as a compiled call like any
-other; random numbers that it draws again are those of the forward.
+Results that have no input in common are nodes of their own, and so are those that differ in inputs with hooks or a
+graph: a backward of one must not visit what the others were computed from. A node keeps the residuals of the partition
+for a plain backward. Where the backward is itself to be differentiated (``create_graph=True``) the gradient program of
+the inputs runs instead, as a compiled call like any other; random numbers that it draws again are those of the forward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .transforms.walk import builder
 
 aten = torch.ops.aten
 #: nodes of autograd for one call, each with a backward graph of its own
-MANY = 8
+MANY = 32
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
 
@@ -127,8 +127,9 @@ class Halves:
         self.any_live = any(self.live)
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
-        #: (results, inputs) of each node
-        self.parts = parts(self.program, wrt, self.live)
+        self.masks = masks(self.program, wrt, self.live)
+        #: inputs of some results and not of others
+        self.differing = [i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1]
         self.materializes = materializes(self.program)
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
@@ -138,6 +139,11 @@ class Halves:
         self.unreached = tuple(i for i, g in zip(wrt, grads, strict=True) if g is None)
         self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
         self.forward, self.backward = call.split(joint, self.count, last=True)
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
+        """The live results and their inputs, ``(results, inputs)`` of each node."""
+        apart = tuple([i for i in self.differing if not tensors[i].is_leaf or tensors[i]._backward_hooks])
+        return self.program.once(("parts", self.wrt, apart), lambda: parts(self.masks, self.wrt, apart))
 
     def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs, with copies of those that the backward reads and that the call writes to."""
@@ -179,9 +185,10 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
         outs = owned(halves.forward(*given), halves.count, given)
         results, residuals = list(unviewed(outs[: halves.count])), outs[halves.count :]
     needed = [given[i] for i in halves.needed]
-    if len(halves.parts) > 1:  # residuals may be results of another node: they must not hold each other
+    nodes = halves.parts(tensors)
+    if len(nodes) > 1:  # residuals may be results of another node: they must not hold each other
         residuals = [r.detach() if isinstance(r, Tensor) else r for r in residuals]
-    for part in halves.parts:
+    for part in nodes:
         mine, inputs = part
         found = [results[i] for i in mine]
         new = Differentiated.apply(halves, part, found, residuals, needed, before, *halves.reached(given, inputs))
@@ -251,24 +258,30 @@ def unchanged(ctx: Any) -> list[Tensor]:
 # ----- what a program's results have in common ------------------------------------------------------------------------
 
 
-def parts(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> list[tuple[list[int], list[int]]]:
-    """The live results, and the inputs ``wrt``, in groups that no derivative connects; all together where there would
-    be more than MANY.
-    """
+def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[int, int]:
+    """For each live result the inputs ``wrt`` that it has a derivative of, as bits."""
     inputs = program.placeholders
-    masks = {inputs[i]: 1 << i for i in wrt}
-    for n in active_nodes(program.graph.nodes, list(masks), zeros=True):
+    found = {inputs[i]: 1 << i for i in wrt}
+    for n in active_nodes(program.graph.nodes, list(found), zeros=True):
         for i in sources(n) if n.op == "call_function" else ():
-            masks[n] = masks.get(n, 0) | masks.get(i, 0)
+            found[n] = found.get(n, 0) | found.get(i, 0)
+    return {k: found[o] for k, (o, yes) in enumerate(zip(program.outputs, live, strict=True)) if yes}
+
+
+def parts(masks: dict[int, int], wrt: Sequence[int], apart: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The results and their inputs in groups that no derivative connects. Of the inputs ``apart``, which have hooks or
+    a graph of their own, all results of a group depend, or none: autograd would go there for any. Where there would be
+    more than MANY groups there are fewer.
+    """
+    strict = sum(1 << i for i in apart)
     groups: dict[int, list[int]] = {}
-    for k, (o, yes) in enumerate(zip(program.outputs, live, strict=True)):
-        if yes:
-            mask, outs = masks[o], [k]
-            for other in [m for m in groups if m & mask]:
-                mask, outs = mask | other, [*groups.pop(other), *outs]
-            groups[mask] = outs
+    for k, mask in masks.items():
+        outs = [k]
+        for other in [m for m in groups if m & mask and not (m ^ mask) & strict]:
+            mask, outs = mask | other, [*groups.pop(other), *outs]
+        groups[mask] = outs
     if len(groups) > MANY:
-        return [([k for k, yes in enumerate(live) if yes], list(wrt))]
+        return parts(masks, wrt, ()) if apart else [(list(masks), list(wrt))]
     return [(sorted(outs), [i for i in wrt if mask >> i & 1]) for mask, outs in groups.items()]
 
 

@@ -376,6 +376,39 @@ def test_results_with_no_input_in_common():
     both(program)
 
 
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_results_with_some_inputs_in_common(count):
+    """Hooks of the others' inputs are not called, those of theirs once, with the whole gradient."""
+
+    def f(*xs):
+        return [(x * xs[0]).sin() for x in xs[1:]], xs[0].cos(), sum(xs).tanh()
+
+    def program(how):
+        leaves = [torch.arange(3.0).add(k).requires_grad_() for k in range(count)]
+        xs, called = [t.sin() if k % 2 else t for k, t in enumerate(leaves)], {}
+        for k, x in enumerate(xs):
+            x.register_hook(lambda g, k=k: called.setdefault(k, []).append(g.clone()))
+        outs, *rest = how(f)(*xs)
+        for o in [outs[0], rest[0], outs[-1] + outs[0], *rest] if count < 12 else [outs[0] + rest[1]]:
+            o.sum().backward(retain_graph=True)
+        return sorted(called.items()), [t.grad for t in leaves]
+
+    both(program)
+
+
+def test_an_input_that_no_gradient_reaches_keeps_its_graph():
+    def program(how):
+        x, y = torch.arange(3.0, requires_grad=True), torch.ones(3, requires_grad=True)
+        h = y.exp()
+        a, b = how(lambda x, h: (x.sin(), x * h))(x, h)
+        a.sum().backward()
+        first = y.grad
+        b.sum().backward()
+        return first, x.grad, y.grad
+
+    both(program)
+
+
 def test_hooks_of_results_that_no_gradient_reaches():
     def program(how):
         x = torch.arange(3.0, requires_grad=True)
