@@ -37,6 +37,7 @@ class Autograd:
         self.kept: set[int] = set()  # the values that these are in the end
         self.inference: set[int] = set()  # values made in an inference mode that the function switched on
         self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
+        self.settled: list[bool] | None = None  # which lifted tensors required grad when the recording was over
         self._reached: Reach | None = None  # see active
 
     def mark_leaf(self, t: Traced, value: bool) -> None:
@@ -99,6 +100,7 @@ class Autograd:
         self.adopt_leaves()
         if self._reached is None:
             self._reached = Reach({ref for ref, yes in self.leaves.items() if yes}, len(self.inputs), self.lifted)
+            self._reached.settled = self.settled
         self._reached.extend(self.records, self.leaves)
         return self._reached
 
@@ -129,6 +131,15 @@ class Autograd:
         """The recording went back."""
         self._reached = None
 
+    def settle(self) -> None:
+        """Remember what outside tensors are now: what is asked later is answered as if now."""
+        if self.rewritten or any(t.__class__ is Traced for t in self.lifted):
+            self.reach()
+        else:
+            self.settled = [t.requires_grad for t in self.lifted]
+            if self._reached is not None:
+                self._reached.settled = self.settled
+
     def finish(self) -> None:
         """Let go of the tensors."""
         self.adopt_leaves()
@@ -153,6 +164,7 @@ class Reach:
 
     def __init__(self, active: set[int], count: int, lifted: Sequence[Tensor] = ()) -> None:
         self.active, self.lifted = active, lifted
+        self.settled: list[bool] | None = None
         self.ends: list[int] = []  # for each record that is done, how many values there were after it
         self.count = count
         self.bases: dict[int, int] = {}  # of each view the value that it shows
@@ -182,15 +194,17 @@ class Reach:
                 self.views.setdefault(base, []).extend(range(first, self.ends[k]))
             for i in [-1 - r for r in refs if r < 0]:
                 if i < len(self.lifted):  # not a number
-                    self.use(self.lifted[i], -1 - i)
+                    self.use(i)
             self.step(self.active, records[k], k, leaves)
 
-    def use(self, t: Tensor, ref: int) -> None:
+    def use(self, i: int) -> None:
         """An outside tensor, as it is now; a value of an outer recording is there what it was before it was written."""
+        t = self.lifted[i]
         if t.__class__ is not Traced:
-            (self.active.add if t.requires_grad else self.active.discard)(ref)
+            yes = t.requires_grad if self.settled is None else self.settled[i]
+            (self.active.add if yes else self.active.discard)(-1 - i)
         elif t.tracer.autograd.requires_grad(t):
-            self.active.add(ref)
+            self.active.add(-1 - i)
 
     def step(
         self, active: set[int], record: Record, k: int, leaves: dict[int, bool], unseen_views: bool = True

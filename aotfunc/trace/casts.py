@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .numbers import Exchange
 from .shapes import Slot, env_key, intern, interned
 from .traced import current, under_way
 
@@ -68,10 +67,8 @@ def clear() -> None:
     clear_cache()
 
 
-contexts = Exchange(
-    {
-        (torch, "is_autocast_cache_enabled"): is_enabled,
-        (torch, "set_autocast_cache_enabled"): set_enabled,
-        (torch, "clear_autocast_cache"): clear,
-    }
-)
+CONTEXTS = {
+    (torch, "is_autocast_cache_enabled"): is_enabled,
+    (torch, "set_autocast_cache_enabled"): set_enabled,
+    (torch, "clear_autocast_cache"): clear,
+}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 #: what is under way, by thread; the collector belongs to the process, so the last to leave puts it back
 _under_way: dict[object, int] = {}
@@ -14,25 +12,30 @@ _lock = threading.Lock()
 _was_on = False
 
 
-@contextmanager
-def paused_gc() -> Iterator[None]:
+class paused_gc:
     """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and scanning them again and
     again is most of the time of making them.
     """
-    global _was_on
-    mine = object()
-    try:
-        with _lock:
-            if not _under_way:
-                _was_on = gc.isenabled()
-            _under_way[mine] = threading.get_ident()
-            gc.disable()
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _was_on
         try:
-            _leave(mine)
+            with _lock:
+                if not _under_way:
+                    _was_on = gc.isenabled()
+                _under_way[self] = threading.get_ident()
+                gc.disable()
+        except BaseException:  # Ctrl-C
+            _leave(self)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            _leave(self)
         except BaseException:  # Ctrl-C came in between
-            _leave(mine)
+            _leave(self)
             raise
 
 

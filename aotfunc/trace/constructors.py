@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .numbers import Exchange, frozen
+from .numbers import frozen
 from .traced import Traced, current, under_way
 
 
@@ -72,4 +72,4 @@ def new_tensor(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
 
 Traced.new_tensor = new_tensor  # type: ignore[method-assign]
 
-constructors = Exchange({(torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")})
+CONSTRUCTORS = {(torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")}

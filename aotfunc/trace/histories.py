@@ -76,6 +76,8 @@ def is_part(t: Tensor, owner: Tensor) -> bool:
 
 def take_back(rewritten: Sequence[tuple[Tensor, int]]) -> None:
     """Nothing was written after all."""
+    if not rewritten:
+        return
     with quiet():
         for t, version in rewritten:
             torch._C.TensorBase.detach_(t)

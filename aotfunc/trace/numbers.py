@@ -100,22 +100,26 @@ class Exchange:
 
     def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
         self.lock, self.count = threading.Lock(), 0
-        self.new = new
+        self.new, self.done = new, False
         self.old: dict[tuple[Any, str], Any] = {}  # None where it is inherited
 
     def __enter__(self) -> None:
         with self.lock:
             self.count += 1
-            for (x, name), method in self.new.items():  # each time: Ctrl-C may have come in the middle of this
+            if self.done:
+                return
+            for (x, name), method in self.new.items():
                 before = x.__dict__.get(name)
-                if before is not method:
+                if before is not method:  # Ctrl-C may have come in the middle of this
                     self.old[x, name] = before
                     setattr(x, name, method)
+            self.done = True
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.count -= 1
             if not self.count:
+                self.done = False
                 for (x, name), method in self.new.items():
                     if x.__dict__.get(name) is method:
                         if (before := self.old[x, name]) is None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from .casts import cache_enabled, contexts, enable_cache
+from .casts import CONTEXTS, cache_enabled, enable_cache
 from .collector import paused_gc
-from .constructors import constructors
-from .numbers import watch
+from .constructors import CONSTRUCTORS
+from .numbers import Exchange, watch
 from .traced import under_way
 from .tracer import Trace
+
+#: functions of torch as a recording has them
+functions = Exchange(CONSTRUCTORS | CONTEXTS)
 
 
 def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
@@ -42,7 +45,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
         trace.finish()
 
     numbers = nullcontext() if trace.may_ask_constants else watch
-    with paused_gc(), without_functorch(), constructors, contexts, numbers:
+    with paused_gc(), without_functorch(), functions, numbers:
         try:
             if compiling is not None:
                 dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls

@@ -43,6 +43,14 @@ def flat(outs: Any) -> list:
 
 def result_sigs(instr: Any) -> list:
     """The signatures of the new values that a step makes."""
+    if instr.__class__ is not Instr:
+        return new_sigs(instr)
+    if instr.made is None:
+        instr.made = new_sigs(instr)
+    return instr.made
+
+
+def new_sigs(instr: Any) -> list:
     if not instr.facts.writes:
         return flat(instr.outs)
     outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)

@@ -154,7 +154,7 @@ class Instr:
     with which a Python number among its arguments may be a tensor.
     """
 
-    __slots__ = ("anywhere", "args", "facts", "kwargs", "number", "op", "outs", "sigs")
+    __slots__ = ("anywhere", "args", "facts", "kwargs", "made", "number", "op", "outs", "sigs")
 
     def __init__(
         self, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any, anywhere: Instr | None = None
@@ -163,6 +163,7 @@ class Instr:
         self.facts = Facts(op)
         self.anywhere = anywhere
         self.number: torch.dtype | None = None
+        self.made: list[Sig] | None = None  # see records.result_sigs
 
     def __repr__(self) -> str:
         return f"{self.op}{self.args}"
@@ -179,7 +180,10 @@ SIMPLE = frozenset(
 
 def env_key() -> tuple:
     """The global settings that shape inference depends on."""
-    return (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+    return (torch.get_default_dtype(), _deterministic())
+
+
+_deterministic = torch._C._get_deterministic_algorithms
 
 
 def encode(a: Any, key: list, sink: Any) -> Any:

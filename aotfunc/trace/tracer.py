@@ -435,7 +435,7 @@ class Trace(TorchDispatchMode):
     def finish(self) -> None:
         """Nothing is recorded any more; traced values may live on, and go when their last user does."""
         self.finished = True
-        self.autograd.reach()
+        self.autograd.settle()
         histories.take_back(self.rewritten)
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -135,7 +136,16 @@ class Operands:
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
     """Leaves and spec; the spec of a bare tensor is None."""
-    return ([tree], None) if isinstance(tree, Tensor) else flatten_tree(tree)
+    if isinstance(tree, Tensor):
+        return [tree], None
+    if tree.__class__ is list and all([isinstance(x, Tensor) for x in tree]):  # as transforms return them
+        return list(tree), spec_of_list(len(tree))
+    return flatten_tree(tree)
+
+
+@cache
+def spec_of_list(count: int) -> TreeSpec:
+    return flatten_tree([None] * count)[1]
 
 
 def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:

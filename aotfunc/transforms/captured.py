@@ -55,6 +55,7 @@ class Recording:
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
         self._program: Program | None = None
+        self._key: Any = None
         self.numbers: tuple[tuple[int, ...], ...] = ()  # those that are inputs of its programs
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
@@ -84,9 +85,14 @@ class Recording:
         paths = [self.seen[r].path if r in self.seen else [Shown(r)] for r in self.refs]
         return [next((s.ref for s in path[:0:-1] if s.passed), path[0].ref) for path in paths]
 
-    @cached_property
+    @property
     def key(self) -> Any:
         """What its programs depend on. It decides which numbers are inputs of them."""
+        if self._key is None:
+            self._key = self.keyed()
+        return self._key
+
+    def keyed(self) -> Any:
         key = (self.trace.key(), self.refs)
         if not self.trace.numbers:
             return key
@@ -96,12 +102,14 @@ class Recording:
         fixed = now if not known.varied else tuple([x for i, x in enumerate(now) if i not in known.varied])
         return known, self.numbers, fixed
 
-    @cached_property
+    @property
     def closed_over(self) -> list[Tensor]:
         """What its programs take behind the inputs."""
         assert self.key
-        if not self.numbers:
-            return self.trace.lifted
+        return self.trace.lifted if not self.numbers else self.with_numbers
+
+    @cached_property
+    def with_numbers(self) -> list[Tensor]:
         trace = self.trace
         with quiet():
             how = {"dtype": TENSOR.dtype, "device": TENSOR.device}
