@@ -44,8 +44,10 @@ class Leaves:
                 "a tensor that was made inside and requires grad is returned, and so is what was computed from it, of "
                 "which the gradient would not reach it; pass it as an argument"
             )
-        found = reached(rec, leaves) - (leaves - trace.autograd.computed)
-        if any(ref in found and (s := rec.seen.get(ref)) and s.root not in found for ref in rec.refs):
+        mine = leaves - trace.autograd.computed
+        found = reached(rec, leaves) - mine
+        views = [s for ref in rec.refs if (s := rec.seen.get(ref)) and ref in found]
+        if any(s.root not in found or any(step.ref in mine for step in s.path[:-1]) for s in views):
             raise CaptureError(
                 "a view of a tensor that was made inside and requires grad is returned; return the tensor itself, or a "
                 "clone() of the view"

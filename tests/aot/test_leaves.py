@@ -480,3 +480,21 @@ def test_a_returned_argument_that_shows_a_written_one_is_itself(view):
         return out[0] is y, out[2]._base is x, out, torch.autograd.grad(loss, leaf)
 
     both(program)
+
+
+VIEWS_OF_A_LEAF = {
+    "a part": lambda v, w: w[1:],
+    "written": lambda v, w: (w[1:], v.add_(w.sin()))[0],
+    "of a view": lambda v, w: (w.view(-1)[1:], v.mul_(w))[0],
+}
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("view", VIEWS_OF_A_LEAF)
+def test_a_view_of_a_leaf_in_the_memory_of_something_else_is_refused(view, how):
+    def f(x):
+        v = x * 2
+        return VIEWS_OF_A_LEAF[view](v, v.detach().requires_grad_())
+
+    with pytest.raises(CaptureError, match="a view of a tensor that was made inside and requires grad"):
+        how(f)(torch.ones(3))
