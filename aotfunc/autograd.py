@@ -219,13 +219,15 @@ class Differentiated(torch.autograd.Function):
         # not saved tensors: a plain backward must not mind if one that it does not read has changed
         ctx.inputs = needed  # their gradients may depend on it, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
+        ctx.keeps = bool(needed) or any(isinstance(r, Tensor) for r in residuals)
         ctx.dtype = torch.get_default_dtype()
         return tuple(results)
 
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
-        halves, saved = ctx.halves, ctx.saved_tensors
+        # asked for, they raise an error the second time, unless the graph was retained, even if there are none
+        halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
         outs, inputs = ctx.part
         there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])

@@ -409,6 +409,20 @@ def test_an_input_that_no_gradient_reaches_keeps_its_graph():
     both(program)
 
 
+def test_a_graph_that_keeps_nothing_is_never_spent():
+    def program(how):
+        w, x = torch.ones(3, requires_grad=True), torch.zeros(2, 3)
+        f = how(lambda x: (x.sub_(w), x * 3)[1])
+        for _ in range(3):
+            f(x).sum().backward()
+        y = how(lambda w: w.expand(2, 3) - 2)(w)
+        y.sum().backward()
+        y.sin().sum().backward()
+        return w.grad
+
+    both(program)
+
+
 def test_hooks_of_results_that_no_gradient_reaches():
     def program(how):
         x = torch.arange(3.0, requires_grad=True)
