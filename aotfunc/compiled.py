@@ -64,7 +64,7 @@ class Entry:
     def __init__(
         self,
         rec: Recording,
-        call: CompiledCall,
+        step: CompiledStep,
         views: Callable[..., tuple] | None,
         state: State,
         key: tuple,
@@ -73,13 +73,13 @@ class Entry:
         finish: Finish,
         inside: Leaves,
     ) -> None:
-        self.call, self.views, self.key, self.facts = call, views, key, facts
+        self.step, self.views, self.key, self.facts = step, views, key, facts
+        self.call = call = step.call
         #: gradients were off, and the function turned them on in places: its marks say where
         self.enables = enables
         self.spec, self.tensors = rec.spec, rec.tensors
         # the structure with what is constant in it; what was traced, and the arguments, may go
         self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
-        self.step = CompiledStep(call, run_eager)
         changes = Changes(rec)
         self.changes = changes if changes else None
         self.inside = inside if inside else None
@@ -186,9 +186,12 @@ class Compiled:
         self.f, self.pipeline, self.name = f, pipeline, pipeline.name
         self.entries = Cache(NODES, weight_of)
         self.recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
+        #: entries that differ in Python numbers that are inputs of their program share one
+        self.steps: weakref.WeakValueDictionary[tuple, CompiledStep] = weakref.WeakValueDictionary()
         self.names = Names()
         self.captures = 0  # how often f has been captured, for all signatures
-        self.history: list[Facts] = []  # of the first captures
+        self.history: list[Facts] = []  # of the first captures of a program each
+        self.warned = False
         self.last: tuple[list[Facts], Facts] | None = None  # the entries before the last capture, and that
         self.changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed
         EVERY.add(self)
@@ -270,7 +273,7 @@ class Compiled:
             check_kind(t)
         before = of_python()
         try:
-            entry = self.capture(arguments, tensors, given, state, key)
+            entry, new = self.capture(arguments, tensors, given, state, key)
             drew = of_python() != before
             result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         except BaseException:
@@ -282,6 +285,8 @@ class Compiled:
         alike = self.changed is None and not drew and function_modes_key() is not OTHERS
         if entry.reusable and alike:
             self.store(full, entry, state)
+        if new or not alike:
+            self.watch_growth(entry.facts)
         return result
 
     def unhashable(self, arguments: Arguments) -> ArgumentError:
@@ -322,9 +327,12 @@ class Compiled:
         self.entries.clear()
         self.recent.clear()
         self.history.clear()
-        self.captures, self.last, self.changed = 0, None, None
+        self.captures, self.warned, self.last, self.changed = 0, False, None, None
 
-    def capture(self, arguments: Arguments, tensors: list[Tensor], given: tuple, state: State, key: tuple) -> Entry:
+    def capture(
+        self, arguments: Arguments, tensors: list[Tensor], given: tuple, state: State, key: tuple
+    ) -> tuple[Entry, bool]:
+        """The entry for this call, and whether its program is new."""
         self.captures += 1
         places: list[Place] = []
 
@@ -343,32 +351,40 @@ class Compiled:
             arguments.rebuilt if repeated(tensors) is None else lambda xs: remade(given, iter(xs), {}),
             why_not=f"{self.name} captures the function once for all values",
             constants=False,
+            numbers=True,
             outside={id(t) for t in state.tensors},
             name_of=parameter_names(self.f, arguments),
         )
         rec.trace.seeds.check_compiled(known, self.name)
+        rec.literal = not self.pipeline.takes_numbers(rec)
         finish = Finish(rec, state, places, self.titled)
         quiet = as_called(self.f) is not self.f
         enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
         program, views = without_views(rec, quiet and not enables)
-        whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
-        call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
-        call.plain = as_recorded(rec, whole.mutated)
+        # what requires grad decides where a call is cut
+        alike = (program, environment_key(), frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes))
+        step = self.steps.get(alike) if rec.numbers else None
+        if new := step is None:
+            whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
+            call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
+            call.plain = as_recorded(rec, whole.mutated)
+            step = self.steps[alike] = CompiledStep(call, run_eager)
         described = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}
         facts = facts_of(described, state.facts)
         self.last = ([e.facts for e in self.entries.values()], facts)
-        self.watch_growth(facts)
-        return Entry(rec, call, views, state, key, facts, enables, finish, Leaves(rec, whole.mutated))
+        inside = Leaves(rec, program.mutated)
+        return Entry(rec, step, views, state, key, facts, enables, finish, inside), new
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""
-        if self.captures > WARN_AT:
+        if self.warned:
             return
         self.history.append(facts)
-        if self.captures == WARN_AT:
+        if len(self.history) == WARN_AT:
             text = f"{self.who} has been captured {self.captures} times{at(user_line())}: {growth(self.history)}"
             self.history.clear()
-            warnings.warn(text, stacklevel=5)
+            self.warned = True
+            warnings.warn(text, stacklevel=4)
 
     def titled(self) -> str:
         return f"{self.name}: {title(self.f)}"

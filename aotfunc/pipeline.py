@@ -20,7 +20,8 @@ from .module import graph_module
 from .partition import min_cut_rematerialization_partition
 from .partition.foreign import cut_by
 from .trace.emit import carried, paused_gc, remap, remap_dict
-from .trace.shapes import make_sig
+from .trace.shapes import Instr, make_sig
+from .transforms.captured import Recording
 from .transforms.decompose import decomposed
 from .transforms.lower import CALLS, EVERYTHING, lowered
 from .transforms.steps import CompiledCall
@@ -71,6 +72,15 @@ class Pipeline:
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
+
+    def takes_numbers(self, rec: Recording) -> bool:
+        """Whether Python numbers may be inputs of its programs. A compiler may round an input to the low precision of
+        what it is computed with, where eager does not round a number.
+        """
+        if self.forward_backend is self.backward_backend is backends.lookup("eager"):
+            return True
+        counted = [instr for instr, *_ in rec.trace.records if instr.__class__ is Instr and instr.number is not None]
+        return not any(s.dtype in (torch.float16, torch.bfloat16) for instr in counted for s in instr.sigs)
 
     def opened(self, program: Program) -> Program:
         """With the user's decompositions; they come after differentiation, as they need not be differentiable."""

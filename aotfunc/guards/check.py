@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..cache import Cache
 from ..trace.traced import Traced
 from .containers import content
 from .keys import tensor_facts
 from .state import State
+
+_code = Cache(256)  # by source: entries of one function often have the same check
 
 
 class Check:
@@ -30,7 +33,7 @@ class Check:
             self.space.update(found)
             return
         space = {"is_": is_, "content": content, "unbound": unbound, **found}
-        exec(source, space)
+        exec(_code.once(source, lambda: compile(source, "<check>", "exec")), space)
         self.tensors: Callable[[Callable, Sequence[Any]], tuple | None] = space["tensors"]
         self.source, self.space = source, space
 

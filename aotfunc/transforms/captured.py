@@ -57,6 +57,7 @@ class Recording:
         self._program: Program | None = None
         self._key: Any = None
         self.numbers: tuple[tuple[int, ...], ...] = ()  # those that are inputs of its programs
+        self.literal = False  # none may be
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         if len(self.tensors) < len(self.leaves):
@@ -98,6 +99,8 @@ class Recording:
             return key
         now = bits_of(self.trace.numbers)
         known = _programs.once(key, lambda: Numbers(now))
+        if self.literal:
+            return known, (), now
         self.numbers = known.inputs(now)
         fixed = now if not known.varied else tuple([x for i, x in enumerate(now) if i not in known.varied])
         return known, self.numbers, fixed
@@ -134,10 +137,7 @@ class Recording:
         plain = any(r[0].__class__ is GradStep for r in trace.records)
         with paused_gc():
             b = Builder(None, merge=False) if plain else Builder(REWRITES)
-            inputs, numbers = input_nodes(trace, b, self.names()), {}
-            for places in self.numbers:
-                numbers.update(dict.fromkeys(places, b.placeholder("number", TENSOR, role="const")))
-            f = Functionalizer(trace, b, inputs, numbers=numbers)
+            f = self._functionalizer(b)
             f.run()
             mutated = f.mutated()
             if memory is None:
@@ -148,6 +148,12 @@ class Recording:
             outs = [*results, *(n for _, n in mutated)]
             program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
         return retidy(program, "capture") if plain else program
+
+    def _functionalizer(self, b: Builder) -> Functionalizer:
+        inputs, numbers = input_nodes(self.trace, b, self.names()), {}
+        for places in self.numbers:
+            numbers.update(dict.fromkeys(places, b.placeholder("number", TENSOR, role="const")))
+        return Functionalizer(self.trace, b, inputs, numbers=numbers)
 
     def _memory(self, f: Functionalizer, ref: int) -> Node:
         """The memory of a value; without a derivative where all that is returned of it is detached."""
@@ -161,7 +167,7 @@ class Recording:
         trace = self.trace
         with paused_gc():
             b = Builder(None, merge=False)
-            f = Functionalizer(trace, b, input_nodes(trace, b, self.names()))
+            f = self._functionalizer(b)
             f.direct = False
             f.run()
             outs = [self._memory(f, r) if whole else f.read(r) for r, whole in memory]

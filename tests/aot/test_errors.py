@@ -100,15 +100,15 @@ def warned(f, calls):
 
 
 def test_warning_names_the_argument_that_keeps_changing():
-    (text,) = warned(jit(lambda x, lr: x * lr), [(X, 0.1 * i) for i in range(80)])
+    (text,) = warned(jit(lambda x, lr: x**lr), [(X, 0.1 * i) for i in range(80)])
     assert "64 times" in text and "Python argument lr" in text and "pass it as a tensor" in text
     assert "test_errors.py" in text
-    (text,) = warned(jit(lambda p, x: p["rate"] * x), [({"rate": 0.1 * i}, X) for i in range(70)])
+    (text,) = warned(jit(lambda p, x: x ** p["rate"]), [({"rate": 0.1 * i}, X) for i in range(70)])
     assert "p_rate" in text
     (text,) = warned(jit(lambda x, y: x.sum() * y), [(torch.ones(i + 1), X) for i in range(70)])
     assert "shape" in text and " x " in text and " y " not in text
     k = 0
-    f = jit(lambda x: x * k)
+    f = jit(lambda x: x**k)
 
     def calls():
         nonlocal k
@@ -117,7 +117,8 @@ def test_warning_names_the_argument_that_keeps_changing():
 
     (text,) = warned(f, calls())
     assert "closes over" in text
-    assert not warned(jit(lambda x, n: x * n), [(X, i % 3) for i in range(80)])
+    assert not warned(jit(lambda x, n: x**n), [(X, i % 3) for i in range(80)])
+    assert not warned(jit(lambda x, lr: x * lr), [(X, 0.1 * i) for i in range(80)])  # an input of its program
 
 
 def test_the_number_of_entries_is_bounded(monkeypatch):

@@ -1,0 +1,163 @@
+"""A Python number that is another one at each call of a compiled function: Python runs again, but the program, of which
+it is an input, is compiled once and computes what eager does with the number.
+"""
+
+import warnings
+
+import pytest
+import torch
+
+from aotfunc import aot_function, grad, jit, vmap
+from tests.reference import assert_same
+
+NUMBERS = (0.3, 0.77, 10.1, 1e-3, 4.0, 123.456, 0.31, 0.32, 0.33)
+float_dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Counted:
+    """A compiler of one's own: how often it compiles."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, gm, inputs):
+        self.runs += 1
+        return gm
+
+
+FUNCTIONS = {
+    "step": lambda x, t: x - t * (x * x.sin()),
+    "quotient": lambda x, t: (x / t).tanh() + t / (1 + x * x),
+    "power": lambda x, t: t ** x.abs() + (t - x) * (x + t),
+    "compared": lambda x, t: torch.where(x > t, x * t, x % t),
+    "computed from": lambda x, t: (x * (t / 3) - (1 - t) * x.cos()) * t,
+    "in place": lambda x, t: x.clone().mul_(t).sub_(t),
+    "several results": lambda x, t: (x * t, (x * t).sum(), x.t() if x.dim() > 1 else x),
+    "from one another": lambda x, t: (lambda h: (h, (h * t).sum(), h.view(-1)[1:] * t))((x * t).sin()),
+}
+
+
+def drawn(dtype, *shape):
+    return torch.randn(shape or (3, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", float_dtypes)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_and_gradients_are_those_of_eager(name, dtype):
+    f = FUNCTIONS[name]
+    compiler = Counted()
+    for compiled in (jit(f), aot_function(f), aot_function(f, compiler)):
+        for t in (*NUMBERS, 7, -11, 0.5, 0.0, 1.0, 2, float("inf")):
+            x, y = drawn(dtype).requires_grad_(), drawn(dtype).requires_grad_()
+            got, want = compiled(x, t), f(y, t)
+            assert_same(got, want, rtol=0, atol=0)
+            total = lambda r: sum(o.float().sum() for o in (r if isinstance(r, tuple) else (r,)))
+            total(got).backward()
+            total(want).backward()
+            assert_same(x.grad, y.grad)
+
+
+def reached(where):
+    """A function of ``x`` that reads the number from somewhere, and how to set it."""
+    if where == "closure":
+        rate = 0.0
+
+        def set_rate(t):
+            nonlocal rate
+            rate = t
+
+        return (lambda x: x - rate * x.sin()), set_rate
+    if where == "list":
+        rates = [0.0]
+        return (lambda x: x - rates[0] * x.sin()), lambda t: rates.__setitem__(0, t)
+    module = torch.nn.Module()
+    module.rate = 0.0
+    module.forward = lambda x: x - module.rate * x.sin()
+    return module, lambda t: setattr(module, "rate", t)
+
+
+@pytest.mark.parametrize("where", ["closure", "list", "attribute"])
+def test_a_number_that_is_read(where):
+    f, set_rate = reached(where)
+    compiler = Counted()
+    compiled = aot_function(f, compiler)
+    x = drawn(torch.float32).requires_grad_()
+    for t in NUMBERS:
+        set_rate(t)
+        (slope,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert_same(slope, torch.autograd.grad((x - t * x.sin()).sum(), x)[0])
+    assert compiler.runs <= 4  # two halves with the number as a literal, two with it as an input
+
+
+def test_it_is_compiled_twice_and_no_warning():
+    compiler = Counted()
+    compiled = aot_function(lambda p, x, *, lr: {k: v - lr * x for k, v in p.items()}, compiler)
+    p = {"w": drawn(torch.float32), "b": drawn(torch.float32)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(100):
+            lr = 0.1 / (1 + 0.37 * i)
+            got = compiled(p, p["w"], lr=lr)
+            assert_same(got, {k: v - lr * p["w"] for k, v in p.items()}, rtol=0, atol=0)
+    assert compiler.runs == 2
+
+
+def test_what_is_looked_at_is_looked_at_again():
+    def f(x, t, log):
+        log.append(t)
+        y = x * t if t > 0.5 else x / t
+        for _ in range(int(10 * t)):
+            y = y + t
+        return y, f"{t:.2f}", t
+
+    plain = lambda x, t: f(x, t, [])
+    compiled = jit(plain)
+    x = drawn(torch.float64)
+    for t in (0.31, 0.32, 0.61, 0.62, 0.63, 0.33, 0.34, 0.71, 0.31):
+        assert_same(compiled(x, t), plain(x, t), rtol=0, atol=0)
+
+
+def test_numbers_that_only_agree_at_first():
+    f = lambda x, s, t: (x * s + t).sin() / s
+    compiled, x = jit(f), drawn(torch.float64)
+    for s, t in ((0.3, 0.3), (0.4, 0.4), (0.4, 0.7), (0.6, 0.6), (0.6, 0.3), (0.3, 0.3), (0.9, 0.8)):
+        assert_same(compiled(x, s, t), f(x, s, t), rtol=0, atol=0)
+
+
+def test_what_requires_grad_may_change_too():
+    f = FUNCTIONS["from one another"]
+    compiled = jit(f)
+    for t in NUMBERS:
+        for needs in (False, True):
+            x = drawn(torch.float64).requires_grad_(needs)
+            got, want = compiled(x, t), f(x, t)
+            assert_same(got, want)
+            if needs:
+                assert_same(torch.autograd.grad(got[1], got[0]), torch.autograd.grad(want[1], want[0]))
+
+
+@pytest.mark.parametrize("how", ["grad", "vmap", "jit", "grad of vmap"])
+def test_inside_of_transforms(how):
+    f = lambda x, t: (x * t).tanh() * t
+    compiled = jit(f)
+    wrap = {
+        "grad": lambda f: lambda x, t: grad(lambda x: f(x, t).sum())(x),
+        "vmap": lambda f: lambda x, t: vmap(lambda r: f(r, t))(x),
+        "jit": lambda f: jit(lambda x, t: f(x, t).sum()),
+        "grad of vmap": lambda f: lambda x, t: grad(lambda x: vmap(lambda r: f(r, t))(x).sum())(x),
+    }[how]
+    mine, plain = wrap(compiled), wrap(f)
+    for t in NUMBERS:
+        assert_same(mine(drawn(torch.float64), t), plain(drawn(torch.float64), t))
+
+
+@pytest.mark.parametrize("dtype", float_dtypes)
+def test_inductor(dtype):
+    """Bit for bit what it computes with a literal; in low precision the number stays one."""
+    f = FUNCTIONS["computed from"]
+    compiled, x = jit(f, backend="inductor"), drawn(dtype, 7, 11)
+    for t in NUMBERS[:4]:
+        assert_same(compiled(x, t), jit(f, backend="inductor")(x, t), rtol=0, atol=0)
+        if dtype in (torch.bfloat16, torch.float16):
+            assert_same(compiled(x, t), f(x, t), rtol=0, atol=0)
+    assert dtype not in (torch.float32, torch.float64) or len({e.call for e in compiled.entries.values()}) == 2
