@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from .debug import at, user_line
 from .errors import CaptureError
 from .graph import Program
-from .trace.functionalize import dead_end, hidden_write
+from .trace.functionalize import dead_end, hidden_write, no_tangent
 from .transforms.jvp import jvp
 from .transforms.lower import CALLS, lowered
 from .transforms.vjp import active_nodes
@@ -45,5 +45,5 @@ def meets_a_cut(program: Program, wrt: tuple[int, ...]) -> bool:
     flat = lowered(program.flat(), CALLS)
     inputs = flat.placeholders
     active = active_nodes(flat.graph.nodes, [inputs[i] for i in wrt])
-    marks = (torch.ops.aten.detach.default, dead_end, hidden_write)
+    marks = (torch.ops.aten.detach.default, dead_end, hidden_write, no_tangent)
     return any(n.target in marks and any(i in active for i in n._input_nodes) for n in flat.graph.nodes)

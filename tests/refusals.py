@@ -180,7 +180,7 @@ PROGRAMS: dict[str, Callable] = {
         lambda x: checkpoint(lambda v: v.mul_(2), x * 1, use_reentrant=True)
     ),
     "`saved_tensors_hooks` inside": on(leaf)(
-        lambda x: torch.autograd.graph.save_on_cpu().__enter__() and x  # the context is refused as it is entered
+        lambda x: torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x  # refused as it is entered
     ),
     "`y.grad_fn.register_hook(…)`": on(leaf)(lambda x: ((x * 2).grad_fn.register_hook(print), x)[1]),
     "`torch.manual_seed(0)`": on(ones())(lambda x: (torch.manual_seed(0), x * torch.rand(3))[1]),

@@ -38,11 +38,14 @@ _library.define("hidden_write(Tensor old, Tensor new) -> Tensor")
 _library.impl("hidden_write", lambda old, new: new.clone(), "CompositeExplicitAutograd")
 _library.define("once(Tensor x) -> Tensor")
 _library.impl("once", lambda x: x.clone(), "CompositeExplicitAutograd")
+_library.define("no_tangent(Tensor x) -> Tensor")
+_library.impl("no_tangent", lambda x: x.clone(), "CompositeExplicitAutograd")
 hidden_write = torch.ops.aotfunc.hidden_write.default
 torch.library.register_autograd("aotfunc::hidden_write", lambda ctx, g: (g, None), lib=_library)
 _library.define("dead_end(Tensor(a) x) -> Tensor(a)")
 _library.impl("dead_end", torch.no_grad()(lambda x: x.view_as(x)), "CompositeImplicitAutograd")
 dead_end = torch.ops.aotfunc.dead_end.default
+no_tangent = torch.ops.aotfunc.no_tangent.default  # an identity without a forward-mode derivative
 once = torch.ops.aotfunc.once.default  # an identity that refuses to be differentiated: @once_differentiable
 
 #: in place, comparisons have the derivative zero in both arguments; autograd sees nothing of logical ops

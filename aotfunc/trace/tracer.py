@@ -35,6 +35,7 @@ from .traced import HOOKS, Traced, check_kind, check_leak, current, of_subclass,
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
 _grad_enabled = torch.is_grad_enabled
+_tangents_enabled = torch._C._is_fwd_grad_enabled
 _inference_mode = torch.is_inference_mode_enabled
 
 
@@ -248,7 +249,7 @@ class Trace(TorchDispatchMode):
                 t = self.new(outs)
                 if facts.factory or not refs:
                     self.autograd.made.append(weakref.ref(t))
-                return t
+                return t if _tangents_enabled() else self.without_tangents(t)
         elif facts.writes:
             self.mutates = True
             if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
@@ -259,7 +260,8 @@ class Trace(TorchDispatchMode):
             return self._written(facts, outs, args, kwargs)
         elif facts.strided:
             self.strided = True
-        return self.wrap(outs, facts)
+        results = self.wrap(outs, facts)
+        return results if _tangents_enabled() or facts.view_of is not None else self.without_tangents(results)
 
     def _with_dtype(self, instr: Instr, types: Any, args: tuple, kwargs: dict) -> Any:
         """An op under a default dtype that ``f`` has set, and under which its program does not run: it is told."""
@@ -352,6 +354,11 @@ class Trace(TorchDispatchMode):
     def _written(self, facts: Any, outs: Any, args: tuple, kwargs: dict | None) -> Any:
         """Results of an op that writes: the written arguments themselves, refreshed where their metadata changed."""
 
+        if not _tangents_enabled():
+            raise CaptureError(
+                f"a write where forward-mode derivatives are switched off{at(debug.user_line(3))}: assign a new tensor"
+            )
+
         def argument(i: int) -> Any:
             return args[i] if i < len(args) else (kwargs or {}).get(facts.names[i])
 
@@ -425,7 +432,19 @@ class Trace(TorchDispatchMode):
             self.strided = True
         if instr.facts.random and hasattr(instr, "program"):
             self.seeds.draw(instr.program.graph.nodes)
-        return self.wrap(instr.outs)
+        results = self.wrap(instr.outs)
+        return results if _tangents_enabled() else self.without_tangents(results)
+
+    def without_tangents(self, results: Any) -> Any:
+        """What an op returns where forward-mode derivatives are switched off."""
+        if isinstance(results, tuple | list):
+            return type(results)(map(self.without_tangents, results))
+        if results.__class__ is not Traced or not results.sig.differentiable:
+            return results
+        sig, cut = results.sig, torch.ops.aotfunc.no_tangent.default
+        key = (cut, sig)
+        instr = interned(key) or intern(key, cut, (Slot(0),), {}, (sig,), sig)
+        return self.note(instr, (results.ref,))
 
     def note(self, instr: Instr, refs: tuple[int, ...]) -> Any:
         """Record an op that the recording answers itself; its results."""

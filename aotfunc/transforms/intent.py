@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.utils import module_tracker
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -75,10 +74,9 @@ def install() -> None:
     torch._C._any_requires_grad = any_requires_grad
     ORIGINALS.setdefault("pad_packed", torch._VF._pad_packed_sequence)
     torch._VF._pad_packed_sequence = pad_packed
-    ORIGINALS.setdefault("fwd_grad", forward_ad._set_fwd_grad_enabled.__init__)
-    forward_ad._set_fwd_grad_enabled.__init__ = set_fwd_grad_enabled
     graph = torch.autograd.graph
-    refuse(graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks")
+    ORIGINALS.setdefault("saved_hooks", graph.saved_tensors_hooks.__enter__)
+    graph.saved_tensors_hooks.__enter__ = enter_saved_tensors_hooks  # type: ignore[method-assign]
     redirect("multi_hook", graph.register_multi_grad_hook, register_multi_grad_hook, _multi_hook_template)
     _installed = True
 
@@ -96,17 +94,16 @@ def undisturbed(f: Callable) -> None:
     body.__dynamo_disable = call
 
 
-def refuse(owner: Any, name: str, what: str) -> None:
-    """Let a function of torch's be an error inside a recording."""
-    f = ORIGINALS.setdefault(what, getattr(owner, name))
-
-    @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if recorded() is not None:
-            raise CaptureError(f"{what} inside a captured function are not supported{at(debug.user_line())}")
-        return f(*args, **kwargs)
-
-    setattr(owner, name, call)
+def enter_saved_tensors_hooks(self: Any) -> None:
+    """Hooks that change what a derivative reads are refused, as a graph saves other tensors than autograd does. Where
+    a tensor is kept meanwhile makes no difference to it.
+    """
+    if recorded() is not None and not isinstance(self, torch.autograd.graph.save_on_cpu):
+        raise CaptureError(
+            f"saved_tensors_hooks inside a captured function are not supported{at(debug.user_line())}: enter them "
+            "around it (save_on_cpu may be inside)"
+        )
+    return ORIGINALS["saved_hooks"](self)
 
 
 def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
@@ -158,16 +155,6 @@ def unpickled(*parts: Any) -> Tensor:
         )
     with quiet():
         return ORIGINALS["rebuild"](*parts)
-
-
-def set_fwd_grad_enabled(self: Any, mode: bool) -> None:
-    """A region without tangents, but with gradients: a graph has no sign for it."""
-    if not mode and recorded() is not None:
-        raise CaptureError(
-            f"switching forward-mode derivatives off inside a function is not captured{at(debug.user_line())}: "
-            "detach() the values that are to have no tangent"
-        )
-    ORIGINALS["fwd_grad"](self, mode)
 
 
 def constant(t: Tensor) -> Tensor:

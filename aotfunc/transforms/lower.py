@@ -9,17 +9,19 @@ from torch.fx import Node
 
 from ..graph import Program
 from ..trace.emit import Builder, carried, casts, paused_gc, remap
-from ..trace.functionalize import dead_end, hidden_write, once
+from ..trace.functionalize import dead_end, hidden_write, no_tangent, once
 from .tidy import FINAL
 
 aten = torch.ops.aten
 
 
+IDENTITIES = (aten.detach.default, dead_end, no_tangent, once)
+
+
 def marked(program: Program) -> bool:
     """Whether the graph carries intent that plain autograd, run over its ops, would not see."""
     return any(
-        n.target in (aten.detach.default, dead_end, hidden_write, once) or getattr(n.target, "dissolved_with", "")
-        for n in program.graph.nodes
+        n.target in (*IDENTITIES, hidden_write) or getattr(n.target, "dissolved_with", "") for n in program.graph.nodes
     )
 
 
@@ -46,7 +48,7 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
             elif n.op == "call_function":
                 args = remap(n.args, env)
-                if "marks" in dissolve and target in (aten.detach.default, dead_end, once):
+                if "marks" in dissolve and target in IDENTITIES:
                     env[n] = args[0]
                 elif "marks" in dissolve and target is hidden_write:
                     env[n] = args[1]

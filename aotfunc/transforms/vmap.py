@@ -17,7 +17,7 @@ from ..debug import at
 from ..errors import ArgumentError, CaptureError, RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from ..trace.functionalize import dead_end, hidden_write, once
+from ..trace.functionalize import dead_end, hidden_write, no_tangent, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback, loops
 from .rules.table import RULES, full_args, tensor_args
@@ -26,7 +26,7 @@ from .walk import apply, builder, errors_of, traced
 aten = torch.ops.aten
 
 #: ops that mean the same with the batch in front, whatever their arguments
-TRANSPARENT = {once, dead_end, aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+TRANSPARENT = {once, no_tangent, dead_end, aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
 class Batch:

@@ -6,7 +6,7 @@ import torch.utils.checkpoint
 from torch.utils.checkpoint import checkpoint
 
 import aotfunc
-from aotfunc import grad, jacfwd, jacrev, jit, jvp, linearize, make_fx, vjp, vmap
+from aotfunc import grad, hessian, jacfwd, jacrev, jit, jvp, linearize, make_fx, vjp, vmap
 from aotfunc.errors import AotfuncError, CaptureError
 from tests.reference import assert_same, grads, loop
 
@@ -499,6 +499,26 @@ def test_a_tensor_hook_changes_the_gradient():
     except AotfuncError:
         return
     assert_same(g, grads(f)(x))
+
+
+def test_save_on_cpu_inside():
+    """Where a tensor is kept meanwhile changes no value."""
+
+    def f(x):
+        with torch.autograd.graph.save_on_cpu(pin_memory=False):
+            y = (x.sin() * x).exp()
+        return (y * x).sum()
+
+    x, xs = r(3), r(2, 3)
+    want = grads(f)(x)
+    assert_same(grad(f)(x), want)
+    assert_same(vmap(grad(f))(xs), torch.stack([grads(f)(x) for x in xs]))
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(grad(f)(x), want)
+    leaf = x.clone().requires_grad_()
+    jit(f)(leaf).backward()
+    assert_same(leaf.grad, want)
+    assert_same(hessian(f)(x), torch.autograd.functional.hessian(f, x))
 
 
 def test_saved_tensors_hooks_are_refused_or_run():

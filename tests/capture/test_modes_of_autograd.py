@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import aotfunc
 from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
 from aotfunc.errors import CaptureError
 from tests.reference import assert_same, grads
@@ -39,18 +40,68 @@ def test_anomalies_are_detected(run):
         run(X)
 
 
-def test_forward_mode_switched_off_inside():
-    def f(x):
-        with forward_ad._set_fwd_grad_enabled(False):
-            y = x * x
-        return y * x
+def off(f):
+    """``f`` with forward-mode derivatives switched off."""
 
-    for run in (lambda: jvp(f, (X,), (X,)), lambda: grad(lambda x: f(x).sum())(X), lambda: jit(f)(X)):
-        with pytest.raises(CaptureError, match=r"forward-mode derivatives off .*test_modes_of_autograd.py.*detach"):
-            run()
-    assert_same(f(X), X**3)
+    def call(x):
+        with forward_ad._set_fwd_grad_enabled(False):
+            return f(x)
+
+    return call
+
+
+square = off(lambda x: x * x)
+#: what forward mode makes of a function, and what it is for reverse mode
+SWITCHED_OFF = {
+    "an op": lambda x: square(x) + x,
+    "all of it": off(lambda x: x.sin() * x),
+    "several results": lambda x: torch.cat(off(lambda x: torch.sort(x * 2))(x)[:1]) * x,
+    "a view": lambda x: off(lambda x: x[:1])(x) * x,
+    "switched on again": off(lambda x: x * forward_ad_on(x)),
+    "an inner gradient": lambda x: off(grad_of(lambda x: (x**3).sum()))(x) * x,
+    "an inner batch": lambda x: off(vmap_of(lambda x: x * x))(x) * x,
+}
+
+
+def forward_ad_on(x):
     with forward_ad._set_fwd_grad_enabled(True):
-        assert_same(jvp(torch.sin, (X,), (X,))[1], X.cos() * X)
+        return x * x
+
+
+def grad_of(f):
+    return lambda x: (torch.func if torch._C._functorch.maybe_current_level() is not None else aotfunc).grad(f)(x)
+
+
+def vmap_of(f):
+    return lambda x: (torch.func if torch._C._functorch.maybe_current_level() is not None else aotfunc).vmap(f)(x)
+
+
+@pytest.mark.parametrize("name", SWITCHED_OFF)
+def test_forward_mode_switched_off_inside(name):
+    f = SWITCHED_OFF[name]
+    for run in (
+        lambda T: T.jvp(f, (X,), (X.cos(),)),
+        lambda T: T.jacfwd(f)(X),
+        lambda T: T.grad(lambda x: f(x).sum())(X),
+        lambda T: T.hessian(lambda x: (f(x) ** 2).sum())(X),
+        lambda T: T.jvp(lambda x: T.jvp(f, (x,), (x * x,)), (X,), (X.sin(),)),
+        lambda T: T.vmap(lambda x: T.jvp(f, (x,), (x.cos(),)))(X[None]),
+    ):
+        assert_same(run(aotfunc), run(torch.func))
+        assert torch._C._is_fwd_grad_enabled()
+    leaf = X.clone().requires_grad_()
+    jit(f)(leaf).sum().backward()
+    assert_same(leaf.grad, torch.func.grad(lambda x: f(x).sum())(X))
+    assert_same(jit(lambda x: jvp(f, (x,), (x,))[1])(X), torch.func.jvp(f, (X,), (X,))[1])
+
+
+def test_forward_mode_switched_off():
+    with forward_ad._set_fwd_grad_enabled(False):
+        assert_same(jvp(torch.sin, (X,), (X,))[1], X.cos() * X)  # around a transform: as for torch.func
+        assert not torch._C._is_fwd_grad_enabled()
+    with pytest.raises(CaptureError, match=r"a write where forward-mode .*test_modes_of_autograd.py"):
+        jvp(off(lambda x: x.clone().mul_(2)), (X,), (X,))
+    assert torch._C._is_fwd_grad_enabled()
 
 
 def test_a_traced_conjugate_says_so():
