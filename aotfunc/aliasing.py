@@ -86,6 +86,18 @@ def separated(rec: Recording, program: Program, owned: Sequence[tuple[int, bool]
         return program, compile_graph(b.finish(results))
 
 
+def view_of(rec: Recording, ref: int) -> Program:
+    """What leads from the memory that a value was made with to the value, as a program."""
+    start, *path = rec.seen[ref].path
+    sig = rec.trace.signatures()[start.ref if start.ref >= 0 else len(rec.trace.inputs) - start.ref - 1]
+    with paused_gc():
+        b = Builder(None, merge=False)
+        x, made = b.placeholder("memory", sig), dict[Any, Node]()
+        for step in path:
+            x = through(b, x, step, True, made)
+        return Program(b.finish([x]), 1, 1, (), "view")
+
+
 def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
     """The view of ``x`` that a step of a path is."""
     op, args, kwargs, val = step.call

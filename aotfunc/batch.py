@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aliasing import Changes
+from .aliasing import Changes, view_of
 from .arguments import (
     Dims,
     batch_size,
@@ -89,17 +89,29 @@ def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *
 
 
 def _run(rec: Recording, program: Program, inputs: list[Tensor], dims: Sequence[tuple[int | None, int | None]]) -> Any:
-    """The results of a batched program; a written input that is returned is itself. ``dims``: for each result the
-    dimension of the batch in the input that it is, and in the result.
+    """The results of a batched program; a written input that is returned is itself, and a view of it is its view.
+    ``dims``: for each result the dimension of the batch in the input whose memory it shows, and in the result.
     """
     outs = list(execute(program, inputs))
     Changes(rec).after(inputs)
-    for k, (ref, (old, new)) in enumerate(zip(rec.refs, dims, strict=True)) if program.mutated else ():
-        i = ref if ref >= 0 else program.n_inputs - 1 - ref
-        if i in program.mutated and (old is None) == (new is None):
-            x = inputs[i]
+    for k, (ref, root, (old, new)) in enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ():
+        i = root if root >= 0 else program.n_inputs - 1 - root
+        if i not in program.mutated or (old is None) != (new is None):
+            continue
+        x = inputs[i]
+        if ref == root:
             outs[k] = x if new is None or new % x.dim() == old else x.movedim(old, new)
+        else:
+            view = program.once(("view", k), functools.partial(batched_view, rec, ref, x, old, new))
+            outs[k] = execute(view, [x])[0]
     return rec.results(outs)
+
+
+def batched_view(rec: Recording, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:
+    """The view of a written input ``x`` that a result is, for the batch of them."""
+    view = view_of(rec, ref)
+    size = 1 if old is None else x.shape[old]
+    return vmap_pass(view, (old,), (signature(x),), size, "error", (new,), False)
 
 
 def _batched_program(
@@ -158,7 +170,7 @@ def _batched_program(
     program = base.derived(
         ("vmap", tensor_dims, sigs, size, *how), lambda: of_size(base, tensor_dims, sigs, size, how, make)
     )
-    sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.refs)
+    sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
     return rec, program, [*tensors, *rec.closed_over], list(zip(sources, results_dims, strict=True))
 
 

@@ -22,6 +22,7 @@ from .graph import Program
 from .redraw import redrawn, states
 from .trace.modes import without_modes
 from .trace.traced import current
+from .transforms.fresh import storage_root
 from .transforms.lower import lowered, marked
 from .transforms.steps import CallStep, hidden_writes
 from .transforms.vjp import differentiable, live, vjp
@@ -77,7 +78,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
             outs = Differentiable.apply(program, states(program), *tensors)
         else:
             fn = eager(program)
-            outs = distinct(fn(*tensors), program.n_outputs, tensors) if by_us else fn(*tensors)
+            outs = distinct(program, fn(*tensors), program.n_outputs, tensors) if by_us else fn(*tensors)
         if program.mutated:
             write_back(program, given, outs)
     return outs[: program.n_outputs]
@@ -96,26 +97,34 @@ def before_writes(program: Program, tensors: Sequence[Tensor], kept: Sequence[in
     return [t.clone() if i in kept and t.untyped_storage()._cdata in written else t for i, t in enumerate(tensors)]
 
 
-def distinct(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """With copies where one of the first ``count`` is the same tensor as another, or an input: without its marks of
-    intent a graph may compute two results in one node.
+def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
+    """With others where one of the first ``count`` is the same tensor as another, or an input: without its marks of
+    intent a graph may compute two results in one node. They share its memory if the results do (``x.detach()``).
     """
     seen = set(map(id, tensors))
     total = len(seen)
     seen.update(map(id, outs[:count]))
     if len(seen) == total + count:
         return outs
-    found, seen = list(outs), set(map(id, tensors))
-    for i, o in enumerate(found[:count]):
-        if isinstance(o, Tensor) and id(o) in seen:
-            found[i] = o.clone()
-        seen.add(id(o))
+    inputs, results = program.placeholders, program.once("memory", lambda: [*map(storage_root, program.outputs)])
+    found = list(outs)
+    first = {id(t): n for t, n in zip(tensors, inputs, strict=True)}
+    for i, (o, n) in enumerate(zip(found[:count], results, strict=False)):
+        if isinstance(o, Tensor) and id(o) in first:
+            found[i] = o.detach() if first[id(o)] is n else o.clone()
+        first.setdefault(id(o), n)
     return found
 
 
 def beyond_autograd(program: Program) -> bool:
     """Whether the graph has backward ops: PyTorch differentiates some of them and not others, we all of them."""
     return any(isinstance(n.target, OpOverload) and "_backward" in n.target._schema.name for n in program.graph.nodes)
+
+
+def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:
+    """Which of the results have a derivative."""
+    forward = forward_ad._current_level >= 0  # any may have a tangent
+    return live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad or forward))
 
 
 class Differentiable(torch.autograd.Function):
@@ -128,7 +137,9 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore[override]
         outs = eager(program)(*tensors)
-        return tuple(distinct(outs, len(outs), tensors))
+        pairs = zip(distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True)
+        # a view of what requires grad would do so
+        return tuple([o if yes or not isinstance(o, Tensor) or not o._is_view() else o.detach() for o, yes in pairs])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -137,10 +148,9 @@ class Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        forward = forward_ad._current_level >= 0  # any may have a tangent
-        alive = live(ctx.program, tuple(i for i, t in enumerate(tensors) if t.requires_grad or forward))
+        flags = alive(ctx.program, tensors)
         ctx.mark_non_differentiable(
-            *[o for o, yes in zip(output, alive, strict=True) if isinstance(o, Tensor) and not yes]
+            *[o for o, yes in zip(output, flags, strict=True) if isinstance(o, Tensor) and not yes]
         )
 
     @staticmethod

@@ -47,7 +47,8 @@ def record(
     leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants``
     those of closed-over tensors may. ``numbers``: Python numbers may be inputs of the program.
 
-    A tensor that is passed twice is one traced value; as in torch.func, not where some are differentiated, nor if it is
+    What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor that is passed twice
+    is one traced value; as in torch.func, not where some are differentiated, nor if it is
     batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over, are passed as they are.
     """
     intent.install()
@@ -76,7 +77,8 @@ def record(
                     t = first.setdefault(id(x), t)
                     trace.stand_for(t, x)
             t.__dict__.update(attributes(x))
-            values[i] = x if id(x) in outside else t
+            whole = samples is not None and i not in samples and x.dim()  # an index may stand beside traced ones
+            values[i] = x if whole or id(x) in outside else t
     for i in differentiated:
         autograd.leaves[values[i].ref] = True
     trace.samples = batch
