@@ -95,3 +95,37 @@ def test_a_repeated_call_of_hessian_has_the_same_graph():
     g = lambda x: (x.sin() * x).sum()
     x = torch.ones(3)
     assert make_fx(hessian(g))(x).code == make_fx(hessian(g))(x).code
+
+
+def nested(values, made=(), product=lambda xs: torch.stack(xs).prod()):
+    """The derivative of a product by one factor after another."""
+    if len(made) == len(values):
+        return product(list(made))
+    return grad(lambda x: nested(values, (*made, x), product))(values[len(made)])
+
+
+@pytest.mark.limit(120)
+def test_nested_gradients_of_a_product():
+    values = [torch.tensor(1 + k / 8, dtype=torch.float64) for k in range(7)]
+    g = make_fx(lambda x: nested([x, *values[1:]]))(values[0])
+    assert size(g.graph) <= 800
+    assert_same(g(values[0]), torch.tensor(1.0, dtype=torch.float64))
+    values[3] = torch.tensor(0.0, dtype=torch.float64)  # products of all but one of three factors, and squared
+    squared = lambda xs: torch.stack(xs).prod() ** 2
+    want = 2**6 * math.prod(v.item() for v in values[:6])
+    assert_same(nested(values[:6], product=squared), torch.tensor(want, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17])
+def test_the_gradient_of_a_product_at_zeros(n, dtype):
+    for zeros in range(min(n, 3) + 1):
+        x = torch.linspace(0.5, 2, n, dtype=torch.float64).to(dtype)
+        x[:zeros] = 0
+        value = lambda x: torch.real(x.prod() * (1 + 2j if dtype.is_complex else 1))
+        leaf = x.clone().requires_grad_()
+        (want,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+        assert_same(grad(value)(x), want)
+        if not dtype.is_complex:
+            (second,) = torch.autograd.grad(want.square().sum(), leaf) if want.requires_grad else (torch.zeros(n),)
+            assert_same(grad(lambda x: grad(torch.prod)(x).square().sum())(x), second)

@@ -5,6 +5,7 @@ No rule divides by the input, so zeros are no special case, at any order of deri
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -32,6 +33,10 @@ for op in (aten.cummax.default, aten.cummin.default):
 
 
 # ----- products and sums ----------------------------------------------------------------------------------------------
+
+
+#: so many numbers are multiplied one by one in the derivative of their product
+FEW = 10
 
 
 def moved_by(x: Tensor, step: int, fill: float) -> Tensor:
@@ -69,7 +74,19 @@ def prod_of_others(x: Tensor) -> Tensor:
     """The product of all other elements along the last dimension: right for zeros, unlike ``out / x``."""
     if x.shape[-1] == 0:
         return x
+    if x.dim() == 1 and len(x) <= FEW:
+        return one_by_one(x.unbind())
     return products_before(x) * products_before(x.flip(-1)).flip(-1)
+
+
+def one_by_one(factors: tuple[Tensor, ...]) -> Tensor:
+    """The same of a few numbers, each as a product of two: derivatives of these are products of numbers again, of which
+    equal ones are computed once; those of a scan are scans, and grow tenfold.
+    """
+    one = torch.ones_like(factors[0])
+    before = [one, *itertools.accumulate(factors[:-1], torch.mul)]
+    after = [one, *itertools.accumulate(factors[:0:-1], torch.mul)]
+    return torch.stack([x * y for x, y in zip(before, reversed(after), strict=True)])
 
 
 @vjp_of(aten.cumprod)
