@@ -23,9 +23,7 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 class Autograd:
     """The leaves of a recording, of which it shares these lists, and what they lead to."""
 
-    def __init__(
-        self, inputs: list[Sig], lifted: list[Tensor], records: list[Record], rewritten: list[tuple[Tensor, int]]
-    ) -> None:
+    def __init__(self, inputs: list[Sig], lifted: list[Tensor], records: list[Record], rewritten: list[Tensor]) -> None:
         self.inputs, self.lifted, self.records, self.rewritten = inputs, lifted, records, rewritten
         self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
@@ -112,7 +110,7 @@ class Autograd:
         """What ``.backward()`` of ``outs`` would give a gradient: leaves from outside, and tensors made inside."""
         self.adopt_leaves()
         outside = {i for i in range(len(self.inputs)) if self.leaves.get(i)}
-        rewritten = {id(t) for t, _ in self.rewritten}
+        rewritten = set(map(id, self.rewritten))
         outside |= {-1 - i for i, t in enumerate(self.lifted) if t.requires_grad and id(t) not in rewritten}
         inside = [t for t in (*self.leaf_tensors, *self.retained) if t.ref not in outside and self.requires_grad(t)]
         return [r for r in outside if self.reaches(r, outs)], [t for t in inside if self.reaches(t.ref, outs)]

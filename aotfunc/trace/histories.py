@@ -43,7 +43,7 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
         if owner.__class__ is Traced or known(owner):
             continue
         if not (owner.requires_grad or is_part(t, owner)):
-            trace.rewritten.append((owner, owner._version))
+            trace.rewritten.append(owner)
         elif not facts.accumulates or len(tracked) > 1 or tracked[0] is not t:  # else its derivative is 1
             raise CaptureError(
                 "a tensor from outside that requires grad is written to, and autograd is to see it"
@@ -58,7 +58,7 @@ def follow(trace: Trace, written: Sequence[Any]) -> None:
         if owner.__class__ is Traced or is_part(t, owner) or owner.requires_grad or owner.is_inference():
             continue
         if trace.seen_as(owner) in trace.autograd.active():
-            trace.rewritten.append((owner, owner._version))
+            trace.rewritten.append(owner)
             with quiet():
                 super(Function, History).apply(owner, torch.empty(0, requires_grad=True))  # which is not redirected
                 _ = torch._C.TensorBase.grad_fn.__get__(t)  # a view finds out only when it is asked
@@ -66,7 +66,7 @@ def follow(trace: Trace, written: Sequence[Any]) -> None:
 
 def known(t: Tensor) -> bool:
     """Whether it has a history for the time of a recording."""
-    return any(t is r for trace in under_way.traces for r, _ in trace.rewritten)
+    return any(t is r for trace in under_way.traces for r in trace.rewritten)
 
 
 def is_part(t: Tensor, owner: Tensor) -> bool:
@@ -74,11 +74,14 @@ def is_part(t: Tensor, owner: Tensor) -> bool:
     return owner is not t and t.__class__ is not Traced
 
 
-def take_back(rewritten: Sequence[tuple[Tensor, int]]) -> None:
-    """Nothing was written after all."""
-    if not rewritten:
+def take_back(trace: Trace) -> None:
+    """Nothing was written after all: PyTorch has counted writes that were recorded."""
+    written = [(t, version) for t, version in trace.versions if t._version != version]
+    trace.versions.clear()
+    if not (written or trace.rewritten):
         return
     with quiet():
-        for t, version in rewritten:
+        for t in trace.rewritten:
             torch._C.TensorBase.detach_(t)
+        for t, version in reversed(written):  # those that share memory count together, and the first one had it right
             torch._C._autograd._unsafe_set_version_counter((t,), (version,))

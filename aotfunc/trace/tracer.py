@@ -67,8 +67,10 @@ class Trace(TorchDispatchMode):
         self.numbers: list[float] = []  # which may be inputs
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
-        #: outside tensors without a history, which have one meanwhile, and their versions before
-        self.rewritten: list[tuple[Tensor, int]] = []
+        #: outside tensors without a history, which have one meanwhile
+        self.rewritten: list[Tensor] = []
+        #: outside tensors, in the order in which they were met, and their versions by then
+        self.versions: list[tuple[Tensor, int]] = []
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
         self.seeds = Seeds()
@@ -152,6 +154,8 @@ class Trace(TorchDispatchMode):
             if ordinary is not t and not self.may_ask_constants:  # it would not be found again at the next call
                 raise of_subclass(t, "a tensor from outside")
             check_kind(ordinary)
+            if ordinary.__class__ is not Traced and not ordinary.is_inference():
+                self.versions.append((ordinary, ordinary._version))
             self.lifted.append(ordinary)
             ref = self._lift_refs[key] = -len(self.lifted)
         return ref
@@ -455,7 +459,7 @@ class Trace(TorchDispatchMode):
         """Nothing is recorded any more; traced values may live on, and go when their last user does."""
         self.finished = True
         self.autograd.settle()
-        histories.take_back(self.rewritten)
+        histories.take_back(self)
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
         self.casts.clear()

@@ -136,3 +136,39 @@ def test_a_view_from_outside_is_reshaped_in_place_and_written_with_what_requires
         way(x, z)
         outcomes.append((x.tolist(), x.requires_grad, z.requires_grad))
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda c, w: c.copy_(c.detach()),
+        lambda c, w: [c.add_(1) for _ in range(3)],
+        lambda c, w: (c[1:].mul_(2), c.detach().zero_()),
+        lambda c, w: (c[:1].copy_(w[:1].detach()), torch.sin(w.detach(), out=c)),
+        lambda c, w: (c.detach().zero_(), c.add_(1)),
+        lambda c, w: jit(lambda c: c.mul_(2))(c),
+    ],
+)
+def test_a_recorded_write_counts_when_it_is_run(write):
+    """What autograd has saved of a tensor is good until then, and is not any more after it."""
+    w = torch.ones(3, requires_grad=True)
+
+    def f(x, asked):
+        write(c, w)
+        return x.item() if asked else x * 2
+
+    for asked in (True, False):
+        c = torch.arange(3.0)
+        y, before = (w * c).sum(), c._version
+        for _ in range(2):
+            if asked:
+                with pytest.raises(CaptureError):
+                    jit(f)(torch.ones(()), asked)
+                assert c._version == before
+            else:
+                jit(f)(torch.ones(()), asked)
+        if asked:
+            assert torch.autograd.grad(y, w)[0].tolist() == [0.0, 1.0, 2.0]
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward()
