@@ -9,20 +9,24 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from .debug import at
+from .debug import at, user_line
 from .graph import Program
-from .trace.traced import current
+from .trace.traced import current, under_way
 from .transforms.lower import lowered
 
 
-def check_gradients(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) -> None:
-    """Raises RuntimeError, as autograd's engine does, where one of the ``grads`` that the program has computed has a
-    NaN and anomalies are to be detected.
+def checked(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
+    """The ``grads`` that the program has computed. Where anomalies are to be detected, a NaN in one of them raises
+    RuntimeError, as in autograd's engine: now, or when what is recorded is run.
     """
-    if not torch.is_anomaly_check_nan_enabled() or not torch.is_anomaly_enabled() or current() is not None:
-        return
+    if not torch.is_anomaly_enabled() or not torch.is_anomaly_check_nan_enabled():
+        return grads
+    if current() is not None:
+        if not all(trace.may_ask_constants for trace in under_way.traces):
+            return grads  # compiled once, also for when nothing is to be detected
+        return [torch.ops.aotfunc.check_gradient(g, at(user_line())) for g in grads]
     if not any(map(has_nan, grads)):
-        return
+        return grads
     first: list[Node] = []
 
     class Watched(fx.Interpreter):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from .aliasing import Changes, without_views
-from .anomaly import check_gradients
+from .anomaly import checked
 from .arguments import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .debug import entry
 from .dynamo import read_as, traced
@@ -101,9 +101,9 @@ def _gradient(
     program = call.derived((value, call.aliases), make)
     outs = execute(program, call.inputs)
     kept = len(outs) - len(call.wrt)
-    check_gradients(program, call.inputs, outs[kept:])
+    grads = checked(program, call.inputs, outs[kept:])
     _, *aux = call.results(outs[:kept], first)
-    return chosen_tree(arguments, argnums, outs[kept:]), outs[0] if value else None, aux[0] if aux else None
+    return chosen_tree(arguments, argnums, grads), outs[0] if value else None, aux[0] if aux else None
 
 
 def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, list[int]]:
@@ -170,8 +170,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
                 raise ArgumentError("vjp_fn: an input of vjp was modified in place after the call; clone it before")
         with without_modes(dtype):
             grads = execute(backward, inputs := [*residuals, *given])
-            check_gradients(backward, inputs, grads)
-            return chosen_tree(arguments, everything, grads)
+            return chosen_tree(arguments, everything, checked(backward, inputs, grads))
 
     return output, vjp_fn, *aux
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .anomaly import check_gradients
+from .anomaly import checked
 from .arguments import Call, chosen_tree, positions
 from .dynamo import traced
 from .errors import ArgumentError
@@ -119,7 +119,8 @@ def _jacobian(
     program = call.derived(how, lambda: assemble(base, wrt, *how))
     outs = execute(program, call.inputs)
     if assemble is rows:
-        check_gradients(program, call.inputs, outs[: n_out * len(wrt)])
+        count = n_out * len(wrt)
+        outs = (*checked(program, call.inputs, outs[:count]), *outs[count:])
     blocks = [outs[i * len(wrt) : (i + 1) * len(wrt)] for i in range(n_out)]
     result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], call.spec)
     _, *aux = call.results(outs[n_out * len(wrt) :], n_out)

@@ -40,13 +40,25 @@ _library.define("once(Tensor x) -> Tensor")
 _library.impl("once", lambda x: x.clone(), "CompositeExplicitAutograd")
 _library.define("no_tangent(Tensor x) -> Tensor")
 _library.impl("no_tangent", lambda x: x.clone(), "CompositeExplicitAutograd")
+_library.define("check_gradient(Tensor x, str where) -> Tensor")
 hidden_write = torch.ops.aotfunc.hidden_write.default
 torch.library.register_autograd("aotfunc::hidden_write", lambda ctx, g: (g, None), lib=_library)
 _library.define("dead_end(Tensor(a) x) -> Tensor(a)")
 _library.impl("dead_end", torch.no_grad()(lambda x: x.view_as(x)), "CompositeImplicitAutograd")
 dead_end = torch.ops.aotfunc.dead_end.default
 no_tangent = torch.ops.aotfunc.no_tangent.default  # an identity without a forward-mode derivative
+check_gradient = torch.ops.aotfunc.check_gradient.default  # an identity that raises RuntimeError for a NaN
 once = torch.ops.aotfunc.once.default  # an identity that refuses to be differentiated: @once_differentiable
+
+
+def _checked(x: torch.Tensor, where: str) -> torch.Tensor:
+    if bool(x.isnan().any()):
+        raise RuntimeError(f"a gradient has nan values{where}")
+    return x.clone()
+
+
+_library.impl("check_gradient", _checked, "CompositeExplicitAutograd")
+_library.impl("check_gradient", lambda x, where: torch.empty_like(x), "Meta")
 
 #: in place, comparisons have the derivative zero in both arguments; autograd sees nothing of logical ops
 COMPARISONS = frozenset(

@@ -18,7 +18,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from ..trace.functionalize import hidden_write, no_tangent, once
+from ..trace.functionalize import check_gradient, hidden_write, no_tangent, once
 from ..trace.shapes import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
@@ -52,6 +52,9 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
         return None if parts is None else parts[n.args[1]]
     if op is hidden_write:
         return tangents.get(n.args[0])
+    if op is check_gradient:  # the gradient itself may not be asked for, as in a Hessian
+        t = tangents.get(n.args[0])
+        return None if t is None else b.call(op, t, *n.args[1:])
     if op is no_tangent:
         return None
     if op is once:

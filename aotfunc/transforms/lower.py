@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..graph import Program
 from ..trace.emit import Builder, carried, casts, paused_gc, remap
-from ..trace.functionalize import dead_end, hidden_write, no_tangent, once
+from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
 from .tidy import FINAL
 
 aten = torch.ops.aten
@@ -21,7 +21,8 @@ IDENTITIES = (aten.detach.default, dead_end, no_tangent, once)
 def marked(program: Program) -> bool:
     """Whether the graph carries intent that plain autograd, run over its ops, would not see."""
     return any(
-        n.target in (*IDENTITIES, hidden_write) or getattr(n.target, "dissolved_with", "") for n in program.graph.nodes
+        n.target in (*IDENTITIES, hidden_write, check_gradient) or getattr(n.target, "dissolved_with", "")
+        for n in program.graph.nodes
     )
 
 

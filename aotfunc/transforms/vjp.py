@@ -19,7 +19,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
-from ..trace.functionalize import dead_end, hidden_write, no_tangent, once
+from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args, zeros
@@ -170,7 +170,7 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     op = n.target
     if op is dead_end:
         return [], []
-    if op in (hidden_write, no_tangent):
+    if op in (hidden_write, no_tangent, check_gradient):
         return [n.args[0]], [g]
     if op is once:
         raise RuleError(f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}")

@@ -17,7 +17,7 @@ from ..debug import at
 from ..errors import ArgumentError, CaptureError, RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from ..trace.functionalize import dead_end, hidden_write, no_tangent, once
+from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
 from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
 from . import fallback, loops
 from .rules.table import RULES, full_args, tensor_args
@@ -26,7 +26,15 @@ from .walk import apply, builder, errors_of, traced
 aten = torch.ops.aten
 
 #: ops that mean the same with the batch in front, whatever their arguments
-TRANSPARENT = {once, no_tangent, dead_end, aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+TRANSPARENT = {
+    once,
+    no_tangent,
+    check_gradient,
+    dead_end,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+}
 
 
 class Batch:
@@ -72,7 +80,7 @@ class Batch:
             flags = self.batched[parent]
             return self.b.item(self.env[parent], i), flags[i] if isinstance(flags, list) else flags
         if op in TRANSPARENT:
-            return self.b.call(op, self.env[n.args[0]]), True
+            return self.b.call(op, self.env[n.args[0]], *n.args[1:]), True
         if op is hidden_write:
             old, new = (self.expanded(a) for a in n.args)
             return self.b.node(op, (old, new), {}, new.meta["val"]), True

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import aotfunc
-from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
+from aotfunc import grad, hessian, jacrev, jit, jvp, make_fx, vjp, vmap
 from aotfunc.errors import CaptureError
 from tests.reference import assert_same, grads
 
@@ -36,6 +36,36 @@ def test_anomalies_are_detected(run):
         with pytest.raises(RuntimeError, match=r"nan values; aten.*first .*test_modes_of_autograd.py"):
             run(X)
         assert_same(grad(lambda x: x.sin().sum())(X), X.cos())
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        run(X)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: vmap(grad(singular))(x[:, None]),
+        lambda x: vmap(grad(lambda a: (a - 1).sqrt().sum()))(torch.tensor([[0.0], [2.0]])),
+        lambda x: vmap(jacrev(lambda a: (a * 0).sqrt()))(x[:, None]),
+        lambda x: vmap(lambda a: vjp(singular, a)[1](torch.tensor(1.0)))(x[:, None]),
+        lambda x: grad(lambda b: grad(lambda a: singular(a * b))(x).sum())(x),
+        lambda x: vmap(grad(lambda b: grad(lambda a: singular(a * b))(b).sum()))(x[:, None]),
+        lambda x: hessian(singular)(x),
+        lambda x: vmap(hessian(singular))(x[:, None]),
+    ],
+)
+def test_anomalies_are_detected_inside_of_other_transforms(run):
+    run(X)
+    with torch.autograd.set_detect_anomaly(True):
+        with pytest.raises(RuntimeError, match=r"nan values.*test_modes_of_autograd.py"):
+            run(X)
+        xs = X[:, None].clone().requires_grad_()
+        assert_same(vmap(grad(lambda x: x.sin().sum()))(xs), xs.cos())
+        (g,) = torch.autograd.grad(vmap(grad(lambda x: x.sin().sum()))(xs).sum(), xs)
+        assert_same(g, -xs.sin())
+        assert_same(vmap(hessian(lambda x: (x**3).sum()))(X[:, None]), 6 * X[:, None, None])
+        f = jit(lambda x: vmap(grad(singular))(x[:, None]))  # compiled once, for when nothing is to be detected too
+        f(X)
+    f(X)
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
         run(X)
 
