@@ -285,7 +285,7 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
             missing = isinstance(e, NotImplementedError) or "fake impl" in str(e)
             if not missing and (Facts(op).dynamic or sum(s.numel for s in sigs) >= AFFORDABLE):
                 raise
-            outs = _on_zeros(op, args, kwargs, sigs) if missing else kernel_takes(op, args, kwargs, sigs, e)
+            outs = _on_zeros(op, args, kwargs, sigs)  # it may take what the meta kernel refuses; if not, eager says so
     return signatures(outs, device)
 
 
@@ -357,14 +357,6 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     finally:
         for g, state in zip(generators, states, strict=True):
             g.set_state(state)
-
-
-def kernel_takes(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, refused: RuntimeError) -> Any:
-    """As :func:`_on_zeros`, for what a meta kernel has ``refused``: some know fewer dtypes than the device's."""
-    try:
-        return _on_zeros(op, args, kwargs, sigs)
-    except RuntimeError:
-        raise refused from None
 
 
 def zeros_at(s: Sig) -> Tensor:

@@ -117,6 +117,31 @@ def test_a_refused_op_is_of_eagers_class(kind):
             call()
 
 
+REFUSED = {
+    "product": lambda x: x @ torch.ones(5, 2),
+    "product with a vector": lambda x: x @ torch.ones(5),
+    "batched product": lambda x: torch.bmm(x[None], torch.ones(1, 5, 2)),
+    "sum": lambda x: x + torch.ones(5),
+    "concatenation": lambda x: torch.cat([x, torch.ones(2, 5)]),
+    "view": lambda x: x.view(5, 5),
+    "transposed view": lambda x: x.t().view(-1),
+    "convolution": lambda x: torch.nn.functional.conv1d(x[None], torch.ones(2, 7, 1)),
+    "determinant": lambda x: torch.linalg.det(x),
+    "dimension": lambda x: x.sum(5),
+    "dtype": lambda x: torch.nn.functional.one_hot(x),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_op_says_what_eager_says(name):
+    x = torch.ones(3, 4)
+    with pytest.raises(Exception) as eager:
+        REFUSED[name](x)
+    with pytest.raises(type(eager.value)) as ours:
+        grad(lambda x: REFUSED[name](x).sum())(x)
+    assert str(eager.value).split("\n")[0].split(' at "')[0] in str(ours.value)
+
+
 @pytest.mark.parametrize("call", [*CALLS, "vmap(grad)"])
 def test_a_traceback_shows_the_users_lines(call):
     nested = {"vmap(grad)": lambda f: vmap(grad(lambda a: f(a).sum()))(x)}
