@@ -36,17 +36,29 @@ def make_functional_with_buffers(
     >>> fmodel(params, buffers, torch.ones(3, 2)).shape
     torch.Size([3, 1])
     """
-    shell = _emptied(model)
-    names = [n for n, _ in model.named_parameters()]
-    buffer_names = [n for n, _ in model.named_buffers()]
     params = tuple(p.detach() if disable_autograd_tracking else p for p in model.parameters())
-    buffers = tuple(model.buffers())
+    return FunctionalModuleWithBuffers(model), params, tuple(model.buffers())
 
-    def fmodel(params: Sequence[Tensor], buffers: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        state = {**dict(zip(names, params, strict=True)), **dict(zip(buffer_names, buffers, strict=True))}
-        return functional_call(shell, state, args, kwargs)
 
-    return fmodel, params, buffers
+class FunctionalModuleWithBuffers(nn.Module):
+    """A module as a function of its state; ``stateless_model`` is the module, its tensors on the meta device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.stateless_model = _emptied(model)
+        self.param_names = tuple(n for n, _ in model.named_parameters())
+        self.buffer_names = tuple(n for n, _ in model.named_buffers())
+
+    def forward(self, params: Sequence[Tensor], buffers: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        state = dict(zip((*self.param_names, *self.buffer_names), (*params, *buffers), strict=True))
+        return functional_call(self.stateless_model, state, args, kwargs)
+
+
+class FunctionalModule(FunctionalModuleWithBuffers):
+    """A module without buffers as a function of its parameters."""
+
+    def forward(self, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(params, (), *args, **kwargs)
 
 
 def make_functional(model: nn.Module, disable_autograd_tracking: bool = False) -> tuple[Callable, tuple[Tensor, ...]]:
@@ -56,8 +68,8 @@ def make_functional(model: nn.Module, disable_autograd_tracking: bool = False) -
     """
     if any(True for _ in model.buffers()):
         raise ArgumentError("make_functional: the model has buffers; use make_functional_with_buffers")
-    fmodel, params, _ = make_functional_with_buffers(model, disable_autograd_tracking)
-    return lambda params, *args, **kwargs: fmodel(params, (), *args, **kwargs), params
+    _, params, _ = make_functional_with_buffers(model, disable_autograd_tracking)
+    return FunctionalModule(model), params
 
 
 def combine_state_for_ensemble(

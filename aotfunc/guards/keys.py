@@ -126,7 +126,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         raise without_class(x) from e
     if cls in _TENSORS:
         try:
-            key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf)
+            key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.is_conj())
         except RuntimeError:  # a nested tensor has no shape
             check_kind(x)
             raise
@@ -148,7 +148,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
     elif isinstance(x, Tensor):
         key.append(cls)
         sig = getattr(x, "sig", None)  # a value of a recording under way
-        key.append(x.requires_grad and 1 + x.is_leaf)
+        key += (x.requires_grad and 1 + x.is_leaf, x.is_conj())
         key += (sig.start,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
         tensors.append(x)
         describe_attributes(x, key, objects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -65,11 +66,11 @@ def results_of(instr: Any) -> int:
 class Roots:
     """Whose memory views show, and which memory is written to, as far as a recording has come."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, conjugates: Iterable[int] = ()) -> None:
         self.done, self.number = 0, count
         self.of: dict[int, int] = {}  # for each view the value whose storage it shares
         self.written: set[int] = set()  # such values
-        self.conjugates: set[int] = set()  # views which eager would not have computed yet
+        self.conjugates = set(conjugates)  # inputs, and views of them, which eager has not computed yet
 
     def extended(self, records: list[Record]) -> Roots:
         of = self.of

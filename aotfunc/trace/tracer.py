@@ -514,11 +514,11 @@ class Trace(TorchDispatchMode):
 
     def roots(self) -> Roots:
         if self._roots is None:
-            self._roots = Roots(len(self.inputs))
+            self._roots = Roots(len(self.inputs), [i for i, t in enumerate(self.origins) if t.is_conj()])
         return self._roots.extended(self.records)
 
     def conjugated(self, ref: int) -> bool:
-        """Whether this is a view of a conjugate, which eager would not have computed yet."""
+        """Whether this is a conjugate, or a view of one, which eager would not have computed yet."""
         return ref in self.roots().conjugates
 
     # ----- values on request ------------------------------------------------------------------------------------------

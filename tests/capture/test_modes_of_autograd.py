@@ -150,6 +150,21 @@ def test_a_traced_conjugate_says_so():
     assert said and all(s == said[0] == [False, True, False, True, True, False, False] for s in said)
 
 
+def test_a_conjugated_argument_says_so():
+    z, said = torch.randn(2, 3, dtype=torch.cfloat), []
+
+    def f(z):
+        said.append([t.is_conj() for t in (z, z[0], z.conj(), z.mT, z.resolve_conj(), z * 1)])
+        return (z * z[0]).abs().sum() + (z.is_conj() * 10)
+
+    for run in (f, grad(f), lambda z: vmap(f)(z[None]), jit(f), lambda z: vmap(grad(f))(z[None])):
+        run(z.conj())
+    assert all(s == [True, True, False, True, False, False] for s in said)
+    compiled = jit(f)
+    for x in (z, z.conj(), z, z.conj()):
+        assert_same(compiled(x), f(x))
+
+
 # ----- selective checkpoints ------------------------------------------------------------------------------------------
 
 

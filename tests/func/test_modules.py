@@ -1,5 +1,7 @@
 """Modules as functions: functional_call, stacking for ensembles, make_functional, batch norm without statistics."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,19 @@ def test_make_functional():
     shifted = tuple(p.detach() + 1 for p in params)
     loss = lambda p: func(p, x).sum()
     assert_same(grad(loss)(shifted), grads(loss)(shifted))
+
+
+def test_what_make_functional_returns_is_a_module():
+    net, x = mlp(), r(5, 3)
+    func, params = make_functional(net)
+    assert isinstance(func, torch.nn.Module) and type(func.stateless_model) is type(net)
+    assert func.param_names == tuple(n for n, _ in net.named_parameters())
+    assert all(p.device.type == "meta" for p in func.parameters())
+    twin = copy.deepcopy(func)
+    assert_same(twin(params, x), net(x))
+    loss = lambda p: twin(p, x).sum()
+    assert_same(grad(loss)(params), grads(loss)(params))
+    assert_same(vmap(func, in_dims=(None, 0))(params, x), net(x))
 
 
 def test_make_functional_without_tracking():
