@@ -34,3 +34,4 @@ with paused_gc():  # of the objects that PyTorch has made by now, one collection
     from .stateless import make_functional_with_buffers as make_functional_with_buffers
     from .stateless import replace_all_batch_norm_modules_ as replace_all_batch_norm_modules_
     from .stateless import stack_module_state as stack_module_state
+    from .transforms.patches import restore_torch as restore_torch

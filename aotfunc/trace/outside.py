@@ -13,26 +13,15 @@ from torch import Tensor
 from ..debug import at, user_line
 from ..errors import CaptureError
 from .functionalize import hidden_write
-from .patches import ORIGINALS, redirect
+from .patches import ORIGINALS, Attribute, Code
 from .records import written_slots
-from .traced import HOOKS, Traced, current, under_way
+from .traced import Traced, current, under_way
 
 if TYPE_CHECKING:
     from .tracer import Trace
 
 _base = torch._C.TensorBase
 _data, _grad = _base.data, _base.grad
-
-
-def install() -> None:
-    """Check these ways of changing a tensor; reading ``.grad`` stays as fast as it was."""
-    torch.overrides.get_default_nowrap_functions()  # it knows them by their getters of now, and keeps what it found
-    Tensor.data = property(data, set_data, doc=_data.__doc__)  # type: ignore[assignment, misc]
-    Tensor.grad = property(_grad.__get__, set_grad, _grad.__delete__, _grad.__doc__)  # type: ignore
-    Tensor.requires_grad_ = requires_grad_  # type: ignore[method-assign]
-    Tensor.detach_ = detach_  # type: ignore[method-assign]
-    HOOKS["give_memory"], HOOKS["check_grad"] = give_memory, check_grad
-    redirect("swap", torch.utils.swap_tensors, swap_tensors, _swap_template)
 
 
 def data(self: Tensor) -> Tensor:
@@ -100,6 +89,16 @@ def swap_tensors(t1: Tensor, t2: Tensor) -> None:
 def _swap_template(t1, t2):  # type: ignore[no-untyped-def]
     f = _torch_swap if _aotfunc_recording() is None else _aotfunc_swap  # type: ignore[name-defined] # noqa: F821
     return f(t1, t2)
+
+
+#: ways of changing a tensor; reading ``.grad`` stays as fast as it was
+PATCHES = (
+    Attribute("data", Tensor, "data", property(data, set_data, doc=_data.__doc__)),
+    Attribute("tensor_grad", Tensor, "grad", property(_grad.__get__, set_grad, _grad.__delete__, _grad.__doc__)),
+    Attribute("requires_grad_", Tensor, "requires_grad_", requires_grad_),
+    Attribute("detach_", Tensor, "detach_", detach_),
+    Code("swap", torch.utils.swap_tensors, swap_tensors, _swap_template),
+)
 
 
 def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:

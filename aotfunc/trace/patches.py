@@ -1,4 +1,7 @@
-"""Functions of torch that are redirected while a recording is under way, and what they were before."""
+"""How functions of torch are exchanged from the first capture on, and put back.
+
+What takes their place asks whether a recording is under way in the calling thread, and does what torch does otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 from .traced import current
 from .tracer import Trace
 
-#: the functions as torch defines them
-ORIGINALS: dict[str, Callable] = {}
+#: what is exchanged, as torch defines it
+ORIGINALS: dict[str, Any] = {}
 
 
 def recorded() -> Trace | None:
@@ -19,15 +22,43 @@ def recorded() -> Trace | None:
     return trace if trace is not None and trace.keeps_intent else None
 
 
-def redirect(name: str, f: types.FunctionType, ours: Callable | None, template: Any) -> None:
-    """Exchange the code of ``f`` for the template's, which asks whether a recording is under way. Doing it twice, from
-    two threads, is doing it once.
+class Code:
+    """The code of a function ``f``, exchanged for the template's, which asks whether a recording is under way. The name
+    stays bound to ``f``, so that names bound earlier (``sq = Sq.apply``) come along.
     """
-    twin = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
-    twin.__kwdefaults__ = f.__kwdefaults__
-    original = ORIGINALS.setdefault(name, twin)
-    f.__globals__["_aotfunc_recording"] = recorded
-    f.__globals__[f"_aotfunc_{name}"] = ours
-    f.__globals__[f"_torch_{name}"] = original
-    code = f.__code__  # a reader of the source, as TorchScript, finds torch's
-    f.__code__ = template.__code__.replace(co_filename=code.co_filename, co_firstlineno=code.co_firstlineno)
+
+    def __init__(self, name: str, f: types.FunctionType, ours: Callable | None, template: Any) -> None:
+        self.name, self.f, self.ours, self.template = name, f, ours, template
+
+    def install(self) -> None:
+        """Twice, from two threads, is as once."""
+        f, name = self.f, self.name
+        twin = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+        twin.__kwdefaults__ = f.__kwdefaults__
+        original = ORIGINALS.setdefault(name, twin)
+        f.__globals__["_aotfunc_recording"] = recorded
+        f.__globals__[f"_aotfunc_{name}"] = self.ours
+        f.__globals__[f"_torch_{name}"] = original
+        code = original.__code__  # a reader of the source, as TorchScript, finds torch's
+        f.__code__ = self.template.__code__.replace(co_filename=code.co_filename, co_firstlineno=code.co_firstlineno)
+
+    def undo(self) -> None:
+        self.f.__code__ = ORIGINALS[self.name].__code__
+
+
+class Attribute:
+    """An attribute of a module or class of torch, exchanged for ``ours``."""
+
+    def __init__(self, name: str, owner: Any, attribute: str, ours: Any) -> None:
+        self.name, self.owner, self.attribute, self.ours = name, owner, attribute, ours
+        self.inherited = attribute not in vars(owner)
+
+    def install(self) -> None:
+        ORIGINALS.setdefault(self.name, getattr(self.owner, self.attribute))
+        setattr(self.owner, self.attribute, self.ours)
+
+    def undo(self) -> None:
+        if not self.inherited:
+            setattr(self.owner, self.attribute, ORIGINALS[self.name])
+        elif self.attribute in vars(self.owner):
+            delattr(self.owner, self.attribute)

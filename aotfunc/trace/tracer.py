@@ -2,7 +2,7 @@
 
 Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of them. What autograd
 would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is written down on the way: see
-:mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.transforms.intent`.
+:mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.transforms.patches`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ..trace.recording import record_into
 from ..trace.traced import Traced, attributes, current
 from ..trace.tracer import Trace, on_functions
 from ..trace.tree import leaf_labels
-from . import intent
+from . import patches
 from .captured import Recording
 
 
@@ -51,7 +51,7 @@ def record(
     is one traced value; as in torch.func, not where some are differentiated, nor if it is
     batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over, are passed as they are.
     """
-    intent.install()
+    patches.install()
     trace, outer = Trace(why_not, constants), current()
     trace.lifts_numbers = numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
     autograd = trace.autograd

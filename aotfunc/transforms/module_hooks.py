@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils.hooks import BackwardHook
 
 from ..trace.emit import Builder
-from ..trace.patches import ORIGINALS, recorded
+from ..trace.patches import ORIGINALS, Attribute, recorded
 from ..trace.tracer import Trace
 from .custom import CustomDerivative, Part, spliced
 from .function import BEGIN, End, patterns, recorded_rule
@@ -85,13 +85,6 @@ class Behind(Identity):
         backward = tuple((have, batched(part)) for have, part in self.backward.items())
         hooks = {have: batched(part) for have, part in self.hooks.items()}
         return Behind(self.__name__, vals, backward, self.link.batched(walk), hooks, len(self.saved))
-
-
-def install() -> None:
-    """Redirect what ``nn.Module`` calls where there are such hooks."""
-    for f in (setup_input_hook, setup_output_hook):
-        ORIGINALS.setdefault(f.__name__, getattr(BackwardHook, f.__name__))
-        setattr(BackwardHook, f.__name__, f)
 
 
 def setup_input_hook(hook: Any, args: tuple) -> tuple:
@@ -215,3 +208,7 @@ def replaced(kind: str, what: str, new: Any, old: tuple) -> Any:
             f"Backward {kind} returned an invalid number of {what}, got {len(new)}, but expected {len(old)}"
         )
     return new
+
+
+#: what ``nn.Module`` calls where there are such hooks
+PATCHES = tuple(Attribute(f.__name__, BackwardHook, f.__name__, f) for f in (setup_input_hook, setup_output_hook))

@@ -1,0 +1,57 @@
+"""The values of tensors from outside, where a recording may look at them: numpy, lists, copies, pickles."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from ..trace.patches import ORIGINALS
+from ..trace.traced import current, quiet, under_way
+
+
+@functools.wraps(Tensor.numpy)
+def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
+    """Memory of a tensor from outside; what torch does on the way must not be recorded."""
+    if current() is None:
+        return ORIGINALS["numpy"](self, force=force)
+    value = constant(self)
+    with quiet():
+        return ORIGINALS["numpy"](value, force=force)
+
+
+def tolist_of_a_constant(self: Tensor) -> Any:
+    """Values of a tensor from outside."""
+    return ORIGINALS["tolist"](constant(self))
+
+
+def deepcopy_of_a_constant(self: Tensor, memo: dict) -> Tensor:
+    """A copy of a tensor from outside, as a new leaf."""
+    if current() is None or under_way.quiet:
+        return ORIGINALS["deepcopy"](self, memo)
+    if id(self) not in memo:
+        memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+    return memo[id(self)]
+
+
+def unpickled(*parts: Any) -> Tensor:
+    """A tensor in memory that pickle has read, as one from outside."""
+    trace = current()
+    if trace is None or under_way.quiet:
+        return ORIGINALS["rebuild"](*parts)
+    if not trace.may_ask_constants:
+        raise CaptureError(
+            f"a tensor is unpickled in a function that is compiled once{at(debug.user_line())}: do so outside"
+        )
+    with quiet():
+        return ORIGINALS["rebuild"](*parts)
+
+
+def constant(t: Tensor) -> Tensor:
+    """The value of a tensor from outside, if it may be asked for."""
+    trace = current()
+    return t if trace is None or under_way.quiet else trace.value(t)

@@ -1,0 +1,50 @@
+"""The state of the default generator, set or looked at inside a recording: numbers are drawn when it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..trace.patches import ORIGINALS
+from ..trace.traced import current
+from ..trace.tracer import Trace
+
+
+def drawn(trace: Trace) -> bool:
+    """Whether random numbers were drawn already, as far as the recording goes: they are drawn when it runs."""
+    return any(r[0].facts.random for r in trace.records)
+
+
+def set_rng_state(new_state: Tensor) -> None:
+    """The default generator's state may be set before the first draw, by a function that is run again each time."""
+    ORIGINALS["set_state"](settable("torch.set_rng_state", new_state))
+
+
+def manual_seed(seed: int) -> Any:
+    """As :func:`set_rng_state`."""
+    return ORIGINALS["seed"](settable("torch.manual_seed", seed))
+
+
+def random_seed() -> int:
+    """As :func:`set_rng_state`."""
+    settable("torch.seed", None)
+    return ORIGINALS["random_seed"]()
+
+
+def get_rng_state() -> Tensor:
+    """The default generator's state, as long as it is the one that the program will find."""
+    settable("torch.get_rng_state", None)
+    return ORIGINALS["get_state"]()
+
+
+def settable(what: str, value: Any) -> Any:
+    """``value``; raises CaptureError where the generator's state is set, or looked at, at another time than it runs."""
+    trace = current()
+    if trace is not None:
+        if drawn(trace):
+            trace.seeds.refuse(f"{what} after a draw inside a captured function, which draws when it runs")
+        if not trace.may_ask_constants:
+            trace.seeds.refuse(f"{what} inside a compiled function would run only once; call it outside")
+        trace.seeds.setting()
+    return value
