@@ -24,6 +24,7 @@ from .backends.eager import compile_graph
 from .graph import Program, kept_alive
 from .run import before_writes, write_back
 from .trace.emit import Builder, carried, paused_gc, remap, remap_dict
+from .trace.functionalize import dead_end
 from .trace.records import results_of, written_slots
 from .trace.shapes import Instr
 from .trace.tracer import Trace
@@ -158,10 +159,11 @@ class Cut:
             if apart and not quiet and n in self.active and n.op == "call_function" and n not in results
         }
         roots = {*results, *self.written, *(p for i, p in enumerate(self.placeholders) if i not in whole.mutated)}
-        #: results that are views of other results or of inputs, and are made by PyTorch
+        #: results that are views of other results or of inputs, and are made by PyTorch; not those under no_grad, which
+        #: have no derivative
         self.views: dict[Node, list[Node]] = {}
         for n in self.nodes:
-            if n in self.returned and n in self.active and n not in roots:
+            if n in self.returned and n in self.active and n not in roots and n.target is not dead_end:
                 chain = self.chain_of(n, roots)
                 if chain:
                     self.views[n] = chain

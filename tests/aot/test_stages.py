@@ -448,3 +448,23 @@ def test_written_arguments_that_share_memory():
         return out.detach(), a.detach(), torch.autograd.grad(out, w)
 
     assert_same(run(jit(f)), run(f))
+
+
+def test_views_of_a_view_made_without_gradients():
+    """The first one is a leaf of autograd's, the next ones are not: where the call is cut into a chain, too."""
+
+    def f(x, p):
+        a = x * p
+        b = a + 0
+        b.data.mul_(2)
+        with torch.no_grad():
+            v, w = b[..., 1:], a.view(a.shape)
+        return v, v[0], w[0], v.sum() * b.sum()
+
+    def said(f):
+        p = torch.ones(3, requires_grad=True)
+        *views, y = f(torch.ones(2, 3), p)
+        return [(t.requires_grad, t.is_leaf) for t in views], y, torch.autograd.grad(y, p)
+
+    for how in (jit, lambda f: aot_function(f, "eager")):
+        assert_same(said(how(f)), said(f))
