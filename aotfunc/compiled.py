@@ -185,15 +185,15 @@ class Compiled:
         functools.update_wrapper(self, f, updated=("__dict__",) if isinstance(f, types.FunctionType) else ())
         self.f, self.pipeline, self.name = f, pipeline, pipeline.name
         self.entries = Cache(NODES, weight_of)
-        self.recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
+        self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         #: entries that differ in Python numbers that are inputs of their program share one
-        self.steps: weakref.WeakValueDictionary[tuple, CompiledStep] = weakref.WeakValueDictionary()
-        self.names = Names()
+        self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = weakref.WeakValueDictionary()
+        self._names = Names()
         self.captures = 0  # how often f has been captured, for all signatures
-        self.history: list[Facts] = []  # of the first captures of a program each
-        self.warned = False
-        self.last: tuple[list[Facts], Facts] | None = None  # the entries before the last capture, and that
-        self.changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed
+        self._history: list[Facts] = []  # of the first captures of a program each
+        self._warned = False
+        self._last: tuple[list[Facts], Facts] | None = None  # the entries before the last capture, and that
+        self._changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed
         EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -232,7 +232,7 @@ class Compiled:
             parts.append((same, repeated(containers((args, kwargs)))))
         key = (*parts, *environment_key())
         try:
-            entry = self.recent.get(key)
+            entry = self._recent.get(key)
         except TypeError:
             raise self.unhashable(Arguments(args, kwargs)) from None
         if entry is not None:
@@ -254,7 +254,7 @@ class Compiled:
         arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
         labels = [x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}" for x in objects]
-        state = look(self.f, objects, labels, self.names)
+        state = look(self.f, objects, labels, self._names)
         for x in objects:
             if type(x).__hash__ is None and any(x is o for o in state.opaque):
                 raise self.unhashable(arguments)
@@ -267,7 +267,7 @@ class Compiled:
                 entry = self.entries.get(full)
         if entry is not None:
             entry.check.renew(state)
-            self.recent.put(key, entry)
+            self._recent.put(key, entry)
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         for t in tensors:
             check_kind(t)
@@ -279,10 +279,10 @@ class Compiled:
         except BaseException:
             put_back(state)
             raise
-        after = look(self.f, objects, labels, self.names)
-        self.changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
+        after = look(self.f, objects, labels, self._names)
+        self._changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
         # a function that changes what it reads is captured at every call, until it does not change any more
-        alike = self.changed is None and not drew and function_modes_key() is not OTHERS
+        alike = self._changed is None and not drew and function_modes_key() is not OTHERS
         if entry.reusable and alike:
             self.store(full, entry, state)
         if new or not alike:
@@ -314,20 +314,20 @@ class Compiled:
             except TypeError:
                 entry.kept.append(x)
         self.entries.put(full, entry)
-        self.recent.put(entry.key, entry)
+        self._recent.put(entry.key, entry)
 
     def drop(self, full: tuple) -> None:
         """Forget an entry."""
         entry = self.entries.pop(full)
-        if entry is not None and self.recent.get(entry.key) is entry:
-            self.recent.pop(entry.key)
+        if entry is not None and self._recent.get(entry.key) is entry:
+            self._recent.pop(entry.key)
 
     def forget(self) -> None:
         """Drop all entries."""
         self.entries.clear()
-        self.recent.clear()
-        self.history.clear()
-        self.captures, self.warned, self.last, self.changed = 0, False, None, None
+        self._recent.clear()
+        self._history.clear()
+        self.captures, self._warned, self._last, self._changed = 0, False, None, None
 
     def capture(
         self, arguments: Arguments, tensors: list[Tensor], given: tuple, state: State, key: tuple
@@ -363,27 +363,27 @@ class Compiled:
         program, views = without_views(rec, quiet and not enables)
         # what requires grad decides where a call is cut
         alike = (program, environment_key(), frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes))
-        step = self.steps.get(alike) if rec.numbers else None
+        step = self._steps.get(alike) if rec.numbers else None
         if new := step is None:
             whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
             call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
             call.plain = as_recorded(rec, whole.mutated)
-            step = self.steps[alike] = CompiledStep(call, run_eager)
+            step = self._steps[alike] = CompiledStep(call, run_eager)
         described = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}
         facts = facts_of(described, state.facts)
-        self.last = ([e.facts for e in self.entries.values()], facts)
+        self._last = ([e.facts for e in self.entries.values()], facts)
         inside = Leaves(rec, program.mutated)
         return Entry(rec, step, views, state, key, facts, enables, finish, inside), new
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""
-        if self.warned:
+        if self._warned:
             return
-        self.history.append(facts)
-        if len(self.history) == WARN_AT:
-            text = f"{self.who} has been captured {self.captures} times{at(user_line())}: {growth(self.history)}"
-            self.history.clear()
-            self.warned = True
+        self._history.append(facts)
+        if len(self._history) == WARN_AT:
+            text = f"{self.who} has been captured {self.captures} times{at(user_line())}: {growth(self._history)}"
+            self._history.clear()
+            self._warned = True
             warnings.warn(text, stacklevel=4)
 
     def titled(self) -> str:
@@ -416,11 +416,11 @@ class Compiled:
           ...rate was (0.5,), and is (0.25,)
         """
         why: list[str] = []
-        if self.last is not None and self.last[0]:
-            why = min([[*differences(old, self.last[1])] for old in self.last[0]], key=len)
+        if self._last is not None and self._last[0]:
+            why = min([[*differences(old, self._last[1])] for old in self._last[0]], key=len)
             why = why or ["what it reads is arranged in another way, or arguments are one tensor or share memory"]
-        if self.changed is not None:
-            why += [f"it changed while it ran, and is not kept: {x}" for x in differences(*self.changed)]
+        if self._changed is not None:
+            why += [f"it changed while it ran, and is not kept: {x}" for x in differences(*self._changed)]
         eagerly = {f"{half}: {what}: {e}" for half, found in self.pipeline.eagerly for what, e in found.items()}
         return explained(self.who, self.captures, [e.facts for e in self.entries.values()], why, sorted(eagerly))
 

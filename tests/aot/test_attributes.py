@@ -167,3 +167,19 @@ def test_an_object_that_does_not_tell_its_class_is_refused():
     for call in calls:
         with pytest.raises(CaptureError, match="class Classless does not tell its __class__"):
             call()
+
+
+def test_attributes_of_a_compiled_function():
+    """What a user keeps there is the user's."""
+
+    @jit
+    def f(x):
+        return x * 2
+
+    names = ("last", "changed", "warned", "recent", "history", "names", "steps")
+    for k, name in enumerate(names):
+        setattr(f, name, k)
+    for x in (torch.ones(2), torch.ones(3), torch.ones(3, dtype=torch.float64)):
+        torch.testing.assert_close(f(x), x * 2)
+    assert [getattr(f, name) for name in names] == list(range(len(names)))
+    assert "entry 2" in str(f.explain())
