@@ -291,7 +291,7 @@ def erase(graph: fx.Graph, n: Node) -> None:
 
 def infer_val(target: OpOverload, args: tuple, kwargs: dict) -> Any:
     """The signature(s) of what an op returns for nodes and literals."""
-    key: list = [target]
+    key: list = [target._op]
     sigs: list[Sig] = []
 
     def sink(n: Any) -> tuple:

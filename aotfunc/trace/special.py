@@ -184,7 +184,7 @@ def _pack_padded(trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool) ->
         return x.flatten(0, 1).index_select(0, where.flatten().to(x.device)), sizes
 
 
-SPECIAL: dict[OpOverload, Callable] = {
+_ANSWERS: dict[OpOverload, Callable] = {
     aten._local_scalar_dense.default: _scalar,
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
@@ -201,3 +201,5 @@ SPECIAL: dict[OpOverload, Callable] = {
     aten.linalg_lstsq.default: _with_trace(_lstsq),
     aten._pack_padded_sequence.default: _pack_padded,
 }
+#: by what the overloads call, which hashes in C
+SPECIAL: dict[Any, Callable] = {op._op: answer for op, answer in _ANSWERS.items()}

@@ -193,22 +193,16 @@ class Trace(TorchDispatchMode):
             raise on_functions(func.__name__)
         if self.autograd.made:
             self.autograd.adopt_leaves()
-        special = SPECIAL.get(func)
+        call = func._op  # hashes in C, which an overload does not
+        special = SPECIAL.get(call)
         if special is not None:
             body = self.opened.get(func)
             done = special(self, *args, **(kwargs or {})) if body is None else self._open(body, args, kwargs or {})
             if done is not NotImplemented:
                 return done
-        key = [func]
+        key = [call]
         refs: list[int] = []
         sigs: list[Sig] = []
-
-        def sink(t: Tensor) -> tuple[Slot, Sig]:
-            ref, sig = self.ref_of(t)
-            refs.append(ref)
-            sigs.append(sig)
-            return Slot(len(sigs) - 1), sig
-
         add = key.append
         lifts, count = self.lifts_numbers and not kwargs, len(self.numbers)
         for a in args:
@@ -226,9 +220,12 @@ class Trace(TorchDispatchMode):
             elif cls in SIMPLE:
                 add(cls)
                 add(a)
+            elif cls is float:
+                add(a.hex())
             else:
-                encode(a, key, sink)
+                encode(a, key, self._sink(refs, sigs))
         if kwargs:
+            sink = self._sink(refs, sigs)
             for k, v in kwargs.items():
                 add(k)
                 encode(v, key, sink)
@@ -266,6 +263,17 @@ class Trace(TorchDispatchMode):
             self.strided = True
         results = self.wrap(outs, facts)
         return results if _tangents_enabled() or facts.view_of is not None else self.without_tangents(results)
+
+    def _sink(self, refs: list[int], sigs: list[Sig]) -> Callable[[Tensor], tuple[Slot, Sig]]:
+        """How to encode a tensor among the arguments."""
+
+        def sink(t: Tensor) -> tuple[Slot, Sig]:
+            ref, sig = self.ref_of(t)
+            refs.append(ref)
+            sigs.append(sig)
+            return Slot(len(sigs) - 1), sig
+
+        return sink
 
     def _with_dtype(self, instr: Instr, types: Any, args: tuple, kwargs: dict) -> Any:
         """An op under a default dtype that ``f`` has set, and under which its program does not run: it is told."""
