@@ -9,6 +9,7 @@ graph runs: on real tensors, or by AOTAutograd, which then sees its ops.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,7 +133,10 @@ class Body:
         examples, given, more, entered, outs, aux, self.options = end.args
         operands = [n for n in nodes if n.op == "placeholder"]
         self.given, self.more = ([operands.index(n) for n in part] for part in (given, more))
-        self.results = [n.args[1] for n in nodes[-1].args[0] if n.args[0] is end]
+        results = nodes[-1].args[0]
+        if not all(n.target is operator.getitem and n.args[0] is end for n in results):
+            raise CaptureError("under torch.compile a tensor leaves a transformed function otherwise than as a result")
+        self.results = [n.args[1] for n in results]
         for_show = behind([*examples, *entered], (*outs, *aux, *operands))
         ours = Graph()
         env: dict[Node, Node] = {n: ours.placeholder(f"entered_{k}") for k, n in enumerate(entered)}
