@@ -366,7 +366,7 @@ class Trace(TorchDispatchMode):
     def _written(self, facts: Any, outs: Any, args: tuple, kwargs: dict | None) -> Any:
         """Results of an op that writes: the written arguments themselves, refreshed where their metadata changed."""
 
-        if not _tangents_enabled():
+        if not (_tangents_enabled() or torch.is_inference_mode_enabled()):
             raise CaptureError(
                 f"a write where forward-mode derivatives are switched off{at(debug.user_line(3))}: assign a new tensor"
             )
