@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.fx import Node
 
 from .aliasing import apart
 from .backends.eager import compile_graph
@@ -106,9 +107,10 @@ def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Ten
     seen.update(map(id, outs[:count]))
     if len(seen) == total + count:
         return outs
-    inputs, results = program.placeholders, program.once("memory", lambda: [*map(storage_root, program.outputs)])
+    outputs = program.outputs
+    results = program.once("memory", lambda: [isinstance(n, Node) and storage_root(n) for n in outputs])
     found = list(outs)
-    first = {id(t): n for t, n in zip(tensors, inputs, strict=True)}
+    first = {id(t): n for t, n in zip(tensors, program.placeholders, strict=True)}
     for i, (o, n) in enumerate(zip(found[:count], results, strict=False)):
         if isinstance(o, Tensor) and id(o) in first:
             found[i] = o.detach() if first[id(o)] is n else o.clone()

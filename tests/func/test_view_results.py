@@ -131,3 +131,16 @@ def test_unbatched_arguments_are_passed_as_they_are():
     weight = torch.zeros(3)
     aotfunc.vmap(lambda x, w: (w.add_(1), x)[1], (0, None))(x, weight)
     assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_result_that_is_nothing():
+    """A module's backward hook is given None for what has no gradient, beside a gradient that is a cotangent."""
+    m, x = torch.nn.Identity(), torch.randn(2, 3)
+    m.register_full_backward_hook(lambda module, given, due: None)
+
+    def f(x):
+        return (m(x) * 2 + m(x)).detach() + m(x)
+
+    leaf = x.clone().requires_grad_()
+    vmap(f)(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.ones(2, 3))
