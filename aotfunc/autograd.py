@@ -21,7 +21,7 @@ from .batched import apply
 from .debug import outside_dynamo
 from .graph import Program, kept_alive
 from .redraw import redrawn, states
-from .run import before_writes, execute, write_back
+from .run import before_writes, contiguous, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
@@ -232,7 +232,7 @@ class Differentiated(torch.autograd.Function):
         there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):
-            given = [c.contiguous() for c in cts if c is not None]
+            given = [contiguous(c) for c in cts if c is not None]
             if torch.is_grad_enabled() or (halves.materializes and not all(have)):
                 with redrawn(ctx.states):
                     grads = apply(run, halves.gradient(have), [*unchanged(ctx), *given])

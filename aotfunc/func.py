@@ -30,7 +30,7 @@ from .readings import (
     run_gradient_and_value,
     vjp_in_graph,
 )
-from .run import execute
+from .run import contiguous, execute
 from .trace.memory import version
 from .trace.modes import without_modes
 from .trace.traced import plain
@@ -164,7 +164,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
             if c.is_complex() and not v.dtype.is_complex:
                 raise ArgumentError(f"vjp_fn: cotangent {i} is complex, and the output is real")
             if have[i]:
-                given.append(c.to(v.dtype).contiguous())
+                given.append(contiguous(c.to(v.dtype)))
         for r, before in zip(residuals, versions, strict=True):
             if version(r) != before:
                 raise ArgumentError("vjp_fn: an input of vjp was modified in place after the call; clone it before")

@@ -22,6 +22,7 @@ from .duals import pushed, refuse_cuts
 from .graph import Program
 from .redraw import redrawn, states
 from .trace.modes import without_modes
+from .trace.shapes import contiguous_stride
 from .trace.traced import current
 from .transforms.fresh import storage_root
 from .transforms.lower import lowered, marked
@@ -90,12 +91,20 @@ def ours(program: Program) -> bool:
     return program.once(ours, lambda: marked(program) or beyond_autograd(program))
 
 
+def contiguous(t: Tensor) -> Tensor:
+    """``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of dimensions of size 1."""
+    t = t.contiguous()
+    if 1 in t.shape and t.stride() != contiguous_stride(t.shape):
+        return t.clone(memory_format=torch.contiguous_format)
+    return t
+
+
 def before_writes(program: Program, tensors: Sequence[Tensor], kept: Sequence[int]) -> Sequence[Tensor]:
     """The inputs, with copies of those that autograd keeps and whose memory the program will write to."""
     if not program.mutated:
         return tensors
     written = {tensors[i].untyped_storage()._cdata for i in program.mutated}
-    return [t.clone() if i in kept and t.untyped_storage()._cdata in written else t for i, t in enumerate(tensors)]
+    return [copied(t) if i in kept and t.untyped_storage()._cdata in written else t for i, t in enumerate(tensors)]
 
 
 def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
@@ -113,9 +122,21 @@ def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Ten
     first = {id(t): n for t, n in zip(tensors, program.placeholders, strict=True)}
     for i, (o, n) in enumerate(zip(found[:count], results, strict=False)):
         if isinstance(o, Tensor) and id(o) in first:
-            found[i] = o.detach() if first[id(o)] is n else o.clone()
+            found[i] = o.detach() if first[id(o)] is n else copied(o)
         first.setdefault(id(o), n)
     return found
+
+
+def copied(t: Tensor) -> Tensor:
+    """A copy that lies as ``t`` does, as what reads it expects: ``clone()`` closes gaps and undoes expansions."""
+    copy = t.clone()
+    if copy.stride() == t.stride() or not t.numel():
+        return copy
+    reach = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    memory = copy.new_zeros(reach).as_strided(t.shape, t.stride())
+    once = tuple([slice(0, 1) if step == 0 else slice(None) for step in t.stride()])
+    memory[once] = copy[once]
+    return memory
 
 
 def beyond_autograd(program: Program) -> bool:
@@ -172,7 +193,7 @@ class Differentiable(torch.autograd.Function):
         whole = program.flat()
         have = tuple(differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True))
         joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
-        given = [c.contiguous() for c, yes in zip(cts, have, strict=True) if yes and c is not None]
+        given = [contiguous(c) for c, yes in zip(cts, have, strict=True) if yes and c is not None]
         with without_modes(ctx.dtype), redrawn(ctx.states):
             grads = apply(execute, joint, [*tensors, *given])
         result: list = [None] * (len(tensors) + 2)

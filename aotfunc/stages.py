@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from .aliasing import memory_of
@@ -23,13 +24,13 @@ from .autograd import op_by_op, run
 from .backends.eager import compile_graph
 from .graph import Program, kept_alive
 from .run import before_writes, write_back
-from .trace.emit import Builder, carried, paused_gc, remap, remap_dict
+from .trace.emit import Builder, carried, displaced, paused_gc, remap, remap_dict
 from .trace.functionalize import dead_end
 from .trace.records import results_of, written_slots
 from .trace.shapes import Instr
 from .trace.tracer import Trace
 from .transforms.captured import Recording
-from .transforms.fresh import chain_of, viewed
+from .transforms.fresh import chain_of, fresh, viewed
 from .transforms.steps import CompiledCall, CompiledStep, hidden_writes
 from .transforms.vjp import active_nodes, sources
 from .transforms.walk import builder
@@ -222,6 +223,7 @@ class Cut:
         for n in self.nodes:
             wanted.update(i for i in n._input_nodes if i in self.stage and self.stage[i] < self.stage[n])
         steps: list[tuple] = []
+        said: dict[Node, Any] = {}  # signatures of values that cross, where an input was given a new value its own
         written = [n for n in self.written if n in self.cuts or n in sources]
 
         def step(fn: Callable, reads: list[int], outs: Sequence[Node]) -> None:
@@ -236,14 +238,16 @@ class Cut:
             outs = [n for n in mine if n in wanted and n not in self.views]
             if body := needed(mine, outs):
                 reads = [i for i in dict.fromkeys(i for n in body for i in n._input_nodes) if self.stage.get(i, -1) < k]
-                stage = CompiledCall(part(body, reads, outs), self.call.compile, self.call.split, self.call.__name__)
+                program = part(body, reads, outs, said)
+                stage = CompiledCall(program, self.call.compile, self.call.split, self.call.__name__)
                 step(partial(run, stage), [place[i] for i in reads], outs)
             for n in mine:
                 if n in written:
                     step(write, [count + self.written[n], place[n]], [n])
+                    said[n] = self.placeholders[self.written[n]].meta["val"]
                 if n in self.views:
                     source, *calls = self.views[n]
-                    step(view_of(source, calls), [place[source]], [n])
+                    step(view_of(source, calls, said), [place[source]], [n])
         views = {k: place[n] for k, n in enumerate(self.returned) if n in self.views}
         done = [self.written[n] for n in written]
         return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done)
@@ -265,27 +269,38 @@ def needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:
     return [n for n in nodes if n in seen]
 
 
-def part(nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node]) -> Program:
-    """These nodes as a program of what they read."""
+def part(nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]) -> Program:
+    """These nodes as a program of what they read; the signatures that are ``said`` of values, and of its results."""
     with paused_gc():
         b = builder()
-        env: dict[Node, Any] = {n: b.placeholder(n.name, n.meta["val"], role=n.meta.get("role")) for n in reads}
+        env: dict[Node, Any] = {
+            n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role")) for n in reads
+        }
         copied(b, nodes, env)
-        return Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage")
+        program = fresh(Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ())
+        said.update(zip(outs, program.vals, strict=True))
+        return program
 
 
-def view_of(source: Node, calls: Sequence[Node]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+def view_of(source: Node, calls: Sequence[Node], said: dict[Node, Any]) -> Callable[[Sequence[Tensor]], Sequence]:
     """The function that makes a view by PyTorch's own ops."""
     with paused_gc():
         b = Builder(None, merge=False)
-        env: dict[Node, Any] = {source: b.placeholder(source.name, source.meta["val"])}
+        env: dict[Node, Any] = {source: b.placeholder(source.name, said.get(source, source.meta["val"]))}
         copied(b, calls, env)
+        said[calls[-1]] = env[calls[-1]].meta["val"]
         fn = compile_graph(b.finish([env[calls[-1]]]))
     return lambda values: fn(*values)
 
 
 def copied(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
+    """Copies of the nodes in ``env``; what reads a value that is laid out otherwise is inferred anew."""
     for n in nodes:
         b.meta = carried(n)
-        env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+        args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
+        if n.target is operator.getitem:
+            val = args[0].meta["val"][args[1]]
+        elif isinstance(n.target, OpOverload) and any(displaced(i.meta["val"], env[i]) for i in n._input_nodes):
+            args, val = b.again(n.target, args, kwargs, val)
+        env[n] = b.node(n.target, args, kwargs, val)
     b.meta = {}

@@ -20,6 +20,7 @@ from torch.fx.immutable_collections import immutable_dict
 
 from ..graph import kept_alive
 from .collector import paused_gc as paused_gc
+from .kernels import misread
 from .shapes import Facts, Sig, Slot, encode, env_key, intern, interned, sig_of
 
 #: a rewriting of one op: ``(builder, val, *args) -> Node | None`` (None: leave it)
@@ -131,6 +132,23 @@ class Builder:
         """As :meth:`node`, with the signature of the result inferred."""
         return self.node(target, args, kwargs, infer_val(target, args, kwargs))
 
+    def again(self, target: OpOverload, args: tuple, kwargs: dict, val: Any) -> tuple[tuple, Any]:
+        """``(args, signature)`` of a call that was recorded for arguments that lay otherwise: with copies of those that
+        the kernel would misread, and of what cannot be viewed so.
+        """
+        copy = lambda a, form: self.call(_aten.clone.default, a, memory_format=form)
+        if copies := misread(target, [a.meta["val"] if a.__class__ is Node else None for a in args]):
+            args = tuple([copy(a, copies[i]) if i in copies else a for i, a in enumerate(args)])
+        try:
+            return args, infer_val(target, args, kwargs)
+        except Exception:
+            if Facts(target).dynamic:  # the shape depends on values, and is as it was
+                return args, val
+            if target not in VIEWS:
+                raise
+        args = (copy(args[0], torch.contiguous_format), *args[1:])
+        return args, infer_val(target, args, kwargs)
+
     def item(self, node: Any, i: int) -> Any:
         """The i-th output of a node with several."""
         if node.__class__ is not Node:
@@ -160,11 +178,11 @@ class Builder:
                 if "region" in kept:
                     self.meta["region"] = kept["region"]
                 args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), meta["val"]
-                if relaid and isinstance(n.target, OpOverload) and not Facts(n.target).dynamic:
-                    val = infer_val(n.target, args, kwargs)
-                elif moved and n.args and isinstance(n.target, OpOverload) and not Facts(n.target).dynamic:
+                if relaid and isinstance(n.target, OpOverload):
+                    args, val = self.again(n.target, args, kwargs, val)
+                elif moved and n.args and isinstance(n.target, OpOverload):
                     if n.args[0].__class__ is Node and displaced(n.args[0].meta["val"], args[0]):
-                        val = infer_val(n.target, args, kwargs)
+                        args, val = self.again(n.target, args, kwargs, val)
                 elif (relaid or moved) and n.target is operator.getitem:
                     val = args[0].meta["val"][args[1]]
                 env[n] = self.node(n.target, args, kwargs, val)
@@ -242,6 +260,8 @@ def casts(target: Any, args: Sequence[Any], val: Any) -> bool:
     return sig.dtype is not val.dtype and sig.differentiable and val.differentiable
 
 
+#: views that not every layout allows
+VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default)
 COMMUTATIVE = frozenset((_aten.add.Tensor, _aten.mul.Tensor))
 
 

@@ -44,9 +44,16 @@ def _rand_like(x, *, dtype=None, generator=None, **options):
     return _like(x, dtype=dtype, **options)
 
 
+@rule(aten._conj_physical)
+def _conj_physical(x):
+    sure(x.dtype.is_complex)
+    return like(x)
+
+
 @rule(aten.hardtanh)
 def _hardtanh(x, min_val=-1, max_val=1):
     sure(min_val <= max_val)
+    plain(x)
     return pointwise(aten.hardtanh.default, x, min_val, max_val)
 
 

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from ..debug import Line, at
 from ..errors import CaptureError
-from .emit import Builder, displaced, infer_val
+from .emit import Builder, displaced
 from .memory import Place, overlaps_itself, part
 from .records import flat
 from .scalars import FIRST, NUMBER, with_tensor
@@ -361,8 +361,8 @@ class Functionalizer:
             return self.b.node(*with_tensor(instr.op, fill(instr.args, nodes)), {}, instr.outs)
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
         args, outs = fill(instr.args, nodes), instr.outs
-        if not instr.facts.dynamic and any(map(displaced, instr.sigs, nodes)):
-            outs = infer_val(instr.op, args, kwargs)
+        if any(map(displaced, instr.sigs, nodes)):
+            args, outs = self.b.again(instr.op, args, kwargs, outs)
         return self.b.node(instr.op, args, kwargs, outs)
 
     def _results(self, out: Any, outs: Any, grad: bool, how: OpOverload = aten.detach.default) -> None:

@@ -75,7 +75,7 @@ def new(like: Sig, shape: Iterable[int], dtype: torch.dtype | None = None, strid
 
 def plain(*sigs: Sig | None) -> None:
     """Decline unless these are in natural order: contiguous, or expanded or sliced from such."""
-    sure(all(s is None or s.stride == contiguous_stride(s.shape) or natural(s) for s in sigs))
+    sure(all(s is None or ordinary(s) for s in sigs))
 
 
 def axis(dim: int, ndim: int) -> int:
@@ -138,7 +138,7 @@ def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
     """
     standard = contiguous_stride(shape)
     sure(0 not in shape)
-    if len(shape) < 2 or all(s.stride == standard or natural(s) for s in operands):
+    if all(s.stride == standard or natural(s) for s in operands):
         return standard
     operands = [s for s in operands if s.shape]
     contiguous, last = range(len(shape)), CHANNELS_LAST[torch.channels_last]
@@ -151,6 +151,11 @@ def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
     sure(all(n > 1 for n in shape) and operands[0].shape == shape)
     sure(all((s.shape == shape and 0 not in s.stride) or s.stride == contiguous_stride(s.shape) for s in operands))
     return ordered_strides(shape, memory_order(shape, operands))
+
+
+def ordinary(sig: Sig) -> bool:
+    """In natural order, dimensions of size 1 too: of some of these, kernels keep the strides."""
+    return sig.stride == contiguous_stride(sig.shape) or (1 not in sig.shape and natural(sig))
 
 
 def natural(sig: Sig) -> bool:
@@ -211,7 +216,8 @@ UNTAGGED = {
 #: pointwise, but composed of others on meta, and with strides by the rule only if all operands are in natural order
 COMPOSED = {
     *("masked_fill", "mvlgamma", "div.Tensor_mode", "floor_divide", "rsub", "copysign", "xlogy", "special_xlog1py"),
-    *("logical_and", "logical_or", "logical_xor", "pow.Scalar", "angle"),
+    *("logical_and", "logical_or", "logical_xor", "pow.Scalar", "angle", "abs", "frexp"),
+    *("nan_to_num", "rad2deg", "deg2rad"),
     *("threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"),
 }
 #: tagged, and yet left to others
@@ -265,7 +271,7 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         shape = broadcast(*[s.shape for s in operands])
     name = op._schema.name.removeprefix("aten::")
     composed = name in COMPOSED or f"{name}.{op._overloadname}" in COMPOSED
-    sure(not composed or all(natural(s) for s in operands))
+    sure(not composed or all(ordinary(s) for s in operands))
     sure("backward" not in name or all(s.dtype is operands[0].dtype for s in operands))
     stride = result_strides(shape, operands)
     probes = [probe(a.dtype, bool(a.shape)) if a.__class__ is Sig else a for a in args]

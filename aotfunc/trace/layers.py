@@ -75,6 +75,7 @@ MEAN = 1  # the reductions of losses: none, mean, sum
 @rule(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
 def _loss(x, target, reduction=MEAN, parameter=1.0):
     sure(x.dtype is target.dtype and x.dtype.is_floating_point and parameter > 0 and reduction in (0, 1, 2))
+    plain(x, target)
     shape = broadcast(x.shape, target.shape)
     return new(x, (), stride=()) if reduction else new(x, shape, stride=result_strides(shape, (x, target)))
 

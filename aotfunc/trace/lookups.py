@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .families import like, same_dtype
-from .infer import axis, broadcast, natural, new, plain, rule, sure
+from .infer import axis, broadcast, new, ordinary, plain, rule, sure
 from .shapes import Sig, contiguous_stride
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def _index(x, indices):
     given = [i for i, t in enumerate(indices) if t is not None]
     sure(given and all(indices[i].dtype in (torch.int32, torch.int64) for i in given))
     sure(given[-1] - given[0] == len(given) - 1)
-    sure(natural(x))
+    sure(ordinary(x))
     found = broadcast(*[indices[i].shape for i in given])
     before, after = x.shape[: given[0]], x.shape[given[-1] + 1 :]
     return new(x, (*before, *found, *after))

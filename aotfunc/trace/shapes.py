@@ -282,6 +282,8 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
         try:
             outs = op(*fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op, kwargs))
         except (NotImplementedError, RuntimeError) as e:
+            if "data-dependent shape" in str(e):  # the fake implementation of a custom op asks for such a size
+                Facts(op).dynamic = True
             missing = isinstance(e, NotImplementedError) or "fake impl" in str(e)
             if not missing and (Facts(op).dynamic or sum(s.numel for s in sigs) >= AFFORDABLE):
                 raise
@@ -313,7 +315,7 @@ def better_tried(op: OpOverload, sigs: tuple) -> bool:
     """
     name = plain_name(op)
     facts, affordable = Facts(op), sum(s.numel for s in sigs) < AFFORDABLE
-    if name in NOT_OF_ZEROS or facts.effect or facts.dynamic:
+    if name in NOT_OF_ZEROS or facts.effect or by_values(op, sigs):
         return False
     if op.namespace == "aten" and affordable:
         if facts.pure and any(s.stride != contiguous_stride(s.shape) for s in sigs):
@@ -323,6 +325,12 @@ def better_tried(op: OpOverload, sigs: tuple) -> bool:
     if name.startswith(("convolution", "_native_batch_norm_legit", "rrelu_with_noise")):
         return any(not s.plain for s in sigs) or name.endswith("no_training")
     return name.startswith(DEVICE_DECIDES)
+
+
+def by_values(op: OpOverload, sigs: tuple) -> bool:
+    """Whether the result's shape depends on values, for arguments of these signatures: with indices it does not."""
+    masks = any(s.dtype in (torch.bool, torch.uint8) for s in sigs[1:])
+    return Facts(op).dynamic and (op is not aten.index.Tensor or masks)
 
 
 #: composed of ops with such kernels
@@ -347,7 +355,7 @@ def _on_meta(op: OpOverload, kwargs: dict) -> dict:
 
 def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The stated fall-back for ops without a meta kernel: run once on zeros of the right shape, keep the signature."""
-    if Facts(op).dynamic:
+    if by_values(op, sigs):
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
     real = [zeros_at(s) for s in sigs]
     generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ..debug import _OURS
 from ..errors import CaptureError
 from .casts import cast
+from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .places import is_integer, part, subscript
 from .shapes import TOLD, Slot, env_key, infer, intern, interned
@@ -149,7 +151,7 @@ def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-u
     finally:
         trace.in_lstsq = False
     try:
-        full = bool((rank == a.shape[-1]).all())
+        full = trace.answer(lambda rank: bool((rank == a.shape[-1]).all()), [rank], "the rank of a matrix")
     except CaptureError:
         if trace.samples is not None:
             raise
@@ -184,7 +186,17 @@ def _pack_padded(trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool) ->
         return x.flatten(0, 1).index_select(0, where.flatten().to(x.device)), sizes
 
 
+def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
+    """An op whose kernel reads memory as if it lay in one way only."""
+    copies = misread(op, [trace.ref_of(a)[1] if isinstance(a, Tensor) else None for a in args])
+    if not copies:
+        return NotImplemented
+    with trace:
+        return op(*[a.contiguous(memory_format=copies[i]) if i in copies else a for i, a in enumerate(args)], **kwargs)
+
+
 _ANSWERS: dict[OpOverload, Callable] = {
+    **{op: partial(_laid, op) for op in READ_AS_LAID},
     aten._local_scalar_dense.default: _scalar,
     aten.select.int: _select,
     aten.slice.Tensor: _slice,

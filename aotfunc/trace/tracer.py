@@ -334,6 +334,8 @@ class Trace(TorchDispatchMode):
         except CaptureError as e:
             raise CaptureError(f"{e}{at(debug.user_line())}") from None
         except (RuntimeError, IndexError, TypeError, ValueError) as e:
+            if facts.dynamic and outs is None:  # as was learnt by asking
+                return self._learn(key, func, args, kwargs, sigs)
             said = f"{func}({', '.join(map(str, sigs))}): {e}{at(debug.user_line())}"
             raise OpError.like(e, said) from None
 

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.autograd import Variable, forward_ad
 
 from ..errors import RuleError
+from ..trace.memory import overlaps_itself
 from ..trace.traced import Traced, current
 from .rules.table import DECOMPOSITIONS, call_op, tensor_args
 
@@ -135,7 +136,9 @@ def forward_rule(op: OpOverload) -> Callable:
                     return [dual(x, y) for x, y in zip(a, t or [None] * len(a), strict=True)]
                 if t is None:
                     return a
-                return forward_ad.make_dual(a.tracer.alias(a), t)
+                shared = overlaps_itself(a.sig)  # forward AD copies a tangent into memory laid out as the primal
+                primal = a.clone(memory_format=torch.contiguous_format) if shared else a.tracer.alias(a)
+                return forward_ad.make_dual(primal, t)
 
             full = list(args)
             for i, at in enumerate(tensor_args(op)):

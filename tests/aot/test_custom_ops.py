@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from aotfunc import aot_function, grad, jit, vmap
-from aotfunc.errors import RuleError
+from aotfunc import aot_function, grad, jit, make_fx, vmap
+from aotfunc.errors import CaptureError, GraphError, RuleError
 from tests.reference import assert_same
 
 SCALE = {"a number": torch.tensor(2.0), "a vector": torch.tensor([1.0, 2.0, 3.0])}
@@ -79,3 +79,44 @@ def test_a_batching_rule_that_closes_over_a_tensor_is_refused():
     op.register_vmap(lambda info, in_dims, x: (x * c, in_dims[0]))
     with pytest.raises(RuleError, match="closes over a tensor"):
         vmap(op)(torch.ones(2, 3))
+
+
+@torch.library.custom_op("aotfunc_layouts::turned", mutates_args=())
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).t().contiguous().t()
+
+
+@torch.library.custom_op("aotfunc_layouts::longer", mutates_args=())
+def longer(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x])
+
+
+@torch.library.custom_op("aotfunc_layouts::positive", mutates_args=())
+def positive(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0]
+
+
+turned.register_fake(lambda x: x.new_empty(x.shape))
+longer.register_fake(lambda x: x.new_empty(x.shape))
+positive.register_fake(lambda x: x.new_empty(torch.library.get_ctx().new_dynamic_size()))
+
+
+def test_a_fake_that_says_other_strides():
+    """What was captured on that ground holds."""
+    x = torch.randn(2, 3)
+    assert_same(jit(lambda x: turned(x).reshape(-1))(x), (x * 2).reshape(-1))
+    assert_same(jit(lambda x: turned(x).sin().view(6))(x), (x * 2).sin().reshape(-1))
+    assert_same(vmap(lambda x: turned(x).reshape(-1))(x.expand(2, 2, 3))[1], (x * 2).reshape(-1))
+
+
+def test_a_fake_that_says_another_shape_is_refused():
+    with pytest.raises(GraphError, match=r"longer.default returned .* shape \[4\], .* fake implementation says \[2\]"):
+        jit(lambda x: longer(x) * 2)(torch.ones(2))
+
+
+def test_a_fake_that_asks_for_a_size_that_values_decide():
+    x = torch.tensor([1.0, -1.0, 2.0])
+    assert_same(grad(lambda x: positive(x.detach()).sum() * x.sum())(x), torch.full((3,), 3.0))
+    assert_same(make_fx(lambda x: positive(x) * 2)(x)(x), torch.tensor([2.0, 4.0]))
+    with pytest.raises(CaptureError, match=r"the shape of .*positive.*jit captures the function once"):
+        jit(lambda x: positive(x) * 2)(x)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aotfunc import aot_function, aot_module, grad, jit, vmap
+from aotfunc import aot_function, aot_module, debug, grad, jit, vmap
 from aotfunc.compile import min_cut_rematerialization_partition
 from tests.reference import assert_same
 
@@ -468,3 +468,25 @@ def test_views_of_a_view_made_without_gradients():
 
     for how in (jit, lambda f: aot_function(f, "eager")):
         assert_same(said(how(f)), said(f))
+
+
+RESHAPED = {
+    "transposed": lambda w, y: (y.mul_(w), y.transpose_(0, 1), y * 2)[2],
+    "read": lambda w, y: (y.mul_(w), y.t().reshape(-1) * 2, y.sum(1))[1:],
+    "returned": lambda w, y: (y.add_(w), y.unsqueeze_(0), y.mT.exp(), y[0, 1])[2:],
+}
+
+
+@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize("f", RESHAPED)
+def test_written_arguments_with_gaps_in_memory(f, way, monkeypatch):
+    """What is computed from the new value reads the argument, laid out as it is."""
+    monkeypatch.setattr(debug, "LEVEL", 1)
+
+    def run(g):
+        w, y = torch.arange(1.0, 4.0, requires_grad=True), torch.ones(2, 6)[:, ::2]
+        out = g(w, y)
+        outs = [*(out if isinstance(out, tuple) else [out]), y]
+        return [*outs, torch.autograd.grad(sum(o.sin().sum() for o in outs), w)[0], *[list(o.stride()) for o in outs]]
+
+    assert_same(run(way(RESHAPED[f])), run(RESHAPED[f]))

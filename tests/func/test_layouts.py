@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from aotfunc import grad, jit, jvp, linearize, vmap
+from aotfunc import grad, jit, jvp, linearize, vjp, vmap
 
 F64 = torch.float64
 
@@ -82,3 +83,95 @@ def test_class_scores_that_are_not_contiguous(loss, reduction):
     torch.testing.assert_close(jvp(f, (x,), (v,))[1], (want * v).sum())
     torch.testing.assert_close(jvp(grad(f), (x,), (v,))[1], second)
     torch.testing.assert_close(grad(lambda x: jvp(f, (x,), (v,))[1])(x), second)
+
+
+def test_a_turned_view_of_an_expanded_argument():
+    """It shows the same memory in the same way, and other variables."""
+
+    def f(x):
+        return (x.t() * torch.arange(9.0, dtype=F64).view(3, 3)).sum() + x.permute(1, 0).reshape(-1)[1]
+
+    x, v = torch.ones(1, dtype=F64).expand(3, 3), torch.randn(3, 3, dtype=F64)
+    want = torch.autograd.functional.vjp(f, x.contiguous())[1]
+    torch.testing.assert_close(grad(f)(x), want)
+    torch.testing.assert_close(jit(grad(f))(x), want)
+    torch.testing.assert_close(jvp(f, (x,), (v,))[1], (want * v).sum())
+    torch.testing.assert_close(vmap(grad(f))(x.expand(2, 3, 3))[1], want)
+
+
+CUTS = {
+    "group_norm": (lambda x: F.group_norm(x, 2, x[0, :, 0, 0], x[1, :, 1, 1]), (2, 4, 3, 2)),
+    "group_norm of vectors": (lambda x: F.group_norm(x.mT, 3), (2, 4, 3)),
+    "attention": (lambda x: F.scaled_dot_product_attention(x * 2, x.sin(), x), (2, 2, 3, 4)),
+    "pdist": (lambda x: F.pdist(x.mT), (3, 4)),
+    "matrix_exp": (torch.linalg.matrix_exp, (2, 3, 2, 2)),
+    "images of classes": (lambda x: F.nll_loss(x, torch.ones(2, 3, 2, dtype=torch.int64)), (2, 4, 3, 2)),
+    "renorm": (lambda x: x.renorm(2, 0, 1.0), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_kernels_that_take_memory_for_contiguous(name):
+    """Their arguments, cotangents and batches may lie anyhow all the same."""
+    f, shape = CUTS[name]
+    for x in layouts(*shape):
+        if name == "pdist" and 0 in x.stride():
+            continue  # equal points: there is no derivative
+        dense = x.contiguous()
+        pull = vjp(f, x)[1]
+        for ct in layouts(*f(dense).shape) if f(dense).dim() > 1 else [torch.randn(f(dense).shape, dtype=F64)]:
+            want = torch.autograd.functional.vjp(f, dense, ct.contiguous())[1]
+            torch.testing.assert_close(pull(ct)[0], want, rtol=1e-6, atol=1e-8)
+        leaf = x.detach().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(jit(f)(leaf), leaf, ct)[0], want, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close((jvp(f, (x,), (ones := torch.ones_like(x),))[1] * ct).sum(), (want * ones).sum())
+        batch = torch.stack([x, x * 0.5], -1)
+        torch.testing.assert_close(vmap(f, in_dims=-1, out_dims=-1)(batch)[..., 1], f(dense * 0.5))
+
+
+def test_cotangents_with_unusual_strides_of_dimensions_of_size_one():
+    """``contiguous()`` leaves them, and kernels look at them."""
+
+    def f(x):
+        return x.flip(-1).logsumexp(-1)
+
+    x, ct = torch.randn(2, 1, 2, 2, dtype=F64), torch.randn(2, 2, dtype=F64).as_strided((2, 1, 2), (2, 1, 1))
+    want = torch.autograd.functional.vjp(f, x, ct)[1]
+    torch.testing.assert_close(vjp(f, x)[1](ct)[0], want)
+    leaf = x.transpose(0, 3).contiguous().transpose(0, 3).requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(jit(f)(leaf), leaf, ct)[0], want)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_margins_of_one_sample(p):
+    x, v, target = torch.randn(5, dtype=F64), torch.randn(5, dtype=F64), torch.tensor(1)
+
+    def f(x):
+        return F.multi_margin_loss(x, target, p=p)
+
+    want = torch.autograd.functional.vjp(f, x)[1]
+    torch.testing.assert_close(grad(f)(x), want)
+    torch.testing.assert_close(jvp(f, (x,), (v,))[1], (want * v).sum())
+    second = jvp(grad(f), (x,), (v,))[1]
+    near = [torch.autograd.functional.vjp(f, x + s * 1e-6 * v)[1] for s in (1, -1)]
+    torch.testing.assert_close(second, (near[0] - near[1]) / 2e-6, rtol=1e-4, atol=1e-6)
+
+
+def test_a_masked_number():
+    x, v = torch.tensor(3.0), torch.tensor(2.0)
+    for mask in (True, False):
+        out, tangent = jvp(lambda x, m=mask: (x * x).masked_select(torch.tensor(m)), (x,), (v,))
+        assert out.tolist() == [9.0] * mask and tangent.tolist() == [12.0] * mask
+
+
+@pytest.mark.parametrize("driver", ["gelss", "gelsd"])
+def test_residuals_of_least_squares(driver):
+    a, b = torch.randn(4, 3, dtype=F64), torch.randn(4, 2, dtype=F64)
+
+    def f(a, b):
+        return torch.linalg.lstsq(a, b, driver=driver).residuals
+
+    torch.testing.assert_close(vjp(f, a, b)[0], f(a, b))
+    normal = lambda a, b: (a @ torch.linalg.solve(a.T @ a, a.T @ b) - b).square().sum(0)
+    ct = torch.ones(2, dtype=F64)
+    torch.testing.assert_close(vjp(f, a, b)[1](ct), torch.autograd.functional.vjp(normal, (a, b), ct)[1])

@@ -2,7 +2,8 @@
 
 Two views of the same memory with the same shape, strides and offset are the same value, whatever way led to them. So a
 chain may end at any of its links that has the signature wanted; and what shows all elements of a contiguous tensor
-without a copy is a ``view`` of it, or a ``permute`` of one.
+without a copy is a ``view`` of it, or a ``permute`` of one. Not so where the memory is that of an expanded input: its
+elements are as many variables, of which a turn shows others in the same place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...trace.emit import Builder
+from ...trace.memory import overlaps_itself
 from ...trace.shapes import Sig, contiguous_stride, make_sig
 from .constants import EXPAND, FULL, MOVES, PERMUTE, RESHAPES, TRANSPOSE, TURNS, VIEW, T, filled, number
 from .table import aten, rewrite, tried
@@ -31,7 +33,14 @@ def _nothing_done(b: Builder, val: Sig, x: Any, *_: Any) -> Any:
 
 
 @rewrite(*RESHAPES, EXPAND)
-def _moved(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
+def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any) -> Any:
+    if turn or x.target in MOVES:
+        origin, turns = x, turn
+        while origin.target in MOVES:
+            turns = turns or origin.target in TURNS
+            origin = origin.args[0]
+        if turns and overlaps_itself(origin.meta["val"]):
+            return None
     if x.meta["val"] is val:
         return x
     if x.target in MOVES:
@@ -43,7 +52,7 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
 
 @rewrite(T, TRANSPOSE, PERMUTE)
 def _turned(b: Builder, val: Sig, x: Any, *how: Any) -> Any:
-    shorter = _moved(b, val, x)
+    shorter = _moved(b, val, x, turn=True)
     if shorter is not None:
         return shorter
     dims = order(how, len(val.shape))

@@ -318,7 +318,7 @@ linear(
 
 @jvp_of(aten.masked_select)
 def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    full = broadcast_shapes(x.shape, mask.shape)
+    full = broadcast_shapes(x.shape, mask.shape) or (1,)
     return read(tangents[0].expand(full), [mask.expand(full)], out.shape)
 
 

@@ -93,7 +93,7 @@ def multi_margin_gradient(g, x, target, p, margin, weight=None, reduction=MEAN):
     """The gradient of ``sum_j w_y max(0, margin - x_y + x_j)^p / C`` over the other classes ``j``, by ops that have
     derivatives.
     """
-    rows, y = classes(x), target.reshape(-1, 1)
+    rows, y = x.reshape(-1, x.shape[-1] if x.dim() else 1), target.reshape(-1, 1)
     gap = margin - rows.gather(1, y) + rows
     others = (gap > 0).scatter(1, y, False)
     slope = (gap * 2 if p == 2 else torch.ones_like(gap)).where(others, 0) / rows.shape[1]

@@ -1,0 +1,80 @@
+"""Kernels that read their arguments' memory as if it lay in one way only: what lies otherwise is copied before.
+
+PyTorch's own functions see to that before they call the kernels, and a capture records what they do. A transform or a
+rule calls the kernels with values that may lie otherwise; some then refuse, and some return other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .infer import CHANNELS_LAST, in_order
+from .shapes import Sig
+
+aten = torch.ops.aten
+
+
+def dense(sig: Sig) -> bool:
+    """Contiguous; strides of dimensions of size 1 are moot."""
+    return in_order(sig, range(sig.ndim))
+
+
+def by_rows(sig: Sig) -> bool:
+    """The last dimension is innermost, with no gaps."""
+    return not sig.shape or sig.shape[-1] == 1 or sig.stride[-1] == 1
+
+
+def images(sig: Sig) -> torch.memory_format:
+    """As images of channels: channels_last where they lie so, else contiguous."""
+    for form, order in CHANNELS_LAST.items():
+        if len(order) == sig.ndim and not dense(sig) and in_order(sig, order):
+            return form
+    return torch.contiguous_format
+
+
+def densely(*positions: int) -> Callable:
+    return lambda sigs: {i: torch.contiguous_format for i in positions if sigs[i] and not dense(sigs[i])}
+
+
+def rows(*positions: int) -> Callable:
+    return lambda sigs: {i: torch.contiguous_format for i in positions if not by_rows(sigs[i])}
+
+
+def normalised(sigs: Sequence[Sig]) -> dict[int, torch.memory_format]:
+    """A group norm: images in either format, weight and bias dense."""
+    there = {} if images(sigs[0]) is not torch.contiguous_format else densely(0)(sigs)
+    return there | densely(1, 2)(sigs)
+
+
+def normalised_backward(sigs: Sequence[Sig]) -> dict[int, torch.memory_format]:
+    """The cotangent as the images."""
+    there, form = densely(2, 3, 4)(sigs), images(sigs[1])
+    if form is torch.contiguous_format:
+        return there | densely(0, 1)(sigs)
+    return there if images(sigs[0]) is form else there | {0: form}
+
+
+#: op -> which of its arguments, given their signatures, are to be copied, and into which format
+READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]]] = {
+    aten.native_group_norm.default: normalised,
+    aten.native_group_norm_backward.default: normalised_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: rows(0, 1, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: rows(1, 2, 3, 4),
+    aten._pdist_forward.default: densely(0),
+    aten._pdist_backward.default: densely(0, 1, 3),
+    aten.fractional_max_pool2d_backward.default: densely(4),
+    aten.fractional_max_pool3d_backward.default: densely(4),
+    aten.nll_loss2d_backward.default: densely(1),
+    aten.linalg_matrix_exp.default: densely(0),
+}
+
+
+def misread(op: Any, sigs: Sequence[Any]) -> dict[int, torch.memory_format]:
+    """Which arguments, by position, this kernel would read wrongly, and the format to copy each into; ``sigs`` has a
+    signature where there is a tensor.
+    """
+    wanted = READ_AS_LAID.get(op)
+    return {} if wanted is None else wanted(sigs)
