@@ -21,7 +21,7 @@ from .batched import apply
 from .debug import outside_dynamo
 from .graph import Program, kept_alive
 from .redraw import redrawn, states
-from .run import before_writes, contiguous, execute, write_back
+from .run import before_writes, contiguous, copied, execute, write_back
 from .trace.emit import carried, paused_gc, remap, remap_dict
 from .trace.memory import version
 from .trace.modes import without_modes
@@ -81,7 +81,7 @@ def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
             known = id(o)
             if known in seen or (users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i]))):
                 found = list(found) if found is outs else found
-                found[i] = o.clone()  # type: ignore[index]
+                found[i] = copied(o)  # type: ignore[index]
             seen.add(known)
     return found
 

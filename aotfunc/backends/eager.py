@@ -121,7 +121,7 @@ def entry(target: Any, quick: bool) -> Callable:
 
 
 def as_said(n: Node, value: Any) -> Any:
-    """What a custom op returned, laid out as its fake implementation says, on which grounds its readers were captured."""
+    """What a custom op returned, laid out as its fake implementation says: readers were captured on that ground."""
 
     def fit(sig: Any, x: Any) -> Any:
         if isinstance(sig, tuple) and isinstance(x, tuple | list):
