@@ -140,38 +140,3 @@ def test_cotangents_with_unusual_strides_of_dimensions_of_size_one():
     torch.testing.assert_close(vjp(f, x)[1](ct)[0], want)
     leaf = x.transpose(0, 3).contiguous().transpose(0, 3).requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(jit(f)(leaf), leaf, ct)[0], want)
-
-
-@pytest.mark.parametrize("p", [1, 2])
-def test_margins_of_one_sample(p):
-    x, v, target = torch.randn(5, dtype=F64), torch.randn(5, dtype=F64), torch.tensor(1)
-
-    def f(x):
-        return F.multi_margin_loss(x, target, p=p)
-
-    want = torch.autograd.functional.vjp(f, x)[1]
-    torch.testing.assert_close(grad(f)(x), want)
-    torch.testing.assert_close(jvp(f, (x,), (v,))[1], (want * v).sum())
-    second = jvp(grad(f), (x,), (v,))[1]
-    near = [torch.autograd.functional.vjp(f, x + s * 1e-6 * v)[1] for s in (1, -1)]
-    torch.testing.assert_close(second, (near[0] - near[1]) / 2e-6, rtol=1e-4, atol=1e-6)
-
-
-def test_a_masked_number():
-    x, v = torch.tensor(3.0), torch.tensor(2.0)
-    for mask in (True, False):
-        out, tangent = jvp(lambda x, m=mask: (x * x).masked_select(torch.tensor(m)), (x,), (v,))
-        assert out.tolist() == [9.0] * mask and tangent.tolist() == [12.0] * mask
-
-
-@pytest.mark.parametrize("driver", ["gelss", "gelsd"])
-def test_residuals_of_least_squares(driver):
-    a, b = torch.randn(4, 3, dtype=F64), torch.randn(4, 2, dtype=F64)
-
-    def f(a, b):
-        return torch.linalg.lstsq(a, b, driver=driver).residuals
-
-    torch.testing.assert_close(vjp(f, a, b)[0], f(a, b))
-    normal = lambda a, b: (a @ torch.linalg.solve(a.T @ a, a.T @ b) - b).square().sum(0)
-    ct = torch.ones(2, dtype=F64)
-    torch.testing.assert_close(vjp(f, a, b)[1](ct), torch.autograd.functional.vjp(normal, (a, b), ct)[1])

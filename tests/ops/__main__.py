@@ -74,15 +74,20 @@ class Worker:
             self.process.wait()
 
 
+def logged(log: Path | None, cells: list[Cell]) -> dict[Cell, str]:
+    """The outcomes of these cells that the log holds; the last one of each counts."""
+    if log is None or not log.exists():
+        return {}
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    results = {(lib, op, d, c): outcome for lib, op, d, c, outcome in lines}
+    return {cell: results[cell] for cell in cells if cell in results}
+
+
 def sweep(cells: list[Cell], jobs: int, log: Path | None, new_worker: Callable[[], Worker] = Worker) -> dict[Cell, str]:
     """The outcome of every cell; those that the log holds are not run."""
     from rich.progress import Progress
 
-    results: dict[Cell, str] = {}
-    if log and log.exists():
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        results = {(lib, op, d, c): outcome for lib, op, d, c, outcome in lines}
-        results = {cell: results[cell] for cell in cells if cell in results}
+    results = logged(log, cells)
     todo: queue.Queue = queue.Queue()
     for cell in cells:
         if cell not in results:

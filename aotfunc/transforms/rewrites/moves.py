@@ -34,13 +34,8 @@ def _nothing_done(b: Builder, val: Sig, x: Any, *_: Any) -> Any:
 
 @rewrite(*RESHAPES, EXPAND)
 def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any) -> Any:
-    if turn or x.target in MOVES:
-        origin, turns = x, turn
-        while origin.target in MOVES:
-            turns = turns or origin.target in TURNS
-            origin = origin.args[0]
-        if turns and overlaps_itself(origin.meta["val"]):
-            return None
+    if turned_variables(x, turn):
+        return None
     if x.meta["val"] is val:
         return x
     if x.target in MOVES:
@@ -48,6 +43,15 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any)
     if x.target is FULL and (val.plain or x.meta["val"].numel != 1) and (value := number(x)) is not None:
         return filled(b, val, value)
     return None
+
+
+def turned_variables(x: Any, turns: bool) -> bool:
+    """Whether a chain of moves that ends with ``x``, or a turn of it, turns a value whose elements share memory."""
+    while x.target in MOVES:
+        turns = turns or x.target in TURNS
+        x = x.args[0]
+    sig = x.meta["val"]
+    return turns and not sig.plain and overlaps_itself(sig)
 
 
 @rewrite(T, TRANSPOSE, PERMUTE)

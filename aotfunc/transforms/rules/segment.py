@@ -62,23 +62,28 @@ def _(
     return aten._segment_reduce_backward(g, out, data, reduce, axis=axis + 1, **how)
 
 
-#: what a reduction is called by ``scatter_reduce``, and what it starts from
+#: what a reduction is called by ``scatter_reduce``, and what changes nothing in it
 AS_SCATTER = {"sum": ("sum", 0), "prod": ("prod", 1), "max": ("amax", -torch.inf), "min": ("amin", torch.inf)}
 
 
 def segment_gradient(g, out, data, reduce, lengths=None, offsets=None, axis=0, initial=None):
-    """The gradient of ``segment_reduce``: each element is one that is written to the place of its segment."""
+    """The gradient of ``segment_reduce``: each element is one that is written to the place of its segment; those after
+    the last segment are in none.
+    """
     count = offsets.diff(dim=axis) if lengths is None else lengths
     ends = count.cumsum(axis)
     positions = torch.arange(data.shape[axis], device=data.device).expand(*ends.shape[:-1], -1)
     segment = torch.searchsorted(ends, positions.contiguous(), right=True)
     segment = segment.reshape(*segment.shape, *[1] * (data.dim() - axis - 1)).expand(data.shape)
+    inside = segment < ends.shape[-1]
+    segment = segment.clamp_max(ends.shape[-1] - 1)
     if reduce == "mean":
         count = count.reshape(*count.shape, *[1] * (data.dim() - axis - 1)).clamp_min(1)
-        return (g / count).gather(axis, segment)
-    name, start = AS_SCATTER[reduce]
-    start = torch.full_like(out, start if initial is None else initial)
-    return scatter_reduce_back(g, out, start, axis, segment, data, name)[2]
+        return (g / count).gather(axis, segment).where(inside, 0)
+    name, neutral = AS_SCATTER[reduce]
+    start = torch.full_like(out, neutral if initial is None else initial)
+    data = data.where(inside, neutral)
+    return scatter_reduce_back(g, out, start, axis, segment, data, name)[2].where(inside, 0)
 
 
 decompose_as(aten._segment_reduce_backward, segment_gradient)
