@@ -250,7 +250,7 @@ class CompiledCall:
         have = tuple(i in g for i in range(count))  # new values of written inputs have cotangents, too
         forward, backward = whole.once(("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count))
         residuals = becomes(b, n, forward, count)
-        cotangents = [laid_out(b, g[i], dense(v)) for i, v in enumerate(all_vals(program)) if have[i]]
+        cotangents = [contiguous(b, g[i]) for i in range(count) if have[i]]
         grads = emit_call(b, backward, [*residuals, *cotangents])
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
@@ -284,6 +284,13 @@ class CompiledCall:
             key, lambda: CompiledCall(make(), self.compile, self.split, f"vmap_{self.__name__}")
         )
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
+
+
+def contiguous(b: Builder, x: Node) -> Node:
+    """``x`` with the strides of a new contiguous tensor, those of dimensions of size 1 too."""
+    if x.meta["val"].stride == dense(x.meta["val"]).stride:
+        return x
+    return b.call(aten.clone.default, x, memory_format=torch.contiguous_format)
 
 
 _steps = Cache(4096)

@@ -481,7 +481,7 @@ RESHAPED = {
 @pytest.mark.parametrize("f", RESHAPED)
 def test_written_arguments_with_gaps_in_memory(f, way, monkeypatch):
     """What is computed from the new value reads the argument, laid out as it is."""
-    monkeypatch.setattr(debug, "LEVEL", 1)
+    monkeypatch.setattr(debug, "LEVEL", 2)
 
     def run(g):
         w, y = torch.arange(1.0, 4.0, requires_grad=True), torch.ones(2, 6)[:, ::2]

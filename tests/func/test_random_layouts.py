@@ -29,7 +29,7 @@ F64 = torch.float64
 def compared():
     """Every value is compared with what the graph says of it, in code that is made now."""
     aotfunc.clear_caches()
-    level, debug.LEVEL = debug.LEVEL, 1
+    level, debug.LEVEL = debug.LEVEL, 2
     yield
     debug.LEVEL = level
     aotfunc.clear_caches()
