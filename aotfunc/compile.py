@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .aot import aot_function as aot_function
-from .aot import aot_module as aot_module
-from .aot import jit as jit
+from .api.jit import aot_function as aot_function
+from .api.jit import aot_module as aot_module
+from .api.jit import jit as jit
 from .backends import lookup
 from .backends import register as register
-from .compiled import EVERY
-from .compiled import Compiled as Compiled
 from .errors import BackendError, CaptureError
 from .partition import default_partition as default_partition
 from .partition import min_cut_rematerialization_partition as min_cut_rematerialization_partition
+from .runtime.compiled import EVERY
+from .runtime.compiled import Compiled as Compiled
 
 compiled_function = aot_function
 compiled_module = aot_module

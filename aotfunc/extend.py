@@ -12,9 +12,9 @@ enough, ``jvp_of``; how it is batched by ``vmap_of``; or, instead of all that, w
 >>> check_rule(cube, (torch.randn(3),))
 """
 
+from .api.check import check_rule as check_rule
 from .backends import Backend as Backend
 from .backends import register as register
-from .check import check_rule as check_rule
 from .transforms.rules.table import decompose_as as decompose_as
 from .transforms.rules.table import elementwise as elementwise
 from .transforms.rules.table import jvp_of as jvp_of

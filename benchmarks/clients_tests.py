@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import aotfunc
-from aotfunc.patch import PLACES
+from aotfunc.api.patch import PLACES
 
 
 class Results:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import aotfunc
-from aotfunc.guards.check import Check
-from aotfunc.guards.reads import Names
-from aotfunc.guards.state import look
+from aotfunc.runtime.guards.check import Check
+from aotfunc.runtime.guards.reads import Names
+from aotfunc.runtime.guards.state import look
 from benchmarks.measure import Report, arguments, ms
 from benchmarks.programs import resnet_module
 

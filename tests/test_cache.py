@@ -8,7 +8,8 @@ import torch
 import aotfunc as A
 from aotfunc import cache, graph
 from aotfunc.cache import Cache
-from aotfunc.transforms import captured, walk
+from aotfunc.capture import captured
+from aotfunc.transforms import walk
 
 
 def test_what_was_used_least_recently_goes():
@@ -71,7 +72,7 @@ def small(monkeypatch):
     A.clear_caches()
     for memo in (captured._programs, graph._derived, walk._fragments):
         monkeypatch.setattr(memo, "limit", 2000)
-    monkeypatch.setattr("aotfunc.compiled.NODES", 2000)
+    monkeypatch.setattr("aotfunc.runtime.compiled.NODES", 2000)
     yield
     A.clear_caches()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import aotfunc
-from aotfunc.covered import KINDS, TRANSFORMS, coverage, ops, step
+from aotfunc.api.coverage import KINDS, TRANSFORMS, coverage, ops, step
 from aotfunc.errors import AotfuncError
 from aotfunc.transforms import jvp, loops, vjp, vmap, walk
 from aotfunc.transforms.rules.table import RULES

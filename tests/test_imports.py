@@ -13,16 +13,10 @@ FILES = sorted((ROOT / "aotfunc").rglob("*.py"))
 # From the top down; the units of one row are siblings. A unit may import itself and the rows below.
 ROWS = [
     ("__init__",),
-    ("compile", "extend", "patch"),
-    ("aot", "check", "covered"),
-    ("compiled",),
-    ("pipeline", "stages", "leaves"),
-    ("func", "batch", "jacobians", "module", "stateless", "rearrange", "autograd"),
-    ("resized", "readings"),
-    ("dynamo",),
-    ("run", "arguments", "specialised"),
-    ("aliasing", "anomaly", "asked", "duals", "redraw", "guards"),
-    ("batched",),
+    ("compile", "extend"),
+    ("api",),
+    ("runtime",),
+    ("capture",),
     ("partition", "backends"),
     ("transforms",),
     ("trace", "rules"),
@@ -41,7 +35,7 @@ REFERENCES = ("functorch", "torch.func", "torch._functorch", "torch.vmap", "torc
 # The derivation of a rule for a single op may ask PyTorch's own transforms; the module helpers hold no transform.
 MAY_USE = {
     "aotfunc/transforms/fallback.py": REFERENCES,
-    "aotfunc/stateless.py": ("torch.func.functional_call", "torch.func.stack_module_state"),
+    "aotfunc/api/stateless.py": ("torch.func.functional_call", "torch.func.stack_module_state"),
     "aotfunc/trace/recording.py": ("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",),
 }
 
@@ -124,9 +118,10 @@ def test_every_file_has_a_place():
         ("aotfunc/backends/__init__.py", "from ..transforms.vjp import vjp"),
         ("aotfunc/transforms/rules/nn.py", "from ...graph import verify"),
         ("aotfunc/transforms/rules/nn.py", "import numpy as np"),
-        ("aotfunc/func.py", "from .aot import jit"),
-        ("aotfunc/stateless.py", "from torch.func import functional_call, vmap"),
-        ("aotfunc/aot.py", "from torch._functorch.aot_autograd import aot_function"),
+        ("aotfunc/runtime/execute.py", "from ..api.jit import jit"),
+        ("aotfunc/capture/capture.py", "from ..runtime import guards"),
+        ("aotfunc/api/stateless.py", "from torch.func import functional_call, vmap"),
+        ("aotfunc/api/jit.py", "from torch._functorch.aot_autograd import aot_function"),
         ("aotfunc/trace/tracer.py", "def f(g):\n    return torch.func.grad(g)"),
         ("aotfunc/trace/tracer.py", "from torch import vmap"),
         ("aotfunc/trace/tracer.py", "from torch.fx.experimental import proxy_tensor"),
@@ -139,12 +134,12 @@ def test_the_checker_sees(path: str, source: str):
 @pytest.mark.parametrize(
     "path, source",
     [
-        ("aotfunc/__init__.py", "from .func import grad\nfrom .aot import jit"),
-        ("aotfunc/aot.py", "from .func import make_fx\nfrom .backends import eager\nfrom aotfunc import graph"),
+        ("aotfunc/__init__.py", "from .api.func import grad\nfrom .api.jit import jit"),
+        ("aotfunc/api/jit.py", "from .make_fx import make_fx\nfrom ..backends import eager\nfrom aotfunc import graph"),
         ("aotfunc/transforms/vjp.py", "from .rules import table\nfrom ..trace.tracer import trace\nfrom . import walk"),
         ("aotfunc/transforms/rules/nn.py", "import math\nimport torch\nfrom .table import pointwise"),
         ("aotfunc/transforms/fallback.py", "import torch.func\nfrom torch._functorch import vmap"),
-        ("aotfunc/stateless.py", "from torch.func import functional_call"),
+        ("aotfunc/api/stateless.py", "from torch.func import functional_call"),
         ("aotfunc/partition/solve.py", "import networkx, scipy.sparse\nfrom ..trace import emit"),
     ],
 )

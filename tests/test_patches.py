@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from aotfunc import grad, jit, restore_torch, vmap
+from aotfunc.capture.patches import PATCHES
 from aotfunc.errors import CaptureError
 from aotfunc.trace.patches import ORIGINALS, Code
-from aotfunc.transforms.patches import PATCHES
 
 X = torch.linspace(-1, 1, 3)
 COMPARED = """

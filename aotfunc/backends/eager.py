@@ -18,7 +18,7 @@ from .. import debug
 from ..debug import at
 from ..errors import GraphError
 from ..graph import Times
-from ..trace.shapes import Sig
+from ..trace.shapes.sig import Sig
 
 #: the namespaces of ops whose results are laid out as their rules or meta kernels say
 OURS = ("aten", "prims", "aotfunc", "aotfunc_effect")

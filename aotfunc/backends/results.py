@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..errors import GraphError
-from ..trace.shapes import Facts
+from ..trace.shapes.sig import Facts
 
 #: a tensor, found or made from ``(arguments, results)``
 Pick = Callable[[Sequence, Sequence], Tensor]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .records import flat, instr_op, results_of, written_slots
-from .shapes import Sig
+from .shapes.sig import Sig
 from .views import COMPUTED
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import debug
 from .records import Record, instr_op, result_sigs, results_of, written_slots
-from .shapes import Sig
+from .shapes.sig import Sig
 from .traced import Traced
 
 aten = torch.ops.aten

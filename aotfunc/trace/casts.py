@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .shapes import Slot, env_key, intern, interned
+from .shapes.instr import env_key, intern, interned
+from .shapes.sig import Slot
 from .traced import current, under_way
 
 if TYPE_CHECKING:

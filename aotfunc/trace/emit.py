@@ -21,7 +21,8 @@ from torch.fx.immutable_collections import immutable_dict
 from ..graph import kept_alive
 from .collector import paused_gc as paused_gc
 from .kernels import misread
-from .shapes import Facts, Sig, Slot, encode, env_key, intern, interned, sig_of
+from .shapes.instr import encode, env_key, intern, interned
+from .shapes.sig import Facts, Sig, Slot, sig_of
 
 #: a rewriting of one op: ``(builder, val, *args) -> Node | None`` (None: leave it)
 Rewrite = Callable[..., Any]

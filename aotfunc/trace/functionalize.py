@@ -26,7 +26,8 @@ from .emit import Builder, displaced
 from .memory import Place, overlaps_itself, part
 from .records import flat
 from .scalars import FIRST, NUMBER, with_tensor
-from .shapes import Instr, Sig, contiguous_stride, fill
+from .shapes.instr import Instr
+from .shapes.sig import Sig, contiguous_stride, fill
 from .tracer import Trace
 from .views import COMPUTED, Link, forward, inverse, laid_out, linked, restrided, strided
 from .writes import WRITES, functional_twin

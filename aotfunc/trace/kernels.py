@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .infer import CHANNELS_LAST, in_order
-from .shapes import Sig
+from .shapes.rules import CHANNELS_LAST, in_order
+from .shapes.sig import Sig
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .aliases import shown
-from .shapes import Sig, contiguous_stride
+from .shapes.sig import Sig, contiguous_stride
 from .traced import Traced
 
 aten = torch.ops.aten

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shapes import TOLD, Sig, Slot, env_key, infer, intern, interned, make_sig
+from .shapes.infer import TOLD, infer
+from .shapes.instr import env_key, intern, interned
+from .shapes.sig import Sig, Slot, make_sig
 from .traced import Traced, current, under_way
 from .views import narrow_at
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..debug import Line
-from .shapes import Instr, Sig, Slot, fill
+from .shapes.instr import Instr
+from .shapes.sig import Sig, Slot, fill
 
 aten = torch.ops.aten
 

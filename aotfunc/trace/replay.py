@@ -12,7 +12,7 @@ from torch import Tensor
 from .memory import memory_of
 from .records import Record, instr_run, results_of, written_slots
 from .scalars import FIRST
-from .shapes import Instr
+from .shapes.instr import Instr
 from .traced import Traced, has_values, quiet, under_way
 
 if TYPE_CHECKING:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .shapes import Instr, Sig, Slot, infer, intern, make_sig
+from .shapes.infer import infer
+from .shapes.instr import Instr, intern
+from .shapes.sig import Sig, Slot, make_sig
 from .writes import twin_of
 
 aten = torch.ops.aten

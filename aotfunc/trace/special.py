@@ -20,7 +20,9 @@ from .casts import cast
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .places import is_integer, part, subscript
-from .shapes import TOLD, Slot, env_key, infer, intern, interned
+from .shapes.infer import TOLD, infer
+from .shapes.instr import env_key, intern, interned
+from .shapes.sig import Slot
 
 if TYPE_CHECKING:
     from .tracer import Trace

@@ -18,7 +18,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from .modes import without_modes
-from .shapes import Sig
+from .shapes.sig import Sig
 
 if TYPE_CHECKING:
     from .tracer import Trace

@@ -2,7 +2,7 @@
 
 Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of them. What autograd
 would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is written down on the way: see
-:mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.transforms.patches`.
+:mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.capture.patches`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from .records import Record, Roots, written_slots
 from .replay import Replay
 from .scalars import FIRST, NUMBER, generic, has_number, with_number
 from .seeds import Seeds
-from .shapes import SIMPLE, Facts, Instr, Sig, Slot, encode, env_key, fill, infer, intern, interned, sig_of, signatures
+from .shapes.infer import infer, signatures
+from .shapes.instr import SIMPLE, Instr, encode, env_key, intern, interned
+from .shapes.sig import Facts, Sig, Slot, fill, sig_of
 from .special import SPECIAL
 from .traced import HOOKS, Traced, check_kind, check_leak, current, of_subclass, plain, quiet
 

@@ -12,8 +12,8 @@ from torch.fx import Node
 from ..debug import Line
 from ..errors import CaptureError
 from .emit import Builder
-from .infer import in_order, memory_order
-from .shapes import Sig
+from .shapes.rules import in_order, memory_order
+from .shapes.sig import Sig
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
-from .shapes import Facts
+from .shapes.sig import Facts
 
 aten = torch.ops.aten
 

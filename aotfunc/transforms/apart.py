@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from ..trace.infer import LEFT_OUT, UNTAGGED, Unsure, broadcast
-from ..trace.shapes import Facts, Sig
+from ..trace.shapes.rules import LEFT_OUT, UNTAGGED, Unsure, broadcast
+from ..trace.shapes.sig import Facts, Sig
 from .parts import FACTORIES, RULES, Call, Mixed, Part, Rule, aligned, rule, spans
 
 aten = torch.ops.aten

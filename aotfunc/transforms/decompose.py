@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..errors import GraphError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap
-from ..trace.shapes import Sig
+from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
 from .fresh import storage_root
 from .rules.table import full_args

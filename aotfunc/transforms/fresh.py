@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..graph import Program
 from ..trace.emit import Builder, infer_val, paused_gc
-from ..trace.shapes import Facts
+from ..trace.shapes.sig import Facts
 from .walk import builder
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
-from ..trace.shapes import Sig, contiguous_stride, make_sig
+from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from .fresh import ANYTHING, fresh
 from .linearize import halve, linear_program
 from .lower import lowered

@@ -19,7 +19,7 @@ from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.functionalize import check_gradient, hidden_write, no_tangent, once
-from ..trace.shapes import Facts, Sig
+from ..trace.shapes.sig import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
 from .vjp import active_nodes, dense, fitted, reverse, role

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError, LoopWarning, RuleError
 from ..trace.emit import Builder
-from ..trace.shapes import Sig
+from ..trace.shapes.sig import Sig
 from .rules.table import call_op, tensor_args
 from .walk import traced
 

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..graph import Times
-from ..trace.shapes import Facts, Sig
+from ..trace.shapes.sig import Facts, Sig
 from .rules.table import full_args, tensor_args
 
 aten = torch.ops.aten

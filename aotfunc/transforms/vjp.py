@@ -20,7 +20,7 @@ from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
-from ..trace.shapes import Facts, Sig, contiguous_stride, make_sig
+from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args, zeros
 from .walk import apply, builder, errors_of, number, outputs_of, traced

@@ -22,7 +22,8 @@ from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
 from ..trace.recording import record_into
-from ..trace.shapes import Sig, Slot, encode, env_key, fill
+from ..trace.shapes.instr import encode, env_key
+from ..trace.shapes.sig import Sig, Slot, fill
 from ..trace.traced import Traced, quiet
 from ..trace.tracer import Trace
 from .tidy import REWRITES

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aotfunc import aot_function, aot_module, jit, min_cut_rematerialization_partition
-from aotfunc.aot import CompiledModule
+from aotfunc.api.jit import CompiledModule
 from aotfunc.errors import AotfuncError
 
 from .program_text import Line, program_of, shrunk, source, without

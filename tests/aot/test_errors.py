@@ -122,7 +122,7 @@ def test_warning_names_the_argument_that_keeps_changing():
 
 
 def test_the_number_of_entries_is_bounded(monkeypatch):
-    monkeypatch.setattr("aotfunc.compiled.LIMIT", 32)
+    monkeypatch.setattr("aotfunc.runtime.compiled.LIMIT", 32)
     f = jit(lambda x, n: x * n)
     for n in range(100):
         torch.testing.assert_close(f(X, n), X * n)

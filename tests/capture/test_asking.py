@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import aotfunc
-from aotfunc import asked, grad, jacrev, jit, jvp, make_fx, vjp, vmap
+from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
+from aotfunc.capture import concretize
 from aotfunc.errors import AotfuncError
 from aotfunc.trace import replay
 from tests.reference import assert_same, grads, loop
@@ -427,8 +428,8 @@ def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
         monkeypatch.setattr(module, name, lambda *args: (ran.append(steps(*args)), original(*args))[1])
 
     counted(replay, "instr_run", lambda *_: 1)
-    counted(asked, "part", lambda records, *_: len(records))
-    counted(asked, "so_far", lambda trace, _: len(trace.records))
+    counted(concretize, "part", lambda records, *_: len(records))
+    counted(concretize, "so_far", lambda trace, _: len(trace.records))
     x, steps = r(2, 3, 4) if how is not grad else r(4), []
     for n in (10, 20):
         ran.clear()

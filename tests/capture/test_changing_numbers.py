@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 from aotfunc import functionalize, grad, hessian, jacfwd, jit, jvp, linearize, make_fx, vjp, vmap
-from aotfunc.transforms import captured
+from aotfunc.capture import captured
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import aotfunc
 from aotfunc.errors import CaptureError
-from aotfunc.trace import shapes
-from aotfunc.trace.infer import by_rule, ordered_strides, rule_for
-from aotfunc.trace.shapes import Facts, Sig, Slot, contiguous_stride, encode, make_sig, sig_of
+from aotfunc.trace.shapes import infer
+from aotfunc.trace.shapes.instr import encode
+from aotfunc.trace.shapes.rules import by_rule, ordered_strides, rule_for
+from aotfunc.trace.shapes.sig import Facts, Sig, Slot, contiguous_stride, make_sig, sig_of
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.complex64, torch.int64, torch.float16)
@@ -109,7 +110,7 @@ def _run(mode, op, x, args, kwargs):
 def by_kernel(op, args, kwargs, sigs):
     """PyTorch's answer, or its complaint."""
     try:
-        return shapes.by_kernel(op, args, kwargs, sigs)
+        return infer.by_kernel(op, args, kwargs, sigs)
     except TimeoutError:
         raise
     except Exception as e:
@@ -239,13 +240,13 @@ import torch
 import aotfunc
 import aotfunc
 from aotfunc.errors import CaptureError
-from aotfunc.trace import shapes
+from aotfunc.trace.shapes import infer
 
 already = [m for m in ("torch._dynamo", "sympy") if m in sys.modules]
 nn, F = torch.nn, torch.nn.functional
 asked = []
-kernel = shapes.by_kernel
-shapes.by_kernel = lambda op, *rest: (asked.append(str(op)), kernel(op, *rest))[1]
+kernel = infer.by_kernel
+infer.by_kernel = lambda op, *rest: (asked.append(str(op)), kernel(op, *rest))[1]
 
 def chain(x):
     for _ in range(3):

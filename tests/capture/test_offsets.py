@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aotfunc import aot_function, functionalize, grad, hessian, jacrev, jit, jvp, linearize, vjp, vmap
-from aotfunc.transforms import captured
+from aotfunc.capture import captured
 
 
 @pytest.fixture

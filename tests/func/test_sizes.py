@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from aotfunc import batch, clear_caches, grad, hessian, jacfwd, jacrev, jvp, make_fx, vjp, vmap
+from aotfunc import clear_caches, grad, hessian, jacfwd, jacrev, jvp, make_fx, vjp, vmap
+from aotfunc.api import vmap as batching
 from tests.reference import assert_same, loop
 
 SIZES = (5, 3, 7, 2, 9, 4, 6, 8, 1, 0, 12)
@@ -18,8 +19,8 @@ def made(monkeypatch):
     """The sizes for which the batching pass runs meanwhile."""
     clear_caches()
     found = []
-    run = batch.vmap_pass
-    monkeypatch.setattr(batch, "vmap_pass", lambda base, *how: found.append(how[2]) or run(base, *how))
+    run = batching.vmap_pass
+    monkeypatch.setattr(batching, "vmap_pass", lambda base, *how: found.append(how[2]) or run(base, *how))
     return found
 
 

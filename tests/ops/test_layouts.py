@@ -8,7 +8,7 @@ from aotfunc import debug
 from aotfunc.backends.eager import compile_graph
 from aotfunc.errors import GraphError
 from aotfunc.trace.emit import Builder
-from aotfunc.trace.shapes import sig_of
+from aotfunc.trace.shapes.sig import sig_of
 from tests.ops import layouts, table
 from tests.ops.test_ops import CORE
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from aotfunc import batch, clear_caches, vjp, vmap
+from aotfunc import clear_caches, vjp, vmap
+from aotfunc.api import vmap as batching
 from tests.ops.compositions import Call
 from tests.ops.table import DTYPES, INTEGERS, OPS, RAGGED, RANDOM, dtypes
 
@@ -45,7 +46,7 @@ def computed(f, *args):
 def test_sizes(name, monkeypatch):
     op = OPS[name]
     dtype = {**DTYPES, **INTEGERS}[dtypes(op)[0]] if dtypes(op) else torch.float32
-    of_size = batch.of_size
+    of_size = batching.of_size
     for sample in itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 1):
         for f, args in functions(op, sample):
             if not args or sum(x.numel() for x in args) > SMALL:
@@ -53,7 +54,7 @@ def test_sizes(name, monkeypatch):
             results = []
             for rule in (of_size, lambda *how: how[-1]()):
                 clear_caches()
-                monkeypatch.setattr(batch, "of_size", rule)
+                monkeypatch.setattr(batching, "of_size", rule)
                 results.append([computed(vmap(f), *(rows(x, n) for x in args)) for n in (4, 7, 3)])
             for mine, own in zip(*results):
                 if isinstance(own, type):

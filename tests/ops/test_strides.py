@@ -12,9 +12,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import aotfunc
-from aotfunc.trace import shapes
 from aotfunc.trace.kernels import READ_AS_LAID, misread
-from aotfunc.trace.shapes import Facts, Sig, fill, sig_of
+from aotfunc.trace.shapes import infer
+from aotfunc.trace.shapes.sig import Facts, Sig, fill, sig_of
 from tests.laid import laid
 from tests.ops import table
 
@@ -35,14 +35,14 @@ def calls(monkeypatch):
 
     def made_by(name):
         aotfunc.clear_caches()
-        found, real = {}, shapes.infer
+        found, real = {}, infer.infer
 
         def seen(op, args, kwargs, sigs):
             found[op, repr(args), repr(kwargs), sigs] = op, args, kwargs, sigs
             return real(op, args, kwargs, sigs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(shapes, "infer", seen)
+            patch.setattr(infer, "infer", seen)
             for dtype in {"float64", "complex128"} & set(table.dtypes(table.OPS[name])):
                 for composition in {"vjp", "jvp", "vmap"} & set(table.compositions(name, dtype)):
                     table.check(name, dtype, composition)
@@ -52,7 +52,7 @@ def calls(monkeypatch):
 
 
 def fit_to_run(op, args, kwargs, sigs):
-    facts, name = Facts(op), shapes.plain_name(op)
+    facts, name = Facts(op), infer.plain_name(op)
     unlike = facts.dynamic or facts.strided or facts.effect or facts.view_of is not None or "empty" in name
     return sigs and not unlike and op.namespace == "aten" and name not in UNSAFE and sum(s.numel for s in sigs) < 5000
 
@@ -89,10 +89,10 @@ def test_calls_of(name, calls):
                 got = [x for x in tree_leaves(run(given)) if isinstance(x, torch.Tensor)]
             except (RuntimeError, IndexError):
                 continue  # zeros are no indices, or a view is not to be had
-            said = [s for s in tree_leaves(shapes.infer(op, args, kwargs, known)) if isinstance(s, Sig)]
+            said = [s for s in tree_leaves(infer.infer(op, args, kwargs, known)) if isinstance(s, Sig)]
             if described(said) != described(map(sig_of, got)):
                 wrong.append(f"{op}{args}{kwargs} of {described(known)}: said {described(said)}")
-            elif not Facts(op).random and "dropout" not in op.name() and shapes.plain_name(op) not in OTHERWISE:
+            elif not Facts(op).random and "dropout" not in op.name() and infer.plain_name(op) not in OTHERWISE:
                 for g, w in zip(got, want):
                     if not torch.allclose(g, w, rtol=1e-6, atol=1e-8, equal_nan=True):
                         wrong.append(f"{op}{args}{kwargs} of {described(known)} computes something else")

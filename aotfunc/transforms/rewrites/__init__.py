@@ -3,8 +3,8 @@
 import aotfunc.transforms.rewrites.arithmetic
 import aotfunc.transforms.rewrites.broadcasting
 import aotfunc.transforms.rewrites.constants
-import aotfunc.transforms.rewrites.moves
-import aotfunc.transforms.rewrites.others  # noqa: F401
+import aotfunc.transforms.rewrites.redundant
+import aotfunc.transforms.rewrites.views  # noqa: F401
 
 from .table import REWRITES
 

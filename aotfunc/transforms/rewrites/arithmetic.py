@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from ...trace.emit import Builder
-from ...trace.shapes import Sig
+from ...trace.shapes.sig import Sig
 from .constants import computed, filled, is_one, number
 from .table import EXACT, aten, fit, rewrite, same
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
-from ...trace.shapes import Sig
+from ...trace.shapes.sig import Sig
 from .constants import EXPAND, FULL, VIEW, full, solid, spread
 from .table import aten, rewrite
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
-from ...trace.shapes import Sig, contiguous_stride
+from ...trace.shapes.sig import Sig, contiguous_stride
 from .table import EXACT, aten, fit, is_call, rewrite, tried
 
 FULL = aten.full.default

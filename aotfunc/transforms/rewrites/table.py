@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
-from ...trace.shapes import Sig
+from ...trace.shapes.sig import Sig
 
 aten = torch.ops.aten
 

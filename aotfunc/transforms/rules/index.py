@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 
 from .places import Indices, Places, at_most, count_read, count_written, is_mask, numbered, numbered_each, single
-from .table import (
-    aten,
-    broadcast_shapes,
-    expand_lead,
-    jvp_of,
-    linear,
-    vmap_of,
-)
+from .table import aten, broadcast_shapes, expand_lead, jvp_of, linear, vmap_of
 
 
 def align(x: Tensor, rank: int) -> Tensor:

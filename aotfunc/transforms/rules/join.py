@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import (
-    Formula,
-    aten,
-    call_op,
-    expand_lead,
-    jvp_of,
-    linear,
-    named,
-    overload,
-    shifted,
-)
+from .table import Formula, aten, call_op, expand_lead, jvp_of, linear, named, overload, shifted
 
 
 def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:

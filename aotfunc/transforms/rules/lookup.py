@@ -9,13 +9,7 @@ from torch import Tensor
 
 from .index import count_up
 from .places import nonzero_each
-from .table import (
-    aten,
-    expand_lead,
-    linear,
-    nondiff,
-    vmap_of,
-)
+from .table import aten, expand_lead, linear, nondiff, vmap_of
 
 # ----- embedding ------------------------------------------------------------------------------------------------------
 

@@ -11,19 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import (
-    Formula,
-    aten,
-    call_op,
-    conj,
-    expand_lead,
-    jvp_of,
-    linear,
-    overload,
-    past_batch,
-    vjp_of,
-    vmap_of,
-)
+from .table import Formula, aten, call_op, conj, expand_lead, jvp_of, linear, overload, past_batch, vjp_of, vmap_of
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:

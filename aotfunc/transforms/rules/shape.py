@@ -12,16 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import (
-    aten,
-    jvp_of,
-    linear,
-    named,
-    nondiff,
-    past_batch,
-    shifted,
-    vmap_of,
-)
+from .table import aten, jvp_of, linear, named, nondiff, past_batch, shifted, vmap_of
 
 # ----- the same elements under another shape --------------------------------------------------------------------------
 

@@ -13,17 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import (
-    Formula,
-    aten,
-    call_op,
-    expand_lead,
-    linear,
-    named,
-    overload,
-    past_batch,
-    shifted,
-)
+from .table import Formula, aten, call_op, expand_lead, linear, named, overload, past_batch, shifted
 
 
 def of_input(op: Any, *names: str) -> Formula:

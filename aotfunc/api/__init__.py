@@ -1,0 +1,1 @@
+"""The functions as users call them: trees in, trees out."""

@@ -1,0 +1,265 @@
+"""What the transforms ask of their arguments: which leaves are differentiated or batched, and errors that name the
+ones that cannot be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_, tree_unflatten
+
+from ..capture.capture import parameter_names, record
+from ..capture.instances import flatten_tree, opened_in
+from ..capture.tree import Arguments, flatten, in_order_of, leaf_paths, structure, unflatten
+from ..debug import defined
+from ..errors import ArgumentError
+from ..graph import Program
+from ..runtime.aliasing import Changes
+from ..trace.shapes.sig import Sig, make_sig, sig_of
+from ..trace.traced import Traced, check_kind
+from ..transforms.jvp import tangent_sig
+
+Dims = int | None | tuple | list | dict
+
+
+def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> list[int]:
+    """Leaf positions of the differentiated arguments; each must be a floating or complex tensor."""
+    count = len(args.spans)
+    if not isinstance(argnums, int) and not (isinstance(argnums, tuple) and all(isinstance(i, int) for i in argnums)):
+        raise ArgumentError(f"{name}: argnums must be an int or a tuple of ints, not {argnums!r}")
+    chosen = (argnums,) if isinstance(argnums, int) else argnums
+    if not chosen:
+        raise ArgumentError(f"{name}: argnums is empty")
+    found = []
+    for i in chosen:
+        if not -count <= i < count:
+            raise ArgumentError(f"{name}: argnums={argnums}, but there are {count} positional arguments")
+        for k in args.spans[i]:
+            if not differentiable(args.leaves[k]):
+                raise not_differentiable(name, args.leaves[k], args.said(k))
+            found.append(k)
+    if len({i % count for i in chosen}) != len(chosen):
+        raise ArgumentError(f"{name}: argnums={argnums} names an argument twice")
+    return found
+
+
+def differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
+    if not isinstance(x, Tensor):
+        return ArgumentError(f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated")
+    return ArgumentError(
+        f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
+        "(pass it as another argument, or see argnums)"
+    )
+
+
+def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:
+    """``values`` of the differentiated leaves in the shape of the arguments: one tree, or a tuple of them."""
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    feed = iter(values)
+    trees = []
+    for i in chosen:
+        leaves = [next(feed) for _ in args.spans[i]]
+        trees.append(unflatten(leaves, args.specs[i]))
+    return trees[0] if isinstance(argnums, int) else tuple(trees)
+
+
+def tensors_of(args: Arguments) -> list[Tensor]:
+    return [x for x in args.leaves if isinstance(x, Tensor)]
+
+
+class Call:
+    """One call of ``f`` by a transform: its arguments, what it did on them, and how results go back into trees.
+
+    With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come first.
+    """
+
+    def __init__(
+        self, name: str, f: Callable, arguments: Arguments, differentiated: Sequence[int], has_aux: bool
+    ) -> None:
+        self.name, self.arguments, self.has_aux = name, arguments, has_aux
+        self.n_out, self.spec, self.aux_spec = 0, None, None
+
+        def flat(*args: Any, **kwargs: Any) -> list:
+            output, aux = self.split(f(*args, **kwargs))
+            if output is None:
+                raise ArgumentError(f"{name}: {defined(f)} returned None: is a `return` missing?")
+            leaves, self.spec = flatten(output)
+            more, self.aux_spec = flatten_tree(aux) if has_aux else ([], None)
+            self.n_out = len(leaves)
+            return [*leaves, *more]
+
+        names = parameter_names(f, arguments)
+        self.rec = record(
+            flat, arguments.leaves, arguments.rebuilt, differentiated=differentiated, numbers=True, name_of=names
+        )
+        self.program, self.aliases = self.rec.program(), self.rec.aliases
+        self.inputs = [*tensors_of(arguments), *self.rec.closed_over]
+        self.primals = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
+        self.wrt = tuple(map(self.primals.index, differentiated))
+
+    def split(self, result: Any) -> tuple[Any, Any]:
+        if not self.has_aux:
+            return result, None
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ArgumentError(
+                f"{self.name}: with has_aux=True the function must return (output, aux), not {structure(result)}"
+            )
+        return result
+
+    def check_tensors(self) -> None:
+        """Every leaf of the output is a tensor."""
+        for k, x in enumerate(self.rec.leaves[: self.n_out]):
+            if not isinstance(x, Tensor):
+                raise ArgumentError(
+                    f"{self.name}: the output{self.path(k)} is a {type(x).__name__}; outputs must be tensors "
+                    "(see has_aux)"
+                )
+
+    def path(self, k: int) -> str:
+        """Where leaf ``k`` is in the output."""
+        return leaf_paths(self.spec)[k] if self.spec is not None else ""
+
+    def check_scalar(self) -> None:
+        out = self.rec.leaves[0] if self.rec.leaves else None
+        if self.n_out != 1 or not isinstance(out, Tensor) or self.spec is not None:
+            kind = type(out).__name__ if self.n_out == 1 and self.spec is None else "a tree"
+            raise ArgumentError(f"{self.name}: the function must return one scalar tensor, not {kind}")
+        if out.dim():
+            raise ArgumentError(
+                f"{self.name}: the function must return a tensor with zero dimensions, not one of shape "
+                f"{list(out.shape)}; sum() it, or use vjp or jacrev"
+            )
+        if not out.is_floating_point():
+            raise ArgumentError(
+                f"{self.name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev"
+            )
+
+    def derived(self, key: tuple, make: Callable[[], Program]) -> Program:
+        return self.program.derived((self.name, self.wrt, *key), make)
+
+    def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
+        """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there is one."""
+        Changes(self.rec).after(self.inputs, self.wrt)
+        leaves = list(self.rec.leaves)
+        for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
+            leaves[i] = t
+        output = unflatten(leaves[: self.n_out], self.spec)
+        return (output, tree_unflatten(leaves[self.n_out :], self.aux_spec)) if self.has_aux else (output,)
+
+
+def primals_and_tangents(
+    name: str, primals: Any, tangents: Any, f: Callable | None = None
+) -> tuple[Arguments, list[Tensor]]:
+    if not isinstance(primals, tuple) or not primals:
+        raise ArgumentError(f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}")
+    if not isinstance(tangents, tuple) or len(tangents) != len(primals):
+        raise ArgumentError(f"{name}: tangents must be a tuple like primals: {unlike(primals, tangents)}")
+    arguments, others = Arguments(primals, {}, f), Arguments(in_order_of(primals, tangents), {}, f)
+    positions(name, arguments, tuple(range(len(primals))))
+    if arguments.specs != others.specs:
+        raise ArgumentError(f"{name}: tangents do not have the structure of primals: {unlike(primals, tangents)}")
+    flat = []
+    for i, (p, t) in enumerate(zip(arguments.leaves, others.leaves, strict=True)):
+        if not isinstance(t, Tensor) or t.shape != p.shape:
+            shape = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ArgumentError(
+                f"{name}: the tangent of {arguments.said(i)} must have its primal's shape {list(p.shape)}, not {shape}"
+            )
+        if t.dtype != p.dtype and name == "jvp_fn":
+            raise ArgumentError(
+                f"{name}: the tangent of {arguments.said(i)} must have its primal's dtype {p.dtype}, not {t.dtype}"
+            )
+        if t.is_complex() and not p.is_complex():
+            raise ArgumentError(f"{name}: the tangent of {arguments.said(i)}, which is real, is complex")
+        flat.append(like(t, p))
+    return arguments, flat
+
+
+def unlike(primals: Any, tangents: Any) -> str:
+    return f"primals are {structure(primals)}, tangents {structure(tangents)}"
+
+
+def like(t: Tensor, p: Tensor) -> Tensor:
+    """``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
+    want = tangent_sig(p.sig if p.__class__ is Traced else sig_of(p))
+    t = t.to(p.dtype)
+    if t.stride() != want.stride or t.storage_offset():
+        t = torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device=want.device).copy_(t)
+    return t
+
+
+def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | None]:
+    """One dim per leaf, non-negative."""
+    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
+        if in_dims is None:
+            raise ArgumentError("vmap: in_dims is None: no argument is batched")
+        raise ArgumentError(f"vmap: in_dims must be an int or a tuple of dims, not {type(in_dims).__name__}")
+    if not args:
+        raise ArgumentError("vmap: the function was called without positional arguments: there is nothing to batch")
+    if isinstance(in_dims, int):
+        in_dims = (in_dims,) * len(args)
+    if len(in_dims) == len(args) and all(d is None or isinstance(d, int) for d in in_dims):
+        flat = [d for d, span in zip(in_dims, arguments.spans, strict=True) for _ in span]
+    else:
+        flat = broadcast_prefix(in_dims, tuple(args), "in_dims")
+    dims: list[int | None] = []
+    for k, (dim, x) in enumerate(zip(flat, arguments.leaves, strict=False)):
+        if dim is None:
+            dims.append(None)
+            continue
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise ArgumentError(f"vmap: in_dims has {dim!r} for {arguments.said(k)}; it must be an int or None")
+        if not isinstance(x, Tensor):
+            raise ArgumentError(
+                f"vmap: in_dims has {dim} for {arguments.said(k)}, which is a {type(x).__name__}, not a tensor; "
+                "use None there"
+            )
+        if not -x.dim() <= dim < x.dim():
+            has = f"which has {x.dim()} dimension{'s' * (x.dim() != 1)}"
+            raise ArgumentError(f"vmap: in_dims has {dim} for {arguments.said(k)}, {has}")
+        dims.append(dim % x.dim())
+    dims += [None] * (len(arguments.leaves) - len(dims))
+    return dims
+
+
+def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
+    """The leaves of ``prefix`` repeated for the leaves of ``tree`` below them."""
+    flat: list = []
+    prefix = in_order_of(tree, prefix)
+    try:
+        tree_map_(
+            lambda x, below: flat.extend([x] * len(tree_leaves(below))), opened_in(prefix, always=True), opened_in(tree)
+        )
+    except ValueError:
+        raise ArgumentError(
+            f"vmap: {what}={prefix!r} does not have the structure of the "
+            f"{'arguments' if what == 'in_dims' else 'results'}, {structure(tree)}"
+        ) from None
+    return flat
+
+
+def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
+    for x, d in zip(arguments.leaves, dims, strict=True):
+        if d is not None:
+            check_kind(x)
+    batched = [(k, x.shape[d], d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None]
+    if not batched:
+        raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
+    if len({size for _, size, _ in batched}) > 1:
+        said = "; ".join(f"{arguments.said(k)} has {size} at dimension {d}" for k, size, d in batched)
+        raise ArgumentError(f"vmap: the batched arguments have different sizes: {said}")
+    return batched[0][1]
+
+
+def sample_sig(x: Tensor, dim: int) -> Sig:
+    """The signature of one sample of a batch."""
+    shape, stride = list(x.shape), list(x.stride())
+    del shape[dim], stride[dim]
+    return make_sig(tuple(shape), tuple(stride), x.dtype, x.device)

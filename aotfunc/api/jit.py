@@ -1,0 +1,119 @@
+"""What users call to compile: jit, aot_function, aot_module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+from torch import nn
+
+from ..errors import ArgumentError
+from ..partition import default_partition
+from ..runtime.compiled import Compiled
+from ..runtime.guards.explain import Explanation
+from ..runtime.pipeline import Compiler, Partition, Pipeline
+
+#: options of functorch's aot_function that are accepted and have no meaning here
+FUNCTORCH_OPTIONS = frozenset(
+    {"num_params_buffers", "keep_inference_input_mutations", "inference_compiler", "dynamic", "enable_log"}
+    | {"disable_functionalization"}
+)
+
+
+@overload
+def jit(f: None = None, backend: str | Compiler = "eager", static_argnums: Any = None) -> Callable[..., Compiled]: ...
+
+
+@overload
+def jit(f: Callable, backend: str | Compiler = "eager", static_argnums: Any = None) -> Compiled: ...
+
+
+def jit(
+    f: Callable | None = None,
+    backend: str | Compiler = "eager",
+    static_argnums: int | Sequence[int] | None = None,
+) -> Any:
+    """``f`` captured once per signature and compiled by ``backend``, a name (see ``aotfunc.backends``) or a
+    ``compiler(gm, example_inputs) -> callable``.
+
+    The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments, values of Python
+    arguments, grad and autocast mode, default dtype and device, and the Python state that ``f`` and what it calls read
+    (:mod:`aotfunc.state`): closures, globals, attributes, containers, modes and hooks of modules. Tensors among it are
+    inputs. Results are differentiable to any order, and transforms of the jitted function stay compiled.
+    ``static_argnums`` is accepted for compatibility: Python arguments are always static. Raises CaptureError if ``f``
+    asks for values or changes a list or dictionary that is an argument, ArgumentError for a Python argument that can
+    neither be hashed nor be described by its attributes, BackendError, which keeps the graph, if the compiler fails.
+    Copies and pickled ones are captured again. Without ``f`` it is a decorator, of functions and of methods.
+
+    >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
+    tensor([0., 0.])
+    >>> @jit(backend="eager")
+    ... def doubled(x):
+    ...     return x * 2
+    >>> doubled(torch.ones(2))
+    tensor([2., 2.])
+    """
+    if f is None:
+        return functools.partial(jit, backend=backend, static_argnums=static_argnums)
+    return Compiled(f, Pipeline("jit", backend))
+
+
+@overload
+def aot_function(
+    fn: None = None, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any
+) -> Callable[..., Compiled]: ...
+
+
+@overload
+def aot_function(fn: Callable, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any) -> Compiled: ...
+
+
+def aot_function(
+    fn: Callable | None = None,
+    fw_compiler: str | Compiler = "eager",
+    bw_compiler: str | Compiler | None = None,
+    partition_fn: Partition = default_partition,
+    decompositions: dict | None = None,
+    static_argnums: int | Sequence[int] | None = None,
+    **options: Any,
+) -> Any:
+    """``fn`` with its forward and backward captured ahead of time, partitioned by ``partition_fn`` and compiled.
+
+    ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and return a callable, or are
+    names of backends. ``partition_fn(joint_module, joint_inputs, *, num_fwd_outputs)`` returns the forward module
+    ``inputs -> (results, residuals)`` and the backward module ``(residuals, cotangents) -> gradients``; inputs that
+    require no gradient have none. ``decompositions`` maps ops to functions to use instead, after differentiation.
+    functorch's other options change nothing here. Guards, errors and guarantees are those of :func:`jit`; without
+    ``fn`` it is a decorator, too.
+
+    >>> f = aot_function(lambda x: torch.sin(x), "eager")
+    >>> x = torch.zeros(2, requires_grad=True)
+    >>> f(x).sum().backward(); x.grad
+    tensor([1., 1.])
+    """
+    if unknown := set(options) - FUNCTORCH_OPTIONS:
+        raise ArgumentError(f"aot_function: there is no option {', '.join(sorted(unknown))}")
+    pipeline = Pipeline("aot_function", fw_compiler, bw_compiler, partition_fn, decompositions)
+    return Compiled(fn, pipeline) if fn is not None else lambda fn: Compiled(fn, pipeline)
+
+
+class CompiledModule(nn.Module):
+    """A module whose forward is compiled; parameters and buffers are the original's."""
+
+    def __init__(self, module: nn.Module, compiled: Compiled) -> None:
+        super().__init__()
+        self.orig_module = module
+        self._compiled = compiled
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+    def explain(self) -> Explanation:
+        """See :meth:`Compiled.explain`."""
+        return self._compiled.explain()
+
+
+def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """:func:`aot_function` of a module: a module with the same parameters and buffers whose forward is compiled."""
+    return CompiledModule(mod, aot_function(mod, *args, **kwargs))

@@ -1,0 +1,162 @@
+"""``make_fx``: what a function does, as a graph module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils._pytree import tree_unflatten
+
+from ..capture.capture import argument_names, parameter_names, record
+from ..capture.instances import flatten_tree
+from ..capture.tree import Arguments
+from ..debug import entry, outside_dynamo
+from ..errors import ArgumentError
+from ..graph import output_node
+from ..runtime.aliasing import Changes
+from ..runtime.graph_module import graph_module
+from ..trace.emit import Builder
+from ..trace.functionalize import dead_end, hidden_write
+from ..transforms.decompose import decomposed
+from ..transforms.fresh import fresh
+from ..transforms.lower import EVERYTHING
+
+aten = torch.ops.aten
+
+
+@outside_dynamo
+def make_fx(
+    f: Callable,
+    decomposition_table: dict | None = None,
+    tracing_mode: str = "real",
+    *,
+    check_inputs: bool = True,
+    verbose: bool = False,
+    **_: Any,
+) -> Callable[..., fx.GraphModule]:
+    """The function ``(*args, **kwargs) -> GraphModule``: what ``f`` does for these arguments, as readable aten code.
+
+    The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final ``copy_``s where ``f``
+    writes to its inputs. ``f`` is specialised to the arguments' shapes, dtypes, devices and Python values: the module
+    raises ArgumentError for others, unless ``check_inputs`` is False. ``decomposition_table`` maps overloads to
+    functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values, whose answers (a branch taken,
+    ``.item()``) the module keeps for all inputs; "fake" does not. With ``verbose`` the code carries the user's lines as
+    comments.
+    Raises CaptureError where ``f`` cannot be captured, ArgumentError for ``tracing_mode="symbolic"``.
+
+    >>> print(make_fx(lambda x: torch.sin(x) * 2)(torch.ones(3)).code.strip())
+    def forward(self, x):
+        sin = torch.ops.aten.sin.default(x);  x = None
+        mul = torch.ops.aten.mul.Tensor(sin, 2);  sin = None
+        return mul
+    """
+    if tracing_mode == "symbolic":
+        raise ArgumentError(
+            "make_fx: tracing_mode='symbolic' is not supported, as sizes are numbers of the graph: use 'real' or "
+            "'fake', and call make_fx again for other sizes"
+        )
+    if tracing_mode not in ("real", "fake"):
+        raise ArgumentError(f"make_fx: tracing_mode must be 'real' or 'fake', not {tracing_mode!r}")
+
+    @entry
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> fx.GraphModule:
+        arguments = Arguments(args, kwargs)
+        why_not = None if tracing_mode == "real" else f"make_fx(tracing_mode={tracing_mode!r}) captures without values"
+        rec = record(f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments))
+        program = fresh(rec.program(), rec.aliases)
+        if decomposition_table:
+            program = decomposed(program, decomposition_table)
+        constants = rec.closed_over
+
+        def outputs(b: Builder, inputs: list, results: list) -> Any:
+            written: dict[Any, Node] = {}
+            for index, new in zip(program.mutated, results[program.n_outputs :], strict=True):
+                while isinstance(new, Node) and new.target in (hidden_write, dead_end, aten.detach.default):
+                    new = new.args[1] if new.target is hidden_write else new.args[0]
+                node = b.make("call_function", aten.copy_.default, (inputs[index], new), {}, inputs[index].meta["val"])
+                written[results[program.n_outputs + len(written)]] = node
+            for index, ops in Changes(rec).ops:
+                for op, args, kw, _ in ops:
+                    b.make("call_function", op, (inputs[index], *args), dict(kw), inputs[index].meta["val"])
+            leaves = list(rec.leaves)
+            for i, r in zip(rec.tensors, results[: program.n_outputs], strict=True):
+                leaves[i] = r
+            return leaves[0] if rec.spec is None else leaves
+
+        gm = graph_module(
+            program, getattr(f, "__name__", type(f).__name__), constants, outputs, EVERYTHING - {"marks"}, rec.names()
+        )
+        _as_called(gm, f, arguments, args, kwargs, rec)
+        if check_inputs:
+            names = [*argument_names(f, len(args)), *kwargs]
+            gm.made_for_these(names, [*args, *kwargs.values()])
+        if verbose:
+            _with_lines(gm)
+        return gm
+
+    return wrapper
+
+
+def _as_called(gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tuple, kwargs: dict, rec: Any) -> None:
+    """Let the module take ``f``'s arguments and return ``f``'s tree."""
+    plain_in = not kwargs and all(s is None for s in arguments.specs)
+    out = output_node(gm.graph)
+    if plain_in:
+        if rec.spec is not None:
+            out.args = (_literal_tree(out.args[0], rec.spec),)
+            gm.recompile()
+        return
+    # every leaf is an argument, those that are not tensors too: they were specialised, and are ignored
+    graph = gm.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    feed = iter(placeholders)
+    first = next(iter(graph.nodes))
+    last = None
+    for x in arguments.leaves:
+        if isinstance(x, Tensor):
+            p = next(feed)
+        else:
+            with graph.inserting_before(first) if last is None else graph.inserting_after(last):
+                p = graph.placeholder("static")
+            p.meta["val"] = x
+            if isinstance(x, torch.Generator):  # unlike a number it is read, by reference
+                for n in graph.find_nodes(op="get_attr"):
+                    if getattr(getattr(gm, n.target), "_cdata", None) == x._cdata:
+                        n.replace_all_uses_with(p)
+                        graph.erase_node(n)
+        last = p
+    in_spec = flatten_tree((tuple(args), kwargs))[1]
+    out_spec = rec.spec if rec.spec is not None else None
+    arg_names = [*argument_names(f, len(args)), *kwargs]
+    if out_spec is not None and not isinstance(out.args[0], list | tuple):
+        out.args = ([out.args[0]],)
+    graph.set_codegen(AsCalled(_PyTreeInfo(arg_names, in_spec, out_spec)))
+    gm.recompile()
+
+
+class AsCalled(_PyTreeCodeGen):
+    """Generated code that takes a function's arguments; instances among them, too."""
+
+    def process_inputs(self, *args: Any) -> Any:
+        return flatten_tree(args)[0]
+
+
+def _literal_tree(leaves: Any, spec: Any) -> Any:
+    return tree_unflatten(list(leaves), spec)
+
+
+def _with_lines(gm: fx.GraphModule) -> None:
+    """Put the user's line behind each statement of the printed code."""
+    gm.real_recompile()
+    lines = {n.name: n.meta["line"] for n in gm.graph.nodes if n.meta.get("line")}
+    shown = []
+    for text in gm._code.splitlines():
+        name = text.strip().split(" = ", 1)[0].split(":")[0]
+        shown.append(f"{text}  # {lines[name]}" if name in lines and " = torch.ops." in text else text)
+    gm._code = "\n".join(shown) + "\n"

@@ -1,0 +1,369 @@
+"""``autograd.Function`` inside a recording: its forward is recorded, its backward and jvp become programs, and its
+results are marked as having that derivative (:class:`~aotfunc.capture.custom_derivative.CustomDerivative`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx
+
+from ..debug import Line
+from ..errors import CaptureError
+from ..graph import Program
+from ..trace.functionalize import Functionalizer, once
+from ..trace.recording import record_into
+from ..trace.shapes.sig import Sig
+from ..trace.traced import current
+from ..trace.tracer import Trace
+from ..transforms.vjp import dense
+from ..transforms.walk import builder
+from . import opaque
+from .calls import Step, interned
+from .captured import Recording
+from .custom_derivative import CustomDerivative, Later, Part
+from .function_vmap import OwnRule, on_real_batch
+from .tree import Operands
+
+
+class Begin(Step):
+    """The start of a Function: remembers the values of its tensor arguments, before ``forward`` may write to them."""
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        f.snapshots.append([f.read(r, True) for r in refs])
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        return []
+
+
+class End(Step):
+    """The end of a Function, ``(values, residuals, inputs) -> outputs``: the values, with the derivative it says."""
+
+    def __init__(self, derivative: CustomDerivative) -> None:
+        super().__init__(derivative.vals)
+        self.derivative = derivative
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        d = self.derivative
+        taken = f.snapshots.pop()
+        inputs, operands = taken[: d.n_inputs], taken[d.n_inputs :]
+        raw = [f.read(r, False) for r in refs[: d.n_outputs]]
+        residuals = [f.read(r, True) for r in refs[d.n_outputs : len(refs) - d.n_inputs]]
+        node = f.b.make("call_function", d, (*inputs, *raw, *residuals, *operands), {}, d.vals)
+        self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
+
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        """The Function's inputs alone, the last of the step's, decide whether its outputs require grad."""
+        d = self.derivative
+        return [any(given[len(given) - d.n_inputs :])] * d.n_outputs, []
+
+    def handed(self, refs: Sequence[int]) -> Sequence[int]:
+        return refs[len(refs) - self.derivative.n_inputs :]
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        return values[: self.derivative.n_outputs]
+
+
+BEGIN = Begin(())
+
+
+class Context(FunctionCtx):
+    """What ``ctx`` is inside a recording."""
+
+    saved_for_forward: tuple = ()
+    to_save: tuple = ()
+    needs_input_grad: tuple = ()
+    materialize_grads = True
+    non_differentiable: tuple = ()
+    dirty_tensors: tuple = ()
+
+    @property
+    def saved_tensors(self) -> tuple:
+        return tuple(self.to_save) if self.to_save else tuple(self.saved_for_forward)
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize_grads = value
+
+
+def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``cls.apply(*args)`` inside a recording; Functions with ``setup_context`` and without."""
+    new_style = cls.setup_context is not Function.setup_context
+    if kwargs or new_style:
+        bound = inspect.signature(cls.forward).bind(*(args if new_style else (None, *args)), **kwargs)
+        bound.apply_defaults()
+        args = bound.args if new_style else bound.args[1:]
+    batching = None
+    if cls.vmap is not Function.vmap:
+        results = on_real_batch(cls, args)
+        if results is not NotImplemented:
+            return results
+        batching = OwnRule(cls, args)
+    ctx = Context()
+    ctx.needs_input_grad = tuple(map(floating, args))
+
+    def forward(ctx: Any) -> Any:
+        if not new_style:
+            return cls.forward(ctx, *args)
+        try:
+            output = cls.forward(*args)
+        except (CaptureError, ValueError) as why:  # it asks for values that are not there, or writes to numpy's
+            output = opaque.record(cls, args, batching, why)
+        cls.setup_context(ctx, args, output)
+        return output
+
+    backward = cls.backward if cls.backward is not Function.backward else cls.vjp
+    if backward is Function.vjp:
+        backward = None
+    jvp = cls.jvp if cls.jvp is not Function.jvp else None
+    return call_function(cls.__name__, args, forward, ctx, backward, jvp, batching)
+
+
+def requires_grad(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.requires_grad
+
+
+def floating(a: Any) -> bool:
+    return isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
+
+
+def call_function(
+    name: str, args: Any, forward: Callable, ctx: Context, backward: Any, jvp: Any = None, batching: Any = None
+) -> Any:
+    """Record one Function call between a Begin and an End."""
+    trace = current()
+    assert trace is not None
+    inputs = [a for a in args if isinstance(a, Tensor)]
+    trace.record(BEGIN, inputs if batching is None else [*inputs, *Operands(args).tensors])
+    with torch.no_grad():
+        output = forward(ctx)
+    single = not isinstance(output, tuple | list)
+    outs = [output] if single else list(output)
+    places = [i for i, o in enumerate(outs) if isinstance(o, Tensor)]
+    raw = [outs[i] for i in places]
+    derivative, residuals = custom_derivative(trace, name, args, ctx, outs, backward, jvp, batching)
+    results = trace.record(interned(End, derivative), [*raw, *residuals, *inputs])
+    frozen = {id(t) for t in ctx.non_differentiable}
+    dirty = {id(t): t for t in ctx.dirty_tensors or ()}
+    for i, o, new in zip(places, raw, results, strict=True):
+        if id(o) in dirty:
+            dirty[id(o)].copy_(new)
+            outs[i] = o
+        else:
+            outs[i] = new.detach() if id(o) in frozen else new
+    return outs[0] if single else tuple(outs)
+
+
+def custom_derivative(
+    trace: Trace, name: str, args: Any, ctx: Context, outs: list, backward: Any, jvp: Any, batching: Any
+) -> tuple[CustomDerivative, list[Tensor]]:
+    """The Function's backward and jvp recorded as programs, and the residuals that they read."""
+    raw = [o for o in outs if isinstance(o, Tensor)]
+    vals = tuple(trace.ref_of(o)[1] for o in raw)
+    residuals: list[Tensor] = []
+
+    def part(rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
+        if calls in _under_way.rules:
+            bare, saved = held(ctx)
+            residuals.extend(saved)
+            more = [trace.ref_of(t)[1] for t in saved]
+            return later(name, rule, bare, len(residuals) - len(saved), sigs, more, calls)
+        made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs, calls)
+        if isinstance(made, Exception):
+            return made
+        program, lifted = made
+        residuals.extend(lifted)
+        return Part(program, len(residuals) - len(lifted), len(lifted))
+
+    backwards, narrow = (), None
+    if backward is not None:
+        wanted = gradients_of(args, backward)
+        diff = [floating(o) for o in outs]
+
+        def recorded(needed: tuple[bool, ...]) -> tuple:
+            ctx.needs_input_grad, found = needed, []
+            for have in patterns(sum(diff), ctx.materialize_grads):
+                present = iter(have or (True,) * sum(diff))
+                given = [yes and next(present) for yes in diff]
+                sigs = [dense(trace.ref_of(o)[1]) for o, yes in zip(outs, given, strict=True) if yes]
+                found.append((have, part(with_gaps(wanted, given), sigs, backward)))
+            return tuple(found)
+
+        needed = tuple(map(requires_grad, args))
+        if any(needed) and not trace.of_a_rule and needed != tuple(map(floating, args)):
+            mask = tuple(yes for a, yes in zip(args, needed, strict=True) if isinstance(a, Tensor))
+            narrow = (mask, recorded(needed))
+        backwards = recorded(tuple(map(floating, args)))
+    forward = None
+    if jvp is not None:
+        floats = [floating(a) for a in args]
+        sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
+        kept, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
+        made = part(with_gaps(lambda ctx, *ts: listed(jvp(ctx, *ts)), floats), sigs, jvp)
+        ctx.to_save = kept
+        forward = made if isinstance(made, Part | Later) else None
+    number_of = {trace.ref_of(o)[0]: k for k, o in enumerate(raw)}
+    saved = tuple(number_of.get(trace.ref_of(r)[0]) for r in residuals)
+    saved += (None,) * (0 if batching is None else len(batching.operands.places))
+    n_inputs = sum(isinstance(a, Tensor) for a in args)
+    fields = (name, n_inputs, vals, backwards, forward, saved, batching, narrow)
+    parts = [forward, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
+    unique = batching is not None or any(isinstance(p, Exception | Later) for p in parts)
+    return (CustomDerivative(*fields) if unique else interned(CustomDerivative, *fields)), residuals
+
+
+def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
+    """The sets of cotangents that a backward is recorded for: ``[None]`` with materialised gradients, where absent ones
+    are zeros; otherwise every set that is not empty.
+    """
+    if materialize or count > 4:
+        return [None]
+    return [p for p in itertools.product((True, False), repeat=count) if any(p)]
+
+
+def with_gaps(rule: Callable, given: Sequence[bool]) -> Callable:
+    """The rule called with ``None`` where nothing is given."""
+
+    def call(ctx: Any, *values: Tensor) -> Any:
+        feed = iter(values)
+        return rule(ctx, *[next(feed) if yes else None for yes in given])
+
+    return call
+
+
+def listed(result: Any) -> list:
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def gradients_of(args: Any, backward: Callable) -> Callable:
+    """The backward, returning one gradient per tensor argument as autograd takes it: of the argument's shape and
+    dtype, None for integers. It runs without autocast: a backward belongs outside of it.
+    """
+    last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
+    body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
+
+    wanted = [(a.shape, a.dtype) if floating(a) else None for a in args if isinstance(a, Tensor)]  # and no tensor
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+    def fit(g: Any, want: Any) -> Any:
+        if g is None or want is None:
+            return None
+        shape, dtype = want
+        if g.shape != shape:
+            g = g.sum_to_size(shape)
+        if g.dtype != dtype:
+            g = (torch.real(g) if g.is_complex() and not dtype.is_complex else g).to(dtype)
+        return once(g) if last else g
+
+    def call(ctx: Any, *cts: Any) -> list:
+        with torch._C._DisableAutocast():
+            grads = dict(enumerate(listed(body(ctx, *cts))))
+        return [fit(grads.get(i), want) for i, want in zip(places, wanted, strict=True)]
+
+    return call
+
+
+@torch.autograd.function.once_differentiable  # type: ignore[type-var]
+def _once_differentiable(ctx: Any, g: Any) -> Any:
+    return g
+
+
+#: the code that every function decorated with @once_differentiable has
+_ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
+
+
+class _UnderWay(threading.local):
+    def __init__(self) -> None:
+        self.rules: list[Any] = []
+
+
+_under_way = _UnderWay()  # the derivatives that are being recorded
+
+
+class Held(int):
+    """The place of the i-th tensor that a context keeps."""
+
+
+def held(ctx: Context) -> tuple[Context, list[Tensor]]:
+    """A copy of a context that says Held where it keeps a tensor, and these tensors, each once."""
+    kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
+    tensors = list({id(t): t for t in kept if isinstance(t, Tensor)}.values())
+    numbers = {id(t): Held(i) for i, t in enumerate(tensors)}
+    bare = copy.copy(ctx)
+    bare.dirty_tensors = bare.non_differentiable = ()
+    return with_tensors(bare, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x), tensors
+
+
+def with_tensors(ctx: Context, put: Callable[[Any], Any]) -> Context:
+    """A copy of ``ctx`` with ``put`` applied to each value that it keeps."""
+    new = copy.copy(ctx)
+    for name, value in vars(ctx).items():
+        setattr(new, name, put(value))
+    new.to_save, new.saved_for_forward = tuple(map(put, ctx.to_save)), tuple(map(put, ctx.saved_for_forward))
+    return new
+
+
+def later(name: str, rule: Callable, ctx: Context, first: int, sigs: Sequence[Sig], more: list, calls: Any) -> Later:
+    """The rule as a Part to be recorded on demand: a program of its given values (``sigs``) and of what the context
+    keeps (``more``). It holds no tensor.
+    """
+
+    def on(*xs: Tensor) -> Any:
+        given, kept = xs[: len(sigs)], xs[len(sigs) :]
+        return rule(with_tensors(ctx, lambda x: kept[x] if isinstance(x, Held) else x), *given)
+
+    def make() -> Any:
+        made = recorded_rule(name, on, [*sigs, *more], calls)
+        if isinstance(made, Exception):
+            return made
+        program, lifted = made
+        if lifted:
+            return CaptureError(f"{name}: a derivative that calls {name} again must get its tensors through ctx")
+        return Part(program, first, len(more))
+
+    return Later(make, first, len(more))
+
+
+def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
+    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per leaf; or the error
+    that it raised.
+    """
+    inner = Trace("the derivative of an autograd.Function is recorded without values")
+    inner.of_a_rule = True
+    values = [inner.input_like(sig) for sig in sigs]
+    inner.autograd.leaves.update((t.ref, True) for t in values)
+    _under_way.rules.append(calls)
+    try:
+        rec = record_into(inner, lambda: Recording(inner, rule(*values), lambda: ()))
+    except NotImplementedError as e:
+        return CaptureError(f"{name} has no derivative: {e}")
+    except Exception as e:  # the user's: it is raised where this derivative is asked for, as in eager
+        return e.with_traceback(None)
+    finally:
+        _under_way.rules.pop()
+    base = rec.program()
+    trace = current()
+    if inner.strided and trace is not None:
+        trace.strided = True
+    if base.mutated:
+        return CaptureError(
+            f"the backward or jvp of {name} writes to what it was given or saved; clone() it there first"
+        )
+    if len(rec.tensors) == len(rec.leaves):
+        return base, inner.lifted
+
+    def with_nones() -> Program:
+        b = builder()
+        outs = b.splice(base.graph, b.inputs(base.placeholders), base.outputs)
+        full: list = [None] * len(rec.leaves)
+        for i, o in zip(rec.tensors, outs, strict=False):
+            full[i] = o
+        return Program(b.finish(full), base.n_inputs, len(full), (), "backward")
+
+    return base.once(("gaps", tuple(rec.tensors), len(rec.leaves)), with_nones), inner.lifted

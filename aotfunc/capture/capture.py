@@ -1,0 +1,182 @@
+"""A call of ``f`` recorded, and the program that the recording stands for: looked up by the recording's key, built
+when it is new.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..debug import at, line_of
+from ..errors import CaptureError
+from ..trace.modes import outside_inference_mode
+from ..trace.recording import record_into
+from ..trace.traced import Traced, attributes, current
+from ..trace.tracer import Trace, on_functions
+from . import patches
+from .captured import Recording
+from .instances import assigned
+from .tree import leaf_labels
+
+
+@outside_inference_mode
+def record(
+    f: Callable,
+    leaves: Sequence[Any],
+    rebuild: Callable[[Sequence[Any]], tuple[list, dict]],
+    *,
+    samples: dict[int, Any] | None = None,
+    differentiated: Sequence[int] = (),
+    batch: Any = None,
+    why_not: str | None = None,
+    constants: bool = True,
+    outside: Collection[int] = (),
+    numbers: bool = False,
+    name_of: Callable[[], Sequence[str]] | None = None,
+) -> Recording:
+    """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
+
+    ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch), and ``batch`` says what
+    batch (:class:`~aotfunc.capture.concretize.Samples`). ``differentiated``
+    leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants``
+    those of closed-over tensors may. ``numbers``: Python numbers may be inputs of the program.
+
+    What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor that is passed twice
+    is one traced value; as in torch.func, not where some are differentiated, nor if it is
+    batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over, are passed as they are.
+    """
+    patches.install()
+    trace, outer = Trace(why_not, constants), current()
+    trace.lifts_numbers = numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
+    autograd = trace.autograd
+    values = list(leaves)
+    reals = []
+    first: dict[int, Traced] = {}
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor):
+            reals.append(x)
+            if samples is not None and i in samples:
+                t = trace.input_like(samples[i])
+                if x.requires_grad:
+                    autograd.leaves[t.ref] = True
+            else:
+                t = trace.input(x)
+                if x.requires_grad:
+                    autograd.leaves[t.ref] = True
+                    if x.is_leaf and x.__class__ is not Traced and i not in differentiated:
+                        autograd.protected.add(t.ref)
+                    elif not x.is_leaf and i not in differentiated:
+                        autograd.computed.add(t.ref)
+                if not differentiated:
+                    t = first.setdefault(id(x), t)
+                    trace.stand_for(t, x)
+            t.__dict__.update(attributes(x))
+            whole = samples is not None and i not in samples and x.dim()  # an index may stand beside traced ones
+            values[i] = x if whole or id(x) in outside else t
+    for i in differentiated:
+        autograd.leaves[values[i].ref] = True
+    trace.samples = batch
+    if why_not is None:
+        dims = [None] * len(reals) if batch is None else batch.dims
+        trace.concrete_inputs = [x if d is None else None for x, d in zip(reals, dims, strict=True)]
+    trace.origins = reals
+    args, kwargs = rebuild(values)
+
+    def call() -> Recording:
+        try:
+            result = f(*args, **kwargs)
+        except RuntimeError as e:
+            if type(e).__module__ == "torch._dynamo.exc":
+                if (operator := called_by(e)) is not None:
+                    raise on_functions(operator) from e
+                raise CaptureError(
+                    f"a function that torch.compile has compiled does not take traced values{at(line_of(e))}; call the "
+                    'function that it was made from, or capture inside torch.compiler.set_stance("force_eager")'
+                ) from e
+            if "data is not allocated" not in str(e):
+                raise
+            raise CaptureError(
+                f"an op that reads its argument's memory itself was given a traced value{at(line_of(e))}; "
+                "pass it Python numbers (x.tolist())"
+            ) from e
+        plain = not kwargs and all(a.__class__ is Traced for a in args)
+        if not plain and assigned((args, kwargs), values):
+            raise CaptureError(
+                "the function assigns to an attribute of an argument, which the caller would not see: arguments are "
+                "made anew for each capture; return the new value instead"
+            )
+        return Recording(trace, result, name_of or (lambda: ()))
+
+    recorded = record_into(trace, call)
+    trace.seeds.check()
+    return recorded
+
+
+def under_fake_mode() -> bool:
+    """Whether FakeTensors are made here, with which the tensor that a number becomes would not mix."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def called_by(error: BaseException) -> str | None:
+    """The operator on functions, torch.cond or its like, in which Dynamo raised an error."""
+    step = error.__traceback__
+    while step is not None:
+        folder, file = os.path.split(step.tb_frame.f_code.co_filename)
+        if os.path.basename(folder) in ("_higher_order_ops", "attention") and file.removesuffix(".py") in OPERATORS:
+            return file.removesuffix(".py")
+        step = step.tb_next
+    return None
+
+
+OPERATORS = ("cond", "while_loop", "scan", "map", "associative_scan", "flex_attention")
+
+
+def as_called(f: Callable) -> Callable:
+    """``f`` with gradients off if they are off here: a recording turns them on. What autograd then would not see is
+    there for forward_ad.
+    """
+    return f if torch.is_grad_enabled() or forward_ad._current_level >= 0 else torch.no_grad()(f)
+
+
+def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
+    """Names for the leaves of a call, after the function's parameters."""
+
+    def names() -> list[str]:
+        try:
+            parameters = list(inspect.signature(f).parameters.values())
+        except (TypeError, ValueError):
+            parameters = []
+        found: list[str] = []
+        for i, span in enumerate(args.spans):
+            p = parameters[min(i, len(parameters) - 1)] if parameters else None
+            variadic = p is None or p.kind is p.VAR_POSITIONAL
+            base = "arg" if p is None else p.name
+            name = f"{base}_{i}" if variadic else base
+            tensors = [k for k in span if isinstance(args.leaves[k], Tensor)]
+            spec = args.specs[i]
+            labels = leaf_labels(spec) if spec is not None else [""]
+            found += [f"{name}{labels[k - span.start]}" for k in tensors]
+        start = args.spans[-1].stop if args.spans else 0
+        labels = leaf_labels(args.kw_spec) if args.kw_spec is not None else []
+        found += [
+            labels[k - start].lstrip("_") for k in range(start, len(args.leaves)) if isinstance(args.leaves[k], Tensor)
+        ]
+        return found
+
+    return names
+
+
+def argument_names(f: Callable, count: int) -> list[str]:
+    """The names of the first ``count`` parameters of ``f``."""
+    called = f.forward if isinstance(f, torch.nn.Module) else f
+    try:
+        names = [n for n, p in inspect.signature(called).parameters.items() if p.kind is not p.VAR_POSITIONAL]
+    except (TypeError, ValueError):
+        names = []
+    return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]

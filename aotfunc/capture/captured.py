@@ -1,0 +1,197 @@
+"""What one call of a function did, and the program that it stands for: looked up by the recording's key."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..cache import Cache
+from ..errors import CaptureError
+from ..graph import Program, weight
+from ..trace.aliases import Shown, shown
+from ..trace.emit import Builder, paused_gc
+from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.outside import check_stand_ins
+from ..trace.scalars import TENSOR, bits_of
+from ..trace.traced import is_fake, quiet
+from ..trace.tracer import Trace
+from ..transforms.tidy import REWRITES, retidy
+from .calls import GradStep
+from .tree import flatten, unflatten
+
+aten = torch.ops.aten
+
+#: by what was recorded; weighed in nodes, of which each takes a kilobyte or two with all that is made of it
+_programs = Cache(1 << 16, weight)
+
+
+class Numbers:
+    """The Python numbers of recordings that differ in nothing else: ``first``, and the places that have ``varied``."""
+
+    def __init__(self, first: tuple) -> None:
+        self.first = first
+        self.varied: tuple[int, ...] = ()
+
+    def inputs(self, now: tuple) -> tuple[tuple[int, ...], ...]:
+        """The numbers that are inputs from now on: for each its places."""
+        if now != self.first:
+            changed = {i for i, (x, y) in enumerate(zip(now, self.first, strict=True)) if x != y}
+            if not changed.issubset(self.varied):
+                self.varied = tuple(sorted(changed.union(self.varied)))
+        places: dict[Any, list[int]] = {}
+        for i in self.varied:
+            places.setdefault(now[i], []).append(i)
+        return tuple(map(tuple, places.values()))
+
+
+class Recording:
+    """What one call did: the trace, the leaves that it returned, and which of them are tensors."""
+
+    def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
+        self.trace, self.names = trace, names
+        self._program: Program | None = None
+        self._key: Any = None
+        self.numbers: tuple[tuple[int, ...], ...] = ()  # those that are inputs of its programs
+        self.literal = False  # none may be
+        self.leaves, self.spec = flatten(result)
+        self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+        if len(self.tensors) < len(self.leaves):
+            for x in self.leaves:
+                if isinstance(x, Iterator | Awaitable):
+                    raise CaptureError(
+                        f"the function returns a {type(x).__name__}, which would go on when the capture is over; "
+                        "return a list or a tuple of the values"
+                    )
+        self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
+        check_stand_ins(trace, self.refs)
+
+    @cached_property
+    def seen(self) -> dict[int, Shown]:
+        found = shown(self.trace)
+        paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
+        for step in {step for path in paths for step in path if step.passed}:
+            root = step.root
+            if root >= len(self.trace.inputs) and all(step in path for path in paths if path[0].ref == root):
+                step.of, step.apart, step.passed = None, False, False  # nothing else shows that memory
+        return found
+
+    @property
+    def roots(self) -> list[int]:
+        """For each returned tensor the value that it is a view of, or itself; what a Function passed on is its own."""
+        paths = [self.seen[r].path if r in self.seen else [Shown(r)] for r in self.refs]
+        return [next((s.ref for s in path[:0:-1] if s.passed), path[0].ref) for path in paths]
+
+    @property
+    def key(self) -> Any:
+        """What its programs depend on. It decides which numbers are inputs of them."""
+        if self._key is None:
+            self._key = self.keyed()
+        return self._key
+
+    def keyed(self) -> Any:
+        key = (self.trace.key(), self.refs)
+        if not self.trace.numbers:
+            return key
+        now = bits_of(self.trace.numbers)
+        known = _programs.once(key, lambda: Numbers(now))
+        if self.literal:
+            return known, (), now
+        self.numbers = known.inputs(now)
+        fixed = now if not known.varied else tuple([x for i, x in enumerate(now) if i not in known.varied])
+        return known, self.numbers, fixed
+
+    @property
+    def closed_over(self) -> list[Tensor]:
+        """What its programs take behind the inputs."""
+        assert self.key
+        return self.trace.lifted if not self.numbers else self.with_numbers
+
+    @cached_property
+    def with_numbers(self) -> list[Tensor]:
+        trace = self.trace
+        with quiet():
+            how = {"dtype": TENSOR.dtype, "device": TENSOR.device}
+            numbers = [torch.tensor(trace.numbers[at], **how) for at, *_ in self.numbers]
+        fake: Any = next(filter(is_fake, (*trace.origins, *trace.lifted)), None)
+        return [*trace.lifted, *(map(fake.fake_mode.from_tensor, numbers) if fake is not None else numbers)]
+
+    def program(self, memory: tuple[tuple[int, bool], ...] | None = None) -> Program:
+        """The functional program: inputs, then closed-over tensors, to the tensors among the results. With ``memory``,
+        pairs of a value and a flag, to these instead: the value, or the whole memory that it was made with.
+        """
+        if memory is None and self._program is not None:
+            return self._program
+        program = _programs.once((*self.key, memory), lambda: self._build(memory))
+        if memory is None:
+            self._program = program
+        return program
+
+    def _build(self, memory: tuple[tuple[int, bool], ...] | None) -> Program:
+        trace = self.trace
+        # torch.autograd.grad inside f tells equal nodes apart, so with it merging has to wait
+        plain = any(r[0].__class__ is GradStep for r in trace.records)
+        with paused_gc():
+            b = Builder(None, merge=False) if plain else Builder(REWRITES)
+            f = self._functionalizer(b)
+            f.run()
+            mutated = f.mutated()
+            if memory is None:
+                shared = {self.refs[i] for i, _ in self.shared()}
+                results = [f.shown(r) if r in shared else f.read(r) for r in self.refs]
+            else:
+                results = [self._memory(f, r) if whole else f.read(r) for r, whole in memory]
+            outs = [*results, *(n for _, n in mutated)]
+            program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
+        return retidy(program, "capture") if plain else program
+
+    def _functionalizer(self, b: Builder) -> Functionalizer:
+        inputs, numbers = input_nodes(self.trace, b, self.names()), {}
+        for places in self.numbers:
+            numbers.update(dict.fromkeys(places, b.placeholder("number", TENSOR, role="const")))
+        return Functionalizer(self.trace, b, inputs, numbers=numbers)
+
+    def _memory(self, f: Functionalizer, ref: int) -> Node:
+        """The memory of a value; without a derivative where all that is returned of it is detached."""
+        node = f.memory(ref)
+        paths = [s.path for r in self.refs if (s := self.seen.get(r)) is not None and s.root == ref]
+        alone = ref not in self.refs and all(any(s.call[0] is aten.detach.default for s in path[1:]) for path in paths)
+        return f.detached(node) if alone and node.meta["val"].differentiable else node
+
+    def as_recorded(self, memory: tuple[tuple[int, bool], ...]) -> Program:
+        """:meth:`program` op by op, nothing rewritten or merged; the last results are the tensors returned."""
+        trace = self.trace
+        with paused_gc():
+            b = Builder(None, merge=False)
+            f = self._functionalizer(b)
+            f.direct = False
+            f.run()
+            outs = [self._memory(f, r) if whole else f.read(r) for r, whole in memory]
+            returned: dict[int, Node] = {}
+            outs += [n for _, n in f.mutated()]
+            for ref, n in {r: f.read(r) for r in self.refs}.items():
+                returned[ref] = b.call(aten.alias.default, n) if n in returned.values() else n  # tensors of their own
+            outs += [returned[r] for r in self.refs]
+            return Program(b.finish(outs), len(trace.inputs), len(outs), (), "capture")
+
+    @property
+    def aliases(self) -> tuple[tuple[int, int], ...]:
+        """``(position, root)`` of those among the returned tensors that share memory with an input, a closed-over
+        tensor or one another.
+        """
+        return self.program().once("aliases", self.shared)
+
+    def shared(self) -> tuple[tuple[int, int], ...]:
+        roots, count = self.roots, len(self.trace.inputs)
+        return tuple((i, r) for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
+
+    def results(self, tensors: Sequence[Tensor]) -> Any:
+        """The returned tree with these tensors in it."""
+        leaves = list(self.leaves)
+        for i, t in zip(self.tensors, tensors, strict=True):
+            leaves[i] = t
+        return unflatten(leaves, self.spec)

@@ -1,0 +1,104 @@
+"""Checkpoints inside a recording: regions of it that the backward computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from ..trace.patches import ORIGINALS, recorded
+from ..trace.records import written_slots
+from ..trace.shapes.instr import Instr
+from ..trace.shapes.sig import fill
+from ..trace.traced import current
+from ..trace.tracer import Trace
+from .autograd_function import Context, apply_function, call_function, floating
+
+
+def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be computed again in the
+    backward.
+    """
+    trace = recorded()
+    if trace is None:
+        yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
+        return
+    outer, start = trace.region, len(trace.records)
+    trace.region = trace.regions = trace.regions + 1
+    try:
+        yield
+    finally:
+        trace.region = outer
+    context_fn = kwargs.get("context_fn", args[1] if len(args) > 1 else torch_checkpoint.noop_context_fn)
+    if context_fn is not torch_checkpoint.noop_context_fn:
+        keep_saved(trace, start, context_fn()[0])
+
+
+def keep_saved(trace: Trace, start: int, context: Any) -> None:
+    """Take out of a checkpointed region, whose records begin at ``start``, the ops that the policy of
+    ``create_selective_checkpoint_contexts`` says to save.
+    """
+    if not hasattr(context, "policy_fn"):
+        raise CaptureError(
+            f"checkpoint(context_fn=...) with contexts of your own is not captured{at(debug.user_line())}; those of "
+            "create_selective_checkpoint_contexts are"
+        )
+    save = (torch_checkpoint.CheckpointPolicy.MUST_SAVE, torch_checkpoint.CheckpointPolicy.PREFER_SAVE)
+    told = torch_checkpoint.SelectiveCheckpointContext(is_recompute=False)
+    for i, (instr, refs, grad, region, line) in enumerate(trace.records[start:], start):
+        if isinstance(instr, Instr) and region == trace.regions:
+            protos = [s.proto for s in instr.sigs]
+            args, kwargs = fill(instr.args, protos), {k: fill(v, protos) for k, v in instr.kwargs.items()}
+            if context.policy_fn(told, instr.op, *args, **kwargs) in save:
+                trace.records[i] = (instr, refs, grad, None, line)
+
+
+def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Function.apply`` inside a recording; reentrant checkpoints are Functions, too. Without an argument that
+    requires grad a compiled one has no derivative of what it closes over either.
+    """
+    if cls is not torch_checkpoint.CheckpointFunction:
+        return apply_function(cls, *args, **kwargs)
+    trace = current()
+    assert trace is not None
+    outer, records = trace.region, len(trace.records)
+    trace.region = trace.regions = trace.regions + 1
+    given = [a for a in args[2:] if isinstance(a, Tensor)]
+    requiring = [a for a in given if a.requires_grad]
+    try:
+        with nullcontext() if trace.may_ask_constants or requiring else torch.no_grad():
+            result = args[0](*args[2:])
+    except RuntimeError as e:
+        if "a leaf Variable that requires grad" in str(e):
+            raise written_in_checkpoint() from e
+        raise
+    finally:
+        trace.region = outer
+    if trace.may_ask_constants or not (requiring and torch.is_grad_enabled()):
+        return result
+    roots = {trace.root(trace.ref_of(a)[0]) for a in given}
+    if any(trace.root(refs[s]) in roots for instr, refs, *_ in trace.records[records:] for s in written_slots(instr)):
+        raise written_in_checkpoint()
+    return tree_map_only(Tensor, lambda t: requiring_grad(t, requiring), result)
+
+
+def written_in_checkpoint() -> CaptureError:
+    return CaptureError(
+        f"a checkpoint writes to its argument{at(debug.user_line())}, and would do so again in the backward; say "
+        "use_reentrant=False, or clone() it there"
+    )
+
+
+def requiring_grad(t: Tensor, because_of: Sequence[Tensor]) -> Tensor:
+    """A result that requires grad as those of a Function do, though nothing of it has a derivative."""
+    if t.requires_grad or not floating(t):
+        return t
+    return call_function("checkpoint", because_of, lambda ctx: t.clone(), Context(), lambda ctx, g: None)

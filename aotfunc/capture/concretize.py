@@ -1,0 +1,336 @@
+"""What ``f`` asks of values that differ between the samples of a batch: answered if all samples agree.
+
+``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value of which there is one for each sample. What
+has been recorded so far is batched and run on the whole batch, in every recording from the asking one outwards; the
+question is put to each sample. One answer is right for all of them, for this call; two different ones are an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.eager import compile_graph
+from ..cache import Cache
+from ..debug import at, user_line
+from ..errors import CaptureError
+from ..graph import Program, cut, weight
+from ..trace.emit import Builder, paused_gc
+from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.records import Record, flat
+from ..trace.replay import generators, named_generators
+from ..trace.scalars import FIRST, bits_of
+from ..trace.shapes.instr import Instr
+from ..trace.shapes.sig import Sig, sig_of
+from ..trace.traced import HOOKS, Traced, as_if_outside, has_values, quiet, under_way
+from ..trace.tracer import Trace, signature
+from ..transforms.lower import lowered
+from ..transforms.tidy import REWRITES
+from ..transforms.vmap import vmap
+from .calls import CallStep
+
+
+class Samples(NamedTuple):
+    """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each (None: unbatched), the
+    size of the batch, and ``randomness``."""
+
+    dims: tuple[int | None, ...]
+    size: int
+    randomness: str
+
+
+def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
+    """``question(*values)`` for the values of ``tensors``, which must be the same in all samples."""
+    line = at(user_line())
+    with as_if_outside(), paused_gc():
+        values, count = followed(trace, tensors) or batches(trace, tensors, what)
+    with quiet(), torch.no_grad():
+        if not count:
+            raise CaptureError(f"{what} was asked for, but the batch is empty: there is no sample to answer{line}")
+        answer = question(*[v[0] for v in values])
+        if count == 1 or all(bits(v).eq(bits(v[:1])).all() for v in values):
+            return answer
+        for k in range(1, count):
+            if not same(answer, question(*[v[k] for v in values])):
+                raise CaptureError(
+                    f"{what} was asked for, but the samples of the batch do not agree on it{line}. Use torch.where "
+                    "instead of `if` and of selecting by a mask, nonzero_static(size=...) instead of nonzero, or pass "
+                    "the value as an argument with in_dims=None. Beside another index tensor write w[i.reshape(1), j]."
+                )
+    return answer
+
+
+HOOKS["agreed"] = agreed
+
+
+def batch(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
+    """Real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and at which dimension; None for
+    what is the same for all of them.
+    """
+    with as_if_outside(), paused_gc():
+        program = so_far(trace, tensors)
+        values, _ = batches(trace, tensors, "the batch of an autograd.Function")
+    inputs = [p for p, d in zip(program.placeholders, trace.samples.dims, strict=False) if d is not None]
+    _, late, _ = cut(program.graph, inputs, (), program.outputs)
+    differ = {*inputs, *late}
+    return [(v, 0) if o in differ else (v[0], None) for v, o in zip(values, program.outputs, strict=True)]
+
+
+HOOKS["batch"] = batch
+
+
+# ----- step by step ---------------------------------------------------------------------------------------------------
+
+
+class Unsteady(Exception):
+    """A recording that cannot be followed step by step: something writes, draws or looks back at earlier steps."""
+
+
+def followed(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
+    """As :func:`batches`, but each step is run once, however often a recording is asked; None if that cannot be."""
+    try:
+        follower = follow(trace)
+        return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
+    except Unsteady:
+        return None
+
+
+def follow(trace: Trace) -> Followed:
+    if trace.followed is None:
+        trace.followed = Followed(trace)
+    trace.followed.catch_up(trace)
+    return trace.followed
+
+
+class Followed:
+    """The values of a recording as far as it has come, for all samples of all batches around it at dimension 0."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.outer = samples_around(trace)
+        self.count = samples_around(trace, itself=True)
+        self.values: dict[int, Tensor] = {}
+        self.done, self.number = 0, len(trace.inputs)  # steps that have been run, and values up to there
+
+    def catch_up(self, trace: Trace) -> None:
+        """Run what has been recorded since."""
+        new = trace.records[self.done :]
+        going_on = trace in under_way.traces and trace.concrete_inputs is not None
+        written = any(t.mutates for t in under_way.traces)  # in a recording around, too, to what this one closes over
+        if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
+            raise Unsteady
+        if not new:
+            return
+        refs, program = part(new, self.number, trace.numbers)
+        values = [self.value(trace, r) for r in refs]
+        sigs = list(map(sig_of, values))
+        code = compiled(batched(program, Samples((0,) * len(values), self.count, "error"), sigs))
+        with quiet(), torch.no_grad():
+            made = code(*values)
+        self.values.update(enumerate(made, self.number))
+        self.number += len(made)
+        self.done += len(new)
+
+    def value(self, trace: Trace, ref: int) -> Tensor:
+        if ref not in self.values:
+            self.values[ref] = self.given(trace, ref)
+        return self.values[ref]
+
+    def given(self, trace: Trace, ref: int) -> Tensor:
+        """The value of an input, or of a tensor from outside."""
+        t = trace.origins[ref] if ref >= 0 else trace.lifted[~ref]
+        dim = trace.samples.dims[ref] if ref >= 0 and trace.samples is not None else None
+        known = None
+        if t.__class__ is Traced:
+            if t.tracer not in under_way.traces:
+                raise Unsteady
+            known = follow(t.tracer).value(t.tracer, t.ref)  # traces rules, for which nothing is set aside
+        elif not has_values(t) or not (trace.may_ask_constants or ref in trace.made_inside):
+            raise Unsteady
+        with quiet(), torch.no_grad():
+            if known is None:
+                x = t.detach().expand(self.outer, *t.shape)
+            else:
+                x = repeated(known, self.outer // len(known))
+            if dim is None:
+                return repeated(x, self.count // self.outer)
+            return x.movedim(dim % t.ndim + 1, 1).flatten(0, 1)
+
+
+def samples_around(trace: Trace, itself: bool = False) -> int:
+    """How many samples the batches have together in which a recording goes on."""
+    traces = under_way.traces
+    around = traces[: traces.index(trace) + itself] if trace in traces else []
+    return math.prod(t.samples.size for t in around if t.samples is not None)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.unsqueeze(1).expand(len(x), times, *x.shape[1:]).flatten(0, 1)
+
+
+def steady(instr: Any) -> bool:
+    """Whether a step is nothing but a function of the tensors that it reads."""
+    facts = instr.facts
+    if facts.random or facts.writes:
+        return False
+    return instr.__class__ is CallStep or (instr.__class__ is Instr and not (facts.effect or facts.dynamic))
+
+
+def part(records: Sequence[Record], number: int, numbers: Sequence[float]) -> tuple[list[int], Program]:
+    """Steps, the first of which makes the value ``number``, as a program of those values that they read and do not
+    make; it returns all that they make. A loop's rounds are the same program. The Python ``numbers`` are literals.
+    """
+    read: dict[int, Sig] = {}
+    for instr, refs, *_ in records:
+        known = instr.sigs if instr.__class__ is Instr else [p.meta["val"] for p in instr.program.placeholders]
+        for r, sig in zip(refs, known, strict=True):
+            if FIRST < r < number and (r not in read or instr.__class__ is Instr):
+                read[r] = sig
+    literals = {r: numbers[FIRST - r] for _, refs, *_ in records for r in refs if r <= FIRST}
+    place = {r: i for i, r in enumerate(read)} | {r: FIRST - i for i, r in enumerate(literals)}
+    shift = len(read) - number
+    own = tuple(
+        [(r[0], tuple([place[x] if x in place else x + shift for x in r[1]]), r[2], None, None) for r in records]
+    )
+
+    def make() -> Program:
+        trace, b = Trace(), Builder(REWRITES)
+        trace.inputs += read.values()
+        trace.records += own
+        trace.numbers += literals.values()
+        f = Functionalizer(trace, b, input_nodes(trace, b))
+        f.run()
+        made = [f.read(r) for r in range(len(read), f.number)]
+        return Program(b.finish(made), len(read), len(made), (), "asked")
+
+    return list(read), _programs.once((own, *read.values(), bits_of(literals.values())), make)
+
+
+# ----- the whole of it ------------------------------------------------------------------------------------------------
+
+
+def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
+    """Real values of ``tensors`` with all samples at dimension 0, and how many samples there are."""
+    if trace.concrete_inputs is None and not trace.may_ask_constants:
+        raise refusal(trace, what)
+    program, samples = so_far(trace, tensors), trace.samples
+    inputs = [*trace.origins, *trace.lifted]
+    if trace.concrete_inputs is None:  # then closed-over tensors may still be asked, and what depends on them alone
+        if any(p.users for p in program.placeholders[: program.n_inputs]):
+            raise refusal(trace, what)
+        program, inputs = closed(program), trace.lifted
+    if samples is not None:
+        program = batched(program, samples, trace.as_placed([*map(signature, trace.origins)]))
+    outer = outside(trace)
+    if outer is None:
+        values, count = run(program, inputs, what), 1
+    else:
+        with aside(outer, program, inputs) as results:
+            values, count = batches(outer, results, what)
+    if samples is None:
+        return values, count
+    with quiet():
+        return [v.flatten(0, 1) for v in values], count * samples.size
+
+
+def batched(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
+    outs = [0] * program.n_outputs
+    return program.derived(
+        ("asked", *samples, *sigs), lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs)
+    )
+
+
+def refusal(trace: Trace, what: str) -> CaptureError:
+    reason = trace.why_not or "this value belongs to a capture that is over"
+    return CaptureError(
+        f"{what} was asked for, but {reason}{at(user_line())}. Return it from the function (has_aux=True), use "
+        "torch.where instead of `if`, or pass the value as a Python argument."
+    )
+
+
+def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
+    """What has been recorded up to now as a program for the values of ``tensors``; it writes nothing back."""
+    refs = tuple([trace.ref_of(t)[0] for t in tensors])
+
+    def make() -> Program:
+        b = Builder(REWRITES)
+        f = Functionalizer(trace, b, input_nodes(trace, b))
+        f.run()
+        outs = [f.read(r) for r in refs]
+        return Program(b.finish(outs), len(trace.inputs), len(refs), (), "asked")
+
+    return _programs.once((trace.key(), bits_of(trace.numbers), refs), make)
+
+
+def closed(program: Program) -> Program:
+    """The program as one of its closed-over tensors alone, on which it depends."""
+
+    def make() -> Program:
+        b = Builder()
+        rest = b.inputs(program.placeholders[program.n_inputs :])
+        outs = b.splice(program.graph, [None] * program.n_inputs + rest, program.outputs)
+        return Program(b.finish(outs), 0, program.n_outputs, (), "asked")
+
+    return program.once("closed", make)
+
+
+_programs = Cache(1 << 16, weight)
+
+
+def outside(trace: Trace) -> Trace | None:
+    """The recording in which this one goes on."""
+    traces = under_way.traces
+    place = traces.index(trace) if trace in traces else len(traces)
+    return traces[place - 1] if place else None
+
+
+@contextmanager
+def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The results of a program run next in ``trace``, which does not remember it afterwards."""
+    records, count = len(trace.records), trace.count
+    results = trace.record(CallStep(program, compiled), inputs)
+    try:
+        yield flat(results)
+    finally:
+        trace.forget(records, count)
+
+
+def compiled(program: Program) -> Callable[..., tuple]:
+    return program.once(compiled, lambda: compile_graph(lowered(program).graph))
+
+
+def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
+    """Run the program on real tensors, add a leading dimension of 1 to the results, and restore the generators."""
+    states = [(g, g.get_state()) for g in generators([]) | set(named_generators(program.graph.nodes))]
+    reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in inputs]
+    if not all(map(has_values, reals)):
+        raise CaptureError(f"{what} was asked for, but the inputs have no values{at(user_line())}")
+    try:
+        with quiet(), torch.no_grad():
+            return [o.unsqueeze(0) for o in compiled(program)(*reals)]
+    finally:
+        for g, state in states:
+            g.set_state(state)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Equal where and only where the values are the same, NaN and signed zeros included."""
+    if x.is_complex():
+        return bits(torch.view_as_real(x.resolve_conj()))
+    if x.is_floating_point():
+        x = torch.where(x.isnan(), math.nan, x)
+        return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+    return x
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two answers are the same: ``nan`` is itself, and 0.0 is not -0.0."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, Tensor):
+        return bool(a.shape == b.shape and bits(a).eq(bits(b)).all())
+    return a is b or (type(a) is type(b) and repr(a) == repr(b) and (a == b or a != a))

@@ -1,0 +1,173 @@
+"""The derivative that a user wrote for an ``autograd.Function``, as a graph node.
+
+Such a node passes values through and marks them as having the derivative that it says. The Function's ``backward`` (and
+``jvp``) are recorded with it (see :mod:`.function`), as programs of the cotangents (tangents) and of what the context
+saved. So a custom derivative is itself a graph: transformed like any other, to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..errors import CaptureError
+from ..graph import Program
+from ..trace.emit import Builder, remap
+from ..transforms.vjp import reverse
+from ..transforms.vmap import inserted, vmap
+from ..transforms.walk import number, unknown
+
+aten = torch.ops.aten
+
+
+class Part(NamedTuple):
+    """One recorded rule: a program of its given values and of ``n_residuals`` residuals from ``first`` on."""
+
+    program: Program
+    first: int
+    n_residuals: int
+
+
+class Later:
+    """A Part that is recorded when it is asked for: a backward that applies its own Function would recurse for ever."""
+
+    def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
+        self.make, self.first, self.n_residuals = make, first, n_residuals
+        self.made: Any = None
+
+    def part(self) -> Any:
+        """The Part, or the error that recording it raised."""
+        if self.made is None:
+            self.made, self.make = self.make(), None  # type: ignore[assignment]
+        return self.made
+
+
+class CustomDerivative:
+    """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a derivative of the user's.
+
+    ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as zeros) to a Part
+    ``(cotangents, residuals) -> gradients of the inputs``, or to the error that recording it raised; ``forward`` is a
+    Part ``(tangents, residuals) -> tangents`` or None. ``saved[k]`` is the output that residual k is, or None.
+    ``batching`` is the Function's own :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments
+    are its operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_inputs: int,
+        vals: tuple,
+        backward: tuple,
+        forward: Part | Later | None,
+        saved: tuple,
+        batching: Any,
+        narrow: tuple[tuple[bool, ...], tuple] | None = None,
+    ) -> None:
+        self.__name__, self.n_inputs, self.vals, self.n_outputs = name, n_inputs, vals, len(vals)
+        self.backward: dict[Any, Any] = dict(backward)
+        self.forward, self.saved, self.batching, self.narrow = forward, saved, batching, narrow
+
+    def __call__(self, *args: Tensor) -> tuple:
+        return args[self.n_inputs : self.n_inputs + self.n_outputs]
+
+    dissolved_with = "customs"
+
+    def inline(self, b: Builder, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
+        return list(args[self.n_inputs : self.n_inputs + self.n_outputs])
+
+    def parts(self, n: Node) -> tuple[list, list, list]:
+        i, o = self.n_inputs, self.n_inputs + self.n_outputs
+        return list(n.args[:i]), list(n.args[i:o]), list(n.args[o:])
+
+    def backward_for(self, wanted: Sequence[bool]) -> dict[Any, Any]:
+        """The backward for where these inputs need a gradient."""
+        if self.narrow is not None and all(m or not w for m, w in zip(self.narrow[0], wanted, strict=True)):
+            return dict(self.narrow[1])
+        return self.backward
+
+    def part(self, backward: dict[Any, Any], have: tuple[bool, ...]) -> Part:
+        part = backward.get(have, backward.get(None))
+        if part is None:
+            raise CaptureError(f"{self.__name__} has no backward")
+        part = part.part() if isinstance(part, Later) else part
+        if not isinstance(part, Part):
+            raise part
+        return part
+
+    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+        inputs, _, _ = self.parts(n)
+        _, _, residuals = self.parts(again)
+        residuals = [r if k is None else b.item(again, k) for r, k in zip(residuals, self.saved, strict=True)]
+        places = [i for i, v in enumerate(self.vals) if v.differentiable]
+        have = tuple(i in g for i in places)
+        backward = self.backward_for([x in active for x in inputs])
+        part = self.part(backward, have)
+        if have in backward:
+            cts = [g[i] for i in places if i in g]
+        else:
+            cts = [g[i] if i in g else number(b, 0, self.vals[i]) for i in places]
+        return inputs, spliced(b, part, cts, residuals)
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        inputs, _, residuals = self.parts(n)
+        residuals = [remap(r, env) if k is None else b.item(new, k) for r, k in zip(residuals, self.saved, strict=True)]
+        forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
+        if isinstance(forward, Part):
+            ts = [
+                tangents[x] if x in tangents else number(b, 0, x.meta["val"])
+                for x in inputs
+                if x.meta["val"].differentiable
+            ]
+            return spliced(b, forward, ts, residuals)
+        # the transpose of the backward, which is linear in the cotangents
+        diff = [v for v in self.vals if v.differentiable]
+        part = self.part(self.backward_for([x in tangents for x in inputs]), (True,) * len(diff))
+        dummies = [unknown(b, v) for v in diff]
+        grads = spliced(b, part, dummies, residuals)
+        pairs = [
+            (gr, tangents[x]) for gr, x in zip(grads, inputs, strict=True) if isinstance(gr, Node) and x in tangents
+        ]
+        back = iter(reverse(b, [p[0] for p in pairs], [p[1] for p in pairs], dummies))
+        return [next(back) if v.differentiable else None for v in self.vals]
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        b = walk.b
+        inputs, raw, residuals = self.parts(n)
+        if self.batching is not None:
+            operands = n.args[len(n.args) - len(self.batching.operands.places) :]
+            return self.batching(walk, operands, n.meta.get("line"))
+        new = [walk.expanded(a) for a in (*inputs, *raw)]
+        flags = [walk.has(r) for r in residuals]
+        rest = [remap(r, walk.env) for r in residuals]
+
+        def batched(part: Any) -> Any:
+            if isinstance(part, Later):
+                return Later(lambda: batched(part.part()), part.first, part.n_residuals)
+            if not isinstance(part, Part):
+                return part
+            program, here = part.program, slice(part.first, part.first + part.n_residuals)
+            given = program.placeholders[: len(program.placeholders) - part.n_residuals]
+            dims = [0] * len(given) + [0 if yes else None for yes in flags[here]]
+            sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *(r.meta["val"] for r in rest[here])]
+            outs = [0 if isinstance(o, Node) else None for o in program.outputs]
+            whole = Program(program.graph, len(dims), program.n_outputs, (), program.name)
+            return Part(vmap(whole, dims, sigs, walk.size, walk.randomness, outs), part.first, part.n_residuals)
+
+        d = self.batched(walk, tuple(x.meta["val"] for x in new[len(inputs) :]), batched)
+        return b.make("call_function", d, (*new, *rest), {}, d.vals), [True] * self.n_outputs
+
+    def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
+        """The same with each part ``batched``."""
+        each = lambda backward: tuple((have, batched(part)) for have, part in backward)
+        narrow = (self.narrow[0], each(self.narrow[1])) if self.narrow is not None else None
+        backward, forward = each(self.backward.items()), batched(self.forward)
+        return CustomDerivative(self.__name__, self.n_inputs, vals, backward, forward, self.saved, None, narrow)
+
+
+def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:
+    inputs = [*given, *residuals[part.first : part.first + part.n_residuals]]
+    return list(b.splice(part.program.graph, inputs, part.program.outputs))

@@ -1,0 +1,241 @@
+"""The ``vmap`` that a user wrote for an ``autograd.Function``: called on the real batch where there is one, otherwise
+recorded as the batching rule of the Function's node.
+
+On the real batch it may, as with torch.func, look at values, close over tensors and differentiate a graph from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx import Node
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_, tree_unflatten
+
+from ..debug import Line, at, user_line
+from ..errors import ArgumentError, CaptureError, RuleError
+from ..trace.functionalize import Functionalizer
+from ..trace.memory import version
+from ..trace.modes import Surroundings
+from ..trace.shapes.sig import make_sig
+from ..trace.traced import HOOKS, Traced, current, has_values, quiet, under_way
+from ..trace.tracer import Trace
+from ..transforms.walk import traced
+from .calls import Step, interned
+from .tree import Operands
+
+
+class Info(NamedTuple):
+    """What the ``vmap`` of a Function is told about the batch."""
+
+    batch_size: int
+    randomness: str
+
+
+def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, list]:
+    """What ``cls.vmap`` returns, flat: the leaves of its output, their tree, and a dim for each of them."""
+    name = cls.__name__
+    if cls.generate_vmap_rule:
+        raise RuleError(
+            f"{name} has a vmap staticmethod and generate_vmap_rule=True{at(user_line())}: there can be one rule only"
+        )
+    result = cls.vmap(info, dims, *args)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ArgumentError(f"{name}.vmap must return (output, out_dims), not {type(result).__name__}")
+    output, out_dims = result
+    leaves, spec = tree_flatten(output)
+    flat: list = []
+    try:
+        tree_map_(lambda d, below: flat.extend([d] * len(tree_leaves(below))), out_dims, output)
+    except ValueError:
+        raise ArgumentError(f"{name}.vmap: out_dims={out_dims!r} does not have the structure of its output") from None
+    for x, d in zip(leaves, flat, strict=True):
+        if isinstance(x, Tensor) and d is not None and not (d < x.dim() and x.shape[d] == info.batch_size):
+            raise ArgumentError(
+                f"{name}.vmap: its output of shape {list(x.shape)} does not have the {info.batch_size} samples at "
+                f"dimension {d}, as out_dims={out_dims!r} says"
+            )
+    return leaves, spec, flat
+
+
+# ----- on the real batch ----------------------------------------------------------------------------------------------
+
+
+def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
+    """The results of ``cls.vmap`` on the real batched tensors that the arguments stand for, as values of the recording.
+    NotImplemented where the recording is not of an outermost ``vmap`` over real tensors, or none is batched.
+    """
+    trace = current()
+    assert trace is not None
+    if not may_be_real(trace):
+        return NotImplemented
+    operands = Operands(args)
+    mine = [t for t in operands.tensors if t.__class__ is Traced]
+    if not mine or any(t.requires_grad for t in mine):
+        return NotImplemented
+    pairs = HOOKS["batch"](trace, mine)
+    if all(d is None for _, d in pairs):
+        return NotImplemented
+    batch = [(own(trace, x), d) for x, d in pairs]
+    before = [version(x) for x, _ in batch]
+    feed = iter(batch)
+    given = [next(feed) if t.__class__ is Traced else (t, None) for t in operands.tensors]
+    dims = operands.dims([d for _, d in given])
+    seen = [*trace.origins, *trace.lifted]
+    versions = list(map(version, seen))
+    with set_aside(trace):
+        info = Info(trace.samples.size, trace.samples.randomness)
+        leaves, spec, out_dims = call(cls, info, dims, operands.rebuilt([x for x, _ in given]))
+    if list(map(version, seen)) != versions:
+        raise CaptureError(
+            f"{cls.__name__}.vmap writes to a tensor that the function under vmap has been given, or has read"
+            f"{at(user_line())}: clone() it there first"
+        )
+    sample = next(t for t, (_, d) in zip(mine, batch, strict=True) if d is not None)
+    known: dict[int, Tensor] = {}
+    for t, (x, d), was in zip(mine, batch, before, strict=True):
+        if version(x) != was:
+            with torch.no_grad():
+                t.copy_(x if d is None else row(trace, x, 0, sample))
+            known[id(x)] = t
+
+    def value(x: Any, dim: int | None) -> Any:
+        if id(x) in known:
+            return known[id(x)]
+        return row(trace, x, dim, sample) if isinstance(x, Tensor) and dim is not None else x
+
+    return tree_unflatten([value(x, d) for x, d in zip(leaves, out_dims, strict=True)], spec)
+
+
+def may_be_real(trace: Trace) -> bool:
+    """Whether the recording is of an outermost ``vmap`` that runs at once, on tensors with values; and nothing was
+    drawn in it yet, which would be drawn again, nor written to a tensor from outside, where a rule would not see it.
+    """
+    return (
+        trace.samples is not None
+        and trace.may_ask_constants
+        and under_way.traces == [trace]
+        and forward_ad._current_level < 0
+        and all(t.__class__ is not Traced and plain(t) for t in (*trace.origins, *trace.lifted))
+        and not any(instr.facts.random for instr, *_ in trace.records)
+        and not (trace.mutates and any(root < 0 for root in trace.roots().written))
+    )
+
+
+def plain(t: Tensor) -> bool:
+    return has_values(t) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def own(trace: Trace, x: Tensor) -> Tensor:
+    """``x`` in memory of its own: a write to it must not be seen before the recording runs."""
+    memory = x.untyped_storage()._cdata
+    shared = any(memory == t.untyped_storage()._cdata for t in (*trace.origins, *trace.lifted))
+    with quiet():
+        return x.clone() if shared else x
+
+
+@contextmanager
+def set_aside(trace: Trace) -> Iterator[None]:
+    """Meanwhile nothing is recorded, and autograd, dispatch modes and saved-tensor hooks are as outside."""
+    modes: list = []
+    traces, under_way.traces = under_way.traces, []
+    hooks = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    try:
+        while trace not in modes:
+            modes.append(torch._C._pop_torch_dispatch_stack(None))
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_dispatch_stack(mode)
+        torch._C._autograd._saved_tensors_hooks_set_tracing(hooks)
+        under_way.traces = traces
+
+
+def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
+    """The part of the real batch ``x`` that belongs to the same sample as the batched value ``sample``."""
+    with quiet():
+        x = x.movedim(dim, 0)
+    sig = make_sig(tuple(x.shape[1:]), tuple(x.stride()[1:]), x.dtype, x.device)
+    return trace.record(interned(Row, (sig,)), [x, sample])[0]
+
+
+class Row(Step):
+    """``(batch, sample) -> the row of the batch that belongs to the sample``: batched, it is the whole batch."""
+
+    __name__, dissolved_with = "row", None
+
+    def inline(self, *_: Any) -> Any:
+        raise RuleError("a row of a batch does not run by itself: it is batched first")
+
+    __call__ = inline
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        self.bind(f, [f.b.node(self, (f.read(refs[0], grad), f.read(refs[1], False)), {}, self.outs[0])], grad)
+
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        return [given[0]], []
+
+    def pull(self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+        return [], []
+
+    def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        return [None]
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        return walk.env[n.args[0]], True
+
+
+# ----- as a batching rule ---------------------------------------------------------------------------------------------
+
+
+class OwnRule:
+    """``cls.vmap`` as the batching rule of a node, for the tensors among the operands of its call."""
+
+    def __init__(self, cls: Any, args: Sequence[Any]) -> None:
+        self.cls, self.operands, self.surroundings = cls, Operands(args).without_tensors(), Surroundings.now()
+
+    def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
+        dims = self.operands.dims([0 if walk.has(x) else None for x in inputs])
+        info = Info(walk.size, walk.randomness)
+
+        def body(*tensors: Tensor) -> Any:
+            copies = [
+                t.clone() for t in tensors
+            ]  # a Function may write to its argument: the recorded call does so, too
+            with self.surroundings.again():
+                leaves, _, out_dims = call(self.cls, info, dims, self.operands.rebuilt(copies))
+            outs = [(o, d) for o, d in zip(leaves, out_dims, strict=True) if isinstance(o, Tensor)]
+            check_closed_over([o for o, _ in outs])
+            return [o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape) for o, d in outs]
+
+        try:
+            outs = traced(body)(walk.b, *[walk.env[x] for x in inputs])
+        except (RuleError, CaptureError) as error:
+            if isinstance(error, Told) or self.cls.generate_vmap_rule:
+                raise
+            name = self.cls.__name__
+            raise Told(
+                f"{name}.vmap is recorded here, not called on the real batch, and cannot be{at(line)}: {error}. Pass "
+                f"what it needs as arguments of {name}.apply, or call vmap outside of other transforms and of compiled "
+                "functions, on tensors that do not require grad"
+            ) from error
+        return outs, [True] * len(outs)
+
+
+class Told(CaptureError):
+    """An error that says already which Function is meant."""
+
+
+def check_closed_over(outs: Sequence[Tensor]) -> None:
+    """Refuse tensors from outside: the graph has no place for them."""
+    trace = current()
+    assert trace is not None
+    for o in outs:
+        trace.ref_of(o)
+    for i, t in enumerate(trace.lifted):
+        if -1 - i not in trace.made_inside:
+            raise CaptureError(f"it closes over a tensor of shape {list(t.shape)}")

@@ -1,0 +1,125 @@
+"""``torch.autograd.grad`` and ``.backward()`` inside a recording."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from ..trace import outside
+from ..trace.shapes.sig import contiguous_stride, make_sig
+from ..trace.traced import Traced, current
+from ..trace.tracer import Trace
+from . import outside_graphs
+from .calls import GradStep, interned
+from .hooks import before_hooks
+
+
+def autograd_grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> Any:
+    """``torch.autograd.grad`` inside a recording: one recorded step."""
+    trace = current()
+    assert trace is not None
+    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    keys = list(inputs) if isinstance(inputs, dict) else None
+    ins = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if keys is not None else inputs)
+    if not any(isinstance(t, Traced) for t in (*outs, *ins)):
+        return outside_graphs.along(
+            outputs,
+            inputs,
+            grad_outputs,
+            retain_graph,
+            create_graph,
+            only_inputs,
+            allow_unused,
+            is_grads_batched,
+            materialize_grads,
+        )
+    gs = (
+        [None] * len(outs)
+        if grad_outputs is None
+        else [grad_outputs]
+        if isinstance(grad_outputs, Tensor)
+        else list(grad_outputs)
+    )
+    for o, g in zip(outs, gs, strict=True):
+        if g is None and (o.numel() != 1 or is_grads_batched):
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    size = gs[0].shape[0] if is_grads_batched else None  # type: ignore[union-attr]
+    refs = [trace.ref_of(o)[0] for o in outs]
+    ins = [before_hooks(x) if x.__class__ is Traced and x.tracer is trace else x for x in ins]
+    inside = functools.partial(gradients_inside, trace, outs, gs, create_graph, size)
+    grads = outside_graphs.gradients(trace, refs, ins, gs, inside, retain_graph, create_graph, is_grads_batched)
+    if any(g is None for g in grads) and not (allow_unused or materialize_grads):
+        raise CaptureError(
+            f"one of the differentiated tensors was not used to compute the outputs{at(debug.user_line())}; "
+            "allow_unused=True returns None for it"
+        )
+    if materialize_grads:
+        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, ins, strict=True)]
+    return dict(zip(keys, grads, strict=True)) if keys is not None else tuple(grads)
+
+
+def gradients_inside(
+    trace: Trace, outs: Sequence, gs: Sequence, create_graph: bool, size: int | None, ins: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients in ``ins``, as far as the recording goes: None for those that do not lead to ``outs`` here."""
+    refs = [trace.ref_of(o)[0] for o in outs]
+    used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
+    wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
+    if not wanted:
+        return [None] * len(ins)
+    for x in wanted:
+        outside.check_hooks(trace, x, at(debug.user_line()))
+    sigs = [trace.ref_of(x)[1].start for x in wanted]
+    if size is not None:
+        sigs = [make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs]
+    step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph), size)
+    found = iter(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
+    return [next(found) if yes else None for yes in used]
+
+
+def autograd_backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    """``.backward()`` inside a recording: gradients of the leaves that were made inside."""
+    trace = current()
+    assert trace is not None
+    outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    gs = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
+    refs = [trace.ref_of(o)[0] for o in outs]
+    if inputs is None:
+        found, leaves = trace.autograd.leaves_of(refs)
+    else:
+        leaves = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        found = [ref for ref, _ in map(trace.ref_of, leaves) if ref < len(trace.inputs)]
+    if found:
+        raise CaptureError(
+            "`.backward()` inside a captured function would write the .grad of a tensor from outside"
+            f"{at(debug.user_line())}; return the gradient instead, by torch.autograd.grad(...) or grad(f), or call "
+            ".backward() on the result"
+        )
+    if not leaves:
+        raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+    for x, g in zip(leaves, autograd_grad(outs, leaves, gs, create_graph=create_graph), strict=True):
+        x.grad = g if x.grad is None else x.grad + g

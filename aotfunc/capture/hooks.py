@@ -1,0 +1,84 @@
+"""Hooks of tensors inside a recording: values whose cotangents pass through functions of the user's."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import module_tracker
+from torch.utils.hooks import RemovableHandle
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from ..trace import outside
+from ..trace.records import instr_op, written_slots
+from ..trace.traced import Traced
+from .autograd_function import Context, call_function
+
+
+def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
+    """Hooks of several tensors are refused; those of FlopCounterMode, which follow modules backward, do nothing."""
+    if sys._getframe(2).f_code.co_filename == module_tracker.__file__:
+        return RemovableHandle(OrderedDict())
+    raise CaptureError(f"hooks of several tensors inside a captured function are not supported{at(debug.user_line())}")
+
+
+def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
+    """Whether a step has a derivative with respect to ``ref`` as it was before: not the value that it writes there."""
+    return instr_op(instr) is not torch.ops.aten.detach.default and all(refs[s] != ref for s in written_slots(instr))
+
+
+def register_hook(t: Traced, hook: Callable) -> Any:
+    """A tensor hook: from here on ``t`` is a value whose cotangent passes through the hook. Refused where that is not
+    what a hook of autograd's sees: what ``t`` was used for before, or an input's gradient after a write.
+    """
+    trace = t.tracer
+    own = trace.root(t.ref)
+    if any(t.ref in refs and grad and reads(instr, refs, t.ref) for instr, refs, grad, *_ in trace.records):
+        raise CaptureError(f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once")
+    if own < len(trace.inputs) and own in trace.roots().written:
+        raise CaptureError(
+            f"a hook of an argument that was written to{at(debug.user_line())}: register it first, outside"
+        )
+
+    why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written or both are returned; "
+    why += "register the hook on a clone()"
+
+    before = next((s for s in trace.stand_ins if s.hooks and s.new == t.ref), None)
+    hooks = (hook,) if before is None else (*before.hooks, hook)
+    source = trace.alias(t)
+    value = old = source.ref = t.ref if before is None else before.old
+
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        for each in hooks:  # in this order
+            changed = each(g)
+            g = g if changed is None else changed
+        return g
+
+    if t.is_leaf and t.ref not in trace.autograd.leaves:  # a view made under no_grad, which no gradient reaches
+        return _Handle()
+    with torch.enable_grad():
+        t.ref = call_function("hook", [source], lambda ctx: source.view_as(source), Context(), backward).ref
+    trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, hooks))
+    if own < len(trace.inputs):
+        trace.hooked.add(t.ref)
+    return _Handle()
+
+
+def before_hooks(t: Traced) -> Traced:
+    """The value that a tensor was before hooks were registered on it: its gradient has passed them."""
+    hooked = {s.new: s.old for s in t.tracer.stand_ins if s.hooks}
+    twin = t.tracer.alias(t)
+    while twin.ref in hooked:
+        twin.ref = hooked[twin.ref]
+    return t if twin.ref == t.ref else twin
+
+
+class _Handle:
+    def remove(self) -> None:
+        raise CaptureError(f"a tensor hook cannot be removed inside a captured function{at(debug.user_line())}")

@@ -1,0 +1,214 @@
+"""Full backward hooks and pre-hooks of modules inside a recording.
+
+As in eager, an identity in front of the module and one behind it call the hooks when the reverse walk passes. The hooks
+are recorded as programs of the gradients; those of the module's outputs, which a hook is given together with those of
+its inputs, go from the identity behind to the one in front by a :class:`Link`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils.hooks import BackwardHook
+
+from ..trace.emit import Builder
+from ..trace.patches import ORIGINALS, Attribute, recorded
+from ..trace.tracer import Trace
+from ..transforms.vjp import dense
+from ..transforms.walk import number
+from .autograd_function import BEGIN, End, patterns, recorded_rule
+from .custom_derivative import CustomDerivative, Part, spliced
+
+
+class Link:
+    """Between the two identities around one call of a module."""
+
+    def __init__(self) -> None:
+        #: per reverse walk: the hooks' program for the gradients that are there, these gradients, what it closes over
+        self.given: WeakKeyDictionary[Builder, tuple[Any, list, list]] = WeakKeyDictionary()
+        self._batched: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
+
+    def batched(self, walk: Any) -> Link:
+        return self._batched.setdefault(walk, Link())
+
+
+class Identity(CustomDerivative):
+    """``(values, values, closed-over tensors) -> values``; hooks do not act on tangents."""
+
+    def __init__(self, name: str, vals: tuple, backward: tuple, link: Link) -> None:
+        super().__init__(name, len(vals), vals, backward, None, (), None)
+        self.link = link
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        return [tangents.get(x) for x in self.parts(n)[0]]
+
+
+class Front(Identity):
+    """In front of a module: hooks may replace the gradients of its inputs."""
+
+    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+        inputs = self.parts(n)[0]
+        if (found := self.link.given.pop(b, None)) is None:  # a path to the input that does not pass the output
+            return inputs, [g.get(i) for i in range(self.n_outputs)]
+        part, cotangents, residuals = found
+        if not isinstance(part, Part):
+            raise part
+        mine = [g[i] if i in g else number(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable]
+        return inputs, spliced(b, part, [*mine, *cotangents], residuals)
+
+    def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
+        return Front(self.__name__, vals, (), self.link.batched(walk))
+
+
+class Behind(Identity):
+    """Behind a module: pre-hooks may replace the gradients of its outputs. ``hooks`` are the programs for the front."""
+
+    def __init__(self, name: str, vals: tuple, backward: tuple, link: Link, hooks: dict, saved: int) -> None:
+        super().__init__(name, vals, backward, link)
+        self.hooks, self.saved = hooks, (None,) * saved
+
+    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+        inputs, cotangents = super().pull(b, n, g, active, again)
+        have = tuple(i in g for i, v in enumerate(self.vals) if v.differentiable)
+        if self.hooks:
+            part = self.hooks[have if have in self.hooks else None]
+            self.link.given[b] = part, [c for c in cotangents if c is not None], self.parts(again)[2]
+        return inputs, cotangents
+
+    def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
+        backward = tuple((have, batched(part)) for have, part in self.backward.items())
+        hooks = {have: batched(part) for have, part in self.hooks.items()}
+        return Behind(self.__name__, vals, backward, self.link.batched(walk), hooks, len(self.saved))
+
+
+def setup_input_hook(hook: Any, args: tuple) -> tuple:
+    trace = recorded()
+    if trace is None:
+        return ORIGINALS["setup_input_hook"](hook, args)
+    hook.n_inputs, hook.input_tensors_index, hook.link = len(args), None, Link()
+    if not tracked(args):
+        return args
+    hook.input_tensors_index, vals = tensors_among(trace, args)
+    front = Front(f"{type(hook.module).__name__}_input", vals, (), hook.link)
+    hook.input_vals = vals
+    return identity(trace, args, hook.input_tensors_index, front)
+
+
+def setup_output_hook(hook: Any, args: Any) -> Any:
+    trace = recorded()
+    if trace is None:
+        return ORIGINALS["setup_output_hook"](hook, args)
+    outs = args if isinstance(args, tuple) else (args,)
+    if not tracked(outs):
+        return args
+    places, vals = tensors_among(trace, outs)
+    name = type(hook.module).__name__
+    residuals: list[Tensor] = []
+
+    def part(rule: Callable, sigs: Sequence[Any]) -> Any:
+        made = recorded_rule(f"a hook of {name}", rule, sigs, hook)
+        if isinstance(made, Exception):
+            return made
+        program, lifted = made
+        residuals.extend(lifted)
+        return Part(program, len(residuals) - len(lifted), len(lifted))
+
+    backwards, hooks = [], {}
+    floats = [v.differentiable for v in vals]
+    for have in patterns(sum(floats), materialize=False):
+        present = iter(have or (True,) * sum(floats))
+        here = [i for i, yes in zip(places, floats, strict=True) if yes and next(present)]
+        sigs = [dense(v) for i, v in zip(places, vals, strict=True) if i in here]
+        before = part(lambda *gs, here=here: pre_hooked(hook, packed(len(outs), here, gs), places), sigs)
+        backwards.append((have, before))
+        if hook.input_tensors_index is None or not isinstance(before, Part):
+            continue
+        given = before.program.outputs
+        there = [i for i, o in zip(places, given, strict=True) if o is not None]
+        mine = [i for i, v in zip(hook.input_tensors_index, hook.input_vals, strict=True) if v.differentiable]
+        sigs = [dense(v) for v in hook.input_vals if v.differentiable]
+
+        def after(*gs: Tensor, mine: list = mine, there: list = there) -> list:
+            inner, outer = gs[: len(mine)], gs[len(mine) :]
+            return hooked(hook, packed(hook.n_inputs, mine, inner), packed(len(outs), there, outer))
+
+        hooks[have] = part(after, [*sigs, *(o.meta["val"] for o in given if o is not None)])
+    behind = Behind(f"{name}_output", vals, tuple(backwards), hook.link, hooks, len(residuals))
+    outs = identity(trace, outs, places, behind, residuals)
+    return outs if isinstance(args, tuple) else outs[0]
+
+
+def tracked(values: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+
+
+def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple]:
+    """The places and signatures of the tensors among these."""
+    places = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
+    return places, tuple(trace.ref_of(values[i])[1] for i in places)
+
+
+def identity(trace: Trace, values: tuple, places: list[int], target: Identity, residuals: Sequence[Tensor] = ()) -> Any:
+    """Record the identity of the values at ``places``."""
+    tensors = [values[i] for i in places]
+    trace.record(BEGIN, tensors)
+    results = trace.record(End(target), [*tensors, *residuals, *tensors])
+    new = dict(zip(places, results, strict=True))
+    found = [new.get(i, x) for i, x in enumerate(values)]
+    return tuple(found) if type(values) is tuple else type(values)(*found)
+
+
+# ----- what eager does when the gradients are there -------------------------------------------------------------------
+
+
+def packed(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:
+    given = dict(zip(places, values, strict=True))
+    return tuple(given.get(i) for i in range(size))
+
+
+def pre_hooked(hook: Any, gradients: tuple, places: Sequence[int]) -> list:
+    """The gradients of a module's outputs after its pre-hooks; its hooks are called too if no input has a gradient."""
+    for f in hook.user_pre_hooks:
+        gradients = replaced("pre hook", "grad_output", f(hook.module, gradients), gradients)
+    if hook.input_tensors_index is None:
+        if hook.user_hooks:
+            warnings.warn(
+                "a full backward hook is called with the gradients of a module's outputs alone, since no input "
+                "requires grad",
+                stacklevel=2,
+            )
+        for f in hook.user_hooks:
+            changed = f(hook.module, (None,) * hook.n_inputs, gradients)
+            if changed is not None and any(x is not None for x in changed):
+                raise RuntimeError(
+                    "Backward hook for Modules where no input requires gradient should always return None or None for "
+                    "all gradients."
+                )
+    return [gradients[i] for i in places]
+
+
+def hooked(hook: Any, gradients: tuple, outer: tuple) -> list:
+    """The gradients of a module's inputs after its hooks."""
+    for f in hook.user_hooks:
+        gradients = replaced("hook", "grad_input", f(hook.module, gradients, outer), gradients)
+    return [gradients[i] for i in hook.input_tensors_index]
+
+
+def replaced(kind: str, what: str, new: Any, old: tuple) -> Any:
+    if new is None:
+        return old
+    if len(new) != len(old):
+        raise RuntimeError(
+            f"Backward {kind} returned an invalid number of {what}, got {len(new)}, but expected {len(old)}"
+        )
+    return new
+
+
+#: what ``nn.Module`` calls where there are such hooks
+PATCHES = tuple(Attribute(f.__name__, BackwardHook, f.__name__, f) for f in (setup_input_hook, setup_output_hook))

@@ -1,0 +1,211 @@
+"""What the first capture changes in torch, in one table, and how that is taken back."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.utils._pytree import tree_leaves
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from ..trace import outside
+from ..trace.patches import ORIGINALS, Attribute, Code, recorded
+from ..trace.traced import HOOKS, under_way
+from ..transforms.rules.ctc import recordable
+from ..transforms.rules.packed import padded
+from . import module_hooks
+from .checkpoints import applied, checkpoint_region
+from .constants import deepcopy_of_a_constant, numpy_of_a_constant, tolist_of_a_constant, unpickled
+from .generators import get_rng_state, manual_seed, random_seed, set_rng_state
+from .gradients import autograd_backward, autograd_grad
+from .hooks import register_hook, register_multi_grad_hook
+
+
+class Undisturbed:
+    """A function ``f`` that PyTorch keeps Dynamo out of, which must not import Dynamo sooner than other code does."""
+
+    def __init__(self, f: Any) -> None:
+        self.f, self.body = f, f.__wrapped__
+
+    def install(self) -> None:
+        setattr(self.body, "__dynamo_disable", self.call)
+
+    def undo(self) -> None:
+        if getattr(self.body, "__dynamo_disable", None) == self.call:
+            delattr(self.body, "__dynamo_disable")  # PyTorch keeps there what it calls for ``f``, and makes its own
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return self.body(*args, **kwargs)
+        self.undo()
+        return self.f(*args, **kwargs)
+
+
+def enter_saved_tensors_hooks(self: Any) -> None:
+    """Hooks that change what a derivative reads are refused, as a graph saves other tensors than autograd does. Where
+    a tensor is kept meanwhile makes no difference to it.
+    """
+    if recorded() is not None and not isinstance(self, torch.autograd.graph.save_on_cpu):
+        raise CaptureError(
+            f"saved_tensors_hooks inside a captured function are not supported{at(debug.user_line())}: enter them "
+            "around it (save_on_cpu may be inside)"
+        )
+    return ORIGINALS["saved_hooks"](self)
+
+
+def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
+    """What a custom op asks before it calls its registered backward as an ``autograd.Function``."""
+    if recorded() is None:
+        return ORIGINALS["any_requires_grad"](*args, **kwargs)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+
+
+class _ApplyTemplate:
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        __class__  # type: ignore[name-defined] # noqa: B018 - the original has this one free variable
+        if _aotfunc_recording() is None:  # type: ignore[name-defined] # noqa: F821
+            return _torch_apply(cls, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
+        return _aotfunc_apply(cls, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
+
+
+def _grad_template(  # type: ignore[no-untyped-def]
+    outputs,
+    inputs,
+    grad_outputs=None,
+    retain_graph=None,
+    create_graph=False,
+    only_inputs=True,
+    allow_unused=None,
+    is_grads_batched=False,
+    materialize_grads=False,
+):
+    f = _torch_grad if _aotfunc_recording() is None else _aotfunc_grad  # type: ignore[name-defined] # noqa: F821
+    return f(
+        outputs,
+        inputs,
+        grad_outputs,
+        retain_graph,
+        create_graph,
+        only_inputs,
+        allow_unused,
+        is_grads_batched,
+        materialize_grads,
+    )
+
+
+def _backward_template(  # type: ignore[no-untyped-def]
+    tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None
+):
+    f = _torch_backward if _aotfunc_recording() is None else _aotfunc_backward  # type: ignore[name-defined] # noqa: F821
+    return f(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+
+
+def _multi_hook_template(tensors, fn, *, mode="all"):  # type: ignore[no-untyped-def]
+    f = _torch_multi_hook if _aotfunc_recording() is None else _aotfunc_multi_hook  # type: ignore[name-defined] # noqa: F821
+    return f(tensors, fn, mode=mode)
+
+
+def _seed_template(seed):  # type: ignore[no-untyped-def]
+    f = _torch_seed if _aotfunc_recording() is None else _aotfunc_seed  # type: ignore[name-defined] # noqa: F821
+    return f(seed)
+
+
+def _set_state_template(new_state):  # type: ignore[no-untyped-def]
+    f = _torch_set_state if _aotfunc_recording() is None else _aotfunc_set_state  # type: ignore[name-defined] # noqa: F821
+    return f(new_state)
+
+
+def _fastpath_template() -> bool:
+    """nn's fused layers have no derivative. (What torch looks up is spelled out: Dynamo looks into this function.)"""
+    return _is_fastpath_enabled and _aotfunc_recording() is None  # type: ignore[name-defined] # noqa: F821
+
+
+def _random_seed_template():  # type: ignore[no-untyped-def]
+    f = _torch_random_seed if _aotfunc_recording() is None else _aotfunc_random_seed  # type: ignore[name-defined] # noqa: F821
+    return f()
+
+
+def _get_state_template():  # type: ignore[no-untyped-def]
+    f = _torch_get_state if _aotfunc_recording() is None else _aotfunc_get_state  # type: ignore[name-defined] # noqa: F821
+    return f()
+
+
+def _ctc_loss_template(  # type: ignore[no-untyped-def]
+    log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
+):
+    f = _torch_ctc_loss if _aotfunc_recording() is None else _aotfunc_ctc_loss  # type: ignore[name-defined] # noqa: F821
+    return f(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)
+
+
+def ctc_loss(*args: Any) -> Tensor:
+    """The loss in a form that a recording can take."""
+    return recordable(ORIGINALS["ctc_loss"], *args)
+
+
+def pad_packed(data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int) -> tuple[Tensor, Tensor]:
+    """``torch.nn.utils.rnn.pad_packed_sequence``, likewise."""
+    pad = ORIGINALS["pad_packed"] if recorded() is None else padded
+    return pad(data, sizes, batch_first, value, length)
+
+
+graph = torch.autograd.graph
+
+#: everything that the first capture exchanges, for the whole process
+PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
+    Code("apply", Function.apply.__func__, applied, _ApplyTemplate.__dict__["apply"].__func__),  # type: ignore[attr-defined]
+    Code("grad", torch.autograd.grad, autograd_grad, _grad_template),
+    Code("backward", torch.autograd.backward, autograd_backward, _backward_template),
+    Code("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template),
+    Code("seed", torch.random.manual_seed, manual_seed, _seed_template),
+    Code("random_seed", torch.random.seed, random_seed, _random_seed_template),
+    Code("get_state", torch.random.get_rng_state, get_rng_state, _get_state_template),
+    Code("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template),
+    Code("fastpath", torch.backends.mha.get_fastpath_enabled, None, _fastpath_template),
+    Code("multi_hook", graph.register_multi_grad_hook, register_multi_grad_hook, _multi_hook_template),
+    Attribute("checkpoint", torch_checkpoint, "_checkpoint_without_reentrant_generator", checkpoint_region),
+    Undisturbed(torch_checkpoint.checkpoint),
+    Attribute("numpy", Tensor, "numpy", numpy_of_a_constant),
+    Attribute("tolist", Tensor, "tolist", tolist_of_a_constant),
+    Attribute("deepcopy", Tensor, "__deepcopy__", deepcopy_of_a_constant),
+    Attribute("rebuild", torch._utils, "_rebuild_tensor", unpickled),
+    Attribute("any_requires_grad", torch._C, "_any_requires_grad", any_requires_grad),
+    Attribute("pad_packed", torch._VF, "_pad_packed_sequence", pad_packed),
+    Attribute("saved_hooks", graph.saved_tensors_hooks, "__enter__", enter_saved_tensors_hooks),
+    *outside.PATCHES,
+    *module_hooks.PATCHES,
+)
+_installed = False
+
+
+def install() -> None:
+    """Exchange all that, unless it is; each step may be done again by another thread."""
+    global _installed
+    if not _installed:
+        torch.overrides.get_default_nowrap_functions()  # it knows getters of Tensor as torch has them, and keeps them
+        HOOKS.update(register_hook=register_hook, give_memory=outside.give_memory, check_grad=outside.check_grad)
+        for patch in PATCHES:
+            patch.install()
+        _installed = True
+
+
+def restore_torch() -> None:
+    """Put back everything in torch that the first capture has exchanged; the next capture exchanges it again.
+
+    Raises CaptureError inside a captured function. No other thread may be in one.
+
+    >>> restore_torch()
+    """
+    global _installed
+    if under_way.traces:
+        raise CaptureError("restore_torch() inside a captured function: call it outside")
+    if _installed:
+        _installed = False
+        for patch in reversed(PATCHES):
+            patch.undo()

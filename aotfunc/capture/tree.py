@@ -1,0 +1,207 @@
+"""Pytrees in and out of a capture: arguments to leaves, leaves to arguments."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from ..trace.traced import plain
+from .instances import Opened, flatten_tree, is_data, is_whole, names_of
+
+
+class Arguments:
+    """The arguments of one call of ``f``, flat. ``leaves`` in order; ``spans[i]`` are the leaf positions of positional
+    argument i.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], f: Callable | None = None) -> None:
+        self.f = f
+        self.leaves: list[Any] = []
+        self.specs: list[TreeSpec | None] = []
+        self.spans: list[range] = []
+        for a in args:
+            start = len(self.leaves)
+            if issubclass(type(a), Tensor):  # isinstance asks the object
+                self.leaves.append(a)
+                self.specs.append(None)
+            else:
+                flat, spec = flatten_tree(a)
+                self.leaves += flat
+                self.specs.append(spec)
+            self.spans.append(range(start, len(self.leaves)))
+        self.kw_spec: TreeSpec | None = None
+        if kwargs:
+            flat, self.kw_spec = flatten_tree(kwargs)
+            self.leaves += flat
+        self.leaves = list(map(plain, self.leaves))
+
+    def with_leaves(self, leaves: list[Any]) -> Arguments:
+        """The same trees of other leaves."""
+        other = copy.copy(self)
+        other.leaves = leaves
+        return other
+
+    def rebuilt(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments with these leaves instead."""
+        args = [
+            leaves[span.start] if spec is None else tree_unflatten(leaves[span.start : span.stop], spec)
+            for span, spec in zip(self.spans, self.specs, strict=True)
+        ]
+        if self.kw_spec is None:
+            return args, {}
+        start = self.spans[-1].stop if self.spans else 0
+        return args, tree_unflatten(list(leaves[start:]), self.kw_spec)
+
+    def said(self, k: int) -> str:
+        """What an error calls leaf ``k``: ``batch['x'] (argument 1)``."""
+        for i, (span, spec) in enumerate(zip(self.spans, self.specs, strict=True)):
+            if k in span:
+                path = leaf_paths(spec)[k - span.start] if spec is not None else ""
+                name = parameter(self.f, i)
+                return f"argument {i}{path}" if name is None else f"{name}{path} (argument {i})"
+        start = self.spans[-1].stop if self.spans else 0
+        return leaf_paths(self.kw_spec)[k - start].replace("['", "", 1).replace("']", "", 1)  # type: ignore[arg-type]
+
+    @property
+    def key(self) -> tuple:
+        """The trees, for a cache key."""
+        return (tuple(self.specs), self.kw_spec)
+
+
+def in_order_of(template: Any, tree: Any) -> Any:
+    """``tree`` with the keys of its dictionaries in the order that they have in ``template``."""
+    if is_data(tree) or is_whole(tree):
+        return tree
+    if isinstance(tree, dict) and isinstance(template, dict) and tree.keys() == template.keys():
+        new = copy.copy(tree)
+        new.clear()
+        new.update({k: in_order_of(template[k], tree[k]) for k in template})
+        return new
+    if isinstance(tree, tuple | list) and isinstance(template, tuple | list) and len(tree) == len(template):
+        parts = [*map(in_order_of, template, tree)]
+        if type(tree) in (tuple, list):
+            return type(tree)(parts)
+        return tree._make(parts) if hasattr(tree, "_make") else tree
+    return tree
+
+
+class Operands:
+    """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's: ``plain`` are the leaves
+    with None where a tensor goes, ``places`` say where. Equal if they differ in the tensors only.
+    """
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        leaves, self.spec = tree_flatten(tuple(args))
+        self.places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
+        self.tensors = [leaves[i] for i in self.places]
+        self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+
+    def without_tensors(self) -> Operands:
+        """What may be kept without keeping tensors alive."""
+        other = copy.copy(self)
+        other.tensors = []
+        return other
+
+    def rebuilt(self, values: Sequence[Any]) -> tuple:
+        """The arguments with ``values`` for the tensors."""
+        leaves = list(self.plain)
+        for i, x in zip(self.places, values, strict=True):
+            leaves[i] = x
+        return tree_unflatten(leaves, self.spec)
+
+    def dims(self, values: Sequence[int | None]) -> tuple:
+        """The same trees of dimensions: ``values`` for the tensors, None for all else."""
+        leaves: list[int | None] = [None] * len(self.plain)
+        for i, d in zip(self.places, values, strict=True):
+            leaves[i] = d
+        return tree_unflatten(leaves, self.spec)
+
+    @property
+    def key(self) -> tuple:
+        kinds = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in self.plain)  # 1, 1.0, True are equal
+        return (self.spec, self.places, self.plain, kinds)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Operands) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
+    """Leaves and spec; the spec of a bare tensor is None."""
+    if isinstance(tree, Tensor):
+        return [tree], None
+    if tree.__class__ is list and all([isinstance(x, Tensor) for x in tree]):  # as transforms return them
+        return list(tree), spec_of_list(len(tree))
+    return flatten_tree(tree)
+
+
+@cache
+def spec_of_list(count: int) -> TreeSpec:
+    return flatten_tree([None] * count)[1]
+
+
+def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:
+    return leaves[0] if spec is None else tree_unflatten(list(leaves), spec)
+
+
+def parameter(f: Callable | None, i: int) -> str | None:
+    """The name of the parameter that positional argument ``i`` is for; ``args[1]`` of a variadic one."""
+    try:
+        parameters = list(inspect.signature(f).parameters.values()) if f is not None else []
+    except (TypeError, ValueError):
+        return None
+    for j, p in enumerate(parameters):
+        if p.kind is p.VAR_POSITIONAL:
+            return f"{p.name}[{i - j}]"
+        if j == i:
+            return p.name
+    return None
+
+
+def leaf_paths(spec: TreeSpec) -> list[str]:
+    """``['key']``, ``[0]`` or ``.field`` for each leaf of a tree, joined along the path."""
+    if spec.is_leaf():
+        return [""]
+    paths = []
+    for name, child in zip(child_names(spec), spec.children(), strict=True):
+        step = f".{name}" if spec.type is Opened else f"[{name!r}]"
+        paths += [step + rest for rest in leaf_paths(child)]
+    return paths
+
+
+def leaf_labels(spec: TreeSpec) -> list[str]:
+    """``_key`` or ``_0`` for each leaf of a tree, joined along the path."""
+    if spec.is_leaf():
+        return [""]
+    children = zip(child_names(spec), spec.children(), strict=True)
+    return [f"_{name}{rest}" for name, child in children for rest in leaf_labels(child)]
+
+
+def child_names(spec: TreeSpec) -> list[Any]:
+    """Keys, attributes or numbers of what a tree holds."""
+    names = names_of(spec.context) if spec.type is Opened else spec.context
+    names = names if isinstance(names, list) else []
+    return [*names[: spec.num_children], *range(len(names), spec.num_children)]
+
+
+def structure(tree: Any) -> str:
+    """A tree as an error shows it: tensors by dtype and shape, other leaves by type."""
+
+    class Shown:
+        def __init__(self, x: Any) -> None:
+            self.x = x
+
+        def __repr__(self) -> str:
+            if isinstance(self.x, Tensor):
+                return f"{str(self.x.dtype).removeprefix('torch.')}{list(self.x.shape)}"
+            return type(self.x).__name__
+
+    return repr(tree_map(Shown, tree))

@@ -1,0 +1,229 @@
+"""Which results of a function are views, and of what; they are made outside the compiled graph.
+
+A view that leaves a compiled graph would be a mere piece of memory. Made by the view's own ops from the input, or from
+the result it is a view of, it is one for autograd too: later writes are seen through all of its aliases, as in eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..backends.eager import compile_graph
+from ..capture.captured import Recording
+from ..debug import at
+from ..errors import CaptureError
+from ..graph import Program
+from ..trace.aliases import Shown
+from ..trace.emit import Builder, paused_gc
+from ..trace.functionalize import functional_twin, hidden_write
+from ..trace.shapes.sig import Facts, Sig
+from ..trace.traced import current
+from ..trace.tracer import SHAPE_OF_GRADIENT
+from ..transforms.fresh import fresh, viewed
+
+aten = torch.ops.aten
+
+
+def without_views(rec: Recording, quiet: bool = False) -> tuple[Program, Callable[..., tuple] | None]:
+    """``(program, views)``: the program of what the recording was computed for, one result for each piece of memory
+    that a returned tensor shows, and ``views(*inputs, *its results)``, run after written inputs have been updated, for
+    the tensors that were returned (None where these are the program's results).
+
+    Results share memory with an input and with one another where the recording says so, and nowhere else. ``quiet``:
+    captured with gradients off, so that no view needs to be detached.
+    """
+    steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
+    if any(s.apart and rec.seen[s.ref] is not s for s in steps):
+        raise CaptureError("a detached tensor was written with what requires grad, and its shape changed in place")
+    owned = memory_of(rec)
+    base = rec.program(memory=owned)
+    return base.once(("views", tuple(rec.trace.finals), quiet), lambda: separated(rec, fresh(base, ()), owned, quiet))
+
+
+def memory_of(rec: Recording) -> tuple[tuple[int, bool], ...]:
+    """What the program computes for the tensors that are returned, as :meth:`Recording.program` takes it."""
+    steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
+    count = len(rec.trace.inputs)
+    return tuple(dict.fromkeys((s.ref, not s.apart) for s in steps if s.apart or (s.of is None and s.ref >= count)))
+
+
+def separated(rec: Recording, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool) -> tuple[Program, Any]:
+    """The program, which computes the memory of the values ``owned``, and the views."""
+    count, returned = len(rec.trace.inputs), [rec.seen.get(r) or Shown(r) for r in rec.refs]
+    if rec.refs == tuple(r for r, _ in owned) and not any(s.of for s in returned):
+        return program, None
+    itself = {ref: i for i, ref in enumerate(rec.trace.finals)}  # an argument stays the tensor that it was
+    with paused_gc():
+        b = Builder(None, merge=False)
+        inputs = b.inputs(program.placeholders)
+        made: dict[Any, Node] = {}
+        for r, o in zip(owned, program.outputs, strict=False):
+            made[r] = b.placeholder(o.name, o.meta["val"])
+
+        def memory(ref: int) -> Node:
+            return made[ref, True] if ref >= count else inputs[ref if ref >= 0 else count - ref - 1]
+
+        def node(s: Shown) -> Node:
+            x = memory(s.root)
+            for step in s.path[1:]:
+                if step not in made and step.passed:
+                    made[step] = b.make("call_function", passed, (x, made[step.ref, False]), {}, step.call[3])
+                elif step not in made:
+                    made[step] = through(b, x, step, quiet, made)  # type: ignore[index]
+                    if step.apart:  # the same memory, the values that it has, and their derivative
+                        x, new = made[step], made[step.ref, False]
+                        made[step] = b.make("call_function", aten.copy_.default, (x, new), {}, x.meta["val"])
+                x = made[step]  # type: ignore[index]
+            return x
+
+        results = [inputs[itself[r]] if itself.get(r) == s.root else node(s) for r, s in zip(rec.refs, returned)]
+        return program, compile_graph(b.finish(results))
+
+
+def view_of(rec: Recording, ref: int) -> Program:
+    """What leads from the memory that a value was made with to the value, as a program."""
+    start, *path = rec.seen[ref].path
+    sig = rec.trace.signatures()[start.ref if start.ref >= 0 else len(rec.trace.inputs) - start.ref - 1]
+    with paused_gc():
+        b = Builder(None, merge=False)
+        x, made = b.placeholder("memory", sig), dict[Any, Node]()
+        for step in path:
+            x = through(b, x, step, True, made)
+        return Program(b.finish([x]), 1, 1, (), "view")
+
+
+def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
+    """The view of ``x`` that a step of a path is."""
+    op, args, kwargs, val = step.call
+    if Facts(op).reshapes:
+        op = functional_twin(op, None)
+    sig: Sig = val if step.index is None else val[step.index]
+    if op in (aten.as_strided.default, aten.resize.default):
+        op, args, kwargs = aten.as_strided.default, (x, list(sig.shape), list(sig.stride), sig.offset), {}
+    call = (x, id(step.call))  # results of one call are made together
+    if call not in made:
+        unseen = step.cut and not quiet and not Facts(step.call[0]).reshapes
+        target, given = (cut, (op, x, *args[1:])) if unseen else (op, (x, *args[1:]))
+        made[call] = b.make("call_function", target, given, dict(kwargs), val)
+    return made[call] if step.index is None else b.item(made[call], step.index)
+
+
+def cut(op: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A view made under no_grad: it has no derivative, and requires grad if what it is a view of does."""
+    with torch.no_grad():
+        return op(*args, **kwargs)
+
+
+class Passed(torch.autograd.Function):
+    """What a Function was given and returns: the memory of one tensor, with the derivative of another."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Tensor, new: Tensor) -> Tensor:  # type: ignore[override]
+        return memory
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        return None, g
+
+
+def passed(memory: Tensor, new: Tensor) -> Tensor:
+    return Passed.apply(memory, new)
+
+
+class Changes:
+    """What ``f`` changed of its arguments besides their values: whether they require grad, before anything reads them,
+    and retain it; their shape and history in place (``x.t_()``, ``x.detach_()``), of which nothing but the argument
+    itself depends.
+    """
+
+    def __init__(self, rec: Recording) -> None:
+        trace = rec.trace
+        self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
+        self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
+        self.ops: list[tuple[int, list[tuple]]] = []  # (position, [(op, other arguments, keywords, under no_grad)])
+        if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
+            return
+        for i, ref in enumerate(trace.finals):
+            last = rec.seen.get(ref)
+            if last is not None and last.of is not None and last.root == i:
+                if any(step.apart for step in last.path):
+                    raise CaptureError(
+                        f"{rec.names()[i]} is detached in place and then written with what requires grad; "
+                        "detach() it, and return it"
+                    )
+                self.ops.append((i, [in_place(step) for step in last.path[1:]]))
+                if trace.autograd.leaves.get(i) and torch.is_grad_enabled():
+                    for op in [op for op, *_, unseen in self.ops[-1][1] if unseen and op is not aten.detach_.default]:
+                        raise CaptureError(f"{rec.names()[i]}: {op} under no_grad{SHAPE_OF_GRADIENT}")
+
+    def __bool__(self) -> bool:
+        return bool(self.flags or self.retained or self.ops)
+
+    def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the program runs on: its backward must not see the shapes that arguments have later."""
+        for i, value, line in self.flags:
+            if line is not None:
+                raise CaptureError(f"requires_grad_() of an argument that was used before{at(line)}; call it first")
+            tensors[i].requires_grad_(value)
+        for i in self.retained:
+            tensors[i].retain_grad()
+        changed = {i for i, _ in self.ops}
+        return [t.view_as(t) if i in changed else t for i, t in enumerate(tensors)]
+
+    def after(self, tensors: Sequence[Tensor], but: Sequence[int] = ()) -> None:
+        """To the tensors themselves, but for those at the positions ``but``."""
+        for i, ops in self.ops:
+            t = tensors[i]
+            if i in but:
+                continue
+            # no value changes: what the backward keeps of it is still good
+            kept = current() is None and not t.is_inference()
+            with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
+                for op, args, kwargs, unseen in ops:
+                    t.grad_fn  # noqa: B018 - of a view it is that of its base by now, which autograd does not look up
+                    with torch.no_grad() if unseen else nullcontext():
+                        t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
+
+
+def in_place(step: Shown) -> tuple:
+    op, args, kwargs, _ = step.call
+    if not Facts(op).reshapes:
+        op, args, kwargs = aten.detach_.default, (None,), {}  # recorded as a detach
+    return op, args[1:], kwargs, step.cut
+
+
+def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
+    """The results of a program, with copies where the new value of a written input is, or is a view of, another written
+    input: that one may be written first.
+    """
+    count, mutated = program.n_outputs, program.mutated
+    if len(mutated) < 2:
+        return outs
+
+    def of_written() -> set[int]:
+        placeholders, finals = program.placeholders, program.outputs
+        written = {placeholders[i] for i in mutated}
+        return {k for k in range(count, len(finals)) if root(finals[k]) in written}
+
+    views = program.once("apart", of_written)
+    # what runs inside a nested call is not seen in the graph
+    same = {id(tensors[i]) for i in mutated}
+    if not views and not any(id(x) in same for x in outs[count:]):
+        return outs
+    return [x.clone() if k in views or (k >= count and id(x) in same) else x for k, x in enumerate(outs)]
+
+
+def root(n: Any) -> Any:
+    """The node whose memory ``n`` shows."""
+    while isinstance(n, Node):
+        above = n.args[1] if n.target is hidden_write else viewed(n)
+        if above is None:
+            break
+        n = above
+    return n

@@ -1,0 +1,49 @@
+"""``torch.autograd.set_detect_anomaly`` around a transform: a gradient with a NaN is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from ..debug import at, user_line
+from ..graph import Program
+from ..trace.traced import current, under_way
+from ..transforms.lower import lowered
+
+
+def checked(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
+    """The ``grads`` that the program has computed. Where anomalies are to be detected, a NaN in one of them raises
+    RuntimeError, as in autograd's engine: now, or when what is recorded is run.
+    """
+    if not torch.is_anomaly_enabled() or not torch.is_anomaly_check_nan_enabled():
+        return grads
+    if current() is not None:
+        if not all(trace.may_ask_constants for trace in under_way.traces):
+            return grads  # compiled once, also for when nothing is to be detected
+        return [torch.ops.aotfunc.check_gradient(g, at(user_line())) for g in grads]
+    if not any(map(has_nan, grads)):
+        return grads
+    first: list[Node] = []
+
+    class Watched(fx.Interpreter):
+        def run_node(self, n: Node) -> Any:
+            value = super().run_node(n)
+            if not first and n.op == "call_function" and has_nan(value):
+                if not any(has_nan(self.env[i]) for i in n.all_input_nodes):
+                    first.append(n)
+            return value
+
+    graph = lowered(program).graph
+    Watched(fx.GraphModule({}, graph), garbage_collect_values=False).run(*inputs)
+    where = f"; {first[0].target} is the first to return one{at(first[0].meta.get('line'))}" if first else ""
+    raise RuntimeError(f"a gradient has nan values{where}")
+
+
+def has_nan(x: Any) -> bool:
+    if isinstance(x, tuple | list):
+        return any(map(has_nan, x))
+    return isinstance(x, Tensor) and bool(x.isnan().any())

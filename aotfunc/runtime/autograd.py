@@ -1,0 +1,359 @@
+"""A compiled call on real tensors: one autograd node, whose backward is compiled too and is differentiable in turn.
+
+Results that have no input in common are nodes of their own, and so are those that differ in inputs with hooks or a
+graph: a backward of one must not visit what the others were computed from. A node keeps the residuals of the partition
+for a plain backward. Where the backward is itself to be differentiated (``create_graph=True``) the gradient program of
+the inputs runs instead, as a compiled call like any other; random numbers that it draws again are those of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx import Node
+
+from ..capture.calls import CompiledCall
+from ..capture.custom_derivative import CustomDerivative
+from ..debug import outside_dynamo
+from ..graph import Program, kept_alive
+from ..trace.emit import carried, paused_gc, remap, remap_dict
+from ..trace.memory import version
+from ..trace.modes import without_modes
+from ..trace.views import laid_out
+from ..transforms.lower import CALLS, lowered
+from ..transforms.vjp import active_nodes, dense, live, sources, vjp
+from ..transforms.walk import builder
+from .aliasing import apart
+from .batched import apply
+from .execute import before_writes, contiguous, copied, execute, write_back
+from .redraw import redrawn, states
+
+aten = torch.ops.aten
+#: nodes of autograd for one call, each with a backward graph of its own
+MANY = 32
+_inside_functorch = torch._C._functorch.peek_interpreter_stack
+
+
+def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
+    """The results of a compiled call on real tensors, written inputs updated, differentiable if an input is."""
+    program = call.program
+    if op_by_op():
+        return execute(program.once("op by op", lambda: lowered(program, CALLS)), tensors)
+    wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad]) if torch.is_grad_enabled() else ()
+    if not wrt:
+        outs = owned(call(*tensors), program.n_outputs, tensors)
+    else:
+        halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
+        if halves.any_live:
+            outs = differentiated(halves, tensors)
+        else:
+            with torch.no_grad():
+                outs = unviewed(owned(call(*tensors), program.n_outputs, tensors))
+    if program.mutated:
+        write_back(program, tensors, apart(program, tensors, outs))
+    return outs[: program.n_outputs]
+
+
+def op_by_op() -> bool:
+    """Whether PyTorch's own transforms are at work (torch.func's, forward AD): values are then batched or dual, and
+    compiled code sees none of that.
+    """
+    return _inside_functorch() is not None or forward_ad._current_level >= 0
+
+
+def compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
+    """What a half of a compiled call returns."""
+    return execute(call.program, tensors) if op_by_op() else call(*tensors)
+
+
+def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
+    """With copies where one of the first ``count`` is the same tensor as another or an input, or shares memory: a graph
+    without its marks of intent may compute two results in one node, and a compiler may hand out the memory of an input,
+    of another result or of a constant that it keeps.
+    """
+    found, seen = outs, {*map(id, tensors)}
+    for i, o in enumerate(outs[:count]):
+        if isinstance(o, Tensor):
+            known = id(o)
+            if known in seen or (users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i]))):
+                found = list(found) if found is outs else found
+                found[i] = copied(o)  # type: ignore[index]
+            seen.add(known)
+    return found
+
+
+def users(t: Tensor) -> int:
+    """How many tensors use the memory of this one."""
+    return storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1  # but for the one that asks
+
+
+storage_users = torch._C._storage_Use_Count
+
+
+def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
+    """Whether all that shares the memory of ``t`` are residuals, as views of which autograd sees when ``t`` is written,
+    and the tensor that they, or ``t``, are views of; none of the ``others``.
+    """
+    base, memory = t if t._base is None else t._base, t.untyped_storage()._cdata
+    views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
+    if users(t) != len(views | {id(t), id(base)}):
+        return False
+    return not any(isinstance(o, Tensor) and o.untyped_storage()._cdata == memory for o in others)
+
+
+def unviewed(outs: Sequence) -> Sequence:
+    """The results, none of them a view for autograd: it would refuse to have one written to that was made where no
+    gradients are recorded.
+    """
+    if any(isinstance(o, Tensor) and o._is_view() for o in outs):
+        return [o.detach() if isinstance(o, Tensor) and o._is_view() else o for o in outs]
+    return outs
+
+
+class Halves:
+    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient program if asked for."""
+
+    def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
+        self.call, self.wrt = call, wrt
+        program = call.program
+        self.program = program.flat()
+        self.count = self.program.n_outputs
+        #: which results have a derivative: the others do not require grad, as in eager
+        self.live = live(program, wrt)
+        self.any_live = any(self.live)
+        self.needed: tuple[int, ...] = ()
+        self.unreached: tuple[int, ...] = ()
+        self.masks = masks(self.program, wrt, self.live)
+        #: inputs of some results and not of others
+        self.differing = [i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1]
+        self.materializes = materializes(self.program)
+        self._backwards: dict[tuple[bool, ...], Any] = {}
+        if not self.any_live:
+            return
+        joint = vjp(self.program, wrt, self.live, recompute=False)
+        grads = joint.outputs[self.count : self.count + len(wrt)]
+        self.unreached = tuple(i for i, g in zip(wrt, grads, strict=True) if g is None)
+        self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
+        self.forward, self.backward = call.split(joint, self.count, last=True)
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
+        """The live results and their inputs, ``(results, inputs)`` of each node."""
+        apart = tuple([i for i in self.differing if not tensors[i].is_leaf or tensors[i]._backward_hooks])
+        return self.program.once(("parts", self.wrt, apart), lambda: parts(self.masks, self.wrt, apart))
+
+    def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inputs, with copies of those that the backward reads and that the call writes to."""
+        return before_writes(self.call.program, tensors, self.needed)
+
+    def reached(self, tensors: Sequence[Tensor], inputs: Sequence[int]) -> list[Tensor]:
+        """These inputs, with no way back to those that have no gradient: their hooks would run, and their graph be
+        freed. The results require grad because of them too.
+        """
+        return [tensors[i].detach().requires_grad_() if i in self.unreached else tensors[i] for i in inputs]
+
+    def backward_for(self, have: tuple[bool, ...]) -> Any:
+        """The backward half where only some results have a cotangent."""
+        if all(have):
+            return self.backward
+        found = self._backwards.get(have)
+        if found is None:
+            half, absent = self.backward, [i for i, yes in enumerate(have) if not yes]
+            smaller = without_cotangents(half.program, len(have), absent)
+            found = self._backwards[have] = CompiledCall(smaller, half.compile, half.split, half.__name__)
+        return found
+
+    def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
+        """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
+
+        def make() -> Program:
+            lives = iter(have)
+            cts = [yes and next(lives) for yes in self.live]
+            joint = vjp(self.program, self.wrt, cts, keep=())
+            return only_inputs(joint, self.needed, len(self.program.placeholders))
+
+        return self.call.derived(("gradient", self.wrt, have), make, "gradient")
+
+
+def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
+    """The results of a call and the new values of written inputs, if some of them have a derivative."""
+    given, before = halves.unwritten(tensors), states(halves.call.program)
+    with torch.no_grad():
+        outs = owned(halves.forward(*given), halves.count, given)
+        results, residuals = list(unviewed(outs[: halves.count])), outs[halves.count :]
+    needed = [given[i] for i in halves.needed]
+    nodes = halves.parts(tensors)
+    if len(nodes) > 1:  # residuals may be results of another node: they must not hold each other
+        residuals = [r.detach() if isinstance(r, Tensor) else r for r in residuals]
+    for part in nodes:
+        mine, inputs = part
+        found = [results[i] for i in mine]
+        new = Differentiated.apply(halves, part, found, residuals, needed, before, *halves.reached(given, inputs))
+        for i, o in zip(mine, new, strict=True):
+            # autograd calls the hooks of all results of a node, those that no gradient reaches with None
+            results[i] = aten.lift.default(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
+    return results
+
+
+class Differentiated(torch.autograd.Function):
+    """Results of a compiled call, as a node of autograd."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        halves: Halves,
+        part: tuple,
+        results: list[Tensor],
+        residuals: Sequence,
+        needed: list[Tensor],
+        before: list,
+        *inputs: Tensor,
+    ) -> tuple:
+        ctx.set_materialize_grads(False)
+        ctx.halves, ctx.part, ctx.states = halves, part, before
+        ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
+        ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
+        # not saved tensors: a plain backward must not mind if one that it does not read has changed
+        ctx.inputs = needed  # their gradients may depend on it, though the results do not
+        ctx.versions = list(map(version, ctx.inputs))
+        ctx.keeps = bool(needed) or any(isinstance(r, Tensor) for r in residuals)
+        ctx.dtype = torch.get_default_dtype()
+        return tuple(results)
+
+    @staticmethod
+    @outside_dynamo
+    def backward(ctx: Any, *cts: Tensor | None) -> tuple:
+        # asked for, they raise an error the second time, unless the graph was retained, even if there are none
+        halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
+        outs, inputs = ctx.part
+        there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
+        have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
+        with without_modes(ctx.dtype):
+            given = [contiguous(c) for c in cts if c is not None]
+            if torch.is_grad_enabled() or (halves.materializes and not all(have)):
+                with redrawn(ctx.states):
+                    grads = apply(run, halves.gradient(have), [*unchanged(ctx), *given])
+            else:
+                feed = iter(saved)
+                residuals = [next(feed) if r is None else r for r in ctx.residuals]
+                grads = apply(compiled, halves.backward_for(have), [*residuals, *given])
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.inputs = None
+        found = dict(zip(halves.wrt, grads, strict=True))
+        return *[None] * 6, *[found[i] for i in inputs]
+
+
+def unchanged(ctx: Any) -> list[Tensor]:
+    """The inputs, as autograd would have saved them."""
+    for t, before in zip(ctx.inputs, ctx.versions, strict=True):
+        if version(t) != before:
+            raise RuntimeError(
+                f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by an inplace operation "
+                "after the call; its backward cannot be differentiated (create_graph=True) any more"
+            )
+    return ctx.inputs
+
+
+# ----- what a program's results have in common ------------------------------------------------------------------------
+
+
+def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[int, int]:
+    """For each live result the inputs ``wrt`` that it has a derivative of, as bits."""
+    inputs = program.placeholders
+    found = {inputs[i]: 1 << i for i in wrt}
+    for n in active_nodes(program.graph.nodes, list(found), zeros=True):
+        for i in sources(n) if n.op == "call_function" else ():
+            found[n] = found.get(n, 0) | found.get(i, 0)
+    return {k: found[o] for k, (o, yes) in enumerate(zip(program.outputs, live, strict=True)) if yes}
+
+
+def parts(masks: dict[int, int], wrt: Sequence[int], apart: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The results and their inputs in groups that no derivative connects. Of the inputs ``apart``, which have hooks or
+    a graph of their own, all results of a group depend, or none: autograd would go there for any. Where there would be
+    more than MANY groups there are fewer.
+    """
+    strict = sum(1 << i for i in apart)
+    groups: dict[int, list[int]] = {}
+    for k, mask in masks.items():
+        outs = [k]
+        for other in [m for m in groups if m & mask and not (m ^ mask) & strict]:
+            mask, outs = mask | other, [*groups.pop(other), *outs]
+        groups[mask] = outs
+    if len(groups) > MANY:
+        return parts(masks, wrt, ()) if apart else [(list(masks), list(wrt))]
+    return [(sorted(outs), [i for i in wrt if mask >> i & 1]) for mask, outs in groups.items()]
+
+
+def materializes(program: Program) -> bool:
+    """Whether a Function in it has several outputs, and a backward that gets zeros where one has no cotangent."""
+
+    def one(n: Node) -> bool:
+        if isinstance(n.target, CustomDerivative):
+            return None in n.target.backward and n.target.n_outputs > 1
+        return isinstance(n.target, CompiledCall) and materializes(n.target.program)
+
+    return program.once("materializes", lambda: any(map(one, program.graph.nodes)))
+
+
+# ----- smaller programs -----------------------------------------------------------------------------------------------
+
+
+def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:
+    """The positions, among the first ``count`` inputs, of those that ``outs`` and what stays anyway depend on."""
+    seen = {o for o in outs if isinstance(o, Node)}
+    for n in reversed(program.graph.nodes):
+        if n in seen or (n.op == "call_function" and kept_alive(n)):
+            seen.update(n._input_nodes)
+    return [i for i, p in enumerate(program.placeholders[:count]) if p in seen]
+
+
+def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
+    """The program without those of its first ``count`` inputs that nothing depends on."""
+    with paused_gc():
+        b = builder()
+        kept = [p for i, p in enumerate(program.placeholders) if i >= count or i in needed]
+        env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in kept}
+        outs = b.splice(program.graph, [env.get(p) for p in program.placeholders], program.outputs)
+        return Program(b.finish(outs), len(kept), program.n_outputs, (), program.name)
+
+
+def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:
+    """A backward half without those of its ``count`` cotangents, the last inputs, that do not arrive.
+
+    What depends on absent cotangents alone is dropped (feeding zeros would give 0 * inf = nan); a gradient without
+    terms is None.
+    """
+    placeholders = program.placeholders
+    cotangents = placeholders[len(placeholders) - count :]
+    missing = {cotangents[i] for i in absent}
+    linear = set(cotangents)  # depends on cotangents
+    with paused_gc():
+        b = builder()
+        env: dict[Node, Any] = {}
+        for n in program.graph.nodes:
+            if n.op == "placeholder":
+                if n not in missing:
+                    env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
+            elif n.op == "call_function":
+                sources = [i for i in n._input_nodes if i in linear]
+                if sources:
+                    linear.add(n)
+                    if all(i in missing for i in sources):
+                        missing.add(n)
+                        continue
+                b.meta = carried(n)
+                for i in sources:
+                    if i not in env:
+                        env[i] = zeros(b, i)
+                env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+        outs = [None if o in missing else remap(o, env) for o in program.outputs]
+        return Program(b.finish(outs), len(placeholders) - len(absent), len(outs), (), "backward")
+
+
+def zeros(b: Any, n: Node) -> Any:
+    val = n.meta["val"]
+    kwargs = {"dtype": val.dtype, "device": val.device}
+    return laid_out(b, b.make("call_function", aten.zeros.default, (list(val.shape),), kwargs, dense(val)), val)

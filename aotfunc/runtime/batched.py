@@ -1,0 +1,116 @@
+"""A compiled call on tensors that torch's own vmap has batched, as ``autograd.grad(is_grads_batched=True)`` and
+``jacobian(vectorize=True)`` do to run a backward: by our vmap of its program, so that it stays compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..capture.calls import CompiledCall
+from ..graph import Program
+from ..trace.recording import without_functorch
+from ..trace.shapes.sig import Sig, sig_of
+from ..transforms.vmap import vmap
+
+_functorch = torch._C._functorch
+_OLD = torch._C._parse_dispatch_key("Batched")  # torch has two kinds of vmap: autograd's own is the older
+
+
+def batched(tensors: Sequence[Tensor]) -> bool:
+    """Whether there are batches among these, and nothing else of torch.func's."""
+    if older_levels():
+        return any(torch._C._dispatch_keys(t).has(_OLD) for t in tensors)
+    found = [t for t in tensors if _functorch.is_functorch_wrapped_tensor(t)]
+    return bool(found) and all(map(_functorch.is_batchedtensor, found))
+
+
+def apply(run: Callable[..., Sequence], call: Any, tensors: Sequence[Tensor]) -> Sequence:
+    """``run(call, tensors)``, where torch's vmap may have batched some of them."""
+    if (_functorch.peek_interpreter_stack() is not None or older_levels()) and batched(tensors):
+        return on_batches(run, call, tensors)
+    return run(call, tensors)
+
+
+def on_batches(run: Callable[..., Sequence], call: CompiledCall | Program, tensors: Sequence[Tensor]) -> list:
+    """``run(call, tensors)`` of a call or a program, the batch dimensions that the tensors have at each level of vmap
+    made dimensions of the program's; random numbers are shared by a batch.
+    """
+    wraps: list[tuple[Callable, int, list[bool]]] = []
+
+    def peel(bare: list[Tensor], dims: tuple, wrap: Callable, level: int) -> None:
+        nonlocal call, tensors
+        size = next(t.shape[d] for t, d in zip(bare, dims, strict=True) if d is not None)
+        depend = dependent(flat(call), dims)
+        call, tensors = over_batch(call, dims, tuple(map(sig_of, bare)), size, depend), bare
+        wraps.append((wrap, level, depend))
+
+    for level in range(older_levels(), 0, -1):
+        found = [older_batch(t, level) for t in tensors]
+        dims = tuple(None if b is None else 0 for b in found)
+        if any(b is not None for b in found):
+            peel(
+                [t if b is None else b for t, b in zip(tensors, found, strict=True)], dims, torch._add_batch_dim, level
+            )
+    while (level := max(map(_functorch.maybe_get_level, tensors))) > 0:
+        mine = [_functorch.maybe_get_level(t) == level for t in tensors]
+        dims = tuple(_functorch.maybe_get_bdim(t) if yes else None for t, yes in zip(tensors, mine, strict=True))
+        bare = [_functorch.get_unwrapped(t) if yes else t for t, yes in zip(tensors, mine, strict=True)]
+        peel(bare, dims, _functorch._add_batch_dim, level)
+    with without_functorch(), without_older_levels():
+        outs = list(run(call, tensors))
+    for wrap, level, depend in reversed(wraps):
+        outs = [wrap(o, 0, level) if yes and isinstance(o, Tensor) else o for o, yes in zip(outs, depend, strict=True)]
+    return outs
+
+
+def flat(call: CompiledCall | Program) -> Program:
+    return (call.program if isinstance(call, CompiledCall) else call).flat()
+
+
+def over_batch(call: Any, dims: tuple, sigs: tuple[Sig, ...], size: int, depend: list[bool]) -> Any:
+    def make() -> Program:
+        return vmap(flat(call), dims, sigs, size, "same", [0 if yes else None for yes in depend])
+
+    if isinstance(call, CompiledCall):
+        return call.derived((dims, sigs, size), make, "vmap")
+    return call.once(("batch", dims, sigs, size), make)
+
+
+def dependent(program: Program, dims: Sequence[int | None]) -> list[bool]:
+    """Which outputs depend on an input that has a batch dimension."""
+    seen = {p for p, d in zip(program.placeholders, dims, strict=True) if d is not None}
+    for n in program.graph.nodes:
+        if any(i in seen for i in n._input_nodes):
+            seen.add(n)
+    return [isinstance(o, Node) and o in seen for o in program.outputs]
+
+
+def older_batch(t: Tensor, level: int) -> Tensor | None:
+    """The batch that ``t`` is of at this level of the older vmap; others would be expanded to any size."""
+    first, second = (torch._remove_batch_dim(t, level, size, 0) for size in (1, 2))
+    return first if first.shape == second.shape else None
+
+
+def older_levels() -> int:
+    """How many levels of the older vmap are under way."""
+    count = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return count
+
+
+@contextmanager
+def without_older_levels() -> Iterator[None]:
+    count = older_levels()
+    for _ in range(count):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(count):
+            torch._C._vmapmode_increment_nesting()

@@ -1,0 +1,306 @@
+"""A compiled call under autograd whose results were computed from one another, or from the new value of a written
+argument: a chain of calls, cut at these.
+
+What is computed from a result has to read the very tensor that is returned, or was written to: ``autograd.grad(loss,
+features)``, hooks and ``retain_grad`` act on it then. The graph is cut by position, so that random numbers are drawn in
+order, and it is the graph as recorded: a rewritten one computes results from one another that only have an op in
+common.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..backends.eager import compile_graph
+from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
+from ..capture.captured import Recording
+from ..graph import Program, kept_alive
+from ..trace.emit import Builder, carried, displaced, paused_gc, remap, remap_dict
+from ..trace.functionalize import dead_end
+from ..trace.records import results_of, written_slots
+from ..trace.shapes.instr import Instr
+from ..trace.tracer import Trace
+from ..transforms.fresh import chain_of, fresh, viewed
+from ..transforms.vjp import active_nodes, sources
+from ..transforms.walk import builder
+from .aliasing import memory_of
+from .autograd import op_by_op, run
+from .execute import before_writes, write_back
+
+
+def as_recorded(rec: Recording, mutated: Sequence[int]) -> Program | None:
+    """The program to cut; None where autograd sees no result that was computed from another."""
+    trace, refs = rec.trace, dict.fromkeys(rec.refs)
+    autograd = trace.autograd
+    count = len(trace.inputs)
+    written = [i if i < count else count - i - 1 for i in mutated]
+    ends = {*refs, *written}
+    if len(ends) < 2 or not (autograd.active() & ends):
+        return None
+    inputs = range(-len(trace.lifted), count)
+    read = {r for _, given, *_ in trace.records for r in given}
+    # results of one step may be computed from one another
+    inside = any(i.__class__ is not Instr and (results_of(i) > 1 or has_chain(i)) for i, *_ in trace.records)
+    if not inside and not any(autograd.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs):
+        if not any(r in autograd.active() and read_when_written(trace, r) for r in written):
+            return None
+    program = rec.as_recorded(memory_of(rec))
+    return dissolved(program) if inside else program
+
+
+def read_when_written(trace: Trace, ref: int) -> bool:
+    """Whether something was computed from an input after the last write to it, in view of autograd."""
+    last, base = 0, trace.root(ref)
+    for k, (instr, refs, *_) in enumerate(trace.records):
+        if any(trace.root(refs[s]) == base for s in written_slots(instr)):
+            last = k + 1
+    later = trace.records[last:]
+    return last > 0 and any(grad and any(trace.root(r) == base for r in refs) for _, refs, grad, *_ in later)
+
+
+def has_chain(step: Any) -> bool:
+    return step.__class__ is CompiledStep and step.call.plain is not None
+
+
+def dissolved(program: Program) -> Program:
+    """The program without nested calls that have a chain; a view that a nested function returned is the view made for
+    it in there.
+    """
+    with paused_gc():
+        b = Builder(None, merge=False)
+        views: dict[str, list[Node]] = {}  # in the order of the results
+        env: dict[Node, Any] = dict(zip(program.placeholders, b.inputs(program.placeholders), strict=True))
+        for n in program.graph.nodes:
+            plain = getattr(n.target, "plain", None)
+            if plain is not None:
+                env[n] = b.splice(plain.graph, remap(n.args, env), plain.outputs)
+                for v in env[n][len(n.meta["val"]) :]:
+                    for m in reversed(chain_of(v) if isinstance(v, Node) else []):
+                        for made in (m.args[0], m) if m.target is operator.getitem else (m,):
+                            alike = views.setdefault(call_of(made.target, made.args), [])
+                            if made not in alike:
+                                alike.append(made)
+            elif n.op == "call_function":
+                args = remap(n.args, env)
+                if alike := views.get(call_of(n.target, args), []):
+                    env[n] = alike.pop(0)
+                elif n.target is operator.getitem:
+                    env[n] = b.item(*args)
+                else:
+                    copied(b, [n], env)
+        return Program(b.finish(remap(program.outputs, env)), program.n_inputs, program.n_outputs, (), program.name)
+
+
+def chained(call: CompiledCall, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]] | None:
+    """``(results, views)`` of a call as a chain, written inputs updated; the views by their positions among the tensors
+    that the function returned. None where one call is enough.
+    """
+    if not torch.is_grad_enabled() or op_by_op():
+        return None
+    wrt = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
+    written = call.program.mutated
+    apart = len({tensors[i].untyped_storage()._cdata for i in written}) == len(written)
+    chain = call.program.once(("chain", wrt, apart), lambda: Cut(call, wrt, apart).chain())
+    return None if chain is None else chain(tensors)
+
+
+def call_of(target: Any, args: tuple) -> str:
+    return f"{target} {args}"
+
+
+class Chain:
+    """Steps ``(function of a list of tensors, positions of what it reads)``, each of which adds to the values."""
+
+    def __init__(
+        self, program: Program, steps: list[tuple], outs: Sequence[int], views: dict[int, int], written: Sequence[int]
+    ) -> None:
+        self.program, self.steps, self.outs, self.views, self.written = program, steps, outs, views, written
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]]:
+        program = self.program
+        values = [*before_writes(program, tensors, range(len(tensors))), *tensors]
+        for fn, reads in self.steps:
+            values += fn([values[i] for i in reads])
+        outs, given = [], range(len(tensors))
+        for k, i in enumerate(self.outs):  # no result is an input or another one
+            outs.append(values[i].clone() if i in given or i in self.outs[:k] else values[i])
+        if program.mutated:
+            write_back(program, tensors, outs, self.written)
+        return outs[: program.n_outputs], {k: values[i] for k, i in self.views.items()}
+
+
+class Cut:
+    """Where the graph of a call is cut for the gradients of its inputs ``wrt``; at new values of written inputs only if
+    these are ``apart`` in memory, for a later write to one must not reach what is kept of another.
+    """
+
+    def __init__(self, call: CompiledCall, wrt: tuple[int, ...], apart: bool) -> None:
+        assert call.plain is not None
+        self.call, self.program = call, call.plain
+        whole, plain = call.program, call.plain
+        self.nodes = [n for n in plain.graph.nodes if n.op == "call_function"]
+        self.placeholders = plain.placeholders
+        #: memory of the results, then new values of written inputs
+        self.ends = plain.outputs[: len(whole.outputs)]
+        self.returned = plain.outputs[len(whole.outputs) :]
+        self.active = active_nodes(plain.graph.nodes, [self.placeholders[i] for i in wrt], zeros=True)
+        results = [n for n in self.ends[: whole.n_outputs] if isinstance(n, Node) and n.op == "call_function"]
+        #: new values of written inputs, and these
+        self.written = {
+            n: i
+            for i, n, quiet in zip(whole.mutated, self.ends[whole.n_outputs :], hidden_writes(whole), strict=True)
+            if apart and not quiet and n in self.active and n.op == "call_function" and n not in results
+        }
+        roots = {*results, *self.written, *(p for i, p in enumerate(self.placeholders) if i not in whole.mutated)}
+        #: results that are views of other results or of inputs, and are made by PyTorch; not those under no_grad, which
+        #: have no derivative
+        self.views: dict[Node, list[Node]] = {}
+        for n in self.nodes:
+            if n in self.returned and n in self.active and n not in roots and n.target is not dead_end:
+                chain = self.chain_of(n, roots)
+                if chain:
+                    self.views[n] = chain
+        self.cuts = self.dependent([n for n in (*results, *self.written) if n in self.active])
+        self.stage = self.numbered()
+
+    def chain_of(self, n: Node, roots: set[Node]) -> list[Node]:
+        """The views that lead to ``n`` from a value that autograd knows, the first one first."""
+        chain: list[Node] = []
+        while n not in roots and (not chain or n not in self.views):
+            above = viewed(n)
+            if above is None:
+                return []
+            chain.insert(0, n)
+            if n.target is operator.getitem:
+                chain.insert(0, n.args[0])  # type: ignore[arg-type]
+            n = above
+        return [n, *chain]
+
+    def dependent(self, results: Sequence[Node]) -> set[Node]:
+        """Those from which results or new values of written inputs are computed."""
+        bits = {n: 1 << k for k, n in enumerate(dict.fromkeys([*results, *self.views]))}
+        found, masks = 0, dict.fromkeys(self.active, 0)
+        for n in self.active:
+            for i in sources(n):
+                masks[n] |= masks.get(i, 0)
+            if n in self.ends:
+                found |= masks[n]
+            masks[n] |= bits.get(n, 0)
+        return {n for n, bit in bits.items() if found & bit}
+
+    def numbered(self) -> dict[Node, int]:
+        """The stage that computes each node: a new one begins where something reads a result that is to be cut at."""
+        stage: dict[Node, int] = {}
+        number, pending = 0, set[Node]()
+        for n in self.nodes:
+            if n.target is operator.getitem:  # an op with several outputs crosses as its items
+                stage[n] = stage[n.args[0]]  # type: ignore[index]
+            else:
+                if not pending.isdisjoint(n._input_nodes):
+                    number += 1
+                    pending.clear()
+                stage[n] = number
+            if n in self.cuts:
+                pending.add(n)
+        return stage
+
+    def chain(self) -> Chain | None:
+        if not self.cuts:
+            return None
+        count = len(self.placeholders)
+        place: dict[Node, int] = {p: i for i, p in enumerate(self.placeholders)}
+        size = 2 * count  # the inputs as they were before the call, and as they are
+        sources = {chain[0] for chain in self.views.values()}
+        wanted = {n for n in self.ends if isinstance(n, Node)} | sources
+        for n in self.nodes:
+            wanted.update(i for i in n._input_nodes if i in self.stage and self.stage[i] < self.stage[n])
+        steps: list[tuple] = []
+        said: dict[Node, Any] = {}  # signatures of values that cross, where an input was given a new value its own
+        written = [n for n in self.written if n in self.cuts or n in sources]
+
+        def step(fn: Callable, reads: list[int], outs: Sequence[Node]) -> None:
+            nonlocal size
+            steps.append((fn, reads))
+            for n in outs:
+                place[n] = size
+                size += 1
+
+        for k in range(max(self.stage.values()) + 1):
+            mine = [n for n in self.nodes if self.stage[n] == k]
+            outs = [n for n in mine if n in wanted and n not in self.views]
+            if body := needed(mine, outs):
+                reads = [i for i in dict.fromkeys(i for n in body for i in n._input_nodes) if self.stage.get(i, -1) < k]
+                program = part(body, reads, outs, said)
+                stage = CompiledCall(program, self.call.compile, self.call.split, self.call.__name__)
+                step(partial(run, stage), [place[i] for i in reads], outs)
+            for n in mine:
+                if n in written:
+                    step(write, [count + self.written[n], place[n]], [n])
+                    said[n] = self.placeholders[self.written[n]].meta["val"]
+                if n in self.views:
+                    source, *calls = self.views[n]
+                    step(view_of(source, calls, said), [place[source]], [n])
+        views = {k: place[n] for k, n in enumerate(self.returned) if n in self.views}
+        done = [self.written[n] for n in written]
+        return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done)
+
+
+def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Give a written input its new value; what is computed from that reads the input."""
+    t, new = values
+    t.copy_(new)
+    return [t]
+
+
+def needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:
+    """Those of the nodes that ``outs`` depend on, draws and effects."""
+    seen = set(outs)
+    for n in reversed(nodes):
+        if n in seen or kept_alive(n):
+            seen.update((n, *n._input_nodes))
+    return [n for n in nodes if n in seen]
+
+
+def part(nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]) -> Program:
+    """These nodes as a program of what they read; the signatures that are ``said`` of values, and of its results."""
+    with paused_gc():
+        b = builder()
+        env: dict[Node, Any] = {
+            n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role")) for n in reads
+        }
+        copied(b, nodes, env)
+        program = fresh(Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ())
+        said.update(zip(outs, program.vals, strict=True))
+        return program
+
+
+def view_of(source: Node, calls: Sequence[Node], said: dict[Node, Any]) -> Callable[[Sequence[Tensor]], Sequence]:
+    """The function that makes a view by PyTorch's own ops."""
+    with paused_gc():
+        b = Builder(None, merge=False)
+        env: dict[Node, Any] = {source: b.placeholder(source.name, said.get(source, source.meta["val"]))}
+        copied(b, calls, env)
+        said[calls[-1]] = env[calls[-1]].meta["val"]
+        fn = compile_graph(b.finish([env[calls[-1]]]))
+    return lambda values: fn(*values)
+
+
+def copied(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
+    """Copies of the nodes in ``env``; what reads a value that is laid out otherwise is inferred anew."""
+    for n in nodes:
+        b.meta = carried(n)
+        args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
+        if n.target is operator.getitem:
+            val = args[0].meta["val"][args[1]]
+        elif isinstance(n.target, OpOverload) and any(displaced(i.meta["val"], env[i]) for i in n._input_nodes):
+            args, val = b.again(n.target, args, kwargs, val)
+        env[n] = b.node(n.target, args, kwargs, val)
+    b.meta = {}

@@ -1,0 +1,49 @@
+"""Tensors of ``torch.autograd.forward_ad`` in a program: which have a tangent, and which must not have one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..debug import at, user_line
+from ..errors import CaptureError
+from ..graph import Program
+from ..trace.functionalize import dead_end, hidden_write, no_tangent
+from ..transforms.jvp import jvp
+from ..transforms.lower import CALLS, lowered
+from ..transforms.vjp import active_nodes
+
+
+def has_tangent(t: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(t).tangent is not None
+    except RuntimeError:  # a batch of them: vmap has no rule for the question
+        return True
+
+
+def pushed(program: Program, wrt: tuple[int, ...]) -> Program:
+    """``(inputs, tangents) -> (outputs, their tangents or None)``, new values of written inputs among the outputs."""
+    return program.once(("pushed", wrt), lambda: jvp(program.flat(), wrt, zeros=False))
+
+
+def refuse_cuts(program: Program, tensors: Sequence[Tensor]) -> None:
+    """Raise CaptureError where a tangent meets a cut: eager's tangents pass ``no_grad`` and stop at ``detach``, and a
+    program does not tell these apart.
+    """
+    wrt = tuple(i for i, t in enumerate(tensors) if has_tangent(t))
+    if wrt and program.once(("cut", wrt), lambda: meets_a_cut(program, wrt)):
+        raise CaptureError(
+            f"torch.autograd.forward_ad through a function with no_grad or detach inside{at(user_line())}: "
+            "use aotfunc.jvp, whose tangents stop at both"
+        )
+
+
+def meets_a_cut(program: Program, wrt: tuple[int, ...]) -> bool:
+    flat = lowered(program.flat(), CALLS)
+    inputs = flat.placeholders
+    active = active_nodes(flat.graph.nodes, [inputs[i] for i in wrt])
+    marks = (torch.ops.aten.detach.default, dead_end, hidden_write, no_tangent)
+    return any(n.target in marks and any(i in active for i in n._input_nodes) for n in flat.graph.nodes)

@@ -1,0 +1,202 @@
+"""Running a program: recorded if a recording is under way, otherwise on the eager backend, differentiable by plain
+autograd either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.fx import Node
+
+from ..backends.eager import compile_graph
+from ..capture.calls import CallStep, hidden_writes
+from ..debug import outside_dynamo
+from ..graph import Program
+from ..trace.modes import without_modes
+from ..trace.shapes.sig import contiguous_stride
+from ..trace.traced import current
+from ..transforms.fresh import storage_root
+from ..transforms.lower import lowered, marked
+from ..transforms.vjp import differentiable, live, vjp
+from .aliasing import apart
+from .batched import apply
+from .duals import pushed, refuse_cuts
+from .redraw import redrawn, states
+
+
+def eager(program: Program) -> Callable[..., tuple]:
+    """The program on the eager backend, new values of mutated inputs among its results."""
+    return program.once(eager, lambda: compile_graph(lowered(program).graph))
+
+
+def run_eager(program: Program) -> Callable[..., tuple]:
+    """The program as a function of real tensors; mutated inputs are written back."""
+    fn = eager(program)
+
+    def call(*tensors: Tensor) -> tuple:
+        outs = fn(*tensors)
+        write_back(program, tensors, outs)
+        return outs[: program.n_outputs]
+
+    return call
+
+
+def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any], done: Collection[int] = ()) -> None:
+    """Give the written inputs their new values, but for those that have them, with the derivative that these have in
+    the program: what is the input itself by now may have been detached.
+    """
+    hidden = hidden_writes(program)
+    news = apart(program, tensors, outs)[program.n_outputs :]
+    if torch.is_grad_enabled() and any(new.requires_grad for new in news):
+        flags = live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))[program.n_outputs :]
+        news = [new if yes else new.detach() for new, yes in zip(news, flags, strict=True)]
+    for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
+        if index in done:
+            continue
+        with torch.no_grad() if quiet else nullcontext():
+            tensors[index].copy_(new)
+
+
+def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
+    """The results of a program for these inputs and closed-over tensors."""
+    trace = current()
+    if trace is not None:
+        return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
+    by_us = ours(program)
+    forward = forward_ad._current_level >= 0
+    if by_us and forward and torch._C._functorch.peek_interpreter_stack() is None:
+        refuse_cuts(program, tensors)
+    given = tensors
+    if program.mutated and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        tensors = before_writes(program, tensors, range(len(tensors)))
+    with without_modes():
+        if by_us and (forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))):
+            outs = Differentiable.apply(program, states(program), *tensors)
+        else:
+            fn = eager(program)
+            outs = distinct(program, fn(*tensors), program.n_outputs, tensors) if by_us else fn(*tensors)
+        if program.mutated:
+            write_back(program, given, outs)
+    return outs[: program.n_outputs]
+
+
+def ours(program: Program) -> bool:
+    """Whether the derivative of a program's results must be taken from us."""
+    return program.once(ours, lambda: marked(program) or beyond_autograd(program))
+
+
+def contiguous(t: Tensor) -> Tensor:
+    """``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of dimensions of size 1."""
+    t = t.contiguous()
+    if 1 in t.shape and t.stride() != contiguous_stride(t.shape):
+        return t.clone(memory_format=torch.contiguous_format)
+    return t
+
+
+def before_writes(program: Program, tensors: Sequence[Tensor], kept: Sequence[int]) -> Sequence[Tensor]:
+    """The inputs, with copies of those that autograd keeps and whose memory the program will write to."""
+    if not program.mutated:
+        return tensors
+    written = {tensors[i].untyped_storage()._cdata for i in program.mutated}
+    return [copied(t) if i in kept and t.untyped_storage()._cdata in written else t for i, t in enumerate(tensors)]
+
+
+def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
+    """With others where one of the first ``count`` is the same tensor as another, or an input: without its marks of
+    intent a graph may compute two results in one node. They share its memory if the results do (``x.detach()``).
+    """
+    seen = set(map(id, tensors))
+    total = len(seen)
+    seen.update(map(id, outs[:count]))
+    if len(seen) == total + count:
+        return outs
+    outputs = program.outputs
+    results = program.once("memory", lambda: [isinstance(n, Node) and storage_root(n) for n in outputs])
+    found = list(outs)
+    first = {id(t): n for t, n in zip(tensors, program.placeholders, strict=True)}
+    for i, (o, n) in enumerate(zip(found[:count], results, strict=False)):
+        if isinstance(o, Tensor) and id(o) in first:
+            found[i] = o.detach() if first[id(o)] is n else copied(o)
+        first.setdefault(id(o), n)
+    return found
+
+
+def copied(t: Tensor) -> Tensor:
+    """A copy that lies as ``t`` does, as what reads it expects: ``clone()`` closes gaps and undoes expansions."""
+    copy = t.clone()
+    if copy.stride() == t.stride() or not t.numel():
+        return copy
+    reach = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    memory = copy.new_zeros(reach).as_strided(t.shape, t.stride())
+    once = tuple([slice(0, 1) if step == 0 else slice(None) for step in t.stride()])
+    memory[once] = copy[once]
+    return memory
+
+
+def beyond_autograd(program: Program) -> bool:
+    """Whether the graph has backward ops: PyTorch differentiates some of them and not others, we all of them."""
+    return any(isinstance(n.target, OpOverload) and "_backward" in n.target._schema.name for n in program.graph.nodes)
+
+
+def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:
+    """Which of the results have a derivative."""
+    forward = forward_ad._current_level >= 0  # any may have a tangent
+    return live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad or forward))
+
+
+class Differentiable(torch.autograd.Function):
+    """An un-jitted program as one autograd node. Its backward is our vjp of the program, run in the same way and so
+    differentiable again; random numbers that it draws again are those of the forward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore[override]
+        outs = eager(program)(*tensors)
+        pairs = zip(distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True)
+        # a view of what requires grad would do so
+        return tuple([o if yes or not isinstance(o, Tensor) or not o._is_view() else o.detach() for o, yes in pairs])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.program, ctx.states, *tensors = inputs
+        ctx.dtype = torch.get_default_dtype()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        flags = alive(ctx.program, tensors)
+        ctx.mark_non_differentiable(
+            *[o for o, yes in zip(output, flags, strict=True) if isinstance(o, Tensor) and not yes]
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        """The tangents of torch's forward mode; ours has no need of it."""
+        program, given = ctx.program, tangents[2:]
+        wrt = tuple(i for i, t in enumerate(given) if t is not None)
+        with redrawn(ctx.states):
+            outs = execute(pushed(program, wrt), [*ctx.saved_tensors, *(given[i] for i in wrt)])
+        return tuple(outs[len(program.outputs) :])
+
+    @staticmethod
+    @outside_dynamo
+    def backward(ctx: Any, *cts: Tensor | None) -> tuple:
+        program, tensors = ctx.program, ctx.saved_tensors
+        wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)
+        whole = program.flat()
+        have = tuple(differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True))
+        joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
+        given = [contiguous(c) for c, yes in zip(cts, have, strict=True) if yes and c is not None]
+        with without_modes(ctx.dtype), redrawn(ctx.states):
+            grads = apply(execute, joint, [*tensors, *given])
+        result: list = [None] * (len(tensors) + 2)
+        for i, g in zip(wrt, grads, strict=True):
+            result[i + 2] = g
+        return tuple(result)

@@ -1,0 +1,114 @@
+"""What all state is described with: the key, lines of the check, tensors and their paths, facts for people."""
+
+from __future__ import annotations
+
+import collections
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...trace.traced import Traced
+from .keys import bits, is_value, tensor_facts
+from .reads import CLOSED, Names, library_of_module
+
+NOTHING = object()
+_GROWING = (list, set, dict, collections.deque)
+
+
+class Description:
+    """A description in the making, by the names in ``names``."""
+
+    def __init__(self, names: Names) -> None:
+        self.key: list[Any] = []
+        self.tensors: list[Tensor] = []
+        self.paths: list[str] = []  # the variables that hold the tensors
+        self.facts: list[tuple[str, Any]] = []  # what is guarded, for people
+        self.lines: list[str] = []
+        self.constants: dict[str, Any] = {}
+        self.opaque: list[Any] = []  # guarded by identity
+        #: dictionaries (of classes, too), lists and cells, the variable that holds each, and what was in it
+        self.owners: list[tuple[Any, str, dict]] = []
+        self.names = names
+        self.seen: dict[int, str] = {}
+        self.distinct: list[str] = []
+        self.kept: list[Any] = []  # so that their ids stay their own
+        self._classes: set[type] = set()
+        self._bases: set[type] = set()  # and the bases of these
+        self._globals: set[tuple[int, str]] = set()
+        self._todo: list[tuple[Any, str, str]] = []
+        self._static: dict[type, list[str]] = {}
+        self._functions: set[str] = set()  # of torch.nn.functional
+        self._modules = False
+
+    def constant(self, x: Any) -> str:
+        name = f"k{len(self.constants)}"
+        self.constants[name] = x
+        return name
+
+    def require(self, expr: str, x: Any) -> None:
+        """That ``expr`` is the object ``x``."""
+        known = repr(x) if x is None or x is True or x is False else self.constant(x)
+        self.lines.append(f"if {expr} is not {known}: return")
+
+    def bind(self, expr: str) -> str:
+        name = f"v{len(self.lines)}"
+        self.lines.append(f"{name} = {expr}")
+        return name
+
+    def meet(self, x: Any, expr: str, label: str) -> None:
+        """Describe ``x``, which ``expr`` yields, now if it is a plain value, and later otherwise."""
+        if is_plain(x):
+            self.key += (x.__class__, plain(x))
+            self.facts.append((label, x))
+            self.require(expr, x)
+            self.of_subclass(x, expr, label)
+            return
+        known = self.seen.get(id(x))
+        if known is not None:
+            self.key.append(known)
+            self.lines.append(f"if {expr} is not {known}: return")
+            return
+        v = self.seen[id(x)] = self.bind(expr)
+        self.kept.append(x)
+        if isinstance(x, Tensor):
+            facts = tensor_facts(x)
+            self.key.append(facts)
+            self.facts.append((label, facts))
+            self.tensors.append(x)
+            self.paths.append(v)
+            if x.__class__ is not Traced and x.__dict__:
+                self._todo.append((x, v, label))
+            else:  # it may get attributes
+                self.owners.append((x.__dict__, f"{v}.__dict__", dict(x.__dict__)))
+        else:
+            self.key.append(v)
+            self._todo.append((x, v, label))
+
+    def may_grow(self, x: Any, expr: str) -> None:
+        """A container that the code only adds to: it is not described, and may get tensors."""
+        if isinstance(x, list | dict | collections.deque):
+            self.owners.append((x, expr, dict(x) if isinstance(x, dict) else dict(enumerate(x))))
+
+    def of_subclass(self, x: Any, expr: str, label: str) -> None:
+        """The attributes, and the class, of a number or text that has a class of the user's."""
+        cls = type(x)
+        if not isinstance(x, Enum | tuple) and library_of_module(cls.__module__) not in CLOSED:
+            self.meet(cls, f"type({expr})", label)
+            self.meet(getattr(x, "__dict__", None), f"getattr({expr}, '__dict__', None)", label)
+
+
+def is_plain(x: Any) -> bool:
+    """A plain value, or a tuple of them."""
+    return is_value(x) or (x.__class__ in (tuple, torch.Size) and all(map(is_plain, x)))
+
+
+def plain(x: Any) -> Any:
+    return tuple([(e.__class__, plain(e)) for e in x]) if isinstance(x, tuple) else bits(x)
+
+
+def passing(x: Any) -> bool:
+    """Whether a value that the code only adds to need not be looked at: a counter, a list that is appended to."""
+    full = getattr(x, "maxlen", None) is not None  # then what is added shifts the rest
+    return isinstance(x, int | float | complex | str) or (type(x) in _GROWING and not full)

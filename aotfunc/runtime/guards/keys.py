@@ -1,0 +1,246 @@
+"""When a compiled entry may be used again: keys of the arguments and of the surroundings.
+
+A key is one flat tuple. Every description starts with its kind, so that no two different things flatten to equal keys;
+numbers stand beside their type and floats by their bits, since ``1 == 1.0 == True`` and ``0.0 == -0.0`` in Python.
+What is neither a tensor, a plain value nor a tree of them is an object: :mod:`.state` describes it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.distributions import Distribution
+from torch.utils._pytree import TreeSpec
+
+from ...capture.instances import flatten_tree, without_class
+from ...trace.modes import Surroundings, function_modes_key
+from ...trace.traced import attributes, check_kind
+from .reads import CLOSED, library_of_module
+
+_TENSORS = (Tensor, nn.Parameter)
+#: described by their value; equality within one of these classes is equality of meaning
+_ATOMS = frozenset(
+    {int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format}
+    | {range, torch.Size}
+)
+_VALUES = (*_ATOMS - {bool, range, type(None), type(...)}, float, complex, np.generic, np.dtype, Enum)
+
+
+# ----- plain values ---------------------------------------------------------------------------------------------------
+
+
+def is_value(x: Any) -> bool:
+    """Whether ``x`` is described by what it is equal to."""
+    try:
+        cls = x.__class__
+    except Exception as e:
+        raise without_class(x) from e
+    return cls in _ATOMS or cls is float or isinstance(x, _VALUES)
+
+
+def bits(x: Any) -> Any:
+    """A plain value, such that equal ones of one class mean the same: numbers by their bits."""
+    cls = x.__class__
+    if cls in _ATOMS:
+        return x
+    if isinstance(x, Enum):
+        return x.name
+    if isinstance(x, np.generic):
+        return x.tobytes() if x.dtype.kind != "O" else id(x)
+    if isinstance(x, float):
+        return float.hex(x)
+    return complex.__repr__(x) if isinstance(x, complex) else x
+
+
+class TensorFacts(NamedTuple):
+    """What is the same for two tensors that a program cannot tell apart."""
+
+    cls: type
+    requires_grad: bool
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: torch.device
+    stride: tuple[int, ...] | None
+    keys: int  # of dispatch: whether it is conjugated, of inference mode, …
+
+    def __str__(self) -> str:
+        dense: list[int] = []
+        size = 1
+        for n in reversed(self.shape):
+            dense.insert(0, size)
+            size *= max(n, 1)
+        more = [] if self.device.type == "cpu" else [str(self.device)]
+        more += [f"strides {list(self.stride or ())}"] if list(self.stride or ()) != dense else []
+        more += ["requires grad"] if self.requires_grad else []
+        return ", ".join([f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}", *more])
+
+
+def tensor_facts(t: Tensor) -> TensorFacts:
+    sig = getattr(t, "sig", None)  # a value of a recording under way
+    if sig is not None:
+        return TensorFacts(t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, 0)
+    if t.is_nested:  # it has no shape, and is refused where it is used
+        return TensorFacts(t.__class__, t.requires_grad, t.dtype, (), t.device, None, 0)
+    stride = t.stride() if t.layout is torch.strided else None
+    keys = torch._C._dispatch_keys(t).raw_repr()  # type: ignore[attr-defined]
+    return TensorFacts(t.__class__, t.requires_grad, t.dtype, t.shape, t.device, stride, keys)
+
+
+class Named(NamedTuple):
+    """An object that is known by its identity alone."""
+
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def noted(x: Any) -> Any:
+    """What to remember of ``x``, without keeping it alive."""
+    if isinstance(x, Tensor):
+        return tensor_facts(x)
+    if is_value(x):
+        return x
+    named = isinstance(x, type | types.FunctionType | types.BuiltinFunctionType)
+    return Named(x.__qualname__ if named else f"a {type(x).__qualname__}", id(x))
+
+
+# ----- arguments ------------------------------------------------------------------------------------------------------
+
+
+def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[Any]) -> None:
+    """Append to ``key`` what identifies an argument tree, and to ``tensors`` and ``objects`` its leaves of these kinds,
+    in order.
+    """
+    try:
+        cls = x.__class__
+    except Exception as e:
+        raise without_class(x) from e
+    if cls in _TENSORS:
+        try:
+            key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.is_conj())
+        except RuntimeError:  # a nested tensor has no shape
+            check_kind(x)
+            raise
+        tensors.append(x)
+        if x.__dict__:
+            describe_attributes(x, key, objects)
+    elif cls in _ATOMS:
+        key += (cls, x)
+    elif cls is float:
+        key += (cls, x.hex())
+    elif cls is tuple or cls is list:
+        key += (cls, len(x))
+        for v in x:
+            describe_argument(v, key, tensors, objects)
+    elif cls is dict:
+        key += (dict, tuple(x), tuple(map(type, x)))
+        for v in x.values():
+            describe_argument(v, key, tensors, objects)
+    elif isinstance(x, Tensor):
+        key.append(cls)
+        sig = getattr(x, "sig", None)  # a value of a recording under way
+        key += (x.requires_grad and 1 + x.is_leaf, x.is_conj())
+        key += (sig.start,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
+        tensors.append(x)
+        describe_attributes(x, key, objects)
+    elif is_value(x):
+        key += (cls, bits(x))
+        if library_of_module(cls.__module__) not in CLOSED:
+            objects += (cls, getattr(x, "__dict__", {}))
+    elif cls is slice:
+        key.append(slice)
+        for v in (x.start, x.stop, x.step):
+            describe_argument(v, key, [], objects)
+    else:
+        leaves, spec = flatten_tree(x)
+        if len(leaves) == 1 and leaves[0] is x:
+            key.append(object)
+            objects.append(x)
+        else:
+            key.append(spec)
+            objects += classes_in(spec)
+            for v in leaves:
+                describe_argument(v, key, tensors, objects)
+
+
+def describe_attributes(t: Tensor, key: list, objects: list[Any]) -> None:
+    if given := attributes(t):
+        key.append(tuple(given))
+        objects.append(given)
+
+
+def repeated(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Of each tensor the first that is the same one; None if no two are."""
+    ids = [*map(id, tensors)]
+    return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
+
+
+class Shared:
+    """Which of the arguments are tensors of the state, as it was at the capture. Shapes belong to the key and to the
+    check, so that no others need be looked at than those of a shape that occurs on both sides.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        shapes = {t.shape for t in tensors} & {t.shape for t in found}
+        self.given = [i for i, t in enumerate(tensors) if t.shape in shapes]
+        self.found = [i for i, t in enumerate(found) if t.shape in shapes]
+        self.places = self.of(tensors, found)
+
+    def of(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
+        return reached([tensors[i] for i in self.given], [found[i] for i in self.found])
+
+    def again(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+        """Whether the same are."""
+        return not self.given or self.of(tensors, found) == self.places
+
+
+def reached(tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
+    """Which of the tensors ``found`` in the state each of these is; None if none of them is one."""
+    if not found or {*map(id, tensors)}.isdisjoint(map(id, found)):
+        return None
+    places = {id(t): i for i, t in enumerate(found)}
+    return tuple([places.get(id(t)) for t in tensors])
+
+
+def classes_in(spec: TreeSpec) -> list[type]:
+    """The user's classes in a tree, whose methods the function may call."""
+    named = (spec.type, *(spec.context if isinstance(spec.context, tuple) else (spec.context,)))
+    found = [c for c in named if isinstance(c, type) and library_of_module(c.__module__) not in CLOSED]
+    return [*found, *[c for child in spec.children() for c in classes_in(child)]]
+
+
+# ----- surroundings ---------------------------------------------------------------------------------------------------
+
+
+#: what the parts of :func:`environment_key` are
+ENVIRONMENT = (
+    *("grad mode", "inference mode", "forward AD level", "default dtype", "default device", "autocast"),
+    "deterministic algorithms",
+    "validation of distributions",
+)
+
+
+def environment_key() -> tuple:
+    """Grad modes, autocast, defaults of tensors and distributions, determinism, which kernels attention may use."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        forward_ad._current_level,
+        torch.get_default_dtype(),
+        function_modes_key(),
+        Surroundings.now() if torch._C._is_any_autocast_enabled() else None,
+        torch.are_deterministic_algorithms_enabled(),
+        Distribution._validate_args,
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+    )

@@ -1,0 +1,275 @@
+"""Objects, modules and classes as state: the attributes that the code may name, modes, tables and hooks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...trace.holding import slots_of
+from .description import NOTHING, Description, passing
+from .keys import Named, noted
+from .reads import CLOSED, library_of_module, reads_of
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOW_HOOKS_ARE_CALLED = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)
+_TABLES = ("_parameters", "_buffers", "_modules")
+_NOT_STATE = frozenset(
+    {*_HOOKS, *_HOW_HOOKS_ARE_CALLED, *_TABLES, "_non_persistent_buffers_set", "_state_dict_hooks"}
+    | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+)
+#: methods that Python calls without naming them, but not while a function is computed, unless it makes texts
+_NOT_CALLED = frozenset(
+    {"__repr__", "__str__", "__format__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__"}
+    | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
+)
+_FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
+#: classes whose instances are known by what is in them
+_RECORDS = (types.SimpleNamespace, argparse.Namespace)
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+#: libraries' classes whose methods compute with their attributes
+_READ_THEMSELVES = ("torch.nn.", "torch.distributions.", "torch.optim.", "collections")
+
+
+class Objects(Description):
+    """Describes objects."""
+
+    def parts(self, x: Any, v: str, label: str, names: Sequence[str]) -> None:
+        self.require(f"type({v})", type(x))
+        self.key.append(type(x))
+        for name in names:
+            if hasattr(x, name):
+                self.meet(getattr(x, name), f"{v}.{name}", label)
+
+    def same(self, x: Any, expr: str, label: str) -> None:
+        """An object that nothing is known of but its identity."""
+        self.key.append(id(x))
+        self.opaque.append(x)
+        self.facts.append((label, noted(x)))
+        try:
+            weakref.ref(x)
+        except TypeError:
+            self.require(expr, x)
+        else:
+            self.lines.append(f"if {expr} is not {self.constant(weakref.ref(x))}(): return")
+
+    def moving(self, x: Any, label: str) -> None:
+        """An object that is never what it was: the function is captured at every call."""
+        token = object()
+        self.key.append(token)
+        self.facts.append((label, Named(f"a {type(x).__qualname__}, which changes when it is used", id(token))))
+        self.lines.append("return")
+
+    def object(self, x: Any, v: str, label: str) -> None:
+        cls = type(x)
+        library = library_of_module(cls.__module__)
+        self.names.open(library)
+        whole = any(c.__module__.startswith(_READ_THEMSELVES) for c in cls.__mro__)
+        every = slots_of(cls)
+        slots = [n for n in every if self.names.any or n in self.names.attributes]
+        opaque = not whole and library in ("torch", "aotfunc")
+        if opaque or (library == "python" and not (slots or hasattr(x, "__dict__"))):
+            self.same(x, v, label)
+            return
+        self.require(f"type({v})", cls)
+        self.key.append(id(cls))
+        self.opaque.append(cls)
+        self.class_of(cls)
+        if every:
+            self.owners.append((Slots(x), f"Slots({v})", dict(Slots(x).items())))
+        for name in slots:
+            self.key.append(name)
+            if (e := getattr(x, name, NOTHING)) is NOTHING:
+                self.lines.append(f"if hasattr({v}, '{name}'): return")
+            else:
+                self.meet(e, f"{v}.{name}", f"{label}.{name}")
+        told = len(slots) + (isinstance(x, _RECORDS) or dataclasses.is_dataclass(x))
+        if hasattr(x, "__dict__"):
+            d = self.bind(f"{v}.__dict__")
+            self.lines.append(f"if len({d}) != {len(x.__dict__)}: return")
+            told += self.attributes(x, d, label, (lambda *_: True) if whole else self.wants)
+        if told:
+            self.distinct.append(v)
+        else:  # there is nothing to tell it by but that it is itself
+            self.same(x, v, label)
+
+    def attributes(self, x: Any, d: str, label: str, wanted: Callable[[str, Any], bool]) -> int:
+        """Those that the code may name; how many there are. ``d`` holds the dictionary of ``x``."""
+        table, count = x.__dict__, 0
+        self.owners.append((table, d, dict(table)))
+        for name, e in table.items():
+            if wanted(name, e):
+                self.key.append(name)
+                self.meet(e, f"{d}[{name!r}]", f"{label}.{name}")
+                count += 1
+            elif name in self.names.written:
+                self.may_grow(e, f"{d}[{name!r}]")
+        if hidden := [n for n in self.static(type(x)) if n not in table]:
+            self.lines.append(f"if {' or '.join(f'{n!r} in {d}' for n in hidden)}: return")
+        return count
+
+    def static(self, cls: type) -> list[str]:
+        """The names that instances find in their class, unless they have one of their own."""
+        if cls not in self._static:
+            named = self.names.attributes
+            self._static[cls] = sorted({n for c in cls.__mro__ if c is not object for n in c.__dict__ if n in named})
+        return self._static[cls]
+
+    def wants(self, name: str, x: Any) -> bool:
+        names = self.names
+        return names.any or name in names.attributes or (name in names.written and not passing(x))
+
+    def module(self, m: nn.Module, v: str, label: str) -> None:
+        """Its mode, plain attributes, parameters, buffers, children and hooks."""
+        cls, table = type(m), m.__dict__
+        self._modules = True
+        self.require(f"type({v})", cls)
+        self.key.append(id(cls))
+        self.opaque.append(cls)
+        self.class_of(cls)
+        d = self.bind(f"{v}.__dict__")
+        library = library_of_module(cls.__module__)
+        self.names.open(library)
+        users = library not in CLOSED
+        if users:
+            self.lines.append(f"if len({d}) != {len(table)}: return")
+        of_torch = self.names.of_torch
+
+        def wanted(name: str, x: Any) -> bool:
+            return name not in _NOT_STATE and (name in of_torch or self.wants(name, x))
+
+        self.attributes(m, d, label, wanted)
+        for name in _TABLES:
+            children = table[name]
+            self.key.append(len(children))
+            counted = users or (name == "_modules" and (children or cls.__module__ == nn.Sequential.__module__))
+            if not children and counted:
+                self.lines.append(f"if {d}['{name}']: return")
+            elif children:
+                t = self.bind(f"{d}['{name}']")
+                self.owners.append((children, t, dict(children)))
+                if counted:
+                    self.lines.append(f"if len({t}) != {len(children)}: return")
+                for k, child in children.items():
+                    self.key.append(k)
+                    self.meet(child, f"{t}[{k!r}]", f"{label}.{k}")
+        if self.hooks([(table[n], f"{d}['{n}']", f"{label}.{n}") for n in _HOOKS]):
+            for name in _HOW_HOOKS_ARE_CALLED:
+                self.meet(table[name], f"{d}['{name}']", f"{label}.{name}")
+
+    def hooks(self, tables: Sequence[tuple[dict, str, str]]) -> bool:
+        """Tables of hooks, which are nearly always empty."""
+        full = any(t for t, _, _ in tables)
+        self.key.append(full)
+        if full:
+            for t, expr, label in tables:
+                self.meet(t, expr, label)
+        else:
+            self.lines.append(f"if {' or '.join(e for _, e, _ in tables)}: return")
+        return full
+
+    def class_of(self, cls: type) -> None:
+        """The attributes of a class and of its bases that the code may name."""
+        if cls in self._classes:
+            return
+        self._classes.add(cls)
+        named = self.names.attributes
+        if issubclass(cls, torch.autograd.Function):
+            named = named | _FUNCTION_RULES
+        for owner in cls.__mro__:
+            library = library_of_module(owner.__module__) in CLOSED
+            if owner is object or owner is nn.Module or (library and not issubclass(owner, nn.Module)):
+                continue
+            table = owner.__dict__
+            p = self.constant(table)
+            self.key += (id(owner),)
+            self.opaque.append(owner)
+            if library:
+                self.names.enter_class(owner)
+                if "forward" in table:
+                    self.same(table["forward"], f"{p}['forward']", f"{owner.__name__}.forward")
+                self.functional(owner)
+                continue
+            self.lines.append(f"if len({p}) != {len(table)}: return")
+            self.require(f"{self.constant(owner)}.__mro__", owner.__mro__)
+            if owner not in self._bases:
+                self._bases.add(owner)
+                attributes = Attributes(owner)
+                self.owners.append((attributes, self.constant(attributes), dict(attributes.items())))
+            for name, e in table.items():
+                if isinstance(e, _SLOTS) or name == "__classcell__":
+                    continue
+                elif name.startswith("__"):
+                    called = isinstance(e, types.FunctionType) and (name not in _NOT_CALLED or name in named)
+                    if called and not (name == "__init__" and issubclass(cls, nn.Module)):
+                        self.key.append(name)
+                        self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+                elif name in named or (self.wants(name, e) and name != "_abc_impl"):
+                    self.key.append(name)
+                    self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+                elif name in self.names.written:
+                    self.may_grow(e, f"{p}['{name}']")
+
+    def functional(self, cls: type) -> None:
+        """The functions of ``torch.nn.functional`` that the methods of a class of torch's call."""
+        table = vars(torch.nn.functional)
+        if found := [n for n in functions_of(cls) if n not in self._functions and n in table]:
+            self._functions.update(found)
+            where = self.constant(table)
+            for name in found:
+                self.same(table[name], f"{where}['{name}']", f"torch.nn.functional.{name}")
+
+
+@functools.lru_cache(1024)
+def functions_of(cls: type) -> tuple[str, ...]:
+    """What the methods of a class call of ``torch.nn.functional``, and what these functions call of it."""
+    table = vars(torch.nn.functional)
+    methods = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    names = {n for f in methods for n in reads_of(f.__code__).attributes}
+    called = [f for n in names if isinstance(f := table.get(n), types.FunctionType)]
+    names |= {n for f in called for n in reads_of(f.__code__).variables}
+    return tuple(sorted(n for n in names if isinstance(table.get(n), types.FunctionType | types.BuiltinFunctionType)))
+
+
+class Attributes:
+    """The attributes of a class as a dictionary that can be written to."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+    def items(self) -> list[tuple[str, Any]]:
+        return list(vars(self.cls).items())
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        type.__setattr__(self.cls, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        type.__delattr__(self.cls, name)
+
+
+class Slots:
+    """The slots of an object as a dictionary."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(n, getattr(self.x, n)) for n in slots_of(type(self.x)) if hasattr(self.x, n)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self.x, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self.x, name)

@@ -1,0 +1,193 @@
+"""Which globals, closure variables and attributes the code of a function reads."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import sys
+import types
+from typing import Any, NamedTuple
+
+import numpy
+
+from ...debug import _OURS, _TORCH
+
+_STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+_NUMPY = os.path.dirname(os.path.abspath(numpy.__file__)) + os.sep
+
+#: calls of them that change a container and whose result says nothing about it
+_GROWS = frozenset({"append", "add", "extend", "update"})
+#: what reads attributes that the code does not name
+_BY_ANY_NAME = frozenset({"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"})
+_ASKS = frozenset({"getattr", "hasattr"})
+_IMPORTS = frozenset({"import_module", "__import__"})
+#: what makes a text of an object, and the methods that say which
+_TELLS = frozenset({"str", "repr", "format", "ascii"})
+_TEXTS = frozenset({"__str__", "__repr__", "__format__"})
+
+
+class Reads(NamedTuple):
+    """``variables`` are globals and closure variables, ``written`` names of either kind, or of attributes, that only
+    occur in ``n += 1`` and ``names.append(x)``. With ``any_name`` attributes are read by names made at run time.
+    """
+
+    variables: frozenset[str]
+    attributes: frozenset[str]
+    written: frozenset[str]
+    imports: frozenset[str]
+    any_name: bool
+    binds_globals: bool
+
+
+@functools.lru_cache(4096)
+def reads_of(code: types.CodeType) -> Reads:
+    """What a code object, and the functions defined in it, read."""
+    variables: set[str] = set()
+    attributes: set[str] = set()
+    written: set[str] = set()
+    imports: set[str] = set()
+    any_name = binds_globals = False
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG")]
+    for i, step in enumerate(steps):
+        kind, name = step.opname, step.argval
+        if kind.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR")):
+            (written if _changes_only(steps, i) else variables).add(name)
+            if name in _BY_ANY_NAME or (name in _ASKS and not _constant_name(steps, i + 1)):
+                any_name = True
+        elif kind.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")):
+            (written if _changes_only(steps, i) else attributes).add(name)
+            any_name = any_name or name in _BY_ANY_NAME
+        elif kind == "IMPORT_NAME":
+            imports.add(name)
+        elif kind == "STORE_GLOBAL":
+            binds_globals = True
+        elif kind.startswith("FORMAT") and not _raised(steps, i):
+            attributes |= _TEXTS
+    texts = {c for c in code.co_consts if isinstance(c, str)}
+    if "globals" in variables:
+        variables |= texts
+        binds_globals = True
+    if _IMPORTS & (variables | attributes):
+        imports |= texts
+    if _TELLS & (variables | attributes):
+        attributes |= _TEXTS
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            inner = reads_of(const)
+            variables |= inner.variables
+            attributes |= inner.attributes
+            written |= inner.written
+            imports |= inner.imports
+            any_name = any_name or inner.any_name
+            binds_globals = binds_globals or inner.binds_globals
+        else:  # getattr(x, "name"), case Point(x=0), get_submodule("layers.0")
+            for text in const if isinstance(const, tuple) else (const,):
+                if isinstance(text, str):
+                    attributes.update(part for part in text.split(".") if part.isidentifier())
+    return Reads(
+        frozenset(variables),
+        frozenset(attributes),
+        frozenset(written - variables - attributes),
+        frozenset(imports),
+        any_name,
+        binds_globals,
+    )
+
+
+def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
+    """Whether what is loaded here is changed, and its old value has no other use: ``n += 1``, ``names.append(x)``."""
+    name, rest = steps[i].argval, [s.opname for s in steps[i + 1 : i + 5]]
+    if rest[:1] and rest[0] in ("LOAD_METHOD", "LOAD_ATTR") and steps[i + 1].argval in _GROWS:
+        return True
+    if rest[1:3] == ["COPY", "COPY"]:  # counts[k] += 1
+        return True
+    if steps[i].opname == "LOAD_ATTR":
+        return i > 0 and steps[i - 1].opname == "COPY"
+    return rest[1:3] == ["BINARY_OP", steps[i].opname.replace("LOAD", "STORE")] and steps[i + 3].argval == name
+
+
+def _raised(steps: list[dis.Instruction], i: int) -> bool:
+    """Whether the text made here is the message of an error."""
+    makes = ("FORMAT", "BUILD_STRING", "CONVERT", "LOAD", "CALL", "PRECALL", "BINARY")
+    return next((s.opname for s in steps[i:] if not s.opname.startswith(makes)), "") == "RAISE_VARARGS"
+
+
+def _constant_name(steps: list[dis.Instruction], i: int) -> bool:
+    """Whether the second argument of the call whose arguments begin here is a constant."""
+    i += 1
+    while steps[i].opname == "LOAD_ATTR":
+        i += 1
+    call = next((k for k in range(i, len(steps)) if steps[k].opname.startswith(("CALL", "PRECALL"))), i)
+    made = any(s.opname.startswith(("FORMAT", "BUILD", "BINARY", "CONVERT")) for s in steps[i:call])
+    return steps[i].opname == "LOAD_CONST" and not made
+
+
+#: their code is not followed: what it reads is known, or hidden
+CLOSED = frozenset({"python", "torch", "numpy", "aotfunc"})
+
+
+@functools.lru_cache(4096)
+def library_of(filename: str) -> str | None:
+    """The library that a file belongs to, or None for a file of the user's."""
+    for name, folder in (("aotfunc", _OURS), ("torch", _TORCH), ("numpy", _NUMPY), ("python", "<frozen")):
+        if filename.startswith(folder):
+            return name
+    _, installed, path = filename.partition(f"-packages{os.sep}")
+    if installed:
+        return path.partition(os.sep)[0].removesuffix(".py")
+    return "python" if filename.startswith(_STDLIB) else None
+
+
+@functools.lru_cache(4096)
+def library_of_module(name: str) -> str | None:
+    """The library that a module, named in full, belongs to."""
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names:
+        return "python"
+    return library_of(getattr(sys.modules.get(top), "__file__", None) or "")
+
+
+#: methods of torch's modules that do not compute results
+_NO_FORWARD = frozenset({"__init__", "extra_repr", "__repr__", "__setstate__", "__getstate__", "reset_parameters"})
+
+
+class Names:
+    """The names by which the functions that have been met read their state; they only become more."""
+
+    def __init__(self) -> None:
+        self.attributes: set[str] = {"forward", "__wrapped__"}
+        self.written: set[str] = set()
+        self.of_torch: set[str] = {"training"}  # what the methods of torch's modules read
+        self.opened: set[str] = set()  # libraries whose objects the function uses: their code is the user's
+        self.any = False
+        self._entered: set[Any] = set()
+
+    def __len__(self) -> int:
+        sets = (self.attributes, self.written, self.of_torch, self.opened)
+        return sum(map(len, sets)) + self.any
+
+    def open(self, library: str | None) -> None:
+        if library is not None and library not in CLOSED:
+            self.opened.add(library)
+
+    def follows(self, library: str | None) -> bool:
+        """Whether code of this library is followed."""
+        return library is None or library in self.opened
+
+    def enter(self, code: types.CodeType) -> Reads:
+        reads = reads_of(code)
+        if code not in self._entered:
+            self._entered.add(code)
+            self.attributes |= reads.attributes
+            self.written |= reads.written
+            self.any = self.any or reads.any_name
+        return reads
+
+    def enter_class(self, cls: type) -> None:
+        """A class of torch's that is a module."""
+        if cls not in self._entered:
+            self._entered.add(cls)
+            for name, f in cls.__dict__.items():
+                if isinstance(f, types.FunctionType) and name not in _NO_FORWARD:
+                    self.of_torch |= reads_of(f.__code__).attributes

@@ -1,0 +1,143 @@
+"""What a compiled function returns that is no tensor: objects from outside by their paths, those that it makes inside
+as copies, one for each call.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map, tree_unflatten
+
+from ...capture.captured import Recording
+from ...capture.instances import Opened, containers, holds_tensor, is_data, is_whole
+from ...errors import CaptureError
+from ...trace.holding import SHARED, holds_traced
+from .description import is_plain
+from .state import State
+from .stores import Place, finder, put
+
+
+class Reference:
+    """Stands in a result for an object that is there at each call: ``kind`` is "state" (``where`` is a variable of the
+    state's check), "arguments" (the number of a container) or "stored" (that of a value).
+    """
+
+    def __init__(self, kind: str, where: Any) -> None:
+        self.kind, self.where = kind, where
+
+
+def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence[Any]) -> Any:
+    """What is recorded of a result, and of the values in ``places`` if there are any: references for what the state
+    holds, and for the containers ``given``.
+    """
+    known = {id(x): Reference("arguments", k) for k, x in enumerate(given)}
+    known.update((id(x), Reference("state", state.seen[id(x)])) for x in state.kept if not isinstance(x, Tensor))
+    if not places:
+        return referred(result, known)
+    stored = {id(p.value): p.value for p in places}
+    again = {i: Reference("stored", k) for k, (i, x) in enumerate(stored.items()) if not isinstance(x, Tensor)}
+    return referred(result, {**again, **known}), [referred(x, known) for x in stored.values()]
+
+
+def referred(tree: Any, known: dict[int, Reference]) -> Any:
+    """The tree with references for the objects that are known."""
+
+    def leaf(x: Any) -> Any:
+        if id(x) in known:
+            return known[id(x)]
+        if not (is_data(x) and holds_tensor(x)):
+            return x
+        found = Opened(x)
+        found.children = [referred(v, known) for v in found.children]
+        return found
+
+    return tree_map(leaf, tree, is_leaf=lambda x: id(x) in known or is_whole(x))
+
+
+class Finish:
+    """What is left to do when a call has its tensors: to put those that the function binds outside in their places, and
+    to fill the result with the objects that are due.
+    """
+
+    def __init__(self, rec: Recording, state: State, places: Sequence[Place], titled: Callable[[], str]) -> None:
+        result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore[union-attr]
+        self.spec, self.values, self.count = result, values, result.num_leaves if result else 0
+        numbers = {k: n for n, k in enumerate(dict.fromkeys(id(p.value) for p in places))}
+        self.keys = [(p.key, numbers[id(p.value)], p.grows) for p in places]
+        self.references = [(i, x) for i, x in enumerate(rec.leaves) if x.__class__ is Reference]
+        known = {id(x) for x in state.kept if not isinstance(x, (*SHARED, types.FunctionType))}
+        others = [(i, x) for i, x in enumerate(rec.leaves) if not isinstance(x, Tensor | Reference)]
+        self.copies = [(i, pristine(x, known, titled)) for i, x in others if not immutable(x)]
+        held = {v: x for x in state.kept if (v := state.seen[id(x)])}
+        names = [x.where for _, x in self.references if x.kind == "state"]
+        self.find = finder(state, [*[state.owners[p.owner][1] for p in places], *names])
+        #: the same right after the capture, when the state may be another one already
+        self.found: list | None = [*[state.owners[p.owner][0] for p in places], *[held[n] for n in names]]
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.references or self.copies)
+
+    def __call__(self, leaves: list, f: Callable, objects: Sequence[Any], arguments: tuple) -> Any:
+        """The result, of the leaves that the program gives."""
+        first, self.found = self.found, None
+        found = first or self.find(f, objects)
+        outside, given = iter(found[len(self.keys) :]), None
+        for i, x in self.copies:
+            leaves[i] = copy.deepcopy(x)
+        later = []
+        for i, x in self.references:
+            if x.kind == "state":
+                leaves[i] = next(outside)
+            elif x.kind == "arguments":
+                given = containers(arguments) if given is None else given
+                leaves[i] = given[x.where]
+            else:
+                later.append((i, x.where))
+        values = tree_unflatten(leaves[self.count :], self.values) if self.values is not None else ()
+        for i, k in later:
+            leaves[i] = values[k]
+        result = tree_unflatten(leaves[: self.count], self.spec)
+        for owner, (key, number, grows) in zip(found, self.keys, strict=False):
+            if grows and first is None:
+                owner.append(values[number])
+            else:
+                put(owner, key, values[number])
+        return result
+
+
+# ----- objects that a function makes ----------------------------------------------------------------------------------
+
+
+def immutable(x: Any) -> bool:
+    """Whether it makes no difference that all calls return the same object."""
+    if isinstance(x, types.FunctionType):
+        return not holds_traced(x, set())
+    return isinstance(x, SHARED) or (is_plain(x) and not getattr(x, "__dict__", None))
+
+
+def pristine(x: Any, known: set[int], titled: Callable[[], str]) -> Any:
+    """A copy of an object that the function has made: each call gets another one."""
+
+    class Memo(dict):
+        def get(self, key: Any, default: Any = None) -> Any:
+            if key in known:
+                raise CaptureError("it refers to an object that is there outside of the function")
+            return dict.get(self, key, default)
+
+    same = "which would be the same object at every call"
+    if holds_traced(x, known):
+        raise CaptureError(
+            f"{titled()} returns a {type(x).__name__} that holds tensors, {same}; return a dataclass, or a tuple or "
+            "dictionary of the tensors"
+        )
+    try:
+        return copy.deepcopy(x, Memo())
+    except Exception as e:
+        raise CaptureError(
+            f"{titled()} returns a {type(x).__name__}, {same} and cannot be copied ({e}); return what is in it "
+            "as a tuple or dictionary"
+        ) from e

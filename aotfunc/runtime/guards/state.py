@@ -1,0 +1,143 @@
+"""The Python state that a function reads: a key for it, and a quick check that it is as it was.
+
+From ``f`` and the objects among its arguments everything is followed that the code can name: closure variables,
+globals, defaults, attributes of objects, modules and classes, elements of containers, and from the functions that are
+met on the way, in turn. What is found is described by structure, never by address: two modules of one architecture are
+the same state with other tensors. Tensors are inputs: the check fetches them by the path on which they were found.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import functools
+import io
+import operator
+import os
+import random
+import types
+import weakref
+from collections.abc import Callable, Iterator, MappingView, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.library import CustomOpDef
+
+from .containers import BYTES
+from .description import NOTHING
+from .functions import ROOT, Functions
+from .reads import CLOSED, Names, library_of, library_of_module
+
+_GLOBAL_HOOKS = tuple(n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
+#: libraries' objects that are different ones after every use, in a way that does not show
+_MOVING = (Iterator, random.Random, np.random.Generator, np.random.RandomState)
+
+
+class State(Functions):
+    """What ``f`` and ``objects``, called ``labels``, reach now, by the names in ``names``."""
+
+    def __init__(self, f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> None:
+        super().__init__(names)
+        self.meet(f, "f", ROOT)
+        for i, (x, label) in enumerate(zip(objects, labels, strict=True)):
+            self.meet(x, f"objects[{i}]", label)
+        self.finish()
+        self.methods_of_tensors()
+        if self._modules:
+            table = vars(nn.modules.module)
+            where = self.constant(table)
+            self.hooks([(table[n], f"{where}['{n}']", n) for n in _GLOBAL_HOOKS])
+            self.finish()
+        if len(self.distinct) > 1:
+            ids = ", ".join(f"id({v})" for v in self.distinct)
+            self.lines.append(f"if len({{{ids}}}) != {len(self.distinct)}: return")
+
+    def methods_of_tensors(self) -> None:
+        """Those that the user has added to ``torch.Tensor``, or put in the place of others."""
+        table = vars(Tensor)
+        where = self.constant(table)
+        self.lines.append(f"if len({where}) != {len(table)}: return")
+        for name in sorted(self.names.attributes & table.keys()):
+            x = table[name]
+            if isinstance(x, types.FunctionType) and self.names.follows(library_of(x.__code__.co_filename)):
+                self.meet(x, f"{where}['{name}']", f"Tensor.{name}")
+        self.finish()
+
+    def finish(self) -> None:
+        while self._todo:
+            self.visit(*self._todo.pop())
+
+    def visit(self, x: Any, v: str, label: str) -> None:
+        cls = type(x)
+        self.key.append(v)
+        if isinstance(x, Tensor):
+            self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
+        elif isinstance(x, types.FunctionType):
+            self.function(x, v, label)
+        elif isinstance(x, types.ModuleType):
+            self.python_module(x, v, label)
+        elif isinstance(x, type):
+            self.same(x, v, label)
+            self.class_of(x)
+            self.class_of(cls)
+        elif isinstance(x, types.MethodType):
+            self.key.append(cls)
+            self.meet(x.__self__, f"{v}.__self__", "self" if label == ROOT else f"{label}.__self__")
+            self.meet(x.__func__, f"{v}.__func__", label)
+        elif isinstance(x, functools.partial):
+            self.require(f"type({v})", cls)
+            for name in ("func", "args", "keywords"):
+                self.meet(getattr(x, name), f"{v}.{name}", label if name == "func" else f"{label}.{name}")
+        elif isinstance(x, property | staticmethod | classmethod | functools.cached_property):
+            self.parts(x, v, label, ("fget", "__func__", "func"))
+        elif isinstance(x, list | tuple | collections.deque):
+            self.sequence(x, v, label)
+        elif isinstance(x, dict | types.MappingProxyType):
+            self.dictionary(x, v, label)
+        elif isinstance(x, set | frozenset):
+            self.unordered(x, v, label)
+        elif isinstance(x, np.ndarray | slice | BYTES):
+            self.content(x, v, label)
+        elif isinstance(x, MappingView) and hasattr(x, "mapping"):
+            self.parts(x, v, label, ("mapping",))
+        elif isinstance(x, os._Environ):
+            self.parts(x, v, label, ("_data",))
+        elif isinstance(x, operator.attrgetter | operator.methodcaller):
+            self.names.attributes.update(part for text in texts(x.__reduce__()) for part in text.split("."))
+            self.same(x, v, label)
+        elif isinstance(x, _MOVING) and not isinstance(x, io.IOBase) and library_of_module(cls.__module__) in CLOSED:
+            self.moving(x, label)
+        elif isinstance(x, contextvars.ContextVar):
+            self.same(x, v, label)
+            if (now := x.get(NOTHING)) is NOTHING:
+                self.lines.append(f"if {v}.get({self.constant(NOTHING)}) is not {self.constant(NOTHING)}: return")
+            else:
+                self.meet(now, f"{v}.get()", label)
+        elif isinstance(x, CustomOpDef):  # its rules are recorded as a part of the function
+            self.parts(x, v, label, ("_backward_fn", "_setup_context_fn"))
+        elif isinstance(x, weakref.ref):
+            self.key.append(cls)
+            self.meet(x(), f"{v}()", label)
+        elif isinstance(x, nn.Module) and "_parameters" in x.__dict__:
+            self.module(x, v, label)
+        elif cls.__module__ == "aotfunc.runtime.compiled" and cls.__name__ == "Compiled":
+            self.key.append(cls)
+            self.require(f"type({v})", cls)
+            self.meet(x.f, f"{v}.f", label)
+        else:
+            self.object(x, v, label)
+
+
+def texts(x: Any) -> list[str]:
+    """The strings in nested tuples."""
+    return [t for e in x for t in texts(e)] if isinstance(x, tuple) else [x] if isinstance(x, str) else []
+
+
+def look(f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> State:
+    """The state, looked at again while functions are found that read other names."""
+    while True:
+        known = len(names)
+        state = State(f, objects, labels, names)
+        if len(names) == known:
+            return state

@@ -1,0 +1,126 @@
+"""Tensors that a function binds in the state it reaches: ``self.state = new``, a cache filled, a closure variable.
+
+During the capture such a value is a traced one. It becomes one more result of the program, and every call puts the real
+tensor in its place, which the state's paths find; a capture that fails puts back what was there.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...capture.instances import flatten_tree
+from ...errors import CaptureError
+from ...trace.holding import holds_traced
+from ...trace.traced import Traced
+from .objects import Slots
+from .state import State
+
+_NOTHING = object()
+
+
+class Place(NamedTuple):
+    """The entry ``key`` of an owner: the dictionary or the slots of an object, the globals, another dictionary, a list
+    or a cell.
+    """
+
+    owner: int
+    key: Any
+    value: Any
+    grows: bool  # the list gets one more element
+
+
+def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(owner, types.CellType):
+        try:
+            yield "cell_contents", owner.cell_contents
+        except ValueError:  # not bound
+            return
+    else:
+        table = hasattr(owner, "items")  # those of scripted modules are no dicts
+        yield from list(owner.items() if table else enumerate(owner))
+
+
+def changed(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
+    """Where the function has put tensors since the state was looked at, traced ones or such as were elsewhere, and
+    these; there are none where it is an object that hides them.
+    """
+    known = set(state.seen)
+    owners = {id(owner): (i, owner, before) for i, (owner, _, before) in enumerate(state.owners)}
+    for i, owner, before in owners.values():
+        for key, value in entries(owner):
+            if value is not before.get(key, _NOTHING):
+                leaves = flatten_tree(value)[0]
+                tensors = [x for x in leaves if isinstance(x, Tensor)]
+                hidden = any(holds_traced(x, known) for x in leaves if not isinstance(x, Tensor))
+                if tensors or hidden:
+                    grows = isinstance(owner, list | deque) and key not in before
+                    yield Place(i, key, value, grows), [] if hidden else tensors
+
+
+def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = ()) -> list[Place]:
+    """Where the function has put tensors; what inner transforms leaked stays where it is. It sees the containers
+    ``given``, of its arguments, as copies: refused where it has changed one that it reaches by another way, too.
+    """
+    found = []
+    twice = {id(x) for c in given for x in (c, getattr(c, "__dict__", c))}
+    for place, tensors in changed(state):
+        if id(state.owners[place.owner][0]) in twice:
+            raise CaptureError(
+                f"{titled()} changes a {type(state.owners[place.owner][0]).__name__} that is an argument and that it "
+                "reaches by another way, too; pass it, or close over it, not both"
+            )
+        if not tensors:
+            raise CaptureError(
+                f"{titled()} leaves a {type(place.value).__name__} that holds tensors in what lies outside, in which "
+                "every call would have to put its own; keep a dataclass, or a tuple or dictionary of the tensors"
+            )
+        if not any(t.__class__ is Traced and t.tracer.finished for t in tensors):
+            found.append(place)
+    return found
+
+
+def put(owner: Any, key: Any, value: Any) -> None:
+    if isinstance(owner, types.CellType):
+        owner.cell_contents = value
+    else:
+        owner[key] = value
+
+
+def put_back(state: State) -> None:
+    """Undo what :func:`changed` finds."""
+    for place, _ in list(changed(state)):
+        owner, _, before = state.owners[place.owner]
+        if isinstance(owner, list | deque):
+            owner.clear()
+            owner.extend(before.values())
+        elif place.key in before:
+            put(owner, place.key, before[place.key])
+        elif isinstance(owner, types.CellType):
+            del owner.cell_contents
+        else:
+            del owner[place.key]
+
+
+def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
+    """A function of ``f`` and the objects among the arguments to what these variables of the state's check hold."""
+    body = "".join(f"    {line}\n" for line in needed(state.lines, names))
+    space = {"Slots": Slots, **state.constants}
+    exec(f"def found(f, objects):\n{body}    return [{', '.join(names)}]\n", space)
+    return space.pop("found")  # no cycle: what the constants are lives no longer than the function
+
+
+def needed(lines: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The lines that bind these variables, and those that they are made of."""
+    wanted, found = set(re.findall(r"\bv\d+\b", " ".join(names))), []
+    for line in reversed(lines):
+        name, bound, expr = line.partition(" = ")
+        if bound and name in wanted:
+            found.append(line)
+            wanted.update(re.findall(r"\bv\d+\b", expr))
+    return found[::-1]

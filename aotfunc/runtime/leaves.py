@@ -1,0 +1,118 @@
+"""What a function makes beside autograd's view of its arguments: leaves, as modules and parameters inside, of which the
+results require grad, and results of an inference mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.captured import Recording
+from ..errors import CaptureError
+from ..trace.autograd import Reach
+from ..trace.traced import Traced
+from .aliasing import memory_of
+
+
+class Leaves:
+    """Which results of a program, and of the function, require grad because of leaves that the function made.
+
+    Raises CaptureError where such a leaf is returned beside what was computed from it: autograd would not connect them.
+    """
+
+    def __init__(self, rec: Recording, mutated: Sequence[int]) -> None:
+        trace = rec.trace
+        count = len(trace.inputs)
+        leaves = {ref for ref, yes in trace.autograd.leaves.items() if yes and ref >= count}
+        self.retained = [k for k, ref in enumerate(rec.refs) if ref in trace.autograd.kept and ref not in trace.finals]
+        self.parameters = [k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")]
+        self.returned = [k for k, ref in enumerate(rec.refs) if ref in leaves and ref not in trace.autograd.computed]
+        if any(rec.leaves[rec.tensors[k]].__dict__.get("_grad") is not None for k in self.returned):
+            raise CaptureError("a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad")
+        #: what is computed from one: results of the program by their positions, then written inputs by theirs
+        self.results: list[int] = []
+        self.written: list[int] = []
+        if not leaves:
+            return
+        owned, finals = [ref for ref, _ in memory_of(rec)], [trace.finals[i] if i < count else -1 for i in mutated]
+        given = {rec.refs[k] for k in self.returned}
+        if given and (reached(rec, given) - given).intersection((*owned, *rec.refs, *finals)):
+            raise CaptureError(
+                "a tensor that was made inside and requires grad is returned, and so is what was computed from it, of "
+                "which the gradient would not reach it; pass it as an argument"
+            )
+        mine = leaves - trace.autograd.computed
+        found = reached(rec, leaves) - mine
+        views = [s for ref in rec.refs if (s := rec.seen.get(ref)) and ref in found]
+        if any(s.root not in found or any(step.ref in mine for step in s.path[:-1]) for s in views):
+            raise CaptureError(
+                "a view of a tensor that was made inside and requires grad is returned; return the tensor itself, or a "
+                "clone() of the view"
+            )
+        self.results = [k for k, ref in enumerate(owned) if ref in found]
+        self.written = [i for i, ref in zip(mutated, finals, strict=True) if ref in found]
+
+    def __bool__(self) -> bool:
+        return bool(self.parameters or self.returned or self.retained or self.results or self.written)
+
+    def attach(self, outs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+        """Let the results of the program, and written inputs, require grad."""
+        for t in (*[outs[k] for k in self.results], *[tensors[i] for i in self.written]):
+            if t.requires_grad:
+                continue
+            if t.__class__ is Traced:
+                t.tracer.autograd.mark_computed(t)
+            else:
+                Attached.apply(torch.zeros((), requires_grad=True), t)
+
+    def returns(self, outs: Sequence[Any]) -> Sequence[Any]:
+        """The tensors that the function returns, those that are leaves as leaves; some retain their gradient."""
+        outs = list(outs)
+        for k in self.returned:
+            outs[k] = outs[k].requires_grad_()
+        for k in self.parameters:
+            outs[k] = nn.Parameter(outs[k], k in self.returned)
+        for k in self.retained:
+            if outs[k].requires_grad:
+                outs[k].retain_grad()
+        return outs
+
+
+def reached(rec: Recording, leaves: set[int]) -> set[int]:
+    """What was computed from leaves, and these."""
+    reach = Reach(set(leaves), len(rec.trace.inputs))
+    reach.extend(rec.trace.records, rec.trace.autograd.leaves)
+    return reach.active
+
+
+def made_in_inference_mode(rec: Recording) -> bool:
+    """Whether the function has made its results in inference mode, which it switched on. Raises CaptureError where it
+    has made others too: a program runs in the mode, or outside.
+    """
+    trace = rec.trace
+    made = [trace.root(ref) in trace.autograd.inference for ref in rec.refs]
+    if not any(made):
+        return False
+    for yes, ref in zip(made, rec.refs, strict=True):
+        if not yes and ref not in trace.finals:
+            raise CaptureError(
+                "the function returns tensors made in torch.inference_mode(), and others, or views of its arguments; "
+                "use torch.no_grad(), or return clones made outside of the mode"
+            )
+    return True
+
+
+class Attached(torch.autograd.Function):
+    """A tensor with a way to a leaf that is gone, changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(t)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        return None, None

@@ -1,0 +1,203 @@
+"""What happens to the programs of a compiled function: decompositions, partition, compilers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from .. import backends, debug
+from ..backends import Backend
+from ..backends.eager import compile_graph
+from ..capture.calls import CompiledCall
+from ..capture.captured import Recording
+from ..errors import AotfuncError, BackendError
+from ..graph import Program, output_node, size
+from ..partition import min_cut_rematerialization_partition
+from ..partition.foreign import cut_by
+from ..trace.emit import carried, paused_gc, remap, remap_dict
+from ..trace.shapes.instr import Instr
+from ..trace.shapes.sig import make_sig
+from ..transforms.decompose import decomposed
+from ..transforms.lower import CALLS, EVERYTHING, lowered
+from ..transforms.walk import builder
+from .graph_module import graph_module
+
+Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable]
+Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+
+
+class Pipeline:
+    """What happens to the programs of a compiled function: which compilers, partition and decompositions they get.
+
+    Compiled code knows its pipeline and not the function, so it does not keep alive what that closes over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        compiler: str | Compiler,
+        backward_compiler: str | Compiler | None = None,
+        partition: Partition = min_cut_rematerialization_partition,
+        decompositions: dict | None = None,
+    ) -> None:
+        self.name, self.partition, self.decompositions = name, partition, decompositions
+        self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
+        self.forward_backend, self.backward_backend = map(backends.lookup, self.compilers)
+        self.eagerly: list[tuple[str, dict[str, str]]] = []  # what a backend runs eagerly in which half, and why
+
+    def __reduce__(self) -> Any:  # ops and backends by their names
+        table = self.decompositions and {str(op): body for op, body in self.decompositions.items()}
+        return loaded, (self.name, *self.compilers, self.partition, table)
+
+    def __deepcopy__(self, memo: dict) -> Pipeline:
+        return self
+
+    def __repr__(self) -> str:
+        names = dict.fromkeys([c if isinstance(c, str) else title(backends.lookup(c).compile) for c in self.compilers])
+        return f"compiled by {' and '.join(names)}"
+
+    def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
+        return self.compiled(self.forward_backend, program, tensors, "forward")
+
+    def backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
+        return self.compiled(self.backward_backend, program, tensors, "backward")
+
+    def compiled(self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str) -> Callable:
+        fn = compiled_by(backend, self.opened(program), tensors, f"{self.name}: {half}")
+        if (eagerly := getattr(fn, "eagerly", None)) is not None:
+            self.eagerly.append((half, eagerly))
+        return fn
+
+    def takes_numbers(self, rec: Recording) -> bool:
+        """Whether Python numbers may be inputs of its programs. A compiler may round an input to the low precision of
+        what it is computed with, where eager does not round a number.
+        """
+        if self.forward_backend is self.backward_backend is backends.lookup("eager"):
+            return True
+        counted = [instr for instr, *_ in rec.trace.records if instr.__class__ is Instr and instr.number is not None]
+        return not any(s.dtype in (torch.float16, torch.bfloat16) for instr in counted for s in instr.sigs)
+
+    def opened(self, program: Program) -> Program:
+        """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
+        return decomposed(program, Declining(self.decompositions)) if self.decompositions else program
+
+    def split(self, joint: Program, n_early: int, last: bool = False) -> tuple[CompiledCall, CompiledCall]:
+        """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``. Unless they are
+        the ``last`` that is made of it they keep their marks of intent, for higher derivatives.
+        """
+        forward, backward = partitioned(self.partition, self.opened(joint), n_early, EVERYTHING if last else CALLS)
+        return (
+            CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
+            CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),
+        )
+
+
+class Declining(dict):
+    """A table of decompositions, some of which may answer NotImplemented: the op is then left as it is."""
+
+    def get(self, op: Any, default: Any = None) -> Any:
+        body = super().get(op)
+        if body is None:
+            return default
+
+        @functools.wraps(body)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = body(*args, **kwargs)
+            return op(*args, **kwargs) if out is NotImplemented else out
+
+        return call
+
+
+def loaded(name: str, forward: Any, backward: Any, partition: Partition, table: dict | None) -> Pipeline:
+    """A pipeline of its pickled parts."""
+    ops = table and {functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()}
+    return Pipeline(name, forward, backward, partition, ops)
+
+
+def compiled_by(backend: Backend, program: Program, tensors: Sequence[Tensor], what: str) -> Callable:
+    """Hand the program to a backend as a GraphModule with example inputs. Raises BackendError, which keeps the graph,
+    where the compiler raises an error that is not ours.
+    """
+    if backend == backends.EAGER:
+        return compile_graph(lowered(program, EVERYTHING).graph)
+    table, compiler = backend.table, backend.compile
+    if table is not None:
+        program = decomposed(lowered(program, EVERYTHING), Declining(table))
+    gm = graph_module(program, program.name or "Graph")
+    if debug.watched is not None or debug.LEVEL >= 3:
+        debug.note(f"compiled by {title(compiler)}", gm.graph, lambda: gm.code.strip(), size(gm.graph))
+    try:
+        fn = compiler(gm, [t.detach() for t in tensors])
+    except AotfuncError:
+        raise
+    except Exception as e:
+        raise BackendError(
+            f"{what}: the compiler {title(compiler)} failed on {gm._get_name()} ({len(gm.graph.nodes)} nodes): "
+            f"{type(e).__name__}: {e}\nThe graph is this error's .graph_module:\n{shortened(gm.code)}",
+            graph_module=gm,
+        ) from e
+    boxed = backend.boxed or getattr(fn, "_boxed_call", False)
+
+    def call(*args: Tensor) -> Sequence:
+        outs = fn(list(args)) if boxed else fn(*args)
+        return outs if isinstance(outs, list | tuple) else (outs,)
+
+    call.eagerly = getattr(fn, "eagerly", None)  # type: ignore[attr-defined]
+    return call
+
+
+def partitioned(
+    partition: Partition, joint: Program, n_early: int, dissolve: frozenset[str]
+) -> tuple[Program, Program]:
+    """Let a functorch partition function cut the joint program; its two modules as programs."""
+    gm = graph_module(joint, "joint", dissolve=dissolve)
+    for n, p in zip([n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True):
+        n.meta["role"] = p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    early, late = cut_by(partition, gm, inputs, n_early)
+    return imported(early, "forward"), imported(late, "backward")
+
+
+def imported(gm: fx.GraphModule, name: str) -> Program:
+    """A foreign graph as a program: its metadata becomes signatures."""
+    with paused_gc():
+        b = builder()
+        env: dict[Node, Any] = {}
+        count = 0
+        for n in gm.graph.nodes:
+            if n.op == "placeholder":
+                env[n] = b.placeholder(n.name, sig_from(n.meta["val"]), role=n.meta.get("role"))
+                count += 1
+            elif n.op == "get_attr":
+                env[n] = getattr(gm, n.target)  # type: ignore[arg-type]
+            elif n.op == "call_function":
+                b.meta = carried(n)
+                env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), sig_from(n.meta["val"]))
+        outs = [remap(o, env) for o in output_node(gm.graph).args[0]]
+        return Program(b.finish(outs), count, len(outs), (), name)
+
+
+def sig_from(val: Any) -> Any:
+    if isinstance(val, Tensor):
+        return make_sig(tuple(val.shape), tuple(val.stride()), val.dtype, val.device, val.storage_offset())
+    return tuple(sig_from(v) for v in val) if isinstance(val, list | tuple) else val
+
+
+def title(f: Any) -> str:
+    """What a function is called in messages, with its parameters where they are known."""
+    name = getattr(f, "__qualname__", None) or f"a {type(f).__name__}"
+    try:
+        return f"{name}{inspect.signature(f)}"
+    except (TypeError, ValueError):
+        return name
+
+
+def shortened(code: str, limit: int = 40) -> str:
+    lines = code.strip().splitlines()
+    return "\n".join([*lines[:limit], f"… {len(lines) - limit} more lines"] if len(lines) > limit else lines)

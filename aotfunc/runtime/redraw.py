@@ -1,0 +1,51 @@
+"""Random numbers drawn again: set the generators of a program to the states of an earlier run inside a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from ..graph import Program, draws
+from ..transforms.lower import EVERYTHING, lowered
+
+
+def states(program: Program) -> list[tuple[Generator, Tensor]]:
+    """The generators that a program draws from, with their states now."""
+    return [(g, g.get_state()) for g in program.once("generators", lambda: generators(program))]
+
+
+def generators(program: Program) -> list[Generator]:
+    found: dict[int, Generator] = {}
+    for n in lowered(program, EVERYTHING).graph.nodes:
+        if n.op == "call_function" and draws(n):
+            given = next((a for a in (*n.args, *n.kwargs.values()) if isinstance(a, Generator)), None)
+            g = given if given is not None else default_generator(device_of(n.meta["val"]))
+            found[id(g)] = g
+    return list(found.values())
+
+
+def device_of(val: Any) -> torch.device:
+    return device_of(val[0]) if isinstance(val, tuple) else val.device
+
+
+def default_generator(device: torch.device) -> Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+@contextmanager
+def redrawn(states: Sequence[tuple[Generator, Tensor]]) -> Iterator[None]:
+    """The generators as they were then, for a while."""
+    now = [(g, g.get_state()) for g, _ in states]
+    for g, state in states:
+        g.set_state(state)
+    try:
+        yield
+    finally:
+        for g, state in now:
+            g.set_state(state)

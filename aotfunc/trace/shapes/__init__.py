@@ -1,0 +1,1 @@
+"""What ops return, told without running them: signatures, own shape rules, kernels on meta tensors."""

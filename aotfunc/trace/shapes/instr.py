@@ -1,0 +1,102 @@
+"""Instructions: an op together with its literals, the signatures of its tensors and of its results.
+
+An :class:`Instr` is interned, so that a recorded program is keyed by the identities of its instructions. Keys hold
+``(type, value)`` for literals and floats by their bits, since ``1 == 1.0 == True`` and ``-0.0 == 0.0`` in Python.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from ...cache import Cache
+from ...errors import CaptureError
+from .infer import _deterministic, infer
+from .sig import Facts, Sig, moved
+
+aten = torch.ops.aten
+
+
+class Instr:
+    """An op with its literals and argument signatures, and what it returns: interned. ``anywhere`` is that of the same
+    call at the beginning of every storage, where that makes a difference to the signatures alone; ``number`` the dtype
+    with which a Python number among its arguments may be a tensor.
+    """
+
+    __slots__ = ("anywhere", "args", "facts", "kwargs", "made", "number", "op", "outs", "sigs")
+
+    def __init__(
+        self, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any, anywhere: Instr | None = None
+    ) -> None:
+        self.op, self.args, self.kwargs, self.sigs, self.outs = op, args, kwargs, sigs, outs
+        self.facts = Facts(op)
+        self.anywhere = anywhere
+        self.number: torch.dtype | None = None
+        self.made: list[Sig] | None = None  # see records.result_sigs
+
+    def __repr__(self) -> str:
+        return f"{self.op}{self.args}"
+
+
+_memo = Cache(1 << 15)
+#: the instruction for a key, or None
+interned = _memo.get
+
+SIMPLE = frozenset(
+    (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
+)
+
+
+def env_key() -> tuple:
+    """The global settings that shape inference depends on."""
+    return (torch.get_default_dtype(), _deterministic())
+
+
+def encode(a: Any, key: list, sink: Any) -> Any:
+    """Append ``a`` to the key, tensors through ``sink(tensor) -> Sig``; return the template."""
+    cls = a.__class__
+    if cls in SIMPLE:
+        key += (cls, a)
+        return a
+    if cls is float:
+        key.append(a.hex())
+        return a
+    if cls is complex:
+        key += (cls, a.real.hex(), a.imag.hex())
+        return a
+    if isinstance(a, Tensor) or cls.__name__ == "Node":
+        slot, sig = sink(a)
+        key.append(sig)
+        return slot
+    if isinstance(a, list | tuple):
+        key.append("[")
+        result = [encode(x, key, sink) for x in a]
+        key.append("]")
+        return result if cls is not tuple else tuple(result)
+    if isinstance(a, torch.Generator):
+        key += (cls, id(a))
+        return a
+    if isinstance(a, float | int | str):  # numpy scalars, enums
+        key += (cls, repr(a))
+        return a
+    if isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool):
+        raise CaptureError(f"symbolic sizes are not captured yet: got {a}")
+    key += (cls, id(a))
+    return a
+
+
+def intern(key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None) -> Instr:
+    """The instruction for this key, made (its outputs inferred, unless given) if it is new."""
+    facts, anywhere = Facts(op), None
+    if any(s.offset for s in sigs) and not facts.strided and not facts.writes:
+        there = tuple([k.start if k.__class__ is Sig else k for k in key])
+        anywhere = interned(there) or intern(there, op, args, kwargs, tuple([s.start for s in sigs]), outs)
+        outs = outs if facts.view_of is None else moved(anywhere.outs, sigs[0].offset)
+    if outs is None:
+        outs = infer(op, args, kwargs, sigs)
+    instr = Instr(op, args, kwargs, sigs, outs, anywhere)
+    _memo.put(key, instr)
+    return instr

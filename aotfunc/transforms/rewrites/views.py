@@ -1,0 +1,128 @@
+"""Moves: a chain of ops that only show the same elements in another shape or order is made as short as it can be.
+
+Two views of the same memory with the same shape, strides and offset are the same value, whatever way led to them. So a
+chain may end at any of its links that has the signature wanted; and what shows all elements of a contiguous tensor
+without a copy is a ``view`` of it, or a ``permute`` of one. Not so where the memory is that of an expanded input: its
+elements are as many variables, of which a turn shows others in the same place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...trace.emit import Builder
+from ...trace.memory import overlaps_itself
+from ...trace.shapes.sig import Sig, contiguous_stride, make_sig
+from .constants import EXPAND, FULL, MOVES, PERMUTE, RESHAPES, TRANSPOSE, TURNS, VIEW, T, filled, number
+from .table import aten, rewrite, tried
+
+
+@rewrite(aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
+def _identity(b: Builder, val: Sig, x: Any) -> Any:
+    return x
+
+
+@rewrite(aten._unsafe_view.default)
+def _unsafe(b: Builder, val: Sig, x: Any, shape: Any) -> Any:
+    return b.node(VIEW, (x, list(val.shape)), {}, val)
+
+
+@rewrite(aten._reshape_alias.default, aten.slice.Tensor)
+def _nothing_done(b: Builder, val: Sig, x: Any, *_: Any) -> Any:
+    return x if x.meta["val"] is val else None
+
+
+@rewrite(*RESHAPES, EXPAND)
+def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any) -> Any:
+    if turned_variables(x, turn):
+        return None
+    if x.meta["val"] is val:
+        return x
+    if x.target in MOVES:
+        return shortened(b, val, x)
+    if x.target is FULL and (val.plain or x.meta["val"].numel != 1) and (value := number(x)) is not None:
+        return filled(b, val, value)
+    return None
+
+
+def turned_variables(x: Any, turns: bool) -> bool:
+    """Whether a chain of moves that ends with ``x``, or a turn of it, turns a value whose elements share memory."""
+    while x.target in MOVES:
+        turns = turns or x.target in TURNS
+        x = x.args[0]
+    sig = x.meta["val"]
+    return turns and not sig.plain and overlaps_itself(sig)
+
+
+@rewrite(T, TRANSPOSE, PERMUTE)
+def _turned(b: Builder, val: Sig, x: Any, *how: Any) -> Any:
+    shorter = _moved(b, val, x, turn=True)
+    if shorter is not None:
+        return shorter
+    dims = order(how, len(val.shape))
+    if x.target in TURNS:
+        inner = order(x.args[1:], len(dims))
+        return turned(b, val, x.args[0], [inner[d] for d in dims])
+    return turned(b, val, x, dims, how)
+
+
+def order(how: tuple, rank: int) -> list[int]:
+    """The dimensions in the order that ``t()``, ``transpose(i, j)`` or ``permute(dims)`` puts them."""
+    if len(how) == 1:
+        return [d % rank for d in how[0]]
+    dims = list(range(rank))
+    if rank > 1:
+        i, j = how or (0, 1)
+        dims[i], dims[j] = dims[j], dims[i]
+    return dims
+
+
+def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = None) -> Any:
+    """``x`` with its dimensions in this order, written one way; None if it is written so already, as ``how``."""
+    off = [d for d, k in enumerate(dims) if d != k]
+    if not off:
+        return x
+    way: tuple[Any, ...] = (PERMUTE, dims) if len(off) > 2 else (TRANSPOSE, *off) if len(dims) > 2 else (T,)
+    target, args = way[0], way[1:]
+    return None if args == how else b.node(target, (x, *args), {}, val)
+
+
+def shortened(b: Builder, val: Sig, x: Any) -> Any:
+    """The move of the move ``x`` with this signature, as fewer moves of what lies below; None if that cannot be."""
+    origin, links = x, 0
+    while origin.target in MOVES:
+        origin = origin.args[0]
+        links += 1
+        if origin.meta["val"] is val:
+            return origin
+    sig = origin.meta["val"]
+    if origin.target is FULL:
+        value = number(origin)
+        return None if value is None else filled(b, val, value)
+    if sig.plain and sig.numel == val.numel:
+        if val.plain:
+            return b.node(VIEW, (origin, list(val.shape)), {}, val)
+        return laid_out(b, val, origin, links > 1 and not x.users)
+    if expandable(sig.shape, val.shape):
+        return tried(b, val, EXPAND, origin, list(val.shape))
+    return None
+
+
+def laid_out(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
+    """A turn of the contiguous ``origin``, or if ``two`` moves are welcome, of a view of it."""
+    if not two and sorted(origin.meta["val"].shape) != sorted(val.shape):
+        return None
+    inside = sorted(range(len(val.shape)), key=lambda d: (-val.stride[d], val.shape[d] == 1))
+    shape = tuple(val.shape[d] for d in inside)
+    stride = contiguous_stride(shape)
+    if stride != tuple(val.stride[d] for d in inside) or not (two or shape == origin.meta["val"].shape):
+        return None
+    base = b.node(VIEW, (origin, list(shape)), {}, make_sig(shape, stride, val.dtype, val.device))
+    dims = [0] * len(inside)
+    for at, d in enumerate(inside):
+        dims[d] = at
+    return turned(b, val, base, dims)
+
+
+def expandable(shape: tuple, wide: tuple) -> bool:
+    return len(shape) <= len(wide) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(wide), strict=False))
