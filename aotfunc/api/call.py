@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_, tree_unflatten
 
-from ..capture.capture import parameter_names, record
+from ..capture.capture import capture, parameter_names
 from ..capture.instances import flatten_tree, opened_in
 from ..capture.tree import Arguments, flatten, in_order_of, leaf_paths, structure, unflatten
 from ..debug import defined
@@ -96,7 +96,7 @@ class Call:
             return [*leaves, *more]
 
         names = parameter_names(f, arguments)
-        self.rec = record(
+        self.rec = capture(
             flat, arguments.leaves, arguments.rebuilt, differentiated=differentiated, numbers=True, name_of=names
         )
         self.program, self.aliases = self.rec.program(), self.rec.aliases

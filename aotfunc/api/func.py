@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..capture.capture import as_called, parameter_names, record
+from ..capture.capture import as_called, capture, parameter_names
 from ..capture.tree import Arguments, flatten, in_order_of, unflatten
 from ..debug import entry
 from ..errors import ArgumentError
@@ -253,7 +253,7 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
         names = parameter_names(func, arguments)
-        rec = record(as_called(func), arguments.leaves, arguments.rebuilt, numbers=True, name_of=names)
+        rec = capture(as_called(func), arguments.leaves, arguments.rebuilt, numbers=True, name_of=names)
         program, views = without_views(rec)
         inputs, changes = [*tensors_of(arguments), *rec.closed_over], Changes(rec)
         outs = execute(program, changes.before(inputs) if changes else inputs)

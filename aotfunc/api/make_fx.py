@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_unflatten
 
-from ..capture.capture import argument_names, parameter_names, record
+from ..capture.capture import argument_names, capture, parameter_names
 from ..capture.instances import flatten_tree
 from ..capture.tree import Arguments
 from ..debug import entry, outside_dynamo
@@ -68,7 +68,7 @@ def make_fx(
     def wrapper(*args: Any, **kwargs: Any) -> fx.GraphModule:
         arguments = Arguments(args, kwargs)
         why_not = None if tracing_mode == "real" else f"make_fx(tracing_mode={tracing_mode!r}) captures without values"
-        rec = record(f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments))
+        rec = capture(f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments))
         program = fresh(rec.program(), rec.aliases)
         if decomposition_table:
             program = decomposed(program, decomposition_table)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.capture import as_called, parameter_names, record
-from ..capture.captured import Recording
+from ..capture.capture import as_called, capture, parameter_names
+from ..capture.captured import Captured
 from ..capture.concretize import Samples, batches
 from ..capture.tree import Arguments, flatten, leaf_paths, unflatten
 from ..debug import defined
@@ -81,7 +81,7 @@ def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *
     return _run(*_batched_program(func, arguments, dims, *how))
 
 
-def _run(rec: Recording, program: Program, inputs: list[Tensor], dims: Sequence[tuple[int | None, int | None]]) -> Any:
+def _run(rec: Captured, program: Program, inputs: list[Tensor], dims: Sequence[tuple[int | None, int | None]]) -> Any:
     """The results of a batched program; a written input that is returned is itself, and a view of it is its view.
     ``dims``: for each result the dimension of the batch in the input whose memory it shows, and in the result.
     """
@@ -100,7 +100,7 @@ def _run(rec: Recording, program: Program, inputs: list[Tensor], dims: Sequence[
     return rec.results(outs)
 
 
-def batched_view(rec: Recording, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:
+def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:
     """The view of a written input ``x`` that a result is, for the batch of them."""
     view = view_of(rec, ref)
     size = 1 if old is None else x.shape[old]
@@ -115,13 +115,13 @@ def _batched_program(
     out_dims: Dims,
     randomness: str,
     strict: bool,
-) -> tuple[Recording, Program, list[Tensor], list[tuple[int | None, int | None]]]:
+) -> tuple[Captured, Program, list[Tensor], list[tuple[int | None, int | None]]]:
     """The recording of one sample, the batched program, what to run it on, and the dimensions as _run takes them."""
     samples = {
         k: sample_sig(x, d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None
     }
     tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
-    rec = record(
+    rec = capture(
         as_called(func),
         arguments.leaves,
         arguments.rebuilt,

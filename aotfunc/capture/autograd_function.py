@@ -27,7 +27,7 @@ from ..transforms.vjp import dense
 from ..transforms.walk import builder
 from . import opaque
 from .calls import Step, interned
-from .captured import Recording
+from .captured import Captured
 from .custom_derivative import CustomDerivative, Later, Part
 from .function_vmap import OwnRule, on_real_batch
 from .tree import Operands
@@ -340,7 +340,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     inner.autograd.leaves.update((t.ref, True) for t in values)
     _under_way.rules.append(calls)
     try:
-        rec = record_into(inner, lambda: Recording(inner, rule(*values), lambda: ()))
+        rec = record_into(inner, lambda: Captured(inner, rule(*values), lambda: ()))
     except NotImplementedError as e:
         return CaptureError(f"{name} has no derivative: {e}")
     except Exception as e:  # the user's: it is raised where this derivative is asked for, as in eager

@@ -20,13 +20,13 @@ from ..trace.recording import record_into
 from ..trace.traced import Traced, attributes, current
 from ..trace.tracer import Trace, on_functions
 from . import patches
-from .captured import Recording
+from .captured import Captured
 from .instances import assigned
 from .tree import leaf_labels
 
 
 @outside_inference_mode
-def record(
+def capture(
     f: Callable,
     leaves: Sequence[Any],
     rebuild: Callable[[Sequence[Any]], tuple[list, dict]],
@@ -39,7 +39,7 @@ def record(
     outside: Collection[int] = (),
     numbers: bool = False,
     name_of: Callable[[], Sequence[str]] | None = None,
-) -> Recording:
+) -> Captured:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
     ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch), and ``batch`` says what
@@ -88,7 +88,7 @@ def record(
     trace.origins = reals
     args, kwargs = rebuild(values)
 
-    def call() -> Recording:
+    def call() -> Captured:
         try:
             result = f(*args, **kwargs)
         except RuntimeError as e:
@@ -111,7 +111,7 @@ def record(
                 "the function assigns to an attribute of an argument, which the caller would not see: arguments are "
                 "made anew for each capture; return the new value instead"
             )
-        return Recording(trace, result, name_of or (lambda: ()))
+        return Captured(trace, result, name_of or (lambda: ()))
 
     recorded = record_into(trace, call)
     trace.seeds.check()

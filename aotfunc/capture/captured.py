@@ -49,7 +49,7 @@ class Numbers:
         return tuple(map(tuple, places.values()))
 
 
-class Recording:
+class Captured:
     """What one call did: the trace, the leaves that it returned, and which of them are tensors."""
 
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..backends.eager import compile_graph
-from ..capture.captured import Recording
+from ..capture.captured import Captured
 from ..debug import at
 from ..errors import CaptureError
 from ..graph import Program
@@ -30,7 +30,7 @@ from ..transforms.fresh import fresh, viewed
 aten = torch.ops.aten
 
 
-def without_views(rec: Recording, quiet: bool = False) -> tuple[Program, Callable[..., tuple] | None]:
+def without_views(rec: Captured, quiet: bool = False) -> tuple[Program, Callable[..., tuple] | None]:
     """``(program, views)``: the program of what the recording was computed for, one result for each piece of memory
     that a returned tensor shows, and ``views(*inputs, *its results)``, run after written inputs have been updated, for
     the tensors that were returned (None where these are the program's results).
@@ -46,14 +46,14 @@ def without_views(rec: Recording, quiet: bool = False) -> tuple[Program, Callabl
     return base.once(("views", tuple(rec.trace.finals), quiet), lambda: separated(rec, fresh(base, ()), owned, quiet))
 
 
-def memory_of(rec: Recording) -> tuple[tuple[int, bool], ...]:
+def memory_of(rec: Captured) -> tuple[tuple[int, bool], ...]:
     """What the program computes for the tensors that are returned, as :meth:`Recording.program` takes it."""
     steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
     count = len(rec.trace.inputs)
     return tuple(dict.fromkeys((s.ref, not s.apart) for s in steps if s.apart or (s.of is None and s.ref >= count)))
 
 
-def separated(rec: Recording, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool) -> tuple[Program, Any]:
+def separated(rec: Captured, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool) -> tuple[Program, Any]:
     """The program, which computes the memory of the values ``owned``, and the views."""
     count, returned = len(rec.trace.inputs), [rec.seen.get(r) or Shown(r) for r in rec.refs]
     if rec.refs == tuple(r for r, _ in owned) and not any(s.of for s in returned):
@@ -86,7 +86,7 @@ def separated(rec: Recording, program: Program, owned: Sequence[tuple[int, bool]
         return program, compile_graph(b.finish(results))
 
 
-def view_of(rec: Recording, ref: int) -> Program:
+def view_of(rec: Captured, ref: int) -> Program:
     """What leads from the memory that a value was made with to the value, as a program."""
     start, *path = rec.seen[ref].path
     sig = rec.trace.signatures()[start.ref if start.ref >= 0 else len(rec.trace.inputs) - start.ref - 1]
@@ -142,7 +142,7 @@ class Changes:
     itself depends.
     """
 
-    def __init__(self, rec: Recording) -> None:
+    def __init__(self, rec: Captured) -> None:
         trace = rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]

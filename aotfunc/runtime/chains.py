@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
-from ..capture.captured import Recording
+from ..capture.captured import Captured
 from ..graph import Program, kept_alive
 from ..trace.emit import Builder, carried, displaced, paused_gc, remap, remap_dict
 from ..trace.functionalize import dead_end
@@ -36,7 +36,7 @@ from .autograd import op_by_op, run
 from .execute import before_writes, write_back
 
 
-def as_recorded(rec: Recording, mutated: Sequence[int]) -> Program | None:
+def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
     """The program to cut; None where autograd sees no result that was computed from another."""
     trace, refs = rec.trace, dict.fromkeys(rec.refs)
     autograd = trace.autograd

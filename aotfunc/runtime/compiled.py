@@ -23,8 +23,8 @@ from torch.utils._pytree import TreeSpec
 
 from ..cache import Cache
 from ..capture.calls import CompiledCall, CompiledStep
-from ..capture.capture import argument_names, as_called, parameter_names, record
-from ..capture.captured import Recording
+from ..capture.capture import argument_names, as_called, capture, parameter_names
+from ..capture.captured import Captured
 from ..capture.instances import containers, remade
 from ..capture.tree import Arguments, leaf_labels, unflatten
 from ..debug import at, entry, outside_dynamo, user_line
@@ -62,7 +62,7 @@ class Entry:
 
     def __init__(
         self,
-        rec: Recording,
+        rec: Captured,
         step: CompiledStep,
         views: Callable[..., tuple] | None,
         state: State,
@@ -343,7 +343,7 @@ class Compiled:
             return recorded(result, places, state, mine.containers)
 
         called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
-        rec = record(
+        rec = capture(
             f,
             arguments.leaves,
             # containers passed twice hold tensors twice

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.captured import Recording
+from ..capture.captured import Captured
 from ..errors import CaptureError
 from ..trace.autograd import Reach
 from ..trace.traced import Traced
@@ -23,7 +23,7 @@ class Leaves:
     Raises CaptureError where such a leaf is returned beside what was computed from it: autograd would not connect them.
     """
 
-    def __init__(self, rec: Recording, mutated: Sequence[int]) -> None:
+    def __init__(self, rec: Captured, mutated: Sequence[int]) -> None:
         trace = rec.trace
         count = len(trace.inputs)
         leaves = {ref for ref, yes in trace.autograd.leaves.items() if yes and ref >= count}
@@ -81,14 +81,14 @@ class Leaves:
         return outs
 
 
-def reached(rec: Recording, leaves: set[int]) -> set[int]:
+def reached(rec: Captured, leaves: set[int]) -> set[int]:
     """What was computed from leaves, and these."""
     reach = Reach(set(leaves), len(rec.trace.inputs))
     reach.extend(rec.trace.records, rec.trace.autograd.leaves)
     return reach.active
 
 
-def made_in_inference_mode(rec: Recording) -> bool:
+def made_in_inference_mode(rec: Captured) -> bool:
     """Whether the function has made its results in inference mode, which it switched on. Raises CaptureError where it
     has made others too: a program runs in the mode, or outside.
     """

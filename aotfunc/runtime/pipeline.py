@@ -15,7 +15,7 @@ from .. import backends, debug
 from ..backends import Backend
 from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall
-from ..capture.captured import Recording
+from ..capture.captured import Captured
 from ..errors import AotfuncError, BackendError
 from ..graph import Program, output_node, size
 from ..partition import min_cut_rematerialization_partition
@@ -74,7 +74,7 @@ class Pipeline:
             self.eagerly.append((half, eagerly))
         return fn
 
-    def takes_numbers(self, rec: Recording) -> bool:
+    def takes_numbers(self, rec: Captured) -> bool:
         """Whether Python numbers may be inputs of its programs. A compiler may round an input to the low precision of
         what it is computed with, where eager does not round a number.
         """

@@ -14,8 +14,8 @@ from aotfunc.capture import captured
 def made(monkeypatch):
     """The programs that are made meanwhile."""
     found = []
-    build = captured.Recording._build
-    monkeypatch.setattr(captured.Recording, "_build", lambda self, memory: found.append(1) or build(self, memory))
+    build = captured.Captured._build
+    monkeypatch.setattr(captured.Captured, "_build", lambda self, memory: found.append(1) or build(self, memory))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_unflatten
 
-from ...capture.captured import Recording
+from ...capture.captured import Captured
 from ...capture.instances import Opened, containers, holds_tensor, is_data, is_whole
 from ...errors import CaptureError
 from ...trace.holding import SHARED, holds_traced
@@ -63,7 +63,7 @@ class Finish:
     to fill the result with the objects that are due.
     """
 
-    def __init__(self, rec: Recording, state: State, places: Sequence[Place], titled: Callable[[], str]) -> None:
+    def __init__(self, rec: Captured, state: State, places: Sequence[Place], titled: Callable[[], str]) -> None:
         result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore[union-attr]
         self.spec, self.values, self.count = result, values, result.num_leaves if result else 0
         numbers = {k: n for n, k in enumerate(dict.fromkeys(id(p.value) for p in places))}

@@ -42,7 +42,7 @@ Formula = Callable[..., Any]
 
 
 @dataclass
-class Rule:
+class OpRules:
     """How one op behaves under each transform; ``None`` where nothing is written and the fallback decides."""
 
     vjp: Formula | None = None
@@ -57,7 +57,7 @@ class Rule:
     verbs: list[str] = field(default_factory=list)
 
 
-RULES: dict[OpOverload, Rule] = {}
+RULES: dict[OpOverload, OpRules] = {}
 DECOMPOSITIONS: dict[OpOverload, Formula] = {}
 
 
@@ -66,9 +66,9 @@ def overload(op: OpOverload | OpOverloadPacket) -> OpOverload:
     return op.default if isinstance(op, OpOverloadPacket) else op
 
 
-def rule_of(op: OpOverload | OpOverloadPacket) -> Rule:
+def rule_of(op: OpOverload | OpOverloadPacket) -> OpRules:
     """The table's line for ``op``, made empty if there is none yet."""
-    return RULES.setdefault(overload(op), Rule())
+    return RULES.setdefault(overload(op), OpRules())
 
 
 @cache
