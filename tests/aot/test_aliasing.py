@@ -5,11 +5,8 @@ import torch
 
 from aotfunc import aot_function, functionalize, grad, hessian, jit, jvp, vmap
 from aotfunc.errors import CaptureError
+from tests.inputs import f64
 from tests.reference import assert_same
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def sine_and_its_transpose(x):
@@ -39,7 +36,7 @@ def written_with_what_is_returned(x):
     return y, x
 
 
-W = r(2, 3)
+W = f64(2, 3)
 
 RETURNS = {
     "the input": lambda x: x,
@@ -77,7 +74,7 @@ def memory(x, outs):
 @pytest.mark.parametrize("name", RETURNS)
 def test_memory(name, leaf):
     f = RETURNS[name]
-    x0 = r(2, 3).requires_grad_(leaf)
+    x0 = f64(2, 3).requires_grad_(leaf)
     x, y = x0 * 1, x0 * 1
     g = jit(f)
     for _ in range(2):
@@ -96,7 +93,7 @@ WRITES |= {k: RETURNS[k] for k in ("two views of a new tensor", "a new tensor tw
 @pytest.mark.parametrize("name", WRITES)
 def test_writing_to_a_result(name):
     """The write is seen through all aliases, values and gradients."""
-    x0 = r(2, 3).requires_grad_()
+    x0 = f64(2, 3).requires_grad_()
 
     def run(f):
         x = x0 * 1
@@ -121,7 +118,7 @@ def test_inside_another_capture():
         return (x * x).sum()
 
     plain = lambda x: f(x, lambda a: a.t(), lambda a: a[0].mul_(2))
-    x = r(2, 3)
+    x = f64(2, 3)
     assert_same(jit(f)(x), plain(x))
 
 
@@ -133,7 +130,7 @@ def test_derivatives_through_a_write_inside_another_capture():
         write(x)
         return (x * x).sum()
 
-    plain, x = (lambda x: f(x, torch.sin_)), r(3)
+    plain, x = (lambda x: f(x, torch.sin_)), f64(3)
     assert_same(grad(f)(x), torch.func.grad(plain)(x))
     assert_same(hessian(f)(x), torch.func.hessian(plain)(x))
     assert_same(jvp(f, (x,), (x,)), torch.func.jvp(plain, (x,), (x,)))
@@ -146,7 +143,7 @@ def test_swapped_arguments():
         a.copy_(b)
         b.copy_(t)
 
-    a, b = r(3), r(3)
+    a, b = f64(3), f64(3)
     old = a.clone(), b.clone()
     assert jit(swap)(a, b) is None
     assert_same((b, a), old)
@@ -154,7 +151,7 @@ def test_swapped_arguments():
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_written_argument_that_is_differentiated(order):
-    x0 = r(3).requires_grad_()
+    x0 = f64(3).requires_grad_()
 
     def f(x):
         x.mul_(x.detach().cos())
@@ -172,7 +169,7 @@ def test_written_argument_that_is_differentiated(order):
 
 
 def test_written_leaf_is_refused():
-    x = r(3).requires_grad_()
+    x = f64(3).requires_grad_()
     f = jit(lambda x: x.mul_(2))
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
         f(x)
@@ -185,13 +182,13 @@ def test_written_leaf_is_refused():
 
 def test_constants_are_made_anew():
     f = jit(lambda x: (torch.zeros(3), x * 2))
-    f(r(3))[0].add_(1)
-    assert_same(f(r(3))[0], torch.zeros(3))
+    f(f64(3))[0].add_(1)
+    assert_same(f(f64(3))[0], torch.zeros(3))
 
 
 def test_structure_and_constants_of_results():
     f = lambda x, n: {"a": [x * n, (n, "s", None)], "b": torch.float64, "c": (x,)}
-    x = r(3)
+    x = f64(3)
     assert_same(jit(f)(x, 2), f(x, 2))
     assert jit(lambda x: None)(x) is None
     assert jit(lambda x: 3)(x) == 3

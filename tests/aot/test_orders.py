@@ -8,11 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_function, functionalize, jit, jvp, vmap
 from tests.aot.test_training import COMPILED
+from tests.inputs import f64
 from tests.reference import assert_same
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def in_place(x):
@@ -63,7 +60,7 @@ def derivatives(f, x, order=3):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_third_order(name):
-    f, x = PROGRAMS[name], r(3, 3).requires_grad_()
+    f, x = PROGRAMS[name], f64(3, 3).requires_grad_()
     expected = derivatives(f, x)
     for compiled in COMPILED.values():
         assert_same(derivatives(compiled(f), x), expected)
@@ -76,13 +73,13 @@ def test_layer_norm():
         c = x - x.mean(-1, keepdim=True)
         return c * (c.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
 
-    x = r(3, 3).requires_grad_()
+    x = f64(3, 3).requires_grad_()
     assert_same(derivatives(jit(lambda x: F.layer_norm(x, (3,))), x), derivatives(definition, x))
 
 
 def test_gradgradcheck():
     f = jit(lambda x, w: torch.sigmoid(x @ w) * x.sum())
-    args = (r(2, 3).requires_grad_(), r(3, 2).requires_grad_())
+    args = (f64(2, 3).requires_grad_(), f64(3, 2).requires_grad_())
     assert torch.autograd.gradcheck(f, args)
     assert torch.autograd.gradgradcheck(f, args)
 
@@ -90,7 +87,7 @@ def test_gradgradcheck():
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_twice(training):
     m = nn.BatchNorm1d(4).double().train(training)
-    x, w = r(5, 4).requires_grad_(), r(5, 4)
+    x, w = f64(5, 4).requires_grad_(), f64(5, 4)
 
     def penalty(f):
         m.reset_running_stats()
@@ -103,7 +100,7 @@ def test_batch_norm_twice(training):
 @pytest.mark.parametrize("compiled", COMPILED)
 def test_gradient_penalty(compiled):
     net = nn.Sequential(nn.Linear(3, 5), nn.Softplus(), nn.Linear(5, 1)).double()
-    x = r(4, 3)
+    x = f64(4, 3)
 
     def penalized(f):
         inputs = x.clone().requires_grad_()
@@ -118,7 +115,7 @@ def test_gradient_penalty(compiled):
 
 
 def test_in_and_outside_of_compiled_code():
-    f, x = jit(lambda x: x.sin() * x), r(3).requires_grad_()
+    f, x = jit(lambda x: x.sin() * x), f64(3).requires_grad_()
     assert_same(derivatives(lambda x: f(f(x) * x).exp(), x, 2), derivatives(lambda x: _twice(x).exp(), x, 2))
 
 
@@ -131,7 +128,7 @@ def test_the_backward_of_the_backward_is_compiled_too():
     from tests.aot.compilers import Watched
 
     with Watched() as w:
-        x = r(3).requires_grad_()
+        x = f64(3).requires_grad_()
         y = aot_function(lambda x: (x.sin() * x).sum(), w.compiler)(x)
         (g,) = torch.autograd.grad(y, x, create_graph=True)
         torch.autograd.grad(g, x, torch.ones_like(g))

@@ -10,13 +10,10 @@ from torch import nn
 
 from aotfunc import aot_function, grad, jacrev, jit, jvp, linearize, vjp, vmap
 from aotfunc.errors import CaptureError
+from tests.inputs import f64
 from tests.reference import assert_same
 
 Pair = namedtuple("Pair", "left right")
-
-
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
 
 
 class Counted:
@@ -37,30 +34,38 @@ def sign_of(number):
 # arguments: pairs of calls that a careless key would take for the same --------------------------------------------
 
 PAIRS = {
-    "shape": (lambda x: x * x.shape[0], (r(3),), (r(4),)),
-    "rank": (lambda x: x.sum(-1) + x.dim(), (r(3, 1),), (r(3),)),
+    "shape": (lambda x: x * x.shape[0], (f64(3),), (f64(4),)),
+    "rank": (lambda x: x.sum(-1) + x.dim(), (f64(3, 1),), (f64(3),)),
     "dtype": (lambda x: x / 3, (torch.ones(3),), (torch.ones(3, dtype=torch.float64),)),
-    "stride": (lambda x: x.as_strided((4,), (1,)), (r(2, 2),), (r(2, 2).t(),)),
-    "offset": (lambda x: x.as_strided((2,), (1,), 0) + x, (r(4)[:2],), (r(4)[2:],)),
-    "int and float": (lambda x, n: x * n if isinstance(n, float) else x + n, (r(2), 1), (r(2), 1.0)),
-    "int and bool": (lambda x, n: x * 3 if n is True else x + n, (r(2), 1), (r(2), True)),
-    "zero and False": (lambda x, n: x * 3 if n is False else x + n, (r(2), 0), (r(2), False)),
-    "signed zero": (lambda x, c: x * 0 + sign_of(c), (r(2), 0.0), (r(2), -0.0)),
-    "signed zero of numpy": (lambda x, c: x * 0 + sign_of(c), (r(2), np.float64(0.0)), (r(2), np.float64(-0.0))),
-    "signed zero, imaginary": (lambda x, c: x * 0 + sign_of(c.imag), (r(2), complex(1, 0.0)), (r(2), complex(1, -0.0))),
-    "signed zero in a tuple": (lambda x, c: x * 0 + sign_of(c[0]), (r(2), (0.0,)), (r(2), (-0.0,))),
-    "str": (lambda x, s: x.sum() if s == "sum" else x.mean(), (r(3), "sum"), (r(3), "mean")),
-    "None": (lambda x, y=None: x if y is None else x * y, (r(3), None), (r(3), r(3))),
-    "tensor and number": (lambda x, y: x * y, (r(3), 2.0), (r(3), torch.tensor(2.0))),
-    "tuple and list": (lambda x, s: x * len(s) + isinstance(s, list), (r(2), (1, 2)), (r(2), [1, 2])),
-    "nesting": (lambda a: a[0] if isinstance(a[1], tuple) else a[1], ([_t := r(2), (r(2),)],), ([_t, r(2)],)),
-    "dictionary order": (lambda d: next(iter(d.values())), ({"a": r(2), "b": r(2)},), ({"b": r(2), "a": r(2)},)),
-    "dictionary keys": (lambda d: d[1] if type(next(iter(d))) is int else d[1] * 2, ({1: r(2)},), ({1.0: r(2)},)),
-    "namedtuple": (lambda p: p[0] * isinstance(p, Pair), (Pair(r(2), r(2)),), ((r(2), r(2)),)),
-    "slice": (lambda x, s: x[s], (r(4), slice(0, 2)), (r(4), slice(2, 4))),
-    "slice of bools": (lambda x, s: x[s] * isinstance(s.start, bool), (r(4), slice(0, 2)), (r(4), slice(False, 2))),
-    "dtype argument": (lambda x, d: x.to(d), (r(3), torch.float32), (r(3), torch.float16)),
-    "requires_grad": (lambda x: x * 2 if x.requires_grad else x * 3, (r(3),), (r(3).requires_grad_(),)),
+    "stride": (lambda x: x.as_strided((4,), (1,)), (f64(2, 2),), (f64(2, 2).t(),)),
+    "offset": (lambda x: x.as_strided((2,), (1,), 0) + x, (f64(4)[:2],), (f64(4)[2:],)),
+    "int and float": (lambda x, n: x * n if isinstance(n, float) else x + n, (f64(2), 1), (f64(2), 1.0)),
+    "int and bool": (lambda x, n: x * 3 if n is True else x + n, (f64(2), 1), (f64(2), True)),
+    "zero and False": (lambda x, n: x * 3 if n is False else x + n, (f64(2), 0), (f64(2), False)),
+    "signed zero": (lambda x, c: x * 0 + sign_of(c), (f64(2), 0.0), (f64(2), -0.0)),
+    "signed zero of numpy": (lambda x, c: x * 0 + sign_of(c), (f64(2), np.float64(0.0)), (f64(2), np.float64(-0.0))),
+    "signed zero, imaginary": (
+        lambda x, c: x * 0 + sign_of(c.imag),
+        (f64(2), complex(1, 0.0)),
+        (f64(2), complex(1, -0.0)),
+    ),
+    "signed zero in a tuple": (lambda x, c: x * 0 + sign_of(c[0]), (f64(2), (0.0,)), (f64(2), (-0.0,))),
+    "str": (lambda x, s: x.sum() if s == "sum" else x.mean(), (f64(3), "sum"), (f64(3), "mean")),
+    "None": (lambda x, y=None: x if y is None else x * y, (f64(3), None), (f64(3), f64(3))),
+    "tensor and number": (lambda x, y: x * y, (f64(3), 2.0), (f64(3), torch.tensor(2.0))),
+    "tuple and list": (lambda x, s: x * len(s) + isinstance(s, list), (f64(2), (1, 2)), (f64(2), [1, 2])),
+    "nesting": (lambda a: a[0] if isinstance(a[1], tuple) else a[1], ([_t := f64(2), (f64(2),)],), ([_t, f64(2)],)),
+    "dictionary order": (
+        lambda d: next(iter(d.values())),
+        ({"a": f64(2), "b": f64(2)},),
+        ({"b": f64(2), "a": f64(2)},),
+    ),
+    "dictionary keys": (lambda d: d[1] if type(next(iter(d))) is int else d[1] * 2, ({1: f64(2)},), ({1.0: f64(2)},)),
+    "namedtuple": (lambda p: p[0] * isinstance(p, Pair), (Pair(f64(2), f64(2)),), ((f64(2), f64(2)),)),
+    "slice": (lambda x, s: x[s], (f64(4), slice(0, 2)), (f64(4), slice(2, 4))),
+    "slice of bools": (lambda x, s: x[s] * isinstance(s.start, bool), (f64(4), slice(0, 2)), (f64(4), slice(False, 2))),
+    "dtype argument": (lambda x, d: x.to(d), (f64(3), torch.float32), (f64(3), torch.float16)),
+    "requires_grad": (lambda x: x * 2 if x.requires_grad else x * 3, (f64(3),), (f64(3).requires_grad_(),)),
 }
 
 
@@ -78,14 +83,14 @@ def test_same_signature_is_captured_once():
     f = Counted(lambda p, x, n: {"y": p["a"] * x[0] + n})
     g = jit(f)
     for _ in range(3):
-        g({"a": r(3)}, [r(3)], n=2)
+        g({"a": f64(3)}, [f64(3)], n=2)
     assert f.runs == 1
 
 
 @pytest.mark.parametrize("make", [dict, OrderedDict])
 def test_dictionaries(make):
     f = jit(lambda d: d["a"] - d["b"])
-    d = make(a=r(2), b=r(2))
+    d = make(a=f64(2), b=f64(2))
     assert_same(f(d), d["a"] - d["b"])
 
 
@@ -93,7 +98,7 @@ def test_keywords_and_defaults():
     def f(x, y=2.0, *rest, k=3.0, **more):
         return x * y + k + sum(rest) + sum(more.values())
 
-    g, x = jit(f), r(2)
+    g, x = jit(f), f64(2)
     for args, kwargs in [((x,), {}), ((x, 3.0), {}), ((x,), {"y": 3.0}), ((x, 1.0, 2.0), {"k": 5.0}), ((x,), {"z": x})]:
         assert_same(g(*args, **kwargs), f(*args, **kwargs))
 
@@ -123,16 +128,16 @@ def test_rebound_global(f, value, monkeypatch):
 
 def test_global_defined_later(monkeypatch):
     f = lambda x: x * 5 if "LATER" in globals() and LATER else x  # noqa: F821
-    g, x = jit(f), r(2)
+    g, x = jit(f), f64(2)
     assert_same(g(x), x)
     monkeypatch.setitem(globals(), "LATER", True)
     assert_same(g(x), x * 5)
 
 
 def test_rebound_closure():
-    s, table, w = 2.0, {"k": [1.0]}, r(3)
+    s, table, w = 2.0, {"k": [1.0]}, f64(3)
     f = lambda x: x * s * table["k"][0] + w
-    g, outer, gradient, x = jit(f), jit(jit(f)), jit(grad(lambda x: (x * s * table["k"][0]).sum())), r(3)
+    g, outer, gradient, x = jit(f), jit(jit(f)), jit(grad(lambda x: (x * s * table["k"][0]).sum())), f64(3)
 
     def check():
         for h in (g, outer):
@@ -144,11 +149,11 @@ def test_rebound_closure():
     check()
     table["k"][0] = 4.0
     check()
-    w = r(3)
+    w = f64(3)
     check()
     w.mul_(2)
     check()
-    w.data = r(1)
+    w.data = f64(1)
     check()
     w.data = torch.ones(3, dtype=torch.float16)
     check()
@@ -158,7 +163,7 @@ def test_rebound_defaults_and_code():
     def f(x, k=2.0, *, m=1.0):
         return x * k + m
 
-    g, x = jit(f), r(2)
+    g, x = jit(f), f64(2)
     assert_same(g(x), f(x))
     f.__defaults__ = (3.0,)
     assert_same(g(x), f(x))
@@ -178,7 +183,7 @@ def test_partial_method_and_callable_object():
 
         method = __call__
 
-    m, x = nn.Dropout(0.5), r(8)
+    m, x = nn.Dropout(0.5), f64(8)
     for f in (functools.partial(lambda m, x: m(x), m), Scale(m).method, m.forward):
         m.eval()
         g = jit(f)
@@ -198,7 +203,7 @@ def test_jit_as_a_method():
         def f(self, x):
             return x * self.k
 
-    x = r(2)
+    x = f64(2)
     for k in (2.0, 3.0):
         assert_same(Net(k).f(x), x * k)
 
@@ -268,7 +273,7 @@ def test_nothing_is_kept_of_the_arguments():
     import gc
     import weakref
 
-    g, x = jit(lambda x: x * 1.0), r(3)
+    g, x = jit(lambda x: x * 1.0), f64(3)
     seen = weakref.ref(x)
     g(x)
     del x
@@ -280,7 +285,7 @@ def test_nothing_is_kept_of_the_arguments():
 
 
 def test_grad_mode():
-    g, x = jit(lambda x: x * 2 if torch.is_grad_enabled() else x * 3), r(3).requires_grad_()
+    g, x = jit(lambda x: x * 2 if torch.is_grad_enabled() else x * 3), f64(3).requires_grad_()
     assert g(x).requires_grad
     with torch.no_grad():
         y = g(x)

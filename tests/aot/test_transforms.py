@@ -7,15 +7,12 @@ from torch import nn
 import aotfunc
 from aotfunc import aot_function, grad, hessian, jacfwd, jacrev, jit, jvp, linearize, make_fx, vjp, vmap
 from tests.aot.compilers import Watched
+from tests.inputs import f64
 from tests.reference import assert_same
 
 
 def f(x):
     return (x.sin() * x.exp()).sum()
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def batched(m, x):
@@ -45,7 +42,7 @@ TRANSFORMED = {
 @pytest.mark.parametrize("compiled", [lambda f, c: jit(f, c), lambda f, c: aot_function(f, c)], ids=["jit", "aot"])
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_stays_compiled(name, compiled):
-    run, x, w = TRANSFORMED[name], r(3), Watched()
+    run, x, w = TRANSFORMED[name], f64(3), Watched()
     g = compiled(f, w.compiler)
     with w:
         got = run(aotfunc, g, x)
@@ -59,7 +56,7 @@ def test_stays_compiled(name, compiled):
 
 
 def test_jit_of_hessian_of_jit():
-    x = r(3)
+    x = f64(3)
     assert_same(jit(hessian(jit(f)))(x), torch.func.hessian(f)(x))
     w = Watched()
     with w:
@@ -70,13 +67,13 @@ def test_jit_of_hessian_of_jit():
 
 
 def test_make_fx_inlines():
-    code = make_fx(lambda x: jit(f)(x) * 2)(r(3)).code
+    code = make_fx(lambda x: jit(f)(x) * 2)(f64(3)).code
     assert "aten.sin" in code and "jit" not in code
 
 
 def test_the_carried_graph_keeps_its_compiler_in_a_larger_function():
     inner, outer = Watched(), Watched()
-    g, x = jit(lambda x: x.sin() * x, inner.compiler), r(3)
+    g, x = jit(lambda x: x.sin() * x, inner.compiler), f64(3)
     with inner:
         got = grad(lambda x: (g(x).exp() + x).sum())(x)
     assert_same(got, torch.func.grad(lambda x: ((x.sin() * x).exp() + x).sum())(x))
@@ -84,7 +81,7 @@ def test_the_carried_graph_keeps_its_compiler_in_a_larger_function():
 
 
 def test_second_order_both_ways():
-    x = r(3)
+    x = f64(3)
     g = jit(f)
     want = torch.func.hessian(f)(x)
     for h in (jacrev(jacrev(g)), jacfwd(jacrev(g)), jacfwd(jacfwd(g)), jacrev(jacfwd(g)), hessian(g)):
@@ -92,7 +89,7 @@ def test_second_order_both_ways():
 
 
 def test_results_of_transforms_go_on_under_autograd():
-    x = r(3).requires_grad_()
+    x = f64(3).requires_grad_()
     for t in (grad(jit(f)), lambda x: vjp(jit(f), x)[1](torch.ones((), dtype=x.dtype))[0], jit(grad(jit(f)))):
         (h,) = torch.autograd.grad(t(x).sum(), x)
         assert_same(h, torch.func.hessian(f)(x.detach()).sum(0))
@@ -101,20 +98,20 @@ def test_results_of_transforms_go_on_under_autograd():
 def test_several_arguments_and_results():
     g = jit(lambda p, x, n: {"y": p["w"] @ x * n, "z": (x.sum(), p["b"] * 2)})
     plain = lambda p, x, n: {"y": p["w"] @ x * n, "z": (x.sum(), p["b"] * 2)}
-    p, x = {"w": r(2, 3), "b": r(2)}, r(3)
+    p, x = {"w": f64(2, 3), "b": f64(2)}, f64(3)
     loss = lambda h: lambda p, x: h(p, x, 2)["y"].sin().sum() + h(p, x, 2)["z"][1].sum()
     for argnums in (0, 1, (0, 1)):
         assert_same(grad(loss(g), argnums)(p, x), torch.func.grad(loss(plain), argnums)(p, x))
-    xs = r(4, 3)
+    xs = f64(4, 3)
     assert_same(vmap(lambda x: g(p, x, 2), out_dims=0)(xs), torch.func.vmap(lambda x: plain(p, x, 2))(xs))
     assert_same(jvp(lambda x: g(p, x, 2)["y"], (x,), (x,)), torch.func.jvp(lambda x: plain(p, x, 2)["y"], (x,), (x,)))
 
 
 def test_batch_dimensions():
-    g, x, y = jit(lambda x, y: x @ y), r(3, 4), r(4, 5)
+    g, x, y = jit(lambda x, y: x @ y), f64(3, 4), f64(4, 5)
     for dims in ((0, None), (None, 1), ((1), 0)):
         try:
-            want = torch.func.vmap(lambda a, b: a @ b, dims)(x if dims != (1, 0) else r(4, 4), y)
+            want = torch.func.vmap(lambda a, b: a @ b, dims)(x if dims != (1, 0) else f64(4, 4), y)
         except RuntimeError:
             continue
         if dims != (1, 0):
@@ -132,15 +129,15 @@ def test_random_inside_vmap():
 
 
 def test_inside_torch_func():
-    g, x = jit(f), r(3)
+    g, x = jit(f), f64(3)
     assert_same(torch.func.grad(g)(x), torch.func.grad(f)(x))
-    assert_same(torch.func.vmap(g)(r(2, 3) * 0), torch.zeros(2, dtype=torch.float64))
+    assert_same(torch.func.vmap(g)(f64(2, 3) * 0), torch.zeros(2, dtype=torch.float64))
     assert_same(torch.func.hessian(g)(x), torch.func.hessian(f)(x))
 
 
 def test_modules():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    g, x = jit(net), r(3)
+    g, x = jit(net), f64(3)
     assert_same(grad(lambda x: g(x).sum())(x), torch.func.grad(lambda x: net(x).sum())(x))
     lin = linearize(lambda x: g(x), x)[1]
     assert_same(lin(x), torch.func.jvp(net, (x,), (x,))[1])
@@ -162,7 +159,7 @@ def test_cotangents_and_tangents_have_the_strides_that_were_compiled_for():
         return run
 
     h = lambda x: (x @ x.t()).tanh() * x.sum(-1)
-    x, v = r(4, 4), r(4, 4)
+    x, v = f64(4, 4), f64(4, 4)
     g = jit(h, strict)
     for k in (
         lambda g: lambda x: g(x).sum(),

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from tests.inputs import f32, f64
+
 PROGRAMS = {}
 NO_GRAD = set()  # writes to its inputs, or has nothing to differentiate
 Pair = namedtuple("Pair", "left right")
@@ -21,10 +23,6 @@ def program(build=None, *, grad=True):
     return build
 
 
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
-
-
 def module(net, *args, train=False):
     """A module as a function of its parameters and inputs."""
     net = net.double().train(train)
@@ -37,55 +35,55 @@ def module(net, *args, train=False):
 
 @program
 def mlp():
-    return module(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 2)), r(3, 4))
+    return module(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 2)), f64(3, 4))
 
 
 @program
 def activations():
     layers = [nn.ELU(), nn.SELU(), nn.Mish(), nn.SiLU(), nn.Softplus(), nn.LeakyReLU(), nn.Hardswish(), nn.Sigmoid()]
-    return (lambda x: torch.stack([layer(x) for layer in layers])), (r(3, 4),)
+    return (lambda x: torch.stack([layer(x) for layer in layers])), (f64(3, 4),)
 
 
 @program
 def glu_and_prelu():
-    return module(nn.Sequential(nn.Linear(4, 6), nn.GLU(), nn.PReLU()), r(3, 4))
+    return module(nn.Sequential(nn.Linear(4, 6), nn.GLU(), nn.PReLU()), f64(3, 4))
 
 
 @program
 def conv_pool():
     net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, stride=2))
-    return module(net, r(2, 1, 8, 8))
+    return module(net, f64(2, 1, 8, 8))
 
 
 @program
 def conv1d_and_transposed():
-    return module(nn.Sequential(nn.Conv1d(2, 3, 3, dilation=2), nn.ConvTranspose1d(3, 2, 4, stride=2)), r(2, 2, 9))
+    return module(nn.Sequential(nn.Conv1d(2, 3, 3, dilation=2), nn.ConvTranspose1d(3, 2, 4, stride=2)), f64(2, 2, 9))
 
 
 @program
 def conv3d_grouped():
-    return module(nn.Conv3d(4, 4, 2, groups=2, bias=False), r(1, 4, 3, 4, 3))
+    return module(nn.Conv3d(4, 4, 2, groups=2, bias=False), f64(1, 4, 3, 4, 3))
 
 
 @program
 def batch_norm_eval():
-    return module(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)), r(2, 1, 6, 6))
+    return module(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)), f64(2, 1, 6, 6))
 
 
 @program
 def batch_norm_without_statistics():
-    return module(nn.BatchNorm1d(3, track_running_stats=False), r(5, 3), train=True)
+    return module(nn.BatchNorm1d(3, track_running_stats=False), f64(5, 3), train=True)
 
 
 @program
 def layer_group_instance_norm():
     net = nn.Sequential(nn.LayerNorm([4, 5, 5]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True))
-    return module(net, r(2, 4, 5, 5))
+    return module(net, f64(2, 4, 5, 5))
 
 
 @program
 def rms_norm():
-    return module(nn.RMSNorm(6), r(3, 6))
+    return module(nn.RMSNorm(6), f64(3, 6))
 
 
 class Block(nn.Module):
@@ -104,23 +102,23 @@ class Block(nn.Module):
 @program
 def resnet_like():
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
-    return module(nn.Sequential(nn.Conv2d(1, 4, 3), Block(4), nn.MaxPool2d(2), Block(4), *head), r(2, 1, 8, 8))
+    return module(nn.Sequential(nn.Conv2d(1, 4, 3), Block(4), nn.MaxPool2d(2), Block(4), *head), f64(2, 1, 8, 8))
 
 
 @program
 def lstm():
     net = nn.LSTM(3, 4, num_layers=2, batch_first=True)
-    return module(net, r(2, 5, 3))
+    return module(net, f64(2, 5, 3))
 
 
 @program
 def lstm_bidirectional():
-    return module(nn.LSTM(3, 2, bidirectional=True), r(4, 2, 3))
+    return module(nn.LSTM(3, 2, bidirectional=True), f64(4, 2, 3))
 
 
 @program
 def gru():
-    return module(nn.GRU(3, 4), r(5, 2, 3))
+    return module(nn.GRU(3, 4), f64(5, 2, 3))
 
 
 @program
@@ -135,7 +133,7 @@ def rnn_and_cells():
             steps.append(h)
         return rnn(torch.stack(steps))[0]
 
-    return f, (r(3, 2, 3),)
+    return f, (f64(3, 2, 3),)
 
 
 @program
@@ -147,35 +145,35 @@ def embedding():
 
 @program
 def transformer_layer():
-    return module(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), r(2, 5, 8), train=True)
+    return module(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), f64(2, 5, 8), train=True)
 
 
 @program
 def transformer_layer_eval_is_off_the_fast_path():
-    return module(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), r(2, 5, 8))
+    return module(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), f64(2, 5, 8))
 
 
 @program
 def transformer_decoder():
-    return module(nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0), r(4, 2, 8), r(3, 2, 8), train=True)
+    return module(nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0), f64(4, 2, 8), f64(3, 2, 8), train=True)
 
 
 @program
 def attention():
     f = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return f, (r(2, 2, 5, 4), r(2, 2, 5, 4), r(2, 2, 5, 4))
+    return f, (f64(2, 2, 5, 4), f64(2, 2, 5, 4), f64(2, 2, 5, 4))
 
 
 @program
 def attention_with_a_mask():
     f = lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)
-    return f, (r(2, 3, 4), r(2, 5, 4), r(2, 5, 4), torch.rand(3, 5) > 0.3)
+    return f, (f64(2, 3, 4), f64(2, 5, 4), f64(2, 5, 4), torch.rand(3, 5) > 0.3)
 
 
 @program
 def multihead_attention():
     net = nn.MultiheadAttention(8, 2, batch_first=True).double()
-    return (lambda x: net(x, x, x)), (r(2, 3, 8),)
+    return (lambda x: net(x, x, x)), (f64(2, 3, 8),)
 
 
 @program
@@ -193,7 +191,7 @@ def losses():
             "cos": F.cosine_similarity(x, t),
         }
 
-    return f, (r(4, 3), r(4, 3), torch.tensor([0, 1, 2, 1]))
+    return f, (f64(4, 3), f64(4, 3), torch.tensor([0, 1, 2, 1]))
 
 
 @program
@@ -202,12 +200,12 @@ def interpolation_and_padding():
         up = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
         return F.pad(up, (1, 2, 0, 1), mode="reflect"), F.pad(x, (1, 1), value=2.0), F.pixel_shuffle(x, 2)
 
-    return f, (r(1, 4, 3, 3),)
+    return f, (f64(1, 4, 3, 3),)
 
 
 @program
 def unfold_fold():
-    return (lambda x: F.fold(F.unfold(x, 3).sin(), (5, 5), 3)), (r(1, 2, 5, 5),)
+    return (lambda x: F.fold(F.unfold(x, 3).sin(), (5, 5), 3)), (f64(1, 2, 5, 5),)
 
 
 @program
@@ -218,12 +216,12 @@ def pooling():
         F.max_pool2d(x, 3, 2, 1),
         F.lp_pool2d(x.abs() + 1, 2, 2),
     )
-    return f, (r(2, 2, 6, 6),)
+    return f, (f64(2, 2, 6, 6),)
 
 
 @program
 def grid_sample():
-    return (lambda x, g: F.grid_sample(x, g, align_corners=False)), (r(1, 2, 4, 4), 0.5 * r(1, 3, 3, 2))
+    return (lambda x, g: F.grid_sample(x, g, align_corners=False)), (f64(1, 2, 4, 4), 0.5 * f64(1, 3, 3, 2))
 
 
 # tensor algebra ------------------------------------------------------------------------------------------------------
@@ -232,35 +230,35 @@ def grid_sample():
 @program
 def einsum():
     f = lambda a, b, c: (torch.einsum("bij,bjk,k->bi", a, b, c), torch.einsum("bii->b", b))
-    return f, (r(2, 3, 4), r(2, 4, 4), r(4))
+    return f, (f64(2, 3, 4), f64(2, 4, 4), f64(4))
 
 
 @program
 def tensordot_kron_outer():
-    return (lambda a, b: (torch.tensordot(a, b, 1), torch.kron(a, b), torch.outer(a[0], b[0]))), (r(2, 3), r(3, 2))
+    return (lambda a, b: (torch.tensordot(a, b, 1), torch.kron(a, b), torch.outer(a[0], b[0]))), (f64(2, 3), f64(3, 2))
 
 
 @program
 def matmul_broadcast():
-    return (lambda a, b, c: (a @ b, a @ c, c @ b, c @ c)), (r(2, 3, 4), r(2, 4, 3)[:, :, :3], r(4))
+    return (lambda a, b, c: (a @ b, a @ c, c @ b, c @ c)), (f64(2, 3, 4), f64(2, 4, 3)[:, :, :3], f64(4))
 
 
 @program
 def fft():
     f = lambda x: (torch.fft.rfft(x).abs(), torch.fft.irfft(torch.fft.rfft(x) * 2, n=6), torch.fft.fft2(x).real)
-    return f, (r(3, 6),)
+    return f, (f64(3, 6),)
 
 
 @program
 def stft():
     f = lambda x: torch.stft(x, 8, 4, window=torch.hann_window(8, dtype=x.dtype), return_complex=True).abs()
-    return f, (r(32),)
+    return f, (f64(32),)
 
 
 @program
 def linalg_solve_and_det():
     f = lambda a, b: (torch.linalg.solve(a, b), torch.linalg.det(a), torch.linalg.inv(a), torch.linalg.slogdet(a)[1])
-    return f, (r(3, 3) + 3 * torch.eye(3, dtype=torch.float64), r(3, 2))
+    return f, (f64(3, 3) + 3 * torch.eye(3, dtype=torch.float64), f64(3, 2))
 
 
 @program
@@ -276,12 +274,12 @@ def linalg_factorisations():
             torch.linalg.norm(a, 2),
         )
 
-    return f, (r(3, 3),)
+    return f, (f64(3, 3),)
 
 
 @program
 def matrix_exp_and_power():
-    return (lambda a: (torch.linalg.matrix_exp(a), torch.linalg.matrix_power(a, 3), torch.trace(a))), (r(3, 3),)
+    return (lambda a: (torch.linalg.matrix_exp(a), torch.linalg.matrix_power(a, 3), torch.trace(a))), (f64(3, 3),)
 
 
 @program
@@ -296,13 +294,13 @@ def statistics():
         x.prod(1),
         torch.var_mean(x, 0),
     )
-    return f, (r(3, 5),)
+    return f, (f64(3, 5),)
 
 
 @program
 def sorting():
     f = lambda x: (*x.sort(1), *x.topk(2), x.kthvalue(2)[0], x.amax(1), *x.max(0), x.cummax(1)[0], x.argsort(0))
-    return f, (r(3, 5),)
+    return f, (f64(3, 5),)
 
 
 @program
@@ -315,13 +313,13 @@ def special_functions():
         torch.special.expit(x),
         torch.atan2(x, x + 2),
     )
-    return f, (r(4),)
+    return f, (f64(4),)
 
 
 @program
 def cumulative():
     f = lambda x: (x.cumsum(0), x.cumprod(1), x.logcumsumexp(1), torch.diff(x), torch.trapezoid(x))
-    return f, (r(3, 4),)
+    return f, (f64(3, 4),)
 
 
 @program
@@ -333,7 +331,7 @@ def complex_numbers():
         torch.polar(z.abs(), z.imag),
         z.sum() * 2j,
     )
-    return f, (r(4, dtype=torch.complex128),)
+    return f, (torch.randn(4, dtype=torch.complex128),)
 
 
 @program
@@ -348,14 +346,14 @@ def shapes():
             x.repeat(2, 1).tile(1, 2),
         )
 
-    return f, (r(3, 4),)
+    return f, (f64(3, 4),)
 
 
 @program
 def advanced_indexing():
     i = torch.tensor([0, 2, 2])
     f = lambda x: (x[i], x[:, i], x[i, i], x[..., None, 1:3], x[::2, ::3], x[i[:, None], i], x[None, i, None], x[-1])
-    return f, (r(3, 4),)
+    return f, (f64(3, 4),)
 
 
 @program
@@ -374,7 +372,7 @@ def gather_scatter():
             torch.where(x > 0, x, s.sum()),
         )
 
-    return f, (r(2, 3), r(2, 3))
+    return f, (f64(2, 3), f64(2, 3))
 
 
 @program
@@ -387,7 +385,7 @@ def dtype_casts():
         i / 2,
         x.type_as(i.float()),
     )
-    return f, (r(4), torch.arange(4))
+    return f, (f64(4), torch.arange(4))
 
 
 @program
@@ -404,7 +402,7 @@ def promotion():
             2**i,
         )
 
-    return f, (torch.arange(3), r(3, dtype=torch.float32), r(3))
+    return f, (torch.arange(3), f32(3), f64(3))
 
 
 @program
@@ -421,12 +419,12 @@ def factories():
             x.new_ones(2),
         )
 
-    return f, (r(4),)
+    return f, (f64(4),)
 
 
 @program
 def a_tensor_of_python_numbers():
-    return (lambda x: x * torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype) + torch.as_tensor(2.0)), (r(3),)
+    return (lambda x: x * torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype) + torch.as_tensor(2.0)), (f64(3),)
 
 
 # writing -------------------------------------------------------------------------------------------------------------
@@ -442,7 +440,7 @@ def in_place_through_views_of_views():
         y.diagonal()[0].neg_()
         return y, row * 3
 
-    return f, (r(4, 3),)
+    return f, (f64(4, 3),)
 
 
 @program
@@ -452,7 +450,7 @@ def transpose_and_add():
         y.t()[1] += 1
         return y
 
-    return f, (r(3, 3),)
+    return f, (f64(3, 3),)
 
 
 @program
@@ -465,7 +463,7 @@ def slice_assignment():
         y[3, 3] = 5
         return y
 
-    return f, (r(2, 2), r(4))
+    return f, (f64(2, 2), f64(4))
 
 
 @program
@@ -479,7 +477,7 @@ def masks():
         y.index_put_((torch.tensor([0, 0]),), x[:2], accumulate=True)
         return y
 
-    return f, (r(3, 3),)
+    return f, (f64(3, 3),)
 
 
 @program
@@ -493,7 +491,7 @@ def read_through_an_older_view():
         y.exp_()
         return first * 2, seen, y
 
-    return f, (r(2, 3),)
+    return f, (f64(2, 3),)
 
 
 @program
@@ -504,7 +502,7 @@ def out_arguments():
         torch.add(x.detach(), 1, out=big[0])
         return out, big
 
-    return f, (r(3),)
+    return f, (f64(3),)
 
 
 @program
@@ -515,7 +513,7 @@ def metadata_in_place():
         y.transpose_(0, 0)
         return y * 2
 
-    return f, (r(3),)
+    return f, (f64(3),)
 
 
 @program
@@ -527,7 +525,7 @@ def accumulation_in_a_loop():
             outs.append(total.clone())
         return torch.stack(outs), total
 
-    return f, (r(4),)
+    return f, (f64(4),)
 
 
 @program
@@ -539,7 +537,7 @@ def copy_and_fill():
         y[2].zero_()
         return y.double() * x
 
-    return f, (r(3),)
+    return f, (f64(3),)
 
 
 @program(grad=False)
@@ -549,7 +547,7 @@ def writes_its_inputs():
         y[1:] += x[1:]
         return x.sum() + y.sum()
 
-    return f, (r(3), r(3))
+    return f, (f64(3), f64(3))
 
 
 @program(grad=False)
@@ -559,7 +557,7 @@ def writes_an_input_through_a_view():
         v[::2] = 0
         return v, x.t()
 
-    return f, (r(2, 3),)
+    return f, (f64(2, 3),)
 
 
 @program(grad=False)
@@ -567,7 +565,7 @@ def batch_norm_training():
     net = nn.BatchNorm1d(3).double()
     names = [k for k, _ in net.named_buffers()]
     return (lambda x, *stats: functional_call(net, dict(zip(names, stats)), (x,))), (
-        r(5, 3),
+        f64(5, 3),
         *[b.clone() for _, b in net.named_buffers()],
     )
 
@@ -581,7 +579,7 @@ def autograd_grad_inside():
         (g,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
         return g * x
 
-    return f, (r(3).requires_grad_(),)
+    return f, (f64(3).requires_grad_(),)
 
 
 @program
@@ -591,19 +589,19 @@ def autograd_grad_of_a_fresh_leaf():
         (g,) = torch.autograd.grad((w.sin() * x.detach()).sum(), w)
         return g + x
 
-    return f, (r(3),)
+    return f, (f64(3),)
 
 
 @program
 def torch_func_inside():
     f = lambda x: (torch.func.vmap(torch.func.grad(lambda y: (y**3).sum()))(x), torch.func.jacrev(torch.sin)(x[0]))
-    return f, (r(2, 3),)
+    return f, (f64(2, 3),)
 
 
 @program
 def torch_func_jvp_and_hessian_inside():
     f = lambda x: (torch.func.jvp(torch.sin, (x,), (x,)), torch.func.hessian(lambda y: (y**3).sum())(x))
-    return f, (r(3),)
+    return f, (f64(3),)
 
 
 @program
@@ -614,7 +612,7 @@ def double_backward_inside():
         (h,) = torch.autograd.grad(g.sum(), x, create_graph=True)
         return y, g, h
 
-    return f, (r(3).requires_grad_(),)
+    return f, (f64(3).requires_grad_(),)
 
 
 # trees, modes --------------------------------------------------------------------------------------------------------
@@ -626,18 +624,18 @@ def trees():
         y = p.left["w"] @ xs[0] + p.right
         return {"y": y, "pair": Pair(y.sum(), [xs[1], None, 3, "a", (True, 2.5)])}
 
-    return f, (Pair({"w": r(2, 3)}, r(2)), [r(3), r(1)])
+    return f, (Pair({"w": f64(2, 3)}, f64(2)), [f64(3), f64(1)])
 
 
 @program
 def python_numbers():
     f = lambda x, n, s, flag, mode: (x * n + s).sum() if flag and mode == "sum" else x
-    return f, (r(3), 3, 0.5, True, "sum")
+    return f, (f64(3), 3, 0.5, True, "sum")
 
 
 @program
 def nothing_done():
-    return (lambda x, y: (y, x, x)), (r(3), r(2))
+    return (lambda x, y: (y, x, x)), (f64(3), f64(2))
 
 
 @program
@@ -648,13 +646,13 @@ def autocast():
             z = (y.float() @ w).sum()
         return y, z, x @ w
 
-    return f, (r(2, 3, dtype=torch.float32), r(3, 3, dtype=torch.float32))
+    return f, (f32(2, 3), f32(3, 3))
 
 
 @program
 def branches_on_shapes():
     f = lambda x: x.sum(0) if x.dim() == 2 and len(x) > 2 and x.is_floating_point() else x
-    return f, (r(3, 2),)
+    return f, (f64(3, 2),)
 
 
 @program
@@ -667,7 +665,7 @@ def randomness():
             torch.bernoulli(x.sigmoid()),
         )
 
-    return f, (r(3),)
+    return f, (f64(3),)
 
 
 @program(grad=False)
@@ -679,22 +677,22 @@ def integers_and_bits():
 @program
 def channels_last():
     net = nn.Conv2d(2, 3, 3).double().to(memory_format=torch.channels_last)
-    return (lambda x: (F.relu(net(x)), x.contiguous())), (r(2, 2, 5, 5).to(memory_format=torch.channels_last),)
+    return (lambda x: (F.relu(net(x)), x.contiguous())), (f64(2, 2, 5, 5).to(memory_format=torch.channels_last),)
 
 
 @program
 def strided_inputs():
-    return (lambda x, y: (x + y, x.contiguous(), (x * 2).t().view(-1), x.flatten())), (r(4, 3).t(), r(3, 8)[:, ::2])
+    return (lambda x, y: (x + y, x.contiguous(), (x * 2).t().view(-1), x.flatten())), (f64(4, 3).t(), f64(3, 8)[:, ::2])
 
 
 @program
 def expanded_inputs():
-    return (lambda x: (x + 1, x.sum(0), x.clone())), (r(1, 3).expand(4, 3),)
+    return (lambda x: (x + 1, x.sum(0), x.clone())), (f64(1, 3).expand(4, 3),)
 
 
 @program
 def empty_tensors():
-    return (lambda x: (x.sum(0), torch.cat([x, x]), x @ x.t(), x.new_zeros(0))), (r(0, 3),)
+    return (lambda x: (x.sum(0), torch.cat([x, x]), x @ x.t(), x.new_zeros(0))), (f64(0, 3),)
 
 
 @program
@@ -704,4 +702,4 @@ def a_dict_of_parameters_updated():
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         return {k: p - 0.1 * g for (k, p), g in zip(params.items(), grads)}
 
-    return f, ({"w": r(3).requires_grad_(), "b": r(3).requires_grad_()}, r(3))
+    return f, ({"w": f64(3).requires_grad_(), "b": f64(3).requires_grad_()}, f64(3))

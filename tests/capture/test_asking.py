@@ -8,12 +8,8 @@ from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
 from aotfunc.capture import concretize
 from aotfunc.errors import AotfuncError
 from aotfunc.trace import replay
+from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
 
 # numbers -------------------------------------------------------------------------------------------------------------
 
@@ -87,7 +83,7 @@ never = pytest.mark.parametrize("f", [by_an_iteration, by_numpy_of_a_constant], 
 @asking
 def test_concrete_inputs_serve(f):
     for sign in (1, -1):
-        x = sign * r(3).abs()
+        x = sign * f64(3).abs()
         assert_same(make_fx(f)(x)(x), f(x))
         assert_same(grad(lambda x: f(x).sum())(x), grads(lambda x: f(x).sum())(x))
         out, pull = vjp(f, x)
@@ -97,7 +93,7 @@ def test_concrete_inputs_serve(f):
 
 @asking
 def test_forward_mode_and_jacobians(f):
-    x = r(3)
+    x = f64(3)
     expected = torch.autograd.functional.jacobian(f, x)
     assert_same(jvp(f, (x,), (torch.ones_like(x),))[1], expected.sum(-1))
     assert_same(jacrev(f)(x), expected)
@@ -105,7 +101,7 @@ def test_forward_mode_and_jacobians(f):
 
 @asking
 def test_vmap_answers_where_the_samples_agree_and_else_names_the_line(f):
-    x = r(3)
+    x = f64(3)
     same = x.expand(4, 3)
     assert_same(vmap(f)(same), f(x).expand(4, *f(x).shape))
     mixed = torch.tensor([[1.0, 2.0, 0.3], [-1.0, -2.0, 0.2], [9.0, 0.5, 0.1]], dtype=torch.float64)
@@ -121,20 +117,20 @@ def test_vmap_answers_where_the_samples_agree_and_else_names_the_line(f):
 @asking
 def test_jit_says_so_with_the_line(f):
     with pytest.raises(AotfuncError, match=r"test_asking\.py"):
-        jit(f)(r(3))
+        jit(f)(f64(3))
 
 
 @asking
 def test_inside_vmap_of_a_closed_over_tensor(f):
     """An unbatched concrete tensor may be asked even under vmap."""
-    w = r(3).abs()
-    x = r(4, 3)
+    w = f64(3).abs()
+    x = f64(4, 3)
     assert_same(vmap(lambda x: x * f(w))(x), x * f(w))
 
 
 @never
 def test_asks_for_nothing(f):
-    x = r(3)
+    x = f64(3)
     assert_same(make_fx(f)(x)(x), f(x))
     assert_same(jit(f)(x), f(x))
 
@@ -150,7 +146,7 @@ def test_f_does_not_run_again():
         seen.append(y.sum().item())
         return (y * x).sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(grad(f)(x), 12 * x)
     assert seen == ["start", float((6 * x).sum())]
 
@@ -165,7 +161,7 @@ def test_asking_leaves_writes_and_random_numbers_as_they_are():
         return x * noise + more
 
     for run in (lambda x: make_fx(f)(x.clone())(x), lambda x: vjp(f, x)[0]):
-        mine, theirs = r(3), None
+        mine, theirs = f64(3), None
         theirs = mine.clone()
         torch.manual_seed(3)
         expected = f(theirs)
@@ -186,7 +182,7 @@ def test_a_number_from_a_generator_of_ones_own():
         return (x**n * noise).sum() if noise.sum() > n / 4 else (x * noise).sum()
 
     for seed in range(4):
-        x = r(3)
+        x = f64(3)
         expected = grads(f)
         for run in (grad(f), lambda x: vmap(grad(f), randomness="same")(x.expand(2, 3))[1]):
             generator.manual_seed(seed)
@@ -202,7 +198,7 @@ def test_a_number_from_a_random_draw():
         n = int(torch.randint(2, 6, ()))
         return (x**n).sum()
 
-    x = r(3)
+    x = f64(3)
     torch.manual_seed(1)
     n = int(torch.randint(2, 6, ()))
     torch.manual_seed(1)
@@ -211,14 +207,14 @@ def test_a_number_from_a_random_draw():
 
 def test_asking_inside_nested_transforms():
     f = lambda x: (x * x.detach().sum().item()).sum() if x.sum() > 0 else (x**3).sum()
-    for x in (r(3).abs(), -r(3).abs()):
+    for x in (f64(3).abs(), -f64(3).abs()):
         expected = grads(lambda x: grads(f, create_graph=True)(x).sum())(x)
         assert_same(grad(lambda x: grad(f)(x).sum())(x), expected)
 
 
 def test_a_specialised_result_is_not_reused():
     f = grad(lambda x: (x * 2).sum() if x.sum() > 0 else (x * 3).sum())
-    x = r(3).abs()
+    x = f64(3).abs()
     assert_same(f(x), torch.full_like(x, 2))
     assert_same(f(-x), torch.full_like(x, 3))
     assert_same(f(x), torch.full_like(x, 2))
@@ -238,7 +234,7 @@ def test_a_data_dependent_shape_is_right_or_an_error():
 
 def test_numpy_of_a_traced_value():
     f = lambda x: x * float(x.detach().numpy().sum())
-    x = r(3)
+    x = f64(3)
     try:
         out = make_fx(f)(x)(x)
     except AotfuncError as error:
@@ -258,7 +254,7 @@ def test_print_never_asks(capsys):
         print(y, f"{y}", repr(y))
         return y.sum()
 
-    x = r(3, 4)
+    x = f64(3, 4)
     for run in (grad(f), jit(f), vmap(f)):
         run(x)
         text = capsys.readouterr().out
@@ -276,7 +272,7 @@ def test_a_leaked_value_is_usable_after_an_unjitted_grad():
         kept.append(h)
         return h.sum()
 
-    x = r(3)
+    x = f64(3)
     grad(f)(x)
     assert torch.allclose(kept[0] + 0, x.sin())
     assert torch.allclose(kept[0] * 2, 2 * x.sin())
@@ -289,7 +285,7 @@ def test_a_value_that_jit_leaves_in_a_list_is_real():
         kept.append(x.sin())
         return x.sum()
 
-    g, x = jit(f), r(3)
+    g, x = jit(f), f64(3)
     g(x)
     g(x + 1)
     assert torch.allclose(torch.stack(kept), torch.stack([x.sin(), (x + 1).sin()]))
@@ -303,7 +299,7 @@ def test_a_value_leaked_from_jit_points_to_has_aux():
         kept.add(x.sin())
         return x.sum()
 
-    jit(f)(r(3))
+    jit(f)(f64(3))
     with pytest.raises(AotfuncError, match=r"aux|return"):
         kept.pop() + 1
 
@@ -315,9 +311,9 @@ def test_a_leaked_value_met_in_another_capture():
         kept.add(x.sin())
         return x.sum()
 
-    jit(f)(r(3))
+    jit(f)(f64(3))
     with pytest.raises(AotfuncError):
-        grad(lambda x: (x * kept.pop()).sum())(r(3))
+        grad(lambda x: (x * kept.pop()).sum())(f64(3))
 
 
 def test_attributes_set_inside():
@@ -326,7 +322,7 @@ def test_attributes_set_inside():
             self.h = x * 2
             return self.h.sum()
 
-    net, x = Net(), r(3)
+    net, x = Net(), f64(3)
     assert_same(grad(net)(x), torch.full_like(x, 2))
     try:
         value = net.h + 0
@@ -336,14 +332,14 @@ def test_attributes_set_inside():
 
 
 def test_backward_inside_f_onto_a_closed_over_leaf_is_refused():
-    w = r(3).requires_grad_()
+    w = f64(3).requires_grad_()
 
     def f(x):
         (w * x).sum().backward()
         return x.sum()
 
     with pytest.raises((AotfuncError, RuntimeError)):
-        grad(f)(r(3))
+        grad(f)(f64(3))
     assert w.grad is None
 
 
@@ -356,7 +352,7 @@ def test_no_internal_frames_are_needed_to_understand():
         return x * scale
 
     with pytest.raises(AotfuncError) as caught:
-        jit(model)(r(3))
+        jit(model)(f64(3))
     message = str(caught.value)
     assert "test_asking.py" in message and "model" in message
 
@@ -368,7 +364,7 @@ def test_global_state_survives_an_error():
         return x
 
     with pytest.raises(AotfuncError):
-        vmap(f)(r(2, 3))
+        vmap(f)(f64(2, 3))
     assert torch.is_grad_enabled()
     assert torch.ones(2).sum().item() == 2
     assert type(torch.ones(2) * 2) is torch.Tensor
@@ -430,7 +426,7 @@ def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
     counted(replay, "instr_run", lambda *_: 1)
     counted(concretize, "part", lambda records, *_: len(records))
     counted(concretize, "so_far", lambda trace, _: len(trace.records))
-    x, steps = r(2, 3, 4) if how is not grad else r(4), []
+    x, steps = f64(2, 3, 4) if how is not grad else f64(4), []
     for n in (10, 20):
         ran.clear()
         out = how(f(n))(x)

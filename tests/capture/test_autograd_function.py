@@ -7,6 +7,7 @@ from torch.autograd import Function
 import aotfunc
 from aotfunc import grad, jacrev, jvp, make_fx, vjp, vmap
 from aotfunc.errors import AotfuncError
+from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -173,17 +174,13 @@ FUNCTIONS = {
 functions = pytest.mark.parametrize("name", FUNCTIONS)
 
 
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
 def total(name):
     return lambda x: FUNCTIONS[name](x).sum()
 
 
 @functions
 def test_gradient_is_the_functions_own(name):
-    x = r(3)
+    x = f64(3)
     g, value = aotfunc.grad_and_value(total(name))(x)
     assert_same(value, total(name)(x))
     assert_same(g, grads(total(name))(x))
@@ -191,34 +188,34 @@ def test_gradient_is_the_functions_own(name):
 
 @functions
 def test_captured(name):
-    x = r(3)
+    x = f64(3)
     assert_same(make_fx(FUNCTIONS[name])(x)(x), FUNCTIONS[name](x))
     assert_same(make_fx(grad(total(name)))(x)(x), grads(total(name))(x))
 
 
 @functions
 def test_second_order(name):
-    x = r(3)
+    x = f64(3)
     expected = grads(lambda x: grads(total(name), create_graph=True)(x).sum())(x)
     assert_same(grad(lambda x: grad(total(name))(x).sum())(x), expected)
 
 
 @functions
 def test_per_sample(name):
-    x = r(4, 3)
+    x = f64(4, 3)
     assert_same(vmap(FUNCTIONS[name])(x), loop(FUNCTIONS[name])(x))
     assert_same(vmap(grad(total(name)))(x), loop(grads(total(name)))(x))
 
 
 @functions
 def test_jacobian(name):
-    x = r(3)
+    x = f64(3)
     assert_same(jacrev(FUNCTIONS[name])(x), torch.diag(grads(total(name))(x)))
 
 
 @functions
 def test_backward_outside(name):
-    x = r(3)
+    x = f64(3)
     for run in (aotfunc.jit(FUNCTIONS[name]), aotfunc.aot_function(FUNCTIONS[name], "eager"), vmap(FUNCTIONS[name])):
         leaf = x.clone().requires_grad_()
         (g,) = torch.autograd.grad(run(leaf).sum(), leaf)
@@ -227,43 +224,43 @@ def test_backward_outside(name):
 
 @functions
 def test_grad_of_jit(name):
-    x = r(3)
+    x = f64(3)
     assert_same(grad(aotfunc.jit(total(name)))(x), grads(total(name))(x))
 
 
 def test_jvp_uses_the_functions_jvp():
-    x, t = r(3), r(3)
+    x, t = f64(3), f64(3)
     assert_same(jvp(New.apply, (x,), (t,)), (x * x, 20 * t * x))
 
 
 def test_jvp_without_a_rule_is_the_transposed_backward():
-    x, t = r(3), r(3)
+    x, t = f64(3), f64(3)
     (g,) = torch.autograd.grad(Old.apply(y := x.clone().requires_grad_()).sum(), y)
     assert_same(jvp(Old.apply, (x,), (t,))[1], t * g)
 
 
 def test_closed_over_in_vmap_and_backward_outside():
-    w = r(3).requires_grad_()
+    w = f64(3).requires_grad_()
     vmap(New.apply)(w).sum().backward()
     assert_same(w.grad, 20 * w.detach())
 
 
 def test_apply_outside_a_capture_is_left_as_it_was():
-    x = r(3).requires_grad_()
-    grad(total("old style"))(r(3))
+    x = f64(3).requires_grad_()
+    grad(total("old style"))(f64(3))
     (g,) = torch.autograd.grad(Old.apply(x).sum(), x)
     assert_same(g, 20 * x.detach())
 
 
 def test_vjp_many_times():
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     _, pull = vjp(Old.apply, x)
     for scale in (1.0, 2.0):
         assert_same(pull(scale * v), (20 * scale * v * x,))
 
 
 def test_once_differentiable():
-    x = r(3)
+    x = f64(3)
     f = lambda x: Once.apply(x).sum()
     assert_same(grad(f)(x), 20 * x)
 
@@ -274,7 +271,7 @@ def test_inside_no_grad():
             y = Old.apply(x)
         return (x * y).sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(grad(f)(x), x * x)
 
 
@@ -291,8 +288,8 @@ def test_a_function_defined_inside_f():
 
         return Local.apply(x).sum()
 
-    assert_same(grad(f)(r(3)), torch.full((3,), 7.0, dtype=torch.float64))
-    assert_same(grad(f)(r(3)), torch.full((3,), 7.0, dtype=torch.float64))
+    assert_same(grad(f)(f64(3)), torch.full((3,), 7.0, dtype=torch.float64))
+    assert_same(grad(f)(f64(3)), torch.full((3,), 7.0, dtype=torch.float64))
 
 
 def test_a_changed_closure_value_is_seen():
@@ -308,7 +305,7 @@ def test_a_changed_closure_value_is_seen():
             return g * scale[0]
 
     f = grad(lambda x: Scaled.apply(x).sum())
-    x = r(3)
+    x = f64(3)
     assert_same(f(x), torch.ones_like(x))
     scale[0] = 5.0
     assert_same(f(x), torch.full_like(x, 5.0))
@@ -327,7 +324,7 @@ def test_mark_dirty():
             return 10 * g
 
     f = lambda x: (AddOne.apply(x * 2) * x).sum()
-    x = r(3)
+    x = f64(3)
     try:
         g = grad(f)(x)
     except AotfuncError:

@@ -8,14 +8,11 @@ from torch.utils.checkpoint import checkpoint
 import aotfunc
 from aotfunc import grad, hessian, jacfwd, jacrev, jit, jvp, linearize, make_fx, vjp, vmap
 from aotfunc.errors import AotfuncError, CaptureError
+from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
 early_checkpoint = checkpoint  # a name bound before any capture
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 # no_grad and hidden writes; the gradient is autograd's ----------------------------------------------------------------
@@ -161,7 +158,7 @@ intent = pytest.mark.parametrize("f", INTENT, ids=lambda f: f.__name__)
 
 @intent
 def test_value_and_gradient(f):
-    x = r(3)
+    x = f64(3)
     g, value = aotfunc.grad_and_value(f)(x)
     assert_same(value, f(x.clone()))
     assert_same(g, grads(f)(x))
@@ -169,33 +166,33 @@ def test_value_and_gradient(f):
 
 @intent
 def test_captured_value(f):
-    x = r(3)
+    x = f64(3)
     assert_same(make_fx(f)(x)(x), f(x.clone()))
 
 
 @intent
 def test_captured_gradient(f):
-    x = r(3)
+    x = f64(3)
     assert_same(make_fx(grad(f))(x)(x), grads(f)(x))
 
 
 @intent
 def test_gradient_of_a_captured_graph(f):
     """The graph that make_fx hands out can itself be differentiated, and still knows what was meant."""
-    x = r(3)
+    x = f64(3)
     assert_same(grad(make_fx(f)(x))(x), grads(f)(x))
 
 
 @intent
 def test_gradient_through_jit(f):
-    x = r(3)
+    x = f64(3)
     assert_same(grad(aotfunc.jit(f))(x), grads(f)(x))
 
 
 @intent
 def test_backward_through_jit_and_aot_function(f):
     for run in (aotfunc.jit(f), aotfunc.aot_function(f, "eager")):
-        x = r(3)
+        x = f64(3)
         leaf = x.clone().requires_grad_()
         (g,) = torch.autograd.grad(run(leaf), leaf)
         assert_same(g, grads(f)(x))
@@ -203,7 +200,7 @@ def test_backward_through_jit_and_aot_function(f):
 
 @intent
 def test_forward_mode_agrees_with_reverse(f):
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     expected = (grads(f)(x) * v).sum()
     assert_same(jvp(f, (x,), (v,))[1], expected)
     assert_same(linearize(f, x)[1](v), expected)
@@ -212,13 +209,13 @@ def test_forward_mode_agrees_with_reverse(f):
 
 @intent
 def test_per_sample(f):
-    x = r(4, 3)
+    x = f64(4, 3)
     assert_same(vmap(grad(f))(x), loop(grads(f))(x))
 
 
 @intent
 def test_second_order(f):
-    x = r(3)
+    x = f64(3)
     expected = grads(lambda x: grads(f, create_graph=True)(x).sum())(x)
     assert_same(grad(lambda x: grad(f)(x).sum())(x), expected)
 
@@ -233,7 +230,7 @@ def test_assignment_to_data_is_refused_or_right():
         y.data = (x * 5).data  # goes past the dispatcher
         return (y * x).sum()
 
-    x = r(3)
+    x = f64(3)
     try:
         out = aotfunc.grad_and_value(f)(x)
     except AotfuncError:
@@ -247,13 +244,13 @@ def test_an_inner_transform_inside_a_region_still_differentiates():
             g = grad(lambda y: (y**3).sum())(x)
         return (g * x).sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(make_fx(f)(x)(x), (3 * x**3).sum())
     assert_same(grad(f)(x), 3 * x**2)  # g is a constant for the outer level
 
 
 def test_no_grad_around_is_not_inside():
-    x = r(3)
+    x = f64(3)
     with torch.no_grad():
         assert_same(grad(hidden_multiply)(x), torch.full_like(x, 2))
         assert_same(jacrev(torch.sin)(x), torch.diag(x.cos()))
@@ -268,7 +265,7 @@ def test_inside_f_a_differentiated_input_requires_grad():
             seen.append((x * 2).requires_grad)
         return (x * y).sum()
 
-    grad(f)(r(3), r(3))
+    grad(f)(f64(3), f64(3))
     assert seen == [(True, True, False, True), False]
 
 
@@ -277,7 +274,7 @@ def test_is_leaf_and_grad_fn_questions_do_not_fail():
         y = x * 2
         return y.sum() if y.requires_grad and not y.is_leaf else x.sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(grad(f)(x), torch.full_like(x, 2))
 
 
@@ -338,7 +335,7 @@ checkpoints = pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint_gradients(name):
     f = lambda x, w: CHECKPOINTS[name](x, w).square().sum()
     plain = lambda x, w: (block(x, w) * (2 if name in ("nested", "sequential") else 1)).square().sum()
-    x, w = r(2, 3), r(3, 3)
+    x, w = f64(2, 3), f64(3, 3)
     expected = grads(plain, (0, 1))(x, w)
     assert_same(grad(f, (0, 1))(x, w), expected)
     assert_same(make_fx(grad(f, (0, 1)))(x, w)(x, w), expected)
@@ -348,7 +345,7 @@ def test_checkpoint_gradients(name):
 def test_checkpoint_under_vmap_and_forward_mode(name):
     f = lambda x, w: CHECKPOINTS[name](x, w)
     plain = lambda x, w: block(x, w) * (2 if name in ("nested", "sequential") else 1)
-    x, w, t = r(4, 2, 3), r(3, 3), r(2, 3)
+    x, w, t = f64(4, 2, 3), f64(3, 3), f64(2, 3)
     assert_same(vmap(f, (0, None))(x, w), plain(x, w))
     assert_same(jvp(lambda x: f(x, w), (x[0],), (t,)), torch.func.jvp(lambda x: plain(x, w), (x[0],), (t,)))
 
@@ -357,7 +354,7 @@ def test_checkpoint_under_vmap_and_forward_mode(name):
 def test_checkpoint_recomputes_in_the_gradient_graph(use_reentrant):
     """The region's sin is computed twice: its values are not kept from the forward."""
     f = lambda x: checkpoint(lambda x: x.exp().sin(), x, use_reentrant=use_reentrant).sum()
-    gm = make_fx(aotfunc.grad_and_value(f))(r(3))
+    gm = make_fx(aotfunc.grad_and_value(f))(f64(3))
     exps = [n for n in gm.graph.nodes if n.target is torch.ops.aten.exp.default]
     assert len(exps) == 2, gm.code
 
@@ -376,7 +373,7 @@ def test_checkpoint_replays_its_random_numbers():
 
 
 def test_backward_outside_over_a_checkpoint():
-    x, w = r(2, 3).requires_grad_(), r(3, 3).requires_grad_()
+    x, w = f64(2, 3).requires_grad_(), f64(3, 3).requires_grad_()
     out = aotfunc.jit(CHECKPOINTS["non-reentrant"])(x, w)
     assert_same(torch.autograd.grad(out.sum(), (x, w)), torch.autograd.grad(block(x, w).sum(), (x, w)))
 
@@ -412,22 +409,22 @@ def _(info, in_dims, x):
 
 
 def test_custom_op_uses_its_registered_rules():
-    x = r(3)
+    x = f64(3)
     assert_same(make_fx(triple_sin)(x)(x), 3 * x.sin())
     assert_same(grad(lambda x: triple_sin(x).sum())(x), 30 * x.cos())
-    xs = r(4, 3)
+    xs = f64(4, 3)
     assert_same(vmap(triple_sin)(xs), 3 * xs.sin())
     assert_same(vmap(grad(lambda x: triple_sin(x).sum()))(xs), 30 * xs.cos())
     assert_same(vjp(triple_sin, x)[1](x)[0], 30 * x * x.cos())
 
 
 def test_custom_op_is_one_node():
-    gm = make_fx(lambda x: triple_sin(x) + 1)(r(3))
+    gm = make_fx(lambda x: triple_sin(x) + 1)(f64(3))
     assert any("triple_sin" in str(n.target) for n in gm.graph.nodes)
 
 
 def test_custom_op_backward_outside():
-    x = r(3).requires_grad_()
+    x = f64(3).requires_grad_()
     (g,) = torch.autograd.grad(aotfunc.jit(triple_sin)(x).sum(), x)
     assert_same(g, 30 * x.cos())
 
@@ -439,11 +436,11 @@ def no_rules(x: torch.Tensor) -> torch.Tensor:
 
 def test_custom_op_without_rules_is_an_error_that_names_it():
     with pytest.raises((AotfuncError, RuntimeError), match="no_rules"):
-        grad(lambda x: no_rules(x).sum())(r(3))
+        grad(lambda x: no_rules(x).sum())(f64(3))
 
 
 def test_an_op_without_a_meta_kernel_is_captured_or_named():
-    x = r(3)
+    x = f64(3)
     try:
         gm = make_fx(lambda x: no_rules(x) + 1)(x)
     except RuntimeError as error:  # PyTorch's own text says how to register one
@@ -463,7 +460,7 @@ def test_custom_op_that_mutates():
         add_one_(y)
         return y * 2
 
-    x = r(3)
+    x = f64(3)
     try:
         gm = make_fx(f)(x)
     except AotfuncError as error:
@@ -480,7 +477,7 @@ def test_module_hooks_run_as_in_eager():
     seen = []
     net.register_forward_hook(lambda module, args, out: out * 2)
     net.register_forward_pre_hook(lambda module, args: seen.append(1))
-    x = r(3)
+    x = f64(3)
     expected = grads(lambda x: net(x).sum())(x)
     seen.clear()
     assert_same(grad(lambda x: net(x).sum())(x), expected)
@@ -493,7 +490,7 @@ def test_a_tensor_hook_changes_the_gradient():
         y.register_hook(lambda g: g * 10)
         return y.sum()
 
-    x = r(3)
+    x = f64(3)
     try:
         g = grad(f)(x)
     except AotfuncError:
@@ -509,7 +506,7 @@ def test_save_on_cpu_inside():
             y = (x.sin() * x).exp()
         return (y * x).sum()
 
-    x, xs = r(3), r(2, 3)
+    x, xs = f64(3), f64(2, 3)
     want = grads(f)(x)
     assert_same(grad(f)(x), want)
     assert_same(vmap(grad(f))(xs), torch.stack([grads(f)(x) for x in xs]))
@@ -526,7 +523,7 @@ def test_saved_tensors_hooks_are_refused_or_run():
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * 2):
             return (x.sin() * x).sum()
 
-    x = r(3)
+    x = f64(3)
     try:
         g = grad(f)(x)
     except AotfuncError as error:

@@ -13,19 +13,15 @@ from torch.func import functional_call
 import aotfunc
 from aotfunc import grad, jit, make_fx, vmap
 from aotfunc.errors import AotfuncError, ArgumentError
+from tests.inputs import f32, f64
 from tests.reference import assert_same, grads
-
-
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
-
 
 # closed-over tensors are by reference ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transform", ["grad", "make_fx", "jit"])
 def test_an_optimizer_step_is_seen(transform):
-    net, x = nn.Linear(3, 1).double(), r(4, 3)
+    net, x = nn.Linear(3, 1).double(), f64(4, 3)
     opt = torch.optim.SGD(net.parameters(), lr=0.5)
     f = lambda x: net(x).square().sum()
     run = {"grad": grad(f), "jit": jit(grad(f)), "make_fx": make_fx(grad(f))(x)}[transform]
@@ -37,14 +33,14 @@ def test_an_optimizer_step_is_seen(transform):
 
 
 def test_closed_over_tensors_that_share_storage():
-    w = r(3)
+    w = f64(3)
     view = w.view(-1)
 
     def f(x):
         w.add_(x)
         return (view * x).sum()
 
-    mine, x = w.clone(), r(3)
+    mine, x = w.clone(), f64(3)
     out, expected_w = None, mine + x
     out = vmap(lambda x: x * 1)(x)  # warm
     value = aotfunc.grad_and_value(f)(x)[1]
@@ -58,7 +54,7 @@ def test_inputs_that_share_storage():
         x.add_(1)
         return y * 2
 
-    base = r(6)
+    base = f64(6)
     mine, theirs = base.clone(), base.clone()
     expected = f(theirs[:4], theirs[2:])
     try:
@@ -70,27 +66,27 @@ def test_inputs_that_share_storage():
 
 
 def test_the_same_tensor_as_input_and_closure():
-    w = r(3)
+    w = f64(3)
     x = w
     assert_same(grad(lambda x: (x * w).sum())(x), w.clone())  # the closure is a constant
 
 
 def test_a_parameter_rebound_between_calls():
-    net, x = nn.Linear(2, 1).double(), r(3, 2)
+    net, x = nn.Linear(2, 1).double(), f64(3, 2)
     f = grad(lambda x: net(x).sum())
     assert_same(f(x), net.weight.detach().expand(3, 2).clone())
-    net.weight = nn.Parameter(r(1, 2))
+    net.weight = nn.Parameter(f64(1, 2))
     assert_same(f(x), net.weight.detach().expand(3, 2).clone())
 
 
 def test_grad_does_not_differentiate_closed_over_parameters():
-    w = nn.Parameter(r(3))
-    g = grad(lambda x: (w * x).sum())(r(3))
+    w = nn.Parameter(f64(3))
+    g = grad(lambda x: (w * x).sum())(f64(3))
     assert w.grad is None and g.requires_grad
 
 
 def test_captured_graphs_do_not_keep_inputs_alive():
-    x = r(1000)
+    x = f64(1000)
     ref = weakref.ref(x)
     g = grad(lambda x: x.sin().sum())(x)
     del x
@@ -103,7 +99,7 @@ def test_captured_graphs_do_not_keep_inputs_alive():
 
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(3), lambda: nn.BatchNorm1d(3, momentum=None, affine=False)])
 def test_batch_norm_statistics_move_once_per_call(make):
-    mine, theirs, x = make().double(), make().double(), r(5, 3)
+    mine, theirs, x = make().double(), make().double(), f64(5, 3)
     f = lambda x: (mine(x) * torch.arange(3.0, dtype=x.dtype)).square().sum()
     g = lambda x: (theirs(x) * torch.arange(3.0, dtype=x.dtype)).square().sum()
     for _ in range(2):
@@ -112,7 +108,7 @@ def test_batch_norm_statistics_move_once_per_call(make):
 
 
 def test_batch_norm_in_a_captured_graph_and_jit():
-    mine, theirs, x = nn.BatchNorm2d(2).double(), nn.BatchNorm2d(2).double(), r(3, 2, 4, 4)
+    mine, theirs, x = nn.BatchNorm2d(2).double(), nn.BatchNorm2d(2).double(), f64(3, 2, 4, 4)
     gm = make_fx(mine)(x)
     assert_same(dict(mine.state_dict()), dict(theirs.state_dict()))  # capturing moved nothing
     jitted = jit(mine)
@@ -122,7 +118,7 @@ def test_batch_norm_in_a_captured_graph_and_jit():
 
 
 def test_batch_norm_module_mode_is_a_guard():
-    net, x = nn.BatchNorm1d(3).double(), r(5, 3)
+    net, x = nn.BatchNorm1d(3).double(), f64(5, 3)
     f = jit(lambda x: net(x))
     trained = f(x)
     net.eval()
@@ -134,8 +130,8 @@ def test_batch_norm_module_mode_is_a_guard():
 
 
 def test_autocast_leaves_no_traced_values_behind():
-    w = r(3, 3, dtype=torch.float32).requires_grad_()
-    x = r(2, 3, dtype=torch.float32)
+    w = f32(3, 3).requires_grad_()
+    x = f32(2, 3)
     f = lambda x: (x @ w).float().sum()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = torch.mm(x, w)
@@ -148,7 +144,7 @@ def test_autocast_leaves_no_traced_values_behind():
 
 
 def test_autocast_is_part_of_every_key():
-    x, w = r(2, 3, dtype=torch.float32), r(3, 3, dtype=torch.float32)
+    x, w = f32(2, 3), f32(3, 3)
     f = jit(torch.mm)
     assert f(x, w).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,13 +160,13 @@ def test_autocast_inside_f():
         assert y.dtype == torch.bfloat16
         return y.float().square().sum()
 
-    x, w = r(2, 3, dtype=torch.float32), r(3, 3, dtype=torch.float32)
+    x, w = f32(2, 3), f32(3, 3)
     assert_same(grad(f, (0, 1))(x, w), grads(f, (0, 1))(x, w))
 
 
 def test_fast_paths_are_off_inside_and_on_again_after():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    x = r(2, 3, 8, dtype=torch.float32)
+    x = f32(2, 3, 8)
     before = torch.backends.mha.get_fastpath_enabled()
     f = lambda x: layer(x).square().sum()
     with torch.no_grad():
@@ -180,7 +176,7 @@ def test_fast_paths_are_off_inside_and_on_again_after():
 
 
 def test_default_dtype_inside_f():
-    x = r(3, dtype=torch.float32)
+    x = f32(3)
     f = lambda x: (x * torch.ones(3)).sum()
     assert_same(grad(f)(x), torch.ones(3))
     torch.set_default_dtype(torch.float64)
@@ -197,7 +193,7 @@ def test_default_device_context():
         with torch.device("cpu"):
             return (x * torch.ones(3, dtype=x.dtype)).sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(grad(f)(x), torch.ones_like(x))
     with torch.device("meta"):
         out = make_fx(lambda x: torch.zeros(2))(x)(x)
@@ -214,7 +210,7 @@ def test_a_user_dispatch_mode_around_sees_only_real_tensors():
             kinds.update(type(a) for a in args if isinstance(a, torch.Tensor))
             return func(*args, **(kwargs or {}))
 
-    x = r(3)
+    x = f64(3)
     with Watch():
         try:
             g = grad(lambda x: x.sin().sum())(x)
@@ -225,13 +221,13 @@ def test_a_user_dispatch_mode_around_sees_only_real_tensors():
 
 def test_reentrant_capture():
     """A transform called while another capture is going on, on values that are not part of it."""
-    w = r(3)
+    w = f64(3)
 
     def f(x):
         scale = grad(lambda y: (y**2).sum())(w)  # concrete inside a capture
         return (x * scale).sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(grad(f)(x), 2 * w)
     assert_same(make_fx(f)(x)(x), (x * 2 * w).sum())
 
@@ -245,7 +241,7 @@ def test_lift_fresh_constants_are_fresh():
         buffer.mul_(x)
         return buffer
 
-    x = r(3)
+    x = f64(3)
     gm = make_fx(f)(x)
     for _ in range(3):
         assert_same(gm(x), f(x))
@@ -254,7 +250,7 @@ def test_lift_fresh_constants_are_fresh():
 def test_tensor_from_python_is_not_by_reference_but_a_list_value_is_read_each_time():
     values = [1.0, 2.0]
     f = grad(lambda x: (x * torch.tensor(values, dtype=torch.float64)).sum())
-    x = r(2)
+    x = f64(2)
     assert_same(f(x), torch.tensor([1.0, 2.0], dtype=torch.float64))
     values[0] = 5.0
     assert_same(f(x), torch.tensor([5.0, 2.0], dtype=torch.float64))
@@ -266,16 +262,16 @@ def test_from_numpy_closed_over():
     array = np.array([1.0, 2.0, 3.0])
     shared = torch.from_numpy(array)
     f = grad(lambda x: (x * shared).sum())
-    assert_same(f(r(3)), shared.clone())
+    assert_same(f(f64(3)), shared.clone())
     array[0] = 7.0
-    assert f(r(3))[0] == 7.0
+    assert f(f64(3))[0] == 7.0
 
 
 # make_fx's own contract ----------------------------------------------------------------------------------------------
 
 
 def test_placeholders_are_named_after_the_parameters():
-    gm = make_fx(lambda weight, bias: weight * bias)(r(3), r(3))
+    gm = make_fx(lambda weight, bias: weight * bias)(f64(3), f64(3))
     names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
     assert all(name.startswith(want) for name, want in zip(names, ("weight", "bias"))), names
 
@@ -285,21 +281,21 @@ def test_an_input_write_ends_in_copy_():
         x.add_(1)
         return x * 2
 
-    gm = make_fx(f)(r(3))
+    gm = make_fx(f)(f64(3))
     targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
     assert targets.count(torch.ops.aten.copy_.default) == 1
     assert not any(str(t).startswith("aten.add_.") for t in targets)
 
 
 def test_the_code_says_what_runs():
-    gm = make_fx(lambda x: torch.sin(x) * 2)(r(3))
+    gm = make_fx(lambda x: torch.sin(x) * 2)(f64(3))
     assert "torch.ops.aten.sin" in gm.code and "torch.ops.aten.mul" in gm.code
     assert "detach" not in gm.code and "lift_fresh" not in gm.code
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake"])
 def test_tracing_modes_are_accepted(tracing_mode):
-    x = r(3)
+    x = f64(3)
     gm = make_fx(torch.sin, tracing_mode=tracing_mode)(x)
     assert_same(gm(x), x.sin())
 
@@ -310,11 +306,11 @@ def test_symbolic_sizes_are_refused():
 
 
 OTHERS = {
-    "shape": ((r(4), 2), "x = float64[3] on cpu, not float64[4] on cpu"),
-    "dtype": ((r(3).float(), 2), "x = float64[3] on cpu, not float32[3] on cpu"),
-    "device": ((r(3).to("meta"), 2), "x = float64[3] on cpu, not float64[3] on meta"),
-    "number": ((r(3), 3), "k = 2, not 3"),
-    "kind of number": ((r(3), 2.0), "k = 2, not 2.0"),
+    "shape": ((f64(4), 2), "x = float64[3] on cpu, not float64[4] on cpu"),
+    "dtype": ((f64(3).float(), 2), "x = float64[3] on cpu, not float32[3] on cpu"),
+    "device": ((f64(3).to("meta"), 2), "x = float64[3] on cpu, not float64[3] on meta"),
+    "number": ((f64(3), 3), "k = 2, not 3"),
+    "kind of number": ((f64(3), 2.0), "k = 2, not 2.0"),
 }
 
 
@@ -324,7 +320,7 @@ def test_a_module_refuses_what_it_was_not_made_for(other, copied):
     import copy
     import pickle
 
-    gm = make_fx(lambda x, k: (x * k).mean())(r(3), 2)
+    gm = make_fx(lambda x, k: (x * k).mean())(f64(3), 2)
     gm = {"made": lambda: gm, "deepcopy": lambda: copy.deepcopy(gm), "pickle": lambda: pickle.loads(pickle.dumps(gm))}[
         copied
     ]()
@@ -334,27 +330,27 @@ def test_a_module_refuses_what_it_was_not_made_for(other, copied):
 
 
 def test_a_module_that_takes_what_it_is_given():
-    gm = make_fx(lambda x: x * 2, check_inputs=False)(r(3))
+    gm = make_fx(lambda x: x * 2, check_inputs=False)(f64(3))
     assert gm(torch.ones(4)).tolist() == [2.0] * 4
 
 
 def test_a_module_made_for_a_tree():
-    gm = make_fx(lambda d, p: d["a"] * p[0] + p[1])({"a": r(3)}, (r(3), math.nan))
-    assert gm({"a": r(3)}, (r(3), math.nan)).isnan().all()
+    gm = make_fx(lambda d, p: d["a"] * p[0] + p[1])({"a": f64(3)}, (f64(3), math.nan))
+    assert gm({"a": f64(3)}, (f64(3), math.nan)).isnan().all()
     with pytest.raises(ArgumentError, match=r"p \(leaf 1\) = nan, not 1.0"):
-        gm({"a": r(3)}, (r(3), 1.0))
+        gm({"a": f64(3)}, (f64(3), 1.0))
 
 
 def test_a_decomposition_table_is_used():
     table = torch._decomp.get_decompositions([torch.ops.aten.silu])
-    x = r(3)
+    x = f64(3)
     gm = make_fx(torch.nn.functional.silu, decomposition_table=table)(x)
     assert "aten.silu" not in gm.code
     assert_same(gm(x), torch.nn.functional.silu(x))
 
 
 def test_a_graph_can_be_captured_again():
-    x = r(3)
+    x = f64(3)
     once = make_fx(grad(lambda x: (x.sin() * x).sum()))(x)
     twice = make_fx(once)(x)
     assert_same(twice(x), once(x))
@@ -367,7 +363,7 @@ def test_a_graph_survives_deepcopy_and_pickle():
     import copy
     import pickle
 
-    x = r(3)
+    x = f64(3)
     gm = make_fx(lambda x: (x.sin() * 2, {"a": x}))(x)
     assert_same(copy.deepcopy(gm)(x), gm(x))
     assert_same(pickle.loads(pickle.dumps(gm))(x), gm(x))
@@ -376,14 +372,14 @@ def test_a_graph_survives_deepcopy_and_pickle():
 def test_metadata_is_of_one_fake_mode():
     from torch._subclasses.fake_tensor import FakeTensor
 
-    gm = make_fx(lambda x, y: (x @ y).sin())(r(2, 3), r(3, 2))
+    gm = make_fx(lambda x, y: (x @ y).sin())(f64(2, 3), f64(3, 2))
     values = [n.meta["val"] for n in gm.graph.nodes if n.op != "output"]
     assert all(isinstance(v, FakeTensor) for v in values)
     assert len({id(v.fake_mode) for v in values}) == 1
 
 
 def test_modules_and_functional_call():
-    net, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).double(), r(2, 3)
+    net, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).double(), f64(2, 3)
     params = {k: v.detach() for k, v in net.named_parameters()}
     gm = make_fx(lambda p, x: functional_call(net, p, (x,)))(params, x)
     doubled = {k: 2 * v for k, v in params.items()}
@@ -394,7 +390,7 @@ def test_modules_and_functional_call():
 def test_the_random_state_and_grad_mode_are_as_before():
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    make_fx(lambda x: torch.nn.functional.dropout(x, 0.5) * torch.rand(3))(r(3) * 0)
+    make_fx(lambda x: torch.nn.functional.dropout(x, 0.5) * torch.rand(3))(f64(3) * 0)
     torch.manual_seed(3)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
@@ -410,15 +406,15 @@ def test_a_write_to_a_stride_zero_view_is_refused():
         return y
 
     with pytest.raises(RuntimeError):
-        make_fx(f)(r(3))
+        make_fx(f)(f64(3))
 
 
 def test_caches_are_bounded():
     """Many signatures do not grow memory without limit: graphs of dead functions go away."""
     refs = []
     for n in range(20):
-        x = r(n + 1)
-        w = r(n + 1)
+        x = f64(n + 1)
+        w = f64(n + 1)
         refs.append(weakref.ref(w))
         grad(lambda x, w=w: (x * w).sum())(x)
         del w

@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from aotfunc import functionalize, grad, make_fx, vmap
+from tests.inputs import f64
 from tests.reference import assert_same, fresh
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def through_views(x):
@@ -52,7 +49,7 @@ PROGRAMS = [through_views, writes_its_input, masks, out_argument, reads_an_older
 @pytest.mark.parametrize("f", PROGRAMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("remove", ["mutations", "mutations_and_views"])
 def test_equals_f(f, remove):
-    x = r(3, 3)
+    x = f64(3, 3)
     mine, theirs = fresh((x, x.clone()))
     assert_same(functionalize(f, remove=remove)(mine), f(theirs))
     assert_same(mine, theirs)
@@ -60,7 +57,7 @@ def test_equals_f(f, remove):
 
 @pytest.mark.parametrize("f", PROGRAMS, ids=lambda f: f.__name__)
 def test_the_graph_mutates_nothing_but_its_inputs_at_the_end(f):
-    gm = make_fx(functionalize(f))(r(3, 3))
+    gm = make_fx(functionalize(f))(f64(3, 3))
     placeholders = {n for n in gm.graph.nodes if n.op == "placeholder"}
     for node in gm.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
@@ -70,11 +67,11 @@ def test_the_graph_mutates_nothing_but_its_inputs_at_the_end(f):
 
 def test_remove_is_checked():
     with pytest.raises(RuntimeError):
-        functionalize(masks, remove="everything")(r(3, 3))
+        functionalize(masks, remove="everything")(f64(3, 3))
 
 
 def test_under_other_transforms():
-    x = r(2, 3, 3)
+    x = f64(2, 3, 3)
     f = lambda x: functionalize(through_views)(x)[0].sin().sum()
     plain = lambda x: through_views(x)[0].sin().sum()
     expected = torch.stack([torch.func.grad(plain)(row) for row in x])

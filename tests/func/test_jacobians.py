@@ -5,28 +5,24 @@ import torch
 
 from aotfunc import hessian, jacfwd, jacrev, vmap
 from aotfunc.errors import AotfuncError
+from tests.inputs import f32, f64
 from tests.reference import assert_same, hess, jacobian, loop
-
-
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
-
 
 JACOBIANS = {"jacrev": jacrev, "jacfwd": jacfwd}
 both = pytest.mark.parametrize("jac", JACOBIANS.values(), ids=JACOBIANS)
 
 FUNCTIONS = {
-    "pointwise": (torch.sin, lambda: r(3)),
-    "scalar out": (lambda x: (x * x).sum(), lambda: r(3)),
-    "scalar in": (lambda x: torch.stack([x, x * x]), lambda: r()),
-    "scalar to scalar": (lambda x: x**3, lambda: r()),
-    "matrix in and out": (lambda x: x @ x.t(), lambda: r(2, 3)),
-    "view": (lambda x: x.t().reshape(-1)[1:4], lambda: r(2, 3)),
-    "softmax": (lambda x: torch.softmax(x, 0), lambda: r(4)),
-    "constant": (lambda x: torch.ones(2, dtype=torch.float64), lambda: r(3)),
-    "identity": (lambda x: x, lambda: r(3)),
-    "empty": (lambda x: x * 2, lambda: r(0)),
-    "cumsum and flip": (lambda x: x.cumsum(0).flip(0), lambda: r(4)),
+    "pointwise": (torch.sin, lambda: f64(3)),
+    "scalar out": (lambda x: (x * x).sum(), lambda: f64(3)),
+    "scalar in": (lambda x: torch.stack([x, x * x]), lambda: f64()),
+    "scalar to scalar": (lambda x: x**3, lambda: f64()),
+    "matrix in and out": (lambda x: x @ x.t(), lambda: f64(2, 3)),
+    "view": (lambda x: x.t().reshape(-1)[1:4], lambda: f64(2, 3)),
+    "softmax": (lambda x: torch.softmax(x, 0), lambda: f64(4)),
+    "constant": (lambda x: torch.ones(2, dtype=torch.float64), lambda: f64(3)),
+    "identity": (lambda x: x, lambda: f64(3)),
+    "empty": (lambda x: x * 2, lambda: f64(0)),
+    "cumsum and flip": (lambda x: x.cumsum(0).flip(0), lambda: f64(4)),
 }
 
 
@@ -46,7 +42,7 @@ def test_equals_a_loop(name, jac):
 @both
 def test_argnums_and_trees(jac):
     f = lambda p, x: {"y": p["w"] @ x, "z": x.sum()}
-    p, x = {"w": r(2, 3)}, r(3)
+    p, x = {"w": f64(2, 3)}, f64(3)
     eye = torch.eye(2, dtype=torch.float64)
     dy_dw = torch.einsum("ij,k->ijk", eye, x)
     dz_dw = torch.zeros(2, 3, dtype=torch.float64)
@@ -61,19 +57,19 @@ def test_argnums_and_trees(jac):
 
 @both
 def test_tuple_out(jac):
-    x = r(3)
+    x = f64(3)
     assert_same(jac(lambda x: (x.sin(), x.cos()))(x), (torch.diag(x.cos()), torch.diag(-x.sin())))
 
 
 @both
 def test_has_aux(jac):
-    x = r(3)
+    x = f64(3)
     assert_same(jac(lambda x: (x.sin(), {"a": x * 2}), has_aux=True)(x), (torch.diag(x.cos()), {"a": x * 2}))
 
 
 @both
 def test_aux_need_not_be_tensors(jac):
-    x = r(3)
+    x = f64(3)
     assert jac(lambda x: (x.sin(), "note"), has_aux=True)(x)[1] == "note"
 
 
@@ -81,19 +77,19 @@ def test_aux_need_not_be_tensors(jac):
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 100, None])
 def test_chunk_size(jac, chunk_size):
     f = lambda x: (x[:, None] * x).sin().sum(0)
-    x = r(5)
+    x = f64(5)
     assert_same(jac(f, chunk_size=chunk_size)(x), jacobian(f, x))
 
 
 @both
 def test_keyword_arguments(jac):
-    x = r(3)
+    x = f64(3)
     assert_same(jac(lambda x, *, scale: scale * x)(x, scale=2.0), 2 * torch.eye(3, dtype=torch.float64))
 
 
 @both
 def test_two_differentiated_arguments_of_other_shapes(jac):
-    a, b = r(2, 3), r(3)
+    a, b = f64(2, 3), f64(3)
     got = jac(lambda a, b: a @ b, argnums=(0, 1))(a, b)
     expected = (jacobian(lambda a: a @ b, a), jacobian(lambda b: a @ b, b))
     assert_same(got, expected)
@@ -101,18 +97,18 @@ def test_two_differentiated_arguments_of_other_shapes(jac):
 
 @both
 def test_under_vmap(jac):
-    x = r(4, 3)
+    x = f64(4, 3)
     assert_same(vmap(jac(torch.tanh))(x), torch.diag_embed(1 - torch.tanh(x) ** 2))
 
 
 @both
 def test_float32_stays(jac):
-    assert jac(torch.sin)(r(3, dtype=torch.float32)).dtype == torch.float32
+    assert jac(torch.sin)(f32(3)).dtype == torch.float32
 
 
 @both
 def test_complex_is_refused(jac):
-    z = r(3, dtype=torch.complex128)
+    z = torch.randn(3, dtype=torch.complex128)
     with pytest.raises(AotfuncError, match="complex"):
         jac(torch.sin)(z)
 
@@ -126,11 +122,11 @@ def test_integer_is_refused(jac):
 @pytest.mark.parametrize("chunk_size", [0, -1])
 def test_chunk_size_is_checked(chunk_size):
     with pytest.raises((AotfuncError, ValueError)):
-        jacrev(torch.sin, chunk_size=chunk_size)(r(3))
+        jacrev(torch.sin, chunk_size=chunk_size)(f64(3))
 
 
 def test_jacfwd_randomness():
-    x = r(3)
+    x = f64(3)
     noisy = lambda x: x * torch.rand(3, dtype=torch.float64)
     for randomness in (
         "error",
@@ -146,11 +142,11 @@ def test_jacfwd_randomness():
 # hessian -------------------------------------------------------------------------------------------------------------
 
 SCALAR = {
-    "diagonal": (lambda x: x.sin().sum(), lambda: r(5)),
-    "dense": (lambda x: (x.sin() * x.prod()).sum() + (x @ x) ** 2, lambda: r(4)),
-    "linear": (lambda x: x.sum(), lambda: r(3)),
-    "log-sum-exp": (lambda x: torch.logsumexp(x, 0), lambda: r(4)),
-    "matrix": (lambda x: torch.linalg.det(x), lambda: r(3, 3)),
+    "diagonal": (lambda x: x.sin().sum(), lambda: f64(5)),
+    "dense": (lambda x: (x.sin() * x.prod()).sum() + (x @ x) ** 2, lambda: f64(4)),
+    "linear": (lambda x: x.sum(), lambda: f64(3)),
+    "log-sum-exp": (lambda x: torch.logsumexp(x, 0), lambda: f64(4)),
+    "matrix": (lambda x: torch.linalg.det(x), lambda: f64(3, 3)),
 }
 
 
@@ -170,13 +166,13 @@ def test_hessian(name, order):
 
 
 def test_hessian_of_a_vector_function():
-    x = r(3)
+    x = f64(3)
     expected = torch.stack([hess(lambda z, i=i: (z[i] * z.sum()).sin(), x) for i in range(3)])
     assert_same(hessian(lambda x: (x * x.sum()).sin())(x), expected)
 
 
 def test_hessian_argnums():
-    x, y = r(2), r(3)
+    x, y = f64(2), f64(3)
     f = lambda x, y: x.sum() ** 2 * y.sum() ** 2
     (xx, xy), (yx, yy) = hessian(f, argnums=(0, 1))(x, y)
     assert_same(xx, hess(lambda x: f(x, y), x))
@@ -186,7 +182,7 @@ def test_hessian_argnums():
 
 
 def test_hessian_of_a_tree():
-    p = {"a": r(2), "b": r(2)}
+    p = {"a": f64(2), "b": f64(2)}
     h = hessian(lambda p: (p["a"] * p["b"]).sum())(p)
     eye, zero = torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     assert_same(h, {"a": {"a": zero, "b": eye}, "b": {"a": eye, "b": zero}})
@@ -194,7 +190,7 @@ def test_hessian_of_a_tree():
 
 def test_hessian_has_aux_chunks_and_kwargs():
     f = lambda x, *, s: ((s * x**3).sum(), "note")
-    x = r(4)
+    x = f64(4)
     h, aux = hessian(f, has_aux=True, chunk_size=2)(x, s=2.0)
     assert_same(h, torch.diag(12 * x))
     assert aux == "note"
@@ -202,5 +198,5 @@ def test_hessian_has_aux_chunks_and_kwargs():
 
 def test_batched_hessian():
     f = SCALAR["dense"][0]
-    x = r(3, 4)
+    x = f64(3, 4)
     assert_same(vmap(hessian(f))(x), loop(lambda z: hess(f, z))(x))

@@ -7,11 +7,8 @@ import torch.autograd.forward_ad as fwAD
 import aotfunc
 from aotfunc import grad, jacrev, jvp, make_fx, vmap
 from aotfunc.errors import AotfuncError
+from tests.inputs import f64
 from tests.reference import assert_same
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def cube(x):
@@ -60,18 +57,18 @@ OURS_INSIDE = {
 
 @pytest.mark.parametrize("name", THEIRS_INSIDE)
 def test_theirs_inside_ours(name):
-    x = r(3)
+    x = f64(3)
     assert_same(THEIRS_INSIDE[name](x), 3 * x**2)
 
 
 @pytest.mark.parametrize("name", OURS_INSIDE)
 def test_ours_inside_theirs(name):
-    x = r(3)
+    x = f64(3)
     right_or_error(lambda: OURS_INSIDE[name](x), 3 * x**2)
 
 
 def test_ours_inside_functionalize_of_theirs():
-    x = r(3)
+    x = f64(3)
     right_or_error(lambda: torch.func.functionalize(grad(cube))(x), 3 * x**2)
 
 
@@ -81,7 +78,7 @@ def test_ours_inside_functionalize_of_theirs():
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jit"])
 def test_under_a_dual_level(transform):
     run = {"grad": grad(cube), "vmap": vmap(lambda y: 3 * y**2), "jit": aotfunc.jit(lambda y: 3 * y**2)}[transform]
-    x, t = r(3), r(3)
+    x, t = f64(3), f64(3)
     with fwAD.dual_level():
         dual = fwAD.make_dual(x, t)
         try:
@@ -103,7 +100,7 @@ def test_inside_torch_compile(name):
         "jit": aotfunc.jit(lambda y: 3 * y**2),
     }[name]
     torch._dynamo.reset()
-    x = r(3)
+    x = f64(3)
     compiled = torch.compile(lambda x: body(x.clone()) + 0, backend="eager")
     right_or_error(lambda: compiled(x), 3 * x**2)
     right_or_error(lambda: compiled(2 * x), 12 * x**2)
@@ -165,7 +162,7 @@ def test_a_sparse_tensor_closed_over_is_refused_or_right():
 
 
 def test_a_parameter_is_a_tensor():
-    w = torch.nn.Parameter(r(3))
+    w = torch.nn.Parameter(f64(3))
     assert_same(grad(cube)(w), 3 * w.detach() ** 2)
     assert_same(vmap(lambda y: y**2)(w), w.detach() ** 2)
     assert_same(make_fx(lambda w: w * 2)(w)(w), w.detach() * 2)
@@ -185,7 +182,7 @@ def test_a_subprocess_of_threads():
     """Transforms used from several threads at once do not disturb each other."""
     from concurrent.futures import ThreadPoolExecutor
 
-    x = r(8, 3)
+    x = f64(8, 3)
 
     def work(i):
         row = x[i]
@@ -219,7 +216,7 @@ def test_other_threads_keep_their_eager_torch():
         done.wait(10)
         return (x * x).sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(grad(f)(x), 2 * x)
     thread.join()
     assert seen == [torch.Tensor]

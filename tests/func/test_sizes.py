@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from aotfunc import clear_caches, grad, hessian, jacfwd, jacrev, jvp, make_fx, vjp, vmap
 from aotfunc.api import vmap as batching
+from tests.inputs import f64
 from tests.reference import assert_same, loop
 
 SIZES = (5, 3, 7, 2, 9, 4, 6, 8, 1, 0, 12)
@@ -22,10 +23,6 @@ def made(monkeypatch):
     run = batching.vmap_pass
     monkeypatch.setattr(batching, "vmap_pass", lambda base, *how: found.append(how[2]) or run(base, *how))
     return found
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 links = torch.linspace(-1, 1, 72, dtype=torch.float64).view(8, 3, 3).sin()
@@ -97,7 +94,7 @@ def test_results_are_those_of_a_loop(name, transform):
     f = TRANSFORMS[transform](FUNCTIONS[name])
     batched = vmap(f)
     for n in SIZES:
-        x = r(n, 8)
+        x = f64(n, 8)
         if n:
             assert_same(batched(x), loop(f)(x))
         else:
@@ -109,24 +106,24 @@ def test_results_are_those_of_a_loop(name, transform):
 def test_one_pass_for_all_sizes(name, transform, made):
     batched = vmap(TRANSFORMS[transform](FUNCTIONS[name]))
     for n in (11, 13, 17, 23, 64, 11):
-        batched(r(n, 8))
+        batched(f64(n, 8))
     assert made.count(11) == 1 and not {17, 23, 64} & set(made)
 
 
 LAYOUTS = {
-    "in_dims": (lambda x: (x.t() * 2).sum(0), 1, 0, lambda n: r(8, n, 3)),
-    "in_dims, last": (chain, -1, 0, lambda n: r(8, n)),
-    "out_dims": (jacrev(chain), 0, 2, lambda n: r(n, 8)),
-    "out_dims, negative": (chain, 0, -1, lambda n: r(n, 8)),
-    "both": (mlp, 1, 0, lambda n: r(8, n)),
-    "turned": (chain, 0, 0, lambda n: r(8, n).t()),
-    "turned, in_dims": (chain, 1, 1, lambda n: r(n, 8).t()),
-    "sliced": (chain, 0, 0, lambda n: r(n + 4, 8)[2:-2]),
-    "columns": (chain, 0, 0, lambda n: r(n, 16)[:, ::2]),
-    "every other": (chain, 0, 0, lambda n: r(2 * n, 8)[::2]),
-    "spread": (chain, 0, 0, lambda n: r(8).expand(n, 8)),
-    "view": (lambda x: x.view(3, 2), 0, 0, lambda n: r(n, 2, 3)),
-    "reshaped": (lambda x: x.reshape(6).view(3, 2).t().reshape(-1), 2, 0, lambda n: r(3, 2, n)),
+    "in_dims": (lambda x: (x.t() * 2).sum(0), 1, 0, lambda n: f64(8, n, 3)),
+    "in_dims, last": (chain, -1, 0, lambda n: f64(8, n)),
+    "out_dims": (jacrev(chain), 0, 2, lambda n: f64(n, 8)),
+    "out_dims, negative": (chain, 0, -1, lambda n: f64(n, 8)),
+    "both": (mlp, 1, 0, lambda n: f64(8, n)),
+    "turned": (chain, 0, 0, lambda n: f64(8, n).t()),
+    "turned, in_dims": (chain, 1, 1, lambda n: f64(n, 8).t()),
+    "sliced": (chain, 0, 0, lambda n: f64(n + 4, 8)[2:-2]),
+    "columns": (chain, 0, 0, lambda n: f64(n, 16)[:, ::2]),
+    "every other": (chain, 0, 0, lambda n: f64(2 * n, 8)[::2]),
+    "spread": (chain, 0, 0, lambda n: f64(8).expand(n, 8)),
+    "view": (lambda x: x.view(3, 2), 0, 0, lambda n: f64(n, 2, 3)),
+    "reshaped": (lambda x: x.reshape(6).view(3, 2).t().reshape(-1), 2, 0, lambda n: f64(3, 2, n)),
 }
 
 
@@ -141,9 +138,9 @@ def test_layouts(name):
 
 def test_arguments_of_several_kinds(made):
     f = lambda p, x, k, s: {"y": (p["w"] @ x + p["b"])[k] * s, "z": (x[k], p["b"].sum() + x)}
-    p = {"w": r(4, 3), "b": r(4)}
+    p = {"w": f64(4, 3), "b": f64(4)}
     for n in SIZES:
-        x, k = r(n, 3), torch.randint(3, (n,))
+        x, k = f64(n, 3), torch.randint(3, (n,))
         got = vmap(f, in_dims=({"w": None, "b": None}, 0, 0, None))(p, x, k, 0.5)
         want = [f(p, *pair, 0.5) for pair in zip(x, k)]
         for key in ("y", "z") if n else ():
@@ -151,7 +148,7 @@ def test_arguments_of_several_kinds(made):
     each = {key: torch.stack([v * k for k in range(1, 7)]) for key, v in p.items()}
     for n in (6, 4, 3, 5):
         part = {key: v[:n] for key, v in each.items()}
-        got = vmap(f, in_dims=(0, None, None, None))(part, r(3), torch.tensor(2), 0.5)
+        got = vmap(f, in_dims=(0, None, None, None))(part, f64(3), torch.tensor(2), 0.5)
         assert got["y"].shape == (n,)
 
 
@@ -178,7 +175,7 @@ def test_values_that_are_asked_for():
     f = lambda x: x * 2 if x.sum() > 0 else x - 1
     for n in (5, 6, 7):
         for sign in (1, -1):
-            x = r(n, 3).abs() * sign
+            x = f64(n, 3).abs() * sign
             assert_same(vmap(f)(x), x * 2 if sign > 0 else x - 1)
 
 
@@ -195,8 +192,8 @@ def test_what_shares_code_is_a_program_all_the_same(outer):
     """Its graph is made when it is differentiated, captured or batched again."""
     f = vmap(jacrev(mlp))
     for n in (11, 13, 17):
-        f(r(n, 8))
-    x = r(17, 8)
+        f(f64(n, 8))
+    x = f64(17, 8)
     want = torch.stack([torch.autograd.functional.jacobian(lambda s: jacrev(mlp)(s).square().sum(), s) for s in x])
     if outer == "backward":
         leaf = x.clone().requires_grad_()
@@ -214,7 +211,7 @@ def test_what_shares_code_is_a_program_all_the_same(outer):
 def test_chunks(made):
     batched = vmap(jacrev(chain), chunk_size=16)
     for n in (40, 57, 35):
-        x = r(n, 8)
+        x = f64(n, 8)
         assert_same(batched(x), loop(jacrev(chain))(x))
     assert set(made) == {16}
 
@@ -280,7 +277,7 @@ def test_random_programs(seed, made):
     in_dims = rng.choice([(None, 0), (0, 0), (0, 1), (1, 0), (0, None)])
     out_dims = rng.choice([0, -1])
     for n in rng.sample(range(2, 10), 8) + [1]:
-        p, x = (r(6) if d is None else r(n, 6) if d == 0 else r(6, n) for d in in_dims)
+        p, x = (f64(6) if d is None else f64(n, 6) if d == 0 else f64(6, n) for d in in_dims)
         rows = [[a if d is None else a.select(d, k) for a, d in zip((p, x), in_dims)] for k in range(n)]
         want = torch.stack([f(*row) for row in rows], out_dims)
         assert_same(vmap(f, in_dims, out_dims)(p, x), want)

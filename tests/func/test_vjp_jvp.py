@@ -5,11 +5,8 @@ import torch
 
 from aotfunc import grad, jacrev, jvp, linearize, vjp, vmap
 from aotfunc.errors import AotfuncError
+from tests.inputs import f64
 from tests.reference import assert_same, jacobian, jvps, vjps
-
-
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
 
 
 def two(x, y):
@@ -17,18 +14,18 @@ def two(x, y):
 
 
 FUNCTIONS = {
-    "one": (torch.sin, lambda: (r(3),)),
-    "two in, two out": (two, lambda: (r(3), r(3))),
-    "dict out": (lambda x: {"a": x.exp(), "b": [x.sum(), x * x]}, lambda: (r(3),)),
-    "identity": (lambda x: x, lambda: (r(3),)),
-    "constant beside": (lambda x: (x * 2, torch.ones(2, dtype=torch.float64)), lambda: (r(3),)),
-    "unused primal": (lambda x, y: x * 2, lambda: (r(3), r(2))),
-    "view": (lambda x: x.view(-1)[1:], lambda: (r(2, 3),)),
-    "the same twice": (lambda x: (x, x), lambda: (r(3),)),
-    "matrix": (lambda a, b: torch.linalg.solve(a + 3 * torch.eye(3, dtype=a.dtype), b), lambda: (r(3, 3), r(3))),
-    "complex": (lambda z: z.exp() * z.conj(), lambda: (r(3, dtype=torch.complex128),)),
-    "real to complex": (lambda x: torch.complex(x, x * x), lambda: (r(3),)),
-    "complex to real": (lambda z: z.abs(), lambda: (r(3, dtype=torch.complex128),)),
+    "one": (torch.sin, lambda: (f64(3),)),
+    "two in, two out": (two, lambda: (f64(3), f64(3))),
+    "dict out": (lambda x: {"a": x.exp(), "b": [x.sum(), x * x]}, lambda: (f64(3),)),
+    "identity": (lambda x: x, lambda: (f64(3),)),
+    "constant beside": (lambda x: (x * 2, torch.ones(2, dtype=torch.float64)), lambda: (f64(3),)),
+    "unused primal": (lambda x, y: x * 2, lambda: (f64(3), f64(2))),
+    "view": (lambda x: x.view(-1)[1:], lambda: (f64(2, 3),)),
+    "the same twice": (lambda x: (x, x), lambda: (f64(3),)),
+    "matrix": (lambda a, b: torch.linalg.solve(a + 3 * torch.eye(3, dtype=a.dtype), b), lambda: (f64(3, 3), f64(3))),
+    "complex": (lambda z: z.exp() * z.conj(), lambda: (torch.randn(3, dtype=torch.complex128),)),
+    "real to complex": (lambda x: torch.complex(x, x * x), lambda: (f64(3),)),
+    "complex to real": (lambda z: z.abs(), lambda: (torch.randn(3, dtype=torch.complex128),)),
 }
 
 
@@ -67,7 +64,7 @@ def test_linearize_equals_forward_ad(name):
 
 def test_has_aux():
     f = lambda x: (x.sin(), {"n": x * 2})
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     out, pull, aux = vjp(f, x, has_aux=True)
     assert_same((out, pull(v), aux), (x.sin(), (v * x.cos(),), {"n": x * 2}))
     assert_same(jvp(f, (x,), (v,), has_aux=True), (x.sin(), v * x.cos(), {"n": x * 2}))
@@ -75,26 +72,26 @@ def test_has_aux():
 
 def test_aux_need_not_be_tensors():
     f = lambda x: (x.sin(), "note")
-    x = r(3)
+    x = f64(3)
     assert vjp(f, x, has_aux=True)[2] == "note"
     assert jvp(f, (x,), (x,), has_aux=True)[2] == "note"
 
 
 def test_tree_primals_of_vjp():
-    params = {"w": r(2, 3), "b": r(2)}
-    x, v = r(3), r(2)
+    params = {"w": f64(2, 3), "b": f64(2)}
+    x, v = f64(3), f64(2)
     out, pull = vjp(lambda p, x: p["w"] @ x + p["b"], params, x)
     assert_same(pull(v), ({"w": torch.outer(v, x), "b": v}, params["w"].t() @ v))
 
 
 def test_vjp_of_several_outputs_takes_their_tree():
-    x, a, b = r(3), r(3), r(3)
+    x, a, b = f64(3), f64(3), f64(3)
     _, pull = vjp(lambda x: (x.sin(), x.cos()), x)
     assert_same(pull((a, b)), (a * x.cos() - b * x.sin(),))
 
 
 def test_an_integer_output_has_no_cotangent_of_note():
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     try:
         out, pull = vjp(lambda x: (x.sin(), x.argmax()), x)
     except AotfuncError as error:  # torch.func refuses it, too
@@ -104,7 +101,7 @@ def test_an_integer_output_has_no_cotangent_of_note():
 
 
 def test_an_integer_output_has_a_zero_tangent():
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     (_, index), (tangent, zero) = jvp(lambda x: (x.sin(), x.argmax()), (x,), (v,))
     assert_same(index, x.argmax())
     assert_same(tangent, v * x.cos())
@@ -115,7 +112,7 @@ def test_an_integer_output_has_a_zero_tangent():
 
 
 def test_vjp_fn_many_times_and_under_vmap():
-    x, vs = r(3), r(5, 3)
+    x, vs = f64(3), f64(5, 3)
     _, pull = vjp(torch.sin, x)
     for v in vs:
         assert_same(pull(v), (v * x.cos(),))
@@ -124,7 +121,7 @@ def test_vjp_fn_many_times_and_under_vmap():
 
 
 def test_jvp_fn_many_times_and_under_vmap():
-    x, vs = r(3), r(5, 3)
+    x, vs = f64(3), f64(5, 3)
     _, push = linearize(torch.sin, x)
     for v in vs:
         assert_same(push(v), v * x.cos())
@@ -132,14 +129,14 @@ def test_jvp_fn_many_times_and_under_vmap():
 
 
 def test_vjp_fn_is_differentiable_in_its_cotangent():
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     _, pull = vjp(lambda x: x**3, x)
     assert_same(grad(lambda v: (pull(v)[0] ** 2).sum())(v), 2 * v * (3 * x**2) ** 2)
 
 
 @pytest.mark.parametrize("transform", ["vjp", "linearize"])
 def test_an_input_mutated_in_between_is_not_silently_wrong(transform):
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     expected = v * x.cos()
     _, run = vjp(torch.sin, x) if transform == "vjp" else linearize(torch.sin, x)
     x.zero_()
@@ -151,7 +148,7 @@ def test_an_input_mutated_in_between_is_not_silently_wrong(transform):
 
 
 def test_vjp_inside_vmap_returns_its_function():
-    xs, vs = r(4, 3), r(4, 3)
+    xs, vs = f64(4, 3), f64(4, 3)
 
     def f(x, v):
         out, pull = vjp(torch.sin, x)
@@ -161,7 +158,7 @@ def test_vjp_inside_vmap_returns_its_function():
 
 
 def test_backward_continues_through_both():
-    x, v = r(3).requires_grad_(), r(3).requires_grad_()
+    x, v = f64(3).requires_grad_(), f64(3).requires_grad_()
     out, tangent = jvp(torch.sin, (x,), (v,))
     gx, gv = torch.autograd.grad(tangent.sum(), (x, v))
     assert_same((gx, gv), (-v * x.sin(), x.cos()))
@@ -174,34 +171,34 @@ def test_backward_continues_through_both():
 
 
 def test_grad_through_linearize_at_its_point():
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     assert_same(grad(lambda x: linearize(torch.sin, x)[1](v).sum())(x), -v * x.sin())
 
 
 def test_grad_through_linearize_in_its_tangent():
-    x, v = r(3), r(3)
+    x, v = f64(3), f64(3)
     assert_same(grad(lambda v: linearize(torch.sin, x)[1](v).sum())(v), x.cos())
 
 
 def test_vmap_of_linearize():
-    xs, vs = r(4, 3), r(4, 3)
+    xs, vs = f64(4, 3), f64(4, 3)
     assert_same(vmap(lambda x, v: linearize(torch.sin, x)[1](v))(xs, vs), vs * xs.cos())
 
 
 def test_linearize_of_linearize():
-    x, v, w = r(3), r(3), r(3)
+    x, v, w = f64(3), f64(3), f64(3)
     _, push = linearize(lambda x: linearize(torch.sin, x)[1](v), x)
     assert_same(push(w), -v * w * x.sin())
 
 
 def test_jvp_fn_of_an_outer_point_used_inside():
-    x = r(3)
+    x = f64(3)
     _, push = linearize(torch.sin, x)
-    assert_same(jacrev(push)(r(3)), torch.diag(x.cos()))
+    assert_same(jacrev(push)(f64(3)), torch.diag(x.cos()))
 
 
 def test_nested_jvp():
-    x = r()
+    x = f64()
     one = torch.ones((), dtype=torch.float64)
     first = lambda x: jvp(lambda y: y**3 * x, (x,), (one,))[1]
     assert_same(jvp(first, (x,), (one,)), (3 * x**3, 9 * x**2))
@@ -209,7 +206,7 @@ def test_nested_jvp():
 
 def test_forward_over_reverse_is_a_hessian_vector_product():
     f = lambda x: (x.sin() * x.prod()).sum()
-    x, v = r(4), r(4)
+    x, v = f64(4), f64(4)
     h = jacobian(lambda z: torch.autograd.grad(f(z), z, create_graph=True)[0], x)
     assert_same(jvp(grad(f), (x,), (v,))[1], h @ v)
     assert_same(vjp(grad(f), x)[1](v)[0], h @ v)
@@ -255,6 +252,6 @@ def test_residuals_are_what_a_written_input_was():
         x.add_(1)
         return y
 
-    x = r(2, 3)
+    x = f64(2, 3)
     assert_same(vjp(f, x.clone())[1](torch.ones(3, dtype=x.dtype))[0], x.flip(0))
     assert_same(linearize(f, x.clone())[1](torch.ones_like(x)), x.sum(0))

@@ -7,92 +7,99 @@ import torch
 
 from aotfunc import chunk_vmap, grad, vmap
 from aotfunc.errors import AotfuncError
+from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
 Pair = namedtuple("Pair", "left right")
 
 
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
-
-
 # (function, in_dims, out_dims, arguments): each against a Python loop -------------------------------------------------
 
 DIMENSIONS = {
-    "default": (torch.dot, 0, 0, lambda: (r(3, 5), r(3, 5))),
-    "second dim": (torch.dot, 1, 0, lambda: (r(5, 3), r(5, 3))),
-    "mixed": (torch.dot, (0, 1), 0, lambda: (r(3, 5), r(5, 3))),
-    "negative": (torch.dot, (-1, -2), 0, lambda: (r(5, 3), r(3, 5))),
-    "None": (torch.mv, (None, 0), 0, lambda: (r(4, 5), r(3, 5))),
-    "out last": (torch.mv, (None, 0), 1, lambda: (r(4, 5), r(3, 5))),
-    "out negative": (torch.mm, (0, 0), -1, lambda: (r(3, 2, 4), r(3, 4, 5))),
-    "out middle": (torch.mm, (2, None), 1, lambda: (r(2, 4, 3), r(4, 5))),
-    "tuple out": (lambda x: (x.sin(), x.sum()), 0, (1, 0), lambda: (r(3, 5),)),
-    "one out_dim for two": (lambda x: (x.sin(), x * 2), 0, 1, lambda: (r(3, 5),)),
+    "default": (torch.dot, 0, 0, lambda: (f64(3, 5), f64(3, 5))),
+    "second dim": (torch.dot, 1, 0, lambda: (f64(5, 3), f64(5, 3))),
+    "mixed": (torch.dot, (0, 1), 0, lambda: (f64(3, 5), f64(5, 3))),
+    "negative": (torch.dot, (-1, -2), 0, lambda: (f64(5, 3), f64(3, 5))),
+    "None": (torch.mv, (None, 0), 0, lambda: (f64(4, 5), f64(3, 5))),
+    "out last": (torch.mv, (None, 0), 1, lambda: (f64(4, 5), f64(3, 5))),
+    "out negative": (torch.mm, (0, 0), -1, lambda: (f64(3, 2, 4), f64(3, 4, 5))),
+    "out middle": (torch.mm, (2, None), 1, lambda: (f64(2, 4, 3), f64(4, 5))),
+    "tuple out": (lambda x: (x.sin(), x.sum()), 0, (1, 0), lambda: (f64(3, 5),)),
+    "one out_dim for two": (lambda x: (x.sin(), x * 2), 0, 1, lambda: (f64(3, 5),)),
     "dict in": (
         lambda p, x: p["w"] @ x + p["b"],
         ({"w": 0, "b": None}, 0),
         0,
-        lambda: ({"w": r(3, 2, 4), "b": r(2)}, r(3, 4)),
+        lambda: ({"w": f64(3, 2, 4), "b": f64(2)}, f64(3, 4)),
     ),
-    "dict under one dim": (lambda p: p["w"] @ p["b"], 0, 0, lambda: ({"w": r(3, 2, 4), "b": r(3, 4)},)),
-    "nested in": (lambda t: t[0] * t[1][0] + t[1][1], ((0, (None, 1)),), 0, lambda: ((r(3, 2), (r(2), r(2, 3))),)),
-    "list in": (lambda t: t[0] @ t[1], ([0, 1],), 0, lambda: ([r(3, 4), r(4, 3)],)),
-    "namedtuple": (lambda p: Pair(p.left * 2, p.right + p.left), 0, 0, lambda: (Pair(r(3, 2), r(3, 2)),)),
-    "dict out": (lambda x: {"a": x.sin(), "b": [x.sum()]}, 0, 0, lambda: (r(3, 5),)),
-    "unbatched output": (lambda x: torch.ones(2, dtype=torch.float64), 0, 0, lambda: (r(3, 5),)),
-    "unbatched beside": (lambda x, w: (x @ w, w * 2), (0, None), 0, lambda: (r(3, 4), r(4))),
+    "dict under one dim": (lambda p: p["w"] @ p["b"], 0, 0, lambda: ({"w": f64(3, 2, 4), "b": f64(3, 4)},)),
+    "nested in": (
+        lambda t: t[0] * t[1][0] + t[1][1],
+        ((0, (None, 1)),),
+        0,
+        lambda: ((f64(3, 2), (f64(2), f64(2, 3))),),
+    ),
+    "list in": (lambda t: t[0] @ t[1], ([0, 1],), 0, lambda: ([f64(3, 4), f64(4, 3)],)),
+    "namedtuple": (lambda p: Pair(p.left * 2, p.right + p.left), 0, 0, lambda: (Pair(f64(3, 2), f64(3, 2)),)),
+    "dict out": (lambda x: {"a": x.sin(), "b": [x.sum()]}, 0, 0, lambda: (f64(3, 5),)),
+    "unbatched output": (lambda x: torch.ones(2, dtype=torch.float64), 0, 0, lambda: (f64(3, 5),)),
+    "unbatched beside": (lambda x, w: (x @ w, w * 2), (0, None), 0, lambda: (f64(3, 4), f64(4))),
     "integers": (lambda i: i * 2 + 1, 0, 0, lambda: (torch.arange(6).view(3, 2),)),
-    "booleans": (lambda m, x: torch.where(m, x, -x), 0, 0, lambda: (r(3, 4) > 0, r(3, 4))),
-    "complex": (lambda z: z.abs() * z.conj(), 0, 0, lambda: (r(3, 4, dtype=torch.complex128),)),
-    "indexing by a batch": (lambda x, i: x[i], 0, 0, lambda: (r(3, 4), torch.tensor([[0, 1], [3, 3], [2, 0]]))),
-    "indexing into one": (lambda x, i: x[i], (None, 0), 0, lambda: (r(4, 2), torch.tensor([0, 3, 1]))),
-    "a scalar index": (lambda x, i: x[i], 0, 0, lambda: (r(3, 4), torch.tensor([0, 3, 1]))),
-    "views": (lambda x: x.t().reshape(-1)[::2], 0, 0, lambda: (r(3, 4, 2),)),
-    "reductions": (lambda x: (x.sum(), x.mean(0), x.amax(-1), x.std()), 0, 0, lambda: (r(3, 4, 2),)),
-    "sort": (lambda x: tuple(x.sort(descending=True)), 0, 0, lambda: (r(3, 6),)),
-    "topk": (lambda x: tuple(x.topk(2)), 0, 0, lambda: (r(3, 6),)),
-    "cumulative": (lambda x: x.cumsum(-1).cumprod(0), 0, 0, lambda: (r(3, 4),)),
-    "concatenation": (lambda x, y: torch.cat([x, y, x]), (0, None), 0, lambda: (r(3, 2), r(2))),
-    "stack": (lambda x, y: torch.stack([x, y], -1), (0, 1), 0, lambda: (r(3, 2), r(2, 3))),
+    "booleans": (lambda m, x: torch.where(m, x, -x), 0, 0, lambda: (f64(3, 4) > 0, f64(3, 4))),
+    "complex": (lambda z: z.abs() * z.conj(), 0, 0, lambda: (torch.randn(3, 4, dtype=torch.complex128),)),
+    "indexing by a batch": (lambda x, i: x[i], 0, 0, lambda: (f64(3, 4), torch.tensor([[0, 1], [3, 3], [2, 0]]))),
+    "indexing into one": (lambda x, i: x[i], (None, 0), 0, lambda: (f64(4, 2), torch.tensor([0, 3, 1]))),
+    "a scalar index": (lambda x, i: x[i], 0, 0, lambda: (f64(3, 4), torch.tensor([0, 3, 1]))),
+    "views": (lambda x: x.t().reshape(-1)[::2], 0, 0, lambda: (f64(3, 4, 2),)),
+    "reductions": (lambda x: (x.sum(), x.mean(0), x.amax(-1), x.std()), 0, 0, lambda: (f64(3, 4, 2),)),
+    "sort": (lambda x: tuple(x.sort(descending=True)), 0, 0, lambda: (f64(3, 6),)),
+    "topk": (lambda x: tuple(x.topk(2)), 0, 0, lambda: (f64(3, 6),)),
+    "cumulative": (lambda x: x.cumsum(-1).cumprod(0), 0, 0, lambda: (f64(3, 4),)),
+    "concatenation": (lambda x, y: torch.cat([x, y, x]), (0, None), 0, lambda: (f64(3, 2), f64(2))),
+    "stack": (lambda x, y: torch.stack([x, y], -1), (0, 1), 0, lambda: (f64(3, 2), f64(2, 3))),
     "linear algebra": (
         lambda a: torch.linalg.inv(a @ a.t() + torch.eye(2, dtype=a.dtype)),
         0,
         0,
-        lambda: (r(3, 2, 2),),
+        lambda: (f64(3, 2, 2),),
     ),
-    "einsum": (lambda a, b: torch.einsum("ij,jk->ki", a, b), (0, 2), 0, lambda: (r(3, 2, 4), r(4, 2, 3))),
+    "einsum": (lambda a, b: torch.einsum("ij,jk->ki", a, b), (0, 2), 0, lambda: (f64(3, 2, 4), f64(4, 2, 3))),
     "convolution": (
         lambda x, w: torch.conv2d(x, w, padding=1),
         (0, None),
         0,
-        lambda: (r(3, 1, 2, 5, 5), r(4, 2, 3, 3)),
+        lambda: (f64(3, 1, 2, 5, 5), f64(4, 2, 3, 3)),
     ),
     "convolution, batched weight": (
         lambda x, w: torch.conv2d(x, w),
         (None, 0),
         0,
-        lambda: (r(1, 2, 5, 5), r(3, 4, 2, 3, 3)),
+        lambda: (f64(1, 2, 5, 5), f64(3, 4, 2, 3, 3)),
     ),
-    "convolution, both": (lambda x, w: torch.conv2d(x, w), 0, 0, lambda: (r(3, 1, 2, 5, 5), r(3, 4, 2, 3, 3))),
-    "expand": (lambda x: x.expand(2, 4), 0, 0, lambda: (r(3, 4),)),
-    "new_zeros": (lambda x: x.new_zeros(2) + x.sum(), 0, 0, lambda: (r(3, 4),)),
-    "full_like": (lambda x: torch.full_like(x, 2) * x, 0, 0, lambda: (r(3, 4),)),
-    "0-dim": (lambda x, y: x * y + 1, 0, 0, lambda: (r(3), r(3))),
+    "convolution, both": (lambda x, w: torch.conv2d(x, w), 0, 0, lambda: (f64(3, 1, 2, 5, 5), f64(3, 4, 2, 3, 3))),
+    "expand": (lambda x: x.expand(2, 4), 0, 0, lambda: (f64(3, 4),)),
+    "new_zeros": (lambda x: x.new_zeros(2) + x.sum(), 0, 0, lambda: (f64(3, 4),)),
+    "full_like": (lambda x: torch.full_like(x, 2) * x, 0, 0, lambda: (f64(3, 4),)),
+    "0-dim": (lambda x, y: x * y + 1, 0, 0, lambda: (f64(3), f64(3))),
     "masked_fill": (
         lambda x, m: x.masked_fill(m, -1),
         (0, None),
         0,
-        lambda: (r(3, 4), torch.tensor([1, 0, 1, 0]).bool()),
+        lambda: (f64(3, 4), torch.tensor([1, 0, 1, 0]).bool()),
     ),
-    "scatter": (lambda x, i, s: x.scatter(0, i, s), 0, 0, lambda: (r(3, 4), torch.tensor([[1], [0], [3]]), r(3, 1))),
-    "gather": (lambda x, i: x.gather(0, i), 0, 0, lambda: (r(3, 4), torch.tensor([[1], [0], [3]]))),
-    "len-one batch": (lambda x: x.sin().sum(), 0, 0, lambda: (r(1, 4),)),
+    "scatter": (
+        lambda x, i, s: x.scatter(0, i, s),
+        0,
+        0,
+        lambda: (f64(3, 4), torch.tensor([[1], [0], [3]]), f64(3, 1)),
+    ),
+    "gather": (lambda x, i: x.gather(0, i), 0, 0, lambda: (f64(3, 4), torch.tensor([[1], [0], [3]]))),
+    "len-one batch": (lambda x: x.sin().sum(), 0, 0, lambda: (f64(1, 4),)),
     "softmax and loss": (
         lambda x, t: torch.nn.functional.cross_entropy(x, t),
         0,
         0,
-        lambda: (r(3, 4, 5), torch.randint(5, (3, 4))),
+        lambda: (f64(3, 4, 5), torch.randint(5, (3, 4))),
     ),
 }
 
@@ -122,35 +129,35 @@ def test_f_sees_samples():
 
 
 def test_keyword_arguments_are_not_mapped():
-    x, w = r(3, 4), r(4)
+    x, w = f64(3, 4), f64(4)
     assert_same(vmap(lambda x, *, w, k: (x * w).sum() + k)(x, w=w, k=2), (x * w).sum(1) + 2)
 
 
 def test_python_arguments_need_None():
     assert_same(
-        vmap(lambda x, n: x * n, in_dims=(0, None))(r(3, 2).fill_(1), 4), torch.full((3, 2), 4.0, dtype=torch.float64)
+        vmap(lambda x, n: x * n, in_dims=(0, None))(f64(3, 2).fill_(1), 4), torch.full((3, 2), 4.0, dtype=torch.float64)
     )
 
 
 def test_non_tensor_outputs_need_out_dims_None():
     with pytest.raises(AotfuncError):
-        vmap(lambda x: (x, 3))(r(3))
-    x = r(3)
+        vmap(lambda x: (x, 3))(f64(3))
+    x = f64(3)
     out, n = vmap(lambda x: (x * 2, 3), out_dims=(0, None))(x)
     assert_same(out, x * 2)
     assert n == 3
 
 
 def test_out_dims_None_returns_an_unbatched_tensor_once():
-    w = r(4)
-    a, b = vmap(lambda x, w: (x @ w, w * 2), in_dims=(0, None), out_dims=(0, None))(r(3, 4), w)
+    w = f64(4)
+    a, b = vmap(lambda x, w: (x @ w, w * 2), in_dims=(0, None), out_dims=(0, None))(f64(3, 4), w)
     assert a.shape == (3,)
     assert_same(b, w * 2)
 
 
 def test_out_dims_None_of_a_batched_tensor_is_refused():
     with pytest.raises(AotfuncError):
-        vmap(lambda x: x * 2, out_dims=None)(r(3))
+        vmap(lambda x: x * 2, out_dims=None)(f64(3))
 
 
 def test_the_result_dtype_is_that_of_the_unbatched_op():
@@ -167,7 +174,7 @@ def test_integers_meet_zero_dim_floats():
 
 
 def test_closed_over_tensors_are_not_mapped():
-    w, x = r(4), r(3, 4)
+    w, x = f64(4), f64(3, 4)
     f = vmap(lambda x: x @ w)
     assert_same(f(x), x @ w)
     w.mul_(2)
@@ -175,7 +182,7 @@ def test_closed_over_tensors_are_not_mapped():
 
 
 def test_backward_continues_through_the_result():
-    w, x = r(4).requires_grad_(), r(3, 4).requires_grad_()
+    w, x = f64(4).requires_grad_(), f64(3, 4).requires_grad_()
     gx, gw = torch.autograd.grad(vmap(lambda x: (x @ w).sin())(x).sum(), (x, w))
     ex, ew = torch.autograd.grad((x @ w).sin().sum(), (x, w))
     assert_same((gx, gw), (ex, ew))
@@ -187,14 +194,14 @@ def test_backward_continues_through_the_result():
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 7, 100])
 def test_chunk_size(chunk_size):
     f = lambda x, y: ((x * y).sum(), {"y": y})
-    args = r(4, 7), r(7, 4)
+    args = f64(4, 7), f64(7, 4)
     run = vmap(f, in_dims=(1, 0), out_dims=(0, 1), chunk_size=chunk_size)
     assert_same(run(*args), loop(f, (1, 0), (0, 1))(*args))
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 7])
 def test_chunk_vmap(chunks):
-    x = r(7, 4)
+    x = f64(7, 4)
     assert_same(chunk_vmap(torch.sum, chunks=chunks)(x), x.sum(1))
 
 
@@ -208,7 +215,7 @@ def test_in_place_on_a_factory():
         out[2] += x * 2
         return out
 
-    x = r(4)
+    x = f64(4)
     assert_same(vmap(f)(x), loop(f)(x))
 
 
@@ -221,12 +228,12 @@ def test_in_place_on_a_factory_in_a_python_loop():
             out[i] = total
         return out
 
-    x = r(4, 5)
+    x = f64(4, 5)
     assert_same(vmap(f)(x), x.cumsum(1))
 
 
 def test_in_place_on_a_mapped_input_is_written_back():
-    x = r(3, 4)
+    x = f64(3, 4)
     expected = x * 2
     out = vmap(lambda row: row.mul_(2).sum())(x)
     assert_same(x, expected)
@@ -234,7 +241,7 @@ def test_in_place_on_a_mapped_input_is_written_back():
 
 
 def test_in_place_through_a_view_of_a_mapped_input():
-    x = r(4, 3)
+    x = f64(4, 3)
     expected = x.clone()
     expected[0] += 1
 
@@ -248,7 +255,7 @@ def test_in_place_through_a_view_of_a_mapped_input():
 
 def test_in_place_on_a_value_made_from_an_unmapped_argument():
     f = lambda w, x: w.clone().add_(x)
-    w, x = r(4), r(3, 4)
+    w, x = f64(4), f64(3, 4)
     assert_same(vmap(f, in_dims=(None, 0))(w, x), w + x)
 
 
@@ -259,9 +266,9 @@ def test_a_closed_over_buffer_written_by_an_unbatched_value():
         count.add_(1)
         return x * 2
 
-    vmap(f)(r(3))
+    vmap(f)(f64(3))
     assert count == 1
-    vmap(f)(r(3))
+    vmap(f)(f64(3))
     assert count == 2
 
 
@@ -273,7 +280,7 @@ def test_a_closed_over_buffer_written_by_a_batched_value_is_refused():
         return x
 
     with pytest.raises(AotfuncError):
-        vmap(f)(r(3))
+        vmap(f)(f64(3))
     assert total == 0
 
 
@@ -284,7 +291,7 @@ def test_grad_of_a_function_that_counts_in_a_buffer():
         count.add_(1)
         return (x * x).sum()
 
-    x = r(3)
+    x = f64(3)
     assert_same(grad(f)(x), 2 * x)
     assert count == 1
 
@@ -297,7 +304,7 @@ def test_a_failed_call_writes_nothing_back():
         return x  # no scalar: grad refuses
 
     with pytest.raises(AotfuncError):
-        grad(f)(r(3))
+        grad(f)(f64(3))
     assert count == 0
 
 
@@ -307,27 +314,27 @@ def test_out_argument_under_vmap():
         torch.sin(x, out=out)
         return out
 
-    x = r(3, 4)
+    x = f64(3, 4)
     assert_same(vmap(f)(x), x.sin())
 
 
 # refused -------------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "sizes differ": lambda: vmap(torch.add)(r(3, 2), r(4, 2)),
-    "no mapped argument": lambda: vmap(torch.sin, in_dims=None)(r(3)),
-    "all None": lambda: vmap(torch.add, in_dims=(None, None))(r(3), r(3)),
-    "no arguments": lambda: vmap(lambda: r(3))(),
-    "in_dims of another structure": lambda: vmap(torch.add, in_dims=(0,))(r(3), r(3)),
-    "in_dims a float": lambda: vmap(torch.sin, in_dims=0.5)(r(3)),
-    "in_dim out of range": lambda: vmap(torch.sin, in_dims=2)(r(3, 4)),
+    "sizes differ": lambda: vmap(torch.add)(f64(3, 2), f64(4, 2)),
+    "no mapped argument": lambda: vmap(torch.sin, in_dims=None)(f64(3)),
+    "all None": lambda: vmap(torch.add, in_dims=(None, None))(f64(3), f64(3)),
+    "no arguments": lambda: vmap(lambda: f64(3))(),
+    "in_dims of another structure": lambda: vmap(torch.add, in_dims=(0,))(f64(3), f64(3)),
+    "in_dims a float": lambda: vmap(torch.sin, in_dims=0.5)(f64(3)),
+    "in_dim out of range": lambda: vmap(torch.sin, in_dims=2)(f64(3, 4)),
     "in_dim for a 0-dim tensor": lambda: vmap(torch.sin)(torch.tensor(1.0)),
-    "in_dim for a number": lambda: vmap(torch.mul, in_dims=(0, 0))(r(3), 2.0),
-    "out_dims of another structure": lambda: vmap(lambda x: (x, x), out_dims=(0, 0, 0))(r(3)),
-    "out_dim out of range": lambda: vmap(torch.sin, out_dims=2)(r(3)),
-    "an output that is no tensor": lambda: vmap(lambda x: 3)(r(3)),
-    "an unknown randomness": lambda: vmap(torch.sin, randomness="other")(r(3)),
-    "chunk_size zero": lambda: vmap(torch.sin, chunk_size=0)(r(3)),
+    "in_dim for a number": lambda: vmap(torch.mul, in_dims=(0, 0))(f64(3), 2.0),
+    "out_dims of another structure": lambda: vmap(lambda x: (x, x), out_dims=(0, 0, 0))(f64(3)),
+    "out_dim out of range": lambda: vmap(torch.sin, out_dims=2)(f64(3)),
+    "an output that is no tensor": lambda: vmap(lambda x: 3)(f64(3)),
+    "an unknown randomness": lambda: vmap(torch.sin, randomness="other")(f64(3)),
+    "chunk_size zero": lambda: vmap(torch.sin, chunk_size=0)(f64(3)),
 }
 
 
@@ -369,7 +376,7 @@ def test_per_sample_gradients_of_a_conv_net():
         torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(36, 3)
     ).double()
     params = dict(net.named_parameters())
-    x, t = r(5, 1, 8, 8), torch.randint(3, (5,))
+    x, t = f64(5, 1, 8, 8), torch.randint(3, (5,))
 
     def loss(params, x, t):
         logits = torch.func.functional_call(net, params, x[None])
@@ -380,7 +387,7 @@ def test_per_sample_gradients_of_a_conv_net():
 
 
 def test_an_empty_batch():
-    out = vmap(lambda x: x.sin() * 2)(r(0, 4))
+    out = vmap(lambda x: x.sin() * 2)(f64(0, 4))
     assert out.shape == (0, 4)
 
 

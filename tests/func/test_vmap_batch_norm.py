@@ -6,18 +6,15 @@ import torch.nn.functional as F
 
 from aotfunc import functional_call, grad, jit, replace_all_batch_norm_modules_, vmap
 from aotfunc.errors import AotfuncError
+from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
 B, N, C = 3, 5, 2
 aten = torch.ops.aten
 
 
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
 def statistics(*lead):
-    return r(*lead, C), r(*lead, C).exp()
+    return f64(*lead, C), f64(*lead, C).exp()
 
 
 def train(x, mean, var, weight=None, bias=None):
@@ -42,7 +39,7 @@ def test_mapped_statistics_take_each_samples_update(name, image):
     if name == "instance_norm" and not image:
         pytest.skip("needs an image")
     f = OPS[name]
-    args = (r(B, N, C, *image), *statistics(B), r(B, C), r(B, C))
+    args = (f64(B, N, C, *image), *statistics(B), f64(B, C), f64(B, C))
     mine, theirs = [a.clone() for a in args], [a.clone() for a in args]
     assert_same(vmap(f)(*mine), loop(f)(*theirs))
     assert_same(mine, theirs)
@@ -55,7 +52,7 @@ def test_mapped_statistics_take_each_samples_update(name, image):
     "dims", [(0, 0, 0, None, None), (None, 0, 0, 0, 0), (None, 0, 0, None, None), (1, 0, 0, 0, None)]
 )
 def test_which_arguments_are_mapped(dims):
-    args = [r(N, C, 4), *statistics(), r(C), r(C)]
+    args = [f64(N, C, 4), *statistics(), f64(C), f64(C)]
     args = [torch.stack([a, a * 0.7, a + 0.1], d) if d is not None else a for a, d in zip(args, dims)]
     mine, theirs = [a.clone() for a in args], [a.clone() for a in args]
     assert_same(vmap(train, dims)(*mine), loop(train, dims)(*theirs))
@@ -64,7 +61,7 @@ def test_which_arguments_are_mapped(dims):
 
 def test_derivatives_with_mapped_statistics():
     f = lambda x, w, b, m, v: (train(x, m, v, w, b) ** 3).sum()
-    args = (r(B, N, C, 4), r(B, C), r(B, C))
+    args = (f64(B, N, C, 4), f64(B, C), f64(B, C))
     stats, copies = statistics(B), None
     copies = [s.clone() for s in stats]
     assert_same(vmap(grad(f, (0, 1, 2)))(*args, *stats), loop(grads(f, (0, 1, 2)))(*args, *copies))
@@ -79,7 +76,7 @@ def net(**kwargs):
 
 
 def test_shared_statistics_cannot_take_an_update_for_each_sample():
-    module, x = net(), r(B, N, C, 6)
+    module, x = net(), f64(B, N, C, 6)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     for run in (vmap(module), vmap(grad(lambda x: module(x).sum())), jit(vmap(module)), vmap(jit(module))):
         with pytest.raises(AotfuncError, match=r"running statistics.*replace_all_batch_norm_modules_.*eval"):
@@ -90,11 +87,11 @@ def test_shared_statistics_cannot_take_an_update_for_each_sample():
 def test_shared_instance_statistics_too():
     module = torch.nn.InstanceNorm1d(C, track_running_stats=True).double()
     with pytest.raises(AotfuncError, match="running statistics"):
-        vmap(module)(r(B, N, C, 6))
+        vmap(module)(f64(B, N, C, 6))
 
 
 def test_the_ways_out():
-    x = r(B, N, C, 6)
+    x = f64(B, N, C, 6)
     for module in (net(track_running_stats=False), replace_all_batch_norm_modules_(net()), net().eval()):
         assert_same(vmap(module)(x), loop(module)(x))
         square = lambda x, module=module: (module(x) ** 2).sum()
@@ -112,7 +109,7 @@ def test_the_ways_out():
 
 
 def test_an_unmapped_input_updates_shared_statistics_once():
-    module, y, w = torch.nn.BatchNorm1d(C).double(), r(N, C), r(B, C)
+    module, y, w = torch.nn.BatchNorm1d(C).double(), f64(N, C), f64(B, C)
     single = torch.nn.BatchNorm1d(C).double()
     assert_same(
         vmap(lambda w: module(y) * w)(w),

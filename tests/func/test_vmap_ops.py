@@ -4,18 +4,15 @@ import pytest
 import torch
 
 from aotfunc import grad, vjp, vmap
+from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
 B = 3
 
 
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
-
-
 @pytest.mark.parametrize("how", [{}, {"range": (5.0, 5.0)}, {"range": (-1.0, 1.0)}, {"density": True}], ids=str)
 def test_histograms_of_constant_and_of_no_data(how):
-    x, w = r(B, 7), torch.rand(B, 7, dtype=torch.float64)
+    x, w = f64(B, 7), torch.rand(B, 7, dtype=torch.float64)
     x[1] = 2.0
     plain = lambda x: tuple(torch.histogram(x, 4, **how))
     weighted = lambda x, w: tuple(torch.histogram(x, 4, weight=w, **how))
@@ -29,7 +26,7 @@ def test_histograms_of_constant_and_of_no_data(how):
 
 
 def test_matrix_exp_of_a_batch_whose_leading_dimensions_are_no_view():
-    x = r(2, 3, 3, 4)
+    x = f64(2, 3, 3, 4)
     assert_same(vmap(vmap(torch.matrix_exp, -1))(x), loop(loop(torch.matrix_exp, -1))(x))
 
 
@@ -41,7 +38,7 @@ def test_a_sample_requires_grad_as_its_batch_does():
         seen.append((x.requires_grad, w.requires_grad))
         return x * w if x.requires_grad else x * 0
 
-    x, w = r(B, 4), r(4)
+    x, w = f64(B, 4), f64(4)
     assert_same(grad(lambda x: vmap(f, (0, None))(x, w).sum())(x), w.expand(B, 4))
     assert_same(vjp(vmap(f, (0, None)), x, w)[0], x * w)
     (g,) = torch.autograd.grad(vmap(f, (0, None))(x.requires_grad_(), w).sum(), x)
@@ -51,7 +48,7 @@ def test_a_sample_requires_grad_as_its_batch_does():
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="new in torch 2.13")
 def test_a_loss_that_has_its_gradient_from_the_forward():
-    x, w, t = r(B, 5, 3), r(4, 3), torch.randint(4, (B, 5))
+    x, w, t = f64(B, 5, 3), f64(4, 3), torch.randint(4, (B, 5))
     f = lambda x, w, t: torch.nn.functional.linear_cross_entropy(x, w, t)
     whole = lambda run: lambda x, w: (run(f, (0, None, 0))(x, w, t) * torch.arange(1.0, B + 1).double()).sum()
     assert_same(grad(whole(vmap), (0, 1))(x, w), grads(whole(loop), (0, 1))(x, w))

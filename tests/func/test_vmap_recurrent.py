@@ -4,13 +4,10 @@ import pytest
 import torch
 
 from aotfunc import functional_call, grad, jit, jvp, stack_module_state, vjp, vmap
+from tests.inputs import f64
 from tests.reference import assert_same, grads, jvps, loop
 
 B, T, N, I, H = 3, 4, 2, 3, 5
-
-
-def r(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def outputs(out):
@@ -56,7 +53,7 @@ def single(name):
             (o * torch.arange(1.0, o.numel() + 1, dtype=o.dtype).reshape(o.shape).cos()).sum() for o in f(parameters, x)
         )
 
-    make = (lambda *lead: r(*lead, N, I)) if "Cell" in name else (lambda *lead: r(*lead, T, N, I))
+    make = (lambda *lead: f64(*lead, N, I)) if "Cell" in name else (lambda *lead: f64(*lead, T, N, I))
     return module, dict(module.named_parameters()), f, scalar, make
 
 
@@ -108,7 +105,7 @@ def test_given_states(name):
         shapes = [(T, N, I), (states, N, H), (states, N, H)][: 3 if pair else 2]
         args = [
             torch.stack([a, a * 0.5, a + 1], d) if d is not None else a
-            for a, d in zip(map(lambda s: r(*s), shapes), dims)
+            for a, d in zip(map(lambda s: f64(*s), shapes), dims)
         ]
         here = dims[: len(args)]
         assert_same(vmap(f, here)(*args), loop(f, here)(*args))
@@ -123,7 +120,7 @@ def test_an_ensemble_as_torch_writes_it(kind):
         for p in m.parameters():
             p.data.mul_(1 + 0.1 * k)
     parameters, buffers = stack_module_state(modules)
-    x = r(T, N, I)
+    x = f64(T, N, I)
     out = vmap(lambda p, b, x: outputs(functional_call(modules[0], (p, b), (x,))), (0, 0, None))(parameters, buffers, x)
     assert_same(out, tuple(torch.stack(o) for o in zip(*[outputs(m(x)) for m in modules])))
 
@@ -131,7 +128,7 @@ def test_an_ensemble_as_torch_writes_it(kind):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_an_unbatched_sequence(kind):
     """torch takes (T, I) without a batch of its own."""
-    module, x = network(kind), r(B, T, I)
+    module, x = network(kind), f64(B, T, I)
     f = lambda x: outputs(module(x))
     assert_same(vmap(f)(x), loop(f)(x))
     assert_same(
@@ -149,7 +146,7 @@ def test_a_packed_sequence(kind):
         out, state = module(packed)
         return outputs((out.data, state))
 
-    x = r(B, T, N, I)
+    x = f64(B, T, N, I)
     assert_same(vmap(f)(x), loop(f)(x))
     total = lambda x: sum(o.sin().sum() for o in f(x))
     assert_same(vmap(grad(total))(x), loop(grads(total))(x))

@@ -8,13 +8,10 @@ import torch.nn.functional as F
 
 from aotfunc import grad, jacrev, jit, jvp, make_fx, vmap
 from aotfunc.errors import AotfuncError
+from tests.inputs import f64
 from tests.reference import assert_same, grads, jvps, loop
 
 B = 3
-
-
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
 
 
 def scalar(f):
@@ -68,46 +65,46 @@ COUNTS = torch.tensor([2, 0, 1, 3])
 WEIGHTS = torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64)
 
 UNMAPPED = {
-    "closed-over mask": (lambda x: x[MASK] * 2, 0, lambda: (r(B, 4),)),
-    "mask argument": (lambda x, m: x[m] * x.sum(), (0, None), lambda: (r(B, 4), MASK)),
-    "mask of the second dim": (lambda x, m: x[:, m].sin(), (0, None), lambda: (r(B, 2, 4), MASK)),
-    "mask of the first of two": (lambda x, m: x[m], (0, None), lambda: (r(B, 4, 2), MASK)),
-    "mask of two dims": (lambda x, m: x[m], (0, None), lambda: (r(B, 2, 4), torch.stack([MASK, ~MASK]))),
-    "mask of a batch at the end": (lambda x, m: x[m], (1, None), lambda: (r(4, B), MASK)),
-    "mask made of an argument": (lambda x, w: x[w > 0] * w[w > 0], (0, None), lambda: (r(B, 4), WEIGHTS)),
-    "mask made inside": (lambda x: x[torch.arange(4) > 1], 0, lambda: (r(B, 4),)),
-    "empty mask": (lambda x: x[torch.zeros(4, dtype=torch.bool)], 0, lambda: (r(B, 4),)),
-    "mask of x and an unmapped one": (lambda x, w: w[MASK] * x, (0, None), lambda: (r(B, 3), r(4))),
-    "masked_select": (lambda x, m: x.masked_select(m), (0, None), lambda: (r(B, 2, 4), MASK)),
+    "closed-over mask": (lambda x: x[MASK] * 2, 0, lambda: (f64(B, 4),)),
+    "mask argument": (lambda x, m: x[m] * x.sum(), (0, None), lambda: (f64(B, 4), MASK)),
+    "mask of the second dim": (lambda x, m: x[:, m].sin(), (0, None), lambda: (f64(B, 2, 4), MASK)),
+    "mask of the first of two": (lambda x, m: x[m], (0, None), lambda: (f64(B, 4, 2), MASK)),
+    "mask of two dims": (lambda x, m: x[m], (0, None), lambda: (f64(B, 2, 4), torch.stack([MASK, ~MASK]))),
+    "mask of a batch at the end": (lambda x, m: x[m], (1, None), lambda: (f64(4, B), MASK)),
+    "mask made of an argument": (lambda x, w: x[w > 0] * w[w > 0], (0, None), lambda: (f64(B, 4), WEIGHTS)),
+    "mask made inside": (lambda x: x[torch.arange(4) > 1], 0, lambda: (f64(B, 4),)),
+    "empty mask": (lambda x: x[torch.zeros(4, dtype=torch.bool)], 0, lambda: (f64(B, 4),)),
+    "mask of x and an unmapped one": (lambda x, w: w[MASK] * x, (0, None), lambda: (f64(B, 3), f64(4))),
+    "masked_select": (lambda x, m: x.masked_select(m), (0, None), lambda: (f64(B, 2, 4), MASK)),
     "masked_select, broadcast": (
         lambda x, m: x.masked_select(m),
         (0, None),
-        lambda: (r(B, 4), torch.stack([MASK] * 2)),
+        lambda: (f64(B, 4), torch.stack([MASK] * 2)),
     ),
-    "nonzero": (lambda x, m: x[torch.nonzero(m).squeeze(1)], (0, None), lambda: (r(B, 4), MASK)),
-    "nonzero as tuple": (lambda x, m: x[m.nonzero(as_tuple=True)], (0, None), lambda: (r(B, 4), MASK)),
-    "where of one argument": (lambda x, m: x[torch.where(m)[0]], (0, None), lambda: (r(B, 4), MASK)),
-    "argwhere": (lambda x, m: x[torch.argwhere(m)[:, 0]], (0, None), lambda: (r(B, 4), MASK)),
-    "repeat_interleave": (lambda x, n: x.repeat_interleave(n), (0, None), lambda: (r(B, 4), COUNTS)),
-    "repeat_interleave, closed over": (lambda x: x.repeat_interleave(COUNTS, 0), 0, lambda: (r(B, 4, 2),)),
-    "one_hot": (lambda x, n: x @ F.one_hot(n).to(x.dtype), (0, None), lambda: (r(B, 4), COUNTS)),
-    "bincount": (lambda x, n: x * torch.bincount(n), (0, None), lambda: (r(B, 4), COUNTS)),
-    "unique": (lambda x, n: x[torch.unique(n)], (0, None), lambda: (r(B, 4), torch.tensor([2, 0, 2, 3, 0]))),
+    "nonzero": (lambda x, m: x[torch.nonzero(m).squeeze(1)], (0, None), lambda: (f64(B, 4), MASK)),
+    "nonzero as tuple": (lambda x, m: x[m.nonzero(as_tuple=True)], (0, None), lambda: (f64(B, 4), MASK)),
+    "where of one argument": (lambda x, m: x[torch.where(m)[0]], (0, None), lambda: (f64(B, 4), MASK)),
+    "argwhere": (lambda x, m: x[torch.argwhere(m)[:, 0]], (0, None), lambda: (f64(B, 4), MASK)),
+    "repeat_interleave": (lambda x, n: x.repeat_interleave(n), (0, None), lambda: (f64(B, 4), COUNTS)),
+    "repeat_interleave, closed over": (lambda x: x.repeat_interleave(COUNTS, 0), 0, lambda: (f64(B, 4, 2),)),
+    "one_hot": (lambda x, n: x @ F.one_hot(n).to(x.dtype), (0, None), lambda: (f64(B, 4), COUNTS)),
+    "bincount": (lambda x, n: x * torch.bincount(n), (0, None), lambda: (f64(B, 4), COUNTS)),
+    "unique": (lambda x, n: x[torch.unique(n)], (0, None), lambda: (f64(B, 4), torch.tensor([2, 0, 2, 3, 0]))),
     "unique with counts": (
         lambda x, n: torch.unique(n, return_counts=True)[1] * x,
         (0, None),
-        lambda: (r(B, 3), torch.tensor([2, 0, 2, 3, 0])),
+        lambda: (f64(B, 3), torch.tensor([2, 0, 2, 3, 0])),
     ),
-    "item": (lambda x, w: x * w.sum().item(), (0, None), lambda: (r(B, 4), WEIGHTS)),
-    "float": (lambda x, w: x * float(w[0]) + x[int(w[2])], (0, None), lambda: (r(B, 4), WEIGHTS)),
-    "if": (lambda x, w: x * 2 if w.sum() > 0 else x.sin(), (0, None), lambda: (r(B, 4), WEIGHTS)),
-    "while": (lambda x, w: x * sum(1 for _ in range(int(w[3]))), (0, None), lambda: (r(B, 4), WEIGHTS)),
-    "tolist": (lambda x, n: torch.cat(x.split([1, 3])) * sum(n.tolist()), (0, None), lambda: (r(B, 4), COUNTS)),
-    "split by tensor": (lambda x, n: x.split(n.tolist())[3] * 2, (0, None), lambda: (r(B, 6), COUNTS)),
+    "item": (lambda x, w: x * w.sum().item(), (0, None), lambda: (f64(B, 4), WEIGHTS)),
+    "float": (lambda x, w: x * float(w[0]) + x[int(w[2])], (0, None), lambda: (f64(B, 4), WEIGHTS)),
+    "if": (lambda x, w: x * 2 if w.sum() > 0 else x.sin(), (0, None), lambda: (f64(B, 4), WEIGHTS)),
+    "while": (lambda x, w: x * sum(1 for _ in range(int(w[3]))), (0, None), lambda: (f64(B, 4), WEIGHTS)),
+    "tolist": (lambda x, n: torch.cat(x.split([1, 3])) * sum(n.tolist()), (0, None), lambda: (f64(B, 4), COUNTS)),
+    "split by tensor": (lambda x, n: x.split(n.tolist())[3] * 2, (0, None), lambda: (f64(B, 6), COUNTS)),
     "written before": (
         lambda x, w: x[w.clone().mul_(-1) > 0] if w.max() > 0 else x,
         (0, None),
-        lambda: (r(B, 4), WEIGHTS),
+        lambda: (f64(B, 4), WEIGHTS),
     ),
 }
 
@@ -152,124 +149,136 @@ def accumulated(x, i, v):
 
 
 MAPPED = {
-    "x[mask] = number": (lambda x, m: assigned(x, m, 3.0), 0, lambda: (r(B, 4), MASKS)),
-    "x[mask] = number, unmapped x": (lambda x, m: assigned(x, m, 3.0), (None, 0), lambda: (r(4), MASKS)),
-    "x[mask] = number, unmapped mask": (lambda x, m: assigned(x, m, 3.0), (0, None), lambda: (r(B, 4), MASK)),
-    "x[mask] = 0-dim": (assigned, 0, lambda: (r(B, 4), MASKS, r(B))),
-    "x[mask] = 0-dim, unmapped": (assigned, (0, 0, None), lambda: (r(B, 4), MASKS, r())),
-    "x[mask] = 0-dim, unmapped mask": (assigned, (0, None, 0), lambda: (r(B, 4), MASK, r(B))),
-    "x[mask] = 0-dim, only v mapped": (assigned, (None, None, 0), lambda: (r(4), MASK, r(B))),
-    "x[mask] = one": (assigned, 0, lambda: (r(B, 4), MASKS, r(B, 1))),
-    "x[mask] = row": (assigned, 0, lambda: (r(B, 4, 2), MASKS, r(B, 2))),
-    "x[mask] = row, unmapped": (assigned, (0, 0, None), lambda: (r(B, 4, 2), MASKS, r(2))),
-    "x[mask] = rows": (assigned, 0, lambda: (r(B, 4, 3), PAIRS, r(B, 2, 3))),
-    "x[mask] = one for each": (assigned, 0, lambda: (r(B, 4), PAIRS, r(B, 2))),
-    "x[mask] = one for each, unmapped v": (assigned, (0, 0, None), lambda: (r(B, 4), PAIRS, r(2))),
-    "x[mask] = one for each, unmapped mask": (assigned, (0, None, 0), lambda: (r(B, 4), PAIRS[0], r(B, 2))),
-    "x[mask of two dims] = number": (lambda x, m: assigned(x, m, 0.5), 0, lambda: (r(B, 2, 4), r(B, 2, 4) > 0)),
-    "x[:, mask] = number": (lambda x, m: put(lambda m: (slice(None), m))(x, m, 2.0), 0, lambda: (r(B, 2, 4), MASKS)),
-    "x[:, mask] = column": (put(lambda m: (slice(None), m)), 0, lambda: (r(B, 2, 4), MASKS, r(B, 2, 1))),
-    "x[:, mask] = two each": (put(lambda m: (slice(None), m)), 0, lambda: (r(B, 2, 4), PAIRS, r(B, 2, 2))),
-    "x[i] = v": (assigned, 0, lambda: (r(B, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), r(B, 2))),
-    "x[i] = number": (lambda x, i: assigned(x, i, 2.0), 0, lambda: (r(B, 4), INDEX)),
-    "x[i] = v, unmapped x": (assigned, (None, 0, 0), lambda: (r(4), torch.tensor([[3, 0], [1, 2], [2, 3]]), r(B, 2))),
-    "x[i] = v, unmapped i": (assigned, (0, None, 0), lambda: (r(B, 4), torch.tensor([3, 1]), r(B, 2))),
-    "x[i] = v, only i mapped": (assigned, (None, 0, None), lambda: (r(4), torch.tensor([[3], [1], [2]]), r(1))),
-    "x[i, mask] of unmapped": (lambda x, m: x[:, m][0], (0, None), lambda: (r(B, 2, 4), MASK)),
-    "accumulate": (accumulated, 0, lambda: (r(B, 4), INDEX, r(B, 2))),
-    "accumulate, unmapped x": (accumulated, (None, 0, 0), lambda: (r(4), INDEX, r(B, 2))),
-    "accumulate, unmapped i": (accumulated, (0, None, 0), lambda: (r(B, 4), torch.tensor([1, 1]), r(B, 2))),
-    "accumulate, unmapped v": (accumulated, (0, 0, None), lambda: (r(B, 4), INDEX, r(2))),
-    "accumulate, only i mapped": (accumulated, (None, 0, None), lambda: (r(4), INDEX, r(2))),
-    "accumulate by mask": (accumulated, 0, lambda: (r(B, 4), MASKS, r(B, 1))),
-    "accumulate by mask, one each": (accumulated, 0, lambda: (r(B, 4), PAIRS, r(B, 2))),
-    "masked_fill": (lambda x, m: x.masked_fill(m, 2.0), 0, lambda: (r(B, 4), MASKS)),
-    "masked_fill, unmapped x": (lambda x, m: x.masked_fill(m, 2.0), (None, 0), lambda: (r(4), MASKS)),
-    "masked_fill, unmapped mask": (lambda x, m: x.masked_fill(m, 2.0), (0, None), lambda: (r(B, 4), MASK)),
-    "masked_fill by tensor": (lambda x, m, v: x.masked_fill(m, v), 0, lambda: (r(B, 4), MASKS, r(B))),
-    "masked_fill by tensor, only v": (lambda x, m, v: x.masked_fill(m, v), (None, None, 0), lambda: (r(4), MASK, r(B))),
-    "masked_fill, broadcast": (lambda x, m: x.masked_fill(m, 2.0), 0, lambda: (r(B, 2, 4), MASKS)),
-    "masked_fill_": (lambda x, m: x.clone().masked_fill_(m, 2.0) * x, 0, lambda: (r(B, 4), MASKS)),
-    "masked_scatter": (lambda x, m, s: x.masked_scatter(m, s), 0, lambda: (r(B, 4), MASKS, r(B, 5))),
+    "x[mask] = number": (lambda x, m: assigned(x, m, 3.0), 0, lambda: (f64(B, 4), MASKS)),
+    "x[mask] = number, unmapped x": (lambda x, m: assigned(x, m, 3.0), (None, 0), lambda: (f64(4), MASKS)),
+    "x[mask] = number, unmapped mask": (lambda x, m: assigned(x, m, 3.0), (0, None), lambda: (f64(B, 4), MASK)),
+    "x[mask] = 0-dim": (assigned, 0, lambda: (f64(B, 4), MASKS, f64(B))),
+    "x[mask] = 0-dim, unmapped": (assigned, (0, 0, None), lambda: (f64(B, 4), MASKS, f64())),
+    "x[mask] = 0-dim, unmapped mask": (assigned, (0, None, 0), lambda: (f64(B, 4), MASK, f64(B))),
+    "x[mask] = 0-dim, only v mapped": (assigned, (None, None, 0), lambda: (f64(4), MASK, f64(B))),
+    "x[mask] = one": (assigned, 0, lambda: (f64(B, 4), MASKS, f64(B, 1))),
+    "x[mask] = row": (assigned, 0, lambda: (f64(B, 4, 2), MASKS, f64(B, 2))),
+    "x[mask] = row, unmapped": (assigned, (0, 0, None), lambda: (f64(B, 4, 2), MASKS, f64(2))),
+    "x[mask] = rows": (assigned, 0, lambda: (f64(B, 4, 3), PAIRS, f64(B, 2, 3))),
+    "x[mask] = one for each": (assigned, 0, lambda: (f64(B, 4), PAIRS, f64(B, 2))),
+    "x[mask] = one for each, unmapped v": (assigned, (0, 0, None), lambda: (f64(B, 4), PAIRS, f64(2))),
+    "x[mask] = one for each, unmapped mask": (assigned, (0, None, 0), lambda: (f64(B, 4), PAIRS[0], f64(B, 2))),
+    "x[mask of two dims] = number": (lambda x, m: assigned(x, m, 0.5), 0, lambda: (f64(B, 2, 4), f64(B, 2, 4) > 0)),
+    "x[:, mask] = number": (lambda x, m: put(lambda m: (slice(None), m))(x, m, 2.0), 0, lambda: (f64(B, 2, 4), MASKS)),
+    "x[:, mask] = column": (put(lambda m: (slice(None), m)), 0, lambda: (f64(B, 2, 4), MASKS, f64(B, 2, 1))),
+    "x[:, mask] = two each": (put(lambda m: (slice(None), m)), 0, lambda: (f64(B, 2, 4), PAIRS, f64(B, 2, 2))),
+    "x[i] = v": (assigned, 0, lambda: (f64(B, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), f64(B, 2))),
+    "x[i] = number": (lambda x, i: assigned(x, i, 2.0), 0, lambda: (f64(B, 4), INDEX)),
+    "x[i] = v, unmapped x": (
+        assigned,
+        (None, 0, 0),
+        lambda: (f64(4), torch.tensor([[3, 0], [1, 2], [2, 3]]), f64(B, 2)),
+    ),
+    "x[i] = v, unmapped i": (assigned, (0, None, 0), lambda: (f64(B, 4), torch.tensor([3, 1]), f64(B, 2))),
+    "x[i] = v, only i mapped": (assigned, (None, 0, None), lambda: (f64(4), torch.tensor([[3], [1], [2]]), f64(1))),
+    "x[i, mask] of unmapped": (lambda x, m: x[:, m][0], (0, None), lambda: (f64(B, 2, 4), MASK)),
+    "accumulate": (accumulated, 0, lambda: (f64(B, 4), INDEX, f64(B, 2))),
+    "accumulate, unmapped x": (accumulated, (None, 0, 0), lambda: (f64(4), INDEX, f64(B, 2))),
+    "accumulate, unmapped i": (accumulated, (0, None, 0), lambda: (f64(B, 4), torch.tensor([1, 1]), f64(B, 2))),
+    "accumulate, unmapped v": (accumulated, (0, 0, None), lambda: (f64(B, 4), INDEX, f64(2))),
+    "accumulate, only i mapped": (accumulated, (None, 0, None), lambda: (f64(4), INDEX, f64(2))),
+    "accumulate by mask": (accumulated, 0, lambda: (f64(B, 4), MASKS, f64(B, 1))),
+    "accumulate by mask, one each": (accumulated, 0, lambda: (f64(B, 4), PAIRS, f64(B, 2))),
+    "masked_fill": (lambda x, m: x.masked_fill(m, 2.0), 0, lambda: (f64(B, 4), MASKS)),
+    "masked_fill, unmapped x": (lambda x, m: x.masked_fill(m, 2.0), (None, 0), lambda: (f64(4), MASKS)),
+    "masked_fill, unmapped mask": (lambda x, m: x.masked_fill(m, 2.0), (0, None), lambda: (f64(B, 4), MASK)),
+    "masked_fill by tensor": (lambda x, m, v: x.masked_fill(m, v), 0, lambda: (f64(B, 4), MASKS, f64(B))),
+    "masked_fill by tensor, only v": (
+        lambda x, m, v: x.masked_fill(m, v),
+        (None, None, 0),
+        lambda: (f64(4), MASK, f64(B)),
+    ),
+    "masked_fill, broadcast": (lambda x, m: x.masked_fill(m, 2.0), 0, lambda: (f64(B, 2, 4), MASKS)),
+    "masked_fill_": (lambda x, m: x.clone().masked_fill_(m, 2.0) * x, 0, lambda: (f64(B, 4), MASKS)),
+    "masked_scatter": (lambda x, m, s: x.masked_scatter(m, s), 0, lambda: (f64(B, 4), MASKS, f64(B, 5))),
     "masked_scatter, unmapped x": (
         lambda x, m, s: x.masked_scatter(m, s),
         (None, 0, 0),
-        lambda: (r(4), MASKS, r(B, 5)),
+        lambda: (f64(4), MASKS, f64(B, 5)),
     ),
     "masked_scatter, unmapped mask": (
         lambda x, m, s: x.masked_scatter(m, s),
         (0, None, 0),
-        lambda: (r(B, 4), MASK, r(B, 5)),
+        lambda: (f64(B, 4), MASK, f64(B, 5)),
     ),
     "masked_scatter, only mask mapped": (
         lambda x, m, s: x.masked_scatter(m, s),
         (None, 0, None),
-        lambda: (r(4), MASKS, r(5)),
+        lambda: (f64(4), MASKS, f64(5)),
     ),
-    "masked_scatter, broadcast": (lambda x, m, s: x.masked_scatter(m, s), 0, lambda: (r(B, 2, 4), MASKS, r(B, 8))),
-    "where": (lambda m, x, y: torch.where(m, x, y), 0, lambda: (MASKS, r(B, 4), r(B, 4))),
-    "where, only mask mapped": (lambda m, x, y: torch.where(m, x, y), (0, None, None), lambda: (MASKS, r(4), r(4))),
-    "where, only x mapped": (lambda m, x, y: torch.where(m, x, y), (None, 0, None), lambda: (MASK, r(B, 4), r(4))),
-    "where with numbers": (lambda m, x: torch.where(m, x, 0.0) + torch.where(m, 1.0, x), 0, lambda: (MASKS, r(B, 4))),
-    "where, broadcast": (lambda m, x, y: torch.where(m, x, y), 0, lambda: (MASKS, r(B, 2, 4), r(B))),
-    "+= by mask, number": (lambda x, m: x.masked_fill(m, 0) + x, 0, lambda: (r(B, 4), MASKS)),
-    "+= by mask that selects alike": (added, 0, lambda: (r(B, 4), PAIRS, r(B, 2))),
-    "x[mask] that selects alike": (lambda x, m: x[m] ** 2, 0, lambda: (r(B, 4), PAIRS)),
-    "x[mask] that selects alike, unmapped x": (lambda x, m: x[m] ** 2, (None, 0), lambda: (r(4), PAIRS)),
-    "x[:, mask] that selects alike": (lambda x, m: x[:, m].sin(), 0, lambda: (r(B, 2, 4), PAIRS)),
-    "masked_select that selects alike": (lambda x, m: x.masked_select(m), 0, lambda: (r(B, 2, 4), PAIRS)),
-    "nonzero that finds alike": (lambda m, x: x[m.nonzero()[:, 0]], 0, lambda: (PAIRS, r(B, 4))),
+    "masked_scatter, broadcast": (lambda x, m, s: x.masked_scatter(m, s), 0, lambda: (f64(B, 2, 4), MASKS, f64(B, 8))),
+    "where": (lambda m, x, y: torch.where(m, x, y), 0, lambda: (MASKS, f64(B, 4), f64(B, 4))),
+    "where, only mask mapped": (lambda m, x, y: torch.where(m, x, y), (0, None, None), lambda: (MASKS, f64(4), f64(4))),
+    "where, only x mapped": (lambda m, x, y: torch.where(m, x, y), (None, 0, None), lambda: (MASK, f64(B, 4), f64(4))),
+    "where with numbers": (lambda m, x: torch.where(m, x, 0.0) + torch.where(m, 1.0, x), 0, lambda: (MASKS, f64(B, 4))),
+    "where, broadcast": (lambda m, x, y: torch.where(m, x, y), 0, lambda: (MASKS, f64(B, 2, 4), f64(B))),
+    "+= by mask, number": (lambda x, m: x.masked_fill(m, 0) + x, 0, lambda: (f64(B, 4), MASKS)),
+    "+= by mask that selects alike": (added, 0, lambda: (f64(B, 4), PAIRS, f64(B, 2))),
+    "x[mask] that selects alike": (lambda x, m: x[m] ** 2, 0, lambda: (f64(B, 4), PAIRS)),
+    "x[mask] that selects alike, unmapped x": (lambda x, m: x[m] ** 2, (None, 0), lambda: (f64(4), PAIRS)),
+    "x[:, mask] that selects alike": (lambda x, m: x[:, m].sin(), 0, lambda: (f64(B, 2, 4), PAIRS)),
+    "masked_select that selects alike": (lambda x, m: x.masked_select(m), 0, lambda: (f64(B, 2, 4), PAIRS)),
+    "nonzero that finds alike": (lambda m, x: x[m.nonzero()[:, 0]], 0, lambda: (PAIRS, f64(B, 4))),
     "unique that finds alike": (
         lambda n, x: x[n.unique()],
         0,
-        lambda: (torch.tensor([[1, 1, 0], [2, 3, 3], [1, 2, 2]]), r(B, 4)),
+        lambda: (torch.tensor([[1, 1, 0], [2, 3, 3], [1, 2, 2]]), f64(B, 4)),
     ),
-    "bincount as long": (lambda n, x: x * n.bincount(), 0, lambda: (torch.tensor([[1, 3], [3, 3], [0, 3]]), r(B, 4))),
+    "bincount as long": (lambda n, x: x * n.bincount(), 0, lambda: (torch.tensor([[1, 3], [3, 3], [0, 3]]), f64(B, 4))),
     "repeat_interleave as long": (
         lambda x, n: x.repeat_interleave(n),
         0,
-        lambda: (r(B, 3), torch.tensor([[1, 2, 0], [3, 0, 0], [1, 1, 1]])),
+        lambda: (f64(B, 3), torch.tensor([[1, 2, 0], [3, 0, 0], [1, 1, 1]])),
     ),
-    "nonzero_static": (lambda m, x: m.nonzero_static(size=3, fill_value=0)[:, 0] + x, 0, lambda: (MASKS, r(B, 3))),
-    "nonzero_static, size 0": (lambda x: x.nonzero_static(size=0), 0, lambda: (r(B, 2, 4),)),
-    "nonzero_static of nothing": (lambda x: x.nonzero_static(size=2, fill_value=7), 0, lambda: (r(B, 0, 4),)),
-    "nonzero_static of a number": (lambda x: x.nonzero_static(size=2), 0, lambda: (r(B),)),
+    "nonzero_static": (lambda m, x: m.nonzero_static(size=3, fill_value=0)[:, 0] + x, 0, lambda: (MASKS, f64(B, 3))),
+    "nonzero_static, size 0": (lambda x: x.nonzero_static(size=0), 0, lambda: (f64(B, 2, 4),)),
+    "nonzero_static of nothing": (lambda x: x.nonzero_static(size=2, fill_value=7), 0, lambda: (f64(B, 0, 4),)),
+    "nonzero_static of a number": (lambda x: x.nonzero_static(size=2), 0, lambda: (f64(B),)),
     "nonzero_static of an empty batch": (lambda m: m.nonzero_static(size=2), 0, lambda: (torch.ones(1, 4).bool(),)),
-    "x[mask of two dims]": (lambda x, m: x[m], 0, lambda: (r(B, 2, 3, 4), SQUARES)),
-    "x[mask of two dims] = row": (assigned, 0, lambda: (r(B, 2, 3, 4), SQUARES, r(B, 4))),
-    "x[mask of two dims] = rows": (assigned, 0, lambda: (r(B, 2, 3, 4), SQUARES, r(B, 3, 4))),
-    "x[mask of two dims] = rows, unmapped v": (assigned, (0, 0, None), lambda: (r(B, 2, 3, 4), SQUARES, r(3, 4))),
-    "x[mask, 0]": (lambda x, m: x[m, 0], 0, lambda: (r(B, 4, 2), PAIRS)),
-    "x[mask, None]": (lambda x, m: x[m, None], 0, lambda: (r(B, 4, 2), PAIRS)),
-    "x[mask, 1:]": (lambda x, m: x[m, 1:], 0, lambda: (r(B, 4, 2), PAIRS)),
-    "x[mask, index]": (lambda x, m: x[m, torch.tensor([0, 1])], 0, lambda: (r(B, 4, 2), PAIRS)),
-    "x[mask, index], unmapped mask": (lambda x, m, i: x[m, i], (0, None, 0), lambda: (r(B, 4, 4), PAIRS[0], INDEX)),
-    "x[mask of one, index]": (lambda x, m, i: x[m, i], 0, lambda: (r(B, 4, 4), torch.eye(4)[:B].bool(), INDEX)),
-    "x[mask, mask]": (lambda x, m: x[m, m], 0, lambda: (r(B, 4, 4), PAIRS)),
-    "x[mask, mask of one]": (lambda x, m, n: x[m, n], 0, lambda: (r(B, 4, 4), PAIRS, torch.eye(4)[:B].bool())),
-    "x[mask, 0] = v": (put(lambda m: (m, 0)), 0, lambda: (r(B, 4, 2), MASKS, r(B))),
-    "x[1:3, mask] = v": (put(lambda m: (slice(1, 3), m)), 0, lambda: (r(B, 5, 4), MASKS, r(B))),
-    "x[mask, index] = v": (put(lambda m: (m, torch.tensor([0, 1]))), 0, lambda: (r(B, 4, 2), PAIRS, r(B))),
-    "x[mask, index] = v for each": (put(lambda m: (m, torch.tensor([0, 1]))), 0, lambda: (r(B, 4, 2), PAIRS, r(B, 2))),
-    "x[mask, mask] = v for each": (put(lambda m: (m, m)), 0, lambda: (r(B, 4, 4), PAIRS, r(B, 2))),
-    "x[mask of one number]": (lambda x, m: x[m], (0, None), lambda: (r(B, 4), torch.tensor(True))),
-    "x[mask of one number] = v": (assigned, 0, lambda: (r(B, 4), torch.tensor([True, False, True]), r(B, 4))),
+    "x[mask of two dims]": (lambda x, m: x[m], 0, lambda: (f64(B, 2, 3, 4), SQUARES)),
+    "x[mask of two dims] = row": (assigned, 0, lambda: (f64(B, 2, 3, 4), SQUARES, f64(B, 4))),
+    "x[mask of two dims] = rows": (assigned, 0, lambda: (f64(B, 2, 3, 4), SQUARES, f64(B, 3, 4))),
+    "x[mask of two dims] = rows, unmapped v": (assigned, (0, 0, None), lambda: (f64(B, 2, 3, 4), SQUARES, f64(3, 4))),
+    "x[mask, 0]": (lambda x, m: x[m, 0], 0, lambda: (f64(B, 4, 2), PAIRS)),
+    "x[mask, None]": (lambda x, m: x[m, None], 0, lambda: (f64(B, 4, 2), PAIRS)),
+    "x[mask, 1:]": (lambda x, m: x[m, 1:], 0, lambda: (f64(B, 4, 2), PAIRS)),
+    "x[mask, index]": (lambda x, m: x[m, torch.tensor([0, 1])], 0, lambda: (f64(B, 4, 2), PAIRS)),
+    "x[mask, index], unmapped mask": (lambda x, m, i: x[m, i], (0, None, 0), lambda: (f64(B, 4, 4), PAIRS[0], INDEX)),
+    "x[mask of one, index]": (lambda x, m, i: x[m, i], 0, lambda: (f64(B, 4, 4), torch.eye(4)[:B].bool(), INDEX)),
+    "x[mask, mask]": (lambda x, m: x[m, m], 0, lambda: (f64(B, 4, 4), PAIRS)),
+    "x[mask, mask of one]": (lambda x, m, n: x[m, n], 0, lambda: (f64(B, 4, 4), PAIRS, torch.eye(4)[:B].bool())),
+    "x[mask, 0] = v": (put(lambda m: (m, 0)), 0, lambda: (f64(B, 4, 2), MASKS, f64(B))),
+    "x[1:3, mask] = v": (put(lambda m: (slice(1, 3), m)), 0, lambda: (f64(B, 5, 4), MASKS, f64(B))),
+    "x[mask, index] = v": (put(lambda m: (m, torch.tensor([0, 1]))), 0, lambda: (f64(B, 4, 2), PAIRS, f64(B))),
+    "x[mask, index] = v for each": (
+        put(lambda m: (m, torch.tensor([0, 1]))),
+        0,
+        lambda: (f64(B, 4, 2), PAIRS, f64(B, 2)),
+    ),
+    "x[mask, mask] = v for each": (put(lambda m: (m, m)), 0, lambda: (f64(B, 4, 4), PAIRS, f64(B, 2))),
+    "x[mask of one number]": (lambda x, m: x[m], (0, None), lambda: (f64(B, 4), torch.tensor(True))),
+    "x[mask of one number] = v": (assigned, 0, lambda: (f64(B, 4), torch.tensor([True, False, True]), f64(B, 4))),
     "x[mask of one number] = number": (
         lambda x, m: assigned(x, m, 2),
         0,
-        lambda: (r(B, 4), torch.tensor([True, False, True])),
+        lambda: (f64(B, 4), torch.tensor([True, False, True])),
     ),
-    "indices apart": (lambda x, i: x[i, :, i], 0, lambda: (r(B, 4, 2, 4), INDEX)),
+    "indices apart": (lambda x, i: x[i, :, i], 0, lambda: (f64(B, 4, 2, 4), INDEX)),
     "indices apart, written": (
         lambda x, i, v: put(lambda i: (i, slice(None), i))(x, i, v),
         0,
-        lambda: (r(B, 4, 2, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), r(B, 2, 2)),
+        lambda: (f64(B, 4, 2, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), f64(B, 2, 2)),
     ),
-    "put_": (lambda x, i, v: x.clone().put_(i, v, accumulate=True) * x, 0, lambda: (r(B, 4), INDEX, r(B, 2))),
+    "put_": (lambda x, i, v: x.clone().put_(i, v, accumulate=True) * x, 0, lambda: (f64(B, 4), INDEX, f64(B, 2))),
     "take by nonzero_static": (
         lambda x, m: torch.where(m.sum() > torch.arange(4), x[m.nonzero_static(size=4, fill_value=0)[:, 0]], 0.0),
         0,
-        lambda: (r(B, 4), MASKS),
+        lambda: (f64(B, 4), MASKS),
     ),
 }
 
@@ -294,29 +303,33 @@ def store(statement):
 
 I, J = torch.tensor([0, 2, -1]), torch.tensor([1, 0, -4])
 SCALARS = {
-    "x[i]": (lambda x, i: x[i], (0, 0), lambda: (r(B, 3, 4), I)),
-    "x[i, j]": (lambda x, i, j: x[i, j], (0, 0, 0), lambda: (r(B, 3, 4), I, J)),
-    "x[:, j]": (lambda x, j: x[:, j], (0, 0), lambda: (r(B, 3, 4), J)),
-    "x[..., j]": (lambda x, j: x[..., j], (0, 0), lambda: (r(B, 3, 4), J)),
-    "x[1, j]": (lambda x, j: x[1, j], (0, 0), lambda: (r(B, 3, 4), J)),
-    "x[i, None, 1:]": (lambda x, i: x[i, None, 1:], (0, 0), lambda: (r(B, 3, 4), I)),
-    "x[None, i, ..., j]": (lambda x, i, j: x[None, i, ..., j], (0, 0, 0), lambda: (r(B, 3, 2, 4), I, J)),
-    "x[i, j], unmapped x": (lambda x, i, j: x[i, j] * 2, (None, 0, 0), lambda: (r(3, 4), I, J)),
-    "x[i, j], unmapped i": (lambda x, i, j: x[i, j] * 2, (0, None, 0), lambda: (r(B, 3, 4), I[1], J)),
-    "narrow": (lambda x, i: x.narrow(1, i, 2), (0, 0), lambda: (r(B, 3, 4), torch.tensor([0, 2, 1]))),
-    "x[i] = v": (store("y[i] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
-    "x[i] = row": (store("y[i] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B, 4))),
-    "x[i] = row with ones": (store("y[i] = v[None, None]"), 0, lambda: (r(B, 3, 4), I, J, r(B, 4))),
-    "x[i, j] = v": (store("y[i, j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
-    "x[i, j] = number": (store("y[i, j] = 3"), 0, lambda: (r(B, 3, 4), I, J)),
-    "x[i, j] = integer": (store("y[i, j] = i"), 0, lambda: (r(B, 3, 4), I, J)),
-    "x[i, j] += v": (store("y[i, j] += v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
-    "x[:, j] = v": (store("y[:, j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B, 3))),
-    "x[..., j] = v": (store("y[..., j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
-    "x[i, 1:3] = v": (store("y[i, 1:3] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B, 2))),
-    "x[None, i, None, j] = v": (store("y[None, i, None, j] = v"), 0, lambda: (r(B, 3, 4), I, J, r(B))),
-    "x[i] = v, unmapped x": (store("y[i] = v"), (None, 0, 0, 0), lambda: (r(3, 4), I, J, r(B))),
-    "x[i, j] = v, only v mapped": (store("y[i, j] = v"), (None, None, None, 0), lambda: (r(3, 4), I[1], J[0], r(B))),
+    "x[i]": (lambda x, i: x[i], (0, 0), lambda: (f64(B, 3, 4), I)),
+    "x[i, j]": (lambda x, i, j: x[i, j], (0, 0, 0), lambda: (f64(B, 3, 4), I, J)),
+    "x[:, j]": (lambda x, j: x[:, j], (0, 0), lambda: (f64(B, 3, 4), J)),
+    "x[..., j]": (lambda x, j: x[..., j], (0, 0), lambda: (f64(B, 3, 4), J)),
+    "x[1, j]": (lambda x, j: x[1, j], (0, 0), lambda: (f64(B, 3, 4), J)),
+    "x[i, None, 1:]": (lambda x, i: x[i, None, 1:], (0, 0), lambda: (f64(B, 3, 4), I)),
+    "x[None, i, ..., j]": (lambda x, i, j: x[None, i, ..., j], (0, 0, 0), lambda: (f64(B, 3, 2, 4), I, J)),
+    "x[i, j], unmapped x": (lambda x, i, j: x[i, j] * 2, (None, 0, 0), lambda: (f64(3, 4), I, J)),
+    "x[i, j], unmapped i": (lambda x, i, j: x[i, j] * 2, (0, None, 0), lambda: (f64(B, 3, 4), I[1], J)),
+    "narrow": (lambda x, i: x.narrow(1, i, 2), (0, 0), lambda: (f64(B, 3, 4), torch.tensor([0, 2, 1]))),
+    "x[i] = v": (store("y[i] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
+    "x[i] = row": (store("y[i] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 4))),
+    "x[i] = row with ones": (store("y[i] = v[None, None]"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 4))),
+    "x[i, j] = v": (store("y[i, j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
+    "x[i, j] = number": (store("y[i, j] = 3"), 0, lambda: (f64(B, 3, 4), I, J)),
+    "x[i, j] = integer": (store("y[i, j] = i"), 0, lambda: (f64(B, 3, 4), I, J)),
+    "x[i, j] += v": (store("y[i, j] += v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
+    "x[:, j] = v": (store("y[:, j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 3))),
+    "x[..., j] = v": (store("y[..., j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
+    "x[i, 1:3] = v": (store("y[i, 1:3] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 2))),
+    "x[None, i, None, j] = v": (store("y[None, i, None, j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
+    "x[i] = v, unmapped x": (store("y[i] = v"), (None, 0, 0, 0), lambda: (f64(3, 4), I, J, f64(B))),
+    "x[i, j] = v, only v mapped": (
+        store("y[i, j] = v"),
+        (None, None, None, 0),
+        lambda: (f64(3, 4), I[1], J[0], f64(B)),
+    ),
 }
 
 
@@ -348,19 +361,19 @@ SELECTED = {
 @pytest.mark.parametrize("name", SELECTED)
 def test_a_mask_that_selects_another_number_in_each_sample_says_why_and_the_way_out(name):
     with pytest.raises(AotfuncError, match=r"shape of .* samples .*test_vmap_values\.py.*torch\.where.*nonzero_static"):
-        vmap(SELECTED[name])(r(B, 4), MASKS)
+        vmap(SELECTED[name])(f64(B, 4), MASKS)
 
 
 def test_more_values_than_a_mask_selects():
     with pytest.raises(RuntimeError):
-        loop(assigned)(r(B, 4), MASKS, r(B, 2))
+        loop(assigned)(f64(B, 4), MASKS, f64(B, 2))
     with pytest.raises(RuntimeError):
-        vmap(assigned)(r(B, 4), MASKS, r(B, 2))
+        vmap(assigned)(f64(B, 4), MASKS, f64(B, 2))
 
 
 def test_an_op_that_reads_memory_itself():
     """tensor_split reads its sections past every dispatch: an error with the line and the way out, which works."""
-    x, s = r(B, 4), torch.tensor([[1, 3]] * B)
+    x, s = f64(B, 4), torch.tensor([[1, 3]] * B)
     with pytest.raises(AotfuncError, match=r"test_vmap_values\.py.*tolist"):
         vmap(lambda x, s: x.tensor_split(s))(x, s)
     check(lambda x, s: x.tensor_split(s.tolist())[1] * 2, 0, (x, s))
@@ -391,22 +404,22 @@ def agreeing(x):
 
 
 ALIKE = {
-    "a check": (normalized, 0, lambda: (r(B, 3),)),
-    "numbers and equality": (agreeing, 0, lambda: (r(B, 3),)),
-    "gaussian_nll_loss": (checked_gaussian, 0, lambda: (r(B, 4), r(B, 4), r(B, 4).exp())),
+    "a check": (normalized, 0, lambda: (f64(B, 3),)),
+    "numbers and equality": (agreeing, 0, lambda: (f64(B, 3),)),
+    "gaussian_nll_loss": (checked_gaussian, 0, lambda: (f64(B, 4), f64(B, 4), f64(B, 4).exp())),
     "gaussian_nll_loss, unmapped variance": (
         checked_gaussian,
         (0, 0, None),
-        lambda: (r(B, 4), r(B, 4), r(4).exp()),
+        lambda: (f64(B, 4), f64(B, 4), f64(4).exp()),
     ),
-    "cov": (lambda x: x.cov(), 0, lambda: (r(B, 3, 5),)),
+    "cov": (lambda x: x.cov(), 0, lambda: (f64(B, 3, 5),)),
     "cov, weights": (
         lambda x, f, a: x.cov(fweights=f, aweights=a),
         0,
-        lambda: (r(B, 3, 4), torch.tensor([[1, 2, 0, 1]] * B), r(B, 4).exp()),
+        lambda: (f64(B, 3, 4), torch.tensor([[1, 2, 0, 1]] * B), f64(B, 4).exp()),
     ),
-    "corrcoef": (lambda x: x.corrcoef(), 0, lambda: (r(B, 3, 5),)),
-    "combinations": (lambda x: torch.combinations(x, 2, True), 0, lambda: (r(B, 4),)),
+    "corrcoef": (lambda x: x.corrcoef(), 0, lambda: (f64(B, 3, 5),)),
+    "combinations": (lambda x: torch.combinations(x, 2, True), 0, lambda: (f64(B, 4),)),
     "stft and back": (
         lambda x: torch.istft(
             torch.stft(x, 8, window=torch.hann_window(8, dtype=x.dtype), return_complex=True),
@@ -414,12 +427,12 @@ ALIKE = {
             window=torch.hann_window(8, dtype=x.dtype),
         ),
         0,
-        lambda: (r(B, 32),),
+        lambda: (f64(B, 32),),
     ),
     "a mapped window": (
         lambda x, w: torch.istft(torch.stft(x, 8, window=w, return_complex=True), 8, window=w),
         0,
-        lambda: (r(B, 32), r(B, 8).exp()),
+        lambda: (f64(B, 32), f64(B, 8).exp()),
     ),
 }
 
@@ -435,7 +448,7 @@ def branch(x):
 
 
 def test_the_question_is_asked_anew_at_each_call():
-    x = r(B, 4).abs()
+    x = f64(B, 4).abs()
     run = vmap(branch)
     assert_same(run(x), x * 2)
     assert_same(run(-x), (-x).sin())
@@ -443,7 +456,7 @@ def test_the_question_is_asked_anew_at_each_call():
 
 
 def test_samples_that_disagree_are_an_error_that_names_the_line():
-    x = r(B, 4).abs()
+    x = f64(B, 4).abs()
     x[1] *= -1
     for run in (vmap(branch), vmap(grad(scalar(branch))), grad(scalar(vmap(branch))), jacrev(vmap(branch))):
         with pytest.raises(AotfuncError, match=r"samples .* do not agree.*test_vmap_values\.py.*branch.*torch\.where"):
@@ -454,17 +467,17 @@ def test_samples_that_disagree_are_an_error_that_names_the_line():
 
 
 def test_a_check_that_fails_in_one_sample_does_not_pass():
-    variance = r(B, 4).exp()
+    variance = f64(B, 4).exp()
     variance[1, 2] = -1
     with pytest.raises(RuntimeError, match="negative"):
-        vmap(checked_gaussian)(r(B, 4), r(B, 4), variance)
+        vmap(checked_gaussian)(f64(B, 4), f64(B, 4), variance)
     with pytest.raises(ValueError, match="negative"):
-        vmap(checked_gaussian)(r(B, 4), r(B, 4), -variance.abs())
+        vmap(checked_gaussian)(f64(B, 4), f64(B, 4), -variance.abs())
 
 
 def test_an_empty_batch_has_no_answer():
     with pytest.raises(AotfuncError, match="empty"):
-        vmap(branch)(r(0, 4))
+        vmap(branch)(f64(0, 4))
 
 
 def test_nan_and_signed_zeros_are_answers_of_their_own():
@@ -475,14 +488,14 @@ def test_nan_and_signed_zeros_are_answers_of_their_own():
 
 
 def test_jit_captures_without_values_inside_and_outside():
-    x = r(B, 4).abs()
+    x = f64(B, 4).abs()
     for run in (jit(vmap(branch)), vmap(jit(branch))):
         with pytest.raises(AotfuncError, match=r"test_vmap_values\.py"):
             run(x)
 
 
 def test_make_fx_is_specialised():
-    x = r(B, 4).abs()
+    x = f64(B, 4).abs()
     gm = make_fx(vmap(branch))(x)
     assert_same(gm(x), x * 2)
     assert_same(gm(-x), -x * 2)
@@ -500,7 +513,7 @@ def test_asking_writes_and_draws_nothing():
         return x * noise
 
     for mode in ("same", "different"):
-        x = r(B, 4)
+        x = f64(B, 4)
         kept = x.clone()
         torch.manual_seed(3)
         out = vmap(f, (0, None), randomness=mode)(x, torch.zeros(1))
@@ -536,7 +549,7 @@ def test_a_draw_before_the_question_inside_nested_transforms(inner):
 
         return (inner(g)(x) * a).sum()
 
-    x = r(3)
+    x = f64(3)
     torch.manual_seed(1)
     a, n = torch.rand((), dtype=x.dtype), int(torch.randint(2, 6, ()))
     torch.manual_seed(1)
@@ -549,7 +562,7 @@ def test_inputs_without_values():
     """FakeTensors, and the samples of a torch.func.vmap outside: an error, no crash."""
     from torch._subclasses import FakeTensorMode
 
-    x = r(2, B, 4).abs()
+    x = f64(2, B, 4).abs()
     with pytest.raises(AotfuncError, match="no values"):
         torch.func.vmap(vmap(branch))(x)
     sample = x[0].clone()
@@ -562,7 +575,7 @@ def test_inputs_without_values():
 
 
 def test_where_the_question_is_asked():
-    x = r(B, 4).abs()
+    x = f64(B, 4).abs()
 
     def under_autocast(x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -597,7 +610,7 @@ class Asks(torch.autograd.Function):
 
 
 def test_a_backward_that_asks_about_what_it_saved():
-    x = r(B, 4).abs()
+    x = f64(B, 4).abs()
     total = lambda x: Asks.apply(x * 1.0).sum()
     for sample in (x, -x):
         expected = loop(grads(total))(sample)
@@ -615,7 +628,7 @@ def test_an_outer_write_is_seen():
         w.mul_(-1)
         return vmap(lambda v: v * 2 if (w < 0).all() and (v * w < 0).all() else v * 3)(x).sum()
 
-    x, w = r(B, 4).abs(), r(4).abs()
+    x, w = f64(B, 4).abs(), f64(4).abs()
     assert_same(grad(f)(x, w), torch.full_like(x, 2))
     assert_same(vmap(f, (0, None))(x[None], w), 2 * x.sum()[None])
 

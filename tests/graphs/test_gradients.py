@@ -7,19 +7,15 @@ from expecttest import assert_expected_inline
 
 from aotfunc import grad
 from tests.graphs.shown import shown
+from tests.inputs import same
 
 T = torch.func
-
-
-def r(*shape):
-    torch.manual_seed(0)
-    return torch.randn(shape)
 
 
 def test_sin():
     f = lambda x: torch.sin(x).sum()
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     cos = aten.cos.default(x)
@@ -31,7 +27,7 @@ def forward(self, x):
 def test_tanh_of_a_product():
     f = lambda x, y: torch.tanh(x * y).sum()
     assert_expected_inline(
-        shown(grad(f, (0, 1)), r(3), r(3), like=T.grad(f, (0, 1))),
+        shown(grad(f, (0, 1)), same(3), same(3), like=T.grad(f, (0, 1))),
         """\
 def forward(self, x, y):
     mul = aten.mul.Tensor(x, y)
@@ -48,7 +44,7 @@ def forward(self, x, y):
 def test_broadcast_operands_are_summed():
     f = lambda x, y: (x / y).sum()
     assert_expected_inline(
-        shown(grad(f, (0, 1)), r(2, 3), r(3), like=T.grad(f, (0, 1))),
+        shown(grad(f, (0, 1)), same(2, 3), same(3), like=T.grad(f, (0, 1))),
         """\
 def forward(self, x, y):
     div = aten.div.Tensor(x, y)
@@ -65,7 +61,7 @@ def forward(self, x, y):
 def test_gelu():
     f = lambda x: F.gelu(x).sum()
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     full = aten.full.default([3], 1, dtype = torch.float32, device = device(type='cpu'))
@@ -78,7 +74,7 @@ def forward(self, x):
 def test_relu():
     f = lambda x: F.relu(x).sum()
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     relu = aten.relu.default(x)
@@ -92,7 +88,7 @@ def forward(self, x):
 def test_power():
     f = lambda x: (x**3).sum()
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     pow_1 = aten.pow.Tensor_Scalar(x, 2)
@@ -105,7 +101,7 @@ def forward(self, x):
 def test_square_norm_is_the_identity():
     f = lambda x: (x * x).sum() / 2
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     mul = aten.mul.Tensor(x, 0.5)
@@ -118,7 +114,7 @@ def forward(self, x):
 def test_mean_and_variance():
     f = lambda x: x.mean() * x.var()
     assert_expected_inline(
-        shown(grad(f), r(4), like=T.grad(f)),
+        shown(grad(f), same(4), like=T.grad(f)),
         """\
 def forward(self, x):
     mean = aten.mean.default(x)
@@ -138,7 +134,7 @@ def forward(self, x):
 def test_maximum_along_a_dimension():
     f = lambda x: x.max(1).values.sum()
     assert_expected_inline(
-        shown(grad(f), r(2, 3), like=T.grad(f)),
+        shown(grad(f), same(2, 3), like=T.grad(f)),
         """\
 def forward(self, x):
     max_1 = aten.max.dim(x, 1)
@@ -155,7 +151,7 @@ def forward(self, x):
 def test_logsumexp():
     f = lambda x: x.logsumexp(-1).sum()
     assert_expected_inline(
-        shown(grad(f), r(2, 3), like=T.grad(f)),
+        shown(grad(f), same(2, 3), like=T.grad(f)),
         """\
 def forward(self, x):
     logsumexp = aten.logsumexp.default(x, [1])
@@ -170,7 +166,7 @@ def forward(self, x):
 def test_softmax():
     f = lambda x, y: (torch.softmax(x, -1) * y).sum()
     assert_expected_inline(
-        shown(grad(f), r(2, 3), r(2, 3), like=T.grad(f)),
+        shown(grad(f), same(2, 3), same(2, 3), like=T.grad(f)),
         """\
 def forward(self, x, y):
     softmax = aten._softmax.default(x, 1, False)
@@ -183,7 +179,7 @@ def forward(self, x, y):
 def test_matmul():
     f = lambda a, b: (a @ b).sin().sum()
     assert_expected_inline(
-        shown(grad(f, (0, 1)), r(2, 3), r(3, 4), like=T.grad(f, (0, 1))),
+        shown(grad(f, (0, 1)), same(2, 3), same(3, 4), like=T.grad(f, (0, 1))),
         """\
 def forward(self, a, b):
     mm = aten.mm.default(a, b)
@@ -199,7 +195,7 @@ def forward(self, a, b):
 
 def test_linear_regression():
     f = lambda w, b, x, y: F.mse_loss(F.linear(x, w, b), y)
-    args = r(1, 3), r(1), r(5, 3), r(5, 1)
+    args = same(1, 3), same(1), same(5, 3), same(5, 1)
     assert_expected_inline(
         shown(grad(f, (0, 1)), *args, like=T.grad(f, (0, 1))),
         """\
@@ -219,7 +215,7 @@ def forward(self, w, b, x, y):
 def test_cross_entropy():
     f = lambda x, t: F.cross_entropy(x, t)
     assert_expected_inline(
-        shown(grad(f), r(2, 3), torch.tensor([0, 2]), like=T.grad(f)),
+        shown(grad(f), same(2, 3), torch.tensor([0, 2]), like=T.grad(f)),
         """\
 def forward(self, x, t):
     log_softmax = aten._log_softmax.default(x, 1, False)
@@ -236,7 +232,7 @@ def forward(self, x, t):
 def test_layer_norm():
     f = lambda x, w, b: F.layer_norm(x, (3,), w, b).sin().sum()
     assert_expected_inline(
-        shown(grad(f, (0, 1, 2)), r(2, 3), r(3), r(3), like=T.grad(f, (0, 1, 2))),
+        shown(grad(f, (0, 1, 2)), same(2, 3), same(3), same(3), like=T.grad(f, (0, 1, 2))),
         """\
 def forward(self, x, w, b):
     native_layer_norm = aten.native_layer_norm.default(x, [3], w, b, 1e-05)
@@ -256,7 +252,7 @@ def forward(self, x, w, b):
 def test_convolution_and_pooling():
     f = lambda w, b, x: F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2).sum()
     assert_expected_inline(
-        shown(grad(f, (0, 1)), r(2, 1, 3, 3), r(2), r(1, 1, 6, 6), like=T.grad(f, (0, 1))),
+        shown(grad(f, (0, 1)), same(2, 1, 3, 3), same(2), same(1, 1, 6, 6), like=T.grad(f, (0, 1))),
         """\
 def forward(self, w, b, x):
     convolution = aten.convolution.default(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
@@ -276,7 +272,7 @@ def forward(self, w, b, x):
 
 def test_attention():
     f = lambda q, k, v: F.scaled_dot_product_attention(q, k, v).sin().sum()
-    args = r(1, 2, 3, 4), r(1, 2, 3, 4) + 1, r(1, 2, 3, 4) + 2
+    args = same(1, 2, 3, 4), same(1, 2, 3, 4) + 1, same(1, 2, 3, 4) + 2
     assert_expected_inline(
         shown(grad(f, (0, 1, 2)), *args, like=T.grad(f, (0, 1, 2))),
         """\
@@ -297,7 +293,7 @@ def forward(self, q, k, v):
 def test_indexing():
     f = lambda x, i: (x[i] * x[0]).sum()
     assert_expected_inline(
-        shown(grad(f), r(3, 2), torch.tensor([2, 0, 2]), like=T.grad(f)),
+        shown(grad(f), same(3, 2), torch.tensor([2, 0, 2]), like=T.grad(f)),
         """\
 def forward(self, x, i):
     index = aten.index.Tensor(x, [i])
@@ -317,7 +313,7 @@ def forward(self, x, i):
 def test_second_derivative():
     f = lambda x: torch.sin(x) * x
     assert_expected_inline(
-        shown(grad(grad(f)), r(), like=T.grad(T.grad(f))),
+        shown(grad(grad(f)), same(), like=T.grad(T.grad(f))),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)

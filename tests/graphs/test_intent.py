@@ -6,19 +6,15 @@ from torch.utils.checkpoint import checkpoint
 
 from aotfunc import grad
 from tests.graphs.shown import by_autograd, shown
+from tests.inputs import same
 
 T = torch.func
-
-
-def r(*shape):
-    torch.manual_seed(0)
-    return torch.randn(shape)
 
 
 def test_detach_stays_visible():
     f = lambda x: x.detach() * x
     assert_expected_inline(
-        shown(f, r(3)),
+        shown(f, same(3)),
         """\
 def forward(self, x):
     detach = aten.detach.default(x)
@@ -31,7 +27,7 @@ def forward(self, x):
 def test_gradient_stops_at_detach():
     f = lambda x: (x.detach() * x.sin()).sum()
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     detach = aten.detach.default(x)
@@ -49,7 +45,7 @@ def test_gradient_stops_at_no_grad():
         return (x.sin() / scale).sum()
 
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     linalg_vector_norm = aten.linalg_vector_norm.default(x)
@@ -70,7 +66,7 @@ def test_hidden_write_keeps_the_old_derivative():
             y.mul_(3)
         return (y * y).sum()
 
-    x = r(3)
+    x = same(3)
 
     def by_autograd(x):
         x = x.clone().requires_grad_()
@@ -105,7 +101,7 @@ class Clipped(torch.autograd.Function):
 
 def test_custom_function_is_its_forward():
     assert_expected_inline(
-        shown(lambda x: Clipped.apply(x), r(3)),
+        shown(lambda x: Clipped.apply(x), same(3)),
         """\
 def forward(self, x):
     exp = aten.exp.default(x)
@@ -117,7 +113,7 @@ def forward(self, x):
 def test_custom_function_has_its_own_backward():
     f = lambda x: Clipped.apply(x).sum()
     assert_expected_inline(
-        shown(grad(f), r(3), like=by_autograd(f)),
+        shown(grad(f), same(3), like=by_autograd(f)),
         """\
 def forward(self, x):
     exp = aten.exp.default(x)
@@ -130,7 +126,7 @@ def forward(self, x):
 def test_checkpoint_computes_again():
     f = lambda x: checkpoint(lambda x: x.sin().exp(), x, use_reentrant=False).square().sum()
     assert_expected_inline(
-        shown(grad(f), r(3), like=by_autograd(f)),
+        shown(grad(f), same(3), like=by_autograd(f)),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)
@@ -153,7 +149,7 @@ def test_autograd_grad_inside():
         return g * x
 
     assert_expected_inline(
-        shown(f, r(3), like=lambda x: f(x).detach()),
+        shown(f, same(3), like=lambda x: f(x).detach()),
         """\
 def forward(self, x):
     cos = aten.cos.default(x)

@@ -9,19 +9,15 @@ from torch import nn
 from aotfunc import functional_call, grad, jit, make_fx
 from tests.graphs.sample import waves, written
 from tests.graphs.shown import by_autograd, readable, shown
+from tests.inputs import same
 
 T = torch.func
-
-
-def r(*shape):
-    torch.manual_seed(0)
-    return torch.randn(shape)
 
 
 def test_dict_and_tuple_of_inputs():
     f = lambda params, pair: {"out": params["w"] * pair[0] + params["b"], "kept": [pair[1]]}
     assert_expected_inline(
-        shown(f, {"w": r(3), "b": r(3)}, (r(3), r(3))),
+        shown(f, {"w": same(3), "b": same(3)}, (same(3), same(3))),
         """\
 def forward(self, params, pair):
     params_w, params_b, pair_0, pair_1, = fx_pytree.tree_flatten_spec(([params, pair], {}), self._in_spec)
@@ -35,7 +31,7 @@ def forward(self, params, pair):
 def test_keywords_and_python_values():
     f = lambda x, power=2, *, scale: (x**power) * scale
     assert_expected_inline(
-        shown(f, r(3), power=3, scale=r(3)),
+        shown(f, same(3), power=3, scale=same(3)),
         """\
 def forward(self, x, power, scale):
     x, static, scale, = fx_pytree.tree_flatten_spec(([x], {'power':power, 'scale':scale}), self._in_spec)
@@ -51,7 +47,7 @@ def test_names_are_those_of_the_parameters():
         return weights - 0.1 * (batch.mean(0) + momentum)
 
     assert_expected_inline(
-        shown(step, r(3), r(5, 3), r(3)),
+        shown(step, same(3), same(5, 3), same(3)),
         """\
 def forward(self, weights, batch, momentum):
     mean = aten.mean.dim(batch, [0])
@@ -65,9 +61,9 @@ def forward(self, weights, batch, momentum):
 
 def test_closed_over_parameters():
     layer = nn.Linear(3, 2)
-    shift = r(2)
+    shift = same(2)
     assert_expected_inline(
-        shown(lambda x: layer(x) + shift, r(4, 3), like=lambda x: (layer(x) + shift).detach()),
+        shown(lambda x: layer(x) + shift, same(4, 3), like=lambda x: (layer(x) + shift).detach()),
         """\
 def forward(self, x):
     param_constant0 = self._param_constant0
@@ -86,7 +82,7 @@ def test_gradient_of_a_module():
     params = {k: v.detach() for k, v in net.named_parameters()}
     f = lambda params, x: functional_call(net, params, (x,)).sum()
     assert_expected_inline(
-        shown(grad(f), params, r(5, 3), like=T.grad(f)),
+        shown(grad(f), params, same(5, 3), like=T.grad(f)),
         """\
 def forward(self, params, x):
     params_0_weight, params_0_bias, params_2_weight, params_2_bias, x, = fx_pytree.tree_flatten_spec(([params, x], {}), self._in_spec)
@@ -110,7 +106,7 @@ def forward(self, params, x):
 
 def test_constant_and_passed_through_results():
     assert_expected_inline(
-        shown(lambda x, y: (x, 3, None, y.sin()), r(3), r(3)),
+        shown(lambda x, y: (x, 3, None, y.sin()), same(3), same(3)),
         """\
 def forward(self, x, y):
     sin = aten.sin.default(y)
@@ -121,7 +117,7 @@ def forward(self, x, y):
 
 def test_equal_expressions_are_computed_once():
     assert_expected_inline(
-        shown(lambda x: x.sin() * x.sin() + (x + 1.0) * (1.0 + x), r(3)),
+        shown(lambda x: x.sin() * x.sin() + (x + 1.0) * (1.0 + x), same(3)),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)
@@ -140,7 +136,7 @@ def test_dead_code_is_gone():
         return x.sin()
 
     assert_expected_inline(
-        shown(f, r(3)),
+        shown(f, same(3)),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)
@@ -151,7 +147,7 @@ def forward(self, x):
 
 def test_lines_of_the_user():
     assert_expected_inline(
-        readable(make_fx(waves, verbose=True)(r(3)).code),
+        readable(make_fx(waves, verbose=True)(same(3)).code),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)  # sample.py:7 in waves: y = torch.sin(x)
@@ -164,7 +160,7 @@ def forward(self, x):
 
 def test_lines_of_the_user_under_a_transform():
     assert_expected_inline(
-        readable(make_fx(grad(waves), verbose=True)(r(3)).code),
+        readable(make_fx(grad(waves), verbose=True)(same(3)).code),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)  # sample.py:7 in waves: y = torch.sin(x)
@@ -178,7 +174,7 @@ def forward(self, x):
 
 def test_lines_of_a_write():
     assert_expected_inline(
-        readable(make_fx(written, verbose=True)(r(3)).code),
+        readable(make_fx(written, verbose=True)(same(3)).code),
         """\
 def forward(self, x):
     tensor_constant0 = self._tensor_constant0
@@ -196,7 +192,7 @@ def test_jit_inside_a_gradient_is_inlined():
     f = lambda x: (g(x) ** 2).sum()
     like = T.grad(lambda x: ((torch.sin(x) * x) ** 2).sum())
     assert_expected_inline(
-        shown(grad(f), r(3), like=like),
+        shown(grad(f), same(3), like=like),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)
@@ -215,7 +211,7 @@ def forward(self, x):
 def test_jit_of_a_gradient_is_inlined():
     f = jit(grad(lambda x: torch.sin(x).sum()))
     assert_expected_inline(
-        shown(lambda x: f(x) + 1, r(3), like=lambda x: x.cos() + 1),
+        shown(lambda x: f(x) + 1, same(3), like=lambda x: x.cos() + 1),
         """\
 def forward(self, x):
     cos = aten.cos.default(x)
@@ -228,7 +224,7 @@ def forward(self, x):
 def test_dropout():
     f = lambda x: F.dropout(x, 0.5).sin().sum()
     assert_expected_inline(
-        shown(grad(f), r(8), like=by_autograd(f)),
+        shown(grad(f), same(8), like=by_autograd(f)),
         """\
 def forward(self, x):
     empty_like = aten.empty_like.default(x)
@@ -248,7 +244,7 @@ def test_draws_stay_in_order_even_when_nobody_reads_them():
         return x * torch.rand(3) + torch.randn_like(x)
 
     assert_expected_inline(
-        shown(f, r(3)),
+        shown(f, same(3)),
         """\
 def forward(self, x):
     randn = aten.randn.default([2], device = device(type='cpu'), pin_memory = False)
@@ -262,6 +258,6 @@ def forward(self, x):
 
 
 def test_a_cached_program_does_not_keep_its_first_names():
-    x = r(3)
+    x = same(3)
     first, second = (make_fx(f)(x, x).code for f in (lambda a, b: a * b, lambda u, v: u * v))
     assert "def forward(self, a, b)" in first and "def forward(self, u, v)" in second

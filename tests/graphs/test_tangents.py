@@ -6,20 +6,16 @@ from expecttest import assert_expected_inline
 
 from aotfunc import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp
 from tests.graphs.shown import shown
+from tests.inputs import same
 
 T = torch.func
-
-
-def r(*shape):
-    torch.manual_seed(0)
-    return torch.randn(shape)
 
 
 def test_jvp():
     f = lambda x: torch.exp(torch.sin(x))
     run = lambda jvp: lambda x, t: jvp(f, (x,), (t,))
     assert_expected_inline(
-        shown(run(jvp), r(3), r(3), like=run(T.jvp)),
+        shown(run(jvp), same(3), same(3), like=run(T.jvp)),
         """\
 def forward(self, x, t):
     sin = aten.sin.default(x)
@@ -36,7 +32,7 @@ def test_jvp_of_a_linear_layer():
     f = lambda w, x: F.linear(x, w).tanh()
     run = lambda jvp: lambda w, x, t: jvp(lambda w: f(w, x), (w,), (t,))[1]
     assert_expected_inline(
-        shown(run(jvp), r(2, 3), r(4, 3), r(2, 3), like=run(T.jvp)),
+        shown(run(jvp), same(2, 3), same(4, 3), same(2, 3), like=run(T.jvp)),
         """\
 def forward(self, w, x, t):
     t_1 = aten.t.default(w)
@@ -54,7 +50,7 @@ def test_forward_over_reverse():
     f = lambda x: (torch.sin(x) * x).sum()
     run = lambda grad, jvp: lambda x, v: jvp(grad(f), (x,), (v,))[1]
     assert_expected_inline(
-        shown(run(grad, jvp), r(3), r(3), like=run(T.grad, T.jvp)),
+        shown(run(grad, jvp), same(3), same(3), like=run(T.grad, T.jvp)),
         """\
 def forward(self, x, v):
     sin = aten.sin.default(x)
@@ -80,7 +76,7 @@ def test_joint_graph():
         return run
 
     assert_expected_inline(
-        shown(joint(vjp), r(3), r(3), r(3), r(3), like=joint(T.vjp)),
+        shown(joint(vjp), same(3), same(3), same(3), same(3), like=joint(T.vjp)),
         """\
 def forward(self, x, y, g, h):
     sin = aten.sin.default(x)
@@ -100,7 +96,7 @@ def forward(self, x, y, g, h):
 def test_jacrev():
     f = lambda x: torch.sin(x) * x.sum()
     assert_expected_inline(
-        shown(jacrev(f), r(3), like=T.jacrev(f)),
+        shown(jacrev(f), same(3), like=T.jacrev(f)),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)
@@ -120,7 +116,7 @@ def forward(self, x):
 
 def test_jacrev_of_a_diagonal_function():
     assert_expected_inline(
-        shown(jacrev(torch.sin), r(3), like=T.jacrev(torch.sin)),
+        shown(jacrev(torch.sin), same(3), like=T.jacrev(torch.sin)),
         """\
 def forward(self, arg_0):
     cos = aten.cos.default(arg_0)
@@ -134,7 +130,7 @@ def forward(self, arg_0):
 def test_jacfwd():
     f = lambda x: torch.sin(x) * x.sum()
     assert_expected_inline(
-        shown(jacfwd(f), r(3), like=T.jacfwd(f)),
+        shown(jacfwd(f), same(3), like=T.jacfwd(f)),
         """\
 def forward(self, x):
     sin = aten.sin.default(x)
@@ -156,7 +152,7 @@ def forward(self, x):
 def test_jacobian_of_a_linear_map_is_its_matrix():
     f = lambda a, x: a @ x
     assert_expected_inline(
-        shown(jacrev(f, 1), r(2, 3), r(3), like=T.jacrev(f, 1)),
+        shown(jacrev(f, 1), same(2, 3), same(3), like=T.jacrev(f, 1)),
         """\
 def forward(self, a, x):
     eye = aten.eye.default(2, dtype = torch.float32, device = device(type='cpu'))
@@ -169,7 +165,7 @@ def forward(self, a, x):
 def test_hessian():
     f = lambda x: (x * x).sum().sin()
     assert_expected_inline(
-        shown(hessian(f), r(3), like=T.hessian(f)),
+        shown(hessian(f), same(3), like=T.hessian(f)),
         """\
 def forward(self, x):
     mul = aten.mul.Tensor(x, x)
@@ -199,7 +195,7 @@ def test_linearize():
 
     like = lambda x, t: T.jvp(torch.tanh, (x,), (t,))
     assert_expected_inline(
-        shown(run, r(3), r(3), like=like),
+        shown(run, same(3), same(3), like=like),
         """\
 def forward(self, x, t):
     tanh = aten.tanh.default(x)

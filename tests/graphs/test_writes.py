@@ -8,13 +8,9 @@ from torch import nn
 
 from aotfunc import functionalize, grad
 from tests.graphs.shown import dense_scatter, shown
+from tests.inputs import same
 
 T = torch.func
-
-
-def r(*shape):
-    torch.manual_seed(0)
-    return torch.randn(shape)
 
 
 def test_write_through_a_view():
@@ -24,7 +20,7 @@ def test_write_through_a_view():
         return y
 
     assert_expected_inline(
-        shown(f, r(2, 3)),
+        shown(f, same(2, 3)),
         """\
 def forward(self, x):
     t = aten.t.default(x)
@@ -44,7 +40,7 @@ def test_write_through_a_view_of_a_view():
         return y.sum(0)
 
     assert_expected_inline(
-        shown(f, r(3, 2)),
+        shown(f, same(3, 2)),
         """\
 def forward(self, x):
     mul = aten.mul.Tensor(x, 2)
@@ -68,7 +64,7 @@ def test_write_at_indices():
         return y
 
     assert_expected_inline(
-        shown(f, r(4, 2), torch.tensor([2, 0]), r(2, 2)),
+        shown(f, same(4, 2), torch.tensor([2, 0]), same(2, 2)),
         """\
 def forward(self, x, i, v):
     sin = aten.sin.default(x)
@@ -84,7 +80,7 @@ def test_write_to_an_input_comes_last():
         return x * 2
 
     assert_expected_inline(
-        shown(f, r(3), r(3)),
+        shown(f, same(3), same(3)),
         """\
 def forward(self, x, y):
     add = aten.add.Tensor(x, y)
@@ -101,7 +97,7 @@ def test_write_to_a_part_of_an_input():
         return x.sum()
 
     assert_expected_inline(
-        shown(f, r(2, 3)),
+        shown(f, same(2, 3)),
         """\
 def forward(self, x):
     full = aten.full.default([3], 0, dtype = torch.float32, device = device(type='cpu'))
@@ -121,7 +117,7 @@ def test_gradient_through_a_write():
         return y.sum()
 
     assert_expected_inline(
-        shown(grad(f), r(3), like=T.grad(f)),
+        shown(grad(f), same(3), like=T.grad(f)),
         """\
 def forward(self, x):
     select = aten.select.int(x, 0, 1)
@@ -150,7 +146,7 @@ def test_functionalize():
         return y
 
     assert_expected_inline(
-        shown(functionalize(f), r(3), like=f),
+        shown(functionalize(f), same(3), like=f),
         """\
 def forward(self, x):
     relu = aten.relu.default(x)
@@ -163,7 +159,7 @@ def test_batch_norm_in_training_updates_its_statistics():
     net = nn.BatchNorm1d(2)
     f = lambda mean, var, x: F.batch_norm(x, mean, var, net.weight.detach(), net.bias.detach(), training=True)
     assert_expected_inline(
-        shown(f, torch.zeros(2), torch.ones(2), r(4, 2)),
+        shown(f, torch.zeros(2), torch.ones(2), same(4, 2)),
         """\
 def forward(self, mean, var, x):
     param_constant0 = self._param_constant0
