@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,19 @@ def test_the_examples_of_a_page(page, monkeypatch):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_is_public_has_a_docstring(name):
     assert getattr(aotfunc, name).__doc__
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_docstring_points_to_is_there(name):
+    """Names with a module in them: ``aotfunc.x.y`` or, from the file's own package, ``.x.y``."""
+    module = importlib.import_module(name)
+    package = module.__package__
+    for kind, target in re.findall(
+        r":(mod|class|func|data):`~?(\.?\w+(?:\.\w+)+|\.\w+)`", Path(module.__file__).read_text()
+    ):
+        full = f"{package}{target}" if target.startswith(".") else target
+        if kind == "mod":
+            importlib.import_module(full)
+        elif full.startswith("aotfunc."):
+            owner, _, attribute = full.rpartition(".")
+            assert hasattr(importlib.import_module(owner), attribute), full

@@ -39,8 +39,9 @@ def jit(
 
     The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments, values of Python
     arguments, grad and autocast mode, default dtype and device, and the Python state that ``f`` and what it calls read
-    (:mod:`aotfunc.state`): closures, globals, attributes, containers, modes and hooks of modules. Tensors among it are
-    inputs. Results are differentiable to any order, and transforms of the jitted function stay compiled.
+    (:mod:`aotfunc.runtime.guards.state`): closures, globals, attributes, containers, modes and hooks of modules.
+    Tensors among it are inputs. Results are differentiable to any order, and transforms of the jitted function stay
+    compiled.
     ``static_argnums`` is accepted for compatibility: Python arguments are always static. Raises CaptureError if ``f``
     asks for values or changes a list or dictionary that is an argument, ArgumentError for a Python argument that can
     neither be hashed nor be described by its attributes, BackendError, which keeps the graph, if the compiler fails.

@@ -1,6 +1,6 @@
 """Recorded steps that are more than one op, and the graph nodes that have subgraphs of their own.
 
-A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.Instr` does; ``lower`` puts it into the
+A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.instr.Instr` does; ``lower`` puts it into the
 functional graph. A *call* is the target of a graph node: it says itself how it is differentiated (``pull``,
 ``push``), batched (``batch``) and dissolved (``inline``).
 """

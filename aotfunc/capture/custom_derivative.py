@@ -1,8 +1,8 @@
 """The derivative that a user wrote for an ``autograd.Function``, as a graph node.
 
 Such a node passes values through and marks them as having the derivative that it says. The Function's ``backward`` (and
-``jvp``) are recorded with it (see :mod:`.function`), as programs of the cotangents (tangents) and of what the context
-saved. So a custom derivative is itself a graph: transformed like any other, to any order.
+``jvp``) are recorded with it (see :mod:`.autograd_function`), as programs of the cotangents (tangents) and of what
+the context saved. So a custom derivative is itself a graph: transformed like any other, to any order.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def graph_module(
 
     The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes)
     -> tree`` arranges the results (default: a flat tuple). ``dissolve`` says what is removed, see
-    :mod:`.transforms.lower`. ``names`` are those of the first inputs (a cached program has its first capture's).
+    :mod:`aotfunc.transforms.lower`. ``names`` are those of the first inputs (a cached program has its first capture's).
     """
     program = lowered(program, dissolve)
     with paused_gc():

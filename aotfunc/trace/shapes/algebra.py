@@ -328,7 +328,7 @@ def _ldl_solve(factors, pivots, b, *, hermitian=False):
 
 @rule(aten.linalg_lstsq)
 def _lstsq(a, b, rcond=None, *, driver=None):
-    """Residuals that depend on the rank are left out, see :mod:`.special`."""
+    """Residuals that depend on the rank are left out, see :mod:`aotfunc.trace.special`."""
     same_dtype(a, b)
     sure(a.device.type == "cpu" and a.ndim >= 2 and 0 not in a.shape and 0 not in b.shape)
     *batch, m, n = a.shape
