@@ -37,7 +37,8 @@ class Leaves:
         self.written: list[int] = []
         if not leaves:
             return
-        owned, finals = [ref for ref, _ in memory_of(rec)], [trace.finals[i] if i < count else -1 for i in mutated]
+        owned = [ref for ref, _ in memory_of(rec)]
+        finals = [trace.finals[i] if i < count else count - 1 - i for i in mutated]
         given = {rec.refs[k] for k in self.returned}
         if given and (reached(rec, given) - given).intersection((*owned, *rec.refs, *finals)):
             raise CaptureError(

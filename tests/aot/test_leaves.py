@@ -512,3 +512,24 @@ def test_a_view_of_a_leaf_in_the_memory_of_something_else_is_refused(view, how):
 
     with pytest.raises(CaptureError, match="a view of a tensor that was made inside and requires grad"):
         how(f)(torch.ones(3))
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("made", [lambda w: w.detach().requires_grad_(), lambda w: nn.Parameter(torch.ones(3))])
+def test_a_leaf_made_inside_is_written_to_tensors_from_outside(which, made):
+    """To any of them, whichever the function reads first."""
+
+    def program(how):
+        w, kept = torch.ones(3, requires_grad=True), [torch.ones(3) for _ in range(3)]
+
+        def f(x):
+            leaf = made(w)
+            for k in range(which + 1):
+                x = x * kept[k]
+            kept[which].add_(leaf)
+            return x * 2
+
+        out = how(f)(torch.arange(3.0))
+        return [t.requires_grad for t in (out, *kept)], [t.detach() for t in (out, *kept)]
+
+    both(program)
