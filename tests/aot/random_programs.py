@@ -188,6 +188,8 @@ class Scope:
             text = self.fill(f"{{new}} = checkpoint({name}, {x}, use_reentrant={reentrant})")
         except IndexError:
             return []
+        for mine in inner.names:  # its own
+            self.env.pop(mine, None)
         return [block, text] if self.take(render([block])) and self.take(text) else []
 
 
