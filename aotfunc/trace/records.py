@@ -25,7 +25,8 @@ def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
         return instr.run(values)
     if instr.op is aten.view_as_real.default:
         values = [v.resolve_conj() for v in values]
-    outs = instr.op(*fill(instr.args, values), **{k: fill(v, values) for k, v in instr.kwargs.items()})
+    kwargs = {k: fill(v, values) for k, v in instr.kwargs.items()} if instr.kwargs else {}
+    outs = instr.op._op(*fill(instr.args, values), **kwargs)
     facts = instr.facts
     if facts.writes:
         return [

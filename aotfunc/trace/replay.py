@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,13 +79,14 @@ class Replay:
             self.done += len(new)
         return self.env.get(ref)
 
-    @contextmanager
-    def drawing(self, records: Sequence[Record]) -> Iterator[None]:
+    def drawing(self, records: Sequence[Record]) -> AbstractContextManager:
         """Generators meanwhile go on where the replay left them."""
-        if all(instr.__class__ is Instr and not instr.facts.random for instr, *_ in records):
-            yield
-            return
-        used = generators(records)
+        if all([instr.__class__ is Instr and not instr.facts.random for instr, *_ in records]):
+            return nullcontext()
+        return self.going_on(generators(records))
+
+    @contextmanager
+    def going_on(self, used: set[torch.Generator]) -> Iterator[None]:
         outside = {g: g.get_state() for g in used}
         for g in used:
             g.set_state(self.states.get(g, outside[g]))
