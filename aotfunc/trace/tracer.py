@@ -91,7 +91,7 @@ class Trace(TorchDispatchMode):
         self.samples: Any = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
-        self.followed: Any = None  # see asked.py
+        self.followed: Any = None  # see concretize.py
         self._roots: Roots | None = None
         self._places: tuple[Place, ...] | None = None
         self.finished = False
