@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_function, aot_module, debug, grad, hessian, jacfwd, jacrev, jit, jvp, linearize, vmap
 from aotfunc.debug import stages
+from tests.functions import Cube
 from tests.reference import assert_same
 
 X = torch.linspace(-1, 1, 6).view(2, 3)
@@ -18,17 +19,6 @@ X = torch.linspace(-1, 1, 6).view(2, 3)
 
 def f(x):
     return (x.sin() * 2).sum()
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g * ctx.saved_tensors[0] ** 2
 
 
 def test_of_a_transform():

@@ -14,24 +14,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import aotfunc
+from tests.functions import Cube
 
 COUNT = int(os.environ.get("AOTFUNC_FUZZ", "40"))
 FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
 N = 3
-
-
-class Cube(torch.autograd.Function):
-    """x**3 by its own backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x * x * g
 
 
 class Reference:

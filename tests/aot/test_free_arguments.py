@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import aotfunc as A
+from tests.functions import Square
 
 
 @contextmanager
@@ -30,18 +31,6 @@ def lives_on(call) -> bool:
         call(x)
         del x
         return ref() is not None
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
 
 
 def hooked(x):

@@ -13,6 +13,7 @@ from torch.utils import _python_dispatch
 import aotfunc as A
 from aotfunc.trace import collector
 from aotfunc.trace.traced import under_way
+from tests.functions import Cube
 
 
 def state() -> dict:
@@ -51,18 +52,6 @@ def in_threads(count: int, work) -> None:
         t.join()
     if errors:
         raise errors[0]
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x * x * g
 
 
 SHARED = A.jit(lambda x, c: Cube.apply(x * c).sum())

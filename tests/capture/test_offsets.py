@@ -5,6 +5,7 @@ import torch
 
 from aotfunc import aot_function, functionalize, grad, hessian, jacrev, jit, jvp, linearize, vjp, vmap
 from aotfunc.capture import captured
+from tests.functions import Square
 
 
 @pytest.fixture
@@ -14,17 +15,6 @@ def made(monkeypatch):
     build = captured.Captured._build
     monkeypatch.setattr(captured.Captured, "_build", lambda self, memory: found.append(1) or build(self, memory))
     return found
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 table = torch.randn(12, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
