@@ -40,15 +40,8 @@ def autograd_grad(
     ins = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if keys is not None else inputs)
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
         return outside_graphs.along(
-            outputs,
-            inputs,
-            grad_outputs,
-            retain_graph,
-            create_graph,
-            only_inputs,
-            allow_unused,
-            is_grads_batched,
-            materialize_grads,
+            *(outputs, inputs, grad_outputs, retain_graph, create_graph, only_inputs),
+            *(allow_unused, is_grads_batched, materialize_grads),
         )
     gs = (
         [None] * len(outs)

@@ -87,17 +87,8 @@ def _grad_template(  # type: ignore[no-untyped-def]
     materialize_grads=False,
 ):
     f = _torch_grad if _aotfunc_recording() is None else _aotfunc_grad  # type: ignore[name-defined] # noqa: F821
-    return f(
-        outputs,
-        inputs,
-        grad_outputs,
-        retain_graph,
-        create_graph,
-        only_inputs,
-        allow_unused,
-        is_grads_batched,
-        materialize_grads,
-    )
+    rest = only_inputs, allow_unused, is_grads_batched, materialize_grads
+    return f(outputs, inputs, grad_outputs, retain_graph, create_graph, *rest)
 
 
 def _backward_template(  # type: ignore[no-untyped-def]

@@ -8,7 +8,6 @@ those of :mod:`.places` do without.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from .averages import averaging
+from .patches import Exchange
 from .places import METHODS
 from .traced import Traced, current, under_way
 
@@ -93,39 +93,6 @@ def asking(split: Callable) -> Callable:
         return split(x, *map(listed, args), **named)
 
     return function
-
-
-class Exchange:
-    """Puts attributes in the place of others while any thread needs it."""
-
-    def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
-        self.lock, self.count = threading.Lock(), 0
-        self.new, self.done = new, False
-        self.old: dict[tuple[Any, str], Any] = {}  # None where it is inherited
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.count += 1
-            if self.done:
-                return
-            for (x, name), method in self.new.items():
-                before = x.__dict__.get(name)
-                if before is not method:  # Ctrl-C may have come in the middle of this
-                    self.old[x, name] = before
-                    setattr(x, name, method)
-            self.done = True
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.count -= 1
-            if not self.count:
-                self.done = False
-                for (x, name), method in self.new.items():
-                    if x.__dict__.get(name) is method:
-                        if (before := self.old[x, name]) is None:
-                            delattr(x, name)
-                        else:
-                            setattr(x, name, before)
 
 
 def set_grad(t: Tensor, value: Any) -> None:

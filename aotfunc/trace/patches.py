@@ -1,16 +1,19 @@
-"""How functions of torch are exchanged from the first capture on, and put back.
+"""How functions of torch are exchanged, from the first capture on or while one is under way, and put back.
 
 What takes their place asks whether a recording is under way in the calling thread, and does what torch does otherwise.
 """
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .traced import current
-from .tracer import Trace
+
+if TYPE_CHECKING:
+    from .tracer import Trace
 
 #: what is exchanged, as torch defines it
 ORIGINALS: dict[str, Any] = {}
@@ -62,3 +65,36 @@ class Attribute:
             setattr(self.owner, self.attribute, ORIGINALS[self.name])
         elif self.attribute in vars(self.owner):
             delattr(self.owner, self.attribute)
+
+
+class Exchange:
+    """Puts attributes in the place of others while any thread needs it."""
+
+    def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
+        self.lock, self.count = threading.Lock(), 0
+        self.new, self.done = new, False
+        self.old: dict[tuple[Any, str], Any] = {}  # None where it is inherited
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.count += 1
+            if self.done:
+                return
+            for (x, name), method in self.new.items():
+                before = x.__dict__.get(name)
+                if before is not method:  # Ctrl-C may have come in the middle of this
+                    self.old[x, name] = before
+                    setattr(x, name, method)
+            self.done = True
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.count -= 1
+            if not self.count:
+                self.done = False
+                for (x, name), method in self.new.items():
+                    if x.__dict__.get(name) is method:
+                        if (before := self.old[x, name]) is None:
+                            delattr(x, name)
+                        else:
+                            setattr(x, name, before)

@@ -11,7 +11,8 @@ import torch
 from .casts import CONTEXTS, cache_enabled, enable_cache
 from .collector import paused_gc
 from .constructors import CONSTRUCTORS
-from .numbers import Exchange, watch
+from .numbers import watch
+from .patches import Exchange
 from .traced import under_way
 from .tracer import Trace
 

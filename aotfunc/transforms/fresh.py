@@ -51,12 +51,12 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
         tops = [storage_root(outs[i]) for i in clashes]
         results = list(b.splice(program.graph, new, (*outs, *tops)))
         made: dict[tuple, Any] = {}
-        for i, old, top in zip(clashes, tops, results[len(outs) :], strict=True):
-            results[i] = own(b, results[i], outs[i], old, top, groups[i], together[groups[i]] == 1, made)
+        for i, top in zip(clashes, results[len(outs) :], strict=True):
+            results[i] = own(b, results[i], outs[i], top, groups[i], together[groups[i]] == 1, made)
         return Program(b.finish(results[: len(outs)]), count, program.n_outputs, program.mutated, program.name)
 
 
-def own(b: Builder, x: Node, out: Node, old: Node, top: Node, group: Any, alone: bool, made: dict) -> Node:
+def own(b: Builder, x: Node, out: Node, top: Node, group: Any, alone: bool, made: dict) -> Node:
     """A copy of ``x``; of what it shows (``top``), seen through the same views, if others share it or if a mere copy
     would be laid out otherwise.
     """

@@ -137,7 +137,7 @@ class Batch:
                 if "batched" not in rule.wants:  # the rule wants every tensor batched
                     for i, yes in zip(where, flags, strict=True):
                         full[i] = _all_batched(b, full[i], yes, size)
-                full = promoted(b, n, full, flags)
+                full = promoted(b, n, full)
                 extras = {
                     "batched": flags,
                     "size": size,
@@ -215,7 +215,7 @@ def _all_batched(b: Builder, a: Any, yes: Any, size: int) -> Any:
     return b.call(aten.expand.default, a, [size, *a.meta["val"].shape])
 
 
-def promoted(b: Builder, n: Node, args: list, flags: tuple) -> list:
+def promoted(b: Builder, n: Node, args: list) -> list:
     """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it as it would have
     been.
     """

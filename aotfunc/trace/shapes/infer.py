@@ -52,7 +52,7 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
                 pass  # zeros are no good argument for this op: let the meta kernel answer
         metas = [s.proto if Facts(op).pure else s.fresh() for s in sigs]
         try:
-            outs = op(*fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op, kwargs))
+            outs = op(*fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op))
         except (NotImplementedError, RuntimeError) as e:
             if "data-dependent shape" in str(e):  # the fake implementation of a custom op asks for such a size
                 Facts(op).dynamic = True
@@ -120,7 +120,7 @@ def python_meta(op: OpOverload) -> bool:
     return any(e.startswith("Meta: registered at") and ".py:" in e for e in entries)
 
 
-def _on_meta(op: OpOverload, kwargs: dict) -> dict:
+def _on_meta(op: OpOverload) -> dict:
     """Factories take their device as an argument: on meta they must be told so."""
     return {"device": torch.device("meta")} if any(a.name == "device" for a in op._schema.arguments) else {}
 
