@@ -4,7 +4,9 @@ from .trace.collector import paused_gc
 
 __version__ = "0.1.0"
 
-with paused_gc():  # of the objects that PyTorch has made by now, one collection takes longer than these imports
+with (
+    paused_gc()
+):  # of the objects that PyTorch has made by now, one collection takes longer than these imports
     from .api.check import check_grads as check_grads
     from .api.coverage import coverage as coverage
     from .api.func import functionalize as functionalize
@@ -34,4 +36,6 @@ with paused_gc():  # of the objects that PyTorch has made by now, one collection
     from .cache import clear_caches as clear_caches
     from .capture.patches import restore_torch as restore_torch
     from .partition import default_partition as default_partition
-    from .partition import min_cut_rematerialization_partition as min_cut_rematerialization_partition
+    from .partition import (
+        min_cut_rematerialization_partition as min_cut_rematerialization_partition,
+    )

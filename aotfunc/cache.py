@@ -1,4 +1,5 @@
-"""What is remembered between calls, and how much of it: one bounded cache for everything that is made once."""
+"""What is remembered between calls, and how much of it: one bounded cache for everything that is
+made once."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
-#: no generation is closed with fewer entries than this: what one call needs may be heavy, and is used again at once
+#: no generation is closed with fewer entries than this: what one call needs may be heavy, and is
+# used again at once
 FEW = 8
 
 #: every cache there is, for clear_caches
@@ -14,13 +16,13 @@ EVERY: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 
 class Cache:
-    """A mapping whose values weigh no more than ``limit`` together (but for the last few); what was used least recently
-    goes.
+    """A mapping whose values weigh no more than ``limit`` together (but for the last few); what
+    was used least recently goes.
 
-    Entries live in two generations. Whatever is put, or found, is young; when the young ones weigh half of the limit
-    they become the old ones, and the old ones that were not asked for meanwhile go. So a hit costs one look-up and no
-    bookkeeping, and threads need no lock: what they may lose is an entry, which is made again.
-    """
+    Entries live in two generations. Whatever is put, or found, is young; when the young ones weigh
+    half of the limit they become the old ones, and the old ones that were not asked for meanwhile
+    go. So a hit costs one look-up and no bookkeeping, and threads need no lock: what they may lose
+    is an entry, which is made again."""
 
     def __init__(self, limit: int, weigh: Callable[[Any], int] = lambda value: 1) -> None:
         self.limit, self.weigh = limit, weigh
@@ -71,8 +73,8 @@ class Cache:
 
 
 def clear_caches() -> None:
-    """Forget all that was captured, derived and compiled, and give the memory back. Nothing changes but the time that
-    the next calls take: functions are captured again.
+    """Forget all that was captured, derived and compiled, and give the memory back. Nothing
+    changes but the time that the next calls take: functions are captured again.
 
     >>> f = jit(torch.exp)
     >>> f(torch.zeros(2)); clear_caches(); f(torch.zeros(2))

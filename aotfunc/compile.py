@@ -1,9 +1,10 @@
-"""The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to look inside.
+"""The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to
+look inside.
 
 Some mean nothing here, and say so when they are called: the TorchScript and TensorExpr compilers,
-``get_aot_compilation_context`` with its relatives (a compiler sees all it needs in the graph module that it is given),
-``pythonkey_decompose`` (``make_fx`` takes a decomposition table), and the minifier.
-"""
+``get_aot_compilation_context`` with its relatives (a compiler sees all it needs in the graph
+module that it is given), ``pythonkey_decompose`` (``make_fx`` takes a decomposition table), and
+the minifier."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ compiled_function = aot_function
 compiled_module = aot_module
 
 
-# ----- compilers ------------------------------------------------------------------------------------------------------
+# ----- compilers
+# ------------------------------------------------------------------------------------------------------
 
 
 def nop(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
@@ -50,9 +52,9 @@ def print_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
 
 
 def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
-    """The compiler that checks: it runs op by op and raises where a value is not what the graph says it is (shape,
-    dtype, device), or where finite numbers first become NaN, naming the node and the user's line.
-    """
+    """The compiler that checks: it runs op by op and raises where a value is not what the graph
+    says it is (shape, dtype, device), or where finite numbers first become NaN, naming the node
+    and the user's line."""
 
     class Checked(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -61,9 +63,17 @@ def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
             if isinstance(value, Tensor) and isinstance(expected, Tensor):
                 got, said = ((t.shape, t.dtype, t.device) for t in (value, expected))
                 if got != said:
-                    raise CaptureError(f"{n.format_node()} is {got}, the graph says {said}{line_of(n)}")
-                if n.op == "call_function" and nan(value) and not any(nan(self.env[i]) for i in n._input_nodes):
-                    raise CaptureError(f"{n.format_node()} is the first value with a NaN{line_of(n)}")
+                    raise CaptureError(
+                        f"{n.format_node()} is {got}, the graph says {said}{line_of(n)}"
+                    )
+                if (
+                    n.op == "call_function"
+                    and nan(value)
+                    and not any(nan(self.env[i]) for i in n._input_nodes)
+                ):
+                    raise CaptureError(
+                        f"{n.format_node()} is the first value with a NaN{line_of(n)}"
+                    )
             return value
 
     return lambda *args: Checked(fx_g, garbage_collect_values=False).run(*args)
@@ -78,7 +88,8 @@ def line_of(n: fx.Node) -> str:
 
 
 def make_boxed_func(f: Callable) -> Callable:
-    """``f`` as a function of one list of its arguments, which it may empty to free memory early."""
+    """``f`` as a function of one list of its arguments, which it may empty to free memory
+    early."""
 
     def boxed(args: list) -> Any:
         return f(*args)
@@ -98,21 +109,27 @@ def make_boxed_compiler(compiler: str | Callable) -> Callable:
 
 
 def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
-    """``fn`` (a function or a module) compiled by Inductor with the min-cut partition: cheap values are recomputed in
-    the backward, inside its fused loops, instead of being saved. ``kwargs`` are those of :func:`aot_function`.
-    """
-    options = {"fw_compiler": "inductor", "partition_fn": min_cut_rematerialization_partition, **kwargs}
+    """``fn`` (a function or a module) compiled by Inductor with the min-cut partition: cheap
+    values are recomputed in the backward, inside its fused loops, instead of being saved.
+    ``kwargs`` are those of :func:`aot_function`."""
+    options = {
+        "fw_compiler": "inductor",
+        "partition_fn": min_cut_rematerialization_partition,
+        **kwargs,
+    }
     return (aot_module if isinstance(fn, nn.Module) else aot_function)(fn, **options)
 
 
-# ----- pictures -------------------------------------------------------------------------------------------------------
+# ----- pictures
+# -------------------------------------------------------------------------------------------------------
 
 
-def draw_graph(traced: fx.GraphModule, fname: str, figname: str = "fx_graph", clear_meta: bool = True) -> None:
-    """Draw the graph into the file ``fname``: ``.dot`` (text), or an image format of Graphviz such as ``.svg``, the
-    default. Needs pydot (``pip install aotfunc[viz]``) and for images the program ``dot`` of Graphviz; raises
-    BackendError that says so. ``clear_meta`` leaves shapes out.
-    """
+def draw_graph(
+    traced: fx.GraphModule, fname: str, figname: str = "fx_graph", clear_meta: bool = True
+) -> None:
+    """Draw the graph into the file ``fname``: ``.dot`` (text), or an image format of Graphviz such
+    as ``.svg``, the default. Needs pydot (``pip install aotfunc[viz]``) and for images the program
+    ``dot`` of Graphviz; raises BackendError that says so. ``clear_meta`` leaves shapes out."""
     path = Path(fname if Path(fname).suffix else f"{fname}.svg")
     try:
         import pydot  # noqa: F401
@@ -150,12 +167,14 @@ def draw_graph_compile(name: str) -> Callable:
 def draw_joint_graph(
     graph: fx.GraphModule, joint_inputs: Any, file_name: str = "full_graph.svg", **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """A partition function that draws the joint graph and then does as :func:`default_partition`."""
+    """A partition function that draws the joint graph and then does as
+    :func:`default_partition`."""
     draw_graph(graph, file_name)
     return default_partition(graph, joint_inputs, **kwargs)
 
 
-# ----- names without a meaning ----------------------------------------------------------------------------------------
+# ----- names without a meaning
+# ----------------------------------------------------------------------------------------
 
 
 def meaningless(name: str, instead: str) -> Callable:
@@ -170,9 +189,13 @@ def meaningless(name: str, instead: str) -> Callable:
 
 ts_compile = meaningless("ts_compile", "TorchScript is no backend; use backend='inductor'")
 nnc_jit = meaningless("nnc_jit", "TensorExpr is no backend; use backend='inductor'")
-get_aot_compilation_context = meaningless("get_aot_compilation_context", "a compiler is given the graph module")
+get_aot_compilation_context = meaningless(
+    "get_aot_compilation_context", "a compiler is given the graph module"
+)
 get_aot_graph_name = meaningless("get_aot_graph_name", "a compiler is given the graph module")
-get_graph_being_compiled = meaningless("get_graph_being_compiled", "a compiler is given the graph module")
+get_graph_being_compiled = meaningless(
+    "get_graph_being_compiled", "a compiler is given the graph module"
+)
 pythonkey_decompose = meaningless("pythonkey_decompose", "pass decomposition_table to make_fx")
 minifier = meaningless("minifier", "debug_compile names the first node that is wrong")
 
@@ -182,20 +205,26 @@ config: dict[str, Any] = {}
 default_decompositions: dict[Any, Callable] = {}
 
 
-def aot_module_simplified(mod: nn.Module, args: Sequence[Any], *compilers: Any, **options: Any) -> Callable:
-    """:func:`aot_module` as a function of the module's arguments; ``args`` are an example, which is not needed."""
+def aot_module_simplified(
+    mod: nn.Module, args: Sequence[Any], *compilers: Any, **options: Any
+) -> Callable:
+    """:func:`aot_module` as a function of the module's arguments; ``args`` are an example, which
+    is not needed."""
     return aot_module(mod, *compilers, **options)
 
 
-# ----- the cache ------------------------------------------------------------------------------------------------------
+# ----- the cache
+# ------------------------------------------------------------------------------------------------------
 
 
 def num_of_recompilations() -> int:
-    """How many signatures have been captured, of all compiled functions alive, since the last clear_compile_cache()."""
+    """How many signatures have been captured, of all compiled functions alive, since the last
+    clear_compile_cache()."""
     return sum(c.captures for c in EVERY)
 
 
 def clear_compile_cache() -> None:
-    """Forget all that was captured and compiled; functions are captured again when they are next called."""
+    """Forget all that was captured and compiled; functions are captured again when they are next
+    called."""
     for c in EVERY:
         c.forget()

@@ -1,4 +1,5 @@
-"""Looking inside: where the user's code is, the programs of a call, and what AOTFUNC_DEBUG asks for."""
+"""Looking inside: where the user's code is, the programs of a call, and what AOTFUNC_DEBUG asks
+for."""
 
 from __future__ import annotations
 
@@ -17,8 +18,10 @@ from torch.compiler import is_dynamo_compiling
 
 from .cache import EVERY
 
-#: AOTFUNC_DEBUG: 1 verifies every graph after every pass; 2 also compares every value of a run on the eager backend
-#: with the shape, strides and dtype that its graph says it has; 3 prints every program, 4 the generated Python as well
+#: AOTFUNC_DEBUG: 1 verifies every graph after every pass; 2 also compares every value of a run on
+# the eager backend
+#: with the shape, strides and dtype that its graph says it has; 3 prints every program, 4 the
+# generated Python as well
 LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 
 #: AOTFUNC_TRACEBACK=full shows our frames in the tracebacks of errors.
@@ -63,7 +66,11 @@ def defined(f: Any) -> str:
     """Where a function was defined, for an error about what it returns."""
     code = getattr(inspect.unwrap(f) if callable(f) else f, "__code__", None)
     name = getattr(f, "__name__", type(f).__name__)
-    return name if code is None else f"{name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+    return (
+        name
+        if code is None
+        else f"{name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+    )
 
 
 def line_of(error: BaseException) -> Line | None:
@@ -78,20 +85,23 @@ def line_of(error: BaseException) -> Line | None:
 
 
 def line_in_a_rule(error: BaseException) -> Line | None:
-    """The innermost line of a rule, ours or an extension's, that an error came through on its way here."""
+    """The innermost line of a rule, ours or an extension's, that an error came through on its way
+    here."""
     found, step = None, error.__traceback__
     while step is not None:
         name = step.tb_frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS) or (name.startswith(_RULES) and name != _RULES + "table.py"):
+        if not name.startswith(_NOT_THE_USERS) or (
+            name.startswith(_RULES) and name != _RULES + "table.py"
+        ):
             found = Line(step.tb_frame.f_code, step.tb_lineno)
         step = step.tb_next
     return found
 
 
 def outside_dynamo(f: Callable) -> Callable:
-    """Mark ``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of it is a graph break,
-    and what it calls runs as it is. (Dynamo's own ``disable`` would import Dynamo, which takes seconds.)
-    """
+    """Mark ``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of
+    it is a graph break, and what it calls runs as it is. (Dynamo's own ``disable`` would import
+    Dynamo, which takes seconds.)"""
     eval_frame = torch._C._dynamo.eval_frame
     if hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP
@@ -102,8 +112,8 @@ def outside_dynamo(f: Callable) -> Callable:
 
 def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
     """Mark ``f`` as a way into aotfunc: errors leave it with a short traceback, the user's lines
-    (``AOTFUNC_TRACEBACK=full`` shows all). Dynamo reads ``in_graph`` instead, or does not look into it.
-    """
+    (``AOTFUNC_TRACEBACK=full`` shows all). Dynamo reads ``in_graph`` instead, or does not look
+    into it."""
 
     @functools.wraps(f)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +154,8 @@ def at(line: Line | None) -> str:
 
 
 class Stage(NamedTuple):
-    """A program that a call went through: the pass that made it, its code, how many ops it has, and its graph."""
+    """A program that a call went through: the pass that made it, its code, how many ops it has,
+    and its graph."""
 
     made_by: str
     code: str
@@ -153,7 +164,8 @@ class Stage(NamedTuple):
 
 
 class Stages(list[Stage]):
-    """The programs of one call in order; printed, each as Python under a line such as ``# vjp: 31 -> 25 nodes``."""
+    """The programs of one call in order; printed, each as Python under a line such as ``# vjp: 31
+    -> 25 nodes``."""
 
     def __repr__(self) -> str:
         parts, before = [], None
@@ -180,11 +192,12 @@ def note(made_by: str, graph: Any, code: Callable[[], str], size: int) -> None:
 
 
 def stages(f: Callable) -> Callable[..., Stages]:
-    """The function ``(*args, **kwargs) -> Stages`` that calls ``f`` and returns the programs that this made, in order.
+    """The function ``(*args, **kwargs) -> Stages`` that calls ``f`` and returns the programs that
+    this made, in order.
 
-    ``f`` may be a function that calls transforms, a transformed function, or one compiled by ``jit``, ``aot_function``
-    or ``aot_module``. It is captured anew, as in a fresh process; what was remembered is there again afterwards. A
-    pass that leaves its program as it is makes none.
+    ``f`` may be a function that calls transforms, a transformed function, or one compiled by
+    ``jit``, ``aot_function`` or ``aot_module``. It is captured anew, as in a fresh process; what
+    was remembered is there again afterwards. A pass that leaves its program as it is makes none.
 
     >>> stages(grad(lambda x: x.sin()))(torch.zeros(()))
     # capture: 1 nodes

@@ -11,37 +11,48 @@ class AotfuncError(RuntimeError):
 
 
 class ArgumentError(AotfuncError, TypeError, ValueError):
-    """A transform was called with arguments that it cannot take; the message names the argument and the leaf."""
+    """A transform was called with arguments that it cannot take; the message names the argument
+    and the leaf."""
 
 
 class CaptureError(AotfuncError):
-    """``f`` did something that cannot be captured; the message holds the user's line and what to write instead."""
+    """``f`` did something that cannot be captured; the message holds the user's line and what to
+    write instead."""
 
 
 class OpError(CaptureError):
-    """PyTorch refuses the arguments of an op that ``f`` calls; the message holds the op, their shapes and the user's
-    line. It is also of the class that PyTorch raises: an IndexError, a TypeError, a ValueError.
-    """
+    """PyTorch refuses the arguments of an op that ``f`` calls; the message holds the op, their
+    shapes and the user's line. It is also of the class that PyTorch raises: an IndexError, a
+    TypeError, a ValueError."""
 
     @staticmethod
     def like(error: Exception, message: str) -> OpError:
         """One of ``error``'s class, too."""
-        kind = next((k for k in (IndexError, TypeError, ValueError, NotImplementedError) if isinstance(error, k)), None)
+        kind = next(
+            (
+                k
+                for k in (IndexError, TypeError, ValueError, NotImplementedError)
+                if isinstance(error, k)
+            ),
+            None,
+        )
         return OpError(message) if kind is None else type("OpError", (OpError, kind), {})(message)
 
 
 class RuleError(AotfuncError, NotImplementedError):
-    """No rule is known for an op under a transform; the message names the op, the transform and the user's line."""
+    """No rule is known for an op under a transform; the message names the op, the transform and
+    the user's line."""
 
 
 class GraphError(AotfuncError, AssertionError):
-    """A graph broke the grammar of :mod:`aotfunc.graph`; the message names the pass that made it."""
+    """A graph broke the grammar of :mod:`aotfunc.graph`; the message names the pass that made
+    it."""
 
 
 class BackendError(AotfuncError, ImportError):
-    """A backend is unknown, what it needs is not installed (the message says what to install), or it failed on a
-    graph: that is ``graph_module``, the message names the half, and the compiler's own error is the cause.
-    """
+    """A backend is unknown, what it needs is not installed (the message says what to install), or
+    it failed on a graph: that is ``graph_module``, the message names the half, and the compiler's
+    own error is the cause."""
 
     def __init__(self, message: str, graph_module: Any = None) -> None:
         super().__init__(message)
@@ -49,16 +60,17 @@ class BackendError(AotfuncError, ImportError):
 
 
 class BackendWarning(UserWarning):
-    """A backend runs an op, or a whole graph, eagerly, because its compiler failed: right, but not compiled. Shown once
-    for each op and reason.
-    """
+    """A backend runs an op, or a whole graph, eagerly, because its compiler failed: right, but not
+    compiled. Shown once for each op and reason."""
 
 
 class LoopWarning(UserWarning):
-    """``vmap`` met an op that it can only batch by a loop over the samples: right, but as slow as a Python loop, and
-    a graph that grows with the batch. Shown once for each op; ``vmap(..., strict=True)`` raises RuleError instead.
-    """
+    """``vmap`` met an op that it can only batch by a loop over the samples: right, but as slow as
+    a Python loop, and a graph that grows with the batch. Shown once for each op; ``vmap(...,
+    strict=True)`` raises RuleError instead."""
 
 
 for category in (LoopWarning, BackendWarning):
-    warnings.filterwarnings("once", category=category, append=True)  # behind whatever the user asks for
+    warnings.filterwarnings(
+        "once", category=category, append=True
+    )  # behind whatever the user asks for

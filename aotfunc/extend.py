@@ -1,8 +1,10 @@
-"""For authors of ops and backends: verbs that state an op's rules, a check of them, and backends by name.
+"""For authors of ops and backends: verbs that state an op's rules, a check of them, and backends
+by name.
 
-A rule is plain tensor code; conventions are in :mod:`aotfunc.transforms.rules.table`. Say what an op's derivative is by
-one of ``pointwise``, ``linear``, ``nondiff``, or by ``vjp_of`` and, where the transposed reverse rule is not good
-enough, ``jvp_of``; how it is batched by ``vmap_of``; or, instead of all that, what it consists of by ``decompose_as``.
+A rule is plain tensor code; conventions are in :mod:`aotfunc.transforms.rules.table`. Say what an
+op's derivative is by one of ``pointwise``, ``linear``, ``nondiff``, or by ``vjp_of`` and, where
+the transposed reverse rule is not good enough, ``jvp_of``; how it is batched by ``vmap_of``; or,
+instead of all that, what it consists of by ``decompose_as``.
 
 >>> library = torch.library.Library("extend_example", "DEF")
 >>> _ = library.define("cube(Tensor x) -> Tensor")

@@ -4,16 +4,15 @@
     placeholder    an input, or (behind the inputs) a closed-over tensor; meta["role"] says which
     call        := call_function(target, args, kwargs)
     target      := OpOverload that neither mutates nor (after functionalisation) aliases
-                 | operator.getitem                       one output of an op with several
-                 | Target                                 a nested compiled call, a custom derivative
-    args        := node | literal | list of these
-    output      := (tuple,)                               flat: results, then the new values of mutated inputs
+                 | operator.getitem                       one output of an op with several | Target
+                 a nested compiled call, a custom derivative
+    args        := node | literal | list of these output      := (tuple,)
+    flat: results, then the new values of mutated inputs
 
-Every node has ``meta["val"]``, its signature (a tuple of them for several outputs): shape, stride, dtype, device,
-nothing real; ``meta["line"]``, the user's line, where it is known; and ``meta["region"]`` inside a checkpointed
-region. ``aten.detach`` and ``aotfunc.hidden_write`` carry the user's intent about derivatives and are removed only
-when a graph is compiled.
-"""
+Every node has ``meta["val"]``, its signature (a tuple of them for several outputs): shape, stride,
+dtype, device, nothing real; ``meta["line"]``, the user's line, where it is known; and
+``meta["region"]`` inside a checkpointed region. ``aten.detach`` and ``aotfunc.hidden_write`` carry
+the user's intent about derivatives and are removed only when a graph is compiled."""
 
 from __future__ import annotations
 
@@ -33,43 +32,58 @@ from .errors import GraphError
 
 @runtime_checkable
 class Target(Protocol):
-    """What a node calls that is no op: it has programs of its own, and each pass asks it for its part."""
+    """What a node calls that is no op: it has programs of its own, and each pass asks it for its
+    part."""
 
     __name__: str
 
     @property
     def dissolved_with(self) -> str | None:
-        """The kind that ``lowered`` dissolves it with: "calls", "customs", or None for what stays a node."""
+        """The kind that ``lowered`` dissolves it with: "calls", "customs", or None for what stays
+        a node."""
 
     def __call__(self, *tensors: Any) -> Sequence[Any]:
         """Run it: its flat results."""
 
     def inline(self, b: Any, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
-        """Its results as nodes of the builder ``b``, for ``args``; ``inner`` lowers the programs in it."""
+        """Its results as nodes of the builder ``b``, for ``args``; ``inner`` lowers the programs
+        in it."""
 
-    def pull(self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
-        """Reverse mode: ``(arguments, their cotangents)`` of the node ``n`` for the cotangents ``g`` of its results;
-        ``again`` is the node whose values may be read.
-        """
+    def pull(
+        self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
+        """Reverse mode: ``(arguments, their cotangents)`` of the node ``n`` for the cotangents
+        ``g`` of its results; ``again`` is the node whose values may be read."""
 
     def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Forward mode: the tangents of the results of ``n``, which has become ``new``."""
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batching: ``(results, which of them are batched)`` of ``n`` for the new arguments in ``walk.env``."""
+        """Batching: ``(results, which of them are batched)`` of ``n`` for the new arguments in
+        ``walk.env``."""
 
 
 class Program:
     """A functional graph with what is needed to call it.
 
-    The graph's placeholders are ``n_inputs`` inputs followed by closed-over tensors; its flat outputs are
-    ``n_outputs`` results (nodes or literals) followed by the new value of each placeholder in ``mutated``.
-    """
+    The graph's placeholders are ``n_inputs`` inputs followed by closed-over tensors; its flat
+    outputs are ``n_outputs`` results (nodes or literals) followed by the new value of each
+    placeholder in ``mutated``."""
 
     def __init__(
-        self, graph: fx.Graph, n_inputs: int, n_outputs: int, mutated: Sequence[int] = (), name: str = ""
+        self,
+        graph: fx.Graph,
+        n_inputs: int,
+        n_outputs: int,
+        mutated: Sequence[int] = (),
+        name: str = "",
     ) -> None:
-        self.graph, self.n_inputs, self.n_outputs, self.mutated = graph, n_inputs, n_outputs, tuple(mutated)
+        self.graph, self.n_inputs, self.n_outputs, self.mutated = (
+            graph,
+            n_inputs,
+            n_outputs,
+            tuple(mutated),
+        )
         self.name = name
         self.cache: dict[Any, Any] = {}  # what belongs to it: see once
         if debug.LEVEL:
@@ -93,7 +107,9 @@ class Program:
     @property
     def vals(self) -> list:
         """Signature of each result; literals stand for themselves."""
-        return [o.meta["val"] if isinstance(o, Node) else o for o in self.outputs[: self.n_outputs]]
+        return [
+            o.meta["val"] if isinstance(o, Node) else o for o in self.outputs[: self.n_outputs]
+        ]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What belongs to this program and lives as long: facts, its code, its halves."""
@@ -102,24 +118,30 @@ class Program:
         return self.cache[key]
 
     def derived(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What a transform makes of this program; there may be many (one for each size of a batch), so the cache of
-        all programs forgets them in time.
-        """
+        """What a transform makes of this program; there may be many (one for each size of a
+        batch), so the cache of all programs forgets them in time."""
         return _derived.once((self, *key), make)
 
     def flat(self) -> Program:
-        """The same graph with its closed-over tensors among the inputs, and the new values among the results."""
+        """The same graph with its closed-over tensors among the inputs, and the new values among
+        the results."""
         outs = self.n_outputs + len(self.mutated)
-        return self.once("flat", lambda: Program(self.graph, len(self.placeholders), outs, (), self.name))
+        return self.once(
+            "flat", lambda: Program(self.graph, len(self.placeholders), outs, (), self.name)
+        )
 
     @property
     def code(self) -> str:
         """The program as a Python function."""
         text = self.graph.python_code("self").src.strip()
-        return text.replace("def forward(self, ", f"def {self.name.replace(' ', '_') or 'program'}(", 1)
+        return text.replace(
+            "def forward(self, ", f"def {self.name.replace(' ', '_') or 'program'}(", 1
+        )
 
     def __repr__(self) -> str:
-        return f"<{self.name or 'program'}: {self.signature}, {size(self.graph)} nodes>\n{self.graph}"
+        return (
+            f"<{self.name or 'program'}: {self.signature}, {size(self.graph)} nodes>\n{self.graph}"
+        )
 
     @property
     def signature(self) -> str:
@@ -129,7 +151,8 @@ class Program:
 
 
 class Times(int):
-    """A literal that is so many times the size of a batch, in code that is shared by programs for different sizes."""
+    """A literal that is so many times the size of a batch, in code that is shared by programs for
+    different sizes."""
 
 
 def weight(made: Any) -> int:
@@ -148,20 +171,25 @@ def output_node(graph: fx.Graph) -> Node:
 
 
 def cut(
-    graph: fx.Graph, late_inputs: Sequence[Node], early_outs: Sequence[Any], late_outs: Sequence[Any]
+    graph: fx.Graph,
+    late_inputs: Sequence[Node],
+    early_outs: Sequence[Any],
+    late_outs: Sequence[Any],
 ) -> tuple[list[Node], list[Node], list[Node]]:
     """Split by reachability: ``(early nodes, late nodes, residuals)``.
 
-    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that is needed is
-    early; residuals are the early values (or other placeholders) that late nodes or late outputs read.
-    """
+    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that
+    is needed is early; residuals are the early values (or other placeholders) that late nodes or
+    late outputs read."""
     dependent = set(late_inputs)
     for n in graph.nodes:
         if n.op == "call_function" and any(i in dependent for i in n._input_nodes):
             dependent.add(n)
     late_wanted = {o for o in late_outs if isinstance(o, Node)}
     early_wanted = {o for o in early_outs if isinstance(o, Node)}
-    residuals: dict[Node, None] = {o: None for o in late_outs if isinstance(o, Node) and o not in dependent}
+    residuals: dict[Node, None] = {
+        o: None for o in late_outs if isinstance(o, Node) and o not in dependent
+    }
     late: list[Node] = []
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     for n in reversed(nodes):
@@ -194,7 +222,8 @@ def cut(
 
 
 def kept_alive(n: Node) -> bool:
-    """Whether a node must stay although it is not read: a draw moves the generator on, an effect is seen outside."""
+    """Whether a node must stay although it is not read: a draw moves the generator on, an effect
+    is seen outside."""
     target = n.target
     if isinstance(target, OpOverload):
         schema = target._schema
@@ -207,9 +236,8 @@ def kept_alive(n: Node) -> bool:
 
 
 def draws(n: Node) -> bool:
-    """Whether a node draws random numbers; attention with dropout_p=0 and dropout in evaluation are tagged as if they
-    did.
-    """
+    """Whether a node draws random numbers; attention with dropout_p=0 and dropout in evaluation
+    are tagged as if they did."""
     op = n.target
     if not isinstance(op, OpOverload):
         return bool(getattr(op, "draws", False))
@@ -247,7 +275,10 @@ def verify(graph: fx.Graph, made_by: str = "") -> None:
         if n.op == "call_function":
             target = n.target
             if isinstance(target, OpOverload):
-                if any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
+                if any(
+                    a.alias_info is not None and a.alias_info.is_write
+                    for a in target._schema.arguments
+                ):
                     raise wrong(f"{n} mutates: {target}")
             elif target is not operator.getitem and not isinstance(target, Target):
                 raise wrong(f"{n} calls {target}, which is neither an op nor a Target")

@@ -1,9 +1,9 @@
-"""Capture speed: make_fx(grad(f)) beside torch's make_fx(torch.func.grad(f)) and jax.make_jaxpr(jax.grad(f)).
+"""Capture speed: make_fx(grad(f)) beside torch's make_fx(torch.func.grad(f)) and
+jax.make_jaxpr(jax.grad(f)).
 
-python -m benchmarks.capture [--quick] [--write]. All peers in one process and run, medians; the first capture of a
-fresh process in subprocesses, import time apart. Ours includes functionalisation, tidying and metadata; "with code"
-adds the generated Python.
-"""
+python -m benchmarks.capture [--quick] [--write]. All peers in one process and run, medians; the
+first capture of a fresh process in subprocesses, import time apart. Ours includes
+functionalisation, tidying and metadata; "with code" adds the generated Python."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def calls(gm) -> int:
     return sum(n.op == "call_function" and "getitem" not in str(n.target) for n in gm.graph.nodes)
 
 
-# the first capture of a fresh process --------------------------------------------------------------------------------
+# the first capture of a fresh process
+# --------------------------------------------------------------------------------
 
 
 def first(peer: str, name: str) -> None:
@@ -82,7 +83,8 @@ def fresh(peer: str, name: str, repeat: int) -> tuple[float, float]:
     return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
 
 
-# the tables ----------------------------------------------------------------------------------------------------------
+# the tables
+# ----------------------------------------------------------------------------------------------------------
 
 
 def warm(name: str, quick: bool, jax: bool) -> tuple[int, dict[str, float | None]]:
@@ -102,7 +104,9 @@ def warm(name: str, quick: bool, jax: bool) -> tuple[int, dict[str, float | None
         from benchmarks import jax_programs
 
         g, jargs = jax_programs.CAPTURED[name]()
-        seconds["jax"] = median(lambda: jax_programs.capture(g, jargs), repeat=repeat, budget_s=budget)
+        seconds["jax"] = median(
+            lambda: jax_programs.capture(g, jargs), repeat=repeat, budget_s=budget
+        )
     return calls(gm), seconds
 
 
@@ -112,12 +116,37 @@ def warm_table(report: Report, names: list[str], quick: bool, jax: bool) -> None
     for name, (ops, t) in measured.items():
         per_op = f"{t['ours'] / max(ops, 1) * 1e6:.0f}"
         ratios = [ratio(t[peer], t["ours"]) for peer in ("torch", "jax")]
-        rows.append([name, str(ops), ms(t["ours"]), per_op, ms(t["code"]), ms(t["torch"]), ms(t["jax"]), *ratios])
-    head = ["program", "graph ops", "ours", "µs/op", "with code", "torch", "JAX", "torch/ours", "JAX/ours"]
+        rows.append(
+            [
+                name,
+                str(ops),
+                ms(t["ours"]),
+                per_op,
+                ms(t["code"]),
+                ms(t["torch"]),
+                ms(t["jax"]),
+                *ratios,
+            ]
+        )
+    head = [
+        "program",
+        "graph ops",
+        "ours",
+        "µs/op",
+        "with code",
+        "torch",
+        "JAX",
+        "torch/ours",
+        "JAX/ours",
+    ]
     report.table("Capture of the gradient, warm", head, rows)
-    chains = {int(name.split("_")[1]): t for name, (_, t) in measured.items() if name.startswith("chain")}
+    chains = {
+        int(name.split("_")[1]): t for name, (_, t) in measured.items() if name.startswith("chain")
+    }
     peers = ["ours", "torch", *(["jax"] if jax else [])]
-    fits = [f"{peer} {growth(list(chains), [t[peer] for t in chains.values()]):.2f}" for peer in peers]
+    fits = [
+        f"{peer} {growth(list(chains), [t[peer] for t in chains.values()]):.2f}" for peer in peers
+    ]
     report.note(f"Growth exponent over the chains: {', '.join(fits)}.")
 
 
@@ -125,7 +154,8 @@ def fresh_table(report: Report, names: list[str], quick: bool, jax: bool) -> Non
     rows = []
     for name in names:
         results = {
-            p: fresh(p, name, 1 if quick else 3) for p in (["ours", "torch", "jax"] if jax else ["ours", "torch"])
+            p: fresh(p, name, 1 if quick else 3)
+            for p in (["ours", "torch", "jax"] if jax else ["ours", "torch"])
         }
         mine, theirs, other = results["ours"], results["torch"], results.get("jax")
         rows.append(
@@ -145,7 +175,10 @@ def fresh_table(report: Report, names: list[str], quick: bool, jax: bool) -> Non
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--first", nargs=2, metavar=("PEER", "PROGRAM"), help="one cold capture (used by the benchmark)"
+        "--first",
+        nargs=2,
+        metavar=("PEER", "PROGRAM"),
+        help="one cold capture (used by the benchmark)",
     )
     parser.add_argument("--only", choices=["warm", "fresh"], help="one of the two tables")
     options = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Libraries that use torch.func, their own tests: with torch.func's transforms, and with ours in their place.
+"""Libraries that use torch.func, their own tests: with torch.func's transforms, and with ours in
+their place.
 
-python -m benchmarks.clients [NAME ...] [--checkout NAME=DIRECTORY] [--quick] [--write]. The command makes an
-environment in .clients/ that sees this one's torch, installs the packages there and takes the tests from their source
-distributions. Libraries whose source distribution has no tests are run from a checkout, if one is named.
-"""
+python -m benchmarks.clients [NAME ...] [--checkout NAME=DIRECTORY] [--quick] [--write]. The
+command makes an environment in .clients/ that sees this one's torch, installs the packages there
+and takes the tests from their source distributions. Libraries whose source distribution has no
+tests are run from a checkout, if one is named."""
 
 from __future__ import annotations
 
@@ -26,9 +27,8 @@ PYTHON = HOME / "venv" / "bin" / "python"
 
 
 class Client(NamedTuple):
-    """A package: the arguments of pytest that select its tests, and what these need beside it. ``version``: of the
-    source distribution, None where the tests are in checkouts only.
-    """
+    """A package: the arguments of pytest that select its tests, and what these need beside it.
+    ``version``: of the source distribution, None where the tests are in checkouts only."""
 
     version: str | None
     tests: str
@@ -37,7 +37,9 @@ class Client(NamedTuple):
 
 CLIENTS = {
     "curvlinops-for-pytorch": Client("3.0.1", "test/test_gradient_moments.py test/test_ggn.py"),
-    "dattri": Client("0.3.0", "test/dattri/func/test_fisher.py test/dattri/func/test_hessian.py", "requests"),
+    "dattri": Client(
+        "0.3.0", "test/dattri/func/test_fisher.py test/dattri/func/test_hessian.py", "requests"
+    ),
     "opacus": Client(
         "1.6.0",
         "opacus/tests/per_sample_gradients_utils_test.py opacus/tests/grad_samples/linear_test.py",
@@ -46,10 +48,14 @@ CLIENTS = {
     "posteriors": Client("0.1.3", "tests/test_torchopt.py tests/test_types.py", "graphviz"),
     "traker": Client("0.3.2", "tests/test_class.py -k featurize", "torchvision"),
     "evox": Client(
-        None, "unit_test/operators unit_test/core unit_test/utils unit_test/problems/test_hpo_wrapper.py", "evox"
+        None,
+        "unit_test/operators unit_test/core unit_test/utils unit_test/problems/test_hpo_wrapper.py",
+        "evox",
     ),
     "laplace": Client(
-        None, "tests/test_jacobians.py tests/test_curv_backends_interface.py", "laplace-torch pytest-mock"
+        None,
+        "tests/test_jacobians.py tests/test_curv_backends_interface.py",
+        "laplace-torch pytest-mock",
     ),
     "pypose": Client(None, "tests/optim/test_jacobian.py", "pypose"),
     "theseus": Client(
@@ -71,7 +77,16 @@ NOTES = (
 def pip(*args: str) -> None:
     pinned = HOME / "constraints.txt"
     pinned.write_text(f"torch=={torch.__version__}\n")
-    command = [PYTHON, "-m", "pip", "--quiet", "--disable-pip-version-check", *args, "--constraint", pinned]
+    command = [
+        PYTHON,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        *args,
+        "--constraint",
+        pinned,
+    ]
     subprocess.run(command, check=True)
 
 
@@ -96,36 +111,66 @@ def sources(name: str, client: Client) -> Path:
     return next(path for path in folder.iterdir() if path.is_dir())
 
 
-def outcomes(name: str, client: Client, folder: Path, library: str, threads: int) -> dict[str, list]:
+def outcomes(
+    name: str, client: Client, folder: Path, library: str, threads: int
+) -> dict[str, list]:
     """What became of each test: whether it calls a transform, its outcome, and its seconds."""
     path = HOME / f"{name}.{library}.json"
     path.unlink(missing_ok=True)
     places = (ROOT, folder, folder / "src", folder / "tests")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONHASHSEED": "0"}  # names of tests
-    env |= {"OMP_NUM_THREADS": str(threads), "MPLBACKEND": "Agg", "TORCHDYNAMO_DISABLE": "1"}  # not measured here
-    command = [PYTHON, ROOT / "benchmarks" / "clients_tests.py", library, path, "-q", "-p", "no:cacheprovider"]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, places)),
+        "PYTHONHASHSEED": "0",
+    }  # names of tests
+    env |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MPLBACKEND": "Agg",
+        "TORCHDYNAMO_DISABLE": "1",
+    }  # not measured here
+    command = [
+        PYTHON,
+        ROOT / "benchmarks" / "clients_tests.py",
+        library,
+        path,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     log = HOME / f"{name}.{library}.log"
     with log.open("w") as out:
-        subprocess.run([*command, *shlex.split(client.tests)], cwd=folder, env=env, stdout=out, stderr=out)
+        subprocess.run(
+            [*command, *shlex.split(client.tests)], cwd=folder, env=env, stdout=out, stderr=out
+        )
     if not path.exists():
         raise SystemExit(f"{name}: pytest did not start, see {log}")
     return json.loads(path.read_text())
 
 
 def row(name: str, client: Client, folder: Path, threads: int) -> list[str]:
-    theirs, ours = (outcomes(name, client, folder, library, threads) for library in ("torch.func", "aotfunc"))
+    theirs, ours = (
+        outcomes(name, client, folder, library, threads) for library in ("torch.func", "aotfunc")
+    )
     calling = [test for test, (calls, *_) in theirs.items() if calls]
     passing = [test for test in calling if theirs[test][1] == "passed"]
     both = [test for test in passing if test in ours and ours[test][1] == "passed"]
     seconds = [sum(run[test][2] for test in both) for run in (theirs, ours)]
     counts = [str(len(tests)) for tests in (calling, passing, both)]
-    return [name, client.version or "checkout", *counts, f"{seconds[1] / seconds[0]:.2f}" if both else "-"]
+    return [
+        name,
+        client.version or "checkout",
+        *counts,
+        f"{seconds[1] / seconds[0]:.2f}" if both else "-",
+    ]
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="packages (default: all that there are tests of)")
-    parser.add_argument("--checkout", action="append", default=[], metavar="NAME=DIRECTORY", help="of a library")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="packages (default: all that there are tests of)"
+    )
+    parser.add_argument(
+        "--checkout", action="append", default=[], metavar="NAME=DIRECTORY", help="of a library"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     checkouts = dict(option.split("=", 1) for option in options.checkout)
@@ -138,13 +183,26 @@ def main() -> None:
         client = CLIENTS[name]
         if client.version is None:
             if name not in checkouts:
-                parser.error(f"the tests of {name} are not in its source distribution: --checkout {name}=DIRECTORY")
+                parser.error(
+                    f"the tests of {name} are not in its source distribution: --checkout {name}=DIRECTORY"
+                )
             pip("install", *client.needs.split())
-        folder = Path(checkouts[name]).resolve() if client.version is None else sources(name, client)
+        folder = (
+            Path(checkouts[name]).resolve() if client.version is None else sources(name, client)
+        )
         rows.append(row(name, client, folder, options.threads))
         report.console.print(*rows[-1])
-    head = ["package", "version", "tests that call a transform", "pass with torch.func", "pass with ours", "time"]
-    report.table("Tests of theirs, and the time of ours over torch.func's where both pass", head, rows)
+    head = [
+        "package",
+        "version",
+        "tests that call a transform",
+        "pass with torch.func",
+        "pass with ours",
+        "time",
+    ]
+    report.table(
+        "Tests of theirs, and the time of ours over torch.func's where both pass", head, rows
+    )
     report.note(NOTES)
     if options.write:
         report.write()

@@ -1,9 +1,9 @@
-"""pytest in a process of its own, with one library's transforms in torch.func's place: which tests call one, and what
-became of them.
+"""pytest in a process of its own, with one library's transforms in torch.func's place: which tests
+call one, and what became of them.
 
-python -m benchmarks.clients_tests LIBRARY RESULTS [pytest's arguments]: LIBRARY is torch.func or aotfunc; RESULTS, a
-JSON file, gets {test: [calls of a transform, outcome, seconds of processor time]}.
-"""
+python -m benchmarks.clients_tests LIBRARY RESULTS [pytest's arguments]: LIBRARY is torch.func or
+aotfunc; RESULTS, a JSON file, gets {test: [calls of a transform, outcome, seconds of processor
+time]}."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from aotfunc.api.patch import PLACES
 
 
 class Results:
-    """Counts what a test calls, its fixtures included, by a wrapper that both libraries go through."""
+    """Counts what a test calls, its fixtures included, by a wrapper that both libraries go
+    through."""
 
     def __init__(self) -> None:
         self.calls = 0

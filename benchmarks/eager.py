@@ -1,7 +1,7 @@
 """Transforms called on real tensors: un-jitted and jit(backend="eager") beside torch.func eager.
 
-python -m benchmarks.eager [--quick] [--write]. Rivals are timed in turns within one process; "first" is the first call
-of a new function in a warm process, "again" the second and later ones.
+python -m benchmarks.eager [--quick] [--write]. Rivals are timed in turns within one process;
+"first" is the first call of a new function in a warm process, "again" the second and later ones.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ def chain(angles):
     pose = torch.eye(3)
     for a in angles:
         zero, one = torch.zeros_like(a), torch.ones_like(a)
-        turn = torch.stack([a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero, zero, zero, one]).view(3, 3)
+        turn = torch.stack(
+            [a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero, zero, zero, one]
+        ).view(3, 3)
         pose = pose @ (turn + torch.eye(3))
     return pose[:, 2]
 
 
 def with_new_sizes(f: Callable) -> Callable:
-    """``f`` of another batch at each call, of a size that was not seen before (among the first 400)."""
+    """``f`` of another batch at each call, of a size that was not seen before (among the first
+    400)."""
     sizes = itertools.cycle(range(4, 404))
     return lambda: f(torch.linspace(-1, 1, 8 * 404).view(404, 8)[: next(sizes)])
 
@@ -82,7 +85,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "grad, tiny (10)": lambda: both(lambda m: m.grad(pointwise), torch.randn(10)),
     "grad, mid (300,000)": lambda: both(lambda m: m.grad(pointwise), torch.randn(300_000)),
     "vmap(grad), tiny (8 x 3x5)": lambda: both(
-        lambda m: m.vmap(m.grad(regression), (None, 0, 0)), torch.randn(3, 5), torch.randn(8, 5), torch.randn(8, 3)
+        lambda m: m.vmap(m.grad(regression), (None, 0, 0)),
+        torch.randn(3, 5),
+        torch.randn(8, 5),
+        torch.randn(8, 3),
     ),
     "vmap(grad), mid (64 x 128x128)": lambda: both(
         lambda m: m.vmap(m.grad(regression), (None, 0, 0)),
@@ -95,8 +101,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "grad, 100 steps, tiny (8)": lambda: both(lambda m: m.grad(relaxed), torch.randn(8)),
     "vmap(jacrev), conv net, tiny (4 x 8x8)": lambda: jacobian_case(4, 2, 8),
     "vmap(jacrev), conv net, mid (32 x 28x28)": lambda: jacobian_case(32, 8, 28),
-    "vmap(jacrev), a new size each call (8 links)": lambda: both(lambda m: with_new_sizes(m.vmap(m.jacrev(chain)))),
-    "vmap(jacrev), one size (8 links)": lambda: both(lambda m: m.vmap(m.jacrev(chain)), torch.randn(16, 8)),
+    "vmap(jacrev), a new size each call (8 links)": lambda: both(
+        lambda m: with_new_sizes(m.vmap(m.jacrev(chain)))
+    ),
+    "vmap(jacrev), one size (8 links)": lambda: both(
+        lambda m: m.vmap(m.jacrev(chain)), torch.randn(16, 8)
+    ),
     "per-sample conv net, tiny (4 x 8x8)": lambda: conv_case(4, 2, 8),
     "per-sample conv net, mid (64 x 28x28)": lambda: conv_case(64, 8, 28),
 }
@@ -130,7 +140,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     report = Report("eager", "Transforms on real tensors", "python -m benchmarks.eager")
     rows = [measure(name, options.quick) for name in (QUICK if options.quick else CASES)]
-    head = ["case", "torch.func", "ours: first", "ours: again", "ours: jit", "torch/again", "torch/jit"]
+    head = [
+        "case",
+        "torch.func",
+        "ours: first",
+        "ours: again",
+        "ours: jit",
+        "torch/again",
+        "torch/jit",
+    ]
     report.table("Time per call, medians (above 1x we are faster)", head, rows)
     if options.write:
         report.write()

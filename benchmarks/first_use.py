@@ -1,9 +1,9 @@
-"""What a first call costs in a fresh process, the library's import included: 16 programs, ours against torch.func's.
+"""What a first call costs in a fresh process, the library's import included: 16 programs, ours
+against torch.func's.
 
-python -m benchmarks.first_use [--quick] [--write]. Every measurement is a process of its own; what counts is its
-processor time after ``import torch``, the smallest of several runs. Bytecode is cached, as that of installed packages
-is.
-"""
+python -m benchmarks.first_use [--quick] [--write]. Every measurement is a process of its own; what
+counts is its processor time after ``import torch``, the smallest of several runs. Bytecode is
+cached, as that of installed packages is."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The programs of benchmarks/first_use.py, and one of them in this process.
 
-python -m benchmarks.first_use_programs LIBRARY PROGRAM prints the seconds of processor time that importing torch,
-importing the library and the program's first call took. Each entry of PROGRAMS makes its data and returns the program,
-a function of the library (aotfunc or torch.func).
-"""
+python -m benchmarks.first_use_programs LIBRARY PROGRAM prints the seconds of processor time that
+importing torch, importing the library and the program's first call took. Each entry of PROGRAMS
+makes its data and returns the program, a function of the library (aotfunc or torch.func)."""
 
 import importlib
 import json
@@ -113,12 +112,17 @@ def maml():
 
 
 def transformer():
-    layer, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(2, 3, 8)
+    layer, x = (
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        torch.randn(2, 3, 8),
+    )
     return lambda lib: lib.grad(squares(lib, layer))(parameters(layer), x)
 
 
 def convolution():
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    ).eval()
     x = torch.randn(2, 1, 8, 8)
     return lambda lib: lib.grad(squares(lib, net))(parameters(net), x)
 
@@ -128,7 +132,11 @@ def linear_algebra():
     a, b = a @ a.mT + torch.eye(4), torch.ones(4)
 
     def f(a):
-        return torch.linalg.cholesky(a).logdet() + torch.linalg.eigvalsh(a).sum() + torch.linalg.solve(a, b).sum()
+        return (
+            torch.linalg.cholesky(a).logdet()
+            + torch.linalg.eigvalsh(a).sum()
+            + torch.linalg.solve(a, b).sum()
+        )
 
     return lambda lib: lib.grad(f)(a)
 
@@ -172,8 +180,26 @@ def forward_of_a_batch():
 PROGRAMS = {
     f.__name__.replace("_", " "): f
     for f in (
-        *(gradient, vjp, jvp, linearize, hessian, jacrev, jacfwd, hessian_vector_product, per_sample_gradients),
-        *(ensemble, maml, transformer, convolution, linear_algebra, printed_graph, compiled_training_step),
+        *(
+            gradient,
+            vjp,
+            jvp,
+            linearize,
+            hessian,
+            jacrev,
+            jacfwd,
+            hessian_vector_product,
+            per_sample_gradients,
+        ),
+        *(
+            ensemble,
+            maml,
+            transformer,
+            convolution,
+            linear_algebra,
+            printed_graph,
+            compiled_training_step,
+        ),
     )
 }
 #: what torch.func has nothing to import for

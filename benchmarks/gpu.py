@@ -1,8 +1,8 @@
-"""Forward and backward on a GPU: aot_function with Inductor beside eager PyTorch and torch.compile.
+"""Forward and backward on a GPU: aot_function with Inductor beside eager PyTorch and
+torch.compile.
 
-python -m benchmarks.gpu [--cpu] [--tiny] [--write]. Fused pointwise chains and a transformer block; results and
-gradients are compared before anything is timed.
-"""
+python -m benchmarks.gpu [--cpu] [--tiny] [--write]. Fused pointwise chains and a transformer
+block; results and gradients are compared before anything is timed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def bias_gelu_scale(device: str, rows: int, width: int) -> Case:
 def transformer_block(device: str, batch: int, length: int, width: int, heads: int) -> Case:
     def f(x, qkv, out, up, down, g1, b1, g2, b2):
         h = F.layer_norm(x, (width,), g1, b1)
-        q, k, v = F.linear(h, qkv).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            F.linear(h, qkv).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         scores = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // heads), -1)
         x = x + F.linear((scores @ v).transpose(1, 2).reshape(batch, length, width), out)
         h = F.layer_norm(x, (width,), g2, b2)
@@ -78,7 +80,9 @@ def step(f: Callable, args: list[torch.Tensor]) -> Callable[[], tuple[torch.Tens
 
 def rivals(f: Callable, backends: list[str]) -> dict[str, Callable]:
     min_cut = aotfunc.min_cut_rematerialization_partition
-    made = {f"aot_function, {b}": aotfunc.aot_function(f, b, partition_fn=min_cut) for b in backends}
+    made = {
+        f"aot_function, {b}": aotfunc.aot_function(f, b, partition_fn=min_cut) for b in backends
+    }
     return {"eager": f, "torch.compile": torch.compile(f), **made}
 
 
@@ -97,7 +101,10 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="on the CPU (does it run?)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes")
     parser.add_argument(
-        "--backends", nargs="+", default=["inductor"], help="backends of aot_function (default inductor)"
+        "--backends",
+        nargs="+",
+        default=["inductor"],
+        help="backends of aot_function (default inductor)",
     )
     options = parser.parse_args()
     device = "cpu" if options.cpu or not torch.cuda.is_available() else "cuda"
@@ -114,10 +121,24 @@ def main() -> None:
             first[rival] = timed(lambda g=g, args=args: step(g, args)(), sync)
             steps[rival] = step(g, args)
             torch.testing.assert_close(steps[rival](), expected, rtol=2e-2, atol=2e-2)
-        times = interleaved(steps, rounds=1 if options.tiny else 3, budget_s=0.05 if options.tiny else 0.5, sync=sync)
+        times = interleaved(
+            steps,
+            rounds=1 if options.tiny else 3,
+            budget_s=0.05 if options.tiny else 0.5,
+            sync=sync,
+        )
         for rival, seconds in times.items():
             memory = f"{peak(steps[rival]) / 2**20:.0f} MiB" if device == "cuda" else "-"
-            rows.append([name, rival, ms(seconds), ratio(times["eager"], seconds), memory, ms(first[rival])])
+            rows.append(
+                [
+                    name,
+                    rival,
+                    ms(seconds),
+                    ratio(times["eager"], seconds),
+                    memory,
+                    ms(first[rival]),
+                ]
+            )
     head = ["program", "by", "forward + backward", "eager/this", "peak above inputs", "first call"]
     report.table(f"Medians on {device}", head, rows)
     if options.write:

@@ -1,4 +1,5 @@
-"""The transformed functions whose graphs are counted, in PyTorch: name -> (function of the transforms, arguments)."""
+"""The transformed functions whose graphs are counted, in PyTorch: name -> (function of the
+transforms, arguments)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-#: a transformed function made out of a namespace of transforms (aotfunc or torch.func), and a maker of its arguments
+#: a transformed function made out of a namespace of transforms (aotfunc or torch.func), and a
+# maker of its arguments
 Program = tuple[Callable[[Any], Callable], Callable[[], tuple]]
 
 
@@ -21,7 +23,8 @@ def indices(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(high))
 
 
-# ----- functions of one tensor ----------------------------------------------------------------------------------------
+# ----- functions of one tensor
+# ----------------------------------------------------------------------------------------
 
 
 def rational(x):
@@ -55,7 +58,8 @@ def potential(x):
     return 4 * (s6 * s6 - s6).sum()
 
 
-# ----- networks -------------------------------------------------------------------------------------------------------
+# ----- networks
+# -------------------------------------------------------------------------------------------------------
 
 
 def mlp(p, x):
@@ -77,7 +81,8 @@ def normed_loss(p, x, t):
 
 
 def conv_net(p, x, t, mean=None, var=None):
-    """Batch norm with these running statistics, or else (as in training) with those of the batch."""
+    """Batch norm with these running statistics, or else (as in training) with those of the
+    batch."""
     h = F.conv2d(x, p["k"], p["kb"], padding=1)
     h = F.relu(F.batch_norm(h, mean, var, p["g"], p["b"], training=mean is None))
     h = F.max_pool2d(h, 2).flatten(1)
@@ -109,7 +114,8 @@ def embedded_loss(table, w, tokens, t):
     return F.cross_entropy(F.embedding(tokens, table).mean(1) @ w, t)
 
 
-# ----- losses, indexing, linear algebra -------------------------------------------------------------------------------
+# ----- losses, indexing, linear algebra
+# -------------------------------------------------------------------------------
 
 
 def losses(x, y):
@@ -118,7 +124,9 @@ def losses(x, y):
 
 
 def divergence(x, y):
-    return F.kl_div(F.log_softmax(x, -1), F.log_softmax(y, -1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(x, -1), F.log_softmax(y, -1), reduction="batchmean", log_target=True
+    )
 
 
 def gathered(x, i):
@@ -149,7 +157,8 @@ def likelihood(a, y):
     return 0.5 * z.square().sum() + low.diagonal().log().sum()
 
 
-# ----- transforms put together ----------------------------------------------------------------------------------------
+# ----- transforms put together
+# ----------------------------------------------------------------------------------------
 
 
 def pushed(f: Callable) -> Callable:
@@ -208,12 +217,21 @@ def one_image(p, x, t, mean, var):
 
 
 PROGRAMS: dict[str, Program] = {
-    **{f"derivative {n} of sin·exp/(1+x²)": (nth(n), lambda: (torch.tensor(0.7),)) for n in range(1, 6)},
+    **{
+        f"derivative {n} of sin·exp/(1+x²)": (nth(n), lambda: (torch.tensor(0.7),))
+        for n in range(1, 6)
+    },
     "vmap of second derivative": (lambda T: T.vmap(nth(2)(T)), lambda: (r(5),)),
     "grad sum sin": (lambda T: T.grad(lambda x: torch.sin(x).sum()), lambda: (r(8),)),
     "grad logsumexp of cumsum": (lambda T: T.grad(scanned), lambda: (r(4, 8),)),
-    "grad softmax": (lambda T: T.grad(lambda x: (torch.softmax(x, -1) ** 2).sum()), lambda: (r(4, 8),)),
-    "grad layer norm, by hand": (lambda T: T.grad(lambda x: layer_norm(x).sin().sum()), lambda: (r(4, 8),)),
+    "grad softmax": (
+        lambda T: T.grad(lambda x: (torch.softmax(x, -1) ** 2).sum()),
+        lambda: (r(4, 8),),
+    ),
+    "grad layer norm, by hand": (
+        lambda T: T.grad(lambda x: layer_norm(x).sin().sum()),
+        lambda: (r(4, 8),),
+    ),
     "jvp layer norm, by hand": (pushed(layer_norm), lambda: (r(4, 8), r(4, 8))),
     "jvp grad layer norm, by hand": (
         lambda T: pushed(T.grad(lambda x: layer_norm(x).sin().sum()))(T),
@@ -224,20 +242,32 @@ PROGRAMS: dict[str, Program] = {
     "hessian Lennard-Jones": (lambda T: T.hessian(potential), lambda: (r(5, 3),)),
     "vmap MLP": (lambda T: T.vmap(mlp, (None, 0)), lambda: (layers(), r(5, 3))),
     "grad MLP": (lambda T: T.grad(mlp_loss), lambda: (layers(), r(5, 3), r(5, 2))),
-    "vmap grad MLP": (lambda T: T.vmap(T.grad(mlp_loss), (None, 0, 0)), lambda: (layers(), r(5, 3), r(5, 2))),
+    "vmap grad MLP": (
+        lambda T: T.vmap(T.grad(mlp_loss), (None, 0, 0)),
+        lambda: (layers(), r(5, 3), r(5, 2)),
+    ),
     "jacrev MLP": (lambda T: T.jacrev(mlp, 1), lambda: (layers(), r(3))),
     "jacfwd MLP": (lambda T: T.jacfwd(mlp, 1), lambda: (layers(), r(3))),
     "hessian MLP": (lambda T: T.hessian(lambda x, p: mlp(p, x).sum()), lambda: (r(3), layers())),
     "jacrev∘jacrev MLP": (lambda T: T.jacrev(T.jacrev(mlp, 1), 1), lambda: (layers(), r(3))),
     "MAML step MLP": (maml, lambda: (layers(), r(5, 3), r(5, 2), r(5, 3), r(5, 2))),
     "neural tangent kernel MLP": (tangent_kernel, lambda: (layers(), r(5, 3), r(4, 3))),
-    "hessian-vector product MLP": (reverse_over_reverse, lambda: (layers(), layers(), r(5, 3), r(5, 2))),
-    "grad layer_norm net": (lambda T: T.grad(normed_loss), lambda: (normed_params(), r(6, 3), indices(4, 6))),
+    "hessian-vector product MLP": (
+        reverse_over_reverse,
+        lambda: (layers(), layers(), r(5, 3), r(5, 2)),
+    ),
+    "grad layer_norm net": (
+        lambda T: T.grad(normed_loss),
+        lambda: (normed_params(), r(6, 3), indices(4, 6)),
+    ),
     "vmap grad layer_norm net": (
         lambda T: T.vmap(T.grad(normed_loss), (None, 0, 0)),
         lambda: (normed_params(), r(6, 3), indices(4, 6)),
     ),
-    "jacfwd∘jacrev layer_norm net": (lambda T: T.jacfwd(T.jacrev(normed, 1), 1), lambda: (normed_params(), r(3))),
+    "jacfwd∘jacrev layer_norm net": (
+        lambda T: T.jacfwd(T.jacrev(normed, 1), 1),
+        lambda: (normed_params(), r(3)),
+    ),
     "hessian-vector product layer_norm net": (
         forward_over_reverse,
         lambda: (normed_params(), normed_params(), r(6, 3), indices(4, 6)),
@@ -264,10 +294,15 @@ PROGRAMS: dict[str, Program] = {
         lambda: (r(2, 4, 8), r(2, 4, 8)),
     ),
     "grad scaled_dot_product_attention": (
-        lambda T: T.grad(lambda q, k, v: F.scaled_dot_product_attention(q, k, v).square().sum(), (0, 1, 2)),
+        lambda T: T.grad(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v).square().sum(), (0, 1, 2)
+        ),
         lambda: (r(2, 2, 4, 8),) * 3,
     ),
-    "grad LSTM cell": (lambda T: T.grad(lstm_loss), lambda: (cell_params(4), r(2, 3), r(2, 5), r(2, 5))),
+    "grad LSTM cell": (
+        lambda T: T.grad(lstm_loss),
+        lambda: (cell_params(4), r(2, 3), r(2, 5), r(2, 5)),
+    ),
     "grad GRU cell": (lambda T: T.grad(gru_loss), lambda: (cell_params(3), r(2, 3), r(2, 5))),
     "grad embedding, cross entropy": (
         lambda T: T.grad(embedded_loss),
@@ -282,7 +317,8 @@ PROGRAMS: dict[str, Program] = {
     "grad Cholesky likelihood": (lambda T: T.grad(likelihood), lambda: (r(4, 4), r(4, 1))),
 }
 
-#: the programs of arithmetic, matrix products and reductions alone, where an op of aten is about a primitive of JAX
+#: the programs of arithmetic, matrix products and reductions alone, where an op of aten is about a
+# primitive of JAX
 PLAIN = frozenset(
     name
     for name in PROGRAMS

@@ -1,15 +1,19 @@
-"""How many ops the graphs of transformed functions have: aotfunc beside torch.func under torch's make_fx, and JAX.
-``python -m benchmarks.graphs [--quick] [--write]``.
+"""How many ops the graphs of transformed functions have: aotfunc beside torch.func under torch's
+make_fx, and JAX. ``python -m benchmarks.graphs [--quick] [--write]``.
 
-The same functions of the same arguments, each written in the idiom of its library; that the three return equal values
-is checked on the way. What is counted, after code that no result needs is gone from each:
+The same functions of the same arguments, each written in the idiom of its library; that the three
+return equal values is checked on the way. What is counted, after code that no result needs is gone
+from each:
 
-- aotfunc: calls in the graph of ``aotfunc.make_fx``; neither ``getitem`` nor constants (``get_attr``) are calls;
-- torch: the same of ``make_fx(torch.func…)`` once ``detach`` and ``alias``, mere bookkeeping, are removed; "merged"
-  is that graph after functorch's common-subexpression elimination, which make_fx itself does not do;
-- JAX: equations of ``jax.make_jaxpr``, those of inner calls (pjit, custom_jvp_call, …) in place of the call. Its
-  primitives are finer than aten's ops: there is no softmax, layer norm or cross entropy among them, and a conversion
-  of type or shape is an equation. So the programs of plain arithmetic have a mean of their own.
+- aotfunc: calls in the graph of ``aotfunc.make_fx``; neither ``getitem`` nor constants
+  (``get_attr``) are calls;
+- torch: the same of ``make_fx(torch.func…)`` once ``detach`` and ``alias``, mere bookkeeping, are
+  removed; "merged" is that graph after functorch's common-subexpression elimination, which make_fx
+  itself does not do;
+- JAX: equations of ``jax.make_jaxpr``, those of inner calls (pjit, custom_jvp_call, …) in place of
+  the call. Its primitives are finer than aten's ops: there is no softmax, layer norm or cross
+  entropy among them, and a conversion of type or shape is an equation. So the programs of plain
+  arithmetic have a mean of their own.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ def alike(mine: Any, theirs: Any) -> None:
 
 
 def torchs(program: Callable, args: tuple) -> tuple[int, int]:
-    """Sizes of torch's own graph once bookkeeping and dead code are gone: as it is, and with equal nodes merged."""
+    """Sizes of torch's own graph once bookkeeping and dead code are gone: as it is, and with equal
+    nodes merged."""
     graph = torch_make_fx(program(torch.func))(*args).graph
     for n in list(graph.nodes):
         if n.target in (aten.detach.default, aten.alias.default):
@@ -56,7 +61,8 @@ def torchs(program: Callable, args: tuple) -> tuple[int, int]:
 
 
 def jaxs() -> Callable[[str, tuple], int] | None:
-    """(name, torch arguments) -> equations of the program in JAX; None where JAX is not installed."""
+    """(name, torch arguments) -> equations of the program in JAX; None where JAX is not
+    installed."""
     try:
         import jax
         import jax.numpy as jnp
@@ -68,10 +74,14 @@ def jaxs() -> Callable[[str, tuple], int] | None:
 
     def inner(params: dict) -> list:
         values = [v for p in params.values() for v in (p if isinstance(p, tuple | list) else [p])]
-        return [getattr(v, "jaxpr", v) for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+        return [
+            getattr(v, "jaxpr", v) for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)
+        ]
 
     def count(jaxpr: Any) -> int:
-        return sum(sum(map(count, inner(eqn.params))) if inner(eqn.params) else 1 for eqn in jaxpr.eqns)
+        return sum(
+            sum(map(count, inner(eqn.params))) if inner(eqn.params) else 1 for eqn in jaxpr.eqns
+        )
 
     def counted(name: str, args: tuple) -> int:
         mine = tree_map_only(torch.Tensor, lambda t: jnp.asarray(t.numpy()), args)
@@ -86,7 +96,11 @@ def jaxs() -> Callable[[str, tuple], int] | None:
 
 def mean(counts: list[tuple[int, int]]) -> str:
     """The geometric mean of ours over theirs."""
-    return f"{statistics.geometric_mean(mine / theirs for mine, theirs in counts):.2f}" if counts else "-"
+    return (
+        f"{statistics.geometric_mean(mine / theirs for mine, theirs in counts):.2f}"
+        if counts
+        else "-"
+    )
 
 
 def main() -> None:
@@ -103,7 +117,10 @@ def main() -> None:
         third = jax(name, make()) if jax else None
         counts[name] = (ours(program, make()), *torchs(program, make()), third)
     rows = [[name, *[str(n) if n else "-" for n in row]] for name, row in counts.items()]
-    for caption, chosen in (("all", names), ("plain arithmetic", [n for n in names if n in PLAIN])):
+    for caption, chosen in (
+        ("all", names),
+        ("plain arithmetic", [n for n in names if n in PLAIN]),
+    ):
         peers = [[(counts[n][0], counts[n][i]) for n in chosen if counts[n][i]] for i in (1, 2, 3)]
         rows.append([f"aotfunc / peer, geometric mean, {caption}", "", *map(mean, peers)])
     report.table("Ops", ["program", "aotfunc", "torch.func, make_fx", "merged", "JAX"], rows)

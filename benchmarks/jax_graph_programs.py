@@ -1,4 +1,5 @@
-"""The programs of graph_programs.py once more, in JAX: name -> transformed function, for the same arguments."""
+"""The programs of graph_programs.py once more, in JAX: name -> transformed function, for the same
+arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# ----- functions of one tensor ----------------------------------------------------------------------------------------
+# ----- functions of one tensor
+# ----------------------------------------------------------------------------------------
 
 
 def rational(x):
@@ -40,7 +42,8 @@ def potential(x):
     return 4 * (s6 * s6 - s6).sum()
 
 
-# ----- networks -------------------------------------------------------------------------------------------------------
+# ----- networks
+# -------------------------------------------------------------------------------------------------------
 
 
 def mlp(p, x):
@@ -61,7 +64,9 @@ def cross_entropy(logits, t):
 
 def normed(p, x):
     h = linear(x, p["w1"], p["b1"])
-    h = (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True) + 1e-5) * p["g"] + p["b"]
+    h = (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True) + 1e-5) * p["g"] + p[
+        "b"
+    ]
     return linear(jax.nn.gelu(h, approximate=False), p["w2"], p["b2"])
 
 
@@ -111,7 +116,8 @@ def embedded_loss(table, w, tokens, t):
     return cross_entropy(table[tokens].mean(1) @ w, t)
 
 
-# ----- losses, indexing, linear algebra -------------------------------------------------------------------------------
+# ----- losses, indexing, linear algebra
+# -------------------------------------------------------------------------------
 
 
 def losses(x, y):
@@ -154,7 +160,8 @@ def likelihood(a, y):
     return 0.5 * jnp.square(z).sum() + jnp.log(jnp.diagonal(low)).sum()
 
 
-# ----- transforms put together ----------------------------------------------------------------------------------------
+# ----- transforms put together
+# ----------------------------------------------------------------------------------------
 
 
 def pushed(f):
@@ -217,10 +224,14 @@ PROGRAMS = {
     "grad convolution": jax.grad(conv_loss),
     "grad conv net, batch norm in training": jax.grad(conv_net),
     "grad conv net, batch norm in evaluation": jax.grad(conv_net),
-    "vmap grad conv net, batch norm in evaluation": jax.vmap(jax.grad(one_image), (None, 0, 0, None, None)),
+    "vmap grad conv net, batch norm in evaluation": jax.vmap(
+        jax.grad(one_image), (None, 0, 0, None, None)
+    ),
     "grad attention": jax.grad(lambda q, k, v: attention(q, k, v).sum(), (0, 1, 2)),
     "jvp grad attention": pushed(jax.grad(self_attention)),
-    "grad scaled_dot_product_attention": jax.grad(lambda q, k, v: jnp.square(attention(q, k, v)).sum(), (0, 1, 2)),
+    "grad scaled_dot_product_attention": jax.grad(
+        lambda q, k, v: jnp.square(attention(q, k, v)).sum(), (0, 1, 2)
+    ),
     "grad LSTM cell": jax.grad(lstm_loss),
     "grad GRU cell": jax.grad(gru_loss),
     "grad embedding, cross entropy": jax.grad(embedded_loss),

@@ -1,4 +1,5 @@
-"""The capture benchmark's programs once more, in JAX: name -> a builder of (loss function, arguments)."""
+"""The capture benchmark's programs once more, in JAX: name -> a builder of (loss function,
+arguments)."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def transformer(layers=12, width=32, heads=4, length=16, batch=2):
     def f(params, x):
         for p in params:
             h = layer_norm(x, p["g1"], p["b1"])
-            q, k, v = (h @ p["qkv"].T).reshape(batch, length, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+            q, k, v = (
+                (h @ p["qkv"].T).reshape(batch, length, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+            )
             scores = jax.nn.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(width // heads), -1)
             x = x + (scores @ v).swapaxes(1, 2).reshape(batch, length, width) @ p["out"].T
             h = layer_norm(x, p["g2"], p["b2"])
@@ -77,7 +80,11 @@ def resnet(depths=(3, 4, 6, 3), width=4, batch=2, image=32):
     strides, inside = [], width
     for stage, depth in enumerate(depths):
         for i in range(depth):
-            w, outside, stride = width * 2**stage, 4 * width * 2**stage, 2 if i == 0 and stage else 1
+            w, outside, stride = (
+                width * 2**stage,
+                4 * width * 2**stage,
+                2 if i == 0 and stage else 1,
+            )
             block = {
                 "w": [weight(w, inside, 1, 1), weight(w, w, 3, 3), weight(outside, w, 1, 1)],
                 "n": [norm(w), norm(w), norm(outside)],
@@ -97,7 +104,9 @@ def resnet(depths=(3, 4, 6, 3), width=4, batch=2, image=32):
             y = jax.nn.relu(batch_norm(conv(x, p["w"][0]), *p["n"][0]))
             y = jax.nn.relu(batch_norm(conv(y, p["w"][1], stride), *p["n"][1]))
             y = batch_norm(conv(y, p["w"][2]), *p["n"][2])
-            short = batch_norm(conv(x, p["short"][0], stride), *p["short"][1]) if "short" in p else x
+            short = (
+                batch_norm(conv(x, p["short"][0], stride), *p["short"][1]) if "short" in p else x
+            )
             x = jax.nn.relu(y + short)
         logits = x.mean((2, 3)) @ params["head"][0].T + params["head"][1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1).mean()

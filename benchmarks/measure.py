@@ -1,4 +1,5 @@
-"""How the benchmarks time, print and write down: medians with a spread, one rich table, a Markdown copy."""
+"""How the benchmarks time, print and write down: medians with a spread, one rich table, a Markdown
+copy."""
 
 from __future__ import annotations
 
@@ -27,8 +28,11 @@ def timed(run: Callable[[], object], sync: Callable[[], None] | None = None) -> 
     return time.perf_counter() - start
 
 
-def median(run: Callable[[], object], repeat: int = 5, budget_s: float = 10.0, warmup: int = 1, sync=None) -> float:
-    """Median seconds of up to ``repeat`` calls, fewer once ``budget_s`` is spent (always at least one)."""
+def median(
+    run: Callable[[], object], repeat: int = 5, budget_s: float = 10.0, warmup: int = 1, sync=None
+) -> float:
+    """Median seconds of up to ``repeat`` calls, fewer once ``budget_s`` is spent (always at least
+    one)."""
     for _ in range(warmup):
         timed(run, sync)
     times: list[float] = []
@@ -53,7 +57,8 @@ def per_call(run: Callable[[], object], budget_s: float = 0.6, sync=None) -> flo
 def interleaved(
     runs: dict[str, Callable[[], object]], rounds: int = 3, budget_s: float = 0.4, sync=None
 ) -> dict[str, float]:
-    """per_call of several rivals, round by round, so that a busy moment of the machine meets them all."""
+    """per_call of several rivals, round by round, so that a busy moment of the machine meets them
+    all."""
     seen: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -87,14 +92,17 @@ def ratio(theirs: float | None, ours: float) -> str:
 def machine() -> str:
     import torch  # here, so that a fresh process can time its own import
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
-    return (
-        f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {torch.get_num_threads()} thread(s)"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else (platform.processor() or platform.machine())
     )
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {torch.get_num_threads()} thread(s)"
 
 
 class Report:
-    """Tables that are printed as they come and, with ``write``, end up in docs/bench_<name>.md with the command."""
+    """Tables that are printed as they come and, with ``write``, end up in docs/bench_<name>.md
+    with the command."""
 
     def __init__(self, name: str, title: str, command: str) -> None:
         self.name, self.console = name, Console(width=140)
@@ -125,6 +133,8 @@ class Report:
 def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the tables to docs/, too")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and few repeats: does it run?"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     return parser

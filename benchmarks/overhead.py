@@ -1,9 +1,10 @@
-"""What a call of a compiled function costs beside the function itself: tiny functions, where Python is everything.
+"""What a call of a compiled function costs beside the function itself: tiny functions, where
+Python is everything.
 
-python -m benchmarks.overhead [--quick] [--write]. Each row times one call of the plain function, of its torch.func or
-torch.autograd counterpart where there is one, and of the jitted function. The second table times the part of it that
-looks whether the Python state is as it was, and fetches the tensors: for networks the larger part.
-"""
+python -m benchmarks.overhead [--quick] [--write]. Each row times one call of the plain function,
+of its torch.func or torch.autograd counterpart where there is one, and of the jitted function. The
+second table times the part of it that looks whether the Python state is as it was, and fetches the
+tensors: for networks the larger part."""
 
 from __future__ import annotations
 
@@ -33,7 +34,11 @@ def case_closure() -> tuple[Callable, Callable | None, tuple]:
 
 
 def case_numbers() -> tuple[Callable, Callable | None, tuple]:
-    return (lambda x, y, a, flag, n=2: x * a + y if flag else y), None, (torch.randn(4), torch.randn(4), 0.5, True)
+    return (
+        (lambda x, y, a, flag, n=2: x * a + y if flag else y),
+        None,
+        (torch.randn(4), torch.randn(4), 0.5, True),
+    )
 
 
 def case_tree() -> tuple[Callable, Callable | None, tuple]:
@@ -70,7 +75,8 @@ CASES: dict[str, Callable[[], tuple[Callable, Callable | None, tuple]]] = {
 
 
 def best(run: Callable[[], object], quick: bool) -> float:
-    """Seconds of the quickest of many calls: what others do on the machine meanwhile costs no call less."""
+    """Seconds of the quickest of many calls: what others do on the machine meanwhile costs no call
+    less."""
     return min(timeit.repeat(run, number=10, repeat=50 if quick else 1000)) / 10
 
 
@@ -88,7 +94,13 @@ def measure(name: str, quick: bool) -> list[str]:
     if theirs is not None:
         runs["torch"] = called(theirs)
     t = {kind: best(run, quick) for kind, run in runs.items()}
-    return [name, ms(t["plain"]), ms(t.get("torch")), ms(t["jit"]), f"{(t['jit'] - t['plain']) * 1e6:+.1f} µs"]
+    return [
+        name,
+        ms(t["plain"]),
+        ms(t.get("torch")),
+        ms(t["jit"]),
+        f"{(t['jit'] - t['plain']) * 1e6:+.1f} µs",
+    ]
 
 
 def transformer() -> nn.Module:
@@ -98,7 +110,9 @@ def transformer() -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "1 Linear": lambda: nn.Linear(8, 8),
-    "MLP, 16 Linear and Tanh": lambda: nn.Sequential(*[m for _ in range(16) for m in (nn.Linear(8, 8), nn.Tanh())]),
+    "MLP, 16 Linear and Tanh": lambda: nn.Sequential(
+        *[m for _ in range(16) for m in (nn.Linear(8, 8), nn.Tanh())]
+    ),
     "transformer, 12 layers": transformer,
     "ResNet-50-like": lambda: resnet_module(statistics=True),
 }
@@ -118,10 +132,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     report = Report("overhead", "The cost of a call", "python -m benchmarks.overhead")
     head = ["case", "plain", "torch.func", "jit", "jit - plain"]
-    report.table("Time per call, best of 1000", head, [measure(name, options.quick) for name in CASES])
+    report.table(
+        "Time per call, best of 1000", head, [measure(name, options.quick) for name in CASES]
+    )
     head = ["network", "modules", "parameters", "buffers", "guards", "per module"]
     report.table(
-        "What the guards cost per call, best of 1000", head, [guards(name, options.quick) for name in NETWORKS]
+        "What the guards cost per call, best of 1000",
+        head,
+        [guards(name, options.quick) for name in NETWORKS],
     )
     if options.write:
         report.write()

@@ -1,10 +1,11 @@
-"""Forward/backward partitions beside PyTorch's: bytes saved, what runs twice, and the time that partitioning takes.
+"""Forward/backward partitions beside PyTorch's: bytes saved, what runs twice, and the time that
+partitioning takes.
 
-python -m benchmarks.partition [--layers 12]. The same joint graph (traced by PyTorch, with Inductor's decompositions)
-goes through both partitions of both systems. "Saved" counts distinct storages that the forward makes and hands over,
-inputs and parameters excepted. "Again" is the traffic of the nodes that run in both graphs (aotfunc's cost model,
-fused), as a fraction of the forward's. Times are the best of three.
-"""
+python -m benchmarks.partition [--layers 12]. The same joint graph (traced by PyTorch, with
+Inductor's decompositions) goes through both partitions of both systems. "Saved" counts distinct
+storages that the forward makes and hands over, inputs and parameters excepted. "Again" is the
+traffic of the nodes that run in both graphs (aotfunc's cost model, fused), as a fraction of the
+forward's. Times are the best of three."""
 
 from __future__ import annotations
 
@@ -32,11 +33,15 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(self.norm(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         a = (q @ k.transpose(-1, -2) / (d // self.heads) ** 0.5).softmax(-1) @ v
         x = x + self.out(a.transpose(1, 2).reshape(b, t, d))
         return x + self.mlp(x)
@@ -69,14 +74,20 @@ def joint_graph(f: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
         return functorch.default_partition(joint, inputs, **options)
 
     nop = functorch.nop
-    functorch.aot_function(f, nop, nop, partition_fn=spy, decompositions=select_decomp_table())(*inputs)
+    functorch.aot_function(f, nop, nop, partition_fn=spy, decompositions=select_decomp_table())(
+        *inputs
+    )
     return found[0]
 
 
 def of_module(net: nn.Module, x: Tensor) -> fx.GraphModule:
     names, params = zip(*net.named_parameters(), strict=True)
     return joint_graph(
-        lambda x, *p: torch.func.functional_call(net, dict(zip(names, p, strict=True)), (x,)).sum(), x, *params
+        lambda x, *p: torch.func.functional_call(
+            net, dict(zip(names, p, strict=True)), (x,)
+        ).sum(),
+        x,
+        *params,
     )
 
 
@@ -96,7 +107,9 @@ def main() -> None:
     layers = parser.parse_args().layers
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    mlp = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(512, 512), nn.LayerNorm(512), nn.GELU())])
+    mlp = nn.Sequential(
+        *[m for _ in range(4) for m in (nn.Linear(512, 512), nn.LayerNorm(512), nn.GELU())]
+    )
     models = {
         "mlp, 4 layers": lambda: of_module(mlp, torch.randn(256, 512)),
         "chain of 30": lambda: joint_graph(chain, torch.randn(256, 1024).requires_grad_()),
@@ -108,7 +121,9 @@ def main() -> None:
         ),
     }
     systems = {"aotfunc": partition, "torch": functorch}
-    print(f"{'model':20} {'nodes':>6}  {'partition':24} {'saved MB':>9} {'values':>7} {'again':>7} {'ms':>8}")
+    print(
+        f"{'model':20} {'nodes':>6}  {'partition':24} {'saved MB':>9} {'values':>7} {'again':>7} {'ms':>8}"
+    )
     for name, make in models.items():
         joint = make()
         for kind in ("default_partition", "min_cut_rematerialization_partition"):

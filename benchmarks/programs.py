@@ -1,4 +1,5 @@
-"""The functions that the benchmarks measure, in PyTorch: a builder returns (loss function, arguments)."""
+"""The functions that the benchmarks measure, in PyTorch: a builder returns (loss function,
+arguments)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Program = tuple[Callable[..., torch.Tensor], tuple]
 
 
 def chain(ops: int, size: int = 32) -> Program:
-    """``ops`` pointwise steps of two ops each, then a sum; differentiated with respect to its one input."""
+    """``ops`` pointwise steps of two ops each, then a sum; differentiated with respect to its one
+    input."""
 
     def f(x):
         for _ in range(ops // 2):
@@ -25,7 +27,9 @@ def chain(ops: int, size: int = 32) -> Program:
     return f, (torch.linspace(0.1, 1.0, size),)
 
 
-def transformer(layers: int = 12, width: int = 32, heads: int = 4, length: int = 16, batch: int = 2) -> Program:
+def transformer(
+    layers: int = 12, width: int = 32, heads: int = 4, length: int = 16, batch: int = 2
+) -> Program:
     """A pre-norm encoder written out, with respect to all its weights."""
     torch.manual_seed(0)
     w = lambda *shape: torch.randn(*shape) / math.sqrt(shape[-1])
@@ -46,7 +50,12 @@ def transformer(layers: int = 12, width: int = 32, heads: int = 4, length: int =
     def f(params, x):
         for p in params:
             h = F.layer_norm(x, (width,), p["g1"], p["b1"])
-            q, k, v = F.linear(h, p["qkv"]).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = (
+                F.linear(h, p["qkv"])
+                .view(batch, length, 3, heads, -1)
+                .permute(2, 0, 3, 1, 4)
+                .unbind(0)
+            )
             scores = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // heads), -1)
             x = x + F.linear((scores @ v).transpose(1, 2).reshape(batch, length, width), p["out"])
             h = F.layer_norm(x, (width,), p["g2"], p["b2"])
@@ -57,7 +66,9 @@ def transformer(layers: int = 12, width: int = 32, heads: int = 4, length: int =
 
 
 class Bottleneck(nn.Module):
-    def __init__(self, inside: int, width: int, outside: int, stride: int, statistics: bool) -> None:
+    def __init__(
+        self, inside: int, width: int, outside: int, stride: int, statistics: bool
+    ) -> None:
         super().__init__()
         norm = lambda n: nn.BatchNorm2d(n, track_running_stats=statistics)
         self.body = nn.Sequential(
@@ -72,13 +83,17 @@ class Bottleneck(nn.Module):
         )
         self.short: nn.Module = nn.Identity()
         if stride != 1 or inside != outside:
-            self.short = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), norm(outside))
+            self.short = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), norm(outside)
+            )
 
     def forward(self, x):
         return F.relu(self.body(x) + self.short(x))
 
 
-def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, batch: int = 2, image: int = 32) -> Program:
+def resnet(
+    depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, batch: int = 2, image: int = 32
+) -> Program:
     """ResNet-50's stack of bottlenecks at a small width, with respect to all its weights."""
     net = resnet_module(depths, width)
     params = {k: v.detach() for k, v in net.named_parameters()}
@@ -86,7 +101,9 @@ def resnet(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, batch: int = 
     return f, (params, torch.randn(batch, 3, image, image), torch.arange(batch) % 10)
 
 
-def resnet_module(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, statistics: bool = False) -> nn.Module:
+def resnet_module(
+    depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, statistics: bool = False
+) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = [
         nn.Conv2d(3, width, 3, 1, 1, bias=False),
@@ -97,13 +114,20 @@ def resnet_module(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 4, statis
     for stage, depth in enumerate(depths):
         for i in range(depth):
             outside = 4 * width * 2**stage
-            layers.append(Bottleneck(inside, width * 2**stage, outside, 2 if i == 0 and stage else 1, statistics))
+            layers.append(
+                Bottleneck(
+                    inside, width * 2**stage, outside, 2 if i == 0 and stage else 1, statistics
+                )
+            )
             inside = outside
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
 
 
-def conv_net(width: int, image: int, classes: int = 10) -> tuple[Callable, dict[str, torch.Tensor]]:
-    """A small convolutional net as a loss of (parameters, one image, one target), for per-sample gradients."""
+def conv_net(
+    width: int, image: int, classes: int = 10
+) -> tuple[Callable, dict[str, torch.Tensor]]:
+    """A small convolutional net as a loss of (parameters, one image, one target), for per-sample
+    gradients."""
     torch.manual_seed(0)
     side = (image // 2 - 2) // 2
     net = nn.Sequential(

@@ -1,8 +1,8 @@
 """A backend of your own in ten lines: a function from a graph to a callable.
 
-A compiler receives a ``torch.fx.GraphModule`` of aten ops and example inputs, and returns something to call in its
-place. Dynamo and functorch share this convention: what is written for them works here, and the other way round.
-"""
+A compiler receives a ``torch.fx.GraphModule`` of aten ops and example inputs, and returns
+something to call in its place. Dynamo and functorch share this convention: what is written for
+them works here, and the other way round."""
 
 import operator
 from collections import Counter
@@ -19,7 +19,10 @@ def counting_compiler(log: list[Counter]):
         calls = (node.target for node in gm.graph.nodes if node.op == "call_function")
         ops = Counter(str(target) for target in calls if target is not operator.getitem)
         log.append(ops)
-        print(f"graph {len(log)}: {len(example_inputs)} inputs, " + ", ".join(f"{op} x{n}" for op, n in ops.items()))
+        print(
+            f"graph {len(log)}: {len(example_inputs)} inputs, "
+            + ", ".join(f"{op} x{n}" for op, n in ops.items())
+        )
         return gm.forward
 
     return compiler
@@ -46,7 +49,9 @@ def main(quick: bool = False):
 
     print("aot_function: a forward graph and a backward graph")
     log = []
-    split = aot_function(gated, counting_compiler(log), partition_fn=min_cut_rematerialization_partition)
+    split = aot_function(
+        gated, counting_compiler(log), partition_fn=min_cut_rematerialization_partition
+    )
     for _ in range(3):
         loss = split(x, w, v)
         torch.testing.assert_close(torch.autograd.grad(loss, (w, v)), want_grads)

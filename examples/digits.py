@@ -1,4 +1,5 @@
-"""The whole road on real data: scikit-learn's handwritten digits, a small conv net, each transform where it is of use.
+"""The whole road on real data: scikit-learn's handwritten digits, a small conv net, each transform
+where it is of use.
 
 1. the gradient of the loss as one readable graph;
 2. per-sample gradients, checked against a loop, clipped and noised for differentially private SGD;
@@ -34,7 +35,8 @@ BATCH = 64
 
 
 def load():
-    """Images (n, 1, 8, 8) in [0, 1] and labels (n,), in a fixed random order: 1,437 to train on, 360 to test."""
+    """Images (n, 1, 8, 8) in [0, 1] and labels (n,), in a fixed random order: 1,437 to train on,
+    360 to test."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target, dtype=torch.int64)
@@ -79,11 +81,15 @@ def accuracy(params, images, labels) -> float:
 def autograd_gradient(params, images, labels):
     """The reference: plain autograd."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    return dict(zip(leaves, torch.autograd.grad(loss(leaves, images, labels), list(leaves.values()))))
+    return dict(
+        zip(leaves, torch.autograd.grad(loss(leaves, images, labels), list(leaves.values())))
+    )
 
 
 def autograd_gradients_by_loop(params, images, labels):
-    each = [autograd_gradient(params, image[None], label[None]) for image, label in zip(images, labels)]
+    each = [
+        autograd_gradient(params, image[None], label[None]) for image, label in zip(images, labels)
+    ]
     return {name: torch.stack([g[name] for g in each]) for name in params}
 
 
@@ -91,11 +97,14 @@ def show_gradient_graph(params, images, labels):
     console.rule("1. the gradient of the loss, as a graph")
     gm = make_fx(grad(loss))(params, images, labels)
     print(gm.code.strip())
-    assert_close(gm(params, images, labels), autograd_gradient(params, images, labels), rtol=1e-4, atol=1e-6)
+    assert_close(
+        gm(params, images, labels), autograd_gradient(params, images, labels), rtol=1e-4, atol=1e-6
+    )
 
 
 def clipped_and_noised(grads, clip: float, noise: float):
-    """What DP-SGD steps along: per-sample gradients cut to norm ``clip``, averaged, with Gaussian noise."""
+    """What DP-SGD steps along: per-sample gradients cut to norm ``clip``, averaged, with Gaussian
+    noise."""
     norms = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
     scale = (clip / norms).clamp(max=1)
     average = {}
@@ -108,10 +117,17 @@ def clipped_and_noised(grads, clip: float, noise: float):
 def private_steps(params, images, labels, steps: int):
     console.rule("2. per-sample gradients, and differentially private SGD")
     grads = per_sample_grads(params, images[:BATCH], labels[:BATCH])
-    assert_close(grads, autograd_gradients_by_loop(params, images[:BATCH], labels[:BATCH]), rtol=1e-4, atol=1e-5)
+    assert_close(
+        grads,
+        autograd_gradients_by_loop(params, images[:BATCH], labels[:BATCH]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     _, norms, scale = clipped_and_noised(grads, clip=1.0, noise=0.5)
     assert (norms * scale <= 1 + 1e-5).all()
-    print(f"{BATCH} gradients by vmap(grad) equal a loop of autograd; norms {norms.min():.2f} to {norms.max():.2f}")
+    print(
+        f"{BATCH} gradients by vmap(grad) equal a loop of autograd; norms {norms.min():.2f} to {norms.max():.2f}"
+    )
 
     before = loss(params, images, labels).item()
     for _ in range(steps):
@@ -120,7 +136,9 @@ def private_steps(params, images, labels, steps: int):
         step, _, _ = clipped_and_noised(grads, clip=1.0, noise=0.5)
         params = {name: p - 0.5 * step[name] for name, p in params.items()}
     after = loss(params, images, labels).item()
-    print(f"{steps} steps, each sample's gradient clipped to norm 1, noise 0.5: loss {before:.2f} -> {after:.2f}")
+    print(
+        f"{steps} steps, each sample's gradient clipped to norm 1, noise 0.5: loss {before:.2f} -> {after:.2f}"
+    )
     assert after < before
 
 
@@ -158,7 +176,8 @@ def train(params, images, labels, test, epochs: int):
 
 
 def residuals(forward: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    """What the forward keeps for the backward: its outputs after the loss, without what is an input anyway."""
+    """What the forward keeps for the backward: its outputs after the loss, without what is an
+    input anyway."""
     outputs = forward.graph.output_node().args[0]
     return [node for node in dict.fromkeys(outputs[1:]) if node.op != "placeholder"]
 
@@ -176,13 +195,18 @@ def show_residuals(params, images, labels, min_cut: torch.fx.GraphModule):
     saved = residuals(min_cut)
     for node in saved:
         val = node.meta["val"]
-        print(f"  {node.name:<20} {str(val.dtype)[6:]:<8} {tuple(val.shape)!s:<18} {kilobytes([node]):8.1f} KiB")
-    print(f"min-cut keeps {len(saved)} values, {kilobytes(saved):.0f} KiB; the default {kilobytes(default):.0f} KiB")
+        print(
+            f"  {node.name:<20} {str(val.dtype)[6:]:<8} {tuple(val.shape)!s:<18} {kilobytes([node]):8.1f} KiB"
+        )
+    print(
+        f"min-cut keeps {len(saved)} values, {kilobytes(saved):.0f} KiB; the default {kilobytes(default):.0f} KiB"
+    )
     assert kilobytes(saved) <= kilobytes(default)
 
 
 def median_ms(contestants: dict, rounds: int) -> dict[str, float]:
-    """Milliseconds per call, the median over rounds in which all take turns (a busy machine is busy for all)."""
+    """Milliseconds per call, the median over rounds in which all take turns (a busy machine is
+    busy for all)."""
     for f in contestants.values():
         f()
         f()
@@ -223,7 +247,9 @@ def show_times(params, images, labels, rounds: int):
     whole_ms, each_ms = median_ms(whole, rounds), median_ms(each, max(rounds // 4, 2))
     table = Table("", "gradient of the batch", "per-sample gradients")
     for name in whole:
-        table.add_row(name, f"{whole_ms[name]:.2f}", f"{each_ms[name]:.2f}" if name in each_ms else "")
+        table.add_row(
+            name, f"{whole_ms[name]:.2f}", f"{each_ms[name]:.2f}" if name in each_ms else ""
+        )
     console.print(table)
 
 

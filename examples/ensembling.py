@@ -1,8 +1,9 @@
-"""An ensemble of networks trained as one: their parameters are stacked, and ``vmap`` runs over the stack.
+"""An ensemble of networks trained as one: their parameters are stacked, and ``vmap`` runs over the
+stack.
 
-Each member sees its own bootstrap sample of the data. Where there was data the members agree; where there was none they
-don't, and that disagreement is the ensemble's estimate of what it does not know.
-"""
+Each member sees its own bootstrap sample of the data. Where there was data the members agree;
+where there was none they don't, and that disagreement is the ensemble's estimate of what it does
+not know."""
 
 import copy
 
@@ -10,11 +11,19 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from aotfunc import combine_state_for_ensemble, functional_call, grad_and_value, stack_module_state, vmap
+from aotfunc import (
+    combine_state_for_ensemble,
+    functional_call,
+    grad_and_value,
+    stack_module_state,
+    vmap,
+)
 
 
 def make_net() -> nn.Module:
-    return nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)).double()
+    return nn.Sequential(
+        nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+    ).double()
 
 
 def weighted_loss(prediction, y, weight):
@@ -37,7 +46,9 @@ def main(quick: bool = False):
     x = torch.empty(64, 1, dtype=torch.float64).uniform_(-2, 2)
     y = torch.sin(2 * x) + 0.05 * torch.randn_like(x)
     # How often each point was drawn when 64 are drawn with replacement, one row per member.
-    weights = torch.stack([torch.randint(64, (64,)).bincount(minlength=64) for _ in range(members)]).double()
+    weights = torch.stack(
+        [torch.randint(64, (64,)).bincount(minlength=64) for _ in range(members)]
+    ).double()
 
     nets = [make_net() for _ in range(members)]
     skeleton = copy.deepcopy(nets[0]).to("meta")
@@ -64,13 +75,18 @@ def main(quick: bool = False):
 
     # functorch's older spelling of the same: a function, and the stacked state.
     fmodel, stacked, buffers = combine_state_for_ensemble(nets)
-    assert_close(vmap(fmodel, in_dims=(0, 0, None))(stacked, buffers, x), torch.stack([net(x) for net in nets]))
+    assert_close(
+        vmap(fmodel, in_dims=(0, 0, None))(stacked, buffers, x),
+        torch.stack([net(x) for net in nets]),
+    )
 
     predict = vmap(lambda params, x: functional_call(nets[0], params, x), in_dims=(0, None))
     inside = predict(params, torch.linspace(-1.5, 1.5, 50, dtype=torch.float64)[:, None])
     outside = predict(params, torch.linspace(4, 6, 50, dtype=torch.float64)[:, None])
     spread_in, spread_out = inside.std(0).mean().item(), outside.std(0).mean().item()
-    print(f"spread of the members: {spread_in:.3f} where there was data, {spread_out:.3f} where there was none")
+    print(
+        f"spread of the members: {spread_in:.3f} where there was data, {spread_out:.3f} where there was none"
+    )
     assert spread_out > 2 * spread_in
 
 

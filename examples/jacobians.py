@@ -1,8 +1,7 @@
 """Jacobians, Hessians and their products with vectors, for one point and for a batch of points.
 
-``jacrev`` builds a Jacobian row by row (cheap for few outputs), ``jacfwd`` column by column (cheap for few inputs), and
-``hessian`` is one of each. Products with a vector need no matrix at all.
-"""
+``jacrev`` builds a Jacobian row by row (cheap for few outputs), ``jacfwd`` column by column (cheap
+for few inputs), and ``hessian`` is one of each. Products with a vector need no matrix at all."""
 
 import torch
 from torch.testing import assert_close
@@ -28,17 +27,23 @@ def main(quick: bool = False):
     by_hand = (1 - layer(x) ** 2)[:, None] * w
     assert_close(jacrev(layer)(x), by_hand)
     assert_close(jacfwd(layer)(x), by_hand)
-    print(f"Jacobian of tanh(Wx + b): {tuple(by_hand.shape)}, jacrev and jacfwd agree with the formula")
+    print(
+        f"Jacobian of tanh(Wx + b): {tuple(by_hand.shape)}, jacrev and jacfwd agree with the formula"
+    )
 
     batched = vmap(jacrev(layer))(xs)
-    assert_close(batched, torch.stack([torch.autograd.functional.jacobian(layer, row) for row in xs]))
+    assert_close(
+        batched, torch.stack([torch.autograd.functional.jacobian(layer, row) for row in xs])
+    )
     print(f"for a batch of points: {tuple(batched.shape)}, equal to a loop of torch.autograd's")
 
     h = hessian(rosenbrock)(x)
     assert_close(h, torch.autograd.functional.hessian(rosenbrock, x))
     assert_close(jacrev(jacrev(rosenbrock))(x), h)
     assert_close(jacfwd(jacfwd(rosenbrock))(x), h)
-    print(f"Hessian of Rosenbrock's function: {tuple(h.shape)}, the same by any two of jacfwd and jacrev")
+    print(
+        f"Hessian of Rosenbrock's function: {tuple(h.shape)}, the same by any two of jacfwd and jacrev"
+    )
 
     v = torch.randn(6, **f64)
     _, forward_over_reverse = jvp(grad(rosenbrock), (x,), (v,))
@@ -58,7 +63,10 @@ def main(quick: bool = False):
         points = vmap(newton_step)(points)
         distances.append((points - 1).abs().max().item())
     assert distances[-1] < 1e-9
-    print("Newton's method, 8 points at once, distance to the minimum: " + ", ".join(f"{d:.0e}" for d in distances))
+    print(
+        "Newton's method, 8 points at once, distance to the minimum: "
+        + ", ".join(f"{d:.0e}" for d in distances)
+    )
 
 
 if __name__ == "__main__":

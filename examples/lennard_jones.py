@@ -1,8 +1,9 @@
-"""Forces are the negative gradient of an energy; a learnt energy is fitted to forces through that gradient.
+"""Forces are the negative gradient of an energy; a learnt energy is fitted to forces through that
+gradient.
 
-The loss holds a first derivative (with respect to positions) and is differentiated once more (with respect to
-parameters): force matching is a second-order problem, and here it is written as it reads.
-"""
+The loss holds a first derivative (with respect to positions) and is differentiated once more (with
+respect to parameters): force matching is a second-order problem, and here it is written as it
+reads."""
 
 import torch
 from torch import nn
@@ -41,7 +42,8 @@ def forces_of_a_cluster():
     assert_close(forces.sum(0), torch.zeros(3, dtype=torch.float64))
     print(f"{len(positions)} atoms: forces equal the formula by hand, and sum to zero")
 
-    # A translation of all atoms costs nothing, so the Hessian (the stiffness matrix) has three zero modes.
+    # A translation of all atoms costs nothing, so the Hessian (the stiffness matrix) has three
+    # zero modes.
     stiffness = jacrev(grad(cluster_energy))(positions).reshape(24, 24)
     assert_close(stiffness, stiffness.T)
     shift = torch.eye(3, dtype=torch.float64).repeat(8, 1)
@@ -50,11 +52,14 @@ def forces_of_a_cluster():
 
 
 class PairPotential(nn.Module):
-    """A network from a displacement (3,) to an energy; it sees only 1/r, so its forces are radial by construction."""
+    """A network from a displacement (3,) to an energy; it sees only 1/r, so its forces are radial
+    by construction."""
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+        self.net = nn.Sequential(
+            nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+        )
 
     def forward(self, displacement):
         return self.net(1 / torch.linalg.vector_norm(displacement, keepdim=True)).squeeze(-1)

@@ -1,9 +1,9 @@
 """The empirical neural tangent kernel, computed in two ways that cost very differently.
 
-For a network f with parameters p, K(a, b) = J(a) J(b)^T with J = df/dp: how far a gradient step on example b moves the
-output at a. The direct way builds all Jacobians and contracts them. The other never builds one: K(a, b) v is v pulled
-back through f at b (vjp) and pushed forward through f at a (jvp).
-"""
+For a network f with parameters p, K(a, b) = J(a) J(b)^T with J = df/dp: how far a gradient step on
+example b moves the output at a. The direct way builds all Jacobians and contracts them. The other
+never builds one: K(a, b) v is v pulled back through f at b (vjp) and pushed forward through f at a
+(jvp)."""
 
 import torch
 from torch import nn
@@ -40,7 +40,9 @@ def kernel_by_loops(net, xa, xb):
     weights = list(net.parameters())
 
     def row(output):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(output, weights, retain_graph=True)])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(output, weights, retain_graph=True)]
+        )
 
     def jacobians(xs):
         return torch.stack([torch.stack([row(output) for output in net(x)]) for x in xs])
@@ -52,7 +54,9 @@ def main(quick: bool = False):
     torch.manual_seed(0)
     n, m = (6, 4) if quick else (20, 8)
     conv = nn.Conv2d(1, 8, 3, padding=1)
-    net = nn.Sequential(nn.Unflatten(0, (1, 8)), conv, nn.ReLU(), nn.Flatten(0), nn.Linear(512, 3)).double()
+    net = nn.Sequential(
+        nn.Unflatten(0, (1, 8)), conv, nn.ReLU(), nn.Flatten(0), nn.Linear(512, 3)
+    ).double()
     params = {name: p.detach() for name, p in net.named_parameters()}
     xa, xb = torch.randn(n, 8, 8, dtype=torch.float64), torch.randn(m, 8, 8, dtype=torch.float64)
 
@@ -62,7 +66,9 @@ def main(quick: bool = False):
     k = kernel_by_jacobians(f, params, xa, xb)
     assert_close(k, kernel_by_products(f, params, xa, xb))
     assert_close(k, kernel_by_loops(net, xa, xb))
-    print(f"kernel {tuple(k.shape)}: by Jacobians, by products and by loops of plain autograd, all equal")
+    print(
+        f"kernel {tuple(k.shape)}: by Jacobians, by products and by loops of plain autograd, all equal"
+    )
 
     # As a matrix over (example, output) it is symmetric and has no negative eigenvalue.
     kxx = kernel_by_jacobians(f, params, xa, xa).permute(0, 2, 1, 3).reshape(3 * n, 3 * n)
@@ -71,7 +77,8 @@ def main(quick: bool = False):
     assert low > -1e-9 * high
     print(f"symmetric, eigenvalues from {low:.3g} to {high:.3g}")
 
-    # What the kernel is for: one small gradient step on b moves the outputs at a by -lr K (f(b) - target).
+    # What the kernel is for: one small gradient step on b moves the outputs at a by -lr K (f(b) -
+    # target).
     target, lr = torch.randn(m, 3, dtype=torch.float64), 1e-7
     residual = torch.stack([net(x) for x in xb]).detach() - target
     grads = torch.autograd.grad(
@@ -81,7 +88,9 @@ def main(quick: bool = False):
     moved = vmap(f, in_dims=(None, 0))(stepped, xa) - vmap(f, in_dims=(None, 0))(params, xa)
     predicted = -lr * torch.einsum("abij,bj->ai", k, residual)
     assert_close(moved, predicted, rtol=1e-3, atol=1e-3 * predicted.abs().max().item())
-    print(f"predicts a gradient step to {((moved - predicted).norm() / predicted.norm()).item():.1e}")
+    print(
+        f"predicts a gradient step to {((moved - predicted).norm() / predicted.norm()).item():.1e}"
+    )
 
 
 if __name__ == "__main__":

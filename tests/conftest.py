@@ -1,9 +1,12 @@
-"""What every test starts from: a seed, one thread, default global state, a time limit of its own."""
+"""What every test starts from: a seed, one thread, default global state, a time limit of its
+own."""
 
 import os
 import signal
 
-os.environ.setdefault("AOTFUNC_DEBUG", "2")  # graphs are verified and values compared with them, in tests always
+os.environ.setdefault(
+    "AOTFUNC_DEBUG", "2"
+)  # graphs are verified and values compared with them, in tests always
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ LIMIT_S = 60
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", f"limit(seconds): time limit of one test (default {LIMIT_S} s)")
+    config.addinivalue_line(
+        "markers", f"limit(seconds): time limit of one test (default {LIMIT_S} s)"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +29,8 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def global_state_restored():
-    """A test that leaves grad mode, default dtype or autocast changed fails itself, not the next one."""
+    """A test that leaves grad mode, default dtype or autocast changed fails itself, not the next
+    one."""
     yield
     changed = []
     if not torch.is_grad_enabled():

@@ -1,6 +1,5 @@
-"""First calls in a fresh process that must not import Dynamo, Inductor or sympy: python -m tests.first_calls raises
-where one does.
-"""
+"""First calls in a fresh process that must not import Dynamo, Inductor or sympy: python -m
+tests.first_calls raises where one does."""
 
 import sys
 
@@ -9,13 +8,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "torch.fx.experimental.symbolic_shapes", "torch.utils._sympy")
+HEAVY = (
+    "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.utils._sympy",
+)
 assert not any(name in sys.modules for name in HEAVY), "import torch brings them in"
 doing = "import aotfunc"
 
 
 class Guard:
-    """Finds no module, but says who asks for one of these; not by an ImportError, which may be caught."""
+    """Finds no module, but says who asks for one of these; not by an ImportError, which may be
+    caught."""
 
     def find_spec(self, name, path, target=None):
         assert name not in HEAVY, f"{name} is imported by: {doing}"
@@ -70,9 +76,14 @@ def written(x):
 
 def random(x):
     noise = (
-        torch.randn_like(x) + torch.rand(4) + torch.empty_like(x).exponential_() + torch.bernoulli(torch.rand_like(x))
+        torch.randn_like(x)
+        + torch.rand(4)
+        + torch.empty_like(x).exponential_()
+        + torch.bernoulli(torch.rand_like(x))
     )
-    return (F.dropout(x, 0.5) * noise + torch.randint(5, (4,)) + torch.normal(x, 1.0))[torch.randperm(3)[0]]
+    return (F.dropout(x, 0.5) * noise + torch.randint(5, (4,)) + torch.normal(x, 1.0))[
+        torch.randperm(3)[0]
+    ]
 
 
 def ops(x):
@@ -133,13 +144,20 @@ EXTRA = {
             lambda a: torch.linalg.solve(a, a),
         )
     ],
-    "batch norm": trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)), image),
-    "group norm": trained(
-        nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1)), image
+    "batch norm": trained(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)), image
     ),
-    "conv3d": trained(nn.Sequential(nn.Conv3d(1, 2, 2), nn.PReLU(), nn.AvgPool3d(2)), torch.randn(1, 1, 5, 5, 5)),
+    "group norm": trained(
+        nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1)),
+        image,
+    ),
+    "conv3d": trained(
+        nn.Sequential(nn.Conv3d(1, 2, 2), nn.PReLU(), nn.AvgPool3d(2)), torch.randn(1, 1, 5, 5, 5)
+    ),
     "attention": trained(
-        nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+        nn.TransformerDecoderLayer(8, 2, 16, batch_first=True),
+        torch.randn(2, 3, 8),
+        torch.randn(2, 4, 8),
     ),
     "LSTM": trained(nn.LSTM(4, 5), torch.randn(3, 2, 4)),
     "checkpoint": lambda: [
@@ -153,20 +171,28 @@ EXTRA = {
     "graph": graph,
     "autograd.Function": lambda: vmap(grad(lambda x: Cube.apply(x).sum()))(x),
     "writes": lambda: aotfunc.functionalize(written)(x),
-    "second derivatives": lambda: jvp(lambda x: vjp(lambda x: F.layer_norm(x, (4,)).sin(), x)[1](x)[0], (x,), (x,)),
+    "second derivatives": lambda: jvp(
+        lambda x: vjp(lambda x: F.layer_norm(x, (4,)).sin(), x)[1](x)[0], (x,), (x,)
+    ),
     "jit": lambda: jit(grad(lambda x: (x @ x.mT).relu().sum()))(x),
     "random": lambda: vmap(random, randomness="different")(torch.stack([x, x])),
     "grad of random": lambda: grad(lambda x: random(x).sum())(x),
-    "ops": lambda: [ops(x.clone()), grad(lambda x: ops(x.clone()))(x), jvp(lambda x: ops(x.clone()), (x,), (x,))],
+    "ops": lambda: [
+        ops(x.clone()),
+        grad(lambda x: ops(x.clone()))(x),
+        jvp(lambda x: ops(x.clone()), (x,), (x,)),
+    ],
     "ops, batched": lambda: vmap(lambda x: ops(x.clone()))(torch.stack([x, x])),
-    "a compiler of one's own": lambda: aot_function(lambda x: x.sin().sum(), lambda gm, inputs: gm)(
-        x.clone().requires_grad_()
-    ).backward(),
+    "a compiler of one's own": lambda: aot_function(
+        lambda x: x.sin().sum(), lambda gm, inputs: gm
+    )(x.clone().requires_grad_()).backward(),
     "ensemble": lambda: aotfunc.stack_module_state([nn.Linear(2, 2) for _ in range(2)]),
 }
 
 if __name__ == "__main__":
-    measured = {name: lambda data=data: data()(aotfunc) for name, data in (PROGRAMS | BATCHES).items()}
+    measured = {
+        name: lambda data=data: data()(aotfunc) for name, data in (PROGRAMS | BATCHES).items()
+    }
     for doing, call in (measured | EXTRA).items():  # noqa: B007 - Guard tells it
         call()
     assert not any(name in sys.modules for name in HEAVY)

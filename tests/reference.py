@@ -1,21 +1,32 @@
-"""What a result is compared with: plain autograd, forward AD and Python loops; nothing here knows aotfunc."""
+"""What a result is compared with: plain autograd, forward AD and Python loops; nothing here knows
+aotfunc."""
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-DIFFERENTIABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+DIFFERENTIABLE = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
 
 
 def assert_same(actual, expected, *, strides=False, **tolerance):
-    """Equal trees; per tensor equal dtype, shape and values (NaN equals NaN); other leaves equal by type and value."""
+    """Equal trees; per tensor equal dtype, shape and values (NaN equals NaN); other leaves equal
+    by type and value."""
     got, got_tree = tree_flatten(actual)
     want, want_tree = tree_flatten(expected)
     assert got_tree == want_tree, f"trees differ: {got_tree} and {want_tree}"
     for a, e in zip(got, want):
         if isinstance(e, torch.Tensor):
             assert isinstance(a, torch.Tensor), f"{a!r} is no tensor"
-            assert type(a) in (torch.Tensor, torch.nn.Parameter), f"an ordinary tensor is due, not {type(a)}"
+            assert type(a) in (torch.Tensor, torch.nn.Parameter), (
+                f"an ordinary tensor is due, not {type(a)}"
+            )
             torch.testing.assert_close(a.detach(), e.detach(), equal_nan=True, **tolerance)
             if strides and e.is_contiguous():
                 assert a.stride() == e.stride(), f"strides {a.stride()}, eager {e.stride()}"
@@ -28,7 +39,8 @@ def differentiable(x):
 
 
 def fresh(tree):
-    """A deep copy without autograd history, so that a program that writes to its inputs can be run twice."""
+    """A deep copy without autograd history, so that a program that writes to its inputs can be run
+    twice."""
     memo = {}
 
     def copy(x):
@@ -43,11 +55,14 @@ def fresh(tree):
 
 def tracked(tree):
     """A copy whose floating and complex leaves require grad."""
-    return tree_map(lambda x: x.detach().clone().requires_grad_() if differentiable(x) else x, tree)
+    return tree_map(
+        lambda x: x.detach().clone().requires_grad_() if differentiable(x) else x, tree
+    )
 
 
 def grads(f, argnums=0, create_graph=False):
-    """torch.autograd's gradient of a scalar function with respect to the tree (or the tuple of trees) at argnums."""
+    """torch.autograd's gradient of a scalar function with respect to the tree (or the tuple of
+    trees) at argnums."""
 
     def run(*args, **kwargs):
         several = isinstance(argnums, tuple)
@@ -76,16 +91,23 @@ def _leaf(x, create_graph):
 
 
 def vjps(f, primals, cotangents):
-    """(outputs, gradients for every primal) by torch.autograd; cotangents is one tensor per tensor output."""
+    """(outputs, gradients for every primal) by torch.autograd; cotangents is one tensor per tensor
+    output."""
     primals = tracked(tuple(primals))
     with torch.enable_grad():
         out = f(*primals)
     outs = [o for o in tree_leaves(out)]
-    pairs = [(o, c) for o, c in zip(outs, tree_leaves(cotangents)) if isinstance(o, torch.Tensor) and o.requires_grad]
+    pairs = [
+        (o, c)
+        for o, c in zip(outs, tree_leaves(cotangents))
+        if isinstance(o, torch.Tensor) and o.requires_grad
+    ]
     wrt = [p for p in tree_leaves(primals) if differentiable(p)]
     gs = [None] * len(wrt)
     if pairs:
-        gs = torch.autograd.grad([o for o, _ in pairs], wrt, [c for _, c in pairs], allow_unused=True)
+        gs = torch.autograd.grad(
+            [o for o, _ in pairs], wrt, [c for _, c in pairs], allow_unused=True
+        )
     return out, tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gs, wrt))
 
 
@@ -101,7 +123,8 @@ def jvps(f, primals, tangents):
 
 
 def jacobian(f, x):
-    """The Jacobian of a one-tensor function by a loop of autograd calls over the outputs; shape out.shape + x.shape."""
+    """The Jacobian of a one-tensor function by a loop of autograd calls over the outputs; shape
+    out.shape + x.shape."""
     x = x.detach().clone().requires_grad_()
     y = f(x)
     rows = []
@@ -117,7 +140,8 @@ def hess(f, x):
 
 
 def loop(f, in_dims=0, out_dims=0):
-    """vmap by a Python loop; in_dims as vmap's own (an int, None, or a tree of them), out_dims an int or a tree."""
+    """vmap by a Python loop; in_dims as vmap's own (an int, None, or a tree of them), out_dims an
+    int or a tree."""
 
     def run(*args):
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
@@ -133,7 +157,9 @@ def loop(f, in_dims=0, out_dims=0):
         columns = [tree_flatten(r)[0] for r in results]
         out_tree = tree_flatten(results[0])[1]
         out_flat = _spread(out_dims, results[0])
-        stacked = [torch.stack(list(col), 0).movedim(0, d) for col, d in zip(zip(*columns), out_flat)]
+        stacked = [
+            torch.stack(list(col), 0).movedim(0, d) for col, d in zip(zip(*columns), out_flat)
+        ]
         return out_tree.unflatten(stacked)
 
     return run

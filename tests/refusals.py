@@ -1,4 +1,5 @@
-"""What compiled functions refuse, each program with its message: ``python -m tests.refusals`` writes the table."""
+"""What compiled functions refuse, each program with its message: ``python -m tests.refusals``
+writes the table."""
 
 from __future__ import annotations
 
@@ -145,9 +146,13 @@ def optimizer_inside(compiler):
 
 PROGRAMS: dict[str, Callable] = {
     "`if x.sum() > 0`": on(ones())(lambda x: x if x.sum() > 0 else -x),
-    "`x * c.item()`, `c` from outside": closed_over(lambda: torch.tensor(3.0), lambda c, x: x * c.item()),
+    "`x * c.item()`, `c` from outside": closed_over(
+        lambda: torch.tensor(3.0), lambda c, x: x * c.item()
+    ),
     "`x[:n]`, `n` a tensor from outside": closed_over(lambda: torch.tensor(2), lambda n, x: x[:n]),
-    "`torch.add(x, x, alpha=c)`": closed_over(lambda: torch.tensor(2), lambda c, x: torch.add(x, x, alpha=c)),
+    "`torch.add(x, x, alpha=c)`": closed_over(
+        lambda: torch.tensor(2), lambda c, x: torch.add(x, x, alpha=c)
+    ),
     '`f"{c}"`': closed_over(lambda: torch.tensor(2), lambda c, x: (f"{c}", x)[1]),
     "`x[w > 0]`": closed_over(ones(), lambda w, x: x[w > 0]),
     "`torch.rand(2).sum().item()`": on(ones())(lambda x: x * torch.rand(2).sum().item()),
@@ -155,18 +160,24 @@ PROGRAMS: dict[str, Callable] = {
     "`w.data = …`": closed_over(parameter, assigned("data")),
     "`w.grad = …`": closed_over(parameter, assigned("grad")),
     "`w.requires_grad_(False)`": closed_over(parameter, lambda w, x: w.requires_grad_(False) * x),
-    "`x.data = y` of an argument": on(ones(), ones())(lambda x, y: (setattr(x, "data", y), x * 2)[1]),
+    "`x.data = y` of an argument": on(ones(), ones())(
+        lambda x, y: (setattr(x, "data", y), x * 2)[1]
+    ),
     "`x.resize_(6)` of an argument": on(ones())(lambda x: x.resize_(6) * 2),
     "`c.unsqueeze_(0)`, `c` from outside": closed_over(ones(), lambda c, x: c.unsqueeze_(0) * x),
-    "`torch.sin(x, out=b)` of another shape": closed_over(ones(2), lambda b, x: torch.sin(x, out=b)),
+    "`torch.sin(x, out=b)` of another shape": closed_over(
+        ones(2), lambda b, x: torch.sin(x, out=b)
+    ),
     "`x.expand(2, 3).add_(1)`": on(ones())(lambda x: x.expand(2, 3).add_(1)),
     "writes to overlapping arguments": lambda compiler: compiler(lambda a, b: a.add_(b.sum()))(
         *(lambda t: (t[:4], t[2:]))(torch.arange(6.0))
     ),
-    "`xs.append(x)` of an argument": lambda compiler: compiler(lambda xs: (xs.append(xs[0]), xs[0] * 2)[1])(
-        [torch.ones(3)]
+    "`xs.append(x)` of an argument": lambda compiler: compiler(
+        lambda xs: (xs.append(xs[0]), xs[0] * 2)[1]
+    )([torch.ones(3)]),
+    "`y.backward()` onto `w` from outside": closed_over(
+        parameter, lambda w, x: ((w * x).sum().backward(), x)[1]
     ),
-    "`y.backward()` onto `w` from outside": closed_over(parameter, lambda w, x: ((w * x).sum().backward(), x)[1]),
     "a backward that writes to what it saved": lambda compiler: (
         compiler(WritesWhatItSaved.apply)(leaf()).sum().backward()
     ),
@@ -180,11 +191,17 @@ PROGRAMS: dict[str, Callable] = {
         lambda x: checkpoint(lambda v: v.mul_(2), x * 1, use_reentrant=True)
     ),
     "`saved_tensors_hooks` inside": on(leaf)(
-        lambda x: torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x  # refused as it is entered
+        lambda x: (
+            torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x
+        )  # refused as it is entered
     ),
-    "`y.grad_fn.register_hook(…)`": on(leaf)(lambda x: ((x * 2).grad_fn.register_hook(print), x)[1]),
+    "`y.grad_fn.register_hook(…)`": on(leaf)(
+        lambda x: ((x * 2).grad_fn.register_hook(print), x)[1]
+    ),
     "`torch.manual_seed(0)`": on(ones())(lambda x: (torch.manual_seed(0), x * torch.rand(3))[1]),
-    "`torch.Generator()` made inside": on(ones())(lambda x: x + torch.rand(3, generator=generator())),
+    "`torch.Generator()` made inside": on(ones())(
+        lambda x: x + torch.rand(3, generator=generator())
+    ),
     "`g.manual_seed(1)` after a draw": closed_over(generator, drawn_then_seeded),
     "a generator as the result": on(ones())(lambda x: (v for v in x)),
     "a function made inside as the result": on(ones())(lambda x: lambda z, y=x * 2: z * y),
@@ -203,13 +220,16 @@ PROGRAMS: dict[str, Callable] = {
         compiler(lambda x: x * 2), (torch.ones(3),)
     ),
     "a sparse argument": lambda compiler: compiler(lambda x: x * 2)(torch.eye(3).to_sparse()),
-    "a compiler that fails": lambda compiler: jit(lambda x: x * 2, backend=lambda gm, inputs: 1 / 0)(torch.ones(3)),
+    "a compiler that fails": lambda compiler: jit(
+        lambda x: x * 2, backend=lambda gm, inputs: 1 / 0
+    )(torch.ones(3)),
     "an unknown backend": lambda compiler: jit(lambda x: x, backend="none")(torch.ones(3)),
 }
 
 
 def message(program: Callable, compiler: Callable) -> str:
-    """What a program is refused with, without the line of this file. Raises AssertionError where it is not refused."""
+    """What a program is refused with, without the line of this file. Raises AssertionError where
+    it is not refused."""
     try:
         program(compiler)
     except AotfuncError as e:

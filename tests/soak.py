@@ -1,11 +1,12 @@
-"""A long run: python -m tests.soak [calls] — memory, global state and lifetimes under everything that changes.
+"""A long run: python -m tests.soak [calls] — memory, global state and lifetimes under everything
+that changes.
 
-Every call is of one kind: fresh closures, shapes, numbers, modules, threads, errors in the middle of a capture, copies.
-A table of memory, live tensors and cache sizes is printed along the way. At the end memory must have been flat over the
-last third (by then all caches but the memo of op signatures are full): the blocks that Python's objects take, and what
-is resident, which also holds the gaps that the allocator has left between them. The process must be as it was, and
-tensors must have gone without the garbage collector.
-"""
+Every call is of one kind: fresh closures, shapes, numbers, modules, threads, errors in the middle
+of a capture, copies. A table of memory, live tensors and cache sizes is printed along the way. At
+the end memory must have been flat over the last third (by then all caches but the memo of op
+signatures are full): the blocks that Python's objects take, and what is resident, which also holds
+the gaps that the allocator has left between them. The process must be as it was, and tensors must
+have gone without the garbage collector."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from aotfunc import cache
 from tests.aot.test_threads import state
 
 CALLS = 20_000
-#: what memory may grow by over the last third, in MiB: the allocator's noise, and what torch itself keeps
+#: what memory may grow by over the last third, in MiB: the allocator's noise, and what torch
+# itself keeps
 ALLOWED = 24.0
 #: and the most blocks alive: the caches drop half of what they hold at a time, each at its own
 BREATHING = 1.05
@@ -62,7 +64,8 @@ class Watch:
         return count
 
 
-# ----- kinds of calls: (number of the call, watch) -> None ------------------------------------------------------------
+# ----- kinds of calls: (number of the call, watch) -> None
+# ------------------------------------------------------------
 
 
 def fresh_closure(i: int, watch: Watch) -> None:
@@ -107,7 +110,10 @@ numbered = A.jit(layer)
 def fresh_batch(i: int, watch: Watch) -> None:
     x, w = watch(torch.randn(2 + i % 499, 4), torch.randn(4))
     check(A.vmap(A.grad(layer), in_dims=(0, None, None))(x, w, 0.5), slope(x, w, 0.5))
-    check(A.vmap(shaped, in_dims=(0, None, None))(x, w, 0.5)[:2], torch.stack([layer(v, w, 0.5) for v in x[:2]]))
+    check(
+        A.vmap(shaped, in_dims=(0, None, None))(x, w, 0.5)[:2],
+        torch.stack([layer(v, w, 0.5) for v in x[:2]]),
+    )
 
 
 def fresh_module(i: int, watch: Watch) -> None:
@@ -144,7 +150,9 @@ def transforms(i: int, watch: Watch) -> None:
     check(A.linearize(f, x)[1](w), slope(x, w, 0.5).dot(w))
     A.hessian(f)(x)
     check(A.functionalize(f)(x), f(x))
-    check(A.make_fx(layer)(x, w, 0.5)(w, x, 0.5), layer(w, x, 0.5))  # a module keeps what is closed over in a cycle
+    check(
+        A.make_fx(layer)(x, w, 0.5)(w, x, 0.5), layer(w, x, 0.5)
+    )  # a module keeps what is closed over in a cycle
 
 
 def second_order(i: int, watch: Watch) -> None:
@@ -173,8 +181,12 @@ def threads(i: int, watch: Watch) -> None:
         raise errors[0]
 
 
-ERRORS = itertools.cycle([ValueError, KeyboardInterrupt, RuntimeError, StopIteration, NotImplementedError, MemoryError])
-WRAPPERS = itertools.cycle([A.grad, A.vmap, A.jit, A.make_fx, A.hessian, lambda f: A.vmap(A.grad(f))])
+ERRORS = itertools.cycle(
+    [ValueError, KeyboardInterrupt, RuntimeError, StopIteration, NotImplementedError, MemoryError]
+)
+WRAPPERS = itertools.cycle(
+    [A.grad, A.vmap, A.jit, A.make_fx, A.hessian, lambda f: A.vmap(A.grad(f))]
+)
 
 
 def error_inside(i: int, watch: Watch) -> None:
@@ -200,12 +212,21 @@ def leaked(i: int, watch: Watch) -> None:
 
 
 KINDS: list[Callable[[int, Watch], None]] = [
-    *(fresh_closure, rebound_closure, fresh_shape, fresh_number, fresh_batch, fresh_module, copied),
+    *(
+        fresh_closure,
+        rebound_closure,
+        fresh_shape,
+        fresh_number,
+        fresh_batch,
+        fresh_module,
+        copied,
+    ),
     *(transforms, second_order, threads, error_inside, leaked),
 ]
 
 
-# ----- the run --------------------------------------------------------------------------------------------------------
+# ----- the run
+# --------------------------------------------------------------------------------------------------------
 
 
 def resident() -> float:
@@ -224,9 +245,8 @@ def caches() -> tuple[int, int]:
 
 
 def soak(calls: int, rows: int = 10, out=sys.stdout) -> list[tuple[float, int]]:  # type: ignore[no-untyped-def]
-    """Make so many calls; at each row of the table the resident memory in MiB, and the blocks alive. Raises
-    AssertionError where something is not as it was.
-    """
+    """Make so many calls; at each row of the table the resident memory in MiB, and the blocks
+    alive. Raises AssertionError where something is not as it was."""
     watch, held = Watch(), Counter()
     before, memory, start = state() | {"generator": 0}, [], time.perf_counter()
     print("  calls  seconds resident MiB    blocks  tensors  entries    nodes", file=out)
@@ -235,7 +255,9 @@ def soak(calls: int, rows: int = 10, out=sys.stdout) -> list[tuple[float, int]]:
         gc.disable()
         try:
             kind(i, watch)
-            held[kind.__name__] += watch.alive() if i >= len(KINDS) else 0  # what is imported late may catch errors
+            held[kind.__name__] += (
+                watch.alive() if i >= len(KINDS) else 0
+            )  # what is imported late may catch errors
         finally:
             gc.enable()
         if (i + 1) % max(calls // rows, 1) == 0:
@@ -257,7 +279,9 @@ def main() -> int:
     memory = soak(int(sys.argv[1]) if len(sys.argv) > 1 else CALLS)
     third = 2 * len(memory) // 3
     grown = memory[-1][0] - memory[third - 1][0]
-    most = max(blocks for _, blocks in memory[third:]) / max(blocks for _, blocks in memory[:third])
+    most = max(blocks for _, blocks in memory[third:]) / max(
+        blocks for _, blocks in memory[:third]
+    )
     print(
         f"over the last third resident memory grew by {grown:.1f} MiB (allowed: {ALLOWED}); the most blocks alive "
         f"were {most:.3f} of the most before (allowed: {BREATHING})"

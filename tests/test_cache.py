@@ -97,7 +97,13 @@ def test_a_number_that_changes(small):
         y = x.clone().requires_grad_()
         jitted(y, c).backward()
         torch.testing.assert_close(y.grad, right(x, c))
-        for memo in (captured._programs, graph._derived, walk._fragments, jitted.entries, jitted._recent):
+        for memo in (
+            captured._programs,
+            graph._derived,
+            walk._fragments,
+            jitted.entries,
+            jitted._recent,
+        ):
             assert nodes(memo) <= 2600
     assert len(jitted.entries) >= 10
 

@@ -1,4 +1,5 @@
-"""coverage(): what it says of an op is what the walkers do with it, for every op that made-up arguments can call."""
+"""coverage(): what it says of an op is what the walkers do with it, for every op that made-up
+arguments can call."""
 
 import itertools
 from functools import cache
@@ -18,7 +19,11 @@ INTEGERS = {"index", "indices", "target", "offsets", "lengths", "sorter"}
 
 def guess(argument, shape, dtype, number):
     kind, name = str(argument.real_type), argument.name
-    tensor = torch.zeros(shape, dtype=torch.int64) if name in INTEGERS else torch.rand(shape).mul(4).to(dtype)
+    tensor = (
+        torch.zeros(shape, dtype=torch.int64)
+        if name in INTEGERS
+        else torch.rand(shape).mul(4).to(dtype)
+    )
     if name in ("mask", "condition"):
         tensor = tensor > 0.5
     return {
@@ -40,22 +45,42 @@ def guess(argument, shape, dtype, number):
 
 @cache
 def call_of(op):
-    """``(f, tensors)``: arguments that the op takes, and the op as a function of the tensors among them, or None."""
-    schema = [a for a in op._schema.arguments if not a.has_default_value() or a.name in ("indices", "mask")]
-    for dtype, number, shape in itertools.product((torch.float64, torch.int64, torch.complex128), (1, 0, 2, 3), SHAPES):
+    """``(f, tensors)``: arguments that the op takes, and the op as a function of the tensors among
+    them, or None."""
+    schema = [
+        a
+        for a in op._schema.arguments
+        if not a.has_default_value() or a.name in ("indices", "mask")
+    ]
+    for dtype, number, shape in itertools.product(
+        (torch.float64, torch.int64, torch.complex128), (1, 0, 2, 3), SHAPES
+    ):
         given = {a.name: guess(a, shape, dtype, number) for a in schema}
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
-        lists = {k: v for k, v in given.items() if isinstance(v, list) and isinstance(v[0], torch.Tensor)}
+        lists = {
+            k: v
+            for k, v in given.items()
+            if isinstance(v, list) and isinstance(v[0], torch.Tensor)
+        }
         try:
             torch.manual_seed(0)
             op(**given)
-        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, AssertionError):
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            TypeError,
+            NotImplementedError,
+            AssertionError,
+        ):
             continue
         leaves = [*tensors.values(), *(t for v in lists.values() for t in v)]
 
         def f(*values, given=given, tensors=tensors, lists=lists):
             rest = iter(values)
-            new = {k: next(rest) for k in tensors} | {k: [next(rest) for _ in v] for k, v in lists.items()}
+            new = {k: next(rest) for k in tensors} | {
+                k: [next(rest) for _ in v] for k, v in lists.items()
+            }
             return op(**(given | new))
 
         return f, leaves
@@ -77,7 +102,13 @@ def taken(monkeypatch):
         monkeypatch.setattr(module, name, noted)
 
     def reverse(rule, op):
-        return "zero" if rule is vjp.no_slope else "rule" if op in RULES and rule is RULES[op].vjp else "derived"
+        return (
+            "zero"
+            if rule is vjp.no_slope
+            else "rule"
+            if op in RULES and rule is RULES[op].vjp
+            else "derived"
+        )
 
     def transposed(b, rule, op, *rest):
         return "transposed" if op in RULES and RULES[op].vjp is not None else "derived"
@@ -101,7 +132,8 @@ def floating(x):
 
 
 def outcome(op, transform, taken):
-    """The step that is taken for made-up arguments; None where they do not get as far as the op's rule."""
+    """The step that is taken for made-up arguments; None where they do not get as far as the op's
+    rule."""
     made = call_of(op)
     if made is None:
         return None
@@ -128,9 +160,14 @@ def outcome(op, transform, taken):
             out, pull = aotfunc.vjp(of_floats, *primals)
             found = pull([torch.ones_like(o) for o in out])
         else:
-            found = aotfunc.jvp(of_floats, tuple(primals), tuple(torch.ones_like(x) for x in primals))[1]
+            found = aotfunc.jvp(
+                of_floats, tuple(primals), tuple(torch.ones_like(x) for x in primals)
+            )[1]
     except AotfuncError as e:
-        nothing = ("no rule of ours", "draws random numbers and has no")  # else a rule's own refusal
+        nothing = (
+            "no rule of ours",
+            "draws random numbers and has no",
+        )  # else a rule's own refusal
         return "none" if f"{op}" in str(e) and any(text in str(e) for text in nothing) else None
     except (RuntimeError, IndexError):  # made-up arguments that a formula does not bear
         return None
@@ -145,7 +182,10 @@ FRAGILE = ("batch_norm",)
 NEXT_STEP = {("jvp", "aten._weight_norm_interface.default")}
 CASES = [
     *(("vjp", kind) for kind in ("rule", "zero", "derived", "decomposition", "none")),
-    *(("jvp", kind) for kind in ("rule", "zero", "transposed", "derived", "decomposition", "none")),
+    *(
+        ("jvp", kind)
+        for kind in ("rule", "zero", "transposed", "derived", "decomposition", "none")
+    ),
     *(("vmap", kind) for kind in ("rule", "derived", "decomposition", "loop")),
 ]
 
@@ -155,14 +195,20 @@ CASES = [
 @pytest.mark.parametrize(("transform", "kind"), CASES)
 def test_what_it_says_is_what_happens(transform, kind, taken):
     """For two dozen ops of each kind, spread over all of them."""
-    candidates = [op for op in ops() if step(op, transform) == kind and not any(w in str(op) for w in FRAGILE)]
+    candidates = [
+        op
+        for op in ops()
+        if step(op, transform) == kind and not any(w in str(op) for w in FRAGILE)
+    ]
     candidates = [op for op in candidates if (transform, str(op)) not in NEXT_STEP]
     stride = max(1, len(candidates) // 60)
     seen = {}
     for op in candidates[::stride]:
         if len(seen) < 24 and (done := outcome(op, transform, taken)) is not None:
             seen[str(op)] = done
-    assert len(seen) >= min(6, len(candidates) // 2), f"of {len(candidates)} only {seen} could be called"
+    assert len(seen) >= min(6, len(candidates) // 2), (
+        f"of {len(candidates)} only {seen} could be called"
+    )
     assert not {op: done for op, done in seen.items() if done != kind}
 
 
@@ -172,7 +218,9 @@ def test_the_table(capsys):
     assert list(counts) == list(TRANSFORMS)
     for transform, by_kind in counts.items():
         assert sum(by_kind.values()) == len(ops())
-        assert by_kind == {kind: sum(step(op, transform) == kind for op in ops()) for kind in KINDS}
+        assert by_kind == {
+            kind: sum(step(op, transform) == kind for op in ops()) for kind in KINDS
+        }
     assert all(kind in printed for kind in KINDS)
     assert counts["vmap"]["loop"] <= 15, "an op that could be batched runs in a loop now"
 

@@ -9,7 +9,19 @@ import torch
 from expecttest import assert_expected_inline
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import aot_function, aot_module, debug, grad, hessian, jacfwd, jacrev, jit, jvp, linearize, vmap
+from aotfunc import (
+    aot_function,
+    aot_module,
+    debug,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jit,
+    jvp,
+    linearize,
+    vmap,
+)
 from aotfunc.debug import stages
 from tests.functions import Cube
 from tests.reference import assert_same
@@ -78,8 +90,12 @@ def test_of_a_function_that_calls_others():
     assert {"capture", "vjp", "jvp", "vmap", "jacrev", "jacfwd"} <= {*names}
 
 
-@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, hessian, lambda f: lambda x: jvp(f, (x,), (x,))])
-@pytest.mark.parametrize("function", [f, lambda x: (x * X).sum(), lambda x: checkpoint(f, x, use_reentrant=False)])
+@pytest.mark.parametrize(
+    "transform", [grad, jacrev, jacfwd, hessian, lambda f: lambda x: jvp(f, (x,), (x,))]
+)
+@pytest.mark.parametrize(
+    "function", [f, lambda x: (x * X).sum(), lambda x: checkpoint(f, x, use_reentrant=False)]
+)
 def test_every_program_says_its_pass_and_runs(transform, function):
     call = transform(function)
     found = stages(call)(X)
@@ -90,7 +106,10 @@ def test_every_program_says_its_pass_and_runs(transform, function):
     space = {"torch": torch, "device": torch.device}
     exec(found[-1].code, space)
     closed_over = [X] * (space[found[-1].made_by].__code__.co_argcount - 1)
-    assert_same(space[found[-1].made_by](X, *closed_over)[0], call(X)[0] if isinstance(call(X), tuple) else call(X))
+    assert_same(
+        space[found[-1].made_by](X, *closed_over)[0],
+        call(X)[0] if isinstance(call(X), tuple) else call(X),
+    )
 
 
 def test_of_steps_with_programs_of_their_own():
@@ -131,6 +150,8 @@ def test_stages_inside_stages():
 def test_levels(level):
     code = "import torch; from aotfunc import grad; grad(lambda x: x.sin().sum())(torch.ones(2))"
     env = {**os.environ, "AOTFUNC_DEBUG": str(level)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
     assert ("# vjp: 1 nodes\ndef vjp(x):" in done.stderr) == (level >= 3)
     assert ("    cos = f0(x)\n" in done.stderr) == (level >= 4)

@@ -15,7 +15,9 @@ from aotfunc import backends
 ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 MODULES = sorted(m.name for m in pkgutil.walk_packages(aotfunc.__path__, "aotfunc."))
-PUBLIC = [name for name in vars(aotfunc) if not name.startswith("_") and callable(getattr(aotfunc, name))]
+PUBLIC = [
+    name for name in vars(aotfunc) if not name.startswith("_") and callable(getattr(aotfunc, name))
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -32,7 +34,9 @@ def test_the_examples_of_a_module(name):
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/walk.md"])
 def test_the_examples_of_a_page(page, monkeypatch):
     monkeypatch.setattr(backends, "REGISTRY", dict(backends.REGISTRY))
-    assert not doctest.testfile(str(ROOT / page), module_relative=False, optionflags=OPTIONS).failed
+    assert not doctest.testfile(
+        str(ROOT / page), module_relative=False, optionflags=OPTIONS
+    ).failed
 
 
 @pytest.mark.parametrize("name", PUBLIC)

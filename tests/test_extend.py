@@ -80,7 +80,9 @@ def test_a_wrong_rule_is_found(verb, rule):
     cube = new(lambda x: x**3)
     pointwise(cube, lambda g, out, x: 3 * g * x * x)
     verb(cube)(rule)
-    with pytest.raises(AssertionError, match=r"reverse mode is wrong|batching arguments \[0\] is wrong"):
+    with pytest.raises(
+        AssertionError, match=r"reverse mode is wrong|batching arguments \[0\] is wrong"
+    ):
         check_rule(cube, (X,))
 
 

@@ -1,4 +1,5 @@
-"""No first call of a fresh process imports Dynamo, Inductor or sympy, which take longer than all else together."""
+"""No first call of a fresh process imports Dynamo, Inductor or sympy, which take longer than all
+else together."""
 
 import subprocess
 import sys

@@ -1,7 +1,8 @@
-"""Random programs with views, writes and regions without gradients: every transform against autograd and loops.
+"""Random programs with views, writes and regions without gradients: every transform against
+autograd and loops.
 
-A program is drawn from a seed and is a list of steps on a growing pool of values. AOTFUNC_FUZZ=N runs N seeds.
-"""
+A program is drawn from a seed and is a list of steps on a growing pool of values. AOTFUNC_FUZZ=N
+runs N seeds."""
 
 from __future__ import annotations
 
@@ -74,7 +75,13 @@ COMPLEX = {
         lambda x: (x.abs() + 0.5).log() * (1 + 0j),
         lambda x: torch.where(x.real > 0, x, x.conj() * 0.5),
     ],
-    "binary": [torch.add, torch.sub, torch.mul, lambda a, b: a / (1.5 + b.abs() ** 2), lambda a, b: a * b.conj()],
+    "binary": [
+        torch.add,
+        torch.sub,
+        torch.mul,
+        lambda a, b: a / (1.5 + b.abs() ** 2),
+        lambda a, b: a * b.conj(),
+    ],
     "reduce": [
         lambda x, d: x.sum(d, keepdim=True),
         lambda x, d: x.mean(d, keepdim=True),
@@ -133,7 +140,8 @@ def fits(x, y):
 
 
 def program(seed: int, dtype: torch.dtype = torch.float64):
-    """``(f, inputs)``: drawn while it runs once; afterwards ``f`` repeats the same steps, writing to its arguments."""
+    """``(f, inputs)``: drawn while it runs once; afterwards ``f`` repeats the same steps, writing
+    to its arguments."""
     draw = random.Random(seed)
     ops = COMPLEX if dtype.is_complex else REAL
     torch.manual_seed(seed)
@@ -142,7 +150,11 @@ def program(seed: int, dtype: torch.dtype = torch.float64):
     steps = []
 
     def choose(pool):
-        i = draw.randrange(len(pool)) if draw.random() < 0.5 else max(0, len(pool) - 1 - draw.randrange(3))
+        i = (
+            draw.randrange(len(pool))
+            if draw.random() < 0.5
+            else max(0, len(pool) - 1 - draw.randrange(3))
+        )
         return i % len(pool)
 
     pool = [x.clone() for x in inputs]
@@ -179,7 +191,9 @@ def program(seed: int, dtype: torch.dtype = torch.float64):
             elif kind < 0.85:
                 same = [k for k in range(len(pool)) if pool[k].shape == pool[i].shape]
                 d = draw.randrange(pool[i].dim() + 1)
-                step = lambda p, same=tuple(same[:3]), d=d: p.append(torch.stack([p[k] for k in same], d))
+                step = lambda p, same=tuple(same[:3]), d=d: p.append(
+                    torch.stack([p[k] for k in same], d)
+                )
             else:
                 op = draw.choice(ops["writes"])
                 j = j if fits(pool[i], pool[j]) else i
@@ -250,7 +264,10 @@ def all_of(f, inputs):
     yield "grad", grad(*inputs), want
     yield "graph of grad", aotfunc.make_fx(grad)(*inputs)(*inputs), want
     tangents = [torch.randn_like(x) for x in inputs]
-    along = sum(((g.conj() * t).sum().real for g, t in zip(want, tangents)), torch.zeros((), dtype=torch.float64))
+    along = sum(
+        ((g.conj() * t).sum().real for g, t in zip(want, tangents)),
+        torch.zeros((), dtype=torch.float64),
+    )
     yield "jvp", aotfunc.jvp(f, tuple(inputs), tuple(tangents))[1], along
     jitted = aotfunc.jit(f)
     for _ in range(2):
@@ -263,10 +280,18 @@ def all_of(f, inputs):
     each = [autograd(f, leaves(row)) for row in rows]
     per_sample = [torch.stack(column) for column in zip(*each)]
     yield "vmap of grad", aotfunc.vmap(grad)(*batch), per_sample
-    yield "grad of vmap", aotfunc.grad(lambda *b: aotfunc.vmap(f)(*b).sum(), every)(*batch), per_sample
+    yield (
+        "grad of vmap",
+        aotfunc.grad(lambda *b: aotfunc.vmap(f)(*b).sum(), every)(*batch),
+        per_sample,
+    )
     dims = tuple(-1 if x.dim() else 0 for x in inputs)
     moved = [b.movedim(0, d) for b, d in zip(batch, dims)]
-    yield "vmap of jit, other dims", aotfunc.vmap(jitted, in_dims=dims)(*moved), aotfunc.vmap(f)(*batch)
+    yield (
+        "vmap of jit, other dims",
+        aotfunc.vmap(jitted, in_dims=dims)(*moved),
+        aotfunc.vmap(f)(*batch),
+    )
     if len(inputs) > 1:
         one = (0, *[None] * (len(inputs) - 1))
         rest = inputs[1:]
@@ -278,11 +303,17 @@ def all_of(f, inputs):
     xs = leaves(inputs)
     gs = autograd(f, xs, create_graph=True)
     product = sum((g.conj() * t).sum().real for g, t in zip(gs, tangents))
-    seconds = torch.autograd.grad(product, xs, allow_unused=True) if product.requires_grad else [None] * len(xs)
+    seconds = (
+        torch.autograd.grad(product, xs, allow_unused=True)
+        if product.requires_grad
+        else [None] * len(xs)
+    )
     seconds = [torch.zeros_like(x) if g is None else g for g, x in zip(seconds, xs)]
     dot = lambda *xs: sum((g.conj() * t).sum().real for g, t in zip(grad(*xs), tangents))
     yield "grad of grad", aotfunc.grad(dot, every)(*inputs), seconds
-    if tangents[0].is_complex():  # the Hessian of a real function of complex numbers is symmetric as a real map only
+    if (
+        tangents[0].is_complex()
+    ):  # the Hessian of a real function of complex numbers is symmetric as a real map only
         others = [torch.randn_like(x) for x in inputs]
         pairing = lambda us, vs: sum((u.conj() * v).sum().real for u, v in zip(us, vs))
         pushed = aotfunc.jvp(grad, tuple(inputs), tuple(others))[1]
@@ -302,7 +333,9 @@ def test_a_random_program(seed, dtype):
     for what, got, want in all_of(f, inputs):
         got, want = (list(t) if isinstance(t, tuple | list) else [t] for t in (got, want))
         for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, w.detach(), equal_nan=True, msg=lambda m, what=what: f"{what}: {m}", **CLOSE)
+            torch.testing.assert_close(
+                g, w.detach(), equal_nan=True, msg=lambda m, what=what: f"{what}: {m}", **CLOSE
+            )
 
 
 WAYS = {

@@ -1,4 +1,5 @@
-"""Imports point down, never sideways, and the package never leans on the libraries it is checked against."""
+"""Imports point down, never sideways, and the package never leans on the libraries it is checked
+against."""
 
 import ast
 import sys
@@ -10,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "aotfunc").rglob("*.py"))
 
-# From the top down; the units of one row are siblings. A unit may import itself and the rows below.
+# From the top down; the units of one row are siblings. A unit may import itself and the rows
+# below.
 ROWS = [
     ("__init__",),
     ("compile", "extend"),
@@ -25,18 +27,28 @@ ROWS = [
     ("cache",),
     ("errors",),
 ]
-# Stricter than the rows: a backend does not know that a gradient exists; a rule is plain tensor code beside its table.
+# Stricter than the rows: a backend does not know that a gradient exists; a rule is plain tensor
+# code beside its table.
 ONLY = {
     "backends": {"backends", "trace", "graph", "debug", "errors"},
     "rules": {"rules"},
 }
 
-REFERENCES = ("functorch", "torch.func", "torch._functorch", "torch.vmap", "torch.fx.experimental.proxy_tensor")
-# The derivation of a rule for a single op may ask PyTorch's own transforms; the module helpers hold no transform.
+REFERENCES = (
+    "functorch",
+    "torch.func",
+    "torch._functorch",
+    "torch.vmap",
+    "torch.fx.experimental.proxy_tensor",
+)
+# The derivation of a rule for a single op may ask PyTorch's own transforms; the module helpers
+# hold no transform.
 MAY_USE = {
     "aotfunc/transforms/fallback.py": REFERENCES,
     "aotfunc/api/stateless.py": ("torch.func.functional_call", "torch.func.stack_module_state"),
-    "aotfunc/trace/recording.py": ("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",),
+    "aotfunc/trace/recording.py": (
+        "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+    ),
 }
 
 
@@ -47,9 +59,16 @@ def allowed(unit: str) -> set[str]:
 
 
 def unit_of(module: str) -> str:
-    """The unit that a dotted module of the package belongs to: ``aotfunc.trace.emit`` is in ``trace``."""
+    """The unit that a dotted module of the package belongs to: ``aotfunc.trace.emit`` is in
+    ``trace``."""
     parts = module.split(".")
-    return "__init__" if len(parts) == 1 else "rules" if parts[1:3] == ["transforms", "rules"] else parts[1]
+    return (
+        "__init__"
+        if len(parts) == 1
+        else "rules"
+        if parts[1:3] == ["transforms", "rules"]
+        else parts[1]
+    )
 
 
 def module_of(path: Path) -> str:
@@ -58,7 +77,8 @@ def module_of(path: Path) -> str:
 
 
 def names_used(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of each import anywhere in ``source``, and of each ``torch.x.y`` that is spelled out."""
+    """(line, dotted name) of each import anywhere in ``source``, and of each ``torch.x.y`` that is
+    spelled out."""
     inside = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -69,7 +89,9 @@ def names_used(source: str, module: str, is_package: bool) -> Iterator[tuple[int
             yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
         elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
             yield node.lineno, ast.unparse(node)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
             yield from ((node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant))
 
 
@@ -78,19 +100,23 @@ def under(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def complaints(source: str, path: str) -> list[str]:
-    """What is wrong with the imports of ``source``, the text of the file ``path`` of the package."""
+    """What is wrong with the imports of ``source``, the text of the file ``path`` of the
+    package."""
     module, found = module_of(ROOT / path), []
     here = unit_of(module)
     for line, name in names_used(source, module, path.endswith("__init__.py")):
         if name.split(".")[0] == "aotfunc":
-            # `from aotfunc import trace` and `import aotfunc.trace` name a unit; `from aotfunc import grad` the page.
+            # `from aotfunc import trace` and `import aotfunc.trace` name a unit; `from aotfunc
+            # import grad` the page.
             there = unit_of(name)
             if name.count(".") == 1 and not any(there in row for row in ROWS):
                 there = "__init__"
             if there not in allowed(here):
                 found.append(f"{path}:{line}: {here} may not import {there} ({name})")
         elif under(name, REFERENCES) and not under(name, MAY_USE.get(path, ())):
-            found.append(f"{path}:{line}: {name} is a reference for tests, not a part of the package")
+            found.append(
+                f"{path}:{line}: {name} is a reference for tests, not a part of the package"
+            )
         elif here == "rules" and name.split(".")[0] not in {"torch", *sys.stdlib_module_names}:
             found.append(f"{path}:{line}: a rule imports torch and its table only ({name})")
     return found
@@ -114,7 +140,10 @@ def test_every_file_has_a_place():
         ("aotfunc/trace/emit.py", "from .. import grad"),
         ("aotfunc/graph.py", "import aotfunc"),
         ("aotfunc/partition/cost.py", "def f():\n    from aotfunc.backends import eager"),
-        ("aotfunc/backends/cpp.py", "from importlib import import_module\nimport_module('aotfunc.transforms')"),
+        (
+            "aotfunc/backends/cpp.py",
+            "from importlib import import_module\nimport_module('aotfunc.transforms')",
+        ),
         ("aotfunc/backends/__init__.py", "from ..transforms.vjp import vjp"),
         ("aotfunc/transforms/rules/nn.py", "from ...graph import verify"),
         ("aotfunc/transforms/rules/nn.py", "import numpy as np"),
@@ -135,9 +164,18 @@ def test_the_checker_sees(path: str, source: str):
     "path, source",
     [
         ("aotfunc/__init__.py", "from .api.func import grad\nfrom .api.jit import jit"),
-        ("aotfunc/api/jit.py", "from .make_fx import make_fx\nfrom ..backends import eager\nfrom aotfunc import graph"),
-        ("aotfunc/transforms/vjp.py", "from .rules import table\nfrom ..trace.tracer import trace\nfrom . import walk"),
-        ("aotfunc/transforms/rules/nn.py", "import math\nimport torch\nfrom .table import pointwise"),
+        (
+            "aotfunc/api/jit.py",
+            "from .make_fx import make_fx\nfrom ..backends import eager\nfrom aotfunc import graph",
+        ),
+        (
+            "aotfunc/transforms/vjp.py",
+            "from .rules import table\nfrom ..trace.tracer import trace\nfrom . import walk",
+        ),
+        (
+            "aotfunc/transforms/rules/nn.py",
+            "import math\nimport torch\nfrom .table import pointwise",
+        ),
         ("aotfunc/transforms/fallback.py", "import torch.func\nfrom torch._functorch import vmap"),
         ("aotfunc/api/stateless.py", "from torch.func import functional_call"),
         ("aotfunc/partition/solve.py", "import networkx, scipy.sparse\nfrom ..trace import emit"),

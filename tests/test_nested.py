@@ -1,8 +1,8 @@
-"""Random nests of transforms whose functions close over the variables of outer ones, against autograd and loops.
+"""Random nests of transforms whose functions close over the variables of outer ones, against
+autograd and loops.
 
-The same nest is built twice, from aotfunc's transforms and from a reference of each: reverse mode with create_graph, a
-loop for vmap, reverse mode twice for forward mode.
-"""
+The same nest is built twice, from aotfunc's transforms and from a reference of each: reverse mode
+with create_graph, a loop for vmap, reverse mode twice for forward mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ N = 3
 
 
 class Reference:
-    """The transforms by autograd and loops, differentiable in all that the functions close over."""
+    """The transforms by autograd and loops, differentiable in all that the functions close
+    over."""
 
     @staticmethod
     def vjp(f, x):
@@ -66,7 +67,11 @@ class Reference:
 class Ours:
     """aotfunc's transforms under the same names."""
 
-    grad, vmap, jit = staticmethod(aotfunc.grad), staticmethod(aotfunc.vmap), staticmethod(aotfunc.jit)
+    grad, vmap, jit = (
+        staticmethod(aotfunc.grad),
+        staticmethod(aotfunc.vmap),
+        staticmethod(aotfunc.jit),
+    )
 
     @staticmethod
     def vjp(f, x):
@@ -117,7 +122,21 @@ def nest(draw, depth, count):
         return lambda m, env: last(env)
     sub = nest(draw, depth - 1, count + 1)
     i, j = draw.randrange(count), draw.randrange(count)
-    kind = draw.choice(["grad", "vjp", "jvp", "vmap", "jac", "jit", "checkpoint", "write", "cube", "no_grad", "inner"])
+    kind = draw.choice(
+        [
+            "grad",
+            "vjp",
+            "jvp",
+            "vmap",
+            "jac",
+            "jit",
+            "checkpoint",
+            "write",
+            "cube",
+            "no_grad",
+            "inner",
+        ]
+    )
     reverse = draw.random() < 0.5
 
     def call(m, env):
@@ -178,7 +197,9 @@ def test_a_random_nest(seed):
         close(aotfunc.make_fx(aotfunc.grad(loss, (0, 1)))(*xs)(*xs), want)
         close(aotfunc.jit(aotfunc.grad(loss, (0, 1)))(*xs), want)
         batch = [torch.stack([x, x]) for x in xs]
-        close(aotfunc.vmap(aotfunc.grad(loss, (0, 1)))(*batch), [torch.stack([w, w]) for w in want])
+        close(
+            aotfunc.vmap(aotfunc.grad(loss, (0, 1)))(*batch), [torch.stack([w, w]) for w in want]
+        )
         tangents = [torch.randn_like(x) for x in xs]
         along = sum((w * t).sum() for w, t in zip(want, tangents, strict=True))
         close(aotfunc.jvp(loss, tuple(xs), tuple(tangents))[1], along)

@@ -80,7 +80,9 @@ def test_another_thread_installs_again():
     restore_torch()
     got = []
     thread = threading.Thread(
-        target=lambda: got.append(grad(lambda x: torch.tensor(x.detach().tolist()).sum() * x)(X[0]))
+        target=lambda: got.append(
+            grad(lambda x: torch.tensor(x.detach().tolist()).sum() * x)(X[0])
+        )
     )
     thread.start()
     thread.join()
@@ -92,4 +94,6 @@ def test_each_has_a_name_of_its_own():
     names = [p.name for p in PATCHES if hasattr(p, "name")]
     assert len(names) == len({*names})
     assert {*names} <= ORIGINALS.keys()
-    assert all(p.f.__code__ is not ORIGINALS[p.name].__code__ for p in PATCHES if isinstance(p, Code))
+    assert all(
+        p.f.__code__ is not ORIGINALS[p.name].__code__ for p in PATCHES if isinstance(p, Code)
+    )

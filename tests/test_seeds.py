@@ -1,4 +1,5 @@
-"""Every code snippet of the project's seed texts (functorch's README, the torch.func tour, a blog note), as written."""
+"""Every code snippet of the project's seed texts (functorch's README, the torch.func tour, a blog
+note), as written."""
 
 from functools import partial
 
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from aotfunc import grad, hessian, jacfwd, jacrev, jvp, make_functional, make_fx, vjp, vmap
 from tests.reference import assert_same, grads, loop
 
-# functorch README ----------------------------------------------------------------------------------------------------
+# functorch README
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_install_check():
@@ -135,7 +137,8 @@ def test_readme_make_functional():
     assert_same(tuple(per_sample_grads), (error[:, :, None] * data[:, None, :], error))
 
 
-# the torch.func tour: what it has beside the README ------------------------------------------------------------------
+# the torch.func tour: what it has beside the README
+# ------------------------------------------------------------------
 
 
 def test_tour_vjp_of_a_triple():
@@ -155,7 +158,8 @@ def test_tour_jvp():
     assert torch.allclose(out_tangent, x + y)
 
 
-# the blog note -------------------------------------------------------------------------------------------------------
+# the blog note
+# -------------------------------------------------------------------------------------------------------
 
 
 def predict(weight, bias, x):
@@ -171,7 +175,9 @@ def test_note_jacobian_by_vmap_of_vjp():
     unit_vectors = torch.eye(D)
 
     def compute_jac(xp):
-        jacobian_rows = [torch.autograd.grad(predict(weight, bias, xp), xp, vec)[0] for vec in unit_vectors]
+        jacobian_rows = [
+            torch.autograd.grad(predict(weight, bias, xp), xp, vec)[0] for vec in unit_vectors
+        ]
         return torch.stack(jacobian_rows)
 
     jac = compute_jac(xp)

@@ -1,4 +1,5 @@
-"""The short form of the soak test: a few hundred calls, with caches so small that they are soon full."""
+"""The short form of the soak test: a few hundred calls, with caches so small that they are soon
+full."""
 
 import io
 

@@ -1,4 +1,5 @@
-"""The five-second check that every commit runs: each public name once, on a function of one line."""
+"""The five-second check that every commit runs: each public name once, on a function of one
+line."""
 
 import torch
 
@@ -92,13 +93,20 @@ def test_per_sample_gradients_of_a_module():
 
 
 def test_check_grads():
-    aotfunc.check_grads(lambda x: torch.tanh(x) * x, (torch.randn(3, dtype=torch.float64),), order=2)
+    aotfunc.check_grads(
+        lambda x: torch.tanh(x) * x, (torch.randn(3, dtype=torch.float64),), order=2
+    )
 
 
 def test_a_clear_error():
     try:
         aotfunc.grad(torch.sin)(torch.randn(3))
     except aotfunc.errors.AotfuncError as error:
-        assert "scalar" in str(error).lower() or "0-dim" in str(error) or "(3,)" in str(error) or "[3]" in str(error)
+        assert (
+            "scalar" in str(error).lower()
+            or "0-dim" in str(error)
+            or "(3,)" in str(error)
+            or "[3]" in str(error)
+        )
     else:
         raise AssertionError("grad of a vector function must raise")

@@ -1,6 +1,5 @@
-"""What the transforms ask of their arguments: which leaves are differentiated or batched, and errors that name the
-ones that cannot be.
-"""
+"""What the transforms ask of their arguments: which leaves are differentiated or batched, and
+errors that name the ones that cannot be."""
 
 from __future__ import annotations
 
@@ -26,9 +25,12 @@ Dims = int | None | tuple | list | dict
 
 
 def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> list[int]:
-    """Leaf positions of the differentiated arguments; each must be a floating or complex tensor."""
+    """Leaf positions of the differentiated arguments; each must be a floating or complex
+    tensor."""
     count = len(args.spans)
-    if not isinstance(argnums, int) and not (isinstance(argnums, tuple) and all(isinstance(i, int) for i in argnums)):
+    if not isinstance(argnums, int) and not (
+        isinstance(argnums, tuple) and all(isinstance(i, int) for i in argnums)
+    ):
         raise ArgumentError(f"{name}: argnums must be an int or a tuple of ints, not {argnums!r}")
     chosen = (argnums,) if isinstance(argnums, int) else argnums
     if not chosen:
@@ -36,7 +38,9 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
     found = []
     for i in chosen:
         if not -count <= i < count:
-            raise ArgumentError(f"{name}: argnums={argnums}, but there are {count} positional arguments")
+            raise ArgumentError(
+                f"{name}: argnums={argnums}, but there are {count} positional arguments"
+            )
         for k in args.spans[i]:
             if not differentiable(args.leaves[k]):
                 raise not_differentiable(name, args.leaves[k], args.said(k))
@@ -52,7 +56,9 @@ def differentiable(x: Any) -> bool:
 
 def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
     if not isinstance(x, Tensor):
-        return ArgumentError(f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated")
+        return ArgumentError(
+            f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated"
+        )
     return ArgumentError(
         f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
         "(pass it as another argument, or see argnums)"
@@ -60,7 +66,8 @@ def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
 
 
 def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:
-    """``values`` of the differentiated leaves in the shape of the arguments: one tree, or a tuple of them."""
+    """``values`` of the differentiated leaves in the shape of the arguments: one tree, or a tuple
+    of them."""
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     feed = iter(values)
     trees = []
@@ -75,13 +82,19 @@ def tensors_of(args: Arguments) -> list[Tensor]:
 
 
 class Call:
-    """One call of ``f`` by a transform: its arguments, what it did on them, and how results go back into trees.
+    """One call of ``f`` by a transform: its arguments, what it did on them, and how results go
+    back into trees.
 
     With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come first.
     """
 
     def __init__(
-        self, name: str, f: Callable, arguments: Arguments, differentiated: Sequence[int], has_aux: bool
+        self,
+        name: str,
+        f: Callable,
+        arguments: Arguments,
+        differentiated: Sequence[int],
+        has_aux: bool,
     ) -> None:
         self.name, self.arguments, self.has_aux = name, arguments, has_aux
         self.n_out, self.spec, self.aux_spec = 0, None, None
@@ -97,7 +110,12 @@ class Call:
 
         names = parameter_names(f, arguments)
         self.rec = capture(
-            flat, arguments.leaves, arguments.rebuilt, differentiated=differentiated, numbers=True, name_of=names
+            flat,
+            arguments.leaves,
+            arguments.rebuilt,
+            differentiated=differentiated,
+            numbers=True,
+            name_of=names,
         )
         self.program, self.aliases = self.rec.program(), self.rec.aliases
         self.inputs = [*tensors_of(arguments), *self.rec.closed_over]
@@ -130,7 +148,9 @@ class Call:
         out = self.rec.leaves[0] if self.rec.leaves else None
         if self.n_out != 1 or not isinstance(out, Tensor) or self.spec is not None:
             kind = type(out).__name__ if self.n_out == 1 and self.spec is None else "a tree"
-            raise ArgumentError(f"{self.name}: the function must return one scalar tensor, not {kind}")
+            raise ArgumentError(
+                f"{self.name}: the function must return one scalar tensor, not {kind}"
+            )
         if out.dim():
             raise ArgumentError(
                 f"{self.name}: the function must return a tensor with zero dimensions, not one of shape "
@@ -145,26 +165,37 @@ class Call:
         return self.program.derived((self.name, self.wrt, *key), make)
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
-        """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there is one."""
+        """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there
+        is one."""
         Changes(self.rec).after(self.inputs, self.wrt)
         leaves = list(self.rec.leaves)
         for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
             leaves[i] = t
         output = unflatten(leaves[: self.n_out], self.spec)
-        return (output, tree_unflatten(leaves[self.n_out :], self.aux_spec)) if self.has_aux else (output,)
+        return (
+            (output, tree_unflatten(leaves[self.n_out :], self.aux_spec))
+            if self.has_aux
+            else (output,)
+        )
 
 
 def primals_and_tangents(
     name: str, primals: Any, tangents: Any, f: Callable | None = None
 ) -> tuple[Arguments, list[Tensor]]:
     if not isinstance(primals, tuple) or not primals:
-        raise ArgumentError(f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}")
+        raise ArgumentError(
+            f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}"
+        )
     if not isinstance(tangents, tuple) or len(tangents) != len(primals):
-        raise ArgumentError(f"{name}: tangents must be a tuple like primals: {unlike(primals, tangents)}")
+        raise ArgumentError(
+            f"{name}: tangents must be a tuple like primals: {unlike(primals, tangents)}"
+        )
     arguments, others = Arguments(primals, {}, f), Arguments(in_order_of(primals, tangents), {}, f)
     positions(name, arguments, tuple(range(len(primals))))
     if arguments.specs != others.specs:
-        raise ArgumentError(f"{name}: tangents do not have the structure of primals: {unlike(primals, tangents)}")
+        raise ArgumentError(
+            f"{name}: tangents do not have the structure of primals: {unlike(primals, tangents)}"
+        )
     flat = []
     for i, (p, t) in enumerate(zip(arguments.leaves, others.leaves, strict=True)):
         if not isinstance(t, Tensor) or t.shape != p.shape:
@@ -177,7 +208,9 @@ def primals_and_tangents(
                 f"{name}: the tangent of {arguments.said(i)} must have its primal's dtype {p.dtype}, not {t.dtype}"
             )
         if t.is_complex() and not p.is_complex():
-            raise ArgumentError(f"{name}: the tangent of {arguments.said(i)}, which is real, is complex")
+            raise ArgumentError(
+                f"{name}: the tangent of {arguments.said(i)}, which is real, is complex"
+            )
         flat.append(like(t, p))
     return arguments, flat
 
@@ -191,7 +224,9 @@ def like(t: Tensor, p: Tensor) -> Tensor:
     want = tangent_sig(p.sig if p.__class__ is Traced else sig_of(p))
     t = t.to(p.dtype)
     if t.stride() != want.stride or t.storage_offset():
-        t = torch.empty_strided(want.shape, want.stride, dtype=want.dtype, device=want.device).copy_(t)
+        t = torch.empty_strided(
+            want.shape, want.stride, dtype=want.dtype, device=want.device
+        ).copy_(t)
     return t
 
 
@@ -200,9 +235,13 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
     if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
         if in_dims is None:
             raise ArgumentError("vmap: in_dims is None: no argument is batched")
-        raise ArgumentError(f"vmap: in_dims must be an int or a tuple of dims, not {type(in_dims).__name__}")
+        raise ArgumentError(
+            f"vmap: in_dims must be an int or a tuple of dims, not {type(in_dims).__name__}"
+        )
     if not args:
-        raise ArgumentError("vmap: the function was called without positional arguments: there is nothing to batch")
+        raise ArgumentError(
+            "vmap: the function was called without positional arguments: there is nothing to batch"
+        )
     if isinstance(in_dims, int):
         in_dims = (in_dims,) * len(args)
     if len(in_dims) == len(args) and all(d is None or isinstance(d, int) for d in in_dims):
@@ -215,7 +254,9 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
             dims.append(None)
             continue
         if not isinstance(dim, int) or isinstance(dim, bool):
-            raise ArgumentError(f"vmap: in_dims has {dim!r} for {arguments.said(k)}; it must be an int or None")
+            raise ArgumentError(
+                f"vmap: in_dims has {dim!r} for {arguments.said(k)}; it must be an int or None"
+            )
         if not isinstance(x, Tensor):
             raise ArgumentError(
                 f"vmap: in_dims has {dim} for {arguments.said(k)}, which is a {type(x).__name__}, not a tensor; "
@@ -235,7 +276,9 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
     prefix = in_order_of(tree, prefix)
     try:
         tree_map_(
-            lambda x, below: flat.extend([x] * len(tree_leaves(below))), opened_in(prefix, always=True), opened_in(tree)
+            lambda x, below: flat.extend([x] * len(tree_leaves(below))),
+            opened_in(prefix, always=True),
+            opened_in(tree),
         )
     except ValueError:
         raise ArgumentError(
@@ -249,11 +292,17 @@ def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
     for x, d in zip(arguments.leaves, dims, strict=True):
         if d is not None:
             check_kind(x)
-    batched = [(k, x.shape[d], d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None]
+    batched = [
+        (k, x.shape[d], d)
+        for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True))
+        if d is not None
+    ]
     if not batched:
         raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
     if len({size for _, size, _ in batched}) > 1:
-        said = "; ".join(f"{arguments.said(k)} has {size} at dimension {d}" for k, size, d in batched)
+        said = "; ".join(
+            f"{arguments.said(k)} has {size} at dimension {d}" for k, size, d in batched
+        )
         raise ArgumentError(f"vmap: the batched arguments have different sizes: {said}")
     return batched[0][1]
 

@@ -1,4 +1,5 @@
-"""Checks of derivatives against finite differences, and of an op's rules against what they stand for."""
+"""Checks of derivatives against finite differences, and of an op's rules against what they stand
+for."""
 
 from __future__ import annotations
 
@@ -28,11 +29,12 @@ def check_grads(
     atol: float = 1e-5,
     rtol: float = 1e-4,
 ) -> None:
-    """Check ``f``'s derivatives up to ``order`` at ``args`` against central differences along random directions.
+    """Check ``f``'s derivatives up to ``order`` at ``args`` against central differences along
+    random directions.
 
-    ``args``: trees of float64 (or complex128) tensors, all differentiated. ``modes``: forward and reverse, each alone
-    and of one another. Raises AssertionError naming order and mode where the numbers differ, ArgumentError for other
-    dtypes.
+    ``args``: trees of float64 (or complex128) tensors, all differentiated. ``modes``: forward and
+    reverse, each alone and of one another. Raises AssertionError naming order and mode where the
+    numbers differ, ArgumentError for other dtypes.
 
     >>> check_grads(torch.sin, (torch.ones(3, dtype=torch.float64),), order=2)
     """
@@ -45,18 +47,23 @@ def check_grads(
     _check(f, tuple(args), order, tuple(modes), eps, atol, rtol, "")
 
 
-def check_rule(op: OpOverload | OpOverloadPacket, *samples: Sequence[Any], order: int = 2, batch: int = 3) -> None:
+def check_rule(
+    op: OpOverload | OpOverloadPacket, *samples: Sequence[Any], order: int = 2, batch: int = 3
+) -> None:
     """Check what the transforms make of ``op`` at samples of its positional arguments.
 
-    Derivatives are compared with central differences up to ``order`` (see :func:`check_grads`; tensors are converted
-    to float64), batching with a loop over ``batch`` samples, for each choice of the tensors that are batched. Raises
-    AssertionError naming what is wrong, RuleError where an op has no rule.
+    Derivatives are compared with central differences up to ``order`` (see :func:`check_grads`;
+    tensors are converted to float64), batching with a loop over ``batch`` samples, for each choice
+    of the tensors that are batched. Raises AssertionError naming what is wrong, RuleError where an
+    op has no rule.
 
     >>> check_rule(torch.ops.aten.atan2, (torch.ones(3), torch.arange(1.0, 4.0)))
     """
     op = overload(op)
     for args in samples:
-        given = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        given = [
+            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
+        ]
         tensors = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
         floating = [i for i in tensors if given[i].dtype in (torch.float64, torch.complex128)]
 
@@ -67,18 +74,27 @@ def check_rule(op: OpOverload | OpOverloadPacket, *samples: Sequence[Any], order
             return op(*full)
 
         if floating:
-            smooth = lambda *xs, call=call: [x for x in flatten(call(*xs))[0] if x.is_floating_point()]
+            smooth = lambda *xs, call=call: [
+                x for x in flatten(call(*xs))[0] if x.is_floating_point()
+            ]
             check_grads(smooth, [given[i] for i in floating], order)
         for batched in product((True, False), repeat=len(tensors)):
             if any(batched):
                 at = [i for i, yes in zip(tensors, batched, strict=True) if yes]
                 scales = [1 + k / (4 * batch) for k in range(batch)]
-                stacks = [torch.stack([given[i] * k if i in floating else given[i] for k in scales]) for i in at]
-                got = flatten(vmap(lambda *xs, at=at: call(*xs, at=at), randomness="same")(*stacks))[0]
+                stacks = [
+                    torch.stack([given[i] * k if i in floating else given[i] for k in scales])
+                    for i in at
+                ]
+                got = flatten(
+                    vmap(lambda *xs, at=at: call(*xs, at=at), randomness="same")(*stacks)
+                )[0]
                 loop = [flatten(call(*xs, at=at))[0] for xs in zip(*stacks, strict=True)]
                 for g, want in zip(got, map(torch.stack, zip(*loop, strict=True)), strict=True):
                     said = f"batching arguments {at} is wrong: "
-                    torch.testing.assert_close(g, want, equal_nan=True, msg=lambda m, said=said: said + m)
+                    torch.testing.assert_close(
+                        g, want, equal_nan=True, msg=lambda m, said=said: said + m
+                    )
 
 
 def _directions(tree: Any) -> Any:
@@ -92,11 +108,25 @@ def _moved(tree: Any, direction: Any, step: float) -> Any:
 def _real_dot(a: Any, b: Any) -> Tensor:
     pairs = zip(flatten(a)[0], flatten(b)[0], strict=True)
     return sum(
-        (torch.real(x.conj() * y).sum() for x, y in pairs if x.is_floating_point() or x.is_complex()), torch.zeros(())
+        (
+            torch.real(x.conj() * y).sum()
+            for x, y in pairs
+            if x.is_floating_point() or x.is_complex()
+        ),
+        torch.zeros(()),
     )
 
 
-def _check(f: Callable, args: tuple, order: int, modes: tuple, eps: float, atol: float, rtol: float, path: str) -> None:
+def _check(
+    f: Callable,
+    args: tuple,
+    order: int,
+    modes: tuple,
+    eps: float,
+    atol: float,
+    rtol: float,
+    path: str,
+) -> None:
     direction = _directions(args)
     with torch.no_grad():
         upper = flatten(f(*_moved(args, direction, eps)))[0]
@@ -106,13 +136,17 @@ def _check(f: Callable, args: tuple, order: int, modes: tuple, eps: float, atol:
     if "fwd" in modes:
         _, tangent = jvp(f, args, direction)
         for n, t in zip(numeric, flatten(tangent)[0], strict=True):
-            torch.testing.assert_close(t, n, **close, msg=lambda m: f"forward mode is wrong{path}: {m}")
+            torch.testing.assert_close(
+                t, n, **close, msg=lambda m: f"forward mode is wrong{path}: {m}"
+            )
     if "rev" in modes:
         out, pull = vjp(f, *args)
         cotangent = _directions(out)
         gradient = pull(cotangent)
         got, want = _real_dot(gradient, direction), _real_dot(cotangent, _like(numeric, cotangent))
-        torch.testing.assert_close(got, want, **close, msg=lambda m: f"reverse mode is wrong{path}: {m}")
+        torch.testing.assert_close(
+            got, want, **close, msg=lambda m: f"reverse mode is wrong{path}: {m}"
+        )
     if order > 1:
         if "fwd" in modes:
             _check(

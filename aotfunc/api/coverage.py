@@ -1,6 +1,5 @@
-"""Which step of the look-up answers for each op, per transform: a rule of ours, PyTorch's formula, a decomposition, a
-loop, or nothing.
-"""
+"""Which step of the look-up answers for each op, per transform: a rule of ours, PyTorch's formula,
+a decomposition, a loop, or nothing."""
 
 from __future__ import annotations
 
@@ -44,10 +43,10 @@ _ELSEWHERE = re.compile(
 
 @cache
 def ops() -> tuple[OpOverload, ...]:
-    """The overloads that can stand in a captured graph and that a derivative or a batch can meet: those of aten that
-    write to nothing, take and return tensors, run on dense tensors of this build's CPU (or GPU) and are not composite
-    (PyTorch takes those apart before they are recorded).
-    """
+    """The overloads that can stand in a captured graph and that a derivative or a batch can meet:
+    those of aten that write to nothing, take and return tensors, run on dense tensors of this
+    build's CPU (or GPU) and are not composite (PyTorch takes those apart before they are
+    recorded)."""
     return tuple(sorted(_found(), key=str))
 
 
@@ -58,7 +57,11 @@ def _found() -> Iterator[OpOverload]:
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, full = name.partition("::")
         base, _, which = full.partition(".")
-        if namespace != "aten" or _ELSEWHERE.search(base) or has(name, "CompositeImplicitAutograd"):
+        if (
+            namespace != "aten"
+            or _ELSEWHERE.search(base)
+            or has(name, "CompositeImplicitAutograd")
+        ):
             continue
         if not any(has(name, key) for key in here):
             continue
@@ -68,12 +71,14 @@ def _found() -> Iterator[OpOverload]:
             yield op
 
 
-# ----- PyTorch's formulas ---------------------------------------------------------------------------------------------
+# ----- PyTorch's formulas
+# ---------------------------------------------------------------------------------------------
 
 
 @cache
 def formulas() -> dict[str, dict[str, str]]:
-    """PyTorch's table of derivatives: for each op that is in it, what is said of its arguments and results."""
+    """PyTorch's table of derivatives: for each op that is in it, what is said of its arguments and
+    results."""
     import torchgen
 
     table: dict[str, dict[str, str]] = {}
@@ -89,27 +94,41 @@ def formulas() -> dict[str, dict[str, str]]:
 
 
 def said_of(op: OpOverload) -> tuple[dict[str, str], dict[str, str]]:
-    """What PyTorch's table says of the op's tensor arguments (reverse mode) and of its results (forward mode). The ops
-    on lists have the formulas of the ops on their elements.
-    """
+    """What PyTorch's table says of the op's tensor arguments (reverse mode) and of its results
+    (forward mode). The ops on lists have the formulas of the ops on their elements."""
     entry = formulas().get(op.name())
     if entry is None and op.name().startswith("aten::_foreach_"):
         base = op.name().partition("_foreach_")[2].partition(".")[0]
-        entry = next((e for name, e in formulas().items() if re.fullmatch(rf"aten::{base}(\..*)?", name)), None)
+        entry = next(
+            (e for name, e in formulas().items() if re.fullmatch(rf"aten::{base}(\..*)?", name)),
+            None,
+        )
     arguments = {op._schema.arguments[i].name for i in tensor_args(op)}
-    given = {k: v for k, v in (entry or {}).items() if k not in ("dispatch", "Default", "output_differentiability")}
-    known = {k: v for k, v in given.items() if not v.startswith(("not_implemented", "non_differentiable"))}
-    one_for_all = op.name().startswith("aten::_foreach_") and op._overloadname == "Tensor"  # has no reverse formula
+    given = {
+        k: v
+        for k, v in (entry or {}).items()
+        if k not in ("dispatch", "Default", "output_differentiability")
+    }
+    known = {
+        k: v
+        for k, v in given.items()
+        if not v.startswith(("not_implemented", "non_differentiable"))
+    }
+    one_for_all = (
+        op.name().startswith("aten::_foreach_") and op._overloadname == "Tensor"
+    )  # has no reverse formula
     of_arguments = {k: v for k, v in known.items() if k in arguments and not one_for_all}
     return of_arguments, {k: v for k, v in known.items() if k not in arguments}
 
 
-# ----- the look-up, without doing it ----------------------------------------------------------------------------------
+# ----- the look-up, without doing it
+# ----------------------------------------------------------------------------------
 
 
 def step(op: OpOverload, transform: str) -> str:
-    """The step that answers for ``op`` under ``transform``, one of ``KINDS``: what the walkers would do first. (A
-    rule may decline rare arguments, and a formula fail on some, and then the next step is tried.)
+    """The step that answers for ``op`` under ``transform``, one of ``KINDS``: what the walkers
+    would do first. (A rule may decline rare arguments, and a formula fail on some, and then the
+    next step is tried.)
 
     >>> step(torch.ops.aten.sin.default, "vjp")
     'rule'
@@ -145,10 +164,11 @@ def _batching(op: OpOverload) -> str:
 
 
 def coverage() -> dict[str, dict[str, int]]:
-    """Print, and return, for how many op overloads each step of the look-up answers, per transform.
+    """Print, and return, for how many op overloads each step of the look-up answers, per
+    transform.
 
-    Counted are the overloads that :func:`ops` lists: aten's functional, dense, not composite ones, whether anybody
-    differentiates them or not. :func:`step` answers for a single op.
+    Counted are the overloads that :func:`ops` lists: aten's functional, dense, not composite ones,
+    whether anybody differentiates them or not. :func:`step` answers for a single op.
 
     >>> counts = coverage()  # doctest: +ELLIPSIS
     7... overloads of aten (functional, dense, not composite), PyTorch ...
@@ -156,7 +176,9 @@ def coverage() -> dict[str, dict[str, int]]:
     True
     """
     counts = {t: Counter(step(op, t) for op in ops()) for t in TRANSFORMS}
-    print(f"{len(ops())} overloads of aten (functional, dense, not composite), PyTorch {torch.__version__}")
+    print(
+        f"{len(ops())} overloads of aten (functional, dense, not composite), PyTorch {torch.__version__}"
+    )
     print(f"{'':14}" + "".join(f"{t:>8}" for t in TRANSFORMS))
     for kind, meaning in KINDS.items():
         print(f"{kind:14}" + "".join(f"{counts[t][kind]:8}" for t in TRANSFORMS) + f"  {meaning}")

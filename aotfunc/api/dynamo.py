@@ -1,10 +1,10 @@
 """A transform in a function that torch.compile compiles: one node of Dynamo's graph.
 
-Where Dynamo meets a transform it reads another function instead (:mod:`.readings`). That calls ``f`` on stand-ins for
-what is differentiated or batched, so that ``f`` becomes a subgraph with what it closes over among its inputs, and
-computes tensors that look like the transform's results. The transform itself is called on the subgraph whenever the
-graph runs: on real tensors, or by AOTAutograd, which then sees its ops.
-"""
+Where Dynamo meets a transform it reads another function instead (:mod:`.readings`). That calls
+``f`` on stand-ins for what is differentiated or batched, so that ``f`` becomes a subgraph with
+what it closes over among its inputs, and computes tensors that look like the transform's results.
+The transform itself is called on the subgraph whenever the graph runs: on real tensors, or by
+AOTAutograd, which then sees its ops."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from ..trace.traced import is_fake, quiet
 
 
 def traced(reads: Callable, runs: Callable) -> Callable:
-    """A decorator for a transform ``(f, *options) -> function``: Dynamo reads ``reads(f, args, kwargs, *options)``
-    where it meets a call of that function, and the graph calls ``runs`` (see :func:`node`).
-    """
+    """A decorator for a transform ``(f, *options) -> function``: Dynamo reads ``reads(f, args,
+    kwargs, *options)`` where it meets a call of that function, and the graph calls ``runs`` (see
+    :func:`node`)."""
 
     def decorate(transform: Callable) -> Callable:
         @functools.wraps(transform)
         def make(func: Callable, *options: Any, **named: Any) -> Callable:
             def in_graph(*args: Any, **kwargs: Any) -> Any:
-                def plain(func: Callable, args: tuple, kwargs: dict, *options: Any, **named: Any) -> Any:
+                def plain(
+                    func: Callable, args: tuple, kwargs: dict, *options: Any, **named: Any
+                ) -> Any:
                     return transform(func, *options, **named)(*args, **kwargs)
 
                 return node(transform, reads, runs, plain, func, args, kwargs, *options, **named)
@@ -47,21 +49,31 @@ def traced(reads: Callable, runs: Callable) -> Callable:
 
 
 def read_as(reads: Callable) -> Callable:
-    """A decorator for a transform that takes the arguments of ``f`` too: Dynamo reads ``reads(transform)`` instead."""
+    """A decorator for a transform that takes the arguments of ``f`` too: Dynamo reads
+    ``reads(transform)`` instead."""
     return lambda transform: entry(transform, reads(transform))
 
 
-def node(transform: Callable, reads: Callable, runs: Callable, plain: Callable, *args: Any, **kwargs: Any) -> Any:
-    """``reads(*args, **kwargs)`` read by Dynamo as one node of its graph, which calls ``runs(transform, body, given,
-    more, *options)`` when it runs, the arguments from :func:`leave`. Where Dynamo cannot read it, ``plain`` is called.
-    """
+def node(
+    transform: Callable,
+    reads: Callable,
+    runs: Callable,
+    plain: Callable,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """``reads(*args, **kwargs)`` read by Dynamo as one node of its graph, which calls
+    ``runs(transform, body, given, more, *options)`` when it runs, the arguments from
+    :func:`leave`. Where Dynamo cannot read it, ``plain`` is called."""
     from torch._higher_order_ops.wrap import dynamo_bypassing_wrapper
 
     def body(plain: Callable, args: tuple, kwargs: dict) -> Any:
         return reads(*args, **kwargs)
 
     prepare()
-    return dynamo_bypassing_wrapper(functools.partial(run, transform, runs), body, plain, args, kwargs)
+    return dynamo_bypassing_wrapper(
+        functools.partial(run, transform, runs), body, plain, args, kwargs
+    )
 
 
 def prepare() -> None:
@@ -88,14 +100,22 @@ def enter(x: Tensor, differentiated: bool) -> Tensor:
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
-def leave(examples: Sequence[Tensor], given: Any, more: Any, entered: Any, outs: Any, aux: Any, options: Any) -> list:
-    """The results, which look like ``examples``. ``given``: the tensors for which ``entered`` stands; ``more``: others
-    that the transform takes; ``outs``, ``aux``: what ``f`` returns.
-    """
+def leave(
+    examples: Sequence[Tensor],
+    given: Any,
+    more: Any,
+    entered: Any,
+    outs: Any,
+    aux: Any,
+    options: Any,
+) -> list:
+    """The results, which look like ``examples``. ``given``: the tensors for which ``entered``
+    stands; ``more``: others that the transform takes; ``outs``, ``aux``: what ``f`` returns."""
     return [x.clone() for x in examples]
 
 
-# ----- when the graph runs --------------------------------------------------------------------------------------------
+# ----- when the graph runs
+# --------------------------------------------------------------------------------------------
 
 
 def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
@@ -109,14 +129,17 @@ def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
     def call(*operands: Any) -> tuple:
         operands = tuple(map(of_one_size, operands))
         given, more = ([operands[i] for i in places] for places in (body.given, body.more))
-        results = runs(transform, lambda *entered: body(*entered, *operands), given, more, *body.options)
+        results = runs(
+            transform, lambda *entered: body(*entered, *operands), given, more, *body.options
+        )
         return tuple([results[i] for i in body.results])
 
     return call
 
 
 def of_one_size(x: Any) -> Any:
-    """An operand with numbers for symbolic ones, which the compiled function is guarded on from here on."""
+    """An operand with numbers for symbolic ones, which the compiled function is guarded on from
+    here on."""
     if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(x)](x)
     if isinstance(x, Tensor) and any(isinstance(s, torch.SymInt) for s in (*x.shape, *x.stride())):
@@ -125,7 +148,8 @@ def of_one_size(x: Any) -> Any:
 
 
 class Body:
-    """``f`` as a function of the tensors that enter, and then of all that the subgraph takes, to ``(outs, aux)``."""
+    """``f`` as a function of the tensors that enter, and then of all that the subgraph takes, to
+    ``(outs, aux)``."""
 
     def __init__(self, graph: GraphModule) -> None:
         nodes = list(graph.graph.nodes)
@@ -135,11 +159,15 @@ class Body:
         self.given, self.more = ([operands.index(n) for n in part] for part in (given, more))
         results = nodes[-1].args[0]
         if not all(n.target is operator.getitem and n.args[0] is end for n in results):
-            raise CaptureError("under torch.compile a tensor leaves a transformed function otherwise than as a result")
+            raise CaptureError(
+                "under torch.compile a tensor leaves a transformed function otherwise than as a result"
+            )
         self.results = [n.args[1] for n in results]
         for_show = behind([*examples, *entered], (*outs, *aux, *operands))
         ours = Graph()
-        env: dict[Node, Node] = {n: ours.placeholder(f"entered_{k}") for k, n in enumerate(entered)}
+        env: dict[Node, Node] = {
+            n: ours.placeholder(f"entered_{k}") for k, n in enumerate(entered)
+        }
         for n in nodes[: nodes.index(end)]:
             if n not in env and n not in for_show:
                 env[n] = ours.node_copy(n, env.__getitem__)
@@ -153,12 +181,15 @@ class Body:
 
 
 class Checked(Interpreter):
-    """Where Dynamo has read 0 for the index of each sample: nothing but its use as an index may have followed."""
+    """Where Dynamo has read 0 for the index of each sample: nothing but its use as an index may
+    have followed."""
 
     def run_node(self, n: Node) -> Any:
         value, read = super().run_node(n), example(n)
         number = n.target == "item" and not isinstance(read, torch.SymInt)
-        if number or (isinstance(value, Tensor) and isinstance(read, Tensor) and value.shape != read.shape):
+        if number or (
+            isinstance(value, Tensor) and isinstance(read, Tensor) and value.shape != read.shape
+        ):
             raise CaptureError(
                 "vmap under torch.compile: a number is asked of a value that differs between samples, in "
                 f"{n.format_node()}{at(user_line())}; use it as an index, x[i], or call vmap outside of torch.compile"

@@ -1,8 +1,8 @@
 """The transforms as users call them, with torch.func's signatures: trees in, trees out.
 
-Each call records ``f`` once, looks the transformed program up by the recording's key and runs it; inside another
-transform the run is recorded in turn. So transforms nest to any depth, and no result is ever stale.
-"""
+Each call records ``f`` once, looks the transformed program up by the recording's key and runs it;
+inside another transform the run is recorded in turn. So transforms nest to any depth, and no
+result is ever stale."""
 
 from __future__ import annotations
 
@@ -42,17 +42,21 @@ from .readings import (
     vjp_in_graph,
 )
 
-# ----- reverse mode ---------------------------------------------------------------------------------------------------
+# ----- reverse mode
+# ---------------------------------------------------------------------------------------------------
 
 
 @traced(gradient_and_value, run_gradient_and_value)
-def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """The function ``(*args) -> (gradient, value)`` of a scalar function; ``(gradient, (value, aux))`` with
-    ``has_aux``.
+def grad_and_value(
+    func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable:
+    """The function ``(*args) -> (gradient, value)`` of a scalar function; ``(gradient, (value,
+    aux))`` with ``has_aux``.
 
-    The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf the shape and
-    dtype of its primal. Arguments that do not matter get zeros. Raises ArgumentError if a differentiated leaf is not
-    a floating or complex tensor, or the output not a real tensor with zero dimensions.
+    The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf
+    the shape and dtype of its primal. Arguments that do not matter get zeros. Raises ArgumentError
+    if a differentiated leaf is not a floating or complex tensor, or the output not a real tensor
+    with zero dimensions.
 
     >>> grad_and_value(lambda x: (x * x).sum())(torch.tensor([1.0, 2.0]))
     (tensor([2., 4.]), tensor(5.))
@@ -60,7 +64,9 @@ def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: 
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        grads, value, aux = _gradient("grad_and_value", func, argnums, has_aux, args, kwargs, value=True)
+        grads, value, aux = _gradient(
+            "grad_and_value", func, argnums, has_aux, args, kwargs, value=True
+        )
         return grads, (value, aux) if has_aux else value
 
     return wrapper
@@ -68,8 +74,8 @@ def grad_and_value(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: 
 
 @traced(gradient, run_gradient)
 def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """The gradient of a scalar function with respect to the arguments ``argnums``; ``(gradient, aux)`` with
-    ``has_aux``.
+    """The gradient of a scalar function with respect to the arguments ``argnums``; ``(gradient,
+    aux)`` with ``has_aux``.
 
     Shapes and errors as in :func:`grad_and_value`.
 
@@ -95,7 +101,9 @@ def _gradient(
 
     def make() -> Program:
         have = [i == 0 for i in range(base.n_outputs)]
-        joint = vjp_pass(base, call.wrt, have, ones=True, fill=True, keep=range(first, base.n_outputs))
+        joint = vjp_pass(
+            base, call.wrt, have, ones=True, fill=True, keep=range(first, base.n_outputs)
+        )
         return fresh(joint, [(i - first, r) for i, r in call.aliases if i >= first])
 
     program = call.derived((value, call.aliases), make)
@@ -103,11 +111,16 @@ def _gradient(
     kept = len(outs) - len(call.wrt)
     grads = checked(program, call.inputs, outs[kept:])
     _, *aux = call.results(outs[:kept], first)
-    return chosen_tree(arguments, argnums, grads), outs[0] if value else None, aux[0] if aux else None
+    return (
+        chosen_tree(arguments, argnums, grads),
+        outs[0] if value else None,
+        aux[0] if aux else None,
+    )
 
 
 def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, list[int]]:
-    """A joint program cut by what depends on its late inputs; the early results have memory of their own."""
+    """A joint program cut by what depends on its late inputs; the early results have memory of
+    their own."""
 
     def make() -> Any:
         early, late, direct = halve(joint, call.program.n_outputs, n_late)
@@ -119,11 +132,12 @@ def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, 
 
 @read_as(vjp_in_graph)
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
-    """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents of the output to a
-    tuple of cotangents of the primals.
+    """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents
+    of the output to a tuple of cotangents of the primals.
 
-    ``vjp_fn`` takes one tree like the output, or its parts as separate arguments; it may be called often, and under
-    ``vmap``. Raises ArgumentError for non-floating primals, or cotangents that do not fit the output.
+    ``vjp_fn`` takes one tree like the output, or its parts as separate arguments; it may be called
+    often, and under ``vmap``. Raises ArgumentError for non-floating primals, or cotangents that do
+    not fit the output.
 
     >>> out, vjp_fn = vjp(torch.sin, torch.zeros(2))
     >>> vjp_fn(torch.ones(2))
@@ -145,29 +159,39 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     vals = base.vals[:n_out]
 
     @entry
-    def vjp_fn(*cotangents: Any, **_: Any) -> tuple:  # torch.func's retain_graph and create_graph decide nothing here
+    def vjp_fn(
+        *cotangents: Any, **_: Any
+    ) -> tuple:  # torch.func's retain_graph and create_graph decide nothing here
         while len(cotangents) > 1 and isinstance(cotangents[-1], bool | None):
             cotangents = cotangents[:-1]
-        if len(cotangents) == 1 and (spec is None or isinstance(cotangents[0], type(output)) or n_out != 1):
+        if len(cotangents) == 1 and (
+            spec is None or isinstance(cotangents[0], type(output)) or n_out != 1
+        ):
             tree = cotangents[0]
         else:
             tree = tuple(cotangents)
         cts, ct_spec = flatten(in_order_of(output, tree))
         cts = list(map(plain, cts))
         if len(cts) != n_out or ((spec is None) != (ct_spec is None) and n_out != 1):
-            raise ArgumentError(f"vjp_fn: expected cotangents like the output ({n_out} tensors), got {len(cts)}")
+            raise ArgumentError(
+                f"vjp_fn: expected cotangents like the output ({n_out} tensors), got {len(cts)}"
+            )
         given = []
         for i, (c, v) in enumerate(zip(cts, vals, strict=True)):
             if not isinstance(c, Tensor) or tuple(c.shape) != v.shape:
                 shape = list(c.shape) if isinstance(c, Tensor) else type(c).__name__
-                raise ArgumentError(f"vjp_fn: cotangent {i} must have the output's shape {list(v.shape)}, not {shape}")
+                raise ArgumentError(
+                    f"vjp_fn: cotangent {i} must have the output's shape {list(v.shape)}, not {shape}"
+                )
             if c.is_complex() and not v.dtype.is_complex:
                 raise ArgumentError(f"vjp_fn: cotangent {i} is complex, and the output is real")
             if have[i]:
                 given.append(contiguous(c.to(v.dtype)))
         for r, before in zip(residuals, versions, strict=True):
             if version(r) != before:
-                raise ArgumentError("vjp_fn: an input of vjp was modified in place after the call; clone it before")
+                raise ArgumentError(
+                    "vjp_fn: an input of vjp was modified in place after the call; clone it before"
+                )
         with without_modes(dtype):
             grads = execute(backward, inputs := [*residuals, *given])
             return chosen_tree(arguments, everything, checked(backward, inputs, grads))
@@ -175,17 +199,20 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     return output, vjp_fn, *aux
 
 
-# ----- forward mode ---------------------------------------------------------------------------------------------------
+# ----- forward mode
+# ---------------------------------------------------------------------------------------------------
 
 
 @read_as(pushed)
-def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False) -> tuple:
-    """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional derivative along
-    ``tangents``.
+def jvp(
+    func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False
+) -> tuple:
+    """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional
+    derivative along ``tangents``.
 
-    ``primals`` and ``tangents`` are tuples of equal trees; the tangent has the output's tree, shapes and dtypes
-    (zeros for integer outputs). Raises ArgumentError where they do not fit, for integer primals, and with ``strict``
-    if an output does not depend on the primals.
+    ``primals`` and ``tangents`` are tuples of equal trees; the tangent has the output's tree,
+    shapes and dtypes (zeros for integer outputs). Raises ArgumentError where they do not fit, for
+    integer primals, and with ``strict`` if an output does not depend on the primals.
 
     >>> jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
     (tensor([0., 0.]), tensor([1., 1.]))
@@ -198,7 +225,9 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
         bare = call.derived((False,), lambda: jvp_pass(base, wrt, zeros=False))
         if any(t is None for t in bare.outputs[base.n_outputs : base.n_outputs + n_out]):
             raise ArgumentError("jvp(strict=True): an output does not depend on the primals")
-    program = call.derived((n_out, call.aliases), lambda: fresh(linear_program(base, wrt, n_out), call.aliases))
+    program = call.derived(
+        (n_out, call.aliases), lambda: fresh(linear_program(base, wrt, n_out), call.aliases)
+    )
     outs = execute(program, [*tensors_of(arguments), *flat_tangents, *call.rec.closed_over])
     output, *aux = call.results(outs[: base.n_outputs])
     return output, unflatten(outs[base.n_outputs :], call.spec), *aux
@@ -206,8 +235,8 @@ def jvp(func: Callable, primals: Any, tangents: Any, *, strict: bool = False, ha
 
 @read_as(linearize_in_graph)
 def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
-    """``(output, jvp_fn)``: the function's value and its linear map at ``primals``; ``jvp_fn(*tangents)`` does only
-    the linear work.
+    """``(output, jvp_fn)``: the function's value and its linear map at ``primals``;
+    ``jvp_fn(*tangents)`` does only the linear work.
 
     ``f`` is evaluated once. ``jvp_fn`` may be called often, nested, differentiated and batched.
 
@@ -237,23 +266,28 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     return output, jvp_fn, *aux
 
 
-# ----- functionalize --------------------------------------------------------------------------------------------------
+# ----- functionalize
+# --------------------------------------------------------------------------------------------------
 
 
 def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
-    """``func`` without intermediate mutation: the same results, and the same final values of mutated arguments.
+    """``func`` without intermediate mutation: the same results, and the same final values of
+    mutated arguments.
 
-    Views are always removed with the mutations (``remove`` is accepted for compatibility: "mutations" or
-    "mutations_and_views").
-    """
+    Views are always removed with the mutations (``remove`` is accepted for compatibility:
+    "mutations" or "mutations_and_views")."""
     if remove not in ("mutations", "mutations_and_views"):
-        raise ArgumentError(f"functionalize: remove must be 'mutations' or 'mutations_and_views', not {remove!r}")
+        raise ArgumentError(
+            f"functionalize: remove must be 'mutations' or 'mutations_and_views', not {remove!r}"
+        )
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
         names = parameter_names(func, arguments)
-        rec = capture(as_called(func), arguments.leaves, arguments.rebuilt, numbers=True, name_of=names)
+        rec = capture(
+            as_called(func), arguments.leaves, arguments.rebuilt, numbers=True, name_of=names
+        )
         program, views = without_views(rec)
         inputs, changes = [*tensors_of(arguments), *rec.closed_over], Changes(rec)
         outs = execute(program, changes.before(inputs) if changes else inputs)

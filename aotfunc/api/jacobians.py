@@ -25,12 +25,12 @@ def jacrev(
     chunk_size: int | None = None,
     _preallocate_and_copy: bool = False,
 ) -> Callable:
-    """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a tensor of shape ``O
-    + I``.
+    """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a
+    tensor of shape ``O + I``.
 
-    The result has the output's tree, with the tree of the arguments (a tuple for a tuple ``argnums``) in place of
-    each leaf. ``chunk_size``: rows at a time (``_preallocate_and_copy``, which torch.func has for them, decides
-    nothing). Complex inputs and outputs are refused.
+    The result has the output's tree, with the tree of the arguments (a tuple for a tuple
+    ``argnums``) in place of each leaf. ``chunk_size``: rows at a time (``_preallocate_and_copy``,
+    which torch.func has for them, decides nothing). Complex inputs and outputs are refused.
 
     >>> jacrev(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],
@@ -53,7 +53,8 @@ def jacfwd(
     randomness: str = "error",
     chunk_size: int | None = None,
 ) -> Callable:
-    """The Jacobian by forward mode; results as in :func:`jacrev`. ``chunk_size``: columns at a time.
+    """The Jacobian by forward mode; results as in :func:`jacrev`. ``chunk_size``: columns at a
+    time.
 
     >>> jacfwd(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],
@@ -62,16 +63,22 @@ def jacfwd(
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian("jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness)
+        return _jacobian(
+            "jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness
+        )
 
     return wrapper
 
 
 def hessian(
-    func: Callable, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False, chunk_size: int | None = None
+    func: Callable,
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
 ) -> Callable:
-    """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of shape ``I`` a tensor of
-    shape ``I + I``.
+    """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of shape
+    ``I`` a tensor of shape ``I + I``.
 
     >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
     tensor([[6., 0.],
@@ -112,7 +119,9 @@ def _jacobian(
                 "(use vjp or jvp)"
             )
         if not x.is_floating_point():
-            raise ArgumentError(f"{name}: the output{call.path(k)} has dtype {x.dtype}; outputs must be floating")
+            raise ArgumentError(
+                f"{name}: the output{call.path(k)} has dtype {x.dtype}; outputs must be floating"
+            )
     if not n_out:
         raise ArgumentError(f"{name}: the function returned no tensors")
     how = (n_out, chunk_size, randomness)

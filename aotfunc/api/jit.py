@@ -16,17 +16,27 @@ from ..runtime.pipeline import Compiler, Partition, Pipeline
 
 #: options of functorch's aot_function that are accepted and have no meaning here
 FUNCTORCH_OPTIONS = frozenset(
-    {"num_params_buffers", "keep_inference_input_mutations", "inference_compiler", "dynamic", "enable_log"}
+    {
+        "num_params_buffers",
+        "keep_inference_input_mutations",
+        "inference_compiler",
+        "dynamic",
+        "enable_log",
+    }
     | {"disable_functionalization"}
 )
 
 
 @overload
-def jit(f: None = None, backend: str | Compiler = "eager", static_argnums: Any = None) -> Callable[..., Compiled]: ...
+def jit(
+    f: None = None, backend: str | Compiler = "eager", static_argnums: Any = None
+) -> Callable[..., Compiled]: ...
 
 
 @overload
-def jit(f: Callable, backend: str | Compiler = "eager", static_argnums: Any = None) -> Compiled: ...
+def jit(
+    f: Callable, backend: str | Compiler = "eager", static_argnums: Any = None
+) -> Compiled: ...
 
 
 def jit(
@@ -34,18 +44,19 @@ def jit(
     backend: str | Compiler = "eager",
     static_argnums: int | Sequence[int] | None = None,
 ) -> Any:
-    """``f`` captured once per signature and compiled by ``backend``, a name (see ``aotfunc.backends``) or a
-    ``compiler(gm, example_inputs) -> callable``.
+    """``f`` captured once per signature and compiled by ``backend``, a name (see
+    ``aotfunc.backends``) or a ``compiler(gm, example_inputs) -> callable``.
 
-    The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments, values of Python
-    arguments, grad and autocast mode, default dtype and device, and the Python state that ``f`` and what it calls read
-    (:mod:`aotfunc.runtime.guards.state`): closures, globals, attributes, containers, modes and hooks of modules.
-    Tensors among it are inputs. Results are differentiable to any order, and transforms of the jitted function stay
-    compiled.
-    ``static_argnums`` is accepted for compatibility: Python arguments are always static. Raises CaptureError if ``f``
-    asks for values or changes a list or dictionary that is an argument, ArgumentError for a Python argument that can
-    neither be hashed nor be described by its attributes, BackendError, which keeps the graph, if the compiler fails.
-    Copies and pickled ones are captured again. Without ``f`` it is a decorator, of functions and of methods.
+    The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments,
+    values of Python arguments, grad and autocast mode, default dtype and device, and the Python
+    state that ``f`` and what it calls read (:mod:`aotfunc.runtime.guards.state`): closures,
+    globals, attributes, containers, modes and hooks of modules. Tensors among it are inputs.
+    Results are differentiable to any order, and transforms of the jitted function stay compiled.
+    ``static_argnums`` is accepted for compatibility: Python arguments are always static. Raises
+    CaptureError if ``f`` asks for values or changes a list or dictionary that is an argument,
+    ArgumentError for a Python argument that can neither be hashed nor be described by its
+    attributes, BackendError, which keeps the graph, if the compiler fails. Copies and pickled ones
+    are captured again. Without ``f`` it is a decorator, of functions and of methods.
 
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
@@ -67,7 +78,9 @@ def aot_function(
 
 
 @overload
-def aot_function(fn: Callable, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any) -> Compiled: ...
+def aot_function(
+    fn: Callable, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any
+) -> Compiled: ...
 
 
 def aot_function(
@@ -79,14 +92,16 @@ def aot_function(
     static_argnums: int | Sequence[int] | None = None,
     **options: Any,
 ) -> Any:
-    """``fn`` with its forward and backward captured ahead of time, partitioned by ``partition_fn`` and compiled.
+    """``fn`` with its forward and backward captured ahead of time, partitioned by ``partition_fn``
+    and compiled.
 
-    ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and return a callable, or are
-    names of backends. ``partition_fn(joint_module, joint_inputs, *, num_fwd_outputs)`` returns the forward module
-    ``inputs -> (results, residuals)`` and the backward module ``(residuals, cotangents) -> gradients``; inputs that
-    require no gradient have none. ``decompositions`` maps ops to functions to use instead, after differentiation.
-    functorch's other options change nothing here. Guards, errors and guarantees are those of :func:`jit`; without
-    ``fn`` it is a decorator, too.
+    ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and
+    return a callable, or are names of backends. ``partition_fn(joint_module, joint_inputs, *,
+    num_fwd_outputs)`` returns the forward module ``inputs -> (results, residuals)`` and the
+    backward module ``(residuals, cotangents) -> gradients``; inputs that require no gradient have
+    none. ``decompositions`` maps ops to functions to use instead, after differentiation.
+    functorch's other options change nothing here. Guards, errors and guarantees are those of
+    :func:`jit`; without ``fn`` it is a decorator, too.
 
     >>> f = aot_function(lambda x: torch.sin(x), "eager")
     >>> x = torch.zeros(2, requires_grad=True)
@@ -116,5 +131,6 @@ class CompiledModule(nn.Module):
 
 
 def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """:func:`aot_function` of a module: a module with the same parameters and buffers whose forward is compiled."""
+    """:func:`aot_function` of a module: a module with the same parameters and buffers whose
+    forward is compiled."""
     return CompiledModule(mod, aot_function(mod, *args, **kwargs))

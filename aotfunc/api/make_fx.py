@@ -39,15 +39,17 @@ def make_fx(
     verbose: bool = False,
     **_: Any,
 ) -> Callable[..., fx.GraphModule]:
-    """The function ``(*args, **kwargs) -> GraphModule``: what ``f`` does for these arguments, as readable aten code.
+    """The function ``(*args, **kwargs) -> GraphModule``: what ``f`` does for these arguments, as
+    readable aten code.
 
-    The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final ``copy_``s where ``f``
-    writes to its inputs. ``f`` is specialised to the arguments' shapes, dtypes, devices and Python values: the module
-    raises ArgumentError for others, unless ``check_inputs`` is False. ``decomposition_table`` maps overloads to
-    functions to use instead. ``tracing_mode``: "real" lets ``f`` ask for values, whose answers (a branch taken,
-    ``.item()``) the module keeps for all inputs; "fake" does not. With ``verbose`` the code carries the user's lines as
-    comments.
-    Raises CaptureError where ``f`` cannot be captured, ArgumentError for ``tracing_mode="symbolic"``.
+    The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final
+    ``copy_``s where ``f`` writes to its inputs. ``f`` is specialised to the arguments' shapes,
+    dtypes, devices and Python values: the module raises ArgumentError for others, unless
+    ``check_inputs`` is False. ``decomposition_table`` maps overloads to functions to use instead.
+    ``tracing_mode``: "real" lets ``f`` ask for values, whose answers (a branch taken, ``.item()``)
+    the module keeps for all inputs; "fake" does not. With ``verbose`` the code carries the user's
+    lines as comments. Raises CaptureError where ``f`` cannot be captured, ArgumentError for
+    ``tracing_mode="symbolic"``.
 
     >>> print(make_fx(lambda x: torch.sin(x) * 2)(torch.ones(3)).code.strip())
     def forward(self, x):
@@ -61,14 +63,26 @@ def make_fx(
             "'fake', and call make_fx again for other sizes"
         )
     if tracing_mode not in ("real", "fake"):
-        raise ArgumentError(f"make_fx: tracing_mode must be 'real' or 'fake', not {tracing_mode!r}")
+        raise ArgumentError(
+            f"make_fx: tracing_mode must be 'real' or 'fake', not {tracing_mode!r}"
+        )
 
     @entry
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> fx.GraphModule:
         arguments = Arguments(args, kwargs)
-        why_not = None if tracing_mode == "real" else f"make_fx(tracing_mode={tracing_mode!r}) captures without values"
-        rec = capture(f, arguments.leaves, arguments.rebuilt, why_not=why_not, name_of=parameter_names(f, arguments))
+        why_not = (
+            None
+            if tracing_mode == "real"
+            else f"make_fx(tracing_mode={tracing_mode!r}) captures without values"
+        )
+        rec = capture(
+            f,
+            arguments.leaves,
+            arguments.rebuilt,
+            why_not=why_not,
+            name_of=parameter_names(f, arguments),
+        )
         program = fresh(rec.program(), rec.aliases)
         if decomposition_table:
             program = decomposed(program, decomposition_table)
@@ -77,20 +91,41 @@ def make_fx(
         def outputs(b: Builder, inputs: list, results: list) -> Any:
             written: dict[Any, Node] = {}
             for index, new in zip(program.mutated, results[program.n_outputs :], strict=True):
-                while isinstance(new, Node) and new.target in (hidden_write, dead_end, aten.detach.default):
+                while isinstance(new, Node) and new.target in (
+                    hidden_write,
+                    dead_end,
+                    aten.detach.default,
+                ):
                     new = new.args[1] if new.target is hidden_write else new.args[0]
-                node = b.make("call_function", aten.copy_.default, (inputs[index], new), {}, inputs[index].meta["val"])
+                node = b.make(
+                    "call_function",
+                    aten.copy_.default,
+                    (inputs[index], new),
+                    {},
+                    inputs[index].meta["val"],
+                )
                 written[results[program.n_outputs + len(written)]] = node
             for index, ops in Changes(rec).ops:
                 for op, args, kw, _ in ops:
-                    b.make("call_function", op, (inputs[index], *args), dict(kw), inputs[index].meta["val"])
+                    b.make(
+                        "call_function",
+                        op,
+                        (inputs[index], *args),
+                        dict(kw),
+                        inputs[index].meta["val"],
+                    )
             leaves = list(rec.leaves)
             for i, r in zip(rec.tensors, results[: program.n_outputs], strict=True):
                 leaves[i] = r
             return leaves[0] if rec.spec is None else leaves
 
         gm = graph_module(
-            program, getattr(f, "__name__", type(f).__name__), constants, outputs, EVERYTHING - {"marks"}, rec.names()
+            program,
+            getattr(f, "__name__", type(f).__name__),
+            constants,
+            outputs,
+            EVERYTHING - {"marks"},
+            rec.names(),
         )
         _as_called(gm, f, arguments, args, kwargs, rec)
         if check_inputs:
@@ -103,7 +138,9 @@ def make_fx(
     return wrapper
 
 
-def _as_called(gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tuple, kwargs: dict, rec: Any) -> None:
+def _as_called(
+    gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tuple, kwargs: dict, rec: Any
+) -> None:
     """Let the module take ``f``'s arguments and return ``f``'s tree."""
     plain_in = not kwargs and all(s is None for s in arguments.specs)
     out = output_node(gm.graph)
@@ -112,7 +149,8 @@ def _as_called(gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tupl
             out.args = (_literal_tree(out.args[0], rec.spec),)
             gm.recompile()
         return
-    # every leaf is an argument, those that are not tensors too: they were specialised, and are ignored
+    # every leaf is an argument, those that are not tensors too: they were specialised, and are
+    # ignored
     graph = gm.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     feed = iter(placeholders)
@@ -158,5 +196,7 @@ def _with_lines(gm: fx.GraphModule) -> None:
     shown = []
     for text in gm._code.splitlines():
         name = text.strip().split(" = ", 1)[0].split(":")[0]
-        shown.append(f"{text}  # {lines[name]}" if name in lines and " = torch.ops." in text else text)
+        shown.append(
+            f"{text}  # {lines[name]}" if name in lines and " = torch.ops." in text else text
+        )
     gm._code = "\n".join(shown) + "\n"

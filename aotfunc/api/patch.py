@@ -9,7 +9,10 @@ from typing import Any
 from . import func, jacobians, vmap
 
 OURS = {
-    **{name: getattr(func, name) for name in ("functionalize", "grad", "grad_and_value", "jvp", "linearize", "vjp")},
+    **{
+        name: getattr(func, name)
+        for name in ("functionalize", "grad", "grad_and_value", "jvp", "linearize", "vjp")
+    },
     **{name: getattr(jacobians, name) for name in ("hessian", "jacfwd", "jacrev")},
     "vmap": vmap.vmap,
 }
@@ -22,7 +25,8 @@ _patches: list[Patch] = []
 
 
 class Patch:
-    """What :func:`patch_torch_func` returns: ``undo()``, or the end of a ``with`` block, puts back what was there."""
+    """What :func:`patch_torch_func` returns: ``undo()``, or the end of a ``with`` block, puts back
+    what was there."""
 
     def undo(self) -> None:
         with _lock:
@@ -41,11 +45,12 @@ class Patch:
 
 
 def patch_torch_func() -> Patch:
-    """Put our transforms in the place of ``torch.func``'s, ``functorch``'s and ``torch.vmap``, in all threads: what is
-    looked up or imported there from now on is ours. What was imported before stays PyTorch's.
+    """Put our transforms in the place of ``torch.func``'s, ``functorch``'s and ``torch.vmap``, in
+    all threads: what is looked up or imported there from now on is ours. What was imported before
+    stays PyTorch's.
 
-    Returns an object whose ``undo()`` puts PyTorch's back, and which is a context manager that does so at its end;
-    of several patches the last one undone does.
+    Returns an object whose ``undo()`` puts PyTorch's back, and which is a context manager that
+    does so at its end; of several patches the last one undone does.
 
     >>> with patch_torch_func():
     ...     torch.func.grad is grad

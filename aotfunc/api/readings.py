@@ -1,10 +1,9 @@
 """What Dynamo reads in place of each transform, and what its graph runs then.
 
-A reading ``reads(func, args, kwargs, *options)`` is Python that Dynamo can read: it calls ``func`` on what
-:func:`enter` gives, and returns what :func:`leave` does. ``runs(transform, body, given, more, *options)`` calls the
-transform on ``body``, which takes the tensors that entered and returns ``(outs, aux)``; its results are those of
-:func:`leave`.
-"""
+A reading ``reads(func, args, kwargs, *options)`` is Python that Dynamo can read: it calls ``func``
+on what :func:`enter` gives, and returns what :func:`leave` does. ``runs(transform, body, given,
+more, *options)`` calls the transform on ``body``, which takes the tensors that entered and returns
+``(outs, aux)``; its results are those of :func:`leave`."""
 
 from __future__ import annotations
 
@@ -22,14 +21,17 @@ from .dynamo import enter, leave, node
 
 
 def paired(template: Any, tree: Any, prefix: bool = False) -> list:
-    """The leaves of ``tree`` that stand where ``template`` has its leaves; with ``prefix`` a leaf that stands in the
-    place of a whole tree is repeated.
-    """
+    """The leaves of ``tree`` that stand where ``template`` has its leaves; with ``prefix`` a leaf
+    that stands in the place of a whole tree is repeated."""
     if prefix and (tree is None or isinstance(tree, int)):
         return [tree] * len(tree_flatten(template)[0])
     if isinstance(template, dict) and isinstance(tree, dict) and template.keys() == tree.keys():
         return [x for k in template for x in paired(template[k], tree[k], prefix)]
-    if isinstance(template, tuple | list) and isinstance(tree, tuple | list) and len(template) == len(tree):
+    if (
+        isinstance(template, tuple | list)
+        and isinstance(tree, tuple | list)
+        and len(template) == len(tree)
+    ):
         return [x for a, b in zip(template, tree, strict=True) for x in paired(a, b, prefix)]
     if isinstance(template, tuple | list | dict | None):
         raise ArgumentError("a tree does not have the structure of the one that it belongs to")
@@ -63,7 +65,11 @@ def batched(
     """``vmap`` and ``chunk_vmap``."""
     leaves, spec = tree_flatten(args)
     given, dims, entered, samples = [], [], [], []
-    for x, d in zip(leaves, paired(args, in_dims if isinstance(in_dims, int) else tuple(in_dims), True), strict=True):
+    for x, d in zip(
+        leaves,
+        paired(args, in_dims if isinstance(in_dims, int) else tuple(in_dims), True),
+        strict=True,
+    ):
         if d is not None:
             given.append(x)
             dims.append(d)
@@ -74,14 +80,21 @@ def batched(
     outs, where = tensors(leaves), paired(result, out_dims, True)
     to = [d for x, d in zip(leaves, where, strict=True) if isinstance(x, Tensor)]
     if not all(isinstance(x, Tensor) or d is None for x, d in zip(leaves, where, strict=True)):
-        raise ArgumentError("vmap: the function must return tensors; out_dims=None lets other values pass")
+        raise ArgumentError(
+            "vmap: the function must return tensors; out_dims=None lets other values pass"
+        )
     size = given[0].size(dims[0])
-    examples = [x if d is None else x.unsqueeze(d).repeat_interleave(size, d) for x, d in zip(outs, to, strict=True)]
+    examples = [
+        x if d is None else x.unsqueeze(d).repeat_interleave(size, d)
+        for x, d in zip(outs, to, strict=True)
+    ]
     how = (tuple(dims), tuple(to), randomness, *chunks)
     return refilled(leaves, spec, leave(examples, given, [], entered, outs, [], (how, options)))
 
 
-def run_batched(vmap: Callable, body: Callable, given: list, more: list, how: tuple, options: dict) -> Sequence[Tensor]:
+def run_batched(
+    vmap: Callable, body: Callable, given: list, more: list, how: tuple, options: dict
+) -> Sequence[Tensor]:
     return vmap(lambda *samples: body(*samples)[0], *how, **options)(*given)
 
 
@@ -89,7 +102,12 @@ class Differentiated:
     """A call of ``f`` on stand-ins for the arguments ``argnums``."""
 
     def __init__(
-        self, func: Callable, args: tuple, kwargs: dict, argnums: int | tuple[int, ...], has_aux: bool
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        argnums: int | tuple[int, ...],
+        has_aux: bool,
     ) -> None:
         self.one, self.has_aux = isinstance(argnums, int), has_aux
         chosen = (argnums,) if isinstance(argnums, int) else argnums
@@ -119,13 +137,17 @@ class Differentiated:
         return trees[0] if self.one else trees
 
 
-def gradient(func: Callable, args: tuple, kwargs: dict, argnums: Any = 0, has_aux: bool = False) -> Any:
+def gradient(
+    func: Callable, args: tuple, kwargs: dict, argnums: Any = 0, has_aux: bool = False
+) -> Any:
     call = Differentiated(func, args, kwargs, argnums, has_aux)
     values, aux = call.results([x.clone() for x in call.entered], [])
     return (call.chosen(values), *aux) if has_aux else call.chosen(values)
 
 
-def gradient_and_value(func: Callable, args: tuple, kwargs: dict, argnums: Any = 0, has_aux: bool = False) -> Any:
+def gradient_and_value(
+    func: Callable, args: tuple, kwargs: dict, argnums: Any = 0, has_aux: bool = False
+) -> Any:
     call = Differentiated(func, args, kwargs, argnums, has_aux)
     values, aux = call.results([*[x.clone() for x in call.entered], *call.outs], [])
     return call.chosen(values[:-1]), (values[-1], *aux) if has_aux else values[-1]
@@ -136,7 +158,9 @@ def run_gradient(grad: Callable, body: Callable, given: list, more: list) -> lis
     return [*grads, *aux]
 
 
-def run_gradient_and_value(grad_and_value: Callable, body: Callable, given: list, more: list) -> list:
+def run_gradient_and_value(
+    grad_and_value: Callable, body: Callable, given: list, more: list
+) -> list:
     grads, (value, aux) = grad_and_value(scalar(body), tuple(range(len(given))), True)(*given)
     return [*grads, value, *aux]
 
@@ -149,9 +173,18 @@ def scalar(body: Callable) -> Callable:
     return call
 
 
-def jacobian(func: Callable, args: tuple, kwargs: dict, argnums: Any = 0, has_aux: bool = False, **options: Any) -> Any:
+def jacobian(
+    func: Callable,
+    args: tuple,
+    kwargs: dict,
+    argnums: Any = 0,
+    has_aux: bool = False,
+    **options: Any,
+) -> Any:
     call = Differentiated(func, args, kwargs, argnums, has_aux)
-    examples = [(x.sum() * 0).expand(*out.shape, *x.shape) for out in call.outs for x in call.entered]
+    examples = [
+        (x.sum() * 0).expand(*out.shape, *x.shape) for out in call.outs for x in call.entered
+    ]
     values, aux = call.results(examples, [], options)
     n = len(call.given)
     blocks = [call.chosen(values[k * n : (k + 1) * n]) for k in range(len(call.outs))]
@@ -167,17 +200,32 @@ def run_jacobian(jac: Callable, body: Callable, given: list, more: list, options
 def pushed(jvp: Callable) -> Callable:
     """What Dynamo reads in place of ``jvp``."""
 
-    def push(func: Callable, primals: tuple, tangents: tuple, strict: bool, has_aux: bool) -> tuple:
+    def push(
+        func: Callable, primals: tuple, tangents: tuple, strict: bool, has_aux: bool
+    ) -> tuple:
         call = Differentiated(func, primals, {}, tuple(range(len(primals))), has_aux)
         examples = [*call.outs, *[torch.zeros_like(x) for x in call.outs]]
         values, aux = call.results(examples, paired(primals, tangents), strict)
         n = len(call.outs)
-        return tree_unflatten(values[:n], call.out_spec), tree_unflatten(values[n:], call.out_spec), *aux
+        return (
+            tree_unflatten(values[:n], call.out_spec),
+            tree_unflatten(values[n:], call.out_spec),
+            *aux,
+        )
 
-    def plain(func: Callable, primals: tuple, tangents: tuple, strict: bool, has_aux: bool) -> tuple:
+    def plain(
+        func: Callable, primals: tuple, tangents: tuple, strict: bool, has_aux: bool
+    ) -> tuple:
         return jvp(func, primals, tangents, strict=strict, has_aux=has_aux)
 
-    def reads(func: Callable, primals: tuple, tangents: tuple, *, strict: bool = False, has_aux: bool = False) -> tuple:
+    def reads(
+        func: Callable,
+        primals: tuple,
+        tangents: tuple,
+        *,
+        strict: bool = False,
+        has_aux: bool = False,
+    ) -> tuple:
         return node(jvp, push, run_push, plain, func, primals, tangents, strict, has_aux)
 
     return reads
@@ -189,9 +237,8 @@ def run_push(jvp: Callable, body: Callable, given: list, more: list, strict: boo
 
 
 def in_two_steps(linear: Callable, run_linear: Callable) -> Callable:
-    """What Dynamo reads in place of ``vjp`` or ``linearize``. The linear function that these return computes the value
-    again: what they keep for it is not known before the graph runs.
-    """
+    """What Dynamo reads in place of ``vjp`` or ``linearize``. The linear function that these
+    return computes the value again: what they keep for it is not known before the graph runs."""
 
     def decorate(transform: Callable) -> Callable:
         def reads(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
@@ -201,7 +248,11 @@ def in_two_steps(linear: Callable, run_linear: Callable) -> Callable:
                 return tree_unflatten(outs, call.out_spec), *aux
 
             def second(primals: tuple, vectors: tuple) -> Any:
-                return linear(Differentiated(func, primals, {}, tuple(range(len(primals))), has_aux), primals, vectors)
+                return linear(
+                    Differentiated(func, primals, {}, tuple(range(len(primals))), has_aux),
+                    primals,
+                    vectors,
+                )
 
             def plain_first(primals: tuple) -> tuple:
                 out, _, *aux = transform(func, *primals, has_aux=has_aux)
@@ -228,7 +279,9 @@ def run_value(transform: Callable, body: Callable, given: list, more: list) -> l
 
 def pull(call: Differentiated, primals: tuple, cotangents: tuple) -> tuple:
     tree = cotangents[0] if len(cotangents) == 1 else cotangents
-    return call.chosen(call.results([x.clone() for x in call.entered], paired(call.result, tree))[0])
+    return call.chosen(
+        call.results([x.clone() for x in call.entered], paired(call.result, tree))[0]
+    )
 
 
 def run_pull(vjp: Callable, body: Callable, given: list, more: list) -> list:
@@ -247,7 +300,8 @@ def run_push_again(linearize: Callable, body: Callable, given: list, more: list)
 
 
 def repeatable(body: Callable) -> Callable:
-    """``body``, which runs once more than in eager: it may not draw random numbers, nor write to what is outside."""
+    """``body``, which runs once more than in eager: it may not draw random numbers, nor write to
+    what is outside."""
 
     def call(*tensors: Tensor) -> Any:
         result, trace = body(*tensors), current()

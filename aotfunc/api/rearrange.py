@@ -16,11 +16,13 @@ REST: Group = ["..."]  # stands for any number of dimensions
 
 
 def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: int) -> Tensor:
-    """``tensor`` with its dimensions as in ``pattern``, ``"left -> right"``: each side names the axes, ``...`` stands
-    for any, those in parentheses are one dimension together, ``1`` is a dimension of size 1. Several tensors are
-    stacked first. ``axes_lengths``: the sizes of axes that the shape does not tell.
+    """``tensor`` with its dimensions as in ``pattern``, ``"left -> right"``: each side names the
+    axes, ``...`` stands for any, those in parentheses are one dimension together, ``1`` is a
+    dimension of size 1. Several tensors are stacked first. ``axes_lengths``: the sizes of axes
+    that the shape does not tell.
 
-    Raises ArgumentError where the pattern is none, its sides name different axes, or it does not fit the shape.
+    Raises ArgumentError where the pattern is none, its sides name different axes, or it does not
+    fit the shape.
 
     >>> rearrange(torch.zeros(2, 12), "b (h c) -> b c h", h=3).shape
     torch.Size([2, 4, 3])
@@ -28,7 +30,9 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
     x = tensor if isinstance(tensor, Tensor) else torch.stack(list(tensor))
 
     def wrong(what: str) -> ArgumentError:
-        return ArgumentError(f"rearrange: {what}: {pattern!r} for a tensor of shape {list(x.shape)}")
+        return ArgumentError(
+            f"rearrange: {what}: {pattern!r} for a tensor of shape {list(x.shape)}"
+        )
 
     sides = pattern.split("->")
     if len(sides) != 2:
@@ -66,8 +70,13 @@ def groups(side: str) -> list[Group] | None:
 
 
 def spelled_out(side: list[Group], rest: list[str]) -> list[Group]:
-    """A side with the names of ``rest`` for the dots: dimensions of their own, or within parentheses."""
+    """A side with the names of ``rest`` for the dots: dimensions of their own, or within
+    parentheses."""
     found: list[Group] = []
     for g in side:
-        found += [[a] for a in rest] if g is REST else [[b for a in g for b in (rest if a == "..." else [a])]]
+        found += (
+            [[a] for a in rest]
+            if g is REST
+            else [[b for a in g for b in (rest if a == "..." else [a])]]
+        )
     return found

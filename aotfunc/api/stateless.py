@@ -19,18 +19,20 @@ def _emptied(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(t, device="meta")
-        memo[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+        memo[id(t)] = (
+            nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+        )
     return copy.deepcopy(model, memo)
 
 
 def make_functional_with_buffers(
     model: nn.Module, disable_autograd_tracking: bool = False
 ) -> tuple[Callable, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """``(fmodel, params, buffers)`` with ``fmodel(params, buffers, *args, **kwargs)`` doing what ``model(*args,
-    **kwargs)`` does.
+    """``(fmodel, params, buffers)`` with ``fmodel(params, buffers, *args, **kwargs)`` doing what
+    ``model(*args, **kwargs)`` does.
 
-    ``params`` and ``buffers`` are the model's own tensors in order of their names; with ``disable_autograd_tracking``
-    the parameters are detached.
+    ``params`` and ``buffers`` are the model's own tensors in order of their names; with
+    ``disable_autograd_tracking`` the parameters are detached.
 
     >>> fmodel, params, buffers = make_functional_with_buffers(nn.Linear(2, 1))
     >>> fmodel(params, buffers, torch.ones(3, 2)).shape
@@ -41,7 +43,8 @@ def make_functional_with_buffers(
 
 
 class FunctionalModuleWithBuffers(nn.Module):
-    """A module as a function of its state; ``stateless_model`` is the module, its tensors on the meta device."""
+    """A module as a function of its state; ``stateless_model`` is the module, its tensors on the
+    meta device."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -49,8 +52,12 @@ class FunctionalModuleWithBuffers(nn.Module):
         self.param_names = tuple(n for n, _ in model.named_parameters())
         self.buffer_names = tuple(n for n, _ in model.named_buffers())
 
-    def forward(self, params: Sequence[Tensor], buffers: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        state = dict(zip((*self.param_names, *self.buffer_names), (*params, *buffers), strict=True))
+    def forward(
+        self, params: Sequence[Tensor], buffers: Sequence[Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        state = dict(
+            zip((*self.param_names, *self.buffer_names), (*params, *buffers), strict=True)
+        )
         return functional_call(self.stateless_model, state, args, kwargs)
 
 
@@ -61,13 +68,17 @@ class FunctionalModule(FunctionalModuleWithBuffers):
         return super().forward(params, (), *args, **kwargs)
 
 
-def make_functional(model: nn.Module, disable_autograd_tracking: bool = False) -> tuple[Callable, tuple[Tensor, ...]]:
+def make_functional(
+    model: nn.Module, disable_autograd_tracking: bool = False
+) -> tuple[Callable, tuple[Tensor, ...]]:
     """``(fmodel, params)`` with ``fmodel(params, *args, **kwargs)``; for a model without buffers.
 
     Raises ArgumentError if the model has buffers (see :func:`make_functional_with_buffers`).
     """
     if any(True for _ in model.buffers()):
-        raise ArgumentError("make_functional: the model has buffers; use make_functional_with_buffers")
+        raise ArgumentError(
+            "make_functional: the model has buffers; use make_functional_with_buffers"
+        )
     _, params, _ = make_functional_with_buffers(model, disable_autograd_tracking)
     return FunctionalModule(model), params
 
@@ -75,15 +86,17 @@ def make_functional(model: nn.Module, disable_autograd_tracking: bool = False) -
 def combine_state_for_ensemble(
     models: Sequence[nn.Module],
 ) -> tuple[Callable, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """``(fmodel, params, buffers)`` of models of one architecture, each tensor stacked along a new dimension 0.
+    """``(fmodel, params, buffers)`` of models of one architecture, each tensor stacked along a new
+    dimension 0.
 
-    ``vmap(fmodel, in_dims=(0, 0, None))(params, buffers, x)`` runs all models on ``x``. Raises ArgumentError for no
-    models, models of different classes, or mixed training modes.
-    """
+    ``vmap(fmodel, in_dims=(0, 0, None))(params, buffers, x)`` runs all models on ``x``. Raises
+    ArgumentError for no models, models of different classes, or mixed training modes."""
     if not models:
         raise ArgumentError("combine_state_for_ensemble: there are no models")
     if any(m.training != models[0].training for m in models):
-        raise ArgumentError("combine_state_for_ensemble: some models are in training mode and some are not")
+        raise ArgumentError(
+            "combine_state_for_ensemble: some models are in training mode and some are not"
+        )
     if any(type(m) is not type(models[0]) for m in models):
         raise ArgumentError("combine_state_for_ensemble: the models must be of one class")
     fmodel, _, _ = make_functional_with_buffers(models[0])
@@ -96,9 +109,8 @@ def combine_state_for_ensemble(
 
 
 def replace_all_batch_norm_modules_(root: nn.Module) -> nn.Module:
-    """Drop the running statistics of every batch norm in ``root``, in place: each then uses the batch it sees.
-    Returns ``root``.
-    """
+    """Drop the running statistics of every batch norm in ``root``, in place: each then uses the
+    batch it sees. Returns ``root``."""
     for m in root.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm):
             m.running_mean = m.running_var = m.num_batches_tracked = None

@@ -38,21 +38,24 @@ def vmap(
     chunk_size: int | None = None,
     strict: bool = False,
 ) -> Callable:
-    """``func`` over batches: each tensor argument has a batch dimension where ``in_dims`` says, each result where
-    ``out_dims`` says.
+    """``func`` over batches: each tensor argument has a batch dimension where ``in_dims`` says,
+    each result where ``out_dims`` says.
 
-    ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a prefix of the arguments'
-    (the results') tree. Keyword arguments are not batched. ``randomness``: "error", "same" or "different" draws per
-    sample. ``chunk_size``: samples at a time (all at once where they share a draw). Raises ArgumentError if dims and
-    arguments do not fit, or sizes differ.
+    ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a
+    prefix of the arguments' (the results') tree. Keyword arguments are not batched.
+    ``randomness``: "error", "same" or "different" draws per sample. ``chunk_size``: samples at a
+    time (all at once where they share a draw). Raises ArgumentError if dims and arguments do not
+    fit, or sizes differ.
 
-    A few ops can only be batched by a loop over the samples: those whose result's shape depends on values, and ops of
-    your own without ``torch.library.register_vmap``. They are called once per sample in the graph, and a LoopWarning
-    (once for each op) names the op and your line. ``strict`` raises RuleError instead.
+    A few ops can only be batched by a loop over the samples: those whose result's shape depends on
+    values, and ops of your own without ``torch.library.register_vmap``. They are called once per
+    sample in the graph, and a LoopWarning (once for each op) names the op and your line.
+    ``strict`` raises RuleError instead.
 
-    Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of the arguments), the
-    samples are asked, anew at each call: what all of them answer alike holds. Raises CaptureError, with the line, if
-    they do not agree: use ``torch.where``, ``x[mask] = v``, ``nonzero_static``.
+    Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of
+    the arguments), the samples are asked, anew at each call: what all of them answer alike holds.
+    Raises CaptureError, with the line, if they do not agree: use ``torch.where``, ``x[mask] = v``,
+    ``nonzero_static``.
 
     >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
     tensor([2., 2., 2.])
@@ -61,7 +64,9 @@ def vmap(
     aotfunc.errors.RuleError: vmap(strict=True): aten.unique_consecutive.default can only be batched by a loop ...
     """
     if randomness not in ("error", "same", "different"):
-        raise ArgumentError(f"vmap: randomness must be 'error', 'same' or 'different', not {randomness!r}")
+        raise ArgumentError(
+            f"vmap: randomness must be 'error', 'same' or 'different', not {randomness!r}"
+        )
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"vmap: chunk_size must be a positive int, not {chunk_size!r}")
 
@@ -81,13 +86,20 @@ def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *
     return _run(*_batched_program(func, arguments, dims, *how))
 
 
-def _run(rec: Captured, program: Program, inputs: list[Tensor], dims: Sequence[tuple[int | None, int | None]]) -> Any:
-    """The results of a batched program; a written input that is returned is itself, and a view of it is its view.
-    ``dims``: for each result the dimension of the batch in the input whose memory it shows, and in the result.
-    """
+def _run(
+    rec: Captured,
+    program: Program,
+    inputs: list[Tensor],
+    dims: Sequence[tuple[int | None, int | None]],
+) -> Any:
+    """The results of a batched program; a written input that is returned is itself, and a view of
+    it is its view. ``dims``: for each result the dimension of the batch in the input whose memory
+    it shows, and in the result."""
     outs = list(execute(program, inputs))
     Changes(rec).after(inputs)
-    for k, (ref, root, (old, new)) in enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ():
+    for k, (ref, root, (old, new)) in (
+        enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ()
+    ):
         i = root if root >= 0 else program.n_inputs - 1 - root
         if i not in program.mutated or (old is None) != (new is None):
             continue
@@ -95,7 +107,9 @@ def _run(rec: Captured, program: Program, inputs: list[Tensor], dims: Sequence[t
         if ref == root:
             outs[k] = x if new is None or new % x.dim() == old else x.movedim(old, new)
         else:
-            view = program.once(("view", k), functools.partial(batched_view, rec, ref, x, old, new))
+            view = program.once(
+                ("view", k), functools.partial(batched_view, rec, ref, x, old, new)
+            )
             outs[k] = execute(view, [x])[0]
     return rec.results(outs)
 
@@ -116,11 +130,16 @@ def _batched_program(
     randomness: str,
     strict: bool,
 ) -> tuple[Captured, Program, list[Tensor], list[tuple[int | None, int | None]]]:
-    """The recording of one sample, the batched program, what to run it on, and the dimensions as _run takes them."""
+    """The recording of one sample, the batched program, what to run it on, and the dimensions as
+    _run takes them."""
     samples = {
-        k: sample_sig(x, d) for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)) if d is not None
+        k: sample_sig(x, d)
+        for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True))
+        if d is not None
     }
-    tensor_dims = tuple(d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor))
+    tensor_dims = tuple(
+        d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor)
+    )
     rec = capture(
         as_called(func),
         arguments.leaves,
@@ -133,7 +152,9 @@ def _batched_program(
     for i, _ in Changes(rec).ops:
         if tensor_dims[i] is not None:
             name = rec.names()[i]
-            raise CaptureError(f"vmap: the shape of {name}, which is batched, is changed in place; make a view of it")
+            raise CaptureError(
+                f"vmap: the shape of {name}, which is batched, is changed in place; make a view of it"
+            )
     if isinstance(out_dims, list):
         out_dims = tuple(out_dims)
     flat = (
@@ -158,13 +179,21 @@ def _batched_program(
     how = (randomness, results_dims, strict, own)
 
     def make() -> Program:
-        return fresh(vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own)
+        return fresh(
+            vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own
+        )
 
     program = base.derived(
-        ("vmap", tensor_dims, sigs, size, *how), lambda: of_size(base, tensor_dims, sigs, size, how, make)
+        ("vmap", tensor_dims, sigs, size, *how),
+        lambda: of_size(base, tensor_dims, sigs, size, how, make),
     )
     sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
-    return rec, program, [*tensors, *rec.closed_over], list(zip(sources, results_dims, strict=True))
+    return (
+        rec,
+        program,
+        [*tensors, *rec.closed_over],
+        list(zip(sources, results_dims, strict=True)),
+    )
 
 
 def _chunked(
@@ -181,9 +210,15 @@ def _chunked(
     for start in range(0, size, chunk):
         count = min(chunk, size - start)
         parts_of = zip(arguments.leaves, dims, strict=True)
-        piece = arguments.with_leaves([x if d is None else x.narrow(d, start, count) for x, d in parts_of])
-        rec, program, inputs, places = _batched_program(func, piece, dims, count, out_dims, randomness, strict)
-        if randomness == "same" and any(map(draws, program.graph.nodes)):  # no two chunks would draw the same
+        piece = arguments.with_leaves(
+            [x if d is None else x.narrow(d, start, count) for x, d in parts_of]
+        )
+        rec, program, inputs, places = _batched_program(
+            func, piece, dims, count, out_dims, randomness, strict
+        )
+        if randomness == "same" and any(
+            map(draws, program.graph.nodes)
+        ):  # no two chunks would draw the same
             if parts:
                 raise ArgumentError(
                     "vmap: randomness='same' with chunk_size, and not every chunk draws; drop chunk_size"
@@ -193,7 +228,9 @@ def _chunked(
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
     where = (
-        broadcast_prefix(out_dims, parts[0], "out_dims") if not isinstance(out_dims, int) else [out_dims] * len(leaves)
+        broadcast_prefix(out_dims, parts[0], "out_dims")
+        if not isinstance(out_dims, int)
+        else [out_dims] * len(leaves)
     )
     joined = [
         torch.cat([p[0][i] for p in flat], d % leaves[i].dim()) if d is not None else leaves[i]
@@ -203,8 +240,9 @@ def _chunked(
 
 
 def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
-    """The value of a tensor inside a transform, to look at in a debugger: that of all samples where it is batched, at
-    dimension 0. Any other tensor is itself (``recurse`` is accepted for compatibility).
+    """The value of a tensor inside a transform, to look at in a debugger: that of all samples
+    where it is batched, at dimension 0. Any other tensor is itself (``recurse`` is accepted for
+    compatibility).
 
     >>> _ = vmap(lambda x: print(debug_unwrap(x * 2)))(torch.ones(2))  # doctest: +SKIP
     tensor([2., 2.])
@@ -217,13 +255,19 @@ def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
 
 @traced(batched, run_batched)
 def chunk_vmap(
-    func: Callable, in_dims: Dims = 0, out_dims: Dims = 0, randomness: str = "error", chunks: int = 2
+    func: Callable,
+    in_dims: Dims = 0,
+    out_dims: Dims = 0,
+    randomness: str = "error",
+    chunks: int = 2,
 ) -> Callable:
     """:func:`vmap` in ``chunks`` parts, one after another, to use less memory."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
         size = batch_size(arguments, input_dims(in_dims, args, arguments))
-        return vmap(func, in_dims, out_dims, randomness, chunk_size=max(-(-size // chunks), 1))(*args, **kwargs)
+        return vmap(func, in_dims, out_dims, randomness, chunk_size=max(-(-size // chunks), 1))(
+            *args, **kwargs
+        )
 
     return functools.wraps(func)(wrapper)

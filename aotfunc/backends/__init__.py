@@ -14,10 +14,11 @@ from .inductor import decompositions, inductor
 class Backend:
     """How graphs are compiled.
 
-    ``compile(gm, example_inputs) -> callable`` gets a ``torch.fx.GraphModule`` of functional aten ops whose nodes have
-    FakeTensors in ``meta["val"]``, and the tensors of the first call, detached; what it returns is called with tensors
-    of the same shapes, strides, dtypes and devices, and returns the graph's flat results. ``decompositions`` maps ops
-    to functions that are put in their place before, or is a function that makes this table when it is needed. With
+    ``compile(gm, example_inputs) -> callable`` gets a ``torch.fx.GraphModule`` of functional aten
+    ops whose nodes have FakeTensors in ``meta["val"]``, and the tensors of the first call,
+    detached; what it returns is called with tensors of the same shapes, strides, dtypes and
+    devices, and returns the graph's flat results. ``decompositions`` maps ops to functions that
+    are put in their place before, or is a function that makes this table when it is needed. With
     ``boxed`` the callable takes its inputs as one list, which it may empty to free memory early.
     """
 
@@ -48,7 +49,8 @@ REGISTRY: dict[str, Backend] = {"eager": EAGER, "inductor": Backend(inductor, de
 
 
 def lookup(backend: str | Callable) -> Backend:
-    """The backend of this name; a bare compiler becomes one. Raises BackendError for an unknown name."""
+    """The backend of this name; a bare compiler becomes one. Raises BackendError for an unknown
+    name."""
     found = backend if callable(backend) else REGISTRY.get(backend)
     if found is None:
         raise BackendError(

@@ -1,4 +1,5 @@
-"""The graph's own generated Python: straight-line calls of the ops, each value dropped after its last use."""
+"""The graph's own generated Python: straight-line calls of the ops, each value dropped after its
+last use."""
 
 from __future__ import annotations
 
@@ -24,11 +25,15 @@ from ..trace.shapes.sig import Sig
 OURS = ("aten", "prims", "aotfunc", "aotfunc_effect")
 
 
-def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) -> Callable[..., tuple]:
-    """A function of the graph's placeholders that returns its flat outputs as a tuple. With ``sized``, nodes' arguments
-    with :class:`Times` in them, the size that these multiply is its first argument.
-    """
-    env: dict[str, Any] = {}  # what the code reads besides its own values, under names that are none of theirs
+def compile_graph(
+    graph: fx.Graph, sized: Mapping[Node, tuple] | None = None
+) -> Callable[..., tuple]:
+    """A function of the graph's placeholders that returns its flat outputs as a tuple. With
+    ``sized``, nodes' arguments with :class:`Times` in them, the size that these multiply is its
+    first argument."""
+    env: dict[
+        str, Any
+    ] = {}  # what the code reads besides its own values, under names that are none of theirs
     taken = {n.name for n in graph.nodes}
     targets: dict[Any, str] = {}
     lines: list[str] = []
@@ -52,7 +57,11 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
         if isinstance(a, list | tuple):
             inside = ", ".join([literal(x) for x in a])
             return f"[{inside}]"
-        if a is None or a.__class__ in (int, bool, str) or (a.__class__ is float and math.isfinite(a)):
+        if (
+            a is None
+            or a.__class__ in (int, bool, str)
+            or (a.__class__ is float and math.isfinite(a))
+        ):
             return repr(a)
         return outside(a, f"c{len(env)}")
 
@@ -75,11 +84,17 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
             quick = n.target in BINDINGS and plain(n)
             name = targets.get((n.target, quick))
             if name is None:
-                name = targets[n.target, quick] = outside(entry(n.target, quick), f"f{len(targets)}")
+                name = targets[n.target, quick] = outside(
+                    entry(n.target, quick), f"f{len(targets)}"
+                )
             given = n.args if sized is None else sized.get(n, n.args)
             args = [literal(a) for a in given] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
             lines.append(f"{n.name} = {name}({', '.join(args)})")
-            if isinstance(n.target, OpOverload) and n.target.namespace not in OURS and sized is None:
+            if (
+                isinstance(n.target, OpOverload)
+                and n.target.namespace not in OURS
+                and sized is None
+            ):
                 lines.append(f"{n.name} = {literal(functools.partial(as_said, n))}({n.name})")
             if debug.LEVEL >= 2 and sized is None:
                 lines.append(f"{literal(functools.partial(compare, n))}({n.name})")
@@ -99,10 +114,26 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
 aten, functions, methods = torch.ops.aten, torch._C._VariableFunctions, torch._C.TensorBase
 #: ops whose Python binding is half a microsecond quicker than the overload itself
 BINDINGS: dict[Any, Callable] = {
-    **{getattr(aten, name).Tensor: getattr(functions, name) for name in ("add", "sub", "mul", "div")},
+    **{
+        getattr(aten, name).Tensor: getattr(functions, name)
+        for name in ("add", "sub", "mul", "div")
+    },
     **{
         getattr(aten, name).default: getattr(functions, name)
-        for name in ("sin", "cos", "tanh", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "sigmoid", "relu", "reciprocal")
+        for name in (
+            "sin",
+            "cos",
+            "tanh",
+            "exp",
+            "log",
+            "sqrt",
+            "rsqrt",
+            "neg",
+            "abs",
+            "sigmoid",
+            "relu",
+            "reciprocal",
+        )
         + ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "t", "unsqueeze", "permute")
     },
     aten.transpose.int: functions.transpose,
@@ -112,17 +143,24 @@ BINDINGS: dict[Any, Callable] = {
 
 
 def plain(n: Node) -> bool:
-    """Whether a call of the op's binding can only mean this overload: a tensor first, and no argument by name."""
-    return not n.kwargs and n.args[0].__class__ is Node and not any(a.__class__ is complex for a in n.args)
+    """Whether a call of the op's binding can only mean this overload: a tensor first, and no
+    argument by name."""
+    return (
+        not n.kwargs
+        and n.args[0].__class__ is Node
+        and not any(a.__class__ is complex for a in n.args)
+    )
 
 
 def entry(target: Any, quick: bool) -> Callable:
-    """What is called for a node: the overload's C entry (``OpOverload.__call__`` adds a Python frame), or a binding."""
+    """What is called for a node: the overload's C entry (``OpOverload.__call__`` adds a Python
+    frame), or a binding."""
     return BINDINGS[target] if quick else target._op if isinstance(target, OpOverload) else target
 
 
 def as_said(n: Node, value: Any) -> Any:
-    """What a custom op returned, laid out as its fake implementation says: readers were captured on that ground."""
+    """What a custom op returned, laid out as its fake implementation says: readers were captured
+    on that ground."""
 
     def fit(sig: Any, x: Any) -> Any:
         if isinstance(sig, tuple) and isinstance(x, tuple | list):
@@ -143,9 +181,8 @@ def as_said(n: Node, value: Any) -> Any:
 
 
 def compare(n: Node, value: Any) -> None:
-    """Raise GraphError where a value is not what the graph says of it: shape, strides, dtype, device; of several
-    results, those that are read.
-    """
+    """Raise GraphError where a value is not what the graph says of it: shape, strides, dtype,
+    device; of several results, those that are read."""
 
     def differ(sig: Any, x: Any) -> bool:
         if isinstance(sig, tuple):
@@ -153,7 +190,9 @@ def compare(n: Node, value: Any) -> None:
         if not isinstance(sig, Sig) or not isinstance(x, Tensor):
             return False
         facts = (tuple(x.shape), x.dtype, x.device.type)
-        return facts != (sig.shape, sig.dtype, sig.device.type) or (x.numel() > 0 and x.stride() != sig.stride)
+        return facts != (sig.shape, sig.dtype, sig.device.type) or (
+            x.numel() > 0 and x.stride() != sig.stride
+        )
 
     said = n.meta["val"]
     if isinstance(said, tuple) and len(said) == len(value):
@@ -162,16 +201,23 @@ def compare(n: Node, value: Any) -> None:
     if differ(said, value):
         known = [(s, s.stride) for s in flat(said)]
         real = [(tuple(x.shape), x.stride(), x.dtype) for x in flat(value)]
-        raise GraphError(f"{n.format_node()} is {real}, not {known} as the graph says{at(n.meta.get('line'))}")
+        raise GraphError(
+            f"{n.format_node()} is {real}, not {known} as the graph says{at(n.meta.get('line'))}"
+        )
 
 
 def flat(x: Any) -> list:
     """The signatures or tensors in nested tuples."""
-    return [y for part in x for y in flat(part)] if isinstance(x, tuple | list) else [x] * isinstance(x, Sig | Tensor)
+    return (
+        [y for part in x for y in flat(part)]
+        if isinstance(x, tuple | list)
+        else [x] * isinstance(x, Sig | Tensor)
+    )
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """For each node, the values that are not read after it (inputs included: the caller decides how long they live)."""
+    """For each node, the values that are not read after it (inputs included: the caller decides
+    how long they live)."""
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for n in reversed(graph.nodes):

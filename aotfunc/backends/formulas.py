@@ -1,7 +1,8 @@
-"""Ops that Inductor computes by formulas which give other numbers than PyTorch's kernels, written out as those are.
+"""Ops that Inductor computes by formulas which give other numbers than PyTorch's kernels, written
+out as those are.
 
-A body that answers NotImplemented leaves its op as it is: Inductor's formula is right for these dtypes or devices.
-"""
+A body that answers NotImplemented leaves its op as it is: Inductor's formula is right for these
+dtypes or devices."""
 
 from __future__ import annotations
 
@@ -22,9 +23,8 @@ ERF = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) fo
 
 
 def widened(body: Callable) -> Callable:
-    """A formula computed in float32 where its arguments are of low precision: its op rounds once, at the end. Numbers
-    are rounded before, as the kernels for the CPU do.
-    """
+    """A formula computed in float32 where its arguments are of low precision: its op rounds once,
+    at the end. Numbers are rounded before, as the kernels for the CPU do."""
 
     @functools.wraps(body)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -35,7 +35,9 @@ def widened(body: Callable) -> Callable:
         def wide(a: Any) -> Any:
             if isinstance(a, Tensor):
                 return a.float() if a.dtype in LOW else a
-            return rounded(a, low.dtype) if isinstance(a, float) and low.device.type == "cpu" else a
+            return (
+                rounded(a, low.dtype) if isinstance(a, float) and low.device.type == "cpu" else a
+            )
 
         return body(*map(wide, args), **{k: wide(a) for k, a in kwargs.items()})
 
@@ -71,20 +73,30 @@ def fmod(a: Any, b: Any) -> Tensor:
 
 
 def floor_division(a: Tensor, b: Any) -> Any:
-    """Python's: floor(a / b) rounds up where the division does (1 // 0.1 is 9), and an infinite a gives nan."""
+    """Python's: floor(a / b) rounds up where the division does (1 // 0.1 is 9), and an infinite a
+    gives nan."""
     if not floats(a, b):
         return NotImplemented
     quotient, rest = a / b, fmod(a, b)
-    exact = torch.where(quotient.isinf() & ~a.isinf(), quotient, (a - rest) / b)  # fmod may be nan there
+    exact = torch.where(
+        quotient.isinf() & ~a.isinf(), quotient, (a - rest) / b
+    )  # fmod may be nan there
     exact = torch.where((rest != 0) & ((rest < 0) != (b < 0)), exact - 1, exact)
     floor = exact.floor()
     floor = torch.where(exact - floor > 0.5, floor + 1, floor)
     floor = torch.where(exact != 0, floor, torch.copysign(torch.zeros_like(quotient), quotient))
-    return torch.where(b == 0, quotient, floor) if isinstance(b, Tensor) else quotient if b == 0 else floor
+    return (
+        torch.where(b == 0, quotient, floor)
+        if isinstance(b, Tensor)
+        else quotient
+        if b == 0
+        else floor
+    )
 
 
 def truncated_division(a: Tensor, b: Any) -> Any:
-    """Of integers: the one that complains of a division by zero, which ends the process otherwise, is the floor's."""
+    """Of integers: the one that complains of a division by zero, which ends the process otherwise,
+    is the floor's."""
     if floats(a, b):
         return NotImplemented
     floor = torch.div(a, b, rounding_mode="floor")
@@ -115,7 +127,9 @@ def erf(x: Tensor) -> Any:
     """The approximation is good to 1e-7, not to seven digits."""
     if x.dtype is torch.float64:
         return NotImplemented
-    series = functools.reduce(lambda total, c: total * (x * x) + c, reversed(ERF[:-1]), torch.full_like(x, ERF[-1]))
+    series = functools.reduce(
+        lambda total, c: total * (x * x) + c, reversed(ERF[:-1]), torch.full_like(x, ERF[-1])
+    )
     return torch.where(x.abs() < 0.5, x * series, torch.erf(x))
 
 
@@ -123,7 +137,9 @@ def scaled(op: Callable) -> Callable:
     """A sum with a multiple, which is rounded by itself otherwise."""
 
     def body(a: Tensor, b: Any, alpha: Any = 1) -> Any:
-        return NotImplemented if alpha == 1 or a.dtype not in LOW else widened(op)(a, b, alpha=alpha)
+        return (
+            NotImplemented if alpha == 1 or a.dtype not in LOW else widened(op)(a, b, alpha=alpha)
+        )
 
     return body
 
@@ -132,14 +148,21 @@ def lerp(start: Tensor, end: Tensor, weight: Any) -> Any:
     """Rounded at each step otherwise."""
     if start.dtype not in LOW:
         return NotImplemented
-    return torch.lerp(start.float(), end.float(), weight.float() if isinstance(weight, Tensor) else weight)
+    return torch.lerp(
+        start.float(), end.float(), weight.float() if isinstance(weight, Tensor) else weight
+    )
 
 
 FORMULAS: dict[Any, Callable] = {
-    **dict.fromkeys((aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor), widened(remainder)),
+    **dict.fromkeys(
+        (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor),
+        widened(remainder),
+    ),
     aten.fmod.Scalar: widened(lambda a, b: fmod(a, b) if floats(a, b) else NotImplemented),
     **dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), widened(division)),
-    **dict.fromkeys((aten.floor_divide.default, aten.floor_divide.Scalar), widened(floor_division)),
+    **dict.fromkeys(
+        (aten.floor_divide.default, aten.floor_divide.Scalar), widened(floor_division)
+    ),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), scaled(torch.add)),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), scaled(torch.sub)),
     **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), scaled(torch.rsub)),

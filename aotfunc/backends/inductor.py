@@ -1,4 +1,5 @@
-"""PyTorch's Inductor as a backend: C++ on CPU (needs g++), Triton on GPU; what it cannot take is run eagerly."""
+"""PyTorch's Inductor as a backend: C++ on CPU (needs g++), Triton on GPU; what it cannot take is
+run eagerly."""
 
 from __future__ import annotations
 
@@ -27,22 +28,27 @@ aten = torch.ops.aten
 #: ops that have a factor as a positional argument
 ALPHA = (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 
-#: Inductor's settings, and what it has been told of an op, are the process's: one compile at a time
+#: Inductor's settings, and what it has been told of an op, are the process's: one compile at a
+# time
 _LOCK = threading.RLock()
 
 
 def inductor(gm: fx.GraphModule, example_inputs: list) -> Call:
-    """Compile a functional aten graph with Inductor's inner compiler; decompositions are applied first.
+    """Compile a functional aten graph with Inductor's inner compiler; decompositions are applied
+    first.
 
-    Random ops draw eager's numbers. An op that Inductor fails on is called as it is, and where that does not help the
-    whole graph is run eagerly; either way a BackendWarning says so, and so does the attribute ``eagerly`` of what is
-    returned. Raises BackendError where Inductor, or the C++ compiler that it needs, is not installed.
-    """
+    Random ops draw eager's numbers. An op that Inductor fails on is called as it is, and where
+    that does not help the whole graph is run eagerly; either way a BackendWarning says so, and so
+    does the attribute ``eagerly`` of what is returned. Raises BackendError where Inductor, or the
+    C++ compiler that it needs, is not installed."""
     try:
         import torch._inductor.compile_fx
     except ImportError as e:
         raise BackendError(f"the inductor backend needs a torch build with Inductor: {e}") from e
-    if not any(t.is_cuda for t in example_inputs if isinstance(t, torch.Tensor)) and shutil.which("g++") is None:
+    if (
+        not any(t.is_cuda for t in example_inputs if isinstance(t, torch.Tensor))
+        and shutil.which("g++") is None
+    ):
         raise BackendError("the inductor backend needs a C++ compiler on the CPU: install g++")
     return Call(gm)
 
@@ -66,12 +72,18 @@ class Call:
     def say(self, what: str, error: Exception) -> None:
         error = getattr(error, "inner_exception", error)
         why = self.eagerly[what] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        warnings.warn(f"inductor: {what} is run eagerly, for the compiler says {why}", BackendWarning, stacklevel=2)
+        warnings.warn(
+            f"inductor: {what} is run eagerly, for the compiler says {why}",
+            BackendWarning,
+            stacklevel=2,
+        )
 
     def __call__(self, *args: Tensor) -> Sequence:
         if self.fn is None:
             return self.eager(*args)
-        if any([a.is_conj() or a.is_neg() for a in args]):  # lazily: the memory that the code reads is not the value
+        if any(
+            [a.is_conj() or a.is_neg() for a in args]
+        ):  # lazily: the memory that the code reads is not the value
             args = tuple([resolved(a) for a in args])
         first = self.repairs is None
         state = torch.get_rng_state() if first and self.draws else None
@@ -96,20 +108,34 @@ class Call:
 
 def resolved(t: Tensor) -> Tensor:
     """The tensor with its conjugation or negation carried out, laid out as before."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    return t.as_strided((extent,), (1,)).resolve_conj().resolve_neg().as_strided(t.shape, t.stride(), 0)
+    extent = (
+        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    )
+    return (
+        t.as_strided((extent,), (1,))
+        .resolve_conj()
+        .resolve_neg()
+        .as_strided(t.shape, t.stride(), 0)
+    )
 
 
 def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:
-    """What Inductor makes of a graph; ops that it fails on are left to eager kernels, and ``say`` is told."""
+    """What Inductor makes of a graph; ops that it fails on are left to eager kernels, and ``say``
+    is told."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
     for n in gm.graph.nodes:
-        if n.op == "call_function" and not isinstance(n.target, OpOverload) and n.target is not operator.getitem:
+        if (
+            n.op == "call_function"
+            and not isinstance(n.target, OpOverload)
+            and n.target is not operator.getitem
+        ):
             raise BackendError(f"{n.name} is Python code")
         given = [getattr(gm, n.target)] if n.op == "get_attr" else [*n.args, *n.kwargs.values()]
-        if any(isinstance(a, torch.Generator) for a in given):  # code in the disk cache would draw from a copy
+        if any(
+            isinstance(a, torch.Generator) for a in given
+        ):  # code in the disk cache would draw from a copy
             raise BackendError(f"{n.name} takes a torch.Generator")
     failing: set[Any] = set()
     count = len(output_node(gm.graph).args[0])  # type: ignore[arg-type]
@@ -117,14 +143,18 @@ def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Calla
         while True:
             ours = prepared(gm, failing)
             more = len(output_node(ours.graph).args[0]) > count  # type: ignore[arg-type]
-            marked = any("should_fallback" in n.meta for n in ours.graph.nodes)  # the key of the disk cache is the code
+            marked = any(
+                "should_fallback" in n.meta for n in ours.graph.nodes
+            )  # the key of the disk cache is the code
             fakes = [n.meta["val"] for n in ours.graph.nodes if n.op == "placeholder"]
             try:
                 with config.patch(force_disable_caches=True) if marked else nullcontext():
                     fn = compile_fx_inner(ours, fakes)
                 return first(fn, count) if more else fn
             except Exception as e:
-                culprit = next((op for op in sorted(ops(gm), key=str) if str(op) in targets_named(e)), None)
+                culprit = next(
+                    (op for op in sorted(ops(gm), key=str) if str(op) in targets_named(e)), None
+                )
                 if culprit is None or culprit in failing:
                     raise
                 failing.add(culprit)
@@ -133,9 +163,8 @@ def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Calla
 
 @contextmanager
 def settled(gm: fx.GraphModule) -> Iterator[None]:
-    """Inductor's surroundings: random ops left alone, low precision rounded as in eager mode, and a mode of fake
-    tensors with a ShapeEnv, without which its disk cache does not work.
-    """
+    """Inductor's surroundings: random ops left alone, low precision rounded as in eager mode, and
+    a mode of fake tensors with a ShapeEnv, without which its disk cache does not work."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.lowering import fallback_handler, lowerings
@@ -167,13 +196,18 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
     graph = fx.Graph()
     out = graph.output(graph.graph_copy(gm.graph, {}))
     out.args = ([*out.args[0], *unread_draws(graph)],)  # type: ignore[misc]
-    # results, and residuals that a backward half was promised, have the strides that the graph says
-    out.meta["user_visible_output_idxs"] = [i for i, o in enumerate(out.args[0]) if isinstance(o, fx.Node)]
+    # results, and residuals that a backward half was promised, have the strides that the graph
+    # says
+    out.meta["user_visible_output_idxs"] = [
+        i for i, o in enumerate(out.args[0]) if isinstance(o, fx.Node)
+    ]
     for n in graph.nodes:
         if n.target in (aten.t.default, aten.transpose.int):
             n.target, n.args = aten.permute.default, (n.args[0], swapped(n))
         low = getattr(n.meta.get("val"), "dtype", None) in LOW
-        n.meta["low_precision_pointwise_barrier"] = low  # it is rounded, also where kernels are fused
+        n.meta["low_precision_pointwise_barrier"] = (
+            low  # it is rounded, also where kernels are fused
+        )
         if n.target in failing or misplaced(n) or (low and n.target is aten.nextafter.default):
             n.meta["should_fallback"] = True
         if n.kwargs.get("generator", 0) is None:  # not all of Inductor's functions take one
@@ -192,7 +226,8 @@ def first(fn: Callable, count: int) -> Callable:
 
 
 def unread_draws(graph: fx.Graph) -> Iterator[fx.Node]:
-    """What nothing reads of the random numbers drawn: as results, they are drawn, and in their turn."""
+    """What nothing reads of the random numbers drawn: as results, they are drawn, and in their
+    turn."""
     for n in list(graph.nodes):
         if n.op == "call_function" and draws(n) and not n.users:
             val = n.meta["val"]
@@ -204,7 +239,8 @@ def unread_draws(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def misplaced(n: fx.Node) -> bool:
-    """Whether a node counts from where the storage of an input begins; Inductor would count from the input."""
+    """Whether a node counts from where the storage of an input begins; Inductor would count from
+    the input."""
     if n.target not in (aten.as_strided.default, aten.as_strided_scatter.default):
         return False
     source = root(n.args[0])
@@ -234,5 +270,9 @@ def decompositions() -> dict:
     from torch._inductor import decomposition, lowering  # noqa: F401 - some decompositions ask what a lowering can do
 
     random = torch.Tag.nondeterministic_seeded  # what draws in another way draws other numbers
-    table = {op: f for op, f in decomposition.decompositions.items() if random not in getattr(op, "tags", ())}
+    table = {
+        op: f
+        for op, f in decomposition.decompositions.items()
+        if random not in getattr(op, "tags", ())
+    }
     return {**table, **FORMULAS}

@@ -23,9 +23,9 @@ Repair = tuple[int, Pick]
 class Results:
     """Shapes, dtypes and strides of a graph's results, and whose memory they show.
 
-    A compiler that is free to choose may lay a result out otherwise, and may return an input, or one result's memory
-    twice, for values that are equal. What it does is the same at every call, so :meth:`repairs` looks at the first.
-    """
+    A compiler that is free to choose may lay a result out otherwise, and may return an input, or
+    one result's memory twice, for values that are equal. What it does is the same at every call,
+    so :meth:`repairs` looks at the first."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.outputs = list(next(iter(reversed(graph.nodes))).args[0])
@@ -34,9 +34,8 @@ class Results:
         self.roots = [root(o) for o in self.outputs]
 
     def repairs(self, args: Sequence, outs: Sequence) -> list[Repair]:
-        """What has to be done to these results, and to those of every later call; raises GraphError where nothing
-        helps.
-        """
+        """What has to be done to these results, and to those of every later call; raises
+        GraphError where nothing helps."""
         found: list[Repair] = []
         owners: dict[int, list[tuple[Node, Pick]]] = {}  # address -> the values whose memory it is
         for i, a in enumerate(args):
@@ -47,7 +46,9 @@ class Results:
                 continue
             if out.dtype is not val.dtype or out.shape != val.shape:
                 got, want = f"{out.dtype}{list(out.shape)}", f"{val.dtype}{list(val.shape)}"
-                raise GraphError(f"result {k} of the compiled code is {got}, the graph says {want}")
+                raise GraphError(
+                    f"result {k} of the compiled code is {got}, the graph says {want}"
+                )
             there = owners.setdefault(address, []) if (address := memory(out)) else []
             owner = next((pick for n, pick in there if n is self.roots[k]), None)
             base = owner and owner(args, outs)
@@ -87,9 +88,8 @@ def result(k: int) -> Pick:
 
 
 def view(owner: Pick, base: Tensor, out: Tensor) -> Pick:
-    """``out`` as a view of ``base``, an argument or an earlier result, so that autograd notices writes to it if this is
-    saved.
-    """
+    """``out`` as a view of ``base``, an argument or an earlier result, so that autograd notices
+    writes to it if this is saved."""
     size, stride, start = out.shape, out.stride(), out.storage_offset() - base.storage_offset()
 
     def shown(args: Sequence, outs: Sequence) -> Tensor:

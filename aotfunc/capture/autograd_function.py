@@ -1,6 +1,6 @@
-"""``autograd.Function`` inside a recording: its forward is recorded, its backward and jvp become programs, and its
-results are marked as having that derivative (:class:`~aotfunc.capture.custom_derivative.CustomDerivative`).
-"""
+"""``autograd.Function`` inside a recording: its forward is recorded, its backward and jvp become
+programs, and its results are marked as having that derivative
+(:class:`~aotfunc.capture.custom_derivative.CustomDerivative`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from .tree import Operands
 
 
 class Begin(Step):
-    """The start of a Function: remembers the values of its tensor arguments, before ``forward`` may write to them."""
+    """The start of a Function: remembers the values of its tensor arguments, before ``forward``
+    may write to them."""
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         f.snapshots.append([f.read(r, True) for r in refs])
@@ -44,7 +45,8 @@ class Begin(Step):
 
 
 class End(Step):
-    """The end of a Function, ``(values, residuals, inputs) -> outputs``: the values, with the derivative it says."""
+    """The end of a Function, ``(values, residuals, inputs) -> outputs``: the values, with the
+    derivative it says."""
 
     def __init__(self, derivative: CustomDerivative) -> None:
         super().__init__(derivative.vals)
@@ -60,7 +62,8 @@ class End(Step):
         self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """The Function's inputs alone, the last of the step's, decide whether its outputs require grad."""
+        """The Function's inputs alone, the last of the step's, decide whether its outputs require
+        grad."""
         d = self.derivative
         return [any(given[len(given) - d.n_inputs :])] * d.n_outputs, []
 
@@ -96,7 +99,9 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``cls.apply(*args)`` inside a recording; Functions with ``setup_context`` and without."""
     new_style = cls.setup_context is not Function.setup_context
     if kwargs or new_style:
-        bound = inspect.signature(cls.forward).bind(*(args if new_style else (None, *args)), **kwargs)
+        bound = inspect.signature(cls.forward).bind(
+            *(args if new_style else (None, *args)), **kwargs
+        )
         bound.apply_defaults()
         args = bound.args if new_style else bound.args[1:]
     batching = None
@@ -113,7 +118,10 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
             return cls.forward(ctx, *args)
         try:
             output = cls.forward(*args)
-        except (CaptureError, ValueError) as why:  # it asks for values that are not there, or writes to numpy's
+        except (
+            CaptureError,
+            ValueError,
+        ) as why:  # it asks for values that are not there, or writes to numpy's
             output = opaque.record(cls, args, batching, why)
         cls.setup_context(ctx, args, output)
         return output
@@ -134,7 +142,13 @@ def floating(a: Any) -> bool:
 
 
 def call_function(
-    name: str, args: Any, forward: Callable, ctx: Context, backward: Any, jvp: Any = None, batching: Any = None
+    name: str,
+    args: Any,
+    forward: Callable,
+    ctx: Context,
+    backward: Any,
+    jvp: Any = None,
+    batching: Any = None,
 ) -> Any:
     """Record one Function call between a Begin and an End."""
     trace = current()
@@ -147,7 +161,9 @@ def call_function(
     outs = [output] if single else list(output)
     places = [i for i, o in enumerate(outs) if isinstance(o, Tensor)]
     raw = [outs[i] for i in places]
-    derivative, residuals = custom_derivative(trace, name, args, ctx, outs, backward, jvp, batching)
+    derivative, residuals = custom_derivative(
+        trace, name, args, ctx, outs, backward, jvp, batching
+    )
     results = trace.record(interned(End, derivative), [*raw, *residuals, *inputs])
     frozen = {id(t) for t in ctx.non_differentiable}
     dirty = {id(t): t for t in ctx.dirty_tensors or ()}
@@ -161,7 +177,14 @@ def call_function(
 
 
 def custom_derivative(
-    trace: Trace, name: str, args: Any, ctx: Context, outs: list, backward: Any, jvp: Any, batching: Any
+    trace: Trace,
+    name: str,
+    args: Any,
+    ctx: Context,
+    outs: list,
+    backward: Any,
+    jvp: Any,
+    batching: Any,
 ) -> tuple[CustomDerivative, list[Tensor]]:
     """The Function's backward and jvp recorded as programs, and the residuals that they read."""
     raw = [o for o in outs if isinstance(o, Tensor)]
@@ -191,7 +214,9 @@ def custom_derivative(
             for have in patterns(sum(diff), ctx.materialize_grads):
                 present = iter(have or (True,) * sum(diff))
                 given = [yes and next(present) for yes in diff]
-                sigs = [dense(trace.ref_of(o)[1]) for o, yes in zip(outs, given, strict=True) if yes]
+                sigs = [
+                    dense(trace.ref_of(o)[1]) for o, yes in zip(outs, given, strict=True) if yes
+                ]
                 found.append((have, part(with_gaps(wanted, given), sigs, backward)))
             return tuple(found)
 
@@ -215,13 +240,14 @@ def custom_derivative(
     fields = (name, n_inputs, vals, backwards, forward, saved, batching, narrow)
     parts = [forward, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
     unique = batching is not None or any(isinstance(p, Exception | Later) for p in parts)
-    return (CustomDerivative(*fields) if unique else interned(CustomDerivative, *fields)), residuals
+    return (
+        CustomDerivative(*fields) if unique else interned(CustomDerivative, *fields)
+    ), residuals
 
 
 def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
-    """The sets of cotangents that a backward is recorded for: ``[None]`` with materialised gradients, where absent ones
-    are zeros; otherwise every set that is not empty.
-    """
+    """The sets of cotangents that a backward is recorded for: ``[None]`` with materialised
+    gradients, where absent ones are zeros; otherwise every set that is not empty."""
     if materialize or count > 4:
         return [None]
     return [p for p in itertools.product((True, False), repeat=count) if any(p)]
@@ -242,13 +268,15 @@ def listed(result: Any) -> list:
 
 
 def gradients_of(args: Any, backward: Callable) -> Callable:
-    """The backward, returning one gradient per tensor argument as autograd takes it: of the argument's shape and
-    dtype, None for integers. It runs without autocast: a backward belongs outside of it.
-    """
+    """The backward, returning one gradient per tensor argument as autograd takes it: of the
+    argument's shape and dtype, None for integers. It runs without autocast: a backward belongs
+    outside of it."""
     last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
     body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
 
-    wanted = [(a.shape, a.dtype) if floating(a) else None for a in args if isinstance(a, Tensor)]  # and no tensor
+    wanted = [
+        (a.shape, a.dtype) if floating(a) else None for a in args if isinstance(a, Tensor)
+    ]  # and no tensor
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
 
     def fit(g: Any, want: Any) -> Any:
@@ -305,14 +333,24 @@ def with_tensors(ctx: Context, put: Callable[[Any], Any]) -> Context:
     new = copy.copy(ctx)
     for name, value in vars(ctx).items():
         setattr(new, name, put(value))
-    new.to_save, new.saved_for_forward = tuple(map(put, ctx.to_save)), tuple(map(put, ctx.saved_for_forward))
+    new.to_save, new.saved_for_forward = (
+        tuple(map(put, ctx.to_save)),
+        tuple(map(put, ctx.saved_for_forward)),
+    )
     return new
 
 
-def later(name: str, rule: Callable, ctx: Context, first: int, sigs: Sequence[Sig], more: list, calls: Any) -> Later:
-    """The rule as a Part to be recorded on demand: a program of its given values (``sigs``) and of what the context
-    keeps (``more``). It holds no tensor.
-    """
+def later(
+    name: str,
+    rule: Callable,
+    ctx: Context,
+    first: int,
+    sigs: Sequence[Sig],
+    more: list,
+    calls: Any,
+) -> Later:
+    """The rule as a Part to be recorded on demand: a program of its given values (``sigs``) and of
+    what the context keeps (``more``). It holds no tensor."""
 
     def on(*xs: Tensor) -> Any:
         given, kept = xs[: len(sigs)], xs[len(sigs) :]
@@ -324,16 +362,17 @@ def later(name: str, rule: Callable, ctx: Context, first: int, sigs: Sequence[Si
             return made
         program, lifted = made
         if lifted:
-            return CaptureError(f"{name}: a derivative that calls {name} again must get its tensors through ctx")
+            return CaptureError(
+                f"{name}: a derivative that calls {name} again must get its tensors through ctx"
+            )
         return Part(program, first, len(more))
 
     return Later(make, first, len(more))
 
 
 def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
-    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per leaf; or the error
-    that it raised.
-    """
+    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per
+    leaf; or the error that it raised."""
     inner = Trace("the derivative of an autograd.Function is recorded without values")
     inner.of_a_rule = True
     values = [inner.input_like(sig) for sig in sigs]
@@ -343,7 +382,9 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
         rec = record_into(inner, lambda: Captured(inner, rule(*values), lambda: ()))
     except NotImplementedError as e:
         return CaptureError(f"{name} has no derivative: {e}")
-    except Exception as e:  # the user's: it is raised where this derivative is asked for, as in eager
+    except (
+        Exception
+    ) as e:  # the user's: it is raised where this derivative is asked for, as in eager
         return e.with_traceback(None)
     finally:
         _under_way.rules.pop()

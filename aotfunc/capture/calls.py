@@ -1,9 +1,8 @@
 """Recorded steps that are more than one op, and the graph nodes that have subgraphs of their own.
 
-A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.instr.Instr` does; ``lower`` puts it into the
-functional graph. A *call* is the target of a graph node: it says itself how it is differentiated (``pull``,
-``push``), batched (``batch``) and dissolved (``inline``).
-"""
+A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.instr.Instr` does; ``lower``
+puts it into the functional graph. A *call* is the target of a graph node: it says itself how it is
+differentiated (``pull``, ``push``), batched (``batch``) and dissolved (``inline``)."""
 
 from __future__ import annotations
 
@@ -62,15 +61,13 @@ class Step:
         raise NotImplementedError
 
     def views(self) -> Sequence[Any]:
-        """For each result that shows the memory of an input: which one, and the calls ``((op, args, kwargs, results),
-        index)`` of the views that lead there. None for the others.
-        """
+        """For each result that shows the memory of an input: which one, and the calls ``((op,
+        args, kwargs, results), index)`` of the views that lead there. None for the others."""
         return ()
 
     def handed(self, refs: Sequence[int]) -> Sequence[int]:
-        """Of the tensors of a step whose results are its first ones, with another derivative, those that it may show
-        the memory of.
-        """
+        """Of the tensors of a step whose results are its first ones, with another derivative,
+        those that it may show the memory of."""
         return ()
 
     def bind(self, f: Functionalizer, results: Sequence[Any], grad: bool) -> None:
@@ -91,7 +88,9 @@ class CallStep(Step):
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         planned = [p.meta["val"] for p in self.program.placeholders]
         nodes = [laid_out(f.b, f.read(r, grad), val) for r, val in zip(refs, planned, strict=True)]
-        relaid = any(n.meta["val"].stride != val.stride for n, val in zip(nodes, planned, strict=True))
+        relaid = any(
+            n.meta["val"].stride != val.stride for n, val in zip(nodes, planned, strict=True)
+        )
         outs = f.b.splice(self.program.graph, nodes, self.program.outputs, relaid)
         self.finish(f, refs, outs, grad, line)
 
@@ -99,24 +98,38 @@ class CallStep(Step):
         results = range(self.program.n_outputs)
         return self.program.once("views", lambda: [shown_input(self.program, k) for k in results])
 
-    def finish(self, f: Functionalizer, refs: Sequence[int], outs: Any, grad: bool, line: Line | None) -> None:
+    def finish(
+        self, f: Functionalizer, refs: Sequence[int], outs: Any, grad: bool, line: Line | None
+    ) -> None:
         count = self.program.n_outputs
         for k, out in enumerate(outs[:count]):
             if isinstance(out, Node):
                 ref = f.bind(out, grad)
                 if f.mutates and (seen := self.views()[k]) is not None:
-                    f.alias(ref, refs[seen[0]], links(self.program.placeholders[seen[0]].meta["val"], seen[1]))
+                    f.alias(
+                        ref,
+                        refs[seen[0]],
+                        links(self.program.placeholders[seen[0]].meta["val"], seen[1]),
+                    )
         quiet = hidden_writes(self.program)
         for index, new, hidden in zip(self.program.mutated, outs[count:], quiet, strict=True):
             f.write(refs[index], new, grad and not hidden, line)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """Which results, and which written inputs, have a derivative where the inputs ``given`` have one."""
+        """Which results, and which written inputs, have a derivative where the inputs ``given``
+        have one."""
         program = self.program
         flags = live(program, tuple(i for i, yes in enumerate(given) if yes))
         count = program.n_outputs
-        made = [yes for yes, o in zip(flags[:count], program.outputs, strict=False) if isinstance(o, Node)]
-        return made, [yes and not quiet for yes, quiet in zip(flags[count:], hidden_writes(program), strict=True)]
+        made = [
+            yes
+            for yes, o in zip(flags[:count], program.outputs, strict=False)
+            if isinstance(o, Node)
+        ]
+        return made, [
+            yes and not quiet
+            for yes, quiet in zip(flags[count:], hidden_writes(program), strict=True)
+        ]
 
     def run(self, values: list[Tensor]) -> list[Tensor]:
         return flat(self.runner(self.program)(*values))
@@ -152,9 +165,8 @@ def hidden_writes(program: Program) -> list[bool]:
 
 
 def shown_input(program: Program, k: int) -> tuple[int, list[tuple[tuple, int | None]]] | None:
-    """The input that result ``k`` is a view of, and the views that lead there, as :meth:`Step.views` says; None if it
-    has memory of its own.
-    """
+    """The input that result ``k`` is a view of, and the views that lead there, as
+    :meth:`Step.views` says; None if it has memory of its own."""
     n: Any = program.outputs[k]
     calls: list[tuple[tuple, int | None]] = []
     while isinstance(n, Node) and n.op == "call_function":
@@ -165,14 +177,20 @@ def shown_input(program: Program, k: int) -> tuple[int, list[tuple[tuple, int | 
             return None
         calls.insert(0, ((n.target, n.args, n.kwargs, n.meta["val"]), index))
         n = n.args[0]
-    return (program.placeholders.index(n), calls) if isinstance(n, Node) and n.op == "placeholder" else None
+    return (
+        (program.placeholders.index(n), calls)
+        if isinstance(n, Node) and n.op == "placeholder"
+        else None
+    )
 
 
 def links(sig: Sig, calls: Sequence[tuple[tuple, int | None]]) -> list[Link]:
     """The same views of a tensor of signature ``sig``, as links of a chain."""
     found: list[Link] = []
     for (op, args, kwargs, val), index in calls:
-        found.append(linked(sig, op, args[1:], kwargs, index, val if index is None else val[index]))
+        found.append(
+            linked(sig, op, args[1:], kwargs, index, val if index is None else val[index])
+        )
         sig = found[-1][4]
     return found
 
@@ -190,22 +208,22 @@ def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
 
 
 def becomes(b: Builder, n: Node, half: CompiledCall, count: int) -> list[Node]:
-    """Let a call node be one of a half that returns residuals behind the ``count`` results; the residuals. A second
-    node would draw random numbers again.
-    """
+    """Let a call node be one of a half that returns residuals behind the ``count`` results; the
+    residuals. A second node would draw random numbers again."""
     n.target, n.meta["val"] = half, all_vals(half.program)
     return [b.item(n, i) for i, v in enumerate(n.meta["val"]) if i >= count and v.__class__ is Sig]
 
 
 class CompiledCall:
-    """A compiled function as the target of a node. Transforms rewrite its program and keep its ``compile(program,
-    example_inputs)``.
+    """A compiled function as the target of a node. Transforms rewrite its program and keep its
+    ``compile(program, example_inputs)``.
 
-    ``split(joint, n_early, last=False) -> (forward call, backward call)`` partitions a joint program and keeps the
-    compilers.
-    """
+    ``split(joint, n_early, last=False) -> (forward call, backward call)`` partitions a joint
+    program and keeps the compilers."""
 
-    def __init__(self, program: Program, compile: Callable, split: Callable, name: str = "jit") -> None:
+    def __init__(
+        self, program: Program, compile: Callable, split: Callable, name: str = "jit"
+    ) -> None:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
         #: the program as recorded, where results were computed from one another
         self.plain: Program | None = None
@@ -227,7 +245,9 @@ class CompiledCall:
 
     def derived(self, key: tuple, make: Callable[[], Program], kind: str) -> CompiledCall:
         name = f"{kind}_{self.__name__}"
-        return self.program.once((kind, *key), lambda: CompiledCall(make(), self.compile, self.split, name))
+        return self.program.once(
+            (kind, *key), lambda: CompiledCall(make(), self.compile, self.split, name)
+        )
 
     def live(self, n: Node, active: dict[Node, None]) -> list[bool]:
         """Which outputs of the node ``n`` have a derivative where its ``active`` arguments do."""
@@ -239,33 +259,41 @@ class CompiledCall:
         body = inner(self.program)
         return list(b.splice(body.graph, args, body.outputs))
 
-    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
-        """Reverse mode: the node becomes a call of the forward half, which also returns residuals, and there is one of
-        the backward half.
-        """
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
+        """Reverse mode: the node becomes a call of the forward half, which also returns residuals,
+        and there is one of the backward half."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
         whole = program.flat()
         count = whole.n_outputs
-        have = tuple(i in g for i in range(count))  # new values of written inputs have cotangents, too
-        forward, backward = whole.once(("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count))
+        have = tuple(
+            i in g for i in range(count)
+        )  # new values of written inputs have cotangents, too
+        forward, backward = whole.once(
+            ("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count)
+        )
         residuals = becomes(b, n, forward, count)
         cotangents = [contiguous(b, g[i]) for i in range(count) if have[i]]
         grads = emit_call(b, backward, [*residuals, *cotangents])
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: ``new`` becomes a call for the values and residuals, and there is one for the tangents, which
-        are linear in the tangents given.
-        """
+        """Forward mode: ``new`` becomes a call for the values and residuals, and there is one for
+        the tangents, which are linear in the tangents given."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
         whole = program.flat()
         count = whole.n_outputs
-        primal, linear = whole.once(("linear", wrt), lambda: self.split(jvp(whole, wrt, zeros=False), count))
+        primal, linear = whole.once(
+            ("linear", wrt), lambda: self.split(jvp(whole, wrt, zeros=False), count)
+        )
         residuals = becomes(b, new, primal, count)
         planned = [tangent_sig(p.meta["val"]) for p in program.placeholders]
-        return emit_call(b, linear, [*residuals, *(laid_out(b, tangents[n.args[i]], planned[i]) for i in wrt)])
+        return emit_call(
+            b, linear, [*residuals, *(laid_out(b, tangents[n.args[i]], planned[i]) for i in wrt)]
+        )
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         flags = tuple(walk.has(a) for a in n.args)
@@ -276,7 +304,10 @@ class CompiledCall:
             dims = [0 if yes else None for yes in flags]
             base = self.program
             whole = Program(base.graph, len(n.args), base.n_outputs, base.mutated, base.name)
-            outs = [0 if isinstance(o, Node) else None for o in self.program.outputs[: self.program.n_outputs]]
+            outs = [
+                0 if isinstance(o, Node) else None
+                for o in self.program.outputs[: self.program.n_outputs]
+            ]
             return vmap(whole, dims, sigs, walk.size, walk.randomness, outs, walk.strict)
 
         key = ("vmap", self.compile, flags, sigs, walk.size, walk.randomness, walk.strict)
@@ -302,9 +333,9 @@ def interned(cls: Any, *args: Any) -> Any:
 
 
 class GradStep(Step):
-    """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function; with a ``size`` it is that of
-    ``is_grads_batched``, the number of gradients that are given for each output and due for each input.
-    """
+    """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function; with a
+    ``size`` it is that of ``is_grads_batched``, the number of gradients that are given for each
+    output and due for each input."""
 
     def __init__(
         self,
@@ -315,7 +346,12 @@ class GradStep(Step):
         size: int | None = None,
     ) -> None:
         super().__init__(outs)
-        self.n_outputs, self.given, self.create_graph, self.size = n_outputs, given, create_graph, size
+        self.n_outputs, self.given, self.create_graph, self.size = (
+            n_outputs,
+            given,
+            create_graph,
+            size,
+        )
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         return [self.create_graph] * len(self.outs), []
@@ -325,18 +361,31 @@ class GradStep(Step):
         outputs = [f.read(r) for r in refs[:n]]
         cotangents = [f.read(r) for r in refs[n : n + m]]
         inputs = [f.read(r) for r in refs[n + m :]]
-        feed = iter(cotangents if self.size is None else [unknown(f.b, o.meta["val"]) for o in outputs])
+        feed = iter(
+            cotangents if self.size is None else [unknown(f.b, o.meta["val"]) for o in outputs]
+        )
         seeds = [
-            next(feed) if yes else number(f.b, 1, o.meta["val"]) for o, yes in zip(outputs, self.given, strict=True)
+            next(feed) if yes else number(f.b, 1, o.meta["val"])
+            for o, yes in zip(outputs, self.given, strict=True)
         ]
         grads: Sequence[Any] = reverse(f.b, outputs, seeds, inputs)
-        grads = [number(f.b, 0, x.meta["val"]) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+        grads = [
+            number(f.b, 0, x.meta["val"]) if g is None else g
+            for g, x in zip(grads, inputs, strict=True)
+        ]
         if self.size is not None:
-            grads = [f.fitted(g, sig) for g, sig in zip(for_each(f.b, seeds, grads, cotangents, self.size), self.outs)]
-        elif any(g.meta["val"].stride != sig.stride for g, sig in zip(grads, self.outs, strict=True)):
+            grads = [
+                f.fitted(g, sig)
+                for g, sig in zip(for_each(f.b, seeds, grads, cotangents, self.size), self.outs)
+            ]
+        elif any(
+            g.meta["val"].stride != sig.stride for g, sig in zip(grads, self.outs, strict=True)
+        ):
             roots = f.trace.roots().of
             viewed = {
-                roots.get(refs[0], refs[0]) for instr, refs, *_ in f.trace.records if instr_op(instr) in BY_LAYOUT
+                roots.get(refs[0], refs[0])
+                for instr, refs, *_ in f.trace.records
+                if instr_op(instr) in BY_LAYOUT
             }
             grads = [
                 f.fitted(g, sig) if ref in viewed else g
@@ -346,10 +395,14 @@ class GradStep(Step):
 
 
 #: views that some layouts have, and others not
-BY_LAYOUT = frozenset((aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default))
+BY_LAYOUT = frozenset(
+    (aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default)
+)
 
 
-def for_each(b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Sequence[Node], size: int) -> list[Node]:
+def for_each(
+    b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Sequence[Node], size: int
+) -> list[Node]:
     """``outs``, which were computed from ``inputs``, for each of a batch of these."""
     _, nodes, residuals = cut(b.graph, inputs, (), outs)
     inner = builder()
@@ -357,7 +410,9 @@ def for_each(b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Seq
     count = len(env)
     for n in nodes:
         if n not in env:
-            env[n] = inner.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+            env[n] = inner.node(
+                n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
+            )
     program = Program(inner.finish(remap(tuple(outs), env)), count, len(outs), (), "each")
     dims = [0] * len(inputs) + [None] * len(residuals)
     given = [*batch, *residuals]

@@ -1,6 +1,5 @@
-"""A call of ``f`` recorded, and the program that the recording stands for: looked up by the recording's key, built
-when it is new.
-"""
+"""A call of ``f`` recorded, and the program that the recording stands for: looked up by the
+recording's key, built when it is new."""
 
 from __future__ import annotations
 
@@ -42,18 +41,21 @@ def capture(
 ) -> Captured:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
-    ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch), and ``batch`` says what
-    batch (:class:`~aotfunc.capture.concretize.Samples`). ``differentiated``
-    leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why; with ``constants``
-    those of closed-over tensors may. ``numbers``: Python numbers may be inputs of the program.
+    ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch), and
+    ``batch`` says what batch (:class:`~aotfunc.capture.concretize.Samples`). ``differentiated``
+    leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why;
+    with ``constants`` those of closed-over tensors may. ``numbers``: Python numbers may be inputs
+    of the program.
 
-    What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor that is passed twice
-    is one traced value; as in torch.func, not where some are differentiated, nor if it is
-    batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over, are passed as they are.
-    """
+    What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor
+    that is passed twice is one traced value; as in torch.func, not where some are differentiated,
+    nor if it is batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over,
+    are passed as they are."""
     patches.install()
     trace, outer = Trace(why_not, constants), current()
-    trace.lifts_numbers = numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
+    trace.lifts_numbers = (
+        numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
+    )
     autograd = trace.autograd
     values = list(leaves)
     reals = []
@@ -77,14 +79,18 @@ def capture(
                     t = first.setdefault(id(x), t)
                     trace.stand_for(t, x)
             t.__dict__.update(attributes(x))
-            whole = samples is not None and i not in samples and x.dim()  # an index may stand beside traced ones
+            whole = (
+                samples is not None and i not in samples and x.dim()
+            )  # an index may stand beside traced ones
             values[i] = x if whole or id(x) in outside else t
     for i in differentiated:
         autograd.leaves[values[i].ref] = True
     trace.samples = batch
     if why_not is None:
         dims = [None] * len(reals) if batch is None else batch.dims
-        trace.concrete_inputs = [x if d is None else None for x, d in zip(reals, dims, strict=True)]
+        trace.concrete_inputs = [
+            x if d is None else None for x, d in zip(reals, dims, strict=True)
+        ]
     trace.origins = reals
     args, kwargs = rebuild(values)
 
@@ -119,7 +125,8 @@ def capture(
 
 
 def under_fake_mode() -> bool:
-    """Whether FakeTensors are made here, with which the tensor that a number becomes would not mix."""
+    """Whether FakeTensors are made here, with which the tensor that a number becomes would not
+    mix."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -128,7 +135,10 @@ def called_by(error: BaseException) -> str | None:
     step = error.__traceback__
     while step is not None:
         folder, file = os.path.split(step.tb_frame.f_code.co_filename)
-        if os.path.basename(folder) in ("_higher_order_ops", "attention") and file.removesuffix(".py") in OPERATORS:
+        if (
+            os.path.basename(folder) in ("_higher_order_ops", "attention")
+            and file.removesuffix(".py") in OPERATORS
+        ):
             return file.removesuffix(".py")
         step = step.tb_next
     return None
@@ -138,9 +148,8 @@ OPERATORS = ("cond", "while_loop", "scan", "map", "associative_scan", "flex_atte
 
 
 def as_called(f: Callable) -> Callable:
-    """``f`` with gradients off if they are off here: a recording turns them on. What autograd then would not see is
-    there for forward_ad.
-    """
+    """``f`` with gradients off if they are off here: a recording turns them on. What autograd then
+    would not see is there for forward_ad."""
     return f if torch.is_grad_enabled() or forward_ad._current_level >= 0 else torch.no_grad()(f)
 
 
@@ -165,7 +174,9 @@ def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
         start = args.spans[-1].stop if args.spans else 0
         labels = leaf_labels(args.kw_spec) if args.kw_spec is not None else []
         found += [
-            labels[k - start].lstrip("_") for k in range(start, len(args.leaves)) if isinstance(args.leaves[k], Tensor)
+            labels[k - start].lstrip("_")
+            for k in range(start, len(args.leaves))
+            if isinstance(args.leaves[k], Tensor)
         ]
         return found
 
@@ -176,7 +187,11 @@ def argument_names(f: Callable, count: int) -> list[str]:
     """The names of the first ``count`` parameters of ``f``."""
     called = f.forward if isinstance(f, torch.nn.Module) else f
     try:
-        names = [n for n, p in inspect.signature(called).parameters.items() if p.kind is not p.VAR_POSITIONAL]
+        names = [
+            n
+            for n, p in inspect.signature(called).parameters.items()
+            if p.kind is not p.VAR_POSITIONAL
+        ]
     except (TypeError, ValueError):
         names = []
     return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]

@@ -1,4 +1,5 @@
-"""What one call of a function did, and the program that it stands for: looked up by the recording's key."""
+"""What one call of a function did, and the program that it stands for: looked up by the
+recording's key."""
 
 from __future__ import annotations
 
@@ -26,12 +27,14 @@ from .tree import flatten, unflatten
 
 aten = torch.ops.aten
 
-#: by what was recorded; weighed in nodes, of which each takes a kilobyte or two with all that is made of it
+#: by what was recorded; weighed in nodes, of which each takes a kilobyte or two with all that is
+# made of it
 _programs = Cache(1 << 16, weight)
 
 
 class Numbers:
-    """The Python numbers of recordings that differ in nothing else: ``first``, and the places that have ``varied``."""
+    """The Python numbers of recordings that differ in nothing else: ``first``, and the places that
+    have ``varied``."""
 
     def __init__(self, first: tuple) -> None:
         self.first = first
@@ -76,13 +79,20 @@ class Captured:
         paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
         for step in {step for path in paths for step in path if step.passed}:
             root = step.root
-            if root >= len(self.trace.inputs) and all(step in path for path in paths if path[0].ref == root):
-                step.of, step.apart, step.passed = None, False, False  # nothing else shows that memory
+            if root >= len(self.trace.inputs) and all(
+                step in path for path in paths if path[0].ref == root
+            ):
+                step.of, step.apart, step.passed = (
+                    None,
+                    False,
+                    False,
+                )  # nothing else shows that memory
         return found
 
     @property
     def roots(self) -> list[int]:
-        """For each returned tensor the value that it is a view of, or itself; what a Function passed on is its own."""
+        """For each returned tensor the value that it is a view of, or itself; what a Function
+        passed on is its own."""
         paths = [self.seen[r].path if r in self.seen else [Shown(r)] for r in self.refs]
         return [next((s.ref for s in path[:0:-1] if s.passed), path[0].ref) for path in paths]
 
@@ -102,7 +112,11 @@ class Captured:
         if self.literal:
             return known, (), now
         self.numbers = known.inputs(now)
-        fixed = now if not known.varied else tuple([x for i, x in enumerate(now) if i not in known.varied])
+        fixed = (
+            now
+            if not known.varied
+            else tuple([x for i, x in enumerate(now) if i not in known.varied])
+        )
         return known, self.numbers, fixed
 
     @property
@@ -118,12 +132,15 @@ class Captured:
             how = {"dtype": TENSOR.dtype, "device": TENSOR.device}
             numbers = [torch.tensor(trace.numbers[at], **how) for at, *_ in self.numbers]
         fake: Any = next(filter(is_fake, (*trace.origins, *trace.lifted)), None)
-        return [*trace.lifted, *(map(fake.fake_mode.from_tensor, numbers) if fake is not None else numbers)]
+        return [
+            *trace.lifted,
+            *(map(fake.fake_mode.from_tensor, numbers) if fake is not None else numbers),
+        ]
 
     def program(self, memory: tuple[tuple[int, bool], ...] | None = None) -> Program:
-        """The functional program: inputs, then closed-over tensors, to the tensors among the results. With ``memory``,
-        pairs of a value and a flag, to these instead: the value, or the whole memory that it was made with.
-        """
+        """The functional program: inputs, then closed-over tensors, to the tensors among the
+        results. With ``memory``, pairs of a value and a flag, to these instead: the value, or the
+        whole memory that it was made with."""
         if memory is None and self._program is not None:
             return self._program
         program = _programs.once((*self.key, memory), lambda: self._build(memory))
@@ -146,7 +163,9 @@ class Captured:
             else:
                 results = [self._memory(f, r) if whole else f.read(r) for r, whole in memory]
             outs = [*results, *(n for _, n in mutated)]
-            program = Program(b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture")
+            program = Program(
+                b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture"
+            )
         return retidy(program, "capture") if plain else program
 
     def _functionalizer(self, b: Builder) -> Functionalizer:
@@ -156,14 +175,20 @@ class Captured:
         return Functionalizer(self.trace, b, inputs, numbers=numbers)
 
     def _memory(self, f: Functionalizer, ref: int) -> Node:
-        """The memory of a value; without a derivative where all that is returned of it is detached."""
+        """The memory of a value; without a derivative where all that is returned of it is
+        detached."""
         node = f.memory(ref)
-        paths = [s.path for r in self.refs if (s := self.seen.get(r)) is not None and s.root == ref]
-        alone = ref not in self.refs and all(any(s.call[0] is aten.detach.default for s in path[1:]) for path in paths)
+        paths = [
+            s.path for r in self.refs if (s := self.seen.get(r)) is not None and s.root == ref
+        ]
+        alone = ref not in self.refs and all(
+            any(s.call[0] is aten.detach.default for s in path[1:]) for path in paths
+        )
         return f.detached(node) if alone and node.meta["val"].differentiable else node
 
     def as_recorded(self, memory: tuple[tuple[int, bool], ...]) -> Program:
-        """:meth:`program` op by op, nothing rewritten or merged; the last results are the tensors returned."""
+        """:meth:`program` op by op, nothing rewritten or merged; the last results are the tensors
+        returned."""
         trace = self.trace
         with paused_gc():
             b = Builder(None, merge=False)
@@ -174,15 +199,16 @@ class Captured:
             returned: dict[int, Node] = {}
             outs += [n for _, n in f.mutated()]
             for ref, n in {r: f.read(r) for r in self.refs}.items():
-                returned[ref] = b.call(aten.alias.default, n) if n in returned.values() else n  # tensors of their own
+                returned[ref] = (
+                    b.call(aten.alias.default, n) if n in returned.values() else n
+                )  # tensors of their own
             outs += [returned[r] for r in self.refs]
             return Program(b.finish(outs), len(trace.inputs), len(outs), (), "capture")
 
     @property
     def aliases(self) -> tuple[tuple[int, int], ...]:
-        """``(position, root)`` of those among the returned tensors that share memory with an input, a closed-over
-        tensor or one another.
-        """
+        """``(position, root)`` of those among the returned tensors that share memory with an
+        input, a closed-over tensor or one another."""
         return self.program().once("aliases", self.shared)
 
     def shared(self) -> tuple[tuple[int, int], ...]:

@@ -24,9 +24,8 @@ from .autograd_function import Context, apply_function, call_function, floating
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be computed again in the
-    backward.
-    """
+    """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be
+    computed again in the backward."""
     trace = recorded()
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
@@ -37,34 +36,40 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
         yield
     finally:
         trace.region = outer
-    context_fn = kwargs.get("context_fn", args[1] if len(args) > 1 else torch_checkpoint.noop_context_fn)
+    context_fn = kwargs.get(
+        "context_fn", args[1] if len(args) > 1 else torch_checkpoint.noop_context_fn
+    )
     if context_fn is not torch_checkpoint.noop_context_fn:
         keep_saved(trace, start, context_fn()[0])
 
 
 def keep_saved(trace: Trace, start: int, context: Any) -> None:
-    """Take out of a checkpointed region, whose records begin at ``start``, the ops that the policy of
-    ``create_selective_checkpoint_contexts`` says to save.
-    """
+    """Take out of a checkpointed region, whose records begin at ``start``, the ops that the policy
+    of ``create_selective_checkpoint_contexts`` says to save."""
     if not hasattr(context, "policy_fn"):
         raise CaptureError(
             f"checkpoint(context_fn=...) with contexts of your own is not captured{at(debug.user_line())}; those of "
             "create_selective_checkpoint_contexts are"
         )
-    save = (torch_checkpoint.CheckpointPolicy.MUST_SAVE, torch_checkpoint.CheckpointPolicy.PREFER_SAVE)
+    save = (
+        torch_checkpoint.CheckpointPolicy.MUST_SAVE,
+        torch_checkpoint.CheckpointPolicy.PREFER_SAVE,
+    )
     told = torch_checkpoint.SelectiveCheckpointContext(is_recompute=False)
     for i, (instr, refs, grad, region, line) in enumerate(trace.records[start:], start):
         if isinstance(instr, Instr) and region == trace.regions:
             protos = [s.proto for s in instr.sigs]
-            args, kwargs = fill(instr.args, protos), {k: fill(v, protos) for k, v in instr.kwargs.items()}
+            args, kwargs = (
+                fill(instr.args, protos),
+                {k: fill(v, protos) for k, v in instr.kwargs.items()},
+            )
             if context.policy_fn(told, instr.op, *args, **kwargs) in save:
                 trace.records[i] = (instr, refs, grad, None, line)
 
 
 def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Function.apply`` inside a recording; reentrant checkpoints are Functions, too. Without an argument that
-    requires grad a compiled one has no derivative of what it closes over either.
-    """
+    """``Function.apply`` inside a recording; reentrant checkpoints are Functions, too. Without an
+    argument that requires grad a compiled one has no derivative of what it closes over either."""
     if cls is not torch_checkpoint.CheckpointFunction:
         return apply_function(cls, *args, **kwargs)
     trace = current()
@@ -85,7 +90,11 @@ def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if trace.may_ask_constants or not (requiring and torch.is_grad_enabled()):
         return result
     roots = {trace.root(trace.ref_of(a)[0]) for a in given}
-    if any(trace.root(refs[s]) in roots for instr, refs, *_ in trace.records[records:] for s in written_slots(instr)):
+    if any(
+        trace.root(refs[s]) in roots
+        for instr, refs, *_ in trace.records[records:]
+        for s in written_slots(instr)
+    ):
         raise written_in_checkpoint()
     return tree_map_only(Tensor, lambda t: requiring_grad(t, requiring), result)
 
@@ -98,7 +107,10 @@ def written_in_checkpoint() -> CaptureError:
 
 
 def requiring_grad(t: Tensor, because_of: Sequence[Tensor]) -> Tensor:
-    """A result that requires grad as those of a Function do, though nothing of it has a derivative."""
+    """A result that requires grad as those of a Function do, though nothing of it has a
+    derivative."""
     if t.requires_grad or not floating(t):
         return t
-    return call_function("checkpoint", because_of, lambda ctx: t.clone(), Context(), lambda ctx, g: None)
+    return call_function(
+        "checkpoint", because_of, lambda ctx: t.clone(), Context(), lambda ctx, g: None
+    )

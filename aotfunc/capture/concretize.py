@@ -1,9 +1,10 @@
-"""What ``f`` asks of values that differ between the samples of a batch: answered if all samples agree.
+"""What ``f`` asks of values that differ between the samples of a batch: answered if all samples
+agree.
 
-``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value of which there is one for each sample. What
-has been recorded so far is batched and run on the whole batch, in every recording from the asking one outwards; the
-question is put to each sample. One answer is right for all of them, for this call; two different ones are an error.
-"""
+``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value of which there is one
+for each sample. What has been recorded so far is batched and run on the whole batch, in every
+recording from the asking one outwards; the question is put to each sample. One answer is right for
+all of them, for this call; two different ones are an error."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ from .calls import CallStep
 
 
 class Samples(NamedTuple):
-    """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each (None: unbatched), the
-    size of the batch, and ``randomness``."""
+    """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each
+    (None: unbatched), the size of the batch, and ``randomness``."""
 
     dims: tuple[int | None, ...]
     size: int
@@ -45,13 +46,16 @@ class Samples(NamedTuple):
 
 
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-    """``question(*values)`` for the values of ``tensors``, which must be the same in all samples."""
+    """``question(*values)`` for the values of ``tensors``, which must be the same in all
+    samples."""
     line = at(user_line())
     with as_if_outside(), paused_gc():
         values, count = followed(trace, tensors) or batches(trace, tensors, what)
     with quiet(), torch.no_grad():
         if not count:
-            raise CaptureError(f"{what} was asked for, but the batch is empty: there is no sample to answer{line}")
+            raise CaptureError(
+                f"{what} was asked for, but the batch is empty: there is no sample to answer{line}"
+            )
         answer = question(*[v[0] for v in values])
         if count == 1 or all(bits(v).eq(bits(v[:1])).all() for v in values):
             return answer
@@ -69,30 +73,37 @@ HOOKS["agreed"] = agreed
 
 
 def batch(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
-    """Real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and at which dimension; None for
-    what is the same for all of them.
-    """
+    """Real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and at which
+    dimension; None for what is the same for all of them."""
     with as_if_outside(), paused_gc():
         program = so_far(trace, tensors)
         values, _ = batches(trace, tensors, "the batch of an autograd.Function")
-    inputs = [p for p, d in zip(program.placeholders, trace.samples.dims, strict=False) if d is not None]
+    inputs = [
+        p for p, d in zip(program.placeholders, trace.samples.dims, strict=False) if d is not None
+    ]
     _, late, _ = cut(program.graph, inputs, (), program.outputs)
     differ = {*inputs, *late}
-    return [(v, 0) if o in differ else (v[0], None) for v, o in zip(values, program.outputs, strict=True)]
+    return [
+        (v, 0) if o in differ else (v[0], None)
+        for v, o in zip(values, program.outputs, strict=True)
+    ]
 
 
 HOOKS["batch"] = batch
 
 
-# ----- step by step ---------------------------------------------------------------------------------------------------
+# ----- step by step
+# ---------------------------------------------------------------------------------------------------
 
 
 class Unsteady(Exception):
-    """A recording that cannot be followed step by step: something writes, draws or looks back at earlier steps."""
+    """A recording that cannot be followed step by step: something writes, draws or looks back at
+    earlier steps."""
 
 
 def followed(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
-    """As :func:`batches`, but each step is run once, however often a recording is asked; None if that cannot be."""
+    """As :func:`batches`, but each step is run once, however often a recording is asked; None if
+    that cannot be."""
     try:
         follower = follow(trace)
         return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
@@ -108,19 +119,25 @@ def follow(trace: Trace) -> Followed:
 
 
 class Followed:
-    """The values of a recording as far as it has come, for all samples of all batches around it at dimension 0."""
+    """The values of a recording as far as it has come, for all samples of all batches around it at
+    dimension 0."""
 
     def __init__(self, trace: Trace) -> None:
         self.outer = samples_around(trace)
         self.count = samples_around(trace, itself=True)
         self.values: dict[int, Tensor] = {}
-        self.done, self.number = 0, len(trace.inputs)  # steps that have been run, and values up to there
+        self.done, self.number = (
+            0,
+            len(trace.inputs),
+        )  # steps that have been run, and values up to there
 
     def catch_up(self, trace: Trace) -> None:
         """Run what has been recorded since."""
         new = trace.records[self.done :]
         going_on = trace in under_way.traces and trace.concrete_inputs is not None
-        written = any(t.mutates for t in under_way.traces)  # in a recording around, too, to what this one closes over
+        written = any(
+            t.mutates for t in under_way.traces
+        )  # in a recording around, too, to what this one closes over
         if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
             raise Unsteady
         if not new:
@@ -148,7 +165,9 @@ class Followed:
         if t.__class__ is Traced:
             if t.tracer not in under_way.traces:
                 raise Unsteady
-            known = follow(t.tracer).value(t.tracer, t.ref)  # traces rules, for which nothing is set aside
+            known = follow(t.tracer).value(
+                t.tracer, t.ref
+            )  # traces rules, for which nothing is set aside
         elif not has_values(t) or not (trace.may_ask_constants or ref in trace.made_inside):
             raise Unsteady
         with quiet(), torch.no_grad():
@@ -177,16 +196,24 @@ def steady(instr: Any) -> bool:
     facts = instr.facts
     if facts.random or facts.writes:
         return False
-    return instr.__class__ is CallStep or (instr.__class__ is Instr and not (facts.effect or facts.dynamic))
+    return instr.__class__ is CallStep or (
+        instr.__class__ is Instr and not (facts.effect or facts.dynamic)
+    )
 
 
-def part(records: Sequence[Record], number: int, numbers: Sequence[float]) -> tuple[list[int], Program]:
-    """Steps, the first of which makes the value ``number``, as a program of those values that they read and do not
-    make; it returns all that they make. A loop's rounds are the same program. The Python ``numbers`` are literals.
-    """
+def part(
+    records: Sequence[Record], number: int, numbers: Sequence[float]
+) -> tuple[list[int], Program]:
+    """Steps, the first of which makes the value ``number``, as a program of those values that they
+    read and do not make; it returns all that they make. A loop's rounds are the same program. The
+    Python ``numbers`` are literals."""
     read: dict[int, Sig] = {}
     for instr, refs, *_ in records:
-        known = instr.sigs if instr.__class__ is Instr else [p.meta["val"] for p in instr.program.placeholders]
+        known = (
+            instr.sigs
+            if instr.__class__ is Instr
+            else [p.meta["val"] for p in instr.program.placeholders]
+        )
         for r, sig in zip(refs, known, strict=True):
             if FIRST < r < number and (r not in read or instr.__class__ is Instr):
                 read[r] = sig
@@ -194,7 +221,10 @@ def part(records: Sequence[Record], number: int, numbers: Sequence[float]) -> tu
     place = {r: i for i, r in enumerate(read)} | {r: FIRST - i for i, r in enumerate(literals)}
     shift = len(read) - number
     own = tuple(
-        [(r[0], tuple([place[x] if x in place else x + shift for x in r[1]]), r[2], None, None) for r in records]
+        [
+            (r[0], tuple([place[x] if x in place else x + shift for x in r[1]]), r[2], None, None)
+            for r in records
+        ]
     )
 
     def make() -> Program:
@@ -210,16 +240,20 @@ def part(records: Sequence[Record], number: int, numbers: Sequence[float]) -> tu
     return list(read), _programs.once((own, *read.values(), bits_of(literals.values())), make)
 
 
-# ----- the whole of it ------------------------------------------------------------------------------------------------
+# ----- the whole of it
+# ------------------------------------------------------------------------------------------------
 
 
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
-    """Real values of ``tensors`` with all samples at dimension 0, and how many samples there are."""
+    """Real values of ``tensors`` with all samples at dimension 0, and how many samples there
+    are."""
     if trace.concrete_inputs is None and not trace.may_ask_constants:
         raise refusal(trace, what)
     program, samples = so_far(trace, tensors), trace.samples
     inputs = [*trace.origins, *trace.lifted]
-    if trace.concrete_inputs is None:  # then closed-over tensors may still be asked, and what depends on them alone
+    if (
+        trace.concrete_inputs is None
+    ):  # then closed-over tensors may still be asked, and what depends on them alone
         if any(p.users for p in program.placeholders[: program.n_inputs]):
             raise refusal(trace, what)
         program, inputs = closed(program), trace.lifted
@@ -240,7 +274,8 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
 def batched(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
     outs = [0] * program.n_outputs
     return program.derived(
-        ("asked", *samples, *sigs), lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs)
+        ("asked", *samples, *sigs),
+        lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs),
     )
 
 
@@ -253,7 +288,8 @@ def refusal(trace: Trace, what: str) -> CaptureError:
 
 
 def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
-    """What has been recorded up to now as a program for the values of ``tensors``; it writes nothing back."""
+    """What has been recorded up to now as a program for the values of ``tensors``; it writes
+    nothing back."""
     refs = tuple([trace.ref_of(t)[0] for t in tensors])
 
     def make() -> Program:
@@ -304,8 +340,11 @@ def compiled(program: Program) -> Callable[..., tuple]:
 
 
 def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
-    """Run the program on real tensors, add a leading dimension of 1 to the results, and restore the generators."""
-    states = [(g, g.get_state()) for g in generators([]) | set(named_generators(program.graph.nodes))]
+    """Run the program on real tensors, add a leading dimension of 1 to the results, and restore
+    the generators."""
+    states = [
+        (g, g.get_state()) for g in generators([]) | set(named_generators(program.graph.nodes))
+    ]
     reals = [t.tracer.value(t) if t.__class__ is Traced else t for t in inputs]
     if not all(map(has_values, reals)):
         raise CaptureError(f"{what} was asked for, but the inputs have no values{at(user_line())}")

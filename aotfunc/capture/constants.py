@@ -1,4 +1,5 @@
-"""The values of tensors from outside, where a recording may look at them: numpy, lists, copies, pickles."""
+"""The values of tensors from outside, where a recording may look at them: numpy, lists, copies,
+pickles."""
 
 from __future__ import annotations
 

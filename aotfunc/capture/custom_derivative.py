@@ -1,9 +1,9 @@
 """The derivative that a user wrote for an ``autograd.Function``, as a graph node.
 
-Such a node passes values through and marks them as having the derivative that it says. The Function's ``backward`` (and
-``jvp``) are recorded with it (see :mod:`.autograd_function`), as programs of the cotangents (tangents) and of what
-the context saved. So a custom derivative is itself a graph: transformed like any other, to any order.
-"""
+Such a node passes values through and marks them as having the derivative that it says. The
+Function's ``backward`` (and ``jvp``) are recorded with it (see :mod:`.autograd_function`), as
+programs of the cotangents (tangents) and of what the context saved. So a custom derivative is
+itself a graph: transformed like any other, to any order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ aten = torch.ops.aten
 
 
 class Part(NamedTuple):
-    """One recorded rule: a program of its given values and of ``n_residuals`` residuals from ``first`` on."""
+    """One recorded rule: a program of its given values and of ``n_residuals`` residuals from
+    ``first`` on."""
 
     program: Program
     first: int
@@ -33,7 +34,8 @@ class Part(NamedTuple):
 
 
 class Later:
-    """A Part that is recorded when it is asked for: a backward that applies its own Function would recurse for ever."""
+    """A Part that is recorded when it is asked for: a backward that applies its own Function would
+    recurse for ever."""
 
     def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
         self.make, self.first, self.n_residuals = make, first, n_residuals
@@ -47,14 +49,16 @@ class Later:
 
 
 class CustomDerivative:
-    """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a derivative of the user's.
+    """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a
+    derivative of the user's.
 
-    ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as zeros) to a Part
-    ``(cotangents, residuals) -> gradients of the inputs``, or to the error that recording it raised; ``forward`` is a
-    Part ``(tangents, residuals) -> tangents`` or None. ``saved[k]`` is the output that residual k is, or None.
-    ``batching`` is the Function's own :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments
-    are its operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a gradient.
-    """
+    ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as
+    zeros) to a Part ``(cotangents, residuals) -> gradients of the inputs``, or to the error that
+    recording it raised; ``forward`` is a Part ``(tangents, residuals) -> tangents`` or None.
+    ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own
+    :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments are its
+    operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a
+    gradient."""
 
     def __init__(
         self,
@@ -85,7 +89,9 @@ class CustomDerivative:
 
     def backward_for(self, wanted: Sequence[bool]) -> dict[Any, Any]:
         """The backward for where these inputs need a gradient."""
-        if self.narrow is not None and all(m or not w for m, w in zip(self.narrow[0], wanted, strict=True)):
+        if self.narrow is not None and all(
+            m or not w for m, w in zip(self.narrow[0], wanted, strict=True)
+        ):
             return dict(self.narrow[1])
         return self.backward
 
@@ -98,10 +104,15 @@ class CustomDerivative:
             raise part
         return part
 
-    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
         inputs, _, _ = self.parts(n)
         _, _, residuals = self.parts(again)
-        residuals = [r if k is None else b.item(again, k) for r, k in zip(residuals, self.saved, strict=True)]
+        residuals = [
+            r if k is None else b.item(again, k)
+            for r, k in zip(residuals, self.saved, strict=True)
+        ]
         places = [i for i, v in enumerate(self.vals) if v.differentiable]
         have = tuple(i in g for i in places)
         backward = self.backward_for([x in active for x in inputs])
@@ -114,7 +125,10 @@ class CustomDerivative:
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         inputs, _, residuals = self.parts(n)
-        residuals = [remap(r, env) if k is None else b.item(new, k) for r, k in zip(residuals, self.saved, strict=True)]
+        residuals = [
+            remap(r, env) if k is None else b.item(new, k)
+            for r, k in zip(residuals, self.saved, strict=True)
+        ]
         forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
         if isinstance(forward, Part):
             ts = [
@@ -129,7 +143,9 @@ class CustomDerivative:
         dummies = [unknown(b, v) for v in diff]
         grads = spliced(b, part, dummies, residuals)
         pairs = [
-            (gr, tangents[x]) for gr, x in zip(grads, inputs, strict=True) if isinstance(gr, Node) and x in tangents
+            (gr, tangents[x])
+            for gr, x in zip(grads, inputs, strict=True)
+            if isinstance(gr, Node) and x in tangents
         ]
         back = iter(reverse(b, [p[0] for p in pairs], [p[1] for p in pairs], dummies))
         return [next(back) if v.differentiable else None for v in self.vals]
@@ -152,10 +168,17 @@ class CustomDerivative:
             program, here = part.program, slice(part.first, part.first + part.n_residuals)
             given = program.placeholders[: len(program.placeholders) - part.n_residuals]
             dims = [0] * len(given) + [0 if yes else None for yes in flags[here]]
-            sigs = [*(inserted(p.meta["val"], 0, walk.size) for p in given), *(r.meta["val"] for r in rest[here])]
+            sigs = [
+                *(inserted(p.meta["val"], 0, walk.size) for p in given),
+                *(r.meta["val"] for r in rest[here]),
+            ]
             outs = [0 if isinstance(o, Node) else None for o in program.outputs]
             whole = Program(program.graph, len(dims), program.n_outputs, (), program.name)
-            return Part(vmap(whole, dims, sigs, walk.size, walk.randomness, outs), part.first, part.n_residuals)
+            return Part(
+                vmap(whole, dims, sigs, walk.size, walk.randomness, outs),
+                part.first,
+                part.n_residuals,
+            )
 
         d = self.batched(walk, tuple(x.meta["val"] for x in new[len(inputs) :]), batched)
         return b.make("call_function", d, (*new, *rest), {}, d.vals), [True] * self.n_outputs
@@ -165,7 +188,9 @@ class CustomDerivative:
         each = lambda backward: tuple((have, batched(part)) for have, part in backward)
         narrow = (self.narrow[0], each(self.narrow[1])) if self.narrow is not None else None
         backward, forward = each(self.backward.items()), batched(self.forward)
-        return CustomDerivative(self.__name__, self.n_inputs, vals, backward, forward, self.saved, None, narrow)
+        return CustomDerivative(
+            self.__name__, self.n_inputs, vals, backward, forward, self.saved, None, narrow
+        )
 
 
 def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:

@@ -1,8 +1,8 @@
-"""The ``vmap`` that a user wrote for an ``autograd.Function``: called on the real batch where there is one, otherwise
-recorded as the batching rule of the Function's node.
+"""The ``vmap`` that a user wrote for an ``autograd.Function``: called on the real batch where
+there is one, otherwise recorded as the batching rule of the Function's node.
 
-On the real batch it may, as with torch.func, look at values, close over tensors and differentiate a graph from outside.
-"""
+On the real batch it may, as with torch.func, look at values, close over tensors and differentiate
+a graph from outside."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Info(NamedTuple):
 
 
 def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, list]:
-    """What ``cls.vmap`` returns, flat: the leaves of its output, their tree, and a dim for each of them."""
+    """What ``cls.vmap`` returns, flat: the leaves of its output, their tree, and a dim for each of
+    them."""
     name = cls.__name__
     if cls.generate_vmap_rule:
         raise RuleError(
@@ -45,16 +46,24 @@ def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, li
         )
     result = cls.vmap(info, dims, *args)
     if not (isinstance(result, tuple) and len(result) == 2):
-        raise ArgumentError(f"{name}.vmap must return (output, out_dims), not {type(result).__name__}")
+        raise ArgumentError(
+            f"{name}.vmap must return (output, out_dims), not {type(result).__name__}"
+        )
     output, out_dims = result
     leaves, spec = tree_flatten(output)
     flat: list = []
     try:
         tree_map_(lambda d, below: flat.extend([d] * len(tree_leaves(below))), out_dims, output)
     except ValueError:
-        raise ArgumentError(f"{name}.vmap: out_dims={out_dims!r} does not have the structure of its output") from None
+        raise ArgumentError(
+            f"{name}.vmap: out_dims={out_dims!r} does not have the structure of its output"
+        ) from None
     for x, d in zip(leaves, flat, strict=True):
-        if isinstance(x, Tensor) and d is not None and not (d < x.dim() and x.shape[d] == info.batch_size):
+        if (
+            isinstance(x, Tensor)
+            and d is not None
+            and not (d < x.dim() and x.shape[d] == info.batch_size)
+        ):
             raise ArgumentError(
                 f"{name}.vmap: its output of shape {list(x.shape)} does not have the {info.batch_size} samples at "
                 f"dimension {d}, as out_dims={out_dims!r} says"
@@ -62,13 +71,14 @@ def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, li
     return leaves, spec, flat
 
 
-# ----- on the real batch ----------------------------------------------------------------------------------------------
+# ----- on the real batch
+# ----------------------------------------------------------------------------------------------
 
 
 def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
-    """The results of ``cls.vmap`` on the real batched tensors that the arguments stand for, as values of the recording.
-    NotImplemented where the recording is not of an outermost ``vmap`` over real tensors, or none is batched.
-    """
+    """The results of ``cls.vmap`` on the real batched tensors that the arguments stand for, as
+    values of the recording. NotImplemented where the recording is not of an outermost ``vmap``
+    over real tensors, or none is batched."""
     trace = current()
     assert trace is not None
     if not may_be_real(trace):
@@ -112,9 +122,9 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
 
 
 def may_be_real(trace: Trace) -> bool:
-    """Whether the recording is of an outermost ``vmap`` that runs at once, on tensors with values; and nothing was
-    drawn in it yet, which would be drawn again, nor written to a tensor from outside, where a rule would not see it.
-    """
+    """Whether the recording is of an outermost ``vmap`` that runs at once, on tensors with values;
+    and nothing was drawn in it yet, which would be drawn again, nor written to a tensor from
+    outside, where a rule would not see it."""
     return (
         trace.samples is not None
         and trace.may_ask_constants
@@ -140,7 +150,8 @@ def own(trace: Trace, x: Tensor) -> Tensor:
 
 @contextmanager
 def set_aside(trace: Trace) -> Iterator[None]:
-    """Meanwhile nothing is recorded, and autograd, dispatch modes and saved-tensor hooks are as outside."""
+    """Meanwhile nothing is recorded, and autograd, dispatch modes and saved-tensor hooks are as
+    outside."""
     modes: list = []
     traces, under_way.traces = under_way.traces, []
     hooks = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
@@ -156,7 +167,8 @@ def set_aside(trace: Trace) -> Iterator[None]:
 
 
 def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
-    """The part of the real batch ``x`` that belongs to the same sample as the batched value ``sample``."""
+    """The part of the real batch ``x`` that belongs to the same sample as the batched value
+    ``sample``."""
     with quiet():
         x = x.movedim(dim, 0)
     sig = make_sig(tuple(x.shape[1:]), tuple(x.stride()[1:]), x.dtype, x.device)
@@ -164,7 +176,8 @@ def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
 
 
 class Row(Step):
-    """``(batch, sample) -> the row of the batch that belongs to the sample``: batched, it is the whole batch."""
+    """``(batch, sample) -> the row of the batch that belongs to the sample``: batched, it is the
+    whole batch."""
 
     __name__, dissolved_with = "row", None
 
@@ -174,12 +187,18 @@ class Row(Step):
     __call__ = inline
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        self.bind(f, [f.b.node(self, (f.read(refs[0], grad), f.read(refs[1], False)), {}, self.outs[0])], grad)
+        self.bind(
+            f,
+            [f.b.node(self, (f.read(refs[0], grad), f.read(refs[1], False)), {}, self.outs[0])],
+            grad,
+        )
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         return [given[0]], []
 
-    def pull(self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+    def pull(
+        self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
         return [], []
 
     def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
@@ -189,14 +208,20 @@ class Row(Step):
         return walk.env[n.args[0]], True
 
 
-# ----- as a batching rule ---------------------------------------------------------------------------------------------
+# ----- as a batching rule
+# ---------------------------------------------------------------------------------------------
 
 
 class OwnRule:
-    """``cls.vmap`` as the batching rule of a node, for the tensors among the operands of its call."""
+    """``cls.vmap`` as the batching rule of a node, for the tensors among the operands of its
+    call."""
 
     def __init__(self, cls: Any, args: Sequence[Any]) -> None:
-        self.cls, self.operands, self.surroundings = cls, Operands(args).without_tensors(), Surroundings.now()
+        self.cls, self.operands, self.surroundings = (
+            cls,
+            Operands(args).without_tensors(),
+            Surroundings.now(),
+        )
 
     def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
         dims = self.operands.dims([0 if walk.has(x) else None for x in inputs])
@@ -210,7 +235,10 @@ class OwnRule:
                 leaves, _, out_dims = call(self.cls, info, dims, self.operands.rebuilt(copies))
             outs = [(o, d) for o, d in zip(leaves, out_dims, strict=True) if isinstance(o, Tensor)]
             check_closed_over([o for o, _ in outs])
-            return [o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape) for o, d in outs]
+            return [
+                o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape)
+                for o, d in outs
+            ]
 
         try:
             outs = traced(body)(walk.b, *[walk.env[x] for x in inputs])

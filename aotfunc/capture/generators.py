@@ -1,4 +1,5 @@
-"""The state of the default generator, set or looked at inside a recording: numbers are drawn when it runs."""
+"""The state of the default generator, set or looked at inside a recording: numbers are drawn when
+it runs."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from ..trace.tracer import Trace
 
 
 def drawn(trace: Trace) -> bool:
-    """Whether random numbers were drawn already, as far as the recording goes: they are drawn when it runs."""
+    """Whether random numbers were drawn already, as far as the recording goes: they are drawn when
+    it runs."""
     return any(r[0].facts.random for r in trace.records)
 
 
 def set_rng_state(new_state: Tensor) -> None:
-    """The default generator's state may be set before the first draw, by a function that is run again each time."""
+    """The default generator's state may be set before the first draw, by a function that is run
+    again each time."""
     ORIGINALS["set_state"](settable("torch.set_rng_state", new_state))
 
 
@@ -39,12 +42,17 @@ def get_rng_state() -> Tensor:
 
 
 def settable(what: str, value: Any) -> Any:
-    """``value``; raises CaptureError where the generator's state is set, or looked at, at another time than it runs."""
+    """``value``; raises CaptureError where the generator's state is set, or looked at, at another
+    time than it runs."""
     trace = current()
     if trace is not None:
         if drawn(trace):
-            trace.seeds.refuse(f"{what} after a draw inside a captured function, which draws when it runs")
+            trace.seeds.refuse(
+                f"{what} after a draw inside a captured function, which draws when it runs"
+            )
         if not trace.may_ask_constants:
-            trace.seeds.refuse(f"{what} inside a compiled function would run only once; call it outside")
+            trace.seeds.refuse(
+                f"{what} inside a compiled function would run only once; call it outside"
+            )
         trace.seeds.setting()
     return value

@@ -37,7 +37,11 @@ def autograd_grad(
     assert trace is not None
     outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     keys = list(inputs) if isinstance(inputs, dict) else None
-    ins = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if keys is not None else inputs)
+    ins = (
+        [inputs]
+        if isinstance(inputs, Tensor)
+        else list(inputs.values() if keys is not None else inputs)
+    )
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
         return outside_graphs.along(
             *(outputs, inputs, grad_outputs, retain_graph, create_graph, only_inputs),
@@ -57,7 +61,9 @@ def autograd_grad(
     refs = [trace.ref_of(o)[0] for o in outs]
     ins = [before_hooks(x) if x.__class__ is Traced and x.tracer is trace else x for x in ins]
     inside = functools.partial(gradients_inside, trace, outs, gs, create_graph, size)
-    grads = outside_graphs.gradients(trace, refs, ins, gs, inside, retain_graph, create_graph, is_grads_batched)
+    grads = outside_graphs.gradients(
+        trace, refs, ins, gs, inside, retain_graph, create_graph, is_grads_batched
+    )
     if any(g is None for g in grads) and not (allow_unused or materialize_grads):
         raise CaptureError(
             f"one of the differentiated tensors was not used to compute the outputs{at(debug.user_line())}; "
@@ -69,9 +75,15 @@ def autograd_grad(
 
 
 def gradients_inside(
-    trace: Trace, outs: Sequence, gs: Sequence, create_graph: bool, size: int | None, ins: Sequence[Tensor]
+    trace: Trace,
+    outs: Sequence,
+    gs: Sequence,
+    create_graph: bool,
+    size: int | None,
+    ins: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The gradients in ``ins``, as far as the recording goes: None for those that do not lead to ``outs`` here."""
+    """The gradients in ``ins``, as far as the recording goes: None for those that do not lead to
+    ``outs`` here."""
     refs = [trace.ref_of(o)[0] for o in outs]
     used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
@@ -81,8 +93,17 @@ def gradients_inside(
         outside.check_hooks(trace, x, at(debug.user_line()))
     sigs = [trace.ref_of(x)[1].start for x in wanted]
     if size is not None:
-        sigs = [make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs]
-    step = interned(GradStep, tuple(sigs), len(outs), tuple(g is not None for g in gs), bool(create_graph), size)
+        sigs = [
+            make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs
+        ]
+    step = interned(
+        GradStep,
+        tuple(sigs),
+        len(outs),
+        tuple(g is not None for g in gs),
+        bool(create_graph),
+        size,
+    )
     found = iter(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
     return [next(found) if yes else None for yes in used]
 
@@ -99,7 +120,11 @@ def autograd_backward(
     trace = current()
     assert trace is not None
     outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    gs = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
+    gs = (
+        [grad_tensors]
+        if grad_tensors is None or isinstance(grad_tensors, Tensor)
+        else list(grad_tensors)
+    )
     refs = [trace.ref_of(o)[0] for o in outs]
     if inputs is None:
         found, leaves = trace.autograd.leaves_of(refs)
@@ -113,6 +138,10 @@ def autograd_backward(
             ".backward() on the result"
         )
     if not leaves:
-        raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
-    for x, g in zip(leaves, autograd_grad(outs, leaves, gs, create_graph=create_graph), strict=True):
+        raise RuntimeError(
+            "element 0 of tensors does not require grad and does not have a grad_fn"
+        )
+    for x, g in zip(
+        leaves, autograd_grad(outs, leaves, gs, create_graph=create_graph), strict=True
+    ):
         x.grad = g if x.grad is None else x.grad + g

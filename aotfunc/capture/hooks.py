@@ -1,4 +1,5 @@
-"""Hooks of tensors inside a recording: values whose cotangents pass through functions of the user's."""
+"""Hooks of tensors inside a recording: values whose cotangents pass through functions of the
+user's."""
 
 from __future__ import annotations
 
@@ -22,25 +23,36 @@ from .autograd_function import Context, call_function
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
-    """Hooks of several tensors are refused; those of FlopCounterMode, which follow modules backward, do nothing."""
+    """Hooks of several tensors are refused; those of FlopCounterMode, which follow modules
+    backward, do nothing."""
     if sys._getframe(2).f_code.co_filename == module_tracker.__file__:
         return RemovableHandle(OrderedDict())
-    raise CaptureError(f"hooks of several tensors inside a captured function are not supported{at(debug.user_line())}")
+    raise CaptureError(
+        f"hooks of several tensors inside a captured function are not supported{at(debug.user_line())}"
+    )
 
 
 def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
-    """Whether a step has a derivative with respect to ``ref`` as it was before: not the value that it writes there."""
-    return instr_op(instr) is not torch.ops.aten.detach.default and all(refs[s] != ref for s in written_slots(instr))
+    """Whether a step has a derivative with respect to ``ref`` as it was before: not the value that
+    it writes there."""
+    return instr_op(instr) is not torch.ops.aten.detach.default and all(
+        refs[s] != ref for s in written_slots(instr)
+    )
 
 
 def register_hook(t: Traced, hook: Callable) -> Any:
-    """A tensor hook: from here on ``t`` is a value whose cotangent passes through the hook. Refused where that is not
-    what a hook of autograd's sees: what ``t`` was used for before, or an input's gradient after a write.
-    """
+    """A tensor hook: from here on ``t`` is a value whose cotangent passes through the hook.
+    Refused where that is not what a hook of autograd's sees: what ``t`` was used for before, or an
+    input's gradient after a write."""
     trace = t.tracer
     own = trace.root(t.ref)
-    if any(t.ref in refs and grad and reads(instr, refs, t.ref) for instr, refs, grad, *_ in trace.records):
-        raise CaptureError(f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once")
+    if any(
+        t.ref in refs and grad and reads(instr, refs, t.ref)
+        for instr, refs, grad, *_ in trace.records
+    ):
+        raise CaptureError(
+            f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once"
+        )
     if own < len(trace.inputs) and own in trace.roots().written:
         raise CaptureError(
             f"a hook of an argument that was written to{at(debug.user_line())}: register it first, outside"
@@ -60,10 +72,14 @@ def register_hook(t: Traced, hook: Callable) -> Any:
             g = g if changed is None else changed
         return g
 
-    if t.is_leaf and t.ref not in trace.autograd.leaves:  # a view made under no_grad, which no gradient reaches
+    if (
+        t.is_leaf and t.ref not in trace.autograd.leaves
+    ):  # a view made under no_grad, which no gradient reaches
         return _Handle()
     with torch.enable_grad():
-        t.ref = call_function("hook", [source], lambda ctx: source.view_as(source), Context(), backward).ref
+        t.ref = call_function(
+            "hook", [source], lambda ctx: source.view_as(source), Context(), backward
+        ).ref
     trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, hooks))
     if own < len(trace.inputs):
         trace.hooked.add(t.ref)
@@ -71,7 +87,8 @@ def register_hook(t: Traced, hook: Callable) -> Any:
 
 
 def before_hooks(t: Traced) -> Traced:
-    """The value that a tensor was before hooks were registered on it: its gradient has passed them."""
+    """The value that a tensor was before hooks were registered on it: its gradient has passed
+    them."""
     hooked = {s.new: s.old for s in t.tracer.stand_ins if s.hooks}
     twin = t.tracer.alias(t)
     while twin.ref in hooked:
@@ -81,4 +98,6 @@ def before_hooks(t: Traced) -> Traced:
 
 class _Handle:
     def remove(self) -> None:
-        raise CaptureError(f"a tensor hook cannot be removed inside a captured function{at(debug.user_line())}")
+        raise CaptureError(
+            f"a tensor hook cannot be removed inside a captured function{at(debug.user_line())}"
+        )

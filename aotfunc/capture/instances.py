@@ -1,11 +1,11 @@
-"""Instances that are trees: dataclasses, attrs classes, namespaces and named tuples with attributes, with tensors in
-them.
+"""Instances that are trees: dataclasses, attrs classes, namespaces and named tuples with
+attributes, with tensors in them.
 
-PyTorch's trees know containers and the classes that were registered with them. An instance of a plain data class is
-put in other words before it is flattened: an :class:`Opened`, whose children are what the attributes (and, of a
-dictionary that is a dataclass too, the items) hold, and from whose leaves an instance of the class is made again. Its
-``__init__`` does not run for that. An instance without a tensor is a value like any other.
-"""
+PyTorch's trees know containers and the classes that were registered with them. An instance of a
+plain data class is put in other words before it is flattened: an :class:`Opened`, whose children
+are what the attributes (and, of a dictionary that is a dataclass too, the items) hold, and from
+whose leaves an instance of the class is made again. Its ``__init__`` does not run for that. An
+instance without a tensor is a value like any other."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from ..errors import CaptureError
 
 
 class Opened:
-    """What an instance holds: attributes, then those items of a dictionary that are not the attribute of their name, or
-    those of a tuple, by number.
-    """
+    """What an instance holds: attributes, then those items of a dictionary that are not the
+    attribute of their name, or those of a tuple, by number."""
 
     def __init__(self, x: Any) -> None:
         attributes = attributes_of(x)
@@ -53,11 +52,12 @@ def made(children: Any, context: Any) -> Any:
 
 
 def is_whole(x: Any) -> bool:
-    """Whether ``x`` is more than the tuple that PyTorch's trees would make of it: a shape, which is a value here, or a
-    named tuple with attributes.
-    """
+    """Whether ``x`` is more than the tuple that PyTorch's trees would make of it: a shape, which
+    is a value here, or a named tuple with attributes."""
     cls = type(x)
-    return cls is Size or (cls is not tuple and issubclass(cls, tuple) and bool(getattr(x, "__dict__", None)))
+    return cls is Size or (
+        cls is not tuple and issubclass(cls, tuple) and bool(getattr(x, "__dict__", None))
+    )
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
@@ -76,7 +76,10 @@ register_pytree_flatten_spec(Opened, lambda x, spec: Opened(x).children)
 
 def attributes_of(x: Any) -> dict[str, Any]:
     cls = type(x)
-    fields = [*getattr(cls, "__dataclass_fields__", ()), *[a.name for a in getattr(cls, "__attrs_attrs__", ())]]
+    fields = [
+        *getattr(cls, "__dataclass_fields__", ()),
+        *[a.name for a in getattr(cls, "__attrs_attrs__", ())],
+    ]
     return {n: getattr(x, n) for n in (*fields, *getattr(x, "__dict__", ())) if hasattr(x, n)}
 
 
@@ -86,7 +89,9 @@ def is_data(x: Any) -> bool:
         cls = x.__class__
     except Exception as e:
         raise without_class(x) from e
-    if cls is types.SimpleNamespace or (issubclass(type(x), tuple) and cls is not Size and is_whole(x)):
+    if cls is types.SimpleNamespace or (
+        issubclass(type(x), tuple) and cls is not Size and is_whole(x)
+    ):
         return True
     data = hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__")
     return data and not isinstance(x, Tensor | nn.Module | type) and cls not in SUPPORTED_NODES
@@ -115,7 +120,8 @@ def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 
 def opened(x: Any, always: bool = False) -> Any:
-    """A leaf, or what it holds if there is a tensor in it, put in words that PyTorch's trees know."""
+    """A leaf, or what it holds if there is a tensor in it, put in words that PyTorch's trees
+    know."""
     if not (is_data(x) and (always or holds_tensor(x))):
         return x
     found = Opened(x)
@@ -126,11 +132,16 @@ def opened(x: Any, always: bool = False) -> Any:
 def opened_in(tree: Any, always: bool = False) -> Any:
     """A tree whose leaves are opened."""
     leaves, spec = tree_flatten(tree)
-    return tree_unflatten([opened(x, always) for x in leaves], spec) if any(map(is_data, leaves)) else tree
+    return (
+        tree_unflatten([opened(x, always) for x in leaves], spec)
+        if any(map(is_data, leaves))
+        else tree
+    )
 
 
 def containers(tree: Any) -> list[Any]:
-    """The lists, tuples, dictionaries and instances that a tree is made of, the outer ones first."""
+    """The lists, tuples, dictionaries and instances that a tree is made of, the outer ones
+    first."""
     if isinstance(tree, Tensor):
         return []
     children, spec = one_level(tree)
@@ -138,7 +149,8 @@ def containers(tree: Any) -> list[Any]:
 
 
 def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
-    """The tree of these leaves; a container that is in it twice is one container in the new tree, too."""
+    """The tree of these leaves; a container that is in it twice is one container in the new tree,
+    too."""
     children, spec = one_level(tree)
     if spec.is_leaf():
         return next(leaves)
@@ -148,7 +160,9 @@ def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
 
 def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
     """What a container holds, and the container without it."""
-    first = chain((False,), repeat(True))  # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
+    first = chain(
+        (False,), repeat(True)
+    )  # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
     x = Opened(x) if is_data(x) and holds_tensor(x) else x
     return pytree.tree_flatten(x, is_leaf=lambda v: next(first) or is_whole(v))
 

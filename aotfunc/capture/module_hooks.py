@@ -1,9 +1,9 @@
 """Full backward hooks and pre-hooks of modules inside a recording.
 
-As in eager, an identity in front of the module and one behind it call the hooks when the reverse walk passes. The hooks
-are recorded as programs of the gradients; those of the module's outputs, which a hook is given together with those of
-its inputs, go from the identity behind to the one in front by a :class:`Link`.
-"""
+As in eager, an identity in front of the module and one behind it call the hooks when the reverse
+walk passes. The hooks are recorded as programs of the gradients; those of the module's outputs,
+which a hook is given together with those of its inputs, go from the identity behind to the one in
+front by a :class:`Link`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Link:
     """Between the two identities around one call of a module."""
 
     def __init__(self) -> None:
-        #: per reverse walk: the hooks' program for the gradients that are there, these gradients, what it closes over
+        #: per reverse walk: the hooks' program for the gradients that are there, these gradients,
+        # what it closes over
         self.given: WeakKeyDictionary[Builder, tuple[Any, list, list]] = WeakKeyDictionary()
         self._batched: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
 
@@ -52,14 +53,22 @@ class Identity(CustomDerivative):
 class Front(Identity):
     """In front of a module: hooks may replace the gradients of its inputs."""
 
-    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
         inputs = self.parts(n)[0]
-        if (found := self.link.given.pop(b, None)) is None:  # a path to the input that does not pass the output
+        if (
+            found := self.link.given.pop(b, None)
+        ) is None:  # a path to the input that does not pass the output
             return inputs, [g.get(i) for i in range(self.n_outputs)]
         part, cotangents, residuals = found
         if not isinstance(part, Part):
             raise part
-        mine = [g[i] if i in g else number(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable]
+        mine = [
+            g[i] if i in g else number(b, 0, v)
+            for i, v in enumerate(self.vals)
+            if v.differentiable
+        ]
         return inputs, spliced(b, part, [*mine, *cotangents], residuals)
 
     def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
@@ -67,24 +76,35 @@ class Front(Identity):
 
 
 class Behind(Identity):
-    """Behind a module: pre-hooks may replace the gradients of its outputs. ``hooks`` are the programs for the front."""
+    """Behind a module: pre-hooks may replace the gradients of its outputs. ``hooks`` are the
+    programs for the front."""
 
-    def __init__(self, name: str, vals: tuple, backward: tuple, link: Link, hooks: dict, saved: int) -> None:
+    def __init__(
+        self, name: str, vals: tuple, backward: tuple, link: Link, hooks: dict, saved: int
+    ) -> None:
         super().__init__(name, vals, backward, link)
         self.hooks, self.saved = hooks, (None,) * saved
 
-    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
         inputs, cotangents = super().pull(b, n, g, active, again)
         have = tuple(i in g for i, v in enumerate(self.vals) if v.differentiable)
         if self.hooks:
             part = self.hooks[have if have in self.hooks else None]
-            self.link.given[b] = part, [c for c in cotangents if c is not None], self.parts(again)[2]
+            self.link.given[b] = (
+                part,
+                [c for c in cotangents if c is not None],
+                self.parts(again)[2],
+            )
         return inputs, cotangents
 
     def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
         backward = tuple((have, batched(part)) for have, part in self.backward.items())
         hooks = {have: batched(part) for have, part in self.hooks.items()}
-        return Behind(self.__name__, vals, backward, self.link.batched(walk), hooks, len(self.saved))
+        return Behind(
+            self.__name__, vals, backward, self.link.batched(walk), hooks, len(self.saved)
+        )
 
 
 def setup_input_hook(hook: Any, args: tuple) -> tuple:
@@ -125,18 +145,26 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
         present = iter(have or (True,) * sum(floats))
         here = [i for i, yes in zip(places, floats, strict=True) if yes and next(present)]
         sigs = [dense(v) for i, v in zip(places, vals, strict=True) if i in here]
-        before = part(lambda *gs, here=here: pre_hooked(hook, packed(len(outs), here, gs), places), sigs)
+        before = part(
+            lambda *gs, here=here: pre_hooked(hook, packed(len(outs), here, gs), places), sigs
+        )
         backwards.append((have, before))
         if hook.input_tensors_index is None or not isinstance(before, Part):
             continue
         given = before.program.outputs
         there = [i for i, o in zip(places, given, strict=True) if o is not None]
-        mine = [i for i, v in zip(hook.input_tensors_index, hook.input_vals, strict=True) if v.differentiable]
+        mine = [
+            i
+            for i, v in zip(hook.input_tensors_index, hook.input_vals, strict=True)
+            if v.differentiable
+        ]
         sigs = [dense(v) for v in hook.input_vals if v.differentiable]
 
         def after(*gs: Tensor, mine: list = mine, there: list = there) -> list:
             inner, outer = gs[: len(mine)], gs[len(mine) :]
-            return hooked(hook, packed(hook.n_inputs, mine, inner), packed(len(outs), there, outer))
+            return hooked(
+                hook, packed(hook.n_inputs, mine, inner), packed(len(outs), there, outer)
+            )
 
         hooks[have] = part(after, [*sigs, *(o.meta["val"] for o in given if o is not None)])
     behind = Behind(f"{name}_output", vals, tuple(backwards), hook.link, hooks, len(residuals))
@@ -145,7 +173,9 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
 
 
 def tracked(values: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in values
+    )
 
 
 def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple]:
@@ -154,7 +184,13 @@ def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple
     return places, tuple(trace.ref_of(values[i])[1] for i in places)
 
 
-def identity(trace: Trace, values: tuple, places: list[int], target: Identity, residuals: Sequence[Tensor] = ()) -> Any:
+def identity(
+    trace: Trace,
+    values: tuple,
+    places: list[int],
+    target: Identity,
+    residuals: Sequence[Tensor] = (),
+) -> Any:
     """Record the identity of the values at ``places``."""
     tensors = [values[i] for i in places]
     trace.record(BEGIN, tensors)
@@ -164,7 +200,8 @@ def identity(trace: Trace, values: tuple, places: list[int], target: Identity, r
     return tuple(found) if type(values) is tuple else type(values)(*found)
 
 
-# ----- what eager does when the gradients are there -------------------------------------------------------------------
+# ----- what eager does when the gradients are there
+# -------------------------------------------------------------------
 
 
 def packed(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:
@@ -173,7 +210,8 @@ def packed(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:
 
 
 def pre_hooked(hook: Any, gradients: tuple, places: Sequence[int]) -> list:
-    """The gradients of a module's outputs after its pre-hooks; its hooks are called too if no input has a gradient."""
+    """The gradients of a module's outputs after its pre-hooks; its hooks are called too if no
+    input has a gradient."""
     for f in hook.user_pre_hooks:
         gradients = replaced("pre hook", "grad_output", f(hook.module, gradients), gradients)
     if hook.input_tensors_index is None:
@@ -211,4 +249,7 @@ def replaced(kind: str, what: str, new: Any, old: tuple) -> Any:
 
 
 #: what ``nn.Module`` calls where there are such hooks
-PATCHES = tuple(Attribute(f.__name__, BackwardHook, f.__name__, f) for f in (setup_input_hook, setup_output_hook))
+PATCHES = tuple(
+    Attribute(f.__name__, BackwardHook, f.__name__, f)
+    for f in (setup_input_hook, setup_output_hook)
+)

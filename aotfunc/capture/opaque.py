@@ -1,4 +1,5 @@
-"""The forward of an ``autograd.Function`` that needs values (numpy inside it, say), as one node of the graph."""
+"""The forward of an ``autograd.Function`` that needs values (numpy inside it, say), as one node of
+the graph."""
 
 from __future__ import annotations
 
@@ -44,11 +45,13 @@ class OpaqueForward(Step):
         return f"{self.call.cls.__name__}.forward"
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """The tensors among the results. The Function gets copies: it may write to its arguments."""
+        """The tensors among the results. The Function gets copies: it may write to its
+        arguments."""
         output, _ = called(self.call, tensors)
         return [o for o in listed(output) if isinstance(o, Tensor)]
 
-    # ----- as a recorded step ---------------------------------------------------------------------------------------
+    # ----- as a recorded step
+    # ---------------------------------------------------------------------------------------
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         node = f.b.node(self, tuple(f.read(r, False) for r in refs), {}, self.outs)
@@ -57,7 +60,8 @@ class OpaqueForward(Step):
     def run(self, values: list[Tensor]) -> list[Tensor]:
         return self(*values)
 
-    # ----- as a node ------------------------------------------------------------------------------------------------
+    # ----- as a node
+    # ------------------------------------------------------------------------------------------------
 
     dissolved_with = None
 
@@ -65,7 +69,9 @@ class OpaqueForward(Step):
         node = b.node(self, tuple(args), {}, self.outs)
         return [b.item(node, i) for i in range(len(self.outs))]
 
-    def pull(self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any) -> tuple[list, list]:
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
         return [], []
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
@@ -83,11 +89,14 @@ class OpaqueForward(Step):
         ]
         walk.loops.append((self, n.meta.get("line")))
         columns = zip(*rows, strict=True)
-        return [b.call(aten.stack.default, list(column)) for column in columns], [True] * len(self.outs)
+        return [b.call(aten.stack.default, list(column)) for column in columns], [True] * len(
+            self.outs
+        )
 
 
 def called(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the copies."""
+    """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the
+    copies."""
     traces, under_way.traces = under_way.traces, []
     try:
         with quiet(), torch.no_grad():
@@ -99,11 +108,11 @@ def called(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
 
 
 def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Exception) -> Any:
-    """``cls.forward(*args)`` recorded as one step; what it returns. Its results' shapes are those of a run on zeros.
+    """``cls.forward(*args)`` recorded as one step; what it returns. Its results' shapes are those
+    of a run on zeros.
 
-    Raises ``why`` where that run fails, where a result that is no tensor may depend on values, and where it writes to
-    an argument that it does not return.
-    """
+    Raises ``why`` where that run fails, where a result that is no tensor may depend on values, and
+    where it writes to an argument that it does not return."""
     trace = current()
     assert trace is not None
     operands = Operands(args)
@@ -111,14 +120,20 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
     call = Call(cls, operands.without_tensors(), Surroundings.now())
     sigs = [trace.ref_of(t)[1] for t in tensors]
     with quiet():
-        zeros = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_() for s in sigs]
+        zeros = [
+            torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device).zero_()
+            for s in sigs
+        ]
         try:
             output, given = called(call, zeros)
         except Exception as error:
             raise why from error
         outs = listed(output)
         returned = [next((i for i, x in enumerate(given) if o is x), None) for o in outs]
-        kept = [torch.equal(x, z) or i in returned for i, (x, z) in enumerate(zip(given, zeros, strict=True))]
+        kept = [
+            torch.equal(x, z) or i in returned
+            for i, (x, z) in enumerate(zip(given, zeros, strict=True))
+        ]
         if not all(kept) or not all(o is None or isinstance(o, Tensor) for o in outs):
             raise why
         vals = tuple(sig_of(o.detach()) for o in outs if isinstance(o, Tensor))

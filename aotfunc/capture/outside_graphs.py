@@ -1,4 +1,5 @@
-"""``autograd.grad`` inside a recording, where the gradient flows on through autograd's graph of outside tensors."""
+"""``autograd.grad`` inside a recording, where the gradient flows on through autograd's graph of
+outside tensors."""
 
 from __future__ import annotations
 
@@ -28,11 +29,12 @@ def gradients(
     create_graph: bool,
     batched: bool,
 ) -> list[Tensor | None]:
-    """The gradients of the values ``outs`` in ``ins``; ``inside`` gives those that the recording knows. From where
-    these reach tensors from outside, autograd goes on, on traced gradients.
-    """
+    """The gradients of the values ``outs`` in ``ins``; ``inside`` gives those that the recording
+    knows. From where these reach tensors from outside, autograd goes on, on traced gradients."""
     refs = [trace.ref_of(x)[0] for x in ins]
-    real: dict[int, Any] = {r: from_outside(trace, r) for r in (*outs, *refs) if open_to_autograd(trace, r)}
+    real: dict[int, Any] = {
+        r: from_outside(trace, r) for r in (*outs, *refs) if open_to_autograd(trace, r)
+    }
     if not batched and all(r in real and real[r].requires_grad for r in (*outs, *refs)):
         roots, leaves = [real[ref] for ref in outs], [real[ref] for ref in refs]
         return along(roots, leaves, cotangents, retain_graph, create_graph, True, True)
@@ -51,22 +53,34 @@ def gradients(
     found = inside([*(value(trace, ref) for ref in stops), *others])
     parts = [(t, g) for t, g in zip(stops.values(), found, strict=False) if g is not None]
     done = along(
-        [t for t, _ in parts], list(known.values()), [g for _, g in parts], retain_graph, create_graph, True, True
+        [t for t, _ in parts],
+        list(known.values()),
+        [g for _, g in parts],
+        retain_graph,
+        create_graph,
+        True,
+        True,
     )
     outside, rest = dict(zip(known, done, strict=True)), iter(found[len(stops) :])
     return [outside[ref] if ref in known else next(rest) for ref in refs]
 
 
-def along(outputs: Any, inputs: Any, grads: Any, retain_graph: bool | None, create_graph: bool, *options: Any) -> Any:
+def along(
+    outputs: Any,
+    inputs: Any,
+    grads: Any,
+    retain_graph: bool | None,
+    create_graph: bool,
+    *options: Any,
+) -> Any:
     """``autograd.grad`` of tensors from outside alone; ``grads`` may be traced."""
     with Unpacking() if create_graph else nullcontext():
         return ORIGINALS["grad"](outputs, inputs, grads, retain_graph, create_graph, *options)
 
 
 class Unpacking(TorchDispatchMode):
-    """Lets results that autograd has saved keep their history: it detaches what it saved, and then gives it that of the
-    result. A detached tensor of a recording would not show it.
-    """
+    """Lets results that autograd has saved keep their history: it detaches what it saved, and then
+    gives it that of the result. A detached tensor of a recording would not show it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.detach.default or args[0].__class__ is Traced:
@@ -76,12 +90,13 @@ class Unpacking(TorchDispatchMode):
 
 
 def ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[int, Tensor]:
-    """The tensors from outside, by their numbers, that ``outs`` were computed from here, and that were computed from
-    one of ``ins`` there.
-    """
+    """The tensors from outside, by their numbers, that ``outs`` were computed from here, and that
+    were computed from one of ``ins`` there."""
     wanted = [t for ref in ins if (t := from_outside(trace, ref)) is not None]
     found = {}
-    for ref in (*range(len(trace.inputs)), *range(-1, -1 - len(trace.lifted), -1)) if wanted else ():
+    for ref in (
+        (*range(len(trace.inputs)), *range(-1, -1 - len(trace.lifted), -1)) if wanted else ()
+    ):
         t = from_outside(trace, ref)
         if t is None or t.grad_fn is None or not trace.autograd.reaches(ref, outs):
             continue
@@ -104,11 +119,12 @@ def from_outside(trace: Trace, ref: int) -> Tensor | None:
 
 
 def open_to_autograd(trace: Trace, ref: int) -> bool:
-    """Whether a value is what it stands for outside: closed over, or passed by ``vmap`` to all samples alike; and this
-    runs once.
-    """
+    """Whether a value is what it stands for outside: closed over, or passed by ``vmap`` to all
+    samples alike; and this runs once."""
     t = source(trace, ref)
-    alike = ref < 0 or (t is not None and trace.samples is not None and trace.samples.dims[ref] is None)
+    alike = ref < 0 or (
+        t is not None and trace.samples is not None and trace.samples.dims[ref] is None
+    )
     if not (alike and trace.may_ask_constants) or ref in trace.roots().written:
         return False
     if any(instr.__class__ is Row and refs[0] == ref for instr, refs, *_ in trace.records):

@@ -28,7 +28,8 @@ from .hooks import register_hook, register_multi_grad_hook
 
 
 class Undisturbed:
-    """A function ``f`` that PyTorch keeps Dynamo out of, which must not import Dynamo sooner than other code does."""
+    """A function ``f`` that PyTorch keeps Dynamo out of, which must not import Dynamo sooner than
+    other code does."""
 
     def __init__(self, f: Any) -> None:
         self.f, self.body = f, f.__wrapped__
@@ -38,7 +39,9 @@ class Undisturbed:
 
     def undo(self) -> None:
         if getattr(self.body, "__dynamo_disable", None) == self.call:
-            delattr(self.body, "__dynamo_disable")  # PyTorch keeps there what it calls for ``f``, and makes its own
+            delattr(
+                self.body, "__dynamo_disable"
+            )  # PyTorch keeps there what it calls for ``f``, and makes its own
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
@@ -48,9 +51,8 @@ class Undisturbed:
 
 
 def enter_saved_tensors_hooks(self: Any) -> None:
-    """Hooks that change what a derivative reads are refused, as a graph saves other tensors than autograd does. Where
-    a tensor is kept meanwhile makes no difference to it.
-    """
+    """Hooks that change what a derivative reads are refused, as a graph saves other tensors than
+    autograd does. Where a tensor is kept meanwhile makes no difference to it."""
     if recorded() is not None and not isinstance(self, torch.autograd.graph.save_on_cpu):
         raise CaptureError(
             f"saved_tensors_hooks inside a captured function are not supported{at(debug.user_line())}: enter them "
@@ -60,7 +62,8 @@ def enter_saved_tensors_hooks(self: Any) -> None:
 
 
 def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
-    """What a custom op asks before it calls its registered backward as an ``autograd.Function``."""
+    """What a custom op asks before it calls its registered backward as an
+    ``autograd.Function``."""
     if recorded() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
     return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
@@ -92,7 +95,12 @@ def _grad_template(  # type: ignore[no-untyped-def]
 
 
 def _backward_template(  # type: ignore[no-untyped-def]
-    tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None
+    tensors,
+    grad_tensors=None,
+    retain_graph=None,
+    create_graph=False,
+    grad_variables=None,
+    inputs=None,
 ):
     f = _torch_backward if _aotfunc_recording() is None else _aotfunc_backward  # type: ignore[name-defined] # noqa: F821
     return f(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
@@ -114,7 +122,8 @@ def _set_state_template(new_state):  # type: ignore[no-untyped-def]
 
 
 def _fastpath_template() -> bool:
-    """nn's fused layers have no derivative. (What torch looks up is spelled out: Dynamo looks into this function.)"""
+    """nn's fused layers have no derivative. (What torch looks up is spelled out: Dynamo looks into
+    this function.)"""
     return _is_fastpath_enabled and _aotfunc_recording() is None  # type: ignore[name-defined] # noqa: F821
 
 
@@ -129,7 +138,13 @@ def _get_state_template():  # type: ignore[no-untyped-def]
 
 
 def _ctc_loss_template(  # type: ignore[no-untyped-def]
-    log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
+    log_probs,
+    targets,
+    input_lengths,
+    target_lengths,
+    blank=0,
+    reduction="mean",
+    zero_infinity=False,
 ):
     f = _torch_ctc_loss if _aotfunc_recording() is None else _aotfunc_ctc_loss  # type: ignore[name-defined] # noqa: F821
     return f(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)
@@ -140,7 +155,9 @@ def ctc_loss(*args: Any) -> Tensor:
     return recordable(ORIGINALS["ctc_loss"], *args)
 
 
-def pad_packed(data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int) -> tuple[Tensor, Tensor]:
+def pad_packed(
+    data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int
+) -> tuple[Tensor, Tensor]:
     """``torch.nn.utils.rnn.pad_packed_sequence``, likewise."""
     pad = ORIGINALS["pad_packed"] if recorded() is None else padded
     return pad(data, sizes, batch_first, value, length)
@@ -159,8 +176,18 @@ PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
     Code("get_state", torch.random.get_rng_state, get_rng_state, _get_state_template),
     Code("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template),
     Code("fastpath", torch.backends.mha.get_fastpath_enabled, None, _fastpath_template),
-    Code("multi_hook", graph.register_multi_grad_hook, register_multi_grad_hook, _multi_hook_template),
-    Attribute("checkpoint", torch_checkpoint, "_checkpoint_without_reentrant_generator", checkpoint_region),
+    Code(
+        "multi_hook",
+        graph.register_multi_grad_hook,
+        register_multi_grad_hook,
+        _multi_hook_template,
+    ),
+    Attribute(
+        "checkpoint",
+        torch_checkpoint,
+        "_checkpoint_without_reentrant_generator",
+        checkpoint_region,
+    ),
     Undisturbed(torch_checkpoint.checkpoint),
     Attribute("numpy", Tensor, "numpy", numpy_of_a_constant),
     Attribute("tolist", Tensor, "tolist", tolist_of_a_constant),
@@ -179,15 +206,21 @@ def install() -> None:
     """Exchange all that, unless it is; each step may be done again by another thread."""
     global _installed
     if not _installed:
-        torch.overrides.get_default_nowrap_functions()  # it knows getters of Tensor as torch has them, and keeps them
-        HOOKS.update(register_hook=register_hook, give_memory=outside.give_memory, check_grad=outside.check_grad)
+        # it knows getters of Tensor as torch has them, and keeps them
+        torch.overrides.get_default_nowrap_functions()
+        HOOKS.update(
+            register_hook=register_hook,
+            give_memory=outside.give_memory,
+            check_grad=outside.check_grad,
+        )
         for patch in PATCHES:
             patch.install()
         _installed = True
 
 
 def restore_torch() -> None:
-    """Put back everything in torch that the first capture has exchanged; the next capture exchanges it again.
+    """Put back everything in torch that the first capture has exchanged; the next capture
+    exchanges it again.
 
     Raises CaptureError inside a captured function. No other thread may be in one.
 

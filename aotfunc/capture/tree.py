@@ -16,11 +16,12 @@ from .instances import Opened, flatten_tree, is_data, is_whole, names_of
 
 
 class Arguments:
-    """The arguments of one call of ``f``, flat. ``leaves`` in order; ``spans[i]`` are the leaf positions of positional
-    argument i.
-    """
+    """The arguments of one call of ``f``, flat. ``leaves`` in order; ``spans[i]`` are the leaf
+    positions of positional argument i."""
 
-    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], f: Callable | None = None) -> None:
+    def __init__(
+        self, args: Sequence[Any], kwargs: dict[str, Any], f: Callable | None = None
+    ) -> None:
         self.f = f
         self.leaves: list[Any] = []
         self.specs: list[TreeSpec | None] = []
@@ -50,7 +51,9 @@ class Arguments:
     def rebuilt(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with these leaves instead."""
         args = [
-            leaves[span.start] if spec is None else tree_unflatten(leaves[span.start : span.stop], spec)
+            leaves[span.start]
+            if spec is None
+            else tree_unflatten(leaves[span.start : span.stop], spec)
             for span, spec in zip(self.spans, self.specs, strict=True)
         ]
         if self.kw_spec is None:
@@ -83,7 +86,11 @@ def in_order_of(template: Any, tree: Any) -> Any:
         new.clear()
         new.update({k: in_order_of(template[k], tree[k]) for k in template})
         return new
-    if isinstance(tree, tuple | list) and isinstance(template, tuple | list) and len(tree) == len(template):
+    if (
+        isinstance(tree, tuple | list)
+        and isinstance(template, tuple | list)
+        and len(tree) == len(template)
+    ):
         parts = [*map(in_order_of, template, tree)]
         if type(tree) in (tuple, list):
             return type(tree)(parts)
@@ -92,9 +99,9 @@ def in_order_of(template: Any, tree: Any) -> Any:
 
 
 class Operands:
-    """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's: ``plain`` are the leaves
-    with None where a tensor goes, ``places`` say where. Equal if they differ in the tensors only.
-    """
+    """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's:
+    ``plain`` are the leaves with None where a tensor goes, ``places`` say where. Equal if they
+    differ in the tensors only."""
 
     def __init__(self, args: Sequence[Any]) -> None:
         leaves, self.spec = tree_flatten(tuple(args))
@@ -124,7 +131,9 @@ class Operands:
 
     @property
     def key(self) -> tuple:
-        kinds = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in self.plain)  # 1, 1.0, True are equal
+        kinds = tuple(
+            (type(x), repr(x) if isinstance(x, float) else "") for x in self.plain
+        )  # 1, 1.0, True are equal
         return (self.spec, self.places, self.plain, kinds)
 
     def __eq__(self, other: object) -> bool:
@@ -138,7 +147,9 @@ def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
     """Leaves and spec; the spec of a bare tensor is None."""
     if isinstance(tree, Tensor):
         return [tree], None
-    if tree.__class__ is list and all([isinstance(x, Tensor) for x in tree]):  # as transforms return them
+    if tree.__class__ is list and all(
+        [isinstance(x, Tensor) for x in tree]
+    ):  # as transforms return them
         return list(tree), spec_of_list(len(tree))
     return flatten_tree(tree)
 
@@ -153,7 +164,8 @@ def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:
 
 
 def parameter(f: Callable | None, i: int) -> str | None:
-    """The name of the parameter that positional argument ``i`` is for; ``args[1]`` of a variadic one."""
+    """The name of the parameter that positional argument ``i`` is for; ``args[1]`` of a variadic
+    one."""
     try:
         parameters = list(inspect.signature(f).parameters.values()) if f is not None else []
     except (TypeError, ValueError):

@@ -1,8 +1,8 @@
 """What a value costs: bytes to keep it, time to compute it again.
 
-Time is counted in *bytes of memory traffic*: an op takes as long as moving so many bytes takes. A price of 1 in the
-cut then means that a byte kept from forward to backward is worth the moving of one byte, whatever the machine.
-"""
+Time is counted in *bytes of memory traffic*: an op takes as long as moving so many bytes takes. A
+price of 1 in the cut then means that a byte kept from forward to backward is worth the moving of
+one byte, whatever the machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Cost(Protocol):
 
 
 def hint(size: Any) -> int:
-    """A size as a number; of a symbolic size what it was at capture (it steers choices, never correctness)."""
+    """A size as a number; of a symbolic size what it was at capture (it steers choices, never
+    correctness)."""
     if isinstance(size, torch.SymInt | torch.SymFloat):
         return int(size.node.hint) if size.node.has_hint() else 1
     return int(size)
@@ -38,8 +39,9 @@ def shape_of(val: Any) -> tuple[int, ...]:
 
 
 def nbytes(val: Any) -> int:
-    """Bytes of storage that a value keeps alive: tensors (real, fake, or any signature with ``shape``, ``stride`` and
-    ``dtype``), numbers, and tuples of them. Expanded dimensions count once."""
+    """Bytes of storage that a value keeps alive: tensors (real, fake, or any signature with
+    ``shape``, ``stride`` and ``dtype``), numbers, and tuples of them. Expanded dimensions count
+    once."""
     if isinstance(val, tuple | list):
         return sum([nbytes(v) for v in val])
     dtype = getattr(val, "dtype", None)
@@ -52,18 +54,43 @@ def nbytes(val: Any) -> int:
         stride = val.stride() if callable(val.stride) else val.stride
     except RuntimeError:  # a layout without strides
         return math.prod(shape) * dtype.itemsize
-    return (1 + sum([(n - 1) * hint(s) for n, s in zip(shape, stride, strict=True)])) * dtype.itemsize
+    return (
+        1 + sum([(n - 1) * hint(s) for n, s in zip(shape, stride, strict=True)])
+    ) * dtype.itemsize
 
 
-# ----- how long -------------------------------------------------------------------------------------------------------
+# ----- how long
+# -------------------------------------------------------------------------------------------------------
 
-#: memory movers that a fusing backend folds into their readers, though they are not tagged as pointwise
-# fmt: off
-_FOLDS = frozenset({
-    "_to_copy", "cat", "constant_pad_nd", "convert_element_type", "copy", "embedding", "expand_copy", "fill", "flip",
-    "fma", "full_like", "gather", "index", "index_select", "lift_fresh_copy", "masked_scatter", "repeat", "roll",
-    "select_scatter", "slice_scatter", "stack", "tril", "triu",
-})
+#: memory movers that a fusing backend folds into their readers, though they are not tagged as
+# pointwise fmt: off
+_FOLDS = frozenset(
+    {
+        "_to_copy",
+        "cat",
+        "constant_pad_nd",
+        "convert_element_type",
+        "copy",
+        "embedding",
+        "expand_copy",
+        "fill",
+        "flip",
+        "fma",
+        "full_like",
+        "gather",
+        "index",
+        "index_select",
+        "lift_fresh_copy",
+        "masked_scatter",
+        "repeat",
+        "roll",
+        "select_scatter",
+        "slice_scatter",
+        "stack",
+        "tril",
+        "triu",
+    }
+)
 # fmt: on
 #: matrix products: where the left factor stands among the arguments
 _PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "_int_mm": 0, "_scaled_mm": 0}
@@ -71,7 +98,8 @@ _PRODUCTS |= {"addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1, "_addmm_activat
 
 
 def flops(n: Node) -> float:
-    """Floating point operations of the ops that have many: products, convolutions, attention; 0 for all others."""
+    """Floating point operations of the ops that have many: products, convolutions, attention; 0
+    for all others."""
     if n.target.__class__ is not OpOverload:
         return 0.0
     name = n.target._schema.name.split("::")[1]
@@ -99,9 +127,9 @@ def flops(n: Node) -> float:
 class Roofline:
     """Time is the larger of arithmetic and traffic; what fuses costs a fraction of its output.
 
-    ``intensity``: floating point operations that the machine does while it moves one byte. ``fused``: what is left of
-    the traffic of an elementwise op that a backend fuses with its readers; 1 for a backend that does not fuse.
-    """
+    ``intensity``: floating point operations that the machine does while it moves one byte.
+    ``fused``: what is left of the traffic of an elementwise op that a backend fuses with its
+    readers; 1 for a backend that does not fuse."""
 
     intensity: float = 64.0
     fused: float = 0.1

@@ -1,4 +1,5 @@
-"""Partition functions of others: told what belongs where in the words of PyTorch's own, and checked afterwards."""
+"""Partition functions of others: told what belongs where in the words of PyTorch's own, and
+checked afterwards."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ def cut_by(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The two halves that ``partition`` makes of a joint graph with ``n_early`` results.
 
-    A draw that no result depends on would be left to the backward, or out: it is made a result meanwhile. Raises
-    PartitionError if the halves do not fit together, or if not every draw runs once, where the function drew.
-    """
+    A draw that no result depends on would be left to the backward, or out: it is made a result
+    meanwhile. Raises PartitionError if the halves do not fit together, or if not every draw runs
+    once, where the function drew."""
     roles = read_joint(joint.graph, n_early)
     for n, forward in zip(roles.nodes, roles.forward, strict=True):
         n.meta["partitioner_tag"] = "is_forward" if forward else "is_backward"
@@ -29,7 +30,9 @@ def cut_by(
     if extra:
         set_outputs(joint, [*roles.early_outputs, *extra, *roles.late_outputs])
     forward, backward = partition(joint, inputs, num_fwd_outputs=n_early + len(extra))
-    erase_leftovers(backward, {n.name for n, late in zip(roles.nodes, roles.late, strict=True) if not late})
+    erase_leftovers(
+        backward, {n.name for n, late in zip(roles.nodes, roles.late, strict=True) if not late}
+    )
     check(roles, forward, backward, len(extra), getattr(partition, "__name__", repr(partition)))
     if extra:
         outs = outputs(forward)
@@ -39,7 +42,9 @@ def cut_by(
 
 def unread_draws(roles: Joint) -> list[Node]:
     """The draws of the forward that no result depends on."""
-    read = ancestors(roles.inputs, [roles.index[o] for o in roles.early_outputs if isinstance(o, Node)])
+    read = ancestors(
+        roles.inputs, [roles.index[o] for o in roles.early_outputs if isinstance(o, Node)]
+    )
     marks = zip(roles.nodes, roles.late, read, strict=True)
     return [n for n, late, seen in marks if is_random(n) and not late and not seen]
 
@@ -65,17 +70,19 @@ def set_outputs(gm: fx.GraphModule, values: list[Any]) -> None:
 
 
 def erase_leftovers(backward: fx.GraphModule, early: set[str]) -> None:
-    """Drop the draws of the forward that stand in the backward and are not read: PyTorch copies them along, and
-    no elimination of dead code dares to take them away.
-    """
+    """Drop the draws of the forward that stand in the backward and are not read: PyTorch copies
+    them along, and no elimination of dead code dares to take them away."""
     for n in reversed(backward.graph.nodes):
         if is_random(n) and n.name in early and not n.users:
             backward.graph.erase_node(n)
     backward.recompile()
 
 
-def check(roles: Joint, forward: fx.GraphModule, backward: fx.GraphModule, extra: int, name: str) -> None:
-    """Whether the halves fit each other and the joint graph, and each draw runs once, on its own side, in order."""
+def check(
+    roles: Joint, forward: fx.GraphModule, backward: fx.GraphModule, extra: int, name: str
+) -> None:
+    """Whether the halves fit each other and the joint graph, and each draw runs once, on its own
+    side, in order."""
 
     def wrong(what: str) -> PartitionError:
         return PartitionError(f"partition_fn={name}: {what}{at(user_line())}")
@@ -96,7 +103,11 @@ def check(roles: Joint, forward: fx.GraphModule, backward: fx.GraphModule, extra
                 "cotangents) -> gradients"
             )
     for what, gm, side in (("forward", forward, False), ("backward", backward, True)):
-        drawn = [n for n, late in zip(roles.nodes, roles.late, strict=True) if is_random(n) and late is side]
+        drawn = [
+            n
+            for n, late in zip(roles.nodes, roles.late, strict=True)
+            if is_random(n) and late is side
+        ]
         draws = [n for n in gm.graph.nodes if is_random(n)]
         if [kind(n) for n in draws] != [kind(n) for n in drawn]:
             raise wrong(
@@ -108,4 +119,8 @@ def check(roles: Joint, forward: fx.GraphModule, backward: fx.GraphModule, extra
 
 def kind(n: Node) -> tuple:
     vals = n.meta["val"]
-    return n.target, [tuple(v.shape) for v in (vals if isinstance(vals, tuple | list) else [vals]) if v is not None]
+    return n.target, [
+        tuple(v.shape)
+        for v in (vals if isinstance(vals, tuple | list) else [vals])
+        if v is not None
+    ]

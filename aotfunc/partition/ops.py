@@ -1,7 +1,8 @@
-"""What may be done with a node: is it a view, a draw, an effect; may it run twice; may its value be saved?
+"""What may be done with a node: is it a view, a draw, an effect; may it run twice; may its value
+be saved?
 
-Everything here is asked of schemas, tags and metadata. The only names are of ops whose schema does not tell.
-"""
+Everything here is asked of schemas, tags and metadata. The only names are of ops whose schema does
+not tell."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from torch.fx import Node
 
 #: libraries whose functional ops compute the same from the same inputs, unless tagged as random
 TRUSTED = frozenset({"aten", "prims", "prim", "aotfunc"})
-#: libraries whose functional-looking ops talk to other processes: never moved out of the forward, never doubled
+#: libraries whose functional-looking ops talk to other processes: never moved out of the forward,
+# never doubled
 COLLECTIVE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 #: ops that return a view without saying so in the schema
 SILENT_VIEWS = frozenset({"aten::_unsafe_view"})
@@ -45,12 +47,17 @@ def facts(op: OpOverload) -> Facts:
     """The facts of ``op``, read once."""
     schema, tags = op._schema, op.tags
     aliases = [r.alias_info for r in schema.returns if r.alias_info is not None]
-    random = torch.Tag.nondeterministic_seeded in tags or any("Generator" in str(a.type) for a in schema.arguments)
+    random = torch.Tag.nondeterministic_seeded in tags or any(
+        "Generator" in str(a.type) for a in schema.arguments
+    )
     silent = {"dropout_p": 0, "dropout": 0, "train": False, "training": False}
     return Facts(
-        view=schema.name in SILENT_VIEWS or (bool(aliases) and not any(a.is_write for a in aliases)),
+        view=schema.name in SILENT_VIEWS
+        or (bool(aliases) and not any(a.is_write for a in aliases)),
         random=random,
-        unless=tuple((i, a.name, silent[a.name]) for i, a in enumerate(schema.arguments) if a.name in silent),
+        unless=tuple(
+            (i, a.name, silent[a.name]) for i, a in enumerate(schema.arguments) if a.name in silent
+        ),
         effect=schema.is_mutable or not schema.returns or op.namespace in COLLECTIVE,
         writes=schema.is_mutable,
         unknown=op.namespace not in TRUSTED and torch.Tag.pointwise not in tags,
@@ -59,7 +66,8 @@ def facts(op: OpOverload) -> Facts:
 
 
 def is_view(n: Node) -> bool:
-    """Whether the value shares the storage of an input: views, the parts of a multi-output view."""
+    """Whether the value shares the storage of an input: views, the parts of a multi-output
+    view."""
     if n.target is operator.getitem:
         return n.args[0].__class__ is Node and is_view(n.args[0])  # type: ignore[arg-type]
     return n.target.__class__ is OpOverload and facts(n.target).view
@@ -73,7 +81,8 @@ def base(n: Node) -> Node:
 
 
 def is_random(n: Node) -> bool:
-    """Whether the node draws random numbers; attention with ``dropout_p=0``, dropout with ``train=False`` do not."""
+    """Whether the node draws random numbers; attention with ``dropout_p=0``, dropout with
+    ``train=False`` do not."""
     if n.target.__class__ is not OpOverload:
         return bool(n.meta.get("random") or getattr(n.target, "random", False))
     f = facts(n.target)
@@ -101,7 +110,8 @@ def writes(n: Node) -> bool:
 
 
 def is_pinned(n: Node) -> bool:
-    """Whether the node must run where ``f`` ran it, in order though it may not be read: draws and effects."""
+    """Whether the node must run where ``f`` ran it, in order though it may not be read: draws and
+    effects."""
     return n.op not in ("placeholder", "get_attr", "output") and (is_random(n) or has_effect(n))
 
 
@@ -111,7 +121,8 @@ def region(n: Node) -> Any:
 
 
 def once(n: Node) -> bool:
-    """Whether the node may run only once, because a second run could give another value or be seen."""
+    """Whether the node may run only once, because a second run could give another value or be
+    seen."""
     unknown = n.target.__class__ is OpOverload and facts(n.target).unknown and region(n) is None
     return unknown or is_pinned(n)
 

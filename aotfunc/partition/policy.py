@@ -1,13 +1,16 @@
 """The two partitions: what may be saved, what may be computed again, and at which price.
 
-Both are the same cut (``solve.py``) with other prices. Some values cost nothing or are ruled out, for everyone:
+Both are the same cut (``solve.py``) with other prices. Some values cost nothing or are ruled out,
+for everyone:
 
 - views and constants are never saved: a view is redone from the tensor that owns the storage;
-- of tuples the parts are saved; inputs and parameters are kept by the caller anyway, so saving them is free;
+- of tuples the parts are saved; inputs and parameters are kept by the caller anyway, so saving
+  them is free;
 - draws, effects and ops of which nothing is known never run twice;
-- the inside of a ``torch.utils.checkpoint`` region is not saved, except draws and what the forward reads outside;
-- *free* values, which only the backward needs, run once on either side, so only what must be kept for them counts.
-"""
+- the inside of a ``torch.utils.checkpoint`` region is not saved, except draws and what the forward
+  reads outside;
+- *free* values, which only the backward needs, run once on either side, so only what must be kept
+for them counts."""
 
 from __future__ import annotations
 
@@ -27,14 +30,19 @@ from .verify import verify
 
 
 def default_partition(
-    joint_module: fx.GraphModule, joint_inputs: Sequence[Any] = (), *, num_fwd_outputs: int, **functorch: Any
+    joint_module: fx.GraphModule,
+    joint_inputs: Sequence[Any] = (),
+    *,
+    num_fwd_outputs: int,
+    **functorch: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split without computing any kernel twice, saving as few bytes as that allows.
 
-    ``joint_module`` maps ``(*primals, *tangents)`` to ``(*outputs, *gradients)``. Returns ``fw(*primals) -> (*outputs,
-    *saved)`` and ``bw(*saved, *tangents) -> gradients``. Values that no output needs (``cos(x)`` for the derivative of
-    ``sin(x)``) are computed on the side where less has to be kept for them. ``joint_inputs`` and further keywords are
-    accepted because callers of functorch's partitioners pass them. Raises PartitionError if an output depends on a
+    ``joint_module`` maps ``(*primals, *tangents)`` to ``(*outputs, *gradients)``. Returns
+    ``fw(*primals) -> (*outputs, *saved)`` and ``bw(*saved, *tangents) -> gradients``. Values that
+    no output needs (``cos(x)`` for the derivative of ``sin(x)``) are computed on the side where
+    less has to be kept for them. ``joint_inputs`` and further keywords are accepted because
+    callers of functorch's partitioners pass them. Raises PartitionError if an output depends on a
     tangent.
 
     >>> fw, bw = default_partition(joint, num_fwd_outputs=1)  # doctest: +SKIP
@@ -54,10 +62,10 @@ def min_cut_rematerialization_partition(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split at the least "bytes saved + ``price`` x recomputation time", which is found exactly.
 
-    As :func:`default_partition` otherwise. ``cost`` says how long an op takes, in bytes of memory traffic (default:
-    :class:`Roofline`). Under it and at a price of 1 only what a backend fuses is worth computing again; products,
-    convolutions and reductions run once. A price of 0 saves the least that is possible.
-    """
+    As :func:`default_partition` otherwise. ``cost`` says how long an op takes, in bytes of memory
+    traffic (default: :class:`Roofline`). Under it and at a price of 1 only what a backend fuses is
+    worth computing again; products, convolutions and reductions run once. A price of 0 saves the
+    least that is possible."""
     return partition(joint_module, num_fwd_outputs, cost or Roofline(), price)
 
 
@@ -89,7 +97,8 @@ def choose(joint: Joint, cost: Cost, price: float) -> dict[Node, str]:
         n = nodes[i]
         fixed = INF if n.op == "placeholder" or once(n) or i in border else 0.0
         time = cost.time(n)
-        # the price of a second run; inside a checkpointed region that was asked for, and the price only breaks ties
+        # the price of a second run; inside a checkpointed region that was asked for, and the price
+        # only breaks ties
         second = time and (min(price, 1.0) * time if i in inside else price * time)
         again.append(fixed or second)
         redo.append(fixed or (second if joint.forward[i] else 0.0))
@@ -105,7 +114,9 @@ def choose(joint: Joint, cost: Cost, price: float) -> dict[Node, str]:
         in_backward = ancestors(inputs, [k for k in needed if not saved[k]], stop=saved)
         # a free value turned out to run on both sides: its second run has its price after all
         twice = [
-            k for k in range(len(save)) if in_forward[k] and in_backward[k] and not saved[k] and redo[k] < again[k]
+            k
+            for k in range(len(save))
+            if in_forward[k] and in_backward[k] and not saved[k] and redo[k] < again[k]
         ]
         if not twice:
             break
@@ -117,7 +128,8 @@ def choose(joint: Joint, cost: Cost, price: float) -> dict[Node, str]:
 
 
 def saving_cost(n: Node, inside: bool) -> float:
-    """What saving the value of ``n`` costs: bytes, next to nothing for sizes and inputs, infinite where ruled out."""
+    """What saving the value of ``n`` costs: bytes, next to nothing for sizes and inputs, infinite
+    where ruled out."""
     if is_symbol(n):
         return 1.0
     if n.op == "placeholder":  # free, but not worth holding for its sizes alone
@@ -150,10 +162,11 @@ def reason(n: Node, border: bool, never: bool) -> str:
 
 
 def regions(joint: Joint) -> tuple[set[int], set[int]]:
-    """The nodes inside of checkpointed regions, and those among them that the forward reads outside of their region.
+    """The nodes inside of checkpointed regions, and those among them that the forward reads
+    outside of their region.
 
-    A free value computed from the inside belongs to it: saved, it would take the memory that the region is to save.
-    """
+    A free value computed from the inside belongs to it: saved, it would take the memory that the
+    region is to save."""
     nodes, inputs = joint.nodes, joint.inputs
     lies_in: dict[int, Any] = {}
     for i, n in enumerate(nodes):
@@ -173,9 +186,14 @@ def regions(joint: Joint) -> tuple[set[int], set[int]]:
 
 
 def check_feasible(
-    nodes: list[Node], save: list[float], redo: list[float], inputs: list[list[int]], needed: list[int]
+    nodes: list[Node],
+    save: list[float],
+    redo: list[float],
+    inputs: list[list[int]],
+    needed: list[int],
 ) -> None:
-    """Raise PartitionError if the backward needs a value that may be neither saved nor computed again."""
+    """Raise PartitionError if the backward needs a value that may be neither saved nor computed
+    again."""
     at_hand: list[bool] = []
     for k in range(len(nodes)):
         at_hand.append(save[k] < INF or (redo[k] < INF and all([at_hand[p] for p in inputs[k]])))

@@ -1,4 +1,5 @@
-"""What a partition keeps between forward and backward: each value with its size, the user's line and the reason."""
+"""What a partition keeps between forward and backward: each value with its size, the user's line
+and the reason."""
 
 from __future__ import annotations
 
@@ -60,7 +61,10 @@ def table(rows: Iterable[Residual]) -> str:
     lines.insert(0, ("saved", "shape", "dtype", "bytes", "why", "line"))
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
     text = [
-        "  ".join([cell.ljust(w) for cell, w in zip(line, widths, strict=False)] + [line[5]]).rstrip() for line in lines
+        "  ".join(
+            [cell.ljust(w) for cell, w in zip(line, widths, strict=False)] + [line[5]]
+        ).rstrip()
+        for line in lines
     ]
     total = f"{len(made)} saved values, {size(sum(r.bytes for r in made))}"
     if kept:

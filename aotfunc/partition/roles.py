@@ -1,8 +1,9 @@
-"""Which part of a joint graph is what: inputs, cotangents, forward, backward, and what stands on the border.
+"""Which part of a joint graph is what: inputs, cotangents, forward, backward, and what stands on
+the border.
 
-Every node is **late** (it depends on a cotangent), **forward** (a forward output, a draw or an effect needs it) or
-**free** (neither: ``cos(x)`` for the derivative of ``sin(x)``, which may be computed on either side).
-"""
+Every node is **late** (it depends on a cotangent), **forward** (a forward output, a draw or an
+effect needs it) or **free** (neither: ``cos(x)`` for the derivative of ``sin(x)``, which may be
+computed on either side)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def is_tangent(n: Node) -> bool:
 
 @dataclass
 class Joint:
-    """A joint graph, read once. Nodes are numbered in graph order; the lists run parallel to ``nodes``."""
+    """A joint graph, read once. Nodes are numbered in graph order; the lists run parallel to
+    ``nodes``."""
 
     nodes: list[Node]
     index: dict[Node, int]
@@ -55,11 +57,12 @@ class Joint:
 
 
 def read_joint(graph: fx.Graph, num_early: int) -> Joint:
-    """Number and classify the nodes of ``graph``, whose first ``num_early`` outputs belong to the early part.
+    """Number and classify the nodes of ``graph``, whose first ``num_early`` outputs belong to the
+    early part.
 
-    The late part gets the cotangents. A node with ``meta["phase"] == "backward"`` is late as well, whatever it reads.
-    Raises PartitionError if an early output depends on something late or if a node writes its arguments.
-    """
+    The late part gets the cotangents. A node with ``meta["phase"] == "backward"`` is late as well,
+    whatever it reads. Raises PartitionError if an early output depends on something late or if a
+    node writes its arguments."""
     nodes = list(graph.nodes)
     output = nodes.pop()
     outputs = output.args[0]
@@ -71,11 +74,15 @@ def read_joint(graph: fx.Graph, num_early: int) -> Joint:
 
     for n in nodes:
         if writes(n):
-            raise PartitionError(f"{describe(n)} writes one of its arguments: a joint graph must be functional")
+            raise PartitionError(
+                f"{describe(n)} writes one of its arguments: a joint graph must be functional"
+            )
 
     late = [False] * len(nodes)
     for i, n in enumerate(nodes):
-        late[i] = n in chosen or n.meta.get("phase") == "backward" or any([late[p] for p in inputs[i]])
+        late[i] = (
+            n in chosen or n.meta.get("phase") == "backward" or any([late[p] for p in inputs[i]])
+        )
     pinned = [is_pinned(n) for n in nodes]
 
     early_outputs, late_outputs = outputs[:num_early], outputs[num_early:]
@@ -108,8 +115,11 @@ def read_joint(graph: fx.Graph, num_early: int) -> Joint:
     )
 
 
-def ancestors(inputs: list[list[int]], ends: Iterable[int], stop: Sequence[bool] | None = None) -> list[bool]:
-    """Which nodes are needed for ``ends``, themselves included; the walk goes neither to nor past those in ``stop``."""
+def ancestors(
+    inputs: list[list[int]], ends: Iterable[int], stop: Sequence[bool] | None = None
+) -> list[bool]:
+    """Which nodes are needed for ``ends``, themselves included; the walk goes neither to nor past
+    those in ``stop``."""
     seen = [False] * len(inputs)
     for i in ends:
         seen[i] = True

@@ -1,6 +1,8 @@
-"""What to save at the least cost: "bytes saved + price of what is computed again" as an s-t minimum cut.
+"""What to save at the least cost: "bytes saved + price of what is computed again" as an s-t
+minimum cut.
 
-A value v is two nodes. The cut separates the source (not in the backward) from the sink (in the backward):
+A value v is two nodes. The cut separates the source (not in the backward) from the sink (in the
+backward):
 
     source -> v_in      pays for computing v again in the backward
     v_in   -> v_out     pays for saving v
@@ -22,12 +24,17 @@ _MAX = int(np.iinfo(np.int32).max)
 
 
 def min_cut(
-    save: Sequence[float], redo: Sequence[float], inputs: Sequence[Sequence[int]], needed: Sequence[int]
+    save: Sequence[float],
+    redo: Sequence[float],
+    inputs: Sequence[Sequence[int]],
+    needed: Sequence[int],
 ) -> list[bool]:
-    """The values to save: a boolean per value, of the cut nearest to the inputs among the cheapest.
+    """The values to save: a boolean per value, of the cut nearest to the inputs among the
+    cheapest.
 
-    ``save[i]`` and ``redo[i]`` are the costs of keeping and of computing again (``inf``: not allowed), ``inputs[i]``
-    the values that i is computed from, ``needed`` what the backward reads. A finite cut must exist.
+    ``save[i]`` and ``redo[i]`` are the costs of keeping and of computing again (``inf``: not
+    allowed), ``inputs[i]`` the values that i is computed from, ``needed`` what the backward reads.
+    A finite cut must exist.
 
     >>> min_cut([8, 2, 8], [INF, 1, 0], [[], [0], [1]], needed=[2])  # keep the small one in the middle
     [False, True, False]
@@ -36,7 +43,8 @@ def min_cut(
     saves, redos = np.asarray(save, dtype=float), np.asarray(redo, dtype=float)
     finite = saves[np.isfinite(saves)].sum() + redos[np.isfinite(redos)].sum()
     kept, again = network.cut(saves, redos, finite)
-    # a cut is known now, and nothing dearer is ever cut: the integers may be as fine as its value allows
+    # a cut is known now, and nothing dearer is ever cut: the integers may be as fine as its value
+    # allows
     kept, again = network.cut(saves, redos, saves[kept].sum() + redos[again].sum())
     return kept.tolist()
 
@@ -50,12 +58,19 @@ class Network:
         wanted = np.asarray(needed, dtype=np.int64)
         readers = np.repeat(np.arange(count), [len(p) for p in inputs])
         read = np.fromiter((p for ps in inputs for p in ps), dtype=np.int64, count=len(readers))
-        self.rows = np.concatenate([np.full(count, self.source), self.v_in, 2 * read + 1, 2 * wanted + 1])
-        self.columns = np.concatenate([self.v_in, self.v_in + 1, 2 * readers, np.full(len(wanted), self.sink)])
+        self.rows = np.concatenate(
+            [np.full(count, self.source), self.v_in, 2 * read + 1, 2 * wanted + 1]
+        )
+        self.columns = np.concatenate(
+            [self.v_in, self.v_in + 1, 2 * readers, np.full(len(wanted), self.sink)]
+        )
         self.infinite = np.full(len(read) + len(wanted), _MAX, dtype=np.int32)
 
-    def cut(self, save: np.ndarray, redo: np.ndarray, bound: float) -> tuple[np.ndarray, np.ndarray]:
-        """Which values are saved, and which are on the sink's side altogether, in the cheapest cut.
+    def cut(
+        self, save: np.ndarray, redo: np.ndarray, bound: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which values are saved, and which are on the sink's side altogether, in the cheapest
+        cut.
 
         ``bound`` is not below its cost; costs become integers in units of about 5e-10 of it.
         """
@@ -65,13 +80,19 @@ class Network:
         scale = (_MAX - 2 - 2 * self.count) / (1.01 * bound) if bound > 0 else 1.0
 
         def integers(cost: np.ndarray) -> np.ndarray:
-            return np.minimum(np.rint(np.minimum(cost, 2 * bound) * scale), _MAX) if bound > 0 else cost
+            return (
+                np.minimum(np.rint(np.minimum(cost, 2 * bound) * scale), _MAX)
+                if bound > 0
+                else cost
+            )
 
         # saving costs at least one unit, so that nothing is saved in vain
         saves = np.where(np.isfinite(save), np.maximum(integers(save), 1), _MAX).astype(np.int32)
         redos = np.where(np.isfinite(redo), integers(redo), _MAX).astype(np.int32)
         shape = (self.sink + 1, self.sink + 1)
-        network = csr_array((np.concatenate([redos, saves, self.infinite]), (self.rows, self.columns)), shape=shape)
+        network = csr_array(
+            (np.concatenate([redos, saves, self.infinite]), (self.rows, self.columns)), shape=shape
+        )
 
         flow = maximum_flow(network, self.source, self.sink, method="dinic").flow
         residual = csr_array(network.astype(np.int64) - flow)

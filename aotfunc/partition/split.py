@@ -1,8 +1,9 @@
-"""A joint graph and what to save -> ``early(*inputs) -> (*outputs, *saved)`` and ``late(*saved, *late_inputs)``.
+"""A joint graph and what to save -> ``early(*inputs) -> (*outputs, *saved)`` and ``late(*saved,
+*late_inputs)``.
 
-Values are placed where they live shortest: what is computed again stands right before its first reader in the late
-graph; what the early graph computes only to be saved stands right after its last input.
-"""
+Values are placed where they live shortest: what is computed again stands right before its first
+reader in the late graph; what the early graph computes only to be saved stands right after its
+last input."""
 
 from __future__ import annotations
 
@@ -26,9 +27,8 @@ except ImportError:  # pragma: no cover
 def split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
     """The early and the late graph of ``joint`` when ``saved`` is handed over, in that order.
 
-    The late graph computes again whatever it reads and is not handed. Nodes keep their names and metadata. Raises
-    PartitionError if an input is needed and not among ``saved``.
-    """
+    The late graph computes again whatever it reads and is not handed. Nodes keep their names and
+    metadata. Raises PartitionError if an input is needed and not among ``saved``."""
     with paused_gc():
         return _split(joint, saved)
 
@@ -45,7 +45,9 @@ def _split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
     for i in range(len(nodes)):
         if kept[i] and not joint.forward[i] and nodes[i].op != "placeholder":
             when[i] = max([when[p] for p in inputs[i]], default=i)
-    order = sorted([i for i in range(len(nodes)) if joint.forward[i] or kept[i]], key=lambda i: (when[i], i))
+    order = sorted(
+        [i for i in range(len(nodes)) if joint.forward[i] or kept[i]], key=lambda i: (when[i], i)
+    )
     early = Copy()
     for n in joint.early_inputs:
         early.placeholder(n)
@@ -70,11 +72,15 @@ def _split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
         late.placeholder(n, role="residual")
     for n in joint.late_inputs:
         late.placeholder(n)
-    for i in sorted([i for i in range(end) if joint.live[i] or wanted[i]], key=lambda i: (first[i], i)):
+    for i in sorted(
+        [i for i in range(end) if joint.live[i] or wanted[i]], key=lambda i: (first[i], i)
+    ):
         if nodes[i].op != "placeholder":
             late.node(nodes[i])
         elif nodes[i] not in late.env:
-            raise PartitionError(f"the backward reads the input {nodes[i].name}, which is not saved")
+            raise PartitionError(
+                f"the backward reads the input {nodes[i].name}, which is not saved"
+            )
     late.output(joint.late_outputs)
     return early.graph, late.graph
 
@@ -92,7 +98,8 @@ class Copy:
         self.env: dict[Node, Node] = {}
 
     def node(self, n: Node) -> Node:
-        # arguments come afterwards: create_node searches those it is given for SymInts, half of its time
+        # arguments come afterwards: create_node searches those it is given for SymInts, half of
+        # its time
         new = self.graph.create_node(n.op, n.target, name=n.name, type_expr=n.type)
         if n.args:
             new.args = self.map(n.args)
@@ -105,7 +112,10 @@ class Copy:
     def placeholder(self, n: Node, role: str | None = None) -> None:
         """An input that stands for ``n``, whatever ``n`` was."""
         new = self.graph.create_node(
-            "placeholder", n.target if n.op == "placeholder" else n.name, name=n.name, type_expr=n.type
+            "placeholder",
+            n.target if n.op == "placeholder" else n.name,
+            name=n.name,
+            type_expr=n.type,
         )
         new.meta = n.meta.copy()
         if role is not None:
@@ -113,10 +123,14 @@ class Copy:
         self.env[n] = new
 
     def keep(self, n: Node) -> Node:
-        """The node to hand over for ``n``: a copy of it if the caller's tensor is overwritten after the early part."""
+        """The node to hand over for ``n``: a copy of it if the caller's tensor is overwritten
+        after the early part."""
         if n.meta.get("mutated") and n.op == "placeholder":
             new = self.graph.create_node(
-                "call_function", torch.ops.aten.clone.default, (self.env[n],), name=f"{n.name}_kept"
+                "call_function",
+                torch.ops.aten.clone.default,
+                (self.env[n],),
+                name=f"{n.name}_kept",
             )
             new.meta = {k: n.meta[k] for k in ("val", "line") if k in n.meta}
             self.env[new] = new

@@ -1,4 +1,5 @@
-"""Is a split right? Checked on the structure alone, after every partition, in one pass over the nodes."""
+"""Is a split right? Checked on the structure alone, after every partition, in one pass over the
+nodes."""
 
 from __future__ import annotations
 
@@ -13,20 +14,26 @@ from .ops import base, is_single, once
 from .roles import PartitionError, describe, read_joint
 
 
-def verify(fw: fx.GraphModule, bw: fx.GraphModule, joint: fx.GraphModule, *, num_fwd_outputs: int) -> None:
-    """Check that ``fw`` followed by ``bw`` computes what ``joint`` does; raise PartitionError if not.
+def verify(
+    fw: fx.GraphModule, bw: fx.GraphModule, joint: fx.GraphModule, *, num_fwd_outputs: int
+) -> None:
+    """Check that ``fw`` followed by ``bw`` computes what ``joint`` does; raise PartitionError if
+    not.
 
-    Inputs and outputs are in the right order, ``None`` included; every other node is the joint graph's node of the same
-    name, on the same arguments; what may run only once does; draws and effects all run, in order; no storage is saved
-    twice.
-    """
+    Inputs and outputs are in the right order, ``None`` included; every other node is the joint
+    graph's node of the same name, on the same arguments; what may run only once does; draws and
+    effects all run, in order; no storage is saved twice."""
     roles = read_joint(joint.graph, num_fwd_outputs)
     named = {n.name: n for n in roles.nodes}
     early, late = list(fw.graph.nodes), list(bw.graph.nodes)
     saved = late_args(early, len(roles.early_outputs))
 
     expect("forward inputs", inputs_of(early), [n.name for n in roles.early_inputs])
-    expect("forward outputs", outputs_of(early)[: len(roles.early_outputs)], names(roles.early_outputs))
+    expect(
+        "forward outputs",
+        outputs_of(early)[: len(roles.early_outputs)],
+        names(roles.early_outputs),
+    )
     expect("backward inputs", inputs_of(late), [*saved, *[n.name for n in roles.late_inputs]])
     expect("gradients", outputs_of(late), names(roles.late_outputs))
     for graph in (early, late):
@@ -36,14 +43,24 @@ def verify(fw: fx.GraphModule, bw: fx.GraphModule, joint: fx.GraphModule, *, num
             elif n.op not in ("placeholder", "output") and not is_clone_of_input(n):
                 raise PartitionError(f"{describe(n)} is not in the joint graph")
 
-    run_early, run_late = ([n.name for n in g if n.op not in ("placeholder", "output")] for g in (early, late))
+    run_early, run_late = (
+        [n.name for n in g if n.op not in ("placeholder", "output")] for g in (early, late)
+    )
     for name in set(run_early) & set(run_late):
         if once(named[name]):
-            raise PartitionError(f"{describe(named[name])} runs in the forward and again in the backward")
+            raise PartitionError(
+                f"{describe(named[name])} runs in the forward and again in the backward"
+            )
     for name in run_early:
         if name in named and roles.late[roles.index[named[name]]]:
-            raise PartitionError(f"{describe(named[name])} depends on a cotangent and stands in the forward")
-    pinned = {n.name: late for n, pin, late in zip(roles.nodes, roles.pinned, roles.late, strict=True) if pin}
+            raise PartitionError(
+                f"{describe(named[name])} depends on a cotangent and stands in the forward"
+            )
+    pinned = {
+        n.name: late
+        for n, pin, late in zip(roles.nodes, roles.pinned, roles.late, strict=True)
+        if pin
+    }
     for what, run, side in (("forward", run_early, False), ("backward", run_late, True)):
         due = [name for name, late in pinned.items() if late is side]
         expect(f"draws and effects of the {what}", [name for name in run if name in pinned], due)
@@ -57,9 +74,13 @@ def check_saved(saved: list[Node], handed: Sequence[Node]) -> None:
         if not is_single(n):
             raise PartitionError(f"{describe(n)} is saved, but is no tensor or number")
         if owners.setdefault(base(n), n) is not n:
-            raise PartitionError(f"{describe(n)} and {describe(owners[base(n)])} are saved and share a storage")
+            raise PartitionError(
+                f"{describe(n)} and {describe(owners[base(n)])} are saved and share a storage"
+            )
         if n.op == "placeholder" and n.meta.get("mutated") and given.op == "placeholder":
-            raise PartitionError(f"the input {n.name} is saved as it is, but is overwritten after the forward")
+            raise PartitionError(
+                f"the input {n.name} is saved as it is, but is overwritten after the forward"
+            )
 
 
 def check_copy(n: Node, original: Node) -> None:
@@ -74,7 +95,9 @@ def same(a: Any, b: Any) -> bool:
     """Equal arguments of nodes of two graphs, nodes by name."""
     if a is b:
         return True
-    if a.__class__ is not b.__class__ and not (isinstance(a, tuple | list) and isinstance(b, tuple | list)):
+    if a.__class__ is not b.__class__ and not (
+        isinstance(a, tuple | list) and isinstance(b, tuple | list)
+    ):
         return False
     if a.__class__ is Node:
         return a.name == b.name

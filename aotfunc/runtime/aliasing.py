@@ -1,8 +1,8 @@
 """Which results of a function are views, and of what; they are made outside the compiled graph.
 
-A view that leaves a compiled graph would be a mere piece of memory. Made by the view's own ops from the input, or from
-the result it is a view of, it is one for autograd too: later writes are seen through all of its aliases, as in eager.
-"""
+A view that leaves a compiled graph would be a mere piece of memory. Made by the view's own ops
+from the input, or from the result it is a view of, it is one for autograd too: later writes are
+seen through all of its aliases, as in eager."""
 
 from __future__ import annotations
 
@@ -30,35 +30,51 @@ from ..transforms.fresh import fresh, viewed
 aten = torch.ops.aten
 
 
-def without_views(rec: Captured, quiet: bool = False) -> tuple[Program, Callable[..., tuple] | None]:
-    """``(program, views)``: the program of what the recording was computed for, one result for each piece of memory
-    that a returned tensor shows, and ``views(*inputs, *its results)``, run after written inputs have been updated, for
-    the tensors that were returned (None where these are the program's results).
+def without_views(
+    rec: Captured, quiet: bool = False
+) -> tuple[Program, Callable[..., tuple] | None]:
+    """``(program, views)``: the program of what the recording was computed for, one result for
+    each piece of memory that a returned tensor shows, and ``views(*inputs, *its results)``, run
+    after written inputs have been updated, for the tensors that were returned (None where these
+    are the program's results).
 
-    Results share memory with an input and with one another where the recording says so, and nowhere else. ``quiet``:
-    captured with gradients off, so that no view needs to be detached.
-    """
+    Results share memory with an input and with one another where the recording says so, and
+    nowhere else. ``quiet``: captured with gradients off, so that no view needs to be detached."""
     steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
     if any(s.apart and rec.seen[s.ref] is not s for s in steps):
-        raise CaptureError("a detached tensor was written with what requires grad, and its shape changed in place")
+        raise CaptureError(
+            "a detached tensor was written with what requires grad, and its shape changed in place"
+        )
     owned = memory_of(rec)
     base = rec.program(memory=owned)
-    return base.once(("views", tuple(rec.trace.finals), quiet), lambda: separated(rec, fresh(base, ()), owned, quiet))
+    return base.once(
+        ("views", tuple(rec.trace.finals), quiet),
+        lambda: separated(rec, fresh(base, ()), owned, quiet),
+    )
 
 
 def memory_of(rec: Captured) -> tuple[tuple[int, bool], ...]:
-    """What the program computes for the tensors that are returned, as :meth:`Recording.program` takes it."""
+    """What the program computes for the tensors that are returned, as :meth:`Recording.program`
+    takes it."""
     steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
     count = len(rec.trace.inputs)
-    return tuple(dict.fromkeys((s.ref, not s.apart) for s in steps if s.apart or (s.of is None and s.ref >= count)))
+    return tuple(
+        dict.fromkeys(
+            (s.ref, not s.apart) for s in steps if s.apart or (s.of is None and s.ref >= count)
+        )
+    )
 
 
-def separated(rec: Captured, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool) -> tuple[Program, Any]:
+def separated(
+    rec: Captured, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool
+) -> tuple[Program, Any]:
     """The program, which computes the memory of the values ``owned``, and the views."""
     count, returned = len(rec.trace.inputs), [rec.seen.get(r) or Shown(r) for r in rec.refs]
     if rec.refs == tuple(r for r, _ in owned) and not any(s.of for s in returned):
         return program, None
-    itself = {ref: i for i, ref in enumerate(rec.trace.finals)}  # an argument stays the tensor that it was
+    itself = {
+        ref: i for i, ref in enumerate(rec.trace.finals)
+    }  # an argument stays the tensor that it was
     with paused_gc():
         b = Builder(None, merge=False)
         inputs = b.inputs(program.placeholders)
@@ -67,29 +83,40 @@ def separated(rec: Captured, program: Program, owned: Sequence[tuple[int, bool]]
             made[r] = b.placeholder(o.name, o.meta["val"])
 
         def memory(ref: int) -> Node:
-            return made[ref, True] if ref >= count else inputs[ref if ref >= 0 else count - ref - 1]
+            return (
+                made[ref, True] if ref >= count else inputs[ref if ref >= 0 else count - ref - 1]
+            )
 
         def node(s: Shown) -> Node:
             x = memory(s.root)
             for step in s.path[1:]:
                 if step not in made and step.passed:
-                    made[step] = b.make("call_function", passed, (x, made[step.ref, False]), {}, step.call[3])
+                    made[step] = b.make(
+                        "call_function", passed, (x, made[step.ref, False]), {}, step.call[3]
+                    )
                 elif step not in made:
                     made[step] = through(b, x, step, quiet, made)  # type: ignore[index]
                     if step.apart:  # the same memory, the values that it has, and their derivative
                         x, new = made[step], made[step.ref, False]
-                        made[step] = b.make("call_function", aten.copy_.default, (x, new), {}, x.meta["val"])
+                        made[step] = b.make(
+                            "call_function", aten.copy_.default, (x, new), {}, x.meta["val"]
+                        )
                 x = made[step]  # type: ignore[index]
             return x
 
-        results = [inputs[itself[r]] if itself.get(r) == s.root else node(s) for r, s in zip(rec.refs, returned)]
+        results = [
+            inputs[itself[r]] if itself.get(r) == s.root else node(s)
+            for r, s in zip(rec.refs, returned)
+        ]
         return program, compile_graph(b.finish(results))
 
 
 def view_of(rec: Captured, ref: int) -> Program:
     """What leads from the memory that a value was made with to the value, as a program."""
     start, *path = rec.seen[ref].path
-    sig = rec.trace.signatures()[start.ref if start.ref >= 0 else len(rec.trace.inputs) - start.ref - 1]
+    sig = rec.trace.signatures()[
+        start.ref if start.ref >= 0 else len(rec.trace.inputs) - start.ref - 1
+    ]
     with paused_gc():
         b = Builder(None, merge=False)
         x, made = b.placeholder("memory", sig), dict[Any, Node]()
@@ -105,7 +132,11 @@ def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
         op = functional_twin(op, None)
     sig: Sig = val if step.index is None else val[step.index]
     if op in (aten.as_strided.default, aten.resize.default):
-        op, args, kwargs = aten.as_strided.default, (x, list(sig.shape), list(sig.stride), sig.offset), {}
+        op, args, kwargs = (
+            aten.as_strided.default,
+            (x, list(sig.shape), list(sig.stride), sig.offset),
+            {},
+        )
     call = (x, id(step.call))  # results of one call are made together
     if call not in made:
         unseen = step.cut and not quiet and not Facts(step.call[0]).reshapes
@@ -115,13 +146,15 @@ def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
 
 
 def cut(op: Callable, *args: Any, **kwargs: Any) -> Any:
-    """A view made under no_grad: it has no derivative, and requires grad if what it is a view of does."""
+    """A view made under no_grad: it has no derivative, and requires grad if what it is a view of
+    does."""
     with torch.no_grad():
         return op(*args, **kwargs)
 
 
 class Passed(torch.autograd.Function):
-    """What a Function was given and returns: the memory of one tensor, with the derivative of another."""
+    """What a Function was given and returns: the memory of one tensor, with the derivative of
+    another."""
 
     @staticmethod
     def forward(ctx: Any, memory: Tensor, new: Tensor) -> Tensor:  # type: ignore[override]
@@ -137,16 +170,17 @@ def passed(memory: Tensor, new: Tensor) -> Tensor:
 
 
 class Changes:
-    """What ``f`` changed of its arguments besides their values: whether they require grad, before anything reads them,
-    and retain it; their shape and history in place (``x.t_()``, ``x.detach_()``), of which nothing but the argument
-    itself depends.
-    """
+    """What ``f`` changed of its arguments besides their values: whether they require grad, before
+    anything reads them, and retain it; their shape and history in place (``x.t_()``,
+    ``x.detach_()``), of which nothing but the argument itself depends."""
 
     def __init__(self, rec: Captured) -> None:
         trace = rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
-        self.ops: list[tuple[int, list[tuple]]] = []  # (position, [(op, other arguments, keywords, under no_grad)])
+        self.ops: list[
+            tuple[int, list[tuple]]
+        ] = []  # (position, [(op, other arguments, keywords, under no_grad)])
         if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
             return
         for i, ref in enumerate(trace.finals):
@@ -159,17 +193,26 @@ class Changes:
                     )
                 self.ops.append((i, [in_place(step) for step in last.path[1:]]))
                 if trace.autograd.leaves.get(i) and torch.is_grad_enabled():
-                    for op in [op for op, *_, unseen in self.ops[-1][1] if unseen and op is not aten.detach_.default]:
-                        raise CaptureError(f"{rec.names()[i]}: {op} under no_grad{SHAPE_OF_GRADIENT}")
+                    for op in [
+                        op
+                        for op, *_, unseen in self.ops[-1][1]
+                        if unseen and op is not aten.detach_.default
+                    ]:
+                        raise CaptureError(
+                            f"{rec.names()[i]}: {op} under no_grad{SHAPE_OF_GRADIENT}"
+                        )
 
     def __bool__(self) -> bool:
         return bool(self.flags or self.retained or self.ops)
 
     def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What the program runs on: its backward must not see the shapes that arguments have later."""
+        """What the program runs on: its backward must not see the shapes that arguments have
+        later."""
         for i, value, line in self.flags:
             if line is not None:
-                raise CaptureError(f"requires_grad_() of an argument that was used before{at(line)}; call it first")
+                raise CaptureError(
+                    f"requires_grad_() of an argument that was used before{at(line)}; call it first"
+                )
             tensors[i].requires_grad_(value)
         for i in self.retained:
             tensors[i].retain_grad()
@@ -199,9 +242,8 @@ def in_place(step: Shown) -> tuple:
 
 
 def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
-    """The results of a program, with copies where the new value of a written input is, or is a view of, another written
-    input: that one may be written first.
-    """
+    """The results of a program, with copies where the new value of a written input is, or is a
+    view of, another written input: that one may be written first."""
     count, mutated = program.n_outputs, program.mutated
     if len(mutated) < 2:
         return outs
@@ -216,7 +258,10 @@ def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequ
     same = {id(tensors[i]) for i in mutated}
     if not views and not any(id(x) in same for x in outs[count:]):
         return outs
-    return [x.clone() if k in views or (k >= count and id(x) in same) else x for k, x in enumerate(outs)]
+    return [
+        x.clone() if k in views or (k >= count and id(x) in same) else x
+        for k, x in enumerate(outs)
+    ]
 
 
 def root(n: Any) -> Any:

@@ -16,8 +16,8 @@ from ..transforms.lower import lowered
 
 
 def checked(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
-    """The ``grads`` that the program has computed. Where anomalies are to be detected, a NaN in one of them raises
-    RuntimeError, as in autograd's engine: now, or when what is recorded is run.
+    """The ``grads`` that the program has computed. Where anomalies are to be detected, a NaN in
+    one of them raises RuntimeError, as in autograd's engine: now, or when what is recorded is run.
     """
     if not torch.is_anomaly_enabled() or not torch.is_anomaly_check_nan_enabled():
         return grads
@@ -39,7 +39,11 @@ def checked(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) ->
 
     graph = lowered(program).graph
     Watched(fx.GraphModule({}, graph), garbage_collect_values=False).run(*inputs)
-    where = f"; {first[0].target} is the first to return one{at(first[0].meta.get('line'))}" if first else ""
+    where = (
+        f"; {first[0].target} is the first to return one{at(first[0].meta.get('line'))}"
+        if first
+        else ""
+    )
     raise RuntimeError(f"a gradient has nan values{where}")
 
 

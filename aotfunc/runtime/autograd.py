@@ -1,10 +1,11 @@
-"""A compiled call on real tensors: one autograd node, whose backward is compiled too and is differentiable in turn.
+"""A compiled call on real tensors: one autograd node, whose backward is compiled too and is
+differentiable in turn.
 
-Results that have no input in common are nodes of their own, and so are those that differ in inputs with hooks or a
-graph: a backward of one must not visit what the others were computed from. A node keeps the residuals of the partition
-for a plain backward. Where the backward is itself to be differentiated (``create_graph=True``) the gradient program of
-the inputs runs instead, as a compiled call like any other; random numbers that it draws again are those of the forward.
-"""
+Results that have no input in common are nodes of their own, and so are those that differ in inputs
+with hooks or a graph: a backward of one must not visit what the others were computed from. A node
+keeps the residuals of the partition for a plain backward. Where the backward is itself to be
+differentiated (``create_graph=True``) the gradient program of the inputs runs instead, as a
+compiled call like any other; random numbers that it draws again are those of the forward."""
 
 from __future__ import annotations
 
@@ -39,11 +40,16 @@ _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
 
 def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
-    """The results of a compiled call on real tensors, written inputs updated, differentiable if an input is."""
+    """The results of a compiled call on real tensors, written inputs updated, differentiable if an
+    input is."""
     program = call.program
     if op_by_op():
         return execute(program.once("op by op", lambda: lowered(program, CALLS)), tensors)
-    wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad]) if torch.is_grad_enabled() else ()
+    wrt = (
+        tuple([i for i, t in enumerate(tensors) if t.requires_grad])
+        if torch.is_grad_enabled()
+        else ()
+    )
     if not wrt:
         outs = owned(call(*tensors), program.n_outputs, tensors)
     else:
@@ -59,9 +65,8 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
 
 
 def op_by_op() -> bool:
-    """Whether PyTorch's own transforms are at work (torch.func's, forward AD): values are then batched or dual, and
-    compiled code sees none of that.
-    """
+    """Whether PyTorch's own transforms are at work (torch.func's, forward AD): values are then
+    batched or dual, and compiled code sees none of that."""
     return _inside_functorch() is not None or forward_ad._current_level >= 0
 
 
@@ -71,15 +76,17 @@ def compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
 
 
 def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """With copies where one of the first ``count`` is the same tensor as another or an input, or shares memory: a graph
-    without its marks of intent may compute two results in one node, and a compiler may hand out the memory of an input,
-    of another result or of a constant that it keeps.
+    """With copies where one of the first ``count`` is the same tensor as another or an input, or
+    shares memory: a graph without its marks of intent may compute two results in one node, and a
+    compiler may hand out the memory of an input, of another result or of a constant that it keeps.
     """
     found, seen = outs, {*map(id, tensors)}
     for i, o in enumerate(outs[:count]):
         if isinstance(o, Tensor):
             known = id(o)
-            if known in seen or (users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i]))):
+            if known in seen or (
+                users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i]))
+            ):
                 found = list(found) if found is outs else found
                 found[i] = copied(o)  # type: ignore[index]
             seen.add(known)
@@ -88,16 +95,18 @@ def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
 
 def users(t: Tensor) -> int:
     """How many tensors use the memory of this one."""
-    return storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1  # but for the one that asks
+    return (
+        storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1
+    )  # but for the one that asks
 
 
 storage_users = torch._C._storage_Use_Count
 
 
 def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
-    """Whether all that shares the memory of ``t`` are residuals, as views of which autograd sees when ``t`` is written,
-    and the tensor that they, or ``t``, are views of; none of the ``others``.
-    """
+    """Whether all that shares the memory of ``t`` are residuals, as views of which autograd sees
+    when ``t`` is written, and the tensor that they, or ``t``, are views of; none of the
+    ``others``."""
     base, memory = t if t._base is None else t._base, t.untyped_storage()._cdata
     views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
     if users(t) != len(views | {id(t), id(base)}):
@@ -106,16 +115,16 @@ def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
 
 
 def unviewed(outs: Sequence) -> Sequence:
-    """The results, none of them a view for autograd: it would refuse to have one written to that was made where no
-    gradients are recorded.
-    """
+    """The results, none of them a view for autograd: it would refuse to have one written to that
+    was made where no gradients are recorded."""
     if any(isinstance(o, Tensor) and o._is_view() for o in outs):
         return [o.detach() if isinstance(o, Tensor) and o._is_view() else o for o in outs]
     return outs
 
 
 class Halves:
-    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient program if asked for."""
+    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient
+    program if asked for."""
 
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
         self.call, self.wrt = call, wrt
@@ -129,7 +138,9 @@ class Halves:
         self.unreached: tuple[int, ...] = ()
         self.masks = masks(self.program, wrt, self.live)
         #: inputs of some results and not of others
-        self.differing = [i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1]
+        self.differing = [
+            i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1
+        ]
         self.materializes = materializes(self.program)
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
@@ -137,23 +148,31 @@ class Halves:
         joint = vjp(self.program, wrt, self.live, recompute=False)
         grads = joint.outputs[self.count : self.count + len(wrt)]
         self.unreached = tuple(i for i, g in zip(wrt, grads, strict=True) if g is None)
-        self.needed = tuple(ancestors(joint, joint.outputs[self.count :], len(program.placeholders)))
+        self.needed = tuple(
+            ancestors(joint, joint.outputs[self.count :], len(program.placeholders))
+        )
         self.forward, self.backward = call.split(joint, self.count, last=True)
 
     def parts(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
         """The live results and their inputs, ``(results, inputs)`` of each node."""
-        apart = tuple([i for i in self.differing if not tensors[i].is_leaf or tensors[i]._backward_hooks])
-        return self.program.once(("parts", self.wrt, apart), lambda: parts(self.masks, self.wrt, apart))
+        apart = tuple(
+            [i for i in self.differing if not tensors[i].is_leaf or tensors[i]._backward_hooks]
+        )
+        return self.program.once(
+            ("parts", self.wrt, apart), lambda: parts(self.masks, self.wrt, apart)
+        )
 
     def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inputs, with copies of those that the backward reads and that the call writes to."""
         return before_writes(self.call.program, tensors, self.needed)
 
     def reached(self, tensors: Sequence[Tensor], inputs: Sequence[int]) -> list[Tensor]:
-        """These inputs, with no way back to those that have no gradient: their hooks would run, and their graph be
-        freed. The results require grad because of them too.
-        """
-        return [tensors[i].detach().requires_grad_() if i in self.unreached else tensors[i] for i in inputs]
+        """These inputs, with no way back to those that have no gradient: their hooks would run,
+        and their graph be freed. The results require grad because of them too."""
+        return [
+            tensors[i].detach().requires_grad_() if i in self.unreached else tensors[i]
+            for i in inputs
+        ]
 
     def backward_for(self, have: tuple[bool, ...]) -> Any:
         """The backward half where only some results have a cotangent."""
@@ -163,7 +182,9 @@ class Halves:
         if found is None:
             half, absent = self.backward, [i for i, yes in enumerate(have) if not yes]
             smaller = without_cotangents(half.program, len(have), absent)
-            found = self._backwards[have] = CompiledCall(smaller, half.compile, half.split, half.__name__)
+            found = self._backwards[have] = CompiledCall(
+                smaller, half.compile, half.split, half.__name__
+            )
         return found
 
     def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
@@ -179,7 +200,8 @@ class Halves:
 
 
 def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
-    """The results of a call and the new values of written inputs, if some of them have a derivative."""
+    """The results of a call and the new values of written inputs, if some of them have a
+    derivative."""
     given, before = halves.unwritten(tensors), states(halves.call.program)
     with torch.no_grad():
         outs = owned(halves.forward(*given), halves.count, given)
@@ -191,10 +213,15 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
     for part in nodes:
         mine, inputs = part
         found = [results[i] for i in mine]
-        new = Differentiated.apply(halves, part, found, residuals, needed, before, *halves.reached(given, inputs))
+        new = Differentiated.apply(
+            halves, part, found, residuals, needed, before, *halves.reached(given, inputs)
+        )
         for i, o in zip(mine, new, strict=True):
-            # autograd calls the hooks of all results of a node, those that no gradient reaches with None
-            results[i] = aten.lift.default(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
+            # autograd calls the hooks of all results of a node, those that no gradient reaches
+            # with None
+            results[i] = (
+                aten.lift.default(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
+            )
     return results
 
 
@@ -216,7 +243,8 @@ class Differentiated(torch.autograd.Function):
         ctx.halves, ctx.part, ctx.states = halves, part, before
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
-        # not saved tensors: a plain backward must not mind if one that it does not read has changed
+        # not saved tensors: a plain backward must not mind if one that it does not read has
+        # changed
         ctx.inputs = needed  # their gradients may depend on it, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
         ctx.keeps = bool(needed) or any(isinstance(r, Tensor) for r in residuals)
@@ -226,7 +254,8 @@ class Differentiated(torch.autograd.Function):
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
-        # asked for, they raise an error the second time, unless the graph was retained, even if there are none
+        # asked for, they raise an error the second time, unless the graph was retained, even if
+        # there are none
         halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
         outs, inputs = ctx.part
         there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
@@ -257,7 +286,8 @@ def unchanged(ctx: Any) -> list[Tensor]:
     return ctx.inputs
 
 
-# ----- what a program's results have in common ------------------------------------------------------------------------
+# ----- what a program's results have in common
+# ------------------------------------------------------------------------
 
 
 def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[int, int]:
@@ -267,14 +297,17 @@ def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[in
     for n in active_nodes(program.graph.nodes, list(found), zeros=True):
         for i in sources(n) if n.op == "call_function" else ():
             found[n] = found.get(n, 0) | found.get(i, 0)
-    return {k: found[o] for k, (o, yes) in enumerate(zip(program.outputs, live, strict=True)) if yes}
+    return {
+        k: found[o] for k, (o, yes) in enumerate(zip(program.outputs, live, strict=True)) if yes
+    }
 
 
-def parts(masks: dict[int, int], wrt: Sequence[int], apart: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The results and their inputs in groups that no derivative connects. Of the inputs ``apart``, which have hooks or
-    a graph of their own, all results of a group depend, or none: autograd would go there for any. Where there would be
-    more than MANY groups there are fewer.
-    """
+def parts(
+    masks: dict[int, int], wrt: Sequence[int], apart: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """The results and their inputs in groups that no derivative connects. Of the inputs ``apart``,
+    which have hooks or a graph of their own, all results of a group depend, or none: autograd
+    would go there for any. Where there would be more than MANY groups there are fewer."""
     strict = sum(1 << i for i in apart)
     groups: dict[int, list[int]] = {}
     for k, mask in masks.items():
@@ -288,7 +321,8 @@ def parts(masks: dict[int, int], wrt: Sequence[int], apart: Sequence[int]) -> li
 
 
 def materializes(program: Program) -> bool:
-    """Whether a Function in it has several outputs, and a backward that gets zeros where one has no cotangent."""
+    """Whether a Function in it has several outputs, and a backward that gets zeros where one has
+    no cotangent."""
 
     def one(n: Node) -> bool:
         if isinstance(n.target, CustomDerivative):
@@ -298,11 +332,13 @@ def materializes(program: Program) -> bool:
     return program.once("materializes", lambda: any(map(one, program.graph.nodes)))
 
 
-# ----- smaller programs -----------------------------------------------------------------------------------------------
+# ----- smaller programs
+# -----------------------------------------------------------------------------------------------
 
 
 def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:
-    """The positions, among the first ``count`` inputs, of those that ``outs`` and what stays anyway depend on."""
+    """The positions, among the first ``count`` inputs, of those that ``outs`` and what stays
+    anyway depend on."""
     seen = {o for o in outs if isinstance(o, Node)}
     for n in reversed(program.graph.nodes):
         if n in seen or (n.op == "call_function" and kept_alive(n)):
@@ -321,11 +357,11 @@ def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
 
 
 def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:
-    """A backward half without those of its ``count`` cotangents, the last inputs, that do not arrive.
+    """A backward half without those of its ``count`` cotangents, the last inputs, that do not
+    arrive.
 
-    What depends on absent cotangents alone is dropped (feeding zeros would give 0 * inf = nan); a gradient without
-    terms is None.
-    """
+    What depends on absent cotangents alone is dropped (feeding zeros would give 0 * inf = nan); a
+    gradient without terms is None."""
     placeholders = program.placeholders
     cotangents = placeholders[len(placeholders) - count :]
     missing = {cotangents[i] for i in absent}
@@ -348,7 +384,9 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
                 for i in sources:
                     if i not in env:
                         env[i] = zeros(b, i)
-                env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+                env[n] = b.node(
+                    n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
+                )
         outs = [None if o in missing else remap(o, env) for o in program.outputs]
         return Program(b.finish(outs), len(placeholders) - len(absent), len(outs), (), "backward")
 
@@ -356,4 +394,6 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
 def zeros(b: Any, n: Node) -> Any:
     val = n.meta["val"]
     kwargs = {"dtype": val.dtype, "device": val.device}
-    return laid_out(b, b.make("call_function", aten.zeros.default, (list(val.shape),), kwargs, dense(val)), val)
+    return laid_out(
+        b, b.make("call_function", aten.zeros.default, (list(val.shape),), kwargs, dense(val)), val
+    )

@@ -1,6 +1,6 @@
-"""A compiled call on tensors that torch's own vmap has batched, as ``autograd.grad(is_grads_batched=True)`` and
-``jacobian(vectorize=True)`` do to run a backward: by our vmap of its program, so that it stays compiled.
-"""
+"""A compiled call on tensors that torch's own vmap has batched, as
+``autograd.grad(is_grads_batched=True)`` and ``jacobian(vectorize=True)`` do to run a backward: by
+our vmap of its program, so that it stays compiled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from ..trace.shapes.sig import Sig, sig_of
 from ..transforms.vmap import vmap
 
 _functorch = torch._C._functorch
-_OLD = torch._C._parse_dispatch_key("Batched")  # torch has two kinds of vmap: autograd's own is the older
+_OLD = torch._C._parse_dispatch_key(
+    "Batched"
+)  # torch has two kinds of vmap: autograd's own is the older
 
 
 def batched(tensors: Sequence[Tensor]) -> bool:
@@ -37,10 +39,11 @@ def apply(run: Callable[..., Sequence], call: Any, tensors: Sequence[Tensor]) ->
     return run(call, tensors)
 
 
-def on_batches(run: Callable[..., Sequence], call: CompiledCall | Program, tensors: Sequence[Tensor]) -> list:
-    """``run(call, tensors)`` of a call or a program, the batch dimensions that the tensors have at each level of vmap
-    made dimensions of the program's; random numbers are shared by a batch.
-    """
+def on_batches(
+    run: Callable[..., Sequence], call: CompiledCall | Program, tensors: Sequence[Tensor]
+) -> list:
+    """``run(call, tensors)`` of a call or a program, the batch dimensions that the tensors have at
+    each level of vmap made dimensions of the program's; random numbers are shared by a batch."""
     wraps: list[tuple[Callable, int, list[bool]]] = []
 
     def peel(bare: list[Tensor], dims: tuple, wrap: Callable, level: int) -> None:
@@ -55,17 +58,28 @@ def on_batches(run: Callable[..., Sequence], call: CompiledCall | Program, tenso
         dims = tuple(None if b is None else 0 for b in found)
         if any(b is not None for b in found):
             peel(
-                [t if b is None else b for t, b in zip(tensors, found, strict=True)], dims, torch._add_batch_dim, level
+                [t if b is None else b for t, b in zip(tensors, found, strict=True)],
+                dims,
+                torch._add_batch_dim,
+                level,
             )
     while (level := max(map(_functorch.maybe_get_level, tensors))) > 0:
         mine = [_functorch.maybe_get_level(t) == level for t in tensors]
-        dims = tuple(_functorch.maybe_get_bdim(t) if yes else None for t, yes in zip(tensors, mine, strict=True))
-        bare = [_functorch.get_unwrapped(t) if yes else t for t, yes in zip(tensors, mine, strict=True)]
+        dims = tuple(
+            _functorch.maybe_get_bdim(t) if yes else None
+            for t, yes in zip(tensors, mine, strict=True)
+        )
+        bare = [
+            _functorch.get_unwrapped(t) if yes else t for t, yes in zip(tensors, mine, strict=True)
+        ]
         peel(bare, dims, _functorch._add_batch_dim, level)
     with without_functorch(), without_older_levels():
         outs = list(run(call, tensors))
     for wrap, level, depend in reversed(wraps):
-        outs = [wrap(o, 0, level) if yes and isinstance(o, Tensor) else o for o, yes in zip(outs, depend, strict=True)]
+        outs = [
+            wrap(o, 0, level) if yes and isinstance(o, Tensor) else o
+            for o, yes in zip(outs, depend, strict=True)
+        ]
     return outs
 
 
@@ -73,7 +87,9 @@ def flat(call: CompiledCall | Program) -> Program:
     return (call.program if isinstance(call, CompiledCall) else call).flat()
 
 
-def over_batch(call: Any, dims: tuple, sigs: tuple[Sig, ...], size: int, depend: list[bool]) -> Any:
+def over_batch(
+    call: Any, dims: tuple, sigs: tuple[Sig, ...], size: int, depend: list[bool]
+) -> Any:
     def make() -> Program:
         return vmap(flat(call), dims, sigs, size, "same", [0 if yes else None for yes in depend])
 
@@ -92,7 +108,8 @@ def dependent(program: Program, dims: Sequence[int | None]) -> list[bool]:
 
 
 def older_batch(t: Tensor, level: int) -> Tensor | None:
-    """The batch that ``t`` is of at this level of the older vmap; others would be expanded to any size."""
+    """The batch that ``t`` is of at this level of the older vmap; others would be expanded to any
+    size."""
     first, second = (torch._remove_batch_dim(t, level, size, 0) for size in (1, 2))
     return first if first.shape == second.shape else None
 

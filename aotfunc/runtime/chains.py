@@ -1,11 +1,10 @@
-"""A compiled call under autograd whose results were computed from one another, or from the new value of a written
-argument: a chain of calls, cut at these.
+"""A compiled call under autograd whose results were computed from one another, or from the new
+value of a written argument: a chain of calls, cut at these.
 
-What is computed from a result has to read the very tensor that is returned, or was written to: ``autograd.grad(loss,
-features)``, hooks and ``retain_grad`` act on it then. The graph is cut by position, so that random numbers are drawn in
-order, and it is the graph as recorded: a rewritten one computes results from one another that only have an op in
-common.
-"""
+What is computed from a result has to read the very tensor that is returned, or was written to:
+``autograd.grad(loss, features)``, hooks and ``retain_grad`` act on it then. The graph is cut by
+position, so that random numbers are drawn in order, and it is the graph as recorded: a rewritten
+one computes results from one another that only have an op in common."""
 
 from __future__ import annotations
 
@@ -48,8 +47,12 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
     inputs = range(-len(trace.lifted), count)
     read = {r for _, given, *_ in trace.records for r in given}
     # results of one step may be computed from one another
-    inside = any(i.__class__ is not Instr and (results_of(i) > 1 or has_chain(i)) for i, *_ in trace.records)
-    if not inside and not any(autograd.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs):
+    inside = any(
+        i.__class__ is not Instr and (results_of(i) > 1 or has_chain(i)) for i, *_ in trace.records
+    )
+    if not inside and not any(
+        autograd.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs
+    ):
         if not any(r in autograd.active() and read_when_written(trace, r) for r in written):
             return None
     program = rec.as_recorded(memory_of(rec))
@@ -57,13 +60,16 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
 
 
 def read_when_written(trace: Trace, ref: int) -> bool:
-    """Whether something was computed from an input after the last write to it, in view of autograd."""
+    """Whether something was computed from an input after the last write to it, in view of
+    autograd."""
     last, base = 0, trace.root(ref)
     for k, (instr, refs, *_) in enumerate(trace.records):
         if any(trace.root(refs[s]) == base for s in written_slots(instr)):
             last = k + 1
     later = trace.records[last:]
-    return last > 0 and any(grad and any(trace.root(r) == base for r in refs) for _, refs, grad, *_ in later)
+    return last > 0 and any(
+        grad and any(trace.root(r) == base for r in refs) for _, refs, grad, *_ in later
+    )
 
 
 def has_chain(step: Any) -> bool:
@@ -71,13 +77,14 @@ def has_chain(step: Any) -> bool:
 
 
 def dissolved(program: Program) -> Program:
-    """The program without nested calls that have a chain; a view that a nested function returned is the view made for
-    it in there.
-    """
+    """The program without nested calls that have a chain; a view that a nested function returned
+    is the view made for it in there."""
     with paused_gc():
         b = Builder(None, merge=False)
         views: dict[str, list[Node]] = {}  # in the order of the results
-        env: dict[Node, Any] = dict(zip(program.placeholders, b.inputs(program.placeholders), strict=True))
+        env: dict[Node, Any] = dict(
+            zip(program.placeholders, b.inputs(program.placeholders), strict=True)
+        )
         for n in program.graph.nodes:
             plain = getattr(n.target, "plain", None)
             if plain is not None:
@@ -96,13 +103,20 @@ def dissolved(program: Program) -> Program:
                     env[n] = b.item(*args)
                 else:
                     copied(b, [n], env)
-        return Program(b.finish(remap(program.outputs, env)), program.n_inputs, program.n_outputs, (), program.name)
+        return Program(
+            b.finish(remap(program.outputs, env)),
+            program.n_inputs,
+            program.n_outputs,
+            (),
+            program.name,
+        )
 
 
-def chained(call: CompiledCall, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]] | None:
-    """``(results, views)`` of a call as a chain, written inputs updated; the views by their positions among the tensors
-    that the function returned. None where one call is enough.
-    """
+def chained(
+    call: CompiledCall, tensors: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], dict[int, Tensor]] | None:
+    """``(results, views)`` of a call as a chain, written inputs updated; the views by their
+    positions among the tensors that the function returned. None where one call is enough."""
     if not torch.is_grad_enabled() or op_by_op():
         return None
     wrt = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
@@ -117,12 +131,24 @@ def call_of(target: Any, args: tuple) -> str:
 
 
 class Chain:
-    """Steps ``(function of a list of tensors, positions of what it reads)``, each of which adds to the values."""
+    """Steps ``(function of a list of tensors, positions of what it reads)``, each of which adds to
+    the values."""
 
     def __init__(
-        self, program: Program, steps: list[tuple], outs: Sequence[int], views: dict[int, int], written: Sequence[int]
+        self,
+        program: Program,
+        steps: list[tuple],
+        outs: Sequence[int],
+        views: dict[int, int],
+        written: Sequence[int],
     ) -> None:
-        self.program, self.steps, self.outs, self.views, self.written = program, steps, outs, views, written
+        self.program, self.steps, self.outs, self.views, self.written = (
+            program,
+            steps,
+            outs,
+            views,
+            written,
+        )
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]]:
         program = self.program
@@ -138,9 +164,9 @@ class Chain:
 
 
 class Cut:
-    """Where the graph of a call is cut for the gradients of its inputs ``wrt``; at new values of written inputs only if
-    these are ``apart`` in memory, for a later write to one must not reach what is kept of another.
-    """
+    """Where the graph of a call is cut for the gradients of its inputs ``wrt``; at new values of
+    written inputs only if these are ``apart`` in memory, for a later write to one must not reach
+    what is kept of another."""
 
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...], apart: bool) -> None:
         assert call.plain is not None
@@ -151,20 +177,42 @@ class Cut:
         #: memory of the results, then new values of written inputs
         self.ends = plain.outputs[: len(whole.outputs)]
         self.returned = plain.outputs[len(whole.outputs) :]
-        self.active = active_nodes(plain.graph.nodes, [self.placeholders[i] for i in wrt], zeros=True)
-        results = [n for n in self.ends[: whole.n_outputs] if isinstance(n, Node) and n.op == "call_function"]
+        self.active = active_nodes(
+            plain.graph.nodes, [self.placeholders[i] for i in wrt], zeros=True
+        )
+        results = [
+            n
+            for n in self.ends[: whole.n_outputs]
+            if isinstance(n, Node) and n.op == "call_function"
+        ]
         #: new values of written inputs, and these
         self.written = {
             n: i
-            for i, n, quiet in zip(whole.mutated, self.ends[whole.n_outputs :], hidden_writes(whole), strict=True)
-            if apart and not quiet and n in self.active and n.op == "call_function" and n not in results
+            for i, n, quiet in zip(
+                whole.mutated, self.ends[whole.n_outputs :], hidden_writes(whole), strict=True
+            )
+            if apart
+            and not quiet
+            and n in self.active
+            and n.op == "call_function"
+            and n not in results
         }
-        roots = {*results, *self.written, *(p for i, p in enumerate(self.placeholders) if i not in whole.mutated)}
-        #: results that are views of other results or of inputs, and are made by PyTorch; not those under no_grad, which
+        roots = {
+            *results,
+            *self.written,
+            *(p for i, p in enumerate(self.placeholders) if i not in whole.mutated),
+        }
+        #: results that are views of other results or of inputs, and are made by PyTorch; not those
+        # under no_grad, which
         #: have no derivative
         self.views: dict[Node, list[Node]] = {}
         for n in self.nodes:
-            if n in self.returned and n in self.active and n not in roots and n.target is not dead_end:
+            if (
+                n in self.returned
+                and n in self.active
+                and n not in roots
+                and n.target is not dead_end
+            ):
                 chain = self.chain_of(n, roots)
                 if chain:
                     self.views[n] = chain
@@ -197,7 +245,8 @@ class Cut:
         return {n for n, bit in bits.items() if found & bit}
 
     def numbered(self) -> dict[Node, int]:
-        """The stage that computes each node: a new one begins where something reads a result that is to be cut at."""
+        """The stage that computes each node: a new one begins where something reads a result that
+        is to be cut at."""
         stage: dict[Node, int] = {}
         number, pending = 0, set[Node]()
         for n in self.nodes:
@@ -221,9 +270,13 @@ class Cut:
         sources = {chain[0] for chain in self.views.values()}
         wanted = {n for n in self.ends if isinstance(n, Node)} | sources
         for n in self.nodes:
-            wanted.update(i for i in n._input_nodes if i in self.stage and self.stage[i] < self.stage[n])
+            wanted.update(
+                i for i in n._input_nodes if i in self.stage and self.stage[i] < self.stage[n]
+            )
         steps: list[tuple] = []
-        said: dict[Node, Any] = {}  # signatures of values that cross, where an input was given a new value its own
+        said: dict[
+            Node, Any
+        ] = {}  # signatures of values that cross, where an input was given a new value its own
         written = [n for n in self.written if n in self.cuts or n in sources]
 
         def step(fn: Callable, reads: list[int], outs: Sequence[Node]) -> None:
@@ -237,9 +290,15 @@ class Cut:
             mine = [n for n in self.nodes if self.stage[n] == k]
             outs = [n for n in mine if n in wanted and n not in self.views]
             if body := needed(mine, outs):
-                reads = [i for i in dict.fromkeys(i for n in body for i in n._input_nodes) if self.stage.get(i, -1) < k]
+                reads = [
+                    i
+                    for i in dict.fromkeys(i for n in body for i in n._input_nodes)
+                    if self.stage.get(i, -1) < k
+                ]
                 program = part(body, reads, outs, said)
-                stage = CompiledCall(program, self.call.compile, self.call.split, self.call.__name__)
+                stage = CompiledCall(
+                    program, self.call.compile, self.call.split, self.call.__name__
+                )
                 step(partial(run, stage), [place[i] for i in reads], outs)
             for n in mine:
                 if n in written:
@@ -269,24 +328,34 @@ def needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:
     return [n for n in nodes if n in seen]
 
 
-def part(nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]) -> Program:
-    """These nodes as a program of what they read; the signatures that are ``said`` of values, and of its results."""
+def part(
+    nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]
+) -> Program:
+    """These nodes as a program of what they read; the signatures that are ``said`` of values, and
+    of its results."""
     with paused_gc():
         b = builder()
         env: dict[Node, Any] = {
-            n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role")) for n in reads
+            n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role"))
+            for n in reads
         }
         copied(b, nodes, env)
-        program = fresh(Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ())
+        program = fresh(
+            Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ()
+        )
         said.update(zip(outs, program.vals, strict=True))
         return program
 
 
-def view_of(source: Node, calls: Sequence[Node], said: dict[Node, Any]) -> Callable[[Sequence[Tensor]], Sequence]:
+def view_of(
+    source: Node, calls: Sequence[Node], said: dict[Node, Any]
+) -> Callable[[Sequence[Tensor]], Sequence]:
     """The function that makes a view by PyTorch's own ops."""
     with paused_gc():
         b = Builder(None, merge=False)
-        env: dict[Node, Any] = {source: b.placeholder(source.name, said.get(source, source.meta["val"]))}
+        env: dict[Node, Any] = {
+            source: b.placeholder(source.name, said.get(source, source.meta["val"]))
+        }
         copied(b, calls, env)
         said[calls[-1]] = env[calls[-1]].meta["val"]
         fn = compile_graph(b.finish([env[calls[-1]]]))
@@ -294,13 +363,16 @@ def view_of(source: Node, calls: Sequence[Node], said: dict[Node, Any]) -> Calla
 
 
 def copied(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
-    """Copies of the nodes in ``env``; what reads a value that is laid out otherwise is inferred anew."""
+    """Copies of the nodes in ``env``; what reads a value that is laid out otherwise is inferred
+    anew."""
     for n in nodes:
         b.meta = carried(n)
         args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
         if n.target is operator.getitem:
             val = args[0].meta["val"][args[1]]
-        elif isinstance(n.target, OpOverload) and any(displaced(i.meta["val"], env[i]) for i in n._input_nodes):
+        elif isinstance(n.target, OpOverload) and any(
+            displaced(i.meta["val"], env[i]) for i in n._input_nodes
+        ):
             args, val = b.again(n.target, args, kwargs, val)
         env[n] = b.node(n.target, args, kwargs, val)
     b.meta = {}

@@ -1,9 +1,10 @@
-"""Compiled functions: captured once per signature, partitioned, compiled, and differentiable to any order.
+"""Compiled functions: captured once per signature, partitioned, compiled, and differentiable to
+any order.
 
-A :class:`Compiled` function looks its entry up by the signature of the call (:mod:`.guards`). An entry carries its
-program. Inside a capture a call of it is one node that transforms rewrite; outside it is one node of autograd
-(:mod:`.autograd`): forward half, saved residuals, backward half.
-"""
+A :class:`Compiled` function looks its entry up by the signature of the call (:mod:`.guards`). An
+entry carries its program. Inside a capture a call of it is one node that transforms rewrite;
+outside it is one node of autograd (:mod:`.autograd`): forward half, saved residuals, backward
+half."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ from .guards.stores import Place, left_behind, put_back
 from .leaves import Leaves, made_in_inference_mode
 from .pipeline import Pipeline, title
 
-#: nodes of graphs, and signatures, kept of one function, and captures after which it is time to say that there are many
+#: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
+# say that there are many
 NODES, LIMIT, WARN_AT = 1 << 15, 1024, 64
 
 #: all compiled functions, for clear_compile_cache
@@ -84,15 +86,24 @@ class Entry:
         self.inside = inside if inside else None
         self.inference = made_in_inference_mode(rec)
         count = len(rec.trace.inputs)
-        self.differentiated = [(i if i >= 0 else count - 1 - i, line) for i, line in rec.trace.differentiated.items()]
-        self.idle = not call.program.n_outputs and not call.program.mutated and not has_effects(call.program)
-        # closed-over tensors are inputs, found in the state; what f made itself, or hides from us, is the entry's own
+        self.differentiated = [
+            (i if i >= 0 else count - 1 - i, line) for i, line in rec.trace.differentiated.items()
+        ]
+        self.idle = (
+            not call.program.n_outputs
+            and not call.program.mutated
+            and not has_effects(call.program)
+        )
+        # closed-over tensors are inputs, found in the state; what f made itself, or hides from us,
+        # is the entry's own
         found = {id(t): i for i, t in enumerate(state.tensors)}
         self.sources = [found.get(id(t), t) for t in rec.closed_over]
         known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
         self.pick = itemgetter(*self.sources) if known else None
         self.shared = Shared(rec.trace.origins, state.tensors)
-        self.whereabouts = whereabouts([*rec.trace.origins, *rec.closed_over]) if rec.trace.placed else None
+        self.whereabouts = (
+            whereabouts([*rec.trace.origins, *rec.closed_over]) if rec.trace.placed else None
+        )
         # values of an outer recording are only good for that one
         self.reusable = not any(t.__class__ is Traced for t in self.sources)
         self.plain = rec.spec is None
@@ -111,7 +122,8 @@ class Entry:
         return [found[s] if s.__class__ is int else s for s in self.sources]
 
     def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
-        """The result for these tensors of a call that is, in Python, ``where = (f, objects, arguments)``."""
+        """The result for these tensors of a call that is, in Python, ``where = (f, objects,
+        arguments)``."""
         if self.inference:
             with torch.inference_mode():
                 return self.results(tensors, where)
@@ -130,7 +142,11 @@ class Entry:
             trace = current()
             if trace is not None and not self.idle:
                 outs = trace.record(self.step, inputs)
-            elif trace is None and self.call.plain is not None and (found := chained(self.call, inputs)) is not None:
+            elif (
+                trace is None
+                and self.call.plain is not None
+                and (found := chained(self.call, inputs)) is not None
+            ):
                 outs, shown = found
             elif not self.idle:
                 outs = run(self.call, inputs)
@@ -139,7 +155,9 @@ class Entry:
             if self.views is not None:
                 outs = self.views(*tensors, *outs)
             if shown:
-                given = {*map(id, tensors)}  # an argument that shows another one is returned itself
+                given = {
+                    *map(id, tensors)
+                }  # an argument that shows another one is returned itself
                 outs = [o if id(o) in given else shown.get(k, o) for k, o in enumerate(outs)]
             if self.inside is not None:
                 outs = self.inside.returns(outs)
@@ -155,7 +173,11 @@ class Entry:
 
 def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
     """``leaves -> tree``: directly for a flat tuple, list or dictionary."""
-    if spec is not None and spec.num_children == spec.num_leaves and all(c.is_leaf() for c in spec.children()):
+    if (
+        spec is not None
+        and spec.num_children == spec.num_leaves
+        and all(c.is_leaf() for c in spec.children())
+    ):
         if spec.type is tuple or spec.type is list:
             return spec.type
         if spec.type is dict:
@@ -177,36 +199,50 @@ class Compiled:
 
     def __init__(self, f: Callable, pipeline: Pipeline) -> None:
         if not callable(f) and not isinstance(f, classmethod):
-            raise ArgumentError(f"{pipeline.name}: {f!r} is not a function (options have names: backend='inductor')")
+            raise ArgumentError(
+                f"{pipeline.name}: {f!r} is not a function (options have names: backend='inductor')"
+            )
         self.binds = type(f)
         if isinstance(f, staticmethod | classmethod):
             f = f.__func__
-        functools.update_wrapper(self, f, updated=("__dict__",) if isinstance(f, types.FunctionType) else ())
+        functools.update_wrapper(
+            self, f, updated=("__dict__",) if isinstance(f, types.FunctionType) else ()
+        )
         self.f, self.pipeline, self.name = f, pipeline, pipeline.name
         self.entries = Cache(NODES, weight_of)
         self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         #: entries that differ in Python numbers that are inputs of their program share one
-        self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = weakref.WeakValueDictionary()
+        self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
+            weakref.WeakValueDictionary()
+        )
         self._names = Names()
         self.captures = 0  # how often f has been captured, for all signatures
         self._history: list[Facts] = []  # of the first captures of a program each
         self._warned = False
-        self._last: tuple[list[Facts], Facts] | None = None  # the entries before the last capture, and that
+        self._last: tuple[list[Facts], Facts] | None = (
+            None  # the entries before the last capture, and that
+        )
         self._changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed
         EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         instance = owner if self.binds is classmethod else instance
-        return self if instance is None or self.binds is staticmethod else types.MethodType(self, instance)
+        return (
+            self
+            if instance is None or self.binds is staticmethod
+            else types.MethodType(self, instance)
+        )
 
     def __repr__(self) -> str:
         count = len(self.entries)
         return f"<{self.name} of {title(self.f)}, {self.pipeline}: {count} entr{'y' if count == 1 else 'ies'}>"
 
-    # ----- copying and pickling: what was captured stays behind -------------------------------------------------------
+    # ----- copying and pickling: what was captured stays behind
+    # -------------------------------------------------------
 
     def __reduce__(self) -> Any:
-        """By its name where that is this compiled function, as a decorated one is; else by its parts."""
+        """By its name where that is this compiled function, as a decorated one is; else by its
+        parts."""
         new = copyreg.__newobj__  # type: ignore[attr-defined]
         found: Any = sys.modules.get(getattr(self, "__module__", None) or "")
         for name in getattr(self, "__qualname__", "").split("."):
@@ -216,7 +252,8 @@ class Compiled:
     def __setstate__(self, parts: tuple) -> None:
         Compiled.__init__(self, *parts)
 
-    # ----- calling ----------------------------------------------------------------------------------------------------
+    # ----- calling
+    # ----------------------------------------------------------------------------------------------------
 
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,8 +280,11 @@ class Compiled:
         return self.looked_up(key, tensors, objects, (args, kwargs))
 
     @entry
-    def looked_up(self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple) -> Any:
-        """A call, with the arguments ``given``, for which the entry last used is not the right one."""
+    def looked_up(
+        self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple
+    ) -> Any:
+        """A call, with the arguments ``given``, for which the entry last used is not the right
+        one."""
         if torch._C._get_tracing_state() is not None:  # the shapes of arguments are tensors
             raise CaptureError(
                 f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function that it was made from "
@@ -252,7 +292,10 @@ class Compiled:
             )
         arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
-        labels = [x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}" for x in objects]
+        labels = [
+            x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}"
+            for x in objects
+        ]
         state = look(self.f, objects, labels, self._names)
         for x in objects:
             if type(x).__hash__ is None and any(x is o for o in state.opaque):
@@ -261,7 +304,9 @@ class Compiled:
         entry = self.entries.get(full)
         if entry is not None and entry.whereabouts is not None:
             now = whereabouts([*tensors, *entry.closed(state.tensors)])
-            if entry.whereabouts != now:  # what a write reaches depends on which arguments share memory
+            if (
+                entry.whereabouts != now
+            ):  # what a write reaches depends on which arguments share memory
                 full = (*full, now)
                 entry = self.entries.get(full)
         if entry is not None:
@@ -280,7 +325,8 @@ class Compiled:
             raise
         after = look(self.f, objects, labels, self._names)
         self._changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
-        # a function that changes what it reads is captured at every call, until it does not change any more
+        # a function that changes what it reads is captured at every call, until it does not change
+        # any more
         alike = self._changed is None and not drew and function_modes_key() is not OTHERS
         if entry.reusable and alike:
             self.store(full, entry, state)
@@ -295,8 +341,12 @@ class Compiled:
                 hash(x)
             except TypeError as e:
                 what = f"{self.name}: the argument {name} is neither a tensor nor hashable ({e})"
-                return ArgumentError(f"{what}{at(user_line(4))}; pass it as a tensor, or as a tuple of numbers")
-        return ArgumentError(f"{self.name}: something that the function reaches is not hashable{at(user_line(4))}")
+                return ArgumentError(
+                    f"{what}{at(user_line(4))}; pass it as a tensor, or as a tuple of numbers"
+                )
+        return ArgumentError(
+            f"{self.name}: something that the function reaches is not hashable{at(user_line(4))}"
+        )
 
     def store(self, full: tuple, entry: Entry, state: State) -> None:
         """Keep an entry as long as what its key names by ``id`` lives."""
@@ -347,7 +397,9 @@ class Compiled:
             f,
             arguments.leaves,
             # containers passed twice hold tensors twice
-            arguments.rebuilt if repeated(tensors) is None else lambda xs: remade(given, iter(xs), {}),
+            arguments.rebuilt
+            if repeated(tensors) is None
+            else lambda xs: remade(given, iter(xs), {}),
             why_not=f"{self.name} captures the function once for all values",
             constants=False,
             numbers=True,
@@ -361,14 +413,26 @@ class Compiled:
         enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
         program, views = without_views(rec, quiet and not enables)
         # what requires grad decides where a call is cut
-        alike = (program, environment_key(), frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes))
+        alike = (
+            program,
+            environment_key(),
+            frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes),
+        )
         step = self._steps.get(alike) if rec.numbers else None
         if new := step is None:
-            whole = Program(program.graph, len(program.placeholders), program.n_outputs, program.mutated, self.name)
+            whole = Program(
+                program.graph,
+                len(program.placeholders),
+                program.n_outputs,
+                program.mutated,
+                self.name,
+            )
             call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
             call.plain = as_recorded(rec, whole.mutated)
             step = self._steps[alike] = CompiledStep(call, run_eager)
-        described = {f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)}
+        described = {
+            f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)
+        }
         facts = facts_of(described, state.facts)
         self._last = ([e.facts for e in self.entries.values()], facts)
         inside = Leaves(rec, program.mutated)
@@ -393,8 +457,9 @@ class Compiled:
         return f"{self.name} of {title(self.f)}"
 
     def explain(self) -> Explanation:
-        """What each entry depends on (a call with all of it equal uses the entry again), what was different when
-        the function was last captured, and what its backend runs eagerly. A text that shows itself.
+        """What each entry depends on (a call with all of it equal uses the entry again), what was
+        different when the function was last captured, and what its backend runs eagerly. A text
+        that shows itself.
 
         >>> rate = [0.5]
         >>> f = jit(lambda x: x * rate[0])
@@ -417,11 +482,22 @@ class Compiled:
         why: list[str] = []
         if self._last is not None and self._last[0]:
             why = min([[*differences(old, self._last[1])] for old in self._last[0]], key=len)
-            why = why or ["what it reads is arranged in another way, or arguments are one tensor or share memory"]
+            why = why or [
+                "what it reads is arranged in another way, or arguments are one tensor or share memory"
+            ]
         if self._changed is not None:
-            why += [f"it changed while it ran, and is not kept: {x}" for x in differences(*self._changed)]
-        eagerly = {f"{half}: {what}: {e}" for half, found in self.pipeline.eagerly for what, e in found.items()}
-        return explained(self.who, self.captures, [e.facts for e in self.entries.values()], why, sorted(eagerly))
+            why += [
+                f"it changed while it ran, and is not kept: {x}"
+                for x in differences(*self._changed)
+            ]
+        eagerly = {
+            f"{half}: {what}: {e}"
+            for half, found in self.pipeline.eagerly
+            for what, e in found.items()
+        }
+        return explained(
+            self.who, self.captures, [e.facts for e in self.entries.values()], why, sorted(eagerly)
+        )
 
 
 def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:

@@ -1,4 +1,5 @@
-"""Tensors of ``torch.autograd.forward_ad`` in a program: which have a tangent, and which must not have one."""
+"""Tensors of ``torch.autograd.forward_ad`` in a program: which have a tangent, and which must not
+have one."""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ def has_tangent(t: Tensor) -> bool:
 
 
 def pushed(program: Program, wrt: tuple[int, ...]) -> Program:
-    """``(inputs, tangents) -> (outputs, their tangents or None)``, new values of written inputs among the outputs."""
+    """``(inputs, tangents) -> (outputs, their tangents or None)``, new values of written inputs
+    among the outputs."""
     return program.once(("pushed", wrt), lambda: jvp(program.flat(), wrt, zeros=False))
 
 
 def refuse_cuts(program: Program, tensors: Sequence[Tensor]) -> None:
-    """Raise CaptureError where a tangent meets a cut: eager's tangents pass ``no_grad`` and stop at ``detach``, and a
-    program does not tell these apart.
-    """
+    """Raise CaptureError where a tangent meets a cut: eager's tangents pass ``no_grad`` and stop
+    at ``detach``, and a program does not tell these apart."""
     wrt = tuple(i for i, t in enumerate(tensors) if has_tangent(t))
     if wrt and program.once(("cut", wrt), lambda: meets_a_cut(program, wrt)):
         raise CaptureError(
@@ -46,4 +47,6 @@ def meets_a_cut(program: Program, wrt: tuple[int, ...]) -> bool:
     inputs = flat.placeholders
     active = active_nodes(flat.graph.nodes, [inputs[i] for i in wrt])
     marks = (torch.ops.aten.detach.default, dead_end, hidden_write, no_tangent)
-    return any(n.target in marks and any(i in active for i in n._input_nodes) for n in flat.graph.nodes)
+    return any(
+        n.target in marks and any(i in active for i in n._input_nodes) for n in flat.graph.nodes
+    )

@@ -1,6 +1,5 @@
-"""Running a program: recorded if a recording is under way, otherwise on the eager backend, differentiable by plain
-autograd either way.
-"""
+"""Running a program: recorded if a recording is under way, otherwise on the eager backend,
+differentiable by plain autograd either way."""
 
 from __future__ import annotations
 
@@ -47,14 +46,17 @@ def run_eager(program: Program) -> Callable[..., tuple]:
     return call
 
 
-def write_back(program: Program, tensors: Sequence[Tensor], outs: Sequence[Any], done: Collection[int] = ()) -> None:
-    """Give the written inputs their new values, but for those that have them, with the derivative that these have in
-    the program: what is the input itself by now may have been detached.
-    """
+def write_back(
+    program: Program, tensors: Sequence[Tensor], outs: Sequence[Any], done: Collection[int] = ()
+) -> None:
+    """Give the written inputs their new values, but for those that have them, with the derivative
+    that these have in the program: what is the input itself by now may have been detached."""
     hidden = hidden_writes(program)
     news = apart(program, tensors, outs)[program.n_outputs :]
     if torch.is_grad_enabled() and any(new.requires_grad for new in news):
-        flags = live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))[program.n_outputs :]
+        flags = live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))[
+            program.n_outputs :
+        ]
         news = [new if yes else new.detach() for new, yes in zip(news, flags, strict=True)]
     for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
         if index in done:
@@ -76,11 +78,17 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     if program.mutated and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         tensors = before_writes(program, tensors, range(len(tensors)))
     with without_modes():
-        if by_us and (forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))):
+        if by_us and (
+            forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        ):
             outs = Differentiable.apply(program, states(program), *tensors)
         else:
             fn = eager(program)
-            outs = distinct(program, fn(*tensors), program.n_outputs, tensors) if by_us else fn(*tensors)
+            outs = (
+                distinct(program, fn(*tensors), program.n_outputs, tensors)
+                if by_us
+                else fn(*tensors)
+            )
         if program.mutated:
             write_back(program, given, outs)
     return outs[: program.n_outputs]
@@ -92,32 +100,41 @@ def ours(program: Program) -> bool:
 
 
 def contiguous(t: Tensor) -> Tensor:
-    """``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of dimensions of size 1."""
+    """``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of
+    dimensions of size 1."""
     t = t.contiguous()
     if 1 in t.shape and t.stride() != contiguous_stride(t.shape):
         return t.clone(memory_format=torch.contiguous_format)
     return t
 
 
-def before_writes(program: Program, tensors: Sequence[Tensor], kept: Sequence[int]) -> Sequence[Tensor]:
-    """The inputs, with copies of those that autograd keeps and whose memory the program will write to."""
+def before_writes(
+    program: Program, tensors: Sequence[Tensor], kept: Sequence[int]
+) -> Sequence[Tensor]:
+    """The inputs, with copies of those that autograd keeps and whose memory the program will write
+    to."""
     if not program.mutated:
         return tensors
     written = {tensors[i].untyped_storage()._cdata for i in program.mutated}
-    return [copied(t) if i in kept and t.untyped_storage()._cdata in written else t for i, t in enumerate(tensors)]
+    return [
+        copied(t) if i in kept and t.untyped_storage()._cdata in written else t
+        for i, t in enumerate(tensors)
+    ]
 
 
 def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """With others where one of the first ``count`` is the same tensor as another, or an input: without its marks of
-    intent a graph may compute two results in one node. They share its memory if the results do (``x.detach()``).
-    """
+    """With others where one of the first ``count`` is the same tensor as another, or an input:
+    without its marks of intent a graph may compute two results in one node. They share its memory
+    if the results do (``x.detach()``)."""
     seen = set(map(id, tensors))
     total = len(seen)
     seen.update(map(id, outs[:count]))
     if len(seen) == total + count:
         return outs
     outputs = program.outputs
-    results = program.once("memory", lambda: [isinstance(n, Node) and storage_root(n) for n in outputs])
+    results = program.once(
+        "memory", lambda: [isinstance(n, Node) and storage_root(n) for n in outputs]
+    )
     found = list(outs)
     first = {id(t): n for t, n in zip(tensors, program.placeholders, strict=True)}
     for i, (o, n) in enumerate(zip(found[:count], results, strict=False)):
@@ -128,7 +145,8 @@ def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Ten
 
 
 def copied(t: Tensor) -> Tensor:
-    """A copy that lies as ``t`` does, as what reads it expects: ``clone()`` closes gaps and undoes expansions."""
+    """A copy that lies as ``t`` does, as what reads it expects: ``clone()`` closes gaps and undoes
+    expansions."""
     copy = t.clone()
     if copy.stride() == t.stride() or not t.numel():
         return copy
@@ -140,8 +158,12 @@ def copied(t: Tensor) -> Tensor:
 
 
 def beyond_autograd(program: Program) -> bool:
-    """Whether the graph has backward ops: PyTorch differentiates some of them and not others, we all of them."""
-    return any(isinstance(n.target, OpOverload) and "_backward" in n.target._schema.name for n in program.graph.nodes)
+    """Whether the graph has backward ops: PyTorch differentiates some of them and not others, we
+    all of them."""
+    return any(
+        isinstance(n.target, OpOverload) and "_backward" in n.target._schema.name
+        for n in program.graph.nodes
+    )
 
 
 def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:
@@ -151,18 +173,25 @@ def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:
 
 
 class Differentiable(torch.autograd.Function):
-    """An un-jitted program as one autograd node. Its backward is our vjp of the program, run in the same way and so
-    differentiable again; random numbers that it draws again are those of the forward.
-    """
+    """An un-jitted program as one autograd node. Its backward is our vjp of the program, run in
+    the same way and so differentiable again; random numbers that it draws again are those of the
+    forward."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore[override]
         outs = eager(program)(*tensors)
-        pairs = zip(distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True)
+        pairs = zip(
+            distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True
+        )
         # a view of what requires grad would do so
-        return tuple([o if yes or not isinstance(o, Tensor) or not o._is_view() else o.detach() for o, yes in pairs])
+        return tuple(
+            [
+                o if yes or not isinstance(o, Tensor) or not o._is_view() else o.detach()
+                for o, yes in pairs
+            ]
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -191,7 +220,9 @@ class Differentiable(torch.autograd.Function):
         program, tensors = ctx.program, ctx.saved_tensors
         wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)
         whole = program.flat()
-        have = tuple(differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True))
+        have = tuple(
+            differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True)
+        )
         joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
         given = [contiguous(c) for c, yes in zip(cts, have, strict=True) if yes and c is not None]
         with without_modes(ctx.dtype), redrawn(ctx.states):

@@ -37,14 +37,15 @@ class Fakes:
         if fake is None:
             if self.mode is None:
                 self.mode = LazyMode()
-            with quiet():  # without the mode: its flags belong to the process, and a recording may be under way
+            # without the mode: its flags belong to the process, and a recording may be under way
+            with quiet():
                 fake = self.made[val] = FakeTensor(self.mode, val.fresh(), val.device)
         return fake
 
 
 class LazyMode(FakeTensorMode):
-    """A FakeTensorMode that becomes one when an op runs under it, because making one imports Dynamo, which takes
-    seconds. Until then it knows what FakeTensors ask for when they are made.
+    """A FakeTensorMode that becomes one when an op runs under it, because making one imports
+    Dynamo, which takes seconds. Until then it knows what FakeTensors ask for when they are made.
     """
 
     _allow_unsafe_data_ptr_access = allow_meta = True
@@ -66,7 +67,8 @@ class LazyMode(FakeTensorMode):
 
 
 class Meta(dict):
-    """A node's metadata that is made when it is read: FakeTensors and the text of the user's line."""
+    """A node's metadata that is made when it is read: FakeTensors and the text of the user's
+    line."""
 
     __slots__ = ("fakes",)
 
@@ -83,7 +85,9 @@ class Meta(dict):
         elif value.__class__ is Line and key == "line":
             value = str(value)
         elif value.__class__ is Line and key == "stack_trace":
-            value = f'  File "{value.code.co_filename}", line {value.number}, in {value.code.co_name}'
+            value = (
+                f'  File "{value.code.co_filename}", line {value.number}, in {value.code.co_name}'
+            )
         else:
             return value
         dict.__setitem__(self, key, value)
@@ -131,12 +135,13 @@ def graph_module(
     dissolve: frozenset[str] = EVERYTHING,
     names: Sequence[str] = (),
 ) -> Specialised:
-    """Export the program as a module of its own: FakeTensors in ``meta["val"]``, names numbered anew.
+    """Export the program as a module of its own: FakeTensors in ``meta["val"]``, names numbered
+    anew.
 
-    The placeholders of the last ``len(constants)`` inputs become attributes that hold these tensors. ``outputs(nodes)
-    -> tree`` arranges the results (default: a flat tuple). ``dissolve`` says what is removed, see
-    :mod:`aotfunc.transforms.lower`. ``names`` are those of the first inputs (a cached program has its first capture's).
-    """
+    The placeholders of the last ``len(constants)`` inputs become attributes that hold these
+    tensors. ``outputs(nodes) -> tree`` arranges the results (default: a flat tuple). ``dissolve``
+    says what is removed, see :mod:`aotfunc.transforms.lower`. ``names`` are those of the first
+    inputs (a cached program has its first capture's)."""
     program = lowered(program, dissolve)
     with paused_gc():
         b = Builder(merge=False)
@@ -150,12 +155,25 @@ def graph_module(
                 label = names[i] if i < len(names) else p.name
                 inputs.append(b.placeholder(label, p.meta["val"], role=p.meta.get("role")))
         for i, t in enumerate(constants):
-            attr = f"_param_constant{i}" if isinstance(t, torch.nn.Parameter) else f"_tensor_constant{i}"
+            attr = (
+                f"_param_constant{i}"
+                if isinstance(t, torch.nn.Parameter)
+                else f"_tensor_constant{i}"
+            )
             if isinstance(t, torch.nn.Parameter):
                 root.register_parameter(attr, t)
             else:
                 root.register_buffer(attr, t)
-            inputs.append(b.make("get_attr", attr, (), {}, placeholders[n_real + i].meta["val"], name=attr.lstrip("_")))
+            inputs.append(
+                b.make(
+                    "get_attr",
+                    attr,
+                    (),
+                    {},
+                    placeholders[n_real + i].meta["val"],
+                    name=attr.lstrip("_"),
+                )
+            )
         generators: dict[int, Node] = {}  # they have no literal
         for g in dict.fromkeys(named_generators(program.graph.nodes)):
             attr = f"_generator{len(generators)}"
@@ -168,5 +186,7 @@ def graph_module(
         tree = tuple(results) if outputs is None else outputs(b, inputs, results)
         graph = b.finish_tree(tree)
         for n in graph.nodes:
-            object.__setattr__(n, "meta", Meta(n.meta, fakes))  # the node's own way looks itself up in tables
+            object.__setattr__(
+                n, "meta", Meta(n.meta, fakes)
+            )  # the node's own way looks itself up in tables
     return Specialised(root, graph, name)

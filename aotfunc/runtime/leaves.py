@@ -1,6 +1,5 @@
-"""What a function makes beside autograd's view of its arguments: leaves, as modules and parameters inside, of which the
-results require grad, and results of an inference mode.
-"""
+"""What a function makes beside autograd's view of its arguments: leaves, as modules and parameters
+inside, of which the results require grad, and results of an inference mode."""
 
 from __future__ import annotations
 
@@ -18,21 +17,37 @@ from .aliasing import memory_of
 
 
 class Leaves:
-    """Which results of a program, and of the function, require grad because of leaves that the function made.
+    """Which results of a program, and of the function, require grad because of leaves that the
+    function made.
 
-    Raises CaptureError where such a leaf is returned beside what was computed from it: autograd would not connect them.
-    """
+    Raises CaptureError where such a leaf is returned beside what was computed from it: autograd
+    would not connect them."""
 
     def __init__(self, rec: Captured, mutated: Sequence[int]) -> None:
         trace = rec.trace
         count = len(trace.inputs)
         leaves = {ref for ref, yes in trace.autograd.leaves.items() if yes and ref >= count}
-        self.retained = [k for k, ref in enumerate(rec.refs) if ref in trace.autograd.kept and ref not in trace.finals]
-        self.parameters = [k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")]
-        self.returned = [k for k, ref in enumerate(rec.refs) if ref in leaves and ref not in trace.autograd.computed]
-        if any(rec.leaves[rec.tensors[k]].__dict__.get("_grad") is not None for k in self.returned):
-            raise CaptureError("a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad")
-        #: what is computed from one: results of the program by their positions, then written inputs by theirs
+        self.retained = [
+            k
+            for k, ref in enumerate(rec.refs)
+            if ref in trace.autograd.kept and ref not in trace.finals
+        ]
+        self.parameters = [
+            k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")
+        ]
+        self.returned = [
+            k
+            for k, ref in enumerate(rec.refs)
+            if ref in leaves and ref not in trace.autograd.computed
+        ]
+        if any(
+            rec.leaves[rec.tensors[k]].__dict__.get("_grad") is not None for k in self.returned
+        ):
+            raise CaptureError(
+                "a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad"
+            )
+        #: what is computed from one: results of the program by their positions, then written
+        # inputs by theirs
         self.results: list[int] = []
         self.written: list[int] = []
         if not leaves:
@@ -48,7 +63,9 @@ class Leaves:
         mine = leaves - trace.autograd.computed
         found = reached(rec, leaves) - mine
         views = [s for ref in rec.refs if (s := rec.seen.get(ref)) and ref in found]
-        if any(s.root not in found or any(step.ref in mine for step in s.path[:-1]) for s in views):
+        if any(
+            s.root not in found or any(step.ref in mine for step in s.path[:-1]) for s in views
+        ):
             raise CaptureError(
                 "a view of a tensor that was made inside and requires grad is returned; return the tensor itself, or a "
                 "clone() of the view"
@@ -57,7 +74,9 @@ class Leaves:
         self.written = [i for i, ref in zip(mutated, finals, strict=True) if ref in found]
 
     def __bool__(self) -> bool:
-        return bool(self.parameters or self.returned or self.retained or self.results or self.written)
+        return bool(
+            self.parameters or self.returned or self.retained or self.results or self.written
+        )
 
     def attach(self, outs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
         """Let the results of the program, and written inputs, require grad."""
@@ -70,7 +89,8 @@ class Leaves:
                 Attached.apply(torch.zeros((), requires_grad=True), t)
 
     def returns(self, outs: Sequence[Any]) -> Sequence[Any]:
-        """The tensors that the function returns, those that are leaves as leaves; some retain their gradient."""
+        """The tensors that the function returns, those that are leaves as leaves; some retain
+        their gradient."""
         outs = list(outs)
         for k in self.returned:
             outs[k] = outs[k].requires_grad_()
@@ -90,9 +110,8 @@ def reached(rec: Captured, leaves: set[int]) -> set[int]:
 
 
 def made_in_inference_mode(rec: Captured) -> bool:
-    """Whether the function has made its results in inference mode, which it switched on. Raises CaptureError where it
-    has made others too: a program runs in the mode, or outside.
-    """
+    """Whether the function has made its results in inference mode, which it switched on. Raises
+    CaptureError where it has made others too: a program runs in the mode, or outside."""
     trace = rec.trace
     made = [trace.root(ref) in trace.autograd.inference for ref in rec.refs]
     if not any(made):

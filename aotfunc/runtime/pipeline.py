@@ -33,10 +33,11 @@ Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 
 class Pipeline:
-    """What happens to the programs of a compiled function: which compilers, partition and decompositions they get.
+    """What happens to the programs of a compiled function: which compilers, partition and
+    decompositions they get.
 
-    Compiled code knows its pipeline and not the function, so it does not keep alive what that closes over.
-    """
+    Compiled code knows its pipeline and not the function, so it does not keep alive what that
+    closes over."""
 
     def __init__(
         self,
@@ -49,7 +50,9 @@ class Pipeline:
         self.name, self.partition, self.decompositions = name, partition, decompositions
         self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
         self.forward_backend, self.backward_backend = map(backends.lookup, self.compilers)
-        self.eagerly: list[tuple[str, dict[str, str]]] = []  # what a backend runs eagerly in which half, and why
+        self.eagerly: list[
+            tuple[str, dict[str, str]]
+        ] = []  # what a backend runs eagerly in which half, and why
 
     def __reduce__(self) -> Any:  # ops and backends by their names
         table = self.decompositions and {str(op): body for op, body in self.decompositions.items()}
@@ -59,7 +62,12 @@ class Pipeline:
         return self
 
     def __repr__(self) -> str:
-        names = dict.fromkeys([c if isinstance(c, str) else title(backends.lookup(c).compile) for c in self.compilers])
+        names = dict.fromkeys(
+            [
+                c if isinstance(c, str) else title(backends.lookup(c).compile)
+                for c in self.compilers
+            ]
+        )
         return f"compiled by {' and '.join(names)}"
 
     def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
@@ -68,30 +76,44 @@ class Pipeline:
     def backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
         return self.compiled(self.backward_backend, program, tensors, "backward")
 
-    def compiled(self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str) -> Callable:
+    def compiled(
+        self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str
+    ) -> Callable:
         fn = compiled_by(backend, self.opened(program), tensors, f"{self.name}: {half}")
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
 
     def takes_numbers(self, rec: Captured) -> bool:
-        """Whether Python numbers may be inputs of its programs. A compiler may round an input to the low precision of
-        what it is computed with, where eager does not round a number.
-        """
+        """Whether Python numbers may be inputs of its programs. A compiler may round an input to
+        the low precision of what it is computed with, where eager does not round a number."""
         if self.forward_backend is self.backward_backend is backends.lookup("eager"):
             return True
-        counted = [instr for instr, *_ in rec.trace.records if instr.__class__ is Instr and instr.number is not None]
-        return not any(s.dtype in (torch.float16, torch.bfloat16) for instr in counted for s in instr.sigs)
+        counted = [
+            instr
+            for instr, *_ in rec.trace.records
+            if instr.__class__ is Instr and instr.number is not None
+        ]
+        return not any(
+            s.dtype in (torch.float16, torch.bfloat16) for instr in counted for s in instr.sigs
+        )
 
     def opened(self, program: Program) -> Program:
-        """With the user's decompositions; they come after differentiation, as they need not be differentiable."""
-        return decomposed(program, Declining(self.decompositions)) if self.decompositions else program
+        """With the user's decompositions; they come after differentiation, as they need not be
+        differentiable."""
+        return (
+            decomposed(program, Declining(self.decompositions)) if self.decompositions else program
+        )
 
-    def split(self, joint: Program, n_early: int, last: bool = False) -> tuple[CompiledCall, CompiledCall]:
-        """The two halves of a joint program ``(primals, cotangents) -> (n_early results, gradients)``. Unless they are
-        the ``last`` that is made of it they keep their marks of intent, for higher derivatives.
-        """
-        forward, backward = partitioned(self.partition, self.opened(joint), n_early, EVERYTHING if last else CALLS)
+    def split(
+        self, joint: Program, n_early: int, last: bool = False
+    ) -> tuple[CompiledCall, CompiledCall]:
+        """The two halves of a joint program ``(primals, cotangents) -> (n_early results,
+        gradients)``. Unless they are the ``last`` that is made of it they keep their marks of
+        intent, for higher derivatives."""
+        forward, backward = partitioned(
+            self.partition, self.opened(joint), n_early, EVERYTHING if last else CALLS
+        )
         return (
             CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),
@@ -99,7 +121,8 @@ class Pipeline:
 
 
 class Declining(dict):
-    """A table of decompositions, some of which may answer NotImplemented: the op is then left as it is."""
+    """A table of decompositions, some of which may answer NotImplemented: the op is then left as
+    it is."""
 
     def get(self, op: Any, default: Any = None) -> Any:
         body = super().get(op)
@@ -114,16 +137,21 @@ class Declining(dict):
         return call
 
 
-def loaded(name: str, forward: Any, backward: Any, partition: Partition, table: dict | None) -> Pipeline:
+def loaded(
+    name: str, forward: Any, backward: Any, partition: Partition, table: dict | None
+) -> Pipeline:
     """A pipeline of its pickled parts."""
-    ops = table and {functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()}
+    ops = table and {
+        functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()
+    }
     return Pipeline(name, forward, backward, partition, ops)
 
 
-def compiled_by(backend: Backend, program: Program, tensors: Sequence[Tensor], what: str) -> Callable:
-    """Hand the program to a backend as a GraphModule with example inputs. Raises BackendError, which keeps the graph,
-    where the compiler raises an error that is not ours.
-    """
+def compiled_by(
+    backend: Backend, program: Program, tensors: Sequence[Tensor], what: str
+) -> Callable:
+    """Hand the program to a backend as a GraphModule with example inputs. Raises BackendError,
+    which keeps the graph, where the compiler raises an error that is not ours."""
     if backend == backends.EAGER:
         return compile_graph(lowered(program, EVERYTHING).graph)
     table, compiler = backend.table, backend.compile
@@ -131,7 +159,9 @@ def compiled_by(backend: Backend, program: Program, tensors: Sequence[Tensor], w
         program = decomposed(lowered(program, EVERYTHING), Declining(table))
     gm = graph_module(program, program.name or "Graph")
     if debug.watched is not None or debug.LEVEL >= 3:
-        debug.note(f"compiled by {title(compiler)}", gm.graph, lambda: gm.code.strip(), size(gm.graph))
+        debug.note(
+            f"compiled by {title(compiler)}", gm.graph, lambda: gm.code.strip(), size(gm.graph)
+        )
     try:
         fn = compiler(gm, [t.detach() for t in tensors])
     except AotfuncError:
@@ -157,8 +187,12 @@ def partitioned(
 ) -> tuple[Program, Program]:
     """Let a functorch partition function cut the joint program; its two modules as programs."""
     gm = graph_module(joint, "joint", dissolve=dissolve)
-    for n, p in zip([n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True):
-        n.meta["role"] = p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
+    for n, p in zip(
+        [n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True
+    ):
+        n.meta["role"] = (
+            p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
+        )
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     early, late = cut_by(partition, gm, inputs, n_early)
     return imported(early, "forward"), imported(late, "backward")
@@ -178,14 +212,21 @@ def imported(gm: fx.GraphModule, name: str) -> Program:
                 env[n] = getattr(gm, n.target)  # type: ignore[arg-type]
             elif n.op == "call_function":
                 b.meta = carried(n)
-                env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), sig_from(n.meta["val"]))
+                env[n] = b.node(
+                    n.target,
+                    remap(n.args, env),
+                    remap_dict(n.kwargs, env),
+                    sig_from(n.meta["val"]),
+                )
         outs = [remap(o, env) for o in output_node(gm.graph).args[0]]
         return Program(b.finish(outs), count, len(outs), (), name)
 
 
 def sig_from(val: Any) -> Any:
     if isinstance(val, Tensor):
-        return make_sig(tuple(val.shape), tuple(val.stride()), val.dtype, val.device, val.storage_offset())
+        return make_sig(
+            tuple(val.shape), tuple(val.stride()), val.dtype, val.device, val.storage_offset()
+        )
     return tuple(sig_from(v) for v in val) if isinstance(val, list | tuple) else val
 
 
@@ -200,4 +241,6 @@ def title(f: Any) -> str:
 
 def shortened(code: str, limit: int = 40) -> str:
     lines = code.strip().splitlines()
-    return "\n".join([*lines[:limit], f"… {len(lines) - limit} more lines"] if len(lines) > limit else lines)
+    return "\n".join(
+        [*lines[:limit], f"… {len(lines) - limit} more lines"] if len(lines) > limit else lines
+    )

@@ -1,4 +1,5 @@
-"""Random numbers drawn again: set the generators of a program to the states of an earlier run inside a block."""
+"""Random numbers drawn again: set the generators of a program to the states of an earlier run
+inside a block."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def generators(program: Program) -> list[Generator]:
     found: dict[int, Generator] = {}
     for n in lowered(program, EVERYTHING).graph.nodes:
         if n.op == "call_function" and draws(n):
-            given = next((a for a in (*n.args, *n.kwargs.values()) if isinstance(a, Generator)), None)
+            given = next(
+                (a for a in (*n.args, *n.kwargs.values()) if isinstance(a, Generator)), None
+            )
             g = given if given is not None else default_generator(device_of(n.meta["val"]))
             found[id(g)] = g
     return list(found.values())

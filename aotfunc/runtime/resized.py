@@ -1,6 +1,5 @@
-"""The programs of a batched function for batches of different sizes: the second and later ones share their code, where
-it can be proved that the size is nothing but a literal of it.
-"""
+"""The programs of a batched function for batches of different sizes: the second and later ones
+share their code, where it can be proved that the size is nothing but a literal of it."""
 
 from __future__ import annotations
 
@@ -20,10 +19,12 @@ from .execute import eager, ours
 Dims = Sequence[int | None]
 
 
-def of_size(base: Program, dims: tuple, sigs: Sequence[Sig], size: int, how: tuple, make: Callable) -> Program:
-    """The batched ``base`` for a batch of this size, which ``make`` makes; ``dims`` and ``sigs`` are of its inputs,
-    ``how`` is what else it depends on, the dimensions of the batch in the results second.
-    """
+def of_size(
+    base: Program, dims: tuple, sigs: Sequence[Sig], size: int, how: tuple, make: Callable
+) -> Program:
+    """The batched ``base`` for a batch of this size, which ``make`` makes; ``dims`` and ``sigs``
+    are of its inputs, ``how`` is what else it depends on, the dimensions of the batch in the
+    results second."""
     layouts = [layout(sig, dim) for sig, dim in zip(sigs, dims, strict=True)]
     if size < 2 or None in layouts:  # a dimension of one has any stride
         return make()
@@ -32,20 +33,24 @@ def of_size(base: Program, dims: tuple, sigs: Sequence[Sig], size: int, how: tup
 
 
 def layout(sig: Sig, dim: int | None) -> tuple | None:
-    """What batches have in common that differ in their size, and are laid out alike; None if that is hard to say."""
+    """What batches have in common that differ in their size, and are laid out alike; None if that
+    is hard to say."""
     if dim is None:
         return (sig,)
     rest = [d for d in range(sig.ndim) if d != dim]
     shape = [sig.shape[d] for d in rest]
     first = [dim, *rest]
-    in_front = contiguous_stride(tuple(sig.shape[d] for d in first)) == tuple(sig.stride[d] for d in first)
+    in_front = contiguous_stride(tuple(sig.shape[d] for d in first)) == tuple(
+        sig.stride[d] for d in first
+    )
     if not sig.plain and (sig.offset or not in_front):
         return None
     return (*shape, sig.dtype, sig.device, sig.plain)
 
 
 class Shared:
-    """What programs have in common that differ in the size of the batch: the code made of one of them."""
+    """What programs have in common that differ in the size of the batch: the code made of one of
+    them."""
 
     TRIES = 3  # a size may happen to be one of the function's own, too
 
@@ -53,7 +58,9 @@ class Shared:
         self.program, self.size, self.tries = program, size, 0
         self.code: Callable | None = None
 
-    def program_of(self, size: int, make: Callable[[], Program], dims: Dims, out_dims: Dims) -> Program:
+    def program_of(
+        self, size: int, make: Callable[[], Program], dims: Dims, out_dims: Dims
+    ) -> Program:
         if size == self.size:
             return self.program
         if self.code is None and self.tries < self.TRIES:
@@ -64,14 +71,24 @@ class Shared:
             except Mixed:
                 self.program, self.size = make(), size
                 return self.program
-        return make() if self.code is None else Resized(self.program, functools.partial(self.code, size), make)
+        return (
+            make()
+            if self.code is None
+            else Resized(self.program, functools.partial(self.code, size), make)
+        )
 
 
 class Resized(Program):
-    """A program that runs the code of one for another size; its graph is made when somebody asks for it."""
+    """A program that runs the code of one for another size; its graph is made when somebody asks
+    for it."""
 
     def __init__(self, like: Program, code: Callable, make: Callable[[], Program]) -> None:
-        self.n_inputs, self.n_outputs, self.mutated, self.name = like.n_inputs, like.n_outputs, (), like.name
+        self.n_inputs, self.n_outputs, self.mutated, self.name = (
+            like.n_inputs,
+            like.n_outputs,
+            (),
+            like.name,
+        )
         self.like, self.make = like, make
         self.cache = {eager: code, ours: ours(like)}
 

@@ -1,4 +1,5 @@
-"""A graph module that refuses other shapes, dtypes, devices and Python values than it was made for."""
+"""A graph module that refuses other shapes, dtypes, devices and Python values than it was made
+for."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def facts(x: Any) -> Any:
 
 
 class Specialised(_LazyGraphModule):
-    """A graph module that compares its arguments with those at capture (``made_for``: facts by parameter)."""
+    """A graph module that compares its arguments with those at capture (``made_for``: facts by
+    parameter)."""
 
     made_for = None  # not annotated: TorchScript reads annotations
 
@@ -54,7 +56,8 @@ def _restored(make: Any, arguments: tuple, made_for: Any) -> Specialised:
 
 
 def check(made_for: dict[str, list], given: dict[str, Any]) -> None:
-    """Raise ArgumentError for an argument that has other facts; the module's code says where structures differ."""
+    """Raise ArgumentError for an argument that has other facts; the module's code says where
+    structures differ."""
     for name, x in given.items():
         wanted = made_for.get(name, ())
         for i, (leaf, want) in enumerate(zip(flatten_tree(x)[0], wanted, strict=False)):

@@ -1,6 +1,5 @@
-"""Which values of a recording show the memory of which others, and through which views: told by the record, not by a
-graph that has been rewritten since.
-"""
+"""Which values of a recording show the memory of which others, and through which views: told by
+the record, not by a graph that has been rewritten since."""
 
 from __future__ import annotations
 
@@ -19,16 +18,23 @@ aten = torch.ops.aten
 
 
 class Shown:
-    """What a value shows: memory of its own (``of`` is None: ``ref`` was made with it), or what another one shows, seen
-    through a ``call`` ``(op, args, kwargs, results)``, of which it is the result ``index`` if there are several. The
-    op may be one that changes its argument's shape in place. ``cut``: made under no_grad. ``apart``: detached, and then
-    written in view of autograd: it has a derivative of its own. So has what a Function was given and returns, which is
-    ``passed``.
-    """
+    """What a value shows: memory of its own (``of`` is None: ``ref`` was made with it), or what
+    another one shows, seen through a ``call`` ``(op, args, kwargs, results)``, of which it is the
+    result ``index`` if there are several. The op may be one that changes its argument's shape in
+    place. ``cut``: made under no_grad. ``apart``: detached, and then written in view of autograd:
+    it has a derivative of its own. So has what a Function was given and returns, which is
+    ``passed``."""
 
     __slots__ = ("apart", "call", "cut", "index", "of", "passed", "ref")
 
-    def __init__(self, ref: int, of: Shown | None = None, call: Any = None, index: Any = None, cut: bool = False):
+    def __init__(
+        self,
+        ref: int,
+        of: Shown | None = None,
+        call: Any = None,
+        index: Any = None,
+        cut: bool = False,
+    ):
         self.ref, self.of, self.call, self.index, self.cut = ref, of, call, index, cut
         self.apart = self.passed = False
 
@@ -39,7 +45,8 @@ class Shown:
 
     @property
     def path(self) -> list[Shown]:
-        """From the memory to this value; of what Functions passed on, the last one has all of the derivative."""
+        """From the memory to this value; of what Functions passed on, the last one has all of the
+        derivative."""
         found, step = [self], self.of
         while step is not None:
             if not (step.passed and any(s.passed for s in found)):
@@ -70,18 +77,28 @@ def shown(trace: Trace) -> dict[int, Shown]:
             given = {of(r).root for r in instr.handed(refs)}
             for ref, raw, sig in zip(made, refs, instr.outs, strict=False) if given else ():
                 if of(raw).root in given:
-                    found[ref] = Shown(ref, of(raw), (aten.detach.default, (None,), {}, sig), cut=not grad)
+                    found[ref] = Shown(
+                        ref, of(raw), (aten.detach.default, (None,), {}, sig), cut=not grad
+                    )
                     found[ref].apart = found[ref].passed = grad
         elif facts.view_of is not None and refs and op not in COMPUTED:
             call = (op, instr.args, instr.kwargs, instr.outs)
             several = instr.outs.__class__ is not Sig
             for i, (ref, sig) in enumerate(zip(made, flat(instr.outs), strict=True)):
-                found[ref] = Shown(ref, of(refs[0]), call, i if several else None, not grad and sig.differentiable)
+                found[ref] = Shown(
+                    ref, of(refs[0]), call, i if several else None, not grad and sig.differentiable
+                )
         elif not facts.reshapes:
             for slot in written_slots(instr) if grad else ():
-                if (seen := found.get(refs[slot])) is not None and not trace.autograd.active().isdisjoint(refs):
-                    for step in [s for s in seen.path[1:] if s.call[0] is aten.detach.default][-1:]:
+                if (
+                    seen := found.get(refs[slot])
+                ) is not None and not trace.autograd.active().isdisjoint(refs):
+                    for step in [s for s in seen.path[1:] if s.call[0] is aten.detach.default][
+                        -1:
+                    ]:
                         step.apart = True
         else:
-            found[refs[0]] = Shown(refs[0], of(refs[0]), (op, instr.args, instr.kwargs, instr.outs), cut=not grad)
+            found[refs[0]] = Shown(
+                refs[0], of(refs[0]), (op, instr.args, instr.kwargs, instr.outs), cut=not grad
+            )
     return found

@@ -1,4 +1,5 @@
-"""What autograd would answer about the values of a recording: which require grad, are leaves, lead to others."""
+"""What autograd would answer about the values of a recording: which require grad, are leaves, lead
+to others."""
 
 from __future__ import annotations
 
@@ -23,19 +24,39 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 class Autograd:
     """The leaves of a recording, of which it shares these lists, and what they lead to."""
 
-    def __init__(self, inputs: list[Sig], lifted: list[Tensor], records: list[Record], rewritten: list[Tensor]) -> None:
+    def __init__(
+        self,
+        inputs: list[Sig],
+        lifted: list[Tensor],
+        records: list[Record],
+        rewritten: list[Tensor],
+    ) -> None:
         self.inputs, self.lifted, self.records, self.rewritten = inputs, lifted, records, rewritten
-        self.leaves: dict[int, bool] = {}  # refs that the user, or the transform, marked as requiring grad
+        self.leaves: dict[
+            int, bool
+        ] = {}  # refs that the user, or the transform, marked as requiring grad
         self.leaf_tensors: list[Traced] = []
-        self.made: list[weakref.ref[Traced]] = []  # now, of nothing: torch.ones(..., requires_grad=True) says so later
-        self.computed: set[int] = set()  # those of the leaves that have a history: inputs, results of nested functions
+        self.made: list[
+            weakref.ref[Traced]
+        ] = []  # now, of nothing: torch.ones(..., requires_grad=True) says so later
+        self.computed: set[int] = (
+            set()
+        )  # those of the leaves that have a history: inputs, results of nested functions
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
-        self.flags: dict[int, tuple[bool, Any]] = {}  # inputs that start to require grad, or stop; where used before
+        self.flags: dict[
+            int, tuple[bool, Any]
+        ] = {}  # inputs that start to require grad, or stop; where used before
         self.retained: list[Traced] = []
         self.kept: set[int] = set()  # the values that these are in the end
-        self.inference: set[int] = set()  # values made in an inference mode that the function switched on
-        self.overwritten: set[int] = set()  # records in which a tensor that requires grad gets a value that does not
-        self.settled: list[bool] | None = None  # which lifted tensors required grad when the recording was over
+        self.inference: set[int] = (
+            set()
+        )  # values made in an inference mode that the function switched on
+        self.overwritten: set[int] = (
+            set()
+        )  # records in which a tensor that requires grad gets a value that does not
+        self.settled: list[bool] | None = (
+            None  # which lifted tensors required grad when the recording was over
+        )
         self._reached: Reach | None = None  # see active
 
     def mark_leaf(self, t: Traced, value: bool) -> None:
@@ -44,10 +65,14 @@ class Autograd:
             used = any(t.ref in refs for _, refs, *_ in self.records)
             self.flags[t.ref] = (value, debug.user_line(2) if used else None)
             (self.protected.add if value else self.protected.discard)(t.ref)
-        if value and self.made_quietly(t.ref):  # what is computed from it, views included, is not cut off any more
+        if value and self.made_quietly(
+            t.ref
+        ):  # what is computed from it, views included, is not cut off any more
             with torch.enable_grad():
                 t.ref = t.detach().ref
-        reach = self.reach()  # what was computed so far, views aside, does not become a result of this leaf
+        reach = (
+            self.reach()
+        )  # what was computed so far, views aside, does not become a result of this leaf
         self.leaves[t.ref] = value
         if value:
             reach.active.update((t.ref, *reach.views.get(t.ref, ())))
@@ -81,9 +106,9 @@ class Autograd:
         self.made.clear()
 
     def requires_grad(self, t: Traced, ref: int | None = None) -> bool:
-        """Whether autograd would record from here: a path of differentiable steps leads back to a leaf that requires
-        grad. ``ref``: the number that a value of an outer recording has in this one.
-        """
+        """Whether autograd would record from here: a path of differentiable steps leads back to a
+        leaf that requires grad. ``ref``: the number that a value of an outer recording has in this
+        one."""
         ref = t.ref if ref is None else ref
         self.adopt_leaves()
         if (known := self.leaves.get(ref)) is not None:
@@ -97,7 +122,9 @@ class Autograd:
     def reach(self) -> Reach:
         self.adopt_leaves()
         if self._reached is None:
-            self._reached = Reach({ref for ref, yes in self.leaves.items() if yes}, len(self.inputs), self.lifted)
+            self._reached = Reach(
+                {ref for ref, yes in self.leaves.items() if yes}, len(self.inputs), self.lifted
+            )
             self._reached.settled = self.settled
         self._reached.extend(self.records, self.leaves)
         return self._reached
@@ -107,18 +134,27 @@ class Autograd:
         return not self.reach().of(ref, self.records, self.leaves).isdisjoint(outs)
 
     def leaves_of(self, outs: Sequence[int]) -> tuple[list[int], list[Traced]]:
-        """What ``.backward()`` of ``outs`` would give a gradient: leaves from outside, and tensors made inside."""
+        """What ``.backward()`` of ``outs`` would give a gradient: leaves from outside, and tensors
+        made inside."""
         self.adopt_leaves()
         outside = {i for i in range(len(self.inputs)) if self.leaves.get(i)}
         rewritten = set(map(id, self.rewritten))
-        outside |= {-1 - i for i, t in enumerate(self.lifted) if t.requires_grad and id(t) not in rewritten}
-        inside = [t for t in (*self.leaf_tensors, *self.retained) if t.ref not in outside and self.requires_grad(t)]
-        return [r for r in outside if self.reaches(r, outs)], [t for t in inside if self.reaches(t.ref, outs)]
+        outside |= {
+            -1 - i for i, t in enumerate(self.lifted) if t.requires_grad and id(t) not in rewritten
+        }
+        inside = [
+            t
+            for t in (*self.leaf_tensors, *self.retained)
+            if t.ref not in outside and self.requires_grad(t)
+        ]
+        return [r for r in outside if self.reaches(r, outs)], [
+            t for t in inside if self.reaches(t.ref, outs)
+        ]
 
     def overwrite(self, refs: Sequence[int]) -> None:
-        """The last record gave the first of ``refs`` the value of the others: it requires grad still if it did, though
-        nothing of it is left, and has a gradient of zeros. (Copied values are copied to arguments outside, too.)
-        """
+        """The last record gave the first of ``refs`` the value of the others: it requires grad
+        still if it did, though nothing of it is left, and has a gradient of zeros. (Copied values
+        are copied to arguments outside, too.)"""
         active, base = self.active(), self.reach().bases.get(refs[0], refs[0])
         copies = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
         copied = copies and base >= len(self.inputs)
@@ -149,21 +185,37 @@ class Autograd:
 #: ops of whose floating results autograd says that they do not require grad
 UNTRACKED = frozenset(
     getattr(packet, name)
-    for packet in (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like)
-    + (aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided, aten.histc, aten.detach)
+    for packet in (
+        aten.zeros_like,
+        aten.ones_like,
+        aten.full_like,
+        aten.empty_like,
+        aten.rand_like,
+        aten.randn_like,
+    )
+    + (
+        aten.new_zeros,
+        aten.new_ones,
+        aten.new_full,
+        aten.new_empty,
+        aten.new_empty_strided,
+        aten.histc,
+        aten.detach,
+    )
     for name in packet.overloads()
 )
 
 
 class Reach:
-    """The values of a recording that a differentiable path leads to from ``active`` ones and, as they are when they are
-    used, from tensors of ``lifted`` that require grad.
-    """
+    """The values of a recording that a differentiable path leads to from ``active`` ones and, as
+    they are when they are used, from tensors of ``lifted`` that require grad."""
 
     def __init__(self, active: set[int], count: int, lifted: Sequence[Tensor] = ()) -> None:
         self.active, self.lifted = active, lifted
         self.settled: list[bool] | None = None
-        self.ends: list[int] = []  # for each record that is done, how many values there were after it
+        self.ends: list[
+            int
+        ] = []  # for each record that is done, how many values there were after it
         self.count = count
         self.bases: dict[int, int] = {}  # of each view the value that it shows
         self.views: dict[int, list[int]] = {}  # and the views of each value
@@ -181,7 +233,8 @@ class Reach:
         return active
 
     def extend(self, records: list[Record], leaves: dict[int, bool]) -> None:
-        """Go as far as the recording has come; a value of which ``leaves`` says so requires no grad."""
+        """Go as far as the recording has come; a value of which ``leaves`` says so requires no
+        grad."""
         for k in range(len(self.ends), len(records)):
             instr, refs, *_ = records[k]
             first = self.ends[-1] if k else self.count
@@ -196,7 +249,8 @@ class Reach:
             self.step(self.active, records[k], k, leaves)
 
     def use(self, i: int) -> None:
-        """An outside tensor, as it is now; a value of an outer recording is there what it was before it was written."""
+        """An outside tensor, as it is now; a value of an outer recording is there what it was
+        before it was written."""
         t = self.lifted[i]
         if t.__class__ is not Traced:
             yes = t.requires_grad if self.settled is None else self.settled[i]
@@ -205,11 +259,15 @@ class Reach:
             self.active.add(-1 - i)
 
     def step(
-        self, active: set[int], record: Record, k: int, leaves: dict[int, bool], unseen_views: bool = True
+        self,
+        active: set[int],
+        record: Record,
+        k: int,
+        leaves: dict[int, bool],
+        unseen_views: bool = True,
     ) -> None:
-        """Add to ``active`` what record ``k`` makes of the values there. ``unseen_views``: also views made under
-        no_grad, which require grad if what they show does.
-        """
+        """Add to ``active`` what record ``k`` makes of the values there. ``unseen_views``: also
+        views made under no_grad, which require grad if what they show does."""
         instr, refs, grad, *_ = record
         seen = grad or (unseen_views and instr.facts.view_of is not None and refs)
         if active.isdisjoint(refs) or instr_op(instr) in UNTRACKED or not seen:

@@ -1,4 +1,5 @@
-"""Batch norm's cumulative average (``momentum=None``), whose factor is a number that it asks a counter for."""
+"""Batch norm's cumulative average (``momentum=None``), whose factor is a number that it asks a
+counter for."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .traced import current
 
 
 def averaging(forward: Callable) -> Callable:
-    """``_BatchNorm.forward``, which computes with the counter as a tensor while a function is captured."""
+    """``_BatchNorm.forward``, which computes with the counter as a tensor while a function is
+    captured."""
 
     @functools.wraps(forward)
     def method(self, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -23,7 +25,9 @@ def averaging(forward: Callable) -> Callable:
         self._check_input_dim(x)
         count.add_(1)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        out = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)  # which leaves the batch's there
+        out = F.batch_norm(
+            x, mean, var, self.weight, self.bias, True, 1.0, self.eps
+        )  # which leaves the batch's there
         with torch.no_grad():
             for average, new in ((self.running_mean, mean), (self.running_var, var)):
                 average.add_((new - average) / count)

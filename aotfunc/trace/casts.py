@@ -1,8 +1,7 @@
 """Autocast's cache, as a recording keeps it (PyTorch's own would hand out traced values later).
 
-A leaf that requires grad, as a weight is, is cast once for all its uses, and their gradients are added in the narrow
-dtype; of any other tensor each use has a cast of its own.
-"""
+A leaf that requires grad, as a weight is, is cast once for all its uses, and their gradients are
+added in the narrow dtype; of any other tensor each use has a cast of its own."""
 
 from __future__ import annotations
 
@@ -25,8 +24,14 @@ clear_cache = torch.clear_autocast_cache
 
 
 def cast(trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
-    """``_to_copy``: where it is autocast's of a leaf, what that has been cast to before, or is now, to be kept."""
-    if dtype is None or kwargs or x.dtype is not torch.float32 or not (trace.caches_casts and nesting()):
+    """``_to_copy``: where it is autocast's of a leaf, what that has been cast to before, or is
+    now, to be kept."""
+    if (
+        dtype is None
+        or kwargs
+        or x.dtype is not torch.float32
+        or not (trace.caches_casts and nesting())
+    ):
         return NotImplemented
     if dtype is not torch.get_autocast_dtype(x.device.type) or not (x.requires_grad and x.is_leaf):
         return NotImplemented
@@ -36,7 +41,9 @@ def cast(trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs:
     made = trace.casts.get((ref, dtype))
     if made is None:
         key = (aten._to_copy.default, sig, dtype, env_key())
-        instr = interned(key) or intern(key, aten._to_copy.default, (Slot(0),), {"dtype": dtype}, (sig,))
+        instr = interned(key) or intern(
+            key, aten._to_copy.default, (Slot(0),), {"dtype": dtype}, (sig,)
+        )
         made = trace.casts[ref, dtype] = trace.note(instr, (ref,))
     return made
 
@@ -47,7 +54,8 @@ def nesting() -> int:
     return torch.autocast_decrement_nesting()
 
 
-# ----- what autocast's contexts call ----------------------------------------------------------------------------------
+# ----- what autocast's contexts call
+# ----------------------------------------------------------------------------------
 
 
 def is_enabled() -> bool:

@@ -6,16 +6,16 @@ import gc
 import os
 import threading
 
-#: what is under way, by thread; the collector belongs to the process, so the last to leave puts it back
+#: what is under way, by thread; the collector belongs to the process, so the last to leave puts it
+# back
 _under_way: dict[object, int] = {}
 _lock = threading.Lock()
 _was_on = False
 
 
 class paused_gc:
-    """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and scanning them again and
-    again is most of the time of making them.
-    """
+    """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and
+    scanning them again and again is most of the time of making them."""
 
     __slots__ = ()
 

@@ -1,4 +1,5 @@
-"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers: PyTorch would read them from memory; they are stacked.
+"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers: PyTorch would read them from memory; they
+are stacked.
 
 As in eager no derivative goes through. The functions are exchanged while a recording is under way.
 """
@@ -29,13 +30,20 @@ def to_stack(data: Any) -> bool:
     """Whether nested lists hold a number that would have to be read now."""
     if not isinstance(data, list | tuple) or current() is None or under_way.quiet:
         return False
-    return any(isinstance(x, Tensor) and (x.__class__ is Traced or frozen(x)) for x in elements(data))
+    return any(
+        isinstance(x, Tensor) and (x.__class__ is Traced or frozen(x)) for x in elements(data)
+    )
 
 
-def stacked(data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bool = False) -> Tensor:
-    """The tensor of nested lists of numbers and tensors of one element each; the common dtype if ``dtype`` is None."""
+def stacked(
+    data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bool = False
+) -> Tensor:
+    """The tensor of nested lists of numbers and tensors of one element each; the common dtype if
+    ``dtype`` is None."""
     if dtype is None:
-        dtype = functools.reduce(torch.promote_types, (torch.as_tensor(x).dtype for x in elements(data)))
+        dtype = functools.reduce(
+            torch.promote_types, (torch.as_tensor(x).dtype for x in elements(data))
+        )
     device = torch.get_default_device() if device is None else device
 
     def stack(x: Any) -> Tensor:
@@ -44,7 +52,9 @@ def stacked(data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bo
         if not isinstance(x, Tensor):
             return torch.full((), x, dtype=dtype, device=device)
         if x.numel() != 1:
-            raise ValueError(f"only tensors of one element can be numbers in a list, not one of shape {list(x.shape)}")
+            raise ValueError(
+                f"only tensors of one element can be numbers in a list, not one of shape {list(x.shape)}"
+            )
         if (x.is_floating_point() or x.is_complex()) and not torch.can_cast(x.dtype, dtype):
             raise TypeError(f"a number of dtype {x.dtype} does not become one of dtype {dtype}")
         return x.detach().reshape(()).to(device, dtype)
@@ -59,7 +69,9 @@ def stacking(make: Callable) -> Callable:
     def function(data: Any, *args: Any, **kwargs: Any) -> Any:
         if args or not to_stack(data):
             return make(data, *args, **kwargs)
-        return stacked(data, kwargs.get("dtype"), kwargs.get("device"), kwargs.get("requires_grad", False))
+        return stacked(
+            data, kwargs.get("dtype"), kwargs.get("device"), kwargs.get("requires_grad", False)
+        )
 
     return function
 
@@ -72,4 +84,6 @@ def new_tensor(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
 
 Traced.new_tensor = new_tensor  # type: ignore[method-assign]
 
-CONSTRUCTORS = {(torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")}
+CONSTRUCTORS = {
+    (torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")
+}

@@ -1,9 +1,9 @@
-"""Making graph nodes fast: one small emitter, which merges equal nodes and rewrites them by local rules as they are
-made.
+"""Making graph nodes fast: one small emitter, which merges equal nodes and rewrites them by local
+rules as they are made.
 
-``fx.Graph.create_node`` walks its arguments as a tree and names through regular expressions, 15 to 30 µs a node. The
-emitter does the same bookkeeping directly; it knows private fields of ``fx.Graph`` and is the only file that does.
-"""
+``fx.Graph.create_node`` walks its arguments as a tree and names through regular expressions, 15 to
+30 µs a node. The emitter does the same bookkeeping directly; it knows private fields of
+``fx.Graph`` and is the only file that does."""
 
 from __future__ import annotations
 
@@ -43,19 +43,23 @@ def base_name(target: Any) -> str:
 
 _names: dict[OpOverload, str] = {}  # of ops only: compiled calls come and go
 #: names that mean something in the code of an fx.GraphModule
-_BUILTIN = frozenset((*dir(builtins), "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"))
+_BUILTIN = frozenset(
+    (*dir(builtins), "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")
+)
 
 
 class Builder:
     """A graph under construction.
 
-    ``rewrites`` maps a target to local rewriting rules; with ``merge`` (the default) equal pure nodes are made once.
-    Casts are not, for their gradients are added in the dtype that they cast from, unless the graph is ``final``: it is
-    not going to be differentiated.
-    """
+    ``rewrites`` maps a target to local rewriting rules; with ``merge`` (the default) equal pure
+    nodes are made once. Casts are not, for their gradients are added in the dtype that they cast
+    from, unless the graph is ``final``: it is not going to be differentiated."""
 
     def __init__(
-        self, rewrites: Mapping[Any, Sequence[Rewrite]] | None = None, merge: bool = True, final: bool = False
+        self,
+        rewrites: Mapping[Any, Sequence[Rewrite]] | None = None,
+        merge: bool = True,
+        final: bool = False,
     ) -> None:
         self.graph = fx.Graph()
         self.rewrites = rewrites or {}
@@ -67,7 +71,8 @@ class Builder:
         self._table = self.graph._find_nodes_lookup_table.table
         self._insert = self.graph._insert
 
-    # ----- nodes ------------------------------------------------------------------------------------------------------
+    # ----- nodes
+    # ------------------------------------------------------------------------------------------------------
 
     def name(self, base: str) -> str:
         count = self._counts.get(base, -1) + 1
@@ -79,7 +84,9 @@ class Builder:
         self._used.add(name)
         return name
 
-    def make(self, op: str, target: Any, args: tuple, kwargs: dict, val: Any, name: str | None = None) -> Node:
+    def make(
+        self, op: str, target: Any, args: tuple, kwargs: dict, val: Any, name: str | None = None
+    ) -> Node:
         """Append a node, neither rewritten nor merged."""
         if name is None:
             name = base_name(target)
@@ -88,7 +95,9 @@ class Builder:
         self._insert(node)
         self._table[(op, target if op == "call_function" else None)][node] = None
         self.graph._len += 1
-        meta = node.meta  # assigning it would take the node out of the graph's lookup table and put it back
+        meta = (
+            node.meta
+        )  # assigning it would take the node out of the graph's lookup table and put it back
         meta["val"] = val
         if self.meta:
             meta.update(self.meta)
@@ -104,10 +113,13 @@ class Builder:
 
     def inputs(self, placeholders: Sequence[Node]) -> list[Node]:
         """Placeholders like these."""
-        return [self.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders]
+        return [
+            self.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders
+        ]
 
     def node(self, target: Any, args: tuple, kwargs: dict, val: Any) -> Any:
-        """The value of ``target(*args, **kwargs)``: rewritten, or an equal node made before, or a new one."""
+        """The value of ``target(*args, **kwargs)``: rewritten, or an equal node made before, or a
+        new one."""
         for rewrite in self.rewrites.get(target, ()):
             better = rewrite(self, val, *args, **kwargs)
             if better is not None:
@@ -117,12 +129,21 @@ class Builder:
             if drawn not in self.seen:
                 self.seen[drawn] = self.make("call_function", target, args, kwargs, val)
             return self.seen[drawn]
-        if not self.merge or not mergeable(target) or (not self.final and casts(target, args, val)):
+        if (
+            not self.merge
+            or not mergeable(target)
+            or (not self.final and casts(target, args, val))
+        ):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
         if target in COMMUTATIVE and len(args) == 2 and not kwargs:
             x, y = args
-            if x.__class__ is Node and y.__class__ is Node and x.meta["val"] is y.meta["val"] and id(x) > id(y):
+            if (
+                x.__class__ is Node
+                and y.__class__ is Node
+                and x.meta["val"] is y.meta["val"]
+                and id(x) > id(y)
+            ):
                 key = (*key[:2], y, x)
         node = self.seen.get(key)
         if node is None:
@@ -134,11 +155,12 @@ class Builder:
         return self.node(target, args, kwargs, infer_val(target, args, kwargs))
 
     def again(self, target: OpOverload, args: tuple, kwargs: dict, val: Any) -> tuple[tuple, Any]:
-        """``(args, signature)`` of a call that was recorded for arguments that lay otherwise: with copies of those that
-        the kernel would misread, and of what cannot be viewed so.
-        """
+        """``(args, signature)`` of a call that was recorded for arguments that lay otherwise: with
+        copies of those that the kernel would misread, and of what cannot be viewed so."""
         copy = lambda a, form: self.call(_aten.clone.default, a, memory_format=form)
-        if copies := misread(target, [a.meta["val"] if a.__class__ is Node else None for a in args]):
+        if copies := misread(
+            target, [a.meta["val"] if a.__class__ is Node else None for a in args]
+        ):
             args = tuple([copy(a, copies[i]) if i in copies else a for i, a in enumerate(args)])
         try:
             return args, infer_val(target, args, kwargs)
@@ -156,15 +178,20 @@ class Builder:
             return node[i]
         return self.node(operator.getitem, (node, i), {}, node.meta["val"][i])
 
-    # ----- graphs -----------------------------------------------------------------------------------------------------
+    # ----- graphs
+    # -----------------------------------------------------------------------------------------------------
 
     def splice(
-        self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any, relaid: bool = False
+        self,
+        graph: fx.Graph | Sequence[Node],
+        inputs: Sequence[Any],
+        outputs: Any,
+        relaid: bool = False,
     ) -> Any:
-        """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs`` mapped. Some inputs may
-        be ``relaid``, with other strides than their placeholders: signatures are then inferred anew; so are those of
-        what is computed from values that lie elsewhere in a storage.
-        """
+        """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs``
+        mapped. Some inputs may be ``relaid``, with other strides than their placeholders:
+        signatures are then inferred anew; so are those of what is computed from values that lie
+        elsewhere in a storage."""
         env: dict[Node, Any] = {}
         moved = False
         feed = iter(inputs)
@@ -191,7 +218,8 @@ class Builder:
         return remap(outputs, env)
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:
-        """End the graph with this flat tuple of outputs and drop what is not read (draws and effects stay)."""
+        """End the graph with this flat tuple of outputs and drop what is not read (draws and
+        effects stay)."""
         return self.finish_tree(tuple(outputs))
 
     def finish_tree(self, tree: Any) -> fx.Graph:
@@ -202,7 +230,8 @@ class Builder:
 
 
 def displaced(planned: Any, x: Any) -> bool:
-    """Whether a value begins elsewhere in its storage, or is laid out otherwise, than was planned."""
+    """Whether a value begins elsewhere in its storage, or is laid out otherwise, than was
+    planned."""
     sig = x.meta["val"] if x.__class__ is Node else None
     if sig is planned or sig.__class__ is not Sig or planned.__class__ is not Sig:
         return False
@@ -213,7 +242,8 @@ _CARRIED = ("line", "region", "draw")
 
 
 def carried(n: Node) -> dict[str, Any]:
-    """What a copy of a node keeps: the user's line, its checkpointed region, the number of its draw."""
+    """What a copy of a node keeps: the user's line, its checkpointed region, the number of its
+    draw."""
     meta = n.meta
     return {k: meta[k] for k in _CARRIED if k in meta}
 
@@ -244,7 +274,9 @@ def mergeable(target: Any) -> bool:
         mine = _mergeable.get(target)
         if mine is None:
             facts = Facts(target)
-            mine = not (facts.random or facts.effect or facts.writes or "empty" in target._schema.name)
+            mine = not (
+                facts.random or facts.effect or facts.writes or "empty" in target._schema.name
+            )
             _mergeable[target] = mine
         return mine
     return target is operator.getitem
@@ -296,7 +328,12 @@ def _part(a: Any, key: list) -> None:
 def drop_dead(graph: fx.Graph, out: Node) -> None:
     """Dead-code elimination in one sweep from the back."""
     for n in reversed(list(graph.nodes)):
-        if n.users or n is out or n.op in ("placeholder", "output") or (n.op == "call_function" and kept_alive(n)):
+        if (
+            n.users
+            or n is out
+            or n.op in ("placeholder", "output")
+            or (n.op == "call_function" and kept_alive(n))
+        ):
             continue
         erase(graph, n)
 

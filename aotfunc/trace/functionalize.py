@@ -1,14 +1,15 @@
 """From a recording to a functional graph: nothing in it mutates and nothing aliases.
 
-A recording that never writes is copied as it is. Otherwise every traced tensor is a *view*: a storage (its current
-value is a node, and it counts versions) and a chain of view ops. A write to a view computes the storage's new value
-through the inverses of the chain; a read through another view replays that view's chain on the current value.
+A recording that never writes is copied as it is. Otherwise every traced tensor is a *view*: a
+storage (its current value is a node, and it counts versions) and a chain of view ops. A write to a
+view computes the storage's new value through the inverses of the chain; a read through another
+view replays that view's chain on the current value.
 
-Intent is made explicit, so that it survives every later rewriting: a value made under ``torch.no_grad()`` and read
-outside passes through ``aten.detach``, a view made there through ``aotfunc.dead_end`` (it requires grad if what it
-shows does, and has no derivative), and a write that autograd does not see becomes ``aotfunc.hidden_write(old, new)``:
-the new value with the old derivative.
-"""
+Intent is made explicit, so that it survives every later rewriting: a value made under
+``torch.no_grad()`` and read outside passes through ``aten.detach``, a view made there through
+``aotfunc.dead_end`` (it requires grad if what it shows does, and has no derivative), and a write
+that autograd does not see becomes ``aotfunc.hidden_write(old, new)``: the new value with the old
+derivative."""
 
 from __future__ import annotations
 
@@ -48,8 +49,12 @@ _library.define("dead_end(Tensor(a) x) -> Tensor(a)")
 _library.impl("dead_end", torch.no_grad()(lambda x: x.view_as(x)), "CompositeImplicitAutograd")
 dead_end = torch.ops.aotfunc.dead_end.default
 no_tangent = torch.ops.aotfunc.no_tangent.default  # an identity without a forward-mode derivative
-check_gradient = torch.ops.aotfunc.check_gradient.default  # an identity that raises RuntimeError for a NaN
-once = torch.ops.aotfunc.once.default  # an identity that refuses to be differentiated: @once_differentiable
+check_gradient = (
+    torch.ops.aotfunc.check_gradient.default
+)  # an identity that raises RuntimeError for a NaN
+once = (
+    torch.ops.aotfunc.once.default
+)  # an identity that refuses to be differentiated: @once_differentiable
 
 
 def _checked(x: torch.Tensor, where: str) -> torch.Tensor:
@@ -61,7 +66,8 @@ def _checked(x: torch.Tensor, where: str) -> torch.Tensor:
 _library.impl("check_gradient", _checked, "CompositeExplicitAutograd")
 _library.impl("check_gradient", lambda x, where: torch.empty_like(x), "Meta")
 
-#: in place, comparisons have the derivative zero in both arguments; autograd sees nothing of logical ops
+#: in place, comparisons have the derivative zero in both arguments; autograd sees nothing of
+# logical ops
 COMPARISONS = frozenset(
     getattr(packet, name)
     for packet in (aten.eq_, aten.ne_, aten.lt_, aten.le_, aten.gt_, aten.ge_)
@@ -71,7 +77,8 @@ TRUTH = COMPARISONS | {getattr(aten, f"logical_{n}_").default for n in ("and", "
 
 
 class Memory:
-    """What storages share whose derivatives are apart: the version, and which of them was written last."""
+    """What storages share whose derivatives are apart: the version, and which of them was written
+    last."""
 
     __slots__ = ("first", "version", "writer")
 
@@ -80,13 +87,15 @@ class Memory:
 
 
 class Storage:
-    """What views share: the current value, as of a version of the memory; ``ref`` where it is an input or a lifted
-    tensor, which shows it through ``chain``. A detached tensor begins another storage of the same memory.
-    """
+    """What views share: the current value, as of a version of the memory; ``ref`` where it is an
+    input or a lifted tensor, which shows it through ``chain``. A detached tensor begins another
+    storage of the same memory."""
 
     __slots__ = ("chain", "cut", "memory", "node", "ref", "shown", "sig", "version", "written")
 
-    def __init__(self, node: Node, ref: int | None = None, cut: bool = False, memory: Memory | None = None) -> None:
+    def __init__(
+        self, node: Node, ref: int | None = None, cut: bool = False, memory: Memory | None = None
+    ) -> None:
         self.node, self.ref = node, ref
         self.memory = memory or Memory(self)
         self.version, self.written = self.memory.version, False
@@ -96,7 +105,8 @@ class Storage:
         self.shown: dict[int, tuple[int, Node]] = {}
 
     def seen_through(self, b: Builder, link: Link, node: Node) -> Node:
-        """``node`` seen through a link of a view's chain: one node, that a view and the views of it depend on."""
+        """``node`` seen through a link of a view's chain: one node, that a view and the views of
+        it depend on."""
         version, found = self.shown.get(id(link), (None, node))
         if version != self.version:
             found = forward(b, link, node)
@@ -105,7 +115,8 @@ class Storage:
 
 
 class View:
-    """A storage seen through a chain of view ops; remembers its node for the version it was read at."""
+    """A storage seen through a chain of view ops; remembers its node for the version it was read
+    at."""
 
     __slots__ = ("chain", "node", "storage", "version")
 
@@ -133,9 +144,8 @@ def covered(sigs: dict[int, Sig], places: Sequence[Place], base: int, i: int) ->
 
 
 class Functionalizer:
-    """Builds the functional graph of one recording; ``read`` and ``write`` are what recorded steps of other layers
-    need.
-    """
+    """Builds the functional graph of one recording; ``read`` and ``write`` are what recorded steps
+    of other layers need."""
 
     def __init__(
         self,
@@ -147,10 +157,15 @@ class Functionalizer:
     ) -> None:
         self.trace, self.b = trace, builder
         self.intent = intent  # False inside a derived rule: autograd's own detaches mean nothing
-        self.env: dict[int, Any] = {FIRST - i: numbers.get(i, x) for i, x in enumerate(trace.numbers)}
-        #: a view that was written, and a copy, are what was written; else they are read from the memory they show
+        self.env: dict[int, Any] = {
+            FIRST - i: numbers.get(i, x) for i, x in enumerate(trace.numbers)
+        }
+        #: a view that was written, and a copy, are what was written; else they are read from the
+        # memory they show
         self.direct = True
-        self.cut: dict[int, OpOverload] = {}  # made under no_grad, and how it is read where gradients are on
+        self.cut: dict[
+            int, OpOverload
+        ] = {}  # made under no_grad, and how it is read where gradients are on
         self.cuts: dict[tuple, Node] = {}  # and one node each for that
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
         self.placeholders = list(inputs)
@@ -174,14 +189,20 @@ class Functionalizer:
                     self.env[refs[i]] = View(Storage(self.placeholders[i], refs[i]))
                 continue
             sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in members}
-            base = max(members, key=lambda i: (sigs[i].stride == contiguous_stride(sigs[i].shape), sigs[i].numel))
+            base = max(
+                members,
+                key=lambda i: (sigs[i].stride == contiguous_stride(sigs[i].shape), sigs[i].numel),
+            )
             memory = None
             for kin in dict.fromkeys((places[base].kin, *(places[i].kin for i in members))):
                 mine = [i for i in members if places[i].kin == kin]
                 memory = self._bind_kin(refs, mine, base, places, memory)
 
-    def _bind_kin(self, refs: list[int], mine: list[int], base: int, places: Sequence[Place], memory: Any) -> Memory:
-        """A storage, laid out as the input ``base``, for inputs that autograd knows as views of one tensor."""
+    def _bind_kin(
+        self, refs: list[int], mine: list[int], base: int, places: Sequence[Place], memory: Any
+    ) -> Memory:
+        """A storage, laid out as the input ``base``, for inputs that autograd knows as views of
+        one tensor."""
         sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in (*mine, base)}
         chains = {i: covered(sigs, places, base, i) for i in mine}
         first = base if base in mine else max(mine, key=lambda i: sigs[i].numel)
@@ -192,13 +213,17 @@ class Functionalizer:
         storage.chain = chains[first]
         for i in mine:
             covered(sigs, places, first, i)
-            self.env[refs[i]] = View(storage, chains[i], self.placeholders[i] if chains[i] else None)
+            self.env[refs[i]] = View(
+                storage, chains[i], self.placeholders[i] if chains[i] else None
+            )
         return storage.memory
 
-    # ----- values -----------------------------------------------------------------------------------------------------
+    # ----- values
+    # -----------------------------------------------------------------------------------------------------
 
     def read(self, ref: int, grad: bool = True) -> Node:
-        """The current value of a tensor; cut off if it was made under no_grad and is read where gradients are on."""
+        """The current value of a tensor; cut off if it was made under no_grad and is read where
+        gradients are on."""
         view = self.env[ref]
         if view.__class__ is View:
             storage = view.storage
@@ -217,7 +242,8 @@ class Functionalizer:
         return node if how is None else self.detached(node, how)
 
     def current(self, storage: Storage) -> Node:
-        """The value of a storage; where the memory was written through another one, the derivative stays."""
+        """The value of a storage; where the memory was written through another one, the derivative
+        stays."""
         memory = storage.memory
         if storage.version != memory.version:
             new = memory.writer.node
@@ -237,30 +263,38 @@ class Functionalizer:
 
     def through(self, base: View, link: Link) -> View:
         if link[0] is aten.detach.default:
-            storage = Storage(self.detached(self.current(base.storage)), memory=base.storage.memory)
+            storage = Storage(
+                self.detached(self.current(base.storage)), memory=base.storage.memory
+            )
             return View(storage, base.chain)
         return View(base.storage, (*base.chain, link))
 
-    def seen(self, base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig) -> View:
+    def seen(
+        self, base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig
+    ) -> View:
         """A tensor seen through a view op, or one that became what the op shows of it."""
         if op in (aten.as_strided.default, aten.resize.default):
             return View(base.storage, restrided(base.storage.sig, base.chain, sig))
         return self.through(base, linked(base.sig, op, args, kwargs, index, sig))
 
     def shown(self, ref: int) -> Node:
-        """As :meth:`read`, always as a view of the memory it shares: also where it was itself written last."""
+        """As :meth:`read`, always as a view of the memory it shares: also where it was itself
+        written last."""
         view = self.env[ref]
         if view.__class__ is View and view.chain and view.storage.memory.version:
             view.version = -1
         return self.read(ref)
 
     def memory(self, ref: int) -> Node:
-        """The current value of all the memory that a value was made with (what is computed has its own)."""
+        """The current value of all the memory that a value was made with (what is computed has its
+        own)."""
         view = self.env[ref]
         node = view
         if view.__class__ is View:
             node, ops = self.current(view.storage), [link[0] for link in view.chain]
-            for link in view.chain[: max((i + 1 for i, op in enumerate(ops) if op in COMPUTED), default=0)]:
+            for link in view.chain[
+                : max((i + 1 for i, op in enumerate(ops) if op in COMPUTED), default=0)
+            ]:
                 node = forward(self.b, link, node)
         return self.cut_off(ref, node)
 
@@ -294,7 +328,8 @@ class Functionalizer:
         self.env[ref].version = view.storage.memory.version
 
     def write(self, ref: int, new: Node, grad: bool = True, line: Line | None = None) -> None:
-        """Replace the value of a tensor, and with it that of every tensor which shares its storage."""
+        """Replace the value of a tensor, and with it that of every tensor which shares its
+        storage."""
         view = self.env[ref]
         target = view.sig
         if overlaps_itself(target):
@@ -306,7 +341,9 @@ class Functionalizer:
         if grad and storage.cut:  # from here on it carries a derivative: that of what is written
             self.became(storage, self.detached(self.current(storage)))
             storage.cut = False
-            self.cut = {r: how for r, how in self.cut.items() if self.env[r].storage is not storage}
+            self.cut = {
+                r: how for r, how in self.cut.items() if self.env[r].storage is not storage
+            }
         bases = [self.current(storage)]
         for link in view.chain[:-1]:
             bases.append(forward(self.b, link, bases[-1]))
@@ -329,7 +366,8 @@ class Functionalizer:
             node = self.b.call(aten.expand.default, node, list(sig.shape))
         return laid_out(self.b, node, sig)  # the written tensor keeps its layout
 
-    # ----- the walk ---------------------------------------------------------------------------------------------------
+    # ----- the walk
+    # ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         for i, (instr, refs, grad, region, line) in enumerate(self.trace.records):
@@ -342,7 +380,9 @@ class Functionalizer:
                 self._view(instr, refs, grad)
             else:
                 nodes = self._nodes(instr, refs, grad)
-                self._results(self._call(instr, nodes), instr.outs, grad, self.how_cut(instr, refs))
+                self._results(
+                    self._call(instr, nodes), instr.outs, grad, self.how_cut(instr, refs)
+                )
         self.b.meta = {}
 
     def _nodes(self, instr: Instr, refs: Sequence[int], grad: bool) -> list[Any]:
@@ -357,7 +397,11 @@ class Functionalizer:
         if not self.intent and instr.op is aten.detach.default:
             return nodes[0]
         if instr.op in COMPUTED:
-            return forward(self.b, Link((instr.op, fill(instr.args, nodes)[1:], {}, None, instr.outs)), nodes[0])
+            return forward(
+                self.b,
+                Link((instr.op, fill(instr.args, nodes)[1:], {}, None, instr.outs)),
+                nodes[0],
+            )
         if instr.number is not None and literal(nodes) is None:
             return self.b.node(*with_tensor(instr.op, fill(instr.args, nodes)), {}, instr.outs)
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
@@ -366,7 +410,9 @@ class Functionalizer:
             args, outs = self.b.again(instr.op, args, kwargs, outs)
         return self.b.node(instr.op, args, kwargs, outs)
 
-    def _results(self, out: Any, outs: Any, grad: bool, how: OpOverload = aten.detach.default) -> None:
+    def _results(
+        self, out: Any, outs: Any, grad: bool, how: OpOverload = aten.detach.default
+    ) -> None:
         if outs.__class__ is Sig:
             self.bind(out, grad, how)
         elif isinstance(outs, tuple):
@@ -375,7 +421,8 @@ class Functionalizer:
                     self._results(self.b.item(out, i), o, grad, how)
 
     def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:
-        """A view shares the storage of its argument, the first tensor; another says where it starts."""
+        """A view shares the storage of its argument, the first tensor; another says where it
+        starts."""
         base = self.env[refs[0]]
         outs = instr.outs
         if not self.intent and instr.op is aten.detach.default:
@@ -396,27 +443,51 @@ class Functionalizer:
             ref = self.number
             self.number += 1
             self.env[ref] = self.seen(base, instr.op, args, instr.kwargs, i, sig)
-            cut = refs[0] in self.cut and instr.op is not aten.detach.default  # which is a cut itself
+            cut = (
+                refs[0] in self.cut and instr.op is not aten.detach.default
+            )  # which is a cut itself
             if cut or (not grad and sig.differentiable):
                 self.cut[ref] = self.how_cut(instr, refs)
 
-    def _write(self, instr: Instr, refs: tuple, grad: bool, line: Line | None, overwritten: bool) -> None:
+    def _write(
+        self, instr: Instr, refs: tuple, grad: bool, line: Line | None, overwritten: bool
+    ) -> None:
         op, facts = instr.op, instr.facts
         if facts.reshapes:
             self.env[refs[0]] = self.seen(
-                self.env[refs[0]], functional_twin(op, line), instr.args[1:], instr.kwargs, None, instr.outs
+                self.env[refs[0]],
+                functional_twin(op, line),
+                instr.args[1:],
+                instr.kwargs,
+                None,
+                instr.outs,
             )
             return
         nodes = self._nodes(instr, refs, grad)
-        slots = [instr.args[i] if i < len(instr.args) else instr.kwargs[facts.names[i]] for i in facts.writes]
-        written = [refs[int(s)] for slot in slots for s in (slot if isinstance(slot, list | tuple) else [slot])]
+        slots = [
+            instr.args[i] if i < len(instr.args) else instr.kwargs[facts.names[i]]
+            for i in facts.writes
+        ]
+        written = [
+            refs[int(s)]
+            for slot in slots
+            for s in (slot if isinstance(slot, list | tuple) else [slot])
+        ]
         special = WRITES.get(op)
         if special is not None:
-            news = [special(self.b, *fill(instr.args, nodes), **{k: fill(v, nodes) for k, v in instr.kwargs.items()})]
+            news = [
+                special(
+                    self.b,
+                    *fill(instr.args, nodes),
+                    **{k: fill(v, nodes) for k, v in instr.kwargs.items()},
+                )
+            ]
         else:
             twin = functional_twin(op, line)
             news = self._twin_results(twin, instr, nodes)
-        if op is aten.copy_.default and not self.direct:  # what is read of the copy is not read of its source
+        if (
+            op is aten.copy_.default and not self.direct
+        ):  # what is read of the copy is not read of its source
             news[0] = self.b.call(aten.clone.default, news[0])
         if self.intent and grad and op in TRUTH and nodes[0].meta["val"].differentiable:
             news[0] = self.truth(op, nodes, news[0])
@@ -440,10 +511,13 @@ class Functionalizer:
                 if x.meta["val"].differentiable:
                     zero = self.fitted(self.b.call(aten.mul.Tensor, x, 0), old.meta["val"])
                     old = self.b.call(aten.add.Tensor, old, zero)
-        return self.b.node(hidden_write, (old, self.fitted(new, old.meta["val"])), {}, old.meta["val"])
+        return self.b.node(
+            hidden_write, (old, self.fitted(new, old.meta["val"])), {}, old.meta["val"]
+        )
 
     def still_requiring_grad(self, old: Node, new: Node) -> Node:
-        """The new value of a tensor that requires grad, and does so still: the derivative of the old one is zero."""
+        """The new value of a tensor that requires grad, and does so still: the derivative of the
+        old one is zero."""
         new = self.fitted(new, old.meta["val"])
         both = self.b.call(aten.add.Tensor, self.b.call(aten.zero.default, old), new)
         return self.b.node(hidden_write, (both, new), {}, new.meta["val"])
@@ -453,7 +527,9 @@ class Functionalizer:
         ours = instr.op._schema.arguments
         args = [a for a, s in zip(instr.args, ours, strict=False) if s.name in names]
         kwargs = {k: v for k, v in instr.kwargs.items() if k in names}
-        out = self.b.call(twin, *[fill(a, nodes) for a in args], **{k: fill(v, nodes) for k, v in kwargs.items()})
+        out = self.b.call(
+            twin, *[fill(a, nodes) for a in args], **{k: fill(v, nodes) for k, v in kwargs.items()}
+        )
         if isinstance(out, Node) and isinstance(out.meta["val"], tuple):
             return [self.b.item(out, i) for i in range(len(out.meta["val"]))]
         return [out]
@@ -467,7 +543,9 @@ class Functionalizer:
         for index, ref in enumerate(refs):
             view = self.env[ref]
             storage = view.storage
-            changed = storage.written or (storage.memory.version and storage.memory.first is storage)
+            changed = storage.written or (
+                storage.memory.version and storage.memory.first is storage
+            )
             if changed and storage.ref == ref:
                 node = self.current(storage)
                 for link in storage.chain:
@@ -481,7 +559,9 @@ def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> li
     made = []
     count, sigs = len(trace.inputs), trace.signatures()
     for i, sig in enumerate(sigs[:count]):
-        made.append(builder.placeholder(names[i] if i < len(names) else f"arg{i}", sig, role="primal"))
+        made.append(
+            builder.placeholder(names[i] if i < len(names) else f"arg{i}", sig, role="primal")
+        )
     for i, (t, sig) in enumerate(zip(trace.lifted, sigs[count:], strict=True)):
         kind = "param" if isinstance(t, torch.nn.Parameter) else "const"
         made.append(builder.placeholder(f"{kind}{i}", sig, role=kind))

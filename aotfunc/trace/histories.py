@@ -1,6 +1,6 @@
-"""What PyTorch's autograd knows of tensors from outside that a recording writes to: meanwhile what it would know in
-eager mode, so that they answer for themselves; afterwards nothing, for the program is yet to run.
-"""
+"""What PyTorch's autograd knows of tensors from outside that a recording writes to: meanwhile what
+it would know in eager mode, so that they answer for themselves; afterwards nothing, for the
+program is yet to run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class History(Function):
 
 
 def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence[Any]) -> None:
-    """Keep autograd's own record of a write, made behind our back where parameters take part, off outside tensors: it
-    is taken back when the recording ends, or, where there is an older one, the write is refused.
-    """
+    """Keep autograd's own record of a write, made behind our back where parameters take part, off
+    outside tensors: it is taken back when the recording ends, or, where there is an older one, the
+    write is refused."""
     tracked = [t for t in args if requires_grad(t)]
     if not tracked:
         follow(trace, written)
@@ -44,7 +44,9 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
             continue
         if not (owner.requires_grad or is_part(t, owner)):
             trace.rewritten.append(owner)
-        elif not facts.accumulates or len(tracked) > 1 or tracked[0] is not t:  # else its derivative is 1
+        elif (
+            not facts.accumulates or len(tracked) > 1 or tracked[0] is not t
+        ):  # else its derivative is 1
             raise CaptureError(
                 "a tensor from outside that requires grad is written to, and autograd is to see it"
                 f"{at(user_line(4))}: pass it as an argument, or write to it under no_grad"
@@ -55,13 +57,22 @@ def follow(trace: Trace, written: Sequence[Any]) -> None:
     """Let outside tensors that were just written to require grad if what was written does."""
     for t in written:
         owner = t._base if t._is_view() else t
-        if owner.__class__ is Traced or is_part(t, owner) or owner.requires_grad or owner.is_inference():
+        if (
+            owner.__class__ is Traced
+            or is_part(t, owner)
+            or owner.requires_grad
+            or owner.is_inference()
+        ):
             continue
         if trace.seen_as(owner) in trace.autograd.active():
             trace.rewritten.append(owner)
             with quiet():
-                super(Function, History).apply(owner, torch.empty(0, requires_grad=True))  # which is not redirected
-                _ = torch._C.TensorBase.grad_fn.__get__(t)  # a view finds out only when it is asked
+                super(Function, History).apply(
+                    owner, torch.empty(0, requires_grad=True)
+                )  # which is not redirected
+                _ = torch._C.TensorBase.grad_fn.__get__(
+                    t
+                )  # a view finds out only when it is asked
 
 
 def known(t: Tensor) -> bool:
@@ -83,5 +94,7 @@ def take_back(trace: Trace) -> None:
     with quiet():
         for t in trace.rewritten:
             torch._C.TensorBase.detach_(t)
-        for t, version in reversed(written):  # those that share memory count together, and the first one had it right
+        for t, version in reversed(
+            written
+        ):  # those that share memory count together, and the first one had it right
             torch._C._autograd._unsafe_set_version_counter((t,), (version,))

@@ -16,7 +16,8 @@ SHARED = (type, types.ModuleType, types.BuiltinFunctionType)
 
 
 def holds_traced(x: Any, seen: set[int]) -> bool:
-    """Whether there is a traced value in an object, beside those in objects that were ``seen``, by ``id``."""
+    """Whether there is a traced value in an object, beside those in objects that were ``seen``, by
+    ``id``."""
     todo, seen, alive = [x], set(seen), []
     while todo:
         e = todo.pop()
@@ -51,4 +52,6 @@ def inside(x: Any) -> Iterator[Any]:
 def slots_of(cls: type) -> list[str]:
     """The names of the slots that instances of a class have."""
     own = [c.__dict__ for c in cls.__mro__ if "__slots__" in c.__dict__]
-    return [n for table in own for n, e in table.items() if isinstance(e, types.MemberDescriptorType)]
+    return [
+        n for table in own for n, e in table.items() if isinstance(e, types.MemberDescriptorType)
+    ]

@@ -1,8 +1,9 @@
-"""Kernels that read their arguments' memory as if it lay in one way only: what lies otherwise is copied before.
+"""Kernels that read their arguments' memory as if it lay in one way only: what lies otherwise is
+copied before.
 
-PyTorch's own functions see to that before they call the kernels, and a capture records what they do. A transform or a
-rule calls the kernels with values that may lie otherwise; some then refuse, and some return other numbers.
-"""
+PyTorch's own functions see to that before they call the kernels, and a capture records what they
+do. A transform or a rule calls the kernels with values that may lie otherwise; some then refuse,
+and some return other numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def images(sig: Sig) -> torch.memory_format:
 
 
 def densely(*positions: int) -> Callable:
-    return lambda sigs: {i: torch.contiguous_format for i in positions if sigs[i] and not dense(sigs[i])}
+    return lambda sigs: {
+        i: torch.contiguous_format for i in positions if sigs[i] and not dense(sigs[i])
+    }
 
 
 def rows(*positions: int) -> Callable:
@@ -73,8 +76,7 @@ READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]
 
 
 def misread(op: Any, sigs: Sequence[Any]) -> dict[int, torch.memory_format]:
-    """Which arguments, by position, this kernel would read wrongly, and the format to copy each into; ``sigs`` has a
-    signature where there is a tensor.
-    """
+    """Which arguments, by position, this kernel would read wrongly, and the format to copy each
+    into; ``sigs`` has a signature where there is a tensor."""
     wanted = READ_AS_LAID.get(op)
     return {} if wanted is None else wanted(sigs)

@@ -1,8 +1,9 @@
-"""How tensors lie in memory: which of them overlap, and where each begins. A write to one is seen through the others.
+"""How tensors lie in memory: which of them overlap, and where each begins. A write to one is seen
+through the others.
 
-Memory is what a storage holds, or, for the values of a recording, what their root stands for: so the parts of one
-buffer are told apart also where they are samples of a batch, whose own signatures begin at 0.
-"""
+Memory is what a storage holds, or, for the values of a recording, what their root stands for: so
+the parts of one buffer are told apart also where they are samples of a batch, whose own signatures
+begin at 0."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ aten = torch.ops.aten
 
 
 class Place(NamedTuple):
-    """``group`` is the same for tensors that overlap, directly or through others; ``start`` and ``step``, the distance
-    of the samples where the tensor is a batch, are in bytes. ``kin`` is the same for those of a group that autograd
-    knows as views of one tensor: a detached one is not.
+    """``group`` is the same for tensors that overlap, directly or through others; ``start`` and
+    ``step``, the distance of the samples where the tensor is a batch, are in bytes. ``kin`` is the
+    same for those of a group that autograd knows as views of one tensor: a detached one is not.
     """
 
     group: int
@@ -34,7 +35,9 @@ class Place(NamedTuple):
     kin: int = 0
 
 
-def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) -> tuple[Place, ...]:
+def layout(
+    tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None
+) -> tuple[Place, ...]:
     """A place for each tensor. ``dims``: the dimensions along which they are batches."""
     known = [memory_of(t) for t in tensors]
     groups = list(range(len(tensors)))
@@ -42,16 +45,24 @@ def layout(tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None) 
     for i, (memory, _) in enumerate(known):
         others = beside.setdefault(memory, [])
         for k in others:
-            if groups[k] != groups[i] and overlap(tensors[k], known[k][1], tensors[i], known[i][1]):
+            if groups[k] != groups[i] and overlap(
+                tensors[k], known[k][1], tensors[i], known[i][1]
+            ):
                 old, new = max(groups[i], groups[k]), min(groups[i], groups[k])
                 groups = [new if g == old else g for g in groups]
         others.append(i)
-    alone = {g for g in groups if groups.count(g) == 1} if any(len(x) > 1 for x in beside.values()) else set(groups)
+    alone = (
+        {g for g in groups if groups.count(g) == 1}
+        if any(len(x) > 1 for x in beside.values())
+        else set(groups)
+    )
     kins: dict[Any, int] = {}
     return tuple(
         Place(g, 0, None)
         if g in alone
-        else Place(g, start, step_of(t, dims[i] if dims else None), kins.setdefault(viewed(t), len(kins)))
+        else Place(
+            g, start, step_of(t, dims[i] if dims else None), kins.setdefault(viewed(t), len(kins))
+        )
         for i, (g, t, (_, start)) in enumerate(zip(groups, tensors, known, strict=True))
     )
 
@@ -71,7 +82,10 @@ def viewed(t: Tensor) -> Any:
         return id(t if t._base is None else t._base)
     trace, seen = t.tracer, shown(t.tracer).get(t.ref)
     path = [] if seen is None else seen.path
-    ref = next((s.ref for s in reversed(path[1:]) if s.call[0] is aten.detach.default), path[0].ref if path else t.ref)
+    ref = next(
+        (s.ref for s in reversed(path[1:]) if s.call[0] is aten.detach.default),
+        path[0].ref if path else t.ref,
+    )
     if 0 <= ref < len(trace.origins):
         return viewed(trace.origins[ref])
     return viewed(trace.lifted[-ref - 1]) if ref < 0 else (id(trace), ref)
@@ -100,7 +114,9 @@ def version(t: Tensor) -> int:
 
 def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
     """Whether two tensors of one memory share an element. Where that is hard to tell: yes."""
-    if not (a.numel() and b.numel() and a_start < b_start + extent(b) and b_start < a_start + extent(a)):
+    if not (
+        a.numel() and b.numel() and a_start < b_start + extent(b) and b_start < a_start + extent(a)
+    ):
         return False
     try:
         return np.shares_memory(_block(a, a_start), _block(b, b_start), max_work=10_000)  # type: ignore[arg-type]
@@ -110,22 +126,30 @@ def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
 
 def extent(t: Tensor) -> int:
     """Bytes from the first element of ``t`` to behind its last."""
-    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+    return (
+        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    ) * t.element_size()
 
 
 def part(base: Sig, at: Place, sig: Sig, place: Place) -> int | None:
-    """At which element of ``base`` a tensor of signature ``sig`` begins that lies wholly inside of it; None if it does
-    not.
-    """
+    """At which element of ``base`` a tensor of signature ``sig`` begins that lies wholly inside of
+    it; None if it does not."""
     size = base.dtype.itemsize
     start, odd = divmod(place.start - at.start, size)
-    dense = base.stride == contiguous_stride(base.shape) and (at.step is None or abs(at.step) >= base.numel * size)
+    dense = base.stride == contiguous_stride(base.shape) and (
+        at.step is None or abs(at.step) >= base.numel * size
+    )
     inside = start >= 0 and start + sig.extent - sig.offset <= base.numel
-    return start if dense and inside and not odd and sig.dtype is base.dtype and place.step == at.step else None
+    return (
+        start
+        if dense and inside and not odd and sig.dtype is base.dtype and place.step == at.step
+        else None
+    )
 
 
 def overlaps_itself(sig: Sig) -> bool:
-    """Whether steps along one dimension, or along two, lead to the same memory. (Three or more are not looked at.)"""
+    """Whether steps along one dimension, or along two, lead to the same memory. (Three or more are
+    not looked at.)"""
     if 0 in sig.shape:
         return False
     steps = [(s, n) for s, n in zip(sig.stride, sig.shape, strict=True) if n > 1]

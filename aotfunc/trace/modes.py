@@ -1,8 +1,9 @@
-"""Modes around a call act while a function is recorded, and then no more: not on what was recorded of it.
+"""Modes around a call act while a function is recorded, and then no more: not on what was recorded
+of it.
 
-Autocast has put its casts into the recording, a ``TorchFunctionMode`` (``torch.set_default_device`` is one) has changed
-the calls that it sees. Rules, shape inference and programs run later, when the same modes or others may be on.
-"""
+Autocast has put its casts into the recording, a ``TorchFunctionMode``
+(``torch.set_default_device`` is one) has changed the calls that it sees. Rules, shape inference
+and programs run later, when the same modes or others may be on."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ _NONE = nullcontext()
 
 
 def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
-    """Autocast and function modes off, meanwhile: around programs, and whatever else has been through them. ``dtype``:
-    the default dtype of the recording, for a program that runs later than it.
-    """
+    """Autocast and function modes off, meanwhile: around programs, and whatever else has been
+    through them. ``dtype``: the default dtype of the recording, for a program that runs later than
+    it."""
     changed = dtype is not None and torch.get_default_dtype() is not dtype
     if not (changed or _autocast() or _function_modes()):
         return _NONE
@@ -42,9 +43,8 @@ def off() -> ExitStack:
 
 
 def outside_inference_mode(f: Callable) -> Callable:
-    """``f`` outside of inference mode, in which autograd's own formulas record nothing and traced values could not be
-    written to.
-    """
+    """``f`` outside of inference mode, in which autograd's own formulas record nothing and traced
+    values could not be written to."""
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,9 @@ class Surroundings(NamedTuple):
     @classmethod
     def now(cls) -> Surroundings:
         devices = torch._C._autocast_supported_devices() if _autocast() else ()
-        on = tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d))
+        on = tuple(
+            (d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)
+        )
         return cls(on, torch.is_autocast_cache_enabled())
 
     def again(self) -> ExitStack:

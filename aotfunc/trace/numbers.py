@@ -1,9 +1,9 @@
-"""What PyTorch reads of a tensor without an op that a recording would see: refused in what is compiled once.
+"""What PyTorch reads of a tensor without an op that a recording would see: refused in what is
+compiled once.
 
-``float(c)`` and ``range(c)`` are ops, but inside of ``torch.tensor([c, 2])`` dispatch is off; printing, pickling and
-sharing memory never were ops. While a number would be frozen, the methods that ask for one are exchanged: these refuse,
-those of :mod:`.places` do without.
-"""
+``float(c)`` and ``range(c)`` are ops, but inside of ``torch.tensor([c, 2])`` dispatch is off;
+printing, pickling and sharing memory never were ops. While a number would be frozen, the methods
+that ask for one are exchanged: these refuse, those of :mod:`.places` do without."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _grad = torch._C.TensorBase.grad
 
 
 def refusal(what: str, way: str = WAY) -> CaptureError:
-    """The error for a question whose answer would be frozen. Whoever catches it goes on without eager's number, so the
-    captures under way fail all the same: see :func:`~aotfunc.trace.recording.record_into`.
-    """
+    """The error for a question whose answer would be frozen. Whoever catches it goes on without
+    eager's number, so the captures under way fail all the same: see
+    :func:`~aotfunc.trace.recording.record_into`."""
     error = CaptureError(
         f"{what} was asked for that depends on a tensor from outside, but the function is compiled once for all values"
         f"{at(debug.user_line())}. {way}"
@@ -55,7 +55,8 @@ def forgive(error: CaptureError) -> None:
 
 
 def refusing(read: Callable, what: str) -> Callable:
-    """The method, for tensors whose values may be asked for by the recording under way in this thread."""
+    """The method, for tensors whose values may be asked for by the recording under way in this
+    thread."""
 
     @functools.wraps(read)
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +70,12 @@ def refusing(read: Callable, what: str) -> Callable:
 def frozen(t: Tensor) -> bool:
     """Whether what is read of ``t`` would stay as it is now."""
     trace = current()
-    return trace is not None and not trace.may_ask_constants and t.__class__ is not Traced and not under_way.quiet
+    return (
+        trace is not None
+        and not trace.may_ask_constants
+        and t.__class__ is not Traced
+        and not under_way.quiet
+    )
 
 
 def grad(self: Tensor) -> Tensor | None:
@@ -89,7 +95,10 @@ def asking(split: Callable) -> Callable:
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if current() is None or under_way.quiet:
             return split(x, *args, **kwargs)
-        named = {"indices" if isinstance(v, Tensor) and v.dim() == 1 else k: listed(v) for k, v in kwargs.items()}
+        named = {
+            "indices" if isinstance(v, Tensor) and v.dim() == 1 else k: listed(v)
+            for k, v in kwargs.items()
+        }
         return split(x, *map(listed, args), **named)
 
     return function
@@ -103,5 +112,8 @@ watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
     | {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
-    | {(Tensor, "grad"): property(grad, set_grad), (_BatchNorm, "forward"): averaging(_BatchNorm.forward)}
+    | {
+        (Tensor, "grad"): property(grad, set_grad),
+        (_BatchNorm, "forward"): averaging(_BatchNorm.forward),
+    }
 )

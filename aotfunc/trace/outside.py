@@ -1,6 +1,5 @@
-"""What ``f`` does past every op, to the memory, the gradient or the flags of a tensor: a recording would not see it,
-and a traced value left in a tensor from outside has no data.
-"""
+"""What ``f`` does past every op, to the memory, the gradient or the flags of a tensor: a recording
+would not see it, and a traced value left in a tensor from outside has no data."""
 
 from __future__ import annotations
 
@@ -94,7 +93,12 @@ def _swap_template(t1, t2):  # type: ignore[no-untyped-def]
 #: ways of changing a tensor; reading ``.grad`` stays as fast as it was
 PATCHES = (
     Attribute("data", Tensor, "data", property(data, set_data, doc=_data.__doc__)),
-    Attribute("tensor_grad", Tensor, "grad", property(_grad.__get__, set_grad, _grad.__delete__, _grad.__doc__)),
+    Attribute(
+        "tensor_grad",
+        Tensor,
+        "grad",
+        property(_grad.__get__, set_grad, _grad.__delete__, _grad.__doc__),
+    ),
     Attribute("requires_grad_", Tensor, "requires_grad_", requires_grad_),
     Attribute("detach_", Tensor, "detach_", detach_),
     Code("swap", torch.utils.swap_tensors, swap_tensors, _swap_template),
@@ -102,9 +106,8 @@ PATCHES = (
 
 
 def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
-    """Refuse a gradient that is taken, at ``line`` of a recording, with respect to a tensor from outside with hooks, as
-    autograd would call these. Of inputs it is known at each call.
-    """
+    """Refuse a gradient that is taken, at ``line`` of a recording, with respect to a tensor from
+    outside with hooks, as autograd would call these. Of inputs it is known at each call."""
     if trace is None:
         hooks: Any = t._backward_hooks or t.retains_grad
     else:
@@ -122,11 +125,13 @@ def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
         )
 
 
-# ----- traced values --------------------------------------------------------------------------------------------------
+# ----- traced values
+# --------------------------------------------------------------------------------------------------
 
 
 def check_grad(t: Traced) -> None:
-    """An argument's ``.grad`` is another tensor at each call, which a function compiled once would not see."""
+    """An argument's ``.grad`` is another tensor at each call, which a function compiled once would
+    not see."""
     trace = t.tracer
     if not trace.may_ask_constants and any(t is a for a in trace.arguments):
         raise CaptureError(
@@ -136,7 +141,8 @@ def check_grad(t: Traced) -> None:
 
 
 def give_memory(t: Traced, value: Tensor) -> None:
-    """``t.data = value``: ``t`` becomes a copy of ``value``, with the derivative that it had; older views stay."""
+    """``t.data = value``: ``t`` becomes a copy of ``value``, with the derivative that it had;
+    older views stay."""
     trace, line = t.tracer, user_line()
     if current() is not trace or any(t is a for a in trace.arguments):
         raise CaptureError(
@@ -144,18 +150,22 @@ def give_memory(t: Traced, value: Tensor) -> None:
             "it has: `with torch.no_grad(): x.copy_(value)`"
         )
     if value.shape != t.shape or value.dtype != t.dtype:
-        raise CaptureError(f"`.data = ` with another shape or dtype is not captured{at(line)}; make a new tensor")
+        raise CaptureError(
+            f"`.data = ` with another shape or dtype is not captured{at(line)}; make a new tensor"
+        )
     with torch.enable_grad():
         new = hidden_write(t, value.detach())
     why = f"`.data = ` lets tensors share memory, and one is written or both are returned{at(line)}; assign a clone()"
-    trace.stand_ins.append(StandIn(len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, why))
+    trace.stand_ins.append(
+        StandIn(len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, why)
+    )
     t.ref = new.ref
     trace.refresh(t, new.sig)
 
 
 class StandIn(NamedTuple):
-    """A value that stands, after so many records, for ``old``, and in eager shares the memory of ``value``: after
-    ``t.data = value``, or with a hook. ``why`` is the error where that is seen.
+    """A value that stands, after so many records, for ``old``, and in eager shares the memory of
+    ``value``: after ``t.data = value``, or with a hook. ``why`` is the error where that is seen.
     """
 
     start: int
@@ -170,11 +180,17 @@ def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
     """Refuse what would tell that a value which stands for another has memory of its own."""
     root = trace.root
     for start, value, old, new, why, hooks in trace.stand_ins:
-        shared, results, later = {root(value), root(old)}, {root(r) for r in returned}, trace.records[start:]
+        shared, results, later = (
+            {root(value), root(old)},
+            {root(r) for r in returned},
+            trace.records[start:],
+        )
         used = results | {root(r) for _, refs, *_ in later for r in refs}
         written = {root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
         outside = root(value) < len(trace.inputs)
         told = new in results and (outside or root(value) in results)
-        renewed = hooks and root(old) != old  # a view whose memory was written to has another history, without hooks
+        renewed = (
+            hooks and root(old) != old
+        )  # a view whose memory was written to has another history, without hooks
         if told or written & shared or (new in written and (renewed or outside or used & shared)):
             raise CaptureError(why)

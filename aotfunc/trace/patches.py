@@ -1,7 +1,8 @@
-"""How functions of torch are exchanged, from the first capture on or while one is under way, and put back.
+"""How functions of torch are exchanged, from the first capture on or while one is under way, and
+put back.
 
-What takes their place asks whether a recording is under way in the calling thread, and does what torch does otherwise.
-"""
+What takes their place asks whether a recording is under way in the calling thread, and does what
+torch does otherwise."""
 
 from __future__ import annotations
 
@@ -26,24 +27,30 @@ def recorded() -> Trace | None:
 
 
 class Code:
-    """The code of a function ``f``, exchanged for the template's, which asks whether a recording is under way. The name
-    stays bound to ``f``, so that names bound earlier (``sq = Sq.apply``) come along.
-    """
+    """The code of a function ``f``, exchanged for the template's, which asks whether a recording
+    is under way. The name stays bound to ``f``, so that names bound earlier (``sq = Sq.apply``)
+    come along."""
 
-    def __init__(self, name: str, f: types.FunctionType, ours: Callable | None, template: Any) -> None:
+    def __init__(
+        self, name: str, f: types.FunctionType, ours: Callable | None, template: Any
+    ) -> None:
         self.name, self.f, self.ours, self.template = name, f, ours, template
 
     def install(self) -> None:
         """Twice, from two threads, is as once."""
         f, name = self.f, self.name
-        twin = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+        twin = types.FunctionType(
+            f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__
+        )
         twin.__kwdefaults__ = f.__kwdefaults__
         original = ORIGINALS.setdefault(name, twin)
         f.__globals__["_aotfunc_recording"] = recorded
         f.__globals__[f"_aotfunc_{name}"] = self.ours
         f.__globals__[f"_torch_{name}"] = original
         code = original.__code__  # a reader of the source, as TorchScript, finds torch's
-        f.__code__ = self.template.__code__.replace(co_filename=code.co_filename, co_firstlineno=code.co_firstlineno)
+        f.__code__ = self.template.__code__.replace(
+            co_filename=code.co_filename, co_firstlineno=code.co_firstlineno
+        )
 
     def undo(self) -> None:
         self.f.__code__ = ORIGINALS[self.name].__code__

@@ -1,8 +1,9 @@
-"""Parts of a tensor at places that only a 0-dim integer tensor knows: ``x[i]``, ``x[i] = v``, ``narrow``, ``select``.
+"""Parts of a tensor at places that only a 0-dim integer tensor knows: ``x[i]``, ``x[i] = v``,
+``narrow``, ``select``.
 
-PyTorch would ask for the number. Where it is not to be had (or would be frozen: a tensor from outside, in what is
-compiled once) the part is recorded as a view all the same: :data:`~aotfunc.trace.views.narrow_at`.
-"""
+PyTorch would ask for the number. Where it is not to be had (or would be frozen: a tensor from
+outside, in what is compiled once) the part is recorded as a view all the same:
+:data:`~aotfunc.trace.views.narrow_at`."""
 
 from __future__ import annotations
 
@@ -20,12 +21,19 @@ from .traced import Traced, current, under_way
 from .views import narrow_at
 
 aten = torch.ops.aten
-_getitem, _setitem, _narrow, _select = Tensor.__getitem__, Tensor.__setitem__, Tensor.narrow, Tensor.select
+_getitem, _setitem, _narrow, _select = (
+    Tensor.__getitem__,
+    Tensor.__setitem__,
+    Tensor.narrow,
+    Tensor.select,
+)
 
 
 def is_integer(x: Tensor) -> bool:
     """Whether PyTorch would take this for a number in an index: bytes are masks."""
-    return not (x.dim() or x.is_floating_point() or x.is_complex() or x.dtype in (torch.bool, torch.uint8))
+    return not (
+        x.dim() or x.is_floating_point() or x.is_complex() or x.dtype in (torch.bool, torch.uint8)
+    )
 
 
 def is_place(x: Tensor) -> bool:
@@ -57,7 +65,9 @@ def part(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
     start = torch.where(start < 0, start + size, start).to(x.device)
     (ref, sig), (at, at_sig) = trace.ref_of(x), trace.ref_of(start)
     key = (narrow_at, sig, dim, at_sig, length, env_key())
-    instr = interned(key) or intern(key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig))
+    instr = interned(key) or intern(
+        key, narrow_at, (Slot(0), dim, Slot(1), length), {}, (sig, at_sig)
+    )
     return trace.note(instr, (ref, at))
 
 
@@ -79,7 +89,9 @@ def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor 
     shown = _getitem(x, tuple(parts))
     indices: list[Tensor | None] = [None] * shown.dim()
     for p, i in zip(places, numbers, strict=True):
-        kept = [q is None or isinstance(q, slice) for q in parts]  # the dimensions of what they show
+        kept = [
+            q is None or isinstance(q, slice) for q in parts
+        ]  # the dimensions of what they show
         indices[-sum(kept[p:]) if ... in parts[:p] else sum(kept[:p])] = i
     return shown, indices
 
@@ -126,19 +138,21 @@ def select(self: Tensor, dim: Any, index: Any) -> Tensor:
     return _select(self, dim, index)
 
 
-#: methods for outside tensors, too (with a ``__getitem__`` of Python's they would be sequences for ``torch.tensor``)
+#: methods for outside tensors, too (with a ``__getitem__`` of Python's they would be sequences for
+# ``torch.tensor``)
 METHODS = {"narrow": narrow, "select": select}
 for name, method in {"__getitem__": getitem, "__setitem__": setitem, **METHODS}.items():
     setattr(Traced, name, method)
 
 
 def subscript(frame: FrameType) -> tuple[int, int] | None:
-    """Which ``x[...]`` a frame executes. If it asks for a number by itself, ``x`` is a tensor: other containers call
-    ``__index__``, a function of ours.
-    """
+    """Which ``x[...]`` a frame executes. If it asks for a number by itself, ``x`` is a tensor:
+    other containers call ``__index__``, a function of ours."""
     code, at = frame.f_code.co_code, frame.f_lasti
     name = dis.opname[code[at]]
-    yes = name in ("BINARY_SUBSCR", "STORE_SUBSCR") or (name == "BINARY_OP" and code[at + 1] == _SUBSCRIPT)
+    yes = name in ("BINARY_SUBSCR", "STORE_SUBSCR") or (
+        name == "BINARY_OP" and code[at + 1] == _SUBSCRIPT
+    )
     return (id(frame), at) if yes else None
 
 

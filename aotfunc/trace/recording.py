@@ -1,4 +1,5 @@
-"""A function body recorded into a trace, with what of the thread and of PyTorch is set aside meanwhile."""
+"""A function body recorded into a trace, with what of the thread and of PyTorch is set aside
+meanwhile."""
 
 from __future__ import annotations
 
@@ -21,14 +22,19 @@ functions = Exchange(CONSTRUCTORS | CONTEXTS)
 
 
 def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
-    """``body()`` recorded into ``trace``: with gradients and tangents on, autocast's cache and Dynamo off, functorch's
-    levels and saved_tensors_hooks aside (parameters make autograd save traced values), no garbage collection. All of it
-    holds for this thread alone and is undone whatever is raised, whenever.
+    """``body()`` recorded into ``trace``: with gradients and tangents on, autocast's cache and
+    Dynamo off, functorch's levels and saved_tensors_hooks aside (parameters make autograd save
+    traced values), no garbage collection. All of it holds for this thread alone and is undone
+    whatever is raised, whenever.
 
     Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """
     dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
-    grad, tangents, cache = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled(), cache_enabled()
+    grad, tangents, cache = (
+        torch.is_grad_enabled(),
+        torch._C._is_fwd_grad_enabled(),
+        cache_enabled(),
+    )
     compiling = dynamo.get_eval_frame_callback()
     set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
     set_aside(aside := set_aside(True))
@@ -56,7 +62,8 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             torch._C._set_fwd_grad_enabled(True)
             set_aside(True)
             traces.append(trace)
-            # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole process
+            # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole
+            # process
             torch._C._push_on_torch_dispatch_stack(trace)
             result = body()
         except Exception as e:

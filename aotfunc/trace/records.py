@@ -14,8 +14,9 @@ from .shapes.sig import Sig, Slot, fill
 
 aten = torch.ops.aten
 
-# A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is an Instr for an op, or an
-# object of another layer with the same duty: `facts` and `lower(functionalizer, record)`, see functionalize.Step.
+# A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is an Instr for an
+# op, or an object of another layer with the same duty: `facts` and `lower(functionalizer,
+# record)`, see functionalize.Step.
 Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 
 
@@ -31,7 +32,9 @@ def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
     if facts.writes:
         return [
             x
-            for o, same in zip(outs if isinstance(outs, tuple | list) else (outs,), facts.same, strict=False)
+            for o, same in zip(
+                outs if isinstance(outs, tuple | list) else (outs,), facts.same, strict=False
+            )
             if same is None
             for x in flat(o)
         ]
@@ -57,7 +60,12 @@ def new_sigs(instr: Any) -> list:
     if not instr.facts.writes:
         return flat(instr.outs)
     outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
-    return [sig for o, same in zip(outs, instr.facts.same, strict=False) if same is None for sig in flat(o)]
+    return [
+        sig
+        for o, same in zip(outs, instr.facts.same, strict=False)
+        if same is None
+        for sig in flat(o)
+    ]
 
 
 def results_of(instr: Any) -> int:
@@ -72,7 +80,9 @@ class Roots:
         self.done, self.number = 0, count
         self.of: dict[int, int] = {}  # for each view the value whose storage it shares
         self.written: set[int] = set()  # such values
-        self.conjugates = set(conjugates)  # inputs, and views of them, which eager has not computed yet
+        self.conjugates = set(
+            conjugates
+        )  # inputs, and views of them, which eager has not computed yet
 
     def extended(self, records: list[Record]) -> Roots:
         of = self.of
@@ -102,5 +112,7 @@ def written_slots(instr: Any) -> list[int]:
     found = []
     for i in instr.facts.writes:
         a = instr.args[i] if i < len(instr.args) else instr.kwargs.get(instr.facts.names[i])
-        found += [int(s) for s in (a if isinstance(a, list | tuple) else [a]) if isinstance(s, Slot)]
+        found += [
+            int(s) for s in (a if isinstance(a, list | tuple) else [a]) if isinstance(s, Slot)
+        ]
     return found

@@ -20,17 +20,20 @@ if TYPE_CHECKING:
 
 
 class Replay:
-    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes; generators of
-    random numbers are left as they were.
-    """
+    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes;
+    generators of random numbers are left as they were."""
 
     def __init__(self, trace: Trace) -> None:
         self.done = self.lifted = self.numbers = 0  # of the recording, so much
         self.env: dict[int, Any] = {}
         self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
-        # samples of a batch, and recordings inside of others, start at another state of the generator, and so does
-        # each call of what is compiled once
-        self.draws = trace.samples is None and trace.may_ask_constants and under_way.traces[:1] in ([], [trace])
+        # samples of a batch, and recordings inside of others, start at another state of the
+        # generator, and so does each call of what is compiled once
+        self.draws = (
+            trace.samples is None
+            and trace.may_ask_constants
+            and under_way.traces[:1] in ([], [trace])
+        )
         if trace.concrete_inputs is not None:
             for i, t in enumerate(trace.concrete_inputs):
                 if t is not None and (real := known(trace, t)) is not None:
@@ -43,7 +46,9 @@ class Replay:
         t = t.detach()
         key, _ = memory_of(t)
         if key not in self.storages:
-            self.storages[key] = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone())
+            self.storages[key] = torch.empty(0, dtype=t.dtype, device=t.device).set_(
+                t.untyped_storage().clone()
+            )
         whole = self.storages[key]
         if whole.dtype != t.dtype:
             return t.clone()
@@ -55,7 +60,8 @@ class Replay:
             del self.env[ref]
 
     def value(self, trace: Trace, ref: int) -> Tensor | None:
-        """The value of a result of the recording; None if it depends on inputs that are not there."""
+        """The value of a result of the recording; None if it depends on inputs that are not
+        there."""
         new = trace.records[self.done :]
         with quiet(), torch.no_grad(), self.drawing(new):
             for i in range(self.lifted, len(trace.lifted)):
@@ -105,18 +111,28 @@ def generators(records: Sequence[Record]) -> set[torch.Generator]:
         found.update(torch.cuda.default_generators)
     for instr, *_ in records:
         if instr.facts.random:
-            found.update(named_generators(instr.program.graph.nodes if hasattr(instr, "program") else [instr]))
+            found.update(
+                named_generators(
+                    instr.program.graph.nodes if hasattr(instr, "program") else [instr]
+                )
+            )
     return found
 
 
 def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
     """The generators among the arguments of recorded ops, or of nodes."""
     # isinstance(a, Generator) would run Python of torch's
-    return [a for c in calls for a in (*c.args, *c.kwargs.values()) if issubclass(a.__class__, torch.Generator)]
+    return [
+        a
+        for c in calls
+        for a in (*c.args, *c.kwargs.values())
+        if issubclass(a.__class__, torch.Generator)
+    ]
 
 
 def known(trace: Trace, t: Tensor) -> Tensor | None:
-    """The real tensor that this is or stands for, if it has values that stay as they are until the next call."""
+    """The real tensor that this is or stands for, if it has values that stay as they are until the
+    next call."""
     if t.__class__ is Traced:
         return t.tracer._known(t)
     return t if trace.may_ask_constants and has_values(t) else None

@@ -1,11 +1,11 @@
-"""Python numbers among the arguments of ops that may be inputs of a program: one that changes from call to call (a
-learning rate, a time step) is then no program each.
+"""Python numbers among the arguments of ops that may be inputs of a program: one that changes from
+call to call (a learning rate, a time step) is then no program each.
 
-A number stands in a recording as a value does; whether it is a literal of the program or an input of it is decided when
-the program is looked up. As an input it is a 0-dim float64 tensor on the CPU, which is what PyTorch makes of a number
-before it computes; where such a tensor would decide the dtype of the result, and a number would not, it is cast first,
-or stays a literal. Numbers that rewritings and kernels look at (0, 1, 2, 0.5 and their like) are always literals.
-"""
+A number stands in a recording as a value does; whether it is a literal of the program or an input
+of it is decided when the program is looked up. As an input it is a 0-dim float64 tensor on the
+CPU, which is what PyTorch makes of a number before it computes; where such a tensor would decide
+the dtype of the result, and a number would not, it is cast first, or stays a literal. Numbers that
+rewritings and kernels look at (0, 1, 2, 0.5 and their like) are always literals."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ aten = torch.ops.aten
 NUMBER = Sig((), (), torch.float64, torch.device("cpu"), 0)
 TENSOR = make_sig(NUMBER.shape, NUMBER.stride, NUMBER.dtype, NUMBER.device)
 
-#: the first number of a recording has the reference FIRST, the next FIRST - 1: behind all lifted tensors
+#: the first number of a recording has the reference FIRST, the next FIRST - 1: behind all lifted
+# tensors
 FIRST = -(1 << 40)
 
 #: ops whose number may be an input, and the op that takes a tensor in its place
 FORMS: dict[OpOverload, OpOverload] = {
     **{op: op for name in ("add", "sub", "mul", "div") for op in (getattr(aten, name).Tensor,)},
-    **{op: op for name in ("add_", "sub_", "mul_", "div_") for op in (getattr(aten, name).Tensor,)},
+    **{
+        op: op for name in ("add_", "sub_", "mul_", "div_") for op in (getattr(aten, name).Tensor,)
+    },
     **{
         getattr(aten, name).Scalar: getattr(aten, name).Tensor
         for name in ("lt", "le", "gt", "ge", "eq", "ne", "remainder", "fmod")
@@ -64,11 +67,16 @@ def with_tensor(op: OpOverload, args: tuple) -> tuple[OpOverload, tuple]:
 
 def has_number(op: OpOverload, args: tuple) -> bool:
     """Whether the call is of a tensor and a number, which may be an input."""
-    return op in FORMS and len(args) == 2 and isinstance(args[0], Tensor) is not isinstance(args[1], Tensor)
+    return (
+        op in FORMS
+        and len(args) == 2
+        and isinstance(args[0], Tensor) is not isinstance(args[1], Tensor)
+    )
 
 
 def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:
-    """The instruction for a call with a number among its arguments, of which NUMBER is the signature."""
+    """The instruction for a call with a number among its arguments, of which NUMBER is the
+    signature."""
     tensors = tuple([s for s in sigs if s is not NUMBER])
     outs = infer(op, tuple([Slot(0) if isinstance(a, Tensor) else a for a in args]), {}, tensors)
     instr = intern(key, op, (Slot(0), Slot(1)), {}, sigs, outs)
@@ -77,7 +85,8 @@ def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:
 
 
 def dtype_of_number(op: OpOverload, sigs: tuple, outs: Any) -> torch.dtype | None:
-    """The dtype with which the number may be a tensor; None where it may not. ``outs``: what the op returns."""
+    """The dtype with which the number may be a tensor; None where it may not. ``outs``: what the
+    op returns."""
     if outs.__class__ is not Sig or not any(s.differentiable for s in sigs if s is not NUMBER):
         return None
     plain = twin_of(op) or op

@@ -1,6 +1,6 @@
-"""Generators of random numbers that ``f`` seeds. A recording draws nothing, its program draws when it runs: so a state
-that is set between two draws, or in a function that is compiled once, would be set at the wrong time.
-"""
+"""Generators of random numbers that ``f`` seeds. A recording draws nothing, its program draws when
+it runs: so a state that is set between two draws, or in a function that is compiled once, would be
+set at the wrong time."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ def states(objects: Iterable[Any]) -> States:
 
 
 class Seeds:
-    """What one recording knows of generators: ``drawn``, those that it named, as they were at their first draw, and
-    ``before``, the default generator's state before ``f`` set it.
-    """
+    """What one recording knows of generators: ``drawn``, those that it named, as they were at
+    their first draw, and ``before``, the default generator's state before ``f`` set it."""
 
     def __init__(self) -> None:
         self.drawn: States = {}
@@ -37,7 +36,9 @@ class Seeds:
 
     def draw(self, calls: Iterable[Any]) -> None:
         """Note the generators that these recorded ops, or nodes, name."""
-        self.drawn = states(g for g in named_generators(calls) if g._cdata not in self.drawn) | self.drawn
+        self.drawn = (
+            states(g for g in named_generators(calls) if g._cdata not in self.drawn) | self.drawn
+        )
 
     def setting(self) -> None:
         """The default generator is about to be set."""
@@ -60,15 +61,17 @@ class Seeds:
             )
 
     def check_compiled(self, known: States, name: str) -> None:
-        """Refuse what a compiled function does to generators only once: seeding one, or making one. ``known``: those
-        that it finds outside, as they were before.
-        """
+        """Refuse what a compiled function does to generators only once: seeding one, or making
+        one. ``known``: those that it finds outside, as they were before."""
         if changed(known):
             raise CaptureError(
                 f"a torch.Generator is seeded inside a compiled function, which {name} would do only once"
                 f"{at(user_line())}; seed it outside"
             )
-        own = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+        own = [
+            torch.default_generator,
+            *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()),
+        ]
         if self.drawn.keys() - known.keys() - {g._cdata for g in own}:
             raise CaptureError(
                 f"a torch.Generator is made inside a compiled function, which {name} would do only once"
@@ -85,7 +88,8 @@ def changed(known: States) -> bool:
 
 
 def of_python() -> tuple:
-    """The states of Python's and NumPy's global generators, which are drawn from while ``f`` is recorded."""
+    """The states of Python's and NumPy's global generators, which are drawn from while ``f`` is
+    recorded."""
     state: Any = np.random.get_state()
     _, keys, place, *rest = state
     return random.getstate(), keys.tobytes(), place, *rest

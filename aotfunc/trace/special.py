@@ -1,4 +1,5 @@
-"""Ops that a recording answers itself, or records as others: questions of values, and schemas that lie."""
+"""Ops that a recording answers itself, or records as others: questions of values, and schemas that
+lie."""
 
 from __future__ import annotations
 
@@ -33,9 +34,8 @@ _DISTRIBUTIONS = os.path.join(os.path.dirname(torch.__file__), "distributions", 
 
 
 def _conj(trace: Trace, x: Tensor) -> Tensor:
-    """Record ``conj`` as a view, so that writes pass through, and compute its value at once: traced values have no lazy
-    conjugate bit.
-    """
+    """Record ``conj`` as a view, so that writes pass through, and compute its value at once:
+    traced values have no lazy conjugate bit."""
     if not x.is_complex():
         return x
     ref, sig = trace.ref_of(x)
@@ -73,9 +73,8 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
 
 
 def validated(asking: FrameType) -> str | None:
-    """What ``torch.distributions`` or a loss checks and raises an error for, if it is that which asks: the program then
-    checks it at each call.
-    """
+    """What ``torch.distributions`` or a loss checks and raises an error for, if it is that which
+    asks: the program then checks it at each call."""
     frame: FrameType | None = asking
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
@@ -113,7 +112,8 @@ def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
 
 
 def _batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps, *cudnn):  # type: ignore[no-untyped-def]
-    """``native_batch_norm`` updates the running statistics and does not say so; the functional op returns them."""
+    """``native_batch_norm`` updates the running statistics and does not say so; the functional op
+    returns them."""
     if training and mean is not None:
         out, m, s, new_mean, new_var = aten._native_batch_norm_legit_functional(
             x, weight, bias, mean, var, True, momentum, eps
@@ -141,9 +141,9 @@ def _cudnn_batch_norm(trace: Trace, x, weight, bias, mean, var, training, moment
 
 
 def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-untyped-def]
-    """Two drivers return residuals only if every matrix has full rank, a question of values (where it cannot be asked,
-    full rank is taken for granted). The op is recorded without them; they are added.
-    """
+    """Two drivers return residuals only if every matrix has full rank, a question of values (where
+    it cannot be asked, full rank is taken for granted). The op is recorded without them; they are
+    added."""
     tall = a.dim() > 1 and a.shape[-2] > a.shape[-1]
     if driver not in ("gelsd", "gelss") or not tall or trace.in_lstsq:
         return NotImplemented
@@ -153,7 +153,9 @@ def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-u
     finally:
         trace.in_lstsq = False
     try:
-        full = trace.answer(lambda rank: bool((rank == a.shape[-1]).all()), [rank], "the rank of a matrix")
+        full = trace.answer(
+            lambda rank: bool((rank == a.shape[-1]).all()), [rank], "the rank of a matrix"
+        )
     except CaptureError:
         if trace.samples is not None:
             raise
@@ -175,8 +177,11 @@ def _batch_norm_no_update(trace: Trace, x, weight, bias, mean, var, momentum, ep
     return *out, x.new_empty(0, dtype=torch.uint8)
 
 
-def _pack_padded(trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """The lengths shape the result, and recurrent layers read the sizes of its steps from memory: both are asked."""
+def _pack_padded(
+    trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool
+) -> tuple[Tensor, Tensor]:
+    """The lengths shape the result, and recurrent layers read the sizes of its steps from memory:
+    both are asked."""
 
     def packed(lengths: Tensor) -> tuple[Tensor, Tensor]:
         numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
@@ -194,7 +199,13 @@ def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
     if not copies:
         return NotImplemented
     with trace:
-        return op(*[a.contiguous(memory_format=copies[i]) if i in copies else a for i, a in enumerate(args)], **kwargs)
+        return op(
+            *[
+                a.contiguous(memory_format=copies[i]) if i in copies else a
+                for i, a in enumerate(args)
+            ],
+            **kwargs,
+        )
 
 
 _ANSWERS: dict[OpOverload, Callable] = {

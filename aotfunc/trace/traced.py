@@ -1,8 +1,8 @@
-"""The traced value: a tensor that stands for a value of a recording and answers what a tensor is asked.
+"""The traced value: a tensor that stands for a value of a recording and answers what a tensor is
+asked.
 
-It knows its signature and its number in the recording and has no data. What C++ autograd records where a parameter
-meets a traced value is dropped unused.
-"""
+It knows its signature and its number in the recording and has no data. What C++ autograd records
+where a parameter meets a traced value is dropped unused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def current() -> Trace | None:
 
 
 class Traced(Tensor):
-    """A tensor that stands for a value of a recording: shape, dtype and device are real, there is no data."""
+    """A tensor that stands for a value of a recording: shape, dtype and device are real, there is
+    no data."""
 
     tracer: Trace
     ref: int
@@ -53,13 +54,15 @@ class Traced(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """An op outside of every recording: a value leaked. It has data if its recording can be run."""
+        """An op outside of every recording: a value leaked. It has data if its recording can be
+        run."""
         from torch.utils._pytree import tree_map_only
 
         args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # ----- what autograd would answer -------------------------------------------------------------------------------
+    # ----- what autograd would answer
+    # -------------------------------------------------------------------------------
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -74,7 +77,9 @@ class Traced(Tensor):
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         if requires_grad and not self.sig.differentiable:
-            raise RuntimeError("only Tensors of floating point and complex dtype can require gradients")
+            raise RuntimeError(
+                "only Tensors of floating point and complex dtype can require gradients"
+            )
         self.tracer.autograd.mark_leaf(self, requires_grad)
         return self
 
@@ -129,7 +134,8 @@ class Traced(Tensor):
         return self.clone() if self.tracer.conjugated(self.ref) else self
 
     def as_subclass(self, cls: type) -> Tensor:  # type: ignore[override]
-        """A traced value is a plain tensor: it stands for an instance of a subclass that changes nothing of that."""
+        """A traced value is a plain tensor: it stands for an instance of a subclass that changes
+        nothing of that."""
         if only_adds(cls):
             return self
         raise CaptureError(
@@ -157,7 +163,8 @@ class Traced(Tensor):
             "register it outside, on the leaf"
         )
 
-    # ----- what has no answer ----------------------------------------------------------------------------------------
+    # ----- what has no answer
+    # ----------------------------------------------------------------------------------------
 
     def numpy(self, *, force: bool = False) -> Any:
         if not force:
@@ -187,7 +194,9 @@ class Traced(Tensor):
         return Tensor.storage_offset(self)
 
     def data_ptr(self) -> int:
-        raise CaptureError(f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}")
+        raise CaptureError(
+            f"a traced value has no memory: .data_ptr() was asked for{at(debug.user_line())}"
+        )
 
     def __array__(self, dtype: Any = None) -> Any:
         self.check_numpy()
@@ -219,10 +228,17 @@ class Traced(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Values that are the same whatever is differentiated or batched can be pickled where a function runs once."""
-        value = self.tracer._known(self) if self.tracer.may_ask_constants and not self.requires_grad else None
+        """Values that are the same whatever is differentiated or batched can be pickled where a
+        function runs once."""
+        value = (
+            self.tracer._known(self)
+            if self.tracer.may_ask_constants and not self.requires_grad
+            else None
+        )
         if value is None:
-            raise CaptureError(f"a traced value cannot be pickled{at(debug.user_line())}; do so outside")
+            raise CaptureError(
+                f"a traced value cannot be pickled{at(debug.user_line())}; do so outside"
+            )
         with quiet():
             return value.__reduce_ex__(protocol)
 
@@ -238,12 +254,15 @@ def attributes(t: Tensor) -> dict[str, Any]:
         return {k: v for k, v in given.items() if k not in _OWN}
     if not _OWN.isdisjoint(given):
         names = ", ".join(sorted(_OWN.intersection(given)))
-        raise CaptureError(f"an argument of shape {list(t.shape)} has the attribute {names}; give it another name")
+        raise CaptureError(
+            f"an argument of shape {list(t.shape)} has the attribute {names}; give it another name"
+        )
     return given
 
 
 class GradFn:
-    """What ``grad_fn`` is: a sign that there is one. Its graph is not to be walked, nor hooked, before it is made."""
+    """What ``grad_fn`` is: a sign that there is one. Its graph is not to be walked, nor hooked,
+    before it is made."""
 
     def name(self) -> str:
         return "traced"
@@ -263,8 +282,12 @@ def _live(x: Traced) -> Tensor:
 
 
 def check_leak(t: Traced) -> None:
-    """A value of a finished transform is a constant, unless that transform ran inside one that still runs."""
-    if any(x.__class__ is Traced and not x.tracer.finished for x in (*t.tracer.origins, *t.tracer.lifted)):
+    """A value of a finished transform is a constant, unless that transform ran inside one that
+    still runs."""
+    if any(
+        x.__class__ is Traced and not x.tracer.finished
+        for x in (*t.tracer.origins, *t.tracer.lifted)
+    ):
         raise CaptureError(
             f"a value leaked from an inner transform and is used outside of it{at(debug.user_line())}: "
             "return it from the inner function (has_aux=True)"
@@ -282,7 +305,9 @@ def check_kind(t: Tensor) -> None:
             f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"
         )
     if dispatches(t) and not is_fake(t):
-        raise CaptureError(f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}")
+        raise CaptureError(
+            f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}"
+        )
     if (
         not is_fake(t)
         and plain_function(type(t)) is not _plain_function
@@ -301,10 +326,12 @@ def dispatches(t: Tensor) -> bool:
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether a tensor is a FakeTensor, or AOTAutograd's around one: ops on it, so programs too, say what shapes and
-    dtypes they give.
-    """
-    return type(t).__module__ in ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
+    """Whether a tensor is a FakeTensor, or AOTAutograd's around one: ops on it, so programs too,
+    say what shapes and dtypes they give."""
+    return type(t).__module__ in (
+        "torch._subclasses.fake_tensor",
+        "torch._subclasses.functional_tensor",
+    )
 
 
 def of_subclass(t: Tensor, what: str) -> CaptureError:
@@ -324,11 +351,16 @@ _disabled = Traced.__torch_function__
 
 
 def plain(x: Any) -> Any:
-    """An instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the same memory and history:
-    its ``__torch_function__`` would be asked about the ops of programs. Anything else is itself.
-    """
+    """An instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the same
+    memory and history: its ``__torch_function__`` would be asked about the ops of programs.
+    Anything else is itself."""
     cls = x.__class__
-    if cls in _KINDS or not isinstance(x, Tensor) or cls.__torch_function__ is _disabled or dispatches(x):
+    if (
+        cls in _KINDS
+        or not isinstance(x, Tensor)
+        or cls.__torch_function__ is _disabled
+        or dispatches(x)
+    ):
         return x
     with as_if_outside(), quiet(), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor)
@@ -341,18 +373,32 @@ def only_adds(cls: type) -> bool:
 
 
 _HARMLESS = frozenset(
-    ("__doc__", "__module__", "__dict__", "__weakref__", "__new__", "__init__", "__repr__", "__str__", "__slots__")
+    (
+        "__doc__",
+        "__module__",
+        "__dict__",
+        "__weakref__",
+        "__new__",
+        "__init__",
+        "__repr__",
+        "__str__",
+        "__slots__",
+    )
     + ("__annotations__", "__annotate_func__", "__static_attributes__", "__firstlineno__")
 )
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of torch.func's."""
-    return not (dispatches(t) or t.device.type == "meta" or torch._C._functorch.is_batchedtensor(t))
+    """Whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of
+    torch.func's."""
+    return not (
+        dispatches(t) or t.device.type == "meta" or torch._C._functorch.is_batchedtensor(t)
+    )
 
 
 def as_if_outside() -> Any:
-    """Dispatch as outside of ops: within one, autograd and batching are switched off, which rules rely on."""
+    """Dispatch as outside of ops: within one, autograd and batching are switched off, which rules
+    rely on."""
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
 
 

@@ -1,8 +1,8 @@
 """Recording: runs a Python function on traced values and keeps a flat list of the aten ops it met.
 
-Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of them. What autograd
-would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is written down on the way: see
-:mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.capture.patches`.
+Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of
+them. What autograd would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is
+written down on the way: see :mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.capture.patches`.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ _inference_mode = torch.is_inference_mode_enabled
 
 
 class Trace(TorchDispatchMode):
-    """One recording. Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
+    """One recording. Inputs are numbered 0, 1, …, then results as they come; lifted outside
+    tensors -1, -2, …
 
-    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``), None for those of which
-    ``samples`` says that they are samples of a batch; ``why_not`` says why where they may not. Values that depend on no
-    input may be asked for all the same: with ``constants`` on closed-over tensors too. Without ``intent`` autograd is
-    left alone (derived rules use it).
+    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``), None for
+    those of which ``samples`` says that they are samples of a batch; ``why_not`` says why where
+    they may not. Values that depend on no input may be asked for all the same: with ``constants``
+    on closed-over tensors too. Without ``intent`` autograd is left alone (derived rules use it).
     """
 
-    def __init__(self, why_not: str | None = None, constants: bool = True, intent: bool = True) -> None:
+    def __init__(
+        self, why_not: str | None = None, constants: bool = True, intent: bool = True
+    ) -> None:
         super().__init__()
         outer = current()
         #: not inside of anything that is compiled once, however deep
@@ -60,11 +63,15 @@ class Trace(TorchDispatchMode):
         self.of_a_rule: bool = outer is not None and outer.of_a_rule
         self.records: list[Record] = []
         self.count = 0
-        self.inputs: list[Sig] = []  # traced values know their recording; it must not hold them when it is over
+        self.inputs: list[
+            Sig
+        ] = []  # traced values know their recording; it must not hold them when it is over
         self.arguments: list[Traced] = []  # the tensors themselves, while they are used
         self.finals: list[int] = []  # the values that they are in the end
         self.lifted: list[Tensor] = []  # outside tensors, by reference
-        self.made_inside: set[int] = set()  # those among them that f makes anew on each run: torch.tensor(3)
+        self.made_inside: set[int] = (
+            set()
+        )  # those among them that f makes anew on each run: torch.tensor(3)
         self.lifts_numbers = False  # see scalars
         self.numbers: list[float] = []  # which may be inputs
         self._lift_refs: dict[int, int] = {}
@@ -81,7 +88,9 @@ class Trace(TorchDispatchMode):
         self.mutates = False
         self.strided = False  # counts from where a storage begins
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
-        self.differentiated: dict[int, str] = {}  # of which inputs and lifted tensors a gradient was taken: (at line)
+        self.differentiated: dict[
+            int, str
+        ] = {}  # of which inputs and lifted tensors a gradient was taken: (at line)
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
@@ -98,7 +107,9 @@ class Trace(TorchDispatchMode):
         self.refused: CaptureError | None = None  # a question that had no answer
         self.place: tuple | None = None  # an index that was asked for its number, see special
         self.in_lstsq = False
-        self.opened: Mapping[OpOverload, Callable] = {}  # decompositions, instead of an answer of SPECIAL's
+        self.opened: Mapping[
+            OpOverload, Callable
+        ] = {}  # decompositions, instead of an answer of SPECIAL's
 
     supports_higher_order_operators = True  # so that they come here, to be refused in words
 
@@ -106,18 +117,26 @@ class Trace(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else every dispatch is wrapped in a Dynamo guard
 
-    # ----- values -----------------------------------------------------------------------------------------------------
+    # ----- values
+    # -----------------------------------------------------------------------------------------------------
 
     def new(self, sig: Sig) -> Traced:
         if _inference_mode():
             self.autograd.inference.add(self.count)
-            with torch.inference_mode(False):  # a traced value of inference mode could not be a view of an argument
+            with torch.inference_mode(
+                False
+            ):  # a traced value of inference mode could not be a view of an argument
                 return self.new(sig)
         if sig.plain:
             t = _wrapper(Traced, sig.shape, dtype=sig.dtype, device=sig.device)
         else:
             t = _wrapper(
-                Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device
+                Traced,
+                sig.shape,
+                strides=sig.stride,
+                storage_offset=sig.offset,
+                dtype=sig.dtype,
+                device=sig.device,
             )
         t.tracer = self
         t.ref = self.count
@@ -144,7 +163,8 @@ class Trace(TorchDispatchMode):
         return twin
 
     def lift(self, t: Tensor) -> int:
-        """The number of an outside tensor: a constant by reference, or a value of an outer recording."""
+        """The number of an outside tensor: a constant by reference, or a value of an outer
+        recording."""
         key = id(t)
         ref = self._lift_refs.get(key)
         if ref is None:
@@ -153,7 +173,9 @@ class Trace(TorchDispatchMode):
                 check_leak(t)
                 t = t.tracer.value(t)
             ordinary = plain(t)
-            if ordinary is not t and not self.may_ask_constants:  # it would not be found again at the next call
+            if (
+                ordinary is not t and not self.may_ask_constants
+            ):  # it would not be found again at the next call
                 raise of_subclass(t, "a tensor from outside")
             check_kind(ordinary)
             if ordinary.__class__ is not Traced and not ordinary.is_inference():
@@ -163,7 +185,8 @@ class Trace(TorchDispatchMode):
         return ref
 
     def stand_for(self, t: Traced, real: Tensor) -> None:
-        """Let ``t``, an input, be what is recorded where ``f`` reaches ``real`` by another way: it closes over it."""
+        """Let ``t``, an input, be what is recorded where ``f`` reaches ``real`` by another way: it
+        closes over it."""
         self._lift_refs[id(real)] = t.ref
 
     def seen_as(self, t: Tensor) -> int | None:
@@ -179,7 +202,8 @@ class Trace(TorchDispatchMode):
         return ref, signature(self.lifted[-ref - 1])
 
     def _unchanged(self, ref: int) -> Sig:
-        """The signature of an argument that ``f`` reaches from outside, too: there it is what it was."""
+        """The signature of an argument that ``f`` reaches from outside, too: there it is what it
+        was."""
         now = self.arguments[ref] if self.arguments else None
         if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
             raise CaptureError(
@@ -188,7 +212,8 @@ class Trace(TorchDispatchMode):
             )
         return self.inputs[ref]
 
-    # ----- recording --------------------------------------------------------------------------------------------------
+    # ----- recording
+    # --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.__class__ is not OpOverload:
@@ -199,7 +224,11 @@ class Trace(TorchDispatchMode):
         special = SPECIAL.get(call)
         if special is not None:
             body = self.opened.get(func)
-            done = special(self, *args, **(kwargs or {})) if body is None else self._open(body, args, kwargs or {})
+            done = (
+                special(self, *args, **(kwargs or {}))
+                if body is None
+                else self._open(body, args, kwargs or {})
+            )
             if done is not NotImplemented:
                 return done
         key = [call]
@@ -264,7 +293,11 @@ class Trace(TorchDispatchMode):
         elif facts.strided:
             self.strided = True
         results = self.wrap(outs, facts)
-        return results if _tangents_enabled() or facts.view_of is not None else self.without_tangents(results)
+        return (
+            results
+            if _tangents_enabled() or facts.view_of is not None
+            else self.without_tangents(results)
+        )
 
     def _sink(self, refs: list[int], sigs: list[Sig]) -> Callable[[Tensor], tuple[Slot, Sig]]:
         """How to encode a tensor among the arguments."""
@@ -278,13 +311,16 @@ class Trace(TorchDispatchMode):
         return sink
 
     def _with_dtype(self, instr: Instr, types: Any, args: tuple, kwargs: dict) -> Any:
-        """An op under a default dtype that ``f`` has set, and under which its program does not run: it is told."""
+        """An op under a default dtype that ``f`` has set, and under which its program does not
+        run: it is told."""
         if "dtype" not in instr.facts.names:
             raise CaptureError(
                 f"the dtype of {instr.op}'s result is the default dtype, which is another one here than around the "
                 f"captured function{at(debug.user_line())}; convert its argument, say by .to(torch.get_default_dtype())"
             )
-        return self.__torch_dispatch__(instr.op, types, args, {**kwargs, "dtype": instr.outs.dtype})
+        return self.__torch_dispatch__(
+            instr.op, types, args, {**kwargs, "dtype": instr.outs.dtype}
+        )
 
     def _with_literal(self, op: OpOverload, types: Any, args: tuple, count: int) -> Any:
         """An op whose number cannot be an input."""
@@ -303,7 +339,9 @@ class Trace(TorchDispatchMode):
         finally:
             self.opened = opened
 
-    def _learn(self, key: tuple, func: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Instr:
+    def _learn(
+        self, key: tuple, func: OpOverload, args: tuple, kwargs: dict, sigs: tuple
+    ) -> Instr:
         if "nested" in func._schema.name:
             raise CaptureError(
                 f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask where it matters"
@@ -316,7 +354,11 @@ class Trace(TorchDispatchMode):
                 count += 1
                 return Slot(count - 1)
             if isinstance(a, list | tuple):
-                return type(a)(template(x) for x in a) if type(a) in (list, tuple) else [template(x) for x in a]
+                return (
+                    type(a)(template(x) for x in a)
+                    if type(a) in (list, tuple)
+                    else [template(x) for x in a]
+                )
             return a
 
         targs = tuple(template(a) for a in args)
@@ -341,10 +383,11 @@ class Trace(TorchDispatchMode):
             said = f"{func}({', '.join(map(str, sigs))}): {e}{at(debug.user_line())}"
             raise OpError.like(e, said) from None
 
-    def _by_value(self, func: OpOverload, targs: Any, tkwargs: Any, sigs: tuple, args: tuple, kwargs: dict) -> Any:
-        """The result's signature of an op whose shape depends on data: static if the meta kernel can, else by
-        running.
-        """
+    def _by_value(
+        self, func: OpOverload, targs: Any, tkwargs: Any, sigs: tuple, args: tuple, kwargs: dict
+    ) -> Any:
+        """The result's signature of an op whose shape depends on data: static if the meta kernel
+        can, else by running."""
         try:
             return infer(func, targs, tkwargs, sigs)
         except Exception:
@@ -353,7 +396,9 @@ class Trace(TorchDispatchMode):
 
         def shape(*values: Tensor) -> Any:
             values = (*given, *values)
-            return signatures(func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()}))
+            return signatures(
+                func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()})
+            )
 
         what = f"the shape of {func}'s result" if Facts(func).returns_tensors else "a truth value"
         return self.answer(shape, tensors[len(given) :], what)
@@ -368,7 +413,8 @@ class Trace(TorchDispatchMode):
         return outs
 
     def _written(self, facts: Any, outs: Any, args: tuple, kwargs: dict | None) -> Any:
-        """Results of an op that writes: the written arguments themselves, refreshed where their metadata changed."""
+        """Results of an op that writes: the written arguments themselves, refreshed where their
+        metadata changed."""
 
         if not (_tangents_enabled() or torch.is_inference_mode_enabled()):
             raise CaptureError(
@@ -381,7 +427,10 @@ class Trace(TorchDispatchMode):
         if self.hooked:
             self._keep_hooked([argument(i) for i in facts.writes])
         if _grad_enabled():
-            given, to = tree_leaves((args, kwargs)), tree_leaves([argument(i) for i in facts.writes])
+            given, to = (
+                tree_leaves((args, kwargs)),
+                tree_leaves([argument(i) for i in facts.writes]),
+            )
             histories.keep_off(self, facts, [t for t in given if isinstance(t, Tensor)], to)
         single = not isinstance(outs, tuple)
         results = []
@@ -390,7 +439,12 @@ class Trace(TorchDispatchMode):
                 results.append(self.wrap(sig))
                 continue
             t = argument(same)
-            if t.__class__ is Traced and t.ref in self.autograd.protected and t.tracer is self and _grad_enabled():
+            if (
+                t.__class__ is Traced
+                and t.ref in self.autograd.protected
+                and t.tracer is self
+                and _grad_enabled()
+            ):
                 raise RuntimeError(
                     f"a leaf Variable that requires grad is being used in an in-place operation{at(debug.user_line(3))}"
                 )
@@ -399,13 +453,19 @@ class Trace(TorchDispatchMode):
                     f"out= has the shape {list(t.shape)}, the result has {list(sig.shape)}{at(debug.user_line(3))}; "
                     "resizing is not captured: pass a tensor of the result's shape"
                 )
-            if t.__class__ is Traced and t.tracer is self and sig is not t.sig and sig.__class__ is Sig:
+            if (
+                t.__class__ is Traced
+                and t.tracer is self
+                and sig is not t.sig
+                and sig.__class__ is Sig
+            ):
                 self.refresh(t, sig)
             results.append(t)
         return results[0] if single and results else tuple(results) if results else None
 
     def _check_reshaped(self, op: OpOverload, t: Tensor, new: Sig) -> None:
-        """Refuse changes of a shape, in place, that the tensor outside or its memory would not follow."""
+        """Refuse changes of a shape, in place, that the tensor outside or its memory would not
+        follow."""
         name, line = op._schema.name.removeprefix("aten::"), at(debug.user_line(3))
         if t.__class__ is not Traced or t.tracer is not self:
             raise CaptureError(
@@ -415,25 +475,38 @@ class Trace(TorchDispatchMode):
         if not _grad_enabled() and t.ref >= len(self.inputs) and not t.is_leaf:
             raise CaptureError(f"{name} under no_grad{SHAPE_OF_GRADIENT}{line}")
         if name in ("set_", "resize_as_"):
-            raise CaptureError(f"{name} gives a tensor the shape or memory of another{line}; assign a new tensor")
+            raise CaptureError(
+                f"{name} gives a tensor the shape or memory of another{line}; assign a new tensor"
+            )
         if name == "resize_" and self.autograd.requires_grad(t):
             raise RuntimeError(f"cannot resize variables that require grad{line}")
         if name == "resize_" and new.extent > t.sig.extent:
-            raise CaptureError(f"{name} makes a tensor larger, by elements without a value{line}; make a new tensor")
+            raise CaptureError(
+                f"{name} makes a tensor larger, by elements without a value{line}; make a new tensor"
+            )
 
     def refresh(self, t: Traced, sig: Sig) -> None:
         """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
         fresh = _wrapper(
-            Traced, sig.shape, strides=sig.stride, storage_offset=sig.offset, dtype=sig.dtype, device=sig.device
+            Traced,
+            sig.shape,
+            strides=sig.stride,
+            storage_offset=sig.offset,
+            dtype=sig.dtype,
+            device=sig.device,
         )
         with quiet():
             torch._C.TensorBase.data.__set__(t, fresh)
         t.sig = sig
 
     def _keep_hooked(self, written: list) -> None:
-        if any(t.__class__ is Traced and self.root(t.ref) in self.hooked for t in tree_leaves(written)):
+        if any(
+            t.__class__ is Traced and self.root(t.ref) in self.hooked for t in tree_leaves(written)
+        ):
             line = at(debug.user_line(3))
-            raise CaptureError(f"a write to an argument with a hook{line}: register the hook after it, on a new tensor")
+            raise CaptureError(
+                f"a write to an argument with a hook{line}: register the hook after it, on a new tensor"
+            )
 
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
         """Record a step of another layer (a nested program, a custom derivative); its results."""
@@ -468,7 +541,8 @@ class Trace(TorchDispatchMode):
         return self.wrap(instr.outs, instr.facts)
 
     def finish(self) -> None:
-        """Nothing is recorded any more; traced values may live on, and go when their last user does."""
+        """Nothing is recorded any more; traced values may live on, and go when their last user
+        does."""
         self.finished = True
         self.autograd.settle()
         histories.take_back(self)
@@ -496,11 +570,18 @@ class Trace(TorchDispatchMode):
             records = tuple([r[:4] for r in self.records])
         else:
             records = tuple([(r[0].anywhere or r[0], r[1], r[2], r[3]) for r in self.records])
-        return (len(self.inputs), *self.signatures(), records, memory, tuple(self.autograd.overwritten))
+        return (
+            len(self.inputs),
+            *self.signatures(),
+            records,
+            memory,
+            tuple(self.autograd.overwritten),
+        )
 
     @property
     def placed(self) -> bool:
-        """Whether it matters where in their storages the inputs begin: for writes, and for what counts from there."""
+        """Whether it matters where in their storages the inputs begin: for writes, and for what
+        counts from there."""
         return self.mutates or self.strided
 
     def signatures(self) -> list[Sig]:
@@ -508,7 +589,8 @@ class Trace(TorchDispatchMode):
         return self.as_placed([*self.inputs, *map(signature, self.lifted)])
 
     def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
-        """Signatures, at the beginning of a storage where it does not matter where in one they are."""
+        """Signatures, at the beginning of a storage where it does not matter where in one they
+        are."""
         return list(sigs) if self.placed else [s.start for s in sigs]
 
     def layout(self) -> tuple[Place, ...]:
@@ -516,7 +598,9 @@ class Trace(TorchDispatchMode):
         if len(self.origins) != len(self.inputs):  # the inputs of a rule: nothing but values
             return tuple(Place(i, 0, None) for i in range(len(self.inputs) + len(self.lifted)))
         if self._places is None or len(self._places) != len(self.inputs) + len(self.lifted):
-            dims = None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))
+            dims = (
+                None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))
+            )
             self._places = layout([*self.origins, *self.lifted], dims)
         return self._places
 
@@ -526,28 +610,35 @@ class Trace(TorchDispatchMode):
 
     def roots(self) -> Roots:
         if self._roots is None:
-            self._roots = Roots(len(self.inputs), [i for i, t in enumerate(self.origins) if t.is_conj()])
+            self._roots = Roots(
+                len(self.inputs), [i for i, t in enumerate(self.origins) if t.is_conj()]
+            )
         return self._roots.extended(self.records)
 
     def conjugated(self, ref: int) -> bool:
-        """Whether this is a conjugate, or a view of one, which eager would not have computed yet."""
+        """Whether this is a conjugate, or a view of one, which eager would not have computed
+        yet."""
         return ref in self.roots().conjugates
 
-    # ----- values on request ------------------------------------------------------------------------------------------
+    # ----- values on request
+    # ------------------------------------------------------------------------------------------
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
         """The real value of ``t``: replay the recording on the concrete inputs."""
         return self.answer(lambda value: value, [t], what)
 
     def answer(self, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-        """``question(*values)`` for the real values of ``tensors``. Where there is one for each sample of a batch, all
-        samples must give the same answer.
-        """
-        if not self.may_ask_constants and any(t.__class__ is not Traced and not self._made(t) for t in tensors):
+        """``question(*values)`` for the real values of ``tensors``. Where there is one for each
+        sample of a batch, all samples must give the same answer."""
+        if not self.may_ask_constants and any(
+            t.__class__ is not Traced and not self._made(t) for t in tensors
+        ):
             raise refusal(what)
         values = [self._known(t) for t in tensors]
         if any(v is None for v in values):
-            inner = tensors[0].tracer if len(tensors) == 1 and tensors[0].__class__ is Traced else self
+            inner = (
+                tensors[0].tracer if len(tensors) == 1 and tensors[0].__class__ is Traced else self
+            )
             return HOOKS["agreed"](inner, question, tensors, what)
         with quiet(), torch.no_grad():
             return question(*values)
@@ -571,19 +662,32 @@ class Trace(TorchDispatchMode):
 
 
 def on_functions(name: str) -> CaptureError:
-    """The refusal of an operator that takes functions: torch.cond, while_loop, scan, map, flex_attention, …"""
+    """The refusal of an operator that takes functions: torch.cond, while_loop, scan, map,
+    flex_attention, …"""
     return CaptureError(
         f"{name} calls functions that are given to it, which is not captured{at(debug.user_line())}. Write it with "
         "torch.where, a Python `if` or a Python loop; attention by scaled_dot_product_attention with a mask"
     )
 
 
-SHAPE_OF_GRADIENT = " changes the shape of a tensor whose gradient would keep the old one; make a view of it"
+SHAPE_OF_GRADIENT = (
+    " changes the shape of a tensor whose gradient would keep the old one; make a view of it"
+)
 
 #: writes after which nothing is left of the derivative of what they write to
 OVERWRITES = frozenset(
     getattr(packet, name)
-    for packet in (aten.copy_, aten.zero_, aten.fill_, aten.eq_, aten.ne_, aten.lt_, aten.le_, aten.gt_, aten.ge_)
+    for packet in (
+        aten.copy_,
+        aten.zero_,
+        aten.fill_,
+        aten.eq_,
+        aten.ne_,
+        aten.lt_,
+        aten.le_,
+        aten.gt_,
+        aten.ge_,
+    )
     for name in packet.overloads()
 )
 
@@ -592,9 +696,14 @@ SHAPED_BY_THE_OTHERS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.maske
 
 
 def follows_default(instr: Instr, kwargs: dict) -> bool:
-    """Whether the dtype of the result is the default dtype: that of a factory, or of an op on integers."""
+    """Whether the dtype of the result is the default dtype: that of a factory, or of an op on
+    integers."""
     outs = instr.outs
-    made = outs.__class__ is Sig and outs.differentiable and not any(s.differentiable for s in instr.sigs)
+    made = (
+        outs.__class__ is Sig
+        and outs.differentiable
+        and not any(s.differentiable for s in instr.sigs)
+    )
     return made and kwargs.get("dtype") is None
 
 

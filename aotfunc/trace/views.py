@@ -17,10 +17,15 @@ from .shapes.sig import Sig
 
 aten = torch.ops.aten
 
-#: ``x.narrow(dim, start, length)`` where ``start`` is a tensor; only recorded: graphs hold what it shows
+#: ``x.narrow(dim, start, length)`` where ``start`` is a tensor; only recorded: graphs hold what it
+# shows
 _library = torch.library.Library("aotfunc", "FRAGMENT")
 _library.define("narrow_at(Tensor(a) x, int dim, Tensor start, int length) -> Tensor(a)")
-_library.impl("narrow_at", lambda x, dim, start, length: x.narrow(dim, int(start), length), "CompositeExplicitAutograd")
+_library.impl(
+    "narrow_at",
+    lambda x, dim, start, length: x.narrow(dim, int(start), length),
+    "CompositeExplicitAutograd",
+)
 narrow_at = torch.ops.aotfunc.narrow_at.default
 
 #: views of a recording that graphs compute
@@ -28,7 +33,8 @@ COMPUTED = (aten._conj.default, narrow_at)
 
 
 class Link(tuple):
-    """One step of a view chain: ``(op, args after the tensor, kwargs, index among several outputs or None, val)``."""
+    """One step of a view chain: ``(op, args after the tensor, kwargs, index among several outputs
+    or None, val)``."""
 
 
 def forward(b: Builder, link: Link, node: Node) -> Node:
@@ -53,7 +59,9 @@ def places(b: Builder, start: Node, length: int) -> Node:
     return b.call(aten.add.Tensor, b.call(aten.arange.default, length, device=sig.device), start)
 
 
-def linked(base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | None, val: Sig) -> Link:
+def linked(
+    base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | None, val: Sig
+) -> Link:
     """A view op on a tensor of signature ``base``."""
     if op is aten.as_strided.default:
         return strided(base, val, val.offset - base.offset)
@@ -61,27 +69,45 @@ def linked(base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | No
 
 
 def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
-    """The chain of a tensor that counts in the memory of the storage ``base``, whatever it was taken from."""
-    if val.dtype is not base.dtype or any(link[0] in (*COMPUTED, aten._neg_view.default) for link in chain):
+    """The chain of a tensor that counts in the memory of the storage ``base``, whatever it was
+    taken from."""
+    if val.dtype is not base.dtype or any(
+        link[0] in (*COMPUTED, aten._neg_view.default) for link in chain
+    ):
         last = chain[-1][4] if chain else base
         return (*chain, strided(last, val, val.offset - last.offset))
-    first = chain[0] if chain and chain[0][0] is aten.as_strided.default else None  # a part of the storage
-    start = val.offset - base.offset if first is None else first[1][2] + val.offset - first[4].offset
+    first = (
+        chain[0] if chain and chain[0][0] is aten.as_strided.default else None
+    )  # a part of the storage
+    start = (
+        val.offset - base.offset if first is None else first[1][2] + val.offset - first[4].offset
+    )
     return (*[link for link in chain if link[0] is aten.detach.default], strided(base, val, start))
 
 
 def strided(base: Sig, val: Sig, start: int) -> Link:
     """A view of the memory of ``base``, from an element counted from its first one on."""
-    return Link((aten.as_strided.default, (list(val.shape), list(val.stride), start, base.stride), {}, None, val))
+    return Link(
+        (
+            aten.as_strided.default,
+            (list(val.shape), list(val.stride), start, base.stride),
+            {},
+            None,
+            val,
+        )
+    )
 
 
 def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
-    """``as_strided``'s arguments for a value that has, or is given, the layout which the link counts in."""
+    """``as_strided``'s arguments for a value that has, or is given, the layout which the link
+    counts in."""
     size, stride, start, layout = args
     if node.meta["val"].stride != layout:
         node = b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         if node.meta["val"].stride != layout:
-            raise CaptureError("as_strided of a tensor that is not contiguous cannot follow writes to it; clone() it")
+            raise CaptureError(
+                "as_strided of a tensor that is not contiguous cannot follow writes to it; clone() it"
+            )
     return node, (size, stride, start + node.meta["val"].offset)
 
 
@@ -97,7 +123,8 @@ def inverse(b: Builder, link: Link, base: Node, new: Node, line: Line | None) ->
 
 
 def scatter(b: Builder, link: Link, base: Node, new: Node) -> Node:
-    """The inverse of any view at all: look through it at the numbers of the elements, and put there."""
+    """The inverse of any view at all: look through it at the numbers of the elements, and put
+    there."""
     sig: Sig = base.meta["val"]
     numbers = b.call(aten.arange.default, sig.numel, device=sig.device)
     where = forward(b, link, b.call(aten.view.default, numbers, list(sig.shape)))
@@ -109,7 +136,11 @@ def reshaped(b: Builder, base: Node, new: Node, *_: Any, **__: Any) -> Node:
     try:
         return b.call(aten.view.default, new, shape)
     except RuntimeError:
-        return b.call(aten.view.default, b.call(aten.clone.default, new, memory_format=torch.contiguous_format), shape)
+        return b.call(
+            aten.view.default,
+            b.call(aten.clone.default, new, memory_format=torch.contiguous_format),
+            shape,
+        )
 
 
 def _permuted(b: Builder, base: Node, new: Node, index: Any, dims: Sequence[int]) -> Node:
@@ -131,8 +162,12 @@ def _split(b: Builder, base: Node, new: Node, index: int, sizes: Any, dim: int =
 
 
 def _expanded(b: Builder, base: Node, new: Node, index: Any, *_: Any, **__: Any) -> Node:
-    if new.meta["val"].shape != base.meta["val"].shape:  # a part of it that is not expanded was written
-        raise CaptureError("a write through an expanded tensor: several elements share memory; clone() it first")
+    if (
+        new.meta["val"].shape != base.meta["val"].shape
+    ):  # a part of it that is not expanded was written
+        raise CaptureError(
+            "a write through an expanded tensor: several elements share memory; clone() it first"
+        )
     return new
 
 
@@ -158,11 +193,14 @@ INVERSES: dict[OpOverload, Any] = {
         reshaped,
     ),
     **dict.fromkeys(
-        (aten.alias.default, aten.detach.default, aten.lift_fresh.default), lambda b, base, new, index: new
+        (aten.alias.default, aten.detach.default, aten.lift_fresh.default),
+        lambda b, base, new, index: new,
     ),
     aten.select.int: _scattered(aten.select_scatter.default),
     aten.slice.Tensor: _scattered(aten.slice_scatter.default),
-    narrow_at: lambda b, base, new, index, dim, *at: b.call(aten.index_copy.default, base, dim, places(b, *at), new),
+    narrow_at: lambda b, base, new, index, dim, *at: b.call(
+        aten.index_copy.default, base, dim, places(b, *at), new
+    ),
     aten.diagonal.default: _scattered(aten.diagonal_scatter.default),
     aten.as_strided.default: _scattered(aten.as_strided_scatter.default),
     aten.t.default: _call(aten.t.default),
@@ -170,10 +208,18 @@ INVERSES: dict[OpOverload, Any] = {
     aten.permute.default: _permuted,
     aten._conj.default: _call(aten._conj_physical.default),
     aten._neg_view.default: _call(aten.neg.default),
-    aten.view_as_real.default: lambda b, base, new, index: b.call(aten.view_as_complex.default, new),
-    aten.view_as_complex.default: lambda b, base, new, index: b.call(aten.view_as_real.default, new),
-    aten.view.dtype: lambda b, base, new, index, dtype: b.call(aten.view.dtype, new, base.meta["val"].dtype),
-    aten.unbind.int: lambda b, base, new, index, dim=0: b.call(aten.select_scatter.default, base, new, dim, index),
+    aten.view_as_real.default: lambda b, base, new, index: b.call(
+        aten.view_as_complex.default, new
+    ),
+    aten.view_as_complex.default: lambda b, base, new, index: b.call(
+        aten.view_as_real.default, new
+    ),
+    aten.view.dtype: lambda b, base, new, index, dtype: b.call(
+        aten.view.dtype, new, base.meta["val"].dtype
+    ),
+    aten.unbind.int: lambda b, base, new, index, dim=0: b.call(
+        aten.select_scatter.default, base, new, dim, index
+    ),
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.expand.default: _expanded,
@@ -181,7 +227,8 @@ INVERSES: dict[OpOverload, Any] = {
 
 
 def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
-    """``x`` with its dimensions in memory in the order of ``sig``: what that views can be viewed."""
+    """``x`` with its dimensions in memory in the order of ``sig``: what that views can be
+    viewed."""
     val = x.meta["val"]
     if val.stride == sig.stride:
         return x
@@ -190,5 +237,9 @@ def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
         return x
     if order == sorted(order):
         return b.call(aten.clone.default, x, memory_format=torch.contiguous_format)
-    copy = b.call(aten.clone.default, b.call(aten.permute.default, x, order), memory_format=torch.contiguous_format)
+    copy = b.call(
+        aten.clone.default,
+        b.call(aten.permute.default, x, order),
+        memory_format=torch.contiguous_format,
+    )
     return b.call(aten.permute.default, copy, sorted(range(sig.ndim), key=order.__getitem__))

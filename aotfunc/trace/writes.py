@@ -26,13 +26,16 @@ def _filled(b: Builder, x: Node, value: Any) -> Node:
 def _filled_diagonal(b: Builder, x: Node, value: Any, wrap: bool = False) -> Node:
     rows, columns = x.meta["val"].shape
     if wrap and rows > columns:
-        raise CaptureError("fill_diagonal_(wrap=True) of a tall matrix has no functional form here")
+        raise CaptureError(
+            "fill_diagonal_(wrap=True) of a tall matrix has no functional form here"
+        )
     line = b.call(aten.diagonal.default, x)
     return b.call(aten.diagonal_scatter.default, x, b.call(aten.full_like.default, line, value))
 
 
 def _drawn_in_place(b: Builder, x: Node, p: float = 0.5, generator: Any = None) -> Node:
-    """In place, draws come in the order of memory; the functional op draws in that of the dimensions."""
+    """In place, draws come in the order of memory; the functional op draws in that of the
+    dimensions."""
     sig = x.meta["val"]
     order = sorted(range(sig.ndim), key=lambda d: (-sig.stride[d], sig.shape[d] == 1))
     if order == sorted(order):
@@ -64,8 +67,8 @@ WRITES: dict[OpOverload, Any] = {
     aten.fill_.Scalar: _filled,
     aten.fill_.Tensor: _filled,
     aten.fill_diagonal_.default: _filled_diagonal,
-    aten._index_put_impl_.default: lambda b, x, indices, values, accumulate=False, unsafe=False: b.call(
-        aten.index_put.default, x, indices, values, accumulate
+    aten._index_put_impl_.default: lambda b, x, indices, values, accumulate=False, unsafe=False: (
+        b.call(aten.index_put.default, x, indices, values, accumulate)
     ),
     aten.normal_.default: lambda b, x, *a, **k: b.call(aten.normal_functional.default, x, *a, **k),
     aten.bernoulli_.float: _drawn_in_place,
@@ -77,17 +80,22 @@ WRITES: dict[OpOverload, Any] = {
 
 @cache
 def twin_of(op: OpOverload) -> OpOverload | None:
-    """The overload that returns what ``op`` writes: same arguments, without the trailing underscore or the ``out``s."""
+    """The overload that returns what ``op`` writes: same arguments, without the trailing
+    underscore or the ``out``s."""
     if op in (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
         return aten.rrelu_with_noise_functional.default
     name = op._schema.name.split("::")[1]
     namespace = getattr(torch.ops, op.namespace)
-    out_form = all(a.kwarg_only or not (a.alias_info and a.alias_info.is_write) for a in op._schema.arguments)
+    out_form = all(
+        a.kwarg_only or not (a.alias_info and a.alias_info.is_write) for a in op._schema.arguments
+    )
     packet = getattr(namespace, name if out_form else name.removesuffix("_"), None)
     if packet is None:
         return None
     wanted = [
-        (a.name, str(a.type)) for a in op._schema.arguments if not (out_form and a.alias_info and a.alias_info.is_write)
+        (a.name, str(a.type))
+        for a in op._schema.arguments
+        if not (out_form and a.alias_info and a.alias_info.is_write)
     ]
     for overload in packet.overloads():
         candidate = getattr(packet, overload)
@@ -102,5 +110,7 @@ def twin_of(op: OpOverload) -> OpOverload | None:
 def functional_twin(op: OpOverload, line: Line | None) -> OpOverload:
     twin = twin_of(op)
     if twin is None:
-        raise CaptureError(f"{op} writes to its argument and has no functional form{at(line)}; use an op that returns")
+        raise CaptureError(
+            f"{op} writes to its argument and has no functional form{at(line)}; use an op that returns"
+        )
     return twin

@@ -1,7 +1,7 @@
-"""Where the results of an op hold the batch, for each op that treats the samples of a batch alike and apart from one
-another: pointwise ops with the batch aligned, reductions and views that leave its dimension alone, products of matrices
-whose rows, columns or batch it is, and so on. What is not written down here is not known to do so.
-"""
+"""Where the results of an op hold the batch, for each op that treats the samples of a batch alike
+and apart from one another: pointwise ops with the batch aligned, reductions and views that leave
+its dimension alone, products of matrices whose rows, columns or batch it is, and so on. What is
+not written down here is not known to do so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from .parts import FACTORIES, RULES, Call, Mixed, Part, Rule, aligned, rule, spa
 aten = torch.ops.aten
 
 #: ops that take the numbers of the samples
-OF_NUMBERS = {aten.view.default, aten.unsqueeze.default, aten.expand.default, aten.index.Tensor, aten.index_put.default}
+OF_NUMBERS = {
+    aten.view.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.index.Tensor,
+    aten.index_put.default,
+}
 
 
 @cache
@@ -30,10 +36,13 @@ def rule_for(op: OpOverload) -> Rule | None:
         return RULES[op]
     facts, name = Facts(op), op._schema.name.removeprefix("aten::")
     tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
-    return pointwise if tagged and facts.pure and not facts.random and name not in LEFT_OUT else None
+    return (
+        pointwise if tagged and facts.pure and not facts.random and name not in LEFT_OUT else None
+    )
 
 
-# ----- pointwise ------------------------------------------------------------------------------------------------------
+# ----- pointwise
+# ------------------------------------------------------------------------------------------------------
 
 
 @rule("clone _to_copy zeros_like ones_like full_like fill.Scalar floor_divide _prelu_kernel")
@@ -49,14 +58,17 @@ def pointwise(c: Call) -> Any:
 
 
 @rule("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits")
-@rule("mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward")
+@rule(
+    "mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward"
+)
 def losses(c: Call) -> Any:
     if c.arg["reduction"]:
         raise Mixed
     return pointwise(c)
 
 
-# ----- views ----------------------------------------------------------------------------------------------------------
+# ----- views
+# ----------------------------------------------------------------------------------------------------------
 
 
 @rule("view _unsafe_view reshape")
@@ -98,9 +110,8 @@ def filled(c: Call) -> Any:
 
 
 def made(c: Call, name: str, dims: Sequence[int]) -> Part | None:
-    """The first of these dimensions whose length is the size (or a multiple) is taken for the batch: if it is none, the
-    ops that read the value will not find it aligned.
-    """
+    """The first of these dimensions whose length is the size (or a multiple) is taken for the
+    batch: if it is none, the ops that read the value will not find it aligned."""
     for d in dims:
         each, left = divmod(c.val.shape[d], c.walk.size)
         if not left and (each == 1 or (each and c.walk.multiples)):
@@ -177,7 +188,8 @@ def viewed(c: Call) -> Any:
     return c.alike()[1]
 
 
-# ----- along other dimensions -----------------------------------------------------------------------------------------
+# ----- along other dimensions
+# -----------------------------------------------------------------------------------------
 
 
 @rule("slice.Tensor split.Tensor split_with_sizes unfold cat slice_scatter flip roll linalg_cross")
@@ -187,7 +199,9 @@ def viewed(c: Call) -> Any:
 def along(c: Call) -> Any:
     """One result or several, which have the dimensions of the arguments."""
     sig, part = c.alike()
-    part.without(c.dims(sig.ndim, next(name for name in ("dim", "dims", "dimension") if name in c.arg)))
+    part.without(
+        c.dims(sig.ndim, next(name for name in ("dim", "dims", "dimension") if name in c.arg))
+    )
     return c.each(part)
 
 
@@ -222,7 +236,8 @@ def reduced(c: Call) -> Any:
     return c.each(part if c.arg.get("keepdim") else less)
 
 
-# ----- matrices -------------------------------------------------------------------------------------------------------
+# ----- matrices
+# -------------------------------------------------------------------------------------------------------
 
 
 @rule("mm bmm")
@@ -237,7 +252,8 @@ def added(c: Call) -> Any:
 
 
 def product(left: tuple[Sig, Part | None], right: tuple[Sig, Part | None]) -> Part:
-    """The part of a product of matrices, or of a batch of such: rows of the left, columns of the right, or its own."""
+    """The part of a product of matrices, or of a batch of such: rows of the left, columns of the
+    right, or its own."""
     (sig, a), (_, b) = left, right
     rows = sig.ndim - 2
     if a is not None and b is None and a.dim == rows:
@@ -276,7 +292,8 @@ def checked(c: Call) -> Any:
     return None
 
 
-# ----- lookups --------------------------------------------------------------------------------------------------------
+# ----- lookups
+# --------------------------------------------------------------------------------------------------------
 
 
 @rule("embedding")
@@ -298,7 +315,12 @@ def rows_selected(c: Call) -> Any:
 def rows_replaced(c: Call) -> Any:
     sig, part = c.of("self")
     source = c.of("source") if "source" in c.arg else (sig, part)
-    if part is None or source[1] != part or source[0].ndim != sig.ndim or c.of("index")[1] is not None:
+    if (
+        part is None
+        or source[1] != part
+        or source[0].ndim != sig.ndim
+        or c.of("index")[1] is not None
+    ):
         raise Mixed
     part.without(c.dims(sig.ndim))
     return part
@@ -315,7 +337,9 @@ def put(c: Call) -> Any:
     values, theirs = c.of("values")
     at, rank = lookup(c)
     back = rank - at.dim
-    fits = not spans(values, back) if theirs is None else theirs == Part(values.ndim - back, at.each)
+    fits = (
+        not spans(values, back) if theirs is None else theirs == Part(values.ndim - back, at.each)
+    )
     if part is None or part.number or not fits:
         raise Mixed
     return part
@@ -324,8 +348,14 @@ def put(c: Call) -> Any:
 def lookup(c: Call) -> tuple[Part, int]:
     """Where the entries of ``x[indices]`` hold the batch, and how many dimensions they have."""
     sig, part = c.of("self")
-    indices = {d: (i.meta["val"], c.walk.parts[i]) for d, i in enumerate(c.arg["indices"]) if i is not None}
-    if any(i.dtype in (torch.bool, torch.uint8) for i, _ in indices.values()) or (part is not None and part.number):
+    indices = {
+        d: (i.meta["val"], c.walk.parts[i])
+        for d, i in enumerate(c.arg["indices"])
+        if i is not None
+    }
+    if any(i.dtype in (torch.bool, torch.uint8) for i, _ in indices.values()) or (
+        part is not None and part.number
+    ):
         raise Mixed
     wide = max(i.ndim for i, _ in indices.values())
     together = len(indices) == max(indices) - min(indices) + 1
@@ -344,26 +374,35 @@ def lookup(c: Call) -> tuple[Part, int]:
     return Part(at.dim + first, at.each), rank
 
 
-# ----- networks -------------------------------------------------------------------------------------------------------
+# ----- networks
+# -------------------------------------------------------------------------------------------------------
 
 
 @rule("nll_loss_forward nll_loss_backward")
 def nll_loss(c: Call) -> Any:
     names = [name for name in ("self", "target", "grad_output") if name in c.arg]
     part = c.of("self")[1]
-    if c.arg["reduction"] or c.arg["weight"] is not None or any(c.of(name)[1] != Part(0) for name in names):
+    if (
+        c.arg["reduction"]
+        or c.arg["weight"] is not None
+        or any(c.of(name)[1] != Part(0) for name in names)
+    ):
         raise Mixed
     return [part, None] if isinstance(c.val, tuple) else part  # the total weight is that of a mean
 
 
-@rule("max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d")
+@rule(
+    "max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d"
+)
 @rule("max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward")
 @rule("_adaptive_avg_pool2d_backward")
 def pooled(c: Call) -> Any:
     return in_front(c, c.alike()[1])
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward")
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"
+)
 def attention(c: Call) -> Any:
     part = c.tensors[0][1]
     if any(p != part for _, p in c.tensors):
@@ -382,7 +421,12 @@ def group_norm(c: Call) -> Any:
 def group_norm_backward(c: Call) -> Any:
     part = c.of("input")[1]
     shared = c.of("weight")[1] is not None or any(c.arg["output_mask"][1:])
-    if part is None or part.dim or shared or any(c.of(name)[1] != part for name in ("grad_out", "mean", "rstd")):
+    if (
+        part is None
+        or part.dim
+        or shared
+        or any(c.of(name)[1] != part for name in ("grad_out", "mean", "rstd"))
+    ):
         raise Mixed
     c.scaled("N", None, part.each)
     return [part, None, None]
@@ -406,7 +450,12 @@ def layer_norm_backward(c: Call) -> Any:
     sig, part = c.of("input")
     given = [c.of(name)[1] for name in ("grad_out", "mean", "rstd")]
     shared = [c.of(name)[1] for name in ("weight", "bias")]
-    if part is None or any(p != part for p in given) or shared != [None, None] or any(c.arg["output_mask"][1:]):
+    if (
+        part is None
+        or any(p != part for p in given)
+        or shared != [None, None]
+        or any(c.arg["output_mask"][1:])
+    ):
         raise Mixed
     part.without(range(sig.ndim - len(c.arg["normalized_shape"]), sig.ndim))
     return [part, None, None]
@@ -432,7 +481,9 @@ def convolution_backward(c: Call) -> Any:
     if c.arg["output_mask"][2]:
         bias = Part(0, c.arg["bias_sizes"][0] // c.walk.size)
         c.scaled("bias_sizes", 0, bias.each)
-    return [p if yes else None for p, yes in zip((x, weight, bias), c.arg["output_mask"], strict=True)]
+    return [
+        p if yes else None for p, yes in zip((x, weight, bias), c.arg["output_mask"], strict=True)
+    ]
 
 
 def among_channels(c: Call, *images: str) -> None:

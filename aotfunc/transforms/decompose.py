@@ -26,9 +26,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
     """The program with the table's ops opened up, again and again until none is left.
 
-    Values keep their dtypes and strides: what was captured behind them, and a backward half that is compiled apart,
-    rely on these.
-    """
+    Values keep their dtypes and strides: what was captured behind them, and a backward half that
+    is compiled apart, rely on these."""
     with paused_gc():
         b = builder()
         env: dict[Node, Any] = {}
@@ -37,7 +36,9 @@ def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
                 env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
         copy(b, program.graph.nodes, env, table, 0)
         outs = apart(b, program.outputs, env)
-        return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "decompose")
+        return Program(
+            b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "decompose"
+        )
 
 
 def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) -> None:
@@ -48,7 +49,10 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
         body = table.get(n.target) if depth < 20 else None
         if body is None:
             env[n] = b.node(
-                n.target, remap(n.args, env), {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"]
+                n.target,
+                remap(n.args, env),
+                {k: remap(v, env) for k, v in n.kwargs.items()},
+                n.meta["val"],
             )
             continue
         args = remap(tuple(full_args(n.target, n.args, n.kwargs)), env)
@@ -75,19 +79,22 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
 
 
 def apart(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
-    """The outputs, copied where one shows memory that it did not show before: a ``cat`` of one is no input."""
+    """The outputs, copied where one shows memory that it did not show before: a ``cat`` of one is
+    no input."""
     owners = {new: old for old, new in env.items() if old.op == "placeholder"}
     new = remap(list(outs), env)
     for i, (old, mine) in enumerate(zip(outs, new, strict=True)):
-        if isinstance(mine, Node) and owners.setdefault(storage_root(mine), storage_root(old)) is not storage_root(old):
+        if isinstance(mine, Node) and owners.setdefault(
+            storage_root(mine), storage_root(old)
+        ) is not storage_root(old):
             new[i] = b.make("call_function", aten.clone.default, (mine,), {}, mine.meta["val"])
     return new
 
 
 def by_schema(op: OpOverload, body: Callable) -> Callable:
-    """``body`` as a function of all the arguments that the op's schema names, called as PyTorch calls decompositions:
-    without defaults at the end, by keyword what the schema or the body itself takes by keyword only.
-    """
+    """``body`` as a function of all the arguments that the op's schema names, called as PyTorch
+    calls decompositions: without defaults at the end, by keyword what the schema or the body
+    itself takes by keyword only."""
     schema = op._schema.arguments
     keywords = {a.name for a in schema if a.kwarg_only} | keywords_of(body)
 
@@ -115,18 +122,27 @@ def is_default(argument: Any, value: Any) -> bool:
     if not argument.has_default_value():
         return False
     default = argument.default_value
-    return value is default or (type(value) is type(default) and not isinstance(value, Node) and value == default)
+    return value is default or (
+        type(value) is type(default) and not isinstance(value, Node) and value == default
+    )
 
 
 def fitted(b: Builder, out: Any, val: Any, op: OpOverload) -> Any:
-    """What a decomposition returned, with the dtypes and strides that the op's own results have."""
+    """What a decomposition returned, with the dtypes and strides that the op's own results
+    have."""
     if isinstance(val, tuple):
-        items: Sequence = out if isinstance(out, list | tuple) else [b.item(out, i) for i in range(len(val))]
+        items: Sequence = (
+            out if isinstance(out, list | tuple) else [b.item(out, i) for i in range(len(val))]
+        )
         return [fitted(b, o, v, op) for o, v in zip(items, val, strict=True)]
     if out.__class__ is not Node or val.__class__ is not Sig:
         return out
     if out.meta["val"].dtype is not val.dtype:
-        source = out.args[0] if out.target in (aten._to_copy.default, prims.convert_element_type.default) else None
+        source = (
+            out.args[0]
+            if out.target in (aten._to_copy.default, prims.convert_element_type.default)
+            else None
+        )
         if source is not None and source.meta["val"].dtype is val.dtype:
             out = source  # not rounded on the way
         else:

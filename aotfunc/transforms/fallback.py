@@ -1,10 +1,9 @@
-"""A rule for a single op where none is written: PyTorch's own formula for that op, traced once per signature; else
-its decomposition.
+"""A rule for a single op where none is written: PyTorch's own formula for that op, traced once per
+signature; else its decomposition.
 
-This is the one place that uses PyTorch's autograd, forward AD and batching rules, and only ever on one op. The
-formulas run the op again; in the graph that second run merges with the first. Hence no op that draws random numbers
-comes here.
-"""
+This is the one place that uses PyTorch's autograd, forward AD and batching rules, and only ever on
+one op. The formulas run the op again; in the graph that second run merges with the first. Hence no
+op that draws random numbers comes here."""
 
 from __future__ import annotations
 
@@ -32,14 +31,15 @@ def flat(outs: Any) -> list:
 
 
 def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
-    """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor arguments) replaced by
-    ``f(x, i)``.
-    """
+    """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor
+    arguments) replaced by ``f(x, i)``."""
 
     def one(a: Any, i: int) -> Any:
         if isinstance(a, list | tuple):
             return [one(x, i) for x in a]
-        return f(a, i) if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
+        return (
+            f(a, i) if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
+        )
 
     full = list(args)
     for i, at in enumerate(tensor_args(op)):
@@ -48,15 +48,20 @@ def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> 
 
 
 def own(op: OpOverload) -> Callable[[Callable], Callable]:
-    """For a rule that may have been registered for a custom op: what it closes over would be kept as it is now."""
+    """For a rule that may have been registered for a custom op: what it closes over would be kept
+    as it is now."""
 
     def decorate(rule: Callable) -> Callable:
         @wraps(rule)
         def checked(*args: Any, **kwargs: Any) -> Any:
             result = rule(*args, **kwargs)
             trace = current()
-            if trace is not None and any(-1 - i not in trace.made_inside for i in range(len(trace.lifted))):
-                raise RuleError(f"a rule registered for {op} closes over a tensor; give it to the op as an argument")
+            if trace is not None and any(
+                -1 - i not in trace.made_inside for i in range(len(trace.lifted))
+            ):
+                raise RuleError(
+                    f"a rule registered for {op} closes over a tensor; give it to the op as an argument"
+                )
             return result
 
         return checked if op.namespace not in ("aten", "prims") else rule
@@ -74,7 +79,9 @@ def without_formula(op: OpOverload) -> bool:
 def reverse_rule(op: OpOverload) -> Callable:
     """A reverse rule from autograd's formula."""
     if without_formula(op):
-        raise NoFormula(f"register one by torch.library.register_autograd({op.name()!r}, ...), or detach() its inputs")
+        raise NoFormula(
+            f"register one by torch.library.register_autograd({op.name()!r}, ...), or detach() its inputs"
+        )
 
     @own(op)
     def rule(g: Any, out: Any, *args: Any, needs: tuple[bool, ...]) -> list:
@@ -97,7 +104,9 @@ def reverse_rule(op: OpOverload) -> Callable:
                 if x is not None and isinstance(o, Tensor) and Tensor.requires_grad.__get__(o)
             ]
             if not pairs:
-                if not any(isinstance(o, Tensor) and Tensor.requires_grad.__get__(o) for o in outs):
+                if not any(
+                    isinstance(o, Tensor) and Tensor.requires_grad.__get__(o) for o in outs
+                ):
                     raise NoFormula("autograd does not differentiate it")
                 return [None] * len(needs)
             keys = list(leaves)
@@ -127,7 +136,9 @@ def forward_rule(op: OpOverload) -> Callable:
     """A forward rule from forward AD's formula."""
 
     def rule(tangents: tuple, out: Any, *args: Any) -> Any:
-        if op.namespace != "aten":  # forward AD has no formula for a custom op, and takes its tangent for zero
+        if (
+            op.namespace != "aten"
+        ):  # forward AD has no formula for a custom op, and takes its tangent for zero
             raise NoFormula("PyTorch has forward formulas for its own ops alone")
         with forward_ad.dual_level():
 
@@ -136,8 +147,12 @@ def forward_rule(op: OpOverload) -> Callable:
                     return [dual(x, y) for x, y in zip(a, t or [None] * len(a), strict=True)]
                 if t is None:
                     return a
-                shared = overlaps_itself(a.sig)  # forward AD copies a tangent into memory laid out as the primal
-                primal = a.clone(memory_format=torch.contiguous_format) if shared else a.tracer.alias(a)
+                shared = overlaps_itself(
+                    a.sig
+                )  # forward AD copies a tangent into memory laid out as the primal
+                primal = (
+                    a.clone(memory_format=torch.contiguous_format) if shared else a.tracer.alias(a)
+                )
                 return forward_ad.make_dual(primal, t)
 
             full = list(args)
@@ -151,7 +166,11 @@ def forward_rule(op: OpOverload) -> Callable:
             def tangent(o: Any) -> Any:
                 if isinstance(o, list | tuple):
                     return [tangent(x) for x in o]
-                return forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) and o.sig.differentiable else None
+                return (
+                    forward_ad.unpack_dual(o).tangent
+                    if isinstance(o, Tensor) and o.sig.differentiable
+                    else None
+                )
 
             result = tangent(outs)
             if all(t is None for t in flat(result)):  # not a zero: forward AD knows nothing of it
@@ -185,18 +204,28 @@ def batching_rule(op: OpOverload) -> Callable:
 
         def body(*values: Tensor) -> Any:
             def put(p: Any) -> Any:
-                return [put(x) for x in p] if isinstance(p, list) else None if p is None else values[p]
+                return (
+                    [put(x) for x in p]
+                    if isinstance(p, list)
+                    else None
+                    if p is None
+                    else values[p]
+                )
 
             outs = call_op(op, [put(places[i]) if i in places else a for i, a in enumerate(args)])
             if not isinstance(outs, tuple):
                 return outs
-            plain.update((i, o) for i, o in enumerate(outs) if not isinstance(o, Tensor | list | tuple))
+            plain.update(
+                (i, o) for i, o in enumerate(outs) if not isinstance(o, Tensor | list | tuple)
+            )
             return tuple(o for i, o in enumerate(outs) if i not in plain)
 
         if not has_batching_rule(op):  # what PyTorch does then is a loop over the samples
             raise NoFormula("PyTorch has no batching rule for it")
         try:
-            outs = torch._functorch.apis.vmap(body, in_dims=tuple(dims))(*xs)  # also where torch.func is patched
+            outs = torch._functorch.apis.vmap(body, in_dims=tuple(dims))(
+                *xs
+            )  # also where torch.func is patched
         except Exception as e:  # a rule of the user's may raise anything
             raise NoFormula(str(e).split("\n")[0]) from e
         if not plain:
@@ -209,7 +238,8 @@ def batching_rule(op: OpOverload) -> Callable:
 
 @cache
 def has_batching_rule(op: OpOverload) -> bool:
-    """Whether PyTorch batches ``op`` itself; what it has no rule for it loops over, also within composite ops."""
+    """Whether PyTorch batches ``op`` itself; what it has no rule for it loops over, also within
+    composite ops."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "FuncTorchBatched")
 
 

@@ -1,6 +1,5 @@
-"""Results that must not share memory with inputs or with one another get memory of their own: rewriting may have made
-them the same.
-"""
+"""Results that must not share memory with inputs or with one another get memory of their own:
+rewriting may have made them the same."""
 
 from __future__ import annotations
 
@@ -25,15 +24,18 @@ ANYTHING = None
 
 
 def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
-    """The program with copies where an output would be an input, a view of one, or show another output's memory.
+    """The program with copies where an output would be an input, a view of one, or show another
+    output's memory.
 
-    ``aliases``: pairs of an output and a number. Outputs of one number share their memory, and are views of the input
-    of that number if there is one (closed-over tensors count -1, -2, …); those without a number share none.
-    """
+    ``aliases``: pairs of an output and a number. Outputs of one number share their memory, and are
+    views of the input of that number if there is one (closed-over tensors count -1, -2, …); those
+    without a number share none."""
     outs = list(program.outputs)
     groups: dict[int, Any] = {i: ("own", i) for i in range(program.n_outputs)} | dict(aliases)
     count = program.n_inputs
-    owners: dict[Node, Any] = {p: i if i < count else count - i - 1 for i, p in enumerate(program.placeholders)}
+    owners: dict[Node, Any] = {
+        p: i if i < count else count - i - 1 for i, p in enumerate(program.placeholders)
+    }
     clashes = []
     for i, o in enumerate(outs[: program.n_outputs]):
         if isinstance(o, Node):
@@ -52,21 +54,26 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
         results = list(b.splice(program.graph, new, (*outs, *tops)))
         made: dict[tuple, Any] = {}
         for i, top in zip(clashes, results[len(outs) :], strict=True):
-            results[i] = own(b, results[i], outs[i], top, groups[i], together[groups[i]] == 1, made)
-        return Program(b.finish(results[: len(outs)]), count, program.n_outputs, program.mutated, program.name)
+            results[i] = own(
+                b, results[i], outs[i], top, groups[i], together[groups[i]] == 1, made
+            )
+        return Program(
+            b.finish(results[: len(outs)]), count, program.n_outputs, program.mutated, program.name
+        )
 
 
 def own(b: Builder, x: Node, out: Node, top: Node, group: Any, alone: bool, made: dict) -> Node:
-    """A copy of ``x``; of what it shows (``top``), seen through the same views, if others share it or if a mere copy
-    would be laid out otherwise.
-    """
+    """A copy of ``x``; of what it shows (``top``), seen through the same views, if others share it
+    or if a mere copy would be laid out otherwise."""
     val = out.meta["val"]
     if x is not top and not (alone and infer_val(aten.clone.default, (x,), {}) is val):
         chain = chain_of(out)
         if (top, group) not in made:
             made[top, group] = copy_of(b, top)
         memory = made[top, group]
-        if memory.meta["val"] is top.meta["val"] and not any(n.target is aten.as_strided.default for n in chain):
+        if memory.meta["val"] is top.meta["val"] and not any(
+            n.target is aten.as_strided.default for n in chain
+        ):
             return follow(b, memory, chain, made)
     if (x, group) not in made:
         made[x, group] = copy_of(b, x)
@@ -74,10 +81,13 @@ def own(b: Builder, x: Node, out: Node, top: Node, group: Any, alone: bool, made
 
 
 def copy_of(b: Builder, x: Node) -> Node:
-    return b.make("call_function", aten.clone.default, (x,), {}, infer_val(aten.clone.default, (x,), {}))
+    return b.make(
+        "call_function", aten.clone.default, (x,), {}, infer_val(aten.clone.default, (x,), {})
+    )
 
 
-# ----- views ----------------------------------------------------------------------------------------------------------
+# ----- views
+# ----------------------------------------------------------------------------------------------------------
 
 
 def is_view(n: Any) -> bool:

@@ -1,6 +1,5 @@
-"""Jacobians: the backward half batched over a basis of cotangents, or the linear part over a basis of tangents;
-residuals stay unbatched.
-"""
+"""Jacobians: the backward half batched over a basis of cotangents, or the linear part over a basis
+of tangents; residuals stay unbatched."""
 
 from __future__ import annotations
 
@@ -24,7 +23,8 @@ aten = torch.ops.aten
 
 
 def numbered_draws(program: Program) -> Program:
-    """The program with its draws numbered, so that the copies of it that are put together share them."""
+    """The program with its draws numbered, so that the copies of it that are put together share
+    them."""
     inlined = lowered(program, frozenset({"calls"}))
     if not any(draws(n) for n in inlined.graph.nodes):
         return program
@@ -35,7 +35,9 @@ def numbered_draws(program: Program) -> Program:
     for k, n in enumerate(b.graph.nodes):
         if n.op == "call_function" and draws(n):
             n.meta["draw"] = k
-    return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name)
+    return Program(
+        b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name
+    )
 
 
 def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: range) -> Program:
@@ -43,12 +45,16 @@ def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: ra
     for n in graph.nodes:
         n.meta.pop("draw", None)
     return fresh(
-        Program(graph, base.n_inputs, len(outs) - len(base.mutated), base.mutated, name), [(i, ANYTHING) for i in own]
+        Program(graph, base.n_inputs, len(outs) - len(base.mutated), base.mutated, name),
+        [(i, ANYTHING) for i in own],
     )
 
 
-def rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str) -> Program:
-    """Per output: the backward half, batched over a basis of its cotangents, residuals unbatched."""
+def rows(
+    base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str
+) -> Program:
+    """Per output: the backward half, batched over a basis of its cotangents, residuals
+    unbatched."""
     with paused_gc():
         base = numbered_draws(base)
         b = builder()
@@ -62,7 +68,9 @@ def rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, ran
             val = base.vals[i]
             pieces = []
             for start, count in chunks(val.numel, chunk):
-                pieces.append(along(b, late, residuals, basis_rows(b, val, start, count), count, randomness))
+                pieces.append(
+                    along(b, late, residuals, basis_rows(b, val, start, count), count, randomness)
+                )
             for k, x in enumerate(wrt):
                 rows = joined(b, [p[k] for p in pieces], 0)
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
@@ -71,7 +79,9 @@ def rows(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, ran
         return assembled(b, [*blocks, *outs[n_out:]], base, "jacrev", own)
 
 
-def columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str) -> Program:
+def columns(
+    base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str
+) -> Program:
     """Per argument: the linear part, batched over a basis of its tangents."""
     with paused_gc():
         base = numbered_draws(base)
@@ -82,11 +92,15 @@ def columns(base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, 
         for x in wrt:
             linear = linear_program(base, (x,), n_out)
             early, late, direct = halve(linear, base.n_outputs, 1)
-            residuals = spliced(b, early, inputs)[base.n_outputs : early.n_outputs] + [inputs[k] for k in direct]
+            residuals = spliced(b, early, inputs)[base.n_outputs : early.n_outputs] + [
+                inputs[k] for k in direct
+            ]
             val = base.placeholders[x].meta["val"]
             pieces = []
             for start, count in chunks(val.numel, chunk):
-                pieces.append(along(b, late, residuals, basis_rows(b, val, start, count), count, randomness))
+                pieces.append(
+                    along(b, late, residuals, basis_rows(b, val, start, count), count, randomness)
+                )
             column = []
             for i in range(n_out):
                 whole = joined(b, [p[i] for p in pieces], 0)
@@ -103,7 +117,9 @@ def spliced(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
     return list(b.splice(program.graph, inputs, program.outputs))
 
 
-def along(b: Builder, late: Program, residuals: Sequence[Any], basis: Node, count: int, randomness: str) -> list:
+def along(
+    b: Builder, late: Program, residuals: Sequence[Any], basis: Node, count: int, randomness: str
+) -> list:
     """The results of ``late`` for each row of ``basis``, in front; a single row needs no batch."""
     sig = basis.meta["val"]
     if count == 1:
@@ -121,7 +137,8 @@ def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
 
 
 def basis_rows(b: Builder, sig: Sig, start: int, count: int) -> Node:
-    """Rows ``start`` to ``start + count`` of the identity over the elements of ``sig``, each in its shape."""
+    """Rows ``start`` to ``start + count`` of the identity over the elements of ``sig``, each in
+    its shape."""
     if sig.numel == 1 and count == 1:
         return number(b, 1, make_dense((1, *sig.shape), sig))
     eye = b.call(aten.eye.default, sig.numel, dtype=sig.dtype, device=sig.device)
@@ -143,5 +160,7 @@ def reshaped(b: Builder, x: Node, shape: Sequence[int]) -> Node:
         return b.call(aten.view.default, x, list(shape))
     except RuntimeError:
         return b.call(
-            aten.view.default, b.call(aten.clone.default, x, memory_format=torch.contiguous_format), list(shape)
+            aten.view.default,
+            b.call(aten.clone.default, x, memory_format=torch.contiguous_format),
+            list(shape),
         )

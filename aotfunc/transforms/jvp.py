@@ -1,8 +1,7 @@
 """Forward mode: walks a graph forwards and carries a tangent along with each value.
 
-An op without a written forward rule has its reverse rule transposed: the reverse rule is linear in the cotangent, and
-the derivative of that linear map, applied to tangents, is the forward rule.
-"""
+An op without a written forward rule has its reverse rule transposed: the reverse rule is linear in
+the cotangent, and the derivative of that linear map, applied to tangents, is the forward rule."""
 
 from __future__ import annotations
 
@@ -29,14 +28,17 @@ aten = torch.ops.aten
 
 
 def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, Any]) -> None:
-    """Copy ``nodes`` into ``b`` (``env``: old to new) and fill ``tangents`` (keyed by the old node) along the way."""
+    """Copy ``nodes`` into ``b`` (``env``: old to new) and fill ``tangents`` (keyed by the old
+    node) along the way."""
     nodes = list(nodes)
     active = active_nodes(nodes, list(tangents))
     for n in nodes:
         if n.op != "call_function":
             continue
         b.meta = carried(n)
-        new = env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+        new = env[n] = b.node(
+            n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
+        )
         if n in active:
             t = push(b, n, new, env, tangents)
             if t is not None:
@@ -58,7 +60,9 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
     if op is no_tangent:
         return None
     if op is once:
-        raise RuleError(f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}")
+        raise RuleError(
+            f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}"
+        )
     if not isinstance(op, OpOverload):
         return op.push(b, n, new, env, tangents)
     args = full_args(op, n.args, n.kwargs)
@@ -69,7 +73,9 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
         return tangents.get(a) if isinstance(a, Node) else None
 
     ts = [tangent(args[i]) for i in tensor_args(op)]
-    if not any(any(x is not None for x in t) if isinstance(t, list) else t is not None for t in ts):
+    if not any(
+        any(x is not None for x in t) if isinstance(t, list) else t is not None for t in ts
+    ):
         return None
     new_args = remap(tuple(args), env)
     out = outputs_of(b, new) if isinstance(new, Node) else new
@@ -79,9 +85,8 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
 
 
 def jvp_make(n: Node) -> Any:
-    """How to build the forward fragment: own rule, transpose of the own reverse rule, PyTorch's formula, its
-    transpose, decomposition.
-    """
+    """How to build the forward fragment: own rule, transpose of the own reverse rule, PyTorch's
+    formula, its transpose, decomposition."""
     op = n.target
     line = RULES.get(op)
     forward = line.jvp if line is not None else None
@@ -93,9 +98,13 @@ def jvp_make(n: Node) -> Any:
                 return fit_tangents(b, traced(forward)(b, tuple(ts), out, *args), out)
         if backward is not None:
             with errors_of("forward", n, backward):
-                return fit_tangents(b, transposed(b, traced(fitted(backward, op)), op, ts, out, args), out)
+                return fit_tangents(
+                    b, transposed(b, traced(fitted(backward, op)), op, ts, out, args), out
+                )
         if Facts(op).random:
-            raise RuleError(f"{op} draws random numbers and has no forward rule{at(n.meta.get('line'))}")
+            raise RuleError(
+                f"{op} draws random numbers and has no forward rule{at(n.meta.get('line'))}"
+            )
         return fit_tangents(b, derived(b, n, ts, out, args), out)
 
     return make
@@ -108,7 +117,9 @@ def derived(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
     except fallback.NoFormula:
         pass
     try:
-        return transposed(b, traced(fitted(fallback.reverse_rule(op), op), intent=False), op, ts, out, args)
+        return transposed(
+            b, traced(fitted(fallback.reverse_rule(op), op), intent=False), op, ts, out, args
+        )
     except (fallback.NoFormula, RuleError) as why:
         body = fallback.decomposition(op)
         if body is None:
@@ -136,7 +147,9 @@ def opened(b: Builder, body: Any, ts: list, args: Any, op: OpOverload) -> Any:
     outs = traced(body)(inner, *holes)
     placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
     env: dict[Node, Any] = dict(zip(placeholders, flat_args, strict=True))
-    flat_ts = [t for i in tensor_args(op) for t in _per_tensor(args[i], ts[tensor_args(op).index(i)])]
+    flat_ts = [
+        t for i in tensor_args(op) for t in _per_tensor(args[i], ts[tensor_args(op).index(i)])
+    ]
     tensors = [p for i in tensor_args(op) for p in _per_tensor(holes[i], holes[i])]
     tangents = {p: t for p, t in zip(tensors, flat_ts, strict=True) if t is not None}
     forward(b, inner.graph.nodes, env, tangents)
@@ -150,14 +163,15 @@ def _per_tensor(a: Any, t: Any) -> list:
 
 
 def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, args: Any) -> Any:
-    """The forward rule as the derivative of the (linear) reverse rule with respect to its cotangent: the adjoint of
-    the adjoint.
-    """
+    """The forward rule as the derivative of the (linear) reverse rule with respect to its
+    cotangent: the adjoint of the adjoint."""
     carrying = line_outputs(op)
     # cotangents of unknown value: the result cannot depend on them
     dummies = [
         b.make("call_function", aten.empty_like.default, (o,), {}, o.meta["val"])
-        if isinstance(o, Node) and o.meta["val"].differentiable and (carrying is None or i in carrying)
+        if isinstance(o, Node)
+        and o.meta["val"].differentiable
+        and (carrying is None or i in carrying)
         else None
         for i, o in enumerate(fallback.flat(out))
     ]
@@ -212,22 +226,29 @@ def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
 
 
 def tangent_sig(primal: Sig) -> Sig:
-    """How the tangent of an input lies in memory: as its primal, wherever that begins, unless that overlaps itself."""
+    """How the tangent of an input lies in memory: as its primal, wherever that begins, unless that
+    overlaps itself."""
     whole = all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
     return primal.start if whole else dense(primal.start)
 
 
 def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
-    """The tangent program: ``(inputs, tangents of wrt, closed-over) -> (outputs, output tangents)``.
+    """The tangent program: ``(inputs, tangents of wrt, closed-over) -> (outputs, output
+    tangents)``.
 
-    Tangents that are zero are made (``zeros``) or ``None``; those of integer outputs are zeros of the output's dtype.
-    """
+    Tangents that are zero are made (``zeros``) or ``None``; those of integer outputs are zeros of
+    the output's dtype."""
     with paused_gc():
         b = builder()
         old = program.placeholders
         new = [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[: program.n_inputs]]
-        ts = [b.placeholder(f"{old[i].name}_t", tangent_sig(old[i].meta["val"]), role="tangent") for i in wrt]
-        new += [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]]
+        ts = [
+            b.placeholder(f"{old[i].name}_t", tangent_sig(old[i].meta["val"]), role="tangent")
+            for i in wrt
+        ]
+        new += [
+            b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]
+        ]
         env: dict[Node, Any] = dict(zip(old, new, strict=True))
         tangents: dict[Node, Any] = {old[i]: t for i, t in zip(wrt, ts, strict=True)}
         forward(b, program.graph.nodes, env, tangents)
@@ -242,4 +263,6 @@ def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
             pushed.append(t)
         mutated = [i if i < program.n_inputs else i + len(wrt) for i in program.mutated]
         graph = b.finish([*results, *pushed, *primal[program.n_outputs :]])
-        return Program(graph, program.n_inputs + len(wrt), len(results) + len(pushed), mutated, "jvp")
+        return Program(
+            graph, program.n_inputs + len(wrt), len(results) + len(pushed), mutated, "jvp"
+        )

@@ -1,4 +1,5 @@
-"""Linearisation: a tangent or joint program cut by what depends on its tangents (or cotangents)."""
+"""Linearisation: a tangent or joint program cut by what depends on its tangents (or
+cotangents)."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ aten = torch.ops.aten
 
 
 def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, list[int]]:
-    """A joint program cut by what depends on its ``n_late`` late inputs (those right after the primals).
+    """A joint program cut by what depends on its ``n_late`` late inputs (those right after the
+    primals).
 
-    Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program ``(residuals, late
-    inputs) -> rest``, and which inputs are residuals as they are: they come behind the computed ones.
-    """
+    Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program
+    ``(residuals, late inputs) -> rest``, and which inputs are residuals as they are: they come
+    behind the computed ones."""
     placeholders = joint.placeholders
     n_primal = joint.n_inputs - n_late
     late = placeholders[n_primal : joint.n_inputs]
@@ -40,7 +42,9 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
         env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in inputs}
         copy_nodes(b, early_nodes, env)
         kept = [
-            b.make("call_function", aten.clone.default, (env[r],), {}, r.meta["val"]) if r in copied else env[r]
+            b.make("call_function", aten.clone.default, (env[r],), {}, r.meta["val"])
+            if r in copied
+            else env[r]
             for r in computed
         ]
         results = [env.get(o, o) if isinstance(o, Node) else o for o in first]
@@ -48,10 +52,15 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
         shift = [i if i < n_primal else i - n_late for i in joint.mutated]
         early = Program(b.finish(results), n_primal, n_early + len(computed), shift, "forward")
         b = builder()
-        env = {r: b.placeholder(r.name, r.meta["val"]) for r in (*computed, *(inputs[i] for i in direct), *late)}
+        env = {
+            r: b.placeholder(r.name, r.meta["val"])
+            for r in (*computed, *(inputs[i] for i in direct), *late)
+        }
         copy_nodes(b, late_nodes, env)
         results = [env.get(o, o) if isinstance(o, Node) else o for o in rest]
-        late_program = Program(b.finish(results), len(residuals) + n_late, len(rest), (), "backward")
+        late_program = Program(
+            b.finish(results), len(residuals) + n_late, len(rest), (), "backward"
+        )
     return early, fresh(late_program, ()), direct
 
 
@@ -64,7 +73,8 @@ def copy_nodes(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
 
 
 def linear_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program:
-    """The tangent program of the arguments ``wrt``: all results, then tangents of the first ``n_out``."""
+    """The tangent program of the arguments ``wrt``: all results, then tangents of the first
+    ``n_out``."""
     whole = jvp(base, wrt)
     count = base.n_outputs
     outs = whole.outputs

@@ -27,7 +27,8 @@ _shown: dict = {}  # what the warnings module remembers of ours
 
 
 def report(op: OpOverload, line: Line | None, strict: bool) -> None:
-    """Warn, at the user's line, that ``op`` runs once for each sample; raise RuleError if ``strict``."""
+    """Warn, at the user's line, that ``op`` runs once for each sample; raise RuleError if
+    ``strict``."""
     if strict:
         raise RuleError(
             f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(line)}. {WAY_OUT}, or let it "
@@ -39,7 +40,8 @@ def report(op: OpOverload, line: Line | None, strict: bool) -> None:
 
 
 def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Exception) -> Any:
-    """The op of ``n`` called for each sample on the new ``args``, of which those that ``flags`` names are batched."""
+    """The op of ``n`` called for each sample on the new ``args``, of which those that ``flags``
+    names are batched."""
     op = n.target
     where = tensor_args(op)
 
@@ -59,7 +61,8 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
 
 
 def by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
-    """As :func:`looped`, for an op whose result's shape depends on values: ``n`` says what it is for every sample."""
+    """As :func:`looped`, for an op whose result's shape depends on values: ``n`` says what it is
+    for every sample."""
     op, want = n.target, n.meta["val"]
     named = [a.name for a in op._schema.arguments if a.kwarg_only]
 
@@ -93,4 +96,8 @@ def no_samples(val: Any) -> Any:
     """An empty batch of what a node with this value returns."""
     if isinstance(val, tuple):
         return [no_samples(v) for v in val]
-    return torch.zeros((0, *val.shape), dtype=val.dtype, device=val.device) if isinstance(val, Sig) else val
+    return (
+        torch.zeros((0, *val.shape), dtype=val.dtype, device=val.device)
+        if isinstance(val, Sig)
+        else val
+    )

@@ -21,7 +21,8 @@ IDENTITIES = (aten.detach.default, dead_end, no_tangent, once)
 def marked(program: Program) -> bool:
     """Whether the graph carries intent that plain autograd, run over its ops, would not see."""
     return any(
-        n.target in (*IDENTITIES, hidden_write, check_gradient) or getattr(n.target, "dissolved_with", "")
+        n.target in (*IDENTITIES, hidden_write, check_gradient)
+        or getattr(n.target, "dissolved_with", "")
         for n in program.graph.nodes
     )
 
@@ -32,11 +33,12 @@ EVERYTHING = MARKS | CALLS
 
 
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
-    """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom derivatives) and ``calls``
-    (nested compiled calls), as far as ``dissolve`` names them.
-    """
+    """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
+    derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them."""
     final = dissolve == EVERYTHING
-    casting = final and any(casts(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes)
+    casting = final and any(
+        casts(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes
+    )
     if not (casting or marked(program)):
         return program
     with paused_gc():
@@ -56,6 +58,13 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
                 elif getattr(target, "dissolved_with", None) in dissolve:
                     env[n] = target.inline(b, args, lambda p: lowered(p, dissolve))  # type: ignore[union-attr]
                 else:
-                    env[n] = b.node(target, args, {k: remap(v, env) for k, v in n.kwargs.items()}, n.meta["val"])
+                    env[n] = b.node(
+                        target,
+                        args,
+                        {k: remap(v, env) for k, v in n.kwargs.items()},
+                        n.meta["val"],
+                    )
         outs = remap(program.outputs, env)
-        return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "lower")
+        return Program(
+            b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "lower"
+        )

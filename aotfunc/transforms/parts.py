@@ -1,6 +1,5 @@
-"""Where a value of a batched graph holds the batch, and what a rule that follows it through an op is asked and answers
-(the rules are in :mod:`.apart`).
-"""
+"""Where a value of a batched graph holds the batch, and what a rule that follows it through an op
+is asked and answers (the rules are in :mod:`.apart`)."""
 
 from __future__ import annotations
 
@@ -19,9 +18,8 @@ aten = torch.ops.aten
 
 
 class Part(NamedTuple):
-    """The dimension ``dim`` has ``each`` entries for every sample, one sample after the other. ``number``: the value of
-    a sample is its number.
-    """
+    """The dimension ``dim`` has ``each`` entries for every sample, one sample after the other.
+    ``number``: the value of a sample is its number."""
 
     dim: int
     each: int = 1
@@ -42,9 +40,9 @@ class Mixed(Exception):
 
 
 class Walk:
-    """The parts of the values of a graph for a batch of this size, and the arguments that depend on the size.
-    ``multiples``: a new value whose length is a multiple of the size holds the batch, too.
-    """
+    """The parts of the values of a graph for a batch of this size, and the arguments that depend
+    on the size. ``multiples``: a new value whose length is a multiple of the size holds the batch,
+    too."""
 
     def __init__(self, size: int, multiples: bool) -> None:
         self.size, self.multiples = size, multiples
@@ -53,7 +51,8 @@ class Walk:
 
 
 class Call:
-    """An op of the graph as its rule sees it; ``arg`` by the schema's names, ``val`` what it returns."""
+    """An op of the graph as its rule sees it; ``arg`` by the schema's names, ``val`` what it
+    returns."""
 
     def __init__(self, walk: Walk, n: Node) -> None:
         self.walk, self.n, self.val = walk, n, n.meta["val"]
@@ -97,7 +96,8 @@ class Call:
         return [d % rank for d in given]
 
     def scaled(self, name: str, at: int | None, each: int) -> None:
-        """The argument (its entry ``at``, if it is a list) is ``each`` times the size, unless it says -1."""
+        """The argument (its entry ``at``, if it is a list) is ``each`` times the size, unless it
+        says -1."""
         i = self.names.index(name)
         args = list(self.walk.args.get(self.n, self.n.args))
         if i >= len(args):
@@ -113,7 +113,8 @@ class Call:
         return [part] * len(self.val) if isinstance(self.val, tuple) else part
 
 
-#: where the results of an op with a batched argument hold the batch, a list for several; raises Mixed
+#: where the results of an op with a batched argument hold the batch, a list for several; raises
+# Mixed
 Rule = Callable[[Call], Any]
 RULES: dict[OpOverload, Rule] = {}
 #: of ops that make a batched value out of what is not
@@ -121,7 +122,8 @@ FACTORIES: dict[OpOverload, Rule] = {}
 
 
 def rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
-    """Decorator: this function answers for these ops of aten; those that PyTorch does not have are left out."""
+    """Decorator: this function answers for these ops of aten; those that PyTorch does not have are
+    left out."""
 
     def register(f: Rule) -> Rule:
         for name in names.split():

@@ -1,10 +1,11 @@
-"""A batched program for batches of any size: which of its literals are multiples of the size, if that can be proved.
+"""A batched program for batches of any size: which of its literals are multiples of the size, if
+that can be proved.
 
-The batch is followed through a finished graph: for each value, which dimension it lies in. Every op must treat the
-samples alike and apart from one another (:mod:`.apart` says what each op does with the batch). Then each sample's
-results are one function of this sample and of what is not batched, which does not say how many samples there are; what
-holds for the size that the graph was made for holds for any.
-"""
+The batch is followed through a finished graph: for each value, which dimension it lies in. Every
+op must treat the samples alike and apart from one another (:mod:`.apart` says what each op does
+with the batch). Then each sample's results are one function of this sample and of what is not
+batched, which does not say how many samples there are; what holds for the size that the graph was
+made for holds for any."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ from .apart import OF_NUMBERS, rule_for
 from .parts import FACTORIES, Call, Mixed, Part, Walk
 
 
-def sized(program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], size: int) -> dict[Node, tuple]:
-    """The arguments, with Times in them, of those nodes of a batched program whose literals depend on the ``size`` that
-    it was made for. ``dims`` and ``out_dims``: where the batch is, for each input and each result. Raises Mixed if some
-    op is not known to keep samples apart.
-    """
+def sized(
+    program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], size: int
+) -> dict[Node, tuple]:
+    """The arguments, with Times in them, of those nodes of a batched program whose literals depend
+    on the ``size`` that it was made for. ``dims`` and ``out_dims``: where the batch is, for each
+    input and each result. Raises Mixed if some op is not known to keep samples apart."""
     if program.mutated or size < 2:
         raise Mixed
     try:
@@ -33,7 +35,9 @@ def sized(program: Program, dims: Sequence[int | None], out_dims: Sequence[int |
         return followed(program, dims, out_dims, Walk(size, multiples=True))
 
 
-def followed(program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], walk: Walk) -> dict:
+def followed(
+    program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], walk: Walk
+) -> dict:
     for i, p in enumerate(program.placeholders):
         dim = dims[i] if i < len(dims) else None
         walk.parts[p] = None if dim is None else Part(dim)
@@ -58,10 +62,14 @@ def part_of(walk: Walk, n: Node) -> Any:
     if not call.batched:
         return FACTORIES[n.target](call) if n.target in FACTORIES else None
     rule = rule_for(n.target)
-    if rule is None or (n.target not in OF_NUMBERS and any(p is not None and p.number for _, p in call.tensors)):
+    if rule is None or (
+        n.target not in OF_NUMBERS and any(p is not None and p.number for _, p in call.tensors)
+    ):
         raise Mixed
     found = rule(call)
-    for part, val in zip(found, call.val, strict=True) if isinstance(found, list) else [(found, call.val)]:
+    for part, val in (
+        zip(found, call.val, strict=True) if isinstance(found, list) else [(found, call.val)]
+    ):
         if part is not None and val.shape[part.dim : part.dim + 1] != (part.each * walk.size,):
             raise Mixed
     return found

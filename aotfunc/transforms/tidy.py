@@ -1,9 +1,8 @@
-"""Tidying: local rewritings that make graphs small and keep every value bit for bit, NaN, infinities and signed zeros
-included.
+"""Tidying: local rewritings that make graphs small and keep every value bit for bit, NaN,
+infinities and signed zeros included.
 
-They are applied as nodes are made (:class:`~aotfunc.trace.emit.Builder`), so each level of a nested transform works
-on a tidy graph. The rules, by subject, are in ``rewrites/``.
-"""
+They are applied as nodes are made (:class:`~aotfunc.trace.emit.Builder`), so each level of a
+nested transform works on a tidy graph. The rules, by subject, are in ``rewrites/``."""
 
 from __future__ import annotations
 
@@ -18,7 +17,9 @@ from .rewrites import REWRITES
 aten = torch.ops.aten
 
 #: for the last passes, after results that need memory of their own were given copies
-FINAL: dict[Any, list] = {target: rules for target, rules in REWRITES.items() if target is not aten.clone.default}
+FINAL: dict[Any, list] = {
+    target: rules for target, rules in REWRITES.items() if target is not aten.clone.default
+}
 
 
 def retidy(program: Program, name: str = "tidy") -> Program:

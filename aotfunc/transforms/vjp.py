@@ -1,8 +1,8 @@
 """Reverse mode: walks a graph backwards and splices each op's reverse rule.
 
-:func:`reverse` is the transform. It works on nodes of a graph under construction, so that it serves whole programs,
-``torch.autograd.grad`` inside a function and rules that differentiate others alike.
-"""
+:func:`reverse` is the transform. It works on nodes of a graph under construction, so that it
+serves whole programs, ``torch.autograd.grad`` inside a function and rules that differentiate
+others alike."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ aten = torch.ops.aten
 
 
 def differentiable(val: Any) -> bool:
-    return any(map(differentiable, val)) if isinstance(val, tuple) else val.__class__ is Sig and val.differentiable
+    return (
+        any(map(differentiable, val))
+        if isinstance(val, tuple)
+        else val.__class__ is Sig and val.differentiable
+    )
 
 
 def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[Node, None]:
-    """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order; with ``zeros`` also those
-    where it is zero, or ends, and autograd says all the same that they require grad.
-    """
+    """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order; with
+    ``zeros`` also those where it is zero, or ends, and autograd says all the same that they
+    require grad."""
     active = dict.fromkeys(wrt)
     for n in nodes:
         if n in active or n.op != "call_function" or n.target is aten.detach.default:
@@ -54,7 +58,9 @@ def sources(n: Node) -> Sequence[Node]:
     """What a node can have a derivative of."""
     if n.target is hidden_write:
         return n.args[:1]  # type: ignore[return-value]
-    count = None if isinstance(n.target, OpOverload) else getattr(n.target, "n_inputs", None)  # a custom derivative's
+    count = (
+        None if isinstance(n.target, OpOverload) else getattr(n.target, "n_inputs", None)
+    )  # a custom derivative's
     return n._input_nodes if count is None else n.args[:count]  # type: ignore[return-value]
 
 
@@ -70,7 +76,8 @@ def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
 
 
 def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
-    """Which outputs of a program, new values of written inputs included, require grad if the inputs ``wrt`` do."""
+    """Which outputs of a program, new values of written inputs included, require grad if the
+    inputs ``wrt`` do."""
 
     def find() -> list[bool]:
         inputs = program.placeholders
@@ -81,9 +88,8 @@ def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
 
 
 class Regions:
-    """Checkpointed regions of a forward graph: what the reverse walk reads of one is computed again, when it gets
-    there.
-    """
+    """Checkpointed regions of a forward graph: what the reverse walk reads of one is computed
+    again, when it gets there."""
 
     def __init__(self, b: Builder) -> None:
         self.b = b
@@ -106,7 +112,10 @@ class Regions:
         return env.get(n, n)
 
     def copy(self, m: Node, region: Any, env: dict[Node, Any]) -> Any:
-        self.b.meta = {**{k: m.meta[k] for k in ("line",) if k in m.meta}, "region": ("again", region)}
+        self.b.meta = {
+            **{k: m.meta[k] for k in ("line",) if k in m.meta},
+            "region": ("again", region),
+        }
 
         def swap(a: Any) -> Any:
             if isinstance(a, list | tuple):
@@ -122,10 +131,15 @@ def plain(n: Node) -> bool:
 
 
 def reverse(
-    b: Builder, outs: Sequence[Any], cts: Sequence[Node | None], wrt: Sequence[Node], recompute: bool = False
+    b: Builder,
+    outs: Sequence[Any],
+    cts: Sequence[Node | None],
+    wrt: Sequence[Node],
+    recompute: bool = False,
 ) -> list[Node | None]:
-    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing depends. Zeros, which
-    ops with a derivative of zero give, are handed on as others are: autograd sees what they are multiplied by.
+    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing
+    depends. Zeros, which ops with a derivative of zero give, are handed on as others are: autograd
+    sees what they are multiplied by.
 
     With ``recompute`` the values of checkpointed regions are computed again instead of kept.
     """
@@ -164,16 +178,17 @@ def reverse(
 
 
 def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, list]:
-    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat. ``again`` is the node to
-    read values of.
-    """
+    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat.
+    ``again`` is the node to read values of."""
     op = n.target
     if op is dead_end:
         return [], []
     if op in (hidden_write, no_tangent, check_gradient):
         return [n.args[0]], [g]
     if op is once:
-        raise RuleError(f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}")
+        raise RuleError(
+            f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}"
+        )
     if not isinstance(op, OpOverload):
         return op.pull(b, n, g, active, again)
     args = full_args(op, n.args, n.kwargs)
@@ -201,12 +216,18 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
 
 
 def by_output(g: Any, val: Any) -> Any:
-    """The cotangents of a node with this value: those of several outputs, given by their numbers, in lists."""
-    return [by_output((g or {}).get(i), v) for i, v in enumerate(val)] if isinstance(val, tuple) else g
+    """The cotangents of a node with this value: those of several outputs, given by their numbers,
+    in lists."""
+    return (
+        [by_output((g or {}).get(i), v) for i, v in enumerate(val)]
+        if isinstance(val, tuple)
+        else g
+    )
 
 
 def vjp_make(n: Node) -> Any:
-    """How to build the reverse fragment of this node's op: its own rule, PyTorch's formula, or its decomposition."""
+    """How to build the reverse fragment of this node's op: its own rule, PyTorch's formula, or its
+    decomposition."""
     op = n.target
     line = RULES.get(op)
     rule = None if line is None else no_slope if line.zero else line.vjp
@@ -216,9 +237,13 @@ def vjp_make(n: Node) -> Any:
             with errors_of("reverse", n, rule):
                 return traced(fitted(rule, op))(b, needs, g, out, *args)
         if Facts(op).random:
-            raise RuleError(f"{op} draws random numbers and has no reverse rule{at(n.meta.get('line'))}")
+            raise RuleError(
+                f"{op} draws random numbers and has no reverse rule{at(n.meta.get('line'))}"
+            )
         try:
-            return traced(fitted(fallback.reverse_rule(op), op), intent=False)(b, needs, g, out, *args)
+            return traced(fitted(fallback.reverse_rule(op), op), intent=False)(
+                b, needs, g, out, *args
+            )
         except fallback.NoFormula as why:
             return decomposed(b, n, needs, g, args, why)
 
@@ -242,20 +267,32 @@ def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Except
     flat_outs, flat_g = (list(outs), g) if isinstance(outs, list) else ([outs], [g])
     tensors = [args[i] for i in tensor_args(op)]
     wrt = [
-        x for a, need in zip(tensors, needs, strict=True) if need for x in (a if isinstance(a, list | tuple) else [a])
+        x
+        for a, need in zip(tensors, needs, strict=True)
+        if need
+        for x in (a if isinstance(a, list | tuple) else [a])
     ]
     grads = dict(zip(wrt, reverse(b, flat_outs, flat_g, wrt), strict=True))
-    return [[grads.get(x) for x in a] if isinstance(a, list | tuple) else grads.get(a) for a in tensors]
+    return [
+        [grads.get(x) for x in a] if isinstance(a, list | tuple) else grads.get(a) for a in tensors
+    ]
 
 
 def fitted(rule: Any, op: OpOverload) -> Any:
-    """The rule with the chores done: each cotangent summed to its argument's shape and cast to its dtype."""
+    """The rule with the chores done: each cotangent summed to its argument's shape and cast to its
+    dtype."""
     where = tensor_args(op)
 
     def fit(ga: Any, a: Any) -> Any:
         if isinstance(a, list | tuple):
-            return [None] * len(a) if ga is None else [fit(x, y) for x, y in zip(ga, a, strict=True)]
-        if ga is None or not isinstance(a, Tensor) or not (a.is_floating_point() or a.is_complex()):
+            return (
+                [None] * len(a) if ga is None else [fit(x, y) for x, y in zip(ga, a, strict=True)]
+            )
+        if (
+            ga is None
+            or not isinstance(a, Tensor)
+            or not (a.is_floating_point() or a.is_complex())
+        ):
             return None
         if not isinstance(ga, Tensor):
             raise ValueError(f"it returned {ga!r}")
@@ -272,7 +309,10 @@ def fitted(rule: Any, op: OpOverload) -> Any:
         grads = rule(g, out, *args, needs=needs)
         grads = [grads] if isinstance(grads, Tensor) else list(grads)
         grads += [None] * (len(where) - len(grads))
-        return [fit(ga, args[i]) if need else None for ga, i, need in zip(grads, where, needs, strict=False)]
+        return [
+            fit(ga, args[i]) if need else None
+            for ga, i, need in zip(grads, where, needs, strict=False)
+        ]
 
     return call
 
@@ -297,11 +337,11 @@ def vjp(
 ) -> Program:
     """The joint program: ``(inputs, cotangents, closed-over) -> (kept outputs, gradients)``.
 
-    ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero (default: all floating
-    ones have). Cotangents are inputs, or with ``ones`` all ones. The gradient of an input on which nothing depends is
-    ``None``, or with ``fill`` zeros. ``keep`` lists the outputs to return (default: all). ``recompute``: checkpointed
-    regions are computed again (a partitioner decides that itself).
-    """
+    ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero
+    (default: all floating ones have). Cotangents are inputs, or with ``ones`` all ones. The
+    gradient of an input on which nothing depends is ``None``, or with ``fill`` zeros. ``keep``
+    lists the outputs to return (default: all). ``recompute``: checkpointed regions are computed
+    again (a partitioner decides that itself)."""
     with paused_gc():
         b = builder()
         vals = program.vals
@@ -314,7 +354,9 @@ def vjp(
             for i, v in enumerate(vals):
                 if cts[i]:
                     seeds[i] = b.placeholder(f"tangents_{i}", dense(v), role="tangent")
-        new += [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]]
+        new += [
+            b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]
+        ]
         outs = b.splice(program.graph, new, program.outputs)
         wanted = [new[i] for i in wrt]
         results = outs[: program.n_outputs]
@@ -322,7 +364,10 @@ def vjp(
             seeds = [number(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)]
         grads = reverse(b, results, seeds, wanted, recompute)
         if fill:
-            grads = [number(b, 0, x.meta["val"]) if g is None else g for x, g in zip(wanted, grads, strict=True)]
+            grads = [
+                number(b, 0, x.meta["val"]) if g is None else g
+                for x, g in zip(wanted, grads, strict=True)
+            ]
         first = [*(results if keep is None else [results[i] for i in keep]), *grads]
         count = 0 if ones else sum(bool(c) for c in cts)
         mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
@@ -331,10 +376,15 @@ def vjp(
 
 
 def role(p: Node) -> str:
-    """The role of a placeholder in the derived program: "param" stays, everything else becomes "primal"."""
+    """The role of a placeholder in the derived program: "param" stays, everything else becomes
+    "primal"."""
     return "param" if p.meta.get("role") == "param" else "primal"
 
 
 def dense(sig: Sig) -> Sig:
     """The signature of a fresh contiguous tensor of this shape."""
-    return sig if sig.plain else make_sig(sig.shape, contiguous_stride(sig.shape), sig.dtype, sig.device)
+    return (
+        sig
+        if sig.plain
+        else make_sig(sig.shape, contiguous_stride(sig.shape), sig.dtype, sig.device)
+    )

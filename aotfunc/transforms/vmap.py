@@ -1,4 +1,5 @@
-"""Batching: walks a graph and gives every op that meets the batch a form with one more dimension, the batch at 0.
+"""Batching: walks a graph and gives every op that meets the batch a form with one more dimension,
+the batch at 0.
 
 Ops that do not meet it are copied as they are: what is the same for all samples is computed once.
 """
@@ -38,7 +39,8 @@ TRANSPARENT = {
 
 
 class Batch:
-    """One batching walk: the size, what random ops do, and which old nodes are batched in the new graph."""
+    """One batching walk: the size, what random ops do, and which old nodes are batched in the new
+    graph."""
 
     def __init__(self, b: Builder, size: int, randomness: str, strict: bool = False) -> None:
         self.b, self.size, self.randomness, self.strict = b, size, randomness, strict
@@ -58,10 +60,17 @@ class Batch:
             if n.op != "call_function":
                 continue
             b.meta = carried(n)
-            if any(self.batched.get(i) for i in n._input_nodes) or (draws(n) and self.once_each(n)):
+            if any(self.batched.get(i) for i in n._input_nodes) or (
+                draws(n) and self.once_each(n)
+            ):
                 self.env[n], self.batched[n] = self.batch(n)
             else:
-                self.env[n] = b.node(n.target, remap(n.args, self.env), remap_dict(n.kwargs, self.env), n.meta["val"])
+                self.env[n] = b.node(
+                    n.target,
+                    remap(n.args, self.env),
+                    remap_dict(n.kwargs, self.env),
+                    n.meta["val"],
+                )
         b.meta = {}
 
     def once_each(self, n: Node) -> bool:
@@ -86,7 +95,9 @@ class Batch:
             return self.b.node(op, (old, new), {}, new.meta["val"]), True
         if not isinstance(op, OpOverload):
             return op.batch(self, n)
-        if not op._schema.returns:  # a check of values, such as _linalg_check_errors: as good for a batch of them
+        if (
+            not op._schema.returns
+        ):  # a check of values, such as _linalg_check_errors: as good for a batch of them
             args = remap(n.args, self.env)
             if op._schema.name == "aten::_assert_async":
                 args = (self.b.call(aten.all.default, args[0]), *args[1:])
@@ -119,9 +130,8 @@ class Batch:
         return self.b.call(aten.expand.default, new, [self.size, *new.meta["val"].shape])
 
     def make(self, n: Node) -> Any:
-        """Build the batched op by the first that answers: our rule (it may return NotImplemented), PyTorch's batching
-        rule, the decomposition, a loop. Return ``(result, looped ops)``.
-        """
+        """Build the batched op by the first that answers: our rule (it may return NotImplemented),
+        PyTorch's batching rule, the decomposition, a loop. Return ``(result, looped ops)``."""
         op = n.target
         line = RULES.get(op)
         rule: Any = line.vmap if line is not None else None
@@ -143,20 +153,26 @@ class Batch:
                     "size": size,
                     "randomness": randomness,
                     "sample": _logical(n.args[0]),
-                    "shape": want.shape if isinstance(want, Sig) else tuple(getattr(v, "shape", ()) for v in want),
+                    "shape": want.shape
+                    if isinstance(want, Sig)
+                    else tuple(getattr(v, "shape", ()) for v in want),
                 }
                 with errors_of("batching", n, rule):
                     result = traced(lambda *xs: rule(*xs, **extras))(b, *full)
                     if result is not NotImplemented:
                         return checked(b, result, want, size), []
             elif Facts(op).random:
-                raise RuleError(f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}")
+                raise RuleError(
+                    f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}"
+                )
             result, looped = self.derived(b, n, flags, size, args)
             return checked(b, result, want, size), looped
 
         return make
 
-    def derived(self, b: Builder, n: Node, flags: tuple, size: int, args: Any) -> tuple[Any, list[OpOverload]]:
+    def derived(
+        self, b: Builder, n: Node, flags: tuple, size: int, args: Any
+    ) -> tuple[Any, list[OpOverload]]:
         op = n.target
         if Facts(op).dynamic:
             return loops.by_value(b, n, flags, size, args), [op]
@@ -195,7 +211,13 @@ class Batch:
         sub.walk(inner.graph.nodes)
 
         def result(o: Any) -> Any:
-            return [result(x) for x in o] if isinstance(o, list) else sub.expanded(o) if isinstance(o, Node) else o
+            return (
+                [result(x) for x in o]
+                if isinstance(o, list)
+                else sub.expanded(o)
+                if isinstance(o, Node)
+                else o
+            )
 
         return result(outs), [op for op, _ in sub.loops]
 
@@ -216,9 +238,8 @@ def _all_batched(b: Builder, a: Any, yes: Any, size: int) -> Any:
 
 
 def promoted(b: Builder, n: Node, args: list) -> list:
-    """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it as it would have
-    been.
-    """
+    """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it
+    as it would have been."""
     op = n.target
     if torch.Tag.pointwise not in op.tags:
         return args
@@ -238,9 +259,8 @@ def promoted(b: Builder, n: Node, args: list) -> list:
 
 
 def promotion(sigs: Sequence[Sig]) -> torch.dtype:
-    """The dtype that tensors of these signatures are computed in: 0-dim ones count only if they are of a higher
-    category.
-    """
+    """The dtype that tensors of these signatures are computed in: 0-dim ones count only if they
+    are of a higher category."""
 
     def category(d: torch.dtype) -> int:
         return 3 if d.is_complex else 2 if d.is_floating_point else 1 if d is not torch.bool else 0
@@ -254,13 +274,15 @@ def promotion(sigs: Sequence[Sig]) -> torch.dtype:
 
 
 def checked(b: Builder, result: Any, want: Any, size: int) -> Any:
-    """The result of a rule, in the unbatched dtype. Raises ValueError where it is not of the unbatched shape behind
-    the batch.
-    """
+    """The result of a rule, in the unbatched dtype. Raises ValueError where it is not of the
+    unbatched shape behind the batch."""
     if isinstance(want, tuple):
         if not isinstance(result, list | tuple):
             result = [result]
-        return [checked(b, r, w, size) if w.__class__ is Sig else r for r, w in zip(result, want, strict=False)]
+        return [
+            checked(b, r, w, size) if w.__class__ is Sig else r
+            for r, w in zip(result, want, strict=False)
+        ]
     if not isinstance(result, Node):
         raise ValueError(f"it returned {result!r}")
     val = result.meta["val"]
@@ -280,12 +302,12 @@ def vmap(
     out_dims: Sequence[int | None] | None = None,
     strict: bool = False,
 ) -> Program:
-    """The batched program. ``in_dims`` and ``sigs``: one per input, for the *batched* inputs; ``out_dims``: one per
-    result.
+    """The batched program. ``in_dims`` and ``sigs``: one per input, for the *batched* inputs;
+    ``out_dims``: one per result.
 
-    A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in its own layout. Ops
-    that only a loop over the samples can batch are reported by a LoopWarning, or with ``strict`` refused (RuleError).
-    """
+    A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in
+    its own layout. Ops that only a loop over the samples can batch are reported by a LoopWarning,
+    or with ``strict`` refused (RuleError)."""
     with paused_gc():
         b = builder()
         batch = Batch(b, size, randomness, strict)
@@ -314,7 +336,13 @@ def vmap(
                 written.append(batch.env[o])
             else:
                 written.append(moved(b, batch.expanded(o), 0, dim))
-        return Program(b.finish([*results, *written]), program.n_inputs, program.n_outputs, program.mutated, "vmap")
+        return Program(
+            b.finish([*results, *written]),
+            program.n_inputs,
+            program.n_outputs,
+            program.mutated,
+            "vmap",
+        )
 
 
 def shared_write(target: Node, value: Node) -> str:
@@ -350,9 +378,13 @@ def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
         return batch.env[o]
     rank = len(o.meta["val"].shape) + 1
     if not isinstance(dim, int):
-        raise ArgumentError(f"vmap: out_dims has {dim!r} for output {i}; it must be an int or None")
+        raise ArgumentError(
+            f"vmap: out_dims has {dim!r} for output {i}; it must be an int or None"
+        )
     if not -rank <= dim < rank:
-        raise ArgumentError(f"vmap: out_dims has {dim} for output {i}, which has {rank} dimensions with the batch")
+        raise ArgumentError(
+            f"vmap: out_dims has {dim} for output {i}, which has {rank} dimensions with the batch"
+        )
     return moved(batch.b, batch.expanded(o), 0, dim % rank)
 
 

@@ -1,8 +1,9 @@
-"""What the walkers share: a rule is traced once per signature into a fragment and copied from then on.
+"""What the walkers share: a rule is traced once per signature into a fragment and copied from then
+on.
 
-:func:`apply` is the whole mechanism. It keys on the rule's tag, the signatures of the nodes and the literals; the
-first time it lets ``make`` build the result on placeholders, tidied, and afterwards it splices that fragment.
-"""
+:func:`apply` is the whole mechanism. It keys on the rule's tag, the signatures of the nodes and
+the literals; the first time it lets ``make`` build the result on placeholders, tidied, and
+afterwards it splices that fragment."""
 
 from __future__ import annotations
 
@@ -55,9 +56,8 @@ def builder() -> Builder:
 
 
 def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
-    """The result of ``make(builder, *args)`` in ``b``, through the fragment cache. ``args``: nested nodes and
-    literals.
-    """
+    """The result of ``make(builder, *args)`` in ``b``, through the fragment cache. ``args``:
+    nested nodes and literals."""
     key: list = [tag]
     nodes: list[Node] = []
 
@@ -85,8 +85,8 @@ def flat_nodes(outputs: Any) -> list[Node]:
 
 
 def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Make:
-    """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the builder; ``opened``:
-    functions to call in place of ops that a recording would answer itself.
+    """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the
+    builder; ``opened``: functions to call in place of ops that a recording would answer itself.
     """
 
     @outside_inference_mode
@@ -100,7 +100,11 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
                 nodes.append(a)
                 return trace.input_like(a.meta["val"])
             if isinstance(a, list | tuple):
-                return type(a)(wrap(x) for x in a) if type(a) in (list, tuple) else [wrap(x) for x in a]
+                return (
+                    type(a)(wrap(x) for x in a)
+                    if type(a) in (list, tuple)
+                    else [wrap(x) for x in a]
+                )
             return a
 
         wrapped = [wrap(a) for a in args]
@@ -118,7 +122,11 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
 
         def unwrap(r: Any) -> Any:
             if isinstance(r, Tensor):
-                return f.read(r.ref, intent) if r.__class__ is Traced and r.tracer is trace else constant(b, r)
+                return (
+                    f.read(r.ref, intent)
+                    if r.__class__ is Traced and r.tracer is trace
+                    else constant(b, r)
+                )
             if isinstance(r, list | tuple):
                 return [unwrap(x) for x in r]
             return r
@@ -130,9 +138,8 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
 
 @contextmanager
 def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
-    """Raise RuleError for whatever goes wrong in a rule inside, with the op, the rule's line, and the user's. A rule
-    raises NotImplementedError for arguments that it is not made for.
-    """
+    """Raise RuleError for whatever goes wrong in a rule inside, with the op, the rule's line, and
+    the user's. A rule raises NotImplementedError for arguments that it is not made for."""
     try:
         yield
     except RuleError:
@@ -151,7 +158,9 @@ def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
 def constant(b: Builder, t: Tensor) -> Node:
     """A number that a rule made, as a node."""
     if t.dim():
-        raise RuleError(f"a rule closes over a tensor of shape {tuple(t.shape)}; only numbers may be constants")
+        raise RuleError(
+            f"a rule closes over a tensor of shape {tuple(t.shape)}; only numbers may be constants"
+        )
     return b.call(aten.full.default, [], t.item(), dtype=t.dtype, device=t.device)
 
 
@@ -161,14 +170,18 @@ def number(b: Builder, value: Any, sig: Sig) -> Node:
 
 
 def unknown(b: Builder, sig: Sig) -> Node:
-    """A tensor like ``sig`` of any value: an input of what is linear in it, to be dropped with it."""
+    """A tensor like ``sig`` of any value: an input of what is linear in it, to be dropped with
+    it."""
     kwargs = {"dtype": sig.dtype, "device": sig.device}
     return b.make("call_function", aten.empty.memory_format, (list(sig.shape),), kwargs, sig)
 
 
 def outputs_of(b: Builder, n: Node) -> Any:
-    """What a node returns, as a rule wants it: itself, or the list of its outputs (some of which may be lists)."""
+    """What a node returns, as a rule wants it: itself, or the list of its outputs (some of which
+    may be lists)."""
     val = n.meta["val"]
     if not isinstance(val, tuple):
         return n
-    return [outputs_of(b, b.item(n, i)) if isinstance(v, Sig | tuple) else v for i, v in enumerate(val)]
+    return [
+        outputs_of(b, b.item(n, i)) if isinstance(v, Sig | tuple) else v for i, v in enumerate(val)
+    ]

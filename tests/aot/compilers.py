@@ -1,4 +1,5 @@
-"""A compiler that watches: how often it is called, which ops run inside what it compiled, and which outside."""
+"""A compiler that watches: how often it is called, which ops run inside what it compiled, and
+which outside."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,4 +1,5 @@
-"""Does a program do the same compiled as in eager mode? Both are run and looked at; what differs is made minimal."""
+"""Does a program do the same compiled as in eager mode? Both are run and looked at; what differs
+is made minimal."""
 
 from __future__ import annotations
 
@@ -30,15 +31,19 @@ def of_module(f: Callable, way: Callable) -> Callable:
 WAYS: dict[str, Callable] = {
     "jit": jit,
     "default partition": lambda f: of_module(f, lambda f: aot_function(f, "eager")),
-    "min cut": lambda f: aot_function(f, lambda gm, _: gm, partition_fn=min_cut_rematerialization_partition),
+    "min cut": lambda f: aot_function(
+        f, lambda gm, _: gm, partition_fn=min_cut_rematerialization_partition
+    ),
     "inductor": lambda f: jit(f, backend="inductor"),
 }
 
-#: how far values may lie apart: relative, and absolute; some of a program in float64 may be computed in float32
+#: how far values may lie apart: relative, and absolute; some of a program in float64 may be
+# computed in float32
 CLOSE = {torch.float64: 2e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2}
 
 
-# ----- looking --------------------------------------------------------------------------------------------------------
+# ----- looking
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -56,7 +61,8 @@ class Look:
     written: bool  # since it was last looked at
 
     def differs(self, other: Look, derived: bool) -> str | None:
-        """What is different in ``other``, which eager gives; of a ``derived`` tensor nobody promised the layout."""
+        """What is different in ``other``, which eager gives; of a ``derived`` tensor nobody
+        promised the layout."""
         for what in ("shape", "dtype"):
             mine, theirs = getattr(self.value, what), getattr(other.value, what)
             if mine != theirs:
@@ -91,14 +97,19 @@ def far(a: Tensor, b: Tensor) -> str | None:
 
 def rounded(x: Tensor) -> bool:
     """Whether these are numbers of bfloat16, whatever holds them now."""
-    return x.is_floating_point() and bool((x == x.bfloat16()).all()) and not bool((x == x.round()).all())
+    return (
+        x.is_floating_point()
+        and bool((x == x.bfloat16()).all())
+        and not bool((x == x.round()).all())
+    )
 
 
 Picture = dict[str, "Look | Tensor"]
 
 
 class Eye:
-    """``see()`` takes a picture of all tensors that the variables of its caller reach, and of the generator."""
+    """``see()`` takes a picture of all tensors that the variables of its caller reach, and of the
+    generator."""
 
     def __init__(self) -> None:
         self.pictures: list[Picture] = []
@@ -124,7 +135,10 @@ class Eye:
                 t.grad.detach().clone() if leaf is True and t.grad is not None else None,
                 storages.setdefault(storage, len(storages)),
                 identities.setdefault(id(t), len(identities)),
-                known is not None and known[0] is t and known[1] != t._version and changed(*known[2:], t),
+                known is not None
+                and known[0] is t
+                and known[1] != t._version
+                and changed(*known[2:], t),
             )
             versions[name] = (t, t._version, picture[name].value, t.stride())
         self.versions = versions
@@ -132,7 +146,11 @@ class Eye:
 
 
 def changed(before: Tensor, stride: tuple, now: Tensor) -> bool:
-    return before.shape == now.shape and stride == now.stride() and far(before, now.detach()) is not None
+    return (
+        before.shape == now.shape
+        and stride == now.stride()
+        and far(before, now.detach()) is not None
+    )
 
 
 def tensors(variables: dict) -> Iterator[tuple[str, Tensor]]:
@@ -178,12 +196,14 @@ def difference(got: Picture, want: Picture) -> str | None:
     return None
 
 
-# ----- running --------------------------------------------------------------------------------------------------------
+# ----- running
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Outcome:
-    """What was seen, and how it ended: with an exception, and the picture at that time, or without."""
+    """What was seen, and how it ended: with an exception, and the picture at that time, or
+    without."""
 
     pictures: list[Picture]
     error: Exception | None = None
@@ -192,10 +212,18 @@ class Outcome:
 
     @property
     def refused(self) -> bool:
-        """On purpose, or by autograd, to which a compiled call is one node that keeps what it likes."""
-        told = ("has been modified by an inplace operation", "Trying to backward through the graph a second time")
-        told += ("A view was created in no_grad mode",)  # autograd does not say whether it is a leaf
-        return isinstance(self.error, AotfuncError) or any(text in str(self.error) for text in told)
+        """On purpose, or by autograd, to which a compiled call is one node that keeps what it
+        likes."""
+        told = (
+            "has been modified by an inplace operation",
+            "Trying to backward through the graph a second time",
+        )
+        told += (
+            "A view was created in no_grad mode",
+        )  # autograd does not say whether it is a leaf
+        return isinstance(self.error, AotfuncError) or any(
+            text in str(self.error) for text in told
+        )
 
 
 def run(program: Callable, compiled: Callable) -> Outcome:
@@ -208,7 +236,11 @@ def run(program: Callable, compiled: Callable) -> Outcome:
             program(compiled, eye)
         except Exception as e:
             file = program.__code__.co_filename
-            frames = [(f, n) for f, n in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == file]
+            frames = [
+                (f, n)
+                for f, n in traceback.walk_tb(e.__traceback__)
+                if f.f_code.co_filename == file
+            ]
             main = next(f for f, _ in frames if f.f_code is program.__code__)
             return Outcome(eye.pictures, e, eye.look(main), [n for _, n in frames])
         finally:
@@ -217,8 +249,11 @@ def run(program: Callable, compiled: Callable) -> Outcome:
     return Outcome(eye.pictures)
 
 
-def differs(program: Callable, way: str, want: Outcome | None = None) -> tuple[str | None, str | None]:
-    """``(what differs from eager mode, with which message the program was refused)``; None where nothing was."""
+def differs(
+    program: Callable, way: str, want: Outcome | None = None
+) -> tuple[str | None, str | None]:
+    """``(what differs from eager mode, with which message the program was refused)``; None where
+    nothing was."""
     want = run(program, plain) if want is None else want
     if want.error is not None:
         return None, None
@@ -227,24 +262,33 @@ def differs(program: Callable, way: str, want: Outcome | None = None) -> tuple[s
         if why := difference(mine, theirs):
             return f"see() number {k + 1}: {why}", None
     if got.refused:
-        # autograd itself, which refuses a backward in the middle of it, has added to some .grad by then
+        # autograd itself, which refuses a backward in the middle of it, has added to some .grad by
+        # then
         ours = isinstance(got.error, AotfuncError)
         if ours and got.pictures and (why := difference(got.after, unwritten(got.pictures[-1]))):
-            return f"a refusal changed the state: {why.replace('eager', 'before')} ({got.error})", None
+            return (
+                f"a refusal changed the state: {why.replace('eager', 'before')} ({got.error})",
+                None,
+            )
         return None, str(got.error)
     return (f"{type(got.error).__name__}: {got.error}" if got.error is not None else None), None
 
 
 def unwritten(picture: Picture) -> Picture:
     """The picture that is due if nothing happens any more."""
-    return {n: Look(**{**vars(x), "written": False}) if isinstance(x, Look) else x for n, x in picture.items()}
+    return {
+        n: Look(**{**vars(x), "written": False}) if isinstance(x, Look) else x
+        for n, x in picture.items()
+    }
 
 
-# ----- findings -------------------------------------------------------------------------------------------------------
+# ----- findings
+# -------------------------------------------------------------------------------------------------------
 
 
 def valid(lines: list[Line]) -> tuple[list[Line], Outcome] | None:
-    """The program, without the statements that eager mode refuses after all, and what it does there."""
+    """The program, without the statements that eager mode refuses after all, and what it does
+    there."""
     for _ in range(60):
         want = run(program_of(lines), plain)
         if want.error is None:
@@ -269,7 +313,9 @@ def minimal(lines: list[Line], way: str, why: str) -> list[Line]:
 
 def kind(why: str) -> str:
     """The part of a difference that does not depend on names and numbers."""
-    return re.sub(r"^see\(\) number \d+: \S+: |value.*|shape.*|strides.*|\d+|[\[{(].*", "", why)[:60]
+    return re.sub(r"^see\(\) number \d+: \S+: |value.*|shape.*|strides.*|\d+|[\[{(].*", "", why)[
+        :60
+    ]
 
 
 def script(lines: list[Line], way: str) -> str:

@@ -74,7 +74,8 @@ def without(lines: list[Line], number: int) -> list[Line]:
 
 
 def smaller(lines: list[Line]) -> Iterator[list[Line]]:
-    """The program with one statement less, or with a compound statement opened, or a result less."""
+    """The program with one statement less, or with a compound statement opened, or a result
+    less."""
     for i in reversed(range(len(lines))):
         line, before, after = lines[i], lines[:i], lines[i + 1 :]
         yield before + after
@@ -87,7 +88,11 @@ def smaller(lines: list[Line]) -> Iterator[list[Line]]:
             results = line.removeprefix("return ").split(", ")
             for k, r in enumerate(results):
                 if r != "None":
-                    yield [*before, "return " + ", ".join([*results[:k], "None", *results[k + 1 :]]), *after]
+                    yield [
+                        *before,
+                        "return " + ", ".join([*results[:k], "None", *results[k + 1 :]]),
+                        *after,
+                    ]
 
 
 def shrunk(lines: list[Line], fails: Callable[[list[Line]], bool]) -> list[Line]:

@@ -1,10 +1,10 @@
-"""Random programs around a compiled function: what it computes, and what happens between its calls.
+"""Random programs around a compiled function: what it computes, and what happens between its
+calls.
 
 A program is drawn by running it in eager mode: a statement is a template of one of the tables of
-:mod:`.random_statements`, its holes filled with names that exist by then; one that eager mode refuses is not taken.
-The text defines ``program(compiled, see)``: ``compiled`` is what wraps the function and those that it calls, ``see()``
-is where the variables are to be looked at.
-"""
+:mod:`.random_statements`, its holes filled with names that exist by then; one that eager mode
+refuses is not taken. The text defines ``program(compiled, see)``: ``compiled`` is what wraps the
+function and those that it calls, ``see()`` is where the variables are to be looked at."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def plain(f: Callable) -> Callable:
 
 
 def is_leaf(t: Tensor) -> bool | None:
-    """None where autograd refuses to say: a view made under no_grad of what was written to since."""
+    """None where autograd refuses to say: a view made under no_grad of what was written to
+    since."""
     try:
         return t.is_leaf
     except RuntimeError:
@@ -51,13 +52,16 @@ def is_leaf(t: Tensor) -> bool | None:
 class Scope:
     """What a statement may name, and the values that the names have where the program is drawn."""
 
-    def __init__(self, draw: random.Random, env: dict, numbers: Iterator[int], names=(), outside=()) -> None:
+    def __init__(
+        self, draw: random.Random, env: dict, numbers: Iterator[int], names=(), outside=()
+    ) -> None:
         self.draw, self.env, self.numbers = draw, env, numbers
         self.names: list[str] = list(names)  # expressions for tensors; the latest are drawn most
         self.same = self.made = ""  # the tensor that was named last, and the new one
         self.outside: list[str] = list(outside)  # expressions for whatever lies outside
 
-    # ----- what can be named ------------------------------------------------------------------------------------------
+    # ----- what can be named
+    # ------------------------------------------------------------------------------------------
 
     def value(self, expression: str):
         return eval(expression, self.env)
@@ -76,10 +80,17 @@ class Scope:
 
     def tensor(self, outside: float = 0.15, floating: bool | None = True) -> str:
         mine, theirs = (
-            [e for e in self.of_kind(Tensor, es) if floating in (None, self.value(e).is_floating_point())]
-            # eager derivatives of what read the statistics are of those that are there by then: a normalisation updates
-            # them and does not say so
-            for es in (self.names, [e for e in self.outside if not e.endswith(("running_mean", "running_var"))])
+            [
+                e
+                for e in self.of_kind(Tensor, es)
+                if floating in (None, self.value(e).is_floating_point())
+            ]
+            # eager derivatives of what read the statistics are of those that are there by then: a
+            # normalisation updates them and does not say so
+            for es in (
+                self.names,
+                [e for e in self.outside if not e.endswith(("running_mean", "running_var"))],
+            )
         )
         if theirs and (not mine or self.draw.random() < outside):
             return self.draw.choice(theirs)
@@ -88,7 +99,9 @@ class Scope:
     def operand(self, what: str) -> str:
         match what:
             case "local":
-                return self.draw.choice([n for n in self.of_kind(Tensor, self.names) if n.isidentifier()])
+                return self.draw.choice(
+                    [n for n in self.of_kind(Tensor, self.names) if n.isidentifier()]
+                )
             case "int" | "any":
                 return self.tensor(floating=None if what == "any" else False)
         return self.tensor(outside=0.4 if what == "y" else 0.15)
@@ -108,7 +121,13 @@ class Scope:
             case "same":
                 return self.same
             case "state":
-                return choice([n for n in self.of_kind(Tensor, self.outside) if not self.value(n).requires_grad])
+                return choice(
+                    [
+                        n
+                        for n in self.of_kind(Tensor, self.outside)
+                        if not self.value(n).requires_grad
+                    ]
+                )
             case "module":
                 return choice(self.of_kind(nn.Module, self.outside))
             case "inner":
@@ -121,7 +140,8 @@ class Scope:
                 return choice(["0", "-1"])
         raise KeyError(what)
 
-    # ----- statements -------------------------------------------------------------------------------------------------
+    # ----- statements
+    # -------------------------------------------------------------------------------------------------
 
     def fill(self, template: str) -> str:
         """The template with its holes filled."""
@@ -173,18 +193,27 @@ class Scope:
         name, t = f"part{number}", f"t{number}"
         try:
             x, reentrant = self.tensor(), self.draw.choice([True, False])
-            # a reentrant one runs on leaves when gradients are computed, and autograd then refuses to write to them
+            # a reentrant one runs on leaves when gradients are computed, and autograd then refuses
+            # to write to them
             if not self.take(
-                f"{t} = {x}.detach().requires_grad_({x}.requires_grad)" if reentrant else f"{t} = {x} * 1"
+                f"{t} = {x}.detach().requires_grad_({x}.requires_grad)"
+                if reentrant
+                else f"{t} = {x} * 1"
             ):
                 return []
             inner = Scope(self.draw, self.env, self.numbers, [t], self.outside)
             # what it writes outside is written again when it is computed again
-            table = {kind: table[kind] for kind in ("compute", "view", "random", "custom", "write") if kind in table}
+            table = {
+                kind: table[kind]
+                for kind in ("compute", "view", "random", "custom", "write")
+                if kind in table
+            }
             if reentrant:  # what it returns undifferentiated requires grad all the same
                 table = {kind: table[kind] for kind in ("compute", "random") if kind in table}
             body = [text for _ in range(3) if (text := inner.statement(table)) is not None]
-            block = Block(f"def {name}({t}):", [*body, f"return {inner.tensor(outside=0)}.clone()"])
+            block = Block(
+                f"def {name}({t}):", [*body, f"return {inner.tensor(outside=0)}.clone()"]
+            )
             text = self.fill(f"{{new}} = checkpoint({name}, {x}, use_reentrant={reentrant})")
         except IndexError:
             return []
@@ -211,12 +240,19 @@ class Driver(Scope):
         choice, env = self.draw.choice, self.env
         modules = {n: v for n, v in env.items() if isinstance(v, nn.Module) and n != "self"}
         params = [n for n, v in env.items() if isinstance(v, Tensor) and is_leaf(v) and n != "x"]
-        theirs = [f"{n}.{p}" for n, m in modules.items() for p, _ in m.named_parameters() if "." not in p]
+        theirs = [
+            f"{n}.{p}" for n, m in modules.items() for p, _ in m.named_parameters() if "." not in p
+        ]
         match what:
             case "arg" | "other":
                 return choice([n for n in "xyz" if n in env])
             case "m":
-                children = [f"{n}.{c}" for n, m in modules.items() for c, _ in m.named_children() if c.isidentifier()]
+                children = [
+                    f"{n}.{c}"
+                    for n, m in modules.items()
+                    for c, _ in m.named_children()
+                    if c.isidentifier()
+                ]
                 return choice([*modules, *children])
             case "lin":
                 return choice([n for n in ("lin", "m.lin") if n.split(".")[0] in env])
@@ -234,14 +270,17 @@ class Driver(Scope):
                 single = isinstance(env[outs], Tensor)
                 self.same = outs if single else f"{outs}[{self.draw.randrange(len(env[outs]))}]"
                 return self.same
-            case "unwritten out":  # a view from before a write does not learn at once that its base requires grad
+            case (
+                "unwritten out"
+            ):  # a view from before a write does not learn at once that its base requires grad
                 out = self.hole("out")
                 return choice([out] * (self.value(out)._version == 0))
         return super().hole(what)
 
 
 class Drawing:
-    """The program of a seed, while it is drawn; ``off`` are the kinds of statements that are left out."""
+    """The program of a seed, while it is drawn; ``off`` are the kinds of statements that are left
+    out."""
 
     def __init__(self, seed: int, off: Set[str]) -> None:
         self.draw, self.off = random.Random(seed), off
@@ -262,13 +301,24 @@ class Drawing:
         f = self.function(signature, args)
         names = [n for n in self.outside if n.isidentifier() and self.draw.random() < 0.3]
         scope = [f"global {', '.join(names)}"] if names else []
-        main = [*scope, *self.setup, f, "f = compiled(f)", "see()", *self.calls(args, render([*classes, f]))]
+        main = [
+            *scope,
+            *self.setup,
+            f,
+            "f = compiled(f)",
+            "see()",
+            *self.calls(args, render([*classes, f])),
+        ]
         return [*classes, Block("def program(compiled, see):", main)]
 
     def module(self) -> Block:
         """A class of modules."""
         draw, env = self.draw, self.env
-        lines = ["super().__init__()", ATTRIBUTES[0], *draw.sample(ATTRIBUTES[1:], draw.randrange(1, 6))]
+        lines = [
+            "super().__init__()",
+            ATTRIBUTES[0],
+            *draw.sample(ATTRIBUTES[1:], draw.randrange(1, 6)),
+        ]
         init = Block("def __init__(self):", list(lines))
         exec(render([Block("class Net(nn.Module):", [init])]), env)
         env["self"], env["a"] = env["Net"](), torch.randn(2, 3)
@@ -285,7 +335,9 @@ class Drawing:
         s = Scope(draw, env, self.numbers)
         texts = sorted(draw.sample(OUTSIDE, draw.randrange(2, 9)), key=OUTSIDE.index)
         texts += ["m = Net()", "fast = compiled(m)"][: 1 if draw.random() < 0.7 else 2]
-        self.setup += [t for t in texts if not ("nested" in self.off and "compiled" in t) and s.take(t)]
+        self.setup += [
+            t for t in texts if not ("nested" in self.off and "compiled" in t) and s.take(t)
+        ]
         self.outside = [n for n in env if n not in before]
         modules = [n for n in self.outside if isinstance(env[n], nn.Module)]
         params = [f"*{n}.parameters()" for n in modules] + ["w"] * ("w" in env)
@@ -297,7 +349,9 @@ class Drawing:
     def arguments(self) -> tuple[str, str]:
         """The function's parameters, and what is passed for them."""
         s = Driver(self.draw, self.env, self.numbers)
-        signature, args = self.draw.choice([pair for pair in SIGNATURES if pair[1] != "x, m" or "m" in self.env])
+        signature, args = self.draw.choice(
+            [pair for pair in SIGNATURES if pair[1] != "x, m" or "m" in self.env]
+        )
         for name in re.findall(r"\b[nxyz]\b", args):
             if name in self.env:
                 continue
@@ -323,7 +377,10 @@ class Drawing:
                 inside[name] = value * 1 if value.requires_grad else value.clone()
                 names.append(name)
             elif isinstance(value, tuple | dict):
-                names += [f"{name}[{k!r}]" for k in (value if isinstance(value, dict) else range(len(value)))]
+                names += [
+                    f"{name}[{k!r}]"
+                    for k in (value if isinstance(value, dict) else range(len(value)))
+                ]
         s = Scope(self.draw, inside, self.numbers, names, [*self.outside, *["n"] * ("n" in bound)])
         body = s.statements(self.body, self.draw.randrange(3, 12), self.regions)
         block = Block(f"def f({signature}):", [*body, self.returned(s)])
@@ -332,8 +389,13 @@ class Drawing:
 
     def returned(self, s: Scope) -> str:
         """A return statement."""
-        views = ["", "", "", ".detach()", "[0]"] + ["[:]", ".view(-1)"] * ("no-op view" not in self.off)
-        results = [s.tensor(0.1, None) + self.draw.choice(views) for _ in range(self.draw.choice([1, 1, 2, 3]))]
+        views = ["", "", "", ".detach()", "[0]"] + ["[:]", ".view(-1)"] * (
+            "no-op view" not in self.off
+        )
+        results = [
+            s.tensor(0.1, None) + self.draw.choice(views)
+            for _ in range(self.draw.choice([1, 1, 2, 3]))
+        ]
         comma = "," if len(results) == 1 and self.draw.random() < 0.3 else ""
         return f"return {', '.join(results)}{comma}"
 
@@ -341,23 +403,39 @@ class Drawing:
         """The calls and what happens between them."""
         s, draw = Driver(self.draw, self.env, self.numbers), self.draw
         lines: list[Line] = []
-        table = CALLS + [f"with torch.autocast('cpu', torch.bfloat16):\n    {CALLS[0]}"] * 4 * self.single
+        table = (
+            CALLS
+            + [f"with torch.autocast('cpu', torch.bfloat16):\n    {CALLS[0]}"] * 4 * self.single
+        )
         table = [c for c in table if not any(word in c for word in self.off)]
-        if re.search(r"_\(|\[.*\] = |[-+*/]= |out=|inplace|norm|bn", text_of_f):  # would be written again
+        if re.search(
+            r"_\(|\[.*\] = |[-+*/]= |out=|inplace|norm|bn", text_of_f
+        ):  # would be written again
             table = [c for c in table if "checkpoint" not in c]
         for k in range(draw.randrange(2, 5)):
             if k:
-                texts = [text for _ in range(draw.randrange(4)) if (text := s.statement(self.between)) is not None]
+                texts = [
+                    text
+                    for _ in range(draw.randrange(4))
+                    if (text := s.statement(self.between)) is not None
+                ]
                 lines += [*texts, "see()"]
-                if any(".data" in text for text in texts):  # eager derivatives are those of the new data
+                if any(
+                    ".data" in text for text in texts
+                ):  # eager derivatives are those of the new data
                     s.spend()
             text = draw.choice(table).replace("{outs}", f"out{k}").replace("{args}", args)
             if not s.take(text):
                 continue
             lines += [text, "see()"]
             if draw.random() < 0.65:
-                # of second derivatives eager adds some in bfloat16 that are added in the wider dtype here
-                second = draw.random() < 0.15 and "second order" not in self.off and "bfloat16" not in text_of_f
+                # of second derivatives eager adds some in bfloat16 that are added in the wider
+                # dtype here
+                second = (
+                    draw.random() < 0.15
+                    and "second order" not in self.off
+                    and "bfloat16" not in text_of_f
+                )
                 for form in SECOND if second else [draw.choice(DERIVATIVES)]:
                     try:
                         text = s.fill(form)

@@ -1,14 +1,22 @@
-"""What random programs are made of: tables of statements, with holes that ``random_programs.Scope`` fills."""
+"""What random programs are made of: tables of statements, with holes that
+``random_programs.Scope`` fills."""
 
 from __future__ import annotations
 
 Table = dict[str, tuple[int, list[str]]]
 
-#: what is computed inside of the compiled function: kind -> (weight, templates); see ``Scope.hole`` for the holes
+#: what is computed inside of the compiled function: kind -> (weight, templates); see
+# ``Scope.hole`` for the holes
 BODY: Table = {
     "compute": (
         26,
-        ["{new} = torch.sin({x})", "{new} = {x} * {y}", "{new} = {x} + {y}", "{new} = {x} - {y}", "{new} = {x} @ {y}"]
+        [
+            "{new} = torch.sin({x})",
+            "{new} = {x} * {y}",
+            "{new} = {x} + {y}",
+            "{new} = {x} - {y}",
+            "{new} = {x} @ {y}",
+        ]
         + [
             "{new} = {x} * {number}",
             "{new} = {x} + {number}",
@@ -16,16 +24,45 @@ BODY: Table = {
             "{new} = {x}.sum({dim})",
             "{new} = {x}.mean()",
         ]
-        + ["{new} = {x}.softmax(-1)", "{new} = torch.where({x} > 0, {x}, {y})", "{new} = torch.cat([{x}, {y}])"]
-        + ["{new} = torch.stack([{x}, {y}])", "{new} = F.relu({x})", "{new} = {x}.clone()", "{new} = {x}.amax({dim})"]
-        + ["{new} = {x}.cumsum({dim})", "{new} = {x}.sort(-1).values", "{new} = F.linear({x}, {y})", "{new} = {x} + 0"]
-        + ["{new} = {x} * 1", "{new} = {x}.sum()", "{new} = torch.stack([{x}])[0]", "{new} = {x} / (1 + {y}.square())"]
-        + ["{new} = {x} * {same}.shape[0]", "{local} = {same} * 0.5", "{new} = sum({x}.unbind(0))"],
+        + [
+            "{new} = {x}.softmax(-1)",
+            "{new} = torch.where({x} > 0, {x}, {y})",
+            "{new} = torch.cat([{x}, {y}])",
+        ]
+        + [
+            "{new} = torch.stack([{x}, {y}])",
+            "{new} = F.relu({x})",
+            "{new} = {x}.clone()",
+            "{new} = {x}.amax({dim})",
+        ]
+        + [
+            "{new} = {x}.cumsum({dim})",
+            "{new} = {x}.sort(-1).values",
+            "{new} = F.linear({x}, {y})",
+            "{new} = {x} + 0",
+        ]
+        + [
+            "{new} = {x} * 1",
+            "{new} = {x}.sum()",
+            "{new} = torch.stack([{x}])[0]",
+            "{new} = {x} / (1 + {y}.square())",
+        ]
+        + [
+            "{new} = {x} * {same}.shape[0]",
+            "{local} = {same} * 0.5",
+            "{new} = sum({x}.unbind(0))",
+        ],
     ),
     "module": (9, ["{new} = {module}({x})", "{new} = {module}({x}) + {x}"]),
     "view": (
         14,
-        ["{new} = {x}[0]", "{new} = {x}[-1:]", "{new} = {x}[..., 1:]", "{new} = {x}.t()", "{new} = {x}.view(-1)"]
+        [
+            "{new} = {x}[0]",
+            "{new} = {x}[-1:]",
+            "{new} = {x}[..., 1:]",
+            "{new} = {x}.t()",
+            "{new} = {x}.view(-1)",
+        ]
         + [
             "{new} = {x}.reshape(-1)",
             "{new} = {x}.unsqueeze(0)",
@@ -34,8 +71,17 @@ BODY: Table = {
             "{new} = {x}.diagonal()",
             "{new} = {x}.detach()",
         ]
-        + ["{new} = {x}.unbind({dim})[0]", "{new} = {x}.chunk(2)[-1]", "{new} = {x}.flatten()", "{new} = {x}.mT"]
-        + ["{new} = {x}.expand(2, *{same}.shape)", "{new} = {x}.contiguous()", "{new} = {x}.to({same}.dtype)"]
+        + [
+            "{new} = {x}.unbind({dim})[0]",
+            "{new} = {x}.chunk(2)[-1]",
+            "{new} = {x}.flatten()",
+            "{new} = {x}.mT",
+        ]
+        + [
+            "{new} = {x}.expand(2, *{same}.shape)",
+            "{new} = {x}.contiguous()",
+            "{new} = {x}.to({same}.dtype)",
+        ]
         + ["{new} = {x}[None]", "{new} = {x}[..., ::2]", "{new} = {any}.detach()"],
     ),
     "no-op view": (
@@ -65,14 +111,33 @@ BODY: Table = {
             "{x}[{same} > 0] = 0.5",
             "{x}.fill_({number})",
         ]
-        + ["F.relu({x}, inplace=True)", "{x}.masked_fill_({same} < 0, 0.5)", "{x}.view(-1)[0] = 2.0", "{x}.sub_({y})"]
-        + ["torch.sin({x}, out={y})", "{x}.t().mul_({y})", "{x}[0].add_({y})", "{x}.lerp_({y}, 0.3)", "{any}.mul_(2)"],
+        + [
+            "F.relu({x}, inplace=True)",
+            "{x}.masked_fill_({same} < 0, 0.5)",
+            "{x}.view(-1)[0] = 2.0",
+            "{x}.sub_({y})",
+        ]
+        + [
+            "torch.sin({x}, out={y})",
+            "{x}.t().mul_({y})",
+            "{x}[0].add_({y})",
+            "{x}.lerp_({y}, 0.3)",
+            "{any}.mul_(2)",
+        ],
     ),
-    # through .data only where nothing has been saved: eager derivatives would be of the value that is there by then
+    # through .data only where nothing has been saved: eager derivatives would be of the value that
+    # is there by then
     "hidden write": (
         5,
-        ["{x}.detach().add_({y}.detach())", "{x}.detach().mul_({number})", "{x}.detach()[0].fill_({number})"]
-        + ["{new} = {x} + 0\n{made}.data.mul_({number})", "{new} = {x} + {y}\n{made}.data[0] = 1.0"]
+        [
+            "{x}.detach().add_({y}.detach())",
+            "{x}.detach().mul_({number})",
+            "{x}.detach()[0].fill_({number})",
+        ]
+        + [
+            "{new} = {x} + 0\n{made}.data.mul_({number})",
+            "{new} = {x} + {y}\n{made}.data[0] = 1.0",
+        ]
         + ["{new} = {x}.clone()\n{made}.data.copy_({y})", "{x}.detach().zero_()"],
     ),
     "state": (
@@ -83,48 +148,110 @@ BODY: Table = {
             "{state}.copy_({x}.detach())",
             "{state}.add_({x})",
         ]
-        + ["{state}.lerp_({x}.detach(), 0.1)", "{state}.add_(1)", "{state}[0] = {x}.detach().sum()"],
+        + [
+            "{state}.lerp_({x}.detach(), 0.1)",
+            "{state}.add_(1)",
+            "{state}[0] = {x}.detach().sum()",
+        ],
     ),
     "constant": (
         6,
-        ["{new} = torch.tensor(0.0)", "{new} = torch.tensor([1.0, 2.0, 3.0])", "{new} = torch.zeros(3)"]
-        + ["{new} = torch.ones_like({x})", "{new} = {x}.new_tensor([0.5, 1.0, 2.0])", "{new} = torch.arange(3.0)"]
-        + ["{new} = torch.full((), {number})", "{new} = torch.eye(3)", "{new} = torch.as_tensor({number})"]
-        + ["{new} = torch.zeros_like({x})", "{new} = {x}.new_zeros(3)", "{new} = torch.tensor([0, 1])"]
+        [
+            "{new} = torch.tensor(0.0)",
+            "{new} = torch.tensor([1.0, 2.0, 3.0])",
+            "{new} = torch.zeros(3)",
+        ]
+        + [
+            "{new} = torch.ones_like({x})",
+            "{new} = {x}.new_tensor([0.5, 1.0, 2.0])",
+            "{new} = torch.arange(3.0)",
+        ]
+        + [
+            "{new} = torch.full((), {number})",
+            "{new} = torch.eye(3)",
+            "{new} = torch.as_tensor({number})",
+        ]
+        + [
+            "{new} = torch.zeros_like({x})",
+            "{new} = {x}.new_zeros(3)",
+            "{new} = torch.tensor([0, 1])",
+        ]
         + ["{new} = torch.empty_like({x}).fill_(0.5)", "{new} = torch.linspace(0, {number}, 3)"],
     ),
     "random": (
         5,
         ["{new} = torch.rand_like({x})", "{new} = F.dropout({x}, 0.5)", "{new} = torch.randn(3)"]
-        + ["{new} = {x} * torch.bernoulli(torch.full_like({x}, 0.5))", "{new} = torch.empty_like({x}).uniform_()"]
-        + ["{new} = {x}[torch.randperm({same}.shape[0])]", "{new} = F.dropout({x}, {number}, training={flag})"]
-        + ["{new} = torch.normal(torch.zeros_like({x}), 0.5)", "{new} = torch.randint(0, 3, (2,))", "{x}.normal_()"],
+        + [
+            "{new} = {x} * torch.bernoulli(torch.full_like({x}, 0.5))",
+            "{new} = torch.empty_like({x}).uniform_()",
+        ]
+        + [
+            "{new} = {x}[torch.randperm({same}.shape[0])]",
+            "{new} = F.dropout({x}, {number}, training={flag})",
+        ]
+        + [
+            "{new} = torch.normal(torch.zeros_like({x}), 0.5)",
+            "{new} = torch.randint(0, 3, (2,))",
+            "{x}.normal_()",
+        ],
     ),
     "dtype": (
         4,
-        ["{new} = {x} > 0", "{new} = ({x} * 3).long()", "{new} = {x}.argmax(-1)", "{new} = {x}.to(torch.float32)"]
+        [
+            "{new} = {x} > 0",
+            "{new} = ({x} * 3).long()",
+            "{new} = {x}.argmax(-1)",
+            "{new} = {x}.to(torch.float32)",
+        ]
         + ["{new} = {x}.double()", "{new} = ({x} > 0).sum()", "{new} = {x}.to(torch.bfloat16)"]
-        + ["{new} = {x} * {any}", "{new} = {x}[{int}.flatten()]", "{new} = torch.max({x}, -1).indices"],
+        + [
+            "{new} = {x} * {any}",
+            "{new} = {x}[{int}.flatten()]",
+            "{new} = torch.max({x}, -1).indices",
+        ],
     ),
     "hook": (
         3,
         ["if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: g * 2)"]
         + ["if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: g.clamp(-0.5, 0.5))"]
         + ["if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: None)"]
-        + ["if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: g * {y}.mean().detach())"],
+        + [
+            "if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: g * {y}.mean().detach())"
+        ],
     ),
     "gradient": (
         3,
-        ["if {x}.requires_grad:\n    {new} = torch.autograd.grad({same}.sin().sum(), {same}, create_graph=True)[0]"]
-        + ["{new} = {x}.detach().requires_grad_()", "{new} = {x} * (2 if {same}.requires_grad else 3)"]
-        + ["{new} = {x} * (2 if torch.is_grad_enabled() else 3)", "{new} = {x} * (2 if {same}.is_leaf else 3)"]
+        [
+            "if {x}.requires_grad:\n    {new} = torch.autograd.grad({same}.sin().sum(), {same}, create_graph=True)[0]"
+        ]
+        + [
+            "{new} = {x}.detach().requires_grad_()",
+            "{new} = {x} * (2 if {same}.requires_grad else 3)",
+        ]
+        + [
+            "{new} = {x} * (2 if torch.is_grad_enabled() else 3)",
+            "{new} = {x} * (2 if {same}.is_leaf else 3)",
+        ]
         + ["if {x}.requires_grad:\n    {new} = torch.autograd.grad({same}.exp().sum(), {same})[0]"]
-        + ["if {y}.requires_grad:\n    {new} = torch.autograd.grad(({same} ** 3).sum(), {same}, create_graph=True)[0]"],
+        + [
+            "if {y}.requires_grad:\n    {new} = torch.autograd.grad(({same} ** 3).sum(), {same}, create_graph=True)[0]"
+        ],
     ),
-    "custom": (3, ["{new} = Cube.apply({x})", "{new} = Straight.apply({x})", "{new} = Twice.apply({x}, {y})[0]"]),
+    "custom": (
+        3,
+        [
+            "{new} = Cube.apply({x})",
+            "{new} = Straight.apply({x})",
+            "{new} = Twice.apply({x}, {y})[0]",
+        ],
+    ),
     "nested": (
         4,
-        ["{new} = {inner}({x})", "{new} = compiled(lambda t: t.sin() * {y})({x})", "{new} = {inner}({x}) * {y}"]
+        [
+            "{new} = {inner}({x})",
+            "{new} = compiled(lambda t: t.sin() * {y})({x})",
+            "{new} = {inner}({x}) * {y}",
+        ]
         + ["{new} = compiled(lambda t: (t * 2, t.detach() * 3, t[0]))({x})[0]"]
         + ["{new} = compiled({module})({x})", "compiled(lambda t: t.mul_(2))({x})"]
         + [
@@ -132,10 +259,24 @@ BODY: Table = {
             "{new} = compiled(lambda t: t.view(-1))({x})",
         ],
     ),
-    "metadata": (2, ["{x}.unsqueeze_(0)", "{x}.t_()", "{x}.squeeze_()", "{x}.transpose_(0, -1)", "{x}.detach_()"]),
+    "metadata": (
+        2,
+        [
+            "{x}.unsqueeze_(0)",
+            "{x}.t_()",
+            "{x}.squeeze_()",
+            "{x}.transpose_(0, -1)",
+            "{x}.detach_()",
+        ],
+    ),
     "python": (
         3,
-        ["{new} = {x} * cfg.beta", "{new} = {x} * table['beta']", "{new} = helper({x})", "{new} = {x} * cfg.items[0]"]
+        [
+            "{new} = {x} * cfg.beta",
+            "{new} = {x} * table['beta']",
+            "{new} = helper({x})",
+            "{new} = {x} * cfg.items[0]",
+        ]
         + [
             "if {flag}:\n    {local} = {same} * 2",
             "if {number} > 0.5:\n    {local} = {same} + 1",
@@ -146,12 +287,23 @@ BODY: Table = {
 }
 
 #: with a body of their own, of such statements as above
-REGIONS = ["with torch.no_grad():", "with torch.enable_grad():", "with torch.set_grad_enabled({flag}):"]
+REGIONS = [
+    "with torch.no_grad():",
+    "with torch.enable_grad():",
+    "with torch.set_grad_enabled({flag}):",
+]
 REGIONS += ["with torch.no_grad(), torch.enable_grad():", "if {flag}:", "for _ in range(2):"]
-AUTOCAST = ["with torch.autocast('cpu', torch.bfloat16):", "with torch.autocast('cpu', enabled=False):"]
+AUTOCAST = [
+    "with torch.autocast('cpu', torch.bfloat16):",
+    "with torch.autocast('cpu', enabled=False):",
+]
 
 #: attributes of a module that is drawn
-ATTRIBUTES = ["self.lin = nn.Linear(3, 3)", "self.norm = nn.BatchNorm1d(3)", "self.drop = nn.Dropout(0.5)"]
+ATTRIBUTES = [
+    "self.lin = nn.Linear(3, 3)",
+    "self.norm = nn.BatchNorm1d(3)",
+    "self.drop = nn.Dropout(0.5)",
+]
 ATTRIBUTES += ["self.ln = nn.LayerNorm(3)", "self.act = nn.LeakyReLU(0.1)", "self.tied = self.lin"]
 ATTRIBUTES += [
     "self.scale = 0.5",
@@ -159,44 +311,111 @@ ATTRIBUTES += [
     "self.w = nn.Parameter(torch.randn(3))",
     "self.kept = torch.ones(3)",
 ]
-ATTRIBUTES += ["self.register_buffer('buf', torch.zeros(3))", "self.seq = nn.Sequential(nn.Linear(3, 3), nn.Tanh())"]
+ATTRIBUTES += [
+    "self.register_buffer('buf', torch.zeros(3))",
+    "self.seq = nn.Sequential(nn.Linear(3, 3), nn.Tanh())",
+]
 
 #: what the function closes over
-OUTSIDE = ["w = torch.randn(3, requires_grad=True)", "c = torch.randn(3)", "buf = torch.zeros(3)", "k = 0.5"]
-OUTSIDE += ["flag = True", "lin = nn.Linear(3, 3)", "norm = nn.BatchNorm1d(3)", "drop = nn.Dropout(0.4)"]
-OUTSIDE += ["u = w * 2", "seq = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))", "ln = nn.LayerNorm(3)"]
-OUTSIDE += ["cfg = Config()", "table = {'beta': 0.5}", "v = w.detach()", "view = c[1:]", "i = torch.tensor([0, 1])"]
+OUTSIDE = [
+    "w = torch.randn(3, requires_grad=True)",
+    "c = torch.randn(3)",
+    "buf = torch.zeros(3)",
+    "k = 0.5",
+]
+OUTSIDE += [
+    "flag = True",
+    "lin = nn.Linear(3, 3)",
+    "norm = nn.BatchNorm1d(3)",
+    "drop = nn.Dropout(0.4)",
+]
+OUTSIDE += [
+    "u = w * 2",
+    "seq = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))",
+    "ln = nn.LayerNorm(3)",
+]
+OUTSIDE += [
+    "cfg = Config()",
+    "table = {'beta': 0.5}",
+    "v = w.detach()",
+    "view = c[1:]",
+    "i = torch.tensor([0, 1])",
+]
 OUTSIDE += [
     "inner = compiled(lambda t: t.tanh() * 0.7)",
     "lin = nn.Linear(3, 3, bias=False)",
     "frozen = lin.weight.detach()",
 ]
-OUTSIDE += ["fast = compiled(lin)", "bn = compiled(norm)", "inner2 = compiled(lambda t: (t * c, t)[0])"]
+OUTSIDE += [
+    "fast = compiled(lin)",
+    "bn = compiled(norm)",
+    "inner2 = compiled(lambda t: (t * c, t)[0])",
+]
 
 #: the function's parameters, and what a call passes for them
-SIGNATURES = [("x", "x"), ("x, y", "x, y"), ("x, y", "x, x"), ("x, y, z", "x, y, z"), ("x, pair", "x, (y, z)")]
-SIGNATURES += [("x, d", "x, {'a': y}"), ("x, n", "x, n"), ("x, y=None", "x, y=y"), ("*xs", "x, y"), ("x, m", "x, m")]
+SIGNATURES = [
+    ("x", "x"),
+    ("x, y", "x, y"),
+    ("x, y", "x, x"),
+    ("x, y, z", "x, y, z"),
+    ("x, pair", "x, (y, z)"),
+]
+SIGNATURES += [
+    ("x, d", "x, {'a': y}"),
+    ("x, n", "x, n"),
+    ("x, y=None", "x, y=y"),
+    ("*xs", "x, y"),
+    ("x, m", "x, m"),
+]
 
 #: tensors to pass
-ARGUMENTS = ["{arg} = torch.randn(2, 3)", "{arg} = torch.randn(2, 3, requires_grad=True)", "{arg} = torch.randn(3)"]
+ARGUMENTS = [
+    "{arg} = torch.randn(2, 3)",
+    "{arg} = torch.randn(2, 3, requires_grad=True)",
+    "{arg} = torch.randn(3)",
+]
 ARGUMENTS += ["{arg} = torch.randn(2, 3, requires_grad=True) * 1", "{arg} = torch.randn(3, 2).t()"]
 ARGUMENTS += ["{arg} = torch.randn(2, 6)[:, ::2]", "{arg} = torch.randn(3, requires_grad=True)"]
 ARGUMENTS += ["{arg} = torch.randn(3, 3, requires_grad=True)", "{arg} = torch.randn(2, 3)[0]"]
-ALIASES = ["{arg} = {other}", "{arg} = {other}[0]", "{arg} = {other}.view(-1)", "{arg} = {other}.detach()"]
-ALIASES += ["{arg} = {other}.t()", "{arg} = {other}[:, 1:]", "{arg} = {other} * 1", "{arg} = {other}.detach().clone()"]
+ALIASES = [
+    "{arg} = {other}",
+    "{arg} = {other}[0]",
+    "{arg} = {other}.view(-1)",
+    "{arg} = {other}.detach()",
+]
+ALIASES += [
+    "{arg} = {other}.t()",
+    "{arg} = {other}[:, 1:]",
+    "{arg} = {other} * 1",
+    "{arg} = {other}.detach().clone()",
+]
 
 #: between two calls: kind -> (weight, templates)
 BETWEEN: Table = {
     "arguments": (5, [*ARGUMENTS, *ALIASES]),
     "weights": (
         4,
-        ["with torch.no_grad():\n    {param}.mul_(0.9)", "{param}.data.add_(0.1)", "{param}.data = {same}.data * 0.9"]
-        + ["{param}.data = torch.randn_like({same})", "opt.step()", "opt.step()", "opt.zero_grad()", "opt.step()"]
+        [
+            "with torch.no_grad():\n    {param}.mul_(0.9)",
+            "{param}.data.add_(0.1)",
+            "{param}.data = {same}.data * 0.9",
+        ]
+        + [
+            "{param}.data = torch.randn_like({same})",
+            "opt.step()",
+            "opt.step()",
+            "opt.zero_grad()",
+            "opt.step()",
+        ]
         + [
             "opt.zero_grad(set_to_none=False)",
             "{m}.load_state_dict({{n: t * 0.5 for n, t in {m}.state_dict().items()}})",
         ]
-        + ["{lin}.weight = nn.Parameter(torch.randn(3, 3))", "{lin}.weight.data[0] = 1.0", "{lin}.bias = None"]
+        + [
+            "{lin}.weight = nn.Parameter(torch.randn(3, 3))",
+            "{lin}.weight.data[0] = 1.0",
+            "{lin}.bias = None",
+        ]
         + [
             "{param}.requires_grad_(False)",
             "{param}.requires_grad_(True)",
@@ -214,13 +433,38 @@ BETWEEN: Table = {
             "buf = torch.ones(3)",
             "c = torch.randn(2, 3)",
         ]
-        + ["w = torch.randn(3, requires_grad=True)", "w = torch.randn(3)", "u = w * 3", "i.copy_(torch.tensor([1, 0]))"]
-        + ["{m}.buf = torch.ones(3)", "{m}.buf.fill_(0.2)", "{m}.kept = torch.randn(3)", "{m}.running_mean.zero_()"]
-        + ["c = buf", "buf = c", "w.data = torch.ones(3)", "w.grad = None", "c.data = torch.ones(3)", "c = None"],
+        + [
+            "w = torch.randn(3, requires_grad=True)",
+            "w = torch.randn(3)",
+            "u = w * 3",
+            "i.copy_(torch.tensor([1, 0]))",
+        ]
+        + [
+            "{m}.buf = torch.ones(3)",
+            "{m}.buf.fill_(0.2)",
+            "{m}.kept = torch.randn(3)",
+            "{m}.running_mean.zero_()",
+        ]
+        + [
+            "c = buf",
+            "buf = c",
+            "w.data = torch.ones(3)",
+            "w.grad = None",
+            "c.data = torch.ones(3)",
+            "c = None",
+        ],
     ),
     "python": (
         4,
-        ["{m}.eval()", "{m}.train()", "k = 0.7", "k = 2", "flag = not flag", "{m}.scale = 0.3", "{m}.on = not {m}.on"]
+        [
+            "{m}.eval()",
+            "{m}.train()",
+            "k = 0.7",
+            "k = 2",
+            "flag = not flag",
+            "{m}.scale = 0.3",
+            "{m}.on = not {m}.on",
+        ]
         + [
             "{m}.p = 0.1",
             "cfg.beta = 2.0",
@@ -245,7 +489,9 @@ BETWEEN: Table = {
             "h = {m}.register_forward_hook(lambda m, a, o: o + 1)",
         ]
         + ["h.remove()", "{m}.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,))"]
-        + ["{m}.register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else g * 2 for g in gi))"]
+        + [
+            "{m}.register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else g * 2 for g in gi))"
+        ]
         + [
             "h = {m}.register_full_backward_pre_hook(lambda m, go: (go[0] * 3,))",
             "if x._base is None:\n    x.register_hook(lambda g: g * 2)",
@@ -284,10 +530,17 @@ BETWEEN: Table = {
 
 #: after a call, what autograd is asked for
 DERIVATIVES = ["loss({outs}).backward()", "loss({outs}).backward()", "loss({out}).backward()"]
-DERIVATIVES += ["loss({outs}).backward(retain_graph=True)", "loss({outs}).backward(inputs=[{leaf}])"]
-DERIVATIVES += ["grads = torch.autograd.grad(loss({outs}), [{leaf}], allow_unused=True, retain_graph=True)"]
+DERIVATIVES += [
+    "loss({outs}).backward(retain_graph=True)",
+    "loss({outs}).backward(inputs=[{leaf}])",
+]
+DERIVATIVES += [
+    "grads = torch.autograd.grad(loss({outs}), [{leaf}], allow_unused=True, retain_graph=True)"
+]
 DERIVATIVES += ["grads = torch.autograd.grad(loss({outs}), [{leaf}, {leaf}], allow_unused=True)"]
-SECOND = ["grads = torch.autograd.grad(loss({outs}), [{leaf}], create_graph=True, allow_unused=True)"]
+SECOND = [
+    "grads = torch.autograd.grad(loss({outs}), [{leaf}], create_graph=True, allow_unused=True)"
+]
 SECOND += ["loss(grads).backward()"]
 
 CALLS = ["{outs} = f({args})"] * 12 + ["with torch.no_grad():\n    {outs} = f({args})"] * 2

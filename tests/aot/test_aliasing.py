@@ -1,4 +1,5 @@
-"""Results of compiled functions alias inputs, and one another, as those of the function itself do."""
+"""Results of compiled functions alias inputs, and one another, as those of the function itself
+do."""
 
 import pytest
 import torch
@@ -65,7 +66,11 @@ def memory(x, outs):
     tensors = [x, *(outs if isinstance(outs, tuple | list) else [outs])]
     numbers = {}
     return [
-        (numbers.setdefault(t.untyped_storage().data_ptr(), len(numbers)), t.storage_offset(), t.stride())
+        (
+            numbers.setdefault(t.untyped_storage().data_ptr(), len(numbers)),
+            t.storage_offset(),
+            t.stride(),
+        )
         for t in tensors
     ]
 
@@ -82,12 +87,19 @@ def test_memory(name, leaf):
         assert_same(got, want)
         assert_same(x, y)
         assert memory(x, got) == memory(y, want)
-        same = lambda z, outs: [o is z for o in (outs if isinstance(outs, tuple | list) else [outs])]
+        same = lambda z, outs: [
+            o is z for o in (outs if isinstance(outs, tuple | list) else [outs])
+        ]
         assert same(x, got) == same(y, want)
 
 
-WRITES = {k: RETURNS[k] for k in ("the input", "a view", "a view of a view", "a reshaped new tensor")}
-WRITES |= {k: RETURNS[k] for k in ("two views of a new tensor", "a new tensor twice", "written and returned")}
+WRITES = {
+    k: RETURNS[k] for k in ("the input", "a view", "a view of a view", "a reshaped new tensor")
+}
+WRITES |= {
+    k: RETURNS[k]
+    for k in ("two views of a new tensor", "a new tensor twice", "written and returned")
+}
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -134,7 +146,10 @@ def test_derivatives_through_a_write_inside_another_capture():
     assert_same(grad(f)(x), torch.func.grad(plain)(x))
     assert_same(hessian(f)(x), torch.func.hessian(plain)(x))
     assert_same(jvp(f, (x,), (x,)), torch.func.jvp(plain, (x,), (x,)))
-    assert_same(vmap(grad(f))(torch.stack([x, x])), torch.func.vmap(torch.func.grad(plain))(torch.stack([x, x])))
+    assert_same(
+        vmap(grad(f))(torch.stack([x, x])),
+        torch.func.vmap(torch.func.grad(plain))(torch.stack([x, x])),
+    )
 
 
 def test_swapped_arguments():
@@ -215,10 +230,15 @@ def part_of_a_buffer():
         (lambda x: x[1:].mul_(2), rows),
         (lambda x: (x[:, ::2].mul_(2), x[1])[0], rows),
         (lambda a, b: a.add_(1), part_of_a_buffer),
-        (lambda a, b: (a.mul_(2), a.as_strided((2,), (1,), a.storage_offset()))[1], part_of_a_buffer),
+        (
+            lambda a, b: (a.mul_(2), a.as_strided((2,), (1,), a.storage_offset()))[1],
+            part_of_a_buffer,
+        ),
     ],
 )
-@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(jit(f))])
+@pytest.mark.parametrize(
+    "compiled", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(jit(f))]
+)
 def test_results_and_writes_as_in_eager(compiled, f, arguments):
     mine, theirs = arguments(), arguments()
     got, want = compiled(f)(*mine), f(*theirs)
@@ -238,10 +258,14 @@ def test_a_closed_over_value_from_before_the_write():
         return old
 
     assert_same(jit(step)(torch.ones(2)), torch.zeros(2))
-    assert_same(jit(lambda x: (norm.running_mean.clone(), norm(x))[0])(torch.randn(4, 2) + 5), torch.zeros(2))
+    assert_same(
+        jit(lambda x: (norm.running_mean.clone(), norm(x))[0])(torch.randn(4, 2) + 5),
+        torch.zeros(2),
+    )
 
 
-# ----- a tensor and what is detached from it ------------------------------------------------------------------------
+# ----- a tensor and what is detached from it
+# ------------------------------------------------------------------------
 
 PAIRS = {
     "the same": lambda u: (u, u.detach()),
@@ -266,7 +290,11 @@ def test_detached_aliases(both, writes, closed_over):
     def run(compiled):
         w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
         a, b = PAIRS[both](w * 2)
-        out = compiled(lambda: TURNS[writes](a, b))() if closed_over else compiled(TURNS[writes])(a, b)
+        out = (
+            compiled(lambda: TURNS[writes](a, b))()
+            if closed_over
+            else compiled(TURNS[writes])(a, b)
+        )
         total = out.sum() + a.sum() + b.sum()
         (g,) = torch.autograd.grad(total, w, allow_unused=True) if total.requires_grad else (None,)
         return out, a, b, g, [t.requires_grad for t in (out, a, b)]
@@ -290,7 +318,8 @@ OUTSIDE_WRITES = {
 
 @pytest.mark.parametrize("write", OUTSIDE_WRITES)
 def test_the_history_of_what_is_written_outside_is_that_of_the_call(write):
-    """Parameters take part while the function is recorded: autograd would give the outside tensor a history then."""
+    """Parameters take part while the function is recorded: autograd would give the outside tensor
+    a history then."""
     layer = torch.nn.Linear(2, 2)
 
     def run(compiled):
@@ -314,7 +343,9 @@ def test_a_parameter_is_written_through_its_detached_alias():
     assert_same(layer.weight.detach(), 4 * before)
 
 
-@pytest.mark.parametrize("value", [lambda x: x.detach(), lambda x: x.detach() * 2, lambda x: x.data])
+@pytest.mark.parametrize(
+    "value", [lambda x: x.detach(), lambda x: x.detach() * 2, lambda x: x.data]
+)
 @pytest.mark.parametrize("compiled", [jit, lambda f: jit(jit(f)), functionalize])
 def test_a_buffer_with_a_detached_value(compiled, value):
     """It does not come to require grad: an average of weights, a queue of features, statistics."""
@@ -326,7 +357,8 @@ def test_a_buffer_with_a_detached_value(compiled, value):
 
 @pytest.mark.parametrize("before", [lambda x: x, lambda x: x.detach()])
 def test_a_result_that_was_written_through_a_view_can_be_written_to(before):
-    """What a call computes is no view for autograd, which forbids to write to one made without gradients."""
+    """What a call computes is no view for autograd, which forbids to write to one made without
+    gradients."""
 
     def f(x):
         y = (before(x) - 1).flatten()
@@ -342,7 +374,9 @@ def test_a_result_that_was_written_through_a_view_can_be_written_to(before):
     assert_same(run(jit(f)), run(f))
 
 
-@pytest.mark.parametrize("write", [lambda y: y.masked_fill_(y < 0, 0.5), lambda y: y.copy_(torch.ones(2, 3))])
+@pytest.mark.parametrize(
+    "write", [lambda y: y.masked_fill_(y < 0, 0.5), lambda y: y.copy_(torch.ones(2, 3))]
+)
 def test_what_is_written_keeps_its_strides(write):
     def f(x):
         y = x.tanh()

@@ -1,4 +1,5 @@
-"""Python attributes of arguments: tensors, numbers, texts, containers. Objects that do not tell their class."""
+"""Python attributes of arguments: tensors, numbers, texts, containers. Objects that do not tell
+their class."""
 
 import collections
 
@@ -27,7 +28,15 @@ def scaled(x):
 def test_attributes_of_a_tensor(compiler):
     """They are read, and guarded; tensors among them are inputs, with gradients."""
     f, x, w = COMPILERS[compiler](scaled), tagged(tag=2), X.clone().requires_grad_()
-    for change in ({}, {"tag": 3}, {"tag": 2.0}, {"w": X}, {"w": X + 1}, {"tag": 2, "w": w}, {"tag": X, "w": w}):
+    for change in (
+        {},
+        {"tag": 3},
+        {"tag": 2.0},
+        {"w": X},
+        {"w": X + 1},
+        {"tag": 2, "w": w},
+        {"tag": X, "w": w},
+    ):
         x.__dict__.update(change)
         assert_same(f(x), scaled(x))
     (g,) = torch.autograd.grad(f(x).sum(), w)
@@ -48,7 +57,9 @@ def test_a_tensor_that_refers_to_itself(compiler):
     del x.again
 
 
-@pytest.mark.parametrize("transform", [functionalize, vmap, lambda f: grad(lambda x: f(x).sum()), make_fx])
+@pytest.mark.parametrize(
+    "transform", [functionalize, vmap, lambda f: grad(lambda x: f(x).sum()), make_fx]
+)
 def test_transforms_read_them(transform):
     got = transform(scaled)(tagged(tag=3))
     want = torch.full_like(X, 3) if "lambda" in transform.__qualname__ else X * 3
@@ -84,7 +95,8 @@ def test_an_attribute_of_a_closed_over_tensor_is_set(compiler):
     assert_same(*pairs)
 
 
-# ----- classes of the user's ------------------------------------------------------------------------------------------
+# ----- classes of the user's
+# ------------------------------------------------------------------------------------------
 
 
 class Whole(int):
@@ -116,18 +128,36 @@ class Ordered(collections.OrderedDict):
     pass
 
 
-SUBCLASSED = [lambda: Whole(2), lambda: Text("a"), lambda: Number(2.0), lambda: Rows([1]), lambda: Row((1, 2))]
-SUBCLASSED += [lambda: Table(a=1), lambda: Ordered(a=1), lambda: Rows([X]), lambda: Row((X,)), lambda: Table(a=X)]
+SUBCLASSED = [
+    lambda: Whole(2),
+    lambda: Text("a"),
+    lambda: Number(2.0),
+    lambda: Rows([1]),
+    lambda: Row((1, 2)),
+]
+SUBCLASSED += [
+    lambda: Table(a=1),
+    lambda: Ordered(a=1),
+    lambda: Rows([X]),
+    lambda: Row((X,)),
+    lambda: Table(a=X),
+]
 WAYS = {
-    "argument": lambda compiler, o: (lambda f: lambda: f(X, o))(compiler(lambda x, o: x * o.scale)),
-    "nested": lambda compiler, o: (lambda f: lambda: f(X, {"o": [o]}))(compiler(lambda x, d: x * d["o"][0].scale)),
+    "argument": lambda compiler, o: (lambda f: lambda: f(X, o))(
+        compiler(lambda x, o: x * o.scale)
+    ),
+    "nested": lambda compiler, o: (lambda f: lambda: f(X, {"o": [o]}))(
+        compiler(lambda x, d: x * d["o"][0].scale)
+    ),
     "closed over": lambda compiler, o: (lambda f: lambda: f(X))(compiler(lambda x: x * o.scale)),
 }
 
 
 @every_compiler
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", range(len(SUBCLASSED)), ids=lambda i: type(SUBCLASSED[i]()).__name__)
+@pytest.mark.parametrize(
+    "make", range(len(SUBCLASSED)), ids=lambda i: type(SUBCLASSED[i]()).__name__
+)
 def test_attributes_of_subclasses_are_guarded(compiler, way, make):
     o = SUBCLASSED[make]()
     o.scale = 2.0
@@ -140,7 +170,10 @@ def test_attributes_of_subclasses_are_guarded(compiler, way, make):
 def test_methods_of_subclasses_are_guarded(compiler, monkeypatch):
     o = Whole(2)
     o.scale = 2.0
-    f, g = COMPILERS[compiler](lambda x: x * o.scaled()), COMPILERS[compiler](lambda x, o: x * o.scaled())
+    f, g = (
+        COMPILERS[compiler](lambda x: x * o.scaled()),
+        COMPILERS[compiler](lambda x, o: x * o.scaled()),
+    )
     for scale in (2.0, 3.0):
         o.scale = scale
         assert_same((f(X), g(X, o)), (X * 2 * scale, X * 2 * scale))

@@ -1,6 +1,6 @@
-"""The ways to run a backward, around compiled functions and inside of them: checkpoints, saved_tensors_hooks, batches
-of gradients, whole Jacobians, forward mode, autograd.grad and .backward().
-"""
+"""The ways to run a backward, around compiled functions and inside of them: checkpoints,
+saved_tensors_hooks, batches of gradients, whole Jacobians, forward mode, autograd.grad and
+.backward()."""
 
 import pytest
 import torch
@@ -30,7 +30,8 @@ def leaf():
     return X.clone().requires_grad_()
 
 
-# ----- what autograd saves --------------------------------------------------------------------------------------------
+# ----- what autograd saves
+# --------------------------------------------------------------------------------------------
 
 
 def trained(net, f, around):
@@ -77,7 +78,8 @@ def test_what_is_saved(way, around):
         assert_same(trained(net, f, AROUND[around]), want)
 
 
-# ----- batches of gradients, whole Jacobians, forward mode ------------------------------------------------------------
+# ----- batches of gradients, whole Jacobians, forward mode
+# ------------------------------------------------------------
 
 
 def hidden(x):
@@ -118,7 +120,9 @@ def batch_of_batches(f):
     x = leaf()
     y = f(x)
     each = lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0]
-    return torch.func.vmap(torch.func.vmap(each, in_dims=1))(torch.arange(18.0, dtype=D).reshape(2, 3, 3))
+    return torch.func.vmap(torch.func.vmap(each, in_dims=1))(
+        torch.arange(18.0, dtype=D).reshape(2, 3, 3)
+    )
 
 
 def forward_over_reverse(f):
@@ -135,7 +139,9 @@ REVERSE_ASKED = {
     "the new vmap": new_vmap,
     "a batch of batches": batch_of_batches,
     "jacobian": lambda f: AF.jacobian(f, X, vectorize=True),
-    "jacobian, differentiable": lambda f: AF.jacobian(f, leaf(), vectorize=True, create_graph=True),
+    "jacobian, differentiable": lambda f: AF.jacobian(
+        f, leaf(), vectorize=True, create_graph=True
+    ),
     "jacobian, row by row": lambda f: AF.jacobian(f, X),
     "hessian": lambda f: AF.hessian(lambda x: f(x).sum(), X, vectorize=True),
     "hvp": lambda f: AF.hvp(lambda x: f(x).sum(), X, E[0]),
@@ -172,7 +178,9 @@ def test_whole_jacobians_forward(way, name, asked):
 def test_gradcheck(name):
     f = jit(PROGRAMS[name])
     assert torch.autograd.gradcheck(f, (leaf(),), check_batched_grad=True, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f, (leaf(),), check_batched_grad=True, check_fwd_over_rev=True)
+    assert torch.autograd.gradgradcheck(
+        f, (leaf(),), check_batched_grad=True, check_fwd_over_rev=True
+    )
 
 
 def test_a_batch_of_gradients_sees_the_draws_of_the_forward():
@@ -214,9 +222,16 @@ def test_duals(way, name, mode, requires_grad):
             x = X.clone().requires_grad_(requires_grad)
             for o in tree_leaves(f(fwAD.make_dual(x, E[0] - E[2]))):
                 primal, tangent = fwAD.unpack_dual(o)
-                found += [primal.detach(), tangent is None or tangent.detach().clone(), primal.requires_grad]
+                found += [
+                    primal.detach(),
+                    tangent is None or tangent.detach().clone(),
+                    primal.requires_grad,
+                ]
             buffer = fwAD.unpack_dual(BUFFER)
-            found += [buffer.primal.detach().clone(), buffer.tangent is None or buffer.tangent.detach().clone()]
+            found += [
+                buffer.primal.detach().clone(),
+                buffer.tangent is None or buffer.tangent.detach().clone(),
+            ]
         BUFFER.detach_()
         return found
 
@@ -230,11 +245,14 @@ def test_duals_that_meet_a_cut_are_refused(way, name):
         WAYS[way](PROGRAMS[name])(fwAD.make_dual(X, E[0]))
 
 
-# ----- inside a captured function -------------------------------------------------------------------------------------
+# ----- inside a captured function
+# -------------------------------------------------------------------------------------
 
 
 def unused(x):
-    return torch.autograd.grad((W * x**3).sum(), [x, torch.ones(1, requires_grad=True)], allow_unused=True)[0]
+    return torch.autograd.grad(
+        (W * x**3).sum(), [x, torch.ones(1, requires_grad=True)], allow_unused=True
+    )[0]
 
 
 def materialized(x):
@@ -270,9 +288,13 @@ def twice(x):
 
 
 def batches(x):
-    grads = torch.autograd.grad(x * W * x.sin(), [x, W], E * 2, is_grads_batched=True, create_graph=True)
+    grads = torch.autograd.grad(
+        x * W * x.sin(), [x, W], E * 2, is_grads_batched=True, create_graph=True
+    )
     y = (x @ torch.outer(x, W)).expand(2, 3) * x
-    (more,) = torch.autograd.grad(y.t(), x, torch.arange(30.0, dtype=D).reshape(5, 3, 2), is_grads_batched=True)
+    (more,) = torch.autograd.grad(
+        y.t(), x, torch.arange(30.0, dtype=D).reshape(5, 3, 2), is_grads_batched=True
+    )
     return *grads, more
 
 
@@ -309,7 +331,9 @@ def test_gradients_inside(f, way):
     assert f is materialized or flags == [t.requires_grad for t in want]
     for a, b in zip(got, want, strict=True):
         if a.requires_grad and b.requires_grad and b.grad_fn is not None:
-            assert_same(*(torch.autograd.grad(t.sin().sum(), x, retain_graph=True) for t in (a, b)))
+            assert_same(
+                *(torch.autograd.grad(t.sin().sum(), x, retain_graph=True) for t in (a, b))
+            )
 
 
 def test_a_tensor_that_was_not_used():
@@ -340,12 +364,15 @@ def onto_chosen_ones(x):
 INTERMEDIATE = W * 2
 
 
-@pytest.mark.parametrize("f", [onto_a_parameter, onto_the_argument, onto_what_it_came_from, onto_chosen_ones])
+@pytest.mark.parametrize(
+    "f", [onto_a_parameter, onto_the_argument, onto_what_it_came_from, onto_chosen_ones]
+)
 @pytest.mark.parametrize("way", [*WAYS, "grad"])
 def test_backward_onto_tensors_from_outside_is_refused(f, way):
     x, run = leaf(), (lambda f: grad(lambda x: f(x).sum())) if way == "grad" else WAYS[way]
     with pytest.raises(
-        CaptureError, match=r"would write the \.grad of a tensor from outside .*return the gradient"
+        CaptureError,
+        match=r"would write the \.grad of a tensor from outside .*return the gradient",
     ) as e:
         run(f)(x)
     assert "test_backward_modes.py" in str(e.value)

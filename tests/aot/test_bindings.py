@@ -1,4 +1,5 @@
-"""The Python bindings that code on the eager backend calls compute what the overloads in the graph do."""
+"""The Python bindings that code on the eager backend calls compute what the overloads in the graph
+do."""
 
 import pytest
 import torch
@@ -48,7 +49,11 @@ def result(f, args):
 @pytest.mark.parametrize("op", BINDINGS, ids=str)
 def test_a_binding_is_the_overload(op):
     binary = len([a for a in op._schema.arguments if str(a.type) == "Tensor"]) == 2
-    cases = [OTHERS[op]] if op in OTHERS else [pair if binary else pair[:1] for pair in OPERANDS.values()]
+    cases = (
+        [OTHERS[op]]
+        if op in OTHERS
+        else [pair if binary else pair[:1] for pair in OPERANDS.values()]
+    )
     for args in cases:
         assert_same(result(BINDINGS[op], args), result(op, args), strides=True, rtol=0, atol=0)
 
@@ -68,4 +73,6 @@ def test_modes_do_not_see_the_bindings():
         seen.clear()
         got = f(X)
     assert_same(got, want)
-    assert torch.Tensor.sin in seen and torch.sin not in seen and torch.mul not in seen  # f's own calls, and no others
+    assert (
+        torch.Tensor.sin in seen and torch.sin not in seen and torch.mul not in seen
+    )  # f's own calls, and no others

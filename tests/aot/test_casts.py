@@ -1,6 +1,6 @@
-"""Gradients of what autocast casts several times are added in the dtype in which eager adds them: those of a leaf in
-the narrow one, for it is cast once, those of any other tensor in the dtype that it was cast from.
-"""
+"""Gradients of what autocast casts several times are added in the dtype in which eager adds them:
+those of a leaf in the narrow one, for it is cast once, those of any other tensor in the dtype that
+it was cast from."""
 
 import pytest
 import torch
@@ -18,13 +18,19 @@ BODIES = {
     "einsum": lambda x, w: torch.einsum("ij,jk->ik", x, x),
     "linear": lambda x, w: F.linear(F.linear(x, w), w),
     "a transposed weight": lambda x, w: F.linear(x, w) + F.linear(x, w.t()),
-    "convolution": lambda x, w: F.conv1d(x[None], w[..., None]) * F.conv1d(x.t()[None], w[..., None]),
+    "convolution": lambda x, w: (
+        F.conv1d(x[None], w[..., None]) * F.conv1d(x.t()[None], w[..., None])
+    ),
     "float32 ops": lambda x, w: (lambda h: h.exp() + h.softmax(-1) + F.layer_norm(h, (4,)))(x @ w),
     "a loop": lambda x, w: [x := torch.tanh(x @ w) for _ in range(4)][-1],
-    "casts by hand": lambda x, w: (x * 1).bfloat16() @ (w * 1).bfloat16() + (lambda y: y.half() + y.half())(x * 1),
+    "casts by hand": lambda x, w: (
+        (x * 1).bfloat16() @ (w * 1).bfloat16() + (lambda y: y.half() + y.half())(x * 1)
+    ),
     "a checkpoint": lambda x, w: checkpoint(lambda t: t @ w, x @ w, use_reentrant=False) @ w,
     "no_grad first": lambda x, w: quietly(x, w) + (x @ w) * (w @ x),
-    "another dtype inside": lambda x, w: (x @ w, twice(x, w, torch.float16, cache_enabled=False))[1],
+    "another dtype inside": lambda x, w: (x @ w, twice(x, w, torch.float16, cache_enabled=False))[
+        1
+    ],
 }
 HOWS = {
     "jit": jit,

@@ -1,6 +1,6 @@
-"""A Python number that is another one at each call of a compiled function: Python runs again, but the program, of which
-it is an input, is compiled once and computes what eager does with the number.
-"""
+"""A Python number that is another one at each call of a compiled function: Python runs again, but
+the program, of which it is an input, is compiled once and computes what eager does with the
+number."""
 
 import warnings
 
@@ -33,12 +33,16 @@ FUNCTIONS = {
     "computed from": lambda x, t: (x * (t / 3) - (1 - t) * x.cos()) * t,
     "in place": lambda x, t: x.clone().mul_(t).sub_(t),
     "several results": lambda x, t: (x * t, (x * t).sum(), x.t() if x.dim() > 1 else x),
-    "from one another": lambda x, t: (lambda h: (h, (h * t).sum(), h.view(-1)[1:] * t))((x * t).sin()),
+    "from one another": lambda x, t: (lambda h: (h, (h * t).sum(), h.view(-1)[1:] * t))(
+        (x * t).sin()
+    ),
 }
 
 
 def drawn(dtype, *shape):
-    return torch.randn(shape or (3, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(
+        shape or (3, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", float_dtypes)
@@ -120,7 +124,15 @@ def test_what_is_looked_at_is_looked_at_again():
 def test_numbers_that_only_agree_at_first():
     f = lambda x, s, t: (x * s + t).sin() / s
     compiled, x = jit(f), drawn(torch.float64)
-    for s, t in ((0.3, 0.3), (0.4, 0.4), (0.4, 0.7), (0.6, 0.6), (0.6, 0.3), (0.3, 0.3), (0.9, 0.8)):
+    for s, t in (
+        (0.3, 0.3),
+        (0.4, 0.4),
+        (0.4, 0.7),
+        (0.6, 0.6),
+        (0.6, 0.3),
+        (0.3, 0.3),
+        (0.9, 0.8),
+    ):
         assert_same(compiled(x, s, t), f(x, s, t), rtol=0, atol=0)
 
 
@@ -133,7 +145,9 @@ def test_what_requires_grad_may_change_too():
             got, want = compiled(x, t), f(x, t)
             assert_same(got, want)
             if needs:
-                assert_same(torch.autograd.grad(got[1], got[0]), torch.autograd.grad(want[1], want[0]))
+                assert_same(
+                    torch.autograd.grad(got[1], got[0]), torch.autograd.grad(want[1], want[0])
+                )
 
 
 @pytest.mark.parametrize("how", ["grad", "vmap", "jit", "grad of vmap"])
@@ -160,4 +174,7 @@ def test_inductor(dtype):
         assert_same(compiled(x, t), jit(f, backend="inductor")(x, t), rtol=0, atol=0)
         if dtype in (torch.bfloat16, torch.float16):
             assert_same(compiled(x, t), f(x, t), rtol=0, atol=0)
-    assert dtype not in (torch.float32, torch.float64) or len({e.call for e in compiled.entries.values()}) == 2
+    assert (
+        dtype not in (torch.float32, torch.float64)
+        or len({e.call for e in compiled.entries.values()}) == 2
+    )

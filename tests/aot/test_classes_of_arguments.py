@@ -1,4 +1,5 @@
-"""Classes of arguments that are trees or values: their methods, and what these read, changed between two calls."""
+"""Classes of arguments that are trees or values: their methods, and what these read, changed
+between two calls."""
 
 import dataclasses
 import enum

@@ -21,7 +21,9 @@ def test_functorchs_names_are_there():
     assert not {n for n in vars(functorch) if not n.startswith("_") and not hasattr(names, n)}
 
 
-@pytest.mark.parametrize("name", ["ts_compile", "nnc_jit", "get_aot_graph_name", "pythonkey_decompose", "minifier"])
+@pytest.mark.parametrize(
+    "name", ["ts_compile", "nnc_jit", "get_aot_graph_name", "pythonkey_decompose", "minifier"]
+)
 def test_names_without_a_meaning_say_so(name):
     with pytest.raises(BackendError, match=rf"{name} means nothing here: "):
         getattr(names, name)(None)
@@ -119,12 +121,16 @@ def test_draw_graph(tmp_path):
         names.draw_graph(graph(), str(tmp_path / "g"))
         assert "<svg" in (tmp_path / "g.svg").read_text()
     torch.testing.assert_close(
-        names.jit(torch.cos, names.draw_graph_compile(str(tmp_path / "c.dot")))(torch.ones(2)).cos(),
+        names.jit(torch.cos, names.draw_graph_compile(str(tmp_path / "c.dot")))(
+            torch.ones(2)
+        ).cos(),
         torch.ones(2).cos().cos(),
     )
     assert "cos" in (tmp_path / "c.dot").read_text()
     x = leaf(3)
-    partition = lambda gm, inputs, **kw: names.draw_joint_graph(gm, inputs, str(tmp_path / "joint.dot"), **kw)
+    partition = lambda gm, inputs, **kw: names.draw_joint_graph(
+        gm, inputs, str(tmp_path / "joint.dot"), **kw
+    )
     names.aot_function(torch.sin, names.nop, partition_fn=partition)(x).sum().backward()
     assert "cos" in (tmp_path / "joint.dot").read_text()
 

@@ -1,4 +1,5 @@
-"""What compilers are given: golden texts of forward and backward, metadata, example inputs, Dynamo-style compilers."""
+"""What compilers are given: golden texts of forward and backward, metadata, example inputs,
+Dynamo-style compilers."""
 # ruff: noqa: E501 (printed code is as wide as it is)
 
 import expecttest
@@ -275,7 +276,12 @@ def test_metadata_of_many_kinds():
         v, k = x.topk(2)
         return (v * h.to(v.dtype)[:2]).sum() + x[i].sum() + z.abs().sum(), k
 
-    args = (leaf(5), torch.tensor([0, 3]), torch.randn(2, dtype=torch.complex64), torch.ones(4, dtype=torch.bfloat16))
+    args = (
+        leaf(5),
+        torch.tensor([0, 3]),
+        torch.randn(2, dtype=torch.complex64),
+        torch.ones(4, dtype=torch.bfloat16),
+    )
     given(f, *args)
     given(lambda x: x.to(memory_format=torch.channels_last).relu(), leaf(1, 2, 3, 3))
     given(lambda x: x * 2, leaf(4)[1:].detach().requires_grad_())
@@ -313,7 +319,9 @@ def test_decompositions_are_applied_to_both_halves():
     (want,) = torch.autograd.grad(F.gelu(x).sum(), x)
     for table in (decomposition_table, core_aten_decompositions()):
         w = Watched()
-        (g,) = torch.autograd.grad(aot_function(lambda x: F.gelu(x).sum(), w.compiler, decompositions=table)(x), x)
+        (g,) = torch.autograd.grad(
+            aot_function(lambda x: F.gelu(x).sum(), w.compiler, decompositions=table)(x), x
+        )
         torch.testing.assert_close(g, want)
         if table is decomposition_table:
             assert len(w.modules) == 2 and not any("gelu" in gm.code for gm in w.modules)

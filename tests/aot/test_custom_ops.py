@@ -1,4 +1,5 @@
-"""What the registered rules of a custom op close over: read at every call, guarded, or refused; never kept."""
+"""What the registered rules of a custom op close over: read at every call, guarded, or refused;
+never kept."""
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ RATE = [2.0]
 
 def defined(name, backward):
     op = torch.library.custom_op(
-        f"aotfunc_closures::{name}", lambda x: x * 2, mutates_args=(), schema="(Tensor x) -> Tensor"
+        f"aotfunc_closures::{name}",
+        lambda x: x * 2,
+        mutates_args=(),
+        schema="(Tensor x) -> Tensor",
     )
     op.register_fake(torch.empty_like)
     op.register_autograd(backward)
@@ -110,7 +114,10 @@ def test_a_fake_that_says_other_strides():
 
 
 def test_a_fake_that_says_another_shape_is_refused():
-    with pytest.raises(GraphError, match=r"longer.default returned .* shape \[4\], .* fake implementation says \[2\]"):
+    with pytest.raises(
+        GraphError,
+        match=r"longer.default returned .* shape \[4\], .* fake implementation says \[2\]",
+    ):
         jit(lambda x: longer(x) * 2)(torch.ones(2))
 
 
@@ -118,5 +125,7 @@ def test_a_fake_that_asks_for_a_size_that_values_decide():
     x = torch.tensor([1.0, -1.0, 2.0])
     assert_same(grad(lambda x: positive(x.detach()).sum() * x.sum())(x), torch.full((3,), 3.0))
     assert_same(make_fx(lambda x: positive(x) * 2)(x)(x), torch.tensor([2.0, 4.0]))
-    with pytest.raises(CaptureError, match=r"the shape of .*positive.*jit captures the function once"):
+    with pytest.raises(
+        CaptureError, match=r"the shape of .*positive.*jit captures the function once"
+    ):
         jit(lambda x: positive(x) * 2)(x)

@@ -1,4 +1,5 @@
-"""Random numbers: every way to draw, into every layout, is eager's at one seed and leaves the generators alike."""
+"""Random numbers: every way to draw, into every layout, is eager's at one seed and leaves the
+generators alike."""
 
 import random
 
@@ -48,7 +49,9 @@ def sampled(name, *args):
 
 
 def matrix(x):
-    return x if 0 < x.dim() < 3 else x.reshape(-1, max(x.shape[-1], 1)) if x.dim() else x.reshape(1)
+    return (
+        x if 0 < x.dim() < 3 else x.reshape(-1, max(x.shape[-1], 1)) if x.dim() else x.reshape(1)
+    )
 
 
 DRAWS = {
@@ -76,7 +79,13 @@ DRAWS = {
     "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(x, 2, output_size=2),
     "attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
 }
-SAMPLERS = {"uniform_": (0, 1), "normal_": (0, 1), "exponential_": (1.0,), "cauchy_": (), "log_normal_": ()}
+SAMPLERS = {
+    "uniform_": (0, 1),
+    "normal_": (0, 1),
+    "exponential_": (1.0,),
+    "cauchy_": (),
+    "log_normal_": (),
+}
 SAMPLERS |= {"geometric_": (0.3,), "random_": (2, 10), "bernoulli_": (0.3,)}
 DRAWS |= {name: sampled(name, *args) for name, args in SAMPLERS.items()}
 
@@ -90,7 +99,10 @@ def with_backward(f):
         outs = outs if isinstance(outs, tuple) else (outs,)
         total = sum((o.float() * ramp(*o.shape)).sum() for o in outs if o.is_floating_point())
         known = getattr(total, "requires_grad", False)
-        return (*outs, torch.autograd.grad(total, x)[0] if known else torch.zeros(x.shape, dtype=x.dtype))
+        return (
+            *outs,
+            torch.autograd.grad(total, x)[0] if known else torch.zeros(x.shape, dtype=x.dtype),
+        )
 
     return run
 
@@ -105,12 +117,22 @@ WRAPPERS = {
     "functionalize": lambda f: (A.functionalize(f), f),
     "make_fx": lambda f: (lambda x: seeded(A.make_fx(f)(x), x)[0], f),
     "vmap": lambda f: (
-        lambda x: torch.utils._pytree.tree_map(lambda y: y[1], A.vmap(f, randomness="same")(torch.stack([x, x]))),
+        lambda x: torch.utils._pytree.tree_map(
+            lambda y: y[1], A.vmap(f, randomness="same")(torch.stack([x, x]))
+        ),
         lambda x: f(torch.stack([x, x])[1]),
     ),
 }
 #: cannot share a draw, or draw as many numbers as there are negative ones
-NOT_SHARED = ("poisson", "binomial", "standard gamma", "rrelu", "rrelu in place", "multinomial", "gumbel_softmax")
+NOT_SHARED = (
+    "poisson",
+    "binomial",
+    "standard gamma",
+    "rrelu",
+    "rrelu in place",
+    "multinomial",
+    "gumbel_softmax",
+)
 
 
 def seeded(f, x):
@@ -160,7 +182,8 @@ def test_recurrent_dropout():
     assert_same(seeded(A.jit(net), x), want)
 
 
-# ----- partitions of others -------------------------------------------------------------------------------------------
+# ----- partitions of others
+# -------------------------------------------------------------------------------------------
 
 
 class Masked(torch.autograd.Function):
@@ -192,7 +215,11 @@ DRAWING = {
     "dropout": lambda x: F.dropout(x, 0.5),
     "dropout of what is saved": lambda x: F.layer_norm(F.dropout(x.sin(), 0.3), (64,)),
     "two": lambda x: F.dropout(x.sin(), 0.5) * torch.rand_like(x),
-    "a draw for nothing": lambda x: (torch.rand(2), torch.native_dropout(x, 0.5, True), F.dropout(x * 2, 0.5).sin())[2],
+    "a draw for nothing": lambda x: (
+        torch.rand(2),
+        torch.native_dropout(x, 0.5, True),
+        F.dropout(x * 2, 0.5).sin(),
+    )[2],
     "for the backward alone": lambda x: F.dropout(Masked.apply(x).sin(), 0.5),
     "in the backward": lambda x: Noisy.apply(F.dropout(x.sin(), 0.5)) * 2,
 }
@@ -235,7 +262,8 @@ def exchanged(joint, inputs, *, num_fwd_outputs):
 
 
 @pytest.mark.parametrize(
-    "partition, message", [(moved, r"moved: the backward draws .*bernoulli"), (exchanged, "exchanged: inputs of the")]
+    "partition, message",
+    [(moved, r"moved: the backward draws .*bernoulli"), (exchanged, "exchanged: inputs of the")],
 )
 def test_a_wrong_partition_is_refused(partition, message):
     x, state = ramp(64).requires_grad_(), torch.get_rng_state()
@@ -244,14 +272,21 @@ def test_a_wrong_partition_is_refused(partition, message):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ----- generators of one's own ----------------------------------------------------------------------------------------
+# ----- generators of one's own
+# ----------------------------------------------------------------------------------------
 
 GENERATOR, OTHER = torch.Generator(), torch.Generator()
 
 
 def from_generators(x):
-    y = x * torch.rand(3, generator=GENERATOR) + torch.randn(3, generator=GENERATOR) * torch.rand(3, generator=OTHER)
-    y = y + torch.bernoulli(x.sigmoid(), generator=GENERATOR) + torch.empty(3).exponential_(generator=OTHER)
+    y = x * torch.rand(3, generator=GENERATOR) + torch.randn(3, generator=GENERATOR) * torch.rand(
+        3, generator=OTHER
+    )
+    y = (
+        y
+        + torch.bernoulli(x.sigmoid(), generator=GENERATOR)
+        + torch.empty(3).exponential_(generator=OTHER)
+    )
     return y + torch.zeros(3).random_(2, 10, generator=GENERATOR)
 
 
@@ -265,7 +300,10 @@ def reseeded(f, *args):
     [
         A.jit,
         lambda f: A.jit(f, "inductor"),
-        *[lambda f, p=p: A.aot_function(f, lambda gm, inputs: gm, partition_fn=p) for p in PARTITIONS.values()],
+        *[
+            lambda f, p=p: A.aot_function(f, lambda gm, inputs: gm, partition_fn=p)
+            for p in PARTITIONS.values()
+        ],
         lambda f: lambda x: A.make_fx(f)(x)(x),
         lambda f: lambda x: torch.fx.Interpreter(A.make_fx(f)(x)).run(x),
     ],
@@ -294,7 +332,8 @@ def test_a_generator_argument_is_by_reference():
             assert_same(reseeded(call, x, g), reseeded(f, x, g))
 
 
-# ----- seeds ----------------------------------------------------------------------------------------------------------
+# ----- seeds
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Noise(nn.Module):
@@ -364,7 +403,10 @@ SEEDING = {
     "makes one": lambda x: x * torch.rand(3, generator=torch.Generator().manual_seed(0)),
     "seed": lambda x: (torch.seed(), x * 0)[1],
 }
-SEEDING |= {f.__name__: f for f in (reseeds, reseeds_between, forks, seeds, sets_state, goes_back, shows_state)}
+SEEDING |= {
+    f.__name__: f
+    for f in (reseeds, reseeds_between, forks, seeds, sets_state, goes_back, shows_state)
+}
 
 
 @pytest.mark.parametrize("program", SEEDING)
@@ -384,7 +426,9 @@ def test_seeding_inside_is_eagers_or_refused(wrapper, program):
         got = compiled(x)
     except A.errors.CaptureError as e:
         assert "test_draws.py" in str(e)
-        assert_same((None, GENERATOR.get_state(), OTHER.get_state(), torch.get_rng_state()), before)
+        assert_same(
+            (None, GENERATOR.get_state(), OTHER.get_state(), torch.get_rng_state()), before
+        )
     else:
         del got
         assert wrapper is A.functionalize

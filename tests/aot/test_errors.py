@@ -29,7 +29,9 @@ def asks_python(x):
 
 
 @pytest.mark.parametrize("f", [asks_if, asks_item, asks_python])
-@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
+)
 def test_values_are_not_to_be_had(f, compiled):
     with pytest.raises(CaptureError, match=r"test_errors.py:\d+ in asks_.*# asked here") as e:
         compiled(f)(X)
@@ -40,10 +42,14 @@ class Unhashable:
     __hash__ = None
 
 
-@pytest.mark.parametrize("call", [lambda f, u: f(X, u), lambda f, u: f(X, option=u), lambda f, u: f(X, [1, u])])
+@pytest.mark.parametrize(
+    "call", [lambda f, u: f(X, u), lambda f, u: f(X, option=u), lambda f, u: f(X, [1, u])]
+)
 def test_unhashable_argument(call):
     f = jit(lambda x, option: x, static_argnums=1)
-    with pytest.raises(ArgumentError, match=r"argument option.* nor hashable .*test_errors.py:\d+"):
+    with pytest.raises(
+        ArgumentError, match=r"argument option.* nor hashable .*test_errors.py:\d+"
+    ):
         call(f, Unhashable())
 
 
@@ -118,7 +124,9 @@ def test_warning_names_the_argument_that_keeps_changing():
     (text,) = warned(f, calls())
     assert "closes over" in text
     assert not warned(jit(lambda x, n: x**n), [(X, i % 3) for i in range(80)])
-    assert not warned(jit(lambda x, lr: x * lr), [(X, 0.1 * i) for i in range(80)])  # an input of its program
+    assert not warned(
+        jit(lambda x, lr: x * lr), [(X, 0.1 * i) for i in range(80)]
+    )  # an input of its program
 
 
 def test_the_number_of_entries_is_bounded(monkeypatch):
@@ -128,7 +136,9 @@ def test_the_number_of_entries_is_bounded(monkeypatch):
         torch.testing.assert_close(f(X, n), X * n)
         f(X, 0)
         assert len(f.entries) <= 32
-    assert len(f.entries) >= 16 and f.captures == 100  # the entry that is used again and again stays
+    assert (
+        len(f.entries) >= 16 and f.captures == 100
+    )  # the entry that is used again and again stays
 
 
 def test_errors_of_the_function_itself_pass():
@@ -158,7 +168,10 @@ OUTSIDE = torch.ones(3)
 def test_out_of_another_shape(f):
     """Eager mode resizes what is passed as ``out=``, a view away from the memory of its base."""
     x = torch.ones(2, 3)
-    with pytest.raises(CaptureError, match=r"out= has the shape \[.*test_errors.py:\d+.*pass a tensor of the result's"):
+    with pytest.raises(
+        CaptureError,
+        match=r"out= has the shape \[.*test_errors.py:\d+.*pass a tensor of the result's",
+    ):
         jit(f)(x)
     assert x.tolist() == [[1, 1, 1]] * 2 and OUTSIDE.tolist() == [1, 1, 1]
 

@@ -1,4 +1,5 @@
-"""Compiled functions in everyday use: as decorators, as methods, printed, and when a compiler fails."""
+"""Compiled functions in everyday use: as decorators, as methods, printed, and when a compiler
+fails."""
 
 import inspect
 
@@ -22,7 +23,9 @@ DECORATORS = {
     "jit()": A.jit(),
     "jit(backend)": A.jit(backend="eager"),
     "aot_function": A.aot_function,
-    "aot_function(compilers)": A.aot_function(fw_compiler="eager", bw_compiler=lambda gm, inputs: gm),
+    "aot_function(compilers)": A.aot_function(
+        fw_compiler="eager", bw_compiler=lambda gm, inputs: gm
+    ),
 }
 
 
@@ -129,14 +132,17 @@ async def awaited(x):
 
 
 @pytest.mark.parametrize("transform", [A.jit, A.vmap, A.functionalize, A.make_fx])
-@pytest.mark.parametrize("f", [iterated, awaited, lambda x: map(torch.sin, x), lambda x: {"y": zip(x, x, strict=True)}])
+@pytest.mark.parametrize(
+    "f", [iterated, awaited, lambda x: map(torch.sin, x), lambda x: {"y": zip(x, x, strict=True)}]
+)
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_what_would_go_on_after_the_capture_is_refused(f, transform):
     with pytest.raises(CaptureError, match="would go on when the capture is over"):
         transform(f)(X[None])
 
 
-# ----- reprs ----------------------------------------------------------------------------------------------------------
+# ----- reprs
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_reprs():
@@ -147,12 +153,15 @@ def test_reprs():
     assert repr(f).endswith("1 entry>")
     assert repr(entry) == "<entry of jit: (float32[3]) -> (float32[3])>"
     assert repr(entry.call) == "<compiled call jit: (float32[3]) -> (float32[3]), 2 nodes>"
-    assert repr(entry.call.program).startswith("<jit: (float32[3]) -> (float32[3]), 2 nodes>\ngraph():")
+    assert repr(entry.call.program).startswith(
+        "<jit: (float32[3]) -> (float32[3]), 2 nodes>\ngraph():"
+    )
     g = A.aot_function(nn.Linear(3, 1), "eager", lambda gm, inputs: gm)
     assert "aot_function of a Linear" in repr(g) and "eager and " in repr(g)
 
 
-# ----- compilers that fail --------------------------------------------------------------------------------------------
+# ----- compilers that fail
+# --------------------------------------------------------------------------------------------
 
 
 def broken(gm, inputs):
@@ -161,10 +170,16 @@ def broken(gm, inputs):
 
 def test_a_compiler_that_fails_on_the_forward():
     f = A.jit(wave, backend=broken)
-    with pytest.raises(BackendError, match=r"jit: forward: the compiler broken\(gm, inputs\) failed") as caught:
+    with pytest.raises(
+        BackendError, match=r"jit: forward: the compiler broken\(gm, inputs\) failed"
+    ) as caught:
         f(X)
-    assert isinstance(caught.value.__cause__, LookupError) and "no such kernel" in str(caught.value)
-    torch.testing.assert_close(caught.value.graph_module(X)[0], wave(X))  # the graph is kept, and runs
+    assert isinstance(caught.value.__cause__, LookupError) and "no such kernel" in str(
+        caught.value
+    )
+    torch.testing.assert_close(
+        caught.value.graph_module(X)[0], wave(X)
+    )  # the graph is kept, and runs
     assert "torch.ops.aten.sin.default" in str(caught.value)
     with pytest.raises(BackendError):
         f(X)  # and again
@@ -175,7 +190,9 @@ def test_a_compiler_that_fails_on_the_backward():
     torch.testing.assert_close(f(X), wave(X))
     x = X.clone().requires_grad_()
     y = f(x)
-    with pytest.raises(BackendError, match="aot_function: backward: the compiler broken") as caught:
+    with pytest.raises(
+        BackendError, match="aot_function: backward: the compiler broken"
+    ) as caught:
         y.sum().backward()
     assert "cos" in caught.value.graph_module.code and x.grad is None
 

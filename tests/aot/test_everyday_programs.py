@@ -1,4 +1,5 @@
-"""Programs as people write them, of torch's own parts that ask for numbers or act behind a recording's back."""
+"""Programs as people write them, of torch's own parts that ask for numbers or act behind a
+recording's back."""
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from aotfunc import aot_function, jit, vmap
 from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
-P, Q = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64), torch.tensor([0.9, 0.4, 0.6], dtype=torch.float64)
+P, Q = (
+    torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64),
+    torch.tensor([0.9, 0.4, 0.6], dtype=torch.float64),
+)
 M = torch.diag(P) + 1.0
 
-# ----- distributions that validate their arguments --------------------------------------------------------------------
+# ----- distributions that validate their arguments
+# --------------------------------------------------------------------
 
 DISTRIBUTIONS = {
     "Normal": (lambda p, q: D.Normal(p, q), P),
@@ -33,7 +38,10 @@ DISTRIBUTIONS = {
     "MultivariateNormal": (lambda p, q: D.MultivariateNormal(p, M), P),
     "Independent": (lambda p, q: D.Independent(D.Normal(p, q), 1), P),
     "LogNormal": (lambda p, q: D.LogNormal(p, q), P),
-    "Mixture": (lambda p, q: D.MixtureSameFamily(D.Categorical(p), D.Normal(p, q)), torch.tensor(0.3).double()),
+    "Mixture": (
+        lambda p, q: D.MixtureSameFamily(D.Categorical(p), D.Normal(p, q)),
+        torch.tensor(0.3).double(),
+    ),
 }
 
 
@@ -54,7 +62,11 @@ def test_distributions(name, what):
         torch.manual_seed(0)
         p, q = P.clone().requires_grad_(), Q.clone().requires_grad_()
         out = f(p, q)
-        grads = torch.autograd.grad(out.sum(), [p, q], allow_unused=True) if out.requires_grad else None
+        grads = (
+            torch.autograd.grad(out.sum(), [p, q], allow_unused=True)
+            if out.requires_grad
+            else None
+        )
         return out.detach(), grads
 
     f = asked(DISTRIBUTIONS[name][0], what, DISTRIBUTIONS[name][1])
@@ -67,7 +79,9 @@ def test_distributions(name, what):
         assert_same(run(compiled), want)
 
 
-@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(lambda s: jit(f)(s))])
+@pytest.mark.parametrize(
+    "way", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(lambda s: jit(f)(s))]
+)
 def test_validation_happens_at_every_call(way):
     f = way(lambda scale: D.Normal(0.0, scale).log_prob(torch.ones(())))
     for good, bad in ((1.0, -1.0), (2.0, float("nan"))):
@@ -105,7 +119,9 @@ def test_validation_is_switched_off_and_on():
 @pytest.mark.parametrize("way", [jit, lambda f: jit(vmap(f)), lambda f: vmap(jit(f))])
 def test_a_loss_validates_at_every_call(way):
     def f(var):
-        return torch.nn.functional.gaussian_nll_loss(torch.ones_like(var), torch.zeros_like(var), var)
+        return torch.nn.functional.gaussian_nll_loss(
+            torch.ones_like(var), torch.zeros_like(var), var
+        )
 
     g, good = way(f), torch.tensor([[0.5, 2.0], [1.0, 3.0]])
     for var in (good, good + 1):
@@ -123,7 +139,8 @@ def test_a_distribution_made_outside():
     assert_same(f(P.float()), d.log_prob(P.float()))
 
 
-# ----- layers and modes -----------------------------------------------------------------------------------------------
+# ----- layers and modes
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -138,7 +155,11 @@ def test_the_cumulative_average_of_batch_norm(make, shape, affine):
             x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
             out = f(x)
             found += [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
-            found += [net.running_mean.clone(), net.running_var.clone(), net.num_batches_tracked.clone()]
+            found += [
+                net.running_mean.clone(),
+                net.running_var.clone(),
+                net.num_batches_tracked.clone(),
+            ]
         return found
 
     assert_same(run(jit), run(lambda net: net))
@@ -157,14 +178,26 @@ def test_flops_of_the_first_call_and_later_ones():
 def test_torch_jit_trace_is_refused_in_words():
     f, x = jit(lambda x: x * 2), torch.ones(3)
     for _ in range(2):
-        with pytest.raises(CaptureError, match=r"torch\.jit\.trace does not trace jit of .*__wrapped__"):
+        with pytest.raises(
+            CaptureError, match=r"torch\.jit\.trace does not trace jit of .*__wrapped__"
+        ):
             torch.jit.trace(f, (x,))
         assert_same(f(x), 2 * x)
     assert_same(torch.jit.trace(f.__wrapped__, (x,))(x), 2 * x)
 
 
 INITS = {
-    **{name: () for name in ("normal_", "uniform_", "kaiming_normal_", "xavier_uniform_", "orthogonal_", "zeros_")},
+    **{
+        name: ()
+        for name in (
+            "normal_",
+            "uniform_",
+            "kaiming_normal_",
+            "xavier_uniform_",
+            "orthogonal_",
+            "zeros_",
+        )
+    },
     **{"constant_": (2.0,), "sparse_": (0.5,), "eye_": ()},
 }
 
@@ -182,7 +215,8 @@ def test_initialisation_inside(name):
     assert_same(got, want)
 
 
-# ----- functions of torch that the user exchanges ---------------------------------------------------------------------
+# ----- functions of torch that the user exchanges
+# ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

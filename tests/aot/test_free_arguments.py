@@ -1,4 +1,5 @@
-"""Tensors are free as soon as the caller drops them: no transform leaves them in a reference cycle."""
+"""Tensors are free as soon as the caller drops them: no transform leaves them in a reference
+cycle."""
 
 import gc
 import weakref
@@ -82,7 +83,9 @@ TRANSFORMS = {
     "make_fx": lambda f: A.make_fx(f),
     "jit": lambda f: A.jit(f),
     "aot_function": lambda f: A.aot_function(f, "eager"),
-    "backward": lambda f: lambda x: torch.autograd.grad(A.jit(f)(x.requires_grad_()), x, create_graph=True),
+    "backward": lambda f: (
+        lambda x: torch.autograd.grad(A.jit(f)(x.requires_grad_()), x, create_graph=True)
+    ),
 }
 
 

@@ -1,8 +1,8 @@
-"""Random programs around a compiled function do what they do in eager mode, or are refused and leave all as it was.
+"""Random programs around a compiled function do what they do in eager mode, or are refused and
+leave all as it was.
 
-AOTFUNC_FUZZ=N runs N of them (AOTFUNC_FUZZ_FIRST: from which seed on; AOTFUNC_FUZZ_WAY: compiled in which way); a
-program that differs is printed as a script, made minimal.
-"""
+AOTFUNC_FUZZ=N runs N of them (AOTFUNC_FUZZ_FIRST: from which seed on; AOTFUNC_FUZZ_WAY: compiled
+in which way); a program that differs is printed as a script, made minimal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ REFUSED: collections.Counter[str] = collections.Counter()
 
 @pytest.fixture(scope="module", autouse=True)
 def refusals():
-    """Say how often a program was refused, and why: a generator of refused programs tests nothing."""
+    """Say how often a program was refused, and why: a generator of refused programs tests
+    nothing."""
     yield
     print(*(f"refused {n} times: {message}" for message, n in REFUSED.most_common()), sep="\n")
     assert sum(REFUSED.values()) <= 0.1 * 2 * COUNT + 2
@@ -47,8 +48,11 @@ def test_a_random_program(seed):
 
 
 def test_a_program_that_differs_becomes_a_short_script(monkeypatch):
-    """The fuzzer finds a compiler's fault, here one that forgets a factor, and keeps what shows it."""
-    monkeypatch.setitem(WAYS, "faulty", lambda f: lambda *args, **kwargs: f(*[a * 1.5 for a in args], **kwargs))
+    """The fuzzer finds a compiler's fault, here one that forgets a factor, and keeps what shows
+    it."""
+    monkeypatch.setitem(
+        WAYS, "faulty", lambda f: lambda *args, **kwargs: f(*[a * 1.5 for a in args], **kwargs)
+    )
     for seed in range(20):
         lines, want = valid(drawn(seed, OFF.keys()))
         why, _ = differs(program_of(lines), "faulty", want)

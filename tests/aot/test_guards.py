@@ -1,4 +1,5 @@
-"""Python state that a function, and what it calls, reads: changed between two calls it is never the old one."""
+"""Python state that a function, and what it calls, reads: changed between two calls it is never
+the old one."""
 
 import collections
 import contextlib
@@ -60,7 +61,8 @@ def setting(x, name, value):
     return lambda: setattr(x, name, value)
 
 
-# ----- attributes of modules and objects ---------------------------------------------------------------------------
+# ----- attributes of modules and objects
+# ---------------------------------------------------------------------------
 
 
 class Scaled(nn.Module):
@@ -123,7 +125,9 @@ def attributes_of_a_module():
 
 @case
 def attributes_of_torchs_modules():
-    m = nn.Sequential(nn.LeakyReLU(0.1), nn.Dropout(0.5), nn.LayerNorm(4), nn.ELU(), nn.Softmax(1), nn.Hardtanh())
+    m = nn.Sequential(
+        nn.LeakyReLU(0.1), nn.Dropout(0.5), nn.LayerNorm(4), nn.ELU(), nn.Softmax(1), nn.Hardtanh()
+    )
     return (
         m,
         (X,),
@@ -260,8 +264,18 @@ class Level(enum.IntEnum):
 @case
 def enums():
     c = SimpleNamespace(mode=Mode.SUM, level=Level.LOW)
-    f = lambda x: (x.sum(0) if c.mode is Mode.SUM else x.mean(0)) * c.level * (2 if isinstance(c.level, Level) else 3)
-    return f, (X,), setting(c, "mode", Mode.MEAN), setting(c, "level", Level.HIGH), setting(c, "level", 2)
+    f = lambda x: (
+        (x.sum(0) if c.mode is Mode.SUM else x.mean(0))
+        * c.level
+        * (2 if isinstance(c.level, Level) else 3)
+    )
+    return (
+        f,
+        (X,),
+        setting(c, "mode", Mode.MEAN),
+        setting(c, "level", Level.HIGH),
+        setting(c, "level", 2),
+    )
 
 
 @dataclasses.dataclass
@@ -287,7 +301,9 @@ def dataclasses_and_named_tuples():
 
     def f(x):
         c = box.config
-        return c.act(x) * c.inner.rate * c.scale + sum(c.inner.sizes) + box.triple.a + box.triple.c[0]
+        return (
+            c.act(x) * c.inner.rate * c.scale + sum(c.inner.sizes) + box.triple.a + box.triple.c[0]
+        )
 
     return (
         f,
@@ -362,7 +378,8 @@ def registry_and_names_made_at_run_time():
     )
 
 
-# ----- functions: globals, closures, defaults, helpers ------------------------------------------------------------
+# ----- functions: globals, closures, defaults, helpers
+# ------------------------------------------------------------
 
 
 @case
@@ -455,7 +472,14 @@ def closures_of_closures():
         nonlocal k
         k = value
 
-    return outer, (X,), lambda: set_k(3.0), lambda: set_k(3), lambda: ks.__setitem__(0, 5.0), lambda: ks.insert(0, 6.0)
+    return (
+        outer,
+        (X,),
+        lambda: set_k(3.0),
+        lambda: set_k(3),
+        lambda: ks.__setitem__(0, 5.0),
+        lambda: ks.insert(0, 6.0),
+    )
 
 
 @case
@@ -531,7 +555,13 @@ def wrapped_and_decorated():
         nonlocal k
         k = value
 
-    return lambda x: scaled(x) + x + single(x), (X,), lambda: set_k(3.0), lambda: set_gain(5.0), lambda: set_gain(2.0)
+    return (
+        lambda x: scaled(x) + x + single(x),
+        (X,),
+        lambda: set_k(3.0),
+        lambda: set_gain(5.0),
+        lambda: set_gain(2.0),
+    )
 
 
 @case
@@ -547,14 +577,22 @@ def custom_function():
         def backward(ctx, g):
             return g * Twice.k * GAIN
 
-    return Twice.apply, (X,), setting(Twice, "k", 3.0), lambda: set_gain(5.0), lambda: set_gain(2.0)
+    return (
+        Twice.apply,
+        (X,),
+        setting(Twice, "k", 3.0),
+        lambda: set_gain(5.0),
+        lambda: set_gain(2.0),
+    )
 
 
 @case
 def sets_and_other_keys():
     s, d, q = {1, 2}, {1: 2.0, (1, "a"): 3.0, Mode.SUM: 4.0}, collections.deque([1.0, 2.0])
     return (
-        lambda x: x * len(s) + d[1] + d[1, "a"] + d[Mode.SUM] + q[0] + (type(next(iter(d))) is int),
+        lambda x: (
+            x * len(s) + d[1] + d[1, "a"] + d[Mode.SUM] + q[0] + (type(next(iter(d))) is int)
+        ),
         (X,),
         lambda: s.add(3),
         lambda: d.__setitem__((1, "a"), 5.0),
@@ -654,7 +692,11 @@ class Sub(nn.Dropout):
 
 @case
 def what_torchs_own_methods_read():
-    s, lstm, layer = Sub(0.5), nn.LSTM(4, 4, 2, dropout=0.5), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    s, lstm, layer = (
+        Sub(0.5),
+        nn.LSTM(4, 4, 2, dropout=0.5),
+        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    )
     return (
         lambda x: layer(lstm(s(x)[None])[0]),
         (X,),
@@ -673,7 +715,8 @@ def what_torchs_own_methods_read():
     )
 
 
-# ----- modules -----------------------------------------------------------------------------------------------------
+# ----- modules
+# -----------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -766,12 +809,16 @@ def hooks_of_modules():
         lambda: handles.append(m[0].register_forward_hook(hook)),
         setting(k, "k", 3.0),
         lambda: handles.append(m[1].register_forward_pre_hook(lambda m, i: (i[0] * 5,))),
-        lambda: handles.append(m.register_forward_hook(lambda m, i, kw, o: o - 1, with_kwargs=True)),
+        lambda: handles.append(
+            m.register_forward_hook(lambda m, i, kw, o: o - 1, with_kwargs=True)
+        ),
         lambda: handles.pop(0).remove(),
         lambda: handles.append(nn.modules.module.register_module_forward_hook(global_hook)),
         setting(k, "k", 4.0),
         lambda: handles.pop().remove(),
-        lambda: handles.append(nn.modules.module.register_module_forward_pre_hook(lambda m, i: (i[0] + 3,))),
+        lambda: handles.append(
+            nn.modules.module.register_module_forward_pre_hook(lambda m, i: (i[0] + 3,))
+        ),
         lambda: [h.remove() for h in handles],
     )
 
@@ -835,23 +882,38 @@ def replaced_methods_of_classes():
 
 @case
 def distributions():
-    box = SimpleNamespace(normal=torch.distributions.Normal(torch.zeros(4), torch.ones(4), validate_args=False))
+    box = SimpleNamespace(
+        normal=torch.distributions.Normal(torch.zeros(4), torch.ones(4), validate_args=False)
+    )
     return (
         lambda x: box.normal.log_prob(x),
         (X,),
-        setting(box, "normal", torch.distributions.Normal(torch.ones(4), torch.ones(4), validate_args=False)),
+        setting(
+            box,
+            "normal",
+            torch.distributions.Normal(torch.ones(4), torch.ones(4), validate_args=False),
+        ),
         setting(box.normal, "scale", torch.full((4,), 2.0)),
-        setting(box, "normal", torch.distributions.Laplace(torch.ones(4), torch.ones(4), validate_args=False)),
+        setting(
+            box,
+            "normal",
+            torch.distributions.Laplace(torch.ones(4), torch.ones(4), validate_args=False),
+        ),
     )
 
 
 @case
 def learning_rate_of_an_optimizer():
     opt = torch.optim.SGD([new(4)], lr=0.5)
-    return lambda x: x * opt.param_groups[0]["lr"], (X,), lambda: opt.param_groups[0].__setitem__("lr", 0.25)
+    return (
+        lambda x: x * opt.param_groups[0]["lr"],
+        (X,),
+        lambda: opt.param_groups[0].__setitem__("lr", 0.25),
+    )
 
 
-# ----- arguments ---------------------------------------------------------------------------------------------------
+# ----- arguments
+# ---------------------------------------------------------------------------------------------------
 
 
 @case
@@ -897,7 +959,12 @@ def functions_as_arguments():
         nonlocal k
         k = value
 
-    return lambda x, g: g(x), (X, g), lambda: set_k(3.0), setting(g, "__code__", (lambda x: (x, k)[0]).__code__)
+    return (
+        lambda x, g: g(x),
+        (X, g),
+        lambda: set_k(3.0),
+        setting(g, "__code__", (lambda x: (x, k)[0]).__code__),
+    )
 
 
 def seeded(f, args):
@@ -976,7 +1043,8 @@ def test_threads_with_modules_of_one_architecture():
     assert not errors and len(f.entries) == 1
 
 
-# ----- state that a function changes itself ------------------------------------------------------------------------
+# ----- state that a function changes itself
+# ------------------------------------------------------------------------
 
 
 class Counting(nn.Module):
@@ -1057,7 +1125,8 @@ def test_the_warning_names_what_changes():
     assert not g.entries and "box.n" in g.explain()
 
 
-# ----- explain -----------------------------------------------------------------------------------------------------
+# ----- explain
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiler", ["jit", "aot_function", "aot_module"])
@@ -1066,7 +1135,11 @@ def test_explain(compiler):
     f = COMPILERS[compiler](m)
     f(X)
     text = repr(f.explain())
-    for line in ("argument x: float32[3, 4]", ".beta == 0.5", ".layer.weight: float32[4, 4], requires grad"):
+    for line in (
+        "argument x: float32[3, 4]",
+        ".beta == 0.5",
+        ".layer.weight: float32[4, 4], requires grad",
+    ):
         assert line in text
     assert "captured 1 time, 1 entry" in text and "captured last" not in text
     m.beta = 0.25

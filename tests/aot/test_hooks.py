@@ -26,7 +26,12 @@ class Several(nn.Module):
 class Net(nn.Module):
     def __init__(self, used=(0, 1)):
         super().__init__()
-        self.first, self.several, self.last, self.used = nn.Linear(3, 3), Several(), nn.Linear(3, 1), used
+        self.first, self.several, self.last, self.used = (
+            nn.Linear(3, 3),
+            Several(),
+            nn.Linear(3, 1),
+            used,
+        )
 
     def forward(self, x):
         outs = self.several(torch.tanh(self.first(x)), 2.0, torch.ones(3, dtype=x.dtype))
@@ -40,7 +45,9 @@ def scaled(k):
 
 def by_outputs(module, gi, go):
     """Reads the gradients of the outputs that are there."""
-    return tuple(None if g is None else g * (2 + sum(o.sum() for o in go if o is not None)) for g in gi)
+    return tuple(
+        None if g is None else g * (2 + sum(o.sum() for o in go if o is not None)) for g in gi
+    )
 
 
 def with_parameter(module, gi, go):
@@ -96,7 +103,11 @@ def outcome(f, m, x, order=1):
         y.backward()
         return y.detach(), x.grad, [p.grad for p in m.parameters()]
     (g,) = torch.autograd.grad(y, x, create_graph=True)
-    return y.detach(), g.detach(), torch.autograd.grad(g.square().sum(), [x, m.first.weight], allow_unused=True)
+    return (
+        y.detach(),
+        g.detach(),
+        torch.autograd.grad(g.square().sum(), [x, m.first.weight], allow_unused=True),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*ull backward hook is (firing|called)")
@@ -148,7 +159,8 @@ def test_a_hook_that_returns_the_wrong_number():
 
 
 def test_a_gradient_that_a_hook_keeps_is_no_number():
-    """GradCAM: the hook runs while the function is captured, so what it keeps cannot be looked at."""
+    """GradCAM: the hook runs while the function is captured, so what it keeps cannot be looked
+    at."""
     m, x, kept = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True), []
     m.register_full_backward_hook(lambda m, gi, go: kept.append(go[0]))
     jit(m)(x).sum().backward()
@@ -156,7 +168,8 @@ def test_a_gradient_that_a_hook_keeps_is_no_number():
         kept[0].tolist()
 
 
-# ----- tensors --------------------------------------------------------------------------------------------------------
+# ----- tensors
+# --------------------------------------------------------------------------------------------------------
 
 
 def hooked_inside(x):
@@ -182,7 +195,8 @@ def test_hooks_of_tensors(f, way):
 
 
 def test_hooks_outside_of_parameters_and_arguments():
-    """Autograd's own: on leaves, on arguments and results, after accumulation; removed ones do not act."""
+    """Autograd's own: on leaves, on arguments and results, after accumulation; removed ones do not
+    act."""
 
     def run(wrap):
         torch.manual_seed(0)
@@ -206,10 +220,22 @@ def test_hooks_outside_of_parameters_and_arguments():
 
 
 REFUSED = {
-    "a node's hook": (lambda h: h.grad_fn.register_hook(lambda *_: None), "hooks may be registered on tensors"),
-    "a node's pre-hook": (lambda h: h.grad_fn.register_prehook(lambda *_: None), "hooks may be registered"),
-    "the next nodes": (lambda h: h.grad_fn.next_functions, "nodes of autograd's graph are not there"),
-    "after accumulation": (lambda h: h.register_post_accumulate_grad_hook(lambda *_: None), "register it outside"),
+    "a node's hook": (
+        lambda h: h.grad_fn.register_hook(lambda *_: None),
+        "hooks may be registered on tensors",
+    ),
+    "a node's pre-hook": (
+        lambda h: h.grad_fn.register_prehook(lambda *_: None),
+        "hooks may be registered",
+    ),
+    "the next nodes": (
+        lambda h: h.grad_fn.next_functions,
+        "nodes of autograd's graph are not there",
+    ),
+    "after accumulation": (
+        lambda h: h.register_post_accumulate_grad_hook(lambda *_: None),
+        "register it outside",
+    ),
     "several tensors": (
         lambda h: torch.autograd.graph.register_multi_grad_hook([h, h * 2], lambda *_: None),
         "hooks of several tensors",
@@ -257,8 +283,12 @@ def inner_gradient(w):
 INNER = {
     "argument": lambda compiler, w: lambda: compiler(inner_gradient)(w),
     "argument twice": lambda compiler, w: lambda: compiler(lambda w, v: inner_gradient(v))(w, w),
-    "closed over": lambda compiler, w: (lambda f: lambda: f(torch.ones(3)))(compiler(lambda x: inner_gradient(w) * x)),
-    "nested": lambda compiler, w: (lambda f: lambda: f(w))(compiler(lambda w: jit(inner_gradient)(w) * 1)),
+    "closed over": lambda compiler, w: (lambda f: lambda: f(torch.ones(3)))(
+        compiler(lambda x: inner_gradient(w) * x)
+    ),
+    "nested": lambda compiler, w: (lambda f: lambda: f(w))(
+        compiler(lambda w: jit(inner_gradient)(w) * 1)
+    ),
     "nested, closed over": lambda compiler, w: (lambda f: lambda: f(torch.ones(3)))(
         compiler(lambda x: jit(lambda x: inner_gradient(w) * x)(x) * 1)
     ),
@@ -268,8 +298,12 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["registered before the capture", "registered later"])
-@pytest.mark.parametrize("compiler", [jit, lambda f: aot_function(f, lambda gm, _: gm)], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "before", [True, False], ids=["registered before the capture", "registered later"]
+)
+@pytest.mark.parametrize(
+    "compiler", [jit, lambda f: aot_function(f, lambda gm, _: gm)], ids=["jit", "aot_function"]
+)
 @pytest.mark.parametrize("name", INNER)
 def test_a_gradient_taken_inside_does_not_leave_out_hooks_from_outside(name, compiler, before):
     """autograd.grad calls the hooks of the tensors that it differentiates."""

@@ -1,4 +1,5 @@
-"""One tensor passed twice, or passed and closed over, is one tensor inside a compiled function, too."""
+"""One tensor passed twice, or passed and closed over, is one tensor inside a compiled function,
+too."""
 
 from types import SimpleNamespace
 
@@ -55,7 +56,10 @@ TWICE = {
     "neither": lambda x, y: x * y.sin(),
     "requires grad": requires_grad_after,
     "written": written,
-    **{h[0]: reshaped(h) for h in (("t_",), ("transpose_", 0, 1), ("squeeze_",), ("unsqueeze_", 0))},
+    **{
+        h[0]: reshaped(h)
+        for h in (("t_",), ("transpose_", 0, 1), ("squeeze_",), ("unsqueeze_", 0))
+    },
     "detached": detached,
     "asked": asked_to_require_grad,
     "returned": lambda x, y: (x, y, y * 2),
@@ -76,7 +80,12 @@ def test_one_tensor_passed_twice(compiler, name):
             out = call(*args)
             leaves = out if isinstance(out, tuple) else (out,)
             calls.append(
-                (out, args, [t.requires_grad for t in (*leaves, *args)], [[o is a for a in args] for o in leaves])
+                (
+                    out,
+                    args,
+                    [t.requires_grad for t in (*leaves, *args)],
+                    [[o is a for a in args] for o in leaves],
+                )
             )
         assert_same(calls[0], calls[1])
 
@@ -100,7 +109,12 @@ def test_its_gradient(compiler, same):
 def test_in_trees(compiler):
     f = COMPILERS[compiler](in_trees)
     x, y, z = X.clone(), X.clone(), X.clone()
-    for more in ({"d": x, "t": (y, x)}, {"d": y, "t": (x, z)}, {"d": x, "t": [x]}, {"d": z, "t": (y, y)}):
+    for more in (
+        {"d": x, "t": (y, x)},
+        {"d": y, "t": (x, z)},
+        {"d": x, "t": [x]},
+        {"d": z, "t": (y, y)},
+    ):
         assert_same(f(x, more), in_trees(x, more))
 
 
@@ -114,7 +128,13 @@ def test_one_container_passed_twice(compiler):
     x, y = X.clone(), X.clone()
     one, other, data = [x, 2], [x, 2], SimpleNamespace(x=x, n=[y])
     for a, b, c in (
-        *((one, one, one), (one, other, one), (one, other, other), (one, one, {"a": one}), (other, one, {"a": one})),
+        *(
+            (one, one, one),
+            (one, other, one),
+            (one, other, other),
+            (one, one, {"a": one}),
+            (other, one, {"a": one}),
+        ),
         *(
             (data, data, data),
             (data, SimpleNamespace(x=x, n=[y]), data),
@@ -178,13 +198,19 @@ def test_a_shape_changed_in_place_that_is_seen_from_outside_is_refused():
         x.t_()
         return w * 2
 
-    for call in (jit(f), aot_function(f, "eager"), make_fx(f), lambda x: vmap(lambda _, x: f(x), (0, None))(X, x)):
+    for call in (
+        jit(f),
+        aot_function(f, "eager"),
+        make_fx(f),
+        lambda x: vmap(lambda _, x: f(x), (0, None))(X, x),
+    ):
         with pytest.raises(CaptureError, match=r"in place|from outside"):
             call(w)
         assert_same(w, X)
 
 
-# ----- transforms: as in torch.func, which wraps each argument that it differentiates or batches, and those beside ----
+# ----- transforms: as in torch.func, which wraps each argument that it differentiates or batches,
+# and those beside ----
 
 
 def scaled(x, y, z):

@@ -1,4 +1,5 @@
-"""The backend "inductor", end to end on the CPU. Its first compile takes seconds, so these are few and do much."""
+"""The backend "inductor", end to end on the CPU. Its first compile takes seconds, so these are few
+and do much."""
 
 import math
 import shutil
@@ -30,7 +31,10 @@ def test_forward_backward_second_order():
     f = lambda x: (x @ x.t()).tanh() * x.sum(-1)
     x = torch.randn(4, 4, requires_grad=True)
     assert_same(derivatives(jit(f, "inductor"), x), derivatives(f, x), rtol=1e-4, atol=1e-4)
-    assert_same(grad(lambda x: jit(f, "inductor")(x).sum())(x.detach()), grad(lambda x: f(x).sum())(x.detach()))
+    assert_same(
+        grad(lambda x: jit(f, "inductor")(x).sum())(x.detach()),
+        grad(lambda x: f(x).sum())(x.detach()),
+    )
     views = jit(lambda x: (x, x.t(), (x * 2).view(-1)), "inductor")
     a, b, c = views(x)
     assert a is x and b.data_ptr() == x.data_ptr()
@@ -38,7 +42,9 @@ def test_forward_backward_second_order():
 
 
 def test_batch_norm_and_dropout():
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+    )
     x = torch.randn(4, 1, 6, 6)
     before = {k: v.clone() for k, v in net.state_dict().items()}
 
@@ -47,7 +53,11 @@ def test_batch_norm_and_dropout():
         net.zero_grad()
         y = f(x)
         y.square().sum().backward()
-        return y, [p.grad.clone() for p in net.parameters()], {k: v.clone() for k, v in net.state_dict().items()}
+        return (
+            y,
+            [p.grad.clone() for p in net.parameters()],
+            {k: v.clone() for k, v in net.state_dict().items()},
+        )
 
     f = aot_function(net, "inductor", partition_fn=min_cut_rematerialization_partition)
     assert_same(run(f), run(net), rtol=1e-3, atol=1e-4)
@@ -84,8 +94,14 @@ def gradients(f, x, *parameters, weight):
 
 
 def test_norms_in_half_precision():
-    """Their statistics are float32, whatever Inductor's decompositions make of them; rows are of different size."""
-    layers = [nn.LayerNorm(8), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.BatchNorm1d(4)]
+    """Their statistics are float32, whatever Inductor's decompositions make of them; rows are of
+    different size."""
+    layers = [
+        nn.LayerNorm(8),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm1d(4, affine=True),
+        nn.BatchNorm1d(4),
+    ]
     layers += [nn.BatchNorm1d(4).eval(), nn.LayerNorm(8, elementwise_affine=False)]
     layers[4].running_mean.normal_()
     layers[4].running_var.uniform_(0.5, 2)
@@ -101,7 +117,10 @@ def test_norms_in_half_precision():
 
 def test_random_ops_draw_eagers_numbers():
     def f(x):
-        filled = [getattr(torch.empty(3), name)() for name in ("uniform_", "normal_", "exponential_", "cauchy_")]
+        filled = [
+            getattr(torch.empty(3), name)()
+            for name in ("uniform_", "normal_", "exponential_", "cauchy_")
+        ]
         return (
             *filled,
             torch.randn_like(x) + torch.rand(5, 8) + torch.bernoulli(torch.full_like(x, 0.5)),
@@ -195,7 +214,8 @@ FLOATS |= {name: lambda x, y, name=name: getattr(torch, name)(x, y) for name in 
 
 
 def special(dtype):
-    """Pairs of numbers at the edges, and of everyday ones; more than a vector of them, and not a whole number of."""
+    """Pairs of numbers at the edges, and of everyday ones; more than a vector of them, and not a
+    whole number of."""
     tiny = torch.finfo(dtype).tiny
     numbers = [0, math.inf, tiny, tiny / 4, 1e-3, 0.03, 0.1, 0.3, 0.5, 1, 2, 2.5, 3, 20, 1e4]
     values = torch.tensor([*numbers, *(-x for x in numbers), math.nan, max(1e-9, tiny)]).to(dtype)
@@ -220,8 +240,21 @@ def test_special_values(dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_rounded_where_eager_rounds(dtype):
     def f(x, y):
-        chain = ((x * y + x) * y, (x * y).float() * 3, x.exp() * 0.3, F.silu(x) * y, (x.float() * 3).to(dtype).float())
-        numbers = (x.add(y, alpha=0.3), x.lerp(y, 0.3), x.lerp(y, y.sigmoid()), x.nextafter(y), F.elu(x), torch.erf(x))
+        chain = (
+            (x * y + x) * y,
+            (x * y).float() * 3,
+            x.exp() * 0.3,
+            F.silu(x) * y,
+            (x.float() * 3).to(dtype).float(),
+        )
+        numbers = (
+            x.add(y, alpha=0.3),
+            x.lerp(y, 0.3),
+            x.lerp(y, y.sigmoid()),
+            x.nextafter(y),
+            F.elu(x),
+            torch.erf(x),
+        )
         return *chain, *numbers, *[f(x, y) for f in DIVISIONS.values()]
 
     x, y = torch.randn(2, 1000).to(dtype)
@@ -260,9 +293,23 @@ def test_integers_divided_by_zero_are_an_error():
 
 def test_results_are_fresh_and_laid_out_as_eagers():
     def f(x):
-        same = (x * 1, x / 1.0, torch.stack([x])[0], torch.cat([x]), x.clone(), F.pad(x, (0, 0)), x.repeat(1, 1))
+        same = (
+            x * 1,
+            x / 1.0,
+            torch.stack([x])[0],
+            torch.cat([x]),
+            x.clone(),
+            F.pad(x, (0, 0)),
+            x.repeat(1, 1),
+        )
         images = x.view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-        laid_out = (x.t().exp(), images.relu(), F.gelu(images), images.sum(1, keepdim=True), x.t().softmax(0))
+        laid_out = (
+            x.t().exp(),
+            images.relu(),
+            F.gelu(images),
+            images.sum(1, keepdim=True),
+            x.t().softmax(0),
+        )
         return *same, *laid_out, x[0] + x.t()[1, 0]
 
     x = torch.randn(6, 4)
@@ -280,11 +327,21 @@ def test_inputs_as_they_come():
     for x in (memory[:9], memory[1:10], memory[3:12], memory.as_strided((9,), (3,), 2)):
         assert_same(g(x), f(x), rtol=1e-4, atol=1e-5)
 
-    f = lambda z, y: (torch.view_as_real(z * 2).sum(-1), z.abs() + 1, y.cos() + 1, y.expand(2, 3, 4).contiguous() * 2)
+    f = lambda z, y: (
+        torch.view_as_real(z * 2).sum(-1),
+        z.abs() + 1,
+        y.cos() + 1,
+        y.expand(2, 3, 4).contiguous() * 2,
+    )
     g = jit(f, "inductor")
     y = z.conj().imag
     assert z.conj().is_conj() and y.is_neg()
-    for args in ((z.conj(), y), (z, y.clone()), (z, y[:1].expand(3, 4)), (z, memory.as_strided((3, 4), (1, 2)))):
+    for args in (
+        (z.conj(), y),
+        (z, y.clone()),
+        (z, y[:1].expand(3, 4)),
+        (z, memory.as_strided((3, 4), (1, 2))),
+    ):
         assert_same(g(*args), f(*args), rtol=1e-4, atol=1e-5)
 
     x = torch.randn(2, 3, 4, 4).requires_grad_()
@@ -314,7 +371,9 @@ def test_an_op_that_inductor_fails_on():
     x = torch.randn(3)
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(lowering.lowerings, torch.ops.aten.special_i1e.default, broken)
-        with pytest.warns(BackendWarning, match="aten.special_i1e.default is run eagerly.*not today"):
+        with pytest.warns(
+            BackendWarning, match="aten.special_i1e.default is run eagerly.*not today"
+        ):
             assert_same(jit(f, "inductor")(x), f(x))
 
 

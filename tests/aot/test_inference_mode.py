@@ -1,4 +1,5 @@
-"""``torch.inference_mode()`` inside a compiled function: its results are inference tensors where eager's are."""
+"""``torch.inference_mode()`` inside a compiled function: its results are inference tensors where
+eager's are."""
 
 import pytest
 import torch
@@ -49,7 +50,9 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("active", [False, True])
 def test_as_in_eager(name, way, active):

@@ -1,6 +1,6 @@
-"""What autograd says of the results of a compiled function is what eager says: leaves that the function makes, views
-that it makes under no_grad, what has a derivative of zero, checkpoints, hooks, and results with nothing in common.
-"""
+"""What autograd says of the results of a compiled function is what eager says: leaves that the
+function makes, views that it makes under no_grad, what has a derivative of zero, checkpoints,
+hooks, and results with nothing in common."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ HOWS = [jit, aot_function]
 
 
 def both(f):
-    """``run(lambda f: f)`` in eager mode, and compiled each way: ``f(compiled)`` is the whole program."""
+    """``run(lambda f: f)`` in eager mode, and compiled each way: ``f(compiled)`` is the whole
+    program."""
     want = f(lambda g: g)
     for how in HOWS:
         assert_same(f(how), want)
@@ -31,7 +32,8 @@ def numbered(loss_of):
     return sum((k + 1) * t.sin().sum() for k, t in enumerate(loss_of) if t.requires_grad)
 
 
-# ----- leaves made inside ---------------------------------------------------------------------------------------------
+# ----- leaves made inside
+# ---------------------------------------------------------------------------------------------
 
 
 def unreachable(x, w):
@@ -55,7 +57,10 @@ def test_leaves_made_inside(f, tracked):
     """They are leaves when they are returned, and make what is computed from them require grad."""
 
     def program(how):
-        x, w = torch.arange(3.0).requires_grad_(tracked), torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+        x, w = (
+            torch.arange(3.0).requires_grad_(tracked),
+            torch.tensor([0.5, -1.0, 2.0], requires_grad=True),
+        )
         outs = how(f)(x, w)
         told = said(*outs)
         numbered(outs).backward()
@@ -74,7 +79,8 @@ def test_leaves_that_are_refused():
         jit(differentiated)(torch.ones(3))
 
 
-# ----- views made under no_grad, derivatives of zero ------------------------------------------------------------------
+# ----- views made under no_grad, derivatives of zero
+# ------------------------------------------------------------------
 
 
 def test_views_made_under_no_grad():
@@ -84,7 +90,10 @@ def test_views_made_under_no_grad():
         y = x * w
         with torch.no_grad():
             v, u, t, d = y[1:], w[1:], x[1:], (x * w)[1:]
-        seen = [x * (1 + s.requires_grad + 2 * s.is_leaf + 4 * (s.grad_fn is None)) for s in (y, v, u, t, d)]
+        seen = [
+            x * (1 + s.requires_grad + 2 * s.is_leaf + 4 * (s.grad_fn is None))
+            for s in (y, v, u, t, d)
+        ]
         return v * 2, u * 2, t * w[1:], d * 2, v * y[1:], *seen
 
     def program(how):
@@ -118,7 +127,15 @@ IN_PLACE = [
     "geometric_(0.5)",
     "floor_()",
 ]
-IN_PLACE += ["cauchy_()", "exponential_()", "bernoulli_(0.5)", "sign_()", "gt_(0)", "ne_(1)", "round_(decimals=1)"]
+IN_PLACE += [
+    "cauchy_()",
+    "exponential_()",
+    "bernoulli_(0.5)",
+    "sign_()",
+    "gt_(0)",
+    "ne_(1)",
+    "round_(decimals=1)",
+]
 
 
 @pytest.mark.parametrize("op", [*FLAT, *IN_PLACE], ids=lambda op: getattr(op, "__name__", op))
@@ -138,7 +155,12 @@ def test_a_derivative_of_zero(op):
         y, z = how(f)(x)
         told = said(y, z)
         first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
-        return told, first, torch.autograd.grad(z.sum(), x)[0], how(lambda x: f(x)[0].requires_grad)(x)
+        return (
+            told,
+            first,
+            torch.autograd.grad(z.sum(), x)[0],
+            how(lambda x: f(x)[0].requires_grad)(x),
+        )
 
     both(program)
 
@@ -158,10 +180,13 @@ def test_what_is_made_like_a_tensor_does_not_require_grad():
     both(lambda how: how(f)(torch.tensor([0.5, -1.0, 2.0], requires_grad=True)))
 
 
-# ----- checkpoints, hooks, shapes -------------------------------------------------------------------------------------
+# ----- checkpoints, hooks, shapes
+# -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", [lambda t: t.detach() * 2, lambda t: torch.ones(3), lambda t: t * 2])
+@pytest.mark.parametrize(
+    "part", [lambda t: t.detach() * 2, lambda t: torch.ones(3), lambda t: t * 2]
+)
 @pytest.mark.parametrize("tracked", [True, False])
 def test_results_of_a_reentrant_checkpoint(part, tracked):
     """They require grad if an argument does, whatever they were computed from."""
@@ -259,7 +284,9 @@ def test_a_gradient_taken_inside_has_passed_the_hooks():
         y = x * 2
         y.register_hook(lambda g: g * 5)
         y.register_hook(lambda g: g + 1)
-        return torch.autograd.grad((y**3).sum(), y, create_graph=True)[0], torch.autograd.grad(y.sum(), x)[0]
+        return torch.autograd.grad((y**3).sum(), y, create_graph=True)[0], torch.autograd.grad(
+            y.sum(), x
+        )[0]
 
     both(lambda how: how(f)(torch.arange(3.0, requires_grad=True)))
 
@@ -278,12 +305,15 @@ def test_shapes_changed_in_place_under_no_grad():
 
     for f in argument, inside:
         x = torch.ones(2, 3, requires_grad=True)
-        with pytest.raises(CaptureError, match="under no_grad changes the shape of a tensor whose gradient"):
+        with pytest.raises(
+            CaptureError, match="under no_grad changes the shape of a tensor whose gradient"
+        ):
             jit(f)(x)
         assert x.shape == (2, 3)
 
 
-# ----- backwards of some of the results -------------------------------------------------------------------------------
+# ----- backwards of some of the results
+# -------------------------------------------------------------------------------
 
 
 class Pair(torch.autograd.Function):
@@ -322,7 +352,9 @@ class Halved(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("flat", [torch.floor, torch.zero_, lambda t: t.detach() + t.round(), lambda t: t.exp()])
+@pytest.mark.parametrize(
+    "flat", [torch.floor, torch.zero_, lambda t: t.detach() + t.round(), lambda t: t.exp()]
+)
 def test_zeros_pass_a_function_as_other_gradients_do(flat, which):
     def program(how):
         x, y = torch.arange(3.0, requires_grad=True), torch.ones(3, requires_grad=True)
@@ -334,7 +366,9 @@ def test_zeros_pass_a_function_as_other_gradients_do(flat, which):
 
 def test_zeros_pass_the_hooks_of_a_module():
     m = nn.Dropout(0.0)
-    m.register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else g * 2 for g in gi))
+    m.register_full_backward_hook(
+        lambda m, gi, go: tuple(None if g is None else g * 2 for g in gi)
+    )
 
     def program(how):
         x, w = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
@@ -353,16 +387,29 @@ def test_what_is_written_over_gets_zeros(view, write):
         return v, view(v) * 2
 
     def program(how):
-        x, y = torch.tensor([1.0, 2.0, 3.0], requires_grad=True), torch.tensor(2.0, requires_grad=True)
+        x, y = (
+            torch.tensor([1.0, 2.0, 3.0], requires_grad=True),
+            torch.tensor(2.0, requires_grad=True),
+        )
         v, w = how(f)(x, y)
-        grads = torch.autograd.grad((v.sin() * 3).sum(), [x, y], allow_unused=True, retain_graph=True)
-        return v, w, [g + 0 for g in (*grads, *torch.autograd.grad(w.exp().sum(), [x, y], allow_unused=True))]
+        grads = torch.autograd.grad(
+            (v.sin() * 3).sum(), [x, y], allow_unused=True, retain_graph=True
+        )
+        return (
+            v,
+            w,
+            [
+                g + 0
+                for g in (*grads, *torch.autograd.grad(w.exp().sum(), [x, y], allow_unused=True))
+            ],
+        )
 
     both(program)
 
 
 def test_results_with_no_input_in_common():
-    """A backward of one visits nothing of the others: a graph that was freed, hooks, which would get None."""
+    """A backward of one visits nothing of the others: a graph that was freed, hooks, which would
+    get None."""
 
     def program(how):
         x, w = torch.arange(3.0, requires_grad=True), torch.ones(3, requires_grad=True)
@@ -378,7 +425,8 @@ def test_results_with_no_input_in_common():
 
 @pytest.mark.parametrize("count", [2, 3, 12])
 def test_results_with_some_inputs_in_common(count):
-    """Hooks of the others' inputs are not called, those of theirs once, with the whole gradient."""
+    """Hooks of the others' inputs are not called, those of theirs once, with the whole
+    gradient."""
 
     def f(*xs):
         return [(x * xs[0]).sin() for x in xs[1:]], xs[0].cos(), sum(xs).tanh()
@@ -389,7 +437,9 @@ def test_results_with_some_inputs_in_common(count):
         for k, x in enumerate(xs):
             x.register_hook(lambda g, k=k: called.setdefault(k, []).append(g.clone()))
         outs, *rest = how(f)(*xs)
-        for o in [outs[0], rest[0], outs[-1] + outs[0], *rest] if count < 12 else [outs[0] + rest[1]]:
+        for o in (
+            [outs[0], rest[0], outs[-1] + outs[0], *rest] if count < 12 else [outs[0] + rest[1]]
+        ):
             o.sum().backward(retain_graph=True)
         return sorted(called.items()), [t.grad for t in leaves]
 
@@ -463,7 +513,9 @@ def test_two_views_of_one_result_are_two_tensors():
     both(program)
 
 
-@pytest.mark.parametrize("write", [lambda y: y.detach().add_(1), lambda y: y.data.mul_(2), lambda y: y.mul_(2)])
+@pytest.mark.parametrize(
+    "write", [lambda y: y.detach().add_(1), lambda y: y.data.mul_(2), lambda y: y.mul_(2)]
+)
 def test_a_hooked_view_that_is_written_to_is_refused(write):
     """Eager makes the history of such a view anew, and forgets the hook."""
 
@@ -510,12 +562,16 @@ def test_a_view_of_a_leaf_in_the_memory_of_something_else_is_refused(view, how):
         v = x * 2
         return VIEWS_OF_A_LEAF[view](v, v.detach().requires_grad_())
 
-    with pytest.raises(CaptureError, match="a view of a tensor that was made inside and requires grad"):
+    with pytest.raises(
+        CaptureError, match="a view of a tensor that was made inside and requires grad"
+    ):
         how(f)(torch.ones(3))
 
 
 @pytest.mark.parametrize("which", range(3))
-@pytest.mark.parametrize("made", [lambda w: w.detach().requires_grad_(), lambda w: nn.Parameter(torch.ones(3))])
+@pytest.mark.parametrize(
+    "made", [lambda w: w.detach().requires_grad_(), lambda w: nn.Parameter(torch.ones(3))]
+)
 def test_a_leaf_made_inside_is_written_to_tensors_from_outside(which, made):
     """To any of them, whichever the function reads first."""
 

@@ -1,4 +1,5 @@
-"""Objects of Python's and numpy's own that a function reads: used or changed between two calls they are never stale."""
+"""Objects of Python's and numpy's own that a function reads: used or changed between two calls
+they are never stale."""
 
 import array
 import collections
@@ -47,7 +48,8 @@ def unchanged():
     pass
 
 
-# ----- what moves on by itself ---------------------------------------------------------------------------------------
+# ----- what moves on by itself
+# ---------------------------------------------------------------------------------------
 
 
 def drawing(new):
@@ -73,7 +75,8 @@ for name, (new, use) in MOVING.items():
     CASES[name] = lambda new=new, use=use: drawing(new)(use)
 
 
-# ----- containers ----------------------------------------------------------------------------------------------------
+# ----- containers
+# ----------------------------------------------------------------------------------------------------
 
 
 @case
@@ -128,7 +131,8 @@ def default_factory():
     return lambda x: x * d.default_factory(), lambda: setattr(d, "default_factory", lambda: 8.0)
 
 
-# ----- read without its name -----------------------------------------------------------------------------------------
+# ----- read without its name
+# -----------------------------------------------------------------------------------------
 
 
 @case
@@ -189,7 +193,9 @@ def globals_by_name():
 def imported_by_name():
     m = sys.modules["state_of_this_test"] = types.ModuleType("state_of_this_test")
     m.K = 2.0
-    return lambda x: x * importlib.import_module("state_of_this_test").K, lambda: setattr(m, "K", m.K + 1)
+    return lambda x: x * importlib.import_module("state_of_this_test").K, lambda: setattr(
+        m, "K", m.K + 1
+    )
 
 
 VARIABLE = "AOTFUNC_TEST_SCALE"
@@ -202,7 +208,9 @@ ENVIRONMENT = {
 
 def environment_case(read):
     os.environ[VARIABLE] = "2"
-    return lambda x: x * float(read()), lambda: os.environ.update({VARIABLE: str(float(os.environ[VARIABLE]) + 1)})
+    return lambda x: x * float(read()), lambda: os.environ.update(
+        {VARIABLE: str(float(os.environ[VARIABLE]) + 1)}
+    )
 
 
 for name, read in ENVIRONMENT.items():
@@ -246,7 +254,8 @@ def test_texts_of_errors_are_no_reason_to_capture_again():
     assert g.captures == 1
 
 
-# ----- variables that are bound anew ---------------------------------------------------------------------------------
+# ----- variables that are bound anew
+# ---------------------------------------------------------------------------------
 
 STATE = torch.zeros(4)
 

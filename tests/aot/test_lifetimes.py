@@ -1,4 +1,5 @@
-"""What a compiled function keeps alive: nothing of its caller's but what its function holds now."""
+"""What a compiled function keeps alive: nothing of its caller's but what its function holds
+now."""
 
 import gc
 import weakref
@@ -16,7 +17,9 @@ X = torch.ones(2, 3)
 
 @pytest.fixture(autouse=True)
 def without_the_garbage_collector():
-    jit(torch.sin)(torch.ones(3, requires_grad=True)).sum().backward()  # imports Dynamo, which keeps frames in cycles
+    jit(torch.sin)(
+        torch.ones(3, requires_grad=True)
+    ).sum().backward()  # imports Dynamo, which keeps frames in cycles
     gc.collect()
     gc.disable()
     yield
@@ -44,7 +47,10 @@ def test_rebound_closure(compiled, backward):
 
 @pytest.mark.parametrize("compiled", COMPILERS.values(), ids=COMPILERS)
 def test_rebound_attributes_and_elements(compiled):
-    m, box = nn.Linear(3, 3), SimpleNamespace(ws=[torch.ones(3)], d={"a": torch.ones(3)}, t=(torch.ones(3), 1.0))
+    m, box = (
+        nn.Linear(3, 3),
+        SimpleNamespace(ws=[torch.ones(3)], d={"a": torch.ones(3)}, t=(torch.ones(3), 1.0)),
+    )
 
     def f(x):
         return m(x) * box.ws[0] + box.d["a"] * box.t[0]

@@ -1,4 +1,5 @@
-"""Modes around a call act once: on what the function does, as in eager, never again on what was recorded of it."""
+"""Modes around a call act once: on what the function does, as in eager, never again on what was
+recorded of it."""
 
 import contextlib
 
@@ -76,7 +77,8 @@ MODES = {
 }
 
 
-# ----- programs: each leaves the ambient mode, or depends on it, in its own way ---------------------------------------
+# ----- programs: each leaves the ambient mode, or depends on it, in its own way
+# ---------------------------------------
 
 
 def island(w):
@@ -105,7 +107,9 @@ def layers(w):
 
 def factories(w):
     places = torch.arange(16, device="cpu")
-    return (X @ w).sin() * (places / 3) + torch.tensor(2.5, device="cpu") * torch.full((16,), 1.5, device="cpu")
+    return (X @ w).sin() * (places / 3) + torch.tensor(2.5, device="cpu") * torch.full(
+        (16,), 1.5, device="cpu"
+    )
 
 
 class Product(torch.autograd.Function):
@@ -151,7 +155,9 @@ PROGRAMS = {
 COMPILED = {
     "jit": A.jit,
     "aot_function": lambda f: A.aot_function(f, lambda gm, example_inputs: gm),
-    "decomposed": lambda f: A.aot_function(f, "eager", decompositions={torch.ops.aten.mse_loss.default: squares}),
+    "decomposed": lambda f: A.aot_function(
+        f, "eager", decompositions={torch.ops.aten.mse_loss.default: squares}
+    ),
 }
 
 
@@ -174,7 +180,9 @@ def test_a_call(mode, program):
         want = f(W)
         calls = {name: compiled(f) for name, compiled in COMPILED.items()}
         calls |= {
-            "grad_and_value": lambda w: A.grad_and_value(lambda w: (f(w).sum(), f(w)), has_aux=True)(w)[1][1],
+            "grad_and_value": lambda w: A.grad_and_value(
+                lambda w: (f(w).sum(), f(w)), has_aux=True
+            )(w)[1][1],
             "vmap": lambda w: A.vmap(f)(torch.stack([w, w]))[1],
             "vmap of jit": lambda w: A.vmap(A.jit(f))(torch.stack([w, w]))[1],
             "jvp": lambda w: A.jvp(f, (w,), (w,))[0],
@@ -191,9 +199,8 @@ def test_a_call(mode, program):
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("mode", ["none", "autocast to bfloat16", "float64 by default"])
 def test_a_backward_at_another_time(mode, program):
-    """The derivative is that of the recording, whatever is on when it is asked for (plain autograd's own would change:
-    the reference is a backward where nothing is on).
-    """
+    """The derivative is that of the recording, whatever is on when it is asked for (plain
+    autograd's own would change: the reference is a backward where nothing is on)."""
     f = PROGRAMS[program]
 
     def gradient(f, later="none", **options):
@@ -205,7 +212,11 @@ def test_a_backward_at_another_time(mode, program):
             return torch.autograd.grad(y, w, **options)[0]
 
     want = gradient(f)
-    rough = {"atol": 2e-2, "rtol": 2e-2} if "autocast" in mode or program == "nested" else {"atol": 1e-4, "rtol": 1e-4}
+    rough = (
+        {"atol": 2e-2, "rtol": 2e-2}
+        if "autocast" in mode or program == "nested"
+        else {"atol": 1e-4, "rtol": 1e-4}
+    )
     with MODES[mode]():
         y, vjp_fn = A.vjp(f, W)
         _, jvp_fn = A.linearize(f, W)
@@ -226,8 +237,14 @@ def test_a_backward_at_another_time(mode, program):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_are_traced_without_modes(mode):
-    f = lambda w: (torch.special.xlog1py(w.sigmoid(), w * w).cumsum(0).std(1) * w.logsumexp(0)).sum()
-    orders = lambda w: (A.grad(f)(w), A.vmap(A.grad(f))(torch.stack([w, w])), A.jvp(A.grad(f), (w,), (w,))[1])
+    f = lambda w: (
+        torch.special.xlog1py(w.sigmoid(), w * w).cumsum(0).std(1) * w.logsumexp(0)
+    ).sum()
+    orders = lambda w: (
+        A.grad(f)(w),
+        A.vmap(A.grad(f))(torch.stack([w, w])),
+        A.jvp(A.grad(f), (w,), (w,))[1],
+    )
     w = rand(5, 5)
     want = orders(w)
     A.transforms.walk._fragments.clear()  # rules are traced anew
@@ -309,7 +326,13 @@ def test_a_compiler_compiles_and_runs_without_modes():
 def test_a_default_dtype_set_inside():
     def f(w):
         with default_dtype():
-            y = torch.ones(3), torch.full((2,), 1.5), torch.tensor(2.5), w.new_ones(2), torch.linspace(0, 1, 3)
+            y = (
+                torch.ones(3),
+                torch.full((2,), 1.5),
+                torch.tensor(2.5),
+                w.new_ones(2),
+                torch.linspace(0, 1, 3),
+            )
             z = A.grad(lambda w: (w * torch.ones(16)).sum())(w.double())
         return y, z, torch.ones(3), w.sum()
 
@@ -321,7 +344,9 @@ def test_a_default_dtype_set_inside():
         with default_dtype():
             return w + torch.arange(16) / 3
 
-    with pytest.raises(A.errors.CaptureError, match=r"default dtype, which is another one here .*test_modes.py"):
+    with pytest.raises(
+        A.errors.CaptureError, match=r"default dtype, which is another one here .*test_modes.py"
+    ):
         A.jit(divided)(W)
     assert torch.get_default_dtype() is torch.float32
 

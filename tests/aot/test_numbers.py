@@ -1,4 +1,5 @@
-"""Numbers of outside tensors in what is compiled once: eager's, also after the tensor changed, or a refusal."""
+"""Numbers of outside tensors in what is compiled once: eager's, also after the tensor changed, or
+a refusal."""
 
 import copy
 import math
@@ -217,7 +218,10 @@ COMPILED = {
     "jit": (jit, lambda h: h),
     "aot_function": (lambda h: aot_function(h, "eager"), lambda h: h),
     "jit in jit": (lambda h: jit(lambda x: jit(h)(x)), lambda h: h),
-    "jit(vmap)": (lambda h: jit(vmap(h, randomness="same")), lambda h: lambda x: torch.stack([h(r) for r in x])),
+    "jit(vmap)": (
+        lambda h: jit(vmap(h, randomness="same")),
+        lambda h: lambda x: torch.stack([h(r) for r in x]),
+    ),
     "jit(grad)": (
         lambda h: jit(lambda x: grad_and_value(summed(h))(x)),
         lambda h: lambda x: (grads(summed(h))(x), h(x).sum()),
@@ -274,7 +278,10 @@ def test_module():
         def forward(self, x):
             return x * float(self.scale)  # asked here
 
-    with pytest.raises(CaptureError, match=r"a number was asked for .* from outside.*# asked here.*Python argument"):
+    with pytest.raises(
+        CaptureError,
+        match=r"a number was asked for .* from outside.*# asked here.*Python argument",
+    ):
         aot_module(Scaled(), "eager")(torch.ones(2))
 
 
@@ -311,7 +318,9 @@ def test_inner_transforms(name):
         jit(f)(x)
 
 
-@pytest.mark.parametrize("ask", [lambda r: r.sum().item(), lambda r: len(r[r > 0.5]), lambda r: int(r[0] * 9)])
+@pytest.mark.parametrize(
+    "ask", [lambda r: r.sum().item(), lambda r: len(r[r > 0.5]), lambda r: int(r[0] * 9)]
+)
 def test_random_numbers_are_not_frozen(ask):
     generator = torch.Generator()
     for draw in (lambda: torch.rand(3), lambda: torch.rand(3, generator=generator)):
@@ -376,11 +385,17 @@ def test_memory_of_numpy_is_outside():
 
 def test_indices_read_from_memory():
     x, at = torch.arange(6.0), torch.tensor([1, 3])
-    for split in (lambda x: x.tensor_split(at), lambda x: torch.tensor_split(x, tensor_indices_or_sections=at)):
+    for split in (
+        lambda x: x.tensor_split(at),
+        lambda x: torch.tensor_split(x, tensor_indices_or_sections=at),
+    ):
         with pytest.raises(CaptureError, match="asked for"):
             jit(split)(x)
         assert_same(vmap(split)(torch.stack([x, x]))[1], torch.stack([x, x])[:, 1:3])
-    for within in (lambda x: torch.tensor_split(x, torch.tensor([1, 3])), lambda x: x.tensor_split((1, 3))):
+    for within in (
+        lambda x: torch.tensor_split(x, torch.tensor([1, 3])),
+        lambda x: x.tensor_split((1, 3)),
+    ):
         assert_same(jit(within)(x), within(x))
 
 
@@ -415,7 +430,11 @@ def test_tensor_is_as_before():
     before = [getattr(torch.Tensor, name) for name in names]
     with pytest.raises(CaptureError):
         jit(lambda x: x * jit(lambda x: x * float(ONE))(x))(torch.ones(2))
-    assert [getattr(torch.Tensor, name) for name in names] == before and float(ONE) == 1 and repr(ONE) == "tensor([1])"
+    assert (
+        [getattr(torch.Tensor, name) for name in names] == before
+        and float(ONE) == 1
+        and repr(ONE) == "tensor([1])"
+    )
 
 
 def test_gradients_of_outside_tensors():
@@ -423,7 +442,9 @@ def test_gradients_of_outside_tensors():
     weight = nn.Parameter(torch.ones(2))
     for f in (lambda x: x if weight.grad is None else -x, lambda x: x * weight.grad):
         for weight.grad in (None, torch.ones(2)):
-            with pytest.raises(CaptureError, match=r"\.grad was asked for.*test_numbers\.py.*as arguments"):
+            with pytest.raises(
+                CaptureError, match=r"\.grad was asked for.*test_numbers\.py.*as arguments"
+            ):
                 jit(f)(torch.ones(2))
     assert_same(grad(lambda x: (x * weight.grad).sum())(torch.zeros(2)), torch.ones(2))
     assert_same(jit(lambda x, g: x * g)(torch.ones(2), weight.grad), torch.ones(2))
@@ -460,7 +481,9 @@ def by_hook(x):
 SCALE = torch.tensor(2.0)
 
 
-@pytest.mark.parametrize("f", [ByFunction.apply, by_op, by_hook], ids=["Function", "custom_op", "hook"])
+@pytest.mark.parametrize(
+    "f", [ByFunction.apply, by_op, by_hook], ids=["Function", "custom_op", "hook"]
+)
 def test_derivatives_that_ask(f):
     x = torch.ones(2)
     with pytest.raises(CaptureError, match="from outside"):

@@ -1,8 +1,8 @@
-"""Every argument of every op from a tensor outside: eager's result, also after the tensor changed, or a refusal.
+"""Every argument of every op from a tensor outside: eager's result, also after the tensor changed,
+or a refusal.
 
-Of PyTorch's own samples each number, and each tensor but the first, is replaced by a tensor that the function closes
-over. AOTFUNC_FUZZ=N takes 3 N ops instead of 120.
-"""
+Of PyTorch's own samples each number, and each tensor but the first, is replaced by a tensor that
+the function closes over. AOTFUNC_FUZZ=N takes 3 N ops instead of 120."""
 
 import os
 import random
@@ -17,10 +17,21 @@ from aotfunc.errors import AotfuncError, CaptureError
 from tests.reference import assert_same
 
 COUNT = 3 * int(os.environ.get("AOTFUNC_FUZZ", "40"))
-# the table holds tensor_split as it was before it is exchanged during a capture: see test_numbers.py
-OPS = {op.formatted_name: op for op in op_db if op.supported_dtypes("cpu") and op.name != "tensor_split"}
+# the table holds tensor_split as it was before it is exchanged during a capture: see
+# test_numbers.py
+OPS = {
+    op.formatted_name: op
+    for op in op_db
+    if op.supported_dtypes("cpu") and op.name != "tensor_split"
+}
 CHOSEN = random.Random(0).sample(sorted(OPS), min(COUNT, len(OPS)))
-ALWAYS = ["repeat_interleave", "nn_functional_ctc_loss", "index_select", "full", "nn_functional_pad_constant"]
+ALWAYS = [
+    "repeat_interleave",
+    "nn_functional_ctc_loss",
+    "index_select",
+    "full",
+    "nn_functional_pad_constant",
+]
 LARGE, SAMPLES = 3000, 12  # elements of a sample, samples of an op
 
 
@@ -41,7 +52,8 @@ def others(value, c):
 
 
 def variants(op):
-    """``(f, x, c, value)``: the op as a function of x that closes over c for one argument, each kind of it once."""
+    """``(f, x, c, value)``: the op as a function of x that closes over c for one argument, each
+    kind of it once."""
     dtypes = op.supported_dtypes("cpu")
     dtype = torch.float32 if torch.float32 in dtypes else sorted(dtypes, key=str)[0]
     torch.manual_seed(0)
@@ -51,12 +63,17 @@ def variants(op):
             return
         leaves, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
-        if any(t.layout != torch.strided for t in tensors) or sum(t.numel() for t in tensors) > LARGE:
+        if (
+            any(t.layout != torch.strided for t in tensors)
+            or sum(t.numel() for t in tensors) > LARGE
+        ):
             continue
         first = bool(leaves) and isinstance(leaves[0], torch.Tensor)
         for i, value in enumerate(leaves):
             key = (len(leaves), i, type(value), isinstance(value, torch.Tensor) and value.dim())
-            if key in seen or not (type(value) in (int, float) or (isinstance(value, torch.Tensor) and i)):
+            if key in seen or not (
+                type(value) in (int, float) or (isinstance(value, torch.Tensor) and i)
+            ):
                 continue
             seen.add(key)
             c = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)

@@ -67,7 +67,8 @@ def test_third_order(name):
 
 
 def test_layer_norm():
-    """PyTorch's own third derivative of layer_norm is wrong (2.13): compared with its definition."""
+    """PyTorch's own third derivative of layer_norm is wrong (2.13): compared with its
+    definition."""
 
     def definition(x):
         c = x - x.mean(-1, keepdim=True)
@@ -116,7 +117,10 @@ def test_gradient_penalty(compiled):
 
 def test_in_and_outside_of_compiled_code():
     f, x = jit(lambda x: x.sin() * x), f64(3).requires_grad_()
-    assert_same(derivatives(lambda x: f(f(x) * x).exp(), x, 2), derivatives(lambda x: _twice(x).exp(), x, 2))
+    assert_same(
+        derivatives(lambda x: f(f(x) * x).exp(), x, 2),
+        derivatives(lambda x: _twice(x).exp(), x, 2),
+    )
 
 
 def _twice(x):
@@ -170,7 +174,9 @@ MARKED = {
     "detach": lambda x: x.sin() * x.detach() * (x * x).detach().sin(),
     "hidden write": hidden,
     "custom derivative": lambda x: Saved.apply(x * x) * x,
-    "checkpoint": lambda x: checkpoint(lambda x: (x.sin() * x.detach()).exp(), x, use_reentrant=False) * x,
+    "checkpoint": lambda x: (
+        checkpoint(lambda x: (x.sin() * x.detach()).exp(), x, use_reentrant=False) * x
+    ),
 }
 AROUND = {
     "jit": jit,
@@ -186,7 +192,8 @@ AROUND = {
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", MARKED)
 def test_marks_outlive_every_order(name, around):
-    """What the user cut, hid or wrote himself stays so in second and third derivatives of calls inside of calls."""
+    """What the user cut, hid or wrote himself stays so in second and third derivatives of calls
+    inside of calls."""
 
     def orders(f):
         x = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,5 @@
-"""A tensor from outside that is written to answers as in eager, inside of what is compiled and afterwards."""
+"""A tensor from outside that is written to answers as in eager, inside of what is compiled and
+afterwards."""
 
 import pytest
 import torch
@@ -80,14 +81,23 @@ def differentiated(w, p, see):
     return torch.autograd.grad((w * w).sum(), p, create_graph=True)[0]
 
 
-PROGRAMS = (times, what_was_computed_before, through_a_view, without_gradients, of_constants, overwritten)
+PROGRAMS = (
+    times,
+    what_was_computed_before,
+    through_a_view,
+    without_gradients,
+    of_constants,
+    overwritten,
+)
 PROGRAMS += (again_and_again, by_a_nested_call, differentiated)
 
 WAYS = {
     "closed over": lambda f, w, p: jit(lambda p: f(w, p))(p),
     "argument": lambda f, w, p: jit(f)(w, p),
     "argument and closed over": lambda f, w, p: jit(lambda p, v: f(w, p))(p, w),
-    "aot_function": lambda f, w, p: aot_function(lambda p: f(w, p), lambda g, _: g, lambda g, _: g)(p),
+    "aot_function": lambda f, w, p: aot_function(
+        lambda p: f(w, p), lambda g, _: g, lambda g, _: g
+    )(p),
     "jit in jit": lambda f, w, p: jit(lambda p: jit(lambda q: f(w, q))(p))(p),
     "vjp in jit": lambda f, w, p: jit(lambda w, p: vjp(lambda p: f(w, p), p)[0])(w, p),
     "vjp in jit, closed over": lambda f, w, p: jit(lambda p: vjp(lambda p: f(w, p), p)[0])(p),
@@ -121,7 +131,9 @@ def test_a_capture_that_fails_leaves_no_trace():
     saved.backward()  # w is as it was saved
 
 
-@pytest.mark.parametrize("reshape", [lambda x: x.squeeze_(), lambda x: x.t_(), lambda x: x.unsqueeze_(0)])
+@pytest.mark.parametrize(
+    "reshape", [lambda x: x.squeeze_(), lambda x: x.t_(), lambda x: x.unsqueeze_(0)]
+)
 def test_a_view_from_outside_is_reshaped_in_place_and_written_with_what_requires_grad(reshape):
     w = torch.arange(3.0, requires_grad=True)
 

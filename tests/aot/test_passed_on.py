@@ -1,4 +1,5 @@
-"""What a Function was given and returns, or a module with backward hooks, shows the memory of what it was given."""
+"""What a Function was given and returns, or a module with backward hooks, shows the memory of what
+it was given."""
 
 import pytest
 import torch
@@ -93,7 +94,9 @@ def seen(f):
     return said, [o.detach().clone() for o in (x, *outs)], leaf.grad
 
 
-@pytest.mark.parametrize("how", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "how", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
+)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_memory_is_shared(program, how):
     assert_same(seen(how(PROGRAMS[program])), seen(PROGRAMS[program]))

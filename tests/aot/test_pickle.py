@@ -1,4 +1,5 @@
-"""Compiled functions, and modules that hold them, are copied and pickled without what was captured."""
+"""Compiled functions, and modules that hold them, are copied and pickled without what was
+captured."""
 
 import copy
 import io
@@ -89,7 +90,9 @@ def test_a_module_with_compiled_parts(how, called):
             p.mul_(3)
         twin.factor = 5.0
     torch.testing.assert_close(twin(X), by_hand(twin, X))
-    torch.testing.assert_close(net(X), by_hand(net, X))  # the original has its own parameters and numbers
+    torch.testing.assert_close(
+        net(X), by_hand(net, X)
+    )  # the original has its own parameters and numbers
     twin(X).sum().backward()
     grads = [p.grad for p in twin.parameters()]
     assert all(g is not None for g in grads) and all(p.grad is None for p in net.parameters())
@@ -111,11 +114,19 @@ def test_a_copy_has_entries_of_its_own(how):
 @pytest.mark.parametrize("how", COPIES)
 def test_options_come_along(how):
     f = A.aot_function(
-        scaled, compiler, "eager", A.min_cut_rematerialization_partition, {aten.sin.default: doubled_sine}
+        scaled,
+        compiler,
+        "eager",
+        A.min_cut_rematerialization_partition,
+        {aten.sin.default: doubled_sine},
     )
     twin = COPIES[how](f)
     theirs, ours = twin.pipeline, f.pipeline
-    assert (theirs.name, theirs.compilers, theirs.partition) == (ours.name, ours.compilers, ours.partition)
+    assert (theirs.name, theirs.compilers, theirs.partition) == (
+        ours.name,
+        ours.compilers,
+        ours.partition,
+    )
     assert theirs.decompositions == ours.decompositions
     torch.testing.assert_close(twin(X, 1.5), scaled(X, 1.5))
 

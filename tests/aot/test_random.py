@@ -1,4 +1,5 @@
-"""Random numbers and state inside compiled functions: fresh on each call, eager's stream, never drawn again."""
+"""Random numbers and state inside compiled functions: fresh on each call, eager's stream, never
+drawn again."""
 
 import copy
 import threading
@@ -177,7 +178,8 @@ NESTED = {
 @pytest.mark.parametrize("around", NESTED)
 @pytest.mark.parametrize("name", ["dropout", "noise", "a draw for nothing"])
 def test_nested_calls_draw_once(name, around, order):
-    """A call inside a call draws once, and a backward that runs the function again sees the draws of the forward."""
+    """A call inside a call draws once, and a backward that runs the function again sees the draws
+    of the forward."""
     f = PROGRAMS[name]
     g, plain, x = NESTED[around](f), marked(f) if "marks" in around else f, ones().requires_grad_()
 
@@ -201,4 +203,6 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_of_a_compiled_function_draw_once(transform):
     x, f = ones(), PROGRAMS["noise"]
-    assert_same(*(seeded(lambda g: (TRANSFORMS[transform](g, x), torch.rand(2)), g) for g in (jit(f), f)))
+    assert_same(
+        *(seeded(lambda g: (TRANSFORMS[transform](g, x), torch.rand(2)), g) for g in (jit(f), f))
+    )

@@ -1,6 +1,6 @@
-"""Random programs that write to arguments, closed-over buffers and views of them, in view of autograd and hidden from
-it: values, gradients, requires_grad and memory as in eager. ``AOTFUNC_FUZZ=N`` runs N programs.
-"""
+"""Random programs that write to arguments, closed-over buffers and views of them, in view of
+autograd and hidden from it: values, gradients, requires_grad and memory as in eager.
+``AOTFUNC_FUZZ=N`` runs N programs."""
 
 import os
 import random
@@ -26,7 +26,12 @@ VIEWS = [
     lambda t: t.diagonal(),
     lambda t: t.transpose(0, 1)[1],
 ]
-WAYS = {"hidden": torch.no_grad, "data": nullcontext, "detached": nullcontext, "visible": nullcontext}
+WAYS = {
+    "hidden": torch.no_grad,
+    "data": nullcontext,
+    "detached": nullcontext,
+    "visible": nullcontext,
+}
 
 
 def add(t, s, n):
@@ -84,13 +89,16 @@ def program(seed):
                     write(t, s if s.shape == t.shape else s.sum(), n % 3)
         if results == 0:
             return [values[-1], sum(v.sum() for v in values)]
-        return [*values[3:][-2:], x.sin().sum()] if results == 1 else [(v * v).sum() for v in values]
+        return (
+            [*values[3:][-2:], x.sin().sum()] if results == 1 else [(v * v).sum() for v in values]
+        )
 
     return f
 
 
 def outcome(seed, wrap):
-    """What can be told of one call: values, flags, memory and gradients of the results and of what was written."""
+    """What can be told of one call: values, flags, memory and gradients of the results and of what
+    was written."""
     f, g = program(seed), torch.Generator().manual_seed(seed)
     leaves = [torch.rand(3, 3, generator=g).requires_grad_() for _ in range(2)]
     x = leaves[0] * 1
@@ -100,7 +108,11 @@ def outcome(seed, wrap):
     outs = wrap(lambda x, y: f(x, y, buffer))(x, y) if seed % 5 == 0 else wrap(f)(x, y, buffer)
     tensors, storages = [*outs, x, y, buffer, whole], {}
     memory = [
-        (storages.setdefault(t.untyped_storage().data_ptr(), len(storages)), t.storage_offset(), t.stride())
+        (
+            storages.setdefault(t.untyped_storage().data_ptr(), len(storages)),
+            t.storage_offset(),
+            t.stride(),
+        )
         for t in tensors
     ]
     losses = [(t * t).sum() for t in tensors if t.requires_grad]

@@ -1,4 +1,5 @@
-"""Which results require grad, and which parameters get a gradient, as in eager, however a function is called."""
+"""Which results require grad, and which parameters get a gradient, as in eager, however a function
+is called."""
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ C = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)
 
 
 class Scaled(torch.autograd.Function):
-    """Reads a tensor from outside that requires grad: the outputs are those of its arguments all the same."""
+    """Reads a tensor from outside that requires grad: the outputs are those of its arguments all
+    the same."""
 
     @staticmethod
     def forward(ctx, x):
@@ -39,7 +41,8 @@ class Constant(torch.autograd.Function):
 
 
 class Weighted(torch.autograd.Function):
-    """The derivative, which is not the function's, depends on an argument of which the result has none."""
+    """The derivative, which is not the function's, depends on an argument of which the result has
+    none."""
 
     @staticmethod
     def forward(ctx, x, y):
@@ -85,7 +88,15 @@ def detached(x, c):
 
 
 def integers(x, c):
-    return x.argmax(), x > 0, (x > 0) * x, (x > c).double(), x.argsort() * 2.0, torch.max(x, 0), torch.topk(x, 2)
+    return (
+        x.argmax(),
+        x > 0,
+        (x > 0) * x,
+        (x > c).double(),
+        x.argsort() * 2.0,
+        torch.max(x, 0),
+        torch.topk(x, 2),
+    )
 
 
 def not_reached(x, c):
@@ -93,7 +104,14 @@ def not_reached(x, c):
 
 
 def custom(x, c):
-    return Scaled.apply(x), Scaled.apply(c), Scaled.apply(x.detach()), *Two.apply(x), *Two.apply(c), Constant.apply(x)
+    return (
+        Scaled.apply(x),
+        Scaled.apply(c),
+        Scaled.apply(x.detach()),
+        *Two.apply(x),
+        *Two.apply(c),
+        Constant.apply(x),
+    )
 
 
 def written(x, c):
@@ -113,17 +131,33 @@ def views(x, c):
 
 
 def views_unseen(x, c):
-    """Views made with gradients off: autograd says of them what it says of the tensor that they show."""
+    """Views made with gradients off: autograd says of them what it says of the tensor that they
+    show."""
     y = x * 2
     with torch.no_grad():
         parts = y.unbind(0)
-        flat = x.view(3, 1), y.view(3, 1), c.view(3, 1), (x * 2).view(3, 1), y.detach().view(3, 1), W[1:]
+        flat = (
+            x.view(3, 1),
+            y.view(3, 1),
+            c.view(3, 1),
+            (x * 2).view(3, 1),
+            y.detach().view(3, 1),
+            W[1:],
+        )
     return *flat, parts[0], parts[2], flat[1][:2], y
 
 
 def asks_of_unseen_views(x, c):
     with torch.no_grad():
-        seen = [x.view(3, 1), x.view(3, 1)[0], c.view(3, 1), W[1:], (x * 2)[1:], x.detach()[1:], x * 2]
+        seen = [
+            x.view(3, 1),
+            x.view(3, 1)[0],
+            c.view(3, 1),
+            W[1:],
+            (x * 2)[1:],
+            x.detach()[1:],
+            x * 2,
+        ]
     return tuple(torch.full((), float(t.requires_grad), dtype=c.dtype) for t in seen)
 
 
@@ -132,7 +166,10 @@ def asks(x, c):
     y = torch.zeros(3, dtype=x.dtype)
     z = y.view(-1)
     y[0] = x[0]
-    flags = [t.requires_grad for t in (x, c, y, z, (x > 0) * 1.0, Scaled.apply(x), Scaled.apply(c), x.detach(), W * c)]
+    flags = [
+        t.requires_grad
+        for t in (x, c, y, z, (x > 0) * 1.0, Scaled.apply(x), Scaled.apply(c), x.detach(), W * c)
+    ]
     return tuple(torch.full((), float(yes), dtype=x.dtype) for yes in flags)
 
 
@@ -144,12 +181,25 @@ def inner_gradient(x, c):
 
 def zero_derivatives(x, c):
     """Steps, and draws by their parameters: the gradient is zero, not None."""
-    drawn = torch.bernoulli(x * 0 + 1), torch.normal(x, 0.0), torch.normal(c, x * 0), torch.poisson(x * 0), x.floor()
+    drawn = (
+        torch.bernoulli(x * 0 + 1),
+        torch.normal(x, 0.0),
+        torch.normal(c, x * 0),
+        torch.poisson(x * 0),
+        x.floor(),
+    )
     return *drawn, torch.sign(x), x.round() * c, (c * 1).zero_(), (x * 2).floor_(), x.sgn()
 
 
 def asks_of_likes(x, c):
-    likes = torch.zeros_like(x), torch.rand_like(x), x.new_ones(2), torch.histc(x), x.sign(), torch.bernoulli(x * 0)
+    likes = (
+        torch.zeros_like(x),
+        torch.rand_like(x),
+        x.new_ones(2),
+        torch.histc(x),
+        x.sign(),
+        torch.bernoulli(x * 0),
+    )
     return tuple(torch.full((), float(t.requires_grad), dtype=c.dtype) for t in likes)
 
 
@@ -159,11 +209,25 @@ def made_inside(x, c):
     with torch.no_grad():
         cut = leaf * 2
     h = nn.Parameter(c * 2) * c
-    return leaf * c, h, h[0], late.sin(), cut, leaf.detach(), leaf * x, torch.tensor([2.0], requires_grad=True) * c
+    return (
+        leaf * c,
+        h,
+        h[0],
+        late.sin(),
+        cut,
+        leaf.detach(),
+        leaf * x,
+        torch.tensor([2.0], requires_grad=True) * c,
+    )
 
 
 def returned_leaf(x, c):
-    return nn.Parameter(torch.ones(3)), torch.zeros(2, requires_grad=True), c.detach().requires_grad_(), x * 2
+    return (
+        nn.Parameter(torch.ones(3)),
+        torch.zeros(2, requires_grad=True),
+        c.detach().requires_grad_(),
+        x * 2,
+    )
 
 
 FUNCTIONS = [
@@ -188,7 +252,9 @@ WAYS = {
     "jit": jit,
     "aot_function": lambda f: aot_function(f, "eager"),
     "jit in jit": lambda f: (lambda j: jit(lambda x, c: j(x, c)))(jit(f)),
-    "aot_function in jit": lambda f: (lambda j: jit(lambda x, c: j(x, c)))(aot_function(f, "eager")),
+    "aot_function in jit": lambda f: (lambda j: jit(lambda x, c: j(x, c)))(
+        aot_function(f, "eager")
+    ),
     "functionalize": functionalize,
     "functionalize of jit": lambda f: functionalize(jit(f)),
 }
@@ -201,7 +267,8 @@ def leaves(x, c):
 
 
 def outcome(f, active, frozen):
-    """What is asked of each result: requires_grad, is_leaf, and its own gradients of everything there is."""
+    """What is asked of each result: requires_grad, is_leaf, and its own gradients of everything
+    there is."""
     found = []
     x, c = C.clone() + 0.5, C.clone()
     x.requires_grad_(active)
@@ -210,7 +277,11 @@ def outcome(f, active, frozen):
         for i, _ in enumerate(torch.utils._pytree.tree_leaves(f(x, c))):
             out = torch.utils._pytree.tree_leaves(f(x, c))[i]
             given = [t for t in (x, W) if t.requires_grad]
-            grads = torch.autograd.grad(out.sum(), given, allow_unused=True) if out.requires_grad else None
+            grads = (
+                torch.autograd.grad(out.sum(), given, allow_unused=True)
+                if out.requires_grad
+                else None
+            )
             found.append((out.requires_grad, out.is_leaf, out.detach(), grads))
         return found
     finally:
@@ -241,7 +312,9 @@ def test_gradients_off(f, way):
         want, got = f(x, C.clone()), WAYS[way](f)(x, C.clone())
     want, got = (torch.utils._pytree.tree_leaves(t) for t in (want, got))
     assert_same([t.detach() for t in got], [t.detach() for t in want])
-    if f is regions_nested and way.startswith("functionalize"):  # runs its graph as a whole, with gradients off
+    if f is regions_nested and way.startswith(
+        "functionalize"
+    ):  # runs its graph as a whole, with gradients off
         return
     assert [t.requires_grad for t in got] == [t.requires_grad for t in want]
 
@@ -270,7 +343,9 @@ def test_a_result_without_any_gradient():
 @pytest.mark.parametrize("way", ["jit", "aot_function"])
 def test_a_gradient_that_depends_on_what_the_result_does_not(way):
     x, y = C.clone().requires_grad_(), (C + 1).requires_grad_()
-    (g,) = torch.autograd.grad(WAYS[way](lambda x, y: Weighted.apply(x, y))(x, y).sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad(
+        WAYS[way](lambda x, y: Weighted.apply(x, y))(x, y).sum(), x, create_graph=True
+    )
     assert_same(g.detach(), (C + 1) ** 3)
     assert_same(torch.autograd.grad(g.sum(), y)[0], 3 * (C + 1) ** 2)
 
@@ -298,10 +373,16 @@ def test_gradients_on_inside(way, around):
     for _ in range(2):
         with around():
             want, got = enabled(x, C), f(x, C)
-        assert [t.requires_grad for t in got] == [t.requires_grad for t in want] == [False, True, True, *[False] * 3]
+        assert (
+            [t.requires_grad for t in got]
+            == [t.requires_grad for t in want]
+            == [False, True, True, *[False] * 3]
+        )
         assert_same([t.detach() for t in got], [t.detach() for t in want])
         for i in (1, 2):
-            assert_same(*(torch.autograd.grad(t[i].sum(), x, retain_graph=True) for t in (got, want)))
+            assert_same(
+                *(torch.autograd.grad(t[i].sum(), x, retain_graph=True) for t in (got, want))
+            )
 
 
 def test_gradients_on_inside_and_a_write():
@@ -321,7 +402,11 @@ def test_gradients_on_inside_and_a_write():
 
 
 def test_where_eager_has_no_formula_the_gradient_is_zero():
-    for f in (lambda x: x // 1, lambda x: torch.floor_divide(x, x + 1), lambda x: torch.heaviside(x, x)):
+    for f in (
+        lambda x: x // 1,
+        lambda x: torch.floor_divide(x, x + 1),
+        lambda x: torch.heaviside(x, x),
+    ):
         x = C.clone().requires_grad_()
         y = jit(f)(x)
         assert y.requires_grad and f(x).requires_grad
@@ -348,7 +433,11 @@ def test_truth_values_in_a_tensor_of_numbers(name, way):
     def run(f):
         x, y = C.clone().requires_grad_(), (C - 1).requires_grad_()
         out = f(x, y)
-        grads = torch.autograd.grad(out.sum(), [x, y], allow_unused=True) if out.requires_grad else None
+        grads = (
+            torch.autograd.grad(out.sum(), [x, y], allow_unused=True)
+            if out.requires_grad
+            else None
+        )
         return out.detach(), out.requires_grad, grads
 
     def f(x, y):
@@ -410,15 +499,30 @@ def no_grad(f):
 
 
 UNJITTED = {
-    "vmap": (lambda x: vmap(lambda r: (r * W, (r * W).detach(), no_grad(lambda: r * W)(), r + 1))(x), [1, 0, 0, 0]),
+    "vmap": (
+        lambda x: vmap(lambda r: (r * W, (r * W).detach(), no_grad(lambda: r * W)(), r + 1))(x),
+        [1, 0, 0, 0],
+    ),
     "vmap of no_grad": (lambda x: vmap(no_grad(lambda r: r * W))(x), [0]),
-    "vmap of integers": (lambda x: vmap(lambda r: ((r * W).argmax(), r * W > 0, (r * W).sort()))(x), [0, 0, 1, 0]),
+    "vmap of integers": (
+        lambda x: vmap(lambda r: ((r * W).argmax(), r * W > 0, (r * W).sort()))(x),
+        [0, 0, 1, 0],
+    ),
     "jvp of no_grad": (lambda x: jvp(no_grad(lambda r: r * W), (x,), (x,)), [0, 0]),
-    "jvp": (lambda x: jvp(lambda r: (r * W, (r * W).detach(), r * 2), (x,), (x,)), [1, 0, 0, 1, 0, 0]),
+    "jvp": (
+        lambda x: jvp(lambda r: (r * W, (r * W).detach(), r * 2), (x,), (x,)),
+        [1, 0, 0, 1, 0, 0],
+    ),
     "no_grad around jvp": (no_grad(lambda x: jvp(lambda w: (w * x).sin(), (W,), (W,))), [0, 0]),
     "vjp of no_grad": (lambda x: vjp(no_grad(lambda r: r * W), x)[0], [0]),
-    "grad_and_value": (lambda x: grad_and_value(lambda r: (r.sin() * W.detach()).sum())(x), [0, 0]),
-    "grad_and_value at parameters": (lambda x: grad_and_value(lambda w: (w.sin() * x).sum())(W), [1, 1]),
+    "grad_and_value": (
+        lambda x: grad_and_value(lambda r: (r.sin() * W.detach()).sum())(x),
+        [0, 0],
+    ),
+    "grad_and_value at parameters": (
+        lambda x: grad_and_value(lambda w: (w.sin() * x).sum())(W),
+        [1, 1],
+    ),
 }
 
 
@@ -440,10 +544,16 @@ def test_a_parameter_that_a_result_does_not_depend_on_keeps_no_gradient(wrapped)
     net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 4)).double()
     f = jit(net) if wrapped else net
     jvp(f, (x,), (t,))[1].pow(2).sum().backward()
-    assert [p.grad is None for p in net.parameters()] == [False, False, False, True]  # the last bias is added
+    assert [p.grad is None for p in net.parameters()] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # the last bias is added
 
 
-# ----- buffers of nested compiled modules -----------------------------------------------------------------------------
+# ----- buffers of nested compiled modules
+# -----------------------------------------------------------------------------
 
 
 class Outer(nn.Module):

@@ -1,4 +1,5 @@
-"""Compiled code that does otherwise than its graph says is brought to it, or not used; decompositions likewise."""
+"""Compiled code that does otherwise than its graph says is brought to it, or not used;
+decompositions likewise."""
 
 import sys
 
@@ -20,7 +21,9 @@ def compiler(monkeypatch):
     """``inductor`` with a compiler of ours: its functions are what ``make(gm)`` returns."""
 
     def set_to(make):
-        monkeypatch.setattr(sys.modules["aotfunc.backends.inductor"], "compiled", lambda gm, say: make(gm))
+        monkeypatch.setattr(
+            sys.modules["aotfunc.backends.inductor"], "compiled", lambda gm, say: make(gm)
+        )
 
     return set_to
 
@@ -83,10 +86,13 @@ def test_compiled_code_that_fails_is_not_used(compiler, make):
 
 
 def test_saved_views_notice_writes(compiler):
-    """A residual that the compiled code hands over as a mere piece of an input's memory is a view of it again."""
+    """A residual that the compiled code hands over as a mere piece of an input's memory is a view
+    of it again."""
 
     def make(gm):
-        return lambda args: [o.detach().data if o.requires_grad else torch.tensor([]).set_(o) for o in gm(*args)]
+        return lambda args: [
+            o.detach().data if o.requires_grad else torch.tensor([]).set_(o) for o in gm(*args)
+        ]
 
     compiler(make)
     f = jit(lambda x: (x.t() @ x).sum(), "inductor")
@@ -109,11 +115,13 @@ def test_errors_are_eagers(compiler):
     assert f(x, torch.tensor([0, 2])).tolist() == [0, 4]
 
 
-# decompositions -------------------------------------------------------------------------------------------------------
+# decompositions
+# -------------------------------------------------------------------------------------------------------
 
 
 def rounded_norm(x, shape, weight, bias, eps):
-    """As PyTorch's own: the statistics come in the dtype of the input, where the op's are float32."""
+    """As PyTorch's own: the statistics come in the dtype of the input, where the op's are
+    float32."""
     wide = x.float()
     mean, var = wide.mean(-1, keepdim=True), wide.var(-1, keepdim=True, correction=0)
     rstd = (var + eps).rsqrt()
@@ -132,7 +140,10 @@ def test_decompositions_keep_dtypes():
 
 
 def test_decompositions_keep_strides():
-    table = {aten.sin.default: lambda x: x.t().contiguous().cos().t(), aten.mul.Tensor: lambda a, b: a.double() + b}
+    table = {
+        aten.sin.default: lambda x: x.t().contiguous().cos().t(),
+        aten.mul.Tensor: lambda a, b: a.double() + b,
+    }
     f = aot_function(lambda x: (x.sin().view(-1), x.sin() * x), "eager", decompositions=table)
     x = torch.randn(3, 4)
     a, b = f(x)
@@ -142,7 +153,11 @@ def test_decompositions_keep_strides():
 
 def test_decompositions_are_called_as_pytorch_calls_them():
     def add(x, y, *, alpha=1):
-        return x + y * alpha if isinstance(y, torch.Tensor) else aten.add.Tensor(x, torch.full((), y * alpha))
+        return (
+            x + y * alpha
+            if isinstance(y, torch.Tensor)
+            else aten.add.Tensor(x, torch.full((), y * alpha))
+        )
 
     seen = []
 
@@ -158,21 +173,31 @@ def test_decompositions_are_called_as_pytorch_calls_them():
 
 
 def test_decompositions_keep_results_apart():
-    table = {aten.cat.default: lambda xs, dim=0: xs[0], aten.sin.default: lambda x: x, aten.cos.default: lambda x: x}
+    table = {
+        aten.cat.default: lambda xs, dim=0: xs[0],
+        aten.sin.default: lambda x: x,
+        aten.cos.default: lambda x: x,
+    }
     f = aot_function(lambda x: (torch.cat([x]), x.sin(), x.cos()), "eager", decompositions=table)
     x = torch.zeros(2)
     outs = f(x)
     assert len({t.data_ptr() for t in (x, *outs)}) == 4
 
 
-# PyTorch's transforms around compiled code ----------------------------------------------------------------------------
+# PyTorch's transforms around compiled code
+# ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrap", [lambda f: jit(f, "opaque"), lambda f: aot_function(f, "opaque")], ids=["jit", "aot"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: jit(f, "opaque"), lambda f: aot_function(f, "opaque")], ids=["jit", "aot"]
+)
 def test_batched_and_dual_values_go_past_compiled_code(wrap, monkeypatch):
     def opaque(gm, example_inputs):
         def fn(*args):
-            return tuple(torch.from_numpy(o.numpy()) for o in gm(*[torch.from_numpy(a.numpy()) for a in args]))
+            return tuple(
+                torch.from_numpy(o.numpy())
+                for o in gm(*[torch.from_numpy(a.numpy()) for a in args])
+            )
 
         return fn
 
@@ -183,9 +208,13 @@ def test_batched_and_dual_values_go_past_compiled_code(wrap, monkeypatch):
     jacobian = torch.autograd.functional.jacobian
     assert_same(jacobian(g, x, vectorize=True), jacobian(f, x))
     leaf = x.clone().requires_grad_()
-    assert_same(torch.autograd.grad(g(leaf), leaf, torch.eye(4), is_grads_batched=True)[0], jacobian(f, x))
+    assert_same(
+        torch.autograd.grad(g(leaf), leaf, torch.eye(4), is_grads_batched=True)[0], jacobian(f, x)
+    )
     assert_same(jacobian(g, x, vectorize=True, strategy="forward-mode"), jacobian(f, x))
     assert_same(torch.func.jacfwd(g)(x), jacobian(f, x))
     with forward_ad.dual_level():
-        got, want = (forward_ad.unpack_dual(h(forward_ad.make_dual(x, torch.ones(4)))) for h in (g, f))
+        got, want = (
+            forward_ad.unpack_dual(h(forward_ad.make_dual(x, torch.ones(4)))) for h in (g, f)
+        )
     assert_same(tuple(got), tuple(want))

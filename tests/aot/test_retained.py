@@ -1,4 +1,5 @@
-"""``retain_grad`` inside a compiled function: arguments and results keep their gradient as in eager."""
+"""``retain_grad`` inside a compiled function: arguments and results keep their gradient as in
+eager."""
 
 import pytest
 import torch
@@ -60,7 +61,15 @@ def constant(x, y):
     return ((x * y).sum(),)
 
 
-PROGRAMS = (argument, argument_and_result, view, inside, before_a_write, after_a_write, before_a_reshape)
+PROGRAMS = (
+    argument,
+    argument_and_result,
+    view,
+    inside,
+    before_a_write,
+    after_a_write,
+    before_a_reshape,
+)
 PROGRAMS += (leaf, constant)
 WAYS = {
     "jit": jit,

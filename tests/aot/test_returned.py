@@ -1,6 +1,5 @@
-"""Objects that a compiled function returns, and keeps outside, are those of eager: what is there already itself, what
-it makes another one at each call.
-"""
+"""Objects that a compiled function returns, and keeps outside, are those of eager: what is there
+already itself, what it makes another one at each call."""
 
 import collections
 import dataclasses
@@ -63,7 +62,8 @@ class Net(nn.Module):
         self.pair, self.last, self.other = Pair(X, [X]), None, None
 
 
-# ----- what is there outside ------------------------------------------------------------------------------------------
+# ----- what is there outside
+# ------------------------------------------------------------------------------------------
 
 #: of a module: what is returned, and which of the things outside that is
 REACHED = {
@@ -82,7 +82,9 @@ REACHED = {
 def test_an_object_from_outside_is_itself(compiler, name):
     """Of each of two modules that share an entry, and after what was there has been replaced."""
     returned, expected = REACHED[name]
-    f = COMPILERS[compiler](lambda m, x: (returned(m, x), [x * 2, returned(m, x)], Pair(x, returned(m, x))))
+    f = COMPILERS[compiler](
+        lambda m, x: (returned(m, x), [x * 2, returned(m, x)], Pair(x, returned(m, x)))
+    )
     nets = [Net(), Net()]
     for m in (*nets, *nets):
         one, (twice, another), pair = f(m, X)
@@ -99,15 +101,26 @@ def test_a_container_that_is_an_argument(compiler):
 
     g = COMPILERS[compiler](f)
     for k in range(3):
-        d, pair, rest = {"l": [X, X + k], "x": X * k}, Pair(X, (X, [X])), collections.OrderedDict(a=X)
+        d, pair, rest = (
+            {"l": [X, X + k], "x": X * k},
+            Pair(X, (X, [X])),
+            collections.OrderedDict(a=X),
+        )
         out = g(d, pair, rest)
-        assert out[0] is d and out[1] is d["l"] and out[2] is pair and out[3][0] is pair.b and out[4] is rest
+        assert (
+            out[0] is d
+            and out[1] is d["l"]
+            and out[2] is pair
+            and out[3][0] is pair.b
+            and out[4] is rest
+        )
         assert_same(out[3][1], X * k * 2)
 
 
 @every_compiler
 def test_what_is_written_into_what_is_returned(compiler):
-    """The caller's container is changed, by the function and by the caller; a second call sees both."""
+    """The caller's container is changed, by the function and by the caller; a second call sees
+    both."""
     pairs = []
     for call in (COMPILERS[compiler], lambda f: f):
         rows, table, seen = [X * 0, X * 0 + 1], {"k": X * 0}, []
@@ -180,7 +193,12 @@ def test_what_is_moved_or_bound_outside(compiler, change):
         rows = m.rows
         for k in range(4):
             out = f(m, X + k)
-            same = [out is m.last, m.last is m.other, m.rows is rows, getattr(m.last, "b", None) is rows]
+            same = [
+                out is m.last,
+                m.last is m.other,
+                m.rows is rows,
+                getattr(m.last, "b", None) is rows,
+            ]
             held = (m.rows, m.more, list(m.queue), m.last, m.other)
             mine.append((out, [vars(x) if isinstance(x, Pair) else x for x in held], same))
         seen.append(mine)
@@ -192,7 +210,8 @@ LOG: list = []
 
 @every_compiler
 def test_what_is_only_added_to(compiler):
-    """Logs are not looked at, whatever is in them; they get what eager gives them, without another capture."""
+    """Logs are not looked at, whatever is in them; they get what eager gives them, without another
+    capture."""
     seen = []
     for call in (COMPILERS[compiler], lambda f: f):
         m, log, recent = Net(), [], collections.deque([X, X + 1], maxlen=2)
@@ -213,7 +232,9 @@ def test_what_is_only_added_to(compiler):
             x = (X + k).requires_grad_()
             f(x)
             (g,) = torch.autograd.grad(LOG[-1][0].sum(), x)
-            mine.append(([*LOG], [*m.log], dict(m.table), [*log[:2]], [*recent], m.log[-3] is x, g))
+            mine.append(
+                ([*LOG], [*m.log], dict(m.table), [*log[:2]], [*recent], m.log[-3] is x, g)
+            )
             if k == 2:
                 del LOG[:2], log[:]
         seen.append(mine)
@@ -235,7 +256,8 @@ def test_a_log_is_not_looked_at(compiler):
     assert_same(log, [(X + k) * 2 for k in range(5)])
 
 
-# ----- slots ----------------------------------------------------------------------------------------------------------
+# ----- slots
+# ----------------------------------------------------------------------------------------------------------
 
 
 @every_compiler
@@ -243,7 +265,9 @@ def test_a_log_is_not_looked_at(compiler):
 @pytest.mark.parametrize("passed", [True, False])
 def test_attributes_of_slots(compiler, cls, passed):
     if passed and dataclasses.is_dataclass(cls):
-        pytest.skip("one that holds tensors is a tree, and made anew: what is assigned to it is refused")
+        pytest.skip(
+            "one that holds tensors is a tree, and made anew: what is assigned to it is refused"
+        )
     name = "state" if issubclass(cls, Slotted) else "a"
     seen = []
     for call in (COMPILERS[compiler], lambda f: f):
@@ -281,7 +305,8 @@ def test_a_capture_that_fails_leaves_slots_and_sequences_as_they_were():
     assert all(a is b for a, b in zip((o.state, *rows, *queue), before, strict=True))
 
 
-# ----- what the function makes ----------------------------------------------------------------------------------------
+# ----- what the function makes
+# ----------------------------------------------------------------------------------------
 
 MADE = {
     "array": (lambda: np.arange(3.0), lambda a: a.__setitem__(0, 7)),
@@ -332,7 +357,11 @@ def test_what_cannot_be_copied_is_refused():
         return lambda z: z * y
 
     refused = {
-        "holds tensors": [closure, lambda x: functools.partial(torch.mul, x * 2), lambda x: made_instance([x * 2], 0)],
+        "holds tensors": [
+            closure,
+            lambda x: functools.partial(torch.mul, x * 2),
+            lambda x: made_instance([x * 2], 0),
+        ],
         "cannot be copied": [lambda x: (x, m.table.keys()), lambda x: made_instance(m, 0)],
     }
     for match, functions in refused.items():
@@ -354,9 +383,36 @@ def test_an_instance_that_hides_tensors_is_not_left_outside():
 
 
 def test_what_does_not_change_may_be_one_object():
-    f = jit(lambda x: (x, Net, torch.float32, len, 3, "a", np.float32(2), x.shape, x.device, slice(1, 2), ..., None))
+    f = jit(
+        lambda x: (
+            x,
+            Net,
+            torch.float32,
+            len,
+            3,
+            "a",
+            np.float32(2),
+            x.shape,
+            x.device,
+            slice(1, 2),
+            ...,
+            None,
+        )
+    )
     for _ in range(2):
-        assert f(X)[1:] == (Net, torch.float32, len, 3, "a", np.float32(2), X.shape, X.device, slice(1, 2), ..., None)
+        assert f(X)[1:] == (
+            Net,
+            torch.float32,
+            len,
+            3,
+            "a",
+            np.float32(2),
+            X.shape,
+            X.device,
+            slice(1, 2),
+            ...,
+            None,
+        )
 
 
 @every_compiler
@@ -365,7 +421,12 @@ def test_shapes_stay_shapes(compiler):
 
     def f(x, shape, pair):
         kept["shape"] = x.shape
-        return x.expand(shape) * shape.numel(), x.shape, [shape, x.sum().shape], Pair(x * 2, pair.b)
+        return (
+            x.expand(shape) * shape.numel(),
+            x.shape,
+            [shape, x.sum().shape],
+            Pair(x * 2, pair.b),
+        )
 
     g = COMPILERS[compiler](f)
     for shape in (torch.Size([2, 4]), torch.Size([3, 4]), torch.Size([2, 4])):

@@ -1,4 +1,5 @@
-"""The gradient of one result of a compiled call with respect to another that it was computed from, as in eager."""
+"""The gradient of one result of a compiled call with respect to another that it was computed from,
+as in eager."""
 
 from dataclasses import dataclass
 
@@ -163,15 +164,37 @@ def batched(x):
 
 
 PROGRAMS = [
-    *(features, flattened, only_alike, neutral, cloned, view_of_an_argument, chunks, split, views_of_views, reshaped),
-    *(dropout, written_later, written_view, written_through_a_view, detached, without_grad, largest, hidden_states),
+    *(
+        features,
+        flattened,
+        only_alike,
+        neutral,
+        cloned,
+        view_of_an_argument,
+        chunks,
+        split,
+        views_of_views,
+        reshaped,
+    ),
+    *(
+        dropout,
+        written_later,
+        written_view,
+        written_through_a_view,
+        detached,
+        without_grad,
+        largest,
+        hidden_states,
+    ),
     *(gradient_inside, twice, buffers, siblings, two_levels, nested, batched, equal_views),
 ]
 COMPILED = {
     "jit": jit,
     "jit of jit": lambda f: jit(jit(f)),
     "aot_function": lambda f: aot_function(f, lambda gm, inputs: gm),
-    "min-cut": lambda f: aot_function(f, "eager", partition_fn=min_cut_rematerialization_partition),
+    "min-cut": lambda f: aot_function(
+        f, "eager", partition_fn=min_cut_rematerialization_partition
+    ),
 }
 
 
@@ -189,7 +212,9 @@ def gradients(outs, given):
             (g,) = torch.autograd.grad(y.sum(), h, allow_unused=True, create_graph=True)
             found.append(g)
             if g is not None and g.requires_grad:
-                found += torch.autograd.grad(g.square().sum(), given, allow_unused=True, retain_graph=True)
+                found += torch.autograd.grad(
+                    g.square().sum(), given, allow_unused=True, retain_graph=True
+                )
     return found
 
 
@@ -280,22 +305,31 @@ def test_class_activation_maps(how):
         module = Net()
         out = wrap(module)(torch.randn(2, 1, 4, 4))
         maps, features = out.hidden
-        results = [*torch.autograd.grad(out.logits[:, 1].sum(), (maps, features), retain_graph=True)]
+        results = [
+            *torch.autograd.grad(out.logits[:, 1].sum(), (maps, features), retain_graph=True)
+        ]
         maps.retain_grad()
         features.retain_grad()
         out.logits.square().sum().backward()
-        return results, maps.grad, features.grad, [p.grad for p in module.parameters()], dict(module.named_buffers())
+        return (
+            results,
+            maps.grad,
+            features.grad,
+            [p.grad for p in module.parameters()],
+            dict(module.named_buffers()),
+        )
 
     assert_same(found(how), found(lambda m: m))
 
 
 @pytest.mark.parametrize(
-    ("f", "forward", "backward"), [(siblings, 1, 1), (only_alike, 1, 1), (features, 2, 2), (hidden_states, 5, 6)]
+    ("f", "forward", "backward"),
+    [(siblings, 1, 1), (only_alike, 1, 1), (features, 2, 2), (hidden_states, 5, 6)],
 )
 def test_how_many_graphs(f, forward, backward):
-    """One of each half unless results depend on each other; one without gradients, and for other transforms. Results
-    with no input in common (the last two of ``hidden_states``) have backwards of their own.
-    """
+    """One of each half unless results depend on each other; one without gradients, and for other
+    transforms. Results with no input in common (the last two of ``hidden_states``) have backwards
+    of their own."""
     made = []
 
     def compiler(gm, inputs):
@@ -332,7 +366,8 @@ def test_inductor():
     assert_same(torch.autograd.grad(y, given)[0], expected)
 
 
-# ----- new values of written arguments --------------------------------------------------------------------------------
+# ----- new values of written arguments
+# --------------------------------------------------------------------------------
 
 
 def summed(x, y):
@@ -404,12 +439,23 @@ def by_a_nested_function(x, y):
     return jit(summed)(x, y)[0] * x.sum()
 
 
-WRITTEN = [summed, both_written, row_written, viewed_then_written, returned, copied, exchanged, between_writes]
+WRITTEN = [
+    summed,
+    both_written,
+    row_written,
+    viewed_then_written,
+    returned,
+    copied,
+    exchanged,
+    between_writes,
+]
 WRITTEN += [hidden_after, view_of_the_other, drawn, by_a_nested_function]
 
 
 @pytest.mark.parametrize("active", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
+)
 @pytest.mark.parametrize("f", WRITTEN, ids=lambda f: f.__name__)
 def test_written_arguments(f, way, active):
     """The gradient of every result, and of every argument as it is afterwards, in each of them."""
@@ -425,7 +471,9 @@ def test_written_arguments(f, way, active):
             weights = torch.arange(1.0, 1 + t.numel()).view(t.shape)
             for of in tensors if t.requires_grad else ():
                 if of.requires_grad:
-                    (g,) = torch.autograd.grad((t * weights).sum(), of, allow_unused=True, retain_graph=True)
+                    (g,) = torch.autograd.grad(
+                        (t * weights).sum(), of, allow_unused=True, retain_graph=True
+                    )
                     found.append(g)
         return found
 
@@ -451,7 +499,8 @@ def test_written_arguments_that_share_memory():
 
 
 def test_views_of_a_view_made_without_gradients():
-    """The first one is a leaf of autograd's, the next ones are not: where the call is cut into a chain, too."""
+    """The first one is a leaf of autograd's, the next ones are not: where the call is cut into a
+    chain, too."""
 
     def f(x, p):
         a = x * p
@@ -477,7 +526,9 @@ RESHAPED = {
 }
 
 
-@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
+)
 @pytest.mark.parametrize("f", RESHAPED)
 def test_written_arguments_with_gaps_in_memory(f, way, monkeypatch):
     """What is computed from the new value reads the argument, laid out as it is."""
@@ -487,6 +538,10 @@ def test_written_arguments_with_gaps_in_memory(f, way, monkeypatch):
         w, y = torch.arange(1.0, 4.0, requires_grad=True), torch.ones(2, 6)[:, ::2]
         out = g(w, y)
         outs = [*(out if isinstance(out, tuple) else [out]), y]
-        return [*outs, torch.autograd.grad(sum(o.sin().sum() for o in outs), w)[0], *[list(o.stride()) for o in outs]]
+        return [
+            *outs,
+            torch.autograd.grad(sum(o.sin().sum() for o in outs), w)[0],
+            *[list(o.stride()) for o in outs],
+        ]
 
     assert_same(run(way(RESHAPED[f])), run(RESHAPED[f]))

@@ -28,10 +28,13 @@ class Counted:
 
 
 def sign_of(number):
-    return torch.copysign(torch.ones((), dtype=torch.float64), torch.tensor(number, dtype=torch.float64))
+    return torch.copysign(
+        torch.ones((), dtype=torch.float64), torch.tensor(number, dtype=torch.float64)
+    )
 
 
-# arguments: pairs of calls that a careless key would take for the same --------------------------------------------
+# arguments: pairs of calls that a careless key would take for the same
+# --------------------------------------------
 
 PAIRS = {
     "shape": (lambda x: x * x.shape[0], (f64(3),), (f64(4),)),
@@ -39,37 +42,75 @@ PAIRS = {
     "dtype": (lambda x: x / 3, (torch.ones(3),), (torch.ones(3, dtype=torch.float64),)),
     "stride": (lambda x: x.as_strided((4,), (1,)), (f64(2, 2),), (f64(2, 2).t(),)),
     "offset": (lambda x: x.as_strided((2,), (1,), 0) + x, (f64(4)[:2],), (f64(4)[2:],)),
-    "int and float": (lambda x, n: x * n if isinstance(n, float) else x + n, (f64(2), 1), (f64(2), 1.0)),
+    "int and float": (
+        lambda x, n: x * n if isinstance(n, float) else x + n,
+        (f64(2), 1),
+        (f64(2), 1.0),
+    ),
     "int and bool": (lambda x, n: x * 3 if n is True else x + n, (f64(2), 1), (f64(2), True)),
     "zero and False": (lambda x, n: x * 3 if n is False else x + n, (f64(2), 0), (f64(2), False)),
     "signed zero": (lambda x, c: x * 0 + sign_of(c), (f64(2), 0.0), (f64(2), -0.0)),
-    "signed zero of numpy": (lambda x, c: x * 0 + sign_of(c), (f64(2), np.float64(0.0)), (f64(2), np.float64(-0.0))),
+    "signed zero of numpy": (
+        lambda x, c: x * 0 + sign_of(c),
+        (f64(2), np.float64(0.0)),
+        (f64(2), np.float64(-0.0)),
+    ),
     "signed zero, imaginary": (
         lambda x, c: x * 0 + sign_of(c.imag),
         (f64(2), complex(1, 0.0)),
         (f64(2), complex(1, -0.0)),
     ),
-    "signed zero in a tuple": (lambda x, c: x * 0 + sign_of(c[0]), (f64(2), (0.0,)), (f64(2), (-0.0,))),
+    "signed zero in a tuple": (
+        lambda x, c: x * 0 + sign_of(c[0]),
+        (f64(2), (0.0,)),
+        (f64(2), (-0.0,)),
+    ),
     "str": (lambda x, s: x.sum() if s == "sum" else x.mean(), (f64(3), "sum"), (f64(3), "mean")),
     "None": (lambda x, y=None: x if y is None else x * y, (f64(3), None), (f64(3), f64(3))),
     "tensor and number": (lambda x, y: x * y, (f64(3), 2.0), (f64(3), torch.tensor(2.0))),
-    "tuple and list": (lambda x, s: x * len(s) + isinstance(s, list), (f64(2), (1, 2)), (f64(2), [1, 2])),
-    "nesting": (lambda a: a[0] if isinstance(a[1], tuple) else a[1], ([_t := f64(2), (f64(2),)],), ([_t, f64(2)],)),
+    "tuple and list": (
+        lambda x, s: x * len(s) + isinstance(s, list),
+        (f64(2), (1, 2)),
+        (f64(2), [1, 2]),
+    ),
+    "nesting": (
+        lambda a: a[0] if isinstance(a[1], tuple) else a[1],
+        ([_t := f64(2), (f64(2),)],),
+        ([_t, f64(2)],),
+    ),
     "dictionary order": (
         lambda d: next(iter(d.values())),
         ({"a": f64(2), "b": f64(2)},),
         ({"b": f64(2), "a": f64(2)},),
     ),
-    "dictionary keys": (lambda d: d[1] if type(next(iter(d))) is int else d[1] * 2, ({1: f64(2)},), ({1.0: f64(2)},)),
-    "namedtuple": (lambda p: p[0] * isinstance(p, Pair), (Pair(f64(2), f64(2)),), ((f64(2), f64(2)),)),
+    "dictionary keys": (
+        lambda d: d[1] if type(next(iter(d))) is int else d[1] * 2,
+        ({1: f64(2)},),
+        ({1.0: f64(2)},),
+    ),
+    "namedtuple": (
+        lambda p: p[0] * isinstance(p, Pair),
+        (Pair(f64(2), f64(2)),),
+        ((f64(2), f64(2)),),
+    ),
     "slice": (lambda x, s: x[s], (f64(4), slice(0, 2)), (f64(4), slice(2, 4))),
-    "slice of bools": (lambda x, s: x[s] * isinstance(s.start, bool), (f64(4), slice(0, 2)), (f64(4), slice(False, 2))),
+    "slice of bools": (
+        lambda x, s: x[s] * isinstance(s.start, bool),
+        (f64(4), slice(0, 2)),
+        (f64(4), slice(False, 2)),
+    ),
     "dtype argument": (lambda x, d: x.to(d), (f64(3), torch.float32), (f64(3), torch.float16)),
-    "requires_grad": (lambda x: x * 2 if x.requires_grad else x * 3, (f64(3),), (f64(3).requires_grad_(),)),
+    "requires_grad": (
+        lambda x: x * 2 if x.requires_grad else x * 3,
+        (f64(3),),
+        (f64(3).requires_grad_(),),
+    ),
 }
 
 
-@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
+)
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_calls(name, compiled):
     f, one, other = PAIRS[name]
@@ -99,11 +140,18 @@ def test_keywords_and_defaults():
         return x * y + k + sum(rest) + sum(more.values())
 
     g, x = jit(f), f64(2)
-    for args, kwargs in [((x,), {}), ((x, 3.0), {}), ((x,), {"y": 3.0}), ((x, 1.0, 2.0), {"k": 5.0}), ((x,), {"z": x})]:
+    for args, kwargs in [
+        ((x,), {}),
+        ((x, 3.0), {}),
+        ((x,), {"y": 3.0}),
+        ((x, 1.0, 2.0), {"k": 5.0}),
+        ((x,), {"z": x}),
+    ]:
         assert_same(g(*args, **kwargs), f(*args, **kwargs))
 
 
-# what the function reaches -----------------------------------------------------------------------------------------
+# what the function reaches
+# -----------------------------------------------------------------------------------------
 
 GLOBAL: object = 2.0
 
@@ -137,7 +185,12 @@ def test_global_defined_later(monkeypatch):
 def test_rebound_closure():
     s, table, w = 2.0, {"k": [1.0]}, f64(3)
     f = lambda x: x * s * table["k"][0] + w
-    g, outer, gradient, x = jit(f), jit(jit(f)), jit(grad(lambda x: (x * s * table["k"][0]).sum())), f64(3)
+    g, outer, gradient, x = (
+        jit(f),
+        jit(jit(f)),
+        jit(grad(lambda x: (x * s * table["k"][0]).sum())),
+        f64(3),
+    )
 
     def check():
         for h in (g, outer):
@@ -208,7 +261,8 @@ def test_jit_as_a_method():
         assert_same(Net(k).f(x), x * k)
 
 
-# modules -----------------------------------------------------------------------------------------------------------
+# modules
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_modules():
@@ -281,7 +335,8 @@ def test_nothing_is_kept_of_the_arguments():
     assert seen() is None
 
 
-# surroundings ------------------------------------------------------------------------------------------------------
+# surroundings
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_grad_mode():
@@ -317,7 +372,8 @@ def test_default_dtype_and_device():
     assert g(torch.zeros(3)).device.type == "cpu"
 
 
-# aliasing of arguments that are written to ----------------------------------------------------------------------------
+# aliasing of arguments that are written to
+# ----------------------------------------------------------------------------
 
 
 def test_written_arguments_that_share_memory():

@@ -1,4 +1,5 @@
-"""Tensors that a function binds in the state it reaches are real ones afterwards, those of eager, at every call."""
+"""Tensors that a function binds in the state it reaches are real ones afterwards, those of eager,
+at every call."""
 
 import types
 from types import SimpleNamespace
@@ -87,7 +88,10 @@ def test_it_settles(compiler):
         for i in range(5):
             o = Box()
             g(X, o)
-            assert_same((k, box.last, o.seen), (X.sum(0) * (i + 1), X.sum(0) * 2 * (i + 1), X.sum(0) * 2 * (i + 1)))
+            assert_same(
+                (k, box.last, o.seen),
+                (X.sum(0) * (i + 1), X.sum(0) * 2 * (i + 1), X.sum(0) * 2 * (i + 1)),
+            )
     assert g.captures <= 3
 
 
@@ -114,7 +118,9 @@ def test_a_capture_that_fails_leaves_the_state_as_it_was():
 
 def state_of_new(m):
     tables = (m.__dict__, m._buffers, m.box)
-    return [{k: id(v) for k, v in t.items() if not k.startswith("_")} for t in tables] + [list(map(id, m.hist))]
+    return [{k: id(v) for k, v in t.items() if not k.startswith("_")} for t in tables] + [
+        list(map(id, m.hist))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,9 @@ def test_a_container_that_is_an_argument_and_closed_over_is_not_changed():
         return given.a
 
     for f, x in ((sets, rows), (grows, rows), (fills, table), (assigns, box)):
-        with pytest.raises(CaptureError, match=f"{f.__name__}.* an argument and that it reaches by another way"):
+        with pytest.raises(
+            CaptureError, match=f"{f.__name__}.* an argument and that it reaches by another way"
+        ):
             jit(f)(x)
     assert len(rows) == 2 and rows[0] is X and list(table) == ["a"] and box.a is X
     assert_same(jit(lambda given: given[0] + rows[1])(rows), X * 3)
@@ -161,7 +169,8 @@ def test_a_container_that_is_an_argument_and_closed_over_is_not_changed():
     assert_same(rows, [X, X * 2, X + 5])
 
 
-# ----- attributes of classes, functions and Python modules ------------------------------------------------------------
+# ----- attributes of classes, functions and Python modules
+# ------------------------------------------------------------
 
 
 def kept_by_a_class():
@@ -249,7 +258,9 @@ def kept_by_the_globals():
 KEPT = [v for k, v in list(globals().items()) if k.startswith("kept_by_")]
 
 
-@pytest.mark.parametrize("compiler", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(jit(f))])
+@pytest.mark.parametrize(
+    "compiler", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(jit(f))]
+)
 @pytest.mark.parametrize("make", KEPT)
 def test_tensors_kept_by_classes_functions_and_modules(make, compiler):
     (f, kept), (g, kept_compiled) = make(), make()

@@ -1,4 +1,5 @@
-"""Captures in several threads, and errors in the middle of a capture, leave the process as it was."""
+"""Captures in several threads, and errors in the middle of a capture, leave the process as it
+was."""
 
 import gc
 import os
@@ -109,7 +110,9 @@ def test_a_redirected_function_can_still_be_scripted_and_compiled():
     x = torch.rand(2, 3, 8)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
-        torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+        torch.testing.assert_close(
+            torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x)
+        )
     torch.jit.script(nn.CTCLoss())
 
 
@@ -151,9 +154,18 @@ def test_a_forked_child_collects_garbage():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and gc.isenabled()
 
 
-# ----- errors ---------------------------------------------------------------------------------------------------------
+# ----- errors
+# ---------------------------------------------------------------------------------------------------------
 
-ERRORS = [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, RuntimeError, MemoryError]
+ERRORS = [
+    ValueError,
+    KeyboardInterrupt,
+    SystemExit,
+    GeneratorExit,
+    StopIteration,
+    RuntimeError,
+    MemoryError,
+]
 
 WRAPPERS = {
     "grad": A.grad,
@@ -199,7 +211,8 @@ def test_an_error_in_the_middle_of_a_capture(error, wrapper):
 
 
 @pytest.mark.skipif(
-    "AOTFUNC_FUZZ" not in os.environ, reason="moments at random, where torch's own switches may be hit, too"
+    "AOTFUNC_FUZZ" not in os.environ,
+    reason="moments at random, where torch's own switches may be hit, too",
 )
 @pytest.mark.parametrize("wrapper", ["grad", "vmap", "make_fx", "jit"])
 def test_an_interrupt_at_any_moment(wrapper):
@@ -232,7 +245,8 @@ def test_an_interrupt_at_any_moment(wrapper):
 
 
 def test_generators_and_coroutines():
-    """A generator that is left in the middle of a recorded function, and one that makes captures as it goes."""
+    """A generator that is left in the middle of a recorded function, and one that makes captures
+    as it goes."""
 
     def rows(x):
         with torch.no_grad():

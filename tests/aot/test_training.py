@@ -7,28 +7,45 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aotfunc import aot_function, aot_module, default_partition, jit, min_cut_rematerialization_partition
+from aotfunc import (
+    aot_function,
+    aot_module,
+    default_partition,
+    jit,
+    min_cut_rematerialization_partition,
+)
 from tests.reference import assert_same
 
 COMPILED = {
     "jit": jit,
     "aot_function": lambda f: aot_function(f, "eager", partition_fn=default_partition),
-    "aot_function, min-cut": lambda f: aot_function(f, "eager", partition_fn=min_cut_rematerialization_partition),
+    "aot_function, min-cut": lambda f: aot_function(
+        f, "eager", partition_fn=min_cut_rematerialization_partition
+    ),
 }
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)
+    )
 
 
 def conv_net():
     return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3 * 9, 3)
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3 * 9, 3),
     )
 
 
 def data(image):
-    return torch.randn(10, *((1, 8, 8) if image else (6,)), dtype=torch.float64), torch.arange(10) % 3
+    return torch.randn(10, *((1, 8, 8) if image else (6,)), dtype=torch.float64), torch.arange(
+        10
+    ) % 3
 
 
 def losses(net, step, x, t, optimizer, steps=20):
@@ -47,7 +64,9 @@ ADAM = lambda ps: torch.optim.Adam(ps, 0.01)
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
-@pytest.mark.parametrize("make, optimizer", [(mlp, SGD), (mlp, ADAM), (conv_net, SGD), (conv_net, ADAM)])
+@pytest.mark.parametrize(
+    "make, optimizer", [(mlp, SGD), (mlp, ADAM), (conv_net, SGD), (conv_net, ADAM)]
+)
 def test_twenty_steps(make, optimizer, compiled):
     net = make().double()
     twin = copy.deepcopy(net)
@@ -65,7 +84,9 @@ def test_aot_module():
     twin = copy.deepcopy(net)
     compiled = aot_module(net, "eager")
     assert isinstance(compiled, nn.Module)
-    assert [p.data_ptr() for p in compiled.parameters()] == [p.data_ptr() for p in net.parameters()]
+    assert [p.data_ptr() for p in compiled.parameters()] == [
+        p.data_ptr() for p in net.parameters()
+    ]
     x, t = data(False)
     got = losses(compiled, lambda x, t: F.cross_entropy(compiled(x), t), x, t, SGD)
     want = losses(twin, lambda x, t: F.cross_entropy(twin(x), t), x, t, SGD)
@@ -79,7 +100,9 @@ def test_whole_step_with_the_learning_rate_as_a_tensor():
     def step(params, x, t, lr):
         leaves = [p.detach().requires_grad_() for p in params]
         loss = F.mse_loss(torch.tanh(x @ leaves[0]) @ leaves[1], t)
-        return loss.detach(), [p - lr * g for p, g in zip(params, torch.autograd.grad(loss, leaves))]
+        return loss.detach(), [
+            p - lr * g for p, g in zip(params, torch.autograd.grad(loss, leaves))
+        ]
 
     x, t = torch.randn(8, 3), torch.randn(8, 2)
     compiled = jit(step)
@@ -128,7 +151,16 @@ def test_results_require_grad_as_in_eager():
     def f(x, w):
         with torch.no_grad():
             frozen = x * 2
-        return x * 2, w * 2, frozen, x.detach() * 2, x > 0, x.argmax(), (x * w.detach()), torch.ones(2)
+        return (
+            x * 2,
+            w * 2,
+            frozen,
+            x.detach() * 2,
+            x > 0,
+            x.argmax(),
+            (x * w.detach()),
+            torch.ones(2),
+        )
 
     x, w = torch.randn(2, requires_grad=True), torch.randn(2)
     assert [t.requires_grad for t in jit(f)(x, w)] == [t.requires_grad for t in f(x, w)]

@@ -5,7 +5,19 @@ import torch
 from torch import nn
 
 import aotfunc
-from aotfunc import aot_function, grad, hessian, jacfwd, jacrev, jit, jvp, linearize, make_fx, vjp, vmap
+from aotfunc import (
+    aot_function,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jit,
+    jvp,
+    linearize,
+    make_fx,
+    vjp,
+    vmap,
+)
 from tests.aot.compilers import Watched
 from tests.inputs import f64
 from tests.reference import assert_same
@@ -19,7 +31,8 @@ def batched(m, x):
     return torch.stack([x, x * 2, x.cos()])
 
 
-#: what is done, with `t` the library of transforms (ours, or torch.func as reference) and g the compiled function
+#: what is done, with `t` the library of transforms (ours, or torch.func as reference) and g the
+# compiled function
 TRANSFORMED = {
     "grad": lambda t, g, x: t.grad(g)(x),
     "grad of grad": lambda t, g, x: t.grad(lambda x: t.grad(g)(x).sum())(x),
@@ -39,7 +52,9 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("compiled", [lambda f, c: jit(f, c), lambda f, c: aot_function(f, c)], ids=["jit", "aot"])
+@pytest.mark.parametrize(
+    "compiled", [lambda f, c: jit(f, c), lambda f, c: aot_function(f, c)], ids=["jit", "aot"]
+)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_stays_compiled(name, compiled):
     run, x, w = TRANSFORMED[name], f64(3), Watched()
@@ -50,7 +65,9 @@ def test_stays_compiled(name, compiled):
         run(aotfunc, g, x)
     assert_same(got, run(torch.func, f, x))
     assert calls > 0 and w.calls == calls, "compiled on the first call, and only then"
-    arithmetic = {"sin", "exp", "cos", "sum"} - ({"cos"} if "jvp" in name or name == "linearize" else set())
+    arithmetic = {"sin", "exp", "cos", "sum"} - (
+        {"cos"} if "jvp" in name or name == "linearize" else set()
+    )
     assert not arithmetic & (w.outside - {"sum"}), f"ran outside of compiled code: {w.outside}"
     assert {"exp"} <= w.inside
 
@@ -77,20 +94,35 @@ def test_the_carried_graph_keeps_its_compiler_in_a_larger_function():
     with inner:
         got = grad(lambda x: (g(x).exp() + x).sum())(x)
     assert_same(got, torch.func.grad(lambda x: ((x.sin() * x).exp() + x).sum())(x))
-    assert "sin" in inner.inside and "exp" not in inner.inside and "exp" in inner.outside and not outer.calls
+    assert (
+        "sin" in inner.inside
+        and "exp" not in inner.inside
+        and "exp" in inner.outside
+        and not outer.calls
+    )
 
 
 def test_second_order_both_ways():
     x = f64(3)
     g = jit(f)
     want = torch.func.hessian(f)(x)
-    for h in (jacrev(jacrev(g)), jacfwd(jacrev(g)), jacfwd(jacfwd(g)), jacrev(jacfwd(g)), hessian(g)):
+    for h in (
+        jacrev(jacrev(g)),
+        jacfwd(jacrev(g)),
+        jacfwd(jacfwd(g)),
+        jacrev(jacfwd(g)),
+        hessian(g),
+    ):
         assert_same(h(x), want)
 
 
 def test_results_of_transforms_go_on_under_autograd():
     x = f64(3).requires_grad_()
-    for t in (grad(jit(f)), lambda x: vjp(jit(f), x)[1](torch.ones((), dtype=x.dtype))[0], jit(grad(jit(f)))):
+    for t in (
+        grad(jit(f)),
+        lambda x: vjp(jit(f), x)[1](torch.ones((), dtype=x.dtype))[0],
+        jit(grad(jit(f))),
+    ):
         (h,) = torch.autograd.grad(t(x).sum(), x)
         assert_same(h, torch.func.hessian(f)(x.detach()).sum(0))
 
@@ -103,8 +135,13 @@ def test_several_arguments_and_results():
     for argnums in (0, 1, (0, 1)):
         assert_same(grad(loss(g), argnums)(p, x), torch.func.grad(loss(plain), argnums)(p, x))
     xs = f64(4, 3)
-    assert_same(vmap(lambda x: g(p, x, 2), out_dims=0)(xs), torch.func.vmap(lambda x: plain(p, x, 2))(xs))
-    assert_same(jvp(lambda x: g(p, x, 2)["y"], (x,), (x,)), torch.func.jvp(lambda x: plain(p, x, 2)["y"], (x,), (x,)))
+    assert_same(
+        vmap(lambda x: g(p, x, 2), out_dims=0)(xs), torch.func.vmap(lambda x: plain(p, x, 2))(xs)
+    )
+    assert_same(
+        jvp(lambda x: g(p, x, 2)["y"], (x,), (x,)),
+        torch.func.jvp(lambda x: plain(p, x, 2)["y"], (x,), (x,)),
+    )
 
 
 def test_batch_dimensions():
@@ -147,7 +184,8 @@ def test_modules():
 
 
 def test_cotangents_and_tangents_have_the_strides_that_were_compiled_for():
-    """An expanded or transposed cotangent is laid out anew: Inductor's code reads with fixed strides."""
+    """An expanded or transposed cotangent is laid out anew: Inductor's code reads with fixed
+    strides."""
 
     def strict(gm, example_inputs):
         planned = [n.meta["val"].stride() for n in gm.graph.nodes if n.op == "placeholder"]

@@ -25,7 +25,9 @@ def step(f, optimizer, x):
     return value
 
 
-@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"])
+@pytest.mark.parametrize(
+    "compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
+)
 def test_a_training_step_under_torch_compile(compiled):
     """Dynamo meets the backward too: it looks into neither half."""
     ours = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -1,6 +1,6 @@
-"""Writes and aliasing as in eager: constants made inside, views that change nothing, shapes changed in place, writes in
-view of autograd and hidden from it. What cannot be so is refused, and nothing outside has changed then.
-"""
+"""Writes and aliasing as in eager: constants made inside, views that change nothing, shapes
+changed in place, writes in view of autograd and hidden from it. What cannot be so is refused, and
+nothing outside has changed then."""
 
 import numpy as np
 import pytest
@@ -36,16 +36,26 @@ def tensors(tree):
 
 
 def relation(*trees):
-    """For each tensor which storage it has, where it lies in it, and whether it is a tensor that came before."""
+    """For each tensor which storage it has, where it lies in it, and whether it is a tensor that
+    came before."""
     storages, ids = {}, {}
     found = []
     for x in tensors(trees):
         storage = storages.setdefault(x.untyped_storage().data_ptr(), len(storages))
-        found.append((storage, tuple(x.shape), x.stride(), x.storage_offset(), ids.setdefault(id(x), len(ids))))
+        found.append(
+            (
+                storage,
+                tuple(x.shape),
+                x.stride(),
+                x.storage_offset(),
+                ids.setdefault(id(x), len(ids)),
+            )
+        )
     return found
 
 
-# ----- constants made inside -----------------------------------------------------------------------------------------
+# ----- constants made inside
+# -----------------------------------------------------------------------------------------
 
 CONSTANTS = {
     "tensor": lambda x: torch.tensor([1.0, 2.0, 3.0]),
@@ -116,7 +126,8 @@ def data(c, x):
 
 @compiled
 @pytest.mark.parametrize(
-    "use", [returned, written, accumulated, view, both, both_written, listed, expanded, hidden, data]
+    "use",
+    [returned, written, accumulated, view, both, both_written, listed, expanded, hidden, data],
 )
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constants_made_inside(name, use, wrap):
@@ -166,7 +177,8 @@ def test_constants_in_graphs_and_transforms(name):
         batch.add_(100)
 
 
-# ----- views that change nothing --------------------------------------------------------------------------------------
+# ----- views that change nothing
+# --------------------------------------------------------------------------------------
 
 NOTHING = {
     "[:]": lambda x: x[:],
@@ -190,7 +202,11 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_views_that_change_nothing(name, wrap):
     f = NOTHING[name]
-    g, leaf, other = wrap(f), torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    g, leaf, other = (
+        wrap(f),
+        torch.ones(2, 3, requires_grad=True),
+        torch.ones(2, 3, requires_grad=True),
+    )
     assert relation(leaf, g(leaf)) == relation(other, f(other))
     got, want = g(leaf), f(other)
     assert (got.requires_grad, got.is_leaf) == (want.requires_grad, want.is_leaf)
@@ -208,7 +224,8 @@ def test_views_that_change_nothing(name, wrap):
     assert_same(x, y)
 
 
-# ----- shapes and history changed in place ----------------------------------------------------------------------------
+# ----- shapes and history changed in place
+# ----------------------------------------------------------------------------
 
 
 def t(x):
@@ -277,7 +294,20 @@ def several(x):
 @compiled
 @pytest.mark.parametrize("active", [False, True])
 @pytest.mark.parametrize(
-    "f", [t, unsqueezed, squeezed, transposed, swapped, detached, strided, strided_from, smaller, several, saved]
+    "f",
+    [
+        t,
+        unsqueezed,
+        squeezed,
+        transposed,
+        swapped,
+        detached,
+        strided,
+        strided_from,
+        smaller,
+        several,
+        saved,
+    ],
 )
 def test_shapes_changed_in_place(f, active, wrap):
     if f is smaller and active:
@@ -289,7 +319,9 @@ def test_shapes_changed_in_place(f, active, wrap):
         got, want = g(x), f(y)
         assert_same((x, got), (y, want))
         assert relation(x, got) == relation(y, want)
-        assert [a.requires_grad for a in tensors((x, got))] == [e.requires_grad for e in tensors((y, want))]
+        assert [a.requires_grad for a in tensors((x, got))] == [
+            e.requires_grad for e in tensors((y, want))
+        ]
         if active:
             losses = [sum((a * a).sum() for a in tensors(z)) for z in ((x, got), (y, want))]
             assert_same(torch.autograd.grad(losses[0], x0), torch.autograd.grad(losses[1], y0))
@@ -326,13 +358,17 @@ def test_requires_grad_of_an_argument(wrap):
     got, want = wrap(f)(x), f(y)
     assert_same(got, want)
     assert x.requires_grad
-    assert_same(torch.autograd.grad(got[0].sum() + got[1], x), torch.autograd.grad(want[0].sum() + want[1], y))
+    assert_same(
+        torch.autograd.grad(got[0].sum() + got[1], x),
+        torch.autograd.grad(want[0].sum() + want[1], y),
+    )
     frozen = torch.ones(3, requires_grad=True)
     assert not wrap(lambda x: x.requires_grad_(False).mul_(2))(frozen).requires_grad
     assert not frozen.requires_grad
 
 
-# ----- what is refused ------------------------------------------------------------------------------------------------
+# ----- what is refused
+# ------------------------------------------------------------------------------------------------
 
 
 def outside():
@@ -351,7 +387,9 @@ REFUSED = {
     "shape of a buffer": lambda p, b: lambda x: b.unsqueeze_(0) * x,
     "shared data": lambda p, b: lambda x: (lambda y: setattr(y, "data", x) or y.add_(1))(x * 2),
     "data and an older view": lambda p, b: (
-        lambda x: (lambda y, v: setattr(y, "data", x * 3) or y.add_(1) + v)(*(lambda y: (y, y[:]))(x * 2))
+        lambda x: (lambda y, v: setattr(y, "data", x * 3) or y.add_(1) + v)(
+            *(lambda y: (y, y[:]))(x * 2)
+        )
     ),
 }
 ONCE = {
@@ -420,13 +458,18 @@ class WritesToWhatItSaved(torch.autograd.Function):
         return g * k.mul_(2)
 
 
-@pytest.mark.parametrize("wrap", [jit, lambda f: aot_function(f, "eager"), lambda f: grad(lambda x: f(x).sum())])
+@pytest.mark.parametrize(
+    "wrap", [jit, lambda f: aot_function(f, "eager"), lambda f: grad(lambda x: f(x).sum())]
+)
 def test_a_backward_that_writes_to_what_it_saved_is_refused(wrap):
-    with pytest.raises(CaptureError, match="WritesToWhatItSaved writes to what it was given or saved"):
+    with pytest.raises(
+        CaptureError, match="WritesToWhatItSaved writes to what it was given or saved"
+    ):
         wrap(lambda x: WritesToWhatItSaved.apply(x) * 1)(torch.ones(3, requires_grad=True))
 
 
-# ----- arguments that share memory ------------------------------------------------------------------------------------
+# ----- arguments that share memory
+# ------------------------------------------------------------------------------------
 
 
 def matrix():
@@ -469,7 +512,12 @@ def test_arguments_that_share_memory(share, f, wrap):
         found = tensors((outs, args))
         loss = sum((t * t).sum() for t in found if t.requires_grad)
         same = [[a is b for b in args] for a in tensors(outs)]
-        return found, [t.requires_grad for t in found], same, torch.autograd.grad(loss, leaf, allow_unused=True)
+        return (
+            found,
+            [t.requires_grad for t in found],
+            same,
+            torch.autograd.grad(loss, leaf, allow_unused=True),
+        )
 
     assert_same(run(wrap(f)), run(f))
 

@@ -1,6 +1,6 @@
-"""Zeros that ops with a derivative of zero give are gradients: multiplied as others on their way, infinities included;
-they require grad where what they were multiplied by does, and come of the results that a gradient reaches alone.
-"""
+"""Zeros that ops with a derivative of zero give are gradients: multiplied as others on their way,
+infinities included; they require grad where what they were multiplied by does, and come of the
+results that a gradient reaches alone."""
 
 import pytest
 import torch

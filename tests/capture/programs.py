@@ -1,4 +1,5 @@
-"""The table of varied programs that capture must get right: name -> a builder of (function, arguments)."""
+"""The table of varied programs that capture must get right: name -> a builder of (function,
+arguments)."""
 
 from collections import namedtuple
 
@@ -30,17 +31,30 @@ def module(net, *args, train=False):
     return lambda p, *xs: functional_call(net, p, xs), (params, *args)
 
 
-# layers --------------------------------------------------------------------------------------------------------------
+# layers
+# --------------------------------------------------------------------------------------------------------------
 
 
 @program
 def mlp():
-    return module(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 2)), f64(3, 4))
+    return module(
+        nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 2)),
+        f64(3, 4),
+    )
 
 
 @program
 def activations():
-    layers = [nn.ELU(), nn.SELU(), nn.Mish(), nn.SiLU(), nn.Softplus(), nn.LeakyReLU(), nn.Hardswish(), nn.Sigmoid()]
+    layers = [
+        nn.ELU(),
+        nn.SELU(),
+        nn.Mish(),
+        nn.SiLU(),
+        nn.Softplus(),
+        nn.LeakyReLU(),
+        nn.Hardswish(),
+        nn.Sigmoid(),
+    ]
     return (lambda x: torch.stack([layer(x) for layer in layers])), (f64(3, 4),)
 
 
@@ -51,13 +65,18 @@ def glu_and_prelu():
 
 @program
 def conv_pool():
-    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, stride=2))
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, stride=2)
+    )
     return module(net, f64(2, 1, 8, 8))
 
 
 @program
 def conv1d_and_transposed():
-    return module(nn.Sequential(nn.Conv1d(2, 3, 3, dilation=2), nn.ConvTranspose1d(3, 2, 4, stride=2)), f64(2, 2, 9))
+    return module(
+        nn.Sequential(nn.Conv1d(2, 3, 3, dilation=2), nn.ConvTranspose1d(3, 2, 4, stride=2)),
+        f64(2, 2, 9),
+    )
 
 
 @program
@@ -77,7 +96,9 @@ def batch_norm_without_statistics():
 
 @program
 def layer_group_instance_norm():
-    net = nn.Sequential(nn.LayerNorm([4, 5, 5]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True))
+    net = nn.Sequential(
+        nn.LayerNorm([4, 5, 5]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)
+    )
     return module(net, f64(2, 4, 5, 5))
 
 
@@ -89,7 +110,10 @@ def rms_norm():
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.a, self.b = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.a, self.b = (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
         self.na, self.nb = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x):
@@ -102,7 +126,10 @@ class Block(nn.Module):
 @program
 def resnet_like():
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
-    return module(nn.Sequential(nn.Conv2d(1, 4, 3), Block(4), nn.MaxPool2d(2), Block(4), *head), f64(2, 1, 8, 8))
+    return module(
+        nn.Sequential(nn.Conv2d(1, 4, 3), Block(4), nn.MaxPool2d(2), Block(4), *head),
+        f64(2, 1, 8, 8),
+    )
 
 
 @program
@@ -139,23 +166,32 @@ def rnn_and_cells():
 @program
 def embedding():
     return module(
-        nn.Sequential(nn.Embedding(10, 4, padding_idx=0), nn.Linear(4, 2)), torch.tensor([[1, 0, 3], [3, 9, 9]])
+        nn.Sequential(nn.Embedding(10, 4, padding_idx=0), nn.Linear(4, 2)),
+        torch.tensor([[1, 0, 3], [3, 9, 9]]),
     )
 
 
 @program
 def transformer_layer():
-    return module(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), f64(2, 5, 8), train=True)
+    return module(
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        f64(2, 5, 8),
+        train=True,
+    )
 
 
 @program
 def transformer_layer_eval_is_off_the_fast_path():
-    return module(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), f64(2, 5, 8))
+    return module(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), f64(2, 5, 8)
+    )
 
 
 @program
 def transformer_decoder():
-    return module(nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0), f64(4, 2, 8), f64(3, 2, 8), train=True)
+    return module(
+        nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0), f64(4, 2, 8), f64(3, 2, 8), train=True
+    )
 
 
 @program
@@ -198,7 +234,11 @@ def losses():
 def interpolation_and_padding():
     def f(x):
         up = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return F.pad(up, (1, 2, 0, 1), mode="reflect"), F.pad(x, (1, 1), value=2.0), F.pixel_shuffle(x, 2)
+        return (
+            F.pad(up, (1, 2, 0, 1), mode="reflect"),
+            F.pad(x, (1, 1), value=2.0),
+            F.pixel_shuffle(x, 2),
+        )
 
     return f, (f64(1, 4, 3, 3),)
 
@@ -221,10 +261,14 @@ def pooling():
 
 @program
 def grid_sample():
-    return (lambda x, g: F.grid_sample(x, g, align_corners=False)), (f64(1, 2, 4, 4), 0.5 * f64(1, 3, 3, 2))
+    return (lambda x, g: F.grid_sample(x, g, align_corners=False)), (
+        f64(1, 2, 4, 4),
+        0.5 * f64(1, 3, 3, 2),
+    )
 
 
-# tensor algebra ------------------------------------------------------------------------------------------------------
+# tensor algebra
+# ------------------------------------------------------------------------------------------------------
 
 
 @program
@@ -235,29 +279,47 @@ def einsum():
 
 @program
 def tensordot_kron_outer():
-    return (lambda a, b: (torch.tensordot(a, b, 1), torch.kron(a, b), torch.outer(a[0], b[0]))), (f64(2, 3), f64(3, 2))
+    return (lambda a, b: (torch.tensordot(a, b, 1), torch.kron(a, b), torch.outer(a[0], b[0]))), (
+        f64(2, 3),
+        f64(3, 2),
+    )
 
 
 @program
 def matmul_broadcast():
-    return (lambda a, b, c: (a @ b, a @ c, c @ b, c @ c)), (f64(2, 3, 4), f64(2, 4, 3)[:, :, :3], f64(4))
+    return (lambda a, b, c: (a @ b, a @ c, c @ b, c @ c)), (
+        f64(2, 3, 4),
+        f64(2, 4, 3)[:, :, :3],
+        f64(4),
+    )
 
 
 @program
 def fft():
-    f = lambda x: (torch.fft.rfft(x).abs(), torch.fft.irfft(torch.fft.rfft(x) * 2, n=6), torch.fft.fft2(x).real)
+    f = lambda x: (
+        torch.fft.rfft(x).abs(),
+        torch.fft.irfft(torch.fft.rfft(x) * 2, n=6),
+        torch.fft.fft2(x).real,
+    )
     return f, (f64(3, 6),)
 
 
 @program
 def stft():
-    f = lambda x: torch.stft(x, 8, 4, window=torch.hann_window(8, dtype=x.dtype), return_complex=True).abs()
+    f = lambda x: torch.stft(
+        x, 8, 4, window=torch.hann_window(8, dtype=x.dtype), return_complex=True
+    ).abs()
     return f, (f64(32),)
 
 
 @program
 def linalg_solve_and_det():
-    f = lambda a, b: (torch.linalg.solve(a, b), torch.linalg.det(a), torch.linalg.inv(a), torch.linalg.slogdet(a)[1])
+    f = lambda a, b: (
+        torch.linalg.solve(a, b),
+        torch.linalg.det(a),
+        torch.linalg.inv(a),
+        torch.linalg.slogdet(a)[1],
+    )
     return f, (f64(3, 3) + 3 * torch.eye(3, dtype=torch.float64), f64(3, 2))
 
 
@@ -279,7 +341,9 @@ def linalg_factorisations():
 
 @program
 def matrix_exp_and_power():
-    return (lambda a: (torch.linalg.matrix_exp(a), torch.linalg.matrix_power(a, 3), torch.trace(a))), (f64(3, 3),)
+    return (
+        lambda a: (torch.linalg.matrix_exp(a), torch.linalg.matrix_power(a, 3), torch.trace(a))
+    ), (f64(3, 3),)
 
 
 @program
@@ -299,7 +363,15 @@ def statistics():
 
 @program
 def sorting():
-    f = lambda x: (*x.sort(1), *x.topk(2), x.kthvalue(2)[0], x.amax(1), *x.max(0), x.cummax(1)[0], x.argsort(0))
+    f = lambda x: (
+        *x.sort(1),
+        *x.topk(2),
+        x.kthvalue(2)[0],
+        x.amax(1),
+        *x.max(0),
+        x.cummax(1)[0],
+        x.argsort(0),
+    )
     return f, (f64(3, 5),)
 
 
@@ -352,7 +424,16 @@ def shapes():
 @program
 def advanced_indexing():
     i = torch.tensor([0, 2, 2])
-    f = lambda x: (x[i], x[:, i], x[i, i], x[..., None, 1:3], x[::2, ::3], x[i[:, None], i], x[None, i, None], x[-1])
+    f = lambda x: (
+        x[i],
+        x[:, i],
+        x[i, i],
+        x[..., None, 1:3],
+        x[::2, ::3],
+        x[i[:, None], i],
+        x[None, i, None],
+        x[-1],
+    )
     return f, (f64(3, 4),)
 
 
@@ -424,10 +505,13 @@ def factories():
 
 @program
 def a_tensor_of_python_numbers():
-    return (lambda x: x * torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype) + torch.as_tensor(2.0)), (f64(3),)
+    return (lambda x: x * torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype) + torch.as_tensor(2.0)), (
+        f64(3),
+    )
 
 
-# writing -------------------------------------------------------------------------------------------------------------
+# writing
+# -------------------------------------------------------------------------------------------------------------
 
 
 @program
@@ -570,7 +654,8 @@ def batch_norm_training():
     )
 
 
-# derivatives inside --------------------------------------------------------------------------------------------------
+# derivatives inside
+# --------------------------------------------------------------------------------------------------
 
 
 @program
@@ -594,13 +679,19 @@ def autograd_grad_of_a_fresh_leaf():
 
 @program
 def torch_func_inside():
-    f = lambda x: (torch.func.vmap(torch.func.grad(lambda y: (y**3).sum()))(x), torch.func.jacrev(torch.sin)(x[0]))
+    f = lambda x: (
+        torch.func.vmap(torch.func.grad(lambda y: (y**3).sum()))(x),
+        torch.func.jacrev(torch.sin)(x[0]),
+    )
     return f, (f64(2, 3),)
 
 
 @program
 def torch_func_jvp_and_hessian_inside():
-    f = lambda x: (torch.func.jvp(torch.sin, (x,), (x,)), torch.func.hessian(lambda y: (y**3).sum())(x))
+    f = lambda x: (
+        torch.func.jvp(torch.sin, (x,), (x,)),
+        torch.func.hessian(lambda y: (y**3).sum())(x),
+    )
     return f, (f64(3),)
 
 
@@ -615,7 +706,8 @@ def double_backward_inside():
     return f, (f64(3).requires_grad_(),)
 
 
-# trees, modes --------------------------------------------------------------------------------------------------------
+# trees, modes
+# --------------------------------------------------------------------------------------------------------
 
 
 @program
@@ -677,12 +769,17 @@ def integers_and_bits():
 @program
 def channels_last():
     net = nn.Conv2d(2, 3, 3).double().to(memory_format=torch.channels_last)
-    return (lambda x: (F.relu(net(x)), x.contiguous())), (f64(2, 2, 5, 5).to(memory_format=torch.channels_last),)
+    return (lambda x: (F.relu(net(x)), x.contiguous())), (
+        f64(2, 2, 5, 5).to(memory_format=torch.channels_last),
+    )
 
 
 @program
 def strided_inputs():
-    return (lambda x, y: (x + y, x.contiguous(), (x * 2).t().view(-1), x.flatten())), (f64(4, 3).t(), f64(3, 8)[:, ::2])
+    return (lambda x, y: (x + y, x.contiguous(), (x * 2).t().view(-1), x.flatten())), (
+        f64(4, 3).t(),
+        f64(3, 8)[:, ::2],
+    )
 
 
 @program

@@ -1,4 +1,5 @@
-"""f asks for numbers, prints, leaks values: served on concrete inputs, else an error with the user's line."""
+"""f asks for numbers, prints, leaks values: served on concrete inputs, else an error with the
+user's line."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from aotfunc.trace import replay
 from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
-# numbers -------------------------------------------------------------------------------------------------------------
+# numbers
+# -------------------------------------------------------------------------------------------------------------
 
 
 def by_item(x):
@@ -77,7 +79,9 @@ ASKING = [
     by_format,
 ]
 asking = pytest.mark.parametrize("f", ASKING, ids=lambda f: f.__name__)
-never = pytest.mark.parametrize("f", [by_an_iteration, by_numpy_of_a_constant], ids=lambda f: f.__name__)
+never = pytest.mark.parametrize(
+    "f", [by_an_iteration, by_numpy_of_a_constant], ids=lambda f: f.__name__
+)
 
 
 @asking
@@ -104,7 +108,9 @@ def test_vmap_answers_where_the_samples_agree_and_else_names_the_line(f):
     x = f64(3)
     same = x.expand(4, 3)
     assert_same(vmap(f)(same), f(x).expand(4, *f(x).shape))
-    mixed = torch.tensor([[1.0, 2.0, 0.3], [-1.0, -2.0, 0.2], [9.0, 0.5, 0.1]], dtype=torch.float64)
+    mixed = torch.tensor(
+        [[1.0, 2.0, 0.3], [-1.0, -2.0, 0.2], [9.0, 0.5, 0.1]], dtype=torch.float64
+    )
     try:
         out = vmap(f)(mixed)
     except AotfuncError as error:
@@ -223,7 +229,11 @@ def test_a_specialised_result_is_not_reused():
 def test_a_data_dependent_shape_is_right_or_an_error():
     f = lambda x: (x[x > 0] ** 2).sum()
     x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-    for run, expected in ((grad(f), grads(f)(x)), (lambda x: make_fx(f)(x)(x), f(x)), (jit(f), f(x))):
+    for run, expected in (
+        (grad(f), grads(f)(x)),
+        (lambda x: make_fx(f)(x)(x), f(x)),
+        (jit(f), f(x)),
+    ):
         try:
             out = run(x)
         except AotfuncError as error:
@@ -245,7 +255,8 @@ def test_numpy_of_a_traced_value():
         jit(f)(x)
 
 
-# printing ------------------------------------------------------------------------------------------------------------
+# printing
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_print_never_asks(capsys):
@@ -261,7 +272,8 @@ def test_print_never_asks(capsys):
         assert "float64" in text and ("3, 4" in text or "4" in text)
 
 
-# leaks ---------------------------------------------------------------------------------------------------------------
+# leaks
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_leaked_value_is_usable_after_an_unjitted_grad():
@@ -343,7 +355,8 @@ def test_backward_inside_f_onto_a_closed_over_leaf_is_refused():
     assert w.grad is None
 
 
-# errors name the user's line -----------------------------------------------------------------------------------------
+# errors name the user's line
+# -----------------------------------------------------------------------------------------
 
 
 def test_no_internal_frames_are_needed_to_understand():
@@ -371,7 +384,8 @@ def test_global_state_survives_an_error():
     assert_same(aotfunc.grad(lambda x: x.sum())(torch.ones(2)), torch.ones(2))
 
 
-# loops that ask in every round --------------------------------------------------------------------------------------
+# loops that ask in every round
+# --------------------------------------------------------------------------------------
 
 
 def rounds(n, asks=True):
@@ -409,10 +423,21 @@ def inner_gradients(n, asks=True):
         lambda f: vmap(vmap(f)),
         lambda f: vmap(lambda x: jvp(f, (x,), (x,))[1]),
         lambda f: vmap(f, in_dims=1),
-        lambda f: vmap(lambda x: vmap(lambda y: f(y.cos() * x.sin().sum()), in_dims=-1)(x.exp()).sum() * x),
+        lambda f: vmap(
+            lambda x: vmap(lambda y: f(y.cos() * x.sin().sum()), in_dims=-1)(x.exp()).sum() * x
+        ),
         lambda f: vmap(lambda x: grad(lambda y: f(y * x.sin()))(x.exp())),
     ],
-    ids=["grad", "vmap", "grad grad", "vmap grad", "grad vmap", "vmap vmap", "vmap jvp", "vmap of columns"]
+    ids=[
+        "grad",
+        "vmap",
+        "grad grad",
+        "vmap grad",
+        "grad vmap",
+        "vmap vmap",
+        "vmap jvp",
+        "vmap of columns",
+    ]
     + ["steps around vmap", "steps around grad"],
 )
 def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
@@ -421,7 +446,9 @@ def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
 
     def counted(module, name, steps):
         original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: (ran.append(steps(*args)), original(*args))[1])
+        monkeypatch.setattr(
+            module, name, lambda *args: (ran.append(steps(*args)), original(*args))[1]
+        )
 
     counted(replay, "instr_run", lambda *_: 1)
     counted(concretize, "part", lambda records, *_: len(records))

@@ -1,4 +1,5 @@
-"""torch.autograd.Function in every style and by every name: its own rules are used, nested and under vmap."""
+"""torch.autograd.Function in every style and by every name: its own rules are used, nested and
+under vmap."""
 
 import pytest
 import torch
@@ -216,7 +217,11 @@ def test_jacobian(name):
 @functions
 def test_backward_outside(name):
     x = f64(3)
-    for run in (aotfunc.jit(FUNCTIONS[name]), aotfunc.aot_function(FUNCTIONS[name], "eager"), vmap(FUNCTIONS[name])):
+    for run in (
+        aotfunc.jit(FUNCTIONS[name]),
+        aotfunc.aot_function(FUNCTIONS[name], "eager"),
+        vmap(FUNCTIONS[name]),
+    ):
         leaf = x.clone().requires_grad_()
         (g,) = torch.autograd.grad(run(leaf).sum(), leaf)
         assert_same(g, grads(total(name))(x))
@@ -354,14 +359,22 @@ class Counting(torch.autograd.Function):
 NEEDED = {
     "grad by x": (lambda f, x, w: grad(lambda x: f(x, w).sum())(x), lambda x, w: w),
     "argnums": (lambda f, x, w: grad(lambda x, w: f(x, w).sum(), 1)(x, w), lambda x, w: x),
-    "both": (lambda f, x, w: grad(lambda x, w: f(x, w).sum(), (0, 1))(x, w)[0], lambda x, w: 2 * w),
+    "both": (
+        lambda f, x, w: grad(lambda x, w: f(x, w).sum(), (0, 1))(x, w)[0],
+        lambda x, w: 2 * w,
+    ),
     "vmap in grad": (lambda f, x, w: grad(lambda x: vmap(f)(x, w).sum())(x), lambda x, w: w),
     "grad in vmap": (lambda f, x, w: vmap(grad(f))(x, w), lambda x, w: w),
     "jacfwd": (lambda f, x, w: aotfunc.jacfwd(lambda w: f(x, w))(w), lambda x, w: torch.diag(x)),
-    "a detached value": (lambda f, x, w: grad(lambda x: f(x, x.detach()).sum())(x), lambda x, w: x),
+    "a detached value": (
+        lambda f, x, w: grad(lambda x: f(x, x.detach()).sum())(x),
+        lambda x, w: x,
+    ),
     "jit in grad": (lambda f, x, w: grad(lambda x: aotfunc.jit(f)(x, w).sum())(x), lambda x, w: w),
     "a closed-over leaf": (
-        lambda f, x, w: (lambda leaf: grad(lambda x: f(x, leaf).sum())(x))(w.clone().requires_grad_()),
+        lambda f, x, w: (lambda leaf: grad(lambda x: f(x, leaf).sum())(x))(
+            w.clone().requires_grad_()
+        ),
         lambda x, w: 2 * w,
     ),
 }
@@ -413,7 +426,9 @@ class Asking(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x, y):
-        x, y = (t.movedim(d, -1) if d is not None else t.unsqueeze(-1) for t, d in zip((x, y), in_dims))
+        x, y = (
+            t.movedim(d, -1) if d is not None else t.unsqueeze(-1) for t, d in zip((x, y), in_dims)
+        )
         return Asking.apply(x, y), -1
 
 
@@ -440,7 +455,9 @@ class CubeByAsking(torch.autograd.Function):
         return Asking.apply(t, slope), 6 * Asking.apply(t, x)
 
 
-@pytest.mark.parametrize("f", [lambda x: CubeByAsking.apply(x)[0], lambda x: Asking.apply(x, Asking.apply(x, x))])
+@pytest.mark.parametrize(
+    "f", [lambda x: CubeByAsking.apply(x)[0], lambda x: Asking.apply(x, Asking.apply(x, x))]
+)
 def test_a_rule_that_asks_what_is_needed_is_differentiated_again(f):
     x, v = torch.randn(2, 3, dtype=torch.float64)
     once, twice = 3 * x**2, 6 * x * v
@@ -452,7 +469,9 @@ def test_a_rule_that_asks_what_is_needed_is_differentiated_again(f):
         aotfunc.vjp(pull, x)[1](torch.ones_like(x))[0],
         aotfunc.jvp(pull, (x,), (torch.ones_like(x),))[1],
         aotfunc.vmap(aotfunc.grad(lambda x, v: aotfunc.jvp(f, (x,), (v,))[1]))(x, v),
-        aotfunc.grad(lambda x: aotfunc.vmap(lambda x, v: aotfunc.jvp(f, (x,), (v,))[1])(x, v).sum())(x),
+        aotfunc.grad(
+            lambda x: aotfunc.vmap(lambda x, v: aotfunc.jvp(f, (x,), (v,))[1])(x, v).sum()
+        )(x),
         aotfunc.vmap(aotfunc.grad(lambda x: aotfunc.grad(f)(x)))(x) * v,
         aotfunc.grad(lambda x: aotfunc.vmap(aotfunc.grad(f))(x).sum())(x) * v,
     ):

@@ -1,4 +1,5 @@
-"""A Python number that is another one at each call: no program each, and what eager computes with the number."""
+"""A Python number that is another one at each call: no program each, and what eager computes with
+the number."""
 
 import math
 
@@ -15,7 +16,9 @@ def made(monkeypatch):
     """The programs that are made meanwhile."""
     found = []
     build = captured.Captured._build
-    monkeypatch.setattr(captured.Captured, "_build", lambda self, memory: found.append(1) or build(self, memory))
+    monkeypatch.setattr(
+        captured.Captured, "_build", lambda self, memory: found.append(1) or build(self, memory)
+    )
     return found
 
 
@@ -104,7 +107,9 @@ def test_numbers_that_are_special(name):
         torch.testing.assert_close(functionalize(f)(x, t), f(x, t), rtol=0, atol=0, equal_nan=True)
         leaf = x.clone().requires_grad_()
         f(leaf, t).sum().backward()
-        torch.testing.assert_close(grad(lambda x, t=t: f(x, t).sum())(x), leaf.grad, equal_nan=True)
+        torch.testing.assert_close(
+            grad(lambda x, t=t: f(x, t).sum())(x), leaf.grad, equal_nan=True
+        )
 
 
 def loss(x, t):
@@ -126,8 +131,12 @@ TRANSFORMS = {
     "vmap": lambda x, t: vmap(lambda r: r * t - r.sum() * t)(x),
     "samples of no dimension": lambda x, t: vmap(vmap(lambda r: (r * t).sin() - t))(x),
     "vmap of grad": lambda x, t: vmap(grad(loss), in_dims=(0, None))(x, t),
-    "in place": lambda x, t: functionalize(lambda x: x.mul_(t).add_(x, alpha=2).sub_(t))(x.clone()),
-    "a value is looked at": lambda x, t: grad(lambda x: (x * t).sum() if (x * t).sum() > 0 else x.sum())(x),
+    "in place": lambda x, t: functionalize(lambda x: x.mul_(t).add_(x, alpha=2).sub_(t))(
+        x.clone()
+    ),
+    "a value is looked at": lambda x, t: grad(
+        lambda x: (x * t).sum() if (x * t).sum() > 0 else x.sum()
+    )(x),
     "values of samples": lambda x, t: vmap(lambda r: r * t if (r * t).sum() > 0 else r)(x),
     "argument written": lambda x, t: written(x.clone(), t),
 }
@@ -155,7 +164,15 @@ def test_one_program_for_all_numbers(name, made):
 def test_numbers_are_told_apart(made):
     """Equal ones may be one input, as long as they are equal."""
     f = lambda x, s, t: (x * s + t).sin() / s
-    for s, t in ((0.3, 0.3), (0.4, 0.4), (0.4, 0.7), (0.6, 0.6), (0.6, 0.3), (0.3, 0.3), (0.9, 0.8)):
+    for s, t in (
+        (0.3, 0.3),
+        (0.4, 0.4),
+        (0.4, 0.7),
+        (0.6, 0.6),
+        (0.6, 0.3),
+        (0.3, 0.3),
+        (0.9, 0.8),
+    ):
         torch.testing.assert_close(functionalize(f)(x0, s, t), f(x0, s, t), rtol=0, atol=0)
     assert len(made) == 3
 

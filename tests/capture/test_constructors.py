@@ -1,4 +1,5 @@
-"""``torch.tensor`` of lists that hold traced numbers: eager's value and dtype, and no derivative through it."""
+"""``torch.tensor`` of lists that hold traced numbers: eager's value and dtype, and no derivative
+through it."""
 
 import pytest
 import torch

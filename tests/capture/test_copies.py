@@ -78,6 +78,9 @@ def test_deepcopy_of_an_argument_is_a_leaf_of_its_own():
 
 @pytest.mark.parametrize("how", ["pickle", "save", "copy"])
 def test_differentiated_and_batched_values_are_not_pickled(how):
-    for run in (grad(lambda x: (COPIES[how](x * 2) * x).sum()), lambda x: vmap(COPIES[how])(x[None])):
+    for run in (
+        grad(lambda x: (COPIES[how](x * 2) * x).sum()),
+        lambda x: vmap(COPIES[how])(x[None]),
+    ):
         with pytest.raises(CaptureError, match="cannot be pickled"):
             run(X[0])

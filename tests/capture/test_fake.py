@@ -1,4 +1,5 @@
-"""FakeTensors as arguments: programs say what shapes and dtypes come out; values may not be asked for."""
+"""FakeTensors as arguments: programs say what shapes and dtypes come out; values may not be asked
+for."""
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def test_values_are_refused():
 
 
 def test_numbers_that_change():
-    """A Python number that changes is an input of the program: a tensor that mixes with fake ones."""
+    """A Python number that changes is an input of the program: a tensor that mixes with fake
+    ones."""
     for rate in (0.1, 0.2, 0.3):
         with FakeTensorMode() as mode:
             inside = grad(lambda x, r=rate: (x * r).sin().sum())(torch.ones(3))

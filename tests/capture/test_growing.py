@@ -1,4 +1,5 @@
-"""What a recording knows of itself grows with it: nothing is worked out, or run, again for each question."""
+"""What a recording knows of itself grows with it: nothing is worked out, or run, again for each
+question."""
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from aotfunc.trace.traced import current
 def counting(monkeypatch, module, name):
     """A list that grows at each call of a function of the package."""
     calls, function = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, **how: calls.append(1) or function(*args, **how))
+    monkeypatch.setattr(
+        module, name, lambda *args, **how: calls.append(1) or function(*args, **how)
+    )
     return calls
 
 
@@ -35,7 +38,8 @@ def test_a_loop_that_looks_at_values(monkeypatch):
 
 
 def leaves(n):
-    """An inner loop whose steps differentiate with respect to a new leaf, and close over a new tensor."""
+    """An inner loop whose steps differentiate with respect to a new leaf, and close over a new
+    tensor."""
 
     def f(x):
         total = x
@@ -54,7 +58,11 @@ def leaves(n):
 def test_a_loop_that_makes_leaves(monkeypatch, batched):
     def work(n):
         calls = []
-        for module, name in ((autograd.Reach, "step"), (autograd, "results_of"), (records, "results_of")):
+        for module, name in (
+            (autograd.Reach, "step"),
+            (autograd, "results_of"),
+            (records, "results_of"),
+        ):
             calls.append(counting(monkeypatch, module, name))
         f, x = grad(leaves(n)), torch.rand(2, generator=torch.Generator().manual_seed(0))
         got = vmap(f)(x.expand(2, 2))[1] if batched else f(x)
@@ -100,7 +108,12 @@ def test_a_mark_concerns_what_comes():
         assert not z.requires_grad
         z.requires_grad_()
         after = z * 2
-        assert z.requires_grad and after.requires_grad and view.requires_grad and not before.requires_grad
+        assert (
+            z.requires_grad
+            and after.requires_grad
+            and view.requires_grad
+            and not before.requires_grad
+        )
         return x.sum()
 
     def g(x):

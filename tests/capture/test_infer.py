@@ -1,4 +1,5 @@
-"""Our shape rules: exactly the meta kernels' answers, silence about invalid calls, and nothing imported on the way."""
+"""Our shape rules: exactly the meta kernels' answers, silence about invalid calls, and nothing
+imported on the way."""
 
 import itertools
 import json
@@ -23,9 +24,31 @@ from aotfunc.trace.shapes.sig import Facts, Sig, Slot, contiguous_stride, make_s
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.complex64, torch.int64, torch.float16)
 OTHERS = (*DTYPES, torch.float64, torch.int32, torch.bool, torch.bfloat16, torch.uint8)
-LITERALS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+LITERALS = (
+    int,
+    float,
+    bool,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 #: families that have no rules, or whose samples are many and slow
-SKIPPED = ("linalg", "fft", "sparse", "masked", "signal", "jiterator", "quant", "special", "_refs", "pool3d", "conv3d")
+SKIPPED = (
+    "linalg",
+    "fft",
+    "sparse",
+    "masked",
+    "signal",
+    "jiterator",
+    "quant",
+    "special",
+    "_refs",
+    "pool3d",
+    "conv3d",
+)
 
 
 class Calls(TorchDispatchMode):
@@ -37,7 +60,9 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if rule_for(func) is not None and not Facts(func).dynamic:  # of those no kernel says a shape
+        if (
+            rule_for(func) is not None and not Facts(func).dynamic
+        ):  # of those no kernel says a shape
             key, sigs = [func], []
 
             def sink(t):
@@ -47,7 +72,9 @@ class Calls(TorchDispatchMode):
             template = tuple(encode(a, key, sink) for a in args)
             key.append("**")
             ktemplate = {k: encode(v, key, sink) for k, v in kwargs.items()}
-            if all(isinstance(x, LITERALS) for x in tree_leaves((template, list(ktemplate.values())))):
+            if all(
+                isinstance(x, LITERALS) for x in tree_leaves((template, list(ktemplate.values())))
+            ):
                 self.seen.setdefault(tuple(key), (func, template, ktemplate, tuple(sigs)))
         return func(*args, **kwargs)
 
@@ -57,7 +84,9 @@ def layouts(sample):
 
     def changed(f):
         def one(t):
-            return f(t.detach()).requires_grad_(t.requires_grad) if t.layout is torch.strided else t
+            return (
+                f(t.detach()).requires_grad_(t.requires_grad) if t.layout is torch.strided else t
+            )
 
         return tree_map_only(torch.Tensor, one, (sample.input, sample.args, sample.kwargs))
 
@@ -74,7 +103,8 @@ def layouts(sample):
 
 @pytest.fixture(scope="module")
 def calls():
-    """Calls of many ops and their derivatives, from OpInfo's samples in several dtypes and layouts."""
+    """Calls of many ops and their derivatives, from OpInfo's samples in several dtypes and
+    layouts."""
     mode, draw = Calls(), random.Random(0)
     warnings.simplefilter("ignore")
     for info in op_db:
@@ -87,7 +117,11 @@ def calls():
                 # not info.sample_inputs, which walks the whole stack of a test for each sample
                 generated = info.sample_inputs_func(info, "cpu", dtype, grad)
                 samples = list(itertools.islice(generated, 8 if main else 1))
-            except (RuntimeError, ValueError, TypeError):  # a sample generator that does not know the dtype
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+            ):  # a sample generator that does not know the dtype
                 continue
             for sample in draw.sample(samples, min(2 if main else 1, len(samples))):
                 for x, args, kwargs in itertools.islice(layouts(sample), 4 if main else 1):
@@ -99,10 +133,20 @@ def _run(mode, op, x, args, kwargs):
     """The op and its derivatives once; samples that this layout makes invalid are passed over."""
     try:
         with mode:
-            outs = [o for o in tree_leaves(op(x, *args, **kwargs)) if isinstance(o, torch.Tensor) and o.requires_grad]
-            ins = [t for t in tree_leaves((x, args, kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+            outs = [
+                o
+                for o in tree_leaves(op(x, *args, **kwargs))
+                if isinstance(o, torch.Tensor) and o.requires_grad
+            ]
+            ins = [
+                t
+                for t in tree_leaves((x, args, kwargs))
+                if isinstance(t, torch.Tensor) and t.requires_grad
+            ]
             if outs and ins:
-                torch.autograd.grad(outs, ins, [torch.ones_like(o) for o in outs], allow_unused=True)
+                torch.autograd.grad(
+                    outs, ins, [torch.ones_like(o) for o in outs], allow_unused=True
+                )
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
         pass
 
@@ -135,7 +179,9 @@ def mismatches(calls):
         theirs = by_kernel(op, args, kwargs, sigs)
         if ours is not theirs and described(ours) != described(theirs):
             inputs = [described(s) for s in sigs]
-            wrong.append(f"{op}{args}{kwargs} of {inputs}: {described(ours)}, not {described(theirs)}")
+            wrong.append(
+                f"{op}{args}{kwargs} of {inputs}: {described(ours)}, not {described(theirs)}"
+            )
     return answered, wrong
 
 
@@ -148,7 +194,14 @@ def test_the_rules_answer_as_the_kernels_do(calls):
 def test_type_promotion_and_strides_of_binary_ops():
     draw = random.Random(1)
     aten = torch.ops.aten
-    ops = (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.eq.Tensor, aten.atan2.default)
+    ops = (
+        aten.add.Tensor,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.maximum.default,
+        aten.eq.Tensor,
+        aten.atan2.default,
+    )
 
     def operand(shape):
         order = draw.choice([list(range(len(shape))), draw.sample(range(len(shape)), len(shape))])
@@ -158,17 +211,28 @@ def test_type_promotion_and_strides_of_binary_ops():
             step *= max(shape[d], 1)
         if draw.random() < 0.3:
             strides = [0 if draw.random() < 0.5 else s for s in strides]
-        return make_sig(tuple(shape), tuple(strides), draw.choice(OTHERS), CPU, draw.choice((0, 3)))
+        return make_sig(
+            tuple(shape), tuple(strides), draw.choice(OTHERS), CPU, draw.choice((0, 3))
+        )
 
     calls = []
     for _ in range(3000):
         whole = [draw.choice((0, 1, 2, 3, 4, 5)) for _ in range(draw.choice((0, 1, 2, 3, 4)))]
         second = [n if draw.random() < 0.8 else 1 for n in whole[draw.choice((0, 0, 0, 1)) :]]
         if draw.random() < 0.3:
-            calls.append((draw.choice(ops), (Slot(0), draw.choice((2, 2.5, True, 1j))), {}, (operand(whole),)))
+            calls.append(
+                (
+                    draw.choice(ops),
+                    (Slot(0), draw.choice((2, 2.5, True, 1j))),
+                    {},
+                    (operand(whole),),
+                )
+            )
         else:
             second = draw.choice((second, second, []))
-            calls.append((draw.choice(ops), (Slot(0), Slot(1)), {}, (operand(whole), operand(second))))
+            calls.append(
+                (draw.choice(ops), (Slot(0), Slot(1)), {}, (operand(whole), operand(second)))
+            )
     answered, wrong = mismatches(calls)
     assert not wrong, "\n".join([f"{len(wrong)} of {answered}", *wrong[:20]])
     assert answered > 1500
@@ -185,7 +249,10 @@ def test_strides_of_joined_tensors():
             strides = ordered_strides(tuple(shape), tuple(order))
             sigs.append(make_sig(tuple(shape), strides, torch.float32, CPU, 0))
         sigs = draw.choice((sigs, [sigs[0], sigs[0]]))
-        for op, n in ((torch.ops.aten.cat.default, len(shape)), (torch.ops.aten.stack.default, len(shape) + 1)):
+        for op, n in (
+            (torch.ops.aten.cat.default, len(shape)),
+            (torch.ops.aten.stack.default, len(shape) + 1),
+        ):
             calls.append((op, ([Slot(0), Slot(1)], draw.randrange(-n, n)), {}, tuple(sigs)))
     answered, wrong = mismatches(calls)
     assert not wrong, "\n".join([f"{len(wrong)} of {answered}", *wrong[:20]])
@@ -204,7 +271,9 @@ def changed_sig(sig, draw):
         shape.pop(draw.randrange(len(shape)))
     else:
         shape.insert(draw.randrange(len(shape) + 1), draw.choice((1, 2, 3)))
-    return make_sig(tuple(shape), contiguous_stride(tuple(shape)), sig.dtype, sig.device, sig.offset)
+    return make_sig(
+        tuple(shape), contiguous_stride(tuple(shape)), sig.dtype, sig.device, sig.offset
+    )
 
 
 def changed_literal(a, draw):
@@ -220,7 +289,9 @@ def test_calls_that_were_tampered_with_are_answered_alike_or_not_at_all(calls):
     draw = random.Random(2)
     tampered = []
     for op, args, kwargs, sigs in draw.sample(calls, 4000):
-        if "_backward" in op.name() or op.name().startswith("aten::_"):  # their kernels do not look at what they get
+        if "_backward" in op.name() or op.name().startswith(
+            "aten::_"
+        ):  # their kernels do not look at what they get
             continue
         sigs = list(sigs)
         if sigs:
@@ -297,7 +368,9 @@ QUICK = {
 
 
 def test_a_fresh_process_captures_without_dynamo_and_sympy():
-    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["already"] == [], "importing torch or aotfunc brings them in"
@@ -305,7 +378,9 @@ def test_a_fresh_process_captures_without_dynamo_and_sympy():
     for program, ops in report["asked"].items():
         for name in ops:
             op = getattr(getattr(torch.ops.aten, name.split(".")[1]), name.split(".")[2])
-            assert Facts(op).view_of is not None or name.split(".")[1] in QUICK, f"{program}: {name} has no rule"
+            assert Facts(op).view_of is not None or name.split(".")[1] in QUICK, (
+                f"{program}: {name} has no rule"
+            )
 
 
 ELSEWHERE = {
@@ -342,9 +417,12 @@ def test_a_number_on_the_cpu_goes_with_any_device():
     assert aotfunc.jit(lambda y, x: y.copy_(x))(y, torch.randn(3)).device.type == "meta"
 
 
-@pytest.mark.parametrize("write", [torch.Tensor.square_, lambda t: t.pow_(3), lambda t: t.polygamma_(1)])
+@pytest.mark.parametrize(
+    "write", [torch.Tensor.square_, lambda t: t.pow_(3), lambda t: t.polygamma_(1)]
+)
 def test_a_write_whose_functional_overload_takes_other_arguments(write):
-    """The first call asks, and an op that is given the wrong arguments asks for a tensor's text."""
+    """The first call asks, and an op that is given the wrong arguments asks for a tensor's
+    text."""
     aotfunc.clear_caches()
     x = torch.tensor([0.5, 2.0])
     torch.testing.assert_close(aotfunc.jit(lambda x: write(x.clone()))(x), write(x.clone()))

@@ -1,4 +1,5 @@
-"""Instances of dataclasses and the like as arguments and as results: trees of what their attributes hold."""
+"""Instances of dataclasses and the like as arguments and as results: trees of what their
+attributes hold."""
 
 import collections
 import dataclasses
@@ -128,11 +129,17 @@ def test_an_argument_of_a_compiled_function(name, compiler):
 def test_an_argument_of_a_transform(name):
     make = CLASSES[name]
     x, w = operands()
-    for g in (A.grad(f)(make(x, w)), A.vjp(f, make(x, w))[1](torch.tensor(1.0))[0], A.jacrev(f)(make(x, w))):
+    for g in (
+        A.grad(f)(make(x, w)),
+        A.vjp(f, make(x, w))[1](torch.tensor(1.0))[0],
+        A.jacrev(f)(make(x, w)),
+    ):
         assert type(g) is type(make(x, w))
         torch.testing.assert_close((g.x, g.w), slopes(x, w))
     value, tangent = A.jvp(f, (make(x, w),), (make(w, x),))
-    torch.testing.assert_close(tangent, sum(s.dot(t) for s, t in zip(slopes(x, w), (w, x), strict=True)))
+    torch.testing.assert_close(
+        tangent, sum(s.dot(t) for s, t in zip(slopes(x, w), (w, x), strict=True))
+    )
     batch = make(torch.stack([x, w]), torch.stack([w, w]))
     torch.testing.assert_close(A.vmap(f)(batch), torch.stack([f(Data(x, w)), f(Data(w, w))]))
     mixed = A.vmap(f, in_dims=(make(0, None),))(make(torch.stack([x, w]), w))
@@ -185,14 +192,22 @@ def test_nested_instances_and_what_is_no_tensor():
         rest: list = dataclasses.field(default_factory=list)
 
     def g(p):
-        return Outer(Heir(p.inner[0].x * p.scale, p.rest[0]), p.scale + 1, p.name + "!", [p.inner[1]])
+        return Outer(
+            Heir(p.inner[0].x * p.scale, p.rest[0]), p.scale + 1, p.name + "!", [p.inner[1]]
+        )
 
     x, w = operands()
-    compiled = A.jit(lambda p: Outer([Frozen(p.inner[0].x * p.scale, w)], p.scale + 1, p.name + "!", [p.rest[1]]))
+    compiled = A.jit(
+        lambda p: Outer(
+            [Frozen(p.inner[0].x * p.scale, w)], p.scale + 1, p.name + "!", [p.rest[1]]
+        )
+    )
     for scale in (2.0, 3.0):
         y = compiled(Outer([Heir(x, w), 7], scale, rest=[w, None]))
         torch.testing.assert_close(y.inner[0].x, x * scale)
-        assert (y.scale, y.name, y.rest) == (scale + 1, "name!", [None]) and type(y.inner[0]) is Frozen
+        assert (y.scale, y.name, y.rest) == (scale + 1, "name!", [None]) and type(
+            y.inner[0]
+        ) is Frozen
     assert len(compiled.entries) == 2
     heir = A.grad(lambda p: (p.extra["more"] * p.w * p.x).sum(), argnums=0)
     with pytest.raises(ArgumentError, match="only tensors can be differentiated"):

@@ -1,4 +1,5 @@
-"""What the user meant is kept: no_grad regions, hidden writes, detach and .data, checkpoints, custom ops, hooks."""
+"""What the user meant is kept: no_grad regions, hidden writes, detach and .data, checkpoints,
+custom ops, hooks."""
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ early_checkpoint = checkpoint  # a name bound before any capture
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-# no_grad and hidden writes; the gradient is autograd's ----------------------------------------------------------------
+# no_grad and hidden writes; the gradient is autograd's
+# ----------------------------------------------------------------
 
 
 def region_cut(x):
@@ -178,7 +180,8 @@ def test_captured_gradient(f):
 
 @intent
 def test_gradient_of_a_captured_graph(f):
-    """The graph that make_fx hands out can itself be differentiated, and still knows what was meant."""
+    """The graph that make_fx hands out can itself be differentiated, and still knows what was
+    meant."""
     x = f64(3)
     assert_same(grad(make_fx(f)(x))(x), grads(f)(x))
 
@@ -260,7 +263,9 @@ def test_inside_f_a_differentiated_input_requires_grad():
     seen = []
 
     def f(x, y):
-        seen.append((x.requires_grad, (x * 2).requires_grad, y.requires_grad, torch.is_grad_enabled()))
+        seen.append(
+            (x.requires_grad, (x * 2).requires_grad, y.requires_grad, torch.is_grad_enabled())
+        )
         with torch.no_grad():
             seen.append((x * 2).requires_grad)
         return (x * y).sum()
@@ -288,7 +293,8 @@ LATE_HOOKS = {
 
 @pytest.mark.parametrize("name", LATE_HOOKS)
 def test_a_hook_that_autograd_would_run_on_more(name):
-    """Of a use before the registration, or of an argument's gradient outside: refused, and nothing is written."""
+    """Of a use before the registration, or of an argument's gradient outside: refused, and nothing
+    is written."""
     x = torch.ones(3, requires_grad=True) * 1
     with pytest.raises(CaptureError, match=r"a hook.*test_intent.py:\d+.*register"):
         jit(LATE_HOOKS[name])(x)
@@ -306,7 +312,8 @@ def test_a_hook_after_a_write_to_a_new_tensor():
     assert_same(torch.autograd.grad(jit(f)(x).sum(), x), torch.autograd.grad(f(x).sum(), x))
 
 
-# checkpoint ----------------------------------------------------------------------------------------------------------
+# checkpoint
+# ----------------------------------------------------------------------------------------------------------
 
 
 def block(x, w):
@@ -318,7 +325,9 @@ CHECKPOINTS = {
     "non-reentrant": lambda x, w: checkpoint(block, x, w, use_reentrant=False),
     "bound early": lambda x, w: early_checkpoint(block, x, w, use_reentrant=False),
     "bound early, reentrant": lambda x, w: early_checkpoint(block, x, w, use_reentrant=True),
-    "by module path": lambda x, w: torch.utils.checkpoint.checkpoint(block, x, w, use_reentrant=False),
+    "by module path": lambda x, w: torch.utils.checkpoint.checkpoint(
+        block, x, w, use_reentrant=False
+    ),
     "keyword": lambda x, w: checkpoint(lambda x, *, w: block(x, w), x, w=w, use_reentrant=False),
     "nested": lambda x, w: checkpoint(
         lambda x: checkpoint(block, x, w, use_reentrant=False) * 2, x, use_reentrant=False
@@ -334,7 +343,9 @@ checkpoints = pytest.mark.parametrize("name", CHECKPOINTS)
 @checkpoints
 def test_checkpoint_gradients(name):
     f = lambda x, w: CHECKPOINTS[name](x, w).square().sum()
-    plain = lambda x, w: (block(x, w) * (2 if name in ("nested", "sequential") else 1)).square().sum()
+    plain = lambda x, w: (
+        (block(x, w) * (2 if name in ("nested", "sequential") else 1)).square().sum()
+    )
     x, w = f64(2, 3), f64(3, 3)
     expected = grads(plain, (0, 1))(x, w)
     assert_same(grad(f, (0, 1))(x, w), expected)
@@ -347,7 +358,9 @@ def test_checkpoint_under_vmap_and_forward_mode(name):
     plain = lambda x, w: block(x, w) * (2 if name in ("nested", "sequential") else 1)
     x, w, t = f64(4, 2, 3), f64(3, 3), f64(2, 3)
     assert_same(vmap(f, (0, None))(x, w), plain(x, w))
-    assert_same(jvp(lambda x: f(x, w), (x[0],), (t,)), torch.func.jvp(lambda x: plain(x, w), (x[0],), (t,)))
+    assert_same(
+        jvp(lambda x: f(x, w), (x[0],), (t,)), torch.func.jvp(lambda x: plain(x, w), (x[0],), (t,))
+    )
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -362,7 +375,9 @@ def test_checkpoint_recomputes_in_the_gradient_graph(use_reentrant):
 def test_checkpoint_replays_its_random_numbers():
     def f(x):
         return checkpoint(
-            lambda x: torch.nn.functional.dropout(x, 0.5, training=True) ** 2, x, use_reentrant=False
+            lambda x: torch.nn.functional.dropout(x, 0.5, training=True) ** 2,
+            x,
+            use_reentrant=False,
         ).sum()
 
     x = torch.ones(100)
@@ -375,10 +390,13 @@ def test_checkpoint_replays_its_random_numbers():
 def test_backward_outside_over_a_checkpoint():
     x, w = f64(2, 3).requires_grad_(), f64(3, 3).requires_grad_()
     out = aotfunc.jit(CHECKPOINTS["non-reentrant"])(x, w)
-    assert_same(torch.autograd.grad(out.sum(), (x, w)), torch.autograd.grad(block(x, w).sum(), (x, w)))
+    assert_same(
+        torch.autograd.grad(out.sum(), (x, w)), torch.autograd.grad(block(x, w).sum(), (x, w))
+    )
 
 
-# custom ops ----------------------------------------------------------------------------------------------------------
+# custom ops
+# ----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("aotfunc_tests::triple_sin", mutates_args=())
@@ -469,7 +487,8 @@ def test_custom_op_that_mutates():
         assert_same(gm(x), (x + 1) * 2)
 
 
-# hooks ---------------------------------------------------------------------------------------------------------------
+# hooks
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_module_hooks_run_as_in_eager():

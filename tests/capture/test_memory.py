@@ -1,4 +1,5 @@
-"""Arguments that lie in one buffer: a write to one is seen through those that overlap it, and through no others."""
+"""Arguments that lie in one buffer: a write to one is seen through those that overlap it, and
+through no others."""
 
 import pytest
 import torch
@@ -106,7 +107,9 @@ def test_the_derivative_of_a_write_into_a_part():
         inner = aotfunc.vjp(lambda w, p: (p.mul_(x), w.sum())[1], whole, part)[0]
         return inner * x
 
-    aotfunc.check_grads(lambda w, x: f(w.clone(), x), (torch.randn(5).double(), torch.randn(()).double()), order=2)
+    aotfunc.check_grads(
+        lambda w, x: f(w.clone(), x), (torch.randn(5).double(), torch.randn(()).double()), order=2
+    )
 
 
 def test_as_strided_of_a_written_tensor_at_an_offset():
@@ -137,7 +140,9 @@ def test_as_strided_counts_in_the_memory_of_a_sample(dim):
     xs = torch.randn(4, 3, 5).movedim(0, dim)
     for f in (torch.sin, torch.clone, lambda x: x.t().contiguous().t(), lambda x: x.clone()[1:]):
         g = lambda x, f=f: f(x).as_strided((2, 2), (1, 3), f(x).storage_offset() + 1)
-        assert torch.equal(aotfunc.vmap(g, in_dims=dim)(xs), torch.stack([g(x) for x in xs.unbind(dim)]))
+        assert torch.equal(
+            aotfunc.vmap(g, in_dims=dim)(xs), torch.stack([g(x) for x in xs.unbind(dim)])
+        )
 
 
 def test_a_write_to_a_conjugate_reaches_the_value():

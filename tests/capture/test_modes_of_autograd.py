@@ -1,12 +1,16 @@
-"""What people switch on around or inside transforms: anomaly detection, forward-mode off, selective checkpoints; and
-what a traced conjugate says of itself."""
+"""What people switch on around or inside transforms: anomaly detection, forward-mode off,
+selective checkpoints; and what a traced conjugate says of itself."""
 
 import functools
 
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import aotfunc
 from aotfunc import grad, hessian, jacrev, jit, jvp, make_fx, vjp, vmap
@@ -33,7 +37,9 @@ def singular(x):
 def test_anomalies_are_detected(run):
     run(X)
     with torch.autograd.set_detect_anomaly(True):
-        with pytest.raises(RuntimeError, match=r"nan values; aten.*first .*test_modes_of_autograd.py"):
+        with pytest.raises(
+            RuntimeError, match=r"nan values; aten.*first .*test_modes_of_autograd.py"
+        ):
             run(X)
         assert_same(grad(lambda x: x.sin().sum())(X), X.cos())
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
@@ -63,7 +69,9 @@ def test_anomalies_are_detected_inside_of_other_transforms(run):
         (g,) = torch.autograd.grad(vmap(grad(lambda x: x.sin().sum()))(xs).sum(), xs)
         assert_same(g, -xs.sin())
         assert_same(vmap(hessian(lambda x: (x**3).sum()))(X[:, None]), 6 * X[:, None, None])
-        f = jit(lambda x: vmap(grad(singular))(x[:, None]))  # compiled once, for when nothing is to be detected too
+        f = jit(
+            lambda x: vmap(grad(singular))(x[:, None])
+        )  # compiled once, for when nothing is to be detected too
         f(X)
     f(X)
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
@@ -99,11 +107,15 @@ def forward_ad_on(x):
 
 
 def grad_of(f):
-    return lambda x: (torch.func if torch._C._functorch.maybe_current_level() is not None else aotfunc).grad(f)(x)
+    return lambda x: (
+        torch.func if torch._C._functorch.maybe_current_level() is not None else aotfunc
+    ).grad(f)(x)
 
 
 def vmap_of(f):
-    return lambda x: (torch.func if torch._C._functorch.maybe_current_level() is not None else aotfunc).vmap(f)(x)
+    return lambda x: (
+        torch.func if torch._C._functorch.maybe_current_level() is not None else aotfunc
+    ).vmap(f)(x)
 
 
 @pytest.mark.parametrize("name", SWITCHED_OFF)
@@ -127,9 +139,13 @@ def test_forward_mode_switched_off_inside(name):
 
 def test_forward_mode_switched_off():
     with forward_ad._set_fwd_grad_enabled(False):
-        assert_same(jvp(torch.sin, (X,), (X,))[1], X.cos() * X)  # around a transform: as for torch.func
+        assert_same(
+            jvp(torch.sin, (X,), (X,))[1], X.cos() * X
+        )  # around a transform: as for torch.func
         assert not torch._C._is_fwd_grad_enabled()
-    with pytest.raises(CaptureError, match=r"a write where forward-mode .*test_modes_of_autograd.py"):
+    with pytest.raises(
+        CaptureError, match=r"a write where forward-mode .*test_modes_of_autograd.py"
+    ):
         jvp(off(lambda x: x.clone().mul_(2)), (X,), (X,))
     assert torch._C._is_fwd_grad_enabled()
 
@@ -141,13 +157,26 @@ def test_a_traced_conjugate_says_so():
     def f(z):
         c = z.conj()
         said.append(
-            [t.is_conj() for t in (z, c, c.conj(), c[0], c.mT if c.dim() > 1 else c[1:], c.resolve_conj(), c * 1)]
+            [
+                t.is_conj()
+                for t in (
+                    z,
+                    c,
+                    c.conj(),
+                    c[0],
+                    c.mT if c.dim() > 1 else c[1:],
+                    c.resolve_conj(),
+                    c * 1,
+                )
+            ]
         )
         return c.abs().sum()
 
     for run in (f, grad(f), lambda z: vmap(f)(z[None]), jit(f), lambda z: f(z)):
         run(z)
-    assert said and all(s == said[0] == [False, True, False, True, True, False, False] for s in said)
+    assert said and all(
+        s == said[0] == [False, True, False, True, True, False, False] for s in said
+    )
 
 
 def test_a_conjugated_argument_says_so():
@@ -165,7 +194,8 @@ def test_a_conjugated_argument_says_so():
         assert_same(compiled(x), f(x))
 
 
-# ----- selective checkpoints ------------------------------------------------------------------------------------------
+# ----- selective checkpoints
+# ------------------------------------------------------------------------------------------
 
 
 def block(x):
@@ -179,8 +209,14 @@ def policy(ctx, op, *args, **kwargs):
 
 CONTEXTS = {
     "policy": (functools.partial(create_selective_checkpoint_contexts, policy), 0),
-    "ops": (functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]), 0),
-    "other ops": (functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.sin.default]), 1),
+    "ops": (
+        functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]),
+        0,
+    ),
+    "other ops": (
+        functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.sin.default]),
+        1,
+    ),
 }
 
 
@@ -194,13 +230,18 @@ def test_saved_ops_are_not_computed_again(name):
     assert_same(grad(f)(x), grads(plain)(x))
     assert_same(jit(grad(f))(x), grads(plain)(x))
     assert_same(vmap(grad(f))(x[None]), grads(plain)(x)[None])
-    products = lambda f: [n.target for n in make_fx(grad(f))(x).graph.nodes].count(torch.ops.aten.mm.default)
+    products = lambda f: [n.target for n in make_fx(grad(f))(x).graph.nodes].count(
+        torch.ops.aten.mm.default
+    )
     whole = lambda x: checkpoint(block, x, use_reentrant=False).sin().sum()
     assert products(whole) > products(plain) + again
     assert products(f) == products(plain) + again
 
 
 def test_contexts_of_ones_own():
-    contexts = lambda: (torch.autograd.set_detect_anomaly(False), torch.autograd.set_detect_anomaly(False))
+    contexts = lambda: (
+        torch.autograd.set_detect_anomaly(False),
+        torch.autograd.set_detect_anomaly(False),
+    )
     with pytest.raises(CaptureError, match="contexts of your own"):
         grad(lambda x: checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum())(X)

@@ -1,5 +1,5 @@
-"""What cannot be captured is refused in words: operators that take functions, nested tensors; and what looked as if it
-could not is right: packed sequences, dtypes that only the kernels know."""
+"""What cannot be captured is refused in words: operators that take functions, nested tensors; and
+what looked as if it could not is right: packed sequences, dtypes that only the kernels know."""
 
 import pytest
 import torch
@@ -7,7 +7,13 @@ from torch._higher_order_ops.map import map as map_op
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+    unpack_sequence,
+)
 
 import aotfunc
 from aotfunc import grad, jacfwd, jit, jvp, make_fx, vjp, vmap
@@ -40,15 +46,21 @@ OPERATORS = {
 def test_operators_on_functions(name, transform):
     if name == "flex_attention" and transform in ("grad", "jvp"):
         pytest.skip("torch refuses the backward on CPU in words of its own")
-    with pytest.raises(CaptureError, match=rf"^{name}\w* calls functions .*not captured.*torch.where") as e:
+    with pytest.raises(
+        CaptureError, match=rf"^{name}\w* calls functions .*not captured.*torch.where"
+    ) as e:
         TRANSFORMS[transform](OPERATORS[name])
     assert "test_not_captured.py" in str(e.value)
 
 
 NESTED = {
     "of traced values": lambda x: torch.nested.as_nested_tensor([x[0], x[1]]),
-    "jagged": lambda x: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged) * x.sum(),
-    "padded": lambda x: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]).to_padded_tensor(0.0) * x.sum(),
+    "jagged": lambda x: (
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged) * x.sum()
+    ),
+    "padded": lambda x: (
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]).to_padded_tensor(0.0) * x.sum()
+    ),
     "from outside": lambda x: outside * x.sum(),
 }
 outside = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
@@ -67,10 +79,13 @@ def test_nested_tensors(name, transform):
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_arguments(transform, layout):
     with pytest.raises(CaptureError, match=r"nested tensors are not captured.*pad them"):
-        transform(lambda x: x * 2)(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout))
+        transform(lambda x: x * 2)(
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+        )
 
 
-# ----- packed sequences -----------------------------------------------------------------------------------------------
+# ----- packed sequences
+# -----------------------------------------------------------------------------------------------
 
 T = torch.randn(5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 torch.manual_seed(0)
@@ -92,12 +107,16 @@ PACKED = {
     **{kind: padded(net, [5, 3, 1], {}, {}) for kind, net in NETS.items()},
     "lengths as a tensor": padded(NETS["GRU"], torch.tensor([5, 3, 1]), {}, {}),
     "batch first": padded(NETS["GRU"], [5, 5, 2], {"batch_first": True}, {}),
-    "not sorted": padded(NETS["LSTM"], [2, 4, 1], {"enforce_sorted": False}, {"padding_value": -1.5}),
+    "not sorted": padded(
+        NETS["LSTM"], [2, 4, 1], {"enforce_sorted": False}, {"padding_value": -1.5}
+    ),
     "total length": padded(NETS["GRU"], [4, 2, 1], {}, {"total_length": 6, "padding_value": 0.5}),
     "no net": lambda x: pad_packed_sequence(pack_padded_sequence(x.sin(), [4, 4, 1]))[0].cos(),
     "of a list": lambda x: pad_packed_sequence(pack_sequence([x[:, 0], x[:3, 1]]))[0] ** 2,
     "unpacked": lambda x: torch.cat(unpack_sequence(pack_sequence([x[:, 0], x[:3, 1]]))) ** 2,
-    "numbers": lambda x: pad_packed_sequence(PackedSequence(x[0].sin(), torch.tensor([2, 1])), padding_value=2.0)[0],
+    "numbers": lambda x: pad_packed_sequence(
+        PackedSequence(x[0].sin(), torch.tensor([2, 1])), padding_value=2.0
+    )[0],
 }
 
 
@@ -122,7 +141,8 @@ def test_lengths_from_outside_are_not_frozen():
         jit(PACKED["lengths as a tensor"])(T)
 
 
-# ----- what only the kernels know -------------------------------------------------------------------------------------
+# ----- what only the kernels know
+# -------------------------------------------------------------------------------------
 
 
 def test_grouped_products_in_float32():
@@ -133,5 +153,7 @@ def test_grouped_products_in_float32():
     want = torch.autograd.grad(plain(a.requires_grad_(), b.requires_grad_()).sin().sum(), (a, b))
     a, b = a.detach(), b.detach()
     for run in (grad, lambda f, argnums: jit(grad(f, argnums))):
-        assert_same(run(lambda a, b: f(a, b).sin().sum(), (0, 1))(a, b), want, atol=1e-4, rtol=1e-4)
+        assert_same(
+            run(lambda a, b: f(a, b).sin().sum(), (0, 1))(a, b), want, atol=1e-4, rtol=1e-4
+        )
     assert_same(jit(f)(a, b), plain(a, b), atol=1e-4, rtol=1e-4)

@@ -1,5 +1,5 @@
-"""numpy inside of captured functions: in an autograd.Function it is one node of the graph; elsewhere values are asked
-for."""
+"""numpy inside of captured functions: in an autograd.Function it is one node of the graph;
+elsewhere values are asked for."""
 
 import gc
 import weakref
@@ -101,7 +101,9 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::aotfunc.errors.LoopWarning", "ignore:The given NumPy array is not writable")
+@pytest.mark.filterwarnings(
+    "ignore::aotfunc.errors.LoopWarning", "ignore:The given NumPy array is not writable"
+)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(("f", "plain"), PAIRS, ids=["product", "exp", "recursive"])
 def test_a_function_by_numpy_under(transform, f, plain):
@@ -116,15 +118,26 @@ def test_a_function_without_values_is_one_node_per_sample():
     x = torch.randn(3, 2, dtype=torch.float64)
     with pytest.warns(LoopWarning, match=r"Product\.forward"):
         graph = make_fx(vmap(square))(x)
-    assert sum("Product_forward" in str(n.target.__name__) for n in graph.graph.nodes if n.op == "call_function") == 3
+    assert (
+        sum(
+            "Product_forward" in str(n.target.__name__)
+            for n in graph.graph.nodes
+            if n.op == "call_function"
+        )
+        == 3
+    )
     torch.testing.assert_close(graph(x), x * x)
 
 
 def test_memory_of_a_constant():
     indices = torch.tensor([2, 0, 1])
-    f = lambda x: x[torch.from_numpy(np.argsort(indices.numpy()))] * float(np.asarray(indices).sum())
+    f = lambda x: (
+        x[torch.from_numpy(np.argsort(indices.numpy()))] * float(np.asarray(indices).sum())
+    )
     x = torch.randn(3, dtype=torch.float64)
-    torch.testing.assert_close(grad(lambda x: f(x)[0])(x), torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        grad(lambda x: f(x)[0])(x), torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64)
+    )
 
 
 def test_an_array_of_a_traced_value_is_not_written_to():
@@ -169,8 +182,12 @@ def test_an_array_of_a_detached_or_unrelated_value():
     torch.testing.assert_close(grad(detached)(x), x.sin())
     unrelated = lambda x, y: (x * torch.from_numpy(np.sin(y.numpy()))).sum()
     torch.testing.assert_close(grad(unrelated)(x, y), y.sin())
-    torch.testing.assert_close(grad(lambda x: (x * torch.as_tensor(x.numpy(force=True))).sum())(x), x)
-    torch.testing.assert_close(vmap(lambda x: torch.as_tensor(np.sin(x.numpy())))(torch.ones(3)), torch.ones(3).sin())
+    torch.testing.assert_close(
+        grad(lambda x: (x * torch.as_tensor(x.numpy(force=True))).sum())(x), x
+    )
+    torch.testing.assert_close(
+        vmap(lambda x: torch.as_tensor(np.sin(x.numpy())))(torch.ones(3)), torch.ones(3).sin()
+    )
 
 
 def test_a_result_that_is_no_tensor_is_none_of_backward():

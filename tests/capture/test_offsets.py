@@ -1,9 +1,21 @@
-"""Where in a storage a tensor begins makes no other program, unless the program counts from there, or writes."""
+"""Where in a storage a tensor begins makes no other program, unless the program counts from there,
+or writes."""
 
 import pytest
 import torch
 
-from aotfunc import aot_function, functionalize, grad, hessian, jacrev, jit, jvp, linearize, vjp, vmap
+from aotfunc import (
+    aot_function,
+    functionalize,
+    grad,
+    hessian,
+    jacrev,
+    jit,
+    jvp,
+    linearize,
+    vjp,
+    vmap,
+)
 from aotfunc.capture import captured
 from tests.functions import Square
 
@@ -13,7 +25,9 @@ def made(monkeypatch):
     """The programs that are made meanwhile."""
     found = []
     build = captured.Captured._build
-    monkeypatch.setattr(captured.Captured, "_build", lambda self, memory: found.append(1) or build(self, memory))
+    monkeypatch.setattr(
+        captured.Captured, "_build", lambda self, memory: found.append(1) or build(self, memory)
+    )
     return found
 
 
@@ -22,7 +36,9 @@ z = table.to(torch.complex128) + 1j * table.flip(0)
 
 
 def loss(x):
-    return ((x[1:] @ x.t()).tanh() * x[0]).square().mean() + x.view(2, 8)[1, 3:].sum() * x.diagonal()[2]
+    return ((x[1:] @ x.t()).tanh() * x[0]).square().mean() + x.view(2, 8)[
+        1, 3:
+    ].sum() * x.diagonal()[2]
 
 
 compiled_loss = jit(loss)
@@ -34,16 +50,24 @@ FUNCTIONS = {
     "hessian": lambda x: hessian(loss)(x),
     "vjp": lambda x: vjp(torch.sin, x.t())[1](x)[0],
     "jvp": lambda x: jvp(loss, (x,), (x,))[1],
-    "jvp, turned": lambda x: jvp(lambda x: x.t().reshape(-1) * x.view(-1), (x.t().contiguous(),), (x.t(),))[1],
+    "jvp, turned": lambda x: jvp(
+        lambda x: x.t().reshape(-1) * x.view(-1), (x.t().contiguous(),), (x.t(),)
+    )[1],
     "linearize": lambda x: linearize(loss, x)[1](x),
     "vmap": lambda x: vmap(lambda r: r[1:].sum() + r.view(2, 2).t().reshape(-1), in_dims=1)(x),
     "vmap of grad": lambda x: vmap(grad(lambda r: (r[1:] * r[0]).sum().sin()))(x),
-    "nested": lambda x: grad(lambda x: (grad(lambda y: (y[1:] * x[0, 1:] ** 2).sum())(x[2]) * x[3]).sum())(x),
-    "views of views": lambda x: grad(lambda y: vmap(lambda r: r[1:])(y)[2:].t()[1:].reshape(-1).prod())(x),
+    "nested": lambda x: grad(
+        lambda x: (grad(lambda y: (y[1:] * x[0, 1:] ** 2).sum())(x[2]) * x[3]).sum()
+    )(x),
+    "views of views": lambda x: grad(
+        lambda y: vmap(lambda r: r[1:])(y)[2:].t()[1:].reshape(-1).prod()
+    )(x),
     "functionalize": lambda x: functionalize(lambda x: x.view(-1)[2:].unfold(0, 3, 2))(x),
     "Function": lambda x: grad(lambda x: Square.apply(x[1:]).sum())(x),
     "a value": lambda x: grad(lambda x: (x * x if (x.abs() >= 0).all() else x).sum())(x),
-    "torch.autograd.grad": lambda x: vmap(lambda r: torch.autograd.grad((r * r).sum(), r)[0])(x.requires_grad_()),
+    "torch.autograd.grad": lambda x: vmap(lambda r: torch.autograd.grad((r * r).sum(), r)[0])(
+        x.requires_grad_()
+    ),
     "jit": jit(lambda x: (x[1:] @ x.t(), x.diagonal())),
     "aot_function": aot_function(loss),
     "jit inside": lambda x: grad(compiled_loss)(x),
@@ -69,8 +93,21 @@ def test_one_program_for_all_places(name, made):
 @pytest.mark.parametrize("way", [lambda f: f, jit])
 def test_tangents_are_laid_out_alike_wherever_the_primal_begins(way):
     f = lambda x: x.t().reshape(-1) * 2 + x.t().contiguous().view(-1)
-    for p in (table[0].t(), table[1].t(), table[1], table[1, :, 1:3], table[:4, 1].t(), table[2, 1].expand(4, 4)):
-        for t in (torch.ones(4, 4, dtype=p.dtype), torch.ones(4, 4, dtype=p.dtype).t(), table[3], table[3].t(), p):
+    for p in (
+        table[0].t(),
+        table[1].t(),
+        table[1],
+        table[1, :, 1:3],
+        table[:4, 1].t(),
+        table[2, 1].expand(4, 4),
+    ):
+        for t in (
+            torch.ones(4, 4, dtype=p.dtype),
+            torch.ones(4, 4, dtype=p.dtype).t(),
+            table[3],
+            table[3].t(),
+            p,
+        ):
             t = t[:, : p.shape[1]]
             want = torch.func.jvp(f, (p.contiguous(),), (t.contiguous(),))[1]
             torch.testing.assert_close(way(lambda p, t: jvp(f, (p,), (t,))[1])(p, t), want)
@@ -94,9 +131,13 @@ ABSOLUTE = {
     "of a nested result": lambda x: (
         functionalize(lambda x: x[1:])(x).as_strided((2,), (1,), x.storage_offset() + 1) ** 2
     ),
-    "inside": lambda x: vmap(lambda s: (x.as_strided((2,), (1,), x.storage_offset() + 2) * s).sin())(x[:2]).sum(0),
+    "inside": lambda x: vmap(
+        lambda s: (x.as_strided((2,), (1,), x.storage_offset() + 2) * s).sin()
+    )(x[:2]).sum(0),
     "copy": lambda x: torch.as_strided_copy(x, (2,), (1,), x.storage_offset() + 1) * x[0],
-    "scatter": lambda x: torch.as_strided_scatter(x, x[:2] * 3, (2,), (1,), x.storage_offset() + 1) * x,
+    "scatter": lambda x: (
+        torch.as_strided_scatter(x, x[:2] * 3, (2,), (1,), x.storage_offset() + 1) * x
+    ),
     "the number": lambda x: x * x.storage_offset(),
     "a write": lambda x: (x.view(2, -1)[1].mul_(x[0]), x * x)[1],
 }
@@ -113,12 +154,18 @@ def test_what_counts_from_the_beginning_of_the_storage(name, way):
     compiled = way(f)
     for start in (0, 5, 0, 9, 17):
         part = lambda whole, start=start: whole.view(-1)[start : start + 6]
-        mine, theirs, leaf = table[:3].clone(), table[:3].clone(), table[:3].clone().requires_grad_()
+        mine, theirs, leaf = (
+            table[:3].clone(),
+            table[:3].clone(),
+            table[:3].clone().requires_grad_(),
+        )
         torch.testing.assert_close(compiled(part(mine)), f(part(theirs)))
         torch.testing.assert_close(mine, theirs)
         if name not in VALUES:
             f(part(leaf * 1)).sum().backward()
-            torch.testing.assert_close(grad(lambda x: compiled(x).sum())(part(mine)), part(leaf.grad))
+            torch.testing.assert_close(
+                grad(lambda x: compiled(x).sum())(part(mine)), part(leaf.grad)
+            )
             torch.testing.assert_close(jacrev(compiled)(part(mine)).sum(0), part(leaf.grad))
 
 
@@ -140,5 +187,8 @@ def test_a_compiled_result_that_shows_an_argument():
     f = jit(lambda x: (x.view(2, 8)[1:], x * 2), backend="inductor")
     for i in range(3):
         shown, _ = f(table[i])
-        assert torch.equal(shown, table[i].view(2, 8)[1:]) and shown.data_ptr() == table[i].view(2, 8)[1:].data_ptr()
+        assert (
+            torch.equal(shown, table[i].view(2, 8)[1:])
+            and shown.data_ptr() == table[i].view(2, 8)[1:].data_ptr()
+        )
     assert f.captures == 1

@@ -97,7 +97,8 @@ def test_batch_of_places_in_a_tensor_from_outside(f, compile):
     x, places = data(), torch.tensor([1, 0, -1])
     want = torch.stack([f(x, i) for i in places])
     if compile is not jit and f in (PARTS["select"], PARTS["narrow"], PARTS["narrow of two"]):
-        try:  # methods are exchanged only while something is compiled once, here or in another thread
+        # methods are exchanged only while something is compiled once, here or in another thread
+        try:
             assert_same(vmap(lambda i: f(x, i))(places), want)
         except CaptureError as e:
             assert "samples" in str(e)
@@ -117,14 +118,20 @@ def test_writes_to_a_tensor_from_outside():
 
     def run(f):
         cache.zero_()
-        return [f(torch.full((2, 3), float(i + 1)), torch.tensor(i)) for i in range(4)], cache.clone()
+        return [
+            f(torch.full((2, 3), float(i + 1)), torch.tensor(i)) for i in range(4)
+        ], cache.clone()
 
     cache = torch.zeros(2, 4, 3)
     assert_same(run(jit(store)), run(store))
 
 
 def test_outside_of_the_tensor():
-    for f in (lambda x, i: x[i], lambda x, i: x.narrow(0, i, 2), lambda x, i: assign(x * 1, i, 0.0)):
+    for f in (
+        lambda x, i: x[i],
+        lambda x, i: x.narrow(0, i, 2),
+        lambda x, i: assign(x * 1, i, 0.0),
+    ):
         compiled = jit(f)
         compiled(data(), torch.tensor(0))
         for i in (7, -7):
@@ -133,7 +140,11 @@ def test_outside_of_the_tensor():
 
 
 def test_what_a_number_would_be_needed_for():
-    for f in (lambda x, i: x[:i], lambda x, i: x[i, torch.tensor([0, 1])], lambda x, i: x[i.to(torch.uint8)]):
+    for f in (
+        lambda x, i: x[:i],
+        lambda x, i: x[i, torch.tensor([0, 1])],
+        lambda x, i: x[i.to(torch.uint8)],
+    ):
         with pytest.raises(CaptureError, match=r"asked for.*test_places\.py"):
             jit(f)(data(), torch.tensor(1))
 

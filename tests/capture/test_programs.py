@@ -1,4 +1,5 @@
-"""Sixty and more varied programs: capture equals eager in trees, values, dtypes, strides, writes and gradients."""
+"""Sixty and more varied programs: capture equals eager in trees, values, dtypes, strides, writes
+and gradients."""
 
 import pytest
 import torch
@@ -25,7 +26,11 @@ def again(args):
     def copy(x):
         if not isinstance(x, torch.Tensor):
             return x
-        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.numel() else torch.empty_like(x)
+        y = (
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+            if x.numel()
+            else torch.empty_like(x)
+        )
         y = x.detach() if 0 in x.stride() else y.copy_(x.detach())
         return y.requires_grad_(x.requires_grad)
 
@@ -40,7 +45,9 @@ def total(f):
         for out in tree_leaves(f(*args)):
             if differentiable(out):
                 out = torch.view_as_real(out.resolve_conj()) if out.is_complex() else out
-                weights = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).reshape(out.shape)
+                weights = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).reshape(
+                    out.shape
+                )
                 result = result + (out.double() * weights).sum()
         return result
 
@@ -72,7 +79,8 @@ def test_the_graph_runs_on_other_values(name):
     f, args = built(name)
     gm = make_fx(f)(*again(args))
     scaled = lambda: tree_map(
-        lambda x: (x * 0.5).detach().requires_grad_(x.requires_grad) if differentiable(x) else x, args
+        lambda x: (x * 0.5).detach().requires_grad_(x.requires_grad) if differentiable(x) else x,
+        args,
     )
     assert_same(seeded(gm, scaled()), seeded(f, scaled()))
 
@@ -80,7 +88,11 @@ def test_the_graph_runs_on_other_values(name):
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in NO_GRAD])
 def test_gradient_equals_autograd(name):
     f, args = built(name)
-    nums = tuple(i for i, a in enumerate(args) if tree_leaves(a) and all(map(differentiable, tree_leaves(a))))
+    nums = tuple(
+        i
+        for i, a in enumerate(args)
+        if tree_leaves(a) and all(map(differentiable, tree_leaves(a)))
+    )
     if not nums:
         return
     expected = seeded(grads(total(f), nums), again(args))
@@ -98,7 +110,8 @@ def test_jit_equals_eager(name):
         assert_same(mine, theirs)
 
 
-# the graph itself ----------------------------------------------------------------------------------------------------
+# the graph itself
+# ----------------------------------------------------------------------------------------------------
 
 
 class MetaCheck(fx.Interpreter):
@@ -108,7 +121,9 @@ class MetaCheck(fx.Interpreter):
         out = super().run_node(node)
         if node.op in ("call_function", "placeholder"):
             fake = node.meta.get("val")
-            if isinstance(out, torch.Tensor):  # of several results, those that are read pass by as getitem nodes
+            if isinstance(
+                out, torch.Tensor
+            ):  # of several results, those that are read pass by as getitem nodes
                 assert isinstance(fake, torch.Tensor), f"{node.format_node()}: no metadata"
                 assert (out.shape, out.dtype) == (fake.shape, fake.dtype), node.format_node()
                 assert significant(out) == significant(fake), f"{node.format_node()}: strides"
@@ -140,7 +155,10 @@ def test_the_graph_is_functional_and_tidy(name):
             continue
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            assert target is torch.ops.aten.copy_.default and node.args[0].op in ("placeholder", "get_attr"), gm.code
+            assert target is torch.ops.aten.copy_.default and node.args[0].op in (
+                "placeholder",
+                "get_attr",
+            ), gm.code
         else:
             assert node.users or has_an_effect(target), f"dead: {node.format_node()}"
 

@@ -1,4 +1,5 @@
-"""Capture and the state around it: closed-over tensors, batch norm, autocast, modes, keys, caches, names."""
+"""Capture and the state around it: closed-over tensors, batch norm, autocast, modes, keys, caches,
+names."""
 
 import gc
 import math
@@ -16,7 +17,8 @@ from aotfunc.errors import AotfuncError, ArgumentError
 from tests.inputs import f32, f64
 from tests.reference import assert_same, grads
 
-# closed-over tensors are by reference ---------------------------------------------------------------------------------
+# closed-over tensors are by reference
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transform", ["grad", "make_fx", "jit"])
@@ -94,10 +96,13 @@ def test_captured_graphs_do_not_keep_inputs_alive():
     assert ref() is None and g.shape == (1000,)
 
 
-# batch norm ----------------------------------------------------------------------------------------------------------
+# batch norm
+# ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(3), lambda: nn.BatchNorm1d(3, momentum=None, affine=False)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.BatchNorm1d(3), lambda: nn.BatchNorm1d(3, momentum=None, affine=False)]
+)
 def test_batch_norm_statistics_move_once_per_call(make):
     mine, theirs, x = make().double(), make().double(), f64(5, 3)
     f = lambda x: (mine(x) * torch.arange(3.0, dtype=x.dtype)).square().sum()
@@ -126,7 +131,8 @@ def test_batch_norm_module_mode_is_a_guard():
     assert not torch.allclose(f(x), trained)
 
 
-# modes around and inside ---------------------------------------------------------------------------------------------
+# modes around and inside
+# ---------------------------------------------------------------------------------------------
 
 
 def test_autocast_leaves_no_traced_values_behind():
@@ -183,7 +189,10 @@ def test_default_dtype_inside_f():
     try:
         assert torch.ones(3).dtype == torch.float64
         assert make_fx(lambda x: torch.ones(3))(x)(x).dtype == torch.float64
-        assert_same(grad(lambda x: (x * torch.ones(3)).sum().float())(x), torch.ones(3, dtype=torch.float32))
+        assert_same(
+            grad(lambda x: (x * torch.ones(3)).sum().float())(x),
+            torch.ones(3, dtype=torch.float32),
+        )
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -232,7 +241,8 @@ def test_reentrant_capture():
     assert_same(make_fx(f)(x)(x), (x * 2 * w).sum())
 
 
-# literals made inside ------------------------------------------------------------------------------------------------
+# literals made inside
+# ------------------------------------------------------------------------------------------------
 
 
 def test_lift_fresh_constants_are_fresh():
@@ -267,7 +277,8 @@ def test_from_numpy_closed_over():
     assert f(f64(3))[0] == 7.0
 
 
-# make_fx's own contract ----------------------------------------------------------------------------------------------
+# make_fx's own contract
+# ----------------------------------------------------------------------------------------------
 
 
 def test_placeholders_are_named_after_the_parameters():
@@ -321,9 +332,11 @@ def test_a_module_refuses_what_it_was_not_made_for(other, copied):
     import pickle
 
     gm = make_fx(lambda x, k: (x * k).mean())(f64(3), 2)
-    gm = {"made": lambda: gm, "deepcopy": lambda: copy.deepcopy(gm), "pickle": lambda: pickle.loads(pickle.dumps(gm))}[
-        copied
-    ]()
+    gm = {
+        "made": lambda: gm,
+        "deepcopy": lambda: copy.deepcopy(gm),
+        "pickle": lambda: pickle.loads(pickle.dumps(gm)),
+    }[copied]()
     arguments, said = OTHERS[other]
     with pytest.raises(ArgumentError, match=re.escape(f"the module was made for {said}")):
         gm(*arguments)
@@ -396,7 +409,8 @@ def test_the_random_state_and_grad_mode_are_as_before():
     assert torch.is_grad_enabled()
 
 
-# writes that PyTorch itself refuses -----------------------------------------------------------------------------------
+# writes that PyTorch itself refuses
+# -----------------------------------------------------------------------------------
 
 
 def test_a_write_to_a_stride_zero_view_is_refused():

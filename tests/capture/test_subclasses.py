@@ -1,5 +1,5 @@
-"""Instances of Tensor's subclasses without __torch_dispatch__: transforms compute with plain tensors, as torch.func
-does; what a subclass changes is never lost without a word."""
+"""Instances of Tensor's subclasses without __torch_dispatch__: transforms compute with plain
+tensors, as torch.func does; what a subclass changes is never lost without a word."""
 
 import pytest
 import torch
@@ -73,9 +73,14 @@ TRANSFORMS = {
 @pytest.mark.parametrize("cls", [Marked, Strict, Negated, Bare, torch.nn.Parameter])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_plain_tensors_inside(name, cls):
-    run, x = TRANSFORMS[name], X.as_subclass(cls) if cls is not torch.nn.Parameter else torch.nn.Parameter(X)
+    run, x = (
+        TRANSFORMS[name],
+        X.as_subclass(cls) if cls is not torch.nn.Parameter else torch.nn.Parameter(X),
+    )
     if name.startswith("closed over") and cls in (Strict, Negated):
-        with pytest.raises(CaptureError, match=rf"subclass {cls.__name__}, which changes .*as_subclass"):
+        with pytest.raises(
+            CaptureError, match=rf"subclass {cls.__name__}, which changes .*as_subclass"
+        ):
             run(x)
         return
     assert_same(run(x), run(X))
@@ -83,7 +88,9 @@ def test_plain_tensors_inside(name, cls):
 
 def test_methods_that_it_adds():
     outside = X[0].as_subclass(Marked)
-    assert_same(grad(lambda r: (outside.doubled() * r).sum() * outside.first)(X[1]), 2 * X[0] * X[0, 0])
+    assert_same(
+        grad(lambda r: (outside.doubled() * r).sum() * outside.first)(X[1]), 2 * X[0] * X[0, 0]
+    )
     with pytest.raises(AttributeError, match="plain tensors inside"):
         grad(lambda r: (r * outside).doubled().sum())(X[1])
     with pytest.raises(AttributeError, match=r"'nothing'.*plain tensors inside"):
@@ -108,6 +115,11 @@ def test_compiled_functions(compiled):
     with pytest.raises(CaptureError, match=r"an argument is of the subclass Strict.*as_subclass"):
         compiled(torch.sin)(X.as_subclass(Strict))
     outside = X[0].as_subclass(Marked)
-    with pytest.raises(CaptureError, match=r"a tensor from outside is of the subclass Marked.*as_subclass"):
+    with pytest.raises(
+        CaptureError, match=r"a tensor from outside is of the subclass Marked.*as_subclass"
+    ):
         compiled(lambda x: x * outside)(X)
-    assert_same(compiled(lambda x: grad(square)(x * x))(X.as_subclass(Marked)).as_subclass(torch.Tensor), 2 * X**2)
+    assert_same(
+        compiled(lambda x: grad(square)(x * x))(X.as_subclass(Marked)).as_subclass(torch.Tensor),
+        2 * X**2,
+    )

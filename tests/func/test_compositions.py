@@ -1,8 +1,9 @@
-"""Any composition: all ordered pairs of eleven transforms, and a list of triples, against double backward.
+"""Any composition: all ordered pairs of eleven transforms, and a list of triples, against double
+backward.
 
-Each transform is made an operator on functions from R^3 to R^3 in such a way that chains keep their type; its
-reference is the same operator by torch.autograd with ``create_graph=True`` and Python loops.
-"""
+Each transform is made an operator on functions from R^3 to R^3 in such a way that chains keep
+their type; its reference is the same operator by torch.autograd with ``create_graph=True`` and
+Python loops."""
 
 import itertools
 
@@ -20,7 +21,8 @@ def base(x):
     return torch.tanh(MATRIX @ x) * x + 0.1 * (x * x).sum()
 
 
-# ours ----------------------------------------------------------------------------------------------------------------
+# ours
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def by_vmap(f):
@@ -81,14 +83,17 @@ def by_aot(f):
     return aotfunc.aot_function(lambda x: f(x) * x, "eager")
 
 
-# references ----------------------------------------------------------------------------------------------------------
+# references
+# ----------------------------------------------------------------------------------------------------------
 
 
 def derivative(f, x):
     """(z, f(z), J(z)) with everything still a function of x."""
     z = x.view_as(x) if x.requires_grad else x.clone().requires_grad_()
     y = f(z)
-    rows = [torch.autograd.grad(y[i], z, create_graph=True, allow_unused=True)[0] for i in range(3)]
+    rows = [
+        torch.autograd.grad(y[i], z, create_graph=True, allow_unused=True)[0] for i in range(3)
+    ]
     return z, y, torch.stack([torch.zeros_like(z) if row is None else row for row in rows])
 
 
@@ -125,7 +130,9 @@ def ref_hessian(f):
 def ref_functionalize(f):
     def run(x):
         y = f(x)
-        return y * torch.tensor([1.0, 2.0, 2.0], dtype=y.dtype) + torch.stack([x[1], 0 * x[1], 0 * x[1]])
+        return y * torch.tensor([1.0, 2.0, 2.0], dtype=y.dtype) + torch.stack(
+            [x[1], 0 * x[1], 0 * x[1]]
+        )
 
     return run
 
@@ -196,7 +203,9 @@ def test_one(name):
     check([name])
 
 
-@pytest.mark.parametrize("pair", itertools.product(TRANSFORMS, TRANSFORMS), ids=lambda p: "-".join(p))
+@pytest.mark.parametrize(
+    "pair", itertools.product(TRANSFORMS, TRANSFORMS), ids=lambda p: "-".join(p)
+)
 def test_pair(pair):
     check(pair)
 
@@ -206,7 +215,9 @@ def test_triple(triple):
     check(triple.split())
 
 
-@pytest.mark.parametrize("pair", ["vmap grad", "jvp grad", "jacfwd jacrev", "linearize vmap", "vmap jit", "grad jit"])
+@pytest.mark.parametrize(
+    "pair", ["vmap grad", "jvp grad", "jacfwd jacrev", "linearize vmap", "vmap jit", "grad jit"]
+)
 def test_backward_outside_a_pair(pair):
     ours, reference, x = check(pair.split())
     x = x.requires_grad_()
@@ -215,7 +226,8 @@ def test_backward_outside_a_pair(pair):
 
 
 @pytest.mark.parametrize(
-    "pair", ["vmap grad", "jvp grad", "grad grad", "hessian jit", "jit linearize", "grad functionalize"]
+    "pair",
+    ["vmap grad", "jvp grad", "grad grad", "hessian jit", "jit linearize", "grad functionalize"],
 )
 def test_capture_of_a_pair(pair):
     def captured(f):

@@ -1,4 +1,5 @@
-"""In torch.func's place: its names, its keywords, patch_torch_func, rearrange, dictionaries in another order."""
+"""In torch.func's place: its names, its keywords, patch_torch_func, rearrange, dictionaries in
+another order."""
 
 import subprocess
 import sys
@@ -20,7 +21,8 @@ def test_every_name_of_torch_func_is_there():
 
 
 @pytest.mark.parametrize(
-    "keywords", [{"chunk_size": 1, "_preallocate_and_copy": True}, {"_preallocate_and_copy": False}]
+    "keywords",
+    [{"chunk_size": 1, "_preallocate_and_copy": True}, {"_preallocate_and_copy": False}],
 )
 def test_keywords_of_jacrev(keywords):
     assert_same(jacrev(torch.sin, **keywords)(X[0]), torch.diag(X[0].cos()))
@@ -31,14 +33,28 @@ def test_vjp_fn_takes_autograds_flags(more):
     f = lambda x: vjp(torch.sin, x)[1](torch.ones_like(x), *more)[0]
     assert_same(f(X), X.cos())
     assert_same(make_fx(f)(X)(X), X.cos())
-    assert_same(vjp(torch.sin, X)[1](torch.ones_like(X), retain_graph=True, create_graph=True)[0], X.cos())
+    assert_same(
+        vjp(torch.sin, X)[1](torch.ones_like(X), retain_graph=True, create_graph=True)[0], X.cos()
+    )
     two = lambda x: (x.sin(), x.cos())
     assert_same(vjp(two, X)[1]((X, X), *more)[0], X * X.cos() - X * X.sin())
 
 
-# ----- patch_torch_func -----------------------------------------------------------------------------------------------
+# ----- patch_torch_func
+# -----------------------------------------------------------------------------------------------
 
-NAMES = ["functionalize", "grad", "grad_and_value", "hessian", "jacfwd", "jacrev", "jvp", "linearize", "vjp", "vmap"]
+NAMES = [
+    "functionalize",
+    "grad",
+    "grad_and_value",
+    "hessian",
+    "jacfwd",
+    "jacrev",
+    "jvp",
+    "linearize",
+    "vjp",
+    "vmap",
+]
 
 
 def test_patched_and_back():
@@ -73,7 +89,8 @@ def test_rules_derived_while_patched():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-# ----- rearrange ------------------------------------------------------------------------------------------------------
+# ----- rearrange
+# ------------------------------------------------------------------------------------------------------
 
 Z = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
 PATTERNS = [
@@ -97,12 +114,21 @@ def test_rearrange(pattern, sizes):
 
 
 def test_rearrange_of_several():
-    assert_same(rearrange([Z[0], Z[1]], "n a b c -> a (n b) c"), Z.transpose(0, 1).reshape(3, 8, 6))
+    assert_same(
+        rearrange([Z[0], Z[1]], "n a b c -> a (n b) c"), Z.transpose(0, 1).reshape(3, 8, 6)
+    )
 
 
 @pytest.mark.parametrize(
     "pattern",
-    ["a b c d", "a b c -> a b c", "a b c d -> a b c", "a a b c -> a b c", "a b (c e) d -> a b c e d", "a - -> a"],
+    [
+        "a b c d",
+        "a b c -> a b c",
+        "a b c d -> a b c",
+        "a a b c -> a b c",
+        "a b (c e) d -> a b c e d",
+        "a - -> a",
+    ],
 )
 def test_patterns_that_do_not_fit(pattern):
     with pytest.raises(ArgumentError, match="rearrange: "):
@@ -111,7 +137,8 @@ def test_patterns_that_do_not_fit(pattern):
         rearrange(Z, "a b (c e) d -> a b c e d", e=3)
 
 
-# ----- dictionaries in another order ----------------------------------------------------------------------------------
+# ----- dictionaries in another order
+# ----------------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", "left right")
 P = {"a": X[0], "b": {"c": X[1], "d": X[2]}}
@@ -142,7 +169,10 @@ def test_dims_by_key():
     want = vmap(f, ({"a": 0, "b": 1},), {"x": 0, "y": 1})(q)
     assert_same(want, {"x": q["a"] * 2, "y": q["b"] * 3})
     assert_same(vmap(f, ({"b": 1, "a": 0},), {"y": 1, "x": 0})(q), want)
-    assert_same(vmap(lambda p: f(p.left), (Pair({"b": 1, "a": 0}, None),), {"y": 1, "x": 0})(Pair(q, 3)), want)
+    assert_same(
+        vmap(lambda p: f(p.left), (Pair({"b": 1, "a": 0}, None),), {"y": 1, "x": 0})(Pair(q, 3)),
+        want,
+    )
     with pytest.raises(ArgumentError, match="structure"):
         vmap(f, ({"b": 1, "c": 0},))(q)
 

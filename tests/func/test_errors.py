@@ -36,10 +36,22 @@ ARGUMENTS = {
         lambda: vmap(predict, in_dims=({"w": 0}, {"x": 3}))({"w": x}, {"x": y}),
         "in_dims has 3 for batch['x'] (argument 1), which has 2 dimensions",
     ),
-    "no tensor": (lambda: vmap(lambda a, k: a * k)(x, 2), "in_dims has 0 for k (argument 1), which is a int"),
-    "variadic": (lambda: vmap(lambda *xs: xs[0])(x, y), "xs[0] (argument 0) has 3 at dimension 0; xs[1] (argument 1)"),
-    "no signature": (lambda: vmap(torch.dot)(x, y), "argument 0 has 3 at dimension 0; argument 1 has 5"),
-    "integers": (lambda: grad(predict, 1)({"w": x}, {"x": x.long()}), "grad: batch['x'] (argument 1) has dtype"),
+    "no tensor": (
+        lambda: vmap(lambda a, k: a * k)(x, 2),
+        "in_dims has 0 for k (argument 1), which is a int",
+    ),
+    "variadic": (
+        lambda: vmap(lambda *xs: xs[0])(x, y),
+        "xs[0] (argument 0) has 3 at dimension 0; xs[1] (argument 1)",
+    ),
+    "no signature": (
+        lambda: vmap(torch.dot)(x, y),
+        "argument 0 has 3 at dimension 0; argument 1 has 5",
+    ),
+    "integers": (
+        lambda: grad(predict, 1)({"w": x}, {"x": x.long()}),
+        "grad: batch['x'] (argument 1) has dtype",
+    ),
     "complex": (lambda: jacrev(torch.sin)(x.to(torch.complex64)), "jacrev: argument 0 is complex"),
     "tangent": (
         lambda: jvp(predict, ({"w": x}, {"x": y}), ({"w": x}, {"x": x})),
@@ -53,8 +65,14 @@ ARGUMENTS = {
         lambda: vmap(lambda a: {"a": a}, out_dims=(0, 0))(x),
         "out_dims=(0, 0) does not have the structure of the results, {'a': float32[4]}",
     ),
-    "result in a tree": (lambda: vjp(lambda a: {"a": a, "n": 2}, x), "vjp: the output['n'] is a int"),
-    "has_aux": (lambda: grad(lambda a: a.sum(), has_aux=True)(x), "must return (output, aux), not float32[]"),
+    "result in a tree": (
+        lambda: vjp(lambda a: {"a": a, "n": 2}, x),
+        "vjp: the output['n'] is a int",
+    ),
+    "has_aux": (
+        lambda: grad(lambda a: a.sum(), has_aux=True)(x),
+        "must return (output, aux), not float32[]",
+    ),
 }
 
 
@@ -79,7 +97,10 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_forgotten_return(transform):
-    with pytest.raises(ArgumentError, match=r"nothing \(test_errors.py:\d+\) returned None: is a `return` missing\?"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"nothing \(test_errors.py:\d+\) returned None: is a `return` missing\?",
+    ):
         TRANSFORMS[transform](nothing)
 
 
@@ -97,7 +118,10 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_refused_op_names_shapes_and_line(call):
-    with pytest.raises(OpError, match=r"aten.mm.default\(float32\[\d, 4\], float32\[5, 2\]\): .*product: return a @ y"):
+    with pytest.raises(
+        OpError,
+        match=r"aten.mm.default\(float32\[\d, 4\], float32\[5, 2\]\): .*product: return a @ y",
+    ):
         CALLS[call](product)
 
 
@@ -153,7 +177,10 @@ def test_a_traceback_shows_the_users_lines(call):
         (CALLS | nested)[call](loss)
     frames = traceback.extract_tb(caught.value.__traceback__)
     assert [f.name for f in frames][-2:] == ["loss", "product"]
-    assert sum("aotfunc" in Path(f.filename).parts[:-1] and "tests" not in f.filename for f in frames) <= 2
+    assert (
+        sum("aotfunc" in Path(f.filename).parts[:-1] and "tests" not in f.filename for f in frames)
+        <= 2
+    )
 
 
 def test_a_users_own_error_keeps_its_context():
@@ -173,7 +200,13 @@ def test_all_frames_on_request(tmp_path):
     (tmp_path / "users.py").write_text(code)
     lines = {}
     for switch in ("", "full"):
-        env = {"AOTFUNC_TRACEBACK": switch, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
-        run = subprocess.run([sys.executable, tmp_path / "users.py"], capture_output=True, text=True, env=env)
+        env = {
+            "AOTFUNC_TRACEBACK": switch,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PATH": "",
+        }
+        run = subprocess.run(
+            [sys.executable, tmp_path / "users.py"], capture_output=True, text=True, env=env
+        )
         lines[switch] = run.stderr.count("  File ")
     assert lines[""] <= 4 and lines["full"] > 8

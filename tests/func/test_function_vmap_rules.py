@@ -1,5 +1,5 @@
-"""The vmap staticmethod of an autograd.Function: what it is given and may do on the real batch, as with torch.func, and
-what it is refused where it is recorded."""
+"""The vmap staticmethod of an autograd.Function: what it is given and may do on the real batch, as
+with torch.func, and what it is refused where it is recorded."""
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ def front(x, dim):
     return x.movedim(dim, 0)
 
 
-# ----- trees ----------------------------------------------------------------------------------------------------------
+# ----- trees
+# ----------------------------------------------------------------------------------------------------------
 
 seen: list = []
 
@@ -49,10 +50,16 @@ class Trees(Plain):
 
 
 TREES = {
-    "a tuple": (lambda a, k: Trees.apply((a, [Y]), {"by": torch.tensor(2.0), "flag": True}, "n"), (0, 0)),
+    "a tuple": (
+        lambda a, k: Trees.apply((a, [Y]), {"by": torch.tensor(2.0), "flag": True}, "n"),
+        (0, 0),
+    ),
     "a dict": (lambda a, k: Trees.apply((Y, [Y]), {"by": k, "flag": None}, "n"), (0, 0)),
     "both": (lambda a, k: Trees.apply((a, [a]), {"by": k, "flag": 3}, "n"), (0, 0)),
-    "computed": (lambda a, k: Trees.apply((a.sin(), [Y.cos()]), {"by": k + 1, "flag": 3}, "n"), (0, 0)),
+    "computed": (
+        lambda a, k: Trees.apply((a.sin(), [Y.cos()]), {"by": k + 1, "flag": 3}, "n"),
+        (0, 0),
+    ),
     "not batched": (lambda a, k: Trees.apply((a, [Y]), {"by": k, "flag": 3}, "n"), (0, None)),
 }
 
@@ -69,7 +76,9 @@ def test_trees_of_arguments(name):
     want, again = results[0][0], lambda *xs: vmap(f, dims)(*xs)
     assert_same(jit(again)(X, k), want)  # recorded
     assert_same(make_fx(again)(X, k)(X, k), want)
-    assert_same(vmap(again, (0, None))(torch.stack([X, X]), k), tuple(torch.stack([w, w]) for w in want))
+    assert_same(
+        vmap(again, (0, None))(torch.stack([X, X]), k), tuple(torch.stack([w, w]) for w in want)
+    )
 
 
 def test_trees_where_the_forward_needs_values():
@@ -86,7 +95,8 @@ def test_trees_where_the_forward_needs_values():
     assert_same(jit(f)(X[0]), X[0] * Y * 2)
 
 
-# ----- results --------------------------------------------------------------------------------------------------------
+# ----- results
+# --------------------------------------------------------------------------------------------------------
 
 
 def results_of(output, out_dims, forward=None):
@@ -103,9 +113,24 @@ def results_of(output, out_dims, forward=None):
 
 
 RESULTS = {
-    "none for two": (lambda x: (Y, Y + 1), None, lambda x: (Y * 1, Y + 1), (Y.expand(3, 4), (Y + 1).expand(3, 4))),
-    "one for two": (lambda x: (x.sin(), x.cos()), 0, lambda x: (x.sin(), x.cos()), (X.sin(), X.cos())),
-    "each its own": (lambda x: (x.t(), Y), (1, None), lambda x: (x * 1, Y * 1), (X, Y.expand(3, 4))),
+    "none for two": (
+        lambda x: (Y, Y + 1),
+        None,
+        lambda x: (Y * 1, Y + 1),
+        (Y.expand(3, 4), (Y + 1).expand(3, 4)),
+    ),
+    "one for two": (
+        lambda x: (x.sin(), x.cos()),
+        0,
+        lambda x: (x.sin(), x.cos()),
+        (X.sin(), X.cos()),
+    ),
+    "each its own": (
+        lambda x: (x.t(), Y),
+        (1, None),
+        lambda x: (x * 1, Y * 1),
+        (X, Y.expand(3, 4)),
+    ),
     "a tuple of one": (lambda x: (x * 2,), (0,), lambda x: (x * 2,), (X * 2,)),
     "negative": (lambda x: x.t(), -1, lambda x: x * 1, X),
 }
@@ -124,7 +149,9 @@ def test_results_and_their_dims(name):
 
 
 def test_results_that_are_no_tensors():
-    f = results_of(lambda x: (x * 2, "name", None), (0, None, None), lambda x: (x * 2, "name", None))
+    f = results_of(
+        lambda x: (x * 2, "name", None), (0, None, None), lambda x: (x * 2, "name", None)
+    )
     assert_same(vmap(f, out_dims=(0, None, None))(X), (X * 2, "name", None))
     assert_same(jit(lambda x: vmap(lambda x: f(x)[0])(x))(X), X * 2)
     nothing = results_of(lambda x: None, None, lambda x: None)
@@ -172,12 +199,15 @@ def test_two_rules_are_refused(around):
 
     with pytest.raises(RuntimeError, match="generate_vmap_rule"):
         torch.func.vmap(Both.apply)(X)
-    with pytest.raises(RuleError, match=r"Both has a vmap staticmethod and generate_vmap_rule=True"):
+    with pytest.raises(
+        RuleError, match=r"Both has a vmap staticmethod and generate_vmap_rule=True"
+    ):
         around(vmap(Both.apply))(X)
     assert_same(jit(Both.apply)(X), X)
 
 
-# ----- what it may do on the real batch -------------------------------------------------------------------------------
+# ----- what it may do on the real batch
+# -------------------------------------------------------------------------------
 
 
 def rule(body, forward=None):
@@ -220,7 +250,9 @@ BODIES = {
     "transforms": lambda x: torch.func.vmap(torch.func.grad(lambda r: (r**3 * Y).sum()))(x),
     "our transforms": lambda x: vmap(grad(lambda r: (r**3 * Y).sum()))(x),
     "autograd": lambda x: (
-        torch.autograd.grad((x.detach().requires_grad_() ** 2 * Y).sum(), [x])[0] if x.requires_grad else x * 2 * Y
+        torch.autograd.grad((x.detach().requires_grad_() ** 2 * Y).sum(), [x])[0]
+        if x.requires_grad
+        else x * 2 * Y
     ),
     "a graph from outside": of_a_graph,
     "a function of theirs": lambda x: Twice.apply(x),
@@ -349,7 +381,8 @@ def test_an_empty_batch():
     assert vmap(F.apply)(torch.zeros(0, 4)).shape == (0, 4)
 
 
-# ----- where it is recorded -------------------------------------------------------------------------------------------
+# ----- where it is recorded
+# -------------------------------------------------------------------------------------------
 
 AROUND = {
     "jit": jit,
@@ -361,10 +394,14 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("name", ["closes over a tensor", "closes over a number", "looks at values", "numpy"])
+@pytest.mark.parametrize(
+    "name", ["closes over a tensor", "closes over a number", "looks at values", "numpy"]
+)
 def test_refusals(name, around):
     F = rule({**BODIES, "closes over a number": lambda x: x * K[0]}[name])
-    with pytest.raises(AotfuncError, match=r"Ruled.vmap is recorded here.*arguments of Ruled.apply") as e:
+    with pytest.raises(
+        AotfuncError, match=r"Ruled.vmap is recorded here.*arguments of Ruled.apply"
+    ) as e:
         AROUND[around](vmap(F.apply))(X)
     assert "test_function_vmap_rules.py" in str(e.value)
 
@@ -377,7 +414,8 @@ def test_a_rule_that_can_be_recorded(around):
     assert_same(got, want)
 
 
-# ----- a graph from outside, inside ----------------------------------------------------------------------------------
+# ----- a graph from outside, inside
+# ----------------------------------------------------------------------------------
 
 
 def test_a_gradient_through_a_rule_is_refused():
@@ -388,11 +426,13 @@ def test_a_gradient_through_a_rule_is_refused():
 
 
 def test_the_gramian_of_an_autograd_graph():
-    """Hooks put a Function into a graph from outside; its backward calls another, whose vmap makes a Gramian of all
-    rows of the Jacobian: the engine of torchjd in small.
-    """
+    """Hooks put a Function into a graph from outside; its backward calls another, whose vmap makes
+    a Gramian of all rows of the Jacobian: the engine of torchjd in small."""
     torch.manual_seed(0)
-    net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)), torch.randn(5, 3)
+    net, x = (
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)),
+        torch.randn(5, 3),
+    )
 
     def gramian(library):
         found, busy = [], []
@@ -412,7 +452,9 @@ def test_the_gramian_of_an_autograd_graph():
                     return torch.func.vjp(f, parameters)[1](g)[0]
 
                 busy.append(module)
-                rows = library(library(of_one), (None, 0))(inputs[0].detach(), front(g, 0)).values()
+                rows = library(library(of_one), (None, 0))(
+                    inputs[0].detach(), front(g, 0)
+                ).values()
                 busy.pop()
                 jacobian = torch.cat([r.sum(1).flatten(1) for r in rows], 1)
                 found.append(jacobian @ jacobian.T)
@@ -434,7 +476,9 @@ def test_the_gramian_of_an_autograd_graph():
 
         handles = [m.register_forward_hook(hook) for m in (net[0], net[2])]
         out, leaves = net(x).sum(1), [*net.parameters()]
-        rows = library(lambda g: torch.autograd.grad(out, leaves, g, retain_graph=True))(torch.eye(5))
+        rows = library(lambda g: torch.autograd.grad(out, leaves, g, retain_graph=True))(
+            torch.eye(5)
+        )
         for handle in handles:
             handle.remove()
         return sum(found), torch.cat([r.flatten(1) for r in rows], 1)
@@ -442,6 +486,11 @@ def test_the_gramian_of_an_autograd_graph():
     got, jacobian = gramian(vmap)
     assert_same(got, jacobian @ jacobian.T, atol=1e-5, rtol=1e-4)
     want = torch.stack(
-        [torch.cat([g.flatten() for g in torch.autograd.grad(net(r).sum(), [*net.parameters()])]) for r in x]
+        [
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(net(r).sum(), [*net.parameters()])]
+            )
+            for r in x
+        ]
     )
     assert_same(jacobian, want, atol=1e-5, rtol=1e-4)

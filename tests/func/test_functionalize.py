@@ -62,7 +62,9 @@ def test_the_graph_mutates_nothing_but_its_inputs_at_the_end(f):
     for node in gm.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target._schema.is_mutable:
-                assert node.target is torch.ops.aten.copy_.default and node.args[0] in placeholders, gm.code
+                assert (
+                    node.target is torch.ops.aten.copy_.default and node.args[0] in placeholders
+                ), gm.code
 
 
 def test_remove_is_checked():

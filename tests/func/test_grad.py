@@ -1,4 +1,5 @@
-"""grad and grad_and_value: arguments, trees, aux, what is refused, and how plain autograd continues outside."""
+"""grad and grad_and_value: arguments, trees, aux, what is refused, and how plain autograd
+continues outside."""
 
 from collections import namedtuple
 
@@ -14,7 +15,8 @@ from tests.reference import assert_same, grads
 Pair = namedtuple("Pair", "left right")
 
 
-# what may stand where: (function, argnums, arguments, keyword arguments) ----------------------------------------------
+# what may stand where: (function, argnums, arguments, keyword arguments)
+# ----------------------------------------------
 
 PROGRAMS = {
     "one": (lambda x: x.sin().sum(), 0, lambda: (f64(3),), {}),
@@ -23,15 +25,40 @@ PROGRAMS = {
     "both": (lambda x, y: (x * y.exp()).sum(), (0, 1), lambda: (f64(3), f64(3)), {}),
     "one in a tuple": (lambda x, y: (x * y.exp()).sum(), (1,), lambda: (f64(3), f64(3)), {}),
     "reversed": (lambda x, y: (x * y.exp()).sum(), (1, 0), lambda: (f64(3), f64(3)), {}),
-    "dict": (lambda p, x: (p["w"] @ x + p["b"]).tanh().sum(), 0, lambda: ({"w": f64(2, 3), "b": f64(2)}, f64(3)), {}),
+    "dict": (
+        lambda p, x: (p["w"] @ x + p["b"]).tanh().sum(),
+        0,
+        lambda: ({"w": f64(2, 3), "b": f64(2)}, f64(3)),
+        {},
+    ),
     "list": (lambda p, x: (p[0] * x + p[1]).sum(), 0, lambda: ([f64(3), f64(3)], f64(3)), {}),
-    "namedtuple": (lambda p: (p.left * p.right.sin()).sum(), 0, lambda: (Pair(f64(3), f64(3)),), {}),
-    "nested": (lambda p: (p["a"][0] * p["a"][1]["b"]).sum(), 0, lambda: ({"a": (f64(3), {"b": f64(3)})},), {}),
-    "two trees": (lambda p, q: (p["a"] * q[0]).sum(), (0, 1), lambda: ({"a": f64(3)}, [f64(3)]), {}),
+    "namedtuple": (
+        lambda p: (p.left * p.right.sin()).sum(),
+        0,
+        lambda: (Pair(f64(3), f64(3)),),
+        {},
+    ),
+    "nested": (
+        lambda p: (p["a"][0] * p["a"][1]["b"]).sum(),
+        0,
+        lambda: ({"a": (f64(3), {"b": f64(3)})},),
+        {},
+    ),
+    "two trees": (
+        lambda p, q: (p["a"] * q[0]).sum(),
+        (0, 1),
+        lambda: ({"a": f64(3)}, [f64(3)]),
+        {},
+    ),
     "unused input": (lambda x, y: x.sum(), (0, 1), lambda: (f64(3), f64(2, 2)), {}),
     "unused leaf": (lambda p: p["a"].sum(), 0, lambda: ({"a": f64(3), "b": f64(2)},), {}),
     "constant": (lambda x: torch.ones((), dtype=torch.float64), 0, lambda: (f64(3),), {}),
-    "kwargs": (lambda x, *, scale, power=2: (scale * x**power).sum(), 0, lambda: (f64(3),), {"scale": 3.0, "power": 3}),
+    "kwargs": (
+        lambda x, *, scale, power=2: (scale * x**power).sum(),
+        0,
+        lambda: (f64(3),),
+        {"scale": 3.0, "power": 3},
+    ),
     "tensor kwarg": (
         lambda x, *, y: (x * y).sum(),
         0,
@@ -39,21 +66,58 @@ PROGRAMS = {
         {"y": torch.arange(3.0, dtype=torch.float64)},
     ),
     "Python leaves beside": (
-        lambda x, n, flag, none, s: (x * n).sum() if flag and none is None and s == "a" else x.sum(),
+        lambda x, n, flag, none, s: (
+            (x * n).sum() if flag and none is None and s == "a" else x.sum()
+        ),
         0,
         lambda: (f64(3), 2, True, None, "a"),
         {},
     ),
-    "integer tensor beside": (lambda x, i: x[i].sum(), 0, lambda: (f64(3), torch.tensor([2, 0, 2])), {}),
+    "integer tensor beside": (
+        lambda x, i: x[i].sum(),
+        0,
+        lambda: (f64(3), torch.tensor([2, 0, 2])),
+        {},
+    ),
     "broadcast": (lambda x, y: (x * y + y).sum(), (0, 1), lambda: (f64(2, 3), f64(3)), {}),
     "scalar": (lambda x: x * x * x, 0, lambda: (f64(),), {}),
     "float32": (lambda x: (x.sin() * x).sum(), 0, lambda: (f32(4),), {}),
-    "float16": (lambda x: (x.sin() * x).sum(), 0, lambda: (torch.randn(4, dtype=torch.float16),), {}),
-    "bfloat16": (lambda x: (x.sin() * x).sum(), 0, lambda: (torch.randn(4, dtype=torch.bfloat16),), {}),
-    "complex in": (lambda z: (z.sin() * z.conj()).real.sum(), 0, lambda: (torch.randn(3, dtype=torch.complex128),), {}),
-    "abs of complex": (lambda z: (z * z).abs().sum(), 0, lambda: (torch.randn(3, dtype=torch.complex128),), {}),
-    "to a real and back": (lambda x: torch.complex(x, x * x).prod().imag, 0, lambda: (f64(3),), {}),
-    "dtype changes on the way": (lambda x: x.float().sin().double().sum(), 0, lambda: (f64(3),), {}),
+    "float16": (
+        lambda x: (x.sin() * x).sum(),
+        0,
+        lambda: (torch.randn(4, dtype=torch.float16),),
+        {},
+    ),
+    "bfloat16": (
+        lambda x: (x.sin() * x).sum(),
+        0,
+        lambda: (torch.randn(4, dtype=torch.bfloat16),),
+        {},
+    ),
+    "complex in": (
+        lambda z: (z.sin() * z.conj()).real.sum(),
+        0,
+        lambda: (torch.randn(3, dtype=torch.complex128),),
+        {},
+    ),
+    "abs of complex": (
+        lambda z: (z * z).abs().sum(),
+        0,
+        lambda: (torch.randn(3, dtype=torch.complex128),),
+        {},
+    ),
+    "to a real and back": (
+        lambda x: torch.complex(x, x * x).prod().imag,
+        0,
+        lambda: (f64(3),),
+        {},
+    ),
+    "dtype changes on the way": (
+        lambda x: x.float().sin().double().sum(),
+        0,
+        lambda: (f64(3),),
+        {},
+    ),
     "the same tensor twice": (lambda x, y: (x * y * y).sum(), (0, 1), lambda: (_T, _T), {}),
     "empty": (lambda x: x.sum(), 0, lambda: (f64(0, 3),), {}),
     "non-contiguous": (lambda x: (x.t().sin() @ x).sum(), 0, lambda: (f64(3, 4).t(),), {}),
@@ -68,7 +132,9 @@ def test_equals_autograd(name):
     args = make()
     expected = grads(f, argnums)(*args, **kwargs)
     assert_same(grad(f, argnums=argnums)(*args, **kwargs), expected)
-    assert_same(grad_and_value(f, argnums=argnums)(*args, **kwargs), (expected, f(*args, **kwargs)))
+    assert_same(
+        grad_and_value(f, argnums=argnums)(*args, **kwargs), (expected, f(*args, **kwargs))
+    )
 
 
 def test_has_aux():
@@ -123,7 +189,8 @@ def test_shapes_and_dtypes_change_between_calls():
         assert_same(f(x), 3 * x**2)
 
 
-# plain autograd outside ----------------------------------------------------------------------------------------------
+# plain autograd outside
+# ----------------------------------------------------------------------------------------------
 
 
 def test_backward_continues_through_the_result():
@@ -171,11 +238,22 @@ def test_leaves_grad_attributes_alone():
     assert x.grad is None and x.requires_grad
 
 
-# refused -------------------------------------------------------------------------------------------------------------
+# refused
+# -------------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "int leaf": (lambda x: x.sum().double(), 0, lambda: (torch.arange(3),), "int64|integer|floating"),
-    "bool leaf": (lambda x: x.sum().double(), 0, lambda: (torch.ones(3, dtype=torch.bool),), "bool|floating"),
+    "int leaf": (
+        lambda x: x.sum().double(),
+        0,
+        lambda: (torch.arange(3),),
+        "int64|integer|floating",
+    ),
+    "bool leaf": (
+        lambda x: x.sum().double(),
+        0,
+        lambda: (torch.ones(3, dtype=torch.bool),),
+        "bool|floating",
+    ),
     "leaf in a tree": (
         lambda p: p["w"].sum(),
         0,
@@ -184,16 +262,31 @@ REFUSED = {
     ),
     "None": (lambda x, y: x.sum(), 1, lambda: (f64(3), None), "None|tensor"),
     "Python number": (lambda x, y: (x * y).sum(), 1, lambda: (f64(3), 2.0), "float|tensor"),
-    "Python leaf in a tree": (lambda p: (p["w"] * p["n"]).sum(), 0, lambda: ({"w": f64(3), "n": 2},), "n"),
+    "Python leaf in a tree": (
+        lambda p: (p["w"] * p["n"]).sum(),
+        0,
+        lambda: ({"w": f64(3), "n": 2},),
+        "n",
+    ),
     "vector output": (lambda x: x, 0, lambda: (f64(3),), r"3"),
     "shape [1]": (lambda x: x.sum().reshape(1), 0, lambda: (f64(3),), r"1"),
-    "complex output": (lambda x: x.sum(), 0, lambda: (torch.randn(3, dtype=torch.complex128),), "complex"),
+    "complex output": (
+        lambda x: x.sum(),
+        0,
+        lambda: (torch.randn(3, dtype=torch.complex128),),
+        "complex",
+    ),
     "number output": (lambda x: 1.0, 0, lambda: (f64(3),), "tensor|float"),
     "None output": (lambda x: None, 0, lambda: (f64(3),), "tensor|None"),
     "tuple output": (lambda x: (x.sum(), x), 0, lambda: (f64(3),), "has_aux|tuple|tensor"),
     "argnums out of range": (lambda x: x.sum(), 1, lambda: (f64(3),), "argnum|argument"),
     "empty argnums": (lambda x: x.sum(), (), lambda: (f64(3),), "argnums"),
-    "argnums twice": (lambda x, y: x.sum(), (0, 0), lambda: (f64(3), f64(3)), "argnums|unique|duplicate|twice"),
+    "argnums twice": (
+        lambda x, y: x.sum(),
+        (0, 0),
+        lambda: (f64(3), f64(3)),
+        "argnums|unique|duplicate|twice",
+    ),
     "argnums of another type": (lambda x: x.sum(), "x", lambda: (f64(3),), "argnums"),
 }
 
@@ -216,7 +309,9 @@ def test_an_error_of_f_comes_through_unchanged():
 
     with pytest.raises(KeyError, match="mine"):
         grad(f)(f64(3))
-    assert_same(grad(lambda x: x.sum())(f64(3)), torch.ones(3, dtype=torch.float64))  # and nothing is left behind
+    assert_same(
+        grad(lambda x: x.sum())(f64(3)), torch.ones(3, dtype=torch.float64)
+    )  # and nothing is left behind
 
 
 def test_a_shape_error_of_f_is_torchs():
@@ -224,7 +319,8 @@ def test_a_shape_error_of_f_is_torchs():
         grad(lambda x: (x @ x.new_zeros(7)).sum())(f64(3))
 
 
-# a nested grad never confuses perturbations --------------------------------------------------------------------------
+# a nested grad never confuses perturbations
+# --------------------------------------------------------------------------
 
 
 def test_perturbation_confusion():

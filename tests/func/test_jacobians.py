@@ -64,7 +64,10 @@ def test_tuple_out(jac):
 @both
 def test_has_aux(jac):
     x = f64(3)
-    assert_same(jac(lambda x: (x.sin(), {"a": x * 2}), has_aux=True)(x), (torch.diag(x.cos()), {"a": x * 2}))
+    assert_same(
+        jac(lambda x: (x.sin(), {"a": x * 2}), has_aux=True)(x),
+        (torch.diag(x.cos()), {"a": x * 2}),
+    )
 
 
 @both
@@ -84,7 +87,9 @@ def test_chunk_size(jac, chunk_size):
 @both
 def test_keyword_arguments(jac):
     x = f64(3)
-    assert_same(jac(lambda x, *, scale: scale * x)(x, scale=2.0), 2 * torch.eye(3, dtype=torch.float64))
+    assert_same(
+        jac(lambda x, *, scale: scale * x)(x, scale=2.0), 2 * torch.eye(3, dtype=torch.float64)
+    )
 
 
 @both
@@ -139,7 +144,8 @@ def test_jacfwd_randomness():
         assert_same(j, torch.diag(torch.rand(3, dtype=torch.float64)))
 
 
-# hessian -------------------------------------------------------------------------------------------------------------
+# hessian
+# -------------------------------------------------------------------------------------------------------------
 
 SCALAR = {
     "diagonal": (lambda x: x.sin().sum(), lambda: f64(5)),

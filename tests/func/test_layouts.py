@@ -1,4 +1,5 @@
-"""Where values lie in memory: a transform's other inputs may be laid out otherwise than what they belong to."""
+"""Where values lie in memory: a transform's other inputs may be laid out otherwise than what they
+belong to."""
 
 import itertools
 
@@ -68,7 +69,10 @@ def test_tangents_of_a_batch_of_transposed_matrices():
 @pytest.mark.parametrize("loss", [torch.nn.functional.nll_loss, torch.nn.functional.cross_entropy])
 def test_class_scores_that_are_not_contiguous(loss, reduction):
     """PyTorch's own backward refuses these images."""
-    x, target = torch.randn(2, 3, 4, 5, dtype=F64).movedim(-1, 1), torch.arange(24).view(2, 3, 4) % 5
+    x, target = (
+        torch.randn(2, 3, 4, 5, dtype=F64).movedim(-1, 1),
+        torch.arange(24).view(2, 3, 4) % 5,
+    )
     weight, v = torch.rand(5, dtype=F64), torch.randn(2, 5, 3, 4, dtype=F64)
 
     def f(x):
@@ -89,7 +93,9 @@ def test_a_turned_view_of_an_expanded_argument():
     """It shows the same memory in the same way, and other variables."""
 
     def f(x):
-        return (x.t() * torch.arange(9.0, dtype=F64).view(3, 3)).sum() + x.permute(1, 0).reshape(-1)[1]
+        return (x.t() * torch.arange(9.0, dtype=F64).view(3, 3)).sum() + x.permute(1, 0).reshape(
+            -1
+        )[1]
 
     x, v = torch.ones(1, dtype=F64).expand(3, 3), torch.randn(3, 3, dtype=F64)
     want = torch.autograd.functional.vjp(f, x.contiguous())[1]
@@ -105,7 +111,10 @@ CUTS = {
     "attention": (lambda x: F.scaled_dot_product_attention(x * 2, x.sin(), x), (2, 2, 3, 4)),
     "pdist": (lambda x: F.pdist(x.mT), (3, 4)),
     "matrix_exp": (torch.linalg.matrix_exp, (2, 3, 2, 2)),
-    "images of classes": (lambda x: F.nll_loss(x, torch.ones(2, 3, 2, dtype=torch.int64)), (2, 4, 3, 2)),
+    "images of classes": (
+        lambda x: F.nll_loss(x, torch.ones(2, 3, 2, dtype=torch.int64)),
+        (2, 4, 3, 2),
+    ),
     "renorm": (lambda x: x.renorm(2, 0, 1.0), (2, 3)),
 }
 
@@ -119,12 +128,20 @@ def test_kernels_that_take_memory_for_contiguous(name):
             continue  # equal points: there is no derivative
         dense = x.contiguous()
         pull = vjp(f, x)[1]
-        for ct in layouts(*f(dense).shape) if f(dense).dim() > 1 else [torch.randn(f(dense).shape, dtype=F64)]:
+        for ct in (
+            layouts(*f(dense).shape)
+            if f(dense).dim() > 1
+            else [torch.randn(f(dense).shape, dtype=F64)]
+        ):
             want = torch.autograd.functional.vjp(f, dense, ct.contiguous())[1]
             torch.testing.assert_close(pull(ct)[0], want, rtol=1e-6, atol=1e-8)
         leaf = x.detach().requires_grad_()
-        torch.testing.assert_close(torch.autograd.grad(jit(f)(leaf), leaf, ct)[0], want, rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close((jvp(f, (x,), (ones := torch.ones_like(x),))[1] * ct).sum(), (want * ones).sum())
+        torch.testing.assert_close(
+            torch.autograd.grad(jit(f)(leaf), leaf, ct)[0], want, rtol=1e-6, atol=1e-8
+        )
+        torch.testing.assert_close(
+            (jvp(f, (x,), (ones := torch.ones_like(x),))[1] * ct).sum(), (want * ones).sum()
+        )
         batch = torch.stack([x, x * 0.5], -1)
         torch.testing.assert_close(vmap(f, in_dims=-1, out_dims=-1)(batch)[..., 1], f(dense * 0.5))
 
@@ -135,7 +152,10 @@ def test_cotangents_with_unusual_strides_of_dimensions_of_size_one():
     def f(x):
         return x.flip(-1).logsumexp(-1)
 
-    x, ct = torch.randn(2, 1, 2, 2, dtype=F64), torch.randn(2, 2, dtype=F64).as_strided((2, 1, 2), (2, 1, 1))
+    x, ct = (
+        torch.randn(2, 1, 2, 2, dtype=F64),
+        torch.randn(2, 2, dtype=F64).as_strided((2, 1, 2), (2, 1, 1)),
+    )
     want = torch.autograd.functional.vjp(f, x, ct)[1]
     torch.testing.assert_close(vjp(f, x)[1](ct)[0], want)
     leaf = x.transpose(0, 3).contiguous().transpose(0, 3).requires_grad_()

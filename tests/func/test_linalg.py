@@ -1,4 +1,5 @@
-"""Derivatives of linear algebra where formulas divide by zero: determinants of singular matrices, spectra."""
+"""Derivatives of linear algebra where formulas divide by zero: determinants of singular matrices,
+spectra."""
 
 from itertools import permutations
 
@@ -40,7 +41,11 @@ SINGULAR = {
 @pytest.mark.parametrize("name", SINGULAR)
 def test_determinant_of_a_singular_matrix(name):
     a, f = SINGULAR[name], torch.linalg.det
-    f, exact = (f, leibniz) if not a.is_complex() else (lambda a: torch.linalg.det(a).real, lambda a: leibniz(a).real)
+    f, exact = (
+        (f, leibniz)
+        if not a.is_complex()
+        else (lambda a: torch.linalg.det(a).real, lambda a: leibniz(a).real)
+    )
     x = a.clone().requires_grad_()
     want = torch.autograd.grad(exact(x), x)[0]
     torch.testing.assert_close(grad(f)(a), want, rtol=1e-9, atol=1e-12)
@@ -66,8 +71,12 @@ SPECTRA = {
     "eigvalsh": lambda x: torch.linalg.eigvalsh(x + x.mT).sin().sum(),
     "eig": lambda x: (lambda w, v: w.pow(3).sum().real + weighed(v))(*torch.linalg.eig(x)),
     "eigvals": lambda x: torch.linalg.eigvals(x).pow(3).sum().real,
-    "svd": lambda x: (lambda u, s, vh: s.sin().sum() + weighed(u) + weighed(vh.mT))(*torch.linalg.svd(x)),
-    "complex eigh": lambda x: (lambda w, q: w.sin().sum() + weighed(q))(*torch.linalg.eigh(hermitian(x))),
+    "svd": lambda x: (lambda u, s, vh: s.sin().sum() + weighed(u) + weighed(vh.mT))(
+        *torch.linalg.svd(x)
+    ),
+    "complex eigh": lambda x: (lambda w, q: w.sin().sum() + weighed(q))(
+        *torch.linalg.eigh(hermitian(x))
+    ),
 }
 
 

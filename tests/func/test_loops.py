@@ -1,4 +1,5 @@
-"""Ops that vmap can only batch by a loop: visible in the graph, reported once at the user's line, refused if strict."""
+"""Ops that vmap can only batch by a loop: visible in the graph, reported once at the user's line,
+refused if strict."""
 
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def ranked_backward(ctx, g):
     return torch.zeros_like(x).scatter(0, x.argsort(), g * y), None
 
 
-ranked.register_autograd(ranked_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+ranked.register_autograd(
+    ranked_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 @torch.library.custom_op("aotfunc_test_loops::halves", mutates_args=())
@@ -120,7 +123,9 @@ for k in range(3):
 vmap(torch.unique_consecutive)(x)
 vmap(lambda x: torch.unique(x) * 2)(x)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     shown = [line for line in done.stderr.splitlines() if "LoopWarning" in line]
     assert len(shown) == 2, done.stderr
     assert "unique_consecutive" in shown[0] and "_unique2" in shown[1]
@@ -129,11 +134,15 @@ vmap(lambda x: torch.unique(x) * 2)(x)
 STRICT = {
     "plain": lambda: vmap(ranked, strict=True)(X, Y),
     "chunked": lambda: vmap(ranked, chunk_size=1, strict=True)(X, Y),
-    "inside a gradient": lambda: vmap(grad(lambda x, y: ranked(x, y).square().sum()), strict=True)(X, Y),
+    "inside a gradient": lambda: vmap(grad(lambda x, y: ranked(x, y).square().sum()), strict=True)(
+        X, Y
+    ),
     "of a compiled function": lambda: vmap(jit(lambda x, y: ranked(x, y) + 1), strict=True)(X, Y),
     "in a compiled function": lambda: jit(vmap(lambda x, y: ranked(x, y) + 2, strict=True))(X, Y),
     "outside": lambda: vmap(vmap(lambda x: ranked(x, Y[0])), strict=True)(X.expand(3, 2, 3)),
-    "by value": lambda: vmap(torch.unique_consecutive, strict=True)(torch.tensor([[1, 1, 2], [3, 4, 4]])),
+    "by value": lambda: vmap(torch.unique_consecutive, strict=True)(
+        torch.tensor([[1, 1, 2], [3, 4, 4]])
+    ),
 }
 
 
@@ -145,7 +154,9 @@ def test_strict_refuses(name, seen):
     if seen:
         vmap(ranked)(X, Y)
         vmap(torch.unique_consecutive)(torch.tensor([[1, 1, 2], [3, 4, 4]]))
-    with pytest.raises(RuleError, match=r"strict=True.*(ranked|unique_consecutive).*loop over.*register_vmap"):
+    with pytest.raises(
+        RuleError, match=r"strict=True.*(ranked|unique_consecutive).*loop over.*register_vmap"
+    ):
         STRICT[name]()
 
 

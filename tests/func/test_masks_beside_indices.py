@@ -1,6 +1,5 @@
-"""One value written to all that a boolean mask selects beside other indices, ``x[mask, j] = v``: how many these are the
-shapes do not say. Against a loop of plain autograd.
-"""
+"""One value written to all that a boolean mask selects beside other indices, ``x[mask, j] = v``:
+how many these are the shapes do not say. Against a loop of plain autograd."""
 
 import itertools
 
@@ -62,22 +61,37 @@ def a_number(x, mask, j, v):
     return y
 
 
-FUNCTIONS = (put, accumulate, subtract, a_mask_without_dimensions, with_a_dimension_between, with_a_dimension_before)
+FUNCTIONS = (
+    put,
+    accumulate,
+    subtract,
+    a_mask_without_dimensions,
+    with_a_dimension_between,
+    with_a_dimension_before,
+)
 FUNCTIONS += (two_masks, a_number)
 TRANSFORMS = {
     "itself": lambda f: f,
-    "jacrev": lambda f: lambda x, mask, j, v: jacrev(lambda x, v: f(x, mask, j, v).sin(), (0, 1))(x, v),
-    "jacfwd": lambda f: lambda x, mask, j, v: jacfwd(lambda x, v: f(x, mask, j, v).sin(), (0, 1))(x, v),
+    "jacrev": lambda f: (
+        lambda x, mask, j, v: jacrev(lambda x, v: f(x, mask, j, v).sin(), (0, 1))(x, v)
+    ),
+    "jacfwd": lambda f: (
+        lambda x, mask, j, v: jacfwd(lambda x, v: f(x, mask, j, v).sin(), (0, 1))(x, v)
+    ),
 }
 
 
 def each(f, dims, args):
-    outs = [f(*(t if d is None else t[i] for t, d in zip(args, dims, strict=True))) for i in range(4)]
+    outs = [
+        f(*(t if d is None else t[i] for t, d in zip(args, dims, strict=True))) for i in range(4)
+    ]
     return torch.utils._pytree.tree_map(lambda *xs: torch.stack(xs), *outs)
 
 
 def jacobians(f):
-    return lambda x, mask, j, v: torch.autograd.functional.jacobian(lambda x, v: f(x, mask, j, v).sin(), (x, v))
+    return lambda x, mask, j, v: torch.autograd.functional.jacobian(
+        lambda x, v: f(x, mask, j, v).sin(), (x, v)
+    )
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -86,17 +100,24 @@ def jacobians(f):
 def test_batched(f, mask, transform):
     m = {"one": MASK, "none": NONE, "of each": MASKS}[mask]
     if f is subtract and mask == "of each":
-        m = torch.stack([MASK, MASK.roll(1), MASK.roll(2), MASK])  # it is read, too: as many in each
+        m = torch.stack(
+            [MASK, MASK.roll(1), MASK.roll(2), MASK]
+        )  # it is read, too: as many in each
     batched = itertools.product((X, X[0]), (J, J[1]), (V, V[0]))
     for x, j, v in batched if transform == "itself" else ((X, J, V), (X[0], J, V[0])):
         args = x, m, j, v
-        dims = tuple(0 if t.dim() == batched.dim() else None for t, batched in zip(args, (X, MASKS, J, V), strict=True))
+        dims = tuple(
+            0 if t.dim() == batched.dim() else None
+            for t, batched in zip(args, (X, MASKS, J, V), strict=True)
+        )
         if 0 in dims:
             want = each(f if transform == "itself" else jacobians(f), dims, args)
             assert_same(vmap(TRANSFORMS[transform](f), dims)(*args), want)
 
 
-@pytest.mark.parametrize("f", [f for f in FUNCTIONS if f is not subtract], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "f", [f for f in FUNCTIONS if f is not subtract], ids=lambda f: f.__name__
+)
 def test_compiled(f):
     def loss(x, v):
         return f(x, MASK, J[1], v).sin().sum()

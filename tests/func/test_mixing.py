@@ -1,4 +1,5 @@
-"""Our transforms inside PyTorch's and the reverse: right, or an error of ours; never a silent wrong number."""
+"""Our transforms inside PyTorch's and the reverse: right, or an error of ours; never a silent
+wrong number."""
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def right_or_error(run, expected):
     assert_same(out, expected)
 
 
-# torch.func inside ours ----------------------------------------------------------------------------------------------
+# torch.func inside ours
+# ----------------------------------------------------------------------------------------------
 
 THEIRS_INSIDE = {
     "vmap(grad)": lambda x: vmap(torch.func.grad(lambda y: y**3))(x),
@@ -32,15 +34,20 @@ THEIRS_INSIDE = {
     "grad(vmap)": lambda x: grad(lambda x: torch.func.vmap(lambda y: y**3)(x).sum())(x),
     "jvp(grad)": lambda x: jvp(torch.func.grad(cube), (x,), (x,))[1] / 2,
     "grad(vjp)": lambda x: grad(lambda x: torch.func.vjp(torch.sin, x)[0].sum() * 0 + cube(x))(x),
-    "jacrev(jvp)": lambda x: jacrev(lambda x: torch.func.jvp(lambda y: y**3, (x,), (torch.ones_like(x),))[0])(x).sum(0),
+    "jacrev(jvp)": lambda x: jacrev(
+        lambda x: torch.func.jvp(lambda y: y**3, (x,), (torch.ones_like(x),))[0]
+    )(x).sum(0),
     "grad(jacrev)": lambda x: grad(lambda x: torch.func.jacrev(cube)(x).sum() / 2)(x) * x,
     "grad(hessian)": lambda x: grad(lambda x: torch.func.hessian(cube)(x).sum() / 2)(x) * x**2,
     "jit(grad)": lambda x: aotfunc.jit(torch.func.grad(cube))(x),
     "make_fx(grad)": lambda x: make_fx(torch.func.grad(cube))(x)(x),
-    "make_fx(vmap(grad))": lambda x: make_fx(torch.func.vmap(torch.func.grad(lambda y: y**3)))(x)(x),
+    "make_fx(vmap(grad))": lambda x: make_fx(torch.func.vmap(torch.func.grad(lambda y: y**3)))(x)(
+        x
+    ),
 }
 
-# ours inside torch.func ----------------------------------------------------------------------------------------------
+# ours inside torch.func
+# ----------------------------------------------------------------------------------------------
 
 OURS_INSIDE = {
     "vmap(grad)": lambda x: torch.func.vmap(grad(lambda y: y**3))(x),
@@ -51,7 +58,9 @@ OURS_INSIDE = {
     "grad(jit)": lambda x: torch.func.grad(aotfunc.jit(cube))(x),
     "vmap(jit)": lambda x: torch.func.vmap(aotfunc.jit(lambda y: 3 * y**2))(x),
     "grad(aot_function)": lambda x: torch.func.grad(aotfunc.aot_function(cube, "eager"))(x),
-    "theirs(ours(theirs))": lambda x: torch.func.vmap(grad(torch.func.grad(lambda y: y**4 / 4)))(x),
+    "theirs(ours(theirs))": lambda x: torch.func.vmap(grad(torch.func.grad(lambda y: y**4 / 4)))(
+        x
+    ),
 }
 
 
@@ -72,12 +81,17 @@ def test_ours_inside_functionalize_of_theirs():
     right_or_error(lambda: torch.func.functionalize(grad(cube))(x), 3 * x**2)
 
 
-# other modes ---------------------------------------------------------------------------------------------------------
+# other modes
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jit"])
 def test_under_a_dual_level(transform):
-    run = {"grad": grad(cube), "vmap": vmap(lambda y: 3 * y**2), "jit": aotfunc.jit(lambda y: 3 * y**2)}[transform]
+    run = {
+        "grad": grad(cube),
+        "vmap": vmap(lambda y: 3 * y**2),
+        "jit": aotfunc.jit(lambda y: 3 * y**2),
+    }[transform]
     x, t = f64(3), f64(3)
     with fwAD.dual_level():
         dual = fwAD.make_dual(x, t)
@@ -127,7 +141,8 @@ def test_meta_tensors():
     assert out.device.type == "meta" and out.shape == (3, 4)
 
 
-# tensors that are not plain ------------------------------------------------------------------------------------------
+# tensors that are not plain
+# ------------------------------------------------------------------------------------------
 
 
 class Tagged(torch.Tensor):
@@ -158,7 +173,9 @@ def test_unknown_kinds_of_tensors_are_refused(name):
 @pytest.mark.filterwarnings("ignore")
 def test_a_sparse_tensor_closed_over_is_refused_or_right():
     s = torch.eye(3).to_sparse()
-    right_or_error(lambda: grad(lambda x: torch.sparse.mm(s, x).sum())(torch.ones(3, 2)), torch.ones(3, 2))
+    right_or_error(
+        lambda: grad(lambda x: torch.sparse.mm(s, x).sum())(torch.ones(3, 2)), torch.ones(3, 2)
+    )
 
 
 def test_a_parameter_is_a_tensor():

@@ -1,4 +1,5 @@
-"""Modules as functions: functional_call, stacking for ensembles, make_functional, batch norm without statistics."""
+"""Modules as functions: functional_call, stacking for ensembles, make_functional, batch norm
+without statistics."""
 
 import copy
 
@@ -50,7 +51,9 @@ def test_ensemble_by_stack_module_state():
     models, x = [mlp() for _ in range(4)], f64(5, 3)
     params, buffers = stack_module_state(models)
     base = mlp().to("meta")
-    out = vmap(lambda p, b, x: functional_call(base, (p, b), (x,)), (0, 0, None))(params, buffers, x)
+    out = vmap(lambda p, b, x: functional_call(base, (p, b), (x,)), (0, 0, None))(
+        params, buffers, x
+    )
     assert_same(out, torch.stack([m(x) for m in models]))
 
 

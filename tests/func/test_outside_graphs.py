@@ -1,6 +1,6 @@
-"""torch.autograd.grad inside a transform, of tensors from outside that have a history there: closed over, or passed to
-all samples alike; against a loop of plain autograd, in which everything is outside.
-"""
+"""torch.autograd.grad inside a transform, of tensors from outside that have a history there:
+closed over, or passed to all samples alike; against a loop of plain autograd, in which everything
+is outside."""
 
 import pytest
 import torch
@@ -40,16 +40,26 @@ PROGRAMS = {
     "several results": lambda w, h, o, g: gradient([o, h], [w, h], [g, g * 2], retain_graph=True),
     "the leaf as result": lambda w, h, o, g: gradient([o, w], [w], [g, w * 2], retain_graph=True),
     "computed on": lambda w, h, o, g: gradient((o * 2).exp(), [w, h], g, retain_graph=True),
-    "by several ways": lambda w, h, o, g: gradient((o * h * w.sum()).exp(), [w, h, o], g, retain_graph=True),
-    "by a batched value": lambda w, h, o, g: gradient((o * g).exp().sum(), [w, h], retain_graph=True),
+    "by several ways": lambda w, h, o, g: gradient(
+        (o * h * w.sum()).exp(), [w, h, o], g, retain_graph=True
+    ),
+    "by a batched value": lambda w, h, o, g: gradient(
+        (o * g).exp().sum(), [w, h], retain_graph=True
+    ),
     "unused": lambda w, h, o, g: gradient(h, [o, w], g, retain_graph=True, allow_unused=True)[1:],
-    "zeros": lambda w, h, o, g: gradient(h * 2, [o, w], g, retain_graph=True, materialize_grads=True),
-    "again": lambda w, h, o, g: gradient(gradient(o, w, g, create_graph=True)[0].sin().sum(), [w], retain_graph=True),
+    "zeros": lambda w, h, o, g: gradient(
+        h * 2, [o, w], g, retain_graph=True, materialize_grads=True
+    ),
+    "again": lambda w, h, o, g: gradient(
+        gradient(o, w, g, create_graph=True)[0].sin().sum(), [w], retain_graph=True
+    ),
     "again, computed on": lambda w, h, o, g: gradient(
         gradient((o * h).exp(), w, g, create_graph=True)[0].sin().sum(), [w, h], retain_graph=True
     ),
     "three times": lambda w, h, o, g: gradient(
-        gradient(gradient(o, w, g, create_graph=True)[0].sin().sum(), w, create_graph=True)[0].cos().sum(),
+        gradient(gradient(o, w, g, create_graph=True)[0].sin().sum(), w, create_graph=True)[0]
+        .cos()
+        .sum(),
         [w],
         retain_graph=True,
     ),
@@ -59,8 +69,12 @@ PASSED = {
     "closed over": lambda f, w, h, o: vmap(lambda g: f(w, h, o, g))(G),
     "arguments": lambda f, w, h, o: vmap(f, (None, None, None, 0))(w, h, o, G),
     "an argument": lambda f, w, h, o: vmap(lambda o, g: f(w, h, o, g), (None, 0))(o, G),
-    "arguments in chunks": lambda f, w, h, o: vmap(f, (None, None, None, 0), chunk_size=1)(w, h, o, G),
-    "two vmaps": lambda f, w, h, o: vmap(vmap(f, (None, None, None, 0)), (None, None, None, 1), 1)(w, h, o, G[:, None]),
+    "arguments in chunks": lambda f, w, h, o: vmap(f, (None, None, None, 0), chunk_size=1)(
+        w, h, o, G
+    ),
+    "two vmaps": lambda f, w, h, o: vmap(vmap(f, (None, None, None, 0)), (None, None, None, 1), 1)(
+        w, h, o, G[:, None]
+    ),
     "from the outer to the inner": lambda f, w, h, o: vmap(
         lambda w, h, o, g: vmap(lambda g: f(w, h, o, g))(g), (None, None, None, 1), 1
     )(w, h, o, G[:, None]),
@@ -82,7 +96,9 @@ def test_gradients(name, passed):
 OUTER = {
     "of a saved argument": lambda w, h, o, g: gradient(o, w, g, create_graph=True)[0].sin().sum(),
     "of a saved result": lambda w, h, o, g: gradient(h, w, g, create_graph=True)[0].sin().sum(),
-    "computed on": lambda w, h, o, g: gradient((o * h).exp(), w, g, create_graph=True)[0].sin().sum(),
+    "computed on": lambda w, h, o, g: (
+        gradient((o * h).exp(), w, g, create_graph=True)[0].sin().sum()
+    ),
 }
 
 
@@ -99,7 +115,11 @@ def a_batched_graph(w, h, o):
 
 
 def batched_gradients(w, h, o):
-    return vmap(lambda g: gradient(o * 2, w, torch.stack([g, g]), is_grads_batched=True, retain_graph=True)[0])(G)
+    return vmap(
+        lambda g: gradient(
+            o * 2, w, torch.stack([g, g]), is_grads_batched=True, retain_graph=True
+        )[0]
+    )(G)
 
 
 def an_argument_of_another_transform(w, h, o):
@@ -118,25 +138,37 @@ def traced(w, h, o):
     return make_fx(lambda o, g: gradient(o * 2, w, g, retain_graph=True)[0])(o, G[0])
 
 
-REFUSED = (a_batched_graph, batched_gradients, an_argument_of_another_transform, compiled, compiled_around_vmap, traced)
+REFUSED = (
+    a_batched_graph,
+    batched_gradients,
+    an_argument_of_another_transform,
+    compiled,
+    compiled_around_vmap,
+    traced,
+)
 
 
 @pytest.mark.parametrize("f", REFUSED, ids=lambda f: f.__name__)
 def test_refused(f):
     with pytest.raises(
-        CaptureError, match=r"was computed there from one that is differentiated here.*test_outside_gra"
+        CaptureError,
+        match=r"was computed there from one that is differentiated here.*test_outside_gra",
     ):
         f(*graph())
 
 
 def test_a_sample_is_not_what_the_graph_was_computed_from():
-    """It is a view of a batch; so it is with torch.func, where an argument of grad is another tensor, too."""
+    """It is a view of a batch; so it is with torch.func, where an argument of grad is another
+    tensor, too."""
     w, h, o = graph()
     f = lambda h, g: gradient((o * g).sum(), [w, h], retain_graph=True, allow_unused=True)
     got = vmap(lambda h, g: f(h, g)[:1], (0, 0))(h[:2], G)
     assert_same(got[0], torch.stack([f(h, g)[0] for g in G]))
     assert vmap(lambda h, g: f(h, g)[1], (0, 0), None)(h[:2], G) is None
-    assert_same(grad(lambda h: gradient((o * h.sin()).sum(), h, create_graph=True)[0].sum())(h), -o * h.sin())
+    assert_same(
+        grad(lambda h: gradient((o * h.sin()).sum(), h, create_graph=True)[0].sum())(h),
+        -o * h.sin(),
+    )
 
 
 @pytest.mark.parametrize("way", ["vmap", "jit", "make_fx", "written"])
@@ -150,5 +182,8 @@ def test_a_gradient_is_viewed_that_is_laid_out_otherwise_than_its_value(way):
 
     x = torch.randn(2, 3, 4, requires_grad=True)
     want = 2 * x.detach().sin() * x.detach().cos() * (2 if way == "written" else 1)
-    run = {"vmap": lambda f: lambda x: vmap(f)(x[None])[0], "make_fx": lambda f: make_fx(f)(x)}.get(way, jit)
+    run = {
+        "vmap": lambda f: lambda x: vmap(f)(x[None])[0],
+        "make_fx": lambda f: make_fx(f)(x),
+    }.get(way, jit)
     assert_same(run(f)(x), want.view(6, 4))

@@ -1,4 +1,5 @@
-"""Right where torch.func is not: faults known of it, each compared with a closed form, a loop or a plain formula."""
+"""Right where torch.func is not: faults known of it, each compared with a closed form, a loop or a
+plain formula."""
 
 import pytest
 import torch
@@ -103,7 +104,9 @@ def test_second_derivatives_of_householder_product(outer, inner):
     def first(f, transform):
         if transform == "jvp":
             return lambda v, tau: aotfunc.jvp(f, (v, tau), along)[1]
-        return lambda v, tau: sum((a * b).sum() for a, b in zip(aotfunc.vjp(f, v, tau)[1](ct), along))
+        return lambda v, tau: sum(
+            (a * b).sum() for a, b in zip(aotfunc.vjp(f, v, tau)[1](ct), along)
+        )
 
     def second(f):
         f = first(f, inner)

@@ -31,7 +31,8 @@ DRAWS = {
     "rrelu": lambda x: F.rrelu(-x.abs(), training=True),
 }
 SEED = 7
-# "same" for a draw whose distribution is batched may be refused (torch.func does), as may rrelu under vmap; never wrong
+# "same" for a draw whose distribution is batched may be refused (torch.func does), as may rrelu
+# under vmap; never wrong
 MAY_REFUSE = ("bernoulli", "bernoulli p", "normal", "multinomial", "poisson", "rrelu")
 
 
@@ -76,7 +77,9 @@ def test_different_differs_by_sample(name):
     assert_same(seeded(vmap(draw, randomness="different"), x), out)  # and the seed decides
 
 
-@pytest.mark.parametrize("name", ["rand", "randn", "rand_like", "randn_like", "dropout", "normal_", "bernoulli"])
+@pytest.mark.parametrize(
+    "name", ["rand", "randn", "rand_like", "randn_like", "dropout", "normal_", "bernoulli"]
+)
 def test_different_is_one_draw_of_the_whole_batch(name):
     """As torch.func draws them, so that seeded programs keep their numbers."""
     x = torch.randn(4, 3)

@@ -1,10 +1,10 @@
-"""Random programs on arguments that lie anyhow in memory: every value as its graph says, every transform as on dense
-arguments.
+"""Random programs on arguments that lie anyhow in memory: every value as its graph says, every
+transform as on dense arguments.
 
-A program is drawn from a seed: permuted, sliced, expanded and displaced arguments, and ops of every family, whose
-results the layouts decide. Tangents, cotangents and batches lie otherwise than what they belong to. The references are
-autograd and loops on contiguous copies. AOTFUNC_FUZZ=N runs N seeds.
-"""
+A program is drawn from a seed: permuted, sliced, expanded and displaced arguments, and ops of
+every family, whose results the layouts decide. Tangents, cotangents and batches lie otherwise than
+what they belong to. The references are autograd and loops on contiguous copies. AOTFUNC_FUZZ=N
+runs N seeds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def compared():
     aotfunc.clear_caches()
 
 
-# programs -------------------------------------------------------------------------------------------------------------
+# programs
+# -------------------------------------------------------------------------------------------------------------
 
 
 def d(x, draw):
@@ -100,7 +101,9 @@ def indexed(draw, x):
 
 def gathered(draw, x):
     k = d(x, draw)
-    index = torch.randint(x.shape[k], x.shape, generator=torch.Generator().manual_seed(draw.randrange(99)))
+    index = torch.randint(
+        x.shape[k], x.shape, generator=torch.Generator().manual_seed(draw.randrange(99))
+    )
     index = laid(draw, index)
     return draw.choice(
         (
@@ -202,7 +205,9 @@ UNARY = {
     "gram": plainly(lambda x: x @ x.mT),
     "gram by columns": plainly(lambda x: x.mT @ x),
     "trace": plainly(lambda x: torch.einsum("...ij,...kj->...ik", x, x.sin())),
-    "linear": plainly(lambda x: F.linear(x, WEIGHTS[0, 0, 0, :3, : x.shape[-1]].mT.contiguous().mT)),
+    "linear": plainly(
+        lambda x: F.linear(x, WEIGHTS[0, 0, 0, :3, : x.shape[-1]].mT.contiguous().mT)
+    ),
     "pad": plainly(lambda x: F.pad(x, (1, 0), value=0.2)),
     "layer_norm": plainly(lambda x: F.layer_norm(x, x.shape[-1:])),
     "batch_norm": plainly(lambda x: F.batch_norm(x, None, None, training=True)),
@@ -244,7 +249,17 @@ BINARY = {
     "prelu": lambda x, y: F.prelu(x, y.reshape(-1)[:1]),
 }
 
-SHAPES = [(3,), (2, 3), (3, 1), (2, 3, 2), (2, 1, 3), (2, 3, 2, 3), (2, 3, 3, 2), (1, 2, 3, 3), (2, 1, 2, 2)]
+SHAPES = [
+    (3,),
+    (2, 3),
+    (3, 1),
+    (2, 3, 2),
+    (2, 1, 3),
+    (2, 3, 2, 3),
+    (2, 3, 3, 2),
+    (1, 2, 3, 3),
+    (2, 1, 2, 2),
+]
 
 
 def program(seed: int):
@@ -285,7 +300,8 @@ def program(seed: int):
     return draw, f, args, names
 
 
-# references -----------------------------------------------------------------------------------------------------------
+# references
+# -----------------------------------------------------------------------------------------------------------
 
 
 def noise(like, seed):
@@ -295,7 +311,9 @@ def noise(like, seed):
 
 def gradients(f, args, cts, create=False):
     outs = [o for o in f(*args)]
-    found = torch.autograd.grad(outs, args, cts, create_graph=create, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        outs, args, cts, create_graph=create, allow_unused=True, materialize_grads=True
+    )
     return list(found)
 
 
@@ -304,10 +322,13 @@ def leaves(args):
 
 
 def curved(f, args, cts, tangents):
-    """The gradient of <cts, J tangents>, by the arguments and by the cotangents (which is J tangents)."""
+    """The gradient of <cts, J tangents>, by the arguments and by the cotangents (which is J
+    tangents)."""
     args, cts = leaves(args), leaves(cts)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
-        product = sum((g * t).sum() for g, t in zip(gradients(f, args, cts, create=True), tangents))
+        product = sum(
+            (g * t).sum() for g, t in zip(gradients(f, args, cts, create=True), tangents)
+        )
     found = torch.autograd.grad(product, [*args, *cts], allow_unused=True, materialize_grads=True)
     return list(found[: len(args)]), list(found[len(args) :])
 
@@ -341,8 +362,11 @@ def differs(seed: int) -> None:
     close(make_fx(f)(*args)(*args), want, "value")
     outs, eager = jit(f)(*args), f(*args)
     close(outs, want, "compiled value")
-    # what was written has eager's order of dimensions in memory, and not its strides of those of size 1
-    for o, e in zip(outs, eager, strict=True) if not any("written" in name for name in names) else ():
+    # what was written has eager's order of dimensions in memory, and not its strides of those of
+    # size 1
+    for o, e in (
+        zip(outs, eager, strict=True) if not any("written" in name for name in names) else ()
+    ):
         assert steps_of(o) == steps_of(e), f"laid out as {steps_of(o)}, eager as {steps_of(e)}"
     cts, tangents = noise(want, 1), noise(dense, 2)
     grads = gradients(f, leaves(dense), cts)
@@ -354,7 +378,9 @@ def differs(seed: int) -> None:
     # reverse and forward
     close(vjp(f, *args)[1](there(cts)), grads, "gradient")
     close(
-        jit(lambda args, cts: vjp(f, *args)[1](cts))(tuple(args), there(cts)), grads, "gradient in a compiled function"
+        jit(lambda args, cts: vjp(f, *args)[1](cts))(tuple(args), there(cts)),
+        grads,
+        "gradient in a compiled function",
     )
     own = [laid(draw, a).requires_grad_() for a in dense]
     close(gradients(jit(f), own, there(cts)), grads, "gradient of a compiled function")
@@ -386,10 +412,18 @@ def differs(seed: int) -> None:
     stacked = [torch.stack(list(o), k) for o, k in zip(zip(*each), out_dims)]
     got = vmap(f, in_dims=dims, out_dims=out_dims)(*there(batches))
     close(got, stacked, "batch")
-    close(jit(vmap(f, in_dims=dims, out_dims=out_dims))(*there(batches)), stacked, "batch in a compiled function")
+    close(
+        jit(vmap(f, in_dims=dims, out_dims=out_dims))(*there(batches)),
+        stacked,
+        "batch in a compiled function",
+    )
     pull = lambda args, cts: vjp(f, *args)[1](cts)
     mapped = vmap(pull, in_dims=(dims, None))(there(batches), there(cts))
-    close(mapped, [torch.stack(g) for g in zip(*[gradients(f, leaves(row), cts) for row in rows])], "batched gradient")
+    close(
+        mapped,
+        [torch.stack(g) for g in zip(*[gradients(f, leaves(row), cts) for row in rows])],
+        "batched gradient",
+    )
     mapped = vmap(back, in_dims=(dims, None, None))(there(batches), there(tangents), there(cts))
     close(mapped, [torch.stack(g) for g in zip(*wanted)], "batched gradient of the tangent")
 

@@ -1,4 +1,5 @@
-"""Derivatives of recurrent layers and cells: both modes, second order, and float32, where oneDNN's layers run."""
+"""Derivatives of recurrent layers and cells: both modes, second order, and float32, where oneDNN's
+layers run."""
 
 import pytest
 import torch

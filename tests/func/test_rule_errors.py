@@ -64,7 +64,10 @@ def test_a_rule_that_fails(rule, kind):
         called(op)
     place = rf"test_rule_errors.py:\d+ in {rule.__name__}"
     users = r" \(at test_rule_errors.py:\d+ in <lambda>: .*\)"
-    assert re.match(rf"the {kind} rule of {re.escape(str(op))} \({place}: .*\) failed{users}: ", str(caught.value))
+    assert re.match(
+        rf"the {kind} rule of {re.escape(str(op))} \({place}: .*\) failed{users}: ",
+        str(caught.value),
+    )
     assert str(caught.value).count("<lambda>: ") == 1
 
 
@@ -73,7 +76,9 @@ def test_a_rule_that_is_not_made_for_its_arguments(kind):
     register, called = TRANSFORMS[kind]
     op = defined()
     register(op)(not_made_for_it)
-    with pytest.raises(RuleError, match=rf"no {kind} rule for {re.escape(str(op))} \(at .*\): the moon is full"):
+    with pytest.raises(
+        RuleError, match=rf"no {kind} rule for {re.escape(str(op))} \(at .*\): the moon is full"
+    ):
         called(op)
 
 
@@ -100,7 +105,9 @@ def test_an_op_without_derivative_formula(ask):
     op = defined()
     torch.testing.assert_close(jit(op)(X), X**3)
     torch.testing.assert_close(grad(lambda x: (op(x.detach()) * x).sum())(X), X**3)
-    with pytest.raises(RuleError, match=rf"{re.escape(str(op))} \(at .*register_autograd\('{op.name()}'"):
+    with pytest.raises(
+        RuleError, match=rf"{re.escape(str(op))} \(at .*register_autograd\('{op.name()}'"
+    ):
         ask(op)
 
 

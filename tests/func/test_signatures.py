@@ -1,4 +1,5 @@
-"""The public names and their parameters are torch.func 2.13's; ours may follow, never replace them."""
+"""The public names and their parameters are torch.func 2.13's; ours may follow, never replace
+them."""
 
 import inspect
 
@@ -61,4 +62,6 @@ def test_the_transform_keeps_the_name_of_f():
         return x.sum()
 
     for transform in (aotfunc.grad, aotfunc.vmap, aotfunc.jacrev, aotfunc.jit):
-        assert transform(my_loss).__wrapped__ is my_loss or "my_loss" in transform(my_loss).__name__
+        assert (
+            transform(my_loss).__wrapped__ is my_loss or "my_loss" in transform(my_loss).__name__
+        )

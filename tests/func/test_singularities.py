@@ -1,4 +1,5 @@
-"""Derivatives at and near points where a formula is 0/0 or infinity - infinity: against mpmath, to fourth order."""
+"""Derivatives at and near points where a formula is 0/0 or infinity - infinity: against mpmath, to
+fourth order."""
 
 import math
 
@@ -33,8 +34,13 @@ def test_removable_singularities(name, step):
         f = step(f)
         got = vmap(f)(torch.tensor(POINTS, dtype=torch.float64))
         with mpmath.workdps(60):
-            want = [float(sum(n * c for n, c in zip(*taylor(exact, x, order), strict=True))) for x in POINTS]
-        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-11 * 10**order)
+            want = [
+                float(sum(n * c for n, c in zip(*taylor(exact, x, order), strict=True)))
+                for x in POINTS
+            ]
+        torch.testing.assert_close(
+            got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-11 * 10**order
+        )
 
 
 def taylor(f, x, order):
@@ -50,7 +56,9 @@ def test_scaled_bessel_functions_on_both_sides():
             f = grad(f)
             with mpmath.workdps(60):
                 want = [float(mpmath.diff(exact, mpmath.mpf(float(y)), order)) for y in x]
-            torch.testing.assert_close(vmap(f)(x), torch.tensor(want, dtype=torch.float64), rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(
+                vmap(f)(x), torch.tensor(want, dtype=torch.float64), rtol=1e-8, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -69,4 +77,6 @@ def test_logcumsumexp_before_there_is_mass(start, dtype):
         second = jacrev(jacfwd(f))(x)
         assert second.isfinite().all()
         torch.testing.assert_close(jacfwd(jacrev(f))(x), second)
-        torch.testing.assert_close(second, weights[:, :, None] * (torch.eye(4) - weights[:, None, :]))
+        torch.testing.assert_close(
+            second, weights[:, :, None] * (torch.eye(4) - weights[:, None, :])
+        )

@@ -1,4 +1,5 @@
-"""``vmap`` called with batches of one size after another: the code of one size runs for the others, where it may."""
+"""``vmap`` called with batches of one size after another: the code of one size runs for the
+others, where it may."""
 
 import random
 
@@ -21,7 +22,9 @@ def made(monkeypatch):
     clear_caches()
     found = []
     run = batching.vmap_pass
-    monkeypatch.setattr(batching, "vmap_pass", lambda base, *how: found.append(how[2]) or run(base, *how))
+    monkeypatch.setattr(
+        batching, "vmap_pass", lambda base, *how: found.append(how[2]) or run(base, *how)
+    )
     return found
 
 
@@ -34,7 +37,9 @@ def chain(angles):
     pose = torch.eye(3, dtype=angles.dtype)
     for link, a in zip(links, angles):
         zero, one = torch.zeros_like(a), torch.ones_like(a)
-        turn = torch.stack([a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero, zero, zero, one]).view(3, 3)
+        turn = torch.stack(
+            [a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero, zero, zero, one]
+        ).view(3, 3)
         pose = pose @ (link @ turn)
     return pose[:, 2]
 
@@ -49,17 +54,25 @@ def picked(x):
 
 
 def image(x):
-    return F.max_pool2d(F.conv2d(x.view(1, 1, 8, 1) * x, kernel, padding=1).relu(), 2).mean((0, 2, 3))
+    return F.max_pool2d(F.conv2d(x.view(1, 1, 8, 1) * x, kernel, padding=1).relu(), 2).mean(
+        (0, 2, 3)
+    )
 
 
 def solved(x):
     a = x.view(2, 2, 2)[0] @ x.view(2, 2, 2)[1].T + 3 * torch.eye(2, dtype=x.dtype)
-    return torch.linalg.solve(a @ a.T, x[:2]) + torch.linalg.cholesky(a @ a.T + 1).sum(1) + torch.linalg.det(a)
+    return (
+        torch.linalg.solve(a @ a.T, x[:2])
+        + torch.linalg.cholesky(a @ a.T + 1).sum(1)
+        + torch.linalg.det(a)
+    )
 
 
 def ordered(x):
     values, places = x.sort(descending=True)
-    return torch.cat([values[:3], values.gather(0, places)[2:5]]) * torch.where(x > 0, x, -x)[:6].roll(1, 0)
+    return torch.cat([values[:3], values.gather(0, places)[2:5]]) * torch.where(x > 0, x, -x)[
+        :6
+    ].roll(1, 0)
 
 
 #: functions of one vector of 8 numbers
@@ -70,12 +83,22 @@ FUNCTIONS = {
     "image": image,
     "solved": solved,
     "ordered": ordered,
-    "inner batch": lambda x: vmap(lambda r, s: (r * s).sum() + s, in_dims=(0, None))(x.view(4, 2), x[0]),
+    "inner batch": lambda x: vmap(lambda r, s: (r * s).sum() + s, in_dims=(0, None))(
+        x.view(4, 2), x[0]
+    ),
     "wide": lambda x: x.expand(5, 8) + torch.ones(5, 1, dtype=x.dtype) * x.sum(),
-    "unbatched result": lambda x: (x * 2, links[0] @ links[1], torch.zeros(5, dtype=x.dtype) + x[0]),
+    "unbatched result": lambda x: (
+        x * 2,
+        links[0] @ links[1],
+        torch.zeros(5, dtype=x.dtype) + x[0],
+    ),
 }
 
-scalar = lambda f: lambda x: sum((y * y.detach().cos()).sum() for y in (f(x) if isinstance(f(x), tuple) else [f(x)]))
+scalar = lambda f: (
+    lambda x: sum(
+        (y * y.detach().cos()).sum() for y in (f(x) if isinstance(f(x), tuple) else [f(x)])
+    )
+)
 
 TRANSFORMS = {
     "f": lambda f: f,
@@ -144,7 +167,9 @@ def test_arguments_of_several_kinds(made):
         got = vmap(f, in_dims=({"w": None, "b": None}, 0, 0, None))(p, x, k, 0.5)
         want = [f(p, *pair, 0.5) for pair in zip(x, k)]
         for key in ("y", "z") if n else ():
-            assert_same(got[key], tree_map(lambda *rows: torch.stack(rows), *(w[key] for w in want)))
+            assert_same(
+                got[key], tree_map(lambda *rows: torch.stack(rows), *(w[key] for w in want))
+            )
     each = {key: torch.stack([v * k for k in range(1, 7)]) for key, v in p.items()}
     for n in (6, 4, 3, 5):
         part = {key: v[:n] for key, v in each.items()}
@@ -154,7 +179,9 @@ def test_arguments_of_several_kinds(made):
 
 def test_a_size_that_is_another_dimension_too():
     for first in range(2, 10):
-        f = lambda x, first=first: torch.full((first, 3), 0.5) @ x + torch.arange(first).unsqueeze(1) * x.sum()
+        f = lambda x, first=first: (
+            torch.full((first, 3), 0.5) @ x + torch.arange(first).unsqueeze(1) * x.sum()
+        )
         for n in (first, 3, first + 1, 4, first, 11):
             x = torch.randn(n, 3, 2)
             assert_same(vmap(f)(x), torch.stack([f(s) for s in x]))
@@ -194,7 +221,9 @@ def test_what_shares_code_is_a_program_all_the_same(outer):
     for n in (11, 13, 17):
         f(f64(n, 8))
     x = f64(17, 8)
-    want = torch.stack([torch.autograd.functional.jacobian(lambda s: jacrev(mlp)(s).square().sum(), s) for s in x])
+    want = torch.stack(
+        [torch.autograd.functional.jacobian(lambda s: jacrev(mlp)(s).square().sum(), s) for s in x]
+    )
     if outer == "backward":
         leaf = x.clone().requires_grad_()
         f(leaf).square().sum().backward()
@@ -216,7 +245,8 @@ def test_chunks(made):
     assert set(made) == {16}
 
 
-# random programs -----------------------------------------------------------------------------------------------------
+# random programs
+# -----------------------------------------------------------------------------------------------------
 
 #: steps from a list of values (vectors of 6, matrices of 3 x 2 and 2 x 2) to another one
 STEPS = [
@@ -271,13 +301,22 @@ def test_random_programs(seed, made):
     of = random_function(rng)
     total = lambda p, x: of(p, x).sin().sum()
     f = rng.choice(
-        [of, grad(total), grad(total, argnums=1), jacrev(of, argnums=1), jacfwd(of), hessian(total, argnums=1)]
+        [
+            of,
+            grad(total),
+            grad(total, argnums=1),
+            jacrev(of, argnums=1),
+            jacfwd(of),
+            hessian(total, argnums=1),
+        ]
         + [lambda p, x: vmap(total, in_dims=(None, 0))(p, torch.stack([x, x.sin(), x - p]))]
     )
     in_dims = rng.choice([(None, 0), (0, 0), (0, 1), (1, 0), (0, None)])
     out_dims = rng.choice([0, -1])
     for n in rng.sample(range(2, 10), 8) + [1]:
         p, x = (f64(6) if d is None else f64(n, 6) if d == 0 else f64(6, n) for d in in_dims)
-        rows = [[a if d is None else a.select(d, k) for a, d in zip((p, x), in_dims)] for k in range(n)]
+        rows = [
+            [a if d is None else a.select(d, k) for a, d in zip((p, x), in_dims)] for k in range(n)
+        ]
         want = torch.stack([f(*row) for row in rows], out_dims)
         assert_same(vmap(f, in_dims, out_dims)(p, x), want)

@@ -1,6 +1,5 @@
-"""Functions that call transforms, compiled by torch.compile in one graph: values, gradients and writes are those of the
-same function with torch.func's transforms, or with a loop.
-"""
+"""Functions that call transforms, compiled by torch.compile in one graph: values, gradients and
+writes are those of the same function with torch.func's transforms, or with a loop."""
 
 import copy
 import warnings
@@ -20,7 +19,9 @@ BACKENDS = ("eager", "aot_eager")
 def fresh():
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # "Dynamo does not know how to trace the builtin ..."
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # "Dynamo does not know how to trace the builtin ..."
         yield
     torch._dynamo.reset()
 
@@ -56,12 +57,16 @@ def per_sample(T):
     def loss(p, a, b):
         return ((torch.func.functional_call(NET, p, (a,)) - b) ** 2).sum()
 
-    return lambda x: T.vmap(T.grad(loss), in_dims=(None, 0, 0))(dict(NET.named_parameters()), x, x[:, :2])
+    return lambda x: T.vmap(T.grad(loss), in_dims=(None, 0, 0))(
+        dict(NET.named_parameters()), x, x[:, :2]
+    )
 
 
 def pulled_back(T):
     def f(x):
-        out, vjp_fn, aux = T.vjp(lambda a: ({"u": a * 3, "v": (a @ W).sin().sum(0)}, a + 1), x, has_aux=True)
+        out, vjp_fn, aux = T.vjp(
+            lambda a: ({"u": a * 3, "v": (a @ W).sin().sum(0)}, a + 1), x, has_aux=True
+        )
         return out, vjp_fn({"u": x, "v": x[0]}), aux
 
     return f
@@ -91,18 +96,26 @@ def wave(a):
 PROGRAMS = {
     "grad": lambda T: lambda x: T.grad(lambda a: wave(a).sum())(x) * 2 + x,
     "grad_and_value": lambda T: (
-        lambda x: T.grad_and_value(lambda a, b: (wave(a).sum() + b.sum(), {"k": a * 2}), argnums=(0, -1), has_aux=True)(
-            x, x * 2
+        lambda x: T.grad_and_value(
+            lambda a, b: (wave(a).sum() + b.sum(), {"k": a * 2}), argnums=(0, -1), has_aux=True
+        )(x, x * 2)
+    ),
+    "vmap": lambda T: (
+        lambda x: T.vmap(lambda a, b: {"q": a @ W + b["z"]}, in_dims=(0, {"z": None}))(
+            x, {"z": x[0]}
         )
     ),
-    "vmap": lambda T: lambda x: T.vmap(lambda a, b: {"q": a @ W + b["z"]}, in_dims=(0, {"z": None}))(x, {"z": x[0]}),
-    "dims": lambda T: lambda x: T.vmap(lambda a: (a.sum(), a * x.sum()), in_dims=1, out_dims=(0, -1))(x),
+    "dims": lambda T: (
+        lambda x: T.vmap(lambda a: (a.sum(), a * x.sum()), in_dims=1, out_dims=(0, -1))(x)
+    ),
     "twice": lambda T: lambda x: T.vmap(T.vmap(lambda a: a * W.sum(), in_dims=0), in_dims=1)(x),
     "vmap of grad": lambda T: lambda x: T.vmap(T.grad(lambda a: wave(a).sum()))(x),
     "per sample": per_sample,
     "module": lambda T: lambda x: (T.vmap(NET)(x), T.grad(lambda a: NET(a).square().sum())(x)),
     "jacrev": lambda T: (
-        lambda x: T.jacrev(lambda a, b: ((a * b).sin(), {"d": a.sum()}), argnums=(0, 1), has_aux=True)(x[0], x[1])
+        lambda x: T.jacrev(
+            lambda a, b: ((a * b).sin(), {"d": a.sum()}), argnums=(0, 1), has_aux=True
+        )(x[0], x[1])
     ),
     "jacfwd": lambda T: lambda x: T.jacfwd(lambda a: {"w": wave(a), "s": a.sum()})(x[0]),
     "hessian": lambda T: lambda x: T.vmap(T.hessian(lambda a: wave(a).sum()))(x),
@@ -142,7 +155,9 @@ def test_values_and_gradients(name, backend):
 def test_the_transformed_function_itself(backend):
     x, i, v = torch.randn(3, 5), torch.tensor([1, 0, 4]), torch.randn(3)
     want = torch.stack([put(a, b, c) for a, b, c in zip(x, i, v, strict=True)])
-    torch.testing.assert_close(torch.compile(vmap(put), backend=backend, fullgraph=True)(x, i, v), want)
+    torch.testing.assert_close(
+        torch.compile(vmap(put), backend=backend, fullgraph=True)(x, i, v), want
+    )
     cube = torch.compile(grad(lambda x: (x**3).sum()), backend=backend, fullgraph=True)
     torch.testing.assert_close(cube(v), 3 * v**2)
 
@@ -154,7 +169,9 @@ def test_linearize(backend):
         return out, jvp_fn(x * 2)
 
     x = torch.randn(3)
-    torch.testing.assert_close(torch.compile(f, backend=backend, fullgraph=True)(x), (x.sin(), x.cos() * x * 2))
+    torch.testing.assert_close(
+        torch.compile(f, backend=backend, fullgraph=True)(x), (x.sin(), x.cos() * x * 2)
+    )
 
 
 def test_inductor():
@@ -168,7 +185,10 @@ def test_inductor():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_writes(backend):
-    norm, buffer = torch.nn.BatchNorm1d(3).double().requires_grad_(False), torch.zeros(3, dtype=torch.float64)
+    norm, buffer = (
+        torch.nn.BatchNorm1d(3).double().requires_grad_(False),
+        torch.zeros(3, dtype=torch.float64),
+    )
     other = copy.deepcopy(norm)
 
     def f(x):
@@ -191,7 +211,9 @@ def test_writes(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_sizes_and_numbers(backend):
-    f = torch.compile(lambda x, s: vmap(grad(lambda a: (a * s).sin().sum()))(x), backend=backend, fullgraph=True)
+    f = torch.compile(
+        lambda x, s: vmap(grad(lambda a: (a * s).sin().sum()))(x), backend=backend, fullgraph=True
+    )
     for n, s in ((3, 0.1), (4, 0.2), (5, 0.3), (7, 0.4)):
         x = torch.randn(n, 3)
         torch.testing.assert_close(f(x, s), s * (x * s).cos())
@@ -205,7 +227,9 @@ def test_what_dynamo_cannot_read_runs_as_it_is():
         return a if a.abs().sum() > 0 else -a
 
     x = torch.randn(4, 3)
-    f = torch.compile(lambda x: vmap(grad(lambda a: positive(a).sin().sum()))(x) + 1, backend="eager")
+    f = torch.compile(
+        lambda x: vmap(grad(lambda a: positive(a).sin().sum()))(x) + 1, backend="eager"
+    )
     torch.testing.assert_close(f(x), x.cos() + 1)
     assert log == [(3,)]
 
@@ -234,7 +258,9 @@ def test_errors_are_ours_and_leave_nothing_behind():
         torch.compile(grad(lambda a: a), backend="eager", fullgraph=True)(x)
     for f in (torch.nn.functional.dropout, lambda a: x.add_(1) * a):
         with pytest.raises(CaptureError, match="runs the differentiated function again"):
-            torch.compile(lambda a, f=f: vjp(f, a)[1](a), backend="eager", fullgraph=True)(torch.ones(3))
+            torch.compile(lambda a, f=f: vjp(f, a)[1](a), backend="eager", fullgraph=True)(
+                torch.ones(3)
+            )
     torch.testing.assert_close(jacrev(torch.sin)(x), x.cos().diag())
 
 

@@ -1,4 +1,5 @@
-"""Results own their memory, and tidying changes no bit: NaN, infinities and signed zeros included."""
+"""Results own their memory, and tidying changes no bit: NaN, infinities and signed zeros
+included."""
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ def storage(x):
     return x.untyped_storage().data_ptr()
 
 
-# aliasing ------------------------------------------------------------------------------------------------------------
+# aliasing
+# ------------------------------------------------------------------------------------------------------------
 
 FRESH = {
     "x*x/2": lambda x: (x * x).sum() / 2,  # the gradient tidies to x itself
@@ -99,10 +101,25 @@ def test_a_factory_inside_f_is_fresh_on_each_run():
         assert_same(gm(torch.ones(3)), torch.tensor(3.0))
 
 
-# bits ----------------------------------------------------------------------------------------------------------------
+# bits
+# ----------------------------------------------------------------------------------------------------------------
 
 SPECIAL = torch.tensor(
-    [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 5e-324, -5e-324, 1e308, -1e308, 0.1, 3.0],
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        float("inf"),
+        -float("inf"),
+        float("nan"),
+        5e-324,
+        -5e-324,
+        1e308,
+        -1e308,
+        0.1,
+        3.0,
+    ],
     dtype=torch.float64,
 )
 
@@ -163,7 +180,9 @@ EXPRESSIONS = {
 
 def bits_equal(a, b):
     same = (a.view(torch.int64) == b.view(torch.int64)) | (a.isnan() & b.isnan())
-    assert same.all(), f"at {SPECIAL[~same].tolist()}: {a[~same].tolist()}, eager {b[~same].tolist()}"
+    assert same.all(), (
+        f"at {SPECIAL[~same].tolist()}: {a[~same].tolist()}, eager {b[~same].tolist()}"
+    )
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
@@ -180,10 +199,12 @@ def test_jitted_and_vmapped_to_the_bit(name):
         bits_equal(vmap(f)(SPECIAL), f(SPECIAL))
 
 
-# abs and its kin: autograd multiplies by sign(x); max, where, clamp: by masks; all of that is part of the formula
+# abs and its kin: autograd multiplies by sign(x); max, where, clamp: by masks; all of that is part
+# of the formula
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_gradient_as_autograds(name):
-    """Equal values with NaN and inf in the same places; the sign of a zero may follow another legal order of sums."""
+    """Equal values with NaN and inf in the same places; the sign of a zero may follow another
+    legal order of sums."""
     f = EXPRESSIONS[name]
     got = grad(lambda x: f(x).sum())(SPECIAL)
     expected = grads(lambda x: f(x).sum())(SPECIAL)
@@ -229,10 +250,13 @@ def test_nan_constants():
     for _ in range(2):
         bits_equal_nan = aotfunc.jit(f)(x)
         assert bits_equal_nan.isnan().tolist() == [False, True]
-        assert_same(grad(lambda x: f(x).nansum())(x), torch.tensor([1.0, 0.0], dtype=torch.float64))
+        assert_same(
+            grad(lambda x: f(x).nansum())(x), torch.tensor([1.0, 0.0], dtype=torch.float64)
+        )
 
 
-# masks of bytes, which are deprecated -------------------------------------------------------------------------------
+# masks of bytes, which are deprecated
+# -------------------------------------------------------------------------------
 
 
 def written(c, x):
@@ -266,14 +290,31 @@ def test_masks_of_bytes(name):
         assert_same(aotfunc.jit(grad(lambda x, c: (BYTES[name](c, x) ** 2).sum()))(x, c), want)
 
 
-# names of arguments --------------------------------------------------------------------------------------------------
+# names of arguments
+# --------------------------------------------------------------------------------------------------
 
-OTHERS = ("torch", "inf", "nan", "device", "self", "fx_pytree", "pytree", "NoneType", "run", "f0", "c0", "c1", "c0_")
+OTHERS = (
+    "torch",
+    "inf",
+    "nan",
+    "device",
+    "self",
+    "fx_pytree",
+    "pytree",
+    "NoneType",
+    "run",
+    "f0",
+    "c0",
+    "c1",
+    "c0_",
+)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_argument_has_a_name_of_the_generated_code(name):
-    f = eval(f"lambda x, {name}: at.where(x > {name}, at.inf, x).to(at.float64) * {name}", {"at": torch})
+    f = eval(
+        f"lambda x, {name}: at.where(x > {name}, at.inf, x).to(at.float64) * {name}", {"at": torch}
+    )
     x, y = torch.tensor([1.0, 5.0, -1.0]), torch.tensor([2.0, 3.0, -2.0])
     for g in (vmap(f), aotfunc.functionalize(f), aotfunc.jit(f), make_fx(f)(x, y)):
         assert_same(g(x, y), f(x, y))

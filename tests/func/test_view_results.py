@@ -1,6 +1,5 @@
-"""Results of a vmap that show an argument's memory: those that torch.func's do, laid out alike, at any depth, un-jitted
-and compiled; and unbatched arguments, which are passed as they are.
-"""
+"""Results of a vmap that show an argument's memory: those that torch.func's do, laid out alike, at
+any depth, un-jitted and compiled; and unbatched arguments, which are passed as they are."""
 
 import random
 
@@ -39,7 +38,10 @@ def program(seed):
     rng = random.Random(seed)
     chain = rng.choices(list(VIEWS), k=rng.randint(1, 4))
     depth = rng.randint(1, 3)
-    ins, outs = [rng.choice((0, 0, 1)) for _ in range(depth)], [rng.choice((0, 0, -1)) for _ in range(depth)]
+    ins, outs = (
+        [rng.choice((0, 0, 1)) for _ in range(depth)],
+        [rng.choice((0, 0, -1)) for _ in range(depth)],
+    )
     write = rng.random() < 0.3
 
     def body(a):
@@ -126,7 +128,9 @@ def test_unbatched_arguments_are_passed_as_they_are():
 
     x = torch.randn(2, 3)
     torch.testing.assert_close(vmap(f, (0, None, None))(x, w, {"w": w}), x * w)
-    torch.testing.assert_close(vmap(vmap(f, (0, None, None)), (0, None, None))(x[None], w, {"w": w})[0], x * w)
+    torch.testing.assert_close(
+        vmap(vmap(f, (0, None, None)), (0, None, None))(x[None], w, {"w": w})[0], x * w
+    )
     assert met == [True, True]
     weight = torch.zeros(3)
     aotfunc.vmap(lambda x, w: (w.add_(1), x)[1], (0, None))(x, weight)
@@ -134,7 +138,8 @@ def test_unbatched_arguments_are_passed_as_they_are():
 
 
 def test_a_result_that_is_nothing():
-    """A module's backward hook is given None for what has no gradient, beside a gradient that is a cotangent."""
+    """A module's backward hook is given None for what has no gradient, beside a gradient that is a
+    cotangent."""
     m, x = torch.nn.Identity(), torch.randn(2, 3)
     m.register_full_backward_hook(lambda module, given, due: None)
 

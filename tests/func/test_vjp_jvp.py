@@ -1,4 +1,5 @@
-"""vjp, jvp and linearize: trees, aux, reuse of the returned functions, nesting, and what is refused."""
+"""vjp, jvp and linearize: trees, aux, reuse of the returned functions, nesting, and what is
+refused."""
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ FUNCTIONS = {
     "unused primal": (lambda x, y: x * 2, lambda: (f64(3), f64(2))),
     "view": (lambda x: x.view(-1)[1:], lambda: (f64(2, 3),)),
     "the same twice": (lambda x: (x, x), lambda: (f64(3),)),
-    "matrix": (lambda a, b: torch.linalg.solve(a + 3 * torch.eye(3, dtype=a.dtype), b), lambda: (f64(3, 3), f64(3))),
+    "matrix": (
+        lambda a, b: torch.linalg.solve(a + 3 * torch.eye(3, dtype=a.dtype), b),
+        lambda: (f64(3, 3), f64(3)),
+    ),
     "complex": (lambda z: z.exp() * z.conj(), lambda: (torch.randn(3, dtype=torch.complex128),)),
     "real to complex": (lambda x: torch.complex(x, x * x), lambda: (f64(3),)),
     "complex to real": (lambda z: z.abs(), lambda: (torch.randn(3, dtype=torch.complex128),)),
@@ -108,7 +112,8 @@ def test_an_integer_output_has_a_zero_tangent():
     assert not zero.any()
 
 
-# the returned functions ----------------------------------------------------------------------------------------------
+# the returned functions
+# ----------------------------------------------------------------------------------------------
 
 
 def test_vjp_fn_many_times_and_under_vmap():
@@ -117,7 +122,9 @@ def test_vjp_fn_many_times_and_under_vmap():
     for v in vs:
         assert_same(pull(v), (v * x.cos(),))
     assert_same(vmap(pull)(vs), (vs * x.cos(),))
-    assert_same(vmap(vmap(pull))(torch.stack([vs, 2 * vs])), (torch.stack([vs, 2 * vs]) * x.cos(),))
+    assert_same(
+        vmap(vmap(pull))(torch.stack([vs, 2 * vs])), (torch.stack([vs, 2 * vs]) * x.cos(),)
+    )
 
 
 def test_jvp_fn_many_times_and_under_vmap():
@@ -167,7 +174,8 @@ def test_backward_continues_through_both():
     assert_same((gx, gv), (-v * x.sin(), x.cos()))
 
 
-# nesting; torch's linearize is wrong in these ------------------------------------------------------------------------
+# nesting; torch's linearize is wrong in these
+# ------------------------------------------------------------------------
 
 
 def test_grad_through_linearize_at_its_point():
@@ -213,7 +221,8 @@ def test_forward_over_reverse_is_a_hessian_vector_product():
     assert_same(linearize(grad(f), x)[1](v), h @ v)
 
 
-# refused -------------------------------------------------------------------------------------------------------------
+# refused
+# -------------------------------------------------------------------------------------------------------------
 
 x3, i3 = torch.ones(3), torch.arange(3)
 
@@ -232,7 +241,9 @@ REFUSED = {
     "vjp: Python output": lambda: vjp(lambda x: 1.0, x3),
     "vjp: aux missing": lambda: vjp(torch.sin, x3, has_aux=True),
     "linearize: tangent of another shape": lambda: linearize(torch.sin, x3)[1](torch.ones(4)),
-    "linearize: tangent of another dtype": lambda: linearize(torch.sin, x3)[1](torch.ones(3, dtype=torch.float64)),
+    "linearize: tangent of another dtype": lambda: linearize(torch.sin, x3)[1](
+        torch.ones(3, dtype=torch.float64)
+    ),
     "linearize: too many tangents": lambda: linearize(torch.sin, x3)[1](x3, x3),
 }
 
@@ -244,7 +255,8 @@ def test_refused(name):
 
 
 def test_residuals_are_what_a_written_input_was():
-    """A residual that is a view of an input, one of several from one op, is copied before the input is written."""
+    """A residual that is a view of an input, one of several from one op, is copied before the
+    input is written."""
 
     def f(x):
         a, b = x.unbind()

@@ -13,7 +13,8 @@ from tests.reference import assert_same, grads, loop
 Pair = namedtuple("Pair", "left right")
 
 
-# (function, in_dims, out_dims, arguments): each against a Python loop -------------------------------------------------
+# (function, in_dims, out_dims, arguments): each against a Python loop
+# -------------------------------------------------
 
 DIMENSIONS = {
     "default": (torch.dot, 0, 0, lambda: (f64(3, 5), f64(3, 5))),
@@ -32,7 +33,12 @@ DIMENSIONS = {
         0,
         lambda: ({"w": f64(3, 2, 4), "b": f64(2)}, f64(3, 4)),
     ),
-    "dict under one dim": (lambda p: p["w"] @ p["b"], 0, 0, lambda: ({"w": f64(3, 2, 4), "b": f64(3, 4)},)),
+    "dict under one dim": (
+        lambda p: p["w"] @ p["b"],
+        0,
+        0,
+        lambda: ({"w": f64(3, 2, 4), "b": f64(3, 4)},),
+    ),
     "nested in": (
         lambda t: t[0] * t[1][0] + t[1][1],
         ((0, (None, 1)),),
@@ -40,22 +46,52 @@ DIMENSIONS = {
         lambda: ((f64(3, 2), (f64(2), f64(2, 3))),),
     ),
     "list in": (lambda t: t[0] @ t[1], ([0, 1],), 0, lambda: ([f64(3, 4), f64(4, 3)],)),
-    "namedtuple": (lambda p: Pair(p.left * 2, p.right + p.left), 0, 0, lambda: (Pair(f64(3, 2), f64(3, 2)),)),
+    "namedtuple": (
+        lambda p: Pair(p.left * 2, p.right + p.left),
+        0,
+        0,
+        lambda: (Pair(f64(3, 2), f64(3, 2)),),
+    ),
     "dict out": (lambda x: {"a": x.sin(), "b": [x.sum()]}, 0, 0, lambda: (f64(3, 5),)),
     "unbatched output": (lambda x: torch.ones(2, dtype=torch.float64), 0, 0, lambda: (f64(3, 5),)),
     "unbatched beside": (lambda x, w: (x @ w, w * 2), (0, None), 0, lambda: (f64(3, 4), f64(4))),
     "integers": (lambda i: i * 2 + 1, 0, 0, lambda: (torch.arange(6).view(3, 2),)),
     "booleans": (lambda m, x: torch.where(m, x, -x), 0, 0, lambda: (f64(3, 4) > 0, f64(3, 4))),
-    "complex": (lambda z: z.abs() * z.conj(), 0, 0, lambda: (torch.randn(3, 4, dtype=torch.complex128),)),
-    "indexing by a batch": (lambda x, i: x[i], 0, 0, lambda: (f64(3, 4), torch.tensor([[0, 1], [3, 3], [2, 0]]))),
-    "indexing into one": (lambda x, i: x[i], (None, 0), 0, lambda: (f64(4, 2), torch.tensor([0, 3, 1]))),
+    "complex": (
+        lambda z: z.abs() * z.conj(),
+        0,
+        0,
+        lambda: (torch.randn(3, 4, dtype=torch.complex128),),
+    ),
+    "indexing by a batch": (
+        lambda x, i: x[i],
+        0,
+        0,
+        lambda: (f64(3, 4), torch.tensor([[0, 1], [3, 3], [2, 0]])),
+    ),
+    "indexing into one": (
+        lambda x, i: x[i],
+        (None, 0),
+        0,
+        lambda: (f64(4, 2), torch.tensor([0, 3, 1])),
+    ),
     "a scalar index": (lambda x, i: x[i], 0, 0, lambda: (f64(3, 4), torch.tensor([0, 3, 1]))),
     "views": (lambda x: x.t().reshape(-1)[::2], 0, 0, lambda: (f64(3, 4, 2),)),
-    "reductions": (lambda x: (x.sum(), x.mean(0), x.amax(-1), x.std()), 0, 0, lambda: (f64(3, 4, 2),)),
+    "reductions": (
+        lambda x: (x.sum(), x.mean(0), x.amax(-1), x.std()),
+        0,
+        0,
+        lambda: (f64(3, 4, 2),),
+    ),
     "sort": (lambda x: tuple(x.sort(descending=True)), 0, 0, lambda: (f64(3, 6),)),
     "topk": (lambda x: tuple(x.topk(2)), 0, 0, lambda: (f64(3, 6),)),
     "cumulative": (lambda x: x.cumsum(-1).cumprod(0), 0, 0, lambda: (f64(3, 4),)),
-    "concatenation": (lambda x, y: torch.cat([x, y, x]), (0, None), 0, lambda: (f64(3, 2), f64(2))),
+    "concatenation": (
+        lambda x, y: torch.cat([x, y, x]),
+        (0, None),
+        0,
+        lambda: (f64(3, 2), f64(2)),
+    ),
     "stack": (lambda x, y: torch.stack([x, y], -1), (0, 1), 0, lambda: (f64(3, 2), f64(2, 3))),
     "linear algebra": (
         lambda a: torch.linalg.inv(a @ a.t() + torch.eye(2, dtype=a.dtype)),
@@ -63,7 +99,12 @@ DIMENSIONS = {
         0,
         lambda: (f64(3, 2, 2),),
     ),
-    "einsum": (lambda a, b: torch.einsum("ij,jk->ki", a, b), (0, 2), 0, lambda: (f64(3, 2, 4), f64(4, 2, 3))),
+    "einsum": (
+        lambda a, b: torch.einsum("ij,jk->ki", a, b),
+        (0, 2),
+        0,
+        lambda: (f64(3, 2, 4), f64(4, 2, 3)),
+    ),
     "convolution": (
         lambda x, w: torch.conv2d(x, w, padding=1),
         (0, None),
@@ -76,7 +117,12 @@ DIMENSIONS = {
         0,
         lambda: (f64(1, 2, 5, 5), f64(3, 4, 2, 3, 3)),
     ),
-    "convolution, both": (lambda x, w: torch.conv2d(x, w), 0, 0, lambda: (f64(3, 1, 2, 5, 5), f64(3, 4, 2, 3, 3))),
+    "convolution, both": (
+        lambda x, w: torch.conv2d(x, w),
+        0,
+        0,
+        lambda: (f64(3, 1, 2, 5, 5), f64(3, 4, 2, 3, 3)),
+    ),
     "expand": (lambda x: x.expand(2, 4), 0, 0, lambda: (f64(3, 4),)),
     "new_zeros": (lambda x: x.new_zeros(2) + x.sum(), 0, 0, lambda: (f64(3, 4),)),
     "full_like": (lambda x: torch.full_like(x, 2) * x, 0, 0, lambda: (f64(3, 4),)),
@@ -93,7 +139,12 @@ DIMENSIONS = {
         0,
         lambda: (f64(3, 4), torch.tensor([[1], [0], [3]]), f64(3, 1)),
     ),
-    "gather": (lambda x, i: x.gather(0, i), 0, 0, lambda: (f64(3, 4), torch.tensor([[1], [0], [3]]))),
+    "gather": (
+        lambda x, i: x.gather(0, i),
+        0,
+        0,
+        lambda: (f64(3, 4), torch.tensor([[1], [0], [3]])),
+    ),
     "len-one batch": (lambda x: x.sin().sum(), 0, 0, lambda: (f64(1, 4),)),
     "softmax and loss": (
         lambda x, t: torch.nn.functional.cross_entropy(x, t),
@@ -108,13 +159,17 @@ DIMENSIONS = {
 def test_equals_a_loop(name):
     f, in_dims, out_dims, make = DIMENSIONS[name]
     args = make()
-    assert_same(vmap(f, in_dims=in_dims, out_dims=out_dims)(*args), loop(f, in_dims, out_dims)(*args))
+    assert_same(
+        vmap(f, in_dims=in_dims, out_dims=out_dims)(*args), loop(f, in_dims, out_dims)(*args)
+    )
 
 
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_twice_equals_two_loops(name):
     f, in_dims, out_dims, make = DIMENSIONS[name]
-    args = torch.utils._pytree.tree_map(lambda x: torch.stack([x, x.flip(-1) if x.dim() else x]), make())
+    args = torch.utils._pytree.tree_map(
+        lambda x: torch.stack([x, x.flip(-1) if x.dim() else x]), make()
+    )
     if "index" in name or name in ("scatter", "gather"):
         args = torch.utils._pytree.tree_map(lambda x: torch.stack([x[0], x[0]]), args)
     assert_same(vmap(vmap(f, in_dims, out_dims))(*args), loop(loop(f, in_dims, out_dims))(*args))
@@ -135,7 +190,8 @@ def test_keyword_arguments_are_not_mapped():
 
 def test_python_arguments_need_None():
     assert_same(
-        vmap(lambda x, n: x * n, in_dims=(0, None))(f64(3, 2).fill_(1), 4), torch.full((3, 2), 4.0, dtype=torch.float64)
+        vmap(lambda x, n: x * n, in_dims=(0, None))(f64(3, 2).fill_(1), 4),
+        torch.full((3, 2), 4.0, dtype=torch.float64),
     )
 
 
@@ -162,7 +218,13 @@ def test_out_dims_None_of_a_batched_tensor_is_refused():
 
 def test_the_result_dtype_is_that_of_the_unbatched_op():
     wide, narrow = torch.randn(3, dtype=torch.float64), torch.randn(3, 2)
-    f = lambda a, b: (a + b, a * b, torch.where(b > 0, a, b), torch.maximum(a, b), b.add(a, alpha=2))
+    f = lambda a, b: (
+        a + b,
+        a * b,
+        torch.where(b > 0, a, b),
+        torch.maximum(a, b),
+        b.add(a, alpha=2),
+    )
     assert all(y.dtype == torch.float32 for y in f(wide[0], narrow[0])[:2])
     assert_same(vmap(f)(wide, narrow), loop(f)(wide, narrow))
 
@@ -188,7 +250,8 @@ def test_backward_continues_through_the_result():
     assert_same((gx, gw), (ex, ew))
 
 
-# chunks --------------------------------------------------------------------------------------------------------------
+# chunks
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 7, 100])
@@ -205,7 +268,8 @@ def test_chunk_vmap(chunks):
     assert_same(chunk_vmap(torch.sum, chunks=chunks)(x), x.sum(1))
 
 
-# in-place writes -----------------------------------------------------------------------------------------------------
+# in-place writes
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_in_place_on_a_factory():
@@ -318,7 +382,8 @@ def test_out_argument_under_vmap():
     assert_same(vmap(f)(x), x.sin())
 
 
-# refused -------------------------------------------------------------------------------------------------------------
+# refused
+# -------------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "sizes differ": lambda: vmap(torch.add)(f64(3, 2), f64(4, 2)),
@@ -354,7 +419,9 @@ def test_a_branch_on_a_mapped_value_names_the_line():
         vmap(f)(torch.tensor([[1.0, 2.0], [-3.0, 1.0], [2.0, 0.0]]))
 
 
-@pytest.mark.parametrize("ask", [lambda x: x.item(), float, int, bool, lambda x: x.tolist(), lambda x: x.numpy()])
+@pytest.mark.parametrize(
+    "ask", [lambda x: x.item(), float, int, bool, lambda x: x.tolist(), lambda x: x.numpy()]
+)
 def test_asking_for_a_value_that_differs_between_samples_is_an_error(ask):
     with pytest.raises(AotfuncError):
         vmap(lambda x: x * ask(x))(torch.arange(3.0))
@@ -368,12 +435,17 @@ def test_a_data_dependent_shape_is_an_error():
         vmap(lambda x: torch.nonzero(x))(x)
 
 
-# per-sample gradients ------------------------------------------------------------------------------------------------
+# per-sample gradients
+# ------------------------------------------------------------------------------------------------
 
 
 def test_per_sample_gradients_of_a_conv_net():
     net = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(36, 3)
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(36, 3),
     ).double()
     params = dict(net.named_parameters())
     x, t = f64(5, 1, 8, 8), torch.randint(3, (5,))
@@ -396,8 +468,16 @@ OF_NO_SAMPLES = {
     "nll_loss, weights": (lambda x, t, w: F.nll_loss(x, t, w), [(3, 4), (3,), (4,)], 1),
     "searchsorted": (lambda x, t, w: torch.searchsorted(x, w), [(4,), (3,), (4,)], 1),
     "grid_sample": (lambda x, t, w: F.grid_sample(x, w), [(1, 2, 4, 4), (3,), (1, 3, 3, 2)], 1),
-    "interpolate": (lambda x, t, w: F.interpolate(x, scale_factor=2.0), [(1, 2, 4), (3,), (4,)], 1),
-    "batch_norm": (lambda x, t, w: F.batch_norm(x, None, None, w, training=True), [(3, 4), (3,), (4,)], 1),
+    "interpolate": (
+        lambda x, t, w: F.interpolate(x, scale_factor=2.0),
+        [(1, 2, 4), (3,), (4,)],
+        1,
+    ),
+    "batch_norm": (
+        lambda x, t, w: F.batch_norm(x, None, None, w, training=True),
+        [(3, 4), (3,), (4,)],
+        1,
+    ),
     "solve": (lambda x, t, w: torch.linalg.solve(x, w), [(4, 4), (3,), (4,)], 1),
     "sort": (lambda x, t, w: x.sort()[0] + w, [(4,), (3,), (4,)], 1),
 }
@@ -406,11 +486,15 @@ OF_NO_SAMPLES = {
 @pytest.mark.parametrize("name", OF_NO_SAMPLES)
 def test_an_empty_batch_of_any_op(name):
     f, shapes, integer = OF_NO_SAMPLES[name]
-    make = lambda i, shape: torch.zeros(shape, dtype=torch.int64) if i == integer else torch.rand(shape)
+    make = lambda i, shape: (
+        torch.zeros(shape, dtype=torch.int64) if i == integer else torch.rand(shape)
+    )
     one = f(*[make(i, shape) for i, shape in enumerate(shapes)])
     none = [make(i, (0, *shape)) for i, shape in enumerate(shapes)]
     got = vmap(f)(*none)
     assert got.shape == (0, *one.shape) and got.dtype == one.dtype
     if one.is_floating_point():
         shared = vmap(f, (None, 0, 0))
-        assert torch.equal(grad(lambda x: shared(x, *none[1:]).sum())(make(0, shapes[0])), torch.zeros(shapes[0]))
+        assert torch.equal(
+            grad(lambda x: shared(x, *none[1:]).sum())(make(0, shapes[0])), torch.zeros(shapes[0])
+        )

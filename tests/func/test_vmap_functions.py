@@ -1,4 +1,5 @@
-"""vmap of autograd.Functions: with a vmap of their own, generated, by numpy; and out_dims of results not batched."""
+"""vmap of autograd.Functions: with a vmap of their own, generated, by numpy; and out_dims of
+results not batched."""
 
 import numpy as np
 import pytest
@@ -8,19 +9,26 @@ from torch.autograd import Function
 from aotfunc import grad, hessian, jacrev, jvp, vjp, vmap
 from tests.reference import assert_same, grads, hess, jacobian, loop
 
-X = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.1, 4.0, -2.0, 1.0], [5.0, 6.0, -7.0, 8.0]], dtype=torch.float64)
+X = torch.tensor(
+    [[3.0, -1.0, 2.0, 0.5], [0.1, 4.0, -2.0, 1.0], [5.0, 6.0, -7.0, 8.0]], dtype=torch.float64
+)
 W = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
 
 
 class Sort(Function):
-    """Sorts by numpy; its derivative is another Function by numpy. Both say how they are batched."""
+    """Sorts by numpy; its derivative is another Function by numpy. Both say how they are
+    batched."""
 
     @staticmethod
     def forward(x, dim):
         values = x.detach().numpy()
         order = np.argsort(values, axis=dim)
         back = np.argsort(order, axis=dim)
-        return torch.tensor(np.take_along_axis(values, order, axis=dim)), torch.tensor(order), torch.tensor(back)
+        return (
+            torch.tensor(np.take_along_axis(values, order, axis=dim)),
+            torch.tensor(order),
+            torch.tensor(back),
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -110,7 +118,10 @@ class NumpyCube(Function):
 
 FUNCTIONS = {
     "sort by numpy": (lambda x: Sort.apply(x * 1.0, -1)[0], lambda x: x.sort(-1)[0]),
-    "sort of the first dim": (lambda x: Sort.apply(x[:, None] + x, 0)[0], lambda x: (x[:, None] + x).sort(0)[0]),
+    "sort of the first dim": (
+        lambda x: Sort.apply(x[:, None] + x, 0)[0],
+        lambda x: (x[:, None] + x).sort(0)[0],
+    ),
     "generated": (lambda x: sum(Cube.apply(x.sin())), lambda x: x.sin() ** 3 + 3 * x.sin() ** 2),
     "numpy, generated": (lambda x: NumpyCube.apply(x.sin()), lambda x: x.sin() ** 3),
 }
@@ -129,8 +140,14 @@ def test_functions_under_vmap(name):
     assert_same(vmap(f, 1)(X.t()), loop(plain)(X))
     assert_same(vmap(grad(g))(X), loop(grads(reference))(X))
     assert_same(grad(lambda x: vmap(g)(x).sum())(X), loop(grads(reference))(X))
-    assert_same(vmap(lambda x: vjp(f, x)[1](torch.ones_like(plain(x)))[0])(X), loop(grads(lambda x: plain(x).sum()))(X))
-    assert_same(vmap(vmap(grad(g)))(torch.stack([X, -X])), loop(loop(grads(reference)))(torch.stack([X, -X])))
+    assert_same(
+        vmap(lambda x: vjp(f, x)[1](torch.ones_like(plain(x)))[0])(X),
+        loop(grads(lambda x: plain(x).sum()))(X),
+    )
+    assert_same(
+        vmap(vmap(grad(g)))(torch.stack([X, -X])),
+        loop(loop(grads(reference)))(torch.stack([X, -X])),
+    )
     assert_same(vmap(jacrev(f))(X), torch.stack([jacobian(plain, x) for x in X]))
     assert_same(vmap(jacrev(grad(g)))(X), torch.stack([hess(reference, x) for x in X]))
     unmapped = vmap(lambda i, x: f(x) * i, (0, None))(W, X[0])
@@ -170,7 +187,9 @@ class Seen(Function):
 @pytest.mark.parametrize("dims", [(0, 0), (1, 0), (0, None), (None, 1)])
 def test_a_vmap_of_its_own_is_used(dims):
     x, y = (torch.ones(3, 3) if d is not None else torch.ones(3) for d in dims)
-    run = lambda library: library(lambda x, y: Seen.apply(x, y, 2.0), dims, randomness="same")(x, y)
+    run = lambda library: library(lambda x, y: Seen.apply(x, y, 2.0), dims, randomness="same")(
+        x, y
+    )
     Seen.notes.clear()
     expected = run(torch.func.vmap)
     (theirs,) = Seen.notes
@@ -181,7 +200,8 @@ def test_a_vmap_of_its_own_is_used(dims):
     assert [d is None for d in mine[2]] == [d is None for d in theirs[2]]
 
 
-# out_dims of what is not batched --------------------------------------------------------------------------------------
+# out_dims of what is not batched
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [-1, -2, 0, 1])
@@ -190,7 +210,10 @@ def test_out_dims_of_an_unbatched_result(dim):
     run, reference = vmap(f, (0, None), out_dims=dim), loop(f, (0, None), (dim,) * 3)
     assert_same(run(X, W), reference(X, W))
     twice = vmap(run, (0, None), out_dims=dim)
-    assert_same(twice(torch.stack([X, X]), W), loop(reference, (0, None), (dim,) * 3)(torch.stack([X, X]), W))
+    assert_same(
+        twice(torch.stack([X, X]), W),
+        loop(reference, (0, None), (dim,) * 3)(torch.stack([X, X]), W),
+    )
     assert_same(grad(lambda w: run(X, w)[1].sin().sum())(W), 6 * (2 * W).cos())
     inside = vmap(grad(lambda w, x: run(X, w)[1].sin().sum() * x.sum()), (None, 0))
     assert_same(inside(W, X), torch.stack([6 * (2 * W).cos() * x.sum() for x in X]))

@@ -1,4 +1,5 @@
-"""Ops that went wrong under vmap∘vmap or vjp∘vmap once, against loops; the op table has vmap, vmap∘vjp and vmap∘jvp."""
+"""Ops that went wrong under vmap∘vmap or vjp∘vmap once, against loops; the op table has vmap,
+vmap∘vjp and vmap∘jvp."""
 
 import pytest
 import torch
@@ -10,17 +11,24 @@ from tests.reference import assert_same, grads, loop
 B = 3
 
 
-@pytest.mark.parametrize("how", [{}, {"range": (5.0, 5.0)}, {"range": (-1.0, 1.0)}, {"density": True}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"range": (5.0, 5.0)}, {"range": (-1.0, 1.0)}, {"density": True}], ids=str
+)
 def test_histograms_of_constant_and_of_no_data(how):
     x, w = f64(B, 7), torch.rand(B, 7, dtype=torch.float64)
     x[1] = 2.0
     plain = lambda x: tuple(torch.histogram(x, 4, **how))
     weighted = lambda x, w: tuple(torch.histogram(x, 4, weight=w, **how))
     many = how | ({"range": how["range"] * 2} if "range" in how else {})
-    twodim = lambda z: (lambda counts, edges: (counts, *edges))(*torch.histogramdd(z, [2, 3], **many))
+    twodim = lambda z: (lambda counts, edges: (counts, *edges))(
+        *torch.histogramdd(z, [2, 3], **many)
+    )
     assert_same(vmap(plain)(x), loop(plain)(x))
     assert_same(vmap(weighted)(x, w), loop(weighted)(x, w))
-    assert_same(vmap(twodim)(torch.stack([x, x.flip(1)], -1)), loop(twodim)(torch.stack([x, x.flip(1)], -1)))
+    assert_same(
+        vmap(twodim)(torch.stack([x, x.flip(1)], -1)),
+        loop(twodim)(torch.stack([x, x.flip(1)], -1)),
+    )
     assert_same(vmap(plain)(x[:, :0]), loop(plain)(x[:, :0]))
     assert_same(vmap(vmap(plain))(torch.stack([x, -x])), loop(loop(plain))(torch.stack([x, -x])))
 
@@ -46,10 +54,16 @@ def test_a_sample_requires_grad_as_its_batch_does():
     assert seen == [(True, False), (True, True), (True, False)]
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="new in torch 2.13")
+@pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="new in torch 2.13"
+)
 def test_a_loss_that_has_its_gradient_from_the_forward():
     x, w, t = f64(B, 5, 3), f64(4, 3), torch.randint(4, (B, 5))
     f = lambda x, w, t: torch.nn.functional.linear_cross_entropy(x, w, t)
-    whole = lambda run: lambda x, w: (run(f, (0, None, 0))(x, w, t) * torch.arange(1.0, B + 1).double()).sum()
+    whole = lambda run: (
+        lambda x, w: (run(f, (0, None, 0))(x, w, t) * torch.arange(1.0, B + 1).double()).sum()
+    )
     assert_same(grad(whole(vmap), (0, 1))(x, w), grads(whole(loop), (0, 1))(x, w))
-    assert_same(vmap(grad(f, (0, 1)), (0, None, 0))(x, w, t), loop(grads(f, (0, 1)), (0, None, 0))(x, w, t))
+    assert_same(
+        vmap(grad(f, (0, 1)), (0, None, 0))(x, w, t), loop(grads(f, (0, 1)), (0, None, 0))(x, w, t)
+    )

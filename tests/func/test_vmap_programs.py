@@ -1,4 +1,5 @@
-"""Random programs of reads and writes (masks, indices, views, in place) under vmap, against a Python loop."""
+"""Random programs of reads and writes (masks, indices, views, in place) under vmap, against a
+Python loop."""
 
 import random
 
@@ -12,7 +13,8 @@ B = 3
 
 
 def taken(values, matrices, u, v, one, other, m, i, k, j, row):
-    """What a step may do. ``values`` hold vectors of 4 or more, of which the first 4 are used; all lists may grow."""
+    """What a step may do. ``values`` hold vectors of 4 or more, of which the first 4 are used; all
+    lists may grow."""
     return [
         lambda: values.append(u.clone() * v.sin()),
         lambda: values.append(torch.where(m, u, v)),
@@ -46,7 +48,8 @@ def taken(values, matrices, u, v, one, other, m, i, k, j, row):
 
 
 def program(seed):
-    """A function of (x [4], y [2, 4], a mask [4], two positions, a position, w [4]) of three to eight steps."""
+    """A function of (x [4], y [2, 4], a mask [4], two positions, a position, w [4]) of three to
+    eight steps."""
     rng = random.Random(seed)
     steps = [[rng.randrange(2520) for _ in range(4)] for _ in range(rng.randint(3, 8))]
 

@@ -1,6 +1,6 @@
-"""vmap over what draws: "same" is a loop that starts each sample from one state of the generator; under "different"
-every sample has its own draw, of its own distribution; and a derivative sees the draw of its value.
-"""
+"""vmap over what draws: "same" is a loop that starts each sample from one state of the generator;
+under "different" every sample has its own draw, of its own distribution; and a derivative sees the
+draw of its value."""
 
 import pytest
 import torch
@@ -47,8 +47,12 @@ DRAWS = {
     "exponential_": lambda x: x.clone().exponential_(),
     "trunc_normal_": lambda x: torch.nn.init.trunc_normal_(torch.empty(9)),
     "multinomial": lambda x: torch.multinomial(x.abs() + 0.1, 3),
-    "multinomial, one": lambda x: torch.multinomial(x.abs().repeat(5, 1) + 0.1, 1, replacement=True),
-    "multinomial with replacement": lambda x: torch.multinomial(x.abs() + 0.1, 9, replacement=True),
+    "multinomial, one": lambda x: torch.multinomial(
+        x.abs().repeat(5, 1) + 0.1, 1, replacement=True
+    ),
+    "multinomial with replacement": lambda x: torch.multinomial(
+        x.abs() + 0.1, 9, replacement=True
+    ),
     "poisson": lambda x: torch.poisson(x.abs() * 9),
     "binomial": lambda x: torch.binomial(torch.full_like(x, 9.0), x.sigmoid()),
     "gamma": lambda x: torch._standard_gamma(x.abs() + 0.1),
@@ -62,8 +66,12 @@ DRAWS = {
     "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x[None], 0.5, training=True),
     "rrelu": lambda x: F.rrelu(x, training=True),
     "rrelu in place": lambda x: F.rrelu(x * 2, training=True, inplace=True),
-    "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(x[None].repeat(8, 2, 1), 2, output_size=(3, 3)),
-    "fractional_max_pool3d": lambda x: F.fractional_max_pool3d(x[None, None].repeat(4, 6, 2, 1), 2, output_size=3),
+    "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(
+        x[None].repeat(8, 2, 1), 2, output_size=(3, 3)
+    ),
+    "fractional_max_pool3d": lambda x: F.fractional_max_pool3d(
+        x[None, None].repeat(4, 6, 2, 1), 2, output_size=3
+    ),
     "attention": attention,
     "attention with a mask": lambda x: attention(x, attn_mask=torch.ones(4, 4).bool()),
     "causal attention": lambda x: attention(x, is_causal=True),
@@ -86,7 +94,8 @@ def test_same_is_a_loop_from_one_state(name):
             vmap(f, randomness="same")(x)
         x = x[:1]
         assert_same(
-            seeded(vmap(lambda _: f(x[0]), randomness="same"), torch.ones(B)), seeded(f, x[0]).expand(B, *f(x[0]).shape)
+            seeded(vmap(lambda _: f(x[0]), randomness="same"), torch.ones(B)),
+            seeded(f, x[0]).expand(B, *f(x[0]).shape),
         )
         return
     expected = torch.stack([seeded(f, row) for row in x])
@@ -114,13 +123,19 @@ def test_without_a_mode_it_is_an_error_that_names_the_modes(name):
     state = torch.get_rng_state()
     f = DRAWS[name]
     runs = [vmap(f), vmap(lambda _: f(x[0])), vmap(grad(lambda x: f(x).abs().float().sum()))]
-    for run in runs[: 2 if name == "dirichlet" else 3]:  # which has no derivative in PyTorch either
-        with pytest.raises(AotfuncError, match=r"draws random numbers.*randomness='same' or 'different'"):
+    for run in runs[
+        : 2 if name == "dirichlet" else 3
+    ]:  # which has no derivative in PyTorch either
+        with pytest.raises(
+            AotfuncError, match=r"draws random numbers.*randomness='same' or 'different'"
+        ):
             run(x)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["dropout", "rrelu", "bernoulli of a number", "multi-head attention", "LSTM"])
+@pytest.mark.parametrize(
+    "name", ["dropout", "rrelu", "bernoulli of a number", "multi-head attention", "LSTM"]
+)
 def test_in_evaluation_nothing_is_drawn(name):
     f = {
         "dropout": lambda x: F.dropout(x, 0.5, training=False),
@@ -137,11 +152,16 @@ def test_in_evaluation_nothing_is_drawn(name):
         LSTM.train(), HEADS.train()
 
 
-# the distribution is each sample's own --------------------------------------------------------------------------------
+# the distribution is each sample's own
+# --------------------------------------------------------------------------------
 
 MOMENTS = {
     "bernoulli": (lambda p: torch.bernoulli(p.expand(20_000)), lambda p: p, lambda p: p * (1 - p)),
-    "normal": (lambda p: torch.normal(p.expand(20_000), 3 * p.expand(20_000)), lambda p: p, lambda p: 9 * p * p),
+    "normal": (
+        lambda p: torch.normal(p.expand(20_000), 3 * p.expand(20_000)),
+        lambda p: p,
+        lambda p: 9 * p * p,
+    ),
     "poisson": (lambda p: torch.poisson(9 * p.expand(20_000)), lambda p: 9 * p, lambda p: 9 * p),
     "binomial": (
         lambda p: torch.binomial(torch.full((20_000,), 9.0), p.expand(20_000)),
@@ -154,7 +174,11 @@ MOMENTS = {
         lambda p: p,
         lambda p: p * (1 - p),
     ),
-    "dropout": (lambda p: F.dropout((p * 4).expand(20_000), 0.2), lambda p: 4 * p, lambda p: 4 * p * p),
+    "dropout": (
+        lambda p: F.dropout((p * 4).expand(20_000), 0.2),
+        lambda p: 4 * p,
+        lambda p: 4 * p * p,
+    ),
     "rrelu": (
         lambda p: F.rrelu((-p).expand(20_000), 0.1, 0.5, training=True),
         lambda p: -0.3 * p,
@@ -173,7 +197,8 @@ def test_the_distribution_is_each_samples_own(name):
     assert torch.allclose(out.var(1), variance(p), rtol=0.25)
 
 
-# derivatives see the draw of their value ------------------------------------------------------------------------------
+# derivatives see the draw of their value
+# ------------------------------------------------------------------------------
 
 # homogeneous of degree one for a given draw: the value is the gradient's product with the argument
 HOMOGENEOUS = {
@@ -219,16 +244,29 @@ def test_gradients_see_the_draw_of_their_value(name, mode):
         "vmap(vmap(grad))": lambda: tuple(
             o[0] for o in vmap(vmap(grad_and_value(f), randomness=mode), randomness=mode)(x[None])
         ),
-        "vjp(vmap)": lambda: (lambda out, pull: (pull(torch.ones(B))[0], out))(*vjp(vmap(f, randomness=mode), x)),
+        "vjp(vmap)": lambda: (lambda out, pull: (pull(torch.ones(B))[0], out))(
+            *vjp(vmap(f, randomness=mode), x)
+        ),
         "jacrev(vmap)": lambda: (lambda j, v: (torch.stack([j[k, k] for k in range(B)]), v))(
-            *jacrev(lambda x: (lambda out: (out, out))(vmap(f, randomness=mode)(x)), has_aux=True)(x)
+            *jacrev(lambda x: (lambda out: (out, out))(vmap(f, randomness=mode)(x)), has_aux=True)(
+                x
+            )
         ),
-        "jacrev(vmap), chunks": lambda: (lambda j, v: (torch.stack([j[k, k] for k in range(B)]), v))(
-            *jacrev(lambda x: (lambda out: (out, out))(vmap(f, randomness=mode)(x)), has_aux=True, chunk_size=2)(x)
+        "jacrev(vmap), chunks": lambda: (
+            lambda j, v: (torch.stack([j[k, k] for k in range(B)]), v)
+        )(
+            *jacrev(
+                lambda x: (lambda out: (out, out))(vmap(f, randomness=mode)(x)),
+                has_aux=True,
+                chunk_size=2,
+            )(x)
         ),
-        "vmap(jacrev)": lambda: vmap(jacrev(lambda x: (f(x),) * 2, has_aux=True), randomness=mode)(x),
+        "vmap(jacrev)": lambda: vmap(jacrev(lambda x: (f(x),) * 2, has_aux=True), randomness=mode)(
+            x
+        ),
         "vmap(vjp)": lambda: vmap(
-            lambda x: (lambda out, pull: (pull(torch.ones(()))[0], out))(*vjp(f, x)), randomness=mode
+            lambda x: (lambda out, pull: (pull(torch.ones(()))[0], out))(*vjp(f, x)),
+            randomness=mode,
         )(x),
     }
     for way, run in runs.items():
@@ -237,7 +275,9 @@ def test_gradients_see_the_draw_of_their_value(name, mode):
             product = (gradient * x).flatten(1).sum(1)
             assert torch.allclose(product, value, rtol=1e-4, atol=1e-4), way
         if mode == "same":
-            assert_same(gradient, torch.stack([seeded(grads(f), row) for row in x]), rtol=1e-4, atol=1e-5)
+            assert_same(
+                gradient, torch.stack([seeded(grads(f), row) for row in x]), rtol=1e-4, atol=1e-5
+            )
         elif name != "multinomial":
             assert not same_rows(gradient), way
 
@@ -258,10 +298,14 @@ def test_jacfwd_under_same():
     f = lambda x: F.dropout(x, 0.5) * torch.arange(6.0)
     j = seeded(jacfwd(f, randomness="same"), x)
     assert_same(j @ x, seeded(f, x))
-    assert_same(seeded(vmap(jacfwd(f, randomness="same"), randomness="same"), x.expand(2, 6)), j.expand(2, 6, 6))
+    assert_same(
+        seeded(vmap(jacfwd(f, randomness="same"), randomness="same"), x.expand(2, 6)),
+        j.expand(2, 6, 6),
+    )
 
 
-# two levels -----------------------------------------------------------------------------------------------------------
+# two levels
+# -----------------------------------------------------------------------------------------------------------
 
 TWICE = {
     "rand": lambda x: torch.rand(40),
@@ -278,13 +322,15 @@ TWICE = {
     "gradient of dropout": grad(lambda x: F.dropout(x, 0.5).sum()),
 }
 MAPPED = {
-    "both": lambda f, inner, outer: vmap(vmap(f, randomness=inner), randomness=outer)(torch.ones(2, 3, 40)),
+    "both": lambda f, inner, outer: vmap(vmap(f, randomness=inner), randomness=outer)(
+        torch.ones(2, 3, 40)
+    ),
     "outer": lambda f, inner, outer: vmap(
         lambda a: vmap(lambda _: f(a), randomness=inner)(torch.ones(3)), randomness=outer
     )(torch.ones(2, 40)),
-    "inner": lambda f, inner, outer: vmap(lambda _: vmap(f, randomness=inner)(torch.ones(3, 40)), randomness=outer)(
-        torch.ones(2)
-    ),
+    "inner": lambda f, inner, outer: vmap(
+        lambda _: vmap(f, randomness=inner)(torch.ones(3, 40)), randomness=outer
+    )(torch.ones(2)),
 }
 
 
@@ -301,7 +347,12 @@ def test_two_levels_each_with_its_mode(name, inner, outer, mapped):
 
 @pytest.mark.parametrize("name", TWICE)
 def test_each_level_must_say(name):
-    for inner, outer in (("error", "different"), ("different", "error"), ("error", "same"), ("same", "error")):
+    for inner, outer in (
+        ("error", "different"),
+        ("different", "error"),
+        ("error", "same"),
+        ("same", "error"),
+    ):
         with pytest.raises(AotfuncError, match="randomness"):
             MAPPED["both"](TWICE[name], inner, outer)
 
@@ -316,4 +367,6 @@ def test_a_generator_of_ones_own_in_chunks():
 
 def test_probabilities_that_are_none():
     with pytest.raises(RuntimeError):
-        vmap(lambda p: torch.multinomial(p, 1), randomness="same")(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+        vmap(lambda p: torch.multinomial(p, 1), randomness="same")(
+            torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+        )

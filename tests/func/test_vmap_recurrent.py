@@ -1,4 +1,5 @@
-"""RNN, LSTM and GRU under vmap: mapped inputs, states, weights; cells, layers, both directions; against a loop."""
+"""RNN, LSTM and GRU under vmap: mapped inputs, states, weights; cells, layers, both directions;
+against a loop."""
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ LAYERS = {
 
 
 def single(name):
-    """The module, a scalar of its results that weighs them differently, and a maker of one sample's input."""
+    """The module, a scalar of its results that weighs them differently, and a maker of one
+    sample's input."""
     module = LAYERS[name]()
 
     def f(parameters, x):
@@ -50,35 +52,48 @@ def single(name):
 
     def scalar(parameters, x):
         return sum(
-            (o * torch.arange(1.0, o.numel() + 1, dtype=o.dtype).reshape(o.shape).cos()).sum() for o in f(parameters, x)
+            (o * torch.arange(1.0, o.numel() + 1, dtype=o.dtype).reshape(o.shape).cos()).sum()
+            for o in f(parameters, x)
         )
 
-    make = (lambda *lead: f64(*lead, N, I)) if "Cell" in name else (lambda *lead: f64(*lead, T, N, I))
+    make = (
+        (lambda *lead: f64(*lead, N, I)) if "Cell" in name else (lambda *lead: f64(*lead, T, N, I))
+    )
     return module, dict(module.named_parameters()), f, scalar, make
 
 
 def each(parameters):
     """Parameters of B modules."""
-    return {k: torch.stack([v.detach() * (1 - 0.1 * i) for i in range(B)]) for k, v in parameters.items()}
+    return {
+        k: torch.stack([v.detach() * (1 - 0.1 * i) for i in range(B)])
+        for k, v in parameters.items()
+    }
 
 
 @pytest.mark.parametrize("mapped", ["input", "weights", "both"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_a_loop(name, mapped):
     _, parameters, f, scalar, make = single(name)
-    parameters = each(parameters) if mapped != "input" else {k: v.detach() for k, v in parameters.items()}
+    parameters = (
+        each(parameters) if mapped != "input" else {k: v.detach() for k, v in parameters.items()}
+    )
     x = make(B) if mapped != "weights" else make()
     p_dims = dict.fromkeys(parameters, 0 if mapped != "input" else None)
     dims = (p_dims, 0 if mapped != "weights" else None)
     given = (dims[0] if mapped != "input" else None, dims[1])
     assert_same(vmap(f, given)(parameters, x), loop(f, dims)(parameters, x))
-    assert_same(vmap(grad(scalar, (0, 1)), given)(parameters, x), loop(grads(scalar, (0, 1)), dims)(parameters, x))
+    assert_same(
+        vmap(grad(scalar, (0, 1)), given)(parameters, x),
+        loop(grads(scalar, (0, 1)), dims)(parameters, x),
+    )
     whole = lambda p, x: vmap(scalar, given)(p, x).sin().sum()
     reference = lambda p, x: loop(scalar, dims)(p, x).sin().sum()
     assert_same(grad(whole, (0, 1))(parameters, x), grads(reference, (0, 1))(parameters, x))
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "GRU, both directions", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize(
+    "name", ["RNN", "LSTM", "GRU", "GRU, both directions", "GRUCell", "LSTMCell"]
+)
 def test_twice_and_forwards(name):
     _, parameters, f, scalar, make = single(name)
     parameters = {k: v.detach() for k, v in parameters.items()}
@@ -88,11 +103,15 @@ def test_twice_and_forwards(name):
     forward = lambda x, t: jvp(g, (x,), (t,))
     assert_same(vmap(forward)(x[0], t), loop(lambda x, t: jvps(g, (x,), (t,)))(x[0], t))
     second = lambda f, grad, **how: lambda x: (grad(f, **how)(x) ** 2).sum()
-    assert_same(vmap(grad(second(g, grad)))(x[0]), loop(grads(second(g, grads, create_graph=True)))(x[0]))
+    assert_same(
+        vmap(grad(second(g, grad)))(x[0]), loop(grads(second(g, grads, create_graph=True)))(x[0])
+    )
     assert_same(jit(vmap(grad(g)))(x[0]), loop(grads(g))(x[0]))
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTM, both directions", "GRU, two layers"])
+@pytest.mark.parametrize(
+    "name", ["RNN", "LSTM", "GRU", "LSTM, both directions", "GRU, two layers"]
+)
 def test_given_states(name):
     module = LAYERS[name]()
     states = module.num_layers * (2 if module.bidirectional else 1)
@@ -110,7 +129,9 @@ def test_given_states(name):
         here = dims[: len(args)]
         assert_same(vmap(f, here)(*args), loop(f, here)(*args))
         total = lambda *a: sum(o.sin().sum() for o in f(*a))
-        assert_same(vmap(grad(total, (0, 1)), here)(*args), loop(grads(total, (0, 1)), here)(*args))
+        assert_same(
+            vmap(grad(total, (0, 1)), here)(*args), loop(grads(total, (0, 1)), here)(*args)
+        )
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
@@ -121,7 +142,9 @@ def test_an_ensemble_as_torch_writes_it(kind):
             p.data.mul_(1 + 0.1 * k)
     parameters, buffers = stack_module_state(modules)
     x = f64(T, N, I)
-    out = vmap(lambda p, b, x: outputs(functional_call(modules[0], (p, b), (x,))), (0, 0, None))(parameters, buffers, x)
+    out = vmap(lambda p, b, x: outputs(functional_call(modules[0], (p, b), (x,))), (0, 0, None))(
+        parameters, buffers, x
+    )
     assert_same(out, tuple(torch.stack(o) for o in zip(*[outputs(m(x)) for m in modules])))
 
 
@@ -175,5 +198,7 @@ def test_in_float32_on_the_kernels_of_onednn(kind, how, count):
         with torch.no_grad():
             assert_same(vmap(f, given)(p, sample), loop(f, dims)(p, sample), **tolerance)
         assert_same(
-            vmap(grad(total, (0, 1)), given)(p, sample), loop(grads(total, (0, 1)), dims)(p, sample), **tolerance
+            vmap(grad(total, (0, 1)), given)(p, sample),
+            loop(grads(total, (0, 1)), dims)(p, sample),
+            **tolerance,
         )

@@ -1,6 +1,6 @@
-"""vmap of what depends on values: masks that select, indices that are written to, questions that all samples answer
-alike. Each against a Python loop, also under vmap of vjp, vjp of vmap, and vmap of vmap.
-"""
+"""vmap of what depends on values: masks that select, indices that are written to, questions that
+all samples answer alike. Each against a Python loop, also under vmap of vjp, vjp of vmap, and vmap
+of vmap."""
 
 import pytest
 import torch
@@ -19,7 +19,10 @@ def scalar(f):
 
     def call(*args):
         outs = [o for o in torch.utils._pytree.tree_leaves(f(*args)) if o.is_floating_point()]
-        return sum((o * torch.arange(1.0, o.numel() + 1, dtype=o.dtype).reshape(o.shape).cos()).sum() for o in outs)
+        return sum(
+            (o * torch.arange(1.0, o.numel() + 1, dtype=o.dtype).reshape(o.shape).cos()).sum()
+            for o in outs
+        )
 
     return call
 
@@ -52,13 +55,16 @@ def check(f, in_dims, args):
             return call
 
         primals = tuple(args[i] for i in wrt)
-        assert_same(jvp(of(whole), primals, tangents)[1], jvps(of(reference), primals, tangents)[1])
+        assert_same(
+            jvp(of(whole), primals, tangents)[1], jvps(of(reference), primals, tangents)[1]
+        )
     twice = [torch.stack([x, x]) if d is not None else x for x, d in zip(args, dims)]
     outer = tuple(None if d is None else 0 for d in dims)
     assert_same(vmap(vmap(f, dims), outer)(*twice), loop(loop(f, dims), outer)(*twice))
 
 
-# what is the same for all samples may be asked ------------------------------------------------------------------------
+# what is the same for all samples may be asked
+# ------------------------------------------------------------------------
 
 MASK = torch.tensor([True, False, True, True])
 COUNTS = torch.tensor([2, 0, 1, 3])
@@ -67,14 +73,30 @@ WEIGHTS = torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64)
 UNMAPPED = {
     "closed-over mask": (lambda x: x[MASK] * 2, 0, lambda: (f64(B, 4),)),
     "mask argument": (lambda x, m: x[m] * x.sum(), (0, None), lambda: (f64(B, 4), MASK)),
-    "mask of the second dim": (lambda x, m: x[:, m].sin(), (0, None), lambda: (f64(B, 2, 4), MASK)),
+    "mask of the second dim": (
+        lambda x, m: x[:, m].sin(),
+        (0, None),
+        lambda: (f64(B, 2, 4), MASK),
+    ),
     "mask of the first of two": (lambda x, m: x[m], (0, None), lambda: (f64(B, 4, 2), MASK)),
-    "mask of two dims": (lambda x, m: x[m], (0, None), lambda: (f64(B, 2, 4), torch.stack([MASK, ~MASK]))),
+    "mask of two dims": (
+        lambda x, m: x[m],
+        (0, None),
+        lambda: (f64(B, 2, 4), torch.stack([MASK, ~MASK])),
+    ),
     "mask of a batch at the end": (lambda x, m: x[m], (1, None), lambda: (f64(4, B), MASK)),
-    "mask made of an argument": (lambda x, w: x[w > 0] * w[w > 0], (0, None), lambda: (f64(B, 4), WEIGHTS)),
+    "mask made of an argument": (
+        lambda x, w: x[w > 0] * w[w > 0],
+        (0, None),
+        lambda: (f64(B, 4), WEIGHTS),
+    ),
     "mask made inside": (lambda x: x[torch.arange(4) > 1], 0, lambda: (f64(B, 4),)),
     "empty mask": (lambda x: x[torch.zeros(4, dtype=torch.bool)], 0, lambda: (f64(B, 4),)),
-    "mask of x and an unmapped one": (lambda x, w: w[MASK] * x, (0, None), lambda: (f64(B, 3), f64(4))),
+    "mask of x and an unmapped one": (
+        lambda x, w: w[MASK] * x,
+        (0, None),
+        lambda: (f64(B, 3), f64(4)),
+    ),
     "masked_select": (lambda x, m: x.masked_select(m), (0, None), lambda: (f64(B, 2, 4), MASK)),
     "masked_select, broadcast": (
         lambda x, m: x.masked_select(m),
@@ -82,25 +104,65 @@ UNMAPPED = {
         lambda: (f64(B, 4), torch.stack([MASK] * 2)),
     ),
     "nonzero": (lambda x, m: x[torch.nonzero(m).squeeze(1)], (0, None), lambda: (f64(B, 4), MASK)),
-    "nonzero as tuple": (lambda x, m: x[m.nonzero(as_tuple=True)], (0, None), lambda: (f64(B, 4), MASK)),
-    "where of one argument": (lambda x, m: x[torch.where(m)[0]], (0, None), lambda: (f64(B, 4), MASK)),
+    "nonzero as tuple": (
+        lambda x, m: x[m.nonzero(as_tuple=True)],
+        (0, None),
+        lambda: (f64(B, 4), MASK),
+    ),
+    "where of one argument": (
+        lambda x, m: x[torch.where(m)[0]],
+        (0, None),
+        lambda: (f64(B, 4), MASK),
+    ),
     "argwhere": (lambda x, m: x[torch.argwhere(m)[:, 0]], (0, None), lambda: (f64(B, 4), MASK)),
-    "repeat_interleave": (lambda x, n: x.repeat_interleave(n), (0, None), lambda: (f64(B, 4), COUNTS)),
-    "repeat_interleave, closed over": (lambda x: x.repeat_interleave(COUNTS, 0), 0, lambda: (f64(B, 4, 2),)),
+    "repeat_interleave": (
+        lambda x, n: x.repeat_interleave(n),
+        (0, None),
+        lambda: (f64(B, 4), COUNTS),
+    ),
+    "repeat_interleave, closed over": (
+        lambda x: x.repeat_interleave(COUNTS, 0),
+        0,
+        lambda: (f64(B, 4, 2),),
+    ),
     "one_hot": (lambda x, n: x @ F.one_hot(n).to(x.dtype), (0, None), lambda: (f64(B, 4), COUNTS)),
     "bincount": (lambda x, n: x * torch.bincount(n), (0, None), lambda: (f64(B, 4), COUNTS)),
-    "unique": (lambda x, n: x[torch.unique(n)], (0, None), lambda: (f64(B, 4), torch.tensor([2, 0, 2, 3, 0]))),
+    "unique": (
+        lambda x, n: x[torch.unique(n)],
+        (0, None),
+        lambda: (f64(B, 4), torch.tensor([2, 0, 2, 3, 0])),
+    ),
     "unique with counts": (
         lambda x, n: torch.unique(n, return_counts=True)[1] * x,
         (0, None),
         lambda: (f64(B, 3), torch.tensor([2, 0, 2, 3, 0])),
     ),
     "item": (lambda x, w: x * w.sum().item(), (0, None), lambda: (f64(B, 4), WEIGHTS)),
-    "float": (lambda x, w: x * float(w[0]) + x[int(w[2])], (0, None), lambda: (f64(B, 4), WEIGHTS)),
-    "if": (lambda x, w: x * 2 if w.sum() > 0 else x.sin(), (0, None), lambda: (f64(B, 4), WEIGHTS)),
-    "while": (lambda x, w: x * sum(1 for _ in range(int(w[3]))), (0, None), lambda: (f64(B, 4), WEIGHTS)),
-    "tolist": (lambda x, n: torch.cat(x.split([1, 3])) * sum(n.tolist()), (0, None), lambda: (f64(B, 4), COUNTS)),
-    "split by tensor": (lambda x, n: x.split(n.tolist())[3] * 2, (0, None), lambda: (f64(B, 6), COUNTS)),
+    "float": (
+        lambda x, w: x * float(w[0]) + x[int(w[2])],
+        (0, None),
+        lambda: (f64(B, 4), WEIGHTS),
+    ),
+    "if": (
+        lambda x, w: x * 2 if w.sum() > 0 else x.sin(),
+        (0, None),
+        lambda: (f64(B, 4), WEIGHTS),
+    ),
+    "while": (
+        lambda x, w: x * sum(1 for _ in range(int(w[3]))),
+        (0, None),
+        lambda: (f64(B, 4), WEIGHTS),
+    ),
+    "tolist": (
+        lambda x, n: torch.cat(x.split([1, 3])) * sum(n.tolist()),
+        (0, None),
+        lambda: (f64(B, 4), COUNTS),
+    ),
+    "split by tensor": (
+        lambda x, n: x.split(n.tolist())[3] * 2,
+        (0, None),
+        lambda: (f64(B, 6), COUNTS),
+    ),
     "written before": (
         lambda x, w: x[w.clone().mul_(-1) > 0] if w.max() > 0 else x,
         (0, None),
@@ -115,11 +177,14 @@ def test_unmapped_values_may_be_asked(name):
     check(f, dims, make())
 
 
-# masks and indices that differ between samples ------------------------------------------------------------------------
+# masks and indices that differ between samples
+# ------------------------------------------------------------------------
 
 MASKS = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
 PAIRS = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]).bool()  # two each
-SQUARES = torch.tensor([[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [1, 0, 0]], [[1, 1, 0], [0, 0, 1]]]).bool()  # three each
+SQUARES = torch.tensor(
+    [[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [1, 0, 0]], [[1, 1, 0], [0, 0, 1]]]
+).bool()  # three each
 INDEX = torch.tensor([[3, 0], [1, 1], [2, 3]])
 
 
@@ -150,8 +215,16 @@ def accumulated(x, i, v):
 
 MAPPED = {
     "x[mask] = number": (lambda x, m: assigned(x, m, 3.0), 0, lambda: (f64(B, 4), MASKS)),
-    "x[mask] = number, unmapped x": (lambda x, m: assigned(x, m, 3.0), (None, 0), lambda: (f64(4), MASKS)),
-    "x[mask] = number, unmapped mask": (lambda x, m: assigned(x, m, 3.0), (0, None), lambda: (f64(B, 4), MASK)),
+    "x[mask] = number, unmapped x": (
+        lambda x, m: assigned(x, m, 3.0),
+        (None, 0),
+        lambda: (f64(4), MASKS),
+    ),
+    "x[mask] = number, unmapped mask": (
+        lambda x, m: assigned(x, m, 3.0),
+        (0, None),
+        lambda: (f64(B, 4), MASK),
+    ),
     "x[mask] = 0-dim": (assigned, 0, lambda: (f64(B, 4), MASKS, f64(B))),
     "x[mask] = 0-dim, unmapped": (assigned, (0, 0, None), lambda: (f64(B, 4), MASKS, f64())),
     "x[mask] = 0-dim, unmapped mask": (assigned, (0, None, 0), lambda: (f64(B, 4), MASK, f64(B))),
@@ -161,41 +234,105 @@ MAPPED = {
     "x[mask] = row, unmapped": (assigned, (0, 0, None), lambda: (f64(B, 4, 2), MASKS, f64(2))),
     "x[mask] = rows": (assigned, 0, lambda: (f64(B, 4, 3), PAIRS, f64(B, 2, 3))),
     "x[mask] = one for each": (assigned, 0, lambda: (f64(B, 4), PAIRS, f64(B, 2))),
-    "x[mask] = one for each, unmapped v": (assigned, (0, 0, None), lambda: (f64(B, 4), PAIRS, f64(2))),
-    "x[mask] = one for each, unmapped mask": (assigned, (0, None, 0), lambda: (f64(B, 4), PAIRS[0], f64(B, 2))),
-    "x[mask of two dims] = number": (lambda x, m: assigned(x, m, 0.5), 0, lambda: (f64(B, 2, 4), f64(B, 2, 4) > 0)),
-    "x[:, mask] = number": (lambda x, m: put(lambda m: (slice(None), m))(x, m, 2.0), 0, lambda: (f64(B, 2, 4), MASKS)),
-    "x[:, mask] = column": (put(lambda m: (slice(None), m)), 0, lambda: (f64(B, 2, 4), MASKS, f64(B, 2, 1))),
-    "x[:, mask] = two each": (put(lambda m: (slice(None), m)), 0, lambda: (f64(B, 2, 4), PAIRS, f64(B, 2, 2))),
-    "x[i] = v": (assigned, 0, lambda: (f64(B, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), f64(B, 2))),
+    "x[mask] = one for each, unmapped v": (
+        assigned,
+        (0, 0, None),
+        lambda: (f64(B, 4), PAIRS, f64(2)),
+    ),
+    "x[mask] = one for each, unmapped mask": (
+        assigned,
+        (0, None, 0),
+        lambda: (f64(B, 4), PAIRS[0], f64(B, 2)),
+    ),
+    "x[mask of two dims] = number": (
+        lambda x, m: assigned(x, m, 0.5),
+        0,
+        lambda: (f64(B, 2, 4), f64(B, 2, 4) > 0),
+    ),
+    "x[:, mask] = number": (
+        lambda x, m: put(lambda m: (slice(None), m))(x, m, 2.0),
+        0,
+        lambda: (f64(B, 2, 4), MASKS),
+    ),
+    "x[:, mask] = column": (
+        put(lambda m: (slice(None), m)),
+        0,
+        lambda: (f64(B, 2, 4), MASKS, f64(B, 2, 1)),
+    ),
+    "x[:, mask] = two each": (
+        put(lambda m: (slice(None), m)),
+        0,
+        lambda: (f64(B, 2, 4), PAIRS, f64(B, 2, 2)),
+    ),
+    "x[i] = v": (
+        assigned,
+        0,
+        lambda: (f64(B, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), f64(B, 2)),
+    ),
     "x[i] = number": (lambda x, i: assigned(x, i, 2.0), 0, lambda: (f64(B, 4), INDEX)),
     "x[i] = v, unmapped x": (
         assigned,
         (None, 0, 0),
         lambda: (f64(4), torch.tensor([[3, 0], [1, 2], [2, 3]]), f64(B, 2)),
     ),
-    "x[i] = v, unmapped i": (assigned, (0, None, 0), lambda: (f64(B, 4), torch.tensor([3, 1]), f64(B, 2))),
-    "x[i] = v, only i mapped": (assigned, (None, 0, None), lambda: (f64(4), torch.tensor([[3], [1], [2]]), f64(1))),
+    "x[i] = v, unmapped i": (
+        assigned,
+        (0, None, 0),
+        lambda: (f64(B, 4), torch.tensor([3, 1]), f64(B, 2)),
+    ),
+    "x[i] = v, only i mapped": (
+        assigned,
+        (None, 0, None),
+        lambda: (f64(4), torch.tensor([[3], [1], [2]]), f64(1)),
+    ),
     "x[i, mask] of unmapped": (lambda x, m: x[:, m][0], (0, None), lambda: (f64(B, 2, 4), MASK)),
     "accumulate": (accumulated, 0, lambda: (f64(B, 4), INDEX, f64(B, 2))),
     "accumulate, unmapped x": (accumulated, (None, 0, 0), lambda: (f64(4), INDEX, f64(B, 2))),
-    "accumulate, unmapped i": (accumulated, (0, None, 0), lambda: (f64(B, 4), torch.tensor([1, 1]), f64(B, 2))),
+    "accumulate, unmapped i": (
+        accumulated,
+        (0, None, 0),
+        lambda: (f64(B, 4), torch.tensor([1, 1]), f64(B, 2)),
+    ),
     "accumulate, unmapped v": (accumulated, (0, 0, None), lambda: (f64(B, 4), INDEX, f64(2))),
     "accumulate, only i mapped": (accumulated, (None, 0, None), lambda: (f64(4), INDEX, f64(2))),
     "accumulate by mask": (accumulated, 0, lambda: (f64(B, 4), MASKS, f64(B, 1))),
     "accumulate by mask, one each": (accumulated, 0, lambda: (f64(B, 4), PAIRS, f64(B, 2))),
     "masked_fill": (lambda x, m: x.masked_fill(m, 2.0), 0, lambda: (f64(B, 4), MASKS)),
-    "masked_fill, unmapped x": (lambda x, m: x.masked_fill(m, 2.0), (None, 0), lambda: (f64(4), MASKS)),
-    "masked_fill, unmapped mask": (lambda x, m: x.masked_fill(m, 2.0), (0, None), lambda: (f64(B, 4), MASK)),
-    "masked_fill by tensor": (lambda x, m, v: x.masked_fill(m, v), 0, lambda: (f64(B, 4), MASKS, f64(B))),
+    "masked_fill, unmapped x": (
+        lambda x, m: x.masked_fill(m, 2.0),
+        (None, 0),
+        lambda: (f64(4), MASKS),
+    ),
+    "masked_fill, unmapped mask": (
+        lambda x, m: x.masked_fill(m, 2.0),
+        (0, None),
+        lambda: (f64(B, 4), MASK),
+    ),
+    "masked_fill by tensor": (
+        lambda x, m, v: x.masked_fill(m, v),
+        0,
+        lambda: (f64(B, 4), MASKS, f64(B)),
+    ),
     "masked_fill by tensor, only v": (
         lambda x, m, v: x.masked_fill(m, v),
         (None, None, 0),
         lambda: (f64(4), MASK, f64(B)),
     ),
-    "masked_fill, broadcast": (lambda x, m: x.masked_fill(m, 2.0), 0, lambda: (f64(B, 2, 4), MASKS)),
-    "masked_fill_": (lambda x, m: x.clone().masked_fill_(m, 2.0) * x, 0, lambda: (f64(B, 4), MASKS)),
-    "masked_scatter": (lambda x, m, s: x.masked_scatter(m, s), 0, lambda: (f64(B, 4), MASKS, f64(B, 5))),
+    "masked_fill, broadcast": (
+        lambda x, m: x.masked_fill(m, 2.0),
+        0,
+        lambda: (f64(B, 2, 4), MASKS),
+    ),
+    "masked_fill_": (
+        lambda x, m: x.clone().masked_fill_(m, 2.0) * x,
+        0,
+        lambda: (f64(B, 4), MASKS),
+    ),
+    "masked_scatter": (
+        lambda x, m, s: x.masked_scatter(m, s),
+        0,
+        lambda: (f64(B, 4), MASKS, f64(B, 5)),
+    ),
     "masked_scatter, unmapped x": (
         lambda x, m, s: x.masked_scatter(m, s),
         (None, 0, 0),
@@ -211,58 +348,142 @@ MAPPED = {
         (None, 0, None),
         lambda: (f64(4), MASKS, f64(5)),
     ),
-    "masked_scatter, broadcast": (lambda x, m, s: x.masked_scatter(m, s), 0, lambda: (f64(B, 2, 4), MASKS, f64(B, 8))),
+    "masked_scatter, broadcast": (
+        lambda x, m, s: x.masked_scatter(m, s),
+        0,
+        lambda: (f64(B, 2, 4), MASKS, f64(B, 8)),
+    ),
     "where": (lambda m, x, y: torch.where(m, x, y), 0, lambda: (MASKS, f64(B, 4), f64(B, 4))),
-    "where, only mask mapped": (lambda m, x, y: torch.where(m, x, y), (0, None, None), lambda: (MASKS, f64(4), f64(4))),
-    "where, only x mapped": (lambda m, x, y: torch.where(m, x, y), (None, 0, None), lambda: (MASK, f64(B, 4), f64(4))),
-    "where with numbers": (lambda m, x: torch.where(m, x, 0.0) + torch.where(m, 1.0, x), 0, lambda: (MASKS, f64(B, 4))),
-    "where, broadcast": (lambda m, x, y: torch.where(m, x, y), 0, lambda: (MASKS, f64(B, 2, 4), f64(B))),
+    "where, only mask mapped": (
+        lambda m, x, y: torch.where(m, x, y),
+        (0, None, None),
+        lambda: (MASKS, f64(4), f64(4)),
+    ),
+    "where, only x mapped": (
+        lambda m, x, y: torch.where(m, x, y),
+        (None, 0, None),
+        lambda: (MASK, f64(B, 4), f64(4)),
+    ),
+    "where with numbers": (
+        lambda m, x: torch.where(m, x, 0.0) + torch.where(m, 1.0, x),
+        0,
+        lambda: (MASKS, f64(B, 4)),
+    ),
+    "where, broadcast": (
+        lambda m, x, y: torch.where(m, x, y),
+        0,
+        lambda: (MASKS, f64(B, 2, 4), f64(B)),
+    ),
     "+= by mask, number": (lambda x, m: x.masked_fill(m, 0) + x, 0, lambda: (f64(B, 4), MASKS)),
     "+= by mask that selects alike": (added, 0, lambda: (f64(B, 4), PAIRS, f64(B, 2))),
     "x[mask] that selects alike": (lambda x, m: x[m] ** 2, 0, lambda: (f64(B, 4), PAIRS)),
-    "x[mask] that selects alike, unmapped x": (lambda x, m: x[m] ** 2, (None, 0), lambda: (f64(4), PAIRS)),
-    "x[:, mask] that selects alike": (lambda x, m: x[:, m].sin(), 0, lambda: (f64(B, 2, 4), PAIRS)),
-    "masked_select that selects alike": (lambda x, m: x.masked_select(m), 0, lambda: (f64(B, 2, 4), PAIRS)),
+    "x[mask] that selects alike, unmapped x": (
+        lambda x, m: x[m] ** 2,
+        (None, 0),
+        lambda: (f64(4), PAIRS),
+    ),
+    "x[:, mask] that selects alike": (
+        lambda x, m: x[:, m].sin(),
+        0,
+        lambda: (f64(B, 2, 4), PAIRS),
+    ),
+    "masked_select that selects alike": (
+        lambda x, m: x.masked_select(m),
+        0,
+        lambda: (f64(B, 2, 4), PAIRS),
+    ),
     "nonzero that finds alike": (lambda m, x: x[m.nonzero()[:, 0]], 0, lambda: (PAIRS, f64(B, 4))),
     "unique that finds alike": (
         lambda n, x: x[n.unique()],
         0,
         lambda: (torch.tensor([[1, 1, 0], [2, 3, 3], [1, 2, 2]]), f64(B, 4)),
     ),
-    "bincount as long": (lambda n, x: x * n.bincount(), 0, lambda: (torch.tensor([[1, 3], [3, 3], [0, 3]]), f64(B, 4))),
+    "bincount as long": (
+        lambda n, x: x * n.bincount(),
+        0,
+        lambda: (torch.tensor([[1, 3], [3, 3], [0, 3]]), f64(B, 4)),
+    ),
     "repeat_interleave as long": (
         lambda x, n: x.repeat_interleave(n),
         0,
         lambda: (f64(B, 3), torch.tensor([[1, 2, 0], [3, 0, 0], [1, 1, 1]])),
     ),
-    "nonzero_static": (lambda m, x: m.nonzero_static(size=3, fill_value=0)[:, 0] + x, 0, lambda: (MASKS, f64(B, 3))),
+    "nonzero_static": (
+        lambda m, x: m.nonzero_static(size=3, fill_value=0)[:, 0] + x,
+        0,
+        lambda: (MASKS, f64(B, 3)),
+    ),
     "nonzero_static, size 0": (lambda x: x.nonzero_static(size=0), 0, lambda: (f64(B, 2, 4),)),
-    "nonzero_static of nothing": (lambda x: x.nonzero_static(size=2, fill_value=7), 0, lambda: (f64(B, 0, 4),)),
+    "nonzero_static of nothing": (
+        lambda x: x.nonzero_static(size=2, fill_value=7),
+        0,
+        lambda: (f64(B, 0, 4),),
+    ),
     "nonzero_static of a number": (lambda x: x.nonzero_static(size=2), 0, lambda: (f64(B),)),
-    "nonzero_static of an empty batch": (lambda m: m.nonzero_static(size=2), 0, lambda: (torch.ones(1, 4).bool(),)),
+    "nonzero_static of an empty batch": (
+        lambda m: m.nonzero_static(size=2),
+        0,
+        lambda: (torch.ones(1, 4).bool(),),
+    ),
     "x[mask of two dims]": (lambda x, m: x[m], 0, lambda: (f64(B, 2, 3, 4), SQUARES)),
     "x[mask of two dims] = row": (assigned, 0, lambda: (f64(B, 2, 3, 4), SQUARES, f64(B, 4))),
     "x[mask of two dims] = rows": (assigned, 0, lambda: (f64(B, 2, 3, 4), SQUARES, f64(B, 3, 4))),
-    "x[mask of two dims] = rows, unmapped v": (assigned, (0, 0, None), lambda: (f64(B, 2, 3, 4), SQUARES, f64(3, 4))),
+    "x[mask of two dims] = rows, unmapped v": (
+        assigned,
+        (0, 0, None),
+        lambda: (f64(B, 2, 3, 4), SQUARES, f64(3, 4)),
+    ),
     "x[mask, 0]": (lambda x, m: x[m, 0], 0, lambda: (f64(B, 4, 2), PAIRS)),
     "x[mask, None]": (lambda x, m: x[m, None], 0, lambda: (f64(B, 4, 2), PAIRS)),
     "x[mask, 1:]": (lambda x, m: x[m, 1:], 0, lambda: (f64(B, 4, 2), PAIRS)),
     "x[mask, index]": (lambda x, m: x[m, torch.tensor([0, 1])], 0, lambda: (f64(B, 4, 2), PAIRS)),
-    "x[mask, index], unmapped mask": (lambda x, m, i: x[m, i], (0, None, 0), lambda: (f64(B, 4, 4), PAIRS[0], INDEX)),
-    "x[mask of one, index]": (lambda x, m, i: x[m, i], 0, lambda: (f64(B, 4, 4), torch.eye(4)[:B].bool(), INDEX)),
+    "x[mask, index], unmapped mask": (
+        lambda x, m, i: x[m, i],
+        (0, None, 0),
+        lambda: (f64(B, 4, 4), PAIRS[0], INDEX),
+    ),
+    "x[mask of one, index]": (
+        lambda x, m, i: x[m, i],
+        0,
+        lambda: (f64(B, 4, 4), torch.eye(4)[:B].bool(), INDEX),
+    ),
     "x[mask, mask]": (lambda x, m: x[m, m], 0, lambda: (f64(B, 4, 4), PAIRS)),
-    "x[mask, mask of one]": (lambda x, m, n: x[m, n], 0, lambda: (f64(B, 4, 4), PAIRS, torch.eye(4)[:B].bool())),
+    "x[mask, mask of one]": (
+        lambda x, m, n: x[m, n],
+        0,
+        lambda: (f64(B, 4, 4), PAIRS, torch.eye(4)[:B].bool()),
+    ),
     "x[mask, 0] = v": (put(lambda m: (m, 0)), 0, lambda: (f64(B, 4, 2), MASKS, f64(B))),
-    "x[1:3, mask] = v": (put(lambda m: (slice(1, 3), m)), 0, lambda: (f64(B, 5, 4), MASKS, f64(B))),
-    "x[mask, index] = v": (put(lambda m: (m, torch.tensor([0, 1]))), 0, lambda: (f64(B, 4, 2), PAIRS, f64(B))),
+    "x[1:3, mask] = v": (
+        put(lambda m: (slice(1, 3), m)),
+        0,
+        lambda: (f64(B, 5, 4), MASKS, f64(B)),
+    ),
+    "x[mask, index] = v": (
+        put(lambda m: (m, torch.tensor([0, 1]))),
+        0,
+        lambda: (f64(B, 4, 2), PAIRS, f64(B)),
+    ),
     "x[mask, index] = v for each": (
         put(lambda m: (m, torch.tensor([0, 1]))),
         0,
         lambda: (f64(B, 4, 2), PAIRS, f64(B, 2)),
     ),
-    "x[mask, mask] = v for each": (put(lambda m: (m, m)), 0, lambda: (f64(B, 4, 4), PAIRS, f64(B, 2))),
-    "x[mask of one number]": (lambda x, m: x[m], (0, None), lambda: (f64(B, 4), torch.tensor(True))),
-    "x[mask of one number] = v": (assigned, 0, lambda: (f64(B, 4), torch.tensor([True, False, True]), f64(B, 4))),
+    "x[mask, mask] = v for each": (
+        put(lambda m: (m, m)),
+        0,
+        lambda: (f64(B, 4, 4), PAIRS, f64(B, 2)),
+    ),
+    "x[mask of one number]": (
+        lambda x, m: x[m],
+        (0, None),
+        lambda: (f64(B, 4), torch.tensor(True)),
+    ),
+    "x[mask of one number] = v": (
+        assigned,
+        0,
+        lambda: (f64(B, 4), torch.tensor([True, False, True]), f64(B, 4)),
+    ),
     "x[mask of one number] = number": (
         lambda x, m: assigned(x, m, 2),
         0,
@@ -274,9 +495,15 @@ MAPPED = {
         0,
         lambda: (f64(B, 4, 2, 4), torch.tensor([[3, 0], [1, 2], [2, 3]]), f64(B, 2, 2)),
     ),
-    "put_": (lambda x, i, v: x.clone().put_(i, v, accumulate=True) * x, 0, lambda: (f64(B, 4), INDEX, f64(B, 2))),
+    "put_": (
+        lambda x, i, v: x.clone().put_(i, v, accumulate=True) * x,
+        0,
+        lambda: (f64(B, 4), INDEX, f64(B, 2)),
+    ),
     "take by nonzero_static": (
-        lambda x, m: torch.where(m.sum() > torch.arange(4), x[m.nonzero_static(size=4, fill_value=0)[:, 0]], 0.0),
+        lambda x, m: torch.where(
+            m.sum() > torch.arange(4), x[m.nonzero_static(size=4, fill_value=0)[:, 0]], 0.0
+        ),
         0,
         lambda: (f64(B, 4), MASKS),
     ),
@@ -309,13 +536,29 @@ SCALARS = {
     "x[..., j]": (lambda x, j: x[..., j], (0, 0), lambda: (f64(B, 3, 4), J)),
     "x[1, j]": (lambda x, j: x[1, j], (0, 0), lambda: (f64(B, 3, 4), J)),
     "x[i, None, 1:]": (lambda x, i: x[i, None, 1:], (0, 0), lambda: (f64(B, 3, 4), I)),
-    "x[None, i, ..., j]": (lambda x, i, j: x[None, i, ..., j], (0, 0, 0), lambda: (f64(B, 3, 2, 4), I, J)),
+    "x[None, i, ..., j]": (
+        lambda x, i, j: x[None, i, ..., j],
+        (0, 0, 0),
+        lambda: (f64(B, 3, 2, 4), I, J),
+    ),
     "x[i, j], unmapped x": (lambda x, i, j: x[i, j] * 2, (None, 0, 0), lambda: (f64(3, 4), I, J)),
-    "x[i, j], unmapped i": (lambda x, i, j: x[i, j] * 2, (0, None, 0), lambda: (f64(B, 3, 4), I[1], J)),
-    "narrow": (lambda x, i: x.narrow(1, i, 2), (0, 0), lambda: (f64(B, 3, 4), torch.tensor([0, 2, 1]))),
+    "x[i, j], unmapped i": (
+        lambda x, i, j: x[i, j] * 2,
+        (0, None, 0),
+        lambda: (f64(B, 3, 4), I[1], J),
+    ),
+    "narrow": (
+        lambda x, i: x.narrow(1, i, 2),
+        (0, 0),
+        lambda: (f64(B, 3, 4), torch.tensor([0, 2, 1])),
+    ),
     "x[i] = v": (store("y[i] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
     "x[i] = row": (store("y[i] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 4))),
-    "x[i] = row with ones": (store("y[i] = v[None, None]"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 4))),
+    "x[i] = row with ones": (
+        store("y[i] = v[None, None]"),
+        0,
+        lambda: (f64(B, 3, 4), I, J, f64(B, 4)),
+    ),
     "x[i, j] = v": (store("y[i, j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
     "x[i, j] = number": (store("y[i, j] = 3"), 0, lambda: (f64(B, 3, 4), I, J)),
     "x[i, j] = integer": (store("y[i, j] = i"), 0, lambda: (f64(B, 3, 4), I, J)),
@@ -323,8 +566,16 @@ SCALARS = {
     "x[:, j] = v": (store("y[:, j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 3))),
     "x[..., j] = v": (store("y[..., j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
     "x[i, 1:3] = v": (store("y[i, 1:3] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B, 2))),
-    "x[None, i, None, j] = v": (store("y[None, i, None, j] = v"), 0, lambda: (f64(B, 3, 4), I, J, f64(B))),
-    "x[i] = v, unmapped x": (store("y[i] = v"), (None, 0, 0, 0), lambda: (f64(3, 4), I, J, f64(B))),
+    "x[None, i, None, j] = v": (
+        store("y[None, i, None, j] = v"),
+        0,
+        lambda: (f64(B, 3, 4), I, J, f64(B)),
+    ),
+    "x[i] = v, unmapped x": (
+        store("y[i] = v"),
+        (None, 0, 0, 0),
+        lambda: (f64(3, 4), I, J, f64(B)),
+    ),
     "x[i, j] = v, only v mapped": (
         store("y[i, j] = v"),
         (None, None, None, 0),
@@ -360,7 +611,10 @@ SELECTED = {
 
 @pytest.mark.parametrize("name", SELECTED)
 def test_a_mask_that_selects_another_number_in_each_sample_says_why_and_the_way_out(name):
-    with pytest.raises(AotfuncError, match=r"shape of .* samples .*test_vmap_values\.py.*torch\.where.*nonzero_static"):
+    with pytest.raises(
+        AotfuncError,
+        match=r"shape of .* samples .*test_vmap_values\.py.*torch\.where.*nonzero_static",
+    ):
         vmap(SELECTED[name])(f64(B, 4), MASKS)
 
 
@@ -372,7 +626,8 @@ def test_more_values_than_a_mask_selects():
 
 
 def test_an_op_that_reads_memory_itself():
-    """tensor_split reads its sections past every dispatch: an error with the line and the way out, which works."""
+    """tensor_split reads its sections past every dispatch: an error with the line and the way out,
+    which works."""
     x, s = f64(B, 4), torch.tensor([[1, 3]] * B)
     with pytest.raises(AotfuncError, match=r"test_vmap_values\.py.*tolist"):
         vmap(lambda x, s: x.tensor_split(s))(x, s)
@@ -380,7 +635,8 @@ def test_an_op_that_reads_memory_itself():
     check(lambda x, n: x.tensor_split(n)[1] * 2, 0, (x, torch.tensor([2] * B)))
 
 
-# questions that all samples answer alike ------------------------------------------------------------------------------
+# questions that all samples answer alike
+# ------------------------------------------------------------------------------
 
 
 def checked_gaussian(mean, target, variance):
@@ -458,8 +714,16 @@ def test_the_question_is_asked_anew_at_each_call():
 def test_samples_that_disagree_are_an_error_that_names_the_line():
     x = f64(B, 4).abs()
     x[1] *= -1
-    for run in (vmap(branch), vmap(grad(scalar(branch))), grad(scalar(vmap(branch))), jacrev(vmap(branch))):
-        with pytest.raises(AotfuncError, match=r"samples .* do not agree.*test_vmap_values\.py.*branch.*torch\.where"):
+    for run in (
+        vmap(branch),
+        vmap(grad(scalar(branch))),
+        grad(scalar(vmap(branch))),
+        jacrev(vmap(branch)),
+    ):
+        with pytest.raises(
+            AotfuncError,
+            match=r"samples .* do not agree.*test_vmap_values\.py.*branch.*torch\.where",
+        ):
             run(x)
     with pytest.raises(AotfuncError, match="samples"):
         vmap(vmap(branch))(torch.stack([x.abs(), -x.abs()]))
@@ -536,9 +800,12 @@ def test_a_number_drawn_for_each_sample_is_not_one_number():
     assert_same(out, torch.full((3,), torch.rand(()).item()))
 
 
-@pytest.mark.parametrize("inner", [grad, lambda f: lambda x: jvp(f, (x,), (torch.ones_like(x),))[1]])
+@pytest.mark.parametrize(
+    "inner", [grad, lambda f: lambda x: jvp(f, (x,), (torch.ones_like(x),))[1]]
+)
 def test_a_draw_before_the_question_inside_nested_transforms(inner):
-    """The inner transform's question is answered from where the outer one's draws have left the generator."""
+    """The inner transform's question is answered from where the outer one's draws have left the
+    generator."""
 
     def f(x):
         a = torch.rand((), dtype=x.dtype)
@@ -555,7 +822,9 @@ def test_a_draw_before_the_question_inside_nested_transforms(inner):
     torch.manual_seed(1)
     assert_same(grad(f)(x), a * n * (n - 1) * x ** (n - 2))
     torch.manual_seed(1)
-    assert_same(vmap(f, randomness="same")(x.expand(2, 3)), (a * n * (x ** (n - 1)).sum()).expand(2))
+    assert_same(
+        vmap(f, randomness="same")(x.expand(2, 3)), (a * n * (x ** (n - 1)).sum()).expand(2)
+    )
 
 
 def test_inputs_without_values():

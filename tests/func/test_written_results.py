@@ -1,4 +1,5 @@
-"""vmap of functions that return what they wrote to: the argument itself, as in eager and torch.func."""
+"""vmap of functions that return what they wrote to: the argument itself, as in eager and
+torch.func."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Two functions whose lines are printed in golden texts: the numbers of these lines are part of the texts."""
+"""Two functions whose lines are printed in golden texts: the numbers of these lines are part of
+the texts."""
 
 import torch
 

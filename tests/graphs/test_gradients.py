@@ -252,7 +252,9 @@ def forward(self, x, w, b):
 def test_convolution_and_pooling():
     f = lambda w, b, x: F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2).sum()
     assert_expected_inline(
-        shown(grad(f, (0, 1)), same(2, 1, 3, 3), same(2), same(1, 1, 6, 6), like=T.grad(f, (0, 1))),
+        shown(
+            grad(f, (0, 1)), same(2, 1, 3, 3), same(2), same(1, 1, 6, 6), like=T.grad(f, (0, 1))
+        ),
         """\
 def forward(self, w, b, x):
     convolution = aten.convolution.default(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)

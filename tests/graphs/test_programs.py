@@ -184,7 +184,8 @@ def forward(self, x):
     )
 
 
-# nested compiled calls, random numbers -------------------------------------------------------------------------------
+# nested compiled calls, random numbers
+# -------------------------------------------------------------------------------
 
 
 def test_jit_inside_a_gradient_is_inlined():

@@ -1,4 +1,5 @@
-"""How large graphs are: no larger than docs/bench_graphs.md says, and so below torch's; and their values are right."""
+"""How large graphs are: no larger than docs/bench_graphs.md says, and so below torch's; and their
+values are right."""
 
 import math
 import re
@@ -15,9 +16,13 @@ from tests.reference import assert_same
 
 TABLE = (Path(__file__).parents[2] / "docs/bench_graphs.md").read_text()
 #: program -> (ours, torch's)
-WRITTEN = {m[1].strip(): (int(m[2]), int(m[3])) for m in re.finditer(r"^\| ([^|]+) \| (\d+) \| (\d+) \|", TABLE, re.M)}
+WRITTEN = {
+    m[1].strip(): (int(m[2]), int(m[3]))
+    for m in re.finditer(r"^\| ([^|]+) \| (\d+) \| (\d+) \|", TABLE, re.M)
+}
 
-#: ops of the first to fifth derivative of ``f``; JAX's jaxprs have 20, 58, 155, 406 and 1070 that are not dead
+#: ops of the first to fifth derivative of ``f``; JAX's jaxprs have 20, 58, 155, 406 and 1070 that
+# are not dead
 SIZES = (18, 39, 92, 201, 423)
 
 
@@ -39,7 +44,8 @@ def test_derivatives_are_as_small_as_they_were(order):
 
 
 def taylor(x, order):
-    """The derivative of ``f`` at ``x`` by power series, in Python floats: no tensor, no autograd."""
+    """The derivative of ``f`` at ``x`` by power series, in Python floats: no tensor, no
+    autograd."""
     n = order + 1
     sin = [math.sin(x + k * math.pi / 2) / math.factorial(k) for k in range(n)]
     exp = [math.exp(x) / math.factorial(k) for k in range(n)]
@@ -47,7 +53,9 @@ def taylor(x, order):
     bottom = [1 + x * x, 2 * x, 1.0, *[0.0] * n]
     series: list[float] = []
     for k in range(n):
-        series.append((top[k] - sum(bottom[i] * series[k - i] for i in range(1, k + 1))) / bottom[0])
+        series.append(
+            (top[k] - sum(bottom[i] * series[k - i] for i in range(1, k + 1))) / bottom[0]
+        )
     return series[order] * math.factorial(order)
 
 
@@ -60,7 +68,9 @@ def test_values(order, at):
     for value in (derivative(order)(x), graph(x)):
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
     if order < 4:
-        torch.testing.assert_close(expected, derivative(order, torch.func.grad)(x), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            expected, derivative(order, torch.func.grad)(x), rtol=1e-11, atol=1e-11
+        )
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -110,7 +120,9 @@ def test_nested_gradients_of_a_product():
     g = make_fx(lambda x: nested([x, *values[1:]]))(values[0])
     assert size(g.graph) <= 800
     assert_same(g(values[0]), torch.tensor(1.0, dtype=torch.float64))
-    values[3] = torch.tensor(0.0, dtype=torch.float64)  # products of all but one of three factors, and squared
+    values[3] = torch.tensor(
+        0.0, dtype=torch.float64
+    )  # products of all but one of three factors, and squared
     squared = lambda xs: torch.stack(xs).prod() ** 2
     want = 2**6 * math.prod(v.item() for v in values[:6])
     assert_same(nested(values[:6], product=squared), torch.tensor(want, dtype=torch.float64))
@@ -127,5 +139,9 @@ def test_the_gradient_of_a_product_at_zeros(n, dtype):
         (want,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
         assert_same(grad(value)(x), want)
         if not dtype.is_complex:
-            (second,) = torch.autograd.grad(want.square().sum(), leaf) if want.requires_grad else (torch.zeros(n),)
+            (second,) = (
+                torch.autograd.grad(want.square().sum(), leaf)
+                if want.requires_grad
+                else (torch.zeros(n),)
+            )
             assert_same(grad(lambda x: grad(torch.prod)(x).square().sum())(x), second)

@@ -1,4 +1,5 @@
-"""Each rewriting of the tidying: the same bits on special values, the strides of eager, and the ops that it saves."""
+"""Each rewriting of the tidying: the same bits on special values, the strides of eager, and the
+ops that it saves."""
 
 import random
 
@@ -15,28 +16,50 @@ DTYPES = (torch.float32, torch.float64)
 def special(dtype):
     """Zeros, infinities, NaN, the smallest and largest numbers and ordinary ones: 12 values."""
     i = torch.finfo(dtype)
-    values = [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), i.tiny / 8, -i.tiny / 8, i.max, -0.1, 3]
+    values = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        float("inf"),
+        -float("inf"),
+        float("nan"),
+        i.tiny / 8,
+        -i.tiny / 8,
+        i.max,
+        -0.1,
+        3,
+    ]
     return torch.tensor(values, dtype=dtype)
 
 
 def layout(x):
-    """Strides; those of dimensions of size 1 are moot, and meta kernels do not know them of ``x * 2``."""
+    """Strides; those of dimensions of size 1 are moot, and meta kernels do not know them of ``x *
+    2``."""
     return [s for n, s in zip(x.shape, x.stride()) if n != 1]
 
 
 def assert_bits(got, expected):
     assert got.dtype == expected.dtype and layout(got) == layout(expected)
     as_int = {4: torch.int32, 8: torch.int64}[got.element_size()]
-    same = (got.contiguous().view(as_int) == expected.contiguous().view(as_int)) | (got.isnan() & expected.isnan())
+    same = (got.contiguous().view(as_int) == expected.contiguous().view(as_int)) | (
+        got.isnan() & expected.isnan()
+    )
     assert same.all(), f"{got[~same]} instead of {expected[~same]}"
 
 
 def c(x, value, *shape):
-    """A constant of the dtype of ``x``: of this shape, or without one a number expanded to that of ``x``."""
-    return torch.full(shape, value, dtype=x.dtype) if shape else torch.full((), value, dtype=x.dtype).expand(3, 4)
+    """A constant of the dtype of ``x``: of this shape, or without one a number expanded to that of
+    ``x``."""
+    return (
+        torch.full(shape, value, dtype=x.dtype)
+        if shape
+        else torch.full((), value, dtype=x.dtype).expand(3, 4)
+    )
 
 
-#: name -> (function of a 3 by 4 matrix, how many ops are left; where nothing is, one copies the input)
+#: name -> (function of a 3 by 4 matrix, how many ops are left; where nothing is, one copies the
+# input)
 REWRITINGS = {
     "times one": (lambda x: x * c(x, 1), 1),
     "one times": (lambda x: c(x, 1, 3, 4) * x, 1),
@@ -66,22 +89,37 @@ REWRITINGS = {
     "minus a constant computed": (lambda x: x * -c(x, 0.25), 1),
     "ones and zeros": (lambda x: torch.ones_like(x) * x - x.new_zeros(3, 4), 1),
     "full_like": (lambda x: x * torch.full_like(x, 2.5), 1),
-    "zeros of equal shape merge": (lambda x: (torch.zeros_like(x) + x.exp()) * (x.new_zeros(3, 4) + x.exp()), 3),
+    "zeros of equal shape merge": (
+        lambda x: (torch.zeros_like(x) + x.exp()) * (x.new_zeros(3, 4) + x.exp()),
+        3,
+    ),
     "part of a constant": (lambda x: x * c(x, 0.7, 2, 5, 4)[1, 1:4], 1),
     "moved constant": (lambda x: x * c(x, 0.7, 4, 3).t().unsqueeze(0).view(3, 4), None),
     "where true": (lambda x: torch.where(torch.ones(3, 4, dtype=torch.bool), x, x.exp()), 1),
     "where with a constant": (lambda x: torch.where(x > 0, c(x, 0.5), x), 3),
     "expanded for a sum": (lambda x: x + x[0].expand(3, 4), 2),
     "viewed for a product": (lambda x: x * x[0].exp().view(1, 4).expand(3, 4), 3),
-    "unsqueezed for tanh": (lambda x: torch.ops.aten.tanh_backward(x[1].exp().unsqueeze(0).expand(3, 4), x), 3),
+    "unsqueezed for tanh": (
+        lambda x: torch.ops.aten.tanh_backward(x[1].exp().unsqueeze(0).expand(3, 4), x),
+        3,
+    ),
     "expanded for a comparison": (lambda x: torch.where(x[0].expand(3, 4) < x, x, x * 2), 4),
     "both expanded": (lambda x: x[0, 0].expand(3, 4) * x[0].expand(3, 4), None),
     "there and back": (lambda x: x.unsqueeze(1).squeeze(1), 0),
     "view of views": (lambda x: x.view(12).view(2, 6).unsqueeze(1).view(4, 3), 1),
     "turned twice": (lambda x: x.t().t(), 0),
-    "turned thrice": (lambda x: x.view(3, 2, 2).permute(1, 2, 0).transpose(0, 2).permute(1, 0, 2), None),
-    "turns and views": (lambda x: x.view(3, 2, 2).unsqueeze(1).permute(2, 0, 3, 1).unsqueeze(0).squeeze(0), 2),
-    "one number spread": (lambda x: x[0, 0].exp().view(1, 1).expand(3, 1).unsqueeze(2).expand(3, 1, 4).view(3, 4), 4),
+    "turned thrice": (
+        lambda x: x.view(3, 2, 2).permute(1, 2, 0).transpose(0, 2).permute(1, 0, 2),
+        None,
+    ),
+    "turns and views": (
+        lambda x: x.view(3, 2, 2).unsqueeze(1).permute(2, 0, 3, 1).unsqueeze(0).squeeze(0),
+        2,
+    ),
+    "one number spread": (
+        lambda x: x[0, 0].exp().view(1, 1).expand(3, 1).unsqueeze(2).expand(3, 1, 4).view(3, 4),
+        4,
+    ),
     "expanded twice": (lambda x: x[0].exp().expand(1, 4).expand(3, 4), 3),
     "cat of one": (lambda x: torch.cat([x]), 1),
     "slice of everything": (lambda x: x[0:3], 0),
@@ -90,8 +128,14 @@ REWRITINGS = {
     "sum of a constant": (lambda x: x * torch.ones(3, 4, dtype=x.dtype).sum(1, keepdim=True), 1),
     "sum of tenths": (lambda x: x * c(x, 0.1, 3, 4).sum(1, keepdim=True), 3),
     "sum of minus zeros": (lambda x: x[:, 1:2] + c(x, -0.0, 3, 4).sum(1, keepdim=True), None),
-    "sum of infinities": (lambda x: x[:, 1:2] + c(x, float("inf"), 3, 4).sum(1, keepdim=True), None),
-    "infinities computed": (lambda x: x * (c(x, float("inf")) - 3) + c(x, float("nan")) * 2 - c(x, 1) / 0, None),
+    "sum of infinities": (
+        lambda x: x[:, 1:2] + c(x, float("inf"), 3, 4).sum(1, keepdim=True),
+        None,
+    ),
+    "infinities computed": (
+        lambda x: x * (c(x, float("inf")) - 3) + c(x, float("nan")) * 2 - c(x, 1) / 0,
+        None,
+    ),
     "dense copy of an expanded row": (lambda x: x * x[0].expand(3, 4).contiguous(), 2),
 }
 
@@ -133,9 +177,27 @@ def test_dtypes_of_constants_count():
         (lambda x: x + torch.full((3,), 2), x),
         (lambda x: torch.full((3,), 0.1) * torch.full((3,), 0.3, dtype=torch.float64), x),
         (lambda x: torch.full((3,), 0.1, dtype=torch.bfloat16) + torch.full((3,), 0.3), x),
-        (lambda x: torch.full((3,), 0.1).double() * 0.1 + torch.full((3,), 0.1, dtype=torch.float64).float() * 0.1, x),
-        (lambda x: torch.full((3,), 5).div(torch.full((3,), 3)) - torch.full((), 0.1, dtype=torch.float64), x),
-        (lambda x: torch.full((3,), 0.1).expand(2, 3).sum(0, dtype=torch.float64) + torch.ones(3).sum(), x),
+        (
+            lambda x: (
+                torch.full((3,), 0.1).double() * 0.1
+                + torch.full((3,), 0.1, dtype=torch.float64).float() * 0.1
+            ),
+            x,
+        ),
+        (
+            lambda x: (
+                torch.full((3,), 5).div(torch.full((3,), 3))
+                - torch.full((), 0.1, dtype=torch.float64)
+            ),
+            x,
+        ),
+        (
+            lambda x: (
+                torch.full((3,), 0.1).expand(2, 3).sum(0, dtype=torch.float64)
+                + torch.ones(3).sum()
+            ),
+            x,
+        ),
         (lambda h: h * torch.full((3,), 0.1, dtype=torch.bfloat16), half),
         (lambda h: h * torch.full((3,), 0.1), half),
         (lambda x: torch.eq(x, torch.full((), 0.1, dtype=torch.float64).expand(3)), x),
@@ -146,7 +208,8 @@ def test_dtypes_of_constants_count():
         assert_same(make_fx(f)(a)(a), f(a), rtol=0, atol=0)
 
 
-#: a view behind a rewritten value is possible only if that value kept the strides it was planned with
+#: a view behind a rewritten value is possible only if that value kept the strides it was planned
+# with
 PLANNED = {
     "ones_like": lambda x: torch.ones_like(x.t()).t().view(-1) * x.view(-1),
     "expanded over": lambda x: (torch.ones(()).expand(4, 3) / x.t()).t().view(-1),
@@ -175,7 +238,8 @@ def test_strides_are_those_planned(name):
     assert result.stride() == expected.stride()
 
 
-# chains of moves -----------------------------------------------------------------------------------------------------
+# chains of moves
+# -----------------------------------------------------------------------------------------------------
 
 
 def base(rng):
@@ -251,7 +315,11 @@ def test_chains_of_moves(seed):
 
     gm = make_fx(f)(x)
     result = gm(x)
-    assert torch.equal(result, y) and layout(result) == layout(y) and result.storage_offset() == y.storage_offset()
+    assert (
+        torch.equal(result, y)
+        and layout(result) == layout(y)
+        and result.storage_offset() == y.storage_offset()
+    )
     assert size(gm.graph) <= len(moves)
     # a constant moved the same way, and what meets it
     for g in (

@@ -157,7 +157,9 @@ def forward(self, x):
 
 def test_batch_norm_in_training_updates_its_statistics():
     net = nn.BatchNorm1d(2)
-    f = lambda mean, var, x: F.batch_norm(x, mean, var, net.weight.detach(), net.bias.detach(), training=True)
+    f = lambda mean, var, x: F.batch_norm(
+        x, mean, var, net.weight.detach(), net.bias.detach(), training=True
+    )
     assert_expected_inline(
         shown(f, torch.zeros(2), torch.ones(2), same(4, 2)),
         """\

@@ -1,11 +1,12 @@
-"""The whole op table in worker processes: python -m tests.ops [PATTERN …] [--lib aotfunc|torch|both] [--log FILE] …
+"""The whole op table in worker processes: python -m tests.ops [PATTERN …] [--lib
+aotfunc|torch|both] [--log FILE] …
 
-Prints what fails and a summary, compares with known_failures.txt (a new failure or a listed one that passes ends with
-status 1). Every cell (op, dtype, composition) is asked for by itself and has a limit, so that a crash or a hang of the
-library costs that cell alone. With --log each outcome is appended to FILE as it comes, and what FILE holds already is
-not run again: an interrupted run goes on where it was. --write puts the outcomes into docs/coverage.tsv and .md,
---update rewrites known_failures.txt.
-"""
+Prints what fails and a summary, compares with known_failures.txt (a new failure or a listed one
+that passes ends with status 1). Every cell (op, dtype, composition) is asked for by itself and has
+a limit, so that a crash or a hang of the library costs that cell alone. With --log each outcome is
+appended to FILE as it comes, and what FILE holds already is not run again: an interrupted run goes
+on where it was. --write puts the outcomes into docs/coverage.tsv and .md, --update rewrites
+known_failures.txt."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-WALL_LIMIT_S = 240.0  # one cell; the limit in processor time (table.LIMIT_S) comes first, unless a kernel hangs
+# one cell; the limit in processor time (table.LIMIT_S) comes first, unless a kernel hangs
+WALL_LIMIT_S = 240.0
 
 HEADER = """# Failures of the op table that are known: `op dtype composition  reason`, one a line.
 # The list may only shrink: a listed failure that passes is an error. python -m tests.ops --update rewrites it.
@@ -44,9 +46,14 @@ def work() -> None:
 
 
 class Worker:
-    """A process that is asked for one cell after another, and replaced when it dies or does not answer."""
+    """A process that is asked for one cell after another, and replaced when it dies or does not
+    answer."""
 
-    def __init__(self, command: tuple[str, ...] = ("-m", "tests.ops", "--worker"), limit_s: float = WALL_LIMIT_S):
+    def __init__(
+        self,
+        command: tuple[str, ...] = ("-m", "tests.ops", "--worker"),
+        limit_s: float = WALL_LIMIT_S,
+    ):
         self.command, self.limit_s = command, limit_s
         self.process: subprocess.Popen | None = None
 
@@ -66,7 +73,11 @@ class Worker:
         process.kill()
         self.process = None
         code = process.wait()
-        return f"error: the process died ({code})" if ready else f"error: no answer within {self.limit_s:g} s"
+        return (
+            f"error: the process died ({code})"
+            if ready
+            else f"error: no answer within {self.limit_s:g} s"
+        )
 
     def stop(self) -> None:
         if self.process and self.process.stdin:
@@ -83,7 +94,9 @@ def logged(log: Path | None, cells: list[Cell]) -> dict[Cell, str]:
     return {cell: results[cell] for cell in cells if cell in results}
 
 
-def sweep(cells: list[Cell], jobs: int, log: Path | None, new_worker: Callable[[], Worker] = Worker) -> dict[Cell, str]:
+def sweep(
+    cells: list[Cell], jobs: int, log: Path | None, new_worker: Callable[[], Worker] = Worker
+) -> dict[Cell, str]:
     """The outcome of every cell; those that the log holds are not run."""
     from rich.progress import Progress
 
@@ -121,10 +134,26 @@ def main() -> int:
     parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
     parser.add_argument("--lib", choices=["aotfunc", "torch", "both"], default="aotfunc")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, interleaved (default 1/1)")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="append each outcome to FILE; do not run what it has")
-    parser.add_argument("--update", action="store_true", help="rewrite known_failures.txt from this run")
-    parser.add_argument("--write", action="store_true", help="put this run into docs/coverage.tsv and docs/coverage.md")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="the I-th of N parts, interleaved (default 1/1)",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="append each outcome to FILE; do not run what it has",
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="rewrite known_failures.txt from this run"
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="put this run into docs/coverage.tsv and docs/coverage.md",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -132,7 +161,11 @@ def main() -> int:
         return 0
     from tests.ops import report, table
 
-    names = [n for n in table.OPS if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)]
+    names = [
+        n
+        for n in table.OPS
+        if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)
+    ]
     part, parts = map(int, options.part.split("/"))
     names = names[part - 1 :: parts]
     libs = ["aotfunc", "torch"] if options.lib == "both" else [options.lib]
@@ -154,7 +187,9 @@ def main() -> int:
         report.write(outcomes)
     if options.update:
         kept = {k: why for k, why in table.known().items() if k not in ours}
-        kept |= {k: known.get(k, r.split(": ", 1)[1].split(" (at ")[0][:140]) for k, r in failed.items()}
+        kept |= {
+            k: known.get(k, r.split(": ", 1)[1].split(" (at ")[0][:140]) for k, r in failed.items()
+        }
         lines = [f"{' '.join(k)}  {' '.join(r.split())}" for k, r in sorted(kept.items())]
         table.KNOWN.write_text(HEADER + "\n".join(lines) + ("\n" if lines else ""))
     return 0 if options.update else int(bool(gone or set(failed) - set(known)))

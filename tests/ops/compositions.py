@@ -1,9 +1,10 @@
-"""One op under vjp, jvp, vmap and four pairs of them: a library's answer against an independent one.
+"""One op under vjp, jvp, vmap and four pairs of them: a library's answer against an independent
+one.
 
-A check gets the library (``lib.vjp``, ``lib.jvp``, ``lib.vmap``) and a Call (an op with one sample, as a function of
-its floating leaves). It raises Wrong on a wrong result, NoReference where nothing has an answer to compare with, and
-lets the library's own errors through. The reference is always asked first, so an error is the library's alone.
-"""
+A check gets the library (``lib.vjp``, ``lib.jvp``, ``lib.vmap``) and a Call (an op with one
+sample, as a function of its floating leaves). It raises Wrong on a wrong result, NoReference where
+nothing has an answer to compare with, and lets the library's own errors through. The reference is
+always asked first, so an error is the library's alone."""
 
 from __future__ import annotations
 
@@ -43,21 +44,31 @@ class Call:
     f: Callable[..., list[torch.Tensor]]
     primals: list[torch.Tensor]
     others: list[torch.Tensor]  # the integer and boolean tensors among the arguments
-    rebuilt: Callable[[list[torch.Tensor], list[torch.Tensor]], object]  # every tensor output, from both kinds
+    rebuilt: Callable[
+        [list[torch.Tensor], list[torch.Tensor]], object
+    ]  # every tensor output, from both kinds
     trusted: bool = True  # autograd's own derivative is right
     writes: bool = False  # to an argument that is not among the primals
 
     @staticmethod
     def of(op, sample, trusted: bool = True) -> Call:
         leaves, tree = tree_flatten((sample.input, sample.args, sample.kwargs))
-        is_float = [isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves]
+        is_float = [
+            isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+            for x in leaves
+        ]
         is_other = [isinstance(x, torch.Tensor) and not m for x, m in zip(leaves, is_float)]
 
         def run(primals, others):
             floats, rest = iter(primals), iter(others)
-            filled = [next(floats) if m else next(rest) if o else x for x, m, o in zip(leaves, is_float, is_other)]
+            filled = [
+                next(floats) if m else next(rest) if o else x
+                for x, m, o in zip(leaves, is_float, is_other)
+            ]
             first, args, kwargs = tree.unflatten(filled)
-            return sample.output_process_fn_grad(op.gradcheck_wrapper(op.get_op(), first, *args, **kwargs))
+            return sample.output_process_fn_grad(
+                op.gradcheck_wrapper(op.get_op(), first, *args, **kwargs)
+            )
 
         def f(*primals):
             outs = [o for o in tree_leaves(run(primals, others)) if isinstance(o, torch.Tensor)]
@@ -69,11 +80,16 @@ class Call:
         return Call(f, primals, others, tensors, trusted)
 
     def differentiated(self) -> Call:
-        """The call as a function of those primals that autograd differentiates it by (batch norm's statistics not)."""
+        """The call as a function of those primals that autograd differentiates it by (batch norm's
+        statistics not)."""
 
         def takes(chosen: list[bool]) -> bool:
             try:
-                seeded(lambda: self.f(*[t.requires_grad_(yes) for t, yes in zip(copies(self.primals), chosen)]))
+                seeded(
+                    lambda: self.f(
+                        *[t.requires_grad_(yes) for t, yes in zip(copies(self.primals), chosen)]
+                    )
+                )
             except (RuntimeError, NotImplementedError):
                 return False
             return True
@@ -91,7 +107,9 @@ class Call:
 
         tried = copies(self.primals)
         seeded(lambda: self.f(*tried))
-        wrote = any(not torch.equal(t, x) for t, x, yes in zip(tried, self.primals, chosen) if not yes)
+        wrote = any(
+            not torch.equal(t, x) for t, x, yes in zip(tried, self.primals, chosen) if not yes
+        )
         kept = [t for t, yes in zip(self.primals, chosen) if yes]
         return Call(f, kept, self.others, self.rebuilt, self.trusted, wrote)
 
@@ -100,7 +118,8 @@ class Call:
 
 
 def moves(f, primals) -> list[bool]:
-    """Which outputs depend on the primals by a derivative; all of them where autograd does not know."""
+    """Which outputs depend on the primals by a derivative; all of them where autograd does not
+    know."""
     try:
         return [o.requires_grad for o in seeded(lambda: f(*leaf(primals)))]
     except NotImplementedError:
@@ -158,7 +177,9 @@ def check_vjp(lib, call: Call, variant: int) -> None:
 
     def by_differences():
         want = finite(inner(cts, reference(lambda: difference(f, call.primals, tangents))))
-        close([inner(got(), tangents)], [want], "inner product with differences", tolerance_for(cts))
+        close(
+            [inner(got(), tangents)], [want], "inner product with differences", tolerance_for(cts)
+        )
 
     call.judge(by_autograd, by_numbers=by_differences)
 
@@ -210,7 +231,8 @@ def batch(tensors, loop_ok: Callable[[list], object]) -> list[torch.Tensor]:
 
 
 def check_vmap(lib, call: Call, variant: int) -> None:
-    """Variant 0 batches every tensor, 1 only the first, 2 the floating ones, at the last dimension."""
+    """Variant 0 batches every tensor, 1 only the first, 2 the floating ones, at the last
+    dimension."""
     primals, others = call.primals, call.others
     both = [*primals, *others]
     n = len(primals)
@@ -229,7 +251,10 @@ def check_vmap(lib, call: Call, variant: int) -> None:
 
     def loop():
         unmapped = [(t, t.clone()) for t, m in zip(args, mapped) if not m]
-        rows = [run(*[t.select(at, i).clone() if m else t for t, m in zip(args, mapped)]) for i in range(2)]
+        rows = [
+            run(*[t.select(at, i).clone() if m else t for t, m in zip(args, mapped)])
+            for i in range(2)
+        ]
         if not all(torch.equal(t, before) for t, before in unmapped if not t.isnan().any()):
             raise NoReference("writes to an unmapped argument")
         return [torch.stack(list(column)) for column in zip(*rows)]
@@ -239,7 +264,8 @@ def check_vmap(lib, call: Call, variant: int) -> None:
 
 
 def rows_of(primals, cts, run: Callable):
-    """The two samples of a batch, one after another: ``run(primals, cts)`` gives a list, and so does this, stacked."""
+    """The two samples of a batch, one after another: ``run(primals, cts)`` gives a list, and so
+    does this, stacked."""
     rows = [run([p[i] for p in primals], [c[i] for c in cts]) for i in range(2)]
     return [torch.stack(list(column)) for column in zip(*rows)]
 
@@ -283,7 +309,9 @@ def check_vmapjvp(lib, call: Call, variant: int) -> None:
         return seeded(lambda: lib.vmap(push(lib, f))(copies(primals), tangents))
 
     def by_loop():
-        want = reference(lambda: rows_of(primals, tangents, lambda p, t: forward_ad_agreed(f, p, t, cts)))
+        want = reference(
+            lambda: rows_of(primals, tangents, lambda p, t: forward_ad_agreed(f, p, t, cts))
+        )
         close(got(), want, "tangent")
 
     def by_autograd():
@@ -308,7 +336,9 @@ def check_vjpvjp(lib, call: Call, variant: int) -> None:
 
     @cache
     def got():
-        first, second = seeded(lambda: lib.vjp(pull(lib, f), copies(call.primals), list(cts))[1](seconds))
+        first, second = seeded(
+            lambda: lib.vjp(pull(lib, f), copies(call.primals), list(cts))[1](seconds)
+        )
         same_kind([*first, *second], inputs, "second gradient")
         return [*first, *second]
 
@@ -319,11 +349,18 @@ def check_vjpvjp(lib, call: Call, variant: int) -> None:
     def by_differences():
         moved = reference(lambda: difference_of_backward(f, call.primals, cts, tangents))
         want = finite(inner(seconds, moved))
-        close([inner(got(), tangents)], [want], "inner product with differences", tolerance_for(cts))
+        close(
+            [inner(got(), tangents)], [want], "inner product with differences", tolerance_for(cts)
+        )
 
     def by_second_differences():
         want = reference(lambda: second_difference(f, call.primals, cts, tangents, seconds))
-        close([inner(got(), tangents)], [want], "inner product with second differences", tolerance_for(cts))
+        close(
+            [inner(got(), tangents)],
+            [want],
+            "inner product with second differences",
+            tolerance_for(cts),
+        )
 
     call.judge(by_two_passes, by_differences, by_numbers=by_second_differences)
 
@@ -331,11 +368,17 @@ def check_vjpvjp(lib, call: Call, variant: int) -> None:
 def check_jvpvjp(lib, call: Call, variant: int) -> None:
     """<s, d(gradient)[t, u]> = <second gradient of s, [t, u]>."""
     f, cts = setup(call)
-    tangents, ct_tangents, seconds = noise(call.primals, seed=4), noise(cts, seed=5), noise(call.primals, seed=3)
+    tangents, ct_tangents, seconds = (
+        noise(call.primals, seed=4),
+        noise(cts, seed=5),
+        noise(call.primals, seed=3),
+    )
 
     @cache
     def got():
-        run = lambda: lib.jvp(pull(lib, f), (copies(call.primals), list(cts)), (tangents, ct_tangents))
+        run = lambda: lib.jvp(
+            pull(lib, f), (copies(call.primals), list(cts)), (tangents, ct_tangents)
+        )
         gs, moved = seeded(run)
         same_kind(moved, call.primals, "tangent of the gradient")
         return gs, moved
@@ -344,15 +387,26 @@ def check_jvpvjp(lib, call: Call, variant: int) -> None:
         expected = reference(lambda: backward_twice(f, call.primals, cts, seconds))
         want = finite(inner(expected, [*tangents, *ct_tangents]))
         close(got()[0], reference(lambda: backward(f, leaf(call.primals), cts)), "gradient")
-        close([inner(seconds, got()[1])], [want], "inner product with the second gradient", like=cts)
+        close(
+            [inner(seconds, got()[1])], [want], "inner product with the second gradient", like=cts
+        )
 
     def by_differences():
-        want = reference(lambda: difference_of_backward(f, call.primals, cts, [*tangents, *ct_tangents]))
+        want = reference(
+            lambda: difference_of_backward(f, call.primals, cts, [*tangents, *ct_tangents])
+        )
         close(widened(got()[1]), want, "difference of the gradient", tolerance_for(cts))
 
     def by_second_differences():
-        want = reference(lambda: second_difference(f, call.primals, cts, [*tangents, *ct_tangents], seconds))
-        close([inner(seconds, got()[1])], [want], "inner product with second differences", tolerance_for(cts))
+        want = reference(
+            lambda: second_difference(f, call.primals, cts, [*tangents, *ct_tangents], seconds)
+        )
+        close(
+            [inner(seconds, got()[1])],
+            [want],
+            "inner product with second differences",
+            tolerance_for(cts),
+        )
 
     call.judge(by_two_passes, by_differences, by_numbers=by_second_differences)
 

@@ -1,9 +1,10 @@
-"""Every op's forward and backward through Inductor: python -m tests.ops.inductor [PATTERN …] [--log FILE] …
+"""Every op's forward and backward through Inductor: python -m tests.ops.inductor [PATTERN …]
+[--log FILE] …
 
-One sample of each op, in float32 (in the first dtype that it takes where that is none) or in another --dtype. Ops are
-compiled a few at a time, and each by itself where not all of these are right. With --log each outcome is appended to
-FILE as it comes, and what FILE holds already is not run again. --write puts the outcomes into docs/inductor.md. Status
-1 if one is wrong or an error.
+One sample of each op, in float32 (in the first dtype that it takes where that is none) or in
+another --dtype. Ops are compiled a few at a time, and each by itself where not all of these are
+right. With --log each outcome is appended to FILE as it comes, and what FILE holds already is not
+run again. --write puts the outcomes into docs/inductor.md. Status 1 if one is wrong or an error.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ import aotfunc
 from tests.ops import table
 from tests.ops.__main__ import Worker
 from tests.ops.compositions import Call
-from tests.ops.references import NoReference, Wrong, backward, close, leaf, noise, reference, seeded
+from tests.ops.references import (
+    NoReference,
+    Wrong,
+    backward,
+    close,
+    leaf,
+    noise,
+    reference,
+    seeded,
+)
 
 DOC = Path(__file__).parents[2] / "docs" / "inductor.md"
 TOGETHER = 8
@@ -62,7 +72,11 @@ class Sample:
             raise NoReference("no sample")
         call = Call.of(op, found[0])
         part = call.differentiated() if op.supports_autograd else call
-        f = part.f if part is not call else lambda *primals: call.rebuilt(list(primals), call.others)
+        f = (
+            part.f
+            if part is not call
+            else lambda *primals: call.rebuilt(list(primals), call.others)
+        )
         reference(lambda: f(*leaf(part.primals)))
         try:
             seeded(lambda: aotfunc.jit(f)(*leaf(part.primals)))
@@ -72,7 +86,8 @@ class Sample:
 
 
 def compare(samples: list[Sample]) -> None:
-    """Raises Wrong where jit with Inductor does not give what eager gives, for all of these in one function."""
+    """Raises Wrong where jit with Inductor does not give what eager gives, for all of these in one
+    function."""
 
     def outputs(*primals):
         feed = iter(primals)
@@ -104,7 +119,8 @@ def text(error: object) -> str:
 
 
 def outcome(samples: list[Sample]) -> str:
-    """'right', 'eagerly: what and why', 'wrong: how', 'error: what' or 'none: why there is no reference'."""
+    """'right', 'eagerly: what and why', 'wrong: how', 'error: what' or 'none: why there is no
+    reference'."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -116,12 +132,17 @@ def outcome(samples: list[Sample]) -> str:
             return f"wrong: {text(error)}"
         except Exception as error:
             return f"error: {type(error).__name__}: {text(error)}"
-    said = [text(w.message).removeprefix("inductor: ") for w in caught if w.category.__name__ == "BackendWarning"]
+    said = [
+        text(w.message).removeprefix("inductor: ")
+        for w in caught
+        if w.category.__name__ == "BackendWarning"
+    ]
     return f"eagerly: {'; '.join(dict.fromkeys(said))}" if said else "right"
 
 
 def outcomes(names: list[str], dtype: str) -> dict[str, str]:
-    """The outcome of each op, as far as they can be told apart: 'right' for all, or for none but a single one."""
+    """The outcome of each op, as far as they can be told apart: 'right' for all, or for none but a
+    single one."""
     found, samples = {}, []
     for name in names:
         with warnings.catch_warnings():
@@ -155,7 +176,11 @@ def run(todo: list[tuple[str, str]], keep: Callable[[str, str, str], None]) -> N
             batch = names[i : i + TOGETHER]
             found = worker.ask((batch, dtype)) if len(batch) > 1 else {}
             for name in batch:
-                answer = found if isinstance(found, dict) and name in found else worker.ask(([name], dtype))
+                answer = (
+                    found
+                    if isinstance(found, dict) and name in found
+                    else worker.ask(([name], dtype))
+                )
                 keep(name, dtype, answer[name] if isinstance(answer, dict) else answer)
     worker.stop()
 
@@ -172,18 +197,38 @@ def write(results: dict[tuple[str, str], str]) -> None:
     counts = ["| dtype | outcome | ops |", "| --- | --- | --- |"]
     counts += [f"| {d} | {kind} | {count} |" for (d, kind), count in sorted(kinds.items())]
     lines = ["| op | dtype | outcome |", "| --- | --- | --- |"]
-    lines += [f"| {n} | {d} | {o.replace('|', '/')} |" for (n, d), o in sorted(results.items()) if o != "right"]
+    lines += [
+        f"| {n} | {d} | {o.replace('|', '/')} |"
+        for (n, d), o in sorted(results.items())
+        if o != "right"
+    ]
     version = torch.__version__.split("+")[0]
-    DOC.write_text(TEXT.format(version=version, counts="\n".join(counts), listed="\n".join(lines) + "\n"))
+    DOC.write_text(
+        TEXT.format(version=version, counts="\n".join(counts), listed="\n".join(lines) + "\n")
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, interleaved (default 1/1)")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="append each outcome to FILE; do not run what it has")
-    parser.add_argument("--write", action="store_true", help="put the outcomes, the log's too, into docs/inductor.md")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="the I-th of N parts, interleaved (default 1/1)",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="append each outcome to FILE; do not run what it has",
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="put the outcomes, the log's too, into docs/inductor.md",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -199,7 +244,11 @@ def main() -> int:
             with options.log.open("a") as out:
                 out.write(json.dumps([name, dtype, outcome]) + "\n")
 
-    names = [n for n in table.OPS if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)]
+    names = [
+        n
+        for n in table.OPS
+        if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)
+    ]
     part, parts = map(int, options.part.split("/"))
     asked = [(n, d) for n in names[part - 1 :: parts] if (d := dtype_of(n, options.dtype))]
     run([key for key in asked if key not in results], keep)

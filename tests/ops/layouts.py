@@ -1,10 +1,10 @@
-"""Every op on arguments that lie otherwise in memory, and pairs of transforms that the table of compositions lacks:
-python -m tests.ops.layouts [PATTERN …] [--log FILE] [--write] …
+"""Every op on arguments that lie otherwise in memory, and pairs of transforms that the table of
+compositions lacks: python -m tests.ops.layouts [PATTERN …] [--log FILE] [--write] …
 
-A cell is an op, a dtype, a composition and a layout, right when all of up to 14 samples are. AOTFUNC_DEBUG is on: each
-value of each graph is compared with the shape, strides and dtype that the graph says it has. --write runs nothing and
-puts what the log has into docs/layouts.md. Status 1 if a cell is wrong or an error that FAILURES does not list.
-"""
+A cell is an op, a dtype, a composition and a layout, right when all of up to 14 samples are.
+AOTFUNC_DEBUG is on: each value of each graph is compared with the shape, strides and dtype that
+the graph says it has. --write runs nothing and puts what the log has into docs/layouts.md. Status
+1 if a cell is wrong or an error that FAILURES does not list."""
 
 from __future__ import annotations
 
@@ -51,28 +51,47 @@ DTYPES = ("float64", "complex128", "int64", "bool")  # float32 has the same rule
 #: what is known to fail: (op, composition), and why
 FAILURES = {
     **{
-        (f"nn_functional_{name}", "adjoint"): "padding_idx and scale_grad_by_freq change the gradient, by definition"
+        (
+            f"nn_functional_{name}",
+            "adjoint",
+        ): "padding_idx and scale_grad_by_freq change the gradient, by definition"
         for name in ("embedding", "embedding_bag")
     },
     **{
-        (name, composition): "as in autograd, unique values have no derivative; differences have one"
+        (
+            name,
+            composition,
+        ): "as in autograd, unique values have no derivative; differences have one"
         for name in ("unique", "unique_consecutive")
         for composition in ("vjp", "jvp", "adjoint", "vjpjvp", "jvpjvp")
     },
     **{
-        ("CubeGenVmapAutogradFunction", composition): "its backward adds six times the derivative to any cotangent's"
+        (
+            "CubeGenVmapAutogradFunction",
+            composition,
+        ): "its backward adds six times the derivative to any cotangent's"
         for composition in ("adjoint", "vjpjvp", "jvpjvp", "vmapvjpjvp")
     },
     **{
-        (f"nn_functional_max_unpool{n}d", "adjoint"): "samples with an index twice: one value is written, both are read"
+        (
+            f"nn_functional_max_unpool{n}d",
+            "adjoint",
+        ): "samples with an index twice: one value is written, both are read"
         for n in (1, 2, 3)
     },
-    ("native_group_norm", "vmap"): "called as it is, the kernel takes a weight with gaps for dense: eager is wrong",
-    ("tensor_split", "vmap"): "sections in a tensor that is mapped: their number shapes the result",
+    (
+        "native_group_norm",
+        "vmap",
+    ): "called as it is, the kernel takes a weight with gaps for dense: eager is wrong",
+    (
+        "tensor_split",
+        "vmap",
+    ): "sections in a tensor that is mapped: their number shapes the result",
 }
 
 
-# layouts --------------------------------------------------------------------------------------------------------------
+# layouts
+# --------------------------------------------------------------------------------------------------------------
 
 
 def column(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -92,7 +111,11 @@ def anyhow(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
     memory = x.permute(order)
     step = rng.choice((1, 2))
     gaps = memory.new_zeros([*memory.shape[:-1], step * memory.shape[-1] + 1])[..., 1::step]
-    return gaps[..., : memory.shape[-1]].copy_(memory).permute(sorted(range(x.dim()), key=order.__getitem__))
+    return (
+        gaps[..., : memory.shape[-1]]
+        .copy_(memory)
+        .permute(sorted(range(x.dim()), key=order.__getitem__))
+    )
 
 
 LAYOUTS = {"column": column, "channels_last": channels_last, "anyhow": anyhow}
@@ -102,10 +125,13 @@ def laid_out(call: Call, layout: str, seed: int) -> Call:
     """The call with its tensors in this layout."""
     rng = random.Random(seed)
     put = lambda x: LAYOUTS[layout](x, rng) if x.dim() and x.layout is torch.strided else x
-    return dataclasses.replace(call, primals=[put(x) for x in call.primals], others=[put(x) for x in call.others])
+    return dataclasses.replace(
+        call, primals=[put(x) for x in call.primals], others=[put(x) for x in call.others]
+    )
 
 
-# more compositions ----------------------------------------------------------------------------------------------------
+# more compositions
+# ----------------------------------------------------------------------------------------------------
 
 
 def precision(call: Call) -> dict[str, float]:
@@ -118,7 +144,11 @@ def check_value(lib, call: Call, variant: int) -> None:
     if not call.primals:
         raise NoReference("no floating argument")
     want = [o.detach() for o in reference(lambda: call.f(*copies(call.primals)))]
-    close(seeded(lambda: aotfunc.make_fx(call.f)(*copies(call.primals))(*copies(call.primals))), want, "output")
+    close(
+        seeded(lambda: aotfunc.make_fx(call.f)(*copies(call.primals))(*copies(call.primals))),
+        want,
+        "output",
+    )
 
 
 def check_adjoint(lib, call: Call, variant: int) -> None:
@@ -127,11 +157,17 @@ def check_adjoint(lib, call: Call, variant: int) -> None:
     tangents = noise(call.primals, seed=2)
     moved = seeded(lambda: push(lib, f)(copies(call.primals), tangents))
     gradients = seeded(lambda: pull(lib, f)(copies(call.primals), cts))
-    close([finite(inner(cts, moved))], [inner(gradients, tangents)], "inner product", like=[*cts, *call.primals])
+    close(
+        [finite(inner(cts, moved))],
+        [inner(gradients, tangents)],
+        "inner product",
+        like=[*cts, *call.primals],
+    )
 
 
 def curved(f, primals, cts, tangents) -> list[torch.Tensor]:
-    """By autograd: the gradient of <cotangents, J tangents> with respect to the primals, then to the cotangents."""
+    """By autograd: the gradient of <cotangents, J tangents> with respect to the primals, then to
+    the cotangents."""
     return reference(lambda: backward_twice(f, primals, cts, tangents))
 
 
@@ -153,10 +189,17 @@ def check_jvpjvp(lib, call: Call, variant: int) -> None:
     f, cts = setup(call)
     tangents, seconds = noise(call.primals, seed=3), noise(call.primals, seed=4)
     want = curved(f, call.primals, cts, tangents)[: len(call.primals)]
-    run = lambda: push(lib, lambda *p: push(lib, f)(list(p), tangents))(copies(call.primals), seconds)
+    run = lambda: push(lib, lambda *p: push(lib, f)(list(p), tangents))(
+        copies(call.primals), seconds
+    )
     got, primals = seeded(run), call.primals
     same_kind(got, cts, "tangent of the tangent")
-    close([inner(cts, got)], [finite(inner(want, seconds))], "inner product with the gradient", like=[*cts, *primals])
+    close(
+        [inner(cts, got)],
+        [finite(inner(want, seconds))],
+        "inner product with the gradient",
+        like=[*cts, *primals],
+    )
 
 
 def check_vmapvjpjvp(lib, call: Call, variant: int) -> None:
@@ -169,7 +212,11 @@ def check_vmapvjpjvp(lib, call: Call, variant: int) -> None:
     n = len(primals)
     rows = lambda p, ct: curved(f, p[:n], ct, p[n:])[:n]
     want = rows_of([*primals, *tangents], cts, rows)
-    got = seeded(lambda: lib.vmap(lambda p, ct, t: pulled_push(lib, f, p, ct, t))(copies(primals), cts, tangents))
+    got = seeded(
+        lambda: lib.vmap(lambda p, ct, t: pulled_push(lib, f, p, ct, t))(
+            copies(primals), cts, tangents
+        )
+    )
     close(got, want, "gradient of the tangent", precision(call))
 
 
@@ -183,7 +230,8 @@ CHECKS = {
 }
 
 
-# cells ----------------------------------------------------------------------------------------------------------------
+# cells
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def check(name: str, dtype: str, composition: str, layout: str, count: int = SAMPLES) -> str:
@@ -196,7 +244,9 @@ def check(name: str, dtype: str, composition: str, layout: str, count: int = SAM
                 for k, sample in enumerate(table.samples(name, dtype, count)):
                     if sample.kwargs.get("sparse"):  # as autograd's gradient would be
                         continue
-                    call = Call.of(table.OPS[name], sample, trusted=name not in table.WRONG_IN_AUTOGRAD)
+                    call = Call.of(
+                        table.OPS[name], sample, trusted=name not in table.WRONG_IN_AUTOGRAD
+                    )
                     try:
                         call = call if composition == "vmap" else call.differentiated()
                         CHECKS[composition](aotfunc, laid_out(call, layout, k), k % 3)
@@ -220,7 +270,9 @@ def compositions(name: str, dtype: str) -> list[str]:
 def cells(name: str) -> list[tuple[str, str]]:
     """Every (dtype, composition@layout) of an op."""
     dtypes = [d for d in table.dtypes(table.OPS[name]) if d in DTYPES]
-    return [(d, f"{c}@{layout}") for d in dtypes for c in compositions(name, d) for layout in LAYOUTS]
+    return [
+        (d, f"{c}@{layout}") for d in dtypes for c in compositions(name, d) for layout in LAYOUTS
+    ]
 
 
 def work() -> None:
@@ -250,14 +302,24 @@ whole database at any time. Cells that had failed were run again when that was m
 
 
 def write(results: dict[tuple, str], cells: list[tuple], commit: str) -> None:
-    counts = ["| composition | layout | cells | run | right | without a reference | wrong or error |"]
+    counts = [
+        "| composition | layout | cells | run | right | without a reference | wrong or error |"
+    ]
     counts += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for composition in CHECKS:
         for layout in LAYOUTS:
             mine = [cell for cell in cells if cell[-1] == f"{composition}@{layout}"]
             found = [results[cell] for cell in mine if cell in results]
             bad, right = sum(map(table.failed, found)), found.count("right")
-            row = (composition, layout, len(mine), len(found), right, len(found) - right - bad, bad)
+            row = (
+                composition,
+                layout,
+                len(mine),
+                len(found),
+                right,
+                len(found) - right - bad,
+                bad,
+            )
             counts.append(f"| {' | '.join(map(str, row))} |")
     failed = [(key, o) for key, o in sorted(results.items()) if table.failed(o)]
     lines = ["| op | dtype | cell | why | outcome |", "| --- | --- | --- | --- | --- |"]
@@ -279,20 +341,43 @@ def write(results: dict[tuple, str], cells: list[tuple], commit: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
-    parser.add_argument("--cells", default="*", help="a shell pattern of composition@layout (default all)")
+    parser.add_argument(
+        "--cells", default="*", help="a shell pattern of composition@layout (default all)"
+    )
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, interleaved (default 1/1)")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="append each outcome to FILE; do not run what it has")
-    parser.add_argument("--write", metavar="COMMIT", help="put what the log has, found at COMMIT, into docs/layouts.md")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="the I-th of N parts, interleaved (default 1/1)",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="append each outcome to FILE; do not run what it has",
+    )
+    parser.add_argument(
+        "--write",
+        metavar="COMMIT",
+        help="put what the log has, found at COMMIT, into docs/layouts.md",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work()
         return 0
-    names = [n for n in table.OPS if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)]
+    names = [
+        n
+        for n in table.OPS
+        if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)
+    ]
     part, parts = map(int, options.part.split("/"))
     todo = [
-        ("aotfunc", n, d, c) for n in names[part - 1 :: parts] for d, c in cells(n) if fnmatch.fnmatch(c, options.cells)
+        ("aotfunc", n, d, c)
+        for n in names[part - 1 :: parts]
+        for d, c in cells(n)
+        if fnmatch.fnmatch(c, options.cells)
     ]
     if options.write:
         write(logged(options.log, todo), todo, options.write)

@@ -1,8 +1,9 @@
-"""docs/coverage.tsv, the outcome of every cell by aotfunc and by torch.func, and docs/coverage.md, what they add up to.
+"""docs/coverage.tsv, the outcome of every cell by aotfunc and by torch.func, and docs/coverage.md,
+what they add up to.
 
-A line of the first is ``op dtype aotfunc torch``, where each library has one character per composition: ``.`` right,
-``E`` an error, ``W`` a wrong result, ``-`` no reference to compare with, ``_`` no cell of the matrix, ``?`` not run.
-"""
+A line of the first is ``op dtype aotfunc torch``, where each library has one character per
+composition: ``.`` right, ``E`` an error, ``W`` a wrong result, ``-`` no reference to compare with,
+``_`` no cell of the matrix, ``?`` not run."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ LETTERS = {"right": ".", "error": "E", "wrong": "W", "none": "-"}
 COLUMNS = list(COMPOSITIONS)
 VERSION = torch.__version__.split("+")[0]
 
-Outcomes = dict[tuple[str, str], dict[str, str]]  # (op, dtype) -> library -> a character per composition
+Outcomes = dict[
+    tuple[str, str], dict[str, str]
+]  # (op, dtype) -> library -> a character per composition
 
 
 def read() -> Outcomes:
@@ -35,7 +38,8 @@ def version() -> str:
 
 
 def merged(results: dict[tuple[str, str, str, str], str]) -> Outcomes:
-    """What the file holds, with this run put over it; one line for every op and dtype of the matrix."""
+    """What the file holds, with this run put over it; one line for every op and dtype of the
+    matrix."""
     stored, found = read(), {}
 
     def letter(lib: str, op: str, dtype: str, i: int) -> str:
@@ -49,24 +53,42 @@ def merged(results: dict[tuple[str, str, str, str], str]) -> Outcomes:
     for op in sorted(table.OPS):
         for dtype in table.dtypes(table.OPS[op]):
             if table.compositions(op, dtype):
-                letters = {lib: [letter(lib, op, dtype, i) for i in range(len(COLUMNS))] for lib in table.LIBRARIES}
+                letters = {
+                    lib: [letter(lib, op, dtype, i) for i in range(len(COLUMNS))]
+                    for lib in table.LIBRARIES
+                }
                 found[op, dtype] = {lib: "".join(of) for lib, of in letters.items()}
     return found
 
 
 def counted(outcomes: Outcomes) -> list[list[str]]:
-    """Per composition, and of all: cells that both had a reference for, and who is right in how many of them."""
-    columns = {c: [(by["aotfunc"][i], by["torch"][i]) for by in outcomes.values()] for i, c in enumerate(COLUMNS)}
+    """Per composition, and of all: cells that both had a reference for, and who is right in how
+    many of them."""
+    columns = {
+        c: [(by["aotfunc"][i], by["torch"][i]) for by in outcomes.values()]
+        for i, c in enumerate(COLUMNS)
+    }
     columns["all"] = [pair for pairs in columns.values() for pair in pairs]
     rows = []
     for name, pairs in columns.items():
         pairs = [(ours, theirs) for ours, theirs in pairs if ours in ".EW" and theirs in ".EW"]
         they_fail = [ours for ours, theirs in pairs if theirs != "."]
         ahead = they_fail.count(".")
-        share = f"{ahead} of {len(they_fail)}" + (f" ({100 * ahead / len(they_fail):.0f} %)" if they_fail else "")
+        share = f"{ahead} of {len(they_fail)}" + (
+            f" ({100 * ahead / len(they_fail):.0f} %)" if they_fail else ""
+        )
         ours, theirs = "".join(o for o, _ in pairs), "".join(t for _, t in pairs)
         behind = sum(t == "." != o for o, t in pairs)
-        row = [name, len(pairs), ours.count("."), theirs.count("."), behind, share, ours.count("W"), theirs.count("W")]
+        row = [
+            name,
+            len(pairs),
+            ours.count("."),
+            theirs.count("."),
+            behind,
+            share,
+            ours.count("W"),
+            theirs.count("W"),
+        ]
         rows.append([str(x) for x in row])
     return rows
 

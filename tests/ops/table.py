@@ -1,4 +1,5 @@
-"""Which ops, dtypes and samples are tested, how one of them is run, and which failures are known."""
+"""Which ops, dtypes and samples are tested, how one of them is run, and which failures are
+known."""
 
 from __future__ import annotations
 
@@ -29,10 +30,16 @@ INTEGERS = {"int64": torch.int64, "bool": torch.bool}
 
 DB = [*op_db, *autograd_function_db, *custom_op_db]
 
-# OpInfo seeds inside the function, which a capture does once and its graph does not do again: here the checks seed.
-seeding, opinfos.wrapper_set_seed = opinfos.wrapper_set_seed, lambda op, *args, **kwargs: op(*args, **kwargs)
+# OpInfo seeds inside the function, which a capture does once and its graph does not do again: here
+# the checks seed.
+seeding, opinfos.wrapper_set_seed = (
+    opinfos.wrapper_set_seed,
+    lambda op, *args, **kwargs: op(*args, **kwargs),
+)
 for op in DB:
-    if op.gradcheck_wrapper is seeding or op in autograd_function_db:  # some of these do not take the op
+    if (
+        op.gradcheck_wrapper is seeding or op in autograd_function_db
+    ):  # some of these do not take the op
         op.gradcheck_wrapper = opinfos.wrapper_set_seed
 
 
@@ -40,8 +47,8 @@ def names(text: str) -> set[str]:
     return set(text.split())
 
 
-# Not functions of their inputs (uninitialised memory), results that are no tensors, sparse ones, CUDA's alone,
-# and a Function whose backward does not look at the cotangent.
+# Not functions of their inputs (uninitialised memory), results that are no tensors, sparse ones,
+# CUDA's alone, and a Function whose backward does not look at the cotangent.
 NO_FUNCTION = names(
     """
     empty empty_like empty_permuted empty_strided new_empty new_empty_strided item equal allclose is_pinned
@@ -50,7 +57,8 @@ NO_FUNCTION = names(
     NumpyCubeNotComposableAutogradFunction
     """
 )
-# vmap asks which kind of randomness is meant, and PyTorch's two kinds are tested in tests/func/test_random.py.
+# vmap asks which kind of randomness is meant, and PyTorch's two kinds are tested in
+# tests/func/test_random.py.
 RANDOM = names(
     """
     bernoulli multinomial normal normal_in_place normal_number_mean rand_like randn_like randint_like randint randn
@@ -60,17 +68,25 @@ RANDOM = names(
     nn_functional_rrelu nn_functional_fractional_max_pool2d nn_functional_fractional_max_pool3d
     """
 )
-# vmap has no answer where a result's shape depends on values; which error it is, is tested in tests/func/test_vmap.py.
+# vmap has no answer where a result's shape depends on values; which error it is, is tested in
+# tests/func/test_vmap.py.
 RAGGED = names(
     "argwhere bincount masked_select nonzero unique unique_consecutive NumpyNonzeroCustomOp NumpyNMSCustomOp"
 )
 # Random in some samples only, which are left out.
-DROPPING = {"nn_functional_scaled_dot_product_attention", "nn_functional_multi_head_attention_forward"}
+DROPPING = {
+    "nn_functional_scaled_dot_product_attention",
+    "nn_functional_multi_head_attention_forward",
+}
 
 # autograd's own gradient is not that of finite differences, and those decide
 WRONG_IN_AUTOGRAD = {"as_strided_scatter"}
 
-OPS = {op.formatted_name: op for op in DB if op.name not in NO_FUNCTION and op.formatted_name not in NO_FUNCTION}
+OPS = {
+    op.formatted_name: op
+    for op in DB
+    if op.name not in NO_FUNCTION and op.formatted_name not in NO_FUNCTION
+}
 
 
 def dtypes(op) -> list[str]:
@@ -83,7 +99,11 @@ def dtypes(op) -> list[str]:
 def compositions(name: str, dtype: str) -> list[str]:
     op = OPS[name]
     found = list(COMPOSITIONS)
-    if not (dtype in DTYPES and op.supports_autograd and DTYPES[dtype] in op.supported_backward_dtypes("cpu")):
+    if not (
+        dtype in DTYPES
+        and op.supports_autograd
+        and DTYPES[dtype] in op.supported_backward_dtypes("cpu")
+    ):
         found = ["vmap"]
     return [c for c in found if not (name in RANDOM | RAGGED and "vmap" in c)]
 
@@ -95,7 +115,8 @@ def draws(sample) -> bool:
 
 
 def samples(name: str, dtype: str, count: int = SAMPLES) -> list:
-    """Up to ``count`` small ones, spread over the op's list; the smallest ones where all are large."""
+    """Up to ``count`` small ones, spread over the op's list; the smallest ones where all are
+    large."""
     torch.manual_seed(0)
     found, large = [], []
     for sample in OPS[name].sample_inputs("cpu", (DTYPES | INTEGERS)[dtype], requires_grad=False):
@@ -163,13 +184,16 @@ def cells(name: str) -> list[tuple[str, str]]:
     return [(d, c) for d in dtypes(OPS[name]) for c in compositions(name, d)]
 
 
-def run(name: str, lib: str = "aotfunc", only: tuple[str, ...] | None = None) -> dict[tuple[str, str], str]:
+def run(
+    name: str, lib: str = "aotfunc", only: tuple[str, ...] | None = None
+) -> dict[tuple[str, str], str]:
     """The outcome of every cell of one op, or of those in the dtypes ``only``."""
     return {(d, c): check(name, d, c, lib) for d, c in cells(name) if only is None or d in only}
 
 
 def known() -> dict[tuple[str, str, str], str]:
-    """(op, dtype, composition) -> reason; lines are ``op dtype composition  reason``, # starts a comment."""
+    """(op, dtype, composition) -> reason; lines are ``op dtype composition  reason``, # starts a
+    comment."""
     entries = {}
     for line in KNOWN.read_text().splitlines():
         if line.strip() and not line.startswith("#"):

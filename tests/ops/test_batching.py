@@ -1,4 +1,5 @@
-"""Batching rules of ops that no one sample reaches all of: every choice of mapped arguments, at either end, and nested.
+"""Batching rules of ops that no one sample reaches all of: every choice of mapped arguments, at
+either end, and nested.
 
 ``vmap(..., strict=True)`` against a loop: no case may be a loop itself.
 """
@@ -28,7 +29,8 @@ def one_of(*rows):
 
 
 def pulled(f, *where):
-    """``(*args, cotangent)`` -> the gradients of ``f`` for the arguments at ``where`` (default: the first)."""
+    """``(*args, cotangent)`` -> the gradients of ``f`` for the arguments at ``where`` (default:
+    the first)."""
 
     def run(*args):
         *args, g = args
@@ -57,7 +59,8 @@ def case(name, f, make):
     CASES[name] = (f, make)
 
 
-# embedding bags -------------------------------------------------------------------------------------------------------
+# embedding bags
+# -------------------------------------------------------------------------------------------------------
 
 for mode, pad, last in itertools.product(("sum", "mean", "max"), (None, 1), (False, True)):
     bag = lambda w, i, o, mode=mode, pad=pad, last=last: F.embedding_bag(
@@ -71,23 +74,48 @@ for mode, pad, last in itertools.product(("sum", "mean", "max"), (None, 1), (Fal
         pulled(bag),
         lambda draw=draw, last=last: (*draw(), f64(4 - last, 3)),
     )
-    case(f"embedding_bag jvp {mode} {pad} {last}", pushed(bag), lambda draw=draw: (*draw(), f64(5, 3)))
-weighted = lambda w, i, o, p: F.embedding_bag(i, w, o, mode="sum", per_sample_weights=p, padding_idx=2)
+    case(
+        f"embedding_bag jvp {mode} {pad} {last}",
+        pushed(bag),
+        lambda draw=draw: (*draw(), f64(5, 3)),
+    )
+weighted = lambda w, i, o, p: F.embedding_bag(
+    i, w, o, mode="sum", per_sample_weights=p, padding_idx=2
+)
 weighted_draw = lambda: (f64(5, 3), whole(0, 5, 6), one_of([0, 2, 2], [0, 0, 3]), f64(6))
 case("embedding_bag with weights", weighted, weighted_draw)
-case("embedding_bag with weights vjp", pulled(weighted, 0, 3), lambda: (*weighted_draw(), f64(3, 3)))
-case("embedding_bag max_norm", lambda w, i: aten.embedding_renorm(w, i, 0.7, 2.0), lambda: (f64(5, 3), whole(0, 5, 4)))
+case(
+    "embedding_bag with weights vjp", pulled(weighted, 0, 3), lambda: (*weighted_draw(), f64(3, 3))
+)
+case(
+    "embedding_bag max_norm",
+    lambda w, i: aten.embedding_renorm(w, i, 0.7, 2.0),
+    lambda: (f64(5, 3), whole(0, 5, 4)),
+)
 
-# counting -------------------------------------------------------------------------------------------------------------
+# counting
+# -------------------------------------------------------------------------------------------------------------
 
 for low, high, bins in ((0, 0, 5), (-1, 1, 7), (-0.3, 0.7, 50), (1, 1, 3)):
-    case(f"histc {low} {high}", lambda x, a=(bins, low, high): torch.histc(x, *a), lambda: (f64(40),))
+    case(
+        f"histc {low} {high}",
+        lambda x, a=(bins, low, high): torch.histc(x, *a),
+        lambda: (f64(40),),
+    )
 case("histc on edges", lambda x: torch.histc(x, 10, 0, 1), lambda: (whole(-1, 12, 60).to(D) / 10,))
-case("histc of nan", lambda x: torch.histc(x, 4, -1, 1), lambda: (torch.tensor([INF, float("nan"), 1.0, -INF]).to(D),))
+case(
+    "histc of nan",
+    lambda x: torch.histc(x, 4, -1, 1),
+    lambda: (torch.tensor([INF, float("nan"), 1.0, -INF]).to(D),),
+)
 case("histc of a matrix", lambda x: torch.histc(x.float(), 7), lambda: (f64(3, 4),))
 for density in (False, True):
     how = {"density": density}
-    case(f"histogram {how}", lambda x, h=how: torch.histogram(x, 6, **h), lambda: (whole(0, 15, 30).to(D) / 7,))
+    case(
+        f"histogram {how}",
+        lambda x, h=how: torch.histogram(x, 6, **h),
+        lambda: (whole(0, 15, 30).to(D) / 7,),
+    )
     case(
         f"histogram range {how}",
         lambda x, w, h=how: torch.histogram(x, 10, range=(0.0, 1.0), weight=w, **h),
@@ -96,9 +124,17 @@ for density in (False, True):
     case(
         f"histogram bins {how}",
         lambda x, b, w, h=how: torch.histogram(x, b, weight=w, **h),
-        lambda: (whole(-3, 3, 20).to(D), torch.tensor([-2.0, -1, 1, 2]).to(D) + whole(0, 2, 1), f64(20).abs()),
+        lambda: (
+            whole(-3, 3, 20).to(D),
+            torch.tensor([-2.0, -1, 1, 2]).to(D) + whole(0, 2, 1),
+            f64(20).abs(),
+        ),
     )
-    case(f"histogramdd {how}", lambda x, h=how: torch.histogramdd(x, [3, 4], **h), lambda: (f64(20, 2),))
+    case(
+        f"histogramdd {how}",
+        lambda x, h=how: torch.histogramdd(x, [3, 4], **h),
+        lambda: (f64(20, 2),),
+    )
     case(
         f"histogramdd bins {how}",
         lambda x, a, b, h=how: torch.histogramdd(x, (a, b), **h),
@@ -111,7 +147,8 @@ for dtype in (torch.float32, D, torch.int64):
         lambda dtype=dtype: (whole(0, 9, 20), whole(0, 9, 20).to(dtype)),
     )
 
-# losses ---------------------------------------------------------------------------------------------------------------
+# losses
+# ---------------------------------------------------------------------------------------------------------------
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -133,7 +170,9 @@ for n, reduction in itertools.product((None, 4), REDUCTIONS):
         )
         draw = lambda lead=lead: (f64(*lead, 5), whole(0, 5, *lead), torch.rand(5, dtype=D))
         case(f"multi_margin_loss {n} {reduction} {p}", one, draw)
-        back = lambda g, x, t, w, p=p, k=number: aten.multi_margin_loss_backward(g, x, t, p, 0.7, w, k)
+        back = lambda g, x, t, w, p=p, k=number: aten.multi_margin_loss_backward(
+            g, x, t, p, 0.7, w, k
+        )
         case(
             f"multi_margin_loss backward {n} {reduction} {p}",
             back,
@@ -161,45 +200,80 @@ for reduction, infinity in itertools.product(REDUCTIONS, (False, True)):
     case(f"ctc_loss in a vector {how}", ctc, flat)
     case(f"ctc_loss of numbers {how}", fixed, lambda x=x: (x(), whole(1, 5, 2, 3)))
     case(f"ctc_loss of numbers in a vector {how}", fixed, lambda x=x: (x(), whole(1, 5, 5)))
-    case(f"ctc_loss of numbers vjp {how}", pulled(fixed), lambda x=x, g=g: (x(), whole(1, 5, 2, 3), g()))
+    case(
+        f"ctc_loss of numbers vjp {how}",
+        pulled(fixed),
+        lambda x=x, g=g: (x(), whole(1, 5, 2, 3), g()),
+    )
 case(
-    "ctc_loss of one", F.ctc_loss, lambda: (f64(7, 5).log_softmax(-1), whole(1, 5, 3), torch.tensor(7), torch.tensor(3))
+    "ctc_loss of one",
+    F.ctc_loss,
+    lambda: (f64(7, 5).log_softmax(-1), whole(1, 5, 3), torch.tensor(7), torch.tensor(3)),
 )
 
-# distances, segments, pools -------------------------------------------------------------------------------------------
+# distances, segments, pools
+# -------------------------------------------------------------------------------------------
 
 for p in (0.0, 1.0, 2.0, 3.0, INF):
     case(f"pdist {p}", lambda x, p=p: torch.pdist(x, p), lambda: (f64(4, 3),))
     case(f"pdist vjp {p}", pulled(lambda x, p=p: torch.pdist(x, p)), lambda: (f64(4, 3), f64(6)))
 for by, initial in itertools.product(("sum", "mean", "max", "min", "prod"), (None, 1.5)):
     how = {"reduce": by, "initial": initial}
-    lengths = lambda initial=initial: one_of([2, 1 - (initial is not None), 3 + (initial is not None)], [1, 2, 3])
+    lengths = lambda initial=initial: one_of(
+        [2, 1 - (initial is not None), 3 + (initial is not None)], [1, 2, 3]
+    )
     by_length = lambda x, n, how=how: torch.segment_reduce(x, lengths=n, **how)
     by_offset = lambda x, n, how=how: torch.segment_reduce(x, offsets=n, **how)
     inner = lambda x, n, how=how: torch.segment_reduce(x, lengths=n, axis=1, **how)
     offsets = lambda lengths=lengths: F.pad(lengths().cumsum(0), (1, 0))
     case(f"segment_reduce {how}", by_length, lambda n=lengths: (f64(6, 2), n()))
     case(f"segment_reduce offsets {how}", by_offset, lambda n=offsets: (f64(6, 2), n()))
-    case(f"segment_reduce inside {how}", inner, lambda n=lengths: (f64(2, 6, 2), torch.stack([n(), n()])))
-    case(f"segment_reduce vjp {how}", pulled(by_length), lambda n=lengths: (f64(6, 2), n(), f64(3, 2)))
-for lead, (d, pool) in itertools.product(((2,), ()), {2: F.fractional_max_pool2d, 3: F.fractional_max_pool3d}.items()):
+    case(
+        f"segment_reduce inside {how}",
+        inner,
+        lambda n=lengths: (f64(2, 6, 2), torch.stack([n(), n()])),
+    )
+    case(
+        f"segment_reduce vjp {how}",
+        pulled(by_length),
+        lambda n=lengths: (f64(6, 2), n(), f64(3, 2)),
+    )
+for lead, (d, pool) in itertools.product(
+    ((2,), ()), {2: F.fractional_max_pool2d, 3: F.fractional_max_pool3d}.items()
+):
     both = lambda x, s, pool=pool: pool(x, 2, 3, _random_samples=s, return_indices=True)
     values = lambda x, s, both=both: both(x, s)[0]
     shape = (*lead, 3, *[7] * d)
-    draw = lambda shape=shape, lead=lead, d=d: (f64(*shape), torch.rand((*(lead or (1,)), 3, d), dtype=D))
+    draw = lambda shape=shape, lead=lead, d=d: (
+        f64(*shape),
+        torch.rand((*(lead or (1,)), 3, d), dtype=D),
+    )
     case(f"fractional_max_pool{d}d {lead}", both, draw)
     case(
         f"fractional_max_pool{d}d vjp {lead}",
         pulled(values),
         lambda draw=draw, lead=lead, d=d: (*draw(), f64(*lead, 3, *[3] * d)),
     )
-    case(f"fractional_max_pool{d}d jvp {lead}", pushed(values), lambda draw=draw, shape=shape: (*draw(), f64(*shape)))
+    case(
+        f"fractional_max_pool{d}d jvp {lead}",
+        pushed(values),
+        lambda draw=draw, shape=shape: (*draw(), f64(*shape)),
+    )
 
-# lists, other words, quantisation -------------------------------------------------------------------------------------
+# lists, other words, quantisation
+# -------------------------------------------------------------------------------------
 
 pair = lambda: (f64(2, 3).abs() + 0.1, f64(4).abs() + 0.1)
-case("foreach add", lambda a, b, c, d: torch._foreach_add([a, b], [c, d], alpha=2), lambda: (*pair(), *pair()))
-case("foreach addcmul", lambda a, b: torch._foreach_addcmul([a, b], [a, b], [b[:1], a[0, :1]], [2.0, 3.0]), pair)
+case(
+    "foreach add",
+    lambda a, b, c, d: torch._foreach_add([a, b], [c, d], alpha=2),
+    lambda: (*pair(), *pair()),
+)
+case(
+    "foreach addcmul",
+    lambda a, b: torch._foreach_addcmul([a, b], [a, b], [b[:1], a[0, :1]], [2.0, 3.0]),
+    pair,
+)
 case("foreach pow", lambda a, b: torch._foreach_pow(2.0, [a, b]), pair)
 case("foreach maximum", lambda a, b: torch._foreach_maximum([a, b], [0.5, 1.0]), pair)
 case("foreach norm", lambda a, b: torch._foreach_norm([a, b], 3), pair)
@@ -208,13 +282,25 @@ if hasattr(aten, "_foreach_clone"):  # new in PyTorch 2.13
     case("foreach clone", lambda a, b: aten._foreach_clone([a, b]), pair)
 for f in (torch.linspace, torch.logspace):
     for steps in (0, 1, 2, 7):
-        case(f"{f.__name__} {steps}", lambda a, b, f=f, n=steps: f(a, b, n, dtype=D), lambda: (f64(), f64()))
+        case(
+            f"{f.__name__} {steps}",
+            lambda a, b, f=f, n=steps: f(a, b, n, dtype=D),
+            lambda: (f64(), f64()),
+        )
     case(f"{f.__name__} from a number", lambda b, f=f: f(1.5, b, 5), lambda: (f64(),))
     case(f"{f.__name__} to a number", lambda a, f=f: f(a, 2.5j, 5, dtype=C), lambda: (f64(),))
-case("hash_tensor", lambda x: (torch.hash_tensor(x), torch.hash_tensor(x, (-1,), keepdim=True)), lambda: (f64(3, 4),))
+case(
+    "hash_tensor",
+    lambda x: (torch.hash_tensor(x), torch.hash_tensor(x, (-1,), keepdim=True)),
+    lambda: (f64(3, 4),),
+)
 case("conj_physical", torch.conj_physical, lambda: (torch.randn(4, dtype=C),))
 case("hfft", torch.fft.hfft, lambda: (torch.randn(5, dtype=C),))
-case("conv_tbc", lambda x, w, b: torch.conv_tbc(x, w, b, 1), lambda: (f64(5, 2, 3), f64(3, 3, 4), f64(4)))
+case(
+    "conv_tbc",
+    lambda x, w, b: torch.conv_tbc(x, w, b, 1),
+    lambda: (f64(5, 2, 3), f64(3, 3, 4), f64(4)),
+)
 case(
     "slow_conv_dilated2d",
     lambda x, w, b: aten.slow_conv_dilated2d(x, w, [3, 3], b, [1, 1], [1, 1], [2, 2]),
@@ -222,7 +308,9 @@ case(
 )
 case(
     "slow_conv_transpose3d",
-    lambda x, w, b: aten.slow_conv_transpose3d(x, w, [3] * 3, b, [2] * 3, [1] * 3, [1] * 3, [1] * 3),
+    lambda x, w, b: aten.slow_conv_transpose3d(
+        x, w, [3] * 3, b, [2] * 3, [1] * 3, [1] * 3, [1] * 3
+    ),
     lambda: (f64(2, 2, 3, 3, 3), f64(2, 4, 3, 3, 3), f64(4)),
 )
 case(
@@ -230,9 +318,17 @@ case(
     aten._int_mm.default,
     lambda: (whole(-128, 127, 17, 8).to(torch.int8), whole(-128, 127, 8, 16).to(torch.int8)),
 )
-case("_compute_linear_combination", aten._compute_linear_combination.default, lambda: (f64(3, 4, 4), f64(2, 3)))
+case(
+    "_compute_linear_combination",
+    aten._compute_linear_combination.default,
+    lambda: (f64(3, 4, 4), f64(2, 3)),
+)
 case("glu_jvp", lambda x, t: aten.glu_jvp(F.glu(x, 1), x, t, 1), lambda: (f64(3, 4), f64(3, 4)))
-case("weight_norm vjp", pulled(torch._weight_norm, 0, 1), lambda: (f64(3, 2, 4), f64(3, 1, 1), f64(3, 2, 4)))
+case(
+    "weight_norm vjp",
+    pulled(torch._weight_norm, 0, 1),
+    lambda: (f64(3, 2, 4), f64(3, 1, 1), f64(3, 2, 4)),
+)
 for kind, shape in ((0, (4, 4)), (1, (2, 4)), (2, (2, 3, 4, 4))):
     case(
         f"_masked_softmax {kind}",
@@ -248,10 +344,18 @@ for axis in (0, 1):
     case(
         f"fake_quantize channels {axis}",
         lambda x, s, z, axis=axis: torch.fake_quantize_per_channel_affine(x, s, z, axis, -8, 7),
-        lambda axis=axis: (f64(3, 4).float(), torch.rand(3 + axis) + 0.1, whole(-3, 3, 3 + axis).int()),
+        lambda axis=axis: (
+            f64(3, 4).float(),
+            torch.rand(3 + axis) + 0.1,
+            whole(-3, 3, 3 + axis).int(),
+        ),
     )
 if hasattr(aten, "_upsample_lanczos2d_aa"):
-    case("lanczos", lambda x: aten._upsample_lanczos2d_aa(x, [3, 5], False), lambda: (f64(2, 3, 7, 7),))
+    case(
+        "lanczos",
+        lambda x: aten._upsample_lanczos2d_aa(x, [3, 5], False),
+        lambda: (f64(2, 3, 7, 7),),
+    )
 
 LSTM = torch.nn.LSTM(3, 4, 2, bidirectional=True)
 
@@ -273,7 +377,8 @@ case(
     lambda: (f64(5, 2, 3).float(), weights_of_lstm()),
 )
 
-# dimensions of size 1, whose strides say nothing and are read by some kernels all the same ----------------------------
+# dimensions of size 1, whose strides say nothing and are read by some kernels all the same
+# ----------------------------
 
 segments_of_one = lambda x, n: torch.segment_reduce(x, "sum", lengths=n)
 for shape in ((6, 1), (1, 2), (3,)):
@@ -298,9 +403,17 @@ for mode in ("sum", "mean", "max"):
     bag_of_one = lambda w, i, o, mode=mode: F.embedding_bag(i, w, o, mode=mode)
     draw = lambda: (f64(3, 1), whole(0, 3, 1), torch.tensor([0]))
     case(f"embedding_bag of one {mode}", bag_of_one, draw)
-    case(f"embedding_bag vjp of one {mode}", pulled(bag_of_one), lambda draw=draw: (*draw(), f64(1, 1)))
+    case(
+        f"embedding_bag vjp of one {mode}",
+        pulled(bag_of_one),
+        lambda draw=draw: (*draw(), f64(1, 1)),
+    )
 pool_of_one = lambda x, s: F.fractional_max_pool2d(x, 2, 3, _random_samples=s, return_indices=True)
-case("fractional_max_pool2d of one", pool_of_one, lambda: (f64(1, 1, 7, 7), torch.rand(1, 1, 2, dtype=D)))
+case(
+    "fractional_max_pool2d of one",
+    pool_of_one,
+    lambda: (f64(1, 1, 7, 7), torch.rand(1, 1, 2, dtype=D)),
+)
 case("multi_margin_loss of one", F.multi_margin_loss, lambda: (f64(1, 5), whole(0, 5, 1)))
 
 
@@ -313,13 +426,17 @@ def close(name):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_a_loop(name):
     f, make = CASES[name]
-    whole_f = lambda *args: f(*(x.contiguous() for x in args))  # some kernels misread strided vectors
+    whole_f = lambda *args: f(
+        *(x.contiguous() for x in args)
+    )  # some kernels misread strided vectors
     torch.manual_seed(0)
     masks = [m for m in itertools.product([True, False], repeat=len(make())) if any(m)]
     for k, mask in enumerate(masks):
         samples = [make() for _ in range(B)]
         at = -1 if k % 2 else 0
-        args = [torch.stack(column, at) if m else column[0] for m, column in zip(mask, zip(*samples))]
+        args = [
+            torch.stack(column, at) if m else column[0] for m, column in zip(mask, zip(*samples))
+        ]
         dims = tuple(at if m else None for m in mask)
         assert_same(vmap(f, dims, strict=True)(*args), loop(whole_f, dims)(*args), **close(name))
 
@@ -333,7 +450,9 @@ def test_nested_equals_two_loops(name):
     count = len(make())
     every = (True,) * count
     some = tuple(i % 2 == 0 for i in range(count))
-    for outer, inner in [(every, every)] + ([(some, tuple(not m for m in some))] if count > 1 else []):
+    for outer, inner in [(every, every)] + (
+        [(some, tuple(not m for m in some))] if count > 1 else []
+    ):
         rows = [[make() for _ in range(2)] for _ in range(B)]
         args = []
         for i in range(count):
@@ -354,5 +473,9 @@ def test_new_rules_derivatives():
     mask = torch.rand(2, 3, 4, 4) > 0.6
     check_grads(lambda x: aten._masked_softmax(x, mask, -1, 2), (f64(2, 3, 4, 4),))
     lengths, targets = (torch.tensor([7, 6]), torch.tensor([3, 2])), whole(1, 5, 2, 3)
-    check_grads(lambda z: F.ctc_loss(z.log_softmax(-1), targets, *lengths), (f64(7, 2, 5),), order=1)
-    check_grads(lambda z: F.ctc_loss(z.log_softmax(-1), targets, (7, 6), (3, 2)), (f64(7, 2, 5),), order=1)
+    check_grads(
+        lambda z: F.ctc_loss(z.log_softmax(-1), targets, *lengths), (f64(7, 2, 5),), order=1
+    )
+    check_grads(
+        lambda z: F.ctc_loss(z.log_softmax(-1), targets, (7, 6), (3, 2)), (f64(7, 2, 5),), order=1
+    )

@@ -12,7 +12,13 @@ from aotfunc.trace.shapes.sig import sig_of
 from tests.ops import layouts, table
 from tests.ops.test_ops import CORE
 
-CELLS = [("vjp", "anyhow"), ("jvp", "column"), ("vmap", "channels_last"), ("vjpjvp", "anyhow"), ("adjoint", "column")]
+CELLS = [
+    ("vjp", "anyhow"),
+    ("jvp", "column"),
+    ("vmap", "channels_last"),
+    ("vjpjvp", "anyhow"),
+    ("adjoint", "column"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +47,11 @@ def test_a_graph_that_says_something_else_is_an_error():
     x = torch.ones(2, 3).t()
     b = Builder()
     given = b.placeholder("x", sig_of(x))
-    sine = b.make("call_function", torch.ops.aten.sin.default, (given,), {}, sig_of(x.contiguous()))
+    sine = b.make(
+        "call_function", torch.ops.aten.sin.default, (given,), {}, sig_of(x.contiguous())
+    )
     run = compile_graph(b.finish([sine]))
-    with pytest.raises(GraphError, match=r"sin.* is \[\(\(3, 2\), \(1, 3\), torch.float32\)\], not .*\(2, 1\)"):
+    with pytest.raises(
+        GraphError, match=r"sin.* is \[\(\(3, 2\), \(1, 3\), torch.float32\)\], not .*\(2, 1\)"
+    ):
         run(x)

@@ -1,4 +1,5 @@
-"""The op matrix can tell: a wrong number from an error from a right one, and a crash or a hang costs one cell."""
+"""The op matrix can tell: a wrong number from an error from a right one, and a crash or a hang
+costs one cell."""
 
 from types import SimpleNamespace
 
@@ -22,7 +23,10 @@ for line in sys.stdin:
 
 def test_a_crash_and_a_hang_cost_one_cell_each():
     worker = Worker(("-c", ANSWERS), limit_s=3)
-    outcomes = [worker.ask(("aotfunc", name, "float64", "vjp")) for name in ("sin", "crash", "sin", "hang", "sin")]
+    outcomes = [
+        worker.ask(("aotfunc", name, "float64", "vjp"))
+        for name in ("sin", "crash", "sin", "hang", "sin")
+    ]
     worker.stop()
     assert outcomes[::2] == ["right"] * 3
     assert outcomes[1] == "error: the process died (-11)"
@@ -53,7 +57,9 @@ def test_outcomes(composition, monkeypatch):
 
     assert judged(aotfunc) == "right"
     assert judged(SLIGHTLY_WRONG).startswith("wrong: ")
-    assert judged(SimpleNamespace(vjp=refuses, jvp=refuses, vmap=refuses)) == "error: ValueError: no"
+    assert (
+        judged(SimpleNamespace(vjp=refuses, jvp=refuses, vmap=refuses)) == "error: ValueError: no"
+    )
 
 
 def test_numbers_decide_where_autograd_has_no_answer(monkeypatch):
@@ -68,7 +74,9 @@ def test_silent_zeros_of_forward_ad_are_no_reference():
     assert table.check("NumpyMulCustomOp", "float64", "jvp", "aotfunc") == "right"
 
 
-@pytest.mark.skipif(report.version() != report.VERSION, reason="the stored matrix is about another PyTorch's ops")
+@pytest.mark.skipif(
+    report.version() != report.VERSION, reason="the stored matrix is about another PyTorch's ops"
+)
 def test_the_stored_matrix_has_every_cell():
     assert report.read().keys() == report.merged({}).keys()
     assert not any("?" in letters for by in report.read().values() for letters in by.values())
@@ -77,8 +85,12 @@ def test_the_stored_matrix_has_every_cell():
 def test_a_run_replaces_what_it_ran():
     key = ("sin", "float64")
     before = report.merged({})
-    after = report.merged({("aotfunc", *key, "vmap"): "wrong: by much", ("torch", *key, "vmapjvp"): "none: why"})
+    after = report.merged(
+        {("aotfunc", *key, "vmap"): "wrong: by much", ("torch", *key, "vmapjvp"): "none: why"}
+    )
     assert {k for k in after if after[k] != before[k]} == {key}
     assert after[key]["aotfunc"] == before[key]["aotfunc"][:2] + "W" + before[key]["aotfunc"][3:]
     assert after[key]["torch"] == before[key]["torch"][:6] + "-"
-    assert {len(letters) for by in after.values() for letters in by.values()} == {len(table.COMPOSITIONS)}
+    assert {len(letters) for by in after.values() for letters in by.values()} == {
+        len(table.COMPOSITIONS)
+    }

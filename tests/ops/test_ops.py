@@ -1,4 +1,5 @@
-"""A deterministic sample of the op matrix for every run: the ops that matter most, every thirtieth of the others."""
+"""A deterministic sample of the op matrix for every run: the ops that matter most, every thirtieth
+of the others."""
 
 import pytest
 import torch
@@ -30,7 +31,12 @@ NumpyCubeAutogradFunction NumpySplitCopyWithIntCustomOp
 
 OTHERS = [name for name in table.OPS if name not in CORE]
 SAMPLE = [name for name in table.OPS if name in CORE] + OTHERS[::30]
-DTYPES = ("float64", "complex128", "int64", "bool")  # float32 has the same rules: the whole matrix has it, too
+DTYPES = (
+    "float64",
+    "complex128",
+    "int64",
+    "bool",
+)  # float32 has the same rules: the whole matrix has it, too
 
 
 def test_the_core_names_exist():
@@ -51,7 +57,9 @@ def test_op(name):
         if table.failed(outcome) and not listed:
             wrong.append(f"{dtype} {composition}: {outcome}")
         elif not table.failed(outcome) and listed:
-            wrong.append(f"{dtype} {composition}: listed in known_failures.txt, and {outcome}; take the line out")
+            wrong.append(
+                f"{dtype} {composition}: listed in known_failures.txt, and {outcome}; take the line out"
+            )
     assert not wrong, "\n".join(wrong)
 
 
@@ -59,11 +67,15 @@ def test_a_mask_has_every_derivative_and_is_no_constant_of_the_cache():
     x = torch.randn(6, dtype=torch.float64)
     for mask in (x > 0, x < 0, x > 9):
         aotfunc.check_grads(
-            lambda x, mask=mask: (x[mask] ** 3).sum() + x.masked_select(mask).sin().sum(), (x,), order=2
+            lambda x, mask=mask: (x[mask] ** 3).sum() + x.masked_select(mask).sin().sum(),
+            (x,),
+            order=2,
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel has a way of its own for float32
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64]
+)  # the kernel has a way of its own for float32
 @pytest.mark.parametrize("padding", [None, 1])
 @pytest.mark.parametrize("offsets", [[0, 3, 3, 8]])  # one bag is empty
 @pytest.mark.parametrize("how", ["sum", "mean", "max", "weighted", "last"])
@@ -71,7 +83,11 @@ def test_bags_of_embeddings(how, offsets, padding, dtype):
     indices = torch.tensor([0, 1, 1, 3, 2, 1, 4, 0][: 8 if how != "last" else offsets[-1]])
     mode = how if how in ("mean", "max") else "sum"
     named = {"mode": mode, "padding_idx": padding, "include_last_offset": how == "last"}
-    offsets, table, weights = torch.tensor(offsets), torch.randn(5, 3, dtype=dtype), torch.rand(8, dtype=dtype)
+    offsets, table, weights = (
+        torch.tensor(offsets),
+        torch.randn(5, 3, dtype=dtype),
+        torch.rand(8, dtype=dtype),
+    )
 
     def f(table, *weights):
         given = {"per_sample_weights": weights[0]} if weights else {}
@@ -96,6 +112,8 @@ def test_second_derivatives_of_ctc_loss(lengths, flat):
 
     def loss(x):
         logs = x.log_softmax(-1)
-        return torch.nn.functional.ctc_loss(logs, targets, of_input, of_target, reduction="none", zero_infinity=True)
+        return torch.nn.functional.ctc_loss(
+            logs, targets, of_input, of_target, reduction="none", zero_infinity=True
+        )
 
     aotfunc.check_grads(loss, (x,), order=2)

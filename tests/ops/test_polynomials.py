@@ -1,4 +1,5 @@
-"""Orthogonal polynomials: PyTorch has no derivatives of them; numpy's, by coefficients, say what they are."""
+"""Orthogonal polynomials: PyTorch has no derivatives of them; numpy's, by coefficients, say what
+they are."""
 
 import numpy as np
 import pytest
@@ -10,10 +11,17 @@ from aotfunc.errors import RuleError
 
 D = torch.float64
 KINDS = [f"{s}chebyshev_polynomial_{k}" for s in ("", "shifted_") for k in "tuvw"]
-KINDS += ["hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"]
+KINDS += [
+    "hermite_polynomial_h",
+    "hermite_polynomial_he",
+    "laguerre_polynomial_l",
+    "legendre_polynomial_p",
+]
 #: those whose derivative is one polynomial, not a sum over all lower degrees
 SHORT = [k for k in KINDS if k.endswith("_t") or "hermite" in k]
-X = torch.tensor([-1.0, -0.7, 0.0, 0.2, 0.5, 1.0, 1.3], dtype=D)  # with the ends, where closed forms divide by zero
+X = torch.tensor(
+    [-1.0, -0.7, 0.0, 0.2, 0.5, 1.0, 1.3], dtype=D
+)  # with the ends, where closed forms divide by zero
 
 
 def coefficients(f, degree):
@@ -31,7 +39,9 @@ def test_three_derivatives(kind, degree):
     for _ in range(3):
         c = polynomial.polyder(c) if len(c) > 1 else np.zeros(1)
         want = torch.tensor(polynomial.polyval(X.numpy(), c))
-        torch.testing.assert_close(jvp(g, (X,), (torch.ones_like(X),))[1], want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            jvp(g, (X,), (torch.ones_like(X),))[1], want, rtol=1e-6, atol=1e-6
+        )
         g = (lambda h: grad(lambda x: h(x).sum()))(g)
         torch.testing.assert_close(g(X), want, rtol=1e-6, atol=1e-6)
 

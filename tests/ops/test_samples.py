@@ -1,4 +1,5 @@
-"""Derivatives of ops on samples of which the database has few: one sample alone, a number, elements in no segment."""
+"""Derivatives of ops on samples of which the database has few: one sample alone, a number,
+elements in no segment."""
 
 import pytest
 import torch
@@ -41,12 +42,18 @@ def test_residuals_of_least_squares(driver):
     torch.testing.assert_close(vjp(f, a, b)[0], f(a, b))
     normal = lambda a, b: (a @ torch.linalg.solve(a.T @ a, a.T @ b) - b).square().sum(0)
     ct = torch.ones(2, dtype=F64)
-    torch.testing.assert_close(vjp(f, a, b)[1](ct), torch.autograd.functional.vjp(normal, (a, b), ct)[1])
+    torch.testing.assert_close(
+        vjp(f, a, b)[1](ct), torch.autograd.functional.vjp(normal, (a, b), ct)[1]
+    )
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max", "min", "prod"])
 def test_elements_after_the_last_segment(reduce):
-    x, v, w = torch.randn(6, dtype=F64), torch.randn(6, dtype=F64), torch.tensor([1.0, -2.0], dtype=F64)
+    x, v, w = (
+        torch.randn(6, dtype=F64),
+        torch.randn(6, dtype=F64),
+        torch.tensor([1.0, -2.0], dtype=F64),
+    )
     lengths = torch.tensor([1, 3])
 
     def f(x):
@@ -59,4 +66,6 @@ def test_elements_after_the_last_segment(reduce):
     want = torch.autograd.functional.vjp(by_hand, x)[1]
     torch.testing.assert_close(grad(f)(x), want)
     torch.testing.assert_close(jvp(f, (x,), (v,))[1], (want * v).sum())
-    torch.testing.assert_close(jvp(grad(f), (x,), (v,))[1], torch.autograd.functional.vhp(by_hand, x, v)[1])
+    torch.testing.assert_close(
+        jvp(grad(f), (x,), (v,))[1], torch.autograd.functional.vhp(by_hand, x, v)[1]
+    )

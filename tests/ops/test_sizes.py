@@ -1,6 +1,5 @@
-"""Every op batched for one size after another: what shares the code of the first size is bit for bit, and laid out, as
-what a program of its own computes.
-"""
+"""Every op batched for one size after another: what shares the code of the first size is bit for
+bit, and laid out, as what a program of its own computes."""
 
 from __future__ import annotations
 
@@ -28,8 +27,13 @@ def functions(op, sample):
     """The op and its vector-Jacobian product, with their arguments."""
     call = Call.of(op, sample)
     count = len(call.primals)
-    pulled = lambda *xs: (lambda out, pull: pull([torch.ones_like(o) for o in out]))(*vjp(lambda *p: call.f(*p), *xs))
-    yield lambda *xs: call.rebuilt(list(xs[:count]), list(xs[count:])), [*call.primals, *call.others]
+    pulled = lambda *xs: (lambda out, pull: pull([torch.ones_like(o) for o in out]))(
+        *vjp(lambda *p: call.f(*p), *xs)
+    )
+    yield (
+        lambda *xs: call.rebuilt(list(xs[:count]), list(xs[count:])),
+        [*call.primals, *call.others],
+    )
     if count:
         yield pulled, call.primals
 
@@ -61,6 +65,8 @@ def test_sizes(name, monkeypatch):
                     assert mine is own
                     continue
                 for x, y in zip(mine, own, strict=True):
-                    near = 0.0 if x.dtype.itemsize == 1 else 1e-12  # of eight bits only the same are close
+                    near = (
+                        0.0 if x.dtype.itemsize == 1 else 1e-12
+                    )  # of eight bits only the same are close
                     torch.testing.assert_close(x, y, rtol=near, atol=near, equal_nan=True)
                     assert x.stride() == y.stride()

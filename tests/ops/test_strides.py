@@ -1,7 +1,8 @@
-"""What ops return for arguments that lie anyhow in memory: the signature that a run has, and the values of dense ones.
+"""What ops return for arguments that lie anyhow in memory: the signature that a run has, and the
+values of dense ones.
 
-The calls are those that the transforms of ops of the database make. AOTFUNC_FUZZ=N takes N ops instead of 12.
-"""
+The calls are those that the transforms of ops of the database make. AOTFUNC_FUZZ=N takes N ops
+instead of 12."""
 
 import functools
 import os
@@ -20,18 +21,41 @@ from tests.ops import table
 
 COUNT = int(os.environ.get("AOTFUNC_FUZZ", "12"))
 FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
-FEW = ["nn_functional_group_norm", "linalg_det", "nn_functional_scaled_dot_product_attention", "index_put"]
+FEW = [
+    "nn_functional_group_norm",
+    "linalg_det",
+    "nn_functional_scaled_dot_product_attention",
+    "index_put",
+]
 NAMES = [*FEW, *random.Random(FIRST).sample([*table.OPS], COUNT)][:COUNT]
 
-#: whose values are not those of dense arguments: factors that depend on the layout, which of equal values comes first,
-#: a kernel that takes offsets to be contiguous (as eager does), and one that reads indices anywhere
-OTHERWISE = {"_linalg_det", "_linalg_slogdet", "median", "nanmedian", "mode", "kthvalue", "sort", "topk", "_unique2"}
-UNSAFE = {"_embedding_bag", "_embedding_bag_forward_only", "adaptive_max_pool3d_backward", "_segment_reduce_backward"}
+#: whose values are not those of dense arguments: factors that depend on the layout, which of equal
+# values comes first,
+#: a kernel that takes offsets to be contiguous (as eager does), and one that reads indices
+# anywhere
+OTHERWISE = {
+    "_linalg_det",
+    "_linalg_slogdet",
+    "median",
+    "nanmedian",
+    "mode",
+    "kthvalue",
+    "sort",
+    "topk",
+    "_unique2",
+}
+UNSAFE = {
+    "_embedding_bag",
+    "_embedding_bag_forward_only",
+    "adaptive_max_pool3d_backward",
+    "_segment_reduce_backward",
+}
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """``calls(name)``: each call that an op's transforms make, with literals and the (shape, dtype) of its tensors."""
+    """``calls(name)``: each call that an op's transforms make, with literals and the (shape,
+    dtype) of its tensors."""
 
     def made_by(name):
         aotfunc.clear_caches()
@@ -53,14 +77,30 @@ def calls(monkeypatch):
 
 def fit_to_run(op, args, kwargs, sigs):
     facts, name = Facts(op), infer.plain_name(op)
-    unlike = facts.dynamic or facts.strided or facts.effect or facts.view_of is not None or "empty" in name
-    return sigs and not unlike and op.namespace == "aten" and name not in UNSAFE and sum(s.numel for s in sigs) < 5000
+    unlike = (
+        facts.dynamic
+        or facts.strided
+        or facts.effect
+        or facts.view_of is not None
+        or "empty" in name
+    )
+    return (
+        sigs
+        and not unlike
+        and op.namespace == "aten"
+        and name not in UNSAFE
+        and sum(s.numel for s in sigs) < 5000
+    )
 
 
 def filled(draw, shape, dtype):
     g = torch.Generator().manual_seed(draw.randrange(1 << 30))
     x = torch.rand(shape, dtype=torch.float64, generator=g)
-    return (x * 0.8 + 0.1).to(dtype) if dtype.is_floating_point or dtype.is_complex else (x > 1).to(dtype)
+    return (
+        (x * 0.8 + 0.1).to(dtype)
+        if dtype.is_floating_point or dtype.is_complex
+        else (x > 1).to(dtype)
+    )
 
 
 def called(op, args, kwargs, tensors):
@@ -68,7 +108,10 @@ def called(op, args, kwargs, tensors):
 
 
 def described(outs):
-    return [(tuple(s.shape), s.stride, s.dtype) if 0 not in s.shape else (tuple(s.shape), s.dtype) for s in outs]
+    return [
+        (tuple(s.shape), s.stride, s.dtype) if 0 not in s.shape else (tuple(s.shape), s.dtype)
+        for s in outs
+    ]
 
 
 @pytest.mark.limit(60)
@@ -78,7 +121,9 @@ def test_calls_of(name, calls):
     for op, args, kwargs, sigs in calls(name):
         for _ in range(4):
             dense = [filled(draw, s.shape, s.dtype) for s in sigs]
-            given = [laid(draw, x, expanded=not Facts(op).writes and draw.random() < 0.2) for x in dense]
+            given = [
+                laid(draw, x, expanded=not Facts(op).writes and draw.random() < 0.2) for x in dense
+            ]
             dense = [x.clone(memory_format=torch.contiguous_format) for x in given]
             run = functools.partial(called, op, args, kwargs)
             known = tuple(map(sig_of, given))
@@ -89,13 +134,21 @@ def test_calls_of(name, calls):
                 got = [x for x in tree_leaves(run(given)) if isinstance(x, torch.Tensor)]
             except (RuntimeError, IndexError):
                 continue  # zeros are no indices, or a view is not to be had
-            said = [s for s in tree_leaves(infer.infer(op, args, kwargs, known)) if isinstance(s, Sig)]
+            said = [
+                s for s in tree_leaves(infer.infer(op, args, kwargs, known)) if isinstance(s, Sig)
+            ]
             if described(said) != described(map(sig_of, got)):
                 wrong.append(f"{op}{args}{kwargs} of {described(known)}: said {described(said)}")
-            elif not Facts(op).random and "dropout" not in op.name() and infer.plain_name(op) not in OTHERWISE:
+            elif (
+                not Facts(op).random
+                and "dropout" not in op.name()
+                and infer.plain_name(op) not in OTHERWISE
+            ):
                 for g, w in zip(got, want):
                     if not torch.allclose(g, w, rtol=1e-6, atol=1e-8, equal_nan=True):
-                        wrong.append(f"{op}{args}{kwargs} of {described(known)} computes something else")
+                        wrong.append(
+                            f"{op}{args}{kwargs} of {described(known)} computes something else"
+                        )
     assert not wrong, "\n".join(wrong)
 
 

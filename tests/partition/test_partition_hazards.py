@@ -1,4 +1,5 @@
-"""What can go wrong in a partition, one test for each: draws, effects, mutation, aliases, sizes, casts, order."""
+"""What can go wrong in a partition, one test for each: draws, effects, mutation, aliases, sizes,
+casts, order."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def x(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (4, 5))).requires_grad_()
 
 
-# ----- draws ----------------------------------------------------------------------------------------------------------
+# ----- draws
+# ----------------------------------------------------------------------------------------------------------
 
 DRAWS = {
     "dropout": lambda a, b: aten.native_dropout((a @ b).sin(), 0.5, True)[0].exp(),
@@ -65,7 +67,9 @@ def test_dead_draws_stay_in_order() -> None:
     h(aten.rand.default, [4])  # nobody reads it
     noise = h(aten.rand.default, [4])  # the backward alone reads it
     out = h(aten.sin.default, a)
-    fw, bw = min_cut_rematerialization_partition(h.module([out, h(aten.mul.Tensor, t, noise)]), num_fwd_outputs=1)
+    fw, bw = min_cut_rematerialization_partition(
+        h.module([out, h(aten.mul.Tensor, t, noise)]), num_fwd_outputs=1
+    )
     assert targets(fw)[:2] == [aten.rand.default] * 2
     assert [n.name for n in saved(fw, 1)] == ["rand_1"]
 
@@ -85,7 +89,8 @@ def test_attention_is_random_only_with_dropout(p: float, again: bool) -> None:
     assert not is_random(dropout)
 
 
-# ----- effects, mutation ----------------------------------------------------------------------------------------------
+# ----- effects, mutation
+# ----------------------------------------------------------------------------------------------
 
 log: list[str] = []
 
@@ -117,11 +122,18 @@ def test_marked_callables_run_once(mark: str, partition: object) -> None:
 def test_checks_without_a_reader_stay(partition: object) -> None:
     h = Hand()
     a, t = h.input("a"), h.input("t", "tangent")
-    h(aten._assert_async.msg, h(aten.all.default, a, val=sig(dtype=torch.bool)), "all must be set", val=())
+    h(
+        aten._assert_async.msg,
+        h(aten.all.default, a, val=sig(dtype=torch.bool)),
+        "all must be set",
+        val=(),
+    )
     h(aten._assert_async.msg, h(aten.all.default, t, val=sig(dtype=torch.bool)), "late", val=())
     gm = h.module([h(aten.sin.default, a), h(aten.mul.Tensor, t, h(aten.cos.default, a))])
     fw, bw = partition(gm, num_fwd_outputs=1)  # type: ignore[operator]
-    assert targets(fw).count(aten._assert_async.msg) == targets(bw).count(aten._assert_async.msg) == 1
+    assert (
+        targets(fw).count(aten._assert_async.msg) == targets(bw).count(aten._assert_async.msg) == 1
+    )
     with pytest.raises(RuntimeError, match="all must be set"):
         fw(torch.zeros(4))
 
@@ -171,7 +183,8 @@ def test_unknown_ops_run_once() -> None:
     assert torch.ops.partition_test.twice.default not in targets(bw)
 
 
-# ----- aliases, tuples, constants -------------------------------------------------------------------------------------
+# ----- aliases, tuples, constants
+# -------------------------------------------------------------------------------------
 
 
 @every
@@ -205,7 +218,11 @@ def test_constants_are_shared_not_saved(partition: object) -> None:
     root.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0, 1.0]))
     h = Hand()
     a, t = h.input("a"), h.input("t", "tangent")
-    mask = h.graph.get_attr("mask") if hasattr(h.graph, "owner") else h.graph.create_node("get_attr", "mask")
+    mask = (
+        h.graph.get_attr("mask")
+        if hasattr(h.graph, "owner")
+        else h.graph.create_node("get_attr", "mask")
+    )
     mask.meta["val"] = h.val
     b = h(aten.exp.default, h(aten.mul.Tensor, a, mask))
     gm = h.module([b, h(aten.mul.Tensor, h(aten.mul.Tensor, t, b), mask), mask], root)
@@ -218,7 +235,8 @@ def test_constants_are_shared_not_saved(partition: object) -> None:
     assert torch.equal(grad, (value * root.mask).exp() * root.mask) and same is root.mask
 
 
-# ----- gradients that are not much ------------------------------------------------------------------------------------
+# ----- gradients that are not much
+# ------------------------------------------------------------------------------------
 
 
 @every
@@ -251,7 +269,8 @@ def test_output_of_a_cotangent_is_an_error() -> None:
         default_partition(h.module([h(aten.sin.default, t), None]), num_fwd_outputs=1)
 
 
-# ----- sizes and casts ------------------------------------------------------------------------------------------------
+# ----- sizes and casts
+# ------------------------------------------------------------------------------------------------
 
 
 @every
@@ -261,7 +280,11 @@ def test_sizes_are_saved_as_numbers(partition: object) -> None:
     fw, bw = joint.check(partition)
     handed = saved(fw, 1)
     numbers = [n for n in handed if is_symbol(n)]
-    assert numbers and handed[-len(numbers) :] == numbers and "primals_1" not in [n.name for n in handed]
+    assert (
+        numbers
+        and handed[-len(numbers) :] == numbers
+        and "primals_1" not in [n.name for n in handed]
+    )
     assert 3 in fw(*[p.detach() for p in joint.primals])[-len(numbers) :]
 
     joint = JointOf(lambda a: (a.exp() @ a.t()).sum((0, 1)), x(3, 5), mode="symbolic")
@@ -277,12 +300,16 @@ def test_the_cut_chooses_among_casts() -> None:
 
     joint = JointOf(f, x(8, 16), x(16, 16), params=[1])
     fw, _ = joint.check(default_partition)
-    assert {n.meta["val"].dtype for n in saved(fw, 1) if n.op != "placeholder"} == {torch.float32, torch.bfloat16}
+    assert {n.meta["val"].dtype for n in saved(fw, 1) if n.op != "placeholder"} == {
+        torch.float32,
+        torch.bfloat16,
+    }
     fw, _ = joint.check(min_cut_rematerialization_partition)
     assert kept_bytes(fw, 1) == 0
 
 
-# ----- checkpoints ----------------------------------------------------------------------------------------------------
+# ----- checkpoints
+# ----------------------------------------------------------------------------------------------------
 
 
 def checkpointed(key: str, blocks: int = 3) -> torch.fx.GraphModule:
@@ -301,14 +328,19 @@ def checkpointed(key: str, blocks: int = 3) -> torch.fx.GraphModule:
     g = h(aten.mul.Tensor, t, a)
     for product, noise, inner in reversed(values):
         g = h(aten.mul.Tensor, h(aten.mul.Tensor, g, h(aten.cos.default, inner)), inner)
-        g = h(aten.mm.default, h(aten.mul.Tensor, h(aten.mul.Tensor, g, noise), product), h(aten.t.default, w))
+        g = h(
+            aten.mm.default,
+            h(aten.mul.Tensor, h(aten.mul.Tensor, g, noise), product),
+            h(aten.t.default, w),
+        )
     return h.module([out, g])
 
 
 @pytest.mark.parametrize("partition", PARTITIONS[:2], ids=["default", "min_cut"])
 @pytest.mark.parametrize("key", ["recompute", "region"])
 def test_checkpointed_regions_are_computed_again(partition: object, key: str) -> None:
-    """As eager does: the input of each region and its draws are saved, nothing else; the inside runs again."""
+    """As eager does: the input of each region and its draws are saved, nothing else; the inside
+    runs again."""
     gm = checkpointed(key)
     fw, bw = partition(gm, num_fwd_outputs=1)  # type: ignore[operator]
     names = [n.name for n in saved(fw, 1)]
@@ -316,7 +348,9 @@ def test_checkpointed_regions_are_computed_again(partition: object, key: str) ->
     assert [n.target for n in doubled(fw, bw)].count(aten.mm.default) == 3
     assert {r.name: r.reason for r in residuals(fw)}["sin_1"] == "border of a checkpointed region"
     order = [n.name for n in bw.graph.nodes]
-    assert order.index("exp_2") < order.index("exp_1") < order.index("exp")  # each right before it is read
+    assert (
+        order.index("exp_2") < order.index("exp_1") < order.index("exp")
+    )  # each right before it is read
 
     torch.manual_seed(1)
     wanted = gm(*torch.ones(3, 4, 4).unbind())
@@ -325,11 +359,13 @@ def test_checkpointed_regions_are_computed_again(partition: object, key: str) ->
     assert torch.equal(out, wanted[0]) and torch.equal(bw(*kept, torch.ones(4, 4))[0], wanted[1])
 
 
-# ----- order, determinism ---------------------------------------------------------------------------------------------
+# ----- order, determinism
+# ---------------------------------------------------------------------------------------------
 
 
 def test_values_live_shortest() -> None:
-    """Saved values that only the backward reads stand after their last input; recomputed ones before their reader."""
+    """Saved values that only the backward reads stand after their last input; recomputed ones
+    before their reader."""
     h = Hand()
     a, t = h.input("a"), h.input("t", "tangent")
     values = [h(aten.mm.default, a, a)]
@@ -342,7 +378,9 @@ def test_values_live_shortest() -> None:
     fw, _ = default_partition(h.module([values[-1], grads]), num_fwd_outputs=1)
     names = [n.name for n in fw.graph.nodes]
     for v in values:
-        assert names[names.index(v.name) + 1].startswith("cos") and names[names.index(v.name) + 2].startswith("_to")
+        assert names[names.index(v.name) + 1].startswith("cos") and names[
+            names.index(v.name) + 2
+        ].startswith("_to")
 
     joint = JointOf(lambda a: functools.reduce(lambda v, _: v.sin(), range(8), a).sum(), x())
     _, bw = joint.check(min_cut_rematerialization_partition)
@@ -365,7 +403,13 @@ def test_same_graph_same_partition_in_every_process() -> None:
     codes = set()
     for seed in ("0", "1", "7"):
         run = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__), os.getcwd()],
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(script),
+                os.path.dirname(__file__),
+                os.getcwd(),
+            ],
             env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
@@ -375,7 +419,8 @@ def test_same_graph_same_partition_in_every_process() -> None:
     assert len(codes) == 1
 
 
-# ----- metadata, sizes, report ----------------------------------------------------------------------------------------
+# ----- metadata, sizes, report
+# ----------------------------------------------------------------------------------------
 
 
 def test_metadata_is_kept() -> None:
@@ -385,15 +430,32 @@ def test_metadata_is_kept() -> None:
     gm = h.module([b, h(aten.mul.Tensor, t, h(aten.sin.default, b, line="z"), line="dz")])
     fw, bw = default_partition(gm, num_fwd_outputs=1)
     metas = {n.name: n.meta for m in (fw, bw) for n in m.graph.nodes}
-    assert metas["mm"]["extra"] == "kept" and metas["mul"]["line"] == "dz" and metas["sin"]["line"] == "z"
-    assert metas["a"]["role"] == "primal" and metas["t"]["role"] == "tangent" and metas["mm"]["role"] == "residual"
+    assert (
+        metas["mm"]["extra"] == "kept"
+        and metas["mul"]["line"] == "dz"
+        and metas["sin"]["line"] == "z"
+    )
+    assert (
+        metas["a"]["role"] == "primal"
+        and metas["t"]["role"] == "tangent"
+        and metas["mm"]["role"] == "residual"
+    )
     assert "role" not in b.meta
 
 
 def test_bytes() -> None:
-    assert nbytes(sig(3, 4)) == nbytes(torch.empty(3, 4)) == nbytes(torch.empty(3, 4, device="meta")) == 48
+    assert (
+        nbytes(sig(3, 4))
+        == nbytes(torch.empty(3, 4))
+        == nbytes(torch.empty(3, 4, device="meta"))
+        == 48
+    )
     assert nbytes(torch.empty(1, 4).expand(9, 4)) == nbytes(sig(9, 4, stride=(0, 1))) == 16
-    assert nbytes(sig(3, dtype=torch.complex128)) == 48 and nbytes(sig(0, 5)) == 0 and nbytes(sig()) == 4
+    assert (
+        nbytes(sig(3, dtype=torch.complex128)) == 48
+        and nbytes(sig(0, 5)) == 0
+        and nbytes(sig()) == 4
+    )
     assert nbytes((sig(2), None, 3)) == 16
 
 
@@ -402,9 +464,15 @@ def test_report() -> None:
     fw, _ = joint.check(default_partition)
     found = {r.name: r for r in residuals(fw)}
     assert {r.reason for r in found.values()} == {"input", "parameter", "read by the backward"}
-    assert sum(r.bytes for r in found.values() if r.reason == "read by the backward") == kept_bytes(fw, 1)
+    assert sum(
+        r.bytes for r in found.values() if r.reason == "read by the backward"
+    ) == kept_bytes(fw, 1)
     text = table(found.values())
-    assert "2 inputs and parameters" in text.splitlines()[-1] and "[4, 6]" in text and "float32" in text
+    assert (
+        "2 inputs and parameters" in text.splitlines()[-1]
+        and "[4, 6]" in text
+        and "float32" in text
+    )
 
 
 def test_verify_runs_on_graphs_of_others() -> None:
@@ -420,6 +488,10 @@ def test_verify_runs_on_graphs_of_others() -> None:
     rename = {"mul": "mul_1"}
     for n in bad_bw.graph.nodes:
         n.name = rename.get(n.name, n.name)
-    fw.graph.output_node().args = ((fw.graph.output_node().args[0][0], next(iter(fw.graph.nodes))),)
-    with pytest.raises(PartitionError, match=r"rand_like .* runs in the forward and again in the backward"):
+    fw.graph.output_node().args = (
+        (fw.graph.output_node().args[0][0], next(iter(fw.graph.nodes))),
+    )
+    with pytest.raises(
+        PartitionError, match=r"rand_like .* runs in the forward and again in the backward"
+    ):
         verify(fw, bad_bw, gm, num_fwd_outputs=1)

@@ -47,7 +47,12 @@ def batch_norm(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 PROGRAMS = {
     "sine": (lambda x: x.sin().sum(), t(4, 5)),
     "chain": (chain, t(16, 16)),
-    "mlp": (lambda x, w, v: F.gelu(torch.addmm(w[0], x, w)).mm(v).tanh(), t(5, 5), t(5, 5), t(5, 5)),
+    "mlp": (
+        lambda x, w, v: F.gelu(torch.addmm(w[0], x, w)).mm(v).tanh(),
+        t(5, 5),
+        t(5, 5),
+        t(5, 5),
+    ),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (6,), w, b).exp().mean(), t(4, 6), t(6), t(6)),
     "attention": (attention, t(2, 6, 8), t(8, 24)),
     "sdpa": (lambda q, k: F.scaled_dot_product_attention(q, k, k), t(1, 2, 8, 4), t(1, 2, 8, 4)),
@@ -69,9 +74,19 @@ PROGRAMS = {
     "gradient is an input": (lambda x, y: (x * y).sum(), t(4), t(4)),
     "exp read twice": (lambda x: x.exp() * x.exp().sum(), t(4, 5)),
     "one of two results": (lambda x: torch.var_mean(x, 1)[0].log() + x.sort(1)[0][:, 0], t(4, 5)),
-    "split": (lambda x: torch.cat([a * b for a, b in zip(x.split(2), x.exp().split(2), strict=True)]), t(6, 5)),
-    "index": (lambda x, i: x[i].sin() + x.gather(0, i[:, None].expand(3, 5)), t(4, 5), torch.tensor([0, 2, 2])),
-    "masks and constants": (lambda x: x.masked_fill(torch.ones(5, 5).triu(1) > 0, -1e9).softmax(-1), t(5, 5)),
+    "split": (
+        lambda x: torch.cat([a * b for a, b in zip(x.split(2), x.exp().split(2), strict=True)]),
+        t(6, 5),
+    ),
+    "index": (
+        lambda x, i: x[i].sin() + x.gather(0, i[:, None].expand(3, 5)),
+        t(4, 5),
+        torch.tensor([0, 2, 2]),
+    ),
+    "masks and constants": (
+        lambda x: x.masked_fill(torch.ones(5, 5).triu(1) > 0, -1e9).softmax(-1),
+        t(5, 5),
+    ),
     "casts": (lambda x, w: x.sin().bfloat16().mm(w.bfloat16()).float().exp(), t(5, 5), t(5, 5)),
     "complex": (lambda x: (x * x.conj()).exp().sum(0), t(4, 5, dtype=torch.complex64)),
     "0-dim": (lambda x: x.sin() * x, t()),
@@ -104,7 +119,9 @@ def test_symbolic_graph_at_another_size() -> None:
 
 
 def attention_any(x: Tensor, w: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention((x @ w).exp(), x, x.view(x.shape[0], -1, x.shape[2]).sin())
+    return F.scaled_dot_product_attention(
+        (x @ w).exp(), x, x.view(x.shape[0], -1, x.shape[2]).sin()
+    )
 
 
 class Net(torch.nn.Module):
@@ -112,7 +129,11 @@ class Net(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.out = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(16, 5)
+        self.conv, self.norm, self.out = (
+            torch.nn.Conv2d(3, 4, 3),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.Linear(16, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(F.relu_(self.norm(self.conv(x))), 0.4)
@@ -122,11 +143,14 @@ class Net(torch.nn.Module):
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_under_torch_aot_function(partition: str) -> None:
-    """The signatures are functorch's: torch's own runtime takes our partitions, and trains as eager does."""
+    """The signatures are functorch's: torch's own runtime takes our partitions, and trains as
+    eager does."""
     from functorch.compile import aot_module, nop
 
     def split(joint, inputs, **options):  # type: ignore[no-untyped-def]
-        if partition == "least saved":  # recomputes batch norm from the statistics, which the runtime overwrites
+        if (
+            partition == "least saved"
+        ):  # recomputes batch norm from the statistics, which the runtime overwrites
             for n in joint.graph.find_nodes(op="placeholder"):
                 n.meta["mutated"] = True
         return PARTITIONS[partition](joint, inputs, **options)

@@ -1,4 +1,5 @@
-"""The cut is the cheapest: against networkx on random graphs, all subsets on small ones, and torch's partitions."""
+"""The cut is the cheapest: against networkx on random graphs, all subsets on small ones, and
+torch's partitions."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ import torch.nn.functional as F
 from joints import JointOf, doubled, kept_bytes, saved
 from torch import Tensor, nn
 
-from aotfunc.partition import PartitionError, Roofline, default_partition, min_cut_rematerialization_partition, nbytes
+from aotfunc.partition import (
+    PartitionError,
+    Roofline,
+    default_partition,
+    min_cut_rematerialization_partition,
+    nbytes,
+)
 from aotfunc.partition.policy import saving_cost
 from aotfunc.partition.roles import read_joint
 from aotfunc.partition.solve import INF, min_cut
@@ -23,7 +30,13 @@ from aotfunc.partition.split import module, split
 from aotfunc.partition.verify import verify
 
 
-def value(save: list[float], redo: list[float], inputs: list[list[int]], needed: list[int], kept: list[bool]) -> float:
+def value(
+    save: list[float],
+    redo: list[float],
+    inputs: list[list[int]],
+    needed: list[int],
+    kept: list[bool],
+) -> float:
     """What it costs to save ``kept`` and to compute the rest of what is needed again."""
     todo, seen, cost = list(needed), set(), sum(s for s, k in zip(save, kept, strict=True) if k)
     while todo:
@@ -42,7 +55,9 @@ def test_as_cheap_as_networkx(seed: int) -> None:
     inputs = [sorted(rng.sample(range(i), min(i, rng.randint(0, 3)))) for i in range(count)]
     save = [rng.choice([INF, 1.0, rng.randint(1, 10 ** rng.randint(1, 9))]) for _ in range(count)]
     redo = [rng.choice([INF, 0.0, rng.random() * 10 ** rng.randint(0, 8)]) for _ in range(count)]
-    save = [1.0 if s == r == INF or not p else s for s, r, p in zip(save, redo, inputs, strict=True)]
+    save = [
+        1.0 if s == r == INF or not p else s for s, r, p in zip(save, redo, inputs, strict=True)
+    ]
     needed = rng.sample(range(count), rng.randint(1, count))
 
     net = nx.DiGraph()
@@ -84,8 +99,11 @@ SMALL = {
 @pytest.mark.parametrize("price", [0.01, 0.5, 1.0, 4.0])
 @pytest.mark.parametrize("name", SMALL)
 def test_no_subset_is_cheaper(name: str, price: float) -> None:
-    """Every choice of saved values is split and priced by what then runs twice; none beats the cut."""
-    joint = JointOf(SMALL[name], torch.randn(6, 6).requires_grad_(), torch.randn(6, 6).requires_grad_())
+    """Every choice of saved values is split and priced by what then runs twice; none beats the
+    cut."""
+    joint = JointOf(
+        SMALL[name], torch.randn(6, 6).requires_grad_(), torch.randn(6, 6).requires_grad_()
+    )
     read = read_joint(joint.module.graph, joint.num_outputs)
 
     def cost(fw: torch.fx.GraphModule, bw: torch.fx.GraphModule) -> float:
@@ -108,13 +126,17 @@ class Block(nn.Module):
     def __init__(self, d: int, attention: bool) -> None:
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)
+        )
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
         if self.attention:
             b, t, d = x.shape
-            q, k, v = self.qkv(self.norm(x)).view(b, t, 3, 2, d // 2).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = (
+                self.qkv(self.norm(x)).view(b, t, 3, 2, d // 2).permute(2, 0, 3, 1, 4).unbind(0)
+            )
             a = (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
             x = x + self.out(a.transpose(1, 2).reshape(b, t, d))
         return x + self.mlp(x)
@@ -130,11 +152,19 @@ def of_module(net: nn.Module, x: Tensor) -> JointOf:
 
 
 MODELS = {
-    "mlp": lambda: of_module(nn.Sequential(*[Block(32, False) for _ in range(2)]), torch.randn(4, 8, 32)),
-    "transformer": lambda: of_module(nn.Sequential(*[Block(32, True) for _ in range(2)]), torch.randn(4, 8, 32)),
-    "chain": lambda: JointOf(lambda x: x.sin().exp().tanh().sin().exp().tanh().sum(), torch.randn(64).requires_grad_()),
+    "mlp": lambda: of_module(
+        nn.Sequential(*[Block(32, False) for _ in range(2)]), torch.randn(4, 8, 32)
+    ),
+    "transformer": lambda: of_module(
+        nn.Sequential(*[Block(32, True) for _ in range(2)]), torch.randn(4, 8, 32)
+    ),
+    "chain": lambda: JointOf(
+        lambda x: x.sin().exp().tanh().sin().exp().tanh().sum(), torch.randn(64).requires_grad_()
+    ),
     "conv": lambda: of_module(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.SiLU(), nn.MaxPool2d(2)),
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.SiLU(), nn.MaxPool2d(2)
+        ),
         torch.randn(2, 3, 12, 12),
     ),
 }
@@ -150,7 +180,9 @@ def test_not_more_bytes_than_torch(name: str) -> None:
     def spy(graph, inputs, *, num_fwd_outputs, **options):  # type: ignore[no-untyped-def]
         for partition in ("default_partition", "min_cut_rematerialization_partition"):
             split = getattr(functorch, partition)
-            theirs[partition] = split(copy.deepcopy(graph), inputs, num_fwd_outputs=num_fwd_outputs, **options)
+            theirs[partition] = split(
+                copy.deepcopy(graph), inputs, num_fwd_outputs=num_fwd_outputs, **options
+            )
         theirs["joint"] = copy.deepcopy(graph)
         return theirs["default_partition"]
 
@@ -165,7 +197,11 @@ def test_not_more_bytes_than_torch(name: str) -> None:
     fw, bw = min_cut_rematerialization_partition(theirs["joint"], num_fwd_outputs=1)
     assert cost(fw, bw) <= cost(*theirs["min_cut_rematerialization_partition"]) * (1 + 1e-6)
     assert kept_bytes(fw, 1) <= kept_bytes(theirs["min_cut_rematerialization_partition"][0], 1)
-    heavy = [n for n in doubled(fw, bw) if n.target in (torch.ops.aten.mm.default, torch.ops.aten.convolution.default)]
+    heavy = [
+        n
+        for n in doubled(fw, bw)
+        if n.target in (torch.ops.aten.mm.default, torch.ops.aten.convolution.default)
+    ]
     assert not heavy
 
 
@@ -194,9 +230,13 @@ def test_saved_bytes_are_the_storages() -> None:
 
 def test_verify_finds_every_fault() -> None:
     """Break the split in each way that the verifier knows of."""
-    joint = JointOf(lambda x, w: (x @ w).sin().exp(), torch.randn(4, 4).requires_grad_(), torch.randn(4, 4))
+    joint = JointOf(
+        lambda x, w: (x @ w).sin().exp(), torch.randn(4, 4).requires_grad_(), torch.randn(4, 4)
+    )
 
-    def broken(change: object, message: str, partition: object = min_cut_rematerialization_partition) -> None:
+    def broken(
+        change: object, message: str, partition: object = min_cut_rematerialization_partition
+    ) -> None:
         fw, bw = partition(joint.module, num_fwd_outputs=1)  # type: ignore[operator]
         verify(fw, bw, joint.module, num_fwd_outputs=1)
         change({n.name: n for n in fw.graph.nodes}, {n.name: n for n in bw.graph.nodes})  # type: ignore[operator]
@@ -218,4 +258,7 @@ def test_verify_finds_every_fault() -> None:
     broken(lambda fw, bw: output(bw, bw["output"].args[0][:1]), "gradients")
     broken(lambda fw, bw: output(fw, [fw["mm"], *fw["output"].args[0][1:]]), "forward outputs")
     broken(lambda fw, bw: output(fw, fw["output"].args[0][:-1]), "backward inputs")
-    broken(lambda fw, bw: output(fw, fw["output"].args[0][:1] + fw["output"].args[0][:0:-1]), "backward inputs")
+    broken(
+        lambda fw, bw: output(fw, fw["output"].args[0][:1] + fw["output"].args[0][:0:-1]),
+        "backward inputs",
+    )

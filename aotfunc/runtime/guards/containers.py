@@ -48,7 +48,9 @@ class Containers(Objects):
 
     def dictionary(self, x: Any, v: str, label: str) -> None:
         self.key += (type(x), len(x))
-        self.lines.append(f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return")
+        self.lines.append(
+            f"if type({v}) is not {self.constant(type(x))} or len({v}) != {len(x)}: return"
+        )
         if isinstance(x, dict):
             self.owners.append((x, v, dict(x)))
         if isinstance(x, collections.defaultdict):

@@ -1,4 +1,5 @@
-"""What all state is described with: the key, lines of the check, tensors and their paths, facts for people."""
+"""What all state is described with: the key, lines of the check, tensors and their paths, facts
+for people."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Description:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
         self.opaque: list[Any] = []  # guarded by identity
-        #: dictionaries (of classes, too), lists and cells, the variable that holds each, and what was in it
+        #: dictionaries (of classes, too), lists and cells, the variable that holds each, and what
+        # was in it
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}
@@ -58,7 +60,8 @@ class Description:
         return name
 
     def meet(self, x: Any, expr: str, label: str) -> None:
-        """Describe ``x``, which ``expr`` yields, now if it is a plain value, and later otherwise."""
+        """Describe ``x``, which ``expr`` yields, now if it is a plain value, and later
+        otherwise."""
         if is_plain(x):
             self.key += (x.__class__, plain(x))
             self.facts.append((label, x))
@@ -109,6 +112,7 @@ def plain(x: Any) -> Any:
 
 
 def passing(x: Any) -> bool:
-    """Whether a value that the code only adds to need not be looked at: a counter, a list that is appended to."""
+    """Whether a value that the code only adds to need not be looked at: a counter, a list that is
+    appended to."""
     full = getattr(x, "maxlen", None) is not None  # then what is added shifts the rest
     return isinstance(x, int | float | complex | str) or (type(x) in _GROWING and not full)

@@ -1,4 +1,5 @@
-"""What the entries of a compiled function depend on, and why it was captured again, for people to read."""
+"""What the entries of a compiled function depend on, and why it was captured again, for people to
+read."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Explanation(str):
 
 
 def facts_of(given: Facts, reached: Sequence[tuple[str, Any]]) -> Facts:
-    """All that an entry depends on, by name: its arguments, what it reads, and the surroundings."""
+    """All that an entry depends on, by name: its arguments, what it reads, and the
+    surroundings."""
     return {**given, **dict(reached), **dict(zip(ENVIRONMENT, environment_key(), strict=False))}
 
 
@@ -59,7 +61,13 @@ def guards(facts: Facts) -> list[str]:
             continue
         if x is None and name.endswith(("__defaults__", "__kwdefaults__")):
             continue
-        sign = ":" if isinstance(x, TensorFacts) else " is" if isinstance(x, Named | bool | Enum | None) else " =="
+        sign = (
+            ":"
+            if isinstance(x, TensorFacts)
+            else " is"
+            if isinstance(x, Named | bool | Enum | None)
+            else " =="
+        )
         lines.append(f"{name}{sign} {worded(x)}")
     return lines
 
@@ -70,7 +78,11 @@ def worded(x: Any) -> str:
 
 
 def explained(
-    who: str, captures: int, entries: Sequence[Facts], why: Sequence[str], eagerly: Sequence[str] = ()
+    who: str,
+    captures: int,
+    entries: Sequence[Facts],
+    why: Sequence[str],
+    eagerly: Sequence[str] = (),
 ) -> Explanation:
     """The whole text."""
     count = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"
@@ -87,14 +99,18 @@ def explained(
 def growth(history: Sequence[Facts]) -> str:
     """What keeps changing, and what to do about it."""
     guilty = changing(history)
-    given = [(name.removeprefix("argument "), x) for name, x in guilty if name.startswith("argument ")]
+    given = [
+        (name.removeprefix("argument "), x) for name, x in guilty if name.startswith("argument ")
+    ]
     numbers = [name for name, x in given if isinstance(x, int | float | complex)]
     others = [name for name, x in given if name not in numbers]
     reached = [name for name, _ in guilty if not name.startswith("argument ")]
     why = []
     if numbers:
         many = ", ".join(numbers)
-        why.append(f"its Python argument {many} keeps changing; every value is a new signature: pass it as a tensor")
+        why.append(
+            f"its Python argument {many} keeps changing; every value is a new signature: pass it as a tensor"
+        )
     if others:
         why.append(f"the shape, dtype or value of {', '.join(others)} keeps changing")
     if reached or not guilty:

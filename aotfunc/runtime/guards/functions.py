@@ -1,4 +1,5 @@
-"""Functions as state: code, defaults, closure variables, and the globals and parts of modules that they name."""
+"""Functions as state: code, defaults, closure variables, and the globals and parts of modules that
+they name."""
 
 from __future__ import annotations
 
@@ -45,8 +46,14 @@ class Functions(Containers):
                     self.owners.append((cell, f"{cells}[{i}]", {}))
                     continue
                 self.owners.append((cell, f"{cells}[{i}]", {"cell_contents": x}))
-                if reads is None or name in reads.variables or not (name in reads.written and passing(x)):
-                    self.meet(x, f"{cells}[{i}].cell_contents", name if root else f"{label}.{name}")
+                if (
+                    reads is None
+                    or name in reads.variables
+                    or not (name in reads.written and passing(x))
+                ):
+                    self.meet(
+                        x, f"{cells}[{i}].cell_contents", name if root else f"{label}.{name}"
+                    )
                 else:
                     self.may_grow(x, f"{cells}[{i}].cell_contents")
         if reads is not None:
@@ -80,7 +87,9 @@ class Functions(Containers):
         for name, x in wrapped.items():
             if name == "__wrapped__" or (not known and self.wants(name, x)):
                 self.key.append(name)
-                self.meet(x, f"{d}['{name}']", label if name == "__wrapped__" else f"{label}.{name}")
+                self.meet(
+                    x, f"{d}['{name}']", label if name == "__wrapped__" else f"{label}.{name}"
+                )
             elif not known and name in self.names.written:
                 self.may_grow(x, f"{d}['{name}']")
 

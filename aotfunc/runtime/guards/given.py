@@ -1,6 +1,5 @@
-"""Arguments are rebuilt for a capture, of traced values: what the function does to them, but for writes to tensors, the
-caller would not see.
-"""
+"""Arguments are rebuilt for a capture, of traced values: what the function does to them, but for
+writes to tensors, the caller would not see."""
 
 from __future__ import annotations
 
@@ -19,11 +18,19 @@ class Given:
         self.trees = (*args, kwargs)
         self.before = [tree_flatten(x) for x in self.trees]
         self.containers = containers((args, kwargs))
-        self.tensors = [(t, attributes(t)) for leaves, _ in self.before for t in leaves if t.__class__ is Traced]
+        self.tensors = [
+            (t, attributes(t))
+            for leaves, _ in self.before
+            for t in leaves
+            if t.__class__ is Traced
+        ]
 
     def check(self, names: list[str], what: str) -> None:
-        """Refuse changes of lists, dictionaries and attributes of tensors. ``names`` are the parameters'."""
-        for name, tree, (leaves, spec) in zip((*names, "given by keyword"), self.trees, self.before, strict=True):
+        """Refuse changes of lists, dictionaries and attributes of tensors. ``names`` are the
+        parameters'."""
+        for name, tree, (leaves, spec) in zip(
+            (*names, "given by keyword"), self.trees, self.before, strict=True
+        ):
             now, now_spec = tree_flatten(tree)
             if spec != now_spec or any(x is not y for x, y in zip(leaves, now, strict=True)):
                 raise CaptureError(
@@ -32,7 +39,9 @@ class Given:
                 )
         for t, old in self.tensors:
             new = attributes(t)
-            if changed := [k for k in {**old, **new} if k not in old or k not in new or old[k] is not new[k]]:
+            if changed := [
+                k for k in {**old, **new} if k not in old or k not in new or old[k] is not new[k]
+            ]:
                 raise CaptureError(
                     f"{what}: the function sets the attribute {changed[0]} of an argument, a tensor of shape "
                     f"{list(t.shape)}, which a compiled function cannot{at(user_line())}; return the value instead"

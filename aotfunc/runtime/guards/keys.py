@@ -1,9 +1,9 @@
 """When a compiled entry may be used again: keys of the arguments and of the surroundings.
 
-A key is one flat tuple. Every description starts with its kind, so that no two different things flatten to equal keys;
-numbers stand beside their type and floats by their bits, since ``1 == 1.0 == True`` and ``0.0 == -0.0`` in Python.
-What is neither a tensor, a plain value nor a tree of them is an object: :mod:`.state` describes it.
-"""
+A key is one flat tuple. Every description starts with its kind, so that no two different things
+flatten to equal keys; numbers stand beside their type and floats by their bits, since ``1 == 1.0
+== True`` and ``0.0 == -0.0`` in Python. What is neither a tensor, a plain value nor a tree of them
+is an object: :mod:`.state` describes it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,32 @@ from .reads import CLOSED, library_of_module
 _TENSORS = (Tensor, nn.Parameter)
 #: described by their value; equality within one of these classes is equality of meaning
 _ATOMS = frozenset(
-    {int, bool, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format}
+    {
+        int,
+        bool,
+        str,
+        bytes,
+        type(None),
+        type(...),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+    }
     | {range, torch.Size}
 )
-_VALUES = (*_ATOMS - {bool, range, type(None), type(...)}, float, complex, np.generic, np.dtype, Enum)
+_VALUES = (
+    *_ATOMS - {bool, range, type(None), type(...)},
+    float,
+    complex,
+    np.generic,
+    np.dtype,
+    Enum,
+)
 
 
-# ----- plain values ---------------------------------------------------------------------------------------------------
+# ----- plain values
+# ---------------------------------------------------------------------------------------------------
 
 
 def is_value(x: Any) -> bool:
@@ -85,7 +104,9 @@ class TensorFacts(NamedTuple):
 def tensor_facts(t: Tensor) -> TensorFacts:
     sig = getattr(t, "sig", None)  # a value of a recording under way
     if sig is not None:
-        return TensorFacts(t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, 0)
+        return TensorFacts(
+            t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, 0
+        )
     if t.is_nested:  # it has no shape, and is refused where it is used
         return TensorFacts(t.__class__, t.requires_grad, t.dtype, (), t.device, None, 0)
     stride = t.stride() if t.layout is torch.strided else None
@@ -113,20 +134,27 @@ def noted(x: Any) -> Any:
     return Named(x.__qualname__ if named else f"a {type(x).__qualname__}", id(x))
 
 
-# ----- arguments ------------------------------------------------------------------------------------------------------
+# ----- arguments
+# ------------------------------------------------------------------------------------------------------
 
 
 def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[Any]) -> None:
-    """Append to ``key`` what identifies an argument tree, and to ``tensors`` and ``objects`` its leaves of these kinds,
-    in order.
-    """
+    """Append to ``key`` what identifies an argument tree, and to ``tensors`` and ``objects`` its
+    leaves of these kinds, in order."""
     try:
         cls = x.__class__
     except Exception as e:
         raise without_class(x) from e
     if cls in _TENSORS:
         try:
-            key += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad and 1 + x.is_leaf, x.is_conj())
+            key += (
+                x.shape,
+                x.stride(),
+                x.dtype,
+                x.device,
+                x.requires_grad and 1 + x.is_leaf,
+                x.is_conj(),
+            )
         except RuntimeError:  # a nested tensor has no shape
             check_kind(x)
             raise
@@ -185,9 +213,9 @@ def repeated(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
 
 
 class Shared:
-    """Which of the arguments are tensors of the state, as it was at the capture. Shapes belong to the key and to the
-    check, so that no others need be looked at than those of a shape that occurs on both sides.
-    """
+    """Which of the arguments are tensors of the state, as it was at the capture. Shapes belong to
+    the key and to the check, so that no others need be looked at than those of a shape that occurs
+    on both sides."""
 
     def __init__(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
         shapes = {t.shape for t in tensors} & {t.shape for t in found}
@@ -195,7 +223,9 @@ class Shared:
         self.found = [i for i, t in enumerate(found) if t.shape in shapes]
         self.places = self.of(tensors, found)
 
-    def of(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
+    def of(
+        self, tensors: Sequence[Tensor], found: Sequence[Tensor]
+    ) -> tuple[int | None, ...] | None:
         return reached([tensors[i] for i in self.given], [found[i] for i in self.found])
 
     def again(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
@@ -204,7 +234,8 @@ class Shared:
 
 
 def reached(tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
-    """Which of the tensors ``found`` in the state each of these is; None if none of them is one."""
+    """Which of the tensors ``found`` in the state each of these is; None if none of them is
+    one."""
     if not found or {*map(id, tensors)}.isdisjoint(map(id, found)):
         return None
     places = {id(t): i for i, t in enumerate(found)}
@@ -214,23 +245,34 @@ def reached(tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | N
 def classes_in(spec: TreeSpec) -> list[type]:
     """The user's classes in a tree, whose methods the function may call."""
     named = (spec.type, *(spec.context if isinstance(spec.context, tuple) else (spec.context,)))
-    found = [c for c in named if isinstance(c, type) and library_of_module(c.__module__) not in CLOSED]
+    found = [
+        c for c in named if isinstance(c, type) and library_of_module(c.__module__) not in CLOSED
+    ]
     return [*found, *[c for child in spec.children() for c in classes_in(child)]]
 
 
-# ----- surroundings ---------------------------------------------------------------------------------------------------
+# ----- surroundings
+# ---------------------------------------------------------------------------------------------------
 
 
 #: what the parts of :func:`environment_key` are
 ENVIRONMENT = (
-    *("grad mode", "inference mode", "forward AD level", "default dtype", "default device", "autocast"),
+    *(
+        "grad mode",
+        "inference mode",
+        "forward AD level",
+        "default dtype",
+        "default device",
+        "autocast",
+    ),
     "deterministic algorithms",
     "validation of distributions",
 )
 
 
 def environment_key() -> tuple:
-    """Grad modes, autocast, defaults of tensors and distributions, determinism, which kernels attention may use."""
+    """Grad modes, autocast, defaults of tensors and distributions, determinism, which kernels
+    attention may use."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -1,4 +1,5 @@
-"""Objects, modules and classes as state: the attributes that the code may name, modes, tables and hooks."""
+"""Objects, modules and classes as state: the attributes that the code may name, modes, tables and
+hooks."""
 
 from __future__ import annotations
 
@@ -30,9 +31,19 @@ _NOT_STATE = frozenset(
     {*_HOOKS, *_HOW_HOOKS_ARE_CALLED, *_TABLES, "_non_persistent_buffers_set", "_state_dict_hooks"}
     | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 )
-#: methods that Python calls without naming them, but not while a function is computed, unless it makes texts
+#: methods that Python calls without naming them, but not while a function is computed, unless it
+# makes texts
 _NOT_CALLED = frozenset(
-    {"__repr__", "__str__", "__format__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__"}
+    {
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__getstate__",
+        "__setstate__",
+        "__copy__",
+    }
     | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
 )
 _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
@@ -69,7 +80,9 @@ class Objects(Description):
         """An object that is never what it was: the function is captured at every call."""
         token = object()
         self.key.append(token)
-        self.facts.append((label, Named(f"a {type(x).__qualname__}, which changes when it is used", id(token))))
+        self.facts.append(
+            (label, Named(f"a {type(x).__qualname__}, which changes when it is used", id(token)))
+        )
         self.lines.append("return")
 
     def object(self, x: Any, v: str, label: str) -> None:
@@ -106,7 +119,8 @@ class Objects(Description):
             self.same(x, v, label)
 
     def attributes(self, x: Any, d: str, label: str, wanted: Callable[[str, Any], bool]) -> int:
-        """Those that the code may name; how many there are. ``d`` holds the dictionary of ``x``."""
+        """Those that the code may name; how many there are. ``d`` holds the dictionary of
+        ``x``."""
         table, count = x.__dict__, 0
         self.owners.append((table, d, dict(table)))
         for name, e in table.items():
@@ -124,7 +138,9 @@ class Objects(Description):
         """The names that instances find in their class, unless they have one of their own."""
         if cls not in self._static:
             named = self.names.attributes
-            self._static[cls] = sorted({n for c in cls.__mro__ if c is not object for n in c.__dict__ if n in named})
+            self._static[cls] = sorted(
+                {n for c in cls.__mro__ if c is not object for n in c.__dict__ if n in named}
+            )
         return self._static[cls]
 
     def wants(self, name: str, x: Any) -> bool:
@@ -154,7 +170,9 @@ class Objects(Description):
         for name in _TABLES:
             children = table[name]
             self.key.append(len(children))
-            counted = users or (name == "_modules" and (children or cls.__module__ == nn.Sequential.__module__))
+            counted = users or (
+                name == "_modules" and (children or cls.__module__ == nn.Sequential.__module__)
+            )
             if not children and counted:
                 self.lines.append(f"if {d}['{name}']: return")
             elif children:
@@ -190,7 +208,11 @@ class Objects(Description):
             named = named | _FUNCTION_RULES
         for owner in cls.__mro__:
             library = library_of_module(owner.__module__) in CLOSED
-            if owner is object or owner is nn.Module or (library and not issubclass(owner, nn.Module)):
+            if (
+                owner is object
+                or owner is nn.Module
+                or (library and not issubclass(owner, nn.Module))
+            ):
                 continue
             table = owner.__dict__
             p = self.constant(table)
@@ -207,12 +229,16 @@ class Objects(Description):
             if owner not in self._bases:
                 self._bases.add(owner)
                 attributes = Attributes(owner)
-                self.owners.append((attributes, self.constant(attributes), dict(attributes.items())))
+                self.owners.append(
+                    (attributes, self.constant(attributes), dict(attributes.items()))
+                )
             for name, e in table.items():
                 if isinstance(e, _SLOTS) or name == "__classcell__":
                     continue
                 elif name.startswith("__"):
-                    called = isinstance(e, types.FunctionType) and (name not in _NOT_CALLED or name in named)
+                    called = isinstance(e, types.FunctionType) and (
+                        name not in _NOT_CALLED or name in named
+                    )
                     if called and not (name == "__init__" and issubclass(cls, nn.Module)):
                         self.key.append(name)
                         self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
@@ -234,13 +260,20 @@ class Objects(Description):
 
 @functools.lru_cache(1024)
 def functions_of(cls: type) -> tuple[str, ...]:
-    """What the methods of a class call of ``torch.nn.functional``, and what these functions call of it."""
+    """What the methods of a class call of ``torch.nn.functional``, and what these functions call
+    of it."""
     table = vars(torch.nn.functional)
     methods = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
     names = {n for f in methods for n in reads_of(f.__code__).attributes}
     called = [f for n in names if isinstance(f := table.get(n), types.FunctionType)]
     names |= {n for f in called for n in reads_of(f.__code__).variables}
-    return tuple(sorted(n for n in names if isinstance(table.get(n), types.FunctionType | types.BuiltinFunctionType)))
+    return tuple(
+        sorted(
+            n
+            for n in names
+            if isinstance(table.get(n), types.FunctionType | types.BuiltinFunctionType)
+        )
+    )
 
 
 class Attributes:

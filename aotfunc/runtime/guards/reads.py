@@ -19,7 +19,9 @@ _NUMPY = os.path.dirname(os.path.abspath(numpy.__file__)) + os.sep
 #: calls of them that change a container and whose result says nothing about it
 _GROWS = frozenset({"append", "add", "extend", "update"})
 #: what reads attributes that the code does not name
-_BY_ANY_NAME = frozenset({"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"})
+_BY_ANY_NAME = frozenset(
+    {"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"}
+)
 _ASKS = frozenset({"getattr", "hasattr"})
 _IMPORTS = frozenset({"import_module", "__import__"})
 #: what makes a text of an object, and the methods that say which
@@ -28,9 +30,9 @@ _TEXTS = frozenset({"__str__", "__repr__", "__format__"})
 
 
 class Reads(NamedTuple):
-    """``variables`` are globals and closure variables, ``written`` names of either kind, or of attributes, that only
-    occur in ``n += 1`` and ``names.append(x)``. With ``any_name`` attributes are read by names made at run time.
-    """
+    """``variables`` are globals and closure variables, ``written`` names of either kind, or of
+    attributes, that only occur in ``n += 1`` and ``names.append(x)``. With ``any_name`` attributes
+    are read by names made at run time."""
 
     variables: frozenset[str]
     attributes: frozenset[str]
@@ -48,10 +50,16 @@ def reads_of(code: types.CodeType) -> Reads:
     written: set[str] = set()
     imports: set[str] = set()
     any_name = binds_globals = False
-    steps = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG")]
+    steps = [
+        i
+        for i in dis.get_instructions(code)
+        if i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG")
+    ]
     for i, step in enumerate(steps):
         kind, name = step.opname, step.argval
-        if kind.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR")):
+        if kind.startswith(
+            ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR")
+        ):
             (written if _changes_only(steps, i) else variables).add(name)
             if name in _BY_ANY_NAME or (name in _ASKS and not _constant_name(steps, i + 1)):
                 any_name = True
@@ -96,7 +104,8 @@ def reads_of(code: types.CodeType) -> Reads:
 
 
 def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
-    """Whether what is loaded here is changed, and its old value has no other use: ``n += 1``, ``names.append(x)``."""
+    """Whether what is loaded here is changed, and its old value has no other use: ``n += 1``,
+    ``names.append(x)``."""
     name, rest = steps[i].argval, [s.opname for s in steps[i + 1 : i + 5]]
     if rest[:1] and rest[0] in ("LOAD_METHOD", "LOAD_ATTR") and steps[i + 1].argval in _GROWS:
         return True
@@ -104,13 +113,19 @@ def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
         return True
     if steps[i].opname == "LOAD_ATTR":
         return i > 0 and steps[i - 1].opname == "COPY"
-    return rest[1:3] == ["BINARY_OP", steps[i].opname.replace("LOAD", "STORE")] and steps[i + 3].argval == name
+    return (
+        rest[1:3] == ["BINARY_OP", steps[i].opname.replace("LOAD", "STORE")]
+        and steps[i + 3].argval == name
+    )
 
 
 def _raised(steps: list[dis.Instruction], i: int) -> bool:
     """Whether the text made here is the message of an error."""
     makes = ("FORMAT", "BUILD_STRING", "CONVERT", "LOAD", "CALL", "PRECALL", "BINARY")
-    return next((s.opname for s in steps[i:] if not s.opname.startswith(makes)), "") == "RAISE_VARARGS"
+    return (
+        next((s.opname for s in steps[i:] if not s.opname.startswith(makes)), "")
+        == "RAISE_VARARGS"
+    )
 
 
 def _constant_name(steps: list[dis.Instruction], i: int) -> bool:
@@ -118,8 +133,12 @@ def _constant_name(steps: list[dis.Instruction], i: int) -> bool:
     i += 1
     while steps[i].opname == "LOAD_ATTR":
         i += 1
-    call = next((k for k in range(i, len(steps)) if steps[k].opname.startswith(("CALL", "PRECALL"))), i)
-    made = any(s.opname.startswith(("FORMAT", "BUILD", "BINARY", "CONVERT")) for s in steps[i:call])
+    call = next(
+        (k for k in range(i, len(steps)) if steps[k].opname.startswith(("CALL", "PRECALL"))), i
+    )
+    made = any(
+        s.opname.startswith(("FORMAT", "BUILD", "BINARY", "CONVERT")) for s in steps[i:call]
+    )
     return steps[i].opname == "LOAD_CONST" and not made
 
 
@@ -130,7 +149,12 @@ CLOSED = frozenset({"python", "torch", "numpy", "aotfunc"})
 @functools.lru_cache(4096)
 def library_of(filename: str) -> str | None:
     """The library that a file belongs to, or None for a file of the user's."""
-    for name, folder in (("aotfunc", _OURS), ("torch", _TORCH), ("numpy", _NUMPY), ("python", "<frozen")):
+    for name, folder in (
+        ("aotfunc", _OURS),
+        ("torch", _TORCH),
+        ("numpy", _NUMPY),
+        ("python", "<frozen"),
+    ):
         if filename.startswith(folder):
             return name
     _, installed, path = filename.partition(f"-packages{os.sep}")
@@ -149,17 +173,22 @@ def library_of_module(name: str) -> str | None:
 
 
 #: methods of torch's modules that do not compute results
-_NO_FORWARD = frozenset({"__init__", "extra_repr", "__repr__", "__setstate__", "__getstate__", "reset_parameters"})
+_NO_FORWARD = frozenset(
+    {"__init__", "extra_repr", "__repr__", "__setstate__", "__getstate__", "reset_parameters"}
+)
 
 
 class Names:
-    """The names by which the functions that have been met read their state; they only become more."""
+    """The names by which the functions that have been met read their state; they only become
+    more."""
 
     def __init__(self) -> None:
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
         self.of_torch: set[str] = {"training"}  # what the methods of torch's modules read
-        self.opened: set[str] = set()  # libraries whose objects the function uses: their code is the user's
+        self.opened: set[str] = (
+            set()
+        )  # libraries whose objects the function uses: their code is the user's
         self.any = False
         self._entered: set[Any] = set()
 

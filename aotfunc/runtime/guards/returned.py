@@ -1,6 +1,5 @@
-"""What a compiled function returns that is no tensor: objects from outside by their paths, those that it makes inside
-as copies, one for each call.
-"""
+"""What a compiled function returns that is no tensor: objects from outside by their paths, those
+that it makes inside as copies, one for each call."""
 
 from __future__ import annotations
 
@@ -22,24 +21,31 @@ from .stores import Place, finder, put
 
 
 class Reference:
-    """Stands in a result for an object that is there at each call: ``kind`` is "state" (``where`` is a variable of the
-    state's check), "arguments" (the number of a container) or "stored" (that of a value).
-    """
+    """Stands in a result for an object that is there at each call: ``kind`` is "state" (``where``
+    is a variable of the state's check), "arguments" (the number of a container) or "stored" (that
+    of a value)."""
 
     def __init__(self, kind: str, where: Any) -> None:
         self.kind, self.where = kind, where
 
 
 def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence[Any]) -> Any:
-    """What is recorded of a result, and of the values in ``places`` if there are any: references for what the state
-    holds, and for the containers ``given``.
-    """
+    """What is recorded of a result, and of the values in ``places`` if there are any: references
+    for what the state holds, and for the containers ``given``."""
     known = {id(x): Reference("arguments", k) for k, x in enumerate(given)}
-    known.update((id(x), Reference("state", state.seen[id(x)])) for x in state.kept if not isinstance(x, Tensor))
+    known.update(
+        (id(x), Reference("state", state.seen[id(x)]))
+        for x in state.kept
+        if not isinstance(x, Tensor)
+    )
     if not places:
         return referred(result, known)
     stored = {id(p.value): p.value for p in places}
-    again = {i: Reference("stored", k) for k, (i, x) in enumerate(stored.items()) if not isinstance(x, Tensor)}
+    again = {
+        i: Reference("stored", k)
+        for k, (i, x) in enumerate(stored.items())
+        if not isinstance(x, Tensor)
+    }
     return referred(result, {**again, **known}), [referred(x, known) for x in stored.values()]
 
 
@@ -59,24 +65,30 @@ def referred(tree: Any, known: dict[int, Reference]) -> Any:
 
 
 class Finish:
-    """What is left to do when a call has its tensors: to put those that the function binds outside in their places, and
-    to fill the result with the objects that are due.
-    """
+    """What is left to do when a call has its tensors: to put those that the function binds outside
+    in their places, and to fill the result with the objects that are due."""
 
-    def __init__(self, rec: Captured, state: State, places: Sequence[Place], titled: Callable[[], str]) -> None:
+    def __init__(
+        self, rec: Captured, state: State, places: Sequence[Place], titled: Callable[[], str]
+    ) -> None:
         result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore[union-attr]
         self.spec, self.values, self.count = result, values, result.num_leaves if result else 0
         numbers = {k: n for n, k in enumerate(dict.fromkeys(id(p.value) for p in places))}
         self.keys = [(p.key, numbers[id(p.value)], p.grows) for p in places]
         self.references = [(i, x) for i, x in enumerate(rec.leaves) if x.__class__ is Reference]
         known = {id(x) for x in state.kept if not isinstance(x, (*SHARED, types.FunctionType))}
-        others = [(i, x) for i, x in enumerate(rec.leaves) if not isinstance(x, Tensor | Reference)]
+        others = [
+            (i, x) for i, x in enumerate(rec.leaves) if not isinstance(x, Tensor | Reference)
+        ]
         self.copies = [(i, pristine(x, known, titled)) for i, x in others if not immutable(x)]
         held = {v: x for x in state.kept if (v := state.seen[id(x)])}
         names = [x.where for _, x in self.references if x.kind == "state"]
         self.find = finder(state, [*[state.owners[p.owner][1] for p in places], *names])
         #: the same right after the capture, when the state may be another one already
-        self.found: list | None = [*[state.owners[p.owner][0] for p in places], *[held[n] for n in names]]
+        self.found: list | None = [
+            *[state.owners[p.owner][0] for p in places],
+            *[held[n] for n in names],
+        ]
 
     def __bool__(self) -> bool:
         return bool(self.keys or self.references or self.copies)
@@ -97,7 +109,9 @@ class Finish:
                 leaves[i] = given[x.where]
             else:
                 later.append((i, x.where))
-        values = tree_unflatten(leaves[self.count :], self.values) if self.values is not None else ()
+        values = (
+            tree_unflatten(leaves[self.count :], self.values) if self.values is not None else ()
+        )
         for i, k in later:
             leaves[i] = values[k]
         result = tree_unflatten(leaves[: self.count], self.spec)
@@ -109,7 +123,8 @@ class Finish:
         return result
 
 
-# ----- objects that a function makes ----------------------------------------------------------------------------------
+# ----- objects that a function makes
+# ----------------------------------------------------------------------------------
 
 
 def immutable(x: Any) -> bool:

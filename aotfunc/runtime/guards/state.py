@@ -1,10 +1,10 @@
 """The Python state that a function reads: a key for it, and a quick check that it is as it was.
 
-From ``f`` and the objects among its arguments everything is followed that the code can name: closure variables,
-globals, defaults, attributes of objects, modules and classes, elements of containers, and from the functions that are
-met on the way, in turn. What is found is described by structure, never by address: two modules of one architecture are
-the same state with other tensors. Tensors are inputs: the check fetches them by the path on which they were found.
-"""
+From ``f`` and the objects among its arguments everything is followed that the code can name:
+closure variables, globals, defaults, attributes of objects, modules and classes, elements of
+containers, and from the functions that are met on the way, in turn. What is found is described by
+structure, never by address: two modules of one architecture are the same state with other tensors.
+Tensors are inputs: the check fetches them by the path on which they were found."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from .description import NOTHING
 from .functions import ROOT, Functions
 from .reads import CLOSED, Names, library_of, library_of_module
 
-_GLOBAL_HOOKS = tuple(n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
+_GLOBAL_HOOKS = tuple(
+    n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks")
+)
 #: libraries' objects that are different ones after every use, in a way that does not show
 _MOVING = (Iterator, random.Random, np.random.Generator, np.random.RandomState)
 
@@ -37,7 +39,9 @@ _MOVING = (Iterator, random.Random, np.random.Generator, np.random.RandomState)
 class State(Functions):
     """What ``f`` and ``objects``, called ``labels``, reach now, by the names in ``names``."""
 
-    def __init__(self, f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> None:
+    def __init__(
+        self, f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names
+    ) -> None:
         super().__init__(names)
         self.meet(f, "f", ROOT)
         for i, (x, label) in enumerate(zip(objects, labels, strict=True)):
@@ -60,7 +64,9 @@ class State(Functions):
         self.lines.append(f"if len({where}) != {len(table)}: return")
         for name in sorted(self.names.attributes & table.keys()):
             x = table[name]
-            if isinstance(x, types.FunctionType) and self.names.follows(library_of(x.__code__.co_filename)):
+            if isinstance(x, types.FunctionType) and self.names.follows(
+                library_of(x.__code__.co_filename)
+            ):
                 self.meet(x, f"{where}['{name}']", f"Tensor.{name}")
         self.finish()
 
@@ -83,12 +89,16 @@ class State(Functions):
             self.class_of(cls)
         elif isinstance(x, types.MethodType):
             self.key.append(cls)
-            self.meet(x.__self__, f"{v}.__self__", "self" if label == ROOT else f"{label}.__self__")
+            self.meet(
+                x.__self__, f"{v}.__self__", "self" if label == ROOT else f"{label}.__self__"
+            )
             self.meet(x.__func__, f"{v}.__func__", label)
         elif isinstance(x, functools.partial):
             self.require(f"type({v})", cls)
             for name in ("func", "args", "keywords"):
-                self.meet(getattr(x, name), f"{v}.{name}", label if name == "func" else f"{label}.{name}")
+                self.meet(
+                    getattr(x, name), f"{v}.{name}", label if name == "func" else f"{label}.{name}"
+                )
         elif isinstance(x, property | staticmethod | classmethod | functools.cached_property):
             self.parts(x, v, label, ("fget", "__func__", "func"))
         elif isinstance(x, list | tuple | collections.deque):
@@ -104,14 +114,22 @@ class State(Functions):
         elif isinstance(x, os._Environ):
             self.parts(x, v, label, ("_data",))
         elif isinstance(x, operator.attrgetter | operator.methodcaller):
-            self.names.attributes.update(part for text in texts(x.__reduce__()) for part in text.split("."))
+            self.names.attributes.update(
+                part for text in texts(x.__reduce__()) for part in text.split(".")
+            )
             self.same(x, v, label)
-        elif isinstance(x, _MOVING) and not isinstance(x, io.IOBase) and library_of_module(cls.__module__) in CLOSED:
+        elif (
+            isinstance(x, _MOVING)
+            and not isinstance(x, io.IOBase)
+            and library_of_module(cls.__module__) in CLOSED
+        ):
             self.moving(x, label)
         elif isinstance(x, contextvars.ContextVar):
             self.same(x, v, label)
             if (now := x.get(NOTHING)) is NOTHING:
-                self.lines.append(f"if {v}.get({self.constant(NOTHING)}) is not {self.constant(NOTHING)}: return")
+                self.lines.append(
+                    f"if {v}.get({self.constant(NOTHING)}) is not {self.constant(NOTHING)}: return"
+                )
             else:
                 self.meet(now, f"{v}.get()", label)
         elif isinstance(x, CustomOpDef):  # its rules are recorded as a part of the function
@@ -131,7 +149,13 @@ class State(Functions):
 
 def texts(x: Any) -> list[str]:
     """The strings in nested tuples."""
-    return [t for e in x for t in texts(e)] if isinstance(x, tuple) else [x] if isinstance(x, str) else []
+    return (
+        [t for e in x for t in texts(e)]
+        if isinstance(x, tuple)
+        else [x]
+        if isinstance(x, str)
+        else []
+    )
 
 
 def look(f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> State:

@@ -1,8 +1,9 @@
-"""Tensors that a function binds in the state it reaches: ``self.state = new``, a cache filled, a closure variable.
+"""Tensors that a function binds in the state it reaches: ``self.state = new``, a cache filled, a
+closure variable.
 
-During the capture such a value is a traced one. It becomes one more result of the program, and every call puts the real
-tensor in its place, which the state's paths find; a capture that fails puts back what was there.
-"""
+During the capture such a value is a traced one. It becomes one more result of the program, and
+every call puts the real tensor in its place, which the state's paths find; a capture that fails
+puts back what was there."""
 
 from __future__ import annotations
 
@@ -25,9 +26,8 @@ _NOTHING = object()
 
 
 class Place(NamedTuple):
-    """The entry ``key`` of an owner: the dictionary or the slots of an object, the globals, another dictionary, a list
-    or a cell.
-    """
+    """The entry ``key`` of an owner: the dictionary or the slots of an object, the globals,
+    another dictionary, a list or a cell."""
 
     owner: int
     key: Any
@@ -47,9 +47,8 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
-    """Where the function has put tensors since the state was looked at, traced ones or such as were elsewhere, and
-    these; there are none where it is an object that hides them.
-    """
+    """Where the function has put tensors since the state was looked at, traced ones or such as
+    were elsewhere, and these; there are none where it is an object that hides them."""
     known = set(state.seen)
     owners = {id(owner): (i, owner, before) for i, (owner, _, before) in enumerate(state.owners)}
     for i, owner, before in owners.values():
@@ -64,9 +63,9 @@ def changed(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
 
 
 def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = ()) -> list[Place]:
-    """Where the function has put tensors; what inner transforms leaked stays where it is. It sees the containers
-    ``given``, of its arguments, as copies: refused where it has changed one that it reaches by another way, too.
-    """
+    """Where the function has put tensors; what inner transforms leaked stays where it is. It sees
+    the containers ``given``, of its arguments, as copies: refused where it has changed one that it
+    reaches by another way, too."""
     found = []
     twice = {id(x) for c in given for x in (c, getattr(c, "__dict__", c))}
     for place, tensors in changed(state):
@@ -108,7 +107,8 @@ def put_back(state: State) -> None:
 
 
 def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
-    """A function of ``f`` and the objects among the arguments to what these variables of the state's check hold."""
+    """A function of ``f`` and the objects among the arguments to what these variables of the
+    state's check hold."""
     body = "".join(f"    {line}\n" for line in needed(state.lines, names))
     space = {"Slots": Slots, **state.constants}
     exec(f"def found(f, objects):\n{body}    return [{', '.join(names)}]\n", space)

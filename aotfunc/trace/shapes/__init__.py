@@ -1,1 +1,2 @@
-"""What ops return, told without running them: signatures, own shape rules, kernels on meta tensors."""
+"""What ops return, told without running them: signatures, own shape rules, kernels on meta
+tensors."""

@@ -1,4 +1,5 @@
-"""Shape rules of tensor algebra: the same shape again, reductions, products, solutions. See :mod:`.rules`."""
+"""Shape rules of tensor algebra: the same shape again, reductions, products, solutions. See
+:mod:`.rules`."""
 
 from __future__ import annotations
 
@@ -6,7 +7,18 @@ from typing import Any
 
 import torch
 
-from .rules import axis, broadcast, formatted, new, ordered_strides, plain, pointwise, result_strides, rule, sure
+from .rules import (
+    axis,
+    broadcast,
+    formatted,
+    new,
+    ordered_strides,
+    plain,
+    pointwise,
+    result_strides,
+    rule,
+    sure,
+)
 from .sig import Sig, contiguous_stride
 
 aten = torch.ops.aten
@@ -16,7 +28,8 @@ def floating(x: Sig) -> bool:
     return x.dtype.is_floating_point or x.dtype.is_complex
 
 
-# ----- the same shape -------------------------------------------------------------------------------------------------
+# ----- the same shape
+# -------------------------------------------------------------------------------------------------
 
 
 def like_strides(x: Sig, memory_format: Any = None) -> tuple:
@@ -33,7 +46,11 @@ def like(x: Sig, dtype: torch.dtype | None = None, memory_format: Any = None) ->
 
 @rule(aten.empty_like, aten.zeros_like, aten.ones_like)
 def _like(x, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    sure(layout in (None, torch.strided) and not pin_memory and (device is None or torch.device(device) == x.device))
+    sure(
+        layout in (None, torch.strided)
+        and not pin_memory
+        and (device is None or torch.device(device) == x.device)
+    )
     return like(x, dtype, memory_format)
 
 
@@ -129,7 +146,8 @@ def _cumulate(x, dim, *, dtype=None):
     return new(x, x.shape, dtype or (x.dtype if floating(x) else torch.int64))
 
 
-# ----- reductions -----------------------------------------------------------------------------------------------------
+# ----- reductions
+# -----------------------------------------------------------------------------------------------------
 
 
 def reduced(x: Sig, dims: Any, keepdim: bool = False) -> tuple:
@@ -223,7 +241,8 @@ def _vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     return new(x, reduced(x, dim, keepdim))
 
 
-# ----- products -------------------------------------------------------------------------------------------------------
+# ----- products
+# -------------------------------------------------------------------------------------------------------
 
 
 def same_dtype(*sigs: Sig) -> None:
@@ -279,7 +298,8 @@ def _baddbmm(c, a, b, *, beta=1, alpha=1):
     return out
 
 
-# ----- solutions ------------------------------------------------------------------------------------------------------
+# ----- solutions
+# ------------------------------------------------------------------------------------------------------
 
 
 def matrix_strides(shape: tuple, column_major: bool) -> tuple:

@@ -16,11 +16,18 @@ aten = torch.ops.aten
 
 
 def created(
-    size: Sequence[int], *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None
+    size: Sequence[int],
+    *,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
 ) -> Sig:
     sure(layout in (None, torch.strided) and not pin_memory and all(n >= 0 for n in size))
     where = torch.device(device) if device is not None else torch.device("cpu")
-    return make_sig(tuple(size), contiguous_stride(tuple(size)), dtype or torch.get_default_dtype(), where)
+    return make_sig(
+        tuple(size), contiguous_stride(tuple(size)), dtype or torch.get_default_dtype(), where
+    )
 
 
 @rule(aten.zeros, aten.ones)
@@ -30,7 +37,9 @@ def _zeros(size, **options):
 
 @rule(aten.full)
 def _full(size, value, *, dtype=None, **options):
-    of_value = {bool: torch.bool, int: torch.int64, float: torch.get_default_dtype()}.get(type(value))
+    of_value = {bool: torch.bool, int: torch.int64, float: torch.get_default_dtype()}.get(
+        type(value)
+    )
     sure(dtype or of_value)
     return created(size, dtype=dtype or of_value, **options)
 
@@ -50,7 +59,8 @@ def _new_full(x, size, value, **options):
     return _new(x, size, **options)
 
 
-# ----- ranges and grids -----------------------------------------------------------------------------------------------
+# ----- ranges and grids
+# -----------------------------------------------------------------------------------------------
 
 
 @rule(aten.arange)
@@ -61,7 +71,12 @@ def _arange(end, **options):
 @rule(aten.arange.start, aten.arange.start_step)
 def _arange_step(start, end, step=1, *, dtype=None, **options):
     whole = all(type(n) is int for n in (start, end, step))
-    sure(step and (whole or dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)))
+    sure(
+        step
+        and (
+            whole or dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        )
+    )
     sure((end - start) * step >= 0 and math.isfinite((end - start) / step))
     length = -((start - end) // step) if whole else math.ceil((end - start) / step)
     return created((length,), dtype=dtype or (torch.int64 if whole else None), **options)
@@ -100,7 +115,8 @@ def _triu_indices(row, column, offset=0, *, dtype=torch.int64, **options):
     return created((2, above), dtype=dtype or torch.int64, **options)
 
 
-# ----- draws ----------------------------------------------------------------------------------------------------------
+# ----- draws
+# ----------------------------------------------------------------------------------------------------------
 
 
 @rule(aten.rand, aten.rand.generator, aten.randn, aten.randn.generator)

@@ -1,4 +1,5 @@
-"""Shape rules of joining and looking up: cat, gather, embedding, indexing, scatters, sorting. See :mod:`.rules`."""
+"""Shape rules of joining and looking up: cat, gather, embedding, indexing, scatters, sorting. See
+:mod:`.rules`."""
 
 from __future__ import annotations
 
@@ -14,9 +15,13 @@ aten = torch.ops.aten
 
 
 def contiguous_joined(parts):
-    """Decline unless joined (shape, stride)s are contiguous for sure: where all are channels-last, so is the result."""
+    """Decline unless joined (shape, stride)s are contiguous for sure: where all are channels-last,
+    so is the result."""
     shape, _ = parts[0]
-    sure(len(shape) not in (4, 5) or any(stride[-1] < stride[1] * shape[1] for shape, stride in parts))
+    sure(
+        len(shape) not in (4, 5)
+        or any(stride[-1] < stride[1] * shape[1] for shape, stride in parts)
+    )
 
 
 @rule(aten.cat)
@@ -25,8 +30,17 @@ def _cat(tensors, dim=0):
     same_dtype(*tensors)
     first = tensors[0]
     d = axis(dim, first.ndim)
-    sure(first.ndim and all(t.shape[:d] + t.shape[d + 1 :] == first.shape[:d] + first.shape[d + 1 :] for t in tensors))
-    sure(all(t.ndim == first.ndim for t in tensors) and not (first.ndim == 1 and any(t.shape == (0,) for t in tensors)))
+    sure(
+        first.ndim
+        and all(
+            t.shape[:d] + t.shape[d + 1 :] == first.shape[:d] + first.shape[d + 1 :]
+            for t in tensors
+        )
+    )
+    sure(
+        all(t.ndim == first.ndim for t in tensors)
+        and not (first.ndim == 1 and any(t.shape == (0,) for t in tensors))
+    )
     contiguous_joined([(t.shape, t.stride) for t in tensors])
     return new(first, (*first.shape[:d], sum(t.shape[d] for t in tensors), *first.shape[d + 1 :]))
 
@@ -69,7 +83,11 @@ def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse
 
 @rule(aten.embedding_dense_backward)
 def _embedding_backward(g, indices, num_weights, padding_idx, scale_grad_by_freq):
-    sure(indices.dtype in (torch.int32, torch.int64) and g.ndim == indices.ndim + 1 and g.shape[:-1] == indices.shape)
+    sure(
+        indices.dtype in (torch.int32, torch.int64)
+        and g.ndim == indices.ndim + 1
+        and g.shape[:-1] == indices.shape
+    )
     return new(g, (num_weights, g.shape[-1]))
 
 
@@ -135,7 +153,11 @@ def fitting_masks(x: Sig, indices: Sequence[Sig | None]) -> bool:
 
 @rule(aten.index_add, aten.index_copy)
 def _index_add(x, dim, index, source, *, alpha=1):
-    sure(source.shape == _index_select(x, dim, index).shape and source.dtype is x.dtype and index.dtype is torch.int64)
+    sure(
+        source.shape == _index_select(x, dim, index).shape
+        and source.dtype is x.dtype
+        and index.dtype is torch.int64
+    )
     sure(alpha.__class__ is int)
     plain(x)
     return like(x)
@@ -144,7 +166,13 @@ def _index_add(x, dim, index, source, *, alpha=1):
 @rule(aten.slice_scatter)
 def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     d = axis(dim, x.ndim)
-    sure(x.ndim and step > 0 and x.offset == 0 and x.stride == contiguous_stride(x.shape) and source.dtype is x.dtype)
+    sure(
+        x.ndim
+        and step > 0
+        and x.offset == 0
+        and x.stride == contiguous_stride(x.shape)
+        and source.dtype is x.dtype
+    )
     length = len(range(x.shape[d])[slice(start, end, step)])
     sure(source.shape == (*x.shape[:d], length, *x.shape[d + 1 :]))
     plain(x)
@@ -178,4 +206,10 @@ def _repeat(x, repeats):
 def _constant_pad(x, pads, value=0):
     sure(len(pads) % 2 == 0 and len(pads) <= 2 * x.ndim and all(p >= 0 for p in pads))
     sure(x.stride == contiguous_stride(x.shape))
-    return new(x, [n + sum(pads[2 * d : 2 * d + 2]) for d, n in zip(range(x.ndim - 1, -1, -1), x.shape, strict=True)])
+    return new(
+        x,
+        [
+            n + sum(pads[2 * d : 2 * d + 2])
+            for d, n in zip(range(x.ndim - 1, -1, -1), x.shape, strict=True)
+        ],
+    )

@@ -1,6 +1,5 @@
-"""What an op returns for given signatures, without running it: our own rule, else PyTorch's kernel on meta tensors,
-else a run on zeros.
-"""
+"""What an op returns for given signatures, without running it: our own rule, else PyTorch's kernel
+on meta tensors, else a run on zeros."""
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has none, does not know
-    the layout, or would have to import half of PyTorch.
-    """
+    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has
+    none, does not know the layout, or would have to import half of PyTorch."""
     device = output_device(op, kwargs, sigs)
     args = tuple([no_generator(a) for a in args])
     kwargs = {k: no_generator(v) for k, v in kwargs.items()}
@@ -52,14 +50,20 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
                 pass  # zeros are no good argument for this op: let the meta kernel answer
         metas = [s.proto if Facts(op).pure else s.fresh() for s in sigs]
         try:
-            outs = op(*fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op))
+            outs = op(
+                *fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op)
+            )
         except (NotImplementedError, RuntimeError) as e:
-            if "data-dependent shape" in str(e):  # the fake implementation of a custom op asks for such a size
+            if "data-dependent shape" in str(
+                e
+            ):  # the fake implementation of a custom op asks for such a size
                 Facts(op).dynamic = True
             missing = isinstance(e, NotImplementedError) or "fake impl" in str(e)
             if not missing and (Facts(op).dynamic or sum(s.numel for s in sigs) >= AFFORDABLE):
                 raise
-            outs = _on_zeros(op, args, kwargs, sigs)  # it may take what the meta kernel refuses; if not, eager says so
+            outs = _on_zeros(
+                op, args, kwargs, sigs
+            )  # it may take what the meta kernel refuses; if not, eager says so
     return signatures(outs, device)
 
 
@@ -73,18 +77,30 @@ AFFORDABLE = 1 << 22
 
 
 #: ops whose results the device's kernel lays out, or leaves empty, as no meta kernel says
-DEVICE_DECIDES = ("linalg_", "_linalg_", "_fft_", "multi_margin_loss", "multilabel_margin_loss", "nonzero_static") + (
-    ("_embedding_bag", "_embedding_bag_forward_only")
-)
-#: zeros are indices out of bounds to them, or a failed assertion, which kernels on a GPU do not survive
-NOT_OF_ZEROS = {"lu_unpack", "linalg_lu_solve", "linalg_ldl_solve", "multinomial", "_functional_assert_async"}
+DEVICE_DECIDES = (
+    "linalg_",
+    "_linalg_",
+    "_fft_",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "nonzero_static",
+) + (("_embedding_bag", "_embedding_bag_forward_only"))
+#: zeros are indices out of bounds to them, or a failed assertion, which kernels on a GPU do not
+# survive
+NOT_OF_ZEROS = {
+    "lu_unpack",
+    "linalg_lu_solve",
+    "linalg_ldl_solve",
+    "multinomial",
+    "_functional_assert_async",
+}
 
 
 def better_tried(op: OpOverload, sigs: tuple) -> bool:
-    """Whether the device's kernel, on zeros, is a better witness than the meta kernel: where the strides (or empty
-    statistics, or the dimensions of a single loss) of the results depend on the device in ways that meta kernels do not
-    know, for unusual layouts they often do not; and where the meta kernel is written in Python.
-    """
+    """Whether the device's kernel, on zeros, is a better witness than the meta kernel: where the
+    strides (or empty statistics, or the dimensions of a single loss) of the results depend on the
+    device in ways that meta kernels do not know, for unusual layouts they often do not; and where
+    the meta kernel is written in Python."""
     name = plain_name(op)
     facts, affordable = Facts(op), sum(s.numel for s in sigs) < AFFORDABLE
     if name in NOT_OF_ZEROS or facts.effect or by_values(op, sigs):
@@ -100,20 +116,27 @@ def better_tried(op: OpOverload, sigs: tuple) -> bool:
 
 
 def by_values(op: OpOverload, sigs: tuple) -> bool:
-    """Whether the result's shape depends on values, for arguments of these signatures: with indices it does not."""
+    """Whether the result's shape depends on values, for arguments of these signatures: with
+    indices it does not."""
     masks = any(s.dtype in (torch.bool, torch.uint8) for s in sigs[1:])
     return Facts(op).dynamic and (op is not aten.index.Tensor or masks)
 
 
 #: composed of ops with such kernels
-MADE_OF_SUCH = {"rot90", "_trilinear", "constant_pad_nd", "randint_like", "mish_backward", "_conj_physical"}
+MADE_OF_SUCH = {
+    "rot90",
+    "_trilinear",
+    "constant_pad_nd",
+    "randint_like",
+    "mish_backward",
+    "_conj_physical",
+}
 
 
 @cache
 def python_meta(op: OpOverload) -> bool:
-    """Whether the op's meta kernel is written in Python, or made of such: it imports sympy and often Dynamo, seconds
-    in a fresh process.
-    """
+    """Whether the op's meta kernel is written in Python, or made of such: it imports sympy and
+    often Dynamo, seconds in a fresh process."""
     if plain_name(op) in MADE_OF_SUCH:
         return True
     entries = torch._C._dispatch_dump(op.name()).splitlines()
@@ -122,15 +145,23 @@ def python_meta(op: OpOverload) -> bool:
 
 def _on_meta(op: OpOverload) -> dict:
     """Factories take their device as an argument: on meta they must be told so."""
-    return {"device": torch.device("meta")} if any(a.name == "device" for a in op._schema.arguments) else {}
+    return (
+        {"device": torch.device("meta")}
+        if any(a.name == "device" for a in op._schema.arguments)
+        else {}
+    )
 
 
 def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The stated fall-back for ops without a meta kernel: run once on zeros of the right shape, keep the signature."""
+    """The stated fall-back for ops without a meta kernel: run once on zeros of the right shape,
+    keep the signature."""
     if by_values(op, sigs):
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
     real = [zeros_at(s) for s in sigs]
-    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    generators = [
+        torch.default_generator,
+        *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()),
+    ]
     states = [g.get_state() for g in generators]
     try:
         return op(*fill(args, real), **{k: fill(v, real) for k, v in kwargs.items()})
@@ -147,7 +178,8 @@ def zeros_at(s: Sig) -> Tensor:
 
 
 def output_device(op: OpOverload, kwargs: dict, sigs: tuple) -> torch.device:
-    """The device of an op's results: asked for, or that of its tensors (0-dim CPU tensors follow the others)."""
+    """The device of an op's results: asked for, or that of its tensors (0-dim CPU tensors follow
+    the others)."""
     if plain_name(op) in MIXES:
         return sigs[0].device
     if (asked := kwargs.get("device")) is not None:
@@ -162,12 +194,22 @@ def plain_name(op: OpOverload) -> str:
 
 #: ops whose indices may lie on the CPU, or that copy from anywhere
 MIXES = frozenset(
-    ("copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+    (
+        "copy",
+        "copy_",
+        "index",
+        "index_put",
+        "index_put_",
+        "_index_put_impl_",
+        "_unsafe_index",
+        "_unsafe_index_put",
+    )
 )
 
 
 def check_devices(op: OpOverload, sigs: tuple) -> None:
-    """Refuse tensors on several devices, which some meta kernels do not look at; 0-dim CPU tensors go with any."""
+    """Refuse tensors on several devices, which some meta kernels do not look at; 0-dim CPU tensors
+    go with any."""
     here = {s.device for s in sigs if s.shape or s.device.type != "cpu"}
     if len(here) > 1 and op.namespace == "aten" and plain_name(op) not in MIXES:
         raise CaptureError(

@@ -1,8 +1,9 @@
-"""Instructions: an op together with its literals, the signatures of its tensors and of its results.
+"""Instructions: an op together with its literals, the signatures of its tensors and of its
+results.
 
-An :class:`Instr` is interned, so that a recorded program is keyed by the identities of its instructions. Keys hold
-``(type, value)`` for literals and floats by their bits, since ``1 == 1.0 == True`` and ``-0.0 == 0.0`` in Python.
-"""
+An :class:`Instr` is interned, so that a recorded program is keyed by the identities of its
+instructions. Keys hold ``(type, value)`` for literals and floats by their bits, since ``1 == 1.0
+== True`` and ``-0.0 == 0.0`` in Python."""
 
 from __future__ import annotations
 
@@ -21,15 +22,21 @@ aten = torch.ops.aten
 
 
 class Instr:
-    """An op with its literals and argument signatures, and what it returns: interned. ``anywhere`` is that of the same
-    call at the beginning of every storage, where that makes a difference to the signatures alone; ``number`` the dtype
-    with which a Python number among its arguments may be a tensor.
-    """
+    """An op with its literals and argument signatures, and what it returns: interned. ``anywhere``
+    is that of the same call at the beginning of every storage, where that makes a difference to
+    the signatures alone; ``number`` the dtype with which a Python number among its arguments may
+    be a tensor."""
 
     __slots__ = ("anywhere", "args", "facts", "kwargs", "made", "number", "op", "outs", "sigs")
 
     def __init__(
-        self, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any, anywhere: Instr | None = None
+        self,
+        op: OpOverload,
+        args: tuple,
+        kwargs: dict,
+        sigs: tuple,
+        outs: Any,
+        anywhere: Instr | None = None,
     ) -> None:
         self.op, self.args, self.kwargs, self.sigs, self.outs = op, args, kwargs, sigs, outs
         self.facts = Facts(op)
@@ -46,7 +53,17 @@ _memo = Cache(1 << 15)
 interned = _memo.get
 
 SIMPLE = frozenset(
-    (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
+    (
+        int,
+        bool,
+        str,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        type(...),
+    )
 )
 
 
@@ -88,12 +105,16 @@ def encode(a: Any, key: list, sink: Any) -> Any:
     return a
 
 
-def intern(key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None) -> Instr:
+def intern(
+    key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None
+) -> Instr:
     """The instruction for this key, made (its outputs inferred, unless given) if it is new."""
     facts, anywhere = Facts(op), None
     if any(s.offset for s in sigs) and not facts.strided and not facts.writes:
         there = tuple([k.start if k.__class__ is Sig else k for k in key])
-        anywhere = interned(there) or intern(there, op, args, kwargs, tuple([s.start for s in sigs]), outs)
+        anywhere = interned(there) or intern(
+            there, op, args, kwargs, tuple([s.start for s in sigs]), outs
+        )
         outs = outs if facts.view_of is None else moved(anywhere.outs, sigs[0].offset)
     if outs is None:
         outs = infer(op, args, kwargs, sigs)

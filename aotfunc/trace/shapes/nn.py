@@ -1,4 +1,5 @@
-"""Shape rules of neural network layers: softmax, losses, attention, norms, convolutions, pooling. See :mod:`.rules`."""
+"""Shape rules of neural network layers: softmax, losses, attention, norms, convolutions, pooling.
+See :mod:`.rules`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ aten = torch.ops.aten
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
-# ----- softmax and losses ---------------------------------------------------------------------------------------------
+# ----- softmax and losses
+# ---------------------------------------------------------------------------------------------
 
 
 @rule(aten._softmax, aten._log_softmax)
@@ -52,9 +54,8 @@ def _log_sigmoid(x):
 
 @rule(aten._ctc_loss.Tensor)
 def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
-    """The signatures of the loss and its buffer; ``rules/ctc.py`` appends a target of maximal length, and the buffer
-    has that length.
-    """
+    """The signatures of the loss and its buffer; ``rules/ctc.py`` appends a target of maximal
+    length, and the buffer has that length."""
     sure(log_probs.dtype.is_floating_point and log_probs.ndim == 3 and targets.ndim == 2)
     steps, n, _ = log_probs.shape
     sure(targets.shape[0] == input_lengths.numel == target_lengths.numel == n)
@@ -74,15 +75,27 @@ MEAN = 1  # the reductions of losses: none, mean, sum
 
 @rule(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
 def _loss(x, target, reduction=MEAN, parameter=1.0):
-    sure(x.dtype is target.dtype and x.dtype.is_floating_point and parameter > 0 and reduction in (0, 1, 2))
+    sure(
+        x.dtype is target.dtype
+        and x.dtype.is_floating_point
+        and parameter > 0
+        and reduction in (0, 1, 2)
+    )
     plain(x, target)
     shape = broadcast(x.shape, target.shape)
-    return new(x, (), stride=()) if reduction else new(x, shape, stride=result_strides(shape, (x, target)))
+    return (
+        new(x, (), stride=())
+        if reduction
+        else new(x, shape, stride=result_strides(shape, (x, target)))
+    )
 
 
 @rule(aten.mse_loss_backward, aten.smooth_l1_loss_backward, aten.huber_loss_backward)
 def _loss_backward(g, x, target, reduction, *parameter):
-    sure(g.dtype is x.dtype is target.dtype and broadcast(g.shape, x.shape, target.shape) == x.shape == target.shape)
+    sure(
+        g.dtype is x.dtype is target.dtype
+        and broadcast(g.shape, x.shape, target.shape) == x.shape == target.shape
+    )
     plain(g, x, target)
     return like(x)
 
@@ -103,9 +116,15 @@ def _bce_backward(g, x, target, weight=None, reduction=MEAN):
 
 @rule(aten.nll_loss_forward)
 def _nll_loss(x, target, weight, reduction, ignore_index):
-    sure(x.dtype.is_floating_point and x.ndim in (1, 2) and target.dtype is torch.int64 and reduction in (0, 1, 2))
     sure(
-        target.shape == x.shape[:-1] and (weight is None or (weight.dtype is x.dtype and weight.shape == x.shape[-1:]))
+        x.dtype.is_floating_point
+        and x.ndim in (1, 2)
+        and target.dtype is torch.int64
+        and reduction in (0, 1, 2)
+    )
+    sure(
+        target.shape == x.shape[:-1]
+        and (weight is None or (weight.dtype is x.dtype and weight.shape == x.shape[-1:]))
     )
     return new(x, target.shape if reduction == 0 else ()), new(x, ())
 
@@ -119,7 +138,8 @@ def _nll_loss_backward(g, x, target, weight, reduction, ignore_index, total_weig
     return like(x)
 
 
-# ----- attention ------------------------------------------------------------------------------------------------------
+# ----- attention
+# ------------------------------------------------------------------------------------------------------
 
 
 @rule(aten._scaled_dot_product_flash_attention_for_cpu)
@@ -133,31 +153,55 @@ def _attention(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale
 @rule(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward(g, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
     sure(all(x.ndim == 4 for x in (q, k, v)))
-    return tuple([new(x, x.shape, stride=ordered_strides(x.shape, (0, 2, 1, 3))) for x in (q, k, v)])
+    return tuple(
+        [new(x, x.shape, stride=ordered_strides(x.shape, (0, 2, 1, 3))) for x in (q, k, v)]
+    )
 
 
-# ----- norms ----------------------------------------------------------------------------------------------------------
+# ----- norms
+# ----------------------------------------------------------------------------------------------------------
 
 
 @rule(aten.native_layer_norm)
 def _layer_norm(x, shape, weight, bias, eps):
     k = len(shape)
-    sure(0 < k <= x.ndim and x.shape[-k:] == tuple(shape) and 0 not in x.shape and x.dtype.is_floating_point)
-    sure(all(p is None or (p.shape == tuple(shape) and p.dtype is x.dtype) for p in (weight, bias)))
+    sure(
+        0 < k <= x.ndim
+        and x.shape[-k:] == tuple(shape)
+        and 0 not in x.shape
+        and x.dtype.is_floating_point
+    )
+    sure(
+        all(p is None or (p.shape == tuple(shape) and p.dtype is x.dtype) for p in (weight, bias))
+    )
     plain(x, weight, bias)
-    moment = new(x, (*x.shape[:-k], *[1] * k), None if x.device.type == "cpu" else WIDE.get(x.dtype))
+    moment = new(
+        x, (*x.shape[:-k], *[1] * k), None if x.device.type == "cpu" else WIDE.get(x.dtype)
+    )
     return like(x), moment, moment
 
 
 @rule(aten.native_layer_norm_backward)
 def _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask):
     k = len(shape)
-    sure(g.shape == x.shape and 0 < k <= x.ndim and x.shape[-k:] == tuple(shape) and 0 not in x.shape)
+    sure(
+        g.shape == x.shape
+        and 0 < k <= x.ndim
+        and x.shape[-k:] == tuple(shape)
+        and 0 not in x.shape
+    )
     sure(all(p is None or p.shape == tuple(shape) for p in (weight, bias)))
     sure(all(m.shape == (*x.shape[:-k], *[1] * k) for m in (mean, rstd)))
-    sure(all(s is None or (s.dtype is x.dtype and s.dtype.is_floating_point) for s in (g, mean, rstd, weight, bias)))
+    sure(
+        all(
+            s is None or (s.dtype is x.dtype and s.dtype.is_floating_point)
+            for s in (g, mean, rstd, weight, bias)
+        )
+    )
     plain(g, x, mean, rstd, weight, bias)
-    sure(k < x.ndim or all(n > 1 for n in x.shape))  # else the bias's gradient is a clone of g, strides and all
+    sure(
+        k < x.ndim or all(n > 1 for n in x.shape)
+    )  # else the bias's gradient is a clone of g, strides and all
     return (
         like(x) if mask[0] else None,
         new(x, shape) if mask[1] and weight is not None else None,
@@ -178,11 +222,20 @@ def _group_norm_backward(g, x, mean, rstd, weight, n, c, hw, group, mask):
     same_dtype(g, x, mean, rstd)
     sure(g.shape == x.shape and mean.shape == rstd.shape == (n, group))
     plain(g, mean, rstd)
-    return like(x) if mask[0] else None, new(x, (c,)) if mask[1] else None, new(x, (c,)) if mask[2] else None
+    return (
+        like(x) if mask[0] else None,
+        new(x, (c,)) if mask[1] else None,
+        new(x, (c,)) if mask[2] else None,
+    )
 
 
 def _group_norm_fits(x: Sig, weight: Any, bias: Any, n: int, c: int, hw: int, group: int) -> None:
-    sure(x.dtype in (torch.float32, torch.float64) and x.ndim >= 2 and x.shape[:2] == (n, c) and 0 not in x.shape)
+    sure(
+        x.dtype in (torch.float32, torch.float64)
+        and x.ndim >= 2
+        and x.shape[:2] == (n, c)
+        and 0 not in x.shape
+    )
     sure(math.prod(x.shape[2:]) == hw and group > 0 and c % group == 0)
     sure(all(p is None or (p.dtype is x.dtype and p.shape == (c,)) for p in (weight, bias)))
     plain(x, weight, bias)
@@ -226,7 +279,8 @@ def _batch_norm_backward(g, x, weight, mean, var, save_mean, save_rstd, train, e
     return like(x), *[new(x, x.shape[1:2]) if m else None for m in mask[1:]]
 
 
-# ----- windows --------------------------------------------------------------------------------------------------------
+# ----- windows
+# --------------------------------------------------------------------------------------------------------
 
 
 def per_dim(values: Sequence[int], n: int) -> list[int]:
@@ -240,7 +294,13 @@ def _convolution(x, w, bias, stride, padding, dilation, transposed, output_paddi
     n = x.ndim - 2
     plain(x, w)  # for other layouts the device's kernel decides the result's
     same_dtype(x, w, *([] if bias is None else [bias]))
-    sure(n in (1, 2, 3) and w.ndim == x.ndim and groups > 0 and 0 not in x.shape and 0 not in w.shape)
+    sure(
+        n in (1, 2, 3)
+        and w.ndim == x.ndim
+        and groups > 0
+        and 0 not in x.shape
+        and 0 not in w.shape
+    )
     steps, pads, gaps, extra = (per_dim(v, n) for v in (stride, padding, dilation, output_padding))
     sure(min(steps) > 0 and min(pads) >= 0 and min(gaps) > 0 and min(extra) >= 0)
     reach = [d * (k - 1) for d, k in zip(gaps, w.shape[2:], strict=True)]
@@ -254,13 +314,18 @@ def _convolution(x, w, bias, stride, padding, dilation, transposed, output_paddi
     else:
         channels = w.shape[0]
         sure(x.shape[1] == w.shape[1] * groups and channels % groups == 0)
-        sizes = [(i + 2 * p - r - 1) // s + 1 for i, s, p, r in zip(x.shape[2:], steps, pads, reach, strict=True)]
+        sizes = [
+            (i + 2 * p - r - 1) // s + 1
+            for i, s, p, r in zip(x.shape[2:], steps, pads, reach, strict=True)
+        ]
     sure(min(sizes) > 0 and (bias is None or bias.shape == (channels,)))
     return new(x, (x.shape[0], channels, *sizes))
 
 
 @rule(aten.convolution_backward)
-def _convolution_backward(g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask):
+def _convolution_backward(
+    g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask
+):
     out = _convolution(x, w, None, stride, padding, dilation, transposed, output_padding, groups)
     sure(g.shape == out.shape and g.dtype is x.dtype and len(mask) == 3)
     return (
@@ -271,18 +336,27 @@ def _convolution_backward(g, x, w, bias_sizes, stride, padding, dilation, transp
 
 
 def pooled(
-    x: Sig, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil: bool
+    x: Sig,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
 ) -> tuple:
     """The shape after a two-dimensional pooling."""
     sure(x.ndim in (3, 4) and 0 not in x.shape)
     plain(x)
     sizes = []
     ks, ps, ds = (per_dim(v, 2) for v in (kernel, padding, dilation))
-    for i, k, s, p, d in zip(x.shape[-2:], ks, per_dim(stride, 2) if stride else ks, ps, ds, strict=True):
+    for i, k, s, p, d in zip(
+        x.shape[-2:], ks, per_dim(stride, 2) if stride else ks, ps, ds, strict=True
+    ):
         sure(k > 0 and s > 0 and d > 0 and 0 <= p <= k // 2)
         room = i + 2 * p - d * (k - 1) - 1
         n = (-(-room // s) if ceil else room // s) + 1
-        n -= ceil and (n - 1) * s >= i + p  # the last window starts inside the input or its left padding
+        n -= (
+            ceil and (n - 1) * s >= i + p
+        )  # the last window starts inside the input or its left padding
         sure(n > 0)
         sizes.append(n)
     return (*x.shape[:-2], *sizes)
@@ -302,7 +376,9 @@ def _max_pool2d_backward(g, x, kernel, stride, padding, dilation, ceil_mode, ind
 
 
 @rule(aten.avg_pool2d)
-def _avg_pool2d(x, kernel, stride=(), padding=(0,), ceil_mode=False, count_include_pad=True, divisor=None):
+def _avg_pool2d(
+    x, kernel, stride=(), padding=(0,), ceil_mode=False, count_include_pad=True, divisor=None
+):
     sure(divisor != 0 and x.dtype.is_floating_point)
     return new(x, pooled(x, kernel, stride, padding, (1,), ceil_mode))
 

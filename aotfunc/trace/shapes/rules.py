@@ -1,14 +1,15 @@
-"""Our own answers to what an op returns: shape rules for the common algebra, so that no meta kernel has to run.
+"""Our own answers to what an op returns: shape rules for the common algebra, so that no meta
+kernel has to run.
 
-PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a fresh process; a rule
-here is a few lines and imports nothing. A rule takes the op's arguments with signatures in place of tensors and answers
-exactly what the kernel would. What it is not sure of, invalid arguments included, it declines (:class:`Unsure`), and a
-kernel decides, see :func:`.infer.by_kernel`. Views and copies have no rules: their meta kernels are C++, exact and
+PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a
+fresh process; a rule here is a few lines and imports nothing. A rule takes the op's arguments with
+signatures in place of tensors and answers exactly what the kernel would. What it is not sure of,
+invalid arguments included, it declines (:class:`Unsure`), and a kernel decides, see
+:func:`.infer.by_kernel`. Views and copies have no rules: their meta kernels are C++, exact and
 quick.
 
-Pointwise ops need no rule each. Their result dtype is asked of the kernel itself, run on tensors without elements;
-shape and strides follow TensorIterator's rules.
-"""
+Pointwise ops need no rule each. Their result dtype is asked of the kernel itself, run on tensors
+without elements; shape and strides follow TensorIterator's rules."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from .sig import Facts, Sig, contiguous_stride, fill, make_sig
 
 aten = torch.ops.aten
 
-#: op -> rule(*args, **kwargs): called with signatures for tensors, returns signatures (None where there is no tensor)
+#: op -> rule(*args, **kwargs): called with signatures for tensors, returns signatures (None where
+# there is no tensor)
 RULES: dict[OpOverload, Callable] = {}
 
 
@@ -34,7 +36,8 @@ class Unsure(Exception):
 
 
 def rule(*ops: Any) -> Callable[[Callable], Callable]:
-    """Decorator: this function answers for these overloads (a packet stands for its ``default``)."""
+    """Decorator: this function answers for these overloads (a packet stands for its
+    ``default``)."""
 
     def register(f: Callable) -> Callable:
         for op in ops:
@@ -45,7 +48,8 @@ def rule(*ops: Any) -> Callable[[Callable], Callable]:
 
 
 def by_rule(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of what ``op`` returns (arguments as for :func:`.infer.infer`), or NotImplemented."""
+    """The signatures of what ``op`` returns (arguments as for :func:`.infer.infer`), or
+    NotImplemented."""
     known = rule_for(op)
     if known is None:
         return NotImplemented
@@ -63,14 +67,23 @@ def sure(condition: Any) -> None:
         raise Unsure
 
 
-# ----- signatures -----------------------------------------------------------------------------------------------------
+# ----- signatures
+# -----------------------------------------------------------------------------------------------------
 
 
-def new(like: Sig, shape: Iterable[int], dtype: torch.dtype | None = None, stride: tuple | None = None) -> Sig:
-    """A new tensor on the device of ``like``, of its dtype unless given; contiguous unless strides are given."""
+def new(
+    like: Sig, shape: Iterable[int], dtype: torch.dtype | None = None, stride: tuple | None = None
+) -> Sig:
+    """A new tensor on the device of ``like``, of its dtype unless given; contiguous unless strides
+    are given."""
     shape = tuple(shape)
     sure(all(n >= 0 for n in shape))
-    return make_sig(shape, contiguous_stride(shape) if stride is None else stride, dtype or like.dtype, like.device)
+    return make_sig(
+        shape,
+        contiguous_stride(shape) if stride is None else stride,
+        dtype or like.dtype,
+        like.device,
+    )
 
 
 def plain(*sigs: Sig | None) -> None:
@@ -119,7 +132,8 @@ def formatted(shape: tuple, memory_format: torch.memory_format) -> tuple:
 
 
 def in_order(sig: Sig, order: Sequence[int]) -> bool:
-    """Whether the elements lie densely with the dimensions in this order (strides of size-1 dimensions are moot)."""
+    """Whether the elements lie densely with the dimensions in this order (strides of size-1
+    dimensions are moot)."""
     step = 1
     for d in reversed(order):
         n = sig.shape[d]
@@ -131,11 +145,11 @@ def in_order(sig: Sig, order: Sequence[int]) -> bool:
 
 
 def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
-    """The strides of a pointwise result: dense, the dimensions in the operands' common order (TensorIterator's rule).
+    """The strides of a pointwise result: dense, the dimensions in the operands' common order
+    (TensorIterator's rule).
 
-    Declines where kernels differ: no elements, and unusual layouts together with dimensions of size 1, overlap or
-    broadcasting.
-    """
+    Declines where kernels differ: no elements, and unusual layouts together with dimensions of
+    size 1, overlap or broadcasting."""
     standard = contiguous_stride(shape)
     sure(0 not in shape)
     if all(s.stride == standard or natural(s) for s in operands):
@@ -149,7 +163,12 @@ def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
             sure(all(n > 1 for n in shape) or all(s.stride == stride for s in operands))
             return stride
     sure(all(n > 1 for n in shape) and operands[0].shape == shape)
-    sure(all((s.shape == shape and 0 not in s.stride) or s.stride == contiguous_stride(s.shape) for s in operands))
+    sure(
+        all(
+            (s.shape == shape and 0 not in s.stride) or s.stride == contiguous_stride(s.shape)
+            for s in operands
+        )
+    )
     return ordered_strides(shape, memory_order(shape, operands))
 
 
@@ -170,10 +189,11 @@ def natural(sig: Sig) -> bool:
 
 
 def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
-    """The dimensions from outermost to innermost, as the operands' strides have them; broadcast ones have no say.
+    """The dimensions from outermost to innermost, as the operands' strides have them; broadcast
+    ones have no say.
 
-    An insertion sort, because the comparison may be undecided: earlier operands come first, equal strides go by size.
-    """
+    An insertion sort, because the comparison may be undecided: earlier operands come first, equal
+    strides go by size."""
     ndim = len(shape)
     strides = []
     for s in operands:
@@ -205,28 +225,59 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
     return order[::-1]
 
 
-# ----- pointwise ops --------------------------------------------------------------------------------------------------
+# ----- pointwise ops
+# --------------------------------------------------------------------------------------------------
 
 #: pointwise, but without the tag
 UNTAGGED = {
-    *("elu_backward", "hardtanh_backward", "leaky_relu_backward", "hardsigmoid_backward", "hardswish_backward"),
+    *(
+        "elu_backward",
+        "hardtanh_backward",
+        "leaky_relu_backward",
+        "hardsigmoid_backward",
+        "hardswish_backward",
+    ),
     *("softplus_backward", "softshrink_backward", "hardshrink_backward", "mish_backward"),
     *("hardswish", "complex", "polar", "rsub"),
 }
-#: pointwise, but composed of others on meta, and with strides by the rule only if all operands are in natural order
+#: pointwise, but composed of others on meta, and with strides by the rule only if all operands are
+# in natural order
 COMPOSED = {
-    *("masked_fill", "mvlgamma", "div.Tensor_mode", "floor_divide", "rsub", "copysign", "xlogy", "special_xlog1py"),
+    *(
+        "masked_fill",
+        "mvlgamma",
+        "div.Tensor_mode",
+        "floor_divide",
+        "rsub",
+        "copysign",
+        "xlogy",
+        "special_xlog1py",
+    ),
     *("logical_and", "logical_or", "logical_xor", "pow.Scalar", "angle", "abs", "frexp"),
     *("nan_to_num", "rad2deg", "deg2rad"),
-    *("threshold_backward", "hardswish_backward", "leaky_relu_backward", "logit_backward", "hardtanh_backward"),
+    *(
+        "threshold_backward",
+        "hardswish_backward",
+        "leaky_relu_backward",
+        "logit_backward",
+        "hardtanh_backward",
+    ),
 }
 #: tagged, and yet left to others
-LEFT_OUT = {"clone", "ldexp", "select_scatter", "slice_scatter", "diagonal_scatter", "as_strided_scatter"}
+LEFT_OUT = {
+    "clone",
+    "ldexp",
+    "select_scatter",
+    "slice_scatter",
+    "diagonal_scatter",
+    "as_strided_scatter",
+}
 
 
 @cache
 def rule_for(op: OpOverload) -> Callable | None:
-    """The written rule, or the common one of pointwise ops; for an op in place that of its functional twin."""
+    """The written rule, or the common one of pointwise ops; for an op in place that of its
+    functional twin."""
     from . import algebra, factories, indexing, nn  # noqa: F401  (their rules register themselves)
 
     if op in RULES:
@@ -257,9 +308,14 @@ def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
 
 @cache
 def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
-    """A tensor that asks a kernel for its result dtype: with dimensions and without elements, or a single number."""
+    """A tensor that asks a kernel for its result dtype: with dimensions and without elements, or a
+    single number."""
     with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():  # wrapped by no mode
-        return torch.empty(0, dtype=dtype, device="cpu") if dimensions else torch.ones((), dtype=dtype, device="cpu")
+        return (
+            torch.empty(0, dtype=dtype, device="cpu")
+            if dimensions
+            else torch.ones((), dtype=dtype, device="cpu")
+        )
 
 
 def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
@@ -278,7 +334,11 @@ def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     with torch._C._DisableTorchDispatch(), torch._C._DisableAutocast():
         try:
             outs = op(
-                *probes, **{k: probe(v.dtype, bool(v.shape)) if v.__class__ is Sig else v for k, v in kwargs.items()}
+                *probes,
+                **{
+                    k: probe(v.dtype, bool(v.shape)) if v.__class__ is Sig else v
+                    for k, v in kwargs.items()
+                },
             )
         except (RuntimeError, NotImplementedError):
             raise Unsure from None

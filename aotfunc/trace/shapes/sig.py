@@ -19,12 +19,21 @@ aten = torch.ops.aten
 
 
 class Sig:
-    """Shape, stride, dtype, device and storage offset of a tensor; interned, so ``is`` compares."""
+    """Shape, stride, dtype, device and storage offset of a tensor; interned, so ``is``
+    compares."""
 
     __slots__ = ("device", "dtype", "offset", "plain", "proto", "shape", "stride")
 
-    def __init__(self, shape: tuple, stride: tuple, dtype: torch.dtype, device: torch.device, offset: int) -> None:
-        self.shape, self.stride, self.dtype, self.device, self.offset = shape, stride, dtype, device, offset
+    def __init__(
+        self, shape: tuple, stride: tuple, dtype: torch.dtype, device: torch.device, offset: int
+    ) -> None:
+        self.shape, self.stride, self.dtype, self.device, self.offset = (
+            shape,
+            stride,
+            dtype,
+            device,
+            offset,
+        )
         self.plain = offset == 0 and stride == contiguous_stride(shape)
         with torch._C._DisableTorchDispatch():
             self.proto = self.fresh()
@@ -40,7 +49,11 @@ class Sig:
     @property
     def extent(self) -> int:
         """How many elements of the storage it reaches."""
-        return self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n)
+        return (
+            self.offset
+            + 1
+            + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n)
+        )
 
     @property
     def ndim(self) -> int:
@@ -57,7 +70,11 @@ class Sig:
 
     def moved(self, by: int) -> Sig:
         """The same, so many elements further on."""
-        return make_sig(self.shape, self.stride, self.dtype, self.device, self.offset + by) if by else self
+        return (
+            make_sig(self.shape, self.stride, self.dtype, self.device, self.offset + by)
+            if by
+            else self
+        )
 
     @property
     def differentiable(self) -> bool:
@@ -76,11 +93,14 @@ def contiguous_stride(shape: tuple) -> tuple:
     return tuple(reversed(strides))
 
 
-#: two equal signatures are not identical after one was forgotten: they only miss caches and rewritings
+#: two equal signatures are not identical after one was forgotten: they only miss caches and
+# rewritings
 _sigs = Cache(1 << 14)
 
 
-def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, offset: int = 0) -> Sig:
+def make_sig(
+    shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, offset: int = 0
+) -> Sig:
     """The one signature with these values."""
     key = (shape, stride, dtype, device, offset)
     sig = _sigs.get(key)
@@ -91,9 +111,12 @@ def make_sig(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, 
 
 
 def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
-    """The signature of a tensor (``device`` overrides: a meta tensor stands for one of that device)."""
+    """The signature of a tensor (``device`` overrides: a meta tensor stands for one of that
+    device)."""
     if t.layout is not torch.strided or t.is_quantized:
-        raise CaptureError(f"only dense tensors can be captured, not one with layout {t.layout} and dtype {t.dtype}")
+        raise CaptureError(
+            f"only dense tensors can be captured, not one with layout {t.layout} and dtype {t.dtype}"
+        )
     return make_sig(t.shape, t.stride(), t.dtype, device or t.device, t.storage_offset())
 
 
@@ -106,38 +129,62 @@ class Slot(int):
 
 @cache
 class Facts:
-    """What an overload's schema and tags say: which arguments it writes, what its returns alias, whether it draws."""
+    """What an overload's schema and tags say: which arguments it writes, what its returns alias,
+    whether it draws."""
 
     def __init__(self, op: OpOverload) -> None:
         schema = op._schema
         arguments, returns = schema.arguments, schema.returns
-        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        written = [
+            i
+            for i, a in enumerate(arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
         self.writes = tuple(written)
         self.names = tuple(a.name for a in arguments)
         #: for each return, the argument that it *is* (written in place), or None
         self.same: tuple[int | None, ...] = tuple(
-            next((i for i in written if arguments[i].alias_info.before_set == r.alias_info.before_set), None)
+            next(
+                (
+                    i
+                    for i in written
+                    if arguments[i].alias_info.before_set == r.alias_info.before_set
+                ),
+                None,
+            )
             if r.alias_info is not None and r.alias_info.is_write
             else None
             for r in returns
         )
-        views = [r.alias_info for r in returns if r.alias_info is not None and not r.alias_info.is_write]
+        views = [
+            r.alias_info for r in returns if r.alias_info is not None and not r.alias_info.is_write
+        ]
         #: the argument that the returns are views of, or None
         self.view_of: int | None = None
-        if views and op is not aten.lift_fresh.default:  # a constant made inside is new on every run
+        if (
+            views and op is not aten.lift_fresh.default
+        ):  # a constant made inside is new on every run
             shared = views[0].before_set
             self.view_of = next(
-                (i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.before_set & shared), 0
+                (
+                    i
+                    for i, a in enumerate(arguments)
+                    if a.alias_info is not None and a.alias_info.before_set & shared
+                ),
+                0,
             )
         tags = op.tags
         self.random = torch.Tag.nondeterministic_seeded in tags
         self.reshapes = torch.Tag.inplace_view in tags
-        self.dynamic = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
+        self.dynamic = (
+            torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
+        )
         self.accumulates = op in (torch.ops.aten.add_.Tensor, torch.ops.aten.sub_.Tensor)
         #: counts from where the storage begins, not from where its argument does
         self.strided = "as_strided" in op._schema.name
         self.pure = not (self.writes or self.strided) and self.view_of is None
-        #: makes a tensor of no other's values: it may be told to require grad (`requires_grad=True`)
+        #: makes a tensor of no other's values: it may be told to require grad
+        # (`requires_grad=True`)
         self.factory = "pin_memory" in self.names or op is aten.lift_fresh.default
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"

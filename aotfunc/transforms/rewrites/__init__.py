@@ -1,4 +1,5 @@
-"""The local rewritings of the tidying, a file for each subject; importing it fills the table of :mod:`.table`."""
+"""The local rewritings of the tidying, a file for each subject; importing it fills the table of
+:mod:`.table`."""
 
 import aotfunc.transforms.rewrites.arithmetic
 import aotfunc.transforms.rewrites.broadcasting

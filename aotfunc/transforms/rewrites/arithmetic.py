@@ -53,8 +53,13 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
 
 
 def scaled(b: Builder, val: Sig, x: Any, n: Any) -> Any:
-    """``x`` times a number instead of a tensor filled with it, unless that tensor gives the result its shape."""
-    return fit(val, b.call(aten.mul.Tensor, x, n)) if x.__class__ is Node and x.meta["val"].dtype is val.dtype else None
+    """``x`` times a number instead of a tensor filled with it, unless that tensor gives the result
+    its shape."""
+    return (
+        fit(val, b.call(aten.mul.Tensor, x, n))
+        if x.__class__ is Node and x.meta["val"].dtype is val.dtype
+        else None
+    )
 
 
 @rewrite(aten.div.Tensor)
@@ -67,7 +72,12 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
     if m is not None:
         if number(y) is not None:
             return computed(b, val, np.divide, x, y)
-        if m == 1 and val.dtype in EXACT and y.__class__ is Node and y.meta["val"].dtype is val.dtype:
+        if (
+            m == 1
+            and val.dtype in EXACT
+            and y.__class__ is Node
+            and y.meta["val"].dtype is val.dtype
+        ):
             return fit(val, b.call(aten.reciprocal.default, y))
     if negated(x, val):
         return fit(val, b.call(NEG, b.call(aten.div.Tensor, x.args[0], y)))
@@ -91,7 +101,11 @@ def _add(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
     if is_bool(x) or is_bool(y):
         return None
     if negated(y, val):
-        return fit(val, b.call(aten.sub.Tensor, x, y.args[0])) if val.dtype.is_floating_point else None
+        return (
+            fit(val, b.call(aten.sub.Tensor, x, y.args[0]))
+            if val.dtype.is_floating_point
+            else None
+        )
     if negated(x, val) and y.__class__ is Node and val.dtype.is_floating_point:
         return fit(val, b.call(aten.sub.Tensor, y, x.args[0]))
     return with_number(b, val, operator.add, x, y) if val.dtype in EXACT else None
@@ -102,12 +116,17 @@ def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
     if alpha != 1:
         return None
     if negated(y, val):
-        return fit(val, b.call(aten.add.Tensor, x, y.args[0])) if val.dtype.is_floating_point else None
+        return (
+            fit(val, b.call(aten.add.Tensor, x, y.args[0]))
+            if val.dtype.is_floating_point
+            else None
+        )
     return with_number(b, val, operator.sub, x, y) if val.dtype in EXACT else None
 
 
 def with_number(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
-    """A sum or difference with a tensor filled with a number: of two it is a constant, of one it needs no tensor."""
+    """A sum or difference with a tensor filled with a number: of two it is a constant, of one it
+    needs no tensor."""
     m, n = number(x), number(y)
     if m is None and n is None:
         return None
@@ -115,11 +134,19 @@ def with_number(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
         return computed(b, val, op, x, y)
     adds = op is operator.add
     if n is not None:
-        if n == 0 and np.signbit(n) == adds and same(x, val):  # x - 0 and x + -0 are x, but -0 + 0 is 0
+        if (
+            n == 0 and np.signbit(n) == adds and same(x, val)
+        ):  # x - 0 and x + -0 are x, but -0 + 0 is 0
             return x
-        if x.__class__ is y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
+        if (
+            x.__class__ is y.__class__ is Node
+            and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype
+        ):
             return fit(val, b.call(aten.add.Tensor if adds else aten.sub.Tensor, x, n))
-    elif x.__class__ is y.__class__ is Node and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype:
+    elif (
+        x.__class__ is y.__class__ is Node
+        and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype
+    ):
         return fit(val, b.call(aten.add.Tensor if adds else aten.rsub.Scalar, y, m))
     return None
 

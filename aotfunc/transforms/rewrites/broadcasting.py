@@ -1,4 +1,5 @@
-"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant be filled."""
+"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant
+be filled."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ WHERE = aten.where.self
 #: one IEEE operation for each element: its bits do not depend on how a kernel walks over memory
 SINGLE = frozenset(
     (
-        *(getattr(aten, name).Tensor for name in ["add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"]),
+        *(
+            getattr(aten, name).Tensor
+            for name in ["add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"]
+        ),
         *(aten.maximum.default, aten.minimum.default, aten.threshold_backward.default, WHERE),
     )
 )
@@ -30,10 +34,13 @@ def _pointwise(op: Any, b: Builder, val: Sig, *args: Any, **kwargs: Any) -> Any:
         if a.__class__ is Node and a.target in SPREAD:
             constant = constant or spread(a)
             narrow = unspread(b, a, op in SINGLE)
-            if narrow is None or (not narrow.meta["val"].shape and op is not WHERE and not one_dtype(args)):
+            if narrow is None or (
+                not narrow.meta["val"].shape and op is not WHERE and not one_dtype(args)
+            ):
                 continue
             slim = (*args[:i], narrow, *args[i + 1 :])
-            # the kernel sees the same strides, so the bits are the same, unless this argument gave the shape
+            # the kernel sees the same strides, so the bits are the same, unless this argument gave
+            # the shape
             if infer_val(op, slim, kwargs) is val:
                 return b.node(op, slim, kwargs, val)
     return solid(b, val, op, args, kwargs) if constant and op in SINGLE else None
@@ -44,7 +51,8 @@ for op in (*SINGLE, aten.tanh_backward.default, aten.sigmoid_backward.default):
 
 
 def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
-    """What ``a`` is broadcast from (with ``copies`` also if it is a dense copy of that); None if it is not."""
+    """What ``a`` is broadcast from (with ``copies`` also if it is a dense copy of that); None if
+    it is not."""
     val = a.meta["val"]
     if a.target is FULL:
         return full(b, val, a.args[1], ()) if val.shape else None
@@ -59,5 +67,6 @@ def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
 
 
 def one_dtype(args: tuple) -> bool:
-    """Whether all tensors have one dtype: else it matters to the result's which of them are 0-dim."""
+    """Whether all tensors have one dtype: else it matters to the result's which of them are
+    0-dim."""
     return len({a.meta["val"].dtype for a in args if a.__class__ is Node}) == 1

@@ -1,7 +1,8 @@
-"""Constants: tensors filled with one number are written one way, follow every move, and are computed with.
+"""Constants: tensors filled with one number are written one way, follow every move, and are
+computed with.
 
-A filled tensor is ``full``, or ``expand`` of a ``full`` with one element where its strides are zeros.
-"""
+A filled tensor is ``full``, or ``expand`` of a ``full`` with one element where its strides are
+zeros."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ VIEW, EXPAND, PERMUTE, TRANSPOSE, T = (
     aten.t.default,
 )
 TURNS = frozenset((PERMUTE, TRANSPOSE, T))
-RESHAPES = (VIEW, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+RESHAPES = (
+    VIEW,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+)
 #: ops that show the same elements in another shape or order
 MOVES = TURNS | {EXPAND, *RESHAPES}
 
@@ -51,10 +58,11 @@ def is_one(a: Any) -> bool:
 
 
 def filled(b: Builder, val: Sig, value: Any) -> Any:
-    """A tensor of this signature filled with this number; None if its layout is not that of a constant.
+    """A tensor of this signature filled with this number; None if its layout is not that of a
+    constant.
 
-    Its storage offset is 0, whatever was planned: of a constant nothing else can be seen at another offset.
-    """
+    Its storage offset is 0, whatever was planned: of a constant nothing else can be seen at
+    another offset."""
     if val.plain or val.stride == contiguous_stride(val.shape):
         return full(b, val, value)
     short = [s for n, s in zip(val.shape, val.stride, strict=True) if n == 1]
@@ -72,7 +80,13 @@ def spread(a: Any) -> bool:
 def full(b: Builder, val: Sig, value: Any, shape: Any = None) -> Node:
     """``full``, written one way so that equal ones merge."""
     value = plain_number(value, val.dtype)
-    return b.call(FULL, list(val.shape if shape is None else shape), value, dtype=val.dtype, device=val.device)
+    return b.call(
+        FULL,
+        list(val.shape if shape is None else shape),
+        value,
+        dtype=val.dtype,
+        device=val.device,
+    )
 
 
 def plain_number(value: Any, dtype: torch.dtype) -> Any:
@@ -89,21 +103,24 @@ def plain_number(value: Any, dtype: torch.dtype) -> Any:
         with np.errstate(all="ignore"):
             short = np.float32(value)
         value = float(str(short)) if np.isfinite(short) else value
-    whole = value.is_integer() and abs(value) < 2**53 and (value != 0 or math.copysign(1, value) > 0)
+    whole = (
+        value.is_integer() and abs(value) < 2**53 and (value != 0 or math.copysign(1, value) > 0)
+    )
     return int(value) if whole else value
 
 
 def of_dtype(a: Any, dtype: torch.dtype) -> bool:
-    """Whether :func:`number` of ``a`` is its value in this dtype; 0.1 in float32 is not 0.1 in float64."""
+    """Whether :func:`number` of ``a`` is its value in this dtype; 0.1 in float32 is not 0.1 in
+    float64."""
     return a.__class__ is not Node or a.meta["val"].dtype is dtype
 
 
 def computed(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
-    """The constant ``op(a, c)`` of two constants, computed in their dtype; None where that is not to be had.
+    """The constant ``op(a, c)`` of two constants, computed in their dtype; None where that is not
+    to be had.
 
-    Arithmetic is the same to the bit wherever IEEE 754 holds, but for a quotient: a GPU multiplies by the reciprocal
-    of a number, which is the same for a numerator of one only.
-    """
+    Arithmetic is the same to the bit wherever IEEE 754 holds, but for a quotient: a GPU multiplies
+    by the reciprocal of a number, which is the same for a numerator of one only."""
     if val.dtype not in EXACT or not (of_dtype(a, val.dtype) and of_dtype(c, val.dtype)):
         return None
     x, y = number(a), number(c)
@@ -118,11 +135,14 @@ def computed(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
     return filled(b, val, value) if math.isfinite(value) else None
 
 
-# ----- one way of writing them ----------------------------------------------------------------------------------------
+# ----- one way of writing them
+# ----------------------------------------------------------------------------------------
 
 
 @rewrite(FULL)
-def _full(b: Builder, val: Sig, shape: Any, value: Any, pin_memory: Any = None, **named: Any) -> Any:
+def _full(
+    b: Builder, val: Sig, shape: Any, value: Any, pin_memory: Any = None, **named: Any
+) -> Any:
     if pin_memory or value.__class__ not in (int, float, bool):
         return None
     short = plain_number(value, val.dtype)
@@ -143,10 +163,13 @@ def _zeros(b: Builder, val: Sig, *_: Any, pin_memory: Any = None, **__: Any) -> 
 @rewrite(aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default)
 def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: Any) -> Any:
     value = args[-1]
-    return None if pin_memory or value.__class__ not in (int, float, bool) else filled(b, val, value)
+    return (
+        None if pin_memory or value.__class__ not in (int, float, bool) else filled(b, val, value)
+    )
 
 
-# ----- moved and selected ---------------------------------------------------------------------------------------------
+# ----- moved and selected
+# ---------------------------------------------------------------------------------------------
 
 
 @rewrite(aten.select.int, aten.slice.Tensor, aten.as_strided.default, aten.clone.default)
@@ -160,9 +183,17 @@ def _part(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
 def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
     """The sum of equal whole numbers is exact in any order, as long as it is small."""
     value = number(x) if is_call(x, FULL, EXPAND) else None
-    if value is None or dtype is not None or val.dtype not in EXACT or not val.numel or not float(value).is_integer():
+    if (
+        value is None
+        or dtype is not None
+        or val.dtype not in EXACT
+        or not val.numel
+        or not float(value).is_integer()
+    ):
         return None
-    total = value * (x.meta["val"].numel // val.numel) + 0.0  # a sum starts with 0, so that of minus zeros is 0
+    total = (
+        value * (x.meta["val"].numel // val.numel) + 0.0
+    )  # a sum starts with 0, so that of minus zeros is 0
     return filled(b, val, total) if abs(total) < 2**24 else None
 
 
@@ -173,12 +204,15 @@ def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
     return None
 
 
-# ----- dense where it matters not -------------------------------------------------------------------------------------
+# ----- dense where it matters not
+# -------------------------------------------------------------------------------------
 
 
 def solid(b: Builder, val: Sig, op: Any, args: tuple, named: dict) -> Any:
     """The call with expanded constants as dense ones, if its result is laid out the same."""
-    dense = tuple([full(b, a.meta["val"], number(a), a.meta["val"].shape) if spread(a) else a for a in args])
+    dense = tuple(
+        [full(b, a.meta["val"], number(a), a.meta["val"].shape) if spread(a) else a for a in args]
+    )
     return b.node(op, dense, named, val) if infer_val(op, dense, named) is val else None
 
 
@@ -202,12 +236,30 @@ for name in ("mm", "bmm", "addmm", "baddbmm"):
     op = getattr(aten, name).default
     rewrite(op)(partial(_solid_matrix, op))
 for op in (
-    *(aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default, aten.index_add.default),
-    *(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.select_backward.default),
-    *(aten.slice_backward.default, aten._softmax_backward_data.default, aten._log_softmax_backward_data.default),
+    *(
+        aten.select_scatter.default,
+        aten.slice_scatter.default,
+        aten.index_put.default,
+        aten.index_add.default,
+    ),
+    *(
+        aten.scatter.src,
+        aten.scatter.value,
+        aten.scatter_add.default,
+        aten.select_backward.default,
+    ),
+    *(
+        aten.slice_backward.default,
+        aten._softmax_backward_data.default,
+        aten._log_softmax_backward_data.default,
+    ),
     *(aten.gelu_backward.default, aten.silu_backward.default, aten.elu_backward.default),
     *(aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default),
     *(aten.native_layer_norm_backward.default, aten.native_batch_norm_backward.default),
-    *(aten.convolution_backward.default, aten.embedding_dense_backward.default, aten.diagonal_backward.default),
+    *(
+        aten.convolution_backward.default,
+        aten.embedding_dense_backward.default,
+        aten.diagonal_backward.default,
+    ),
 ):
     rewrite(op)(partial(_solid, op))

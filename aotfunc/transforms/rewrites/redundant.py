@@ -1,4 +1,5 @@
-"""Copies that are not needed, writes that are overwritten, and dimensions counted from the front."""
+"""Copies that are not needed, writes that are overwritten, and dimensions counted from the
+front."""
 
 from __future__ import annotations
 
@@ -45,10 +46,13 @@ def _item(b: Builder, val: Any, x: Any, i: int) -> Any:
     return x[i] if isinstance(x, list | tuple) else None
 
 
-# ----- dimensions -----------------------------------------------------------------------------------------------------
+# ----- dimensions
+# -----------------------------------------------------------------------------------------------------
 
 
-def _from_the_front(op: Any, b: Builder, val: Any, x: Any, dim: Any = None, *rest: Any, **named: Any) -> Any:
+def _from_the_front(
+    op: Any, b: Builder, val: Any, x: Any, dim: Any = None, *rest: Any, **named: Any
+) -> Any:
     """The call with its dimensions not negative, so that equal calls are written alike."""
     rank = len(x.meta["val"].shape)
     if dim.__class__ is int:
@@ -59,8 +63,20 @@ def _from_the_front(op: Any, b: Builder, val: Any, x: Any, dim: Any = None, *res
 
 
 for op in (
-    *(aten.sum.dim_IntList, aten.mean.dim, aten.var.correction, aten.amax.default, aten.amin.default),
-    *(aten.logsumexp.default, aten.cumsum.default, aten.flip.default, aten.select.int, aten.slice.Tensor),
+    *(
+        aten.sum.dim_IntList,
+        aten.mean.dim,
+        aten.var.correction,
+        aten.amax.default,
+        aten.amin.default,
+    ),
+    *(
+        aten.logsumexp.default,
+        aten.cumsum.default,
+        aten.flip.default,
+        aten.select.int,
+        aten.slice.Tensor,
+    ),
     *(aten.gather.default, aten._softmax.default, aten._log_softmax.default),
 ):
     rewrite(op)(partial(_from_the_front, op))

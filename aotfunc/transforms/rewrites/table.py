@@ -1,9 +1,9 @@
 """The table of rewritings and the questions that they ask of nodes.
 
-A rule is ``(builder, val, *args, **kwargs) -> replacement | None``. The replacement has the same bits as the op it
-stands for and exactly the signature ``val``: the ops behind were planned for these strides and this offset, and a
-``view`` of other ones may be impossible. :func:`fit` checks that.
-"""
+A rule is ``(builder, val, *args, **kwargs) -> replacement | None``. The replacement has the same
+bits as the op it stands for and exactly the signature ``val``: the ops behind were planned for
+these strides and this offset, and a ``view`` of other ones may be impossible. :func:`fit` checks
+that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ aten = torch.ops.aten
 
 REWRITES: dict[Any, list] = defaultdict(list)
 
-#: what a Python number is for tensors of these dtypes: the kernels convert it to the dtype before they compute
+#: what a Python number is for tensors of these dtypes: the kernels convert it to the dtype before
+# they compute
 EXACT = frozenset((torch.float32, torch.float64))
 
 

@@ -1,10 +1,11 @@
-"""Moves: a chain of ops that only show the same elements in another shape or order is made as short as it can be.
+"""Moves: a chain of ops that only show the same elements in another shape or order is made as
+short as it can be.
 
-Two views of the same memory with the same shape, strides and offset are the same value, whatever way led to them. So a
-chain may end at any of its links that has the signature wanted; and what shows all elements of a contiguous tensor
-without a copy is a ``view`` of it, or a ``permute`` of one. Not so where the memory is that of an expanded input: its
-elements are as many variables, of which a turn shows others in the same place.
-"""
+Two views of the same memory with the same shape, strides and offset are the same value, whatever
+way led to them. So a chain may end at any of its links that has the signature wanted; and what
+shows all elements of a contiguous tensor without a copy is a ``view`` of it, or a ``permute`` of
+one. Not so where the memory is that of an expanded input: its elements are as many variables, of
+which a turn shows others in the same place."""
 
 from __future__ import annotations
 
@@ -13,7 +14,19 @@ from typing import Any
 from ...trace.emit import Builder
 from ...trace.memory import overlaps_itself
 from ...trace.shapes.sig import Sig, contiguous_stride, make_sig
-from .constants import EXPAND, FULL, MOVES, PERMUTE, RESHAPES, TRANSPOSE, TURNS, VIEW, T, filled, number
+from .constants import (
+    EXPAND,
+    FULL,
+    MOVES,
+    PERMUTE,
+    RESHAPES,
+    TRANSPOSE,
+    TURNS,
+    VIEW,
+    T,
+    filled,
+    number,
+)
 from .table import aten, rewrite, tried
 
 
@@ -40,13 +53,18 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any)
         return x
     if x.target in MOVES:
         return shortened(b, val, x)
-    if x.target is FULL and (val.plain or x.meta["val"].numel != 1) and (value := number(x)) is not None:
+    if (
+        x.target is FULL
+        and (val.plain or x.meta["val"].numel != 1)
+        and (value := number(x)) is not None
+    ):
         return filled(b, val, value)
     return None
 
 
 def turned_variables(x: Any, turns: bool) -> bool:
-    """Whether a chain of moves that ends with ``x``, or a turn of it, turns a value whose elements share memory."""
+    """Whether a chain of moves that ends with ``x``, or a turn of it, turns a value whose elements
+    share memory."""
     while x.target in MOVES:
         turns = turns or x.target in TURNS
         x = x.args[0]
@@ -67,7 +85,8 @@ def _turned(b: Builder, val: Sig, x: Any, *how: Any) -> Any:
 
 
 def order(how: tuple, rank: int) -> list[int]:
-    """The dimensions in the order that ``t()``, ``transpose(i, j)`` or ``permute(dims)`` puts them."""
+    """The dimensions in the order that ``t()``, ``transpose(i, j)`` or ``permute(dims)`` puts
+    them."""
     if len(how) == 1:
         return [d % rank for d in how[0]]
     dims = list(range(rank))
@@ -78,17 +97,21 @@ def order(how: tuple, rank: int) -> list[int]:
 
 
 def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = None) -> Any:
-    """``x`` with its dimensions in this order, written one way; None if it is written so already, as ``how``."""
+    """``x`` with its dimensions in this order, written one way; None if it is written so already,
+    as ``how``."""
     off = [d for d, k in enumerate(dims) if d != k]
     if not off:
         return x
-    way: tuple[Any, ...] = (PERMUTE, dims) if len(off) > 2 else (TRANSPOSE, *off) if len(dims) > 2 else (T,)
+    way: tuple[Any, ...] = (
+        (PERMUTE, dims) if len(off) > 2 else (TRANSPOSE, *off) if len(dims) > 2 else (T,)
+    )
     target, args = way[0], way[1:]
     return None if args == how else b.node(target, (x, *args), {}, val)
 
 
 def shortened(b: Builder, val: Sig, x: Any) -> Any:
-    """The move of the move ``x`` with this signature, as fewer moves of what lies below; None if that cannot be."""
+    """The move of the move ``x`` with this signature, as fewer moves of what lies below; None if
+    that cannot be."""
     origin, links = x, 0
     while origin.target in MOVES:
         origin = origin.args[0]
@@ -115,7 +138,9 @@ def laid_out(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
     inside = sorted(range(len(val.shape)), key=lambda d: (-val.stride[d], val.shape[d] == 1))
     shape = tuple(val.shape[d] for d in inside)
     stride = contiguous_stride(shape)
-    if stride != tuple(val.stride[d] for d in inside) or not (two or shape == origin.meta["val"].shape):
+    if stride != tuple(val.stride[d] for d in inside) or not (
+        two or shape == origin.meta["val"].shape
+    ):
         return None
     base = b.node(VIEW, (origin, list(shape)), {}, make_sig(shape, stride, val.dtype, val.device))
     dims = [0] * len(inside)
@@ -125,4 +150,6 @@ def laid_out(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
 
 
 def expandable(shape: tuple, wide: tuple) -> bool:
-    return len(shape) <= len(wide) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(wide), strict=False))
+    return len(shape) <= len(wide) and all(
+        n in (1, m) for n, m in zip(reversed(shape), reversed(wide), strict=False)
+    )

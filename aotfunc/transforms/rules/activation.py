@@ -1,8 +1,7 @@
 """What the activation functions and their backward ops mean.
 
-Each backward op is linear in its first argument: the formula for that one is the op itself; the formula for the
-activation's input is the second derivative.
-"""
+Each backward op is linear in its first argument: the formula for that one is the op itself; the
+formula for the activation's input is the second derivative."""
 
 from __future__ import annotations
 
@@ -16,21 +15,31 @@ from torch._ops import OpOverload
 from .pointwise import keep
 from .table import aten, elementwise, pointwise, tensor_args, vjp_of, vmap_of
 
-# ----- piecewise linear: the second derivative is zero ----------------------------------------------------------------
+# ----- piecewise linear: the second derivative is zero
+# ----------------------------------------------------------------
 
 pointwise(aten.relu, lambda g, out, x: aten.threshold_backward(g, out, 0))
 pointwise(aten.threshold, lambda g, out, x, t, value: aten.threshold_backward(g, x, t))
 pointwise(aten.threshold_backward, lambda h, out, g, x, t: aten.threshold_backward(h, x, t))
 pointwise(aten.leaky_relu, lambda g, out, x, slope: aten.leaky_relu_backward(g, x, slope, False))
-pointwise(aten.leaky_relu_backward, lambda h, out, g, x, slope, is_out: aten.leaky_relu_backward(h, x, slope, is_out))
+pointwise(
+    aten.leaky_relu_backward,
+    lambda h, out, g, x, slope, is_out: aten.leaky_relu_backward(h, x, slope, is_out),
+)
 pointwise(aten.hardtanh, lambda g, out, x, low, high: aten.hardtanh_backward(g, x, low, high))
-pointwise(aten.hardtanh_backward, lambda h, out, g, x, low, high: aten.hardtanh_backward(h, x, low, high))
+pointwise(
+    aten.hardtanh_backward, lambda h, out, g, x, low, high: aten.hardtanh_backward(h, x, low, high)
+)
 pointwise(aten.hardsigmoid, lambda g, out, x: aten.hardsigmoid_backward(g, x))
 pointwise(aten.hardsigmoid_backward, lambda h, out, g, x: aten.hardsigmoid_backward(h, x))
 pointwise(aten.hardshrink, lambda g, out, x, width: aten.hardshrink_backward(g, x, width))
-pointwise(aten.hardshrink_backward, lambda h, out, g, x, width: aten.hardshrink_backward(h, x, width))
+pointwise(
+    aten.hardshrink_backward, lambda h, out, g, x, width: aten.hardshrink_backward(h, x, width)
+)
 pointwise(aten.softshrink, lambda g, out, x, width: aten.softshrink_backward(g, x, width))
-pointwise(aten.softshrink_backward, lambda h, out, g, x, width: aten.softshrink_backward(h, x, width))
+pointwise(
+    aten.softshrink_backward, lambda h, out, g, x, width: aten.softshrink_backward(h, x, width)
+)
 pointwise(
     aten.rrelu_with_noise_backward,
     lambda h, out, g, x, noise, low, high, train, is_out: aten.rrelu_with_noise_backward(
@@ -39,7 +48,8 @@ pointwise(
 )
 
 
-# ----- smooth ones ----------------------------------------------------------------------------------------------------
+# ----- smooth ones
+# ----------------------------------------------------------------------------------------------------
 
 
 def gelu_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor, approximate: str) -> Tensor:
@@ -67,17 +77,23 @@ def mish_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor) -> Tensor:
     return h * g * ((1 - t * t) * s * (2 + x * (1 - s - 2 * s * t)))
 
 
-def softplus_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+def softplus_second(
+    h: Tensor, out: Tensor, g: Tensor, x: Tensor, beta: float, threshold: float
+) -> Tensor:
     second = aten.sigmoid_backward(h * g, aten.sigmoid(x * beta)) * beta
     return second.masked_fill(x * beta > threshold, 0)  # the op is the identity up there
 
 
-def elu_second(h: Tensor, out: Tensor, g: Tensor, a: float, b: float, c: float, is_out: bool, x: Tensor) -> Tensor:
+def elu_second(
+    h: Tensor, out: Tensor, g: Tensor, a: float, b: float, c: float, is_out: bool, x: Tensor
+) -> Tensor:
     """``elu`` is ``b x`` for positive ``x`` and ``a b (exp(c x) - 1)`` otherwise."""
     return keep(x < 0, h * g * (c if is_out else (c * x).exp() * (a * b * c * c)))
 
 
-pointwise(aten.gelu, lambda g, out, x, approximate: aten.gelu_backward(g, x, approximate=approximate))
+pointwise(
+    aten.gelu, lambda g, out, x, approximate: aten.gelu_backward(g, x, approximate=approximate)
+)
 pointwise(
     aten.gelu_backward,
     lambda h, out, g, x, approximate: aten.gelu_backward(h, x, approximate=approximate),
@@ -90,14 +106,18 @@ def _(g: Tensor, x: Tensor, approximate: str, *, batched: tuple[bool, bool]) -> 
     rank = max(g.dim() - batched[0], x.dim() - batched[1])
     g, x = (t if b else t.unsqueeze(0) for t, b in zip((g, x), batched, strict=True))
     g, x = (t.reshape(t.shape[0], *[1] * (rank + 1 - t.dim()), *t.shape[1:]) for t in (g, x))
-    return aten.gelu_backward(*torch.broadcast_tensors(g, x), approximate=approximate)  # oneDNN's does not broadcast
+    return aten.gelu_backward(
+        *torch.broadcast_tensors(g, x), approximate=approximate
+    )  # oneDNN's does not broadcast
 
 
 pointwise(aten.silu, silu_first)
 pointwise(aten.silu_backward, lambda h, out, g, x: aten.silu_backward(h, x), silu_second)
 pointwise(aten.mish, lambda g, out, x: aten.mish_backward(g, x))
 pointwise(aten.mish_backward, lambda h, out, g, x: aten.mish_backward(h, x), mish_second)
-pointwise(aten.softplus, lambda g, out, x, beta, threshold: aten.softplus_backward(g, x, beta, threshold))
+pointwise(
+    aten.softplus, lambda g, out, x, beta, threshold: aten.softplus_backward(g, x, beta, threshold)
+)
 pointwise(
     aten.softplus_backward,
     lambda h, out, g, x, beta, threshold: aten.softplus_backward(h, x, beta, threshold),
@@ -105,7 +125,11 @@ pointwise(
 )
 pointwise(aten.elu, lambda g, out, x, a, b, c: aten.elu_backward(g, a, b, c, False, x))
 pointwise(aten.celu, lambda g, out, x, a: aten.elu_backward(g, a, 1, 1 / a, False, x))
-pointwise(aten.elu_backward, lambda h, out, g, a, b, c, is_out, x: aten.elu_backward(h, a, b, c, is_out, x), elu_second)
+pointwise(
+    aten.elu_backward,
+    lambda h, out, g, a, b, c, is_out, x: aten.elu_backward(h, a, b, c, is_out, x),
+    elu_second,
+)
 pointwise(aten.hardswish, lambda g, out, x: aten.hardswish_backward(g, x))
 pointwise(
     aten.hardswish_backward,
@@ -114,7 +138,8 @@ pointwise(
 )
 
 
-# ----- more than one output, or a dimension ---------------------------------------------------------------------------
+# ----- more than one output, or a dimension
+# ---------------------------------------------------------------------------
 
 
 @vjp_of(aten.log_sigmoid_forward, diff_outputs=(0,))
@@ -125,11 +150,14 @@ def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Te
 @vmap_of(aten.log_sigmoid_forward)
 def _(x: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
     out, buffer = aten.log_sigmoid_forward(x)
-    return out, buffer if buffer.dim() == x.dim() else buffer.expand(size, 0)  # empty where the device needs none
+    return out, buffer if buffer.dim() == x.dim() else buffer.expand(
+        size, 0
+    )  # empty where the device needs none
 
 
 def as_batch(op: OpOverload) -> Any:
-    """The vmap rule of an elementwise op that does not broadcast every argument: all tensors come batched."""
+    """The vmap rule of an elementwise op that does not broadcast every argument: all tensors come
+    batched."""
     return lambda *args: elementwise(op)(*args, batched=(True,) * len(tensor_args(op)))
 
 
@@ -150,7 +178,9 @@ def _(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> list[Tensor]:
 
 
 @vjp_of(aten._prelu_kernel_backward)
-def _(hs: tuple[Tensor | None, ...], outs: Any, g: Tensor, x: Tensor, w: Tensor) -> list[Tensor | None]:
+def _(
+    hs: tuple[Tensor | None, ...], outs: Any, g: Tensor, x: Tensor, w: Tensor
+) -> list[Tensor | None]:
     hx, hw = hs  # cotangents of (g w or g, g x or 0), the first where x < 0
     left = [h * other for h, other in ((hx, w), (hw, x)) if h is not None]
     along_g = torch.where(x >= 0, 0 if hx is None else hx, sum(left[1:], left[0]))
@@ -163,7 +193,9 @@ for op in (aten._prelu_kernel.default, aten._prelu_kernel_backward.default):
 
 
 @vjp_of(aten.rrelu_with_noise_functional, diff_outputs=(0,))
-def _(g: Any, outs: Any, x: Tensor, noise: Tensor, low: float, high: float, train: bool) -> list[Tensor | None]:
+def _(
+    g: Any, outs: Any, x: Tensor, noise: Tensor, low: float, high: float, train: bool
+) -> list[Tensor | None]:
     return [aten.rrelu_with_noise_backward(g[0], x, outs[1], low, high, train, False), None]
 
 
@@ -184,7 +216,8 @@ def _(h: Tensor, out: Tensor, g: Tensor, x: Tensor, dim: int) -> list[Tensor]:
 
 
 def last_of_unbatched(op: Any, x_at: int) -> Any:
-    """The vmap rule of glu and its backward: count the dimension past the batch; all tensors carry it."""
+    """The vmap rule of glu and its backward: count the dimension past the batch; all tensors carry
+    it."""
 
     def batch(*args: Any) -> Tensor:
         dim = args[-1] % (args[x_at].dim() - 1) + 1

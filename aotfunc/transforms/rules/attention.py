@@ -1,9 +1,9 @@
 """Rules of fused scaled-dot-product attention: the CPU, flash, memory-efficient and cuDNN kernels.
 
-The gradient is each kernel's own backward op. What no kernel offers, tangents and second derivatives, comes from the
-one definition in plain ops below, which all kernels share: ``P = softmax(scale * q @ k.mT + mask)``, ``out = P @ v``.
-It forms the attention matrix, and it rules out dropout: no formula can know which entries the kernel dropped.
-"""
+The gradient is each kernel's own backward op. What no kernel offers, tangents and second
+derivatives, comes from the one definition in plain ops below, which all kernels share: ``P =
+softmax(scale * q @ k.mT + mask)``, ``out = P @ v``. It forms the attention matrix, and it rules
+out dropout: no formula can know which entries the kernel dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.table import aten, jvp_of, total, vjp_of, vmap_of
 
-# ----- the definition in plain ops ------------------------------------------------------------------------------------
+# ----- the definition in plain ops
+# ------------------------------------------------------------------------------------
 
 
 def undropped(dropout_p: float) -> None:
@@ -35,7 +36,9 @@ def weights_of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: f
     """The attention matrix ``P``; a row that may look nowhere is zero."""
     scores = (q @ k.mT) * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        )
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
@@ -50,7 +53,11 @@ def through_softmax(p: Tensor, v: Tensor) -> Tensor:
 def per_head(x: Tensor, q: Tensor) -> Tensor:
     """Keys or values repeated for all the query heads that share them."""
     repeats = q.shape[-3] // x.shape[-3]
-    return x if repeats == 1 else x.unsqueeze(-3).expand(*x.shape[:-2], repeats, *x.shape[-2:]).flatten(-4, -3)
+    return (
+        x
+        if repeats == 1
+        else x.unsqueeze(-3).expand(*x.shape[:-2], repeats, *x.shape[-2:]).flatten(-4, -3)
+    )
 
 
 def shared_heads(g: Tensor, x: Tensor) -> Tensor:
@@ -78,12 +85,15 @@ def tangent(tangents: Any, q, k, v, mask, causal, scale) -> Tensor | None:
     k, v, tk, tv = (on(lambda x: per_head(x, q), x) for x in (k, v, tk, tv))
     s = scale_of(q, scale)
     p = weights_of(q, k, mask, causal, s)
-    t_scores = plus(on(lambda x: x * s, plus(mul(tq, k.mT), mul(q, on(lambda x: x.mT, tk)))), t_mask)
+    t_scores = plus(
+        on(lambda x: x * s, plus(mul(tq, k.mT), mul(q, on(lambda x: x.mT, tk)))), t_mask
+    )
     return plus(mul(on(lambda x: through_softmax(p, x), t_scores), v), mul(p, tv))
 
 
 def cotangent(g, q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cotangents of ``(q, k, v, scores)``, the last being the mask's: what the kernels' backward ops compute."""
+    """Cotangents of ``(q, k, v, scores)``, the last being the mask's: what the kernels' backward
+    ops compute."""
     keys, values = per_head(k, q), per_head(v, q)
     s = scale_of(q, scale)
     p = weights_of(q, keys, mask, causal, s)
@@ -92,37 +102,53 @@ def cotangent(g, q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor, 
     return (g_scores @ keys) * s, of_k, of_v, g_scores
 
 
-def tangent_of_cotangent(tangents: Any, g, q, k, v, mask, causal, scale) -> tuple[Tensor | None, ...]:
+def tangent_of_cotangent(
+    tangents: Any, g, q, k, v, mask, causal, scale
+) -> tuple[Tensor | None, ...]:
     """Tangents of :func:`cotangent` from those of ``(g, q, k, v, mask)``."""
     tg, tq, tk, tv, t_mask = tangents
     keys, values, tk, tv = (on(lambda x: per_head(x, q), x) for x in (k, v, tk, tv))
     s = scale_of(q, scale)
     p = weights_of(q, keys, mask, causal, s)
-    t_scores = plus(on(lambda x: x * s, plus(mul(tq, keys.mT), mul(q, on(lambda x: x.mT, tk)))), t_mask)
+    t_scores = plus(
+        on(lambda x: x * s, plus(mul(tq, keys.mT), mul(q, on(lambda x: x.mT, tk)))), t_mask
+    )
     g_p = g @ values.mT
     g_scores = through_softmax(p, g_p)
     tg_p = plus(mul(tg, values.mT), mul(g, on(lambda x: x.mT, tv)))
     t_p = tg_scores = None
     if t_scores is not None:
         t_p = through_softmax(p, t_scores)
-        tg_scores = t_p * (g_p - (p * g_p).sum(-1, keepdim=True)) - p * (t_p * g_p).sum(-1, keepdim=True)
+        tg_scores = t_p * (g_p - (p * g_p).sum(-1, keepdim=True)) - p * (t_p * g_p).sum(
+            -1, keepdim=True
+        )
     if tg_p is not None:
         tg_scores = plus(tg_scores, through_softmax(p, tg_p))
     of_q = on(lambda x: x * s, plus(mul(tg_scores, keys), mul(g_scores, tk)))
     of_k = on(lambda x: x * s, plus(mul(on(lambda x: x.mT, tg_scores), q), mul(g_scores.mT, tq)))
     of_v = plus(mul(on(lambda x: x.mT, t_p), g), mul(p.mT, tg))
-    return of_q, on(lambda x: shared_heads(x, k), of_k), on(lambda x: shared_heads(x, v), of_v), tg_scores
+    return (
+        of_q,
+        on(lambda x: shared_heads(x, k), of_k),
+        on(lambda x: shared_heads(x, v), of_v),
+        tg_scores,
+    )
 
 
-def cotangent_of_cotangent(cotangents: Any, g, q, k, v, mask, causal, scale) -> tuple[Tensor | None, ...]:
-    """Cotangents of ``(g, q, k, v, scores)`` from those of :func:`cotangent`'s ``(q, k, v, scores)``."""
+def cotangent_of_cotangent(
+    cotangents: Any, g, q, k, v, mask, causal, scale
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of ``(g, q, k, v, scores)`` from those of :func:`cotangent`'s ``(q, k, v,
+    scores)``."""
     a, b, c, d = cotangents
     keys, values, b, c = (on(lambda x: per_head(x, q), x) for x in (k, v, b, c))
     s = scale_of(q, scale)
     p = weights_of(q, keys, mask, causal, s)
     g_p = g @ values.mT
     g_scores = through_softmax(p, g_p)
-    e = plus(on(lambda x: x * s, plus(mul(a, keys.mT), mul(q, on(lambda x: x.mT, b)))), d)  # cotangent of g_scores
+    e = plus(
+        on(lambda x: x * s, plus(mul(a, keys.mT), mul(q, on(lambda x: x.mT, b)))), d
+    )  # cotangent of g_scores
     of_p, of_g_p = mul(g, on(lambda x: x.mT, c)), None
     if e is not None:
         of_g_p = through_softmax(p, e)
@@ -133,10 +159,17 @@ def cotangent_of_cotangent(cotangents: Any, g, q, k, v, mask, causal, scale) -> 
     of_q = on(lambda x: x * s, plus(mul(h, keys), mul(g_scores, b)))
     of_k = on(lambda x: x * s, plus(mul(on(lambda x: x.mT, h), q), mul(g_scores.mT, a)))
     of_v = mul(on(lambda x: x.mT, of_g_p), g)
-    return of_g, of_q, on(lambda x: shared_heads(x, k), of_k), on(lambda x: shared_heads(x, v), of_v), h
+    return (
+        of_g,
+        of_q,
+        on(lambda x: shared_heads(x, k), of_k),
+        on(lambda x: shared_heads(x, v), of_v),
+        h,
+    )
 
 
-# ----- the batch goes into N ------------------------------------------------------------------------------------------
+# ----- the batch goes into N
+# ------------------------------------------------------------------------------------------
 
 
 def folded(x: Tensor, carries: bool, size: int) -> Tensor:
@@ -158,7 +191,8 @@ def unfolded(x: Any, size: int) -> Any:
 
 
 def repeated(x: Any, size: int) -> Any:
-    """A value that all of the batch share, such as the state of the random generator, as a batch."""
+    """A value that all of the batch share, such as the state of the random generator, as a
+    batch."""
     return x.expand(size, *x.shape) if isinstance(x, Tensor) else x
 
 
@@ -174,7 +208,8 @@ def same_dropout(dropout_p: float, randomness: str) -> None:
         )
 
 
-# ----- the kernels ----------------------------------------------------------------------------------------------------
+# ----- the kernels
+# ----------------------------------------------------------------------------------------------------
 
 cpu, cpu_backward = (
     aten._scaled_dot_product_flash_attention_for_cpu,
@@ -203,7 +238,9 @@ def _(q, k, v, dropout_p, causal, mask, scale, *, batched, size, randomness):
     same_dropout(dropout_p, randomness)
     q, k, v = (folded(x, b, size) for x, b in zip((q, k, v), batched, strict=False))
     mask = folded_mask(mask, batched[3], size, q.shape[0] // size)
-    return tuple(unfolded(x, size) for x in cpu(q, k, v, dropout_p, causal, attn_mask=mask, scale=scale))
+    return tuple(
+        unfolded(x, size) for x in cpu(q, k, v, dropout_p, causal, attn_mask=mask, scale=scale)
+    )
 
 
 @vjp_of(cpu_backward)
@@ -223,10 +260,16 @@ def _(tangents, out, g, q, k, v, _o, _l, dropout_p, causal, mask, scale):
 def _(g, q, k, v, out, lse, dropout_p, causal, mask, scale, *, batched, size):
     saved = [folded(x, b, size) for x, b in zip((g, q, k, v, out, lse), batched, strict=False)]
     mask = folded_mask(mask, batched[6], size, saved[1].shape[0] // size)
-    return tuple(unfolded(x, size) for x in cpu_backward(*saved, dropout_p, causal, attn_mask=mask, scale=scale))
+    return tuple(
+        unfolded(x, size)
+        for x in cpu_backward(*saved, dropout_p, causal, attn_mask=mask, scale=scale)
+    )
 
 
-flash, flash_backward = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
+flash, flash_backward = (
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_backward,
+)
 
 
 @vjp_of(flash, diff_outputs=(0,))
@@ -251,7 +294,27 @@ def _(q, k, v, dropout_p, causal, debug, scale, *, batched, size, randomness):
 
 
 @vjp_of(flash_backward)
-def _(cotangents, out, g, q, k, v, _o, _l, _cq, _ck, _mq, _mk, dropout_p, causal, _s, _f, scale, *, needs):
+def _(
+    cotangents,
+    out,
+    g,
+    q,
+    k,
+    v,
+    _o,
+    _l,
+    _cq,
+    _ck,
+    _mq,
+    _mk,
+    dropout_p,
+    causal,
+    _s,
+    _f,
+    scale,
+    *,
+    needs,
+):
     undropped(dropout_p)
     grads = cotangent_of_cotangent((*cotangents, None), g, q, k, v, None, causal, scale)
     return *grads[:4], *[None] * (len(needs) - 4)
@@ -264,10 +327,33 @@ def _(tangents, out, g, q, k, v, _o, _l, _cq, _ck, _mq, _mk, dropout_p, causal, 
 
 
 @vmap_of(flash_backward)
-def _(g, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, causal, seed, offset, scale, *, batched, size):
+def _(
+    g,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cum_q,
+    cum_k,
+    max_q,
+    max_k,
+    dropout_p,
+    causal,
+    seed,
+    offset,
+    scale,
+    *,
+    batched,
+    size,
+):
     saved = [folded(x, b, size) for x, b in zip((g, q, k, v, out, lse), batched, strict=False)]
-    cum_q, cum_k, seed, offset = (first(x, b) for x, b in zip((cum_q, cum_k, seed, offset), batched[6:], strict=True))
-    grads = flash_backward(*saved, cum_q, cum_k, max_q, max_k, dropout_p, causal, seed, offset, scale=scale)
+    cum_q, cum_k, seed, offset = (
+        first(x, b) for x, b in zip((cum_q, cum_k, seed, offset), batched[6:], strict=True)
+    )
+    grads = flash_backward(
+        *saved, cum_q, cum_k, max_q, max_k, dropout_p, causal, seed, offset, scale=scale
+    )
     return tuple(unfolded(x, size) for x in grads)
 
 
@@ -309,7 +395,9 @@ def _(cotangents, out, g, q, k, v, mask, _o, _l, _s, _f, dropout_p, which, causa
 def _(tangents, out, g, q, k, v, mask, _o, _l, _s, _f, dropout_p, which, causal, scale):
     undropped(dropout_p)
     *grads, of_scores = tangent_of_cotangent(tangents[:5], g, q, k, v, mask, causal, scale)
-    return *grads, of_scores.sum_to_size(mask.shape) if which[3] and of_scores is not None else None
+    return *grads, of_scores.sum_to_size(mask.shape) if which[
+        3
+    ] and of_scores is not None else None
 
 
 @vmap_of(efficient_backward)
@@ -327,17 +415,24 @@ def _(g, q, k, v, mask, out, lse, seed, offset, dropout_p, which, causal, scale,
     *grads, of_mask = (unfolded(x, size) for x in grads)
     if which[3]:
         shape = mask.shape[1:] if batched[4] else mask.shape
-        of_mask = of_mask.reshape(size, *of_mask.shape[1:]).sum_to_size(size, *[1] * (4 - len(shape)), *shape)
+        of_mask = of_mask.reshape(size, *of_mask.shape[1:]).sum_to_size(
+            size, *[1] * (4 - len(shape)), *shape
+        )
         of_mask = of_mask.reshape(size, *shape)
     return *grads, of_mask
 
 
-cudnn, cudnn_backward = aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_cudnn_attention_backward
+cudnn, cudnn_backward = (
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_cudnn_attention_backward,
+)
 
 
 @vjp_of(cudnn, diff_outputs=(0,))
 def _(g, out, q, k, v, mask, with_lse, dropout_p, causal, debug, scale, *, needs):
-    if not with_lse or needs[3]:  # the forward op kept nothing for its backward op, which has no gradient of the mask
+    if (
+        not with_lse or needs[3]
+    ):  # the forward op kept nothing for its backward op, which has no gradient of the mask
         undropped(dropout_p)
         return cotangent(g[0], q, k, v, mask, causal, scale)
     o, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = out
@@ -361,22 +456,48 @@ def _(q, k, v, mask, with_lse, dropout_p, causal, debug, scale, *, batched, size
 
 
 @vjp_of(cudnn_backward)
-def _(cotangents, out, g, q, k, v, _o, _l, _s, _f, mask, _cq, _ck, _mq, _mk, dropout_p, causal, scale):
+def _(
+    cotangents, out, g, q, k, v, _o, _l, _s, _f, mask, _cq, _ck, _mq, _mk, dropout_p, causal, scale
+):
     undropped(dropout_p)
     *grads, of_mask = cotangent_of_cotangent((*cotangents, None), g, q, k, v, mask, causal, scale)
     return *grads, *[None] * 4, of_mask, None, None
 
 
 @jvp_of(cudnn_backward)
-def _(tangents, out, g, q, k, v, _o, _l, _s, _f, mask, _cq, _ck, _mq, _mk, dropout_p, causal, scale):
+def _(
+    tangents, out, g, q, k, v, _o, _l, _s, _f, mask, _cq, _ck, _mq, _mk, dropout_p, causal, scale
+):
     undropped(dropout_p)
     return tangent_of_cotangent((*tangents[:4], tangents[8]), g, q, k, v, mask, causal, scale)[:3]
 
 
 @vmap_of(cudnn_backward)
-def _(g, q, k, v, out, lse, seed, offset, mask, cum_q, cum_k, max_q, max_k, dropout_p, causal, scale, *, batched, size):
+def _(
+    g,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    seed,
+    offset,
+    mask,
+    cum_q,
+    cum_k,
+    max_q,
+    max_k,
+    dropout_p,
+    causal,
+    scale,
+    *,
+    batched,
+    size,
+):
     saved = [folded(x, b, size) for x, b in zip((g, q, k, v, out, lse), batched, strict=False)]
-    seed, offset, cum_q, cum_k = (first(x, batched[i]) for x, i in ((seed, 6), (offset, 7), (cum_q, 9), (cum_k, 10)))
+    seed, offset, cum_q, cum_k = (
+        first(x, batched[i]) for x, i in ((seed, 6), (offset, 7), (cum_q, 9), (cum_k, 10))
+    )
     mask = folded_mask(mask, batched[8], size, saved[1].shape[0] // size)
     shared = (seed, offset, mask, cum_q, cum_k, max_q, max_k, dropout_p, causal)
     return tuple(unfolded(x, size) for x in cudnn_backward(*saved, *shared, scale=scale))

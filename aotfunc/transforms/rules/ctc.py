@@ -1,9 +1,9 @@
 """Batching of the connectionist temporal classification loss: the batch is folded into its ``N``.
 
-Log-probabilities are ``(T, N, C)``, targets ``(N, S)`` or all of them in one vector. The reverse kernel reads what the
-forward kernel computed on the way, whose shape depends on the longest target; it is computed again from the folded
-arguments, which makes it the same node of the graph as the forward pass's.
-"""
+Log-probabilities are ``(T, N, C)``, targets ``(N, S)`` or all of them in one vector. The reverse
+kernel reads what the forward kernel computed on the way, whose shape depends on the longest
+target; it is computed again from the folded arguments, which makes it the same node of the graph
+as the forward pass's."""
 
 from __future__ import annotations
 
@@ -27,39 +27,57 @@ def recordable(
     reduction: str,
     zero_infinity: bool,
 ) -> Tensor:
-    """``F.ctc_loss`` with buffers of a known size: append one dummy example whose target has maximal length. (C++ fills
-    a tensor of lengths, and makes a buffer as long as the longest, which a recording cannot see.)
-    """
+    """``F.ctc_loss`` with buffers of a known size: append one dummy example whose target has
+    maximal length. (C++ fills a tensor of lengths, and makes a buffer as long as the longest,
+    which a recording cannot see.)"""
 
     def each(*args: Any) -> Tensor:
         return ctc_loss(*args, blank, "none", zero_infinity)
 
-    if isinstance(target_lengths, Tensor) and isinstance(input_lengths, Tensor) and targets.numel():
-        loss = among_longest(each, log_probs, targets, input_lengths, target_lengths, int(blank == 0))
+    if (
+        isinstance(target_lengths, Tensor)
+        and isinstance(input_lengths, Tensor)
+        and targets.numel()
+    ):
+        loss = among_longest(
+            each, log_probs, targets, input_lengths, target_lengths, int(blank == 0)
+        )
     else:
         loss = each(log_probs, targets, input_lengths, target_lengths)
     if reduction == "mean":
-        many = target_lengths if isinstance(target_lengths, Tensor) else torch.tensor(target_lengths)
+        many = (
+            target_lengths if isinstance(target_lengths, Tensor) else torch.tensor(target_lengths)
+        )
         return (loss / many.to(loss).clamp_min(1)).mean()
     return loss.sum() if reduction == "sum" else loss
 
 
 def among_longest(
-    each: Callable[..., Tensor], log_probs: Tensor, targets: Tensor, of_input: Tensor, of_target: Tensor, label: int
+    each: Callable[..., Tensor],
+    log_probs: Tensor,
+    targets: Tensor,
+    of_input: Tensor,
+    of_target: Tensor,
+    label: int,
 ) -> Tensor:
-    """The losses from a call with one more example, whose target is as long as any can be; ``label`` is not blank."""
+    """The losses from a call with one more example, whose target is as long as any can be;
+    ``label`` is not blank."""
     single = log_probs.dim() == 2
     if single:
         log_probs, targets = log_probs.unsqueeze(1), targets.reshape(1, -1)
     lengths = (of_input.reshape(-1), of_target.reshape(-1))
-    if targets.dim() == 1:  # one after another: each as a row, behind which there is something of the next
+    if (
+        targets.dim() == 1
+    ):  # one after another: each as a row, behind which there is something of the next
         begin = (lengths[1].cumsum(0) - lengths[1]).to(targets.device)
         at = begin.unsqueeze(1) + torch.arange(targets.shape[0], device=targets.device)
         targets = targets[at.clamp_max(targets.shape[0] - 1)]
     (steps, n, classes), most = log_probs.shape, targets.shape[1]
     log_probs = torch.cat([log_probs, log_probs.new_zeros(steps, 1, classes)], 1)
     targets = torch.cat([targets, targets.new_full((1, most), label)])
-    longest = [torch.cat([x, x.new_full((1,), m)]) for x, m in zip(lengths, (steps, most), strict=True)]
+    longest = [
+        torch.cat([x, x.new_full((1,), m)]) for x, m in zip(lengths, (steps, most), strict=True)
+    ]
     loss = each(log_probs, targets, *longest)
     return loss[0] if single else loss[:n]
 
@@ -67,10 +85,16 @@ def among_longest(
 def folded(
     log_probs: Tensor, targets: Tensor, lengths: tuple, batched: tuple[bool, ...], size: Any
 ) -> tuple[Tensor, Tensor, Any, Any]:
-    """The arguments with the batch in front of ``N``; lengths are lists of numbers, or tensors with a flag each."""
-    log_probs, targets = with_batch(log_probs, batched[0], size), with_batch(targets, batched[1], size)
+    """The arguments with the batch in front of ``N``; lengths are lists of numbers, or tensors
+    with a flag each."""
+    log_probs, targets = (
+        with_batch(log_probs, batched[0], size),
+        with_batch(targets, batched[1], size),
+    )
     if isinstance(lengths[0], Tensor):
-        of_input, of_target = (with_batch(n, b, size).flatten() for n, b in zip(lengths, batched[2:], strict=True))
+        of_input, of_target = (
+            with_batch(n, b, size).flatten() for n, b in zip(lengths, batched[2:], strict=True)
+        )
     else:
         of_input, of_target = (list(n) * size for n in lengths)
     return into(log_probs, 1), targets.flatten(0, 1), of_input, of_target
@@ -78,10 +102,13 @@ def folded(
 
 @vjp_of(aten._ctc_loss.default, aten._ctc_loss.Tensor, diff_outputs=(0,))
 def _(g, out, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity):
-    """The cotangent is a factor outside of the kernel: then only second derivatives open the kernel up."""
+    """The cotangent is a factor outside of the kernel: then only second derivatives open the
+    kernel up."""
     g = g[0]
     how = (targets, input_lengths, target_lengths, *out, blank, zero_infinity)
-    return aten._ctc_loss_backward(torch.ones_like(g), log_probs, *how) * (g.unsqueeze(-1) if g.dim() else g)
+    return aten._ctc_loss_backward(torch.ones_like(g), log_probs, *how) * (
+        g.unsqueeze(-1) if g.dim() else g
+    )
 
 
 @vmap_of(aten._ctc_loss.default, aten._ctc_loss.Tensor)

@@ -1,8 +1,9 @@
-"""The gradient of the connectionist temporal classification loss, by ops that have derivatives: its second derivative.
+"""The gradient of the connectionist temporal classification loss, by ops that have derivatives:
+its second derivative.
 
-The kernel's formula, with the recursions over time written out: a graph of some thirty ops a step. Only what
-differentiates the gradient opens it up; the gradient itself stays one call of the kernel.
-"""
+The kernel's formula, with the recursions over time written out: a graph of some thirty ops a step.
+Only what differentiates the gradient opens it up; the gradient itself stays one call of the
+kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def column(lengths: Any, like: Tensor) -> Tensor:
 
 
 def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> Tensor:
-    """Targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between, before and behind."""
+    """Targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between, before
+    and behind."""
     if targets.dim() == 1:
         begin = (of_target.cumsum(0) - of_target).unsqueeze(1)
         at = begin + torch.arange(targets.shape[0], device=targets.device)
@@ -35,14 +37,20 @@ def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> T
 
 
 def moved(x: Tensor, by: int, fill: Any) -> Tensor:
-    """``x`` with its last dimension moved on (back for negative ``by``), ``fill`` where nothing comes in."""
+    """``x`` with its last dimension moved on (back for negative ``by``), ``fill`` where nothing
+    comes in."""
     gap = x.new_full((*x.shape[:-1], min(abs(by), x.shape[-1])), fill)
     kept = x.shape[-1] - gap.shape[-1]
-    return torch.cat([gap, x[..., :kept]], -1) if by > 0 else torch.cat([x[..., x.shape[-1] - kept :], gap], -1)
+    return (
+        torch.cat([gap, x[..., :kept]], -1)
+        if by > 0
+        else torch.cat([x[..., x.shape[-1] - kept :], gap], -1)
+    )
 
 
 def passed(x: Tensor, skip: Tensor, by: int) -> Tensor:
-    """Log-probabilities one step on: from the same state, from the one before and, where ``skip``, the one before."""
+    """Log-probabilities one step on: from the same state, from the one before and, where ``skip``,
+    the one before."""
     before = [x, moved(x, by, NEVER), torch.where(skip, moved(x, 2 * by, NEVER), NEVER)]
     return torch.stack(before).logsumexp(0)
 
@@ -60,12 +68,20 @@ def ctc_gradient(
 ) -> Tensor:
     single = log_probs.dim() == 2
     if single:
-        log_probs, targets, g, loss = log_probs.unsqueeze(1), targets.reshape(1, -1), g.reshape(1), loss.reshape(1)
+        log_probs, targets, g, loss = (
+            log_probs.unsqueeze(1),
+            targets.reshape(1, -1),
+            g.reshape(1),
+            loss.reshape(1),
+        )
     steps, _, classes = log_probs.shape
     of_input, of_target = (column(n, targets) for n in (input_lengths, target_lengths))
     states = states_of(targets, of_target.flatten(), blank, classes)
     number = torch.arange(states.shape[1], device=states.device)
-    valid, last = number <= 2 * of_target, (number == 2 * of_target) | (number == 2 * of_target - 1)
+    valid, last = (
+        number <= 2 * of_target,
+        (number == 2 * of_target) | (number == 2 * of_target - 1),
+    )
     skip = (states != blank) & (states != moved(states, 2, blank))
     index = states.expand(steps, *states.shape)
     emitted = log_probs.gather(2, index)
@@ -88,7 +104,9 @@ def ctc_gradient(
     total = torch.where(last, at_end, NEVER).logsumexp(1).reshape(1, -1, 1)
     both = alpha + beta
     share = torch.where(both > NEVER / 2, both - total - emitted, NEVER).exp()
-    out = (log_probs.exp() - torch.zeros_like(log_probs).scatter_add(2, index, share)) * g.unsqueeze(-1)
+    out = (
+        log_probs.exp() - torch.zeros_like(log_probs).scatter_add(2, index, share)
+    ) * g.unsqueeze(-1)
     time = torch.arange(steps, device=states.device).reshape(-1, 1, 1)
     out = torch.where(time < of_input, out, 0)
     if zero_infinity:

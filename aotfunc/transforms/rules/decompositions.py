@@ -1,8 +1,8 @@
 """Ops that say in other words what aten says already: each is transformed as what it consists of.
 
-Kernels for one device or precision (``slow_conv2d``, ``_int_mm``), derivatives that PyTorch has as ops of their own
-(``glu_jvp``), and the functional twins of views. Where a rule or PyTorch's own formula exists, that comes first.
-"""
+Kernels for one device or precision (``slow_conv2d``, ``_int_mm``), derivatives that PyTorch has as
+ops of their own (``glu_jvp``), and the functional twins of views. Where a rule or PyTorch's own
+formula exists, that comes first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .table import aten, decompose_as, elementwise, linear, named, nondiff, shifted, vmap_of
 
-# ----- convolutions ---------------------------------------------------------------------------------------------------
+# ----- convolutions
+# ---------------------------------------------------------------------------------------------------
 
 
 def convolved(
@@ -41,7 +42,9 @@ def dilated(x, w, kernel_size, bias=None, stride=(1,), padding=(0,), dilation=(1
     return convolved(x, w, bias, stride, padding, dilation)
 
 
-def transposed(x, w, kernel_size, bias=None, stride=(1,), padding=(0,), output_padding=(0,), dilation=(1,)):
+def transposed(
+    x, w, kernel_size, bias=None, stride=(1,), padding=(0,), output_padding=(0,), dilation=(1,)
+):
     return convolved(x, w, bias, stride, padding, dilation, True, output_padding)
 
 
@@ -70,14 +73,20 @@ decompose_as(aten.slow_conv3d_forward, by_columns)
 decompose_as(aten.conv_tbc, over_time)
 
 
-# ----- products -------------------------------------------------------------------------------------------------------
+# ----- products
+# -------------------------------------------------------------------------------------------------------
 
 decompose_as(aten._int_mm, lambda x, y: x.to(torch.int32) @ y.to(torch.int32))
-decompose_as(aten._compute_linear_combination, lambda x, weights: torch.tensordot(weights, x, dims=1))
+decompose_as(
+    aten._compute_linear_combination, lambda x, weights: torch.tensordot(weights, x, dims=1)
+)
 
 
-def weight_norm_backward(g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Of ``w = scale * v / norms``, ``norms`` being those of ``v`` over all dimensions but ``dim``."""
+def weight_norm_backward(
+    g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Of ``w = scale * v / norms``, ``norms`` being those of ``v`` over all dimensions but
+    ``dim``."""
     others = [d for d in range(v.dim()) if d != dim % v.dim()]
     of_scale = (g * v).sum(others, keepdim=True) / norms
     return scale / norms * (g - v * of_scale / norms), of_scale
@@ -87,7 +96,8 @@ decompose_as(aten._weight_norm_interface_backward, weight_norm_backward)
 decompose_as(aten._linalg_eigvals, lambda a: aten.linalg_eig(a)[0])
 
 
-# ----- gated linear units ---------------------------------------------------------------------------------------------
+# ----- gated linear units
+# ---------------------------------------------------------------------------------------------
 
 
 def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +111,9 @@ def glu_tangent(out: Tensor, x: Tensor, dx: Tensor, dim: int) -> Tensor:
     return da * s + out * (1 - s) * db
 
 
-def glu_backward_tangent(gx: Tensor, g: Tensor, x: Tensor, dg: Tensor, dx: Tensor, dim: int) -> Tensor:
+def glu_backward_tangent(
+    gx: Tensor, g: Tensor, x: Tensor, dg: Tensor, dx: Tensor, dim: int
+) -> Tensor:
     (a, b), (da, db) = halves(x, dim), halves(dx, dim)
     s = torch.sigmoid(b)
     slope = s * (1 - s)
@@ -114,13 +126,20 @@ decompose_as(aten.glu_jvp, glu_tangent)
 decompose_as(aten.glu_backward_jvp, glu_backward_tangent)
 
 
-# ----- elements and views ---------------------------------------------------------------------------------------------
+# ----- elements and views
+# ---------------------------------------------------------------------------------------------
 
 decompose_as(aten._add_relu.Tensor, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
 decompose_as(aten._add_relu.Scalar, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
 decompose_as(aten._aminmax, lambda x: tuple(aten.aminmax(x)))
-decompose_as(aten._aminmax.dim, lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)))
-for name in ("conj_physical", "conj"):  # PyTorch's decompositions of Fourier transforms speak in prims
+decompose_as(
+    aten._aminmax.dim,
+    lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)),
+)
+for name in (
+    "conj_physical",
+    "conj",
+):  # PyTorch's decompositions of Fourier transforms speak in prims
     if hasattr(torch.ops.prims, name):
         op = getattr(torch.ops.prims, name).default
         linear(op, lambda g, x: g.conj(), batch=elementwise(op))
@@ -130,12 +149,16 @@ for op in named("_conj_copy"):
     linear(op, lambda g, x: g.conj(), batch=elementwise(op))
 for op in named("_neg_view_copy"):
     linear(op, lambda g, x: -g, batch=elementwise(op))
-vmap_of(aten._dirichlet_grad)(aten._dirichlet_grad.default)  # elements beside elements, whatever the shape
+vmap_of(aten._dirichlet_grad)(
+    aten._dirichlet_grad.default
+)  # elements beside elements, whatever the shape
 nondiff(*named("detach_copy"), batch=lambda op: op)
 nondiff(*named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
 
 
-def power_sum(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+def power_sum(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Tensor:
     return (x if dtype is None else x.to(dtype)).abs().pow(ord).sum(dim, keepdim)
 
 
@@ -152,14 +175,18 @@ def _(x: Tensor, message: str, token: Tensor) -> Tensor:
     return aten._functional_assert_async.msg(x.all(), message, token)
 
 
-# ----- numbers from tensors -------------------------------------------------------------------------------------------
+# ----- numbers from tensors
+# -------------------------------------------------------------------------------------------
 
 
 def numbers_between(start: Any, end: Any, steps: int, dtype: torch.dtype | None) -> Tensor:
     """``linspace`` along a new last dimension, from both ends as the kernel does it."""
     some = start if isinstance(start, Tensor) else end
     if dtype is None:
-        is_complex = any(x.is_complex() if isinstance(x, Tensor) else isinstance(x, complex) for x in (start, end))
+        is_complex = any(
+            x.is_complex() if isinstance(x, Tensor) else isinstance(x, complex)
+            for x in (start, end)
+        )
         dtype = torch.get_default_dtype().to_complex() if is_complex else torch.get_default_dtype()
     start, end = (x.to(dtype).unsqueeze(-1) if isinstance(x, Tensor) else x for x in (start, end))
     i = torch.arange(steps, device=some.device)
@@ -173,22 +200,31 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -
     return numbers_between(start, end, steps, dtype)
 
 
-def logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any) -> Tensor:
+def logspace(
+    start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
+) -> Tensor:
     return torch.pow(base, numbers_between(start, end, steps, dtype))
 
 
 for which in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor"):
     for packet, body in ((aten.linspace, linspace), (aten.logspace, logspace)):
         decompose_as(getattr(packet, which), body)
-    vmap_of(getattr(aten.linspace, which))(lambda start, end, steps, dtype: numbers_between(start, end, steps, dtype))
+    vmap_of(getattr(aten.linspace, which))(
+        lambda start, end, steps, dtype: numbers_between(start, end, steps, dtype)
+    )
     vmap_of(getattr(aten.logspace, which))(
-        lambda start, end, steps, base, dtype: torch.pow(base, numbers_between(start, end, steps, dtype))
+        lambda start, end, steps, base, dtype: torch.pow(
+            base, numbers_between(start, end, steps, dtype)
+        )
     )
 
 
-# ----- softmax of what a mask leaves ----------------------------------------------------------------------------------
+# ----- softmax of what a mask leaves
+# ----------------------------------------------------------------------------------
 
-KEYS = 1  # value of the argument `mask_type`: a mask (N, T) of the keys; others broadcast as they are
+KEYS = (
+    1  # value of the argument `mask_type`: a mask (N, T) of the keys; others broadcast as they are
+)
 
 
 def masked_softmax(x: Tensor, mask: Tensor, dim: Any = None, mask_type: Any = None) -> Tensor:
@@ -198,7 +234,9 @@ def masked_softmax(x: Tensor, mask: Tensor, dim: Any = None, mask_type: Any = No
 
 
 def masked_softmax_backward(g: Tensor, out: Tensor, mask: Tensor, dim: Any = None) -> Tensor:
-    return aten._softmax_backward_data(g, out, -1 if dim is None else dim, out.dtype).masked_fill(mask, 0)
+    return aten._softmax_backward_data(g, out, -1 if dim is None else dim, out.dtype).masked_fill(
+        mask, 0
+    )
 
 
 decompose_as(aten._masked_softmax, masked_softmax)

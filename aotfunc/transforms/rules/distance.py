@@ -1,8 +1,7 @@
 """What distances between rows mean: cdist and pdist, to any order.
 
-The first reverse derivative is PyTorch's kernel; the derivatives of that kernel, for which PyTorch has none, go through
-the norm of all differences.
-"""
+The first reverse derivative is PyTorch's kernel; the derivatives of that kernel, for which PyTorch
+has none, go through the norm of all differences."""
 
 from __future__ import annotations
 
@@ -13,7 +12,14 @@ from torch import Tensor
 
 from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.reduce import norm_backward
-from aotfunc.transforms.rules.table import aten, broadcast_shapes, decompose_as, jvp_of, total, vmap_of
+from aotfunc.transforms.rules.table import (
+    aten,
+    broadcast_shapes,
+    decompose_as,
+    jvp_of,
+    total,
+    vmap_of,
+)
 
 
 def differences(x: Tensor, y: Tensor) -> Tensor:
@@ -42,7 +48,9 @@ decompose_as(aten._cdist_backward, cdist_backward)
 
 
 @vmap_of(aten._cdist_backward)
-def _(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor, *, batched: Any, size: Any, shape: Any) -> Tensor:
+def _(
+    g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor, *, batched: Any, size: Any, shape: Any
+) -> Tensor:
     tensors = [with_batch(t, b, size) for t, b in zip((g, x, y, out), batched, strict=True)]
     rank = max(t.dim() for t in tensors)
     tensors = [t.reshape(size, *[1] * (rank - t.dim()), *t.shape[1:]) for t in tensors]

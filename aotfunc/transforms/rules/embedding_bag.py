@@ -2,9 +2,9 @@
 
 A batch is the samples' tables one below the other, their bags one after another.
 
-A call for a whole batch reads rows of one table of ``B * R`` rows, at indices that are moved on by ``R`` from sample to
-sample. The padding row must keep a number that all samples share: they use that of the first, which is not read.
-"""
+A call for a whole batch reads rows of one table of ``B * R`` rows, at indices that are moved on by
+``R`` from sample to sample. The padding row must keep a number that all samples share: they use
+that of the first, which is not read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ def lined_up(index: Tensor, step: Any) -> Tensor:
 
 
 def rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
-    """Row numbers ``[B, n]`` of tables of that many rows, as row numbers ``[B * n]`` of one table of them all."""
+    """Row numbers ``[B, n]`` of tables of that many rows, as row numbers ``[B * n]`` of one table
+    of them all."""
     moved = lined_up(index, table)
-    return moved if padding_idx < 0 else torch.where(index.flatten() == padding_idx, padding_idx, moved)
+    return (
+        moved
+        if padding_idx < 0
+        else torch.where(index.flatten() == padding_idx, padding_idx, moved)
+    )
 
 
 def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
-    """Where the bags begin (and with ``last``, where the last one ends) among the ``B * n`` indices of all samples."""
+    """Where the bags begin (and with ``last``, where the last one ends) among the ``B * n``
+    indices of all samples."""
     if not last:
         return lined_up(offsets, n)
     return torch.cat([lined_up(offsets[:, :-1], n), offsets[-1:, -1] + n * (offsets.shape[0] - 1)])
@@ -44,7 +50,10 @@ def apart(x: Tensor, size: Any, n: Any) -> Tensor:
 
 def every(tensors: Sequence[Tensor | None], batched: Sequence[bool], size: Any) -> list[Any]:
     """All of the tensors with the batch in front; what they share, repeated."""
-    return [None if t is None else with_batch(t, b, size) for t, b in zip(tensors, batched, strict=True)]
+    return [
+        None if t is None else with_batch(t, b, size)
+        for t, b in zip(tensors, batched, strict=True)
+    ]
 
 
 @vmap_of(aten._embedding_bag, aten._embedding_bag_forward_only)
@@ -74,7 +83,9 @@ def _(
     begin = offsets[:, :bags].contiguous()
     number = torch.arange(n, device=indices.device, dtype=begin.dtype).expand(size, n)
     bag_of = torch.searchsorted(begin, number.contiguous(), right=True) - 1
-    real = (indices != padding_idx).to(bag_of.dtype) if padding_idx >= 0 else torch.ones_like(bag_of)
+    real = (
+        (indices != padding_idx).to(bag_of.dtype) if padding_idx >= 0 else torch.ones_like(bag_of)
+    )
     count = bag_of.new_zeros(size, bags).scatter_add(1, bag_of, real)
     if mode == 2:  # an empty bag has no largest rows, only zeros
         largest = apart(largest, size, bags) - count_up(size, largest, 2) * table
@@ -110,7 +121,8 @@ def _(
             g, indices, bag_of, count, largest, table, by_freq, mode, weights, padding_idx
         )
         return out.unflatten(1, (size, width)).movedim(1, 0)
-    if by_freq:  # the kernel divides by counts in an order that only a call of its own has: the walker loops
+    # the kernel divides by counts in an order that only a call of its own has: the walker loops
+    if by_freq:
         return NotImplemented
     g, *kept, weights = every((g, indices, bag_of, count, largest, weights), batched, size)
     indices, bag_of, count, largest = kept
@@ -145,7 +157,9 @@ def _(
     batched: Any,
     size: Any,
 ) -> Tensor:
-    g, weight, indices, offsets, bag_of = every((g, weight, indices, offsets, bag_of), batched, size)
+    g, weight, indices, offsets, bag_of = every(
+        (g, weight, indices, offsets, bag_of), batched, size
+    )
     table, n, bags = weight.shape[1], indices.shape[1], g.shape[1]
     out = aten._embedding_bag_per_sample_weights_backward(
         g.flatten(0, 1),
@@ -162,15 +176,19 @@ def _(
 @vmap_of(aten.embedding_renorm)
 def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     table = weight.shape[1]
-    out = aten.embedding_renorm(weight.flatten(0, 1), lined_up(indices.flatten(1), table), max_norm, norm_type)
+    out = aten.embedding_renorm(
+        weight.flatten(0, 1), lined_up(indices.flatten(1), table), max_norm, norm_type
+    )
     return apart(out, weight.shape[0], table)
 
 
-# ----- derivatives ----------------------------------------------------------------------------------------------------
+# ----- derivatives
+# ----------------------------------------------------------------------------------------------------
 
 
 def bag_of_each(indices: Tensor, offsets: Tensor, last: bool) -> Tensor:
-    """The bag that each index is in. (What the kernel leaves behind says it too, but not in all of its cases.)"""
+    """The bag that each index is in. (What the kernel leaves behind says it too, but not in all of
+    its cases.)"""
     begins = offsets[:-1] if last else offsets
     number = torch.arange(indices.shape[0], device=indices.device, dtype=begins.dtype)
     return torch.searchsorted(begins.contiguous(), number, right=True) - 1
@@ -205,7 +223,9 @@ def _(
     of_weight = of_weights = None
     if mode == 2:
         some = count.unsqueeze(-1) > 0
-        largest = aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, weights, last, padding_idx)[3]
+        largest = aten._embedding_bag(
+            weight, indices, offsets, by_freq, mode, False, weights, last, padding_idx
+        )[3]
         of_weight = torch.zeros_like(weight).scatter_add(0, largest * some, g * some)
         return [of_weight, None, None, None]
     rows = (g / count.clamp_min(1).unsqueeze(-1) if mode == 1 else g).index_select(0, bag)
@@ -214,7 +234,9 @@ def _(
         of_weight = aten._embedding_bag_dense_backward(g, indices, bag, count, count, *how)
     elif needs[0]:
         scaled = rows if weights is None else rows * weights.unsqueeze(-1)
-        of_weight = aten.embedding_dense_backward(scaled, indices, weight.shape[0], padding_idx, False)
+        of_weight = aten.embedding_dense_backward(
+            scaled, indices, weight.shape[0], padding_idx, False
+        )
     if len(needs) > 3 and needs[3]:
         of_weights = (rows * weight.index_select(0, indices)).sum(-1)
         if padding_idx >= 0:
@@ -236,17 +258,28 @@ def _(
     last: bool,
     padding_idx: int,
 ) -> Any:
-    """Linear in the table and in the weights, but for the largest rows (mode 2), which are read where they are."""
+    """Linear in the table and in the weights, but for the largest rows (mode 2), which are read
+    where they are."""
     of_table, of_weights = tangents[0], tangents[3]
     rest = (last, padding_idx)
     if mode == 2:
         bag = bag_of_each(indices, offsets, last)
         some = bag_sizes(indices, bag, out[0].shape[0], padding_idx).unsqueeze(-1) > 0
-        largest = aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, weights, *rest)[3]
+        largest = aten._embedding_bag(
+            weight, indices, offsets, by_freq, mode, False, weights, *rest
+        )[3]
         return of_table.gather(0, largest * some) * some, None, None, None
     terms = []
     if of_table is not None:
-        terms.append(aten._embedding_bag(of_table, indices, offsets, by_freq, mode, False, weights, *rest)[0])
+        terms.append(
+            aten._embedding_bag(of_table, indices, offsets, by_freq, mode, False, weights, *rest)[
+                0
+            ]
+        )
     if of_weights is not None:
-        terms.append(aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, of_weights, *rest)[0])
+        terms.append(
+            aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, of_weights, *rest)[
+                0
+            ]
+        )
     return total(terms), None, None, None

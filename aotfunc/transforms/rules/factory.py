@@ -1,4 +1,5 @@
-"""What making a tensor from numbers, or in the likeness of another tensor, means: no derivative."""
+"""What making a tensor from numbers, or in the likeness of another tensor, means: no
+derivative."""
 
 from __future__ import annotations
 
@@ -13,9 +14,31 @@ from .table import aten, call_op, jvp_of, nondiff, tensor_args, vjp_of, vmap_of
 
 # From numbers alone: there is nothing to differentiate or to batch.
 for packet in (
-    *(aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.empty_permuted, aten.scalar_tensor),
-    *(aten.arange, aten.range, aten.linspace, aten.logspace, aten.eye, aten.tril_indices, aten.triu_indices),
-    *(aten.bartlett_window, aten.blackman_window, aten.hamming_window, aten.hann_window, aten.kaiser_window),
+    *(
+        aten.zeros,
+        aten.ones,
+        aten.full,
+        aten.empty,
+        aten.empty_strided,
+        aten.empty_permuted,
+        aten.scalar_tensor,
+    ),
+    *(
+        aten.arange,
+        aten.range,
+        aten.linspace,
+        aten.logspace,
+        aten.eye,
+        aten.tril_indices,
+        aten.triu_indices,
+    ),
+    *(
+        aten.bartlett_window,
+        aten.blackman_window,
+        aten.hamming_window,
+        aten.hann_window,
+        aten.kaiser_window,
+    ),
     aten._efficientzerotensor,
 ):
     for name in packet.overloads():
@@ -36,7 +59,8 @@ def resized(op: OpOverload) -> Callable[..., Tensor]:
 
 
 def restrided(op: OpOverload) -> Callable[..., Tensor]:
-    """The same for ``x.new_empty_strided(size, strides)``: samples one after another, each laid out as asked."""
+    """The same for ``x.new_empty_strided(size, strides)``: samples one after another, each laid
+    out as asked."""
 
     def batch(x: Tensor, shape: Any, strides: Any, *rest: Any) -> Tensor:
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -49,7 +73,8 @@ nondiff(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, batch=resi
 nondiff(aten.new_empty_strided, batch=restrided)
 
 
-# ----- overwriting: the old value is lost, the new one goes through ---------------------------------------------------
+# ----- overwriting: the old value is lost, the new one goes through
+# ---------------------------------------------------
 
 nondiff(aten.zero, batch=lambda op: lambda x: op(x), zero=True)
 nondiff(aten.fill.Scalar, batch=lambda op: lambda x, value: op(x, value), zero=True)
@@ -71,7 +96,9 @@ def _(g: Tensor, out: Tensor, x: Tensor, src: Tensor) -> list[Tensor | None]:
 
 
 @jvp_of(aten.copy)
-def _(tangents: tuple[Tensor | None, Tensor | None], out: Tensor, x: Tensor, src: Tensor) -> Tensor | None:
+def _(
+    tangents: tuple[Tensor | None, Tensor | None], out: Tensor, x: Tensor, src: Tensor
+) -> Tensor | None:
     return None if tangents[1] is None else aten.copy(x, tangents[1])
 
 

@@ -1,7 +1,8 @@
-"""Rules of the discrete Fourier transforms: linear maps, each the transpose of its inverse up to how it is scaled.
+"""Rules of the discrete Fourier transforms: linear maps, each the transpose of its inverse up to
+how it is scaled.
 
-``normalization`` is 0 for none, 1 for a division by ``sqrt(n)``, 2 by ``n``; the transpose is scaled the same way.
-"""
+``normalization`` is 0 for none, 1 for a division by ``sqrt(n)``, 2 by ``n``; the transpose is
+scaled the same way."""
 
 from __future__ import annotations
 
@@ -13,9 +14,14 @@ from aotfunc.transforms.rules.table import aten, linear, shifted
 
 
 def halves(x: Tensor, dim: int, last: int, factor: float) -> Tensor:
-    """Scale the entries of a one-sided spectrum of ``last`` points that stand for two: not the ends of an even one."""
+    """Scale the entries of a one-sided spectrum of ``last`` points that stand for two: not the
+    ends of an even one."""
     inner = (last - 1) // 2
-    return x if inner == 0 else aten.slice_scatter(x, x.narrow(dim, 1, inner) * factor, dim, 1, 1 + inner)
+    return (
+        x
+        if inner == 0
+        else aten.slice_scatter(x, x.narrow(dim, 1, inner) * factor, dim, 1, 1 + inner)
+    )
 
 
 def from_complex(g: Tensor, x: Tensor, dim: Any, normalization: int, forward: bool) -> Tensor:

@@ -10,7 +10,8 @@ from torch._ops import OpOverload
 
 from .table import aten, decompose_as
 
-#: ``_foreach_<name>`` is ``aten.<name>`` on each element; numbers and single tensors are for all of them
+#: ``_foreach_<name>`` is ``aten.<name>`` on each element; numbers and single tensors are for all
+# of them
 NAMES = """
 abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min clone copy cos cosh div erf erfc exp expm1 floor frac
 lerp lgamma log log10 log1p log2 max maximum minimum mm mul neg norm pow powsum reciprocal round rsqrt sigmoid sign sin
@@ -19,7 +20,9 @@ sinh sqrt sub tan tanh trunc zero
 
 
 def bounded(best: Any) -> Any:
-    return lambda x, y: best(x, y if isinstance(y, Tensor) else torch.scalar_tensor(y, dtype=x.dtype, device=x.device))
+    return lambda x, y: best(
+        x, y if isinstance(y, Tensor) else torch.scalar_tensor(y, dtype=x.dtype, device=x.device)
+    )
 
 
 #: those whose one-tensor form is not ``aten.<name>``
@@ -31,8 +34,12 @@ OTHERWISE = {
     "clamp_min": lambda x, y: aten.clamp_min(x, y),
     "norm": lambda x, ord, dtype: aten.linalg_vector_norm(x, ord, dtype=dtype),
     "powsum": lambda x, ord, dtype: aten.linalg__powsum(x, ord, dtype=dtype),
-    "addcmul": lambda x, y, z, value: torch.addcmul(x, y, z, value=value) if number(value) else x + value * y * z,
-    "addcdiv": lambda x, y, z, value: torch.addcdiv(x, y, z, value=value) if number(value) else x + value * y / z,
+    "addcmul": lambda x, y, z, value: (
+        torch.addcmul(x, y, z, value=value) if number(value) else x + value * y * z
+    ),
+    "addcdiv": lambda x, y, z, value: (
+        torch.addcdiv(x, y, z, value=value) if number(value) else x + value * y / z
+    ),
     "clone": lambda x, memory_format=None: aten.clone(x, memory_format=memory_format),
     "add": lambda x, y, alpha=1: torch.add(x, y, alpha=alpha),
     "sub": lambda x, y, alpha=1: torch.sub(x, y, alpha=alpha),

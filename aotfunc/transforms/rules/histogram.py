@@ -1,8 +1,8 @@
 """Batching of counting: each sample counts into bins of its own, which lie one after another.
 
-The bin of an element is worked out as the kernels do it, to the last bit: by a division for ``histc`` and by looking
-among the edges for the others. The last bin includes its right edge; what lies outside (or is NaN) counts nowhere.
-"""
+The bin of an element is worked out as the kernels do it, to the last bit: by a division for
+``histc`` and by looking among the edges for the others. The last bin includes its right edge; what
+lies outside (or is NaN) counts nowhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from .reduce import rows
 from .table import aten, nondiff, vmap_of
 
 nondiff(aten.bincount, aten.histc, aten.histogram.bins_tensor, aten.histogram.bin_ct)
-nondiff(aten._histogramdd_bin_edges, aten._histogramdd_from_bin_cts, aten._histogramdd_from_bin_tensors)
+nondiff(
+    aten._histogramdd_bin_edges, aten._histogramdd_from_bin_cts, aten._histogramdd_from_bin_tensors
+)
 
 
-def tally(at: Tensor, valid: Tensor | None, weight: Tensor | None, bins: Any, like: Tensor) -> Tensor:
-    """The weights (or ones) of a batch of elements ``[B, n]``, summed by their bin numbers ``at``: ``[B, bins]``."""
+def tally(
+    at: Tensor, valid: Tensor | None, weight: Tensor | None, bins: Any, like: Tensor
+) -> Tensor:
+    """The weights (or ones) of a batch of elements ``[B, n]``, summed by their bin numbers ``at``:
+    ``[B, bins]``."""
     each = torch.ones_like(at, dtype=like.dtype) if weight is None else weight.to(like.dtype)
     if valid is not None:
         at, each = at.masked_fill(~valid, 0), each.masked_fill(~valid, 0)
@@ -30,24 +35,36 @@ def tally(at: Tensor, valid: Tensor | None, weight: Tensor | None, bins: Any, li
 
 
 @vmap_of(aten.bincount)
-def _(x: Tensor, weights: Tensor | None, least: Any, *, batched: Any, size: Any, shape: Any) -> Tensor:
+def _(
+    x: Tensor, weights: Tensor | None, least: Any, *, batched: Any, size: Any, shape: Any
+) -> Tensor:
     x = with_batch(x, batched[0], size).long()
-    dtype = torch.int64 if weights is None else torch.float32 if weights.dtype is torch.float32 else torch.float64
+    dtype = (
+        torch.int64
+        if weights is None
+        else torch.float32
+        if weights.dtype is torch.float32
+        else torch.float64
+    )
     if weights is not None:
         weights = with_batch(weights, batched[1], size)
     return tally(x, None, weights, shape[0], torch.empty((), dtype=dtype, device=x.device))
 
 
-# ----- histograms of numbers ------------------------------------------------------------------------------------------
+# ----- histograms of numbers
+# ------------------------------------------------------------------------------------------
 
 
 def span(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Both ends ``[B]`` of the bins over a batch of elements: as given, of the data where these are equal, and one
-    apart from the data where it is constant.
-    """
+    """Both ends ``[B]`` of the bins over a batch of elements: as given, of the data where these
+    are equal, and one apart from the data where it is constant."""
     if low != high:
         return x.new_full(x.shape[:1], low), x.new_full(x.shape[:1], high)
-    least, most = x.aminmax(dim=1) if x.shape[1] else (x.new_full(x.shape[:1], low), x.new_full(x.shape[:1], high))
+    least, most = (
+        x.aminmax(dim=1)
+        if x.shape[1]
+        else (x.new_full(x.shape[:1], low), x.new_full(x.shape[:1], high))
+    )
     constant = (least == most).to(x.dtype)
     return least - constant, most + constant
 
@@ -75,10 +92,12 @@ def spaced(low: Tensor, high: Tensor, bins: int) -> Tensor:
     return torch.where(i < (bins + 1) // 2, low + step * i, high - step * (bins - i))
 
 
-def histogram(points: Sequence[Tensor], edges: Sequence[Tensor], weight: Tensor | None, density: bool) -> Tensor:
-    """A batch of histograms: coordinates ``[B, n]`` and sorted edges ``[B, k + 1]`` of each dimension, weights ``[B,
-    n]``; counts ``[B, *k]``, or with ``density`` such that they integrate to one.
-    """
+def histogram(
+    points: Sequence[Tensor], edges: Sequence[Tensor], weight: Tensor | None, density: bool
+) -> Tensor:
+    """A batch of histograms: coordinates ``[B, n]`` and sorted edges ``[B, k + 1]`` of each
+    dimension, weights ``[B, n]``; counts ``[B, *k]``, or with ``density`` such that they integrate
+    to one."""
     at, valid, total = 0, None, 1
     for x, e in zip(points, edges, strict=True):
         bins = e.shape[1] - 1
@@ -92,18 +111,23 @@ def histogram(points: Sequence[Tensor], edges: Sequence[Tensor], weight: Tensor 
         counts = counts / counts.sum(list(range(1, counts.dim())), keepdim=True)
         for d, e in enumerate(edges):
             width = e.diff(dim=1)
-            counts = counts / width.reshape(width.shape[0], *[1] * d, -1, *[1] * (len(edges) - d - 1))
+            counts = counts / width.reshape(
+                width.shape[0], *[1] * d, -1, *[1] * (len(edges) - d - 1)
+            )
     return counts
 
 
 def ends(points: Sequence[Tensor], given: Sequence[float] | None) -> list[tuple[Tensor, Tensor]]:
-    """Both ends of the bins in each dimension: as given, or of the data, and half apart from them where they are equal
-    (a whole for ``histc``, see :func:`span`).
-    """
+    """Both ends of the bins in each dimension: as given, or of the data, and half apart from them
+    where they are equal (a whole for ``histc``, see :func:`span`)."""
     found = []
     for d, x in enumerate(points):
         if given is None:
-            low, high = x.aminmax(dim=1) if x.shape[1] else (x.new_zeros(x.shape[:1]), x.new_ones(x.shape[:1]))
+            low, high = (
+                x.aminmax(dim=1)
+                if x.shape[1]
+                else (x.new_zeros(x.shape[:1]), x.new_ones(x.shape[:1]))
+            )
         else:
             low, high = (x.new_full(x.shape[:1], end) for end in given[2 * d : 2 * d + 2])
         half = (low == high).to(x.dtype) / 2
@@ -112,7 +136,11 @@ def ends(points: Sequence[Tensor], given: Sequence[float] | None) -> list[tuple[
 
 
 def counted(
-    points: Sequence[Tensor], bins: Sequence[int], given: Sequence[float] | None, weight: Tensor | None, density: bool
+    points: Sequence[Tensor],
+    bins: Sequence[int],
+    given: Sequence[float] | None,
+    weight: Tensor | None,
+    density: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """A batch of histograms with this many equal bins, and their edges."""
     limits = ends(points, given)
@@ -128,14 +156,25 @@ def weights_of(weight: Tensor | None, carries: bool, size: Any) -> Tensor | None
 
 
 @vmap_of(aten.histogram.bin_ct)
-def _(x: Tensor, bins: int, given: Any, weight: Tensor | None, density: bool, *, batched: Any, size: Any) -> Any:
+def _(
+    x: Tensor,
+    bins: int,
+    given: Any,
+    weight: Tensor | None,
+    density: bool,
+    *,
+    batched: Any,
+    size: Any,
+) -> Any:
     x = rows(with_batch(x, batched[0], size))
     counts, edges = counted([x], [bins], given, weights_of(weight, batched[1], size), density)
     return counts, edges[0]
 
 
 @vmap_of(aten.histogram.bins_tensor)
-def _(x: Tensor, edges: Tensor, weight: Tensor | None, density: bool, *, batched: Any, size: Any) -> Any:
+def _(
+    x: Tensor, edges: Tensor, weight: Tensor | None, density: bool, *, batched: Any, size: Any
+) -> Any:
     x, edges = rows(with_batch(x, batched[0], size)), with_batch(edges, batched[1], size)
     return histogram([x], [edges], weights_of(weight, batched[2], size), density), edges
 
@@ -147,18 +186,33 @@ def coordinates(x: Tensor, carries: bool, size: Any) -> list[Tensor]:
 
 
 @vmap_of(aten._histogramdd_from_bin_tensors)
-def _(x: Tensor, edges: Any, weight: Tensor | None, density: bool, *, batched: Any, size: Any) -> Tensor:
+def _(
+    x: Tensor, edges: Any, weight: Tensor | None, density: bool, *, batched: Any, size: Any
+) -> Tensor:
     edges = [with_batch(e, b, size) for e, b in zip(edges, batched[1], strict=True)]
-    return histogram(coordinates(x, batched[0], size), edges, weights_of(weight, batched[2], size), density)
+    return histogram(
+        coordinates(x, batched[0], size), edges, weights_of(weight, batched[2], size), density
+    )
 
 
 @vmap_of(aten._histogramdd_from_bin_cts)
-def _(x: Tensor, bins: Any, given: Any, weight: Tensor | None, density: bool, *, batched: Any, size: Any) -> Tensor:
+def _(
+    x: Tensor,
+    bins: Any,
+    given: Any,
+    weight: Tensor | None,
+    density: bool,
+    *,
+    batched: Any,
+    size: Any,
+) -> Tensor:
     points = coordinates(x, batched[0], size)
     return counted(points, bins, given, weights_of(weight, batched[1], size), density)[0]
 
 
 @vmap_of(aten._histogramdd_bin_edges)
-def _(x: Tensor, bins: Any, given: Any, weight: Tensor | None, *, batched: Any, size: Any) -> list[Tensor]:
+def _(
+    x: Tensor, bins: Any, given: Any, weight: Tensor | None, *, batched: Any, size: Any
+) -> list[Tensor]:
     points = coordinates(x, batched[0], size)
     return [spaced(*pair, k) for pair, k in zip(ends(points, given), bins, strict=True)]

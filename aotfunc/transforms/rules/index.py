@@ -1,8 +1,7 @@
 """Advanced indexing and masks: index, index_put, take, put, masked_select, masked_scatter.
 
-Reading transposes to an accumulating write and the other way round. An index that differs between examples becomes one
-index more, the number of the example.
-"""
+Reading transposes to an accumulating write and the other way round. An index that differs between
+examples becomes one index more, the number of the example."""
 
 from __future__ import annotations
 
@@ -13,13 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .places import Indices, Places, at_most, count_read, count_written, is_mask, numbered, numbered_each, single
+from .places import (
+    Indices,
+    Places,
+    at_most,
+    count_read,
+    count_written,
+    is_mask,
+    numbered,
+    numbered_each,
+    single,
+)
 from .table import aten, broadcast_shapes, expand_lead, jvp_of, linear, vmap_of
 
 
 def align(x: Tensor, rank: int) -> Tensor:
-    """``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast against ``rank`` ones."""
-    return x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if x.dim() <= rank else x
+    """``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast against
+    ``rank`` ones."""
+    return (
+        x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if x.dim() <= rank else x
+    )
 
 
 def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
@@ -33,20 +45,26 @@ def read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
     return aten.index.Tensor(x, indices if count is None else numbered(indices, count))
 
 
-# ----- index and index_put: NumPy's advanced indexing, see :mod:`.places` ---------------------------------------------
+# ----- index and index_put: NumPy's advanced indexing, see :mod:`.places`
+# ---------------------------------------------
 
 
-def with_example(indices: Indices, batched: Sequence[bool], size: Any, places: Places) -> list[Any]:
+def with_example(
+    indices: Indices, batched: Sequence[bool], size: Any, places: Places
+) -> list[Any]:
     """The indices, preceded by the number of the example, to which all of them broadcast."""
     rank = places.rank
     aligned = [
-        align(index, rank) if index is not None and b else index for index, b in zip(indices, batched, strict=True)
+        align(index, rank) if index is not None and b else index
+        for index, b in zip(indices, batched, strict=True)
     ]
     like = next(index for index in indices if index is not None)
     return [count_up(size, like, rank), *aligned]
 
 
-def batch_index(x: Tensor, indices: Indices, *, batched: Any, size: Any, shape: Sequence[Any] = ()) -> Tensor:
+def batch_index(
+    x: Tensor, indices: Indices, *, batched: Any, size: Any, shape: Sequence[Any] = ()
+) -> Tensor:
     x_batched, index_batched = batched
     if (count := count_read(single(indices, index_batched), shape)) is not None:
         indices, index_batched = numbered_each(indices, index_batched, count)
@@ -54,9 +72,13 @@ def batch_index(x: Tensor, indices: Indices, *, batched: Any, size: Any, shape: 
     if not any(index_batched) and places.together:
         return aten.index.Tensor(x, [None, *indices])
     if not x_batched:
-        aligned = [align(i, places.rank) if b else i for i, b in zip(indices, index_batched, strict=True)]
+        aligned = [
+            align(i, places.rank) if b else i for i, b in zip(indices, index_batched, strict=True)
+        ]
         return aten.index.Tensor(x, aligned).movedim(places.front, 0)
-    return places.to_front(aten.index.Tensor(x, with_example(indices, index_batched, size, places)))
+    return places.to_front(
+        aten.index.Tensor(x, with_example(indices, index_batched, size, places))
+    )
 
 
 def only_mask(indices: Indices) -> tuple[int, Tensor | None]:
@@ -66,10 +88,11 @@ def only_mask(indices: Indices) -> tuple[int, Tensor | None]:
 
 
 def across_mask(values: Sequence[Any], rest: int, rank: int) -> list[Any] | None:
-    """A shape in which values written through a mask of ``rank`` dimensions broadcast against the whole tensor.
+    """A shape in which values written through a mask of ``rank`` dimensions broadcast against the
+    whole tensor.
 
-    There is one if they are the same for all selected elements; ``rest`` dimensions come after those of the mask.
-    """
+    There is one if they are the same for all selected elements; ``rest`` dimensions come after
+    those of the mask."""
     inner = len(values) - rest
     if inner <= 0:
         return list(values)
@@ -77,7 +100,13 @@ def across_mask(values: Sequence[Any], rest: int, rank: int) -> list[Any] | None
 
 
 def batch_index_put(
-    x: Tensor, indices: Indices, values: Tensor, accumulate: bool = False, *, batched: Any, size: Any
+    x: Tensor,
+    indices: Indices,
+    values: Tensor,
+    accumulate: bool = False,
+    *,
+    batched: Any,
+    size: Any,
 ) -> Tensor:
     x_batched, index_batched, values_batched = batched
     front, mask = only_mask(indices)
@@ -112,13 +141,16 @@ def batch_index_put(
         return aten.index_put(x, [None, *indices], values, accumulate)
     if places.front:
         values = places.from_front(values if values_batched else align(values.unsqueeze(0), rank))
-    return aten.index_put(x, with_example(indices, index_batched, size, places), values, accumulate)
+    return aten.index_put(
+        x, with_example(indices, index_batched, size, places), values, accumulate
+    )
 
 
-def put_one_for_all(x: Tensor, indices: Indices, values: Tensor, accumulate: bool, batched: Any, size: Any) -> Tensor:
-    """One value for all that masks, beside other indices, select: written to as many positions as they may select, the
-    first again and again behind the last.
-    """
+def put_one_for_all(
+    x: Tensor, indices: Indices, values: Tensor, accumulate: bool, batched: Any, size: Any
+) -> Tensor:
+    """One value for all that masks, beside other indices, select: written to as many positions as
+    they may select, the first again and again behind the last."""
     x_batched, index_batched, values_batched = batched
     count, there = at_most(indices, index_batched)
     each = there.dim() == 2
@@ -128,7 +160,9 @@ def put_one_for_all(x: Tensor, indices: Indices, values: Tensor, accumulate: boo
     if values_batched:
         values = align(values, rank)
     written = along_positions(there if accumulate else there[..., :1], places, rank)
-    now = 0 if accumulate else batch_index(x, indices, batched=(x_batched, index_batched), size=size)
+    now = (
+        0 if accumulate else batch_index(x, indices, batched=(x_batched, index_batched), size=size)
+    )
     values = torch.where(align(written, rank) if each else written, values, now)
     batched = x_batched, index_batched, values_batched or each or not accumulate
     return batch_index_put(x, indices, values, accumulate, batched=batched, size=size)
@@ -151,7 +185,10 @@ def put_back(g: Tensor, x: Tensor, indices: Any, values: Tensor, accumulate: boo
 
 def where_written(x: Tensor, indices: Indices, values: Tensor) -> Indices:
     """The indices, masks as positions if the values written say how many they select."""
-    if not any(map(is_mask, indices)) or (count := count_written(indices, values.shape, x.dim())) is None:
+    if (
+        not any(map(is_mask, indices))
+        or (count := count_written(indices, values.shape, x.dim())) is None
+    ):
         return indices
     return numbered(indices, count)
 
@@ -171,9 +208,9 @@ def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tenso
     count, there = at_most(indices, unbatched)
     numbers = numbered(indices, count)
     found = aten.index.Tensor(g, numbers)
-    return torch.where(along_positions(there, Places(numbers, unbatched), found.dim()), found, 0).sum_to_size(
-        values.shape
-    )
+    return torch.where(
+        along_positions(there, Places(numbers, unbatched), found.dim()), found, 0
+    ).sum_to_size(values.shape)
 
 
 for op in (aten.index.Tensor, aten._unsafe_index.Tensor):
@@ -200,16 +237,22 @@ for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
         jointly=True,
     )
 
-# ----- masked indexing: positions may be out of range where the mask is false -----------------------------------------
+# ----- masked indexing: positions may be out of range where the mask is false
+# -----------------------------------------
 
 
 def in_range(x: Tensor, indices: Indices, batched: bool) -> list[Tensor | None]:
-    return [i if i is None else i.clamp(-s, s - 1) for s, i in zip(x.shape[batched:], indices, strict=False)]
+    return [
+        i if i is None else i.clamp(-s, s - 1)
+        for s, i in zip(x.shape[batched:], indices, strict=False)
+    ]
 
 
 linear(
     aten._unsafe_masked_index,
-    lambda g, x, mask, indices: aten._unsafe_masked_index_put_accumulate(g.new_zeros(x.shape), mask, indices, g),
+    lambda g, x, mask, indices: aten._unsafe_masked_index_put_accumulate(
+        g.new_zeros(x.shape), mask, indices, g
+    ),
     None,
     None,
 )
@@ -231,9 +274,13 @@ def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor, indices: Any) -> Tens
 @vmap_of(aten._unsafe_masked_index)
 def _(x: Tensor, mask: Tensor, indices: Any, fill: Any, *, batched: Any, size: Any) -> Tensor:
     if batched[0] or any(batched[2]):
-        x = batch_index(x, in_range(x, indices, batched[0]), batched=(batched[0], batched[2]), size=size)
+        x = batch_index(
+            x, in_range(x, indices, batched[0]), batched=(batched[0], batched[2]), size=size
+        )
     else:
-        x = aten.index.Tensor(x, in_range(x, indices, False)).expand(size, *[-1] * (mask.dim() - 1))
+        x = aten.index.Tensor(x, in_range(x, indices, False)).expand(
+            size, *[-1] * (mask.dim() - 1)
+        )
     return torch.where(align(mask, x.dim() - 1) if batched[1] else mask, x, fill)
 
 
@@ -252,11 +299,18 @@ def _(x: Tensor, mask: Tensor, indices: Any, values: Tensor, *, batched: Any, si
     )
 
 
-# ----- take and put: positions in the flattened tensor ----------------------------------------------------------------
+# ----- take and put: positions in the flattened tensor
+# ----------------------------------------------------------------
 
 
 def flat(x: Tensor, batched: bool) -> Tensor:
-    return x.flatten(1) if batched and x.dim() > 1 else x.reshape(x.shape[0], 1) if batched else x.flatten()
+    return (
+        x.flatten(1)
+        if batched and x.dim() > 1
+        else x.reshape(x.shape[0], 1)
+        if batched
+        else x.flatten()
+    )
 
 
 def batch_take(x: Tensor, index: Tensor, *, batched: tuple[bool, bool], size: Any) -> Tensor:
@@ -265,7 +319,9 @@ def batch_take(x: Tensor, index: Tensor, *, batched: tuple[bool, bool], size: An
     return batch_index(flat(x, True), [index], batched=(True, [batched[1]]), size=size)
 
 
-def batch_put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool, *, batched: Any, size: Any) -> Tensor:
+def batch_put(
+    x: Tensor, index: Tensor, source: Tensor, accumulate: bool, *, batched: Any, size: Any
+) -> Tensor:
     shape = x.shape[1:] if batched[0] else x.shape
     x = expand_lead(flat(x, batched[0]), batched[0], size)
     out = batch_index_put(
@@ -279,20 +335,27 @@ def batch_put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool, *, bat
     return out.reshape(size, *shape)
 
 
-linear(aten.take, lambda g, x, index: g.new_zeros(x.shape).put(index, g, True), None, batch=batch_take)
+linear(
+    aten.take, lambda g, x, index: g.new_zeros(x.shape).put(index, g, True), None, batch=batch_take
+)
 linear(
     aten.put,
-    lambda g, x, index, source, accumulate: g if accumulate else g.put(index, torch.zeros_like(source), False),
+    lambda g, x, index, source, accumulate: (
+        g if accumulate else g.put(index, torch.zeros_like(source), False)
+    ),
     None,
     lambda g, x, index, source: g.take(index).reshape(source.shape),
     batch=batch_put,
     jointly=True,
 )
 
-# ----- masks ----------------------------------------------------------------------------------------------------------
+# ----- masks
+# ----------------------------------------------------------------------------------------------------------
 
 
-def batch_masked_select(x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], size: Any, shape: Any) -> Tensor:
+def batch_masked_select(
+    x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], size: Any, shape: Any
+) -> Tensor:
     full = broadcast_shapes(x.shape[batched[0] :], mask.shape[batched[1] :]) or (1,)
     x, mask = (
         align(t, len(full)).expand(size, *full) if b else t.expand(full)
@@ -320,24 +383,34 @@ def running(mask: Tensor) -> Tensor:
     return mask.cumsum(1) - 1
 
 
-def batch_masked_scatter(x: Tensor, mask: Tensor, source: Tensor, *, batched: Any, size: Any) -> Tensor:
-    x, mask, source = (expand_lead(t, b, size) for t, b in zip((x, mask, source), batched, strict=True))
+def batch_masked_scatter(
+    x: Tensor, mask: Tensor, source: Tensor, *, batched: Any, size: Any
+) -> Tensor:
+    x, mask, source = (
+        expand_lead(t, b, size) for t, b in zip((x, mask, source), batched, strict=True)
+    )
     rank = max(x.dim(), mask.dim()) - 1
     x, mask = torch.broadcast_tensors(align(x, rank), align(mask, rank))
     if source.numel() == 0:
-        aten._assert_async.msg(mask.logical_not().all(), "masked_scatter: the source has too few elements")
+        aten._assert_async.msg(
+            mask.logical_not().all(), "masked_scatter: the source has too few elements"
+        )
         return x.clone()
     nth = running(flat(mask, True)).clamp_min(0)
     return torch.where(mask, flat(source, True).gather(1, nth).reshape(x.shape), x)
 
 
-def batch_masked_scatter_backward(g: Tensor, mask: Tensor, sizes: Sequence[Any], *, batched: Any, size: Any) -> Tensor:
+def batch_masked_scatter_backward(
+    g: Tensor, mask: Tensor, sizes: Sequence[Any], *, batched: Any, size: Any
+) -> Tensor:
     g, mask = (expand_lead(t, b, size) for t, b in zip((g, mask), batched, strict=True))
     rank = max(g.dim(), mask.dim()) - 1
     g, mask = torch.broadcast_tensors(align(g, rank), align(mask, rank))
     g, mask = flat(g, True), flat(mask, True)
     length = prod(sizes)
-    nth = torch.where(mask, running(mask), length)  # the unselected go to one place more, which is then left out
+    nth = torch.where(
+        mask, running(mask), length
+    )  # the unselected go to one place more, which is then left out
     return g.new_zeros(size, length + 1).scatter(1, nth, g)[:, :length].reshape(size, *sizes)
 
 

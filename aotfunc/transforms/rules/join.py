@@ -1,4 +1,5 @@
-"""Ops that cut a tensor into pieces, join pieces, or surround them: split, cat, pads, patches. All linear."""
+"""Ops that cut a tensor into pieces, join pieces, or surround them: split, cat, pads, patches. All
+linear."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from .table import Formula, aten, call_op, expand_lead, jvp_of, linear, named, o
 
 
 def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:
-    """The vmap rule of an op that acts on ``trailing`` dimensions of its first ``tensors`` arguments, under one or two
-    dimensions over which it maps: fold the batch into those."""
+    """The vmap rule of an op that acts on ``trailing`` dimensions of its first ``tensors``
+    arguments, under one or two dimensions over which it maps: fold the batch into those."""
     op = overload(op)
 
     def batch(*args: Any) -> Tensor:
@@ -27,7 +28,8 @@ def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:
     return batch
 
 
-# ----- cutting and joining --------------------------------------------------------------------------------------------
+# ----- cutting and joining
+# --------------------------------------------------------------------------------------------
 
 
 def pieces_back(gs: Sequence[Tensor | None], x: Tensor, sizes: Sequence[Any], dim: int) -> Tensor:
@@ -38,7 +40,9 @@ def pieces_back(gs: Sequence[Tensor | None], x: Tensor, sizes: Sequence[Any], di
         return aten.slice_backward(gs[there[0]], x.shape, dim, start, start + sizes[there[0]], 1)
     shapes = [[*x.shape[: dim % x.dim()], s, *x.shape[dim % x.dim() + 1 :]] for s in sizes]
     like: Any = gs[there[0]]
-    return torch.cat([like.new_zeros(s) if g is None else g for g, s in zip(gs, shapes, strict=True)], dim)
+    return torch.cat(
+        [like.new_zeros(s) if g is None else g for g, s in zip(gs, shapes, strict=True)], dim
+    )
 
 
 def split_back(gs: Sequence[Tensor | None], x: Tensor, size: Any, dim: int) -> Tensor:
@@ -110,13 +114,18 @@ def batch_block_diag(tensors: Sequence[Tensor], *, batched: Any, size: Any) -> T
     width = sum(w for *_, w in where)
     blocks = [x.reshape(size, h, w) for x, (_, _, h, w) in zip(tensors, where, strict=True)]
     return torch.cat(
-        [torch.nn.functional.pad(x, (c, width - c - w)) for x, (_, c, _, w) in zip(blocks, where, strict=True)], 1
+        [
+            torch.nn.functional.pad(x, (c, width - c - w))
+            for x, (_, c, _, w) in zip(blocks, where, strict=True)
+        ],
+        1,
     )
 
 
 linear(aten.block_diag, block_diag_back, batch=batch_block_diag)
 
-# ----- pads and patches -----------------------------------------------------------------------------------------------
+# ----- pads and patches
+# -----------------------------------------------------------------------------------------------
 
 linear(
     aten.constant_pad_nd,
@@ -131,10 +140,16 @@ def _(tangents: Any, out: Tensor, x: Tensor, pad: Any, value: Any) -> Tensor:
 
 
 def pad_lines(kind: str, rank: int) -> None:
-    """Reflection and replication pads of ``rank`` dimensions; the backward reads only the shape of its ``self``."""
-    forward, backward = getattr(aten, f"{kind}_pad{rank}d"), getattr(aten, f"{kind}_pad{rank}d_backward")
+    """Reflection and replication pads of ``rank`` dimensions; the backward reads only the shape of
+    its ``self``."""
+    forward, backward = (
+        getattr(aten, f"{kind}_pad{rank}d"),
+        getattr(aten, f"{kind}_pad{rank}d_backward"),
+    )
     linear(forward, lambda g, x, pad: backward(g, x, pad), batch=by_folding(forward, rank))
-    linear(backward, lambda g, y, x, pad: forward(g, pad), None, batch=by_folding(backward, rank, 2))
+    linear(
+        backward, lambda g, y, x, pad: forward(g, pad), None, batch=by_folding(backward, rank, 2)
+    )
 
 
 for kind in ("reflection", "replication"):
@@ -143,13 +158,24 @@ for kind in ("reflection", "replication"):
 
 
 def batch_patches(op: Any, rank: int) -> Formula:
-    """Fold the batch of ``im2col`` or ``col2im`` into theirs, if they have one (``rank`` dimensions: they do not)."""
+    """Fold the batch of ``im2col`` or ``col2im`` into theirs, if they have one (``rank``
+    dimensions: they do not)."""
 
     def batch(x: Tensor, *rest: Any) -> Tensor:
-        return op(x, *rest) if x.dim() == rank + 1 else op(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2])
+        return (
+            op(x, *rest)
+            if x.dim() == rank + 1
+            else op(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2])
+        )
 
     return batch
 
 
-linear(aten.im2col, lambda g, x, *how: aten.col2im(g, x.shape[-2:], *how), batch=batch_patches(aten.im2col, 3))
-linear(aten.col2im, lambda g, x, size, *how: aten.im2col(g, *how), batch=batch_patches(aten.col2im, 2))
+linear(
+    aten.im2col,
+    lambda g, x, *how: aten.col2im(g, x.shape[-2:], *how),
+    batch=batch_patches(aten.im2col, 3),
+)
+linear(
+    aten.col2im, lambda g, x, size, *how: aten.im2col(g, *how), batch=batch_patches(aten.col2im, 2)
+)

@@ -1,8 +1,7 @@
 """Rules of linear algebra on matrices: inverse, systems, determinants, factorisations.
 
-All of these ops take leading dimensions of their own, so a batch goes in front of them. A derivative is written here
-where it is short; PyTorch's own formula serves for the rest.
-"""
+All of these ops take leading dimensions of their own, so a batch goes in front of them. A
+derivative is written here where it is short; PyTorch's own formula serves for the rest."""
 
 from __future__ import annotations
 
@@ -28,7 +27,8 @@ from aotfunc.transforms.rules.table import (
     vmap_of,
 )
 
-# ----- the batch in front ---------------------------------------------------------------------------------------------
+# ----- the batch in front
+# ---------------------------------------------------------------------------------------------
 
 
 def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
@@ -41,7 +41,11 @@ def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Any:
         full = list(args)
-        given = [(i, with_batch(args[i], b, size)) for i, b in zip(where, batched, strict=True) if args[i] is not None]
+        given = [
+            (i, with_batch(args[i], b, size))
+            for i, b in zip(where, batched, strict=True)
+            if args[i] is not None
+        ]
         rank = max(x.dim() for _, x in given)
         for i, x in given:
             if align and x.dim() < rank:
@@ -57,10 +61,18 @@ PUBLIC = ["inv_ex", "cholesky_ex", "qr", "eig", "lu", "lu_factor_ex", "ldl_facto
 for op in (
     *(getattr(aten, f"_linalg_{name}") for name in PRIVATE),
     *(getattr(aten, f"linalg_{name}") for name in PUBLIC),
-    *(aten.cholesky, aten.cholesky_inverse, aten.geqrf, aten.ormqr, aten.linalg_householder_product),
+    *(
+        aten.cholesky,
+        aten.cholesky_inverse,
+        aten.geqrf,
+        aten.ormqr,
+        aten.linalg_householder_product,
+    ),
 ):
     vmap_of(op)(leading(op))
-vmap_of(aten.linalg_matrix_exp)(lambda a: aten.linalg_matrix_exp(a.contiguous()))  # no view of the leading dimensions
+vmap_of(aten.linalg_matrix_exp)(
+    lambda a: aten.linalg_matrix_exp(a.contiguous())
+)  # no view of the leading dimensions
 for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve):
     vmap_of(op)(leading(op, align=2))
 
@@ -72,28 +84,38 @@ def _(a, atol, rtol, hermitian, *, batched, size):
         t.reshape(size, *[1] * (a.dim() - 2 - t.dim()), *t.shape[1:]) if b else t
         for t, b in zip((atol, rtol), batched[1:], strict=True)
     ]
-    return aten.linalg_pinv.atol_rtol_tensor(a, atol=tolerances[0], rtol=tolerances[1], hermitian=hermitian)
+    return aten.linalg_pinv.atol_rtol_tensor(
+        a, atol=tolerances[0], rtol=tolerances[1], hermitian=hermitian
+    )
 
 
 @vmap_of(aten.lu_unpack)
 def _(lu, pivots, data, with_pivots, *, batched, size):
     lu, pivots = (with_batch(x, b, size) for x, b in zip((lu, pivots), batched, strict=True))
     made = aten.lu_unpack(lu, pivots, data, with_pivots)
-    return tuple(x if wanted else x.expand(size, 0) for x, wanted in zip(made, (with_pivots, data, data), strict=True))
+    return tuple(
+        x if wanted else x.expand(size, 0)
+        for x, wanted in zip(made, (with_pivots, data, data), strict=True)
+    )
 
 
 def with_pivots(op: OpOverloadPacket) -> None:
-    """Register the vmap rule of a solver ``(factors, pivots, b, *flags)``, whose pivots have a dimension less."""
+    """Register the vmap rule of a solver ``(factors, pivots, b, *flags)``, whose pivots have a
+    dimension less."""
 
     @vmap_of(op)
     def _(factors, pivots, b, *flags, batched, size):
-        factors, pivots, b = (with_batch(x, t, size) for x, t in zip((factors, pivots, b), batched, strict=True))
+        factors, pivots, b = (
+            with_batch(x, t, size) for x, t in zip((factors, pivots, b), batched, strict=True)
+        )
         rank = max(factors.dim(), b.dim())
         factors, b = (x.reshape(size, *[1] * (rank - x.dim()), *x.shape[1:]) for x in (factors, b))
         pivots = pivots.reshape(size, *[1] * (rank - 1 - pivots.dim()), *pivots.shape[1:])
         if op is aten.linalg_ldl_solve:  # it does not broadcast
             lead = broadcast_shapes(factors.shape[:-2], b.shape[:-2])
-            factors, pivots, b = (x.expand(*lead, *x.shape[len(lead) :]).contiguous() for x in (factors, pivots, b))
+            factors, pivots, b = (
+                x.expand(*lead, *x.shape[len(lead) :]).contiguous() for x in (factors, pivots, b)
+            )
         return call_op(overload(op), [factors, pivots, b, *flags])
 
 
@@ -104,7 +126,8 @@ with_pivots(aten.linalg_ldl_solve)
 @vmap_of(aten._linalg_solve_ex)
 def _(a, b, left, check, *, batched, size):
     vector = b.dim() - batched[1] == 1 or (
-        a.dim() - batched[0] - 1 == b.dim() - batched[1] and a.shape[batched[0] : -1] == b.shape[batched[1] :]
+        a.dim() - batched[0] - 1 == b.dim() - batched[1]
+        and a.shape[batched[0] : -1] == b.shape[batched[1] :]
     )
     if vector:  # the op tells vectors from matrices by comparing shapes: name them as matrices
         b = b.unsqueeze(-1)
@@ -115,7 +138,8 @@ def _(a, b, left, check, *, batched, size):
     return out.squeeze(-1) if vector else out, *others
 
 
-# ----- inverse, systems, determinants ---------------------------------------------------------------------------------
+# ----- inverse, systems, determinants
+# ---------------------------------------------------------------------------------
 
 
 @vjp_of(aten.linalg_inv_ex, diff_outputs=(0,))
@@ -150,7 +174,9 @@ def _(tangents, out, a, b, left):
     ta, tb = tangents
     vector = is_vector(a, b)
     x, tb = (t.unsqueeze(-1) if vector and t is not None else t for t in (out[0], tb))
-    right = total(t for t in (tb, None if ta is None else -(ta @ x) if left else -(x @ ta)) if t is not None)
+    right = total(
+        t for t in (tb, None if ta is None else -(ta @ x) if left else -(x @ ta)) if t is not None
+    )
     tx = aten._linalg_solve_ex(a, right, left=left)[0]
     return tx.squeeze(-1) if vector else tx, None, None, None
 
@@ -158,11 +184,11 @@ def _(tangents, out, a, b, left):
 def adjugate(a: Tensor) -> Tensor:
     """``det(a) * inv(a)``, for singular ``a`` too.
 
-    Of ``a = p @ lower @ upper``, where partial pivoting leaves the zero of a matrix of rank n - 1 to the last pivot,
-    ``adj(a) = det(p) * prod(the other pivots) * upper'^-1 @ diag(last, …, last, 1) @ lower^-1 @ p^T`` where ``upper'``
-    has one for its last pivot: nothing is divided by it. Derivatives are those of ``det * inv`` with small pivots moved
-    away from zero: the adjugate is a polynomial, so they move as little.
-    """
+    Of ``a = p @ lower @ upper``, where partial pivoting leaves the zero of a matrix of rank n - 1
+    to the last pivot, ``adj(a) = det(p) * prod(the other pivots) * upper'^-1 @ diag(last, …, last,
+    1) @ lower^-1 @ p^T`` where ``upper'`` has one for its last pivot: nothing is divided by it.
+    Derivatives are those of ``det * inv`` with small pivots moved away from zero: the adjugate is
+    a polynomial, so they move as little."""
     n = a.shape[-1]
     if n == 0:
         return a
@@ -182,8 +208,12 @@ def adjugate(a: Tensor) -> Tensor:
     last = torch.arange(n, device=a.device) == n - 1
     others = torch.where(last, 1, pivots + off_zero(eps))
     upper = upper + torch.diag_embed(others - pivots)
-    scale = torch.where(last, 1, pivots[..., -1:]) * (aten._linalg_det(p)[0] * others.prod(-1)).unsqueeze(-1)
-    right = scale.unsqueeze(-1) * aten.linalg_solve_triangular(lower, p.mT, upper=False, unitriangular=True)
+    scale = torch.where(last, 1, pivots[..., -1:]) * (
+        aten._linalg_det(p)[0] * others.prod(-1)
+    ).unsqueeze(-1)
+    right = scale.unsqueeze(-1) * aten.linalg_solve_triangular(
+        lower, p.mT, upper=False, unitriangular=True
+    )
     exact = aten.linalg_solve_triangular(upper, right, upper=True)
     return exact.detach() + (smooth - smooth.detach())
 
@@ -204,7 +234,9 @@ def _(g, out, a):
     if a.is_complex():  # the sign turns too
         sign = out[0]
         turn = None if g_sign is None else g_sign - (g_sign * sign.conj()).real * sign
-        weight = total(t for t in (g_log, None if turn is None else turn * sign.conj()) if t is not None)
+        weight = total(
+            t for t in (g_log, None if turn is None else turn * sign.conj()) if t is not None
+        )
     else:
         weight = g_log
     return [None if weight is None else weight[..., None, None] * aten.linalg_inv_ex(a)[0].mH]
@@ -214,11 +246,17 @@ def _(g, out, a):
 def _(tangents, out, a):
     rate = aten._linalg_solve_ex(a, tangents[0])[0].diagonal(0, -2, -1).sum(-1)
     if a.is_complex():
-        return out[0] * torch.complex(torch.zeros_like(rate.imag), rate.imag), rate.real, None, None
+        return (
+            out[0] * torch.complex(torch.zeros_like(rate.imag), rate.imag),
+            rate.real,
+            None,
+            None,
+        )
     return None, rate, None, None
 
 
-# ----- factorisations -------------------------------------------------------------------------------------------------
+# ----- factorisations
+# -------------------------------------------------------------------------------------------------
 
 
 def half_triangle(x: Tensor) -> Tensor:
@@ -290,7 +328,8 @@ def _(g, out, factor, upper):
 
 @vjp_of(aten.linalg_lstsq, diff_outputs=(0, 1))
 def _(g, out, a, b, rcond, *, needs):
-    """Of ``x = pinv(a) @ b`` and, where there are any, of the residuals ``|a @ x - b|^2``; for ``a`` of full rank."""
+    """Of ``x = pinv(a) @ b`` and, where there are any, of the residuals ``|a @ x - b|^2``; for
+    ``a`` of full rank."""
     x, gx, of_residual = out[0], g[0], g[1] if out[1].numel() else None
     vector = b.dim() == 1 or (a.dim() - 1 == b.dim() and a.shape[:-1] == b.shape)
     if vector:
@@ -308,18 +347,28 @@ def _(g, out, a, b, rcond, *, needs):
             else:  # a moves the subspace that x lies in
                 ga.append((inverse.mH @ x) @ (gx - a.mH @ back).mH)
     if of_residual is not None:
-        over = 2 * (a @ x - b) * (of_residual[..., None, None] if vector else of_residual.unsqueeze(-2))
+        over = (
+            2
+            * (a @ x - b)
+            * (of_residual[..., None, None] if vector else of_residual.unsqueeze(-2))
+        )
         ga.append(over @ x.mH)
         gb.append(-over)
     of_b = total(gb)
-    return total(ga) if needs[0] else None, of_b.squeeze(-1) if vector and of_b is not None else of_b
+    return total(ga) if needs[0] else None, of_b.squeeze(
+        -1
+    ) if vector and of_b is not None else of_b
 
 
 @vmap_of(aten.linalg_lstsq)
 def _(a, b, rcond, driver, *, shape):
-    """All samples in one call; what is left out (residuals of one driver, the rank with another) is left out of all."""
+    """All samples in one call; what is left out (residuals of one driver, the rank with another)
+    is left out of all."""
     outs = aten.linalg_lstsq(a, b, rcond, driver=driver)
-    return tuple(o if tuple(s) != (0,) else o.new_empty(a.shape[0], 0) for o, s in zip(outs, shape, strict=True))
+    return tuple(
+        o if tuple(s) != (0,) else o.new_empty(a.shape[0], 0)
+        for o, s in zip(outs, shape, strict=True)
+    )
 
 
 def off_diagonal(x: Tensor, gaps_of: Tensor) -> Tensor:
@@ -352,10 +401,11 @@ def skew(x: Tensor) -> Tensor:
 
 @vjp_of(aten._linalg_svd)
 def _(g, out, a, full_matrices, compute_uv, driver):
-    """``a = u diag(s) vh``. Columns of ``u`` beyond the ``k = min(m, n)``-th are not differentiable, and left out.
+    """``a = u diag(s) vh``. Columns of ``u`` beyond the ``k = min(m, n)``-th are not
+    differentiable, and left out.
 
-    The phases of complex singular vectors are arbitrary: this is the gradient of a function that ignores them.
-    """
+    The phases of complex singular vectors are arbitrary: this is the gradient of a function that
+    ignores them."""
     if not compute_uv:
         out = aten._linalg_svd(a, False, True, driver=driver)
     u, s, vh = out
@@ -364,7 +414,9 @@ def _(g, out, a, full_matrices, compute_uv, driver):
     k = min(m, n)
     u, vh = u[..., :k], vh[..., :k, :]
     row, column = s.unsqueeze(-2), s.unsqueeze(-1)
-    gap = (row - column) * (row + column) + torch.eye(k, dtype=s.dtype, device=s.device)  # one on the diagonal
+    gap = (row - column) * (row + column) + torch.eye(
+        k, dtype=s.dtype, device=s.device
+    )  # one on the diagonal
     inner = [] if gs is None else [torch.diag_embed(gs.to(a.dtype))]
     outside = []
     if gu is not None:

@@ -1,4 +1,5 @@
-"""Tables and sorted sequences: embedding, searchsorted, bucketize, and the positions of what is not zero."""
+"""Tables and sorted sequences: embedding, searchsorted, bucketize, and the positions of what is
+not zero."""
 
 from __future__ import annotations
 
@@ -11,12 +12,20 @@ from .index import count_up
 from .places import nonzero_each
 from .table import aten, expand_lead, linear, nondiff, vmap_of
 
-# ----- embedding ------------------------------------------------------------------------------------------------------
+# ----- embedding
+# ------------------------------------------------------------------------------------------------------
 
 
 @vmap_of(aten.embedding)
 def _(
-    weight: Tensor, indices: Tensor, padding_idx: Any, by_freq: bool, sparse: bool, *, batched: Any, size: Any
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: Any,
+    by_freq: bool,
+    sparse: bool,
+    *,
+    batched: Any,
+    size: Any,
 ) -> Tensor:
     weight_batched, indices_batched = batched
     if not weight_batched and not by_freq:
@@ -28,17 +37,23 @@ def _(
     # one table of all the examples' columns, since the padding row of each must keep its number
     out = aten.embedding(weight.movedim(0, 1).flatten(1), indices, padding_idx, by_freq)
     out = out.unflatten(-1, (size, weight.shape[2]))
-    return out.diagonal(0, 0, out.dim() - 2).movedim(-1, 0) if indices_batched else out.movedim(-2, 0)
+    return (
+        out.diagonal(0, 0, out.dim() - 2).movedim(-1, 0) if indices_batched else out.movedim(-2, 0)
+    )
 
 
 linear(
     aten.embedding,
-    lambda g, weight, indices, pad, by_freq: aten.embedding_dense_backward(g, indices, weight.shape[0], pad, by_freq),
+    lambda g, weight, indices, pad, by_freq: aten.embedding_dense_backward(
+        g, indices, weight.shape[0], pad, by_freq
+    ),
     None,
 )
 
 
-def embedding_dense_back(g: Tensor, y: Tensor, indices: Tensor, rows: Any, padding_idx: Any, by_freq: bool) -> Tensor:
+def embedding_dense_back(
+    g: Tensor, y: Tensor, indices: Tensor, rows: Any, padding_idx: Any, by_freq: bool
+) -> Tensor:
     out = aten.index.Tensor(g, [indices])
     if by_freq:
         count = g.new_zeros(rows).index_put((indices,), g.new_ones(()), True)
@@ -47,31 +62,58 @@ def embedding_dense_back(g: Tensor, y: Tensor, indices: Tensor, rows: Any, paddi
 
 
 def batch_embedding_dense_backward(
-    g: Tensor, indices: Tensor, rows: Any, padding_idx: Any, by_freq: bool, *, batched: Any, size: Any
+    g: Tensor,
+    indices: Tensor,
+    rows: Any,
+    padding_idx: Any,
+    by_freq: bool,
+    *,
+    batched: Any,
+    size: Any,
 ) -> Tensor:
     width = g.shape[-1]
     if not batched[1]:
-        out = aten.embedding_dense_backward(g.movedim(0, -2).flatten(-2), indices, rows, padding_idx, by_freq)
+        out = aten.embedding_dense_backward(
+            g.movedim(0, -2).flatten(-2), indices, rows, padding_idx, by_freq
+        )
         return out.unflatten(1, (size, width)).movedim(1, 0)
     g = expand_lead(g, batched[0], size)
     if padding_idx >= 0:
         g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     start = count_up(size, indices, indices.dim() - 1) * rows
-    return aten.embedding_dense_backward(g, indices + start, rows * size, -1, by_freq).unflatten(0, (size, rows))
+    return aten.embedding_dense_backward(g, indices + start, rows * size, -1, by_freq).unflatten(
+        0, (size, rows)
+    )
 
 
-linear(aten.embedding_dense_backward, embedding_dense_back, None, batch=batch_embedding_dense_backward)
+linear(
+    aten.embedding_dense_backward, embedding_dense_back, None, batch=batch_embedding_dense_backward
+)
 
 
-# ----- positions: no derivative ---------------------------------------------------------------------------------------
+# ----- positions: no derivative
+# ---------------------------------------------------------------------------------------
 
-nondiff(aten.searchsorted.Tensor, aten.searchsorted.Scalar, aten.bucketize.Tensor, aten.bucketize.Scalar)
+nondiff(
+    aten.searchsorted.Tensor,
+    aten.searchsorted.Scalar,
+    aten.bucketize.Tensor,
+    aten.bucketize.Scalar,
+)
 nondiff(aten.nonzero_static, aten.nonzero)
 
 
 @vmap_of(aten.searchsorted.Tensor)
 def _(
-    row: Tensor, x: Tensor, int32: bool, right: bool, side: Any, sorter: Tensor | None, *, batched: Any, size: Any
+    row: Tensor,
+    x: Tensor,
+    int32: bool,
+    right: bool,
+    side: Any,
+    sorter: Tensor | None,
+    *,
+    batched: Any,
+    size: Any,
 ) -> Tensor:
     how = {"out_int32": int32, "right": right, "side": side}
     shape = x.shape if batched[1] else (size, *x.shape)
@@ -79,34 +121,55 @@ def _(
         row, x = expand_lead(row, batched[0], size), expand_lead(x, batched[1], size)
         sorter = None if sorter is None else expand_lead(sorter, batched[2], size)
     elif batched[0] or (sorter is not None and batched[2]):  # a sequence for each example
-        row, x = expand_lead(row, batched[0], size), expand_lead(x, batched[1], size).reshape(size, -1)
+        row, x = (
+            expand_lead(row, batched[0], size),
+            expand_lead(x, batched[1], size).reshape(size, -1),
+        )
         sorter = None if sorter is None else expand_lead(sorter, batched[2], size).contiguous()
-    return torch.searchsorted(row.contiguous(), x.contiguous(), sorter=sorter, **how).reshape(shape)
+    return torch.searchsorted(row.contiguous(), x.contiguous(), sorter=sorter, **how).reshape(
+        shape
+    )
 
 
 @vmap_of(aten.searchsorted.Scalar)
 def _(
-    row: Tensor, x: Any, int32: bool, right: bool, side: Any, sorter: Tensor | None, *, batched: Any, size: Any
+    row: Tensor,
+    x: Any,
+    int32: bool,
+    right: bool,
+    side: Any,
+    sorter: Tensor | None,
+    *,
+    batched: Any,
+    size: Any,
 ) -> Tensor:
     value = torch.full((size, 1), x, device=row.device)
     row = expand_lead(row, batched[0], size).contiguous()
     sorter = None if sorter is None else expand_lead(sorter, batched[1], size).contiguous()
-    return torch.searchsorted(row, value, out_int32=int32, right=right, side=side, sorter=sorter).reshape(size)
+    return torch.searchsorted(
+        row, value, out_int32=int32, right=right, side=side, sorter=sorter
+    ).reshape(size)
 
 
 @vmap_of(aten.bucketize.Tensor)
-def _(x: Tensor, boundaries: Tensor, int32: bool, right: bool, *, batched: Any, size: Any) -> Tensor:
+def _(
+    x: Tensor, boundaries: Tensor, int32: bool, right: bool, *, batched: Any, size: Any
+) -> Tensor:
     if not batched[1]:
         return torch.bucketize(x, boundaries, out_int32=int32, right=right)
     x = expand_lead(x, batched[0], size)
     flat_x = x.reshape(size, -1).contiguous()
-    return torch.searchsorted(boundaries.contiguous(), flat_x, out_int32=int32, right=right).reshape(x.shape)
+    return torch.searchsorted(
+        boundaries.contiguous(), flat_x, out_int32=int32, right=right
+    ).reshape(x.shape)
 
 
 @vmap_of(aten.bucketize.Scalar)
 def _(x: Any, boundaries: Tensor, int32: bool, right: bool) -> Tensor:
     value = torch.full((boundaries.shape[0], 1), x, device=boundaries.device)
-    return torch.searchsorted(boundaries.contiguous(), value, out_int32=int32, right=right).squeeze(1)
+    return torch.searchsorted(
+        boundaries.contiguous(), value, out_int32=int32, right=right
+    ).squeeze(1)
 
 
 vmap_of(aten.nonzero_static)(nonzero_each)

@@ -25,11 +25,13 @@ from aotfunc.transforms.rules.table import (
     vmap_of,
 )
 
-# ----- softmax --------------------------------------------------------------------------------------------------------
+# ----- softmax
+# --------------------------------------------------------------------------------------------------------
 
 
 def along_dim(op: OpOverload | OpOverloadPacket) -> Formula:
-    """The vmap rule of an op with a ``dim`` whose tensor arguments, one or several, have one shape."""
+    """The vmap rule of an op with a ``dim`` whose tensor arguments, one or several, have one
+    shape."""
     op = overload(op)
     dim_at = [a.name for a in op._schema.arguments].index("dim")
 
@@ -58,7 +60,9 @@ def _(g, out, x, dim):
 
 @jvp_of(aten._softmax)
 def _(tangents, out, x, dim):
-    return aten._softmax_backward_data(tangents[0].to(out.dtype), out, dim, out.dtype)  # the Jacobian is symmetric
+    return aten._softmax_backward_data(
+        tangents[0].to(out.dtype), out, dim, out.dtype
+    )  # the Jacobian is symmetric
 
 
 @vjp_of(aten._safe_softmax)
@@ -98,7 +102,8 @@ def _(a, out, g, logp, dim, *, needs):
     return of_g, -weighted * g.sum(dim, keepdim=True) if needs[1] else None
 
 
-# ----- losses that act on each element --------------------------------------------------------------------------------
+# ----- losses that act on each element
+# --------------------------------------------------------------------------------
 
 NONE, MEAN, SUM = 0, 1, 2  # values of the argument `reduction`
 
@@ -112,19 +117,25 @@ def reduce(loss: Tensor, reduction: int, kept: int = 0) -> Tensor:
 
 
 def spread(g: Tensor, reduction: int, count: int) -> Tensor:
-    """The cotangent of each element's loss, to be broadcast, from that of the reduced loss over ``count`` elements."""
+    """The cotangent of each element's loss, to be broadcast, from that of the reduced loss over
+    ``count`` elements."""
     return g / count if reduction == MEAN else g
 
 
 def aligned(
     op: OpOverload, args: Sequence[Any], batched: Sequence[bool], size: int, skip: int = 0
 ) -> tuple[list[Any], torch.Size]:
-    """The arguments with all tensors expanded to one shape behind the batch, which no kernel does, and that shape.
+    """The arguments with all tensors expanded to one shape behind the batch, which no kernel does,
+    and that shape.
 
     The first ``skip`` tensors are expanded with the others but have no say in the shape.
     """
     full = list(args)
-    given = [(i, args[i], b) for i, b in zip(tensor_args(op), batched, strict=True) if args[i] is not None]
+    given = [
+        (i, args[i], b)
+        for i, b in zip(tensor_args(op), batched, strict=True)
+        if args[i] is not None
+    ]
     shape = broadcast_shapes(*(x.shape[1:] if b else x.shape for _, x, b in given[skip:]))
     for i, x, b in given:
         if b:
@@ -134,7 +145,8 @@ def aligned(
 
 
 def batch_loss(op: OpOverload | OpOverloadPacket, at: int) -> Formula:
-    """The vmap rule of an elementwise loss with its ``reduction`` in place ``at``: reduce over all but the batch."""
+    """The vmap rule of an elementwise loss with its ``reduction`` in place ``at``: reduce over all
+    but the batch."""
     op = overload(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Tensor:
@@ -163,11 +175,12 @@ def elementwise_loss(
     of_target: Callable[..., Tensor],
     curvature: Callable[..., tuple[Tensor | float, Tensor | float]],
 ) -> None:
-    """Register a loss ``(x, y, ..., reduction, ...)`` and its backward op, which takes the cotangent before these.
+    """Register a loss ``(x, y, ..., reduction, ...)`` and its backward op, which takes the
+    cotangent before these.
 
-    ``of_target(gx, g, x, y, *weight)`` is the cotangent of ``y``, ``gx`` being that of ``x`` and ``g`` that of each
-    element's loss; ``curvature(x, y, *rest)`` its second derivatives ``(by x and x, by x and y)``.
-    """
+    ``of_target(gx, g, x, y, *weight)`` is the cotangent of ``y``, ``gx`` being that of ``x`` and
+    ``g`` that of each element's loss; ``curvature(x, y, *rest)`` its second derivatives ``(by x
+    and x, by x and y)``."""
     at = [a.name for a in overload(op)._schema.arguments].index("reduction")
     vmap_of(op)(batch_loss(op, at))
     vmap_of(backward)(batch_loss_backward(backward, at + 1))
@@ -186,7 +199,9 @@ def elementwise_loss(
         unweighted(needs[3:], op)
         x, y, *rest = args
         reduction = args[at]
-        of_g = reduce(backward(a, *args[:at], NONE, *args[at + 1 :]), reduction) if needs[0] else None
+        of_g = (
+            reduce(backward(a, *args[:at], NONE, *args[at + 1 :]), reduction) if needs[0] else None
+        )
         of_x = of_y = None
         if needs[1] or needs[2]:
             xx, xy = curvature(x, y, *rest)
@@ -198,7 +213,9 @@ def elementwise_loss(
 def unweighted(needs: tuple[bool, ...], op: OpOverloadPacket) -> None:
     """Refuse a derivative that is not written."""
     if any(needs):
-        raise NotImplementedError(f"{op} has no derivative with respect to its weight; detach the weight")
+        raise NotImplementedError(
+            f"{op} has no derivative with respect to its weight; detach the weight"
+        )
 
 
 def opposite(gx: Tensor, *rest: Any) -> Tensor:
@@ -236,15 +253,27 @@ def soft_margin_target(gx, g, x, y):
     return aten.soft_margin_loss_backward(g.expand(x.shape), y, x, NONE)  # the loss is symmetric
 
 
-elementwise_loss(aten.mse_loss, aten.mse_loss_backward, opposite, lambda x, y, reduction: (2.0, -2.0))
+elementwise_loss(
+    aten.mse_loss, aten.mse_loss_backward, opposite, lambda x, y, reduction: (2.0, -2.0)
+)
 elementwise_loss(aten.smooth_l1_loss, aten.smooth_l1_loss_backward, opposite, smooth_l1_curvature)
 elementwise_loss(aten.huber_loss, aten.huber_loss_backward, opposite, huber_curvature)
-elementwise_loss(aten.soft_margin_loss, aten.soft_margin_loss_backward, soft_margin_target, soft_margin_curvature)
 elementwise_loss(
-    aten.binary_cross_entropy, aten.binary_cross_entropy_backward, cross_entropy_target, cross_entropy_curvature
+    aten.soft_margin_loss,
+    aten.soft_margin_loss_backward,
+    soft_margin_target,
+    soft_margin_curvature,
+)
+elementwise_loss(
+    aten.binary_cross_entropy,
+    aten.binary_cross_entropy_backward,
+    cross_entropy_target,
+    cross_entropy_curvature,
 )
 
-vmap_of(aten.binary_cross_entropy_with_logits)(batch_loss(aten.binary_cross_entropy_with_logits, 4))
+vmap_of(aten.binary_cross_entropy_with_logits)(
+    batch_loss(aten.binary_cross_entropy_with_logits, 4)
+)
 
 
 @vjp_of(aten.binary_cross_entropy_with_logits)
@@ -265,12 +294,16 @@ def _(g, out, x, y, weight, pos_weight, reduction, *, needs):
     return of_x, of_y, of_weight, of_pos
 
 
-# ----- negative log-likelihood ----------------------------------------------------------------------------------------
-# x is (C,) or (N, C) or (N, C, H, W), the target the same without C. Batched, the loss of each element is taken with
-# the batch folded into N, and reduced by hand with the weights that the targets pick.
+# ----- negative log-likelihood
+# ---------------------------------------------------------------------------------------- x is
+# (C,) or (N, C) or (N, C, H, W), the target the same without C. Batched, the loss of each element
+# is taken with the batch folded into N, and reduced by hand with the weights that the targets
+# pick.
 
 
-def picked_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore: int, weight_batched: bool) -> Tensor:
+def picked_weights(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore: int, weight_batched: bool
+) -> Tensor:
     """The weight of each target, zero for those to be ignored."""
     counts = target != ignore
     if weight is None:
@@ -281,7 +314,8 @@ def picked_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore: int
 
 
 def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
-    """Register a negative log-likelihood with outputs ``(loss, total_weight)`` and its backward op."""
+    """Register a negative log-likelihood with outputs ``(loss, total_weight)`` and its backward
+    op."""
 
     @vjp_of(op, diff_outputs=(0,))
     def _(g, out, x, target, weight, reduction, ignore, *, needs):
@@ -313,14 +347,20 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
 
     @vmap_of(backward)
     def _(g, x, target, weight, reduction, ignore, total_weight, *, batched, size):
-        g, x, target = (with_batch(t, b, size) for t, b in zip((g, x, target), batched, strict=False))
+        g, x, target = (
+            with_batch(t, b, size) for t, b in zip((g, x, target), batched, strict=False)
+        )
         if reduction == MEAN:
             g = g / total_weight
         if reduction != NONE:
             g = g.reshape(size, *[1] * (target.dim() - 1)).expand(target.shape)
         if batched[3]:
             g, weight = g * picked_weights(x, target, weight, ignore, True), None
-        flat = [t.flatten(0, 1).contiguous() for t in (g, x, target)] if x.dim() > 2 else [g, x, target]
+        flat = (
+            [t.flatten(0, 1).contiguous() for t in (g, x, target)]
+            if x.dim() > 2
+            else [g, x, target]
+        )
         return backward(*flat, weight, NONE, ignore, x.new_zeros(())).reshape(x.shape)
 
 

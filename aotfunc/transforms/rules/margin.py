@@ -1,9 +1,9 @@
-"""The losses with a margin: batching, where the batch is folded into their ``N`` and what they reduce is reduced by
-hand, and the derivatives of their gradients.
+"""The losses with a margin: batching, where the batch is folded into their ``N`` and what they
+reduce is reduced by hand, and the derivatives of their gradients.
 
-``x`` is ``(C,)`` or ``(N, C)``, the target ``()`` or ``(N,)`` for one class and shaped like ``x`` for several. Each
-loss is taken unreduced; the weight of its class, where that differs between samples, is a factor.
-"""
+``x`` is ``(C,)`` or ``(N, C)``, the target ``()`` or ``(N,)`` for one class and shaped like ``x``
+for several. Each loss is taken unreduced; the weight of its class, where that differs between
+samples, is a factor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def classes(x: Tensor) -> Tensor:
 
 
 def per_row(x: Tensor, g: Tensor, carries: bool, reduction: int) -> Tensor:
-    """The cotangent of each row's loss, from that of the reduced loss of each sample of the batch ``x``."""
+    """The cotangent of each row's loss, from that of the reduced loss of each sample of the batch
+    ``x``."""
     shape = x.shape[:-1] if x.dim() > 1 else x.shape
     g = with_batch(g, carries, x.shape[0])
     if reduction == NONE:
@@ -36,13 +37,16 @@ def per_row(x: Tensor, g: Tensor, carries: bool, reduction: int) -> Tensor:
 
 
 def reduced(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
-    """Losses of the rows, reduced for each sample of the batch ``x``; unreduced ones as they are."""
+    """Losses of the rows, reduced for each sample of the batch ``x``; unreduced ones as they
+    are."""
     if reduction == NONE:
         return loss
     return reduce(loss.reshape(x.shape[:-1] if x.dim() > 1 else x.shape), reduction, kept=1)
 
 
-def weighing(weight: Tensor | None, carries: bool, target: Tensor, size: Any) -> tuple[Tensor | None, Callable]:
+def weighing(
+    weight: Tensor | None, carries: bool, target: Tensor, size: Any
+) -> tuple[Tensor | None, Callable]:
     """The weight as the kernel can take it, and what remains to be done to each row's loss."""
     if weight is None or not carries:
         return weight, lambda loss: loss
@@ -63,24 +67,33 @@ def _(g, x, target, p, margin, weight, reduction, *, batched, size):
     x, target = with_batch(x, batched[1], size), with_batch(target, batched[2], size)
     weight, weighed = weighing(weight, batched[3], target, size)
     g = weighed(per_row(x, g, batched[0], reduction))
-    return aten.multi_margin_loss_backward(g, classes(x), target.flatten(), p, margin, weight, NONE).reshape(x.shape)
+    return aten.multi_margin_loss_backward(
+        g, classes(x), target.flatten(), p, margin, weight, NONE
+    ).reshape(x.shape)
 
 
 @vmap_of(aten.multilabel_margin_loss_forward)
-def _(x: Tensor, target: Tensor, reduction: int, *, size: Any, shape: Any) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, target: Tensor, reduction: int, *, size: Any, shape: Any
+) -> tuple[Tensor, Tensor]:
     loss, is_target = aten.multilabel_margin_loss_forward(classes(x), classes(target), NONE)
     return reduced(loss, x, reduction).reshape(size, *shape[0]), is_target.reshape(target.shape)
 
 
 @vmap_of(aten.multilabel_margin_loss_backward)
 def _(g, x, target, reduction, is_target, *, batched, size):
-    x, target, is_target = (with_batch(t, b, size) for t, b in zip((x, target, is_target), batched[1:], strict=True))
+    x, target, is_target = (
+        with_batch(t, b, size) for t, b in zip((x, target, is_target), batched[1:], strict=True)
+    )
     g = per_row(x, g, batched[0], reduction)
-    out = aten.multilabel_margin_loss_backward(g, classes(x), classes(target), NONE, classes(is_target))
+    out = aten.multilabel_margin_loss_backward(
+        g, classes(x), classes(target), NONE, classes(is_target)
+    )
     return out.reshape(x.shape)
 
 
-# ----- second derivatives ---------------------------------------------------------------------------------------------
+# ----- second derivatives
+# ---------------------------------------------------------------------------------------------
 
 
 def spread(g: Tensor, rows: int, reduction: int) -> Tensor:
@@ -90,9 +103,8 @@ def spread(g: Tensor, rows: int, reduction: int) -> Tensor:
 
 
 def multi_margin_gradient(g, x, target, p, margin, weight=None, reduction=MEAN):
-    """The gradient of ``sum_j w_y max(0, margin - x_y + x_j)^p / C`` over the other classes ``j``, by ops that have
-    derivatives.
-    """
+    """The gradient of ``sum_j w_y max(0, margin - x_y + x_j)^p / C`` over the other classes ``j``,
+    by ops that have derivatives."""
     rows, y = x.reshape(-1, x.shape[-1] if x.dim() else 1), target.reshape(-1, 1)
     gap = margin - rows.gather(1, y) + rows
     others = (gap > 0).scatter(1, y, False)
@@ -106,7 +118,9 @@ def multi_margin_gradient(g, x, target, p, margin, weight=None, reduction=MEAN):
 decompose_as(aten.multi_margin_loss_backward, multi_margin_gradient)
 
 
-def multilabel_margin_transposed(g: Tensor, gy: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor):
+def multilabel_margin_transposed(
+    g: Tensor, gy: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor
+):
     """The gradient is piecewise constant in ``x`` and linear in the cotangent ``gy``."""
     ones = x.new_ones(x.shape[:-1])
     slope = aten.multilabel_margin_loss_backward(ones, x, target, NONE, is_target)

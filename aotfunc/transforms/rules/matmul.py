@@ -1,7 +1,8 @@
-"""The matrix products: what each is transposed, and how a batch of them becomes one larger product.
+"""The matrix products: what each is transposed, and how a batch of them becomes one larger
+product.
 
-A batch on one side only is folded into that side's rows, so that it stays one ``mm``; on both sides it is a ``bmm``.
-"""
+A batch on one side only is folded into that side's rows, so that it stays one ``mm``; on both
+sides it is a ``bmm``."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from .table import aten, conj, jvp_of, linear, vjp_of, vmap_of
 
-# ----- transposes -----------------------------------------------------------------------------------------------------
+# ----- transposes
+# -----------------------------------------------------------------------------------------------------
 
 
 def adjoint(x: Tensor) -> Tensor:
@@ -21,7 +23,8 @@ def adjoint(x: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory as the transpose of a contiguous matrix, as a linear layer's ``weight.t()`` does."""
+    """Whether ``x`` lies in memory as the transpose of a contiguous matrix, as a linear layer's
+    ``weight.t()`` does."""
     return x.stride(0) == 1 and x.stride(1) == x.shape[0] and x.shape[0] != 1
 
 
@@ -51,13 +54,17 @@ def over_conj(x: Any) -> Any:
 
 
 def as_dtype(x: Any, dtype: torch.dtype) -> Any:
-    """A Python number as these kernels read it: cut to an integer or a truth value where the tensors are such."""
+    """A Python number as these kernels read it: cut to an integer or a truth value where the
+    tensors are such."""
     if dtype == torch.bool:
         return bool(x)
-    return int(x) if isinstance(x, float) and not (dtype.is_floating_point or dtype.is_complex) else x
+    return (
+        int(x) if isinstance(x, float) and not (dtype.is_floating_point or dtype.is_complex) else x
+    )
 
 
-# ----- batches --------------------------------------------------------------------------------------------------------
+# ----- batches
+# --------------------------------------------------------------------------------------------------------
 
 
 def batch_mm(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
@@ -101,7 +108,8 @@ def batch_vdot(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
     return batch_dot(conj(a), b, batched=batched)
 
 
-# ----- the plain products ---------------------------------------------------------------------------------------------
+# ----- the plain products
+# ---------------------------------------------------------------------------------------------
 
 linear(aten.mm, mm_left, mm_right, batch=batch_mm)
 linear(
@@ -120,15 +128,27 @@ linear(aten.dot, lambda g, a, b: g * conj(b), lambda g, a, b: g * conj(a), batch
 linear(aten.vdot, lambda g, a, b: conj(g) * b, lambda g, a, b: g * a, batch=batch_vdot)
 
 
-# ----- beta * c + alpha * (a @ b) -------------------------------------------------------------------------------------
-# A product of zero and the summand c is not computed: with beta == 0, PyTorch ignores even a NaN in c.
+# ----- beta * c + alpha * (a @ b)
+# ------------------------------------------------------------------------------------- A product
+# of zero and the summand c is not computed: with beta == 0, PyTorch ignores even a NaN in c.
 
 
 def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
-    """The lines of ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)`` from those of its product."""
+    """The lines of ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)`` from those
+    of its product."""
 
     @vjp_of(op)
-    def vjp(g: Tensor, out: Tensor, c: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any, *, needs: Any) -> Any:
+    def vjp(
+        g: Tensor,
+        out: Tensor,
+        c: Tensor,
+        a: Tensor,
+        b: Tensor,
+        beta: Any,
+        alpha: Any,
+        *,
+        needs: Any,
+    ) -> Any:
         scaled = scale(g, over_conj(alpha))
         return (
             scale(g, over_conj(beta)) if needs[0] else None,
@@ -137,7 +157,9 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
         )
 
     @jvp_of(op)
-    def jvp(tangents: Any, out: Tensor, c: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Any:
+    def jvp(
+        tangents: Any, out: Tensor, c: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any
+    ) -> Any:
         dc, da, db = tangents
         sum_so_far, by = dc, beta
         for x, y in ((da, b), (a, db)):
@@ -151,9 +173,17 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
         return scale(sum_so_far, by)
 
     @vmap_of(op)
-    def vmap(c: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any, *, batched: Any, size: Any) -> Tensor:
-        if op is aten.addmm and batched == (False, True, False) and (c.dim() < 2 or c.shape[0] == 1):
-            return op(c, a.flatten(0, 1), b, beta=beta, alpha=alpha).reshape(a.shape[0], a.shape[1], b.shape[1])
+    def vmap(
+        c: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any, *, batched: Any, size: Any
+    ) -> Tensor:
+        if (
+            op is aten.addmm
+            and batched == (False, True, False)
+            and (c.dim() < 2 or c.shape[0] == 1)
+        ):
+            return op(c, a.flatten(0, 1), b, beta=beta, alpha=alpha).reshape(
+                a.shape[0], a.shape[1], b.shape[1]
+            )
         if op is aten.addmm and batched[1] and batched[2]:
             c = c.reshape(size, *[1] * (3 - c.dim()), *c.shape[1:]) if batched[0] else c
             return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
@@ -170,7 +200,8 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
 
 
 def summed_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a batch of products, ``[p, n, k] @ [p, k, m] -> [n, m]``: one product over ``p`` and ``k``."""
+    """The sum of a batch of products, ``[p, n, k] @ [p, k, m] -> [n, m]``: one product over ``p``
+    and ``k``."""
     return torch.bmm(a, b).sum(0)
 
 
@@ -205,7 +236,8 @@ fused(
 )
 
 
-# ----- linear layers and bilinear forms -------------------------------------------------------------------------------
+# ----- linear layers and bilinear forms
+# -------------------------------------------------------------------------------
 
 
 def rows(x: Tensor) -> Tensor:
@@ -214,7 +246,9 @@ def rows(x: Tensor) -> Tensor:
 
 
 @vjp_of(aten.linear)
-def _(g: Tensor, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, needs: Any) -> Any:
+def _(
+    g: Tensor, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, needs: Any
+) -> Any:
     if weight.dim() == 1:  # a row of weights takes a vector to a number
         g, weight_grad = g.unsqueeze(-1), None
         x_grad = g * conj(weight)
@@ -231,7 +265,13 @@ def _(g: Tensor, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *,
 @jvp_of(aten.linear)
 def _(tangents: Any, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     dx, dweight, dbias = tangents
-    terms = [torch.nn.functional.linear(dx, weight, dbias)] if dx is not None else [] if dbias is None else [dbias]
+    terms = (
+        [torch.nn.functional.linear(dx, weight, dbias)]
+        if dx is not None
+        else []
+        if dbias is None
+        else [dbias]
+    )
     if dweight is not None:
         terms.append(torch.nn.functional.linear(x, dweight))
     return terms[0] if len(terms) == 1 else terms[0] + terms[1]
@@ -259,9 +299,19 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *, batched: Any, size: Any
 
 @vjp_of(aten._trilinear)
 def _(
-    g: Tensor, out: Tensor, a: Tensor, b: Tensor, c: Tensor, ea: Any, eb: Any, ec: Any, over: Any, unroll: Any
+    g: Tensor,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    ea: Any,
+    eb: Any,
+    ec: Any,
+    over: Any,
+    unroll: Any,
 ) -> Any:
-    # out sums a * b * c over `over`; each cotangent is the same form with the places of g and of that factor swapped
+    # out sums a * b * c over `over`; each cotangent is the same form with the places of g and of
+    # that factor swapped
     return (
         aten._trilinear(g, conj(b), conj(c), over, eb, ec, ea),
         aten._trilinear(conj(a), g, conj(c), ea, over, ec, eb),
@@ -270,12 +320,18 @@ def _(
 
 
 @vmap_of(aten._trilinear)
-def _(a: Tensor, b: Tensor, c: Tensor, ea: Any, eb: Any, ec: Any, over: Any, unroll: Any) -> Tensor:
-    return aten._trilinear(a, b, c, *([d + 1 for d in dims] for dims in (ea, eb, ec, over)), unroll + 1)
+def _(
+    a: Tensor, b: Tensor, c: Tensor, ea: Any, eb: Any, ec: Any, over: Any, unroll: Any
+) -> Tensor:
+    return aten._trilinear(
+        a, b, c, *([d + 1 for d in dims] for dims in (ea, eb, ec, over)), unroll + 1
+    )
 
 
 @vjp_of(aten._grouped_mm)
 def grouped_mm(g, out, a, b, offs=None, bias=None, out_dtype=None):
     if bias is not None or out_dtype not in (None, a.dtype):
-        raise NotImplementedError("_grouped_mm with a bias or another dtype of its result has no derivative")
+        raise NotImplementedError(
+            "_grouped_mm with a bias or another dtype of its result has no derivative"
+        )
     return aten._grouped_mm(g, b.mT, offs), aten._grouped_mm(a.mT, g, offs)

@@ -1,4 +1,5 @@
-"""Rules of the normalisations: batch, layer, group and root-mean-square norm. The formulas are in ``normalized.py``."""
+"""Rules of the normalisations: batch, layer, group and root-mean-square norm. The formulas are in
+``normalized.py``."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def itself(x: Tensor) -> Tensor:
     return x
 
 
-# ----- batch norm -----------------------------------------------------------------------------------------------------
+# ----- batch norm
+# -----------------------------------------------------------------------------------------------------
 
 
 def channels_layout(x: Tensor, training: bool) -> Layout:
@@ -34,14 +36,17 @@ def channels_layout(x: Tensor, training: bool) -> Layout:
     def broadcast(v: Tensor) -> Tensor:
         return v.reshape(shape)
 
-    return Layout(others if training else [], others, x.shape[1:2], itself, itself, broadcast, broadcast)
+    return Layout(
+        others if training else [], others, x.shape[1:2], itself, itself, broadcast, broadcast
+    )
 
 
 def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
-    """Register a variant of batch norm; ``arguments`` are the names of its arguments behind ``x weight bias``.
+    """Register a variant of batch norm; ``arguments`` are the names of its arguments behind ``x
+    weight bias``.
 
-    The outputs are ``(out, mean, rstd)`` and perhaps the new running statistics, which carry no derivative.
-    """
+    The outputs are ``(out, mean, rstd)`` and perhaps the new running statistics, which carry no
+    derivative."""
     names = arguments.split()
 
     def known(rest: Sequence[Any]) -> tuple[Any, Any, bool, float]:
@@ -51,11 +56,17 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
     @vjp_of(op, diff_outputs=(0, 1, 2))
     def _(g, out, x, weight, bias, *rest, needs):
         mean, var, training, eps = known(rest)
-        by_mean = of_statistics(channels_layout(x, training), g[1], g[2], x, out[1], out[2]) if needs[0] else None
+        by_mean = (
+            of_statistics(channels_layout(x, training), g[1], g[2], x, out[1], out[2])
+            if needs[0]
+            else None
+        )
         grads = (None, None, None)
         if g[0] is not None:
             mask = [bool(n) for n in needs[:3]]
-            grads = aten.native_batch_norm_backward(g[0], x, weight, mean, var, out[1], out[2], training, eps, mask)
+            grads = aten.native_batch_norm_backward(
+                g[0], x, weight, mean, var, out[1], out[2], training, eps, mask
+            )
         of_x = total(t for t in (grads[0], by_mean) if t is not None)
         return [of_x, *grads[1:], *[None] * (len(needs) - 3)]
 
@@ -73,19 +84,34 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
         stats = [i for i, name in enumerate(names) if name in ("mean", "var")]
         if not training and batched[0] and not any(batched[1:]):
             out, _, _, *others = call_op(overload(op), [x.flatten(0, 1), weight, bias, *rest])
-            out, alone = out.unflatten(0, (size, -1)), (x.new_zeros(shape[1]), x.new_zeros(shape[2]), *others)
+            out, alone = (
+                out.unflatten(0, (size, -1)),
+                (x.new_zeros(shape[1]), x.new_zeros(shape[2]), *others),
+            )
             return (out, *(t.expand(size, *t.shape) for t in alone))
         x, *vectors = (
             None if t is None else into(with_batch(t, b, size), d)
-            for t, b, d in zip((x, weight, bias, *(rest[i] for i in stats)), batched, (1, 0, 0, 0, 0), strict=False)
+            for t, b, d in zip(
+                (x, weight, bias, *(rest[i] for i in stats)),
+                batched,
+                (1, 0, 0, 0, 0),
+                strict=False,
+            )
         )
         for i, v in zip(stats, vectors[2:], strict=True):
             rest[i] = v
         out, *vectors = call_op(overload(op), [x, *vectors[:2], *rest])
-        if not training:  # nothing reads the statistics, and the kernels do not agree whether there are any
-            vectors = [x.new_zeros(size, *s) for s in shape[1:3]] + [out_of(v, 0, size) for v in vectors[2:]]
+        if (
+            not training
+        ):  # nothing reads the statistics, and the kernels do not agree whether there are any
+            vectors = [x.new_zeros(size, *s) for s in shape[1:3]] + [
+                out_of(v, 0, size) for v in vectors[2:]
+            ]
             return (out_of(out, 1, size), *vectors)
-        return (out_of(out, 1, size), *(v.expand(size, 0) if v.numel() == 0 else out_of(v, 0, size) for v in vectors))
+        return (
+            out_of(out, 1, size),
+            *(v.expand(size, 0) if v.numel() == 0 else out_of(v, 0, size) for v in vectors),
+        )
 
 
 batch_norm(aten.native_batch_norm, "mean var training momentum eps")
@@ -96,10 +122,18 @@ batch_norm(aten._native_batch_norm_legit.no_stats, "training momentum eps")
 
 
 @vjp_of(aten.native_batch_norm_backward)
-def _(cotangents, out, g, x, weight, mean, var, save_mean, save_rstd, training, eps, mask, *, needs):
+def _(
+    cotangents, out, g, x, weight, mean, var, save_mean, save_rstd, training, eps, mask, *, needs
+):
     saved = (save_mean, save_rstd) if training else (mean, (var + eps).rsqrt())
     at = channels_layout(x, training)
-    return [*backward_cotangent(at, cotangents, g, x, weight, *saved, needs), None, None, None, None]
+    return [
+        *backward_cotangent(at, cotangents, g, x, weight, *saved, needs),
+        None,
+        None,
+        None,
+        None,
+    ]
 
 
 @jvp_of(aten.native_batch_norm_backward)
@@ -113,29 +147,38 @@ def _(g, x, *rest, batched, size):
     *vectors, training, eps, mask = rest
     g, x = (into(with_batch(t, b, size), 1) for t, b in zip((g, x), batched, strict=False))
     vectors = [
-        None if v is None else into(with_batch(v, b, size), 0) for v, b in zip(vectors, batched[2:], strict=True)
+        None if v is None else into(with_batch(v, b, size), 0)
+        for v, b in zip(vectors, batched[2:], strict=True)
     ]
     of_x, *others = aten.native_batch_norm_backward(g, x, *vectors, training, eps, mask)
     of_x = None if of_x is None else out_of(of_x, 1, size)
     return (of_x, *(None if v is None else out_of(v, 0, size) for v in others))
 
 
-# ----- layer norm -----------------------------------------------------------------------------------------------------
+# ----- layer norm
+# -----------------------------------------------------------------------------------------------------
 
 
 def trailing_layout(x: Tensor, shape: Sequence[int], centred: bool = True) -> Layout:
     over = [d - len(shape) for d in range(len(shape))]
-    return Layout(over, list(range(x.dim() - len(shape))), shape, itself, itself, itself, itself, centred)
+    return Layout(
+        over, list(range(x.dim() - len(shape))), shape, itself, itself, itself, itself, centred
+    )
 
 
 def behind_batch(v: Tensor, rank: int) -> Tensor:
-    """A batch of weights shaped to broadcast against a batch of images of ``rank`` (the batch not counted)."""
+    """A batch of weights shaped to broadcast against a batch of images of ``rank`` (the batch not
+    counted)."""
     return v.reshape(v.shape[0], *[1] * (rank + 1 - v.dim()), *v.shape[1:])
 
 
 @vjp_of(aten.native_layer_norm)
 def _(g, out, x, shape, weight, bias, *, needs):
-    by_mean = of_statistics(trailing_layout(x, shape), g[1], g[2], x, out[1], out[2]) if needs[0] else None
+    by_mean = (
+        of_statistics(trailing_layout(x, shape), g[1], g[2], x, out[1], out[2])
+        if needs[0]
+        else None
+    )
     grads = (None, None, None)
     if g[0] is not None:
         mask = [bool(n) for n in needs]
@@ -164,24 +207,32 @@ def _(x, shape, weight, bias, eps, *, batched, size):
 @vjp_of(aten.native_layer_norm_backward)
 def _(cotangents, out, g, x, shape, mean, rstd, weight, bias, *, needs):
     which = needs[0], needs[1], needs[4]
-    of_g, of_x, of_w = backward_cotangent(trailing_layout(x, shape), cotangents, g, x, weight, mean, rstd, which)
+    of_g, of_x, of_w = backward_cotangent(
+        trailing_layout(x, shape), cotangents, g, x, weight, mean, rstd, which
+    )
     return of_g, of_x, None, None, of_w, None
 
 
 @jvp_of(aten.native_layer_norm_backward)
 def _(tangents, out, g, x, shape, mean, rstd, weight, bias, mask):
     tg, tx, _, _, tw, _ = tangents
-    return backward_tangent(trailing_layout(x, shape), (tg, tx, tw), mask, g, x, weight, mean, rstd)
+    return backward_tangent(
+        trailing_layout(x, shape), (tg, tx, tw), mask, g, x, weight, mean, rstd
+    )
 
 
 @vmap_of(aten.native_layer_norm_backward)
 def _(g, x, shape, mean, rstd, weight, bias, mask, *, batched, size):
-    g, x, mean, rstd = (with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False))
+    g, x, mean, rstd = (
+        with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False)
+    )
     of_x = of_w = of_b = None
     if mask[0]:
         apart = batched[4]
         gh, w = (g * behind_batch(weight, x.dim() - 1), None) if apart else (g, weight)
-        of_x = aten.native_layer_norm_backward(gh, x, shape, mean, rstd, w, None, [True, False, False])[0]
+        of_x = aten.native_layer_norm_backward(
+            gh, x, shape, mean, rstd, w, None, [True, False, False]
+        )[0]
     shared = list(range(1, x.dim() - len(shape)))
     if mask[1]:
         each = g * ((x - mean) * rstd)
@@ -191,15 +242,22 @@ def _(g, x, shape, mean, rstd, weight, bias, mask, *, batched, size):
     return of_x, of_w, of_b
 
 
-# ----- root-mean-square norm ------------------------------------------------------------------------------------------
+# ----- root-mean-square norm
+# ------------------------------------------------------------------------------------------
 
 
 @vjp_of(aten._fused_rms_norm)
 def _(g, out, x, shape, weight, *, needs):
-    by_rstd = of_statistics(trailing_layout(x, shape, False), None, g[1], x, None, out[1]) if needs[0] else None
+    by_rstd = (
+        of_statistics(trailing_layout(x, shape, False), None, g[1], x, None, out[1])
+        if needs[0]
+        else None
+    )
     grads = (None, None)
     if g[0] is not None:
-        grads = aten._fused_rms_norm_backward(g[0], x, shape, out[1], weight, [bool(n) for n in needs])
+        grads = aten._fused_rms_norm_backward(
+            g[0], x, shape, out[1], weight, [bool(n) for n in needs]
+        )
     return total(t for t in (grads[0], by_rstd) if t is not None), grads[1]
 
 
@@ -229,7 +287,9 @@ def _(cotangents, out, g, x, shape, rstd, weight, *, needs):
 @jvp_of(aten._fused_rms_norm_backward)
 def _(tangents, out, g, x, shape, rstd, weight, mask):
     tg, tx, _, tw = tangents
-    return backward_tangent(trailing_layout(x, shape, False), (tg, tx, tw), mask, g, x, weight, None, rstd)[:2]
+    return backward_tangent(
+        trailing_layout(x, shape, False), (tg, tx, tw), mask, g, x, weight, None, rstd
+    )[:2]
 
 
 @vmap_of(aten._fused_rms_norm_backward)
@@ -246,7 +306,8 @@ def _(g, x, shape, rstd, weight, mask, *, batched, size):
     return of_x, of_w
 
 
-# ----- group norm -----------------------------------------------------------------------------------------------------
+# ----- group norm
+# -----------------------------------------------------------------------------------------------------
 
 
 def groups_layout(x: Tensor, n: int, c: int, pixels: int, groups: int) -> Layout:
@@ -268,7 +329,9 @@ def _(g, out, x, weight, bias, n, c, pixels, groups, *, needs):
     grads = (None, None, None)
     if g[0] is not None:
         mask = [bool(needs[0]), bool(needs[1]), bool(needs[2]) and weight is not None]
-        grads = aten.native_group_norm_backward(g[0], x, out[1], out[2], weight, n, c, pixels, groups, mask)
+        grads = aten.native_group_norm_backward(
+            g[0], x, out[1], out[2], weight, n, c, pixels, groups, mask
+        )
         if needs[2] and weight is None:  # the kernel cannot do this one
             grads = (*grads[:2], reduced(at.image(g[0]), at))
     return total(t for t in (grads[0], by_mean) if t is not None), *grads[1:]
@@ -276,7 +339,9 @@ def _(g, out, x, weight, bias, n, c, pixels, groups, *, needs):
 
 @jvp_of(aten.native_group_norm)
 def _(tangents, out, x, weight, bias, n, c, pixels, groups):
-    return forward_tangent(groups_layout(x, n, c, pixels, groups), tangents, x, weight, out[1], out[2])
+    return forward_tangent(
+        groups_layout(x, n, c, pixels, groups), tangents, x, weight, out[1], out[2]
+    )
 
 
 @vmap_of(aten.native_group_norm)
@@ -309,12 +374,16 @@ def _(tangents, out, g, x, mean, rstd, weight, n, c, pixels, groups, mask):
 
 @vmap_of(aten.native_group_norm_backward)
 def _(g, x, mean, rstd, weight, n, c, pixels, groups, mask, *, batched, size):
-    g, x, mean, rstd = (with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False))
+    g, x, mean, rstd = (
+        with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False)
+    )
     of_x = of_w = of_b = None
     if mask[0]:
         gh, w = (g * along_channels(weight, g.dim() - 3), None) if batched[4] else (g, weight)
         flat = [t.flatten(0, 1) for t in (gh, x, mean, rstd)]
-        flat = aten.native_group_norm_backward(*flat, w, n * size, c, pixels, groups, [True, False, False])[0]
+        flat = aten.native_group_norm_backward(
+            *flat, w, n * size, c, pixels, groups, [True, False, False]
+        )[0]
         of_x = flat.unflatten(0, (size, -1))
     if mask[1]:
         at = groups_layout(x, n * size, c, pixels, groups)

@@ -1,12 +1,12 @@
 """The one function behind all normalisations, and its first and second derivatives.
 
-``hat = (x - mean) * rstd`` with statistics over some dimensions, then a weight and a bias. The ops differ in the
-layout, a :class:`Layout`, in which they use the formulas.
+``hat = (x - mean) * rstd`` with statistics over some dimensions, then a weight and a bias. The ops
+differ in the layout, a :class:`Layout`, in which they use the formulas.
 
-The saved statistics are outputs that carry a derivative like any other: higher derivatives are written in plain ops on
-the mean and the rstd that the forward op saved, and reach ``x`` through them. The backward ops on the other hand count
-as functions of the cotangent, ``x`` and the weight alone, the statistics being those of ``x``.
-"""
+The saved statistics are outputs that carry a derivative like any other: higher derivatives are
+written in plain ops on the mean and the rstd that the forward op saved, and reach ``x`` through
+them. The backward ops on the other hand count as functions of the cotangent, ``x`` and the weight
+alone, the statistics being those of ``x``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from aotfunc.transforms.rules.table import total
 class Layout:
     """How one op sees the common formulas.
 
-    ``over`` are the dimensions the statistics are taken over (empty where they are constants, as in evaluation),
-    ``shared`` those that the weight, of ``shape``, is shared along. ``image``, ``affine`` and ``stat`` reshape ``x``,
-    the weight or bias, and a statistic so that they broadcast, and ``back`` undoes ``image``. ``centred`` is false
-    where no mean is subtracted.
-    """
+    ``over`` are the dimensions the statistics are taken over (empty where they are constants, as
+    in evaluation), ``shared`` those that the weight, of ``shape``, is shared along. ``image``,
+    ``affine`` and ``stat`` reshape ``x``, the weight or bias, and a statistic so that they
+    broadcast, and ``back`` undoes ``image``. ``centred`` is false where no mean is subtracted."""
 
     over: list[int]
     shared: list[int]
@@ -39,13 +38,16 @@ class Layout:
 
     def hat(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
         """The normalised image."""
-        return (self.image(x) - self.stat(mean) if self.centred else self.image(x)) * self.stat(rstd)
+        return (self.image(x) - self.stat(mean) if self.centred else self.image(x)) * self.stat(
+            rstd
+        )
 
     def mean(self, v: Tensor) -> Tensor:
         return v.mean(self.over, keepdim=True)
 
     def project(self, v: Tensor, hat: Tensor) -> Tensor:
-        """The part of a change ``v`` of ``x`` that survives the normalisation, but for ``rstd``: a symmetric map."""
+        """The part of a change ``v`` of ``x`` that survives the normalisation, but for ``rstd``: a
+        symmetric map."""
         if not self.over:
             return v
         moved = v - self.mean(v) if self.centred else v
@@ -72,7 +74,9 @@ def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, me
     return out if out is None else at.back(out), of_mean, of_rstd
 
 
-def of_statistics(at: Layout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd) -> Tensor | None:
+def of_statistics(
+    at: Layout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd
+) -> Tensor | None:
     """The cotangent of ``x`` by way of the saved statistics."""
     if not at.over or (g_mean is None and g_rstd is None):
         return None
@@ -82,13 +86,22 @@ def of_statistics(at: Layout, g_mean: Tensor | None, g_rstd: Tensor | None, x, m
         count = count * image.shape[d]
     g = at.stat(g_mean) / count if g_mean is not None and at.centred else None
     if g_rstd is not None:
-        g = total(t for t in (g, at.stat(-g_rstd * rstd * rstd) * at.hat(x, mean, rstd) / count) if t is not None)
+        g = total(
+            t
+            for t in (g, at.stat(-g_rstd * rstd * rstd) * at.hat(x, mean, rstd) / count)
+            if t is not None
+        )
     return None if g is None else at.back(g.expand(image.shape))
 
 
-def backward_tangent(at: Layout, tangents: Sequence[Tensor | None], mask, g, x, weight, mean, rstd):
+def backward_tangent(
+    at: Layout, tangents: Sequence[Tensor | None], mask, g, x, weight, mean, rstd
+):
     """Tangents of ``(gradient of x, of the weight, of the bias)``."""
-    tg, tx, tw = (None if t is None else f(t) for t, f in zip(tangents, (at.image, at.image, at.affine), strict=True))
+    tg, tx, tw = (
+        None if t is None else f(t)
+        for t, f in zip(tangents, (at.image, at.image, at.affine), strict=True)
+    )
     hat, r, go = at.hat(x, mean, rstd), at.stat(rstd), at.image(g)
     w = None if weight is None else at.affine(weight)
     t_hat = r * at.project(tx, hat) if tx is not None else None
@@ -113,9 +126,15 @@ def backward_tangent(at: Layout, tangents: Sequence[Tensor | None], mask, g, x, 
     return of_x, of_w, of_b
 
 
-def backward_cotangent(at: Layout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs):
-    """Cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of the bias)``."""
-    a, b, c = (None if t is None else f(t) for t, f in zip(cotangents, (at.image, at.affine, at.affine), strict=True))
+def backward_cotangent(
+    at: Layout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs
+):
+    """Cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of the
+    bias)``."""
+    a, b, c = (
+        None if t is None else f(t)
+        for t, f in zip(cotangents, (at.image, at.affine, at.affine), strict=True)
+    )
     hat, r, go = at.hat(x, mean, rstd), at.stat(rstd), at.image(g)
     w = None if weight is None else at.affine(weight)
     ra = r * at.project(a, hat) if a is not None else None
@@ -140,7 +159,9 @@ def backward_cotangent(at: Layout, cotangents: Sequence[Tensor | None], g, x, we
             of_hat.append(-r * (a * along + gh * at.mean(a * hat)))
             through_r = -r * r * hat * at.mean(a * at.project(gh, hat))
         v = total(of_hat)
-        of_x = total(t for t in (None if v is None else r * at.project(v, hat), through_r) if t is not None)
+        of_x = total(
+            t for t in (None if v is None else r * at.project(v, hat), through_r) if t is not None
+        )
         of_x = of_x if of_x is None else at.back(of_x)
     if needs[2] and ra is not None:
         of_w = reduced(go * ra, at)

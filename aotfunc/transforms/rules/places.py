@@ -1,8 +1,8 @@
-"""Where advanced indices lead: the layout of what they show, and boolean ones as vectors of positions.
+"""Where advanced indices lead: the layout of what they show, and boolean ones as vectors of
+positions.
 
-How many elements a mask selects is known here from the shape of a result, or of what is written; an op that asks for it
-would have to look at the values.
-"""
+How many elements a mask selects is known here from the shape of a result, or of what is written;
+an op that asks for it would have to look at the values."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ def is_mask(index: Tensor | None) -> bool:
 class Places:
     """The layout of advanced indices in the unbatched op: NumPy's.
 
-    The indexed dimensions are replaced, at the place of the first, by the broadcast shape of the indices; if other
-    dimensions lie between the indexed ones, that shape comes first of all.
-    """
+    The indexed dimensions are replaced, at the place of the first, by the broadcast shape of the
+    indices; if other dimensions lie between the indexed ones, that shape comes first of all."""
 
     def __init__(self, indices: Indices, batched: Sequence[bool]):
         used = {i: index for i, index in enumerate(indices) if index is not None}
         mask = {i for i, index in used.items() if is_mask(index)}
         at = list(used)
-        #: rank of the broadcast indices (a mask is as many vectors of positions as it has dimensions)
-        self.rank = max((1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0)
+        #: rank of the broadcast indices (a mask is as many vectors of positions as it has
+        # dimensions)
+        self.rank = max(
+            (1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0
+        )
         #: how many dimensions of the tensor are indexed
         self.taken = sum(index.dim() if i in mask else 1 for i, index in used.items())
         self.together = not at or at[-1] - at[0] + 1 == len(at)
@@ -48,18 +50,24 @@ class Places:
 
     def to_front(self, x: Tensor) -> Tensor:
         """``[B, indices, front, rest] -> [B, front, indices, rest]``."""
-        return x.movedim(list(range(1, self.rank + 1)), list(range(self.front + 1, self.front + self.rank + 1)))
+        return x.movedim(
+            list(range(1, self.rank + 1)), list(range(self.front + 1, self.front + self.rank + 1))
+        )
 
     def from_front(self, x: Tensor) -> Tensor:
         """``[B, front, indices, rest] -> [B, indices, front, rest]``."""
-        return x.movedim(list(range(self.front + 1, self.front + self.rank + 1)), list(range(1, self.rank + 1)))
+        return x.movedim(
+            list(range(self.front + 1, self.front + self.rank + 1)), list(range(1, self.rank + 1))
+        )
 
 
-# ----- masks as positions ---------------------------------------------------------------------------------------------
+# ----- masks as positions
+# ---------------------------------------------------------------------------------------------
 
 
 class Count(NamedTuple):
-    """How many elements each mask of an index selects; ``repeated``: it may also be one, for all of them."""
+    """How many elements each mask of an index selects; ``repeated``: it may also be one, for all
+    of them."""
 
     number: Any
     repeated: bool
@@ -67,16 +75,24 @@ class Count(NamedTuple):
 
 def single(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]:
     """Indices as one example has them, for their shapes."""
-    return [i.new_empty(i.shape[1:]) if b and i is not None else i for i, b in zip(indices, batched, strict=True)]
+    return [
+        i.new_empty(i.shape[1:]) if b and i is not None else i
+        for i, b in zip(indices, batched, strict=True)
+    ]
 
 
 def widths(indices: Indices) -> list[Any]:
     """Lengths, other than one, of the other indices where they meet the positions of a mask."""
-    return [i.shape[-1] for i in indices if i is not None and not is_mask(i) and i.dim() and i.shape[-1] != 1]
+    return [
+        i.shape[-1]
+        for i in indices
+        if i is not None and not is_mask(i) and i.dim() and i.shape[-1] != 1
+    ]
 
 
 def count_read(indices: Indices, shape: Sequence[Any]) -> Count | None:
-    """What the masks among the (unbatched) indices select if the result has this shape; ``None`` without a mask."""
+    """What the masks among the (unbatched) indices select if the result has this shape; ``None``
+    without a mask."""
     masks = sum(map(is_mask, indices))
     if not masks:
         return None
@@ -85,23 +101,25 @@ def count_read(indices: Indices, shape: Sequence[Any]) -> Count | None:
 
 
 def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count | None:
-    """What the masks among the (unbatched) indices of a tensor of ``rank`` select if values of this shape are written
-    there; ``None`` if one value is written to all.
-    """
+    """What the masks among the (unbatched) indices of a tensor of ``rank`` select if values of
+    this shape are written there; ``None`` if one value is written to all."""
     if found := widths(indices):
         return Count(found[0], True)
     places = Places(indices, [False] * len(indices))
     at = len(values) - (places.result_rank(rank) - (places.front + places.rank - 1))
-    return Count(values[at], sum(map(is_mask, indices)) > 1) if at >= 0 and values[at] != 1 else None
+    return (
+        Count(values[at], sum(map(is_mask, indices)) > 1) if at >= 0 and values[at] != 1 else None
+    )
 
 
 def at_most(indices: Indices, batched: Sequence[bool]) -> tuple[Count, Tensor]:
-    """For masks of which it is not known how many elements they select: how many these may be, and which of so many
-    positions there are, ``[count]`` or ``[B, count]``.
-    """
+    """For masks of which it is not known how many elements they select: how many these may be, and
+    which of so many positions there are, ``[count]`` or ``[B, count]``."""
     masks = [(i, b) for i, b in zip(indices, batched, strict=True) if i is not None and is_mask(i)]
     count = max(prod(i.shape[b:]) for i, b in masks)
-    selected = [i.flatten(1).count_nonzero(1).unsqueeze(1) if b else i.count_nonzero() for i, b in masks]
+    selected = [
+        i.flatten(1).count_nonzero(1).unsqueeze(1) if b else i.count_nonzero() for i, b in masks
+    ]
     place = torch.arange(count, device=masks[0][0].device)
     there = place < functools.reduce(torch.maximum, selected)
     for n in selected if len(masks) > 1 else ():
@@ -114,10 +132,11 @@ def numbered(indices: Indices, count: Count) -> list[Tensor | None]:
     return numbered_each(indices, [False] * len(indices), count)[0]
 
 
-def numbered_each(indices: Indices, batched: Sequence[bool], count: Count) -> tuple[list[Tensor | None], list[bool]]:
-    """The indices and which are batched, masks as one vector of positions ``[count]``, or ``[B, count]`` of each
-    example, for each of their dimensions.
-    """
+def numbered_each(
+    indices: Indices, batched: Sequence[bool], count: Count
+) -> tuple[list[Tensor | None], list[bool]]:
+    """The indices and which are batched, masks as one vector of positions ``[count]``, or ``[B,
+    count]`` of each example, for each of their dimensions."""
     found: list[tuple[Tensor | None, bool]] = []
     for index, b in zip(indices, batched, strict=True):
         if index is None or not is_mask(index):
@@ -134,12 +153,15 @@ def numbered_each(indices: Indices, batched: Sequence[bool], count: Count) -> tu
 
 
 def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) -> list[Tensor]:
-    """The columns ``[B, length]`` of ``nonzero_static`` for each example; ``exact``: each finds at least ``length``."""
+    """The columns ``[B, length]`` of ``nonzero_static`` for each example; ``exact``: each finds at
+    least ``length``."""
     if not length or not x.numel():
         return [torch.full((x.shape[0], length), fill, device=x.device)] * (x.dim() - 1)
     found = x if x.dtype == torch.bool else x != 0
     found = found.flatten(1) if x.dim() > 1 else found.unsqueeze(1)
-    order = torch.argsort(found, dim=1, descending=True, stable=True)  # the true ones first, in order
+    order = torch.argsort(
+        found, dim=1, descending=True, stable=True
+    )  # the true ones first, in order
     columns, stride = [], 1
     if exact:
         order = order.narrow(1, 0, length)
@@ -157,4 +179,8 @@ def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) ->
 def nonzero_each(x: Tensor, length: Any, fill: int = -1) -> Tensor:
     """``nonzero_static`` for each example: ``[B, length, rank]``."""
     columns = columns_each(x, length, fill)
-    return torch.stack(columns, 2) if columns else x.new_zeros((x.shape[0], length, 0), dtype=torch.int64)
+    return (
+        torch.stack(columns, 2)
+        if columns
+        else x.new_zeros((x.shape[0], length, 0), dtype=torch.int64)
+    )

@@ -1,9 +1,10 @@
-"""What elementwise arithmetic means: sums, products, powers, unary functions, extrema, comparisons, complex numbers.
+"""What elementwise arithmetic means: sums, products, powers, unary functions, extrema,
+comparisons, complex numbers.
 
-A formula ``(g, out, *args)`` is the derivative times ``g``, without conjugates (see :func:`~.table.pointwise`). Where
-aten has one fused backward, that is the formula; where the output says it in one op less, the output is used.
-Conventions at points without a derivative (ties, bounds, zeros) are those of ``torch.autograd``.
-"""
+A formula ``(g, out, *args)`` is the derivative times ``g``, without conjugates (see
+:func:`~.table.pointwise`). Where aten has one fused backward, that is the formula; where the
+output says it in one op less, the output is used. Conventions at points without a derivative
+(ties, bounds, zeros) are those of ``torch.autograd``."""
 
 from __future__ import annotations
 
@@ -16,7 +17,18 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from .table import aten, elementwise, jvp_of, linear, pointwise, tensor_args, total, vjp_of, vmap_of, zeros
+from .table import (
+    aten,
+    elementwise,
+    jvp_of,
+    linear,
+    pointwise,
+    tensor_args,
+    total,
+    vjp_of,
+    vmap_of,
+    zeros,
+)
 
 
 def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
@@ -39,7 +51,8 @@ def keep(mask: Tensor, g: Tensor) -> Tensor:
     return torch.where(mask, g, 0)
 
 
-# ----- sums, products, quotients --------------------------------------------------------------------------------------
+# ----- sums, products, quotients
+# --------------------------------------------------------------------------------------
 
 for op in functional(aten.add):
     pointwise(op, lambda g, out, x, y, alpha: g, lambda g, out, x, y, alpha: times(g, alpha))
@@ -82,18 +95,29 @@ pointwise(
     lambda g, out, x, y, w: g * (y - x),
 )
 for op in (aten.fmod.Tensor, aten.fmod.Scalar):
-    pointwise(op, lambda g, out, x, y: g, lambda g, out, x, y: -(g * torch.div(x, y, rounding_mode="trunc")))
+    pointwise(
+        op,
+        lambda g, out, x, y: g,
+        lambda g, out, x, y: -(g * torch.div(x, y, rounding_mode="trunc")),
+    )
 for op in (aten.remainder.Tensor, aten.remainder.Scalar):
-    pointwise(op, lambda g, out, x, y: g, lambda g, out, x, y: -(g * torch.div(x, y, rounding_mode="floor")))
+    pointwise(
+        op,
+        lambda g, out, x, y: g,
+        lambda g, out, x, y: -(g * torch.div(x, y, rounding_mode="floor")),
+    )
 pointwise(aten.remainder.Scalar_Tensor, lambda g, out, x, y: -(g * aten.floor(x / y)))
 pointwise(aten.frac, lambda g, out, x: g)
 for op in functional(aten.ldexp):
-    pointwise(op, lambda g, out, x, y: aten.ldexp(g, y), lambda g, out, x, y: g * out * math.log(2))
+    pointwise(
+        op, lambda g, out, x, y: aten.ldexp(g, y), lambda g, out, x, y: g * out * math.log(2)
+    )
 linear(aten.deg2rad, lambda g, x: aten.deg2rad(g), batch=elementwise(aten.deg2rad.default))
 linear(aten.rad2deg, lambda g, x: aten.rad2deg(g), batch=elementwise(aten.rad2deg.default))
 
 
-# ----- powers, roots, exponentials, logarithms ------------------------------------------------------------------------
+# ----- powers, roots, exponentials, logarithms
+# ------------------------------------------------------------------------
 
 
 def power_of_number(g: Tensor, out: Tensor, x: Tensor, n: Any) -> Tensor:
@@ -131,12 +155,21 @@ pointwise(aten.log, lambda g, out, x: g / x)
 pointwise(aten.log2, lambda g, out, x: g / (x * math.log(2)))
 pointwise(aten.log10, lambda g, out, x: g / (x * math.log(10)))
 pointwise(aten.log1p, lambda g, out, x: g / (x + 1))
-pointwise(aten.logaddexp, lambda g, out, x, y: g * aten.sigmoid(x - y), lambda g, out, x, y: g * aten.sigmoid(y - x))
-pointwise(aten.logaddexp2, lambda g, out, x, y: g / (1 + 2.0 ** (y - x)), lambda g, out, x, y: g / (1 + 2.0 ** (x - y)))
+pointwise(
+    aten.logaddexp,
+    lambda g, out, x, y: g * aten.sigmoid(x - y),
+    lambda g, out, x, y: g * aten.sigmoid(y - x),
+)
+pointwise(
+    aten.logaddexp2,
+    lambda g, out, x, y: g / (1 + 2.0 ** (y - x)),
+    lambda g, out, x, y: g / (1 + 2.0 ** (x - y)),
+)
 
 
 def through(log: Any, floor: float) -> Any:
-    """``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and ``y`` not above ``floor``."""
+    """``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and ``y`` not
+    above ``floor``."""
 
     def formula(g: Tensor, out: Tensor, x: Tensor, y: Any) -> Tensor:
         if isinstance(y, Tensor):
@@ -156,7 +189,8 @@ pointwise(aten.special_xlog1py.other_scalar, in_x)
 pointwise(aten.special_xlog1py.self_scalar, in_y)
 
 
-# ----- circular and hyperbolic functions ------------------------------------------------------------------------------
+# ----- circular and hyperbolic functions
+# ------------------------------------------------------------------------------
 
 pointwise(aten.sin, lambda g, out, x: g * aten.cos(x))
 pointwise(aten.cos, lambda g, out, x: -(g * aten.sin(x)))
@@ -196,7 +230,10 @@ def _(h: Tensor, out: Tensor, g: Tensor, y: Tensor) -> list[Tensor]:
 @jvp_of(aten.tanh_backward)
 def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) -> Tensor | None:
     tg, ty = tangents
-    terms = (tg is not None and aten.tanh_backward(tg, y), ty is not None and g * (ty * y).conj() * -2)
+    terms = (
+        tg is not None and aten.tanh_backward(tg, y),
+        ty is not None and g * (ty * y).conj() * -2,
+    )
     return total(t for t in terms if t is not False)
 
 
@@ -208,7 +245,10 @@ def _(h: Tensor, out: Tensor, g: Tensor, y: Tensor) -> list[Tensor]:
 @jvp_of(aten.sigmoid_backward)
 def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) -> Tensor | None:
     tg, ty = tangents
-    terms = (tg is not None and aten.sigmoid_backward(tg, y), ty is not None and g * (ty * (1 - 2 * y)).conj())
+    terms = (
+        tg is not None and aten.sigmoid_backward(tg, y),
+        ty is not None and g * (ty * (1 - 2 * y)).conj(),
+    )
     return total(t for t in terms if t is not False)
 
 
@@ -216,7 +256,8 @@ for op in (aten.tanh_backward.default, aten.sigmoid_backward.default):
     vmap_of(op)(elementwise(op))
 
 
-# ----- extrema, bounds, choices ---------------------------------------------------------------------------------------
+# ----- extrema, bounds, choices
+# ---------------------------------------------------------------------------------------
 
 pointwise(aten.abs, lambda g, out, x: g * aten.sgn(x))
 
@@ -273,9 +314,13 @@ def clamped_in_high(g: Tensor, out: Tensor, x: Tensor, low: Tensor | None, high:
 pointwise(aten.clamp, clamped)
 pointwise(aten.clamp.Tensor, clamped, clamped_in_low, clamped_in_high)
 for op in (aten.clamp_min.default, aten.clamp_min.Tensor):
-    pointwise(op, lambda g, out, x, low: keep(x >= low, g), lambda g, out, x, low: keep(x < low, g))
+    pointwise(
+        op, lambda g, out, x, low: keep(x >= low, g), lambda g, out, x, low: keep(x < low, g)
+    )
 for op in (aten.clamp_max.default, aten.clamp_max.Tensor):
-    pointwise(op, lambda g, out, x, high: keep(x <= high, g), lambda g, out, x, high: keep(x > high, g))
+    pointwise(
+        op, lambda g, out, x, high: keep(x <= high, g), lambda g, out, x, high: keep(x > high, g)
+    )
 for op in functional(aten.copysign):
     signs = (zeros,) if len(tensor_args(op)) > 1 else ()
     pointwise(op, lambda g, out, x, y: g * (out / x).masked_fill(x == 0, 0), *signs)
@@ -299,7 +344,9 @@ pointwise(
 @vmap_of(aten.masked_fill.Tensor)
 def _(x: Tensor, mask: Tensor, value: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
     # the op wants a 0-dim value, which a batched one no longer is
-    return elementwise(aten.where.self)(mask, value.to(x.dtype), x, batched=(batched[1], batched[2], batched[0]))
+    return elementwise(aten.where.self)(
+        mask, value.to(x.dtype), x, batched=(batched[1], batched[2], batched[0])
+    )
 
 
 @vjp_of(aten.frexp.Tensor, diff_outputs=(0,))
@@ -310,7 +357,8 @@ def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Te
 vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
 
 
-# ----- complex numbers ------------------------------------------------------------------------------------------------
+# ----- complex numbers
+# ------------------------------------------------------------------------------------------------
 
 linear(aten._conj_physical, lambda g, x: g.conj(), batch=elementwise(aten._conj_physical.default))
 linear(aten._neg_view, lambda g, x: -g, batch=elementwise(aten._neg_view.default))
@@ -324,7 +372,9 @@ def _(g: Tensor, out: Tensor) -> list[Tensor]:
 @jvp_of(aten.complex)
 def _(tangents: tuple[Tensor | None, ...], out: Tensor, x: Tensor, y: Tensor) -> Tensor:
     tx, ty = tangents
-    return aten.complex(torch.zeros_like(x) if tx is None else tx, torch.zeros_like(y) if ty is None else ty)
+    return aten.complex(
+        torch.zeros_like(x) if tx is None else tx, torch.zeros_like(y) if ty is None else ty
+    )
 
 
 @vjp_of(aten.polar)
@@ -365,11 +415,13 @@ for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sg
     vmap_of(op)(elementwise(op))
 
 
-# ----- copies ---------------------------------------------------------------------------------------------------------
+# ----- copies
+# ---------------------------------------------------------------------------------------------------------
 
 
 def copying(op: OpOverload) -> Any:
-    """The vmap rule of an op whose ``memory_format`` may fit only the unbatched rank: values matter, strides do not."""
+    """The vmap rule of an op whose ``memory_format`` may fit only the unbatched rank: values
+    matter, strides do not."""
     batch, at = elementwise(op), [a.name for a in op._schema.arguments].index("memory_format")
 
     def rule(*args: Any, batched: tuple[bool, ...]) -> Tensor:
@@ -382,11 +434,14 @@ def copying(op: OpOverload) -> Any:
 
 
 linear(aten.clone, lambda g, x: g, batch=copying(aten.clone.default))
-linear(aten._to_copy, lambda g, x: g.to(x.device), batch=copying(aten._to_copy.default))  # the walker casts the dtype
+linear(
+    aten._to_copy, lambda g, x: g.to(x.device), batch=copying(aten._to_copy.default)
+)  # the walker casts the dtype
 linear(aten._lazy_clone, lambda g, x: g, batch=elementwise(aten._lazy_clone.default))
 
 
-# ----- no derivative: rounding, comparisons, logic, bits --------------------------------------------------------------
+# ----- no derivative: rounding, comparisons, logic, bits
+# --------------------------------------------------------------
 
 for op in functional(
     *(aten.floor, aten.ceil, aten.trunc, aten.round, aten.sign, aten.floor_divide, aten.heaviside),
@@ -394,6 +449,13 @@ for op in functional(
     *(aten.isnan, aten.isinf, aten.isposinf, aten.isneginf, aten.signbit),
     *(aten.logical_and, aten.logical_or, aten.logical_xor, aten.logical_not),
     *(aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.bitwise_not),
-    *(aten.bitwise_left_shift, aten.bitwise_right_shift, aten.__lshift__, aten.__rshift__, aten.gcd, aten.lcm),
+    *(
+        aten.bitwise_left_shift,
+        aten.bitwise_right_shift,
+        aten.__lshift__,
+        aten.__rshift__,
+        aten.gcd,
+        aten.lcm,
+    ),
 ):
     pointwise(op)

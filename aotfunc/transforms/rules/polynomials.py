@@ -1,8 +1,9 @@
-"""What the orthogonal polynomials mean: derivatives by those of lower degree, none of which divides by anything.
+"""What the orthogonal polynomials mean: derivatives by those of lower degree, none of which
+divides by anything.
 
-Degrees are whole numbers (what comes behind the point is cut off), and have no derivative. Where a derivative is a sum
-over all lower degrees, the degree must be a number: a tensor of them would make the sum as long as the largest value.
-"""
+Degrees are whole numbers (what comes behind the point is cut off), and have no derivative. Where a
+derivative is a sum over all lower degrees, the degree must be a number: a tensor of them would
+make the sum as long as the largest value."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ H, HE = aten.special_hermite_polynomial_h, aten.special_hermite_polynomial_he
 def lower(x: Tensor, n: Any, step: int, term: Callable[[int], Tensor]) -> Tensor:
     """The sum of the terms of the degrees ``n - 1``, ``n - 1 - step``, … down to 0."""
     if isinstance(n, Tensor):
-        raise NotImplementedError("its derivative is a sum over all lower degrees: give the degree as a number")
+        raise NotImplementedError(
+            "its derivative is a sum over all lower degrees: give the degree as a number"
+        )
     found = total(term(k) for k in range(int(n) - 1, -1, -step))
     return torch.zeros_like(x) if found is None else found
 
@@ -63,7 +66,9 @@ for kind, (_, slope) in zip("tuvw", SLOPES[:4], strict=True):
 
 
 def no_slope(*args: Any) -> Tensor:
-    raise NotImplementedError("the degree of a polynomial is a whole number and has no derivative; detach it")
+    raise NotImplementedError(
+        "the degree of a polynomial is a whole number and has no derivative; detach it"
+    )
 
 
 def rule_by(slope: Slope) -> Callable[..., Tensor]:

@@ -1,6 +1,5 @@
-"""Batching of fake quantisation (rounding to what an integer could say): per tensor it is elementwise, and where scales
-differ between samples each sample is a channel with its own.
-"""
+"""Batching of fake quantisation (rounding to what an integer could say): per tensor it is
+elementwise, and where scales differ between samples each sample is a channel with its own."""
 
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ def _(x, scale, zero, enabled, low, high, *, batched, size):
     if not any(batched[1:]):
         return op(x, scale, zero, enabled, low, high)
     x, scale, zero, enabled = (
-        with_batch(t, b, size).contiguous() for t, b in zip((x, scale, zero, enabled), batched, strict=True)
+        with_batch(t, b, size).contiguous()
+        for t, b in zip((x, scale, zero, enabled), batched, strict=True)
     )
     rows = x.reshape(size, -1)
     how = (scale.reshape(size), zero.reshape(size).to(torch.int32), 0, low, high)
@@ -32,12 +32,24 @@ def _(x, scale, zero, enabled, low, high, *, batched, size):
 
 
 @vmap_of(aten.fake_quantize_per_channel_affine_cachemask)
-def _(x: Tensor, scale: Tensor, zero: Tensor, axis: int, low: int, high: int, *, batched: Any, size: Any) -> Any:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    axis: int,
+    low: int,
+    high: int,
+    *,
+    batched: Any,
+    size: Any,
+) -> Any:
     op = aten.fake_quantize_per_channel_affine_cachemask
     axis %= x.dim() - batched[0]
     if not any(batched[1:]):
         return op(x, scale, zero, axis + 1, low, high)
-    x, scale, zero = (with_batch(t, b, size) for t, b in zip((x, scale, zero), batched, strict=True))
+    x, scale, zero = (
+        with_batch(t, b, size) for t, b in zip((x, scale, zero), batched, strict=True)
+    )
     first = x.movedim(axis + 1, 1)
     out = op(first.flatten(0, 1).contiguous(), scale.flatten(), zero.flatten(), 0, low, high)
     return tuple(o.reshape(first.shape).movedim(1, axis + 1) for o in out)

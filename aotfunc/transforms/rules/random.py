@@ -1,9 +1,9 @@
-"""What drawing random numbers means: no derivative, and under vmap one draw for all or one for each sample.
+"""What drawing random numbers means: no derivative, and under vmap one draw for all or one for
+each sample.
 
-``randomness="different"`` draws the whole batch at once. ``randomness="same"`` draws for one sample what the op would
-draw there without vmap, and shares it; parameters that differ between the samples are applied to the shared draw
-afterwards, or refused where that cannot be done.
-"""
+``randomness="different"`` draws the whole batch at once. ``randomness="same"`` draws for one
+sample what the op would draw there without vmap, and shares it; parameters that differ between the
+samples are applied to the shared draw afterwards, or refused where that cannot be done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from .pointwise import functional
-from .table import aten, broadcast_shapes, call_op, jvp_of, nondiff, pointwise, tensor_args, vjp_of, vmap_of
+from .table import (
+    aten,
+    broadcast_shapes,
+    call_op,
+    jvp_of,
+    nondiff,
+    pointwise,
+    tensor_args,
+    vjp_of,
+    vmap_of,
+)
 
 
 def shared(draw: Tensor, size: int) -> Tensor:
@@ -41,7 +51,8 @@ def no_shared_draw() -> NotImplementedError:
     )
 
 
-# ----- draws of a given shape -----------------------------------------------------------------------------------------
+# ----- draws of a given shape
+# -----------------------------------------------------------------------------------------
 
 
 def of_size(op: OpOverload) -> Callable[..., Tensor]:
@@ -57,8 +68,17 @@ def of_size(op: OpOverload) -> Callable[..., Tensor]:
 
 def sized(*packets: Any) -> list[OpOverload]:
     """The overloads that make a tensor of a ``size`` from numbers."""
-    ops = [getattr(p, name) for p in packets for name in p.overloads() if "names" not in name and "out" not in name]
-    return [op for op in ops if "size" in [a.name for a in op._schema.arguments] and not tensor_args(op)]
+    ops = [
+        getattr(p, name)
+        for p in packets
+        for name in p.overloads()
+        if "names" not in name and "out" not in name
+    ]
+    return [
+        op
+        for op in ops
+        if "size" in [a.name for a in op._schema.arguments] and not tensor_args(op)
+    ]
 
 
 nondiff(*sized(aten.rand, aten.randn, aten.randint, aten.normal), batch=of_size)
@@ -78,11 +98,13 @@ def permutations(op: OpOverload) -> Callable[..., Tensor]:
 nondiff(aten.randperm, aten.randperm.generator, batch=permutations)
 
 
-# ----- draws of the shape of a tensor ---------------------------------------------------------------------------------
+# ----- draws of the shape of a tensor
+# ---------------------------------------------------------------------------------
 
 
 def of_shape(op: OpOverload) -> Callable[..., Tensor]:
-    """The first tensor argument gives only shape and dtype; there may be a 0-dim bound that must not be batched."""
+    """The first tensor argument gives only shape and dtype; there may be a 0-dim bound that must
+    not be batched."""
     names = [a.name for a in op._schema.arguments]
     where = tensor_args(op)
 
@@ -104,7 +126,14 @@ def of_shape(op: OpOverload) -> Callable[..., Tensor]:
 
 nondiff(*functional(aten.rand_like, aten.randn_like, aten.randint_like), batch=of_shape)
 nondiff(
-    *functional(aten.uniform, aten.normal_functional, aten.exponential, aten.cauchy, aten.geometric, aten.log_normal),
+    *functional(
+        aten.uniform,
+        aten.normal_functional,
+        aten.exponential,
+        aten.cauchy,
+        aten.geometric,
+        aten.log_normal,
+    ),
     *functional(aten.random),
     aten.bernoulli.p,
     batch=of_shape,
@@ -112,7 +141,8 @@ nondiff(
 )
 
 
-# ----- draws from a distribution for each element ---------------------------------------------------------------------
+# ----- draws from a distribution for each element
+# ---------------------------------------------------------------------
 
 
 def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
@@ -160,15 +190,21 @@ def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness:
 
 
 @vmap_of(aten.bernoulli.Tensor)
-def _(x: Tensor, p: Tensor, generator: Any, *, batched: tuple[bool, bool], size: int, randomness: str) -> Tensor:
+def _(
+    x: Tensor, p: Tensor, generator: Any, *, batched: tuple[bool, bool], size: int, randomness: str
+) -> Tensor:
     like, p = aligned([x, p], batched, size)
     if randomness == "different":
         return aten.bernoulli.Tensor(like, p, generator=generator)
-    draw = aten.uniform(torch.empty_like(like[0], dtype=p.dtype), generator=generator)  # in the order of memory
+    draw = aten.uniform(
+        torch.empty_like(like[0], dtype=p.dtype), generator=generator
+    )  # in the order of memory
     return (draw < p).to(x.dtype)
 
 
-def normal(mean: Any, std: Any, generator: Any, batched: list[bool], size: int, randomness: str) -> Tensor:
+def normal(
+    mean: Any, std: Any, generator: Any, batched: list[bool], size: int, randomness: str
+) -> Tensor:
     """``mean + std * noise``, as the op itself computes it."""
     tensors = [v for v in (mean, std) if isinstance(v, Tensor)]
     values = iter(aligned(tensors, batched, size))
@@ -183,12 +219,20 @@ def normal(mean: Any, std: Any, generator: Any, batched: list[bool], size: int, 
         dtype=tensors[0].dtype,
         device=tensors[0].device,
     )
-    noise = noise * std if isinstance(std, Tensor) else shared(noise, size) if randomness == "same" else noise
+    noise = (
+        noise * std
+        if isinstance(std, Tensor)
+        else shared(noise, size)
+        if randomness == "same"
+        else noise
+    )
     return noise + mean
 
 
 @vmap_of(aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor)
-def _(mean: Any, std: Any, generator: Any, *, batched: tuple[bool, ...], size: int, randomness: str) -> Tensor:
+def _(
+    mean: Any, std: Any, generator: Any, *, batched: tuple[bool, ...], size: int, randomness: str
+) -> Tensor:
     return normal(mean, std, generator, list(batched), size, randomness)
 
 
@@ -197,7 +241,14 @@ nondiff(aten.multinomial)
 
 @vmap_of(aten.multinomial)
 def _(
-    p: Tensor, count: int, replacement: bool, generator: Any, *, batched: tuple[bool], size: int, randomness: str
+    p: Tensor,
+    count: int,
+    replacement: bool,
+    generator: Any,
+    *,
+    batched: tuple[bool],
+    size: int,
+    randomness: str,
 ) -> Tensor:
     def draw(p: Tensor) -> Tensor:
         return aten.multinomial(p, count, replacement, generator=generator)
@@ -208,14 +259,19 @@ def _(
         if replacement and count != 1:
             raise no_shared_draw()
         valid = ((p >= 0) & p.isfinite()).all() & (p.sum(-1) > 0).all()
-        aten._assert_async.msg(valid, "multinomial: probabilities must be finite, not negative, and not all zero")
-        race = p / aten.exponential(p[0], 1.0, generator=generator)  # as the op draws it; the greatest wins
+        aten._assert_async.msg(
+            valid, "multinomial: probabilities must be finite, not negative, and not all zero"
+        )
+        race = p / aten.exponential(
+            p[0], 1.0, generator=generator
+        )  # as the op draws it; the greatest wins
         return race.argmax(-1, keepdim=True) if count == 1 else race.topk(count)[1]
     p = full_batch(p, batched[0], size)
     return draw(p.flatten(0, -2)).reshape(*p.shape[:-1], count)
 
 
-# ----- dropout --------------------------------------------------------------------------------------------------------
+# ----- dropout
+# --------------------------------------------------------------------------------------------------------
 
 
 def dropout_scale(p: float, train: bool | None) -> float:
@@ -230,7 +286,9 @@ def _(g: Any, outs: Any, x: Tensor, p: float, train: bool | None) -> list[Tensor
 
 
 @jvp_of(aten.native_dropout)
-def _(tangents: tuple[Tensor], outs: Any, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, None]:
+def _(
+    tangents: tuple[Tensor], outs: Any, x: Tensor, p: float, train: bool | None
+) -> tuple[Tensor, None]:
     return aten.native_dropout_backward(tangents[0], outs[1], dropout_scale(p, train)), None
 
 
@@ -245,7 +303,10 @@ def _(
     return x * mask * dropout_scale(p, train), shared(mask, size)
 
 
-pointwise(aten.native_dropout_backward, lambda h, out, g, mask, scale: aten.native_dropout_backward(h, mask, scale))
+pointwise(
+    aten.native_dropout_backward,
+    lambda h, out, g, mask, scale: aten.native_dropout_backward(h, mask, scale),
+)
 
 
 @vmap_of(aten.rrelu_with_noise_functional)

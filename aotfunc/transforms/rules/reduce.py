@@ -1,8 +1,7 @@
 """What reductions to fewer elements and selections along a dimension mean.
 
-Shapes: ``out`` has the reduced dimensions removed, or 1 with ``keepdim``; :func:`restored` brings a cotangent of it
-back to a shape that broadcasts against the input.
-"""
+Shapes: ``out`` has the reduced dimensions removed, or 1 with ``keepdim``; :func:`restored` brings
+a cotangent of it back to a shape that broadcasts against the input."""
 
 from __future__ import annotations
 
@@ -17,11 +16,13 @@ from torch._ops import OpOverload
 from .pointwise import keep
 from .table import aten, jvp_of, linear, nondiff, shifted, vjp_of, vmap_of
 
-# ----- helpers --------------------------------------------------------------------------------------------------------
+# ----- helpers
+# --------------------------------------------------------------------------------------------------------
 
 
 def every(x: Tensor, dim: Any) -> tuple[int, ...]:
-    """The dimensions that ``dim`` names, not negative: an int, a list, or ``None`` or ``[]`` for all."""
+    """The dimensions that ``dim`` names, not negative: an int, a list, or ``None`` or ``[]`` for
+    all."""
     if isinstance(dim, int):
         dim = [dim]
     return tuple(d % x.dim() for d in dim) if dim and x.dim() else tuple(range(x.dim()))
@@ -43,7 +44,8 @@ def count(x: Tensor, dim: Any) -> Any:
 
 
 def per_sample(op: Any) -> Callable[..., Any]:
-    """The vmap rule of a reduction of everything, from ``op(x, dims, *rest)`` that reduces some dimensions."""
+    """The vmap rule of a reduction of everything, from ``op(x, dims, *rest)`` that reduces some
+    dimensions."""
 
     def batch(x: Tensor, *rest: Any) -> Any:
         x = x.unsqueeze(1) if x.dim() == 1 else x
@@ -62,7 +64,8 @@ def summed(op: Any) -> Callable[..., Any]:
     return lambda x, dims, dtype=None: op(x, dims, dtype=dtype)
 
 
-# ----- sums and means -------------------------------------------------------------------------------------------------
+# ----- sums and means
+# -------------------------------------------------------------------------------------------------
 
 linear(aten.sum, lambda g, x: g.expand(x.shape), batch=per_sample(summed(aten.sum)))
 linear(
@@ -70,7 +73,9 @@ linear(
     lambda g, x, dim, keepdim: restored(g, x, dim, keepdim).expand(x.shape),
     batch=shifted(aten.sum.dim_IntList, "dim"),
 )
-linear(aten.mean, lambda g, x: (g / x.numel()).expand(x.shape), batch=per_sample(summed(aten.mean)))
+linear(
+    aten.mean, lambda g, x: (g / x.numel()).expand(x.shape), batch=per_sample(summed(aten.mean))
+)
 linear(
     aten.mean.dim,
     lambda g, x, dim, keepdim: (restored(g, x, dim, keepdim) / count(x, dim)).expand(x.shape),
@@ -91,7 +96,8 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor
 vmap_of(aten.nansum)(shifted(aten.nansum, "dim"))
 
 
-# ----- variance and norms ---------------------------------------------------------------------------------------------
+# ----- variance and norms
+# ---------------------------------------------------------------------------------------------
 
 
 def var_backward(g: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> Tensor:
@@ -100,7 +106,9 @@ def var_backward(g: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool)
     return restored(g, x, dim, keepdim) * factor * (x - x.mean(every(x, dim), keepdim=True))
 
 
-def std_backward(g: Tensor, std: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> Tensor:
+def std_backward(
+    g: Tensor, std: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool
+) -> Tensor:
     return var_backward((g / (2 * std)).masked_fill(std == 0, 0), x, dim, correction, keepdim)
 
 
@@ -119,7 +127,13 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: boo
 
 
 def with_mean(
-    backward: Callable[..., Tensor], g: Any, outs: Any, x: Tensor, dim: Any, correction: Any, keepdim: bool
+    backward: Callable[..., Tensor],
+    g: Any,
+    outs: Any,
+    x: Tensor,
+    dim: Any,
+    correction: Any,
+    keepdim: bool,
 ) -> Any:
     terms = []
     if g[0] is not None:
@@ -131,7 +145,9 @@ def with_mean(
 
 @vjp_of(aten.var_mean.correction)
 def _(g: Any, outs: Any, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> list[Tensor]:
-    return with_mean(lambda g, var, *rest: var_backward(g, *rest), g, outs, x, dim, correction, keepdim)
+    return with_mean(
+        lambda g, var, *rest: var_backward(g, *rest), g, outs, x, dim, correction, keepdim
+    )
 
 
 @vjp_of(aten.std_mean.correction)
@@ -139,11 +155,18 @@ def _(g: Any, outs: Any, x: Tensor, dim: Any, correction: Any, keepdim: bool) ->
     return with_mean(std_backward, g, outs, x, dim, correction, keepdim)
 
 
-for op in (aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction):
+for op in (
+    aten.var.correction,
+    aten.std.correction,
+    aten.var_mean.correction,
+    aten.std_mean.correction,
+):
     vmap_of(op)(shifted(op, "dim"))
 
 
-def norm_backward(g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any = None, keepdim: bool = False) -> Tensor:
+def norm_backward(
+    g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any = None, keepdim: bool = False
+) -> Tensor:
     p = 2.0 if p is None else float(p)
     g, norm = restored(g, x, dim, keepdim), restored(norm, x, dim, keepdim)
     if p == 0:
@@ -155,7 +178,9 @@ def norm_backward(g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any = None, k
         extreme = (size == norm) | (size != size)
         return x.sgn() * extreme * (g / extreme.sum(every(x, dim), keepdim=True))
     zero = norm == 0
-    norm = norm.masked_fill(zero, 1)  # before the division: 0 / 0 would come back in the next derivative
+    norm = norm.masked_fill(
+        zero, 1
+    )  # before the division: 0 / 0 would come back in the next derivative
     if p == 2:
         return x * (g / norm).masked_fill(zero, 0)
     if p < 1:
@@ -189,7 +214,9 @@ def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dtype: Any) -> list[Tensor]:
 
 vmap_of(aten.norm.Scalar)(per_sample(lambda x, dims, p: aten.norm.ScalarOpt_dim(x, p, dims)))
 vmap_of(aten.norm.ScalarOpt_dtype)(
-    per_sample(lambda x, dims, p, dtype: aten.norm.ScalarOpt_dim_dtype(x, p, dims, False, dtype=dtype))
+    per_sample(
+        lambda x, dims, p, dtype: aten.norm.ScalarOpt_dim_dtype(x, p, dims, False, dtype=dtype)
+    )
 )
 for op in (aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype):
     vmap_of(op)(shifted(op, "dim"))
@@ -208,7 +235,8 @@ def _(x: Tensor, y: Tensor, p: Any) -> Tensor:
     return aten.linalg_vector_norm(rows(x - y), p, [1])
 
 
-# ----- extreme values: ties share the cotangent of amax, and of max without a dimension -------------------------------
+# ----- extreme values: ties share the cotangent of amax, and of max without a dimension
+# -------------------------------
 
 
 def share(g: Tensor, mask: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -223,7 +251,9 @@ def equals(x: Tensor, out: Tensor) -> Tensor:
 
 @vjp_of(aten.amax, aten.amin)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
-    return [share(restored(g, x, dim, keepdim), x == restored(out, x, dim, keepdim), every(x, dim))]
+    return [
+        share(restored(g, x, dim, keepdim), x == restored(out, x, dim, keepdim), every(x, dim))
+    ]
 
 
 @jvp_of(aten.amax, aten.amin)
@@ -247,7 +277,9 @@ def _(tangents: tuple[Tensor], out: Tensor, x: Tensor) -> Tensor:
 @vjp_of(aten.aminmax)
 def _(g: Any, outs: Any, x: Tensor, dim: int | None, keepdim: bool) -> list[Tensor]:
     terms = [
-        share(restored(c, x, dim, keepdim), equals(x, restored(out, x, dim, keepdim)), every(x, dim))
+        share(
+            restored(c, x, dim, keepdim), equals(x, restored(out, x, dim, keepdim)), every(x, dim)
+        )
         for c, out in zip(g, outs, strict=True)
         if c is not None
     ]
@@ -264,16 +296,22 @@ vmap_of(aten.nanmedian)(lambda x: aten.nanmedian.dim(rows(x), 1)[0])
 
 @vmap_of(aten.aminmax)
 def _(x: Tensor, dim: int | None, keepdim: bool) -> tuple[Tensor, Tensor]:
-    low, high = aten.aminmax(rows(x), dim=1) if dim is None else shifted(aten.aminmax, "dim")(x, dim, keepdim)
+    low, high = (
+        aten.aminmax(rows(x), dim=1)
+        if dim is None
+        else shifted(aten.aminmax, "dim")(x, dim, keepdim)
+    )
     ones = [1] * (x.dim() - 1) if dim is None and keepdim else []
     return (low.reshape(-1, *ones), high.reshape(-1, *ones)) if ones else (low, high)
 
 
-# ----- selections: the values are the input at the indices ------------------------------------------------------------
+# ----- selections: the values are the input at the indices
+# ------------------------------------------------------------
 
 
 def selection(op: OpOverload) -> None:
-    """The rules of an op ``(x, …, dim, …) -> (values, indices)`` with ``values = x.gather(dim, indices)``."""
+    """The rules of an op ``(x, …, dim, …) -> (values, indices)`` with ``values = x.gather(dim,
+    indices)``."""
     names = [a.name for a in op._schema.arguments]
     dim_at, keepdim_at = names.index("dim"), names.index("keepdim") if "keepdim" in names else None
 
@@ -298,7 +336,14 @@ def selection(op: OpOverload) -> None:
 
 
 for op in (
-    *(aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default),
+    *(
+        aten.max.dim,
+        aten.min.dim,
+        aten.median.dim,
+        aten.nanmedian.dim,
+        aten.mode.default,
+        aten.kthvalue.default,
+    ),
     *(aten.topk.default, aten.sort.default, aten.sort.stable),
 ):
     selection(op)
@@ -312,7 +357,8 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor
 vmap_of(aten.logsumexp)(shifted(aten.logsumexp, "dim"))
 
 
-# ----- no derivative --------------------------------------------------------------------------------------------------
+# ----- no derivative
+# --------------------------------------------------------------------------------------------------
 
 nondiff(
     aten.all.dim,
@@ -329,7 +375,11 @@ nondiff(aten._is_any_true, batch=lambda op: per_sample(aten.any.dims))
 
 
 def counting(x: Tensor, dim: int | None) -> Tensor:
-    return aten.count_nonzero(rows(x), 1) if dim is None else shifted(aten.count_nonzero, "dim")(x, dim)
+    return (
+        aten.count_nonzero(rows(x), 1)
+        if dim is None
+        else shifted(aten.count_nonzero, "dim")(x, dim)
+    )
 
 
 def arg_extreme(op: OpOverload) -> Callable[..., Tensor]:

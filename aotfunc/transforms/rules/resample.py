@@ -10,15 +10,21 @@ from torch._ops import OpOverloadPacket
 from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.table import aten, linear, vjp_of, vmap_of
 
-# ----- resizing -------------------------------------------------------------------------------------------------------
+# ----- resizing
+# -------------------------------------------------------------------------------------------------------
 
 
 def resizing(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
-    """Register an interpolation ``(x, output_size, *how)`` and its transpose ``(g, output_size, input_size, *how)``."""
+    """Register an interpolation ``(x, output_size, *how)`` and its transpose ``(g, output_size,
+    input_size, *how)``."""
 
-    def batch_backward(g: Tensor, output_size: Any, input_size: Any, *how: Any, size: int) -> Tensor:
+    def batch_backward(
+        g: Tensor, output_size: Any, input_size: Any, *how: Any, size: int
+    ) -> Tensor:
         n, *others = input_size
-        return backward(g.flatten(0, 1), output_size, [n * size, *others], *how).unflatten(0, (size, -1))
+        return backward(g.flatten(0, 1), output_size, [n * size, *others], *how).unflatten(
+            0, (size, -1)
+        )
 
     def batch(x: Tensor, *args: Any, size: int) -> Tensor:
         return op(x.flatten(0, 1), *args).unflatten(0, (size, -1))
@@ -37,11 +43,13 @@ for name in (
         resizing(getattr(aten, name), getattr(aten, name + "_backward"))
 
 
-# ----- sampling at a grid of points -----------------------------------------------------------------------------------
+# ----- sampling at a grid of points
+# -----------------------------------------------------------------------------------
 
 
 def sampling(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
-    """Register a grid sampler ``(x, grid, *how)`` and its backward op, whose last argument is the output mask."""
+    """Register a grid sampler ``(x, grid, *how)`` and its backward op, whose last argument is the
+    output mask."""
 
     @vjp_of(op)
     def _(g, out, x, grid, *how, needs):
@@ -49,14 +57,21 @@ def sampling(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
 
     @vmap_of(op)
     def _(x, grid, *how, batched, size):
-        x, grid = (with_batch(t, b, size).flatten(0, 1) for t, b in zip((x, grid), batched, strict=True))
+        x, grid = (
+            with_batch(t, b, size).flatten(0, 1) for t, b in zip((x, grid), batched, strict=True)
+        )
         return op(x, grid, *how).unflatten(0, (size, -1))
 
     @vmap_of(backward)
     def _(g, x, grid, *how, batched, size):
-        flat = [with_batch(t, b, size).flatten(0, 1) for t, b in zip((g, x, grid), batched, strict=True)]
+        flat = [
+            with_batch(t, b, size).flatten(0, 1)
+            for t, b in zip((g, x, grid), batched, strict=True)
+        ]
         of_x, of_grid = backward(*flat, *how)
-        return None if of_x is None else of_x.unflatten(0, (size, -1)), of_grid.unflatten(0, (size, -1))
+        return None if of_x is None else of_x.unflatten(0, (size, -1)), of_grid.unflatten(
+            0, (size, -1)
+        )
 
 
 sampling(aten.grid_sampler_2d, aten.grid_sampler_2d_backward)

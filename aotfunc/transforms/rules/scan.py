@@ -1,4 +1,5 @@
-"""What products and cumulative ops along a dimension mean: prod, cumprod, cumsum, logcumsumexp, cummax, cummin.
+"""What products and cumulative ops along a dimension mean: prod, cumprod, cumsum, logcumsumexp,
+cummax, cummin.
 
 No rule divides by the input, so zeros are no special case, at any order of derivative.
 """
@@ -15,7 +16,8 @@ from torch import Tensor
 from .reduce import restored, rows
 from .table import aten, jvp_of, linear, shifted, vjp_of, vmap_of
 
-# ----- cumulative extremes: the values are the input at the indices ---------------------------------------------------
+# ----- cumulative extremes: the values are the input at the indices
+# ---------------------------------------------------
 
 
 @vjp_of(aten.cummax, aten.cummin, diff_outputs=(0,))
@@ -32,7 +34,8 @@ for op in (aten.cummax.default, aten.cummin.default):
     vmap_of(op)(shifted(op, "dim"))
 
 
-# ----- products and sums ----------------------------------------------------------------------------------------------
+# ----- products and sums
+# ----------------------------------------------------------------------------------------------
 
 
 #: so many numbers are multiplied one by one in the derivative of their product
@@ -40,7 +43,8 @@ FEW = 10
 
 
 def moved_by(x: Tensor, step: int, fill: float) -> Tensor:
-    """``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such element."""
+    """``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such
+    element."""
     return aten.constant_pad_nd(x, [step, -step], fill)
 
 
@@ -50,7 +54,8 @@ def products_before(x: Tensor) -> Tensor:
 
 
 def weighted_after(g: Tensor, weight: Tensor) -> Tensor:
-    """Solve ``s[k] = g[k] + weight[k] s[k + 1]`` along the last dimension, in log2(n) steps and without a division."""
+    """Solve ``s[k] = g[k] + weight[k] s[k + 1]`` along the last dimension, in log2(n) steps and
+    without a division."""
     length, step = g.shape[-1], 1
     while step < length:
         g = g + weight * moved_by(g, -step, 0)
@@ -66,12 +71,15 @@ def _(g: Tensor, out: Tensor, x: Tensor) -> list[Tensor]:
 
 @vjp_of(aten.prod.dim_int)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: int, keepdim: bool) -> list[Tensor]:
-    others = prod_of_others(x.transpose(dim, -1)).transpose(dim, -1) if x.dim() else torch.ones_like(x)
+    others = (
+        prod_of_others(x.transpose(dim, -1)).transpose(dim, -1) if x.dim() else torch.ones_like(x)
+    )
     return [restored(g, x, dim, keepdim) * others.conj()]
 
 
 def prod_of_others(x: Tensor) -> Tensor:
-    """The product of all other elements along the last dimension: right for zeros, unlike ``out / x``."""
+    """The product of all other elements along the last dimension: right for zeros, unlike ``out /
+    x``."""
     if x.shape[-1] == 0:
         return x
     if x.dim() == 1 and len(x) <= FEW:
@@ -80,9 +88,9 @@ def prod_of_others(x: Tensor) -> Tensor:
 
 
 def one_by_one(factors: tuple[Tensor, ...]) -> Tensor:
-    """The same of a few numbers, each as a product of two: derivatives of these are products of numbers again, of which
-    equal ones are computed once; those of a scan are scans, and grow tenfold.
-    """
+    """The same of a few numbers, each as a product of two: derivatives of these are products of
+    numbers again, of which equal ones are computed once; those of a scan are scans, and grow
+    tenfold."""
     one = torch.ones_like(factors[0])
     before = [one, *itertools.accumulate(factors[:-1], torch.mul)]
     after = [one, *itertools.accumulate(factors[:0:-1], torch.mul)]
@@ -108,9 +116,9 @@ linear(
 
 
 def exponentials(x: Tensor, out: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """``exp(x[k] - out[k])`` and the factors ``exp(out[k] - out[k + 1])`` (``step`` -1) or ``exp(out[k - 1] - out[k])``
-    (1), none of which overflows, as ``out`` does not decrease; zero where there is no mass yet (``out`` is -inf).
-    """
+    """``exp(x[k] - out[k])`` and the factors ``exp(out[k] - out[k + 1])`` (``step`` -1) or
+    ``exp(out[k - 1] - out[k])`` (1), none of which overflows, as ``out`` does not decrease; zero
+    where there is no mass yet (``out`` is -inf)."""
     empty = torch.real(out) == -math.inf
     other = moved_by(out, step, math.inf if step < 0 else -math.inf)
     decay = out - other if step < 0 else other - out

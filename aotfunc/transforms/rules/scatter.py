@@ -1,4 +1,5 @@
-"""Ops that index one dimension: gather and scatter (a position per element), index_select and its writes (a vector).
+"""Ops that index one dimension: gather and scatter (a position per element), index_select and its
+writes (a vector).
 
 A vector of positions that differs between examples is spread out into one index per element.
 """
@@ -11,11 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import Formula, aten, call_op, conj, expand_lead, jvp_of, linear, overload, past_batch, vjp_of, vmap_of
+from .table import (
+    Formula,
+    aten,
+    call_op,
+    conj,
+    expand_lead,
+    jvp_of,
+    linear,
+    overload,
+    past_batch,
+    vjp_of,
+    vmap_of,
+)
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
-    """``x`` filled up with zeros at the far ends to ``shape``: what an op does not read has no gradient."""
+    """``x`` filled up with zeros at the far ends to ``shape``: what an op does not read has no
+    gradient."""
     if x.shape == torch.Size(shape):
         return x
     return torch.nn.functional.pad(
@@ -23,11 +37,13 @@ def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
     )
 
 
-# ----- gather and scatter: one index per element, along one dimension -------------------------------------------------
+# ----- gather and scatter: one index per element, along one dimension
+# -------------------------------------------------
 
 
 def along(op: Any) -> Formula:
-    """The vmap rule of ``op(self, dim, index, ...)`` whose tensors all have one rank (a number counts as a vector)."""
+    """The vmap rule of ``op(self, dim, index, ...)`` whose tensors all have one rank (a number
+    counts as a vector)."""
     op = overload(op)
     schema = [a.name for a in op._schema.arguments]
     tensors_at = [schema.index(name) for name in ("self", "index", "src") if name in schema]
@@ -65,8 +81,14 @@ linear(
     batch=along(aten.scatter.src),
     jointly=True,
 )
-linear(aten.scatter_add, lambda g, *_: g, None, gathered, batch=along(aten.scatter_add), jointly=True)
-linear(aten.scatter.value, lambda g, x, dim, index, value: g.scatter(dim, index, 0), batch=along(aten.scatter.value))
+linear(
+    aten.scatter_add, lambda g, *_: g, None, gathered, batch=along(aten.scatter_add), jointly=True
+)
+linear(
+    aten.scatter.value,
+    lambda g, x, dim, index, value: g.scatter(dim, index, 0),
+    batch=along(aten.scatter.value),
+)
 
 
 @jvp_of(aten.scatter.value)
@@ -83,7 +105,14 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, value: Any, re
 
 
 def scatter_reduce_back(
-    g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, include_self: bool = True
+    g: Tensor,
+    out: Tensor,
+    x: Tensor,
+    dim: int,
+    index: Tensor,
+    src: Tensor,
+    reduce: str,
+    include_self: bool = True,
 ) -> tuple[Tensor, None, Tensor]:
     """The cotangents of ``scatter_reduce``; the other reducing writes are special cases of it."""
 
@@ -113,7 +142,9 @@ def scatter_reduce_back(
         dx = g * conj(reduced("prod", full_x, src) / full_x)
         zeros = torch.zeros_like(x).scatter_add(dim, index, zero.to(x.dtype))
         only = zero & (at_src(zeros) == 1)
-        without = torch.where(only, at_src(reduced("prod", x, src.masked_fill(only, 1))), at_src(out) / full_src)
+        without = torch.where(
+            only, at_src(reduced("prod", x, src.masked_fill(only, 1))), at_src(out) / full_src
+        )
         dsrc = at_src(g) * conj(without)
     if not include_self:
         dx = dx.scatter(dim, index, 0)
@@ -131,11 +162,13 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor, r
 for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.reduce):
     vmap_of(op)(along(op))
 
-# ----- index_select and its writes: one vector of positions along one dimension ---------------------------------------
+# ----- index_select and its writes: one vector of positions along one dimension
+# ---------------------------------------
 
 
 def spread(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:
-    """Positions ``[n]`` along ``dim``, or ``[B, n]`` of each example, for every element of a tensor of ``shape``."""
+    """Positions ``[n]`` along ``dim``, or ``[B, n]`` of each example, for every element of a
+    tensor of ``shape``."""
     ones = [1] * len(shape)
     ones[dim] = shape[dim]
     if index.dim() == 2:
@@ -143,7 +176,9 @@ def spread(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:
     return index.reshape(ones).expand(shape)
 
 
-def batch_index_select(x: Tensor, dim: int, index: Tensor, *, batched: tuple[bool, bool], size: Any) -> Tensor:
+def batch_index_select(
+    x: Tensor, dim: int, index: Tensor, *, batched: tuple[bool, bool], size: Any
+) -> Tensor:
     x_batched, index_batched = batched
     rank = x.dim() - x_batched
     scalar = rank == 0
@@ -168,10 +203,13 @@ def select_for(g: Tensor, source: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def written(op: Any, scatter: Any) -> Formula:
-    """The vmap rule of ``op(self, dim, index, source, ...)``; ``scatter``, called alike, takes an index per element."""
+    """The vmap rule of ``op(self, dim, index, source, ...)``; ``scatter``, called alike, takes an
+    index per element."""
     op = overload(op)
 
-    def batch(x: Tensor, dim: int, index: Tensor, source: Tensor, *rest: Any, batched: Any, size: Any) -> Tensor:
+    def batch(
+        x: Tensor, dim: int, index: Tensor, source: Tensor, *rest: Any, batched: Any, size: Any
+    ) -> Tensor:
         shape = x.shape[1:] if batched[0] else x.shape
         x = expand_lead(x, batched[0], size).reshape(size, *(shape or [1]))
         dim = past_batch(dim, x.dim() - 1)
@@ -204,9 +242,13 @@ linear(
     lambda g, *_: g,
     None,
     lambda g, x, dim, index, source, alpha: times(
-        select_for(g, source, dim, index), alpha.conjugate() if isinstance(alpha, complex) else alpha
+        select_for(g, source, dim, index),
+        alpha.conjugate() if isinstance(alpha, complex) else alpha,
     ),
-    batch=written(aten.index_add, lambda x, dim, at, source, alpha: x.scatter_add(dim, at, times(source, alpha))),
+    batch=written(
+        aten.index_add,
+        lambda x, dim, at, source, alpha: x.scatter_add(dim, at, times(source, alpha)),
+    ),
     jointly=True,
 )
 linear(
@@ -225,10 +267,14 @@ def fill_back(g: Tensor, x: Tensor, dim: int, index: Tensor, value: Any) -> Tens
 
 def filled_sum(g: Tensor, x: Tensor, dim: int, index: Tensor, value: Tensor) -> Tensor:
     # a position named twice is written once: a mask counts it once, index_select would not
-    return g.masked_fill(torch.ones_like(g, dtype=torch.bool).index_fill(dim, index, False), 0).sum()
+    return g.masked_fill(
+        torch.ones_like(g, dtype=torch.bool).index_fill(dim, index, False), 0
+    ).sum()
 
 
-def batch_fill(x: Tensor, dim: int, index: Tensor, value: Any, *, batched: Any, size: Any) -> Tensor:
+def batch_fill(
+    x: Tensor, dim: int, index: Tensor, value: Any, *, batched: Any, size: Any
+) -> Tensor:
     shape = x.shape[1:] if batched[0] else x.shape
     x = expand_lead(x, batched[0], size).reshape(size, *(shape or [1]))
     dim = past_batch(dim, x.dim() - 1)
@@ -254,7 +300,14 @@ def _(tangents: Any, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Tensor:
 
 @vjp_of(aten.index_reduce)
 def _(
-    g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, include_self: bool
+    g: Tensor,
+    out: Tensor,
+    x: Tensor,
+    dim: int,
+    index: Tensor,
+    source: Tensor,
+    reduce: str,
+    include_self: bool,
 ) -> Any:
     at = spread(index, source.shape, dim) if source.dim() else index.reshape(source.shape)
     return scatter_reduce_back(g, out, x, dim, at, source, reduce, include_self)
@@ -262,9 +315,21 @@ def _(
 
 @vmap_of(aten.index_reduce)
 def _(
-    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, include_self: bool, *, batched: Any, size: Any
+    x: Tensor,
+    dim: int,
+    index: Tensor,
+    source: Tensor,
+    reduce: str,
+    include_self: bool,
+    *,
+    batched: Any,
+    size: Any,
 ) -> Tensor:
-    def scatter(x: Tensor, dim: int, at: Tensor, source: Tensor, reduce: str, include_self: bool) -> Tensor:
+    def scatter(
+        x: Tensor, dim: int, at: Tensor, source: Tensor, reduce: str, include_self: bool
+    ) -> Tensor:
         return x.scatter_reduce(dim, at, source, reduce, include_self=include_self)
 
-    return written(aten.index_reduce, scatter)(x, dim, index, source, reduce, include_self, batched=batched, size=size)
+    return written(aten.index_reduce, scatter)(
+        x, dim, index, source, reduce, include_self, batched=batched, size=size
+    )

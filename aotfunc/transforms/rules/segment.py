@@ -1,4 +1,5 @@
-"""Reductions of segments: batched by one more leading dimension of the lengths, their gradient by ops that have one."""
+"""Reductions of segments: batched by one more leading dimension of the lengths, their gradient by
+ops that have one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .table import aten, decompose_as, vmap_of
 
 
 def packed(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:
-    """A batch that is contiguous to the last stride: the kernels step by those of dimensions of size 1 too."""
+    """A batch that is contiguous to the last stride: the kernels step by those of dimensions of
+    size 1 too."""
     if x is None:
         return None
     x = with_batch(x, carries, size)
@@ -63,13 +65,17 @@ def _(
 
 
 #: what a reduction is called by ``scatter_reduce``, and what changes nothing in it
-AS_SCATTER = {"sum": ("sum", 0), "prod": ("prod", 1), "max": ("amax", -torch.inf), "min": ("amin", torch.inf)}
+AS_SCATTER = {
+    "sum": ("sum", 0),
+    "prod": ("prod", 1),
+    "max": ("amax", -torch.inf),
+    "min": ("amin", torch.inf),
+}
 
 
 def segment_gradient(g, out, data, reduce, lengths=None, offsets=None, axis=0, initial=None):
-    """The gradient of ``segment_reduce``: each element is one that is written to the place of its segment; those after
-    the last segment are in none.
-    """
+    """The gradient of ``segment_reduce``: each element is one that is written to the place of its
+    segment; those after the last segment are in none."""
     count = offsets.diff(dim=axis) if lengths is None else lengths
     ends = count.cumsum(axis)
     positions = torch.arange(data.shape[axis], device=data.device).expand(*ends.shape[:-1], -1)

@@ -1,4 +1,5 @@
-"""Ops that give a tensor another shape or order and keep all its elements. All linear, each with its transpose.
+"""Ops that give a tensor another shape or order and keep all its elements. All linear, each with
+its transpose.
 
 A view and its functional ``*_copy`` twin share a line.
 """
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from .table import aten, jvp_of, linear, named, nondiff, past_batch, shifted, vmap_of
 
-# ----- the same elements under another shape --------------------------------------------------------------------------
+# ----- the same elements under another shape
+# --------------------------------------------------------------------------
 
 
 def known(size: Sequence[Any], numel: Any) -> list[Any]:
@@ -27,9 +29,13 @@ def batch_reshape(x: Tensor, size: Sequence[Any]) -> Tensor:
     return x.reshape(x.shape[0], *known(size, prod(x.shape[1:])))
 
 
-for op in named("view", "_unsafe_view", "_reshape_alias", "_reshape_alias_copy", "view_copy", "_reshape_copy"):
+for op in named(
+    "view", "_unsafe_view", "_reshape_alias", "_reshape_alias_copy", "view_copy", "_reshape_copy"
+):
     linear(op, lambda g, x: g.reshape(x.shape), batch=batch_reshape)
-    jvp_of(op)(lambda tangents, out, *_: tangents[0].reshape(out.shape))  # a tangent need not have its primal's strides
+    jvp_of(op)(
+        lambda tangents, out, *_: tangents[0].reshape(out.shape)
+    )  # a tangent need not have its primal's strides
 
 for op in named("alias", "alias_copy", "lift", "lift_fresh", "lift_fresh_copy"):
     linear(op, lambda g, x: g, batch=op)
@@ -54,7 +60,9 @@ for op in named("squeeze", "squeeze_copy", "squeeze.dims", "squeeze_copy.dims"):
 for op in named("squeeze.dim", "squeeze_copy.dim"):
     linear(op, squeeze_dim_back, batch=batch_squeeze)
 for op in named("unsqueeze", "unsqueeze_copy"):
-    linear(op, lambda g, x, dim: g.squeeze(dim), batch=lambda x, dim: x.unsqueeze(dim % x.dim() + 1))
+    linear(
+        op, lambda g, x, dim: g.squeeze(dim), batch=lambda x, dim: x.unsqueeze(dim % x.dim() + 1)
+    )
 
 
 def batch_expand(x: Tensor, size: Sequence[Any]) -> Tensor:
@@ -80,12 +88,15 @@ def repeat_back(g: Tensor, x: Tensor, repeats: Sequence[Any]) -> Tensor:
 
 
 def batch_repeat(x: Tensor, repeats: Sequence[Any]) -> Tensor:
-    return x.reshape(x.shape[0], *[1] * (len(repeats) + 1 - x.dim()), *x.shape[1:]).repeat(1, *repeats)
+    return x.reshape(x.shape[0], *[1] * (len(repeats) + 1 - x.dim()), *x.shape[1:]).repeat(
+        1, *repeats
+    )
 
 
 linear(aten.repeat, repeat_back, batch=batch_repeat)
 
-# ----- another order of dimensions or elements ------------------------------------------------------------------------
+# ----- another order of dimensions or elements
+# ------------------------------------------------------------------------
 
 
 def permute_back(g: Tensor, x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -122,8 +133,16 @@ def batch_roll(x: Tensor, shifts: Sequence[Any], dims: Sequence[int]) -> Tensor:
 linear(aten.flip, lambda g, x, dims: g.flip(dims), batch=batch_flip)
 linear(aten.roll, lambda g, x, shifts, dims: g.roll([-s for s in shifts], dims), batch=batch_roll)
 linear(aten.rot90, lambda g, x, k, dims: g.rot90(-k, dims), batch=shifted(aten.rot90, "dims"))
-linear(aten.pixel_shuffle, lambda g, x, r: torch.pixel_unshuffle(g, r), batch=aten.pixel_shuffle.default)
-linear(aten.pixel_unshuffle, lambda g, x, r: torch.pixel_shuffle(g, r), batch=aten.pixel_unshuffle.default)
+linear(
+    aten.pixel_shuffle,
+    lambda g, x, r: torch.pixel_unshuffle(g, r),
+    batch=aten.pixel_shuffle.default,
+)
+linear(
+    aten.pixel_unshuffle,
+    lambda g, x, r: torch.pixel_shuffle(g, r),
+    batch=aten.pixel_unshuffle.default,
+)
 for op in named("channel_shuffle", "native_channel_shuffle"):
     linear(
         op,
@@ -131,19 +150,25 @@ for op in named("channel_shuffle", "native_channel_shuffle"):
         batch=lambda x, groups: torch.channel_shuffle(x.flatten(0, 1), groups).reshape(x.shape),
     )
 
-# ----- complex numbers as pairs ---------------------------------------------------------------------------------------
+# ----- complex numbers as pairs
+# ---------------------------------------------------------------------------------------
 
 for op in named("view_as_real", "view_as_real_copy"):
     linear(op, lambda g, x: torch.view_as_complex(g.contiguous()), batch=op)
 for op in named("view_as_complex", "view_as_complex_copy"):
     linear(op, lambda g, x: torch.view_as_real(g.resolve_conj()), batch=op)
 
-# ----- counts ---------------------------------------------------------------------------------------------------------
+# ----- counts
+# ---------------------------------------------------------------------------------------------------------
 
 nondiff(aten.repeat_interleave.Tensor)
 
 
 @vmap_of(aten.repeat_interleave.Tensor)
 def _(repeats: Tensor, output_size: Any, *, shape: Any) -> Tensor:
-    places = torch.arange(shape[0], device=repeats.device).expand(repeats.shape[0], shape[0]).contiguous()
+    places = (
+        torch.arange(shape[0], device=repeats.device)
+        .expand(repeats.shape[0], shape[0])
+        .contiguous()
+    )
     return torch.searchsorted(repeats.cumsum(1), places, right=True).to(repeats.dtype)

@@ -1,7 +1,7 @@
 """Ops that take a part of a tensor or put it back: slice, select, diagonal, unfold, as_strided.
 
-Where aten has the transpose as one op (``slice_backward``), the rule is that op, and the op has a line of its own.
-"""
+Where aten has the transpose as one op (``slice_backward``), the rule is that op, and the op has a
+line of its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import Formula, aten, call_op, expand_lead, linear, named, overload, past_batch, shifted
+from .table import (
+    Formula,
+    aten,
+    call_op,
+    expand_lead,
+    linear,
+    named,
+    overload,
+    past_batch,
+    shifted,
+)
 
 
 def of_input(op: Any, *names: str) -> Formula:
-    """The vmap rule of a transpose that takes ``input_sizes`` of the primal and ``names``, dimensions of the primal."""
+    """The vmap rule of a transpose that takes ``input_sizes`` of the primal and ``names``,
+    dimensions of the primal."""
     op = overload(op)
     schema = [a.name for a in op._schema.arguments]
     sizes_at, dims_at = schema.index("input_sizes"), [schema.index(name) for name in names]
@@ -33,11 +44,14 @@ def of_input(op: Any, *names: str) -> Formula:
     return batch
 
 
-# ----- a part of the elements, and its place in the whole -------------------------------------------------------------
+# ----- a part of the elements, and its place in the whole
+# -------------------------------------------------------------
 
 
 def slice_back(g: Tensor, x: Tensor, dim: int, start: Any, end: Any, step: Any) -> Tensor:
-    return aten.slice_backward(g, x.shape, dim, start or 0, sys.maxsize if end is None else end, step)
+    return aten.slice_backward(
+        g, x.shape, dim, start or 0, sys.maxsize if end is None else end, step
+    )
 
 
 for op in named("slice.Tensor", "slice_copy.Tensor"):
@@ -52,7 +66,9 @@ linear(
     batch=shifted(aten.narrow_copy, "dim"),
 )
 for op in named("select.int", "select_copy.int"):
-    linear(op, lambda g, x, dim, i: aten.select_backward(g, x.shape, dim, i), batch=shifted(op, "dim"))
+    linear(
+        op, lambda g, x, dim, i: aten.select_backward(g, x.shape, dim, i), batch=shifted(op, "dim")
+    )
 for op in named("diagonal", "diagonal_copy"):
     linear(
         op,
@@ -62,18 +78,30 @@ for op in named("diagonal", "diagonal_copy"):
 
 
 def batch_unfold(x: Tensor, dim: int, size: Any, step: Any) -> Tensor:
-    return x.unfold(dim % (x.dim() - 1) + 1, size, step) if x.dim() > 1 else x.unsqueeze(1)[:, :size]
+    return (
+        x.unfold(dim % (x.dim() - 1) + 1, size, step) if x.dim() > 1 else x.unsqueeze(1)[:, :size]
+    )
 
 
-def batch_unfold_backward(g: Tensor, sizes: Sequence[Any], dim: int, size: Any, step: Any) -> Tensor:
+def batch_unfold_backward(
+    g: Tensor, sizes: Sequence[Any], dim: int, size: Any, step: Any
+) -> Tensor:
     if not sizes:  # of a number: a window of one element, or of none
         return g.sum(1)
     return aten.unfold_backward(g, [g.shape[0], *sizes], dim % len(sizes) + 1, size, step)
 
 
 for op in named("unfold", "unfold_copy"):
-    linear(op, lambda g, x, d, size, step: aten.unfold_backward(g, x.shape, d, size, step), batch=batch_unfold)
-linear(aten.unfold_backward, lambda g, y, sizes, d, size, step: g.unfold(d, size, step), batch=batch_unfold_backward)
+    linear(
+        op,
+        lambda g, x, d, size, step: aten.unfold_backward(g, x.shape, d, size, step),
+        batch=batch_unfold,
+    )
+linear(
+    aten.unfold_backward,
+    lambda g, y, sizes, d, size, step: g.unfold(d, size, step),
+    batch=batch_unfold_backward,
+)
 linear(
     aten.slice_backward,
     lambda g, y, sizes, *where: aten.slice(g, *where),
@@ -95,16 +123,21 @@ def batch_diag_embed(x: Tensor, offset: int, dim1: int, dim2: int) -> Tensor:
     return x.diag_embed(offset, *(d % x.dim() + 1 for d in (dim1, dim2)))
 
 
-linear(aten.diag_embed, lambda g, x, offset, a, b: g.diagonal(offset, a, b), batch=batch_diag_embed)
+linear(
+    aten.diag_embed, lambda g, x, offset, a, b: g.diagonal(offset, a, b), batch=batch_diag_embed
+)
 linear(aten.tril, lambda g, x, k: g.tril(k), batch=aten.tril.default)
 linear(aten.triu, lambda g, x, k: g.triu(k), batch=aten.triu.default)
 
 
 def scatter_lines(op: Any, view: Any, *dims: str) -> None:
-    """``op(self, src, *where)``: ``self`` with its part ``view(self, *where)`` replaced by ``src``."""
+    """``op(self, src, *where)``: ``self`` with its part ``view(self, *where)`` replaced by
+    ``src``."""
     op = overload(op)
 
-    def batch(x: Tensor, src: Tensor, *where: Any, batched: tuple[bool, bool], size: Any) -> Tensor:
+    def batch(
+        x: Tensor, src: Tensor, *where: Any, batched: tuple[bool, bool], size: Any
+    ) -> Tensor:
         x, src = (expand_lead(t, b, size) for t, b in zip((x, src), batched, strict=True))
         names = [a.name for a in op._schema.arguments]
         full = [x, src, *where]
@@ -125,13 +158,15 @@ scatter_lines(aten.slice_scatter, aten.slice, "dim")
 scatter_lines(aten.select_scatter, aten.select, "dim")
 scatter_lines(aten.diagonal_scatter, aten.diagonal, "dim1", "dim2")
 
-# ----- as_strided: reads the memory behind x, here a gather of x's elements -------------------------------------------
+# ----- as_strided: reads the memory behind x, here a gather of x's elements
+# -------------------------------------------
 
 
-def cells(x: Tensor, layout: tuple[Sequence[Any], Sequence[Any], Any], to: tuple[Any, Any, Any]) -> Tensor:
-    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x`` (of this shape, stride and
-    offset).
-    """
+def cells(
+    x: Tensor, layout: tuple[Sequence[Any], Sequence[Any], Any], to: tuple[Any, Any, Any]
+) -> Tensor:
+    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x`` (of this
+    shape, stride and offset)."""
     shape, stride, start = layout
     size, strides, offset = to
     offset = 0 if offset is None else offset - start
@@ -176,4 +211,10 @@ def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any, sample: Any) -> T
 
 for op in named("as_strided", "as_strided_copy"):
     linear(op, as_strided_back, batch=batch_as_strided)
-linear(aten.as_strided_scatter, as_strided_scatter_back, as_strided_part, batch=batch_as_strided_scatter, jointly=True)
+linear(
+    aten.as_strided_scatter,
+    as_strided_scatter_back,
+    as_strided_part,
+    batch=batch_as_strided_scatter,
+    jointly=True,
+)

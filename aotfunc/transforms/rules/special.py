@@ -1,4 +1,5 @@
-"""What the special functions mean: error functions, gamma, zeta, Bessel functions and their inverses."""
+"""What the special functions mean: error functions, gamma, zeta, Bessel functions and their
+inverses."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ NEAR = 0.1
 TERMS = 8  # of a series: enough for its sixth derivative in float64, where |x| < NEAR
 
 
-def near_zero(x: Tensor, term: Callable[[int], float], away: Callable[[Tensor], Tensor], times: Any = 1) -> Tensor:
-    """``away(x)``, which divides by its argument; near zero, where digits cancel, more with each derivative, the power
-    series ``times * sum(term(k) * x**(2 * k))``.
-    """
+def near_zero(
+    x: Tensor, term: Callable[[int], float], away: Callable[[Tensor], Tensor], times: Any = 1
+) -> Tensor:
+    """``away(x)``, which divides by its argument; near zero, where digits cancel, more with each
+    derivative, the power series ``times * sum(term(k) * x**(2 * k))``."""
     near = x.abs() < NEAR
     y = x.masked_fill(~near, 0)
     square, series = y * y, term(TERMS - 1)
@@ -31,17 +33,24 @@ def near_zero(x: Tensor, term: Callable[[int], float], away: Callable[[Tensor], 
     return torch.where(near, series * (y if times is x else times), away(x.masked_fill(near, 1)))
 
 
-# ----- the normal distribution ----------------------------------------------------------------------------------------
+# ----- the normal distribution
+# ----------------------------------------------------------------------------------------
 
 pointwise(aten.erf, lambda g, out, x: g * (aten.exp(-(x * x)) * (2 / ROOT_PI)))
 pointwise(aten.erfc, lambda g, out, x: g * (aten.exp(-(x * x)) * (-2 / ROOT_PI)))
 pointwise(aten.erfinv, lambda g, out, x: g * (aten.exp(out * out) * (ROOT_PI / 2)))
 pointwise(aten.special_erfcx, lambda g, out, x: g * (2 * x * out - 2 / ROOT_PI))
-pointwise(aten.special_ndtri, lambda g, out, x: g * (aten.exp(out * out / 2) * math.sqrt(2 * math.pi)))
-pointwise(aten.special_log_ndtr, lambda g, out, x: g * (aten.exp(-(out + x * x / 2)) / math.sqrt(2 * math.pi)))
+pointwise(
+    aten.special_ndtri, lambda g, out, x: g * (aten.exp(out * out / 2) * math.sqrt(2 * math.pi))
+)
+pointwise(
+    aten.special_log_ndtr,
+    lambda g, out, x: g * (aten.exp(-(out + x * x / 2)) / math.sqrt(2 * math.pi)),
+)
 
 
-# ----- logit, entropy, sinc -------------------------------------------------------------------------------------------
+# ----- logit, entropy, sinc
+# -------------------------------------------------------------------------------------------
 
 
 def inside(x: Tensor, eps: float | None) -> Tensor:
@@ -55,17 +64,22 @@ def logit_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor, eps: float | None
 
 
 def sinc_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    term = lambda k: (-1) ** (k + 1) * math.pi ** (2 * k + 2) * (2 * k + 2) / math.factorial(2 * k + 3)
+    term = lambda k: (
+        (-1) ** (k + 1) * math.pi ** (2 * k + 2) * (2 * k + 2) / math.factorial(2 * k + 3)
+    )
     return g * near_zero(x, term, lambda y: (aten.cos(math.pi * x) - out) / y, times=x)
 
 
 pointwise(aten.logit, lambda g, out, x, eps: aten.logit_backward(g, x, eps))
-pointwise(aten.logit_backward, lambda h, out, g, x, eps: aten.logit_backward(h, x, eps), logit_second)
+pointwise(
+    aten.logit_backward, lambda h, out, g, x, eps: aten.logit_backward(h, x, eps), logit_second
+)
 pointwise(aten.special_entr, lambda g, out, x: -(g * (1 + aten.log(x))))
 pointwise(aten.sinc, sinc_first)
 
 
-# ----- gamma and zeta -------------------------------------------------------------------------------------------------
+# ----- gamma and zeta
+# -------------------------------------------------------------------------------------------------
 
 
 def igamma_in_x(g: Tensor, out: Tensor, a: Tensor, x: Tensor) -> Tensor:
@@ -100,11 +114,13 @@ pointwise(aten.special_zeta.other_scalar, refused("zeta"))
 pointwise(aten.special_zeta.self_scalar, zeta_in_y)
 
 
-# ----- Bessel functions -----------------------------------------------------------------------------------------------
+# ----- Bessel functions
+# -----------------------------------------------------------------------------------------------
 
 
 def i1_slope(k: int) -> float:
-    """The coefficient of ``x**(2k)`` in the derivative of the Bessel function I1, see DLMF 10.25.2."""
+    """The coefficient of ``x**(2k)`` in the derivative of the Bessel function I1, see DLMF
+    10.25.2."""
     return (2 * k + 1) / (2 ** (2 * k + 1) * math.factorial(k) * math.factorial(k + 1))
 
 
@@ -119,13 +135,17 @@ def sphere_slope(k: int) -> float:
 
 
 def i1e_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    scaled = near_zero(x, i1_slope, lambda y: aten.special_i0e(x) - out / y, times=aten.exp(-x.abs()))
+    scaled = near_zero(
+        x, i1_slope, lambda y: aten.special_i0e(x) - out / y, times=aten.exp(-x.abs())
+    )
     return g * (scaled - out * aten.sgn(x))
 
 
 pointwise(aten.i0, lambda g, out, x: g * aten.special_i1(x))
 pointwise(aten.special_i0e, lambda g, out, x: g * (aten.special_i1e(x) - aten.sgn(x) * out))
-pointwise(aten.special_i1, lambda g, out, x: g * near_zero(x, i1_slope, lambda y: aten.i0(x) - out / y))
+pointwise(
+    aten.special_i1, lambda g, out, x: g * near_zero(x, i1_slope, lambda y: aten.i0(x) - out / y)
+)
 pointwise(aten.special_i1e, i1e_first)
 # PyTorch has no derivative for those below
 pointwise(aten.special_bessel_j0, lambda g, out, x: -(g * aten.special_bessel_j1(x)))
@@ -135,15 +155,25 @@ pointwise(
 )
 pointwise(aten.special_bessel_y0, lambda g, out, x: -(g * aten.special_bessel_y1(x)))
 pointwise(aten.special_bessel_y1, lambda g, out, x: g * (aten.special_bessel_y0(x) - out / x))
-pointwise(aten.special_modified_bessel_i0, lambda g, out, x: g * aten.special_modified_bessel_i1(x))
+pointwise(
+    aten.special_modified_bessel_i0, lambda g, out, x: g * aten.special_modified_bessel_i1(x)
+)
 pointwise(
     aten.special_modified_bessel_i1,
-    lambda g, out, x: g * near_zero(x, i1_slope, lambda y: aten.special_modified_bessel_i0(x) - out / y),
+    lambda g, out, x: (
+        g * near_zero(x, i1_slope, lambda y: aten.special_modified_bessel_i0(x) - out / y)
+    ),
 )
-pointwise(aten.special_modified_bessel_k0, lambda g, out, x: -(g * aten.special_modified_bessel_k1(x)))
-pointwise(aten.special_modified_bessel_k1, lambda g, out, x: -(g * (aten.special_modified_bessel_k0(x) + out / x)))
 pointwise(
-    aten.special_scaled_modified_bessel_k0, lambda g, out, x: g * (out - aten.special_scaled_modified_bessel_k1(x))
+    aten.special_modified_bessel_k0, lambda g, out, x: -(g * aten.special_modified_bessel_k1(x))
+)
+pointwise(
+    aten.special_modified_bessel_k1,
+    lambda g, out, x: -(g * (aten.special_modified_bessel_k0(x) + out / x)),
+)
+pointwise(
+    aten.special_scaled_modified_bessel_k0,
+    lambda g, out, x: g * (out - aten.special_scaled_modified_bessel_k1(x)),
 )
 pointwise(
     aten.special_scaled_modified_bessel_k1,
@@ -154,7 +184,8 @@ pointwise(
     lambda g, out, x: g * near_zero(x, sphere_slope, lambda y: (aten.cos(x) - out) / y, times=x),
 )
 
-# ----- no derivative known: only batched ------------------------------------------------------------------------------
+# ----- no derivative known: only batched
+# ------------------------------------------------------------------------------
 
 for op in functional(aten.special_airy_ai, aten._standard_gamma_grad):
     vmap_of(op)(elementwise(op))

@@ -1,27 +1,31 @@
 """What is known about each op: one Rule per overload, stated with a few verbs.
 
-A rule is plain tensor code. It is written once, called by the walkers while they trace it into a fragment, and may as
-well be called in a Python shell. Conventions, the same for every verb:
+A rule is plain tensor code. It is written once, called by the walkers while they trace it into a
+fragment, and may as well be called in a Python shell. Conventions, the same for every verb:
 
-- A rule is called with **all** arguments of the op's schema, positionally, in schema order (keyword-only ones last),
-  defaults filled in. A rule that takes fewer parameters is given the leading ones only.
-- First come the cotangent(s) or tangent(s), then the output(s), then the op's own arguments. An op with several
-  outputs passes and returns tuples for them; in such a tuple of cotangents an absent (zero) one is ``None``.
-- *Tensor arguments* are those whose schema type is ``Tensor``, ``Tensor?``, ``Tensor[]`` or ``Tensor?[]``. A vjp
-  rule returns one cotangent per tensor argument, in order: ``None`` for no gradient, a list for a tensor list. A jvp
-  rule gets one tangent per tensor argument in the same form and returns one tangent per output.
-- The walkers own the chores: un-broadcasting, casting to the primal's dtype (real part of a complex cotangent of a real
-  argument), accumulation, absent cotangents and tangents, moving the batch dimension to 0.
-- A rule may ask for more by naming a keyword-only parameter: ``needs`` (vjp: a tuple of bools, which tensor arguments
-  want a gradient), ``batched`` (vmap: which tensor arguments carry the batch at dimension 0; a list of bools for a
-  tensor list; without it all tensor arguments arrive batched), ``size`` (vmap: the batch size), ``randomness`` (vmap:
-  "different" or "same"), ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several),
-  ``sample`` (vmap: the unbatched signature of the first argument).
+- A rule is called with **all** arguments of the op's schema, positionally, in schema order
+  (keyword-only ones last), defaults filled in. A rule that takes fewer parameters is given the
+  leading ones only.
+- First come the cotangent(s) or tangent(s), then the output(s), then the op's own arguments. An op
+  with several outputs passes and returns tuples for them; in such a tuple of cotangents an absent
+  (zero) one is ``None``.
+- *Tensor arguments* are those whose schema type is ``Tensor``, ``Tensor?``, ``Tensor[]`` or
+  ``Tensor?[]``. A vjp rule returns one cotangent per tensor argument, in order: ``None`` for no
+  gradient, a list for a tensor list. A jvp rule gets one tangent per tensor argument in the same
+  form and returns one tangent per output.
+- The walkers own the chores: un-broadcasting, casting to the primal's dtype (real part of a
+  complex cotangent of a real argument), accumulation, absent cotangents and tangents, moving the
+  batch dimension to 0.
+- A rule may ask for more by naming a keyword-only parameter: ``needs`` (vjp: a tuple of bools,
+  which tensor arguments want a gradient), ``batched`` (vmap: which tensor arguments carry the
+  batch at dimension 0; a list of bools for a tensor list; without it all tensor arguments arrive
+  batched), ``size`` (vmap: the batch size), ``randomness`` (vmap: "different" or "same"),
+  ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several), ``sample``
+  (vmap: the unbatched signature of the first argument).
 - A vmap rule returns the output(s) with the batch at dimension 0.
 
-Gradients of complex values follow PyTorch's convention: the cotangent of ``x`` is the conjugate Wirtinger
-derivative, so that a step along its negative descends.
-"""
+Gradients of complex values follow PyTorch's convention: the cotangent of ``x`` is the conjugate
+Wirtinger derivative, so that a step along its negative descends."""
 
 from __future__ import annotations
 
@@ -43,16 +47,19 @@ Formula = Callable[..., Any]
 
 @dataclass
 class OpRules:
-    """How one op behaves under each transform; ``None`` where nothing is written and the fallback decides."""
+    """How one op behaves under each transform; ``None`` where nothing is written and the fallback
+    decides."""
 
     vjp: Formula | None = None
     jvp: Formula | None = None
     vmap: Formula | None = None
     #: no derivative at all: every tangent and cotangent is zero
     nondiff: bool = False
-    #: the derivative is zero, of real numbers at least, and autograd says that the result requires grad
+    #: the derivative is zero, of real numbers at least, and autograd says that the result requires
+    # grad
     zero: bool = False
-    #: positions (among the outputs) of the outputs that carry a derivative; None: all floating ones
+    #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
+    # ones
     diff_outputs: tuple[int, ...] | None = None
     verbs: list[str] = field(default_factory=list)
 
@@ -73,7 +80,8 @@ def rule_of(op: OpOverload | OpOverloadPacket) -> OpRules:
 
 @cache
 def tensor_args(op: OpOverload) -> tuple[int, ...]:
-    """Positions of the tensor arguments (``Tensor``, ``Tensor?``, ``Tensor[]``, ``Tensor?[]``) in the schema."""
+    """Positions of the tensor arguments (``Tensor``, ``Tensor?``, ``Tensor[]``, ``Tensor?[]``) in
+    the schema."""
     kinds = ("Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]")
     return tuple(i for i, a in enumerate(op._schema.arguments) if str(a.type) in kinds)
 
@@ -91,18 +99,23 @@ EXTRAS = ("needs", "batched", "size", "randomness", "shape", "sample")
 
 
 def parameters(f: Formula) -> tuple[int, tuple[str, ...], bool]:
-    """How many positional parameters ``f`` has, its keyword-only ones, and whether it takes any number of positional
-    ones, as an op does. Read off the code: signatures of two thousand rules would take half the time of the import.
-    """
+    """How many positional parameters ``f`` has, its keyword-only ones, and whether it takes any
+    number of positional ones, as an op does. Read off the code: signatures of two thousand rules
+    would take half the time of the import."""
     code = getattr(f, "__code__", None)
     if code is None:
         return 0, (), True
     count, keyword_only = code.co_argcount, code.co_kwonlyargcount
-    return count, code.co_varnames[count : count + keyword_only], bool(code.co_flags & inspect.CO_VARARGS)
+    return (
+        count,
+        code.co_varnames[count : count + keyword_only],
+        bool(code.co_flags & inspect.CO_VARARGS),
+    )
 
 
 def adapt(rule: Formula, leading: int) -> Formula:
-    """Wrap ``rule`` so that it may be called with every argument and every extra; it is given what it names.
+    """Wrap ``rule`` so that it may be called with every argument and every extra; it is given what
+    it names.
 
     ``leading`` is the number of parameters before the op's own arguments.
     """
@@ -119,7 +132,8 @@ def adapt(rule: Formula, leading: int) -> Formula:
     return call
 
 
-# ----- the verbs ------------------------------------------------------------------------------------------------------
+# ----- the verbs
+# ------------------------------------------------------------------------------------------------------
 
 
 def vjp_of(
@@ -141,10 +155,11 @@ def vjp_of(
 
 
 def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
-    """Decorator: this function is the forward rule ``(tangents, out, *args) -> tangents`` of ``ops``.
+    """Decorator: this function is the forward rule ``(tangents, out, *args) -> tangents`` of
+    ``ops``.
 
-    ``tangents`` is a tuple, one entry per tensor argument. Without a forward rule the reverse rule is transposed.
-    """
+    ``tangents`` is a tuple, one entry per tensor argument. Without a forward rule the reverse rule
+    is transposed."""
 
     def register(rule: Formula) -> Formula:
         for op in ops:
@@ -157,7 +172,8 @@ def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
 
 
 def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
-    """Decorator: this function is the batching rule ``(*args) -> outputs``, batch at dimension 0, of ``ops``."""
+    """Decorator: this function is the batching rule ``(*args) -> outputs``, batch at dimension 0,
+    of ``ops``."""
 
     def register(rule: Formula) -> Formula:
         for op in ops:
@@ -172,10 +188,10 @@ def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]
 def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> None:
     """``op`` acts on each element: a diagonal Jacobian, holomorphic where complex.
 
-    One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``: the cotangent from
-    the output's cotangent and, the same thing, the output's tangent from the argument's tangent. Written without
-    conjugates; the verb conjugates. No formula at all means zero derivative.
-    """
+    One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``:
+    the cotangent from the output's cotangent and, the same thing, the output's tangent from the
+    argument's tangent. Written without conjugates; the verb conjugates. No formula at all means
+    zero derivative."""
     line = rule_of(op)
     op = overload(op)
     line.vmap = adapt(elementwise(op), 0)
@@ -189,23 +205,33 @@ def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> N
         def one(rule: Formula) -> Tensor:
             return rule(g.conj(), out, *args).conj() if g.is_complex() else rule(g, out, *args)
 
-        return [one(rule) if rule and need else None for rule, need in zip(rules, needs, strict=False)]
+        return [
+            one(rule) if rule and need else None for rule, need in zip(rules, needs, strict=False)
+        ]
 
     def jvp(tangents: tuple[Tensor | None, ...], out: Tensor, *args: Any) -> Tensor | None:
-        return total(rule(t, out, *args) for rule, t in zip(rules, tangents, strict=False) if rule and t is not None)
+        return total(
+            rule(t, out, *args)
+            for rule, t in zip(rules, tangents, strict=False)
+            if rule and t is not None
+        )
 
     line.vjp, line.jvp = adapt(vjp, 2), adapt(jvp, 2)
 
 
 def linear(
-    op: OpOverload | OpOverloadPacket, *transposes: Formula | None, batch: Formula | None = None, jointly: bool = False
+    op: OpOverload | OpOverloadPacket,
+    *transposes: Formula | None,
+    batch: Formula | None = None,
+    jointly: bool = False,
 ) -> None:
-    """``op`` is linear in each listed tensor argument (``None``: in that one it has no derivative).
+    """``op`` is linear in each listed tensor argument (``None``: in that one it has no
+    derivative).
 
-    One transpose ``(g, *args)`` per tensor argument, written for the conjugate already where it matters (``g @
-    b.mH``). The tangent is the op on each tangent, summed; ``jointly`` says that the op is linear in all of them
-    together (``scatter_add``, not ``mm``), and then it is the op on all tangents at once. ``batch`` is the vmap rule
-    (see :func:`shifted`, :func:`elementwise`).
+    One transpose ``(g, *args)`` per tensor argument, written for the conjugate already where it
+    matters (``g @ b.mH``). The tangent is the op on each tangent, summed; ``jointly`` says that
+    the op is linear in all of them together (``scatter_add``, not ``mm``), and then it is the op
+    on all tangents at once. ``batch`` is the vmap rule (see :func:`shifted`, :func:`elementwise`).
     """
     line = rule_of(op)
     op = overload(op)
@@ -214,15 +240,27 @@ def linear(
     rules = [adapt(t, 1) if t else None for t in transposes]
 
     def vjp(g: Tensor, out: Tensor, *args: Any, needs: tuple[bool, ...]) -> list[Tensor | None]:
-        return [rule(g, *args) if rule and need else None for rule, need in zip(rules, needs, strict=False)]
+        return [
+            rule(g, *args) if rule and need else None
+            for rule, need in zip(rules, needs, strict=False)
+        ]
 
     def jvp(tangents: tuple[Tensor | None, ...], out: Tensor, *args: Any) -> Tensor | None:
         def on(i: int, t: Any) -> Tensor:
-            if isinstance(t, list | tuple):  # a list counts as one argument: absent tangents in it are zeros
-                t = [torch.zeros_like(x) if d is None else d for d, x in zip(t, args[where[i]], strict=True)]
+            if isinstance(
+                t, list | tuple
+            ):  # a list counts as one argument: absent tangents in it are zeros
+                t = [
+                    torch.zeros_like(x) if d is None else d
+                    for d, x in zip(t, args[where[i]], strict=True)
+                ]
             return call_op(op, [*args[: where[i]], t, *args[where[i] + 1 :]])
 
-        return total(on(i, t) for i, (rule, t) in enumerate(zip(rules, tangents, strict=False)) if rule and present(t))
+        return total(
+            on(i, t)
+            for i, (rule, t) in enumerate(zip(rules, tangents, strict=False))
+            if rule and present(t)
+        )
 
     def joint_jvp(tangents: tuple[Tensor | None, ...], out: Tensor, *args: Any) -> Tensor:
         full = list(args)
@@ -237,11 +275,12 @@ def linear(
 
 
 def nondiff(
-    *ops: OpOverload | OpOverloadPacket, batch: Callable[[OpOverload], Formula] | None = None, zero: bool = False
+    *ops: OpOverload | OpOverloadPacket,
+    batch: Callable[[OpOverload], Formula] | None = None,
+    zero: bool = False,
 ) -> None:
-    """``ops`` have no derivative: integer-valued, comparisons, factories; or it is ``zero``, as that of a draw by its
-    parameters. ``batch(op)`` makes the vmap rule.
-    """
+    """``ops`` have no derivative: integer-valued, comparisons, factories; or it is ``zero``, as
+    that of a draw by its parameters. ``batch(op)`` makes the vmap rule."""
     for op in ops:
         line = rule_of(op)
         line.nondiff, line.zero = True, zero
@@ -251,17 +290,20 @@ def nondiff(
 
 
 def zeros(g: Tensor, *_: Any) -> Tensor:
-    """The formula of a derivative that is zero: no value of ``g`` counts, but where that is not there nothing is."""
+    """The formula of a derivative that is zero: no value of ``g`` counts, but where that is not
+    there nothing is."""
     return aten.zero.default(g).detach()
 
 
 def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
-    """Where there is neither a rule nor a formula of PyTorch's, ``op`` is transformed as what ``body(*args)`` does."""
+    """Where there is neither a rule nor a formula of PyTorch's, ``op`` is transformed as what
+    ``body(*args)`` does."""
     DECOMPOSITIONS[overload(op)] = body
     rule_of(op).verbs.append("decompose_as")
 
 
-# ----- what rules are made of -----------------------------------------------------------------------------------------
+# ----- what rules are made of
+# -----------------------------------------------------------------------------------------
 
 
 def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
@@ -285,18 +327,22 @@ def total(terms: Any) -> Tensor | None:
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """The shape that these broadcast to, which they do. (``torch.broadcast_shapes`` imports sympy.)"""
+    """The shape that these broadcast to, which they do. (``torch.broadcast_shapes`` imports
+    sympy.)"""
     sizes = zip_longest(*map(reversed, shapes), fillvalue=1)
     return torch.Size([next((n for n in along if n != 1), 1) for along in sizes][::-1])
 
 
 def elementwise(op: OpOverload) -> Formula:
-    """The vmap rule of an op that broadcasts its tensor arguments: align their ranks behind the batch, call the op."""
+    """The vmap rule of an op that broadcasts its tensor arguments: align their ranks behind the
+    batch, call the op."""
     where = tensor_args(op)
 
     def batch(*args: Any, batched: tuple[Any, ...]) -> Any:
         tensors = [args[i] for i in where]
-        rank = max(x.dim() - b for x, b in zip(tensors, batched, strict=True) if isinstance(x, Tensor))
+        rank = max(
+            x.dim() - b for x, b in zip(tensors, batched, strict=True) if isinstance(x, Tensor)
+        )
         full = list(args)
         for i, x, b in zip(where, tensors, batched, strict=True):
             if b and x.dim() - 1 < rank:
@@ -307,10 +353,11 @@ def elementwise(op: OpOverload) -> Formula:
 
 
 def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self") -> Formula:
-    """The vmap rule of an op on one tensor argument whose ``names`` are dimensions: each is counted past the batch.
+    """The vmap rule of an op on one tensor argument whose ``names`` are dimensions: each is
+    counted past the batch.
 
-    A dimension that is ``None`` or an empty list stands for all of them and becomes all but the batch.
-    """
+    A dimension that is ``None`` or an empty list stands for all of them and becomes all but the
+    batch."""
     op = overload(op)
     schema = [a.name for a in op._schema.arguments]
     x_at, dims_at = schema.index(first), [schema.index(name) for name in names]
@@ -318,14 +365,20 @@ def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self")
     def batch(*args: Any) -> Any:
         full = list(args)
         x = full[x_at]
-        if x.dim() == 1:  # PyTorch lets a 0-dim tensor have dimensions 0 and -1: give it one, and take it away again
+        if (
+            x.dim() == 1
+        ):  # PyTorch lets a 0-dim tensor have dimensions 0 and -1: give it one, and take it away again
             full[x_at] = x.unsqueeze(1)
         for at in dims_at:
             full[at] = past_batch(full[at], max(x.dim() - 1, 1))
         outs = call_op(op, full)
         if x.dim() > 1:
             return outs
-        return tuple(o.reshape(x.shape) for o in outs) if isinstance(outs, tuple) else outs.reshape(x.shape)
+        return (
+            tuple(o.reshape(x.shape) for o in outs)
+            if isinstance(outs, tuple)
+            else outs.reshape(x.shape)
+        )
 
     return batch
 
