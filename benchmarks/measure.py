@@ -97,7 +97,8 @@ def machine() -> str:
         if torch.cuda.is_available()
         else (platform.processor() or platform.machine())
     )
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {torch.get_num_threads()} thread(s)"
+    python, threads = platform.python_version(), torch.get_num_threads()
+    return f"torch {torch.__version__}, Python {python}, {device}, {threads} thread(s)"
 
 
 class Report:

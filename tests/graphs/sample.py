@@ -1,5 +1,4 @@
-"""Two functions whose lines are printed in golden texts: the numbers of these lines are part of
-the texts."""
+"""Two functions whose lines are printed in golden texts, with the numbers of these lines."""
 
 import torch
 
