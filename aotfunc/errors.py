@@ -59,6 +59,13 @@ class BackendError(AotfuncError, ImportError):
         self.graph_module = graph_module
 
 
+class CompilerError(BackendError):
+    """The C++ compiler is missing or refused a kernel; the message holds what it said and where
+    the source is kept, which is ``source``, too."""
+
+    source: str | None = None
+
+
 class BackendWarning(UserWarning):
     """A backend runs an op, or a whole graph, eagerly, because its compiler failed: right, but not
     compiled. Shown once for each op and reason."""

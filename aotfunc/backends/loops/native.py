@@ -1,0 +1,108 @@
+"""Kernels as C++ functions: compiled or found in the disk cache, loaded, and called on tensors.
+
+A kernel is ``extern "C" void NAME(int64_t begin, int64_t end, const int64_t *sizes, void *const
+*buffers)``; it computes rows ``begin`` to ``end`` of its outermost axis."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import store, toolchain
+
+HERE = Path(__file__).parent
+
+#: what every source begins with: vector types, loads and stores, maths
+PRELUDE = "\n".join((HERE / name).read_text() for name in ("vectors.h", "maths.h"))
+
+#: a thread gets no less than this many elements
+GRAIN = 32768
+
+#: source -> its library
+LOADED: dict[str, Library] = {}
+
+#: PyTorch's threads do not survive a fork, and waiting for them would last forever
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+class Kernel:
+    """A kernel, callable as ``kernel(rows, sizes, tensors)``.
+
+    The tensors' memory is passed as it is: their dtypes, sizes and strides are the caller's
+    business. Rows are divided among ``torch.get_num_threads()`` threads, ``grain`` or more for
+    each; by default as many as hold 32768 elements of the largest tensor. A forked child uses one
+    thread."""
+
+    __slots__ = ("address", "function", "name")
+
+    def __init__(self, function: Any, name: str) -> None:
+        self.function, self.name = function, name
+        function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+        function.restype = None
+        self.address = ctypes.cast(function, ctypes.c_void_p)
+
+    def __call__(
+        self, rows: int, sizes: Sequence[int], tensors: Sequence[Tensor], grain: int | None = None
+    ) -> None:
+        n = (ctypes.c_int64 * len(sizes))(*sizes)
+        pointers = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+        if rows > 1 and torch.get_num_threads() > 1 and not _forked:
+            grain = grain or max(1, GRAIN * rows // max(1, *(t.numel() for t in tensors)))
+            if rows > grain and (divide := threads()) is not None:
+                divide(rows, grain, self.address, n, pointers)
+                return
+        self.function(0, rows, n, pointers)
+
+
+class Library:
+    """The kernels of one source, by name."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path = path
+        self.loaded = ctypes.CDLL(str(path))
+        self.kernels = {name: Kernel(self.loaded[name], name) for name in names}
+
+    def __getitem__(self, name: str) -> Kernel:
+        return self.kernels[name]
+
+
+def load(source: str, names: Sequence[str]) -> Library:
+    """The kernels ``names`` of ``source``, which begins with :data:`PRELUDE`. Compiles at most
+    once in this process and all that share the disk cache. Raises CompilerError."""
+    library = LOADED.get(source)
+    if library is None:
+        library = LOADED.setdefault(source, Library(built(source), names))
+    return library
+
+
+def built(source: str) -> Path:
+    """The compiled file of this source."""
+    key = hashlib.sha256(f"{toolchain.identity()}\n{source}".encode()).hexdigest()
+    return store.find(key) or store.add(key, source, toolchain.compile)
+
+
+@functools.cache
+def threads() -> Callable | None:
+    """``aot_threads`` of ``threads.cpp``; None for a PyTorch without what it calls."""
+    if not toolchain.torch_exports("torch_parallel_for"):
+        return None
+    function = ctypes.CDLL(str(built((HERE / "threads.cpp").read_text())))["aot_threads"]
+    function.argtypes = (ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3)
+    function.restype = None
+    return function

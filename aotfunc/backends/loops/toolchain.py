@@ -1,0 +1,116 @@
+"""The C++ compiler: which one, with which flags, and what is different about this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from ...errors import CompilerError
+
+#: compilers in the order they are looked for; the environment variable ``CXX`` comes first
+NAMES = ("g++", "c++", "clang++")
+
+#: No flag lets the compiler change a value: NaN, infinities, signed zeros and the order of sums
+#: stay, and ``x * y + z`` rounds twice, as in eager PyTorch.
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fPIC",
+    "-shared",
+    "-nostartfiles",
+    "-Wno-psabi",
+    "-Wl,--auxiliary=libtorch_cpu.so",  # its functions are found at load, without linking (0.4 s)
+)
+
+
+def compiler() -> str:
+    """The path of the compiler. Raises CompilerError where there is none."""
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else NAMES:
+        if found := shutil.which(name):
+            return os.path.realpath(found)
+    raise CompilerError(
+        f"there is no C++ compiler: CXX={chosen} was not found"
+        if chosen
+        else f"there is no C++ compiler on the PATH ({', '.join(NAMES)}): install g++, name one in "
+        "the environment variable CXX, or pass backend='eager'"
+    )
+
+
+@functools.cache
+def torch_library() -> str:
+    """The path of libtorch_cpu, whose vector maths and threads the kernels use."""
+    return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+
+
+@functools.cache
+def torch_exports(name: str) -> bool:
+    """Whether libtorch_cpu has a function of this name."""
+    try:
+        return hasattr(ctypes.CDLL(torch_library()), name)
+    except OSError:
+        return False
+
+
+@functools.cache
+def processor() -> str:
+    """What ``-march=native`` asks: the first processor's model and flags."""
+    lines = []
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if not line.strip():
+                    break
+                if "MHz" not in line and "bogomips" not in line.lower():
+                    lines.append(line)
+    except OSError:
+        lines = list(os.uname())
+    return "".join(lines)
+
+
+def flags() -> tuple[str, ...]:
+    """The flags that a kernel is compiled with."""
+    sleef = all(map(torch_exports, ("Sleef_expf8_u10avx2", "Sleef_atan2d4_u10avx2")))
+    return (*FLAGS, "-DAOT_SLEEF") if sleef else FLAGS
+
+
+def identity() -> str:
+    """All that a compiled kernel depends on beside its source. Starts no process: a compiler is
+    known by its path, time and size."""
+    path = compiler()
+    stat = os.stat(path)
+    return "\n".join(
+        (path, str(stat.st_mtime_ns), str(stat.st_size), *flags(), processor(), torch.__version__)
+    )
+
+
+def compile(source: Path, library: Path) -> None:
+    """Compile ``source`` into the shared object ``library``. Raises CompilerError with what the
+    compiler says."""
+    run([compiler(), *flags(), "-x", "c++", str(source), "-o", str(library)])
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    if done.returncode:
+        raise CompilerError(f"{' '.join(command)}\n{done.stdout}")

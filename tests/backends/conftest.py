@@ -1,0 +1,15 @@
+"""Compiled kernels of the tests go where the tests' other files go."""
+
+import pytest
+
+from aotfunc.backends.loops import native
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty disk cache, and a process that has loaded nothing."""
+    monkeypatch.setenv("AOTFUNC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native, "LOADED", {})
+    native.threads.cache_clear()
+    yield tmp_path / "kernels"
+    native.threads.cache_clear()
