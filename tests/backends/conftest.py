@@ -2,7 +2,7 @@
 
 import pytest
 
-from aotfunc.backends.loops import native
+from aotfunc.backends.loops import native, store
 
 
 @pytest.fixture
@@ -11,5 +11,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("AOTFUNC_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(native, "LOADED", {})
     native.threads.cache_clear()
+    store.temporary.cache_clear()
     yield tmp_path / "kernels"
     native.threads.cache_clear()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,12 +37,12 @@ FLAGS = (
 )
 
 
-def compiler() -> str:
-    """The path of the compiler. Raises CompilerError where there is none."""
+def compiler() -> list[str]:
+    """The compiler as the beginning of a command. Raises CompilerError where there is none."""
     chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else NAMES:
-        if found := shutil.which(name):
-            return os.path.realpath(found)
+    for words in [shlex.split(chosen)] if chosen else [[name] for name in NAMES]:
+        if found := shutil.which(words[0]):
+            return [found, *words[1:]]
     raise CompilerError(
         f"there is no C++ compiler: CXX={chosen} was not found"
         if chosen
@@ -89,28 +91,29 @@ def flags() -> tuple[str, ...]:
 def identity() -> str:
     """All that a compiled kernel depends on beside its source. Starts no process: a compiler is
     known by its path, time and size."""
-    path = compiler()
-    stat = os.stat(path)
-    return "\n".join(
-        (path, str(stat.st_mtime_ns), str(stat.st_size), *flags(), processor(), torch.__version__)
-    )
+    command = compiler()
+    stat = os.stat(command[0])
+    compiled_by = (*command, stat.st_mtime_ns, stat.st_size, *flags())
+    return "\n".join(map(str, (*compiled_by, processor(), torch.__version__)))
 
 
 def compile(source: Path, library: Path) -> None:
     """Compile ``source`` into the shared object ``library``. Raises CompilerError with what the
-    compiler says."""
-    run([compiler(), *flags(), "-x", "c++", str(source), "-o", str(library)])
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    compiler says, and OSError where the disk is full."""
+    command = [*compiler(), *flags(), "-x", "c++", str(source), "-o", str(library)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except OSError as e:
+        raise CompilerError(f"the C++ compiler cannot be run: {e}") from e
     if done.returncode:
-        raise CompilerError(f"{' '.join(command)}\n{done.stdout}")
+        if (full := os.strerror(errno.ENOSPC)) in done.stdout:
+            raise OSError(errno.ENOSPC, full)
+        raise CompilerError(f"the C++ compiler failed:\n{shlex.join(command)}\n{done.stdout}")
