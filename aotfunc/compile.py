@@ -31,7 +31,7 @@ compiled_module = aot_module
 
 
 # ----- compilers
-# ------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def nop(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
@@ -42,7 +42,8 @@ def nop(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
 def print_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
     """The compiler that prints the graph's code and does nothing else.
 
-    >>> _ = aot_function(lambda x: torch.sin(x), print_compile)(torch.zeros(2))  # doctest: +NORMALIZE_WHITESPACE
+    >>> f = aot_function(lambda x: torch.sin(x), print_compile)
+    >>> _ = f(torch.zeros(2))  # doctest: +NORMALIZE_WHITESPACE
     def forward(self, x):
         sin = torch.ops.aten.sin.default(x);  x = None
         return (sin,)
@@ -121,7 +122,7 @@ def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
 
 
 # ----- pictures
-# -------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def draw_graph(
@@ -140,7 +141,8 @@ def draw_graph(
     kind = path.suffix[1:]
     if kind != "dot" and shutil.which("dot") is None:
         raise BackendError(
-            f"drawing .{kind} needs Graphviz' program dot: install graphviz, or give the file the suffix .dot"
+            f"drawing .{kind} needs Graphviz' program dot: install graphviz, or give the file the "
+            "suffix .dot"
         )
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced.graph, {}))
@@ -214,7 +216,7 @@ def aot_module_simplified(
 
 
 # ----- the cache
-# ------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def num_of_recompilations() -> int:

@@ -84,7 +84,7 @@ def fresh(peer: str, name: str, repeat: int) -> tuple[float, float]:
 
 
 # the tables
-# ----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def warm(name: str, quick: bool, jax: bool) -> tuple[int, dict[str, float | None]]:

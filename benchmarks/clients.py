@@ -49,7 +49,8 @@ CLIENTS = {
     "traker": Client("0.3.2", "tests/test_class.py -k featurize", "torchvision"),
     "evox": Client(
         None,
-        "unit_test/operators unit_test/core unit_test/utils unit_test/problems/test_hpo_wrapper.py",
+        "unit_test/operators unit_test/core unit_test/utils "
+        "unit_test/problems/test_hpo_wrapper.py",
         "evox",
     ),
     "laplace": Client(
@@ -68,9 +69,9 @@ CLIENTS = {
     "torchode": Client(None, "tests/adjoint_test.py", "torchode"),
 }
 NOTES = (
-    "27 tests of pypose exchange private functions of torch.func's that keep the class of a tensor; ours do not call "
-    "them. Left out: nngeometry, whose tests load data from the network; evotorch, whose tests start ray in a mode "
-    "that it has no more."
+    "27 tests of pypose exchange private functions of torch.func's that keep the class of a "
+    "tensor; ours do not call them. Left out: nngeometry, whose tests load data from the network; "
+    "evotorch, whose tests start ray in a mode that it has no more."
 )
 
 
@@ -184,7 +185,8 @@ def main() -> None:
         if client.version is None:
             if name not in checkouts:
                 parser.error(
-                    f"the tests of {name} are not in its source distribution: --checkout {name}=DIRECTORY"
+                    f"the tests of {name} are not in its source distribution: --checkout "
+                    f"{name}=DIRECTORY"
                 )
             pip("install", *client.needs.split())
         folder = (

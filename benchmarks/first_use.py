@@ -53,7 +53,8 @@ def main() -> None:
     report.table(caption, head, [rows[name] for name in PROGRAMS])
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     report.note(
-        f"Geometric mean {mean:.2f}, largest {max(ratios):.2f}; `import torch` itself takes {ms(torch_import)}."
+        f"Geometric mean {mean:.2f}, largest {max(ratios):.2f}; `import torch` itself takes "
+        f"{ms(torch_import)}."
     )
     caption = "What torch.func has ready with `import torch`: the difference is our import"
     report.table(caption, head, [rows[name] for name in BATCHES])

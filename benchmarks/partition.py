@@ -94,7 +94,7 @@ def of_module(net: nn.Module, x: Tensor) -> fx.GraphModule:
 def measure(fw: fx.GraphModule, bw: fx.GraphModule) -> tuple[float, int, float]:
     """Megabytes and number of saved values, and the fraction of the forward that runs again."""
     handed = fw.graph.output_node().args[0][1:]  # type: ignore[index]
-    owners = {base(n) for n in handed if isinstance(n.meta["val"], Tensor)}  # type: ignore[union-attr]
+    owners = {base(n) for n in handed if isinstance(n.meta["val"], Tensor)}  # type: ignore
     made = [nbytes(n.meta["val"]) for n in owners if n.op != "placeholder"]
     time_of = {n.name: Roofline().time(n) for n in fw.graph.nodes}
     again = sum(time_of.get(n.name, 0.0) for n in bw.graph.nodes if n.op == "call_function")
@@ -122,7 +122,8 @@ def main() -> None:
     }
     systems = {"aotfunc": partition, "torch": functorch}
     print(
-        f"{'model':20} {'nodes':>6}  {'partition':24} {'saved MB':>9} {'values':>7} {'again':>7} {'ms':>8}"
+        f"{'model':20} {'nodes':>6}  {'partition':24} {'saved MB':>9} {'values':>7} {'again':>7} "
+        f"{'ms':>8}"
     )
     for name, make in models.items():
         joint = make()

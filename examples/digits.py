@@ -126,7 +126,8 @@ def private_steps(params, images, labels, steps: int):
     _, norms, scale = clipped_and_noised(grads, clip=1.0, noise=0.5)
     assert (norms * scale <= 1 + 1e-5).all()
     print(
-        f"{BATCH} gradients by vmap(grad) equal a loop of autograd; norms {norms.min():.2f} to {norms.max():.2f}"
+        f"{BATCH} gradients by vmap(grad) equal a loop of autograd; norms {norms.min():.2f} to "
+        f"{norms.max():.2f}"
     )
 
     before = loss(params, images, labels).item()
@@ -137,7 +138,8 @@ def private_steps(params, images, labels, steps: int):
         params = {name: p - 0.5 * step[name] for name, p in params.items()}
     after = loss(params, images, labels).item()
     print(
-        f"{steps} steps, each sample's gradient clipped to norm 1, noise 0.5: loss {before:.2f} -> {after:.2f}"
+        f"{steps} steps, each sample's gradient clipped to norm 1, noise 0.5: loss {before:.2f} "
+        f"-> {after:.2f}"
     )
     assert after < before
 
@@ -196,10 +198,12 @@ def show_residuals(params, images, labels, min_cut: torch.fx.GraphModule):
     for node in saved:
         val = node.meta["val"]
         print(
-            f"  {node.name:<20} {str(val.dtype)[6:]:<8} {tuple(val.shape)!s:<18} {kilobytes([node]):8.1f} KiB"
+            f"  {node.name:<20} {str(val.dtype)[6:]:<8} {tuple(val.shape)!s:<18} "
+            f"{kilobytes([node]):8.1f} KiB"
         )
     print(
-        f"min-cut keeps {len(saved)} values, {kilobytes(saved):.0f} KiB; the default {kilobytes(default):.0f} KiB"
+        f"min-cut keeps {len(saved)} values, {kilobytes(saved):.0f} KiB; the default "
+        f"{kilobytes(default):.0f} KiB"
     )
     assert kilobytes(saved) <= kilobytes(default)
 

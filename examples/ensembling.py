@@ -85,7 +85,8 @@ def main(quick: bool = False):
     outside = predict(params, torch.linspace(4, 6, 50, dtype=torch.float64)[:, None])
     spread_in, spread_out = inside.std(0).mean().item(), outside.std(0).mean().item()
     print(
-        f"spread of the members: {spread_in:.3f} where there was data, {spread_out:.3f} where there was none"
+        f"spread of the members: {spread_in:.3f} where there was data, {spread_out:.3f} where "
+        "there was none"
     )
     assert spread_out > 2 * spread_in
 

@@ -28,7 +28,8 @@ def main(quick: bool = False):
     assert_close(jacrev(layer)(x), by_hand)
     assert_close(jacfwd(layer)(x), by_hand)
     print(
-        f"Jacobian of tanh(Wx + b): {tuple(by_hand.shape)}, jacrev and jacfwd agree with the formula"
+        f"Jacobian of tanh(Wx + b): {tuple(by_hand.shape)}, jacrev and jacfwd agree with the "
+        "formula"
     )
 
     batched = vmap(jacrev(layer))(xs)
@@ -42,7 +43,8 @@ def main(quick: bool = False):
     assert_close(jacrev(jacrev(rosenbrock))(x), h)
     assert_close(jacfwd(jacfwd(rosenbrock))(x), h)
     print(
-        f"Hessian of Rosenbrock's function: {tuple(h.shape)}, the same by any two of jacfwd and jacrev"
+        f"Hessian of Rosenbrock's function: {tuple(h.shape)}, the same by any two of jacfwd and "
+        "jacrev"
     )
 
     v = torch.randn(6, **f64)

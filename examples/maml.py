@@ -91,7 +91,8 @@ def main(quick: bool = False):
     after = meta_loss(trained, *unseen).item()
     unadapted = vmap(loss, in_dims=(None, 0, 0))(trained, *unseen[2:]).mean().item()
     print(
-        f"200 unseen tasks: loss {before:.2f} before, {after:.2f} after ({unadapted:.2f} without the inner step)"
+        f"200 unseen tasks: loss {before:.2f} before, {after:.2f} after ({unadapted:.2f} without "
+        "the inner step)"
     )
     assert after < before and after < unadapted
     assert quick or after < 0.6 * before

@@ -67,7 +67,8 @@ def main(quick: bool = False):
     assert_close(k, kernel_by_products(f, params, xa, xb))
     assert_close(k, kernel_by_loops(net, xa, xb))
     print(
-        f"kernel {tuple(k.shape)}: by Jacobians, by products and by loops of plain autograd, all equal"
+        f"kernel {tuple(k.shape)}: by Jacobians, by products and by loops of plain autograd, all "
+        "equal"
     )
 
     # As a matrix over (example, output) it is symmetric and has no negative eigenvalue.

@@ -30,7 +30,18 @@ class Guard:
 sys.meta_path.insert(0, Guard())
 
 import aotfunc  # noqa: E402
-from aotfunc import aot_function, grad, hessian, jacfwd, jacrev, jit, jvp, make_fx, vjp, vmap  # noqa: E402
+from aotfunc import (  # noqa: E402
+    aot_function,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jit,
+    jvp,
+    make_fx,
+    vjp,
+    vmap,
+)
 from benchmarks.first_use_programs import BATCHES, PROGRAMS  # noqa: E402
 
 x, a, image = torch.randn(3, 4), torch.randn(3, 3), torch.randn(2, 3, 8, 8)

@@ -226,7 +226,7 @@ KINDS: list[Callable[[int, Watch], None]] = [
 
 
 # ----- the run
-# --------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def resident() -> float:
@@ -244,7 +244,7 @@ def caches() -> tuple[int, int]:
     return sum(map(len, every)), sum(c.weigh(v) for c in every for v in c.values())
 
 
-def soak(calls: int, rows: int = 10, out=sys.stdout) -> list[tuple[float, int]]:  # type: ignore[no-untyped-def]
+def soak(calls: int, rows: int = 10, out=sys.stdout) -> list[tuple[float, int]]:  # type: ignore
     """Make so many calls; at each row of the table the resident memory in MiB, and the blocks
     alive. Raises AssertionError where something is not as it was."""
     watch, held = Watch(), Counter()
@@ -265,7 +265,10 @@ def soak(calls: int, rows: int = 10, out=sys.stdout) -> list[tuple[float, int]]:
             memory.append((resident(), sys.getallocatedblocks()))
             (mib, blocks), (entries, nodes) = memory[-1], caches()
             seconds = time.perf_counter() - start
-            row = f"{i + 1:7} {seconds:8.0f} {mib:12.1f} {blocks:9} {live_tensors():8} {entries:8} {nodes:8}"
+            alive = live_tensors()
+            row = (
+                f"{i + 1:7} {seconds:8.0f} {mib:12.1f} {blocks:9} {alive:8} {entries:8} {nodes:8}"
+            )
             print(row, file=out, flush=True)
     assert state() | {"generator": 0} == before, (before, state())
     assert not +held, f"tensors that outlived their call: {dict(+held)}"
@@ -283,8 +286,8 @@ def main() -> int:
         blocks for _, blocks in memory[:third]
     )
     print(
-        f"over the last third resident memory grew by {grown:.1f} MiB (allowed: {ALLOWED}); the most blocks alive "
-        f"were {most:.3f} of the most before (allowed: {BREATHING})"
+        f"over the last third resident memory grew by {grown:.1f} MiB (allowed: {ALLOWED}); the "
+        f"most blocks alive were {most:.3f} of the most before (allowed: {BREATHING})"
     )
     return int(grown > ALLOWED or most > BREATHING)
 

@@ -166,7 +166,8 @@ def test_the_checker_sees(path: str, source: str):
         ("aotfunc/__init__.py", "from .api.func import grad\nfrom .api.jit import jit"),
         (
             "aotfunc/api/jit.py",
-            "from .make_fx import make_fx\nfrom ..backends import eager\nfrom aotfunc import graph",
+            "from .make_fx import make_fx\nfrom ..backends import eager\nfrom aotfunc import "
+            "graph",
         ),
         (
             "aotfunc/transforms/vjp.py",

@@ -20,15 +20,18 @@ from torch.utils.hooks import BackwardHook
 
 
 def functions(owner):
-    named = {n: x for n, x in list(vars(owner).items()) if "aotfunc" not in n and "_torch_" not in n}
+    ours = lambda name: "aotfunc" in name or "_torch_" in name
+    named = {n: x for n, x in list(vars(owner).items()) if not ours(n)}
     codes = {n: x.__code__ for n, x in named.items() if isinstance(x, types.FunctionType)}
     return named, codes
 
 
-OWNERS = [torch, torch.Tensor, torch._C, torch._C.TensorBase, torch._VF, torch._utils, torch.autograd, torch.random,
-          torch.utils, torch.autograd.graph, torch.autograd.graph.saved_tensors_hooks, torch.autograd.Function,
-          torch.nn.functional, torch.autograd.function._SingleLevelFunction, torch.backends.mha, torch.utils.checkpoint,
-          BackwardHook, torch.autograd.forward_ad, torch.autograd.forward_ad._set_fwd_grad_enabled, torch.nn.Module]
+OWNERS = [torch, torch.Tensor, torch._C, torch._C.TensorBase, torch._VF, torch._utils,
+          torch.autograd, torch.autograd.Function, torch.autograd.function._SingleLevelFunction,
+          torch.autograd.graph, torch.autograd.graph.saved_tensors_hooks, BackwardHook,
+          torch.autograd.forward_ad, torch.autograd.forward_ad._set_fwd_grad_enabled,
+          torch.backends.mha, torch.nn.functional, torch.nn.Module, torch.random, torch.utils,
+          torch.utils.checkpoint]
 import aotfunc
 torch.overrides.get_default_nowrap_functions()
 before = [functions(x) for x in OWNERS], torch.autograd.Function.apply.__func__.__code__

@@ -60,8 +60,8 @@ def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
             f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated"
         )
     return ArgumentError(
-        f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be differentiated "
-        "(pass it as another argument, or see argnums)"
+        f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be "
+        "differentiated (pass it as another argument, or see argnums)"
     )
 
 
@@ -127,7 +127,8 @@ class Call:
             return result, None
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ArgumentError(
-                f"{self.name}: with has_aux=True the function must return (output, aux), not {structure(result)}"
+                f"{self.name}: with has_aux=True the function must return (output, aux), not "
+                f"{structure(result)}"
             )
         return result
 
@@ -136,8 +137,8 @@ class Call:
         for k, x in enumerate(self.rec.leaves[: self.n_out]):
             if not isinstance(x, Tensor):
                 raise ArgumentError(
-                    f"{self.name}: the output{self.path(k)} is a {type(x).__name__}; outputs must be tensors "
-                    "(see has_aux)"
+                    f"{self.name}: the output{self.path(k)} is a {type(x).__name__}; outputs must "
+                    "be tensors (see has_aux)"
                 )
 
     def path(self, k: int) -> str:
@@ -153,12 +154,13 @@ class Call:
             )
         if out.dim():
             raise ArgumentError(
-                f"{self.name}: the function must return a tensor with zero dimensions, not one of shape "
-                f"{list(out.shape)}; sum() it, or use vjp or jacrev"
+                f"{self.name}: the function must return a tensor with zero dimensions, not one of "
+                f"shape {list(out.shape)}; sum() it, or use vjp or jacrev"
             )
         if not out.is_floating_point():
             raise ArgumentError(
-                f"{self.name}: the function must return a real floating tensor, not {out.dtype}; use vjp or jacrev"
+                f"{self.name}: the function must return a real floating tensor, not {out.dtype}; "
+                "use vjp or jacrev"
             )
 
     def derived(self, key: tuple, make: Callable[[], Program]) -> Program:
@@ -201,11 +203,13 @@ def primals_and_tangents(
         if not isinstance(t, Tensor) or t.shape != p.shape:
             shape = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
             raise ArgumentError(
-                f"{name}: the tangent of {arguments.said(i)} must have its primal's shape {list(p.shape)}, not {shape}"
+                f"{name}: the tangent of {arguments.said(i)} must have its primal's shape "
+                f"{list(p.shape)}, not {shape}"
             )
         if t.dtype != p.dtype and name == "jvp_fn":
             raise ArgumentError(
-                f"{name}: the tangent of {arguments.said(i)} must have its primal's dtype {p.dtype}, not {t.dtype}"
+                f"{name}: the tangent of {arguments.said(i)} must have its primal's dtype "
+                f"{p.dtype}, not {t.dtype}"
             )
         if t.is_complex() and not p.is_complex():
             raise ArgumentError(
@@ -259,8 +263,8 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
             )
         if not isinstance(x, Tensor):
             raise ArgumentError(
-                f"vmap: in_dims has {dim} for {arguments.said(k)}, which is a {type(x).__name__}, not a tensor; "
-                "use None there"
+                f"vmap: in_dims has {dim} for {arguments.said(k)}, which is a {type(x).__name__}, "
+                "not a tensor; use None there"
             )
         if not -x.dim() <= dim < x.dim():
             has = f"which has {x.dim()} dimension{'s' * (x.dim() != 1)}"

@@ -33,11 +33,14 @@ KINDS = {
 
 #: ops on other than dense tensors, private to a device or to PyTorch's own tests
 _ELSEWHERE = re.compile(
-    r"sparse|coalesce|_co[ol]_|c?c?(col|row)_indices|_?(indices|values)(_copy)?$|_(bs|cs)[cr]|_to_dense|dense_dim|spdiags"
-    r"|nested|jagged|padded|quant(?!ile)|qparams|per_channel|int[48]|mkldnn|mps|cudnn|miopen|nnpack|cslt|_test_|_foobar"
-    r"|overrideable|_amp_|_fused_(ada|sgd)|_philox|_scaled_(grouped_)?mm|_grouped_mm|_dyn_|_resize_output|_nnz|^dequantize"
-    r"|^_?(set|resize|resize_as|to_dense|_pin_memory|is_pinned|_coalesced|_make_dual|_fw_primal)(_copy)?$"
-    r"|_transform_bias|_native_multi_head|_transformer_encoder|_masked_scale|_thnn_|_jagged|_efficient_att|_flash_att"
+    r"sparse|coalesce|_co[ol]_|c?c?(col|row)_indices|_?(indices|values)(_copy)?$|_(bs|cs)[cr]"
+    r"|_to_dense|dense_dim|spdiags|nested|jagged|padded|quant(?!ile)|qparams|per_channel|int[48]"
+    r"|mkldnn|mps|cudnn|miopen|nnpack|cslt|_test_|_foobar|overrideable|_amp_|_fused_(ada|sgd)"
+    r"|_philox|_scaled_(grouped_)?mm|_grouped_mm|_dyn_|_resize_output|_nnz|^dequantize"
+    r"|^_?(set|resize|resize_as|to_dense|_pin_memory|is_pinned|_coalesced|_make_dual"
+    r"|_fw_primal)(_copy)?$"
+    r"|_transform_bias|_native_multi_head|_transformer_encoder|_masked_scale|_thnn_|_jagged"
+    r"|_efficient_att|_flash_att"
 )
 
 
@@ -177,7 +180,8 @@ def coverage() -> dict[str, dict[str, int]]:
     """
     counts = {t: Counter(step(op, t) for op in ops()) for t in TRANSFORMS}
     print(
-        f"{len(ops())} overloads of aten (functional, dense, not composite), PyTorch {torch.__version__}"
+        f"{len(ops())} overloads of aten (functional, dense, not composite), PyTorch "
+        f"{torch.__version__}"
     )
     print(f"{'':14}" + "".join(f"{t:>8}" for t in TRANSFORMS))
     for kind, meaning in KINDS.items():

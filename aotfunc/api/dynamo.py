@@ -160,7 +160,8 @@ class Body:
         results = nodes[-1].args[0]
         if not all(n.target is operator.getitem and n.args[0] is end for n in results):
             raise CaptureError(
-                "under torch.compile a tensor leaves a transformed function otherwise than as a result"
+                "under torch.compile a tensor leaves a transformed function otherwise than as a "
+                "result"
             )
         self.results = [n.args[1] for n in results]
         for_show = behind([*examples, *entered], (*outs, *aux, *operands))
@@ -191,8 +192,9 @@ class Checked(Interpreter):
             isinstance(value, Tensor) and isinstance(read, Tensor) and value.shape != read.shape
         ):
             raise CaptureError(
-                "vmap under torch.compile: a number is asked of a value that differs between samples, in "
-                f"{n.format_node()}{at(user_line())}; use it as an index, x[i], or call vmap outside of torch.compile"
+                "vmap under torch.compile: a number is asked of a value that differs between "
+                f"samples, in {n.format_node()}{at(user_line())}; use it as an index, x[i], or "
+                "call vmap outside of torch.compile"
             )
         return value
 

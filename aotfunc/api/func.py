@@ -43,7 +43,7 @@ from .readings import (
 )
 
 # ----- reverse mode
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @traced(gradient_and_value, run_gradient_and_value)
@@ -181,7 +181,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
             if not isinstance(c, Tensor) or tuple(c.shape) != v.shape:
                 shape = list(c.shape) if isinstance(c, Tensor) else type(c).__name__
                 raise ArgumentError(
-                    f"vjp_fn: cotangent {i} must have the output's shape {list(v.shape)}, not {shape}"
+                    f"vjp_fn: cotangent {i} must have the output's shape {list(v.shape)}, not "
+                    f"{shape}"
                 )
             if c.is_complex() and not v.dtype.is_complex:
                 raise ArgumentError(f"vjp_fn: cotangent {i} is complex, and the output is real")
@@ -200,7 +201,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 
 
 # ----- forward mode
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @read_as(pushed)
@@ -267,7 +268,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 
 
 # ----- functionalize
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:

@@ -106,8 +106,8 @@ def _jacobian(
     for k in chosen:
         if arguments.leaves[k].is_complex():
             raise ArgumentError(
-                f"{name}: {arguments.said(k)} is complex; Jacobians are defined for real arguments only "
-                "(use vjp or jvp)"
+                f"{name}: {arguments.said(k)} is complex; Jacobians are defined for real "
+                "arguments only (use vjp or jvp)"
             )
     call = Call(name, func, arguments, chosen, has_aux)
     call.check_tensors()
@@ -115,8 +115,8 @@ def _jacobian(
     for k, x in enumerate(call.rec.leaves[:n_out]):
         if x.is_complex():
             raise ArgumentError(
-                f"{name}: the output{call.path(k)} is complex; Jacobians are defined for real outputs only "
-                "(use vjp or jvp)"
+                f"{name}: the output{call.path(k)} is complex; Jacobians are defined for real "
+                "outputs only (use vjp or jvp)"
             )
         if not x.is_floating_point():
             raise ArgumentError(

@@ -59,8 +59,8 @@ def make_fx(
     """
     if tracing_mode == "symbolic":
         raise ArgumentError(
-            "make_fx: tracing_mode='symbolic' is not supported, as sizes are numbers of the graph: use 'real' or "
-            "'fake', and call make_fx again for other sizes"
+            "make_fx: tracing_mode='symbolic' is not supported, as sizes are numbers of the "
+            "graph: use 'real' or 'fake', and call make_fx again for other sizes"
         )
     if tracing_mode not in ("real", "fake"):
         raise ArgumentError(

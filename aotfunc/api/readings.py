@@ -309,8 +309,9 @@ def repeatable(body: Callable) -> Callable:
         draws = any(r[0].facts.random for r in trace.records)
         if draws or any(root < len(trace.inputs) for root in trace.roots().written):
             raise CaptureError(
-                "under torch.compile the function that vjp or linearize returns runs the differentiated function "
-                f"again, and this one {'draws random numbers' if draws else 'writes to a tensor'}{at(user_line())}; "
+                "under torch.compile the function that vjp or linearize returns runs the "
+                "differentiated function again, and this one "
+                f"{'draws random numbers' if draws else 'writes to a tensor'}{at(user_line())}; "
                 "use grad, jvp or jacrev, or call vjp outside of torch.compile"
             )
         return result

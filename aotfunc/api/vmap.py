@@ -59,9 +59,10 @@ def vmap(
 
     >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
     tensor([2., 2., 2.])
-    >>> vmap(torch.unique_consecutive, strict=True)(torch.tensor([[1, 1, 2], [3, 4, 4]]))  # one shape here, by chance
+    >>> x = torch.tensor([[1, 1, 2], [3, 4, 4]])  # results of one shape, by chance
+    >>> vmap(torch.unique_consecutive, strict=True)(x)
     Traceback (most recent call last):
-    aotfunc.errors.RuleError: vmap(strict=True): aten.unique_consecutive.default can only be batched by a loop ...
+    aotfunc.errors.RuleError: vmap(strict=True): aten.unique_consecutive.default can only be ...
     """
     if randomness not in ("error", "same", "different"):
         raise ArgumentError(
@@ -153,7 +154,8 @@ def _batched_program(
         if tensor_dims[i] is not None:
             name = rec.names()[i]
             raise CaptureError(
-                f"vmap: the shape of {name}, which is batched, is changed in place; make a view of it"
+                f"vmap: the shape of {name}, which is batched, is changed in place; make a view "
+                "of it"
             )
     if isinstance(out_dims, list):
         out_dims = tuple(out_dims)
@@ -168,8 +170,8 @@ def _batched_program(
             if x is None and not path:
                 raise ArgumentError(f"vmap: {defined(func)} returned None: is a `return` missing?")
             raise ArgumentError(
-                f"vmap: the function must return tensors, but the result{path} is {x!r} of type {type(x).__name__}; "
-                "out_dims=None lets other values pass"
+                f"vmap: the function must return tensors, but the result{path} is {x!r} of type "
+                f"{type(x).__name__}; out_dims=None lets other values pass"
             )
     results_dims = tuple(flat[k] for k in rec.tensors)
     base = rec.program()
@@ -221,7 +223,8 @@ def _chunked(
         ):  # no two chunks would draw the same
             if parts:
                 raise ArgumentError(
-                    "vmap: randomness='same' with chunk_size, and not every chunk draws; drop chunk_size"
+                    "vmap: randomness='same' with chunk_size, and not every chunk draws; drop "
+                    "chunk_size"
                 )
             return _batched(func, arguments, dims, size, out_dims, randomness, strict)
         parts.append(_run(rec, program, inputs, places))

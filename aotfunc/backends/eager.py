@@ -169,8 +169,9 @@ def as_said(n: Node, value: Any) -> Any:
             return x
         if tuple(x.shape) != sig.shape:
             raise GraphError(
-                f"{n.target} returned a tensor of shape {list(x.shape)}, and its fake implementation says "
-                f"{list(sig.shape)}{at(n.meta.get('line'))}: mend what is registered with register_fake"
+                f"{n.target} returned a tensor of shape {list(x.shape)}, and its fake "
+                f"implementation says {list(sig.shape)}{at(n.meta.get('line'))}: mend what is "
+                "registered with register_fake"
             )
         if x.stride() == sig.stride:
             return x

@@ -267,7 +267,8 @@ def targets_named(error: Exception) -> set[str]:
 
 def decompositions() -> dict:
     """What Inductor wants opened up before it compiles."""
-    from torch._inductor import decomposition, lowering  # noqa: F401 - some decompositions ask what a lowering can do
+    # some decompositions ask what a lowering can do
+    from torch._inductor import decomposition, lowering  # noqa: F401
 
     random = torch.Tag.nondeterministic_seeded  # what draws in another way draws other numbers
     table = {

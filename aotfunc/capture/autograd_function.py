@@ -271,7 +271,8 @@ def gradients_of(args: Any, backward: Callable) -> Callable:
     """The backward, returning one gradient per tensor argument as autograd takes it: of the
     argument's shape and dtype, None for integers. It runs without autocast: a backward belongs
     outside of it."""
-    last = getattr(backward, "__wrapped__", None) is not None and backward.__code__ is _ONCE  # type: ignore[attr-defined]
+    wrapped = getattr(backward, "__wrapped__", None) is not None
+    last = wrapped and backward.__code__ is _ONCE  # type: ignore[attr-defined]
     body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
 
     wanted = [
@@ -394,7 +395,8 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
         trace.strided = True
     if base.mutated:
         return CaptureError(
-            f"the backward or jvp of {name} writes to what it was given or saved; clone() it there first"
+            f"the backward or jvp of {name} writes to what it was given or saved; clone() it "
+            "there first"
         )
     if len(rec.tensors) == len(rec.leaves):
         return base, inner.lifted

@@ -102,20 +102,22 @@ def capture(
                 if (operator := called_by(e)) is not None:
                     raise on_functions(operator) from e
                 raise CaptureError(
-                    f"a function that torch.compile has compiled does not take traced values{at(line_of(e))}; call the "
-                    'function that it was made from, or capture inside torch.compiler.set_stance("force_eager")'
+                    "a function that torch.compile has compiled does not take traced "
+                    f"values{at(line_of(e))}; call the "
+                    "function that it was made from, or capture inside "
+                    'torch.compiler.set_stance("force_eager")'
                 ) from e
             if "data is not allocated" not in str(e):
                 raise
             raise CaptureError(
-                f"an op that reads its argument's memory itself was given a traced value{at(line_of(e))}; "
-                "pass it Python numbers (x.tolist())"
+                "an op that reads its argument's memory itself was given a traced "
+                f"value{at(line_of(e))}; pass it Python numbers (x.tolist())"
             ) from e
         plain = not kwargs and all(a.__class__ is Traced for a in args)
         if not plain and assigned((args, kwargs), values):
             raise CaptureError(
-                "the function assigns to an attribute of an argument, which the caller would not see: arguments are "
-                "made anew for each capture; return the new value instead"
+                "the function assigns to an attribute of an argument, which the caller would not "
+                "see: arguments are made anew for each capture; return the new value instead"
             )
         return Captured(trace, result, name_of or (lambda: ()))
 

@@ -67,8 +67,8 @@ class Captured:
             for x in self.leaves:
                 if isinstance(x, Iterator | Awaitable):
                     raise CaptureError(
-                        f"the function returns a {type(x).__name__}, which would go on when the capture is over; "
-                        "return a list or a tuple of the values"
+                        f"the function returns a {type(x).__name__}, which would go on when the "
+                        "capture is over; return a list or a tuple of the values"
                     )
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
         check_stand_ins(trace, self.refs)

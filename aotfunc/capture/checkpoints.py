@@ -48,8 +48,8 @@ def keep_saved(trace: Trace, start: int, context: Any) -> None:
     of ``create_selective_checkpoint_contexts`` says to save."""
     if not hasattr(context, "policy_fn"):
         raise CaptureError(
-            f"checkpoint(context_fn=...) with contexts of your own is not captured{at(debug.user_line())}; those of "
-            "create_selective_checkpoint_contexts are"
+            "checkpoint(context_fn=...) with contexts of your own is not "
+            f"captured{at(debug.user_line())}; those of create_selective_checkpoint_contexts are"
         )
     save = (
         torch_checkpoint.CheckpointPolicy.MUST_SAVE,
@@ -101,8 +101,8 @@ def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def written_in_checkpoint() -> CaptureError:
     return CaptureError(
-        f"a checkpoint writes to its argument{at(debug.user_line())}, and would do so again in the backward; say "
-        "use_reentrant=False, or clone() it there"
+        f"a checkpoint writes to its argument{at(debug.user_line())}, and would do so again in "
+        "the backward; say use_reentrant=False, or clone() it there"
     )
 
 

@@ -62,9 +62,11 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
         for k in range(1, count):
             if not same(answer, question(*[v[k] for v in values])):
                 raise CaptureError(
-                    f"{what} was asked for, but the samples of the batch do not agree on it{line}. Use torch.where "
-                    "instead of `if` and of selecting by a mask, nonzero_static(size=...) instead of nonzero, or pass "
-                    "the value as an argument with in_dims=None. Beside another index tensor write w[i.reshape(1), j]."
+                    f"{what} was asked for, but the samples of the batch do not agree on "
+                    f"it{line}. Use torch.where instead of `if` and of selecting by a mask, "
+                    "nonzero_static(size=...) instead of nonzero, or pass the value as an "
+                    "argument with in_dims=None. Beside another index tensor write "
+                    "w[i.reshape(1), j]."
                 )
     return answer
 
@@ -93,7 +95,7 @@ HOOKS["batch"] = batch
 
 
 # ----- step by step
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 class Unsteady(Exception):
@@ -282,8 +284,8 @@ def batched(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
 def refusal(trace: Trace, what: str) -> CaptureError:
     reason = trace.why_not or "this value belongs to a capture that is over"
     return CaptureError(
-        f"{what} was asked for, but {reason}{at(user_line())}. Return it from the function (has_aux=True), use "
-        "torch.where instead of `if`, or pass the value as a Python argument."
+        f"{what} was asked for, but {reason}{at(user_line())}. Return it from the function "
+        "(has_aux=True), use torch.where instead of `if`, or pass the value as a Python argument."
     )
 
 

@@ -46,7 +46,8 @@ def unpickled(*parts: Any) -> Tensor:
         return ORIGINALS["rebuild"](*parts)
     if not trace.may_ask_constants:
         raise CaptureError(
-            f"a tensor is unpickled in a function that is compiled once{at(debug.user_line())}: do so outside"
+            f"a tensor is unpickled in a function that is compiled once{at(debug.user_line())}: "
+            "do so outside"
         )
     with quiet():
         return ORIGINALS["rebuild"](*parts)

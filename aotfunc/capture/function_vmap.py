@@ -42,7 +42,8 @@ def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, li
     name = cls.__name__
     if cls.generate_vmap_rule:
         raise RuleError(
-            f"{name} has a vmap staticmethod and generate_vmap_rule=True{at(user_line())}: there can be one rule only"
+            f"{name} has a vmap staticmethod and generate_vmap_rule=True{at(user_line())}: there "
+            "can be one rule only"
         )
     result = cls.vmap(info, dims, *args)
     if not (isinstance(result, tuple) and len(result) == 2):
@@ -65,8 +66,8 @@ def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, li
             and not (d < x.dim() and x.shape[d] == info.batch_size)
         ):
             raise ArgumentError(
-                f"{name}.vmap: its output of shape {list(x.shape)} does not have the {info.batch_size} samples at "
-                f"dimension {d}, as out_dims={out_dims!r} says"
+                f"{name}.vmap: its output of shape {list(x.shape)} does not have the "
+                f"{info.batch_size} samples at dimension {d}, as out_dims={out_dims!r} says"
             )
     return leaves, spec, flat
 
@@ -102,8 +103,8 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
         leaves, spec, out_dims = call(cls, info, dims, operands.rebuilt([x for x, _ in given]))
     if list(map(version, seen)) != versions:
         raise CaptureError(
-            f"{cls.__name__}.vmap writes to a tensor that the function under vmap has been given, or has read"
-            f"{at(user_line())}: clone() it there first"
+            f"{cls.__name__}.vmap writes to a tensor that the function under vmap has been given, "
+            f"or has read{at(user_line())}: clone() it there first"
         )
     sample = next(t for t, (_, d) in zip(mine, batch, strict=True) if d is not None)
     known: dict[int, Tensor] = {}
@@ -247,9 +248,10 @@ class OwnRule:
                 raise
             name = self.cls.__name__
             raise Told(
-                f"{name}.vmap is recorded here, not called on the real batch, and cannot be{at(line)}: {error}. Pass "
-                f"what it needs as arguments of {name}.apply, or call vmap outside of other transforms and of compiled "
-                "functions, on tensors that do not require grad"
+                f"{name}.vmap is recorded here, not called on the real batch, and cannot "
+                f"be{at(line)}: {error}. Pass what it needs as arguments of {name}.apply, or call "
+                "vmap outside of other transforms and of compiled functions, on tensors that do "
+                "not require grad"
             ) from error
         return outs, [True] * len(outs)
 

@@ -66,8 +66,8 @@ def autograd_grad(
     )
     if any(g is None for g in grads) and not (allow_unused or materialize_grads):
         raise CaptureError(
-            f"one of the differentiated tensors was not used to compute the outputs{at(debug.user_line())}; "
-            "allow_unused=True returns None for it"
+            "one of the differentiated tensors was not used to compute the "
+            f"outputs{at(debug.user_line())}; allow_unused=True returns None for it"
         )
     if materialize_grads:
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, ins, strict=True)]
@@ -133,9 +133,9 @@ def autograd_backward(
         found = [ref for ref, _ in map(trace.ref_of, leaves) if ref < len(trace.inputs)]
     if found:
         raise CaptureError(
-            "`.backward()` inside a captured function would write the .grad of a tensor from outside"
-            f"{at(debug.user_line())}; return the gradient instead, by torch.autograd.grad(...) or grad(f), or call "
-            ".backward() on the result"
+            "`.backward()` inside a captured function would write the .grad of a tensor from "
+            f"outside{at(debug.user_line())}; return the gradient instead, by "
+            "torch.autograd.grad(...) or grad(f), or call .backward() on the result"
         )
     if not leaves:
         raise RuntimeError(

@@ -28,7 +28,8 @@ def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
     if sys._getframe(2).f_code.co_filename == module_tracker.__file__:
         return RemovableHandle(OrderedDict())
     raise CaptureError(
-        f"hooks of several tensors inside a captured function are not supported{at(debug.user_line())}"
+        "hooks of several tensors inside a captured function are not "
+        f"supported{at(debug.user_line())}"
     )
 
 
@@ -55,10 +56,12 @@ def register_hook(t: Traced, hook: Callable) -> Any:
         )
     if own < len(trace.inputs) and own in trace.roots().written:
         raise CaptureError(
-            f"a hook of an argument that was written to{at(debug.user_line())}: register it first, outside"
+            f"a hook of an argument that was written to{at(debug.user_line())}: register it "
+            "first, outside"
         )
 
-    why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written or both are returned; "
+    why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written "
+    why += "or both are returned; "
     why += "register the hook on a clone()"
 
     before = next((s for s in trace.stand_ins if s.hooks and s.new == t.ref), None)

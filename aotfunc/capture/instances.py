@@ -99,8 +99,9 @@ def is_data(x: Any) -> bool:
 
 def without_class(x: Any) -> CaptureError:
     return CaptureError(
-        f"an object of the class {type(x).__name__} does not tell its __class__, by which it would be known; let its "
-        "__getattribute__ leave names with two underscores to object.__getattribute__, or pass what is in it"
+        f"an object of the class {type(x).__name__} does not tell its __class__, by which it "
+        "would be known; let its __getattribute__ leave names with two underscores to "
+        "object.__getattribute__, or pass what is in it"
     )
 
 

@@ -217,16 +217,16 @@ def pre_hooked(hook: Any, gradients: tuple, places: Sequence[int]) -> list:
     if hook.input_tensors_index is None:
         if hook.user_hooks:
             warnings.warn(
-                "a full backward hook is called with the gradients of a module's outputs alone, since no input "
-                "requires grad",
+                "a full backward hook is called with the gradients of a module's outputs alone, "
+                "since no input requires grad",
                 stacklevel=2,
             )
         for f in hook.user_hooks:
             changed = f(hook.module, (None,) * hook.n_inputs, gradients)
             if changed is not None and any(x is not None for x in changed):
                 raise RuntimeError(
-                    "Backward hook for Modules where no input requires gradient should always return None or None for "
-                    "all gradients."
+                    "Backward hook for Modules where no input requires gradient should always "
+                    "return None or None for all gradients."
                 )
     return [gradients[i] for i in places]
 
@@ -243,7 +243,8 @@ def replaced(kind: str, what: str, new: Any, old: tuple) -> Any:
         return old
     if len(new) != len(old):
         raise RuntimeError(
-            f"Backward {kind} returned an invalid number of {what}, got {len(new)}, but expected {len(old)}"
+            f"Backward {kind} returned an invalid number of {what}, got {len(new)}, but expected "
+            f"{len(old)}"
         )
     return new
 

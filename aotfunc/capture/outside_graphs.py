@@ -45,8 +45,8 @@ def gradients(
     if batched or not all(open_to_autograd(trace, ref) for ref in graphs):
         shape = list(next(iter(graphs.values())).shape)
         raise CaptureError(
-            f"a tensor from outside, of shape {shape}, was computed there from one that is differentiated "
-            f"here{at(user_line())}: compute it inside, or detach() it"
+            f"a tensor from outside, of shape {shape}, was computed there from one that is "
+            f"differentiated here{at(user_line())}: compute it inside, or detach() it"
         )
     stops = graphs | known  # a gradient in one of these has a part inside, too
     others = [x for x, ref in zip(ins, refs, strict=True) if ref not in known]
@@ -115,7 +115,7 @@ def source(trace: Trace, ref: int) -> Tensor | None:
 def from_outside(trace: Trace, ref: int) -> Tensor | None:
     """The tensor from outside of all recordings that a value stands for, or is a sample of."""
     t = source(trace, ref)
-    return t if t.__class__ is not Traced else from_outside(t.tracer, t.ref)  # type: ignore[union-attr]
+    return t if t.__class__ is not Traced else from_outside(t.tracer, t.ref)  # type: ignore
 
 
 def open_to_autograd(trace: Trace, ref: int) -> bool:
@@ -129,7 +129,7 @@ def open_to_autograd(trace: Trace, ref: int) -> bool:
         return False
     if any(instr.__class__ is Row and refs[0] == ref for instr, refs, *_ in trace.records):
         return False
-    return t.__class__ is not Traced or open_to_autograd(t.tracer, t.ref)  # type: ignore[union-attr]
+    return t.__class__ is not Traced or open_to_autograd(t.tracer, t.ref)  # type: ignore
 
 
 def value(trace: Trace, ref: int) -> Tensor:

@@ -1,5 +1,8 @@
 """What the first capture changes in torch, in one table, and how that is taken back."""
 
+# The templates get the names that they lack here with the globals of the code they replace.
+# ruff: noqa: F821
+# mypy: disable-error-code="name-defined"
 from __future__ import annotations
 
 import sys
@@ -55,8 +58,8 @@ def enter_saved_tensors_hooks(self: Any) -> None:
     autograd does. Where a tensor is kept meanwhile makes no difference to it."""
     if recorded() is not None and not isinstance(self, torch.autograd.graph.save_on_cpu):
         raise CaptureError(
-            f"saved_tensors_hooks inside a captured function are not supported{at(debug.user_line())}: enter them "
-            "around it (save_on_cpu may be inside)"
+            "saved_tensors_hooks inside a captured function are not "
+            f"supported{at(debug.user_line())}: enter them around it (save_on_cpu may be inside)"
         )
     return ORIGINALS["saved_hooks"](self)
 
@@ -72,10 +75,10 @@ def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
 class _ApplyTemplate:
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        __class__  # type: ignore[name-defined] # noqa: B018 - the original has this one free variable
-        if _aotfunc_recording() is None:  # type: ignore[name-defined] # noqa: F821
-            return _torch_apply(cls, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
-        return _aotfunc_apply(cls, *args, **kwargs)  # type: ignore[name-defined] # noqa: F821
+        __class__  # type: ignore # noqa: B018 - the original has this one free variable
+        if _aotfunc_recording() is None:
+            return _torch_apply(cls, *args, **kwargs)
+        return _aotfunc_apply(cls, *args, **kwargs)
 
 
 def _grad_template(  # type: ignore[no-untyped-def]
@@ -89,7 +92,7 @@ def _grad_template(  # type: ignore[no-untyped-def]
     is_grads_batched=False,
     materialize_grads=False,
 ):
-    f = _torch_grad if _aotfunc_recording() is None else _aotfunc_grad  # type: ignore[name-defined] # noqa: F821
+    f = _torch_grad if _aotfunc_recording() is None else _aotfunc_grad
     rest = only_inputs, allow_unused, is_grads_batched, materialize_grads
     return f(outputs, inputs, grad_outputs, retain_graph, create_graph, *rest)
 
@@ -102,38 +105,38 @@ def _backward_template(  # type: ignore[no-untyped-def]
     grad_variables=None,
     inputs=None,
 ):
-    f = _torch_backward if _aotfunc_recording() is None else _aotfunc_backward  # type: ignore[name-defined] # noqa: F821
+    f = _torch_backward if _aotfunc_recording() is None else _aotfunc_backward
     return f(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
 
 
 def _multi_hook_template(tensors, fn, *, mode="all"):  # type: ignore[no-untyped-def]
-    f = _torch_multi_hook if _aotfunc_recording() is None else _aotfunc_multi_hook  # type: ignore[name-defined] # noqa: F821
+    f = _torch_multi_hook if _aotfunc_recording() is None else _aotfunc_multi_hook
     return f(tensors, fn, mode=mode)
 
 
 def _seed_template(seed):  # type: ignore[no-untyped-def]
-    f = _torch_seed if _aotfunc_recording() is None else _aotfunc_seed  # type: ignore[name-defined] # noqa: F821
+    f = _torch_seed if _aotfunc_recording() is None else _aotfunc_seed
     return f(seed)
 
 
 def _set_state_template(new_state):  # type: ignore[no-untyped-def]
-    f = _torch_set_state if _aotfunc_recording() is None else _aotfunc_set_state  # type: ignore[name-defined] # noqa: F821
+    f = _torch_set_state if _aotfunc_recording() is None else _aotfunc_set_state
     return f(new_state)
 
 
 def _fastpath_template() -> bool:
     """nn's fused layers have no derivative. (What torch looks up is spelled out: Dynamo looks into
     this function.)"""
-    return _is_fastpath_enabled and _aotfunc_recording() is None  # type: ignore[name-defined] # noqa: F821
+    return _is_fastpath_enabled and _aotfunc_recording() is None
 
 
 def _random_seed_template():  # type: ignore[no-untyped-def]
-    f = _torch_random_seed if _aotfunc_recording() is None else _aotfunc_random_seed  # type: ignore[name-defined] # noqa: F821
+    f = _torch_random_seed if _aotfunc_recording() is None else _aotfunc_random_seed
     return f()
 
 
 def _get_state_template():  # type: ignore[no-untyped-def]
-    f = _torch_get_state if _aotfunc_recording() is None else _aotfunc_get_state  # type: ignore[name-defined] # noqa: F821
+    f = _torch_get_state if _aotfunc_recording() is None else _aotfunc_get_state
     return f()
 
 
@@ -146,7 +149,7 @@ def _ctc_loss_template(  # type: ignore[no-untyped-def]
     reduction="mean",
     zero_infinity=False,
 ):
-    f = _torch_ctc_loss if _aotfunc_recording() is None else _aotfunc_ctc_loss  # type: ignore[name-defined] # noqa: F821
+    f = _torch_ctc_loss if _aotfunc_recording() is None else _aotfunc_ctc_loss
     return f(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)
 
 
@@ -167,7 +170,7 @@ graph = torch.autograd.graph
 
 #: everything that the first capture exchanges, for the whole process
 PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
-    Code("apply", Function.apply.__func__, applied, _ApplyTemplate.__dict__["apply"].__func__),  # type: ignore[attr-defined]
+    Code("apply", Function.apply.__func__, applied, _ApplyTemplate.apply.__func__),  # type: ignore
     Code("grad", torch.autograd.grad, autograd_grad, _grad_template),
     Code("backward", torch.autograd.backward, autograd_backward, _backward_template),
     Code("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template),

@@ -69,7 +69,8 @@ class Arguments:
                 name = parameter(self.f, i)
                 return f"argument {i}{path}" if name is None else f"{name}{path} (argument {i})"
         start = self.spans[-1].stop if self.spans else 0
-        return leaf_paths(self.kw_spec)[k - start].replace("['", "", 1).replace("']", "", 1)  # type: ignore[arg-type]
+        path = leaf_paths(self.kw_spec)[k - start]  # type: ignore[arg-type]
+        return path.replace("['", "", 1).replace("']", "", 1)
 
     @property
     def key(self) -> tuple:

@@ -60,7 +60,7 @@ def nbytes(val: Any) -> int:
 
 
 # ----- how long
-# -------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 #: memory movers that a fusing backend folds into their readers, though they are not tagged as
 # pointwise fmt: off

@@ -99,8 +99,8 @@ def check(
     for what, (got, due) in sizes.items():
         if got != due or residuals < 0:
             raise wrong(
-                f"{what}: {got} instead of {due}; the halves are (inputs) -> (results, residuals) and (residuals, "
-                "cotangents) -> gradients"
+                f"{what}: {got} instead of {due}; the halves are (inputs) -> (results, residuals) "
+                "and (residuals, cotangents) -> gradients"
             )
     for what, gm, side in (("forward", forward, False), ("backward", backward, True)):
         drawn = [
@@ -111,9 +111,10 @@ def check(
         draws = [n for n in gm.graph.nodes if is_random(n)]
         if [kind(n) for n in draws] != [kind(n) for n in drawn]:
             raise wrong(
-                f"the {what} draws {', '.join(map(describe, draws)) or 'nothing'}, and should draw "
-                f"{', '.join(map(describe, drawn)) or 'nothing'}: random numbers are drawn once, in the order of the "
-                "function, and saved for the backward. aotfunc's own partitions see to that."
+                f"the {what} draws {', '.join(map(describe, draws)) or 'nothing'}, and should "
+                f"draw {', '.join(map(describe, drawn)) or 'nothing'}: random numbers are drawn "
+                "once, in the order of the function, and saved for the backward. aotfunc's own "
+                "partitions see to that."
             )
 
 

@@ -202,7 +202,7 @@ def check_feasible(
             while redo[k] < INF:  # to the one that is to blame
                 k = next(p for p in inputs[k] if not at_hand[p])
             raise PartitionError(
-                f"the backward needs {describe(nodes[k])}, which can neither be saved (it is a tuple, a view, a "
-                "constant or inside a checkpointed region) nor computed again (it draws, has an effect, or nothing may "
-                "run twice)"
+                f"the backward needs {describe(nodes[k])}, which can neither be saved (it is a "
+                "tuple, a view, a constant or inside a checkpointed region) nor computed again "
+                "(it draws, has an effect, or nothing may run twice)"
             )

@@ -29,7 +29,8 @@ class Residual:
 def residuals(fw: fx.GraphModule) -> list[Residual]:
     """What the forward graph of a partition hands to the backward, in order.
 
-    >>> sum(r.bytes for r in residuals(fw) if r.reason not in ("input", "parameter"))  # doctest: +SKIP
+    >>> given = ("input", "parameter")
+    >>> sum(r.bytes for r in residuals(fw) if r.reason not in given)  # doctest: +SKIP
     """
     reasons: dict[str, str] = fw.meta["reasons"]
     outputs: Any = next(iter(reversed(fw.graph.nodes))).args[0]

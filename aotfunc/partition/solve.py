@@ -36,7 +36,8 @@ def min_cut(
     allowed), ``inputs[i]`` the values that i is computed from, ``needed`` what the backward reads.
     A finite cut must exist.
 
-    >>> min_cut([8, 2, 8], [INF, 1, 0], [[], [0], [1]], needed=[2])  # keep the small one in the middle
+    >>> # keep the small one in the middle
+    >>> min_cut([8, 2, 8], [INF, 1, 0], [[], [0], [1]], needed=[2])
     [False, True, False]
     """
     network = Network(inputs, needed)

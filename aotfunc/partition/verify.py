@@ -111,7 +111,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def is_clone_of_input(n: Node) -> bool:
-    return n.target is torch.ops.aten.clone.default and n.args[0].op == "placeholder"  # type: ignore[union-attr]
+    cloned = n.args[0] if n.target is torch.ops.aten.clone.default else None
+    return isinstance(cloned, Node) and cloned.op == "placeholder"
 
 
 def inputs_of(nodes: list[Node]) -> list[str]:

@@ -188,8 +188,8 @@ class Changes:
             if last is not None and last.of is not None and last.root == i:
                 if any(step.apart for step in last.path):
                     raise CaptureError(
-                        f"{rec.names()[i]} is detached in place and then written with what requires grad; "
-                        "detach() it, and return it"
+                        f"{rec.names()[i]} is detached in place and then written with what "
+                        "requires grad; detach() it, and return it"
                     )
                 self.ops.append((i, [in_place(step) for step in last.path[1:]]))
                 if trace.autograd.leaves.get(i) and torch.is_grad_enabled():
@@ -211,7 +211,8 @@ class Changes:
         for i, value, line in self.flags:
             if line is not None:
                 raise CaptureError(
-                    f"requires_grad_() of an argument that was used before{at(line)}; call it first"
+                    f"requires_grad_() of an argument that was used before{at(line)}; call it "
+                    "first"
                 )
             tensors[i].requires_grad_(value)
         for i in self.retained:
@@ -229,7 +230,8 @@ class Changes:
             kept = current() is None and not t.is_inference()
             with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
                 for op, args, kwargs, unseen in ops:
-                    t.grad_fn  # noqa: B018 - of a view it is that of its base by now, which autograd does not look up
+                    # of a view it is that of its base by now, which autograd does not look up
+                    t.grad_fn  # noqa: B018
                     with torch.no_grad() if unseen else nullcontext():
                         t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
 

@@ -280,8 +280,9 @@ def unchanged(ctx: Any) -> list[Tensor]:
     for t, before in zip(ctx.inputs, ctx.versions, strict=True):
         if version(t) != before:
             raise RuntimeError(
-                f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by an inplace operation "
-                "after the call; its backward cannot be differentiated (create_graph=True) any more"
+                f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by "
+                "an inplace operation after the call; its backward cannot be differentiated "
+                "(create_graph=True) any more"
             )
     return ctx.inputs
 

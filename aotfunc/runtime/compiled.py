@@ -200,7 +200,8 @@ class Compiled:
     def __init__(self, f: Callable, pipeline: Pipeline) -> None:
         if not callable(f) and not isinstance(f, classmethod):
             raise ArgumentError(
-                f"{pipeline.name}: {f!r} is not a function (options have names: backend='inductor')"
+                f"{pipeline.name}: {f!r} is not a function (options have names: "
+                "backend='inductor')"
             )
         self.binds = type(f)
         if isinstance(f, staticmethod | classmethod):
@@ -235,7 +236,8 @@ class Compiled:
 
     def __repr__(self) -> str:
         count = len(self.entries)
-        return f"<{self.name} of {title(self.f)}, {self.pipeline}: {count} entr{'y' if count == 1 else 'ies'}>"
+        entries = "1 entry" if count == 1 else f"{count} entries"
+        return f"<{self.name} of {title(self.f)}, {self.pipeline}: {entries}>"
 
     # ----- copying and pickling: what was captured stays behind
     # -------------------------------------------------------
@@ -253,7 +255,7 @@ class Compiled:
         Compiled.__init__(self, *parts)
 
     # ----- calling
-    # ----------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,8 +289,8 @@ class Compiled:
         one."""
         if torch._C._get_tracing_state() is not None:  # the shapes of arguments are tensors
             raise CaptureError(
-                f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function that it was made from "
-                "(.__wrapped__)"
+                f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function "
+                "that it was made from (.__wrapped__)"
             )
         arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
@@ -444,7 +446,8 @@ class Compiled:
             return
         self._history.append(facts)
         if len(self._history) == WARN_AT:
-            text = f"{self.who} has been captured {self.captures} times{at(user_line())}: {growth(self._history)}"
+            times = f"{self.captures} times{at(user_line())}"
+            text = f"{self.who} has been captured {times}: {growth(self._history)}"
             self._history.clear()
             self._warned = True
             warnings.warn(text, stacklevel=4)
@@ -483,7 +486,8 @@ class Compiled:
         if self._last is not None and self._last[0]:
             why = min([[*differences(old, self._last[1])] for old in self._last[0]], key=len)
             why = why or [
-                "what it reads is arranged in another way, or arguments are one tensor or share memory"
+                "what it reads is arranged in another way, or arguments are one tensor or share "
+                "memory"
             ]
         if self._changed is not None:
             why += [

@@ -37,8 +37,8 @@ def refuse_cuts(program: Program, tensors: Sequence[Tensor]) -> None:
     wrt = tuple(i for i, t in enumerate(tensors) if has_tangent(t))
     if wrt and program.once(("cut", wrt), lambda: meets_a_cut(program, wrt)):
         raise CaptureError(
-            f"torch.autograd.forward_ad through a function with no_grad or detach inside{at(user_line())}: "
-            "use aotfunc.jvp, whose tangents stop at both"
+            "torch.autograd.forward_ad through a function with no_grad or detach "
+            f"inside{at(user_line())}: use aotfunc.jvp, whose tangents stop at both"
         )
 
 

@@ -180,7 +180,7 @@ class Differentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore[override]
+    def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore
         outs = eager(program)(*tensors)
         pairs = zip(
             distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True

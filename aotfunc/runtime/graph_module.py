@@ -97,7 +97,8 @@ class Meta(dict):
         return iter(list(dict.keys(self)))
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401 - dict.get would pass __getitem__ by
+        # dict.get would pass __getitem__ by
+        return self[key] if key in self else default  # noqa: SIM401
 
     def pop(self, key: str, *default: Any) -> Any:
         if key in self:

@@ -57,8 +57,9 @@ class Leaves:
         given = {rec.refs[k] for k in self.returned}
         if given and (reached(rec, given) - given).intersection((*owned, *rec.refs, *finals)):
             raise CaptureError(
-                "a tensor that was made inside and requires grad is returned, and so is what was computed from it, of "
-                "which the gradient would not reach it; pass it as an argument"
+                "a tensor that was made inside and requires grad is returned, and so is what was "
+                "computed from it, of which the gradient would not reach it; pass it as an "
+                "argument"
             )
         mine = leaves - trace.autograd.computed
         found = reached(rec, leaves) - mine
@@ -67,8 +68,8 @@ class Leaves:
             s.root not in found or any(step.ref in mine for step in s.path[:-1]) for s in views
         ):
             raise CaptureError(
-                "a view of a tensor that was made inside and requires grad is returned; return the tensor itself, or a "
-                "clone() of the view"
+                "a view of a tensor that was made inside and requires grad is returned; return "
+                "the tensor itself, or a clone() of the view"
             )
         self.results = [k for k, ref in enumerate(owned) if ref in found]
         self.written = [i for i, ref in zip(mutated, finals, strict=True) if ref in found]
@@ -119,8 +120,9 @@ def made_in_inference_mode(rec: Captured) -> bool:
     for yes, ref in zip(made, rec.refs, strict=True):
         if not yes and ref not in trace.finals:
             raise CaptureError(
-                "the function returns tensors made in torch.inference_mode(), and others, or views of its arguments; "
-                "use torch.no_grad(), or return clones made outside of the mode"
+                "the function returns tensors made in torch.inference_mode(), and others, or "
+                "views of its arguments; use torch.no_grad(), or return clones made outside of "
+                "the mode"
             )
     return True
 

@@ -168,8 +168,9 @@ def compiled_by(
         raise
     except Exception as e:
         raise BackendError(
-            f"{what}: the compiler {title(compiler)} failed on {gm._get_name()} ({len(gm.graph.nodes)} nodes): "
-            f"{type(e).__name__}: {e}\nThe graph is this error's .graph_module:\n{shortened(gm.code)}",
+            f"{what}: the compiler {title(compiler)} failed on {gm._get_name()} "
+            f"({len(gm.graph.nodes)} nodes): {type(e).__name__}: {e}\nThe graph is this error's "
+            f".graph_module:\n{shortened(gm.code)}",
             graph_module=gm,
         ) from e
     boxed = backend.boxed or getattr(fn, "_boxed_call", False)

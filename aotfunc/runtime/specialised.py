@@ -64,8 +64,8 @@ def check(made_for: dict[str, list], given: dict[str, Any]) -> None:
             if want is not None and facts(leaf) != want:
                 leaf_of = f"{name} (leaf {i})" if len(wanted) > 1 else name
                 raise ArgumentError(
-                    f"the module was made for {leaf_of} = {said(want)}, not {said(facts(leaf))}: call make_fx again "
-                    "for these arguments, or make_fx(..., check_inputs=False)"
+                    f"the module was made for {leaf_of} = {said(want)}, not {said(facts(leaf))}: "
+                    "call make_fx again for these arguments, or make_fx(..., check_inputs=False)"
                 )
 
 

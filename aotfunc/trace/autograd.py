@@ -17,7 +17,7 @@ from .shapes.sig import Sig
 from .traced import Traced
 
 aten = torch.ops.aten
-requires_grad = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]  # as autograd sees it
+requires_grad = torch._C.TensorBase.requires_grad.__get__  # type: ignore  # as autograd sees it
 is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 
 

@@ -53,7 +53,8 @@ def stacked(
             return torch.full((), x, dtype=dtype, device=device)
         if x.numel() != 1:
             raise ValueError(
-                f"only tensors of one element can be numbers in a list, not one of shape {list(x.shape)}"
+                "only tensors of one element can be numbers in a list, not one of shape "
+                f"{list(x.shape)}"
             )
         if (x.is_floating_point() or x.is_complex()) and not torch.can_cast(x.dtype, dtype):
             raise TypeError(f"a number of dtype {x.dtype} does not become one of dtype {dtype}")

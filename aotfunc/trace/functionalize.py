@@ -137,8 +137,9 @@ def covered(sigs: dict[int, Sig], places: Sequence[Place], base: int, i: int) ->
     start = part(sigs[base], places[base], sigs[i], places[i])
     if start is None:
         raise CaptureError(
-            "some of the tensors that are written to, or their neighbours, overlap in memory and none of them covers "
-            "the others; pass the whole tensor and slice it inside, or clone them"
+            "some of the tensors that are written to, or their neighbours, overlap in memory and "
+            "none of them covers the others; pass the whole tensor and slice it inside, or clone "
+            "them"
         )
     return (strided(sigs[base], sigs[i], start),)
 
@@ -219,7 +220,7 @@ class Functionalizer:
         return storage.memory
 
     # ----- values
-    # -----------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def read(self, ref: int, grad: bool = True) -> Node:
         """The current value of a tensor; cut off if it was made under no_grad and is read where
@@ -334,7 +335,8 @@ class Functionalizer:
         target = view.sig
         if overlaps_itself(target):
             raise CaptureError(
-                f"a write to an expanded tensor: several of its elements share memory; clone() it first{at(line)}"
+                "a write to an expanded tensor: several of its elements share memory; clone() it "
+                f"first{at(line)}"
             )
         new = self.fitted(new, target)
         storage = view.storage
@@ -367,7 +369,7 @@ class Functionalizer:
         return laid_out(self.b, node, sig)  # the written tensor keeps its layout
 
     # ----- the walk
-    # ---------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         for i, (instr, refs, grad, region, line) in enumerate(self.trace.records):

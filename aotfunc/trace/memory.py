@@ -119,7 +119,8 @@ def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
     ):
         return False
     try:
-        return np.shares_memory(_block(a, a_start), _block(b, b_start), max_work=10_000)  # type: ignore[arg-type]
+        x, y = _block(a, a_start), _block(b, b_start)
+        return np.shares_memory(x, y, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -29,7 +29,10 @@ READERS = {
     "__repr__": "the text",
     **dict.fromkeys(("__reduce_ex__", "__dlpack__", "storage"), "the memory"),
 }
-WAY = "Compute with the tensor, use torch.where instead of `if`, or pass the number as a Python argument."
+WAY = (
+    "Compute with the tensor, use torch.where instead of `if`, or pass the number "
+    "as a Python argument."
+)
 _grad = torch._C.TensorBase.grad
 
 
@@ -38,8 +41,8 @@ def refusal(what: str, way: str = WAY) -> CaptureError:
     eager's number, so the captures under way fail all the same: see
     :func:`~aotfunc.trace.recording.record_into`."""
     error = CaptureError(
-        f"{what} was asked for that depends on a tensor from outside, but the function is compiled once for all values"
-        f"{at(debug.user_line())}. {way}"
+        f"{what} was asked for that depends on a tensor from outside, but the function is "
+        f"compiled once for all values{at(debug.user_line())}. {way}"
     )
     for trace in under_way.traces:
         if not trace.may_ask_constants:

@@ -30,8 +30,9 @@ def data(self: Tensor) -> Tensor:
 def set_data(self: Tensor, value: Any) -> None:
     if current() is not None:
         raise CaptureError(
-            f"`.data = ` gives a tensor from outside, of shape {list(self.shape)}, other memory{at(user_line())}; "
-            "write to the memory that it has: `with torch.no_grad(): x.copy_(value)`"
+            f"`.data = ` gives a tensor from outside, of shape {list(self.shape)}, other "
+            f"memory{at(user_line())}; write to the memory that it has: `with torch.no_grad(): "
+            "x.copy_(value)`"
         )
     _data.__set__(self, known(value))
 
@@ -42,8 +43,8 @@ def set_grad(self: Tensor, value: Any) -> None:
         value.__class__ is Traced or not (trace.may_ask_constants or value is _grad.__get__(self))
     ):
         raise CaptureError(
-            f"`.grad = ` of a tensor from outside, of shape {list(self.shape)}, is not captured{at(user_line())}; "
-            "return the gradient and assign it outside"
+            f"`.grad = ` of a tensor from outside, of shape {list(self.shape)}, is not "
+            f"captured{at(user_line())}; return the gradient and assign it outside"
         )
     _grad.__set__(self, known(value))
 
@@ -71,22 +72,22 @@ def check_flag(t: Tensor, what: str) -> None:
     made_now = torch._C._functorch.is_functorch_wrapped_tensor(t)  # by a transform of torch.func's
     if trace is not None and not trace.may_ask_constants and not made_now:
         raise CaptureError(
-            f"{what} of a tensor from outside, of shape {list(t.shape)}, would happen during the capture only"
-            f"{at(user_line())}; do it outside, or pass the tensor as an argument"
+            f"{what} of a tensor from outside, of shape {list(t.shape)}, would happen during the "
+            f"capture only{at(user_line())}; do it outside, or pass the tensor as an argument"
         )
 
 
 def swap_tensors(t1: Tensor, t2: Tensor) -> None:
     if t1.__class__ is not t2.__class__ or t1.__class__ is not Traced:
         raise CaptureError(
-            f"swap_tensors exchanges the memory of tensors from outside{at(user_line())}; write to the memory that "
-            "they have: `with torch.no_grad(): x.copy_(value)`"
+            f"swap_tensors exchanges the memory of tensors from outside{at(user_line())}; write "
+            "to the memory that they have: `with torch.no_grad(): x.copy_(value)`"
         )
     ORIGINALS["swap"](t1, t2)
 
 
 def _swap_template(t1, t2):  # type: ignore[no-untyped-def]
-    f = _torch_swap if _aotfunc_recording() is None else _aotfunc_swap  # type: ignore[name-defined] # noqa: F821
+    f = _torch_swap if _aotfunc_recording() is None else _aotfunc_swap  # type: ignore # noqa: F821
     return f(t1, t2)
 
 
@@ -120,13 +121,14 @@ def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
         hooks = any(s.hooks and s.new == ref for s in trace.stand_ins)
     if hooks:
         raise CaptureError(
-            f"a tensor from outside, of shape {list(t.shape)}, has hooks or retains its gradient, and is "
-            f"differentiated inside a captured function{line}: differentiate x.view_as(x), and apply what the hooks do"
+            f"a tensor from outside, of shape {list(t.shape)}, has hooks or retains its gradient, "
+            f"and is differentiated inside a captured function{line}: differentiate x.view_as(x), "
+            "and apply what the hooks do"
         )
 
 
 # ----- traced values
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def check_grad(t: Traced) -> None:
@@ -135,8 +137,8 @@ def check_grad(t: Traced) -> None:
     trace = t.tracer
     if not trace.may_ask_constants and any(t is a for a in trace.arguments):
         raise CaptureError(
-            f"the .grad of an argument is not captured{at(user_line())}; pass gradients as arguments, and return them: "
-            "torch.autograd.grad(...), or grad(f)"
+            f"the .grad of an argument is not captured{at(user_line())}; pass gradients as "
+            "arguments, and return them: torch.autograd.grad(...), or grad(f)"
         )
 
 
@@ -146,8 +148,8 @@ def give_memory(t: Traced, value: Tensor) -> None:
     trace, line = t.tracer, user_line()
     if current() is not trace or any(t is a for a in trace.arguments):
         raise CaptureError(
-            f"`.data = ` gives an argument, or a tensor from outside, other memory{at(line)}; write to the memory that "
-            "it has: `with torch.no_grad(): x.copy_(value)`"
+            f"`.data = ` gives an argument, or a tensor from outside, other memory{at(line)}; "
+            "write to the memory that it has: `with torch.no_grad(): x.copy_(value)`"
         )
     if value.shape != t.shape or value.dtype != t.dtype:
         raise CaptureError(
@@ -155,7 +157,10 @@ def give_memory(t: Traced, value: Tensor) -> None:
         )
     with torch.enable_grad():
         new = hidden_write(t, value.detach())
-    why = f"`.data = ` lets tensors share memory, and one is written or both are returned{at(line)}; assign a clone()"
+    why = (
+        f"`.data = ` lets tensors share memory, and one is written or both are returned{at(line)}"
+    )
+    why += "; assign a clone()"
     trace.stand_ins.append(
         StandIn(len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, why)
     )

@@ -156,4 +156,5 @@ def subscript(frame: FrameType) -> tuple[int, int] | None:
     return (id(frame), at) if yes else None
 
 
-_SUBSCRIPT = next((i for i, (_, sign) in enumerate(dis._nb_ops) if sign == "[]"), None)  # type: ignore[attr-defined]
+_SIGNS = [sign for _, sign in dis._nb_ops]  # type: ignore[attr-defined]
+_SUBSCRIPT = _SIGNS.index("[]") if "[]" in _SIGNS else None

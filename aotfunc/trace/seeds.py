@@ -56,8 +56,8 @@ class Seeds:
         """Refuse a generator that was seeded after a draw from it."""
         if changed(self.drawn):
             raise CaptureError(
-                f"a torch.Generator was seeded after a draw from it, inside a captured function{at(user_line())}; "
-                "use one generator for each seed"
+                "a torch.Generator was seeded after a draw from it, inside a captured "
+                f"function{at(user_line())}; use one generator for each seed"
             )
 
     def check_compiled(self, known: States, name: str) -> None:
@@ -65,8 +65,8 @@ class Seeds:
         one. ``known``: those that it finds outside, as they were before."""
         if changed(known):
             raise CaptureError(
-                f"a torch.Generator is seeded inside a compiled function, which {name} would do only once"
-                f"{at(user_line())}; seed it outside"
+                f"a torch.Generator is seeded inside a compiled function, which {name} would do "
+                f"only once{at(user_line())}; seed it outside"
             )
         own = [
             torch.default_generator,
@@ -74,8 +74,9 @@ class Seeds:
         ]
         if self.drawn.keys() - known.keys() - {g._cdata for g in own}:
             raise CaptureError(
-                f"a torch.Generator is made inside a compiled function, which {name} would do only once"
-                f"{at(user_line())}; pass it as an argument, or close over it and seed it outside"
+                f"a torch.Generator is made inside a compiled function, which {name} would do "
+                f"only once{at(user_line())}; pass it as an argument, or close over it and seed "
+                "it outside"
             )
 
 

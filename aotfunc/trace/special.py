@@ -111,10 +111,10 @@ def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
     return trace.answer(torch.equal, [a, b], "a truth value")
 
 
-def _batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps, *cudnn):  # type: ignore[no-untyped-def]
+def _batch_norm(trace: Trace, x, weight, bias, mean, var, train, momentum, eps, *_):  # type: ignore
     """``native_batch_norm`` updates the running statistics and does not say so; the functional op
     returns them."""
-    if training and mean is not None:
+    if train and mean is not None:
         out, m, s, new_mean, new_var = aten._native_batch_norm_legit_functional(
             x, weight, bias, mean, var, True, momentum, eps
         )
@@ -123,7 +123,7 @@ def _batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, ep
             var.copy_(new_var)
         return out, m, s
     if mean is None:
-        return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, train, momentum, eps)
     return aten._native_batch_norm_legit_no_training(x, weight, bias, mean, var, momentum, eps)
 
 
@@ -135,8 +135,8 @@ def _with_trace(special: Callable) -> Callable:
     return call
 
 
-def _cudnn_batch_norm(trace: Trace, x, weight, bias, mean, var, training, momentum, eps):  # type: ignore
-    out, m, s = _batch_norm(trace, x, weight, bias, mean, var, training, momentum, eps)
+def _cudnn_batch_norm(trace: Trace, x: Any, *args: Any) -> tuple:
+    out, m, s = _batch_norm(trace, x, *args)
     return out, m, s, x.new_empty(0, dtype=torch.uint8)
 
 
@@ -167,13 +167,15 @@ def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-u
     return x, over.abs().square().sum(-2), rank, singular
 
 
-def _batch_norm_with_update(trace: Trace, x, weight, bias, mean, var, momentum, eps):  # type: ignore[no-untyped-def]
-    out = _batch_norm(trace, x, weight, bias, mean, var, True, momentum, eps)
+def _batch_norm_with_update(trace: Trace, x: Any, *args: Any) -> tuple:
+    *params, momentum, eps = args
+    out = _batch_norm(trace, x, *params, True, momentum, eps)
     return *out, x.new_empty(0, dtype=torch.uint8)
 
 
-def _batch_norm_no_update(trace: Trace, x, weight, bias, mean, var, momentum, eps):  # type: ignore[no-untyped-def]
-    out = _batch_norm(trace, x, weight, bias, mean, var, False, momentum, eps)
+def _batch_norm_no_update(trace: Trace, x: Any, *args: Any) -> tuple:
+    *params, momentum, eps = args
+    out = _batch_norm(trace, x, *params, False, momentum, eps)
     return *out, x.new_empty(0, dtype=torch.uint8)
 
 

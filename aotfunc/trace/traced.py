@@ -139,19 +139,23 @@ class Traced(Tensor):
         if only_adds(cls):
             return self
         raise CaptureError(
-            f"a result here would be of the subclass {cls.__name__}, which changes what tensors do"
-            f"{at(debug.user_line())}; inside a captured function compute with x.as_subclass(torch.Tensor)"
+            f"a result here would be of the subclass {cls.__name__}, which changes what tensors "
+            f"do{at(debug.user_line())}; inside a captured function compute with "
+            "x.as_subclass(torch.Tensor)"
         )
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"tensors have no attribute {name!r}: those of a subclass are plain tensors inside a captured function"
+            f"tensors have no attribute {name!r}: those of a subclass are plain tensors inside a "
+            "captured function"
         )
 
     def __index__(self) -> int:  # in a frame of its own, see places.subscript
         return Tensor.__index__(self)
 
-    def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):  # type: ignore
+    def backward(  # type: ignore[no-untyped-def, override]
+        self, gradient=None, retain_graph=None, create_graph=False, inputs=None
+    ):
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
     def register_hook(self, hook: Callable) -> Any:
@@ -159,8 +163,8 @@ class Traced(Tensor):
 
     def register_post_accumulate_grad_hook(self, hook: Callable) -> Any:
         raise CaptureError(
-            f"register_post_accumulate_grad_hook inside a captured function is not supported{at(debug.user_line())}; "
-            "register it outside, on the leaf"
+            "register_post_accumulate_grad_hook inside a captured function is not "
+            f"supported{at(debug.user_line())}; register it outside, on the leaf"
         )
 
     # ----- what has no answer
@@ -179,8 +183,9 @@ class Traced(Tensor):
         """Refuse what would cut a derivative without a word."""
         if self.requires_grad:
             raise CaptureError(
-                f"a value that is being differentiated was turned into a numpy array{at(debug.user_line())}, which has "
-                "no derivative: use torch's functions, an autograd.Function with a backward, or .detach() it first"
+                "a value that is being differentiated was turned into a numpy "
+                f"array{at(debug.user_line())}, which has no derivative: use torch's functions, "
+                "an autograd.Function with a backward, or .detach() it first"
             )
 
     def tolist(self) -> Any:
@@ -220,8 +225,9 @@ class Traced(Tensor):
         """A leaf of its own, without a derivative, as in eager."""
         if not self.is_leaf:
             raise CaptureError(
-                f"deepcopy of a value that is computed from what requires grad{at(debug.user_line())}: only leaves can "
-                "be copied, in eager too; clone() keeps the derivative, detach().clone() does not"
+                "deepcopy of a value that is computed from what requires "
+                f"grad{at(debug.user_line())}: only leaves can be copied, in eager too; clone() "
+                "keeps the derivative, detach().clone() does not"
             )
         if id(self) not in memo:
             memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
@@ -269,8 +275,9 @@ class GradFn:
 
     def refuse(self, *_: Any) -> Any:
         raise CaptureError(
-            f"the nodes of autograd's graph are not there inside a captured function{at(debug.user_line())}; hooks "
-            "may be registered on tensors (register_hook) and modules (register_full_backward_hook)"
+            "the nodes of autograd's graph are not there inside a captured "
+            f"function{at(debug.user_line())}; hooks may be registered on tensors (register_hook) "
+            "and modules (register_full_backward_hook)"
         )
 
     register_hook = register_prehook = refuse
@@ -289,8 +296,8 @@ def check_leak(t: Traced) -> None:
         for x in (*t.tracer.origins, *t.tracer.lifted)
     ):
         raise CaptureError(
-            f"a value leaked from an inner transform and is used outside of it{at(debug.user_line())}: "
-            "return it from the inner function (has_aux=True)"
+            "a value leaked from an inner transform and is used outside of "
+            f"it{at(debug.user_line())}: return it from the inner function (has_aux=True)"
         )
 
 
@@ -298,11 +305,13 @@ def check_kind(t: Tensor) -> None:
     """Refuse the tensors that a recording cannot stand for."""
     if t.is_nested:
         raise CaptureError(
-            f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask where it matters"
+            f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask "
+            "where it matters"
         )
     if t.layout is not torch.strided or t.is_quantized:
         raise CaptureError(
-            f"only dense tensors can be captured, not {t.layout} with dtype {t.dtype}{at(debug.user_line())}"
+            f"only dense tensors can be captured, not {t.layout} with dtype "
+            f"{t.dtype}{at(debug.user_line())}"
         )
     if dispatches(t) and not is_fake(t):
         raise CaptureError(
@@ -336,8 +345,8 @@ def is_fake(t: Tensor) -> bool:
 
 def of_subclass(t: Tensor, what: str) -> CaptureError:
     return CaptureError(
-        f"{what} is of the subclass {type(t).__name__}{at(debug.user_line())}, which is not compiled; "
-        "use x.as_subclass(torch.Tensor)"
+        f"{what} is of the subclass {type(t).__name__}{at(debug.user_line())}, which is not "
+        "compiled; use x.as_subclass(torch.Tensor)"
     )
 
 

@@ -118,7 +118,7 @@ class Trace(TorchDispatchMode):
         return False  # else every dispatch is wrapped in a Dynamo guard
 
     # ----- values
-    # -----------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def new(self, sig: Sig) -> Traced:
         if _inference_mode():
@@ -207,15 +207,16 @@ class Trace(TorchDispatchMode):
         now = self.arguments[ref] if self.arguments else None
         if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
             raise CaptureError(
-                f"an argument of shape {list(self.inputs[ref].shape)} that the function also closes over is reshaped "
-                f"or detached in place{at(debug.user_line())}; make a view of it"
+                f"an argument of shape {list(self.inputs[ref].shape)} that the function also "
+                f"closes over is reshaped or detached in place{at(debug.user_line())}; make a "
+                "view of it"
             )
         return self.inputs[ref]
 
     # ----- recording
-    # --------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if func.__class__ is not OpOverload:
             raise on_functions(func.__name__)
         if self.autograd.made:
@@ -315,8 +316,9 @@ class Trace(TorchDispatchMode):
         run: it is told."""
         if "dtype" not in instr.facts.names:
             raise CaptureError(
-                f"the dtype of {instr.op}'s result is the default dtype, which is another one here than around the "
-                f"captured function{at(debug.user_line())}; convert its argument, say by .to(torch.get_default_dtype())"
+                f"the dtype of {instr.op}'s result is the default dtype, which is another one "
+                f"here than around the captured function{at(debug.user_line())}; convert its "
+                "argument, say by .to(torch.get_default_dtype())"
             )
         return self.__torch_dispatch__(
             instr.op, types, args, {**kwargs, "dtype": instr.outs.dtype}
@@ -344,7 +346,8 @@ class Trace(TorchDispatchMode):
     ) -> Instr:
         if "nested" in func._schema.name:
             raise CaptureError(
-                f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask where it matters"
+                f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a "
+                "mask where it matters"
             )
         count = 0
 
@@ -418,7 +421,8 @@ class Trace(TorchDispatchMode):
 
         if not (_tangents_enabled() or torch.is_inference_mode_enabled()):
             raise CaptureError(
-                f"a write where forward-mode derivatives are switched off{at(debug.user_line(3))}: assign a new tensor"
+                "a write where forward-mode derivatives are switched "
+                f"off{at(debug.user_line(3))}: assign a new tensor"
             )
 
         def argument(i: int) -> Any:
@@ -446,12 +450,14 @@ class Trace(TorchDispatchMode):
                 and _grad_enabled()
             ):
                 raise RuntimeError(
-                    f"a leaf Variable that requires grad is being used in an in-place operation{at(debug.user_line(3))}"
+                    "a leaf Variable that requires grad is being used in an in-place "
+                    f"operation{at(debug.user_line(3))}"
                 )
             if sig.__class__ is Sig and sig.shape != tuple(t.shape) and not facts.reshapes:
                 raise CaptureError(
-                    f"out= has the shape {list(t.shape)}, the result has {list(sig.shape)}{at(debug.user_line(3))}; "
-                    "resizing is not captured: pass a tensor of the result's shape"
+                    f"out= has the shape {list(t.shape)}, the result has "
+                    f"{list(sig.shape)}{at(debug.user_line(3))}; resizing is not captured: pass a "
+                    "tensor of the result's shape"
                 )
             if (
                 t.__class__ is Traced
@@ -469,8 +475,8 @@ class Trace(TorchDispatchMode):
         name, line = op._schema.name.removeprefix("aten::"), at(debug.user_line(3))
         if t.__class__ is not Traced or t.tracer is not self:
             raise CaptureError(
-                f"{name} changes the shape of a tensor from outside, of shape {list(t.shape)}{line}; pass it as an "
-                "argument, or make a view of it"
+                f"{name} changes the shape of a tensor from outside, of shape "
+                f"{list(t.shape)}{line}; pass it as an argument, or make a view of it"
             )
         if not _grad_enabled() and t.ref >= len(self.inputs) and not t.is_leaf:
             raise CaptureError(f"{name} under no_grad{SHAPE_OF_GRADIENT}{line}")
@@ -482,7 +488,8 @@ class Trace(TorchDispatchMode):
             raise RuntimeError(f"cannot resize variables that require grad{line}")
         if name == "resize_" and new.extent > t.sig.extent:
             raise CaptureError(
-                f"{name} makes a tensor larger, by elements without a value{line}; make a new tensor"
+                f"{name} makes a tensor larger, by elements without a value{line}; make a new "
+                "tensor"
             )
 
     def refresh(self, t: Traced, sig: Sig) -> None:
@@ -505,7 +512,8 @@ class Trace(TorchDispatchMode):
         ):
             line = at(debug.user_line(3))
             raise CaptureError(
-                f"a write to an argument with a hook{line}: register the hook after it, on a new tensor"
+                f"a write to an argument with a hook{line}: register the hook after it, on a new "
+                "tensor"
             )
 
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
@@ -665,8 +673,9 @@ def on_functions(name: str) -> CaptureError:
     """The refusal of an operator that takes functions: torch.cond, while_loop, scan, map,
     flex_attention, …"""
     return CaptureError(
-        f"{name} calls functions that are given to it, which is not captured{at(debug.user_line())}. Write it with "
-        "torch.where, a Python `if` or a Python loop; attention by scaled_dot_product_attention with a mask"
+        f"{name} calls functions that are given to it, which is not "
+        f"captured{at(debug.user_line())}. Write it with torch.where, a Python `if` or a Python "
+        "loop; attention by scaled_dot_product_attention with a mask"
     )
 
 

@@ -106,7 +106,8 @@ def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
         node = b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         if node.meta["val"].stride != layout:
             raise CaptureError(
-                "as_strided of a tensor that is not contiguous cannot follow writes to it; clone() it"
+                "as_strided of a tensor that is not contiguous cannot follow writes to it; "
+                "clone() it"
             )
     return node, (size, stride, start + node.meta["val"].offset)
 

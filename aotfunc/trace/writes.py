@@ -111,6 +111,7 @@ def functional_twin(op: OpOverload, line: Line | None) -> OpOverload:
     twin = twin_of(op)
     if twin is None:
         raise CaptureError(
-            f"{op} writes to its argument and has no functional form{at(line)}; use an op that returns"
+            f"{op} writes to its argument and has no functional form{at(line)}; use an op that "
+            "returns"
         )
     return twin

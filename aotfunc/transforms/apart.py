@@ -42,7 +42,7 @@ def rule_for(op: OpOverload) -> Rule | None:
 
 
 # ----- pointwise
-# ------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @rule("clone _to_copy zeros_like ones_like full_like fill.Scalar floor_divide _prelu_kernel")
@@ -68,7 +68,7 @@ def losses(c: Call) -> Any:
 
 
 # ----- views
-# ----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @rule("view _unsafe_view reshape")
@@ -237,7 +237,7 @@ def reduced(c: Call) -> Any:
 
 
 # ----- matrices
-# -------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @rule("mm bmm")
@@ -273,10 +273,12 @@ def applied(c: Call) -> Any:
 
 
 @rule(
-    "triu tril linalg_inv_ex _linalg_det _linalg_slogdet linalg_lu_factor_ex linalg_cholesky_ex linalg_solve_triangular"
+    "triu tril linalg_inv_ex _linalg_det _linalg_slogdet linalg_lu_factor_ex linalg_cholesky_ex "
+    "linalg_solve_triangular"
 )
 @rule(
-    "_linalg_eigh linalg_eig linalg_qr linalg_lu _linalg_svd linalg_matrix_exp _linalg_solve_ex cholesky_solve cholesky"
+    "_linalg_eigh linalg_eig linalg_qr linalg_lu _linalg_svd linalg_matrix_exp _linalg_solve_ex "
+    "cholesky_solve cholesky"
 )
 @rule("cholesky_inverse triangular_solve")
 def matrices(c: Call) -> Any:
@@ -293,7 +295,7 @@ def checked(c: Call) -> Any:
 
 
 # ----- lookups
-# --------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @rule("embedding")
@@ -375,7 +377,7 @@ def lookup(c: Call) -> tuple[Part, int]:
 
 
 # ----- networks
-# -------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @rule("nll_loss_forward nll_loss_backward")
@@ -392,7 +394,8 @@ def nll_loss(c: Call) -> Any:
 
 
 @rule(
-    "max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d"
+    "max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward "
+    "_adaptive_avg_pool2d"
 )
 @rule("max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward")
 @rule("_adaptive_avg_pool2d_backward")
@@ -401,7 +404,8 @@ def pooled(c: Call) -> Any:
 
 
 @rule(
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"
+    "_scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_flash_attention_for_cpu_backward"
 )
 def attention(c: Call) -> Any:
     part = c.tensors[0][1]

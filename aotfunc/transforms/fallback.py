@@ -60,7 +60,8 @@ def own(op: OpOverload) -> Callable[[Callable], Callable]:
                 -1 - i not in trace.made_inside for i in range(len(trace.lifted))
             ):
                 raise RuleError(
-                    f"a rule registered for {op} closes over a tensor; give it to the op as an argument"
+                    f"a rule registered for {op} closes over a tensor; give it to the op as an "
+                    "argument"
                 )
             return result
 
@@ -80,7 +81,8 @@ def reverse_rule(op: OpOverload) -> Callable:
     """A reverse rule from autograd's formula."""
     if without_formula(op):
         raise NoFormula(
-            f"register one by torch.library.register_autograd({op.name()!r}, ...), or detach() its inputs"
+            f"register one by torch.library.register_autograd({op.name()!r}, ...), or detach() "
+            "its inputs"
         )
 
     @own(op)

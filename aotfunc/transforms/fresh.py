@@ -87,7 +87,7 @@ def copy_of(b: Builder, x: Node) -> Node:
 
 
 # ----- views
-# ----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def is_view(n: Any) -> bool:
@@ -100,7 +100,7 @@ def viewed(n: Node) -> Node | None:
         return None
     if n.target is operator.getitem and is_view(n.args[0]):
         n = n.args[0]  # type: ignore[assignment]
-    return n.args[Facts(n.target).view_of] if is_view(n) else None  # type: ignore[index,return-value]
+    return n.args[Facts(n.target).view_of] if is_view(n) else None  # type: ignore
 
 
 def chain_of(n: Node) -> list[Node]:
@@ -127,8 +127,11 @@ def follow(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any
         for m in calls:
             key = (m, source)
             if key not in made:
-                args = (x, m.args[1]) if m.target is operator.getitem else rewired(m, x)  # type: ignore[union-attr]
-                made[key] = b.make("call_function", m.target, args, dict(m.kwargs), m.meta["val"])  # type: ignore[union-attr]
+                taken = m.target is operator.getitem
+                args = (x, m.args[1]) if taken else rewired(m, x)  # type: ignore[union-attr]
+                val = m.meta["val"]  # type: ignore[union-attr]
+                kwargs = dict(m.kwargs)  # type: ignore[union-attr]
+                made[key] = b.make("call_function", m.target, args, kwargs, val)  # type: ignore
             x = made[key]
     return x
 

@@ -61,7 +61,8 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
         return None
     if op is once:
         raise RuleError(
-            f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}"
+            "a function marked with @once_differentiable was differentiated "
+            f"twice{at(n.meta.get('line'))}"
         )
     if not isinstance(op, OpOverload):
         return op.push(b, n, new, env, tangents)
@@ -124,8 +125,8 @@ def derived(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
         body = fallback.decomposition(op)
         if body is None:
             raise RuleError(
-                f"no forward rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula of PyTorch's ({why}), "
-                "no decomposition"
+                f"no forward rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula "
+                f"of PyTorch's ({why}), no decomposition"
             ) from None
     return opened(b, body, ts, args, op)
 

@@ -20,8 +20,9 @@ from .walk import traced
 aten = torch.ops.aten
 
 WAY_OUT = (
-    "Write it with ops that can be batched, call it outside of vmap on the whole batch, or give it a batching rule: "
-    "torch.library.register_vmap for an op of your own, aotfunc.extend.vmap_of for another"
+    "Write it with ops that can be batched, call it outside of vmap on the whole batch, or give "
+    "it a batching rule: torch.library.register_vmap for an op of your own, "
+    "aotfunc.extend.vmap_of for another"
 )
 _shown: dict = {}  # what the warnings module remembers of ours
 
@@ -31,10 +32,11 @@ def report(op: OpOverload, line: Line | None, strict: bool) -> None:
     ``strict``."""
     if strict:
         raise RuleError(
-            f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(line)}. {WAY_OUT}, or let it "
-            "loop with strict=False."
+            f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(line)}. "
+            f"{WAY_OUT}, or let it loop with strict=False."
         )
-    text = f"vmap: {op} can only be batched by a loop over the samples: the graph calls it once for each. {WAY_OUT}."
+    text = f"vmap: {op} can only be batched by a loop over the samples: "
+    text += f"the graph calls it once for each. {WAY_OUT}."
     where = (line.code.co_filename, line.number) if line is not None else ("<aotfunc>", 0)
     warnings.warn_explicit(text, LoopWarning, *where, registry=_shown)
 

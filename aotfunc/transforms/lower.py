@@ -56,7 +56,7 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
                 elif "marks" in dissolve and target is hidden_write:
                     env[n] = args[1]
                 elif getattr(target, "dissolved_with", None) in dissolve:
-                    env[n] = target.inline(b, args, lambda p: lowered(p, dissolve))  # type: ignore[union-attr]
+                    env[n] = target.inline(b, args, lambda p: lowered(p, dissolve))  # type: ignore
                 else:
                     env[n] = b.node(
                         target,

@@ -187,7 +187,8 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
         return [n.args[0]], [g]
     if op is once:
         raise RuleError(
-            f"a function marked with @once_differentiable was differentiated twice{at(n.meta.get('line'))}"
+            "a function marked with @once_differentiable was differentiated "
+            f"twice{at(n.meta.get('line'))}"
         )
     if not isinstance(op, OpOverload):
         return op.pull(b, n, g, active, again)
@@ -260,8 +261,8 @@ def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Except
     body = fallback.decomposition(op)
     if body is None:
         raise RuleError(
-            f"no reverse rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula of PyTorch's "
-            f"({why}), no decomposition"
+            f"no reverse rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula of "
+            f"PyTorch's ({why}), no decomposition"
         )
     outs = traced(body)(b, *args)
     flat_outs, flat_g = (list(outs), g) if isinstance(outs, list) else ([outs], [g])

@@ -77,8 +77,8 @@ class Batch:
         """Whether an unbatched draw is made once per sample."""
         if self.randomness == "error":
             raise ArgumentError(
-                f"vmap: {n.target} draws random numbers{at(n.meta.get('line'))}; say with randomness='same' or "
-                "'different' whether all samples share them"
+                f"vmap: {n.target} draws random numbers{at(n.meta.get('line'))}; say with "
+                "randomness='same' or 'different' whether all samples share them"
             )
         return self.randomness == "different"
 
@@ -348,8 +348,9 @@ def vmap(
 def shared_write(target: Node, value: Node) -> str:
     """The error for writing a batched value to an unbatched tensor."""
     text = (
-        f"vmap: a tensor that is the same for all samples ({target.name}) was written with a value that differs "
-        f"between samples{at(value.meta.get('line'))}; make it an input with its own in_dims"
+        f"vmap: a tensor that is the same for all samples ({target.name}) was written with a "
+        f"value that differs between samples{at(value.meta.get('line'))}; make it an input with "
+        "its own in_dims"
     )
     near = {value}
     for _ in range(4):
@@ -357,9 +358,10 @@ def shared_write(target: Node, value: Node) -> str:
     if not any("batch_norm" in getattr(n.target, "__name__", "") for n in near):
         return text
     return (
-        f"{text}. These are the running statistics of a batch norm in training mode, which cannot take one update for "
-        "each sample. Either leave them out (replace_all_batch_norm_modules_, or track_running_stats=False), or give "
-        "each sample its own (functional_call with buffers that have a batch dimension), or call eval() first."
+        f"{text}. These are the running statistics of a batch norm in training mode, which cannot "
+        "take one update for each sample. Either leave them out (replace_all_batch_norm_modules_, "
+        "or track_running_stats=False), or give each sample its own (functional_call with buffers "
+        "that have a batch dimension), or call eval() first."
     )
 
 
@@ -368,8 +370,8 @@ def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
     if not isinstance(o, Node):
         if dim is not None:
             raise ArgumentError(
-                f"vmap: output {i} is {o!r} of type {type(o).__name__}, not a tensor: only out_dims=None returns "
-                "such values"
+                f"vmap: output {i} is {o!r} of type {type(o).__name__}, not a tensor: only "
+                "out_dims=None returns such values"
             )
         return o
     if dim is None:

@@ -151,7 +151,8 @@ def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
         place = line_in_a_rule(e) or Line(code, code.co_firstlineno)
         line = at(n.meta.get("line"))
         raise RuleError(
-            f"the {kind} rule of {n.target} ({place}) failed{line}: {type(e).__name__}: {str(e).removesuffix(line)}"
+            f"the {kind} rule of {n.target} ({place}) failed{line}: {type(e).__name__}: "
+            f"{str(e).removesuffix(line)}"
         ) from e
 
 

@@ -43,7 +43,7 @@ CLOSE = {torch.float64: 2e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2}
 
 
 # ----- looking
-# --------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -197,7 +197,7 @@ def difference(got: Picture, want: Picture) -> str | None:
 
 
 # ----- running
-# --------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -283,7 +283,7 @@ def unwritten(picture: Picture) -> Picture:
 
 
 # ----- findings
-# -------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def valid(lines: list[Line]) -> tuple[list[Line], Outcome] | None:
@@ -320,4 +320,5 @@ def kind(why: str) -> str:
 
 def script(lines: list[Line], way: str) -> str:
     """A minimal program, and what shows how it differs."""
-    return f"{source(lines)}\n\nfrom tests.aot.differential import differs\n\nprint(differs(program, {way!r}))\n"
+    call = f"from tests.aot.differential import differs\n\nprint(differs(program, {way!r}))\n"
+    return f"{source(lines)}\n\n{call}"

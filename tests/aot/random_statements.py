@@ -216,13 +216,15 @@ BODY: Table = {
         + ["if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: g.clamp(-0.5, 0.5))"]
         + ["if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: None)"]
         + [
-            "if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: g * {y}.mean().detach())"
+            "if {x}.grad_fn is not None:\n    {same}.register_hook(lambda g: g * "
+            "{y}.mean().detach())"
         ],
     ),
     "gradient": (
         3,
         [
-            "if {x}.requires_grad:\n    {new} = torch.autograd.grad({same}.sin().sum(), {same}, create_graph=True)[0]"
+            "if {x}.requires_grad:\n    {new} = torch.autograd.grad({same}.sin().sum(), {same}, "
+            "create_graph=True)[0]"
         ]
         + [
             "{new} = {x}.detach().requires_grad_()",
@@ -234,7 +236,8 @@ BODY: Table = {
         ]
         + ["if {x}.requires_grad:\n    {new} = torch.autograd.grad({same}.exp().sum(), {same})[0]"]
         + [
-            "if {y}.requires_grad:\n    {new} = torch.autograd.grad(({same} ** 3).sum(), {same}, create_graph=True)[0]"
+            "if {y}.requires_grad:\n    {new} = torch.autograd.grad(({same} ** 3).sum(), {same}, "
+            "create_graph=True)[0]"
         ],
     ),
     "custom": (
@@ -490,7 +493,8 @@ BETWEEN: Table = {
         ]
         + ["h.remove()", "{m}.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,))"]
         + [
-            "{m}.register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else g * 2 for g in gi))"
+            "{m}.register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else g * 2 "
+            "for g in gi))"
         ]
         + [
             "h = {m}.register_full_backward_pre_hook(lambda m, go: (go[0] * 3,))",

@@ -179,13 +179,19 @@ def test_draws_come_in_eagers_order(f):
     assert torch.equal(after, state)
 
 
-UNARY = """abs acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 floor frac
-lgamma log log10 log1p log2 logit nan_to_num neg reciprocal relu round rsqrt sgn sigmoid sign signbit sin sinh sqrt
-square tan tanh trunc isnan isinf isfinite logical_not"""
-ACTIVATIONS = """celu elu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu softplus
-softshrink softsign tanhshrink"""
-BINARY = """add sub mul true_divide floor_divide remainder fmod pow atan2 copysign hypot maximum minimum fmax fmin
-heaviside logaddexp nextafter xlogy eq ne lt le gt ge"""
+UNARY = """
+abs acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2
+expm1 floor frac lgamma log log10 log1p log2 logit nan_to_num neg reciprocal relu round rsqrt
+sgn sigmoid sign signbit sin sinh sqrt square tan tanh trunc isnan isinf isfinite logical_not
+"""
+ACTIVATIONS = """
+celu elu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu
+softplus softshrink softsign tanhshrink
+"""
+BINARY = """
+add sub mul true_divide floor_divide remainder fmod pow atan2 copysign hypot maximum minimum
+fmax fmin heaviside logaddexp nextafter xlogy eq ne lt le gt ge
+"""
 DIVISIONS = {
     "x // y": lambda x, y: x // y,
     "x // 1": lambda x, y: x // 1,

@@ -474,7 +474,8 @@ def test_a_written_argument_requires_grad():
 
 def test_a_parameter_stays_one():
     for trainable in (True, False):
-        p = jit(lambda x: nn.Parameter(x * 2, requires_grad=trainable))(torch.ones(3))  # noqa: B023
+        f = jit(lambda x, t=trainable: nn.Parameter(x * 2, requires_grad=t))
+        p = f(torch.ones(3))
         assert type(p) is nn.Parameter and p.is_leaf and p.requires_grad is trainable
 
 

@@ -16,6 +16,8 @@ from aotfunc.trace import collector
 from aotfunc.trace.traced import under_way
 from tests.functions import Cube
 
+in_any_mode = _python_dispatch.is_in_any_mode_without_ignore_compile_internals
+
 
 def state() -> dict:
     """What a capture changes for a while: switches of the process and of this thread."""
@@ -26,7 +28,7 @@ def state() -> dict:
         "garbage collector": gc.isenabled(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "inside a mode": _python_dispatch.is_in_torch_dispatch_mode(),
-        "inside a mode, for torch.compile": _python_dispatch.is_in_any_mode_without_ignore_compile_internals(),
+        "inside a mode, for torch.compile": in_any_mode(),
         "recordings": len(under_way.traces),
         "pauses": len(collector._under_way),
         "functorch": torch._C._functorch.peek_interpreter_stack(),
@@ -155,7 +157,7 @@ def test_a_forked_child_collects_garbage():
 
 
 # ----- errors
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 ERRORS = [
     ValueError,

@@ -67,5 +67,6 @@ def test_a_scripted_module():
 @pytest.mark.slow
 def test_decompositions_of_inductor_in_a_fresh_process():
     """Max pooling's asks a module of Inductor's that it does not import."""
-    code = "import torch; from aotfunc.backends.inductor import decompositions as d; d(); torch._inductor.lowering"
+    code = "import torch; from aotfunc.backends.inductor import decompositions as d; d(); "
+    code += "torch._inductor.lowering"
     subprocess.run([sys.executable, "-c", code], check=True)

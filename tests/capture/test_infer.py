@@ -349,7 +349,11 @@ programs = {
     "chain": (aotfunc.grad(chain), torch.randn(4, 5)),
     "mlp": (aotfunc.grad(loss_of(mlp)), parameters(mlp), torch.randn(3, 8)),
     "layer": (aotfunc.grad(loss_of(layer)), parameters(layer), torch.randn(2, 6, 16)),
-    "block": (aotfunc.grad(loss_of(block, lambda y: y)), parameters(block), torch.randn(2, 4, 8, 8)),
+    "block": (
+        aotfunc.grad(loss_of(block, lambda y: y)),
+        parameters(block),
+        torch.randn(2, 4, 8, 8),
+    ),
 }
 report = {}
 for name, (f, *args) in programs.items():

@@ -82,15 +82,15 @@ def test_patched_and_back():
 def test_rules_derived_while_patched():
     """In a new process, where no rule has been derived yet."""
     program = (
-        "import torch, aotfunc; aotfunc.patch_torch_func(); x = torch.randn(3, 4, 4, 4); "
-        "f = lambda x: torch.special.spherical_bessel_j0(x) + torch.nn.functional.avg_pool2d(x, 2).sum(); "
-        "torch.testing.assert_close(torch.vmap(f)(x), torch.stack([f(r) for r in x]))"
+        "import torch, aotfunc; aotfunc.patch_torch_func(); x = torch.randn(3, 4, 4, 4); f = "
+        "lambda x: torch.special.spherical_bessel_j0(x) + torch.nn.functional.avg_pool2d(x, "
+        "2).sum(); torch.testing.assert_close(torch.vmap(f)(x), torch.stack([f(r) for r in x]))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # ----- rearrange
-# ------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 Z = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
 PATTERNS = [

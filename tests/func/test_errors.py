@@ -30,7 +30,8 @@ ARGUMENTS = {
     ),
     "sizes": (
         lambda: vmap(predict)({"w": x}, {"x": y}),
-        "weights['w'] (argument 0) has 3 at dimension 0; batch['x'] (argument 1) has 5 at dimension 0",
+        "weights['w'] (argument 0) has 3 at dimension 0; batch['x'] (argument 1) has 5 at "
+        "dimension 0",
     ),
     "no such dimension": (
         lambda: vmap(predict, in_dims=({"w": 0}, {"x": 3}))({"w": x}, {"x": y}),
@@ -196,7 +197,8 @@ def test_a_users_own_error_keeps_its_context():
 
 
 def test_all_frames_on_request(tmp_path):
-    code = "import torch, aotfunc\naotfunc.grad(lambda a: (a @ torch.ones(5, 2)).sum())(torch.ones(3, 4))\n"
+    code = "import torch, aotfunc\n"
+    code += "aotfunc.grad(lambda a: (a @ torch.ones(5, 2)).sum())(torch.ones(3, 4))\n"
     (tmp_path / "users.py").write_text(code)
     lines = {}
     for switch in ("", "full"):

@@ -19,7 +19,8 @@ NAMES = {
     "jacfwd": "func argnums=0 has_aux=False randomness='error' chunk_size=None",
     "hessian": "func argnums=0 has_aux=False chunk_size=None",
     "functionalize": "func remove='mutations'",
-    "functional_call": "module parameter_and_buffer_dicts args=None kwargs=None tie_weights=True strict=False",
+    "functional_call": "module parameter_and_buffer_dicts args=None kwargs=None "
+    "tie_weights=True strict=False",
     "stack_module_state": "models",
     "replace_all_batch_norm_modules_": "root",
     "make_functional": "model disable_autograd_tracking=False",
@@ -28,7 +29,8 @@ NAMES = {
     "chunk_vmap": "func in_dims=0 out_dims=0 randomness='error' chunks=2",
     "make_fx": "f decomposition_table=None tracing_mode='real'",
     "jit": "f=None backend='eager' static_argnums=None",
-    "aot_function": "fn=None fw_compiler='eager' bw_compiler=None partition_fn decompositions=None static_argnums=None",
+    "aot_function": "fn=None fw_compiler='eager' bw_compiler=None partition_fn "
+    "decompositions=None static_argnums=None",
     "aot_module": "mod",
     "check_grads": "f args order=2",
     "coverage": "",

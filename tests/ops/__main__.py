@@ -27,7 +27,8 @@ from pathlib import Path
 WALL_LIMIT_S = 240.0
 
 HEADER = """# Failures of the op table that are known: `op dtype composition  reason`, one a line.
-# The list may only shrink: a listed failure that passes is an error. python -m tests.ops --update rewrites it.
+# The list may only shrink: a listed failure that passes is an error.
+# python -m tests.ops --update rewrites it.
 """
 
 Cell = tuple[str, str, str, str]  # library, op, dtype, composition

@@ -43,16 +43,17 @@ LIMIT_S = 60.0
 
 TEXT = """# Every op through Inductor
 
-`python -m tests.ops.inductor --write` (torch {version}, CPU): one sample of every op of PyTorch's own database, forward
-and backward through `jit(f, backend="inductor")`, against eager with the same seed; in bfloat16
-(`--dtype bfloat16`) those that normalise, sum, or are functions of one value.
+`python -m tests.ops.inductor --write` (torch {version}, CPU): one sample of every op of PyTorch's
+own database, forward and backward through `jit(f, backend="inductor")`, against eager with the
+same seed; in bfloat16 (`--dtype bfloat16`) those that normalise, sum, or are functions of one
+value.
 
 {counts}
 
-*Right* is right numbers, dtypes and strides. *Eagerly* means that Inductor failed on an op or on the graph: it is run
-by PyTorch's own kernels, and a BackendWarning names the reason. (Inductor itself calls PyTorch's kernels for many ops,
-which is not counted here.) *None* is no reference: eager has no answer to compare with, or `jit` refuses the op with
-any backend.
+*Right* is right numbers, dtypes and strides. *Eagerly* means that Inductor failed on an op or on
+the graph: it is run by PyTorch's own kernels, and a BackendWarning names the reason. (Inductor
+itself calls PyTorch's kernels for many ops, which is not counted here.) *None* is no reference:
+eager has no answer to compare with, or `jit` refuses the op with any backend.
 
 {listed}"""
 

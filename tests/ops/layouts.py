@@ -91,7 +91,7 @@ FAILURES = {
 
 
 # layouts
-# --------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def column(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -131,7 +131,7 @@ def laid_out(call: Call, layout: str, seed: int) -> Call:
 
 
 # more compositions
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def precision(call: Call) -> dict[str, float]:
@@ -231,7 +231,7 @@ CHECKS = {
 
 
 # cells
-# ----------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def check(name: str, dtype: str, composition: str, layout: str, count: int = SAMPLES) -> str:
@@ -286,15 +286,17 @@ def work() -> None:
 
 TEXT = """# Every op in other layouts
 
-`python -m tests.ops.layouts` (torch {version}, CPU, at commit {commit}): each op of PyTorch's own database on up to
-{samples} samples whose tensors are column-major, channels_last, or in any order with gaps (*anyhow*), in float64 and
-complex128 (one integer type for ops that take none of them). *value* is the captured graph, *adjoint* compares
-⟨ct, J t⟩ with ⟨Jᴴ ct, t⟩, *vjpjvp* is reverse over forward, and so on; references are autograd, forward AD, loops and
-differences, as in `coverage.md`. Every value of every graph is compared with the shape, strides and dtype that the
+`python -m tests.ops.layouts` (torch {version}, CPU, at commit {commit}): each op of PyTorch's own
+database on up to {samples} samples whose tensors are column-major, channels_last, or in any order
+with gaps (*anyhow*), in float64 and complex128 (one integer type for ops that take none of them).
+*value* is the captured graph, *adjoint* compares ⟨ct, J t⟩ with ⟨Jᴴ ct, t⟩, *vjpjvp* is reverse
+over forward, and so on; references are autograd, forward AD, loops and differences, as in
+`coverage.md`. Every value of every graph is compared with the shape, strides and dtype that the
 graph says it has.
 
-**{done:,} of {total:,} cells were run**, *value*, *vjp*, *jvp* and *vmap* before the pairs, and of each, ops from the
-whole database at any time. Cells that had failed were run again when that was mended.
+**{done:,} of {total:,} cells were run**, *value*, *vjp*, *jvp* and *vmap* before the pairs, and
+of each, ops from the whole database at any time. Cells that had failed were run again when that
+was mended.
 
 {counts}
 

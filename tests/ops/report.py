@@ -107,17 +107,18 @@ HEAD = [
 TEXT = f"""# Every op under every composition
 
 `python -m tests.ops --lib both --write` (torch {VERSION}, CPU). A cell is an op of PyTorch's own
-database (op_db with its variants, autograd_function_db, custom_op_db), a dtype (float32, float64, complex128; one
-integer type for ops that take none of them) and a composition; it is right when all of up to three samples are.
-vmapvjp is vmap of vjp, and so on. The same checks run for aotfunc and for torch.func, and what they compare with
-depends on neither: torch.autograd, forward AD, two reverse passes, loops over the samples, and central differences in
-float64 where those have no answer or a doubtful one. Cells where nothing has an answer (an op without any derivative,
-samples that are not finite) are not counted. Left out: ops whose results are uninitialised memory, no tensors, or
-sparse; under vmap random ops and shapes that depend on values.
+database (op_db with its variants, autograd_function_db, custom_op_db), a dtype (float32, float64,
+complex128; one integer type for ops that take none of them) and a composition; it is right when
+all of up to three samples are. vmapvjp is vmap of vjp, and so on. The same checks run for aotfunc
+and for torch.func, and what they compare with depends on neither: torch.autograd, forward AD, two
+reverse passes, loops over the samples, and central differences in float64 where those have no
+answer or a doubtful one. Cells where nothing has an answer (an op without any derivative, samples
+that are not finite) are not counted. Left out: ops whose results are uninitialised memory, no
+tensors, or sparse; under vmap random ops and shapes that depend on values.
 
-`coverage.tsv` has the outcome of every cell: per op and dtype one string for each library, one character per
-composition ({", ".join(COLUMNS)}): `.` right, `E` an error, `W` a wrong
-result, `-` no reference, `_` no cell, `?` not run. What aotfunc fails in is listed with its reasons in
+`coverage.tsv` has the outcome of every cell: per op and dtype one string for each library, one
+character per composition ({", ".join(COLUMNS)}): `.` right, `E` an error, `W` a wrong result, `-`
+no reference, `_` no cell, `?` not run. What aotfunc fails in is listed with its reasons in
 `tests/ops/known_failures.txt`.
 
 """

@@ -51,27 +51,29 @@ def names(text: str) -> set[str]:
 # CUDA's alone, and a Function whose backward does not look at the cotangent.
 NO_FUNCTION = names(
     """
-    empty empty_like empty_permuted empty_strided new_empty new_empty_strided item equal allclose is_pinned
-    resize_ resize_as_ to_sparse sparse_mm_reduce sparse_sampled_addmm jiterator_unary jiterator_binary
-    jiterator_2inputs_2outputs jiterator_4inputs_with_extra_args jiterator_binary_return_by_ref
-    NumpyCubeNotComposableAutogradFunction
+    empty empty_like empty_permuted empty_strided new_empty new_empty_strided item equal allclose
+    is_pinned resize_ resize_as_ to_sparse sparse_mm_reduce sparse_sampled_addmm jiterator_unary
+    jiterator_binary jiterator_2inputs_2outputs jiterator_4inputs_with_extra_args
+    jiterator_binary_return_by_ref NumpyCubeNotComposableAutogradFunction
     """
 )
 # vmap asks which kind of randomness is meant, and PyTorch's two kinds are tested in
 # tests/func/test_random.py.
 RANDOM = names(
     """
-    bernoulli multinomial normal normal_in_place normal_number_mean rand_like randn_like randint_like randint randn
-    uniform cauchy exponential geometric log_normal pca_lowrank svd_lowrank
-    nn_functional_dropout nn_functional_dropout2d nn_functional_dropout3d nn_functional_alpha_dropout
-    nn_functional_feature_alpha_dropout_with_train nn_functional_feature_alpha_dropout_without_train
-    nn_functional_rrelu nn_functional_fractional_max_pool2d nn_functional_fractional_max_pool3d
+    bernoulli multinomial normal normal_in_place normal_number_mean rand_like randn_like
+    randint_like randint randn uniform cauchy exponential geometric log_normal pca_lowrank
+    svd_lowrank nn_functional_dropout nn_functional_dropout2d nn_functional_dropout3d
+    nn_functional_alpha_dropout nn_functional_feature_alpha_dropout_with_train
+    nn_functional_feature_alpha_dropout_without_train nn_functional_rrelu
+    nn_functional_fractional_max_pool2d nn_functional_fractional_max_pool3d
     """
 )
 # vmap has no answer where a result's shape depends on values; which error it is, is tested in
 # tests/func/test_vmap.py.
 RAGGED = names(
-    "argwhere bincount masked_select nonzero unique unique_consecutive NumpyNonzeroCustomOp NumpyNMSCustomOp"
+    "argwhere bincount masked_select nonzero unique unique_consecutive NumpyNonzeroCustomOp "
+    "NumpyNMSCustomOp"
 )
 # Random in some samples only, which are left out.
 DROPPING = {

@@ -8,25 +8,26 @@ import aotfunc
 from tests.ops import table
 
 CORE = """
-abs add addmm addmv addbmm amax amin argmax as_strided as_strided_scatter
-baddbmm bmm cat clamp clone conj cos cumprod cumsum diag_embed
-diagonal div_no_rounding_mode dot einsum eq erf exp expand expm1 flip float fill floor gather ge index_add index_copy
-index_fill index_put index_select linalg_cholesky linalg_det linalg_inv linalg_norm linalg_qr linalg_solve linalg_svd
-linalg_vector_norm log log1p log_softmax logsumexp masked_fill masked_select matmul max_binary max_reduction_with_dim
-maximum mean min_binary mm mul mv narrow neg nn_functional_adaptive_avg_pool2d nn_functional_avg_pool2d
-nn_functional_batch_norm nn_functional_binary_cross_entropy_with_logits nn_functional_conv1d nn_functional_conv2d
+abs add addmm addmv addbmm amax amin argmax as_strided as_strided_scatter baddbmm bmm cat clamp
+clone conj cos cumprod cumsum diag_embed diagonal div_no_rounding_mode dot einsum eq erf exp
+expand expm1 flip float fill floor gather ge index_add index_copy index_fill index_put
+index_select linalg_cholesky linalg_det linalg_inv linalg_norm linalg_qr linalg_solve linalg_svd
+linalg_vector_norm log log1p log_softmax logsumexp masked_fill masked_select matmul max_binary
+max_reduction_with_dim maximum mean min_binary mm mul mv narrow neg
+nn_functional_adaptive_avg_pool2d nn_functional_avg_pool2d nn_functional_batch_norm
+nn_functional_binary_cross_entropy_with_logits nn_functional_conv1d nn_functional_conv2d
 nn_functional_conv_transpose2d nn_functional_cross_entropy nn_functional_dropout nn_functional_elu
-nn_functional_embedding nn_functional_gelu nn_functional_group_norm nn_functional_hardswish nn_functional_huber_loss
-nn_functional_interpolate_bilinear nn_functional_layer_norm nn_functional_leaky_relu nn_functional_linear
-nn_functional_logsigmoid nn_functional_max_pool2d nn_functional_mse_loss nn_functional_nll_loss
-nn_functional_pad_constant nn_functional_prelu nn_functional_relu nn_functional_rms_norm
-nn_functional_scaled_dot_product_attention
-nn_functional_silu nn_functional_softplus nn_functional_unfold norm permute pow prod reciprocal repeat reshape roll
-rsqrt rsub scatter scatter_add select select_scatter sigmoid sign sin slice slice_scatter softmax sort split sqrt
-square squeeze stack std sub sum t tan tanh topk trace transpose tril triu unbind unfold unsqueeze var
-view view_as_complex view_as_real where zeros_like
-_segment_reduce_lengths nn_functional_embedding_bag nn_functional_multi_margin_loss nn_functional_multilabel_margin_loss
-NumpyCubeAutogradFunction NumpySplitCopyWithIntCustomOp
+nn_functional_embedding nn_functional_gelu nn_functional_group_norm nn_functional_hardswish
+nn_functional_huber_loss nn_functional_interpolate_bilinear nn_functional_layer_norm
+nn_functional_leaky_relu nn_functional_linear nn_functional_logsigmoid nn_functional_max_pool2d
+nn_functional_mse_loss nn_functional_nll_loss nn_functional_pad_constant nn_functional_prelu
+nn_functional_relu nn_functional_rms_norm nn_functional_scaled_dot_product_attention
+nn_functional_silu nn_functional_softplus nn_functional_unfold norm permute pow prod reciprocal
+repeat reshape roll rsqrt rsub scatter scatter_add select select_scatter sigmoid sign sin slice
+slice_scatter softmax sort split sqrt square squeeze stack std sub sum t tan tanh topk trace
+transpose tril triu unbind unfold unsqueeze var view view_as_complex view_as_real where zeros_like
+_segment_reduce_lengths nn_functional_embedding_bag nn_functional_multi_margin_loss
+nn_functional_multilabel_margin_loss NumpyCubeAutogradFunction NumpySplitCopyWithIntCustomOp
 """.split()  # noqa: SIM905  the lines say it shorter
 
 OTHERS = [name for name in table.OPS if name not in CORE]
@@ -58,7 +59,8 @@ def test_op(name):
             wrong.append(f"{dtype} {composition}: {outcome}")
         elif not table.failed(outcome) and listed:
             wrong.append(
-                f"{dtype} {composition}: listed in known_failures.txt, and {outcome}; take the line out"
+                f"{dtype} {composition}: listed in known_failures.txt, and {outcome}; take the "
+                "line out"
             )
     assert not wrong, "\n".join(wrong)
 

@@ -36,7 +36,7 @@ def x(*shape: int) -> torch.Tensor:
 
 
 # ----- draws
-# ----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 DRAWS = {
     "dropout": lambda a, b: aten.native_dropout((a @ b).sin(), 0.5, True)[0].exp(),
@@ -257,7 +257,8 @@ def test_gradients_none_constant_or_input(partition: object) -> None:
 def test_no_cotangents_no_gradients(partition: object) -> None:
     h = Hand()
     a, _ = h.input("a"), h.input("b")
-    fw, bw = partition(h.module([h(aten.sin.default, a), None, None]), num_fwd_outputs=1)  # type: ignore[operator]
+    joint = h.module([h(aten.sin.default, a), None, None])
+    fw, bw = partition(joint, num_fwd_outputs=1)
     assert not saved(fw, 1) and not bw.graph.find_nodes(op="placeholder")
     assert bw() == (None, None) and len(fw(torch.ones(4), torch.ones(4))) == 1
 
@@ -309,7 +310,7 @@ def test_the_cut_chooses_among_casts() -> None:
 
 
 # ----- checkpoints
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def checkpointed(key: str, blocks: int = 3) -> torch.fx.GraphModule:

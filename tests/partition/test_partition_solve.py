@@ -239,7 +239,8 @@ def test_verify_finds_every_fault() -> None:
     ) -> None:
         fw, bw = partition(joint.module, num_fwd_outputs=1)  # type: ignore[operator]
         verify(fw, bw, joint.module, num_fwd_outputs=1)
-        change({n.name: n for n in fw.graph.nodes}, {n.name: n for n in bw.graph.nodes})  # type: ignore[operator]
+        nodes = [{n.name: n for n in half.graph.nodes} for half in (fw, bw)]
+        change(*nodes)
         with pytest.raises(PartitionError, match=message):
             verify(fw, bw, joint.module, num_fwd_outputs=1)
 

@@ -109,13 +109,15 @@ def growth(history: Sequence[Facts]) -> str:
     if numbers:
         many = ", ".join(numbers)
         why.append(
-            f"its Python argument {many} keeps changing; every value is a new signature: pass it as a tensor"
+            f"its Python argument {many} keeps changing; every value is a new signature: pass it "
+            "as a tensor"
         )
     if others:
         why.append(f"the shape, dtype or value of {', '.join(others)} keeps changing")
     if reached or not guilty:
         many = ", ".join(reached) or "a global or the mode of a module"
         why.append(
-            f"what it reads or closes over, {many}, keeps changing; keep it in a tensor, or write to it elsewhere"
+            f"what it reads or closes over, {many}, keeps changing; keep it in a tensor, or write "
+            "to it elsewhere"
         )
     return "; ".join(why)

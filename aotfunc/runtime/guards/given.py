@@ -34,8 +34,9 @@ class Given:
             now, now_spec = tree_flatten(tree)
             if spec != now_spec or any(x is not y for x, y in zip(leaves, now, strict=True)):
                 raise CaptureError(
-                    f"{what}: the function changes the list or dictionary that is its argument {name}, which a "
-                    f"compiled function cannot{at(user_line())}; copy it first, or return what is new"
+                    f"{what}: the function changes the list or dictionary that is its argument "
+                    f"{name}, which a compiled function cannot{at(user_line())}; copy it first, "
+                    "or return what is new"
                 )
         for t, old in self.tensors:
             new = attributes(t)
@@ -43,6 +44,7 @@ class Given:
                 k for k in {**old, **new} if k not in old or k not in new or old[k] is not new[k]
             ]:
                 raise CaptureError(
-                    f"{what}: the function sets the attribute {changed[0]} of an argument, a tensor of shape "
-                    f"{list(t.shape)}, which a compiled function cannot{at(user_line())}; return the value instead"
+                    f"{what}: the function sets the attribute {changed[0]} of an argument, a "
+                    f"tensor of shape {list(t.shape)}, which a compiled function "
+                    f"cannot{at(user_line())}; return the value instead"
                 )

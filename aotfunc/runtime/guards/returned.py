@@ -71,7 +71,7 @@ class Finish:
     def __init__(
         self, rec: Captured, state: State, places: Sequence[Place], titled: Callable[[], str]
     ) -> None:
-        result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore[union-attr]
+        result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore
         self.spec, self.values, self.count = result, values, result.num_leaves if result else 0
         numbers = {k: n for n, k in enumerate(dict.fromkeys(id(p.value) for p in places))}
         self.keys = [(p.key, numbers[id(p.value)], p.grows) for p in places]
@@ -146,13 +146,13 @@ def pristine(x: Any, known: set[int], titled: Callable[[], str]) -> Any:
     same = "which would be the same object at every call"
     if holds_traced(x, known):
         raise CaptureError(
-            f"{titled()} returns a {type(x).__name__} that holds tensors, {same}; return a dataclass, or a tuple or "
-            "dictionary of the tensors"
+            f"{titled()} returns a {type(x).__name__} that holds tensors, {same}; return a "
+            "dataclass, or a tuple or dictionary of the tensors"
         )
     try:
         return copy.deepcopy(x, Memo())
     except Exception as e:
         raise CaptureError(
-            f"{titled()} returns a {type(x).__name__}, {same} and cannot be copied ({e}); return what is in it "
-            "as a tuple or dictionary"
+            f"{titled()} returns a {type(x).__name__}, {same} and cannot be copied ({e}); return "
+            "what is in it as a tuple or dictionary"
         ) from e

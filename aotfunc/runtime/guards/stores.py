@@ -71,13 +71,15 @@ def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = 
     for place, tensors in changed(state):
         if id(state.owners[place.owner][0]) in twice:
             raise CaptureError(
-                f"{titled()} changes a {type(state.owners[place.owner][0]).__name__} that is an argument and that it "
-                "reaches by another way, too; pass it, or close over it, not both"
+                f"{titled()} changes a {type(state.owners[place.owner][0]).__name__} that is an "
+                "argument and that it reaches by another way, too; pass it, or close over it, not "
+                "both"
             )
         if not tensors:
             raise CaptureError(
-                f"{titled()} leaves a {type(place.value).__name__} that holds tensors in what lies outside, in which "
-                "every call would have to put its own; keep a dataclass, or a tuple or dictionary of the tensors"
+                f"{titled()} leaves a {type(place.value).__name__} that holds tensors in what "
+                "lies outside, in which every call would have to put its own; keep a dataclass, "
+                "or a tuple or dictionary of the tensors"
             )
         if not any(t.__class__ is Traced and t.tracer.finished for t in tensors):
             found.append(place)

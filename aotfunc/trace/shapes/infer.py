@@ -213,7 +213,8 @@ def check_devices(op: OpOverload, sigs: tuple) -> None:
     here = {s.device for s in sigs if s.shape or s.device.type != "cpu"}
     if len(here) > 1 and op.namespace == "aten" and plain_name(op) not in MIXES:
         raise CaptureError(
-            f"{plain_name(op)} was given tensors on {' and '.join(sorted(map(str, here)))}: move them to one device"
+            f"{plain_name(op)} was given tensors on {' and '.join(sorted(map(str, here)))}: move "
+            "them to one device"
         )
 
 

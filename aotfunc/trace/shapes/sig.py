@@ -115,7 +115,8 @@ def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
     device)."""
     if t.layout is not torch.strided or t.is_quantized:
         raise CaptureError(
-            f"only dense tensors can be captured, not one with layout {t.layout} and dtype {t.dtype}"
+            f"only dense tensors can be captured, not one with layout {t.layout} and dtype "
+            f"{t.dtype}"
         )
     return make_sig(t.shape, t.stride(), t.dtype, device or t.device, t.storage_offset())
 

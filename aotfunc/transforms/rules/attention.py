@@ -23,8 +23,8 @@ from aotfunc.transforms.rules.table import aten, jvp_of, total, vjp_of, vmap_of
 def undropped(dropout_p: float) -> None:
     if dropout_p:
         raise NotImplementedError(
-            "fused attention with dropout has no forward-mode or second derivative: pass dropout_p=0, or choose "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            "fused attention with dropout has no forward-mode or second derivative: pass "
+            "dropout_p=0, or choose torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
 
 
@@ -204,12 +204,13 @@ def first(x: Any, carries: bool) -> Any:
 def same_dropout(dropout_p: float, randomness: str) -> None:
     if dropout_p and randomness == "same":
         raise NotImplementedError(
-            'vmap of fused attention with dropout draws anew for each element: not randomness="same"'
+            "vmap of fused attention with dropout draws anew for each element: "
+            'not randomness="same"'
         )
 
 
 # ----- the kernels
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 cpu, cpu_backward = (
     aten._scaled_dot_product_flash_attention_for_cpu,

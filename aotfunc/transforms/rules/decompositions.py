@@ -16,7 +16,7 @@ from torch import Tensor
 from .table import aten, decompose_as, elementwise, linear, named, nondiff, shifted, vmap_of
 
 # ----- convolutions
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def convolved(
@@ -74,7 +74,7 @@ decompose_as(aten.conv_tbc, over_time)
 
 
 # ----- products
-# -------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 decompose_as(aten._int_mm, lambda x, y: x.to(torch.int32) @ y.to(torch.int32))
 decompose_as(

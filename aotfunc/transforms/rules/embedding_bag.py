@@ -183,7 +183,7 @@ def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Ten
 
 
 # ----- derivatives
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def bag_of_each(indices: Tensor, offsets: Tensor, last: bool) -> Tensor:

@@ -13,7 +13,7 @@ from .places import nonzero_each
 from .table import aten, expand_lead, linear, nondiff, vmap_of
 
 # ----- embedding
-# ------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @vmap_of(aten.embedding)

@@ -15,7 +15,7 @@ from aotfunc.transforms.rules.batching import along_channels, into, out_of, plan
 from aotfunc.transforms.rules.table import aten, jvp_of, linear, overload, total, vjp_of, vmap_of
 
 # ----- convolution
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The convolution is linear in the image and in the weight, and its backward op holds the two
 # transposes. Whatever the stride, padding, dilation, groups or direction, <a, image gradient> =
 # <conv(a, w), g> and <b, weight gradient> = <conv(x, b), g>; all the second derivatives follow
@@ -165,7 +165,7 @@ def _(g, x, w, bias_sizes, *geometry, batched, size):
 
 
 # ----- pooling
-# --------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def pick(x: Tensor, indices: Tensor, spatial: int) -> Tensor:

@@ -46,8 +46,9 @@ def aligned(tensors: Any, batched: Any, size: int) -> list[Tensor]:
 
 def no_shared_draw() -> NotImplementedError:
     return NotImplementedError(
-        "with randomness='same' it cannot share one draw, because the distribution differs between samples; "
-        "use randomness='different', or draw from a fixed distribution and transform the draw"
+        "with randomness='same' it cannot share one draw, because the distribution differs "
+        "between samples; use randomness='different', or draw from a fixed distribution and "
+        "transform the draw"
     )
 
 
@@ -271,7 +272,7 @@ def _(
 
 
 # ----- dropout
-# --------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def dropout_scale(p: float, train: bool | None) -> float:

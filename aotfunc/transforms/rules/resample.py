@@ -11,7 +11,7 @@ from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.table import aten, linear, vjp_of, vmap_of
 
 # ----- resizing
-# -------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def resizing(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:

@@ -159,7 +159,7 @@ for op in named("view_as_complex", "view_as_complex_copy"):
     linear(op, lambda g, x: torch.view_as_real(g.resolve_conj()), batch=op)
 
 # ----- counts
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 nondiff(aten.repeat_interleave.Tensor)
 

@@ -133,7 +133,7 @@ def adapt(rule: Formula, leading: int) -> Formula:
 
 
 # ----- the verbs
-# ------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def vjp_of(
@@ -365,9 +365,8 @@ def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self")
     def batch(*args: Any) -> Any:
         full = list(args)
         x = full[x_at]
-        if (
-            x.dim() == 1
-        ):  # PyTorch lets a 0-dim tensor have dimensions 0 and -1: give it one, and take it away again
+        # PyTorch lets a 0-dim tensor have dimensions 0 and -1: give it one, and take it away again
+        if x.dim() == 1:
             full[x_at] = x.unsqueeze(1)
         for at in dims_at:
             full[at] = past_batch(full[at], max(x.dim() - 1, 1))
