@@ -30,8 +30,7 @@ compiled_function = aot_function
 compiled_module = aot_module
 
 
-# ----- compilers
-# -------------------------------------------------------------------------------------------------
+# ----- compilers ---------------------------------------------------------------------------------
 
 
 def nop(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
@@ -121,8 +120,7 @@ def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
     return (aot_module if isinstance(fn, nn.Module) else aot_function)(fn, **options)
 
 
-# ----- pictures
-# -------------------------------------------------------------------------------------------------
+# ----- pictures ----------------------------------------------------------------------------------
 
 
 def draw_graph(
@@ -175,8 +173,7 @@ def draw_joint_graph(
     return default_partition(graph, joint_inputs, **kwargs)
 
 
-# ----- names without a meaning
-# ----------------------------------------------------------------------------------------
+# ----- names without a meaning -------------------------------------------------------------------
 
 
 def meaningless(name: str, instead: str) -> Callable:
@@ -215,8 +212,7 @@ def aot_module_simplified(
     return aot_module(mod, *compilers, **options)
 
 
-# ----- the cache
-# -------------------------------------------------------------------------------------------------
+# ----- the cache ---------------------------------------------------------------------------------
 
 
 def num_of_recompilations() -> int:

@@ -23,8 +23,7 @@ def indices(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(high))
 
 
-# ----- functions of one tensor
-# ----------------------------------------------------------------------------------------
+# ----- functions of one tensor -------------------------------------------------------------------
 
 
 def rational(x):
@@ -58,8 +57,7 @@ def potential(x):
     return 4 * (s6 * s6 - s6).sum()
 
 
-# ----- networks
-# -------------------------------------------------------------------------------------------------
+# ----- networks ----------------------------------------------------------------------------------
 
 
 def mlp(p, x):
@@ -114,8 +112,7 @@ def embedded_loss(table, w, tokens, t):
     return F.cross_entropy(F.embedding(tokens, table).mean(1) @ w, t)
 
 
-# ----- losses, indexing, linear algebra
-# -------------------------------------------------------------------------------
+# ----- losses, indexing, linear algebra ----------------------------------------------------------
 
 
 def losses(x, y):
@@ -157,8 +154,7 @@ def likelihood(a, y):
     return 0.5 * z.square().sum() + low.diagonal().log().sum()
 
 
-# ----- transforms put together
-# ----------------------------------------------------------------------------------------
+# ----- transforms put together -------------------------------------------------------------------
 
 
 def pushed(f: Callable) -> Callable:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# ----- functions of one tensor
-# ----------------------------------------------------------------------------------------
+# ----- functions of one tensor -------------------------------------------------------------------
 
 
 def rational(x):
@@ -42,8 +41,7 @@ def potential(x):
     return 4 * (s6 * s6 - s6).sum()
 
 
-# ----- networks
-# -------------------------------------------------------------------------------------------------
+# ----- networks ----------------------------------------------------------------------------------
 
 
 def mlp(p, x):
@@ -116,8 +114,7 @@ def embedded_loss(table, w, tokens, t):
     return cross_entropy(table[tokens].mean(1) @ w, t)
 
 
-# ----- losses, indexing, linear algebra
-# -------------------------------------------------------------------------------
+# ----- losses, indexing, linear algebra ----------------------------------------------------------
 
 
 def losses(x, y):
@@ -160,8 +157,7 @@ def likelihood(a, y):
     return 0.5 * jnp.square(z).sum() + jnp.log(jnp.diagonal(low)).sum()
 
 
-# ----- transforms put together
-# ----------------------------------------------------------------------------------------
+# ----- transforms put together -------------------------------------------------------------------
 
 
 def pushed(f):

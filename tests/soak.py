@@ -64,8 +64,7 @@ class Watch:
         return count
 
 
-# ----- kinds of calls: (number of the call, watch) -> None
-# ------------------------------------------------------------
+# ----- kinds of calls: (number of the call, watch) -> None ---------------------------------------
 
 
 def fresh_closure(i: int, watch: Watch) -> None:
@@ -225,8 +224,7 @@ KINDS: list[Callable[[int, Watch], None]] = [
 ]
 
 
-# ----- the run
-# -------------------------------------------------------------------------------------------------
+# ----- the run -----------------------------------------------------------------------------------
 
 
 def resident() -> float:

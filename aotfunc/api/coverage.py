@@ -74,8 +74,7 @@ def _found() -> Iterator[OpOverload]:
             yield op
 
 
-# ----- PyTorch's formulas
-# ---------------------------------------------------------------------------------------------
+# ----- PyTorch's formulas ------------------------------------------------------------------------
 
 
 @cache
@@ -124,8 +123,7 @@ def said_of(op: OpOverload) -> tuple[dict[str, str], dict[str, str]]:
     return of_arguments, {k: v for k, v in known.items() if k not in arguments}
 
 
-# ----- the look-up, without doing it
-# ----------------------------------------------------------------------------------
+# ----- the look-up, without doing it -------------------------------------------------------------
 
 
 def step(op: OpOverload, transform: str) -> str:

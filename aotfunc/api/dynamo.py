@@ -114,8 +114,7 @@ def leave(
     return [x.clone() for x in examples]
 
 
-# ----- when the graph runs
-# --------------------------------------------------------------------------------------------
+# ----- when the graph runs -----------------------------------------------------------------------
 
 
 def run(transform: Callable, runs: Callable, graph: Any) -> Callable:

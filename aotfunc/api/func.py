@@ -42,8 +42,7 @@ from .readings import (
     vjp_in_graph,
 )
 
-# ----- reverse mode
-# -------------------------------------------------------------------------------------------------
+# ----- reverse mode ------------------------------------------------------------------------------
 
 
 @traced(gradient_and_value, run_gradient_and_value)
@@ -200,8 +199,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     return output, vjp_fn, *aux
 
 
-# ----- forward mode
-# -------------------------------------------------------------------------------------------------
+# ----- forward mode ------------------------------------------------------------------------------
 
 
 @read_as(pushed)
@@ -267,8 +265,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     return output, jvp_fn, *aux
 
 
-# ----- functionalize
-# -------------------------------------------------------------------------------------------------
+# ----- functionalize -----------------------------------------------------------------------------
 
 
 def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:

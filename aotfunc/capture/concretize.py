@@ -94,8 +94,7 @@ def batch(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | N
 HOOKS["batch"] = batch
 
 
-# ----- step by step
-# -------------------------------------------------------------------------------------------------
+# ----- step by step ------------------------------------------------------------------------------
 
 
 class Unsteady(Exception):
@@ -242,8 +241,7 @@ def part(
     return list(read), _programs.once((own, *read.values(), bits_of(literals.values())), make)
 
 
-# ----- the whole of it
-# ------------------------------------------------------------------------------------------------
+# ----- the whole of it ---------------------------------------------------------------------------
 
 
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:

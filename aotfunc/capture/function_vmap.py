@@ -72,8 +72,7 @@ def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, li
     return leaves, spec, flat
 
 
-# ----- on the real batch
-# ----------------------------------------------------------------------------------------------
+# ----- on the real batch -------------------------------------------------------------------------
 
 
 def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
@@ -209,8 +208,7 @@ class Row(Step):
         return walk.env[n.args[0]], True
 
 
-# ----- as a batching rule
-# ---------------------------------------------------------------------------------------------
+# ----- as a batching rule ------------------------------------------------------------------------
 
 
 class OwnRule:

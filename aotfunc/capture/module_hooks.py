@@ -200,8 +200,7 @@ def identity(
     return tuple(found) if type(values) is tuple else type(values)(*found)
 
 
-# ----- what eager does when the gradients are there
-# -------------------------------------------------------------------
+# ----- what eager does when the gradients are there ----------------------------------------------
 
 
 def packed(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:

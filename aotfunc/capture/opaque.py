@@ -50,8 +50,7 @@ class OpaqueForward(Step):
         output, _ = called(self.call, tensors)
         return [o for o in listed(output) if isinstance(o, Tensor)]
 
-    # ----- as a recorded step
-    # ---------------------------------------------------------------------------------------
+    # ----- as a recorded step --------------------------------------------------------------------
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         node = f.b.node(self, tuple(f.read(r, False) for r in refs), {}, self.outs)
@@ -60,8 +59,7 @@ class OpaqueForward(Step):
     def run(self, values: list[Tensor]) -> list[Tensor]:
         return self(*values)
 
-    # ----- as a node
-    # ---------------------------------------------------------------------------------------------
+    # ----- as a node -----------------------------------------------------------------------------
 
     dissolved_with = None
 

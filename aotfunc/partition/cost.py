@@ -59,8 +59,7 @@ def nbytes(val: Any) -> int:
     ) * dtype.itemsize
 
 
-# ----- how long
-# -------------------------------------------------------------------------------------------------
+# ----- how long ----------------------------------------------------------------------------------
 
 #: memory movers that a fusing backend folds into their readers, though they are not tagged as
 # pointwise fmt: off

@@ -287,8 +287,7 @@ def unchanged(ctx: Any) -> list[Tensor]:
     return ctx.inputs
 
 
-# ----- what a program's results have in common
-# ------------------------------------------------------------------------
+# ----- what a program's results have in common ---------------------------------------------------
 
 
 def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[int, int]:
@@ -333,8 +332,7 @@ def materializes(program: Program) -> bool:
     return program.once("materializes", lambda: any(map(one, program.graph.nodes)))
 
 
-# ----- smaller programs
-# -----------------------------------------------------------------------------------------------
+# ----- smaller programs --------------------------------------------------------------------------
 
 
 def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:

@@ -239,8 +239,7 @@ class Compiled:
         entries = "1 entry" if count == 1 else f"{count} entries"
         return f"<{self.name} of {title(self.f)}, {self.pipeline}: {entries}>"
 
-    # ----- copying and pickling: what was captured stays behind
-    # -------------------------------------------------------
+    # ----- copying and pickling: what was captured stays behind ----------------------------------
 
     def __reduce__(self) -> Any:
         """By its name where that is this compiled function, as a decorated one is; else by its
@@ -254,8 +253,7 @@ class Compiled:
     def __setstate__(self, parts: tuple) -> None:
         Compiled.__init__(self, *parts)
 
-    # ----- calling
-    # ---------------------------------------------------------------------------------------------
+    # ----- calling -------------------------------------------------------------------------------
 
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

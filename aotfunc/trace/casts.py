@@ -54,8 +54,7 @@ def nesting() -> int:
     return torch.autocast_decrement_nesting()
 
 
-# ----- what autocast's contexts call
-# ----------------------------------------------------------------------------------
+# ----- what autocast's contexts call -------------------------------------------------------------
 
 
 def is_enabled() -> bool:

@@ -71,8 +71,7 @@ class Builder:
         self._table = self.graph._find_nodes_lookup_table.table
         self._insert = self.graph._insert
 
-    # ----- nodes
-    # ---------------------------------------------------------------------------------------------
+    # ----- nodes ---------------------------------------------------------------------------------
 
     def name(self, base: str) -> str:
         count = self._counts.get(base, -1) + 1
@@ -178,8 +177,7 @@ class Builder:
             return node[i]
         return self.node(operator.getitem, (node, i), {}, node.meta["val"][i])
 
-    # ----- graphs
-    # ---------------------------------------------------------------------------------------------
+    # ----- graphs --------------------------------------------------------------------------------
 
     def splice(
         self,

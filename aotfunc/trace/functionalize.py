@@ -219,8 +219,7 @@ class Functionalizer:
             )
         return storage.memory
 
-    # ----- values
-    # ---------------------------------------------------------------------------------------------
+    # ----- values --------------------------------------------------------------------------------
 
     def read(self, ref: int, grad: bool = True) -> Node:
         """The current value of a tensor; cut off if it was made under no_grad and is read where
@@ -368,8 +367,7 @@ class Functionalizer:
             node = self.b.call(aten.expand.default, node, list(sig.shape))
         return laid_out(self.b, node, sig)  # the written tensor keeps its layout
 
-    # ----- the walk
-    # ---------------------------------------------------------------------------------------------
+    # ----- the walk ------------------------------------------------------------------------------
 
     def run(self) -> None:
         for i, (instr, refs, grad, region, line) in enumerate(self.trace.records):

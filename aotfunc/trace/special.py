@@ -111,9 +111,10 @@ def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
     return trace.answer(torch.equal, [a, b], "a truth value")
 
 
-def _batch_norm(trace: Trace, x, weight, bias, mean, var, train, momentum, eps, *_):  # type: ignore
+def _batch_norm(trace: Trace, x, *args):  # type: ignore[no-untyped-def]
     """``native_batch_norm`` updates the running statistics and does not say so; the functional op
     returns them."""
+    weight, bias, mean, var, train, momentum, eps, *_ = args
     if train and mean is not None:
         out, m, s, new_mean, new_var = aten._native_batch_norm_legit_functional(
             x, weight, bias, mean, var, True, momentum, eps

@@ -61,8 +61,7 @@ class Traced(Tensor):
         args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # ----- what autograd would answer
-    # -------------------------------------------------------------------------------
+    # ----- what autograd would answer ------------------------------------------------------------
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -167,8 +166,7 @@ class Traced(Tensor):
             f"supported{at(debug.user_line())}; register it outside, on the leaf"
         )
 
-    # ----- what has no answer
-    # ----------------------------------------------------------------------------------------
+    # ----- what has no answer --------------------------------------------------------------------
 
     def numpy(self, *, force: bool = False) -> Any:
         if not force:

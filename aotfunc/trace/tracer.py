@@ -117,8 +117,7 @@ class Trace(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else every dispatch is wrapped in a Dynamo guard
 
-    # ----- values
-    # ---------------------------------------------------------------------------------------------
+    # ----- values --------------------------------------------------------------------------------
 
     def new(self, sig: Sig) -> Traced:
         if _inference_mode():
@@ -213,8 +212,7 @@ class Trace(TorchDispatchMode):
             )
         return self.inputs[ref]
 
-    # ----- recording
-    # ---------------------------------------------------------------------------------------------
+    # ----- recording -----------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if func.__class__ is not OpOverload:
@@ -628,8 +626,7 @@ class Trace(TorchDispatchMode):
         yet."""
         return ref in self.roots().conjugates
 
-    # ----- values on request
-    # ------------------------------------------------------------------------------------------
+    # ----- values on request ---------------------------------------------------------------------
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
         """The real value of ``t``: replay the recording on the concrete inputs."""

@@ -60,8 +60,7 @@ class Scope:
         self.same = self.made = ""  # the tensor that was named last, and the new one
         self.outside: list[str] = list(outside)  # expressions for whatever lies outside
 
-    # ----- what can be named
-    # ------------------------------------------------------------------------------------------
+    # ----- what can be named ---------------------------------------------------------------------
 
     def value(self, expression: str):
         return eval(expression, self.env)
@@ -140,8 +139,7 @@ class Scope:
                 return choice(["0", "-1"])
         raise KeyError(what)
 
-    # ----- statements
-    # ---------------------------------------------------------------------------------------------
+    # ----- statements ----------------------------------------------------------------------------
 
     def fill(self, template: str) -> str:
         """The template with its holes filled."""

@@ -264,8 +264,7 @@ def test_a_closed_over_value_from_before_the_write():
     )
 
 
-# ----- a tensor and what is detached from it
-# ------------------------------------------------------------------------
+# ----- a tensor and what is detached from it -----------------------------------------------------
 
 PAIRS = {
     "the same": lambda u: (u, u.detach()),

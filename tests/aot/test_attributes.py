@@ -95,8 +95,7 @@ def test_an_attribute_of_a_closed_over_tensor_is_set(compiler):
     assert_same(*pairs)
 
 
-# ----- classes of the user's
-# ------------------------------------------------------------------------------------------
+# ----- classes of the user's ---------------------------------------------------------------------
 
 
 class Whole(int):

@@ -30,8 +30,7 @@ def leaf():
     return X.clone().requires_grad_()
 
 
-# ----- what autograd saves
-# --------------------------------------------------------------------------------------------
+# ----- what autograd saves -----------------------------------------------------------------------
 
 
 def trained(net, f, around):
@@ -78,8 +77,7 @@ def test_what_is_saved(way, around):
         assert_same(trained(net, f, AROUND[around]), want)
 
 
-# ----- batches of gradients, whole Jacobians, forward mode
-# ------------------------------------------------------------
+# ----- batches of gradients, whole Jacobians, forward mode ---------------------------------------
 
 
 def hidden(x):
@@ -245,8 +243,7 @@ def test_duals_that_meet_a_cut_are_refused(way, name):
         WAYS[way](PROGRAMS[name])(fwAD.make_dual(X, E[0]))
 
 
-# ----- inside a captured function
-# -------------------------------------------------------------------------------------
+# ----- inside a captured function ----------------------------------------------------------------
 
 
 def unused(x):

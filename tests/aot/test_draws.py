@@ -182,8 +182,7 @@ def test_recurrent_dropout():
     assert_same(seeded(A.jit(net), x), want)
 
 
-# ----- partitions of others
-# -------------------------------------------------------------------------------------------
+# ----- partitions of others ----------------------------------------------------------------------
 
 
 class Masked(torch.autograd.Function):
@@ -272,8 +271,7 @@ def test_a_wrong_partition_is_refused(partition, message):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ----- generators of one's own
-# ----------------------------------------------------------------------------------------
+# ----- generators of one's own -------------------------------------------------------------------
 
 GENERATOR, OTHER = torch.Generator(), torch.Generator()
 
@@ -332,8 +330,7 @@ def test_a_generator_argument_is_by_reference():
             assert_same(reseeded(call, x, g), reseeded(f, x, g))
 
 
-# ----- seeds
-# -------------------------------------------------------------------------------------------------
+# ----- seeds -------------------------------------------------------------------------------------
 
 
 class Noise(nn.Module):

@@ -141,8 +141,7 @@ def test_what_would_go_on_after_the_capture_is_refused(f, transform):
         transform(f)(X[None])
 
 
-# ----- reprs
-# -------------------------------------------------------------------------------------------------
+# ----- reprs -------------------------------------------------------------------------------------
 
 
 def test_reprs():
@@ -160,8 +159,7 @@ def test_reprs():
     assert "aot_function of a Linear" in repr(g) and "eager and " in repr(g)
 
 
-# ----- compilers that fail
-# --------------------------------------------------------------------------------------------
+# ----- compilers that fail -----------------------------------------------------------------------
 
 
 def broken(gm, inputs):

@@ -18,8 +18,7 @@ P, Q = (
 )
 M = torch.diag(P) + 1.0
 
-# ----- distributions that validate their arguments
-# --------------------------------------------------------------------
+# ----- distributions that validate their arguments -----------------------------------------------
 
 DISTRIBUTIONS = {
     "Normal": (lambda p, q: D.Normal(p, q), P),
@@ -139,8 +138,7 @@ def test_a_distribution_made_outside():
     assert_same(f(P.float()), d.log_prob(P.float()))
 
 
-# ----- layers and modes
-# -----------------------------------------------------------------------------------------------
+# ----- layers and modes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -215,8 +213,7 @@ def test_initialisation_inside(name):
     assert_same(got, want)
 
 
-# ----- functions of torch that the user exchanges
-# ---------------------------------------------------------------------
+# ----- functions of torch that the user exchanges ------------------------------------------------
 
 
 @pytest.mark.parametrize(

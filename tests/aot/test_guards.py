@@ -61,8 +61,7 @@ def setting(x, name, value):
     return lambda: setattr(x, name, value)
 
 
-# ----- attributes of modules and objects
-# ---------------------------------------------------------------------------
+# ----- attributes of modules and objects ---------------------------------------------------------
 
 
 class Scaled(nn.Module):
@@ -378,8 +377,7 @@ def registry_and_names_made_at_run_time():
     )
 
 
-# ----- functions: globals, closures, defaults, helpers
-# ------------------------------------------------------------
+# ----- functions: globals, closures, defaults, helpers -------------------------------------------
 
 
 @case
@@ -715,8 +713,7 @@ def what_torchs_own_methods_read():
     )
 
 
-# ----- modules
-# -------------------------------------------------------------------------------------------------
+# ----- modules -----------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -912,8 +909,7 @@ def learning_rate_of_an_optimizer():
     )
 
 
-# ----- arguments
-# -------------------------------------------------------------------------------------------------
+# ----- arguments ---------------------------------------------------------------------------------
 
 
 @case
@@ -1043,8 +1039,7 @@ def test_threads_with_modules_of_one_architecture():
     assert not errors and len(f.entries) == 1
 
 
-# ----- state that a function changes itself
-# ------------------------------------------------------------------------
+# ----- state that a function changes itself ------------------------------------------------------
 
 
 class Counting(nn.Module):
@@ -1125,8 +1120,7 @@ def test_the_warning_names_what_changes():
     assert not g.entries and "box.n" in g.explain()
 
 
-# ----- explain
-# -------------------------------------------------------------------------------------------------
+# ----- explain -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiler", ["jit", "aot_function", "aot_module"])

@@ -32,8 +32,7 @@ def numbered(loss_of):
     return sum((k + 1) * t.sin().sum() for k, t in enumerate(loss_of) if t.requires_grad)
 
 
-# ----- leaves made inside
-# ---------------------------------------------------------------------------------------------
+# ----- leaves made inside ------------------------------------------------------------------------
 
 
 def unreachable(x, w):
@@ -79,8 +78,7 @@ def test_leaves_that_are_refused():
         jit(differentiated)(torch.ones(3))
 
 
-# ----- views made under no_grad, derivatives of zero
-# ------------------------------------------------------------------
+# ----- views made under no_grad, derivatives of zero ---------------------------------------------
 
 
 def test_views_made_under_no_grad():
@@ -180,8 +178,7 @@ def test_what_is_made_like_a_tensor_does_not_require_grad():
     both(lambda how: how(f)(torch.tensor([0.5, -1.0, 2.0], requires_grad=True)))
 
 
-# ----- checkpoints, hooks, shapes
-# -------------------------------------------------------------------------------------
+# ----- checkpoints, hooks, shapes ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -312,8 +309,7 @@ def test_shapes_changed_in_place_under_no_grad():
         assert x.shape == (2, 3)
 
 
-# ----- backwards of some of the results
-# -------------------------------------------------------------------------------
+# ----- backwards of some of the results ----------------------------------------------------------
 
 
 class Pair(torch.autograd.Function):

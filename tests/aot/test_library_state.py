@@ -48,8 +48,7 @@ def unchanged():
     pass
 
 
-# ----- what moves on by itself
-# ---------------------------------------------------------------------------------------
+# ----- what moves on by itself -------------------------------------------------------------------
 
 
 def drawing(new):
@@ -75,8 +74,7 @@ for name, (new, use) in MOVING.items():
     CASES[name] = lambda new=new, use=use: drawing(new)(use)
 
 
-# ----- containers
-# -------------------------------------------------------------------------------------------------
+# ----- containers --------------------------------------------------------------------------------
 
 
 @case
@@ -131,8 +129,7 @@ def default_factory():
     return lambda x: x * d.default_factory(), lambda: setattr(d, "default_factory", lambda: 8.0)
 
 
-# ----- read without its name
-# -----------------------------------------------------------------------------------------
+# ----- read without its name ---------------------------------------------------------------------
 
 
 @case
@@ -254,8 +251,7 @@ def test_texts_of_errors_are_no_reason_to_capture_again():
     assert g.captures == 1
 
 
-# ----- variables that are bound anew
-# ---------------------------------------------------------------------------------
+# ----- variables that are bound anew -------------------------------------------------------------
 
 STATE = torch.zeros(4)
 

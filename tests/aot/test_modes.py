@@ -77,8 +77,7 @@ MODES = {
 }
 
 
-# ----- programs: each leaves the ambient mode, or depends on it, in its own way
-# ---------------------------------------
+# ----- programs: each leaves the ambient mode, or depends on it, in its own way ------------------
 
 
 def island(w):

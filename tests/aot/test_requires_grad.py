@@ -553,8 +553,7 @@ def test_a_parameter_that_a_result_does_not_depend_on_keeps_no_gradient(wrapped)
     ]  # the last bias is added
 
 
-# ----- buffers of nested compiled modules
-# -----------------------------------------------------------------------------
+# ----- buffers of nested compiled modules --------------------------------------------------------
 
 
 class Outer(nn.Module):

@@ -62,8 +62,7 @@ class Net(nn.Module):
         self.pair, self.last, self.other = Pair(X, [X]), None, None
 
 
-# ----- what is there outside
-# ------------------------------------------------------------------------------------------
+# ----- what is there outside ---------------------------------------------------------------------
 
 #: of a module: what is returned, and which of the things outside that is
 REACHED = {
@@ -256,8 +255,7 @@ def test_a_log_is_not_looked_at(compiler):
     assert_same(log, [(X + k) * 2 for k in range(5)])
 
 
-# ----- slots
-# -------------------------------------------------------------------------------------------------
+# ----- slots -------------------------------------------------------------------------------------
 
 
 @every_compiler
@@ -305,8 +303,7 @@ def test_a_capture_that_fails_leaves_slots_and_sequences_as_they_were():
     assert all(a is b for a, b in zip((o.state, *rows, *queue), before, strict=True))
 
 
-# ----- what the function makes
-# ----------------------------------------------------------------------------------------
+# ----- what the function makes -------------------------------------------------------------------
 
 MADE = {
     "array": (lambda: np.arange(3.0), lambda a: a.__setitem__(0, 7)),

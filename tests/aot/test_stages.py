@@ -366,8 +366,7 @@ def test_inductor():
     assert_same(torch.autograd.grad(y, given)[0], expected)
 
 
-# ----- new values of written arguments
-# --------------------------------------------------------------------------------
+# ----- new values of written arguments -----------------------------------------------------------
 
 
 def summed(x, y):

@@ -169,8 +169,7 @@ def test_a_container_that_is_an_argument_and_closed_over_is_not_changed():
     assert_same(rows, [X, X * 2, X + 5])
 
 
-# ----- attributes of classes, functions and Python modules
-# ------------------------------------------------------------
+# ----- attributes of classes, functions and Python modules ---------------------------------------
 
 
 def kept_by_a_class():

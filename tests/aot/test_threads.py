@@ -156,8 +156,7 @@ def test_a_forked_child_collects_garbage():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and gc.isenabled()
 
 
-# ----- errors
-# -------------------------------------------------------------------------------------------------
+# ----- errors ------------------------------------------------------------------------------------
 
 ERRORS = [
     ValueError,

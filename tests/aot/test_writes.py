@@ -54,8 +54,7 @@ def relation(*trees):
     return found
 
 
-# ----- constants made inside
-# -----------------------------------------------------------------------------------------
+# ----- constants made inside ---------------------------------------------------------------------
 
 CONSTANTS = {
     "tensor": lambda x: torch.tensor([1.0, 2.0, 3.0]),
@@ -177,8 +176,7 @@ def test_constants_in_graphs_and_transforms(name):
         batch.add_(100)
 
 
-# ----- views that change nothing
-# --------------------------------------------------------------------------------------
+# ----- views that change nothing -----------------------------------------------------------------
 
 NOTHING = {
     "[:]": lambda x: x[:],
@@ -224,8 +222,7 @@ def test_views_that_change_nothing(name, wrap):
     assert_same(x, y)
 
 
-# ----- shapes and history changed in place
-# ----------------------------------------------------------------------------
+# ----- shapes and history changed in place -------------------------------------------------------
 
 
 def t(x):
@@ -367,8 +364,7 @@ def test_requires_grad_of_an_argument(wrap):
     assert not frozen.requires_grad
 
 
-# ----- what is refused
-# ------------------------------------------------------------------------------------------------
+# ----- what is refused ---------------------------------------------------------------------------
 
 
 def outside():
@@ -468,8 +464,7 @@ def test_a_backward_that_writes_to_what_it_saved_is_refused(wrap):
         wrap(lambda x: WritesToWhatItSaved.apply(x) * 1)(torch.ones(3, requires_grad=True))
 
 
-# ----- arguments that share memory
-# ------------------------------------------------------------------------------------
+# ----- arguments that share memory ---------------------------------------------------------------
 
 
 def matrix():

@@ -194,8 +194,7 @@ def test_a_conjugated_argument_says_so():
         assert_same(compiled(x), f(x))
 
 
-# ----- selective checkpoints
-# ------------------------------------------------------------------------------------------
+# ----- selective checkpoints ---------------------------------------------------------------------
 
 
 def block(x):

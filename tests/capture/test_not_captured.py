@@ -84,8 +84,7 @@ def test_nested_arguments(transform, layout):
         )
 
 
-# ----- packed sequences
-# -----------------------------------------------------------------------------------------------
+# ----- packed sequences --------------------------------------------------------------------------
 
 T = torch.randn(5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 torch.manual_seed(0)
@@ -141,8 +140,7 @@ def test_lengths_from_outside_are_not_frozen():
         jit(PACKED["lengths as a tensor"])(T)
 
 
-# ----- what only the kernels know
-# -------------------------------------------------------------------------------------
+# ----- what only the kernels know ----------------------------------------------------------------
 
 
 def test_grouped_products_in_float32():

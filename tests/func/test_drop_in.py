@@ -40,8 +40,7 @@ def test_vjp_fn_takes_autograds_flags(more):
     assert_same(vjp(two, X)[1]((X, X), *more)[0], X * X.cos() - X * X.sin())
 
 
-# ----- patch_torch_func
-# -----------------------------------------------------------------------------------------------
+# ----- patch_torch_func --------------------------------------------------------------------------
 
 NAMES = [
     "functionalize",
@@ -89,8 +88,7 @@ def test_rules_derived_while_patched():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-# ----- rearrange
-# -------------------------------------------------------------------------------------------------
+# ----- rearrange ---------------------------------------------------------------------------------
 
 Z = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
 PATTERNS = [
@@ -137,8 +135,7 @@ def test_patterns_that_do_not_fit(pattern):
         rearrange(Z, "a b (c e) d -> a b c e d", e=3)
 
 
-# ----- dictionaries in another order
-# ----------------------------------------------------------------------------------
+# ----- dictionaries in another order -------------------------------------------------------------
 
 Pair = namedtuple("Pair", "left right")
 P = {"a": X[0], "b": {"c": X[1], "d": X[2]}}

@@ -26,8 +26,7 @@ def front(x, dim):
     return x.movedim(dim, 0)
 
 
-# ----- trees
-# -------------------------------------------------------------------------------------------------
+# ----- trees -------------------------------------------------------------------------------------
 
 seen: list = []
 
@@ -95,8 +94,7 @@ def test_trees_where_the_forward_needs_values():
     assert_same(jit(f)(X[0]), X[0] * Y * 2)
 
 
-# ----- results
-# -------------------------------------------------------------------------------------------------
+# ----- results -----------------------------------------------------------------------------------
 
 
 def results_of(output, out_dims, forward=None):
@@ -206,8 +204,7 @@ def test_two_rules_are_refused(around):
     assert_same(jit(Both.apply)(X), X)
 
 
-# ----- what it may do on the real batch
-# -------------------------------------------------------------------------------
+# ----- what it may do on the real batch ----------------------------------------------------------
 
 
 def rule(body, forward=None):
@@ -381,8 +378,7 @@ def test_an_empty_batch():
     assert vmap(F.apply)(torch.zeros(0, 4)).shape == (0, 4)
 
 
-# ----- where it is recorded
-# -------------------------------------------------------------------------------------------
+# ----- where it is recorded ----------------------------------------------------------------------
 
 AROUND = {
     "jit": jit,
@@ -414,8 +410,7 @@ def test_a_rule_that_can_be_recorded(around):
     assert_same(got, want)
 
 
-# ----- a graph from outside, inside
-# ----------------------------------------------------------------------------------
+# ----- a graph from outside, inside --------------------------------------------------------------
 
 
 def test_a_gradient_through_a_rule_is_refused():

@@ -35,8 +35,7 @@ def x(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (4, 5))).requires_grad_()
 
 
-# ----- draws
-# -------------------------------------------------------------------------------------------------
+# ----- draws -------------------------------------------------------------------------------------
 
 DRAWS = {
     "dropout": lambda a, b: aten.native_dropout((a @ b).sin(), 0.5, True)[0].exp(),
@@ -89,8 +88,7 @@ def test_attention_is_random_only_with_dropout(p: float, again: bool) -> None:
     assert not is_random(dropout)
 
 
-# ----- effects, mutation
-# ----------------------------------------------------------------------------------------------
+# ----- effects, mutation -------------------------------------------------------------------------
 
 log: list[str] = []
 
@@ -183,8 +181,7 @@ def test_unknown_ops_run_once() -> None:
     assert torch.ops.partition_test.twice.default not in targets(bw)
 
 
-# ----- aliases, tuples, constants
-# -------------------------------------------------------------------------------------
+# ----- aliases, tuples, constants ----------------------------------------------------------------
 
 
 @every
@@ -235,8 +232,7 @@ def test_constants_are_shared_not_saved(partition: object) -> None:
     assert torch.equal(grad, (value * root.mask).exp() * root.mask) and same is root.mask
 
 
-# ----- gradients that are not much
-# ------------------------------------------------------------------------------------
+# ----- gradients that are not much ---------------------------------------------------------------
 
 
 @every
@@ -270,8 +266,7 @@ def test_output_of_a_cotangent_is_an_error() -> None:
         default_partition(h.module([h(aten.sin.default, t), None]), num_fwd_outputs=1)
 
 
-# ----- sizes and casts
-# ------------------------------------------------------------------------------------------------
+# ----- sizes and casts ---------------------------------------------------------------------------
 
 
 @every
@@ -309,8 +304,7 @@ def test_the_cut_chooses_among_casts() -> None:
     assert kept_bytes(fw, 1) == 0
 
 
-# ----- checkpoints
-# -------------------------------------------------------------------------------------------------
+# ----- checkpoints -------------------------------------------------------------------------------
 
 
 def checkpointed(key: str, blocks: int = 3) -> torch.fx.GraphModule:
@@ -360,8 +354,7 @@ def test_checkpointed_regions_are_computed_again(partition: object, key: str) ->
     assert torch.equal(out, wanted[0]) and torch.equal(bw(*kept, torch.ones(4, 4))[0], wanted[1])
 
 
-# ----- order, determinism
-# ---------------------------------------------------------------------------------------------
+# ----- order, determinism ------------------------------------------------------------------------
 
 
 def test_values_live_shortest() -> None:
@@ -420,8 +413,7 @@ def test_same_graph_same_partition_in_every_process() -> None:
     assert len(codes) == 1
 
 
-# ----- metadata, sizes, report
-# ----------------------------------------------------------------------------------------
+# ----- metadata, sizes, report -------------------------------------------------------------------
 
 
 def test_metadata_is_kept() -> None:

@@ -51,8 +51,7 @@ _VALUES = (
 )
 
 
-# ----- plain values
-# -------------------------------------------------------------------------------------------------
+# ----- plain values ------------------------------------------------------------------------------
 
 
 def is_value(x: Any) -> bool:
@@ -134,8 +133,7 @@ def noted(x: Any) -> Any:
     return Named(x.__qualname__ if named else f"a {type(x).__qualname__}", id(x))
 
 
-# ----- arguments
-# -------------------------------------------------------------------------------------------------
+# ----- arguments ---------------------------------------------------------------------------------
 
 
 def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[Any]) -> None:
@@ -251,8 +249,7 @@ def classes_in(spec: TreeSpec) -> list[type]:
     return [*found, *[c for child in spec.children() for c in classes_in(child)]]
 
 
-# ----- surroundings
-# -------------------------------------------------------------------------------------------------
+# ----- surroundings ------------------------------------------------------------------------------
 
 
 #: what the parts of :func:`environment_key` are

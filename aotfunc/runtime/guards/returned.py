@@ -123,8 +123,7 @@ class Finish:
         return result
 
 
-# ----- objects that a function makes
-# ----------------------------------------------------------------------------------
+# ----- objects that a function makes -------------------------------------------------------------
 
 
 def immutable(x: Any) -> bool:

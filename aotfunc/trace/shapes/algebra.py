@@ -28,8 +28,7 @@ def floating(x: Sig) -> bool:
     return x.dtype.is_floating_point or x.dtype.is_complex
 
 
-# ----- the same shape
-# -------------------------------------------------------------------------------------------------
+# ----- the same shape ----------------------------------------------------------------------------
 
 
 def like_strides(x: Sig, memory_format: Any = None) -> tuple:
@@ -146,8 +145,7 @@ def _cumulate(x, dim, *, dtype=None):
     return new(x, x.shape, dtype or (x.dtype if floating(x) else torch.int64))
 
 
-# ----- reductions
-# -------------------------------------------------------------------------------------------------
+# ----- reductions --------------------------------------------------------------------------------
 
 
 def reduced(x: Sig, dims: Any, keepdim: bool = False) -> tuple:
@@ -241,8 +239,7 @@ def _vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     return new(x, reduced(x, dim, keepdim))
 
 
-# ----- products
-# -------------------------------------------------------------------------------------------------
+# ----- products ----------------------------------------------------------------------------------
 
 
 def same_dtype(*sigs: Sig) -> None:
@@ -298,8 +295,7 @@ def _baddbmm(c, a, b, *, beta=1, alpha=1):
     return out
 
 
-# ----- solutions
-# -------------------------------------------------------------------------------------------------
+# ----- solutions ---------------------------------------------------------------------------------
 
 
 def matrix_strides(shape: tuple, column_major: bool) -> tuple:

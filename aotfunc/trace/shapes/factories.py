@@ -59,8 +59,7 @@ def _new_full(x, size, value, **options):
     return _new(x, size, **options)
 
 
-# ----- ranges and grids
-# -----------------------------------------------------------------------------------------------
+# ----- ranges and grids --------------------------------------------------------------------------
 
 
 @rule(aten.arange)
@@ -115,8 +114,7 @@ def _triu_indices(row, column, offset=0, *, dtype=torch.int64, **options):
     return created((2, above), dtype=dtype or torch.int64, **options)
 
 
-# ----- draws
-# -------------------------------------------------------------------------------------------------
+# ----- draws -------------------------------------------------------------------------------------
 
 
 @rule(aten.rand, aten.rand.generator, aten.randn, aten.randn.generator)

@@ -19,8 +19,7 @@ aten = torch.ops.aten
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
-# ----- softmax and losses
-# ---------------------------------------------------------------------------------------------
+# ----- softmax and losses ------------------------------------------------------------------------
 
 
 @rule(aten._softmax, aten._log_softmax)
@@ -138,8 +137,7 @@ def _nll_loss_backward(g, x, target, weight, reduction, ignore_index, total_weig
     return like(x)
 
 
-# ----- attention
-# -------------------------------------------------------------------------------------------------
+# ----- attention ---------------------------------------------------------------------------------
 
 
 @rule(aten._scaled_dot_product_flash_attention_for_cpu)
@@ -158,8 +156,7 @@ def _attention_backward(g, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask
     )
 
 
-# ----- norms
-# -------------------------------------------------------------------------------------------------
+# ----- norms -------------------------------------------------------------------------------------
 
 
 @rule(aten.native_layer_norm)
@@ -279,8 +276,7 @@ def _batch_norm_backward(g, x, weight, mean, var, save_mean, save_rstd, train, e
     return like(x), *[new(x, x.shape[1:2]) if m else None for m in mask[1:]]
 
 
-# ----- windows
-# -------------------------------------------------------------------------------------------------
+# ----- windows -----------------------------------------------------------------------------------
 
 
 def per_dim(values: Sequence[int], n: int) -> list[int]:

@@ -135,8 +135,7 @@ def computed(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
     return filled(b, val, value) if math.isfinite(value) else None
 
 
-# ----- one way of writing them
-# ----------------------------------------------------------------------------------------
+# ----- one way of writing them -------------------------------------------------------------------
 
 
 @rewrite(FULL)
@@ -168,8 +167,7 @@ def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: An
     )
 
 
-# ----- moved and selected
-# ---------------------------------------------------------------------------------------------
+# ----- moved and selected ------------------------------------------------------------------------
 
 
 @rewrite(aten.select.int, aten.slice.Tensor, aten.as_strided.default, aten.clone.default)
@@ -204,8 +202,7 @@ def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
     return None
 
 
-# ----- dense where it matters not
-# -------------------------------------------------------------------------------------
+# ----- dense where it matters not ----------------------------------------------------------------
 
 
 def solid(b: Builder, val: Sig, op: Any, args: tuple, named: dict) -> Any:

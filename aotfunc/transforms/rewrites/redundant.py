@@ -46,8 +46,7 @@ def _item(b: Builder, val: Any, x: Any, i: int) -> Any:
     return x[i] if isinstance(x, list | tuple) else None
 
 
-# ----- dimensions
-# -------------------------------------------------------------------------------------------------
+# ----- dimensions --------------------------------------------------------------------------------
 
 
 def _from_the_front(

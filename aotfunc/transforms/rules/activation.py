@@ -15,8 +15,7 @@ from torch._ops import OpOverload
 from .pointwise import keep
 from .table import aten, elementwise, pointwise, tensor_args, vjp_of, vmap_of
 
-# ----- piecewise linear: the second derivative is zero
-# ----------------------------------------------------------------
+# ----- piecewise linear: the second derivative is zero -------------------------------------------
 
 pointwise(aten.relu, lambda g, out, x: aten.threshold_backward(g, out, 0))
 pointwise(aten.threshold, lambda g, out, x, t, value: aten.threshold_backward(g, x, t))
@@ -48,8 +47,7 @@ pointwise(
 )
 
 
-# ----- smooth ones
-# -------------------------------------------------------------------------------------------------
+# ----- smooth ones -------------------------------------------------------------------------------
 
 
 def gelu_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor, approximate: str) -> Tensor:
@@ -138,8 +136,7 @@ pointwise(
 )
 
 
-# ----- more than one output, or a dimension
-# ---------------------------------------------------------------------------
+# ----- more than one output, or a dimension ------------------------------------------------------
 
 
 @vjp_of(aten.log_sigmoid_forward, diff_outputs=(0,))

@@ -16,8 +16,7 @@ from torch import Tensor
 from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.table import aten, jvp_of, total, vjp_of, vmap_of
 
-# ----- the definition in plain ops
-# ------------------------------------------------------------------------------------
+# ----- the definition in plain ops ---------------------------------------------------------------
 
 
 def undropped(dropout_p: float) -> None:
@@ -168,8 +167,7 @@ def cotangent_of_cotangent(
     )
 
 
-# ----- the batch goes into N
-# ------------------------------------------------------------------------------------------
+# ----- the batch goes into N ---------------------------------------------------------------------
 
 
 def folded(x: Tensor, carries: bool, size: int) -> Tensor:
@@ -209,8 +207,7 @@ def same_dropout(dropout_p: float, randomness: str) -> None:
         )
 
 
-# ----- the kernels
-# -------------------------------------------------------------------------------------------------
+# ----- the kernels -------------------------------------------------------------------------------
 
 cpu, cpu_backward = (
     aten._scaled_dot_product_flash_attention_for_cpu,

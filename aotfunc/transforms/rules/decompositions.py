@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .table import aten, decompose_as, elementwise, linear, named, nondiff, shifted, vmap_of
 
-# ----- convolutions
-# -------------------------------------------------------------------------------------------------
+# ----- convolutions ------------------------------------------------------------------------------
 
 
 def convolved(
@@ -73,8 +72,7 @@ decompose_as(aten.slow_conv3d_forward, by_columns)
 decompose_as(aten.conv_tbc, over_time)
 
 
-# ----- products
-# -------------------------------------------------------------------------------------------------
+# ----- products ----------------------------------------------------------------------------------
 
 decompose_as(aten._int_mm, lambda x, y: x.to(torch.int32) @ y.to(torch.int32))
 decompose_as(
@@ -96,8 +94,7 @@ decompose_as(aten._weight_norm_interface_backward, weight_norm_backward)
 decompose_as(aten._linalg_eigvals, lambda a: aten.linalg_eig(a)[0])
 
 
-# ----- gated linear units
-# ---------------------------------------------------------------------------------------------
+# ----- gated linear units ------------------------------------------------------------------------
 
 
 def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -126,8 +123,7 @@ decompose_as(aten.glu_jvp, glu_tangent)
 decompose_as(aten.glu_backward_jvp, glu_backward_tangent)
 
 
-# ----- elements and views
-# ---------------------------------------------------------------------------------------------
+# ----- elements and views ------------------------------------------------------------------------
 
 decompose_as(aten._add_relu.Tensor, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
 decompose_as(aten._add_relu.Scalar, lambda x, y, alpha=1: torch.relu(torch.add(x, y, alpha=alpha)))
@@ -175,8 +171,7 @@ def _(x: Tensor, message: str, token: Tensor) -> Tensor:
     return aten._functional_assert_async.msg(x.all(), message, token)
 
 
-# ----- numbers from tensors
-# -------------------------------------------------------------------------------------------
+# ----- numbers from tensors ----------------------------------------------------------------------
 
 
 def numbers_between(start: Any, end: Any, steps: int, dtype: torch.dtype | None) -> Tensor:
@@ -219,8 +214,7 @@ for which in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor"):
     )
 
 
-# ----- softmax of what a mask leaves
-# ----------------------------------------------------------------------------------
+# ----- softmax of what a mask leaves -------------------------------------------------------------
 
 KEYS = (
     1  # value of the argument `mask_type`: a mask (N, T) of the keys; others broadcast as they are

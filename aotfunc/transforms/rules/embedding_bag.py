@@ -182,8 +182,7 @@ def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Ten
     return apart(out, weight.shape[0], table)
 
 
-# ----- derivatives
-# -------------------------------------------------------------------------------------------------
+# ----- derivatives -------------------------------------------------------------------------------
 
 
 def bag_of_each(indices: Tensor, offsets: Tensor, last: bool) -> Tensor:

@@ -73,8 +73,7 @@ nondiff(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, batch=resi
 nondiff(aten.new_empty_strided, batch=restrided)
 
 
-# ----- overwriting: the old value is lost, the new one goes through
-# ---------------------------------------------------
+# ----- overwriting: the old value is lost, the new one goes through ------------------------------
 
 nondiff(aten.zero, batch=lambda op: lambda x: op(x), zero=True)
 nondiff(aten.fill.Scalar, batch=lambda op: lambda x, value: op(x, value), zero=True)

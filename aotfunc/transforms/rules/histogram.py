@@ -51,8 +51,7 @@ def _(
     return tally(x, None, weights, shape[0], torch.empty((), dtype=dtype, device=x.device))
 
 
-# ----- histograms of numbers
-# ------------------------------------------------------------------------------------------
+# ----- histograms of numbers ---------------------------------------------------------------------
 
 
 def span(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -45,8 +45,7 @@ def read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
     return aten.index.Tensor(x, indices if count is None else numbered(indices, count))
 
 
-# ----- index and index_put: NumPy's advanced indexing, see :mod:`.places`
-# ---------------------------------------------
+# ----- index and index_put: NumPy's advanced indexing, see :mod:`.places` ------------------------
 
 
 def with_example(
@@ -237,8 +236,7 @@ for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
         jointly=True,
     )
 
-# ----- masked indexing: positions may be out of range where the mask is false
-# -----------------------------------------
+# ----- masked indexing: positions may be out of range where the mask is false --------------------
 
 
 def in_range(x: Tensor, indices: Indices, batched: bool) -> list[Tensor | None]:
@@ -299,8 +297,7 @@ def _(x: Tensor, mask: Tensor, indices: Any, values: Tensor, *, batched: Any, si
     )
 
 
-# ----- take and put: positions in the flattened tensor
-# ----------------------------------------------------------------
+# ----- take and put: positions in the flattened tensor -------------------------------------------
 
 
 def flat(x: Tensor, batched: bool) -> Tensor:
@@ -349,8 +346,7 @@ linear(
     jointly=True,
 )
 
-# ----- masks
-# -------------------------------------------------------------------------------------------------
+# ----- masks -------------------------------------------------------------------------------------
 
 
 def batch_masked_select(

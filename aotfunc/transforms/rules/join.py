@@ -28,8 +28,7 @@ def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:
     return batch
 
 
-# ----- cutting and joining
-# --------------------------------------------------------------------------------------------
+# ----- cutting and joining -----------------------------------------------------------------------
 
 
 def pieces_back(gs: Sequence[Tensor | None], x: Tensor, sizes: Sequence[Any], dim: int) -> Tensor:
@@ -124,8 +123,7 @@ def batch_block_diag(tensors: Sequence[Tensor], *, batched: Any, size: Any) -> T
 
 linear(aten.block_diag, block_diag_back, batch=batch_block_diag)
 
-# ----- pads and patches
-# -----------------------------------------------------------------------------------------------
+# ----- pads and patches --------------------------------------------------------------------------
 
 linear(
     aten.constant_pad_nd,

@@ -27,8 +27,7 @@ from aotfunc.transforms.rules.table import (
     vmap_of,
 )
 
-# ----- the batch in front
-# ---------------------------------------------------------------------------------------------
+# ----- the batch in front ------------------------------------------------------------------------
 
 
 def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
@@ -138,8 +137,7 @@ def _(a, b, left, check, *, batched, size):
     return out.squeeze(-1) if vector else out, *others
 
 
-# ----- inverse, systems, determinants
-# ---------------------------------------------------------------------------------
+# ----- inverse, systems, determinants ------------------------------------------------------------
 
 
 @vjp_of(aten.linalg_inv_ex, diff_outputs=(0,))
@@ -255,8 +253,7 @@ def _(tangents, out, a):
     return None, rate, None, None
 
 
-# ----- factorisations
-# -------------------------------------------------------------------------------------------------
+# ----- factorisations ----------------------------------------------------------------------------
 
 
 def half_triangle(x: Tensor) -> Tensor:

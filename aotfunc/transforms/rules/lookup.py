@@ -12,8 +12,7 @@ from .index import count_up
 from .places import nonzero_each
 from .table import aten, expand_lead, linear, nondiff, vmap_of
 
-# ----- embedding
-# -------------------------------------------------------------------------------------------------
+# ----- embedding ---------------------------------------------------------------------------------
 
 
 @vmap_of(aten.embedding)
@@ -91,8 +90,7 @@ linear(
 )
 
 
-# ----- positions: no derivative
-# ---------------------------------------------------------------------------------------
+# ----- positions: no derivative ------------------------------------------------------------------
 
 nondiff(
     aten.searchsorted.Tensor,

@@ -25,8 +25,7 @@ from aotfunc.transforms.rules.table import (
     vmap_of,
 )
 
-# ----- softmax
-# -------------------------------------------------------------------------------------------------
+# ----- softmax -----------------------------------------------------------------------------------
 
 
 def along_dim(op: OpOverload | OpOverloadPacket) -> Formula:
@@ -102,8 +101,7 @@ def _(a, out, g, logp, dim, *, needs):
     return of_g, -weighted * g.sum(dim, keepdim=True) if needs[1] else None
 
 
-# ----- losses that act on each element
-# --------------------------------------------------------------------------------
+# ----- losses that act on each element -----------------------------------------------------------
 
 NONE, MEAN, SUM = 0, 1, 2  # values of the argument `reduction`
 

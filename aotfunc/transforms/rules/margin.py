@@ -92,8 +92,7 @@ def _(g, x, target, reduction, is_target, *, batched, size):
     return out.reshape(x.shape)
 
 
-# ----- second derivatives
-# ---------------------------------------------------------------------------------------------
+# ----- second derivatives ------------------------------------------------------------------------
 
 
 def spread(g: Tensor, rows: int, reduction: int) -> Tensor:

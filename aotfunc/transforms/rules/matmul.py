@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .table import aten, conj, jvp_of, linear, vjp_of, vmap_of
 
-# ----- transposes
-# -------------------------------------------------------------------------------------------------
+# ----- transposes --------------------------------------------------------------------------------
 
 
 def adjoint(x: Tensor) -> Tensor:
@@ -63,8 +62,7 @@ def as_dtype(x: Any, dtype: torch.dtype) -> Any:
     )
 
 
-# ----- batches
-# -------------------------------------------------------------------------------------------------
+# ----- batches -----------------------------------------------------------------------------------
 
 
 def batch_mm(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
@@ -108,8 +106,7 @@ def batch_vdot(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
     return batch_dot(conj(a), b, batched=batched)
 
 
-# ----- the plain products
-# ---------------------------------------------------------------------------------------------
+# ----- the plain products ------------------------------------------------------------------------
 
 linear(aten.mm, mm_left, mm_right, batch=batch_mm)
 linear(
@@ -236,8 +233,7 @@ fused(
 )
 
 
-# ----- linear layers and bilinear forms
-# -------------------------------------------------------------------------------
+# ----- linear layers and bilinear forms ----------------------------------------------------------
 
 
 def rows(x: Tensor) -> Tensor:

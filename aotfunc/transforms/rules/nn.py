@@ -14,8 +14,7 @@ from torch._ops import OpOverloadPacket
 from aotfunc.transforms.rules.batching import along_channels, into, out_of, planes, with_batch
 from aotfunc.transforms.rules.table import aten, jvp_of, linear, overload, total, vjp_of, vmap_of
 
-# ----- convolution
-# -------------------------------------------------------------------------------------------------
+# ----- convolution -------------------------------------------------------------------------------
 # The convolution is linear in the image and in the weight, and its backward op holds the two
 # transposes. Whatever the stride, padding, dilation, groups or direction, <a, image gradient> =
 # <conv(a, w), g> and <b, weight gradient> = <conv(x, b), g>; all the second derivatives follow
@@ -164,8 +163,7 @@ def _(g, x, w, bias_sizes, *geometry, batched, size):
     return of_x, of_w, of_b
 
 
-# ----- pooling
-# -------------------------------------------------------------------------------------------------
+# ----- pooling -----------------------------------------------------------------------------------
 
 
 def pick(x: Tensor, indices: Tensor, spatial: int) -> Tensor:

@@ -25,8 +25,7 @@ def itself(x: Tensor) -> Tensor:
     return x
 
 
-# ----- batch norm
-# -------------------------------------------------------------------------------------------------
+# ----- batch norm --------------------------------------------------------------------------------
 
 
 def channels_layout(x: Tensor, training: bool) -> Layout:
@@ -155,8 +154,7 @@ def _(g, x, *rest, batched, size):
     return (of_x, *(None if v is None else out_of(v, 0, size) for v in others))
 
 
-# ----- layer norm
-# -------------------------------------------------------------------------------------------------
+# ----- layer norm --------------------------------------------------------------------------------
 
 
 def trailing_layout(x: Tensor, shape: Sequence[int], centred: bool = True) -> Layout:
@@ -242,8 +240,7 @@ def _(g, x, shape, mean, rstd, weight, bias, mask, *, batched, size):
     return of_x, of_w, of_b
 
 
-# ----- root-mean-square norm
-# ------------------------------------------------------------------------------------------
+# ----- root-mean-square norm ---------------------------------------------------------------------
 
 
 @vjp_of(aten._fused_rms_norm)
@@ -306,8 +303,7 @@ def _(g, x, shape, rstd, weight, mask, *, batched, size):
     return of_x, of_w
 
 
-# ----- group norm
-# -------------------------------------------------------------------------------------------------
+# ----- group norm --------------------------------------------------------------------------------
 
 
 def groups_layout(x: Tensor, n: int, c: int, pixels: int, groups: int) -> Layout:

@@ -51,8 +51,7 @@ def keep(mask: Tensor, g: Tensor) -> Tensor:
     return torch.where(mask, g, 0)
 
 
-# ----- sums, products, quotients
-# --------------------------------------------------------------------------------------
+# ----- sums, products, quotients -----------------------------------------------------------------
 
 for op in functional(aten.add):
     pointwise(op, lambda g, out, x, y, alpha: g, lambda g, out, x, y, alpha: times(g, alpha))
@@ -116,8 +115,7 @@ linear(aten.deg2rad, lambda g, x: aten.deg2rad(g), batch=elementwise(aten.deg2ra
 linear(aten.rad2deg, lambda g, x: aten.rad2deg(g), batch=elementwise(aten.rad2deg.default))
 
 
-# ----- powers, roots, exponentials, logarithms
-# ------------------------------------------------------------------------
+# ----- powers, roots, exponentials, logarithms ---------------------------------------------------
 
 
 def power_of_number(g: Tensor, out: Tensor, x: Tensor, n: Any) -> Tensor:
@@ -189,8 +187,7 @@ pointwise(aten.special_xlog1py.other_scalar, in_x)
 pointwise(aten.special_xlog1py.self_scalar, in_y)
 
 
-# ----- circular and hyperbolic functions
-# ------------------------------------------------------------------------------
+# ----- circular and hyperbolic functions ---------------------------------------------------------
 
 pointwise(aten.sin, lambda g, out, x: g * aten.cos(x))
 pointwise(aten.cos, lambda g, out, x: -(g * aten.sin(x)))
@@ -256,8 +253,7 @@ for op in (aten.tanh_backward.default, aten.sigmoid_backward.default):
     vmap_of(op)(elementwise(op))
 
 
-# ----- extrema, bounds, choices
-# ---------------------------------------------------------------------------------------
+# ----- extrema, bounds, choices ------------------------------------------------------------------
 
 pointwise(aten.abs, lambda g, out, x: g * aten.sgn(x))
 
@@ -357,8 +353,7 @@ def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Te
 vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
 
 
-# ----- complex numbers
-# ------------------------------------------------------------------------------------------------
+# ----- complex numbers ---------------------------------------------------------------------------
 
 linear(aten._conj_physical, lambda g, x: g.conj(), batch=elementwise(aten._conj_physical.default))
 linear(aten._neg_view, lambda g, x: -g, batch=elementwise(aten._neg_view.default))
@@ -415,8 +410,7 @@ for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sg
     vmap_of(op)(elementwise(op))
 
 
-# ----- copies
-# -------------------------------------------------------------------------------------------------
+# ----- copies ------------------------------------------------------------------------------------
 
 
 def copying(op: OpOverload) -> Any:
@@ -440,8 +434,7 @@ linear(
 linear(aten._lazy_clone, lambda g, x: g, batch=elementwise(aten._lazy_clone.default))
 
 
-# ----- no derivative: rounding, comparisons, logic, bits
-# --------------------------------------------------------------
+# ----- no derivative: rounding, comparisons, logic, bits -----------------------------------------
 
 for op in functional(
     *(aten.floor, aten.ceil, aten.trunc, aten.round, aten.sign, aten.floor_divide, aten.heaviside),

@@ -52,8 +52,7 @@ def no_shared_draw() -> NotImplementedError:
     )
 
 
-# ----- draws of a given shape
-# -----------------------------------------------------------------------------------------
+# ----- draws of a given shape --------------------------------------------------------------------
 
 
 def of_size(op: OpOverload) -> Callable[..., Tensor]:
@@ -99,8 +98,7 @@ def permutations(op: OpOverload) -> Callable[..., Tensor]:
 nondiff(aten.randperm, aten.randperm.generator, batch=permutations)
 
 
-# ----- draws of the shape of a tensor
-# ---------------------------------------------------------------------------------
+# ----- draws of the shape of a tensor ------------------------------------------------------------
 
 
 def of_shape(op: OpOverload) -> Callable[..., Tensor]:
@@ -142,8 +140,7 @@ nondiff(
 )
 
 
-# ----- draws from a distribution for each element
-# ---------------------------------------------------------------------
+# ----- draws from a distribution for each element ------------------------------------------------
 
 
 def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
@@ -271,8 +268,7 @@ def _(
     return draw(p.flatten(0, -2)).reshape(*p.shape[:-1], count)
 
 
-# ----- dropout
-# -------------------------------------------------------------------------------------------------
+# ----- dropout -----------------------------------------------------------------------------------
 
 
 def dropout_scale(p: float, train: bool | None) -> float:

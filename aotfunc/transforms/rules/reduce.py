@@ -16,8 +16,7 @@ from torch._ops import OpOverload
 from .pointwise import keep
 from .table import aten, jvp_of, linear, nondiff, shifted, vjp_of, vmap_of
 
-# ----- helpers
-# -------------------------------------------------------------------------------------------------
+# ----- helpers -----------------------------------------------------------------------------------
 
 
 def every(x: Tensor, dim: Any) -> tuple[int, ...]:
@@ -64,8 +63,7 @@ def summed(op: Any) -> Callable[..., Any]:
     return lambda x, dims, dtype=None: op(x, dims, dtype=dtype)
 
 
-# ----- sums and means
-# -------------------------------------------------------------------------------------------------
+# ----- sums and means ----------------------------------------------------------------------------
 
 linear(aten.sum, lambda g, x: g.expand(x.shape), batch=per_sample(summed(aten.sum)))
 linear(
@@ -96,8 +94,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor
 vmap_of(aten.nansum)(shifted(aten.nansum, "dim"))
 
 
-# ----- variance and norms
-# ---------------------------------------------------------------------------------------------
+# ----- variance and norms ------------------------------------------------------------------------
 
 
 def var_backward(g: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> Tensor:
@@ -235,8 +232,7 @@ def _(x: Tensor, y: Tensor, p: Any) -> Tensor:
     return aten.linalg_vector_norm(rows(x - y), p, [1])
 
 
-# ----- extreme values: ties share the cotangent of amax, and of max without a dimension
-# -------------------------------
+# ----- extreme values: ties share the cotangent of amax, and of max without a dimension ----------
 
 
 def share(g: Tensor, mask: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -305,8 +301,7 @@ def _(x: Tensor, dim: int | None, keepdim: bool) -> tuple[Tensor, Tensor]:
     return (low.reshape(-1, *ones), high.reshape(-1, *ones)) if ones else (low, high)
 
 
-# ----- selections: the values are the input at the indices
-# ------------------------------------------------------------
+# ----- selections: the values are the input at the indices ---------------------------------------
 
 
 def selection(op: OpOverload) -> None:
@@ -357,8 +352,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor
 vmap_of(aten.logsumexp)(shifted(aten.logsumexp, "dim"))
 
 
-# ----- no derivative
-# -------------------------------------------------------------------------------------------------
+# ----- no derivative -----------------------------------------------------------------------------
 
 nondiff(
     aten.all.dim,

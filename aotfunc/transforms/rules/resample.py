@@ -10,8 +10,7 @@ from torch._ops import OpOverloadPacket
 from aotfunc.transforms.rules.batching import with_batch
 from aotfunc.transforms.rules.table import aten, linear, vjp_of, vmap_of
 
-# ----- resizing
-# -------------------------------------------------------------------------------------------------
+# ----- resizing ----------------------------------------------------------------------------------
 
 
 def resizing(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
@@ -43,8 +42,7 @@ for name in (
         resizing(getattr(aten, name), getattr(aten, name + "_backward"))
 
 
-# ----- sampling at a grid of points
-# -----------------------------------------------------------------------------------
+# ----- sampling at a grid of points --------------------------------------------------------------
 
 
 def sampling(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 from .reduce import restored, rows
 from .table import aten, jvp_of, linear, shifted, vjp_of, vmap_of
 
-# ----- cumulative extremes: the values are the input at the indices
-# ---------------------------------------------------
+# ----- cumulative extremes: the values are the input at the indices ------------------------------
 
 
 @vjp_of(aten.cummax, aten.cummin, diff_outputs=(0,))
@@ -34,8 +33,7 @@ for op in (aten.cummax.default, aten.cummin.default):
     vmap_of(op)(shifted(op, "dim"))
 
 
-# ----- products and sums
-# ----------------------------------------------------------------------------------------------
+# ----- products and sums -------------------------------------------------------------------------
 
 
 #: so many numbers are multiplied one by one in the derivative of their product

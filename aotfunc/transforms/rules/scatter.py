@@ -37,8 +37,7 @@ def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
     )
 
 
-# ----- gather and scatter: one index per element, along one dimension
-# -------------------------------------------------
+# ----- gather and scatter: one index per element, along one dimension ----------------------------
 
 
 def along(op: Any) -> Formula:
@@ -162,8 +161,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor, r
 for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.reduce):
     vmap_of(op)(along(op))
 
-# ----- index_select and its writes: one vector of positions along one dimension
-# ---------------------------------------
+# ----- index_select and its writes: one vector of positions along one dimension ------------------
 
 
 def spread(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:

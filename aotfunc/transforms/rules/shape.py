@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .table import aten, jvp_of, linear, named, nondiff, past_batch, shifted, vmap_of
 
-# ----- the same elements under another shape
-# --------------------------------------------------------------------------
+# ----- the same elements under another shape -----------------------------------------------------
 
 
 def known(size: Sequence[Any], numel: Any) -> list[Any]:
@@ -95,8 +94,7 @@ def batch_repeat(x: Tensor, repeats: Sequence[Any]) -> Tensor:
 
 linear(aten.repeat, repeat_back, batch=batch_repeat)
 
-# ----- another order of dimensions or elements
-# ------------------------------------------------------------------------
+# ----- another order of dimensions or elements ---------------------------------------------------
 
 
 def permute_back(g: Tensor, x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -150,16 +148,14 @@ for op in named("channel_shuffle", "native_channel_shuffle"):
         batch=lambda x, groups: torch.channel_shuffle(x.flatten(0, 1), groups).reshape(x.shape),
     )
 
-# ----- complex numbers as pairs
-# ---------------------------------------------------------------------------------------
+# ----- complex numbers as pairs ------------------------------------------------------------------
 
 for op in named("view_as_real", "view_as_real_copy"):
     linear(op, lambda g, x: torch.view_as_complex(g.contiguous()), batch=op)
 for op in named("view_as_complex", "view_as_complex_copy"):
     linear(op, lambda g, x: torch.view_as_real(g.resolve_conj()), batch=op)
 
-# ----- counts
-# -------------------------------------------------------------------------------------------------
+# ----- counts ------------------------------------------------------------------------------------
 
 nondiff(aten.repeat_interleave.Tensor)
 

@@ -44,8 +44,7 @@ def of_input(op: Any, *names: str) -> Formula:
     return batch
 
 
-# ----- a part of the elements, and its place in the whole
-# -------------------------------------------------------------
+# ----- a part of the elements, and its place in the whole ----------------------------------------
 
 
 def slice_back(g: Tensor, x: Tensor, dim: int, start: Any, end: Any, step: Any) -> Tensor:
@@ -158,8 +157,7 @@ scatter_lines(aten.slice_scatter, aten.slice, "dim")
 scatter_lines(aten.select_scatter, aten.select, "dim")
 scatter_lines(aten.diagonal_scatter, aten.diagonal, "dim1", "dim2")
 
-# ----- as_strided: reads the memory behind x, here a gather of x's elements
-# -------------------------------------------
+# ----- as_strided: reads the memory behind x, here a gather of x's elements ----------------------
 
 
 def cells(

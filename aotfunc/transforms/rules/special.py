@@ -33,8 +33,7 @@ def near_zero(
     return torch.where(near, series * (y if times is x else times), away(x.masked_fill(near, 1)))
 
 
-# ----- the normal distribution
-# ----------------------------------------------------------------------------------------
+# ----- the normal distribution -------------------------------------------------------------------
 
 pointwise(aten.erf, lambda g, out, x: g * (aten.exp(-(x * x)) * (2 / ROOT_PI)))
 pointwise(aten.erfc, lambda g, out, x: g * (aten.exp(-(x * x)) * (-2 / ROOT_PI)))
@@ -49,8 +48,7 @@ pointwise(
 )
 
 
-# ----- logit, entropy, sinc
-# -------------------------------------------------------------------------------------------
+# ----- logit, entropy, sinc ----------------------------------------------------------------------
 
 
 def inside(x: Tensor, eps: float | None) -> Tensor:
@@ -78,8 +76,7 @@ pointwise(aten.special_entr, lambda g, out, x: -(g * (1 + aten.log(x))))
 pointwise(aten.sinc, sinc_first)
 
 
-# ----- gamma and zeta
-# -------------------------------------------------------------------------------------------------
+# ----- gamma and zeta ----------------------------------------------------------------------------
 
 
 def igamma_in_x(g: Tensor, out: Tensor, a: Tensor, x: Tensor) -> Tensor:
@@ -114,8 +111,7 @@ pointwise(aten.special_zeta.other_scalar, refused("zeta"))
 pointwise(aten.special_zeta.self_scalar, zeta_in_y)
 
 
-# ----- Bessel functions
-# -----------------------------------------------------------------------------------------------
+# ----- Bessel functions --------------------------------------------------------------------------
 
 
 def i1_slope(k: int) -> float:
@@ -184,8 +180,7 @@ pointwise(
     lambda g, out, x: g * near_zero(x, sphere_slope, lambda y: (aten.cos(x) - out) / y, times=x),
 )
 
-# ----- no derivative known: only batched
-# ------------------------------------------------------------------------------
+# ----- no derivative known: only batched ---------------------------------------------------------
 
 for op in functional(aten.special_airy_ai, aten._standard_gamma_grad):
     vmap_of(op)(elementwise(op))

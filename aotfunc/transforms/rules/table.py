@@ -132,8 +132,7 @@ def adapt(rule: Formula, leading: int) -> Formula:
     return call
 
 
-# ----- the verbs
-# -------------------------------------------------------------------------------------------------
+# ----- the verbs ---------------------------------------------------------------------------------
 
 
 def vjp_of(
@@ -302,8 +301,7 @@ def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
     rule_of(op).verbs.append("decompose_as")
 
 
-# ----- what rules are made of
-# -----------------------------------------------------------------------------------------
+# ----- what rules are made of --------------------------------------------------------------------
 
 
 def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
