@@ -39,6 +39,7 @@ from ..trace.traced import Traced, check_kind, current
 from .aliasing import Changes, without_views
 from .autograd import run
 from .chains import as_recorded, chained
+from .changing import Numbers
 from .execute import run_eager
 from .guards.check import Check
 from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
@@ -111,6 +112,9 @@ class Entry:
         self.check = Check(state)
         self.finish = finish or None
         self.kept: list[Any] = []
+        #: its key whatever the numbers are that it takes, and what these inputs are
+        self.any: tuple | None = None
+        self.numbers: tuple = ()
 
     def __repr__(self) -> str:
         return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
@@ -290,6 +294,11 @@ class Compiled:
                 f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function "
                 "that it was made from (.__wrapped__)"
             )
+        numbers = Numbers(self.f, *given)
+        if numbers and current() is None:
+            found = self.with_other_numbers(numbers, tensors, objects, given)
+            if found is not None:
+                return found[0]
         arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
         labels = [
@@ -317,7 +326,7 @@ class Compiled:
             check_kind(t)
         before = of_python()
         try:
-            entry, new = self.capture(arguments, tensors, given, state, key)
+            entry, new = self.capture(arguments, tensors, given, state, key, numbers)
             drew = of_python() != before
             result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         except BaseException:
@@ -329,10 +338,27 @@ class Compiled:
         # any more
         alike = self._changed is None and not drew and function_modes_key() is not OTHERS
         if entry.reusable and alike:
+            if entry.numbers:
+                entry.any = numbers.key(*given)
             self.store(full, entry, state)
         if new or not alike:
             self.watch_growth(entry.facts)
         return result
+
+    def with_other_numbers(
+        self, numbers: Numbers, tensors: list[Tensor], objects: list[Any], given: tuple
+    ) -> tuple | None:
+        """The result (in a tuple) by an entry that was captured for other values of these
+        numbers."""
+        entry = self._recent.get(numbers.key(*given))
+        found = entry and entry.check.tensors(self.f, objects)
+        if found is None or not entry.shared.again(tensors, found):
+            return None
+        closed = [*tensors, *entry.closed(found)[: -len(entry.numbers)]]
+        closed += numbers.tensors(entry.numbers)
+        if entry.whereabouts is not None and entry.whereabouts != whereabouts(closed):
+            return None
+        return (entry(closed, self.f, objects, given),)
 
     def unhashable(self, arguments: Arguments) -> ArgumentError:
         """The error for an argument that cannot be part of a key."""
@@ -364,12 +390,15 @@ class Compiled:
                 entry.kept.append(x)
         self.entries.put(full, entry)
         self._recent.put(entry.key, entry)
+        if entry.any is not None:
+            self._recent.put(entry.any, entry)
 
     def drop(self, full: tuple) -> None:
         """Forget an entry."""
         entry = self.entries.pop(full)
-        if entry is not None and self._recent.get(entry.key) is entry:
-            self._recent.pop(entry.key)
+        for key in (entry.key, entry.any) if entry is not None else ():
+            if key is not None and self._recent.get(key) is entry:
+                self._recent.pop(key)
 
     def forget(self) -> None:
         """Drop all entries."""
@@ -379,7 +408,13 @@ class Compiled:
         self.captures, self._warned, self._last, self._changed = 0, False, None, None
 
     def capture(
-        self, arguments: Arguments, tensors: list[Tensor], given: tuple, state: State, key: tuple
+        self,
+        arguments: Arguments,
+        tensors: list[Tensor],
+        given: tuple,
+        state: State,
+        key: tuple,
+        numbers: Numbers,
     ) -> tuple[Entry, bool]:
         """The entry for this call, and whether its program is new."""
         self.captures += 1
@@ -387,11 +422,14 @@ class Compiled:
 
         def f(*args: Any, **kwargs: Any) -> Any:
             mine = Given(args, kwargs)
+            if watches:
+                args, kwargs = numbers.watched(args, kwargs)
             result = called(*args, **kwargs)
             mine.check(argument_names(self.f, len(args)), self.name)
             places.extend(left_behind(state, self.titled, containers(given)))
             return recorded(result, places, state, mine.containers)
 
+        watches = bool(numbers) and current() is None and not self._names.types
         called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
         rec = capture(
             f,
@@ -436,7 +474,10 @@ class Compiled:
         facts = facts_of(described, state.facts)
         self._last = ([e.facts for e in self.entries.values()], facts)
         inside = Leaves(rec, program.mutated)
-        return Entry(rec, step, views, state, key, facts, enables, finish, inside), new
+        entry = Entry(rec, step, views, state, key, facts, enables, finish, inside)
+        if watches and rec.numbers:
+            entry.numbers = numbers.inputs(rec) or ()
+        return entry, new
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""

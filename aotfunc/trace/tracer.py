@@ -100,6 +100,7 @@ class Trace(TorchDispatchMode):
         self.samples: Any = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
+        self.answered = False  # whether a value was asked for
         self.followed: Any = None  # see concretize.py
         self._roots: Roots | None = None
         self._places: tuple[Place, ...] | None = None
@@ -661,6 +662,7 @@ class Trace(TorchDispatchMode):
             return t
         if self.finished and self.concrete_inputs is None:
             return None
+        self.answered = True
         if self._values is None:
             self._values = Replay(self)
         return self._values.value(self, ref)

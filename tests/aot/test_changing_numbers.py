@@ -2,12 +2,15 @@
 the program, of which it is an input, is compiled once and computes what eager does with the
 number."""
 
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from aotfunc import aot_function, grad, jit, vmap
+from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
 NUMBERS = (0.3, 0.77, 10.1, 1e-3, 4.0, 123.456, 0.31, 0.32, 0.33)
@@ -178,3 +181,153 @@ def test_inductor(dtype):
         dtype not in (torch.float32, torch.float64)
         or len({e.call for e in compiled.entries.values()}) == 2
     )
+
+
+# ----- without another capture
+# ---------------------------------------------------------------------------------------------------
+
+TWENTY = [0.1 / (1 + 0.37 * i) for i in range(20)]
+ONLY_COMPUTED_WITH = {
+    "a step": lambda x, t: x - t * (x * x.sin()),
+    "either side": lambda x, t: (t - x) * (x + t) + x / t - t / (4.1 + x * x),
+    "a comprehension": lambda x, t: [y - t * y.sin() for y in (x, x + 1)],
+    "a generator": lambda x, t: sum(t * y for y in (x, x.sin())),
+    "a call among the operands": lambda x, t: t * torch.add(x, x.view(-1)[:1], alpha=2),
+    "a loop": lambda x, t: [x := x - t * x for _ in range(3)][-1],
+    "in place": lambda x, t: x.clone().sub_(t * x.sin()),
+}
+
+
+@pytest.mark.parametrize("way", [jit, aot_function])
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("name", ONLY_COMPUTED_WITH)
+def test_it_is_captured_twice(name, by_name, way):
+    f = ONLY_COMPUTED_WITH[name]
+    compiled = way(f)
+    for t in TWENTY + [7 + i for i in range(20)]:
+        x = drawn(torch.float32).requires_grad_()
+        y = drawn(torch.float32).requires_grad_()
+        got = compiled(x, t=t) if by_name else compiled(x, t)
+        assert_same(got, want := f(y, t), rtol=0, atol=0)
+        total = lambda r: sum(map(torch.sum, r)) if isinstance(r, list) else r.sum()
+        total(got).backward()
+        total(want).backward()
+        assert_same(x.grad, y.grad)
+    assert compiled.captures <= 4  # floats twice, ints twice
+
+
+SPECIAL = [0.0, -0.0, 1.0, 1, 0, -1, 0.5, 2, True, False, 4, 4.0, 1e-300, 1e300]
+SPECIAL += [float("inf"), -float("inf"), float("nan"), 2**53 + 2, -7, 5, 5.0, 12.75]
+
+
+@pytest.mark.parametrize("dtype", [*float_dtypes, torch.int64])
+@pytest.mark.parametrize("name", ONLY_COMPUTED_WITH)
+def test_numbers_that_are_not_like_others(name, dtype):
+    f = ONLY_COMPUTED_WITH[name]
+    x = drawn(torch.float64).mul(9).to(dtype)
+    if name == "in place" and not dtype.is_floating_point:
+        return
+    compiled = jit(f)
+    for t in [*TWENTY[:4], *SPECIAL, *TWENTY[4:6], *SPECIAL[::-1]]:
+        try:
+            want = f(x, t)
+        except RuntimeError:  # overflow
+            continue
+        assert_same(compiled(x, t), want, rtol=0, atol=0)
+
+
+class Scaled:
+    """An operand of the user's that looks at the number."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __mul__(self, t):
+        return self.x * (t if type(t) is float and t > 0.03 else 3.0)
+
+    def __rmul__(self, t):
+        return self.x * math.floor(100 * t)
+
+
+def in_place(x, t):
+    y = z = x.clone()
+    y *= t
+    return y + z
+
+
+def by_another_name(x, t):
+    x = x + 1
+    locals()["t"]
+    return x * (t if x.dim() else t + 1)
+
+
+W = torch.linspace(-1, 1, 12).view(3, 4)
+ASKING = {
+    "compared": lambda x, t: x * t if t > 0.05 else x / t,
+    "in a closure": lambda x, t: (lambda y: y * t if t > 0.05 else y / t)(x),
+    "read in C": lambda x, t: x * math.sqrt(t),
+    "a text": lambda x, t: (x * t, f"{t:.3f}", str(t)),
+    "a text made in C": lambda x, t: (x * t, "%.3f" % t),  # noqa: UP031
+    "returned": lambda x, t: (x * t, t),
+    "an argument": lambda x, t: torch.add(x, x, alpha=t) * t,
+    "with a number": lambda x, t: x * (1 - t),
+    "its type": lambda x, t: x * t if type(t) is float else x,
+    "an operand that looks": lambda x, t: Scaled(x) * t,
+    "an operand that looks, on the right": lambda x, t: t * Scaled(x),
+    "an array": lambda x, t: x * float((np.ones(2) * t).sum()),
+    "a number of numpy": lambda x, t: x * float(np.float64(2) * t),
+    "a tensor from outside": lambda x, t: (W * t).sin() * x,
+    "a value that is asked for": lambda x, t: x * t if (torch.ones(2) * t).sum() > 0.1 else x / t,
+    "in place": in_place,
+    "by another name": by_another_name,
+    "bound anew": lambda x, t: [t := t * 2, x * t][-1],
+    "in an inner transform": lambda x, t: grad(lambda y: (t * y * y).sum())(x),
+    "equal to a literal": lambda x, t: x * t + 0.25 * x,
+}
+
+
+@pytest.mark.parametrize("way", [jit, aot_function])
+@pytest.mark.parametrize("name", ASKING)
+def test_what_asks_gets_its_own_answer(name, way):
+    f, x = ASKING[name], drawn(torch.float64)
+    compiled = way(f)
+    for t in [0.25, *TWENTY, 0.25, *(10 * t for t in TWENTY), 4.0, 0.25]:
+        try:
+            want = f(x, t)
+        except Exception as e:
+            with pytest.raises(type(e)):
+                compiled(x, t)
+            continue
+        try:
+            got = compiled(x, t)
+        except CaptureError:
+            continue
+        assert_same(got, want, rtol=0, atol=0)
+
+
+def test_two_numbers_that_meet():
+    f = lambda x, s, t: (x * s + t).sin() / s
+    compiled, x = jit(f), drawn(torch.float64)
+    for s in (0.3, 0.4, 0.7, 0.3, 0.9):
+        for t in (0.3, 0.4, 0.7, 0.9, 0.11, 0.3):
+            assert_same(compiled(x, s, t), f(x, s, t), rtol=0, atol=0)
+    assert compiled.captures <= 8
+
+
+def test_state_is_guarded_with_any_number():
+    rate = [1.0]
+    f = lambda x, t: x - t * x * rate[0]
+    compiled, x = jit(f), drawn(torch.float64)
+    for i, t in enumerate(TWENTY):
+        rate[0] = float(i // 5 + 3.5)
+        x = drawn(torch.float64, *((3, 4) if i % 2 else (5,)))
+        assert_same(compiled(x, t), f(x, t), rtol=0, atol=0)
+
+
+def test_a_name_that_goes_among_the_keywords():
+    def f(x, t=0.3, /, **more):
+        return x * t * (math.sqrt(more["t"]) if more else 1)
+
+    compiled, x = jit(f), drawn(torch.float64)
+    for t in TWENTY:
+        assert_same(compiled(x, t=t), f(x, t=t), rtol=0, atol=0)
