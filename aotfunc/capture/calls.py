@@ -18,7 +18,7 @@ from torch.fx import Node
 from ..cache import Cache
 from ..debug import Line
 from ..graph import Program, cut, draws, size
-from ..trace.emit import Builder, remap, remap_dict
+from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer, hidden_write
 from ..trace.records import flat, instr_op
 from ..trace.shapes.sig import Facts, Sig
@@ -408,11 +408,7 @@ def for_each(
     inner = builder()
     env = {n: inner.placeholder(n.name, n.meta["val"]) for n in (*inputs, *residuals)}
     count = len(env)
-    for n in nodes:
-        if n not in env:
-            env[n] = inner.node(
-                n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
-            )
+    inner.copy([n for n in nodes if n not in env], env)
     program = Program(inner.finish(remap(tuple(outs), env)), count, len(outs), (), "each")
     dims = [0] * len(inputs) + [None] * len(residuals)
     given = [*batch, *residuals]

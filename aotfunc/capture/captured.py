@@ -21,7 +21,7 @@ from ..trace.outside import check_stand_ins
 from ..trace.scalars import TENSOR, bits_of
 from ..trace.traced import is_fake, quiet
 from ..trace.tracer import Trace
-from ..transforms.tidy import REWRITES, retidy
+from ..transforms.tidy import REWRITES, rebuilt
 from .calls import GradStep
 from .tree import flatten, unflatten
 
@@ -166,7 +166,7 @@ class Captured:
             program = Program(
                 b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture"
             )
-        return retidy(program, "capture") if plain else program
+        return rebuilt(program, "capture") if plain else program
 
     def _functionalizer(self, b: Builder) -> Functionalizer:
         inputs, numbers = input_nodes(self.trace, b, self.names()), {}

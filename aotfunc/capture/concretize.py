@@ -31,7 +31,7 @@ from ..trace.shapes.sig import Sig, sig_of
 from ..trace.traced import HOOKS, Traced, as_if_outside, has_values, quiet, under_way
 from ..trace.tracer import Trace, signature
 from ..transforms.lower import lowered
-from ..transforms.tidy import REWRITES
+from ..transforms.tidy import REWRITES, rebuilt
 from ..transforms.vmap import vmap
 from .calls import CallStep
 
@@ -305,13 +305,10 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
 def closed(program: Program) -> Program:
     """The program as one of its closed-over tensors alone, on which it depends."""
 
-    def make() -> Program:
-        b = Builder()
-        rest = b.inputs(program.placeholders[program.n_inputs :])
-        outs = b.splice(program.graph, [None] * program.n_inputs + rest, program.outputs)
-        return Program(b.finish(outs), 0, program.n_outputs, (), "asked")
-
-    return program.once("closed", make)
+    inputs = program.placeholders[: program.n_inputs]
+    return program.once(
+        "closed", lambda: rebuilt(program, "asked", b=Builder(), env=dict.fromkeys(inputs))
+    )
 
 
 _programs = Cache(1 << 16, weight)

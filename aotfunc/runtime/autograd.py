@@ -9,6 +9,7 @@ compiled call like any other; random numbers that it draws again are those of th
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,13 @@ from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative
 from ..debug import outside_dynamo
 from ..graph import Program, kept_alive
-from ..trace.emit import carried, paused_gc, remap, remap_dict
+from ..trace.emit import Builder, remap, remap_dict
 from ..trace.memory import version
 from ..trace.modes import without_modes
 from ..trace.views import laid_out
 from ..transforms.lower import CALLS, lowered
+from ..transforms.tidy import rebuilt
 from ..transforms.vjp import active_nodes, dense, live, sources, vjp
-from ..transforms.walk import builder
 from .aliasing import apart
 from .batched import apply
 from .execute import before_writes, contiguous, copied, execute, write_back
@@ -347,12 +348,8 @@ def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:
 
 def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
     """The program without those of its first ``count`` inputs that nothing depends on."""
-    with paused_gc():
-        b = builder()
-        kept = [p for i, p in enumerate(program.placeholders) if i >= count or i in needed]
-        env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in kept}
-        outs = b.splice(program.graph, [env.get(p) for p in program.placeholders], program.outputs)
-        return Program(b.finish(outs), len(kept), program.n_outputs, (), program.name)
+    unused = [p for i, p in enumerate(program.placeholders[:count]) if i not in needed]
+    return rebuilt(program, program.name, env=dict.fromkeys(unused))
 
 
 def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:
@@ -365,29 +362,21 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
     cotangents = placeholders[len(placeholders) - count :]
     missing = {cotangents[i] for i in absent}
     linear = set(cotangents)  # depends on cotangents
-    with paused_gc():
-        b = builder()
-        env: dict[Node, Any] = {}
-        for n in program.graph.nodes:
-            if n.op == "placeholder":
-                if n not in missing:
-                    env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
-            elif n.op == "call_function":
-                sources = [i for i in n._input_nodes if i in linear]
-                if sources:
-                    linear.add(n)
-                    if all(i in missing for i in sources):
-                        missing.add(n)
-                        continue
-                b.meta = carried(n)
-                for i in sources:
-                    if i not in env:
-                        env[i] = zeros(b, i)
-                env[n] = b.node(
-                    n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
-                )
-        outs = [None if o in missing else remap(o, env) for o in program.outputs]
-        return Program(b.finish(outs), len(placeholders) - len(absent), len(outs), (), "backward")
+
+    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+        read = [i for i in n._input_nodes if i in linear]
+        absent = [i for i in read if i in missing]
+        if read:
+            linear.add(n)
+        if not absent:
+            return NotImplemented
+        if absent == read:
+            missing.add(n)
+            return None
+        env = ChainMap({i: zeros(b, i) for i in absent}, env)  # type: ignore[assignment]
+        return b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
+
+    return rebuilt(program, "backward", visit, env=dict.fromkeys(missing))
 
 
 def zeros(b: Any, n: Node) -> Any:

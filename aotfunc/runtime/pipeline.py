@@ -20,7 +20,7 @@ from ..errors import AotfuncError, BackendError
 from ..graph import Program, output_node, size
 from ..partition import min_cut_rematerialization_partition
 from ..partition.foreign import cut_by
-from ..trace.emit import carried, paused_gc, remap, remap_dict
+from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import make_sig
 from ..transforms.decompose import decomposed
@@ -203,24 +203,21 @@ def imported(gm: fx.GraphModule, name: str) -> Program:
     """A foreign graph as a program: its metadata becomes signatures."""
     with paused_gc():
         b = builder()
-        env: dict[Node, Any] = {}
-        count = 0
-        for n in gm.graph.nodes:
-            if n.op == "placeholder":
-                env[n] = b.placeholder(n.name, sig_from(n.meta["val"]), role=n.meta.get("role"))
-                count += 1
-            elif n.op == "get_attr":
-                env[n] = getattr(gm, n.target)  # type: ignore[arg-type]
-            elif n.op == "call_function":
-                b.meta = carried(n)
-                env[n] = b.node(
-                    n.target,
-                    remap(n.args, env),
-                    remap_dict(n.kwargs, env),
-                    sig_from(n.meta["val"]),
-                )
-        outs = [remap(o, env) for o in output_node(gm.graph).args[0]]
-        return Program(b.finish(outs), count, len(outs), (), name)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        env: dict[Node, Any] = {
+            n: b.placeholder(n.name, sig_from(n.meta["val"]), role=n.meta.get("role"))
+            for n in inputs
+        }
+        for n in gm.graph.find_nodes(op="get_attr"):
+            env[n] = getattr(gm, n.target)
+        b.copy(gm.graph.nodes, env, with_sig)
+        outs = remap(output_node(gm.graph).args[0], env)
+        return Program(b.finish(outs), len(inputs), len(outs), (), name)
+
+
+def with_sig(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+    args, kwargs = remap(n.args, env), remap_dict(n.kwargs, env)
+    return b.node(n.target, args, kwargs, sig_from(n.meta["val"]))
 
 
 def sig_from(val: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from .shapes.sig import Facts, Sig, Slot, sig_of
 
 #: a rewriting of one op: ``(builder, val, *args) -> Node | None`` (None: leave it)
 Rewrite = Callable[..., Any]
+#: what stands for a call in a copy of its graph: ``(builder, call, copies by node) -> nested nodes``
+Visit = Callable[["Builder", Node, dict[Node, Any]], Any]
 
 _EMPTY = immutable_dict()
 _aten = torch.ops.aten
@@ -178,6 +180,23 @@ class Builder:
         return self.node(operator.getitem, (node, i), {}, node.meta["val"][i])
 
     # ----- graphs --------------------------------------------------------------------------------
+
+    def copy(
+        self, nodes: Iterable[Node], env: dict[Node, Any], visit: Visit | None = None
+    ) -> None:
+        """Copy nodes, and put the copies into ``env``; a placeholder that is not in there becomes
+        an input. ``visit`` returns what stands for a call, or NotImplemented: its copy does."""
+        for n in nodes:
+            if n.op == "placeholder" and n not in env:
+                [env[n]] = self.inputs([n])
+            elif n.op == "call_function":
+                self.meta = carried(n)
+                new = NotImplemented if visit is None else visit(self, n, env)
+                if new is NotImplemented:
+                    args, kwargs = remap(n.args, env), remap_dict(n.kwargs, env)
+                    new = self.node(n.target, args, kwargs, n.meta["val"])
+                env[n] = new
+        self.meta = {}
 
     def splice(
         self,

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..errors import GraphError
 from ..graph import Program
-from ..trace.emit import Builder, carried, paused_gc, remap
+from ..trace.emit import Builder, paused_gc, remap
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
 from .fresh import storage_root
@@ -29,37 +29,22 @@ def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
     Values keep their dtypes and strides: what was captured behind them, and a backward half that
     is compiled apart, rely on these."""
     with paused_gc():
-        b = builder()
-        env: dict[Node, Any] = {}
-        for n in program.graph.nodes:
-            if n.op == "placeholder":
-                env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
-        copy(b, program.graph.nodes, env, table, 0)
+        b, env = builder(), dict[Node, Any]()
+        copy(b, program.graph.nodes, env, table)
         outs = apart(b, program.outputs, env)
         return Program(
             b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "decompose"
         )
 
 
-def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) -> None:
-    for n in nodes:
-        if n.op != "call_function":
-            continue
-        b.meta = carried(n)
+def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int = 0) -> None:
+    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         body = table.get(n.target) if depth < 20 else None
         if body is None:
-            env[n] = b.node(
-                n.target,
-                remap(n.args, env),
-                {k: remap(v, env) for k, v in n.kwargs.items()},
-                n.meta["val"],
-            )
-            continue
-        args = remap(tuple(full_args(n.target, n.args, n.kwargs)), env)
-        inner = builder()
-        holes: dict[Node, Node] = {}
+            return NotImplemented
+        inner, holes = builder(), dict[Node, Node]()
 
-        def hole(a: Any, inner: Any = inner, holes: Any = holes) -> Any:
+        def hole(a: Any) -> Any:
             if isinstance(a, list | tuple):
                 return [hole(x) for x in a]
             if isinstance(a, Node):
@@ -68,14 +53,16 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int) 
                 return holes[a]
             return a
 
-        outs = traced(by_schema(n.target, body), opened=table)(inner, *[hole(a) for a in args])
-        outs = fitted(inner, outs, n.meta["val"], n.target)
+        op: Any = n.target
+        args = [hole(a) for a in remap(tuple(full_args(op, n.args, n.kwargs)), env)]
+        outs = traced(by_schema(op, body), opened=table)(inner, *args)
+        outs = fitted(inner, outs, n.meta["val"], op)
         sub: dict[Node, Any] = {p: a for a, p in holes.items()}
-        if any(m.target is n.target for m in inner.graph.nodes):
-            copy(b, inner.graph.nodes, sub, {}, depth)
-        else:
-            copy(b, inner.graph.nodes, sub, table, depth + 1)
-        env[n] = remap(outs, sub)
+        again = any(m.target is op for m in inner.graph.nodes)
+        copy(b, inner.graph.nodes, sub, {} if again else table, depth + 1)
+        return remap(outs, sub)
+
+    b.copy(nodes, env, visit)
 
 
 def apart(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:

@@ -15,6 +15,7 @@ from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from .fresh import ANYTHING, fresh
 from .linearize import halve, linear_program
 from .lower import lowered
+from .tidy import rebuilt
 from .vjp import vjp
 from .vmap import vmap
 from .walk import builder, number
@@ -28,16 +29,11 @@ def numbered_draws(program: Program) -> Program:
     inlined = lowered(program, frozenset({"calls"}))
     if not any(draws(n) for n in inlined.graph.nodes):
         return program
-    program = inlined
-    b = builder()
-    inputs = b.inputs(program.placeholders)
-    outs = spliced(b, program, inputs)
-    for k, n in enumerate(b.graph.nodes):
+    program = rebuilt(inlined, program.name)
+    for k, n in enumerate(program.graph.nodes):
         if n.op == "call_function" and draws(n):
             n.meta["draw"] = k
-    return Program(
-        b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, program.name
-    )
+    return program
 
 
 def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: range) -> Program:

@@ -3,14 +3,11 @@ cotangents)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch.fx import Node
 
 from ..graph import Program, cut, output_node
-from ..trace.emit import Builder, carried, drop_dead, paused_gc, remap, remap_dict
+from ..trace.emit import drop_dead, paused_gc
 from .fresh import fresh, storage_root
 from .jvp import jvp
 from .walk import builder
@@ -39,8 +36,8 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
     computed = [r for r in residuals if r.op != "placeholder" or r in copied]
     with paused_gc():
         b = builder()
-        env = {p: b.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in inputs}
-        copy_nodes(b, early_nodes, env)
+        env = dict(zip(inputs, b.inputs(inputs), strict=True))
+        b.copy(early_nodes, env)
         kept = [
             b.make("call_function", aten.clone.default, (env[r],), {}, r.meta["val"])
             if r in copied
@@ -56,20 +53,12 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
             r: b.placeholder(r.name, r.meta["val"])
             for r in (*computed, *(inputs[i] for i in direct), *late)
         }
-        copy_nodes(b, late_nodes, env)
+        b.copy(late_nodes, env)
         results = [env.get(o, o) if isinstance(o, Node) else o for o in rest]
         late_program = Program(
             b.finish(results), len(residuals) + n_late, len(rest), (), "backward"
         )
     return early, fresh(late_program, ()), direct
-
-
-def copy_nodes(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
-    """Copy call nodes into ``b``."""
-    for n in nodes:
-        b.meta = carried(n)
-        env[n] = b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
-    b.meta = {}
 
 
 def linear_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program:

@@ -8,9 +8,9 @@ import torch
 from torch.fx import Node
 
 from ..graph import Program
-from ..trace.emit import Builder, carried, casts, paused_gc, remap
+from ..trace.emit import Builder, casts, remap
 from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
-from .tidy import FINAL
+from .tidy import FINAL, rebuilt
 
 aten = torch.ops.aten
 
@@ -41,30 +41,13 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     )
     if not (casting or marked(program)):
         return program
-    with paused_gc():
-        b = Builder(FINAL, final=final)
-        env: dict[Node, Any] = {}
-        for n in program.graph.nodes:
-            target = n.target
-            b.meta = carried(n)
-            if n.op == "placeholder":
-                env[n] = b.placeholder(n.name, n.meta["val"], role=n.meta.get("role"))
-            elif n.op == "call_function":
-                args = remap(n.args, env)
-                if "marks" in dissolve and target in IDENTITIES:
-                    env[n] = args[0]
-                elif "marks" in dissolve and target is hidden_write:
-                    env[n] = args[1]
-                elif getattr(target, "dissolved_with", None) in dissolve:
-                    env[n] = target.inline(b, args, lambda p: lowered(p, dissolve))  # type: ignore
-                else:
-                    env[n] = b.node(
-                        target,
-                        args,
-                        {k: remap(v, env) for k, v in n.kwargs.items()},
-                        n.meta["val"],
-                    )
-        outs = remap(program.outputs, env)
-        return Program(
-            b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "lower"
-        )
+
+    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+        target: Any = n.target
+        if "marks" in dissolve and (target in IDENTITIES or target is hidden_write):
+            return remap(n.args[target is hidden_write], env)
+        if getattr(target, "dissolved_with", None) in dissolve:
+            return target.inline(b, remap(n.args, env), lambda p: lowered(p, dissolve))
+        return NotImplemented
+
+    return rebuilt(program, "lower", visit, Builder(FINAL, final=final))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from ..graph import Program
-from ..trace.emit import Builder, paused_gc
+from ..trace.emit import Builder, Visit, paused_gc, remap
 from .rewrites import REWRITES
 
 aten = torch.ops.aten
@@ -22,10 +23,21 @@ FINAL: dict[Any, list] = {
 }
 
 
-def retidy(program: Program, name: str = "tidy") -> Program:
-    """The program rebuilt: rewritten, equal nodes merged, dead ones gone, names counted anew."""
+def rebuilt(
+    program: Program,
+    name: str = "tidy",
+    visit: Visit | None = None,
+    b: Builder | None = None,
+    env: dict[Node, Any] | None = None,
+) -> Program:
+    """The program copied by a pass, whose name it gets: rewritten, equal nodes merged, dead ones
+    gone, names counted anew.
+
+    ``visit`` may replace calls, see :meth:`~aotfunc.trace.emit.Builder.copy`. What stands in
+    ``env`` for an input is read in its place, and the input is gone."""
+    b, env = b or Builder(REWRITES), {} if env is None else env
+    count = sum(p not in env for p in program.placeholders[: program.n_inputs])
     with paused_gc():
-        b = Builder(REWRITES)
-        inputs = b.inputs(program.placeholders)
-        outs = b.splice(program.graph, inputs, program.outputs)
-        return Program(b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, name)
+        b.copy(program.graph.nodes, env, visit)
+        outs = remap(program.outputs, env)
+        return Program(b.finish(outs), count, program.n_outputs, program.mutated, name)
