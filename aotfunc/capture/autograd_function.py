@@ -28,6 +28,7 @@ from ..transforms.walk import builder
 from . import opaque
 from .calls import Step, interned
 from .captured import Captured
+from .concretize import agreed
 from .custom_derivative import CustomDerivative, Later, Part
 from .function_vmap import OwnRule, on_real_batch
 from .tree import Operands
@@ -374,7 +375,7 @@ def later(
 def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
     """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per
     leaf; or the error that it raised."""
-    inner = Trace("the derivative of an autograd.Function is recorded without values")
+    inner = Trace("the derivative of an autograd.Function is recorded without values", ask=agreed)
     inner.of_a_rule = True
     values = [inner.input_like(sig) for sig in sigs]
     inner.autograd.leaves.update((t.ref, True) for t in values)

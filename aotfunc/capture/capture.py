@@ -20,6 +20,7 @@ from ..trace.traced import Traced, attributes, current
 from ..trace.tracer import Trace, on_functions
 from . import patches
 from .captured import Captured
+from .concretize import agreed
 from .instances import assigned
 from .tree import leaf_labels
 
@@ -52,7 +53,7 @@ def capture(
     nor if it is batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over,
     are passed as they are."""
     patches.install()
-    trace, outer = Trace(why_not, constants), current()
+    trace, outer = Trace(why_not, constants, ask=agreed), current()
     trace.lifts_numbers = (
         numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
     )

@@ -28,7 +28,7 @@ from ..trace.replay import generators, named_generators
 from ..trace.scalars import FIRST, bits_of
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import Sig, sig_of
-from ..trace.traced import HOOKS, Traced, as_if_outside, has_values, quiet, under_way
+from ..trace.traced import Traced, as_if_outside, has_values, quiet, under_way
 from ..trace.tracer import Trace, signature
 from ..transforms.lower import lowered
 from ..transforms.tidy import REWRITES, rebuilt
@@ -71,10 +71,7 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
     return answer
 
 
-HOOKS["agreed"] = agreed
-
-
-def batch(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
+def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
     """Real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and at which
     dimension; None for what is the same for all of them."""
     with as_if_outside(), paused_gc():
@@ -89,9 +86,6 @@ def batch(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | N
         (v, 0) if o in differ else (v[0], None)
         for v, o in zip(values, program.outputs, strict=True)
     ]
-
-
-HOOKS["batch"] = batch
 
 
 # ----- step by step ------------------------------------------------------------------------------
@@ -248,14 +242,14 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
     """Real values of ``tensors`` with all samples at dimension 0, and how many samples there
     are."""
     if trace.concrete_inputs is None and not trace.may_ask_constants:
-        raise refusal(trace, what)
+        raise trace.unanswered(what)
     program, samples = so_far(trace, tensors), trace.samples
     inputs = [*trace.origins, *trace.lifted]
     if (
         trace.concrete_inputs is None
     ):  # then closed-over tensors may still be asked, and what depends on them alone
         if any(p.users for p in program.placeholders[: program.n_inputs]):
-            raise refusal(trace, what)
+            raise trace.unanswered(what)
         program, inputs = closed(program), trace.lifted
     if samples is not None:
         program = batched(program, samples, trace.as_placed([*map(signature, trace.origins)]))
@@ -276,14 +270,6 @@ def batched(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
     return program.derived(
         ("asked", *samples, *sigs),
         lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs),
-    )
-
-
-def refusal(trace: Trace, what: str) -> CaptureError:
-    reason = trace.why_not or "this value belongs to a capture that is over"
-    return CaptureError(
-        f"{what} was asked for, but {reason}{at(user_line())}. Return it from the function "
-        "(has_aux=True), use torch.where instead of `if`, or pass the value as a Python argument."
     )
 
 

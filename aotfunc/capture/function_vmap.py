@@ -22,10 +22,11 @@ from ..trace.functionalize import Functionalizer
 from ..trace.memory import version
 from ..trace.modes import Surroundings
 from ..trace.shapes.sig import make_sig
-from ..trace.traced import HOOKS, Traced, current, has_values, quiet, under_way
+from ..trace.traced import Traced, current, has_values, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.walk import traced
 from .calls import Step, interned
+from .concretize import batch_of
 from .tree import Operands
 
 
@@ -87,7 +88,7 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     mine = [t for t in operands.tensors if t.__class__ is Traced]
     if not mine or any(t.requires_grad for t in mine):
         return NotImplemented
-    pairs = HOOKS["batch"](trace, mine)
+    pairs = batch_of(trace, mine)
     if all(d is None for _, d in pairs):
         return NotImplemented
     batch = [(own(trace, x), d) for x, d in pairs]

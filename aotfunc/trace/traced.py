@@ -23,7 +23,7 @@ from .shapes.sig import Sig
 if TYPE_CHECKING:
     from .tracer import Trace
 
-#: what the layer above knows how to record: ``register_hook(tensor, hook)``
+#: what layers above do with a traced value, by name; :func:`aotfunc.capture.patches.install` fills it
 HOOKS: dict[str, Callable] = {}
 
 

@@ -32,7 +32,7 @@ from .shapes.infer import infer, signatures
 from .shapes.instr import SIMPLE, Instr, encode, env_key, intern, interned
 from .shapes.sig import Facts, Sig, Slot, fill, sig_of
 from .special import SPECIAL
-from .traced import HOOKS, Traced, check_kind, check_leak, current, of_subclass, plain, quiet
+from .traced import Traced, check_kind, check_leak, current, of_subclass, plain, quiet
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -49,10 +49,15 @@ class Trace(TorchDispatchMode):
     those of which ``samples`` says that they are samples of a batch; ``why_not`` says why where
     they may not. Values that depend on no input may be asked for all the same: with ``constants``
     on closed-over tensors too. Without ``intent`` autograd is left alone (derived rules use it).
+    ``ask(trace, question, tensors, what)`` answers what depends on inputs.
     """
 
     def __init__(
-        self, why_not: str | None = None, constants: bool = True, intent: bool = True
+        self,
+        why_not: str | None = None,
+        constants: bool = True,
+        intent: bool = True,
+        ask: Callable | None = None,
     ) -> None:
         super().__init__()
         outer = current()
@@ -94,7 +99,7 @@ class Trace(TorchDispatchMode):
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
-        self.why_not = why_not
+        self.why_not, self.ask = why_not, ask
         self.dtype: torch.dtype = torch.get_default_dtype() if outer is None else outer.dtype
         self.concrete_inputs: list[Tensor | None] | None = None
         self.samples: Any = None
@@ -645,9 +650,19 @@ class Trace(TorchDispatchMode):
             inner = (
                 tensors[0].tracer if len(tensors) == 1 and tensors[0].__class__ is Traced else self
             )
-            return HOOKS["agreed"](inner, question, tensors, what)
+            if inner.ask is None:
+                raise inner.unanswered(what)
+            return inner.ask(inner, question, tensors, what)
         with quiet(), torch.no_grad():
             return question(*values)
+
+    def unanswered(self, what: str) -> CaptureError:
+        reason = self.why_not or "this value belongs to a capture that is over"
+        return CaptureError(
+            f"{what} was asked for, but {reason}{at(debug.user_line())}. Return it from the "
+            "function (has_aux=True), use torch.where instead of `if`, or pass the value as a "
+            "Python argument."
+        )
 
     def _made(self, t: Tensor) -> bool:
         """Whether ``f`` makes this tensor anew on each run, always the same."""
