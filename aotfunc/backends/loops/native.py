@@ -21,7 +21,9 @@ from . import store, toolchain
 HERE = Path(__file__).parent
 
 #: what every source begins with: vector types, loads and stores, maths
-PRELUDE = "\n".join((HERE / name).read_text() for name in ("vectors.h", "maths.h"))
+PRELUDE = "\n".join(
+    (HERE / f"{name}.h").read_text() for name in ("vectors", "polynomials", "maths")
+)
 
 #: a thread gets no less than this many elements
 GRAIN = 32768
