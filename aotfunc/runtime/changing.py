@@ -13,7 +13,6 @@ import inspect
 import operator
 import types
 from collections.abc import Callable, Iterable
-from enum import Enum
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from ..capture.instances import containers
 from ..trace.scalars import TENSOR, bits_of, generic
 from ..trace.traced import Traced, current, quiet
 from ..trace.tracer import Trace
-from .guards.keys import describe_argument, environment_key, repeated
+from .guards.keys import AnyNumber, describe_argument, environment_key, repeated
 
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/"}
 _COMPREHENSIONS = frozenset({"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"})
@@ -39,13 +38,6 @@ _TAKES = frozenset(
     {"BINARY_OP", "BINARY_SUBSCR", "BINARY_SLICE", "UNARY_NEGATIVE", "LOAD_ATTR", "LOAD_METHOD"}
     | {"PRECALL", "CALL", "CALL_KW", "BUILD_TUPLE", "BUILD_LIST", "BUILD_SLICE"}
 )
-
-
-class AnyNumber(Enum):
-    """Stands in a key for a number that may be any."""
-
-    FLOAT = "float"
-    INT = "int"
 
 
 # ----- what the code does with its parameters
@@ -180,10 +172,11 @@ class Numbers:
     def __init__(self, f: Callable, args: tuple, kwargs: dict) -> None:
         self.values: dict[int | str, float] = {}
         self.watching: dict[int | str, Number] = {}
+        self.names: tuple[str, ...] = ()
         if isinstance(f, types.FunctionType) and (names := computed_with(f.__code__)):
             code = f.__code__
-            positions = enumerate(code.co_varnames[: code.co_argcount])
-            by_position = [i for i, n in positions if n in names and i < len(args)]
+            self.names = code.co_varnames[: code.co_argcount]
+            by_position = [i for i, n in enumerate(self.names) if n in names and i < len(args)]
             by_name = names.intersection(kwargs).difference(
                 code.co_varnames[: code.co_posonlyargcount]  # it goes to **kwargs
             )
@@ -209,6 +202,15 @@ class Numbers:
         describe_argument(given, parts, tensors, [])
         shared = (repeated(tensors), repeated(containers(given)))
         return (AnyNumber, *parts, shared, *environment_key())
+
+    def facts(self) -> dict[str, AnyNumber]:
+        """What an entry says of them that serves any."""
+        return {
+            f"argument {self.names[at] if isinstance(at, int) else at}": AnyNumber(
+                type(x).__name__
+            )
+            for at, x in self.values.items()
+        }
 
     def watched(self, args: tuple, kwargs: dict) -> tuple:
         """The arguments for the capture under way."""

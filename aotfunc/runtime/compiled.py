@@ -477,6 +477,8 @@ class Compiled:
         entry = Entry(rec, step, views, state, key, facts, enables, finish, inside)
         if watches and rec.numbers:
             entry.numbers = numbers.inputs(rec) or ()
+        if entry.numbers:
+            entry.facts = {**facts, **numbers.facts()}
         return entry, new
 
     def watch_growth(self, facts: Facts) -> None:

@@ -4,6 +4,7 @@ number."""
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -331,3 +332,28 @@ def test_a_name_that_goes_among_the_keywords():
     compiled, x = jit(f), drawn(torch.float64)
     for t in TWENTY:
         assert_same(compiled(x, t=t), f(x, t=t), rtol=0, atol=0)
+
+
+def test_it_is_said():
+    def f(x, t, *, s):
+        return x * t + s * x
+
+    compiled = jit(f)
+    for t, n in ((0.3, 3), (0.4, 3), (0.6, 5)):
+        compiled(drawn(torch.float64, n), t, s=t / 7)
+    text = str(compiled.explain())
+    assert "argument t is any float" in text and "argument s is any float" in text
+    assert text.endswith("argument x was float64[3], and is float64[5]")
+
+
+def test_many_threads():
+    f = ONLY_COMPUTED_WITH["either side"]
+    compiled, x = jit(f), drawn(torch.float64)
+
+    def work(k):
+        for i in range(50):
+            t = 0.1 / (1 + 0.37 * i) + k
+            assert_same(compiled(x, t), f(x, t), rtol=0, atol=0)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
-from .keys import ENVIRONMENT, Named, TensorFacts, environment_key
+from .keys import ENVIRONMENT, AnyNumber, Named, TensorFacts, environment_key
 
 Facts = dict[str, Any]
 
@@ -37,6 +37,8 @@ def differences(old: Facts, new: Facts) -> Iterator[str]:
             yield f"{name} was {worded(old[name])}, and is not there any more"
         elif name not in old:
             yield f"{name} is {worded(new[name])}, and was not there before"
+        elif isinstance(old[name], AnyNumber) and type(new[name]).__name__ == old[name].value:
+            continue
         elif old[name] is not new[name] and repr(old[name]) != repr(new[name]):
             yield f"{name} was {worded(old[name])}, and is {worded(new[name])}"
 

@@ -123,6 +123,16 @@ class Named(NamedTuple):
         return self.name
 
 
+class AnyNumber(Enum):
+    """Stands for a number that may be any, in keys and for people."""
+
+    FLOAT = "float"
+    INT = "int"
+
+    def __repr__(self) -> str:
+        return f"any {self.value}"
+
+
 def noted(x: Any) -> Any:
     """What to remember of ``x``, without keeping it alive."""
     if isinstance(x, Tensor):
