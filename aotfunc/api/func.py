@@ -24,7 +24,7 @@ from ..runtime.anomaly import checked
 from ..runtime.execute import contiguous, execute
 from ..trace.memory import version
 from ..trace.modes import without_modes
-from ..trace.traced import plain
+from ..trace.traced import ordinary_tensor
 from ..transforms.fresh import ANYTHING, fresh
 from ..transforms.jvp import jvp as jvp_pass
 from ..transforms.linearize import halve, linear_program
@@ -170,7 +170,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
         else:
             tree = tuple(cotangents)
         cts, ct_spec = flatten(in_order_of(output, tree))
-        cts = list(map(plain, cts))
+        cts = list(map(ordinary_tensor, cts))
         if len(cts) != n_out or ((spec is None) != (ct_spec is None) and n_out != 1):
             raise ArgumentError(
                 f"vjp_fn: expected cotangents like the output ({n_out} tensors), got {len(cts)}"

@@ -81,7 +81,7 @@ def compile_graph(
         if n.target is operator.getitem:
             lines.append(f"{n.name} = {literal(n.args[0])}[{n.args[1]}]")
         else:
-            quick = n.target in BINDINGS and plain(n)
+            quick = n.target in BINDINGS and binds_one_overload(n)
             name = targets.get((n.target, quick))
             if name is None:
                 name = targets[n.target, quick] = outside(
@@ -142,7 +142,7 @@ BINDINGS: dict[Any, Callable] = {
 }
 
 
-def plain(n: Node) -> bool:
+def binds_one_overload(n: Node) -> bool:
     """Whether a call of the op's binding can only mean this overload: a tensor first, and no
     argument by name."""
     return (

@@ -23,7 +23,7 @@ from ..trace.recording import record_into
 from ..trace.shapes.sig import Sig
 from ..trace.traced import current
 from ..trace.tracer import Trace
-from ..transforms.vjp import dense
+from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import builder
 from . import opaque
 from .calls import Step, interned
@@ -216,7 +216,9 @@ def custom_derivative(
                 present = iter(have or (True,) * sum(diff))
                 given = [yes and next(present) for yes in diff]
                 sigs = [
-                    dense(trace.ref_of(o)[1]) for o, yes in zip(outs, given, strict=True) if yes
+                    contiguous_sig(trace.ref_of(o)[1])
+                    for o, yes in zip(outs, given, strict=True)
+                    if yes
                 ]
                 found.append((have, part(with_gaps(wanted, given), sigs, backward)))
             return tuple(found)

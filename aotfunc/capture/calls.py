@@ -24,7 +24,7 @@ from ..trace.records import flat, instr_op
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked
 from ..transforms.jvp import jvp, tangent_sig
-from ..transforms.vjp import dense, live, reverse, vjp
+from ..transforms.vjp import contiguous_sig, live, reverse, vjp
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder, number, unknown
 
@@ -83,7 +83,7 @@ class CallStep(Step):
         super().__init__(program.vals, program.mutated)
         self.program, self.runner = program, runner
         self.facts.random = any(map(draws, program.graph.nodes))
-        self.strided = any(map(strided, program.graph.nodes))
+        self.strided = any(map(counts_from_storage, program.graph.nodes))
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         planned = [p.meta["val"] for p in self.program.placeholders]
@@ -147,7 +147,7 @@ class CompiledStep(CallStep):
         self.finish(f, refs, emit_call(f.b, self.call, nodes), grad, line)
 
 
-def strided(n: Node) -> bool:
+def counts_from_storage(n: Node) -> bool:
     """Whether a node counts from where a storage begins."""
     return isinstance(n.target, OpOverload) and Facts(n.target).strided
 
@@ -275,7 +275,7 @@ class CompiledCall:
             ("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count)
         )
         residuals = becomes(b, n, forward, count)
-        cotangents = [contiguous(b, g[i]) for i in range(count) if have[i]]
+        cotangents = [as_contiguous(b, g[i]) for i in range(count) if have[i]]
         grads = emit_call(b, backward, [*residuals, *cotangents])
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
@@ -317,9 +317,9 @@ class CompiledCall:
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
 
 
-def contiguous(b: Builder, x: Node) -> Node:
+def as_contiguous(b: Builder, x: Node) -> Node:
     """``x`` with the strides of a new contiguous tensor, those of dimensions of size 1 too."""
-    if x.meta["val"].stride == dense(x.meta["val"]).stride:
+    if x.meta["val"].stride == contiguous_sig(x.meta["val"]).stride:
         return x
     return b.call(aten.clone.default, x, memory_format=torch.contiguous_format)
 

@@ -60,7 +60,7 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
         if count == 1 or all(bits(v).eq(bits(v[:1])).all() for v in values):
             return answer
         for k in range(1, count):
-            if not same(answer, question(*[v[k] for v in values])):
+            if not same_answer(answer, question(*[v[k] for v in values])):
                 raise CaptureError(
                     f"{what} was asked for, but the samples of the batch do not agree on "
                     f"it{line}. Use torch.where instead of `if` and of selecting by a mask, "
@@ -169,9 +169,9 @@ class Followed:
             if known is None:
                 x = t.detach().expand(self.outer, *t.shape)
             else:
-                x = repeated(known, self.outer // len(known))
+                x = repeat_samples(known, self.outer // len(known))
             if dim is None:
-                return repeated(x, self.count // self.outer)
+                return repeat_samples(x, self.count // self.outer)
             return x.movedim(dim % t.ndim + 1, 1).flatten(0, 1)
 
 
@@ -182,7 +182,7 @@ def samples_around(trace: Trace, itself: bool = False) -> int:
     return math.prod(t.samples.size for t in around if t.samples is not None)
 
 
-def repeated(x: Tensor, times: int) -> Tensor:
+def repeat_samples(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x.unsqueeze(1).expand(len(x), times, *x.shape[1:]).flatten(0, 1)
 
 
@@ -349,10 +349,10 @@ def bits(x: Tensor) -> Tensor:
     return x
 
 
-def same(a: Any, b: Any) -> bool:
+def same_answer(a: Any, b: Any) -> bool:
     """Whether two answers are the same: ``nan`` is itself, and 0.0 is not -0.0."""
     if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(same_answer, a, b))
     if isinstance(a, Tensor):
         return bool(a.shape == b.shape and bits(a).eq(bits(b)).all())
     return a is b or (type(a) is type(b) and repr(a) == repr(b) and (a == b or a != a))

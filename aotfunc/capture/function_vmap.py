@@ -91,7 +91,7 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     pairs = batch_of(trace, mine)
     if all(d is None for _, d in pairs):
         return NotImplemented
-    batch = [(own(trace, x), d) for x, d in pairs]
+    batch = [(unshared(trace, x), d) for x, d in pairs]
     before = [version(x) for x, _ in batch]
     feed = iter(batch)
     given = [next(feed) if t.__class__ is Traced else (t, None) for t in operands.tensors]
@@ -131,17 +131,19 @@ def may_be_real(trace: Trace) -> bool:
         and trace.may_ask_constants
         and under_way.traces == [trace]
         and forward_ad._current_level < 0
-        and all(t.__class__ is not Traced and plain(t) for t in (*trace.origins, *trace.lifted))
+        and all(
+            t.__class__ is not Traced and is_unwrapped(t) for t in (*trace.origins, *trace.lifted)
+        )
         and not any(instr.facts.random for instr, *_ in trace.records)
         and not (trace.mutates and any(root < 0 for root in trace.roots().written))
     )
 
 
-def plain(t: Tensor) -> bool:
+def is_unwrapped(t: Tensor) -> bool:
     return has_values(t) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def own(trace: Trace, x: Tensor) -> Tensor:
+def unshared(trace: Trace, x: Tensor) -> Tensor:
     """``x`` in memory of its own: a write to it must not be seen before the recording runs."""
     memory = x.untyped_storage()._cdata
     shared = any(memory == t.untyped_storage()._cdata for t in (*trace.origins, *trace.lifted))

@@ -20,7 +20,7 @@ from torch.utils.hooks import BackwardHook
 from ..trace.emit import Builder
 from ..trace.patches import ORIGINALS, Attribute, recorded
 from ..trace.tracer import Trace
-from ..transforms.vjp import dense
+from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import number
 from .autograd_function import BEGIN, End, patterns, recorded_rule
 from .custom_derivative import CustomDerivative, Part, spliced
@@ -144,7 +144,7 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
     for have in patterns(sum(floats), materialize=False):
         present = iter(have or (True,) * sum(floats))
         here = [i for i, yes in zip(places, floats, strict=True) if yes and next(present)]
-        sigs = [dense(v) for i, v in zip(places, vals, strict=True) if i in here]
+        sigs = [contiguous_sig(v) for i, v in zip(places, vals, strict=True) if i in here]
         before = part(
             lambda *gs, here=here: pre_hooked(hook, packed(len(outs), here, gs), places), sigs
         )
@@ -158,7 +158,7 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
             for i, v in zip(hook.input_tensors_index, hook.input_vals, strict=True)
             if v.differentiable
         ]
-        sigs = [dense(v) for v in hook.input_vals if v.differentiable]
+        sigs = [contiguous_sig(v) for v in hook.input_vals if v.differentiable]
 
         def after(*gs: Tensor, mine: list = mine, there: list = there) -> list:
             inner, outer = gs[: len(mine)], gs[len(mine) :]

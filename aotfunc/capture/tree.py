@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from ..trace.traced import plain
+from ..trace.traced import ordinary_tensor
 from .instances import Opened, flatten_tree, is_data, is_whole, names_of
 
 
@@ -40,7 +40,7 @@ class Arguments:
         if kwargs:
             flat, self.kw_spec = flatten_tree(kwargs)
             self.leaves += flat
-        self.leaves = list(map(plain, self.leaves))
+        self.leaves = list(map(ordinary_tensor, self.leaves))
 
     def with_leaves(self, leaves: list[Any]) -> Arguments:
         """The same trees of other leaves."""

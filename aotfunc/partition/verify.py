@@ -87,11 +87,11 @@ def check_copy(n: Node, original: Node) -> None:
     """``n`` must be the same call on the same arguments."""
     if n.op != original.op or (n.target is not original.target and n.target != original.target):
         raise PartitionError(f"{n.name} was {original.target} and became {n.target}")
-    if not same(n.args, original.args) or not same(n.kwargs, original.kwargs):
+    if not equal_by_name(n.args, original.args) or not equal_by_name(n.kwargs, original.kwargs):
         raise PartitionError(f"the arguments of {describe(original)} became {n.args}, {n.kwargs}")
 
 
-def same(a: Any, b: Any) -> bool:
+def equal_by_name(a: Any, b: Any) -> bool:
     """Equal arguments of nodes of two graphs, nodes by name."""
     if a is b:
         return True
@@ -102,11 +102,11 @@ def same(a: Any, b: Any) -> bool:
     if a.__class__ is Node:
         return a.name == b.name
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all([same(x, y) for x, y in zip(a, b, strict=True)])
+        return len(a) == len(b) and all([equal_by_name(x, y) for x, y in zip(a, b, strict=True)])
     if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all([same(a[k], b[k]) for k in a])
+        return a.keys() == b.keys() and all([equal_by_name(a[k], b[k]) for k in a])
     if isinstance(a, slice):
-        return same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+        return equal_by_name((a.start, a.stop, a.step), (b.start, b.stop, b.step))
     return bool(a == b) or (a != a and b != b)
 
 

@@ -28,7 +28,7 @@ from ..trace.modes import without_modes
 from ..trace.views import laid_out
 from ..transforms.lower import CALLS, lowered
 from ..transforms.tidy import rebuilt
-from ..transforms.vjp import active_nodes, dense, live, sources, vjp
+from ..transforms.vjp import active_nodes, contiguous_sig, live, sources, vjp
 from .aliasing import apart
 from .batched import apply
 from .execute import before_writes, contiguous, copied, execute, write_back
@@ -383,5 +383,9 @@ def zeros(b: Any, n: Node) -> Any:
     val = n.meta["val"]
     kwargs = {"dtype": val.dtype, "device": val.device}
     return laid_out(
-        b, b.make("call_function", aten.zeros.default, (list(val.shape),), kwargs, dense(val)), val
+        b,
+        b.make(
+            "call_function", aten.zeros.default, (list(val.shape),), kwargs, contiguous_sig(val)
+        ),
+        val,
     )

@@ -35,7 +35,7 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
     write is refused."""
     tracked = [t for t in args if requires_grad(t)]
     if not tracked:
-        follow(trace, written)
+        follow_writes(trace, written)
         return
     trace.autograd.reach()  # what was read before the write
     for t in written:
@@ -53,7 +53,7 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
             )
 
 
-def follow(trace: Trace, written: Sequence[Any]) -> None:
+def follow_writes(trace: Trace, written: Sequence[Any]) -> None:
     """Let outside tensors that were just written to require grad if what was written does."""
     for t in written:
         owner = t._base if t._is_view() else t

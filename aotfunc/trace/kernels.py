@@ -18,7 +18,7 @@ from .shapes.sig import Sig
 aten = torch.ops.aten
 
 
-def dense(sig: Sig) -> bool:
+def is_contiguous(sig: Sig) -> bool:
     """Contiguous; strides of dimensions of size 1 are moot."""
     return in_order(sig, range(sig.ndim))
 
@@ -31,14 +31,14 @@ def by_rows(sig: Sig) -> bool:
 def images(sig: Sig) -> torch.memory_format:
     """As images of channels: channels_last where they lie so, else contiguous."""
     for form, order in CHANNELS_LAST.items():
-        if len(order) == sig.ndim and not dense(sig) and in_order(sig, order):
+        if len(order) == sig.ndim and not is_contiguous(sig) and in_order(sig, order):
             return form
     return torch.contiguous_format
 
 
 def densely(*positions: int) -> Callable:
     return lambda sigs: {
-        i: torch.contiguous_format for i in positions if sigs[i] and not dense(sigs[i])
+        i: torch.contiguous_format for i in positions if sigs[i] and not is_contiguous(sigs[i])
     }
 
 

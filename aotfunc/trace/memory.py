@@ -61,7 +61,10 @@ def layout(
         Place(g, 0, None)
         if g in alone
         else Place(
-            g, start, step_of(t, dims[i] if dims else None), kins.setdefault(viewed(t), len(kins))
+            g,
+            start,
+            step_of(t, dims[i] if dims else None),
+            kins.setdefault(view_key(t), len(kins)),
         )
         for i, (g, t, (_, start)) in enumerate(zip(groups, tensors, known, strict=True))
     )
@@ -76,7 +79,7 @@ def step_of(t: Tensor, dim: int | None) -> int | None:
     return None if dim is None else t.stride(dim) * t.element_size()
 
 
-def viewed(t: Tensor) -> Any:
+def view_key(t: Tensor) -> Any:
     """What identifies the tensor that autograd knows ``t`` as a view of."""
     if t.__class__ is not Traced:
         return id(t if t._base is None else t._base)
@@ -87,8 +90,8 @@ def viewed(t: Tensor) -> Any:
         path[0].ref if path else t.ref,
     )
     if 0 <= ref < len(trace.origins):
-        return viewed(trace.origins[ref])
-    return viewed(trace.lifted[-ref - 1]) if ref < 0 else (id(trace), ref)
+        return view_key(trace.origins[ref])
+    return view_key(trace.lifted[-ref - 1]) if ref < 0 else (id(trace), ref)
 
 
 def memory_of(t: Tensor) -> tuple[Any, int]:

@@ -357,7 +357,7 @@ _plain_function = plain_function(Tensor)
 _disabled = Traced.__torch_function__
 
 
-def plain(x: Any) -> Any:
+def ordinary_tensor(x: Any) -> Any:
     """An instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the same
     memory and history: its ``__torch_function__`` would be asked about the ops of programs.
     Anything else is itself."""

@@ -32,7 +32,7 @@ from .shapes.infer import infer, signatures
 from .shapes.instr import SIMPLE, Instr, encode, env_key, intern, interned
 from .shapes.sig import Facts, Sig, Slot, fill, sig_of
 from .special import SPECIAL
-from .traced import Traced, check_kind, check_leak, current, of_subclass, plain, quiet
+from .traced import Traced, check_kind, check_leak, current, of_subclass, ordinary_tensor, quiet
 
 aten = torch.ops.aten
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -177,7 +177,7 @@ class Trace(TorchDispatchMode):
             if t.__class__ is Traced and t.tracer.finished:
                 check_leak(t)
                 t = t.tracer.value(t)
-            ordinary = plain(t)
+            ordinary = ordinary_tensor(t)
             if (
                 ordinary is not t and not self.may_ask_constants
             ):  # it would not be found again at the next call
@@ -528,7 +528,7 @@ class Trace(TorchDispatchMode):
         if instr.mutates:
             self.mutates = True
             if _grad_enabled():
-                histories.follow(self, [tensors[s] for s in written_slots(instr)])
+                histories.follow_writes(self, [tensors[s] for s in written_slots(instr)])
         if instr.strided:
             self.strided = True
         if instr.facts.random and hasattr(instr, "program"):

@@ -56,7 +56,7 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int =
         op: Any = n.target
         args = [hole(a) for a in remap(tuple(full_args(op, n.args, n.kwargs)), env)]
         outs = traced(by_schema(op, body), opened=table)(inner, *args)
-        outs = fitted(inner, outs, n.meta["val"], op)
+        outs = as_declared(inner, outs, n.meta["val"], op)
         sub: dict[Node, Any] = {p: a for a, p in holes.items()}
         again = any(m.target is op for m in inner.graph.nodes)
         copy(b, inner.graph.nodes, sub, {} if again else table, depth + 1)
@@ -114,14 +114,14 @@ def is_default(argument: Any, value: Any) -> bool:
     )
 
 
-def fitted(b: Builder, out: Any, val: Any, op: OpOverload) -> Any:
+def as_declared(b: Builder, out: Any, val: Any, op: OpOverload) -> Any:
     """What a decomposition returned, with the dtypes and strides that the op's own results
     have."""
     if isinstance(val, tuple):
         items: Sequence = (
             out if isinstance(out, list | tuple) else [b.item(out, i) for i in range(len(val))]
         )
-        return [fitted(b, o, v, op) for o, v in zip(items, val, strict=True)]
+        return [as_declared(b, o, v, op) for o, v in zip(items, val, strict=True)]
     if out.__class__ is not Node or val.__class__ is not Sig:
         return out
     if out.meta["val"].dtype is not val.dtype:

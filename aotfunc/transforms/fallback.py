@@ -47,7 +47,7 @@ def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> 
     return full
 
 
-def own(op: OpOverload) -> Callable[[Callable], Callable]:
+def closing_over_no_tensor(op: OpOverload) -> Callable[[Callable], Callable]:
     """For a rule that may have been registered for a custom op: what it closes over would be kept
     as it is now."""
 
@@ -85,7 +85,7 @@ def reverse_rule(op: OpOverload) -> Callable:
             "its inputs"
         )
 
-    @own(op)
+    @closing_over_no_tensor(op)
     def rule(g: Any, out: Any, *args: Any, needs: tuple[bool, ...]) -> list:
         leaves: dict[int, Tensor] = {}
 
@@ -185,7 +185,7 @@ def forward_rule(op: OpOverload) -> Callable:
 def batching_rule(op: OpOverload) -> Callable:
     """A batching rule from PyTorch's; batch at 0 in and out."""
 
-    @own(op)
+    @closing_over_no_tensor(op)
     def rule(*args: Any, batched: tuple) -> Any:
         where = tensor_args(op)
         xs: list[Tensor] = []

@@ -54,7 +54,7 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
         results = list(b.splice(program.graph, new, (*outs, *tops)))
         made: dict[tuple, Any] = {}
         for i, top in zip(clashes, results[len(outs) :], strict=True):
-            results[i] = own(
+            results[i] = output_copy(
                 b, results[i], outs[i], top, groups[i], together[groups[i]] == 1, made
             )
         return Program(
@@ -62,7 +62,9 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
         )
 
 
-def own(b: Builder, x: Node, out: Node, top: Node, group: Any, alone: bool, made: dict) -> Node:
+def output_copy(
+    b: Builder, x: Node, out: Node, top: Node, group: Any, alone: bool, made: dict
+) -> Node:
     """A copy of ``x``; of what it shows (``top``), seen through the same views, if others share it
     or if a mere copy would be laid out otherwise."""
     val = out.meta["val"]
@@ -89,7 +91,7 @@ def copy_of(b: Builder, x: Node) -> Node:
 # ----- views -------------------------------------------------------------------------------------
 
 
-def is_view(n: Any) -> bool:
+def calls_view(n: Any) -> bool:
     return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
 
 
@@ -97,9 +99,9 @@ def viewed(n: Node) -> Node | None:
     """The node that ``n`` is a view of."""
     if n.op != "call_function":
         return None
-    if n.target is operator.getitem and is_view(n.args[0]):
+    if n.target is operator.getitem and calls_view(n.args[0]):
         n = n.args[0]  # type: ignore[assignment]
-    return n.args[Facts(n.target).view_of] if is_view(n) else None  # type: ignore
+    return n.args[Facts(n.target).view_of] if calls_view(n) else None  # type: ignore
 
 
 def chain_of(n: Node) -> list[Node]:

@@ -21,7 +21,7 @@ from ..trace.functionalize import check_gradient, hidden_write, no_tangent, once
 from ..trace.shapes.sig import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
-from .vjp import active_nodes, dense, fitted, reverse, role
+from .vjp import active_nodes, as_arguments, contiguous_sig, reverse, role
 from .walk import apply, builder, errors_of, outputs_of, traced
 
 aten = torch.ops.aten
@@ -100,7 +100,11 @@ def jvp_make(n: Node) -> Any:
         if backward is not None:
             with errors_of("forward", n, backward):
                 return fit_tangents(
-                    b, transposed(b, traced(fitted(backward, op)), op, ts, out, args), out
+                    b,
+                    forward_by_transposition(
+                        b, traced(as_arguments(backward, op)), op, ts, out, args
+                    ),
+                    out,
                 )
         if Facts(op).random:
             raise RuleError(
@@ -118,8 +122,8 @@ def derived(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
     except fallback.NoFormula:
         pass
     try:
-        return transposed(
-            b, traced(fitted(fallback.reverse_rule(op), op), intent=False), op, ts, out, args
+        return forward_by_transposition(
+            b, traced(as_arguments(fallback.reverse_rule(op), op), intent=False), op, ts, out, args
         )
     except (fallback.NoFormula, RuleError) as why:
         body = fallback.decomposition(op)
@@ -128,10 +132,10 @@ def derived(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
                 f"no forward rule for {op}{at(n.meta.get('line'))}: no rule of ours, no formula "
                 f"of PyTorch's ({why}), no decomposition"
             ) from None
-    return opened(b, body, ts, args, op)
+    return forward_by_parts(b, body, ts, args, op)
 
 
-def opened(b: Builder, body: Any, ts: list, args: Any, op: OpOverload) -> Any:
+def forward_by_parts(b: Builder, body: Any, ts: list, args: Any, op: OpOverload) -> Any:
     """Forward mode through the op's decomposition."""
     inner = builder()
     flat_args: list[Node] = []
@@ -163,7 +167,9 @@ def _per_tensor(a: Any, t: Any) -> list:
     return [t] if isinstance(a, Node) else []
 
 
-def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, args: Any) -> Any:
+def forward_by_transposition(
+    b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, args: Any
+) -> Any:
     """The forward rule as the derivative of the (linear) reverse rule with respect to its
     cotangent: the adjoint of the adjoint."""
     carrying = line_outputs(op)
@@ -177,7 +183,7 @@ def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, ar
         for i, o in enumerate(fallback.flat(out))
     ]
     needs = tuple(_has(t) for t in ts)
-    grads = vjp_rule(b, needs, like(out, iter(dummies)), out, *args)
+    grads = vjp_rule(b, needs, nested_like(out, iter(dummies)), out, *args)
     flat_grads, flat_ts = [], []
     for ga, t in zip(grads, ts, strict=True):
         if isinstance(t, list):
@@ -189,12 +195,12 @@ def transposed(b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, ar
     real = [d for d in dummies if d is not None]
     kept = [(ga, t) for ga, t in zip(flat_grads, flat_ts, strict=True) if ga is not None]
     back = iter(reverse(b, [ga for ga, _ in kept], [t for _, t in kept], real))
-    return like(out, iter([next(back) if d is not None else None for d in dummies]))
+    return nested_like(out, iter([next(back) if d is not None else None for d in dummies]))
 
 
-def like(out: Any, values: Iterator[Any]) -> Any:
+def nested_like(out: Any, values: Iterator[Any]) -> Any:
     """The values in the lists in which ``out`` is."""
-    return [like(o, values) for o in out] if isinstance(out, list) else next(values)
+    return [nested_like(o, values) for o in out] if isinstance(out, list) else next(values)
 
 
 def line_outputs(op: OpOverload) -> tuple[int, ...] | None:
@@ -230,7 +236,7 @@ def tangent_sig(primal: Sig) -> Sig:
     """How the tangent of an input lies in memory: as its primal, wherever that begins, unless that
     overlaps itself."""
     whole = all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
-    return primal.start if whole else dense(primal.start)
+    return primal.start if whole else contiguous_sig(primal.start)
 
 
 def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:

@@ -108,7 +108,7 @@ class Regions:
         if env is None:
             env = self.again[region] = {}
             for m in self.nodes[region]:
-                env[m] = m if draws(m) or not plain(m) else self.copy(m, region, env)
+                env[m] = m if draws(m) or not is_op(m) else self.copy(m, region, env)
         return env.get(n, n)
 
     def copy(self, m: Node, region: Any, env: dict[Node, Any]) -> Any:
@@ -126,7 +126,7 @@ class Regions:
         return self.b.node(m.target, tuple(swap(a) for a in m.args), kwargs, m.meta["val"])
 
 
-def plain(n: Node) -> bool:
+def is_op(n: Node) -> bool:
     return isinstance(n.target, OpOverload) or n.target is operator.getitem
 
 
@@ -236,17 +236,17 @@ def vjp_make(n: Node) -> Any:
     def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
         if rule is not None:
             with errors_of("reverse", n, rule):
-                return traced(fitted(rule, op))(b, needs, g, out, *args)
+                return traced(as_arguments(rule, op))(b, needs, g, out, *args)
         if Facts(op).random:
             raise RuleError(
                 f"{op} draws random numbers and has no reverse rule{at(n.meta.get('line'))}"
             )
         try:
-            return traced(fitted(fallback.reverse_rule(op), op), intent=False)(
+            return traced(as_arguments(fallback.reverse_rule(op), op), intent=False)(
                 b, needs, g, out, *args
             )
         except fallback.NoFormula as why:
-            return decomposed(b, n, needs, g, args, why)
+            return reverse_by_parts(b, n, needs, g, args, why)
 
     return make
 
@@ -255,7 +255,7 @@ def no_slope(g: Tensor, out: Tensor, *args: Any, needs: tuple[bool, ...]) -> lis
     return [zeros(g)] * len(needs)
 
 
-def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Exception) -> Any:
+def reverse_by_parts(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Exception) -> Any:
     """Open the op up and differentiate what it consists of."""
     op = n.target
     body = fallback.decomposition(op)
@@ -279,7 +279,7 @@ def decomposed(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Except
     ]
 
 
-def fitted(rule: Any, op: OpOverload) -> Any:
+def as_arguments(rule: Any, op: OpOverload) -> Any:
     """The rule with the chores done: each cotangent summed to its argument's shape and cast to its
     dtype."""
     where = tensor_args(op)
@@ -354,7 +354,7 @@ def vjp(
         if not ones:
             for i, v in enumerate(vals):
                 if cts[i]:
-                    seeds[i] = b.placeholder(f"tangents_{i}", dense(v), role="tangent")
+                    seeds[i] = b.placeholder(f"tangents_{i}", contiguous_sig(v), role="tangent")
         new += [
             b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]
         ]
@@ -382,7 +382,7 @@ def role(p: Node) -> str:
     return "param" if p.meta.get("role") == "param" else "primal"
 
 
-def dense(sig: Sig) -> Sig:
+def contiguous_sig(sig: Sig) -> Sig:
     """The signature of a fresh contiguous tensor of this shape."""
     return (
         sig

@@ -318,7 +318,7 @@ def vmap(
             batch.env[p] = b.placeholder(p.name, sig, role=p.meta.get("role"))
         for p, dim in zip(program.placeholders, dims, strict=True):
             if dim is not None:
-                batch.env[p] = moved(b, batch.env[p], dim, 0)
+                batch.env[p] = with_dim_moved(b, batch.env[p], dim, 0)
                 batch.batched[p] = True
         batch.walk(program.graph.nodes)
         for op, line in batch.loops:
@@ -335,7 +335,7 @@ def vmap(
                     raise ArgumentError(shared_write(program.placeholders[index], o))
                 written.append(batch.env[o])
             else:
-                written.append(moved(b, batch.expanded(o), 0, dim))
+                written.append(with_dim_moved(b, batch.expanded(o), 0, dim))
         return Program(
             b.finish([*results, *written]),
             program.n_inputs,
@@ -387,10 +387,10 @@ def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
         raise ArgumentError(
             f"vmap: out_dims has {dim} for output {i}, which has {rank} dimensions with the batch"
         )
-    return moved(batch.b, batch.expanded(o), 0, dim % rank)
+    return with_dim_moved(batch.b, batch.expanded(o), 0, dim % rank)
 
 
-def moved(b: Builder, n: Node, source: int, target: int) -> Node:
+def with_dim_moved(b: Builder, n: Node, source: int, target: int) -> Node:
     """``n`` with one dimension moved."""
     if source == target:
         return n

@@ -13,11 +13,11 @@ from .rules import (
     formatted,
     new,
     ordered_strides,
-    plain,
     pointwise,
     result_strides,
     rule,
     sure,
+    sure_in_order,
 )
 from .sig import Sig, contiguous_stride
 
@@ -69,7 +69,7 @@ def _conj_physical(x):
 @rule(aten.hardtanh)
 def _hardtanh(x, min_val=-1, max_val=1):
     sure(min_val <= max_val)
-    plain(x)
+    sure_in_order(x)
     return pointwise(aten.hardtanh.default, x, min_val, max_val)
 
 
@@ -87,7 +87,7 @@ def _full_like(x, value, **options):
 @rule(aten.bernoulli, aten.bernoulli.p)
 def _bernoulli(x, p=None, *, generator=None):
     sure(p is None or 0 <= p <= 1)
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
@@ -100,7 +100,7 @@ def _native_dropout(x, p, train):
 @rule(aten.native_dropout_backward)
 def _native_dropout_backward(g, mask, scale):
     sure(floating(g) and mask.dtype is torch.bool and g.shape == mask.shape)
-    plain(g, mask)
+    sure_in_order(g, mask)
     return like(g)
 
 
@@ -119,7 +119,7 @@ def _pow(x, exponent):
 @rule(aten.tril, aten.triu)
 def _tri(x, diagonal=0):
     sure(x.ndim >= 2)
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
@@ -127,21 +127,21 @@ def _tri(x, diagonal=0):
 def _roll(x, shifts, dims=()):
     sure(shifts and (len(shifts) == len(dims) or (len(shifts) == 1 and not dims)))
     sure(all(axis(d, x.ndim) < x.ndim for d in dims))
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
 @rule(aten.flip)
 def _flip(x, dims):
     sure(len({axis(d, x.ndim) for d in dims}) == len(dims))
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
 @rule(aten.cumsum, aten.cumprod)
 def _cumulate(x, dim, *, dtype=None):
     axis(dim, x.ndim)
-    plain(x)
+    sure_in_order(x)
     return new(x, x.shape, dtype or (x.dtype if floating(x) else torch.int64))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .algebra import like
-from .rules import new, plain, rule, sure
+from .rules import new, rule, sure, sure_in_order
 from .sig import Sig, contiguous_stride, make_sig
 
 aten = torch.ops.aten
@@ -167,5 +167,5 @@ def _normal_functional(x, mean=0.0, std=1.0, *, generator=None):
 def _multinomial(x, count, replacement=False, *, generator=None):
     sure(x.dtype.is_floating_point and x.ndim in (1, 2) and 0 not in x.shape)
     sure(count > 0 and (replacement or count <= x.shape[-1]))
-    plain(x)
+    sure_in_order(x)
     return new(x, (*x.shape[:-1], count), torch.int64)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .algebra import like, same_dtype
-from .rules import axis, broadcast, new, ordinary, plain, rule, sure
+from .rules import axis, broadcast, new, ordinary, rule, sure, sure_in_order
 from .sig import Sig, contiguous_stride
 
 aten = torch.ops.aten
@@ -77,7 +77,7 @@ def _index_select(x, dim, index):
 @rule(aten.embedding)
 def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     sure(weight.ndim == 2 and indices.dtype in (torch.int32, torch.int64))
-    plain(weight)
+    sure_in_order(weight)
     return new(weight, (*indices.shape, weight.shape[1]))
 
 
@@ -125,7 +125,7 @@ def _scatter(x, dim, index, source):
     if source.__class__ is Sig:
         sure(source.dtype is x.dtype and source.ndim == x.ndim)
         sure(all(n <= m for n, m in zip(index.shape, source.shape, strict=True)))
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
@@ -159,7 +159,7 @@ def _index_add(x, dim, index, source, *, alpha=1):
         and index.dtype is torch.int64
     )
     sure(alpha.__class__ is int)
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
@@ -175,7 +175,7 @@ def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     )
     length = len(range(x.shape[d])[slice(start, end, step)])
     sure(source.shape == (*x.shape[:d], length, *x.shape[d + 1 :]))
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
@@ -183,7 +183,7 @@ def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
 def _sort(x, dim=-1, descending=False, *, stable=None):
     axis(dim, x.ndim)
     sure(not x.dtype.is_complex)
-    plain(x)
+    sure_in_order(x)
     return like(x), like(x, torch.int64)
 
 

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from ...cache import Cache
 from ...errors import CaptureError
 from .infer import _deterministic, infer
-from .sig import Facts, Sig, moved
+from .sig import Facts, Sig, moved_by
 
 aten = torch.ops.aten
 
@@ -115,7 +115,7 @@ def intern(
         anywhere = interned(there) or intern(
             there, op, args, kwargs, tuple([s.start for s in sigs]), outs
         )
-        outs = outs if facts.view_of is None else moved(anywhere.outs, sigs[0].offset)
+        outs = outs if facts.view_of is None else moved_by(anywhere.outs, sigs[0].offset)
     if outs is None:
         outs = infer(op, args, kwargs, sigs)
     instr = Instr(op, args, kwargs, sigs, outs, anywhere)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .algebra import like, same_dtype
-from .rules import axis, broadcast, new, ordered_strides, plain, result_strides, rule, sure
+from .rules import axis, broadcast, new, ordered_strides, result_strides, rule, sure, sure_in_order
 from .sig import Sig
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 def _softmax(x, dim, half_to_float):
     sure(x.dtype.is_floating_point and not half_to_float)
     axis(dim, x.ndim)
-    plain(x)
+    sure_in_order(x)
     return new(x, x.shape)
 
 
@@ -40,14 +40,14 @@ def _safe_softmax(x, dim, dtype=None):
 def _softmax_backward(g, y, dim, input_dtype):
     sure(g.dtype is y.dtype is input_dtype and g.shape == y.shape)
     axis(dim, g.ndim)
-    plain(g, y)
+    sure_in_order(g, y)
     return like(g)
 
 
 @rule(aten.log_sigmoid_forward)
 def _log_sigmoid(x):
     sure(x.dtype.is_floating_point)
-    plain(x)
+    sure_in_order(x)
     return like(x), like(x)
 
 
@@ -65,7 +65,7 @@ def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_i
 def _log_sigmoid_backward(g, x, buffer):
     same_dtype(g, x, buffer)
     sure(x.dtype.is_floating_point and g.shape == x.shape == buffer.shape)
-    plain(g, x, buffer)
+    sure_in_order(g, x, buffer)
     return like(x)
 
 
@@ -80,7 +80,7 @@ def _loss(x, target, reduction=MEAN, parameter=1.0):
         and parameter > 0
         and reduction in (0, 1, 2)
     )
-    plain(x, target)
+    sure_in_order(x, target)
     shape = broadcast(x.shape, target.shape)
     return (
         new(x, (), stride=())
@@ -95,7 +95,7 @@ def _loss_backward(g, x, target, reduction, *parameter):
         g.dtype is x.dtype is target.dtype
         and broadcast(g.shape, x.shape, target.shape) == x.shape == target.shape
     )
-    plain(g, x, target)
+    sure_in_order(g, x, target)
     return like(x)
 
 
@@ -103,7 +103,7 @@ def _loss_backward(g, x, target, reduction, *parameter):
 def _bce(x, target, weight=None, reduction=MEAN):
     sure(x.shape == target.shape and x.dtype is target.dtype and x.dtype.is_floating_point)
     sure(weight is None and reduction in (0, 1, 2))
-    plain(x, target)
+    sure_in_order(x, target)
     return new(x, () if reduction else x.shape)
 
 
@@ -133,7 +133,7 @@ def _nll_loss_backward(g, x, target, weight, reduction, ignore_index, total_weig
     _nll_loss(x, target, weight, reduction, ignore_index)
     same_dtype(g, x, total_weight)
     sure(total_weight.shape == () and g.shape == (target.shape if reduction == 0 else ()))
-    plain(x)
+    sure_in_order(x)
     return like(x)
 
 
@@ -171,7 +171,7 @@ def _layer_norm(x, shape, weight, bias, eps):
     sure(
         all(p is None or (p.shape == tuple(shape) and p.dtype is x.dtype) for p in (weight, bias))
     )
-    plain(x, weight, bias)
+    sure_in_order(x, weight, bias)
     moment = new(
         x, (*x.shape[:-k], *[1] * k), None if x.device.type == "cpu" else WIDE.get(x.dtype)
     )
@@ -195,7 +195,7 @@ def _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask):
             for s in (g, mean, rstd, weight, bias)
         )
     )
-    plain(g, x, mean, rstd, weight, bias)
+    sure_in_order(g, x, mean, rstd, weight, bias)
     sure(
         k < x.ndim or all(n > 1 for n in x.shape)
     )  # else the bias's gradient is a clone of g, strides and all
@@ -218,7 +218,7 @@ def _group_norm_backward(g, x, mean, rstd, weight, n, c, hw, group, mask):
     _group_norm_fits(x, weight, None, n, c, hw, group)
     same_dtype(g, x, mean, rstd)
     sure(g.shape == x.shape and mean.shape == rstd.shape == (n, group))
-    plain(g, mean, rstd)
+    sure_in_order(g, mean, rstd)
     return (
         like(x) if mask[0] else None,
         new(x, (c,)) if mask[1] else None,
@@ -235,14 +235,14 @@ def _group_norm_fits(x: Sig, weight: Any, bias: Any, n: int, c: int, hw: int, gr
     )
     sure(math.prod(x.shape[2:]) == hw and group > 0 and c % group == 0)
     sure(all(p is None or (p.dtype is x.dtype and p.shape == (c,)) for p in (weight, bias)))
-    plain(x, weight, bias)
+    sure_in_order(x, weight, bias)
 
 
 def _batch_norm_fits(x: Sig, *features: Sig | None) -> None:
     """One of each per channel, all of one ordinary dtype."""
     sure(x.dtype in (torch.float32, torch.float64) and x.ndim >= 2 and 0 not in x.shape)
     sure(all(f is None or (f.dtype is x.dtype and f.shape == x.shape[1:2]) for f in features))
-    plain(x, *features)
+    sure_in_order(x, *features)
 
 
 @rule(aten._native_batch_norm_legit_functional)
@@ -271,7 +271,7 @@ def _batch_norm_backward(g, x, weight, mean, var, save_mean, save_rstd, train, e
     saved = (save_mean, save_rstd) if train else (mean, var)
     _batch_norm_fits(x, weight, *saved)
     sure(g.shape == x.shape and g.dtype is x.dtype and None not in saved)
-    plain(g)
+    sure_in_order(g)
     sure(len(mask) == 3)
     return like(x), *[new(x, x.shape[1:2]) if m else None for m in mask[1:]]
 
@@ -288,7 +288,7 @@ def per_dim(values: Sequence[int], n: int) -> list[int]:
 @rule(aten.convolution)
 def _convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups):
     n = x.ndim - 2
-    plain(x, w)  # for other layouts the device's kernel decides the result's
+    sure_in_order(x, w)  # for other layouts the device's kernel decides the result's
     same_dtype(x, w, *([] if bias is None else [bias]))
     sure(
         n in (1, 2, 3)
@@ -341,7 +341,7 @@ def pooled(
 ) -> tuple:
     """The shape after a two-dimensional pooling."""
     sure(x.ndim in (3, 4) and 0 not in x.shape)
-    plain(x)
+    sure_in_order(x)
     sizes = []
     ks, ps, ds = (per_dim(v, 2) for v in (kernel, padding, dilation))
     for i, k, s, p, d in zip(
@@ -389,7 +389,7 @@ def _avg_pool2d_backward(g, x, kernel, stride, padding, ceil_mode, count_include
 @rule(aten._adaptive_avg_pool2d)
 def _adaptive_avg_pool2d(x, size):
     sure(x.ndim in (3, 4) and len(size) == 2 and 0 not in x.shape and 0 not in size)
-    plain(x)
+    sure_in_order(x)
     return new(x, (*x.shape[:-2], *size))
 
 
@@ -402,5 +402,5 @@ def _adaptive_avg_pool2d_backward(g, x):
         and g.shape[:-2] == x.shape[:-2]
         and 0 not in g.shape
     )
-    plain(g, x)
+    sure_in_order(g, x)
     return new(x, x.shape)

@@ -85,7 +85,7 @@ def new(
     )
 
 
-def plain(*sigs: Sig | None) -> None:
+def sure_in_order(*sigs: Sig | None) -> None:
     """Decline unless these are in natural order: contiguous, or expanded or sliced from such."""
     sure(all(s is None or ordinary(s) for s in sigs))
 

@@ -191,9 +191,9 @@ class Facts:
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"
 
 
-def moved(outs: Any, by: int) -> Any:
+def moved_by(outs: Any, by: int) -> Any:
     """Views of a tensor, if that lay so many elements further on."""
-    return outs.moved(by) if outs.__class__ is Sig else tuple([moved(o, by) for o in outs])
+    return outs.moved(by) if outs.__class__ is Sig else tuple([moved_by(o, by) for o in outs])
 
 
 def fill(template: Any, values: Any) -> Any:

@@ -12,7 +12,6 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from joints import Hand, JointOf, aten, doubled, kept_bytes, saved, sig, targets
 
 from aotfunc.partition import (
     PartitionError,
@@ -24,6 +23,7 @@ from aotfunc.partition import (
     verify,
 )
 from aotfunc.partition.ops import is_random, is_symbol
+from tests.partition.joints import Hand, JointOf, aten, doubled, kept_bytes, saved, sig, targets
 
 cheapest = functools.partial(min_cut_rematerialization_partition, price=0.0)
 PARTITIONS = [default_partition, min_cut_rematerialization_partition, cheapest]
@@ -386,7 +386,7 @@ def test_values_live_shortest() -> None:
 def test_same_graph_same_partition_in_every_process() -> None:
     script = """
         import sys; sys.path[:0] = sys.argv[1:]
-        import torch; from joints import JointOf
+        import torch; from tests.partition.joints import JointOf
         from aotfunc.partition import min_cut_rematerialization_partition as cut
         f = lambda a, b: ((a @ b).sin() * (b @ a).exp()).softmax(-1).tanh() + a.sort(1)[0]
         joint = JointOf(f, torch.ones(5, 5).requires_grad_(), torch.ones(5, 5).requires_grad_())
@@ -401,7 +401,6 @@ def test_same_graph_same_partition_in_every_process() -> None:
                 sys.executable,
                 "-c",
                 textwrap.dedent(script),
-                os.path.dirname(__file__),
                 os.getcwd(),
             ],
             env={**os.environ, "PYTHONHASHSEED": seed},

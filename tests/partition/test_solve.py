@@ -13,7 +13,6 @@ import networkx as nx
 import pytest
 import torch
 import torch.nn.functional as F
-from joints import JointOf, doubled, kept_bytes, saved
 from torch import Tensor, nn
 
 from aotfunc.partition import (
@@ -28,6 +27,7 @@ from aotfunc.partition.roles import read_joint
 from aotfunc.partition.solve import INF, min_cut
 from aotfunc.partition.split import module, split
 from aotfunc.partition.verify import verify
+from tests.partition.joints import JointOf, doubled, kept_bytes, saved
 
 
 def value(

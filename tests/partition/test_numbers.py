@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from joints import JointOf, doubled, kept_bytes
 from torch import Tensor
 
 from aotfunc.partition import Roofline, default_partition, min_cut_rematerialization_partition
+from tests.partition.joints import JointOf, doubled, kept_bytes
 
 aten = torch.ops.aten
 cheapest = functools.partial(min_cut_rematerialization_partition, price=0.0)
