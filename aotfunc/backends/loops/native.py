@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,23 @@ class Kernel:
 
     def __init__(self, function: Any, name: str) -> None:
         self.function, self.name = function, name
-        function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+        function.argtypes = (ctypes.c_int64,) * 4
         function.restype = None
-        self.address = ctypes.cast(function, ctypes.c_void_p)
+        self.address = ctypes.cast(function, ctypes.c_void_p).value
 
     def __call__(
         self, rows: int, sizes: Sequence[int], tensors: Sequence[Tensor], grain: int | None = None
     ) -> None:
-        n = (ctypes.c_int64 * len(sizes))(*sizes)
-        pointers = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+        words = array("q", [*sizes, *[t.data_ptr() for t in tensors]])
+        start = words.buffer_info()[0]
+        pointers = start + 8 * len(sizes)
         if rows > 1 and torch.get_num_threads() > 1 and not _forked:
-            grain = grain or max(1, GRAIN * rows // max(1, *(t.numel() for t in tensors)))
+            if grain is None:
+                grain = max(1, GRAIN * rows // max(1, *[t.numel() for t in tensors]))
             if rows > grain and (divide := threads()) is not None:
-                divide(rows, grain, self.address, n, pointers)
+                divide(rows, grain, self.address, start, pointers)
                 return
-        self.function(0, rows, n, pointers)
+        self.function(0, rows, start, pointers)
 
 
 class Library:
@@ -105,6 +108,6 @@ def threads() -> Callable | None:
     if not toolchain.torch_exports("torch_parallel_for"):
         return None
     function = ctypes.CDLL(str(built((HERE / "threads.cpp").read_text())))["aot_threads"]
-    function.argtypes = (ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3)
+    function.argtypes = (ctypes.c_int64,) * 5
     function.restype = None
     return function

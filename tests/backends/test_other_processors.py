@@ -1,0 +1,35 @@
+"""Without AVX2, FMA and Sleef the same sources compile, and their results are as accurate."""
+
+import pytest
+import torch
+
+from aotfunc.backends.loops import toolchain
+from benchmarks.maths import BINARY, UNARY, largest
+
+from .test_native import applied
+
+
+@pytest.fixture(params=["-march=x86-64", "-march=x86-64-v2"])
+def plain(request, cache, monkeypatch):
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("the flags are those of x86-64")
+    flags = [request.param if f == "-march=native" else f for f in toolchain.FLAGS]
+    monkeypatch.setattr(toolchain, "flags", lambda: tuple(flags))
+
+
+@pytest.mark.parametrize("name", [*UNARY, *BINARY])
+def test_units_in_the_last_place(plain, name):
+    own = name not in ("log10", "erfc", "lgamma")  # the C library's
+    assert largest(name, 10_000) <= (2 if own else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(plain, dtype):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    torch.testing.assert_close(applied("x", x), x, rtol=0, atol=0, equal_nan=True)
+    bits = torch.arange(-(2**19), 2**19, dtype=torch.int32) * 4096
+    y = torch.cat([bits, bits + 1, bits + 2048]).view(torch.float32)
+    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    torch.testing.assert_close(
+        applied(f"aot_as_{name}(x)", y), y.to(dtype).float(), rtol=0, atol=0, equal_nan=True
+    )
