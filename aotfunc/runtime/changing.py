@@ -3,7 +3,8 @@ code does nothing with but compute with tensors.
 
 A number may be asked in ways that nothing reports: ``math.sqrt(lr)`` reads it in C. So the code of
 the function says first which parameters are only ever an operand of ``+ - * /``. In their places
-the capture passes a :class:`Number`, which knows of every use."""
+the capture passes a :class:`Number`, which knows of every use; not where the user's own classes
+have such operators, which may keep the number or look at its type."""
 
 from __future__ import annotations
 

@@ -429,7 +429,7 @@ class Compiled:
             places.extend(left_behind(state, self.titled, containers(given)))
             return recorded(result, places, state, mine.containers)
 
-        watches = bool(numbers) and current() is None and not self._names.types
+        watches = bool(numbers) and current() is None and not self._names.operators
         called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
         rec = capture(
             f,

@@ -346,6 +346,26 @@ def test_it_is_said():
     assert text.endswith("argument x was float64[3], and is float64[5]")
 
 
+class Keeping:
+    """An operand of the user's that keeps the number."""
+
+    last = None
+
+    def __mul__(self, t):
+        self.last = t
+        return t
+
+
+def test_an_operand_keeps_the_number():
+    keeping = Keeping()
+    f = lambda x, t: (x * t, keeping * t)
+    compiled, x = jit(f), drawn(torch.float64)
+    for t in TWENTY:
+        assert_same(compiled(x, t), f(x, t), rtol=0, atol=0)
+        assert type(compiled(x, t)[1]) is float
+        assert type(keeping.last) is float and keeping.last == t
+
+
 def test_many_threads():
     f = ONLY_COMPUTED_WITH["either side"]
     compiled, x = jit(f), drawn(torch.float64)

@@ -190,7 +190,7 @@ class Names:
             set()
         )  # libraries whose objects the function uses: their code is the user's
         self.any = False
-        self.types = False  # whether some of the code looks at types
+        self.operators = False  # whether a class among them computes in its own way
         self._entered: set[Any] = set()
 
     def __len__(self) -> int:
@@ -212,7 +212,6 @@ class Names:
             self.attributes |= reads.attributes
             self.written |= reads.written
             self.any = self.any or reads.any_name
-            self.types = self.types or "type" in reads.variables
         return reads
 
     def enter_class(self, cls: type) -> None:
