@@ -81,8 +81,9 @@ AOT_NUMBER1(aot_exp)
 // log(2^n (1 + f)) with sqrt(1/2) <= 1 + f < sqrt(2).
 AOT f8 aot_log(f8 x) {
   m8 small = x < 0x1p-126f;
-  m8 bits = (m8)(small ? x * 0x1p23f : x), n = (bits - 0x3f3504f3) >> 23;
-  f8 f = (f8)(bits - (n << 23)) - 1;
+  u8 bits = (u8)(small ? x * 0x1p23f : x);
+  m8 n = (m8)(bits - 0x3f3504f3) >> 23;
+  f8 f = (f8)(bits - ((u8)n << 23)) - 1;
   f8 e = __builtin_convertvector(n - (small & 23), f8);
   f8 low = aot_fma(f * f, aot_fma(f, aot_log_polynomial(f), aot_f8(-0.5f)), e * 0x1.7f7d1cp-20f);
   f8 y = aot_fma(e, aot_f8(0x1.62e4p-1f), f + low);
