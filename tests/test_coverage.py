@@ -113,12 +113,12 @@ def taken(monkeypatch):
     def transposed(b, rule, op, *rest):
         return "transposed" if op in RULES and RULES[op].vjp is not None else "derived"
 
-    noting("vjp", vjp, "fitted", reverse, lambda rule, op: op)
-    noting("vjp", vjp, "decomposed", "decomposition", lambda b, n, *rest: n.target)
+    noting("vjp", vjp, "as_arguments", reverse, lambda rule, op: op)
+    noting("vjp", vjp, "reverse_by_parts", "decomposition", lambda b, n, *rest: n.target)
     noting("jvp", jvp, "jvp_make", "rule", lambda n: n.target)
     noting("jvp", jvp, "derived", "derived", lambda b, n, *rest: n.target)
-    noting("jvp", jvp, "transposed", transposed, lambda b, rule, op, *rest: op)
-    noting("jvp", jvp, "opened", "decomposition", lambda b, body, ts, args, op: op)
+    noting("jvp", jvp, "forward_by_transposition", transposed, lambda b, rule, op, *rest: op)
+    noting("jvp", jvp, "forward_by_parts", "decomposition", lambda b, body, ts, args, op: op)
     noting("vmap", vmap.Batch, "make", "rule", lambda batch, n: n.target)
     noting("vmap", vmap.Batch, "derived", "derived", lambda batch, b, n, *rest: n.target)
     noting("vmap", vmap.Batch, "opened", "decomposition", lambda batch, b, n, *rest: n.target)
