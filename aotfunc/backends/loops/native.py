@@ -52,10 +52,10 @@ class Kernel:
     each; by default as many as hold 32768 elements of the largest tensor. A forked child uses one
     thread."""
 
-    __slots__ = ("address", "function", "name")
+    __slots__ = ("address", "function")
 
-    def __init__(self, function: Any, name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: Any) -> None:
+        self.function = function
         function.argtypes = (ctypes.c_int64,) * 4
         function.restype = None
         self.address = ctypes.cast(function, ctypes.c_void_p).value
@@ -78,21 +78,22 @@ class Kernel:
 class Library:
     """The kernels of one source, by name."""
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self.path = path
+    def __init__(self, path: Path) -> None:
         self.loaded = ctypes.CDLL(str(path))
-        self.kernels = {name: Kernel(self.loaded[name], name) for name in names}
+        self.kernels: dict[str, Kernel] = {}
 
     def __getitem__(self, name: str) -> Kernel:
+        if name not in self.kernels:
+            self.kernels[name] = Kernel(self.loaded[name])
         return self.kernels[name]
 
 
-def load(source: str, names: Sequence[str]) -> Library:
-    """The kernels ``names`` of ``source``, which begins with :data:`PRELUDE`. Compiles at most
-    once in this process and all that share the disk cache. Raises CompilerError."""
+def load(source: str) -> Library:
+    """The kernels of ``source``, which begins with :data:`PRELUDE`. Compiles at most once in this
+    process and all that share the disk cache. Raises CompilerError."""
     library = LOADED.get(source)
     if library is None:
-        library = LOADED.setdefault(source, Library(built(source), names))
+        library = LOADED.setdefault(source, Library(built(source)))
     return library
 
 

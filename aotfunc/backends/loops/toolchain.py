@@ -33,7 +33,7 @@ FLAGS = (
     "-shared",
     "-nostartfiles",
     "-Wno-psabi",
-    "-Wl,--auxiliary=libtorch_cpu.so",  # its functions are found at load, without linking (0.4 s)
+    "-Wl,--auxiliary=libtorch_cpu.so",  # its functions are found at load, without linking
 )
 
 
