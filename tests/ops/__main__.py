@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # one cell; the limit in processor time (table.LIMIT_S) comes first, unless a kernel hangs
@@ -130,11 +130,10 @@ def sweep(
     return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def sweep_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all sweeps over the ops have."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
-    parser.add_argument("--lib", choices=["aotfunc", "torch", "both"], default="aotfunc")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--part",
         default="1/1",
@@ -147,6 +146,21 @@ def main() -> int:
         metavar="FILE",
         help="append each outcome to FILE; do not run what it has",
     )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def chosen(names: Iterable[str], options: argparse.Namespace) -> list[str]:
+    """The ops that the options of a sweep name."""
+    patterns = options.patterns or ["*"]
+    part, parts = map(int, options.part.split("/"))
+    return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)][part - 1 :: parts]
+
+
+def main() -> int:
+    parser = sweep_parser(__doc__)
+    parser.add_argument("--lib", choices=["aotfunc", "torch", "both"], default="aotfunc")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--update", action="store_true", help="rewrite known_failures.txt from this run"
     )
@@ -155,20 +169,13 @@ def main() -> int:
         action="store_true",
         help="put this run into docs/coverage.tsv and docs/coverage.md",
     )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work()
         return 0
     from tests.ops import report, table
 
-    names = [
-        n
-        for n in table.OPS
-        if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)
-    ]
-    part, parts = map(int, options.part.split("/"))
-    names = names[part - 1 :: parts]
+    names = chosen(table.OPS, options)
     libs = ["aotfunc", "torch"] if options.lib == "both" else [options.lib]
     cells = [(lib, name, d, c) for name in names for d, c in table.cells(name) for lib in libs]
     began = time.time()

@@ -9,8 +9,6 @@ run again. --write puts the outcomes into docs/inductor.md. Status 1 if one is w
 
 from __future__ import annotations
 
-import argparse
-import fnmatch
 import json
 import re
 import sys
@@ -24,7 +22,7 @@ import torch
 
 import aotfunc
 from tests.ops import table
-from tests.ops.__main__ import Worker
+from tests.ops.__main__ import Worker, chosen, sweep_parser
 from tests.ops.compositions import Call
 from tests.ops.references import (
     NoReference,
@@ -210,27 +208,13 @@ def write(results: dict[tuple[str, str], str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
+    parser = sweep_parser(__doc__)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument(
-        "--part",
-        default="1/1",
-        metavar="I/N",
-        help="the I-th of N parts, interleaved (default 1/1)",
-    )
-    parser.add_argument(
-        "--log",
-        type=Path,
-        metavar="FILE",
-        help="append each outcome to FILE; do not run what it has",
-    )
     parser.add_argument(
         "--write",
         action="store_true",
         help="put the outcomes, the log's too, into docs/inductor.md",
     )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work()
@@ -245,13 +229,7 @@ def main() -> int:
             with options.log.open("a") as out:
                 out.write(json.dumps([name, dtype, outcome]) + "\n")
 
-    names = [
-        n
-        for n in table.OPS
-        if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)
-    ]
-    part, parts = map(int, options.part.split("/"))
-    asked = [(n, d) for n in names[part - 1 :: parts] if (d := dtype_of(n, options.dtype))]
+    asked = [(n, d) for n in chosen(table.OPS, options) if (d := dtype_of(n, options.dtype))]
     run([key for key in asked if key not in results], keep)
     bad = {key: o for key, o in results.items() if table.failed(o)}
     for key, o in sorted(bad.items()):

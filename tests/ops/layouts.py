@@ -8,7 +8,6 @@ the graph says it has. --write runs nothing and puts what the log has into docs/
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
 import json
@@ -24,7 +23,7 @@ import torch
 import aotfunc
 from aotfunc import debug
 from tests.ops import table
-from tests.ops.__main__ import Worker, logged, sweep
+from tests.ops.__main__ import Worker, chosen, logged, sweep, sweep_parser
 from tests.ops.compositions import COMPOSITIONS, Call, batch, pull, push, rows_of, setup
 from tests.ops.references import (
     NoReference,
@@ -341,43 +340,23 @@ def write(results: dict[tuple, str], cells: list[tuple], commit: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("patterns", nargs="*", help="shell patterns of op names (default all)")
+    parser = sweep_parser(__doc__)
     parser.add_argument(
         "--cells", default="*", help="a shell pattern of composition@layout (default all)"
     )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument(
-        "--part",
-        default="1/1",
-        metavar="I/N",
-        help="the I-th of N parts, interleaved (default 1/1)",
-    )
-    parser.add_argument(
-        "--log",
-        type=Path,
-        metavar="FILE",
-        help="append each outcome to FILE; do not run what it has",
-    )
-    parser.add_argument(
         "--write",
         metavar="COMMIT",
         help="put what the log has, found at COMMIT, into docs/layouts.md",
     )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work()
         return 0
-    names = [
-        n
-        for n in table.OPS
-        if not options.patterns or any(fnmatch.fnmatch(n, p) for p in options.patterns)
-    ]
-    part, parts = map(int, options.part.split("/"))
     todo = [
         ("aotfunc", n, d, c)
-        for n in names[part - 1 :: parts]
+        for n in chosen(table.OPS, options)
         for d, c in cells(n)
         if fnmatch.fnmatch(c, options.cells)
     ]
