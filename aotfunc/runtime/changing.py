@@ -41,8 +41,7 @@ _TAKES = frozenset(
 )
 
 
-# ----- what the code does with its parameters
-# ---------------------------------------------------------------------------------------------------
+# ----- what the code does with its parameters ----------------------------------------------------
 
 
 @functools.lru_cache(1024)
@@ -93,8 +92,7 @@ def operand(steps: list[dis.Instruction], i: int, depth: int) -> bool:
     return False
 
 
-# ----- during the capture
-# ---------------------------------------------------------------------------------------------------
+# ----- during the capture ------------------------------------------------------------------------
 
 
 class Number:
@@ -162,8 +160,7 @@ def kind_of(cls: type) -> type[Number]:
 KINDS = {cls: kind_of(cls) for cls in (float, int)}
 
 
-# ----- calls
-# ---------------------------------------------------------------------------------------------------
+# ----- calls -------------------------------------------------------------------------------------
 
 
 class Numbers:

@@ -12,6 +12,7 @@ import torch
 
 from aotfunc import aot_function, grad, jit, vmap
 from aotfunc.errors import CaptureError
+from tests.capture.test_changing_numbers import PAIRS
 from tests.reference import assert_same
 
 NUMBERS = (0.3, 0.77, 10.1, 1e-3, 4.0, 123.456, 0.31, 0.32, 0.33)
@@ -128,15 +129,7 @@ def test_what_is_looked_at_is_looked_at_again():
 def test_numbers_that_only_agree_at_first():
     f = lambda x, s, t: (x * s + t).sin() / s
     compiled, x = jit(f), drawn(torch.float64)
-    for s, t in (
-        (0.3, 0.3),
-        (0.4, 0.4),
-        (0.4, 0.7),
-        (0.6, 0.6),
-        (0.6, 0.3),
-        (0.3, 0.3),
-        (0.9, 0.8),
-    ):
+    for s, t in PAIRS:
         assert_same(compiled(x, s, t), f(x, s, t), rtol=0, atol=0)
 
 
@@ -184,8 +177,7 @@ def test_inductor(dtype):
     )
 
 
-# ----- without another capture
-# ---------------------------------------------------------------------------------------------------
+# ----- without another capture -------------------------------------------------------------------
 
 TWENTY = [0.1 / (1 + 0.37 * i) for i in range(20)]
 ONLY_COMPUTED_WITH = {

@@ -23,6 +23,8 @@ def made(monkeypatch):
 
 
 NUMBERS = (0.3, 0.77, 10.1, 1e-3, 4.0, 123.456)
+#: numbers that are equal at first, and then are not
+PAIRS = ((0.3, 0.3), (0.4, 0.4), (0.4, 0.7), (0.6, 0.6), (0.6, 0.3), (0.3, 0.3), (0.9, 0.8))
 
 #: functions of a tensor and a number that may be an input
 LIFTED = {
@@ -164,15 +166,7 @@ def test_one_program_for_all_numbers(name, made):
 def test_numbers_are_told_apart(made):
     """Equal ones may be one input, as long as they are equal."""
     f = lambda x, s, t: (x * s + t).sin() / s
-    for s, t in (
-        (0.3, 0.3),
-        (0.4, 0.4),
-        (0.4, 0.7),
-        (0.6, 0.6),
-        (0.6, 0.3),
-        (0.3, 0.3),
-        (0.9, 0.8),
-    ):
+    for s, t in PAIRS:
         torch.testing.assert_close(functionalize(f)(x0, s, t), f(x0, s, t), rtol=0, atol=0)
     assert len(made) == 3
 

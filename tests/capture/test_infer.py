@@ -17,24 +17,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import aotfunc
 from aotfunc.errors import CaptureError
 from aotfunc.trace.shapes import infer
-from aotfunc.trace.shapes.instr import encode
+from aotfunc.trace.shapes.instr import SIMPLE, encode
 from aotfunc.trace.shapes.rules import by_rule, ordered_strides, rule_for
 from aotfunc.trace.shapes.sig import Facts, Sig, Slot, contiguous_stride, make_sig, sig_of
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.complex64, torch.int64, torch.float16)
 OTHERS = (*DTYPES, torch.float64, torch.int32, torch.bool, torch.bfloat16, torch.uint8)
-LITERALS = (
-    int,
-    float,
-    bool,
-    str,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
+LITERALS = (*SIMPLE, float)
 #: families that have no rules, or whose samples are many and slow
 SKIPPED = (
     "linalg",

@@ -53,17 +53,8 @@ _memo = Cache(1 << 15)
 interned = _memo.get
 
 SIMPLE = frozenset(
-    (
-        int,
-        bool,
-        str,
-        type(None),
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        type(...),
-    )
+    {int, bool, str, type(None), type(...)}
+    | {torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
 
 
