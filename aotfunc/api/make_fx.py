@@ -21,7 +21,7 @@ from ..graph import output_node
 from ..runtime.aliasing import Changes
 from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
-from ..trace.functionalize import dead_end, hidden_write
+from ..trace.marks import dead_end, hidden_write
 from ..transforms.decompose import decomposed
 from ..transforms.fresh import fresh
 from ..transforms.lower import EVERYTHING

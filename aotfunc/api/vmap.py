@@ -19,8 +19,8 @@ from ..graph import Program, draws
 from ..runtime.aliasing import Changes, view_of
 from ..runtime.execute import execute
 from ..runtime.resized import of_size
+from ..trace.tape import signature
 from ..trace.traced import Traced
-from ..trace.tracer import signature
 from ..transforms.fresh import fresh
 from ..transforms.vmap import vmap as vmap_pass
 from .call import Dims, batch_size, broadcast_prefix, input_dims, sample_sig, tensors_of

@@ -18,7 +18,8 @@ from torch.autograd.function import Function, FunctionCtx
 from ..debug import Line
 from ..errors import CaptureError
 from ..graph import Program
-from ..trace.functionalize import Functionalizer, once
+from ..trace.functionalize import Functionalizer
+from ..trace.marks import once
 from ..trace.recording import record_into
 from ..trace.shapes.sig import Sig
 from ..trace.traced import current

@@ -19,7 +19,8 @@ from ..cache import Cache
 from ..debug import Line
 from ..graph import Program, cut, draws, size
 from ..trace.emit import Builder, remap
-from ..trace.functionalize import Functionalizer, hidden_write
+from ..trace.functionalize import Functionalizer
+from ..trace.marks import hidden_write
 from ..trace.records import flat, instr_op
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked

@@ -22,7 +22,7 @@ from . import patches
 from .captured import Captured
 from .concretize import agreed
 from .instances import assigned
-from .tree import leaf_labels
+from .tree import Arguments, leaf_labels
 
 
 @outside_inference_mode
@@ -198,3 +198,13 @@ def argument_names(f: Callable, count: int) -> list[str]:
     except (TypeError, ValueError):
         names = []
     return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]
+
+
+def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
+    """A name for each leaf of a call, and the leaf."""
+    names: list[str] = []
+    for base, spec in zip(argument_names(f, len(arguments.specs)), arguments.specs, strict=True):
+        names += [f"{base}{rest}" for rest in (leaf_labels(spec) if spec is not None else [""])]
+    if arguments.kw_spec is not None:
+        names += [label.lstrip("_") for label in leaf_labels(arguments.kw_spec)]
+    return names, arguments.leaves

@@ -24,12 +24,14 @@ from ..graph import Program, cut, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.records import Record, flat
-from ..trace.replay import generators, named_generators
+from ..trace.replay import generators
 from ..trace.scalars import FIRST, bits_of
+from ..trace.seeds import named_generators
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import Sig, sig_of
+from ..trace.tape import signature
 from ..trace.traced import Traced, as_if_outside, has_values, quiet, under_way
-from ..trace.tracer import Trace, signature
+from ..trace.tracer import Trace
 from ..transforms.lower import lowered
 from ..transforms.tidy import REWRITES, rebuilt
 from ..transforms.vmap import vmap

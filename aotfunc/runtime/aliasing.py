@@ -21,10 +21,11 @@ from ..errors import CaptureError
 from ..graph import Program
 from ..trace.aliases import Shown
 from ..trace.emit import Builder, paused_gc
-from ..trace.functionalize import functional_twin, hidden_write
+from ..trace.in_place import SHAPE_OF_GRADIENT
+from ..trace.marks import hidden_write
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.traced import current
-from ..trace.tracer import SHAPE_OF_GRADIENT
+from ..trace.writes import functional_twin
 from ..transforms.fresh import fresh, viewed
 
 aten = torch.ops.aten

@@ -23,7 +23,7 @@ from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..graph import Program, kept_alive
 from ..trace.emit import Builder, carried, displaced, paused_gc, remap, remap_dict
-from ..trace.functionalize import dead_end
+from ..trace.marks import dead_end
 from ..trace.records import results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace

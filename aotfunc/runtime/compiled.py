@@ -1,10 +1,7 @@
-"""Compiled functions: captured once per signature, partitioned, compiled, and differentiable to
-any order.
+"""Which entry a call of a compiled function uses, and how long it is kept.
 
-A :class:`Compiled` function looks its entry up by the signature of the call (:mod:`.guards`). An
-entry carries its program. Inside a capture a call of it is one node that transforms rewrite;
-outside it is one node of autograd (:mod:`.autograd`): forward half, saved residuals, backward
-half."""
+A :class:`Compiled` function is captured once per signature (:mod:`.entry`), and looks its entry up
+by the signature of the call (:mod:`.guards`)."""
 
 from __future__ import annotations
 
@@ -14,42 +11,31 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec
 
 from ..cache import Cache
-from ..capture.calls import CompiledCall, CompiledStep
-from ..capture.capture import argument_names, as_called, capture, parameter_names
-from ..capture.captured import Captured
-from ..capture.instances import containers, remade
-from ..capture.tree import Arguments, leaf_labels, unflatten
+from ..capture.calls import CompiledStep
+from ..capture.capture import labelled
+from ..capture.instances import containers
+from ..capture.tree import Arguments
 from ..debug import at, entry, outside_dynamo, user_line
 from ..errors import ArgumentError, CaptureError
-from ..graph import Program, kept_alive, weight
+from ..graph import weight
 from ..trace.memory import whereabouts
-from ..trace.modes import OTHERS, function_modes_key, without_modes
-from ..trace.outside import check_hooks
-from ..trace.seeds import of_python, states
-from ..trace.traced import Traced, check_kind, current
-from .aliasing import Changes, without_views
-from .autograd import run
-from .chains import as_recorded, chained
+from ..trace.modes import OTHERS, function_modes_key
+from ..trace.seeds import of_python
+from ..trace.traced import check_kind, current
 from .changing import Numbers
-from .execute import run_eager
-from .guards.check import Check
-from .guards.explain import Explanation, Facts, differences, explained, facts_of, growth
-from .guards.given import Given
-from .guards.keys import Shared, describe_argument, environment_key, noted, reached, repeated
+from .entry import Entry, captured_entry
+from .guards.explain import Explanation, Facts, History, explained
+from .guards.keys import describe_argument, environment_key, reached, repeated
 from .guards.reads import Names
-from .guards.returned import Finish, recorded
 from .guards.state import State, look
-from .guards.stores import Place, left_behind, put_back
-from .leaves import Leaves, made_in_inference_mode
+from .guards.stores import put_back
 from .pipeline import Pipeline, title
 
 #: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
@@ -60,142 +46,8 @@ NODES, LIMIT, WARN_AT = 1 << 15, 1024, 64
 EVERY: weakref.WeakSet[Compiled] = weakref.WeakSet()
 
 
-class Entry:
-    """What was captured for one signature."""
-
-    def __init__(
-        self,
-        rec: Captured,
-        step: CompiledStep,
-        views: Callable[..., tuple] | None,
-        state: State,
-        key: tuple,
-        facts: Facts,
-        enables: bool,
-        finish: Finish,
-        inside: Leaves,
-    ) -> None:
-        self.step, self.views, self.key, self.facts = step, views, key, facts
-        self.call = call = step.call
-        #: gradients were off, and the function turned them on in places: its marks say where
-        self.enables = enables
-        self.spec, self.tensors = rec.spec, rec.tensors
-        # the structure with what is constant in it; what was traced, and the arguments, may go
-        self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
-        changes = Changes(rec)
-        self.changes = changes if changes else None
-        self.inside = inside if inside else None
-        self.inference = made_in_inference_mode(rec)
-        count = len(rec.trace.inputs)
-        self.differentiated = [
-            (i if i >= 0 else count - 1 - i, line) for i, line in rec.trace.differentiated.items()
-        ]
-        self.idle = (
-            not call.program.n_outputs
-            and not call.program.mutated
-            and not has_effects(call.program)
-        )
-        # closed-over tensors are inputs, found in the state; what f made itself, or hides from us,
-        # is the entry's own
-        found = {id(t): i for i, t in enumerate(state.tensors)}
-        self.sources = [found.get(id(t), t) for t in rec.closed_over]
-        known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
-        self.pick = itemgetter(*self.sources) if known else None
-        self.shared = Shared(rec.trace.origins, state.tensors)
-        self.whereabouts = (
-            whereabouts([*rec.trace.origins, *rec.closed_over]) if rec.trace.placed else None
-        )
-        # values of an outer recording are only good for that one
-        self.reusable = not any(t.__class__ is Traced for t in self.sources)
-        self.plain = rec.spec is None
-        self.rebuild = rebuilder(rec.spec)
-        self.check = Check(state)
-        self.finish = finish or None
-        self.kept: list[Any] = []
-        #: its key whatever the numbers are that it takes, and what these inputs are
-        self.any: tuple | None = None
-        self.numbers: tuple = ()
-
-    def __repr__(self) -> str:
-        return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
-
-    def closed(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The closed-over tensors, where these are the tensors of the state."""
-        if self.pick is not None:
-            return self.pick(found)
-        return [found[s] if s.__class__ is int else s for s in self.sources]
-
-    def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
-        """The result for these tensors of a call that is, in Python, ``where = (f, objects,
-        arguments)``."""
-        if self.inference:
-            with torch.inference_mode():
-                return self.results(tensors, where)
-        if self.enables and not torch.is_inference_mode_enabled():
-            with torch.enable_grad():
-                return self.results(tensors, where)
-        return self.results(tensors, where)
-
-    def results(self, tensors: list[Tensor], where: tuple) -> Any:
-        outs: Sequence[Any] = ()
-        shown: dict[int, Tensor] = {}
-        for i, line in self.differentiated:
-            check_hooks(current(), tensors[i], line)
-        with without_modes():
-            inputs = tensors if self.changes is None else self.changes.before(tensors)
-            trace = current()
-            if trace is not None and not self.idle:
-                outs = trace.record(self.step, inputs)
-            elif (
-                trace is None
-                and self.call.plain is not None
-                and (found := chained(self.call, inputs)) is not None
-            ):
-                outs, shown = found
-            elif not self.idle:
-                outs = run(self.call, inputs)
-            if self.inside is not None:
-                self.inside.attach(outs, inputs)
-            if self.views is not None:
-                outs = self.views(*tensors, *outs)
-            if shown:
-                given = {
-                    *map(id, tensors)
-                }  # an argument that shows another one is returned itself
-                outs = [o if id(o) in given else shown.get(k, o) for k, o in enumerate(outs)]
-            if self.inside is not None:
-                outs = self.inside.returns(outs)
-            if self.changes is not None:
-                self.changes.after(tensors)
-        if self.plain:
-            return outs[0]
-        leaves = list(self.leaves)
-        for i, t in zip(self.tensors, outs, strict=True):
-            leaves[i] = t
-        return self.rebuild(leaves) if self.finish is None else self.finish(leaves, *where)
-
-
-def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
-    """``leaves -> tree``: directly for a flat tuple, list or dictionary."""
-    if (
-        spec is not None
-        and spec.num_children == spec.num_leaves
-        and all(c.is_leaf() for c in spec.children())
-    ):
-        if spec.type is tuple or spec.type is list:
-            return spec.type
-        if spec.type is dict:
-            names = spec.context
-            return lambda leaves: dict(zip(names, leaves, strict=True))
-    return lambda leaves: unflatten(leaves, spec)
-
-
 def weight_of(entry: Entry) -> int:
     return max(weight((entry.call, entry.call.plain)), NODES // LIMIT)
-
-
-def has_effects(program: Program) -> bool:
-    return any(n.op == "call_function" and kept_alive(n) for n in program.graph.nodes)
 
 
 class Compiled:
@@ -217,17 +69,12 @@ class Compiled:
         self.entries = Cache(NODES, weight_of)
         self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         #: entries that differ in Python numbers that are inputs of their program share one
-        self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
+        self.steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
             weakref.WeakValueDictionary()
         )
-        self._names = Names()
+        self.names = Names()
         self.captures = 0  # how often f has been captured, for all signatures
-        self._history: list[Facts] = []  # of the first captures of a program each
-        self._warned = False
-        self._last: tuple[list[Facts], Facts] | None = (
-            None  # the entries before the last capture, and that
-        )
-        self._changed: tuple[Facts, Facts] | None = None  # what the last capture itself changed
+        self.history = History()
         EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -305,7 +152,7 @@ class Compiled:
             x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}"
             for x in objects
         ]
-        state = look(self.f, objects, labels, self._names)
+        state = look(self.f, objects, labels, self.names)
         for x in objects:
             if type(x).__hash__ is None and any(x is o for o in state.opaque):
                 raise self.unhashable(arguments)
@@ -326,17 +173,19 @@ class Compiled:
             check_kind(t)
         before = of_python()
         try:
-            entry, new = self.capture(arguments, tensors, given, state, key, numbers)
+            self.captures += 1
+            entry, new = captured_entry(self, arguments, tensors, given, state, key, numbers)
             drew = of_python() != before
             result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         except BaseException:
             put_back(state)
             raise
-        after = look(self.f, objects, labels, self._names)
-        self._changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
+        after = look(self.f, objects, labels, self.names)
+        changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
+        self.history.changed = changed
         # a function that changes what it reads is captured at every call, until it does not change
         # any more
-        alike = self._changed is None and not drew and function_modes_key() is not OTHERS
+        alike = changed is None and not drew and function_modes_key() is not OTHERS
         if entry.reusable and alike:
             if entry.numbers:
                 entry.any = numbers.key(*given)
@@ -404,94 +253,14 @@ class Compiled:
         """Drop all entries."""
         self.entries.clear()
         self._recent.clear()
-        self._history.clear()
-        self.captures, self._warned, self._last, self._changed = 0, False, None, None
-
-    def capture(
-        self,
-        arguments: Arguments,
-        tensors: list[Tensor],
-        given: tuple,
-        state: State,
-        key: tuple,
-        numbers: Numbers,
-    ) -> tuple[Entry, bool]:
-        """The entry for this call, and whether its program is new."""
-        self.captures += 1
-        places: list[Place] = []
-
-        def f(*args: Any, **kwargs: Any) -> Any:
-            mine = Given(args, kwargs)
-            if watches:
-                args, kwargs = numbers.watched(args, kwargs)
-            result = called(*args, **kwargs)
-            mine.check(argument_names(self.f, len(args)), self.name)
-            places.extend(left_behind(state, self.titled, containers(given)))
-            return recorded(result, places, state, mine.containers)
-
-        watches = bool(numbers) and current() is None and not self._names.operators
-        called, known = as_called(self.f), states([*arguments.leaves, *state.opaque])
-        rec = capture(
-            f,
-            arguments.leaves,
-            # containers passed twice hold tensors twice
-            arguments.rebuilt
-            if repeated(tensors) is None
-            else lambda xs: remade(given, iter(xs), {}),
-            why_not=f"{self.name} captures the function once for all values",
-            constants=False,
-            numbers=True,
-            outside={id(t) for t in state.tensors},
-            name_of=parameter_names(self.f, arguments),
-        )
-        rec.trace.seeds.check_compiled(known, self.name)
-        rec.literal = not self.pipeline.takes_numbers(rec)
-        finish = Finish(rec, state, places, self.titled)
-        quiet = as_called(self.f) is not self.f
-        enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
-        program, views = without_views(rec, quiet and not enables)
-        # what requires grad decides where a call is cut
-        alike = (
-            program,
-            environment_key(),
-            frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes),
-        )
-        step = self._steps.get(alike) if rec.numbers else None
-        if new := step is None:
-            whole = Program(
-                program.graph,
-                len(program.placeholders),
-                program.n_outputs,
-                program.mutated,
-                self.name,
-            )
-            call = CompiledCall(whole, self.pipeline.forward, self.pipeline.split, self.name)
-            call.plain = as_recorded(rec, whole.mutated)
-            step = self._steps[alike] = CompiledStep(call, run_eager)
-        described = {
-            f"argument {n}": noted(x) for n, x in zip(*labelled(self.f, arguments), strict=True)
-        }
-        facts = facts_of(described, state.facts)
-        self._last = ([e.facts for e in self.entries.values()], facts)
-        inside = Leaves(rec, program.mutated)
-        entry = Entry(rec, step, views, state, key, facts, enables, finish, inside)
-        if watches and rec.numbers:
-            entry.numbers = numbers.inputs(rec) or ()
-        if entry.numbers:
-            entry.facts = {**facts, **numbers.facts()}
-        return entry, new
+        self.captures, self.history = 0, History()
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""
-        if self._warned:
-            return
-        self._history.append(facts)
-        if len(self._history) == WARN_AT:
+        why = self.history.growth(facts, WARN_AT)
+        if why is not None:
             times = f"{self.captures} times{at(user_line())}"
-            text = f"{self.who} has been captured {times}: {growth(self._history)}"
-            self._history.clear()
-            self._warned = True
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(f"{self.who} has been captured {times}: {why}", stacklevel=4)
 
     def titled(self) -> str:
         return f"{self.name}: {title(self.f)}"
@@ -523,33 +292,10 @@ class Compiled:
         captured last because:
           ...rate was (0.5,), and is (0.25,)
         """
-        why: list[str] = []
-        if self._last is not None and self._last[0]:
-            why = min([[*differences(old, self._last[1])] for old in self._last[0]], key=len)
-            why = why or [
-                "what it reads is arranged in another way, or arguments are one tensor or share "
-                "memory"
-            ]
-        if self._changed is not None:
-            why += [
-                f"it changed while it ran, and is not kept: {x}"
-                for x in differences(*self._changed)
-            ]
         eagerly = {
             f"{half}: {what}: {e}"
             for half, found in self.pipeline.eagerly
             for what, e in found.items()
         }
-        return explained(
-            self.who, self.captures, [e.facts for e in self.entries.values()], why, sorted(eagerly)
-        )
-
-
-def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
-    """A name for each leaf of a call, and the leaf."""
-    names: list[str] = []
-    for base, spec in zip(argument_names(f, len(arguments.specs)), arguments.specs, strict=True):
-        names += [f"{base}{rest}" for rest in (leaf_labels(spec) if spec is not None else [""])]
-    if arguments.kw_spec is not None:
-        names += [label.lstrip("_") for label in leaf_labels(arguments.kw_spec)]
-    return names, arguments.leaves
+        entries = [e.facts for e in self.entries.values()]
+        return explained(self.who, self.captures, entries, self.history.why(), sorted(eagerly))

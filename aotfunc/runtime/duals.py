@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from ..debug import at, user_line
 from ..errors import CaptureError
 from ..graph import Program
-from ..trace.functionalize import dead_end, hidden_write, no_tangent
+from ..trace.marks import dead_end, hidden_write, no_tangent
 from ..transforms.jvp import jvp
 from ..transforms.lower import CALLS, lowered
 from ..transforms.vjp import active_nodes

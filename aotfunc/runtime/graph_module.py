@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..debug import Line
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc
-from ..trace.replay import named_generators
+from ..trace.seeds import named_generators
 from ..trace.shapes.sig import Sig
 from ..trace.traced import quiet
 from ..transforms.lower import EVERYTHING, lowered

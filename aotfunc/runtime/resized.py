@@ -11,8 +11,8 @@ from torch import fx
 from ..backends.eager import compile_graph
 from ..graph import Program
 from ..trace.shapes.sig import Sig, contiguous_stride
+from ..transforms.apart.parts import Mixed
 from ..transforms.lower import lowered
-from ..transforms.parts import Mixed
 from ..transforms.sizes import sized
 from .execute import eager, ours
 

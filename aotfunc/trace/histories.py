@@ -17,6 +17,7 @@ from .autograd import requires_grad
 from .traced import Traced, quiet, under_way
 
 if TYPE_CHECKING:
+    from .tape import Tape
     from .tracer import Trace
 
 
@@ -85,7 +86,7 @@ def is_part(t: Tensor, owner: Tensor) -> bool:
     return owner is not t and t.__class__ is not Traced
 
 
-def take_back(trace: Trace) -> None:
+def take_back(trace: Tape) -> None:
     """Nothing was written after all: PyTorch has counted writes that were recorded."""
     written = [(t, version) for t, version in trace.versions if t._version != version]
     trace.versions.clear()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..debug import at, user_line
 from ..errors import CaptureError
-from .functionalize import hidden_write
+from .in_place import refresh
+from .marks import hidden_write
 from .patches import ORIGINALS, Attribute, Code
 from .records import written_slots
 from .traced import Traced, current, under_way
@@ -164,7 +165,7 @@ def give_memory(t: Traced, value: Tensor) -> None:
         StandIn(len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, why)
     )
     t.ref = new.ref
-    trace.refresh(t, new.sig)
+    refresh(t, new.sig)
 
 
 class StandIn(NamedTuple):

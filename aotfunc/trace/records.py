@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 # A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is an Instr for an
 # op, or an object of another layer with the same duty: `facts` and `lower(functionalizer,
-# record)`, see functionalize.Step.
+# record)`, see capture.calls.Step.
 Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 
 

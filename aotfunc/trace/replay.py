@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..debug import at, user_line
+from ..errors import CaptureError
 from .memory import memory_of
+from .numbers import refusal
 from .records import Record, instr_run, results_of, written_slots
 from .scalars import FIRST
+from .seeds import named_generators
 from .shapes.instr import Instr
+from .tape import Tape
 from .traced import Traced, has_values, quiet, under_way
-
-if TYPE_CHECKING:
-    from .tracer import Trace
 
 
 class Replay:
     """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes;
     generators of random numbers are left as they were."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Answering) -> None:
         self.done = self.lifted = self.numbers = 0  # of the recording, so much
         self.env: dict[int, Any] = {}
         self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
@@ -54,12 +56,12 @@ class Replay:
             return t.clone()
         return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
-    def lose(self, trace: Trace, root: int) -> None:
+    def lose(self, trace: Answering, root: int) -> None:
         """Something unknown was written there."""
         for ref in [r for r in self.env if trace.root(r) == root]:
             del self.env[ref]
 
-    def value(self, trace: Trace, ref: int) -> Tensor | None:
+    def value(self, trace: Answering, ref: int) -> Tensor | None:
         """The value of a result of the recording; None if it depends on inputs that are not
         there."""
         new = trace.records[self.done :]
@@ -104,6 +106,58 @@ class Replay:
                 g.set_state(state)
 
 
+class Answering(Tape):
+    """A recording that answers questions about the values of its tensors."""
+
+    def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
+        """The real value of ``t``: replay the recording on the concrete inputs."""
+        return self.answer(lambda value: value, [t], what)
+
+    def answer(self, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
+        """``question(*values)`` for the real values of ``tensors``. Where there is one for each
+        sample of a batch, all samples must give the same answer."""
+        if not self.may_ask_constants and any(
+            t.__class__ is not Traced and not self._made(t) for t in tensors
+        ):
+            raise refusal(what)
+        values = [self.known_value(t) for t in tensors]
+        if any(v is None for v in values):
+            inner = (
+                tensors[0].tracer if len(tensors) == 1 and tensors[0].__class__ is Traced else self
+            )
+            if inner.ask is None:
+                raise inner.unanswered(what)
+            return inner.ask(inner, question, tensors, what)
+        with quiet(), torch.no_grad():
+            return question(*values)
+
+    def unanswered(self, what: str) -> CaptureError:
+        reason = self.why_not or "this value belongs to a capture that is over"
+        return CaptureError(
+            f"{what} was asked for, but {reason}{at(user_line())}. Return it from the "
+            "function (has_aux=True), use torch.where instead of `if`, or pass the value as a "
+            "Python argument."
+        )
+
+    def _made(self, t: Tensor) -> bool:
+        """Whether ``f`` makes this tensor anew on each run, always the same."""
+        return self._lift_refs.get(id(t)) in self.made_inside
+
+    def known_value(self, t: Tensor) -> Tensor | None:
+        """The value of ``t`` if it depends on nothing but known inputs."""
+        if t.__class__ is Traced and t.tracer is not self:
+            return t.tracer.known_value(t)
+        ref = t.ref if t.__class__ is Traced else self._lift_refs.get(id(t))
+        if ref is None or (t.__class__ is not Traced and not self.mutates):
+            return t
+        if self.finished and self.concrete_inputs is None:
+            return None
+        self.answered = True
+        if self._values is None:
+            self._values = Replay(self)
+        return self._values.value(self, ref)
+
+
 def generators(records: Sequence[Record]) -> set[torch.Generator]:
     """The generators that a recording may draw from: the devices' own, and those it names."""
     found = {torch.default_generator}
@@ -119,20 +173,9 @@ def generators(records: Sequence[Record]) -> set[torch.Generator]:
     return found
 
 
-def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
-    """The generators among the arguments of recorded ops, or of nodes."""
-    # isinstance(a, Generator) would run Python of torch's
-    return [
-        a
-        for c in calls
-        for a in (*c.args, *c.kwargs.values())
-        if issubclass(a.__class__, torch.Generator)
-    ]
-
-
-def known(trace: Trace, t: Tensor) -> Tensor | None:
+def known(trace: Answering, t: Tensor) -> Tensor | None:
     """The real tensor that this is or stands for, if it has values that stay as they are until the
     next call."""
     if t.__class__ is Traced:
-        return t.tracer._known(t)
+        return t.tracer.known_value(t)
     return t if trace.may_ask_constants and has_values(t) else None

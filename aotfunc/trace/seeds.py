@@ -14,7 +14,6 @@ from torch import Generator, Tensor
 
 from ..debug import at, user_line
 from ..errors import CaptureError
-from .replay import named_generators
 from .traced import quiet
 
 States = dict[int, tuple[Generator, Tensor]]  # Python may have several objects for one generator
@@ -24,6 +23,17 @@ def states(objects: Iterable[Any]) -> States:
     """The generators among these with their states now."""
     with quiet():
         return {g._cdata: (g, g.get_state()) for g in objects if isinstance(g, Generator)}
+
+
+def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
+    """The generators among the arguments of recorded ops, or of nodes."""
+    # isinstance(a, Generator) would run Python of torch's
+    return [
+        a
+        for c in calls
+        for a in (*c.args, *c.kwargs.values())
+        if issubclass(a.__class__, torch.Generator)
+    ]
 
 
 class Seeds:

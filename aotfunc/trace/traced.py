@@ -213,7 +213,7 @@ class Traced(Tensor):
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        value = self.tracer._known(self)
+        value = self.tracer.known_value(self)
         if value is None:
             return repr(self)
         with quiet():
@@ -235,7 +235,7 @@ class Traced(Tensor):
         """Values that are the same whatever is differentiated or batched can be pickled where a
         function runs once."""
         value = (
-            self.tracer._known(self)
+            self.tracer.known_value(self)
             if self.tracer.may_ask_constants and not self.requires_grad
             else None
         )

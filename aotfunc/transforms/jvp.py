@@ -17,7 +17,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from ..trace.functionalize import check_gradient, hidden_write, no_tangent, once
+from ..trace.marks import check_gradient, hidden_write, no_tangent, once
 from ..trace.shapes.sig import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..graph import Program
 from ..trace.emit import Builder, casts, remap
-from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
 from .tidy import FINAL, rebuilt
 
 aten = torch.ops.aten

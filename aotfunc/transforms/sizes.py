@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from ..graph import Program, draws
 from .apart import OF_NUMBERS, rule_for
-from .parts import FACTORIES, Call, Mixed, Part, Walk
+from .apart.parts import FACTORIES, Call, Mixed, Part, Walk
 
 
 def sized(

@@ -19,7 +19,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
-from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args, zeros

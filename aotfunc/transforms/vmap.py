@@ -18,7 +18,7 @@ from ..debug import at
 from ..errors import ArgumentError, CaptureError, RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from ..trace.functionalize import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback, loops
 from .rules.table import RULES, full_args, tensor_args

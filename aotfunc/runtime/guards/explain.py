@@ -24,6 +24,45 @@ class Explanation(str):
         return str(self)
 
 
+class History:
+    """What a function has been captured for."""
+
+    def __init__(self) -> None:
+        self.programs: list[Facts] = []  # of the first captures of a program each
+        self.warned = False
+        self.last: tuple[list[Facts], Facts] | None = None  # see note
+        self.changed: tuple[Facts, Facts] | None = None  # by the last capture itself
+
+    def note(self, entries: list[Facts], captured: Facts) -> None:
+        """The last capture, and the entries that there were before."""
+        self.last = entries, captured
+
+    def why(self) -> list[str]:
+        """Why the function was captured last: what was different from the entry most like it, and
+        what it changed."""
+        why: list[str] = []
+        if self.last is not None and self.last[0]:
+            why = min([[*differences(old, self.last[1])] for old in self.last[0]], key=len)
+            why = why or [
+                "what it reads is arranged in another way, or arguments are one tensor or share "
+                "memory"
+            ]
+        if self.changed is not None:
+            found = differences(*self.changed)
+            why += [f"it changed while it ran, and is not kept: {x}" for x in found]
+        return why
+
+    def growth(self, facts: Facts, limit: int) -> str | None:
+        """What is to blame, said once, when the ``limit``-th program is captured."""
+        if self.warned:
+            return None
+        self.programs.append(facts)
+        if len(self.programs) < limit:
+            return None
+        self.warned, programs, self.programs = True, self.programs, []
+        return growth(programs)
+
+
 def facts_of(given: Facts, reached: Sequence[tuple[str, Any]]) -> Facts:
     """All that an entry depends on, by name: its arguments, what it reads, and the
     surroundings."""

@@ -1,5 +1,5 @@
 """Where a value of a batched graph holds the batch, and what a rule that follows it through an op
-is asked and answers (the rules are in :mod:`.apart`)."""
+is asked and answers (the rules are in the files beside it)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..graph import Times
-from ..trace.shapes.sig import Facts, Sig
-from .rules.table import full_args, tensor_args
+from ...graph import Times
+from ...trace.shapes.sig import Facts, Sig
+from ..rules.table import full_args, tensor_args
 
 aten = torch.ops.aten
 

@@ -1,0 +1,250 @@
+"""What a compiled function keeps of one capture, how it is made, and how a call goes through it.
+
+An :class:`Entry` holds for one signature. It takes the tensors of a call to the captured program:
+as one node of an outer capture, or as one node of autograd (:mod:`.autograd`). Around the program
+it does what no graph can: assign to arguments, make leaves, and put results into their tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec
+
+from ..capture.calls import CompiledCall, CompiledStep
+from ..capture.capture import argument_names, as_called, capture, labelled, parameter_names
+from ..capture.captured import Captured
+from ..capture.instances import containers, remade
+from ..capture.tree import Arguments, unflatten
+from ..graph import Program, kept_alive
+from ..trace.memory import whereabouts
+from ..trace.modes import without_modes
+from ..trace.outside import check_hooks
+from ..trace.seeds import states
+from ..trace.traced import Traced, current
+from .aliasing import Changes, without_views
+from .autograd import run
+from .chains import as_recorded, chained
+from .changing import Numbers
+from .execute import run_eager
+from .guards.check import Check
+from .guards.explain import Facts, facts_of
+from .guards.given import Given
+from .guards.keys import Shared, environment_key, noted, repeated
+from .guards.returned import Finish, recorded
+from .guards.state import State
+from .guards.stores import Place, left_behind
+from .leaves import Leaves, made_in_inference_mode
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
+
+
+class Entry:
+    """What was captured for one signature."""
+
+    def __init__(
+        self,
+        rec: Captured,
+        step: CompiledStep,
+        views: Callable[..., tuple] | None,
+        state: State,
+        key: tuple,
+        facts: Facts,
+        enables: bool,
+        finish: Finish,
+        inside: Leaves,
+    ) -> None:
+        self.step, self.views, self.key, self.facts = step, views, key, facts
+        self.call = call = step.call
+        #: gradients were off, and the function turned them on in places: its marks say where
+        self.enables = enables
+        self.spec, self.tensors = rec.spec, rec.tensors
+        # the structure with what is constant in it; what was traced, and the arguments, may go
+        self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
+        changes = Changes(rec)
+        self.changes = changes if changes else None
+        self.inside = inside if inside else None
+        self.inference = made_in_inference_mode(rec)
+        count = len(rec.trace.inputs)
+        self.differentiated = [
+            (i if i >= 0 else count - 1 - i, line) for i, line in rec.trace.differentiated.items()
+        ]
+        self.idle = (
+            not call.program.n_outputs
+            and not call.program.mutated
+            and not has_effects(call.program)
+        )
+        # closed-over tensors are inputs, found in the state; what f made itself, or hides from us,
+        # is the entry's own
+        found = {id(t): i for i, t in enumerate(state.tensors)}
+        self.sources = [found.get(id(t), t) for t in rec.closed_over]
+        known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
+        self.pick = itemgetter(*self.sources) if known else None
+        self.shared = Shared(rec.trace.origins, state.tensors)
+        self.whereabouts = (
+            whereabouts([*rec.trace.origins, *rec.closed_over]) if rec.trace.placed else None
+        )
+        # values of an outer recording are only good for that one
+        self.reusable = not any(t.__class__ is Traced for t in self.sources)
+        self.plain = rec.spec is None
+        self.rebuild = rebuilder(rec.spec)
+        self.check = Check(state)
+        self.finish = finish or None
+        self.kept: list[Any] = []
+        #: its key whatever the numbers are that it takes, and what these inputs are
+        self.any: tuple | None = None
+        self.numbers: tuple = ()
+
+    def __repr__(self) -> str:
+        return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
+
+    def closed(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The closed-over tensors, where these are the tensors of the state."""
+        if self.pick is not None:
+            return self.pick(found)
+        return [found[s] if s.__class__ is int else s for s in self.sources]
+
+    def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
+        """The result for these tensors of a call that is, in Python, ``where = (f, objects,
+        arguments)``."""
+        if self.inference:
+            with torch.inference_mode():
+                return self.results(tensors, where)
+        if self.enables and not torch.is_inference_mode_enabled():
+            with torch.enable_grad():
+                return self.results(tensors, where)
+        return self.results(tensors, where)
+
+    def results(self, tensors: list[Tensor], where: tuple) -> Any:
+        outs: Sequence[Any] = ()
+        shown: dict[int, Tensor] = {}
+        for i, line in self.differentiated:
+            check_hooks(current(), tensors[i], line)
+        with without_modes():
+            inputs = tensors if self.changes is None else self.changes.before(tensors)
+            trace = current()
+            if trace is not None and not self.idle:
+                outs = trace.record(self.step, inputs)
+            elif (
+                trace is None
+                and self.call.plain is not None
+                and (found := chained(self.call, inputs)) is not None
+            ):
+                outs, shown = found
+            elif not self.idle:
+                outs = run(self.call, inputs)
+            if self.inside is not None:
+                self.inside.attach(outs, inputs)
+            if self.views is not None:
+                outs = self.views(*tensors, *outs)
+            if shown:
+                given = {
+                    *map(id, tensors)
+                }  # an argument that shows another one is returned itself
+                outs = [o if id(o) in given else shown.get(k, o) for k, o in enumerate(outs)]
+            if self.inside is not None:
+                outs = self.inside.returns(outs)
+            if self.changes is not None:
+                self.changes.after(tensors)
+        if self.plain:
+            return outs[0]
+        leaves = list(self.leaves)
+        for i, t in zip(self.tensors, outs, strict=True):
+            leaves[i] = t
+        return self.rebuild(leaves) if self.finish is None else self.finish(leaves, *where)
+
+
+def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
+    """``leaves -> tree``: directly for a flat tuple, list or dictionary."""
+    if (
+        spec is not None
+        and spec.num_children == spec.num_leaves
+        and all(c.is_leaf() for c in spec.children())
+    ):
+        if spec.type is tuple or spec.type is list:
+            return spec.type
+        if spec.type is dict:
+            names = spec.context
+            return lambda leaves: dict(zip(names, leaves, strict=True))
+    return lambda leaves: unflatten(leaves, spec)
+
+
+def has_effects(program: Program) -> bool:
+    return any(n.op == "call_function" and kept_alive(n) for n in program.graph.nodes)
+
+
+def captured_entry(
+    compiled: Compiled,
+    arguments: Arguments,
+    tensors: list[Tensor],
+    given: tuple,
+    state: State,
+    key: tuple,
+    numbers: Numbers,
+) -> tuple[Entry, bool]:
+    """Capture the function for a call: the entry, and whether its program is new."""
+    function, name = compiled.f, compiled.name
+    places: list[Place] = []
+
+    def f(*args: Any, **kwargs: Any) -> Any:
+        mine = Given(args, kwargs)
+        if watches:
+            args, kwargs = numbers.watched(args, kwargs)
+        result = called(*args, **kwargs)
+        mine.check(argument_names(function, len(args)), name)
+        places.extend(left_behind(state, compiled.titled, containers(given)))
+        return recorded(result, places, state, mine.containers)
+
+    watches = bool(numbers) and current() is None and not compiled.names.operators
+    called, known = as_called(function), states([*arguments.leaves, *state.opaque])
+    rec = capture(
+        f,
+        arguments.leaves,
+        # containers passed twice hold tensors twice
+        arguments.rebuilt if repeated(tensors) is None else lambda xs: remade(given, iter(xs), {}),
+        why_not=f"{name} captures the function once for all values",
+        constants=False,
+        numbers=True,
+        outside={id(t) for t in state.tensors},
+        name_of=parameter_names(function, arguments),
+    )
+    rec.trace.seeds.check_compiled(known, name)
+    rec.literal = not compiled.pipeline.takes_numbers(rec)
+    finish = Finish(rec, state, places, compiled.titled)
+    quiet = as_called(function) is not function
+    enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
+    program, views = without_views(rec, quiet and not enables)
+    # what requires grad decides where a call is cut
+    alike = (
+        program,
+        environment_key(),
+        frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes),
+    )
+    step = compiled.steps.get(alike) if rec.numbers else None
+    if new := step is None:
+        whole = Program(
+            program.graph,
+            len(program.placeholders),
+            program.n_outputs,
+            program.mutated,
+            name,
+        )
+        call = CompiledCall(whole, compiled.pipeline.forward, compiled.pipeline.split, name)
+        call.plain = as_recorded(rec, whole.mutated)
+        step = compiled.steps[alike] = CompiledStep(call, run_eager)
+    described = {
+        f"argument {n}": noted(x) for n, x in zip(*labelled(function, arguments), strict=True)
+    }
+    facts = facts_of(described, state.facts)
+    compiled.history.note([e.facts for e in compiled.entries.values()], facts)
+    inside = Leaves(rec, program.mutated)
+    entry = Entry(rec, step, views, state, key, facts, enables, finish, inside)
+    if watches and rec.numbers:
+        entry.numbers = numbers.inputs(rec) or ()
+    if entry.numbers:
+        entry.facts = {**facts, **numbers.facts()}
+    return entry, new

@@ -1,0 +1,150 @@
+"""What an op that writes does to traced tensors: its results, their new metadata, and what is
+refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+from ..debug import at, user_line
+from ..errors import CaptureError
+from . import histories
+from .shapes.sig import Sig
+from .traced import Traced, quiet
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+aten = torch.ops.aten
+_wrapper = torch.Tensor._make_wrapper_subclass
+_grad_enabled = torch.is_grad_enabled
+_tangents_enabled = torch._C._is_fwd_grad_enabled
+
+SHAPE_OF_GRADIENT = (
+    " changes the shape of a tensor whose gradient would keep the old one; make a view of it"
+)
+
+#: writes after which nothing is left of the derivative of what they write to
+OVERWRITES = frozenset(
+    getattr(packet, name)
+    for packet in (
+        aten.copy_,
+        aten.zero_,
+        aten.fill_,
+        aten.eq_,
+        aten.ne_,
+        aten.lt_,
+        aten.le_,
+        aten.gt_,
+        aten.ge_,
+    )
+    for name in packet.overloads()
+)
+
+
+def write_results(trace: Trace, facts: Any, outs: Any, args: tuple, kwargs: dict | None) -> Any:
+    """Results of an op that writes: the written arguments themselves, refreshed where their
+    metadata changed."""
+
+    if not (_tangents_enabled() or torch.is_inference_mode_enabled()):
+        raise CaptureError(
+            "a write where forward-mode derivatives are switched "
+            f"off{at(user_line(3))}: assign a new tensor"
+        )
+
+    def argument(i: int) -> Any:
+        return args[i] if i < len(args) else (kwargs or {}).get(facts.names[i])
+
+    if trace.hooked:
+        keep_hooked(trace, [argument(i) for i in facts.writes])
+    if _grad_enabled():
+        given, to = (
+            tree_leaves((args, kwargs)),
+            tree_leaves([argument(i) for i in facts.writes]),
+        )
+        histories.keep_off(trace, facts, [t for t in given if isinstance(t, Tensor)], to)
+    single = not isinstance(outs, tuple)
+    results = []
+    for sig, same in zip((outs,) if single else outs, facts.same, strict=False):
+        if same is None:
+            results.append(trace.wrap(sig))
+            continue
+        t = argument(same)
+        if (
+            t.__class__ is Traced
+            and t.ref in trace.autograd.protected
+            and t.tracer is trace
+            and _grad_enabled()
+        ):
+            raise RuntimeError(
+                "a leaf Variable that requires grad is being used in an in-place "
+                f"operation{at(user_line(3))}"
+            )
+        if sig.__class__ is Sig and sig.shape != tuple(t.shape) and not facts.reshapes:
+            raise CaptureError(
+                f"out= has the shape {list(t.shape)}, the result has "
+                f"{list(sig.shape)}{at(user_line(3))}; resizing is not captured: pass a "
+                "tensor of the result's shape"
+            )
+        if (
+            t.__class__ is Traced
+            and t.tracer is trace
+            and sig is not t.sig
+            and sig.__class__ is Sig
+        ):
+            refresh(t, sig)
+        results.append(t)
+    return results[0] if single and results else tuple(results) if results else None
+
+
+def check_reshaped(trace: Trace, op: OpOverload, t: Tensor, new: Sig) -> None:
+    """Refuse changes of a shape, in place, that the tensor outside or its memory would not
+    follow."""
+    name, line = op._schema.name.removeprefix("aten::"), at(user_line(3))
+    if t.__class__ is not Traced or t.tracer is not trace:
+        raise CaptureError(
+            f"{name} changes the shape of a tensor from outside, of shape "
+            f"{list(t.shape)}{line}; pass it as an argument, or make a view of it"
+        )
+    if not _grad_enabled() and t.ref >= len(trace.inputs) and not t.is_leaf:
+        raise CaptureError(f"{name} under no_grad{SHAPE_OF_GRADIENT}{line}")
+    if name in ("set_", "resize_as_"):
+        raise CaptureError(
+            f"{name} gives a tensor the shape or memory of another{line}; assign a new tensor"
+        )
+    if name == "resize_" and trace.autograd.requires_grad(t):
+        raise RuntimeError(f"cannot resize variables that require grad{line}")
+    if name == "resize_" and new.extent > t.sig.extent:
+        raise CaptureError(
+            f"{name} makes a tensor larger, by elements without a value{line}; make a new tensor"
+        )
+
+
+def refresh(t: Traced, sig: Sig) -> None:
+    """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
+    fresh = _wrapper(
+        Traced,
+        sig.shape,
+        strides=sig.stride,
+        storage_offset=sig.offset,
+        dtype=sig.dtype,
+        device=sig.device,
+    )
+    with quiet():
+        torch._C.TensorBase.data.__set__(t, fresh)
+    t.sig = sig
+
+
+def keep_hooked(trace: Trace, written: list) -> None:
+    if any(
+        t.__class__ is Traced and trace.root(t.ref) in trace.hooked for t in tree_leaves(written)
+    ):
+        line = at(user_line(3))
+        raise CaptureError(
+            f"a write to an argument with a hook{line}: register the hook after it, on a new "
+            "tensor"
+        )

@@ -1,0 +1,117 @@
+"""What an op does that a recording has not met before: its instruction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+from ..debug import at, user_line
+from ..errors import CaptureError, OpError
+from .scalars import NUMBER, with_number
+from .shapes.infer import infer, signatures
+from .shapes.instr import Instr, intern, interned
+from .shapes.sig import Facts, Sig, Slot, fill
+from .traced import quiet
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+aten = torch.ops.aten
+
+#: ops whose result has a shape that depends on the values of all tensors but the first
+SHAPED_BY_THE_OTHERS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_select.default)
+
+
+def learn(
+    trace: Trace, key: tuple, func: OpOverload, args: tuple, kwargs: dict, sigs: tuple
+) -> Instr:
+    if "nested" in func._schema.name:
+        raise CaptureError(
+            f"nested tensors are not captured{at(user_line())}: pad them, and use a "
+            "mask where it matters"
+        )
+    count = 0
+
+    def template(a: Any) -> Any:
+        nonlocal count
+        if isinstance(a, Tensor):
+            count += 1
+            return Slot(count - 1)
+        if isinstance(a, list | tuple):
+            return (
+                type(a)(template(x) for x in a)
+                if type(a) in (list, tuple)
+                else [template(x) for x in a]
+            )
+        return a
+
+    targs = tuple(template(a) for a in args)
+    tkwargs = {k: template(v) for k, v in kwargs.items()}
+    outs = None
+    facts = Facts(func)
+    if facts.dynamic or not facts.returns_tensors:
+        outs = by_value(trace, func, targs, tkwargs, sigs, args, kwargs)
+        key = (*key, outs)
+        known = interned(key)
+        if known is not None:
+            return known
+    try:
+        if NUMBER in sigs:
+            return with_number(key, func, args, sigs)
+        return intern(key, func, targs, tkwargs, sigs, outs)
+    except CaptureError as e:
+        raise CaptureError(f"{e}{at(user_line())}") from None
+    except (RuntimeError, IndexError, TypeError, ValueError) as e:
+        if facts.dynamic and outs is None:  # as was learnt by asking
+            return learn(trace, key, func, args, kwargs, sigs)
+        said = f"{func}({', '.join(map(str, sigs))}): {e}{at(user_line())}"
+        raise OpError.like(e, said) from None
+
+
+def by_value(
+    trace: Trace,
+    func: OpOverload,
+    targs: Any,
+    tkwargs: Any,
+    sigs: tuple,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """The result's signature of an op whose shape depends on data: static if the meta kernel
+    can, else by running."""
+    try:
+        return infer(func, targs, tkwargs, sigs)
+    except Exception:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    given = [zeros(sigs[0])] if func in SHAPED_BY_THE_OTHERS else []
+
+    def shape(*values: Tensor) -> Any:
+        values = (*given, *values)
+        return signatures(
+            func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()})
+        )
+
+    what = f"the shape of {func}'s result" if Facts(func).returns_tensors else "a truth value"
+    return trace.answer(shape, tensors[len(given) :], what)
+
+
+def follows_default(instr: Instr, kwargs: dict) -> bool:
+    """Whether the dtype of the result is the default dtype: that of a factory, or of an op on
+    integers."""
+    outs = instr.outs
+    made = (
+        outs.__class__ is Sig
+        and outs.differentiable
+        and not any(s.differentiable for s in instr.sigs)
+    )
+    return made and kwargs.get("dtype") is None
+
+
+def zeros(sig: Sig) -> Tensor:
+    """A tensor of this signature, one zero everywhere."""
+    with quiet():
+        return torch.zeros((), dtype=sig.dtype, device=sig.device).expand(sig.shape)

@@ -1,0 +1,41 @@
+"""The ops that write down in a graph what autograd would know: identities in value, each with a
+derivative of its own.
+
+A value made under ``torch.no_grad()`` and read outside passes through ``aten.detach``, a view made
+there through ``dead_end`` (it requires grad if what it shows does, and has no derivative); a write
+that autograd does not see is ``hidden_write(old, new)``: the new value with the old derivative."""
+
+import torch
+
+_library = torch.library.Library("aotfunc", "DEF")
+_library.define("hidden_write(Tensor old, Tensor new) -> Tensor")
+_library.impl("hidden_write", lambda old, new: new.clone(), "CompositeExplicitAutograd")
+torch.library.register_autograd("aotfunc::hidden_write", lambda ctx, g: (g, None), lib=_library)
+hidden_write = torch.ops.aotfunc.hidden_write.default
+
+_library.define("dead_end(Tensor(a) x) -> Tensor(a)")
+_library.impl("dead_end", torch.no_grad()(lambda x: x.view_as(x)), "CompositeImplicitAutograd")
+dead_end = torch.ops.aotfunc.dead_end.default
+
+_library.define("once(Tensor x) -> Tensor")
+_library.impl("once", lambda x: x.clone(), "CompositeExplicitAutograd")
+#: refuses to be differentiated: @once_differentiable
+once = torch.ops.aotfunc.once.default
+
+_library.define("no_tangent(Tensor x) -> Tensor")
+_library.impl("no_tangent", lambda x: x.clone(), "CompositeExplicitAutograd")
+#: without a forward-mode derivative
+no_tangent = torch.ops.aotfunc.no_tangent.default
+
+
+def _checked(x: torch.Tensor, where: str) -> torch.Tensor:
+    if bool(x.isnan().any()):
+        raise RuntimeError(f"a gradient has nan values{where}")
+    return x.clone()
+
+
+_library.define("check_gradient(Tensor x, str where) -> Tensor")
+_library.impl("check_gradient", _checked, "CompositeExplicitAutograd")
+_library.impl("check_gradient", lambda x, where: torch.empty_like(x), "Meta")
+#: raises RuntimeError for a NaN
+check_gradient = torch.ops.aotfunc.check_gradient.default

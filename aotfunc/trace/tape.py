@@ -1,0 +1,282 @@
+"""What a recording holds: its inputs, the tensors from outside, its ops, and how its values are
+numbered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from . import histories
+from .autograd import Autograd
+from .memory import Place, layout
+from .records import Record, Roots
+from .seeds import Seeds
+from .shapes.sig import Sig, sig_of
+from .traced import Traced, check_kind, check_leak, current, of_subclass, ordinary_tensor
+
+if TYPE_CHECKING:
+    from .replay import Replay
+
+_wrapper = torch.Tensor._make_wrapper_subclass
+_inference_mode = torch.is_inference_mode_enabled
+
+
+class Tape:
+    """Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
+
+    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``), None for
+    those of which ``samples`` says that they are samples of a batch; ``why_not`` says why where
+    they may not. Values that depend on no input may be asked for all the same: with ``constants``
+    on closed-over tensors too. Without ``intent`` autograd is left alone (derived rules use it).
+    ``ask(trace, question, tensors, what)`` answers what depends on inputs.
+    """
+
+    def __init__(
+        self,
+        why_not: str | None = None,
+        constants: bool = True,
+        intent: bool = True,
+        ask: Callable | None = None,
+    ) -> None:
+        super().__init__()
+        outer = current()
+        #: not inside of anything that is compiled once, however deep
+        self.may_ask_constants: bool = constants and (outer is None or outer.may_ask_constants)
+        self.keeps_intent = intent
+        #: its program may be differentiated by any of its values
+        self.of_a_rule: bool = outer is not None and outer.of_a_rule
+        self.records: list[Record] = []
+        self.count = 0
+        self.inputs: list[
+            Sig
+        ] = []  # traced values know their recording; it must not hold them when it is over
+        self.arguments: list[Traced] = []  # the tensors themselves, while they are used
+        self.finals: list[int] = []  # the values that they are in the end
+        self.lifted: list[Tensor] = []  # outside tensors, by reference
+        self.made_inside: set[int] = (
+            set()
+        )  # those among them that f makes anew on each run: torch.tensor(3)
+        self.lifts_numbers = False  # see scalars
+        self.numbers: list[float] = []  # which may be inputs
+        self._lift_refs: dict[int, int] = {}
+        self._keep: list[Tensor] = []
+        #: outside tensors without a history, which have one meanwhile
+        self.rewritten: list[Tensor] = []
+        #: outside tensors, in the order in which they were met, and their versions by then
+        self.versions: list[tuple[Tensor, int]] = []
+        self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
+        self.stand_ins: list[Any] = []  # see outside.py
+        self.seeds = Seeds()
+        self.caches_casts: bool = torch.is_autocast_cache_enabled()
+        self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
+        self.mutates = False
+        self.strided = False  # counts from where a storage begins
+        self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
+        self.differentiated: dict[
+            int, str
+        ] = {}  # of which inputs and lifted tensors a gradient was taken: (at line)
+        self.reshapes = False  # in place
+        self.region: int | None = None  # the checkpointed region that is being recorded
+        self.regions = 0
+        self.why_not, self.ask = why_not, ask
+        self.dtype: torch.dtype = torch.get_default_dtype() if outer is None else outer.dtype
+        self.concrete_inputs: list[Tensor | None] | None = None
+        self.samples: Any = None
+        self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
+        self._values: Replay | None = None
+        self.answered = False  # whether a value was asked for
+        self.followed: Any = None  # see concretize.py
+        self._roots: Roots | None = None
+        self._places: tuple[Place, ...] | None = None
+        self.finished = False
+        self.refused: CaptureError | None = None  # a question that had no answer
+        self.place: tuple | None = None  # an index that was asked for its number, see special
+        self.in_lstsq = False
+        self.opened: Mapping[
+            OpOverload, Callable
+        ] = {}  # decompositions, instead of an answer of SPECIAL's
+
+    def new(self, sig: Sig) -> Traced:
+        if _inference_mode():
+            self.autograd.inference.add(self.count)
+            with torch.inference_mode(
+                False
+            ):  # a traced value of inference mode could not be a view of an argument
+                return self.new(sig)
+        if sig.plain:
+            t = _wrapper(Traced, sig.shape, dtype=sig.dtype, device=sig.device)
+        else:
+            t = _wrapper(
+                Traced,
+                sig.shape,
+                strides=sig.stride,
+                storage_offset=sig.offset,
+                dtype=sig.dtype,
+                device=sig.device,
+            )
+        t.tracer = self
+        t.ref = self.count
+        t.sig = sig
+        self.count += 1
+        return t
+
+    def input(self, real: Tensor) -> Traced:
+        """A new input with the signature of ``real``."""
+        check_kind(real)
+        return self.input_like(signature(real))
+
+    def input_like(self, sig: Sig) -> Traced:
+        """A new input of this signature."""
+        self.inputs.append(sig)
+        self.arguments.append(self.new(sig))
+        return self.arguments[-1]
+
+    def alias(self, t: Traced) -> Traced:
+        """Another tensor object for the same value."""
+        twin = self.new(t.sig)
+        self.count -= 1
+        twin.ref = t.ref
+        return twin
+
+    def lift(self, t: Tensor) -> int:
+        """The number of an outside tensor: a constant by reference, or a value of an outer
+        recording."""
+        key = id(t)
+        ref = self._lift_refs.get(key)
+        if ref is None:
+            self._keep.append(t)  # so that id(t) stays its own
+            if t.__class__ is Traced and t.tracer.finished:
+                check_leak(t)
+                t = t.tracer.value(t)
+            ordinary = ordinary_tensor(t)
+            if (
+                ordinary is not t and not self.may_ask_constants
+            ):  # it would not be found again at the next call
+                raise of_subclass(t, "a tensor from outside")
+            check_kind(ordinary)
+            if ordinary.__class__ is not Traced and not ordinary.is_inference():
+                self.versions.append((ordinary, ordinary._version))
+            self.lifted.append(ordinary)
+            ref = self._lift_refs[key] = -len(self.lifted)
+        return ref
+
+    def stand_for(self, t: Traced, real: Tensor) -> None:
+        """Let ``t``, an input, be what is recorded where ``f`` reaches ``real`` by another way: it
+        closes over it."""
+        self._lift_refs[id(real)] = t.ref
+
+    def seen_as(self, t: Tensor) -> int | None:
+        """The number of an outside tensor, or of the argument that it is, if it has one."""
+        return self._lift_refs.get(id(t))
+
+    def ref_of(self, t: Tensor) -> tuple[int, Sig]:
+        if t.__class__ is Traced and t.tracer is self:
+            return t.ref, t.sig
+        ref = self.lift(t)
+        if ref >= 0:
+            return ref, self._unchanged(ref)
+        return ref, signature(self.lifted[-ref - 1])
+
+    def _unchanged(self, ref: int) -> Sig:
+        """The signature of an argument that ``f`` reaches from outside, too: there it is what it
+        was."""
+        now = self.arguments[ref] if self.arguments else None
+        if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
+            raise CaptureError(
+                f"an argument of shape {list(self.inputs[ref].shape)} that the function also "
+                f"closes over is reshaped or detached in place{at(debug.user_line())}; make a "
+                "view of it"
+            )
+        return self.inputs[ref]
+
+    def finish(self) -> None:
+        """Nothing is recorded any more; traced values may live on, and go when their last user
+        does."""
+        self.finished = True
+        self.autograd.settle()
+        histories.take_back(self)
+        self.finals = [t.ref for t in self.arguments]
+        self.arguments.clear()
+        self.casts.clear()
+        self.autograd.finish()
+
+    def forget(self, records: int, count: int) -> None:
+        """Go back to when there were so many records and values."""
+        del self.records[records:]
+        self.count = count
+        self._roots = None
+        self.casts.clear()
+        self.autograd.forget()
+        if self._values is not None and self._values.done > records:
+            self._values = None
+        if self.followed is not None and self.followed.done > records:
+            self.followed = None
+
+    def key(self) -> tuple:
+        """A key that is equal for recordings of the same ops, signatures and wiring."""
+        memory = self.layout() if self.mutates else None
+        if self.placed:
+            records = tuple([r[:4] for r in self.records])
+        else:
+            records = tuple([(r[0].anywhere or r[0], r[1], r[2], r[3]) for r in self.records])
+        return (
+            len(self.inputs),
+            *self.signatures(),
+            records,
+            memory,
+            tuple(self.autograd.overwritten),
+        )
+
+    @property
+    def placed(self) -> bool:
+        """Whether it matters where in their storages the inputs begin: for writes, and for what
+        counts from there."""
+        return self.mutates or self.strided
+
+    def signatures(self) -> list[Sig]:
+        """Those of the inputs, then of the lifted tensors, as a program has them."""
+        return self.as_placed([*self.inputs, *map(signature, self.lifted)])
+
+    def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
+        """Signatures, at the beginning of a storage where it does not matter where in one they
+        are."""
+        return list(sigs) if self.placed else [s.start for s in sigs]
+
+    def layout(self) -> tuple[Place, ...]:
+        """For each input, then each lifted tensor: where it lies in memory."""
+        if len(self.origins) != len(self.inputs):  # the inputs of a rule: nothing but values
+            return tuple(Place(i, 0, None) for i in range(len(self.inputs) + len(self.lifted)))
+        if self._places is None or len(self._places) != len(self.inputs) + len(self.lifted):
+            dims = (
+                None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))
+            )
+            self._places = layout([*self.origins, *self.lifted], dims)
+        return self._places
+
+    def root(self, ref: int) -> int:
+        """The value whose storage this one shares."""
+        return self.roots().of.get(ref, ref)
+
+    def roots(self) -> Roots:
+        if self._roots is None:
+            self._roots = Roots(
+                len(self.inputs), [i for i, t in enumerate(self.origins) if t.is_conj()]
+            )
+        return self._roots.extended(self.records)
+
+    def conjugated(self, ref: int) -> bool:
+        """Whether this is a conjugate, or a view of one, which eager would not have computed
+        yet."""
+        return ref in self.roots().conjugates
+
+
+def signature(t: Tensor) -> Sig:
+    """The signature of a tensor from outside, or of a value of any recording."""
+    return t.sig if t.__class__ is Traced else sig_of(t)

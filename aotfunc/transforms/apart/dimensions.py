@@ -1,0 +1,138 @@
+"""Ops along other dimensions than the batch: slices, scans, reductions, look-ups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .parts import Call, Mixed, Part, aligned, rule, spans
+
+
+@rule("slice.Tensor split.Tensor split_with_sizes unfold cat slice_scatter flip roll linalg_cross")
+@rule("cumsum cumprod logcumsumexp cummax cummin sort sort.stable topk gather")
+@rule("_safe_softmax _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data")
+@rule("scatter.src scatter.value scatter_add scatter_reduce.two _fft_r2c _fft_c2c _fft_c2r")
+def along(c: Call) -> Any:
+    """One result or several, which have the dimensions of the arguments."""
+    sig, part = c.alike()
+    part.without(
+        c.dims(sig.ndim, next(name for name in ("dim", "dims", "dimension") if name in c.arg))
+    )
+    return c.each(part)
+
+
+@rule("slice_backward")
+def slice_backward(c: Call) -> Any:
+    part = along(c)
+    c.scaled("input_sizes", part.dim, part.each)
+    return part
+
+
+@rule("constant_pad_nd")
+def padded(c: Call) -> Any:
+    sig, part = c.alike()
+    part.without(range(sig.ndim - len(c.arg["pad"]) // 2, sig.ndim))
+    return part
+
+
+@rule("select_scatter")
+def select_scatter(c: Call) -> Any:
+    (sig, part), (_, src) = c.tensors
+    if part is None or src != part.without(c.dims(sig.ndim)):
+        raise Mixed
+    return part
+
+
+@rule("stack")
+def stacked(c: Call) -> Any:
+    _, part = c.alike()
+    return part.to(part.dim + (c.arg["dim"] % c.val.ndim <= part.dim))
+
+
+@rule("sum.dim_IntList nansum mean.dim prod.dim_int logsumexp count_nonzero.dim_IntList")
+@rule("amax amin aminmax argmax argmin max.dim min.dim any.dim any.dims all.dim all.dims")
+@rule("var.correction std.correction var_mean.correction std_mean.correction")
+@rule("median.dim nanmedian.dim kthvalue mode linalg_vector_norm norm.ScalarOpt_dim")
+def reduced(c: Call) -> Any:
+    sig, part = c.alike()
+    less = part.without(c.dims(sig.ndim))
+    return c.each(part if c.arg.get("keepdim") else less)
+
+
+@rule("embedding")
+def embedded(c: Call) -> Any:
+    return c.only("indices")[1]
+
+
+@rule("index_select")
+def rows_selected(c: Call) -> Any:
+    (sig, part), (_, index) = c.tensors
+    dims = c.dims(sig.ndim)
+    if part is None:
+        return index.to(dims[0])  # type: ignore[union-attr]
+    part.without(dims)
+    return c.only("self")[1]
+
+
+@rule("index_add index_copy index_fill.int_Scalar")
+def rows_replaced(c: Call) -> Any:
+    sig, part = c.of("self")
+    source = c.of("source") if "source" in c.arg else (sig, part)
+    if (
+        part is None
+        or source[1] != part
+        or source[0].ndim != sig.ndim
+        or c.of("index")[1] is not None
+    ):
+        raise Mixed
+    part.without(c.dims(sig.ndim))
+    return part
+
+
+@rule("index.Tensor")
+def indexed(c: Call) -> Any:
+    return lookup(c)[0]
+
+
+@rule("index_put")
+def put(c: Call) -> Any:
+    _, part = c.of("self")
+    values, theirs = c.of("values")
+    at, rank = lookup(c)
+    back = rank - at.dim
+    fits = (
+        not spans(values, back) if theirs is None else theirs == Part(values.ndim - back, at.each)
+    )
+    if part is None or part.number or not fits:
+        raise Mixed
+    return part
+
+
+def lookup(c: Call) -> tuple[Part, int]:
+    """Where the entries of ``x[indices]`` hold the batch, and how many dimensions they have."""
+    sig, part = c.of("self")
+    indices = {
+        d: (i.meta["val"], c.walk.parts[i])
+        for d, i in enumerate(c.arg["indices"])
+        if i is not None
+    }
+    if any(i.dtype in (torch.bool, torch.uint8) for i, _ in indices.values()) or (
+        part is not None and part.number
+    ):
+        raise Mixed
+    wide = max(i.ndim for i, _ in indices.values())
+    together = len(indices) == max(indices) - min(indices) + 1
+    first = min(indices) if together else 0  # of the dimensions that the indices have
+    rank = sig.ndim - len(indices) + wide
+    if part is not None and part.dim not in indices:
+        if any(p is not None for _, p in indices.values()):
+            raise Mixed
+        left = part.without(list(indices))
+        return left if left.dim < first else left.to(left.dim + wide), rank
+    for d, (_, p) in indices.items():  # each sample reads its own entry, which its number says
+        own = part is not None and part.dim == d
+        if own != (p is not None and p.number) or (own and part != Part(d)):
+            raise Mixed
+    at = aligned(list(indices.values()), wide)
+    return Part(at.dim + first, at.each), rank

@@ -1,0 +1,62 @@
+"""Matrices: the batch is rows, columns, or a batch of matrices already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...trace.shapes.sig import Sig
+from .parts import Call, Mixed, Part, aligned, rule
+
+
+@rule("mm bmm")
+def multiplied(c: Call) -> Any:
+    return product(*c.tensors)
+
+
+@rule("addmm baddbmm")
+def added(c: Call) -> Any:
+    bias, left, right = c.tensors
+    return aligned([bias, (c.val, product(left, right))], c.val.ndim)
+
+
+def product(left: tuple[Sig, Part | None], right: tuple[Sig, Part | None]) -> Part:
+    """The part of a product of matrices, or of a batch of such: rows of the left, columns of the
+    right, or its own."""
+    (sig, a), (_, b) = left, right
+    rows = sig.ndim - 2
+    if a is not None and b is None and a.dim == rows:
+        return a
+    if b is not None and a is None and b.dim == rows + 1:
+        return b
+    if a is not None and a == b and a.dim < rows:
+        return a
+    raise Mixed
+
+
+@rule("mv")
+def applied(c: Call) -> Any:
+    _, part = c.only("self")
+    part.without([1])
+    return part
+
+
+@rule(
+    "triu tril linalg_inv_ex _linalg_det _linalg_slogdet linalg_lu_factor_ex linalg_cholesky_ex "
+    "linalg_solve_triangular"
+)
+@rule(
+    "_linalg_eigh linalg_eig linalg_qr linalg_lu _linalg_svd linalg_matrix_exp _linalg_solve_ex "
+    "cholesky_solve cholesky"
+)
+@rule("cholesky_inverse triangular_solve")
+def matrices(c: Call) -> Any:
+    """Of batches of matrices."""
+    sig, part = c.alike()
+    if part.dim or sig.ndim < 3:
+        raise Mixed
+    return c.each(part)
+
+
+@rule("_linalg_check_errors")
+def checked(c: Call) -> Any:
+    return None
