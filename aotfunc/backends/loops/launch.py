@@ -1,0 +1,211 @@
+"""A kernel with its outputs: called with tensors, it returns new ones.
+
+In Python a call takes several µs, so native code makes it (``launch.cpp``, compiled once for all
+launches), which reads a tensor at an offset that is looked for here. Where any of that is not to
+be had, the plain form is called, which does the same in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import sys
+import warnings
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...debug import LEVEL
+from ...errors import BackendWarning, CompilerError
+from . import native, toolchain
+
+#: the shape, strides and dtype of a tensor
+Output = tuple[Sequence[int], Sequence[int], torch.dtype]
+
+DTYPES = {x for x in vars(torch).values() if isinstance(x, torch.dtype)}
+
+
+class Launch:
+    """``launch(*inputs)`` allocates the kernel's outputs, runs it, and returns them: one tensor,
+    or a tuple. ``run`` is the same, and quicker to call.
+
+    ``order`` says for each of the kernel's buffers which of ``[*inputs, *outputs]`` it is. Of the
+    inputs only the memory is read: their dtypes, sizes, strides and whether they are conjugated
+    are the caller's business. Raises TypeError for a wrong number of inputs, and for one that is
+    no tensor with memory on the CPU."""
+
+    __slots__ = ("__name__", "plain", "run")
+
+    def __init__(
+        self,
+        kernel: native.Kernel,
+        rows: int,
+        sizes: Sequence[int],
+        outputs: Sequence[Output],
+        order: Sequence[int],
+        grain: int | None = None,
+    ) -> None:
+        self.__name__ = kernel.function.__name__
+        self.plain = functools.partial(called, kernel, rows, sizes, outputs, order, grain)
+        self.run: Callable = self.plain
+        if (quick := native_form()) and all(d in quick.dtypes for *_, d in outputs):
+            self.run = quick(self.plain)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.run(*inputs)
+
+
+def called(
+    kernel: native.Kernel,
+    rows: int,
+    sizes: Sequence[int],
+    outputs: Sequence[Output],
+    order: Sequence[int],
+    grain: int | None,
+    *inputs: Tensor,
+) -> Any:
+    """The plain form of a launch."""
+    name, count = kernel.function.__name__, inputs_of(order, outputs)
+    if len(inputs) != count:
+        raise TypeError(f"the kernel {name} takes {count} tensors, not {len(inputs)}")
+    with torch._C.DisableTorchFunctionSubclass():
+        for i, t in enumerate(inputs):
+            if not isinstance(t, Tensor):
+                kind = type(t).__name__
+                raise TypeError(f"the kernel {name} takes tensors; input {i} is a {kind}")
+            if not has_memory(t):
+                raise TypeError(f"the kernel {name}: input {i}, on {t.device}, has no CPU memory")
+        outs = [torch.empty_strided(s, t, dtype=d, device="cpu") for s, t, d in outputs]
+        tensors = [*inputs, *outs]
+        kernel(rows, sizes, [tensors[i] for i in order], grain)
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether a kernel can read ``t``, which may be sparse, fake or on another device."""
+    try:
+        return t.untyped_storage().device.type == "cpu" and bool(t.data_ptr() or not t.numel())
+    except RuntimeError:
+        return False
+
+
+def inputs_of(order: Sequence[int], outputs: Sequence[Output]) -> int:
+    """How many inputs there are: what a kernel does not write it reads."""
+    return max(order, default=-1) + 1 - len(outputs)
+
+
+# ----- the native form ---------------------------------------------------------------------------
+
+
+class Method(ctypes.Structure):
+    """CPython's PyMethodDef."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    ]
+
+
+#: METH_FASTCALL
+FASTCALL = 0x80
+
+
+@functools.cache
+def native_form() -> Native | None:
+    """What makes a native function of a plain launch, if it can be had here; with AOTFUNC_DEBUG a
+    warning says why not."""
+    try:
+        return Native()
+    except (CompilerError, OSError, AttributeError, ValueError, Unlike) as e:
+        if LEVEL:
+            warnings.warn(f"kernels are called in Python, not natively: {e}", BackendWarning)
+        return None
+
+
+class Unlike(Exception):
+    """This Python or PyTorch is unlike those that ``launch.cpp`` knows."""
+
+
+class Native:
+    """The functions of ``launch.cpp``, told what they must know about this process. Raises Unlike,
+    and AttributeError or OSError where PyTorch or Python lacks what they call."""
+
+    def __init__(self) -> None:
+        offset = offset_of_tensors()
+        shim = ctypes.CDLL(toolchain.torch_library())
+        python = ctypes.CDLL(str(Path(toolchain.torch_library()).with_name("libtorch_python.so")))
+        source = (native.HERE / "launch.cpp").read_text()
+        library = ctypes.CDLL(str(native.built(source)))
+        self.launch = address(library.aot_launch)
+        self.make = ctypes.pythonapi.PyCFunction_NewEx
+        self.make.argtypes = (ctypes.POINTER(Method), ctypes.py_object, ctypes.py_object)
+        self.make.restype = ctypes.py_object
+        self.methods: dict[str, Method] = {}  # the functions refer to them
+        names = {d: f"aoti_torch_dtype_{str(d).removeprefix('torch.')}" for d in DTYPES}
+        self.dtypes = {d: shim[name]() for d, name in names.items() if hasattr(shim, name)}
+        for name, x in (
+            ("offset", offset),
+            ("tensor", id(Tensor)),
+            ("parameter", id(nn.Parameter)),
+            ("wrap", address(python._Z16THPVariable_WrapRKN2at10TensorBaseE)),
+            ("grain", native.GRAIN),
+        ):
+            ctypes.c_int64.in_dll(library, f"aot_{name}").value = x
+        forked = ctypes.c_int32.in_dll(library, "aot_forked")
+        forked.value = native._forked
+        os.register_at_fork(after_in_child=lambda: setattr(forked, "value", 1))
+        self.first(native.Kernel(library.aot_first))
+
+    def __call__(self, plain: functools.partial) -> Callable:
+        """A native function that does the same."""
+        kernel, rows, sizes, outputs, order, grain = plain.args
+        largest = max([math.prod(shape) for shape, _, _ in outputs], default=0)
+        plan = [inputs_of(order, outputs), len(outputs), len(order), len(sizes)]
+        plan += [rows, grain or 0, largest, kernel.address, *order, *sizes]
+        for shape, strides, dtype in outputs:
+            plan += [self.dtypes[dtype], len(shape), *shape, *strides]
+        name = kernel.function.__name__
+        method = self.methods.get(name)
+        if method is None:
+            made = Method(name.encode(), self.launch, FASTCALL, None)
+            method = self.methods.setdefault(name, made)
+        return self.make(method, (array("q", plan).tobytes(), plain), __name__)
+
+    def first(self, kernel: native.Kernel) -> None:
+        """See that a launch works. Raises Unlike."""
+        outputs = [((2, 3), (1, 2), torch.float32)]
+        launch = self(functools.partial(called, kernel, 6, (), outputs, (0, 1), None))
+        for x in (torch.arange(6.0), nn.Parameter(torch.arange(7.0))[1:]):
+            y = launch(x)
+            facts = (type(y), y.shape, y.stride(), y.dtype, y.requires_grad)
+            right = facts == (Tensor, (2, 3), (1, 2), torch.float32, False)
+            if not right or y.T.flatten().tolist() != x.tolist():
+                raise Unlike("a first launch gave something else than it should")
+
+
+def address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def offset_of_tensors() -> int:
+    """Where a Python tensor has its ``at::Tensor``. Raises Unlike where that does not show."""
+    if sys.implementation.name != "cpython" or object.__basicsize__ != 16:
+        raise Unlike("objects of this Python are laid out in another way")
+
+    def word(x: Any, offset: int) -> int | None:
+        return ctypes.c_void_p.from_address(id(x) + offset).value
+
+    x = torch.zeros(2)
+    several = (x, x[1:], x.detach().requires_grad_(), nn.Parameter(x))
+    within = range(16, Tensor.__basicsize__ - 7, 8)
+    found = [o for o in within if all(word(t, o) == t._cdata for t in several)]
+    if len(found) != 1 or any(word(t, 8) != id(type(t)) for t in several):
+        raise Unlike("tensors of this PyTorch are laid out in another way")
+    return found[0]
