@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.eager import compile_graph
+from ..backends.interpret import Interpreted
 from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError
@@ -321,7 +321,7 @@ def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[
 
 
 def compiled(program: Program) -> Callable[..., tuple]:
-    return program.once(compiled, lambda: compile_graph(lowered(program).graph))
+    return program.once(compiled, lambda: Interpreted(lowered(program).graph))
 
 
 def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.fx import Node
 
-from ..backends.eager import compile_graph
+from ..backends.interpret import Interpreted
 from ..capture.calls import CallStep, hidden_writes
 from ..debug import outside_dynamo
 from ..graph import Program
@@ -31,7 +31,7 @@ from .redraw import redrawn, states
 
 def eager(program: Program) -> Callable[..., tuple]:
     """The program on the eager backend, new values of mutated inputs among its results."""
-    return program.once(eager, lambda: compile_graph(lowered(program).graph))
+    return program.once(eager, lambda: Interpreted(lowered(program).graph))
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-#: ops whose result has a shape that depends on the values of all tensors but the first
-SHAPED_BY_THE_OTHERS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_select.default)
+#: ops whose result has a shape that depends on the values of masks, and of no other tensor
+SHAPED_BY_MASKS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_select.default)
 
 
 def learn(
@@ -87,16 +88,25 @@ def by_value(
         return infer(func, targs, tkwargs, sigs)
     except Exception:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    given = [zeros(sigs[0])] if func in SHAPED_BY_THE_OTHERS else []
+    asked = shaping(func, sigs)
 
     def shape(*values: Tensor) -> Any:
-        values = (*given, *values)
+        known = dict(zip(asked, values, strict=True))
+        every = [known[i] if i in known else zeros(sig) for i, sig in enumerate(sigs)]
         return signatures(
-            func(*fill(targs, values), **{k: fill(v, values) for k, v in tkwargs.items()})
+            func(*fill(targs, every), **{k: fill(v, every) for k, v in tkwargs.items()})
         )
 
     what = f"the shape of {func}'s result" if Facts(func).returns_tensors else "a truth value"
-    return trace.answer(shape, tensors[len(given) :], what)
+    return trace.answer(shape, [tensors[i] for i in asked], what)
+
+
+def shaping(func: OpOverload, sigs: Sequence[Any]) -> list[int]:
+    """Which of the tensors among an op's arguments have values that the shape of its result
+    depends on."""
+    if func not in SHAPED_BY_MASKS or 0 in sigs[0].shape:
+        return list(range(len(sigs)))
+    return [i for i, s in enumerate(sigs) if i and s.dtype in (torch.bool, torch.uint8)]
 
 
 def follows_default(instr: Instr, kwargs: dict) -> bool:

@@ -907,3 +907,32 @@ def test_masks_of_a_single_number():
     ones, yes = torch.tensor([1.0, 2.0]), torch.ones(2, dtype=torch.bool)
     assert torch.equal(vmap(select)(ones, yes), ones[:, None])
     assert torch.equal(vmap(select, (None, 0))(ones[1], yes), torch.full((2, 1), 2.0))
+
+
+def test_a_mask_beside_an_index_asks_for_the_mask_only(monkeypatch):
+    """The shape of ``x[mask, index]`` depends on the mask; what differs between the samples is not
+    asked for."""
+    from aotfunc.trace.traced import HOOKS
+
+    mask = torch.tensor([True, False, True, True])
+
+    def f(x):
+        index = (x.sum(1) > 0)[mask].long()
+        return x[mask, index]
+
+    x = f64(B, 4, 4)
+    monkeypatch.setitem(HOOKS, "agreed", None)  # asking would call it
+    assert_same(vmap(f)(x), loop(f, (0,))(x))
+
+
+def test_an_index_out_of_range_beside_a_mask_raises():
+    mask = torch.tensor([True, False])
+    with pytest.raises(IndexError):
+        vmap(lambda x: x[mask, (x[0, :1] > 0).long() + 7])(f64(B, 2, 4))
+
+
+def test_a_mask_beside_an_index_into_nothing():
+    mask = torch.zeros(2, dtype=torch.bool)
+    f = lambda x: x[:, :0][mask, (x[0, :1] > 0).long()[:0]]
+    x = f64(B, 2, 4)
+    assert_same(vmap(f)(x), loop(f, (0,))(x))
