@@ -102,11 +102,11 @@ def machine() -> str:
 
 
 class Report:
-    """Tables that are printed as they come and, with ``write``, end up in docs/bench_<name>.md
-    with the command."""
+    """Tables that are printed as they come and, with ``write``, end up in ``path`` with the
+    command: docs/bench_<name>.md."""
 
     def __init__(self, name: str, title: str, command: str) -> None:
-        self.name, self.console = name, Console(width=140)
+        self.path, self.console = DOCS / f"bench_{name}.md", Console(width=140)
         self.text = [f"# {title}", "", f"`{command}` on {machine()}.", ""]
         self.console.print(f"[bold]{title}[/] · {machine()}")
 
@@ -126,9 +126,8 @@ class Report:
         self.text += [line, ""]
 
     def write(self) -> None:
-        path = DOCS / f"bench_{self.name}.md"
-        path.write_text("\n".join(self.text))
-        self.console.print(f"written: docs/{path.name}")
+        self.path.write_text("\n".join(self.text))
+        self.console.print(f"written: docs/{self.path.name}")
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
