@@ -105,6 +105,7 @@ longer.register_fake(lambda x: x.new_empty(x.shape))
 positive.register_fake(lambda x: x.new_empty(torch.library.get_ctx().new_dynamic_size()))
 
 
+@pytest.mark.filterwarnings("ignore::aotfunc.errors.LoopWarning")
 def test_a_fake_that_says_other_strides():
     """What was captured on that ground holds."""
     x = torch.randn(2, 3)

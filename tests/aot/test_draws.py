@@ -293,6 +293,7 @@ def reseeded(f, *args):
     return f(*args), GENERATOR.get_state(), OTHER.get_state(), torch.get_rng_state()
 
 
+@pytest.mark.filterwarnings("ignore::aotfunc.errors.BackendWarning")  # inductor takes none
 @pytest.mark.parametrize(
     "compiled",
     [

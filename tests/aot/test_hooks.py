@@ -137,6 +137,7 @@ def test_under_transforms(name):
     assert_same(vjp(jit(m), xs[0])[1](torch.tensor(1.0, dtype=torch.float64))[0], want[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*ull backward hook is firing")
 def test_weights_alone_require_grad():
     """The hook is called with the outputs' gradients alone."""
     torch.manual_seed(0)

@@ -181,6 +181,7 @@ def test_what_is_made_like_a_tensor_does_not_require_grad():
 # ----- checkpoints, hooks, shapes ----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize(
     "part", [lambda t: t.detach() * 2, lambda t: torch.ones(3), lambda t: t * 2]
 )

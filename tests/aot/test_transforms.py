@@ -52,6 +52,7 @@ TRANSFORMED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # torch.func.linearize
 @pytest.mark.parametrize(
     "compiled", [lambda f, c: jit(f, c), lambda f, c: aot_function(f, c)], ids=["jit", "aot"]
 )

@@ -25,6 +25,7 @@ def step(f, optimizer, x):
     return value
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
 @pytest.mark.parametrize(
     "compiled", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot_function"]
 )

@@ -33,7 +33,6 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.filterwarnings("ignore:Converting a tensor")
 def test_value_and_dtype(form, call):
     x = torch.tensor([0.5, -1.25])
     want = FORMS[form](x)

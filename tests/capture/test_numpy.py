@@ -176,6 +176,7 @@ def test_an_array_of_a_differentiated_value_is_refused(array, derivative):
         DERIVATIVES[derivative](ARRAYS[array], torch.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # ours are not
 def test_an_array_of_a_detached_or_unrelated_value():
     x, y = torch.tensor([0.5, 1.0]), torch.tensor([2.0, 3.0])
     detached = lambda x: (x * torch.from_numpy(np.sin(x.detach().numpy()))).sum()

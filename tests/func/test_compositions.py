@@ -204,7 +204,7 @@ def test_one(name):
 
 
 @pytest.mark.parametrize(
-    "pair", itertools.product(TRANSFORMS, TRANSFORMS), ids=lambda p: "-".join(p)
+    "pair", [*itertools.product(TRANSFORMS, TRANSFORMS)], ids=lambda p: "-".join(p)
 )
 def test_pair(pair):
     check(pair)

@@ -4,6 +4,7 @@ refused if strict."""
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_the_warning_names_op_line_and_way_out():
         vmap(lambda x: ranked(x, Y[0]).cos())(X)  # this line
     (warning,) = caught
     assert warning.filename == __file__
-    assert "# this line" in open(__file__).read().splitlines()[warning.lineno - 1]  # noqa: SIM115
+    assert "# this line" in Path(__file__).read_text().splitlines()[warning.lineno - 1]
     text = str(warning.message)
     assert "aotfunc_test_loops.ranked.default" in text and "loop over the samples" in text
     assert "register_vmap" in text

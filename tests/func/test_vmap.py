@@ -467,7 +467,11 @@ F = torch.nn.functional
 OF_NO_SAMPLES = {
     "nll_loss, weights": (lambda x, t, w: F.nll_loss(x, t, w), [(3, 4), (3,), (4,)], 1),
     "searchsorted": (lambda x, t, w: torch.searchsorted(x, w), [(4,), (3,), (4,)], 1),
-    "grid_sample": (lambda x, t, w: F.grid_sample(x, w), [(1, 2, 4, 4), (3,), (1, 3, 3, 2)], 1),
+    "grid_sample": (
+        lambda x, t, w: F.grid_sample(x, w, align_corners=False),
+        [(1, 2, 4, 4), (3,), (1, 3, 3, 2)],
+        1,
+    ),
     "interpolate": (
         lambda x, t, w: F.interpolate(x, scale_factor=2.0),
         [(1, 2, 4), (3,), (4,)],

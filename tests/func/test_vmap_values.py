@@ -510,6 +510,7 @@ MAPPED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::aotfunc.errors.LoopWarning")  # that of unique
 @pytest.mark.parametrize("name", MAPPED)
 def test_masks_and_indices_that_differ(name):
     f, dims, make = MAPPED[name]

@@ -73,17 +73,16 @@ class Worker:
             return json.loads(line)
         process.kill()
         self.process = None
-        code = process.wait()
+        process.communicate()
         return (
-            f"error: the process died ({code})"
+            f"error: the process died ({process.returncode})"
             if ready
             else f"error: no answer within {self.limit_s:g} s"
         )
 
     def stop(self) -> None:
-        if self.process and self.process.stdin:
-            self.process.stdin.close()
-            self.process.wait()
+        if self.process:
+            self.process.communicate()
 
 
 def logged(log: Path | None, cells: list[Cell]) -> dict[Cell, str]:
