@@ -19,6 +19,7 @@ from .. import debug
 from ..debug import at
 from ..errors import GraphError
 from ..graph import Times
+from ..trace.records import flat
 from ..trace.shapes.sig import Sig
 
 #: the namespaces of ops whose results are laid out as their rules or meta kernels say
@@ -205,15 +206,6 @@ def compare(n: Node, value: Any) -> None:
         raise GraphError(
             f"{n.format_node()} is {real}, not {known} as the graph says{at(n.meta.get('line'))}"
         )
-
-
-def flat(x: Any) -> list:
-    """The signatures or tensors in nested tuples."""
-    return (
-        [y for part in x for y in flat(part)]
-        if isinstance(x, tuple | list)
-        else [x] * isinstance(x, Sig | Tensor)
-    )
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:

@@ -22,12 +22,13 @@ from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..graph import Program, kept_alive
-from ..trace.emit import Builder, carried, displaced, paused_gc, remap, remap_dict
+from ..trace.emit import Builder, displaced, paused_gc, remap, remap_dict
 from ..trace.marks import dead_end
 from ..trace.records import results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
 from ..transforms.fresh import chain_of, fresh, viewed
+from ..transforms.tidy import rebuilt
 from ..transforms.vjp import active_nodes, sources
 from ..transforms.walk import builder
 from .aliasing import memory_of
@@ -79,37 +80,26 @@ def has_chain(step: Any) -> bool:
 def dissolved(program: Program) -> Program:
     """The program without nested calls that have a chain; a view that a nested function returned
     is the view made for it in there."""
-    with paused_gc():
-        b = Builder(None, merge=False)
-        views: dict[str, list[Node]] = {}  # in the order of the results
-        env: dict[Node, Any] = dict(
-            zip(program.placeholders, b.inputs(program.placeholders), strict=True)
-        )
-        for n in program.graph.nodes:
-            plain = getattr(n.target, "plain", None)
-            if plain is not None:
-                env[n] = b.splice(plain.graph, remap(n.args, env), plain.outputs)
-                for v in env[n][len(n.meta["val"]) :]:
-                    for m in reversed(chain_of(v) if isinstance(v, Node) else []):
-                        for made in (m.args[0], m) if m.target is operator.getitem else (m,):
-                            alike = views.setdefault(call_of(made.target, made.args), [])
-                            if made not in alike:
-                                alike.append(made)
-            elif n.op == "call_function":
-                args = remap(n.args, env)
-                if alike := views.get(call_of(n.target, args), []):
-                    env[n] = alike.pop(0)
-                elif n.target is operator.getitem:
-                    env[n] = b.item(*args)
-                else:
-                    copied(b, [n], env)
-        return Program(
-            b.finish(remap(program.outputs, env)),
-            program.n_inputs,
-            program.n_outputs,
-            (),
-            program.name,
-        )
+    views: dict[str, list[Node]] = {}  # in the order of the results
+
+    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+        args = remap(n.args, env)
+        plain = getattr(n.target, "plain", None)
+        if plain is None:
+            if alike := views.get(call_of(n.target, args), []):
+                return alike.pop(0)
+            return b.item(*args) if n.target is operator.getitem else relaid(b, n, env)
+        b.meta = {}
+        outs = b.splice(plain.graph, args, plain.outputs)
+        for v in outs[len(n.meta["val"]) :]:
+            for m in reversed(chain_of(v) if isinstance(v, Node) else []):
+                for made in (m.args[0], m) if m.target is operator.getitem else (m,):
+                    alike = views.setdefault(call_of(made.target, made.args), [])
+                    if made not in alike:
+                        alike.append(made)
+        return outs
+
+    return rebuilt(program, program.name, visit, Builder(None, merge=False))
 
 
 def chained(
@@ -339,7 +329,7 @@ def part(
             n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role"))
             for n in reads
         }
-        copied(b, nodes, env)
+        b.copy(nodes, env, relaid)
         program = fresh(
             Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ()
         )
@@ -356,23 +346,20 @@ def view_of(
         env: dict[Node, Any] = {
             source: b.placeholder(source.name, said.get(source, source.meta["val"]))
         }
-        copied(b, calls, env)
+        b.copy(calls, env, relaid)
         said[calls[-1]] = env[calls[-1]].meta["val"]
         fn = compile_graph(b.finish([env[calls[-1]]]))
     return lambda values: fn(*values)
 
 
-def copied(b: Builder, nodes: Sequence[Node], env: dict[Node, Any]) -> None:
-    """Copies of the nodes in ``env``; what reads a value that is laid out otherwise is inferred
+def relaid(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+    """The copy of a call; where it reads a value that is laid out otherwise, it is inferred
     anew."""
-    for n in nodes:
-        b.meta = carried(n)
-        args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
-        if n.target is operator.getitem:
-            val = args[0].meta["val"][args[1]]
-        elif isinstance(n.target, OpOverload) and any(
-            displaced(i.meta["val"], env[i]) for i in n._input_nodes
-        ):
-            args, val = b.again(n.target, args, kwargs, val)
-        env[n] = b.node(n.target, args, kwargs, val)
-    b.meta = {}
+    args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
+    if n.target is operator.getitem:
+        val = args[0].meta["val"][args[1]]
+    elif isinstance(n.target, OpOverload) and any(
+        displaced(i.meta["val"], env[i]) for i in n._input_nodes
+    ):
+        args, val = b.again(n.target, args, kwargs, val)
+    return b.node(n.target, args, kwargs, val)

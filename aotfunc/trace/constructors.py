@@ -7,23 +7,15 @@ As in eager no derivative goes through. The functions are exchanged while a reco
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .nested import leaves
 from .numbers import frozen
 from .traced import Traced, current, under_way
-
-
-def elements(data: Any) -> Iterator[Any]:
-    """What nested lists and tuples hold."""
-    for x in data:
-        if isinstance(x, list | tuple):
-            yield from elements(x)
-        else:
-            yield x
 
 
 def to_stack(data: Any) -> bool:
@@ -31,7 +23,7 @@ def to_stack(data: Any) -> bool:
     if not isinstance(data, list | tuple) or current() is None or under_way.quiet:
         return False
     return any(
-        isinstance(x, Tensor) and (x.__class__ is Traced or frozen(x)) for x in elements(data)
+        isinstance(x, Tensor) and (x.__class__ is Traced or frozen(x)) for x in leaves(data)
     )
 
 
@@ -42,7 +34,7 @@ def stacked(
     ``dtype`` is None."""
     if dtype is None:
         dtype = functools.reduce(
-            torch.promote_types, (torch.as_tensor(x).dtype for x in elements(data))
+            torch.promote_types, (torch.as_tensor(x).dtype for x in leaves(data))
         )
     device = torch.get_default_device() if device is None else device
 

@@ -14,6 +14,7 @@ from torch.fx import Node
 from ..errors import GraphError
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc, remap
+from ..trace.nested import mapped
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
 from .fresh import storage_root
@@ -30,14 +31,16 @@ def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
     is compiled apart, rely on these."""
     with paused_gc():
         b, env = builder(), dict[Node, Any]()
-        copy(b, program.graph.nodes, env, table)
+        copy_opened(b, program.graph.nodes, env, table)
         outs = apart(b, program.outputs, env)
         return Program(
             b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "decompose"
         )
 
 
-def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int = 0) -> None:
+def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int = 0) -> None:
+    """As :meth:`Builder.copy`, with the table's ops opened up."""
+
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         body = table.get(n.target) if depth < 20 else None
         if body is None:
@@ -45,8 +48,6 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int =
         inner, holes = builder(), dict[Node, Node]()
 
         def hole(a: Any) -> Any:
-            if isinstance(a, list | tuple):
-                return [hole(x) for x in a]
             if isinstance(a, Node):
                 if a not in holes:
                     holes[a] = inner.placeholder("x", a.meta["val"])
@@ -54,12 +55,12 @@ def copy(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int =
             return a
 
         op: Any = n.target
-        args = [hole(a) for a in remap(tuple(full_args(op, n.args, n.kwargs)), env)]
+        args = mapped(hole, remap(full_args(op, n.args, n.kwargs), env))
         outs = traced(by_schema(op, body), opened=table)(inner, *args)
         outs = as_declared(inner, outs, n.meta["val"], op)
         sub: dict[Node, Any] = {p: a for a, p in holes.items()}
         again = any(m.target is op for m in inner.graph.nodes)
-        copy(b, inner.graph.nodes, sub, {} if again else table, depth + 1)
+        copy_opened(b, inner.graph.nodes, sub, {} if again else table, depth + 1)
         return remap(outs, sub)
 
     b.copy(nodes, env, visit)

@@ -8,7 +8,7 @@ op that draws random numbers comes here."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.autograd import Variable, forward_ad
 
 from ..errors import RuleError
 from ..trace.memory import overlaps_itself
+from ..trace.nested import leaves, mapped
 from ..trace.traced import Traced, current
 from .rules.table import DECOMPOSITIONS, call_op, tensor_args
 
@@ -26,24 +27,17 @@ class NoFormula(Exception):
     """PyTorch has no formula for this op."""
 
 
-def flat(outs: Any) -> list:
-    return [x for o in outs for x in flat(o)] if isinstance(outs, list | tuple) else [outs]
-
-
 def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
     """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor
     arguments) replaced by ``f(x, i)``."""
 
     def one(a: Any, i: int) -> Any:
-        if isinstance(a, list | tuple):
-            return [one(x, i) for x in a]
-        return (
-            f(a, i) if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
-        )
+        floating = isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
+        return f(a, i) if floating else a
 
     full = list(args)
     for i, at in enumerate(tensor_args(op)):
-        full[at] = one(full[at], i)
+        full[at] = mapped(partial(one, i=i), full[at])
     return full
 
 
@@ -87,19 +81,19 @@ def reverse_rule(op: OpOverload) -> Callable:
 
     @closing_over_no_tensor(op)
     def rule(g: Any, out: Any, *args: Any, needs: tuple[bool, ...]) -> list:
-        leaves: dict[int, Tensor] = {}
+        twins: dict[int, Tensor] = {}
 
         def leaf(x: Traced, i: int) -> Tensor:
             if not needs[i]:
                 return x
             twin = x.tracer.alias(x)
             torch._C.TensorBase.requires_grad_(twin)
-            leaves[id(x)] = twin
+            twins[id(x)] = twin
             return twin
 
         try:
-            outs = flat(call_op(op, replaced(op, list(args), leaf)))
-            gs = flat(g)
+            outs = leaves(call_op(op, replaced(op, list(args), leaf)))
+            gs = leaves(g)
             pairs = [
                 (o, x)
                 for o, x in zip(outs, gs, strict=True)
@@ -111,25 +105,21 @@ def reverse_rule(op: OpOverload) -> Callable:
                 ):
                     raise NoFormula("autograd does not differentiate it")
                 return [None] * len(needs)
-            keys = list(leaves)
+            keys = list(twins)
             # the engine itself: torch.autograd.grad imports sympy to compare shapes
             grads = Variable._execution_engine.run_backward(
                 tuple(o for o, _ in pairs),
                 tuple(x for _, x in pairs),
                 True,  # keep the graph
                 True,  # and make one
-                tuple(leaves[k] for k in keys),
+                tuple(twins[k] for k in keys),
                 allow_unreachable=True,
                 accumulate_grad=False,
             )
         except (RuntimeError, NotImplementedError) as e:
             raise NoFormula(str(e).split("\n")[0]) from e
         found = dict(zip(keys, grads, strict=True))
-
-        def pick(a: Any) -> Any:
-            return [pick(x) for x in a] if isinstance(a, list | tuple) else found.get(id(a))
-
-        return [pick(args[at]) for at in tensor_args(op)]
+        return [mapped(lambda a: found.get(id(a)), args[at]) for at in tensor_args(op)]
 
     return rule
 
@@ -166,16 +156,16 @@ def forward_rule(op: OpOverload) -> Callable:
                 raise NoFormula(str(e).split("\n")[0]) from e
 
             def tangent(o: Any) -> Any:
-                if isinstance(o, list | tuple):
-                    return [tangent(x) for x in o]
                 return (
                     forward_ad.unpack_dual(o).tangent
                     if isinstance(o, Tensor) and o.sig.differentiable
                     else None
                 )
 
-            result = tangent(outs)
-            if all(t is None for t in flat(result)):  # not a zero: forward AD knows nothing of it
+            result = mapped(tangent, outs)
+            if all(
+                t is None for t in leaves(result)
+            ):  # not a zero: forward AD knows nothing of it
                 raise NoFormula("forward AD does not differentiate it")
             return result
 
@@ -192,15 +182,13 @@ def batching_rule(op: OpOverload) -> Callable:
         dims: list[int | None] = []
 
         def take(a: Any, yes: Any) -> Any:
-            if isinstance(a, list | tuple):
-                return [take(x, y) for x, y in zip(a, yes, strict=True)]
             if isinstance(a, Tensor):
                 xs.append(a)
                 dims.append(0 if yes else None)
                 return len(xs) - 1
             return None
 
-        places = {at: take(args[at], yes) for at, yes in zip(where, batched, strict=True)}
+        places = {at: mapped(take, args[at], yes) for at, yes in zip(where, batched, strict=True)}
 
         plain: dict[int, Any] = {}  # the outputs that are no tensors
 

@@ -6,7 +6,7 @@ the cotangent, and the derivative of that linear map, applied to tangents, is th
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.marks import check_gradient, hidden_write, no_tangent, once
+from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
@@ -68,15 +69,9 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
         return op.push(b, n, new, env, tangents)
     args = full_args(op, n.args, n.kwargs)
 
-    def tangent(a: Any) -> Any:
-        if isinstance(a, list | tuple):
-            return [tangent(x) for x in a]
-        return tangents.get(a) if isinstance(a, Node) else None
-
-    ts = [tangent(args[i]) for i in tensor_args(op)]
-    if not any(
-        any(x is not None for x in t) if isinstance(t, list) else t is not None for t in ts
-    ):
+    tangent = lambda a: tangents.get(a) if isinstance(a, Node) else None
+    ts = [mapped(tangent, args[i]) for i in tensor_args(op)]
+    if not any(map(_has, ts)):
         return None
     new_args = remap(tuple(args), env)
     out = outputs_of(b, new) if isinstance(new, Node) else new
@@ -141,14 +136,12 @@ def forward_by_parts(b: Builder, body: Any, ts: list, args: Any, op: OpOverload)
     flat_args: list[Node] = []
 
     def hole(a: Any) -> Any:
-        if isinstance(a, list | tuple):
-            return [hole(x) for x in a]
         if isinstance(a, Node):
             flat_args.append(a)
             return inner.placeholder("x", a.meta["val"])
         return a
 
-    holes = [hole(a) for a in args]
+    holes = mapped(hole, args)
     outs = traced(body)(inner, *holes)
     placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
     env: dict[Node, Any] = dict(zip(placeholders, flat_args, strict=True))
@@ -180,10 +173,11 @@ def forward_by_transposition(
         and o.meta["val"].differentiable
         and (carrying is None or i in carrying)
         else None
-        for i, o in enumerate(fallback.flat(out))
+        for i, o in enumerate(leaves(out))
     ]
     needs = tuple(_has(t) for t in ts)
-    grads = vjp_rule(b, needs, nested_like(out, iter(dummies)), out, *args)
+    given = iter(dummies)
+    grads = vjp_rule(b, needs, mapped(lambda _: next(given), out), out, *args)
     flat_grads, flat_ts = [], []
     for ga, t in zip(grads, ts, strict=True):
         if isinstance(t, list):
@@ -195,12 +189,8 @@ def forward_by_transposition(
     real = [d for d in dummies if d is not None]
     kept = [(ga, t) for ga, t in zip(flat_grads, flat_ts, strict=True) if ga is not None]
     back = iter(reverse(b, [ga for ga, _ in kept], [t for _, t in kept], real))
-    return nested_like(out, iter([next(back) if d is not None else None for d in dummies]))
-
-
-def nested_like(out: Any, values: Iterator[Any]) -> Any:
-    """The values in the lists in which ``out`` is."""
-    return [nested_like(o, values) for o in out] if isinstance(out, list) else next(values)
+    found = iter([next(back) if d is not None else None for d in dummies])
+    return mapped(lambda _: next(found), out)
 
 
 def line_outputs(op: OpOverload) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError, LoopWarning, RuleError
 from ..trace.emit import Builder
+from ..trace.nested import mapped
 from ..trace.shapes.sig import Sig
 from .rules.table import call_op, tensor_args
 from .walk import traced
@@ -82,9 +83,7 @@ def by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
 
 def at_sample(a: Any, yes: Any, k: int, select: Callable) -> Any:
     """The part of an argument that the k-th sample sees."""
-    if isinstance(a, list | tuple):
-        return [at_sample(x, y, k, select) for x, y in zip(a, yes, strict=True)]
-    return select(a, k) if yes and a is not None else a
+    return mapped(lambda x, y: select(x, k) if y and x is not None else x, a, yes)
 
 
 def stacked(rows: list) -> Any:

@@ -20,6 +20,7 @@ from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
 from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args, zeros
@@ -117,13 +118,9 @@ class Regions:
             "region": ("again", region),
         }
 
-        def swap(a: Any) -> Any:
-            if isinstance(a, list | tuple):
-                return [swap(x) for x in a]
-            return env.get(a, a) if isinstance(a, Node) else a
-
-        kwargs = {k: swap(v) for k, v in m.kwargs.items()}
-        return self.b.node(m.target, tuple(swap(a) for a in m.args), kwargs, m.meta["val"])
+        swap = lambda a: env.get(a, a) if isinstance(a, Node) else a
+        kwargs = {k: mapped(swap, v) for k, v in m.kwargs.items()}
+        return self.b.node(m.target, tuple(mapped(swap, m.args)), kwargs, m.meta["val"])
 
 
 def is_op(n: Node) -> bool:
@@ -194,12 +191,7 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
         return op.pull(b, n, g, active, again)
     args = full_args(op, n.args, n.kwargs)
     where = tensor_args(op)
-    needs = tuple(
-        any(x in active for x in args[i] if isinstance(x, Node))
-        if isinstance(args[i], list | tuple)
-        else isinstance(args[i], Node) and args[i] in active
-        for i in where
-    )
+    needs = tuple(any(isinstance(x, Node) and x in active for x in leaves(args[i])) for i in where)
     g = by_output(g, n.meta["val"])
     values = args if again is n else full_args(op, again.args, again.kwargs)
     grads = apply(b, ("vjp", op), vjp_make(n), needs, g, outputs_of(b, again), *values)
@@ -267,16 +259,9 @@ def reverse_by_parts(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: 
     outs = traced(body)(b, *args)
     flat_outs, flat_g = (list(outs), g) if isinstance(outs, list) else ([outs], [g])
     tensors = [args[i] for i in tensor_args(op)]
-    wrt = [
-        x
-        for a, need in zip(tensors, needs, strict=True)
-        if need
-        for x in (a if isinstance(a, list | tuple) else [a])
-    ]
+    wrt = leaves([a for a, need in zip(tensors, needs, strict=True) if need])
     grads = dict(zip(wrt, reverse(b, flat_outs, flat_g, wrt), strict=True))
-    return [
-        [grads.get(x) for x in a] if isinstance(a, list | tuple) else grads.get(a) for a in tensors
-    ]
+    return mapped(grads.get, tensors)
 
 
 def as_arguments(rule: Any, op: OpOverload) -> Any:

@@ -19,6 +19,7 @@ from ..errors import ArgumentError, CaptureError, RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
 from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.nested import mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback, loops
 from .rules.table import RULES, full_args, tensor_args
@@ -50,9 +51,7 @@ class Batch:
         self.loops: list[tuple[OpOverload, Any]] = []
 
     def has(self, a: Any) -> Any:
-        if isinstance(a, list | tuple):
-            return [self.has(x) for x in a]
-        return isinstance(a, Node) and bool(self.batched.get(a))
+        return mapped(lambda x: isinstance(x, Node) and bool(self.batched.get(x)), a)
 
     def walk(self, nodes: Any) -> None:
         b = self.b
@@ -195,8 +194,6 @@ class Batch:
         sub = Batch(b, size, self.randomness, self.strict)
 
         def hole(a: Any, old: Any, yes: Any) -> Any:
-            if isinstance(a, list | tuple):
-                return [hole(x, o, y) for x, o, y in zip(a, old, yes, strict=True)]
             if isinstance(a, Node):
                 p = inner.placeholder("x", old.meta["val"])
                 sub.env[p], sub.batched[p] = a, yes
@@ -206,7 +203,7 @@ class Batch:
         holes = list(args)
         old = full_args(n.target, n.args, n.kwargs)
         for i, yes in zip(where, flags, strict=True):
-            holes[i] = hole(args[i], old[i], yes)
+            holes[i] = mapped(hole, args[i], old[i], yes)
         outs = traced(body)(inner, *holes)
         sub.walk(inner.graph.nodes)
 

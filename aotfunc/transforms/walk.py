@@ -22,6 +22,7 @@ from ..errors import RuleError
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
+from ..trace.nested import leaves, mapped
 from ..trace.recording import record_into
 from ..trace.shapes.instr import encode, env_key
 from ..trace.shapes.sig import Sig, Slot, fill
@@ -73,15 +74,11 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
         fb = builder()
         inputs = [fb.placeholder("x", n.meta["val"]) for n in nodes]
         outputs = make(fb, *fill(template, inputs))
-        fragment = Fragment(fb.finish(flat_nodes(outputs)), outputs)
+        fragment = Fragment(
+            fb.finish([o for o in leaves(outputs) if isinstance(o, Node)]), outputs
+        )
         _fragments.put(frozen, fragment)
     return b.splice(fragment.nodes, nodes, fragment.outputs)
-
-
-def flat_nodes(outputs: Any) -> list[Node]:
-    if isinstance(outputs, list | tuple):
-        return [n for o in outputs for n in flat_nodes(o)]
-    return [outputs] if isinstance(outputs, Node) else []
 
 
 def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Make:
@@ -127,11 +124,9 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
                     if r.__class__ is Traced and r.tracer is trace
                     else constant(b, r)
                 )
-            if isinstance(r, list | tuple):
-                return [unwrap(x) for x in r]
             return r
 
-        return unwrap(results)
+        return mapped(unwrap, results)
 
     return make
 

@@ -1,0 +1,18 @@
+"""Nested lists and tuples: of nodes, tensors, signatures or what belongs to each of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def mapped(f: Callable, tree: Any, *others: Any) -> Any:
+    """``f`` of each leaf, and of what stands in its place in the other trees, as nested lists."""
+    if isinstance(tree, list | tuple):
+        return [mapped(f, *xs) for xs in zip(tree, *others, strict=True)]
+    return f(tree, *others)
+
+
+def leaves(tree: Any) -> list:
+    """What nested lists and tuples hold."""
+    return [x for part in tree for x in leaves(part)] if isinstance(tree, list | tuple) else [tree]
