@@ -100,3 +100,27 @@ def test_each_has_a_name_of_its_own():
     assert all(
         p.f.__code__ is not ORIGINALS[p.name].__code__ for p in PATCHES if isinstance(p, Code)
     )
+
+
+IMPORTED = """
+import sys, warnings
+import torch, aotfunc
+
+def f(x):
+    import torch._dynamo
+    return x.sin()
+
+assert "torch._dynamo" not in sys.modules
+{capture}
+warnings.simplefilter("error", UserWarning)
+g = lambda x: sum((p * torch.tensor([1.0]) for p in x.tensor_split(2)), torch.asarray([2.0]))
+x = torch.ones(2)
+assert torch.compile(g, backend="eager", fullgraph=True)(x).equal(g(x))
+"""
+
+
+@pytest.mark.parametrize(
+    "capture", ["aotfunc.vmap(f)(torch.ones(3))", "aotfunc.jit(f)(torch.ones(3))"]
+)
+def test_dynamo_imported_in_a_capture_knows_torchs_functions(capture):
+    subprocess.run([sys.executable, "-c", IMPORTED.format(capture=capture)], check=True)

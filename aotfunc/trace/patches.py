@@ -6,6 +6,7 @@ torch does otherwise."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 #: what is exchanged, as torch defines it
 ORIGINALS: dict[str, Any] = {}
+
+#: the module in which Dynamo keeps what it knows of torch's functions
+DYNAMO = "torch._dynamo.trace_rules"
 
 
 def recorded() -> Trace | None:
@@ -75,10 +79,12 @@ class Attribute:
 
 
 class Exchange:
-    """Puts attributes in the place of others while any thread needs it."""
+    """Puts attributes in the place of others while any thread needs it. Dynamo, if it is imported
+    meanwhile, looks torch's functions up by name and would keep ours: it has to look again."""
 
     def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
         self.lock, self.count = threading.Lock(), 0
+        self.dynamo: Any = None  # as it was imported before
         self.new, self.done = new, False
         self.old: dict[tuple[Any, str], Any] = {}  # None where it is inherited
 
@@ -87,6 +93,7 @@ class Exchange:
             self.count += 1
             if self.done:
                 return
+            self.dynamo = sys.modules.get(DYNAMO)
             for (x, name), method in self.new.items():
                 before = x.__dict__.get(name)
                 if before is not method:  # Ctrl-C may have come in the middle of this
@@ -105,3 +112,6 @@ class Exchange:
                             delattr(x, name)
                         else:
                             setattr(x, name, before)
+                dynamo: Any = sys.modules.get(DYNAMO)
+                if dynamo is not self.dynamo and hasattr(dynamo, "clear_lru_cache"):
+                    dynamo.clear_lru_cache()
