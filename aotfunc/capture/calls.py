@@ -25,7 +25,7 @@ from ..trace.records import flat, instr_op
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked
 from ..transforms.jvp import jvp, tangent_sig
-from ..transforms.vjp import contiguous_sig, live, reverse, vjp
+from ..transforms.vjp import contiguous_sig, differentiable, flat_inputs, live, reverse, vjp
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder, number, unknown
 
@@ -253,6 +253,12 @@ class CompiledCall:
     def live(self, n: Node, active: dict[Node, None]) -> list[bool]:
         """Which outputs of the node ``n`` have a derivative where its ``active`` arguments do."""
         return live(self.program, tuple(i for i, a in enumerate(n.args) if a in active))
+
+    def flat(self, n: Node) -> list[Node]:
+        """The arguments of the node ``n`` by which the call is flat."""
+        vals = [a.meta["val"] for a in n.args]
+        wrt = tuple(i for i, val in enumerate(vals) if differentiable(val))
+        return [n.args[i] for i in set().union(*flat_inputs(self.program, wrt))]
 
     dissolved_with = "calls"
 

@@ -28,7 +28,7 @@ from ..trace.modes import without_modes
 from ..trace.views import laid_out
 from ..transforms.lower import CALLS, lowered
 from ..transforms.tidy import rebuilt
-from ..transforms.vjp import active_nodes, contiguous_sig, live, sources, vjp
+from ..transforms.vjp import active_nodes, contiguous_sig, flat_inputs, live, sources, vjp
 from .aliasing import apart
 from .batched import apply
 from .execute import before_writes, contiguous, copied, execute, write_back
@@ -138,6 +138,8 @@ class Halves:
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
         self.masks = masks(self.program, wrt, self.live)
+        #: for each result the inputs by which its derivative is zero, unless the program has one
+        self.flat = flat_inputs(self.program, wrt)
         #: inputs of some results and not of others
         self.differing = [
             i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1
@@ -148,7 +150,10 @@ class Halves:
             return
         joint = vjp(self.program, wrt, self.live, recompute=False)
         grads = joint.outputs[self.count : self.count + len(wrt)]
-        self.unreached = tuple(i for i, g in zip(wrt, grads, strict=True) if g is None)
+        zeros = set().union(*self.flat)
+        self.unreached = tuple(
+            i for i, g in zip(wrt, grads, strict=True) if g is None and i not in zeros
+        )
         self.needed = tuple(
             ancestors(joint, joint.outputs[self.count :], len(program.placeholders))
         )
@@ -187,6 +192,13 @@ class Halves:
                 smaller, half.compile, half.split, half.__name__
             )
         return found
+
+    def zero(self, i: int, outs: set[int]) -> Tensor | None:
+        """The gradient of an input that has none in the program, for cotangents of ``outs``."""
+        if not any(i in self.flat[k] for k in outs):
+            return None
+        sig = self.program.placeholders[i].meta["val"]
+        return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
     def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
         """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
@@ -273,7 +285,8 @@ class Differentiated(torch.autograd.Function):
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = None
         found = dict(zip(halves.wrt, grads, strict=True))
-        return *[None] * 6, *[found[i] for i in inputs]
+        grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
+        return *[None] * 6, *grads
 
 
 def unchanged(ctx: Any) -> list[Tensor]:

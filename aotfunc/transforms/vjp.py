@@ -88,6 +88,33 @@ def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
     return program.once(("live", wrt), find)
 
 
+def flat_inputs(program: Program, wrt: tuple[int, ...]) -> list[set[int]]:
+    """For each output, the inputs ``wrt`` from which a way leads through an argument by which an op
+    is flat. Where the program has no derivative by one of them, autograd has zeros."""
+
+    def find() -> list[set[int]]:
+        inputs = program.placeholders
+        reach = {inputs[i]: {i} for i in wrt}  # with a derivative on the way
+        still: dict[Any, set[int]] = {}
+        for n in active_nodes(program.graph.nodes, list(reach), zeros=True):
+            if n.op == "call_function" and n.target is not dead_end:
+                read = sources(n)
+                reach[n] = set().union(*[reach[i] for i in read if i in reach])
+                ends = [reach[i] for i in flat_sources(n) if i in reach]
+                still[n] = set().union(*[still[i] for i in read if i in still], *ends)
+        return [still.get(o, set()) for o in program.outputs]
+
+    return program.once(("flat", wrt), find)
+
+
+def flat_sources(n: Node) -> list[Any]:
+    """The arguments by which a node's op is flat."""
+    if (of_call := getattr(n.target, "flat", None)) is not None:
+        return of_call(n)
+    line = RULES.get(n.target)
+    return [] if line is None else [n.args[i] for i in line.flat]
+
+
 class Regions:
     """Checkpointed regions of a forward graph: what the reverse walk reads of one is computed
     again, when it gets there."""

@@ -58,6 +58,8 @@ class OpRules:
     #: the derivative is zero, of real numbers at least, and autograd says that the result requires
     # grad
     zero: bool = False
+    #: positions of the arguments by which the derivative is zero: no rule has it, but autograd does
+    flat: tuple[int, ...] = ()
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
     # ones
     diff_outputs: tuple[int, ...] | None = None
@@ -292,6 +294,16 @@ def zeros(g: Tensor, *_: Any) -> Tensor:
     """The formula of a derivative that is zero: no value of ``g`` counts, but where that is not
     there nothing is."""
     return aten.zero.default(g).detach()
+
+
+def flat(*ops: OpOverload | OpOverloadPacket, by: tuple[int, ...] = (1,)) -> None:
+    """``ops`` are piecewise constant in the arguments at the positions ``by``. Their rules have no
+    derivative there, which keeps graphs short; autograd has zeros, and fills ``.grad`` with them.
+    """
+    for op in ops:
+        line = rule_of(op)
+        line.flat = by
+        line.verbs.append("flat")
 
 
 def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
