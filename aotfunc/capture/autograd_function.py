@@ -5,6 +5,7 @@ programs, and its results are marked as having that derivative
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import threading
@@ -31,6 +32,7 @@ from .calls import Step, interned
 from .captured import Captured
 from .concretize import agreed
 from .custom_derivative import CustomDerivative, Later, Part
+from .deferred import Deferred
 from .function_vmap import OwnRule, on_real_batch
 from .tree import Operands
 
@@ -163,10 +165,26 @@ def call_function(
     outs = [output] if single else list(output)
     places = [i for i, o in enumerate(outs) if isinstance(o, Tensor)]
     raw = [outs[i] for i in places]
-    derivative, residuals = custom_derivative(
-        trace, name, args, ctx, outs, backward, jvp, batching
-    )
-    results = trace.record(interned(End, derivative), [*raw, *residuals, *inputs])
+    forward_part, kept = recorded_jvp(trace, name, args, ctx, jvp)
+    numbers = {trace.ref_of(o)[0]: k for k, o in enumerate(raw)}
+    vals = tuple(trace.ref_of(o)[1] for o in raw)
+
+    def end(backwards: tuple, narrow: Any, residuals: Sequence[int]) -> End:
+        saved = tuple(map(numbers.get, residuals))
+        saved += (None,) * (0 if batching is None else len(batching.operands.places))
+        own = residuals[len(refs) :]
+        unguarded = tuple(k for k, r in enumerate(own, len(refs)) if r not in guarded)
+        fields = (name, len(inputs), vals, backwards, forward_part, saved, batching, narrow)
+        parts = [forward_part, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
+        unique = batching is not None or any(isinstance(p, Exception | Later) for p in parts)
+        make = CustomDerivative if unique else functools.partial(interned, CustomDerivative)
+        return interned(End, make(*fields, unguarded))
+
+    refs = [trace.ref_of(t)[0] for t in kept]
+    guarded = {trace.ref_of(t)[0] for t in ctx.to_save if isinstance(t, Tensor)}
+    results = trace.record(end((), None, refs), [*raw, *kept, *inputs])
+    waiting = Deferred(trace, name, raw, results, ctx.to_save)
+    rules = None if backward is None else recorded_backward(trace, name, args, ctx, outs, backward)
     frozen = {id(t) for t in ctx.non_differentiable}
     dirty = {id(t): t for t in ctx.dirty_tensors or ()}
     for i, o, new in zip(places, raw, results, strict=True):
@@ -175,78 +193,89 @@ def call_function(
             outs[i] = o
         else:
             outs[i] = new.detach() if id(o) in frozen else new
+    if rules is not None:
+
+        def make(d: Deferred) -> tuple[End, list[int]]:
+            backwards, narrow = rules(d.refs, residuals := list(refs))
+            return end(backwards, narrow, residuals), residuals
+
+        waiting.wait(make)
     return outs[0] if single else tuple(outs)
 
 
-def custom_derivative(
-    trace: Trace,
-    name: str,
-    args: Any,
-    ctx: Context,
-    outs: list,
-    backward: Any,
-    jvp: Any,
-    batching: Any,
-) -> tuple[CustomDerivative, list[Tensor]]:
-    """The Function's backward and jvp recorded as programs, and the residuals that they read."""
-    raw = [o for o in outs if isinstance(o, Tensor)]
-    vals = tuple(trace.ref_of(o)[1] for o in raw)
-    residuals: list[Tensor] = []
+def recorded_backward(
+    trace: Trace, name: str, args: Any, ctx: Context, outs: Sequence[Any], backward: Callable
+) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
+    """``record(refs, residuals)``, which records a Function's backward as programs: for all inputs,
+    and for those alone that require grad. It appends the values that they read."""
+    wanted, requiring = gradients_of(args, backward), tuple(map(requires_grad, args))
+    diff = [floating(o) for o in outs]
+    sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
+    tensors, floats = [isinstance(a, Tensor) for a in args], tuple(map(floating, args))
 
-    def part(rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
-        if calls in _under_way.rules:
-            bare, saved = held(ctx)
-            residuals.extend(saved)
-            more = [trace.ref_of(t)[1] for t in saved]
-            return later(name, rule, bare, len(residuals) - len(saved), sigs, more, calls)
-        made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs, calls)
-        if isinstance(made, Exception):
-            return made
-        program, lifted = made
-        residuals.extend(lifted)
-        return Part(program, len(residuals) - len(lifted), len(lifted))
-
-    backwards, narrow = (), None
-    if backward is not None:
-        wanted = gradients_of(args, backward)
-        diff = [floating(o) for o in outs]
-
+    def record(refs: Callable, residuals: list[int]) -> tuple[tuple, Any]:
         def recorded(needed: tuple[bool, ...]) -> tuple:
             ctx.needs_input_grad, found = needed, []
             for have in patterns(sum(diff), ctx.materialize_grads):
                 present = iter(have or (True,) * sum(diff))
                 given = [yes and next(present) for yes in diff]
-                sigs = [
-                    contiguous_sig(trace.ref_of(o)[1])
-                    for o, yes in zip(outs, given, strict=True)
-                    if yes
-                ]
-                found.append((have, part(with_gaps(wanted, given), sigs, backward)))
+                here = [sig for sig, yes in zip(sigs, given, strict=True) if sig and yes]
+                rule = with_gaps(wanted, given)
+                found.append((have, part(name, ctx, rule, here, backward, refs, residuals)))
             return tuple(found)
 
-        needed = tuple(map(requires_grad, args))
-        if any(needed) and not trace.of_a_rule and needed != tuple(map(floating, args)):
-            mask = tuple(yes for a, yes in zip(args, needed, strict=True) if isinstance(a, Tensor))
-            narrow = (mask, recorded(needed))
-        backwards = recorded(tuple(map(floating, args)))
-    forward = None
-    if jvp is not None:
-        floats = [floating(a) for a in args]
-        sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
-        kept, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
-        made = part(with_gaps(lambda ctx, *ts: listed(jvp(ctx, *ts)), floats), sigs, jvp)
-        ctx.to_save = kept
-        forward = made if isinstance(made, Part | Later) else None
-    number_of = {trace.ref_of(o)[0]: k for k, o in enumerate(raw)}
-    saved = tuple(number_of.get(trace.ref_of(r)[0]) for r in residuals)
-    saved += (None,) * (0 if batching is None else len(batching.operands.places))
-    n_inputs = sum(isinstance(a, Tensor) for a in args)
-    fields = (name, n_inputs, vals, backwards, forward, saved, batching, narrow)
-    parts = [forward, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
-    unique = batching is not None or any(isinstance(p, Exception | Later) for p in parts)
-    return (
-        CustomDerivative(*fields) if unique else interned(CustomDerivative, *fields)
-    ), residuals
+        narrow = None
+        if any(requiring) and not trace.of_a_rule and requiring != floats:
+            mask = tuple(itertools.compress(requiring, tensors))
+            narrow = (mask, recorded(requiring))
+        return recorded(floats), narrow
+
+    return record
+
+
+def recorded_jvp(
+    trace: Trace, name: str, args: Any, ctx: Context, jvp: Any
+) -> tuple[Part | Later | None, list[Tensor]]:
+    """A Function's jvp, which autograd calls at once, and the tensors that it reads."""
+    kept: list[Tensor] = []
+    if jvp is None:
+        return None, kept
+    floats = [floating(a) for a in args]
+    sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
+    rule = with_gaps(lambda ctx, *ts: listed(jvp(ctx, *ts)), floats)
+    saved, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
+    made = part(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
+    ctx.to_save = saved
+    return made if isinstance(made, Part | Later) else None, kept
+
+
+def part(
+    name: str,
+    ctx: Context,
+    rule: Callable,
+    sigs: Sequence[Sig],
+    calls: Any,
+    seen: Callable,
+    residuals: list,
+) -> Any:
+    """A rule recorded as a program, or the error that this raised; ``residuals`` get what it reads
+    as it is ``seen``."""
+    if calls in _under_way.rules:
+        bare, read = held(ctx)
+    else:
+        made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs, calls)
+        if isinstance(made, Exception):
+            return made
+        program, read = made
+    found = seen(read)
+    if isinstance(found, Exception):
+        return found
+    first = len(residuals)
+    residuals += found
+    if calls in _under_way.rules:
+        more = [current().ref_of(t)[1] for t in read]  # type: ignore[union-attr]
+        return later(name, rule, bare, first, sigs, more, calls)
+    return Part(program, first, len(read))
 
 
 def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..errors import CaptureError
+from ..errors import AotfuncError, CaptureError, OpError
 from ..graph import Program
 from ..trace.emit import Builder, remap
+from ..trace.marks import fail, number_of
 from ..transforms.vjp import reverse
 from ..transforms.vmap import inserted, vmap
 from ..transforms.walk import number, unknown
@@ -58,7 +59,8 @@ class CustomDerivative:
     ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own
     :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments are its
     operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a
-    gradient."""
+    gradient. ``unguarded`` are the residuals that autograd would let be written to until the
+    backward reads them."""
 
     def __init__(
         self,
@@ -70,13 +72,20 @@ class CustomDerivative:
         saved: tuple,
         batching: Any,
         narrow: tuple[tuple[bool, ...], tuple] | None = None,
+        unguarded: tuple[int, ...] = (),
     ) -> None:
         self.__name__, self.n_inputs, self.vals, self.n_outputs = name, n_inputs, vals, len(vals)
         self.backward: dict[Any, Any] = dict(backward)
         self.forward, self.saved, self.batching, self.narrow = forward, saved, batching, narrow
+        self.unguarded = unguarded
 
     def __call__(self, *args: Tensor) -> tuple:
         return args[self.n_inputs : self.n_inputs + self.n_outputs]
+
+    @property
+    def rules(self) -> list:
+        """All that was recorded of the user's backward."""
+        return [*self.backward.values(), *(p for _, p in (self.narrow[1] if self.narrow else ()))]
 
     dissolved_with = "customs"
 
@@ -95,12 +104,13 @@ class CustomDerivative:
             return dict(self.narrow[1])
         return self.backward
 
-    def part(self, backward: dict[Any, Any], have: tuple[bool, ...]) -> Part:
+    def part(self, backward: dict[Any, Any], have: tuple[bool, ...]) -> Part | Exception:
+        """The Part for these cotangents, or what the user's backward raised."""
         part = backward.get(have, backward.get(None))
         if part is None:
             raise CaptureError(f"{self.__name__} has no backward")
         part = part.part() if isinstance(part, Later) else part
-        if not isinstance(part, Part):
+        if refused(part):
             raise part
         return part
 
@@ -117,6 +127,8 @@ class CustomDerivative:
         have = tuple(i in g for i in places)
         backward = self.backward_for([x in active for x in inputs])
         part = self.part(backward, have)
+        if isinstance(part, Exception):
+            return inputs, failing(b, part, g, inputs)
         if have in backward:
             cts = [g[i] for i in places if i in g]
         else:
@@ -140,6 +152,8 @@ class CustomDerivative:
         # the transpose of the backward, which is linear in the cotangents
         diff = [v for v in self.vals if v.differentiable]
         part = self.part(self.backward_for([x in tangents for x in inputs]), (True,) * len(diff))
+        if isinstance(part, Exception):
+            raise part
         dummies = [unknown(b, v) for v in diff]
         grads = spliced(b, part, dummies, residuals)
         pairs = [
@@ -191,6 +205,24 @@ class CustomDerivative:
         return CustomDerivative(
             self.__name__, self.n_inputs, vals, backward, forward, self.saved, None, narrow
         )
+
+
+def refused(part: Any) -> bool:
+    """Whether this is an error of ours: raised at once. The user's are raised by the backward."""
+    return isinstance(part, AotfuncError) and not isinstance(part, OpError)
+
+
+def failing(b: Builder, error: Exception, g: dict[int, Node], inputs: Sequence[Node]) -> list:
+    """Gradients of ``inputs`` that raise an error where the cotangents ``g`` are there."""
+    never = b.call(aten.sum.default, b.call(fail, next(iter(g.values())), number_of(error)))
+    if never.meta["val"].dtype.is_complex:
+        never = b.call(aten.abs.default, never)
+    return [
+        b.call(aten.add.Tensor, number(b, 0, x.meta["val"]), never)
+        if x.meta["val"].differentiable
+        else None
+        for x in inputs
+    ]
 
 
 def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:

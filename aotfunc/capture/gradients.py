@@ -104,6 +104,7 @@ def gradients_inside(
         bool(create_graph),
         size,
     )
+    trace.settle()
     found = iter(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
     return [next(found) if yes else None for yes in used]
 

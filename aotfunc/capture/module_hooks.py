@@ -23,7 +23,8 @@ from ..trace.tracer import Trace
 from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import number
 from .autograd_function import BEGIN, End, patterns, recorded_rule
-from .custom_derivative import CustomDerivative, Part, spliced
+from .custom_derivative import CustomDerivative, Part, failing, refused, spliced
+from .deferred import Deferred
 
 
 class Link:
@@ -62,8 +63,10 @@ class Front(Identity):
         ) is None:  # a path to the input that does not pass the output
             return inputs, [g.get(i) for i in range(self.n_outputs)]
         part, cotangents, residuals = found
-        if not isinstance(part, Part):
+        if refused(part):
             raise part
+        if isinstance(part, Exception):
+            return inputs, failing(b, part, g, inputs)
         mine = [
             g[i] if i in g else number(b, 0, v)
             for i, v in enumerate(self.vals)
@@ -83,15 +86,18 @@ class Behind(Identity):
         self, name: str, vals: tuple, backward: tuple, link: Link, hooks: dict, saved: int
     ) -> None:
         super().__init__(name, vals, backward, link)
-        self.hooks, self.saved = hooks, (None,) * saved
+        self.hooks, self.saved, self.unguarded = hooks, (None,) * saved, tuple(range(saved))
+
+    @property
+    def rules(self) -> list:
+        return [*super().rules, *self.hooks.values()]
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
         inputs, cotangents = super().pull(b, n, g, active, again)
         have = tuple(i in g for i, v in enumerate(self.vals) if v.differentiable)
-        if self.hooks:
-            part = self.hooks[have if have in self.hooks else None]
+        if (part := self.hooks.get(have, self.hooks.get(None))) is not None:
             self.link.given[b] = (
                 part,
                 [c for c in cotangents if c is not None],
@@ -117,7 +123,7 @@ def setup_input_hook(hook: Any, args: tuple) -> tuple:
     hook.input_tensors_index, vals = tensors_among(trace, args)
     front = Front(f"{type(hook.module).__name__}_input", vals, (), hook.link)
     hook.input_vals = vals
-    return identity(trace, args, hook.input_tensors_index, front)
+    return identity(trace, args, hook.input_tensors_index, End(front), "")[1]
 
 
 def setup_output_hook(hook: Any, args: Any) -> Any:
@@ -128,16 +134,30 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
     if not tracked(outs):
         return args
     places, vals = tensors_among(trace, outs)
-    name = type(hook.module).__name__
-    residuals: list[Tensor] = []
+    name = f"{type(hook.module).__name__}_output"
+    first = End(Behind(name, vals, (), hook.link, {}, 0))
+    waiting, outs = identity(trace, outs, places, first, f"a hook of {type(hook.module).__name__}")
+    waiting.wait(lambda d: recorded_hooks(d, hook, name, len(outs), places, vals))
+    return outs if isinstance(args, tuple) else outs[0]
+
+
+def recorded_hooks(
+    waiting: Deferred, hook: Any, name: str, count: int, places: list[int], vals: tuple
+) -> tuple[End, list[int]]:
+    """The identity behind a module, which has ``count`` results, with its hooks as programs; and
+    the values that they read."""
+    residuals: list[int] = []
 
     def part(rule: Callable, sigs: Sequence[Any]) -> Any:
-        made = recorded_rule(f"a hook of {name}", rule, sigs, hook)
+        made = recorded_rule(waiting.name, rule, sigs, hook)
         if isinstance(made, Exception):
             return made
         program, lifted = made
-        residuals.extend(lifted)
-        return Part(program, len(residuals) - len(lifted), len(lifted))
+        refs = waiting.refs(lifted)
+        if isinstance(refs, Exception):
+            return refs
+        residuals.extend(refs)
+        return Part(program, len(residuals) - len(refs), len(refs))
 
     backwards, hooks = [], {}
     floats = [v.differentiable for v in vals]
@@ -146,7 +166,7 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
         here = [i for i, yes in zip(places, floats, strict=True) if yes and next(present)]
         sigs = [contiguous_sig(v) for i, v in zip(places, vals, strict=True) if i in here]
         before = part(
-            lambda *gs, here=here: pre_hooked(hook, packed(len(outs), here, gs), places), sigs
+            lambda *gs, here=here: pre_hooked(hook, packed(count, here, gs), places), sigs
         )
         backwards.append((have, before))
         if hook.input_tensors_index is None or not isinstance(before, Part):
@@ -162,14 +182,10 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
 
         def after(*gs: Tensor, mine: list = mine, there: list = there) -> list:
             inner, outer = gs[: len(mine)], gs[len(mine) :]
-            return hooked(
-                hook, packed(hook.n_inputs, mine, inner), packed(len(outs), there, outer)
-            )
+            return hooked(hook, packed(hook.n_inputs, mine, inner), packed(count, there, outer))
 
         hooks[have] = part(after, [*sigs, *(o.meta["val"] for o in given if o is not None)])
-    behind = Behind(f"{name}_output", vals, tuple(backwards), hook.link, hooks, len(residuals))
-    outs = identity(trace, outs, places, behind, residuals)
-    return outs if isinstance(args, tuple) else outs[0]
+    return End(Behind(name, vals, tuple(backwards), hook.link, hooks, len(residuals))), residuals
 
 
 def tracked(values: Sequence[Any]) -> bool:
@@ -185,19 +201,16 @@ def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple
 
 
 def identity(
-    trace: Trace,
-    values: tuple,
-    places: list[int],
-    target: Identity,
-    residuals: Sequence[Tensor] = (),
-) -> Any:
-    """Record the identity of the values at ``places``."""
+    trace: Trace, values: tuple, places: list[int], step: End, name: str
+) -> tuple[Deferred, Any]:
+    """Record the identity of the values at ``places``; also what may wait for its backward."""
     tensors = [values[i] for i in places]
     trace.record(BEGIN, tensors)
-    results = trace.record(End(target), [*tensors, *residuals, *tensors])
+    results = trace.record(step, [*tensors, *tensors])
     new = dict(zip(places, results, strict=True))
     found = [new.get(i, x) for i, x in enumerate(values)]
-    return tuple(found) if type(values) is tuple else type(values)(*found)
+    whole = tuple(found) if type(values) is tuple else type(values)(*found)
+    return Deferred(trace, name, tensors, results, ()), whole
 
 
 # ----- what eager does when the gradients are there ----------------------------------------------

@@ -39,3 +39,22 @@ _library.impl("check_gradient", _checked, "CompositeExplicitAutograd")
 _library.impl("check_gradient", lambda x, where: torch.empty_like(x), "Meta")
 #: raises RuntimeError for a NaN
 check_gradient = torch.ops.aotfunc.check_gradient.default
+
+_errors: list[Exception] = []
+
+
+def _fail(x: torch.Tensor, error: int) -> torch.Tensor:
+    raise _errors[error].with_traceback(None)
+
+
+_library.define("fail(Tensor x, int error) -> Tensor")
+_library.impl("fail", _fail, "CompositeExplicitAutograd")
+_library.impl("fail", lambda x, error: torch.empty_like(x), "Meta")
+#: raises what a user's backward raised when it was recorded
+fail = torch.ops.aotfunc.fail.default
+
+
+def number_of(error: Exception) -> int:
+    """The number by which ``fail`` knows an error."""
+    _errors.append(error)
+    return len(_errors) - 1

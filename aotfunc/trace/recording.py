@@ -66,6 +66,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             # process
             torch._C._push_on_torch_dispatch_stack(trace)
             result = body()
+            trace.settle()
         except Exception as e:
             if trace.refused is not None and trace.refused is not e:
                 raise trace.refused from e

@@ -73,6 +73,7 @@ class Tape:
         self.versions: list[tuple[Tensor, int]] = []
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
+        self.deferred: list[Any] = []  # backwards that are recorded later, see deferred.py
         self.seeds = Seeds()
         self.caches_casts: bool = torch.is_autocast_cache_enabled()
         self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
@@ -196,6 +197,11 @@ class Tape:
             )
         return self.inputs[ref]
 
+    def settle(self) -> None:
+        """Record the backwards that wait, as they are now: a gradient is taken, or all is done."""
+        for waiting in self.deferred:
+            waiting.settle()
+
     def finish(self) -> None:
         """Nothing is recorded any more; traced values may live on, and go when their last user
         does."""
@@ -204,12 +210,14 @@ class Tape:
         histories.take_back(self)
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
+        self.deferred.clear()
         self.casts.clear()
         self.autograd.finish()
 
     def forget(self, records: int, count: int) -> None:
         """Go back to when there were so many records and values."""
         del self.records[records:]
+        self.deferred = [d for d in self.deferred if d.record < records]
         self.count = count
         self._roots = None
         self.casts.clear()

@@ -17,7 +17,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from ..trace.marks import check_gradient, hidden_write, no_tangent, once
+from ..trace.marks import check_gradient, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig
 from . import fallback
@@ -58,7 +58,7 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
     if op is check_gradient:  # the gradient itself may not be asked for, as in a Hessian
         t = tangents.get(n.args[0])
         return None if t is None else b.call(op, t, *n.args[1:])
-    if op is no_tangent:
+    if op in (no_tangent, fail):
         return None
     if op is once:
         raise RuleError(

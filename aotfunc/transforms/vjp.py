@@ -19,7 +19,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
-from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
@@ -207,7 +207,7 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     op = n.target
     if op is dead_end:
         return [], []
-    if op in (hidden_write, no_tangent, check_gradient):
+    if op in (hidden_write, no_tangent, check_gradient, fail):
         return [n.args[0]], [g]
     if op is once:
         raise RuleError(

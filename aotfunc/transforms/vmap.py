@@ -18,7 +18,7 @@ from ..debug import at
 from ..errors import ArgumentError, CaptureError, RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
-from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback, loops
@@ -32,6 +32,7 @@ TRANSPARENT = {
     once,
     no_tangent,
     check_gradient,
+    fail,
     dead_end,
     aten.detach.default,
     aten.alias.default,

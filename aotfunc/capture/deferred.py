@@ -1,0 +1,165 @@
+"""When a backward is recorded: autograd calls it when the function is over, and it reads Python's
+variables as they are by then. So those of Functions and hooks wait until a gradient is taken.
+
+What they read of tensors goes into their step, where the function was applied: a tensor that is
+made or written to later has no place there, and the derivative that reads it is refused."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import Line, at
+from ..errors import CaptureError
+from ..graph import Program
+from ..trace.records import results_of, written_slots
+from ..trace.shapes.sig import Facts
+from ..trace.tracer import Trace
+from .calls import CallStep, CompiledCall
+from .custom_derivative import CustomDerivative, Part
+
+
+class Deferred:
+    """A step whose backward waits. ``make(self)`` returns the step with its backward, and the
+    numbers of the values that this reads beside the step's own."""
+
+    def __init__(
+        self, trace: Trace, name: str, raw: Sequence[Tensor], results: Sequence[Any], saved: Any
+    ) -> None:
+        """``raw`` became ``results`` by the last record; ``saved`` are the tensors that autograd
+        itself guards against writes."""
+        self.trace, self.name, self.record = trace, name, len(trace.records) - 1
+        self.count = trace.count - len(results)
+        self.raw = {new.ref: trace.ref_of(o)[0] for o, new in zip(raw, results, strict=True)}
+        self.saved = {id(t): (trace.ref_of(t)) for t in saved if isinstance(t, Tensor)}
+        self.written_from = len(trace.records)
+        self.make: Callable[[Deferred], tuple[Any, list[int]]]
+        self.made: Any = None
+
+    def wait(self, make: Callable[[Deferred], tuple[Any, list[int]]]) -> None:
+        """From here on writes are seen by the backward, and come too late for us."""
+        self.make, self.written_from = make, len(self.trace.records)
+        self.trace.deferred.append(self)
+
+    def refs(self, tensors: Sequence[Tensor]) -> list[int] | CaptureError:
+        """The values that a backward reads, as the step finds them."""
+        found: list[int] = []
+        written: set[Any] = set()
+        for t in tensors:
+            ref, sig = self.trace.ref_of(t)
+            if self.saved.get(id(t), (ref, sig))[1] is not sig:
+                return self.error("saves a tensor that is reshaped")
+            if id(t) in self.saved:
+                found.append(self.saved[id(t)][0])
+                continue
+            before = self.raw.get(ref, ref)
+            while before >= self.count and (older := self.unhooked(before)) is not None:
+                before = older
+            if before >= self.count:
+                return self.error("reads a tensor that is computed")
+            if self.trace.mutates:
+                written = written or written_memory(self.trace, self.written_from)
+                if not written.isdisjoint(memory(self.trace, r) for r in (ref, before)):
+                    return self.error("reads a tensor that is written to")
+            found.append(before)
+        return found
+
+    def unhooked(self, ref: int) -> int | None:
+        return next((s.old for s in self.trace.stand_ins if s.hooks and s.new == ref), None)
+
+    def settle(self) -> None:
+        """Record the backward as it is now. It waits on, to be the same if it is asked for again."""
+        step, refs = self.make(self)
+        derivative = step.derivative
+        rules = [p if isinstance(p, Part) else type(p) for p in derivative.rules]
+        before, self.made = self.made, (rules, refs)
+        if before not in (None, self.made):
+            raise self.error("reads what changes")
+        _, given, *rest = self.trace.records[self.record]
+        k, n = derivative.n_outputs, len(given) - derivative.n_inputs
+        self.trace.records[self.record] = (step, (*given[:k], *refs, *given[n:]), *rest)
+
+    def error(self, what: str) -> CaptureError:
+        return too_late(f"the backward of {self.name} {what}", self.trace.records[self.record][4])
+
+
+def too_late(what: str, line: Line | None) -> CaptureError:
+    return CaptureError(
+        f"{what} afterwards{at(line)}, which it would see when autograd calls it: let it read a "
+        "clone() made before"
+    )
+
+
+def written_memory(trace: Trace, start: int) -> set[Any]:
+    """What is written to from this record on."""
+    later = trace.records[start:]
+    return {memory(trace, refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
+
+
+def memory(trace: Trace, ref: int) -> Any:
+    root, count = trace.root(ref), len(trace.inputs)
+    if root >= count:
+        return root
+    return "outside", trace.layout()[root if root >= 0 else count - root - 1].group
+
+
+# ----- what nested compiled functions read -------------------------------------------------------
+
+
+def check_calls(trace: Trace) -> None:
+    """Refuse a write to what the backward of a nested compiled function reads."""
+    number = len(trace.inputs)
+    for k, (instr, refs, grad, _, line) in enumerate(trace.records if trace.mutates else ()):
+        made = range(number, number := number + results_of(instr))
+        if not (grad and isinstance(instr, CallStep)):
+            continue
+        inputs, results = unguarded(instr.program)
+        read = {
+            memory(trace, r) for r in (*(refs[i] for i in inputs), *(made[i] for i in results))
+        }
+        if read and not trace.autograd.active().isdisjoint(refs):
+            if not read.isdisjoint(written_memory(trace, k + 1)):
+                raise too_late(
+                    "the backward of a nested compiled function reads a tensor that is written to",
+                    line,
+                )
+
+
+def unguarded(program: Program) -> tuple[list[int], list[int]]:
+    """The inputs and results that the backwards in a program read, and autograd would let be
+    written to."""
+
+    def find() -> tuple[list[int], list[int]]:
+        read: set[Any] = set()
+        for n in program.graph.nodes:
+            if isinstance(n.target, CustomDerivative):
+                residuals = n.target.parts(n)[2]
+                read.update(shown_by(residuals[k]) for k in n.target.unguarded)
+            elif isinstance(n.target, CompiledCall):
+                inputs, results = unguarded(n.target.program)
+                read.update(shown_by(n.args[i]) for i in inputs)
+                read.update(u for u in n.users if u.args[1] in results)
+        outs = [shown_by(o) for o in program.outputs]
+        finals = dict(zip(program.mutated, outs[program.n_outputs :], strict=True))
+        own = [o for o in outs[: program.n_outputs] if isinstance(o, Node)]
+        return (
+            [i for i, p in enumerate(program.placeholders) if {p, finals.get(i)} & read],
+            [i for i, o in enumerate(own) if o in read],
+        )
+
+    return program.once("unguarded", find)
+
+
+def shown_by(n: Any) -> Any:
+    """The node that this is a view of, or itself."""
+    while isinstance(n, Node) and n.op == "call_function":
+        source = n.args[0] if n.target is operator.getitem else n
+        if not isinstance(source.target, OpOverload) or Facts(source.target).view_of is None:
+            break
+        n = source.args[0]
+    return n

@@ -1,0 +1,399 @@
+"""A backward reads tensors and Python's variables as they are when autograd calls it: compiled, it
+reads the same, or is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from aotfunc import aot_function, grad, jit, vmap
+from aotfunc.errors import AotfuncError, CaptureError
+from tests.reference import assert_same
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*ull backward hook is (firing|called)"),
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),
+]
+
+WAYS = {
+    "jit": jit,
+    "aot_function": lambda f: aot_function(f, "eager"),
+    "jit in jit": lambda f: jit(lambda *args: jit(f)(*args)),
+}
+
+
+class Scaled(torch.autograd.Function):
+    """Keeps its factor where autograd does not look."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2 * ctx.saved_tensors[0]
+
+
+def hooked(hook, after=lambda: None):
+    """A function whose value has the hook; ``after`` follows."""
+
+    def f(x):
+        v = x.sin()
+        v.register_hook(hook)
+        after()
+        return v * 1
+
+    return f
+
+
+def of_itself(x):
+    v = x.sin()
+    v.register_hook(lambda g: g * v.mean().detach())
+    v += x * 0.5
+    return v
+
+
+def by_a_view(x):
+    rows = torch.ones(2, 3)
+    row, v = rows[0], x.sin()
+    v.register_hook(lambda g: g * row)
+    rows.mul_(4)
+    return v * 1
+
+
+def by_an_argument(x):
+    def f(x, b):
+        v = x.sin()
+        v.register_hook(lambda g: g * b[0])
+        b.add_(1)
+        return v * 1
+
+    return f(x, x.detach().expand(2, 3).clone())
+
+
+def made_later(x):
+    v = x.sin()
+    v.register_hook(lambda g: g * factor)
+    factor = x.detach() * 7
+    return v * 1
+
+
+def bound_anew(x):
+    factor, v = torch.ones(3), x.sin()
+    v.register_hook(lambda g: g * factor)
+    factor = factor + 5
+    return v * 1
+
+
+def appended(x):
+    factors, v = [torch.ones(3)], x.sin()
+    v.register_hook(lambda g: g * sum(factors))
+    factors.append(x.detach())
+    return v * 1
+
+
+def kept_in_ctx(x):
+    factor = torch.ones(3)
+    y = Scaled.apply(x, factor)
+    factor.add_(1)
+    return y * 1
+
+
+def the_argument_kept(x):
+    h = x * 1
+    y = Scaled.apply(h, h.detach())
+    h.add_(1)
+    return y * 1
+
+
+def a_gradient_before(x):
+    factor, v = torch.ones(3), x.sin()
+    v.register_hook(lambda g: g * factor)
+    (g,) = torch.autograd.grad(v.sum(), x, retain_graph=True)
+    factor.add_(1)
+    return v * 1 + g
+
+
+#: backwards that read what is made or written to later, and would read it as it was
+TOO_LATE = {
+    f.__name__: f
+    for f in (
+        *(of_itself, by_a_view, by_an_argument, made_later, bound_anew, appended, kept_in_ctx),
+        *(the_argument_kept, a_gradient_before),
+    )
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", TOO_LATE)
+def test_what_is_made_or_written_to_later(name, way):
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    with pytest.raises(CaptureError, match=r"afterwards.*test_late_reads.*clone\(\)"):
+        WAYS[way](TOO_LATE[name])(x)
+    y = WAYS[way](TOO_LATE[name])(x.detach()) if name.startswith("the_arg") else None
+    assert y is None or torch.equal(y, x)  # no backward, no matter
+
+
+def module(hook):
+    def f(C, buffer):
+        m = nn.Linear(3, 3, bias=False)
+        hook(m, buffer)
+        return C(lambda x: (m(x), buffer.add_(1))[0] * 1)
+
+    return f
+
+
+def nested(f):
+    """``f`` within another compiled function, which writes to what it reads."""
+
+    def g(C, buffer):
+        inner = C(lambda x, b: hooked(lambda g: g * f(b))(x))
+        return C(lambda x: (inner(x, buffer), buffer.add_(1))[0] * 1)
+
+    return g
+
+
+def passed_on(C, buffer):
+    def inner(x):
+        b, v = x.detach() * 2, x.sin()
+        v.register_hook(lambda g: g * b)
+        return v * 1, b
+
+    inner = C(inner)
+
+    def f(x):
+        y, b = inner(x)
+        b.add_(1)
+        return y * 1
+
+    return C(f)
+
+
+#: of a buffer outside, which the function writes to
+BUFFERS = {
+    "hook": lambda C, b: C(hooked(lambda g: g * b, lambda: b.add_(1))),
+    "module, full": module(
+        lambda m, b: m.register_full_backward_hook(lambda m, gi, go: (gi[0] * b,))
+    ),
+    "module, pre": module(
+        lambda m, b: m.register_full_backward_pre_hook(lambda m, go: (go[0] * b,))
+    ),
+    "nested": nested(lambda b: b),
+    "nested, a view": nested(lambda b: b[:1]),
+    "nested, a result": passed_on,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_buffer_that_is_written_to_later(name, way):
+    x, b = torch.ones(3, requires_grad=True), torch.ones(3)
+    f = BUFFERS[name](WAYS[way], b)
+    with pytest.raises(CaptureError, match="written to afterwards"):
+        f(x * 1)
+    assert_same(b, torch.ones(3))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_hooks_outside_read(way):
+    """Autograd calls these itself."""
+
+    def run(C):
+        m, b = nn.Linear(3, 3, bias=False), torch.ones(3)
+        nn.init.eye_(m.weight)
+        m.weight.register_hook(lambda g: g * b)
+        m.weight.register_post_accumulate_grad_hook(lambda p: (p.grad.mul_(b), None)[1])
+        C(lambda x: (m(x), b.add_(1))[0] * 1)(torch.ones(2, 3)).sum().backward()
+        return m.weight.grad
+
+    assert_same(run(WAYS[way]), torch.full((3, 3), 8.0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_write_outside_before_the_backward(way):
+    """As for what ops save."""
+    b, x = torch.ones(3), torch.ones(3, requires_grad=True)
+    y = WAYS[way](hooked(lambda g: g * b))(x)
+    b.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def number_changes(x):
+    k, v = 2, x.sin()
+    v.register_hook(lambda g: g * k)
+    k = 5
+    return v * 1
+
+
+def written_before(x):
+    factor, v = torch.ones(3), x.sin()
+    factor.add_(4)
+    v.register_hook(lambda g: g * factor)
+    return v * 1
+
+
+def clone_is_read(x):
+    factor, v = torch.full((3,), 5.0), x.sin()
+    before = factor.clone()
+    v.register_hook(lambda g: g * before)
+    factor.add_(1)
+    return v * 1
+
+
+def other_rows_written(x):
+    a, b, v = torch.full((3,), 5.0), torch.ones(3), x.sin()
+    v.register_hook(lambda g: g * a)
+    b.add_(1)
+    return v * 1
+
+
+def gradient_taken_before(x):
+    factor, v = torch.full((3,), 5.0), x.sin()
+    v.register_hook(lambda g: g * factor)
+    (g,) = torch.autograd.grad(v.sum(), x, retain_graph=True)
+    return v * 1 + g.detach() * 0
+
+
+def of_its_own_value(x):
+    v = x.sin()
+    v.register_hook(lambda g: g * 5 + 0 * v.detach())
+    return v * 1
+
+
+def of_a_hooked_value(x):
+    other, v = x * 2, x.sin()
+    v.register_hook(lambda g: g * 5 + 0 * other.detach())
+    other.register_hook(lambda g: g * 100)
+    return v * 1
+
+
+class Attribute:
+    k = 2.0
+
+
+def attribute_changes(x):
+    Attribute.k = 2.0
+    v = x.sin()
+    v.register_hook(lambda g: g * Attribute.k)
+    Attribute.k = 5.0
+    return v * 1
+
+
+#: the gradient is five times the sine's
+RIGHT = {
+    f.__name__: f
+    for f in (
+        *(number_changes, written_before, clone_is_read, other_rows_written),
+        *(gradient_taken_before, of_its_own_value, of_a_hooked_value, attribute_changes),
+    )
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "grad", "vmap"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_the_backward_reads(name, way):
+    f, x = RIGHT[name], torch.tensor([1.0, 2.0, 3.0])
+    if way in WAYS:
+        x.requires_grad_()
+        for _ in range(2):
+            x.grad = None
+            WAYS[way](f)(x).sum().backward()
+            assert_same(x.grad, 5 * x.detach().cos())
+    elif way == "grad":
+        assert_same(grad(lambda x: f(x).sum())(x), 5 * x.cos())
+    elif name != "gradient_taken_before":
+        assert_same(vmap(grad(lambda x: f(x).sum()))(x.repeat(2, 1)), 5 * x.cos().repeat(2, 1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_autograd_guards_may_be_written_to_where_there_is_no_backward(way):
+    def f(x):
+        h = x * 1
+        y = Square.apply(h)
+        h.add_(1)
+        return y.detach(), h
+
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    assert_same(WAYS[way](f)(x)[0], f(x)[0])
+
+
+# ----- errors ------------------------------------------------------------------------------------
+
+
+class Mine(Exception):
+    pass
+
+
+def fails(*_):
+    raise Mine("of the user's")
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x * 2, y * 3
+
+    @staticmethod
+    def backward(ctx, g, h):
+        raise Mine("of the user's")
+
+
+def of_module(register):
+    def make():
+        m = nn.Linear(3, 3, bias=False)
+        nn.init.eye_(m.weight)
+        getattr(m, register)(fails)
+        return m
+
+    return make
+
+
+FAILING = {
+    "hook": lambda: hooked(fails),
+    "complex": lambda: lambda x: torch.view_as_real(hooked(fails)(x + 0j)).sum(-1),
+    "Function": lambda: lambda x: sum(Failing.apply(x, x)),
+    "one result": lambda: lambda x: Failing.apply(x, x.double())[0] * 1,
+    "module": of_module("register_full_backward_hook"),
+    "module, before": of_module("register_full_backward_pre_hook"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FAILING)
+def test_a_backward_that_raises_does_so_when_it_runs(name, way):
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    f = FAILING[name]()
+    for create_graph in (False, True):
+        y = WAYS[way](f)(x)
+        assert_same(y.detach(), f(x).detach())
+        with pytest.raises(Mine, match="of the user's"):
+            y.sum().backward(create_graph=create_graph)
+        assert x.grad is None
+    assert_same(WAYS[way](f)(x.detach()), f(x).detach()) if name == "Function" else None
+
+
+def test_a_backward_that_raises_under_transforms():
+    x = torch.ones(2, 3)
+    for f in (grad, lambda f: jit(grad(f)), lambda f: jit(grad(lambda x: grad(f)(x).sum()))):
+        with pytest.raises(Mine, match="of the user's"):
+            f(lambda x: hooked(fails)(x).sum())(x)
+    with pytest.raises(Mine, match="of the user's"):
+        vmap(grad(lambda x: hooked(fails)(x).sum()))(x)
+
+
+def test_what_we_refuse_in_a_backward_is_refused_at_the_call():
+    f = jit(hooked(lambda g: g * g.item()))
+    with pytest.raises(AotfuncError):
+        f(torch.ones(1, requires_grad=True))
