@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from benchmarks.cpu.workloads import Workload
 
@@ -28,8 +28,8 @@ def by_autograd(f: Callable, wrt: int) -> Callable:
 
     def run(cotangent: Tensor, *args: Any) -> tuple:
         out = f(*args)
-        grads = torch.autograd.grad(out, tree_leaves(args[:wrt]), cotangent)
-        return out, grads
+        inputs, tree = tree_flatten(args[:wrt])
+        return out, tree_unflatten(torch.autograd.grad(out, inputs, cotangent), tree)
 
     run.requires_grad = wrt  # type: ignore[attr-defined]
     return run
