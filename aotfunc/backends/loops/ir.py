@@ -1,0 +1,296 @@
+"""What a kernel is: axes, accesses to memory that are affine in them, expressions, and stores.
+
+A kernel computes its stores for every point of its axes. The last ``reduced`` of them are bound
+by its ``Reduce`` expressions: such a value is one for each point of the other axes. How the loops
+run (which axis is outermost, which one is computed in vectors) is no part of it but the order of
+the axes and ``Kernel.vector``, and both are set by :mod:`.schedule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Expr:
+    """A value at each point of the axes; equal only to itself, so that sharing can be seen."""
+
+    dtype: torch.dtype
+
+    @property
+    def args(self) -> tuple[Expr, ...]:
+        return ()
+
+    def __add__(self, other: Operand) -> Expr:
+        return apply("add", self, other)
+
+    def __radd__(self, other: Operand) -> Expr:
+        return apply("add", other, self)
+
+    def __sub__(self, other: Operand) -> Expr:
+        return apply("sub", self, other)
+
+    def __rsub__(self, other: Operand) -> Expr:
+        return apply("sub", other, self)
+
+    def __mul__(self, other: Operand) -> Expr:
+        return apply("mul", self, other)
+
+    def __rmul__(self, other: Operand) -> Expr:
+        return apply("mul", other, self)
+
+    def __truediv__(self, other: Operand) -> Expr:
+        return apply("div", self, other)
+
+    def __rtruediv__(self, other: Operand) -> Expr:
+        return apply("div", other, self)
+
+    def __neg__(self) -> Expr:
+        return apply("neg", self)
+
+    def __lt__(self, other: Operand) -> Expr:
+        return apply("lt", self, other)
+
+    def __le__(self, other: Operand) -> Expr:
+        return apply("le", self, other)
+
+    def __gt__(self, other: Operand) -> Expr:
+        return apply("gt", self, other)
+
+    def __ge__(self, other: Operand) -> Expr:
+        return apply("ge", self, other)
+
+
+Operand = Expr | bool | int | float
+
+
+@dataclass(frozen=True, eq=False)
+class Const(Expr):
+    """A number."""
+
+    value: bool | int | float
+
+
+@dataclass(frozen=True, eq=False)
+class Load(Expr):
+    """The element of a tensor at this point."""
+
+    access: int
+
+
+@dataclass(frozen=True, eq=False)
+class Index(Expr):
+    """The position that an access counts to at this point: ``start`` + sum of index x stride."""
+
+    access: int
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Expr):
+    """A function of :data:`FUNCTIONS` of values that have one dtype (``where``: its last two)."""
+
+    fn: str
+    args: tuple[Expr, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Cast(Expr):
+    """The value in another dtype."""
+
+    value: Expr
+
+    @property
+    def args(self) -> tuple[Expr, ...]:
+        return (self.value,)
+
+
+@dataclass(frozen=True, eq=False)
+class Reduce(Expr):
+    """``fn`` (of :data:`REDUCTIONS`) of the value over the kernel's reduced axes."""
+
+    fn: str
+    value: Expr
+
+    @property
+    def args(self) -> tuple[Expr, ...]:
+        return (self.value,)
+
+
+def apply(fn: str, *args: Operand) -> Expr:
+    """``fn`` of values of one dtype; a number becomes one of this dtype."""
+    dtype = next(a.dtype for a in reversed(args) if isinstance(a, Expr))
+    values = tuple([a if isinstance(a, Expr) else number(a, dtype) for a in args])
+    return Apply(torch.bool if fn in COMPARISONS else dtype, fn, values)
+
+
+def number(value: bool | int | float, dtype: torch.dtype) -> Const:
+    """A number as one of this dtype. Raises Unfit where the dtype does not hold it."""
+    if dtype.is_floating_point:
+        return Const(dtype, torch.tensor(value, dtype=dtype).item())
+    if dtype is torch.bool:
+        return Const(dtype, bool(value))
+    if value != value or value in (float("inf"), -float("inf")) or int(value) != value:
+        raise Unfit(f"{value} is no {dtype}")
+    info = torch.iinfo(dtype)
+    if not info.min <= value <= info.max:
+        raise Unfit(f"{value} is no {dtype}")
+    return Const(dtype, int(value))
+
+
+class Unfit(Exception):
+    """What cannot be computed by a kernel, or not in this one."""
+
+
+#: functions: how each prints, and how the interpreter computes it
+FUNCTIONS: dict[str, Any] = {
+    name: getattr(torch, name)
+    for name in (
+        *("add", "sub", "mul", "neg", "abs", "sqrt", "rsqrt", "reciprocal"),
+        *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan"),
+        *("asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+        *("erf", "erfc", "sigmoid", "lgamma", "pow", "atan2", "fmod", "hypot"),
+        *("floor", "ceil", "trunc", "round", "maximum", "minimum", "where"),
+        *("eq", "ne", "lt", "le", "gt", "ge"),
+        *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
+    )
+} | {"div": torch.true_divide}
+
+#: functions whose result is of dtype bool
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+REDUCTIONS: dict[str, Any] = {
+    "sum": torch.sum,
+    "prod": torch.prod,
+    "max": torch.amax,
+    "min": torch.amin,
+    "any": torch.any,
+    "all": torch.all,
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """A tensor as a kernel walks it: a step for each axis, in elements. ``tensor`` says which of
+    the caller's it is; None stands for an :class:`Index`, which reads nothing."""
+
+    name: str
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    tensor: Any = None
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Store:
+    """A value put into an output at each point; where the value is a reduction's, at each point
+    of the other axes."""
+
+    access: int
+    value: Expr
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Loops over axes of these extents, outermost first, the last ``reduced`` of them bound by
+    its reductions. ``vector`` is the axis that is computed several points at once."""
+
+    name: str
+    extents: tuple[int, ...]
+    reduced: int
+    accesses: tuple[Access, ...]
+    stores: tuple[Store, ...]
+    vector: int = -1
+    comments: tuple[str, ...] = ()
+    axes_of: dict[Expr, frozenset[int]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def outer(self) -> int:
+        """How many axes are not reduced."""
+        return len(self.extents) - self.reduced
+
+    def axes(self, e: Expr) -> frozenset[int]:
+        """The axes along which a value varies."""
+        found = self.axes_of.get(e)
+        if found is None:
+            if isinstance(e, Load | Index):
+                strides = self.accesses[e.access].strides
+                found = frozenset([k for k, s in enumerate(strides) if s])
+            else:
+                found = frozenset().union(*[self.axes(a) for a in e.args])
+                if isinstance(e, Reduce):
+                    found = found.difference(range(self.outer, len(self.extents)))
+            self.axes_of[e] = found
+        return found
+
+    def __str__(self) -> str:
+        return show(self)
+
+
+def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
+    """Every expression below these once, arguments first."""
+    seen: set[Expr] = set()
+    stack = [(e, False) for e in reversed(roots)]
+    while stack:
+        e, ready = stack.pop()
+        if e in seen:
+            continue
+        if ready:
+            seen.add(e)
+            yield e
+        else:
+            stack.append((e, True))
+            stack += [(a, False) for a in reversed(e.args)]
+
+
+def names_of(kernel: Kernel) -> dict[Expr, str]:
+    """A name for each value that is not a number: ``v0``, ``v1``, … in the order of
+    computation."""
+    values = [
+        e for e in walk([s.value for s in kernel.stores]) if not isinstance(e, Const)
+    ]
+    return {e: f"v{i}" for i, e in enumerate(values)}
+
+
+def show(kernel: Kernel) -> str:
+    """The kernel as text: a line for each value and store."""
+    axes = [f"i{k}" for k in range(len(kernel.extents))]
+    names = names_of(kernel)
+
+    def place(i: int) -> str:
+        access = kernel.accesses[i]
+        steps = [
+            axis if s == 1 else f"{s}*{axis}"
+            for axis, s in zip(axes, access.strides, strict=True)
+            if s
+        ]
+        return " + ".join(steps + [str(access.start)] * (access.start != 0)) or "0"
+
+    def word(e: Expr) -> str:
+        return repr(e.value) if isinstance(e, Const) else names[e]
+
+    def text(e: Expr) -> str:
+        if isinstance(e, Load):
+            return f"{kernel.accesses[e.access].name}[{place(e.access)}]"
+        if isinstance(e, Index):
+            return place(e.access)
+        if isinstance(e, Cast):
+            return f"{short(e.dtype)}({word(e.value)})"
+        if isinstance(e, Reduce):
+            return f"{e.fn}[{', '.join(axes[kernel.outer :])}]({word(e.value)})"
+        assert isinstance(e, Apply)
+        return f"{e.fn}({', '.join([word(a) for a in e.args])})"
+
+    ranges = [f"{a}<{n}" for a, n in zip(axes, kernel.extents, strict=True)]
+    lines = [f"{kernel.name}: for {', '.join(ranges) or 'one point'}"]
+    lines += [f"  {name}: {short(e.dtype)} = {text(e)}" for e, name in names.items()]
+    for s in kernel.stores:
+        lines.append(f"  {kernel.accesses[s.access].name}[{place(s.access)}] = {word(s.value)}")
+    return "\n".join(lines)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

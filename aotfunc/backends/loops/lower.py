@@ -1,0 +1,202 @@
+"""Nodes of an aten graph as one kernel: each value an expression over the kernel's axes.
+
+A value is asked for with its *place*: the axis that each of its dimensions lies along, None for a
+dimension of size 1 or one that is broadcast. Places are derived from a result to its arguments,
+through broadcasting and views, so the same value may be computed at two places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .constants import constant
+from .ir import Access, Cast, Const, Expr, Kernel, Load, Store, Unfit, number, short
+from .pointwise import RULES
+from .views import dims_of, shape_of
+
+Place = tuple[int | None, ...]
+
+#: dtypes that are computed with as float32, and rounded after each op as eager mode does
+LOW = (torch.bfloat16, torch.float16)
+
+#: dtypes of a kernel's values
+DTYPES = (
+    *(torch.float32, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+
+
+def computed(n: Any) -> bool:
+    """Whether a node may be part of a kernel: there is a rule for it, and it is a plain tensor on
+    the CPU made of such."""
+    return (
+        isinstance(n, Node)
+        and n.op == "call_function"
+        and n.target in RULES
+        and plain(n)
+        and all(map(plain, n.all_input_nodes))
+    )
+
+
+def plain(n: Node) -> bool:
+    val = n.meta.get("val")
+    return isinstance(val, Tensor) and val.device.type == "cpu" and val.dtype in DTYPES
+
+
+def seen_through(n: Any) -> bool:
+    """Whether a kernel that reads this node reads its argument, or a number, in its place."""
+    return isinstance(n, Node) and (constant(n) is not None or dims_of(n) is not None)
+
+
+def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
+    """The kernel that computes these nodes, in the graph's order, and stores some of them. The
+    ``tensor`` of each access is its node. Raises Unfit where one kernel does not do."""
+    work = Lowering(nodes)
+    stores = [work.store(n) for n in reversed(stored)]
+    return work.kernel(name, stores[::-1])
+
+
+class Lowering:
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = dict.fromkeys(nodes)
+        self.extents: list[int] = []
+        self.reduced: tuple[int, ...] = ()
+        self.accesses: list[Access] = []
+        self.values: dict[Any, Expr] = {}
+        self.places: dict[Node, list[Place]] = {}
+
+    def store(self, n: Node) -> Store:
+        val = n.meta["val"]
+        place = next(iter(self.places.get(n, ())), None) or self.root(shape_of(n))
+        value = self.value(n, place)
+        return Store(self.access(n, place), value)
+
+    def root(self, shape: tuple[int, ...]) -> Place:
+        """Where a result lies that nothing in this kernel reads."""
+        sizes = [size for size in shape if size != 1]
+        if not self.extents:
+            self.extents = sizes
+        every = range(len(self.extents))
+        for axes in (list(every), [k for k in every if k not in self.reduced]):
+            if [self.extents[k] for k in axes] == sizes:
+                rest = iter(axes)
+                return tuple([None if size == 1 else next(rest) for size in shape])
+        raise Unfit("results of other sizes")
+
+    def access(self, n: Node, place: Place) -> int:
+        strides = [0] * len(self.extents)
+        for axis, stride in zip(place, n.meta["val"].stride(), strict=True):
+            if axis is not None:
+                strides[axis] += stride
+        self.accesses.append(Access(n.name, n.meta["val"].dtype, tuple(strides), n))
+        return len(self.accesses) - 1
+
+    def value(self, n: Node, place: Place) -> Expr:
+        found = self.values.get((n, place))
+        if found is None:
+            found = self.values[n, place] = self.made(n, place)
+        return found
+
+    def made(self, n: Node, place: Place) -> Expr:
+        if (fixed := constant(n)) is not None:
+            return number(fixed, n.meta["val"].dtype)
+        if (dims := dims_of(n)) is not None:
+            source: Node = n.args[0]  # type: ignore[assignment]
+            return self.value(source, behind(place, dims, len(shape_of(source))))
+        if n not in self.nodes:
+            return Load(n.meta["val"].dtype, self.access(n, place))
+        self.places.setdefault(n, []).append(place)
+        return self.pointwise(n, place)
+
+    def pointwise(self, n: Node, place: Place) -> Expr:
+        rule, out = RULES[n.target], n.meta["val"].dtype
+        dtype = working(rule.kind, n, out)
+
+        def given(i: int | str, a: Any) -> Any:
+            if not isinstance(a, Node):
+                return a
+            value = self.value(a, aligned(place, shape_of(a)))
+            if rule.kind == "where" and i == 0 or rule.kind == "masked" and i == 1:
+                return cast(value, torch.bool)
+            return cast(value, dtype)
+
+        args = [given(i, a) for i, a in enumerate(n.args)]
+        kwargs = {k: given(k, a) for k, a in n.kwargs.items()}
+        result = rule.body(*args, **kwargs)
+        return cast(result, out)
+
+    def kernel(self, name: str, stores: list[Store]) -> Kernel:
+        rank = len(self.extents)
+        order = [k for k in range(rank) if k not in self.reduced] + list(self.reduced)
+        accesses = []
+        for a in self.accesses:
+            strides = [*a.strides, *[0] * (rank - len(a.strides))]
+            accesses.append(Access(a.name, a.dtype, tuple([strides[k] for k in order]), a.tensor))
+        outer = set(range(rank - len(self.reduced)))
+        for s in stores:
+            walked = accesses[s.access]
+            if not outer <= {k for k, stride in enumerate(walked.strides) if stride}:
+                raise Unfit("a result that is smaller than the kernel, or overlaps itself")
+        for places in self.places.values():
+            for place in places:
+                axes = set(place) - {None}
+                if axes and not axes >= set(order[: len(outer)]):
+                    raise Unfit("a value that would be computed again and again")
+        comments = [comment(n) for n in self.nodes]
+        extents = tuple([self.extents[k] for k in order])
+        return Kernel(
+            name, extents, len(self.reduced), tuple(accesses), tuple(stores), -1, tuple(comments)
+        )
+
+
+def behind(place: Place, dims: Sequence[int | None], rank: int) -> Place:
+    """Where the argument of a view lies."""
+    found: list[int | None] = [None] * rank
+    for axis, d in zip(place, dims, strict=True):
+        if d is not None:
+            found[d] = axis
+    return tuple(found)
+
+
+def aligned(place: Place, shape: tuple[int, ...]) -> Place:
+    """Where an argument of this shape lies that is broadcast to a result's place."""
+    last = place[len(place) - len(shape) :]
+    return tuple([None if size == 1 else axis for size, axis in zip(shape, last, strict=True)])
+
+
+def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
+    """The dtype that an op computes in. Raises Unfit for one that its body is not meant for."""
+    if kind in ("compare", "truth"):
+        values = [a.meta["val"] if isinstance(a, Node) else a for a in n.args]
+        common = values[0].dtype if len(values) == 1 else torch.result_type(*values)
+        if common not in DTYPES:
+            raise Unfit(f"{common} is not computed with")
+        return torch.bool if kind == "truth" else common
+    right = {
+        "float": out.is_floating_point,
+        "any": out is not torch.bool,
+        "bits": not out.is_floating_point,
+    }
+    if not right.get(kind, True):
+        raise Unfit(f"{n.target} of {out}")
+    return out
+
+
+def cast(value: Expr, dtype: torch.dtype) -> Expr:
+    """The value in this dtype, rounded or wrapped to it."""
+    if value.dtype is dtype:
+        return value
+    if isinstance(value, Const) and dtype.is_floating_point:
+        return number(value.value, dtype)
+    return Cast(dtype, value)
+
+
+def comment(n: Node) -> str:
+    val = n.meta["val"]
+    args = [str(a) for a in n.args] + [f"{k}={v}" for k, v in n.kwargs.items()]
+    return f"{n.name}: {short(val.dtype)} = {n.target}({', '.join(args)})"

@@ -1,0 +1,89 @@
+"""In which order a kernel's axes run, which of them become one, and which is computed in vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from .ir import Index, Kernel, walk
+
+
+def schedule(kernel: Kernel) -> Kernel:
+    """The kernel with its axes ordered as its memory is, neighbours merged where every access
+    allows it, and its vector axis chosen."""
+    kernel = merged(ordered(kernel))
+    return replace(kernel, vector=vector_axis(kernel))
+
+
+def rearranged(
+    kernel: Kernel, extents: list[int], reduced: int, strides: Callable[[tuple], tuple]
+) -> Kernel:
+    accesses = tuple([replace(a, strides=strides(a.strides)) for a in kernel.accesses])
+    return replace(
+        kernel, extents=tuple(extents), reduced=reduced, accesses=accesses, axes_of={}
+    )
+
+
+def widest(kernel: Kernel) -> list[int]:
+    """The accesses that decide: outputs first, then inputs, the ones with the most axes first."""
+    stores = [s.access for s in kernel.stores]
+    rest = [i for i in range(len(kernel.accesses)) if i not in stores]
+    return sorted(stores + rest, key=lambda i: kernel.accesses[i].strides.count(0))
+
+
+def ordered(kernel: Kernel) -> Kernel:
+    """Axes with larger steps first; an access that does not vary along two axes leaves their order
+    to the next."""
+    columns = [kernel.accesses[i].strides for i in widest(kernel)]
+
+    def steps(k: int) -> tuple:
+        return tuple([-s[k] for s in columns])
+
+    outer, rank = kernel.outer, len(kernel.extents)
+    order = sorted(range(outer), key=steps) + sorted(range(outer, rank), key=steps)
+    return rearranged(
+        kernel,
+        [kernel.extents[k] for k in order],
+        kernel.reduced,
+        lambda s: tuple([s[k] for k in order]),
+    )
+
+
+def merged(kernel: Kernel) -> Kernel:
+    """Neighbouring axes as one where every access walks them in equal steps."""
+    groups: list[list[int]] = []
+    for k in range(len(kernel.extents)):
+        if groups and k != kernel.outer and joins(kernel, groups[-1][-1], k):
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    extents = []
+    for group in groups:
+        n = 1
+        for k in group:
+            n *= kernel.extents[k]
+        extents.append(n)
+    reduced = sum(g[0] >= kernel.outer for g in groups)
+    return rearranged(kernel, extents, reduced, lambda s: tuple([s[g[-1]] for g in groups]))
+
+
+def joins(kernel: Kernel, k: int, inner: int) -> bool:
+    n = kernel.extents[inner]
+    return all(a.strides[k] == n * a.strides[inner] for a in kernel.accesses)
+
+
+def vector_axis(kernel: Kernel) -> int:
+    """The last of the outer axes or the last of all: the one along which more accesses are
+    contiguous."""
+    last = len(kernel.extents) - 1
+    choices = {kernel.outer - 1, last} - {-1}
+    if not choices:
+        return -1
+    real = [a for a in kernel.accesses if a.tensor is not None]
+    return max(choices, key=lambda k: (sum(a.strides[k] == 1 for a in real), k))
+
+
+def counts(kernel: Kernel) -> bool:
+    """Whether a value of the kernel is an index."""
+    return any(isinstance(e, Index) for e in walk([s.value for s in kernel.stores]))
