@@ -7,6 +7,7 @@ time, integers and bools likewise; elsewhere by single numbers."""
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -46,15 +47,22 @@ STEP = {"prod": "mul", "max": "maximum", "min": "minimum", "any": "bitwise_or", 
 
 def lanes_of(kernel: Kernel) -> int:
     """How many points are computed at a time."""
-    values = walk([s.value for s in kernel.stores])
+    values = walk(kernel.values)
     dtypes = {e.dtype for e in values} | {kernel.accesses[s.access].dtype for s in kernel.stores}
     fits = [w for w, types in VECTORS.items() if dtypes <= set(types)]
     return fits[0] if fits and kernel.extents else 1
 
 
 def sizes(kernel: Kernel) -> tuple[int, ...]:
-    """The numbers that the printed function of a kernel gets: extents, then strides."""
-    return (*kernel.extents, *[kernel.accesses[i].strides[k] for i, k in strides(kernel)])
+    """The numbers that the printed function of a kernel gets: extents, strides, the bits of doubles."""
+    steps = [kernel.accesses[i].strides[k] for i, k in strides(kernel)]
+    numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
+    return (*kernel.extents, *steps, *numbers)
+
+
+def given(kernel: Kernel) -> list[Const]:
+    """The numbers that are arguments."""
+    return [e for e in walk(kernel.values) if isinstance(e, Const) and e.given]
 
 
 def strides(kernel: Kernel) -> Iterator[tuple[int, int]]:
@@ -93,6 +101,7 @@ class Printer:
         #: the vector axis is one of the outer ones
         self.columns = 0 <= self.vector < kernel.outer
         self.names: dict[Expr, str] = {}
+        self.numbers: dict[Const, str] = {}
         self.lines: list[str] = []
         self.depth = 1
         self.count = 0
@@ -117,6 +126,11 @@ class Printer:
         start = len(kernel.extents)
         for at, (i, k) in enumerate(strides(kernel), start):
             self.say(f"const int64_t {self.stride(i, k)} = sizes[{at}];")
+        start += len(list(strides(kernel)))
+        for at, e in enumerate(given(kernel)):
+            self.numbers[e] = f"c{at}"
+            kind = NUMBERS[e.dtype]
+            self.say(f"const {kind} c{at} = ({kind})aot_number(sizes[{start + at}]);  // {e.value}")
         written = {s.access for s in kernel.stores}
         for at, (i, a) in enumerate(buffers(kernel)):
             const = "" if i in written else "const "
@@ -183,9 +197,9 @@ class Printer:
     def passes(self) -> None:
         """Reductions in the order in which they need each other, then what is stored."""
         stores = self.kernel.stores
-        reduces = [e for e in walk([s.value for s in stores]) if isinstance(e, Reduce)]
+        reduces = [e for e in walk(self.kernel.values) if isinstance(e, Reduce)]
         ranks: dict[Expr, int] = {}
-        for e in walk([s.value for s in stores]):
+        for e in walk(self.kernel.values):
             ranks[e] = max([ranks[a] for a in e.args], default=0) + isinstance(e, Reduce)
         for rank in range(1, max([ranks[e] for e in reduces], default=0) + 1):
             now = [e for e in reduces if ranks[e] == rank]
@@ -313,7 +327,7 @@ class Printer:
         """Values that hold for the whole call (0), or for a row (1), and need no reduction."""
         kernel = self.kernel
         found, late = [], set()
-        for e in walk([s.value for s in kernel.stores]):
+        for e in walk(kernel.values):
             axes = kernel.axes(e)
             if isinstance(e, Reduce) or any(a in late for a in e.args):
                 late.add(e)
@@ -366,7 +380,7 @@ class Printer:
         return f"aot_all<{VECTORS[self.lanes][e.dtype]}>({name})"
 
     def constant(self, e: Const, wide: bool) -> str:
-        text = literal(e)
+        text = self.numbers.get(e) or literal(e)
         if not wide:
             return text
         if e.dtype is torch.bool:
@@ -484,4 +498,4 @@ def literal(e: Const) -> str:
         return f'__builtin_nan{suffix}("")'
     if math.isinf(value):
         return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
-    return f"{value!r}{suffix}"
+    return f"{float(value)!r}{suffix}"

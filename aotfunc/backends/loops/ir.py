@@ -70,9 +70,10 @@ Operand = Expr | bool | int | float
 
 @dataclass(frozen=True, eq=False)
 class Const(Expr):
-    """A number."""
+    """A number; ``given`` with the call, so that another one has the same code."""
 
     value: bool | int | float
+    given: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,10 +128,15 @@ def apply(fn: str, *args: Operand) -> Expr:
     return Apply(torch.bool if fn in COMPARISONS else dtype, fn, values)
 
 
+class Given(float):
+    """A number that the graph says: it may be another one in the graph of other sizes."""
+
+
 def number(value: bool | int | float, dtype: torch.dtype) -> Const:
     """A number as one of this dtype. Raises Unfit where the dtype does not hold it."""
     if dtype.is_floating_point:
-        return Const(dtype, torch.tensor(value, dtype=dtype).item())
+        given = isinstance(value, Given) and value not in (0, 1, -1)
+        return Const(dtype, torch.tensor(float(value), dtype=dtype).item(), given)
     if dtype is torch.bool:
         return Const(dtype, bool(value))
     if value != value or value in (float("inf"), -float("inf")) or int(value) != value:
@@ -208,6 +214,11 @@ class Kernel:
     axes_of: dict[Expr, frozenset[int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def values(self) -> list[Expr]:
+        """What is stored."""
+        return [s.value for s in self.stores]
+
+    @property
     def outer(self) -> int:
         """How many axes are not reduced."""
         return len(self.extents) - self.reduced
@@ -249,9 +260,7 @@ def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
 def names_of(kernel: Kernel) -> dict[Expr, str]:
     """A name for each value that is not a number: ``v0``, ``v1``, … in the order of
     computation."""
-    values = [
-        e for e in walk([s.value for s in kernel.stores]) if not isinstance(e, Const)
-    ]
+    values = [e for e in walk(kernel.values) if not isinstance(e, Const)]
     return {e: f"v{i}" for i, e in enumerate(values)}
 
 

@@ -2,6 +2,9 @@
 //
 // A bool in a lane is 0 or -1, in memory it is a byte.
 
+// A number that came among the sizes.
+AOT double aot_number(int64_t bits) { double x; __builtin_memcpy(&x, &bits, 8); return x; }
+
 template <class V> constexpr int aot_lanes = sizeof(V) / sizeof(V{}[0]);
 
 template <class V, class T> AOT V aot_all(T x) { return V{} + x; }

@@ -15,8 +15,22 @@ from torch import Tensor
 from torch.fx import Node
 
 from .constants import constant
-from .ir import Access, Cast, Const, Expr, Kernel, Load, Store, Unfit, number, short
+from .ir import (
+    Access,
+    Cast,
+    Const,
+    Expr,
+    Given,
+    Kernel,
+    Load,
+    Reduce,
+    Store,
+    Unfit,
+    number,
+    short,
+)
 from .pointwise import RULES
+from .reductions import REDUCTIONS
 from .views import dims_of, shape_of
 
 Place = tuple[int | None, ...]
@@ -37,7 +51,7 @@ def computed(n: Any) -> bool:
     return (
         isinstance(n, Node)
         and n.op == "call_function"
-        and n.target in RULES
+        and (n.target in RULES or n.target in REDUCTIONS)
         and plain(n)
         and all(map(plain, n.all_input_nodes))
     )
@@ -104,14 +118,48 @@ class Lowering:
 
     def made(self, n: Node, place: Place) -> Expr:
         if (fixed := constant(n)) is not None:
-            return number(fixed, n.meta["val"].dtype)
+            return number(said(fixed), n.meta["val"].dtype)
         if (dims := dims_of(n)) is not None:
             source: Node = n.args[0]  # type: ignore[assignment]
             return self.value(source, behind(place, dims, len(shape_of(source))))
         if n not in self.nodes:
             return Load(n.meta["val"].dtype, self.access(n, place))
         self.places.setdefault(n, []).append(place)
-        return self.pointwise(n, place)
+        return (self.reduction if n.target in REDUCTIONS else self.pointwise)(n, place)
+
+    def reduction(self, n: Node, place: Place) -> Expr:
+        asked = REDUCTIONS[n.target](*n.args, **n.kwargs)
+        x: Node = n.args[0]  # type: ignore[assignment]
+        out, shape = n.meta["val"].dtype, shape_of(x)
+        dims = {d % len(shape) for d in asked.dims} if asked.dims else set(range(len(shape)))
+        bound = iter(self.bind([shape[d] for d in sorted(dims) if shape[d] != 1], place))
+        kept = iter(place if asked.keepdim else ())
+        rest = iter(place)
+        where: list[int | None] = []
+        for d, size in enumerate(shape):
+            if asked.keepdim:
+                axis = next(kept)
+            elif d not in dims:
+                axis = next(rest)
+            where.append((next(bound) if size != 1 else None) if d in dims else axis)
+        value = cast(self.value(x, tuple(where)), out)
+        if out is torch.bool and asked.fn not in ("any", "all") or math.prod(shape) == 0:
+            raise Unfit("a reduction of bools, or of nothing")
+        result: Expr = Reduce(out, asked.fn, value)
+        if asked.mean:
+            result = result / Given(math.prod([shape[d] for d in dims]))
+        return result
+
+    def bind(self, sizes: list[int], place: Place) -> tuple[int, ...]:
+        """The axes that are reduced, of these sizes. Raises Unfit where others are already."""
+        free = [k for k in range(len(self.extents)) if k not in place]
+        if not free and not self.reduced:
+            free = list(range(len(self.extents), len(self.extents) + len(sizes)))
+            self.extents += sizes
+        if [self.extents[k] for k in free] != sizes or self.reduced not in ((), tuple(free)):
+            raise Unfit("reductions over other axes")
+        self.reduced = tuple(free)
+        return self.reduced
 
     def pointwise(self, n: Node, place: Place) -> Expr:
         rule, out = RULES[n.target], n.meta["val"].dtype
@@ -119,7 +167,7 @@ class Lowering:
 
         def given(i: int | str, a: Any) -> Any:
             if not isinstance(a, Node):
-                return a
+                return said(a) if dtype.is_floating_point else a
             value = self.value(a, aligned(place, shape_of(a)))
             if rule.kind == "where" and i == 0 or rule.kind == "masked" and i == 1:
                 return cast(value, torch.bool)
@@ -187,12 +235,17 @@ def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
     return out
 
 
+def said(a: Any) -> Any:
+    """A number of the graph as one that is given with the call."""
+    return Given(a) if isinstance(a, float) or type(a) is int and abs(a) < 2**53 else a
+
+
 def cast(value: Expr, dtype: torch.dtype) -> Expr:
     """The value in this dtype, rounded or wrapped to it."""
     if value.dtype is dtype:
         return value
     if isinstance(value, Const) and dtype.is_floating_point:
-        return number(value.value, dtype)
+        return number(Given(value.value) if value.given else value.value, dtype)
     return Cast(dtype, value)
 
 

@@ -1,0 +1,120 @@
+"""The C++ backend: a graph's kernels in one source, compiled, and called in the place of its nodes.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from torch.fx import Node
+
+from ... import debug
+from ...graph import output_node
+from ..eager import compile_graph
+from . import cpp, native
+from .fuse import Unit, stored, units
+from .ir import Apply, Kernel, walk
+from .launch import Launch
+from .lower import lower, seen_through
+from .reductions import OPENED
+from .schedule import schedule
+
+#: functions that kernels compute faster than PyTorch does
+QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"))
+
+
+def cpp_backend(gm: fx.GraphModule, example_inputs: list) -> Callable:
+    """Compile a functional aten graph: pointwise ops and reductions become C++ kernels, other ops
+    are called as they are. Raises CompilerError where there is no C++ compiler, or it fails."""
+    return compile_graph(with_kernels(gm).graph)
+
+
+def decompositions() -> dict:
+    """What is opened up before kernels are formed."""
+    return OPENED
+
+
+def worth(nodes: Sequence[Node]) -> bool:
+    """Whether these nodes are better as a kernel than called one by one."""
+    if len(nodes) > 1:
+        return True
+    kernel = lower(nodes, nodes, "kernel")
+    return any(isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values))
+
+
+def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> fx.GraphModule:
+    """A copy whose nodes are launches of kernels where these compute them."""
+    found = units(gm.graph, worth)
+    kernels = {u: named(u) for u in found if u.kernel}
+    library, name_of = compiled(list(kernels.values()))
+    graph = fx.Graph()
+    new: dict[Node, Any] = {}
+    for n in gm.graph.nodes:
+        if n.op in ("placeholder", "get_attr"):
+            new[n] = graph.node_copy(n)
+    for u in found:
+        if u.kernel:
+            launch(graph, new, kernels[u], library[name_of[kernels[u].name]])
+        else:
+            new[u.nodes[0]] = graph.node_copy(u.nodes[0], new.__getitem__)
+    graph.node_copy(output_node(gm.graph), new.__getitem__)
+    for n in reversed(graph.nodes):
+        if seen_through(n) and not n.users:
+            graph.erase_node(n)
+    return fx.GraphModule(gm, graph)
+
+
+def named(u: Unit) -> Kernel:
+    """The unit's kernel, called as the last value that it stores."""
+    outs = stored(u.nodes)
+    return schedule(lower(u.nodes, outs, f"k_{outs[-1].name}"))
+
+
+def compiled(kernels: Sequence[Kernel]) -> tuple[Any, dict[str, str]]:
+    """Their library, and for each kernel the function that computes it: equal ones share it."""
+    if not kernels:
+        return {}, {}
+    texts: dict[str, str] = {}
+    functions: dict[str, str] = {}
+    for kernel in kernels:
+        text = cpp.function(kernel)
+        code = re.sub(r"//.*", "", text).replace(f" {kernel.name}(", " (")
+        functions[kernel.name] = texts.setdefault(code, kernel.name)
+        if texts[code] == kernel.name:
+            texts[kernel.name] = text
+    bodies = [texts[name] for name in dict.fromkeys(functions.values())]
+    source = "\n\n".join(bodies)
+    if debug.LEVEL >= 4:
+        print(source, end="\n\n", file=sys.stderr)
+    return native.load(f"{native.PRELUDE}{cpp.SUPPORT}{source}\n"), functions
+
+
+def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, function: Any) -> None:
+    """Nodes that run a kernel and take its results."""
+    outs = [kernel.accesses[s.access].tensor for s in kernel.stores]
+    buffers = [a.tensor for _, a in cpp.buffers(kernel)]
+    inputs = [n for n in dict.fromkeys(buffers) if n not in outs]
+    place = {n: i for i, n in enumerate([*inputs, *outs])}
+    vals = [n.meta["val"] for n in outs]
+    target = Launch(
+        function,
+        cpp.rows(kernel),
+        cpp.sizes(kernel),
+        [(tuple(v.shape), tuple(v.stride()), v.dtype) for v in vals],
+        [place[n] for n in buffers],
+    )
+    target.__name__ = kernel.name  # type: ignore[attr-defined]
+    call = graph.create_node("call_function", target, tuple([new[n] for n in inputs]), {})
+    if len(outs) == 1:
+        call._rename(outs[0].name)
+        call.meta = dict(outs[0].meta)
+        new[outs[0]] = call
+        return
+    call.meta = {"val": tuple(vals), "line": outs[-1].meta.get("line")}
+    for i, n in enumerate(outs):
+        part = new[n] = graph.create_node("call_function", operator.getitem, (call, i), name=n.name)
+        part.meta = dict(n.meta)

@@ -1,0 +1,122 @@
+"""Ops that make one element of many, by what they do with which dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """``fn`` over ``dims`` (all where there are none), divided by their size for a ``mean``."""
+
+    fn: str
+    dims: Sequence[int] = ()
+    keepdim: bool = False
+    mean: bool = False
+
+
+def over(fn: str, mean: bool = False) -> Callable[..., Reduction]:
+    def asked(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Reduction:
+        dims = [dim] if isinstance(dim, int) else dim or ()
+        return Reduction(fn, dims, keepdim, mean)
+
+    return asked
+
+
+REDUCTIONS: dict[Any, Callable[..., Reduction]] = {
+    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), over("sum")),
+    **dict.fromkeys((aten.mean.default, aten.mean.dim), over("sum", mean=True)),
+    **dict.fromkeys((aten.prod.default, aten.prod.dim_int), over("prod")),
+    **dict.fromkeys((aten.amax.default, aten.max.default), over("max")),
+    **dict.fromkeys((aten.amin.default, aten.min.default), over("min")),
+    **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), over("any")),
+    **dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), over("all")),
+}
+
+
+def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    e = (x - x.amax(dim, keepdim=True)).exp()
+    return e / e.sum(dim, keepdim=True)
+
+
+def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    x = x - x.amax(dim, keepdim=True)
+    return x - x.exp().sum(dim, keepdim=True).log()
+
+
+def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    g = g * y
+    return g - y * g.sum(dim, keepdim=True)
+
+
+def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return g - y.exp() * g.sum(dim, keepdim=True)
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    y = centred * rstd
+    if weight is not None:
+        y = y * weight
+    return (y if bias is None else y + bias), mean, rstd
+
+
+def layer_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    rank = x.dim() - len(shape)
+    dims, rows = list(range(rank, x.dim())), list(range(rank))
+    normal = (x - mean) * rstd
+    gx = gw = gb = None
+    if wanted[0]:
+        h = g if weight is None else g * weight
+        along = h.mean(dims, keepdim=True) + normal * (h * normal).mean(dims, keepdim=True)
+        gx = (h - along) * rstd
+    if wanted[1] and weight is not None:
+        gw = (g * normal).sum(rows) if rows else g * normal
+    if wanted[2] and bias is not None:
+        gb = g.sum(rows) if rows else g.clone()
+    return gx, gw, gb
+
+
+def in_these(body: Callable) -> Callable:
+    """A body for the dtypes that kernels compute in, of tensors that are not empty."""
+
+    def opened(x: Tensor, *args: Any) -> Any:
+        fit = x.dtype in (torch.float32, torch.float64) and x.numel() and x.dim()
+        return body(x, *args) if fit else NotImplemented
+
+    return opened
+
+
+#: ops that are opened up into these and pointwise ones, and what they are then
+OPENED: dict[Any, Callable] = {
+    op: in_these(body)
+    for op, body in (
+        (aten._softmax.default, softmax),
+        (aten._log_softmax.default, log_softmax),
+        (aten._softmax_backward_data.default, softmax_backward),
+        (aten._log_softmax_backward_data.default, log_softmax_backward),
+        (aten.native_layer_norm.default, layer_norm),
+        (aten.native_layer_norm_backward.default, layer_norm_backward),
+    )
+}
