@@ -42,10 +42,28 @@ def eager(gm: Any, example_inputs: Any) -> Callable:
     return compile_graph(gm.graph)
 
 
+def cpp(gm: Any, example_inputs: Any) -> Callable:
+    """C++ kernels for the CPU."""
+    from .loops.backend import cpp
+
+    return cpp(gm, example_inputs)
+
+
+def opened() -> Mapping:
+    """What the C++ backend takes apart."""
+    from .loops.reductions import OPENED
+
+    return OPENED
+
+
 EAGER = Backend(eager)
 
 #: name -> backend
-REGISTRY: dict[str, Backend] = {"eager": EAGER, "inductor": Backend(inductor, decompositions)}
+REGISTRY: dict[str, Backend] = {
+    "eager": EAGER,
+    "inductor": Backend(inductor, decompositions),
+    "cpp": Backend(cpp, opened),
+}
 
 
 def lookup(backend: str | Callable) -> Backend:

@@ -21,7 +21,7 @@ from ..errors import BackendError, BackendWarning
 from ..graph import draws, output_node
 from .eager import compile_graph
 from .formulas import FORMULAS, LOW
-from .results import Results, root
+from .results import Results, resolved, root
 
 aten = torch.ops.aten
 
@@ -104,19 +104,6 @@ class Call:
             for k, repair in self.repairs:
                 outs[k] = repair(args, outs)
         return outs
-
-
-def resolved(t: Tensor) -> Tensor:
-    """The tensor with its conjugation or negation carried out, laid out as before."""
-    extent = (
-        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    )
-    return (
-        t.as_strided((extent,), (1,))
-        .resolve_conj()
-        .resolve_neg()
-        .as_strided(t.shape, t.stride(), 0)
-    )
 
 
 def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:

@@ -107,3 +107,16 @@ def copy(k: int, size: tuple, stride: tuple) -> Pick:
         return torch.empty_strided(size, stride, dtype=out.dtype, device=out.device).copy_(out)
 
     return copied
+
+
+def resolved(t: Tensor) -> Tensor:
+    """The tensor with its conjugation or negation carried out, laid out as before."""
+    extent = (
+        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    )
+    return (
+        t.as_strided((extent,), (1,))
+        .resolve_conj()
+        .resolve_neg()
+        .as_strided(t.shape, t.stride(), 0)
+    )

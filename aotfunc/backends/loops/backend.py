@@ -1,41 +1,51 @@
-"""The C++ backend: a graph's kernels in one source, compiled, and called in the place of its nodes.
-"""
+"""The C++ backend: a graph's kernels in one source, compiled, and called in the place of its nodes."""
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node
 
 from ... import debug
 from ...graph import output_node
 from ..eager import compile_graph
-from . import cpp, native
+from ..results import resolved
+from . import native
+from .arguments import buffers, rows, sizes
+from .cpp import SUPPORT, function
 from .fuse import Unit, stored, units
 from .ir import Apply, Kernel, walk
 from .launch import Launch
 from .lower import lower, seen_through
-from .reductions import OPENED
 from .schedule import schedule
 
 #: functions that kernels compute faster than PyTorch does
 QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"))
 
 
-def cpp_backend(gm: fx.GraphModule, example_inputs: list) -> Callable:
-    """Compile a functional aten graph: pointwise ops and reductions become C++ kernels, other ops
-    are called as they are. Raises CompilerError where there is no C++ compiler, or it fails."""
-    return compile_graph(with_kernels(gm).graph)
+def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
+    """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++ kernels,
+    other ops are called as they are. Raises CompilerError where there is no C++ compiler, or it
+    fails."""
+    graph = with_kernels(gm).graph
+    for n in graph.nodes:
+        if isinstance(n.target, Launch):
+            n.target = n.target.run
+    run = compile_graph(graph)
 
+    def call(*args: Tensor) -> tuple:
+        if any([a.is_neg() for a in args]):  # lazily: the memory that kernels read is not the value
+            args = tuple([resolved(a) for a in args])
+        return run(*args)
 
-def decompositions() -> dict:
-    """What is opened up before kernels are formed."""
-    return OPENED
+    call.source = run.source  # type: ignore[attr-defined]
+    return call
 
 
 def worth(nodes: Sequence[Node]) -> bool:
@@ -56,16 +66,28 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> fx.GraphModule:
     for n in gm.graph.nodes:
         if n.op in ("placeholder", "get_attr"):
             new[n] = graph.node_copy(n)
-    for u in found:
+    for u in needed(found, kernels, gm.graph):
         if u.kernel:
             launch(graph, new, kernels[u], library[name_of[kernels[u].name]])
         else:
             new[u.nodes[0]] = graph.node_copy(u.nodes[0], new.__getitem__)
     graph.node_copy(output_node(gm.graph), new.__getitem__)
-    for n in reversed(graph.nodes):
-        if seen_through(n) and not n.users:
-            graph.erase_node(n)
     return fx.GraphModule(gm, graph)
+
+
+def needed(found: Sequence[Unit], kernels: Mapping[Unit, Kernel], graph: fx.Graph) -> list[Unit]:
+    """Those without the views and numbers that only kernels read, which look through them."""
+    reads = set(output_node(graph).all_input_nodes)
+    kept = []
+    for u in reversed(found):
+        if u.kernel:
+            reads.update([a.tensor for _, a in buffers(kernels[u])])
+        elif seen_through(u.nodes[0]) and u.nodes[0] not in reads:
+            continue
+        else:
+            reads.update(u.nodes[0].all_input_nodes)
+        kept.append(u)
+    return kept[::-1]
 
 
 def named(u: Unit) -> Kernel:
@@ -81,7 +103,7 @@ def compiled(kernels: Sequence[Kernel]) -> tuple[Any, dict[str, str]]:
     texts: dict[str, str] = {}
     functions: dict[str, str] = {}
     for kernel in kernels:
-        text = cpp.function(kernel)
+        text = function(kernel)
         code = re.sub(r"//.*", "", text).replace(f" {kernel.name}(", " (")
         functions[kernel.name] = texts.setdefault(code, kernel.name)
         if texts[code] == kernel.name:
@@ -90,24 +112,25 @@ def compiled(kernels: Sequence[Kernel]) -> tuple[Any, dict[str, str]]:
     source = "\n\n".join(bodies)
     if debug.LEVEL >= 4:
         print(source, end="\n\n", file=sys.stderr)
-    return native.load(f"{native.PRELUDE}{cpp.SUPPORT}{source}\n"), functions
+    return native.load(f"{native.PRELUDE}{SUPPORT}{source}\n"), functions
 
 
-def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, function: Any) -> None:
+def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, compiled: Any) -> None:
     """Nodes that run a kernel and take its results."""
     outs = [kernel.accesses[s.access].tensor for s in kernel.stores]
-    buffers = [a.tensor for _, a in cpp.buffers(kernel)]
-    inputs = [n for n in dict.fromkeys(buffers) if n not in outs]
+    memory = [a.tensor for _, a in buffers(kernel)]
+    inputs = [n for n in dict.fromkeys(memory) if n not in outs]
     place = {n: i for i, n in enumerate([*inputs, *outs])}
     vals = [n.meta["val"] for n in outs]
+    grain = native.GRAIN * rows(kernel) // max(1, math.prod(kernel.extents))
     target = Launch(
-        function,
-        cpp.rows(kernel),
-        cpp.sizes(kernel),
+        compiled,
+        rows(kernel),
+        sizes(kernel),
         [(tuple(v.shape), tuple(v.stride()), v.dtype) for v in vals],
-        [place[n] for n in buffers],
+        [place[n] for n in memory],
+        max(1, grain),
     )
-    target.__name__ = kernel.name  # type: ignore[attr-defined]
     call = graph.create_node("call_function", target, tuple([new[n] for n in inputs]), {})
     if len(outs) == 1:
         call._rename(outs[0].name)
@@ -116,5 +139,7 @@ def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, function: Any)
         return
     call.meta = {"val": tuple(vals), "line": outs[-1].meta.get("line")}
     for i, n in enumerate(outs):
-        part = new[n] = graph.create_node("call_function", operator.getitem, (call, i), name=n.name)
+        part = new[n] = graph.create_node(
+            "call_function", operator.getitem, (call, i), name=n.name
+        )
         part.meta = dict(n.meta)

@@ -2,87 +2,54 @@
 1 and nothing else of them.
 
 Where all values are as wide as each other the vector axis is computed 8 floats or 4 doubles at a
-time, integers and bools likewise; elsewhere by single numbers."""
+time, integers and bools likewise; elsewhere by single numbers. A reduction whose vector axis is not
+reduced runs through memory row by row, with an accumulator for each point of a tile of that axis.
+"""
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from .ir import Access, Apply, Cast, Const, Expr, Kernel, Load, Reduce, Store, walk
+from .arguments import VECTORS, buffers, given, strides
+from .ir import Apply, Const, Expr, Kernel, Load, Reduce, Store, walk
+from .values import NUMBERS, Values, memory
 
 SUPPORT = (Path(__file__).parent / "lanes.h").read_text()
 
-NUMBERS = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bool: "bool",
-    torch.uint8: "uint8_t",
-    torch.int8: "int8_t",
-    torch.int16: "int16_t",
-    torch.int32: "int32_t",
-    torch.int64: "int64_t",
-}
+#: points of the vector axis that have accumulators at the same time
+TILE = 1024
 
-#: types of vectors, by the number of lanes
-VECTORS = {
-    8: {torch.float32: "f8", torch.int32: "m8", torch.bool: "m8"},
-    4: {torch.float64: "d4", torch.int64: "m4", torch.bool: "m4"},
-}
-
-OPERATORS = {
-    **{"add": "+", "sub": "-", "mul": "*", "div": "/"},
-    **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
-    **{"bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^"},
-}
+#: functions that take longer than memory
+SLOW = frozenset(
+    (
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "erfc",
+        "pow",
+        "sin",
+        "cos",
+        "lgamma",
+    )
+)
 
 #: what a reduction begins with, of floating point or not, and how it goes on
 START = {"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True}
-STEP = {"prod": "mul", "max": "maximum", "min": "minimum", "any": "bitwise_or", "all": "bitwise_and"}
-
-
-def lanes_of(kernel: Kernel) -> int:
-    """How many points are computed at a time."""
-    values = walk(kernel.values)
-    dtypes = {e.dtype for e in values} | {kernel.accesses[s.access].dtype for s in kernel.stores}
-    fits = [w for w, types in VECTORS.items() if dtypes <= set(types)]
-    return fits[0] if fits and kernel.extents else 1
-
-
-def sizes(kernel: Kernel) -> tuple[int, ...]:
-    """The numbers that the printed function of a kernel gets: extents, strides, the bits of doubles."""
-    steps = [kernel.accesses[i].strides[k] for i, k in strides(kernel)]
-    numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
-    return (*kernel.extents, *steps, *numbers)
-
-
-def given(kernel: Kernel) -> list[Const]:
-    """The numbers that are arguments."""
-    return [e for e in walk(kernel.values) if isinstance(e, Const) and e.given]
-
-
-def strides(kernel: Kernel) -> Iterator[tuple[int, int]]:
-    """(access, axis) of each stride that is an argument."""
-    for i, a in enumerate(kernel.accesses):
-        for k, s in enumerate(a.strides):
-            if s and not (s == 1 and k == kernel.vector):
-                yield i, k
-
-
-def rows(kernel: Kernel) -> int:
-    """How many rows a kernel's function divides its work into."""
-    outer = kernel.extents[: kernel.outer]
-    if not kernel.reduced and kernel.outer == 1:
-        return outer[0]
-    if kernel.vector == kernel.outer - 1 and kernel.outer > 1:
-        outer = outer[:-1]
-    elif kernel.vector == kernel.outer - 1 and kernel.outer == 1:
-        return outer[0]
-    return math.prod(outer)
+STEP = {
+    "prod": "mul",
+    "max": "maximum",
+    "min": "minimum",
+    "any": "bitwise_or",
+    "all": "bitwise_and",
+}
 
 
 def function(kernel: Kernel) -> str:
@@ -90,53 +57,29 @@ def function(kernel: Kernel) -> str:
     return Printer(kernel).text()
 
 
-class Printer:
+class Printer(Values):
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.lanes = lanes_of(kernel)
-        self.vector = kernel.vector
-        self.inner = frozenset(range(kernel.outer, len(kernel.extents)))
-        #: rows are points of the vector axis
-        self.split = self.vector == 0 and kernel.outer == 1
+        super().__init__(kernel)
         #: the vector axis is one of the outer ones
         self.columns = 0 <= self.vector < kernel.outer
-        self.names: dict[Expr, str] = {}
-        self.numbers: dict[Const, str] = {}
-        self.lines: list[str] = []
-        self.depth = 1
-        self.count = 0
-
-    # --- text ---
-
-    def say(self, line: str) -> None:
-        self.lines.append("  " * self.depth + line)
-
-    def open(self, line: str) -> None:
-        self.say(line + " {")
-        self.depth += 1
-
-    def close(self) -> None:
-        self.depth -= 1
-        self.say("}")
+        #: rows are points of the vector axis
+        self.split = self.columns and kernel.outer == 1
+        #: values that vary along it, but not inside, are kept for a tile
+        self.tiled = self.columns and kernel.reduced > 0
 
     def text(self) -> str:
         kernel = self.kernel
-        for k in range(len(kernel.extents)):
-            self.say(f"const int64_t n{k} = sizes[{k}];")
-        start = len(kernel.extents)
-        for at, (i, k) in enumerate(strides(kernel), start):
-            self.say(f"const int64_t {self.stride(i, k)} = sizes[{at}];")
-        start += len(list(strides(kernel)))
-        for at, e in enumerate(given(kernel)):
-            self.numbers[e] = f"c{at}"
-            kind = NUMBERS[e.dtype]
-            self.say(f"const {kind} c{at} = ({kind})aot_number(sizes[{start + at}]);  // {e.value}")
-        written = {s.access for s in kernel.stores}
+        rank = len(kernel.extents)
+        names = [f"n{k}" for k in range(rank)] + [self.stride(i, k) for i, k in strides(kernel)]
+        for at, name in enumerate(names):
+            self.say(f"const int64_t {name} = sizes[{at}];")
+        for at, e in enumerate(given(kernel), len(names)):
+            kind, name = NUMBERS[e.dtype], self.numbers[e]
+            self.say(f"const {kind} {name} = ({kind})aot_number(sizes[{at}]);  // {e.value}")
         for at, (i, a) in enumerate(buffers(kernel)):
-            const = "" if i in written else "const "
-            kind = memory(a.dtype)
-            self.say(f"{const}{kind} *const p{i} = ({const}{kind} *)buffers[{at}];  // {a.name}")
-        self.emit(self.at_level(0))
+            kind = self.pointer(i)
+            self.say(f"{kind} *const p{i} = ({kind} *)buffers[{at}];  // {a.name}")
+        self.emit(self.known(0))
         self.body()
         head = [f"// {line}" for line in kernel.comments]
         head.append(
@@ -145,21 +88,31 @@ class Printer:
         )
         return "\n".join([*head, *self.lines, "}"])
 
-    def stride(self, i: int, k: int) -> str:
-        a = self.kernel.accesses[i]
-        return "1" if a.strides[k] == 1 and k == self.vector else f"s{i}_{k}"
+    def pointer(self, i: int) -> str:
+        written = any(s.access == i for s in self.kernel.stores)
+        return ("" if written else "const ") + memory(self.kernel.accesses[i].dtype)
+
+    def known(self, level: int) -> list[Expr]:
+        """Values that hold for the whole call (0), or for a row (1), and need no reduction."""
+        found, late = [], set()
+        for e in walk(self.kernel.values):
+            axes = self.kernel.axes(e)
+            if isinstance(e, Reduce) or any(a in late for a in e.args):
+                late.add(e)
+            elif not isinstance(e, Const) and (not axes or (level and not self.wide(e))):
+                if not axes & self.inner and self.vector not in axes:
+                    found.append(e)
+        return found
 
     # --- loops ---
 
     def body(self) -> None:
         kernel = self.kernel
         if self.split:
-            self.pointers("", [])
-            self.lane_loop("begin", "end")
+            self.pointers([])
+            self.along("begin", "end")
             return
-        outer = list(range(kernel.outer))
-        if self.columns:
-            outer.remove(self.vector)
+        outer = [k for k in range(kernel.outer) if k != self.vector]
         self.open("for (int64_t row = begin; row < end; row++)")
         if len(outer) == 1:
             self.say(f"const int64_t i{outer[0]} = row;")
@@ -169,54 +122,95 @@ class Printer:
                 self.say(f"const int64_t i{k} = rest % n{k};")
                 self.say(f"rest /= n{k};")
             self.say(f"const int64_t i{outer[0]} = rest;")
-        self.pointers("", outer)
-        self.emit(self.at_level(1))
+        self.pointers(outer)
+        self.emit(self.known(1))
         if self.columns:
-            self.lane_loop("0", f"n{self.vector}")
+            self.along("0", f"n{self.vector}")
         else:
             self.passes()
         self.close()
 
-    def pointers(self, why: str, axes: list[int]) -> None:
+    def pointers(self, axes: list[int]) -> None:
         """The buffers at this row."""
-        written = {s.access for s in self.kernel.stores}
         for i, a in buffers(self.kernel):
             steps = [f" + i{k} * {self.stride(i, k)}" for k in axes if a.strides[k]]
-            const = "" if i in written else "const "
-            self.say(f"{const}{memory(a.dtype)} *const q{i} = p{i}{''.join(steps)};")
+            self.say(f"{self.pointer(i)} *const q{i} = p{i}{''.join(steps)};")
 
-    def lane_loop(self, first: str, last: str) -> None:
-        """Along the vector axis, one of the outer ones: all reductions are in its body."""
-        j = f"i{self.vector}"
-        self.open(f"for (int64_t {j} = {first}; {j} < {last}; {j} += {self.lanes})")
-        if self.lanes > 1:
-            self.say(f"const int64_t n = {last} - {j} < {self.lanes} ? {last} - {j} : {self.lanes};")
-        self.passes()
+    def along(self, first: str, last: str) -> None:
+        """Along the vector axis, one of the outer ones."""
+        if self.tiled:
+            self.open(f"for (int64_t begin_ = {first}; begin_ < {last}; begin_ += {TILE})")
+            self.say(f"const int64_t end_ = {last} - begin_ < {TILE} ? {last} : begin_ + {TILE};")
+            self.passes()
+        else:
+            self.vectors(first, last)
+            self.passes()
         self.close()
 
+    def vectors(self, first: str, last: str, more: str = "") -> None:
+        """A loop over ``lanes`` points of the vector axis at a time."""
+        j, w = f"i{self.vector}", self.lanes
+        start = f"{first}, t = 0" if more else first
+        self.open(f"for (int64_t {j} = {start}; {j} < {last}; {j} += {w}{more})")
+        if w > 1:
+            self.say(f"const int64_t n = {last} - {j} < {w} ? {last} - {j} : {w};")
+
+    def tile(self) -> None:
+        self.vectors("begin_", "end_", ", t++")
+
     def passes(self) -> None:
-        """Reductions in the order in which they need each other, then what is stored."""
-        stores = self.kernel.stores
-        reduces = [e for e in walk(self.kernel.values) if isinstance(e, Reduce)]
+        """Reductions in the order in which they need each other; each value is stored as soon as it
+        is computed, and what takes long to compute is kept in the place of a later result."""
+        values = list(walk(self.kernel.values))
         ranks: dict[Expr, int] = {}
-        for e in walk(self.kernel.values):
+        for e in values:
             ranks[e] = max([ranks[a] for a in e.args], default=0) + isinstance(e, Reduce)
-        for rank in range(1, max([ranks[e] for e in reduces], default=0) + 1):
+        left = [s for s in self.kernel.stores if self.varies(s.access)]
+        reduces = [e for e in values if isinstance(e, Reduce)]
+        for rank in sorted({ranks[e] for e in reduces}):
             now = [e for e in reduces if ranks[e] == rank]
-            self.reduce(now)  # type: ignore[arg-type]
-        inside = [s for s in stores if self.varies(s.access)]
-        once = [s for s in stores if not self.varies(s.access)]
-        self.emit([s.value for s in once])
-        for s in once:
-            self.store(s)
+            stores = [s for s in left if ranks[s.value] < rank]
+            left = [s for s in left if s not in stores]
+            later = [s.value for s in left] + [e.value for e in reduces if ranks[e] > rank]
+            last = [s for s in left if ranks[s.value] == max(ranks.values())]
+            self.reduce(now, stores, self.kept(now, later, last))
+        self.put([s for s in self.kernel.stores if not self.varies(s.access)], inside=False)
+        self.put(left, inside=True)
+
+    def kept(self, now: Sequence[Reduce], later: Sequence[Expr], last: list[Store]) -> list[Store]:
+        """What is computed for reductions now, takes long, and is needed later, stored where one of the
+        last results will be."""
+        needed = set(walk(later))
+        free = [s.access for s in last if s.access not in self.spilled.values()]
+        found = []
+        for e in walk([e.value for e in now]):
+            if isinstance(e, Apply) and e.fn in SLOW and e in needed and e not in self.spilled:
+                for access in free:
+                    a = self.kernel.accesses[access]
+                    walked = {k for k, stride in enumerate(a.strides) if stride}
+                    if a.dtype is e.dtype and walked == self.kernel.axes(e):
+                        found.append(Store(access, e))
+                        free.remove(access)
+                        break
+        return found
+
+    def put(self, stores: Sequence[Store], inside: bool) -> None:
+        """Store these values, inside of the reduced axes or once."""
+        if not stores:
+            return
+        values = [s.value for s in stores]
         if inside:
-            self.before([s.value for s in inside])
-            names = dict(self.names)
-            self.inner_loops()
-            self.emit([s.value for s in inside])
-            for s in inside:
-                self.store(s)
-            self.end_inner_loops()
+            self.before(values)
+        names = dict(self.names)
+        loops = self.loops() if inside else 0
+        if self.tiled:
+            self.tile()
+            loops += 1
+        self.emit(values)
+        for s in stores:
+            self.store(s)
+        self.close(loops)
+        if loops:
             self.names = names
 
     def varies(self, access: int) -> bool:
@@ -224,40 +218,71 @@ class Printer:
 
     def before(self, values: Iterable[Expr]) -> None:
         """What these values need that does not vary inside the loops to come."""
-        self.emit([e for e in walk(list(values)) if not self.kernel.axes(e) & self.inner])
+        inside = [e for e in walk(list(values)) if self.kernel.axes(e) & self.inner]
+        needed = {a for e in inside for a in e.args} | set(values)
+        early = [e for e in walk(list(values)) if e in needed and e not in inside]
+        self.emit([e for e in early if not (self.tiled and self.wide(e))])
+        kept = [e for e in early if e not in self.names and not isinstance(e, Const | Load)]
+        if not kept:
+            return
+        arrays = {e: self.fresh("t") for e in kept}
+        for e, name in arrays.items():
+            self.say(f"{self.type(e)} {name}[{TILE // self.lanes}];")
+        names = dict(self.names)
+        self.tile()
+        self.emit(kept)
+        for e, name in arrays.items():
+            self.say(f"{name}[t] = {self.names[e]};")
+        self.close()
+        self.names = names | {e: f"{name}[t]" for e, name in arrays.items()}
 
-    def inner_loops(self) -> None:
+    def loops(self) -> int:
+        """Open the loops over the reduced axes; how many there are."""
         for k in sorted(self.inner):
-            step = self.lanes if k == self.vector else 1
-            self.open(f"for (int64_t i{k} = 0; i{k} < n{k}; i{k} += {step})")
-            if step > 1:
-                self.say(f"const int64_t n = n{k} - i{k} < {step} ? n{k} - i{k} : {step};")
-
-    def end_inner_loops(self) -> None:
-        for _ in self.inner:
-            self.close()
+            if k == self.vector:
+                self.vectors("0", f"n{k}")
+            else:
+                self.open(f"for (int64_t i{k} = 0; i{k} < n{k}; i{k}++)")
+        return len(self.inner)
 
     # --- reductions ---
 
-    def reduce(self, now: list[Reduce]) -> None:
-        """One pass over the reduced axes, for reductions that do not need each other."""
-        self.before([e.value for e in now])
-        for i, e in enumerate(now):
-            kind = self.accumulator(e)
-            start = self.start(e)
-            self.say(f"{kind} a{self.count + i} = {start};")
+    def reduce(self, now: list[Reduce], stores: list[Store], kept: list[Store]) -> None:
+        """One pass over the reduced axes, for reductions that do not need each other, and what is
+        stored on the way."""
+        values = [e.value for e in now] + [s.value for s in stores]
+        self.before(values)
+        totals = {e: self.fresh("a") for e in now}
+        tiles = TILE // self.lanes
+        for e, a in totals.items():
+            if self.tiled:
+                self.say(f"{self.accumulator(e)} {a}[{tiles}];")
+                self.say(f"for (int64_t t = 0; t < {tiles}; t++) {a}[t] = {self.start(e)};")
+            else:
+                self.say(f"{self.accumulator(e)} {a} = {self.start(e)};")
         names = dict(self.names)
-        self.inner_loops()
-        self.emit([e.value for e in now])
-        for i, e in enumerate(now):
-            self.step(e, f"a{self.count + i}")
-        self.end_inner_loops()
+        loops = self.loops()
+        if self.tiled:
+            self.tile()
+            loops += 1
+        self.emit(values)
+        for s in [*stores, *kept]:
+            self.store(s)
+        for e, a in totals.items():
+            self.step(e, f"{a}[t]" if self.tiled else a)
+        self.close(loops)
         self.names = names
-        for i, e in enumerate(now):
-            name = f"r{self.count + i}"
-            self.say(f"const {self.type(e)} {name} = {self.finish(e, f'a{self.count + i}')};")
-            self.names[e] = name
-        self.count += len(now)
+        self.spilled |= {s.value: s.access for s in kept}
+        for e, a in totals.items():
+            name = self.fresh("r")
+            if self.tiled:
+                self.say(f"{self.type(e)} {name}[{tiles}];")
+                result = self.finish(e, f"{a}[t]")
+                self.say(f"for (int64_t t = 0; t < {tiles}; t++) {name}[t] = {result};")
+                self.names[e] = f"{name}[t]"
+            else:
+                self.say(f"const {self.type(e)} {name} = {self.finish(e, a)};")
+                self.names[e] = name
 
     @property
     def across(self) -> bool:
@@ -272,18 +297,15 @@ class Printer:
 
     def start(self, e: Reduce) -> str:
         if e.fn == "sum" and e.dtype.is_floating_point:
-            return "{}" if self.lanes > 1 else "0"
-        value = START[e.fn]
-        if e.fn in ("max", "min") and not e.dtype.is_floating_point:
-            info = torch.iinfo(e.dtype)
-            value = info.min if e.fn == "max" else info.max
-        return self.constant(Const(e.dtype, value), self.lanes > 1)
+            return f"{self.accumulator(e)}{{}}"
+        return self.constant(Const(e.dtype, neutral(e)), self.lanes > 1)
 
     def step(self, e: Reduce, a: str) -> None:
         wide, value = self.lanes > 1, self.word(e.value, self.lanes > 1)
         if self.across:
-            neutral = self.constant(Const(e.dtype, self.neutral(e)), True)
-            value = f"(n < {self.lanes} ? (aot_first{self.lanes}(n) ? {value} : {neutral}) : {value})"
+            rest = self.constant(Const(e.dtype, neutral(e)), True)
+            whole = f"n < {self.lanes}"
+            value = f"({whole} ? (aot_first{self.lanes}(n) ? {value} : {rest}) : {value})"
         if e.fn == "sum" and e.dtype.is_floating_point:
             self.say(f"aot_sum({a}, {value});")
         elif e.fn == "sum":
@@ -291,211 +313,33 @@ class Printer:
         else:
             self.say(f"{a} = {self.call(STEP[e.fn], e.dtype, [a, value], wide)};")
 
-    def neutral(self, e: Reduce) -> bool | int | float:
-        value = START[e.fn]
-        if e.fn in ("max", "min") and not e.dtype.is_floating_point:
-            info = torch.iinfo(e.dtype)
-            return info.min if e.fn == "max" else info.max
-        return value
-
     def finish(self, e: Reduce, a: str) -> str:
         summed = e.fn == "sum" and e.dtype.is_floating_point
         if not self.across:
             if not summed:
                 return a
-            return f"aot_summed({a})" if self.accumulator(e) == "d8" else f"({NUMBERS[e.dtype]}){a}" \
-                if self.lanes == 1 else a
+            if self.accumulator(e) == "d8":
+                return f"aot_summed({a})"
+            return f"({NUMBERS[e.dtype]}){a}" if self.lanes == 1 else a
         if summed:
             return f"aot_across_sum({a})"
         fn = {"sum": "add", "prod": "mul"}.get(e.fn, STEP.get(e.fn, e.fn))
+        kind = NUMBERS[e.dtype]
         parts = [f"{a}[{i}]" for i in range(self.lanes)]
         if e.dtype is torch.bool:
             parts = [f"({p} != 0)" for p in parts]
         elif not e.dtype.is_floating_point:
-            parts = [f"({NUMBERS[e.dtype]}){p}" for p in parts]
+            parts = [f"({kind}){p}" for p in parts]
         while len(parts) > 1:
             half = len(parts) // 2
-            parts = [
-                f"({self.call(fn, e.dtype, [parts[i], parts[half + i]], False)})"
-                for i in range(half)
-            ]
+            pairs = zip(parts[:half], parts[half:], strict=True)
+            parts = [f"({self.call(fn, e.dtype, list(pair), False)})" for pair in pairs]
         return parts[0]
 
-    # --- values ---
 
-    def at_level(self, level: int) -> list[Expr]:
-        """Values that hold for the whole call (0), or for a row (1), and need no reduction."""
-        kernel = self.kernel
-        found, late = [], set()
-        for e in walk(kernel.values):
-            axes = kernel.axes(e)
-            if isinstance(e, Reduce) or any(a in late for a in e.args):
-                late.add(e)
-            elif not isinstance(e, Const) and (not axes or (level and not self.wide(e))):
-                if not axes & self.inner and self.vector not in axes:
-                    found.append(e)
-        return found
-
-    def wide(self, e: Expr) -> bool:
-        """Whether a value is a vector."""
-        return self.lanes > 1 and self.vector in self.kernel.axes(e)
-
-    def type(self, e: Expr) -> str:
-        return VECTORS[self.lanes][e.dtype] if self.wide(e) else NUMBERS[e.dtype]
-
-    def emit(self, values: Iterable[Expr]) -> None:
-        """Lines for these values and what they need, unless they are there already."""
-        for e in self.missing(values):
-            name = f"v{len(self.names)}"
-            while name in self.names.values():
-                name += "_"
-            self.say(f"const {self.type(e)} {name} = {self.expression(e)};")
-            self.names[e] = name
-
-    def missing(self, values: Iterable[Expr]) -> list[Expr]:
-        found: list[Expr] = []
-        seen: set[Expr] = set()
-
-        def visit(e: Expr) -> None:
-            if e in seen or e in self.names or isinstance(e, Const):
-                return
-            seen.add(e)
-            for a in e.args:
-                visit(a)
-            found.append(e)
-
-        for e in values:
-            visit(e)
-        return found
-
-    def word(self, e: Expr, wide: bool) -> str:
-        """A value as an operand, in all lanes if ``wide``."""
-        if isinstance(e, Const):
-            return self.constant(e, wide)
-        name = self.names[e]
-        if not wide or self.wide(e):
-            return name
-        if e.dtype is torch.bool:
-            return f"aot_mask{self.lanes}({name})"
-        return f"aot_all<{VECTORS[self.lanes][e.dtype]}>({name})"
-
-    def constant(self, e: Const, wide: bool) -> str:
-        text = self.numbers.get(e) or literal(e)
-        if not wide:
-            return text
-        if e.dtype is torch.bool:
-            return f"aot_mask{self.lanes}({text})"
-        return f"aot_all<{VECTORS[self.lanes][e.dtype]}>({text})"
-
-    def expression(self, e: Expr) -> str:
-        wide = self.wide(e)
-        if isinstance(e, Load):
-            return self.load(e, wide)
-        if isinstance(e, Cast):
-            return self.cast(e, wide)
-        assert isinstance(e, Apply)
-        args = [self.word(a, wide) for a in e.args]
-        return self.call(e.fn, e.args[-1].dtype, args, wide)
-
-    def call(self, fn: str, dtype: torch.dtype, args: list[str], wide: bool) -> str:
-        floating = dtype.is_floating_point
-        kind = NUMBERS[dtype]
-        if fn == "where":
-            return f"{args[0]} ? {args[1]} : {args[2]}"
-        if fn in ("maximum", "minimum"):
-            if floating:
-                return f"aot_{fn[:3]}({', '.join(args)})"
-            return f"{args[0]} {'>' if fn == 'maximum' else '<'} {args[1]} ? {args[0]} : {args[1]}"
-        if fn in ("add", "sub", "mul") and not floating:
-            return f"aot_i{fn}({args[0]}, {args[1]})"
-        if fn == "neg" and not floating:
-            return f"aot_isub({self.constant(Const(dtype, 0), wide)}, {args[0]})"
-        if fn == "abs" and not floating:
-            return f"{args[0]} < 0 ? {self.call('neg', dtype, args, wide)} : {args[0]}"
-        if fn == "neg":
-            return f"-{args[0]}"
-        if fn == "bitwise_not":
-            return f"!{args[0]}" if dtype is torch.bool and not wide else f"({kind})~{args[0]}" \
-                if not wide else f"~{args[0]}"
-        if fn in OPERATORS:
-            text = f"{args[0]} {OPERATORS[fn]} {args[1]}"
-            return f"({kind})({text})" if fn.startswith("bitwise") and not wide else text
-        return f"aot_{fn}({', '.join(args)})"
-
-    def cast(self, e: Cast, wide: bool) -> str:
-        x, source = self.word(e.value, wide), e.value.dtype
-        if e.dtype is torch.bool:
-            return f"{x} != 0"
-        if not wide:
-            if e.dtype in (torch.uint8, torch.int8, torch.int16) and source.is_floating_point:
-                return f"({NUMBERS[e.dtype]})(int64_t){x}"
-            return f"({NUMBERS[e.dtype]}){x}"
-        if source is torch.bool:
-            x = f"-{x}"
-            if not e.dtype.is_floating_point:
-                return x
-        return f"__builtin_convertvector({x}, {VECTORS[self.lanes][e.dtype]})"
-
-    # --- memory ---
-
-    def place(self, i: int, skip: int | None = None) -> str:
-        """The address of this point; without its step along ``skip``."""
-        a = self.kernel.accesses[i]
-        axes = [k for k in range(len(a.strides)) if a.strides[k]]
-        axes = [k for k in axes if k in self.inner or k == self.vector]
-        steps = [f" + i{k} * {self.stride(i, k)}" for k in axes]
-        return f"q{i}{''.join(steps)}".replace(" * 1", "")
-
-    def load(self, e: Load, wide: bool) -> str:
-        i = e.access
-        strides = self.kernel.accesses[i].strides
-        if not any(strides):
-            return f"*p{i}" + " != 0" * (e.dtype is torch.bool)
-        if not wide:
-            return f"*({self.place(i)})" + " != 0" * (e.dtype is torch.bool)
-        kind, step = self.type(e), self.stride(i, self.vector)
-        text = (
-            f"aot_get<{kind}>({self.place(i)}, n)"
-            if step == "1"
-            else f"aot_gather<{kind}>({self.place(i)}, n, {step})"
-        )
-        return f"{text} != 0" if e.dtype is torch.bool else text
-
-    def store(self, s: Store) -> None:
-        i, e = s.access, s.value
-        wide = self.lanes > 1 and self.kernel.accesses[i].strides[self.vector] != 0
-        value = self.word(e, wide)
-        if not wide:
-            self.say(f"*({self.place(i)}) = {value};")
-            return
-        if e.dtype is torch.bool:
-            value = f"-{value}"
-        step = self.stride(i, self.vector)
-        self.say(
-            f"aot_put({self.place(i)}, {value}, n);"
-            if step == "1"
-            else f"aot_scatter({self.place(i)}, {value}, n, {step});"
-        )
-
-
-def buffers(kernel: Kernel) -> Iterator[tuple[int, Access]]:
-    """The accesses that are memory."""
-    return ((i, a) for i, a in enumerate(kernel.accesses) if a.tensor is not None)
-
-
-def memory(dtype: torch.dtype) -> str:
-    return "uint8_t" if dtype is torch.bool else NUMBERS[dtype]
-
-
-def literal(e: Const) -> str:
-    value, suffix = e.value, "f" if e.dtype is torch.float32 else ""
-    if e.dtype is torch.bool:
-        return "true" if value else "false"
-    if not e.dtype.is_floating_point:
-        text = "(-9223372036854775807 - 1)" if value == -(2**63) else str(int(value))
-        return f"({NUMBERS[e.dtype]}){text}"
-    if math.isnan(value):
-        return f'__builtin_nan{suffix}("")'
-    if math.isinf(value):
-        return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
-    return f"{float(value)!r}{suffix}"
+def neutral(e: Reduce) -> bool | int | float:
+    """What changes no value of the reduction."""
+    if e.fn in ("max", "min") and not e.dtype.is_floating_point:
+        info = torch.iinfo(e.dtype)
+        return info.min if e.fn == "max" else info.max
+    return START[e.fn]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from torch import fx
 from torch._ops import OpOverload
@@ -30,24 +29,72 @@ class Unit:
     def __init__(self, nodes: Sequence[Node], kernel: bool) -> None:
         self.nodes = list(nodes)
         self.kernel = kernel
-        #: units that must have run before, as bits
-        self.after = 0
+
+
+class Groups:
+    """The units so far, and for each those that must have run before, as bits."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.rank = {n: i for i, n in enumerate(graph.nodes)}
+        self.units: list[Unit] = []
+        self.before: list[int] = []
+        self.at: dict[Node, int] = {}
+
+    def add(self, n: Node, kernel: bool, reads: set[int]) -> None:
+        """A unit of one node."""
+        self.at[n] = len(self.units)
+        self.units.append(Unit([n], kernel))
+        before = 0
+        for i in reads:
+            before |= self.before[i] | 1 << i
+        self.before.append(before)
+
+    def merge(self, p: int, q: int) -> bool:
+        """Let the first unit take over the second, if they can be one kernel."""
+        one, other = self.units[p], self.units[q]
+        if not (one.kernel and other.kernel) or len(one.nodes) + len(other.nodes) > MOST:
+            return False
+        for first, last in ((p, q), (q, p)):  # no unit runs between them
+            between = bits(self.before[last] & ~(1 << first))
+            if any(self.before[i] >> first & 1 for i in between):
+                return False
+        nodes = sorted([*one.nodes, *other.nodes], key=self.rank.__getitem__)
+        if not fits(nodes):
+            return False
+        one.nodes, other.nodes = nodes, []
+        self.at.update(dict.fromkeys(nodes, p))
+        both = 1 << p | 1 << q
+        before = (self.before[p] | self.before[q]) & ~both
+        for i, old in enumerate(self.before):
+            if old & both:
+                self.before[i] = (old | 1 << p | before) & ~(1 << q)
+        self.before[p], self.before[q] = before, 0
+        return True
+
+
+def bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
 
 
 def units(graph: fx.Graph, worth: Callable[[Sequence[Node]], bool]) -> list[Unit]:
     """The graph's calls, in an order in which they can run. A kernel that is not ``worth`` being
     one is several calls."""
-    kernels = grouped(graph)
-    alone = [u for u in kernels if u.kernel and not worth(u.nodes)]
-    split = {n for u in alone for n in u.nodes}
-    kernels = [u for u in kernels if u not in alone]
-    kernels += [Unit([n], False) for n in split]
-    return ordered(graph, kernels)
+    found = []
+    for u in grouped(graph).units:
+        if u.kernel and u.nodes and not worth(u.nodes):
+            found += [Unit([n], False) for n in u.nodes]
+        elif u.nodes:
+            found.append(u)
+    return ordered(graph, found)
 
 
-def grouped(graph: fx.Graph) -> list[Unit]:
-    found: list[Unit] = []
-    at: dict[Node, int] = {}
+def grouped(graph: fx.Graph) -> Groups:
+    """Each node alone, then with the kernels that it reads from or that read what it reads."""
+    groups = Groups(graph)
+    at = groups.at
     last: int | None = None  # what draws random numbers or has effects keeps its turn
     for n in graph.nodes:
         if n.op in ("placeholder", "get_attr", "output"):
@@ -56,16 +103,17 @@ def grouped(graph: fx.Graph) -> list[Unit]:
         if keeps_its_turn(n):
             if last is not None:
                 reads.add(last)
-            last = len(found)
-        place = joined(n, found, at, reads) if computed(n) and not seen_through(n) else None
-        if place is None:
-            place = len(found)
-            found.append(Unit([n], computed(n) and fits([n])))
-        else:
-            found[place].nodes.append(n)
-        at[n] = place
-        wait(found, place, reads - {place})
-    return found
+            last = len(groups.units)
+        kernel = computed(n) and not seen_through(n) and fits([n])
+        groups.add(n, kernel, reads)
+        if not kernel:
+            continue
+        beside = {at[u] for m in read(n) for v in shown(m) for u in v.users if u in at}
+        for near in (reads, beside - reads):
+            for place in sorted(near, reverse=True):
+                if place != at[n] and groups.units[place].nodes:
+                    groups.merge(place, at[n])
+    return groups
 
 
 def read(n: Node) -> Iterator[Node]:
@@ -85,34 +133,6 @@ def read_by_view(v: Node) -> Iterator[Node]:
         yield from read_by_view(source)
     else:
         yield source
-
-
-def wait(found: list[Unit], place: int, reads: set[int]) -> None:
-    """Let a unit, and those that wait for it, wait for others."""
-    more = 0
-    for i in reads:
-        more |= found[i].after | 1 << i
-    if more & ~found[place].after:
-        found[place].after |= more
-        for u in found:
-            if u.after >> place & 1:
-                u.after |= more
-
-
-def joined(n: Node, found: list[Unit], at: dict[Node, int], reads: set[int]) -> int | None:
-    """The kernel that a node may join: one that it reads from, the latest first, or one that
-    reads what it reads."""
-    near = {at[m] for m in read(n) if m in at}
-    beside = {at[u] for m in read(n) for v in shown(m) for u in v.users if u in at}
-    for place in [*sorted(near, reverse=True), *sorted(beside - near, reverse=True)]:
-        unit = found[place]
-        if not unit.kernel or len(unit.nodes) >= MOST:
-            continue
-        if any(found[i].after >> place & 1 for i in reads if i != place):
-            continue
-        if fits([*unit.nodes, n]):
-            return place
-    return None
 
 
 def shown(n: Node) -> Iterator[Node]:

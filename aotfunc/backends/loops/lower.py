@@ -81,11 +81,11 @@ class Lowering:
         self.extents: list[int] = []
         self.reduced: tuple[int, ...] = ()
         self.accesses: list[Access] = []
+        self.walked: list[Place] = []  # where each access lies
         self.values: dict[Any, Expr] = {}
         self.places: dict[Node, list[Place]] = {}
 
     def store(self, n: Node) -> Store:
-        val = n.meta["val"]
         place = next(iter(self.places.get(n, ())), None) or self.root(shape_of(n))
         value = self.value(n, place)
         return Store(self.access(n, place), value)
@@ -108,6 +108,7 @@ class Lowering:
             if axis is not None:
                 strides[axis] += stride
         self.accesses.append(Access(n.name, n.meta["val"].dtype, tuple(strides), n))
+        self.walked.append(place)
         return len(self.accesses) - 1
 
     def value(self, n: Node, place: Place) -> Expr:
@@ -131,8 +132,10 @@ class Lowering:
         asked = REDUCTIONS[n.target](*n.args, **n.kwargs)
         x: Node = n.args[0]  # type: ignore[assignment]
         out, shape = n.meta["val"].dtype, shape_of(x)
-        dims = {d % len(shape) for d in asked.dims} if asked.dims else set(range(len(shape)))
-        bound = iter(self.bind([shape[d] for d in sorted(dims) if shape[d] != 1], place))
+        every = range(len(shape))
+        dims = {every[d] for d in asked.dims if shape} if asked.dims else set(every)
+        sizes = [shape[d] for d in sorted(dims) if shape[d] != 1]
+        bound = iter(self.bind(sizes, place) if sizes else ())
         kept = iter(place if asked.keepdim else ())
         rest = iter(place)
         where: list[int | None] = []
@@ -143,9 +146,9 @@ class Lowering:
                 axis = next(rest)
             where.append((next(bound) if size != 1 else None) if d in dims else axis)
         value = cast(self.value(x, tuple(where)), out)
-        if out is torch.bool and asked.fn not in ("any", "all") or math.prod(shape) == 0:
+        if (out is torch.bool and asked.fn not in ("any", "all")) or math.prod(shape) == 0:
             raise Unfit("a reduction of bools, or of nothing")
-        result: Expr = Reduce(out, asked.fn, value)
+        result: Expr = Reduce(out, asked.fn, value) if sizes else value
         if asked.mean:
             result = result / Given(math.prod([shape[d] for d in dims]))
         return result
@@ -169,7 +172,7 @@ class Lowering:
             if not isinstance(a, Node):
                 return said(a) if dtype.is_floating_point else a
             value = self.value(a, aligned(place, shape_of(a)))
-            if rule.kind == "where" and i == 0 or rule.kind == "masked" and i == 1:
+            if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
                 return cast(value, torch.bool)
             return cast(value, dtype)
 
@@ -195,11 +198,22 @@ class Lowering:
                 axes = set(place) - {None}
                 if axes and not axes >= set(order[: len(outer)]):
                     raise Unfit("a value that would be computed again and again")
+        self.one_way()
         comments = [comment(n) for n in self.nodes]
         extents = tuple([self.extents[k] for k in order])
         return Kernel(
             name, extents, len(self.reduced), tuple(accesses), tuple(stores), -1, tuple(comments)
         )
+
+    def one_way(self) -> None:
+        """Raise Unfit where a value is walked along in two ways, as sums over its rows and over its
+        columns do: one of them would go through memory in large steps."""
+        ways: dict[Node, set[Place]] = {n: set(places) for n, places in self.places.items()}
+        for a, place in zip(self.accesses, self.walked, strict=True):
+            ways.setdefault(a.tensor, set()).add(place)
+        for places in ways.values():
+            if len({tuple([axis for axis in place if axis is not None]) for place in places}) > 1:
+                raise Unfit("a value read in two orders")
 
 
 def behind(place: Place, dims: Sequence[int | None], rank: int) -> Place:
@@ -237,7 +251,7 @@ def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
 
 def said(a: Any) -> Any:
     """A number of the graph as one that is given with the call."""
-    return Given(a) if isinstance(a, float) or type(a) is int and abs(a) < 2**53 else a
+    return Given(a) if isinstance(a, float) or (type(a) is int and abs(a) < 2**53) else a
 
 
 def cast(value: Expr, dtype: torch.dtype) -> Expr:

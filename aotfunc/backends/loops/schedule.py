@@ -1,12 +1,11 @@
-"""In which order a kernel's axes run, which of them become one, and which is computed in vectors.
-"""
+"""In which order a kernel's axes run, which of them become one, and which is computed in vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from .ir import Index, Kernel, walk
+from .ir import Kernel
 
 
 def schedule(kernel: Kernel) -> Kernel:
@@ -20,9 +19,7 @@ def rearranged(
     kernel: Kernel, extents: list[int], reduced: int, strides: Callable[[tuple], tuple]
 ) -> Kernel:
     accesses = tuple([replace(a, strides=strides(a.strides)) for a in kernel.accesses])
-    return replace(
-        kernel, extents=tuple(extents), reduced=reduced, accesses=accesses, axes_of={}
-    )
+    return replace(kernel, extents=tuple(extents), reduced=reduced, accesses=accesses, axes_of={})
 
 
 def widest(kernel: Kernel) -> list[int]:
@@ -82,8 +79,3 @@ def vector_axis(kernel: Kernel) -> int:
         return -1
     real = [a for a in kernel.accesses if a.tensor is not None]
     return max(choices, key=lambda k: (sum(a.strides[k] == 1 for a in real), k))
-
-
-def counts(kernel: Kernel) -> bool:
-    """Whether a value of the kernel is an index."""
-    return any(isinstance(e, Index) for e in walk([s.value for s in kernel.stores]))

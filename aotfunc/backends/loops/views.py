@@ -23,9 +23,7 @@ def shape_of(n: Node) -> tuple[int, ...]:
 def expand(n: Node, x: Node) -> Dims:
     have, want = shape_of(x), shape_of(n)
     new = len(want) - len(have)
-    return [
-        None if d < new or have[d - new] != want[d] else d - new for d in range(len(want))
-    ]
+    return [None if d < new or have[d - new] != want[d] else d - new for d in range(len(want))]
 
 
 def permute(n: Node, x: Node) -> Dims:

@@ -1,0 +1,62 @@
+"""What a kernel's function is called with: how many rows, which sizes, and which memory."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+
+import torch
+
+from .ir import Access, Const, Kernel, walk
+
+#: types of vectors, by the number of lanes
+VECTORS = {
+    8: {torch.float32: "f8", torch.int32: "m8", torch.bool: "m8"},
+    4: {torch.float64: "d4", torch.int64: "m4", torch.bool: "m4"},
+}
+
+
+def lanes_of(kernel: Kernel) -> int:
+    """How many points are computed at a time."""
+    values = walk(kernel.values)
+    dtypes = {e.dtype for e in values} | {kernel.accesses[s.access].dtype for s in kernel.stores}
+    fits = [w for w, types in VECTORS.items() if dtypes <= set(types)]
+    return fits[0] if fits and kernel.extents else 1
+
+
+def sizes(kernel: Kernel) -> tuple[int, ...]:
+    """The numbers that the printed function of a kernel gets: extents, strides, the bits of doubles."""
+    steps = [kernel.accesses[i].strides[k] for i, k in strides(kernel)]
+    numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
+    return (*kernel.extents, *steps, *numbers)
+
+
+def given(kernel: Kernel) -> list[Const]:
+    """The numbers that are arguments."""
+    return [e for e in walk(kernel.values) if isinstance(e, Const) and e.given]
+
+
+def strides(kernel: Kernel) -> Iterator[tuple[int, int]]:
+    """(access, axis) of each stride that is an argument."""
+    for i, a in enumerate(kernel.accesses):
+        for k, s in enumerate(a.strides):
+            if s and not (s == 1 and k == kernel.vector):
+                yield i, k
+
+
+def rows(kernel: Kernel) -> int:
+    """How many rows a kernel's function divides its work into."""
+    outer = kernel.extents[: kernel.outer]
+    if not kernel.reduced and kernel.outer == 1:
+        return outer[0]
+    if kernel.vector == kernel.outer - 1 and kernel.outer > 1:
+        outer = outer[:-1]
+    elif kernel.vector == kernel.outer - 1 and kernel.outer == 1:
+        return outer[0]
+    return math.prod(outer)
+
+
+def buffers(kernel: Kernel) -> Iterator[tuple[int, Access]]:
+    """The accesses that are memory."""
+    return ((i, a) for i, a in enumerate(kernel.accesses) if a.tensor is not None)

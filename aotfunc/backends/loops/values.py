@@ -1,0 +1,223 @@
+"""The values of a kernel as C++ expressions, of vectors where they vary along the vector axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from .arguments import VECTORS, given, lanes_of
+from .ir import Apply, Cast, Const, Expr, Kernel, Load, Store
+
+NUMBERS = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bool: "bool",
+    torch.uint8: "uint8_t",
+    torch.int8: "int8_t",
+    torch.int16: "int16_t",
+    torch.int32: "int32_t",
+    torch.int64: "int64_t",
+}
+
+OPERATORS = {
+    **{"add": "+", "sub": "-", "mul": "*", "div": "/"},
+    **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
+    **{"bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^"},
+}
+
+
+class Values:
+    """The text of a kernel as far as it is written, and what its values are called in it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.lanes = lanes_of(kernel)
+        self.vector = kernel.vector
+        self.inner = frozenset(range(kernel.outer, len(kernel.extents)))
+        self.names: dict[Expr, str] = {}
+        self.numbers = {e: f"c{i}" for i, e in enumerate(given(kernel))}
+        #: values that are in memory, where a later result will be
+        self.spilled: dict[Expr, int] = {}
+        self.lines: list[str] = []
+        self.depth = 1
+        self.count = 0
+
+    def say(self, line: str) -> None:
+        self.lines.append("  " * self.depth + line)
+
+    def open(self, line: str) -> None:
+        self.say(line + " {")
+        self.depth += 1
+
+    def close(self, loops: int = 1) -> None:
+        for _ in range(loops):
+            self.depth -= 1
+            self.say("}")
+
+    def fresh(self, letter: str) -> str:
+        self.count += 1
+        return f"{letter}{self.count - 1}"
+
+    def wide(self, e: Expr) -> bool:
+        """Whether a value is a vector."""
+        return self.lanes > 1 and self.vector in self.kernel.axes(e)
+
+    def type(self, e: Expr) -> str:
+        return VECTORS[self.lanes][e.dtype] if self.wide(e) else NUMBERS[e.dtype]
+
+    def emit(self, values: Iterable[Expr]) -> None:
+        """Lines for these values and what they need, unless they are there already."""
+        for e in self.missing(values):
+            name = self.fresh("v")
+            self.say(f"const {self.type(e)} {name} = {self.expression(e)};")
+            self.names[e] = name
+
+    def missing(self, values: Iterable[Expr]) -> list[Expr]:
+        found: list[Expr] = []
+        seen: set[Expr] = set()
+
+        def visit(e: Expr) -> None:
+            if e in seen or e in self.names or isinstance(e, Const):
+                return
+            seen.add(e)
+            for a in () if e in self.spilled else e.args:
+                visit(a)
+            found.append(e)
+
+        for e in values:
+            visit(e)
+        return found
+
+    def word(self, e: Expr, wide: bool) -> str:
+        """A value as an operand, in all lanes if ``wide``."""
+        if isinstance(e, Const):
+            return self.constant(e, wide)
+        name = self.names[e]
+        if not wide or self.wide(e):
+            return name
+        if e.dtype is torch.bool:
+            return f"aot_mask{self.lanes}({name})"
+        return f"aot_all<{VECTORS[self.lanes][e.dtype]}>({name})"
+
+    def constant(self, e: Const, wide: bool) -> str:
+        text = self.numbers.get(e) or literal(e)
+        if not wide:
+            return text
+        if e.dtype is torch.bool:
+            return f"aot_mask{self.lanes}({text})"
+        return f"aot_all<{VECTORS[self.lanes][e.dtype]}>({text})"
+
+    def expression(self, e: Expr) -> str:
+        wide = self.wide(e)
+        if e in self.spilled:
+            return self.load(Load(e.dtype, self.spilled[e]), wide)
+        if isinstance(e, Load):
+            return self.load(e, wide)
+        if isinstance(e, Cast):
+            return self.cast(e, wide)
+        assert isinstance(e, Apply)
+        args = [self.word(a, wide) for a in e.args]
+        return self.call(e.fn, e.args[-1].dtype, args, wide)
+
+    def call(self, fn: str, dtype: torch.dtype, args: list[str], wide: bool) -> str:
+        floating = dtype.is_floating_point
+        kind = NUMBERS[dtype]
+        if fn == "where":
+            return f"{args[0]} ? {args[1]} : {args[2]}"
+        if fn in ("maximum", "minimum"):
+            if floating:
+                return f"aot_{fn[:3]}({', '.join(args)})"
+            return f"{args[0]} {'>' if fn == 'maximum' else '<'} {args[1]} ? {args[0]} : {args[1]}"
+        if fn in ("add", "sub", "mul") and not floating:
+            return f"aot_i{fn}({args[0]}, {args[1]})"
+        if fn == "neg" and not floating:
+            return f"aot_isub({self.constant(Const(dtype, 0), wide)}, {args[0]})"
+        if fn == "abs" and not floating:
+            return f"{args[0]} < 0 ? {self.call('neg', dtype, args, wide)} : {args[0]}"
+        if fn == "neg":
+            return f"-{args[0]}"
+        if fn == "bitwise_not":
+            if wide:
+                return f"~{args[0]}"
+            return f"!{args[0]}" if dtype is torch.bool else f"({kind})~{args[0]}"
+        if fn in OPERATORS:
+            text = f"{args[0]} {OPERATORS[fn]} {args[1]}"
+            return f"({kind})({text})" if fn.startswith("bitwise") and not wide else text
+        return f"aot_{fn}({', '.join(args)})"
+
+    def cast(self, e: Cast, wide: bool) -> str:
+        x, source = self.word(e.value, wide), e.value.dtype
+        if e.dtype is torch.bool:
+            return f"{x} != 0"
+        if not wide:
+            if e.dtype in (torch.uint8, torch.int8, torch.int16) and source.is_floating_point:
+                return f"({NUMBERS[e.dtype]})(int64_t){x}"
+            return f"({NUMBERS[e.dtype]}){x}"
+        if source is torch.bool:
+            x = f"-{x}"
+            if not e.dtype.is_floating_point:
+                return x
+        return f"__builtin_convertvector({x}, {VECTORS[self.lanes][e.dtype]})"
+
+    def stride(self, i: int, k: int) -> str:
+        a = self.kernel.accesses[i]
+        return "1" if a.strides[k] == 1 and k == self.vector else f"s{i}_{k}"
+
+    def place(self, i: int) -> str:
+        """The address of this point."""
+        a = self.kernel.accesses[i]
+        axes = [k for k in range(len(a.strides)) if a.strides[k]]
+        axes = [k for k in axes if k in self.inner or k == self.vector]
+        steps = [f" + i{k} * {self.stride(i, k)}" for k in axes]
+        return f"q{i}{''.join(steps)}".replace(" * 1", "")
+
+    def load(self, e: Load, wide: bool) -> str:
+        i = e.access
+        strides = self.kernel.accesses[i].strides
+        if not any(strides):
+            return f"*p{i}" + " != 0" * (e.dtype is torch.bool)
+        if not wide:
+            return f"*({self.place(i)})" + " != 0" * (e.dtype is torch.bool)
+        kind, step = self.type(e), self.stride(i, self.vector)
+        text = (
+            f"aot_get<{kind}>({self.place(i)}, n)"
+            if step == "1"
+            else f"aot_gather<{kind}>({self.place(i)}, n, {step})"
+        )
+        return f"{text} != 0" if e.dtype is torch.bool else text
+
+    def store(self, s: Store) -> None:
+        i, e = s.access, s.value
+        wide = self.lanes > 1 and self.kernel.accesses[i].strides[self.vector] != 0
+        value = self.word(e, wide)
+        if not wide:
+            self.say(f"*({self.place(i)}) = {value};")
+            return
+        if e.dtype is torch.bool:
+            value = f"-{value}"
+        step = self.stride(i, self.vector)
+        self.say(
+            f"aot_put({self.place(i)}, {value}, n);"
+            if step == "1"
+            else f"aot_scatter({self.place(i)}, {value}, n, {step});"
+        )
+
+
+def memory(dtype: torch.dtype) -> str:
+    return "uint8_t" if dtype is torch.bool else NUMBERS[dtype]
+
+
+def literal(e: Const) -> str:
+    value, suffix = e.value, "f" if e.dtype is torch.float32 else ""
+    if e.dtype is torch.bool:
+        return "true" if value else "false"
+    if not e.dtype.is_floating_point:
+        text = "(-9223372036854775807 - 1)" if value == -(2**63) else str(int(value))
+        return f"({NUMBERS[e.dtype]}){text}"
+    if math.isnan(value):
+        return f'__builtin_nan{suffix}("")'
+    if math.isinf(value):
+        return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
+    return f"{float(value)!r}{suffix}"
