@@ -40,7 +40,9 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     run = compile_graph(graph)
 
     def call(*args: Tensor) -> tuple:
-        if any([a.is_neg() for a in args]):  # lazily: the memory that kernels read is not the value
+        if any(
+            [a.is_neg() for a in args]
+        ):  # lazily: the memory that kernels read is not the value
             args = tuple([resolved(a) for a in args])
         return run(*args)
 
