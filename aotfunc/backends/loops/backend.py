@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -106,7 +105,7 @@ def compiled(kernels: Sequence[Kernel]) -> tuple[Any, dict[str, str]]:
     functions: dict[str, str] = {}
     for kernel in kernels:
         text = function(kernel)
-        code = re.sub(r"//.*", "", text).replace(f" {kernel.name}(", " (")
+        code = native.without_comments(text).replace(f" {kernel.name}(", " (")
         functions[kernel.name] = texts.setdefault(code, kernel.name)
         if texts[code] == kernel.name:
             texts[kernel.name] = text

@@ -53,4 +53,5 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor | None]) -> None:
         for k in inner:  # a reduction's value is stored once
             if not kernel.accesses[s.access].strides[k]:
                 out = out.narrow(k, 0, 1)
+                found = found.narrow(k, 0, 1) if found.dim() else found
         out.copy_(found.expand(out.shape))

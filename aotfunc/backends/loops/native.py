@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ PRELUDE = "\n".join(
 #: a thread gets no less than this many elements
 GRAIN = 32768
 
-#: source -> its library
+#: code -> its library
 LOADED: dict[str, Library] = {}
 
 #: PyTorch's threads do not survive a fork, and waiting for them would last forever
@@ -91,15 +92,21 @@ class Library:
 def load(source: str) -> Library:
     """The kernels of ``source``, which begins with :data:`PRELUDE`. Compiles at most once in this
     process and all that share the disk cache. Raises CompilerError."""
-    library = LOADED.get(source)
+    code = without_comments(source)
+    library = LOADED.get(code)
     if library is None:
-        library = LOADED.setdefault(source, Library(built(source)))
+        library = LOADED.setdefault(code, Library(built(source)))
     return library
+
+
+def without_comments(source: str) -> str:
+    return re.sub("//[^\n]*", "", source)
 
 
 def built(source: str) -> Path:
     """The compiled file of this source."""
-    key = hashlib.sha256(f"{toolchain.identity()}\n{source}".encode()).hexdigest()
+    code = without_comments(source)  # these name the numbers that the kernels get
+    key = hashlib.sha256(f"{toolchain.identity()}\n{code}".encode()).hexdigest()
     return store.find(key) or store.add(key, source, toolchain.compile)
 
 

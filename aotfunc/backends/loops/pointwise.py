@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .ir import Expr, Operand, Unfit, apply
+from .ir import Expr, Operand, Unfit, apply, number
 
 aten = torch.ops.aten
 
@@ -89,7 +89,7 @@ for _name in ("floor", "ceil", "trunc", "round"):
     rule("float", fn(_name), getattr(aten, _name).default)
 
 rule("any", lambda x: where(x < 0, 0, x), aten.relu.default)
-rule("any", lambda x: where(x > 0, 1, where(x < 0, -1, 0 * x)), aten.sign.default)
+rule("any", lambda x: where(x > 0, 1, where(x < 0, -1, number(0, x.dtype))), aten.sign.default)
 rule("float", lambda x: x - apply("trunc", x), aten.frac.default)
 rule("float", lambda x: x * sigmoid(x), aten.silu.default)
 rule("any", lambda x: x * x, aten.square.default)

@@ -142,6 +142,8 @@ class Values:
             if wide:
                 return f"~{args[0]}"
             return f"!{args[0]}" if dtype is torch.bool else f"({kind})~{args[0]}"
+        if dtype is torch.bool and wide and fn in ("lt", "le", "gt", "ge"):
+            args = args[::-1]  # true is -1
         if fn in OPERATORS:
             text = f"{args[0]} {OPERATORS[fn]} {args[1]}"
             return f"({kind})({text})" if fn.startswith("bitwise") and not wide else text

@@ -1,0 +1,370 @@
+"""Compiled by the C++ backend: values, gradients, dtypes and strides as in eager mode."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+import aotfunc
+from aotfunc import aot_function, aot_module, grad, jacrev, jit, make_fx, vmap
+from aotfunc.backends import Backend, opened
+from aotfunc.backends.eager import compile_graph
+from aotfunc.backends.loops import backend, toolchain
+from aotfunc.backends.loops.arguments import rows, sizes
+from aotfunc.backends.loops.fuse import grouped, stored
+from aotfunc.backends.loops.interpret import interpret
+from aotfunc.backends.loops.launch import Launch
+from aotfunc.backends.loops.lower import lower
+from aotfunc.backends.loops.pointwise import RULES
+from aotfunc.backends.loops.schedule import schedule
+from aotfunc.errors import CompilerError
+
+pytestmark = pytest.mark.usefixtures("cache")
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 0.5, -1.0, 2.0]
+
+
+def every_kernel(gm, example_inputs):
+    """The backend, with a kernel also where calling the ops would be as good."""
+    every_kernel.graph = backend.with_kernels(gm, lambda nodes: True).graph
+    return compile_graph(every_kernel.graph)
+
+
+EVERY = Backend(every_kernel, opened)
+
+
+def launches() -> int:
+    return sum(isinstance(n.target, Launch) for n in every_kernel.graph.nodes)
+
+
+def agree(f, *args, kernels: int | None = 1, **tolerance) -> None:
+    got, want = jit(f, backend=EVERY)(*args), f(*args)
+    assert_close(got, want, equal_nan=True, **tolerance)
+    for a, b in zip(*[[x] if isinstance(x, Tensor) else x for x in (got, want)], strict=True):
+        assert a.stride() == b.stride() and a.dtype is b.dtype
+    if kernels is not None:
+        assert launches() == kernels
+
+
+def r(*shape: int, dtype=torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+POINTWISE = {
+    "a chain": (lambda x, y: (x * y + x).tanh().exp() * 2.5 - y, r(37, 19), r(37, 19)),
+    "a bias": (lambda x, b: F.gelu(x + b, approximate="tanh"), r(37, 19), r(19)),
+    "a column": (lambda x, b: (x + b).sigmoid() * b, r(37, 19), r(37, 1)),
+    "transposed": (lambda x, y: x.t() * y + 1, r(19, 37), r(37, 19)),
+    "strided": (lambda x: x.sin() + 1, r(40, 38)[::2, ::3]),
+    "expanded": (lambda x: x.sin() + 1, r(1, 7).expand(5, 7)),
+    "doubles": (lambda x: torch.where(x > 0, x.log(), -x) * 3, r(5, 7, dtype=torch.float64)),
+    "bools": (lambda x, y: (x > y) & (x < 1), r(33), r(33)),
+    "bools compare": (lambda x: (x > 0) < (x < 1), r(33)),
+    "dtypes": (lambda x, i: x * i + (i > 2), r(33), torch.arange(33)),
+    "wrapping": (lambda i, j: i * j + 7 - i, torch.arange(33) * 2**58, torch.arange(33)),
+    "bytes": (lambda i: i * i + 100, torch.arange(-100, 100, dtype=torch.int8)),
+    "special": (lambda x: torch.maximum(x.relu(), x * 2), torch.tensor(SPECIAL)),
+    "one number": (lambda x: x.sin() * 2, r()),
+    "two results": (lambda x: (x.sin(), x.cos() * 2), r(50, 3)),
+    "nothing": (lambda x: x.sin() + 1, r(0, 3)),
+}
+REDUCED = {
+    "rows": (lambda x: x.exp().sum(1), r(37, 19)),
+    "columns": (lambda x: x.exp().sum(0), r(37, 19)),
+    "columns and values": (lambda x: (x.exp(), x.exp().sum(0)), r(300, 19)),
+    "many columns": (lambda x: x.exp().sum(0), r(3, 2300)),
+    "all": (lambda x: x.exp().sum(), r(37, 19)),
+    "of doubles": (lambda x: x.exp().sum(1), r(37, 19, dtype=torch.float64)),
+    "columns of doubles": (lambda x: x.exp().sum(0), r(37, 19, dtype=torch.float64)),
+    "a mean": (lambda x: (x * x).mean(-1, keepdim=True) * x, r(37, 19)),
+    "outer and inner": (lambda x: (x * x).mean((0, 2)), r(7, 5, 19)),
+    "any": (lambda x: (x > 2).any(-1), r(37, 19)),
+    "all of columns": (lambda x: (x > -2).all(0), r(37, 19)),
+    "extremes": (lambda x: (x * 2).amax(1) - x.amin(1), r(37, 19)),
+    "nan is the largest": (
+        lambda x: (x * 2).amax(1),
+        torch.tensor([SPECIAL, SPECIAL[1:] + [0.0]]),
+    ),
+    "a product": (lambda x: (x * 2).prod(1), r(37, 9)),
+    "integers": (lambda x: (x * 2).sum(1), torch.arange(60).reshape(6, 10)),
+    "largest integers": (lambda x: (x * 2).amax(1), torch.arange(-60, 0).reshape(6, 10).int()),
+    "counting": (lambda x: (x > 0).sum(1), r(6, 10)),
+    "a sum of one": (lambda x: (x * 2).sum(1).sum(0).mean(), r(1, 9)),
+    "softmax": (lambda x: torch.softmax(x * 2, -1), r(37, 19)),
+    "softmax of columns": (lambda x: torch.softmax(x * 2, 0), r(37, 19)),
+    "in the middle": (lambda x: torch.log_softmax(x * 2, 1), r(4, 37, 19)),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (19,), w, b), r(4, 37, 19), r(19), r(19)),
+    "rms_norm": (lambda x, w: x * torch.rsqrt((x * x).mean(-1, True) + 1e-5) * w, r(9, 19), r(19)),
+}
+
+
+@pytest.mark.parametrize("case", POINTWISE)
+def test_pointwise(case):
+    agree(*POINTWISE[case])
+
+
+@pytest.mark.parametrize("case", REDUCED)
+def test_reductions(case):
+    agree(*REDUCED[case])
+
+
+def test_one_kernel_does_not_read_in_two_orders():
+    """Sums over rows and over columns of a square matrix are two kernels."""
+    agree(lambda x: (x.exp().sum(0), x.exp().sum(1)), r(16, 16), kernels=None)
+    agree(lambda x: x + x.t(), r(5, 5), kernels=0)
+
+
+GRADIENTS = {
+    "layer_norm": (
+        lambda x, w, b: F.gelu(F.layer_norm(x, (19,), w, b)),
+        r(4, 37, 19),
+        r(19),
+        r(19),
+    ),
+    "softmax": (lambda x, y: torch.softmax(x, -1) * y, r(37, 19), r(37, 19)),
+    "mlp": (lambda x, w, b: torch.tanh(x @ w + b), r(11, 19), r(19, 5), r(5)),
+    "bias and gelu": (lambda x, b: F.gelu(x + b), r(64, 64), r(64)),
+    "log_softmax": (lambda x: torch.log_softmax(x, 1)[:, 2], r(11, 19)),
+}
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients(case):
+    """Of the first and second order, through the compiled function and of it."""
+    f, *primals = GRADIENTS[case]
+    ours = jit(f, backend="cpp")
+    loss = lambda f: lambda *a: f(*a).square().sum()
+    every = tuple(range(len(primals)))
+    want = grad(loss(f), argnums=every)(*primals)
+    assert_close(jit(grad(loss(f), argnums=every), backend=EVERY)(*primals), want)
+    for g in (ours, f):
+        leaves = [p.clone().requires_grad_() for p in primals]
+        first = torch.autograd.grad(loss(g)(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((a * a).sum() for a in first), leaves)
+        assert_close(tuple(first), want, rtol=1e-4, atol=1e-4)
+        if g is ours:
+            twice = second
+    assert_close(twice, second, rtol=1e-3, atol=1e-3)
+
+
+def test_transforms_and_ahead_of_time():
+    x, w = r(11, 19), r(19, 5)
+    per_sample = vmap(grad(lambda w, x: torch.tanh(x @ w).square().mean()), (None, 0))
+    assert_close(jit(per_sample, backend="cpp")(w, x), per_sample(w, x))
+    f = lambda x: (x.sin() * x).sum(-1)
+    assert_close(jit(jacrev(f), backend="cpp")(x), jacrev(f)(x))
+    got = aot_function(f, "cpp", "cpp")(x.requires_grad_())
+    assert_close(torch.autograd.grad(got.sum(), x)[0], x.cos() * x + x.sin())
+    model = torch.nn.Sequential(torch.nn.Linear(19, 8), torch.nn.GELU(), torch.nn.LayerNorm(8))
+    compiled = aot_module(model, "cpp", "cpp")
+    assert_close(compiled(x.detach()), model(x.detach()))
+
+
+def test_written_arguments_and_draws():
+    def f(x, y):
+        noise = torch.rand_like(x)
+        x.mul_(2).add_(y)
+        return x * noise + torch.rand_like(x)
+
+    for seed in range(2):
+        got, want = r(5), None
+        want, y = got.clone(), r(5)
+        torch.manual_seed(seed)
+        a = jit(f, backend="cpp")(got, y)
+        torch.manual_seed(seed)
+        assert_close(a, f(want, y))
+        assert_close(got, want)
+
+
+def test_negated_memory():
+    """The imaginary part of a conjugate is stored negated."""
+    z = torch.randn(5, dtype=torch.complex64)
+    y = z.conj().imag
+    assert y.is_neg()
+    assert_close(jit(lambda y: y.exp() * 2, backend="cpp")(y), y.exp() * 2)
+    f = lambda z: z.conj().imag.exp() * 2
+    assert_close(jit(f, backend="cpp")(z), f(z))
+
+
+def test_ten_sizes_are_compiled_once(monkeypatch):
+    runs = []
+    compile = toolchain.compile
+    monkeypatch.setattr(toolchain, "compile", lambda *a: runs.append(1) or compile(*a))
+
+    def f(x, w):
+        return F.layer_norm(torch.tanh(x @ w), (5,)).square().mean()
+
+    step = jit(grad(f, argnums=1), backend="cpp")
+    w = r(7, 5)
+    for n in range(2, 12):
+        x = r(n, 7)
+        assert_close(step(x, w), grad(f, argnums=1)(x, w), rtol=1e-4, atol=1e-6)
+    assert len(runs) <= 3  # forward, backward, and what launches kernels
+
+
+def test_equal_kernels_are_compiled_once():
+    def f(x, y):
+        return (x.tanh() * 2) @ (y.tanh() * 2)
+
+    agree(f, r(5, 5), r(5, 5), kernels=2, rtol=1e-5, atol=1e-5)
+    functions = {
+        n.target.__name__ for n in every_kernel.graph.nodes if isinstance(n.target, Launch)
+    }
+    assert len(functions) == 1
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    x = r(5)
+    with pytest.raises(CompilerError, match="no-such-compiler"):
+        jit(lambda x: x.exp() + 1.2345678, backend="cpp")(x)
+
+
+def test_a_person_can_read_it(capsys, monkeypatch):
+    monkeypatch.setattr(aotfunc.debug, "LEVEL", 4)
+    jit(lambda x, b: (x + b).tanh(), backend="cpp")(r(3, 4), r(4))
+    said = capsys.readouterr().err
+    assert "// tanh: float32 = aten.tanh.default(add)" in said and "void k_tanh(" in said
+
+
+# ----- kernels one by one ------------------------------------------------------------------------
+
+
+def kernels_of(f, *args):
+    gm = make_fx(f)(*args)
+    return [
+        schedule(lower(u.nodes, stored(u.nodes), "k"))
+        for u in grouped(gm.graph).units
+        if u.kernel and u.nodes
+    ]
+
+
+def test_a_kernel_prints():
+    (kernel,) = kernels_of(lambda x, b: (x + b).exp().sum(1), r(4, 5), r(5))
+    assert str(kernel) == (
+        "k: for i0<4, i1<5\n"
+        "  v0: float32 = x[5*i0 + i1]\n"
+        "  v1: float32 = b[i1]\n"
+        "  v2: float32 = add(v0, v1)\n"
+        "  v3: float32 = exp(v2)\n"
+        "  v4: float32 = sum[i1](v3)\n"
+        "  sum_1[i0] = v4"
+    )
+
+
+UNARY = [op for op in RULES if len(op._schema.arguments) == 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("op", UNARY, ids=str)
+def test_special_values(op, dtype):
+    """NaN, infinities, signed zeros, numbers near the ends of the range."""
+    x = torch.tensor(SPECIAL * 2, dtype=dtype)
+    if op in (torch.ops.aten.lgamma.default,):
+        x = x[x.abs() != 1e-40]
+    try:
+        want = op(x)
+    except RuntimeError:
+        pytest.skip("not of this dtype")
+    got = jit(lambda x: op(x), backend=EVERY)(x)
+    assert_close(got, want, equal_nan=True)
+    if dtype.is_floating_point and got.dtype is dtype:
+        real = ~want.isnan()
+        assert torch.equal(got[real].signbit(), want[real].signbit())
+
+
+def random_program(seed: int):
+    """An expression of random ops on tensors of random layouts that broadcast."""
+    rng = random.Random(seed)
+    shape = [rng.choice([1, 2, 3, 5, 9, 17]) for _ in range(rng.randint(1, 3))]
+    dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.int64, torch.int32])
+
+    def tensor() -> Tensor:
+        sizes = [1 if rng.random() < 0.25 else n for n in shape][rng.choice([0, 0, 0, 1]) :]
+        steps = [rng.choice([1, 1, 1, 2]) for _ in sizes]
+        t = torch.randn([n * s for n, s in zip(sizes, steps, strict=True)]) * 3
+        t = t.to(dtype)[tuple([slice(None, None, s) for s in steps])]
+        order = list(range(len(sizes)))
+        rng.shuffle(order)
+        back = sorted(order, key=order.__getitem__)
+        return t.permute(order).contiguous().permute(back) if rng.random() < 0.4 else t
+
+    args = [tensor() for _ in range(rng.randint(1, 3))]
+    plan = [
+        (rng.randrange(9), rng.random(), rng.random(), rng.random())
+        for _ in range(rng.randint(2, 9))
+    ]
+
+    def f(*args: Tensor) -> tuple:
+        values = list(args)
+        for kind, i, j, k in plan:
+            a, b = values[int(i * len(values))], values[int(j * len(values))]
+            floating = a.dtype.is_floating_point
+            if kind == 0:
+                values.append(a + b)
+            elif kind == 1:
+                values.append(a * b - 1)
+            elif kind == 2:
+                values.append(torch.where(a > b, a, b * 2))
+            elif kind == 3:
+                values.append(a.tanh() if floating else a.abs())
+            elif kind == 4:
+                values.append(a.sigmoid() * 1.5 if floating else -a)
+            elif kind == 5 and a.dim():
+                values.append(a.sum(int(k * a.dim()), keepdim=k < 0.5))
+            elif kind == 6 and a.dim():
+                values.append(a.amax(int(k * a.dim()), keepdim=True) - a)
+            elif kind == 7 and a.dim() > 1:
+                values.append(a.transpose(0, -1).relu().transpose(0, -1))
+            elif kind == 8:
+                values.append(a.clamp(-1, 1).double() if floating else a.clamp(-1, 1))
+        return tuple(values[len(args) :][-3:]) or (args[0] + 1,)
+
+    return f, args
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_random_programs(first):
+    """Against eager, and each kernel against its interpretation."""
+    for seed in range(first, first + 10):
+        f, args = random_program(seed)
+        try:
+            want = f(*args)
+        except RuntimeError:  # shapes that do not broadcast
+            continue
+        got = jit(f, backend=EVERY)(*args)
+        assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
+        assert [a.stride() for a in got] == [b.stride() for b in want], seed
+        assert [a.dtype for a in got] == [b.dtype for b in want], seed
+
+
+@pytest.mark.parametrize("first", range(100, 130, 10))
+def test_kernels_against_the_interpreter(first):
+    for seed in range(first, first + 10):
+        f, args = random_program(seed)
+        try:
+            f(*args)
+        except RuntimeError:
+            continue
+        for kernel in kernels_of(f, *args):
+            library, names = backend.compiled([kernel])
+            tensors = []
+            for a in kernel.accesses:
+                val = a.tensor.meta["val"]
+                size = 1 + sum((n - 1) * s for n, s in zip(val.shape, val.stride(), strict=True))
+                memory = (torch.randn(max(size, 1)) * 3).to(val.dtype)
+                same = next((t for t, b in tensors if b.tensor is a.tensor), None)
+                tensors.append((memory if same is None else same, a))
+            written = {s.access for s in kernel.stores}
+            apart = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
+            interpret(kernel, apart)
+            ours = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
+            library[names[kernel.name]](rows(kernel), sizes(kernel), ours)
+            for a, b in itertools.zip_longest(ours, apart):
+                assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
