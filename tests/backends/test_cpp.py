@@ -96,6 +96,7 @@ REDUCED = {
     "largest integers": (lambda x: (x * 2).amax(1), torch.arange(-60, 0).reshape(6, 10).int()),
     "counting": (lambda x: (x > 0).sum(1), r(6, 10)),
     "a sum of one": (lambda x: (x * 2).sum(1).sum(0).mean(), r(1, 9)),
+    "dtypes in columns": (lambda x: (x == x.amax(0)).sum(0) * x, r(5, 19)),
     "softmax": (lambda x: torch.softmax(x * 2, -1), r(37, 19)),
     "softmax of columns": (lambda x: torch.softmax(x * 2, 0), r(37, 19)),
     "in the middle": (lambda x: torch.log_softmax(x * 2, 1), r(4, 37, 19)),

@@ -221,7 +221,8 @@ class Printer(Values):
         inside = [e for e in walk(list(values)) if self.kernel.axes(e) & self.inner]
         needed = {a for e in inside for a in e.args} | set(values)
         early = [e for e in walk(list(values)) if e in needed and e not in inside]
-        self.emit([e for e in early if not (self.tiled and self.wide(e))])
+        along = [e for e in early if self.tiled and self.vector in self.kernel.axes(e)]
+        self.emit([e for e in early if e not in along])
         kept = [e for e in early if e not in self.names and not isinstance(e, Const | Load)]
         if not kept:
             return
