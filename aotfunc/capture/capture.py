@@ -108,6 +108,11 @@ def capture(
                     "function that it was made from, or capture inside "
                     'torch.compiler.set_stance("force_eager")'
                 ) from e
+            if str(e) == f"{LEAF}.":
+                raise CaptureError(
+                    f"{LEAF}{at(line_of(e))}. If it is a view of what was written to since: make "
+                    "the view after that write"
+                ) from e
             if "data is not allocated" not in str(e):
                 raise
             raise CaptureError(
@@ -125,6 +130,10 @@ def capture(
     recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded
+
+
+#: what C++ says of leaves; also of views whose memory got a history since, before they are asked
+LEAF = "a leaf Variable that requires grad is being used in an in-place operation"
 
 
 def under_fake_mode() -> bool:

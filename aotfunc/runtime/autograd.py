@@ -21,6 +21,7 @@ from torch.fx import Node
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative
 from ..debug import outside_dynamo
+from ..errors import AotfuncError
 from ..graph import Program, kept_alive
 from ..trace.emit import Builder, remap, remap_dict
 from ..trace.memory import version
@@ -293,10 +294,10 @@ def unchanged(ctx: Any) -> list[Tensor]:
     """The inputs, as autograd would have saved them."""
     for t, before in zip(ctx.inputs, ctx.versions, strict=True):
         if version(t) != before:
-            raise RuntimeError(
+            raise AotfuncError(
                 f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by "
                 "an inplace operation after the call; its backward cannot be differentiated "
-                "(create_graph=True) any more"
+                "(create_graph=True) any more: pass it a clone(), or write after the backward"
             )
     return ctx.inputs
 

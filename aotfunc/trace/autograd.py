@@ -151,14 +151,14 @@ class Autograd:
             t for t in inside if self.reaches(t.ref, outs)
         ]
 
-    def overwrite(self, refs: Sequence[int]) -> None:
+    def overwrite(self, refs: Sequence[int], kin: set[int]) -> None:
         """The last record gave the first of ``refs`` the value of the others: it requires grad
-        still if it did, though nothing of it is left, and has a gradient of zeros. (Copied values
-        are copied to arguments outside, too.)"""
+        still if it did, or one of its ``kin``, though nothing of it is left, and has a gradient of
+        zeros. (Copied values are copied to arguments outside, too.)"""
         active, base = self.active(), self.reach().bases.get(refs[0], refs[0])
         copies = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
         copied = copies and base >= len(self.inputs)
-        if refs[0] in active and (copied or active.isdisjoint(refs[1:])):
+        if not active.isdisjoint((refs[0], *kin)) and (copied or active.isdisjoint(refs[1:])):
             self.overwritten.add(len(self.records) - 1)
 
     def forget(self) -> None:

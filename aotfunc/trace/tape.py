@@ -268,6 +268,20 @@ class Tape:
             self._places = layout([*self.origins, *self.lifted], dims)
         return self._places
 
+    def kin(self, ref: int) -> set[int]:
+        """The tensors from outside that autograd knows as views of the same tensor as the one that
+        ``ref`` shows, and that overlap with it."""
+        root, count = self.root(ref), len(self.inputs)
+        if root >= count or count + len(self.lifted) < 2:
+            return set()
+        places = self.layout()
+        group, _, _, kin = places[root if root >= 0 else count - root - 1]
+        return {
+            i if i < count else count - i - 1
+            for i, p in enumerate(places)
+            if (p.group, p.kin) == (group, kin)
+        }
+
     def root(self, ref: int) -> int:
         """The value whose storage this one shares."""
         return self.roots().of.get(ref, ref)

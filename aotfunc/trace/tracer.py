@@ -113,7 +113,7 @@ class Trace(Answering, TorchDispatchMode):
         elif facts.writes:
             self.mutates = True
             if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
-                self.autograd.overwrite(refs)
+                self.autograd.overwrite(refs, self.kin(refs[0]))
             if facts.reshapes:
                 self.reshapes = True
                 check_reshaped(self, func, args[0], outs)

@@ -119,7 +119,7 @@ BODY: Table = {
         ]
         + [
             "torch.sin({x}, out={y})",
-            "{x}.t().mul_({y})",
+            "{x}.t().mul_({y}.clone())",
             "{x}[0].add_({y})",
             "{x}.lerp_({y}, 0.3)",
             "{any}.mul_(2)",

@@ -397,3 +397,56 @@ def test_what_we_refuse_in_a_backward_is_refused_at_the_call():
     f = jit(hooked(lambda g: g * g.item()))
     with pytest.raises(AotfuncError):
         f(torch.ones(1, requires_grad=True))
+
+
+# ----- what is written to after ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_argument_filled_after_a_view_of_it_got_a_history(way, count):
+    """It requires grad, with a gradient of zeros."""
+
+    def run(C):
+        b, x = torch.ones(3, requires_grad=True), torch.ones(2, 3)
+        views = [x[0] for _ in range(count)]
+
+        def f(x, *views):
+            views[0].sub_(b)
+            x.fill_(0.5)
+
+        C(f)(x, *views)
+        x.sum().backward()
+        return [t.requires_grad for t in (x, *views)], x.detach(), b.grad
+
+    assert_same(run(WAYS[way]), run(lambda f: f))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_second_derivatives_after_an_input_was_written_to(way):
+    w, x = torch.ones(3, requires_grad=True), torch.ones(3)
+
+    def f(x):
+        v = x + 1
+        v.data[0] = 1.0
+        return v / (1 + w.square())
+
+    y = WAYS[way](f)(x)
+    x.mul_(1.5)
+    with pytest.raises(AotfuncError, match=r"modified by an inplace operation.*clone\(\)"):
+        torch.autograd.grad(y.sum(), w, create_graph=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_view_that_is_older_than_the_history_of_its_memory(way):
+    b, x = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True) * 1
+
+    def f(x):
+        v = x.view(-1)
+        x[0] = b
+        v *= 0.5
+        return x * 1
+
+    with pytest.raises(CaptureError, match=r"leaf Variable.*make the view after that write"):
+        WAYS[way](f)(x)
+    assert_same(x.detach(), torch.ones(2, 3))
