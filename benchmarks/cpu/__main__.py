@@ -12,10 +12,11 @@ import platform
 import re
 import statistics
 import subprocess
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks.cpu.columns import EAGER, HEADS, columns, head, own
+from benchmarks.cpu.columns import HEADS, columns, head, own
 from benchmarks.cpu.processes import Cells, first_calls, measured, memory
 from benchmarks.cpu.workloads import Workload, workloads
 from benchmarks.measure import DOCS, Report, arguments, ms
@@ -127,6 +128,23 @@ def tables(report: Report, chosen: dict[str, Workload], found: dict[str, Cells],
         report.note("Not timed:\n\n" + "\n".join(reasons))
 
 
+def lacking(cells: Cells, key: str, names: list[str]) -> list[str]:
+    """The columns that neither have this measurement nor a reason for having none."""
+    return [c for c in names if not cells.get(c, {}).keys() & {key, "why"}]
+
+
+def add(cells: Cells, measure: Callable[[dict, float], Cells], task: dict) -> None:
+    """Measure the task's columns and put what is found into the workload's cells."""
+    if not task["columns"]:
+        return
+    try:
+        new = measure(task, 900)
+    except RuntimeError as e:
+        new = {task["columns"][0]: {"why": [str(e)]}}
+    for column, cell in new.items():
+        cells[column] = cells.get(column, {}) | cell
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="", metavar="REGEX", help="workloads by name or group")
@@ -147,24 +165,17 @@ def main() -> None:
     loads = kept.setdefault("loads", [])
     for name, w in chosen.items():
         task = {"name": name, "columns": names, "quick": options.quick, "mode": "time"}
-        task |= {"repeats": 2 if options.quick else 15, "budget_s": options.budget}
-        compiling = [c for c in names if c in ("compile", "jax") or c in own()]
-        parts = [(measured, names, "seconds", True)]
-        parts += [(memory, names, "bytes", options.memory)]
-        parts += [(first_calls, compiling, "first", options.cold and w.cold)]
-        for measure, those, key, wanted in parts:
-            cells = found.setdefault(name, {})
-            if not wanted or any(key in cell for cell in cells.values()):
-                continue
-            try:
-                new = measure(task | {"columns": those, "skip": []}, 900)
-            except RuntimeError as e:
-                new = {EAGER: {"why": [str(e)]}}
-            for column, cell in new.items():
-                cells.setdefault(column, {}).update(cell)
+        task |= {"skip": [], "repeats": 2 if options.quick else 15, "budget_s": options.budget}
+        cells = found.setdefault(name, {})
+        if lacking(cells, "seconds", names):  # side by side: all of them
+            add(cells, measured, task)
+        if options.memory:
+            add(cells, memory, task | {"columns": lacking(cells, "bytes", names)})
+        if options.cold and w.cold:
+            compiling = [c for c in names if c in ("compile", "jax") or c in own()]
+            add(cells, first_calls, task | {"columns": lacking(cells, "first", compiling)})
         loads.append(os.getloadavg()[0])
-        shown = {c: time_cell(found[name], c) for c in names}
-        print(name, shown, flush=True)
+        print(name, {c: time_cell(cells, c) for c in names}, flush=True)
         if options.keep:
             options.keep.write_text(json.dumps(kept, indent=1))
     report = Report(
@@ -172,7 +183,8 @@ def main() -> None:
     )
     report.path = DOCS / "performance.md"
     report.note(
-        f"{date.today()}, commit {commit()}, {processor()}; load {min(loads):.1f} to {max(loads):.1f}."
+        f"{date.today()}, commit {commit()}, {processor()}; load {min(loads):.1f} to "
+        f"{max(loads):.1f}."
     )
     for line in METHOD:
         report.note(line)
