@@ -82,20 +82,14 @@ def compile_graph(
         if n.target is operator.getitem:
             lines.append(f"{n.name} = {literal(n.args[0])}[{n.args[1]}]")
         else:
-            quick = n.target in BINDINGS and binds_one_overload(n)
-            name = targets.get((n.target, quick))
+            call = called(n)
+            name = targets.get(call)
             if name is None:
-                name = targets[n.target, quick] = outside(
-                    entry(n.target, quick), f"f{len(targets)}"
-                )
+                name = targets[call] = outside(call, f"f{len(targets)}")
             given = n.args if sized is None else sized.get(n, n.args)
             args = [literal(a) for a in given] + [f"{k}={literal(v)}" for k, v in n.kwargs.items()]
             lines.append(f"{n.name} = {name}({', '.join(args)})")
-            if (
-                isinstance(n.target, OpOverload)
-                and n.target.namespace not in OURS
-                and sized is None
-            ):
+            if sized is None and unsure(n):
                 lines.append(f"{n.name} = {literal(functools.partial(as_said, n))}({n.name})")
             if debug.LEVEL >= 2 and sized is None:
                 lines.append(f"{literal(functools.partial(compare, n))}({n.name})")
@@ -153,10 +147,19 @@ def binds_one_overload(n: Node) -> bool:
     )
 
 
-def entry(target: Any, quick: bool) -> Callable:
+def called(n: Node) -> Callable:
     """What is called for a node: the overload's C entry (``OpOverload.__call__`` adds a Python
     frame), or a binding."""
-    return BINDINGS[target] if quick else target._op if isinstance(target, OpOverload) else target
+    target = n.target
+    if not isinstance(target, OpOverload):
+        return target
+    binding = BINDINGS.get(target)
+    return binding if binding is not None and binds_one_overload(n) else target._op
+
+
+def unsure(n: Node) -> bool:
+    """Whether the result may be laid out otherwise than the graph says."""
+    return isinstance(n.target, OpOverload) and n.target.namespace not in OURS
 
 
 def as_said(n: Node, value: Any) -> Any:

@@ -1,21 +1,21 @@
-"""A graph that may run once only: its nodes are called one by one, and Python is generated when
-it turns out to run often."""
+"""A graph that may run a few times only: a list of calls, gone through at each run. Python is
+generated when it turns out to run often."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
+from torch.fx import Node
 
 from .. import debug
-from ..trace.emit import remap, remap_dict
-from .eager import OURS, as_said, compare, compile_graph, entry, last_uses
+from .eager import as_said, called, compare, compile_graph, last_uses, unsure
 
-#: a run of generated code saves a microsecond or two for each node, and 50 are spent to make it
-OFTEN = 5
+#: a run of generated code saves half a microsecond for each node, and 30 are spent to make it
+OFTEN = 50
 
 
 class Interpreted:
@@ -23,45 +23,91 @@ class Interpreted:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph, self.runs = graph, 0
-        self.code: Callable[..., tuple] | None = None
+        self.run: Callable[..., tuple] | None = None
 
     def __call__(self, *inputs: Any) -> tuple:
-        if self.code is not None:
-            return self.code(*inputs)
         self.runs += 1
-        if self.runs < OFTEN and debug.LEVEL < 4:  # 4 prints the code
-            return interpreted(self.graph, inputs)
-        self.code = compile_graph(self.graph)
-        return self.code(*inputs)
+        if self.run is None:
+            shown = debug.LEVEL >= 4  # the code
+            self.run = compile_graph(self.graph) if shown else Calls(self.graph)
+        elif self.runs >= OFTEN and self.run.__class__ is Calls:
+            self.run = compile_graph(self.graph)
+        return self.run(*inputs)
 
 
-def interpreted(graph: fx.Graph, inputs: tuple) -> tuple:
-    """The outputs for these inputs, with each value dropped after its last use."""
-    last, feed = last_uses(graph), iter(inputs)
-    env: dict[fx.Node, Any] = {}
-    for n in graph.nodes:
-        target = n.target
-        if n.op == "placeholder":
-            env[n] = next(feed)
-            if debug.LEVEL >= 2 and n.meta.get("role") != "tangent":
-                compare(n, env[n])
-            continue
-        if n.op == "output":
-            return tuple(remap(n.args[0], env))
-        if n.op == "get_attr":
-            env[n] = getattr(graph.owning_module, target)
-            continue
-        args = remap(n.args, env)
-        if target is operator.getitem:
-            value = args[0][args[1]]
-        else:
-            value = entry(target, False)(*args, **remap_dict(n.kwargs, env))
-            if isinstance(target, OpOverload) and target.namespace not in OURS:
-                value = as_said(n, value)
-            if debug.LEVEL >= 2:
-                compare(n, value)
-        env[n] = value
-        del args, value
-        for dead in last.get(n, ()):
-            del env[dead]
-    raise AssertionError("a graph ends with its output")
+class Calls:
+    """The calls of a graph in order. Each takes its arguments from a list of values, literals
+    among them, puts its result there, and drops what is not read any more."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        self.places = {n: i for i, n in enumerate(inputs)}
+        self.start: list[Any] = [None] * len(inputs)  # the list before the first call
+        self.steps: list[tuple[Callable, list[int], dict[str, int], int, list[int]]] = []
+        self.lists: list[int] = []  # where those are that the next call takes
+        last = last_uses(graph)
+        for n in graph.nodes:
+            if n.op == "output":
+                self.outputs = [self.place(a) for a in n.args[0]]
+            elif n.op == "placeholder":
+                if debug.LEVEL >= 2 and n.meta.get("role") != "tangent":
+                    look = partial(compare, n)
+                    self.steps.append((look, [self.places[n]], {}, self.new(None), []))
+            elif n.op == "get_attr":
+                self.places[n] = self.new(getattr(graph.owning_module, n.target))
+            else:
+                args = [self.place(a) for a in n.args]
+                kwargs = {k: self.place(a) for k, a in n.kwargs.items()}
+                self.places[n] = out = self.new(None)
+                dead = [self.places[d] for d in last.get(n, ())]
+                self.steps.append((call_of(n), args, kwargs, out, [*dead, *self.lists]))
+                self.lists.clear()
+
+    def new(self, value: Any) -> int:
+        self.start.append(value)
+        return len(self.start) - 1
+
+    def place(self, a: Any) -> int:
+        """Where an argument is found; a list with nodes in it is made by a call of its own."""
+        if a.__class__ is Node:
+            return self.places[a]
+        if isinstance(a, list | tuple) and any(isinstance(x, Node | list | tuple) for x in a):
+            parts = [self.place(x) for x in a]
+            out = self.new(None)
+            self.steps.append((listed, parts, {}, out, []))
+            self.lists.append(out)
+            return out
+        return self.new(list(a) if isinstance(a, list | tuple) else a)
+
+    def __call__(self, *inputs: Any) -> tuple:
+        values = self.start.copy()
+        values[: len(inputs)] = inputs
+        for call, args, kwargs, out, dead in self.steps:
+            if kwargs:
+                named = {k: values[i] for k, i in kwargs.items()}
+                values[out] = call(*[values[i] for i in args], **named)
+            else:
+                values[out] = call(*[values[i] for i in args])
+            for i in dead:
+                values[i] = None
+        return tuple([values[i] for i in self.outputs])
+
+
+def listed(*parts: Any) -> list:
+    return list(parts)
+
+
+def call_of(n: Node) -> Callable:
+    call = called(n)
+    if n.target is operator.getitem or not (unsure(n) or debug.LEVEL >= 2):
+        return call
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        value = call(*args, **kwargs)
+        if unsure(n):
+            value = as_said(n, value)
+        if debug.LEVEL >= 2:
+            compare(n, value)
+        return value
+
+    return checked

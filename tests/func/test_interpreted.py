@@ -1,4 +1,4 @@
-"""A graph gives the same results on the runs that are interpreted and on those of its code."""
+"""A graph gives the same results on the runs that go through its calls and on those of its code."""
 
 import weakref
 
@@ -7,7 +7,7 @@ import torch
 
 from aotfunc import grad, jvp, vmap
 from aotfunc.backends import interpret
-from aotfunc.backends.interpret import OFTEN, Interpreted, interpreted
+from aotfunc.backends.interpret import OFTEN, Calls, Interpreted
 from aotfunc.trace.emit import Builder
 from aotfunc.trace.shapes.sig import sig_of
 from tests.inputs import f64
@@ -61,10 +61,10 @@ def test_values_are_dropped_after_their_last_use(monkeypatch):
     x, b = torch.randn(3), Builder()
     made, alive = [], []
 
-    def watched(target, quick):
-        def call(value):
+    def watched(node):
+        def call(*args):
             alive.append(sum(ref() is not None for ref in made))
-            out = target(value)
+            out = node.target(*args)
             made.append(weakref.ref(out))
             return out
 
@@ -73,7 +73,8 @@ def test_values_are_dropped_after_their_last_use(monkeypatch):
     n = b.placeholder("x", sig_of(x))
     for op in (aten.sin, aten.cos, aten.exp, aten.tanh):
         n = b.call(op.default, n)
-    monkeypatch.setattr(interpret, "entry", watched)
-    (out,) = interpreted(b.finish([n]), (x,))
-    assert out.equal(x.sin().cos().exp().tanh())
-    assert alive == [0, 1, 1, 1]  # what the op itself reads
+    n = b.call(aten.neg.default, b.call(aten.cat.default, [n, n]))
+    monkeypatch.setattr(interpret, "call_of", watched)
+    (out,) = Calls(b.finish([b.call(aten.exp.default, n)]))(x)
+    assert out.equal(x.sin().cos().exp().tanh().repeat(2).neg().exp())
+    assert alive == [0, 1, 1, 1, 1, 1, 1]  # what the op itself reads
