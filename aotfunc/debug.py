@@ -36,15 +36,26 @@ _is_user: dict[str, bool] = {}  # by file: a code object that Dynamo made need n
 
 
 class Line(NamedTuple):
-    """A place in the user's code, rendered when it is read."""
+    """A place in the user's code, by the offset of an instruction: which line that is takes time
+    to find, and is found when it is read."""
 
     code: CodeType
-    number: int
+    offset: int
+
+    @property
+    def number(self) -> int:
+        for start, end, number in self.code.co_lines():
+            if start <= self.offset < end and number is not None:
+                return number
+        return self.code.co_firstlineno
 
     def __str__(self) -> str:
         text = linecache.getline(self.code.co_filename, self.number).strip()
         where = f"{os.path.basename(self.code.co_filename)}:{self.number} in {self.code.co_name}"
         return f"{where}: {text}" if text else where
+
+
+_make = tuple.__new__  # Line(...) adds a Python frame
 
 
 def user_line(depth: int = 1) -> Line | None:
@@ -57,7 +68,7 @@ def user_line(depth: int = 1) -> Line | None:
         if mine is None:
             mine = _is_user[name] = not name.startswith(_NOT_THE_USERS)
         if mine:
-            return Line(code, frame.f_lineno)
+            return _make(Line, (code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
@@ -79,7 +90,7 @@ def line_of(error: BaseException) -> Line | None:
     while step is not None:
         name = step.tb_frame.f_code.co_filename
         if not name.startswith((_OURS, _TORCH, "<frozen")):
-            found = Line(step.tb_frame.f_code, step.tb_lineno)
+            found = Line(step.tb_frame.f_code, step.tb_lasti)
         step = step.tb_next
     return found
 
@@ -93,7 +104,7 @@ def line_in_a_rule(error: BaseException) -> Line | None:
         if not name.startswith(_NOT_THE_USERS) or (
             name.startswith(_RULES) and name != _RULES + "table.py"
         ):
-            found = Line(step.tb_frame.f_code, step.tb_lineno)
+            found = Line(step.tb_frame.f_code, step.tb_lasti)
         step = step.tb_next
     return found
 

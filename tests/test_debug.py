@@ -155,3 +155,16 @@ def test_levels(level):
     )
     assert ("# vjp: 1 nodes\ndef vjp(x):" in done.stderr) == (level >= 3)
     assert ("    cos = f0(x)\n" in done.stderr) == (level >= 4)
+
+
+def test_the_line_is_found_from_the_offset_of_its_instruction():
+    def lines():
+        yield debug.user_line()
+        yield (
+            1,
+            debug.user_line(),
+        )[1]
+
+    first = lines.__code__.co_firstlineno
+    assert [line.number - first for line in lines()] == [1, 4]
+    assert debug.Line(lines.__code__, 0).number == first

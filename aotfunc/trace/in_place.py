@@ -126,14 +126,7 @@ def check_reshaped(trace: Trace, op: OpOverload, t: Tensor, new: Sig) -> None:
 
 def refresh(t: Traced, sig: Sig) -> None:
     """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
-    fresh = _wrapper(
-        Traced,
-        sig.shape,
-        strides=sig.stride,
-        storage_offset=sig.offset,
-        dtype=sig.dtype,
-        device=sig.device,
-    )
+    fresh = _wrapper(Traced, *sig.form)
     with quiet():
         torch._C.TensorBase.data.__set__(t, fresh)
     t.sig = sig

@@ -55,8 +55,8 @@ def generic(x: float) -> bool:
 
 
 def bits_of(numbers: Iterable[float]) -> tuple:
-    """What numbers have in common that are the same."""
-    return tuple([(x.__class__, float(x).hex()) for x in numbers])
+    """What numbers have in common that are the same; none is a zero or NaN, see generic."""
+    return tuple([(x.__class__, x) for x in numbers])
 
 
 def with_tensor(op: OpOverload, args: tuple) -> tuple[OpOverload, tuple]:
@@ -65,13 +65,13 @@ def with_tensor(op: OpOverload, args: tuple) -> tuple[OpOverload, tuple]:
     return (aten.sub.Tensor, args[::-1]) if form is aten.rsub.Tensor else (form, args)
 
 
-def has_number(op: OpOverload, args: tuple) -> bool:
-    """Whether the call is of a tensor and a number, which may be an input."""
-    return (
-        op in FORMS
-        and len(args) == 2
-        and isinstance(args[0], Tensor) is not isinstance(args[1], Tensor)
-    )
+#: those ops, by what they call, which hashes in C
+TAKES_NUMBER = frozenset(op._op for op in FORMS)
+
+
+def beside_tensor(args: tuple) -> bool:
+    """Whether a number among these arguments is one of two, and the other is a tensor."""
+    return len(args) == 2 and (isinstance(args[0], Tensor) or isinstance(args[1], Tensor))
 
 
 def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:

@@ -111,17 +111,7 @@ class Tape:
                 False
             ):  # a traced value of inference mode could not be a view of an argument
                 return self.new(sig)
-        if sig.plain:
-            t = _wrapper(Traced, sig.shape, dtype=sig.dtype, device=sig.device)
-        else:
-            t = _wrapper(
-                Traced,
-                sig.shape,
-                strides=sig.stride,
-                storage_offset=sig.offset,
-                dtype=sig.dtype,
-                device=sig.device,
-            )
+        t = _wrapper(Traced, *sig.form)
         t.tracer = self
         t.ref = self.count
         t.sig = sig

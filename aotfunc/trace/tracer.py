@@ -24,7 +24,7 @@ from .in_place import OVERWRITES, check_reshaped, write_results
 from .learning import follows_default, learn
 from .records import written_slots
 from .replay import Answering
-from .scalars import FIRST, NUMBER, generic, has_number
+from .scalars import FIRST, NUMBER, TAKES_NUMBER, beside_tensor, generic
 from .shapes.instr import SIMPLE, Instr, encode, env_key, intern, interned
 from .shapes.sig import Sig, Slot
 from .special import SPECIAL
@@ -59,32 +59,30 @@ class Trace(Answering, TorchDispatchMode):
             )
             if done is not NotImplemented:
                 return done
-        key = [call]
+        key: list[Any] = [call]
         refs: list[int] = []
-        sigs: list[Sig] = []
         add = key.append
-        lifts, count = self.lifts_numbers and not kwargs, len(self.numbers)
+        count = len(self.numbers)
+        lifts = self.lifts_numbers and call in TAKES_NUMBER and not kwargs
         for a in args:
             cls = a.__class__
             if cls is Traced and a.tracer is self:
                 refs.append(a.ref)
                 add(a.sig)
-                sigs.append(a.sig)
-            elif lifts and (cls is float or cls is int) and generic(a) and has_number(func, args):
+            elif lifts and (cls is float or cls is int) and generic(a) and beside_tensor(args):
                 refs.append(FIRST - len(self.numbers))
                 self.numbers.append(a)
                 add(cls)
                 add(NUMBER)
-                sigs.append(NUMBER)
             elif cls in SIMPLE:
                 add(cls)
                 add(a)
             elif cls is float:
                 add(a.hex())
             else:
-                encode(a, key, self._sink(refs, sigs))
+                encode(a, key, self._sink(refs))
         if kwargs:
-            sink = self._sink(refs, sigs)
+            sink = self._sink(refs)
             for k, v in kwargs.items():
                 add(k)
                 encode(v, key, sink)
@@ -93,14 +91,18 @@ class Trace(Answering, TorchDispatchMode):
         frozen = tuple(key)
         instr = interned(frozen)
         if instr is None:
-            instr = learn(self, frozen, func, args, kwargs or {}, tuple(sigs))
-        if instr.number is None and len(self.numbers) > count:
+            sigs = tuple([k for k in key if k.__class__ is Sig])
+            instr = learn(self, frozen, func, args, kwargs or {}, sigs)
+        if lifts and instr.number is None and len(self.numbers) > count:
             return self._with_literal(func, types, args, count)
         if env[0] is not self.dtype and follows_default(instr, kwargs or {}):
             return self._with_dtype(instr, types, args, kwargs or {})
         line = debug.user_line(2)
         self.records.append((instr, tuple(refs), _grad_enabled(), self.region, line))
         outs = instr.outs
+        if instr.simple:
+            t = self.new(outs)
+            return t if _tangents_enabled() else self.without_tangents(t)
         facts = instr.facts
         if facts.random:
             self.seeds.draw([instr])
@@ -127,14 +129,13 @@ class Trace(Answering, TorchDispatchMode):
             else self.without_tangents(results)
         )
 
-    def _sink(self, refs: list[int], sigs: list[Sig]) -> Callable[[Tensor], tuple[Slot, Sig]]:
+    def _sink(self, refs: list[int]) -> Callable[[Tensor], tuple[None, Sig]]:
         """How to encode a tensor among the arguments."""
 
-        def sink(t: Tensor) -> tuple[Slot, Sig]:
+        def sink(t: Tensor) -> tuple[None, Sig]:
             ref, sig = self.ref_of(t)
             refs.append(ref)
-            sigs.append(sig)
-            return Slot(len(sigs) - 1), sig
+            return None, sig
 
         return sink
 

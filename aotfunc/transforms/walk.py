@@ -143,7 +143,7 @@ def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
         raise RuleError(f"no {kind} rule for {n.target}{at(n.meta.get('line'))}: {e}") from None
     except Exception as e:
         code = inspect.unwrap(rule).__code__
-        place = line_in_a_rule(e) or Line(code, code.co_firstlineno)
+        place = line_in_a_rule(e) or Line(code, 0)
         line = at(n.meta.get("line"))
         raise RuleError(
             f"the {kind} rule of {n.target} ({place}) failed{line}: {type(e).__name__}: "

@@ -25,9 +25,12 @@ class Instr:
     """An op with its literals and argument signatures, and what it returns: interned. ``anywhere``
     is that of the same call at the beginning of every storage, where that makes a difference to
     the signatures alone; ``number`` the dtype with which a Python number among its arguments may
-    be a tensor."""
+    be a tensor; ``simple``, that it makes one new tensor of others, and does nothing else."""
 
-    __slots__ = ("anywhere", "args", "facts", "kwargs", "made", "number", "op", "outs", "sigs")
+    __slots__ = (
+        *("op", "args", "kwargs", "sigs", "outs", "facts", "anywhere"),
+        *("number", "made", "simple"),
+    )
 
     def __init__(
         self,
@@ -39,10 +42,13 @@ class Instr:
         anywhere: Instr | None = None,
     ) -> None:
         self.op, self.args, self.kwargs, self.sigs, self.outs = op, args, kwargs, sigs, outs
-        self.facts = Facts(op)
+        self.facts = facts = Facts(op)
         self.anywhere = anywhere
         self.number: torch.dtype | None = None
         self.made: list[Sig] | None = None  # see records.result_sigs
+        self.simple = outs.__class__ is Sig and bool(
+            sigs and facts.pure and not (facts.random or facts.factory)
+        )
 
     def __repr__(self) -> str:
         return f"{self.op}{self.args}"

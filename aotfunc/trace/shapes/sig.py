@@ -22,7 +22,7 @@ class Sig:
     """Shape, stride, dtype, device and storage offset of a tensor; interned, so ``is``
     compares."""
 
-    __slots__ = ("device", "dtype", "offset", "plain", "proto", "shape", "stride")
+    __slots__ = ("device", "dtype", "form", "offset", "plain", "proto", "shape", "stride")
 
     def __init__(
         self, shape: tuple, stride: tuple, dtype: torch.dtype, device: torch.device, offset: int
@@ -35,6 +35,9 @@ class Sig:
             offset,
         )
         self.plain = offset == 0 and stride == contiguous_stride(shape)
+        #: what a tensor without data is made with, after its class
+        laid = (None, None) if self.plain else (stride, offset)
+        self.form = (shape, *laid, None, dtype, torch.strided, device)
         with torch._C._DisableTorchDispatch():
             self.proto = self.fresh()
 
