@@ -10,7 +10,6 @@ import ctypes
 import functools
 import math
 import os
-import sys
 import warnings
 from array import array
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ...debug import LEVEL
 from ...errors import BackendWarning, CompilerError
 from . import native, toolchain
+from .fastcall import Unlike, address, check_objects, function, word
 
 #: the shape, strides and dtype of a tensor
 Output = tuple[Sequence[int], Sequence[int], torch.dtype]
@@ -102,21 +102,6 @@ def inputs_of(order: Sequence[int], outputs: Sequence[Output]) -> int:
 # ----- the native form ---------------------------------------------------------------------------
 
 
-class Method(ctypes.Structure):
-    """CPython's PyMethodDef."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("function", ctypes.c_void_p),
-        ("flags", ctypes.c_int),
-        ("doc", ctypes.c_char_p),
-    ]
-
-
-#: METH_FASTCALL
-FASTCALL = 0x80
-
-
 @functools.cache
 def native_form() -> Native | None:
     """What makes a native function of a plain launch, if it can be had here; with AOTFUNC_DEBUG a
@@ -127,10 +112,6 @@ def native_form() -> Native | None:
         if LEVEL:
             warnings.warn(f"kernels are called in Python, not natively: {e}", BackendWarning)
         return None
-
-
-class Unlike(Exception):
-    """This Python or PyTorch is unlike those that ``launch.cpp`` knows."""
 
 
 class Native:
@@ -144,10 +125,6 @@ class Native:
         source = (native.HERE / "launch.cpp").read_text()
         library = ctypes.CDLL(str(native.built(source)))
         self.launch = address(library.aot_launch)
-        self.make = ctypes.pythonapi.PyCFunction_NewEx
-        self.make.argtypes = (ctypes.POINTER(Method), ctypes.py_object, ctypes.py_object)
-        self.make.restype = ctypes.py_object
-        self.methods: dict[str, Method] = {}  # the functions refer to them
         names = {d: f"aoti_torch_dtype_{str(d).removeprefix('torch.')}" for d in DTYPES}
         self.dtypes = {d: shim[name]() for d, name in names.items() if hasattr(shim, name)}
         for name, x in (
@@ -172,11 +149,7 @@ class Native:
         for shape, strides, dtype in outputs:
             plan += [self.dtypes[dtype], len(shape), *shape, *strides]
         name = kernel.function.__name__
-        method = self.methods.get(name)
-        if method is None:
-            made = Method(name.encode(), self.launch, FASTCALL, None)
-            method = self.methods.setdefault(name, made)
-        return self.make(method, (array("q", plan).tobytes(), plain), __name__)
+        return function(name, self.launch, (array("q", plan).tobytes(), plain), __name__)
 
     def first(self, kernel: native.Kernel) -> None:
         """See that a launch works. Raises Unlike."""
@@ -190,22 +163,13 @@ class Native:
                 raise Unlike("a first launch gave something else than it should")
 
 
-def address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
 def offset_of_tensors() -> int:
     """Where a Python tensor has its ``at::Tensor``. Raises Unlike where that does not show."""
-    if sys.implementation.name != "cpython" or object.__basicsize__ != 16:
-        raise Unlike("objects of this Python are laid out in another way")
-
-    def word(x: Any, offset: int) -> int | None:
-        return ctypes.c_void_p.from_address(id(x) + offset).value
-
+    check_objects()
     x = torch.zeros(2)
     several = (x, x[1:], x.detach().requires_grad_(), nn.Parameter(x))
     within = range(16, Tensor.__basicsize__ - 7, 8)
     found = [o for o in within if all(word(t, o) == t._cdata for t in several)]
-    if len(found) != 1 or any(word(t, 8) != id(type(t)) for t in several):
+    if len(found) != 1:
         raise Unlike("tensors of this PyTorch are laid out in another way")
     return found[0]
