@@ -1,8 +1,9 @@
-"""The quick check that a state is as it was: generated Python that also fetches its tensors by
-their paths."""
+"""The quick check that a state is as it was, which also fetches its tensors by their paths:
+generated Python, and native code after many calls where there is a C++ compiler."""
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -16,6 +17,9 @@ from .containers import content
 from .keys import tensor_facts
 from .state import State
 
+#: calls after which a check of so many lines becomes native; a compiler runs once on a machine
+MANY, LARGE = 1000, 100
+
 _code = Cache(256)  # by source: entries of one function often have the same check
 
 
@@ -26,6 +30,7 @@ class Check:
     def __init__(self, state: State) -> None:
         self.source = ""
         self.space: dict[str, Any] = {}
+        self.native = False
         self.renew(state)
 
     def renew(self, state: State) -> None:
@@ -37,11 +42,34 @@ class Check:
         )
         if source == self.source:
             self.space.update(found)
+            if self.native:
+                self.quicken(state.lines, state.paths)
             return
         space = {"is_": is_, "content": content, "unbound": unbound, **found}
         exec(_code.once(source, lambda: compile(source, "<check>", "exec")), space)
-        self.tensors: Callable[[Callable, Sequence[Any]], tuple | None] = space["tensors"]
-        self.source, self.space = source, space
+        self.python: Callable[[Callable, Sequence[Any]], tuple | None] = space["tensors"]
+        self.source, self.space, self.native = source, space, False
+        self.tensors = self.python
+        if len(state.lines) >= LARGE:
+            self.count(state.lines, state.paths)
+
+    def count(self, lines: Sequence[str], paths: Sequence[str]) -> None:
+        """Let the check become native after many calls."""
+        python, calls = self.python, itertools.count(1)
+
+        def tensors(f: Callable, objects: Sequence[Any]) -> tuple | None:
+            if next(calls) == MANY and self.python is python:
+                self.quicken(lines, paths)
+            return python(f, objects)
+
+        self.tensors = tensors
+
+    def quicken(self, lines: Sequence[str], paths: Sequence[str]) -> None:
+        """Make the check native, if that is to be had."""
+        from .native import native_check  # most calls are no such many
+
+        quick = native_check(self.source, lines, paths, self.python, self.space)
+        self.native, self.tensors = quick is not None, quick or self.python
 
 
 def check_source(state: State) -> str:

@@ -1,0 +1,188 @@
+// A check of the state, step by step: see native.py. Every step does what its line of Python does,
+// through the same functions of CPython, whose stable ABI is declared here.
+
+typedef __INT64_TYPE__ int64_t;
+typedef __INT32_TYPE__ int32_t;
+
+struct Object {  // fastcall.py has seen that these are so
+  int64_t references;
+  void *type;
+};
+struct Tuple : Object {
+  int64_t length;
+  Object *elements[];
+};
+
+extern "C" {
+void *PyMem_Malloc(int64_t);
+void PyMem_Free(void *);
+char *PyBytes_AsString(Object *);
+Object *PyTuple_New(int64_t);
+Object *PyDict_GetItemWithError(Object *, Object *);
+int64_t PyDict_Size(Object *);
+Object *PyObject_GetItem(Object *, Object *);
+Object *PyObject_GetAttr(Object *, Object *);
+Object *PyObject_GenericGetDict(Object *, void *);
+Object *PyObject_CallNoArgs(Object *);
+Object *PyObject_Vectorcall(Object *, Object *const *, int64_t, Object *);
+int PyObject_IsTrue(Object *);
+int64_t PyObject_Size(Object *);
+int PySequence_Contains(Object *, Object *);
+void PyErr_Clear();
+Object *PyErr_Occurred();
+int PyErr_ExceptionMatches(Object *);
+extern Object *PyExc_Exception;
+void Py_IncRef(Object *);
+void Py_DecRef(Object *);
+
+Object *aot_dict, *aot_ordered_dict, *aot_none;  // set by native.py
+}
+
+// The steps, numbered as in native.py. `a`, `b` and `to` are registers, or constants where negative.
+enum Op {
+  ITEM,        // to = a[b]
+  ATTRIBUTE,   // to = getattr(a, b); a.__dict__ as Python keeps it where b is None
+  TYPE,        // to = type(a)
+  CALL,        // to = a()
+  PYTHON,      // b, … = a(…), with the registers and numbers at `to`
+  SAME,        // a is b
+  ITEM_SAME,   // a[b] is to
+  TYPE_SAME,   // type(a) is b
+  ABSENT,      // b not in a
+  FALSE,       // not a
+  ITEM_FALSE,  // not a[b]
+  LENGTH,      // len(a) == to
+};
+struct Step {
+  int32_t op, to, a, b;
+};
+
+// packed by native.py: after the steps come the registers of the tensors, and what PYTHON steps need
+struct Program {
+  int64_t steps, registers, tensors;
+  Step rest[];
+};
+
+static bool is(Object *x, Object *type) { return x->type == type; }
+
+static Object *at(int32_t i, Object *const *constants, Object *const *registers) {
+  return i < 0 ? constants[~i] : registers[i];
+}
+
+static Object *kept(Object *x) {
+  if (x) Py_IncRef(x);
+  return x;
+}
+
+// x[key], and whether that is another object than y
+static bool other_item(Object *x, Object *key, Object *y) {
+  if (is(x, aot_dict)) return PyDict_GetItemWithError(x, key) != y;
+  Object *found = PyObject_GetItem(x, key);
+  if (found) Py_DecRef(found);
+  return found != y;
+}
+
+static bool not_false(Object *x) {
+  if (is(x, aot_dict) || is(x, aot_ordered_dict)) return PyDict_Size(x);
+  return PyObject_IsTrue(x);  // an error, -1, counts too
+}
+
+static bool item_not_false(Object *x, Object *key) {
+  Object *found = is(x, aot_dict) ? kept(PyDict_GetItemWithError(x, key)) : PyObject_GetItem(x, key);
+  bool yes = !found || not_false(found);
+  if (found) Py_DecRef(found);
+  return yes;
+}
+
+// Lines that are left to Python: a function of some registers to a tuple for those from `first` on.
+static bool python(
+    Object *f, const int32_t *words, Object *const *k, Object **r, int32_t first) {
+  int64_t given = words[0], made = words[1];
+  Object **args = (Object **)__builtin_alloca((given + 1) * sizeof(Object *));
+  for (int64_t i = 0; i < given; i++) args[i] = at(words[2 + i], k, r);
+  Object *found = PyObject_Vectorcall(f, args, given, 0);
+  if (!found) return false;
+  bool yes = found != aot_none;
+  for (int64_t i = 0; yes && i < made; i++) r[first + i] = kept(((Tuple *)found)->elements[i]);
+  Py_DecRef(found);
+  return yes;
+}
+
+// The tensors, or null where the state is another one, or an error was raised.
+static Object *checked(const Program *p, Object *const *k, Object **r, Object *alike) {
+  const int32_t *words = (const int32_t *)(p->rest + p->steps);
+  for (const Step *s = p->rest, *end = s + p->steps; s < end; s++) {
+    Object *a = at(s->a, k, r), *b = at(s->b, k, r), *x = 0;
+    switch (s->op) {
+      case ITEM:
+        x = is(a, aot_dict) ? kept(PyDict_GetItemWithError(a, b)) : PyObject_GetItem(a, b);
+        break;
+      case ATTRIBUTE:
+        x = b == aot_none ? PyObject_GenericGetDict(a, 0) : PyObject_GetAttr(a, b);
+        break;
+      case TYPE: x = kept((Object *)a->type); break;
+      case CALL: x = PyObject_CallNoArgs(a); break;
+      case PYTHON:
+        if (!python(a, words + s->to, k, r, s->b)) return 0;
+        continue;
+      case SAME:
+        if (a != b) return 0;
+        continue;
+      case ITEM_SAME:
+        if (other_item(a, b, at(s->to, k, r))) return 0;
+        continue;
+      case TYPE_SAME:
+        if (a->type != b) return 0;
+        continue;
+      case ABSENT:
+        if (PySequence_Contains(a, b)) return 0;
+        continue;
+      case FALSE:
+        if (not_false(a)) return 0;
+        continue;
+      case ITEM_FALSE:
+        if (item_not_false(a, b)) return 0;
+        continue;
+      case LENGTH:
+        if (PyObject_Size(a) != s->to) return 0;
+        continue;
+    }
+    if (!x) return 0;
+    r[s->to] = x;
+  }
+  Tuple *found = (Tuple *)PyTuple_New(p->tensors);
+  if (!found) return 0;
+  for (int64_t i = 0; i < p->tensors; i++) found->elements[i] = kept(at(words[i], k, r));
+  if (p->tensors) {
+    Object *same = PyObject_Vectorcall(alike, found->elements, p->tensors, 0);
+    bool yes = same && PyObject_IsTrue(same) == 1;
+    if (same) Py_DecRef(same);
+    if (!yes) {
+      Py_DecRef(found);
+      return 0;
+    }
+  }
+  return found;
+}
+
+// `self` is the program, its constants, the comparison of metadata, and the check in Python, which
+// has the word on every state that is not found to be the same
+extern "C" Object *aot_check(Object *self, Object *const *args, int64_t count) {
+  Object **of = ((Tuple *)self)->elements;
+  const Program *p = (const Program *)PyBytes_AsString(of[0]);
+  if (count == 2) {
+    int64_t size = p->registers * sizeof(Object *);
+    Object **r = (Object **)PyMem_Malloc(size), *found = 0;
+    if (r) {
+      __builtin_memset(r, 0, size);
+      r[0] = args[0], r[1] = args[1];
+      found = checked(p, ((Tuple *)of[1])->elements, r, of[2]);
+      for (int64_t i = 2; i < p->registers; i++)
+        if (r[i]) Py_DecRef(r[i]);
+      PyMem_Free(r);
+    }
+    if (found || (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception))) return found;
+    PyErr_Clear();
+  }
+  return PyObject_Vectorcall(of[3], args, count, 0);
+}
