@@ -115,6 +115,7 @@ def test_sizes(form, two_threads, n):
     assert torch.equal(add(n)(x, y), x + y)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("dtype", sorted(launch.DTYPES, key=str), ids=str)
 def test_dtypes(dtype):
     """All that PyTorch has, also those that it gives no number to."""
