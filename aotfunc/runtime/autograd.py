@@ -363,7 +363,7 @@ def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:
 def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
     """The program without those of its first ``count`` inputs that nothing depends on."""
     unused = [p for i, p in enumerate(program.placeholders[:count]) if i not in needed]
-    return rebuilt(program, program.name, env=dict.fromkeys(unused))
+    return rebuilt(program, "only_inputs", env=dict.fromkeys(unused))
 
 
 def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:

@@ -157,7 +157,7 @@ def compiled_by(
     table, compiler = backend.table, backend.compile
     if table is not None:
         program = decomposed(lowered(program, EVERYTHING), Declining(table))
-    gm = graph_module(program, program.name or "Graph")
+    gm = graph_module(program, program.name.replace(" ", "_") or "Graph")
     if debug.watched is not None or debug.LEVEL >= 3:
         debug.note(
             f"compiled by {title(compiler)}", gm.graph, lambda: gm.code.strip(), size(gm.graph)

@@ -58,7 +58,11 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
                 b, results[i], outs[i], top, groups[i], together[groups[i]] == 1, made
             )
         return Program(
-            b.finish(results[: len(outs)]), count, program.n_outputs, program.mutated, program.name
+            b.finish(results[: len(outs)]),
+            count,
+            program.n_outputs,
+            program.mutated,
+            f"fresh {program.name}",
         )
 
 

@@ -29,7 +29,7 @@ def numbered_draws(program: Program) -> Program:
     inlined = lowered(program, frozenset({"calls"}))
     if not any(draws(n) for n in inlined.graph.nodes):
         return program
-    program = rebuilt(inlined, program.name)
+    program = rebuilt(inlined, "numbered_draws")
     for k, n in enumerate(program.graph.nodes):
         if n.op == "call_function" and draws(n):
             n.meta["draw"] = k
