@@ -73,7 +73,7 @@ def user_line(depth: int = 1) -> Line | None:
     return None
 
 
-def defined(f: Any) -> str:
+def where_defined(f: Any) -> str:
     """Where a function was defined, for an error about what it returns."""
     code = getattr(inspect.unwrap(f) if callable(f) else f, "__code__", None)
     name = getattr(f, "__name__", type(f).__name__)
@@ -84,7 +84,7 @@ def defined(f: Any) -> str:
     )
 
 
-def line_of(error: BaseException) -> Line | None:
+def line_of_error(error: BaseException) -> Line | None:
     """The innermost of the user's lines that an error came through."""
     found, step = None, error.__traceback__
     while step is not None:
@@ -131,7 +131,7 @@ def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
         try:
             return f(*args, **kwargs)
         except Exception as e:
-            e.__traceback__ = shortened(e.__traceback__)
+            e.__traceback__ = short_traceback(e.__traceback__)
             raise
 
     outside_dynamo(call)
@@ -145,7 +145,7 @@ def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
     return read
 
 
-def shortened(traceback: TracebackType | None) -> TracebackType | None:
+def short_traceback(traceback: TracebackType | None) -> TracebackType | None:
     """Without frames of ours, nor of torch's that these call."""
     shown, hidden = [], False
     while traceback is not None and not FULL:

@@ -123,7 +123,7 @@ def taken(monkeypatch):
     noting("vmap", vmap.Batch, "derived", "derived", lambda batch, b, n, *rest: n.target)
     noting("vmap", vmap.Batch, "opened", "decomposition", lambda batch, b, n, *rest: n.target)
     noting("vmap", loops, "looped", "loop", lambda b, n, *rest: n.target)
-    noting("vmap", loops, "by_value", "loop", lambda b, n, *rest: n.target)
+    noting("vmap", loops, "looped_by_value", "loop", lambda b, n, *rest: n.target)
     return steps
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_, tree_unflatten
 from ..capture.capture import capture, parameter_names
 from ..capture.instances import flatten_tree, opened_in
 from ..capture.tree import Arguments, flatten, in_order_of, leaf_paths, structure, unflatten
-from ..debug import defined
+from ..debug import where_defined
 from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes
@@ -102,7 +102,9 @@ class Call:
         def flat(*args: Any, **kwargs: Any) -> list:
             output, aux = self.split(f(*args, **kwargs))
             if output is None:
-                raise ArgumentError(f"{name}: {defined(f)} returned None: is a `return` missing?")
+                raise ArgumentError(
+                    f"{name}: {where_defined(f)} returned None: is a `return` missing?"
+                )
             leaves, self.spec = flatten(output)
             more, self.aux_spec = flatten_tree(aux) if has_aux else ([], None)
             self.n_out = len(leaves)
@@ -215,7 +217,7 @@ def primals_and_tangents(
             raise ArgumentError(
                 f"{name}: the tangent of {arguments.said(i)}, which is real, is complex"
             )
-        flat.append(like(t, p))
+        flat.append(like_tangent(t, p))
     return arguments, flat
 
 
@@ -223,7 +225,7 @@ def unlike(primals: Any, tangents: Any) -> str:
     return f"primals are {structure(primals)}, tangents {structure(tangents)}"
 
 
-def like(t: Tensor, p: Tensor) -> Tensor:
+def like_tangent(t: Tensor, p: Tensor) -> Tensor:
     """``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
     want = tangent_sig(p.sig if p.__class__ is Traced else sig_of(p))
     t = t.to(p.dtype)

@@ -23,7 +23,7 @@ from ..errors import CaptureError
 from ..trace.traced import is_fake, quiet
 
 
-def traced(reads: Callable, runs: Callable) -> Callable:
+def read_by_dynamo(reads: Callable, runs: Callable) -> Callable:
     """A decorator for a transform ``(f, *options) -> function``: Dynamo reads ``reads(f, args,
     kwargs, *options)`` where it meets a call of that function, and the graph calls ``runs`` (see
     :func:`node`)."""

@@ -20,7 +20,7 @@ from ..debug import entry
 from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes, without_views
-from ..runtime.anomaly import checked
+from ..runtime.anomaly import without_nan
 from ..runtime.execute import contiguous, execute
 from ..trace.memory import version
 from ..trace.modes import without_modes
@@ -31,7 +31,7 @@ from ..transforms.linearize import halve, linear_program
 from ..transforms.vjp import differentiable
 from ..transforms.vjp import vjp as vjp_pass
 from .call import Call, chosen_tree, positions, primals_and_tangents, tensors_of
-from .dynamo import read_as, traced
+from .dynamo import read_as, read_by_dynamo
 from .readings import (
     gradient,
     gradient_and_value,
@@ -45,7 +45,7 @@ from .readings import (
 # ----- reverse mode ------------------------------------------------------------------------------
 
 
-@traced(gradient_and_value, run_gradient_and_value)
+@read_by_dynamo(gradient_and_value, run_gradient_and_value)
 def grad_and_value(
     func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 ) -> Callable:
@@ -71,7 +71,7 @@ def grad_and_value(
     return wrapper
 
 
-@traced(gradient, run_gradient)
+@read_by_dynamo(gradient, run_gradient)
 def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """The gradient of a scalar function with respect to the arguments ``argnums``; ``(gradient,
     aux)`` with ``has_aux``.
@@ -108,7 +108,7 @@ def _gradient(
     program = call.derived((value, call.aliases), make)
     outs = execute(program, call.inputs)
     kept = len(outs) - len(call.wrt)
-    grads = checked(program, call.inputs, outs[kept:])
+    grads = without_nan(program, call.inputs, outs[kept:])
     _, *aux = call.results(outs[:kept], first)
     return (
         chosen_tree(arguments, argnums, grads),
@@ -194,7 +194,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
                 )
         with without_modes(dtype):
             grads = execute(backward, inputs := [*residuals, *given])
-            return chosen_tree(arguments, everything, checked(backward, inputs, grads))
+            return chosen_tree(arguments, everything, without_nan(backward, inputs, grads))
 
     return output, vjp_fn, *aux
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from ..capture.tree import Arguments, unflatten
 from ..errors import ArgumentError
-from ..runtime.anomaly import checked
+from ..runtime.anomaly import without_nan
 from ..runtime.execute import execute
-from ..transforms.jacobian import columns, rows
+from ..transforms.jacobian import jacobian_columns, jacobian_rows
 from .call import Call, chosen_tree, positions
-from .dynamo import traced
+from .dynamo import read_by_dynamo
 from .readings import jacobian, run_jacobian
 
 
-@traced(jacobian, run_jacobian)
+@read_by_dynamo(jacobian, run_jacobian)
 def jacrev(
     func: Callable,
     argnums: int | tuple[int, ...] = 0,
@@ -39,12 +39,12 @@ def jacrev(
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian("jacrev", rows, func, argnums, has_aux, chunk_size, args, kwargs)
+        return _jacobian("jacrev", jacobian_rows, func, argnums, has_aux, chunk_size, args, kwargs)
 
     return wrapper
 
 
-@traced(jacobian, run_jacobian)
+@read_by_dynamo(jacobian, run_jacobian)
 def jacfwd(
     func: Callable,
     argnums: int | tuple[int, ...] = 0,
@@ -64,7 +64,15 @@ def jacfwd(
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return _jacobian(
-            "jacfwd", columns, func, argnums, has_aux, chunk_size, args, kwargs, randomness
+            "jacfwd",
+            jacobian_columns,
+            func,
+            argnums,
+            has_aux,
+            chunk_size,
+            args,
+            kwargs,
+            randomness,
         )
 
     return wrapper
@@ -127,9 +135,9 @@ def _jacobian(
     how = (n_out, chunk_size, randomness)
     program = call.derived(how, lambda: assemble(base, wrt, *how))
     outs = execute(program, call.inputs)
-    if assemble is rows:
+    if assemble is jacobian_rows:
         count = n_out * len(wrt)
-        outs = (*checked(program, call.inputs, outs[:count]), *outs[count:])
+        outs = (*without_nan(program, call.inputs, outs[:count]), *outs[count:])
     blocks = [outs[i * len(wrt) : (i + 1) * len(wrt)] for i in range(n_out)]
     result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], call.spec)
     _, *aux = call.results(outs[n_out * len(wrt) :], n_out)

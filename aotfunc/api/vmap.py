@@ -13,22 +13,22 @@ from ..capture.capture import as_called, capture, parameter_names
 from ..capture.captured import Captured
 from ..capture.concretize import Samples, batches
 from ..capture.tree import Arguments, flatten, leaf_paths, unflatten
-from ..debug import defined
+from ..debug import where_defined
 from ..errors import ArgumentError, CaptureError
 from ..graph import Program, draws
-from ..runtime.aliasing import Changes, view_of
+from ..runtime.aliasing import Changes, view_program
 from ..runtime.execute import execute
-from ..runtime.resized import of_size
+from ..runtime.resized import resized_program
 from ..trace.tape import signature
 from ..trace.traced import Traced
 from ..transforms.fresh import fresh
 from ..transforms.vmap import vmap as vmap_pass
 from .call import Dims, batch_size, broadcast_prefix, input_dims, sample_sig, tensors_of
-from .dynamo import traced
+from .dynamo import read_by_dynamo
 from .readings import batched, run_batched
 
 
-@traced(batched, run_batched)
+@read_by_dynamo(batched, run_batched)
 def vmap(
     func: Callable,
     in_dims: Dims = 0,
@@ -117,7 +117,7 @@ def _run(
 
 def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:
     """The view of a written input ``x`` that a result is, for the batch of them."""
-    view = view_of(rec, ref)
+    view = view_program(rec, ref)
     size = 1 if old is None else x.shape[old]
     return vmap_pass(view, (old,), (signature(x),), size, "error", (new,), False)
 
@@ -168,7 +168,9 @@ def _batched_program(
         if not isinstance(x, Tensor) and d is not None:
             path = leaf_paths(rec.spec)[k] if rec.spec is not None else ""
             if x is None and not path:
-                raise ArgumentError(f"vmap: {defined(func)} returned None: is a `return` missing?")
+                raise ArgumentError(
+                    f"vmap: {where_defined(func)} returned None: is a `return` missing?"
+                )
             raise ArgumentError(
                 f"vmap: the function must return tensors, but the result{path} is {x!r} of type "
                 f"{type(x).__name__}; out_dims=None lets other values pass"
@@ -187,7 +189,7 @@ def _batched_program(
 
     program = base.derived(
         ("vmap", tensor_dims, sigs, size, *how),
-        lambda: of_size(base, tensor_dims, sigs, size, how, make),
+        lambda: resized_program(base, tensor_dims, sigs, size, how, make),
     )
     sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
     return (
@@ -256,7 +258,7 @@ def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
     return values[0] if count > 1 or tensor.tracer.samples is not None else values[0][0]
 
 
-@traced(batched, run_batched)
+@read_by_dynamo(batched, run_batched)
 def chunk_vmap(
     func: Callable,
     in_dims: Dims = 0,

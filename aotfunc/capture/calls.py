@@ -27,7 +27,7 @@ from ..trace.views import Link, laid_out, linked
 from ..transforms.jvp import jvp, tangent_sig
 from ..transforms.vjp import contiguous_sig, differentiable, flat_inputs, live, reverse, vjp
 from ..transforms.vmap import vmap
-from ..transforms.walk import builder, number, unknown
+from ..transforms.walk import builder, filled_node, unknown
 
 aten = torch.ops.aten
 
@@ -372,12 +372,12 @@ class GradStep(Step):
             cotangents if self.size is None else [unknown(f.b, o.meta["val"]) for o in outputs]
         )
         seeds = [
-            next(feed) if yes else number(f.b, 1, o.meta["val"])
+            next(feed) if yes else filled_node(f.b, 1, o.meta["val"])
             for o, yes in zip(outputs, self.given, strict=True)
         ]
         grads: Sequence[Any] = reverse(f.b, outputs, seeds, inputs)
         grads = [
-            number(f.b, 0, x.meta["val"]) if g is None else g
+            filled_node(f.b, 0, x.meta["val"]) if g is None else g
             for g, x in zip(grads, inputs, strict=True)
         ]
         if self.size is not None:

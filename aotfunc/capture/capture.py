@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..debug import at, line_of
+from ..debug import at, line_of_error
 from ..errors import CaptureError
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
@@ -21,7 +21,7 @@ from ..trace.tracer import Trace, on_functions
 from . import patches
 from .captured import Captured
 from .concretize import agreed
-from .instances import assigned
+from .instances import reassigned
 from .tree import Arguments, leaf_labels
 
 
@@ -104,23 +104,23 @@ def capture(
                     raise on_functions(operator) from e
                 raise CaptureError(
                     "a function that torch.compile has compiled does not take traced "
-                    f"values{at(line_of(e))}; call the "
+                    f"values{at(line_of_error(e))}; call the "
                     "function that it was made from, or capture inside "
                     'torch.compiler.set_stance("force_eager")'
                 ) from e
             if str(e) == f"{LEAF}.":
                 raise CaptureError(
-                    f"{LEAF}{at(line_of(e))}. If it is a view of what was written to since: make "
-                    "the view after that write"
+                    f"{LEAF}{at(line_of_error(e))}. If it is a view of what was written to since: "
+                    "make the view after that write"
                 ) from e
             if "data is not allocated" not in str(e):
                 raise
             raise CaptureError(
                 "an op that reads its argument's memory itself was given a traced "
-                f"value{at(line_of(e))}; pass it Python numbers (x.tolist())"
+                f"value{at(line_of_error(e))}; pass it Python numbers (x.tolist())"
             ) from e
         plain = not kwargs and all(a.__class__ is Traced for a in args)
-        if not plain and assigned((args, kwargs), values):
+        if not plain and reassigned((args, kwargs), values):
             raise CaptureError(
                 "the function assigns to an attribute of an argument, which the caller would not "
                 "see: arguments are made anew for each capture; return the new value instead"

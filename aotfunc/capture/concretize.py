@@ -52,14 +52,14 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
     samples."""
     line = at(user_line())
     with as_if_outside(), paused_gc():
-        values, count = followed(trace, tensors) or batches(trace, tensors, what)
+        values, count = followed_batches(trace, tensors) or batches(trace, tensors, what)
     with quiet(), torch.no_grad():
         if not count:
             raise CaptureError(
                 f"{what} was asked for, but the batch is empty: there is no sample to answer{line}"
             )
         answer = question(*[v[0] for v in values])
-        if count == 1 or all(bits(v).eq(bits(v[:1])).all() for v in values):
+        if count == 1 or all(bit_patterns(v).eq(bit_patterns(v[:1])).all() for v in values):
             return answer
         for k in range(1, count):
             if not same_answer(answer, question(*[v[k] for v in values])):
@@ -98,17 +98,17 @@ class Unsteady(Exception):
     earlier steps."""
 
 
-def followed(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
+def followed_batches(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
     """As :func:`batches`, but each step is run once, however often a recording is asked; None if
     that cannot be."""
     try:
-        follower = follow(trace)
+        follower = follow_trace(trace)
         return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
     except Unsteady:
         return None
 
 
-def follow(trace: Trace) -> Followed:
+def follow_trace(trace: Trace) -> Followed:
     if trace.followed is None:
         trace.followed = Followed(trace)
     trace.followed.catch_up(trace)
@@ -139,10 +139,12 @@ class Followed:
             raise Unsteady
         if not new:
             return
-        refs, program = part(new, self.number, trace.numbers)
+        refs, program = steps_as_program(new, self.number, trace.numbers)
         values = [self.value(trace, r) for r in refs]
         sigs = list(map(sig_of, values))
-        code = compiled(batched(program, Samples((0,) * len(values), self.count, "error"), sigs))
+        code = compiled(
+            batched_program(program, Samples((0,) * len(values), self.count, "error"), sigs)
+        )
         with quiet(), torch.no_grad():
             made = code(*values)
         self.values.update(enumerate(made, self.number))
@@ -162,7 +164,7 @@ class Followed:
         if t.__class__ is Traced:
             if t.tracer not in under_way.traces:
                 raise Unsteady
-            known = follow(t.tracer).value(
+            known = follow_trace(t.tracer).value(
                 t.tracer, t.ref
             )  # traces rules, for which nothing is set aside
         elif not has_values(t) or not (trace.may_ask_constants or ref in trace.made_inside):
@@ -198,7 +200,7 @@ def steady(instr: Any) -> bool:
     )
 
 
-def part(
+def steps_as_program(
     records: Sequence[Record], number: int, numbers: Sequence[float]
 ) -> tuple[list[int], Program]:
     """Steps, the first of which makes the value ``number``, as a program of those values that they
@@ -254,10 +256,12 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
             raise trace.unanswered(what)
         program, inputs = closed(program), trace.lifted
     if samples is not None:
-        program = batched(program, samples, trace.as_placed([*map(signature, trace.origins)]))
+        program = batched_program(
+            program, samples, trace.as_placed([*map(signature, trace.origins)])
+        )
     outer = outside(trace)
     if outer is None:
-        values, count = run(program, inputs, what), 1
+        values, count = run_once(program, inputs, what), 1
     else:
         with aside(outer, program, inputs) as results:
             values, count = batches(outer, results, what)
@@ -267,7 +271,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         return [v.flatten(0, 1) for v in values], count * samples.size
 
 
-def batched(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
+def batched_program(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
     outs = [0] * program.n_outputs
     return program.derived(
         ("asked", *samples, *sigs),
@@ -324,7 +328,7 @@ def compiled(program: Program) -> Callable[..., tuple]:
     return program.once(compiled, lambda: Interpreted(lowered(program).graph))
 
 
-def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
+def run_once(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
     """Run the program on real tensors, add a leading dimension of 1 to the results, and restore
     the generators."""
     states = [
@@ -341,10 +345,10 @@ def run(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
             g.set_state(state)
 
 
-def bits(x: Tensor) -> Tensor:
+def bit_patterns(x: Tensor) -> Tensor:
     """Equal where and only where the values are the same, NaN and signed zeros included."""
     if x.is_complex():
-        return bits(torch.view_as_real(x.resolve_conj()))
+        return bit_patterns(torch.view_as_real(x.resolve_conj()))
     if x.is_floating_point():
         x = torch.where(x.isnan(), math.nan, x)
         return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
@@ -356,5 +360,5 @@ def same_answer(a: Any, b: Any) -> bool:
     if isinstance(a, tuple):
         return len(a) == len(b) and all(map(same_answer, a, b))
     if isinstance(a, Tensor):
-        return bool(a.shape == b.shape and bits(a).eq(bits(b)).all())
+        return bool(a.shape == b.shape and bit_patterns(a).eq(bit_patterns(b)).all())
     return a is b or (type(a) is type(b) and repr(a) == repr(b) and (a == b or a != a))

@@ -20,14 +20,14 @@ def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
     """Memory of a tensor from outside; what torch does on the way must not be recorded."""
     if current() is None:
         return ORIGINALS["numpy"](self, force=force)
-    value = constant(self)
+    value = constant_value(self)
     with quiet():
         return ORIGINALS["numpy"](value, force=force)
 
 
 def tolist_of_a_constant(self: Tensor) -> Any:
     """Values of a tensor from outside."""
-    return ORIGINALS["tolist"](constant(self))
+    return ORIGINALS["tolist"](constant_value(self))
 
 
 def deepcopy_of_a_constant(self: Tensor, memo: dict) -> Tensor:
@@ -53,7 +53,7 @@ def unpickled(*parts: Any) -> Tensor:
         return ORIGINALS["rebuild"](*parts)
 
 
-def constant(t: Tensor) -> Tensor:
+def constant_value(t: Tensor) -> Tensor:
     """The value of a tensor from outside, if it may be asked for."""
     trace = current()
     return t if trace is None or under_way.quiet else trace.value(t)

@@ -20,7 +20,7 @@ from ..trace.emit import Builder, remap
 from ..trace.marks import fail, number_of
 from ..transforms.vjp import reverse
 from ..transforms.vmap import inserted, vmap
-from ..transforms.walk import number, unknown
+from ..transforms.walk import filled_node, unknown
 
 aten = torch.ops.aten
 
@@ -132,8 +132,8 @@ class CustomDerivative:
         if have in backward:
             cts = [g[i] for i in places if i in g]
         else:
-            cts = [g[i] if i in g else number(b, 0, self.vals[i]) for i in places]
-        return inputs, spliced(b, part, cts, residuals)
+            cts = [g[i] if i in g else filled_node(b, 0, self.vals[i]) for i in places]
+        return inputs, splice_part(b, part, cts, residuals)
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         inputs, _, residuals = self.parts(n)
@@ -144,18 +144,18 @@ class CustomDerivative:
         forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
         if isinstance(forward, Part):
             ts = [
-                tangents[x] if x in tangents else number(b, 0, x.meta["val"])
+                tangents[x] if x in tangents else filled_node(b, 0, x.meta["val"])
                 for x in inputs
                 if x.meta["val"].differentiable
             ]
-            return spliced(b, forward, ts, residuals)
+            return splice_part(b, forward, ts, residuals)
         # the transpose of the backward, which is linear in the cotangents
         diff = [v for v in self.vals if v.differentiable]
         part = self.part(self.backward_for([x in tangents for x in inputs]), (True,) * len(diff))
         if isinstance(part, Exception):
             raise part
         dummies = [unknown(b, v) for v in diff]
-        grads = spliced(b, part, dummies, residuals)
+        grads = splice_part(b, part, dummies, residuals)
         pairs = [
             (gr, tangents[x])
             for gr, x in zip(grads, inputs, strict=True)
@@ -218,13 +218,13 @@ def failing(b: Builder, error: Exception, g: dict[int, Node], inputs: Sequence[N
     if never.meta["val"].dtype.is_complex:
         never = b.call(aten.abs.default, never)
     return [
-        b.call(aten.add.Tensor, number(b, 0, x.meta["val"]), never)
+        b.call(aten.add.Tensor, filled_node(b, 0, x.meta["val"]), never)
         if x.meta["val"].differentiable
         else None
         for x in inputs
     ]
 
 
-def spliced(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:
+def splice_part(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:
     inputs = [*given, *residuals[part.first : part.first + part.n_residuals]]
     return list(b.splice(part.program.graph, inputs, part.program.outputs))

@@ -168,7 +168,7 @@ def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
     return pytree.tree_flatten(x, is_leaf=lambda v: next(first) or is_whole(v))
 
 
-def assigned(tree: Any, leaves: Sequence[Any]) -> bool:
+def reassigned(tree: Any, leaves: Sequence[Any]) -> bool:
     """Whether the instances in a tree that was made of these leaves hold something else by now."""
     if not any(map(is_data, tree_flatten(tree)[0])):
         return False

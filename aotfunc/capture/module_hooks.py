@@ -21,9 +21,9 @@ from ..trace.emit import Builder
 from ..trace.patches import ORIGINALS, Attribute, recorded
 from ..trace.tracer import Trace
 from ..transforms.vjp import contiguous_sig
-from ..transforms.walk import number
+from ..transforms.walk import filled_node
 from .autograd_function import BEGIN, End, patterns, recorded_rule
-from .custom_derivative import CustomDerivative, Part, failing, refused, spliced
+from .custom_derivative import CustomDerivative, Part, failing, refused, splice_part
 from .deferred import Deferred
 
 
@@ -68,11 +68,11 @@ class Front(Identity):
         if isinstance(part, Exception):
             return inputs, failing(b, part, g, inputs)
         mine = [
-            g[i] if i in g else number(b, 0, v)
+            g[i] if i in g else filled_node(b, 0, v)
             for i, v in enumerate(self.vals)
             if v.differentiable
         ]
-        return inputs, spliced(b, part, [*mine, *cotangents], residuals)
+        return inputs, splice_part(b, part, [*mine, *cotangents], residuals)
 
     def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
         return Front(self.__name__, vals, (), self.link.batched(walk))
@@ -123,7 +123,7 @@ def setup_input_hook(hook: Any, args: tuple) -> tuple:
     hook.input_tensors_index, vals = tensors_among(trace, args)
     front = Front(f"{type(hook.module).__name__}_input", vals, (), hook.link)
     hook.input_vals = vals
-    return identity(trace, args, hook.input_tensors_index, End(front), "")[1]
+    return record_identity(trace, args, hook.input_tensors_index, End(front), "")[1]
 
 
 def setup_output_hook(hook: Any, args: Any) -> Any:
@@ -136,7 +136,9 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
     places, vals = tensors_among(trace, outs)
     name = f"{type(hook.module).__name__}_output"
     first = End(Behind(name, vals, (), hook.link, {}, 0))
-    waiting, outs = identity(trace, outs, places, first, f"a hook of {type(hook.module).__name__}")
+    waiting, outs = record_identity(
+        trace, outs, places, first, f"a hook of {type(hook.module).__name__}"
+    )
     waiting.wait(lambda d: recorded_hooks(d, hook, name, len(outs), places, vals))
     return outs if isinstance(args, tuple) else outs[0]
 
@@ -200,7 +202,7 @@ def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple
     return places, tuple(trace.ref_of(values[i])[1] for i in places)
 
 
-def identity(
+def record_identity(
     trace: Trace, values: tuple, places: list[int], step: End, name: str
 ) -> tuple[Deferred, Any]:
     """Record the identity of the values at ``places``; also what may wait for its backward."""

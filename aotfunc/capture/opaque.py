@@ -47,7 +47,7 @@ class OpaqueForward(Step):
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors among the results. The Function gets copies: it may write to its
         arguments."""
-        output, _ = called(self.call, tensors)
+        output, _ = forward_result(self.call, tensors)
         return [o for o in listed(output) if isinstance(o, Tensor)]
 
     # ----- as a recorded step --------------------------------------------------------------------
@@ -92,7 +92,7 @@ class OpaqueForward(Step):
         )
 
 
-def called(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+def forward_result(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the
     copies."""
     traces, under_way.traces = under_way.traces, []
@@ -123,7 +123,7 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
             for s in sigs
         ]
         try:
-            output, given = called(call, zeros)
+            output, given = forward_result(call, zeros)
         except Exception as error:
             raise why from error
         outs = listed(output)

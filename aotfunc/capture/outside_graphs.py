@@ -39,7 +39,7 @@ def gradients(
         roots, leaves = [real[ref] for ref in outs], [real[ref] for ref in refs]
         return along(roots, leaves, cotangents, retain_graph, create_graph, True, True)
     known = {ref: real[ref] for ref in refs if ref in real}
-    graphs = ends(trace, outs, refs) if known or not trace.may_ask_constants else {}
+    graphs = outside_ends(trace, outs, refs) if known or not trace.may_ask_constants else {}
     if not graphs:
         return inside(ins)
     if batched or not all(open_to_autograd(trace, ref) for ref in graphs):
@@ -89,7 +89,7 @@ class Unpacking(TorchDispatchMode):
             return func(*args)
 
 
-def ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[int, Tensor]:
+def outside_ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[int, Tensor]:
     """The tensors from outside, by their numbers, that ``outs`` were computed from here, and that
     were computed from one of ``ins`` there."""
     wanted = [t for ref in ins if (t := from_outside(trace, ref)) is not None]

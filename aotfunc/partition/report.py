@@ -53,7 +53,7 @@ def table(rows: Iterable[Residual]) -> str:
             r.name,
             str(list(r.shape)),
             str(r.dtype).removeprefix("torch."),
-            size(r.bytes),
+            bytes_text(r.bytes),
             r.reason,
             (r.line or "").strip(),
         )
@@ -67,13 +67,13 @@ def table(rows: Iterable[Residual]) -> str:
         ).rstrip()
         for line in lines
     ]
-    total = f"{len(made)} saved values, {size(sum(r.bytes for r in made))}"
+    total = f"{len(made)} saved values, {bytes_text(sum(r.bytes for r in made))}"
     if kept:
         total += f"; and {len(kept)} inputs and parameters, which the caller keeps anyway"
     return "\n".join([*text, total])
 
 
-def size(count: int) -> str:
+def bytes_text(count: int) -> str:
     """Bytes for people."""
     value = float(count)
     for unit in ("B", "kB", "MB"):

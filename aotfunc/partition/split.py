@@ -30,10 +30,10 @@ def split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
     The late graph computes again whatever it reads and is not handed. Nodes keep their names and
     metadata. Raises PartitionError if an input is needed and not among ``saved``."""
     with paused_gc():
-        return _split(joint, saved)
+        return _split_now(joint, saved)
 
 
-def _split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
+def _split_now(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
     nodes, inputs, index = joint.nodes, joint.inputs, joint.index
     held = [False] * len(nodes)
     for n in saved:

@@ -46,7 +46,7 @@ def without_views(
         raise CaptureError(
             "a detached tensor was written with what requires grad, and its shape changed in place"
         )
-    owned = memory_of(rec)
+    owned = memory_program(rec)
     base = rec.program(memory=owned)
     return base.once(
         ("views", tuple(rec.trace.finals), quiet),
@@ -54,8 +54,8 @@ def without_views(
     )
 
 
-def memory_of(rec: Captured) -> tuple[tuple[int, bool], ...]:
-    """What the program computes for the tensors that are returned, as :meth:`Recording.program`
+def memory_program(rec: Captured) -> tuple[tuple[int, bool], ...]:
+    """What the program computes for the tensors that are returned, as :meth:`Captured.program`
     takes it."""
     steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
     count = len(rec.trace.inputs)
@@ -96,7 +96,7 @@ def separated(
                         "call_function", passed, (x, made[step.ref, False]), {}, step.call[3]
                     )
                 elif step not in made:
-                    made[step] = through(b, x, step, quiet, made)  # type: ignore[index]
+                    made[step] = view_step(b, x, step, quiet, made)  # type: ignore[index]
                     if step.apart:  # the same memory, the values that it has, and their derivative
                         x, new = made[step], made[step.ref, False]
                         made[step] = b.make(
@@ -112,7 +112,7 @@ def separated(
         return program, compile_graph(b.finish(results))
 
 
-def view_of(rec: Captured, ref: int) -> Program:
+def view_program(rec: Captured, ref: int) -> Program:
     """What leads from the memory that a value was made with to the value, as a program."""
     start, *path = rec.seen[ref].path
     sig = rec.trace.signatures()[
@@ -122,11 +122,11 @@ def view_of(rec: Captured, ref: int) -> Program:
         b = Builder(None, merge=False)
         x, made = b.placeholder("memory", sig), dict[Any, Node]()
         for step in path:
-            x = through(b, x, step, True, made)
+            x = view_step(b, x, step, True, made)
         return Program(b.finish([x]), 1, 1, (), "view")
 
 
-def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
+def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
     """The view of ``x`` that a step of a path is."""
     op, args, kwargs, val = step.call
     if Facts(op).reshapes:
@@ -141,12 +141,12 @@ def through(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
     call = (x, id(step.call))  # results of one call are made together
     if call not in made:
         unseen = step.cut and not quiet and not Facts(step.call[0]).reshapes
-        target, given = (cut, (op, x, *args[1:])) if unseen else (op, (x, *args[1:]))
+        target, given = (cut_view, (op, x, *args[1:])) if unseen else (op, (x, *args[1:]))
         made[call] = b.make("call_function", target, given, dict(kwargs), val)
     return made[call] if step.index is None else b.item(made[call], step.index)
 
 
-def cut(op: Callable, *args: Any, **kwargs: Any) -> Any:
+def cut_view(op: Callable, *args: Any, **kwargs: Any) -> Any:
     """A view made under no_grad: it has no derivative, and requires grad if what it is a view of
     does."""
     with torch.no_grad():
@@ -192,7 +192,7 @@ class Changes:
                         f"{rec.names()[i]} is detached in place and then written with what "
                         "requires grad; detach() it, and return it"
                     )
-                self.ops.append((i, [in_place(step) for step in last.path[1:]]))
+                self.ops.append((i, [is_in_place(step) for step in last.path[1:]]))
                 if trace.autograd.leaves.get(i) and torch.is_grad_enabled():
                     for op in [
                         op
@@ -237,14 +237,16 @@ class Changes:
                         t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
 
 
-def in_place(step: Shown) -> tuple:
+def is_in_place(step: Shown) -> tuple:
     op, args, kwargs, _ = step.call
     if not Facts(op).reshapes:
         op, args, kwargs = aten.detach_.default, (None,), {}  # recorded as a detach
     return op, args[1:], kwargs, step.cut
 
 
-def apart(program: Program, tensors: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
+def with_own_memory(
+    program: Program, tensors: Sequence[Any], outs: Sequence[Any]
+) -> Sequence[Any]:
     """The results of a program, with copies where the new value of a written input is, or is a
     view of, another written input: that one may be written first."""
     count, mutated = program.n_outputs, program.mutated

@@ -15,7 +15,7 @@ from ..trace.traced import current, under_way
 from ..transforms.lower import lowered
 
 
-def checked(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
+def without_nan(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
     """The ``grads`` that the program has computed. Where anomalies are to be detected, a NaN in
     one of them raises RuntimeError, as in autograd's engine: now, or when what is recorded is run.
     """

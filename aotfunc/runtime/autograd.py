@@ -30,10 +30,10 @@ from ..trace.views import laid_out
 from ..transforms.lower import CALLS, lowered
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import active_nodes, contiguous_sig, flat_inputs, live, sources, vjp
-from .aliasing import apart
-from .batched import apply
+from .aliasing import with_own_memory
+from .batched import call_batched
 from .execute import before_writes, contiguous, copied, execute, write_back
-from .redraw import redrawn, states
+from .redraw import generator_states, redrawn
 
 aten = torch.ops.aten
 #: nodes of autograd for one call, each with a backward graph of its own
@@ -41,7 +41,7 @@ MANY = 32
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
 
-def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
+def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     """The results of a compiled call on real tensors, written inputs updated, differentiable if an
     input is."""
     program = call.program
@@ -62,7 +62,7 @@ def run(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
             with torch.no_grad():
                 outs = unviewed(owned(call(*tensors), program.n_outputs, tensors))
     if program.mutated:
-        write_back(program, tensors, apart(program, tensors, outs))
+        write_back(program, tensors, with_own_memory(program, tensors, outs))
     return outs[: program.n_outputs]
 
 
@@ -72,7 +72,7 @@ def op_by_op() -> bool:
     return _inside_functorch() is not None or forward_ad._current_level >= 0
 
 
-def compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
+def run_half(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     """What a half of a compiled call returns."""
     return execute(call.program, tensors) if op_by_op() else call(*tensors)
 
@@ -156,7 +156,7 @@ class Halves:
             i for i, g in zip(wrt, grads, strict=True) if g is None and i not in zeros
         )
         self.needed = tuple(
-            ancestors(joint, joint.outputs[self.count :], len(program.placeholders))
+            inputs_read(joint, joint.outputs[self.count :], len(program.placeholders))
         )
         self.forward, self.backward = call.split(joint, self.count, last=True)
 
@@ -216,7 +216,7 @@ class Halves:
 def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
     """The results of a call and the new values of written inputs, if some of them have a
     derivative."""
-    given, before = halves.unwritten(tensors), states(halves.call.program)
+    given, before = halves.unwritten(tensors), generator_states(halves.call.program)
     with torch.no_grad():
         outs = owned(halves.forward(*given), halves.count, given)
         results, residuals = list(unviewed(outs[: halves.count])), outs[halves.count :]
@@ -278,11 +278,13 @@ class Differentiated(torch.autograd.Function):
             given = [contiguous(c) for c in cts if c is not None]
             if torch.is_grad_enabled() or (halves.materializes and not all(have)):
                 with redrawn(ctx.states):
-                    grads = apply(run, halves.gradient(have), [*unchanged(ctx), *given])
+                    grads = call_batched(
+                        call_compiled, halves.gradient(have), [*unchanged(ctx), *given]
+                    )
             else:
                 feed = iter(saved)
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
-                grads = apply(compiled, halves.backward_for(have), [*residuals, *given])
+                grads = call_batched(run_half, halves.backward_for(have), [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = None
         found = dict(zip(halves.wrt, grads, strict=True))
@@ -350,7 +352,7 @@ def materializes(program: Program) -> bool:
 # ----- smaller programs --------------------------------------------------------------------------
 
 
-def ancestors(program: Program, outs: Sequence[Any], count: int) -> list[int]:
+def inputs_read(program: Program, outs: Sequence[Any], count: int) -> list[int]:
     """The positions, among the first ``count`` inputs, of those that ``outs`` and what stays
     anyway depend on."""
     seen = {o for o in outs if isinstance(o, Node)}
@@ -387,13 +389,13 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
         if absent == read:
             missing.add(n)
             return None
-        env = ChainMap({i: zeros(b, i) for i in absent}, env)  # type: ignore[assignment]
+        env = ChainMap({i: zero_cotangent(b, i) for i in absent}, env)  # type: ignore[assignment]
         return b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
 
     return rebuilt(program, "backward", visit, env=dict.fromkeys(missing))
 
 
-def zeros(b: Any, n: Node) -> Any:
+def zero_cotangent(b: Any, n: Node) -> Any:
     val = n.meta["val"]
     kwargs = {"dtype": val.dtype, "device": val.device}
     return laid_out(

@@ -24,7 +24,7 @@ _OLD = torch._C._parse_dispatch_key(
 )  # torch has two kinds of vmap: autograd's own is the older
 
 
-def batched(tensors: Sequence[Tensor]) -> bool:
+def only_batches(tensors: Sequence[Tensor]) -> bool:
     """Whether there are batches among these, and nothing else of torch.func's."""
     if older_levels():
         return any(torch._C._dispatch_keys(t).has(_OLD) for t in tensors)
@@ -32,9 +32,11 @@ def batched(tensors: Sequence[Tensor]) -> bool:
     return bool(found) and all(map(_functorch.is_batchedtensor, found))
 
 
-def apply(run: Callable[..., Sequence], call: Any, tensors: Sequence[Tensor]) -> Sequence:
+def call_batched(run: Callable[..., Sequence], call: Any, tensors: Sequence[Tensor]) -> Sequence:
     """``run(call, tensors)``, where torch's vmap may have batched some of them."""
-    if (_functorch.peek_interpreter_stack() is not None or older_levels()) and batched(tensors):
+    if (_functorch.peek_interpreter_stack() is not None or older_levels()) and only_batches(
+        tensors
+    ):
         return on_batches(run, call, tensors)
     return run(call, tensors)
 
@@ -49,7 +51,7 @@ def on_batches(
     def peel(bare: list[Tensor], dims: tuple, wrap: Callable, level: int) -> None:
         nonlocal call, tensors
         size = next(t.shape[d] for t, d in zip(bare, dims, strict=True) if d is not None)
-        depend = dependent(flat(call), dims)
+        depend = dependent(flat_program(call), dims)
         call, tensors = over_batch(call, dims, tuple(map(sig_of, bare)), size, depend), bare
         wraps.append((wrap, level, depend))
 
@@ -83,7 +85,7 @@ def on_batches(
     return outs
 
 
-def flat(call: CompiledCall | Program) -> Program:
+def flat_program(call: CompiledCall | Program) -> Program:
     return (call.program if isinstance(call, CompiledCall) else call).flat()
 
 
@@ -91,7 +93,9 @@ def over_batch(
     call: Any, dims: tuple, sigs: tuple[Sig, ...], size: int, depend: list[bool]
 ) -> Any:
     def make() -> Program:
-        return vmap(flat(call), dims, sigs, size, "same", [0 if yes else None for yes in depend])
+        return vmap(
+            flat_program(call), dims, sigs, size, "same", [0 if yes else None for yes in depend]
+        )
 
     if isinstance(call, CompiledCall):
         return call.derived((dims, sigs, size), make, "vmap")

@@ -31,8 +31,8 @@ from ..transforms.fresh import chain_of, fresh, viewed
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import active_nodes, sources
 from ..transforms.walk import builder
-from .aliasing import memory_of
-from .autograd import op_by_op, run
+from .aliasing import memory_program
+from .autograd import call_compiled, op_by_op
 from .execute import before_writes, write_back
 
 
@@ -56,7 +56,7 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
     ):
         if not any(r in autograd.active() and read_when_written(trace, r) for r in written):
             return None
-    program = rec.as_recorded(memory_of(rec))
+    program = rec.as_recorded(memory_program(rec))
     return dissolved(program) if inside else program
 
 
@@ -279,24 +279,24 @@ class Cut:
         for k in range(max(self.stage.values()) + 1):
             mine = [n for n in self.nodes if self.stage[n] == k]
             outs = [n for n in mine if n in wanted and n not in self.views]
-            if body := needed(mine, outs):
+            if body := nodes_needed(mine, outs):
                 reads = [
                     i
                     for i in dict.fromkeys(i for n in body for i in n._input_nodes)
                     if self.stage.get(i, -1) < k
                 ]
-                program = part(body, reads, outs, said)
+                program = stage_of(body, reads, outs, said)
                 stage = CompiledCall(
                     program, self.call.compile, self.call.split, self.call.__name__
                 )
-                step(partial(run, stage), [place[i] for i in reads], outs)
+                step(partial(call_compiled, stage), [place[i] for i in reads], outs)
             for n in mine:
                 if n in written:
                     step(write, [count + self.written[n], place[n]], [n])
                     said[n] = self.placeholders[self.written[n]].meta["val"]
                 if n in self.views:
                     source, *calls = self.views[n]
-                    step(view_of(source, calls, said), [place[source]], [n])
+                    step(view_maker(source, calls, said), [place[source]], [n])
         views = {k: place[n] for k, n in enumerate(self.returned) if n in self.views}
         done = [self.written[n] for n in written]
         return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done)
@@ -309,7 +309,7 @@ def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
     return [t]
 
 
-def needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:
+def nodes_needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:
     """Those of the nodes that ``outs`` depend on, draws and effects."""
     seen = set(outs)
     for n in reversed(nodes):
@@ -318,7 +318,7 @@ def needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:
     return [n for n in nodes if n in seen]
 
 
-def part(
+def stage_of(
     nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]
 ) -> Program:
     """These nodes as a program of what they read; the signatures that are ``said`` of values, and
@@ -337,7 +337,7 @@ def part(
         return program
 
 
-def view_of(
+def view_maker(
     source: Node, calls: Sequence[Node], said: dict[Node, Any]
 ) -> Callable[[Sequence[Tensor]], Sequence]:
     """The function that makes a view by PyTorch's own ops."""

@@ -24,7 +24,7 @@ from ..capture.instances import containers
 from ..trace.scalars import TENSOR, bits_of, generic
 from ..trace.traced import Traced, current, quiet
 from ..trace.tracer import Trace
-from .guards.keys import AnyNumber, describe_argument, environment_key, repeated
+from .guards.keys import AnyNumber, describe_argument, environment_key, first_alike
 
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/"}
 _COMPREHENSIONS = frozenset({"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"})
@@ -198,7 +198,7 @@ class Numbers:
         tensors: list[Tensor] = []
         given = self.put(args, kwargs, lambda _, x: AnyNumber(type(x).__name__))
         describe_argument(given, parts, tensors, [])
-        shared = (repeated(tensors), repeated(containers(given)))
+        shared = (first_alike(tensors), first_alike(containers(given)))
         return (AnyNumber, *parts, shared, *environment_key())
 
     def facts(self) -> dict[str, AnyNumber]:

@@ -32,10 +32,10 @@ from ..trace.traced import check_kind, current
 from .changing import Numbers
 from .entry import Entry, captured_entry
 from .guards.explain import Explanation, Facts, History, explained
-from .guards.keys import describe_argument, environment_key, reached, repeated
+from .guards.keys import describe_argument, environment_key, first_alike, reached_tensors
 from .guards.reads import Names
 from .guards.state import State, look
-from .guards.stores import put_back
+from .guards.stores import undo_stores
 from .pipeline import Pipeline, title
 
 #: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
@@ -115,8 +115,8 @@ class Compiled:
             describe_argument(a, parts, tensors, objects)
         if kwargs:
             describe_argument(kwargs, parts, tensors, objects)
-        if len(tensors) > 1 and (same := repeated(tensors)) is not None:
-            parts.append((same, repeated(containers((args, kwargs)))))
+        if len(tensors) > 1 and (same := first_alike(tensors)) is not None:
+            parts.append((same, first_alike(containers((args, kwargs)))))
         key = (*parts, *environment_key())
         try:
             entry = self._recent.get(key)
@@ -156,7 +156,7 @@ class Compiled:
         for x in objects:
             if type(x).__hash__ is None and any(x is o for o in state.opaque):
                 raise self.unhashable(arguments)
-        full = (key, reached(tensors, state.tensors), *state.key)
+        full = (key, reached_tensors(tensors, state.tensors), *state.key)
         entry = self.entries.get(full)
         if entry is not None and entry.whereabouts is not None:
             now = whereabouts([*tensors, *entry.closed(state.tensors)])
@@ -178,7 +178,7 @@ class Compiled:
             drew = of_python() != before
             result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         except BaseException:
-            put_back(state)
+            undo_stores(state)
             raise
         after = look(self.f, objects, labels, self.names)
         changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None

@@ -25,7 +25,7 @@ def has_tangent(t: Tensor) -> bool:
         return True
 
 
-def pushed(program: Program, wrt: tuple[int, ...]) -> Program:
+def pushed_program(program: Program, wrt: tuple[int, ...]) -> Program:
     """``(inputs, tangents) -> (outputs, their tangents or None)``, new values of written inputs
     among the outputs."""
     return program.once(("pushed", wrt), lambda: jvp(program.flat(), wrt, zeros=False))

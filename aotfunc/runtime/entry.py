@@ -26,14 +26,14 @@ from ..trace.outside import check_hooks
 from ..trace.seeds import states
 from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
-from .autograd import run
+from .autograd import call_compiled
 from .chains import as_recorded, chained
 from .changing import Numbers
 from .execute import run_eager
 from .guards.check import Check
 from .guards.explain import Facts, facts_of
 from .guards.given import Given
-from .guards.keys import Shared, environment_key, noted, repeated
+from .guards.keys import Shared, environment_key, first_alike, noted
 from .guards.returned import Finish, recorded
 from .guards.state import State
 from .guards.stores import Place, left_behind
@@ -136,7 +136,7 @@ class Entry:
             ):
                 outs, shown = found
             elif not self.idle:
-                outs = run(self.call, inputs)
+                outs = call_compiled(self.call, inputs)
             if self.inside is not None:
                 self.inside.attach(outs, inputs)
             if self.views is not None:
@@ -205,7 +205,9 @@ def captured_entry(
         f,
         arguments.leaves,
         # containers passed twice hold tensors twice
-        arguments.rebuilt if repeated(tensors) is None else lambda xs: remade(given, iter(xs), {}),
+        arguments.rebuilt
+        if first_alike(tensors) is None
+        else lambda xs: remade(given, iter(xs), {}),
         why_not=f"{name} captures the function once for all values",
         constants=False,
         numbers=True,

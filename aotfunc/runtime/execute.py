@@ -23,20 +23,20 @@ from ..trace.traced import current
 from ..transforms.fresh import storage_root
 from ..transforms.lower import lowered, marked
 from ..transforms.vjp import differentiable, live, vjp
-from .aliasing import apart
-from .batched import apply
-from .duals import pushed, refuse_cuts
-from .redraw import redrawn, states
+from .aliasing import with_own_memory
+from .batched import call_batched
+from .duals import pushed_program, refuse_cuts
+from .redraw import generator_states, redrawn
 
 
-def eager(program: Program) -> Callable[..., tuple]:
+def on_eager(program: Program) -> Callable[..., tuple]:
     """The program on the eager backend, new values of mutated inputs among its results."""
-    return program.once(eager, lambda: Interpreted(lowered(program).graph))
+    return program.once(on_eager, lambda: Interpreted(lowered(program).graph))
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:
     """The program as a function of real tensors; mutated inputs are written back."""
-    fn = eager(program)
+    fn = on_eager(program)
 
     def call(*tensors: Tensor) -> tuple:
         outs = fn(*tensors)
@@ -52,7 +52,7 @@ def write_back(
     """Give the written inputs their new values, but for those that have them, with the derivative
     that these have in the program: what is the input itself by now may have been detached."""
     hidden = hidden_writes(program)
-    news = apart(program, tensors, outs)[program.n_outputs :]
+    news = with_own_memory(program, tensors, outs)[program.n_outputs :]
     if torch.is_grad_enabled() and any(new.requires_grad for new in news):
         flags = live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad))[
             program.n_outputs :
@@ -81,9 +81,9 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         if by_us and (
             forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         ):
-            outs = Differentiable.apply(program, states(program), *tensors)
+            outs = Differentiable.apply(program, generator_states(program), *tensors)
         else:
-            fn = eager(program)
+            fn = on_eager(program)
             outs = (
                 distinct(program, fn(*tensors), program.n_outputs, tensors)
                 if by_us
@@ -181,7 +181,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore
-        outs = eager(program)(*tensors)
+        outs = on_eager(program)(*tensors)
         pairs = zip(
             distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True
         )
@@ -211,7 +211,9 @@ class Differentiable(torch.autograd.Function):
         program, given = ctx.program, tangents[2:]
         wrt = tuple(i for i, t in enumerate(given) if t is not None)
         with redrawn(ctx.states):
-            outs = execute(pushed(program, wrt), [*ctx.saved_tensors, *(given[i] for i in wrt)])
+            outs = execute(
+                pushed_program(program, wrt), [*ctx.saved_tensors, *(given[i] for i in wrt)]
+            )
         return tuple(outs[len(program.outputs) :])
 
     @staticmethod
@@ -226,7 +228,7 @@ class Differentiable(torch.autograd.Function):
         joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
         given = [contiguous(c) for c, yes in zip(cts, have, strict=True) if yes and c is not None]
         with without_modes(ctx.dtype), redrawn(ctx.states):
-            grads = apply(execute, joint, [*tensors, *given])
+            grads = call_batched(execute, joint, [*tensors, *given])
         result: list = [None] * (len(tensors) + 2)
         for i, g in zip(wrt, grads, strict=True):
             result[i + 2] = g

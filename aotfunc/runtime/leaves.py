@@ -13,7 +13,7 @@ from ..capture.captured import Captured
 from ..errors import CaptureError
 from ..trace.autograd import Reach
 from ..trace.traced import Traced
-from .aliasing import memory_of
+from .aliasing import memory_program
 
 
 class Leaves:
@@ -52,17 +52,19 @@ class Leaves:
         self.written: list[int] = []
         if not leaves:
             return
-        owned = [ref for ref, _ in memory_of(rec)]
+        owned = [ref for ref, _ in memory_program(rec)]
         finals = [trace.finals[i] if i < count else count - 1 - i for i in mutated]
         given = {rec.refs[k] for k in self.returned}
-        if given and (reached(rec, given) - given).intersection((*owned, *rec.refs, *finals)):
+        if given and (computed_from(rec, given) - given).intersection(
+            (*owned, *rec.refs, *finals)
+        ):
             raise CaptureError(
                 "a tensor that was made inside and requires grad is returned, and so is what was "
                 "computed from it, of which the gradient would not reach it; pass it as an "
                 "argument"
             )
         mine = leaves - trace.autograd.computed
-        found = reached(rec, leaves) - mine
+        found = computed_from(rec, leaves) - mine
         views = [s for ref in rec.refs if (s := rec.seen.get(ref)) and ref in found]
         if any(
             s.root not in found or any(step.ref in mine for step in s.path[:-1]) for s in views
@@ -103,7 +105,7 @@ class Leaves:
         return outs
 
 
-def reached(rec: Captured, leaves: set[int]) -> set[int]:
+def computed_from(rec: Captured, leaves: set[int]) -> set[int]:
     """What was computed from leaves, and these."""
     reach = Reach(set(leaves), len(rec.trace.inputs))
     reach.extend(rec.trace.records, rec.trace.autograd.leaves)

@@ -170,7 +170,7 @@ def compiled_by(
         raise BackendError(
             f"{what}: the compiler {title(compiler)} failed on {gm._get_name()} "
             f"({len(gm.graph.nodes)} nodes): {type(e).__name__}: {e}\nThe graph is this error's "
-            f".graph_module:\n{shortened(gm.code)}",
+            f".graph_module:\n{short_code(gm.code)}",
             graph_module=gm,
         ) from e
     boxed = backend.boxed or getattr(fn, "_boxed_call", False)
@@ -237,7 +237,7 @@ def title(f: Any) -> str:
         return name
 
 
-def shortened(code: str, limit: int = 40) -> str:
+def short_code(code: str, limit: int = 40) -> str:
     lines = code.strip().splitlines()
     return "\n".join(
         [*lines[:limit], f"… {len(lines) - limit} more lines"] if len(lines) > limit else lines

@@ -14,12 +14,12 @@ from ..graph import Program, draws
 from ..transforms.lower import EVERYTHING, lowered
 
 
-def states(program: Program) -> list[tuple[Generator, Tensor]]:
+def generator_states(program: Program) -> list[tuple[Generator, Tensor]]:
     """The generators that a program draws from, with their states now."""
-    return [(g, g.get_state()) for g in program.once("generators", lambda: generators(program))]
+    return [(g, g.get_state()) for g in program.once("generators", lambda: generators_of(program))]
 
 
-def generators(program: Program) -> list[Generator]:
+def generators_of(program: Program) -> list[Generator]:
     found: dict[int, Generator] = {}
     for n in lowered(program, EVERYTHING).graph.nodes:
         if n.op == "call_function" and draws(n):

@@ -13,26 +13,26 @@ from ..graph import Program
 from ..trace.shapes.sig import Sig, contiguous_stride
 from ..transforms.apart.parts import Mixed
 from ..transforms.lower import lowered
-from ..transforms.sizes import sized
-from .execute import eager, ours
+from ..transforms.sizes import size_multiples
+from .execute import on_eager, ours
 
 Dims = Sequence[int | None]
 
 
-def of_size(
+def resized_program(
     base: Program, dims: tuple, sigs: Sequence[Sig], size: int, how: tuple, make: Callable
 ) -> Program:
     """The batched ``base`` for a batch of this size, which ``make`` makes; ``dims`` and ``sigs``
     are of its inputs, ``how`` is what else it depends on, the dimensions of the batch in the
     results second."""
-    layouts = [layout(sig, dim) for sig, dim in zip(sigs, dims, strict=True)]
+    layouts = [batch_layout(sig, dim) for sig, dim in zip(sigs, dims, strict=True)]
     if size < 2 or None in layouts:  # a dimension of one has any stride
         return make()
     shared = base.derived(("sizes", dims, tuple(layouts), *how), lambda: Shared(make(), size))
     return shared.program_of(size, make, dims, how[1])
 
 
-def layout(sig: Sig, dim: int | None) -> tuple | None:
+def batch_layout(sig: Sig, dim: int | None) -> tuple | None:
     """What batches have in common that differ in their size, and are laid out alike; None if that
     is hard to say."""
     if dim is None:
@@ -67,7 +67,9 @@ class Shared:
             self.tries += 1
             whole = lowered(self.program)
             try:
-                self.code = compile_graph(whole.graph, sized(whole, dims, out_dims, self.size))
+                self.code = compile_graph(
+                    whole.graph, size_multiples(whole, dims, out_dims, self.size)
+                )
             except Mixed:
                 self.program, self.size = make(), size
                 return self.program
@@ -90,7 +92,7 @@ class Resized(Program):
             like.name,
         )
         self.like, self.make = like, make
-        self.cache = {eager: code, ours: ours(like)}
+        self.cache = {on_eager: code, ours: ours(like)}
 
     @property
     def weight(self) -> int:

@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype)
 
 
-def facts(x: Any) -> Any:
+def leaf_facts(x: Any) -> Any:
     """What a graph was specialised to, of one leaf."""
     if isinstance(x, Tensor):
         return tuple(x.shape), x.dtype, x.device
@@ -31,12 +31,12 @@ class Specialised(_LazyGraphModule):
     made_for = None  # not annotated: TorchScript reads annotations
 
     def made_for_these(self, names: Sequence[str], arguments: Sequence[Any]) -> None:
-        facts_of = [list(map(facts, flatten_tree(a)[0])) for a in arguments]
+        facts_of = [list(map(leaf_facts, flatten_tree(a)[0])) for a in arguments]
         self.made_for = dict(zip(names, facts_of, strict=True))  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.made_for:
-            check(self.made_for, {**dict(zip(self.made_for, args, strict=False)), **kwargs})
+            check_facts(self.made_for, {**dict(zip(self.made_for, args, strict=False)), **kwargs})
         return super().__call__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -55,16 +55,17 @@ def _restored(make: Any, arguments: tuple, made_for: Any) -> Specialised:
     return module
 
 
-def check(made_for: dict[str, list], given: dict[str, Any]) -> None:
+def check_facts(made_for: dict[str, list], given: dict[str, Any]) -> None:
     """Raise ArgumentError for an argument that has other facts; the module's code says where
     structures differ."""
     for name, x in given.items():
         wanted = made_for.get(name, ())
         for i, (leaf, want) in enumerate(zip(flatten_tree(x)[0], wanted, strict=False)):
-            if want is not None and facts(leaf) != want:
+            if want is not None and leaf_facts(leaf) != want:
                 leaf_of = f"{name} (leaf {i})" if len(wanted) > 1 else name
                 raise ArgumentError(
-                    f"the module was made for {leaf_of} = {said(want)}, not {said(facts(leaf))}: "
+                    f"the module was made for {leaf_of} = {said(want)}, "
+                    f"not {said(leaf_facts(leaf))}: "
                     "call make_fx again for these arguments, or make_fx(..., check_inputs=False)"
                 )
 

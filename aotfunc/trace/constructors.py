@@ -27,7 +27,7 @@ def to_stack(data: Any) -> bool:
     )
 
 
-def stacked(
+def stacked_numbers(
     data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bool = False
 ) -> Tensor:
     """The tensor of nested lists of numbers and tensors of one element each; the common dtype if
@@ -62,7 +62,7 @@ def stacking(make: Callable) -> Callable:
     def function(data: Any, *args: Any, **kwargs: Any) -> Any:
         if args or not to_stack(data):
             return make(data, *args, **kwargs)
-        return stacked(
+        return stacked_numbers(
             data, kwargs.get("dtype"), kwargs.get("device"), kwargs.get("requires_grad", False)
         )
 
@@ -72,7 +72,7 @@ def stacking(make: Callable) -> Callable:
 def new_tensor(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
     if not to_stack(data):
         return Tensor.new_tensor(self, data, **kwargs)
-    return stacked(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
+    return stacked_numbers(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
 
 
 Traced.new_tensor = new_tensor  # type: ignore[method-assign]

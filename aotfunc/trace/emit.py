@@ -318,14 +318,14 @@ COMMUTATIVE = frozenset((_aten.add.Tensor, _aten.mul.Tensor))
 def node_key(target: Any, args: tuple, kwargs: dict, region: Any) -> tuple:
     key: list = [target, region]
     for a in args:
-        _part(a, key)
+        _key_part(a, key)
     for k, v in kwargs.items():
         key.append(k)
-        _part(v, key)
+        _key_part(v, key)
     return tuple(key)
 
 
-def _part(a: Any, key: list) -> None:
+def _key_part(a: Any, key: list) -> None:
     cls = a.__class__
     if cls is Node:
         key.append(a)
@@ -336,7 +336,7 @@ def _part(a: Any, key: list) -> None:
     elif isinstance(a, list | tuple):
         key.append("[")
         for x in a:
-            _part(x, key)
+            _key_part(x, key)
         key.append("]")
     else:
         key += (cls, a)

@@ -21,7 +21,7 @@ from .shapes.instr import Instr
 from .shapes.sig import Sig, fill
 from .tracer import Trace
 from .values import Values, View
-from .views import COMPUTED, Link, forward
+from .views import COMPUTED, Link, replay_view
 from .writes import WRITES, functional_twin
 
 aten = torch.ops.aten
@@ -67,7 +67,7 @@ class Functionalizer(Values):
         if not self.intent and instr.op is aten.detach.default:
             return nodes[0]
         if instr.op in COMPUTED:
-            return forward(
+            return replay_view(
                 self.b,
                 Link((instr.op, fill(instr.args, nodes)[1:], {}, None, instr.outs)),
                 nodes[0],

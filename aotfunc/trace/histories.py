@@ -41,7 +41,7 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
     trace.autograd.reach()  # what was read before the write
     for t in written:
         owner = t._base if t._is_view() else t
-        if owner.__class__ is Traced or known(owner):
+        if owner.__class__ is Traced or has_history(owner):
             continue
         if not (owner.requires_grad or is_part(t, owner)):
             trace.rewritten.append(owner)
@@ -76,7 +76,7 @@ def follow_writes(trace: Trace, written: Sequence[Any]) -> None:
                 )  # a view finds out only when it is asked
 
 
-def known(t: Tensor) -> bool:
+def has_history(t: Tensor) -> bool:
     """Whether it has a history for the time of a recording."""
     return any(t is r for trace in under_way.traces for r in trace.rewritten)
 

@@ -26,11 +26,11 @@ def holds_traced(x: Any, seen: set[int]) -> bool:
         if id(e) not in seen and not issubclass(type(e), SHARED):
             seen.add(id(e))
             alive.append(e)  # so that its id stays its own
-            todo += inside(e)
+            todo += contents(e)
     return False
 
 
-def inside(x: Any) -> Iterator[Any]:
+def contents(x: Any) -> Iterator[Any]:
     """What an object holds."""
     cls = type(x)
     if cls is types.FunctionType:

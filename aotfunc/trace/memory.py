@@ -35,7 +35,7 @@ class Place(NamedTuple):
     kin: int = 0
 
 
-def layout(
+def places_of(
     tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None
 ) -> tuple[Place, ...]:
     """A place for each tensor. ``dims``: the dimensions along which they are batches."""
@@ -72,7 +72,7 @@ def layout(
 
 def whereabouts(tensors: Sequence[Tensor]) -> tuple:
     """All that a program may depend on of where tensors lie."""
-    return layout(tensors), tuple([torch._C.TensorBase.storage_offset(t) for t in tensors])
+    return places_of(tensors), tuple([torch._C.TensorBase.storage_offset(t) for t in tensors])
 
 
 def step_of(t: Tensor, dim: int | None) -> int | None:
@@ -135,7 +135,7 @@ def extent(t: Tensor) -> int:
     ) * t.element_size()
 
 
-def part(base: Sig, at: Place, sig: Sig, place: Place) -> int | None:
+def offset_inside(base: Sig, at: Place, sig: Sig, place: Place) -> int | None:
     """At which element of ``base`` a tensor of signature ``sig`` begins that lies wholly inside of
     it; None if it does not."""
     size = base.dtype.itemsize

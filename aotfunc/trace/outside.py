@@ -35,7 +35,7 @@ def set_data(self: Tensor, value: Any) -> None:
             f"memory{at(user_line())}; write to the memory that it has: `with torch.no_grad(): "
             "x.copy_(value)`"
         )
-    _data.__set__(self, known(value))
+    _data.__set__(self, with_data(value))
 
 
 def set_grad(self: Tensor, value: Any) -> None:
@@ -47,10 +47,10 @@ def set_grad(self: Tensor, value: Any) -> None:
             f"`.grad = ` of a tensor from outside, of shape {list(self.shape)}, is not "
             f"captured{at(user_line())}; return the gradient and assign it outside"
         )
-    _grad.__set__(self, known(value))
+    _grad.__set__(self, with_data(value))
 
 
-def known(value: Any) -> Any:
+def with_data(value: Any) -> Any:
     """What leaked from a recording that is over, as a tensor that has data."""
     return value.tracer.value(value) if value.__class__ is Traced else value
 

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from ..errors import CaptureError
 from .emit import Builder
-from .memory import Place, part
+from .memory import Place, offset_inside
 from .shapes.sig import Sig
-from .views import Link, forward, strided
+from .views import Link, replay_view, strided
 
 
 class Memory:
@@ -49,7 +49,7 @@ class Storage:
         it depend on."""
         version, found = self.shown.get(id(link), (None, node))
         if version != self.version:
-            found = forward(b, link, node)
+            found = replay_view(b, link, node)
             self.shown[id(link)] = self.version, found
         return found
 
@@ -74,7 +74,7 @@ def covered(sigs: dict[int, Sig], places: Sequence[Place], base: int, i: int) ->
     """How the input ``base`` shows the input ``i``, which lies inside of it."""
     if i == base or (sigs[i] is sigs[base] and places[i][:3] == places[base][:3]):
         return ()
-    start = part(sigs[base], places[base], sigs[i], places[i])
+    start = offset_inside(sigs[base], places[base], sigs[i], places[i])
     if start is None:
         raise CaptureError(
             "some of the tensors that are written to, or their neighbours, overlap in memory and "

@@ -15,7 +15,7 @@ from ..debug import at
 from ..errors import CaptureError
 from . import histories
 from .autograd import Autograd
-from .memory import Place, layout
+from .memory import Place, places_of
 from .records import Record, Roots
 from .seeds import Seeds
 from .shapes.sig import Sig, sig_of
@@ -255,7 +255,7 @@ class Tape:
             dims = (
                 None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))
             )
-            self._places = layout([*self.origins, *self.lifted], dims)
+            self._places = places_of([*self.origins, *self.lifted], dims)
         return self._places
 
     def kin(self, ref: int) -> set[int]:

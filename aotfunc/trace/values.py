@@ -23,7 +23,7 @@ from .shapes.instr import Instr
 from .shapes.sig import Sig, contiguous_stride
 from .storages import Memory, Storage, View, covered
 from .tracer import Trace
-from .views import COMPUTED, Link, forward, inverse, laid_out, linked, restrided
+from .views import COMPUTED, Link, inverse, laid_out, linked, replay_view, restrided
 
 aten = torch.ops.aten
 
@@ -177,7 +177,7 @@ class Values:
             for link in view.chain[
                 : max((i + 1 for i, op in enumerate(ops) if op in COMPUTED), default=0)
             ]:
-                node = forward(self.b, link, node)
+                node = replay_view(self.b, link, node)
         return self.cut_off(ref, node)
 
     def detached(self, node: Node, how: OpOverload = aten.detach.default) -> Node:
@@ -229,7 +229,7 @@ class Values:
             }
         bases = [self.current(storage)]
         for link in view.chain[:-1]:
-            bases.append(forward(self.b, link, bases[-1]))
+            bases.append(replay_view(self.b, link, bases[-1]))
         whole = new
         for link, base in zip(reversed(view.chain), reversed(bases), strict=False):
             whole = inverse(self.b, link, base, whole, line)
@@ -264,6 +264,6 @@ class Values:
             if changed and storage.ref == ref:
                 node = self.current(storage)
                 for link in storage.chain:
-                    node = forward(self.b, link, node)
+                    node = replay_view(self.b, link, node)
                 found.append((index, node))
         return found

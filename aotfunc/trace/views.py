@@ -37,7 +37,7 @@ class Link(tuple):
     or None, val)``."""
 
 
-def forward(b: Builder, link: Link, node: Node) -> Node:
+def replay_view(b: Builder, link: Link, node: Node) -> Node:
     op, args, kwargs, index, _ = link
     if op is aten.as_strided.default:
         node, args = in_memory(b, node, args)
@@ -128,7 +128,7 @@ def scatter(b: Builder, link: Link, base: Node, new: Node) -> Node:
     there."""
     sig: Sig = base.meta["val"]
     numbers = b.call(aten.arange.default, sig.numel, device=sig.device)
-    where = forward(b, link, b.call(aten.view.default, numbers, list(sig.shape)))
+    where = replay_view(b, link, b.call(aten.view.default, numbers, list(sig.shape)))
     return b.call(aten.put.default, base, where, new)
 
 

@@ -32,7 +32,7 @@ def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
     with paused_gc():
         b, env = builder(), dict[Node, Any]()
         copy_opened(b, program.graph.nodes, env, table)
-        outs = apart(b, program.outputs, env)
+        outs = separate_outputs(b, program.outputs, env)
         return Program(
             b.finish(outs), program.n_inputs, program.n_outputs, program.mutated, "decompose"
         )
@@ -66,7 +66,7 @@ def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth
     b.copy(nodes, env, visit)
 
 
-def apart(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
+def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
     """The outputs, copied where one shows memory that it did not show before: a ``cat`` of one is
     no input."""
     owners = {new: old for old, new in env.items() if old.op == "placeholder"}

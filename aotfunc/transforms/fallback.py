@@ -27,7 +27,7 @@ class NoFormula(Exception):
     """PyTorch has no formula for this op."""
 
 
-def replaced(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
+def with_tensors(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
     """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor
     arguments) replaced by ``f(x, i)``."""
 
@@ -92,7 +92,7 @@ def reverse_rule(op: OpOverload) -> Callable:
             return twin
 
         try:
-            outs = leaves(call_op(op, replaced(op, list(args), leaf)))
+            outs = leaves(call_op(op, with_tensors(op, list(args), leaf)))
             gs = leaves(g)
             pairs = [
                 (o, x)

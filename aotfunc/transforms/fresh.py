@@ -80,7 +80,7 @@ def output_copy(
         if memory.meta["val"] is top.meta["val"] and not any(
             n.target is aten.as_strided.default for n in chain
         ):
-            return follow(b, memory, chain, made)
+            return replay_views(b, memory, chain, made)
     if (x, group) not in made:
         made[x, group] = copy_of(b, x)
     return made[x, group]
@@ -124,7 +124,7 @@ def storage_root(n: Node) -> Node:
     return n
 
 
-def follow(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:
+def replay_views(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:
     """The chain's ops applied to ``source``."""
     x = source
     for n in reversed(chain):

@@ -18,7 +18,7 @@ from .lower import lowered
 from .tidy import rebuilt
 from .vjp import vjp
 from .vmap import vmap
-from .walk import builder, number
+from .walk import builder, filled_node
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: ra
     )
 
 
-def rows(
+def jacobian_rows(
     base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str
 ) -> Program:
     """Per output: the backward half, batched over a basis of its cotangents, residuals
@@ -60,22 +60,26 @@ def rows(
         for i in range(n_out):
             have = tuple(k == i for k in range(base.n_outputs))
             early, late, direct = halve(vjp(base, wrt, have, fill=True, keep=()), 0, 1)
-            residuals = spliced(b, early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
+            residuals = splice_program(b, early, inputs)[: early.n_outputs] + [
+                inputs[k] for k in direct
+            ]
             val = base.vals[i]
             pieces = []
             for start, count in chunks(val.numel, chunk):
                 pieces.append(
-                    along(b, late, residuals, basis_rows(b, val, start, count), count, randomness)
+                    rows_of_late(
+                        b, late, residuals, basis_rows(b, val, start, count), count, randomness
+                    )
                 )
             for k, x in enumerate(wrt):
                 rows = joined(b, [p[k] for p in pieces], 0)
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
-                blocks.append(reshaped(b, rows, shape))
+                blocks.append(reshape_node(b, rows, shape))
         own = range(len(blocks), len(blocks) + base.n_outputs)
         return assembled(b, [*blocks, *outs[n_out:]], base, "jacrev", own)
 
 
-def columns(
+def jacobian_columns(
     base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str
 ) -> Program:
     """Per argument: the linear part, batched over a basis of its tangents."""
@@ -88,42 +92,47 @@ def columns(
         for x in wrt:
             linear = linear_program(base, (x,), n_out)
             early, late, direct = halve(linear, base.n_outputs, 1)
-            residuals = spliced(b, early, inputs)[base.n_outputs : early.n_outputs] + [
+            residuals = splice_program(b, early, inputs)[base.n_outputs : early.n_outputs] + [
                 inputs[k] for k in direct
             ]
             val = base.placeholders[x].meta["val"]
             pieces = []
             for start, count in chunks(val.numel, chunk):
                 pieces.append(
-                    along(b, late, residuals, basis_rows(b, val, start, count), count, randomness)
+                    rows_of_late(
+                        b, late, residuals, basis_rows(b, val, start, count), count, randomness
+                    )
                 )
             column = []
             for i in range(n_out):
                 whole = joined(b, [p[i] for p in pieces], 0)
                 rank = len(base.vals[i].shape)
                 whole = b.call(aten.permute.default, whole, [*range(1, rank + 1), 0])
-                column.append(reshaped(b, whole, [*base.vals[i].shape, *val.shape]))
+                column.append(reshape_node(b, whole, [*base.vals[i].shape, *val.shape]))
             columns.append(column)
         blocks = [columns[k][i] for i in range(n_out) for k in range(len(wrt))]
         own = range(len(blocks), len(blocks) + base.n_outputs)
         return assembled(b, [*blocks, *outs[n_out:]], base, "jacfwd", own)
 
 
-def spliced(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
+def splice_program(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
     return list(b.splice(program.graph, inputs, program.outputs))
 
 
-def along(
+def rows_of_late(
     b: Builder, late: Program, residuals: Sequence[Any], basis: Node, count: int, randomness: str
 ) -> list:
     """The results of ``late`` for each row of ``basis``, in front; a single row needs no batch."""
     sig = basis.meta["val"]
     if count == 1:
         row = b.call(aten.view.default, basis, list(sig.shape[1:]))
-        return [b.call(aten.unsqueeze.default, x, 0) for x in spliced(b, late, [*residuals, row])]
+        return [
+            b.call(aten.unsqueeze.default, x, 0)
+            for x in splice_program(b, late, [*residuals, row])
+        ]
     dims = [None] * len(residuals) + [0]
     sigs = [r.meta["val"] for r in (*residuals, basis)]
-    return spliced(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis])
+    return splice_program(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis])
 
 
 def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
@@ -136,7 +145,7 @@ def basis_rows(b: Builder, sig: Sig, start: int, count: int) -> Node:
     """Rows ``start`` to ``start + count`` of the identity over the elements of ``sig``, each in
     its shape."""
     if sig.numel == 1 and count == 1:
-        return number(b, 1, make_dense((1, *sig.shape), sig))
+        return filled_node(b, 1, make_dense((1, *sig.shape), sig))
     eye = b.call(aten.eye.default, sig.numel, dtype=sig.dtype, device=sig.device)
     if count != sig.numel:
         eye = b.call(aten.slice.Tensor, eye, 0, start, start + count)
@@ -151,7 +160,7 @@ def joined(b: Builder, pieces: Sequence[Node], dim: int) -> Node:
     return pieces[0] if len(pieces) == 1 else b.call(aten.cat.default, list(pieces), dim)
 
 
-def reshaped(b: Builder, x: Node, shape: Sequence[int]) -> Node:
+def reshape_node(b: Builder, x: Node, shape: Sequence[int]) -> Node:
     try:
         return b.call(aten.view.default, x, list(shape))
     except RuntimeError:

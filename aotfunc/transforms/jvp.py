@@ -23,7 +23,7 @@ from ..trace.shapes.sig import Facts, Sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args
 from .vjp import active_nodes, as_arguments, contiguous_sig, reverse, role
-from .walk import apply, builder, errors_of, outputs_of, traced
+from .walk import apply, builder, errors_of, node_outputs, traced
 
 aten = torch.ops.aten
 
@@ -74,7 +74,7 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
     if not any(map(_has, ts)):
         return None
     new_args = remap(tuple(args), env)
-    out = outputs_of(b, new) if isinstance(new, Node) else new
+    out = node_outputs(b, new) if isinstance(new, Node) else new
     if isinstance(n.meta["val"], tuple) and not isinstance(out, list):
         out = [out]
     return apply(b, ("jvp", op), jvp_make(n), ts, out, *new_args)

@@ -63,7 +63,7 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
         raise RuleError(f"{op} cannot be batched{at(n.meta.get('line'))}: {why}; {e}") from None
 
 
-def by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
+def looped_by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
     """As :func:`looped`, for an op whose result's shape depends on values: ``n`` says what it is
     for every sample."""
     op, want = n.target, n.meta["val"]

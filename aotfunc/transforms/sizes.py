@@ -21,7 +21,7 @@ from .apart import OF_NUMBERS, rule_for
 from .apart.parts import FACTORIES, Call, Mixed, Part, Walk
 
 
-def sized(
+def size_multiples(
     program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], size: int
 ) -> dict[Node, tuple]:
     """The arguments, with Times in them, of those nodes of a batched program whose literals depend
@@ -30,12 +30,12 @@ def sized(
     if program.mutated or size < 2:
         raise Mixed
     try:
-        return followed(program, dims, out_dims, Walk(size, multiples=False))
+        return follow_batch(program, dims, out_dims, Walk(size, multiples=False))
     except Mixed:
-        return followed(program, dims, out_dims, Walk(size, multiples=True))
+        return follow_batch(program, dims, out_dims, Walk(size, multiples=True))
 
 
-def followed(
+def follow_batch(
     program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], walk: Walk
 ) -> dict:
     for i, p in enumerate(program.placeholders):

@@ -24,7 +24,7 @@ from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .rules.table import RULES, full_args, tensor_args, zeros
-from .walk import apply, builder, errors_of, number, outputs_of, traced
+from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
 
 aten = torch.ops.aten
 
@@ -221,7 +221,7 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     needs = tuple(any(isinstance(x, Node) and x in active for x in leaves(args[i])) for i in where)
     g = by_output(g, n.meta["val"])
     values = args if again is n else full_args(op, again.args, again.kwargs)
-    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, outputs_of(b, again), *values)
+    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, node_outputs(b, again), *values)
     flat_args: list = []
     flat_grads: list = []
     for i, ga in zip(where, grads, strict=False):
@@ -374,11 +374,13 @@ def vjp(
         wanted = [new[i] for i in wrt]
         results = outs[: program.n_outputs]
         if ones:
-            seeds = [number(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)]
+            seeds = [
+                filled_node(b, 1, v) if yes else None for v, yes in zip(vals, cts, strict=True)
+            ]
         grads = reverse(b, results, seeds, wanted, recompute)
         if fill:
             grads = [
-                number(b, 0, x.meta["val"]) if g is None else g
+                filled_node(b, 0, x.meta["val"]) if g is None else g
                 for x, g in zip(wanted, grads, strict=True)
             ]
         first = [*(results if keep is None else [results[i] for i in keep]), *grads]

@@ -160,13 +160,13 @@ class Batch:
                 with errors_of("batching", n, rule):
                     result = traced(lambda *xs: rule(*xs, **extras))(b, *full)
                     if result is not NotImplemented:
-                        return checked(b, result, want, size), []
+                        return checked_result(b, result, want, size), []
             elif Facts(op).random:
                 raise RuleError(
                     f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}"
                 )
             result, looped = self.derived(b, n, flags, size, args)
-            return checked(b, result, want, size), looped
+            return checked_result(b, result, want, size), looped
 
         return make
 
@@ -175,7 +175,7 @@ class Batch:
     ) -> tuple[Any, list[OpOverload]]:
         op = n.target
         if Facts(op).dynamic:
-            return loops.by_value(b, n, flags, size, args), [op]
+            return loops.looped_by_value(b, n, flags, size, args), [op]
         body = fallback.decomposition(op)
         try:
             rule = fallback.batching_rule(op)
@@ -271,14 +271,14 @@ def promotion(sigs: Sequence[Sig]) -> torch.dtype:
     return common
 
 
-def checked(b: Builder, result: Any, want: Any, size: int) -> Any:
+def checked_result(b: Builder, result: Any, want: Any, size: int) -> Any:
     """The result of a rule, in the unbatched dtype. Raises ValueError where it is not of the
     unbatched shape behind the batch."""
     if isinstance(want, tuple):
         if not isinstance(result, list | tuple):
             result = [result]
         return [
-            checked(b, r, w, size) if w.__class__ is Sig else r
+            checked_result(b, r, w, size) if w.__class__ is Sig else r
             for r, w in zip(result, want, strict=False)
         ]
     if not isinstance(result, Node):

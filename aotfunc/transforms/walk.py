@@ -108,8 +108,8 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
         with off():
             results = record_into(trace, lambda: fn(*wrapped))
         with quiet():  # what the rule made itself may be looked at anywhere
-            known = {r: constant(b, trace.lifted[-1 - r]) for r in trace.made_inside}
-        consts = [known.get(-1 - i) or constant(b, t) for i, t in enumerate(trace.lifted)]
+            known = {r: constant_node(b, trace.lifted[-1 - r]) for r in trace.made_inside}
+        consts = [known.get(-1 - i) or constant_node(b, t) for i, t in enumerate(trace.lifted)]
         f = Functionalizer(trace, b, [*nodes, *consts], intent)
         kept, b.meta = b.meta, {}
         f.run()
@@ -122,7 +122,7 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
                 return (
                     f.read(r.ref, intent)
                     if r.__class__ is Traced and r.tracer is trace
-                    else constant(b, r)
+                    else constant_node(b, r)
                 )
             return r
 
@@ -151,7 +151,7 @@ def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
         ) from e
 
 
-def constant(b: Builder, t: Tensor) -> Node:
+def constant_node(b: Builder, t: Tensor) -> Node:
     """A number that a rule made, as a node."""
     if t.dim():
         raise RuleError(
@@ -160,7 +160,7 @@ def constant(b: Builder, t: Tensor) -> Node:
     return b.call(aten.full.default, [], t.item(), dtype=t.dtype, device=t.device)
 
 
-def number(b: Builder, value: Any, sig: Sig) -> Node:
+def filled_node(b: Builder, value: Any, sig: Sig) -> Node:
     """A tensor like ``sig``, filled with a number."""
     return b.call(aten.full.default, list(sig.shape), value, dtype=sig.dtype, device=sig.device)
 
@@ -172,12 +172,13 @@ def unknown(b: Builder, sig: Sig) -> Node:
     return b.make("call_function", aten.empty.memory_format, (list(sig.shape),), kwargs, sig)
 
 
-def outputs_of(b: Builder, n: Node) -> Any:
+def node_outputs(b: Builder, n: Node) -> Any:
     """What a node returns, as a rule wants it: itself, or the list of its outputs (some of which
     may be lists)."""
     val = n.meta["val"]
     if not isinstance(val, tuple):
         return n
     return [
-        outputs_of(b, b.item(n, i)) if isinstance(v, Sig | tuple) else v for i, v in enumerate(val)
+        node_outputs(b, b.item(n, i)) if isinstance(v, Sig | tuple) else v
+        for i, v in enumerate(val)
     ]

@@ -6,7 +6,7 @@ import torch
 
 import aotfunc
 from aotfunc.errors import CaptureError
-from aotfunc.trace.memory import layout
+from aotfunc.trace.memory import places_of
 
 
 def writes(a, b):
@@ -129,9 +129,9 @@ def test_as_strided_of_a_written_tensor_at_an_offset():
 
 def test_layout():
     buf = torch.zeros(10)
-    groups = [p.group for p in layout([buf[:5], buf[5:], buf[4:6], torch.zeros(3), buf[2:2]])]
+    groups = [p.group for p in places_of([buf[:5], buf[5:], buf[4:6], torch.zeros(3), buf[2:2]])]
     assert groups[0] == groups[1] == groups[2] != groups[3] and groups.count(groups[4]) == 1
-    even, odd = layout([buf[::2], buf[1::2]])
+    even, odd = places_of([buf[::2], buf[1::2]])
     assert even.group != odd.group
 
 

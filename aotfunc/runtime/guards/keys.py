@@ -214,7 +214,7 @@ def describe_attributes(t: Tensor, key: list, objects: list[Any]) -> None:
         objects.append(given)
 
 
-def repeated(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+def first_alike(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     """Of each tensor the first that is the same one; None if no two are."""
     ids = [*map(id, tensors)]
     return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
@@ -234,14 +234,16 @@ class Shared:
     def of(
         self, tensors: Sequence[Tensor], found: Sequence[Tensor]
     ) -> tuple[int | None, ...] | None:
-        return reached([tensors[i] for i in self.given], [found[i] for i in self.found])
+        return reached_tensors([tensors[i] for i in self.given], [found[i] for i in self.found])
 
     def again(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
         """Whether the same are."""
         return not self.given or self.of(tensors, found) == self.places
 
 
-def reached(tensors: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[int | None, ...] | None:
+def reached_tensors(
+    tensors: Sequence[Tensor], found: Sequence[Tensor]
+) -> tuple[int | None, ...] | None:
     """Which of the tensors ``found`` in the state each of these is; None if none of them is
     one."""
     if not found or {*map(id, tensors)}.isdisjoint(map(id, found)):

@@ -46,7 +46,7 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
         yield from list(owner.items() if table else enumerate(owner))
 
 
-def changed(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
+def changed_stores(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
     """Where the function has put tensors since the state was looked at, traced ones or such as
     were elsewhere, and these; there are none where it is an object that hides them."""
     known = set(state.seen)
@@ -68,7 +68,7 @@ def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = 
     reaches by another way, too."""
     found = []
     twice = {id(x) for c in given for x in (c, getattr(c, "__dict__", c))}
-    for place, tensors in changed(state):
+    for place, tensors in changed_stores(state):
         if id(state.owners[place.owner][0]) in twice:
             raise CaptureError(
                 f"{titled()} changes a {type(state.owners[place.owner][0]).__name__} that is an "
@@ -93,9 +93,9 @@ def put(owner: Any, key: Any, value: Any) -> None:
         owner[key] = value
 
 
-def put_back(state: State) -> None:
-    """Undo what :func:`changed` finds."""
-    for place, _ in list(changed(state)):
+def undo_stores(state: State) -> None:
+    """Undo what :func:`changed_stores` finds."""
+    for place, _ in list(changed_stores(state)):
         owner, _, before = state.owners[place.owner]
         if isinstance(owner, list | deque):
             owner.clear()
@@ -111,13 +111,13 @@ def put_back(state: State) -> None:
 def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
     """A function of ``f`` and the objects among the arguments to what these variables of the
     state's check hold."""
-    body = "".join(f"    {line}\n" for line in needed(state.lines, names))
+    body = "".join(f"    {line}\n" for line in lines_needed(state.lines, names))
     space = {"Slots": Slots, **state.constants}
     exec(f"def found(f, objects):\n{body}    return [{', '.join(names)}]\n", space)
     return space.pop("found")  # no cycle: what the constants are lives no longer than the function
 
 
-def needed(lines: Sequence[str], names: Sequence[str]) -> list[str]:
+def lines_needed(lines: Sequence[str], names: Sequence[str]) -> list[str]:
     """The lines that bind these variables, and those that they are made of."""
     wanted, found = set(re.findall(r"\bv\d+\b", " ".join(names))), []
     for line in reversed(lines):

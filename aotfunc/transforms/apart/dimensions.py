@@ -92,14 +92,14 @@ def rows_replaced(c: Call) -> Any:
 
 @rule("index.Tensor")
 def indexed(c: Call) -> Any:
-    return lookup(c)[0]
+    return entries_of(c)[0]
 
 
 @rule("index_put")
 def put(c: Call) -> Any:
     _, part = c.of("self")
     values, theirs = c.of("values")
-    at, rank = lookup(c)
+    at, rank = entries_of(c)
     back = rank - at.dim
     fits = (
         not spans(values, back) if theirs is None else theirs == Part(values.ndim - back, at.each)
@@ -109,7 +109,7 @@ def put(c: Call) -> Any:
     return part
 
 
-def lookup(c: Call) -> tuple[Part, int]:
+def entries_of(c: Call) -> tuple[Part, int]:
     """Where the entries of ``x[indices]`` hold the batch, and how many dimensions they have."""
     sig, part = c.of("self")
     indices = {

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ...trace.emit import Builder
 from ...trace.shapes.sig import Sig
-from .constants import computed, filled, is_one, number
+from .constants import computed, filled, filled_with, is_one
 from .table import EXACT, aten, fit, rewrite, same
 
 NEG = aten.neg.default
@@ -31,7 +31,7 @@ def negated(x: Any, val: Sig) -> bool:
 def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
     if val.dtype.is_complex:  # inf and nan mix between the parts
         return None
-    m, n = number(x), number(y)
+    m, n = filled_with(x), filled_with(y)
     if n is not None:
         if n == 1 and same(x, val):
             return x
@@ -68,9 +68,9 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         return None
     if is_one(y) and same(x, val):
         return x
-    m = number(x)
+    m = filled_with(x)
     if m is not None:
-        if number(y) is not None:
+        if filled_with(y) is not None:
             return computed(b, val, np.divide, x, y)
         if (
             m == 1
@@ -90,7 +90,7 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
 def _neg(b: Builder, val: Sig, x: Any) -> Any:
     if x.target is NEG and same(x.args[0], val):
         return x.args[0]
-    n = number(x)
+    n = filled_with(x)
     return None if n is None or val.dtype not in EXACT else filled(b, val, -float(n))
 
 
@@ -108,7 +108,7 @@ def _add(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
         )
     if negated(x, val) and y.__class__ is Node and val.dtype.is_floating_point:
         return fit(val, b.call(aten.sub.Tensor, y, x.args[0]))
-    return with_number(b, val, operator.add, x, y) if val.dtype in EXACT else None
+    return number_added(b, val, operator.add, x, y) if val.dtype in EXACT else None
 
 
 @rewrite(aten.sub.Tensor)
@@ -121,13 +121,13 @@ def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
             if val.dtype.is_floating_point
             else None
         )
-    return with_number(b, val, operator.sub, x, y) if val.dtype in EXACT else None
+    return number_added(b, val, operator.sub, x, y) if val.dtype in EXACT else None
 
 
-def with_number(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
+def number_added(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
     """A sum or difference with a tensor filled with a number: of two it is a constant, of one it
     needs no tensor."""
-    m, n = number(x), number(y)
+    m, n = filled_with(x), filled_with(y)
     if m is None and n is None:
         return None
     if m is not None and n is not None:

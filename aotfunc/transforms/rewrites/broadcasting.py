@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
 from ...trace.shapes.sig import Sig
-from .constants import EXPAND, FULL, VIEW, full, solid, spread
+from .constants import EXPAND, FULL, VIEW, full, is_expanded, solid
 from .table import aten, rewrite
 
 WHERE = aten.where.self
@@ -32,7 +32,7 @@ def _pointwise(op: Any, b: Builder, val: Sig, *args: Any, **kwargs: Any) -> Any:
     constant = False
     for i, a in enumerate(args):
         if a.__class__ is Node and a.target in SPREAD:
-            constant = constant or spread(a)
+            constant = constant or is_expanded(a)
             narrow = unspread(b, a, op in SINGLE)
             if narrow is None or (
                 not narrow.meta["val"].shape and op is not WHERE and not one_dtype(args)

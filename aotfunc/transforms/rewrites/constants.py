@@ -38,7 +38,7 @@ RESHAPES = (
 MOVES = TURNS | {EXPAND, *RESHAPES}
 
 
-def number(a: Any) -> Any:
+def filled_with(a: Any) -> Any:
     """The number that ``a`` is filled with everywhere, or None."""
     if a.__class__ in (int, float):
         return a
@@ -54,7 +54,7 @@ def number(a: Any) -> Any:
 
 
 def is_one(a: Any) -> bool:
-    return number(a) == 1
+    return filled_with(a) == 1
 
 
 def filled(b: Builder, val: Sig, value: Any) -> Any:
@@ -72,9 +72,9 @@ def filled(b: Builder, val: Sig, value: Any) -> Any:
     return None
 
 
-def spread(a: Any) -> bool:
+def is_expanded(a: Any) -> bool:
     """Whether ``a`` is an expanded constant."""
-    return is_call(a, EXPAND) and is_call(a.args[0], FULL) and number(a) is not None
+    return is_call(a, EXPAND) and is_call(a.args[0], FULL) and filled_with(a) is not None
 
 
 def full(b: Builder, val: Sig, value: Any, shape: Any = None) -> Node:
@@ -110,8 +110,8 @@ def plain_number(value: Any, dtype: torch.dtype) -> Any:
 
 
 def of_dtype(a: Any, dtype: torch.dtype) -> bool:
-    """Whether :func:`number` of ``a`` is its value in this dtype; 0.1 in float32 is not 0.1 in
-    float64."""
+    """Whether :func:`filled_with` of ``a`` is its value in this dtype; 0.1 in float32 is not 0.1
+    in float64."""
     return a.__class__ is not Node or a.meta["val"].dtype is dtype
 
 
@@ -123,7 +123,7 @@ def computed(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
     by the reciprocal of a number, which is the same for a numerator of one only."""
     if val.dtype not in EXACT or not (of_dtype(a, val.dtype) and of_dtype(c, val.dtype)):
         return None
-    x, y = number(a), number(c)
+    x, y = filled_with(a), filled_with(c)
     if op is np.divide and val.device.type != "cpu" and abs(x) != 1:
         return None
     real = np.float32 if val.dtype is torch.float32 else np.float64
@@ -173,14 +173,14 @@ def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: An
 @rewrite(aten.select.int, aten.slice.Tensor, aten.as_strided.default, aten.clone.default)
 def _part(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
     """A part of a constant is a constant."""
-    value = number(x) if is_call(x, FULL, EXPAND) else None
+    value = filled_with(x) if is_call(x, FULL, EXPAND) else None
     return None if value is None else filled(b, val, value)
 
 
 @rewrite(aten.sum.default, aten.sum.dim_IntList)
 def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
     """The sum of equal whole numbers is exact in any order, as long as it is small."""
-    value = number(x) if is_call(x, FULL, EXPAND) else None
+    value = filled_with(x) if is_call(x, FULL, EXPAND) else None
     if (
         value is None
         or dtype is not None
@@ -208,21 +208,24 @@ def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
 def solid(b: Builder, val: Sig, op: Any, args: tuple, named: dict) -> Any:
     """The call with expanded constants as dense ones, if its result is laid out the same."""
     dense = tuple(
-        [full(b, a.meta["val"], number(a), a.meta["val"].shape) if spread(a) else a for a in args]
+        [
+            full(b, a.meta["val"], filled_with(a), a.meta["val"].shape) if is_expanded(a) else a
+            for a in args
+        ]
     )
     return b.node(op, dense, named, val) if infer_val(op, dense, named) is val else None
 
 
 def _solid(op: Any, b: Builder, val: Any, *args: Any, **named: Any) -> Any:
     for a in args:
-        if a.__class__ is Node and a.target is EXPAND and spread(a):
+        if a.__class__ is Node and a.target is EXPAND and is_expanded(a):
             return solid(b, val, op, args, named)
     return None
 
 
 def _solid_matrix(op: Any, b: Builder, val: Sig, *args: Any, **named: Any) -> Any:
     for a in args:
-        if a.__class__ is Node and a.target is EXPAND and spread(a):
+        if a.__class__ is Node and a.target is EXPAND and is_expanded(a):
             if 1 in a.meta["val"].shape:  # strides of size 1 tell a matrix from its transpose
                 return None
             return solid(b, val, op, args, named)

@@ -25,7 +25,7 @@ from .constants import (
     VIEW,
     T,
     filled,
-    number,
+    filled_with,
 )
 from .table import aten, rewrite, tried
 
@@ -52,11 +52,11 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any)
     if x.meta["val"] is val:
         return x
     if x.target in MOVES:
-        return shortened(b, val, x)
+        return fewer_moves(b, val, x)
     if (
         x.target is FULL
         and (val.plain or x.meta["val"].numel != 1)
-        and (value := number(x)) is not None
+        and (value := filled_with(x)) is not None
     ):
         return filled(b, val, value)
     return None
@@ -109,7 +109,7 @@ def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = No
     return None if args == how else b.node(target, (x, *args), {}, val)
 
 
-def shortened(b: Builder, val: Sig, x: Any) -> Any:
+def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
     """The move of the move ``x`` with this signature, as fewer moves of what lies below; None if
     that cannot be."""
     origin, links = x, 0
@@ -120,7 +120,7 @@ def shortened(b: Builder, val: Sig, x: Any) -> Any:
             return origin
     sig = origin.meta["val"]
     if origin.target is FULL:
-        value = number(origin)
+        value = filled_with(origin)
         return None if value is None else filled(b, val, value)
     if sig.plain and sig.numel == val.numel:
         if val.plain:

@@ -188,14 +188,14 @@ def unfolded(x: Any, size: int) -> Any:
     return x.unflatten(0, (size, -1)) if isinstance(x, Tensor) else x
 
 
-def repeated(x: Any, size: int) -> Any:
+def shared_value(x: Any, size: int) -> Any:
     """A value that all of the batch share, such as the state of the random generator, as a
     batch."""
     return x.expand(size, *x.shape) if isinstance(x, Tensor) else x
 
 
 def first(x: Any, carries: bool) -> Any:
-    """Undo :func:`repeated`."""
+    """Undo :func:`shared_value`."""
     return x.select(0, 0) if carries else x
 
 
@@ -288,7 +288,7 @@ def _(q, k, v, dropout_p, causal, debug, scale, *, batched, size, randomness):
     same_dropout(dropout_p, randomness)
     q, k, v = (folded(x, b, size) for x, b in zip((q, k, v), batched, strict=True))
     out, lse, *others = flash(q, k, v, dropout_p, causal, debug, scale=scale)
-    return unfolded(out, size), unfolded(lse, size), *(repeated(x, size) for x in others)
+    return unfolded(out, size), unfolded(lse, size), *(shared_value(x, size) for x in others)
 
 
 @vjp_of(flash_backward)
@@ -380,7 +380,7 @@ def _(q, k, v, mask, with_lse, dropout_p, causal, scale, *, batched, size, rando
     q, k, v = (folded(x, b, size) for x, b in zip((q, k, v), batched, strict=False))
     mask = folded_mask(mask, batched[3], size, q.shape[0] // size)
     out, lse, *state = efficient(q, k, v, mask, with_lse, dropout_p, causal, scale=scale)
-    return unfolded(out, size), unfolded(lse, size), *(repeated(x, size) for x in state)
+    return unfolded(out, size), unfolded(lse, size), *(shared_value(x, size) for x in state)
 
 
 @vjp_of(efficient_backward)
@@ -450,7 +450,7 @@ def _(q, k, v, mask, with_lse, dropout_p, causal, debug, scale, *, batched, size
     q, k, v = (folded(x, b, size) for x, b in zip((q, k, v), batched, strict=False))
     mask = folded_mask(mask, batched[3], size, q.shape[0] // size)
     out, lse, *others = cudnn(q, k, v, mask, with_lse, dropout_p, causal, debug, scale=scale)
-    return unfolded(out, size), unfolded(lse, size), *(repeated(x, size) for x in others)
+    return unfolded(out, size), unfolded(lse, size), *(shared_value(x, size) for x in others)
 
 
 @vjp_of(cudnn_backward)

@@ -48,7 +48,7 @@ def moved(x: Tensor, by: int, fill: Any) -> Tensor:
     )
 
 
-def passed(x: Tensor, skip: Tensor, by: int) -> Tensor:
+def one_step_on(x: Tensor, skip: Tensor, by: int) -> Tensor:
     """Log-probabilities one step on: from the same state, from the one before and, where ``skip``,
     the one before."""
     before = [x, moved(x, by, NEVER), torch.where(skip, moved(x, 2 * by, NEVER), NEVER)]
@@ -89,12 +89,12 @@ def ctc_gradient(
     ahead = torch.where(valid & (number < 2), emitted[0], NEVER)
     forth = [ahead]
     for t in range(1, steps):
-        ahead = torch.where(valid, passed(ahead, skip, 1) + emitted[t], NEVER)
+        ahead = torch.where(valid, one_step_on(ahead, skip, 1) + emitted[t], NEVER)
         forth.append(ahead)
     behind = torch.full_like(ahead, NEVER)
     back: list[Tensor] = []
     for t in reversed(range(steps)):
-        going = passed(behind, moved(skip, -2, False), -1) + emitted[t]
+        going = one_step_on(behind, moved(skip, -2, False), -1) + emitted[t]
         now = torch.where(of_input == t + 1, torch.where(last, emitted[t], NEVER), going)
         behind = torch.where(valid & (of_input > t), now, NEVER)
         back.insert(0, behind)

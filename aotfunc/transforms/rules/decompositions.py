@@ -41,7 +41,7 @@ def dilated(x, w, kernel_size, bias=None, stride=(1,), padding=(0,), dilation=(1
     return convolved(x, w, bias, stride, padding, dilation)
 
 
-def transposed(
+def conv_transposed(
     x, w, kernel_size, bias=None, stride=(1,), padding=(0,), output_padding=(0,), dilation=(1,)
 ):
     return convolved(x, w, bias, stride, padding, dilation, True, output_padding)
@@ -64,8 +64,8 @@ def over_time(x: Tensor, w: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
 
 decompose_as(aten.slow_conv_dilated2d, dilated)
 decompose_as(aten.slow_conv_dilated3d, dilated)
-decompose_as(aten.slow_conv_transpose2d, transposed)
-decompose_as(aten.slow_conv_transpose3d, transposed)
+decompose_as(aten.slow_conv_transpose2d, conv_transposed)
+decompose_as(aten.slow_conv_transpose3d, conv_transposed)
 decompose_as(aten._slow_conv2d_forward, by_columns)
 decompose_as(aten._slow_conv2d_backward.output_mask, by_columns_backward)
 decompose_as(aten.slow_conv3d_forward, by_columns)

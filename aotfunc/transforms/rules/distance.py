@@ -22,12 +22,12 @@ from aotfunc.transforms.rules.table import (
 )
 
 
-def differences(x: Tensor, y: Tensor) -> Tensor:
+def row_differences(x: Tensor, y: Tensor) -> Tensor:
     """``x[i] - y[j]`` for all rows: ``[..., P, R, M]``."""
     return x.unsqueeze(-2) - y.unsqueeze(-3)
 
 
-def along(t: Tensor, norm: Tensor, d: Tensor, p: float) -> Tensor:
+def norm_tangent(t: Tensor, norm: Tensor, d: Tensor, p: float) -> Tensor:
     """The tangent of the norm of the rows of ``d`` for the tangent ``t`` of ``d``."""
     return (norm_backward(torch.ones_like(norm), norm, d, p, -1) * t).sum(-1)
 
@@ -36,12 +36,12 @@ def along(t: Tensor, norm: Tensor, d: Tensor, p: float) -> Tensor:
 def _(tangents: Any, out: Tensor, x: Tensor, y: Tensor, p: float) -> Tensor | None:
     tx, ty = tangents
     parts = (None if tx is None else tx.unsqueeze(-2), None if ty is None else -ty.unsqueeze(-3))
-    d = differences(x, y)
-    return total(along(t, out, d, p) for t in parts if t is not None)
+    d = row_differences(x, y)
+    return total(norm_tangent(t, out, d, p) for t in parts if t is not None)
 
 
 def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor) -> Tensor:
-    return norm_backward(g, out, differences(x, y), p, -1).sum(-2).sum_to_size(x.shape)
+    return norm_backward(g, out, row_differences(x, y), p, -1).sum(-2).sum_to_size(x.shape)
 
 
 decompose_as(aten._cdist_backward, cdist_backward)
@@ -69,7 +69,7 @@ def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
 @jvp_of(aten._pdist_forward)
 def _(tangents: Any, out: Tensor, x: Tensor, p: float) -> Tensor:
     i, j = pairs(x)
-    return along(tangents[0][i] - tangents[0][j], out, x[i] - x[j], p)
+    return norm_tangent(tangents[0][i] - tangents[0][j], out, x[i] - x[j], p)
 
 
 def pdist_backward(g: Tensor, x: Tensor, p: float, out: Tensor) -> Tensor:

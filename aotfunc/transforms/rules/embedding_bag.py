@@ -24,7 +24,7 @@ def lined_up(index: Tensor, step: Any) -> Tensor:
     return (index + count_up(index.shape[0], index, 1) * step).flatten()
 
 
-def rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
+def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
     """Row numbers ``[B, n]`` of tables of that many rows, as row numbers ``[B * n]`` of one table
     of them all."""
     moved = lined_up(index, table)
@@ -43,12 +43,12 @@ def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
     return torch.cat([lined_up(offsets[:, :-1], n), offsets[-1:, -1] + n * (offsets.shape[0] - 1)])
 
 
-def apart(x: Tensor, size: Any, n: Any) -> Tensor:
+def per_sample(x: Tensor, size: Any, n: Any) -> Tensor:
     """``[B * n, ...]`` as ``[B, n, ...]``."""
     return x.reshape(size, n, *x.shape[1:])
 
 
-def every(tensors: Sequence[Tensor | None], batched: Sequence[bool], size: Any) -> list[Any]:
+def all_batched(tensors: Sequence[Tensor | None], batched: Sequence[bool], size: Any) -> list[Any]:
     """All of the tensors with the batch in front; what they share, repeated."""
     return [
         None if t is None else with_batch(t, b, size)
@@ -72,10 +72,12 @@ def _(
     size: Any,
     shape: Any,
 ) -> Any:
-    weight, indices, offsets, weights = every((weight, indices, offsets, weights), batched, size)
+    weight, indices, offsets, weights = all_batched(
+        (weight, indices, offsets, weights), batched, size
+    )
     table, n, bags = weight.shape[1], indices.shape[1], shape[0][0]
     flat = None if weights is None else weights.flatten()
-    where = (rows(indices, table, padding_idx), starts(offsets, n, last))
+    where = (table_rows(indices, table, padding_idx), starts(offsets, n, last))
     out, _, _, largest = aten._embedding_bag(
         weight.flatten(0, 1), *where, by_freq, mode, False, flat, last, padding_idx
     )
@@ -88,12 +90,12 @@ def _(
     )
     count = bag_of.new_zeros(size, bags).scatter_add(1, bag_of, real)
     if mode == 2:  # an empty bag has no largest rows, only zeros
-        largest = apart(largest, size, bags) - count_up(size, largest, 2) * table
+        largest = per_sample(largest, size, bags) - count_up(size, largest, 2) * table
         largest = torch.where(count.unsqueeze(-1) > 0, largest, 0)
     else:
         largest = largest.new_zeros(size, *shape[3])
     count = torch.nn.functional.pad(count, (0, shape[2][0] - bags))
-    return apart(out, size, bags), bag_of.to(indices.dtype), count.to(indices.dtype), largest
+    return per_sample(out, size, bags), bag_of.to(indices.dtype), count.to(indices.dtype), largest
 
 
 @vmap_of(aten._embedding_bag_dense_backward)
@@ -124,14 +126,14 @@ def _(
     # the kernel divides by counts in an order that only a call of its own has: the walker loops
     if by_freq:
         return NotImplemented
-    g, *kept, weights = every((g, indices, bag_of, count, largest, weights), batched, size)
+    g, *kept, weights = all_batched((g, indices, bag_of, count, largest, weights), batched, size)
     indices, bag_of, count, largest = kept
     bags = g.shape[1]
     if mode == 2:
         largest = (largest + count_up(size, largest, 2) * table).flatten(0, 1)
     out = aten._embedding_bag_dense_backward(
         g.flatten(0, 1),
-        rows(indices, table, padding_idx),
+        table_rows(indices, table, padding_idx),
         lined_up(bag_of, bags),
         count[:, :bags].flatten(),
         largest if mode == 2 else largest.flatten(),
@@ -141,7 +143,7 @@ def _(
         None if weights is None else weights.flatten(),
         padding_idx,
     )
-    return apart(out, size, table)
+    return per_sample(out, size, table)
 
 
 @vmap_of(aten._embedding_bag_per_sample_weights_backward)
@@ -157,20 +159,20 @@ def _(
     batched: Any,
     size: Any,
 ) -> Tensor:
-    g, weight, indices, offsets, bag_of = every(
+    g, weight, indices, offsets, bag_of = all_batched(
         (g, weight, indices, offsets, bag_of), batched, size
     )
     table, n, bags = weight.shape[1], indices.shape[1], g.shape[1]
     out = aten._embedding_bag_per_sample_weights_backward(
         g.flatten(0, 1),
         weight.flatten(0, 1),
-        rows(indices, table, padding_idx),
+        table_rows(indices, table, padding_idx),
         starts(offsets, n, False),
         lined_up(bag_of, bags),
         mode,
         padding_idx,
     )
-    return apart(out, size, n)
+    return per_sample(out, size, n)
 
 
 @vmap_of(aten.embedding_renorm)
@@ -179,7 +181,7 @@ def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Ten
     out = aten.embedding_renorm(
         weight.flatten(0, 1), lined_up(indices.flatten(1), table), max_norm, norm_type
     )
-    return apart(out, weight.shape[0], table)
+    return per_sample(out, weight.shape[0], table)
 
 
 # ----- derivatives -------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def resized(op: OpOverload) -> Callable[..., Tensor]:
     return batch
 
 
-def restrided(op: OpOverload) -> Callable[..., Tensor]:
+def new_restrided(op: OpOverload) -> Callable[..., Tensor]:
     """The same for ``x.new_empty_strided(size, strides)``: samples one after another, each laid
     out as asked."""
 
@@ -70,7 +70,7 @@ def restrided(op: OpOverload) -> Callable[..., Tensor]:
 
 
 nondiff(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, batch=resized)
-nondiff(aten.new_empty_strided, batch=restrided)
+nondiff(aten.new_empty_strided, batch=new_restrided)
 
 
 # ----- overwriting: the old value is lost, the new one goes through ------------------------------

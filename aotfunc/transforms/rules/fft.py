@@ -13,7 +13,7 @@ from torch import Tensor
 from aotfunc.transforms.rules.table import aten, linear, shifted
 
 
-def halves(x: Tensor, dim: int, last: int, factor: float) -> Tensor:
+def scale_halves(x: Tensor, dim: int, last: int, factor: float) -> Tensor:
     """Scale the entries of a one-sided spectrum of ``last`` points that stand for two: not the
     ends of an even one."""
     inner = (last - 1) // 2
@@ -33,11 +33,11 @@ def from_real(g: Tensor, x: Tensor, dim: Any, normalization: int, onesided: bool
         return aten._fft_c2c(g, dim, normalization, False).real
     # the real part of an inverse transform of the spectrum with nothing in its other half
     last = x.shape[dim[-1]]
-    return aten._fft_c2r(halves(g, dim[-1], last, 0.5), dim, normalization, last)
+    return aten._fft_c2r(scale_halves(g, dim[-1], last, 0.5), dim, normalization, last)
 
 
 def to_real(g: Tensor, x: Tensor, dim: Any, normalization: int, last: int) -> Tensor:
-    return halves(aten._fft_r2c(g, dim, normalization, True), dim[-1], last, 2.0)
+    return scale_halves(aten._fft_r2c(g, dim, normalization, True), dim[-1], last, 2.0)
 
 
 linear(aten._fft_c2c, from_complex, batch=shifted(aten._fft_c2c, "dim"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batching import with_batch
-from .reduce import rows
+from .reduce import as_vectors
 from .table import aten, nondiff, vmap_of
 
 nondiff(aten.bincount, aten.histc, aten.histogram.bins_tensor, aten.histogram.bin_ct)
@@ -76,7 +76,7 @@ def defined(counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 @vmap_of(aten.histc)
 def _(x: Tensor, bins: int, low: Any, high: Any) -> Tensor:
-    x = rows(x)
+    x = as_vectors(x)
     left, right = (end.unsqueeze(1) for end in span(x, low, high))
     at = ((x - left) * bins / (right - left)).long()
     counts = tally(at.clamp(0, bins - 1), (x >= left) & (x <= right), None, bins, x)
@@ -151,7 +151,7 @@ def counted(
 
 
 def weights_of(weight: Tensor | None, carries: bool, size: Any) -> Tensor | None:
-    return None if weight is None else rows(with_batch(weight, carries, size))
+    return None if weight is None else as_vectors(with_batch(weight, carries, size))
 
 
 @vmap_of(aten.histogram.bin_ct)
@@ -165,7 +165,7 @@ def _(
     batched: Any,
     size: Any,
 ) -> Any:
-    x = rows(with_batch(x, batched[0], size))
+    x = as_vectors(with_batch(x, batched[0], size))
     counts, edges = counted([x], [bins], given, weights_of(weight, batched[1], size), density)
     return counts, edges[0]
 
@@ -174,7 +174,7 @@ def _(
 def _(
     x: Tensor, edges: Tensor, weight: Tensor | None, density: bool, *, batched: Any, size: Any
 ) -> Any:
-    x, edges = rows(with_batch(x, batched[0], size)), with_batch(edges, batched[1], size)
+    x, edges = as_vectors(with_batch(x, batched[0], size)), with_batch(edges, batched[1], size)
     return histogram([x], [edges], weights_of(weight, batched[2], size), density), edges
 
 

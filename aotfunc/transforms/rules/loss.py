@@ -114,13 +114,13 @@ def reduce(loss: Tensor, reduction: int, kept: int = 0) -> Tensor:
     return loss.mean(dims) if reduction == MEAN else loss.sum(dims)
 
 
-def spread(g: Tensor, reduction: int, count: int) -> Tensor:
+def per_element(g: Tensor, reduction: int, count: int) -> Tensor:
     """The cotangent of each element's loss, to be broadcast, from that of the reduced loss over
     ``count`` elements."""
     return g / count if reduction == MEAN else g
 
 
-def aligned(
+def expanded_args(
     op: OpOverload, args: Sequence[Any], batched: Sequence[bool], size: int, skip: int = 0
 ) -> tuple[list[Any], torch.Size]:
     """The arguments with all tensors expanded to one shape behind the batch, which no kernel does,
@@ -148,7 +148,7 @@ def batch_loss(op: OpOverload | OpOverloadPacket, at: int) -> Formula:
     op = overload(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Tensor:
-        full, _ = aligned(op, args, batched, size)
+        full, _ = expanded_args(op, args, batched, size)
         full[at] = NONE
         return reduce(call_op(op, full), args[at], kept=1)
 
@@ -160,8 +160,8 @@ def batch_loss_backward(op: OpOverload | OpOverloadPacket, at: int) -> Formula:
     op = overload(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Tensor:
-        full, shape = aligned(op, args, batched, size, skip=1)
-        full[0], full[at] = spread(full[0], args[at], shape.numel()), NONE
+        full, shape = expanded_args(op, args, batched, size, skip=1)
+        full[0], full[at] = per_element(full[0], args[at], shape.numel()), NONE
         return call_op(op, full)
 
     return batch
@@ -189,7 +189,7 @@ def elementwise_loss(
         x, y, *weight = args[:at]
         gx = backward(g, *args)
         count = broadcast_shapes(x.shape, y.shape).numel()
-        gy = of_target(gx, spread(g, args[at], count), x, y, *weight) if needs[1] else None
+        gy = of_target(gx, per_element(g, args[at], count), x, y, *weight) if needs[1] else None
         return gx, gy, *[None] * len(weight)
 
     @vjp_of(backward)
@@ -203,7 +203,7 @@ def elementwise_loss(
         of_x = of_y = None
         if needs[1] or needs[2]:
             xx, xy = curvature(x, y, *rest)
-            ag = a * spread(g, reduction, a.numel())
+            ag = a * per_element(g, reduction, a.numel())
             of_x, of_y = ag * xx if needs[1] else None, ag * xy if needs[2] else None
         return of_g, of_x, of_y, *[None] * len(needs[3:])
 
@@ -277,7 +277,7 @@ vmap_of(aten.binary_cross_entropy_with_logits)(
 @vjp_of(aten.binary_cross_entropy_with_logits)
 def _(g, out, x, y, weight, pos_weight, reduction, *, needs):
     shape = broadcast_shapes(*(t.shape for t in (x, y, weight, pos_weight) if t is not None))
-    raw = spread(g, reduction, shape.numel()).expand(shape)
+    raw = per_element(g, reduction, shape.numel()).expand(shape)
     g = raw if weight is None else raw * weight
     of_x = of_y = of_weight = of_pos = None
     if needs[0]:

@@ -36,7 +36,7 @@ def per_row(x: Tensor, g: Tensor, carries: bool, reduction: int) -> Tensor:
     return g.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()
 
 
-def reduced(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
+def reduced_losses(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
     """Losses of the rows, reduced for each sample of the batch ``x``; unreduced ones as they
     are."""
     if reduction == NONE:
@@ -59,7 +59,7 @@ def _(x, target, p, margin, weight, reduction, *, batched, size, shape):
     x, target = with_batch(x, batched[0], size), with_batch(target, batched[1], size)
     weight, weighed = weighing(weight, batched[2], target, size)
     loss = aten.multi_margin_loss(classes(x), target.flatten(), p, margin, weight, NONE)
-    return reduced(weighed(loss), x, reduction).reshape(size, *shape)
+    return reduced_losses(weighed(loss), x, reduction).reshape(size, *shape)
 
 
 @vmap_of(aten.multi_margin_loss_backward)
@@ -77,7 +77,9 @@ def _(
     x: Tensor, target: Tensor, reduction: int, *, size: Any, shape: Any
 ) -> tuple[Tensor, Tensor]:
     loss, is_target = aten.multilabel_margin_loss_forward(classes(x), classes(target), NONE)
-    return reduced(loss, x, reduction).reshape(size, *shape[0]), is_target.reshape(target.shape)
+    return reduced_losses(loss, x, reduction).reshape(size, *shape[0]), is_target.reshape(
+        target.shape
+    )
 
 
 @vmap_of(aten.multilabel_margin_loss_backward)

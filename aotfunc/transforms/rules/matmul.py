@@ -21,7 +21,7 @@ def adjoint(x: Tensor) -> Tensor:
     return conj(x.t() if x.dim() == 2 else x.transpose(1, 2))
 
 
-def transposed(x: Tensor) -> bool:
+def is_transposed(x: Tensor) -> bool:
     """Whether ``x`` lies in memory as the transpose of a contiguous matrix, as a linear layer's
     ``weight.t()`` does."""
     return x.stride(0) == 1 and x.stride(1) == x.shape[0] and x.shape[0] != 1
@@ -29,12 +29,12 @@ def transposed(x: Tensor) -> bool:
 
 def mm_left(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The cotangent of ``a`` in ``a @ b``, laid out in memory as ``a`` is."""
-    return torch.mm(conj(b), g.t()).t() if transposed(a) else torch.mm(g, adjoint(b))
+    return torch.mm(conj(b), g.t()).t() if is_transposed(a) else torch.mm(g, adjoint(b))
 
 
 def mm_right(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The cotangent of ``b`` in ``a @ b``, laid out in memory as ``b`` is."""
-    return torch.mm(g.t(), conj(a)).t() if transposed(b) else torch.mm(adjoint(a), g)
+    return torch.mm(g.t(), conj(a)).t() if is_transposed(b) else torch.mm(adjoint(a), g)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ fused(
 # ----- linear layers and bilinear forms ----------------------------------------------------------
 
 
-def rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """All leading dimensions as one."""
     return x.unsqueeze(0) if x.dim() == 1 else x if x.dim() == 2 else x.flatten(0, -2)
 
@@ -249,11 +249,11 @@ def _(
         g, weight_grad = g.unsqueeze(-1), None
         x_grad = g * conj(weight)
         if needs[1]:
-            weight_grad = torch.mv(rows(conj(x)).t(), g.flatten())
+            weight_grad = torch.mv(as_rows(conj(x)).t(), g.flatten())
         return x_grad, weight_grad, g.squeeze(-1) if bias is not None else None
     return (
         torch.matmul(g, conj(weight)) if needs[0] else None,
-        torch.mm(rows(g).t(), rows(conj(x))) if needs[1] else None,
+        torch.mm(as_rows(g).t(), as_rows(conj(x))) if needs[1] else None,
         g if bias is not None else None,
     )
 
@@ -281,7 +281,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *, batched: Any, size: Any
     weight = weight.unsqueeze(-2) if row else weight
     lead = x.shape[1:-1] if batched[0] else x.shape[:-1]
     if not batched[0]:
-        x = rows(x)
+        x = as_rows(x)
     else:
         x = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
     if batched[0] or batched[1]:

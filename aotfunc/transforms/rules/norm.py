@@ -16,7 +16,7 @@ from aotfunc.transforms.rules.normalized import (
     backward_tangent,
     forward_tangent,
     of_statistics,
-    reduced,
+    summed_over,
 )
 from aotfunc.transforms.rules.table import aten, call_op, jvp_of, overload, total, vjp_of, vmap_of
 
@@ -329,7 +329,7 @@ def _(g, out, x, weight, bias, n, c, pixels, groups, *, needs):
             g[0], x, out[1], out[2], weight, n, c, pixels, groups, mask
         )
         if needs[2] and weight is None:  # the kernel cannot do this one
-            grads = (*grads[:2], reduced(at.image(g[0]), at))
+            grads = (*grads[:2], summed_over(at.image(g[0]), at))
     return total(t for t in (grads[0], by_mean) if t is not None), *grads[1:]
 
 

@@ -120,9 +120,9 @@ def backward_tangent(
         of_x = of_x if of_x is None else at.back(of_x)
     if mask[1]:
         v = total(a * b for a, b in ((tg, hat), (go, t_hat)) if a is not None and b is not None)
-        of_w = None if v is None else reduced(v, at)
+        of_w = None if v is None else summed_over(v, at)
     if len(mask) > 2 and mask[2] and tg is not None:
-        of_b = reduced(tg, at)
+        of_b = summed_over(tg, at)
     return of_x, of_w, of_b
 
 
@@ -164,10 +164,10 @@ def backward_cotangent(
         )
         of_x = of_x if of_x is None else at.back(of_x)
     if needs[2] and ra is not None:
-        of_w = reduced(go * ra, at)
+        of_w = summed_over(go * ra, at)
     return of_g, of_x, of_w
 
 
-def reduced(v: Tensor, at: Layout) -> Tensor:
+def summed_over(v: Tensor, at: Layout) -> Tensor:
     """``v`` summed over what the weight is shared along."""
     return (v.sum(at.shared) if at.shared else v).reshape(at.shape)

@@ -165,7 +165,7 @@ pointwise(
 )
 
 
-def through(log: Any, floor: float) -> Any:
+def log_slope(log: Any, floor: float) -> Any:
     """``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and ``y`` not
     above ``floor``."""
 
@@ -177,11 +177,11 @@ def through(log: Any, floor: float) -> Any:
     return formula
 
 
-in_x, in_y = through(aten.xlogy, 0), lambda g, out, x, y: g * x / y
+in_x, in_y = log_slope(aten.xlogy, 0), lambda g, out, x, y: g * x / y
 pointwise(aten.xlogy.Tensor, in_x, in_y)
 pointwise(aten.xlogy.Scalar_Other, in_x)
 pointwise(aten.xlogy.Scalar_Self, in_y)
-in_x, in_y = through(aten.special_xlog1py, -1), lambda g, out, x, y: g * x / (y + 1)
+in_x, in_y = log_slope(aten.special_xlog1py, -1), lambda g, out, x, y: g * x / (y + 1)
 pointwise(aten.special_xlog1py, in_x, in_y)
 pointwise(aten.special_xlog1py.other_scalar, in_x)
 pointwise(aten.special_xlog1py.self_scalar, in_y)

@@ -56,13 +56,15 @@ SLOPES: list[tuple[OpOverloadPacket, Slope]] = [
 ]
 
 
-def shifted(slope: Slope) -> Slope:
+def shifted_polynomial(slope: Slope) -> Slope:
     """Of the same polynomial in ``2 x - 1``."""
     return lambda x, n: 2 * slope(2 * x - 1, n)
 
 
 for kind, (_, slope) in zip("tuvw", SLOPES[:4], strict=True):
-    SLOPES.append((getattr(aten, f"special_shifted_chebyshev_polynomial_{kind}"), shifted(slope)))
+    SLOPES.append(
+        (getattr(aten, f"special_shifted_chebyshev_polynomial_{kind}"), shifted_polynomial(slope))
+    )
 
 
 def no_slope(*args: Any) -> Tensor:

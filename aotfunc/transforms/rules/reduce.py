@@ -19,7 +19,7 @@ from .table import aten, jvp_of, linear, nondiff, shifted, vjp_of, vmap_of
 # ----- helpers -----------------------------------------------------------------------------------
 
 
-def every(x: Tensor, dim: Any) -> tuple[int, ...]:
+def dims_of(x: Tensor, dim: Any) -> tuple[int, ...]:
     """The dimensions that ``dim`` names, not negative: an int, a list, or ``None`` or ``[]`` for
     all."""
     if isinstance(dim, int):
@@ -31,7 +31,7 @@ def restored(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Te
     """``g`` with the reduced dimensions of ``x`` put back as 1."""
     if keepdim or x.dim() == 0:
         return g
-    dims = every(x, dim)
+    dims = dims_of(x, dim)
     if len(dims) == 1:
         return g.unsqueeze(dims[0])
     return g.reshape([1 if d in dims else n for d, n in enumerate(x.shape)])
@@ -39,7 +39,7 @@ def restored(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Te
 
 def count(x: Tensor, dim: Any) -> Any:
     """How many elements each output is made of."""
-    return math.prod(x.shape[d] for d in every(x, dim))
+    return math.prod(x.shape[d] for d in dims_of(x, dim))
 
 
 def per_sample(op: Any) -> Callable[..., Any]:
@@ -53,7 +53,7 @@ def per_sample(op: Any) -> Callable[..., Any]:
     return batch
 
 
-def rows(x: Tensor) -> Tensor:
+def as_vectors(x: Tensor) -> Tensor:
     """A batch of tensors as a batch of vectors."""
     return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
@@ -100,7 +100,7 @@ vmap_of(aten.nansum)(shifted(aten.nansum, "dim"))
 def var_backward(g: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> Tensor:
     freedom = max(count(x, dim) - (1 if correction is None else correction), 0)
     factor = 2 / freedom if freedom else math.inf
-    return restored(g, x, dim, keepdim) * factor * (x - x.mean(every(x, dim), keepdim=True))
+    return restored(g, x, dim, keepdim) * factor * (x - x.mean(dims_of(x, dim), keepdim=True))
 
 
 def std_backward(
@@ -173,7 +173,7 @@ def norm_backward(
     if math.isinf(p):  # the extreme elements share alike
         size = x.abs()
         extreme = (size == norm) | (size != size)
-        return x.sgn() * extreme * (g / extreme.sum(every(x, dim), keepdim=True))
+        return x.sgn() * extreme * (g / extreme.sum(dims_of(x, dim), keepdim=True))
     zero = norm == 0
     norm = norm.masked_fill(
         zero, 1
@@ -229,7 +229,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, y: Tensor, p: Any) -> list[Tensor]:
 def _(x: Tensor, y: Tensor, p: Any) -> Tensor:
     rank = max(x.dim(), y.dim())
     x, y = (v.reshape(v.shape[0], *[1] * (rank - v.dim()), *v.shape[1:]) for v in (x, y))
-    return aten.linalg_vector_norm(rows(x - y), p, [1])
+    return aten.linalg_vector_norm(as_vectors(x - y), p, [1])
 
 
 # ----- extreme values: ties share the cotangent of amax, and of max without a dimension ----------
@@ -248,14 +248,16 @@ def equals(x: Tensor, out: Tensor) -> Tensor:
 @vjp_of(aten.amax, aten.amin)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
     return [
-        share(restored(g, x, dim, keepdim), x == restored(out, x, dim, keepdim), every(x, dim))
+        share(restored(g, x, dim, keepdim), x == restored(out, x, dim, keepdim), dims_of(x, dim))
     ]
 
 
 @jvp_of(aten.amax, aten.amin)
 def _(tangents: tuple[Tensor], out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
     mask = x == restored(out, x, dim, keepdim)
-    return keep(mask, tangents[0]).sum(every(x, dim), keepdim) / mask.sum(every(x, dim), keepdim)
+    return keep(mask, tangents[0]).sum(dims_of(x, dim), keepdim) / mask.sum(
+        dims_of(x, dim), keepdim
+    )
 
 
 @vjp_of(aten.max, aten.min, aten.median, aten.nanmedian)
@@ -274,7 +276,9 @@ def _(tangents: tuple[Tensor], out: Tensor, x: Tensor) -> Tensor:
 def _(g: Any, outs: Any, x: Tensor, dim: int | None, keepdim: bool) -> list[Tensor]:
     terms = [
         share(
-            restored(c, x, dim, keepdim), equals(x, restored(out, x, dim, keepdim)), every(x, dim)
+            restored(c, x, dim, keepdim),
+            equals(x, restored(out, x, dim, keepdim)),
+            dims_of(x, dim),
         )
         for c, out in zip(g, outs, strict=True)
         if c is not None
@@ -286,14 +290,14 @@ for op in (aten.amax.default, aten.amin.default):
     vmap_of(op)(shifted(op, "dim"))
 vmap_of(aten.max)(per_sample(aten.amax))
 vmap_of(aten.min)(per_sample(aten.amin))
-vmap_of(aten.median)(lambda x: aten.median.dim(rows(x), 1)[0])
-vmap_of(aten.nanmedian)(lambda x: aten.nanmedian.dim(rows(x), 1)[0])
+vmap_of(aten.median)(lambda x: aten.median.dim(as_vectors(x), 1)[0])
+vmap_of(aten.nanmedian)(lambda x: aten.nanmedian.dim(as_vectors(x), 1)[0])
 
 
 @vmap_of(aten.aminmax)
 def _(x: Tensor, dim: int | None, keepdim: bool) -> tuple[Tensor, Tensor]:
     low, high = (
-        aten.aminmax(rows(x), dim=1)
+        aten.aminmax(as_vectors(x), dim=1)
         if dim is None
         else shifted(aten.aminmax, "dim")(x, dim, keepdim)
     )
@@ -370,7 +374,7 @@ nondiff(aten._is_any_true, batch=lambda op: per_sample(aten.any.dims))
 
 def counting(x: Tensor, dim: int | None) -> Tensor:
     return (
-        aten.count_nonzero(rows(x), 1)
+        aten.count_nonzero(as_vectors(x), 1)
         if dim is None
         else shifted(aten.count_nonzero, "dim")(x, dim)
     )
@@ -382,7 +386,7 @@ def arg_extreme(op: OpOverload) -> Callable[..., Tensor]:
     def batch(x: Tensor, dim: int | None, keepdim: bool) -> Tensor:
         if dim is not None:
             return shifted(op, "dim")(x, dim, keepdim)
-        return op(rows(x), 1).reshape(x.shape[0], *[1] * (x.dim() - 1 if keepdim else 0))
+        return op(as_vectors(x), 1).reshape(x.shape[0], *[1] * (x.dim() - 1 if keepdim else 0))
 
     return batch
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reduce import restored, rows
+from .reduce import as_vectors, restored
 from .table import aten, jvp_of, linear, shifted, vjp_of, vmap_of
 
 # ----- cumulative extremes: the values are the input at the indices ------------------------------
@@ -40,7 +40,7 @@ for op in (aten.cummax.default, aten.cummin.default):
 FEW = 10
 
 
-def moved_by(x: Tensor, step: int, fill: float) -> Tensor:
+def moved_along(x: Tensor, step: int, fill: float) -> Tensor:
     """``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such
     element."""
     return aten.constant_pad_nd(x, [step, -step], fill)
@@ -48,7 +48,7 @@ def moved_by(x: Tensor, step: int, fill: float) -> Tensor:
 
 def products_before(x: Tensor) -> Tensor:
     """The product of the elements before each one along the last dimension."""
-    return moved_by(x, 1, 1).cumprod(-1)
+    return moved_along(x, 1, 1).cumprod(-1)
 
 
 def weighted_after(g: Tensor, weight: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ def weighted_after(g: Tensor, weight: Tensor) -> Tensor:
     without a division."""
     length, step = g.shape[-1], 1
     while step < length:
-        g = g + weight * moved_by(g, -step, 0)
-        weight = weight * moved_by(weight, -step, 0)
+        g = g + weight * moved_along(g, -step, 0)
+        weight = weight * moved_along(weight, -step, 0)
         step *= 2
     return g
 
@@ -100,10 +100,10 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int) -> list[Tensor]:
     if x.dim() == 0 or x.numel() == 0:
         return [g]
     x, g = x.transpose(dim, -1).conj(), g.transpose(dim, -1)
-    return [(products_before(x) * weighted_after(g, moved_by(x, -1, 0))).transpose(dim, -1)]
+    return [(products_before(x) * weighted_after(g, moved_along(x, -1, 0))).transpose(dim, -1)]
 
 
-vmap_of(aten.prod)(lambda x, dtype: aten.prod.dim_int(rows(x), 1, dtype=dtype))
+vmap_of(aten.prod)(lambda x, dtype: aten.prod.dim_int(as_vectors(x), 1, dtype=dtype))
 for op in (aten.prod.dim_int, aten.cumprod.default):
     vmap_of(op)(shifted(op, "dim"))
 linear(
@@ -118,7 +118,7 @@ def exponentials(x: Tensor, out: Tensor, step: int) -> tuple[Tensor, Tensor]:
     ``exp(out[k - 1] - out[k])`` (1), none of which overflows, as ``out`` does not decrease; zero
     where there is no mass yet (``out`` is -inf)."""
     empty = torch.real(out) == -math.inf
-    other = moved_by(out, step, math.inf if step < 0 else -math.inf)
+    other = moved_along(out, step, math.inf if step < 0 else -math.inf)
     decay = out - other if step < 0 else other - out
     return (x - out).masked_fill(empty, -math.inf).exp(), decay.masked_fill(empty, -math.inf).exp()
 

@@ -164,7 +164,7 @@ for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.redu
 # ----- index_select and its writes: one vector of positions along one dimension ------------------
 
 
-def spread(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:
+def every_position(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:
     """Positions ``[n]`` along ``dim``, or ``[B, n]`` of each example, for every element of a
     tensor of ``shape``."""
     ones = [1] * len(shape)
@@ -189,7 +189,7 @@ def batch_index_select(
         index = index.unsqueeze(1) if index.dim() == 1 else index
         if x_batched:
             shape = [*x.shape[: dim + 1], index.shape[1], *x.shape[dim + 2 :]]
-            out = x.gather(dim + 1, spread(index, shape, dim + 1))
+            out = x.gather(dim + 1, every_position(index, shape, dim + 1))
         else:
             out = x.index_select(dim, index.flatten()).unflatten(dim, index.shape).movedim(dim, 0)
     return out.squeeze(1) if scalar else out
@@ -200,7 +200,7 @@ def select_for(g: Tensor, source: Tensor, dim: int, index: Tensor) -> Tensor:
     return g.index_select(dim, index).reshape(source.shape)
 
 
-def written(op: Any, scatter: Any) -> Formula:
+def write_rule(op: Any, scatter: Any) -> Formula:
     """The vmap rule of ``op(self, dim, index, source, ...)``; ``scatter``, called alike, takes an
     index per element."""
     op = overload(op)
@@ -216,7 +216,7 @@ def written(op: Any, scatter: Any) -> Formula:
             source = source.reshape(size, *[1] * (x.dim() - 1))
         if batched[1]:
             index = index.unsqueeze(1) if index.dim() == 1 else index
-            out = scatter(x, dim, spread(index, source.shape, dim), source, *rest)
+            out = scatter(x, dim, every_position(index, source.shape, dim), source, *rest)
         else:
             out = call_op(op, [x, dim, index, source, *rest])
         return out.reshape(size, *shape)
@@ -243,7 +243,7 @@ linear(
         select_for(g, source, dim, index),
         alpha.conjugate() if isinstance(alpha, complex) else alpha,
     ),
-    batch=written(
+    batch=write_rule(
         aten.index_add,
         lambda x, dim, at, source, alpha: x.scatter_add(dim, at, times(source, alpha)),
     ),
@@ -254,7 +254,7 @@ linear(
     lambda g, x, dim, index, source: g.index_fill(dim, index, 0),
     None,
     lambda g, x, dim, index, source: select_for(g, source, dim, index),
-    batch=written(aten.index_copy, torch.scatter),
+    batch=write_rule(aten.index_copy, torch.scatter),
     jointly=True,
 )
 
@@ -281,7 +281,7 @@ def batch_fill(
         return aten.index_fill(x, dim, index, value).reshape(size, *shape)
     index = index.unsqueeze(-1) if index.dim() == batched[1] else index
     target = [*x.shape[:dim], index.shape[-1], *x.shape[dim + 1 :]]
-    index = spread(index, target, dim)
+    index = every_position(index, target, dim)
     if isinstance(value, Tensor):
         value = value.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1)).expand(target)
     return x.scatter(dim, index, value).reshape(size, *shape)
@@ -307,7 +307,7 @@ def _(
     reduce: str,
     include_self: bool,
 ) -> Any:
-    at = spread(index, source.shape, dim) if source.dim() else index.reshape(source.shape)
+    at = every_position(index, source.shape, dim) if source.dim() else index.reshape(source.shape)
     return scatter_reduce_back(g, out, x, dim, at, source, reduce, include_self)
 
 
@@ -328,6 +328,6 @@ def _(
     ) -> Tensor:
         return x.scatter_reduce(dim, at, source, reduce, include_self=include_self)
 
-    return written(aten.index_reduce, scatter)(
+    return write_rule(aten.index_reduce, scatter)(
         x, dim, index, source, reduce, include_self, batched=batched, size=size
     )

@@ -18,14 +18,14 @@ from .table import aten, jvp_of, linear, named, nondiff, past_batch, shifted, vm
 # ----- the same elements under another shape -----------------------------------------------------
 
 
-def known(size: Sequence[Any], numel: Any) -> list[Any]:
+def known_size(size: Sequence[Any], numel: Any) -> list[Any]:
     """``size`` with its -1 worked out."""
     rest = prod(s for s in size if not (isinstance(s, int) and s == -1))
     return [numel // rest if isinstance(s, int) and s == -1 else s for s in size]
 
 
 def batch_reshape(x: Tensor, size: Sequence[Any]) -> Tensor:
-    return x.reshape(x.shape[0], *known(size, prod(x.shape[1:])))
+    return x.reshape(x.shape[0], *known_size(size, prod(x.shape[1:])))
 
 
 for op in named(
