@@ -135,6 +135,12 @@ class CustomDerivative:
             cts = [g[i] if i in g else filled_node(b, 0, self.vals[i]) for i in places]
         return inputs, splice_part(b, part, cts, residuals)
 
+    def zeros(self, b: Builder) -> dict[int, Node] | None:
+        """The cotangents that the backward gets where autograd comes by without any."""
+        if None not in self.backward:
+            return None
+        return {i: filled_node(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable}
+
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         inputs, _, residuals = self.parts(n)
         residuals = [

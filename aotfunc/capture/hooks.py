@@ -79,9 +79,11 @@ def register_hook(t: Traced, hook: Callable) -> Any:
         t.is_leaf and t.ref not in trace.autograd.leaves
     ):  # a view made under no_grad, which no gradient reaches
         return _Handle()
+    context = Context()
+    context.materialize_grads = False
     with torch.enable_grad():
         t.ref = call_function(
-            "hook", [source], lambda ctx: source.view_as(source), Context(), backward
+            "hook", [source], lambda ctx: source.view_as(source), context, backward
         ).ref
     trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, hooks))
     if own < len(trace.inputs):

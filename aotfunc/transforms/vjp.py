@@ -163,13 +163,15 @@ def reverse(
 ) -> list[Node | None]:
     """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing
     depends. Zeros, which ops with a derivative of zero give, are handed on as others are: autograd
-    sees what they are multiplied by.
+    sees what they are multiplied by. Where a user's backward returns None, one further on may get
+    zeros for it.
 
     With ``recompute`` the values of checkpointed regions are computed again instead of kept.
     """
     active = active_nodes(list(b.graph.nodes), wrt, zeros=True)
     regions = Regions(b) if recompute else None
     ct: dict[Node, Any] = {}
+    passed: set[Node] = set()  # by a backward without a cotangent
 
     def give(n: Any, g: Node | None) -> None:
         if g is None or not isinstance(n, Node) or n not in active:
@@ -182,6 +184,10 @@ def reverse(
     found: dict[Node, Node] = {}
     for n in reversed(list(active)):
         g = ct.pop(n, None)
+        if g is None and n in passed:
+            g = n.target.zeros(b) if hasattr(n.target, "zeros") else None
+            if g is None:
+                passed.update(i for i in n._input_nodes if i in active)
         if g is None:
             continue
         if n in wanted:
@@ -197,6 +203,8 @@ def reverse(
         b.meta = {k: n.meta[k] for k in ("line",) if k in n.meta}
         for a, ga in zip(*pull(b, n, g, active, again), strict=True):
             give(a, ga)
+            if ga is None and hasattr(n.target, "zeros"):
+                passed.add(a)
     b.meta = {}
     return [found.get(n) for n in wrt]
 

@@ -73,3 +73,80 @@ def test_transforms_multiply_zeros_as_torch_func_does(before):
 
     x = torch.randn(2, 3)
     assert_same(grad(f)(x), torch.func.grad(f)(x))
+
+
+# ----- backwards that return None ----------------------------------------------------------------
+
+
+class Cube(torch.autograd.Function):
+    """Its backward gets zeros where autograd has no cotangent."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class Bare(Cube):
+    """It would get None."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return Cube.forward(ctx, x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return None if g is None else Cube.backward(ctx, g)
+
+
+class Both(torch.autograd.Function):
+    """Each result has a derivative by one of the arguments."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.set_materialize_grads(False)
+        return x * 2, y + 1
+
+    @staticmethod
+    def backward(ctx, g, h):
+        return None if g is None else g * 2, h
+
+
+def through_a_hook(x):
+    h = Cube.apply(x)
+    h.register_hook(lambda g: None if g is None else g * 2)
+    return h * 1
+
+
+ON_THE_WAY = {
+    "nothing": lambda x: x,
+    "an op": lambda x: x * 2,
+    "a Function": Cube.apply,
+    "ops behind it": lambda x: Cube.apply(x).sin() @ torch.ones(3, 3),
+    "ops before it": lambda x: Cube.apply(x.exp()),
+    "two": lambda x: Cube.apply(Cube.apply(x)),
+    "one that gets None": lambda x: Cube.apply(Bare.apply(x)),
+    "it, and one that gets None": lambda x: Bare.apply(Cube.apply(x)),
+    "a hook": through_a_hook,
+    "a compiled one": jit(lambda x: Cube.apply(x) * 2),
+}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("compiler", HOWS)
+@pytest.mark.parametrize("name", ON_THE_WAY)
+def test_a_function_before_one_whose_backward_returns_none(name, compiler, second):
+    def run(wrap):
+        x, y = (torch.ones(3, requires_grad=True) for _ in range(2))
+        f = ON_THE_WAY[name]
+        wrap(lambda x, y: Both.apply(f(x), f(y))[second] * 1)(x, y).sum().backward()
+        return x.grad, y.grad
+
+    got, want = run(compiler), run(lambda f: f)
+    assert [g is None for g in got] == [g is None for g in want]
+    assert_same([g for g in got if g is not None], [g for g in want if g is not None])
