@@ -451,7 +451,7 @@ def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
         )
 
     counted(replay, "instr_run", lambda *_: 1)
-    counted(concretize, "part", lambda records, *_: len(records))
+    counted(concretize, "steps_as_program", lambda records, *_: len(records))
     counted(concretize, "so_far", lambda trace, _: len(trace.records))
     x, steps = f64(2, 3, 4) if how is not grad else f64(4), []
     for n in (10, 20):

@@ -50,15 +50,15 @@ def computed(f, *args):
 def test_sizes(name, monkeypatch):
     op = OPS[name]
     dtype = {**DTYPES, **INTEGERS}[dtypes(op)[0]] if dtypes(op) else torch.float32
-    of_size = batching.of_size
+    resized_program = batching.resized_program
     for sample in itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 1):
         for f, args in functions(op, sample):
             if not args or sum(x.numel() for x in args) > SMALL:
                 continue
             results = []
-            for rule in (of_size, lambda *how: how[-1]()):
+            for rule in (resized_program, lambda *how: how[-1]()):
                 clear_caches()
-                monkeypatch.setattr(batching, "of_size", rule)
+                monkeypatch.setattr(batching, "resized_program", rule)
                 results.append([computed(vmap(f), *(rows(x, n) for x in args)) for n in (4, 7, 3)])
             for mine, own in zip(*results):
                 if isinstance(own, type):
