@@ -46,14 +46,11 @@ def strides(kernel: Kernel) -> Iterator[tuple[int, int]]:
 
 
 def rows(kernel: Kernel) -> int:
-    """How many rows a kernel's function divides its work into."""
-    outer = kernel.extents[: kernel.outer]
-    if not kernel.reduced and kernel.outer == 1:
-        return outer[0]
-    if kernel.vector == kernel.outer - 1 and kernel.outer > 1:
-        outer = outer[:-1]
-    elif kernel.vector == kernel.outer - 1 and kernel.outer == 1:
-        return outer[0]
+    """How many rows a kernel's function divides its work into: the points of the outer axes, but
+    for the vector axis if there is another one."""
+    outer = list(kernel.extents[: kernel.outer])
+    if 0 <= kernel.vector < kernel.outer > 1:
+        del outer[kernel.vector]
     return math.prod(outer)
 
 

@@ -293,7 +293,7 @@ class Printer(Values):
     def accumulator(self, e: Reduce) -> str:
         wide = self.lanes > 1
         if e.fn == "sum" and e.dtype is torch.float32:
-            return "d8" if wide else "double"
+            return "double" if not wide else "s8" if self.across else "d8"
         return VECTORS[self.lanes][e.dtype] if wide else NUMBERS[e.dtype]
 
     def start(self, e: Reduce) -> str:

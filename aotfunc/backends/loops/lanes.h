@@ -60,11 +60,19 @@ template <class T> AOT T aot_imul(T x, T y) { T z; __builtin_mul_overflow(x, y, 
 AOT m8 aot_first8(int64_t n) { return m8{0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)n; }
 AOT m4 aot_first4(int64_t n) { return m4{0, 1, 2, 3} < n; }
 
-// Sums of floats are doubles.
+// Sums of floats are doubles, of a few floats each.
 struct d8 { d4 low, high; };
+struct s8 { d8 total; f8 some; int32_t count; };
 AOT void aot_sum(d8 &s, f8 x) { s.low += aot_low(x); s.high += aot_high(x); }
 AOT void aot_sum(d4 &s, d4 x) { s += x; }
 AOT void aot_sum(double &s, double x) { s += x; }
+AOT void aot_sum(s8 &s, f8 x) {
+  s.some += x;
+  if (__builtin_expect(++s.count == 32, 0)) aot_sum(s.total, s.some), s.some = f8{}, s.count = 0;
+}
 AOT f8 aot_summed(d8 s) { return aot_join(s.low, s.high); }
-AOT float aot_across_sum(d8 s) { return (float)aot_across_add(s.low + s.high); }
+AOT float aot_across_sum(s8 s) {
+  aot_sum(s.total, s.some);
+  return (float)aot_across_add(s.total.low + s.total.high);
+}
 AOT double aot_across_sum(d4 s) { return aot_across_add(s); }

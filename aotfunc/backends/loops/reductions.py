@@ -98,6 +98,13 @@ def layer_norm_backward(
     return gx, gw, gb
 
 
+def outer_product(x: Tensor, y: Tensor) -> Any:
+    """A product of matrices that sums nothing."""
+    if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    return (x * y).contiguous()
+
+
 def in_these(body: Callable) -> Callable:
     """A body for the dtypes that kernels compute in, of tensors that are not empty."""
 
@@ -110,13 +117,12 @@ def in_these(body: Callable) -> Callable:
 
 #: ops that are opened up into these and pointwise ones, and what they are then
 OPENED: dict[Any, Callable] = {
-    op: in_these(body)
-    for op, body in (
-        (aten._softmax.default, softmax),
-        (aten._log_softmax.default, log_softmax),
-        (aten._softmax_backward_data.default, softmax_backward),
-        (aten._log_softmax_backward_data.default, log_softmax_backward),
-        (aten.native_layer_norm.default, layer_norm),
-        (aten.native_layer_norm_backward.default, layer_norm_backward),
-    )
+    aten.mm.default: outer_product,
+    aten.bmm.default: outer_product,
+    aten._softmax.default: in_these(softmax),
+    aten._log_softmax.default: in_these(log_softmax),
+    aten._softmax_backward_data.default: in_these(softmax_backward),
+    aten._log_softmax_backward_data.default: in_these(log_softmax_backward),
+    aten.native_layer_norm.default: in_these(layer_norm),
+    aten.native_layer_norm_backward.default: in_these(layer_norm_backward),
 }

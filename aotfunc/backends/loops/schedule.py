@@ -8,6 +8,10 @@ from dataclasses import replace
 from .ir import Kernel
 
 
+#: an axis of fewer points is not worth vectors
+SHORT = 8
+
+
 def schedule(kernel: Kernel) -> Kernel:
     """The kernel with its axes ordered as its memory is, neighbours merged where every access
     allows it, and its vector axis chosen."""
@@ -71,11 +75,15 @@ def joins(kernel: Kernel, k: int, inner: int) -> bool:
 
 
 def vector_axis(kernel: Kernel) -> int:
-    """The last of the outer axes or the last of all: the one along which more accesses are
-    contiguous."""
+    """The axis along which more of what is walked everywhere is contiguous: the last of all, or the
+    last of the outer ones. A last axis that is shorter than a vector leaves it to another."""
     last = len(kernel.extents) - 1
     choices = {kernel.outer - 1, last} - {-1}
     if not choices:
         return -1
+    longer = [k for k in range(kernel.outer) if kernel.extents[k] >= SHORT]
+    if kernel.extents[last] < SHORT and longer:
+        return longer[-1]
     real = [a for a in kernel.accesses if a.tensor is not None]
-    return max(choices, key=lambda k: (sum(a.strides[k] == 1 for a in real), k))
+    inner = [a for a in real if any(a.strides[kernel.outer :])] or real
+    return max(choices, key=lambda k: (sum(a.strides[k] == 1 for a in inner), k))
