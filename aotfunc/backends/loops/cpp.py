@@ -141,6 +141,7 @@ class Printer(Values):
         if self.tiled:
             self.open(f"for (int64_t begin_ = {first}; begin_ < {last}; begin_ += {TILE})")
             self.say(f"const int64_t end_ = {last} - begin_ < {TILE} ? {last} : begin_ + {TILE};")
+            self.say(f"const int64_t tiles = (end_ - begin_ + {self.lanes - 1}) / {self.lanes};")
             self.passes()
         else:
             self.vectors(first, last)
@@ -258,7 +259,7 @@ class Printer(Values):
         for e, a in totals.items():
             if self.tiled:
                 self.say(f"{self.accumulator(e)} {a}[{tiles}];")
-                self.say(f"for (int64_t t = 0; t < {tiles}; t++) {a}[t] = {self.start(e)};")
+                self.say(f"for (int64_t t = 0; t < tiles; t++) {a}[t] = {self.start(e)};")
             else:
                 self.say(f"{self.accumulator(e)} {a} = {self.start(e)};")
         names = dict(self.names)
@@ -279,7 +280,7 @@ class Printer(Values):
             if self.tiled:
                 self.say(f"{self.type(e)} {name}[{tiles}];")
                 result = self.finish(e, f"{a}[t]")
-                self.say(f"for (int64_t t = 0; t < {tiles}; t++) {name}[t] = {result};")
+                self.say(f"for (int64_t t = 0; t < tiles; t++) {name}[t] = {result};")
                 self.names[e] = f"{name}[t]"
             else:
                 self.say(f"const {self.type(e)} {name} = {self.finish(e, a)};")

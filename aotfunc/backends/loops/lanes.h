@@ -37,11 +37,13 @@ template <class V, class T> AOT void aot_put(T *p, V v, int64_t n) {
 template <class V, class T> AOT V aot_gather(const T *p, int64_t n, int64_t stride) {
   if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_some<V>(p, n, stride);
   V v;
+  _Pragma("GCC unroll 8")
   for (int i = 0; i < aot_lanes<V>; i++) v[i] = p[i * stride];
   return v;
 }
 template <class V, class T> AOT void aot_scatter(T *p, V v, int64_t n, int64_t stride) {
   if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_put_some(p, v, n, stride);
+  _Pragma("GCC unroll 8")
   for (int i = 0; i < aot_lanes<V>; i++) p[i * stride] = v[i];
 }
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from .ir import Kernel
 
-
 #: an axis of fewer points is not worth vectors
 SHORT = 8
 
@@ -75,15 +74,17 @@ def joins(kernel: Kernel, k: int, inner: int) -> bool:
 
 
 def vector_axis(kernel: Kernel) -> int:
-    """The axis along which more of what is walked everywhere is contiguous: the last of all, or the
-    last of the outer ones. A last axis that is shorter than a vector leaves it to another."""
+    """The axis along which more of what is walked everywhere is contiguous: the last of all, or an
+    outer one. One that is shorter than a vector leaves it to another."""
     last = len(kernel.extents) - 1
-    choices = {kernel.outer - 1, last} - {-1}
+    choices = {*range(kernel.outer), last} - {-1}
     if not choices:
         return -1
-    longer = [k for k in range(kernel.outer) if kernel.extents[k] >= SHORT]
-    if kernel.extents[last] < SHORT and longer:
-        return longer[-1]
     real = [a for a in kernel.accesses if a.tensor is not None]
     inner = [a for a in real if any(a.strides[kernel.outer :])] or real
-    return max(choices, key=lambda k: (sum(a.strides[k] == 1 for a in inner), k))
+
+    def worth(k: int) -> tuple:
+        contiguous = sum(a.strides[k] == 1 for a in inner)
+        return kernel.extents[k] >= SHORT, contiguous, k in (kernel.outer - 1, last), k
+
+    return max(choices, key=worth)

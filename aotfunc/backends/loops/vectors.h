@@ -31,10 +31,12 @@ struct f16 { uint16_t bits; };
 
 // The same function in every lane, where there is no instruction for all of them.
 template <class V, class F> AOT V aot_each(V x, F f) {
+  _Pragma("GCC unroll 8")
   for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); i++) x[i] = f(x[i]);
   return x;
 }
 template <class V, class F> AOT V aot_each(V x, V y, F f) {
+  _Pragma("GCC unroll 8")
   for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); i++) x[i] = f(x[i], y[i]);
   return x;
 }
