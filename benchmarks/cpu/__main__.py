@@ -26,7 +26,9 @@ METHOD = [
     "in one process, and each runs the program in the ways that it has: the transformed function "
     "compiled whole, or (ᵃ, training steps only) the compiled function differentiated by "
     "autograd, or (ʰ) plain PyTorch written by hand. The fastest stands here. The fastest peer "
-    "is bold; behind ours stands how many times as long that peer takes.",
+    "is bold; behind ours stands how many times as long that peer takes. malloc keeps memory that is "
+    "given back, except blocks of more than 32 MiB: a result of 10M elements is new memory at each "
+    "call, page faults included.",
     "Every result is compared with PyTorch's in float64 before it is timed: the largest error "
     "relative to the largest element of each result may be ten times that of eager float32, and "
     "1e-5 at least. Arguments are float32.",
@@ -61,7 +63,7 @@ def time_cell(cells: Cells, column: str) -> str:
 
 
 def cold_cell(cell: dict) -> str:
-    return f"{ms(cell.get('first'))} → {ms(cell.get('again'))}" if cell else "-"
+    return f"{ms(cell.get('first'))} → {ms(cell.get('again'))}" if "first" in cell else "-"
 
 
 def memory_cell(cell: dict) -> str:

@@ -20,6 +20,8 @@ def environment(**more: str) -> dict[str, str]:
     one = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     one |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # so that its compilers are waited for
     one |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"}
+    # however much was allocated before, memory that is given back stays with the process
+    one |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
     return os.environ | one | more
 
 
