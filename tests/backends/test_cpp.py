@@ -72,7 +72,11 @@ POINTWISE = {
     "special": (lambda x: torch.maximum(x.relu(), x * 2), torch.tensor(SPECIAL)),
     "one number": (lambda x: x.sin() * 2, r()),
     "two results": (lambda x: (x.sin(), x.cos() * 2), r(50, 3)),
-    "nothing": (lambda x: x.sin() + 1, r(0, 3)),
+    "a negative zero": (lambda x, b: (x / -0.0, x / b), r(33), torch.tensor(-0.0)),
+    "products that overflow": (
+        lambda x: (x.addcmul(x, x, value=1e-30), x.addcdiv(x, 1 / x, value=1e-30)),
+        torch.full((9,), 1e25),
+    ),
 }
 REDUCED = {
     "rows": (lambda x: x.exp().sum(1), r(37, 19)),
@@ -92,6 +96,10 @@ REDUCED = {
         torch.tensor([SPECIAL, SPECIAL[1:] + [0.0]]),
     ),
     "a product": (lambda x: (x * 2).prod(1), r(37, 9)),
+    "any and all of bytes": (
+        lambda x: ((x + x).any(1), (x + x).all(1)),
+        torch.tensor([[1, 2, 4], [0, 2, 4]], dtype=torch.uint8),
+    ),
     "integers": (lambda x: (x * 2).sum(1), torch.arange(60).reshape(6, 10)),
     "largest integers": (lambda x: (x * 2).amax(1), torch.arange(-60, 0).reshape(6, 10).int()),
     "counting": (lambda x: (x > 0).sum(1), r(6, 10)),
@@ -113,6 +121,12 @@ def test_pointwise(case):
 @pytest.mark.parametrize("case", REDUCED)
 def test_reductions(case):
     agree(*REDUCED[case])
+
+
+def test_nothing():
+    """An empty tensor has no memory to read, not even where it is broadcast."""
+    for x in (r(0, 3), r(1).expand(0), r(3, 1).expand(3, 0)):
+        agree(lambda x: (x.sin() + 1, (x.exp() * 2).sum()), x, kernels=0)
 
 
 def test_one_kernel_does_not_read_in_two_orders():

@@ -35,9 +35,6 @@ from .views import dims_of, shape_of
 
 Place = tuple[int | None, ...]
 
-#: dtypes that are computed with as float32, and rounded after each op as eager mode does
-LOW = (torch.bfloat16, torch.float16)
-
 #: dtypes of a kernel's values
 DTYPES = (
     *(torch.float32, torch.float64, torch.bool, torch.uint8),
@@ -59,7 +56,12 @@ def computed(n: Any) -> bool:
 
 def plain(n: Node) -> bool:
     val = n.meta.get("val")
-    return isinstance(val, Tensor) and val.device.type == "cpu" and val.dtype in DTYPES
+    return (
+        isinstance(val, Tensor)
+        and val.device.type == "cpu"
+        and val.dtype in DTYPES
+        and val.numel() != 0  # there is no memory to read
+    )
 
 
 def seen_through(n: Any) -> bool:
@@ -145,10 +147,12 @@ class Lowering:
             elif d not in dims:
                 axis = next(rest)
             where.append((next(bound) if size != 1 else None) if d in dims else axis)
-        value = cast(self.value(x, tuple(where)), out)
-        if (out is torch.bool and asked.fn not in ("any", "all")) or math.prod(shape) == 0:
-            raise Unfit("a reduction of bools, or of nothing")
-        result: Expr = Reduce(out, asked.fn, value) if sizes else value
+        truth = asked.fn in ("any", "all")  # of bytes these are bytes, 0 or 1
+        if out is torch.bool and not truth:
+            raise Unfit("a reduction of bools")
+        dtype = torch.bool if truth else out
+        value = cast(self.value(x, tuple(where)), dtype)
+        result = cast(Reduce(dtype, asked.fn, value) if sizes else value, out)
         if asked.mean:
             result = result / Given(math.prod([shape[d] for d in dims]))
         return result

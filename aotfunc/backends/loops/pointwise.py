@@ -109,8 +109,8 @@ rule("float", lambda a, b: a / b, aten.div.Tensor, aten.div.Scalar)
 rule("any", maximum, aten.maximum.default)
 rule("any", minimum, aten.minimum.default)
 rule("float", fn("atan2"), aten.atan2.default)
-rule("float", lambda x, a, b, value=1: x + value * (a * b), aten.addcmul.default)
-rule("float", lambda x, a, b, value=1: x + value * (a / b), aten.addcdiv.default)
+rule("float", lambda x, a, b, value=1: x + value * a * b, aten.addcmul.default)
+rule("float", lambda x, a, b, value=1: x + value * a / b, aten.addcdiv.default)
 
 
 def power(x: Expr, e: Any) -> Expr:
