@@ -69,12 +69,12 @@ class Compiled:
         self.entries = Cache(NODES, weight_of)
         self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         #: entries that differ in Python numbers that are inputs of their program share one
-        self.steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
+        self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
             weakref.WeakValueDictionary()
         )
-        self.names = Names()
+        self._names = Names()
         self.captures = 0  # how often f has been captured, for all signatures
-        self.history = History()
+        self._history = History()
         EVERY.add(self)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -152,7 +152,7 @@ class Compiled:
             x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}"
             for x in objects
         ]
-        state = look(self.f, objects, labels, self.names)
+        state = look(self.f, objects, labels, self._names)
         for x in objects:
             if type(x).__hash__ is None and any(x is o for o in state.opaque):
                 raise self.unhashable(arguments)
@@ -180,9 +180,9 @@ class Compiled:
         except BaseException:
             undo_stores(state)
             raise
-        after = look(self.f, objects, labels, self.names)
+        after = look(self.f, objects, labels, self._names)
         changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
-        self.history.changed = changed
+        self._history.changed = changed
         # a function that changes what it reads is captured at every call, until it does not change
         # any more
         alike = changed is None and not drew and function_modes_key() is not OTHERS
@@ -253,11 +253,11 @@ class Compiled:
         """Drop all entries."""
         self.entries.clear()
         self._recent.clear()
-        self.captures, self.history = 0, History()
+        self.captures, self._history = 0, History()
 
     def watch_growth(self, facts: Facts) -> None:
         """Warn, once, of a function that is captured again and again, and say what is to blame."""
-        why = self.history.growth(facts, WARN_AT)
+        why = self._history.growth(facts, WARN_AT)
         if why is not None:
             times = f"{self.captures} times{at(user_line())}"
             warnings.warn(f"{self.who} has been captured {times}: {why}", stacklevel=4)
@@ -298,4 +298,4 @@ class Compiled:
             for what, e in found.items()
         }
         entries = [e.facts for e in self.entries.values()]
-        return explained(self.who, self.captures, entries, self.history.why(), sorted(eagerly))
+        return explained(self.who, self.captures, entries, self._history.why(), sorted(eagerly))

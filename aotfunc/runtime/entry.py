@@ -199,7 +199,7 @@ def captured_entry(
         places.extend(left_behind(state, compiled.titled, containers(given)))
         return recorded(result, places, state, mine.containers)
 
-    watches = bool(numbers) and current() is None and not compiled.names.operators
+    watches = bool(numbers) and current() is None and not compiled._names.operators
     called, known = as_called(function), states([*arguments.leaves, *state.opaque])
     rec = capture(
         f,
@@ -226,7 +226,7 @@ def captured_entry(
         environment_key(),
         frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes),
     )
-    step = compiled.steps.get(alike) if rec.numbers else None
+    step = compiled._steps.get(alike) if rec.numbers else None
     if new := step is None:
         whole = Program(
             program.graph,
@@ -237,12 +237,12 @@ def captured_entry(
         )
         call = CompiledCall(whole, compiled.pipeline.forward, compiled.pipeline.split, name)
         call.plain = as_recorded(rec, whole.mutated)
-        step = compiled.steps[alike] = CompiledStep(call, run_eager)
+        step = compiled._steps[alike] = CompiledStep(call, run_eager)
     described = {
         f"argument {n}": noted(x) for n, x in zip(*labelled(function, arguments), strict=True)
     }
     facts = facts_of(described, state.facts)
-    compiled.history.note([e.facts for e in compiled.entries.values()], facts)
+    compiled._history.note([e.facts for e in compiled.entries.values()], facts)
     inside = Leaves(rec, program.mutated)
     entry = Entry(rec, step, views, state, key, facts, enables, finish, inside)
     if watches and rec.numbers:

@@ -62,6 +62,7 @@ POINTWISE = {
     "a column": (lambda x, b: (x + b).sigmoid() * b, r(37, 19), r(37, 1)),
     "transposed": (lambda x, y: x.t() * y + 1, r(19, 37), r(37, 19)),
     "strided": (lambda x: x.sin() + 1, r(40, 38)[::2, ::3]),
+    "a negative zero": (lambda x: x / -0.0 + x.double() / -0.0, r(9)),
     "expanded": (lambda x: x.sin() + 1, r(1, 7).expand(5, 7)),
     "doubles": (lambda x: torch.where(x > 0, x.log(), -x) * 3, r(5, 7, dtype=torch.float64)),
     "bools": (lambda x, y: (x > y) & (x < 1), r(33), r(33)),
