@@ -7,9 +7,8 @@ AOT double aot_number(int64_t bits) { double x; __builtin_memcpy(&x, &bits, 8); 
 
 template <class V> constexpr int aot_lanes = sizeof(V) / sizeof(V{}[0]);
 
-template <class V, class T> AOT V aot_all(T x) { return V{} + x; }
-template <> AOT f8 aot_all<f8>(float x) { return aot_f8(x); }  // 0 + -0.0 is 0
-template <> AOT d4 aot_all<d4>(double x) { return aot_d4(x); }
+AOT m8 aot_m8(int32_t x) { return m8{} + x; }
+AOT m4 aot_m4(int64_t x) { return m4{} + x; }
 AOT m8 aot_mask8(bool x) { return m8{} - x; }
 AOT m4 aot_mask4(bool x) { return m4{} - x; }
 

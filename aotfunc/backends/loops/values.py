@@ -99,7 +99,7 @@ class Values:
             return name
         if e.dtype is torch.bool:
             return f"aot_mask{self.lanes}({name})"
-        return f"aot_all<{VECTORS[self.lanes][e.dtype]}>({name})"
+        return f"aot_{VECTORS[self.lanes][e.dtype]}({name})"
 
     def constant(self, e: Const, wide: bool) -> str:
         text = self.numbers.get(e) or literal(e)
@@ -107,7 +107,7 @@ class Values:
             return text
         if e.dtype is torch.bool:
             return f"aot_mask{self.lanes}({text})"
-        return f"aot_all<{VECTORS[self.lanes][e.dtype]}>({text})"
+        return f"aot_{VECTORS[self.lanes][e.dtype]}({text})"
 
     def expression(self, e: Expr) -> str:
         wide = self.wide(e)
