@@ -16,8 +16,9 @@ import aotfunc
 from aotfunc import aot_function, aot_module, grad, jacrev, jit, make_fx, vmap
 from aotfunc.backends import Backend, opened
 from aotfunc.backends.eager import compile_graph
-from aotfunc.backends.loops import backend, toolchain
+from aotfunc.backends.loops import backend, native, toolchain
 from aotfunc.backends.loops.arguments import rows, sizes
+from aotfunc.backends.loops.cpp import SUPPORT
 from aotfunc.backends.loops.fuse import grouped, stored
 from aotfunc.backends.loops.interpret import interpret
 from aotfunc.backends.loops.launch import Launch
@@ -32,7 +33,7 @@ SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38,
 
 def every_kernel(gm, example_inputs):
     """The backend, with a kernel also where calling the ops would be as good."""
-    every_kernel.graph = backend.with_kernels(gm, lambda nodes: True).graph
+    every_kernel.graph, _ = backend.with_kernels(gm, lambda nodes: True)
     return compile_graph(every_kernel.graph)
 
 
@@ -247,6 +248,8 @@ def test_a_person_can_read_it(capsys, monkeypatch):
     jit(lambda x, b: (x + b).tanh(), backend="cpp")(r(3, 4), r(4))
     said = capsys.readouterr().err
     assert "// tanh: float32 = aten.tanh.default(add)" in said and "void k_tanh(" in said
+    stages = aotfunc.debug.stages(jit(lambda x: (x.sin() * 2).sum(), backend="cpp"))(r(4))
+    assert "# cpp: 3 -> 1 nodes" in str(stages) and "void k_sum_1(" in str(stages)
 
 
 # ----- kernels one by one ------------------------------------------------------------------------
@@ -369,7 +372,8 @@ def test_kernels_against_the_interpreter(first):
         except RuntimeError:
             continue
         for kernel in kernels_of(f, *args):
-            library, names = backend.compiled([kernel])
+            source, names = backend.text([kernel])
+            library = native.load(f"{native.PRELUDE}{SUPPORT}{source}\n")
             tensors = []
             for a in kernel.accesses:
                 val = a.tensor.meta["val"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from ... import debug
-from ...graph import output_node
+from ...graph import output_node, size
 from ..eager import compile_graph
 from ..results import resolved
 from . import native
@@ -32,7 +31,9 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++ kernels,
     other ops are called as they are. Raises CompilerError where there is no C++ compiler, or it
     fails."""
-    graph = with_kernels(gm).graph
+    graph, source = with_kernels(gm)
+    if source and (debug.watched is not None or debug.LEVEL >= 3):
+        debug.note("cpp", graph, lambda: source, size(graph))
     for n in graph.nodes:
         if isinstance(n.target, Launch):
             n.target = n.target.run
@@ -57,12 +58,13 @@ def worth(nodes: Sequence[Node]) -> bool:
     return any(isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values))
 
 
-def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> fx.GraphModule:
-    """A copy whose nodes are launches of kernels where these compute them."""
+def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
+    """The graph with launches of kernels in the place of what these compute, and their source."""
     found = units(gm.graph, worth)
     kernels = {u: named(u) for u in found if u.kernel}
-    library, name_of = compiled(list(kernels.values()))
-    graph = fx.Graph()
+    source, name_of = text(list(kernels.values()))
+    library: Any = native.load(f"{native.PRELUDE}{SUPPORT}{source}\n") if source else {}
+    graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
     for n in gm.graph.nodes:
         if n.op in ("placeholder", "get_attr"):
@@ -73,7 +75,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> fx.GraphModule:
         else:
             new[u.nodes[0]] = graph.node_copy(u.nodes[0], new.__getitem__)
     graph.node_copy(output_node(gm.graph), new.__getitem__)
-    return fx.GraphModule(gm, graph)
+    return graph, source
 
 
 def needed(found: Sequence[Unit], kernels: Mapping[Unit, Kernel], graph: fx.Graph) -> list[Unit]:
@@ -97,23 +99,17 @@ def named(u: Unit) -> Kernel:
     return schedule(lower(u.nodes, outs, f"k_{outs[-1].name}"))
 
 
-def compiled(kernels: Sequence[Kernel]) -> tuple[Any, dict[str, str]]:
-    """Their library, and for each kernel the function that computes it: equal ones share it."""
-    if not kernels:
-        return {}, {}
+def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str]]:
+    """Their source, and for each the name of the function that computes it: equal ones share it."""
     texts: dict[str, str] = {}
     functions: dict[str, str] = {}
+    names: dict[str, str] = {}  # code -> the first kernel that has it
     for kernel in kernels:
-        text = function(kernel)
-        code = native.without_comments(text).replace(f" {kernel.name}(", " (")
-        functions[kernel.name] = texts.setdefault(code, kernel.name)
-        if texts[code] == kernel.name:
-            texts[kernel.name] = text
-    bodies = [texts[name] for name in dict.fromkeys(functions.values())]
-    source = "\n\n".join(bodies)
-    if debug.LEVEL >= 4:
-        print(source, end="\n\n", file=sys.stderr)
-    return native.load(f"{native.PRELUDE}{SUPPORT}{source}\n"), functions
+        found = function(kernel)
+        code = native.without_comments(found).replace(f" {kernel.name}(", " (")
+        functions[kernel.name] = name = names.setdefault(code, kernel.name)
+        texts.setdefault(name, found)
+    return "\n\n".join(texts.values()), functions
 
 
 def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, compiled: Any) -> None:
