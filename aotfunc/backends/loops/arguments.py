@@ -16,6 +16,9 @@ VECTORS = {
     4: {torch.float64: "d4", torch.int64: "m4", torch.bool: "m4"},
 }
 
+#: points of a cross axis that are computed together
+BLOCK = 16
+
 
 def lanes_of(kernel: Kernel) -> int:
     """How many points are computed at a time."""
@@ -47,8 +50,10 @@ def strides(kernel: Kernel) -> Iterator[tuple[int, int]]:
 
 def rows(kernel: Kernel) -> int:
     """How many rows a kernel's function divides its work into: the points of the outer axes, but
-    for the vector axis if there is another one."""
+    for the vector axis if there is another one; blocks of the cross axis."""
     outer = list(kernel.extents[: kernel.outer])
+    if kernel.cross >= 0:
+        outer[kernel.cross] = -(-outer[kernel.cross] // BLOCK)
     if 0 <= kernel.vector < kernel.outer > 1:
         del outer[kernel.vector]
     return math.prod(outer)

@@ -9,12 +9,12 @@ reduced runs through memory row by row, with an accumulator for each point of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from .arguments import VECTORS, buffers, given, strides
+from .arguments import BLOCK, VECTORS, buffers, given, strides
 from .ir import Apply, Const, Expr, Kernel, Load, Reduce, Store, walk
 from .values import NUMBERS, Values, memory
 
@@ -114,14 +114,11 @@ class Printer(Values):
             return
         outer = [k for k in range(kernel.outer) if k != self.vector]
         self.open("for (int64_t row = begin; row < end; row++)")
-        if len(outer) == 1:
-            self.say(f"const int64_t i{outer[0]} = row;")
-        elif outer:
-            self.say("int64_t rest = row;")
-            for k in reversed(outer[1:]):
-                self.say(f"const int64_t i{k} = rest % n{k};")
-                self.say(f"rest /= n{k};")
-            self.say(f"const int64_t i{outer[0]} = rest;")
+        if kernel.cross >= 0:
+            self.crossed(outer)
+            self.close()
+            return
+        self.point(outer, {k: (f"i{k}", f"n{k}") for k in outer})
         self.pointers(outer)
         self.emit(self.known(1))
         if self.columns:
@@ -129,6 +126,33 @@ class Printer(Values):
         else:
             self.passes()
         self.close()
+
+    def point(self, outer: list[int], counted: Mapping[int, tuple[str, str]]) -> None:
+        """Where a row is: for each axis a name, and up to what it counts."""
+        if len(outer) > 1:
+            self.say("int64_t rest = row;")
+        for k in reversed(outer[1:]):
+            name, size = counted[k]
+            self.say(f"const int64_t {name} = rest % {size};")
+            self.say(f"rest /= {size};")
+        if outer:
+            self.say(f"const int64_t {counted[outer[0]][0]} = {'rest' if outer[1:] else 'row'};")
+
+    def crossed(self, outer: list[int]) -> None:
+        """A block of the cross axis, beside blocks of the vector axis: a line of memory that is read
+        for one point of it is still there for the next."""
+        k, v = self.kernel.cross, self.vector
+        self.say(f"const int64_t blocks = (n{k} + {BLOCK - 1}) / {BLOCK};")
+        self.point(outer, {j: (f"i{j}", f"n{j}") for j in outer} | {k: ("block", "blocks")})
+        self.say(f"const int64_t first = block * {BLOCK};")
+        self.say(f"const int64_t last = n{k} - first < {BLOCK} ? n{k} : first + {BLOCK};")
+        self.open(f"for (int64_t begin_ = 0; begin_ < n{v}; begin_ += {BLOCK})")
+        self.say(f"const int64_t end_ = n{v} - begin_ < {BLOCK} ? n{v} : begin_ + {BLOCK};")
+        self.open(f"for (int64_t i{k} = first; i{k} < last; i{k}++)")
+        self.pointers(outer)
+        self.emit(self.known(1))
+        self.along("begin_", "end_")
+        self.close(2)
 
     def pointers(self, axes: list[int]) -> None:
         """The buffers at this row."""

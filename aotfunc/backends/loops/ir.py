@@ -202,7 +202,8 @@ class Store:
 @dataclass(frozen=True)
 class Kernel:
     """Loops over axes of these extents, outermost first, the last ``reduced`` of them bound by
-    its reductions. ``vector`` is the axis that is computed several points at once."""
+    its reductions. ``vector`` is the axis that is computed several points at once, ``cross`` one
+    that runs in blocks beside it, because some of the memory is contiguous along it."""
 
     name: str
     extents: tuple[int, ...]
@@ -210,6 +211,7 @@ class Kernel:
     accesses: tuple[Access, ...]
     stores: tuple[Store, ...]
     vector: int = -1
+    cross: int = -1
     comments: tuple[str, ...] = ()
     axes_of: dict[Expr, frozenset[int]] = field(default_factory=dict, compare=False, repr=False)
 

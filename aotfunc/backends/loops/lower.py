@@ -206,7 +206,12 @@ class Lowering:
         comments = [comment(n) for n in self.nodes]
         extents = tuple([self.extents[k] for k in order])
         return Kernel(
-            name, extents, len(self.reduced), tuple(accesses), tuple(stores), -1, tuple(comments)
+            name,
+            extents,
+            len(self.reduced),
+            tuple(accesses),
+            tuple(stores),
+            comments=tuple(comments),
         )
 
     def one_way(self) -> None:

@@ -15,7 +15,8 @@ def schedule(kernel: Kernel) -> Kernel:
     """The kernel with its axes ordered as its memory is, neighbours merged where every access
     allows it, and its vector axis chosen."""
     kernel = merged(ordered(kernel))
-    return replace(kernel, vector=vector_axis(kernel))
+    kernel = replace(kernel, vector=vector_axis(kernel))
+    return replace(kernel, cross=cross_axis(kernel))
 
 
 def rearranged(
@@ -88,3 +89,16 @@ def vector_axis(kernel: Kernel) -> int:
         return kernel.extents[k] >= SHORT, contiguous, k in (kernel.outer - 1, last), k
 
     return max(choices, key=worth)
+
+
+def cross_axis(kernel: Kernel) -> int:
+    """An outer axis along which a tensor is contiguous that is walked in large steps along the
+    vector axis, as a transposed one is; -1 if there is none."""
+    if kernel.reduced:
+        return -1
+    for a in kernel.accesses:
+        if a.strides and a.strides[kernel.vector] not in (0, 1):
+            for k, stride in enumerate(a.strides):
+                if stride == 1 and kernel.extents[k] >= SHORT:
+                    return k
+    return -1
