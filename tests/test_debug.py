@@ -105,11 +105,10 @@ def test_every_program_says_its_pass_and_runs(transform, function):
         exec(code, space)
     space = {"torch": torch, "device": torch.device}
     exec(found[-1].code, space)
-    closed_over = [X] * (space[found[-1].made_by].__code__.co_argcount - 1)
-    assert_same(
-        space[found[-1].made_by](X, *closed_over)[0],
-        call(X)[0] if isinstance(call(X), tuple) else call(X),
-    )
+    last = space[found[-1].made_by.replace(" ", "_")]
+    closed_over = [X] * (last.__code__.co_argcount - 1)
+    want = call(X)[0] if isinstance(call(X), tuple) else call(X)
+    assert_same(last(X, *closed_over)[0], want)
 
 
 def test_of_steps_with_programs_of_their_own():

@@ -14,43 +14,29 @@ from torch.testing import assert_close
 
 import aotfunc
 from aotfunc import aot_function, aot_module, grad, jacrev, jit, make_fx, vmap
-from aotfunc.backends import Backend, opened
-from aotfunc.backends.eager import compile_graph
 from aotfunc.backends.loops import backend, native, toolchain
 from aotfunc.backends.loops.arguments import rows, sizes
 from aotfunc.backends.loops.cpp import SUPPORT
 from aotfunc.backends.loops.fuse import grouped, stored
 from aotfunc.backends.loops.interpret import interpret
-from aotfunc.backends.loops.launch import Launch
 from aotfunc.backends.loops.lower import lower
 from aotfunc.backends.loops.pointwise import RULES
 from aotfunc.backends.loops.schedule import schedule
 from aotfunc.errors import CompilerError
+from tests.kernels import every_kernel
 
 pytestmark = pytest.mark.usefixtures("cache")
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 0.5, -1.0, 2.0]
 
 
-def every_kernel(gm, example_inputs):
-    """The backend, with a kernel also where calling the ops would be as good."""
-    every_kernel.graph, _ = backend.with_kernels(gm, lambda nodes: True)
-    return compile_graph(every_kernel.graph)
-
-
-EVERY = Backend(every_kernel, opened)
-
-
-def launches() -> int:
-    return sum(isinstance(n.target, Launch) for n in every_kernel.graph.nodes)
-
-
 def agree(f, *args, kernels: int | None = 1, **tolerance) -> None:
-    got, want = jit(f, backend=EVERY)(*args), f(*args)
+    made = len(every_kernel.made)
+    got, want = jit(f, backend=every_kernel)(*args), f(*args)
     assert_close(got, want, equal_nan=True, **tolerance)
     for a, b in zip(*[[x] if isinstance(x, Tensor) else x for x in (got, want)], strict=True):
         assert a.stride() == b.stride() and a.dtype is b.dtype
     if kernels is not None:
-        assert launches() == kernels
+        assert len(every_kernel.made) - made == kernels
 
 
 def r(*shape: int, dtype=torch.float32) -> Tensor:
@@ -160,7 +146,7 @@ def test_gradients(case):
     loss = lambda f: lambda *a: f(*a).square().sum()
     every = tuple(range(len(primals)))
     want = grad(loss(f), argnums=every)(*primals)
-    assert_close(jit(grad(loss(f), argnums=every), backend=EVERY)(*primals), want)
+    assert_close(jit(grad(loss(f), argnums=every), backend=every_kernel)(*primals), want)
     for g in (ours, f):
         leaves = [p.clone().requires_grad_() for p in primals]
         first = torch.autograd.grad(loss(g)(*leaves), leaves, create_graph=True)
@@ -231,10 +217,7 @@ def test_equal_kernels_are_compiled_once():
         return (x.tanh() * 2) @ (y.tanh() * 2)
 
     agree(f, r(5, 5), r(5, 5), kernels=2, rtol=1e-5, atol=1e-5)
-    functions = {
-        n.target.__name__ for n in every_kernel.graph.nodes if isinstance(n.target, Launch)
-    }
-    assert len(functions) == 1
+    assert len({launch.__name__ for launch in every_kernel.made[-2:]}) == 1
 
 
 def test_without_a_compiler(monkeypatch):
@@ -292,7 +275,7 @@ def test_special_values(op, dtype):
         want = op(x)
     except RuntimeError:
         pytest.skip("not of this dtype")
-    got = jit(lambda x: op(x), backend=EVERY)(x)
+    got = jit(lambda x: op(x), backend=every_kernel)(x)
     assert_close(got, want, equal_nan=True)
     if dtype.is_floating_point and got.dtype is dtype:
         real = ~want.isnan()
@@ -358,7 +341,7 @@ def test_random_programs(first):
             want = f(*args)
         except RuntimeError:  # shapes that do not broadcast
             continue
-        got = jit(f, backend=EVERY)(*args)
+        got = jit(f, backend=every_kernel)(*args)
         assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
         assert [a.stride() for a in got] == [b.stride() for b in want], seed
         assert [a.dtype for a in got] == [b.dtype for b in want], seed

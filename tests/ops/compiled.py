@@ -1,15 +1,17 @@
-"""Every op's forward and backward through Inductor: python -m tests.ops.inductor [PATTERN …]
-[--log FILE] …
+"""Every op's forward and backward through a compiling backend: python -m tests.ops.compiled
+[PATTERN …] [--backend inductor|cpp] [--log FILE] …
 
-One sample of each op, in float32 (in the first dtype that it takes where that is none) or in
-another --dtype. Ops are compiled a few at a time, and each by itself where not all of these are
-right. With --log each outcome is appended to FILE as it comes, and what FILE holds already is not
-run again. --write puts the outcomes into docs/inductor.md. Status 1 if one is wrong or an error.
+Samples of each op (one, or --samples of them), in float32 (in the first dtype that it takes where
+that is none) or in another --dtype. With cpp a kernel is made also where calling the op would be as
+good. Ops are compiled a few at a time, and each by itself where not all of these are right. With
+--log each outcome is appended to FILE as it comes, and what FILE holds already is not run again.
+--write puts the outcomes into the backend's page in docs. Status 1 if one is wrong or an error.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 import warnings
@@ -17,10 +19,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import aotfunc
+from tests.kernels import every_kernel
 from tests.ops import table
 from tests.ops.__main__ import Worker, chosen, sweep_parser
 from tests.ops.compositions import Call
@@ -35,13 +39,13 @@ from tests.ops.references import (
     seeded,
 )
 
-DOC = Path(__file__).parents[2] / "docs" / "inductor.md"
+DOCS = Path(__file__).parents[2] / "docs"
 TOGETHER = 8
 LIMIT_S = 60.0
 
-TEXT = """# Every op through Inductor
+INDUCTOR = """# Every op through Inductor
 
-`python -m tests.ops.inductor --write` (torch {version}, CPU): one sample of every op of PyTorch's
+`python -m tests.ops.compiled --write` (torch {version}, CPU): one sample of every op of PyTorch's
 own database, forward and backward through `jit(f, backend="inductor")`, against eager with the
 same seed; in bfloat16 (`--dtype bfloat16`) those that normalise, sum, or are functions of one
 value.
@@ -55,6 +59,26 @@ eager has no answer to compare with, or `jit` refuses the op with any backend.
 
 {listed}"""
 
+CPP = """# Every op through the C++ backend
+
+`python -m tests.ops.compiled --backend cpp --samples 12 --write` (torch {version}, CPU): up to
+twelve samples of every op of PyTorch's own database, forward and backward through
+`jit(f, backend="cpp")`, against eager with the same seed, in each dtype that kernels compute in.
+
+{counts}
+
+*Right* is right numbers, dtypes and strides, and at least one kernel. *Called* is right too, but
+no part of it is a kernel: ops are called as they are. *None* is no reference: eager has no answer
+to compare with, or `jit` refuses the op with any backend.
+
+{listed}"""
+
+#: backend -> its page and what is compiled with
+BACKENDS: dict[str, tuple[str, Any]] = {
+    "inductor": (INDUCTOR, "inductor"),
+    "cpp": (CPP, every_kernel),
+}
+
 
 @dataclass
 class Sample:
@@ -65,11 +89,24 @@ class Sample:
     primals: list[torch.Tensor]
 
     @staticmethod
-    def of(name: str, dtype: str) -> Sample:
+    def some(name: str, dtype: str, count: int) -> list[Sample]:
+        """Up to so many samples; raises NoReference where there is none."""
         op, found = table.OPS[name], table.samples(name, dtype)
-        if not found:
-            raise NoReference("no sample")
-        call = Call.of(op, found[0])
+        random.Random(0).shuffle(rest := found[1:])
+        samples: list[Sample] = []
+        why = NoReference("no sample")
+        for sample in [*found[:1], *rest][:count]:
+            try:
+                samples.append(Sample.of(name, op, sample))
+            except NoReference as error:
+                why = error
+        if not samples:
+            raise why
+        return samples
+
+    @staticmethod
+    def of(name: str, op: Any, sample: Any) -> Sample:
+        call = Call.of(op, sample)
         part = call.differentiated() if op.supports_autograd else call
         f = (
             part.f
@@ -84,16 +121,16 @@ class Sample:
         return Sample(name, f, part.primals)
 
 
-def compare(samples: list[Sample]) -> None:
-    """Raises Wrong where jit with Inductor does not give what eager gives, for all of these in one
-    function."""
+def compare(samples: list[Sample], backend: Any) -> None:
+    """Raises Wrong where jit with this backend does not give what eager gives, for all of these in
+    one function."""
 
     def outputs(*primals):
         feed = iter(primals)
         return [o for s in samples for o in s.f(*[next(feed) for _ in s.primals])]
 
     primals = [p for s in samples for p in s.primals]
-    compiled = aotfunc.jit(outputs, backend="inductor")
+    compiled = aotfunc.jit(outputs, backend=backend)
     want = reference(lambda: outputs(*leaf(primals)))
     got = seeded(lambda: compiled(*leaf(primals)))
     close(got, want, "output")
@@ -117,14 +154,15 @@ def text(error: object) -> str:
     return re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))[:250]
 
 
-def outcome(samples: list[Sample]) -> str:
-    """'right', 'eagerly: what and why', 'wrong: how', 'error: what' or 'none: why there is no
-    reference'."""
+def outcome(samples: list[Sample], backend: Any) -> str:
+    """'right', 'called', 'eagerly: what and why', 'wrong: how', 'error: what' or 'none: why there
+    is no reference'."""
+    made = len(every_kernel.made)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with table.limited(LIMIT_S):
-                compare(samples)
+                compare(samples, backend)
         except NoReference as error:
             return f"none: {text(error)}"
         except Wrong as error:
@@ -136,49 +174,56 @@ def outcome(samples: list[Sample]) -> str:
         for w in caught
         if w.category.__name__ == "BackendWarning"
     ]
-    return f"eagerly: {'; '.join(dict.fromkeys(said))}" if said else "right"
+    if said:
+        return f"eagerly: {'; '.join(dict.fromkeys(said))}"
+    return "called" if backend is every_kernel and len(every_kernel.made) == made else "right"
 
 
-def outcomes(names: list[str], dtype: str) -> dict[str, str]:
+def outcomes(names: list[str], dtype: str, backend: str, count: int) -> dict[str, str]:
     """The outcome of each op, as far as they can be told apart: 'right' for all, or for none but a
     single one."""
-    found, samples = {}, []
+    found: dict[str, str] = {}
+    samples: list[Sample] = []
     for name in names:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                samples.append(Sample.of(name, dtype))
+                samples += Sample.some(name, dtype, count)
             except NoReference as error:
                 found[name] = f"none: {text(error)[:160]}"
     if samples:
-        result = outcome(samples)
+        result = outcome(samples, BACKENDS[backend][1])
         if result == "right" or len(names) == 1:
             found |= {s.name: result for s in samples}
     return found
 
 
 def work() -> None:
-    """A worker: names of ops and a dtype come in, outcomes go out, a line of JSON each."""
-    table.DTYPES.setdefault("bfloat16", torch.bfloat16)
+    """A worker: the arguments of ``outcomes`` come in, what it returns goes out, a line of JSON
+    each."""
+    for name in ("bfloat16", "bool", "uint8", "int8", "int32"):
+        table.DTYPES.setdefault(name, getattr(torch, name))
     torch.set_num_threads(1)
     for line in sys.stdin:
-        names, dtype = json.loads(line)
-        print(json.dumps(outcomes(names, dtype)), flush=True)
+        print(json.dumps(outcomes(*json.loads(line))), flush=True)
 
 
-def run(todo: list[tuple[str, str]], keep: Callable[[str, str, str], None]) -> None:
+def run(
+    todo: list[tuple[str, str]], keep: Callable[[str, str, str], None], backend: str, count: int
+) -> None:
     """Ask for these (op, dtype), a few at a time and then the others one by one."""
-    worker = Worker(("-m", "tests.ops.inductor", "--worker"), 900.0)
+    worker = Worker(("-m", "tests.ops.compiled", "--worker"), 900.0)
+    together = TOGETHER if backend == "inductor" else 1
     for dtype in dict.fromkeys(d for _, d in todo):
         names = [name for name, d in todo if d == dtype]
-        for i in range(0, len(names), TOGETHER):
-            batch = names[i : i + TOGETHER]
-            found = worker.ask((batch, dtype)) if len(batch) > 1 else {}
+        for i in range(0, len(names), together):
+            batch = names[i : i + together]
+            found = worker.ask((batch, dtype, backend, count)) if len(batch) > 1 else {}
             for name in batch:
                 answer = (
                     found
                     if isinstance(found, dict) and name in found
-                    else worker.ask(([name], dtype))
+                    else worker.ask(([name], dtype, backend, count))
                 )
                 keep(name, dtype, answer[name] if isinstance(answer, dict) else answer)
     worker.stop()
@@ -191,7 +236,7 @@ def dtype_of(name: str, dtype: str) -> str | None:
     return dtype if getattr(torch, dtype) in op.supported_dtypes("cpu") else None
 
 
-def write(results: dict[tuple[str, str], str]) -> None:
+def write(results: dict[tuple[str, str], str], backend: str) -> None:
     kinds = Counter((d, o.split(":")[0]) for (_, d), o in results.items())
     counts = ["| dtype | outcome | ops |", "| --- | --- | --- |"]
     counts += [f"| {d} | {kind} | {count} |" for (d, kind), count in sorted(kinds.items())]
@@ -199,21 +244,25 @@ def write(results: dict[tuple[str, str], str]) -> None:
     lines += [
         f"| {n} | {d} | {o.replace('|', '/')} |"
         for (n, d), o in sorted(results.items())
-        if o != "right"
+        if o not in ("right", "called")
     ]
     version = torch.__version__.split("+")[0]
-    DOC.write_text(
-        TEXT.format(version=version, counts="\n".join(counts), listed="\n".join(lines) + "\n")
+    (DOCS / f"{backend}.md").write_text(
+        BACKENDS[backend][0].format(
+            version=version, counts="\n".join(counts), listed="\n".join(lines) + "\n"
+        )
     )
 
 
 def main() -> int:
     parser = sweep_parser(__doc__)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--backend", default="inductor", choices=BACKENDS)
+    parser.add_argument("--samples", type=int, default=1, help="how many of each op")
     parser.add_argument(
         "--write",
         action="store_true",
-        help="put the outcomes, the log's too, into docs/inductor.md",
+        help="put the outcomes, the log's too, into the backend's page",
     )
     options = parser.parse_args()
     if options.worker:
@@ -230,13 +279,13 @@ def main() -> int:
                 out.write(json.dumps([name, dtype, outcome]) + "\n")
 
     asked = [(n, d) for n in chosen(table.OPS, options) if (d := dtype_of(n, options.dtype))]
-    run([key for key in asked if key not in results], keep)
+    run([key for key in asked if key not in results], keep, options.backend, options.samples)
     bad = {key: o for key, o in results.items() if table.failed(o)}
     for key, o in sorted(bad.items()):
         print(*key, o)
     print(Counter(o.split(":")[0] for o in results.values()))
     if options.write:
-        write(results)
+        write(results, options.backend)
     return int(bool(bad))
 
 
