@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
@@ -128,10 +129,12 @@ def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, compiled: Any)
         [place[n] for n in memory],
         max(1, grain),
     )
-    call = graph.create_node("call_function", target, tuple([new[n] for n in inputs]), {})
+    args = [new[n] if n.op != "call_function" else laid_out(graph, new[n]) for n in inputs]
+    call = graph.create_node("call_function", target, tuple(args), {})
     if len(outs) == 1:
         call._rename(outs[0].name)
         call.meta = dict(outs[0].meta)
+        call.meta["laid_out"] = call
         new[outs[0]] = call
         return
     call.meta = {"val": tuple(vals), "line": outs[-1].meta.get("line")}
@@ -139,4 +142,29 @@ def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, compiled: Any)
         part = new[n] = graph.create_node(
             "call_function", operator.getitem, (call, i), name=n.name
         )
-        part.meta = dict(n.meta)
+        part.meta = {**n.meta, "laid_out": part}
+
+
+class LaidOut:
+    """A tensor laid out as the graph says, by which kernels read it; nearly always it is."""
+
+    __name__ = "laid_out"
+
+    def __init__(self, stride: tuple[int, ...]) -> None:
+        self.stride = stride
+
+    def __call__(self, t: Tensor) -> Tensor:
+        if t.is_neg():
+            t = t.resolve_neg()
+        if t.stride() == self.stride:
+            return t
+        return torch.empty_strided(t.shape, self.stride, dtype=t.dtype).copy_(t)
+
+
+def laid_out(graph: fx.Graph, n: Node) -> Node:
+    """What a kernel may read of a called op's result; a kernel's own needs no look."""
+    if "laid_out" not in n.meta:
+        stride = tuple(n.meta["val"].stride())
+        n.meta["laid_out"] = graph.create_node("call_function", LaidOut(stride), (n,), {})
+        n.meta["laid_out"].meta = dict(n.meta)
+    return n.meta["laid_out"]

@@ -104,7 +104,7 @@ def grouped(graph: fx.Graph) -> Groups:
             if last is not None:
                 reads.add(last)
             last = len(groups.units)
-        kernel = computed(n) and not seen_through(n) and fits([n])
+        kernel = bool(n.users) and computed(n) and not seen_through(n) and fits([n])
         groups.add(n, kernel, reads)
         if not kernel:
             continue
