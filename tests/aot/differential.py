@@ -35,6 +35,7 @@ WAYS: dict[str, Callable] = {
         f, lambda gm, _: gm, partition_fn=min_cut_rematerialization_partition
     ),
     "inductor": lambda f: jit(f, backend="inductor"),
+    "cpp": lambda f: jit(f, backend="cpp"),
 }
 
 #: how far values may lie apart: relative, and absolute; some of a program in float64 may be

@@ -22,7 +22,7 @@ from aotfunc.backends.loops.interpret import interpret
 from aotfunc.backends.loops.lower import lower
 from aotfunc.backends.loops.pointwise import RULES
 from aotfunc.backends.loops.schedule import schedule
-from aotfunc.errors import CompilerError
+from aotfunc.errors import CompilerError, GraphError
 from tests.kernels import every_kernel
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -94,6 +94,7 @@ REDUCED = {
     "counting": (lambda x: (x > 0).sum(1), r(6, 10)),
     "a sum of one": (lambda x: (x * 2).sum(1).sum(0).mean(), r(1, 9)),
     "dtypes in columns": (lambda x: (x == x.amax(0)).sum(0) * x, r(5, 19)),
+    "columns of one number": (lambda x: x.exp().sum(0), r().expand(9, 19)),
     "softmax": (lambda x: torch.softmax(x * 2, -1), r(37, 19)),
     "softmax of columns": (lambda x: torch.softmax(x * 2, 0), r(37, 19)),
     "in the middle": (lambda x: torch.log_softmax(x * 2, 1), r(4, 37, 19)),
@@ -187,13 +188,18 @@ def test_written_arguments_and_draws():
 
 
 def test_an_op_that_lays_its_result_out_otherwise():
-    """Kernels read memory by the strides that the graph says: a result with others is copied."""
+    """Kernels read memory by the strides that the graph says: a result with others is copied, one
+    of another shape or dtype refused."""
     x = r(4, 6)
     gm = make_fx(lambda x: ((x @ x.t()).exp() * 2,))(x)
     (mm,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.mm.default]
     mm.target = lambda a, b: (b.t() @ a.t().exp()).t()
     run = backend.cpp(gm, [x])
     assert_close(run(x)[0], (x.exp() @ x.t()).exp() * 2)
+    for wrong in (lambda a, b: (a @ b)[0], lambda a, b: (a @ b).double()):
+        mm.target = wrong
+        with pytest.raises(GraphError, match="fake implementation"):
+            backend.cpp(gm, [x])(x)
 
 
 def test_negated_memory():

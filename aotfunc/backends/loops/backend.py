@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from ... import debug
+from ...errors import GraphError
 from ...graph import output_node, size
 from ..eager import compile_graph
 from ..results import resolved
@@ -146,14 +147,20 @@ def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, compiled: Any)
 
 
 class LaidOut:
-    """A tensor laid out as the graph says, by which kernels read it; nearly always it is."""
+    """A tensor laid out as the graph says, by which kernels read it; nearly always it is. Raises
+    GraphError for another shape or dtype than the graph's: kernels would read other memory."""
 
     __name__ = "laid_out"
 
-    def __init__(self, stride: tuple[int, ...]) -> None:
-        self.stride = stride
+    def __init__(self, val: Tensor) -> None:
+        self.shape, self.stride, self.dtype = val.shape, val.stride(), val.dtype
 
     def __call__(self, t: Tensor) -> Tensor:
+        if t.shape != self.shape or t.dtype is not self.dtype:
+            raise GraphError(
+                f"an op returned {t.dtype}{list(t.shape)}, and its fake implementation says "
+                f"{self.dtype}{list(self.shape)}: mend what is registered with register_fake"
+            )
         if t.is_neg():
             t = t.resolve_neg()
         if t.stride() == self.stride:
@@ -164,7 +171,7 @@ class LaidOut:
 def laid_out(graph: fx.Graph, n: Node) -> Node:
     """What a kernel may read of a called op's result; a kernel's own needs no look."""
     if "laid_out" not in n.meta:
-        stride = tuple(n.meta["val"].stride())
-        n.meta["laid_out"] = graph.create_node("call_function", LaidOut(stride), (n,), {})
+        target = LaidOut(n.meta["val"])
+        n.meta["laid_out"] = graph.create_node("call_function", target, (n,), {})
         n.meta["laid_out"].meta = dict(n.meta)
     return n.meta["laid_out"]

@@ -301,7 +301,11 @@ class Printer(Values):
         self.spilled |= {s.value: s.access for s in kept}
         for e, a in totals.items():
             name = self.fresh("r")
-            if self.tiled:
+            if self.tiled and self.vector not in self.kernel.axes(e):  # the same in all tiles
+                result = self.finish(e, f"{a}[0]") + "[0]" * (self.lanes > 1)
+                self.say(f"const {self.type(e)} {name} = {result};")
+                self.names[e] = name
+            elif self.tiled:
                 self.say(f"{self.type(e)} {name}[{tiles}];")
                 result = self.finish(e, f"{a}[t]")
                 self.say(f"for (int64_t t = 0; t < tiles; t++) {name}[t] = {result};")
