@@ -119,6 +119,13 @@ def test_nothing():
         agree(lambda x: (x.sin() + 1, (x.exp() * 2).sum()), x, kernels=0)
 
 
+def test_a_sum_beside_what_it_does_not_depend_on():
+    agree(lambda x, y: (x > 0).any() * y.sum(0), r(9), r(4, 9), kernels=None)
+    agree(lambda x: (x.expand(5, 9) * 2).amax(0), r(5, 1), kernels=None)
+    agree(lambda x: (x.expand(5, 9) * 2).sum(0), r(5, 1), kernels=None)
+    agree(lambda x, y: torch.where((x > 0).any(0), y, 0 * y), r(9, 1), r(9), kernels=None)
+
+
 def test_one_kernel_does_not_read_in_two_orders():
     """Sums over rows and over columns of a square matrix are two kernels."""
     agree(lambda x: (x.exp().sum(0), x.exp().sum(1)), r(16, 16), kernels=None)

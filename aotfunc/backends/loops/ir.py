@@ -234,8 +234,8 @@ class Kernel:
                 found = frozenset([k for k, s in enumerate(strides) if s])
             else:
                 found = frozenset().union(*[self.axes(a) for a in e.args])
-                if isinstance(e, Reduce):
-                    found = found.difference(range(self.outer, len(self.extents)))
+                if isinstance(e, Reduce):  # made at each point of the other axes, also if it is
+                    found = frozenset(range(self.outer))  # the same there
             self.axes_of[e] = found
         return found
 

@@ -197,10 +197,10 @@ class Lowering:
             walked = accesses[s.access]
             if not outer <= {k for k, stride in enumerate(walked.strides) if stride}:
                 raise Unfit("a result that is smaller than the kernel, or overlaps itself")
-        for places in self.places.values():
+        for n, places in self.places.items():
             for place in places:
                 axes = set(place) - {None}
-                if axes and not axes >= set(order[: len(outer)]):
+                if (axes or n.target in REDUCTIONS) and not axes >= set(order[: len(outer)]):
                     raise Unfit("a value that would be computed again and again")
         self.one_way()
         comments = [comment(n) for n in self.nodes]

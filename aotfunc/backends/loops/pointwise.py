@@ -23,7 +23,7 @@ class Rule:
     a floating-point number; *any*: that of the result, which is no bool; *bits*: that of the
     result, which is none of floating point; *compare*: the dtype that its arguments have in
     common, *truth*: likewise, and the result is a bool of bools; *where*: that of the result,
-    after a bool."""
+    after a bool; *cast*: that of the result."""
 
     kind: str
     body: Callable[..., Expr]
@@ -144,6 +144,19 @@ rule("any", lambda x, min: clamp(x, min), aten.clamp_min.default, aten.clamp_min
 rule("any", lambda x, max: clamp(x, None, max), aten.clamp_max.default, aten.clamp_max.Tensor)
 rule("any", lambda x, min_val=-1, max_val=1: clamp(x, min_val, max_val), aten.hardtanh.default)
 
+
+def lerp(start: Expr, end: Expr, weight: Any) -> Expr:
+    near = start + weight * (end - start)
+    far = end - (end - start) * (1 - weight)
+    if not isinstance(weight, Expr):
+        return near if abs(weight) < 0.5 else far
+    return where(apply("abs", weight) < 0.5, near, far)
+
+
+rule("float", lerp, aten.lerp.Scalar, aten.lerp.Tensor)
+rule("float", fn("fmod"), aten.fmod.Tensor, aten.fmod.Scalar)
+rule("cast", lambda x, **_: x, aten._to_copy.default, aten.clone.default)
+
 # --- comparisons, logic, bits, choice ---
 
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
@@ -202,6 +215,18 @@ def silu_backward(g: Expr, x: Expr) -> Expr:
     return g * s * (1 + x * (1 - s))
 
 
+def hardsigmoid(x: Expr) -> Expr:
+    return clamp(x + 3, 0, 6) / 6
+
+
+def between(low: float, high: float, inside: Expr, x: Expr) -> Expr:
+    """A value where x lies inside of these bounds, 0 elsewhere."""
+    return where(apply("bitwise_and", x > low, x < high), inside, 0)
+
+
+rule("float", hardsigmoid, aten.hardsigmoid.default)
+rule("float", lambda g, x: between(-3, 3, g * (1 / 6), x), aten.hardsigmoid_backward.default)
+rule("float", lambda x: x * clamp(x + 3, 0, 6) / 6, aten.hardswish.default)
 rule("float", gelu, aten.gelu.default)
 rule("float", gelu_backward, aten.gelu_backward.default)
 rule("float", elu, aten.elu.default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,42 @@ def layer_norm_backward(
     return gx, gw, gb
 
 
+def var_mean(
+    x: Tensor, dim: Sequence[int] | None = None, *, correction: Any = None, keepdim: bool = False
+) -> Any:
+    dims = [d % x.dim() for d in dim or range(x.dim())]
+    count = math.prod([x.shape[d] for d in dims]) - (1 if correction is None else correction)
+    if count <= 0:
+        return NotImplemented
+    mean = x.mean(dims, keepdim=True)
+    var = (x - mean).square().sum(dims, keepdim=keepdim) / count
+    return var, (mean if keepdim else x.mean(dims))
+
+
+def var(x: Tensor, dim: Any = None, **options: Any) -> Any:
+    found = var_mean(x, dim, **options)
+    return found if found is NotImplemented else found[0]
+
+
+def std(x: Tensor, dim: Any = None, **options: Any) -> Any:
+    found = var_mean(x, dim, **options)
+    return found if found is NotImplemented else found[0].sqrt()
+
+
+def reduced(x: Tensor, reduction: int) -> Tensor:
+    """By a loss's number: nothing, the mean, the sum."""
+    return (x, x.mean(), x.sum())[reduction] if reduction else x
+
+
+def mse_loss(x: Tensor, y: Tensor, reduction: int = 1) -> Tensor:
+    d = x - y
+    return reduced(d * d, reduction)
+
+
+def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    return (x - y) * ((2 / x.numel() if reduction == 1 else 2) * g)
+
+
 def outer_product(x: Tensor, y: Tensor) -> Any:
     """A product of matrices that sums nothing."""
     if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
@@ -108,9 +145,13 @@ def outer_product(x: Tensor, y: Tensor) -> Any:
 def in_these(body: Callable) -> Callable:
     """A body for the dtypes that kernels compute in, of tensors that are not empty."""
 
-    def opened(x: Tensor, *args: Any) -> Any:
-        fit = x.dtype in (torch.float32, torch.float64) and x.numel() and x.dim()
-        return body(x, *args) if fit else NotImplemented
+    def opened(*args: Any, **options: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        one = len({t.dtype for t in tensors}) == 1 and all([t.numel() for t in tensors])
+        fit = one and tensors[0].dtype in (torch.float32, torch.float64)
+        return (
+            body(*args, **options) if fit and max([t.dim() for t in tensors]) else NotImplemented
+        )
 
     return opened
 
@@ -123,6 +164,11 @@ OPENED: dict[Any, Callable] = {
     aten._log_softmax.default: in_these(log_softmax),
     aten._softmax_backward_data.default: in_these(softmax_backward),
     aten._log_softmax_backward_data.default: in_these(log_softmax_backward),
+    aten.mse_loss.default: in_these(mse_loss),
+    aten.mse_loss_backward.default: in_these(mse_loss_backward),
+    aten.var.correction: in_these(var),
+    aten.std.correction: in_these(std),
+    aten.var_mean.correction: in_these(var_mean),
     aten.native_layer_norm.default: in_these(layer_norm),
     aten.native_layer_norm_backward.default: in_these(layer_norm_backward),
 }
