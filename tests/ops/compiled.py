@@ -91,7 +91,11 @@ class Sample:
     @staticmethod
     def some(name: str, dtype: str, count: int) -> list[Sample]:
         """Up to so many samples; raises NoReference where there is none."""
-        op, found = table.OPS[name], table.samples(name, dtype)
+        op = table.OPS[name]
+        try:
+            found = table.samples(name, dtype)
+        except Exception as error:
+            raise NoReference(f"PyTorch makes no sample: {error}") from None
         random.Random(0).shuffle(rest := found[1:])
         samples: list[Sample] = []
         why = NoReference("no sample")
