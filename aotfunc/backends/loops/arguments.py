@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .ir import Access, Const, Kernel, walk
+from .ir import Const, Kernel, walk
 
 #: types of vectors, by the number of lanes
 VECTORS = {
@@ -57,8 +57,3 @@ def rows(kernel: Kernel) -> int:
     if 0 <= kernel.vector < kernel.outer > 1:
         del outer[kernel.vector]
     return math.prod(outer)
-
-
-def buffers(kernel: Kernel) -> Iterator[tuple[int, Access]]:
-    """The accesses that are memory."""
-    return ((i, a) for i, a in enumerate(kernel.accesses) if a.tensor is not None)

@@ -17,7 +17,7 @@ from ...graph import output_node, size
 from ..eager import compile_graph
 from ..results import resolved
 from . import native
-from .arguments import buffers, rows, sizes
+from .arguments import rows, sizes
 from .cpp import SUPPORT, function
 from .fuse import Unit, stored, units
 from .ir import Apply, Kernel, walk
@@ -42,9 +42,7 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     run = compile_graph(graph)
 
     def call(*args: Tensor) -> tuple:
-        if any(
-            [a.is_neg() for a in args]
-        ):  # lazily: the memory that kernels read is not the value
+        if any([a.is_neg() for a in args]):  # the memory that kernels read is not the value
             args = tuple([resolved(a) for a in args])
         return run(*args)
 
@@ -86,7 +84,7 @@ def needed(found: Sequence[Unit], kernels: Mapping[Unit, Kernel], graph: fx.Grap
     kept = []
     for u in reversed(found):
         if u.kernel:
-            reads.update([a.tensor for _, a in buffers(kernels[u])])
+            reads.update([a.tensor for a in kernels[u].accesses])
         elif seen_through(u.nodes[0]) and u.nodes[0] not in reads:
             continue
         else:
@@ -117,7 +115,7 @@ def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str]]:
 def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, compiled: Any) -> None:
     """Nodes that run a kernel and take its results."""
     outs = [kernel.accesses[s.access].tensor for s in kernel.stores]
-    memory = [a.tensor for _, a in buffers(kernel)]
+    memory = [a.tensor for a in kernel.accesses]
     inputs = [n for n in dict.fromkeys(memory) if n not in outs]
     place = {n: i for i, n in enumerate([*inputs, *outs])}
     vals = [n.meta["val"] for n in outs]

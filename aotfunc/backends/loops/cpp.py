@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import BLOCK, VECTORS, buffers, given, strides
+from .arguments import BLOCK, VECTORS, given, strides
 from .ir import Apply, Const, Expr, Kernel, Load, Reduce, Store, walk
 from .values import NUMBERS, Values, memory
 
@@ -76,9 +76,9 @@ class Printer(Values):
         for at, e in enumerate(given(kernel), len(names)):
             kind, name = NUMBERS[e.dtype], self.numbers[e]
             self.say(f"const {kind} {name} = ({kind})aot_number(sizes[{at}]);  // {e.value}")
-        for at, (i, a) in enumerate(buffers(kernel)):
+        for i, a in enumerate(kernel.accesses):
             kind = self.pointer(i)
-            self.say(f"{kind} *const p{i} = ({kind} *)buffers[{at}];  // {a.name}")
+            self.say(f"{kind} *const p{i} = ({kind} *)buffers[{i}];  // {a.name}")
         self.emit(self.known(0))
         self.body()
         head = [f"// {line}" for line in kernel.comments]
@@ -156,7 +156,7 @@ class Printer(Values):
 
     def pointers(self, axes: list[int]) -> None:
         """The buffers at this row."""
-        for i, a in buffers(self.kernel):
+        for i, a in enumerate(self.kernel.accesses):
             steps = [f" + i{k} * {self.stride(i, k)}" for k in axes if a.strides[k]]
             self.say(f"{self.pointer(i)} *const q{i} = p{i}{''.join(steps)};")
 

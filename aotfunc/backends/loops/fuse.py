@@ -14,7 +14,6 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ...graph import draws
-from .constants import constant
 from .ir import Unfit
 from .lower import computed, lower, seen_through
 from .views import dims_of
@@ -119,20 +118,19 @@ def grouped(graph: fx.Graph) -> Groups:
 def read(n: Node) -> Iterator[Node]:
     """The values that must be there when a node runs: a kernel looks through views."""
     for m in n.all_input_nodes:
-        if not (computed(n) and not seen_through(n) and seen_through(m)):
+        if computed(n) and not seen_through(n):
+            yield from behind(m)
+        else:
             yield m
-        elif constant(m) is None:
-            yield from read_by_view(m)
 
 
-def read_by_view(v: Node) -> Iterator[Node]:
-    source: Node = v.args[0]  # type: ignore[assignment]
-    if constant(source) is not None:
+def behind(m: Node) -> Iterator[Node]:
+    """A value, or what a view or a constant is made of."""
+    if not seen_through(m):
+        yield m
         return
-    if seen_through(source):
-        yield from read_by_view(source)
-    else:
-        yield source
+    for source in m.all_input_nodes:
+        yield from behind(source)
 
 
 def shown(n: Node) -> Iterator[Node]:

@@ -7,32 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ir import FUNCTIONS, REDUCTIONS, Apply, Cast, Const, Expr, Index, Kernel, Load, Reduce, walk
+from .ir import FUNCTIONS, REDUCTIONS, Apply, Cast, Const, Expr, Kernel, Load, Reduce, walk
 
 
-def interpret(kernel: Kernel, tensors: Sequence[Tensor | None]) -> None:
-    """Fill the outputs among ``tensors``, one for each access (None for an index)."""
+def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
+    """Fill the outputs among ``tensors``, one for each access."""
     values: dict[Expr, Tensor] = {}
     inner = tuple(range(kernel.outer, len(kernel.extents)))
 
     def at(i: int) -> Tensor:
         t, access = tensors[i], kernel.accesses[i]
-        assert t is not None
-        return t.as_strided(kernel.extents, access.strides, t.storage_offset() + access.start)
+        return t.as_strided(kernel.extents, access.strides, t.storage_offset())
 
     def value(e: Expr) -> Tensor:
         if isinstance(e, Const):
             return torch.tensor(e.value, dtype=e.dtype)
         if isinstance(e, Load):
             return at(e.access)
-        if isinstance(e, Index):
-            access = kernel.accesses[e.access]
-            found = torch.tensor(access.start)
-            for k, (n, s) in enumerate(zip(kernel.extents, access.strides, strict=True)):
-                shape = [1] * len(kernel.extents)
-                shape[k] = n
-                found = found + (torch.arange(n) * s).reshape(shape)
-            return found.to(e.dtype)
         args = [values[a] for a in e.args]
         if isinstance(e, Cast):
             return args[0].to(e.dtype)

@@ -84,13 +84,6 @@ class Load(Expr):
 
 
 @dataclass(frozen=True, eq=False)
-class Index(Expr):
-    """The position that an access counts to at this point: ``start`` + sum of index x stride."""
-
-    access: int
-
-
-@dataclass(frozen=True, eq=False)
 class Apply(Expr):
     """A function of :data:`FUNCTIONS` of values that have one dtype (``where``: its last two)."""
 
@@ -181,13 +174,12 @@ REDUCTIONS: dict[str, Any] = {
 @dataclass(frozen=True)
 class Access:
     """A tensor as a kernel walks it: a step for each axis, in elements. ``tensor`` says which of
-    the caller's it is; None stands for an :class:`Index`, which reads nothing."""
+    the caller's it is."""
 
     name: str
     dtype: torch.dtype
     strides: tuple[int, ...]
-    tensor: Any = None
-    start: int = 0
+    tensor: Any
 
 
 @dataclass(frozen=True)
@@ -229,7 +221,7 @@ class Kernel:
         """The axes along which a value varies."""
         found = self.axes_of.get(e)
         if found is None:
-            if isinstance(e, Load | Index):
+            if isinstance(e, Load):
                 strides = self.accesses[e.access].strides
                 found = frozenset([k for k, s in enumerate(strides) if s])
             else:
@@ -278,7 +270,7 @@ def show(kernel: Kernel) -> str:
             for axis, s in zip(axes, access.strides, strict=True)
             if s
         ]
-        return " + ".join(steps + [str(access.start)] * (access.start != 0)) or "0"
+        return " + ".join(steps) or "0"
 
     def word(e: Expr) -> str:
         return repr(e.value) if isinstance(e, Const) else names[e]
@@ -286,8 +278,6 @@ def show(kernel: Kernel) -> str:
     def text(e: Expr) -> str:
         if isinstance(e, Load):
             return f"{kernel.accesses[e.access].name}[{place(e.access)}]"
-        if isinstance(e, Index):
-            return place(e.access)
         if isinstance(e, Cast):
             return f"{short(e.dtype)}({word(e.value)})"
         if isinstance(e, Reduce):

@@ -81,8 +81,8 @@ def vector_axis(kernel: Kernel) -> int:
     choices = {*range(kernel.outer), last} - {-1}
     if not choices:
         return -1
-    real = [a for a in kernel.accesses if a.tensor is not None]
-    inner = [a for a in real if any(a.strides[kernel.outer :])] or real
+    every = kernel.accesses
+    inner = [a for a in every if any(a.strides[kernel.outer :])] or every
 
     def worth(k: int) -> tuple:
         contiguous = sum(a.strides[k] == 1 for a in inner)
