@@ -51,7 +51,7 @@ def cpp(gm: Any, example_inputs: Any) -> Callable:
 
 def opened() -> Mapping:
     """What the C++ backend takes apart."""
-    from .loops.reductions import OPENED
+    from .loops.opened import OPENED
 
     return OPENED
 

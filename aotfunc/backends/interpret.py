@@ -74,7 +74,7 @@ class Calls:
         if isinstance(a, list | tuple) and any(isinstance(x, Node | list | tuple) for x in a):
             parts = [self.place(x) for x in a]
             out = self.new(None)
-            self.steps.append((listed, parts, {}, out, []))
+            self.steps.append((as_list, parts, {}, out, []))
             self.lists.append(out)
             return out
         return self.new(list(a) if isinstance(a, list | tuple) else a)
@@ -93,7 +93,7 @@ class Calls:
         return tuple([values[i] for i in self.outputs])
 
 
-def listed(*parts: Any) -> list:
+def as_list(*parts: Any) -> list:
     return list(parts)
 
 

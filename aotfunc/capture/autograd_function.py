@@ -21,6 +21,7 @@ from ..errors import CaptureError
 from ..graph import Program
 from ..trace.functionalize import Functionalizer
 from ..trace.marks import once
+from ..trace.nested import listed
 from ..trace.recording import record_into
 from ..trace.shapes.sig import Sig
 from ..trace.traced import current
@@ -294,10 +295,6 @@ def with_gaps(rule: Callable, given: Sequence[bool]) -> Callable:
         return rule(ctx, *[next(feed) if yes else None for yes in given])
 
     return call
-
-
-def listed(result: Any) -> list:
-    return list(result) if isinstance(result, tuple | list) else [result]
 
 
 def gradients_of(args: Any, backward: Callable) -> Callable:

@@ -14,6 +14,7 @@ from ..debug import Line
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import Surroundings
+from ..trace.nested import listed
 from ..trace.shapes.sig import Sig, sig_of
 from ..trace.traced import current, quiet, under_way
 from .calls import Step, interned
@@ -146,7 +147,3 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
         new = next(results) if isinstance(o, Tensor) else None
         made.append(new if at is None else tensors[at].copy_(new))
     return tuple(made) if isinstance(output, tuple | list) else made[0]
-
-
-def listed(output: Any) -> list:
-    return list(output) if isinstance(output, tuple | list) else [output]

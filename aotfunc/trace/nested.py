@@ -13,6 +13,11 @@ def mapped(f: Callable, tree: Any, *others: Any) -> Any:
     return f(tree, *others)
 
 
+def listed(result: Any) -> list:
+    """The results of a call that has one or several."""
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
 def leaves(tree: Any) -> list:
     """What nested lists and tuples hold."""
     return [x for part in tree for x in leaves(part)] if isinstance(tree, list | tuple) else [tree]

@@ -1,6 +1,7 @@
 """Compiled kernels of the tests go where the tests' other files go."""
 
 import pytest
+import torch
 
 from aotfunc.backends.loops import native, store
 
@@ -14,3 +15,11 @@ def cache(tmp_path, monkeypatch):
     store.temporary.cache_clear()
     yield tmp_path / "kernels"
     native.threads.cache_clear()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -62,14 +62,6 @@ def form(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def vector(n, dtype=torch.float32):
     return ((n,), (1,), dtype)
 

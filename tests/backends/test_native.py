@@ -45,14 +45,6 @@ def applied(expression: str, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 100_003])
 @pytest.mark.parametrize("dtype", C_TYPE)
 def test_every_element_once(two_threads, dtype, n):

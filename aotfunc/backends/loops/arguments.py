@@ -29,7 +29,7 @@ def lanes_of(kernel: Kernel) -> int:
 
 
 def sizes(kernel: Kernel) -> tuple[int, ...]:
-    """The numbers that the printed function of a kernel gets: extents, strides, the bits of doubles."""
+    """The numbers that a kernel's function gets: extents, strides, the bits of doubles."""
     steps = [kernel.accesses[i].strides[k] for i, k in strides(kernel)]
     numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
     return (*kernel.extents, *steps, *numbers)

@@ -1,4 +1,4 @@
-"""The C++ backend: a graph's kernels in one source, compiled, and called in the place of its nodes."""
+"""The C++ backend: a graph's kernels in one source, compiled, called in the place of its nodes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "er
 
 
 def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
-    """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++ kernels,
-    other ops are called as they are. Raises CompilerError where there is no C++ compiler, or it
-    fails."""
+    """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++
+    kernels, other ops are called as they are. Raises CompilerError where there is no C++
+    compiler, or it fails."""
     graph, source = with_kernels(gm)
     if source and (debug.watched is not None or debug.LEVEL >= 3):
         debug.note("cpp", graph, lambda: source, size(graph))
@@ -100,7 +100,7 @@ def named(u: Unit) -> Kernel:
 
 
 def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str]]:
-    """Their source, and for each the name of the function that computes it: equal ones share it."""
+    """Their source, and for each the name of its function: equal ones share it."""
     texts: dict[str, str] = {}
     functions: dict[str, str] = {}
     names: dict[str, str] = {}  # code -> the first kernel that has it

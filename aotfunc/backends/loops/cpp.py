@@ -1,9 +1,9 @@
-"""Kernels as C++ functions. Extents and strides are arguments: the text says which strides are 0 or
-1 and nothing else of them.
+"""Kernels as C++ functions. Extents and strides are arguments: the text says which strides are 0
+or 1 and nothing else of them.
 
-Where all values are as wide as each other the vector axis is computed 8 floats or 4 doubles at a
-time, integers and bools likewise; elsewhere by single numbers. A reduction whose vector axis is not
-reduced runs through memory row by row, with an accumulator for each point of a tile of that axis.
+Where all values are as wide as each other the vector axis is computed 8 floats or 4 doubles at
+a time, integers and bools likewise; elsewhere by single numbers. A reduction whose vector axis is
+not reduced runs through memory row by row, with an accumulator for each point of a tile of that axis.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TILE = 1024
 
 #: functions that take longer than memory
 SLOW = frozenset(
-    (
+    [
         "exp",
         "expm1",
         "log",
@@ -38,7 +38,7 @@ SLOW = frozenset(
         "sin",
         "cos",
         "lgamma",
-    )
+    ]
 )
 
 #: what a reduction begins with, of floating point or not, and how it goes on
@@ -139,8 +139,8 @@ class Printer(Values):
             self.say(f"const int64_t {counted[outer[0]][0]} = {'rest' if outer[1:] else 'row'};")
 
     def crossed(self, outer: list[int]) -> None:
-        """A block of the cross axis, beside blocks of the vector axis: a line of memory that is read
-        for one point of it is still there for the next."""
+        """A block of the cross axis, beside blocks of the vector axis: a line of memory that is
+        read for one point of it is still there for the next."""
         k, v = self.kernel.cross, self.vector
         self.say(f"const int64_t blocks = (n{k} + {BLOCK - 1}) / {BLOCK};")
         self.point(outer, {j: (f"i{j}", f"n{j}") for j in outer} | {k: ("block", "blocks")})
@@ -184,8 +184,8 @@ class Printer(Values):
         self.vectors("begin_", "end_", ", t++")
 
     def passes(self) -> None:
-        """Reductions in the order in which they need each other; each value is stored as soon as it
-        is computed, and what takes long to compute is kept in the place of a later result."""
+        """Reductions in the order in which they need each other; each value is stored as soon as
+        it is computed, and what takes long to compute is kept in the place of a later result."""
         values = list(walk(self.kernel.values))
         ranks: dict[Expr, int] = {}
         for e in values:
@@ -203,8 +203,8 @@ class Printer(Values):
         self.put(left, inside=True)
 
     def kept(self, now: Sequence[Reduce], later: Sequence[Expr], last: list[Store]) -> list[Store]:
-        """What is computed for reductions now, takes long, and is needed later, stored where one of the
-        last results will be."""
+        """What is computed for reductions now, takes long, and is needed later, stored where one of
+        the last results will be."""
         needed = set(walk(later))
         free = [s.access for s in last if s.access not in self.spilled.values()]
         found = []
@@ -301,11 +301,7 @@ class Printer(Values):
         self.spilled |= {s.value: s.access for s in kept}
         for e, a in totals.items():
             name = self.fresh("r")
-            if self.tiled and self.vector not in self.kernel.axes(e):  # the same in all tiles
-                result = self.finish(e, f"{a}[0]") + "[0]" * (self.lanes > 1)
-                self.say(f"const {self.type(e)} {name} = {result};")
-                self.names[e] = name
-            elif self.tiled:
+            if self.tiled:
                 self.say(f"{self.type(e)} {name}[{tiles}];")
                 result = self.finish(e, f"{a}[t]")
                 self.say(f"for (int64_t t = 0; t < tiles; t++) {name}[t] = {result};")

@@ -215,8 +215,8 @@ class Lowering:
         )
 
     def one_way(self) -> None:
-        """Raise Unfit where a value is walked along in two ways, as sums over its rows and over its
-        columns do: one of them would go through memory in large steps."""
+        """Raise Unfit where a value is walked along in two ways, as sums over its rows and over
+        its columns do: one of them would go through memory in large steps."""
         ways: dict[Node, set[Place]] = {n: set(places) for n, places in self.places.items()}
         for a, place in zip(self.accesses, self.walked, strict=True):
             ways.setdefault(a.tensor, set()).add(place)

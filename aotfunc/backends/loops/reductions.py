@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 aten = torch.ops.aten
 
@@ -39,136 +37,4 @@ REDUCTIONS: dict[Any, Callable[..., Reduction]] = {
     **dict.fromkeys((aten.amin.default, aten.min.default), over("min")),
     **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), over("any")),
     **dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), over("all")),
-}
-
-
-def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    e = (x - x.amax(dim, keepdim=True)).exp()
-    return e / e.sum(dim, keepdim=True)
-
-
-def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    x = x - x.amax(dim, keepdim=True)
-    return x - x.exp().sum(dim, keepdim=True).log()
-
-
-def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    g = g * y
-    return g - y * g.sum(dim, keepdim=True)
-
-
-def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return g - y.exp() * g.sum(dim, keepdim=True)
-
-
-def layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dims = list(range(x.dim() - len(shape), x.dim()))
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
-    y = centred * rstd
-    if weight is not None:
-        y = y * weight
-    return (y if bias is None else y + bias), mean, rstd
-
-
-def layer_norm_backward(
-    g: Tensor,
-    x: Tensor,
-    shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    rank = x.dim() - len(shape)
-    dims, rows = list(range(rank, x.dim())), list(range(rank))
-    normal = (x - mean) * rstd
-    gx = gw = gb = None
-    if wanted[0]:
-        h = g if weight is None else g * weight
-        along = h.mean(dims, keepdim=True) + normal * (h * normal).mean(dims, keepdim=True)
-        gx = (h - along) * rstd
-    if wanted[1] and weight is not None:
-        gw = (g * normal).sum(rows) if rows else g * normal
-    if wanted[2] and bias is not None:
-        gb = g.sum(rows) if rows else g.clone()
-    return gx, gw, gb
-
-
-def var_mean(
-    x: Tensor, dim: Sequence[int] | None = None, *, correction: Any = None, keepdim: bool = False
-) -> Any:
-    dims = [d % x.dim() for d in dim or range(x.dim())]
-    count = math.prod([x.shape[d] for d in dims]) - (1 if correction is None else correction)
-    if count <= 0:
-        return NotImplemented
-    mean = x.mean(dims, keepdim=True)
-    var = (x - mean).square().sum(dims, keepdim=keepdim) / count
-    return var, (mean if keepdim else x.mean(dims))
-
-
-def var(x: Tensor, dim: Any = None, **options: Any) -> Any:
-    found = var_mean(x, dim, **options)
-    return found if found is NotImplemented else found[0]
-
-
-def std(x: Tensor, dim: Any = None, **options: Any) -> Any:
-    found = var_mean(x, dim, **options)
-    return found if found is NotImplemented else found[0].sqrt()
-
-
-def reduced(x: Tensor, reduction: int) -> Tensor:
-    """By a loss's number: nothing, the mean, the sum."""
-    return (x, x.mean(), x.sum())[reduction] if reduction else x
-
-
-def mse_loss(x: Tensor, y: Tensor, reduction: int = 1) -> Tensor:
-    d = x - y
-    return reduced(d * d, reduction)
-
-
-def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
-    return (x - y) * ((2 / x.numel() if reduction == 1 else 2) * g)
-
-
-def outer_product(x: Tensor, y: Tensor) -> Any:
-    """A product of matrices that sums nothing."""
-    if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
-        return NotImplemented
-    return (x * y).contiguous()
-
-
-def in_these(body: Callable) -> Callable:
-    """A body for the dtypes that kernels compute in, of tensors that are not empty."""
-
-    def opened(*args: Any, **options: Any) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        one = len({t.dtype for t in tensors}) == 1 and all([t.numel() for t in tensors])
-        fit = one and tensors[0].dtype in (torch.float32, torch.float64)
-        return (
-            body(*args, **options) if fit and max([t.dim() for t in tensors]) else NotImplemented
-        )
-
-    return opened
-
-
-#: ops that are opened up into these and pointwise ones, and what they are then
-OPENED: dict[Any, Callable] = {
-    aten.mm.default: outer_product,
-    aten.bmm.default: outer_product,
-    aten._softmax.default: in_these(softmax),
-    aten._log_softmax.default: in_these(log_softmax),
-    aten._softmax_backward_data.default: in_these(softmax_backward),
-    aten._log_softmax_backward_data.default: in_these(log_softmax_backward),
-    aten.mse_loss.default: in_these(mse_loss),
-    aten.mse_loss_backward.default: in_these(mse_loss_backward),
-    aten.var.correction: in_these(var),
-    aten.std.correction: in_these(std),
-    aten.var_mean.correction: in_these(var_mean),
-    aten.native_layer_norm.default: in_these(layer_norm),
-    aten.native_layer_norm_backward.default: in_these(layer_norm_backward),
 }

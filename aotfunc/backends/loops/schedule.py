@@ -1,4 +1,4 @@
-"""In which order a kernel's axes run, which of them become one, and which is computed in vectors."""
+"""In which order a kernel's axes run, which become one, and which is computed in vectors."""
 
 from __future__ import annotations
 
