@@ -24,13 +24,13 @@ ROWS = [
     ("trace", "rules"),
     ("graph",),
     ("debug",),
-    ("cache",),
+    ("cache", "native"),
     ("errors",),
 ]
 # Stricter than the rows: a backend does not know that a gradient exists; a rule is plain tensor
 # code beside its table.
 ONLY = {
-    "backends": {"backends", "trace", "graph", "debug", "errors"},
+    "backends": {"backends", "trace", "graph", "debug", "native", "errors"},
     "rules": {"rules"},
 }
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from aotfunc.backends.loops import native, store
+from aotfunc.backends.loops import native
+from aotfunc.native import store
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
-from aotfunc.backends.loops import launch, native, toolchain
+from aotfunc.backends.loops import launch, native
 from aotfunc.backends.loops.launch import Launch
 from aotfunc.errors import BackendWarning
+from aotfunc.native import toolchain
 
 SOURCE = (
     native.PRELUDE

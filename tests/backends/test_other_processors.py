@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aotfunc.backends.loops import toolchain
+from aotfunc.native import toolchain
 from benchmarks.maths import BINARY, UNARY, largest
 
 from .test_native import applied

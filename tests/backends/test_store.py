@@ -9,8 +9,9 @@ import warnings
 import pytest
 import torch
 
-from aotfunc.backends.loops import native, store, toolchain
+from aotfunc.backends.loops import native
 from aotfunc.errors import BackendWarning, CompilerError
+from aotfunc.native import store, toolchain
 
 SOURCE = """
 extern "C" void kernel(long begin, long end, const long *, void *const *buffers) {

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from ...debug import LEVEL
 from ...errors import BackendWarning, CompilerError
-from . import native, toolchain
-from .fastcall import Unlike, address, check_objects, function, word
+from ...native import toolchain
+from ...native.build import built
+from ...native.fastcall import Unlike, address, check_objects, function, word
+from . import native
 
 #: the shape, strides and dtype of a tensor
 Output = tuple[Sequence[int], Sequence[int], torch.dtype]
@@ -123,7 +125,7 @@ class Native:
         shim = ctypes.CDLL(toolchain.torch_library())
         python = ctypes.CDLL(str(Path(toolchain.torch_library()).with_name("libtorch_python.so")))
         source = (native.HERE / "launch.cpp").read_text()
-        library = ctypes.CDLL(str(native.built(source)))
+        library = ctypes.CDLL(str(built(source)))
         self.launch = address(library.aot_launch)
         names = {d: f"aoti_torch_dtype_{str(d).removeprefix('torch.')}" for d in DTYPES}
         self.dtypes = {d: shim[name]() for d, name in names.items() if hasattr(shim, name)}

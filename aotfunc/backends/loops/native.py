@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import re
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import store, toolchain
+from ...native import toolchain
+from ...native.build import built, without_comments
 
 HERE = Path(__file__).parent
 
@@ -97,17 +96,6 @@ def load(source: str) -> Library:
     if library is None:
         library = LOADED.setdefault(code, Library(built(source)))
     return library
-
-
-def without_comments(source: str) -> str:
-    return re.sub("//[^\n]*", "", source)
-
-
-def built(source: str) -> Path:
-    """The compiled file of this source."""
-    code = without_comments(source)  # these name the numbers that the kernels get
-    key = hashlib.sha256(f"{toolchain.identity()}\n{code}".encode()).hexdigest()
-    return store.find(key) or store.add(key, source, toolchain.compile)
 
 
 @functools.cache

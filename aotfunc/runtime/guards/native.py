@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...backends.loops import native, store
-from ...backends.loops.fastcall import Unlike, address, check_objects, function
 from ...cache import Cache
 from ...errors import CompilerError
+from ...native import store
+from ...native.build import built
+from ...native.fastcall import Unlike, address, check_objects, function
 
 ITEM, ATTRIBUTE, TYPE, CALL, PYTHON = range(5)
 SAME, ITEM_SAME, TYPE_SAME, ABSENT, FALSE, ITEM_FALSE, LENGTH = range(5, 12)
@@ -37,7 +38,7 @@ def steps_of() -> int | None:
         check_objects()
         store.directory()
         source = Path(__file__).with_name("check.cpp").read_text()
-        library = ctypes.CDLL(str(native.built(source)))
+        library = ctypes.CDLL(str(built(source)))
         for name, x in (("dict", dict), ("ordered_dict", OrderedDict), ("none", None)):
             ctypes.c_int64.in_dll(library, f"aot_{name}").value = id(x)
         return address(library.aot_check)

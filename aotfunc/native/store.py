@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from ...errors import BackendWarning, CompilerError
+from ..errors import BackendWarning, CompilerError
 
 SIZE = hashlib.sha256().digest_size
 

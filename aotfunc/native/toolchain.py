@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import CompilerError
+from ..errors import CompilerError
 
 #: compilers in the order they are looked for; the environment variable ``CXX`` comes first
 NAMES = ("g++", "c++", "clang++")
