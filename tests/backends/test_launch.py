@@ -297,12 +297,12 @@ def test_a_launch_goes_at_once(form):
 LACKS = {
     "a compiler": lambda m: m.setattr(toolchain, "compile", fails),
     "a function of torch": lambda m: m.setattr(
-        native, "built", lambda source: built(source.replace("aoti_torch_get_numel", "aoti_none"))
+        launch, "built", lambda source: built(source.replace("aoti_torch_get_numel", "aoti_none"))
     ),
     "THPVariable_Wrap": lambda m: m.setattr(launch, "address", lambda f: f.no_such_function),
     "a known layout": lambda m: m.setattr(launch, "offset_of_tensors", unlike),
     "right results": lambda m: m.setattr(
-        native, "built", lambda source: built(source.replace("[i] = (", "[i] = 1 + ("))
+        launch, "built", lambda source: built(source.replace("[i] = (", "[i] = 1 + ("))
     ),
 }
 built = native.built
