@@ -98,11 +98,11 @@ FITS: dict[str, tuple] = {
 def printed(name: str) -> str:
     what, f, low, high, degree, weight = FITS[name]
     *rest, last = [f"{c.hex()}f" for c in minimax(f, low, high, degree, weight)]
-    lines = "\n".join(f"  p = aot_fma(p, x, aot_f8({c}));" for c in reversed(rest))
+    lines = "\n".join(f"  p = aot_fma(p, x, aot_floats({c}));" for c in reversed(rest))
     return f"""
 // {what}
-AOT f8 aot_{name}_polynomial(f8 x) {{
-  f8 p = aot_f8({last});
+AOT floats aot_{name}_polynomial(floats x) {{
+  floats p = aot_floats({last});
 {lines}
   return p;
 }}"""

@@ -17,9 +17,8 @@ SOURCE = """
 extern "C" void add(int64_t begin, int64_t end, const int64_t *, void *const *buffers) {
   const float *x = (const float *)buffers[0], *y = (const float *)buffers[1];
   float *out = (float *)buffers[2];
-  int64_t i = begin;
-  for (; i + 8 <= end; i += 8) aot_store8(out + i, aot_load8(x + i) + aot_load8(y + i));
-  for (; i < end; i++) out[i] = x[i] + y[i];
+  for (int64_t i = begin; i < end; i += FLOATS)
+    aot_put(out + i, aot_get<floats>(x + i, end - i) + aot_get<floats>(y + i, end - i), end - i);
 }"""
 
 

@@ -26,7 +26,7 @@ UNARY = [
     *("erf", "erfc", "lgamma", "sqrt", "rsqrt"),
 ]
 BINARY = ("pow", "atan2", "hypot", "fmod")
-SUFFIX = {torch.float32: ("8", "float"), torch.float64: ("4", "double")}
+TYPES = {torch.float32: ("floats", "float"), torch.float64: ("doubles", "double")}
 
 SPECIAL = [
     float("nan"), float("inf"), 0.0, 1.0, 0.5, 2.0, 3.0, 1e-45, 1e-40, 1.2e-38, 5e-324, 1e-310, 88.7,
@@ -36,16 +36,15 @@ SPECIAL = [
 
 def kernel(name: str, dtype: torch.dtype) -> Kernel:
     """``aot_name`` of every element."""
-    n, t = SUFFIX[dtype]
-    second = f", aot_load{n}(y + i, n)" if name in BINARY else ""
+    v, t = TYPES[dtype]
+    second = f", aot_get<{v}>(y + i, n)" if name in BINARY else ""
     source = f"""
 extern "C" void kernel(int64_t begin, int64_t end, const int64_t *, void *const *buffers) {{
   {t} *out = ({t} *)buffers[0], *x = ({t} *)buffers[1], *y = ({t} *)buffers[2];
-  int64_t i = begin;
-  for (; i + {n} <= end; i += {n})
-    aot_store{n}(out + i, aot_{name}(aot_load{n}(x + i){second.replace(", n)", ")")}));
-  if (int64_t n = end - i; n > 0)
-    aot_store{n}(out + i, aot_{name}(aot_load{n}(x + i, n){second}), n);
+  for (int64_t i = begin; i < end; i += aot_lanes<{v}>) {{
+    const int64_t n = end - i;
+    aot_put(out + i, aot_{name}(aot_get<{v}>(x + i, n){second}), n);
+  }}
 }}"""
     return load(PRELUDE + source)["kernel"]
 

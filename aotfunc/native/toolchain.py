@@ -84,7 +84,7 @@ def processor() -> str:
 
 def flags() -> tuple[str, ...]:
     """The flags that a kernel is compiled with."""
-    sleef = all(map(torch_exports, ("Sleef_expf8_u10avx2", "Sleef_atan2d4_u10avx2")))
+    sleef = all(map(torch_exports, ("Sleef_expf8_u10avx2", "Sleef_atan2d8_u10avx512f")))
     return (*FLAGS, "-DAOT_SLEEF") if sleef else FLAGS
 
 

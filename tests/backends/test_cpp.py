@@ -16,7 +16,6 @@ import aotfunc
 from aotfunc import aot_function, aot_module, grad, jacrev, jit, make_fx, vmap
 from aotfunc.backends.loops import backend, native
 from aotfunc.backends.loops.arguments import rows, sizes
-from aotfunc.backends.loops.cpp import SUPPORT
 from aotfunc.backends.loops.fuse import grouped, stored
 from aotfunc.backends.loops.interpret import interpret
 from aotfunc.backends.loops.lower import lower
@@ -376,7 +375,7 @@ def test_kernels_against_the_interpreter(first):
             continue
         for kernel in kernels_of(f, *args):
             source, names = backend.text([kernel])
-            library = native.load(f"{native.PRELUDE}{SUPPORT}{source}\n")
+            library = native.load(f"{native.PRELUDE}{source}\n")
             tensors = []
             for a in kernel.accesses:
                 val = a.tensor.meta["val"]

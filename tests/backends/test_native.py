@@ -10,28 +10,23 @@ import torch
 from aotfunc.backends.loops.native import PRELUDE, load
 
 C_TYPE = {
-    torch.float32: ("float", "8"),
-    torch.bfloat16: ("bf16", "8"),
-    torch.float16: ("f16", "8"),
-    torch.float64: ("double", "4"),
+    torch.float32: ("float", "floats"),
+    torch.bfloat16: ("bf16", "floats"),
+    torch.float16: ("f16", "floats"),
+    torch.float64: ("double", "doubles"),
 }
 
 
 def pointwise(name: str, expression: str, dtype: torch.dtype) -> str:
     """A kernel that computes ``expression`` of ``x``, element by element."""
-    t, n = C_TYPE[dtype]
+    t, v = C_TYPE[dtype]
     return f"""
 extern "C" void {name}(int64_t begin, int64_t end, const int64_t *, void *const *buffers) {{
   const {t} *in = (const {t} *)buffers[0];
   {t} *out = ({t} *)buffers[1];
-  int64_t i = begin;
-  for (; i + {n} <= end; i += {n}) {{
-    auto x = aot_load{n}(in + i);
-    aot_store{n}(out + i, {expression});
-  }}
-  if (i < end) {{
-    auto x = aot_load{n}(in + i, end - i);
-    aot_store{n}(out + i, {expression}, end - i);
+  for (int64_t i = begin; i < end; i += aot_lanes<{v}>) {{
+    auto x = aot_get<{v}>(in + i, end - i);
+    aot_put(out + i, {expression}, end - i);
   }}
 }}
 """
@@ -73,7 +68,7 @@ def test_strides_and_tails():
     source = """
 extern "C" void kernel(int64_t begin, int64_t end, const int64_t *sizes, void *const *buffers) {
   for (int64_t i = begin; i < end; i++)
-    aot_store8((float *)buffers[1] + i * 5, aot_load8((float *)buffers[0] + i, 5, sizes[0]), 5);
+    aot_put((float *)buffers[1] + i * 5, aot_gather<floats>((float *)buffers[0] + i, 5, sizes[0]), 5);
 }"""
     x, out = torch.randn(5, 3), torch.empty(3, 5)
     load(PRELUDE + source)["kernel"](3, (3,), (x, out))

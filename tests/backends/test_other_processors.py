@@ -9,7 +9,7 @@ from benchmarks.maths import BINARY, UNARY, largest
 from .test_native import applied
 
 
-@pytest.fixture(params=["-march=x86-64", "-march=x86-64-v2"])
+@pytest.fixture(params=["-march=x86-64", "-march=x86-64-v2", "-march=x86-64-v3"])
 def plain(request, cache, monkeypatch):
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("the flags are those of x86-64")

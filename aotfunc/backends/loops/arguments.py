@@ -10,22 +10,22 @@ import torch
 
 from .ir import Const, Kernel, walk
 
-#: types of vectors, by the number of lanes
+#: types of vectors, by how many lanes they have
 VECTORS = {
-    8: {torch.float32: "f8", torch.int32: "m8", torch.bool: "m8"},
-    4: {torch.float64: "d4", torch.int64: "m4", torch.bool: "m4"},
+    "FLOATS": {torch.float32: "floats", torch.int32: "ints", torch.bool: "ints"},
+    "DOUBLES": {torch.float64: "doubles", torch.int64: "longs", torch.bool: "longs"},
 }
 
 #: points of a cross axis that are computed together
 BLOCK = 16
 
 
-def lanes_of(kernel: Kernel) -> int:
-    """How many points are computed at a time."""
+def lanes_of(kernel: Kernel) -> str:
+    """How many points are computed at a time, as the text says it."""
     values = walk(kernel.values)
     dtypes = {e.dtype for e in values} | {kernel.accesses[s.access].dtype for s in kernel.stores}
     fits = [w for w, types in VECTORS.items() if dtypes <= set(types)]
-    return fits[0] if fits and kernel.extents else 1
+    return fits[0] if fits and kernel.extents else "1"
 
 
 def sizes(kernel: Kernel) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from ..eager import compile_graph
 from ..results import resolved
 from . import native
 from .arguments import rows, sizes
-from .cpp import SUPPORT, function
+from .cpp import function
 from .fuse import Unit, stored, units
 from .ir import Apply, Kernel, walk
 from .launch import Launch
@@ -63,7 +63,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     found = units(gm.graph, worth)
     kernels = {u: named(u) for u in found if u.kernel}
     source, name_of = text(list(kernels.values()))
-    library: Any = native.load(f"{native.PRELUDE}{SUPPORT}{source}\n") if source else {}
+    library: Any = native.load(f"{native.PRELUDE}{source}\n") if source else {}
     graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
     for n in gm.graph.nodes:

@@ -1,8 +1,8 @@
 """Kernels as C++ functions. Extents and strides are arguments: the text says which strides are 0
 or 1 and nothing else of them.
 
-Where all values are as wide as each other the vector axis is computed 8 floats or 4 doubles at
-a time, integers and bools likewise; elsewhere by single numbers. A reduction whose vector axis is
+Where all values are as wide as each other the vector axis is computed a register of
+floats or doubles at a time, integers and bools likewise; elsewhere by single numbers. A reduction whose vector axis is
 not reduced runs through memory row by row, with an accumulator for each point of a tile of that axis.
 """
 
@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from .arguments import BLOCK, VECTORS, given, strides
 from .ir import Apply, Const, Expr, Kernel, Load, Reduce, Store, walk
 from .values import NUMBERS, Values, memory
-
-SUPPORT = (Path(__file__).parent / "lanes.h").read_text()
 
 #: points of the vector axis that have accumulators at the same time
 TILE = 1024
@@ -165,23 +162,23 @@ class Printer(Values):
         if self.tiled:
             self.open(f"for (int64_t begin_ = {first}; begin_ < {last}; begin_ += {TILE})")
             self.say(f"const int64_t end_ = {last} - begin_ < {TILE} ? {last} : begin_ + {TILE};")
-            self.say(f"const int64_t tiles = (end_ - begin_ + {self.lanes - 1}) / {self.lanes};")
+            self.say(f"const int64_t tiles = (end_ - begin_ + {self.lanes} - 1) / {self.lanes};")
             self.passes()
         else:
-            self.vectors(first, last)
+            self.stepped(first, last)
             self.passes()
         self.close()
 
-    def vectors(self, first: str, last: str, more: str = "") -> None:
-        """A loop over ``lanes`` points of the vector axis at a time."""
+    def stepped(self, first: str, last: str, more: str = "") -> None:
+        """A loop over the vector axis, so many lanes of it at a time."""
         j, w = f"i{self.vector}", self.lanes
         start = f"{first}, t = 0" if more else first
         self.open(f"for (int64_t {j} = {start}; {j} < {last}; {j} += {w}{more})")
-        if w > 1:
+        if self.vectors:
             self.say(f"const int64_t n = {last} - {j} < {w} ? {last} - {j} : {w};")
 
     def tile(self) -> None:
-        self.vectors("begin_", "end_", ", t++")
+        self.stepped("begin_", "end_", ", t++")
 
     def passes(self) -> None:
         """Reductions in the order in which they need each other; each value is stored as soon as
@@ -253,7 +250,7 @@ class Printer(Values):
             return
         arrays = {e: self.fresh("t") for e in kept}
         for e, name in arrays.items():
-            self.say(f"{self.type(e)} {name}[{TILE // self.lanes}];")
+            self.say(f"{self.type(e)} {name}[{TILE} / {self.lanes}];")
         names = dict(self.names)
         self.tile()
         self.emit(kept)
@@ -266,7 +263,7 @@ class Printer(Values):
         """Open the loops over the reduced axes; how many there are."""
         for k in sorted(self.inner):
             if k == self.vector:
-                self.vectors("0", f"n{k}")
+                self.stepped("0", f"n{k}")
             else:
                 self.open(f"for (int64_t i{k} = 0; i{k} < n{k}; i{k}++)")
         return len(self.inner)
@@ -279,7 +276,7 @@ class Printer(Values):
         values = [e.value for e in now] + [s.value for s in stores]
         self.before(values)
         totals = {e: self.fresh("a") for e in now}
-        tiles = TILE // self.lanes
+        tiles = f"{TILE} / {self.lanes}"
         for e, a in totals.items():
             if self.tiled:
                 self.say(f"{self.accumulator(e)} {a}[{tiles}];")
@@ -313,54 +310,45 @@ class Printer(Values):
     @property
     def across(self) -> bool:
         """Whether the lanes of an accumulator are one value."""
-        return self.lanes > 1 and not self.columns
+        return self.vectors and not self.columns
 
     def accumulator(self, e: Reduce) -> str:
-        wide = self.lanes > 1
         if e.fn == "sum" and e.dtype is torch.float32:
-            return "double" if not wide else "s8" if self.across else "d8"
-        return VECTORS[self.lanes][e.dtype] if wide else NUMBERS[e.dtype]
+            return "double" if not self.vectors else "long_sums" if self.across else "sums"
+        return VECTORS[self.lanes][e.dtype] if self.vectors else NUMBERS[e.dtype]
 
     def start(self, e: Reduce) -> str:
         if e.fn == "sum" and e.dtype.is_floating_point:
             return f"{self.accumulator(e)}{{}}"
-        return self.constant(Const(e.dtype, neutral(e)), self.lanes > 1)
+        return self.constant(Const(e.dtype, neutral(e)), self.vectors)
 
     def step(self, e: Reduce, a: str) -> None:
-        wide, value = self.lanes > 1, self.word(e.value, self.lanes > 1)
+        value = self.word(e.value, self.vectors)
         if self.across:
             rest = self.constant(Const(e.dtype, neutral(e)), True)
-            whole = f"n < {self.lanes}"
-            value = f"({whole} ? (aot_first{self.lanes}(n) ? {value} : {rest}) : {value})"
+            value = f"aot_or({value}, {rest}, n)"
         if e.fn == "sum" and e.dtype.is_floating_point:
             self.say(f"aot_sum({a}, {value});")
         elif e.fn == "sum":
             self.say(f"{a} = aot_iadd({a}, {value});")
         else:
-            self.say(f"{a} = {self.call(STEP[e.fn], e.dtype, [a, value], wide)};")
+            self.say(f"{a} = {self.call(STEP[e.fn], e.dtype, [a, value], self.vectors)};")
 
     def finish(self, e: Reduce, a: str) -> str:
         summed = e.fn == "sum" and e.dtype.is_floating_point
         if not self.across:
             if not summed:
                 return a
-            if self.accumulator(e) == "d8":
+            if self.accumulator(e) == "sums":
                 return f"aot_summed({a})"
-            return f"({NUMBERS[e.dtype]}){a}" if self.lanes == 1 else a
+            return f"({NUMBERS[e.dtype]}){a}" if not self.vectors else a
         if summed:
             return f"aot_across_sum({a})"
         fn = {"sum": "add", "prod": "mul"}.get(e.fn, STEP.get(e.fn, e.fn))
-        kind = NUMBERS[e.dtype]
-        parts = [f"{a}[{i}]" for i in range(self.lanes)]
-        if e.dtype is torch.bool:
-            parts = [f"({p} != 0)" for p in parts]
-        elif not e.dtype.is_floating_point:
-            parts = [f"({kind}){p}" for p in parts]
-        while len(parts) > 1:
-            half = len(parts) // 2
-            pairs = zip(parts[:half], parts[half:], strict=True)
-            parts = [f"({self.call(fn, e.dtype, list(pair), False)})" for pair in pairs]
-        return parts[0]
+        kind = VECTORS[self.lanes][e.dtype]
+        step = self.call(fn, e.dtype, ["x", "y"], True)
+        total = f"aot_across({a}, []({kind} x, {kind} y) -> {kind} {{ return {step}; }})"
+        return f"{total} != 0" if e.dtype is torch.bool else total
 
 
 def neutral(e: Reduce) -> bool | int | float:

@@ -7,75 +7,146 @@ AOT double aot_number(int64_t bits) { double x; __builtin_memcpy(&x, &bits, 8); 
 
 template <class V> constexpr int aot_lanes = sizeof(V) / sizeof(V{}[0]);
 
-AOT m8 aot_m8(int32_t x) { return m8{} + x; }
-AOT m4 aot_m4(int64_t x) { return m4{} + x; }
-AOT m8 aot_mask8(bool x) { return m8{} - x; }
-AOT m4 aot_mask4(bool x) { return m4{} - x; }
+template <class V> struct aot_unaligned { V v; } __attribute__((packed, may_alias));
+template <class V> AOT V aot_raw(const void *p) { return ((const aot_unaligned<V> *)p)->v; }
+template <class V> AOT void aot_raw(void *p, V v) { ((aot_unaligned<V> *)p)->v = v; }
 
+// Memory of T in lanes of V, and back.
+template <class V, class T> struct aot_memory {
+  typedef T type __attribute__((vector_size(sizeof(T) * aot_lanes<V>)));
+  AOT V load(type x) { return __builtin_convertvector(x, V); }
+  AOT type store(V x) { return __builtin_convertvector(x, type); }
+};
+template <class T> struct aot_halves {
+  typedef halves type;
+  AOT floats load(halves x) { return aot_float(x, T{}); }
+  AOT halves store(floats x) { return aot_narrow(x, T{}); }
+};
+template <> struct aot_memory<floats, bf16> : aot_halves<bf16> {};
+template <> struct aot_memory<floats, f16> : aot_halves<f16> {};
+
+// Some lanes: n elements, a stride apart.
 template <class V, class T>
 __attribute__((noinline)) static V aot_some(const T *p, int64_t n, int64_t stride) {
-  V v = {};
-  for (int64_t i = 0; i < n; i++) v[i] = p[i * stride];
-  return v;
+  typename aot_memory<V, T>::type v = {};
+  for (int64_t i = 0; i < n; i++) __builtin_memcpy((T *)&v + i, p + i * stride, sizeof(T));
+  return aot_memory<V, T>::load(v);
 }
 template <class V, class T>
 __attribute__((noinline)) static void aot_put_some(T *p, V v, int64_t n, int64_t stride) {
-  for (int64_t i = 0; i < n; i++) p[i * stride] = v[i];
+  auto m = aot_memory<V, T>::store(v);
+  for (int64_t i = 0; i < n; i++) __builtin_memcpy(p + i * stride, (T *)&m + i, sizeof(T));
 }
 
 // Neighbours.
+template <class V, class T> AOT V aot_first(V, const T *p, int64_t n) {
+  return aot_some<V>(p, n, 1);
+}
+template <class V, class T> AOT void aot_put_first(T *p, V v, int64_t n) {
+  aot_put_some(p, v, n, 1);
+}
+#if AOT_BYTES == 64
+#define AOT_FIRST(vector, number, as, instruction) \
+  AOT vector aot_first(vector, const number *p, int64_t n) { \
+    typedef as lanes __attribute__((vector_size(64))); \
+    return (vector)__builtin_ia32_load##instruction((const as *)p, lanes{}, (1u << n) - 1); \
+  } \
+  AOT void aot_put_first(number *p, vector v, int64_t n) { \
+    typedef as lanes __attribute__((vector_size(64))); \
+    __builtin_ia32_store##instruction((as *)p, (lanes)v, (1u << n) - 1); \
+  }
+AOT_FIRST(floats, float, float, ups512_mask)
+AOT_FIRST(doubles, double, double, upd512_mask)
+AOT_FIRST(ints, int32_t, int, dqusi512_mask)
+AOT_FIRST(longs, int64_t, long long, dqudi512_mask)
+#endif
+template <class V, class T> AOT V aot_get(const T *p) {
+  typedef aot_memory<V, T> memory;
+  return memory::load(aot_raw<typename memory::type>(p));
+}
 template <class V, class T> AOT V aot_get(const T *p, int64_t n) {
-  if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_some<V>(p, n, 1);
-  typedef T memory __attribute__((vector_size(sizeof(T) * aot_lanes<V>)));
-  return __builtin_convertvector(aot_raw<memory>(p), V);
+  return __builtin_expect(n < aot_lanes<V>, 0) ? aot_first(V{}, p, n) : aot_get<V>(p);
+}
+template <class V, class T> AOT void aot_put(T *p, V v) {
+  aot_raw(p, aot_memory<V, T>::store(v));
 }
 template <class V, class T> AOT void aot_put(T *p, V v, int64_t n) {
-  if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_put_some(p, v, n, 1);
-  typedef T memory __attribute__((vector_size(sizeof(T) * aot_lanes<V>)));
-  aot_raw<memory>(p, __builtin_convertvector(v, memory));
+  if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_put_first(p, v, n);
+  aot_put(p, v);
 }
 // Elements a stride apart.
 template <class V, class T> AOT V aot_gather(const T *p, int64_t n, int64_t stride) {
   if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_some<V>(p, n, stride);
-  V v;
-  _Pragma("GCC unroll 8")
-  for (int i = 0; i < aot_lanes<V>; i++) v[i] = p[i * stride];
-  return v;
+  typename aot_memory<V, T>::type v;
+  _Pragma("GCC unroll 16")
+  for (int i = 0; i < aot_lanes<V>; i++)
+    __builtin_memcpy((T *)&v + i, p + i * stride, sizeof(T));
+  return aot_memory<V, T>::load(v);
 }
 template <class V, class T> AOT void aot_scatter(T *p, V v, int64_t n, int64_t stride) {
   if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_put_some(p, v, n, stride);
-  _Pragma("GCC unroll 8")
-  for (int i = 0; i < aot_lanes<V>; i++) p[i * stride] = v[i];
+  auto m = aot_memory<V, T>::store(v);
+  _Pragma("GCC unroll 16")
+  for (int i = 0; i < aot_lanes<V>; i++)
+    __builtin_memcpy(p + i * stride, (T *)&m + i, sizeof(T));
 }
 
 // Integers wrap around.
-AOT m8 aot_iadd(m8 x, m8 y) { return (m8)((u8)x + (u8)y); }
-AOT m4 aot_iadd(m4 x, m4 y) { return (m4)((u4)x + (u4)y); }
-AOT m8 aot_isub(m8 x, m8 y) { return (m8)((u8)x - (u8)y); }
-AOT m4 aot_isub(m4 x, m4 y) { return (m4)((u4)x - (u4)y); }
-AOT m8 aot_imul(m8 x, m8 y) { return (m8)((u8)x * (u8)y); }
-AOT m4 aot_imul(m4 x, m4 y) { return (m4)((u4)x * (u4)y); }
+AOT ints aot_iadd(ints x, ints y) { return (ints)((uints)x + (uints)y); }
+AOT longs aot_iadd(longs x, longs y) { return (longs)((ulongs)x + (ulongs)y); }
+AOT ints aot_isub(ints x, ints y) { return (ints)((uints)x - (uints)y); }
+AOT longs aot_isub(longs x, longs y) { return (longs)((ulongs)x - (ulongs)y); }
+AOT ints aot_imul(ints x, ints y) { return (ints)((uints)x * (uints)y); }
+AOT longs aot_imul(longs x, longs y) { return (longs)((ulongs)x * (ulongs)y); }
 template <class T> AOT T aot_iadd(T x, T y) { T z; __builtin_add_overflow(x, y, &z); return z; }
 template <class T> AOT T aot_isub(T x, T y) { T z; __builtin_sub_overflow(x, y, &z); return z; }
 template <class T> AOT T aot_imul(T x, T y) { T z; __builtin_mul_overflow(x, y, &z); return z; }
 
-// The first n lanes of x, behind them those of y.
-AOT m8 aot_first8(int64_t n) { return m8{0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)n; }
-AOT m4 aot_first4(int64_t n) { return m4{0, 1, 2, 3} < n; }
+// The number of each lane.
+template <class V> AOT V aot_count() {
+  V v;
+  for (int i = 0; i < aot_lanes<V>; i++) v[i] = i;
+  return v;
+}
+AOT ints aot_before(floats, int64_t n) { return aot_count<ints>() < (int32_t)n; }
+AOT ints aot_before(ints, int64_t n) { return aot_count<ints>() < (int32_t)n; }
+AOT longs aot_before(doubles, int64_t n) { return aot_count<longs>() < n; }
+AOT longs aot_before(longs, int64_t n) { return aot_count<longs>() < n; }
+// x in the first n lanes, and in those behind them what changes nothing.
+template <class V> AOT V aot_or(V x, V neutral, int64_t n) {
+  return n < aot_lanes<V> ? aot_before(x, n) ? x : neutral : x;
+}
+
+// All lanes into one number, pairwise.
+template <class V, class F> AOT auto aot_across(V x, F f) {
+  _Pragma("GCC unroll 4")
+  for (int half = aot_lanes<V> / 2; half; half /= 2) {
+    V y = x;
+    _Pragma("GCC unroll 8")
+    for (int i = 0; i < half; i++) y[i] = x[i + half];
+    x = f(x, y);
+  }
+  return x[0];
+}
 
 // Sums of floats are doubles, of a few floats each.
-struct d8 { d4 low, high; };
-struct s8 { d8 total; f8 some; int32_t count; };
-AOT void aot_sum(d8 &s, f8 x) { s.low += aot_low(x); s.high += aot_high(x); }
-AOT void aot_sum(d4 &s, d4 x) { s += x; }
+struct sums { doubles low, high; };
+struct long_sums { sums total; floats some; int32_t count; };
+AOT void aot_sum(sums &s, floats x) { s.low += aot_low(x); s.high += aot_high(x); }
+AOT void aot_sum(doubles &s, doubles x) { s += x; }
 AOT void aot_sum(double &s, double x) { s += x; }
-AOT void aot_sum(s8 &s, f8 x) {
+AOT void aot_sum(long_sums &s, floats x) {
   s.some += x;
-  if (__builtin_expect(++s.count == 32, 0)) aot_sum(s.total, s.some), s.some = f8{}, s.count = 0;
+  if (__builtin_expect(++s.count == 32, 0)) {
+    aot_sum(s.total, s.some);
+    s.some = floats{}, s.count = 0;
+  }
 }
-AOT f8 aot_summed(d8 s) { return aot_join(s.low, s.high); }
-AOT float aot_across_sum(s8 s) {
+AOT floats aot_summed(sums s) { return aot_join(s.low, s.high); }
+AOT double aot_across_sum(doubles s) {
+  return aot_across(s, [](doubles x, doubles y) { return x + y; });
+}
+AOT float aot_across_sum(long_sums s) {
   aot_sum(s.total, s.some);
-  return (float)aot_across_add(s.total.low + s.total.high);
+  return (float)aot_across_sum(s.total.low + s.total.high);
 }
-AOT double aot_across_sum(d4 s) { return aot_across_add(s); }

@@ -3,43 +3,50 @@
 // aot_exp aot_exp2 aot_expm1 aot_log aot_log2 aot_log10 aot_log1p aot_sigmoid
 // aot_sin aot_cos aot_tan aot_asin aot_acos aot_atan aot_atan2 aot_hypot
 // aot_sinh aot_cosh aot_tanh aot_asinh aot_acosh aot_atanh aot_erf aot_erfc aot_lgamma
-// aot_pow aot_fmod, each of float, double, f8 and d4.
+// aot_pow aot_fmod, each of float, double, floats and doubles.
 
 // In float32 exp, sigmoid, log, tanh and erf are our own, of the polynomials above; the others are
 // Sleef's.
 
 // AOT_SLEEF: libtorch_cpu exports Sleef's vector functions.
 #if defined(AOT_SLEEF) && defined(__AVX2__) && defined(__FMA__)
-#define AOT_SLEEF8(name, ulp, as) \
-  extern "C" f8 Sleef_##name##f8_##ulp##avx2(f8) noexcept; \
-  AOT f8 as(f8 x) { return Sleef_##name##f8_##ulp##avx2(x); }
-#define AOT_SLEEF4(name, ulp, as) \
-  extern "C" d4 Sleef_##name##d4_##ulp##avx2(d4) noexcept; \
-  AOT d4 as(d4 x) { return Sleef_##name##d4_##ulp##avx2(x); }
+#if AOT_BYTES == 64
+#define AOT_SLEEF_FLOATS(name, ulp) Sleef_##name##f16_##ulp##avx512f
+#define AOT_SLEEF_DOUBLES(name, ulp) Sleef_##name##d8_##ulp##avx512f
+#else
+#define AOT_SLEEF_FLOATS(name, ulp) Sleef_##name##f8_##ulp##avx2
+#define AOT_SLEEF_DOUBLES(name, ulp) Sleef_##name##d4_##ulp##avx2
+#endif
+#define AOT_SLEEF_OF_FLOATS(name, ulp, as) \
+  extern "C" floats AOT_SLEEF_FLOATS(name, ulp)(floats) noexcept; \
+  AOT floats as(floats x) { return AOT_SLEEF_FLOATS(name, ulp)(x); }
+#define AOT_SLEEF_OF_DOUBLES(name, ulp, as) \
+  extern "C" doubles AOT_SLEEF_DOUBLES(name, ulp)(doubles) noexcept; \
+  AOT doubles as(doubles x) { return AOT_SLEEF_DOUBLES(name, ulp)(x); }
 #define AOT_SLEEF2(name, ulp) \
-  extern "C" f8 Sleef_##name##f8_##ulp##avx2(f8, f8) noexcept; \
-  extern "C" d4 Sleef_##name##d4_##ulp##avx2(d4, d4) noexcept; \
-  AOT f8 aot_##name(f8 x, f8 y) { return Sleef_##name##f8_##ulp##avx2(x, y); } \
-  AOT d4 aot_##name(d4 x, d4 y) { return Sleef_##name##d4_##ulp##avx2(x, y); } \
+  extern "C" floats AOT_SLEEF_FLOATS(name, ulp)(floats, floats) noexcept; \
+  extern "C" doubles AOT_SLEEF_DOUBLES(name, ulp)(doubles, doubles) noexcept; \
+  AOT floats aot_##name(floats x, floats y) { return AOT_SLEEF_FLOATS(name, ulp)(x, y); } \
+  AOT doubles aot_##name(doubles x, doubles y) { return AOT_SLEEF_DOUBLES(name, ulp)(x, y); } \
   AOT_NUMBER2(aot_##name)
 #else
-#define AOT_SLEEF8(name, ulp, as) \
-  AOT f8 as(f8 x) { return aot_each(x, [](float a) { return __builtin_##name##f(a); }); }
-#define AOT_SLEEF4(name, ulp, as) \
-  AOT d4 as(d4 x) { return aot_each(x, [](double a) { return __builtin_##name(a); }); }
+#define AOT_SLEEF_OF_FLOATS(name, ulp, as) \
+  AOT floats as(floats x) { return aot_each(x, [](float a) { return __builtin_##name##f(a); }); }
+#define AOT_SLEEF_OF_DOUBLES(name, ulp, as) \
+  AOT doubles as(doubles x) { return aot_each(x, [](double a) { return __builtin_##name(a); }); }
 #define AOT_SLEEF2(name, ulp) \
-  AOT f8 aot_##name(f8 x, f8 y) { \
+  AOT floats aot_##name(floats x, floats y) { \
     return aot_each(x, y, [](float a, float b) { return __builtin_##name##f(a, b); }); \
   } \
-  AOT d4 aot_##name(d4 x, d4 y) { \
+  AOT doubles aot_##name(doubles x, doubles y) { \
     return aot_each(x, y, [](double a, double b) { return __builtin_##name(a, b); }); \
   } \
   AOT_NUMBER2(aot_##name)
 #endif
 
 #define AOT_SLEEF1(name, ulp) \
-  AOT_SLEEF8(name, ulp, aot_##name) \
-  AOT_SLEEF4(name, ulp, aot_##name) \
+  AOT_SLEEF_OF_FLOATS(name, ulp, aot_##name) \
+  AOT_SLEEF_OF_DOUBLES(name, ulp, aot_##name) \
   AOT_NUMBER1(aot_##name)
 
 AOT_SLEEF1(exp2, u10)
@@ -59,49 +66,50 @@ AOT_SLEEF1(lgamma, u10)
 AOT_SLEEF2(pow, u10)
 AOT_SLEEF2(atan2, u10)
 AOT_SLEEF2(hypot, u05)
-AOT_SLEEF4(exp, u10, aot_exp)
-AOT_SLEEF4(log, u10, aot_log)
-AOT_SLEEF4(tanh, u10, aot_tanh)
-AOT_SLEEF4(erf, u10, aot_erf)
+AOT_SLEEF_OF_DOUBLES(exp, u10, aot_exp)
+AOT_SLEEF_OF_DOUBLES(log, u10, aot_log)
+AOT_SLEEF_OF_DOUBLES(tanh, u10, aot_tanh)
+AOT_SLEEF_OF_DOUBLES(erf, u10, aot_erf)
 
-// 2^n e^r with |r| <= log(2) / 2, the rounding errors of r and 1 + r added at the end. The power in
-// two factors: results may be denormal.
-AOT f8 aot_exp(f8 x) {
-  x = x < -105 ? aot_f8(-105) : x > 90 ? aot_f8(90) : x;
-  f8 n = aot_round(x * 0x1.715476p+0f);
-  f8 high = aot_fma(n, aot_f8(-0x1.62e4p-1f), x), low = n * -0x1.7f7d1cp-20f;
-  f8 r = high + low, s = 1 + r;
-  f8 lost = ((high - r) + low) + (r - (s - 1));
-  f8 p = s + aot_fma(r * r, aot_exp_polynomial(r), lost);
-  m8 whole = __builtin_convertvector(x == x ? n : f8{}, m8), half = whole >> 1;
-  return p * (f8)((half + 127) << 23) * (f8)((whole - half + 127) << 23);
+// 2^n e^r with |r| <= log(2) / 2, the rounding errors of r and 1 + r added at the end. The power
+// in two factors: results may be denormal.
+AOT floats aot_exp(floats x) {
+  x = x < -105 ? aot_floats(-105) : x > 90 ? aot_floats(90) : x;
+  floats n = aot_round(x * 0x1.715476p+0f);
+  floats high = aot_fma(n, aot_floats(-0x1.62e4p-1f), x), low = n * -0x1.7f7d1cp-20f;
+  floats r = high + low, s = 1 + r;
+  floats lost = ((high - r) + low) + (r - (s - 1));
+  floats p = s + aot_fma(r * r, aot_exp_polynomial(r), lost);
+  ints whole = __builtin_convertvector(x == x ? n : floats{}, ints), half = whole >> 1;
+  return p * (floats)((half + 127) << 23) * (floats)((whole - half + 127) << 23);
 }
 AOT_NUMBER1(aot_exp)
 
 // log(2^n (1 + f)) with sqrt(1/2) <= 1 + f < sqrt(2).
-AOT f8 aot_log(f8 x) {
-  m8 small = x < 0x1p-126f;
-  u8 bits = (u8)(small ? x * 0x1p23f : x);
-  m8 n = (m8)(bits - 0x3f3504f3) >> 23;
-  f8 f = (f8)(bits - ((u8)n << 23)) - 1;
-  f8 e = __builtin_convertvector(n - (small & 23), f8);
-  f8 low = aot_fma(f * f, aot_fma(f, aot_log_polynomial(f), aot_f8(-0.5f)), e * 0x1.7f7d1cp-20f);
-  f8 y = aot_fma(e, aot_f8(0x1.62e4p-1f), f + low);
+AOT floats aot_log(floats x) {
+  ints small = x < 0x1p-126f;
+  uints bits = (uints)(small ? x * 0x1p23f : x);
+  ints n = (ints)(bits - 0x3f3504f3) >> 23;
+  floats f = (floats)(bits - ((uints)n << 23)) - 1;
+  floats e = __builtin_convertvector(n - (small & 23), floats);
+  floats p = aot_fma(f, aot_log_polynomial(f), aot_floats(-0.5f));
+  floats low = aot_fma(f * f, p, e * 0x1.7f7d1cp-20f);
+  floats y = aot_fma(e, aot_floats(0x1.62e4p-1f), f + low);
   y = x == __builtin_inff() ? x : y;
-  return x > 0 ? y : x == 0 ? aot_f8(-__builtin_inff()) : x - x + __builtin_nanf("");
+  return x > 0 ? y : x == 0 ? aot_floats(-__builtin_inff()) : x - x + __builtin_nanf("");
 }
 AOT_NUMBER1(aot_log)
 
-AOT f8 aot_tanh(f8 x) {
-  f8 a = aot_abs(x), z = x * x;
-  f8 small = aot_fma(a * z, aot_tanh_polynomial(z), a);
+AOT floats aot_tanh(floats x) {
+  floats a = aot_abs(x), z = x * x;
+  floats small = aot_fma(a * z, aot_tanh_polynomial(z), a);
   return aot_copysign(a < 0.625f ? small : 1 - 2 / (aot_exp(2 * a) + 1), x);
 }
 AOT_NUMBER1(aot_tanh)
 
-AOT f8 aot_erf(f8 x) {
-  f8 a = aot_abs(x), most = a > 4 ? aot_f8(4) : a;
-  f8 small = aot_fma(a, aot_erf_polynomial(a * a), a);
+AOT floats aot_erf(floats x) {
+  floats a = aot_abs(x), most = a > 4 ? aot_floats(4) : a;
+  floats small = aot_fma(a, aot_erf_polynomial(a * a), a);
   return aot_copysign(a < 1 ? small : 1 - aot_exp(aot_erfc_polynomial(most)), x);
 }
 AOT_NUMBER1(aot_erf)
@@ -113,19 +121,19 @@ template <class V> AOT V aot_sigmoid_of(V x) {
   V y = (x < 0 ? e : V{} + 1) / s;
   return y - y * lost * (x < 0 ? 1 - y : y);
 }
-AOT f8 aot_sigmoid(f8 x) { return aot_sigmoid_of(x); }
-AOT d4 aot_sigmoid(d4 x) { return aot_sigmoid_of(x); }
+AOT floats aot_sigmoid(floats x) { return aot_sigmoid_of(x); }
+AOT doubles aot_sigmoid(doubles x) { return aot_sigmoid_of(x); }
 AOT_NUMBER1(aot_sigmoid)
 
 // Sleef's overflow where e^x does, a little early: there they are e^(x - c) (e^c / 2).
-AOT_SLEEF8(sinh, u10, aot_small_sinh)
-AOT_SLEEF4(sinh, u10, aot_small_sinh)
-AOT_SLEEF8(cosh, u10, aot_small_cosh)
-AOT_SLEEF4(cosh, u10, aot_small_cosh)
-AOT f8 aot_half_exp(f8 x) { return aot_exp(x - 88) * 0x1.f1056e0000000p+125f; }
-AOT d4 aot_half_exp(d4 x) { return aot_exp(x - 709) * 0x1.d422d2be5dc9bp+1021; }
-AOT f8 aot_large(f8) { return aot_f8(88); }
-AOT d4 aot_large(d4) { return aot_d4(709); }
+AOT_SLEEF_OF_FLOATS(sinh, u10, aot_small_sinh)
+AOT_SLEEF_OF_DOUBLES(sinh, u10, aot_small_sinh)
+AOT_SLEEF_OF_FLOATS(cosh, u10, aot_small_cosh)
+AOT_SLEEF_OF_DOUBLES(cosh, u10, aot_small_cosh)
+AOT floats aot_half_exp(floats x) { return aot_exp(x - 88) * 0x1.f1056e0000000p+125f; }
+AOT doubles aot_half_exp(doubles x) { return aot_exp(x - 709) * 0x1.d422d2be5dc9bp+1021; }
+AOT floats aot_large(floats) { return aot_floats(88); }
+AOT doubles aot_large(doubles) { return aot_doubles(709); }
 template <class V> AOT V aot_sinh_of(V x) {
   V a = aot_abs(x);
   return a > aot_large(x) ? aot_copysign(aot_half_exp(a), x) : aot_small_sinh(x);
@@ -134,18 +142,18 @@ template <class V> AOT V aot_cosh_of(V x) {
   V a = aot_abs(x);
   return a > aot_large(x) ? aot_half_exp(a) : aot_small_cosh(x);
 }
-AOT f8 aot_sinh(f8 x) { return aot_sinh_of(x); }
-AOT d4 aot_sinh(d4 x) { return aot_sinh_of(x); }
+AOT floats aot_sinh(floats x) { return aot_sinh_of(x); }
+AOT doubles aot_sinh(doubles x) { return aot_sinh_of(x); }
 AOT_NUMBER1(aot_sinh)
-AOT f8 aot_cosh(f8 x) { return aot_cosh_of(x); }
-AOT d4 aot_cosh(d4 x) { return aot_cosh_of(x); }
+AOT floats aot_cosh(floats x) { return aot_cosh_of(x); }
+AOT doubles aot_cosh(doubles x) { return aot_cosh_of(x); }
 AOT_NUMBER1(aot_cosh)
 
 // Sleef's overflow where the square of x does: there they are log(2 x).
-AOT_SLEEF8(asinh, u10, aot_small_asinh)
-AOT_SLEEF4(asinh, u10, aot_small_asinh)
-AOT_SLEEF8(acosh, u10, aot_small_acosh)
-AOT_SLEEF4(acosh, u10, aot_small_acosh)
+AOT_SLEEF_OF_FLOATS(asinh, u10, aot_small_asinh)
+AOT_SLEEF_OF_DOUBLES(asinh, u10, aot_small_asinh)
+AOT_SLEEF_OF_FLOATS(acosh, u10, aot_small_acosh)
+AOT_SLEEF_OF_DOUBLES(acosh, u10, aot_small_acosh)
 template <class V> AOT V aot_log_of_double(V x) {
   auto log2 = x[0];
   log2 = 0x1.62e42fefa39efp-1;
@@ -158,18 +166,18 @@ template <class V> AOT V aot_asinh_of(V x) {
 template <class V> AOT V aot_acosh_of(V x) {
   return x > 0x1p30 ? aot_log_of_double(x) : aot_small_acosh(x);
 }
-AOT f8 aot_asinh(f8 x) { return aot_asinh_of(x); }
-AOT d4 aot_asinh(d4 x) { return aot_asinh_of(x); }
+AOT floats aot_asinh(floats x) { return aot_asinh_of(x); }
+AOT doubles aot_asinh(doubles x) { return aot_asinh_of(x); }
 AOT_NUMBER1(aot_asinh)
-AOT f8 aot_acosh(f8 x) { return aot_acosh_of(x); }
-AOT d4 aot_acosh(d4 x) { return aot_acosh_of(x); }
+AOT floats aot_acosh(floats x) { return aot_acosh_of(x); }
+AOT doubles aot_acosh(doubles x) { return aot_acosh_of(x); }
 AOT_NUMBER1(aot_acosh)
 
 // Exact, as the C library's: by long division.
-AOT f8 aot_fmod(f8 x, f8 y) {
+AOT floats aot_fmod(floats x, floats y) {
   return aot_each(x, y, [](float a, float b) { return __builtin_fmodf(a, b); });
 }
-AOT d4 aot_fmod(d4 x, d4 y) {
+AOT doubles aot_fmod(doubles x, doubles y) {
   return aot_each(x, y, [](double a, double b) { return __builtin_fmod(a, b); });
 }
 AOT_NUMBER2(aot_fmod)

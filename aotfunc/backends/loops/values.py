@@ -34,6 +34,7 @@ class Values:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.lanes = lanes_of(kernel)
+        self.vectors = self.lanes != "1"
         self.vector = kernel.vector
         self.inner = frozenset(range(kernel.outer, len(kernel.extents)))
         self.names: dict[Expr, str] = {}
@@ -62,7 +63,7 @@ class Values:
 
     def wide(self, e: Expr) -> bool:
         """Whether a value is a vector."""
-        return self.lanes > 1 and self.vector in self.kernel.axes(e)
+        return self.vectors and self.vector in self.kernel.axes(e)
 
     def type(self, e: Expr) -> str:
         return VECTORS[self.lanes][e.dtype] if self.wide(e) else NUMBERS[e.dtype]
@@ -97,17 +98,18 @@ class Values:
         name = self.names[e]
         if not wide or self.wide(e):
             return name
-        if e.dtype is torch.bool:
-            return f"aot_mask{self.lanes}({name})"
-        return f"aot_{VECTORS[self.lanes][e.dtype]}({name})"
+        return self.filled(e.dtype, name)
+
+    def filled(self, dtype: torch.dtype, number: str) -> str:
+        """A number in all lanes."""
+        vector = VECTORS[self.lanes][dtype]
+        if dtype is torch.bool:
+            return f"aot_mask({vector}{{}}, {number})"
+        return f"aot_{vector}({number})"
 
     def constant(self, e: Const, wide: bool) -> str:
         text = self.numbers.get(e) or literal(e)
-        if not wide:
-            return text
-        if e.dtype is torch.bool:
-            return f"aot_mask{self.lanes}({text})"
-        return f"aot_{VECTORS[self.lanes][e.dtype]}({text})"
+        return self.filled(e.dtype, text) if wide else text
 
     def expression(self, e: Expr) -> str:
         wide = self.wide(e)
@@ -192,7 +194,7 @@ class Values:
 
     def store(self, s: Store) -> None:
         i, e = s.access, s.value
-        wide = self.lanes > 1 and self.kernel.accesses[i].strides[self.vector] != 0
+        wide = self.vectors and self.kernel.accesses[i].strides[self.vector] != 0
         value = self.word(e, wide)
         if not wide:
             self.say(f"*({self.place(i)}) = {value};")
