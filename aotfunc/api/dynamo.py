@@ -92,12 +92,21 @@ def enter(x: Tensor, differentiated: bool) -> Tensor:
     sample = x.view_as(x)
     if not x.dim() and is_fake(x) and x.dtype in INDICES:
         with quiet():
-            sample.constant = torch.zeros((), dtype=x.dtype)  # indexing reads the value
+            # indexing reads the value
+            sample.constant = torch.zeros((), dtype=x.dtype).as_subclass(Index)
     return sample
 
 
 #: the dtypes of a tensor without dimensions that is an index
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+class Index(Tensor):
+    """What an index is read as, and what is computed from it. Where the value has one element,
+    PyTorch 2.11's Dynamo would take the item of a list for good; here it breaks the graph."""
+
+    def numel(self) -> int:
+        return 0
 
 
 def leave(
