@@ -196,6 +196,20 @@ def test_results_of_a_reentrant_checkpoint(part, tracked):
     both(lambda how: said(*how(f)(torch.ones(3, requires_grad=tracked))))
 
 
+@pytest.mark.parametrize("how", [jit, lambda f: aot_function(f, "eager")])
+def test_gradients_through_a_reentrant_checkpoint_are_those_of_backward(how):
+    """However they are asked for: eager leaves out what the checkpoint closes over, or refuses."""
+    w, x = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    f = lambda x: checkpoint(lambda t: w.sin() * t.exp(), x, use_reentrant=True) * w
+    f(x).sum().backward()
+    want = w.grad, x.grad
+    assert_same(torch.autograd.grad(how(f)(x).sum(), [w, x]), want)
+    assert_same(torch.autograd.grad(how(f)(x).sum(), w), want[:1])
+    w.grad = x.grad = None
+    how(f)(x).sum().backward(inputs=[w])
+    assert_same(w.grad, want[0]) and x.grad is None
+
+
 def test_a_reentrant_checkpoint_that_writes_to_its_argument():
     def f(x):
         return checkpoint(lambda t: t.mul_(2) + 1, x, use_reentrant=True)
