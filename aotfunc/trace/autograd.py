@@ -54,6 +54,9 @@ class Autograd:
         self.overwritten: set[int] = (
             set()
         )  # records in which a tensor that requires grad gets a value that does not
+        self.copied: list[
+            tuple[int, int]
+        ] = []  # those in which an argument does that is given one that requires grad
         self.settled: list[bool] | None = (
             None  # which lifted tensors required grad when the recording was over
         )
@@ -154,12 +157,17 @@ class Autograd:
     def overwrite(self, refs: Sequence[int], kin: set[int]) -> None:
         """The last record gave the first of ``refs`` the value of the others: it requires grad
         still if it did, or one of its ``kin``, though nothing of it is left, and has a gradient of
-        zeros. (Copied values are copied to arguments outside, too.)"""
+        zeros. (Values that are copied to whole arguments last are copied outside, too.)"""
         active, base = self.active(), self.reach().bases.get(refs[0], refs[0])
+        record = len(self.records) - 1
         copies = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
-        copied = copies and base >= len(self.inputs)
-        if not active.isdisjoint((refs[0], *kin)) and (copied or active.isdisjoint(refs[1:])):
-            self.overwritten.add(len(self.records) - 1)
+        if active.isdisjoint((refs[0], *kin)):
+            return
+        inside = base >= len(self.inputs) or refs[0] != base
+        if active.isdisjoint(refs[1:]) or (copies and inside):
+            self.overwritten.add(record)
+        elif copies:
+            self.copied.append((record, base))
 
     def forget(self) -> None:
         """The recording went back."""
@@ -177,6 +185,11 @@ class Autograd:
     def finish(self) -> None:
         """Let go of the tensors."""
         self.adopt_leaves()
+        for k, base in self.copied:
+            bases = self.reach().bases
+            later = [refs[s] for i, refs, *_ in self.records[k + 1 :] for s in written_slots(i)]
+            if any(bases.get(r, r) == base for r in later):
+                self.overwritten.add(k)
         self.leaf_tensors.clear()
         self.kept = {t.ref for t in self.retained}
         self.retained.clear()

@@ -162,7 +162,7 @@ class Functionalizer(Values):
         if self.intent and grad and op in TRUTH and nodes[0].meta["val"].differentiable:
             news[0] = self.truth(op, nodes, news[0])
         if overwritten:
-            news[0] = self.still_requiring_grad(nodes[0], news[0])
+            news[0] = self.still_requiring_grad(nodes[0], news[0], written[0])
         for ref, new in zip(written, news[-len(written) :], strict=True):
             self.write(ref, new, grad, line)
         # results that are not the written arguments themselves
@@ -185,11 +185,19 @@ class Functionalizer(Values):
             hidden_write, (old, self.fitted(new, old.meta["val"])), {}, old.meta["val"]
         )
 
-    def still_requiring_grad(self, old: Node, new: Node) -> Node:
+    def still_requiring_grad(self, old: Node, new: Node, ref: int) -> Node:
         """The new value of a tensor that requires grad, and does so still: the derivative of the
-        old one is zero."""
+        old one is zero; that of a view is the base's, in which these places became zero."""
         new = self.fitted(new, old.meta["val"])
-        both = self.b.call(aten.add.Tensor, self.b.call(aten.zero.default, old), new)
+        if ref in self.trace.autograd.reach().bases:
+            sig: Sig = old.meta["val"]
+            everywhere = self.b.call(
+                aten.full.default, list(sig.shape), True, dtype=torch.bool, device=sig.device
+            )
+            zeros = self.b.call(aten.masked_fill.Scalar, old, everywhere, 0)
+        else:
+            zeros = self.b.call(aten.zero.default, old)
+        both = self.b.call(aten.add.Tensor, zeros, new)
         return self.b.node(hidden_write, (both, new), {}, new.meta["val"])
 
     def _twin_results(self, twin: OpOverload, instr: Instr, nodes: list[Node]) -> list:

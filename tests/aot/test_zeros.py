@@ -30,6 +30,9 @@ ZERO = {
     "zero_": written(lambda v: v.zero_()),
     "normal_": written(lambda v: v.normal_()),
     "copy_": written(lambda v: v.copy_(W[0])),
+    "a view": written(lambda v: v[:].view(-1).zero_()),
+    "a view, copied": written(lambda v: v[:].copy_(W[0])),
+    "copied, then filled": written(lambda v: v.copy_(W[0])[0].zero_()),
     "a row": written(lambda v: v[0].fill_(0.5)),
     "masked_fill": lambda v: v.masked_fill(v > -99, 0.5),
     "clamp": lambda v: v.clamp(5, 6),
@@ -73,6 +76,52 @@ def test_transforms_multiply_zeros_as_torch_func_does(before):
 
     x = torch.randn(2, 3)
     assert_same(grad(f)(x), torch.func.grad(f)(x))
+
+
+# ----- arguments that are written over -----------------------------------------------------------
+
+
+def read_between(first, second):
+    """What is read between two writes to an argument."""
+
+    def f(x, w):
+        first(x, w)
+        v = x * 2
+        second(x, w)
+        return v
+
+    return f
+
+
+WRITES = {
+    "zeroed": lambda x, w: x.zero_(),
+    "copied to": lambda x, w: x.copy_(w),
+    "multiplied": lambda x, w: x.mul_(2),
+    "a view zeroed": lambda x, w: x.unsqueeze(0).zero_(),
+    "a view copied to": lambda x, w: x.unsqueeze(0).copy_(w),
+    "a row copied to": lambda x, w: x[0].copy_(w),
+    "neither": lambda x, w: None,
+}
+
+
+@pytest.mark.parametrize("compiler", HOWS)
+@pytest.mark.parametrize("second", WRITES)
+@pytest.mark.parametrize("first", WRITES)
+def test_what_is_read_between_writes_to_an_argument(first, second, compiler):
+    def gradients(f):
+        x0, w = torch.ones(2, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+        x = x0 * 3
+        found = []
+        for _ in range(2):
+            y = f(x, w).sin().sum()
+            grads = torch.autograd.grad(y, [x0, w], create_graph=True, allow_unused=True)
+            found += [None if g is None else (g.detach(), g.requires_grad) for g in grads]
+        return found
+
+    f = read_between(WRITES[first], WRITES[second])
+    got, want = gradients(compiler(f)), gradients(f)
+    assert [g and g[1] for g in got] == [g and g[1] for g in want]
+    assert_same([g[0] for g in got if g], [g[0] for g in want if g])
 
 
 # ----- backwards that return None ----------------------------------------------------------------
