@@ -13,7 +13,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from ..trace import outside
-from ..trace.shapes.sig import contiguous_stride, make_sig
+from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from ..trace.traced import Traced, current
 from ..trace.tracer import Trace
 from . import outside_graphs
@@ -91,7 +91,7 @@ def gradients_inside(
         return [None] * len(ins)
     for x in wanted:
         outside.check_hooks(trace, x, at(debug.user_line()))
-    sigs = [trace.ref_of(x)[1].start for x in wanted]
+    sigs = [dense(trace.ref_of(x)[1]) for x in wanted]
     if size is not None:
         sigs = [
             make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs
@@ -107,6 +107,13 @@ def gradients_inside(
     trace.settle()
     found = iter(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
     return [next(found) if yes else None for yes in used]
+
+
+def dense(sig: Sig) -> Sig:
+    """How ops that keep a layout lay out their result for a tensor of this signature."""
+    with torch._C._DisableTorchDispatch():
+        stride = torch.empty_like(sig.proto).stride()
+    return make_sig(sig.shape, stride, sig.dtype, sig.device)
 
 
 def autograd_backward(

@@ -20,7 +20,7 @@ from ..debug import at
 from ..errors import CaptureError
 from ..graph import Program
 from ..trace.aliases import Shown
-from ..trace.emit import Builder, paused_gc
+from ..trace.emit import Builder, infer_val, paused_gc
 from ..trace.in_place import SHAPE_OF_GRADIENT
 from ..trace.marks import hidden_write
 from ..trace.shapes.sig import Facts, Sig
@@ -93,7 +93,7 @@ def separated(
             for step in s.path[1:]:
                 if step not in made and step.passed:
                     made[step] = b.make(
-                        "call_function", passed, (x, made[step.ref, False]), {}, step.call[3]
+                        "call_function", passed, (x, made[step.ref, False]), {}, x.meta["val"]
                     )
                 elif step not in made:
                     made[step] = view_step(b, x, step, quiet, made)  # type: ignore[index]
@@ -127,7 +127,8 @@ def view_program(rec: Captured, ref: int) -> Program:
 
 
 def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
-    """The view of ``x`` that a step of a path is."""
+    """The view of ``x`` that a step of a path is; ``x`` may be laid out otherwise than the
+    recording knew, as gradients are."""
     op, args, kwargs, val = step.call
     if Facts(op).reshapes:
         op = functional_twin(op, None)
@@ -141,8 +142,10 @@ def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node
     call = (x, id(step.call))  # results of one call are made together
     if call not in made:
         unseen = step.cut and not quiet and not Facts(step.call[0]).reshapes
-        target, given = (cut_view, (op, x, *args[1:])) if unseen else (op, (x, *args[1:]))
-        made[call] = b.make("call_function", target, given, dict(kwargs), val)
+        given, kwargs = (x, *args[1:]), dict(kwargs)
+        val = infer_val(op, given, kwargs)
+        target, given = (cut_view, (op, *given)) if unseen else (op, given)
+        made[call] = b.make("call_function", target, given, kwargs, val)
     return made[call] if step.index is None else b.item(made[call], step.index)
 
 

@@ -37,6 +37,7 @@ from .guards.reads import Names
 from .guards.state import State, look
 from .guards.stores import undo_stores
 from .pipeline import Pipeline, title
+from .redraw import undrawn
 
 #: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
 # say that there are many
@@ -176,7 +177,8 @@ class Compiled:
             self.captures += 1
             entry, new = captured_entry(self, arguments, tensors, given, state, key, numbers)
             drew = of_python() != before
-            result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
+            with undrawn(entry.call):
+                result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         except BaseException:
             undo_stores(state)
             raise

@@ -1,5 +1,5 @@
-"""Random numbers drawn again: set the generators of a program to the states of an earlier run
-inside a block."""
+"""Random numbers drawn again, or not drawn after all: generators of a program are set to the states
+that they had earlier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ..capture.calls import CompiledCall
+from ..errors import AotfuncError
 from ..graph import Program, draws
+from ..trace.traced import current
 from ..transforms.lower import EVERYTHING, lowered
 
 
@@ -39,6 +42,18 @@ def default_generator(device: torch.device) -> Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
+
+
+@contextmanager
+def undrawn(call: CompiledCall) -> Iterator[None]:
+    """The generators of a call as they were, where it is refused on the way."""
+    before = generator_states(call.program) if call.draws and current() is None else []
+    try:
+        yield
+    except AotfuncError:
+        for g, state in before:
+            g.set_state(state)
+        raise
 
 
 @contextmanager

@@ -384,3 +384,41 @@ def test_what_is_written_keeps_its_strides(write):
 
     x = torch.randn(3, 2).t()
     assert [t.stride() for t in jit(f)(x)] == [t.stride() for t in f(x)] == [(1, 2), (2,)]
+
+
+VIEWS = {
+    "all": lambda g: g[:],
+    "a part": lambda g: g[:, 1:],
+    "a row": lambda g: g[0],
+    "a row of columns": lambda g: g.t()[1:][0],
+    "transposed": lambda g: g.t(),
+    "longer": lambda g: g.unsqueeze(0),
+    "twice": lambda g: g.expand(2, *g.shape),
+    "detached": lambda g: g.detach(),
+    "parts": lambda g: g.unbind(1),
+    "flat": lambda g: g.reshape(-1),
+}
+LAYOUTS = {
+    "a part of columns": lambda: torch.randn(2, 6)[:, ::2],
+    "a part of rows": lambda: torch.randn(4, 3)[::2],
+    "transposed": lambda: torch.randn(3, 2).t(),
+    "one value for all": lambda: torch.randn(()).expand(2, 3),
+    "one column": lambda: torch.randn(2, 2).t()[:, 1:].expand(2, 3),
+}
+
+
+@pytest.mark.parametrize("compiled", [jit, lambda f: jit(jit(f))])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_gradients(name, layout, compiled):
+    """A gradient is laid out as it was computed, not as what it is the gradient of."""
+
+    def f(x):
+        g = torch.autograd.grad(x.exp().sum(), x)[0]
+        return VIEWS[name](g), g
+
+    x = LAYOUTS[layout]().requires_grad_()
+    got, want = compiled(f)(x), f(x)
+    assert_same(got, want)
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(o) for o in (got, want)), strict=True):
+        assert (a.stride(), a._is_view()) == (b.stride(), b._is_view())

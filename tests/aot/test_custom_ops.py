@@ -122,6 +122,18 @@ def test_a_fake_that_says_another_shape_is_refused():
         jit(lambda x: longer(x) * 2)(torch.ones(2))
 
 
+@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_refused_on_the_way_draws_nothing(compiled, own):
+    generator = torch.Generator().manual_seed(0) if own else torch.default_generator
+    before = generator.get_state()
+    f = compiled(lambda x: longer(x + torch.rand(2, generator=generator if own else None)))
+    for x in torch.ones(2), torch.ones(2, requires_grad=True):
+        with pytest.raises(GraphError, match="longer"):
+            f(x)
+        assert torch.equal(generator.get_state(), before)
+
+
 def test_a_fake_that_asks_for_a_size_that_values_decide():
     x = torch.tensor([1.0, -1.0, 2.0])
     assert_same(grad(lambda x: positive(x.detach()).sum() * x.sum())(x), torch.full((3,), 3.0))
