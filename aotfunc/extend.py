@@ -17,12 +17,12 @@ instead of all that, what it consists of by ``decompose_as``.
 from .api.check import check_rule as check_rule
 from .backends import Backend as Backend
 from .backends import register as register
+from .transforms.rules.batching import elementwise as elementwise
+from .transforms.rules.batching import shifted as shifted
 from .transforms.rules.table import decompose_as as decompose_as
-from .transforms.rules.table import elementwise as elementwise
 from .transforms.rules.table import jvp_of as jvp_of
 from .transforms.rules.table import linear as linear
 from .transforms.rules.table import nondiff as nondiff
 from .transforms.rules.table import pointwise as pointwise
-from .transforms.rules.table import shifted as shifted
 from .transforms.rules.table import vjp_of as vjp_of
 from .transforms.rules.table import vmap_of as vmap_of

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 
 from ..capture.tree import Arguments, flatten
 from ..errors import ArgumentError
-from ..transforms.rules.table import overload
+from ..transforms.rules.schema import overload
 from .func import jvp, vjp
 from .vmap import vmap
 

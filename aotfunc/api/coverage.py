@@ -14,7 +14,8 @@ from torch._ops import OpOverload
 
 from ..trace.shapes.sig import Facts
 from ..transforms import fallback
-from ..transforms.rules.table import RULES, tensor_args
+from ..transforms.rules.schema import tensor_args
+from ..transforms.rules.table import RULES
 from ..transforms.vmap import TRANSPARENT
 
 aten = torch.ops.aten

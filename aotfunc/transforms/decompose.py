@@ -18,7 +18,7 @@ from ..trace.nested import mapped
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
 from .fresh import storage_root
-from .rules.table import full_args
+from .rules.schema import full_args
 from .walk import builder, traced
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -20,7 +20,8 @@ from ..errors import RuleError
 from ..trace.memory import overlaps_itself
 from ..trace.nested import leaves, mapped
 from ..trace.traced import Traced, current
-from .rules.table import DECOMPOSITIONS, call_op, tensor_args
+from .rules.schema import call_op, tensor_args
+from .rules.table import DECOMPOSITIONS
 
 
 class NoFormula(Exception):

@@ -23,7 +23,8 @@ from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tange
 from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
-from .rules.table import RULES, full_args, tensor_args, zeros
+from .rules.schema import full_args, tensor_args
+from .rules.table import RULES, zeros
 from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
 
 aten = torch.ops.aten

@@ -22,7 +22,8 @@ from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tange
 from ..trace.nested import mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback, loops
-from .rules.table import RULES, full_args, tensor_args
+from .rules.schema import full_args, tensor_args
+from .rules.table import RULES
 from .walk import apply, builder, errors_of, traced
 
 aten = torch.ops.aten

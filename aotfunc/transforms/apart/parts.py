@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ...graph import Times
 from ...trace.shapes.sig import Facts, Sig
-from ..rules.table import full_args, tensor_args
+from ..rules.schema import full_args, tensor_args
 
 aten = torch.ops.aten
 

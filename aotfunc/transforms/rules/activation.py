@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .pointwise import keep
-from .table import aten, elementwise, pointwise, tensor_args, vjp_of, vmap_of
+from .batching import align, elementwise
+from .choices import keep
+from .schema import aten, tensor_args
+from .table import pointwise, vjp_of, vmap_of
 
 # ----- piecewise linear: the second derivative is zero -------------------------------------------
 
@@ -103,7 +105,7 @@ pointwise(
 def _(g: Tensor, x: Tensor, approximate: str, *, batched: tuple[bool, bool]) -> Tensor:
     rank = max(g.dim() - batched[0], x.dim() - batched[1])
     g, x = (t if b else t.unsqueeze(0) for t, b in zip((g, x), batched, strict=True))
-    g, x = (t.reshape(t.shape[0], *[1] * (rank + 1 - t.dim()), *t.shape[1:]) for t in (g, x))
+    g, x = align(g, rank), align(x, rank)
     return aten.gelu_backward(
         *torch.broadcast_tensors(g, x), approximate=approximate
     )  # oneDNN's does not broadcast

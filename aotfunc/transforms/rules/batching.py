@@ -1,13 +1,90 @@
-"""Where a batch goes when an op takes images: folded into ``N``, or among the channels."""
+"""Where a batch goes when an op runs once for all samples: in front, beside the dimensions that it
+broadcasts or names; folded into ``N``; or among the channels.
+
+A batch arrives at dimension 0."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from aotfunc.transforms.rules.table import Formula, call_op, overload, tensor_args
+from .schema import Formula, call_op, overload, tensor_args
+
+# ----- in front ----------------------------------------------------------------------------------
+
+
+def align(x: Tensor, rank: int) -> Tensor:
+    """``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast against
+    ``rank`` ones."""
+    return (
+        x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if x.dim() <= rank else x
+    )
+
+
+def elementwise(op: OpOverload) -> Formula:
+    """The vmap rule of an op that broadcasts its tensor arguments: align their ranks behind the
+    batch, call the op."""
+    where = tensor_args(op)
+
+    def batch(*args: Any, batched: tuple[Any, ...]) -> Any:
+        tensors = [args[i] for i in where]
+        rank = max(
+            x.dim() - b for x, b in zip(tensors, batched, strict=True) if isinstance(x, Tensor)
+        )
+        full = list(args)
+        for i, x, b in zip(where, tensors, batched, strict=True):
+            if b:
+                full[i] = align(x, rank)
+        return call_op(op, full)
+
+    return batch
+
+
+def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self") -> Formula:
+    """The vmap rule of an op on one tensor argument whose ``names`` are dimensions: each is
+    counted past the batch.
+
+    A dimension that is ``None`` or an empty list stands for all of them and becomes all but the
+    batch."""
+    op = overload(op)
+    schema = [a.name for a in op._schema.arguments]
+    x_at, dims_at = schema.index(first), [schema.index(name) for name in names]
+
+    def batch(*args: Any) -> Any:
+        full = list(args)
+        x = full[x_at]
+        # PyTorch lets a 0-dim tensor have dimensions 0 and -1: give it one, and take it away again
+        if x.dim() == 1:
+            full[x_at] = x.unsqueeze(1)
+        for at in dims_at:
+            full[at] = past_batch(full[at], max(x.dim() - 1, 1))
+        outs = call_op(op, full)
+        if x.dim() > 1:
+            return outs
+        return (
+            tuple(o.reshape(x.shape) for o in outs)
+            if isinstance(outs, tuple)
+            else outs.reshape(x.shape)
+        )
+
+    return batch
+
+
+def past_batch(dim: Any, rank: int) -> Any:
+    """Dimension(s) of an unbatched tensor of ``rank``, counted in the batched one (batch at 0)."""
+    if isinstance(dim, int):
+        return dim % rank + 1
+    if not dim:
+        return list(range(1, rank + 1))
+    return [past_batch(d, rank) for d in dim]
+
+
+def expand_lead(x: Tensor, batched: bool, size: Any) -> Tensor:
+    """``x`` with the batch at 0, repeated over it if it had none."""
+    return x if batched else x.expand(size, *x.shape)
 
 
 def with_batch(x: Tensor, carries: bool, size: int) -> Tensor:
@@ -16,6 +93,14 @@ def with_batch(x: Tensor, carries: bool, size: int) -> Tensor:
     Really repeated: some kernels read saved statistics and indices as if they were contiguous, and
     past their end."""
     return x if carries else x.expand(size, *x.shape).contiguous()
+
+
+def all_batched(tensors: Sequence[Tensor | None], batched: Sequence[bool], size: int) -> list[Any]:
+    """All of the tensors with the batch in front; an absent one stays ``None``."""
+    return [None if t is None else with_batch(t, b, size) for t, b in zip(tensors, batched)]
+
+
+# ----- into N, or among the channels -------------------------------------------------------------
 
 
 def into(x: Tensor, dim: int, groups: int = 1) -> Tensor:
@@ -47,7 +132,7 @@ def planes(op: OpOverload | OpOverloadPacket, spatial: int) -> Formula:
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Any:
         full = list(args)
-        images = [with_batch(args[i], b, size) for i, b in zip(where, batched, strict=True)]
+        images = all_batched([args[i] for i in where], batched, size)
         fold = images[0].dim() == spatial + 3
         for i, x in zip(where, images, strict=True):
             full[i] = x.flatten(0, 1) if fold else x

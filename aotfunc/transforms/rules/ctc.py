@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batching import into, with_batch
-from .table import aten, vjp_of, vmap_of
+from .batching import all_batched, into, with_batch
+from .schema import aten
+from .table import vjp_of, vmap_of
 
 
 def recordable(
@@ -52,6 +53,16 @@ def recordable(
     return loss.sum() if reduction == "sum" else loss
 
 
+def as_rows(targets: Tensor, lengths: Tensor) -> Tensor:
+    """Targets ``(N, S)``. Where all are in one vector, each is a row behind which there is
+    something of the next."""
+    if targets.dim() == 2:
+        return targets
+    begin = (lengths.cumsum(0) - lengths).unsqueeze(1)
+    at = begin + torch.arange(targets.shape[0], device=targets.device)
+    return targets[at.clamp_max(targets.shape[0] - 1)]
+
+
 def among_longest(
     each: Callable[..., Tensor],
     log_probs: Tensor,
@@ -66,12 +77,7 @@ def among_longest(
     if single:
         log_probs, targets = log_probs.unsqueeze(1), targets.reshape(1, -1)
     lengths = (of_input.reshape(-1), of_target.reshape(-1))
-    if (
-        targets.dim() == 1
-    ):  # one after another: each as a row, behind which there is something of the next
-        begin = (lengths[1].cumsum(0) - lengths[1]).to(targets.device)
-        at = begin.unsqueeze(1) + torch.arange(targets.shape[0], device=targets.device)
-        targets = targets[at.clamp_max(targets.shape[0] - 1)]
+    targets = as_rows(targets, lengths[1].to(targets.device))
     (steps, n, classes), most = log_probs.shape, targets.shape[1]
     log_probs = torch.cat([log_probs, log_probs.new_zeros(steps, 1, classes)], 1)
     targets = torch.cat([targets, targets.new_full((1, most), label)])
@@ -87,14 +93,9 @@ def folded(
 ) -> tuple[Tensor, Tensor, Any, Any]:
     """The arguments with the batch in front of ``N``; lengths are lists of numbers, or tensors
     with a flag each."""
-    log_probs, targets = (
-        with_batch(log_probs, batched[0], size),
-        with_batch(targets, batched[1], size),
-    )
+    log_probs, targets = all_batched((log_probs, targets), batched, size)
     if isinstance(lengths[0], Tensor):
-        of_input, of_target = (
-            with_batch(n, b, size).flatten() for n, b in zip(lengths, batched[2:], strict=True)
-        )
+        of_input, of_target = (n.flatten() for n in all_batched(lengths, batched[2:], size))
     else:
         of_input, of_target = (list(n) * size for n in lengths)
     return into(log_probs, 1), targets.flatten(0, 1), of_input, of_target

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import aten, decompose_as
+from .ctc import as_rows
+from .schema import aten
+from .table import decompose_as
 
 NEVER = -1e30  # the logarithm of a probability of zero; -inf would have no derivative
 
@@ -27,10 +29,7 @@ def column(lengths: Any, like: Tensor) -> Tensor:
 def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> Tensor:
     """Targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between, before
     and behind."""
-    if targets.dim() == 1:
-        begin = (of_target.cumsum(0) - of_target).unsqueeze(1)
-        at = begin + torch.arange(targets.shape[0], device=targets.device)
-        targets = targets[at.clamp_max(targets.shape[0] - 1)]
+    targets = as_rows(targets, of_target)
     blanks = torch.full_like(targets, blank)
     pairs = torch.stack([blanks, targets], -1).flatten(1)
     return torch.cat([pairs, blanks[:, :1]], 1).clamp(0, classes - 1)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import aten, decompose_as, elementwise, linear, named, nondiff, shifted, vmap_of
+from .batching import elementwise, shifted
+from .schema import aten, named
+from .table import decompose_as, linear, nondiff, vmap_of
 
 # ----- convolutions ------------------------------------------------------------------------------
 

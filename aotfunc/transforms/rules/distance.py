@@ -10,16 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aotfunc.transforms.rules.batching import with_batch
-from aotfunc.transforms.rules.reduce import norm_backward
-from aotfunc.transforms.rules.table import (
-    aten,
-    broadcast_shapes,
-    decompose_as,
-    jvp_of,
-    total,
-    vmap_of,
-)
+from .batching import align, all_batched
+from .reduce import norm_backward
+from .schema import aten
+from .table import broadcast_shapes, decompose_as, jvp_of, total, vmap_of
 
 
 def row_differences(x: Tensor, y: Tensor) -> Tensor:
@@ -35,9 +29,11 @@ def norm_tangent(t: Tensor, norm: Tensor, d: Tensor, p: float) -> Tensor:
 @jvp_of(aten._cdist_forward)
 def _(tangents: Any, out: Tensor, x: Tensor, y: Tensor, p: float) -> Tensor | None:
     tx, ty = tangents
-    parts = (None if tx is None else tx.unsqueeze(-2), None if ty is None else -ty.unsqueeze(-3))
     d = row_differences(x, y)
-    return total(norm_tangent(t, out, d, p) for t in parts if t is not None)
+    return total(
+        None if tx is None else norm_tangent(tx.unsqueeze(-2), out, d, p),
+        None if ty is None else norm_tangent(-ty.unsqueeze(-3), out, d, p),
+    )
 
 
 def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor) -> Tensor:
@@ -51,9 +47,9 @@ decompose_as(aten._cdist_backward, cdist_backward)
 def _(
     g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor, *, batched: Any, size: Any, shape: Any
 ) -> Tensor:
-    tensors = [with_batch(t, b, size) for t, b in zip((g, x, y, out), batched, strict=True)]
+    tensors = all_batched((g, x, y, out), batched, size)
     rank = max(t.dim() for t in tensors)
-    tensors = [t.reshape(size, *[1] * (rank - t.dim()), *t.shape[1:]) for t in tensors]
+    tensors = [align(t, rank - 1) for t in tensors]
     lead = broadcast_shapes(*(t.shape[:-2] for t in tensors))
     g, x, y, out = (t.expand(*lead, *t.shape[-2:]).contiguous() for t in tensors)
     summed = [size, *[1] * (rank - 1 - len(shape)), *shape]

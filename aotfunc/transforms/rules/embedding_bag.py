@@ -8,15 +8,15 @@ that of the first, which is not read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batching import with_batch
+from .batching import all_batched
 from .lookup import count_up
-from .table import aten, jvp_of, total, vjp_of, vmap_of
+from .schema import aten
+from .table import jvp_of, total, vjp_of, vmap_of
 
 
 def lined_up(index: Tensor, step: Any) -> Tensor:
@@ -43,17 +43,18 @@ def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
     return torch.cat([lined_up(offsets[:, :-1], n), offsets[-1:, -1] + n * (offsets.shape[0] - 1)])
 
 
-def per_sample(x: Tensor, size: Any, n: Any) -> Tensor:
-    """``[B * n, ...]`` as ``[B, n, ...]``."""
-    return x.reshape(size, n, *x.shape[1:])
+def bag_of_each(indices: Tensor, begins: Tensor) -> Tensor:
+    """The bag that each index is in. (What the kernel leaves behind says it too, but not in all of
+    its cases.)"""
+    number = torch.arange(indices.shape[-1], device=indices.device, dtype=begins.dtype)
+    number = number.expand(indices.shape).contiguous()
+    return torch.searchsorted(begins.contiguous(), number, right=True) - 1
 
 
-def all_batched(tensors: Sequence[Tensor | None], batched: Sequence[bool], size: Any) -> list[Any]:
-    """All of the tensors with the batch in front; what they share, repeated."""
-    return [
-        None if t is None else with_batch(t, b, size)
-        for t, b in zip(tensors, batched, strict=True)
-    ]
+def bag_sizes(indices: Tensor, bag: Tensor, bags: Any, padding_idx: int) -> Tensor:
+    """How many indices each bag has, padding not counted."""
+    real = torch.ones_like(bag) if padding_idx < 0 else (indices != padding_idx).to(bag.dtype)
+    return bag.new_zeros(*bag.shape[:-1], bags).scatter_add(-1, bag, real)
 
 
 @vmap_of(aten._embedding_bag, aten._embedding_bag_forward_only)
@@ -82,20 +83,20 @@ def _(
         weight.flatten(0, 1), *where, by_freq, mode, False, flat, last, padding_idx
     )
     # The shapes of what the kernel saves depend on its arguments: compute it here.
-    begin = offsets[:, :bags].contiguous()
-    number = torch.arange(n, device=indices.device, dtype=begin.dtype).expand(size, n)
-    bag_of = torch.searchsorted(begin, number.contiguous(), right=True) - 1
-    real = (
-        (indices != padding_idx).to(bag_of.dtype) if padding_idx >= 0 else torch.ones_like(bag_of)
-    )
-    count = bag_of.new_zeros(size, bags).scatter_add(1, bag_of, real)
+    bag_of = bag_of_each(indices, offsets[:, :bags])
+    count = bag_sizes(indices, bag_of, bags, padding_idx)
     if mode == 2:  # an empty bag has no largest rows, only zeros
-        largest = per_sample(largest, size, bags) - count_up(size, largest, 2) * table
+        largest = largest.unflatten(0, (size, bags)) - count_up(size, largest, 2) * table
         largest = torch.where(count.unsqueeze(-1) > 0, largest, 0)
     else:
         largest = largest.new_zeros(size, *shape[3])
     count = torch.nn.functional.pad(count, (0, shape[2][0] - bags))
-    return per_sample(out, size, bags), bag_of.to(indices.dtype), count.to(indices.dtype), largest
+    return (
+        out.unflatten(0, (size, bags)),
+        bag_of.to(indices.dtype),
+        count.to(indices.dtype),
+        largest,
+    )
 
 
 @vmap_of(aten._embedding_bag_dense_backward)
@@ -143,7 +144,7 @@ def _(
         None if weights is None else weights.flatten(),
         padding_idx,
     )
-    return per_sample(out, size, table)
+    return out.unflatten(0, (size, table))
 
 
 @vmap_of(aten._embedding_bag_per_sample_weights_backward)
@@ -172,7 +173,7 @@ def _(
         mode,
         padding_idx,
     )
-    return per_sample(out, size, n)
+    return out.unflatten(0, (size, n))
 
 
 @vmap_of(aten.embedding_renorm)
@@ -181,24 +182,19 @@ def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Ten
     out = aten.embedding_renorm(
         weight.flatten(0, 1), lined_up(indices.flatten(1), table), max_norm, norm_type
     )
-    return per_sample(out, weight.shape[0], table)
+    return out.unflatten(0, (weight.shape[0], table))
 
 
 # ----- derivatives -------------------------------------------------------------------------------
 
 
-def bag_of_each(indices: Tensor, offsets: Tensor, last: bool) -> Tensor:
-    """The bag that each index is in. (What the kernel leaves behind says it too, but not in all of
-    its cases.)"""
-    begins = offsets[:-1] if last else offsets
-    number = torch.arange(indices.shape[0], device=indices.device, dtype=begins.dtype)
-    return torch.searchsorted(begins.contiguous(), number, right=True) - 1
-
-
-def bag_sizes(indices: Tensor, bag: Tensor, bags: Any, padding_idx: int) -> Tensor:
-    """How many indices each bag has, padding not counted."""
-    real = torch.ones_like(bag) if padding_idx < 0 else (indices != padding_idx).to(bag.dtype)
-    return bag.new_zeros(bags).scatter_add(0, bag, real)
+def largest_rows(weight: Tensor, bags: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    """For each of these bags and each column, the row of the table that the largest entry is in,
+    and whether the bag has any row; ``args`` are those of the op."""
+    indices, offsets, _, _, _, _, last, padding_idx = args
+    bag = bag_of_each(indices, offsets[:-1] if last else offsets)
+    some = bag_sizes(indices, bag, bags, padding_idx).unsqueeze(-1) > 0
+    return aten._embedding_bag(weight, *args)[3] * some, some
 
 
 @vjp_of(aten._embedding_bag, aten._embedding_bag_forward_only, diff_outputs=(0,))
@@ -219,16 +215,13 @@ def _(
 ) -> list[Tensor | None]:
     """By ops that have derivatives of their own, which the reverse kernels do not."""
     g = g[0]
-    bag = bag_of_each(indices, offsets, last)
+    if mode == 2:
+        args = (indices, offsets, by_freq, mode, False, weights, last, padding_idx)
+        largest, some = largest_rows(weight, g.shape[0], *args)
+        return [torch.zeros_like(weight).scatter_add(0, largest, g * some), None, None, None]
+    bag = bag_of_each(indices, offsets[:-1] if last else offsets)
     count = bag_sizes(indices, bag, g.shape[0], padding_idx)
     of_weight = of_weights = None
-    if mode == 2:
-        some = count.unsqueeze(-1) > 0
-        largest = aten._embedding_bag(
-            weight, indices, offsets, by_freq, mode, False, weights, last, padding_idx
-        )[3]
-        of_weight = torch.zeros_like(weight).scatter_add(0, largest * some, g * some)
-        return [of_weight, None, None, None]
     rows = (g / count.clamp_min(1).unsqueeze(-1) if mode == 1 else g).index_select(0, bag)
     if needs[0] and by_freq:  # which frequency divides which row is the kernel's own affair
         how = (weight.shape[0], by_freq, mode, weights, padding_idx)
@@ -262,25 +255,13 @@ def _(
     """Linear in the table and in the weights, but for the largest rows (mode 2), which are read
     where they are."""
     of_table, of_weights = tangents[0], tangents[3]
-    rest = (last, padding_idx)
+    before, after = (indices, offsets, by_freq, mode, False), (last, padding_idx)
     if mode == 2:
-        bag = bag_of_each(indices, offsets, last)
-        some = bag_sizes(indices, bag, out[0].shape[0], padding_idx).unsqueeze(-1) > 0
-        largest = aten._embedding_bag(
-            weight, indices, offsets, by_freq, mode, False, weights, *rest
-        )[3]
-        return of_table.gather(0, largest * some) * some, None, None, None
-    terms = []
-    if of_table is not None:
-        terms.append(
-            aten._embedding_bag(of_table, indices, offsets, by_freq, mode, False, weights, *rest)[
-                0
-            ]
-        )
-    if of_weights is not None:
-        terms.append(
-            aten._embedding_bag(weight, indices, offsets, by_freq, mode, False, of_weights, *rest)[
-                0
-            ]
-        )
-    return total(terms), None, None, None
+        largest, some = largest_rows(weight, out[0].shape[0], *before, weights, *after)
+        return of_table.gather(0, largest) * some, None, None, None
+    on = lambda table, weights: aten._embedding_bag(table, *before, weights, *after)[0]
+    moved = total(
+        None if of_table is None else on(of_table, weights),
+        None if of_weights is None else on(weight, of_weights),
+    )
+    return moved, None, None, None

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .batching import align
 from .pointwise import copying
-from .table import aten, call_op, jvp_of, nondiff, tensor_args, vjp_of, vmap_of
+from .schema import aten, call_op, tensor_args
+from .table import jvp_of, nondiff, vjp_of, vmap_of
 
 # From numbers alone: there is nothing to differentiate or to batch.
 for packet in (
@@ -106,5 +108,5 @@ def _(x: Tensor, src: Tensor, *, batched: tuple[bool, bool], size: int) -> Tenso
     if not batched[0]:
         x = x.expand(size, *x.shape)
     if batched[1]:
-        src = src.reshape(size, *[1] * (x.dim() - src.dim()), *src.shape[1:])
+        src = align(src, x.dim() - 1)
     return aten.copy(x, src)

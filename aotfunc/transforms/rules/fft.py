@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from aotfunc.transforms.rules.table import aten, linear, shifted
+from .batching import shifted
+from .schema import aten
+from .table import linear
 
 
 def scale_halves(x: Tensor, dim: int, last: int, factor: float) -> Tensor:

@@ -4,7 +4,8 @@ Their derivative by it is zero. PyTorch's formulas say so with zeros."""
 
 from __future__ import annotations
 
-from .table import aten, flat
+from .schema import aten
+from .table import flat
 
 flat(
     aten.threshold_backward,

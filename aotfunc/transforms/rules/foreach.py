@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .table import aten, decompose_as
+from .schema import aten
+from .table import decompose_as
 
 #: ``_foreach_<name>`` is ``aten.<name>`` on each element; numbers and single tensors are for all
 # of them

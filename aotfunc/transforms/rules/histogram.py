@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batching import with_batch
+from .batching import all_batched, with_batch
 from .reduce import as_vectors
-from .table import aten, nondiff, vmap_of
+from .schema import aten
+from .table import nondiff, vmap_of
 
 nondiff(aten.bincount, aten.histc, aten.histogram.bins_tensor, aten.histogram.bin_ct)
 nondiff(
@@ -188,7 +189,7 @@ def coordinates(x: Tensor, carries: bool, size: Any) -> list[Tensor]:
 def _(
     x: Tensor, edges: Any, weight: Tensor | None, density: bool, *, batched: Any, size: Any
 ) -> Tensor:
-    edges = [with_batch(e, b, size) for e, b in zip(edges, batched[1], strict=True)]
+    edges = all_batched(edges, batched[1], size)
     return histogram(
         coordinates(x, batched[0], size), edges, weights_of(weight, batched[2], size), density
     )

@@ -1,4 +1,4 @@
-"""Advanced indexing and masks: index, index_put, take, put, masked_select, masked_scatter.
+"""What advanced indexing means: index, index_put, and those whose positions a mask guards.
 
 Reading transposes to an accumulating write and the other way round. An index that differs between
 examples becomes one index more, the number of the example."""
@@ -6,12 +6,12 @@ examples becomes one index more, the number of the example."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .batching import align, expand_lead
 from .places import (
     Indices,
     Places,
@@ -23,15 +23,8 @@ from .places import (
     numbered_each,
     single,
 )
-from .table import aten, broadcast_shapes, expand_lead, jvp_of, linear, vmap_of
-
-
-def align(x: Tensor, rank: int) -> Tensor:
-    """``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast against
-    ``rank`` ones."""
-    return (
-        x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if x.dim() <= rank else x
-    )
+from .schema import aten
+from .table import jvp_of, linear, vmap_of
 
 
 def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
@@ -295,132 +288,3 @@ def _(x: Tensor, mask: Tensor, indices: Any, values: Tensor, *, batched: Any, si
         batched=(batched[0], batched[2], any(both)),
         size=size,
     )
-
-
-# ----- take and put: positions in the flattened tensor -------------------------------------------
-
-
-def flat(x: Tensor, batched: bool) -> Tensor:
-    return (
-        x.flatten(1)
-        if batched and x.dim() > 1
-        else x.reshape(x.shape[0], 1)
-        if batched
-        else x.flatten()
-    )
-
-
-def batch_take(x: Tensor, index: Tensor, *, batched: tuple[bool, bool], size: Any) -> Tensor:
-    if not batched[0]:
-        return x.take(index)
-    return batch_index(flat(x, True), [index], batched=(True, [batched[1]]), size=size)
-
-
-def batch_put(
-    x: Tensor, index: Tensor, source: Tensor, accumulate: bool, *, batched: Any, size: Any
-) -> Tensor:
-    shape = x.shape[1:] if batched[0] else x.shape
-    x = expand_lead(flat(x, batched[0]), batched[0], size)
-    out = batch_index_put(
-        x,
-        [flat(index, batched[1])],
-        flat(source, batched[2]),
-        accumulate,
-        batched=(True, [batched[1]], batched[2]),
-        size=size,
-    )
-    return out.reshape(size, *shape)
-
-
-linear(
-    aten.take, lambda g, x, index: g.new_zeros(x.shape).put(index, g, True), None, batch=batch_take
-)
-linear(
-    aten.put,
-    lambda g, x, index, source, accumulate: (
-        g if accumulate else g.put(index, torch.zeros_like(source), False)
-    ),
-    None,
-    lambda g, x, index, source: g.take(index).reshape(source.shape),
-    batch=batch_put,
-    jointly=True,
-)
-
-# ----- masks -------------------------------------------------------------------------------------
-
-
-def batch_masked_select(
-    x: Tensor, mask: Tensor, *, batched: tuple[bool, bool], size: Any, shape: Any
-) -> Tensor:
-    full = broadcast_shapes(x.shape[batched[0] :], mask.shape[batched[1] :]) or (1,)
-    x, mask = (
-        align(t, len(full)).expand(size, *full) if b else t.expand(full)
-        for t, b in zip((x, mask), batched, strict=True)
-    )
-    return batch_index(x, [mask], batched=(batched[0], [batched[1]]), size=size, shape=shape)
-
-
-linear(
-    aten.masked_select,
-    lambda g, x, mask: g.new_zeros(broadcast_shapes(x.shape, mask.shape)).masked_scatter(mask, g),
-    None,
-    batch=batch_masked_select,
-)
-
-
-@jvp_of(aten.masked_select)
-def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    full = broadcast_shapes(x.shape, mask.shape) or (1,)
-    return read(tangents[0].expand(full), [mask.expand(full)], out.shape)
-
-
-def running(mask: Tensor) -> Tensor:
-    """For each true element of each row of ``mask [B, n]``, how many stand before it."""
-    return mask.cumsum(1) - 1
-
-
-def batch_masked_scatter(
-    x: Tensor, mask: Tensor, source: Tensor, *, batched: Any, size: Any
-) -> Tensor:
-    x, mask, source = (
-        expand_lead(t, b, size) for t, b in zip((x, mask, source), batched, strict=True)
-    )
-    rank = max(x.dim(), mask.dim()) - 1
-    x, mask = torch.broadcast_tensors(align(x, rank), align(mask, rank))
-    if source.numel() == 0:
-        aten._assert_async.msg(
-            mask.logical_not().all(), "masked_scatter: the source has too few elements"
-        )
-        return x.clone()
-    nth = running(flat(mask, True)).clamp_min(0)
-    return torch.where(mask, flat(source, True).gather(1, nth).reshape(x.shape), x)
-
-
-def batch_masked_scatter_backward(
-    g: Tensor, mask: Tensor, sizes: Sequence[Any], *, batched: Any, size: Any
-) -> Tensor:
-    g, mask = (expand_lead(t, b, size) for t, b in zip((g, mask), batched, strict=True))
-    rank = max(g.dim(), mask.dim()) - 1
-    g, mask = torch.broadcast_tensors(align(g, rank), align(mask, rank))
-    g, mask = flat(g, True), flat(mask, True)
-    length = prod(sizes)
-    nth = torch.where(
-        mask, running(mask), length
-    )  # the unselected go to one place more, which is then left out
-    return g.new_zeros(size, length + 1).scatter(1, nth, g)[:, :length].reshape(size, *sizes)
-
-
-linear(
-    aten.masked_scatter,
-    lambda g, x, mask: g.masked_fill(mask, 0),
-    None,
-    lambda g, x, mask, source: aten.masked_scatter_backward(g, mask, source.shape),
-    batch=batch_masked_scatter,
-    jointly=True,
-)
-linear(
-    aten.masked_scatter_backward,
-    lambda g, y, mask: g.new_zeros(y.shape).masked_scatter(mask, g),
-    None,
-    batch=batch_masked_scatter_backward,
-)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import Formula, aten, call_op, expand_lead, jvp_of, linear, named, overload, shifted
+from .batching import expand_lead, shifted
+from .schema import Formula, aten, call_op, named, overload
+from .table import jvp_of, linear
 
 
 def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:

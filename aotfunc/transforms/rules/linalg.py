@@ -1,7 +1,7 @@
-"""Rules of linear algebra on matrices: inverse, systems, determinants, factorisations.
+"""Rules of linear algebra on matrices: the batch of all its ops; inverses, systems, determinants.
 
 All of these ops take leading dimensions of their own, so a batch goes in front of them. A
-derivative is written here where it is short; PyTorch's own formula serves for the rest."""
+derivative is written where it is short; PyTorch's own formula serves for the rest."""
 
 from __future__ import annotations
 
@@ -11,30 +11,15 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from aotfunc.transforms.rules.batching import with_batch
-from aotfunc.transforms.rules.table import (
-    Formula,
-    aten,
-    broadcast_shapes,
-    call_op,
-    conj,
-    jvp_of,
-    linear,
-    overload,
-    tensor_args,
-    total,
-    vjp_of,
-    vmap_of,
-)
+from .batching import align, all_batched, with_batch
+from .schema import Formula, aten, call_op, overload, tensor_args
+from .table import broadcast_shapes, conj, jvp_of, linear, total, vjp_of, vmap_of
 
 # ----- the batch in front ------------------------------------------------------------------------
 
 
-def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
-    """The vmap rule of an op with free leading dimensions.
-
-    Where its arguments broadcast, ``align`` is how many trailing dimensions each has of its own.
-    """
+def leading(op: OpOverload | OpOverloadPacket, broadcasts: bool = False) -> Formula:
+    """The vmap rule of an op with free leading dimensions, which may broadcast."""
     op = overload(op)
     where = tensor_args(op)
 
@@ -45,11 +30,9 @@ def leading(op: OpOverload | OpOverloadPacket, align: int = 0) -> Formula:
             for i, b in zip(where, batched, strict=True)
             if args[i] is not None
         ]
-        rank = max(x.dim() for _, x in given)
+        rank = max(x.dim() for _, x in given) - 1
         for i, x in given:
-            if align and x.dim() < rank:
-                x = x.reshape(size, *[1] * (rank - x.dim()), *x.shape[1:])
-            full[i] = x
+            full[i] = align(x, rank) if broadcasts else x
         return call_op(op, full)
 
     return batch
@@ -73,15 +56,14 @@ vmap_of(aten.linalg_matrix_exp)(
     lambda a: aten.linalg_matrix_exp(a.contiguous())
 )  # no view of the leading dimensions
 for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve):
-    vmap_of(op)(leading(op, align=2))
+    vmap_of(op)(leading(op, broadcasts=True))
 
 
 @vmap_of(aten.linalg_pinv.atol_rtol_tensor)
 def _(a, atol, rtol, hermitian, *, batched, size):
     a = with_batch(a, batched[0], size)
     tolerances = [  # one for each matrix, broadcast against the leading dimensions
-        t.reshape(size, *[1] * (a.dim() - 2 - t.dim()), *t.shape[1:]) if b else t
-        for t, b in zip((atol, rtol), batched[1:], strict=True)
+        align(t, a.dim() - 3) if b else t for t, b in zip((atol, rtol), batched[1:], strict=True)
     ]
     return aten.linalg_pinv.atol_rtol_tensor(
         a, atol=tolerances[0], rtol=tolerances[1], hermitian=hermitian
@@ -90,7 +72,7 @@ def _(a, atol, rtol, hermitian, *, batched, size):
 
 @vmap_of(aten.lu_unpack)
 def _(lu, pivots, data, with_pivots, *, batched, size):
-    lu, pivots = (with_batch(x, b, size) for x, b in zip((lu, pivots), batched, strict=True))
+    lu, pivots = all_batched((lu, pivots), batched, size)
     made = aten.lu_unpack(lu, pivots, data, with_pivots)
     return tuple(
         x if wanted else x.expand(size, 0)
@@ -104,12 +86,9 @@ def with_pivots(op: OpOverloadPacket) -> None:
 
     @vmap_of(op)
     def _(factors, pivots, b, *flags, batched, size):
-        factors, pivots, b = (
-            with_batch(x, t, size) for x, t in zip((factors, pivots, b), batched, strict=True)
-        )
-        rank = max(factors.dim(), b.dim())
-        factors, b = (x.reshape(size, *[1] * (rank - x.dim()), *x.shape[1:]) for x in (factors, b))
-        pivots = pivots.reshape(size, *[1] * (rank - 1 - pivots.dim()), *pivots.shape[1:])
+        factors, pivots, b = all_batched((factors, pivots, b), batched, size)
+        rank = max(factors.dim(), b.dim()) - 1
+        factors, b, pivots = align(factors, rank), align(b, rank), align(pivots, rank - 1)
         if op is aten.linalg_ldl_solve:  # it does not broadcast
             lead = broadcast_shapes(factors.shape[:-2], b.shape[:-2])
             factors, pivots, b = (
@@ -131,8 +110,7 @@ def _(a, b, left, check, *, batched, size):
     if vector:  # the op tells vectors from matrices by comparing shapes: name them as matrices
         b = b.unsqueeze(-1)
     rank = max(a.dim() - batched[0], b.dim() - batched[1])
-    a, b = (with_batch(x, t, size) for x, t in zip((a, b), batched, strict=True))
-    a, b = (x.reshape(size, *[1] * (rank + 1 - x.dim()), *x.shape[1:]) for x in (a, b))
+    a, b = (align(x, rank) for x in all_batched((a, b), batched, size))
     out, *others = aten._linalg_solve_ex(a, b, left=left, check_errors=check)
     return out.squeeze(-1) if vector else out, *others
 
@@ -172,9 +150,7 @@ def _(tangents, out, a, b, left):
     ta, tb = tangents
     vector = is_vector(a, b)
     x, tb = (t.unsqueeze(-1) if vector and t is not None else t for t in (out[0], tb))
-    right = total(
-        t for t in (tb, None if ta is None else -(ta @ x) if left else -(x @ ta)) if t is not None
-    )
+    right = total(tb, None if ta is None else -(ta @ x) if left else -(x @ ta))
     tx = aten._linalg_solve_ex(a, right, left=left)[0]
     return tx.squeeze(-1) if vector else tx, None, None, None
 
@@ -232,9 +208,7 @@ def _(g, out, a):
     if a.is_complex():  # the sign turns too
         sign = out[0]
         turn = None if g_sign is None else g_sign - (g_sign * sign.conj()).real * sign
-        weight = total(
-            t for t in (g_log, None if turn is None else turn * sign.conj()) if t is not None
-        )
+        weight = total(g_log, None if turn is None else turn * sign.conj())
     else:
         weight = g_log
     return [None if weight is None else weight[..., None, None] * aten.linalg_inv_ex(a)[0].mH]
@@ -253,36 +227,6 @@ def _(tangents, out, a):
     return None, rate, None, None
 
 
-# ----- factorisations ----------------------------------------------------------------------------
-
-
-def half_triangle(x: Tensor) -> Tensor:
-    """The lower triangle, with half the diagonal."""
-    return x.tril() - 0.5 * torch.diag_embed(x.diagonal(0, -2, -1))
-
-
-def hermitian(x: Tensor) -> Tensor:
-    return 0.5 * (x + x.mH)
-
-
-@vjp_of(aten.linalg_cholesky_ex, diff_outputs=(0,))
-def _(g, out, a, upper):
-    lower, g = (t.mH if upper else t for t in (out[0], g[0]))
-    product = lower.mH @ g
-    inner = 0.5 * (product.tril() + product.tril(-1).mH)
-    inner = aten.linalg_solve_triangular(lower.mH, inner, upper=True)  # L^-H S L^-1
-    return [aten.linalg_solve_triangular(lower, inner, upper=False, left=False)]
-
-
-@jvp_of(aten.linalg_cholesky_ex)
-def _(tangents, out, a, upper):
-    lower = out[0].mH if upper else out[0]
-    inner = aten.linalg_solve_triangular(lower, hermitian(tangents[0]), upper=False)
-    inner = aten.linalg_solve_triangular(lower.mH, inner, upper=True, left=False)
-    moved = lower @ half_triangle(inner)
-    return moved.mH if upper else moved, None
-
-
 @vjp_of(aten.linalg_solve_triangular)
 def _(g, out, a, b, upper, left, unit, *, needs):
     gb = aten.linalg_solve_triangular(a.mH, g, upper=not upper, left=left, unitriangular=unit)
@@ -298,7 +242,7 @@ def _(tangents, out, a, b, upper, left, unit):
     ta, tb = tangents
     if ta is not None:
         ta = ta.triu(int(unit)) if upper else ta.tril(-int(unit))
-        tb = total(t for t in (tb, -(ta @ out) if left else -(out @ ta)) if t is not None)
+        tb = total(tb, -(ta @ out) if left else -(out @ ta))
     return aten.linalg_solve_triangular(a, tb, upper=upper, left=left, unitriangular=unit)
 
 
@@ -316,19 +260,12 @@ def _(g, out, b, a, upper, transpose, unit, *, needs):
     return gb, of_a
 
 
-@vjp_of(aten.cholesky_inverse)
-def _(g, out, factor, upper):
-    factor = factor.triu() if upper else factor.tril()
-    inner = -2 * hermitian(out @ g @ out)  # the cotangent of factor @ factor.mH, twice
-    return [(factor @ inner).triu() if upper else (inner @ factor).tril()]
-
-
 @vjp_of(aten.linalg_lstsq, diff_outputs=(0, 1))
 def _(g, out, a, b, rcond, *, needs):
     """Of ``x = pinv(a) @ b`` and, where there are any, of the residuals ``|a @ x - b|^2``; for
     ``a`` of full rank."""
     x, gx, of_residual = out[0], g[0], g[1] if out[1].numel() else None
-    vector = b.dim() == 1 or (a.dim() - 1 == b.dim() and a.shape[:-1] == b.shape)
+    vector = is_vector(a, b)
     if vector:
         x, b, gx = (None if t is None else t.unsqueeze(-1) for t in (x, b, gx))
     ga, gb = [], []
@@ -351,8 +288,8 @@ def _(g, out, a, b, rcond, *, needs):
         )
         ga.append(over @ x.mH)
         gb.append(-over)
-    of_b = total(gb)
-    return total(ga) if needs[0] else None, of_b.squeeze(
+    of_b = total(*gb)
+    return total(*ga) if needs[0] else None, of_b.squeeze(
         -1
     ) if vector and of_b is not None else of_b
 
@@ -368,77 +305,12 @@ def _(a, b, rcond, driver, *, shape):
     )
 
 
-def off_diagonal(x: Tensor, gaps_of: Tensor) -> Tensor:
-    """``x_ij / (w_j - w_i)``, zero on the diagonal."""
-    gaps = gaps_of.unsqueeze(-2) - gaps_of.unsqueeze(-1)
-    one = torch.eye(gaps.shape[-1], dtype=gaps.dtype, device=gaps.device)
-    return (x - torch.diag_embed(x.diagonal(0, -2, -1))) / (gaps + one)
-
-
-@jvp_of(aten._linalg_eigh)
-def _(tangents, out, a, uplo, compute_v):
-    w, v = out if compute_v else aten._linalg_eigh(a, uplo, True)
-    moved = v.mH @ tangents[0] @ v
-    rate = moved.diagonal(0, -2, -1).real if a.is_complex() else moved.diagonal(0, -2, -1)
-    return rate, v @ off_diagonal(moved, w) if compute_v else None
-
-
-@jvp_of(aten.linalg_eig)
-def _(tangents, out, a):
-    w, v = out
-    moved = aten._linalg_solve_ex(v, tangents[0].to(v.dtype) @ v)[0]
-    turn = v @ off_diagonal(moved, w)
-    along = (v.conj() * turn).sum(-2, keepdim=True).real  # vectors keep their length
-    return moved.diagonal(0, -2, -1), turn - v * along
-
-
-def skew(x: Tensor) -> Tensor:
-    return x - x.mH
-
-
-@vjp_of(aten._linalg_svd)
-def _(g, out, a, full_matrices, compute_uv, driver):
-    """``a = u diag(s) vh``. Columns of ``u`` beyond the ``k = min(m, n)``-th are not
-    differentiable, and left out.
-
-    The phases of complex singular vectors are arbitrary: this is the gradient of a function that
-    ignores them."""
-    if not compute_uv:
-        out = aten._linalg_svd(a, False, True, driver=driver)
-    u, s, vh = out
-    gu, gs, gvh = g
-    m, n = a.shape[-2:]
-    k = min(m, n)
-    u, vh = u[..., :k], vh[..., :k, :]
-    row, column = s.unsqueeze(-2), s.unsqueeze(-1)
-    gap = (row - column) * (row + column) + torch.eye(
-        k, dtype=s.dtype, device=s.device
-    )  # one on the diagonal
-    inner = [] if gs is None else [torch.diag_embed(gs.to(a.dtype))]
-    outside = []
-    if gu is not None:
-        gu = gu[..., :k]
-        turn = skew(u.mH @ gu)
-        inner.append((turn - torch.diag_embed(turn.diagonal(0, -2, -1))) / gap * row)
-        if a.is_complex():  # a common turn of both vectors changes nothing: half of it each
-            inner.append(torch.diag_embed(turn.diagonal(0, -2, -1) / (2 * s)))
-        if m > k:
-            outside.append((gu - u @ (u.mH @ gu)) / row @ vh)
-    if gvh is not None:
-        gvh = gvh[..., :k, :]
-        turn = skew(vh @ gvh.mH)
-        inner.append(column * (turn - torch.diag_embed(turn.diagonal(0, -2, -1))) / gap)
-        if n > k:
-            outside.append(u @ ((gvh - (gvh @ vh.mH) @ vh) / column))
-    return [total([u @ total(inner) @ vh, *outside])]
-
-
 def cross(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return aten.linalg_cross(a, b, dim=dim)
 
 
 def batch_cross(a: Tensor, b: Tensor, dim: int, *, batched: tuple[bool, ...], size: int) -> Tensor:
-    a, b = (with_batch(x, t, size) for x, t in zip((a, b), batched, strict=True))
+    a, b = all_batched((a, b), batched, size)
     return aten.linalg_cross(a, b, dim=dim % (a.dim() - 1) + 1)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batching import expand_lead
 from .index import count_up
 from .places import nonzero_each
-from .table import aten, expand_lead, linear, nondiff, vmap_of
+from .schema import aten
+from .table import linear, nondiff, vmap_of
 
 # ----- embedding ---------------------------------------------------------------------------------
 

@@ -10,20 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from aotfunc.transforms.rules.batching import with_batch
-from aotfunc.transforms.rules.table import (
-    Formula,
-    aten,
-    broadcast_shapes,
-    call_op,
-    jvp_of,
-    linear,
-    overload,
-    past_batch,
-    tensor_args,
-    vjp_of,
-    vmap_of,
-)
+from .batching import align, all_batched, past_batch, with_batch
+from .schema import Formula, aten, call_op, overload, tensor_args
+from .table import broadcast_shapes, jvp_of, linear, vjp_of, vmap_of
 
 # ----- softmax -----------------------------------------------------------------------------------
 
@@ -137,7 +126,7 @@ def expanded_args(
     shape = broadcast_shapes(*(x.shape[1:] if b else x.shape for _, x, b in given[skip:]))
     for i, x, b in given:
         if b:
-            x = x.reshape(size, *[1] * (len(shape) + 1 - x.dim()), *x.shape[1:])
+            x = align(x, len(shape))
         full[i] = x.expand(size, *shape)
     return full, shape
 
@@ -345,9 +334,7 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
 
     @vmap_of(backward)
     def _(g, x, target, weight, reduction, ignore, total_weight, *, batched, size):
-        g, x, target = (
-            with_batch(t, b, size) for t, b in zip((g, x, target), batched, strict=False)
-        )
+        g, x, target = all_batched((g, x, target), batched, size)
         if reduction == MEAN:
             g = g / total_weight
         if reduction != NONE:

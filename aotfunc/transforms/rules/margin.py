@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batching import with_batch
+from .batching import all_batched, with_batch
 from .loss import MEAN, NONE, reduce
-from .table import aten, decompose_as, linear, vmap_of
+from .schema import aten
+from .table import decompose_as, linear, vmap_of
 
 
 def classes(x: Tensor) -> Tensor:
@@ -84,9 +85,7 @@ def _(
 
 @vmap_of(aten.multilabel_margin_loss_backward)
 def _(g, x, target, reduction, is_target, *, batched, size):
-    x, target, is_target = (
-        with_batch(t, b, size) for t, b in zip((x, target, is_target), batched[1:], strict=True)
-    )
+    x, target, is_target = all_batched((x, target, is_target), batched[1:], size)
     g = per_row(x, g, batched[0], reduction)
     out = aten.multilabel_margin_loss_backward(
         g, classes(x), classes(target), NONE, classes(is_target)

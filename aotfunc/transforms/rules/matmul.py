@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import aten, conj, jvp_of, linear, vjp_of, vmap_of
+from .batching import align
+from .schema import aten
+from .table import conj, jvp_of, linear, times, vjp_of, vmap_of
 
 # ----- transposes --------------------------------------------------------------------------------
 
@@ -40,16 +42,6 @@ def mm_right(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """``a bᵀ`` over the last dimension of each."""
     return a.unsqueeze(-1) * b.unsqueeze(-2)
-
-
-def scale(x: Tensor, by: Any) -> Tensor:
-    """``x * by`` without the multiplication by one."""
-    return x if isinstance(by, int | float) and by == 1 else x * by
-
-
-def over_conj(x: Any) -> Any:
-    """The conjugate of a Python number."""
-    return x.conjugate() if isinstance(x, complex) else x
 
 
 def as_dtype(x: Any, dtype: torch.dtype) -> Any:
@@ -146,9 +138,9 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
         *,
         needs: Any,
     ) -> Any:
-        scaled = scale(g, over_conj(alpha))
+        scaled = times(g, conj(alpha))
         return (
-            scale(g, over_conj(beta)) if needs[0] else None,
+            times(g, conj(beta)) if needs[0] else None,
             left(scaled, a, b) if needs[1] else None,
             right(scaled, a, b) if needs[2] else None,
         )
@@ -163,11 +155,11 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
             if x is None or y is None:
                 continue
             if sum_so_far is None:
-                sum_so_far = scale(product(x, y), alpha)
+                sum_so_far = times(product(x, y), alpha)
             else:
                 sum_so_far = op(sum_so_far, x, y, beta=by, alpha=alpha)
             by = 1
-        return scale(sum_so_far, by)
+        return times(sum_so_far, by)
 
     @vmap_of(op)
     def vmap(
@@ -182,18 +174,18 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
                 a.shape[0], a.shape[1], b.shape[1]
             )
         if op is aten.addmm and batched[1] and batched[2]:
-            c = c.reshape(size, *[1] * (3 - c.dim()), *c.shape[1:]) if batched[0] else c
+            c = align(c, 2) if batched[0] else c
             return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
         beta, alpha = (as_dtype(x, torch.promote_types(c.dtype, a.dtype)) for x in (beta, alpha))
         if batched[1] or batched[2]:
-            result = scale(batch(a, b, batched=batched[1:]), alpha)
+            result = times(batch(a, b, batched=batched[1:]), alpha)
         else:
-            result = scale(product(a, b), alpha).unsqueeze(0)
+            result = times(product(a, b), alpha).unsqueeze(0)
         if beta == 0:
             return result.expand(size, *result.shape[1:])
         if batched[0]:
-            c = c.reshape(c.shape[0], *[1] * (result.dim() - c.dim()), *c.shape[1:])
-        return result + scale(c, beta)
+            c = align(c, result.dim() - 1)
+        return result + times(c, beta)
 
 
 def summed_bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from aotfunc.transforms.rules.batching import along_channels, into, out_of, with_batch
-from aotfunc.transforms.rules.normalized import (
+from .batching import align, all_batched, along_channels, into, out_of, with_batch
+from .normalized import (
     Layout,
     backward_cotangent,
     backward_tangent,
@@ -18,7 +18,8 @@ from aotfunc.transforms.rules.normalized import (
     of_statistics,
     summed_over,
 )
-from aotfunc.transforms.rules.table import aten, call_op, jvp_of, overload, total, vjp_of, vmap_of
+from .schema import aten, call_op, overload
+from .table import jvp_of, total, vjp_of, vmap_of
 
 
 def itself(x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
             grads = aten.native_batch_norm_backward(
                 g[0], x, weight, mean, var, out[1], out[2], training, eps, mask
             )
-        of_x = total(t for t in (grads[0], by_mean) if t is not None)
+        of_x = total(grads[0], by_mean)
         return [of_x, *grads[1:], *[None] * (len(needs) - 3)]
 
     @jvp_of(op)
@@ -144,11 +145,9 @@ def _(tangents, out, g, x, weight, mean, var, save_mean, save_rstd, training, ep
 @vmap_of(aten.native_batch_norm_backward)
 def _(g, x, *rest, batched, size):
     *vectors, training, eps, mask = rest
-    g, x = (into(with_batch(t, b, size), 1) for t, b in zip((g, x), batched, strict=False))
-    vectors = [
-        None if v is None else into(with_batch(v, b, size), 0)
-        for v, b in zip(vectors, batched[2:], strict=True)
-    ]
+    g, x = (into(t, 1) for t in all_batched((g, x), batched, size))
+    vectors = all_batched(vectors, batched[2:], size)
+    vectors = [None if v is None else into(v, 0) for v in vectors]
     of_x, *others = aten.native_batch_norm_backward(g, x, *vectors, training, eps, mask)
     of_x = None if of_x is None else out_of(of_x, 1, size)
     return (of_x, *(None if v is None else out_of(v, 0, size) for v in others))
@@ -164,12 +163,6 @@ def trailing_layout(x: Tensor, shape: Sequence[int], centred: bool = True) -> La
     )
 
 
-def behind_batch(v: Tensor, rank: int) -> Tensor:
-    """A batch of weights shaped to broadcast against a batch of images of ``rank`` (the batch not
-    counted)."""
-    return v.reshape(v.shape[0], *[1] * (rank + 1 - v.dim()), *v.shape[1:])
-
-
 @vjp_of(aten.native_layer_norm)
 def _(g, out, x, shape, weight, bias, *, needs):
     by_mean = (
@@ -181,7 +174,7 @@ def _(g, out, x, shape, weight, bias, *, needs):
     if g[0] is not None:
         mask = [bool(n) for n in needs]
         grads = aten.native_layer_norm_backward(g[0], x, shape, out[1], out[2], weight, bias, mask)
-    return total(t for t in (grads[0], by_mean) if t is not None), *grads[1:]
+    return total(grads[0], by_mean), *grads[1:]
 
 
 @jvp_of(aten.native_layer_norm)
@@ -196,9 +189,9 @@ def _(x, shape, weight, bias, eps, *, batched, size):
         return aten.native_layer_norm(x, shape, weight, bias, eps)
     out, mean, rstd = aten.native_layer_norm(x, shape, None, None, eps)
     if weight is not None:
-        out = out * (behind_batch(weight, x.dim() - 1) if batched[1] else weight)
+        out = out * (align(weight, x.dim() - 1) if batched[1] else weight)
     if bias is not None:
-        out = out + (behind_batch(bias, x.dim() - 1) if batched[2] else bias)
+        out = out + (align(bias, x.dim() - 1) if batched[2] else bias)
     return out, mean, rstd
 
 
@@ -221,13 +214,11 @@ def _(tangents, out, g, x, shape, mean, rstd, weight, bias, mask):
 
 @vmap_of(aten.native_layer_norm_backward)
 def _(g, x, shape, mean, rstd, weight, bias, mask, *, batched, size):
-    g, x, mean, rstd = (
-        with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False)
-    )
+    g, x, mean, rstd = all_batched((g, x, mean, rstd), batched, size)
     of_x = of_w = of_b = None
     if mask[0]:
         apart = batched[4]
-        gh, w = (g * behind_batch(weight, x.dim() - 1), None) if apart else (g, weight)
+        gh, w = (g * align(weight, x.dim() - 1), None) if apart else (g, weight)
         of_x = aten.native_layer_norm_backward(
             gh, x, shape, mean, rstd, w, None, [True, False, False]
         )[0]
@@ -255,7 +246,7 @@ def _(g, out, x, shape, weight, *, needs):
         grads = aten._fused_rms_norm_backward(
             g[0], x, shape, out[1], weight, [bool(n) for n in needs]
         )
-    return total(t for t in (grads[0], by_rstd) if t is not None), grads[1]
+    return total(grads[0], by_rstd), grads[1]
 
 
 @jvp_of(aten._fused_rms_norm)
@@ -271,7 +262,7 @@ def _(x, shape, weight, eps, *, batched, size):
     if not batched[1]:
         return aten._fused_rms_norm(x, shape, weight, eps)
     out, rstd = aten._fused_rms_norm(x, shape, None, eps)
-    return out * behind_batch(weight, x.dim() - 1), rstd
+    return out * align(weight, x.dim() - 1), rstd
 
 
 @vjp_of(aten._fused_rms_norm_backward)
@@ -291,10 +282,10 @@ def _(tangents, out, g, x, shape, rstd, weight, mask):
 
 @vmap_of(aten._fused_rms_norm_backward)
 def _(g, x, shape, rstd, weight, mask, *, batched, size):
-    g, x, rstd = (with_batch(t, b, size) for t, b in zip((g, x, rstd), batched, strict=False))
+    g, x, rstd = all_batched((g, x, rstd), batched, size)
     of_x = of_w = None
     if mask[0]:
-        gh, w = (g * behind_batch(weight, x.dim() - 1), None) if batched[3] else (g, weight)
+        gh, w = (g * align(weight, x.dim() - 1), None) if batched[3] else (g, weight)
         of_x = aten._fused_rms_norm_backward(gh, x, shape, rstd, w, [True, False])[0]
     if mask[1]:
         shared = list(range(1, x.dim() - len(shape)))
@@ -330,7 +321,7 @@ def _(g, out, x, weight, bias, n, c, pixels, groups, *, needs):
         )
         if needs[2] and weight is None:  # the kernel cannot do this one
             grads = (*grads[:2], summed_over(at.image(g[0]), at))
-    return total(t for t in (grads[0], by_mean) if t is not None), *grads[1:]
+    return total(grads[0], by_mean), *grads[1:]
 
 
 @jvp_of(aten.native_group_norm)
@@ -370,9 +361,7 @@ def _(tangents, out, g, x, mean, rstd, weight, n, c, pixels, groups, mask):
 
 @vmap_of(aten.native_group_norm_backward)
 def _(g, x, mean, rstd, weight, n, c, pixels, groups, mask, *, batched, size):
-    g, x, mean, rstd = (
-        with_batch(t, b, size) for t, b in zip((g, x, mean, rstd), batched, strict=False)
-    )
+    g, x, mean, rstd = all_batched((g, x, mean, rstd), batched, size)
     of_x = of_w = of_b = None
     if mask[0]:
         gh, w = (g * along_channels(weight, g.dim() - 3), None) if batched[4] else (g, weight)

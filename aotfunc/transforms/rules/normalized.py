@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aotfunc.transforms.rules.table import total
+from .table import total
 
 
 @dataclass
@@ -54,6 +54,11 @@ class Layout:
         return moved - hat * self.mean(v * hat)
 
 
+def weighted(v: Tensor | None, w: Tensor | None) -> Tensor | None:
+    """``v * w``, where a missing weight is one."""
+    return v if v is None or w is None else v * w
+
+
 def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, mean, rstd):
     """Tangents of ``(out, mean, rstd)``."""
     tx, tw, tb = tangents
@@ -70,7 +75,7 @@ def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, me
         terms.append(hat * at.affine(tw))
     if tb is not None:
         terms.append(at.affine(tb).expand(hat.shape))
-    out = total(terms)
+    out = total(*terms)
     return out if out is None else at.back(out), of_mean, of_rstd
 
 
@@ -86,11 +91,7 @@ def of_statistics(
         count = count * image.shape[d]
     g = at.stat(g_mean) / count if g_mean is not None and at.centred else None
     if g_rstd is not None:
-        g = total(
-            t
-            for t in (g, at.stat(-g_rstd * rstd * rstd) * at.hat(x, mean, rstd) / count)
-            if t is not None
-        )
+        g = total(g, at.stat(-g_rstd * rstd * rstd) * at.hat(x, mean, rstd) / count)
     return None if g is None else at.back(g.expand(image.shape))
 
 
@@ -107,19 +108,16 @@ def backward_tangent(
     t_hat = r * at.project(tx, hat) if tx is not None else None
     of_x = of_w = of_b = None
     if mask[0]:
-        gh = go if w is None else go * w
-        parts = [tg if w is None else tg * w] if tg is not None else []
-        if tw is not None:
-            parts.append(go * tw)
-        t_gh = total(parts)
+        gh = weighted(go, w)
+        t_gh = total(weighted(tg, w), None if tw is None else go * tw)
         terms = [] if t_gh is None else [r * at.project(t_gh, hat)]
         if t_hat is not None and at.over:
             terms.append(-r * (t_hat * at.mean(gh * hat) + hat * at.mean(gh * t_hat)))
             terms.append(-r * r * at.mean(tx * hat) * at.project(gh, hat))
-        of_x = total(terms)
+        of_x = total(*terms)
         of_x = of_x if of_x is None else at.back(of_x)
     if mask[1]:
-        v = total(a * b for a, b in ((tg, hat), (go, t_hat)) if a is not None and b is not None)
+        v = total(None if tg is None else tg * hat, None if t_hat is None else go * t_hat)
         of_w = None if v is None else summed_over(v, at)
     if len(mask) > 2 and mask[2] and tg is not None:
         of_b = summed_over(tg, at)
@@ -141,27 +139,21 @@ def backward_cotangent(
     of_g = of_x = of_w = None
     if needs[0]:
         of_g = total(
-            t
-            for t in (
-                None if ra is None else ra if w is None else ra * w,
-                None if b is None else hat * b,
-                None if c is None else c.expand(hat.shape),
-            )
-            if t is not None
+            weighted(ra, w),
+            None if b is None else hat * b,
+            None if c is None else c.expand(hat.shape),
         )
         of_g = of_g if of_g is None else at.back(of_g)
     if needs[1]:
         of_hat = [go * b] if b is not None else []
         through_r = None
         if a is not None and at.over:
-            gh = go if w is None else go * w
+            gh = weighted(go, w)
             along = at.mean(gh * hat)
             of_hat.append(-r * (a * along + gh * at.mean(a * hat)))
             through_r = -r * r * hat * at.mean(a * at.project(gh, hat))
-        v = total(of_hat)
-        of_x = total(
-            t for t in (None if v is None else r * at.project(v, hat), through_r) if t is not None
-        )
+        v = total(*of_hat)
+        of_x = total(None if v is None else r * at.project(v, hat), through_r)
         of_x = of_x if of_x is None else at.back(of_x)
     if needs[2] and ra is not None:
         of_w = summed_over(go * ra, at)

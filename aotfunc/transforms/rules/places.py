@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .table import aten
+from .schema import aten
 
 Indices = Sequence[Tensor | None]
 

@@ -1,5 +1,5 @@
-"""What elementwise arithmetic means: sums, products, powers, unary functions, extrema,
-comparisons, complex numbers.
+"""What elementwise arithmetic means: sums, products, powers, unary functions, copies, and what is
+piecewise constant.
 
 A formula ``(g, out, *args)`` is the derivative times ``g``, without conjugates (see
 :func:`~.table.pointwise`). Where aten has one fused backward, that is the formula; where the
@@ -17,18 +17,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from .table import (
-    aten,
-    elementwise,
-    jvp_of,
-    linear,
-    pointwise,
-    tensor_args,
-    total,
-    vjp_of,
-    vmap_of,
-    zeros,
-)
+from .batching import elementwise
+from .schema import aten, tensor_args
+from .table import jvp_of, linear, pointwise, times, total, vjp_of, vmap_of
 
 
 def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
@@ -39,16 +30,6 @@ def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
             returns = [str(r.type) for r in op._schema.returns]
             if tensor_args(op) and returns == ["Tensor"] and not op._schema.is_mutable:
                 yield op
-
-
-def times(g: Tensor, number: Any) -> Tensor:
-    """``g * number``, and ``g`` itself for one."""
-    return g if number == 1 else g * number
-
-
-def keep(mask: Tensor, g: Tensor) -> Tensor:
-    """``g`` where ``mask`` holds, zero elsewhere (even if ``g`` is not finite there)."""
-    return torch.where(mask, g, 0)
 
 
 # ----- sums, products, quotients -----------------------------------------------------------------
@@ -227,11 +208,10 @@ def _(h: Tensor, out: Tensor, g: Tensor, y: Tensor) -> list[Tensor]:
 @jvp_of(aten.tanh_backward)
 def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) -> Tensor | None:
     tg, ty = tangents
-    terms = (
-        tg is not None and aten.tanh_backward(tg, y),
-        ty is not None and g * (ty * y).conj() * -2,
+    return total(
+        None if tg is None else aten.tanh_backward(tg, y),
+        None if ty is None else g * (ty * y).conj() * -2,
     )
-    return total(t for t in terms if t is not False)
 
 
 @vjp_of(aten.sigmoid_backward)
@@ -242,107 +222,14 @@ def _(h: Tensor, out: Tensor, g: Tensor, y: Tensor) -> list[Tensor]:
 @jvp_of(aten.sigmoid_backward)
 def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) -> Tensor | None:
     tg, ty = tangents
-    terms = (
-        tg is not None and aten.sigmoid_backward(tg, y),
-        ty is not None and g * (ty * (1 - 2 * y)).conj(),
+    return total(
+        None if tg is None else aten.sigmoid_backward(tg, y),
+        None if ty is None else g * (ty * (1 - 2 * y)).conj(),
     )
-    return total(t for t in terms if t is not False)
 
 
 for op in (aten.tanh_backward.default, aten.sigmoid_backward.default):
     vmap_of(op)(elementwise(op))
-
-
-# ----- extrema, bounds, choices ------------------------------------------------------------------
-
-pointwise(aten.abs, lambda g, out, x: g * aten.sgn(x))
-
-
-@jvp_of(aten.abs)
-def _(tangents: tuple[Tensor], out: Tensor, x: Tensor) -> Tensor:
-    product = tangents[0] * aten.sgn(x).conj()
-    return product.real if x.is_complex() else product
-
-
-def split_on_ties(g: Tensor, x: Tensor, y: Tensor, lost: Tensor) -> Tensor:
-    """``g`` to the winner, half of it to each of two equals."""
-    return torch.where(x == y, g / 2, g).masked_fill(lost, 0)
-
-
-pointwise(
-    aten.maximum,
-    lambda g, out, x, y: split_on_ties(g, x, y, x < y),
-    lambda g, out, x, y: split_on_ties(g, x, y, x > y),
-)
-pointwise(
-    aten.minimum,
-    lambda g, out, x, y: split_on_ties(g, x, y, x > y),
-    lambda g, out, x, y: split_on_ties(g, x, y, x < y),
-)
-pointwise(
-    aten.fmax,
-    lambda g, out, x, y: keep((x >= y) | y.isnan(), g),
-    lambda g, out, x, y: g.masked_fill((x >= y) | y.isnan(), 0),
-)
-pointwise(
-    aten.fmin,
-    lambda g, out, x, y: keep((x <= y) | y.isnan(), g),
-    lambda g, out, x, y: g.masked_fill((x <= y) | y.isnan(), 0),
-)
-
-
-def clamped(g: Tensor, out: Tensor, x: Tensor, low: Any, high: Any) -> Tensor:
-    if low is None:
-        return keep(x <= high, g)
-    if high is None:
-        return keep(x >= low, g)
-    return keep((x >= low) & (x <= high), g)
-
-
-def clamped_in_low(g: Tensor, out: Tensor, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:
-    return keep(x < low if high is None else (x < low) & (low < high), g)
-
-
-def clamped_in_high(g: Tensor, out: Tensor, x: Tensor, low: Tensor | None, high: Tensor) -> Tensor:
-    return keep(x > high if low is None else (x > high) | (high < low), g)
-
-
-pointwise(aten.clamp, clamped)
-pointwise(aten.clamp.Tensor, clamped, clamped_in_low, clamped_in_high)
-for op in (aten.clamp_min.default, aten.clamp_min.Tensor):
-    pointwise(
-        op, lambda g, out, x, low: keep(x >= low, g), lambda g, out, x, low: keep(x < low, g)
-    )
-for op in (aten.clamp_max.default, aten.clamp_max.Tensor):
-    pointwise(
-        op, lambda g, out, x, high: keep(x <= high, g), lambda g, out, x, high: keep(x > high, g)
-    )
-for op in functional(aten.copysign):
-    signs = (zeros,) if len(tensor_args(op)) > 1 else ()
-    pointwise(op, lambda g, out, x, y: g * (out / x).masked_fill(x == 0, 0), *signs)
-pointwise(aten.nextafter, lambda g, out, x, y: keep(x != y, g))
-pointwise(aten.nan_to_num, lambda g, out, x: g * (x - x == 0))
-pointwise(
-    aten.where.self,
-    None,
-    lambda g, out, c, x, y: keep(c, g),
-    lambda g, out, c, x, y: g.masked_fill(c.bool(), 0),  # bytes are conditions, too
-)
-pointwise(aten.masked_fill.Scalar, lambda g, out, x, mask: g.masked_fill(mask, 0))
-pointwise(
-    aten.masked_fill.Tensor,
-    lambda g, out, x, mask, value: g.masked_fill(mask, 0),
-    None,
-    lambda g, out, x, mask, value: keep(mask, g),
-)
-
-
-@vmap_of(aten.masked_fill.Tensor)
-def _(x: Tensor, mask: Tensor, value: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
-    # the op wants a 0-dim value, which a batched one no longer is
-    return elementwise(aten.where.self)(
-        mask, value.to(x.dtype), x, batched=(batched[1], batched[2], batched[0])
-    )
 
 
 @vjp_of(aten.frexp.Tensor, diff_outputs=(0,))
@@ -351,63 +238,6 @@ def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Te
 
 
 vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
-
-
-# ----- complex numbers ---------------------------------------------------------------------------
-
-linear(aten._conj_physical, lambda g, x: g.conj(), batch=elementwise(aten._conj_physical.default))
-linear(aten._neg_view, lambda g, x: -g, batch=elementwise(aten._neg_view.default))
-
-
-@vjp_of(aten.complex)
-def _(g: Tensor, out: Tensor) -> list[Tensor]:
-    return [g.real, g.imag]
-
-
-@jvp_of(aten.complex)
-def _(tangents: tuple[Tensor | None, ...], out: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    tx, ty = tangents
-    return aten.complex(
-        torch.zeros_like(x) if tx is None else tx, torch.zeros_like(y) if ty is None else ty
-    )
-
-
-@vjp_of(aten.polar)
-def _(g: Tensor, out: Tensor) -> list[Tensor]:
-    return [(g.conj() * aten.sgn(out)).real, (g.conj() * (out * 1j)).real]
-
-
-@vjp_of(aten.angle)
-def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor]:
-    if not z.is_complex():
-        return [zeros(g)]
-    return [torch.where(z == 0, 0, g * 1j / z.conj())]
-
-
-@jvp_of(aten.angle)
-def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
-    if not z.is_complex():
-        return torch.zeros_like(out)
-    return torch.where(z == 0, 0, (tangents[0] / z).imag)
-
-
-def across(t: Tensor, out: Tensor, z: Tensor) -> Tensor:
-    """The part of ``t`` across the direction of ``z``, by its length; its own transpose."""
-    return torch.where(z == 0, 0, (t - out * (out.conj() * t).real) / z.abs())
-
-
-@vjp_of(aten.sgn)
-def _(g: Tensor, out: Tensor, z: Tensor) -> list[Tensor]:
-    return [across(g, out, z) if z.is_complex() else zeros(g)]
-
-
-@jvp_of(aten.sgn)
-def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
-    return across(tangents[0], out, z) if z.is_complex() else torch.zeros_like(out)
-
-
-for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sgn.default):
-    vmap_of(op)(elementwise(op))
 
 
 # ----- copies ------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
-from .table import aten, pointwise, total
+from .schema import aten
+from .table import pointwise, total
 
 Slope = Callable[[Tensor, Any], Tensor]
 
@@ -29,7 +30,7 @@ def lower(x: Tensor, n: Any, step: int, term: Callable[[int], Tensor]) -> Tensor
         raise NotImplementedError(
             "its derivative is a sum over all lower degrees: give the degree as a number"
         )
-    found = total(term(k) for k in range(int(n) - 1, -1, -step))
+    found = total(*(term(k) for k in range(int(n) - 1, -1, -step)))
     return torch.zeros_like(x) if found is None else found
 
 

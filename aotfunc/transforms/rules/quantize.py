@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batching import with_batch
-from .table import aten, elementwise, vmap_of
+from .batching import all_batched, elementwise
+from .schema import aten
+from .table import vmap_of
 
 per_tensor = aten.fake_quantize_per_tensor_affine_cachemask.default
 vmap_of(per_tensor)(elementwise(per_tensor))
@@ -20,10 +21,8 @@ def _(x, scale, zero, enabled, low, high, *, batched, size):
     op = aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams
     if not any(batched[1:]):
         return op(x, scale, zero, enabled, low, high)
-    x, scale, zero, enabled = (
-        with_batch(t, b, size).contiguous()
-        for t, b in zip((x, scale, zero, enabled), batched, strict=True)
-    )
+    tensors = all_batched((x, scale, zero, enabled), batched, size)
+    x, scale, zero, enabled = (t.contiguous() for t in tensors)
     rows = x.reshape(size, -1)
     how = (scale.reshape(size), zero.reshape(size).to(torch.int32), 0, low, high)
     out, mask = aten.fake_quantize_per_channel_affine_cachemask(rows, *how)
@@ -47,9 +46,7 @@ def _(
     axis %= x.dim() - batched[0]
     if not any(batched[1:]):
         return op(x, scale, zero, axis + 1, low, high)
-    x, scale, zero = (
-        with_batch(t, b, size) for t, b in zip((x, scale, zero), batched, strict=True)
-    )
+    x, scale, zero = all_batched((x, scale, zero), batched, size)
     first = x.movedim(axis + 1, 1)
     out = op(first.flatten(0, 1).contiguous(), scale.flatten(), zero.flatten(), 0, low, high)
     return tuple(o.reshape(first.shape).movedim(1, axis + 1) for o in out)

@@ -14,18 +14,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .batching import align, expand_lead
 from .pointwise import functional
-from .table import (
-    aten,
-    broadcast_shapes,
-    call_op,
-    jvp_of,
-    nondiff,
-    pointwise,
-    tensor_args,
-    vjp_of,
-    vmap_of,
-)
+from .schema import aten, call_op, tensor_args
+from .table import broadcast_shapes, jvp_of, nondiff, pointwise, vjp_of, vmap_of
 
 
 def shared(draw: Tensor, size: int) -> Tensor:
@@ -33,15 +25,10 @@ def shared(draw: Tensor, size: int) -> Tensor:
     return draw.expand(size, *draw.shape)
 
 
-def full_batch(x: Tensor, batched: bool, size: int) -> Tensor:
-    return x if batched else x.expand(size, *x.shape)
-
-
 def aligned(tensors: Any, batched: Any, size: int) -> list[Tensor]:
     """The tensors as batches, ranks equal so that they broadcast sample by sample."""
     rank = max(x.dim() - b for x, b in zip(tensors, batched, strict=True))
-    batches = [full_batch(x, b, size) for x, b in zip(tensors, batched, strict=True)]
-    return [x.reshape(size, *[1] * (rank + 1 - x.dim()), *x.shape[1:]) for x in batches]
+    return [align(expand_lead(x, b, size), rank) for x, b in zip(tensors, batched, strict=True)]
 
 
 def no_shared_draw() -> NotImplementedError:
@@ -115,7 +102,7 @@ def of_shape(op: OpOverload) -> Callable[..., Tensor]:
         if randomness == "same":
             full[where[0]] = like[0] if batched[0] else like
             return shared(call_op(op, full), size)
-        full[where[0]] = full_batch(like, batched[0], size)
+        full[where[0]] = expand_lead(like, batched[0], size)
         if "memory_format" in names:  # it may fit only the unbatched rank
             full[names.index("memory_format")] = None
         return call_op(op, full)
@@ -180,7 +167,7 @@ nondiff(
 @vmap_of(aten.bernoulli)
 def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness: str) -> Tensor:
     if randomness == "different":
-        return aten.bernoulli(full_batch(p, batched[0], size), generator=generator)
+        return aten.bernoulli(expand_lead(p, batched[0], size), generator=generator)
     if not batched[0]:
         return shared(aten.bernoulli(p, generator=generator), size)
     draw = aten.rand.generator(p.shape[1:], generator=generator, dtype=p.dtype, device=p.device)
@@ -264,7 +251,7 @@ def _(
             p[0], 1.0, generator=generator
         )  # as the op draws it; the greatest wins
         return race.argmax(-1, keepdim=True) if count == 1 else race.topk(count)[1]
-    p = full_batch(p, batched[0], size)
+    p = expand_lead(p, batched[0], size)
     return draw(p.flatten(0, -2)).reshape(*p.shape[:-1], count)
 
 
@@ -293,7 +280,7 @@ def _(
 def _(
     x: Tensor, p: float, train: bool | None, *, batched: tuple[bool], size: int, randomness: str
 ) -> tuple[Tensor, Tensor]:
-    x = full_batch(x, batched[0], size)
+    x = expand_lead(x, batched[0], size)
     if randomness == "different":
         return aten.native_dropout(x, p, train)
     mask = aten.native_dropout(x[0], p, train)[1]
@@ -319,7 +306,7 @@ def _(
     size: int,
     randomness: str,
 ) -> tuple[Tensor, Tensor]:
-    x, noise = full_batch(x, batched[0], size), full_batch(noise, batched[1], size)
+    x, noise = expand_lead(x, batched[0], size), expand_lead(noise, batched[1], size)
     if randomness == "different" or not train:
         return aten.rrelu_with_noise_functional(x, noise, low, high, train, generator)
     # drawn in double precision as the op does, one after the other where x is not positive

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batching import into, out_of, with_batch
-from .table import aten, vmap_of
+from .batching import all_batched, into, out_of
+from .schema import aten
+from .table import vmap_of
 
 LSTM = 2  # value of the argument `mode`
 
@@ -40,9 +41,7 @@ def _(*args: Any, batched: Any, size: Any) -> Any:
     if batch_sizes or mode != LSTM:
         return NotImplemented
     x, *weights, h, c = tensors
-    x, h, c = (
-        with_batch(t, b, size) for t, b in zip((x, h, c), (batched[0], *batched[5:]), strict=True)
-    )
+    x, h, c = all_batched((x, h, c), (batched[0], *batched[5:]), size)
     if not any(batched[1:5]):
         # contiguous, as the kernel takes them to be without looking
         x, h_in, c_in = (
@@ -54,9 +53,7 @@ def _(*args: Any, batched: Any, size: Any) -> Any:
         out = out_of(out, 1, size)
         h_end, c_end = out_of(h_end, h.dim() - 3, size), out_of(c_end, c.dim() - 3, size)
     else:
-        w_x, w_h, b_x, b_h = (
-            with_batch(w, b, size) for w, b in zip(weights, batched[1:5], strict=True)
-        )
+        w_x, w_h, b_x, b_h = all_batched(weights, batched[1:5], size)
         ends = (h.reshape(size, *h.shape[-2:]), c.reshape(size, *c.shape[-2:]))
         bias = b_x + b_h if has_biases else x.new_zeros(size, w_x.shape[1])
         out, h_end, c_end = lstm_layer(x, w_x, w_h, bias, *ends, reverse)

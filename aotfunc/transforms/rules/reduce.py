@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .pointwise import keep
-from .table import aten, jvp_of, linear, nondiff, shifted, vjp_of, vmap_of
+from .batching import align, shifted
+from .choices import keep
+from .schema import aten
+from .table import jvp_of, linear, nondiff, vjp_of, vmap_of
 
 # ----- helpers -----------------------------------------------------------------------------------
 
@@ -228,8 +230,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, y: Tensor, p: Any) -> list[Tensor]:
 @vmap_of(aten.dist)
 def _(x: Tensor, y: Tensor, p: Any) -> Tensor:
     rank = max(x.dim(), y.dim())
-    x, y = (v.reshape(v.shape[0], *[1] * (rank - v.dim()), *v.shape[1:]) for v in (x, y))
-    return aten.linalg_vector_norm(as_vectors(x - y), p, [1])
+    return aten.linalg_vector_norm(as_vectors(align(x, rank - 1) - align(y, rank - 1)), p, [1])
 
 
 # ----- extreme values: ties share the cotangent of amax, and of max without a dimension ----------

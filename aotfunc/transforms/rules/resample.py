@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
-from aotfunc.transforms.rules.batching import with_batch
-from aotfunc.transforms.rules.table import aten, linear, vjp_of, vmap_of
+from .batching import all_batched
+from .schema import aten
+from .table import linear, vjp_of, vmap_of
 
 # ----- resizing ----------------------------------------------------------------------------------
 
@@ -55,17 +56,12 @@ def sampling(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
 
     @vmap_of(op)
     def _(x, grid, *how, batched, size):
-        x, grid = (
-            with_batch(t, b, size).flatten(0, 1) for t, b in zip((x, grid), batched, strict=True)
-        )
+        x, grid = (t.flatten(0, 1) for t in all_batched((x, grid), batched, size))
         return op(x, grid, *how).unflatten(0, (size, -1))
 
     @vmap_of(backward)
     def _(g, x, grid, *how, batched, size):
-        flat = [
-            with_batch(t, b, size).flatten(0, 1)
-            for t, b in zip((g, x, grid), batched, strict=True)
-        ]
+        flat = (t.flatten(0, 1) for t in all_batched((g, x, grid), batched, size))
         of_x, of_grid = backward(*flat, *how)
         return None if of_x is None else of_x.unflatten(0, (size, -1)), of_grid.unflatten(
             0, (size, -1)

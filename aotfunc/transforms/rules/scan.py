@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batching import shifted
 from .reduce import as_vectors, restored
-from .table import aten, jvp_of, linear, shifted, vjp_of, vmap_of
+from .schema import aten
+from .table import jvp_of, linear, vjp_of, vmap_of
 
 # ----- cumulative extremes: the values are the input at the indices ------------------------------
 

@@ -12,19 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import (
-    Formula,
-    aten,
-    call_op,
-    conj,
-    expand_lead,
-    jvp_of,
-    linear,
-    overload,
-    past_batch,
-    vjp_of,
-    vmap_of,
-)
+from .batching import expand_lead, past_batch
+from .schema import Formula, aten, call_op, overload
+from .table import conj, jvp_of, linear, times, vjp_of, vmap_of
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
@@ -224,11 +214,6 @@ def write_rule(op: Any, scatter: Any) -> Formula:
     return batch
 
 
-def times(x: Tensor, by: Any) -> Tensor:
-    """``x * by`` without the multiplication by one."""
-    return x if isinstance(by, int | float) and by == 1 else x * by
-
-
 linear(
     aten.index_select,
     lambda g, x, dim, index: g.new_zeros(x.shape).index_add(dim, index, g),
@@ -239,10 +224,7 @@ linear(
     aten.index_add,
     lambda g, *_: g,
     None,
-    lambda g, x, dim, index, source, alpha: times(
-        select_for(g, source, dim, index),
-        alpha.conjugate() if isinstance(alpha, complex) else alpha,
-    ),
+    lambda g, x, dim, index, source, alpha: times(select_for(g, source, dim, index), conj(alpha)),
     batch=write_rule(
         aten.index_add,
         lambda x, dim, at, source, alpha: x.scatter_add(dim, at, times(source, alpha)),

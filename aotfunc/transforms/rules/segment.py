@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .batching import with_batch
 from .scatter import scatter_reduce_back
-from .table import aten, decompose_as, vmap_of
+from .schema import aten
+from .table import decompose_as, vmap_of
 
 
 def packed(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:

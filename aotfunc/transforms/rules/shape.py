@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import aten, jvp_of, linear, named, nondiff, past_batch, shifted, vmap_of
+from .batching import align, past_batch, shifted
+from .schema import aten, named
+from .table import jvp_of, linear, nondiff, vmap_of
 
 # ----- the same elements under another shape -----------------------------------------------------
 
@@ -65,8 +67,7 @@ for op in named("unsqueeze", "unsqueeze_copy"):
 
 
 def batch_expand(x: Tensor, size: Sequence[Any]) -> Tensor:
-    x = x.reshape(x.shape[0], *[1] * (len(size) + 1 - x.dim()), *x.shape[1:])
-    return x.expand(-1, *size)
+    return align(x, len(size)).expand(-1, *size)
 
 
 for op in named("expand", "expand_copy"):  # the walker sums the cotangent back to the shape of x
@@ -87,9 +88,7 @@ def repeat_back(g: Tensor, x: Tensor, repeats: Sequence[Any]) -> Tensor:
 
 
 def batch_repeat(x: Tensor, repeats: Sequence[Any]) -> Tensor:
-    return x.reshape(x.shape[0], *[1] * (len(repeats) + 1 - x.dim()), *x.shape[1:]).repeat(
-        1, *repeats
-    )
+    return align(x, len(repeats)).repeat(1, *repeats)
 
 
 linear(aten.repeat, repeat_back, batch=batch_repeat)

@@ -13,17 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import (
-    Formula,
-    aten,
-    call_op,
-    expand_lead,
-    linear,
-    named,
-    overload,
-    past_batch,
-    shifted,
-)
+from .batching import expand_lead, past_batch, shifted
+from .schema import Formula, aten, call_op, named, overload
+from .table import linear
 
 
 def of_input(op: Any, *names: str) -> Formula:

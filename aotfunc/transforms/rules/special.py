@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pointwise import functional, keep
-from .table import aten, elementwise, pointwise, vmap_of
+from .batching import elementwise
+from .choices import keep
+from .pointwise import functional
+from .schema import aten
+from .table import pointwise, vmap_of
 
 ROOT_PI = math.sqrt(math.pi)
 

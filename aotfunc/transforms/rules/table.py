@@ -32,7 +32,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -40,9 +39,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-aten = torch.ops.aten
-
-Formula = Callable[..., Any]
+from .batching import elementwise
+from .schema import Formula, aten, call_op, overload, tensor_args
 
 
 @dataclass
@@ -70,31 +68,9 @@ RULES: dict[OpOverload, OpRules] = {}
 DECOMPOSITIONS: dict[OpOverload, Formula] = {}
 
 
-def overload(op: OpOverload | OpOverloadPacket) -> OpOverload:
-    """The overload that ``op`` names: itself, or a packet's ``default``."""
-    return op.default if isinstance(op, OpOverloadPacket) else op
-
-
 def rule_of(op: OpOverload | OpOverloadPacket) -> OpRules:
     """The table's line for ``op``, made empty if there is none yet."""
     return RULES.setdefault(overload(op), OpRules())
-
-
-@cache
-def tensor_args(op: OpOverload) -> tuple[int, ...]:
-    """Positions of the tensor arguments (``Tensor``, ``Tensor?``, ``Tensor[]``, ``Tensor?[]``) in
-    the schema."""
-    kinds = ("Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]")
-    return tuple(i for i, a in enumerate(op._schema.arguments) if str(a.type) in kinds)
-
-
-def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """All arguments of the schema in order, keyword-only ones too, defaults filled in."""
-    schema = op._schema.arguments
-    full = list(args)
-    for a in schema[len(args) :]:
-        full.append(kwargs.get(a.name, a.default_value))
-    return full
 
 
 EXTRAS = ("needs", "batched", "size", "randomness", "shape", "sample")
@@ -212,9 +188,11 @@ def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> N
 
     def jvp(tangents: tuple[Tensor | None, ...], out: Tensor, *args: Any) -> Tensor | None:
         return total(
-            rule(t, out, *args)
-            for rule, t in zip(rules, tangents, strict=False)
-            if rule and t is not None
+            *(
+                rule(t, out, *args)
+                for rule, t in zip(rules, tangents, strict=False)
+                if rule and t is not None
+            )
         )
 
     line.vjp, line.jvp = adapt(vjp, 2), adapt(jvp, 2)
@@ -258,9 +236,11 @@ def linear(
             return call_op(op, [*args[: where[i]], t, *args[where[i] + 1 :]])
 
         return total(
-            on(i, t)
-            for i, (rule, t) in enumerate(zip(rules, tangents, strict=False))
-            if rule and present(t)
+            *(
+                on(i, t)
+                for i, (rule, t) in enumerate(zip(rules, tangents, strict=False))
+                if rule and present(t)
+            )
         )
 
     def joint_jvp(tangents: tuple[Tensor | None, ...], out: Tensor, *args: Any) -> Tensor:
@@ -316,23 +296,17 @@ def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
 # ----- what rules are made of --------------------------------------------------------------------
 
 
-def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
-    """Call ``op`` with all its schema arguments given in order."""
-    names = [a.name for a in op._schema.arguments if a.kwarg_only]
-    split = len(args) - len(names)
-    return op(*args[:split], **dict(zip(names, args[split:], strict=True)))
-
-
 def present(t: Any) -> bool:
     """Whether a tangent is there: not ``None`` and not a list of nothing but ``None``."""
     return any(x is not None for x in t) if isinstance(t, list | tuple) else t is not None
 
 
-def total(terms: Any) -> Tensor | None:
-    """The sum of the terms, ``None`` of none."""
+def total(*terms: Any) -> Any:
+    """The sum of the terms that are there; ``None`` where none is."""
     result = None
     for term in terms:
-        result = term if result is None else result + term
+        if term is not None:
+            result = term if result is None else result + term
     return result
 
 
@@ -343,79 +317,13 @@ def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     return torch.Size([next((n for n in along if n != 1), 1) for along in sizes][::-1])
 
 
-def elementwise(op: OpOverload) -> Formula:
-    """The vmap rule of an op that broadcasts its tensor arguments: align their ranks behind the
-    batch, call the op."""
-    where = tensor_args(op)
-
-    def batch(*args: Any, batched: tuple[Any, ...]) -> Any:
-        tensors = [args[i] for i in where]
-        rank = max(
-            x.dim() - b for x, b in zip(tensors, batched, strict=True) if isinstance(x, Tensor)
-        )
-        full = list(args)
-        for i, x, b in zip(where, tensors, batched, strict=True):
-            if b and x.dim() - 1 < rank:
-                full[i] = x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:])
-        return call_op(op, full)
-
-    return batch
+def times(x: Tensor, by: Any) -> Tensor:
+    """``x * by`` without the multiplication by one."""
+    return x if not isinstance(by, Tensor) and by == 1 else x * by
 
 
-def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self") -> Formula:
-    """The vmap rule of an op on one tensor argument whose ``names`` are dimensions: each is
-    counted past the batch.
-
-    A dimension that is ``None`` or an empty list stands for all of them and becomes all but the
-    batch."""
-    op = overload(op)
-    schema = [a.name for a in op._schema.arguments]
-    x_at, dims_at = schema.index(first), [schema.index(name) for name in names]
-
-    def batch(*args: Any) -> Any:
-        full = list(args)
-        x = full[x_at]
-        # PyTorch lets a 0-dim tensor have dimensions 0 and -1: give it one, and take it away again
-        if x.dim() == 1:
-            full[x_at] = x.unsqueeze(1)
-        for at in dims_at:
-            full[at] = past_batch(full[at], max(x.dim() - 1, 1))
-        outs = call_op(op, full)
-        if x.dim() > 1:
-            return outs
-        return (
-            tuple(o.reshape(x.shape) for o in outs)
-            if isinstance(outs, tuple)
-            else outs.reshape(x.shape)
-        )
-
-    return batch
-
-
-def past_batch(dim: Any, rank: int) -> Any:
-    """Dimension(s) of an unbatched tensor of ``rank``, counted in the batched one (batch at 0)."""
-    if isinstance(dim, int):
-        return dim % rank + 1
-    if not dim:
-        return list(range(1, rank + 1))
-    return [past_batch(d, rank) for d in dim]
-
-
-def expand_lead(x: Tensor, batched: bool, size: Any) -> Tensor:
-    """``x`` with the batch at 0, repeated over it if it had none."""
-    return x if batched else x.expand(size, *x.shape)
-
-
-def conj(x: Tensor) -> Tensor:
-    """``x.conj()``, and nothing at all for a real ``x``."""
-    return x.conj() if x.is_complex() else x
-
-
-def named(*names: str) -> Any:
-    """Overloads by name, those that this build of torch has."""
-    found = []
-    for name in names:
-        packet, _, which = name.partition(".")
-        if hasattr(aten, packet) and (which or "default") in getattr(aten, packet).overloads():
-            found.append(getattr(getattr(aten, packet), which or "default"))
-    return found
+def conj(x: Any) -> Any:
+    """The conjugate of a tensor or a number, and ``x`` itself if that is real."""
+    if isinstance(x, Tensor):
+        return x.conj() if x.is_complex() else x
+    return x.conjugate() if isinstance(x, complex) else x

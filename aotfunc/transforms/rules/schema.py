@@ -1,0 +1,54 @@
+"""What a rule asks of an op's schema: its overloads, its tensor arguments, and a call with all
+arguments in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+aten = torch.ops.aten
+
+Formula = Callable[..., Any]
+
+
+def overload(op: OpOverload | OpOverloadPacket) -> OpOverload:
+    """The overload that ``op`` names: itself, or a packet's ``default``."""
+    return op.default if isinstance(op, OpOverloadPacket) else op
+
+
+@cache
+def tensor_args(op: OpOverload) -> tuple[int, ...]:
+    """Positions of the tensor arguments (``Tensor``, ``Tensor?``, ``Tensor[]``, ``Tensor?[]``) in
+    the schema."""
+    kinds = ("Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]")
+    return tuple(i for i, a in enumerate(op._schema.arguments) if str(a.type) in kinds)
+
+
+def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments of the schema in order, keyword-only ones too, defaults filled in."""
+    schema = op._schema.arguments
+    full = list(args)
+    for a in schema[len(args) :]:
+        full.append(kwargs.get(a.name, a.default_value))
+    return full
+
+
+def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
+    """Call ``op`` with all its schema arguments given in order."""
+    names = [a.name for a in op._schema.arguments if a.kwarg_only]
+    split = len(args) - len(names)
+    return op(*args[:split], **dict(zip(names, args[split:], strict=True)))
+
+
+def named(*names: str) -> Any:
+    """Overloads by name, those that this build of torch has."""
+    found = []
+    for name in names:
+        packet, _, which = name.partition(".")
+        if hasattr(aten, packet) and (which or "default") in getattr(aten, packet).overloads():
+            found.append(getattr(getattr(aten, packet), which or "default"))
+    return found
