@@ -20,7 +20,8 @@ from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import fill
 from ..trace.traced import current
 from ..trace.tracer import Trace
-from .autograd_function import Context, apply_function, call_function, floating
+from .autograd_function import apply_function, call_function
+from .function_rules import Context, floating
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:

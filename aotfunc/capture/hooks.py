@@ -19,7 +19,8 @@ from ..errors import CaptureError
 from ..trace import outside
 from ..trace.records import instr_op, written_slots
 from ..trace.traced import Traced
-from .autograd_function import Context, call_function
+from .autograd_function import call_function
+from .function_rules import Context
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:

@@ -22,9 +22,10 @@ from ..trace.patches import ORIGINALS, Attribute, recorded
 from ..trace.tracer import Trace
 from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import filled_node
-from .autograd_function import BEGIN, End, patterns, recorded_rule
+from .autograd_function import BEGIN, End
 from .custom_derivative import CustomDerivative, Part, failing, refused, splice_part
 from .deferred import Deferred
+from .function_rules import patterns, recorded_rule
 
 
 class Link:

@@ -1,0 +1,294 @@
+"""The backward and the jvp of an ``autograd.Function`` become programs.
+
+A rule reads its context, and the programs what that keeps. A rule that is under way when it is
+asked for again, as its derivative calls its own Function, is recorded on demand."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ..errors import CaptureError
+from ..graph import Program
+from ..trace.marks import once
+from ..trace.nested import listed
+from ..trace.recording import record_into
+from ..trace.shapes.sig import Sig
+from ..trace.traced import current
+from ..trace.tracer import Trace
+from ..transforms.vjp import contiguous_sig
+from ..transforms.walk import builder
+from .captured import Captured
+from .concretize import agreed
+from .custom_derivative import Later, Part
+
+
+class Context(FunctionCtx):
+    """What ``ctx`` is inside a recording."""
+
+    saved_for_forward: tuple = ()
+    to_save: tuple = ()
+    needs_input_grad: tuple = ()
+    materialize_grads = True
+    non_differentiable: tuple = ()
+    dirty_tensors: tuple = ()
+
+    @property
+    def saved_tensors(self) -> tuple:
+        return tuple(self.to_save) if self.to_save else tuple(self.saved_for_forward)
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize_grads = value
+
+
+def requires_grad(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.requires_grad
+
+
+def floating(a: Any) -> bool:
+    return isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
+
+
+def recorded_backward(
+    trace: Trace, name: str, args: Any, ctx: Context, outs: Sequence[Any], backward: Callable
+) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
+    """``record(refs, residuals)``, which records a Function's backward as programs: for all inputs,
+    and for those alone that require grad. It appends the values that they read."""
+    wanted, requiring = gradients_of(args, backward), tuple(map(requires_grad, args))
+    diff = [floating(o) for o in outs]
+    sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
+    tensors, floats = [isinstance(a, Tensor) for a in args], tuple(map(floating, args))
+
+    def record(refs: Callable, residuals: list[int]) -> tuple[tuple, Any]:
+        def recorded(needed: tuple[bool, ...]) -> tuple:
+            ctx.needs_input_grad, found = needed, []
+            for have in patterns(sum(diff), ctx.materialize_grads):
+                present = iter(have or (True,) * sum(diff))
+                given = [yes and next(present) for yes in diff]
+                here = [sig for sig, yes in zip(sigs, given, strict=True) if sig and yes]
+                rule = with_gaps(wanted, given)
+                found.append((have, part(name, ctx, rule, here, backward, refs, residuals)))
+            return tuple(found)
+
+        narrow = None
+        if any(requiring) and not trace.of_a_rule and requiring != floats:
+            mask = tuple(itertools.compress(requiring, tensors))
+            narrow = (mask, recorded(requiring))
+        return recorded(floats), narrow
+
+    return record
+
+
+def recorded_jvp(
+    trace: Trace, name: str, args: Any, ctx: Context, jvp: Any
+) -> tuple[Part | Later | None, list[Tensor]]:
+    """A Function's jvp, which autograd calls at once, and the tensors that it reads."""
+    kept: list[Tensor] = []
+    if jvp is None:
+        return None, kept
+    floats = [floating(a) for a in args]
+    sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
+    rule = with_gaps(lambda ctx, *ts: listed(jvp(ctx, *ts)), floats)
+    saved, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
+    made = part(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
+    ctx.to_save = saved
+    return made if isinstance(made, Part | Later) else None, kept
+
+
+def part(
+    name: str,
+    ctx: Context,
+    rule: Callable,
+    sigs: Sequence[Sig],
+    calls: Any,
+    seen: Callable,
+    residuals: list,
+) -> Any:
+    """A rule recorded as a program, or the error that this raised; ``residuals`` get what it reads
+    as it is ``seen``."""
+    if calls in _under_way.rules:
+        bare, read = held(ctx)
+    else:
+        made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs, calls)
+        if isinstance(made, Exception):
+            return made
+        program, read = made
+    found = seen(read)
+    if isinstance(found, Exception):
+        return found
+    first = len(residuals)
+    residuals += found
+    if calls in _under_way.rules:
+        more = [current().ref_of(t)[1] for t in read]  # type: ignore[union-attr]
+        return later(name, rule, bare, first, sigs, more, calls)
+    return Part(program, first, len(read))
+
+
+def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
+    """The sets of cotangents that a backward is recorded for: ``[None]`` with materialised
+    gradients, where absent ones are zeros; otherwise every set that is not empty."""
+    if materialize or count > 4:
+        return [None]
+    return [p for p in itertools.product((True, False), repeat=count) if any(p)]
+
+
+def with_gaps(rule: Callable, given: Sequence[bool]) -> Callable:
+    """The rule called with ``None`` where nothing is given."""
+
+    def call(ctx: Any, *values: Tensor) -> Any:
+        feed = iter(values)
+        return rule(ctx, *[next(feed) if yes else None for yes in given])
+
+    return call
+
+
+def gradients_of(args: Any, backward: Callable) -> Callable:
+    """The backward, returning one gradient per tensor argument as autograd takes it: of the
+    argument's shape and dtype, None for integers. It runs without autocast: a backward belongs
+    outside of it."""
+    wrapped = getattr(backward, "__wrapped__", None) is not None
+    last = wrapped and backward.__code__ is _ONCE  # type: ignore[attr-defined]
+    body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
+
+    wanted = [
+        (a.shape, a.dtype) if floating(a) else None for a in args if isinstance(a, Tensor)
+    ]  # and no tensor
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+    def fit(g: Any, want: Any) -> Any:
+        if g is None or want is None:
+            return None
+        shape, dtype = want
+        if g.shape != shape:
+            g = g.sum_to_size(shape)
+        if g.dtype != dtype:
+            g = (torch.real(g) if g.is_complex() and not dtype.is_complex else g).to(dtype)
+        return once(g) if last else g
+
+    def call(ctx: Any, *cts: Any) -> list:
+        with torch._C._DisableAutocast():
+            grads = dict(enumerate(listed(body(ctx, *cts))))
+        return [fit(grads.get(i), want) for i, want in zip(places, wanted, strict=True)]
+
+    return call
+
+
+@torch.autograd.function.once_differentiable  # type: ignore[type-var]
+def _once_differentiable(ctx: Any, g: Any) -> Any:
+    return g
+
+
+#: the code that every function decorated with @once_differentiable has
+_ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
+
+
+class _UnderWay(threading.local):
+    def __init__(self) -> None:
+        self.rules: list[Any] = []
+
+
+_under_way = _UnderWay()  # the derivatives that are being recorded
+
+
+class Held(int):
+    """The place of the i-th tensor that a context keeps."""
+
+
+def held(ctx: Context) -> tuple[Context, list[Tensor]]:
+    """A copy of a context that says Held where it keeps a tensor, and these tensors, each once."""
+    kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
+    tensors = list({id(t): t for t in kept if isinstance(t, Tensor)}.values())
+    numbers = {id(t): Held(i) for i, t in enumerate(tensors)}
+    bare = copy.copy(ctx)
+    bare.dirty_tensors = bare.non_differentiable = ()
+    return with_kept(bare, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x), tensors
+
+
+def with_kept(ctx: Context, put: Callable[[Any], Any]) -> Context:
+    """A copy of ``ctx`` with ``put`` applied to each value that it keeps."""
+    new = copy.copy(ctx)
+    for name, value in vars(ctx).items():
+        setattr(new, name, put(value))
+    new.to_save, new.saved_for_forward = (
+        tuple(map(put, ctx.to_save)),
+        tuple(map(put, ctx.saved_for_forward)),
+    )
+    return new
+
+
+def later(
+    name: str,
+    rule: Callable,
+    ctx: Context,
+    first: int,
+    sigs: Sequence[Sig],
+    more: list,
+    calls: Any,
+) -> Later:
+    """The rule as a Part to be recorded on demand: a program of its given values (``sigs``) and of
+    what the context keeps (``more``). It holds no tensor."""
+
+    def on(*xs: Tensor) -> Any:
+        given, kept = xs[: len(sigs)], xs[len(sigs) :]
+        return rule(with_kept(ctx, lambda x: kept[x] if isinstance(x, Held) else x), *given)
+
+    def make() -> Any:
+        made = recorded_rule(name, on, [*sigs, *more], calls)
+        if isinstance(made, Exception):
+            return made
+        program, lifted = made
+        if lifted:
+            return CaptureError(
+                f"{name}: a derivative that calls {name} again must get its tensors through ctx"
+            )
+        return Part(program, first, len(more))
+
+    return Later(make, first, len(more))
+
+
+def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
+    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per
+    leaf; or the error that it raised."""
+    inner = Trace("the derivative of an autograd.Function is recorded without values", ask=agreed)
+    inner.of_a_rule = True
+    values = [inner.input_like(sig) for sig in sigs]
+    inner.autograd.leaves.update((t.ref, True) for t in values)
+    _under_way.rules.append(calls)
+    try:
+        rec = record_into(inner, lambda: Captured(inner, rule(*values), lambda: ()))
+    except NotImplementedError as e:
+        return CaptureError(f"{name} has no derivative: {e}")
+    except (
+        Exception
+    ) as e:  # the user's: it is raised where this derivative is asked for, as in eager
+        return e.with_traceback(None)
+    finally:
+        _under_way.rules.pop()
+    base = rec.program()
+    trace = current()
+    if inner.strided and trace is not None:
+        trace.strided = True
+    if base.mutated:
+        return CaptureError(
+            f"the backward or jvp of {name} writes to what it was given or saved; clone() it "
+            "there first"
+        )
+    if len(rec.tensors) == len(rec.leaves):
+        return base, inner.lifted
+
+    def with_nones() -> Program:
+        b = builder()
+        outs = b.splice(base.graph, b.inputs(base.placeholders), base.outputs)
+        full: list = [None] * len(rec.leaves)
+        for i, o in zip(rec.tensors, outs, strict=False):
+            full[i] = o
+        return Program(b.finish(full), base.n_inputs, len(full), (), "backward")
+
+    return base.once(("gaps", tuple(rec.tensors), len(rec.leaves)), with_nones), inner.lifted
