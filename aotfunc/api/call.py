@@ -17,7 +17,7 @@ from ..debug import where_defined
 from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes
-from ..trace.shapes.sig import Sig, make_sig, sig_of
+from ..trace.shapes.sig import Sig, floating, make_sig, sig_of
 from ..trace.traced import Traced, check_kind
 from ..transforms.jvp import tangent_sig
 
@@ -42,16 +42,12 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
                 f"{name}: argnums={argnums}, but there are {count} positional arguments"
             )
         for k in args.spans[i]:
-            if not differentiable(args.leaves[k]):
+            if not floating(args.leaves[k]):
                 raise not_differentiable(name, args.leaves[k], args.said(k))
             found.append(k)
     if len({i % count for i in chosen}) != len(chosen):
         raise ArgumentError(f"{name}: argnums={argnums} names an argument twice")
     return found
-
-
-def differentiable(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:

@@ -28,7 +28,7 @@ from ..trace.traced import ordinary_tensor
 from ..transforms.fresh import ANYTHING, fresh
 from ..transforms.jvp import jvp as jvp_pass
 from ..transforms.linearize import halve, linear_program
-from ..transforms.vjp import differentiable
+from ..transforms.vjp import has_derivative
 from ..transforms.vjp import vjp as vjp_pass
 from .call import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .dynamo import read_as, read_by_dynamo
@@ -148,7 +148,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     call = Call("vjp", func, arguments, positions("vjp", arguments, everything), has_aux)
     call.check_tensors()
     base, n_out, spec = call.program, call.n_out, call.spec
-    have = tuple(i < n_out and differentiable(v) for i, v in enumerate(base.vals))
+    have = tuple(i < n_out and has_derivative(v) for i, v in enumerate(base.vals))
     joint = call.derived((have,), lambda: vjp_pass(base, call.wrt, have, fill=True))
     forward, backward, direct = _halves(joint, call, sum(have))
     outs = execute(forward, call.inputs)

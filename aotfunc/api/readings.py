@@ -98,7 +98,7 @@ def run_batched(
     return vmap(lambda *samples: body(*samples)[0], *how, **options)(*given)
 
 
-class Differentiated:
+class StandInCall:
     """A call of ``f`` on stand-ins for the arguments ``argnums``."""
 
     def __init__(
@@ -140,7 +140,7 @@ class Differentiated:
 def gradient(
     func: Callable, args: tuple, kwargs: dict, argnums: Any = 0, has_aux: bool = False
 ) -> Any:
-    call = Differentiated(func, args, kwargs, argnums, has_aux)
+    call = StandInCall(func, args, kwargs, argnums, has_aux)
     values, aux = call.results([x.clone() for x in call.entered], [])
     return (call.chosen(values), *aux) if has_aux else call.chosen(values)
 
@@ -148,7 +148,7 @@ def gradient(
 def gradient_and_value(
     func: Callable, args: tuple, kwargs: dict, argnums: Any = 0, has_aux: bool = False
 ) -> Any:
-    call = Differentiated(func, args, kwargs, argnums, has_aux)
+    call = StandInCall(func, args, kwargs, argnums, has_aux)
     values, aux = call.results([*[x.clone() for x in call.entered], *call.outs], [])
     return call.chosen(values[:-1]), (values[-1], *aux) if has_aux else values[-1]
 
@@ -181,7 +181,7 @@ def jacobian(
     has_aux: bool = False,
     **options: Any,
 ) -> Any:
-    call = Differentiated(func, args, kwargs, argnums, has_aux)
+    call = StandInCall(func, args, kwargs, argnums, has_aux)
     examples = [
         (x.sum() * 0).expand(*out.shape, *x.shape) for out in call.outs for x in call.entered
     ]
@@ -203,7 +203,7 @@ def pushed(jvp: Callable) -> Callable:
     def push(
         func: Callable, primals: tuple, tangents: tuple, strict: bool, has_aux: bool
     ) -> tuple:
-        call = Differentiated(func, primals, {}, tuple(range(len(primals))), has_aux)
+        call = StandInCall(func, primals, {}, tuple(range(len(primals))), has_aux)
         examples = [*call.outs, *[torch.zeros_like(x) for x in call.outs]]
         values, aux = call.results(examples, paired(primals, tangents), strict)
         n = len(call.outs)
@@ -243,13 +243,13 @@ def in_two_steps(linear: Callable, run_linear: Callable) -> Callable:
     def decorate(transform: Callable) -> Callable:
         def reads(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
             def first(primals: tuple) -> tuple:
-                call = Differentiated(func, primals, {}, tuple(range(len(primals))), has_aux)
+                call = StandInCall(func, primals, {}, tuple(range(len(primals))), has_aux)
                 outs, aux = call.results(call.outs, [])
                 return tree_unflatten(outs, call.out_spec), *aux
 
             def second(primals: tuple, vectors: tuple) -> Any:
                 return linear(
-                    Differentiated(func, primals, {}, tuple(range(len(primals))), has_aux),
+                    StandInCall(func, primals, {}, tuple(range(len(primals))), has_aux),
                     primals,
                     vectors,
                 )
@@ -277,7 +277,7 @@ def run_value(transform: Callable, body: Callable, given: list, more: list) -> l
     return [*outs, *aux]
 
 
-def pull(call: Differentiated, primals: tuple, cotangents: tuple) -> tuple:
+def read_pull(call: StandInCall, primals: tuple, cotangents: tuple) -> tuple:
     tree = cotangents[0] if len(cotangents) == 1 else cotangents
     return call.chosen(
         call.results([x.clone() for x in call.entered], paired(call.result, tree))[0]
@@ -289,7 +289,7 @@ def run_pull(vjp: Callable, body: Callable, given: list, more: list) -> list:
     return [*vjp_fn(tuple(more)), *aux]
 
 
-def push(call: Differentiated, primals: tuple, tangents: tuple) -> Any:
+def read_push(call: StandInCall, primals: tuple, tangents: tuple) -> Any:
     examples = [torch.zeros_like(x) for x in call.outs]
     return tree_unflatten(call.results(examples, paired(primals, tangents))[0], call.out_spec)
 
@@ -319,4 +319,7 @@ def repeatable(body: Callable) -> Callable:
     return call
 
 
-vjp_in_graph, linearize_in_graph = in_two_steps(pull, run_pull), in_two_steps(push, run_push_again)
+vjp_in_graph, linearize_in_graph = (
+    in_two_steps(read_pull, run_pull),
+    in_two_steps(read_push, run_push_again),
+)

@@ -19,7 +19,7 @@ from .. import debug
 from ..debug import at
 from ..errors import GraphError
 from ..graph import Times
-from ..trace.records import flat
+from ..trace.records import flat_tensors
 from ..trace.shapes.sig import Sig
 
 #: the namespaces of ops whose results are laid out as their rules or meta kernels say
@@ -82,7 +82,7 @@ def compile_graph(
         if n.target is operator.getitem:
             lines.append(f"{n.name} = {literal(n.args[0])}[{n.args[1]}]")
         else:
-            call = called(n)
+            call = entry_of(n)
             name = targets.get(call)
             if name is None:
                 name = targets[call] = outside(call, f"f{len(targets)}")
@@ -147,7 +147,7 @@ def binds_one_overload(n: Node) -> bool:
     )
 
 
-def called(n: Node) -> Callable:
+def entry_of(n: Node) -> Callable:
     """What is called for a node: the overload's C entry (``OpOverload.__call__`` adds a Python
     frame), or a binding."""
     target = n.target
@@ -204,8 +204,8 @@ def compare(n: Node, value: Any) -> None:
         read = {u.args[1] for u in n.users if u.target is operator.getitem}
         said, value = tuple([said[i] for i in read]), [value[i] for i in read]
     if differ(said, value):
-        known = [(s, s.stride) for s in flat(said)]
-        real = [(tuple(x.shape), x.stride(), x.dtype) for x in flat(value)]
+        known = [(s, s.stride) for s in flat_tensors(said)]
+        real = [(tuple(x.shape), x.stride(), x.dtype) for x in flat_tensors(value)]
         raise GraphError(
             f"{n.format_node()} is {real}, not {known} as the graph says{at(n.meta.get('line'))}"
         )

@@ -19,9 +19,10 @@ from torch._ops import OpOverload
 
 from ..errors import BackendError, BackendWarning
 from ..graph import draws, output_node
+from ..trace.node_views import storage_root
 from .eager import compile_graph
 from .formulas import FORMULAS, LOW
-from .results import Results, resolved, root
+from .results import Results, resolved
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ ALPHA = (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 _LOCK = threading.RLock()
 
 
-def inductor(gm: fx.GraphModule, example_inputs: list) -> Call:
+def inductor(gm: fx.GraphModule, example_inputs: list) -> InductorGraph:
     """Compile a functional aten graph with Inductor's inner compiler; decompositions are applied
     first.
 
@@ -50,10 +51,10 @@ def inductor(gm: fx.GraphModule, example_inputs: list) -> Call:
         and shutil.which("g++") is None
     ):
         raise BackendError("the inductor backend needs a C++ compiler on the CPU: install g++")
-    return Call(gm)
+    return InductorGraph(gm)
 
 
-class Call:
+class InductorGraph:
     """A graph compiled by Inductor, called as the graph is."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -65,7 +66,7 @@ class Call:
         self.repairs: list | None = None  # known after the first call
         self.fn: Callable | None = None
         try:
-            self.fn = compiled(gm, self.say)
+            self.fn = compiled_by_inductor(gm, self.say)
         except Exception as e:
             self.say("the whole graph", e)
 
@@ -106,7 +107,7 @@ class Call:
         return outs
 
 
-def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:
+def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:
     """What Inductor makes of a graph; ops that it fails on are left to eager kernels, and ``say``
     is told."""
     from torch._inductor import config
@@ -137,10 +138,10 @@ def compiled(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Calla
             try:
                 with config.patch(force_disable_caches=True) if marked else nullcontext():
                     fn = compile_fx_inner(ours, fakes)
-                return first(fn, count) if more else fn
+                return first_results(fn, count) if more else fn
             except Exception as e:
                 culprit = next(
-                    (op for op in sorted(ops(gm), key=str) if str(op) in targets_named(e)), None
+                    (op for op in sorted(ops_of(gm), key=str) if str(op) in targets_named(e)), None
                 )
                 if culprit is None or culprit in failing:
                     raise
@@ -201,13 +202,13 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
             n.kwargs = {k: v for k, v in n.kwargs.items() if k != "generator"}
         if len(n.args) == 3 and n.target in ALPHA:  # they take it by keyword only
             n.args, n.kwargs = n.args[:2], {"alpha": n.args[2]}
-    for op in ops(gm):
+    for op in ops_of(gm):
         if op not in lowerings and op in decompositions:  # its decomposition is not for this case
             make_fallback(op, constrain_to_fx_strides, warn=False, override_decomp=True)
     return fx.GraphModule(gm, graph)
 
 
-def first(fn: Callable, count: int) -> Callable:
+def first_results(fn: Callable, count: int) -> Callable:
     """The first results of a compiled graph; unread draws come behind them."""
     return lambda args: fn(args)[:count]
 
@@ -230,7 +231,7 @@ def misplaced(n: fx.Node) -> bool:
     the input."""
     if n.target not in (aten.as_strided.default, aten.as_strided_scatter.default):
         return False
-    source = root(n.args[0])
+    source = storage_root(n.args[0])
     return source.op == "placeholder" and source.meta["val"].storage_offset() != 0
 
 
@@ -243,7 +244,7 @@ def swapped(n: fx.Node) -> list[int]:
     return order
 
 
-def ops(gm: fx.GraphModule) -> set[OpOverload]:
+def ops_of(gm: fx.GraphModule) -> set[OpOverload]:
     return {n.target for n in gm.graph.nodes if isinstance(n.target, OpOverload)}
 
 

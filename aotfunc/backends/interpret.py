@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx import Node
 
 from .. import debug
-from .eager import as_said, called, compare, compile_graph, last_uses, unsure
+from .eager import as_said, compare, compile_graph, entry_of, last_uses, unsure
 
 #: a run of generated code saves half a microsecond for each node, and 30 are spent to make it
 OFTEN = 50
@@ -98,7 +98,7 @@ def as_list(*parts: Any) -> list:
 
 
 def call_of(n: Node) -> Callable:
-    call = called(n)
+    call = entry_of(n)
     if n.target is operator.getitem or not (unsure(n) or debug.LEVEL >= 2):
         return call
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..errors import GraphError
-from ..trace.shapes.sig import Facts
+from ..trace.node_views import storage_root
 
 #: a tensor, found or made from ``(arguments, results)``
 Pick = Callable[[Sequence, Sequence], Tensor]
@@ -31,7 +28,7 @@ class Results:
         self.outputs = list(next(iter(reversed(graph.nodes))).args[0])
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         self.vals = [o.meta["val"] if isinstance(o, Node) else o for o in self.outputs]
-        self.roots = [root(o) for o in self.outputs]
+        self.roots = [storage_root(o) for o in self.outputs]
 
     def repairs(self, args: Sequence, outs: Sequence) -> list[Repair]:
         """What has to be done to these results, and to those of every later call; raises
@@ -39,7 +36,7 @@ class Results:
         found: list[Repair] = []
         owners: dict[int, list[tuple[Node, Pick]]] = {}  # address -> the values whose memory it is
         for i, a in enumerate(args):
-            if address := memory(a):
+            if address := address_of(a):
                 owners.setdefault(address, []).append((self.placeholders[i], argument(i)))
         for k, (out, val) in enumerate(zip(outs, self.vals, strict=True)):
             if not isinstance(out, Tensor):
@@ -49,7 +46,7 @@ class Results:
                 raise GraphError(
                     f"result {k} of the compiled code is {got}, the graph says {want}"
                 )
-            there = owners.setdefault(address, []) if (address := memory(out)) else []
+            there = owners.setdefault(address, []) if (address := address_of(out)) else []
             owner = next((pick for n, pick in there if n is self.roots[k]), None)
             base = owner and owner(args, outs)
             laid_out = out.stride() == tuple(val.stride())
@@ -63,20 +60,9 @@ class Results:
         return found
 
 
-def memory(t: Tensor) -> int:
+def address_of(t: Tensor) -> int:
     """The address of a tensor's memory, 0 where it has none."""
     return t.untyped_storage().data_ptr() if t.numel() and t.layout is torch.strided else 0
-
-
-def root(n: Any) -> Any:
-    """The node whose memory ``n`` shows."""
-    while isinstance(n, Node) and n.op == "call_function":
-        made: Any = n.args[0] if n.target is operator.getitem else n
-        of = Facts(made.target).view_of if isinstance(made.target, OpOverload) else None
-        if of is None:
-            break
-        n = made.args[of]
-    return n
 
 
 def argument(i: int) -> Pick:

@@ -16,12 +16,13 @@ from torch.autograd.function import Function
 from ..debug import Line
 from ..errors import CaptureError
 from ..trace.functionalize import Functionalizer
+from ..trace.shapes.sig import floating
 from ..trace.traced import current
 from . import opaque
 from .calls import Step, interned
 from .custom_derivative import CustomDerivative, Later
 from .deferred import Deferred
-from .function_rules import Context, floating, recorded_backward, recorded_jvp
+from .function_rules import Context, recorded_backward, recorded_jvp
 from .function_vmap import OwnRule, on_real_batch
 from .tree import Operands
 

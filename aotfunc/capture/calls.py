@@ -21,11 +21,11 @@ from ..graph import Program, cut, draws, size
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
 from ..trace.marks import hidden_write
-from ..trace.records import flat, instr_op
+from ..trace.records import flat_tensors, instr_op
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked
 from ..transforms.jvp import jvp, tangent_sig
-from ..transforms.vjp import contiguous_sig, differentiable, flat_inputs, live, reverse, vjp
+from ..transforms.vjp import contiguous_sig, flat_inputs, has_derivative, live, reverse, vjp
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder, filled_node, unknown
 
@@ -133,7 +133,7 @@ class CallStep(Step):
         ]
 
     def run(self, values: list[Tensor]) -> list[Tensor]:
-        return flat(self.runner(self.program)(*values))
+        return flat_tensors(self.runner(self.program)(*values))
 
 
 class CompiledStep(CallStep):
@@ -257,7 +257,7 @@ class CompiledCall:
     def flat(self, n: Node) -> list[Node]:
         """The arguments of the node ``n`` by which the call is flat."""
         vals = [a.meta["val"] for a in n.args]
-        wrt = tuple(i for i, val in enumerate(vals) if differentiable(val))
+        wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
         return [n.args[i] for i in set().union(*flat_inputs(self.program, wrt))]
 
     dissolved_with = "calls"

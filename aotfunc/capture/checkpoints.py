@@ -17,11 +17,11 @@ from ..errors import CaptureError
 from ..trace.patches import ORIGINALS, recorded
 from ..trace.records import written_slots
 from ..trace.shapes.instr import Instr
-from ..trace.shapes.sig import fill
+from ..trace.shapes.sig import fill, floating
 from ..trace.traced import current
 from ..trace.tracer import Trace
 from .autograd_function import apply_function, call_function
-from .function_rules import Context, floating
+from .function_rules import Context
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ def keep_saved(trace: Trace, start: int, context: Any) -> None:
                 trace.records[i] = (instr, refs, grad, None, line)
 
 
-def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``Function.apply`` inside a recording; reentrant checkpoints are Functions, too. Without an
     argument that requires grad a compiled one has no derivative of what it closes over either."""
     if cls is not torch_checkpoint.CheckpointFunction:

@@ -23,7 +23,7 @@ from ..errors import CaptureError
 from ..graph import Program, cut, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
-from ..trace.records import Record, flat
+from ..trace.records import Record, flat_tensors
 from ..trace.replay import generators
 from ..trace.scalars import FIRST, bits_of
 from ..trace.seeds import named_generators
@@ -319,7 +319,7 @@ def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[
     records, count = len(trace.records), trace.count
     results = trace.record(CallStep(program, compiled), inputs)
     try:
-        yield flat(results)
+        yield flat_tensors(results)
     finally:
         trace.forget(records, count)
 

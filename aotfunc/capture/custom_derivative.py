@@ -1,7 +1,7 @@
 """The derivative that a user wrote for an ``autograd.Function``, as a graph node.
 
 Such a node passes values through and marks them as having the derivative that it says. The
-Function's ``backward`` (and ``jvp``) are recorded with it (see :mod:`.autograd_function`), as
+Function's ``backward`` (and ``jvp``) are recorded with it (see :mod:`.function_rules`), as
 programs of the cotangents (tangents) and of what the context saved. So a custom derivative is
 itself a graph: transformed like any other, to any order."""
 
@@ -25,7 +25,7 @@ from ..transforms.walk import filled_node, unknown
 aten = torch.ops.aten
 
 
-class Part(NamedTuple):
+class RuleProgram(NamedTuple):
     """One recorded rule: a program of its given values and of ``n_residuals`` residuals from
     ``first`` on."""
 
@@ -35,15 +35,15 @@ class Part(NamedTuple):
 
 
 class Later:
-    """A Part that is recorded when it is asked for: a backward that applies its own Function would
-    recurse for ever."""
+    """A RuleProgram that is recorded when it is asked for: a backward that applies its own
+    Function would recurse for ever."""
 
     def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
         self.make, self.first, self.n_residuals = make, first, n_residuals
         self.made: Any = None
 
     def part(self) -> Any:
-        """The Part, or the error that recording it raised."""
+        """The program, or the error that recording it raised."""
         if self.made is None:
             self.made, self.make = self.make(), None  # type: ignore[assignment]
         return self.made
@@ -53,9 +53,9 @@ class CustomDerivative:
     """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a
     derivative of the user's.
 
-    ``backward`` maps the pattern of cotangents that are there (None: whichever, absent ones as
-    zeros) to a Part ``(cotangents, residuals) -> gradients of the inputs``, or to the error that
-    recording it raised; ``forward`` is a Part ``(tangents, residuals) -> tangents`` or None.
+    ``backward`` maps the pattern of cotangents that are there (None: any, absent ones as
+    zeros) to a RuleProgram ``(cotangents, residuals) -> gradients of the inputs``, or to the error that
+    recording it raised; ``forward`` is one ``(tangents, residuals) -> tangents`` or None.
     ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own
     :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments are its
     operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a
@@ -68,7 +68,7 @@ class CustomDerivative:
         n_inputs: int,
         vals: tuple,
         backward: tuple,
-        forward: Part | Later | None,
+        forward: RuleProgram | Later | None,
         saved: tuple,
         batching: Any,
         narrow: tuple[tuple[bool, ...], tuple] | None = None,
@@ -104,13 +104,13 @@ class CustomDerivative:
             return dict(self.narrow[1])
         return self.backward
 
-    def part(self, backward: dict[Any, Any], have: tuple[bool, ...]) -> Part | Exception:
-        """The Part for these cotangents, or what the user's backward raised."""
+    def part(self, backward: dict[Any, Any], have: tuple[bool, ...]) -> RuleProgram | Exception:
+        """The program for these cotangents, or what the user's backward raised."""
         part = backward.get(have, backward.get(None))
         if part is None:
             raise CaptureError(f"{self.__name__} has no backward")
         part = part.part() if isinstance(part, Later) else part
-        if refused(part):
+        if is_ours(part):
             raise part
         return part
 
@@ -133,7 +133,7 @@ class CustomDerivative:
             cts = [g[i] for i in places if i in g]
         else:
             cts = [g[i] if i in g else filled_node(b, 0, self.vals[i]) for i in places]
-        return inputs, splice_part(b, part, cts, residuals)
+        return inputs, splice_rule(b, part, cts, residuals)
 
     def zeros(self, b: Builder) -> dict[int, Node] | None:
         """The cotangents that the backward gets where autograd comes by without any."""
@@ -148,20 +148,20 @@ class CustomDerivative:
             for r, k in zip(residuals, self.saved, strict=True)
         ]
         forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
-        if isinstance(forward, Part):
+        if isinstance(forward, RuleProgram):
             ts = [
                 tangents[x] if x in tangents else filled_node(b, 0, x.meta["val"])
                 for x in inputs
                 if x.meta["val"].differentiable
             ]
-            return splice_part(b, forward, ts, residuals)
+            return splice_rule(b, forward, ts, residuals)
         # the transpose of the backward, which is linear in the cotangents
         diff = [v for v in self.vals if v.differentiable]
         part = self.part(self.backward_for([x in tangents for x in inputs]), (True,) * len(diff))
         if isinstance(part, Exception):
             raise part
         dummies = [unknown(b, v) for v in diff]
-        grads = splice_part(b, part, dummies, residuals)
+        grads = splice_rule(b, part, dummies, residuals)
         pairs = [
             (gr, tangents[x])
             for gr, x in zip(grads, inputs, strict=True)
@@ -183,7 +183,7 @@ class CustomDerivative:
         def batched(part: Any) -> Any:
             if isinstance(part, Later):
                 return Later(lambda: batched(part.part()), part.first, part.n_residuals)
-            if not isinstance(part, Part):
+            if not isinstance(part, RuleProgram):
                 return part
             program, here = part.program, slice(part.first, part.first + part.n_residuals)
             given = program.placeholders[: len(program.placeholders) - part.n_residuals]
@@ -194,7 +194,7 @@ class CustomDerivative:
             ]
             outs = [0 if isinstance(o, Node) else None for o in program.outputs]
             whole = Program(program.graph, len(dims), program.n_outputs, (), program.name)
-            return Part(
+            return RuleProgram(
                 vmap(whole, dims, sigs, walk.size, walk.randomness, outs),
                 part.first,
                 part.n_residuals,
@@ -213,7 +213,7 @@ class CustomDerivative:
         )
 
 
-def refused(part: Any) -> bool:
+def is_ours(part: Any) -> bool:
     """Whether this is an error of ours: raised at once. The user's are raised by the backward."""
     return isinstance(part, AotfuncError) and not isinstance(part, OpError)
 
@@ -231,6 +231,8 @@ def failing(b: Builder, error: Exception, g: dict[int, Node], inputs: Sequence[N
     ]
 
 
-def splice_part(b: Builder, part: Part, given: Sequence[Node], residuals: Sequence[Node]) -> list:
+def splice_rule(
+    b: Builder, part: RuleProgram, given: Sequence[Node], residuals: Sequence[Node]
+) -> list:
     inputs = [*given, *residuals[part.first : part.first + part.n_residuals]]
     return list(b.splice(part.program.graph, inputs, part.program.outputs))

@@ -21,7 +21,7 @@ from ..trace.records import results_of, written_slots
 from ..trace.shapes.sig import Facts
 from ..trace.tracer import Trace
 from .calls import CallStep, CompiledCall
-from .custom_derivative import CustomDerivative, Part
+from .custom_derivative import CustomDerivative, RuleProgram
 
 
 class Deferred:
@@ -64,7 +64,7 @@ class Deferred:
                 return self.error("reads a tensor that is computed")
             if self.trace.mutates:
                 written = written or written_memory(self.trace, self.written_from)
-                if not written.isdisjoint(memory(self.trace, r) for r in (ref, before)):
+                if not written.isdisjoint(memory_group(self.trace, r) for r in (ref, before)):
                     return self.error("reads a tensor that is written to")
             found.append(before)
         return found
@@ -76,7 +76,7 @@ class Deferred:
         """Record the backward as it is now. It waits on, to be the same if it is asked for again."""
         step, refs = self.make(self)
         derivative = step.derivative
-        rules = [p if isinstance(p, Part) else type(p) for p in derivative.rules]
+        rules = [p if isinstance(p, RuleProgram) else type(p) for p in derivative.rules]
         before, self.made = self.made, (rules, refs)
         if before not in (None, self.made):
             raise self.error("reads what changes")
@@ -98,10 +98,12 @@ def too_late(what: str, line: Line | None) -> CaptureError:
 def written_memory(trace: Trace, start: int) -> set[Any]:
     """What is written to from this record on."""
     later = trace.records[start:]
-    return {memory(trace, refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
+    return {
+        memory_group(trace, refs[s]) for instr, refs, *_ in later for s in written_slots(instr)
+    }
 
 
-def memory(trace: Trace, ref: int) -> Any:
+def memory_group(trace: Trace, ref: int) -> Any:
     root, count = trace.root(ref), len(trace.inputs)
     if root >= count:
         return root
@@ -120,7 +122,8 @@ def check_calls(trace: Trace) -> None:
             continue
         inputs, results = unguarded(instr.program)
         read = {
-            memory(trace, r) for r in (*(refs[i] for i in inputs), *(made[i] for i in results))
+            memory_group(trace, r)
+            for r in (*(refs[i] for i in inputs), *(made[i] for i in results))
         }
         if read and not trace.autograd.active().isdisjoint(refs):
             if not read.isdisjoint(written_memory(trace, k + 1)):

@@ -20,14 +20,14 @@ from ..graph import Program
 from ..trace.marks import once
 from ..trace.nested import listed
 from ..trace.recording import record_into
-from ..trace.shapes.sig import Sig
+from ..trace.shapes.sig import Sig, floating
 from ..trace.traced import current
 from ..trace.tracer import Trace
 from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import builder
 from .captured import Captured
 from .concretize import agreed
-from .custom_derivative import Later, Part
+from .custom_derivative import Later, RuleProgram
 
 
 class Context(FunctionCtx):
@@ -52,10 +52,6 @@ def requires_grad(a: Any) -> bool:
     return isinstance(a, Tensor) and a.requires_grad
 
 
-def floating(a: Any) -> bool:
-    return isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
-
-
 def recorded_backward(
     trace: Trace, name: str, args: Any, ctx: Context, outs: Sequence[Any], backward: Callable
 ) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
@@ -74,7 +70,9 @@ def recorded_backward(
                 given = [yes and next(present) for yes in diff]
                 here = [sig for sig, yes in zip(sigs, given, strict=True) if sig and yes]
                 rule = with_gaps(wanted, given)
-                found.append((have, part(name, ctx, rule, here, backward, refs, residuals)))
+                found.append(
+                    (have, rule_program(name, ctx, rule, here, backward, refs, residuals))
+                )
             return tuple(found)
 
         narrow = None
@@ -88,7 +86,7 @@ def recorded_backward(
 
 def recorded_jvp(
     trace: Trace, name: str, args: Any, ctx: Context, jvp: Any
-) -> tuple[Part | Later | None, list[Tensor]]:
+) -> tuple[RuleProgram | Later | None, list[Tensor]]:
     """A Function's jvp, which autograd calls at once, and the tensors that it reads."""
     kept: list[Tensor] = []
     if jvp is None:
@@ -97,12 +95,12 @@ def recorded_jvp(
     sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
     rule = with_gaps(lambda ctx, *ts: listed(jvp(ctx, *ts)), floats)
     saved, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
-    made = part(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
+    made = rule_program(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
     ctx.to_save = saved
-    return made if isinstance(made, Part | Later) else None, kept
+    return made if isinstance(made, RuleProgram | Later) else None, kept
 
 
-def part(
+def rule_program(
     name: str,
     ctx: Context,
     rule: Callable,
@@ -128,7 +126,7 @@ def part(
     if calls in _under_way.rules:
         more = [current().ref_of(t)[1] for t in read]  # type: ignore[union-attr]
         return later(name, rule, bare, first, sigs, more, calls)
-    return Part(program, first, len(read))
+    return RuleProgram(program, first, len(read))
 
 
 def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
@@ -232,7 +230,7 @@ def later(
     more: list,
     calls: Any,
 ) -> Later:
-    """The rule as a Part to be recorded on demand: a program of its given values (``sigs``) and of
+    """The rule as a RuleProgram to be recorded on demand: a program of its given values (``sigs``) and of
     what the context keeps (``more``). It holds no tensor."""
 
     def on(*xs: Tensor) -> Any:
@@ -248,7 +246,7 @@ def later(
             return CaptureError(
                 f"{name}: a derivative that calls {name} again must get its tensors through ctx"
             )
-        return Part(program, first, len(more))
+        return RuleProgram(program, first, len(more))
 
     return Later(make, first, len(more))
 

@@ -43,7 +43,7 @@ def autograd_grad(
         else list(inputs.values() if keys is not None else inputs)
     )
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
-        return outside_graphs.along(
+        return outside_graphs.grad_outside(
             *(outputs, inputs, grad_outputs, retain_graph, create_graph, only_inputs),
             *(allow_unused, is_grads_batched, materialize_grads),
         )

@@ -120,7 +120,7 @@ def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
     return tree_flatten(opened_in(tree)) if any(map(is_data, leaves)) else (leaves, spec)
 
 
-def opened(x: Any, always: bool = False) -> Any:
+def opened_instance(x: Any, always: bool = False) -> Any:
     """A leaf, or what it holds if there is a tensor in it, put in words that PyTorch's trees
     know."""
     if not (is_data(x) and (always or holds_tensor(x))):
@@ -134,7 +134,7 @@ def opened_in(tree: Any, always: bool = False) -> Any:
     """A tree whose leaves are opened."""
     leaves, spec = tree_flatten(tree)
     return (
-        tree_unflatten([opened(x, always) for x in leaves], spec)
+        tree_unflatten([opened_instance(x, always) for x in leaves], spec)
         if any(map(is_data, leaves))
         else tree
     )

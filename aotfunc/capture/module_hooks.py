@@ -3,7 +3,7 @@
 As in eager, an identity in front of the module and one behind it call the hooks when the reverse
 walk passes. The hooks are recorded as programs of the gradients; those of the module's outputs,
 which a hook is given together with those of its inputs, go from the identity behind to the one in
-front by a :class:`Link`."""
+front by a :class:`HookedCall`."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from ..trace.tracer import Trace
 from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import filled_node
 from .autograd_function import BEGIN, End
-from .custom_derivative import CustomDerivative, Part, failing, refused, splice_part
+from .custom_derivative import CustomDerivative, RuleProgram, failing, is_ours, splice_rule
 from .deferred import Deferred
 from .function_rules import patterns, recorded_rule
 
 
-class Link:
+class HookedCall:
     """Between the two identities around one call of a module."""
 
     def __init__(self) -> None:
         #: per reverse walk: the hooks' program for the gradients that are there, these gradients,
         # what it closes over
         self.given: WeakKeyDictionary[Builder, tuple[Any, list, list]] = WeakKeyDictionary()
-        self._batched: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
+        self._batched: WeakKeyDictionary[Any, HookedCall] = WeakKeyDictionary()
 
-    def batched(self, walk: Any) -> Link:
-        return self._batched.setdefault(walk, Link())
+    def batched(self, walk: Any) -> HookedCall:
+        return self._batched.setdefault(walk, HookedCall())
 
 
 class Identity(CustomDerivative):
     """``(values, values, closed-over tensors) -> values``; hooks do not act on tangents."""
 
-    def __init__(self, name: str, vals: tuple, backward: tuple, link: Link) -> None:
+    def __init__(self, name: str, vals: tuple, backward: tuple, link: HookedCall) -> None:
         super().__init__(name, len(vals), vals, backward, None, (), None)
         self.link = link
 
@@ -64,7 +64,7 @@ class Front(Identity):
         ) is None:  # a path to the input that does not pass the output
             return inputs, [g.get(i) for i in range(self.n_outputs)]
         part, cotangents, residuals = found
-        if refused(part):
+        if is_ours(part):
             raise part
         if isinstance(part, Exception):
             return inputs, failing(b, part, g, inputs)
@@ -73,7 +73,7 @@ class Front(Identity):
             for i, v in enumerate(self.vals)
             if v.differentiable
         ]
-        return inputs, splice_part(b, part, [*mine, *cotangents], residuals)
+        return inputs, splice_rule(b, part, [*mine, *cotangents], residuals)
 
     def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
         return Front(self.__name__, vals, (), self.link.batched(walk))
@@ -84,7 +84,7 @@ class Behind(Identity):
     programs for the front."""
 
     def __init__(
-        self, name: str, vals: tuple, backward: tuple, link: Link, hooks: dict, saved: int
+        self, name: str, vals: tuple, backward: tuple, link: HookedCall, hooks: dict, saved: int
     ) -> None:
         super().__init__(name, vals, backward, link)
         self.hooks, self.saved, self.unguarded = hooks, (None,) * saved, tuple(range(saved))
@@ -118,7 +118,7 @@ def setup_input_hook(hook: Any, args: tuple) -> tuple:
     trace = recorded()
     if trace is None:
         return ORIGINALS["setup_input_hook"](hook, args)
-    hook.n_inputs, hook.input_tensors_index, hook.link = len(args), None, Link()
+    hook.n_inputs, hook.input_tensors_index, hook.link = len(args), None, HookedCall()
     if not tracked(args):
         return args
     hook.input_tensors_index, vals = tensors_among(trace, args)
@@ -160,7 +160,7 @@ def recorded_hooks(
         if isinstance(refs, Exception):
             return refs
         residuals.extend(refs)
-        return Part(program, len(residuals) - len(refs), len(refs))
+        return RuleProgram(program, len(residuals) - len(refs), len(refs))
 
     backwards, hooks = [], {}
     floats = [v.differentiable for v in vals]
@@ -172,7 +172,7 @@ def recorded_hooks(
             lambda *gs, here=here: pre_hooked(hook, packed(count, here, gs), places), sigs
         )
         backwards.append((have, before))
-        if hook.input_tensors_index is None or not isinstance(before, Part):
+        if hook.input_tensors_index is None or not isinstance(before, RuleProgram):
             continue
         given = before.program.outputs
         there = [i for i, o in zip(places, given, strict=True) if o is not None]

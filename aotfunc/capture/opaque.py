@@ -23,7 +23,7 @@ from .tree import Operands
 aten = torch.ops.aten
 
 
-class Call(NamedTuple):
+class ForwardCall(NamedTuple):
     """``cls.forward(*args)``"""
 
     cls: Any
@@ -36,7 +36,7 @@ class OpaqueForward(Step):
     the derivative is that of the Function.
     """
 
-    def __init__(self, call: Call, vals: tuple[Sig, ...]) -> None:
+    def __init__(self, call: ForwardCall, vals: tuple[Sig, ...]) -> None:
         super().__init__(vals)
         self.call = call
         self.__name__ = f"{call.cls.__name__}_forward"
@@ -93,7 +93,7 @@ class OpaqueForward(Step):
         )
 
 
-def forward_result(call: Call, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+def forward_result(call: ForwardCall, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the
     copies."""
     traces, under_way.traces = under_way.traces, []
@@ -116,7 +116,7 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
     assert trace is not None
     operands = Operands(args)
     tensors = operands.tensors
-    call = Call(cls, operands.without_tensors(), Surroundings.now())
+    call = ForwardCall(cls, operands.without_tensors(), Surroundings.now())
     sigs = [trace.ref_of(t)[1] for t in tensors]
     with quiet():
         zeros = [

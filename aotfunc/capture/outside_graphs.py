@@ -37,7 +37,7 @@ def gradients(
     }
     if not batched and all(r in real and real[r].requires_grad for r in (*outs, *refs)):
         roots, leaves = [real[ref] for ref in outs], [real[ref] for ref in refs]
-        return along(roots, leaves, cotangents, retain_graph, create_graph, True, True)
+        return grad_outside(roots, leaves, cotangents, retain_graph, create_graph, True, True)
     known = {ref: real[ref] for ref in refs if ref in real}
     graphs = outside_ends(trace, outs, refs) if known or not trace.may_ask_constants else {}
     if not graphs:
@@ -52,7 +52,7 @@ def gradients(
     others = [x for x, ref in zip(ins, refs, strict=True) if ref not in known]
     found = inside([*(value(trace, ref) for ref in stops), *others])
     parts = [(t, g) for t, g in zip(stops.values(), found, strict=False) if g is not None]
-    done = along(
+    done = grad_outside(
         [t for t, _ in parts],
         list(known.values()),
         [g for _, g in parts],
@@ -65,7 +65,7 @@ def gradients(
     return [outside[ref] if ref in known else next(rest) for ref in refs]
 
 
-def along(
+def grad_outside(
     outputs: Any,
     inputs: Any,
     grads: Any,

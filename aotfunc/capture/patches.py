@@ -23,7 +23,7 @@ from ..trace.traced import HOOKS, under_way
 from ..transforms.rules.ctc import recordable
 from ..transforms.rules.packed import padded
 from . import module_hooks
-from .checkpoints import applied, checkpoint_region
+from .checkpoints import checkpoint_region, recorded_apply
 from .constants import deepcopy_of_a_constant, numpy_of_a_constant, tolist_of_a_constant, unpickled
 from .generators import get_rng_state, manual_seed, random_seed, set_rng_state
 from .gradients import autograd_backward, autograd_grad
@@ -170,7 +170,7 @@ graph = torch.autograd.graph
 
 #: everything that the first capture exchanges, for the whole process
 PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
-    Code("apply", Function.apply.__func__, applied, _ApplyTemplate.apply.__func__),  # type: ignore
+    Code("apply", Function.apply.__func__, recorded_apply, _ApplyTemplate.apply.__func__),  # type: ignore
     Code("grad", torch.autograd.grad, autograd_grad, _grad_template),
     Code("backward", torch.autograd.backward, autograd_backward, _backward_template),
     Code("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template),

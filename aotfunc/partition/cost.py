@@ -16,7 +16,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from .ops import facts, is_symbol, is_view
+from .ops import is_symbol, is_view, traits
 
 
 class Cost(Protocol):
@@ -138,7 +138,7 @@ class Roofline:
             return 0.0
         written = nbytes(n.meta.get("val"))
         if self.fused < 1 and n.target.__class__ is OpOverload:
-            folds = facts(n.target).pointwise or n.target._schema.name.split("::")[1] in _FOLDS
+            folds = traits(n.target).pointwise or n.target._schema.name.split("::")[1] in _FOLDS
             if folds or not n.all_input_nodes:
                 return self.fused * written
         traffic = written + sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])

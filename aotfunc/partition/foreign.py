@@ -26,7 +26,7 @@ def cut_by(
     roles = read_joint(joint.graph, n_early)
     for n, forward in zip(roles.nodes, roles.forward, strict=True):
         n.meta["partitioner_tag"] = "is_forward" if forward else "is_backward"
-    extra = [single(n) for n in unread_draws(roles)]
+    extra = [single(n) for n in early_unread_draws(roles)]
     if extra:
         set_outputs(joint, [*roles.early_outputs, *extra, *roles.late_outputs])
     forward, backward = partition(joint, inputs, num_fwd_outputs=n_early + len(extra))
@@ -40,7 +40,7 @@ def cut_by(
     return forward, backward
 
 
-def unread_draws(roles: Joint) -> list[Node]:
+def early_unread_draws(roles: Joint) -> list[Node]:
     """The draws of the forward that no result depends on."""
     read = ancestors(
         roles.inputs, [roles.index[o] for o in roles.early_outputs if isinstance(o, Node)]

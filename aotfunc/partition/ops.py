@@ -27,7 +27,7 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class Traits:
     """What the schema and the tags of one overload say."""
 
     view: bool
@@ -43,7 +43,7 @@ class Facts:
 
 
 @cache
-def facts(op: OpOverload) -> Facts:
+def traits(op: OpOverload) -> Traits:
     """The facts of ``op``, read once."""
     schema, tags = op._schema, op.tags
     aliases = [r.alias_info for r in schema.returns if r.alias_info is not None]
@@ -51,7 +51,7 @@ def facts(op: OpOverload) -> Facts:
         "Generator" in str(a.type) for a in schema.arguments
     )
     silent = {"dropout_p": 0, "dropout": 0, "train": False, "training": False}
-    return Facts(
+    return Traits(
         view=schema.name in SILENT_VIEWS
         or (bool(aliases) and not any(a.is_write for a in aliases)),
         random=random,
@@ -70,7 +70,7 @@ def is_view(n: Node) -> bool:
     view."""
     if n.target is operator.getitem:
         return n.args[0].__class__ is Node and is_view(n.args[0])  # type: ignore[arg-type]
-    return n.target.__class__ is OpOverload and facts(n.target).view
+    return n.target.__class__ is OpOverload and traits(n.target).view
 
 
 def base(n: Node) -> Node:
@@ -85,7 +85,7 @@ def is_random(n: Node) -> bool:
     ``train=False`` do not."""
     if n.target.__class__ is not OpOverload:
         return bool(n.meta.get("random") or getattr(n.target, "random", False))
-    f = facts(n.target)
+    f = traits(n.target)
     if not f.random:
         return bool(n.meta.get("random"))
     for i, name, value in f.unless:
@@ -100,13 +100,13 @@ def has_effect(n: Node) -> bool:
     """Whether running the node is seen outside: it writes, prints, checks, communicates."""
     if n.op != "call_function":
         return n.op in ("call_method", "call_module")
-    known = n.target.__class__ is OpOverload and facts(n.target).effect
+    known = n.target.__class__ is OpOverload and traits(n.target).effect
     return known or bool(n.meta.get("effect") or getattr(n.target, "effect", False))
 
 
 def writes(n: Node) -> bool:
     """Whether the node writes one of its arguments."""
-    return n.target.__class__ is OpOverload and facts(n.target).writes
+    return n.target.__class__ is OpOverload and traits(n.target).writes
 
 
 def is_pinned(n: Node) -> bool:
@@ -123,7 +123,7 @@ def region(n: Node) -> Any:
 def once(n: Node) -> bool:
     """Whether the node may run only once, because a second run could give another value or be
     seen."""
-    unknown = n.target.__class__ is OpOverload and facts(n.target).unknown and region(n) is None
+    unknown = n.target.__class__ is OpOverload and traits(n.target).unknown and region(n) is None
     return unknown or is_pinned(n)
 
 
@@ -137,7 +137,7 @@ def is_single(n: Node) -> bool:
     return n.meta.get("val") is not None and not isinstance(n.meta["val"], tuple | list)
 
 
-def user_line(n: Node) -> str | None:
+def line_of(n: Node) -> str | None:
     """The user's source line that made the node."""
     line = n.meta.get("line")
     return None if line is None else str(line)

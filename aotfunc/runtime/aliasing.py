@@ -23,10 +23,11 @@ from ..trace.aliases import Shown
 from ..trace.emit import Builder, infer_val, paused_gc
 from ..trace.in_place import SHAPE_OF_GRADIENT
 from ..trace.marks import hidden_write
+from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.traced import current
 from ..trace.writes import functional_twin
-from ..transforms.fresh import fresh, viewed
+from ..transforms.fresh import fresh
 
 aten = torch.ops.aten
 
@@ -259,7 +260,7 @@ def with_own_memory(
     def of_written() -> set[int]:
         placeholders, finals = program.placeholders, program.outputs
         written = {placeholders[i] for i in mutated}
-        return {k for k in range(count, len(finals)) if root(finals[k]) in written}
+        return {k for k in range(count, len(finals)) if written_root(finals[k]) in written}
 
     views = program.once("apart", of_written)
     # what runs inside a nested call is not seen in the graph
@@ -272,11 +273,8 @@ def with_own_memory(
     ]
 
 
-def root(n: Any) -> Any:
-    """The node whose memory ``n`` shows."""
-    while isinstance(n, Node):
-        above = n.args[1] if n.target is hidden_write else viewed(n)
-        if above is None:
-            break
-        n = above
+def written_root(n: Any) -> Any:
+    """The node whose memory ``n`` shows; of a hidden write, that of what it writes."""
+    while isinstance(n := storage_root(n), Node) and n.target is hidden_write:
+        n = n.args[1]
     return n

@@ -24,10 +24,11 @@ from ..capture.captured import Captured
 from ..graph import Program, kept_alive
 from ..trace.emit import Builder, displaced, paused_gc, remap, remap_dict
 from ..trace.marks import dead_end
+from ..trace.node_views import chain_of, viewed
 from ..trace.records import results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
-from ..transforms.fresh import chain_of, fresh, viewed
+from ..transforms.fresh import fresh
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import active_nodes, sources
 from ..transforms.walk import builder
@@ -86,7 +87,7 @@ def dissolved(program: Program) -> Program:
         args = remap(n.args, env)
         plain = getattr(n.target, "plain", None)
         if plain is None:
-            if alike := views.get(call_of(n.target, args), []):
+            if alike := views.get(call_text(n.target, args), []):
                 return alike.pop(0)
             return b.item(*args) if n.target is operator.getitem else relaid(b, n, env)
         b.meta = {}
@@ -94,7 +95,7 @@ def dissolved(program: Program) -> Program:
         for v in outs[len(n.meta["val"]) :]:
             for m in reversed(chain_of(v) if isinstance(v, Node) else []):
                 for made in (m.args[0], m) if m.target is operator.getitem else (m,):
-                    alike = views.setdefault(call_of(made.target, made.args), [])
+                    alike = views.setdefault(call_text(made.target, made.args), [])
                     if made not in alike:
                         alike.append(made)
         return outs
@@ -116,7 +117,7 @@ def chained(
     return None if chain is None else chain(tensors)
 
 
-def call_of(target: Any, args: tuple) -> str:
+def call_text(target: Any, args: tuple) -> str:
     return f"{target} {args}"
 
 

@@ -18,11 +18,11 @@ from ..capture.calls import CallStep, hidden_writes
 from ..debug import outside_dynamo
 from ..graph import Program
 from ..trace.modes import without_modes
+from ..trace.node_views import storage_root
 from ..trace.shapes.sig import contiguous_stride
 from ..trace.traced import current
-from ..transforms.fresh import storage_root
 from ..transforms.lower import lowered, marked
-from ..transforms.vjp import differentiable, live, vjp
+from ..transforms.vjp import has_derivative, live, vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .duals import pushed_program, refuse_cuts
@@ -223,7 +223,7 @@ class Differentiable(torch.autograd.Function):
         wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)
         whole = program.flat()
         have = tuple(
-            differentiable(v) and c is not None for v, c in zip(whole.vals, cts, strict=True)
+            has_derivative(v) and c is not None for v, c in zip(whole.vals, cts, strict=True)
         )
         joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
         given = [contiguous(c) for c, yes in zip(cts, have, strict=True) if yes and c is not None]

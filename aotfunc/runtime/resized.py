@@ -28,7 +28,7 @@ def resized_program(
     layouts = [batch_layout(sig, dim) for sig, dim in zip(sigs, dims, strict=True)]
     if size < 2 or None in layouts:  # a dimension of one has any stride
         return make()
-    shared = base.derived(("sizes", dims, tuple(layouts), *how), lambda: Shared(make(), size))
+    shared = base.derived(("sizes", dims, tuple(layouts), *how), lambda: SharedCode(make(), size))
     return shared.program_of(size, make, dims, how[1])
 
 
@@ -48,7 +48,7 @@ def batch_layout(sig: Sig, dim: int | None) -> tuple | None:
     return (*shape, sig.dtype, sig.device, sig.plain)
 
 
-class Shared:
+class SharedCode:
     """What programs have in common that differ in the size of the batch: the code made of one of
     them."""
 

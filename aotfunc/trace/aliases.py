@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .records import flat, instr_op, results_of, written_slots
+from .records import flat_tensors, instr_op, results_of, written_slots
 from .shapes.sig import Sig
 from .views import COMPUTED
 
@@ -84,7 +84,7 @@ def shown(trace: Trace) -> dict[int, Shown]:
         elif facts.view_of is not None and refs and op not in COMPUTED:
             call = (op, instr.args, instr.kwargs, instr.outs)
             several = instr.outs.__class__ is not Sig
-            for i, (ref, sig) in enumerate(zip(made, flat(instr.outs), strict=True)):
+            for i, (ref, sig) in enumerate(zip(made, flat_tensors(instr.outs), strict=True)):
                 found[ref] = Shown(
                     ref, of(refs[0]), call, i if several else None, not grad and sig.differentiable
                 )

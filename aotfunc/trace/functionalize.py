@@ -15,7 +15,7 @@ from torch.fx import Node
 from ..debug import Line
 from .emit import Builder, displaced
 from .marks import hidden_write
-from .records import flat
+from .records import flat_tensors
 from .scalars import NUMBER, with_tensor
 from .shapes.instr import Instr
 from .shapes.sig import Sig, fill
@@ -87,7 +87,7 @@ class Functionalizer(Values):
             self.bind(out, grad, how)
         elif isinstance(outs, tuple):
             for i, o in enumerate(outs):
-                if flat(o):
+                if flat_tensors(o):
                     self._results(self.b.item(out, i), o, grad, how)
 
     def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:

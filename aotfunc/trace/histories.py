@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .tracer import Trace
 
 
-class History(Function):
+class GiveHistory(Function):
     """Gives a tensor a history, and does not touch its values."""
 
     @staticmethod
@@ -68,7 +68,7 @@ def follow_writes(trace: Trace, written: Sequence[Any]) -> None:
         if trace.seen_as(owner) in trace.autograd.active():
             trace.rewritten.append(owner)
             with quiet():
-                super(Function, History).apply(
+                super(Function, GiveHistory).apply(
                     owner, torch.empty(0, requires_grad=True)
                 )  # which is not redirected
                 _ = torch._C.TensorBase.grad_fn.__get__(

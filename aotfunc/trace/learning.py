@@ -92,7 +92,7 @@ def by_value(
 
     def shape(*values: Tensor) -> Any:
         known = dict(zip(asked, values, strict=True))
-        every = [known[i] if i in known else zeros(sig) for i, sig in enumerate(sigs)]
+        every = [known[i] if i in known else zeros_of(sig) for i, sig in enumerate(sigs)]
         return signatures(
             func(*fill(targs, every), **{k: fill(v, every) for k, v in tkwargs.items()})
         )
@@ -121,7 +121,7 @@ def follows_default(instr: Instr, kwargs: dict) -> bool:
     return made and kwargs.get("dtype") is None
 
 
-def zeros(sig: Sig) -> Tensor:
+def zeros_of(sig: Sig) -> Tensor:
     """A tensor of this signature, one zero everywhere."""
     with quiet():
         return torch.zeros((), dtype=sig.dtype, device=sig.device).expand(sig.shape)

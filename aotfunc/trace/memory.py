@@ -23,7 +23,7 @@ from .traced import Traced
 aten = torch.ops.aten
 
 
-class Place(NamedTuple):
+class MemoryPlace(NamedTuple):
     """``group`` is the same for tensors that overlap, directly or through others; ``start`` and
     ``step``, the distance of the samples where the tensor is a batch, are in bytes. ``kin`` is the
     same for those of a group that autograd knows as views of one tensor: a detached one is not.
@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
 def places_of(
     tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None
-) -> tuple[Place, ...]:
+) -> tuple[MemoryPlace, ...]:
     """A place for each tensor. ``dims``: the dimensions along which they are batches."""
     known = [memory_of(t) for t in tensors]
     groups = list(range(len(tensors)))
@@ -58,9 +58,9 @@ def places_of(
     )
     kins: dict[Any, int] = {}
     return tuple(
-        Place(g, 0, None)
+        MemoryPlace(g, 0, None)
         if g in alone
-        else Place(
+        else MemoryPlace(
             g,
             start,
             step_of(t, dims[i] if dims else None),
@@ -135,7 +135,7 @@ def extent(t: Tensor) -> int:
     ) * t.element_size()
 
 
-def offset_inside(base: Sig, at: Place, sig: Sig, place: Place) -> int | None:
+def offset_inside(base: Sig, at: MemoryPlace, sig: Sig, place: MemoryPlace) -> int | None:
     """At which element of ``base`` a tensor of signature ``sig`` begins that lies wholly inside of
     it; None if it does not."""
     size = base.dtype.itemsize

@@ -36,14 +36,14 @@ def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
                 outs if isinstance(outs, tuple | list) else (outs,), facts.same, strict=False
             )
             if same is None
-            for x in flat(o)
+            for x in flat_tensors(o)
         ]
-    return flat(outs)
+    return flat_tensors(outs)
 
 
-def flat(outs: Any) -> list:
+def flat_tensors(outs: Any) -> list:
     if isinstance(outs, list | tuple):
-        return [x for o in outs for x in flat(o)]
+        return [x for o in outs for x in flat_tensors(o)]
     return [outs] if isinstance(outs, Tensor | Sig) else []
 
 
@@ -58,13 +58,13 @@ def result_sigs(instr: Any) -> list:
 
 def new_sigs(instr: Any) -> list:
     if not instr.facts.writes:
-        return flat(instr.outs)
+        return flat_tensors(instr.outs)
     outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
     return [
         sig
         for o, same in zip(outs, instr.facts.same, strict=False)
         if same is None
-        for sig in flat(o)
+        for sig in flat_tensors(o)
     ]
 
 

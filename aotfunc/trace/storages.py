@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..errors import CaptureError
 from .emit import Builder
-from .memory import Place, offset_inside
+from .memory import MemoryPlace, offset_inside
 from .shapes.sig import Sig
 from .views import Link, replay_view, strided
 
@@ -70,7 +70,9 @@ class View:
         return self.chain[-1][4] if self.chain else self.storage.sig
 
 
-def covered(sigs: dict[int, Sig], places: Sequence[Place], base: int, i: int) -> tuple[Link, ...]:
+def covered(
+    sigs: dict[int, Sig], places: Sequence[MemoryPlace], base: int, i: int
+) -> tuple[Link, ...]:
     """How the input ``base`` shows the input ``i``, which lies inside of it."""
     if i == base or (sigs[i] is sigs[base] and places[i][:3] == places[base][:3]):
         return ()

@@ -15,7 +15,7 @@ from ..debug import at
 from ..errors import CaptureError
 from . import histories
 from .autograd import Autograd
-from .memory import Place, places_of
+from .memory import MemoryPlace, places_of
 from .records import Record, Roots
 from .seeds import Seeds
 from .shapes.sig import Sig, sig_of
@@ -95,7 +95,7 @@ class Tape:
         self.answered = False  # whether a value was asked for
         self.followed: Any = None  # see concretize.py
         self._roots: Roots | None = None
-        self._places: tuple[Place, ...] | None = None
+        self._places: tuple[MemoryPlace, ...] | None = None
         self.finished = False
         self.refused: CaptureError | None = None  # a question that had no answer
         self.place: tuple | None = None  # an index that was asked for its number, see special
@@ -247,10 +247,12 @@ class Tape:
         are."""
         return list(sigs) if self.placed else [s.start for s in sigs]
 
-    def layout(self) -> tuple[Place, ...]:
+    def layout(self) -> tuple[MemoryPlace, ...]:
         """For each input, then each lifted tensor: where it lies in memory."""
         if len(self.origins) != len(self.inputs):  # the inputs of a rule: nothing but values
-            return tuple(Place(i, 0, None) for i in range(len(self.inputs) + len(self.lifted)))
+            return tuple(
+                MemoryPlace(i, 0, None) for i in range(len(self.inputs) + len(self.lifted))
+            )
         if self._places is None or len(self._places) != len(self.inputs) + len(self.lifted):
             dims = (
                 None if self.samples is None else (*self.samples.dims, *[None] * len(self.lifted))

@@ -17,7 +17,7 @@ from ..debug import Line, at
 from ..errors import CaptureError
 from .emit import Builder
 from .marks import dead_end, hidden_write
-from .memory import Place, overlaps_itself
+from .memory import MemoryPlace, overlaps_itself
 from .scalars import FIRST
 from .shapes.instr import Instr
 from .shapes.sig import Sig, contiguous_stride
@@ -84,7 +84,12 @@ class Values:
                 memory = self._bind_kin(refs, mine, base, places, memory)
 
     def _bind_kin(
-        self, refs: list[int], mine: list[int], base: int, places: Sequence[Place], memory: Any
+        self,
+        refs: list[int],
+        mine: list[int],
+        base: int,
+        places: Sequence[MemoryPlace],
+        memory: Any,
     ) -> Memory:
         """A storage, laid out as the input ``base``, for inputs that autograd knows as views of
         one tensor."""

@@ -15,9 +15,9 @@ from ..errors import GraphError
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.nested import mapped
+from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
-from .fresh import storage_root
 from .rules.schema import full_args
 from .walk import builder, traced
 

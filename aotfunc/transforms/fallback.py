@@ -19,6 +19,7 @@ from torch.autograd import Variable, forward_ad
 from ..errors import RuleError
 from ..trace.memory import overlaps_itself
 from ..trace.nested import leaves, mapped
+from ..trace.shapes.sig import floating
 from ..trace.traced import Traced, current
 from .rules.schema import call_op, tensor_args
 from .rules.table import DECOMPOSITIONS
@@ -33,8 +34,7 @@ def with_tensors(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor])
     arguments) replaced by ``f(x, i)``."""
 
     def one(a: Any, i: int) -> Any:
-        floating = isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
-        return f(a, i) if floating else a
+        return f(a, i) if floating(a) else a
 
     full = list(args)
     for i, at in enumerate(tensor_args(op)):

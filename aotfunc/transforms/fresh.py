@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..graph import Program
 from ..trace.emit import Builder, infer_val, paused_gc
+from ..trace.node_views import chain_of, storage_root
 from ..trace.shapes.sig import Facts
 from .walk import builder
 
@@ -93,35 +93,6 @@ def copy_of(b: Builder, x: Node) -> Node:
 
 
 # ----- views -------------------------------------------------------------------------------------
-
-
-def calls_view(n: Any) -> bool:
-    return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
-
-
-def viewed(n: Node) -> Node | None:
-    """The node that ``n`` is a view of."""
-    if n.op != "call_function":
-        return None
-    if n.target is operator.getitem and calls_view(n.args[0]):
-        n = n.args[0]  # type: ignore[assignment]
-    return n.args[Facts(n.target).view_of] if calls_view(n) else None  # type: ignore
-
-
-def chain_of(n: Node) -> list[Node]:
-    """The views that lead from ``n`` to the node whose memory it shows, the last one first."""
-    chain: list[Node] = []
-    while (above := viewed(n)) is not None:
-        chain.append(n)
-        n = above
-    return chain
-
-
-def storage_root(n: Node) -> Node:
-    """The node whose memory ``n`` shows."""
-    while (above := viewed(n)) is not None:
-        n = above
-    return n
 
 
 def replay_views(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:

@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from ..graph import Program, cut, output_node
 from ..trace.emit import drop_dead, paused_gc
-from .fresh import fresh, storage_root
+from ..trace.node_views import storage_root
+from .fresh import fresh
 from .jvp import jvp
 from .walk import builder
 

@@ -17,8 +17,8 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..graph import Program, draws
-from .apart import OF_NUMBERS, rule_for
-from .apart.parts import FACTORIES, Call, Mixed, Part, Walk
+from .apart import OF_NUMBERS, part_rule_for
+from .apart.parts import FACTORIES, Mixed, OpCall, Part, Walk
 
 
 def size_multiples(
@@ -58,10 +58,10 @@ def part_of(walk: Walk, n: Node) -> Any:
         return parent[n.args[1]] if isinstance(parent, list) else parent  # type: ignore[index]
     if not isinstance(n.target, OpOverload) or draws(n):
         raise Mixed
-    call = Call(walk, n)
+    call = OpCall(walk, n)
     if not call.batched:
         return FACTORIES[n.target](call) if n.target in FACTORIES else None
-    rule = rule_for(n.target)
+    rule = part_rule_for(n.target)
     if rule is None or (
         n.target not in OF_NUMBERS and any(p is not None and p.number for _, p in call.tensors)
     ):

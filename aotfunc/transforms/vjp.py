@@ -30,9 +30,9 @@ from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
 aten = torch.ops.aten
 
 
-def differentiable(val: Any) -> bool:
+def has_derivative(val: Any) -> bool:
     return (
-        any(map(differentiable, val))
+        any(map(has_derivative, val))
         if isinstance(val, tuple)
         else val.__class__ is Sig and val.differentiable
     )
@@ -50,7 +50,7 @@ def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[N
             continue
         for i in sources(n):
             if i in active:
-                if differentiable(n.meta["val"]) and not is_nondiff(n, active, zeros):
+                if has_derivative(n.meta["val"]) and not is_nondiff(n, active, zeros):
                     active[n] = None
                 break
     return active
@@ -368,7 +368,7 @@ def vjp(
         b = builder()
         vals = program.vals
         if cts is None:
-            cts = [differentiable(v) for v in vals]
+            cts = [has_derivative(v) for v in vals]
         old = program.placeholders
         new = [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[: program.n_inputs]]
         seeds: list[Any] = [None] * len(vals)

@@ -22,7 +22,9 @@ def compiler(monkeypatch):
 
     def set_to(make):
         monkeypatch.setattr(
-            sys.modules["aotfunc.backends.inductor"], "compiled", lambda gm, say: make(gm)
+            sys.modules["aotfunc.backends.inductor"],
+            "compiled_by_inductor",
+            lambda gm, say: make(gm),
         )
 
     return set_to

@@ -18,7 +18,7 @@ import aotfunc
 from aotfunc.errors import CaptureError
 from aotfunc.trace.shapes import infer
 from aotfunc.trace.shapes.instr import SIMPLE, encode
-from aotfunc.trace.shapes.rules import by_rule, ordered_strides, rule_for
+from aotfunc.trace.shapes.rules import by_rule, ordered_strides, shape_rule_for
 from aotfunc.trace.shapes.sig import Facts, Sig, Slot, contiguous_stride, make_sig, sig_of
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if (
-            rule_for(func) is not None and not Facts(func).dynamic
+            shape_rule_for(func) is not None and not Facts(func).dynamic
         ):  # of those no kernel says a shape
             key, sigs = [func], []
 

@@ -13,19 +13,15 @@ from .rules import (
     formatted,
     new,
     ordered_strides,
-    pointwise,
+    pointwise_shape,
     result_strides,
-    rule,
+    shape_rule,
     sure,
     sure_in_order,
 )
 from .sig import Sig, contiguous_stride
 
 aten = torch.ops.aten
-
-
-def floating(x: Sig) -> bool:
-    return x.dtype.is_floating_point or x.dtype.is_complex
 
 
 # ----- the same shape ----------------------------------------------------------------------------
@@ -43,7 +39,7 @@ def like(x: Sig, dtype: torch.dtype | None = None, memory_format: Any = None) ->
     return new(x, x.shape, dtype, like_strides(x, memory_format))
 
 
-@rule(aten.empty_like, aten.zeros_like, aten.ones_like)
+@shape_rule(aten.empty_like, aten.zeros_like, aten.ones_like)
 def _like(x, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
     sure(
         layout in (None, torch.strided)
@@ -53,77 +49,77 @@ def _like(x, *, dtype=None, layout=None, device=None, pin_memory=None, memory_fo
     return like(x, dtype, memory_format)
 
 
-@rule(aten.rand_like, aten.rand_like.generator, aten.randn_like, aten.randn_like.generator)
+@shape_rule(aten.rand_like, aten.rand_like.generator, aten.randn_like, aten.randn_like.generator)
 def _rand_like(x, *, dtype=None, generator=None, **options):
     drawn = dtype or x.dtype
     sure(drawn.is_floating_point or drawn.is_complex)
     return _like(x, dtype=dtype, **options)
 
 
-@rule(aten._conj_physical)
+@shape_rule(aten._conj_physical)
 def _conj_physical(x):
     sure(x.dtype.is_complex)
     return like(x)
 
 
-@rule(aten.hardtanh)
+@shape_rule(aten.hardtanh)
 def _hardtanh(x, min_val=-1, max_val=1):
     sure(min_val <= max_val)
     sure_in_order(x)
-    return pointwise(aten.hardtanh.default, x, min_val, max_val)
+    return pointwise_shape(aten.hardtanh.default, x, min_val, max_val)
 
 
-@rule(aten.normal_)
+@shape_rule(aten.normal_)
 def _normal_(x, mean=0.0, std=1.0, *, generator=None):
     sure(x.dtype.is_floating_point and std >= 0 and 0 not in x.stride)
     return x
 
 
-@rule(aten.full_like)
+@shape_rule(aten.full_like)
 def _full_like(x, value, **options):
     return _like(x, **options)
 
 
-@rule(aten.bernoulli, aten.bernoulli.p)
+@shape_rule(aten.bernoulli, aten.bernoulli.p)
 def _bernoulli(x, p=None, *, generator=None):
     sure(p is None or 0 <= p <= 1)
     sure_in_order(x)
     return like(x)
 
 
-@rule(aten.native_dropout)
+@shape_rule(aten.native_dropout)
 def _native_dropout(x, p, train):
-    sure(floating(x) and train is not False and 0 < p < 1)
+    sure(x.differentiable and train is not False and 0 < p < 1)
     return like(x), like(x, torch.bool)
 
 
-@rule(aten.native_dropout_backward)
+@shape_rule(aten.native_dropout_backward)
 def _native_dropout_backward(g, mask, scale):
-    sure(floating(g) and mask.dtype is torch.bool and g.shape == mask.shape)
+    sure(g.differentiable and mask.dtype is torch.bool and g.shape == mask.shape)
     sure_in_order(g, mask)
     return like(g)
 
 
-@rule(aten.where.self)
+@shape_rule(aten.where.self)
 def _where(condition, x, y):
     sure(condition.dtype is torch.bool)
-    return pointwise(aten.where.self, condition, x, y)
+    return pointwise_shape(aten.where.self, condition, x, y)
 
 
-@rule(aten.pow.Tensor_Scalar)
+@shape_rule(aten.pow.Tensor_Scalar)
 def _pow(x, exponent):
     sure(exponent != 1 or x.stride == contiguous_stride(x.shape))  # else a clone
-    return pointwise(aten.pow.Tensor_Scalar, x, exponent)
+    return pointwise_shape(aten.pow.Tensor_Scalar, x, exponent)
 
 
-@rule(aten.tril, aten.triu)
+@shape_rule(aten.tril, aten.triu)
 def _tri(x, diagonal=0):
     sure(x.ndim >= 2)
     sure_in_order(x)
     return like(x)
 
 
-@rule(aten.roll)
+@shape_rule(aten.roll)
 def _roll(x, shifts, dims=()):
     sure(shifts and (len(shifts) == len(dims) or (len(shifts) == 1 and not dims)))
     sure(all(axis(d, x.ndim) < x.ndim for d in dims))
@@ -131,24 +127,24 @@ def _roll(x, shifts, dims=()):
     return like(x)
 
 
-@rule(aten.flip)
+@shape_rule(aten.flip)
 def _flip(x, dims):
     sure(len({axis(d, x.ndim) for d in dims}) == len(dims))
     sure_in_order(x)
     return like(x)
 
 
-@rule(aten.cumsum, aten.cumprod)
+@shape_rule(aten.cumsum, aten.cumprod)
 def _cumulate(x, dim, *, dtype=None):
     axis(dim, x.ndim)
     sure_in_order(x)
-    return new(x, x.shape, dtype or (x.dtype if floating(x) else torch.int64))
+    return new(x, x.shape, dtype or (x.dtype if x.differentiable else torch.int64))
 
 
 # ----- reductions --------------------------------------------------------------------------------
 
 
-def reduced(x: Sig, dims: Any, keepdim: bool = False) -> tuple:
+def reduced_shape(x: Sig, dims: Any, keepdim: bool = False) -> tuple:
     """The shape that is left; all dimensions go if none is named."""
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         gone = set(range(x.ndim))
@@ -161,82 +157,86 @@ def reduced(x: Sig, dims: Any, keepdim: bool = False) -> tuple:
     return tuple([n for d, n in enumerate(x.shape) if d not in gone])
 
 
-@rule(aten.sum.dim_IntList, aten.prod.dim_int)
+@shape_rule(aten.sum.dim_IntList, aten.prod.dim_int)
 def _sum(x, dim=None, keepdim=False, *, dtype=None):
     sure(0 not in x.shape)
-    return new(x, reduced(x, dim, keepdim), dtype or (x.dtype if floating(x) else torch.int64))
+    return new(
+        x, reduced_shape(x, dim, keepdim), dtype or (x.dtype if x.differentiable else torch.int64)
+    )
 
 
-@rule(aten.sum, aten.prod)
+@shape_rule(aten.sum, aten.prod)
 def _sum_all(x, *, dtype=None):
     return _sum(x, dtype=dtype)
 
 
-@rule(aten.mean.dim)
+@shape_rule(aten.mean.dim)
 def _mean(x, dim=None, keepdim=False, *, dtype=None):
-    sure(floating(x) and (dtype is None or dtype.is_floating_point or dtype.is_complex))
-    return new(x, reduced(x, dim, keepdim), dtype)
+    sure(x.differentiable and (dtype is None or dtype.is_floating_point or dtype.is_complex))
+    return new(x, reduced_shape(x, dim, keepdim), dtype)
 
 
-@rule(aten.mean)
+@shape_rule(aten.mean)
 def _mean_all(x, *, dtype=None):
     return _mean(x, dtype=dtype)
 
 
-@rule(aten.amax, aten.amin)
+@shape_rule(aten.amax, aten.amin)
 def _amax(x, dim=(), keepdim=False):
     sure(0 not in x.shape and not x.dtype.is_complex)
-    return new(x, reduced(x, dim, keepdim))
+    return new(x, reduced_shape(x, dim, keepdim))
 
 
-@rule(aten.max, aten.min)
+@shape_rule(aten.max, aten.min)
 def _max_all(x):
     return _amax(x)
 
 
-@rule(aten.max.dim, aten.min.dim)
+@shape_rule(aten.max.dim, aten.min.dim)
 def _max(x, dim, keepdim=False):
     values = _amax(x, dim, keepdim)
     return values, new(x, values.shape, torch.int64)
 
 
-@rule(aten.argmax, aten.argmin)
+@shape_rule(aten.argmax, aten.argmin)
 def _argmax(x, dim=None, keepdim=False):
     return new(x, _amax(x, () if dim is None else dim, keepdim).shape, torch.int64)
 
 
-@rule(aten.any, aten.all)
+@shape_rule(aten.any, aten.all)
 def _any_all(x):
     return _any(x, None)
 
 
-@rule(aten.any.dim, aten.all.dim, aten.any.dims, aten.all.dims)
+@shape_rule(aten.any.dim, aten.all.dim, aten.any.dims, aten.all.dims)
 def _any(x, dim=None, keepdim=False):
     sure(dim is None or isinstance(dim, int) or dim)
-    return new(x, reduced(x, dim, keepdim), torch.uint8 if x.dtype is torch.uint8 else torch.bool)
+    return new(
+        x, reduced_shape(x, dim, keepdim), torch.uint8 if x.dtype is torch.uint8 else torch.bool
+    )
 
 
-@rule(aten.var.correction, aten.std.correction)
+@shape_rule(aten.var.correction, aten.std.correction)
 def _var(x, dim=None, *, correction=None, keepdim=False):
     sure(x.dtype.is_floating_point and 0 not in x.shape)
-    return new(x, reduced(x, dim, keepdim))
+    return new(x, reduced_shape(x, dim, keepdim))
 
 
-@rule(aten.var_mean.correction, aten.std_mean.correction)
+@shape_rule(aten.var_mean.correction, aten.std_mean.correction)
 def _var_mean(x, dim=None, *, correction=None, keepdim=False):
     return (_var(x, dim, correction=correction, keepdim=keepdim),) * 2
 
 
-@rule(aten.logsumexp)
+@shape_rule(aten.logsumexp)
 def _logsumexp(x, dim, keepdim=False):
     sure(x.dtype.is_floating_point and dim)
-    return new(x, reduced(x, dim, keepdim))
+    return new(x, reduced_shape(x, dim, keepdim))
 
 
-@rule(aten.linalg_vector_norm)
+@shape_rule(aten.linalg_vector_norm)
 def _vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     sure(x.dtype.is_floating_point and dtype is None and 0 not in x.shape)
-    return new(x, reduced(x, dim, keepdim))
+    return new(x, reduced_shape(x, dim, keepdim))
 
 
 # ----- products ----------------------------------------------------------------------------------
@@ -246,49 +246,49 @@ def same_dtype(*sigs: Sig) -> None:
     sure(all(s.dtype is sigs[0].dtype for s in sigs))
 
 
-@rule(aten.mm)
+@shape_rule(aten.mm)
 def _mm(a, b):
     same_dtype(a, b)
     sure(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0])
     return new(a, (a.shape[0], b.shape[1]))
 
 
-@rule(aten.bmm)
+@shape_rule(aten.bmm)
 def _bmm(a, b):
     same_dtype(a, b)
     sure(a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1])
     return new(a, (*a.shape[:2], b.shape[2]))
 
 
-@rule(aten.mv)
+@shape_rule(aten.mv)
 def _mv(a, v):
     same_dtype(a, v)
     sure(a.ndim == 2 and v.ndim == 1 and a.shape[1] == v.shape[0])
     return new(a, a.shape[:1])
 
 
-@rule(aten.dot, aten.vdot)
+@shape_rule(aten.dot, aten.vdot)
 def _dot(a, b):
     same_dtype(a, b)
     sure(a.ndim == b.ndim == 1 and a.shape == b.shape)
     return new(a, ())
 
 
-@rule(aten.addmm)
+@shape_rule(aten.addmm)
 def _addmm(c, a, b, *, beta=1, alpha=1):
     out = _mm(a, b)
     sure(c.dtype is out.dtype and broadcast(c.shape, out.shape) == out.shape)
     return out
 
 
-@rule(aten.addmv)
+@shape_rule(aten.addmv)
 def _addmv(c, a, v, *, beta=1, alpha=1):
     out = _mv(a, v)
     sure(c.dtype is out.dtype and c.shape == out.shape and 0 not in a.shape)
     return out
 
 
-@rule(aten.baddbmm)
+@shape_rule(aten.baddbmm)
 def _baddbmm(c, a, b, *, beta=1, alpha=1):
     out = _bmm(a, b)
     sure(c.dtype is out.dtype and broadcast(c.shape, out.shape) == out.shape)
@@ -304,13 +304,13 @@ def matrix_strides(shape: tuple, column_major: bool) -> tuple:
     return ordered_strides(shape, (*batch, columns, rows) if column_major else range(len(shape)))
 
 
-@rule(aten.cholesky)
+@shape_rule(aten.cholesky)
 def _cholesky(a, upper=False):
     sure(a.ndim >= 2 and a.shape[-2] == a.shape[-1] and a.differentiable and 0 not in a.shape)
     return new(a, a.shape, stride=matrix_strides(a.shape, column_major=True))
 
 
-@rule(aten.lu_unpack)
+@shape_rule(aten.lu_unpack)
 def _lu_unpack(a, pivots, unpack_data=True, unpack_pivots=True):
     sure(a.ndim >= 2 and a.dtype.is_floating_point and pivots.dtype is torch.int32)
     sure(pivots.shape == (*a.shape[:-2], min(a.shape[-2:])))
@@ -330,19 +330,19 @@ def solved(factors: Sig, pivots: Sig, b: Sig, column_major: bool = True) -> Sig:
     return new(b, shape, stride=matrix_strides(shape, column_major))
 
 
-@rule(aten.linalg_lu_solve)
+@shape_rule(aten.linalg_lu_solve)
 def _lu_solve(factors, pivots, b, *, left=True, adjoint=False):
     sure(b.shape[-2 if left else -1] == factors.shape[-1])
     return solved(factors, pivots, b, column_major=left)
 
 
-@rule(aten.linalg_ldl_solve)
+@shape_rule(aten.linalg_ldl_solve)
 def _ldl_solve(factors, pivots, b, *, hermitian=False):
     sure(b.shape[-2] == factors.shape[-1])
     return solved(factors, pivots, b)
 
 
-@rule(aten.linalg_lstsq)
+@shape_rule(aten.linalg_lstsq)
 def _lstsq(a, b, rcond=None, *, driver=None):
     """Residuals that depend on the rank are left out, see :mod:`aotfunc.trace.special`."""
     same_dtype(a, b)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .algebra import like
-from .rules import new, rule, sure, sure_in_order
+from .rules import new, shape_rule, sure, sure_in_order
 from .sig import Sig, contiguous_stride, make_sig
 
 aten = torch.ops.aten
@@ -30,12 +30,12 @@ def created(
     )
 
 
-@rule(aten.zeros, aten.ones)
+@shape_rule(aten.zeros, aten.ones)
 def _zeros(size, **options):
     return created(size, **options)
 
 
-@rule(aten.full)
+@shape_rule(aten.full)
 def _full(size, value, *, dtype=None, **options):
     of_value = {bool: torch.bool, int: torch.int64, float: torch.get_default_dtype()}.get(
         type(value)
@@ -44,17 +44,17 @@ def _full(size, value, *, dtype=None, **options):
     return created(size, dtype=dtype or of_value, **options)
 
 
-@rule(aten.scalar_tensor)
+@shape_rule(aten.scalar_tensor)
 def _scalar_tensor(value, **options):
     return created((), **options)
 
 
-@rule(aten.new_empty, aten.new_zeros, aten.new_ones)
+@shape_rule(aten.new_empty, aten.new_zeros, aten.new_ones)
 def _new(x, size, *, dtype=None, device=None, **options):
     return created(size, dtype=dtype or x.dtype, device=device or x.device, **options)
 
 
-@rule(aten.new_full)
+@shape_rule(aten.new_full)
 def _new_full(x, size, value, **options):
     return _new(x, size, **options)
 
@@ -62,12 +62,12 @@ def _new_full(x, size, value, **options):
 # ----- ranges and grids --------------------------------------------------------------------------
 
 
-@rule(aten.arange)
+@shape_rule(aten.arange)
 def _arange(end, **options):
     return _arange_step(0, end, **options)
 
 
-@rule(aten.arange.start, aten.arange.start_step)
+@shape_rule(aten.arange.start, aten.arange.start_step)
 def _arange_step(start, end, step=1, *, dtype=None, **options):
     whole = all(type(n) is int for n in (start, end, step))
     sure(
@@ -81,18 +81,18 @@ def _arange_step(start, end, step=1, *, dtype=None, **options):
     return created((length,), dtype=dtype or (torch.int64 if whole else None), **options)
 
 
-@rule(aten.linspace, aten.logspace)
+@shape_rule(aten.linspace, aten.logspace)
 def _linspace(start, end, steps, base=10.0, **options):
     sure(not any(isinstance(n, complex) for n in (start, end, base)))
     return created((steps,), **options)
 
 
-@rule(aten.eye)
+@shape_rule(aten.eye)
 def _eye(n, **options):
     return created((n, n), **options)
 
 
-@rule(aten.eye.m)
+@shape_rule(aten.eye.m)
 def _eye_m(n, m, **options):
     return created((n, m), **options)
 
@@ -103,12 +103,12 @@ def below(row: int, column: int, offset: int) -> int:
     return sum(min(max(i + offset + 1, 0), column) for i in range(row))
 
 
-@rule(aten.tril_indices)
+@shape_rule(aten.tril_indices)
 def _tril_indices(row, column, offset=0, *, dtype=torch.int64, **options):
     return created((2, below(row, column, offset)), dtype=dtype or torch.int64, **options)
 
 
-@rule(aten.triu_indices)
+@shape_rule(aten.triu_indices)
 def _triu_indices(row, column, offset=0, *, dtype=torch.int64, **options):
     above = row * column - below(row, column, offset - 1)
     return created((2, above), dtype=dtype or torch.int64, **options)
@@ -117,53 +117,53 @@ def _triu_indices(row, column, offset=0, *, dtype=torch.int64, **options):
 # ----- draws -------------------------------------------------------------------------------------
 
 
-@rule(aten.rand, aten.rand.generator, aten.randn, aten.randn.generator)
+@shape_rule(aten.rand, aten.rand.generator, aten.randn, aten.randn.generator)
 def _rand(size, *, generator=None, **options):
     drawn = created(size, **options)
     sure(drawn.differentiable)
     return drawn
 
 
-@rule(aten.normal.float_float)
+@shape_rule(aten.normal.float_float)
 def _normal(mean, std, size, **options):
     sure(std >= 0)
     return _rand(size, **options)
 
 
-@rule(aten.randint, aten.randint.generator)
+@shape_rule(aten.randint, aten.randint.generator)
 def _randint(high, size, *, generator=None, dtype=None, **options):
     sure(high > 0)
     return created(size, dtype=dtype or torch.int64, **options)
 
 
-@rule(aten.randint.low, aten.randint.low_generator)
+@shape_rule(aten.randint.low, aten.randint.low_generator)
 def _randint_low(low, high, size, **options):
     return _randint(high - low, size, **options)
 
 
-@rule(aten.randperm, aten.randperm.generator)
+@shape_rule(aten.randperm, aten.randperm.generator)
 def _randperm(n, **options):
     return _randint(1, (n,), **options)
 
 
-@rule(aten.randint_like, aten.randint_like.generator)
+@shape_rule(aten.randint_like, aten.randint_like.generator)
 def _randint_like(x, high, *, generator=None, dtype=None, memory_format=None, **options):
     sure(high > 0 and not any(options.values()))
     return like(x, dtype, memory_format)
 
 
-@rule(aten.randint_like.low_dtype, aten.randint_like.low_generator_dtype)
+@shape_rule(aten.randint_like.low_dtype, aten.randint_like.low_generator_dtype)
 def _randint_like_low(x, low, high, **options):
     return _randint_like(x, high - low, **options)
 
 
-@rule(aten.normal_functional)
+@shape_rule(aten.normal_functional)
 def _normal_functional(x, mean=0.0, std=1.0, *, generator=None):
     sure(x.differentiable and std >= 0)
     return like(x)
 
 
-@rule(aten.multinomial)
+@shape_rule(aten.multinomial)
 def _multinomial(x, count, replacement=False, *, generator=None):
     sure(x.dtype.is_floating_point and x.ndim in (1, 2) and 0 not in x.shape)
     sure(count > 0 and (replacement or count <= x.shape[-1]))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .algebra import like, same_dtype
-from .rules import axis, broadcast, new, ordinary, rule, sure, sure_in_order
+from .rules import axis, broadcast, new, ordinary, shape_rule, sure, sure_in_order
 from .sig import Sig, contiguous_stride
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ def contiguous_joined(parts):
     )
 
 
-@rule(aten.cat)
+@shape_rule(aten.cat)
 def _cat(tensors, dim=0):
     sure(tensors)
     same_dtype(*tensors)
@@ -45,7 +45,7 @@ def _cat(tensors, dim=0):
     return new(first, (*first.shape[:d], sum(t.shape[d] for t in tensors), *first.shape[d + 1 :]))
 
 
-@rule(aten.stack)
+@shape_rule(aten.stack)
 def _stack(tensors, dim=0):
     sure(tensors)
     same_dtype(*tensors)
@@ -59,7 +59,7 @@ def _stack(tensors, dim=0):
     return new(tensors[0], (*shape[:d], len(tensors), *shape[d:]))
 
 
-@rule(aten.gather)
+@shape_rule(aten.gather)
 def _gather(x, dim, index, *, sparse_grad=False):
     d = axis(dim, x.ndim)
     sure(index.dtype is torch.int64 and index.ndim == x.ndim > 0 and not sparse_grad)
@@ -67,21 +67,21 @@ def _gather(x, dim, index, *, sparse_grad=False):
     return new(x, index.shape)
 
 
-@rule(aten.index_select)
+@shape_rule(aten.index_select)
 def _index_select(x, dim, index):
     d = axis(dim, x.ndim)
     sure(x.ndim and index.ndim == 1 and index.dtype in (torch.int32, torch.int64))
     return new(x, (*x.shape[:d], index.shape[0], *x.shape[d + 1 :]))
 
 
-@rule(aten.embedding)
+@shape_rule(aten.embedding)
 def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     sure(weight.ndim == 2 and indices.dtype in (torch.int32, torch.int64))
     sure_in_order(weight)
     return new(weight, (*indices.shape, weight.shape[1]))
 
 
-@rule(aten.embedding_dense_backward)
+@shape_rule(aten.embedding_dense_backward)
 def _embedding_backward(g, indices, num_weights, padding_idx, scale_grad_by_freq):
     sure(
         indices.dtype in (torch.int32, torch.int64)
@@ -91,7 +91,7 @@ def _embedding_backward(g, indices, num_weights, padding_idx, scale_grad_by_freq
     return new(g, (num_weights, g.shape[-1]))
 
 
-@rule(aten.index.Tensor)
+@shape_rule(aten.index.Tensor)
 def _index(x, indices):
     sure(indices and len(indices) <= x.ndim and 0 not in x.shape)
     given = [i for i, t in enumerate(indices) if t is not None]
@@ -103,21 +103,21 @@ def _index(x, indices):
     return new(x, (*before, *found, *after))
 
 
-@rule(aten.slice_backward)
+@shape_rule(aten.slice_backward)
 def _slice_backward(g, sizes, dim, start, end, step):
     axis(dim, len(sizes))
     sure(step > 0)
     return new(g, sizes)
 
 
-@rule(aten.select_backward)
+@shape_rule(aten.select_backward)
 def _select_backward(g, sizes, dim, index):
     n = sizes[axis(dim, len(sizes))]
     sure(-n <= index < n)
     return new(g, sizes)
 
 
-@rule(aten.scatter.src, aten.scatter_add, aten.scatter.value)
+@shape_rule(aten.scatter.src, aten.scatter_add, aten.scatter.value)
 def _scatter(x, dim, index, source):
     d = axis(dim, x.ndim)
     sure(index.dtype is torch.int64 and index.ndim == x.ndim > 0)
@@ -129,7 +129,7 @@ def _scatter(x, dim, index, source):
     return like(x)
 
 
-@rule(aten.index_put)
+@shape_rule(aten.index_put)
 def _index_put(x, indices, values, accumulate=False):
     sure(values.dtype is x.dtype and indices)
     if not fitting_masks(x, indices):
@@ -151,7 +151,7 @@ def fitting_masks(x: Sig, indices: Sequence[Sig | None]) -> bool:
     return masks
 
 
-@rule(aten.index_add, aten.index_copy)
+@shape_rule(aten.index_add, aten.index_copy)
 def _index_add(x, dim, index, source, *, alpha=1):
     sure(
         source.shape == _index_select(x, dim, index).shape
@@ -163,7 +163,7 @@ def _index_add(x, dim, index, source, *, alpha=1):
     return like(x)
 
 
-@rule(aten.slice_scatter)
+@shape_rule(aten.slice_scatter)
 def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     d = axis(dim, x.ndim)
     sure(
@@ -179,7 +179,7 @@ def _slice_scatter(x, source, dim=0, start=None, end=None, step=1):
     return like(x)
 
 
-@rule(aten.sort, aten.sort.stable)
+@shape_rule(aten.sort, aten.sort.stable)
 def _sort(x, dim=-1, descending=False, *, stable=None):
     axis(dim, x.ndim)
     sure(not x.dtype.is_complex)
@@ -187,7 +187,7 @@ def _sort(x, dim=-1, descending=False, *, stable=None):
     return like(x), like(x, torch.int64)
 
 
-@rule(aten.topk)
+@shape_rule(aten.topk)
 def _topk(x, k, dim=-1, largest=True, sorted=True):
     d = axis(dim, x.ndim)
     sure(x.ndim and 0 <= k <= x.shape[d] and x.dtype.is_floating_point)
@@ -195,14 +195,14 @@ def _topk(x, k, dim=-1, largest=True, sorted=True):
     return new(x, shape), new(x, shape, torch.int64)
 
 
-@rule(aten.repeat)
+@shape_rule(aten.repeat)
 def _repeat(x, repeats):
     lead = len(repeats) - x.ndim
     sure(lead >= 0 and all(r >= 0 for r in repeats))
     return new(x, [n * r for n, r in zip((1,) * lead + tuple(x.shape), repeats, strict=True)])
 
 
-@rule(aten.constant_pad_nd)
+@shape_rule(aten.constant_pad_nd)
 def _constant_pad(x, pads, value=0):
     sure(len(pads) % 2 == 0 and len(pads) <= 2 * x.ndim and all(p >= 0 for p in pads))
     sure(x.stride == contiguous_stride(x.shape))

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from .algebra import like, same_dtype
-from .rules import axis, broadcast, new, ordered_strides, result_strides, rule, sure, sure_in_order
+from .rules import (
+    axis,
+    broadcast,
+    new,
+    ordered_strides,
+    result_strides,
+    shape_rule,
+    sure,
+    sure_in_order,
+)
 from .sig import Sig
 
 aten = torch.ops.aten
@@ -22,7 +31,7 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 # ----- softmax and losses ------------------------------------------------------------------------
 
 
-@rule(aten._softmax, aten._log_softmax)
+@shape_rule(aten._softmax, aten._log_softmax)
 def _softmax(x, dim, half_to_float):
     sure(x.dtype.is_floating_point and not half_to_float)
     axis(dim, x.ndim)
@@ -30,13 +39,13 @@ def _softmax(x, dim, half_to_float):
     return new(x, x.shape)
 
 
-@rule(aten._safe_softmax)
+@shape_rule(aten._safe_softmax)
 def _safe_softmax(x, dim, dtype=None):
     sure(dtype in (None, x.dtype))
     return _softmax(x, dim, False)
 
 
-@rule(aten._softmax_backward_data, aten._log_softmax_backward_data)
+@shape_rule(aten._softmax_backward_data, aten._log_softmax_backward_data)
 def _softmax_backward(g, y, dim, input_dtype):
     sure(g.dtype is y.dtype is input_dtype and g.shape == y.shape)
     axis(dim, g.ndim)
@@ -44,14 +53,14 @@ def _softmax_backward(g, y, dim, input_dtype):
     return like(g)
 
 
-@rule(aten.log_sigmoid_forward)
+@shape_rule(aten.log_sigmoid_forward)
 def _log_sigmoid(x):
     sure(x.dtype.is_floating_point)
     sure_in_order(x)
     return like(x), like(x)
 
 
-@rule(aten._ctc_loss.Tensor)
+@shape_rule(aten._ctc_loss.Tensor)
 def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
     """The signatures of the loss and its buffer; ``rules/ctc.py`` appends a target of maximal
     length, and the buffer has that length."""
@@ -61,7 +70,7 @@ def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_i
     return new(log_probs, (n,)), new(log_probs, (n, steps, 2 * targets.shape[1] + 1))
 
 
-@rule(aten.log_sigmoid_backward)
+@shape_rule(aten.log_sigmoid_backward)
 def _log_sigmoid_backward(g, x, buffer):
     same_dtype(g, x, buffer)
     sure(x.dtype.is_floating_point and g.shape == x.shape == buffer.shape)
@@ -72,7 +81,7 @@ def _log_sigmoid_backward(g, x, buffer):
 MEAN = 1  # the reductions of losses: none, mean, sum
 
 
-@rule(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
+@shape_rule(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
 def _loss(x, target, reduction=MEAN, parameter=1.0):
     sure(
         x.dtype is target.dtype
@@ -89,7 +98,7 @@ def _loss(x, target, reduction=MEAN, parameter=1.0):
     )
 
 
-@rule(aten.mse_loss_backward, aten.smooth_l1_loss_backward, aten.huber_loss_backward)
+@shape_rule(aten.mse_loss_backward, aten.smooth_l1_loss_backward, aten.huber_loss_backward)
 def _loss_backward(g, x, target, reduction, *parameter):
     sure(
         g.dtype is x.dtype is target.dtype
@@ -99,7 +108,7 @@ def _loss_backward(g, x, target, reduction, *parameter):
     return like(x)
 
 
-@rule(aten.binary_cross_entropy)
+@shape_rule(aten.binary_cross_entropy)
 def _bce(x, target, weight=None, reduction=MEAN):
     sure(x.shape == target.shape and x.dtype is target.dtype and x.dtype.is_floating_point)
     sure(weight is None and reduction in (0, 1, 2))
@@ -107,13 +116,13 @@ def _bce(x, target, weight=None, reduction=MEAN):
     return new(x, () if reduction else x.shape)
 
 
-@rule(aten.binary_cross_entropy_backward)
+@shape_rule(aten.binary_cross_entropy_backward)
 def _bce_backward(g, x, target, weight=None, reduction=MEAN):
     sure(weight is None)
     return _loss_backward(g, x, target, reduction)
 
 
-@rule(aten.nll_loss_forward)
+@shape_rule(aten.nll_loss_forward)
 def _nll_loss(x, target, weight, reduction, ignore_index):
     sure(
         x.dtype.is_floating_point
@@ -128,7 +137,7 @@ def _nll_loss(x, target, weight, reduction, ignore_index):
     return new(x, target.shape if reduction == 0 else ()), new(x, ())
 
 
-@rule(aten.nll_loss_backward)
+@shape_rule(aten.nll_loss_backward)
 def _nll_loss_backward(g, x, target, weight, reduction, ignore_index, total_weight):
     _nll_loss(x, target, weight, reduction, ignore_index)
     same_dtype(g, x, total_weight)
@@ -140,7 +149,7 @@ def _nll_loss_backward(g, x, target, weight, reduction, ignore_index, total_weig
 # ----- attention ---------------------------------------------------------------------------------
 
 
-@rule(aten._scaled_dot_product_flash_attention_for_cpu)
+@shape_rule(aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     same_dtype(q, k, v)
     sure(q.ndim == 4 and q.dtype.is_floating_point)
@@ -148,7 +157,7 @@ def _attention(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale
     return like(q), new(q, (b, h, n), WIDE.get(q.dtype), ordered_strides((b, h, n), (0, 2, 1)))
 
 
-@rule(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+@shape_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward(g, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
     sure(all(x.ndim == 4 for x in (q, k, v)))
     return tuple(
@@ -159,7 +168,7 @@ def _attention_backward(g, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask
 # ----- norms -------------------------------------------------------------------------------------
 
 
-@rule(aten.native_layer_norm)
+@shape_rule(aten.native_layer_norm)
 def _layer_norm(x, shape, weight, bias, eps):
     k = len(shape)
     sure(
@@ -178,7 +187,7 @@ def _layer_norm(x, shape, weight, bias, eps):
     return like(x), moment, moment
 
 
-@rule(aten.native_layer_norm_backward)
+@shape_rule(aten.native_layer_norm_backward)
 def _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask):
     k = len(shape)
     sure(
@@ -206,14 +215,14 @@ def _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask):
     )
 
 
-@rule(aten.native_group_norm)
+@shape_rule(aten.native_group_norm)
 def _group_norm(x, weight, bias, n, c, hw, group, eps):
     _group_norm_fits(x, weight, bias, n, c, hw, group)
     moment = new(x, (n, group))
     return like(x), moment, moment
 
 
-@rule(aten.native_group_norm_backward)
+@shape_rule(aten.native_group_norm_backward)
 def _group_norm_backward(g, x, mean, rstd, weight, n, c, hw, group, mask):
     _group_norm_fits(x, weight, None, n, c, hw, group)
     same_dtype(g, x, mean, rstd)
@@ -245,28 +254,28 @@ def _batch_norm_fits(x: Sig, *features: Sig | None) -> None:
     sure_in_order(x, *features)
 
 
-@rule(aten._native_batch_norm_legit_functional)
+@shape_rule(aten._native_batch_norm_legit_functional)
 def _batch_norm_functional(x, weight, bias, mean, var, training, momentum, eps):
     _batch_norm_fits(x, weight, bias, mean, var)
     sure(training)
     return (like(x), *[new(x, x.shape[1:2])] * 4)
 
 
-@rule(aten._native_batch_norm_legit.no_stats)
+@shape_rule(aten._native_batch_norm_legit.no_stats)
 def _batch_norm(x, weight, bias, training, momentum, eps):
     _batch_norm_fits(x, weight, bias)
     sure(training)
     return (like(x), *[new(x, x.shape[1:2])] * 2)
 
 
-@rule(aten._native_batch_norm_legit_no_training)
+@shape_rule(aten._native_batch_norm_legit_no_training)
 def _batch_norm_inference(x, weight, bias, mean, var, momentum, eps):
     _batch_norm_fits(x, weight, bias, mean, var)
     sure(x.device.type == "cpu")  # elsewhere the unused statistics may have a shape
     return (like(x), *[new(x, (0,))] * 2)
 
 
-@rule(aten.native_batch_norm_backward)
+@shape_rule(aten.native_batch_norm_backward)
 def _batch_norm_backward(g, x, weight, mean, var, save_mean, save_rstd, train, eps, mask):
     saved = (save_mean, save_rstd) if train else (mean, var)
     _batch_norm_fits(x, weight, *saved)
@@ -285,7 +294,7 @@ def per_dim(values: Sequence[int], n: int) -> list[int]:
     return list(values) * (n if len(values) == 1 else 1)
 
 
-@rule(aten.convolution)
+@shape_rule(aten.convolution)
 def _convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups):
     n = x.ndim - 2
     sure_in_order(x, w)  # for other layouts the device's kernel decides the result's
@@ -318,7 +327,7 @@ def _convolution(x, w, bias, stride, padding, dilation, transposed, output_paddi
     return new(x, (x.shape[0], channels, *sizes))
 
 
-@rule(aten.convolution_backward)
+@shape_rule(aten.convolution_backward)
 def _convolution_backward(
     g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask
 ):
@@ -331,7 +340,7 @@ def _convolution_backward(
     )
 
 
-def pooled(
+def pooled_shape(
     x: Sig,
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -358,42 +367,44 @@ def pooled(
     return (*x.shape[:-2], *sizes)
 
 
-@rule(aten.max_pool2d_with_indices)
+@shape_rule(aten.max_pool2d_with_indices)
 def _max_pool2d(x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
-    shape = pooled(x, kernel, stride, padding, dilation, ceil_mode)
+    shape = pooled_shape(x, kernel, stride, padding, dilation, ceil_mode)
     return new(x, shape), new(x, shape, torch.int64)
 
 
-@rule(aten.max_pool2d_with_indices_backward)
+@shape_rule(aten.max_pool2d_with_indices_backward)
 def _max_pool2d_backward(g, x, kernel, stride, padding, dilation, ceil_mode, indices):
-    shape = pooled(x, kernel, stride, padding, dilation, ceil_mode)
+    shape = pooled_shape(x, kernel, stride, padding, dilation, ceil_mode)
     sure(g.shape == indices.shape == shape and g.dtype is x.dtype)
     return new(x, x.shape)
 
 
-@rule(aten.avg_pool2d)
+@shape_rule(aten.avg_pool2d)
 def _avg_pool2d(
     x, kernel, stride=(), padding=(0,), ceil_mode=False, count_include_pad=True, divisor=None
 ):
     sure(divisor != 0 and x.dtype.is_floating_point)
-    return new(x, pooled(x, kernel, stride, padding, (1,), ceil_mode))
+    return new(x, pooled_shape(x, kernel, stride, padding, (1,), ceil_mode))
 
 
-@rule(aten.avg_pool2d_backward)
+@shape_rule(aten.avg_pool2d_backward)
 def _avg_pool2d_backward(g, x, kernel, stride, padding, ceil_mode, count_include_pad, divisor):
-    sure(g.shape == pooled(x, kernel, stride, padding, (1,), ceil_mode) and g.dtype is x.dtype)
+    sure(
+        g.shape == pooled_shape(x, kernel, stride, padding, (1,), ceil_mode) and g.dtype is x.dtype
+    )
     sure(x.dtype.is_floating_point and divisor != 0)
     return new(x, x.shape)
 
 
-@rule(aten._adaptive_avg_pool2d)
+@shape_rule(aten._adaptive_avg_pool2d)
 def _adaptive_avg_pool2d(x, size):
     sure(x.ndim in (3, 4) and len(size) == 2 and 0 not in x.shape and 0 not in size)
     sure_in_order(x)
     return new(x, (*x.shape[:-2], *size))
 
 
-@rule(aten._adaptive_avg_pool2d_backward)
+@shape_rule(aten._adaptive_avg_pool2d_backward)
 def _adaptive_avg_pool2d_backward(g, x):
     sure(
         g.ndim == x.ndim

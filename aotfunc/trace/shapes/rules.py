@@ -35,7 +35,7 @@ class Unsure(Exception):
     """A rule leaves this call to the meta kernel."""
 
 
-def rule(*ops: Any) -> Callable[[Callable], Callable]:
+def shape_rule(*ops: Any) -> Callable[[Callable], Callable]:
     """Decorator: this function answers for these overloads (a packet stands for its
     ``default``)."""
 
@@ -50,7 +50,7 @@ def rule(*ops: Any) -> Callable[[Callable], Callable]:
 def by_rule(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """The signatures of what ``op`` returns (arguments as for :func:`.infer.infer`), or
     NotImplemented."""
-    known = rule_for(op)
+    known = shape_rule_for(op)
     if known is None:
         return NotImplemented
     if len(sigs) > 1 and any(s.device != sigs[0].device for s in sigs):
@@ -273,7 +273,7 @@ LEFT_OUT = {
 
 
 @cache
-def rule_for(op: OpOverload) -> Callable | None:
+def shape_rule_for(op: OpOverload) -> Callable | None:
     """The written rule, or the common one of pointwise ops; for an op in place that of its
     functional twin."""
     from . import algebra, factories, indexing, nn  # noqa: F401  (their rules register themselves)
@@ -286,10 +286,14 @@ def rule_for(op: OpOverload) -> Callable | None:
         return None
     if facts.writes == (0,) and facts.same == (0,) and name.endswith("_"):
         twin = getattr(getattr(aten, name[:-1], None), op._overloadname, None)
-        functional = rule_for(twin) if twin is not None and takes(twin) == takes(op) else None
+        functional = (
+            shape_rule_for(twin) if twin is not None and takes(twin) == takes(op) else None
+        )
         return partial(in_place, functional) if functional is not None else None
     tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
-    return partial(pointwise, op) if tagged and facts.pure and facts.returns_tensors else None
+    return (
+        partial(pointwise_shape, op) if tagged and facts.pure and facts.returns_tensors else None
+    )
 
 
 def takes(op: OpOverload) -> list[str]:
@@ -316,7 +320,7 @@ def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
         )
 
 
-def pointwise(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """One rule for every pointwise op."""
     operands = [a for a in (*args, *kwargs.values()) if a.__class__ is Sig]
     sure(operands and not any(isinstance(a, list | tuple) for a in args))

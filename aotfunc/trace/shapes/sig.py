@@ -124,6 +124,11 @@ def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
     return make_sig(t.shape, t.stride(), t.dtype, device or t.device, t.storage_offset())
 
 
+def floating(x: Any) -> bool:
+    """Whether ``x`` is a tensor of floating or complex numbers."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 class Slot(int):
     """The place of the i-th tensor in an instruction's argument template."""
 

@@ -29,7 +29,7 @@ OF_NUMBERS = {
 
 
 @cache
-def rule_for(op: OpOverload) -> Rule | None:
+def part_rule_for(op: OpOverload) -> Rule | None:
     """The rule written for an op, or that of pointwise ones."""
     if op in RULES:
         return RULES[op]

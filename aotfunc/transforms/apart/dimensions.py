@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
-from .parts import Call, Mixed, Part, aligned, rule, spans
+from .parts import Mixed, OpCall, Part, broadcast_part, part_rule, spans
 
 
-@rule("slice.Tensor split.Tensor split_with_sizes unfold cat slice_scatter flip roll linalg_cross")
-@rule("cumsum cumprod logcumsumexp cummax cummin sort sort.stable topk gather")
-@rule("_safe_softmax _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data")
-@rule("scatter.src scatter.value scatter_add scatter_reduce.two _fft_r2c _fft_c2c _fft_c2r")
-def along(c: Call) -> Any:
+@part_rule(
+    "slice.Tensor split.Tensor split_with_sizes unfold cat slice_scatter flip roll linalg_cross"
+)
+@part_rule("cumsum cumprod logcumsumexp cummax cummin sort sort.stable topk gather")
+@part_rule("_safe_softmax _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data")
+@part_rule("scatter.src scatter.value scatter_add scatter_reduce.two _fft_r2c _fft_c2c _fft_c2r")
+def along(c: OpCall) -> Any:
     """One result or several, which have the dimensions of the arguments."""
     sig, part = c.alike()
     part.without(
@@ -22,51 +24,51 @@ def along(c: Call) -> Any:
     return c.each(part)
 
 
-@rule("slice_backward")
-def slice_backward(c: Call) -> Any:
+@part_rule("slice_backward")
+def slice_backward(c: OpCall) -> Any:
     part = along(c)
     c.scaled("input_sizes", part.dim, part.each)
     return part
 
 
-@rule("constant_pad_nd")
-def padded(c: Call) -> Any:
+@part_rule("constant_pad_nd")
+def padded(c: OpCall) -> Any:
     sig, part = c.alike()
     part.without(range(sig.ndim - len(c.arg["pad"]) // 2, sig.ndim))
     return part
 
 
-@rule("select_scatter")
-def select_scatter(c: Call) -> Any:
+@part_rule("select_scatter")
+def select_scatter(c: OpCall) -> Any:
     (sig, part), (_, src) = c.tensors
     if part is None or src != part.without(c.dims(sig.ndim)):
         raise Mixed
     return part
 
 
-@rule("stack")
-def stacked(c: Call) -> Any:
+@part_rule("stack")
+def stacked(c: OpCall) -> Any:
     _, part = c.alike()
     return part.to(part.dim + (c.arg["dim"] % c.val.ndim <= part.dim))
 
 
-@rule("sum.dim_IntList nansum mean.dim prod.dim_int logsumexp count_nonzero.dim_IntList")
-@rule("amax amin aminmax argmax argmin max.dim min.dim any.dim any.dims all.dim all.dims")
-@rule("var.correction std.correction var_mean.correction std_mean.correction")
-@rule("median.dim nanmedian.dim kthvalue mode linalg_vector_norm norm.ScalarOpt_dim")
-def reduced(c: Call) -> Any:
+@part_rule("sum.dim_IntList nansum mean.dim prod.dim_int logsumexp count_nonzero.dim_IntList")
+@part_rule("amax amin aminmax argmax argmin max.dim min.dim any.dim any.dims all.dim all.dims")
+@part_rule("var.correction std.correction var_mean.correction std_mean.correction")
+@part_rule("median.dim nanmedian.dim kthvalue mode linalg_vector_norm norm.ScalarOpt_dim")
+def reduced(c: OpCall) -> Any:
     sig, part = c.alike()
     less = part.without(c.dims(sig.ndim))
     return c.each(part if c.arg.get("keepdim") else less)
 
 
-@rule("embedding")
-def embedded(c: Call) -> Any:
+@part_rule("embedding")
+def embedded(c: OpCall) -> Any:
     return c.only("indices")[1]
 
 
-@rule("index_select")
-def rows_selected(c: Call) -> Any:
+@part_rule("index_select")
+def rows_selected(c: OpCall) -> Any:
     (sig, part), (_, index) = c.tensors
     dims = c.dims(sig.ndim)
     if part is None:
@@ -75,8 +77,8 @@ def rows_selected(c: Call) -> Any:
     return c.only("self")[1]
 
 
-@rule("index_add index_copy index_fill.int_Scalar")
-def rows_replaced(c: Call) -> Any:
+@part_rule("index_add index_copy index_fill.int_Scalar")
+def rows_replaced(c: OpCall) -> Any:
     sig, part = c.of("self")
     source = c.of("source") if "source" in c.arg else (sig, part)
     if (
@@ -90,13 +92,13 @@ def rows_replaced(c: Call) -> Any:
     return part
 
 
-@rule("index.Tensor")
-def indexed(c: Call) -> Any:
+@part_rule("index.Tensor")
+def indexed(c: OpCall) -> Any:
     return entries_of(c)[0]
 
 
-@rule("index_put")
-def put(c: Call) -> Any:
+@part_rule("index_put")
+def put(c: OpCall) -> Any:
     _, part = c.of("self")
     values, theirs = c.of("values")
     at, rank = entries_of(c)
@@ -109,7 +111,7 @@ def put(c: Call) -> Any:
     return part
 
 
-def entries_of(c: Call) -> tuple[Part, int]:
+def entries_of(c: OpCall) -> tuple[Part, int]:
     """Where the entries of ``x[indices]`` hold the batch, and how many dimensions they have."""
     sig, part = c.of("self")
     indices = {
@@ -134,5 +136,5 @@ def entries_of(c: Call) -> tuple[Part, int]:
         own = part is not None and part.dim == d
         if own != (p is not None and p.number) or (own and part != Part(d)):
             raise Mixed
-    at = aligned(list(indices.values()), wide)
+    at = broadcast_part(list(indices.values()), wide)
     return Part(at.dim + first, at.each), rank

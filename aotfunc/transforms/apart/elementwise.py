@@ -6,11 +6,11 @@ from typing import Any
 
 from ...trace.shapes.rules import Unsure, broadcast
 from ...trace.shapes.sig import Sig
-from .parts import Call, Mixed, aligned, rule
+from .parts import Mixed, OpCall, broadcast_part, part_rule
 
 
-@rule("clone _to_copy zeros_like ones_like full_like fill.Scalar floor_divide _prelu_kernel")
-def pointwise(c: Call) -> Any:
+@part_rule("clone _to_copy zeros_like ones_like full_like fill.Scalar floor_divide _prelu_kernel")
+def pointwise(c: OpCall) -> Any:
     try:
         shape = broadcast(*[sig.shape for sig, _ in c.tensors])
     except Unsure:
@@ -18,14 +18,16 @@ def pointwise(c: Call) -> Any:
     for val in c.val if isinstance(c.val, tuple) else (c.val,):
         if val.__class__ is not Sig or val.shape != shape:
             raise Mixed
-    return c.each(aligned(c.tensors, len(shape)))
+    return c.each(broadcast_part(c.tensors, len(shape)))
 
 
-@rule("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits")
-@rule(
+@part_rule(
+    "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits"
+)
+@part_rule(
     "mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward"
 )
-def losses(c: Call) -> Any:
+def losses(c: OpCall) -> Any:
     if c.arg["reduction"]:
         raise Mixed
     return pointwise(c)

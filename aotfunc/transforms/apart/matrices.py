@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ...trace.shapes.sig import Sig
-from .parts import Call, Mixed, Part, aligned, rule
+from .parts import Mixed, OpCall, Part, broadcast_part, part_rule
 
 
-@rule("mm bmm")
-def multiplied(c: Call) -> Any:
+@part_rule("mm bmm")
+def multiplied(c: OpCall) -> Any:
     return product(*c.tensors)
 
 
-@rule("addmm baddbmm")
-def added(c: Call) -> Any:
+@part_rule("addmm baddbmm")
+def added(c: OpCall) -> Any:
     bias, left, right = c.tensors
-    return aligned([bias, (c.val, product(left, right))], c.val.ndim)
+    return broadcast_part([bias, (c.val, product(left, right))], c.val.ndim)
 
 
 def product(left: tuple[Sig, Part | None], right: tuple[Sig, Part | None]) -> Part:
@@ -33,23 +33,23 @@ def product(left: tuple[Sig, Part | None], right: tuple[Sig, Part | None]) -> Pa
     raise Mixed
 
 
-@rule("mv")
-def applied(c: Call) -> Any:
+@part_rule("mv")
+def applied(c: OpCall) -> Any:
     _, part = c.only("self")
     part.without([1])
     return part
 
 
-@rule(
+@part_rule(
     "triu tril linalg_inv_ex _linalg_det _linalg_slogdet linalg_lu_factor_ex linalg_cholesky_ex "
     "linalg_solve_triangular"
 )
-@rule(
+@part_rule(
     "_linalg_eigh linalg_eig linalg_qr linalg_lu _linalg_svd linalg_matrix_exp _linalg_solve_ex "
     "cholesky_solve cholesky"
 )
-@rule("cholesky_inverse triangular_solve")
-def matrices(c: Call) -> Any:
+@part_rule("cholesky_inverse triangular_solve")
+def matrices(c: OpCall) -> Any:
     """Of batches of matrices."""
     sig, part = c.alike()
     if part.dim or sig.ndim < 3:
@@ -57,6 +57,6 @@ def matrices(c: Call) -> Any:
     return c.each(part)
 
 
-@rule("_linalg_check_errors")
-def checked(c: Call) -> Any:
+@part_rule("_linalg_check_errors")
+def checked(c: OpCall) -> Any:
     return None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .parts import Call, Mixed, Part, rule
+from .parts import Mixed, OpCall, Part, part_rule
 
 
-@rule("nll_loss_forward nll_loss_backward")
-def nll_loss(c: Call) -> Any:
+@part_rule("nll_loss_forward nll_loss_backward")
+def nll_loss(c: OpCall) -> Any:
     names = [name for name in ("self", "target", "grad_output") if name in c.arg]
     part = c.of("self")[1]
     if (
@@ -20,36 +20,38 @@ def nll_loss(c: Call) -> Any:
     return [part, None] if isinstance(c.val, tuple) else part  # the total weight is that of a mean
 
 
-@rule(
+@part_rule(
     "max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward "
     "_adaptive_avg_pool2d"
 )
-@rule("max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward")
-@rule("_adaptive_avg_pool2d_backward")
-def pooled(c: Call) -> Any:
+@part_rule(
+    "max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward"
+)
+@part_rule("_adaptive_avg_pool2d_backward")
+def pooled(c: OpCall) -> Any:
     return in_front(c, c.alike()[1])
 
 
-@rule(
+@part_rule(
     "_scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_flash_attention_for_cpu_backward"
 )
-def attention(c: Call) -> Any:
+def attention(c: OpCall) -> Any:
     part = c.tensors[0][1]
     if any(p != part for _, p in c.tensors):
         raise Mixed
     return in_front(c, part)
 
 
-@rule("native_group_norm")
-def group_norm(c: Call) -> Any:
+@part_rule("native_group_norm")
+def group_norm(c: OpCall) -> Any:
     _, part = c.only("input")
     c.scaled("N", None, part.each)
     return in_front(c, part)
 
 
-@rule("native_group_norm_backward")
-def group_norm_backward(c: Call) -> Any:
+@part_rule("native_group_norm_backward")
+def group_norm_backward(c: OpCall) -> Any:
     part = c.of("input")[1]
     shared = c.of("weight")[1] is not None or any(c.arg["output_mask"][1:])
     if (
@@ -63,21 +65,21 @@ def group_norm_backward(c: Call) -> Any:
     return [part, None, None]
 
 
-def in_front(c: Call, part: Part | None) -> Any:
+def in_front(c: OpCall, part: Part | None) -> Any:
     if part is None or part.dim:
         raise Mixed
     return c.each(part)
 
 
-@rule("native_layer_norm")
-def layer_norm(c: Call) -> Any:
+@part_rule("native_layer_norm")
+def layer_norm(c: OpCall) -> Any:
     sig, part = c.only("input")
     part.without(range(sig.ndim - len(c.arg["normalized_shape"]), sig.ndim))
     return c.each(part)
 
 
-@rule("native_layer_norm_backward")
-def layer_norm_backward(c: Call) -> Any:
+@part_rule("native_layer_norm_backward")
+def layer_norm_backward(c: OpCall) -> Any:
     sig, part = c.of("input")
     given = [c.of(name)[1] for name in ("grad_out", "mean", "rstd")]
     shared = [c.of(name)[1] for name in ("weight", "bias")]
@@ -92,16 +94,16 @@ def layer_norm_backward(c: Call) -> Any:
     return [part, None, None]
 
 
-@rule("convolution")
-def convolved(c: Call) -> Any:
+@part_rule("convolution")
+def convolved(c: OpCall) -> Any:
     if c.of("weight")[1] is None:
         return in_front(c, c.only("input")[1])
     among_channels(c, "input")
     return Part(1, c.val.shape[1] // c.walk.size)
 
 
-@rule("convolution_backward")
-def convolution_backward(c: Call) -> Any:
+@part_rule("convolution_backward")
+def convolution_backward(c: OpCall) -> Any:
     (_, g), (_, x), (_, weight) = c.of("grad_output"), c.of("input"), c.of("weight")
     if weight is None:
         if g is None or g != x or g.dim or any(c.arg["output_mask"][1:]):
@@ -117,7 +119,7 @@ def convolution_backward(c: Call) -> Any:
     ]
 
 
-def among_channels(c: Call, *images: str) -> None:
+def among_channels(c: OpCall, *images: str) -> None:
     """Each sample has groups of channels, and weights, of its own."""
     groups, left = divmod(c.arg["groups"], c.walk.size)
     apart = all((p := c.of(name)[1]) is not None and p.dim == 1 for name in images)

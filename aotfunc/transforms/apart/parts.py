@@ -50,7 +50,7 @@ class Walk:
         self.args: dict[Node, tuple] = {}
 
 
-class Call:
+class OpCall:
     """An op of the graph as its rule sees it; ``arg`` by the schema's names, ``val`` what it
     returns."""
 
@@ -115,13 +115,13 @@ class Call:
 
 #: where the results of an op with a batched argument hold the batch, a list for several; raises
 # Mixed
-Rule = Callable[[Call], Any]
+Rule = Callable[[OpCall], Any]
 RULES: dict[OpOverload, Rule] = {}
 #: of ops that make a batched value out of what is not
 FACTORIES: dict[OpOverload, Rule] = {}
 
 
-def rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
+def part_rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
     """Decorator: this function answers for these ops of aten; those that PyTorch does not have are
     left out."""
 
@@ -136,7 +136,7 @@ def rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
     return register
 
 
-def aligned(tensors: Sequence[tuple[Sig, Part | None]], rank: int) -> Part:
+def broadcast_part(tensors: Sequence[tuple[Sig, Part | None]], rank: int) -> Part:
     """The part of what these broadcast to."""
     found = {(sig.ndim - part.dim, part.each) for sig, part in tensors if part is not None}
     if len(found) != 1:

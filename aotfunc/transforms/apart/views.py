@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .parts import FACTORIES, Call, Mixed, Part, rule
+from .parts import FACTORIES, Mixed, OpCall, Part, part_rule
 
 
-@rule("view _unsafe_view reshape")
-def reshaped(c: Call) -> Any:
+@part_rule("view _unsafe_view reshape")
+def reshaped(c: OpCall) -> Any:
     sig, part = c.alike()
     shape, size = c.val.shape, c.walk.size
     before = math.prod(sig.shape[: part.dim])
@@ -28,28 +28,28 @@ def reshaped(c: Call) -> Any:
     raise Mixed
 
 
-@rule("expand")
-def expanded(c: Call) -> Any:
+@part_rule("expand")
+def expanded(c: OpCall) -> Any:
     sig, part = c.alike()
     d = part.dim + c.val.ndim - sig.ndim
     c.scaled("size", d, part.each)
     return part.to(d)
 
 
-@rule("expand", table=FACTORIES)
-def repeated(c: Call) -> Any:
+@part_rule("expand", table=FACTORIES)
+def repeated(c: OpCall) -> Any:
     sig, _ = c.tensors[0]
     lead = c.val.ndim - sig.ndim
     return made(c, "size", [d for d in range(c.val.ndim) if d < lead or sig.shape[d - lead] == 1])
 
 
-@rule("new_zeros new_ones new_full")
-@rule("full zeros ones new_zeros new_ones new_full", table=FACTORIES)
-def filled(c: Call) -> Any:
+@part_rule("new_zeros new_ones new_full")
+@part_rule("full zeros ones new_zeros new_ones new_full", table=FACTORIES)
+def filled(c: OpCall) -> Any:
     return made(c, "size", range(c.val.ndim))
 
 
-def made(c: Call, name: str, dims: Sequence[int]) -> Part | None:
+def made(c: OpCall, name: str, dims: Sequence[int]) -> Part | None:
     """The first of these dimensions whose length is the size (or a multiple) is taken for the
     batch: if it is none, the ops that read the value will not find it aligned."""
     for d in dims:
@@ -60,22 +60,22 @@ def made(c: Call, name: str, dims: Sequence[int]) -> Part | None:
     return None
 
 
-@rule("arange", table=FACTORIES)
-def numbered(c: Call) -> Any:
+@part_rule("arange", table=FACTORIES)
+def numbered(c: OpCall) -> Any:
     if c.arg["end"] != c.walk.size or c.val.dtype is not torch.int64:
         return None
     c.scaled("end", None, 1)
     return Part(0, 1, True)
 
 
-@rule("permute")
-def permuted(c: Call) -> Any:
+@part_rule("permute")
+def permuted(c: OpCall) -> Any:
     sig, part = c.alike()
     return part.to(c.dims(sig.ndim, "dims").index(part.dim))
 
 
-@rule("t transpose.int")
-def transposed(c: Call) -> Any:
+@part_rule("t transpose.int")
+def transposed(c: OpCall) -> Any:
     sig, part = c.alike()
     if sig.ndim < 2:
         return part
@@ -83,39 +83,39 @@ def transposed(c: Call) -> Any:
     return part.to({i: j, j: i}.get(part.dim, part.dim))
 
 
-@rule("unsqueeze")
-def unsqueezed(c: Call) -> Any:
+@part_rule("unsqueeze")
+def unsqueezed(c: OpCall) -> Any:
     sig, part = c.alike()
     return part.to(part.dim + (c.arg["dim"] % (sig.ndim + 1) <= part.dim))
 
 
-@rule("squeeze squeeze.dim squeeze.dims")
-def squeezed(c: Call) -> Any:
+@part_rule("squeeze squeeze.dim squeeze.dims")
+def squeezed(c: OpCall) -> Any:
     sig, part = c.alike()
     dims = c.dims(sig.ndim) if "dim" in c.arg else range(sig.ndim)
     return part.without([d for d in dims if sig.shape[d] == 1])
 
 
-@rule("select.int unbind.int")
-def selected(c: Call) -> Any:
+@part_rule("select.int unbind.int")
+def selected(c: OpCall) -> Any:
     sig, part = c.alike()
     return c.each(part.without(c.dims(sig.ndim)))
 
 
-@rule("diagonal")
-def diagonal(c: Call) -> Any:
+@part_rule("diagonal")
+def diagonal(c: OpCall) -> Any:
     sig, part = c.alike()
     return part.without([c.arg["dim1"] % sig.ndim, c.arg["dim2"] % sig.ndim])
 
 
-@rule("select_backward")
-def select_backward(c: Call) -> Any:
+@part_rule("select_backward")
+def select_backward(c: OpCall) -> Any:
     _, part = c.alike()
     part = part.to(part.dim + (c.arg["dim"] % c.val.ndim <= part.dim))
     c.scaled("input_sizes", part.dim, part.each)
     return part
 
 
-@rule("view_as_real view_as_complex")
-def viewed(c: Call) -> Any:
+@part_rule("view_as_real view_as_complex")
+def viewed(c: OpCall) -> Any:
     return c.alike()[1]

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ...trace.emit import Builder
 from ...trace.shapes.sig import Sig
-from .constants import computed, filled, filled_with, is_one
+from .constants import constant_result, filled, filled_with, is_one
 from .table import EXACT, aten, fit, rewrite, same
 
 NEG = aten.neg.default
@@ -36,7 +36,7 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         if n == 1 and same(x, val):
             return x
         if m is not None:
-            return computed(b, val, operator.mul, x, y)
+            return constant_result(b, val, operator.mul, x, y)
         if y.__class__ is Node and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
             return scaled(b, val, x, n)
     elif m is not None and x.__class__ is Node:
@@ -71,7 +71,7 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
     m = filled_with(x)
     if m is not None:
         if filled_with(y) is not None:
-            return computed(b, val, np.divide, x, y)
+            return constant_result(b, val, np.divide, x, y)
         if (
             m == 1
             and val.dtype in EXACT
@@ -131,7 +131,7 @@ def number_added(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
     if m is None and n is None:
         return None
     if m is not None and n is not None:
-        return computed(b, val, op, x, y)
+        return constant_result(b, val, op, x, y)
     adds = op is operator.add
     if n is not None:
         if (

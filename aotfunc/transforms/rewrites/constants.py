@@ -115,7 +115,7 @@ def of_dtype(a: Any, dtype: torch.dtype) -> bool:
     return a.__class__ is not Node or a.meta["val"].dtype is dtype
 
 
-def computed(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
+def constant_result(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
     """The constant ``op(a, c)`` of two constants, computed in their dtype; None where that is not
     to be had.
 

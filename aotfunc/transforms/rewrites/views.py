@@ -125,13 +125,13 @@ def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
     if sig.plain and sig.numel == val.numel:
         if val.plain:
             return b.node(VIEW, (origin, list(val.shape)), {}, val)
-        return laid_out(b, val, origin, links > 1 and not x.users)
+        return as_turn(b, val, origin, links > 1 and not x.users)
     if expandable(sig.shape, val.shape):
         return tried(b, val, EXPAND, origin, list(val.shape))
     return None
 
 
-def laid_out(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
+def as_turn(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
     """A turn of the contiguous ``origin``, or if ``two`` moves are welcome, of a view of it."""
     if not two and sorted(origin.meta["val"].shape) != sorted(val.shape):
         return None

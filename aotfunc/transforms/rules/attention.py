@@ -55,7 +55,9 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
-def weights_of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def attention_matrix(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
     """The attention matrix ``P``; a row that may look nowhere is zero."""
     scores = (q @ k.mT) * scale
     if mask is not None:
@@ -93,7 +95,7 @@ def tangent(tangents: Any, q, k, v, mask, causal, scale) -> Tensor | None:
     tq, tk, tv, t_mask = or_absent(*tangents)
     k, v, tk, tv = (per_head(x, q) for x in (k, v, tk, tv))
     s = scale_of(q, scale)
-    p = weights_of(q, k, mask, causal, s)
+    p = attention_matrix(q, k, mask, causal, s)
     t_scores = (tq @ k.mT + q @ tk.mT) * s + t_mask
     return or_none(through_softmax(p, t_scores) @ v + p @ tv)[0]
 
@@ -103,7 +105,7 @@ def cotangent(g, q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor, 
     ops compute."""
     keys, values = per_head(k, q), per_head(v, q)
     s = scale_of(q, scale)
-    p = weights_of(q, keys, mask, causal, s)
+    p = attention_matrix(q, keys, mask, causal, s)
     g_scores = through_softmax(p, g @ values.mT)
     of_k, of_v = shared_heads((g_scores.mT @ q) * s, k), shared_heads(p.mT @ g, v)
     return (g_scores @ keys) * s, of_k, of_v, g_scores
@@ -116,7 +118,7 @@ def tangent_of_cotangent(
     tg, tq, tk, tv, t_mask = or_absent(*tangents)
     keys, values, tk, tv = (per_head(x, q) for x in (k, v, tk, tv))
     s = scale_of(q, scale)
-    p = weights_of(q, keys, mask, causal, s)
+    p = attention_matrix(q, keys, mask, causal, s)
     t_scores = (tq @ keys.mT + q @ tk.mT) * s + t_mask
     g_p = g @ values.mT
     g_scores = through_softmax(p, g_p)
@@ -141,7 +143,7 @@ def cotangent_of_cotangent(
     a, b, c, d = or_absent(*cotangents)
     keys, values, b, c = (per_head(x, q) for x in (k, v, b, c))
     s = scale_of(q, scale)
-    p = weights_of(q, keys, mask, causal, s)
+    p = attention_matrix(q, keys, mask, causal, s)
     g_p = g @ values.mT
     g_scores = through_softmax(p, g_p)
     e = (a @ keys.mT + q @ b.mT) * s + d  # cotangent of g_scores

@@ -151,7 +151,7 @@ def counted(
     return counts, edges
 
 
-def weights_of(weight: Tensor | None, carries: bool, size: Any) -> Tensor | None:
+def weight_vectors(weight: Tensor | None, carries: bool, size: Any) -> Tensor | None:
     return None if weight is None else as_vectors(with_batch(weight, carries, size))
 
 
@@ -167,7 +167,7 @@ def _(
     size: Any,
 ) -> Any:
     x = as_vectors(with_batch(x, batched[0], size))
-    counts, edges = counted([x], [bins], given, weights_of(weight, batched[1], size), density)
+    counts, edges = counted([x], [bins], given, weight_vectors(weight, batched[1], size), density)
     return counts, edges[0]
 
 
@@ -176,7 +176,7 @@ def _(
     x: Tensor, edges: Tensor, weight: Tensor | None, density: bool, *, batched: Any, size: Any
 ) -> Any:
     x, edges = as_vectors(with_batch(x, batched[0], size)), with_batch(edges, batched[1], size)
-    return histogram([x], [edges], weights_of(weight, batched[2], size), density), edges
+    return histogram([x], [edges], weight_vectors(weight, batched[2], size), density), edges
 
 
 def coordinates(x: Tensor, carries: bool, size: Any) -> list[Tensor]:
@@ -191,7 +191,7 @@ def _(
 ) -> Tensor:
     edges = all_batched(edges, batched[1], size)
     return histogram(
-        coordinates(x, batched[0], size), edges, weights_of(weight, batched[2], size), density
+        coordinates(x, batched[0], size), edges, weight_vectors(weight, batched[2], size), density
     )
 
 
@@ -207,7 +207,7 @@ def _(
     size: Any,
 ) -> Tensor:
     points = coordinates(x, batched[0], size)
-    return counted(points, bins, given, weights_of(weight, batched[1], size), density)[0]
+    return counted(points, bins, given, weight_vectors(weight, batched[1], size), density)[0]
 
 
 @vmap_of(aten._histogramdd_bin_edges)

@@ -21,7 +21,7 @@ from .places import (
     is_mask,
     numbered,
     numbered_each,
-    single,
+    one_sample,
 )
 from .schema import aten
 from .table import jvp_of, linear, vmap_of
@@ -58,7 +58,7 @@ def batch_index(
     x: Tensor, indices: Indices, *, batched: Any, size: Any, shape: Sequence[Any] = ()
 ) -> Tensor:
     x_batched, index_batched = batched
-    if (count := count_read(single(indices, index_batched), shape)) is not None:
+    if (count := count_read(one_sample(indices, index_batched), shape)) is not None:
         indices, index_batched = numbered_each(indices, index_batched, count)
     places = Places(indices, index_batched)
     if not any(index_batched) and places.together:
@@ -112,7 +112,7 @@ def batch_index_put(
             return torch.where(mask, x + values if accumulate else values, x)
         x_batched = values_batched = True
     if any(map(is_mask, indices)) and any(index_batched):
-        alone = single(indices, index_batched)
+        alone = one_sample(indices, index_batched)
         count = count_written(alone, values.shape[values_batched:], x.dim() - x_batched)
         if count is None:
             return put_one_for_all(x, indices, values, accumulate, batched, size)

@@ -72,7 +72,7 @@ class Count(NamedTuple):
     repeated: bool
 
 
-def single(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]:
+def one_sample(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]:
     """Indices as one example has them, for their shapes."""
     return [
         i.new_empty(i.shape[1:]) if b and i is not None else i

@@ -24,7 +24,7 @@ P, L = aten.special_legendre_polynomial_p, aten.special_laguerre_polynomial_l
 H, HE = aten.special_hermite_polynomial_h, aten.special_hermite_polynomial_he
 
 
-def lower(x: Tensor, n: Any, step: int, term: Callable[[int], Tensor]) -> Tensor:
+def sum_below(x: Tensor, n: Any, step: int, term: Callable[[int], Tensor]) -> Tensor:
     """The sum of the terms of the degrees ``n - 1``, ``n - 1 - step``, … down to 0."""
     if isinstance(n, Tensor):
         raise NotImplementedError(
@@ -35,7 +35,7 @@ def lower(x: Tensor, n: Any, step: int, term: Callable[[int], Tensor]) -> Tensor
 
 
 def second_kind(x: Tensor, n: Any) -> Tensor:
-    return lower(x, n, 2, lambda k: 2 * (k + 1) * U(x, k))
+    return sum_below(x, n, 2, lambda k: 2 * (k + 1) * U(x, k))
 
 
 def previous(n: Any) -> Any:
@@ -52,8 +52,8 @@ SLOPES: list[tuple[OpOverloadPacket, Slope]] = [
     (W, lambda x, n: second_kind(x, n) + second_kind(x, previous(n))),
     (H, lambda x, n: 2 * (previous(n) + 1) * H(x, previous(n))),
     (HE, lambda x, n: (previous(n) + 1) * HE(x, previous(n))),
-    (L, lambda x, n: -lower(x, n, 1, lambda k: L(x, k))),
-    (P, lambda x, n: lower(x, n, 2, lambda k: (2 * k + 1) * P(x, k))),
+    (L, lambda x, n: -sum_below(x, n, 1, lambda k: L(x, k))),
+    (P, lambda x, n: sum_below(x, n, 2, lambda k: (2 * k + 1) * P(x, k))),
 ]
 
 
@@ -68,7 +68,7 @@ for kind, (_, slope) in zip("tuvw", SLOPES[:4], strict=True):
     )
 
 
-def no_slope(*args: Any) -> Tensor:
+def slope_of_degree(*args: Any) -> Tensor:
     raise NotImplementedError(
         "the degree of a polynomial is a whole number and has no derivative; detach it"
     )
@@ -80,5 +80,5 @@ def rule_by(slope: Slope) -> Callable[..., Tensor]:
 
 for packet, slope in SLOPES:
     pointwise(packet.n_scalar, rule_by(slope))
-    pointwise(packet.default, rule_by(slope), no_slope)
-    pointwise(packet.x_scalar, no_slope)
+    pointwise(packet.default, rule_by(slope), slope_of_degree)
+    pointwise(packet.x_scalar, slope_of_degree)

@@ -14,7 +14,7 @@ from .schema import aten
 from .table import decompose_as, vmap_of
 
 
-def packed(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:
+def contiguous_batch(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:
     """A batch that is contiguous to the last stride: the kernels step by those of dimensions of
     size 1 too."""
     if x is None:
@@ -38,7 +38,8 @@ def _(
     size: Any,
 ) -> Tensor:
     data, lengths, _, offsets = (
-        packed(t, b, size) for t, b in zip((data, lengths, indices, offsets), batched, strict=True)
+        contiguous_batch(t, b, size)
+        for t, b in zip((data, lengths, indices, offsets), batched, strict=True)
     )
     how = {"lengths": lengths, "offsets": offsets, "unsafe": unsafe, "initial": initial}
     return aten.segment_reduce(data, reduce, axis=axis + 1, **how)
@@ -59,7 +60,8 @@ def _(
     size: Any,
 ) -> Tensor:
     g, out, data, lengths, offsets = (
-        packed(t, b, size) for t, b in zip((g, out, data, lengths, offsets), batched, strict=True)
+        contiguous_batch(t, b, size)
+        for t, b in zip((g, out, data, lengths, offsets), batched, strict=True)
     )
     how = {"lengths": lengths, "offsets": offsets, "initial": initial}
     return aten._segment_reduce_backward(g, out, data, reduce, axis=axis + 1, **how)
