@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ..debug import at, line_of_error
 from ..errors import CaptureError
+from ..trace.following import Following
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.traced import Traced, attributes, current
@@ -38,6 +39,7 @@ def capture(
     constants: bool = True,
     outside: Collection[int] = (),
     numbers: bool = False,
+    following: Following | None = None,
     name_of: Callable[[], Sequence[str]] | None = None,
 ) -> Captured:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
@@ -46,7 +48,7 @@ def capture(
     ``batch`` says what batch (:class:`~aotfunc.capture.concretize.Samples`). ``differentiated``
     leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why;
     with ``constants`` those of closed-over tensors may. ``numbers``: Python numbers may be inputs
-    of the program.
+    of the program; those of ``following``, which stand among the leaves, are.
 
     What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor
     that is passed twice is one traced value; as in torch.func, not where some are differentiated,
@@ -57,6 +59,7 @@ def capture(
     trace.lifts_numbers = (
         numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
     )
+    trace.following = following or trace.following
     autograd = trace.autograd
     values = list(leaves)
     reals = []

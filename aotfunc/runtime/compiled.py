@@ -29,7 +29,7 @@ from ..trace.memory import whereabouts
 from ..trace.modes import OTHERS, function_modes_key
 from ..trace.seeds import of_python
 from ..trace.traced import check_kind, current
-from .changing import Numbers
+from .changing import Family, with_any_numbers
 from .entry import Entry, captured_entry
 from .guards.explain import Explanation, Facts, History, explained
 from .guards.keys import describe_argument, environment_key, first_alike, reached_tensors
@@ -69,6 +69,7 @@ class Compiled:
         self.f, self.pipeline, self.name = f, pipeline, pipeline.name
         self.entries = Cache(NODES, weight_of)
         self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
+        self._families = Cache(LIMIT)  # calls that differ in Python numbers alone
         #: entries that differ in Python numbers that are inputs of their program share one
         self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
             weakref.WeakValueDictionary()
@@ -142,9 +143,10 @@ class Compiled:
                 f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function "
                 "that it was made from (.__wrapped__)"
             )
-        numbers = Numbers(self.f, *given)
-        if numbers and current() is None:
-            found = self.with_other_numbers(numbers, tensors, objects, given)
+        alike, values = with_any_numbers(key)
+        family = self._families.get(alike) if values and current() is None else None
+        if family is not None:
+            found = self.with_other_numbers(family, values, tensors, objects, given)
             if found is not None:
                 return found[0]
         arguments = Arguments(*given)
@@ -175,7 +177,9 @@ class Compiled:
         before = of_python()
         try:
             self.captures += 1
-            entry, new = captured_entry(self, arguments, tensors, given, state, key, numbers)
+            entry, new = captured_entry(
+                self, arguments, tensors, given, state, key, values, family
+            )
             drew = of_python() != before
             with undrawn(entry.call):
                 result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
@@ -187,29 +191,36 @@ class Compiled:
         self._history.changed = changed
         # a function that changes what it reads is captured at every call, until it does not change
         # any more
-        alike = changed is None and not drew and function_modes_key() is not OTHERS
-        if entry.reusable and alike:
-            if entry.numbers:
-                entry.any = numbers.key(*given)
+        again = changed is None and not drew and function_modes_key() is not OTHERS
+        if entry.reusable and again:
+            if values and current() is None and family is None:
+                self._families.put(alike, Family(values))
             self.store(full, entry, state)
-        if new or not alike:
+        if new or not again:
             self.watch_growth(entry.facts)
         return result
 
     def with_other_numbers(
-        self, numbers: Numbers, tensors: list[Tensor], objects: list[Any], given: tuple
+        self,
+        family: Family,
+        values: list[float],
+        tensors: list[Tensor],
+        objects: list[Any],
+        given: tuple,
     ) -> tuple | None:
-        """The result (in a tuple) by an entry that was captured for other values of these
-        numbers."""
-        entry = self._recent.get(numbers.key(*given))
-        found = entry and entry.check.tensors(self.f, objects)
-        if found is None or not entry.shared.again(tensors, found):
-            return None
-        closed = [*tensors, *entry.closed(found)[: -len(entry.numbers)]]
-        closed += numbers.tensors(entry.numbers)
-        if entry.whereabouts is not None and entry.whereabouts != whereabouts(closed):
-            return None
-        return (entry(closed, self.f, objects, given),)
+        """The result (in a tuple) by an entry that was captured for other numbers."""
+        for served, kept in family.entries:
+            if (inputs := served.inputs(values)) is None:
+                continue
+            found = kept.check.tensors(self.f, objects)
+            if found is None or not kept.shared.again(tensors, found):
+                continue
+            closed = [*tensors, *kept.closed(found)]
+            for i, t in inputs:
+                closed[len(tensors) + i] = t
+            if kept.whereabouts is None or kept.whereabouts == whereabouts(closed):
+                return (kept(closed, self.f, objects, given),)
+        return None
 
     def unhashable(self, arguments: Arguments) -> ArgumentError:
         """The error for an argument that cannot be part of a key."""
@@ -241,20 +252,22 @@ class Compiled:
                 entry.kept.append(x)
         self.entries.put(full, entry)
         self._recent.put(entry.key, entry)
-        if entry.any is not None:
-            self._recent.put(entry.any, entry)
+        if entry.family is not None and entry.served is not None:
+            entry.family.keep(entry.served, entry)
 
     def drop(self, full: tuple) -> None:
         """Forget an entry."""
         entry = self.entries.pop(full)
-        for key in (entry.key, entry.any) if entry is not None else ():
-            if key is not None and self._recent.get(key) is entry:
-                self._recent.pop(key)
+        if entry is not None and entry.family is not None:
+            entry.family.drop(entry)
+        if entry is not None and self._recent.get(entry.key) is entry:
+            self._recent.pop(entry.key)
 
     def forget(self) -> None:
         """Drop all entries."""
         self.entries.clear()
         self._recent.clear()
+        self._families.clear()
         self.captures, self._history = 0, History()
 
     def watch_growth(self, facts: Facts) -> None:

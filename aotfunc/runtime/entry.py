@@ -20,23 +20,24 @@ from ..capture.captured import Captured
 from ..capture.instances import containers, remade
 from ..capture.tree import Arguments, unflatten
 from ..graph import Program, kept_alive
+from ..trace.following import Following
 from ..trace.memory import whereabouts
 from ..trace.modes import without_modes
 from ..trace.outside import check_hooks
-from ..trace.seeds import states
+from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
 from .autograd import call_compiled
 from .chains import as_recorded, chained
-from .changing import Numbers
+from .changing import Family, Served
 from .execute import run_eager
 from .guards.check import Check
 from .guards.explain import Facts, facts_of
 from .guards.given import Given
-from .guards.keys import Shared, environment_key, first_alike, noted
+from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
 from .guards.returned import Finish, recorded
 from .guards.state import State
-from .guards.stores import Place, left_behind
+from .guards.stores import Place, left_behind, put_back
 from .leaves import Leaves, made_in_inference_mode
 
 if TYPE_CHECKING:
@@ -95,9 +96,9 @@ class Entry:
         self.check = Check(state)
         self.finish = finish or None
         self.kept: list[Any] = []
-        #: its key whatever the numbers are that it takes, and what these inputs are
-        self.any: tuple | None = None
-        self.numbers: tuple = ()
+        #: the calls that it serves among those that differ in Python numbers alone
+        self.served: Served | None = None
+        self.family: Family | None = None
 
     def __repr__(self) -> str:
         return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
@@ -184,7 +185,8 @@ def captured_entry(
     given: tuple,
     state: State,
     key: tuple,
-    numbers: Numbers,
+    values: list[float],
+    family: Family | None,
 ) -> tuple[Entry, bool]:
     """Capture the function for a call: the entry, and whether its program is new."""
     function, name = compiled.f, compiled.name
@@ -192,28 +194,34 @@ def captured_entry(
 
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Given(args, kwargs)
-        if watches:
-            args, kwargs = numbers.watched(args, kwargs)
         result = called(*args, **kwargs)
         mine.check(argument_names(function, len(args)), name)
         places.extend(left_behind(state, compiled.titled, containers(given)))
         return recorded(result, places, state, mine.containers)
 
-    watches = bool(numbers) and current() is None and not compiled._names.operators
     called, known = as_called(function), states([*arguments.leaves, *state.opaque])
-    rec = capture(
-        f,
-        arguments.leaves,
-        # containers passed twice hold tensors twice
-        arguments.rebuilt
-        if first_alike(tensors) is None
-        else lambda xs: remade(given, iter(xs), {}),
-        why_not=f"{name} captures the function once for all values",
-        constants=False,
-        numbers=True,
-        outside={id(t) for t in state.tensors},
-        name_of=parameter_names(function, arguments),
-    )
+
+    def captured(following: Following | None) -> Captured:
+        places.clear()
+        return capture(
+            f,
+            arguments.leaves if following is None else following.among(arguments.leaves),
+            # containers passed twice hold tensors twice
+            arguments.rebuilt
+            if first_alike(tensors) is None
+            else lambda xs: remade(given, iter(xs), {}),
+            why_not=f"{name} captures the function once for all values",
+            constants=False,
+            numbers=True,
+            following=following,
+            outside={id(t) for t in state.tensors},
+            name_of=parameter_names(function, arguments),
+        )
+
+    following = None
+    if family is not None and not compiled._names.tells_apart:
+        following = family.following(values, arguments.leaves, compiled.pipeline.rounds)
+    rec = captured(None) if following is None else followed(captured, following, state)
     rec.trace.seeds.check_compiled(known, name)
     rec.literal = not compiled.pipeline.takes_numbers(rec)
     finish = Finish(rec, state, places, compiled.titled)
@@ -226,7 +234,7 @@ def captured_entry(
         environment_key(),
         frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes),
     )
-    step = compiled._steps.get(alike) if rec.numbers else None
+    step = compiled._steps.get(alike) if rec.numbers or following is not None else None
     if new := step is None:
         whole = Program(
             program.graph,
@@ -245,8 +253,32 @@ def captured_entry(
     compiled._history.note([e.facts for e in compiled.entries.values()], facts)
     inside = Leaves(rec, program.mutated)
     entry = Entry(rec, step, views, state, key, facts, enables, finish, inside)
-    if watches and rec.numbers:
-        entry.numbers = numbers.inputs(rec) or ()
-    if entry.numbers:
-        entry.facts = {**facts, **numbers.facts()}
+    if following is not None:
+        assert family is not None
+        family.asked |= following.asked()
+        if free := following.free():
+            entry.family = family
+            entry.served = Served(following, free, values, entry)
+            names = labelled(function, arguments)[0]
+            for i in free:
+                found = AnyNumber(type(values[i]).__name__)
+                entry.facts = {**entry.facts, f"argument {names[following.places[i]]}": found}
     return entry, new
+
+
+def followed(
+    captured: Callable[[Following | None], Captured], following: Following, state: State
+) -> Captured:
+    """A capture that follows numbers; one that does not where something takes numbers alone, or
+    keeps them."""
+    rewind = rewinder()
+    try:
+        rec = captured(following)
+        if not following.escaped():
+            return rec
+    except Exception:  # the function's own comes again
+        pass
+    following.ask()
+    put_back(state)
+    rewind()
+    return captured(None)

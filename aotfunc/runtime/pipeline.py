@@ -84,10 +84,15 @@ class Pipeline:
             self.eagerly.append((half, eagerly))
         return fn
 
+    @property
+    def rounds(self) -> bool:
+        """Whether an input may be rounded to the low precision of what it is computed with, where
+        eager does not round a number."""
+        return not self.forward_backend is self.backward_backend is backends.lookup("eager")
+
     def takes_numbers(self, rec: Captured) -> bool:
-        """Whether Python numbers may be inputs of its programs. A compiler may round an input to
-        the low precision of what it is computed with, where eager does not round a number."""
-        if self.forward_backend is self.backward_backend is backends.lookup("eager"):
+        """Whether Python numbers may be inputs of its programs."""
+        if not self.rounds:
             return True
         counted = [
             instr

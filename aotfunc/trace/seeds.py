@@ -5,7 +5,7 @@ set at the wrong time."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -104,3 +104,14 @@ def of_python() -> tuple:
     state: Any = np.random.get_state()
     _, keys, place, *rest = state
     return random.getstate(), keys.tobytes(), place, *rest
+
+
+def rewinder() -> Callable[[], None]:
+    """What sets the generators of :func:`of_python` to where they are now."""
+    python, numpy = random.getstate(), np.random.get_state()
+
+    def rewind() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+    return rewind

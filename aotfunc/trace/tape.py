@@ -22,6 +22,7 @@ from .shapes.sig import Sig, sig_of
 from .traced import Traced, check_kind, check_leak, current, of_subclass, ordinary_tensor
 
 if TYPE_CHECKING:
+    from .following import Following
     from .replay import Replay
 
 _wrapper = torch.Tensor._make_wrapper_subclass
@@ -65,6 +66,7 @@ class Tape:
         )  # those among them that f makes anew on each run: torch.tensor(3)
         self.lifts_numbers = False  # see scalars
         self.numbers: list[float] = []  # which may be inputs
+        self.following: Following | None = None if outer is None else outer.following
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
         #: outside tensors without a history, which have one meanwhile

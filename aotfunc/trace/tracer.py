@@ -20,6 +20,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import histories
+from .following import LOW, expressions_in, with_values
 from .in_place import OVERWRITES, check_reshaped, write_results
 from .learning import follows_default, learn
 from .records import written_slots
@@ -49,6 +50,10 @@ class Trace(Answering, TorchDispatchMode):
         if self.autograd.made:
             self.autograd.adopt_leaves()
         call = func._op  # hashes in C, which an overload does not
+        lifts = self.lifts_numbers and call in TAKES_NUMBER and not kwargs
+        followed = None
+        if self.following is not None:
+            args, kwargs, followed = self._followed(args, kwargs, lifts)
         special = SPECIAL.get(call)
         if special is not None:
             body = self.opened.get(func)
@@ -63,15 +68,17 @@ class Trace(Answering, TorchDispatchMode):
         refs: list[int] = []
         add = key.append
         count = len(self.numbers)
-        lifts = self.lifts_numbers and call in TAKES_NUMBER and not kwargs
         for a in args:
             cls = a.__class__
             if cls is Traced and a.tracer is self:
                 refs.append(a.ref)
                 add(a.sig)
             elif lifts and (cls is float or cls is int) and generic(a) and beside_tensor(args):
-                refs.append(FIRST - len(self.numbers))
-                self.numbers.append(a)
+                if followed is not None:
+                    refs.append(self.lift(followed.input()))
+                else:
+                    refs.append(FIRST - len(self.numbers))
+                    self.numbers.append(a)
                 add(cls)
                 add(NUMBER)
             elif cls in SIMPLE:
@@ -93,7 +100,9 @@ class Trace(Answering, TorchDispatchMode):
         if instr is None:
             sigs = tuple([k for k in key if k.__class__ is Sig])
             instr = learn(self, frozen, func, args, kwargs or {}, sigs)
-        if lifts and instr.number is None and len(self.numbers) > count:
+        if lifts and instr.number is None and NUMBER in instr.sigs:
+            if followed is not None:
+                followed.ask()
             return self._with_literal(func, types, args, count)
         if env[0] is not self.dtype and follows_default(instr, kwargs or {}):
             return self._with_dtype(instr, types, args, kwargs or {})
@@ -151,6 +160,23 @@ class Trace(Answering, TorchDispatchMode):
         return self.__torch_dispatch__(
             instr.op, types, args, {**kwargs, "dtype": instr.outs.dtype}
         )
+
+    def _followed(self, args: tuple, kwargs: dict | None, lifts: bool) -> tuple:
+        """An op's arguments with plain numbers, and the expression that is to be an input."""
+        found = [*expressions_in(args), *(expressions_in(kwargs) if kwargs else ())]
+        if not found:
+            return args, kwargs, None
+        args, kwargs = with_values(args), with_values(kwargs)
+        if lifts and beside_tensor(args):
+            assert self.following is not None
+            low = self.following.rounds and any(getattr(a, "dtype", None) in LOW for a in args)
+            if generic(found[0].value) and not low:
+                return args, kwargs, found[0]
+            found[0].literal = True
+            return args, kwargs, None
+        for e in found:
+            e.ask()
+        return args, kwargs, None
 
     def _with_literal(self, op: OpOverload, types: Any, args: tuple, count: int) -> Any:
         """An op whose number cannot be an input."""

@@ -238,7 +238,7 @@ def _all_batched(b: Builder, a: Any, yes: Any, size: int) -> Any:
 
 def promoted(b: Builder, n: Node, args: list) -> list:
     """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it
-    as it would have been."""
+    as it would have been. One that is not batched is as precise as it was, where it can be."""
     op = n.target
     if torch.Tag.pointwise not in op.tags:
         return args
@@ -251,9 +251,16 @@ def promoted(b: Builder, n: Node, args: list) -> list:
         return args
     common = promotion(sigs)
     full = list(args)
-    for i, s in zip(where, sigs, strict=True):
-        if len(s.shape) == 0 and s.dtype is not common and s.dtype is not torch.bool:
-            full[i] = b.call(aten._to_copy.default, args[i], dtype=common)
+
+    def cast(also_0_dim: bool) -> bool:
+        for i, s in zip(where, sigs, strict=True):
+            if len(s.shape) == 0 and s.dtype is not common and s.dtype is not torch.bool:
+                if also_0_dim or full[i].meta["val"].shape:
+                    full[i] = b.call(aten._to_copy.default, args[i], dtype=common)
+        return promotion([full[i].meta["val"] for i in where]) is common
+
+    if not cast(False):
+        cast(True)
     return full
 
 

@@ -46,7 +46,6 @@ _NOT_CALLED = frozenset(
     }
     | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
 )
-_OPERATORS = frozenset({"__add__", "__sub__", "__mul__", "__truediv__"})
 _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
 #: classes whose instances are known by what is in them
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
@@ -233,7 +232,6 @@ class Objects(Description):
                 self.owners.append(
                     (attributes, self.constant(attributes), dict(attributes.items()))
                 )
-            self.names.operators = self.names.operators or not _OPERATORS.isdisjoint(table)
             for name, e in table.items():
                 if isinstance(e, _SLOTS) or name == "__classcell__":
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import os
 import sys
 import types
@@ -103,6 +104,19 @@ def reads_of(code: types.CodeType) -> Reads:
     )
 
 
+@functools.lru_cache(4096)
+def tells_apart(code: types.CodeType) -> bool:
+    """Whether a function calls ``type``, or goes on after errors."""
+    kinds = [step.opname for step in dis.get_instructions(code)]
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return (
+        not {"type", "suppress"}.isdisjoint(code.co_names)
+        or any("EXC_MATCH" in k for k in kinds)  # except Error:
+        or ("PUSH_EXC_INFO", "POP_TOP") in itertools.pairwise(kinds)  # except:
+        or any(map(tells_apart, inner))
+    )
+
+
 def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
     """Whether what is loaded here is changed, and its old value has no other use: ``n += 1``,
     ``names.append(x)``."""
@@ -190,7 +204,9 @@ class Names:
             set()
         )  # libraries whose objects the function uses: their code is the user's
         self.any = False
-        self.operators = False  # whether a class among them computes in its own way
+        #: whether the functions could tell a number from what stands for it: they look at types, or
+        #: go on after errors
+        self.tells_apart = False
         self._entered: set[Any] = set()
 
     def __len__(self) -> int:
@@ -212,6 +228,7 @@ class Names:
             self.attributes |= reads.attributes
             self.written |= reads.written
             self.any = self.any or reads.any_name
+            self.tells_apart = self.tells_apart or tells_apart(code)
         return reads
 
     def enter_class(self, cls: type) -> None:

@@ -108,6 +108,25 @@ def undo_stores(state: State) -> None:
             del owner[place.key]
 
 
+def put_back(state: State) -> None:
+    """Undo all that was put into what the state knows, numbers and texts too."""
+    for owner, _, before in state.owners:
+        now = dict(entries(owner))
+        if now.keys() == before.keys() and all(now[k] is before[k] for k in now):
+            continue
+        if isinstance(owner, list | deque):
+            owner.clear()
+            owner.extend(before.values())
+        elif isinstance(owner, types.CellType) and not before:
+            del owner.cell_contents
+        else:
+            for k in [k for k in now if k not in before]:
+                del owner[k]
+            for k, value in before.items():
+                if now.get(k, _NOTHING) is not value:
+                    put(owner, k, value)
+
+
 def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
     """A function of ``f`` and the objects among the arguments to what these variables of the
     state's check hold."""
