@@ -23,7 +23,7 @@ from ..trace.traced import is_fake, quiet
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES, rebuilt
 from .calls import GradStep
-from .deferred import check_calls
+from .deferred import check_calls, check_checkpoints
 from .tree import flatten, unflatten
 
 aten = torch.ops.aten
@@ -74,6 +74,7 @@ class Captured:
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
         check_stand_ins(trace, self.refs)
         check_calls(trace)
+        check_checkpoints(trace)
 
     @cached_property
     def seen(self) -> dict[int, Shown]:

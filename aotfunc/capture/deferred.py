@@ -18,9 +18,10 @@ from ..debug import Line, at
 from ..errors import CaptureError
 from ..graph import Program
 from ..trace.records import results_of, written_slots
+from ..trace.scalars import FIRST
 from ..trace.shapes.sig import Facts
 from ..trace.tracer import Trace
-from .calls import CallStep, CompiledCall
+from .calls import CallStep, CompiledCall, GradStep
 from .custom_derivative import CustomDerivative, RuleProgram
 
 
@@ -95,9 +96,9 @@ def too_late(what: str, line: Line | None) -> CaptureError:
     )
 
 
-def written_memory(trace: Trace, start: int) -> set[Any]:
-    """What is written to from this record on."""
-    later = trace.records[start:]
+def written_memory(trace: Trace, start: int, count: int | None = None) -> set[Any]:
+    """What is written to by the ``count`` records from this one on, or by all."""
+    later = trace.records[start:][:count]
     return {
         memory_group(trace, refs[s]) for instr, refs, *_ in later for s in written_slots(instr)
     }
@@ -110,7 +111,34 @@ def memory_group(trace: Trace, ref: int) -> Any:
     return "outside", trace.layout()[root if root >= 0 else count - root - 1].group
 
 
-# ----- what nested compiled functions read -------------------------------------------------------
+# ----- what checkpoints and nested compiled functions read ---------------------------------------
+
+
+def check_checkpoints(trace: Trace) -> None:
+    """Refuse a write to what a checkpoint has read, and does when it computes again, before a
+    gradient is taken; what it writes itself, as statistics, it does not depend on."""
+    regions: dict[int, list[tuple[int, range]]] = {}
+    number = len(trace.inputs)
+    for k, (instr, _, _, region, _) in enumerate(trace.records if trace.mutates else ()):
+        made = range(number, number := number + results_of(instr))
+        if region is not None:
+            regions.setdefault(region, []).append((k, made))
+    for inside in regions.values():
+        own = {r for _, made in inside for r in made}
+        if trace.autograd.active().isdisjoint(own):
+            continue
+        steps, (last, _) = [trace.records[k] for k, _ in inside], inside[-1]
+        read = {
+            memory_group(trace, r)
+            for _, refs, *_ in steps
+            for r in refs
+            if r not in own and r > FIRST
+        }
+        read -= {memory_group(trace, refs[s]) for i, refs, *_ in steps for s in written_slots(i)}
+        later = trace.records[last + 1 :]
+        taken = next((k for k, r in enumerate(later) if isinstance(r[0], GradStep)), None)
+        if not read.isdisjoint(written_memory(trace, last + 1, taken)):
+            raise too_late("a checkpoint reads a tensor that is written to", steps[0][4])
 
 
 def check_calls(trace: Trace) -> None:
@@ -133,36 +161,45 @@ def check_calls(trace: Trace) -> None:
                 )
 
 
-def unguarded(program: Program) -> tuple[list[int], list[int]]:
+def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[int]]:
     """The inputs and results that the backwards in a program read, and autograd would let be
-    written to."""
+    written to; ``again``: those that its checkpoints read, when they compute again."""
 
     def find() -> tuple[list[int], list[int]]:
         read: set[Any] = set()
         for n in program.graph.nodes:
-            if isinstance(n.target, CustomDerivative):
+            region = n.meta.get("region")
+            if again and region is not None:
+                read.update(shown_by(i) for i in n._input_nodes if i.meta.get("region") != region)
+            elif isinstance(n.target, CustomDerivative) and not again:
                 residuals = n.target.parts(n)[2]
                 read.update(shown_by(residuals[k]) for k in n.target.unguarded)
-            elif isinstance(n.target, CompiledCall):
-                inputs, results = unguarded(n.target.program)
+            if isinstance(n.target, CompiledCall):
+                inputs, results = unguarded(n.target.program, again)
                 read.update(shown_by(n.args[i]) for i in inputs)
                 read.update(u for u in n.users if u.args[1] in results)
         outs = [shown_by(o) for o in program.outputs]
         finals = dict(zip(program.mutated, outs[program.n_outputs :], strict=True))
         own = [o for o in outs[: program.n_outputs] if isinstance(o, Node)]
+        seen = lambda i, p: (
+            p in read and i not in finals if again else {p, finals.get(i)} & read
+        )  # what a checkpoint writes itself, as statistics, it reads as it is by then
         return (
-            [i for i, p in enumerate(program.placeholders) if {p, finals.get(i)} & read],
+            [i for i, p in enumerate(program.placeholders) if seen(i, p)],
             [i for i, o in enumerate(own) if o in read],
         )
 
-    return program.once("unguarded", find)
+    return program.once(("unguarded", again), find)
 
 
 def shown_by(n: Any) -> Any:
-    """The node that this is a view of, or itself."""
+    """The node whose memory this shows: it is a view of it, or what a Function returned."""
     while isinstance(n, Node) and n.op == "call_function":
-        source = n.args[0] if n.target is operator.getitem else n
-        if not isinstance(source.target, OpOverload) or Facts(source.target).view_of is None:
+        source, item = n.args if n.target is operator.getitem else (n, 0)
+        if isinstance(source.target, CustomDerivative):
+            n = source.target.parts(source)[1][item]
+        elif isinstance(source.target, OpOverload) and Facts(source.target).view_of is not None:
+            n = source.args[0]
+        else:
             break
-        n = source.args[0]
     return n

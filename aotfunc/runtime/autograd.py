@@ -33,6 +33,7 @@ from ..transforms.vjp import active_nodes, contiguous_sig, flat_inputs, live, so
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .execute import before_writes, contiguous, copied, execute, write_back
+from .late_reads import Versions, check_unwritten, late_reads, versions
 from .redraw import generator_states, redrawn
 
 aten = torch.ops.aten
@@ -52,17 +53,20 @@ def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
         if torch.is_grad_enabled()
         else ()
     )
+    read_late = None
     if not wrt:
         outs = owned(call(*tensors), program.n_outputs, tensors)
     else:
         halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
         if halves.any_live:
-            outs = differentiated(halves, tensors)
+            outs, read_late = differentiated(halves, tensors)
         else:
             with torch.no_grad():
                 outs = unviewed(owned(call(*tensors), program.n_outputs, tensors))
     if program.mutated:
         write_back(program, tensors, with_own_memory(program, tensors, outs))
+    if read_late is not None:
+        read_late += versions(halves.late_reads, tensors, outs)
     return outs[: program.n_outputs]
 
 
@@ -146,6 +150,7 @@ class Halves:
             i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1
         ]
         self.materializes = materializes(self.program)
+        self.late_reads = late_reads(program)
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
             return
@@ -213,9 +218,10 @@ class Halves:
         return self.call.derived(("gradient", self.wrt, have), make, "gradient")
 
 
-def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
+def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence, Versions]:
     """The results of a call and the new values of written inputs, if some of them have a
-    derivative."""
+    derivative; where its backward looks for what is not to be written to."""
+    read_late: Versions = []
     given, before = halves.unwritten(tensors), generator_states(halves.call.program)
     with torch.no_grad():
         outs = owned(halves.forward(*given), halves.count, given)
@@ -228,7 +234,9 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
         mine, inputs = part
         found = [results[i] for i in mine]
         new = Differentiated.apply(
-            halves, part, found, residuals, needed, before, *halves.reached(given, inputs)
+            halves,
+            *(part, found, residuals, needed, before, read_late),
+            *halves.reached(given, inputs),
         )
         for i, o in zip(mine, new, strict=True):
             # autograd calls the hooks of all results of a node, those that no gradient reaches
@@ -236,7 +244,7 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> Sequence:
             results[i] = (
                 aten.lift.default(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
             )
-    return results
+    return results, read_late
 
 
 class Differentiated(torch.autograd.Function):
@@ -251,10 +259,11 @@ class Differentiated(torch.autograd.Function):
         residuals: Sequence,
         needed: list[Tensor],
         before: list,
+        read_late: Versions,
         *inputs: Tensor,
     ) -> tuple:
         ctx.set_materialize_grads(False)
-        ctx.halves, ctx.part, ctx.states = halves, part, before
+        ctx.halves, ctx.part, ctx.states, ctx.read_late = halves, part, before, read_late
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
         # not saved tensors: a plain backward must not mind if one that it does not read has
@@ -268,6 +277,7 @@ class Differentiated(torch.autograd.Function):
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
+        check_unwritten(ctx.read_late, ctx.halves.call.__name__)
         # asked for, they raise an error the second time, unless the graph was retained, even if
         # there are none
         halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
@@ -286,10 +296,10 @@ class Differentiated(torch.autograd.Function):
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
                 grads = call_batched(run_half, halves.backward_for(have), [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.inputs = None
+            ctx.inputs, ctx.read_late = None, []
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
-        return *[None] * 6, *grads
+        return *[None] * 7, *grads
 
 
 def unchanged(ctx: Any) -> list[Tensor]:

@@ -4,8 +4,9 @@ reads the same, or is refused."""
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from aotfunc import aot_function, grad, jit, vmap
+from aotfunc import aot_function, grad, jit, min_cut_rematerialization_partition, vmap
 from aotfunc.errors import AotfuncError, CaptureError
 from tests.reference import assert_same
 
@@ -228,6 +229,164 @@ def test_a_write_outside_before_the_backward(way):
     b.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+# ----- results that are written to before the backward -------------------------------------------
+
+
+def double(x):
+    return x.detach() * 2
+
+
+class Kept(torch.autograd.Function):
+    """Keeps its result where autograd does not look."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.kept = y.detach()
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.kept
+
+
+def by_a_hook(x, b):
+    return hooked(lambda g: g * b)(x)
+
+
+def by_a_hook_that_computes(x, b):
+    return hooked(lambda g: g * b.cos())(x)
+
+
+def by_a_context(x, b):
+    return Scaled.apply(x, b)
+
+
+def by_a_checkpoint(x, b):
+    return checkpoint(lambda t: t.sin() * b, x, use_reentrant=False)
+
+
+def by_a_reentrant_checkpoint(x, b):
+    return checkpoint(lambda t: t.sin() * b, x, use_reentrant=True)
+
+
+def by_a_module(x, b):
+    m = nn.Tanh()
+    m.register_full_backward_hook(lambda m, gi, go: (gi[0] * b,))
+    return m(x)
+
+
+def by_a_nested_one(x, b):
+    return jit(by_a_checkpoint)(x, b) + jit(by_a_hook)(x, b)
+
+
+READERS = (by_a_hook, by_a_hook_that_computes, by_a_context, by_a_checkpoint)
+READERS += (by_a_reentrant_checkpoint, by_a_module, by_a_nested_one)
+RETURNED = {
+    "it": lambda b: (b, b),
+    "a view": lambda b: (b, b.view(3, 1)),
+    "what it is a view of": lambda b: (b[:], b),
+    "a part": lambda b: (b, b[1:]),
+    "what was computed before": lambda b: (b, b.sin()),
+}
+MANY_WAYS = {
+    **WAYS,
+    "min cut": lambda f: aot_function(
+        f, lambda gm, _: gm, partition_fn=min_cut_rematerialization_partition
+    ),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("returned", RETURNED)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("way", MANY_WAYS)
+def test_a_result_is_written_to_before_the_backward(way, reader, returned, create_graph):
+    def f(x):
+        b, result = RETURNED[returned](double(x))
+        return reader(x, b), result
+
+    def gradient(f, write):
+        x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        y, b = f(x)
+        with torch.no_grad():
+            write(b)
+        y.sum().backward(create_graph=create_graph)
+        return x.grad.detach()
+
+    compiled = MANY_WAYS[way](f)
+    assert_same(gradient(compiled, lambda b: None), gradient(f, lambda b: None))
+    write = lambda b: b.add_(1)
+    if returned == "what was computed before":
+        assert_same(gradient(compiled, write), gradient(f, write))
+        return
+    with pytest.raises(AotfuncError, match="hook, a Function or a checkpoint, was modified"):
+        gradient(compiled, write)
+
+
+@pytest.mark.parametrize("way", MANY_WAYS)
+@pytest.mark.parametrize("f", [Kept.apply, lambda x: hooked_itself(x.sin())])
+def test_the_result_itself_is_written_to_before_the_backward(f, way):
+    x = torch.ones(3, requires_grad=True)
+    for write in (lambda y: y.add_(1)), (lambda y: y.detach().add_(1)):
+        y = MANY_WAYS[way](f)(x)
+        with torch.no_grad():
+            write(y)
+        with pytest.raises(AotfuncError, match="was modified by an inplace operation"):
+            y.sum().backward()
+        assert x.grad is None
+
+
+def hooked_itself(v):
+    v.register_hook(lambda g: g * v.detach())
+    return v
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_result_may_be_written_to_after_the_backward(way):
+    f = lambda x: (by_a_hook(x, b := double(x)), b)
+    x = torch.ones(3, requires_grad=True)
+    y, b = WAYS[way](f)(x)
+    y.sum().backward(retain_graph=True)
+    want, x.grad = x.grad, None
+    y.sum().backward()
+    b.add_(1)
+    assert_same(x.grad, want)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_checkpoint_reads_is_written_to_inside(way, reentrant):
+    def f(x, taken):
+        b, h = torch.ones(3), x * 1
+        y = checkpoint(lambda t: t.sin() * b * 1.5, h, use_reentrant=reentrant)
+        g = torch.autograd.grad(y.sum(), h)[0] if taken else 0
+        b.add_(1)
+        return y.detach() * g if taken else y * 1
+
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(CaptureError, match=r"a checkpoint reads .*afterwards.*clone\(\)"):
+        WAYS[way](lambda x: f(x, False))(x)
+    assert_same(WAYS[way](lambda x: f(x, False))(x.detach()), x.sin() * 1.5)
+    assert_same(WAYS[way](lambda x: f(x, True))(x), x.sin() * 1.5 * x.cos() * 1.5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_statistics_of_a_module_that_is_checkpointed_twice(way):
+    """What the second one writes, the first does not depend on."""
+
+    def run(way):
+        m, x = nn.BatchNorm1d(3), torch.arange(6.0).view(2, 3).requires_grad_()
+        f = way(
+            lambda x: checkpoint(m, checkpoint(m, x, use_reentrant=False), use_reentrant=False)
+        )
+        y = f(x) * 1 + f(x * x)
+        y.sin().sum().backward()
+        return x.grad, m.weight.grad, y
+
+    assert_same(run(WAYS[way]), run(lambda f: f))
 
 
 def number_changes(x):
