@@ -27,12 +27,12 @@ Object *PyObject_CallNoArgs(Object *);
 Object *PyObject_Vectorcall(Object *, Object *const *, int64_t, Object *);
 int PyObject_IsTrue(Object *);
 int64_t PyObject_Size(Object *);
+int PyDict_Contains(Object *, Object *);
 int PySequence_Contains(Object *, Object *);
 void PyErr_Clear();
 Object *PyErr_Occurred();
 int PyErr_ExceptionMatches(Object *);
 extern Object *PyExc_Exception;
-void Py_IncRef(Object *);
 void Py_DecRef(Object *);
 
 Object *aot_dict, *aot_ordered_dict, *aot_none;  // set by native.py
@@ -69,28 +69,40 @@ static Object *at(int32_t i, Object *const *constants, Object *const *registers)
   return i < 0 ? constants[~i] : registers[i];
 }
 
+// The counts as Python keeps them: the lower half counts, and is negative where nothing is counted.
+static int32_t &references(Object *x) { return *(int32_t *)&x->references; }
+
 static Object *kept(Object *x) {
-  if (x) Py_IncRef(x);
+  if (x && references(x) > 0) references(x)++;
   return x;
+}
+
+static void dropped(Object *x) {
+  if (!x || references(x) < 0) return;
+  if (references(x) == 1) Py_DecRef(x);
+  else references(x)--;
 }
 
 // x[key], and whether that is another object than y
 static bool other_item(Object *x, Object *key, Object *y) {
   if (is(x, aot_dict)) return PyDict_GetItemWithError(x, key) != y;
   Object *found = PyObject_GetItem(x, key);
-  if (found) Py_DecRef(found);
+  dropped(found);
   return found != y;
 }
 
+static bool is_dict(Object *x) { return is(x, aot_dict) || is(x, aot_ordered_dict); }
+
 static bool not_false(Object *x) {
-  if (is(x, aot_dict) || is(x, aot_ordered_dict)) return PyDict_Size(x);
-  return PyObject_IsTrue(x);  // an error, -1, counts too
+  return is_dict(x) ? PyDict_Size(x) : PyObject_IsTrue(x);  // an error, -1, counts too
 }
 
 static bool item_not_false(Object *x, Object *key) {
-  Object *found = is(x, aot_dict) ? kept(PyDict_GetItemWithError(x, key)) : PyObject_GetItem(x, key);
+  Object *found = is(x, aot_dict) ? PyDict_GetItemWithError(x, key) : 0;
+  if (found && is_dict(found)) return PyDict_Size(found);
+  found = found ? kept(found) : PyObject_GetItem(x, key);
   bool yes = !found || not_false(found);
-  if (found) Py_DecRef(found);
+  dropped(found);
   return yes;
 }
 
@@ -104,7 +116,7 @@ static bool python(
   if (!found) return false;
   bool yes = found != aot_none;
   for (int64_t i = 0; yes && i < made; i++) r[first + i] = kept(((Tuple *)found)->elements[i]);
-  Py_DecRef(found);
+  dropped(found);
   return yes;
 }
 
@@ -135,7 +147,7 @@ static Object *checked(const Program *p, Object *const *k, Object **r, Object *a
         if (a->type != b) return 0;
         continue;
       case ABSENT:
-        if (PySequence_Contains(a, b)) return 0;
+        if (is(a, aot_dict) ? PyDict_Contains(a, b) : PySequence_Contains(a, b)) return 0;
         continue;
       case FALSE:
         if (not_false(a)) return 0;
@@ -156,9 +168,9 @@ static Object *checked(const Program *p, Object *const *k, Object **r, Object *a
   if (p->tensors) {
     Object *same = PyObject_Vectorcall(alike, found->elements, p->tensors, 0);
     bool yes = same && PyObject_IsTrue(same) == 1;
-    if (same) Py_DecRef(same);
+    dropped(same);
     if (!yes) {
-      Py_DecRef(found);
+      dropped(found);
       return 0;
     }
   }
@@ -177,8 +189,7 @@ extern "C" Object *aot_check(Object *self, Object *const *args, int64_t count) {
       __builtin_memset(r, 0, size);
       r[0] = args[0], r[1] = args[1];
       found = checked(p, ((Tuple *)of[1])->elements, r, of[2]);
-      for (int64_t i = 2; i < p->registers; i++)
-        if (r[i]) Py_DecRef(r[i]);
+      for (int64_t i = 2; i < p->registers; i++) dropped(r[i]);
       PyMem_Free(r);
     }
     if (found || (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception))) return found;
