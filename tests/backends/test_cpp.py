@@ -365,6 +365,26 @@ def test_random_programs(first):
         assert [a.dtype for a in got] == [b.dtype for b in want], seed
 
 
+def against_the_interpreter(kernel) -> None:
+    """A kernel on random memory."""
+    source, names = backend.text([kernel])
+    library = native.load(f"{native.PRELUDE}{source}\n")
+    tensors = []
+    for a in kernel.accesses:
+        val = a.tensor.meta["val"]
+        size = 1 + sum((n - 1) * s for n, s in zip(val.shape, val.stride(), strict=True))
+        memory = (torch.randn(max(size, 1)) * 3).to(val.dtype)
+        same = next((t for t, b in tensors if b.tensor is a.tensor), None)
+        tensors.append((memory if same is None else same, a))
+    written = {s.access for s in kernel.stores}
+    apart = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
+    interpret(kernel, apart)
+    ours = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
+    library[names[kernel.name]](rows(kernel), sizes(kernel), ours)
+    for a, b in itertools.zip_longest(ours, apart):
+        assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("first", range(100, 120, 10))
 def test_kernels_against_the_interpreter(first):
     for seed in range(first, first + 10):
@@ -374,19 +394,4 @@ def test_kernels_against_the_interpreter(first):
         except RuntimeError:
             continue
         for kernel in kernels_of(f, *args):
-            source, names = backend.text([kernel])
-            library = native.load(f"{native.PRELUDE}{source}\n")
-            tensors = []
-            for a in kernel.accesses:
-                val = a.tensor.meta["val"]
-                size = 1 + sum((n - 1) * s for n, s in zip(val.shape, val.stride(), strict=True))
-                memory = (torch.randn(max(size, 1)) * 3).to(val.dtype)
-                same = next((t for t, b in tensors if b.tensor is a.tensor), None)
-                tensors.append((memory if same is None else same, a))
-            written = {s.access for s in kernel.stores}
-            apart = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
-            interpret(kernel, apart)
-            ours = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
-            library[names[kernel.name]](rows(kernel), sizes(kernel), ours)
-            for a, b in itertools.zip_longest(ours, apart):
-                assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+            against_the_interpreter(kernel)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .ir import Const, Kernel, walk
+from .ir import Access, Const, Kernel, Ramp, Reduce, walk
 
 #: types of vectors, by how many lanes they have
 VECTORS = {
@@ -22,17 +22,18 @@ BLOCK = 16
 
 def lanes_of(kernel: Kernel) -> str:
     """How many points are computed at a time, as the text says it."""
-    values = walk(kernel.values)
-    dtypes = {e.dtype for e in values} | {kernel.accesses[s.access].dtype for s in kernel.stores}
+    k = kernel.vector
+    wide = [e for e in walk(kernel.values) if k in kernel.axes(e) or isinstance(e, Reduce)]
+    stored = [kernel.accesses[s.access] for s in kernel.stores]
+    dtypes = {e.dtype for e in wide} | {a.dtype for a in stored if a.strides and a.strides[k]}
     fits = [w for w, types in VECTORS.items() if dtypes <= set(types)]
     return fits[0] if fits and kernel.extents else "1"
 
 
 def sizes(kernel: Kernel) -> tuple[int, ...]:
-    """The numbers that a kernel's function gets: extents, strides, the bits of doubles."""
-    steps = [kernel.accesses[i].strides[k] for i, k in strides(kernel)]
+    """The numbers that a kernel's function gets: those of :func:`named`, the bits of doubles."""
     numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
-    return (*kernel.extents, *steps, *numbers)
+    return (*[n for _, n in named(kernel)], *numbers)
 
 
 def given(kernel: Kernel) -> list[Const]:
@@ -40,12 +41,18 @@ def given(kernel: Kernel) -> list[Const]:
     return [e for e in walk(kernel.values) if isinstance(e, Const) and e.given]
 
 
-def strides(kernel: Kernel) -> Iterator[tuple[int, int]]:
-    """(access, axis) of each stride that is an argument."""
-    for i, a in enumerate(kernel.accesses):
-        for k, s in enumerate(a.strides):
-            if s and not (s == 1 and k == kernel.vector):
-                yield i, k
+def named(kernel: Kernel) -> Iterator[tuple[str, int]]:
+    """Extents, steps and starts, and what they are called: those that are not 0 or 1."""
+    for k, n in enumerate(kernel.extents):
+        yield f"n{k}", n
+    walked: list[tuple[str, Access | Ramp]] = [(f"s{i}", a) for i, a in enumerate(kernel.accesses)]
+    walked += [(f"r{i}", r) for i, r in enumerate(kernel.ramps)]
+    for name, w in walked:
+        for k, step in enumerate(w.strides):
+            if step and not (step == 1 and k == kernel.vector):
+                yield f"{name}_{k}", step
+        if w.start:
+            yield f"{name}_start", w.start
 
 
 def rows(kernel: Kernel) -> int:

@@ -20,7 +20,7 @@ from . import native
 from .arguments import rows, sizes
 from .cpp import function
 from .fuse import Unit, stored, units
-from .ir import Apply, Kernel, walk
+from .ir import Apply, Check, Kernel, walk
 from .launch import Launch
 from .lower import lower, seen_through
 from .schedule import schedule
@@ -128,7 +128,13 @@ def launch(graph: fx.Graph, new: dict[Node, Any], kernel: Kernel, compiled: Any)
         [place[n] for n in memory],
         max(1, grain),
     )
-    args = [new[n] if n.op != "call_function" else laid_out(graph, new[n]) for n in inputs]
+    checks: dict[Node, list[Check]] = {n: [] for n in inputs}
+    for c in kernel.checks:
+        checks[c.tensor].append(c)
+    args = [
+        checked(graph, new[n] if n.op != "call_function" else laid_out(graph, new[n]), checks[n])
+        for n in inputs
+    ]
     call = graph.create_node("call_function", target, tuple(args), {})
     if len(outs) == 1:
         call._rename(outs[0].name)
@@ -173,3 +179,35 @@ def laid_out(graph: fx.Graph, n: Node) -> Node:
         n.meta["laid_out"] = graph.create_node("call_function", target, (n,), {})
         n.meta["laid_out"].meta = dict(n.meta)
     return n.meta["laid_out"]
+
+
+class InRange:
+    """A tensor whose elements are in range, as far as a kernel reads memory at these places.
+    Raises what the op that it stands for raises."""
+
+    __name__ = "in_range"
+
+    def __init__(self, check: Check) -> None:
+        self.check = check
+
+    def __call__(self, t: Tensor) -> Tensor:
+        shape, strides, start = self.check.window
+        window = t.as_strided(shape, strides, t.storage_offset() + start)
+        low, high = window.aminmax()
+        if int(low) < self.check.low:
+            raise self.check.error(int(low))
+        if int(high) >= self.check.high:
+            raise self.check.error(int(high))
+        return t
+
+
+def checked(graph: fx.Graph, n: Node, checks: Sequence[Check]) -> Node:
+    """A kernel's input behind what must hold of it."""
+    for c in checks:
+        found = n.meta.setdefault("in_range", {})
+        key = (c.window, c.low, c.high)
+        if key not in found:
+            found[key] = graph.create_node("call_function", InRange(c), (n,), {})
+            found[key].meta = dict(n.meta)
+        n = found[key]
+    return n

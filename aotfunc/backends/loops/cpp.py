@@ -13,30 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from .arguments import BLOCK, VECTORS, given, strides
-from .ir import Apply, Const, Expr, Kernel, Load, Reduce, Store, walk
+from .arguments import BLOCK, VECTORS, given, named
+from .ir import SLOW, Apply, Const, Expr, Kernel, Load, Position, Reduce, Store, walk
 from .values import NUMBERS, Values, memory
 
 #: points of the vector axis that have accumulators at the same time
 TILE = 1024
-
-#: functions that take longer than memory
-SLOW = frozenset(
-    [
-        "exp",
-        "expm1",
-        "log",
-        "log1p",
-        "tanh",
-        "sigmoid",
-        "erf",
-        "erfc",
-        "pow",
-        "sin",
-        "cos",
-        "lgamma",
-    ]
-)
 
 #: what a reduction begins with, of floating point or not, and how it goes on
 START = {"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True}
@@ -66,8 +48,7 @@ class Printer(Values):
 
     def text(self) -> str:
         kernel = self.kernel
-        rank = len(kernel.extents)
-        names = [f"n{k}" for k in range(rank)] + [self.stride(i, k) for i, k in strides(kernel)]
+        names = [name for name, _ in named(kernel)]
         for at, name in enumerate(names):
             self.say(f"const int64_t {name} = sizes[{at}];")
         for at, e in enumerate(given(kernel), len(names)):
@@ -75,7 +56,8 @@ class Printer(Values):
             self.say(f"const {kind} {name} = ({kind})aot_number(sizes[{at}]);  // {e.value}")
         for i, a in enumerate(kernel.accesses):
             kind = self.pointer(i)
-            self.say(f"{kind} *const p{i} = ({kind} *)buffers[{i}];  // {a.name}")
+            start = f" + s{i}_start" * (a.start != 0)
+            self.say(f"{kind} *const p{i} = ({kind} *)buffers[{i}]{start};  // {a.name}")
         self.emit(self.known(0))
         self.body()
         head = [f"// {line}" for line in kernel.comments]
@@ -245,7 +227,9 @@ class Printer(Values):
         early = [e for e in walk(list(values)) if e in needed and e not in inside]
         along = [e for e in early if self.tiled and self.vector in self.kernel.axes(e)]
         self.emit([e for e in early if e not in along])
-        kept = [e for e in early if e not in self.names and not isinstance(e, Const | Load)]
+        kept = [
+            e for e in early if e not in self.names and not isinstance(e, Const | Load | Position)
+        ]
         if not kept:
             return
         arrays = {e: self.fresh("t") for e in kept}

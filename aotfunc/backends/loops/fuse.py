@@ -9,6 +9,7 @@ import heapq
 import operator
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.fx import Node
@@ -16,7 +17,7 @@ from torch.fx import Node
 from ...graph import draws
 from .ir import Unfit
 from .lower import computed, lower, seen_through
-from .views import dims_of
+from .views import source_of
 
 #: a kernel of more nodes is slow to compile, and has more values than there are registers
 MOST = 64
@@ -137,7 +138,7 @@ def shown(n: Node) -> Iterator[Node]:
     """A value, and the views of it that kernels look through."""
     yield n
     for u in n.users:
-        if dims_of(u) is not None:
+        if source_of(u) is not None or u.target is torch.ops.aten.unbind.int:
             yield from shown(u)
 
 

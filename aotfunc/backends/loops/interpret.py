@@ -7,23 +7,59 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ir import FUNCTIONS, REDUCTIONS, Apply, Cast, Const, Expr, Kernel, Load, Reduce, walk
+from .ir import (
+    FUNCTIONS,
+    REDUCTIONS,
+    Access,
+    Apply,
+    Cast,
+    Const,
+    Expr,
+    Kernel,
+    Load,
+    Position,
+    Ramp,
+    Reduce,
+    walk,
+)
 
 
 def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
     """Fill the outputs among ``tensors``, one for each access."""
     values: dict[Expr, Tensor] = {}
     inner = tuple(range(kernel.outer, len(kernel.extents)))
+    last = len(kernel.extents) - 1
 
     def at(i: int) -> Tensor:
         t, access = tensors[i], kernel.accesses[i]
         return t.as_strided(kernel.extents, access.strides, t.storage_offset())
 
+    def affine(walked: Access | Ramp) -> Tensor:
+        total = torch.tensor(walked.start).expand(kernel.extents)
+        for k, (n, step) in enumerate(zip(kernel.extents, walked.strides, strict=True)):
+            total = total + torch.arange(n).unflatten(0, (n, *[1] * (last - k))) * step
+        return total
+
+    def load(e: Load) -> Tensor:
+        if not e.args and not kernel.accesses[e.access].start:
+            return at(e.access).to(e.dtype)
+        t = tensors[e.access]
+        place = affine(kernel.accesses[e.access]) + t.storage_offset()
+        if e.shift is not None:
+            place = place + values[e.shift]
+        if e.mask is not None:
+            place = place.where(values[e.mask], 0)
+        memory = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+        found = memory[place].to(e.dtype)
+        return found if e.mask is None else found.where(values[e.mask], 0)
+
     def value(e: Expr) -> Tensor:
         if isinstance(e, Const):
             return torch.tensor(e.value, dtype=e.dtype)
         if isinstance(e, Load):
-            return at(e.access)
+            return load(e)
+        if isinstance(e, Position):
+            return affine(kernel.ramps[e.ramp]).to(e.dtype)
         args = [values[a] for a in e.args]
         if isinstance(e, Cast):
             return args[0].to(e.dtype)

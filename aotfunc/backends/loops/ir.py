@@ -8,7 +8,7 @@ the axes and ``Kernel.vector``, and both are set by :mod:`.schedule`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,9 +78,23 @@ class Const(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Load(Expr):
-    """The element of a tensor at this point."""
+    """The element of a tensor at this point, or ``shift`` elements further, as a number of this
+    dtype. Where ``mask`` is false it is 0, and no memory is read."""
 
     access: int
+    shift: Expr | None = None
+    mask: Expr | None = None
+
+    @property
+    def args(self) -> tuple[Expr, ...]:
+        return tuple([e for e in (self.shift, self.mask) if e is not None])
+
+
+@dataclass(frozen=True, eq=False)
+class Position(Expr):
+    """An integer that is affine in the axes."""
+
+    ramp: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +146,13 @@ def number(value: bool | int | float, dtype: torch.dtype) -> Const:
         return Const(dtype, torch.tensor(float(value), dtype=dtype).item(), given)
     if dtype is torch.bool:
         return Const(dtype, bool(value))
+    given = isinstance(value, Given)
     if value != value or value in (float("inf"), -float("inf")) or int(value) != value:
         raise Unfit(f"{value} is no {dtype}")
     info = torch.iinfo(dtype)
     if not info.min <= value <= info.max:
         raise Unfit(f"{value} is no {dtype}")
-    return Const(dtype, int(value))
+    return Const(dtype, int(value), given)
 
 
 class Unfit(Exception):
@@ -158,6 +173,14 @@ FUNCTIONS: dict[str, Any] = {
     )
 } | {"div": torch.true_divide}
 
+#: functions that take longer than memory
+SLOW = frozenset(
+    (
+        *("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"),
+        *("sin", "cos", "lgamma"),
+    )
+)
+
 #: functions whose result is of dtype bool
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
@@ -172,14 +195,23 @@ REDUCTIONS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """A number that is ``start`` at the first point, and a step more for each step along an axis."""
+
+    strides: tuple[int, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True)
 class Access:
-    """A tensor as a kernel walks it: a step for each axis, in elements. ``tensor`` says which of
-    the caller's it is."""
+    """A tensor as a kernel walks it: a step for each axis, in elements, from the one that is
+    ``start`` behind its first. ``tensor`` says which of the caller's it is."""
 
     name: str
     dtype: torch.dtype
     strides: tuple[int, ...]
     tensor: Any
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,6 +221,19 @@ class Store:
 
     access: int
     value: Expr
+
+
+@dataclass(frozen=True)
+class Check:
+    """What must hold before a kernel may run: the elements of a tensor that this window (shape,
+    strides, start) shows are ``low`` at least and less than ``high``. ``error`` makes of another
+    one what is raised."""
+
+    tensor: Any
+    window: tuple[tuple[int, ...], tuple[int, ...], int]
+    low: int
+    high: int
+    error: Callable[[int], Exception]
 
 
 @dataclass(frozen=True)
@@ -202,8 +247,10 @@ class Kernel:
     reduced: int
     accesses: tuple[Access, ...]
     stores: tuple[Store, ...]
+    ramps: tuple[Ramp, ...] = ()
     vector: int = -1
     cross: int = -1
+    checks: tuple[Check, ...] = ()
     comments: tuple[str, ...] = ()
     axes_of: dict[Expr, frozenset[int]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -221,13 +268,12 @@ class Kernel:
         """The axes along which a value varies."""
         found = self.axes_of.get(e)
         if found is None:
-            if isinstance(e, Load):
-                strides = self.accesses[e.access].strides
-                found = frozenset([k for k, s in enumerate(strides) if s])
-            else:
-                found = frozenset().union(*[self.axes(a) for a in e.args])
-                if isinstance(e, Reduce):  # made at each point of the other axes, also if it is
-                    found = frozenset(range(self.outer))  # the same there
+            found = frozenset().union(*[self.axes(a) for a in e.args])
+            if isinstance(e, Load | Position):
+                walked = self.accesses[e.access] if isinstance(e, Load) else self.ramps[e.ramp]
+                found |= {k for k, s in enumerate(walked.strides) if s}
+            elif isinstance(e, Reduce):  # made at each point of the other axes, also if it is
+                found = frozenset(range(self.outer))  # the same there
             self.axes_of[e] = found
         return found
 
@@ -263,21 +309,29 @@ def show(kernel: Kernel) -> str:
     axes = [f"i{k}" for k in range(len(kernel.extents))]
     names = names_of(kernel)
 
-    def place(i: int) -> str:
-        access = kernel.accesses[i]
+    def place(walked: Access | Ramp, shift: str = "") -> str:
         steps = [
             axis if s == 1 else f"{s}*{axis}"
-            for axis, s in zip(axes, access.strides, strict=True)
+            for axis, s in zip(axes, walked.strides, strict=True)
             if s
         ]
-        return " + ".join(steps) or "0"
+        return (
+            " + ".join(
+                [*steps, *[str(walked.start)] * (walked.start != 0), *[shift] * bool(shift)]
+            )
+            or "0"
+        )
 
     def word(e: Expr) -> str:
         return repr(e.value) if isinstance(e, Const) else names[e]
 
     def text(e: Expr) -> str:
         if isinstance(e, Load):
-            return f"{kernel.accesses[e.access].name}[{place(e.access)}]"
+            access = kernel.accesses[e.access]
+            where = place(access, word(e.shift) if e.shift else "")
+            return f"{access.name}[{where}]" + (f" if {word(e.mask)}" if e.mask else "")
+        if isinstance(e, Position):
+            return place(kernel.ramps[e.ramp])
         if isinstance(e, Cast):
             return f"{short(e.dtype)}({word(e.value)})"
         if isinstance(e, Reduce):
@@ -289,7 +343,8 @@ def show(kernel: Kernel) -> str:
     lines = [f"{kernel.name}: for {', '.join(ranges) or 'one point'}"]
     lines += [f"  {name}: {short(e.dtype)} = {text(e)}" for e, name in names.items()]
     for s in kernel.stores:
-        lines.append(f"  {kernel.accesses[s.access].name}[{place(s.access)}] = {word(s.value)}")
+        access = kernel.accesses[s.access]
+        lines.append(f"  {access.name}[{place(access)}] = {word(s.value)}")
     return "\n".join(lines)
 
 

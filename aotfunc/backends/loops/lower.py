@@ -1,13 +1,14 @@
 """Nodes of an aten graph as one kernel: each value an expression over the kernel's axes.
 
-A value is asked for with its *place*: the axis that each of its dimensions lies along, None for a
-dimension of size 1 or one that is broadcast. Places are derived from a result to its arguments,
-through broadcasting and views, so the same value may be computed at two places."""
+A value is asked for at a *place*: an index into each of its dimensions. Places are derived from
+a result to its arguments, through broadcasting, views and look-ups, so the same value may be
+computed at two places; under a *mask*, where it may lie outside of its tensor, and is any number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -15,25 +16,31 @@ from torch import Tensor
 from torch.fx import Node
 
 from .constants import constant
+from .indexed import IOTAS, TAKEN, At, iota
 from .ir import (
+    SLOW,
     Access,
+    Apply,
     Cast,
+    Check,
     Const,
     Expr,
     Given,
     Kernel,
     Load,
+    Position,
+    Ramp,
     Reduce,
     Store,
     Unfit,
+    apply,
     number,
     short,
 )
+from .places import FIRST, Index, Place, Split, along, bounds, covers, matched, regrouped
 from .pointwise import RULES
 from .reductions import REDUCTIONS
-from .views import dims_of, shape_of
-
-Place = tuple[int | None, ...]
+from .views import VIEWS, behind, shape_of, source_of
 
 #: dtypes of a kernel's values
 DTYPES = (
@@ -48,7 +55,7 @@ def computed(n: Any) -> bool:
     return (
         isinstance(n, Node)
         and n.op == "call_function"
-        and (n.target in RULES or n.target in REDUCTIONS)
+        and (n.target in RULES or n.target in REDUCTIONS or n.target in TAKEN)
         and plain(n)
         and all(map(plain, n.all_input_nodes))
     )
@@ -66,71 +73,240 @@ def plain(n: Node) -> bool:
 
 def seen_through(n: Any) -> bool:
     """Whether a kernel that reads this node reads its argument, or a number, in its place."""
-    return isinstance(n, Node) and (constant(n) is not None or dims_of(n) is not None)
+    return isinstance(n, Node) and (
+        source_of(n) is not None
+        or constant(n) is not None
+        or iota(n)
+        or n.target is torch.ops.aten.unbind.int
+    )
 
 
 def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
     """The kernel that computes these nodes, in the graph's order, and stores some of them. The
     ``tensor`` of each access is its node. Raises Unfit where one kernel does not do."""
-    work = Lowering(nodes)
-    stores = [work.store(n) for n in reversed(stored)]
-    return work.kernel(name, stores[::-1])
+    factors: list[list[int]] = []
+    for _ in range(8):
+        work = Lowering(nodes, factors)
+        try:
+            stores = [work.store(n) for n in reversed(stored)]
+            return work.kernel(name, stores[::-1])
+        except Split as split:
+            work.split(split.axis, split.inner)
+    raise Unfit("axes of too many parts")
 
 
 class Lowering:
-    def __init__(self, nodes: Sequence[Node]) -> None:
+    """``factors`` are the extents of the axes that stand for each dimension, in the order in which
+    these come up; it may say in advance that one is several axes."""
+
+    def __init__(self, nodes: Sequence[Node], factors: list[list[int]]) -> None:
         self.nodes = dict.fromkeys(nodes)
+        self.factors = factors
+        self.dimensions = 0
         self.extents: list[int] = []
         self.reduced: tuple[int, ...] = ()
         self.accesses: list[Access] = []
+        self.ramps: list[Ramp] = []
         self.walked: list[Place] = []  # where each access lies
         self.values: dict[Any, Expr] = {}
-        self.places: dict[Node, list[Place]] = {}
+        self.places: dict[Node, list[tuple[Place, Expr | None]]] = {}
+        self.slow: set[Node] = set()
+        self.checks: dict[Any, Check] = {}
+        self.integer = integer(nodes)
+
+    def axes(self, sizes: Sequence[int]) -> list[int]:
+        """New axes for dimensions of these sizes."""
+        first = len(self.extents)
+        for size in sizes:
+            if self.dimensions == len(self.factors):
+                self.factors.append([size])
+            if math.prod(self.factors[self.dimensions]) != size:
+                raise Unfit("axes of other parts")
+            self.extents += self.factors[self.dimensions]
+            self.dimensions += 1
+        return list(range(first, len(self.extents)))
+
+    def split(self, axis: int, inner: int) -> None:
+        """Say for the next time that an axis is two."""
+        for parts in self.factors:
+            if axis < len(parts):
+                parts[axis : axis + 1] = [parts[axis] // inner, inner]
+                return
+            axis -= len(parts)
+
+    # --- places ---
 
     def store(self, n: Node) -> Store:
-        place = next(iter(self.places.get(n, ())), None) or self.root(shape_of(n))
+        whole = [p for p, mask in self.places.get(n, ()) if mask is None and self.whole(p, n)]
+        place = whole[0] if whole else self.root(shape_of(n))
         value = self.value(n, place)
         return Store(self.access(n, place), value)
+
+    def whole(self, place: Place, n: Node) -> bool:
+        sizes = zip(place, shape_of(n), strict=True)
+        return all([covers(index, size, self.extents) for index, size in sizes])
 
     def root(self, shape: tuple[int, ...]) -> Place:
         """Where a result lies that nothing in this kernel reads."""
         sizes = [size for size in shape if size != 1]
         if not self.extents:
-            self.extents = sizes
+            self.axes(sizes)
         every = range(len(self.extents))
+        split = None
         for axes in (list(every), [k for k in every if k not in self.reduced]):
-            if [self.extents[k] for k in axes] == sizes:
-                rest = iter(axes)
-                return tuple([None if size == 1 else next(rest) for size in shape])
+            try:
+                if (place := matched(sizes, axes, self.extents)) is not None:
+                    return spread(place, shape)
+            except Split as found:
+                split = split or found
+        if split:
+            raise split
         raise Unfit("results of other sizes")
 
-    def access(self, n: Node, place: Place) -> int:
+    def reached(self, place: Place) -> set[int]:
+        """The axes that a place varies along."""
+        found: set[int] = set()
+        for index in place:
+            found.update(index.axes)
+            for e, _ in index.found:
+                found |= self.axes_of(e)
+        return found
+
+    def axes_of(self, e: Expr) -> set[int]:
+        found = set().union(*[self.axes_of(a) for a in e.args])
+        if isinstance(e, Load | Position):
+            walked = self.accesses[e.access] if isinstance(e, Load) else self.ramps[e.ramp]
+            found |= {k for k, s in enumerate(walked.strides) if s}
+        return found
+
+    def position(self, index: Index) -> Expr:
+        """An index as a number."""
+        if index not in self.values:
+            self.values[index] = self.affine(index)
+            for e, step in index.found:
+                self.values[index] += e * number(Given(step), self.integer)
+        return self.values[index]
+
+    def affine(self, index: Index) -> Expr:
+        if not index.axes:
+            return number(Given(index.start), self.integer)
         strides = [0] * len(self.extents)
-        for axis, stride in zip(place, n.meta["val"].stride(), strict=True):
-            if axis is not None:
-                strides[axis] += stride
-        self.accesses.append(Access(n.name, n.meta["val"].dtype, tuple(strides), n))
+        for k, step in index.steps:
+            if isinstance(k, int):
+                strides[k] = step
+        self.ramps.append(Ramp(tuple(strides), index.start))
+        return Position(self.integer, len(self.ramps) - 1)
+
+    def inside(self, index: Index, low: int, high: int) -> Expr | None:
+        """Where an index is ``low`` at least and less than ``high``; None where that is
+        everywhere."""
+        least, most = (low - 1, high) if index.found else bounds(index, self.extents)
+        above = self.test("ge", index.shifted(-low), 0) if least < low else None
+        below = self.test("lt", index, high) if most >= high else None
+        return self.both([above, below])
+
+    def test(self, fn: str, index: Index, n: int) -> Expr:
+        if (fn, index, n) not in self.values:
+            limit = number(Given(n), self.integer)
+            self.values[fn, index, n] = apply(fn, self.position(index), limit)
+        return self.values[fn, index, n]
+
+    def both(self, tests: Sequence[Expr | None]) -> Expr | None:
+        """Where all of these hold that are not None; None where that is everywhere."""
+        result: Expr | None = None
+        for test in tests:
+            if test is None or result is None:
+                result = result if test is None else test
+            elif ("and", result, test) not in self.values:
+                key = ("and", result, test)
+                result = self.values[key] = apply("bitwise_and", result, test)
+            else:
+                result = self.values["and", result, test]
+        return result
+
+    # --- values ---
+
+    def access(self, n: Node, place: Place) -> int:
+        strides, start = [0] * len(self.extents), 0
+        for index, stride in zip(place, n.meta["val"].stride(), strict=True):
+            start += index.start * stride
+            for k, step in index.steps:
+                if isinstance(k, int):
+                    strides[k] += step * stride
+        self.accesses.append(Access(n.name, n.meta["val"].dtype, tuple(strides), n, start))
         self.walked.append(place)
         return len(self.accesses) - 1
 
-    def value(self, n: Node, place: Place) -> Expr:
-        found = self.values.get((n, place))
+    def value(self, n: Node, place: Place, mask: Expr | None = None) -> Expr:
+        found = self.values.get((n, place, mask))
         if found is None:
-            found = self.values[n, place] = self.made(n, place)
+            found = self.values[n, place, mask] = self.made(n, place, mask)
         return found
 
-    def made(self, n: Node, place: Place) -> Expr:
+    def made(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         if (fixed := constant(n)) is not None:
             return number(said(fixed), n.meta["val"].dtype)
-        if (dims := dims_of(n)) is not None:
-            source: Node = n.args[0]  # type: ignore[assignment]
-            return self.value(source, behind(place, dims, len(shape_of(source))))
+        if iota(n):
+            return cast(IOTAS[n.target](self, n, place), n.meta["val"].dtype)
+        if (source := source_of(n)) is not None:
+            return self.value(source, self.behind(n, source, place), mask)
         if n not in self.nodes:
-            return Load(n.meta["val"].dtype, self.access(n, place))
-        self.places.setdefault(n, []).append(place)
-        return (self.reduction if n.target in REDUCTIONS else self.pointwise)(n, place)
+            return self.load(n, place, mask)
+        self.places.setdefault(n, []).append((place, mask))
+        if n.target in REDUCTIONS:
+            return self.reduction(n, place, mask)
+        if n.target in TAKEN:
+            return cast(
+                TAKEN[n.target](self, At(place, mask), *n.args, **n.kwargs), n.meta["val"].dtype
+            )
+        return self.pointwise(n, place, mask)
 
-    def reduction(self, n: Node, place: Place) -> Expr:
+    def behind(self, n: Node, source: Node, place: Place) -> Place:
+        if VIEWS.get(n.target, behind) is None and source_of(source) is None:
+            if source not in self.nodes and not seen_through(source):
+                return in_memory(place, shape_of(n), source, self.extents)
+        return behind(n, place, self.extents)
+
+    def load(self, n: Node, place: Place, mask: Expr | None) -> Expr:
+        shift: Expr | None = None
+        for index, stride in zip(place, n.meta["val"].stride(), strict=True):
+            for e, step in index.found:
+                more = self.times(e, step * stride)
+                shift = more if shift is None else shift + more
+        return Load(n.meta["val"].dtype, self.access(n, place), shift, mask)
+
+    def times(self, e: Expr, n: int) -> Expr:
+        if (e, n) not in self.values:
+            self.values[e, n] = e if n == 1 else e * number(Given(n), self.integer)
+        return self.values[e, n]
+
+    def looked_up(
+        self, n: Node, at: At, low: int, high: int, error: Callable[[int], Exception]
+    ) -> Expr:
+        """An element of a tensor of indices, which are in range. Raises Unfit where these are not
+        in memory."""
+        e = self.value(n, at.place, at.mask)
+        if not isinstance(e, Load) or e.shift is not None:
+            raise Unfit("indices that are computed")
+        if e.dtype not in (torch.int64, torch.int32):
+            raise Unfit(f"indices of {e.dtype}")
+        if (n, low, high) not in self.checks:
+            self.checks[n, low, high] = check(n, self.accesses[e.access].tensor, low, high, error)
+        key = (e, "index")
+        if key not in self.values:
+            self.values[key] = Load(self.integer, e.access, None, e.mask)
+        return self.values[key]
+
+    def wrapped(self, found: Expr, size: int) -> Expr:
+        """An index that counts from the end where it is negative."""
+        if (found, size, "wrapped") not in self.values:
+            end = found + number(Given(size), self.integer)
+            self.values[found, size, "wrapped"] = apply("where", found < 0, end, found)
+        return self.values[found, size, "wrapped"]
+
+    def reduction(self, n: Node, place: Place, mask: Expr | None) -> Expr:
+        if mask is not None and not self.axes_of(mask) <= self.reached(place):
+            raise Unfit("a reduction over an axis that a mask varies along")
         asked = REDUCTIONS[n.target](*n.args, **n.kwargs)
         x: Node = n.args[0]  # type: ignore[assignment]
         out, shape = n.meta["val"].dtype, shape_of(x)
@@ -140,68 +316,82 @@ class Lowering:
         bound = iter(self.bind(sizes, place) if sizes else ())
         kept = iter(place if asked.keepdim else ())
         rest = iter(place)
-        where: list[int | None] = []
+        where: list[Index] = []
         for d, size in enumerate(shape):
             if asked.keepdim:
                 axis = next(kept)
             elif d not in dims:
                 axis = next(rest)
-            where.append((next(bound) if size != 1 else None) if d in dims else axis)
+            where.append((next(bound) if size != 1 else FIRST) if d in dims else axis)
         truth = asked.fn in ("any", "all")  # of bytes these are bytes, 0 or 1
         if out is torch.bool and not truth:
             raise Unfit("a reduction of bools")
         dtype = torch.bool if truth else out
-        value = cast(self.value(x, tuple(where)), dtype)
+        value = cast(self.value(x, tuple(where), mask), dtype)
         result = cast(Reduce(dtype, asked.fn, value) if sizes else value, out)
         if asked.mean:
             result = result / Given(math.prod([shape[d] for d in dims]))
         return result
 
-    def bind(self, sizes: list[int], place: Place) -> tuple[int, ...]:
-        """The axes that are reduced, of these sizes. Raises Unfit where others are already."""
-        free = [k for k in range(len(self.extents)) if k not in place]
+    def bind(self, sizes: list[int], place: Place) -> Place:
+        """Where the reduced dimensions, of these sizes, lie. Raises Unfit where other axes are
+        reduced already."""
+        taken = self.reached(place)
+        free = [k for k in range(len(self.extents)) if k not in taken]
         if not free and not self.reduced:
-            free = list(range(len(self.extents), len(self.extents) + len(sizes)))
-            self.extents += sizes
-        if [self.extents[k] for k in free] != sizes or self.reduced not in ((), tuple(free)):
+            free = self.axes(sizes)
+        if self.reduced not in ((), tuple(free)):
+            raise Unfit("reductions over other axes")
+        found = matched(sizes, free, self.extents)
+        if found is None:
             raise Unfit("reductions over other axes")
         self.reduced = tuple(free)
-        return self.reduced
+        return found
 
-    def pointwise(self, n: Node, place: Place) -> Expr:
+    def pointwise(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         rule, out = RULES[n.target], n.meta["val"].dtype
         dtype = working(rule.kind, n, out)
+        read: list[Expr] = []
 
         def given(i: int | str, a: Any) -> Any:
             if not isinstance(a, Node):
                 return said(a) if dtype.is_floating_point else a
-            value = self.value(a, aligned(place, shape_of(a)))
+            value = self.value(a, aligned(place, shape_of(a)), mask)
             if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
-                return cast(value, torch.bool)
-            return cast(value, dtype)
+                value = cast(value, torch.bool)
+            else:
+                value = cast(value, dtype)
+            read.append(value)
+            return value
 
         args = [given(i, a) for i, a in enumerate(n.args)]
         kwargs = {k: given(k, a) for k, a in n.kwargs.items()}
         result = rule.body(*args, **kwargs)
+        if slow(result, set(read)):
+            self.slow.add(n)
         return cast(result, out)
+
+    # --- the kernel ---
 
     def kernel(self, name: str, stores: list[Store]) -> Kernel:
         rank = len(self.extents)
         order = [k for k in range(rank) if k not in self.reduced] + list(self.reduced)
-        accesses = []
-        for a in self.accesses:
-            strides = [*a.strides, *[0] * (rank - len(a.strides))]
-            accesses.append(Access(a.name, a.dtype, tuple([strides[k] for k in order]), a.tensor))
+
+        def ordered(strides: tuple[int, ...]) -> tuple[int, ...]:
+            strides = (*strides, *[0] * (rank - len(strides)))
+            return tuple([strides[k] for k in order])
+
+        accesses = [
+            Access(a.name, a.dtype, ordered(a.strides), a.tensor, a.start) for a in self.accesses
+        ]
+        ramps = [Ramp(ordered(r.strides), r.start) for r in self.ramps]
         outer = set(range(rank - len(self.reduced)))
         for s in stores:
             walked = accesses[s.access]
             if not outer <= {k for k, stride in enumerate(walked.strides) if stride}:
                 raise Unfit("a result that is smaller than the kernel, or overlaps itself")
-        for n, places in self.places.items():
-            for place in places:
-                axes = set(place) - {None}
-                if (axes or n.target in REDUCTIONS) and not axes >= set(order[: len(outer)]):
-                    raise Unfit("a value that would be computed again and again")
+        for n in self.places:
+            self.often(n, set(order[: len(outer)]))
         self.one_way()
         comments = [comment(n) for n in self.nodes]
         extents = tuple([self.extents[k] for k in order])
@@ -211,33 +401,103 @@ class Lowering:
             len(self.reduced),
             tuple(accesses),
             tuple(stores),
+            tuple(ramps),
+            checks=tuple(self.checks.values()),
             comments=tuple(comments),
         )
+
+    def often(self, n: Node, outer: set[int]) -> None:
+        """Raise Unfit where a value would be computed again and again."""
+        points = 0
+        for place, _ in self.places[n]:
+            axes = self.reached(place)
+            if (axes or n.target in REDUCTIONS) and not axes >= outer:
+                raise Unfit("a value that would be computed again and again")
+            points += math.prod([self.extents[k] for k in axes])
+        most = 5 if n in self.slow or n.target in REDUCTIONS else 16
+        if points * 4 > most * math.prod(shape_of(n)):
+            raise Unfit("a value that would be computed several times")
 
     def one_way(self) -> None:
         """Raise Unfit where a value is walked along in two ways, as sums over its rows and over
         its columns do: one of them would go through memory in large steps."""
-        ways: dict[Node, set[Place]] = {n: set(places) for n, places in self.places.items()}
+        ways: dict[Node, set[Place]] = {
+            n: {place for place, _ in places} for n, places in self.places.items()
+        }
         for a, place in zip(self.accesses, self.walked, strict=True):
             ways.setdefault(a.tensor, set()).add(place)
         for places in ways.values():
-            if len({tuple([axis for axis in place if axis is not None]) for place in places}) > 1:
-                raise Unfit("a value read in two orders")
+            orders = {tuple([k for index in place for k in index.axes]) for place in places}
+            for one, other in combinations(orders, 2):
+                if [k for k in one if k in other] != [k for k in other if k in one]:
+                    raise Unfit("a value read in two orders")
 
 
-def behind(place: Place, dims: Sequence[int | None], rank: int) -> Place:
-    """Where the argument of a view lies."""
-    found: list[int | None] = [None] * rank
-    for axis, d in zip(place, dims, strict=True):
-        if d is not None:
-            found[d] = axis
+def spread(place: Place, shape: Sequence[int]) -> Place:
+    """A place of the dimensions that are not of size 1, for all of them."""
+    rest = iter(place)
+    return tuple([FIRST if size == 1 else next(rest) for size in shape])
+
+
+def in_memory(place: Place, shape: Sequence[int], source: Node, extents: Sequence[int]) -> Place:
+    """As :func:`regrouped` for a tensor in memory: neighbouring dimensions that are walked in equal
+    steps need not be told apart."""
+    have, strides = shape_of(source), source.meta["val"].stride()
+    sizes, last = [1], [0]
+    for d, (size, stride) in enumerate(zip(have, strides, strict=True)):
+        if size == 1:
+            continue
+        if sizes[-1] != 1 and strides[last[-1]] == size * stride:
+            sizes[-1] *= size
+            last[-1] = d
+        else:
+            sizes.append(size)
+            last.append(d)
+    found = [FIRST] * len(have)
+    for d, index in zip(last[1:], regrouped(place, shape, sizes[1:], extents), strict=True):
+        found[d] = index
     return tuple(found)
+
+
+def check(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
+    """That of the elements of a view of a tensor in memory."""
+    shape = shape_of(n)
+    place: Place = tuple([along(d) for d in range(len(shape))])
+    while n is not tensor:
+        place = behind(n, place, shape)
+        n = source_of(n)  # type: ignore[assignment]
+    strides, start = [0] * len(shape), 0
+    for index, stride in zip(place, n.meta["val"].stride(), strict=True):
+        start += index.start * stride
+        for d, step in index.steps:
+            strides[d] += step * stride  # type: ignore[index]
+    return Check(tensor, (shape, tuple(strides), start), low, high, error)
+
+
+def integer(nodes: Sequence[Node]) -> torch.dtype:
+    """The dtype of indices: one that fills as many lanes as the values do. Raises Unfit for
+    tensors that are too large for it."""
+    dtypes = {n.meta["val"].dtype for n in nodes}
+    if torch.float64 in dtypes or (torch.int64 in dtypes and torch.float32 not in dtypes):
+        return torch.int64
+    for val in [m.meta["val"] for n in nodes for m in (n, *n.all_input_nodes)]:
+        if sum([(size - 1) * s for size, s in zip(val.shape, val.stride(), strict=True)]) >> 31:
+            return torch.int64
+    return torch.int32
+
+
+def slow(e: Expr, given: set[Expr]) -> bool:
+    """Whether a value takes long to compute of these."""
+    if e in given:
+        return False
+    given.add(e)
+    return (isinstance(e, Apply) and e.fn in SLOW) or any([slow(a, given) for a in e.args])
 
 
 def aligned(place: Place, shape: tuple[int, ...]) -> Place:
     """Where an argument of this shape lies that is broadcast to a result's place."""
     last = place[len(place) - len(shape) :]
-    return tuple([None if size == 1 else axis for size, axis in zip(shape, last, strict=True)])
+    return tuple([FIRST if size == 1 else i for size, i in zip(shape, last, strict=True)])
 
 
 def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:

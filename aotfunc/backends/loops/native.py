@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 
 #: what every source begins with: vector types, loads and stores, maths
 PRELUDE = "\n".join(
-    (HERE / f"{name}.h").read_text() for name in ("vectors", "lanes", "polynomials", "maths")
+    (HERE / f"{name}.h").read_text()
+    for name in ("vectors", "lanes", "indexed", "polynomials", "maths")
 )
 
 #: a thread gets no less than this many elements

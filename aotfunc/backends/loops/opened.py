@@ -107,6 +107,68 @@ def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor
     return (x - y) * ((2 / x.numel() if reduction == 1 else 2) * g)
 
 
+_library = torch.library.Library("aotfunc", "FRAGMENT")
+_library.define("class_of(Tensor target, int classes, int ignore_index) -> Tensor")
+
+
+def class_of(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """The targets, 0 for those that are ignored. Raises IndexError for one that is no class."""
+    known = target.where(target != ignore_index, 0)
+    for t in map(int, known.aminmax()):
+        if not 0 <= t < classes:
+            raise IndexError(f"Target {t} is out of bounds.")
+    return known
+
+
+_library.impl("class_of", class_of, "CPU")
+_library.impl("class_of", lambda target, *_: torch.empty_like(target), "Meta")
+
+
+def nll_loss(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> Any:
+    if not fits_nll(x, target, weight):
+        return NotImplemented
+    known = torch.ops.aotfunc.class_of(target, x.shape[1], ignore_index)
+    kept = (target != ignore_index).to(x.dtype)
+    each = kept if weight is None else kept * weight[known]
+    loss = torch.where(target != ignore_index, x.gather(1, known[:, None])[:, 0] * -each, 0)
+    total = each.sum()
+    if reduction == 0:
+        return loss, x.new_zeros(())
+    return (loss.sum() / total if reduction == 1 else loss.sum()), total
+
+
+def nll_loss_backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total: Tensor,
+) -> Any:
+    if not fits_nll(x, target, weight):
+        return NotImplemented
+    known = torch.ops.aotfunc.class_of(target, x.shape[1], ignore_index)
+    each = -g / total if reduction == 1 else -g
+    if weight is not None:
+        each = each * weight[known]
+    each = torch.where(target != ignore_index, each, 0)
+    classes = torch.arange(x.shape[1], dtype=torch.int32)
+    return torch.where(classes == known.int()[:, None], each[:, None], 0)
+
+
+def fits_nll(x: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    return (
+        x.dim() == 2
+        and x.numel() > 0
+        and x.dtype in (torch.float32, torch.float64)
+        and target.dtype is torch.int64
+        and (weight is None or weight.dtype is x.dtype)
+    )
+
+
 def outer_product(x: Tensor, y: Tensor) -> Any:
     """A product of matrices that sums nothing."""
     if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
@@ -138,6 +200,8 @@ OPENED: dict[Any, Callable] = {
     aten._log_softmax_backward_data.default: in_these(log_softmax_backward),
     aten.mse_loss.default: in_these(mse_loss),
     aten.mse_loss_backward.default: in_these(mse_loss_backward),
+    aten.nll_loss_forward.default: nll_loss,
+    aten.nll_loss_backward.default: nll_loss_backward,
     aten.var.correction: in_these(var),
     aten.std.correction: in_these(std),
     aten.var_mean.correction: in_these(var_mean),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .ir import Kernel
+from .ir import Access, Kernel, Ramp
 
 #: an axis of fewer points is not worth vectors
 SHORT = 8
@@ -22,8 +22,17 @@ def schedule(kernel: Kernel) -> Kernel:
 def rearranged(
     kernel: Kernel, extents: list[int], reduced: int, strides: Callable[[tuple], tuple]
 ) -> Kernel:
-    accesses = tuple([replace(a, strides=strides(a.strides)) for a in kernel.accesses])
-    return replace(kernel, extents=tuple(extents), reduced=reduced, accesses=accesses, axes_of={})
+    def moved(walked: Sequence) -> tuple:
+        return tuple([replace(w, strides=strides(w.strides)) for w in walked])
+
+    return replace(
+        kernel,
+        extents=tuple(extents),
+        reduced=reduced,
+        accesses=moved(kernel.accesses),
+        ramps=moved(kernel.ramps),
+        axes_of={},
+    )
 
 
 def widest(kernel: Kernel) -> list[int]:
@@ -71,7 +80,8 @@ def merged(kernel: Kernel) -> Kernel:
 
 def joins(kernel: Kernel, k: int, inner: int) -> bool:
     n = kernel.extents[inner]
-    return all(a.strides[k] == n * a.strides[inner] for a in kernel.accesses)
+    walked: list[Access | Ramp] = [*kernel.accesses, *kernel.ramps]
+    return all(w.strides[k] == n * w.strides[inner] for w in walked)
 
 
 def vector_axis(kernel: Kernel) -> int:

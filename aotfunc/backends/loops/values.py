@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from .arguments import VECTORS, given, lanes_of
-from .ir import Apply, Cast, Const, Expr, Kernel, Load, Store
+from .ir import Access, Apply, Cast, Const, Expr, Kernel, Load, Position, Ramp, Store
 
 NUMBERS = {
     torch.float32: "float",
@@ -117,6 +117,8 @@ class Values:
             return self.load(Load(e.dtype, self.spilled[e]), wide)
         if isinstance(e, Load):
             return self.load(e, wide)
+        if isinstance(e, Position):
+            return self.position(e, wide)
         if isinstance(e, Cast):
             return self.cast(e, wide)
         assert isinstance(e, Apply)
@@ -166,31 +168,62 @@ class Values:
         return f"__builtin_convertvector({x}, {VECTORS[self.lanes][e.dtype]})"
 
     def stride(self, i: int, k: int) -> str:
-        a = self.kernel.accesses[i]
-        return "1" if a.strides[k] == 1 and k == self.vector else f"s{i}_{k}"
+        return self.pace(f"s{i}", self.kernel.accesses[i], k)
+
+    def pace(self, name: str, walked: Access | Ramp, k: int) -> str:
+        step = walked.strides[k]
+        return "1" if step == 1 and k == self.vector else f"{name}_{k}" if step else "0"
 
     def place(self, i: int) -> str:
         """The address of this point."""
         a = self.kernel.accesses[i]
         axes = [k for k in range(len(a.strides)) if a.strides[k]]
+        if not axes:
+            return f"p{i}"
         axes = [k for k in axes if k in self.inner or k == self.vector]
         steps = [f" + i{k} * {self.stride(i, k)}" for k in axes]
         return f"q{i}{''.join(steps)}".replace(" * 1", "")
 
     def load(self, e: Load, wide: bool) -> str:
         i = e.access
-        strides = self.kernel.accesses[i].strides
-        if not any(strides):
-            return f"*p{i}" + " != 0" * (e.dtype is torch.bool)
+        at, shift, mask = self.place(i), "", ""
+        if e.shift is not None and self.wide(e.shift):
+            shift = self.word(e.shift, True)
+        elif e.shift is not None:
+            at += f" + {self.word(e.shift, False)}"
+        if e.mask is not None:
+            mask = self.word(e.mask, self.wide(e.mask))
+        truth = " != 0" * (e.dtype is torch.bool)
         if not wide:
-            return f"*({self.place(i)})" + " != 0" * (e.dtype is torch.bool)
+            text = f"*({at})" if at != f"p{i}" else f"*p{i}"
+            text = f"({mask} ? {text} : 0)" if mask else text
+            return f"{text}{truth}"
         kind, step = self.type(e), self.stride(i, self.vector)
-        text = (
-            f"aot_get<{kind}>({self.place(i)}, n)"
-            if step == "1"
-            else f"aot_gather<{kind}>({self.place(i)}, n, {step})"
-        )
-        return f"{text} != 0" if e.dtype is torch.bool else text
+        if e.mask is not None and self.wide(e.mask):
+            moved = f", {shift}" if shift else ""
+            text = f"aot_masked<{kind}>({at}, n, {step}, {mask}{moved})"
+        else:
+            if shift:
+                text = f"aot_looked_up<{kind}>({at}, n, {step}, {shift})"
+            elif step == "1":
+                text = f"aot_get<{kind}>({at}, n)"
+            else:
+                text = f"aot_gather<{kind}>({at}, n, {step})"
+            if mask:
+                text = f"{mask} ? {text} : {kind}{{}}"
+        return f"({text}){truth}" if truth else text
+
+    def position(self, e: Position, wide: bool) -> str:
+        ramp, name = self.kernel.ramps[e.ramp], f"r{e.ramp}"
+        terms = [f"{name}_start"] * (ramp.start != 0)
+        terms += [
+            f"i{k} * {self.pace(name, ramp, k)}".removesuffix(" * 1")
+            for k in range(len(ramp.strides))
+            if ramp.strides[k]
+        ]
+        first = f"({NUMBERS[e.dtype]})({' + '.join(terms) or 0})"
+        step = self.pace(name, ramp, self.vector)
+        return f"aot_ramp<{self.type(e)}>({first}, {step})" if wide else first
 
     def store(self, s: Store) -> None:
         i, e = s.access, s.value

@@ -1,72 +1,134 @@
-"""Ops whose result shows elements of their argument: which dimension of the argument each of the
-result's dimensions is."""
+"""Ops whose result shows elements of their argument: where the argument lies, from where the
+result does."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from .places import FIRST, Index, Place, regrouped
+
 aten = torch.ops.aten
 
-#: for each dimension of a result, the argument's dimension, or None for one of size 1 or one that
-#: repeats
-Dims = Sequence[int | None]
+Shape = Sequence[int]
 
 
 def shape_of(n: Node) -> tuple[int, ...]:
     return tuple(n.meta["val"].shape)
 
 
-def expand(n: Node, x: Node) -> Dims:
-    have, want = shape_of(x), shape_of(n)
-    new = len(want) - len(have)
-    return [None if d < new or have[d - new] != want[d] else d - new for d in range(len(want))]
+# Each gets the argument's shape, the result's place, and the op's other arguments, and returns the
+# argument's place.
 
 
-def permute(n: Node, x: Node) -> Dims:
-    rank = len(shape_of(x))
-    return [d % rank for d in n.args[1]]  # type: ignore[operator, union-attr]
+def expand(shape: Shape, place: Place, *_: Any) -> Place:
+    last = place[len(place) - len(shape) :]
+    return tuple([FIRST if size == 1 else i for size, i in zip(shape, last, strict=True)])
 
 
-def transpose(n: Node, x: Node) -> Dims:
-    rank = len(shape_of(x))
-    order = list(range(rank))
-    i, j = n.args[1:] if len(n.args) == 3 else (0, -1)
-    if rank:
-        order[i], order[j] = order[j], order[i]  # type: ignore[index]
-    return order
+def permute(shape: Shape, place: Place, dims: Shape) -> Place:
+    found = [FIRST] * len(shape)
+    for d, index in zip(dims, place, strict=True):
+        found[d] = index
+    return tuple(found)
 
 
-def regrouped(n: Node, x: Node) -> Dims | None:
-    """A change of shape that adds or drops dimensions of size 1 only; None for another."""
-    have = [d for d, size in enumerate(shape_of(x)) if size != 1]
-    if [shape_of(x)[d] for d in have] != [size for size in shape_of(n) if size != 1]:
-        return None
-    rest = iter(have)
-    return [None if size == 1 else next(rest) for size in shape_of(n)]
+def transpose(shape: Shape, place: Place, i: int = 0, j: int = -1) -> Place:
+    found = list(place)
+    if place:
+        found[i], found[j] = found[j], found[i]
+    return tuple(found)
 
 
-VIEWS: dict[Any, Callable[[Node, Node], Dims | None]] = {
+def select(shape: Shape, place: Place, dim: int, index: int) -> Place:
+    dim %= len(shape)
+    return (*place[:dim], FIRST.shifted(index % shape[dim]), *place[dim:])
+
+
+def sliced(
+    shape: Shape,
+    place: Place,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Place:
+    return changed(place, dim, (place[dim] * step).shifted(first_of(start, shape[dim])))
+
+
+def changed(place: Place, dim: int, index: Index) -> Place:
+    """The place with another index into one dimension."""
+    dim %= len(place)
+    return (*place[:dim], index, *place[dim + 1 :])
+
+
+def first_of(start: int | None, size: int) -> int:
+    """Where a slice begins."""
+    start = start or 0
+    return min(max(start + size if start < 0 else start, 0), size)
+
+
+def flip(shape: Shape, place: Place, dims: Shape) -> Place:
+    for d in dims:
+        place = changed(place, d, (place[d] * -1).shifted(shape[d] - 1))
+    return place
+
+
+def diagonal(shape: Shape, place: Place, offset: int = 0, i: int = 0, j: int = 1) -> Place:
+    i, j = i % len(shape), j % len(shape)
+    both = {i: place[-1].shifted(max(0, -offset)), j: place[-1].shifted(max(0, offset))}
+    rest = iter(place)
+    return tuple([both[d] if d in both else next(rest) for d in range(len(shape))])
+
+
+#: op -> where its argument lies; None where the elements are those in the same order
+VIEWS: dict[Any, Callable[..., Place] | None] = {
     aten.expand.default: expand,
     aten.permute.default: permute,
     aten.transpose.int: transpose,
     aten.t.default: transpose,
+    aten.select.int: select,
+    aten.slice.Tensor: sliced,
+    aten.flip.default: flip,
+    aten.diagonal.default: diagonal,
     **dict.fromkeys(
         (
             *(aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default),
             *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
             *(aten.alias.default, aten.detach.default),
-        ),
-        regrouped,
+        )
     ),
 }
 
 
-def dims_of(n: Any) -> Dims | None:
-    """Which dimensions of its argument a view shows; None for anything else."""
-    if not isinstance(n, Node) or n.op != "call_function" or n.target not in VIEWS:
+def source_of(n: Any) -> Node | None:
+    """The argument that a view shows; None for anything else."""
+    if not isinstance(n, Node) or n.op != "call_function":
         return None
-    return VIEWS[n.target](n, n.args[0])  # type: ignore[index, arg-type]
+    if n.target in VIEWS:
+        return n.args[0]  # type: ignore[return-value]
+    if n.target is operator.getitem:
+        several = n.args[0]
+        if isinstance(several, Node) and several.target is aten.unbind.int:
+            return several.args[0]  # type: ignore[return-value]
+    return None
+
+
+def behind(n: Node, place: Place, extents: Sequence[int]) -> Place:
+    """Where the argument of a view lies. Raises Split and Unfit as :func:`places.divided`."""
+    source = source_of(n)
+    assert source is not None
+    shape = shape_of(source)
+    if n.target is operator.getitem:
+        unbind, at = n.args
+        return select(shape, place, (*unbind.args, 0)[1], at)  # type: ignore
+    move = VIEWS[n.target]
+    return (
+        regrouped(place, shape_of(n), shape, extents)
+        if move is None
+        else move(shape, place, *n.args[1:])
+    )

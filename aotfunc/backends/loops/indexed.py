@@ -1,0 +1,232 @@
+"""Ops that take elements from elsewhere: look-ups, cut and padded tensors, numbers of their place.
+
+A rule gets the lowering, where its result lies, and the op's arguments, which it asks
+for at other places."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from .ir import Expr, Given, Unfit, apply, number
+from .places import Index, Place
+from .views import changed, expand, first_of, shape_of
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+aten = torch.ops.aten
+
+# --- look-ups; an index out of range is what the op says of it ---
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a result lies, and where that is inside of it."""
+
+    place: Place
+    mask: Expr | None
+
+
+def looked_up(found: Expr) -> Index:
+    return Index(((found, 1),))
+
+
+def outside(error: type[Exception], size: int, dim: int) -> Callable[[int], Exception]:
+    return lambda i: error(f"index {i} is out of bounds for dimension {dim} with size {size}")
+
+
+def out_of_self(i: int) -> Exception:
+    return IndexError("index out of range in self")
+
+
+def gather(work: Lowering, at: At, x: Node, dim: int, index: Node, **_: Any) -> Expr:
+    if not at.place:
+        raise Unfit("a gather from one number")
+    dim, size = dim % len(at.place), shape_of(x)[dim]
+    found = work.looked_up(index, at, 0, size, outside(RuntimeError, size, dim))
+    return work.value(x, changed(at.place, dim, looked_up(found)), at.mask)
+
+
+def index_select(work: Lowering, at: At, x: Node, dim: int, index: Node) -> Expr:
+    if not shape_of(index) or not at.place:
+        raise Unfit("an index that is one number")
+    here = At((at.place[dim],), at.mask)
+    found = work.looked_up(index, here, 0, shape_of(x)[dim], out_of_self)
+    return work.value(x, changed(at.place, dim, looked_up(found)), at.mask)
+
+
+def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Expr:
+    here = At(at.place[:-1], at.mask)
+    found = work.looked_up(index, here, 0, shape_of(weight)[0], out_of_self)
+    return work.value(weight, (looked_up(found), at.place[-1]), at.mask)
+
+
+def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr:
+    """Dimensions that are indexed together lie where the first of them was, or first of all if
+    others are between them. A negative index counts from the end."""
+    indices = {d: i for d, i in enumerate(asked) if i is not None}
+    shape = torch.broadcast_shapes(*[shape_of(i) for i in indices.values()])
+    dims = list(indices)
+    first = dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0
+    behind = first + len(shape)
+    common, rest = at.place[first:behind], iter([*at.place[:first], *at.place[behind:]])
+    where = []
+    for d, size in enumerate(shape_of(x)):
+        if d not in indices:
+            where.append(next(rest))
+            continue
+        here = At(expand(shape_of(indices[d]), common), at.mask)
+        error = outside(IndexError, size, dims.index(d))
+        found = work.looked_up(indices[d], here, -size, size, error)
+        where.append(looked_up(work.wrapped(found, size)))
+    return work.value(x, tuple(where), at.mask)
+
+
+# --- cut, padded, joined ---
+
+
+def padded(
+    work: Lowering, x: Node, place: Place, inside: Expr | None, mask: Expr | None, value: Any = 0
+) -> Expr:
+    """A value where it is ``inside``, elsewhere this number."""
+    found = work.value(x, place, work.both([mask, inside]))
+    return found if inside is None else apply("where", inside, found, number(value, found.dtype))
+
+
+def constant_pad(work: Lowering, at: At, x: Node, pad: Sequence[int], value: Any = 0) -> Expr:
+    place, tests = at.place, []
+    for i in range(len(pad) // 2):
+        d = len(place) - 1 - i
+        index = place[d].shifted(-pad[2 * i])
+        place = changed(place, d, index)
+        tests.append(work.inside(index, 0, shape_of(x)[d]))
+    return padded(work, x, place, work.both(tests), at.mask, Given(value))
+
+
+def slice_backward(
+    work: Lowering, at: At, g: Node, sizes: Any, dim: int, start: int, end: int, step: int
+) -> Expr:
+    if step != 1:
+        raise Unfit("a slice with gaps")
+    index = at.place[dim].shifted(-first_of(start, sizes[dim]))
+    inside = work.inside(index, 0, shape_of(g)[dim])
+    return padded(work, g, changed(at.place, dim, index), inside, at.mask)
+
+
+def select_backward(work: Lowering, at: At, g: Node, sizes: Any, dim: int, index: int) -> Expr:
+    index %= sizes[dim]
+    inside = work.inside(at.place[dim], index, index + 1)
+    return padded(work, g, without(at.place, dim), inside, at.mask)
+
+
+def without(place: Place, dim: int) -> Place:
+    dim %= len(place)
+    return (*place[:dim], *place[dim + 1 :])
+
+
+def cat(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
+    ends = list(itertools.accumulate([shape_of(x)[dim] for x in parts]))
+    index = at.place[dim]
+    return joined(work, at, parts, ends, index, lambda i: changed(at.place, dim, i))
+
+
+def stack(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
+    rest = without(at.place, dim)
+    ends = range(1, len(parts) + 1)
+    return joined(work, at, parts, ends, at.place[dim], lambda i: rest)
+
+
+#: more parts than these are copied one by one
+MOST = 4
+
+
+def joined(
+    work: Lowering,
+    at: At,
+    parts: Sequence[Node],
+    ends: Sequence[int],
+    index: Index,
+    place: Callable[[Index], Place],
+) -> Expr:
+    """The part that an index into a dimension, up to one of these ends, lies in."""
+    if len(parts) > MOST:
+        raise Unfit("many parts")
+    result: Expr | None = None
+    for x, start, end in reversed(list(zip(parts, [0, *ends], ends, strict=False))):
+        mask = work.both([at.mask, work.inside(index, start, end)])
+        value = work.value(x, place(index.shifted(-start)), mask)
+        if result is None:
+            result = value
+        elif value.dtype is not result.dtype:
+            raise Unfit("parts of several dtypes")
+        elif before := work.inside(index, 0, end):
+            result = apply("where", before, value, result)
+        else:
+            result = value
+    assert result is not None
+    return result
+
+
+def triangle(fn: str) -> Callable[..., Expr]:
+    def rule(work: Lowering, at: At, x: Node, diagonal: int = 0) -> Expr:
+        past = (at.place[-1] + at.place[-2] * -1).shifted(-diagonal)
+        return padded(work, x, at.place, work.test(fn, past, 0), at.mask)
+
+    return rule
+
+
+#: op -> its rule
+TAKEN: dict[Any, Callable[..., Expr]] = {
+    aten.gather.default: gather,
+    aten.index_select.default: index_select,
+    aten.embedding.default: embedding,
+    aten.index.Tensor: index,
+    aten.constant_pad_nd.default: constant_pad,
+    aten.slice_backward.default: slice_backward,
+    aten.select_backward.default: select_backward,
+    aten.cat.default: cat,
+    aten.stack.default: stack,
+    aten.tril.default: triangle("le"),
+    aten.triu.default: triangle("ge"),
+}
+
+# --- tensors that are made of where their elements are ---
+
+
+def arange(work: Lowering, n: Node, place: Place) -> Expr:
+    start, _, step = counting(n)
+    return work.position((place[0] * step).shifted(start))
+
+
+def eye(work: Lowering, n: Node, place: Place) -> Expr:
+    return work.test("eq", place[0] + place[1] * -1, 0)
+
+
+IOTAS: dict[Any, Callable[[Lowering, Node, Place], Expr]] = {
+    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), arange),
+    **dict.fromkeys((aten.eye.default, aten.eye.m), eye),
+}
+
+
+def counting(n: Node) -> tuple[Any, Any, Any]:
+    """Start, end and step of an arange."""
+    args = n.args if len(n.args) > 1 else (0, *n.args)
+    return (*args, 1)[:3]
+
+
+def iota(n: Node) -> bool:
+    """Whether a node is made of where its elements are, exactly."""
+    if n.target not in IOTAS:
+        return False
+    if IOTAS[n.target] is eye:
+        return True
+    numbers = counting(n)
+    dtype = n.meta["val"].dtype
+    most = 2**24 if dtype.is_floating_point else torch.iinfo(dtype).max
+    return all([type(i) is int and abs(i) <= min(most, 2**31 - 1) for i in numbers])
