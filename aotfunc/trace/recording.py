@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import operators  # noqa: F401
 from .casts import CONTEXTS, cache_enabled, enable_cache
 from .collector import paused_gc
 from .constructors import CONSTRUCTORS
@@ -65,6 +66,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole
             # process
             torch._C._push_on_torch_dispatch_stack(trace)
+            trace.depth = torch._C._len_torch_dispatch_stack()
             result = body()
             trace.settle()
         except Exception as e:

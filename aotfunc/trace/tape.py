@@ -64,6 +64,7 @@ class Tape:
         self.made_inside: set[int] = (
             set()
         )  # those among them that f makes anew on each run: torch.tensor(3)
+        self.depth = 0  # of the modes, while it is recorded
         self.lifts_numbers = False  # see scalars
         self.numbers: list[float] = []  # which may be inputs
         self.following: Following | None = None if outer is None else outer.following

@@ -138,6 +138,24 @@ class Trace(Answering, TorchDispatchMode):
             else self.without_tangents(results)
         )
 
+    def direct(self, key: tuple, refs: tuple[int, ...], number: float | None = None) -> Any:
+        """Record an op that makes one new tensor and is known by its key, as
+        :meth:`__torch_dispatch__` would, with the number that is to be the last of its arguments;
+        None if it is another one."""
+        instr = interned(key)
+        if instr is None or not instr.simple or key[-1][0] is not self.dtype:
+            return None
+        if number is not None:
+            if instr.number is None:
+                return None
+            self.numbers.append(number)
+        if self.autograd.made:
+            self.autograd.adopt_leaves()
+        line = debug.user_line(3)
+        self.records.append((instr, refs, _grad_enabled(), self.region, line))
+        t = self.new(instr.outs)
+        return t if _tangents_enabled() else self.without_tangents(t)
+
     def _sink(self, refs: list[int]) -> Callable[[Tensor], tuple[None, Sig]]:
         """How to encode a tensor among the arguments."""
 

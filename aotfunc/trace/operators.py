@@ -1,0 +1,103 @@
+"""Operators and functions of traced values that make one new tensor and do nothing else, recorded
+without a way through PyTorch's dispatcher, which is a third of what recording them costs.
+
+Where anything lies on that way (a mode, autocast, torch.func, forward AD, what C++ autograd
+records), or the op is new to the recordings, PyTorch is asked as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import (
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+
+from .scalars import FIRST, NUMBER, TAKES_NUMBER, generic
+from .shapes.instr import env_key
+from .traced import Traced, under_way
+from .tracer import Trace
+
+aten = torch.ops.aten
+_recorded_by_autograd = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
+_level_of_functorch = torch._C._functorch.maybe_current_level
+
+BINARY = {
+    **{f"__{name}__": getattr(aten, name).Tensor for name in ("add", "sub", "mul")},
+    **{f"__r{name}__": getattr(aten, name).Tensor for name in ("add", "mul")},
+    "__truediv__": aten.div.Tensor,
+}
+UNARY = {
+    **{name: getattr(aten, name).default for name in ("sin", "cos", "tanh", "exp", "log", "sqrt")},
+    **{name: getattr(aten, name).default for name in ("relu", "sigmoid", "abs", "neg")},
+    "__neg__": aten.neg.default,
+}
+
+
+def is_open(trace: Trace) -> bool:
+    """Whether nothing lies between an op and this recording."""
+    traces = under_way.traces
+    return (
+        bool(traces)
+        and traces[-1] is trace
+        and _len_torch_dispatch_stack() == trace.depth
+        and not _len_torch_function_stack()
+        and not _is_any_autocast_enabled()
+        and forward_ad._current_level < 0
+        and _level_of_functorch() is None
+        and not under_way.quiet
+        and trace.following is None
+    )
+
+
+def unary(op: OpOverload, ask: Callable) -> Callable:
+    call = op._op
+
+    def method(self: Traced) -> Any:
+        trace = self.tracer
+        if is_open(trace) and not _recorded_by_autograd(self):
+            found = trace.direct((call, self.sig, env_key()), (self.ref,))
+            if found is not None:
+                return found
+        return ask(self)
+
+    return method
+
+
+def binary(op: OpOverload, ask: Callable, reflected: bool) -> Callable:
+    call = op._op
+    takes_number = call in TAKES_NUMBER
+
+    def method(self: Traced, other: Any) -> Any:
+        trace, kind, found = self.tracer, type(other), None
+        if reflected and isinstance(other, Tensor):
+            return NotImplemented  # what stands on the left goes first
+        if not is_open(trace) or _recorded_by_autograd(self):
+            return ask(self, other)
+        if kind is Traced:
+            if other.tracer is trace and not _recorded_by_autograd(other):
+                key: tuple = (call, self.sig, other.sig, env_key())
+                found = trace.direct(key, (self.ref, other.ref))
+        elif kind is float or kind is int:
+            if trace.lifts_numbers and takes_number and generic(other):
+                key = (call, self.sig, kind, NUMBER, env_key())
+                found = trace.direct(key, (self.ref, FIRST - len(trace.numbers)), other)
+            elif kind is float:
+                found = trace.direct((call, self.sig, other.hex(), env_key()), (self.ref,))
+            else:
+                found = trace.direct((call, self.sig, kind, other, env_key()), (self.ref,))
+        return ask(self, other) if found is None else found
+
+    return method
+
+
+for name, op in BINARY.items():
+    setattr(Traced, name, binary(op, getattr(Tensor, name), name.startswith("__r")))
+for name, op in UNARY.items():
+    setattr(Traced, name, unary(op, getattr(Tensor, name)))
