@@ -31,7 +31,7 @@ def rosenbrock(x):
 
 
 def relaxed(x):
-    """A loop of 100 steps, of which each is next to nothing."""
+    """A loop of 100 steps that do next to nothing."""
     for _ in range(100):
         x = x + 0.01 * (x.sin() - x)
     return x.sum()

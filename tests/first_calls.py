@@ -43,20 +43,10 @@ from aotfunc import (  # noqa: E402
     vmap,
 )
 from benchmarks.first_use_programs import BATCHES, PROGRAMS  # noqa: E402
+from tests.functions import Cube  # noqa: E402
 
 x, a, image = torch.randn(3, 4), torch.randn(3, 3), torch.randn(2, 3, 8, 8)
 positive = a @ a.mT + torch.eye(3)
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g * ctx.saved_tensors[0] ** 2
 
 
 def trained(module, *inputs):

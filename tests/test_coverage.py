@@ -190,8 +190,8 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::aotfunc.errors.LoopWarning")
 @pytest.mark.limit(120)
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("transform", "kind"), CASES)
 def test_what_it_says_is_what_happens(transform, kind, taken):
     """For two dozen ops of each kind, spread over all of them."""

@@ -1,5 +1,5 @@
-"""What the transforms ask of their arguments: which leaves are differentiated or batched, and
-errors that name the ones that cannot be."""
+"""One call of a transform: which leaves of its arguments are differentiated or batched, what the
+function did on them, and how results go back into trees."""
 
 from __future__ import annotations
 

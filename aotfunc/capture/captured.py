@@ -28,8 +28,7 @@ from .tree import flatten, unflatten
 
 aten = torch.ops.aten
 
-#: by what was recorded; weighed in nodes, of which each takes a kilobyte or two with all that is
-# made of it
+#: by what was recorded; weighed in nodes: each takes a kilobyte or two with all that is made of it
 _programs = Cache(1 << 16, weight)
 
 

@@ -1,8 +1,8 @@
 """What ``f`` asks of values that differ between the samples of a batch: answered if all samples
 agree.
 
-``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value of which there is one
-for each sample. What has been recorded so far is batched and run on the whole batch, in every
+``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value, and each sample
+has its own. What has been recorded so far is batched and run on the whole batch, in every
 recording from the asking one outwards; the question is put to each sample. One answer is right for
 all of them, for this call; two different ones are an error."""
 
@@ -203,7 +203,7 @@ def steady(instr: Any) -> bool:
 def steps_as_program(
     records: Sequence[Record], number: int, numbers: Sequence[float]
 ) -> tuple[list[int], Program]:
-    """Steps, the first of which makes the value ``number``, as a program of those values that they
+    """Steps, from the one that makes the value ``number`` on, as a program of the values that they
     read and do not make; it returns all that they make. A loop's rounds are the same program. The
     Python ``numbers`` are literals."""
     read: dict[int, Sig] = {}

@@ -6,7 +6,7 @@ for everyone:
 - views and constants are never saved: a view is redone from the tensor that owns the storage;
 - of tuples the parts are saved; inputs and parameters are kept by the caller anyway, so saving
   them is free;
-- draws, effects and ops of which nothing is known never run twice;
+- draws, effects and unknown ops never run twice;
 - the inside of a ``torch.utils.checkpoint`` region is not saved, except draws and what the forward
   reads outside;
 - *free* values, which only the backward needs, run once on either side, so only what must be kept

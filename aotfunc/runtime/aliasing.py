@@ -177,7 +177,7 @@ def passed(memory: Tensor, new: Tensor) -> Tensor:
 class Changes:
     """What ``f`` changed of its arguments besides their values: whether they require grad, before
     anything reads them, and retain it; their shape and history in place (``x.t_()``,
-    ``x.detach_()``), of which nothing but the argument itself depends."""
+    ``x.detach_()``). Nothing but the argument itself depends on these."""
 
     def __init__(self, rec: Captured) -> None:
         trace = rec.trace

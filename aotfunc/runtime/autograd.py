@@ -110,9 +110,9 @@ storage_users = torch._C._storage_Use_Count
 
 
 def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
-    """Whether all that shares the memory of ``t`` are residuals, as views of which autograd sees
-    when ``t`` is written, and the tensor that they, or ``t``, are views of; none of the
-    ``others``."""
+    """Whether the memory of ``t`` is shared by residuals alone, and by the tensor that they, or
+    ``t``, are views of; not by the ``others``. Autograd sees through such views when ``t`` is
+    written."""
     base, memory = t if t._base is None else t._base, t.untyped_storage()._cdata
     views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
     if users(t) != len(views | {id(t), id(base)}):

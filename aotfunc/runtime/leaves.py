@@ -1,5 +1,5 @@
-"""What a function makes beside autograd's view of its arguments: leaves, as modules and parameters
-inside, of which the results require grad, and results of an inference mode."""
+"""Tensors that are leaves of autograd though a function made them: those of modules and parameters
+made inside, and results of an inference mode."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ class Leaves:
         ):
             raise CaptureError(
                 "a tensor that was made inside and requires grad is returned, and so is what was "
-                "computed from it, of which the gradient would not reach it; pass it as an "
-                "argument"
+                "computed from it; its gradient would not be found; pass it as an argument"
             )
         mine = leaves - trace.autograd.computed
         found = computed_from(rec, leaves) - mine

@@ -126,8 +126,7 @@ class Pipeline:
 
 
 class Declining(dict):
-    """A table of decompositions, some of which may answer NotImplemented: the op is then left as
-    it is."""
+    """A table of decompositions. One that answers NotImplemented leaves the op as it is."""
 
     def get(self, op: Any, default: Any = None) -> Any:
         body = super().get(op)

@@ -1,5 +1,5 @@
-"""The programs of a batched function for batches of different sizes: the second and later ones
-share their code, where it can be proved that the size is nothing but a literal of it."""
+"""Programs of a batched function for batches of several sizes share their code, where it is proved
+that the size is a literal of it and nothing else."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def resized_program(
 
 
 def batch_layout(sig: Sig, dim: int | None) -> tuple | None:
-    """What batches have in common that differ in their size, and are laid out alike; None if that
-    is hard to say."""
+    """A key that batches share which differ in their size alone; None if that is hard to say."""
     if dim is None:
         return (sig,)
     rest = [d for d in range(sig.ndim) if d != dim]
@@ -49,8 +48,7 @@ def batch_layout(sig: Sig, dim: int | None) -> tuple | None:
 
 
 class SharedCode:
-    """What programs have in common that differ in the size of the batch: the code made of one of
-    them."""
+    """Programs that differ in the size of the batch, and the code made of one of them."""
 
     TRIES = 3  # a size may happen to be one of the function's own, too
 
@@ -81,16 +79,11 @@ class SharedCode:
 
 
 class Resized(Program):
-    """A program that runs the code of one for another size; its graph is made when somebody asks
-    for it."""
+    """A program that runs the code of one for another size; its graph is made on demand."""
 
     def __init__(self, like: Program, code: Callable, make: Callable[[], Program]) -> None:
-        self.n_inputs, self.n_outputs, self.mutated, self.name = (
-            like.n_inputs,
-            like.n_outputs,
-            (),
-            like.name,
-        )
+        self.n_inputs, self.n_outputs = like.n_inputs, like.n_outputs
+        self.mutated, self.name = (), like.name
         self.like, self.make = like, make
         self.cache = {on_eager: code, ours: ours(like)}
 

@@ -1,1 +1,1 @@
-"""From a Python function to a graph."""
+"""Ops on traced values become a recording, and a recording becomes a graph."""

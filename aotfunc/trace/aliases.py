@@ -1,5 +1,5 @@
-"""Which values of a recording show the memory of which others, and through which views: told by
-the record, not by a graph that has been rewritten since."""
+"""Which values of a recording share memory, and through which views. The record tells, not the
+graph, which has been rewritten since."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ aten = torch.ops.aten
 
 class Shown:
     """What a value shows: memory of its own (``of`` is None: ``ref`` was made with it), or what
-    another one shows, seen through a ``call`` ``(op, args, kwargs, results)``, of which it is the
-    result ``index`` if there are several. The op may be one that changes its argument's shape in
+    another one shows, seen through a ``call`` ``(op, args, kwargs, results)``: its result
+    ``index``, if there are several. The op may be one that changes its argument's shape in
     place. ``cut``: made under no_grad. ``apart``: detached, and then written in view of autograd:
     it has a derivative of its own. So has what a Function was given and returns, which is
     ``passed``."""

@@ -22,7 +22,8 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 class Autograd:
-    """The leaves of a recording, of which it shares these lists, and what they lead to."""
+    """The leaves of a recording, and what requires grad through them; the lists are the
+    recording's own."""
 
     def __init__(
         self,
@@ -246,7 +247,7 @@ class Reach:
         return active
 
     def extend(self, records: list[Record], leaves: dict[int, bool]) -> None:
-        """Go as far as the recording has come; a value of which ``leaves`` says so requires no
+        """Go as far as the recording has come; ``leaves`` may say of a value that it requires no
         grad."""
         for k in range(len(self.ends), len(records)):
             instr, refs, *_ = records[k]

@@ -82,7 +82,7 @@ def has_history(t: Tensor) -> bool:
 
 
 def is_part(t: Tensor, owner: Tensor) -> bool:
-    """Whether it is a view made outside, the history of which could not be taken back."""
+    """Whether ``t`` is a view made outside: its history could not be taken back."""
     return owner is not t and t.__class__ is not Traced
 
 

@@ -37,8 +37,8 @@ _grad = torch._C.TensorBase.grad
 
 
 def refusal(what: str, way: str = WAY) -> CaptureError:
-    """The error for a question whose answer would be frozen. Whoever catches it goes on without
-    eager's number, so the captures under way fail all the same: see
+    """The error for a question whose answer would be frozen. A function that catches it goes on
+    without eager's number, so the captures under way fail all the same: see
     :func:`~aotfunc.trace.recording.record_into`."""
     error = CaptureError(
         f"{what} was asked for that depends on a tensor from outside, but the function is "

@@ -75,8 +75,8 @@ def beside_tensor(args: tuple) -> bool:
 
 
 def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:
-    """The instruction for a call with a number among its arguments, of which NUMBER is the
-    signature."""
+    """The instruction for a call with a number among its arguments; NUMBER stands for the
+    number's signature."""
     tensors = tuple([s for s in sigs if s is not NUMBER])
     outs = infer(op, tuple([Slot(0) if isinstance(a, Tensor) else a for a in args]), {}, tensors)
     instr = intern(key, op, (Slot(0), Slot(1)), {}, sigs, outs)

@@ -69,7 +69,7 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         if spot is None:
             raise
         trace.place, trace.refused = (x, spot, error), trace.refused or error
-        return 0  # any number will do for `outside[x]`, of which a select follows
+        return 0  # any number will do: what follows for `outside[x]` is a select
 
 
 def validated(asking: FrameType) -> str | None:

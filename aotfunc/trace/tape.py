@@ -33,11 +33,10 @@ class Tape:
     """Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
 
     ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``), None for
-    those of which ``samples`` says that they are samples of a batch; ``why_not`` says why where
-    they may not. Values that depend on no input may be asked for all the same: with ``constants``
-    on closed-over tensors too. Without ``intent`` autograd is left alone (derived rules use it).
-    ``ask(trace, question, tensors, what)`` answers what depends on inputs.
-    """
+    samples of a batch, which ``samples`` lists; ``why_not`` says why they may not be asked for.
+    Values that depend on no input may be asked for all the same: with ``constants`` on closed-over
+    tensors too. Without ``intent`` autograd is left alone (derived rules use it).
+    ``ask(trace, question, tensors, what)`` answers what depends on inputs."""
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class Tape:
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
         self.differentiated: dict[
             int, str
-        ] = {}  # of which inputs and lifted tensors a gradient was taken: (at line)
+        ] = {}  # inputs and lifted tensors that a gradient was taken of: (at line)
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0

@@ -1,0 +1,1 @@
+"""Programs in, programs out: the transforms and the local rewritings."""

@@ -43,8 +43,8 @@ def report(op: OpOverload, line: Line | None, strict: bool) -> None:
 
 
 def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Exception) -> Any:
-    """The op of ``n`` called for each sample on the new ``args``, of which those that ``flags``
-    names are batched."""
+    """The op of ``n`` called for each sample on the new ``args``; ``flags`` says which of them are
+    batched."""
     op = n.target
     where = tensor_args(op)
 

@@ -173,8 +173,8 @@ def unknown(b: Builder, sig: Sig) -> Node:
 
 
 def node_outputs(b: Builder, n: Node) -> Any:
-    """What a node returns, as a rule wants it: itself, or the list of its outputs (some of which
-    may be lists)."""
+    """What a node returns, as a rule wants it: itself, or the list of its outputs, lists among
+    them."""
     val = n.meta["val"]
     if not isinstance(val, tuple):
         return n

@@ -991,9 +991,9 @@ def modules_in(f, args):
     return found + [x for x in cells if isinstance(x, nn.Module)]
 
 
+@pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore")
 def test_changes_are_seen(name, compiler):
     torch.manual_seed(1)
     f, args, *changes = CASES[name]()

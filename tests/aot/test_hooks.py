@@ -12,7 +12,7 @@ from tests.reference import assert_same
 
 
 class Several(nn.Module):
-    """Several arguments and results, some of which are no tensors or have no derivative."""
+    """Several arguments and results, also such as are no tensors or have no derivative."""
 
     def __init__(self):
         super().__init__()

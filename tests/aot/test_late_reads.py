@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_function, grad, jit, min_cut_rematerialization_partition, vmap
 from aotfunc.errors import AotfuncError, CaptureError
+from tests.functions import Square
 from tests.reference import assert_same
 
 pytestmark = [
@@ -33,17 +34,6 @@ class Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g * ctx.factor, None
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2 * ctx.saved_tensors[0]
 
 
 def hooked(hook, after=lambda: None):

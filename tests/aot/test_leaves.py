@@ -584,7 +584,7 @@ def test_a_view_of_a_leaf_in_the_memory_of_something_else_is_refused(view, how):
     "made", [lambda w: w.detach().requires_grad_(), lambda w: nn.Parameter(torch.ones(3))]
 )
 def test_a_leaf_made_inside_is_written_to_tensors_from_outside(which, made):
-    """To any of them, whichever the function reads first."""
+    """To any of them, in any order in which the function reads them."""
 
     def program(how):
         w, kept = torch.ones(3, requires_grad=True), [torch.ones(3) for _ in range(3)]

@@ -95,7 +95,7 @@ def test_an_entry_goes_with_an_object_that_it_knows_by_identity(compiled):
     first = Opaque()
     g = compiled(lambda x, o: x * 2 if o is first else x * 3)
     torch.testing.assert_close(g(X, first), X * 2)
-    for _ in range(50):  # of which many have the same address
+    for _ in range(50):  # many have the same address
         torch.testing.assert_close(g(X, Opaque()), X * 3)
         assert len(g.entries) == 1
     torch.testing.assert_close(g(X, first), X * 2)

@@ -29,7 +29,11 @@ from aotfunc.runtime.guards.state import look
 from tests.aot import test_guards
 from tests.aot.test_guards import CASES
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm. is deprecated:FutureWarning"),
+    # the tests put lists in the place of what is an index
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing"),
+]
 
 
 def outcome(run, *args):

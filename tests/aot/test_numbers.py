@@ -255,7 +255,7 @@ def right_or_refused(compiled, plain, change, x):
     return False
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("around", COMPILED)
 @pytest.mark.parametrize("name", FORMS)
 def test_forms(name, around):

@@ -98,7 +98,6 @@ def expected(f, x):
     return result
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted({*CHOSEN, *ALWAYS}))
 def test_right_or_refused(name):
     for f, x, c, value in variants(OPS[name]):

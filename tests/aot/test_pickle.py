@@ -2,7 +2,6 @@
 captured."""
 
 import copy
-import io
 import multiprocessing
 import pickle
 
@@ -12,6 +11,7 @@ from torch import nn
 
 import aotfunc as A
 from aotfunc.compile import aot_module, memory_efficient_fusion
+from tests.copies import COPIES, pickled
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
 aten = torch.ops.aten
@@ -59,20 +59,6 @@ class Net(nn.Module):
 
 def by_hand(net, x):
     return net.inner.orig_module((net.factor * (net.linear(x) + net.factor).tanh()).sin() * 2)
-
-
-def by_pickle(x):
-    return pickle.loads(pickle.dumps(x))
-
-
-def by_torch(x):
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": by_pickle, "torch.save": by_torch}
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -132,12 +118,12 @@ def test_options_come_along(how):
 
 
 def test_what_is_decorated_is_pickled_by_its_name():
-    assert by_pickle(decorated) is decorated and copy.deepcopy(decorated) is decorated
+    assert pickled(decorated) is decorated and copy.deepcopy(decorated) is decorated
 
 
 def test_a_bound_method():
     net = Net()
-    bound = by_pickle(net.scale)
+    bound = pickled(net.scale)
     torch.testing.assert_close(bound(X), X * 2)
     bound.__self__.factor = 3.0
     torch.testing.assert_close(bound(X), X * 3)

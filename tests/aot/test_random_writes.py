@@ -6,7 +6,6 @@ import os
 import random
 from contextlib import nullcontext, suppress
 
-import pytest
 import torch
 
 from aotfunc import aot_function, jit
@@ -121,7 +120,6 @@ def outcome(seed, wrap):
     return values, [t.requires_grad for t in tensors], memory, grads
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_as_in_eager():
     wraps = [jit, lambda f: aot_function(f, "eager"), lambda f: jit(lambda *args: jit(f)(*args))]
     for seed in range(COUNT):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aotfunc import aot_function, grad, jit
+from tests.functions import Cube
 from tests.reference import assert_same
 
 W, D = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3)
@@ -127,21 +128,8 @@ def test_what_is_read_between_writes_to_an_argument(first, second, compiler):
 # ----- backwards that return None ----------------------------------------------------------------
 
 
-class Cube(torch.autograd.Function):
-    """Its backward gets zeros where autograd has no cotangent."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * ctx.saved_tensors[0] ** 2 * g
-
-
 class Bare(Cube):
-    """It would get None."""
+    """It gets None where autograd has no cotangent; Cube gets zeros."""
 
     @staticmethod
     def forward(ctx, x):

@@ -11,8 +11,6 @@ from aotfunc.errors import AotfuncError
 from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 # Every backward here is ten times the truth, so that it is seen whose rule is used.
 
 

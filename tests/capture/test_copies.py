@@ -1,7 +1,6 @@
 """Copies of tensors and modules inside a transform: by copy, by pickle and by torch.save."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from aotfunc import grad, jit, vmap
 from aotfunc.errors import CaptureError
+from tests.copies import COPIES
 from tests.reference import assert_same, grads, loop
 
 D = torch.float64
@@ -20,18 +20,7 @@ LINEAR, NORM = torch.nn.Linear(3, 2).to(D), torch.nn.BatchNorm1d(3).to(D)
 NORM(X)
 
 
-def pickled(x):
-    return pickle.loads(pickle.dumps(x))
-
-
-def saved(x):
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": pickled, "save": saved}
+WAYS = {**COPIES, "copy": copy.copy}
 PROGRAMS = {
     "tensor": lambda made, x: (made(OUT) * x).sin().sum(),
     "parameter": lambda made, x: (made(PARAMETER) * x).sin().sum(),
@@ -44,10 +33,10 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_copies_of_what_is_outside(name, how):
-    f = lambda x: PROGRAMS[name](COPIES[how], x)
+    f = lambda x: PROGRAMS[name](WAYS[how], x)
     for _ in range(2):
         assert_same(grad(f)(X[0]), grads(f)(X[0]))
         assert_same(vmap(f)(X), loop(f)(X))
@@ -58,7 +47,7 @@ def test_copies_of_what_is_outside(name, how):
 
 @pytest.mark.parametrize("how", ["pickle", "save"])
 def test_compiled_functions_do_not_freeze_what_is_pickled(how):
-    f = lambda x: PROGRAMS["tensor"](COPIES[how], x)
+    f = lambda x: PROGRAMS["tensor"](WAYS[how], x)
     with pytest.raises(CaptureError, match="compiled once"):
         jit(f)(X[0])
     data = pickle.dumps(OUT)
@@ -79,8 +68,8 @@ def test_deepcopy_of_an_argument_is_a_leaf_of_its_own():
 @pytest.mark.parametrize("how", ["pickle", "save", "copy"])
 def test_differentiated_and_batched_values_are_not_pickled(how):
     for run in (
-        grad(lambda x: (COPIES[how](x * 2) * x).sum()),
-        lambda x: vmap(COPIES[how])(x[None]),
+        grad(lambda x: (WAYS[how](x * 2) * x).sum()),
+        lambda x: vmap(WAYS[how])(x[None]),
     ):
         with pytest.raises(CaptureError, match="cannot be pickled"):
             run(X[0])

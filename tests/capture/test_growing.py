@@ -130,7 +130,7 @@ def test_a_mark_concerns_what_comes():
 
 
 def test_the_value_of_a_tensor_from_outside_that_is_overwritten():
-    """With what nobody knows while the graph is made: it is not what it was before."""
+    """With a value that is not known while the graph is made: it is not what it was before."""
     c = torch.zeros(2)
 
     def f(x):

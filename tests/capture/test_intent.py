@@ -13,7 +13,6 @@ from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
 early_checkpoint = checkpoint  # a name bound before any capture
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 # no_grad and hidden writes; the gradient is autograd's

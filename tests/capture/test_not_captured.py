@@ -42,7 +42,8 @@ OPERATORS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # cond
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_on_functions(name, transform):
@@ -69,7 +70,6 @@ with warnings.catch_warnings(action="ignore"):  # torch says that they are a pro
     outside = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", NESTED)
 def test_nested_tensors(name, transform):
@@ -77,7 +77,6 @@ def test_nested_tensors(name, transform):
         TRANSFORMS[transform](NESTED[name])
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("transform", [grad, vmap, jit, jacfwd, aotfunc.functionalize])
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_arguments(transform, layout):

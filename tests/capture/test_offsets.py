@@ -143,7 +143,7 @@ ABSOLUTE = {
 }
 
 
-#: of which autograd's own derivative is not there, or wrong (as_strided_scatter's in 2.13)
+#: autograd's own derivative of these is not there, or wrong (as_strided_scatter's in 2.13)
 VALUES = ("a write", "scatter")
 
 

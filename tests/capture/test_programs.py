@@ -11,7 +11,6 @@ from aotfunc import make_fx
 from tests.capture.programs import NO_GRAD, PROGRAMS
 from tests.reference import assert_same, differentiable, grads
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 SEED = 5
 
 

@@ -105,7 +105,6 @@ def test_under_a_dual_level(transform):
 
 
 @pytest.mark.parametrize("name", ["grad", "vmap", "jvp", "jit"])
-@pytest.mark.filterwarnings("ignore")
 def test_inside_torch_compile(name):
     body = {
         "grad": grad(cube),
@@ -146,7 +145,7 @@ def test_meta_tensors():
 
 
 class Tagged(torch.Tensor):
-    """A subclass nobody told us about."""
+    """A subclass that the package does not know."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -161,8 +160,9 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*deprecated")
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.filterwarnings("ignore")
 def test_unknown_kinds_of_tensors_are_refused(name):
     x = UNKNOWN[name]()
     for run in (lambda: grad(lambda x: (x * 2).sum())(x), lambda: make_fx(lambda x: x * 2)(x)):
@@ -170,7 +170,6 @@ def test_unknown_kinds_of_tensors_are_refused(name):
             run()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_sparse_tensor_closed_over_is_refused_or_right():
     s = torch.eye(3).to_sparse()
     right_or_error(

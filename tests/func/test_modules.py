@@ -3,7 +3,6 @@ without statistics."""
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 
@@ -19,8 +18,6 @@ from aotfunc import (
 )
 from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def mlp():

@@ -13,7 +13,7 @@ B = 3
 
 
 def taken(values, matrices, u, v, one, other, m, i, k, j, row):
-    """What a step may do. ``values`` hold vectors of 4 or more, of which the first 4 are used; all
+    """What a step may do. ``values`` hold vectors of 4 or more; the first 4 elements are used; all
     lists may grow."""
     return [
         lambda: values.append(u.clone() * v.sin()),

@@ -1,4 +1,4 @@
-"""Batching rules of ops that no one sample reaches all of: every choice of mapped arguments, at
+"""Batching rules that one sample does not reach: every choice of mapped arguments, at
 either end, and nested.
 
 ``vmap(..., strict=True)`` against a loop: no case may be a loop itself.

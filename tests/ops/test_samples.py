@@ -1,4 +1,4 @@
-"""Derivatives of ops on samples of which the database has few: one sample alone, a number,
+"""Derivatives of ops on samples that are rare in the database: one sample alone, a number,
 elements in no segment."""
 
 import pytest

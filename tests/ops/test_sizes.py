@@ -45,8 +45,11 @@ def computed(f, *args):
         return type(e)
 
 
+@pytest.mark.filterwarnings("ignore::aotfunc.errors.LoopWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*(deprecated|in beta|experimental|window was not provided):UserWarning"
+)
 @pytest.mark.parametrize("name", sorted(set(OPS) - RAGGED - RANDOM))
-@pytest.mark.filterwarnings("ignore")
 def test_sizes(name, monkeypatch):
     op = OPS[name]
     dtype = {**DTYPES, **INTEGERS}[dtypes(op)[0]] if dtypes(op) else torch.float32

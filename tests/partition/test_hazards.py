@@ -63,7 +63,7 @@ def test_draws_run_once(name: str, partition: object) -> None:
 def test_dead_draws_stay_in_order() -> None:
     h = Hand()
     a, t = h.input("a"), h.input("t", "tangent")
-    h(aten.rand.default, [4])  # nobody reads it
+    h(aten.rand.default, [4])  # it is not read
     noise = h(aten.rand.default, [4])  # the backward alone reads it
     out = h(aten.sin.default, a)
     fw, bw = min_cut_rematerialization_partition(
@@ -468,7 +468,7 @@ def test_report() -> None:
 
 
 def test_verify_runs_on_graphs_of_others() -> None:
-    """A partition that repeats a draw is found out, whoever made it."""
+    """A partition that repeats a draw is found out, also one of another partitioner."""
     h = Hand()
     a, t = h.input("a"), h.input("t", "tangent")
     noise = h(aten.rand_like.default, a)

@@ -29,7 +29,7 @@ class Part(NamedTuple):
         return self._replace(dim=dim)
 
     def without(self, dims: Sequence[int]) -> Part:
-        """The part when these dimensions, of which it must be none, are gone."""
+        """The part when these dimensions are gone. Raises Mixed if one of them is its own."""
         if self.dim in dims:
             raise Mixed
         return self.to(self.dim - sum(d < self.dim for d in set(dims)))

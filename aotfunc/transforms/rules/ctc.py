@@ -1,4 +1,5 @@
-"""Batching of the connectionist temporal classification loss: the batch is folded into its ``N``.
+"""The connectionist temporal classification loss: a form that can be recorded, its gradient, and its
+batch, which is folded into ``N``.
 
 Log-probabilities are ``(T, N, C)``, targets ``(N, S)`` or all of them in one vector. The reverse
 kernel reads what the forward kernel computed on the way, whose shape depends on the longest

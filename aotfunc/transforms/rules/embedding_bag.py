@@ -1,4 +1,4 @@
-"""Bags of embeddings: batching, and the derivatives.
+"""What bags of embeddings mean.
 
 A batch is the samples' tables one below the other, their bags one after another.
 

@@ -112,8 +112,8 @@ def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count |
 
 
 def at_most(indices: Indices, batched: Sequence[bool]) -> tuple[Count, Tensor]:
-    """For masks of which it is not known how many elements they select: how many these may be, and
-    which of so many positions there are, ``[count]`` or ``[B, count]``."""
+    """For masks that select an unknown number of elements: how many these may be, and which of so
+    many positions are there, ``[count]`` or ``[B, count]``."""
     masks = [(i, b) for i, b in zip(indices, batched, strict=True) if i is not None and is_mask(i)]
     count = max(prod(i.shape[b:]) for i, b in masks)
     selected = [

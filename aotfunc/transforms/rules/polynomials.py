@@ -1,5 +1,4 @@
-"""What the orthogonal polynomials mean: derivatives by those of lower degree, none of which
-divides by anything.
+"""What the orthogonal polynomials mean: derivatives by those of lower degree, without a division.
 
 Degrees are whole numbers (what comes behind the point is cut off), and have no derivative. Where a
 derivative is a sum over all lower degrees, the degree must be a number: a tensor of them would

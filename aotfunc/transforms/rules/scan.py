@@ -88,8 +88,8 @@ def prod_of_others(x: Tensor) -> Tensor:
 
 
 def one_by_one(factors: tuple[Tensor, ...]) -> Tensor:
-    """The same of a few numbers, each as a product of two: derivatives of these are products of
-    numbers again, of which equal ones are computed once; those of a scan are scans, and grow
+    """The same of a few numbers, each as a product of two: their derivatives are products of
+    numbers again, and equal ones are computed once; those of a scan are scans, and grow
     tenfold."""
     one = torch.ones_like(factors[0])
     before = [one, *itertools.accumulate(factors[:-1], torch.mul)]
@@ -117,7 +117,7 @@ linear(
 
 def exponentials(x: Tensor, out: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """``exp(x[k] - out[k])`` and the factors ``exp(out[k] - out[k + 1])`` (``step`` -1) or
-    ``exp(out[k - 1] - out[k])`` (1), none of which overflows, as ``out`` does not decrease; zero
+    ``exp(out[k - 1] - out[k])`` (1). None overflows, as ``out`` does not decrease; zero
     where there is no mass yet (``out`` is -inf)."""
     empty = torch.real(out) == -math.inf
     other = moved_along(out, step, math.inf if step < 0 else -math.inf)

@@ -1,4 +1,4 @@
-"""What is known about each op: one Rule per overload, stated with a few verbs.
+"""What is known about each op: one OpRules per overload, stated with a few verbs.
 
 A rule is plain tensor code. It is written once, called by the walkers while they trace it into a
 fragment, and may as well be called in a Python shell. Conventions, the same for every verb:
