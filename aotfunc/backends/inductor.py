@@ -29,6 +29,9 @@ aten = torch.ops.aten
 #: ops that have a factor as a positional argument
 ALPHA = (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 
+#: ops that divide integers where the result is of integers
+INTEGER_DIVISIONS = (aten.div, aten.floor_divide, aten.remainder, aten.fmod)
+
 #: Inductor's settings, and what it has been told of an op, are the process's: one compile at a
 # time
 _LOCK = threading.RLock()
@@ -155,6 +158,7 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
     a mode of fake tensors with a ShapeEnv, without which its disk cache does not work."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
+    from torch._inductor.codegen.cpp import CppKernel
     from torch._inductor.lowering import fallback_handler, lowerings
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -169,7 +173,12 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
         bernoulli = fallback_handler(aten.bernoulli.p, add_to_fallback_set=False)
         drawing = patch.dict(lowerings, {aten.bernoulli.p: bernoulli})
         settings = config.patch(fallback_random=True, emulate_precision_casts=True)
-        for context in (_LOCK, settings, drawing, tracing(TracingContext(mode))):
+        # PyTorch 2.13 keeps draws in order by itself
+        chained = torch.__version__ < "2.13" and sum(map(draws, gm.graph.nodes)) > 1
+        order = config.patch(post_grad_custom_post_pass=chain_draws) if chained else nullcontext()
+        # before PyTorch 2.13 its C++ takes float32 to bfloat16 and back for the number that it was
+        rounded = patch.object(CppKernel, "cache_dtype_convert", lambda *args: None)
+        for context in (_LOCK, settings, order, drawing, rounded, tracing(TracingContext(mode))):
             stack.enter_context(context)
         for context in (V.set_fake_mode(mode), torch.no_grad(), torch._C._DisableAutocast()):
             stack.enter_context(context)
@@ -196,7 +205,8 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
         n.meta["low_precision_pointwise_barrier"] = (
             low  # it is rounded, also where kernels are fused
         )
-        if n.target in failing or misplaced(n) or (low and n.target is aten.nextafter.default):
+        unrounded = low and n.target is aten.nextafter.default
+        if n.target in failing or misplaced(n) or unrounded or may_end_the_process(n):
             n.meta["should_fallback"] = True
         if n.kwargs.get("generator", 0) is None:  # not all of Inductor's functions take one
             n.kwargs = {k: v for k, v in n.kwargs.items() if k != "generator"}
@@ -226,6 +236,23 @@ def unread_draws(graph: fx.Graph) -> Iterator[fx.Node]:
             yield n
 
 
+def chain_draws(graph: fx.Graph) -> None:
+    """Make each draw depend on the one before, so that Inductor does not reorder them."""
+    from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+    from torch.utils._ordered_set import OrderedSet
+
+    after, last = {}, None
+    for n in [n for n in graph.nodes if n.op == "call_function" and draws(n)]:
+        if last is not None:
+            after[n] = OrderedSet([last])
+        last = n
+        if not isinstance(n.meta["val"], Tensor):
+            with graph.inserting_after(n):
+                last = graph.call_function(operator.getitem, (n, 0))
+            last.meta["val"] = n.meta["val"][0]
+    preserve_node_ordering(graph, after)
+
+
 def misplaced(n: fx.Node) -> bool:
     """Whether a node counts from where the storage of an input begins; Inductor would count from
     the input."""
@@ -233,6 +260,19 @@ def misplaced(n: fx.Node) -> bool:
         return False
     source = storage_root(n.args[0])
     return source.op == "placeholder" and source.meta["val"].storage_offset() != 0
+
+
+def may_end_the_process(n: fx.Node) -> bool:
+    """Whether a node divides integers: before PyTorch 2.13, Inductor's code on the CPU has no look
+    at zeros among the divisors."""
+    val = n.meta.get("val")
+    return (
+        torch.__version__ < "2.13"
+        and getattr(n.target, "overloadpacket", None) in INTEGER_DIVISIONS
+        and isinstance(val, Tensor)
+        and val.device.type == "cpu"
+        and not val.dtype.is_floating_point
+    )
 
 
 def swapped(n: fx.Node) -> list[int]:

@@ -42,7 +42,7 @@ def computed(f, *args):
     try:
         return [x for x in tree_leaves(f(*args)) if isinstance(x, torch.Tensor)]
     except Exception as e:
-        return type(e)
+        return type(e).__mro__[1:]  # an OpError is of a class of its own
 
 
 @pytest.mark.filterwarnings("ignore::aotfunc.errors.LoopWarning")
@@ -64,8 +64,8 @@ def test_sizes(name, monkeypatch):
                 monkeypatch.setattr(batching, "resized_program", rule)
                 results.append([computed(vmap(f), *(rows(x, n) for x in args)) for n in (4, 7, 3)])
             for mine, own in zip(*results):
-                if isinstance(own, type):
-                    assert mine is own
+                if isinstance(own, tuple):
+                    assert mine == own
                     continue
                 for x, y in zip(mine, own, strict=True):
                     near = (

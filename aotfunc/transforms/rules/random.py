@@ -170,8 +170,15 @@ def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness:
         return aten.bernoulli(expand_lead(p, batched[0], size), generator=generator)
     if not batched[0]:
         return shared(aten.bernoulli(p, generator=generator), size)
-    draw = aten.rand.generator(p.shape[1:], generator=generator, dtype=p.dtype, device=p.device)
+    draw = aten.rand.generator(
+        p.shape[1:], generator=generator, dtype=drawn(p.dtype), device=p.device
+    )
     return (draw < p).to(p.dtype)
+
+
+def drawn(dtype: torch.dtype) -> torch.dtype:
+    """Of the uniform numbers that ``bernoulli`` compares with probabilities of ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @vmap_of(aten.bernoulli.Tensor)
@@ -182,7 +189,7 @@ def _(
     if randomness == "different":
         return aten.bernoulli.Tensor(like, p, generator=generator)
     draw = aten.uniform(
-        torch.empty_like(like[0], dtype=p.dtype), generator=generator
+        torch.empty_like(like[0], dtype=drawn(p.dtype)), generator=generator
     )  # in the order of memory
     return (draw < p).to(x.dtype)
 
