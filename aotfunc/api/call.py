@@ -17,8 +17,9 @@ from ..debug import where_defined
 from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes
+from ..trace.kinds import check_kind
 from ..trace.shapes.sig import Sig, floating, make_sig, sig_of
-from ..trace.traced import Traced, check_kind
+from ..trace.traced import Traced
 from ..transforms.jvp import tangent_sig
 
 Dims = int | None | tuple | list | dict

@@ -20,7 +20,8 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ..debug import at, entry, user_line
 from ..errors import CaptureError
-from ..trace.traced import is_fake, quiet
+from ..trace.kinds import is_fake
+from ..trace.traced import quiet
 
 
 def read_by_dynamo(reads: Callable, runs: Callable) -> Callable:

@@ -22,13 +22,13 @@ from ..graph import Program
 from ..runtime.aliasing import Changes, without_views
 from ..runtime.anomaly import without_nan
 from ..runtime.execute import contiguous, execute
+from ..trace.kinds import ordinary_tensor
 from ..trace.memory import version
 from ..trace.modes import without_modes
-from ..trace.traced import ordinary_tensor
+from ..transforms.activity import has_derivative
 from ..transforms.fresh import ANYTHING, fresh
 from ..transforms.jvp import jvp as jvp_pass
 from ..transforms.linearize import halve, linear_program
-from ..transforms.vjp import has_derivative
 from ..transforms.vjp import vjp as vjp_pass
 from .call import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .dynamo import read_as, read_by_dynamo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,14 +77,27 @@ def vmap(
         dims = input_dims(in_dims, args, arguments)
         size = batch_size(arguments, dims)
         if chunk_size is None or size <= chunk_size:
-            return _batched(func, arguments, dims, size, out_dims, randomness, strict)
-        return _chunked(func, arguments, dims, size, out_dims, randomness, strict, chunk_size)
+            return _run(*_batched_program(func, arguments, dims, size, options))
+        return _chunked(func, arguments, dims, size, options, chunk_size)
 
+    options = Options(
+        tuple(out_dims) if isinstance(out_dims, list) else out_dims, randomness, strict
+    )
     return wrapper
 
 
-def _batched(func: Callable, arguments: Arguments, dims: Sequence[int | None], *how: Any) -> Any:
-    return _run(*_batched_program(func, arguments, dims, *how))
+class Options(NamedTuple):
+    """What the caller of ``vmap`` says of the batched function."""
+
+    out_dims: Dims
+    randomness: str
+    strict: bool
+
+    def dims_of(self, leaves: list, spec: Any) -> list[int | None]:
+        """The dimension of the batch in each leaf of a result."""
+        if isinstance(self.out_dims, int):
+            return [self.out_dims] * len(leaves)
+        return broadcast_prefix(self.out_dims, unflatten(leaves, spec), "out_dims")
 
 
 def _run(
@@ -127,9 +140,7 @@ def _batched_program(
     arguments: Arguments,
     dims: Sequence[int | None],
     size: int,
-    out_dims: Dims,
-    randomness: str,
-    strict: bool,
+    options: Options,
 ) -> tuple[Captured, Program, list[Tensor], list[tuple[int | None, int | None]]]:
     """The recording of one sample, the batched program, what to run it on, and the dimensions as
     _run takes them."""
@@ -146,7 +157,7 @@ def _batched_program(
         arguments.leaves,
         arguments.rebuilt,
         samples=samples,
-        batch=Samples(tensor_dims, size, randomness),
+        batch=Samples(tensor_dims, size, options.randomness),
         numbers=True,
         name_of=parameter_names(func, arguments),
     )
@@ -157,13 +168,7 @@ def _batched_program(
                 f"vmap: the shape of {name}, which is batched, is changed in place; make a view "
                 "of it"
             )
-    if isinstance(out_dims, list):
-        out_dims = tuple(out_dims)
-    flat = (
-        broadcast_prefix(out_dims, unflatten(rec.leaves, rec.spec), "out_dims")
-        if not isinstance(out_dims, int)
-        else [out_dims] * len(rec.leaves)
-    )
+    flat = options.dims_of(rec.leaves, rec.spec)
     for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)):
         if not isinstance(x, Tensor) and d is not None:
             path = leaf_paths(rec.spec)[k] if rec.spec is not None else ""
@@ -180,6 +185,7 @@ def _batched_program(
     tensors = tensors_of(arguments)
     sigs = tuple(rec.trace.as_placed([*map(signature, tensors)]))
     own = rec.aliases
+    _, randomness, strict = options
     how = (randomness, results_dims, strict, own)
 
     def make() -> Program:
@@ -205,9 +211,7 @@ def _chunked(
     arguments: Arguments,
     dims: Sequence[int | None],
     size: int,
-    out_dims: Dims,
-    randomness: str,
-    strict: bool,
+    options: Options,
     chunk: int,
 ) -> Any:
     parts: list[Any] = []
@@ -217,26 +221,19 @@ def _chunked(
         piece = arguments.with_leaves(
             [x if d is None else x.narrow(d, start, count) for x, d in parts_of]
         )
-        rec, program, inputs, places = _batched_program(
-            func, piece, dims, count, out_dims, randomness, strict
-        )
-        if randomness == "same" and any(
-            map(draws, program.graph.nodes)
-        ):  # no two chunks would draw the same
+        rec, program, inputs, places = _batched_program(func, piece, dims, count, options)
+        # no two chunks would draw the same
+        if options.randomness == "same" and any(map(draws, program.graph.nodes)):
             if parts:
                 raise ArgumentError(
                     "vmap: randomness='same' with chunk_size, and not every chunk draws; drop "
                     "chunk_size"
                 )
-            return _batched(func, arguments, dims, size, out_dims, randomness, strict)
+            return _run(*_batched_program(func, arguments, dims, size, options))
         parts.append(_run(rec, program, inputs, places))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
-    where = (
-        broadcast_prefix(out_dims, parts[0], "out_dims")
-        if not isinstance(out_dims, int)
-        else [out_dims] * len(leaves)
-    )
+    where = options.dims_of(leaves, spec)
     joined = [
         torch.cat([p[0][i] for p in flat], d % leaves[i].dim()) if d is not None else leaves[i]
         for i, d in enumerate(where)

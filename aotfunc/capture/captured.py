@@ -17,13 +17,14 @@ from ..graph import Program, weight
 from ..trace.aliases import Shown, shown
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.kinds import is_fake
 from ..trace.outside import check_stand_ins
 from ..trace.scalars import TENSOR, bits_of
-from ..trace.traced import is_fake, quiet
+from ..trace.traced import quiet
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES, rebuilt
-from .calls import GradStep
 from .deferred import check_calls, check_checkpoints
+from .grad_step import GradStep
 from .tree import flatten, unflatten
 
 aten = torch.ops.aten

@@ -23,6 +23,7 @@ from ..errors import CaptureError
 from ..graph import Program, cut, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.kinds import has_values
 from ..trace.records import Record, flat_tensors
 from ..trace.replay import generators
 from ..trace.scalars import FIRST, bits_of
@@ -30,7 +31,7 @@ from ..trace.seeds import named_generators
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import Sig, sig_of
 from ..trace.tape import signature
-from ..trace.traced import Traced, as_if_outside, has_values, quiet, under_way
+from ..trace.traced import Traced, as_if_outside, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.lower import lowered
 from ..transforms.tidy import REWRITES, rebuilt

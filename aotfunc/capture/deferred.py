@@ -21,8 +21,9 @@ from ..trace.records import results_of, written_slots
 from ..trace.scalars import FIRST
 from ..trace.shapes.sig import Facts
 from ..trace.tracer import Trace
-from .calls import CallStep, CompiledCall, GradStep
+from .calls import CallStep, CompiledCall
 from .custom_derivative import CustomDerivative, RuleProgram
+from .grad_step import GradStep
 
 
 class Deferred:

@@ -19,10 +19,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_, 
 from ..debug import Line, at, user_line
 from ..errors import ArgumentError, CaptureError, RuleError
 from ..trace.functionalize import Functionalizer
+from ..trace.kinds import has_values
 from ..trace.memory import version
 from ..trace.modes import Surroundings
 from ..trace.shapes.sig import make_sig
-from ..trace.traced import Traced, current, has_values, quiet, under_way
+from ..trace.traced import Traced, current, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.walk import traced
 from .calls import Step, interned

@@ -17,7 +17,8 @@ from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from ..trace.traced import Traced, current
 from ..trace.tracer import Trace
 from . import outside_graphs
-from .calls import GradStep, interned
+from .calls import interned
+from .grad_step import GradStep
 from .hooks import before_hooks
 
 

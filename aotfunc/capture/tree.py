@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from ..trace.traced import ordinary_tensor
+from ..trace.kinds import ordinary_tensor
 from .instances import Opened, flatten_tree, is_data, is_whole, names_of
 
 

@@ -27,9 +27,10 @@ from ..trace.emit import Builder, remap, remap_dict
 from ..trace.memory import version
 from ..trace.modes import without_modes
 from ..trace.views import laid_out
+from ..transforms.activity import active_nodes, flat_inputs, live, sources
 from ..transforms.lower import CALLS, lowered
 from ..transforms.tidy import rebuilt
-from ..transforms.vjp import active_nodes, contiguous_sig, flat_inputs, live, sources, vjp
+from ..transforms.vjp import contiguous_sig, vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .execute import before_writes, contiguous, copied, execute, write_back

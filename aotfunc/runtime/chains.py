@@ -28,9 +28,9 @@ from ..trace.node_views import chain_of, viewed
 from ..trace.records import results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
+from ..transforms.activity import active_nodes, sources
 from ..transforms.fresh import fresh
 from ..transforms.tidy import rebuilt
-from ..transforms.vjp import active_nodes, sources
 from ..transforms.walk import builder
 from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op

@@ -25,10 +25,11 @@ from ..capture.tree import Arguments
 from ..debug import at, entry, outside_dynamo, user_line
 from ..errors import ArgumentError, CaptureError
 from ..graph import weight
+from ..trace.kinds import check_kind
 from ..trace.memory import whereabouts
 from ..trace.modes import OTHERS, function_modes_key
 from ..trace.seeds import of_python
-from ..trace.traced import check_kind, current
+from ..trace.traced import current
 from .changing import Family, with_any_numbers
 from .entry import Entry, captured_entry
 from .guards.explain import Explanation, Facts, History, explained

@@ -13,9 +13,9 @@ from ..debug import at, user_line
 from ..errors import CaptureError
 from ..graph import Program
 from ..trace.marks import dead_end, hidden_write, no_tangent
+from ..transforms.activity import active_nodes
 from ..transforms.jvp import jvp
 from ..transforms.lower import CALLS, lowered
-from ..transforms.vjp import active_nodes
 
 
 def has_tangent(t: Tensor) -> bool:

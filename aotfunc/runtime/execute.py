@@ -21,8 +21,9 @@ from ..trace.modes import without_modes
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import contiguous_stride
 from ..trace.traced import current
+from ..transforms.activity import has_derivative, live
 from ..transforms.lower import lowered, marked
-from ..transforms.vjp import has_derivative, live, vjp
+from ..transforms.vjp import vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .duals import pushed_program, refuse_cuts

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..debug import at, user_line
 from ..errors import CaptureError
+from .kinds import has_values
 from .memory import memory_of
 from .numbers import refusal
 from .records import Record, instr_run, results_of, written_slots
@@ -18,7 +19,7 @@ from .scalars import FIRST
 from .seeds import named_generators
 from .shapes.instr import Instr
 from .tape import Tape
-from .traced import Traced, has_values, quiet, under_way
+from .traced import Traced, quiet, under_way
 
 
 class Replay:

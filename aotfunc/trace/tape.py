@@ -15,11 +15,12 @@ from ..debug import at
 from ..errors import CaptureError
 from . import histories
 from .autograd import Autograd
+from .kinds import check_kind, of_subclass, ordinary_tensor
 from .memory import MemoryPlace, places_of
 from .records import Record, Roots
 from .seeds import Seeds
 from .shapes.sig import Sig, sig_of
-from .traced import Traced, check_kind, check_leak, current, of_subclass, ordinary_tensor
+from .traced import Traced, check_leak, current
 
 if TYPE_CHECKING:
     from .following import Following

@@ -299,80 +299,6 @@ def check_leak(t: Traced) -> None:
         )
 
 
-def check_kind(t: Tensor) -> None:
-    """Refuse the tensors that a recording cannot stand for."""
-    if t.is_nested:
-        raise CaptureError(
-            f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask "
-            "where it matters"
-        )
-    if t.layout is not torch.strided or t.is_quantized:
-        raise CaptureError(
-            f"only dense tensors can be captured, not {t.layout} with dtype "
-            f"{t.dtype}{at(debug.user_line())}"
-        )
-    if dispatches(t) and not is_fake(t):
-        raise CaptureError(
-            f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}"
-        )
-    if (
-        not is_fake(t)
-        and plain_function(type(t)) is not _plain_function
-        and type(t).__torch_function__ is not _disabled
-    ):
-        raise of_subclass(t, "an argument")
-
-
-_KINDS = {Tensor, torch.nn.Parameter, Traced}
-
-
-def dispatches(t: Tensor) -> bool:
-    """Whether a tensor is of a foreign subclass that answers ops itself."""
-    cls = type(t)
-    return cls not in _KINDS and getattr(cls, "__torch_dispatch__", _plain) is not _plain
-
-
-def is_fake(t: Tensor) -> bool:
-    """Whether a tensor is a FakeTensor, or AOTAutograd's around one: ops on it, so programs too,
-    say what shapes and dtypes they give."""
-    return type(t).__module__ in (
-        "torch._subclasses.fake_tensor",
-        "torch._subclasses.functional_tensor",
-    )
-
-
-def of_subclass(t: Tensor, what: str) -> CaptureError:
-    return CaptureError(
-        f"{what} is of the subclass {type(t).__name__}{at(debug.user_line())}, which is not "
-        "compiled; use x.as_subclass(torch.Tensor)"
-    )
-
-
-def plain_function(cls: Any) -> Any:
-    return getattr(cls.__torch_function__, "__func__", None)
-
-
-_plain = Tensor.__torch_dispatch__
-_plain_function = plain_function(Tensor)
-_disabled = Traced.__torch_function__
-
-
-def ordinary_tensor(x: Any) -> Any:
-    """An instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the same
-    memory and history: its ``__torch_function__`` would be asked about the ops of programs.
-    Anything else is itself."""
-    cls = x.__class__
-    if (
-        cls in _KINDS
-        or not isinstance(x, Tensor)
-        or cls.__torch_function__ is _disabled
-        or dispatches(x)
-    ):
-        return x
-    with as_if_outside(), quiet(), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-        return x.as_subclass(Tensor)
-
-
 def only_adds(cls: type) -> bool:
     """Whether a subclass of Tensor adds to what a tensor is, and changes nothing of it."""
     added = (set(vars(c)) for c in cls.__mro__ if issubclass(c, Tensor) and c is not Tensor)
@@ -393,14 +319,6 @@ _HARMLESS = frozenset(
     )
     + ("__annotations__", "__annotate_func__", "__static_attributes__", "__firstlineno__")
 )
-
-
-def has_values(t: Tensor) -> bool:
-    """Whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of
-    torch.func's."""
-    return not (
-        dispatches(t) or t.device.type == "meta" or torch._C._functorch.is_batchedtensor(t)
-    )
 
 
 def as_if_outside() -> Any:

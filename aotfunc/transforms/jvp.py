@@ -21,9 +21,10 @@ from ..trace.marks import check_gradient, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig
 from . import fallback
+from .activity import active_nodes
 from .rules.schema import full_args, tensor_args
 from .rules.table import RULES
-from .vjp import active_nodes, as_arguments, contiguous_sig, reverse, role
+from .vjp import as_arguments, contiguous_sig, reverse, role
 from .walk import apply, builder, errors_of, node_outputs, traced
 
 aten = torch.ops.aten

@@ -23,97 +23,12 @@ from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tange
 from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
+from .activity import active_nodes, has_derivative
 from .rules.schema import full_args, tensor_args
 from .rules.table import RULES, zeros
 from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
 
 aten = torch.ops.aten
-
-
-def has_derivative(val: Any) -> bool:
-    return (
-        any(map(has_derivative, val))
-        if isinstance(val, tuple)
-        else val.__class__ is Sig and val.differentiable
-    )
-
-
-def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[Node, None]:
-    """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order; with
-    ``zeros`` also those where it is zero, or ends, and autograd says all the same that they
-    require grad."""
-    active = dict.fromkeys(wrt)
-    for n in nodes:
-        if n in active or n.op != "call_function" or n.target is aten.detach.default:
-            continue
-        if n.target is dead_end and not zeros:
-            continue
-        for i in sources(n):
-            if i in active:
-                if has_derivative(n.meta["val"]) and not is_nondiff(n, active, zeros):
-                    active[n] = None
-                break
-    return active
-
-
-def sources(n: Node) -> Sequence[Node]:
-    """What a node can have a derivative of."""
-    if n.target is hidden_write:
-        return n.args[:1]  # type: ignore[return-value]
-    count = (
-        None if isinstance(n.target, OpOverload) else getattr(n.target, "n_inputs", None)
-    )  # a custom derivative's
-    return n._input_nodes if count is None else n.args[:count]  # type: ignore[return-value]
-
-
-def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
-    if n.target is operator.getitem:
-        parent, i = n.args
-        if (live := getattr(parent.target, "live", None)) is not None:  # type: ignore[union-attr]
-            return not live(parent, active)[i]
-        line = RULES.get(parent.target)  # type: ignore[union-attr]
-        return line is not None and line.diff_outputs is not None and i not in line.diff_outputs
-    line = RULES.get(n.target)
-    return line is not None and line.nondiff and not (zeros and line.zero)
-
-
-def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
-    """Which outputs of a program, new values of written inputs included, require grad if the
-    inputs ``wrt`` do."""
-
-    def find() -> list[bool]:
-        inputs = program.placeholders
-        active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt], zeros=True)
-        return [isinstance(o, Node) and o in active for o in program.outputs]
-
-    return program.once(("live", wrt), find)
-
-
-def flat_inputs(program: Program, wrt: tuple[int, ...]) -> list[set[int]]:
-    """For each output, the inputs ``wrt`` from which a way leads through an argument by which an op
-    is flat. Where the program has no derivative by one of them, autograd has zeros."""
-
-    def find() -> list[set[int]]:
-        inputs = program.placeholders
-        reach = {inputs[i]: {i} for i in wrt}  # with a derivative on the way
-        still: dict[Any, set[int]] = {}
-        for n in active_nodes(program.graph.nodes, list(reach), zeros=True):
-            if n.op == "call_function" and n.target is not dead_end:
-                read = sources(n)
-                reach[n] = set().union(*[reach[i] for i in read if i in reach])
-                ends = [reach[i] for i in flat_sources(n) if i in reach]
-                still[n] = set().union(*[still[i] for i in read if i in still], *ends)
-        return [still.get(o, set()) for o in program.outputs]
-
-    return program.once(("flat", wrt), find)
-
-
-def flat_sources(n: Node) -> list[Any]:
-    """The arguments by which a node's op is flat."""
-    if (of_call := getattr(n.target, "flat", None)) is not None:
-        return of_call(n)
-    line = RULES.get(n.target)
-    return [] if line is None else [n.args[i] for i in line.flat]
 
 
 class Regions:

@@ -20,8 +20,9 @@ from torch.distributions import Distribution
 from torch.utils._pytree import TreeSpec
 
 from ...capture.instances import flatten_tree, without_class
+from ...trace.kinds import check_kind
 from ...trace.modes import Surroundings, function_modes_key
-from ...trace.traced import attributes, check_kind
+from ...trace.traced import attributes
 from .reads import CLOSED, library_of_module
 
 _TENSORS = (Tensor, nn.Parameter)

@@ -1,0 +1,106 @@
+"""``torch.autograd.grad`` as a step of a recording: the reverse walk of what was recorded before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..debug import Line
+from ..graph import Program, cut
+from ..trace.emit import Builder, remap
+from ..trace.functionalize import Functionalizer
+from ..trace.records import instr_op
+from ..trace.shapes.sig import Sig
+from ..transforms.vjp import reverse
+from ..transforms.vmap import vmap
+from ..transforms.walk import builder, filled_node, unknown
+from .calls import Step
+
+aten = torch.ops.aten
+
+
+class GradStep(Step):
+    """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function; with a
+    ``size`` it is that of ``is_grads_batched``, the number of gradients that are given for each
+    output and due for each input."""
+
+    def __init__(
+        self,
+        outs: Sequence[Sig],
+        n_outputs: int,
+        given: tuple[bool, ...],
+        create_graph: bool,
+        size: int | None = None,
+    ) -> None:
+        super().__init__(outs)
+        self.n_outputs, self.given, self.create_graph, self.size = (
+            n_outputs,
+            given,
+            create_graph,
+            size,
+        )
+
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        return [self.create_graph] * len(self.outs), []
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        n, m = self.n_outputs, sum(self.given)
+        outputs = [f.read(r) for r in refs[:n]]
+        cotangents = [f.read(r) for r in refs[n : n + m]]
+        inputs = [f.read(r) for r in refs[n + m :]]
+        feed = iter(
+            cotangents if self.size is None else [unknown(f.b, o.meta["val"]) for o in outputs]
+        )
+        seeds = [
+            next(feed) if yes else filled_node(f.b, 1, o.meta["val"])
+            for o, yes in zip(outputs, self.given, strict=True)
+        ]
+        grads: Sequence[Any] = reverse(f.b, outputs, seeds, inputs)
+        grads = [
+            filled_node(f.b, 0, x.meta["val"]) if g is None else g
+            for g, x in zip(grads, inputs, strict=True)
+        ]
+        if self.size is not None:
+            grads = [
+                f.fitted(g, sig)
+                for g, sig in zip(for_each(f.b, seeds, grads, cotangents, self.size), self.outs)
+            ]
+        elif any(
+            g.meta["val"].stride != sig.stride for g, sig in zip(grads, self.outs, strict=True)
+        ):
+            roots = f.trace.roots().of
+            viewed = {
+                roots.get(refs[0], refs[0])
+                for instr, refs, *_ in f.trace.records
+                if instr_op(instr) in BY_LAYOUT
+            }
+            grads = [
+                f.fitted(g, sig) if ref in viewed else g
+                for ref, (g, sig) in enumerate(zip(grads, self.outs, strict=True), f.number)
+            ]
+        self.bind(f, grads, grad and self.create_graph)
+
+
+#: views that some layouts have, and others not
+BY_LAYOUT = frozenset(
+    (aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default)
+)
+
+
+def for_each(
+    b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Sequence[Node], size: int
+) -> list[Node]:
+    """``outs``, which were computed from ``inputs``, for each of a batch of these."""
+    _, nodes, residuals = cut(b.graph, inputs, (), outs)
+    inner = builder()
+    env = {n: inner.placeholder(n.name, n.meta["val"]) for n in (*inputs, *residuals)}
+    count = len(env)
+    inner.copy([n for n in nodes if n not in env], env)
+    program = Program(inner.finish(remap(tuple(outs), env)), count, len(outs), (), "each")
+    dims = [0] * len(inputs) + [None] * len(residuals)
+    given = [*batch, *residuals]
+    each = vmap(program, dims, [x.meta["val"] for x in given], size, "same", [0] * len(outs))
+    return list(b.splice(each.graph, given, each.outputs))
