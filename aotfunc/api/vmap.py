@@ -197,13 +197,11 @@ def _batched_program(
         ("vmap", tensor_dims, sigs, size, *how),
         lambda: resized_program(base, tensor_dims, sigs, size, how, make),
     )
-    sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
-    return (
-        rec,
-        program,
-        [*tensors, *rec.closed_over],
-        list(zip(sources, results_dims, strict=True)),
-    )
+    dims_of_results: list[tuple[int | None, int | None]] = []
+    if program.mutated:  # only then results may be inputs
+        sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
+        dims_of_results += zip(sources, results_dims, strict=True)
+    return rec, program, [*tensors, *rec.closed_over], dims_of_results
 
 
 def _chunked(

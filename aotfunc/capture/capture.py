@@ -122,7 +122,7 @@ def capture(
                 "an op that reads its argument's memory itself was given a traced "
                 f"value{at(line_of_error(e))}; pass it Python numbers (x.tolist())"
             ) from e
-        plain = not kwargs and all(a.__class__ is Traced for a in args)
+        plain = not kwargs and all(issubclass(type(a), Tensor) for a in args)
         if not plain and reassigned((args, kwargs), values):
             raise CaptureError(
                 "the function assigns to an attribute of an argument, which the caller would not "
