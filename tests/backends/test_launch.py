@@ -13,9 +13,10 @@ import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
+from aotfunc import jit
 from aotfunc.backends.loops import launch, native
 from aotfunc.backends.loops.launch import Launch
-from aotfunc.errors import BackendWarning
+from aotfunc.errors import ArgumentError, BackendWarning
 from aotfunc.native import toolchain
 
 SOURCE = (
@@ -342,3 +343,17 @@ def test_compiled_for_the_first_launch(cache, monkeypatch):
         f = Launch(kernel, 4, (), [vector(4)], (0, 1, 2))
         Launch(kernel, 4, (), [vector(4)], (0, 1, 2))
         assert len(runs) == 2 and f.run is not f.plain
+
+
+def test_zeros_without_memory(form):
+    zeros = torch._efficientzerotensor((4,))
+    assert torch.equal(add(4)(torch.ones(4), zeros), torch.ones(4))
+
+
+def test_what_compiled_functions_say():
+    f = jit(lambda x: x.sin() * 2 + 1, backend="cpp")
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(4))
+    with pytest.raises(ArgumentError, match="has no CPU memory; the eager backend takes"):
+        f(fake)
+    assert torch.equal(f(torch._efficientzerotensor((4,))), torch.ones(4))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...debug import LEVEL
-from ...errors import BackendWarning, CompilerError
+from ...errors import ArgumentError, BackendWarning, CompilerError
 from ...native import toolchain
 from ...native.build import built
 from ...native.fastcall import Unlike, address, check_objects, function, word
@@ -38,8 +38,8 @@ class Launch:
 
     ``order`` says for each of the kernel's buffers which of ``[*inputs, *outputs]`` it is. Of the
     inputs only the memory is read: their dtypes, sizes, strides and whether they are conjugated
-    are the caller's business. Raises TypeError for a wrong number of inputs, and for one that is
-    no tensor with memory on the CPU."""
+    are the caller's business. Raises TypeError for a wrong number of inputs or one that is
+    no tensor, and ArgumentError, which is one, for a tensor without memory on the CPU."""
 
     __slots__ = ("__name__", "plain", "run")
 
@@ -76,16 +76,27 @@ def called(
     if len(inputs) != count:
         raise TypeError(f"the kernel {name} takes {count} tensors, not {len(inputs)}")
     with torch._C.DisableTorchFunctionSubclass():
+        inputs = tuple(map(materialized, inputs))
         for i, t in enumerate(inputs):
             if not isinstance(t, Tensor):
                 kind = type(t).__name__
                 raise TypeError(f"the kernel {name} takes tensors; input {i} is a {kind}")
             if not has_memory(t):
-                raise TypeError(f"the kernel {name}: input {i}, on {t.device}, has no CPU memory")
+                raise ArgumentError(
+                    f"the kernel {name}: input {i}, on {t.device}, has no CPU memory; the eager "
+                    "backend takes such tensors"
+                )
         outs = [torch.empty_strided(s, t, dtype=d, device="cpu") for s, t, d in outputs]
         tensors = [*inputs, *outs]
         kernel(rows, sizes, [tensors[i] for i in order], grain)
     return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def materialized(t: Any) -> Any:
+    """A tensor of zeros that has no memory yet gets some."""
+    if not isinstance(t, Tensor) or not t._is_zerotensor():  # type: ignore[attr-defined]
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).zero_()
 
 
 def has_memory(t: Tensor) -> bool:
