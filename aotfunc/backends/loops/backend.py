@@ -19,10 +19,11 @@ from ..results import resolved
 from . import native
 from .arguments import rows, sizes
 from .cpp import function
-from .fuse import Unit, stored, units
+from .fuse import Unit, calls, grouped, stored
 from .ir import Apply, Check, Kernel, walk
 from .launch import Launch
 from .lower import lower, seen_through
+from .recompute import recompute
 from .schedule import schedule
 
 #: functions that kernels compute faster than PyTorch does
@@ -60,22 +61,33 @@ def worth(nodes: Sequence[Node]) -> bool:
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
     """The graph with launches of kernels in the place of what these compute, and their source."""
-    found = units(gm.graph, worth)
+    old = copied(gm.graph)
+    units = [u for u in grouped(old).units if u.nodes]
+    found = calls(old, recompute(old, units), worth)
     kernels = {u: named(u) for u in found if u.kernel}
     source, name_of = text(list(kernels.values()))
     library: Any = native.load(f"{native.PRELUDE}{source}\n") if source else {}
     graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
-    for n in gm.graph.nodes:
+    for n in old.nodes:
         if n.op in ("placeholder", "get_attr"):
             new[n] = graph.node_copy(n)
-    for u in needed(found, kernels, gm.graph):
+    for u in needed(found, kernels, old):
         if u.kernel:
             launch(graph, new, kernels[u], library[name_of[kernels[u].name]])
         else:
             new[u.nodes[0]] = graph.node_copy(u.nodes[0], new.__getitem__)
-    graph.node_copy(output_node(gm.graph), new.__getitem__)
+    graph.node_copy(output_node(old), new.__getitem__)
     return graph, source
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy, which may be changed."""
+    new: dict[Node, Node] = {}
+    copy = fx.Graph()
+    for n in graph.nodes:
+        new[n] = copy.node_copy(n, new.__getitem__)
+    return copy
 
 
 def needed(found: Sequence[Unit], kernels: Mapping[Unit, Kernel], graph: fx.Graph) -> list[Unit]:

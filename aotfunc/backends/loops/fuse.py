@@ -79,14 +79,16 @@ def bits(mask: int) -> Iterator[int]:
         mask ^= low
 
 
-def units(graph: fx.Graph, worth: Callable[[Sequence[Node]], bool]) -> list[Unit]:
-    """The graph's calls, in an order in which they can run. A kernel that is not ``worth`` being
-    one is several calls."""
+def calls(
+    graph: fx.Graph, units: Sequence[Unit], worth: Callable[[Sequence[Node]], bool]
+) -> list[Unit]:
+    """The units, in an order in which they can run. A kernel that is not ``worth`` being one is
+    several calls."""
     found = []
-    for u in grouped(graph).units:
-        if u.kernel and u.nodes and not worth(u.nodes):
+    for u in units:
+        if u.kernel and not worth(u.nodes):
             found += [Unit([n], False) for n in u.nodes]
-        elif u.nodes:
+        else:
             found.append(u)
     return ordered(graph, found)
 

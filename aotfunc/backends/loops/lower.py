@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .classes import class_of
 from .constants import constant
 from .indexed import IOTAS, TAKEN, At, iota
 from .ir import (
@@ -290,8 +291,9 @@ class Lowering:
             raise Unfit("indices that are computed")
         if e.dtype not in (torch.int64, torch.int32):
             raise Unfit(f"indices of {e.dtype}")
-        if (n, low, high) not in self.checks:
-            self.checks[n, low, high] = check(n, self.accesses[e.access].tensor, low, high, error)
+        memory = self.accesses[e.access].tensor
+        if memory.target is not class_of and (n, low, high) not in self.checks:
+            self.checks[n, low, high] = check(n, memory, low, high, error)
         key = (e, "index")
         if key not in self.values:
             self.values[key] = Load(self.integer, e.access, None, e.mask)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .classes import class_of
+
 aten = torch.ops.aten
 
 
@@ -107,29 +109,12 @@ def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor
     return (x - y) * ((2 / x.numel() if reduction == 1 else 2) * g)
 
 
-_library = torch.library.Library("aotfunc", "FRAGMENT")
-_library.define("class_of(Tensor target, int classes, int ignore_index) -> Tensor")
-
-
-def class_of(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """The targets, 0 for those that are ignored. Raises IndexError for one that is no class."""
-    known = target.where(target != ignore_index, 0)
-    for t in map(int, known.aminmax()):
-        if not 0 <= t < classes:
-            raise IndexError(f"Target {t} is out of bounds.")
-    return known
-
-
-_library.impl("class_of", class_of, "CPU")
-_library.impl("class_of", lambda target, *_: torch.empty_like(target), "Meta")
-
-
 def nll_loss(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
 ) -> Any:
     if not fits_nll(x, target, weight):
         return NotImplemented
-    known = torch.ops.aotfunc.class_of(target, x.shape[1], ignore_index)
+    known = class_of(target, x.shape[1], ignore_index)
     kept = (target != ignore_index).to(x.dtype)
     each = kept if weight is None else kept * weight[known]
     loss = torch.where(target != ignore_index, x.gather(1, known[:, None])[:, 0] * -each, 0)
@@ -150,7 +135,7 @@ def nll_loss_backward(
 ) -> Any:
     if not fits_nll(x, target, weight):
         return NotImplemented
-    known = torch.ops.aotfunc.class_of(target, x.shape[1], ignore_index)
+    known = class_of(target, x.shape[1], ignore_index)
     each = -g / total if reduction == 1 else -g
     if weight is not None:
         each = each * weight[known]

@@ -1,0 +1,136 @@
+"""Which values a kernel computes once more, from what another has read, instead of reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+from torch.fx import Node
+
+from .fuse import MOST, Unit, fits, stored
+from .ir import SLOW, Apply, walk
+from .lower import lower, seen_through
+from .pointwise import RULES
+from .reductions import REDUCTIONS
+from .views import shape_of
+
+
+def recompute(graph: fx.Graph, units: Sequence[Unit]) -> list[Unit]:
+    """The units, in which values that one kernel stored for another one alone have moved to that
+    one. These are pointwise in no more memory than they are themselves, and in what is much
+    smaller. Changes the graph."""
+    of = {n: u for u in units for n in u.nodes}
+    for unit in units:
+        for v in reversed(stored(unit.nodes)) if unit.kernel else ():
+            readers = {of.get(n) for n in readers_of(v)} - {unit}
+            reader = readers.pop()
+            if readers or reader is None or not reader.kernel:
+                continue
+            if len(unit.nodes) > 1 and pays(v, unit, reader):
+                move(graph, v, unit, reader)
+                of.update(dict.fromkeys(reader.nodes, reader) | dict.fromkeys(unit.nodes, unit))
+    alive = set(graph.nodes)
+    return [u for u in units if alive.issuperset(u.nodes)]
+
+
+def readers_of(v: Node) -> set[Node]:
+    """The nodes that read a value, also through views."""
+    found: set[Node] = set()
+    for u in v.users:
+        found |= readers_of(u) if seen_through(u) and u.users else {u}
+    return found
+
+
+def read_by(n: Node) -> set[Node]:
+    """The values that a node reads, also through views."""
+    found: set[Node] = set()
+    for m in n.all_input_nodes:
+        found |= read_by(m) if seen_through(m) else {m}
+    return found
+
+
+def made_of(v: Node, unit: Unit) -> tuple[list[Node], list[Node]]:
+    """The nodes of the unit that a value is computed by, up to those that are much smaller, and
+    views of them, in order; and the memory that they read."""
+    inside = set(unit.nodes)
+    nodes: dict[Node, None] = {}
+    memory: dict[Node, None] = {}
+
+    def visit(n: Node) -> None:
+        if n in nodes or n in memory:
+            return
+        shown = seen_through(n)
+        if n is not v and not shown and (n not in inside or smaller(n, v)):
+            memory[n] = None
+            return
+        for m in n.all_input_nodes:
+            visit(m)
+        if not shown or any(m in nodes for m in n.all_input_nodes):
+            nodes[n] = None
+
+    visit(v)
+    return list(nodes), list(memory)
+
+
+def smaller(n: Node, v: Node) -> bool:
+    """Whether a value lacks a dimension of another one; its size says nothing of the next call's."""
+    return rank(n) < rank(v)
+
+
+def rank(n: Node) -> int:
+    return sum(size != 1 for size in shape_of(n))
+
+
+def numel(n: Node) -> int:
+    return n.meta["val"].numel()
+
+
+def pays(v: Node, unit: Unit, reader: Unit) -> bool:
+    """Whether a value is better computed where it is read."""
+    nodes, memory = made_of(v, unit)
+    computed = [n for n in nodes if not seen_through(n)]
+    if any(n.target not in RULES for n in computed) or len(nodes) + len(reader.nodes) > MOST:
+        return False
+    read = set().union(*map(read_by, reader.nodes))
+    more = [m for m in memory if m not in read and not smaller(m, v)]
+    if len(more) > 1 or any(numel(m) > numel(v) for m in more):
+        return False
+    inside = set(unit.nodes) - set(nodes)
+    twice = summed(v, reader)  # at least, as reductions are passes of their own
+    return not any((twice or readers_of(n) & inside) and slow(n) for n in computed)
+
+
+def slow(n: Node) -> bool:
+    kernel = lower([n], [n], "kernel")
+    return any(isinstance(e, Apply) and e.fn in SLOW for e in walk(kernel.values))
+
+
+def summed(v: Node, reader: Unit) -> bool:
+    """Whether a reduction of the unit needs a value."""
+    needs = {v}
+    for n in reader.nodes:
+        if needs & read_by(n):
+            needs.add(n)
+    return any(n.target in REDUCTIONS for n in needs)
+
+
+def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit) -> None:
+    """Compute a value in its reader, unless that, or what is left of the unit, is no kernel."""
+    nodes, _ = made_of(v, unit)
+    new: dict[Node, Node] = {}
+    with graph.inserting_before(v.next):
+        for n in nodes:
+            new[n] = graph.node_copy(n, lambda m: new.get(m, m))
+    inside = set(unit.nodes)
+    v.replace_all_uses_with(new[v], lambda u: u not in inside and not readers_of(u) & inside)
+    for n in reversed(nodes):
+        if not n.users:
+            graph.erase_node(n)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    left = [n for n in unit.nodes if n in order]
+    moved = [n for n in new.values() if not seen_through(n)]
+    both = sorted([*moved, *reader.nodes], key=order.__getitem__)
+    if left and fits(left) and fits(both):
+        unit.nodes, reader.nodes = left, both
+    else:
+        unit.nodes = sorted([*left, *moved], key=order.__getitem__)
