@@ -13,12 +13,13 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from ..trace import outside
-from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
+from ..trace.shapes.sig import contiguous_stride, make_sig
 from ..trace.traced import Traced, current
 from ..trace.tracer import Trace
 from . import outside_graphs
 from .calls import interned
 from .grad_step import GradStep
+from .gradient_layouts import computed_layouts, dense
 from .hooks import before_hooks
 
 
@@ -97,24 +98,15 @@ def gradients_inside(
         sigs = [
             make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs
         ]
-    step = interned(
-        GradStep,
-        tuple(sigs),
-        len(outs),
-        tuple(g is not None for g in gs),
-        bool(create_graph),
-        size,
-    )
+    how = len(outs), tuple(g is not None for g in gs), bool(create_graph), size
+    step = interned(GradStep, tuple(sigs), *how)
+    given = [*outs, *(g for g in gs if g is not None), *wanted]
     trace.settle()
-    found = iter(trace.record(step, [*outs, *(g for g in gs if g is not None), *wanted]))
+    if size is None:
+        made_of = tuple([trace.ref_of(t)[0] for t in given])
+        step = interned(GradStep, computed_layouts(trace, step, made_of), *how)
+    found = iter(trace.record(step, given))
     return [next(found) if yes else None for yes in used]
-
-
-def dense(sig: Sig) -> Sig:
-    """How ops that keep a layout lay out their result for a tensor of this signature."""
-    with torch._C._DisableTorchDispatch():
-        stride = torch.empty_like(sig.proto).stride()
-    return make_sig(sig.shape, stride, sig.dtype, sig.device)
 
 
 def autograd_backward(
