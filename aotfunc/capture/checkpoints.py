@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
-from ..trace.patches import ORIGINALS, recorded
+from ..trace.patches import ORIGINALS, recorder
 from ..trace.records import written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import fill, floating
@@ -27,7 +27,7 @@ from .function_rules import Context
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be
     computed again in the backward."""
-    trace = recorded()
+    trace = recorder()
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
         return

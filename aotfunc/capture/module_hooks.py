@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils.hooks import BackwardHook
 
 from ..trace.emit import Builder
-from ..trace.patches import ORIGINALS, Attribute, recorded
+from ..trace.patches import ORIGINALS, Attribute, recorder
 from ..trace.tracer import Trace
 from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import filled_node
@@ -115,7 +115,7 @@ class Behind(Identity):
 
 
 def setup_input_hook(hook: Any, args: tuple) -> tuple:
-    trace = recorded()
+    trace = recorder()
     if trace is None:
         return ORIGINALS["setup_input_hook"](hook, args)
     hook.n_inputs, hook.input_tensors_index, hook.link = len(args), None, HookedCall()
@@ -128,7 +128,7 @@ def setup_input_hook(hook: Any, args: tuple) -> tuple:
 
 
 def setup_output_hook(hook: Any, args: Any) -> Any:
-    trace = recorded()
+    trace = recorder()
     if trace is None:
         return ORIGINALS["setup_output_hook"](hook, args)
     outs = args if isinstance(args, tuple) else (args,)

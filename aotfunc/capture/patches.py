@@ -18,7 +18,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from ..trace import outside
-from ..trace.patches import ORIGINALS, Attribute, Code, recorded
+from ..trace.patches import ORIGINALS, Attribute, Code, recorder
 from ..trace.traced import HOOKS, under_way
 from ..transforms.rules.ctc import recordable
 from ..transforms.rules.packed import padded
@@ -56,7 +56,7 @@ class Undisturbed:
 def enter_saved_tensors_hooks(self: Any) -> None:
     """Hooks that change what a derivative reads are refused, as a graph saves other tensors than
     autograd does. Where a tensor is kept meanwhile makes no difference to it."""
-    if recorded() is not None and not isinstance(self, torch.autograd.graph.save_on_cpu):
+    if recorder() is not None and not isinstance(self, torch.autograd.graph.save_on_cpu):
         raise CaptureError(
             "saved_tensors_hooks inside a captured function are not "
             f"supported{at(debug.user_line())}: enter them around it (save_on_cpu may be inside)"
@@ -67,7 +67,7 @@ def enter_saved_tensors_hooks(self: Any) -> None:
 def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
     """What a custom op asks before it calls its registered backward as an
     ``autograd.Function``."""
-    if recorded() is None:
+    if recorder() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
     return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
 
@@ -162,7 +162,7 @@ def pad_packed(
     data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int
 ) -> tuple[Tensor, Tensor]:
     """``torch.nn.utils.rnn.pad_packed_sequence``, likewise."""
-    pad = ORIGINALS["pad_packed"] if recorded() is None else padded
+    pad = ORIGINALS["pad_packed"] if recorder() is None else padded
     return pad(data, sizes, batch_first, value, length)
 
 

@@ -137,7 +137,7 @@ def is_single(n: Node) -> bool:
     return n.meta.get("val") is not None and not isinstance(n.meta["val"], tuple | list)
 
 
-def line_of(n: Node) -> str | None:
+def made_at(n: Node) -> str | None:
     """The user's source line that made the node."""
     line = n.meta.get("line")
     return None if line is None else str(line)

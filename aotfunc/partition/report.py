@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .cost import nbytes, shape_of
-from .ops import line_of
+from .ops import made_at
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def residuals(fw: fx.GraphModule) -> list[Residual]:
         val = n.meta["val"]
         dtype = getattr(val, "dtype", None)
         shape = shape_of(val) if dtype is not None else ()
-        found.append(Residual(name, shape, dtype, nbytes(val), line_of(n), why))
+        found.append(Residual(name, shape, dtype, nbytes(val), made_at(n), why))
     return found
 
 

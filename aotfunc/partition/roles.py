@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx import Node
 
 from ..errors import AotfuncError
-from .ops import is_pinned, line_of, writes
+from .ops import is_pinned, made_at, writes
 
 
 class PartitionError(AotfuncError, AssertionError):
@@ -24,7 +24,7 @@ class PartitionError(AotfuncError, AssertionError):
 
 def describe(n: Node) -> str:
     """A node as errors name it: what it is and where it comes from."""
-    line = line_of(n)
+    line = made_at(n)
     return f"{n.name} = {n.target}" + (f" ({line.strip()})" if line else "")
 
 

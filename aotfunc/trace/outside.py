@@ -38,7 +38,7 @@ def set_data(self: Tensor, value: Any) -> None:
     _data.__set__(self, with_data(value))
 
 
-def set_grad(self: Tensor, value: Any) -> None:
+def refuse_grad(self: Tensor, value: Any) -> None:
     trace = current()
     if trace is not None and (
         value.__class__ is Traced or not (trace.may_ask_constants or value is _grad.__get__(self))
@@ -99,7 +99,7 @@ PATCHES = (
         "tensor_grad",
         Tensor,
         "grad",
-        property(_grad.__get__, set_grad, _grad.__delete__, _grad.__doc__),
+        property(_grad.__get__, refuse_grad, _grad.__delete__, _grad.__doc__),
     ),
     Attribute("requires_grad_", Tensor, "requires_grad_", requires_grad_),
     Attribute("detach_", Tensor, "detach_", detach_),

@@ -24,7 +24,7 @@ ORIGINALS: dict[str, Any] = {}
 DYNAMO = "torch._dynamo.trace_rules"
 
 
-def recorded() -> Trace | None:
+def recorder() -> Trace | None:
     """The recording under way, unless it leaves autograd alone."""
     trace = current()
     return trace if trace is not None and trace.keeps_intent else None
@@ -48,7 +48,7 @@ class Code:
         )
         twin.__kwdefaults__ = f.__kwdefaults__
         original = ORIGINALS.setdefault(name, twin)
-        f.__globals__["_aotfunc_recording"] = recorded
+        f.__globals__["_aotfunc_recording"] = recorder
         f.__globals__[f"_aotfunc_{name}"] = self.ours
         f.__globals__[f"_torch_{name}"] = original
         code = original.__code__  # a reader of the source, as TorchScript, finds torch's

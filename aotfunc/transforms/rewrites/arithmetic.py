@@ -38,12 +38,12 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         if m is not None:
             return constant_result(b, val, operator.mul, x, y)
         if y.__class__ is Node and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
-            return scaled(b, val, x, n)
+            return times_number(b, val, x, n)
     elif m is not None and x.__class__ is Node:
         if m == 1 and same(y, val):
             return y
         if val.dtype in EXACT and x.meta["val"].dtype is val.dtype:
-            return scaled(b, val, y, m)
+            return times_number(b, val, y, m)
     # a minus sign commutes with products: pull it out, where it meets others
     if negated(x, val):
         return fit(val, b.call(NEG, b.call(aten.mul.Tensor, x.args[0], y)))
@@ -52,7 +52,7 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
     return None
 
 
-def scaled(b: Builder, val: Sig, x: Any, n: Any) -> Any:
+def times_number(b: Builder, val: Sig, x: Any, n: Any) -> Any:
     """``x`` times a number instead of a tensor filled with it, unless that tensor gives the result
     its shape."""
     return (

@@ -54,7 +54,7 @@ def recordable(
     return loss.sum() if reduction == "sum" else loss
 
 
-def as_rows(targets: Tensor, lengths: Tensor) -> Tensor:
+def target_rows(targets: Tensor, lengths: Tensor) -> Tensor:
     """Targets ``(N, S)``. Where all are in one vector, each is a row behind which there is
     something of the next."""
     if targets.dim() == 2:
@@ -78,7 +78,7 @@ def among_longest(
     if single:
         log_probs, targets = log_probs.unsqueeze(1), targets.reshape(1, -1)
     lengths = (of_input.reshape(-1), of_target.reshape(-1))
-    targets = as_rows(targets, lengths[1].to(targets.device))
+    targets = target_rows(targets, lengths[1].to(targets.device))
     (steps, n, classes), most = log_probs.shape, targets.shape[1]
     log_probs = torch.cat([log_probs, log_probs.new_zeros(steps, 1, classes)], 1)
     targets = torch.cat([targets, targets.new_full((1, most), label)])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ctc import as_rows
+from .ctc import target_rows
 from .schema import aten
 from .table import decompose_as
 
@@ -29,7 +29,7 @@ def column(lengths: Any, like: Tensor) -> Tensor:
 def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> Tensor:
     """Targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between, before
     and behind."""
-    targets = as_rows(targets, of_target)
+    targets = target_rows(targets, of_target)
     blanks = torch.full_like(targets, blank)
     pairs = torch.stack([blanks, targets], -1).flatten(1)
     return torch.cat([pairs, blanks[:, :1]], 1).clamp(0, classes - 1)

@@ -82,7 +82,7 @@ def _(g, out, q, k, v, mask, with_lse, dropout_p, causal, debug, scale, *, needs
 # ----- all others, from the definition -----------------------------------------------------------
 
 
-class Arguments:
+class KernelCall:
     """The arguments of one call by their names."""
 
     def __init__(self, op: OpOverload, args: Sequence[Any]) -> None:
@@ -148,13 +148,13 @@ def forward_rules(op: OpOverload) -> None:
 
     @jvp_of(op)
     def _(tangents, out, *args):
-        at = Arguments(op, args)
+        at = KernelCall(op, args)
         moved = tangent((*tangents[:3], at.of_mask(tangents)), *at.defined())
         return moved, *[None] * (len(out) - 1)
 
     @vmap_of(op)
     def _(*args, batched, size, randomness):
-        at = Arguments(op, args)
+        at = KernelCall(op, args)
         if at.args["dropout_p"] and randomness == "same":
             raise NotImplementedError(
                 "vmap of fused attention with dropout draws anew for each element: "
@@ -170,7 +170,7 @@ def backward_rules(op: OpOverload) -> None:
 
     @vjp_of(op)
     def _(cotangents, out, g, *args):
-        at = Arguments(op, (g, *args))
+        at = KernelCall(op, (g, *args))
         of_scores = cotangents[3] if len(cotangents) > 3 else None
         *grads, of_mask = cotangent_of_cotangent((*cotangents[:3], of_scores), g, *at.defined())
         others: list[Any] = [of_mask if n == at.mask else None for n in at.tensors[4:]]
@@ -178,7 +178,7 @@ def backward_rules(op: OpOverload) -> None:
 
     @jvp_of(op)
     def _(tangents, out, g, *args):
-        at = Arguments(op, (g, *args))
+        at = KernelCall(op, (g, *args))
         *moved, of_scores = tangent_of_cotangent(
             (*tangents[:4], at.of_mask(tangents)), g, *at.defined()
         )
@@ -190,7 +190,7 @@ def backward_rules(op: OpOverload) -> None:
 
     @vmap_of(op)
     def _(*args, batched, size):
-        at = Arguments(op, args)
+        at = KernelCall(op, args)
         grads = [unfolded(x, size) for x in call_op(op, at.folded(batched, size))]
         if at.wants_mask():  # each sample's own gradient, of its own mask
             shape = at.args[at.mask].shape[at.of_mask(batched) :]

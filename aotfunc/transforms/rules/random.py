@@ -171,12 +171,12 @@ def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness:
     if not batched[0]:
         return shared(aten.bernoulli(p, generator=generator), size)
     draw = aten.rand.generator(
-        p.shape[1:], generator=generator, dtype=drawn(p.dtype), device=p.device
+        p.shape[1:], generator=generator, dtype=drawn_dtype(p.dtype), device=p.device
     )
     return (draw < p).to(p.dtype)
 
 
-def drawn(dtype: torch.dtype) -> torch.dtype:
+def drawn_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the uniform numbers that ``bernoulli`` compares with probabilities of ``dtype``."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -189,7 +189,7 @@ def _(
     if randomness == "different":
         return aten.bernoulli.Tensor(like, p, generator=generator)
     draw = aten.uniform(
-        torch.empty_like(like[0], dtype=drawn(p.dtype)), generator=generator
+        torch.empty_like(like[0], dtype=drawn_dtype(p.dtype)), generator=generator
     )  # in the order of memory
     return (draw < p).to(x.dtype)
 

@@ -30,7 +30,7 @@ def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
 # ----- gather and scatter: one index per element, along one dimension ----------------------------
 
 
-def along_dim(op: Any) -> Formula:
+def indexed_along(op: Any) -> Formula:
     """The vmap rule of ``op(self, dim, index, ...)`` whose tensors all have one rank (a number
     counts as a vector)."""
     op = overload(op)
@@ -60,14 +60,14 @@ linear(
     aten.gather,
     lambda g, x, dim, index: g.new_zeros(x.shape).scatter_add(dim, index, g),
     None,
-    batch=along_dim(aten.gather),
+    batch=indexed_along(aten.gather),
 )
 linear(
     aten.scatter.src,
     lambda g, x, dim, index, src: g.scatter(dim, index, 0),
     None,
     gathered,
-    batch=along_dim(aten.scatter.src),
+    batch=indexed_along(aten.scatter.src),
     jointly=True,
 )
 linear(
@@ -75,13 +75,13 @@ linear(
     lambda g, *_: g,
     None,
     gathered,
-    batch=along_dim(aten.scatter_add),
+    batch=indexed_along(aten.scatter_add),
     jointly=True,
 )
 linear(
     aten.scatter.value,
     lambda g, x, dim, index, value: g.scatter(dim, index, 0),
-    batch=along_dim(aten.scatter.value),
+    batch=indexed_along(aten.scatter.value),
 )
 
 
@@ -154,7 +154,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor, r
 
 
 for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.reduce):
-    vmap_of(op)(along_dim(op))
+    vmap_of(op)(indexed_along(op))
 
 # ----- index_select and its writes: one vector of positions along one dimension ------------------
 
