@@ -18,7 +18,7 @@ from aotfunc.errors import AotfuncError
 PAGE = Path(__file__).parents[1] / "docs" / "refusals.md"
 TITLE = """# What is refused
 
-Each program below is refused when it is first called, and the caller's tensors and generators
+Each program below is refused when it is first called, or its backward is, and the caller's tensors and generators
 are as they were.
 `python -m tests.refusals` runs them and writes this page; `tests/test_refusals.py` compares it.
 
@@ -50,6 +50,17 @@ class WritesWhatItSaved(torch.autograd.Function):
         return x * 2
 
     backward = staticmethod(backward_writes)
+
+
+def result_written(compiler):
+    def f(x):
+        b, y = x.detach() * 2, x.sin()
+        y.register_hook(lambda g: g * b)
+        return y * 1, b
+
+    y, b = compiler(f)(torch.ones(3, requires_grad=True))
+    b.add_(1)
+    y.sum().backward()
 
 
 ones = lambda *shape: lambda: torch.ones(*shape or (3,))
@@ -191,6 +202,12 @@ PROGRAMS: dict[str, Callable] = {
     "a reentrant checkpoint that writes to its argument": on(leaf)(
         lambda x: checkpoint(lambda v: v.mul_(2), x * 1, use_reentrant=True)
     ),
+    "a write to what a checkpoint has read": on(leaf)(
+        lambda x: (
+            lambda b: (checkpoint(lambda v: v.sin() * b, x, use_reentrant=False), b.add_(1))[0]
+        )(torch.ones(3))
+    ),
+    "a write, before the backward, to a result that a hook reads": result_written,
     "`saved_tensors_hooks` inside": on(leaf)(
         lambda x: (
             torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x

@@ -11,15 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..debug import Line, at
 from ..errors import CaptureError
 from ..graph import Program
+from ..trace.node_views import viewed
 from ..trace.records import results_of, written_slots
 from ..trace.scalars import FIRST
-from ..trace.shapes.sig import Facts
 from ..trace.tracer import Trace
 from .calls import CallStep, CompiledCall
 from .custom_derivative import CustomDerivative, RuleProgram
@@ -195,12 +194,12 @@ def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[in
 
 def shown_by(n: Any) -> Any:
     """The node whose memory this shows: it is a view of it, or what a Function returned."""
-    while isinstance(n, Node) and n.op == "call_function":
+    while isinstance(n, Node):
         source, item = n.args if n.target is operator.getitem else (n, 0)
         if isinstance(source.target, CustomDerivative):
             n = source.target.parts(source)[1][item]
-        elif isinstance(source.target, OpOverload) and Facts(source.target).view_of is not None:
-            n = source.args[0]
+        elif (above := viewed(n)) is not None:
+            n = above
         else:
             break
     return n
