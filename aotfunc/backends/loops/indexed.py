@@ -228,5 +228,5 @@ def iota(n: Node) -> bool:
         return True
     numbers = counting(n)
     dtype = n.meta["val"].dtype
-    most = 2**24 if dtype.is_floating_point else torch.iinfo(dtype).max
+    most = round(2 / torch.finfo(dtype).eps) if dtype.is_floating_point else torch.iinfo(dtype).max
     return all([type(i) is int and abs(i) <= min(most, 2**31 - 1) for i in numbers])

@@ -143,7 +143,7 @@ def number(value: bool | int | float, dtype: torch.dtype) -> Const:
     """A number as one of this dtype. Raises Unfit where the dtype does not hold it."""
     if dtype.is_floating_point:
         given = isinstance(value, Given) and value not in (0, 1, -1)
-        return Const(dtype, torch.tensor(float(value), dtype=dtype).item(), given)
+        return Const(wide(dtype), torch.tensor(float(value), dtype=dtype).item(), given)
     if dtype is torch.bool:
         return Const(dtype, bool(value))
     given = isinstance(value, Given)
@@ -153,6 +153,15 @@ def number(value: bool | int | float, dtype: torch.dtype) -> Const:
     if not info.min <= value <= info.max:
         raise Unfit(f"{value} is no {dtype}")
     return Const(dtype, int(value), given)
+
+
+#: dtypes of memory that are computed with as float32, and the function that rounds to them
+ROUNDED = {torch.bfloat16: "as_bf16", torch.float16: "as_f16"}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the values of a tensor are computed in."""
+    return torch.float32 if dtype in ROUNDED else dtype
 
 
 class Unfit(Exception):
@@ -171,7 +180,11 @@ FUNCTIONS: dict[str, Any] = {
         *("eq", "ne", "lt", "le", "gt", "ge"),
         *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
     )
-} | {"div": torch.true_divide}
+} | {
+    "div": torch.true_divide,
+    "as_bf16": lambda x: x.bfloat16().float(),
+    "as_f16": lambda x: x.half().float(),
+}
 
 #: functions that take longer than memory
 SLOW = frozenset(

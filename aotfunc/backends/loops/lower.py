@@ -19,6 +19,7 @@ from .classes import class_of
 from .constants import constant
 from .indexed import IOTAS, TAKEN, At, iota
 from .ir import (
+    ROUNDED,
     SLOW,
     Access,
     Apply,
@@ -37,16 +38,18 @@ from .ir import (
     apply,
     number,
     short,
+    wide,
 )
 from .places import FIRST, Index, Place, Split, along, bounds, covers, matched, regrouped
-from .pointwise import RULES
+from .pointwise import ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
 from .views import VIEWS, behind, shape_of, source_of
 
-#: dtypes of a kernel's values
+#: dtypes of the tensors that kernels compute
 DTYPES = (
     *(torch.float32, torch.float64, torch.bool, torch.uint8),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.bfloat16, torch.float16),
 )
 
 
@@ -274,7 +277,7 @@ class Lowering:
             for e, step in index.found:
                 more = self.times(e, step * stride)
                 shift = more if shift is None else shift + more
-        return Load(n.meta["val"].dtype, self.access(n, place), shift, mask)
+        return Load(wide(n.meta["val"].dtype), self.access(n, place), shift, mask)
 
     def times(self, e: Expr, n: int) -> Expr:
         if (e, n) not in self.values:
@@ -326,14 +329,17 @@ class Lowering:
                 axis = next(rest)
             where.append((next(bound) if size != 1 else FIRST) if d in dims else axis)
         truth = asked.fn in ("any", "all")  # of bytes these are bytes, 0 or 1
-        if out is torch.bool and not truth:
-            raise Unfit("a reduction of bools")
-        dtype = torch.bool if truth else out
-        value = cast(self.value(x, tuple(where), mask), dtype)
-        result = cast(Reduce(dtype, asked.fn, value) if sizes else value, out)
+        if (out is torch.bool and not truth) or (out in ROUNDED and asked.fn == "prod"):
+            raise Unfit(f"{n.target} of {out}")
+        dtype = torch.bool if truth else wide(out)
+        value = self.value(x, tuple(where), mask)
+        if out in ROUNDED and x.meta["val"].dtype is not out:
+            value = cast(value, out)
+        value = cast(value, dtype)
+        result = Reduce(dtype, asked.fn, value) if sizes else value
         if asked.mean:
             result = result / Given(math.prod([shape[d] for d in dims]))
-        return result
+        return cast(result, out)
 
     def bind(self, sizes: list[int], place: Place) -> Place:
         """Where the reduced dimensions, of these sizes, lie. Raises Unfit where other axes are
@@ -352,11 +358,14 @@ class Lowering:
 
     def pointwise(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         rule, out = RULES[n.target], n.meta["val"].dtype
-        dtype = working(rule.kind, n, out)
+        common = working(rule.kind, n, out)
+        dtype = wide(common)
         read: list[Expr] = []
 
         def given(i: int | str, a: Any) -> Any:
             if not isinstance(a, Node):
+                if common in ROUNDED and (rule.kind == "compare" or n.target in ROUND_FIRST):
+                    a = number(a, common).value
                 return said(a) if dtype.is_floating_point else a
             value = self.value(a, aligned(place, shape_of(a)), mask)
             if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
@@ -479,7 +488,7 @@ def check(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
 def integer(nodes: Sequence[Node]) -> torch.dtype:
     """The dtype of indices: one that fills as many lanes as the values do. Raises Unfit for
     tensors that are too large for it."""
-    dtypes = {n.meta["val"].dtype for n in nodes}
+    dtypes = {wide(n.meta["val"].dtype) for n in nodes}
     if torch.float64 in dtypes or (torch.int64 in dtypes and torch.float32 not in dtypes):
         return torch.int64
     for val in [m.meta["val"] for n in nodes for m in (n, *n.all_input_nodes)]:
@@ -527,6 +536,12 @@ def said(a: Any) -> Any:
 
 def cast(value: Expr, dtype: torch.dtype) -> Expr:
     """The value in this dtype, rounded or wrapped to it."""
+    if dtype in ROUNDED:
+        if isinstance(value, Const):
+            return number(Given(value.value) if value.given else value.value, dtype)
+        value = cast(value, torch.float32)
+        exact = isinstance(value, Apply) and value.fn == ROUNDED[dtype]
+        return value if exact else apply(ROUNDED[dtype], value)
     if value.dtype is dtype:
         return value
     if isinstance(value, Const) and dtype.is_floating_point:

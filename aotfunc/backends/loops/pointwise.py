@@ -106,6 +106,14 @@ rule("any", lambda a, b, alpha=1: a - scaled(b, alpha), aten.sub.Tensor, aten.su
 rule("any", lambda a, b, alpha=1: b - scaled(a, alpha), aten.rsub.Tensor, aten.rsub.Scalar)
 rule("any", lambda a, b: a * b, aten.mul.Tensor, aten.mul.Scalar)
 rule("float", lambda a, b: a / b, aten.div.Tensor, aten.div.Scalar)
+#: these round their numbers to bfloat16 or float16, others compute with them as they are
+ROUND_FIRST = frozenset(
+    (
+        *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
+        *(aten.rsub.Tensor, aten.rsub.Scalar, aten.pow.Tensor_Scalar, aten.pow.Scalar),
+    )
+)
+
 rule("any", maximum, aten.maximum.default)
 rule("any", minimum, aten.minimum.default)
 rule("float", fn("atan2"), aten.atan2.default)

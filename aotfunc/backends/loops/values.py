@@ -21,6 +21,9 @@ NUMBERS = {
     torch.int64: "int64_t",
 }
 
+#: how those are stored that are computed with as something else
+MEMORY = {torch.bool: "uint8_t", torch.bfloat16: "bf16", torch.float16: "f16"}
+
 OPERATORS = {
     **{"add": "+", "sub": "-", "mul": "*", "div": "/"},
     **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
@@ -243,7 +246,7 @@ class Values:
 
 
 def memory(dtype: torch.dtype) -> str:
-    return "uint8_t" if dtype is torch.bool else NUMBERS[dtype]
+    return MEMORY.get(dtype) or NUMBERS[dtype]
 
 
 def literal(e: Const) -> str:

@@ -38,8 +38,8 @@ typedef uint64_t ulongs __attribute__((vector_size(AOT_BYTES)));
 typedef uint16_t halves __attribute__((vector_size(AOT_BYTES / 2)));
 typedef float half_floats __attribute__((vector_size(AOT_BYTES / 2)));
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 { uint16_t bits; operator float() const; void operator=(float); };
+struct f16 { uint16_t bits; operator float() const; void operator=(float); };
 
 #define AOT static inline __attribute__((always_inline))
 
@@ -103,6 +103,12 @@ AOT halves aot_narrow(floats x, f16) {
 }
 #endif
 
+// One of them.
+#define AOT_HALF(half) \
+  inline half::operator float() const { return aot_float(halves{} + bits, half{})[0]; } \
+  inline void half::operator=(float x) { bits = aot_narrow(floats{} + x, half{})[0]; }
+AOT_HALF(bf16)
+AOT_HALF(f16)
 // To bfloat16 or float16 and back: what a cast in the middle of a chain does.
 AOT floats aot_as_bf16(floats x) { return aot_float(aot_narrow(x, bf16{}), bf16{}); }
 AOT floats aot_as_f16(floats x) { return aot_float(aot_narrow(x, f16{}), f16{}); }

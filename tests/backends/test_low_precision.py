@@ -1,0 +1,67 @@
+"""bfloat16 and float16: computed with as float32, every op's result rounded, as in eager mode."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from aotfunc import grad, jit
+from tests.backends.test_cpp import SPECIAL
+from tests.kernels import every_kernel
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+#: of two matrices and a row; the same numbers as eager's
+CASES = {
+    "a chain": lambda x, y, b: ((x * y + b).tanh() * 1.1).exp() - y / 3.3,
+    "numbers": lambda x, y, b: ((x + 1.1) * 1.1, x / 1.1 - 0.3, 1.1 - x, x.abs() ** 1.1),
+    "compared": lambda x, y, b: (x > 1.1, (x * 0 + 1.1) == 1.1, torch.where(x > y, x, 1.1)),
+    "bounds": lambda x, y, b: (x.clamp(-0.3, 1.1) * 2, F.threshold(x, 1.1, 0.3) * 2),
+    "sums": lambda x, y, b: (x.sum(1), (x * y).sum(0), (x * y).mean(1), x.amax(1)),
+    "a sum in float64": lambda x, y, b: (x * 1.1).sum(1, dtype=torch.float64).float(),
+    "casts": lambda x, y, b: (
+        x.float() * 2.2,
+        (x.float() * 1.1).to(x.dtype) * 2,
+        x.double() * 1.1,
+    ),
+    "another dtype": lambda x, y, b: (x * torch.arange(40), x + y.float() * 1.1),
+    "shown": lambda x, y, b: (x[:, 3:] * 1.1, x.t() * 1.1, x.reshape(-1) * 1.1),
+    "padded": lambda x, y, b: (F.pad(x, (1, 2), value=1.1) * 1.1, torch.cat([x, y], 1) * 1.1),
+    "looked up": lambda x, y, b: (x[torch.tensor([3, 1])] * 1.1, x.tril() * 1.1),
+    "constants": lambda x, y, b: x * torch.full((40,), 1.1, dtype=x.dtype) + torch.eye(37, 40) * 2,
+    "activations": lambda x, y, b: (F.elu(x, 1.1), F.leaky_relu(x, 0.11), F.hardswish(x)),
+    "counted": lambda x, y, b: x + torch.arange(40, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_numbers(case, dtype):
+    args = [(torch.randn(n) * 2).to(dtype) for n in ((37, 40), (37, 40), (40,))]
+    f = CASES[case]
+    for x in (args[0], args[0].t().contiguous().t()):
+        got, want = jit(f, backend=every_kernel)(x, *args[1:]), f(x, *args[1:])
+        assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_special_values(dtype):
+    x = torch.tensor([*SPECIAL, 65504, 65520, 6e-8, 3e-8, 1e-7] * 2).to(dtype)
+    f = lambda x: (x * 1, x + x, -x, x.relu() * 2, x.float() * 1, x.float().to(dtype) * 1)
+    got, want = jit(f, backend=every_kernel)(x), f(x)
+    assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a[~a.isnan()].signbit(), b[~b.isnan()].signbit())
+    assert math.isnan(got[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients(dtype):
+    x, b = torch.randn(37, 40).to(dtype), torch.randn(40).to(dtype)
+    f = grad(lambda x, b: (F.gelu(x + b, approximate="tanh") * x).float().sum(), argnums=(0, 1))
+    unit = 2 * torch.finfo(dtype).eps
+    assert_close(jit(f, backend=every_kernel)(x, b), f(x, b), rtol=unit, atol=unit)
