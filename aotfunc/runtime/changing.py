@@ -7,7 +7,8 @@ of it: the inputs of its program are computed anew from the numbers of the call.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,13 +36,13 @@ def with_any_numbers(key: tuple) -> tuple[tuple, list[float]]:
 
 class Family:
     """Calls that differ in numbers alone: those of the first, which have changed, those that a
-    capture asked for, and the entries that serve many."""
+    capture asked for, and the entries that serve many, which the compiled function keeps."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.first = values
         self.changed: set[int] = set()
         self.asked: set[int] = set()
-        self.entries: list[tuple[Served, Entry]] = []
+        self.entries: list[tuple[Served, weakref.ref[Entry]]] = []
 
     def following(
         self, values: Sequence[float], leaves: Sequence[Any], rounds: bool
@@ -57,10 +58,13 @@ class Family:
         return Following(found, places, rounds) if found else None
 
     def keep(self, served: Served, entry: Entry) -> None:
-        self.entries = [(served, entry), *self.entries[: KEPT - 1]]
+        self.entries = [(served, weakref.ref(entry)), *self.entries[: KEPT - 1]]
 
-    def drop(self, entry: Entry) -> None:
-        self.entries = [found for found in self.entries if found[1] is not entry]
+    def serving(self, values: Sequence[float]) -> Iterator[tuple[Entry, list[tuple[int, Tensor]]]]:
+        """The entries for a call with these numbers, and the inputs that stand for them."""
+        for served, ref in self.entries:
+            if (entry := ref()) is not None and (inputs := served.inputs(values)) is not None:
+                yield entry, inputs
 
 
 class Served:

@@ -210,9 +210,7 @@ class Compiled:
         given: tuple,
     ) -> tuple | None:
         """The result (in a tuple) by an entry that was captured for other numbers."""
-        for served, kept in family.entries:
-            if (inputs := served.inputs(values)) is None:
-                continue
+        for kept, inputs in family.serving(values):
             found = kept.check.tensors(self.f, objects)
             if found is None or not kept.shared.again(tensors, found):
                 continue
@@ -259,8 +257,6 @@ class Compiled:
     def drop(self, full: tuple) -> None:
         """Forget an entry."""
         entry = self.entries.pop(full)
-        if entry is not None and entry.family is not None:
-            entry.family.drop(entry)
         if entry is not None and self._recent.get(entry.key) is entry:
             self._recent.pop(entry.key)
 

@@ -56,12 +56,12 @@ def is_open(trace: Trace) -> bool:
     )
 
 
-def unary(op: OpOverload, ask: Callable) -> Callable:
-    call = op._op
+def unary(name: str, op: OpOverload) -> Callable:
+    call, of_torch = op._op, getattr(Tensor, name)
 
     def method(self: Traced) -> Any:
-        trace = self.tracer
-        if is_open(trace) and not _recorded_by_autograd(self):
+        trace, ask = self.tracer, getattr(Tensor, name)  # which the user may have exchanged
+        if ask is of_torch and is_open(trace) and not _recorded_by_autograd(self):
             found = trace.direct((call, self.sig, env_key()), (self.ref,))
             if found is not None:
                 return found
@@ -70,15 +70,15 @@ def unary(op: OpOverload, ask: Callable) -> Callable:
     return method
 
 
-def binary(op: OpOverload, ask: Callable, reflected: bool) -> Callable:
-    call = op._op
-    takes_number = call in TAKES_NUMBER
+def binary(name: str, op: OpOverload) -> Callable:
+    call, of_torch = op._op, getattr(Tensor, name)
+    takes_number, reflected = call in TAKES_NUMBER, name.startswith("__r")
 
     def method(self: Traced, other: Any) -> Any:
-        trace, kind, found = self.tracer, type(other), None
+        trace, ask, kind, found = self.tracer, getattr(Tensor, name), type(other), None
         if reflected and isinstance(other, Tensor):
             return NotImplemented  # what stands on the left goes first
-        if not is_open(trace) or _recorded_by_autograd(self):
+        if ask is not of_torch or not is_open(trace) or _recorded_by_autograd(self):
             return ask(self, other)
         if kind is Traced:
             if other.tracer is trace and not _recorded_by_autograd(other):
@@ -98,6 +98,6 @@ def binary(op: OpOverload, ask: Callable, reflected: bool) -> Callable:
 
 
 for name, op in BINARY.items():
-    setattr(Traced, name, binary(op, getattr(Tensor, name), name.startswith("__r")))
+    setattr(Traced, name, binary(name, op))
 for name, op in UNARY.items():
-    setattr(Traced, name, unary(op, getattr(Tensor, name)))
+    setattr(Traced, name, unary(name, op))

@@ -148,3 +148,14 @@ def test_a_mode_of_ones_own():
 
     for _ in range(2):
         assert_same(functionalize(f)(torch.tensor([3.0])), torch.tensor([21.0]))
+
+
+@pytest.mark.parametrize("name", [*operators.UNARY, *operators.BINARY])
+def test_an_exchanged_method_is_called(name, monkeypatch):
+    f = lambda x: getattr(x, name)(*[0.37] * (name in operators.BINARY))
+    x = drawn(torch.float64, 6)
+    want = torch.add(f(x), 1)
+    functionalize(f)(x)
+    old = getattr(torch.Tensor, name)
+    monkeypatch.setattr(torch.Tensor, name, lambda self, *more: torch.add(old(self, *more), 1))
+    assert_same(functionalize(f)(x), want)
