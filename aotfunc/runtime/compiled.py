@@ -39,6 +39,7 @@ from .guards.state import State, look
 from .guards.stores import undo_stores
 from .pipeline import Pipeline, title
 from .redraw import undrawn
+from .repeated import OTHER, repeated
 
 #: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
 # say that there are many
@@ -71,6 +72,7 @@ class Compiled:
         self.entries = Cache(NODES, weight_of)
         self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         self._families = Cache(LIMIT)  # calls that differ in Python numbers alone
+        self._repeated: Callable[[tuple, dict], Any] | None = None  # for a call like the last one
         #: entries that differ in Python numbers that are inputs of their program share one
         self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
             weakref.WeakValueDictionary()
@@ -111,6 +113,10 @@ class Compiled:
 
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._repeated is not None:
+            result = self._repeated(args, kwargs)
+            if result is not OTHER:
+                return result
         parts: list = [len(args)]
         tensors: list[Tensor] = []
         objects: list[Any] = []
@@ -130,6 +136,9 @@ class Compiled:
             if found is not None and entry.shared.again(tensors, found):
                 closed = [*tensors, *entry.closed(found)]
                 if entry.whereabouts is None or entry.whereabouts == whereabouts(closed):
+                    if entry.repeated is None:
+                        entry.repeated = repeated(self.f, entry, tensors, (args, kwargs))
+                    self._repeated = entry.repeated
                     return entry(closed, self.f, objects, (args, kwargs))
         return self.looked_up(key, tensors, objects, (args, kwargs))
 
@@ -256,7 +265,7 @@ class Compiled:
 
     def drop(self, full: tuple) -> None:
         """Forget an entry."""
-        entry = self.entries.pop(full)
+        entry, self._repeated = self.entries.pop(full), None
         if entry is not None and self._recent.get(entry.key) is entry:
             self._recent.pop(entry.key)
 
@@ -265,6 +274,7 @@ class Compiled:
         self.entries.clear()
         self._recent.clear()
         self._families.clear()
+        self._repeated = None
         self.captures, self._history = 0, History()
 
     def watch_growth(self, facts: Facts) -> None:

@@ -22,7 +22,7 @@ from ..capture.tree import Arguments, unflatten
 from ..graph import Program, kept_alive
 from ..trace.following import Following
 from ..trace.memory import whereabouts
-from ..trace.modes import without_modes
+from ..trace.modes import any_modes, without_modes
 from ..trace.outside import check_hooks
 from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
@@ -95,7 +95,14 @@ class Entry:
         self.rebuild = rebuilder(rec.spec)
         self.check = Check(state)
         self.finish = finish or None
+        #: the program is all there is to a call
+        self.bare = (
+            not (self.enables or self.inference or self.differentiated or self.idle)
+            and self.changes is self.inside is self.views is call.plain is None
+        )
         self.kept: list[Any] = []
+        #: takes a call like the last one here
+        self.repeated: Callable[[tuple, dict], Any] | None = None
         #: the calls that it serves among those that differ in Python numbers alone
         self.served: Served | None = None
         self.family: Family | None = None
@@ -112,6 +119,8 @@ class Entry:
     def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
         """The result for these tensors of a call that is, in Python, ``where = (f, objects,
         arguments)``."""
+        if self.bare and current() is None and not any_modes():
+            return self.tree(call_compiled(self.call, tensors), where)
         if self.inference:
             with torch.inference_mode():
                 return self.results(tensors, where)
@@ -151,6 +160,10 @@ class Entry:
                 outs = self.inside.returns(outs)
             if self.changes is not None:
                 self.changes.after(tensors)
+        return self.tree(outs, where)
+
+    def tree(self, outs: Sequence[Any], where: tuple) -> Any:
+        """What the function returns, with these tensors in it."""
         if self.plain:
             return outs[0]
         leaves = list(self.leaves)

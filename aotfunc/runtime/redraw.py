@@ -19,7 +19,10 @@ from ..transforms.lower import EVERYTHING, lowered
 
 def generator_states(program: Program) -> list[tuple[Generator, Tensor]]:
     """The generators that a program draws from, with their states now."""
-    return [(g, g.get_state()) for g in program.once("generators", lambda: generators_of(program))]
+    found = program.cache.get("generators")
+    if found is None:
+        found = program.once("generators", lambda: generators_of(program))
+    return [(g, g.get_state()) for g in found]
 
 
 def generators_of(program: Program) -> list[Generator]:

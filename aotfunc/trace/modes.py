@@ -25,13 +25,18 @@ def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
     through them. ``dtype``: the default dtype of the recording, for a program that runs later than
     it."""
     changed = dtype is not None and torch.get_default_dtype() is not dtype
-    if not (changed or _autocast() or _function_modes()):
+    if not (changed or any_modes()):
         return _NONE
     stack = off()
     if changed:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(dtype)
     return stack
+
+
+def any_modes() -> bool:
+    """Whether autocast or a function mode is on."""
+    return _autocast() or _function_modes() > 0
 
 
 def off() -> ExitStack:

@@ -26,6 +26,9 @@ from .lower import lower, seen_through
 from .recompute import recompute
 from .schedule import schedule
 
+#: elements that take no longer than calling PyTorch does, which is what a launch saves
+SMALL = 32768
+
 #: functions that kernels compute faster than PyTorch does
 QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"))
 
@@ -40,6 +43,7 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     for n in graph.nodes:
         if isinstance(n.target, Launch):
             n.target = n.target.run
+    results = output_node(graph).args[0]
     run = compile_graph(graph)
 
     def call(*args: Tensor) -> tuple:
@@ -48,12 +52,24 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
         return run(*args)
 
     call.source = run.source  # type: ignore[attr-defined]
+    call.own = own(results)  # type: ignore[attr-defined]
     return call
+
+
+def own(results: Sequence[Any]) -> int:
+    """How many of the first results are of launches, and so tensors whose memory only they use."""
+    for count, n in enumerate(results):
+        if not isinstance(n, Node) or n.meta.get("laid_out") is not n or n in results[:count]:
+            return count
+    return len(results)
 
 
 def worth(nodes: Sequence[Node]) -> bool:
     """Whether these nodes are better as a kernel than called one by one."""
     if len(nodes) > 1:
+        return True
+    val = nodes[0].meta["val"]
+    if isinstance(val, Tensor) and val.numel() <= SMALL:
         return True
     kernel = lower(nodes, nodes, "kernel")
     return any(isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values))

@@ -25,9 +25,9 @@ from ...trace.modes import Surroundings, function_modes_key
 from ...trace.traced import attributes
 from .reads import CLOSED, library_of_module
 
-_TENSORS = (Tensor, nn.Parameter)
+TENSORS = (Tensor, nn.Parameter)
 #: described by their value; equality within one of these classes is equality of meaning
-_ATOMS = frozenset(
+ATOMS = frozenset(
     {
         int,
         bool,
@@ -43,7 +43,7 @@ _ATOMS = frozenset(
     | {range, torch.Size}
 )
 _VALUES = (
-    *_ATOMS - {bool, range, type(None), type(...)},
+    *ATOMS - {bool, range, type(None), type(...)},
     float,
     complex,
     np.generic,
@@ -61,13 +61,13 @@ def is_value(x: Any) -> bool:
         cls = x.__class__
     except Exception as e:
         raise without_class(x) from e
-    return cls in _ATOMS or cls is float or isinstance(x, _VALUES)
+    return cls in ATOMS or cls is float or isinstance(x, _VALUES)
 
 
 def bits(x: Any) -> Any:
     """A plain value, such that equal ones of one class mean the same: numbers by their bits."""
     cls = x.__class__
-    if cls in _ATOMS:
+    if cls in ATOMS:
         return x
     if isinstance(x, Enum):
         return x.name
@@ -154,7 +154,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         cls = x.__class__
     except Exception as e:
         raise without_class(x) from e
-    if cls in _TENSORS:
+    if cls in TENSORS:
         try:
             key += (
                 x.shape,
@@ -170,7 +170,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         tensors.append(x)
         if x.__dict__:
             describe_attributes(x, key, objects)
-    elif cls in _ATOMS:
+    elif cls in ATOMS:
         key += (cls, x)
     elif cls is float:
         key += (cls, x.hex())

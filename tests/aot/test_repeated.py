@@ -1,0 +1,218 @@
+"""A call like the last one takes a short way to its entry; whatever is different must be seen."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Distribution
+
+from aotfunc import jit
+from aotfunc.errors import CaptureError
+
+
+def f(x, y):
+    return torch.tanh(x + y) * 2
+
+
+def warm(f, *args):
+    """Compiled, and called often enough for the short way."""
+    compiled = jit(f)
+    for _ in range(3):
+        compiled(*args)
+    assert compiled.captures == 1 and compiled._repeated is not None
+    return compiled
+
+
+def plain():
+    return torch.randn(3, 4), torch.randn(3, 4)
+
+
+OTHERS = {
+    "shape": lambda x, y: (x[:2], y[:2]),
+    "stride": lambda x, y: (torch.randn(4, 3).t(), y),
+    "dtype": lambda x, y: (x.double(), y),
+    "requires grad": lambda x, y: (x.requires_grad_(), y),
+    "conjugated": lambda x, y: (torch.complex(x, y).conj(), y),
+    "negated": lambda x, y: (torch._neg_view(x), y),
+    "the same twice": lambda x, y: (x, x),
+    "views of one memory": lambda x, y: (x, x.view(3, 4)),
+    "a number": lambda x, y: (x, 2.0),
+    "more": lambda x, y: (x.expand(2, 3, 4), y),
+    "parameter": lambda x, y: (nn.Parameter(x), y),
+    "meta": lambda x, y: (x.to("meta"), y.to("meta")),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_arguments(other):
+    compiled = warm(f, *plain())
+    args = OTHERS[other](*plain())
+    for _ in range(3):
+        got, expected = compiled(*args), f(*args)
+        assert (got.shape, got.dtype, got.device) == (
+            expected.shape,
+            expected.dtype,
+            expected.device,
+        )
+        assert got.requires_grad == expected.requires_grad
+        if not got.is_meta:
+            torch.testing.assert_close(got, expected)
+        x, y = plain()
+        torch.testing.assert_close(compiled(x, y), f(x, y))
+
+
+@pytest.mark.parametrize("change", ["one less", "by name", "by both"])
+def test_other_ways_to_pass(change):
+    def g(x, y=3.0):
+        return x * y
+
+    x, y = plain()
+    compiled = warm(g, x, y)
+    if change == "one less":
+        assert torch.equal(compiled(x), x * 3)
+    elif change == "by name":
+        assert torch.equal(compiled(x=x, y=y), x * y)
+    else:
+        assert torch.equal(compiled(x, y=y), x * y)
+
+
+TREES = {
+    "another key": lambda p: ({"w": p["w"], "c": p["b"]}, p["s"]),
+    "another order": lambda p: ({"b": p["b"], "w": p["w"]}, p["s"]),
+    "one more": lambda p: ({"w": p["w"], "b": p["b"], "c": p["b"] * 1}, p["s"]),
+    "one less": lambda p: ({"w": p["w"]}, p["s"]),
+    "a list for a tuple": lambda p: ({"w": p["w"], "b": p["b"]}, list(p["s"])),
+    "another number": lambda p: ({"w": p["w"], "b": p["b"]}, (p["s"][0], 3, *p["s"][2:])),
+    "true for one": lambda p: ({"w": p["w"], "b": p["b"]}, (p["s"][0], True, *p["s"][2:])),
+    "1.0 for 1": lambda p: ({"w": p["w"], "b": p["b"]}, (p["s"][0], 1.0, *p["s"][2:])),
+    "-0.0 for 0.0": lambda p: ({"w": p["w"], "b": p["b"]}, (*p["s"][:2], -0.0, *p["s"][3:])),
+    "another word": lambda p: ({"w": p["w"], "b": p["b"]}, (*p["s"][:3], "sub")),
+    "a number for a tensor": lambda p: ({"w": 2.0, "b": p["b"]}, p["s"]),
+}
+
+
+@pytest.mark.parametrize("other", TREES)
+def test_trees(other):
+    """Structure, keys and their order, plain values by class and bits."""
+
+    def g(params, s):
+        scale, k, zero, kind = s
+        total = sum(i * v for i, v in enumerate(params.values(), 1)) * k + scale
+        signed = torch.copysign(torch.ones(3), torch.full((3,), zero))
+        kinds = {"k": type(k).__name__, "s": type(s).__name__, "names": [*params]}
+        return total if kind == "add" else -total, signed, kinds
+
+    p = {"w": torch.randn(3), "b": torch.randn(3), "s": (torch.randn(3), 1, 0.0, "add")}
+    given = ({"w": p["w"], "b": p["b"]}, p["s"])
+    compiled = warm(g, *given)
+    args = TREES[other](p)
+    for _ in range(3):
+        for now in (args, given):
+            for got, expected in zip(compiled(*now), g(*now), strict=True):
+                assert (got == expected) if isinstance(got, dict) else torch.equal(got, expected)
+    for got, expected in zip(compiled(params=args[0], s=args[1]), g(*args), strict=True):
+        assert (got == expected) if isinstance(got, dict) else torch.equal(got, expected)
+
+
+def test_other_surroundings():
+    """Gradients, inference mode, autocast, the default dtype and device, a validated
+    distribution."""
+    w = torch.randn(4, 4)
+
+    def g(x):
+        return x @ w, torch.full((2,), 0.5)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    compiled = warm(g, x)
+
+    def same():
+        for got, expected in zip(compiled(x), g(x), strict=True):
+            assert got.dtype is expected.dtype and got.device == expected.device
+            assert got.requires_grad == expected.requires_grad
+            assert got.is_inference() == expected.is_inference()
+
+    with torch.no_grad():
+        same()
+    with torch.inference_mode():
+        same()
+    with torch.autocast("cpu"):
+        same()
+    with torch.device("meta"):
+        assert compiled(x)[1].is_meta
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        same()
+    finally:
+        torch.set_default_dtype(default)
+    validated = Distribution._validate_args
+    captures = compiled.captures
+    try:
+        Distribution.set_default_validate_args(not validated)
+        same()
+    finally:
+        Distribution.set_default_validate_args(validated)
+    assert compiled.captures == captures + 1
+    same()
+
+
+def test_other_globals_and_closures():
+    rate, w = [2.0], [torch.ones(3)]
+    compiled = warm(lambda x: x * rate[0] + w[0], torch.ones(3))
+    rate[0] = 3.0
+    assert compiled(torch.ones(3)).tolist() == [4.0] * 3
+    w[0] = torch.zeros(3)
+    assert compiled(torch.ones(3)).tolist() == [3.0] * 3
+    w[0].add_(1)
+    assert compiled(torch.ones(3)).tolist() == [4.0] * 3
+
+
+def test_attributes_of_a_tensor():
+    def g(x):
+        return x * getattr(x, "scale", 1.0)
+
+    x = torch.ones(3)
+    compiled = warm(g, x)
+    x.scale = 2.0
+    assert compiled(x).tolist() == [2.0] * 3
+    x.scale = 3.0
+    assert compiled(x).tolist() == [3.0] * 3
+
+
+def test_a_leaf_and_a_computed_tensor():
+    def g(x):
+        return x * (2 if x.is_leaf else 3)
+
+    x = torch.ones(3, requires_grad=True)
+    compiled = warm(g, x)
+    assert compiled(x * 1).tolist() == [3.0] * 3
+    assert compiled(x).tolist() == [2.0] * 3
+
+
+def test_an_argument_that_is_closed_over():
+    w = torch.ones(3)
+    compiled = warm(lambda x: (x.add_(1), w * 1)[1], torch.zeros(3))
+    assert compiled(w).tolist() == [2.0] * 3
+
+
+def test_forgotten():
+    x = torch.ones(3)
+    compiled = warm(f, x, x + 1)
+    compiled.forget()
+    compiled(x, x + 1)
+    assert compiled.captures == 1
+
+
+def test_inside_transforms_of_torch():
+    compiled = warm(f, *plain())
+    x, y = plain()
+    got = torch.func.vmap(compiled)(torch.stack([x, x]), torch.stack([y, y]))
+    torch.testing.assert_close(got, torch.stack([f(x, y)] * 2))
+    _, tangent = torch.func.jvp(compiled, (x, y), (x, y))
+    torch.testing.assert_close(tangent, torch.func.jvp(f, (x, y), (x, y))[1])
+
+
+def test_inside_a_trace_of_torch():
+    compiled = warm(f, *plain())
+    with pytest.raises(CaptureError, match=r"torch\.jit\.trace does not trace"):
+        torch.jit.trace(compiled, plain(), check_trace=False)
+    torch.testing.assert_close(compiled(*(args := plain())), f(*args))
