@@ -149,28 +149,14 @@ def _check(
             got, want, **close, msg=lambda m: f"reverse mode is wrong{path}: {m}"
         )
     if order > 1:
-        if "fwd" in modes:
-            _check(
-                lambda *a: jvp(f, a, direction)[1],
-                args,
-                order - 1,
-                modes,
-                eps,
-                atol,
-                rtol,
-                f" in the derivative of jvp{path}",
-            )
-        if "rev" in modes:
-            _check(
-                lambda *a: vjp(f, *a)[1](cotangent),
-                args,
-                order - 1,
-                modes,
-                eps,
-                atol,
-                rtol,
-                f" in the derivative of vjp{path}",
-            )
+        deeper = (
+            ("fwd", "jvp", lambda *a: jvp(f, a, direction)[1]),
+            ("rev", "vjp", lambda *a: vjp(f, *a)[1](cotangent)),
+        )
+        for mode, name, derivative in deeper:
+            if mode in modes:
+                where = f" in the derivative of {name}{path}"
+                _check(derivative, args, order - 1, modes, eps, atol, rtol, where)
 
 
 def _like(leaves: Sequence[Tensor], tree: Any) -> Any:

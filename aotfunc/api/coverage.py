@@ -170,7 +170,7 @@ def coverage() -> dict[str, dict[str, int]]:
     transform.
 
     Counted are the overloads that :func:`ops` lists: aten's functional, dense, not composite ones,
-    whether anybody differentiates them or not. :func:`step` answers for a single op.
+    differentiated or not. :func:`step` answers for a single op.
 
     >>> counts = coverage()  # doctest: +ELLIPSIS
     7... overloads of aten (functional, dense, not composite), PyTorch ...

@@ -113,6 +113,21 @@ def adapt(rule: Formula, leading: int) -> Formula:
 # ----- the verbs ---------------------------------------------------------------------------------
 
 
+def stating(
+    transform: str, ops: Sequence[OpOverload | OpOverloadPacket], leading: int, **fields: Any
+) -> Callable[[Formula], Formula]:
+    """Decorator: this function is the rule of ``ops`` under this transform."""
+
+    def register(rule: Formula) -> Formula:
+        for op in ops:
+            line = rule_of(op)
+            vars(line).update({transform: adapt(rule, leading), **fields})
+            line.verbs.append(f"{transform}_of")
+        return rule
+
+    return register
+
+
 def vjp_of(
     *ops: OpOverload | OpOverloadPacket, diff_outputs: tuple[int, ...] | None = None
 ) -> Callable[[Formula], Formula]:
@@ -120,15 +135,7 @@ def vjp_of(
 
     ``diff_outputs`` lists the outputs that carry a derivative, where it is not all floating ones.
     """
-
-    def register(rule: Formula) -> Formula:
-        for op in ops:
-            line = rule_of(op)
-            line.vjp, line.diff_outputs = adapt(rule, 2), diff_outputs
-            line.verbs.append("vjp_of")
-        return rule
-
-    return register
+    return stating("vjp", ops, 2, diff_outputs=diff_outputs)
 
 
 def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
@@ -137,29 +144,13 @@ def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
 
     ``tangents`` is a tuple, one entry per tensor argument. Without a forward rule the reverse rule
     is transposed."""
-
-    def register(rule: Formula) -> Formula:
-        for op in ops:
-            line = rule_of(op)
-            line.jvp = adapt(rule, 2)
-            line.verbs.append("jvp_of")
-        return rule
-
-    return register
+    return stating("jvp", ops, 2)
 
 
 def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
     """Decorator: this function is the batching rule ``(*args) -> outputs``, batch at dimension 0,
     of ``ops``."""
-
-    def register(rule: Formula) -> Formula:
-        for op in ops:
-            line = rule_of(op)
-            line.vmap = adapt(rule, 0)
-            line.verbs.append("vmap_of")
-        return rule
-
-    return register
+    return stating("vmap", ops, 0)
 
 
 def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> None:
