@@ -173,6 +173,32 @@ def test_gradients(case):
     agree(grad(lambda x: f(x).square().sum()), x, kernels=None, rtol=1e-4, atol=1e-4)
 
 
+P = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0])
+POOLED = {
+    "squares": (lambda x: F.max_pool2d(x, 2), r(2, 3, 8, 10)),
+    "places": (lambda x: F.max_pool2d(x, 2, return_indices=True), r(2, 3, 9, 37)),
+    "overlapping": (lambda x: F.max_pool2d(x, 3, 2, return_indices=True), r(3, 9, 38)),
+    "oblong": (lambda x: F.max_pool2d(x, (2, 3), return_indices=True), r(2, 1, 8, 12).double()),
+    "special": (
+        lambda x: F.max_pool2d(x, 2, return_indices=True),
+        P[torch.randint(6, (2, 3, 16, 16))],
+    ),
+    "padded": (lambda x: F.max_pool2d(x, 3, 1, 1), r(2, 3, 8, 10)),
+    "channels last": (
+        lambda x: F.max_pool2d(x, 2),
+        r(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", POOLED)
+def test_pooled(case):
+    f, x = POOLED[case]
+    agree(f, x, kernels=None)
+    value = lambda x: y if isinstance(y := f(x), Tensor) else y[0]
+    agree(grad(lambda x: (value(x) * 3).nan_to_num(0, 0, 0).sum()), x, kernels=None)
+
+
 def random_program(seed: int):
     """Ops that take elements from elsewhere, between such as compute."""
     rng = random.Random(seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .ir import Access, Const, Kernel, Ramp, Reduce, walk, wide
+from .ir import Access, Const, Kernel, Ramp, Reduce, walk
 
 #: types of vectors, by how many lanes they have
 VECTORS = {
@@ -24,10 +24,8 @@ def lanes_of(kernel: Kernel) -> str:
     """How many points are computed at a time, as the text says it."""
     k = kernel.vector
     vectors = [e for e in walk(kernel.values) if k in kernel.axes(e) or isinstance(e, Reduce)]
-    stored = [kernel.accesses[s.access] for s in kernel.stores]
-    dtypes = {e.dtype for e in vectors} | {
-        wide(a.dtype) for a in stored if a.strides and a.strides[k]
-    }
+    stores = [s for s in kernel.stores if kernel.extents and kernel.accesses[s.access].strides[k]]
+    dtypes = {e.dtype for e in vectors} | {s.value.dtype for s in stores}
     fits = [w for w, types in VECTORS.items() if dtypes <= set(types)]
     return fits[0] if fits and kernel.extents else "1"
 

@@ -52,6 +52,10 @@ DTYPES = (
     *(torch.bfloat16, torch.float16),
 )
 
+#: integers of these dtypes are in lanes as the first and in memory as the second, so that there
+#: are as many of them as of floats
+NARROW = (torch.int32, torch.int64)
+
 
 def computed(n: Any) -> bool:
     """Whether a node may be part of a kernel: there is a rule for it, and it is a plain tensor on
@@ -144,6 +148,8 @@ class Lowering:
         whole = [p for p, mask in self.places.get(n, ()) if mask is None and self.whole(p, n)]
         place = whole[0] if whole else self.root(shape_of(n))
         value = self.value(n, place)
+        if isinstance(value, Cast) and (value.value.dtype, value.dtype) == NARROW:
+            value = value.value  # memory is wide enough
         return Store(self.access(n, place), value)
 
     def whole(self, place: Place, n: Node) -> bool:
@@ -544,6 +550,8 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
         return value if exact else apply(ROUNDED[dtype], value)
     if value.dtype is dtype:
         return value
+    if isinstance(value, Load) and (dtype, value.dtype) == NARROW:
+        return Load(dtype, value.access, value.shift, value.mask)
     if isinstance(value, Const) and dtype.is_floating_point:
         return number(Given(value.value) if value.given else value.value, dtype)
     return Cast(dtype, value)

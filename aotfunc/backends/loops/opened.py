@@ -154,6 +154,40 @@ def fits_nll(x: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     )
 
 
+def max_pool(
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    ceil_mode: bool = False,
+) -> Any:
+    """The greatest of each window of few elements, NaN before all, and where it is."""
+    (kh, kw), (sh, sw) = pair(size), pair(stride or size)
+    if pair(padding) != (0, 0) or pair(dilation) != (1, 1) or ceil_mode or kh * kw > 9:
+        return NotImplemented
+    if x.dtype not in (torch.float32, torch.float64) or not (x.is_contiguous() and x.numel()):
+        return NotImplemented
+    h, w = x.shape[-2:]
+    places = torch.arange(h * w, dtype=torch.int32).view(h, w)
+    windows = [
+        (..., slice(i, h - kh + i + 1, sh), slice(j, w - kw + j + 1, sw))
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    value = x[windows[0]].contiguous()
+    place = places[windows[0]].expand(value.shape)
+    for window in windows[1:]:
+        here = x[window]
+        later = (here > value) | here.isnan()
+        value, place = torch.where(later, here, value), torch.where(later, places[window], place)
+    return value, place.long()
+
+
+def pair(n: Sequence[int]) -> tuple[int, int]:
+    return n[0], n[-1]
+
+
 def outer_product(x: Tensor, y: Tensor) -> Any:
     """A product of matrices that sums nothing."""
     if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
@@ -187,6 +221,7 @@ OPENED: dict[Any, Callable] = {
     aten.mse_loss_backward.default: in_these(mse_loss_backward),
     aten.nll_loss_forward.default: nll_loss,
     aten.nll_loss_backward.default: nll_loss_backward,
+    aten.max_pool2d_with_indices.default: max_pool,
     aten.var.correction: in_these(var),
     aten.std.correction: in_these(std),
     aten.var_mean.correction: in_these(var_mean),
