@@ -280,19 +280,27 @@ ENVIRONMENT = (
 )
 
 
+# bound once: a call reads them all
+_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_default_dtype, _deterministic = torch.get_default_dtype, torch._C._get_deterministic_algorithms
+_function_modes, _autocast = torch._C._len_torch_function_stack, torch._C._is_any_autocast_enabled
+_flash, _math = torch._C._get_flash_sdp_enabled, torch._C._get_math_sdp_enabled
+_mem_efficient = torch._C._get_mem_efficient_sdp_enabled
+
+
 def environment_key() -> tuple:
     """Grad modes, autocast, defaults of tensors and distributions, determinism, which kernels
     attention may use."""
     return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
+        _grad(),
+        _inference(),
         forward_ad._current_level,
-        torch.get_default_dtype(),
-        function_modes_key(),
-        Surroundings.now() if torch._C._is_any_autocast_enabled() else None,
-        torch.are_deterministic_algorithms_enabled(),
+        _default_dtype(),
+        function_modes_key() if _function_modes() else None,
+        Surroundings.now() if _autocast() else None,
+        _deterministic(),
         Distribution._validate_args,
-        torch._C._get_flash_sdp_enabled(),
-        torch._C._get_math_sdp_enabled(),
-        torch._C._get_mem_efficient_sdp_enabled(),
+        _flash(),
+        _math(),
+        _mem_efficient(),
     )
