@@ -158,7 +158,8 @@ class Halves:
             i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1
         ]
         self.materializes = materializes(self.program)
-        self.late_reads = late_reads(program)
+        reads = late_reads(program)
+        self.late_reads = reads if any(reads) else None
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
             return
@@ -226,10 +227,10 @@ class Halves:
         return self.call.derived(("gradient", self.wrt, have), make, "gradient")
 
 
-def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence, Versions]:
+def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence, Versions | None]:
     """The results of a call and the new values of written inputs, if some of them have a
     derivative; where its backward looks for what is not to be written to."""
-    read_late: Versions = []
+    read_late: Versions | None = None if halves.late_reads is None else []
     count = halves.count
     given, before = halves.unwritten(tensors), generator_states(halves.call.program)
     torch._C._set_grad_enabled(False)  # a tenth of the time of torch.no_grad()
@@ -271,7 +272,7 @@ class Differentiated(torch.autograd.Function):
         residuals: Sequence,
         needed: list[Tensor],
         before: list,
-        read_late: Versions,
+        read_late: Versions | None,
         *inputs: Tensor,
     ) -> tuple:
         ctx.set_materialize_grads(False)
@@ -289,7 +290,8 @@ class Differentiated(torch.autograd.Function):
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
-        check_unwritten(ctx.read_late, ctx.halves.call.__name__)
+        if ctx.read_late is not None:
+            check_unwritten(ctx.read_late, ctx.halves.call.__name__)
         # asked for, they raise an error the second time, unless the graph was retained, even if
         # there are none
         halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
@@ -308,7 +310,7 @@ class Differentiated(torch.autograd.Function):
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
                 grads = call_batched(run_half, halves.backward_for(have), [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.inputs, ctx.read_late = None, []
+            ctx.inputs = ctx.read_late = None
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
         return *[None] * 7, *grads
