@@ -129,6 +129,13 @@ def ops(x):
     return sum(p.sum() for p in parts)
 
 
+def kernels(x, i):
+    rows = F.embedding(i, x.T) + F.pad(x, (1, 1, 0, 0))[:, 1:4].T.softmax(-1)
+    image = torch.cat([rows, rows.flip(0)]).reshape(1, 1, -1, rows.shape[-1])
+    pooled = F.max_pool2d(image, (2, 1))
+    return F.cross_entropy(F.layer_norm(rows, rows.shape[-1:]), i) + pooled.sum() + rows[i].sum()
+
+
 EXTRA = {
     "hessian of a product": lambda: hessian(lambda x: x.prod() + x.cumprod(0).sum())(x[0]),
     "jacobians of linear algebra": lambda: [
@@ -189,6 +196,13 @@ EXTRA = {
         lambda x: x.sin().sum(), lambda gm, inputs: gm
     )(x.clone().requires_grad_()).backward(),
     "ensemble": lambda: aotfunc.stack_module_state([nn.Linear(2, 2) for _ in range(2)]),
+    "gradients taken inside": lambda: jit(
+        lambda x: torch.autograd.grad((x.mT * 1).sin().sum(), x)[0].contiguous()
+    )(x.clone().requires_grad_()),
+    "kernels": lambda: [
+        jit(f, backend="cpp")(x, torch.tensor([0, 2, 1]))
+        for f in (kernels, lambda x, i: grad(kernels)(x, i))
+    ],
 }
 
 if __name__ == "__main__":

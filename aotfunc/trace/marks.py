@@ -36,7 +36,7 @@ def _checked(x: torch.Tensor, where: str) -> torch.Tensor:
 
 _library.define("check_gradient(Tensor x, str where) -> Tensor")
 _library.impl("check_gradient", _checked, "CompositeExplicitAutograd")
-_library.impl("check_gradient", lambda x, where: torch.empty_like(x), "Meta")
+_library.impl("check_gradient", lambda x, where: x.clone(), "Meta")
 #: raises RuntimeError for a NaN
 check_gradient = torch.ops.aotfunc.check_gradient.default
 
@@ -49,7 +49,7 @@ def _fail(x: torch.Tensor, error: int) -> torch.Tensor:
 
 _library.define("fail(Tensor x, int error) -> Tensor")
 _library.impl("fail", _fail, "CompositeExplicitAutograd")
-_library.impl("fail", lambda x, error: torch.empty_like(x), "Meta")
+_library.impl("fail", lambda x, error: x.clone(), "Meta")
 #: raises what a user's backward raised when it was recorded
 fail = torch.ops.aotfunc.fail.default
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from ...trace.shapes.rules import broadcast
 from .ir import Expr, Given, Unfit, apply, number
 from .places import Index, Place
 from .views import changed, expand, first_of, shape_of
@@ -71,7 +72,7 @@ def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr
     """Dimensions that are indexed together lie where the first of them was, or first of all if
     others are between them. A negative index counts from the end."""
     indices = {d: i for d, i in enumerate(asked) if i is not None}
-    shape = torch.broadcast_shapes(*[shape_of(i) for i in indices.values()])
+    shape = broadcast(*[shape_of(i) for i in indices.values()])
     dims = list(indices)
     first = dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0
     behind = first + len(shape)
