@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .entry import Entry
 from .guards.check import metadata_check
-from .guards.keys import ATOMS, TENSORS, bits, environment_key
+from .guards.keys import ATOMS, TENSORS, bits, environment_key, first_alike
 
 tracing = torch._C._get_tracing_state  # of torch.jit.trace, which would keep what kernels compute
 
@@ -25,9 +25,9 @@ OTHER = object()
 def repeated(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple) -> Callable:
     """``call(args, kwargs)``, which takes a call with arguments like ``given`` to ``entry``, whose
     they are, and answers OTHER to another one, or where that is not so easily seen."""
-    same, found = structure(given), {*map(id, tensors)}
+    same = structure(given)
     plain = all(t.__class__ in TENSORS and not t.__dict__ for t in tensors)
-    alone = len(found) == len(tensors) and not entry.shared.given and entry.whereabouts is None
+    alone = first_alike(tensors) is None and not entry.shared.given and entry.whereabouts is None
     if not (tensors and same and plain and alone):
         return lambda args, kwargs: OTHER
     alike = metadata_check(tensors)

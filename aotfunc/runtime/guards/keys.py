@@ -283,9 +283,8 @@ ENVIRONMENT = (
 # bound once: a call reads them all
 _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _default_dtype, _deterministic = torch.get_default_dtype, torch._C._get_deterministic_algorithms
-_function_modes, _autocast = torch._C._len_torch_function_stack, torch._C._is_any_autocast_enabled
-_flash, _math = torch._C._get_flash_sdp_enabled, torch._C._get_math_sdp_enabled
-_mem_efficient = torch._C._get_mem_efficient_sdp_enabled
+_autocast, _flash = torch._C._is_any_autocast_enabled, torch._C._get_flash_sdp_enabled
+_math, _mem_efficient = torch._C._get_math_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
 
 
 def environment_key() -> tuple:
@@ -296,7 +295,7 @@ def environment_key() -> tuple:
         _inference(),
         forward_ad._current_level,
         _default_dtype(),
-        function_modes_key() if _function_modes() else None,
+        function_modes_key(),
         Surroundings.now() if _autocast() else None,
         _deterministic(),
         Distribution._validate_args,
