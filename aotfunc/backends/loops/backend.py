@@ -22,7 +22,8 @@ from .cpp import function
 from .fuse import Unit, calls, grouped, stored
 from .ir import Apply, Check, Kernel, walk
 from .launch import Launch
-from .lower import lower, seen_through
+from .lower import lower
+from .members import seen_through
 from .recompute import recompute
 from .schedule import schedule
 

@@ -16,7 +16,8 @@ from torch.fx import Node
 
 from ...graph import draws
 from .ir import Unfit
-from .lower import computed, lower, seen_through
+from .lower import lower
+from .members import computed, seen_through
 from .views import source_of
 
 #: a kernel of more nodes is slow to compile, and has more values than there are registers

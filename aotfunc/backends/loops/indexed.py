@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from ...trace.shapes.rules import broadcast
+from .checks import index_of, wrapped
 from .ir import Expr, Given, Unfit, apply, number
 from .places import Index, Place
 from .views import changed, expand, first_of, shape_of
@@ -50,7 +51,7 @@ def gather(work: Lowering, at: At, x: Node, dim: int, index: Node, **_: Any) -> 
     if not at.place:
         raise Unfit("a gather from one number")
     dim, size = dim % len(at.place), shape_of(x)[dim]
-    found = work.looked_up(index, at, 0, size, outside(RuntimeError, size, dim))
+    found = index_of(work, index, at, 0, size, outside(RuntimeError, size, dim))
     return work.value(x, changed(at.place, dim, looked_up(found)), at.mask)
 
 
@@ -58,13 +59,13 @@ def index_select(work: Lowering, at: At, x: Node, dim: int, index: Node) -> Expr
     if not shape_of(index) or not at.place:
         raise Unfit("an index that is one number")
     here = At((at.place[dim],), at.mask)
-    found = work.looked_up(index, here, 0, shape_of(x)[dim], out_of_self)
+    found = index_of(work, index, here, 0, shape_of(x)[dim], out_of_self)
     return work.value(x, changed(at.place, dim, looked_up(found)), at.mask)
 
 
 def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Expr:
     here = At(at.place[:-1], at.mask)
-    found = work.looked_up(index, here, 0, shape_of(weight)[0], out_of_self)
+    found = index_of(work, index, here, 0, shape_of(weight)[0], out_of_self)
     return work.value(weight, (looked_up(found), at.place[-1]), at.mask)
 
 
@@ -84,8 +85,8 @@ def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr
             continue
         here = At(expand(shape_of(indices[d]), common), at.mask)
         error = outside(IndexError, size, dims.index(d))
-        found = work.looked_up(indices[d], here, -size, size, error)
-        where.append(looked_up(work.wrapped(found, size)))
+        found = index_of(work, indices[d], here, -size, size, error)
+        where.append(looked_up(wrapped(work, found, size)))
     return work.value(x, tuple(where), at.mask)
 
 

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from .fuse import MOST, Unit, fits, stored
 from .ir import SLOW, Apply, walk
-from .lower import lower, seen_through
+from .lower import lower
+from .members import seen_through
 from .pointwise import RULES
 from .reductions import REDUCTIONS
 from .views import shape_of

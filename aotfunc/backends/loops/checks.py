@@ -1,0 +1,60 @@
+"""Indices that a kernel looks up, and what must hold of them before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from .classes import class_of
+from .ir import Check, Expr, Given, Load, Unfit, apply, number
+from .places import Place, along
+from .views import behind, shape_of, source_of
+
+if TYPE_CHECKING:
+    from .indexed import At
+    from .lower import Lowering
+
+
+def index_of(
+    work: Lowering, n: Node, at: At, low: int, high: int, error: Callable[[int], Exception]
+) -> Expr:
+    """An element of a tensor of indices, which are in range. Raises Unfit where these are not
+    in memory."""
+    e = work.value(n, at.place, at.mask)
+    if not isinstance(e, Load) or e.shift is not None:
+        raise Unfit("indices that are computed")
+    if e.dtype not in (torch.int64, torch.int32):
+        raise Unfit(f"indices of {e.dtype}")
+    memory = work.accesses[e.access].tensor
+    if memory.target is not class_of and (n, low, high) not in work.checks:
+        work.checks[n, low, high] = check_of(n, memory, low, high, error)
+    key = (e, "index")
+    if key not in work.values:
+        work.values[key] = Load(work.integer, e.access, None, e.mask)
+    return work.values[key]
+
+
+def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
+    """An index that counts from the end where it is negative."""
+    if (found, size, "wrapped") not in work.values:
+        end = found + number(Given(size), work.integer)
+        work.values[found, size, "wrapped"] = apply("where", found < 0, end, found)
+    return work.values[found, size, "wrapped"]
+
+
+def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
+    """That of the elements of a view of a tensor in memory."""
+    shape = shape_of(n)
+    place: Place = tuple([along(d) for d in range(len(shape))])
+    while n is not tensor:
+        place = behind(n, place, shape)
+        n = source_of(n)  # type: ignore[assignment]
+    strides, start = [0] * len(shape), 0
+    for index, stride in zip(place, n.meta["val"].stride(), strict=True):
+        start += index.start * stride
+        for d, step in index.steps:
+            strides[d] += step * stride  # type: ignore[index]
+    return Check(tensor, (shape, tuple(strides), start), low, high, error)

@@ -1,0 +1,73 @@
+"""The dtype that each op of a kernel computes in, and values brought to one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .ir import ROUNDED, Apply, Cast, Const, Expr, Given, Load, Unfit, apply, number, wide
+
+#: dtypes of the tensors that kernels compute
+DTYPES = (
+    *(torch.float32, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.bfloat16, torch.float16),
+)
+
+#: integers of these dtypes are in lanes as the first and in memory as the second, so that there
+#: are as many of them as of floats
+NARROW = (torch.int32, torch.int64)
+
+
+def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
+    """The dtype that an op computes in. Raises Unfit for one that its body is not meant for."""
+    if kind in ("compare", "truth"):
+        values = [a.meta["val"] if isinstance(a, Node) else a for a in n.args]
+        common = values[0].dtype if len(values) == 1 else torch.result_type(*values)
+        if common not in DTYPES:
+            raise Unfit(f"{common} is not computed with")
+        return torch.bool if kind == "truth" else common
+    right = {
+        "float": out.is_floating_point,
+        "any": out is not torch.bool,
+        "bits": not out.is_floating_point,
+    }
+    if not right.get(kind, True):
+        raise Unfit(f"{n.target} of {out}")
+    return out
+
+
+def integer(nodes: Sequence[Node]) -> torch.dtype:
+    """The dtype of indices: one that fills as many lanes as the values do, and holds them."""
+    dtypes = {wide(n.meta["val"].dtype) for n in nodes}
+    if torch.float64 in dtypes or (torch.int64 in dtypes and torch.float32 not in dtypes):
+        return torch.int64
+    for val in [m.meta["val"] for n in nodes for m in (n, *n.all_input_nodes)]:
+        if sum([(size - 1) * s for size, s in zip(val.shape, val.stride(), strict=True)]) >> 31:
+            return torch.int64
+    return torch.int32
+
+
+def said(a: Any) -> Any:
+    """A number of the graph as one that is given with the call."""
+    return Given(a) if isinstance(a, float) or (type(a) is int and abs(a) < 2**53) else a
+
+
+def cast(value: Expr, dtype: torch.dtype) -> Expr:
+    """The value in this dtype, rounded or wrapped to it."""
+    if dtype in ROUNDED:
+        if isinstance(value, Const):
+            return number(Given(value.value) if value.given else value.value, dtype)
+        value = cast(value, torch.float32)
+        exact = isinstance(value, Apply) and value.fn == ROUNDED[dtype]
+        return value if exact else apply(ROUNDED[dtype], value)
+    if value.dtype is dtype:
+        return value
+    if isinstance(value, Load) and (dtype, value.dtype) == NARROW:
+        return Load(dtype, value.access, value.shift, value.mask)
+    if isinstance(value, Const) and dtype.is_floating_point:
+        return number(Given(value.value) if value.given else value.value, dtype)
+    return Cast(dtype, value)

@@ -1,0 +1,48 @@
+"""Which nodes a kernel may compute, and which ones it looks through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .constants import constant
+from .dtypes import DTYPES
+from .indexed import TAKEN, iota
+from .pointwise import RULES
+from .reductions import REDUCTIONS
+from .views import source_of
+
+
+def computed(n: Any) -> bool:
+    """Whether a node may be part of a kernel: there is a rule for it, and it is a plain tensor on
+    the CPU made of such."""
+    return (
+        isinstance(n, Node)
+        and n.op == "call_function"
+        and (n.target in RULES or n.target in REDUCTIONS or n.target in TAKEN)
+        and plain(n)
+        and all(map(plain, n.all_input_nodes))
+    )
+
+
+def plain(n: Node) -> bool:
+    val = n.meta.get("val")
+    return (
+        isinstance(val, Tensor)
+        and val.device.type == "cpu"
+        and val.dtype in DTYPES
+        and val.numel() != 0  # there is no memory to read
+    )
+
+
+def seen_through(n: Any) -> bool:
+    """Whether a kernel that reads this node reads its argument, or a number, in its place."""
+    return isinstance(n, Node) and (
+        source_of(n) is not None
+        or constant(n) is not None
+        or iota(n)
+        or n.target is torch.ops.aten.unbind.int
+    )
