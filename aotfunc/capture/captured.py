@@ -178,9 +178,11 @@ class Captured:
         return Functionalizer(self.trace, b, inputs, numbers=numbers)
 
     def _memory(self, f: Functionalizer, ref: int) -> Node:
-        """The memory of a value; without a derivative where all that is returned of it is
-        detached."""
+        """The memory of a value, no part of what was copied into it; without a derivative where
+        all that is returned of it is detached."""
         node = f.memory(ref)
+        if node.meta["val"].offset and f.trace.mutates and f.env[ref].storage.memory.version:
+            node = f.fitted(f.b.call(aten.clone.default, node), f.env[ref].storage.sig)
         paths = [
             s.path for r in self.refs if (s := self.seen.get(r)) is not None and s.root == ref
         ]

@@ -28,6 +28,7 @@ from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
 from .autograd import call_compiled
+from .casts import casts_of, record_sharing
 from .chains import as_recorded, chained
 from .changing import Family, Served
 from .execute import run_eager
@@ -69,6 +70,7 @@ class Entry:
         changes = Changes(rec)
         self.changes = changes if changes else None
         self.inside = inside if inside else None
+        self.casts = casts_of(rec)
         self.inference = made_in_inference_mode(rec)
         count = len(rec.trace.inputs)
         self.differentiated = [
@@ -138,7 +140,7 @@ class Entry:
             inputs = tensors if self.changes is None else self.changes.before(tensors)
             trace = current()
             if trace is not None and not self.idle:
-                outs = trace.record(self.step, inputs)
+                outs = record_sharing(trace, self.step, self.casts, inputs)
             elif (
                 trace is None
                 and self.call.plain is not None

@@ -1,7 +1,8 @@
 """Autocast's cache, as a recording keeps it (PyTorch's own would hand out traced values later).
 
-A leaf that requires grad, as a weight is, is cast once for all its uses, and their gradients are
-added in the narrow dtype; of any other tensor each use has a cast of its own."""
+A leaf that requires grad, as a weight is, is cast once for all its uses, those in nested compiled
+functions among them, and their gradients are added in the narrow dtype; of any other tensor each
+use has a cast of its own."""
 
 from __future__ import annotations
 
@@ -37,6 +38,11 @@ def cast(trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs:
         return NotImplemented
     if not torch.is_grad_enabled():
         return NotImplemented
+    return kept(trace, x, dtype)
+
+
+def kept(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cast of a leaf that all its uses share."""
     ref, sig = trace.ref_of(x)
     made = trace.casts.get((ref, dtype))
     if made is None:

@@ -80,6 +80,8 @@ class Tape:
         self.seeds = Seeds()
         self.caches_casts: bool = torch.is_autocast_cache_enabled()
         self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
+        #: those that the end of the recording found there: the region goes on outside
+        self.casts_left: list[tuple[int, torch.dtype]] = []
         self.mutates = False
         self.strided = False  # counts from where a storage begins
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
@@ -204,6 +206,7 @@ class Tape:
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
         self.deferred.clear()
+        self.casts_left = [*self.casts]
         self.casts.clear()
         self.autograd.finish()
 

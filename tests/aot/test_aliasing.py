@@ -386,6 +386,24 @@ def test_what_is_written_keeps_its_strides(write):
     assert [t.stride() for t in jit(f)(x)] == [t.stride() for t in f(x)] == [(1, 2), (2,)]
 
 
+@pytest.mark.parametrize("written", [lambda y: y, lambda y: y.data], ids=["seen", "hidden"])
+@pytest.mark.parametrize("source", [lambda c: c[2:], lambda c: c[1:].view(-1)[1:]])
+@pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")])
+def test_a_copy_of_a_part_is_no_part(compiled, source, written):
+    """The memory of what a part was copied into begins where it begins, and is no larger."""
+
+    def f(x, c):
+        c.mul_(2)
+        y = x.detach().clone()
+        written(y).copy_(source(c))
+        return y, y
+
+    x, c = torch.ones(1, requires_grad=True), torch.arange(3.0)
+    y, same = compiled(f)(x, c)
+    assert y is same and y.storage_offset() == 0 and y.untyped_storage().nbytes() == 4
+    assert_same((y, c), (torch.tensor([4.0]), torch.tensor([0.0, 2.0, 4.0])))
+
+
 VIEWS = {
     "all": lambda g: g[:],
     "a part": lambda g: g[:, 1:],

@@ -119,6 +119,71 @@ def test_tied_weights_of_a_module():
         equal(other, found[0])
 
 
+def off(f):
+    with torch.autocast("cpu", enabled=False):
+        return f()
+
+
+def on(f, **options):
+    with torch.autocast("cpu", torch.bfloat16, **options):
+        return f()
+
+
+#: ``(compiler, module, value)``: nested compiled functions and their surroundings use one weight
+NESTED = {
+    "outside and inside": lambda C, m, x: m(x) * C(m)(x),
+    "inside and outside": lambda C, m, x: C(m)(x) * m(x),
+    "inside twice": lambda C, m, x: C(m)(x) * C(lambda x: m(x).tanh())(x),
+    "twice inside": lambda C, m, x: C(lambda x: m(x) * (x @ m.weight))(x),
+    "an argument": lambda C, m, x: C(torch.matmul)(x, m.weight) * (x @ m.weight),
+    "nested deeper": lambda C, m, x: C(lambda x: C(m)(x).tanh())(x) * m(x),
+    "a region of its own": lambda C, m, x: C(lambda x: on(lambda: m(x)))(x) * m(x),
+    "no gradients first": lambda C, m, x: torch.no_grad()(C(m))(x) * m(x) * C(m)(x),
+    "casts that are not kept": lambda C, m, x: (
+        C(lambda x: on(lambda: m(x) * (x @ m.weight), cache_enabled=False))(x) * m(x)
+    ),
+    "none": lambda C, m, x: off(lambda: C(m)(x)) * m(x),
+    "written before": lambda C, m, x: (
+        C(lambda x: (m.bias.data.mul_(2), m(x))[1])(x) * C(lambda x: m(x))(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["kept", "not kept"])
+@pytest.mark.parametrize("region", ["around the call", "in the function"])
+@pytest.mark.parametrize("way", ["jit", "aot_function"])
+@pytest.mark.parametrize("body", NESTED)
+def test_nested_functions_share_casts(body, way, region, cached):
+    def gradients(C):
+        torch.manual_seed(0)
+        m, x = nn.Linear(16, 16), torch.randn(8, 16, requires_grad=True)
+        f = lambda x: NESTED[body](C, m, x)
+        if region == "around the call":
+            out = on(lambda: C(f)(x), cache_enabled=cached)
+        else:
+            out = C(lambda x: on(lambda: f(x), cache_enabled=cached))(x)
+        out.float().sin().sum().backward()
+        return [out, x.grad, m.weight.grad, m.bias.grad]
+
+    equal(gradients(HOWS[way]), gradients(lambda f: f))
+
+
+def test_a_nested_function_is_called_in_other_regions():
+    torch.manual_seed(0)
+    m, x = nn.Linear(16, 16), torch.randn(8, 16)
+
+    def weights(C):
+        inner, found = C(m), []
+        f = C(lambda x: m(x) * inner(x))
+        for region in (on, off, on, lambda f: on(f, cache_enabled=False), lambda f: f(), on):
+            m.zero_grad()
+            region(lambda: f(x)).float().sin().sum().backward()
+            found.append(m.weight.grad.clone())
+        return found
+
+    equal(weights(jit), weights(lambda f: f))
+
+
 def test_nothing_of_a_capture_is_left_in_the_cache():
     x, w = inputs()
     with torch.autocast("cpu", torch.bfloat16):
