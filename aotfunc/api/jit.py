@@ -29,13 +29,19 @@ FUNCTORCH_OPTIONS = frozenset(
 
 @overload
 def jit(
-    f: None = None, backend: str | Compiler = "eager", static_argnums: Any = None
+    f: None = None,
+    backend: str | Compiler = "eager",
+    static_argnums: Any = None,
+    exact: bool = False,
 ) -> Callable[..., Compiled]: ...
 
 
 @overload
 def jit(
-    f: Callable, backend: str | Compiler = "eager", static_argnums: Any = None
+    f: Callable,
+    backend: str | Compiler = "eager",
+    static_argnums: Any = None,
+    exact: bool = False,
 ) -> Compiled: ...
 
 
@@ -43,6 +49,7 @@ def jit(
     f: Callable | None = None,
     backend: str | Compiler = "eager",
     static_argnums: int | Sequence[int] | None = None,
+    exact: bool = False,
 ) -> Any:
     """``f`` captured once per signature and compiled by ``backend``, a name (see
     ``aotfunc.backends``) or a ``compiler(gm, example_inputs) -> callable``.
@@ -58,6 +65,9 @@ def jit(
     attributes, BackendError, which keeps the graph, if the compiler fails. Copies and pickled ones
     are captured again. Without ``f`` it is a decorator, of functions and of methods.
 
+    ``backend="cpp"`` computes sums of products in the order that costs least, which changes
+    results by rounding; with ``exact`` it keeps the function's, see ``docs/contractions.md``.
+
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
     >>> @jit(backend="eager")
@@ -67,8 +77,8 @@ def jit(
     tensor([2., 2.])
     """
     if f is None:
-        return functools.partial(jit, backend=backend, static_argnums=static_argnums)
-    return Compiled(f, Pipeline("jit", backend))
+        return functools.partial(jit, backend=backend, static_argnums=static_argnums, exact=exact)
+    return Compiled(f, Pipeline("jit", backend, exact=exact))
 
 
 @overload
@@ -90,6 +100,7 @@ def aot_function(
     partition_fn: Partition = default_partition,
     decompositions: dict | None = None,
     static_argnums: int | Sequence[int] | None = None,
+    exact: bool = False,
     **options: Any,
 ) -> Any:
     """``fn`` with its forward and backward captured ahead of time, partitioned by ``partition_fn``
@@ -99,9 +110,9 @@ def aot_function(
     return a callable, or are names of backends. ``partition_fn(joint_module, joint_inputs, *,
     num_fwd_outputs)`` returns the forward module ``inputs -> (results, residuals)`` and the
     backward module ``(residuals, cotangents) -> gradients``; inputs that require no gradient have
-    none. ``decompositions`` maps ops to functions to use instead, after differentiation.
-    functorch's other options change nothing here. Guards, errors and guarantees are those of
-    :func:`jit`; without ``fn`` it is a decorator, too.
+    none. ``decompositions`` maps ops to functions to use instead, after differentiation;
+    ``exact`` is :func:`jit`'s. functorch's other options change nothing here. Guards, errors and
+    guarantees are those of :func:`jit`; without ``fn`` it is a decorator, too.
 
     >>> f = aot_function(lambda x: torch.sin(x), "eager")
     >>> x = torch.zeros(2, requires_grad=True)
@@ -110,7 +121,9 @@ def aot_function(
     """
     if unknown := set(options) - FUNCTORCH_OPTIONS:
         raise ArgumentError(f"aot_function: there is no option {', '.join(sorted(unknown))}")
-    pipeline = Pipeline("aot_function", fw_compiler, bw_compiler, partition_fn, decompositions)
+    pipeline = Pipeline(
+        "aot_function", fw_compiler, bw_compiler, partition_fn, decompositions, exact
+    )
     return Compiled(fn, pipeline) if fn is not None else lambda fn: Compiled(fn, pipeline)
 
 

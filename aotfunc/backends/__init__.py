@@ -20,11 +20,14 @@ class Backend:
     devices, and returns the graph's flat results. ``decompositions`` maps ops to functions that
     are put in their place before, or is a function that makes this table when it is needed. With
     ``boxed`` the callable takes its inputs as one list, which it may empty to free memory early.
+    With ``reassociates`` graphs come with their sums of products in the cheapest order, unless
+    results are to be ``exact``, see :func:`aotfunc.jit`.
     """
 
     compile: Callable[[Any, list], Callable]
     decompositions: Mapping | Callable[[], Mapping] | None = None
     boxed: bool = False
+    reassociates: bool = False
 
     def __call__(self, gm: Any, example_inputs: list) -> Callable:
         return self.compile(gm, example_inputs)
@@ -62,7 +65,7 @@ EAGER = Backend(eager)
 REGISTRY: dict[str, Backend] = {
     "eager": EAGER,
     "inductor": Backend(inductor, decompositions),
-    "cpp": Backend(cpp, opened),
+    "cpp": Backend(cpp, opened, reassociates=True),
 }
 
 

@@ -23,6 +23,7 @@ from ..partition.foreign import cut_by
 from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import make_sig
+from ..transforms.contractions import reassociated
 from ..transforms.decompose import decomposed
 from ..transforms.lower import CALLS, EVERYTHING, lowered
 from ..transforms.walk import builder
@@ -34,7 +35,7 @@ Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 class Pipeline:
     """What happens to the programs of a compiled function: which compilers, partition and
-    decompositions they get.
+    decompositions they get, and whether values must be ``exact``, as the ops compute them.
 
     Compiled code knows its pipeline and not the function, so it does not keep alive what that
     closes over."""
@@ -46,8 +47,10 @@ class Pipeline:
         backward_compiler: str | Compiler | None = None,
         partition: Partition = min_cut_rematerialization_partition,
         decompositions: dict | None = None,
+        exact: bool = False,
     ) -> None:
         self.name, self.partition, self.decompositions = name, partition, decompositions
+        self.exact = exact
         self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
         self.forward_backend, self.backward_backend = map(backends.lookup, self.compilers)
         self.eagerly: list[
@@ -56,7 +59,7 @@ class Pipeline:
 
     def __reduce__(self) -> Any:  # ops and backends by their names
         table = self.decompositions and {str(op): body for op, body in self.decompositions.items()}
-        return loaded, (self.name, *self.compilers, self.partition, table)
+        return loaded, (self.name, *self.compilers, self.partition, table, self.exact)
 
     def __deepcopy__(self, memo: dict) -> Pipeline:
         return self
@@ -79,10 +82,17 @@ class Pipeline:
     def compiled(
         self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str
     ) -> Callable:
-        fn = compiled_by(backend, self.opened(program), tensors, f"{self.name}: {half}")
+        program = self.opened(program)
+        if self.reassociates(backend):
+            program = reassociated(lowered(program, EVERYTHING))
+        fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
+
+    def reassociates(self, *compilers: Backend) -> bool:
+        """Whether all of these want sums of products in another order, and may have them."""
+        return not self.exact and all([backend.reassociates for backend in compilers])
 
     @property
     def rounds(self) -> bool:
@@ -116,9 +126,10 @@ class Pipeline:
         """The two halves of a joint program ``(primals, cotangents) -> (n_early results,
         gradients)``. Unless they are the ``last`` that is made of it they keep their marks of
         intent, for higher derivatives."""
-        forward, backward = partitioned(
-            self.partition, self.opened(joint), n_early, EVERYTHING if last else CALLS
-        )
+        joint, dissolve = self.opened(joint), EVERYTHING if last else CALLS
+        if self.reassociates(self.forward_backend, self.backward_backend):
+            joint = reassociated(lowered(joint, dissolve))
+        forward, backward = partitioned(self.partition, joint, n_early, dissolve)
         return (
             CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),
@@ -142,13 +153,18 @@ class Declining(dict):
 
 
 def loaded(
-    name: str, forward: Any, backward: Any, partition: Partition, table: dict | None
+    name: str,
+    forward: Any,
+    backward: Any,
+    partition: Partition,
+    table: dict | None,
+    exact: bool = False,
 ) -> Pipeline:
     """A pipeline of its pickled parts."""
     ops = table and {
         functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()
     }
-    return Pipeline(name, forward, backward, partition, ops)
+    return Pipeline(name, forward, backward, partition, ops, exact)
 
 
 def compiled_by(

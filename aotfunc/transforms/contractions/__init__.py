@@ -1,0 +1,5 @@
+"""Sums of products computed in the cheapest order, and only as far as they are needed."""
+
+from .reassociate import reassociated
+
+__all__ = ["reassociated"]

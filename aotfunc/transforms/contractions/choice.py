@@ -1,0 +1,129 @@
+"""Which sums of products are computed in another order: what costs least together.
+
+A value that others read, or that is a result, is *needed*; its *cone* are the values that only it
+is a product of. Needed values whose cones meet are decided together: not to compute a gradient
+saves nothing as long as one of them reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from ...trace.node_views import calls_view
+from .order import CALL, LOOPED, MOVED, Order, Plan, cheapest
+from .products import MATRICES, Product, Products
+
+aten = torch.ops.aten
+
+PRODUCTS = (*MATRICES, aten.mv.default, aten.dot.default)
+REDUCTIONS = (
+    *(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default),
+    aten.linalg_vector_norm.default,
+)
+#: what a rewriting must save: estimates are not exact
+WORTH = 0.8
+
+Way = tuple[list[Node], Plan, Order]
+
+
+def chosen(graph: fx.Graph) -> dict[Node, Way]:
+    """The nodes to compute otherwise: of which nodes, which product, in which order."""
+    products = Products(graph)
+    needed = needed_of(graph, products)
+    cones = {n: cone(n, products) for n in needed}
+    ways: dict[Node, tuple[float, Way]] = {
+        n: way(products, products.found[n])
+        for n, nodes in cones.items()
+        if any(m.target in REDUCTIONS or m.target in PRODUCTS for m in nodes)
+    }
+    found: dict[Node, Way] = {}
+    for group in groups(cones):
+        for n in best(group, cones, {n: ways[n][0] for n in group if n in ways}, products):
+            found[n] = ways[n][1]
+    return found
+
+
+def needed_of(graph: fx.Graph, products: Products) -> list[Node]:
+    """The values that must be there, whoever's product they are."""
+    needed = set[Node]()
+    for n in reversed(graph.nodes):
+        if n in products.found and any(
+            n not in products.parts.get(u, ()) or (calls_view(u) and u in needed) for u in n.users
+        ):
+            needed.add(n)
+    return [n for n in graph.nodes if n in needed and not calls_view(n)]
+
+
+def cone(n: Node, products: Products) -> list[Node]:
+    """``n`` and what its product is made of, as far as that costs anything."""
+    nodes, rest = dict[Node, None](), [n]
+    while rest:
+        n = rest.pop()
+        if n not in nodes:
+            nodes[n] = None
+            rest += products.parts[n]
+    return [n for n in nodes if not calls_view(n)]
+
+
+def groups(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
+    """Needed values whose cones meet."""
+    of: dict[Node, list[Node]] = {}
+    for n, nodes in cones.items():
+        group = [n]
+        for other in {id(of[m]): of[m] for m in nodes if m in of}.values():
+            group += other
+        for member in group:
+            of.update(dict.fromkeys(cones[member], group))
+    return {id(group): group for group in of.values()}.values()
+
+
+def best(
+    group: Sequence[Node], cones: dict, prices: dict[Node, float], products: Products
+) -> set[Node]:
+    """Those of the group that are computed otherwise."""
+    costs = {m: cost(m, products) for n in group for m in cones[n]}
+
+    def total(otherwise: set[Node]) -> float:
+        alive, rest = set[Node](), [n for n in group if n not in otherwise]
+        while rest:
+            n = rest.pop()
+            if n not in alive and n not in otherwise:
+                alive.add(n)
+                rest += products.parts[n]
+        return sum(costs.get(n, 0) for n in alive) + sum(prices[n] for n in otherwise)
+
+    plain = total(set())
+    now = min((set(prices), set[Node]()), key=total)
+    for n in prices:  # one by one: is it better the other way?
+        now = min((now - {n}, now | {n}), key=lambda way: (total(way), len(way)))
+    return now if total(now) < WORTH * plain else set()
+
+
+def cost(n: Node, products: Products) -> float:
+    """What it takes to compute a node as it is. What only a sum reads is not stored."""
+    size = n.meta["val"].proto.numel()
+    reads = [a.meta["val"].proto.numel() for a in n.all_input_nodes]
+    if n.target in PRODUCTS:
+        steps = size * n.args[0].meta["val"].shape[-1]
+        return CALL + steps + MOVED * (sum(reads) + size)
+    if n.target in REDUCTIONS:
+        return CALL + LOOPED / 2 * reads[0] + MOVED * size
+    in_loop = len(n.users) == 1 and next(iter(n.users)).target not in PRODUCTS
+    return LOOPED / 2 * size + (0 if in_loop else CALL + MOVED * size)
+
+
+def way(products: Products, p: Product) -> tuple[float, Way]:
+    """The price of a product in its cheapest order, and that."""
+    places: dict[int, int] = {}
+    here = lambda labels: tuple([places.setdefault(k, len(places)) for k in labels])
+    factors, out = tuple([here(f.labels) for f in p.factors]), here(p.labels)
+    extents = tuple([products.extents[k] for k in places])
+    shape = tuple([products.count(dim) for dim in p.dims])
+    inverse = tuple([f.inverse for f in p.factors])
+    plan = Plan(factors, inverse, out, shape, extents, p.scale, p.square, p.rooted)
+    price, order = cheapest(factors, out, extents)
+    price += LOOPED / 2 * products.count(p.labels) * (p.scale != 1)
+    return price, ([f.node for f in p.factors], plan, order)

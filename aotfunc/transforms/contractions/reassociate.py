@@ -1,0 +1,46 @@
+"""A pass that computes sums of products in another order where that costs less: for one, the norms
+of per-sample gradients without the per-sample gradients. Results differ by rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...graph import Program
+from ...trace.emit import Builder, paused_gc
+from ...trace.shapes.sig import Sig
+from ...trace.views import laid_out
+from ..decompose import separate_outputs
+from ..walk import apply, builder, traced
+from .choice import chosen
+from .order import computed
+
+
+def reassociated(program: Program) -> Program:
+    """The program with its sums of products in the order that costs least."""
+    ways = chosen(program.graph)
+    if not ways:
+        return program
+
+    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+        if n not in ways:
+            return NotImplemented
+        nodes, plan, order = ways[n]
+        new = apply(b, (computed,), traced(computed), [env[a] for a in nodes], plan, order)
+        return strided(b, laid_out(b, new, n.meta["val"]), n.meta["val"])
+
+    with paused_gc():
+        b, env = builder(), dict[Node, Any]()
+        b.copy(program.graph.nodes, env, visit)
+        outs = separate_outputs(b, program.outputs, env)
+        graph = b.finish(outs)
+        return Program(graph, program.n_inputs, program.n_outputs, program.mutated, "reassociate")
+
+
+def strided(b: Builder, x: Node, sig: Sig) -> Node:
+    """``x``, which lies in memory as ``sig`` says, with its strides also where the extent is 1."""
+    if x.meta["val"].stride == sig.stride:
+        return x
+    return b.call(torch.ops.aten.as_strided.default, x, list(sig.shape), list(sig.stride))
