@@ -17,6 +17,9 @@ mp.prec = 120
 
 POINTS = 400
 
+#: of a piece of a table: its polynomial has this degree, and is fitted at so many points
+DEGREE, PIECE = 5, 40
+
 
 def tail(f: Callable, *terms: float) -> Callable:
     """``f`` without its first Taylor terms, divided by the next power."""
@@ -40,9 +43,11 @@ def odd(f: Callable) -> Callable:
     return rest
 
 
-def minimax(f: Callable, low: float, high: float, degree: int, weight: Callable) -> list[float]:
+def minimax(
+    f: Callable, low: float, high: float, degree: int, weight: Callable, points: int = POINTS
+) -> list[float]:
     """The float32 coefficients, from the constant on."""
-    nodes = np.cos(np.pi * (np.arange(POINTS) + 0.5) / POINTS)
+    nodes = np.cos(np.pi * (np.arange(points) + 0.5) / points)
     x = (low + high) / 2 + (high - low) / 2 * nodes
     y = np.array([float(f(mpf(v))) for v in x])
     w = np.array([float(weight(mpf(v))) for v in x])
@@ -77,6 +82,11 @@ FITS: dict[str, tuple] = {
         tail(lambda x: mpmath.log(1 + x), 0, 1, mpf(-1) / 2), -0.2930, 0.4143, 8,
         lambda x: abs(x**3 / mpmath.log(1 + x)) if x else 0,
     ),
+    "sin": (
+        "(sin(x) / x - 1) / z of z = x^2 for |x| <= pi / 2",
+        lambda z: (odd(mpmath.sin)(z) - 1) / max(z, mpf(2) ** -40), 0.0, 2.4725, 3,
+        lambda z: z / odd(mpmath.sin)(z),
+    ),
     "tanh": (
         "(tanh(x) / x - 1) / z of z = x^2 for |x| <= 0.625",
         lambda z: (odd(mpmath.tanh)(z) - 1) / max(z, mpf(2) ** -40), 0.0, 0.390625, 5,
@@ -108,9 +118,58 @@ AOT floats aot_{name}_polynomial(floats x) {{
 }}"""
 
 
+def exact_near(f: Callable, x: float) -> tuple[float, float]:
+    """Of the float32 numbers near ``x`` the one at which ``f`` is nearest to a float32 number,
+    and that."""
+    step = float(np.spacing(np.float32(x)))
+    near = [float(np.float32(x + i * step)) for i in range(-60, 61)]
+    values = {v: f(mpf(v)) for v in near}
+    best = min(near, key=lambda v: abs(values[v] - float(np.float32(values[v]))) / abs(values[v]))
+    return best, float(np.float32(values[best]))
+
+
+def pieces(f: Callable, first: int) -> list[list[float]]:
+    """For each interval between floats of which only the uppermost 11 bits count, from 2^first on:
+    a number in it, ``f`` there, and the coefficients of the rest as a polynomial of the distance.
+    The first one begins at 0 and is that of ``f(x) - x``."""
+    found = []
+    for i in range(32):
+        low, high = (2.0 ** (first + j // 4) * (1 + j % 4 / 4) for j in (i, i + 1))
+        middle, value = exact_near(f, (low + high) / 2)
+        rest = lambda d, m=middle, v=value: (f(m + d) - v) / d
+        weight = lambda d, m=middle: abs(d) / f(m + d)
+        if i == 0:
+            low = middle = value = 0.0
+            rest, weight = lambda d: f(d) / d - 1, lambda d: 1
+        ends = low - middle, high - middle
+        found.append([middle, value, *minimax(rest, *ends, DEGREE - 1, weight, PIECE)])
+    return found
+
+
+#: name -> (what it is, function, exponent of the first interval)
+TABLES: dict[str, tuple] = {
+    "tanh": ("tanh(x) for 0 <= x < 16", mpmath.tanh, -4),
+    "erf": ("erf(x) for 0 <= x < 4", mpmath.erf, -6),
+}
+
+
+def table(name: str) -> str:
+    what, f, first = TABLES[name]
+    found = pieces(f, first)
+    at = 4 * (127 + first) % 32  # the last five of the first one's bits
+    columns = zip(*found[-at:], *found[:-at], strict=True)
+    lines = ["    {" + ", ".join([f"{c.hex()}f" for c in column]) + "}," for column in columns]
+    body = "\n".join(lines)
+    return f"""
+// {what}, in pieces
+static const float aot_{name}_pieces[{DEGREE + 2}][32] = {{
+{body}
+}};"""
+
+
 def header() -> str:
     first = "// Written by benchmarks/fit_polynomials.py: nearly minimax, in float32."
-    return "\n".join([first, *map(printed, FITS)]) + "\n"
+    return "\n".join([first, *map(printed, FITS), *map(table, TABLES)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ FIRST = """\
 `python -m benchmarks.maths` writes this table: the largest error in units in the last place (ULP),
 for float32 over twelve million arguments beside all pairs of special values, for float64 over a few
 thousand; and the time for each element in float32, 10,000 elements, one thread.
-`exp`, `sigmoid`, `log`, `tanh` and `erf` in float32 are our own (`benchmarks/fit_polynomials.py`
+`exp`, `sigmoid`, `log`, `sin`, `cos`, `tanh` and `erf` in float32 are our own (`benchmarks/fit_polynomials.py`
 fits them), the others are Sleef's, as mostly in eager PyTorch. `lgamma` is measured for positive
 arguments below its overflow: near its zeros at negative ones all digits can be lost, as in eager.
 A CPU without AVX2 and FMA uses the C library in Sleef's place: then `log10`, `erfc` and `lgamma` reach

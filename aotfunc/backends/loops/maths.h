@@ -5,7 +5,7 @@
 // aot_sinh aot_cosh aot_tanh aot_asinh aot_acosh aot_atanh aot_erf aot_erfc aot_lgamma
 // aot_pow aot_fmod, each of float, double, floats and doubles.
 
-// In float32 exp, sigmoid, log, tanh and erf are our own, of the polynomials above; the others are
+// In float32 exp, sigmoid, log, sin, cos, tanh and erf are our own, of the polynomials above; the others are
 // Sleef's.
 
 // AOT_SLEEF: libtorch_cpu exports Sleef's vector functions.
@@ -54,8 +54,6 @@ AOT_SLEEF1(expm1, u10)
 AOT_SLEEF1(log2, u10)
 AOT_SLEEF1(log10, u10)
 AOT_SLEEF1(log1p, u10)
-AOT_SLEEF1(sin, u10)
-AOT_SLEEF1(cos, u10)
 AOT_SLEEF1(tan, u10)
 AOT_SLEEF1(asin, u10)
 AOT_SLEEF1(acos, u10)
@@ -66,24 +64,66 @@ AOT_SLEEF1(lgamma, u10)
 AOT_SLEEF2(pow, u10)
 AOT_SLEEF2(atan2, u10)
 AOT_SLEEF2(hypot, u05)
+AOT_SLEEF_OF_DOUBLES(sin, u10, aot_sin)
+AOT_SLEEF_OF_DOUBLES(cos, u10, aot_cos)
+AOT_SLEEF_OF_FLOATS(sin, u10, aot_far_sin)
+AOT_SLEEF_OF_FLOATS(cos, u10, aot_far_cos)
 AOT_SLEEF_OF_DOUBLES(exp, u10, aot_exp)
 AOT_SLEEF_OF_DOUBLES(log, u10, aot_log)
 AOT_SLEEF_OF_DOUBLES(tanh, u10, aot_tanh)
 AOT_SLEEF_OF_DOUBLES(erf, u10, aot_erf)
 
-// 2^n e^r with |r| <= log(2) / 2, the rounding errors of r and 1 + r added at the end. The power
-// in two factors: results may be denormal.
-AOT floats aot_exp(floats x) {
-  x = x < -105 ? aot_floats(-105) : x > 90 ? aot_floats(90) : x;
-  floats n = aot_round(x * 0x1.715476p+0f);
-  floats high = aot_fma(n, aot_floats(-0x1.62e4p-1f), x), low = n * -0x1.7f7d1cp-20f;
-  floats r = high + low, s = 1 + r;
-  floats lost = ((high - r) + low) + (r - (s - 1));
-  floats p = s + aot_fma(r * r, aot_exp_polynomial(r), lost);
-  ints whole = __builtin_convertvector(x == x ? n : floats{}, ints), half = whole >> 1;
+// p 2^n for whole |n| < 300. Without an instruction the power is two factors: results may be
+// denormal.
+#if AOT_BYTES == 64
+AOT floats aot_scaled(floats p, floats n) { return __builtin_ia32_scalefps512_mask(p, n, p, -1, 4); }
+#else
+AOT floats aot_scaled(floats p, floats n) {
+  ints whole = __builtin_convertvector(n == n ? n : floats{}, ints), half = whole >> 1;
   return p * (floats)((half + 127) << 23) * (floats)((whole - half + 127) << 23);
 }
+#endif
+
+// 2^n e^r with |r| <= log(2) / 2.
+AOT floats aot_exp(floats x) {
+  x = aot_least(aot_floats(90), aot_most(aot_floats(-105), x));
+  floats n = aot_round(x * 0x1.715476p+0f);
+  floats high = aot_fma(n, aot_floats(-0x1.62e4p-1f), x);
+  floats r = aot_fma(n, aot_floats(-0x1.7f7d1cp-20f), high);
+  floats p = aot_fma(aot_fma(aot_exp_polynomial(r), r, aot_floats(1)), r, aot_floats(1));
+  return aot_scaled(p, n);
+}
 AOT_NUMBER1(aot_exp)
+
+// sin(x - n pi), and its sign turned where the last bit of `odd` is set. pi is in three parts, all
+// of one sign, so that -0 stays; while |x| <= aot_far the first difference is exact and what is left
+// out of pi does not count. Adding aot_whole rounds to whole numbers.
+#ifdef __FMA__
+static const float aot_far = 32768, aot_whole = 0x1.8p23f;
+#else
+static const float aot_far = -1, aot_whole = 0x1.8p23f;
+#endif
+AOT floats aot_sin_of(floats x, floats n, floats odd) {
+  floats r = aot_fma(n, aot_floats(-0x1.921fb4p+1f), x);
+  r = aot_fma(n, aot_floats(-0x1.4442d0p-23f), r);
+  r = aot_fma(n, aot_floats(-0x1.846988p-47f), r);
+  floats z = r * r, y = aot_least(aot_floats(1), aot_abs(aot_fma(r * z, aot_sin_polynomial(z), r)));
+  return (floats)((ints)y ^ (((ints)odd << 31) ^ ((ints)r & (int32_t)0x80000000)));
+}
+AOT floats aot_sin(floats x) {
+  floats whole = aot_fma(x, aot_floats(0x1.45f306p-2f), aot_floats(aot_whole));
+  floats y = aot_sin_of(x, whole - aot_whole, whole);
+  if (__builtin_expect(!aot_any_above(aot_abs(x), aot_far), 1)) return y;
+  return aot_abs(x) > aot_far ? aot_far_sin(x) : y;
+}
+AOT_NUMBER1(aot_sin)
+AOT floats aot_cos(floats x) {
+  floats whole = aot_fma(x, aot_floats(0x1.45f306p-2f), aot_floats(0.5f)) + aot_whole;
+  floats y = aot_sin_of(x, whole - aot_whole - 0.5f, whole);
+  if (__builtin_expect(!aot_any_above(aot_abs(x), aot_far), 1)) return y;
+  return aot_abs(x) > aot_far ? aot_far_cos(x) : y;
+}
+AOT_NUMBER1(aot_cos)
 
 // log(2^n (1 + f)) with sqrt(1/2) <= 1 + f < sqrt(2).
 AOT floats aot_log(floats x) {
@@ -100,18 +140,36 @@ AOT floats aot_log(floats x) {
 }
 AOT_NUMBER1(aot_log)
 
+// An odd function: of one polynomial for each interval of |x| where there is an instruction that
+// picks 16 of 32 numbers, the first one less |x|; of two and the exponential elsewhere.
+#if AOT_BYTES == 64
+AOT floats aot_pick(const float *table, ints i) {
+  return __builtin_shuffle(aot_raw<floats>(table), aot_raw<floats>(table + 16), i);
+}
+AOT floats aot_piecewise(const float (&table)[7][32], float first, float most, floats x) {
+  floats a = aot_least(aot_floats(most), aot_abs(x));
+  ints small = a < first;
+  ints i = (small ? (ints)aot_floats(first) - 1 : (ints)a) >> 21;
+  floats d = a - aot_pick(table[0], i), p = aot_pick(table[6], i);
+  _Pragma("GCC unroll 5")
+  for (int k = 5; k > 1; k--) p = aot_fma(p, d, aot_pick(table[k], i));
+  return aot_copysign(aot_fma(p, d, small ? a : aot_pick(table[1], i)), x);
+}
+AOT floats aot_tanh(floats x) { return aot_piecewise(aot_tanh_pieces, 0x1.4p-4f, 9.5f, x); }
+AOT floats aot_erf(floats x) { return aot_piecewise(aot_erf_pieces, 0x1.4p-6f, 3.99f, x); }
+#else
 AOT floats aot_tanh(floats x) {
   floats a = aot_abs(x), z = x * x;
   floats small = aot_fma(a * z, aot_tanh_polynomial(z), a);
   return aot_copysign(a < 0.625f ? small : 1 - 2 / (aot_exp(2 * a) + 1), x);
 }
-AOT_NUMBER1(aot_tanh)
-
 AOT floats aot_erf(floats x) {
   floats a = aot_abs(x), most = a > 4 ? aot_floats(4) : a;
   floats small = aot_fma(a, aot_erf_polynomial(a * a), a);
   return aot_copysign(a < 1 ? small : 1 - aot_exp(aot_erfc_polynomial(most)), x);
 }
+#endif
+AOT_NUMBER1(aot_tanh)
 AOT_NUMBER1(aot_erf)
 
 // 1 / (1 + exp(-x)), of the exponential that cannot overflow, and without what rounding the

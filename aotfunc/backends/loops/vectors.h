@@ -202,6 +202,31 @@ AOT float aot_sqrt(float x) { return __builtin_sqrtf(x); }
 AOT double aot_sqrt(double x) { return __builtin_sqrt(x); }
 AOT_BOTH1(aot_rsqrt, 1 / aot_sqrt(x))
 
+// The lesser and the greater one; y where either is NaN.
+#if AOT_BYTES == 64
+AOT floats aot_least(floats x, floats y) { return __builtin_ia32_minps512_mask(x, y, y, -1, 4); }
+AOT floats aot_most(floats x, floats y) { return __builtin_ia32_maxps512_mask(x, y, y, -1, 4); }
+#else
+AOT floats aot_least(floats x, floats y) { return x < y ? x : y; }
+AOT floats aot_most(floats x, floats y) { return x > y ? x : y; }
+#endif
+
+// Whether any lane is greater than this.
+#if AOT_BYTES == 64
+AOT bool aot_any_above(floats x, float y) {
+  return __builtin_ia32_cmpps512_mask(x, aot_floats(y), 14, -1, 4);
+}
+#elif defined(__AVX__)
+AOT bool aot_any_above(floats x, float y) { return __builtin_ia32_movmskps256((floats)(x > y)); }
+#else
+AOT bool aot_any_above(floats x, float y) {
+  ints above = x > y;
+  int32_t any = 0;
+  for (int i = 0; i < FLOATS; i++) any |= above[i];
+  return any;
+}
+#endif
+
 // x * y + z, rounded once where the CPU can.
 #if AOT_BYTES == 64
 AOT floats aot_fma(floats x, floats y, floats z) {
