@@ -63,6 +63,13 @@ def result_written(compiler):
     y.sum().backward()
 
 
+def memory_replaced(compiler):
+    x = leaf()
+    y = compiler(lambda x: x.exp())(x)
+    x.data = torch.zeros(3)
+    y.sum().backward()
+
+
 ones = lambda *shape: lambda: torch.ones(*shape or (3,))
 leaf = lambda: torch.ones(3, requires_grad=True)
 pair = lambda: torch.arange(6.0).view(2, 3)
@@ -208,6 +215,7 @@ PROGRAMS: dict[str, Callable] = {
         )(torch.ones(3))
     ),
     "a write, before the backward, to a result that a hook reads": result_written,
+    "`x.data = y` between a call and its backward": memory_replaced,
     "`saved_tensors_hooks` inside": on(leaf)(
         lambda x: (
             torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x

@@ -34,7 +34,7 @@ from ..transforms.vjp import contiguous_sig, vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .execute import before_writes, contiguous, copied, execute, write_back
-from .late_reads import Versions, check_unwritten, late_reads, versions
+from .late_reads import Versions, check_memory, check_unwritten, late_reads, versions
 from .redraw import generator_states, redrawn
 
 aten = torch.ops.aten
@@ -283,6 +283,7 @@ class Differentiated(torch.autograd.Function):
         # changed
         ctx.inputs = needed  # their gradients may depend on it, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
+        ctx.memory = [t.untyped_storage() for t in ctx.inputs]
         ctx.keeps = bool(needed) or any(isinstance(r, Tensor) for r in residuals)
         ctx.dtype = torch.get_default_dtype()
         return tuple(results)
@@ -292,6 +293,8 @@ class Differentiated(torch.autograd.Function):
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         if ctx.read_late is not None:
             check_unwritten(ctx.read_late, ctx.halves.call.__name__)
+        if ctx.inputs is not None:
+            check_memory(ctx.inputs, ctx.memory, ctx.halves.call.__name__)
         # asked for, they raise an error the second time, unless the graph was retained, even if
         # there are none
         halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
@@ -310,7 +313,7 @@ class Differentiated(torch.autograd.Function):
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
                 grads = call_batched(run_half, halves.backward_for(have), [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.inputs = ctx.read_late = None
+            ctx.inputs = ctx.memory = ctx.read_late = None
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
         return *[None] * 7, *grads

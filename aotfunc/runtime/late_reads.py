@@ -1,10 +1,13 @@
 """What a backward reads when autograd calls it: hooks, the contexts of Functions and checkpoints do
-so unguarded. A compiled one has the values as they were, and refuses once they were written to."""
+so unguarded. A compiled one has the values as they were, and refuses once they were written to, or
+``.data = `` gave a tensor other memory, which no version tells."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..capture.deferred import unguarded
@@ -12,8 +15,8 @@ from ..errors import AotfuncError
 from ..graph import Program
 from ..trace.memory import version
 
-#: tensors, with their versions after the call
-Versions = list[tuple[Tensor, int]]
+#: tensors, each as it was after the call, and its version
+Versions = list[tuple[weakref.ref[Tensor], Tensor, int]]
 
 
 def late_reads(program: Program) -> tuple[list[int], list[int]]:
@@ -31,14 +34,30 @@ def versions(
     inputs, results = reads
     found = [tensors[i] for i in inputs] + [outs[i] for i in results]
     # a result, and what was written, know the backward that is to know them
-    return [(t.detach(), version(t)) for t in found]
+    return [(weakref.ref(t), t.detach(), version(t)) for t in found]
 
 
 def check_unwritten(known: Versions, name: str) -> None:
-    for t, before in known:
+    for ref, t, before in known:
+        if (now := ref()) is not None:
+            check_memory([now], [t.untyped_storage()], name)
         if version(t) != before:
             raise AotfuncError(
                 f"a tensor of shape {list(t.shape)} that the backward of {name} reads, in a hook, "
                 "a Function or a checkpoint, was modified by an inplace operation after the call, "
                 "which eager would see: let it read a clone()"
+            )
+
+
+def check_memory(
+    tensors: Sequence[Tensor], before: Sequence[torch.UntypedStorage], name: str
+) -> None:
+    """Refuse a backward that depends on tensors whose memory is not that of the call: eager reads
+    what it saved of them there, and what it computed from them here."""
+    for t, memory in zip(tensors, before, strict=True):
+        if t.untyped_storage()._cdata != memory._cdata:
+            raise AotfuncError(
+                f"`.data = ` gave a tensor of shape {list(t.shape)} other memory after the call "
+                f"of {name}, whose backward depends on it: assign after the backward, or write to "
+                "the memory that it has, with torch.no_grad(): x.copy_(value)"
             )

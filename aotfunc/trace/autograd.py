@@ -97,7 +97,8 @@ class Autograd:
     def is_leaf(self, t: Traced) -> bool:
         if not t.requires_grad or (t.ref in self.leaves and t.ref not in self.computed):
             return True
-        return self.made_quietly(t.ref)  # a view, which has no history
+        # a view has no history then; what else requires grad was written to since
+        return t.ref in self.reach().bases and self.made_quietly(t.ref)
 
     def adopt_leaves(self) -> None:
         """Note which tensors made of nothing were to require grad."""

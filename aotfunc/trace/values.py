@@ -252,7 +252,11 @@ class Values:
             node = self.b.call(aten._to_copy.default, node, dtype=sig.dtype, device=sig.device)
         if val.shape != sig.shape:
             node = self.b.call(aten.expand.default, node, list(sig.shape))
-        return laid_out(self.b, node, sig)  # the written tensor keeps its layout
+        node = laid_out(self.b, node, sig)  # the written tensor keeps its layout
+        if not sig.numel and node.meta["val"].stride != sig.stride:
+            place = list(sig.shape), list(sig.stride), 0
+            node = self.b.call(aten.as_strided.default, node, *place)
+        return node
 
     def mutated(self) -> list[tuple[int, Node]]:
         """Inputs and lifted tensors that were written: ``(placeholder index, final value)``."""

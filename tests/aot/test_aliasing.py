@@ -386,6 +386,41 @@ def test_what_is_written_keeps_its_strides(write):
     assert [t.stride() for t in jit(f)(x)] == [t.stride() for t in f(x)] == [(1, 2), (2,)]
 
 
+EMPTY = {
+    "steps": lambda: torch.ones(2, 6)[:, ::2][None][:, :0],
+    "columns": lambda: torch.ones(4, 6)[:, ::2][:, :0],
+    "rows": lambda: torch.ones(0, 6)[:, ::2],
+    "transposed": lambda: torch.ones(3, 0).t(),
+    "permuted": lambda: torch.ones(2, 3, 0, 4).permute(3, 1, 2, 0),
+}
+WRITES = {
+    "mul_": lambda y: y.mul_(2),
+    "lerp_": lambda y: y.lerp_(y, 0.3),
+    "copy_": lambda y: y.copy_(torch.ones(y.shape)),
+    "fill_": lambda y: y.fill_(2),
+    "masked_fill_": lambda y: y.masked_fill_(y > 0, 1.0),
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the argument", "a clone"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("layout", EMPTY)
+def test_what_is_empty_keeps_its_strides(layout, write, own):
+    def f(x):
+        y = x.clone() if own else x
+        WRITES[write](y)
+        return y.clone(), y * 1
+
+    def strides(f, x):
+        return [(t.shape, t.stride()) for t in f(x)]
+
+    assert strides(jit(f), EMPTY[layout]()) == strides(f, EMPTY[layout]())
+    if own:
+        x = EMPTY[layout]().requires_grad_()
+        assert jit(f)(x)[1].requires_grad == f(x)[1].requires_grad
+        assert torch.autograd.grad(jit(f)(x)[0].sum(), x)[0].shape == x.shape
+
+
 @pytest.mark.parametrize("written", [lambda y: y, lambda y: y.data], ids=["seen", "hidden"])
 @pytest.mark.parametrize("source", [lambda c: c[2:], lambda c: c[1:].view(-1)[1:]])
 @pytest.mark.parametrize("compiled", [jit, lambda f: aot_function(f, "eager")])

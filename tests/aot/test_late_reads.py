@@ -599,3 +599,62 @@ def test_a_view_that_is_older_than_the_history_of_its_memory(way):
     with pytest.raises(CaptureError, match=r"leaf Variable.*make the view after that write"):
         WAYS[way](f)(x)
     assert_same(x.detach(), torch.ones(2, 3))
+
+
+#: backwards that depend on ``x``, and one that does not
+DEPENDING = {
+    "a product": lambda x: x * x,
+    "a result": lambda x: x.exp(),
+    "ops": lambda x: (x.sin().exp() * x).tanh(),
+    "a context": Kept.apply,
+    "a hook": lambda x: hooked(lambda g: g * x.detach().mean())(x),
+    "a checkpoint": lambda x: checkpoint(lambda v: v.sin().exp(), x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("where", ["an argument", "outside"])
+@pytest.mark.parametrize("body", DEPENDING)
+@pytest.mark.parametrize("way", MANY_WAYS)
+def test_other_memory_before_the_backward(way, body, where, create_graph):
+    x = torch.tensor([0.3, 0.7], requires_grad=True)
+    f, values = DEPENDING[body], x.detach().clone()
+    compiled = MANY_WAYS[way](f if where == "an argument" else lambda y: f(x) * y)
+    given = x if where == "an argument" else torch.ones(2)
+    gradient = lambda y: torch.autograd.grad(y.sum(), x, create_graph=create_graph)[0].detach()
+
+    y, want, memory = compiled(given), gradient(f(x)), x.data
+    x.data = values * 2
+    x.data = values * 3  # may lie where the first did
+    with pytest.raises(AotfuncError, match=r"`.data = ` gave .*shape \[2\] other memory"):
+        gradient(y)
+    y, x.data = compiled(given), memory
+    with pytest.raises(AotfuncError, match="other memory after the call"):
+        gradient(y)
+    y = compiled(given)
+    x.data = values
+    x.data = memory  # an average of weights, for a moment
+    assert_same(gradient(y), want)
+
+
+@pytest.mark.parametrize("way", MANY_WAYS)
+def test_other_memory_that_no_backward_depends_on(way):
+    x, b = torch.ones(2, requires_grad=True), torch.ones(2)
+    y = MANY_WAYS[way](lambda x, b: x * 2 + b.sin())(x, b)
+    x.data, b.data = torch.zeros(2), torch.zeros(2)
+    y.sum().backward()
+    assert_same(x.grad, torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_result_gets_other_memory(way, reader):
+    def f(x):
+        b = double(x)
+        return reader(x, b), b
+
+    x = torch.ones(3, requires_grad=True)
+    y, b = WAYS[way](f)(x)
+    b.data = torch.zeros(3)
+    with pytest.raises(AotfuncError, match="other memory after the call"):
+        y.sum().backward()

@@ -68,6 +68,39 @@ def test_leaves_made_inside(f, tracked):
     both(program)
 
 
+#: made under no_grad: ``made(x, w)``, and what happens to it where gradients are on
+QUIETLY_MADE = {
+    "written by what requires grad": (lambda x, w: torch.arange(3.0), lambda v, w: v.add_(w)),
+    "computed, and written": (lambda x, w: w * 2, lambda v, w: v.mul_(w)),
+    "written in part": (lambda x, w: x * 2, lambda v, w: v[1:].copy_(w[1:])),
+    "written by what does not": (lambda x, w: w * 2, lambda v, w: v.mul_(2)),
+    "made a leaf": (lambda x, w: x * 2, lambda v, w: v.requires_grad_()),
+    "a view": (lambda x, w: w[:], lambda v, w: None),
+    "detached": (lambda x, w: w.detach().clone(), lambda v, w: v.mul_(w)),
+}
+
+
+@pytest.mark.parametrize("name", QUIETLY_MADE)
+def test_a_function_asks_whether_what_no_grad_made_is_a_leaf(name):
+    made, then = QUIETLY_MADE[name]
+
+    def program(how):
+        x, w = torch.ones(3), torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+
+        def f(x):
+            with torch.no_grad():
+                v = made(x, w)
+            then(v, w)
+            told = said(v)[0]
+            return w * v * (1 + told[0] + 2 * told[1] + 4 * told[2])
+
+        y = how(f)(x)
+        y.sum().backward()
+        return y, w.grad
+
+    both(program)
+
+
 def test_leaves_that_are_refused():
     def differentiated(x):
         v = torch.ones(3, requires_grad=True)
