@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .blocks import ROWS
 from .ir import Access, Const, Kernel, Ramp, Reduce, walk
 
 #: types of vectors, by how many lanes they have
@@ -57,8 +58,10 @@ def named(kernel: Kernel) -> Iterator[tuple[str, int]]:
 
 def rows(kernel: Kernel) -> int:
     """How many rows a kernel's function divides its work into: the points of the outer axes, but
-    for the vector axis if there is another one; blocks of the cross axis."""
+    for the vector axis if there is another one; blocks of the cross axis, or of rows."""
     outer = list(kernel.extents[: kernel.outer])
+    if kernel.blocks:
+        return -(-math.prod(outer) // ROWS)
     if kernel.cross >= 0:
         outer[kernel.cross] = -(-outer[kernel.cross] // BLOCK)
     if 0 <= kernel.vector < kernel.outer > 1:

@@ -18,6 +18,7 @@ from ..eager import compile_graph
 from ..results import resolved
 from . import native
 from .arguments import rows, sizes
+from .blocks import in_blocks
 from .cpp import function
 from .fuse import Unit, calls, grouped, stored
 from .ir import Apply, Check, Kernel, walk
@@ -79,6 +80,7 @@ def worth(nodes: Sequence[Node]) -> bool:
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
     """The graph with launches of kernels in the place of what these compute, and their source."""
     old = copied(gm.graph)
+    in_blocks(old)
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
     kernels = {u: named(u) for u in found if u.kernel}

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from .arguments import BLOCK, VECTORS, given, named
+from .blocks import ROWS
 from .ir import SLOW, Apply, Const, Expr, Kernel, Load, Position, Reduce, Store, walk
 from .values import NUMBERS, Values, memory
 
@@ -92,7 +93,10 @@ class Printer(Values):
             self.along("begin", "end")
             return
         outer = [k for k in range(kernel.outer) if k != self.vector]
-        self.open("for (int64_t row = begin; row < end; row++)")
+        if kernel.blocks:
+            self.block()
+        first, last = ("first", "last") if kernel.blocks else ("begin", "end")
+        self.open(f"for (int64_t row = {first}; row < {last}; row++)")
         if kernel.cross >= 0:
             self.crossed(outer)
             self.close()
@@ -104,7 +108,21 @@ class Printer(Values):
             self.along("0", f"n{self.vector}")
         else:
             self.passes()
-        self.close()
+        self.close(1 + kernel.blocks)
+
+    def block(self) -> None:
+        """A block of rows, and where its sums lie."""
+        rows, size = [
+            " * ".join([f"n{k}" for k in axes])
+            for axes in (range(self.kernel.outer), sorted(self.inner))
+        ]
+        self.say(f"const int64_t rows = {rows}, size = {size};")
+        self.open("for (int64_t block = begin; block < end; block++)")
+        self.say(f"const int64_t first = block * {ROWS};")
+        self.say(f"const int64_t last = rows - first < {ROWS} ? rows : first + {ROWS};")
+        for i in [s.access for s in self.kernel.stores if s.blocks]:
+            self.say(f"{self.pointer(i)} *const b{i} = p{i} + block * size;")
+            self.say(f"for (int64_t i = 0; i < size; i++) b{i}[i] = 0;")
 
     def point(self, outer: list[int], counted: Mapping[int, tuple[str, str]]) -> None:
         """Where a row is: for each axis a name, and up to what it counts."""
@@ -135,9 +153,11 @@ class Printer(Values):
 
     def pointers(self, axes: list[int]) -> None:
         """The buffers at this row."""
+        added_up = [s.access for s in self.kernel.stores if s.blocks]
         for i, a in enumerate(self.kernel.accesses):
+            start = f"b{i}" if i in added_up else f"p{i}"
             steps = [f" + i{k} * {self.stride(i, k)}" for k in axes if a.strides[k]]
-            self.say(f"{self.pointer(i)} *const q{i} = p{i}{''.join(steps)};")
+            self.say(f"{self.pointer(i)} *const q{i} = {start}{''.join(steps)};")
 
     def along(self, first: str, last: str) -> None:
         """Along the vector axis, one of the outer ones."""

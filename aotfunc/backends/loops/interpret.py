@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .blocks import ROWS
 from .ir import (
     FUNCTIONS,
     REDUCTIONS,
@@ -76,6 +77,11 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
     for e in walk([s.value for s in kernel.stores]):
         values[e] = value(e)
     for s in kernel.stores:
+        if s.blocks:
+            rows = values[s.value].expand(kernel.extents).flatten(0, kernel.outer - 1)
+            found = torch.stack([block.sum(0) for block in rows.split(ROWS)])
+            tensors[s.access].view(found.shape).copy_(found)
+            continue
         out, found = at(s.access), values[s.value]
         for k in inner:  # a reduction's value is stored once
             if not kernel.accesses[s.access].strides[k]:

@@ -230,10 +230,12 @@ class Access:
 @dataclass(frozen=True)
 class Store:
     """A value put into an output at each point; where the value is a reduction's, at each point
-    of the other axes."""
+    of the other axes. With ``blocks`` it is added up over each block of the outer axes, see
+    :mod:`.blocks`, and the output has a place for each of them."""
 
     access: int
     value: Expr
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,11 @@ class Kernel:
     def values(self) -> list[Expr]:
         """What is stored."""
         return [s.value for s in self.stores]
+
+    @property
+    def blocks(self) -> bool:
+        """Whether its rows run in blocks, over which values are added up."""
+        return any([s.blocks for s in self.stores])
 
     @property
     def outer(self) -> int:
@@ -357,7 +364,8 @@ def show(kernel: Kernel) -> str:
     lines += [f"  {name}: {short(e.dtype)} = {text(e)}" for e, name in names.items()]
     for s in kernel.stores:
         access = kernel.accesses[s.access]
-        lines.append(f"  {access.name}[{place(access)}] = {word(s.value)}")
+        sign = "+=" if s.blocks else "="
+        lines.append(f"  {access.name}[{place(access)}] {sign} {word(s.value)}")
     return "\n".join(lines)
 
 

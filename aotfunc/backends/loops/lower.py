@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from .axes import Axes, in_memory
+from .blocks import block_sums
 from .constants import constant
 from .dtypes import NARROW, cast, integer, said, working
 from .indexed import IOTAS, TAKEN, At, iota
@@ -68,12 +69,25 @@ class Lowering(Axes):
         self.checks: dict[Any, Check] = {}
 
     def store(self, n: Node) -> Store:
+        if n.target is block_sums:
+            return self.added_up(n)
         whole = [p for p, mask in self.places.get(n, ()) if mask is None and self.whole(p, n)]
         place = whole[0] if whole else self.root(shape_of(n))
         value = self.value(n, place)
         if isinstance(value, Cast) and (value.value.dtype, value.dtype) == NARROW:
             value = value.value  # memory is wide enough
         return Store(self.access(n, place), value)
+
+    def added_up(self, n: Node) -> Store:
+        """A value summed over blocks of the axes that are not reduced."""
+        x, dims = n.args
+        whole = [p for p, mask in self.places.get(x, ()) if mask is None and self.whole(p, x)]
+        place = whole[0] if whole else self.root(shape_of(x))
+        inner = tuple(sorted(self.reached(place[dims:])))
+        if not inner or self.reduced not in ((), inner) or not self.reached(place[:dims]):
+            raise Unfit("blocks of other rows")
+        self.reduced = inner
+        return Store(self.access(n, (FIRST, *place[dims:])), self.value(x, place), blocks=True)
 
     def value(self, n: Node, place: Place, mask: Expr | None = None) -> Expr:
         found = self.values.get((n, place, mask))
@@ -93,6 +107,8 @@ class Lowering(Axes):
         self.places.setdefault(n, []).append((place, mask))
         if n.target in REDUCTIONS:
             return self.reduction(n, place, mask)
+        if n.target is block_sums:
+            raise Unfit("what another kernel adds up")
         if n.target in TAKEN:
             return cast(
                 TAKEN[n.target](self, At(place, mask), *n.args, **n.kwargs), n.meta["val"].dtype
@@ -180,6 +196,8 @@ class Lowering(Axes):
         outer = set(range(rank - len(self.reduced)))
         for s in stores:
             walked = accesses[s.access]
+            if s.blocks:
+                continue
             if not outer <= {k for k, stride in enumerate(walked.strides) if stride}:
                 raise Unfit("a result that is smaller than the kernel, or overlaps itself")
         for n in self.places:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .blocks import block_sums
 from .constants import constant
 from .dtypes import DTYPES
 from .indexed import TAKEN, iota
@@ -22,7 +23,12 @@ def computed(n: Any) -> bool:
     return (
         isinstance(n, Node)
         and n.op == "call_function"
-        and (n.target in RULES or n.target in REDUCTIONS or n.target in TAKEN)
+        and (
+            n.target in RULES
+            or n.target in REDUCTIONS
+            or n.target in TAKEN
+            or n.target is block_sums
+        )
         and plain(n)
         and all(map(plain, n.all_input_nodes))
     )

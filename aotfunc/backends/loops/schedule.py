@@ -88,7 +88,7 @@ def vector_axis(kernel: Kernel) -> int:
     """The axis along which more of what is walked everywhere is contiguous: the last of all, or an
     outer one. One that is shorter than a vector leaves it to another."""
     last = len(kernel.extents) - 1
-    choices = {*range(kernel.outer), last} - {-1}
+    choices = {last} if kernel.blocks else {*range(kernel.outer), last} - {-1}
     if not choices:
         return -1
     every = kernel.accesses

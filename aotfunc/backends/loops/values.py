@@ -233,11 +233,13 @@ class Values:
         wide = self.vectors and self.kernel.accesses[i].strides[self.vector] != 0
         value = self.word(e, wide)
         if not wide:
-            self.say(f"*({self.place(i)}) = {value};")
+            self.say(f"*({self.place(i)}) {'+=' if s.blocks else '='} {value};")
             return
         if e.dtype is torch.bool:
             value = f"-{value}"
         step = self.stride(i, self.vector)
+        if s.blocks:
+            value = f"aot_get<{VECTORS[self.lanes][e.dtype]}>({self.place(i)}, n) + {value}"
         self.say(
             f"aot_put({self.place(i)}, {value}, n);"
             if step == "1"

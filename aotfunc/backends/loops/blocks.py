@@ -1,0 +1,66 @@
+"""Sums over rows, in the kernel that also sums along them: blocks of rows first, then the blocks.
+
+A kernel that runs row by row cannot finish a sum over rows, as other threads have the other rows.
+It stores what each block of rows adds up to, and a second kernel adds up these few."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from .reductions import REDUCTIONS
+from .views import shape_of
+
+#: rows of a block, whatever the number of threads
+ROWS = 32
+
+_library = torch.library.Library("aotfunc", "FRAGMENT")
+_library.define("block_sums(Tensor x, int dims) -> Tensor")
+
+
+def sums(x: Tensor, dims: int) -> Tensor:
+    """The sum of each block of the points of the first ``dims`` dimensions."""
+    rows = x.reshape(-1, *x.shape[dims:])
+    return torch.stack([block.sum(0) for block in rows.split(ROWS)])
+
+
+def blank(x: Tensor, dims: int) -> Tensor:
+    """A tensor like the result. A copy: making a new one imports sympy."""
+    blocks = -(-math.prod(x.shape[:dims]) // ROWS)
+    row = x[(0,) * dims]
+    return row.expand(blocks, *row.shape).clone(memory_format=torch.contiguous_format)
+
+
+_library.impl("block_sums", sums, "CPU")
+_library.impl("block_sums", blank, "Meta")
+block_sums = torch.ops.aotfunc.block_sums.default
+
+
+def in_blocks(graph: fx.Graph) -> None:
+    """Sum first over blocks where a tensor of the same shape is also summed along its rows.
+    Changes the graph."""
+    asked = {n: over(n) for n in graph.nodes if n.target in REDUCTIONS}
+    along = set(asked.values())
+    for n, (shape, dims) in asked.items():
+        rest = tuple(range(len(dims), len(shape)))
+        if n.target is not torch.ops.aten.sum.dim_IntList or (shape, rest) not in along:
+            continue
+        x, val = n.args[0], n.meta["val"]
+        before = x.meta["val"]
+        plain = before.dtype is val.dtype and before.is_contiguous()
+        leading = dims == tuple(range(len(dims))) and len(val.shape) == len(rest)
+        if plain and leading and val.dtype in (torch.float32, torch.float64):
+            with graph.inserting_before(n):
+                first = graph.call_function(block_sums, (x, len(dims)))
+            first.meta = {**n.meta, "val": blank(before, len(dims))}
+            n.args = (first, [0])
+
+
+def over(n: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of what a node reduces, and over which of its dimensions."""
+    shape = shape_of(n.args[0])  # type: ignore[arg-type]
+    dims = REDUCTIONS[n.target](*n.args, **n.kwargs).dims
+    every = range(len(shape))
+    return shape, tuple(sorted([every[d] for d in dims if shape] if dims else every))
