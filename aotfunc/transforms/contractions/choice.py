@@ -6,14 +6,17 @@ saves nothing as long as one of them reads it."""
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx import Node
 
 from ...trace.node_views import calls_view
-from .order import CALL, LOOPED, MOVED, Order, Plan, cheapest
+from .order import CALL, LOOPED, MOVED, Order, Plan, cheapest, convolution_steps
 from .products import MATRICES, Product, Products
 
 aten = torch.ops.aten
@@ -23,8 +26,9 @@ REDUCTIONS = (
     *(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default),
     aten.linalg_vector_norm.default,
 )
-#: what a rewriting must save: estimates are not exact
-WORTH = 0.8
+SUMS = frozenset((*PRODUCTS, *REDUCTIONS, operator.getitem))
+#: estimates are not exact: what a rewriting costs counts so much more
+MARGIN = 1.05
 
 Way = tuple[list[Node], Plan, Order]
 
@@ -37,7 +41,7 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
     ways: dict[Node, tuple[float, Way]] = {
         n: way(products, products.found[n])
         for n, nodes in cones.items()
-        if any(m.target in REDUCTIONS or m.target in PRODUCTS for m in nodes)
+        if sum(joins(m) for m in nodes) > 1 and any(m.target in SUMS for m in nodes)
     }
     found: dict[Node, Way] = {}
     for group in groups(cones):
@@ -58,14 +62,19 @@ def needed_of(graph: fx.Graph, products: Products) -> list[Node]:
 
 
 def cone(n: Node, products: Products) -> list[Node]:
-    """``n`` and what its product is made of, as far as that costs anything."""
+    """``n`` and what its product is made of."""
     nodes, rest = dict[Node, None](), [n]
     while rest:
         n = rest.pop()
         if n not in nodes:
             nodes[n] = None
             rest += products.parts[n]
-    return [n for n in nodes if not calls_view(n)]
+    return list(nodes)
+
+
+def joins(n: Node) -> bool:
+    """Whether a node multiplies, sums or expands: of several there may be a better order."""
+    return n.target in SUMS or n.target is aten.expand.default or len(n.all_input_nodes) > 1
 
 
 def groups(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
@@ -73,7 +82,7 @@ def groups(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
     of: dict[Node, list[Node]] = {}
     for n, nodes in cones.items():
         group = [n]
-        for other in {id(of[m]): of[m] for m in nodes if m in of}.values():
+        for other in {id(of[m]): of[m] for m in nodes if m in of and not calls_view(m)}.values():
             group += other
         for member in group:
             of.update(dict.fromkeys(cones[member], group))
@@ -93,18 +102,24 @@ def best(
             if n not in alive and n not in otherwise:
                 alive.add(n)
                 rest += products.parts[n]
-        return sum(costs.get(n, 0) for n in alive) + sum(prices[n] for n in otherwise)
+        return sum(costs.get(n, 0) for n in alive) + MARGIN * sum(prices[n] for n in otherwise)
 
-    plain = total(set())
     now = min((set(prices), set[Node]()), key=total)
     for n in prices:  # one by one: is it better the other way?
         now = min((now - {n}, now | {n}), key=lambda way: (total(way), len(way)))
-    return now if total(now) < WORTH * plain else set()
+    return now
 
 
 def cost(n: Node, products: Products) -> float:
     """What it takes to compute a node as it is. What only a sum reads is not stored."""
+    if calls_view(n):
+        return 0
     size = n.meta["val"].proto.numel()
+    if n.target is operator.getitem:  # a convolution's weight gradient
+        call: Any = n.args[0]
+        images, _, *places = call.args[0].meta["val"].shape
+        apart = call.args[-2] > 1
+        return CALL + convolution_steps(images * math.prod(places) * size, apart) + MOVED * size
     reads = [a.meta["val"].proto.numel() for a in n.all_input_nodes]
     if n.target in PRODUCTS:
         steps = size * n.args[0].meta["val"].shape[-1]
@@ -119,11 +134,11 @@ def way(products: Products, p: Product) -> tuple[float, Way]:
     """The price of a product in its cheapest order, and that."""
     places: dict[int, int] = {}
     here = lambda labels: tuple([places.setdefault(k, len(places)) for k in labels])
-    factors, out = tuple([here(f.labels) for f in p.factors]), here(p.labels)
+    factors, out = tuple([tuple(map(here, f.dims)) for f in p.factors]), here(p.labels)
+    forms = tuple([f.form for f in p.factors])
     extents = tuple([products.extents[k] for k in places])
     shape = tuple([products.count(dim) for dim in p.dims])
-    inverse = tuple([f.inverse for f in p.factors])
-    plan = Plan(factors, inverse, out, shape, extents, p.scale, p.square, p.rooted)
-    price, order = cheapest(factors, out, extents)
+    plan = Plan(factors, forms, out, shape, extents, p.scale, p.square, p.rooted)
+    price, order = cheapest(plan)
     price += LOOPED / 2 * products.count(p.labels) * (p.scale != 1)
     return price, ([f.node for f in p.factors], plan, order)

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-#: Costs count multiply-adds of a matrix product; reading or writing an element takes as long as a
-#: few of these, one of a kernel's loop as two, a call as thousands.
-MOVED, LOOPED, CALL = 4, 2, 2000
+from .products import Dims
+from .windows import Windows
+
+#: Costs count multiply-adds of a matrix product; to read or write an element of memory takes as
+# long as a dozen of these, one of a kernel's loop as two, a call as thousands.
+MOVED, LOOPED, CALL = 12, 2, 2000
 
 Labels = tuple[int, ...]
 #: the place of a factor, or the two halves of a product
@@ -19,11 +22,12 @@ Order = Any
 
 
 class Plan(NamedTuple):
-    """A product of tensors: their labels, its own, the extents of all, and what happens to the
-    result. Labels are numbered by their place in ``extents``."""
+    """A product of tensors: the labels of their dimensions and what is made of them first, its own
+    labels, the extents of all, and what happens to the result. Labels are numbered by their place
+    in ``extents``."""
 
-    factors: tuple[Labels, ...]
-    inverse: tuple[bool, ...]
+    factors: tuple[Dims, ...]
+    forms: tuple[tuple, ...]
     out: Labels
     shape: tuple[int, ...]
     extents: tuple[int, ...]
@@ -31,26 +35,54 @@ class Plan(NamedTuple):
     square: bool
     rooted: bool
 
+    @property
+    def labels(self) -> list[Labels]:
+        return [sum(dims, ()) for dims in self.factors]
+
+    @property
+    def windows(self) -> list[Windows | None]:
+        """The factors that are windows of images."""
+        return [
+            Windows(dims, form) if form[:1] == ("windows",) else None
+            for dims, form in zip(self.factors, self.forms, strict=True)
+        ]
+
 
 @lru_cache(1 << 12)
-def cheapest(factors: tuple[Labels, ...], out: Labels, extents: tuple[int, ...]) -> tuple:
-    """``(cost, order)`` of the best of all ways to multiply two and two."""
+def cheapest(plan: Plan) -> tuple[float, Order]:
+    """The cost and the order of the best of all ways to multiply two and two."""
+    factors, windows = plan.labels, plan.windows
     every = (1 << len(factors)) - 1
-    count = lambda labels: math.prod([extents[k] for k in labels])
+    count = lambda labels: math.prod([plan.extents[k] for k in labels])
 
     def labels(part: int) -> frozenset[int]:
         """Those that this part of the factors has when all others are summed away."""
-        inside, outside = set[int](), set(out)
+        inside, outside = set[int](), set(plan.out)
         for i, f in enumerate(factors):
             (inside if part >> i & 1 else outside).update(f)
         return frozenset(inside & outside)
+
+    def alone(part: int) -> Windows | None:
+        return windows[part.bit_length() - 1] if part & (part - 1) == 0 else None
+
+    def price(x: int, y: int) -> float:
+        """Of multiplying these two parts."""
+        mine, theirs, out = left[x], left[y], left[x | y]
+        steps, made = count(mine | theirs), 0.0
+        for part, others in ((x, theirs), (y, mine)):
+            if (w := alone(part)) and w.convolves(others, out):
+                return CALL + convolution_steps(steps, len(out.intersection(w.images)) > 0)
+            made += 2 * MOVED * count(w.labels) if w else 0
+        if as_matrices(mine, theirs, out):
+            return CALL + made + steps + MOVED * (count(mine) + count(theirs) + count(out))
+        return CALL + made + LOOPED * steps + MOVED * count(out)
 
     left = {part: labels(part) for part in range(1, every + 1)}
     best: dict[int, tuple[float, Order]] = {}
     for part in range(1, every + 1):
         if part & (part - 1) == 0:
             i = part.bit_length() - 1
-            summed = len(left[part]) < len(set(factors[i]))
+            summed = len(left[part]) < len(factors[i])
             best[part] = (CALL + count(factors[i]) if summed else 0), i
             continue
         ways = []
@@ -58,19 +90,17 @@ def cheapest(factors: tuple[Labels, ...], out: Labels, extents: tuple[int, ...])
         while half:
             other = part ^ half
             if half > other:
-                cost = pair_cost(left[half], left[other], left[part], count)
                 first, second = best[half], best[other]
-                ways.append((cost + first[0] + second[0], (first[1], second[1])))
+                cost = price(half, other) + first[0] + second[0]
+                ways.append((cost, (first[1], second[1])))
             half = (half - 1) & part
         best[part] = min(ways, key=lambda way: way[0])
     return best[every]
 
 
-def pair_cost(x: frozenset[int], y: frozenset[int], out: frozenset[int], count: Any) -> float:
-    steps = count(x | y)
-    if as_matrices(x, y, out):
-        return CALL + steps + MOVED * (count(x) + count(y) + count(out))
-    return CALL + LOOPED * steps + MOVED * count(out)
+def convolution_steps(steps: int, apart: bool) -> int:
+    """What a weight gradient costs: for each image apart it takes longer."""
+    return 2 * steps if apart else steps
 
 
 def as_matrices(x: Any, y: Any, out: Any) -> bool:
@@ -84,6 +114,7 @@ def as_matrices(x: Any, y: Any, out: Any) -> bool:
 def computed(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
     """The plan's product of these tensors in this order: plain tensor code."""
     p = Plan(*plan)
+    factors, windows = p.labels, p.windows
     extent = lambda labels: [p.extents[k] for k in labels]
 
     def summed(x: Tensor, labels: Labels, keep: set[int]) -> tuple[Tensor, Labels]:
@@ -93,13 +124,22 @@ def computed(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
     def leaves(order: Order) -> set[int]:
         return {order} if order.__class__ is int else leaves(order[0]) | leaves(order[1])
 
-    def result(order: Order) -> tuple[Tensor, Labels]:
+    def kept(order: Order) -> set[int]:
+        """The labels that are needed of what is computed in this order."""
         mine = leaves(order)
-        others = [f for i, f in enumerate(p.factors) if i not in mine]
-        keep = set(p.out).union(*others)
+        return set(p.out).union(*[f for i, f in enumerate(factors) if i not in mine])
+
+    def result(order: Order) -> tuple[Tensor, Labels]:
+        keep = kept(order)
         if order.__class__ is int:
-            x = tensors[order].reciprocal() if p.inverse[order] else tensors[order]
-            return summed(x.reshape(extent(p.factors[order])), p.factors[order], keep)
+            x, w = tensors[order], windows[order]
+            x = x.reciprocal() if p.forms[order] == ("reciprocal",) else w.of(x) if w else x
+            return summed(x.reshape(extent(factors[order])), factors[order], keep)
+        for one, other in (order, order[::-1]):
+            if other.__class__ is int and (w := windows[other]):
+                others = {k for i in leaves(one) for k in factors[i]} & kept(one)
+                if w.convolves(others, keep):
+                    return w.weight_gradient(*result(one), tensors[other], keep, extent)
         pair = [result(half) for half in order]
         pair.sort(key=lambda one: [k in one[1] for k in p.out], reverse=True)
         return multiplied(*pair[0], *pair[1], keep, extent)

@@ -8,6 +8,7 @@ the value that no factor has is a dimension that it was expanded along."""
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,11 +29,12 @@ MOST = 6
 
 @dataclass(frozen=True)
 class Factor:
-    """A node, or 1 / the node, with the labels of its dimensions."""
+    """A node with the labels of its dimensions, or what a form makes of it: ``("reciprocal",)``,
+    or the ``("windows", …)`` of an image."""
 
     node: Node
     dims: Dims
-    inverse: bool = False
+    form: tuple = ()
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -206,7 +208,8 @@ def written(dim: Sequence[int], labels: dict[int, tuple[int, ...]]) -> tuple[int
 def fits(n: Node) -> bool:
     """Whether a node and the tensors that it reads have elements, all of one dtype that is computed
     in as it is, on one device."""
-    vals = [n.meta["val"], *[a.meta["val"] for a in n.all_input_nodes]]
+    call: Any = n.args[0] if n.target is operator.getitem else n
+    vals = [n.meta["val"], *[a.meta["val"] for a in call.all_input_nodes]]
     return all(
         v.__class__ is Sig
         and v.dtype in (torch.float32, torch.float64)
@@ -288,7 +291,7 @@ def _div(ps: Products, n: Node, x: Any, y: Any) -> Product | None:
     if y.meta["val"].proto.numel() >= n.meta["val"].proto.numel():
         return None  # a division for each element, as there is
     inverse = ps.leaf(y)
-    factor = replace(inverse.factors[0], inverse=True)
+    factor = replace(inverse.factors[0], form=("reciprocal",))
     return ps.times(ps.of(n, x), replace(inverse, factors=(factor,)))
 
 

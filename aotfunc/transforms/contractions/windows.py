@@ -1,0 +1,100 @@
+"""The weight gradient of a convolution: its cotangent times the windows of its image, summed over
+images and windows."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from .products import Dims, Factor, Product, Products, rule
+
+aten = torch.ops.aten
+
+BACKWARD = aten.convolution_backward.default
+WEIGHT_ONLY = [False, True, False]
+
+
+@rule(operator.getitem)
+def _weight_gradient(ps: Products, n: Node, call: Node, i: int) -> Product | None:
+    if call.target is not BACKWARD or call.args[-1] != WEIGHT_ONLY:
+        return None
+    g, x, _, _, stride, padding, dilation, transposed, _, groups, _ = call.args
+    if transposed:
+        return None
+    images, outs, *places = g.meta["val"].shape
+    _, channels, *kernel = n.meta["val"].shape
+    shape = (images, groups, channels, *kernel, *places)
+    dims = tuple([(ps.label(k),) if k > 1 else () for k in shape])
+    geometry = [tuple(v) for v in (kernel, stride, padding, dilation)]
+    cotangent = ps.viewed(ps.of(n, g), (images, groups, outs // groups, *places))
+    if cotangent is None:
+        return None
+    # images, groups, output channels, channels, places in a window, windows
+    first, rest = cotangent.dims[:3], cotangent.dims[3:]
+    cotangent = replace(cotangent, dims=(*first, (), *[()] * len(kernel), *rest))
+    windows = Factor(x, dims, ("windows", *geometry))
+    p = ps.times(cotangent, Product((windows,), (*dims[:2], (), *dims[2:])))
+    p = p and ps.summed(p, [0, *range(4 + len(kernel), 4 + 2 * len(kernel))])
+    return p and ps.viewed(p, n.meta["val"].shape)
+
+
+class Windows:
+    """A factor that is the windows of an image, by what its dimensions are: images, groups,
+    channels, places in a window, windows."""
+
+    def __init__(self, dims: Dims, form: tuple) -> None:
+        self.kernel, *self.geometry = form[1:]
+        self.dims, rank = dims, len(self.kernel)
+        flat = lambda dims: sum(dims, ())
+        self.labels, self.images, self.channels = flat(dims), flat(dims[:2]), dims[2]
+        self.inside, self.places = flat(dims[3 : 3 + rank]), flat(dims[3 + rank :])
+
+    def convolves(self, others: Collection[int], out: Collection[int]) -> bool:
+        """Whether the product with a tensor of ``others``, of which ``out`` is left, is the weight
+        gradient of a convolution."""
+        kept = {*self.channels, *self.inside}
+        return (
+            {*self.images, *self.places}.issubset(others)
+            and kept.isdisjoint(others)
+            and kept.issubset(out)
+            and not set(self.places).intersection(out)
+        )
+
+    def of(self, x: Tensor) -> Tensor:
+        """The windows of ``x``, groups and channels in one dimension."""
+        stride, padding, dilation = self.geometry
+        rank = len(self.kernel)
+        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+        for d, (k, s, a) in enumerate(zip(self.kernel, stride, dilation, strict=True)):
+            x = x.unfold(2 + d, a * (k - 1) + 1, s)[..., ::a]
+        return x.permute(0, 1, *range(2 + rank, 2 + 2 * rank), *range(2, 2 + rank)).contiguous()
+
+    def weight_gradient(
+        self, g: Tensor, labels: Sequence[int], x: Tensor, keep: Collection[int], extent: Callable
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """The windows of ``x`` times ``g``, whose groups are the images that are kept."""
+        count = lambda labels: math.prod(extent(labels))
+        apart = [k for k in self.images if k in keep]
+        images = [k for k in self.images if k not in keep]
+        outs = [k for k in labels if k not in self.labels]
+        groups, rank = count(apart), len(self.kernel)
+        g = g.permute([labels.index(k) for k in (*images, *apart, *outs, *self.places)])
+        places = [count(dim) for dim in self.dims[3 + rank :]]
+        g = g.reshape(count(images), groups * count(outs), *places)
+        size, mine = x.shape[2:], (*self.images, *self.channels)
+        x = x.reshape(*extent(mine), *size)
+        order = [mine.index(k) for k in (*images, *apart, *self.channels)]
+        x = x.permute(*order, *range(len(order), x.dim()))
+        x = x.reshape(count(images), groups * count(self.channels), *size)
+        w = x.new_zeros(()).expand(g.shape[1], count(self.channels), *self.kernel)
+        geometry = [*[list(v) for v in self.geometry], False, [0] * rank, groups]
+        gradient = aten.convolution_backward(g, x, w, None, *geometry, WEIGHT_ONLY)[1]
+        out = (*apart, *outs, *self.channels, *self.inside)
+        return gradient.reshape(extent(out)), out
