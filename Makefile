@@ -10,11 +10,11 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench check format clean
+.PHONY: help venv demo test test-cpp lint types bench check format clean
 
 help: ## show this list
 	@echo "aotfunc: make <target>"
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), JOBS=$(JOBS) (test processes), PIP_ARGS (for pip install)"
 
 venv: $(STAMP) ## create .venv and install aotfunc with its test tools (done by every other target when needed)
@@ -30,6 +30,9 @@ demo: $(STAMP) ## train a small network on scikit-learn's digits: graphs, per-sa
 
 test: $(STAMP) ## run the tests (JOBS processes, one thread each)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+
+test-cpp: $(STAMP) ## the tests with compiled functions on the C++ backend instead of the eager one
+	AOTFUNC_BACKEND=cpp OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -166,7 +166,7 @@ def compiled_training_step():
 
             step = aot_function(f, nop, partition_fn=min_cut_rematerialization_partition)
         else:
-            step = lib.aot_function(f)
+            step = lib.aot_function(f, "eager")
         step(w, x).backward()
 
     return run

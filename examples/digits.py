@@ -227,7 +227,7 @@ def show_times(params, images, labels, rounds: int):
     console.rule("5. milliseconds per step (medians, taking turns)")
     batch = params, images, labels
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    compiled = aot_function(loss, "eager", partition_fn=min_cut_rematerialization_partition)
+    compiled = aot_function(loss, partition_fn=min_cut_rematerialization_partition)
 
     def aot_step():
         return torch.autograd.grad(compiled(leaves, images, labels), list(leaves.values()))

@@ -20,6 +20,12 @@ PUBLIC = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def as_users_have_it(monkeypatch):
+    monkeypatch.delenv("AOTFUNC_BACKEND")
+    monkeypatch.setitem(backends.REGISTRY, "eager", backends.EAGER)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module(name):
     module = importlib.import_module(name)

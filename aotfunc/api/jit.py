@@ -30,7 +30,7 @@ FUNCTORCH_OPTIONS = frozenset(
 @overload
 def jit(
     f: None = None,
-    backend: str | Compiler = "eager",
+    backend: str | Compiler = "auto",
     static_argnums: Any = None,
     exact: bool = False,
 ) -> Callable[..., Compiled]: ...
@@ -39,7 +39,7 @@ def jit(
 @overload
 def jit(
     f: Callable,
-    backend: str | Compiler = "eager",
+    backend: str | Compiler = "auto",
     static_argnums: Any = None,
     exact: bool = False,
 ) -> Compiled: ...
@@ -47,12 +47,13 @@ def jit(
 
 def jit(
     f: Callable | None = None,
-    backend: str | Compiler = "eager",
+    backend: str | Compiler = "auto",
     static_argnums: int | Sequence[int] | None = None,
     exact: bool = False,
 ) -> Any:
     """``f`` captured once per signature and compiled by ``backend``, a name (see
-    ``aotfunc.backends``) or a ``compiler(gm, example_inputs) -> callable``.
+    ``aotfunc.backends``) or a ``compiler(gm, example_inputs) -> callable``. "auto" is "cpp" on the
+    CPU where there is a C++ compiler, else "eager".
 
     The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments,
     values of Python arguments, grad and autocast mode, default dtype and device, and the Python
@@ -83,19 +84,19 @@ def jit(
 
 @overload
 def aot_function(
-    fn: None = None, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any
+    fn: None = None, fw_compiler: str | Compiler = "auto", *args: Any, **options: Any
 ) -> Callable[..., Compiled]: ...
 
 
 @overload
 def aot_function(
-    fn: Callable, fw_compiler: str | Compiler = "eager", *args: Any, **options: Any
+    fn: Callable, fw_compiler: str | Compiler = "auto", *args: Any, **options: Any
 ) -> Compiled: ...
 
 
 def aot_function(
     fn: Callable | None = None,
-    fw_compiler: str | Compiler = "eager",
+    fw_compiler: str | Compiler = "auto",
     bw_compiler: str | Compiler | None = None,
     partition_fn: Partition = default_partition,
     decompositions: dict | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,13 @@ def cpp(gm: Any, example_inputs: Any) -> Callable:
     return cpp(gm, example_inputs)
 
 
+def auto(gm: Any, example_inputs: Any) -> Callable:
+    """C++ kernels on the CPU, where there is a compiler; else the graph's own generated Python."""
+    from .auto import automatic
+
+    return automatic(gm.graph, lambda backend: backend(gm, example_inputs))
+
+
 def opened() -> Mapping:
     """What the C++ backend takes apart."""
     from .loops.opened import OPENED
@@ -59,19 +67,23 @@ def opened() -> Mapping:
     return OPENED
 
 
-EAGER = Backend(eager)
+EAGER, AUTO = Backend(eager), Backend(auto)
+CPP = Backend(cpp, opened, reassociates=True)
 
 #: name -> backend
 REGISTRY: dict[str, Backend] = {
+    "auto": AUTO,
     "eager": EAGER,
+    "cpp": CPP,
     "inductor": Backend(inductor, decompositions),
-    "cpp": Backend(cpp, opened, reassociates=True),
 }
 
 
 def lookup(backend: str | Callable) -> Backend:
-    """The backend of this name; a bare compiler becomes one. Raises BackendError for an unknown
-    name."""
+    """The backend of this name; a bare compiler becomes one. ``AOTFUNC_BACKEND`` says what
+    "auto" is. Raises BackendError for an unknown name."""
+    if backend == "auto":
+        backend = os.environ.get("AOTFUNC_BACKEND") or backend
     found = backend if callable(backend) else REGISTRY.get(backend)
     if found is None:
         raise BackendError(

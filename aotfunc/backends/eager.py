@@ -169,17 +169,18 @@ def as_said(n: Node, value: Any) -> Any:
     def fit(sig: Any, x: Any) -> Any:
         if isinstance(sig, tuple) and isinstance(x, tuple | list):
             return tuple(map(fit, sig, x))
-        if not isinstance(sig, Sig) or not isinstance(x, Tensor):
+        if not isinstance(sig, Sig | Tensor) or not isinstance(x, Tensor):
             return x
-        if tuple(x.shape) != sig.shape:
+        stride = sig.stride() if isinstance(sig, Tensor) else sig.stride
+        if tuple(x.shape) != tuple(sig.shape):
             raise GraphError(
                 f"{n.target} returned a tensor of shape {list(x.shape)}, and its fake "
                 f"implementation says {list(sig.shape)}{at(n.meta.get('line'))}: mend what is "
                 "registered with register_fake"
             )
-        if x.stride() == sig.stride:
+        if x.stride() == stride:
             return x
-        order = sorted(range(x.dim()), key=lambda d: -sig.stride[d])
+        order = sorted(range(x.dim()), key=lambda d: -stride[d])
         return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
 
     return fit(n.meta["val"], value)

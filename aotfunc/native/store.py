@@ -64,13 +64,23 @@ def whole(path: Path) -> bool:
     return content[-SIZE:] == digest(path.stem, content[:-SIZE])
 
 
+def place() -> Path:
+    """Where this process looks for compiled kernels."""
+    try:
+        return directory()
+    except OSError:
+        return temporary(os.getpid())
+
+
 def find(key: str) -> Path | None:
     """The compiled kernel of this key, or None."""
-    try:
-        path = directory() / f"{key}.so"
-    except OSError:
-        path = temporary(os.getpid()) / f"{key}.so"
+    path = place() / f"{key}.so"
     return path if whole(path) else None
+
+
+def find_any(start: str) -> Path | None:
+    """A compiled kernel whose key begins so, or None."""
+    return next(filter(whole, place().glob(f"{start}*.so")), None)
 
 
 def add(key: str, source: str, build: Callable[[Path, Path], None]) -> Path:

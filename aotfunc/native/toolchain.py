@@ -51,6 +51,14 @@ def compiler() -> list[str]:
     )
 
 
+def found() -> bool:
+    """Whether there is a compiler."""
+    try:
+        return bool(compiler())
+    except CompilerError:
+        return False
+
+
 @functools.cache
 def torch_library() -> str:
     """The path of libtorch_cpu, whose vector maths and threads the kernels use."""
@@ -88,13 +96,17 @@ def flags() -> tuple[str, ...]:
     return (*FLAGS, "-DAOT_SLEEF") if sleef else FLAGS
 
 
+def target() -> str:
+    """What a compiled kernel depends on beside its source and its compiler."""
+    return "\n".join((*flags(), processor(), torch.__version__))
+
+
 def identity() -> str:
-    """All that a compiled kernel depends on beside its source. Starts no process: a compiler is
-    known by its path, time and size."""
+    """Which compiler it is, by path, time and size: no process is started. Raises
+    CompilerError."""
     command = compiler()
     stat = os.stat(command[0])
-    compiled_by = (*command, stat.st_mtime_ns, stat.st_size, *flags())
-    return "\n".join(map(str, (*compiled_by, processor(), torch.__version__)))
+    return "\n".join(map(str, (*command, stat.st_mtime_ns, stat.st_size)))
 
 
 def compile(source: Path, library: Path) -> None:

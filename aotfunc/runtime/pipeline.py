@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from .. import backends, debug
 from ..backends import Backend
+from ..backends.auto import automatic, suited
 from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall
 from ..capture.captured import Captured
@@ -83,22 +84,22 @@ class Pipeline:
         self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str
     ) -> Callable:
         program = self.opened(program)
-        if self.reassociates(backend):
+        if self.reassociates(program, backend):
             program = reassociated(lowered(program, EVERYTHING))
         fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
 
-    def reassociates(self, *compilers: Backend) -> bool:
-        """Whether all of these want sums of products in another order, and may have them."""
-        return not self.exact and all([backend.reassociates for backend in compilers])
+    def reassociates(self, program: Program, *compilers: Backend) -> bool:
+        """Whether all of these want its sums of products in another order, and may have them."""
+        return not self.exact and all([suited(program.graph, b).reassociates for b in compilers])
 
     @property
     def rounds(self) -> bool:
         """Whether an input may be rounded to the low precision of what it is computed with, where
         eager does not round a number."""
-        return not self.forward_backend is self.backward_backend is backends.lookup("eager")
+        return not self.forward_backend is self.backward_backend is backends.EAGER
 
     def takes_numbers(self, rec: Captured) -> bool:
         """Whether Python numbers may be inputs of its programs."""
@@ -127,7 +128,7 @@ class Pipeline:
         gradients)``. Unless they are the ``last`` that is made of it they keep their marks of
         intent, for higher derivatives."""
         joint, dissolve = self.opened(joint), EVERYTHING if last else CALLS
-        if self.reassociates(self.forward_backend, self.backward_backend):
+        if self.reassociates(joint, self.forward_backend, self.backward_backend):
             joint = reassociated(lowered(joint, dissolve))
         forward, backward = partitioned(self.partition, joint, n_early, dissolve)
         return (
@@ -174,6 +175,8 @@ def compiled_by(
     which keeps the graph, where the compiler raises an error that is not ours."""
     if backend == backends.EAGER:
         return compile_graph(lowered(program, EVERYTHING).graph)
+    if backend == backends.AUTO:
+        return automatic(program.graph, lambda b: compiled_by(b, program, tensors, what))
     table, compiler = backend.table, backend.compile
     if table is not None:
         program = decomposed(lowered(program, EVERYTHING), Declining(table))

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from aotfunc import jit
 from aotfunc.backends.loops import launch, native
 from aotfunc.backends.loops.launch import Launch
-from aotfunc.errors import ArgumentError, BackendWarning
+from aotfunc.errors import BackendWarning
 from aotfunc.native import toolchain
 
 SOURCE = (
@@ -350,10 +350,17 @@ def test_zeros_without_memory(form):
     assert torch.equal(add(4)(torch.ones(4), zeros), torch.ones(4))
 
 
-def test_what_compiled_functions_say():
-    f = jit(lambda x: x.sin() * 2 + 1, backend="cpp")
+@pytest.mark.parametrize("first", ["fake", "real"])
+def test_compiled_functions_of_tensors_without_memory(first):
+    """They run op by op; one program serves both."""
+    f = jit(lambda x: (x.sin() * 2 + 1, torch.rand(3)), backend="cpp")
     with FakeTensorMode() as mode:
-        fake = mode.from_tensor(torch.ones(4))
-    with pytest.raises(ArgumentError, match="has no CPU memory; the eager backend takes"):
-        f(fake)
-    assert torch.equal(f(torch._efficientzerotensor((4,))), torch.ones(4))
+        fake = mode.from_tensor(torch.ones(4, requires_grad=True))
+    real = torch.ones(4, requires_grad=True)
+    for x in (fake, real) if first == "fake" else (real, fake):
+        y, _ = f(x)
+        y.sum().backward()
+        assert type(y) is type(x.grad) is type(x) and y.shape == x.grad.shape == (4,)
+    torch.testing.assert_close(real.grad, 2 * torch.ones(4).cos())
+    y, _ = f(torch._efficientzerotensor((4,)))
+    assert torch.equal(y, torch.ones(4))

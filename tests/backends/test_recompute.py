@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aotfunc import grad
+from tests import test_nested
 from tests.backends.test_cpp import agree, r
 from tests.kernels import every_kernel
 
@@ -39,3 +40,19 @@ def test_what_is_stored(case):
     agree(f, r(9, 19), kernels=None, rtol=1e-4, atol=1e-4)
     shapes = [tuple(shape) for k in every_kernel.made[first:] for shape, *_ in k.plain.args[3]]
     assert count is None or shapes.count((9, 19)) == count
+
+
+def read_in_another_order(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * x + 1
+    return y.amax(0, keepdim=True), torch.where(x.unsqueeze(2) > y[::2], 1.0, y[::2] * 0.3)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1), (1, 3)])
+def test_what_the_reader_cannot_compute(shape):
+    agree(read_in_another_order, r(*shape), kernels=None)
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_programs_with_shared_views(monkeypatch, seed):
+    monkeypatch.setenv("AOTFUNC_BACKEND", "cpp")
+    test_nested.test_a_random_nest(seed)

@@ -28,8 +28,8 @@ NAMES = {
     "combine_state_for_ensemble": "models",
     "chunk_vmap": "func in_dims=0 out_dims=0 randomness='error' chunks=2",
     "make_fx": "f decomposition_table=None tracing_mode='real'",
-    "jit": "f=None backend='eager' static_argnums=None",
-    "aot_function": "fn=None fw_compiler='eager' bw_compiler=None partition_fn "
+    "jit": "f=None backend='auto' static_argnums=None",
+    "aot_function": "fn=None fw_compiler='auto' bw_compiler=None partition_fn "
     "decompositions=None static_argnums=None",
     "aot_module": "mod",
     "check_grads": "f args order=2",

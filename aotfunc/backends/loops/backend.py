@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from ... import debug
@@ -22,7 +23,7 @@ from .blocks import in_blocks
 from .cpp import function
 from .fuse import Unit, calls, grouped, stored
 from .ir import Apply, Check, Kernel, walk
-from .launch import Launch
+from .launch import Launch, has_memory
 from .lower import lower
 from .members import seen_through
 from .recompute import recompute
@@ -30,6 +31,9 @@ from .schedule import schedule
 
 #: elements that take no longer than calling PyTorch does, which is what a launch saves
 SMALL = 32768
+
+#: classes of tensors that have memory, or are zeros
+TENSORS = (Tensor, nn.Parameter)
 
 #: functions that kernels compute faster than PyTorch does
 QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"))
@@ -45,16 +49,22 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     for n in graph.nodes:
         if isinstance(n.target, Launch):
             n.target = n.target.run
-    results = output_node(graph).args[0]
     run = compile_graph(graph)
+    if not source:
+        run.own = 0  # type: ignore[attr-defined]
+        return run
+    by_ops = functools.cache(lambda: compile_graph(gm.graph))
 
     def call(*args: Tensor) -> tuple:
-        if any([a.is_neg() for a in args]):  # the memory that kernels read is not the value
-            args = tuple([resolved(a) for a in args])
+        if any([a.__class__ not in TENSORS or a.is_neg() for a in args]):
+            if not all([has_memory(a) for a in args]):
+                return by_ops()(*args)
+            # the memory that kernels read would not be the value
+            args = tuple([resolved(a) if a.is_neg() else a for a in args])
         return run(*args)
 
     call.source = run.source  # type: ignore[attr-defined]
-    call.own = own(results)  # type: ignore[attr-defined]
+    call.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
     return call
 
 

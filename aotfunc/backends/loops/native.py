@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import CompilerError
 from ...native import toolchain
 from ...native.build import built, without_comments
 
@@ -101,10 +102,14 @@ def load(source: str) -> Library:
 
 @functools.cache
 def threads() -> Callable | None:
-    """``aot_threads`` of ``threads.cpp``; None for a PyTorch without what it calls."""
+    """``aot_threads`` of ``threads.cpp``; None for a PyTorch without what it calls, and where it
+    cannot be compiled."""
     if not toolchain.torch_exports("torch_parallel_for"):
         return None
-    function = ctypes.CDLL(str(built((HERE / "threads.cpp").read_text())))["aot_threads"]
+    try:
+        function = ctypes.CDLL(str(built((HERE / "threads.cpp").read_text())))["aot_threads"]
+    except CompilerError:
+        return None
     function.argtypes = (ctypes.c_int64,) * 5
     function.restype = None
     return function

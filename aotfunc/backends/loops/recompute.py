@@ -116,7 +116,8 @@ def summed(v: Node, reader: Unit) -> bool:
 
 
 def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit) -> None:
-    """Compute a value in its reader, unless that, or what is left of the unit, is no kernel."""
+    """Compute a value in its reader, unless that, or what is left of the unit, is no kernel, or
+    the reader shares a view of it with the unit."""
     nodes, _ = made_of(v, unit)
     new: dict[Node, Node] = {}
     with graph.inserting_before(v.next):
@@ -131,7 +132,12 @@ def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit) -> None:
     left = [n for n in unit.nodes if n in order]
     moved = [n for n in new.values() if not seen_through(n)]
     both = sorted([*moved, *reader.nodes], key=order.__getitem__)
-    if left and fits(left) and fits(both):
+    if new[v].users and left and fits(left) and fits(both):
         unit.nodes, reader.nodes = left, both
-    else:
-        unit.nodes = sorted([*left, *moved], key=order.__getitem__)
+        return
+    for n, copy in reversed(new.items()):  # as it was, with copies of what is erased
+        if n in order:
+            copy.replace_all_uses_with(n)
+            graph.erase_node(copy)
+            moved = [m for m in moved if m is not copy]
+    unit.nodes = sorted([*left, *moved], key=order.__getitem__)

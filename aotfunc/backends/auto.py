@@ -1,0 +1,59 @@
+"""Which backend a graph gets where none is named."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from torch import fx
+
+from ..errors import BackendError, BackendWarning
+from ..native import toolchain
+from ..trace.records import flat_tensors
+from . import AUTO, CPP, EAGER, Backend
+
+#: compilers that have failed, and that users know of
+_failed: set[str] = set()
+
+
+def automatic(graph: fx.Graph, compiled: Callable[[Backend], Callable]) -> Callable:
+    """``compiled(CPP)`` for a graph on the CPU, where there are kernels or what makes them; else
+    ``compiled(EAGER)``.
+
+    Where C++ fails a BackendWarning says so, once for each compiler; where there is no compiler
+    nothing does. Either way the attribute ``eagerly`` of the result says why."""
+    if not on_cpu(graph):
+        return compiled(EAGER)
+    try:
+        if possible():
+            return compiled(CPP)
+        toolchain.compiler()
+    except BackendError as e:
+        error = e
+    run = compiled(EAGER)
+    run.eagerly = {"the whole graph": str(error).splitlines()[0]}  # type: ignore[attr-defined]
+    if toolchain.found() and (which := toolchain.identity()) not in _failed:
+        _failed.add(which)
+        warnings.warn(
+            f"backend='auto' runs graphs op by op: {error}", BackendWarning, stacklevel=2
+        )
+    return run
+
+
+def suited(graph: fx.Graph, backend: Backend) -> Backend:
+    """The backend that this one means for a graph."""
+    return backend if backend != AUTO else CPP if on_cpu(graph) and possible() else EAGER
+
+
+def on_cpu(graph: fx.Graph) -> bool:
+    """Whether all its values are."""
+    vals = [n.meta.get("val") for n in graph.nodes]
+    return all(t.device.type == "cpu" for v in vals for t in flat_tensors(v))
+
+
+def possible() -> bool:
+    """Whether there is a compiler, or the disk store has what launches kernels, and so may have
+    kernels."""
+    from .loops.launch import native_form
+
+    return toolchain.found() or native_form() is not None
