@@ -22,6 +22,7 @@ from ..graph import Program
 from ..runtime.aliasing import Changes, without_views
 from ..runtime.anomaly import without_nan
 from ..runtime.execute import contiguous, execute
+from ..runtime.late_reads import check_memory, storages
 from ..trace.kinds import ordinary_tensor
 from ..trace.memory import version
 from ..trace.modes import without_modes
@@ -153,7 +154,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     forward, backward, direct = _halves(joint, call, sum(have))
     outs = execute(forward, call.inputs)
     residuals = [*outs[base.n_outputs :], *(call.inputs[i] for i in direct)]
-    versions, dtype = list(map(version, residuals)), torch.get_default_dtype()
+    versions, memory = list(map(version, residuals)), storages(residuals)
+    dtype = torch.get_default_dtype()
     output, *aux = call.results(outs[: base.n_outputs])
     vals = base.vals[:n_out]
 
@@ -187,6 +189,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
                 raise ArgumentError(f"vjp_fn: cotangent {i} is complex, and the output is real")
             if have[i]:
                 given.append(contiguous(c.to(v.dtype)))
+        check_memory(residuals, memory, "vjp")
         for r, before in zip(residuals, versions, strict=True):
             if version(r) != before:
                 raise ArgumentError(

@@ -34,7 +34,7 @@ from ..transforms.vjp import contiguous_sig, vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .execute import before_writes, contiguous, copied, execute, write_back
-from .late_reads import Versions, check_memory, check_unwritten, late_reads, versions
+from .late_reads import Versions, check_memory, check_unwritten, late_reads, storages, versions
 from .redraw import generator_states, redrawn
 
 aten = torch.ops.aten
@@ -283,7 +283,7 @@ class Differentiated(torch.autograd.Function):
         # changed
         ctx.inputs = needed  # their gradients may depend on it, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
-        ctx.memory = [t.untyped_storage() for t in ctx.inputs]
+        ctx.memory = storages(ctx.inputs)
         ctx.keeps = bool(needed) or any(isinstance(r, Tensor) for r in residuals)
         ctx.dtype = torch.get_default_dtype()
         return tuple(results)

@@ -27,6 +27,7 @@ from ..transforms.vjp import vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .duals import pushed_program, refuse_cuts
+from .late_reads import check_memory, storages
 from .redraw import generator_states, redrawn
 
 
@@ -197,6 +198,7 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.program, ctx.states, *tensors = inputs
+        ctx.memory = storages(tensors)
         ctx.dtype = torch.get_default_dtype()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -221,6 +223,7 @@ class Differentiable(torch.autograd.Function):
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         program, tensors = ctx.program, ctx.saved_tensors
+        check_memory(tensors, ctx.memory, "a transform")
         wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)
         whole = program.flat()
         have = tuple(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import aot_function, grad, jit, min_cut_rematerialization_partition, vmap
+from aotfunc import aot_function, grad, jit, jvp, min_cut_rematerialization_partition, vjp, vmap
 from aotfunc.errors import AotfuncError, CaptureError
 from tests.functions import Square
 from tests.reference import assert_same
@@ -635,6 +635,21 @@ def test_other_memory_before_the_backward(way, body, where, create_graph):
     x.data = values
     x.data = memory  # an average of weights, for a moment
     assert_same(gradient(y), want)
+
+
+def test_other_memory_after_a_transform():
+    f = lambda x: (x.exp() * x.detach()).sin()  # one node of autograd, for its cut
+    x = torch.tensor([0.3, 0.7], requires_grad=True)
+    for y in (jvp(f, (x,), (torch.ones(2),))[1], grad(lambda x: f(x).sum())(x)):
+        memory, x.data = x.data, torch.ones(2)
+        with pytest.raises(AotfuncError, match="other memory after the call of a transform"):
+            y.sum().backward()
+        x.data = memory
+        y.sum().backward()
+    _, vjp_fn = vjp(lambda x: x * x, x)
+    x.data = torch.ones(2)
+    with pytest.raises(AotfuncError, match="other memory after the call of vjp"):
+        vjp_fn(torch.ones(2))
 
 
 @pytest.mark.parametrize("way", MANY_WAYS)
