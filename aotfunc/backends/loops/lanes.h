@@ -59,6 +59,16 @@ AOT_FIRST(floats, float, float, ups512_mask)
 AOT_FIRST(doubles, double, double, upd512_mask)
 AOT_FIRST(ints, int32_t, int, dqusi512_mask)
 AOT_FIRST(longs, int64_t, long long, dqudi512_mask)
+#define AOT_FIRST_HALVES(half) \
+  AOT floats aot_first(floats, const half *p, int64_t n) { \
+    auto x = __builtin_ia32_loaddquhi256_mask((const short *)p, shorts{}, (1u << n) - 1); \
+    return aot_float((halves)x, half{}); \
+  } \
+  AOT void aot_put_first(half *p, floats v, int64_t n) { \
+    __builtin_ia32_storedquhi256_mask((short *)p, (shorts)aot_narrow(v, half{}), (1u << n) - 1); \
+  }
+AOT_FIRST_HALVES(bf16)
+AOT_FIRST_HALVES(f16)
 #endif
 template <class V, class T> AOT V aot_get(const T *p) {
   typedef aot_memory<V, T> memory;

@@ -76,6 +76,8 @@ class Lowering(Axes):
         value = self.value(n, place)
         if isinstance(value, Cast) and (value.value.dtype, value.dtype) == NARROW:
             value = value.value  # memory is wide enough
+        if isinstance(value, Apply) and value.fn == ROUNDED.get(n.meta["val"].dtype):
+            (value,) = value.args  # memory rounds
         return Store(self.access(n, place), value)
 
     def added_up(self, n: Node) -> Store:

@@ -85,8 +85,9 @@ def joins(kernel: Kernel, k: int, inner: int) -> bool:
 
 
 def vector_axis(kernel: Kernel) -> int:
-    """The axis along which more of what is walked everywhere is contiguous: the last of all, or an
-    outer one. One that is shorter than a vector leaves it to another."""
+    """The axis along which more of what is walked everywhere is contiguous, that of the most axes
+    before all: the last of all, or an outer one. One that is shorter than a vector leaves it to
+    another."""
     last = len(kernel.extents) - 1
     choices = {last} if kernel.blocks else {*range(kernel.outer), last} - {-1}
     if not choices:
@@ -94,9 +95,12 @@ def vector_axis(kernel: Kernel) -> int:
     every = kernel.accesses
     inner = [a for a in every if any(a.strides[kernel.outer :])] or every
 
+    rank = [len(a.strides) - a.strides.count(0) for a in inner]
+    widest = [a for a, n in zip(inner, rank, strict=True) if n == max(rank)]
+
     def worth(k: int) -> tuple:
-        contiguous = sum(a.strides[k] == 1 for a in inner)
-        return kernel.extents[k] >= SHORT, contiguous, k in (kernel.outer - 1, last), k
+        contiguous = [sum(a.strides[k] == 1 for a in some) for some in (widest, inner)]
+        return kernel.extents[k] >= SHORT, *contiguous, k in (kernel.outer - 1, last), k
 
     return max(choices, key=worth)
 

@@ -71,9 +71,9 @@ AOT halves aot_narrow(floats x, bf16) {
   uints rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return __builtin_convertvector(x == x ? rounded : (uints)(ints{} + 0x7fc0), halves);
 }
+typedef int16_t shorts __attribute__((vector_size(AOT_BYTES / 2)));
 #ifdef __F16C__
 #if AOT_BYTES == 64
-typedef int16_t shorts __attribute__((vector_size(32)));
 AOT floats aot_float(halves x, f16) {
   return __builtin_ia32_vcvtph2ps512_mask((shorts)x, floats{}, -1, 4);
 }
@@ -81,7 +81,6 @@ AOT halves aot_narrow(floats x, f16) {
   return (halves)__builtin_ia32_vcvtps2ph512_mask(x, 0, shorts{}, -1);
 }
 #else
-typedef int16_t shorts __attribute__((vector_size(16)));
 AOT floats aot_float(halves x, f16) { return __builtin_ia32_vcvtph2ps256((shorts)x); }
 AOT halves aot_narrow(floats x, f16) { return (halves)__builtin_ia32_vcvtps2ph256(x, 0); }
 #endif

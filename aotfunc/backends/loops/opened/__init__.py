@@ -1,0 +1,77 @@
+"""Ops that are opened up into reductions and pointwise ones before kernels are formed.
+
+A body that answers NotImplemented leaves its op as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir import ROUNDED, wide
+from . import losses, norms, pooling, softmax
+
+aten = torch.ops.aten
+
+
+def outer_product(x: Tensor, y: Tensor) -> Any:
+    """A product of matrices that sums nothing."""
+    if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    return (x * y).contiguous()
+
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def of_floats(body: Callable) -> Callable:
+    """A body for tensors of float32 or of float64 that are not empty."""
+    return lambda *args, **options: body(*args, **options) if fit(args) else NotImplemented
+
+
+def of_any_floats(body: Callable) -> Callable:
+    """Likewise, or of bfloat16 or float16, or these beside float32."""
+    return lambda *args, **options: (
+        body(*args, **options) if fit(args, ROUNDED) else NotImplemented
+    )
+
+
+def fit(args: Sequence, more: Container[torch.dtype] = ()) -> bool:
+    found = [a for a in args if isinstance(a, Tensor)]
+    dtypes = {wide(t.dtype) if t.dtype in more else t.dtype for t in found}
+    return (
+        len(dtypes) == 1
+        and not dtypes.isdisjoint(FLOATS)
+        and found[0].numel() > 0
+        and max([t.dim() for t in found]) > 0
+    )
+
+
+#: op -> what it is then. PyTorch's own softmax, group norm, and batch norm with running statistics
+#: of bfloat16 and float16 are faster than kernels of these
+OPENED: dict[Any, Callable] = {
+    aten.mm.default: outer_product,
+    aten.bmm.default: outer_product,
+    aten._softmax.default: of_floats(softmax.softmax),
+    aten._log_softmax.default: of_floats(softmax.log_softmax),
+    aten._softmax_backward_data.default: of_floats(softmax.softmax_backward),
+    aten._log_softmax_backward_data.default: of_floats(softmax.log_softmax_backward),
+    aten.mse_loss.default: of_any_floats(losses.mse_loss),
+    aten.mse_loss_backward.default: of_any_floats(losses.mse_loss_backward),
+    aten.nll_loss_forward.default: losses.nll_loss,
+    aten.nll_loss_backward.default: losses.nll_loss_backward,
+    aten.max_pool2d_with_indices.default: pooling.max_pool,
+    aten.var.correction: of_any_floats(norms.var),
+    aten.std.correction: of_any_floats(norms.std),
+    aten.var_mean.correction: of_any_floats(norms.var_mean),
+    aten.native_layer_norm.default: of_any_floats(norms.layer_norm),
+    aten.native_layer_norm_backward.default: of_any_floats(norms.layer_norm_backward),
+    aten._native_batch_norm_legit.no_stats: of_any_floats(norms.batch_norm),
+    aten._native_batch_norm_legit_functional.default: of_any_floats(norms.batch_norm_functional),
+    aten._native_batch_norm_legit_no_training.default: of_floats(norms.batch_norm_inference),
+    aten.native_batch_norm_backward.default: of_any_floats(norms.batch_norm_backward),
+    aten.native_group_norm.default: of_floats(norms.group_norm),
+    aten.native_group_norm_backward.default: of_floats(norms.group_norm_backward),
+}

@@ -1,0 +1,69 @@
+"""Losses and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..classes import class_of
+
+
+def reduced(x: Tensor, reduction: int) -> Tensor:
+    """By a loss's number: nothing, the mean, the sum."""
+    return (x, x.mean(), x.sum())[reduction] if reduction else x
+
+
+def mse_loss(x: Tensor, y: Tensor, reduction: int = 1) -> Tensor:
+    d = x - y
+    return reduced(d * d, reduction)
+
+
+def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    return (x - y) * ((2 / x.numel() if reduction == 1 else 2) * g)
+
+
+def nll_loss(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> Any:
+    if not fits_nll(x, target, weight):
+        return NotImplemented
+    known = class_of(target, x.shape[1], ignore_index)
+    kept = (target != ignore_index).to(x.dtype)
+    each = kept if weight is None else kept * weight[known]
+    loss = torch.where(target != ignore_index, x.gather(1, known[:, None])[:, 0] * -each, 0)
+    total = each.sum()
+    if reduction == 0:
+        return loss, x.new_zeros(())
+    return (loss.sum() / total if reduction == 1 else loss.sum()), total
+
+
+def nll_loss_backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total: Tensor,
+) -> Any:
+    if not fits_nll(x, target, weight):
+        return NotImplemented
+    known = class_of(target, x.shape[1], ignore_index)
+    each = -g / total if reduction == 1 else -g
+    if weight is not None:
+        each = each * weight[known]
+    each = torch.where(target != ignore_index, each, 0)
+    classes = torch.arange(x.shape[1], dtype=torch.int32)
+    return torch.where(classes == known.int()[:, None], each[:, None], 0)
+
+
+def fits_nll(x: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    return (
+        x.dim() == 2
+        and x.numel() > 0
+        and x.dtype in (torch.float32, torch.float64)
+        and target.dtype is torch.int64
+        and (weight is None or weight.dtype is x.dtype)
+    )

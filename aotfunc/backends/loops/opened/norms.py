@@ -1,0 +1,246 @@
+"""Layers that centre and scale, their gradients, and variances.
+
+Of bfloat16 and float16 they are computed with floats, and their results are rounded, as in eager
+mode. Variances are sums of squares of what is centred: as exact as Welford's, and in vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..ir import ROUNDED
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    x = floats(x)
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    y = centred * rstd
+    if weight is not None:
+        y = y * weight
+    return (y if bias is None else y + bias), mean, rstd
+
+
+def layer_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    rank = x.dim() - len(shape)
+    dims, rows = list(range(rank, x.dim())), list(range(rank))
+    x, g = floats(x), floats(g)
+    normal = (x - mean) * rstd
+    gx = gw = gb = None
+    if wanted[0]:
+        h = g if weight is None else g * weight
+        along = h.mean(dims, keepdim=True) + normal * (h * normal).mean(dims, keepdim=True)
+        gx = (h - along) * rstd
+    if wanted[1] and weight is not None:
+        gw = (g * normal).sum(rows) if rows else g * normal
+    if wanted[2] and bias is not None:
+        gb = g.sum(rows) if rows else g.clone()
+    return gx, gw, gb
+
+
+def var_mean(
+    x: Tensor, dim: Sequence[int] | None = None, *, correction: Any = None, keepdim: bool = False
+) -> Any:
+    dims = [d % x.dim() for d in dim or range(x.dim())]
+    count = math.prod([x.shape[d] for d in dims]) - (1 if correction is None else correction)
+    if count <= 0:
+        return NotImplemented
+    x = floats(x)
+    mean = x.mean(dims, keepdim=True)
+    var = (x - mean).square().sum(dims, keepdim=keepdim) / count
+    return var, (mean if keepdim else x.mean(dims))
+
+
+def var(x: Tensor, dim: Any = None, **options: Any) -> Any:
+    found = var_mean(x, dim, **options)
+    return found if found is NotImplemented else found[0]
+
+
+def std(x: Tensor, dim: Any = None, **options: Any) -> Any:
+    found = var_mean(x, dim, **options)
+    return found if found is NotImplemented else found[0].sqrt()
+
+
+def channels(x: Tensor) -> tuple[list[int], tuple[int, ...]]:
+    """The dimensions that batch norm sums over, and the shape of one value per channel."""
+    rest = range(2, x.dim())
+    return [0, *rest], (1, -1, *[1 for _ in rest])
+
+
+def floats(x: Tensor) -> Tensor:
+    """What is computed with: bfloat16 and float16 as floats."""
+    return x.float() if x.dtype in ROUNDED else x
+
+
+def slow(x: Tensor, running: bool = False) -> bool:
+    """Whether PyTorch's own batch norm is faster than kernels: of bfloat16 and float16 with running
+    statistics, or whose channels are last in memory."""
+    return x.dtype in ROUNDED and (running or not x.is_contiguous())
+
+
+def scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    if weight is not None:
+        y = y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    if not training or slow(x):
+        return NotImplemented
+    y, mean, rstd, _ = of_batch(x, weight, bias, eps)
+    return y, mean, rstd
+
+
+def of_batch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dims, shape = channels(x)
+    x = floats(x)
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    var = (centred * centred).mean(dims, keepdim=True)
+    rstd = (var + eps).rsqrt()
+    y = scaled(centred * rstd, weight, bias, shape)
+    return y, mean.view(-1), rstd.view(-1), var.view(-1)
+
+
+def batch_norm_functional(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    count = x.numel() // x.shape[1]
+    if not training or count == 1 or slow(x):
+        return NotImplemented
+    y, mean, rstd, var = of_batch(x, weight, bias, eps)
+    unbiased = var * (count / (count - 1))
+    new_mean = momentum * mean + (1 - momentum) * floats(running_mean)
+    new_var = momentum * unbiased + (1 - momentum) * floats(running_var)
+    return y, mean, rstd, new_mean, new_var
+
+
+def batch_norm_inference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, shape = channels(x)
+    y = (x - mean.view(shape)) * (floats(var) + eps).rsqrt().view(shape)
+    none = x.new_empty(0)
+    return scaled(y, weight, bias, shape), none, none.clone()
+
+
+def batch_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_rstd: Tensor | None,
+    training: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> Any:
+    dims, shape = channels(x)
+    if training:
+        mean, rstd = save_mean, save_rstd
+    else:
+        mean, rstd = (
+            running_mean,
+            None if running_var is None else (floats(running_var) + eps).rsqrt(),
+        )
+    # a gradient of another layout is copied first, as PyTorch does
+    if mean is None or rstd is None or g.stride() != x.stride() or slow(x, not training):
+        return NotImplemented
+    x, g, rstd = floats(x), floats(g), rstd.view(shape)
+    normal = (x - mean.view(shape)) * rstd
+    gb, gw = g.sum(dims, keepdim=True), (g * normal).sum(dims, keepdim=True)
+    gx = g
+    if training:
+        count = x.numel() // x.shape[1]
+        gx = g - (gb + normal * gw) / count
+    gx = scaled(gx * rstd, weight, None, shape)
+    gradients = (gx, gw.view(-1), gb.view(-1))
+    return tuple([y if asked else None for y, asked in zip(gradients, wanted, strict=True)])
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    c: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> Any:
+    if not x.is_contiguous():
+        return NotImplemented
+    in_groups = x.view(n, groups, -1)
+    y, mean, rstd = layer_norm(in_groups, in_groups.shape[2:], None, None, eps)
+    shape = (1, c, 1)
+    y = scaled(y.view(n, c, size), weight, bias, shape)
+    return y.view(x.shape), mean.view(n, groups), rstd.view(n, groups)
+
+
+def group_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: int,
+    c: int,
+    size: int,
+    groups: int,
+    wanted: Sequence[bool],
+) -> Any:
+    """Sums over each channel of each element of the batch first: all else is made of them."""
+    if not (x.is_contiguous() and g.is_contiguous()):
+        return NotImplemented
+    shape = (n, groups, c // groups, size)
+    rstd = rstd.view(n, groups, 1, 1)
+    normal = (x.view(shape) - mean.view(n, groups, 1, 1)) * rstd
+    g = g.view(shape)
+    of_g, of_both = g.sum(3, keepdim=True), (g * normal).sum(3, keepdim=True)
+    scale = 1 if weight is None else weight.view(1, groups, -1, 1)
+    count = size * c // groups
+    along = (scale * of_g).sum(2, keepdim=True) / count
+    across = (scale * of_both).sum(2, keepdim=True) / count
+    gx = (scale * g - along - normal * across) * rstd
+    gw, gb = [s.view(n, c).sum(0) for s in (of_both, of_g)]
+    gradients = (gx.view(x.shape), gw, gb)
+    return tuple([y if asked else None for y, asked in zip(gradients, wanted, strict=True)])
