@@ -33,6 +33,9 @@ SHOWN = {
     "a diagonal": (lambda x: x.diagonal().exp(), r(9, 20)),
     "below the diagonal": (lambda x: x.diagonal(-2).exp() * 2, r(9, 20)),
     "unbound": (lambda x: (lambda q, k, v: q * k + v)(*x.unbind(1)), r(5, 3, 7)),
+    "in parts": (lambda x: (lambda a, b, c: a * b + c.exp())(*x.split(7, 1)), r(9, 21)),
+    "in parts of several sizes": (lambda x: x.split([2, 5, 3], -1)[1].exp(), r(9, 10)),
+    "in chunks": (lambda x: [c.exp() * 2 for c in x.chunk(3)], r(7, 5)),
     "slices of slices": (lambda x: x[3:, 2:][1:-1, ::2].exp(), r(20, 21)),
     "reduced": (lambda x: x[:, 4:].exp().sum(0), r(9, 21)),
 }
@@ -164,6 +167,9 @@ GRADIENTS = {
     "a triangle": (lambda x: x.exp().tril().square(), r(9, 12)),
     "heads": (lambda x: x.view(3, 3, 4, 3).transpose(1, 2).exp().softmax(-1), r(9, 12)),
     "unbound": (lambda x: (lambda a, b, c: a * b + c.exp())(*x.view(9, 3, 4).unbind(1)), r(9, 12)),
+    "in parts": (lambda x: (lambda a, b: a * b.exp())(*x.split(6, 1)), r(9, 12)),
+    "the greatest": (lambda x: x.max(1).values * 3, r(9, 12)),
+    "the least of columns": (lambda x: x.min(0, keepdim=True).values * x, r(9, 12)),
 }
 
 
@@ -197,6 +203,101 @@ def test_pooled(case):
     agree(f, x, kernels=None)
     value = lambda x: y if isinstance(y := f(x), Tensor) else y[0]
     agree(grad(lambda x: (value(x) * 3).nan_to_num(0, 0, 0).sum()), x, kernels=None)
+
+
+AVERAGED = {
+    "squares": (lambda x: F.avg_pool2d(x, 2), r(2, 3, 8, 10)),
+    "a rest": (lambda x: F.avg_pool2d(x, (2, 1)), r(2, 3, 9, 11)),
+    "overlapping": (lambda x: F.avg_pool2d(x, 3, 1), r(3, 9, 38)),
+    "steps": (lambda x: F.avg_pool2d(x, 2, 3), r(3, 9, 38)),
+    "another divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), r(1, 2, 8, 8)),
+    "padded": (lambda x: F.avg_pool2d(x, 3, 1, 1), r(2, 3, 8, 10)),
+    "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (4, 5)), r(2, 3, 8, 10)),
+    "adaptive to other windows": (lambda x: F.adaptive_avg_pool2d(x, 3), r(2, 3, 8, 10)),
+    "to one": (lambda x: F.adaptive_avg_pool2d(x, 1), r(2, 3, 8, 10)),
+    "of doubles": (lambda x: F.avg_pool2d(x, 2), r(2, 3, 8, 10).double()),
+    "channels last": (
+        lambda x: F.avg_pool2d(x, 2),
+        r(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGED)
+def test_averaged(case):
+    f, x = AVERAGED[case]
+    agree(f, x, kernels=None)
+    agree(grad(lambda x: f(x).square().sum()), x, kernels=None)
+
+
+#: every function that says where something is: first of those that are equal, or NaN
+SOUGHT = {
+    "rows": lambda x: (x.argmax(-1), x.argmin(-1, keepdim=True)),
+    "columns": lambda x: (x.argmax(0), x.argmin(0, keepdim=True)),
+    "all": lambda x: (x.argmax(), x.argmin()),
+    "all as they are": lambda x: (x.argmax(keepdim=True),),
+    "with values": lambda x: (*x.max(-1), *x.min(0, keepdim=True), *x.min(-1)),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32],
+    ids=str,
+)
+@pytest.mark.parametrize("case", SOUGHT)
+def test_sought(case, dtype):
+    values = torch.tensor([-1.0, 0, 2, 2]) if dtype in (torch.int32, torch.int64) else P
+    for shape in ((9, 37), (9, 1), (1, 5), (3, 4, 70), (70,), (1,)):
+        x = values[torch.randint(len(values), shape)].to(dtype)
+        turned = x.transpose(0, -1).contiguous().transpose(0, -1)
+        for each in (x, turned, x[..., :1].expand(shape)):
+            agree(SOUGHT[case], each, kernels=None)
+
+
+def test_nothing_is_sought_in_vain():
+    with pytest.raises(IndexError):
+        jit(lambda x: x.argmax(1), backend=every_kernel)(torch.empty(3, 0))
+    agree(lambda x: x.argmax(1) + 1, torch.empty(0, 3), kernels=None)
+    agree(lambda x: x.argmax() + 1, torch.tensor(2.0), kernels=None)
+
+
+SCATTERED = {
+    "a row's element": (
+        lambda x, i, y: x.scatter(1, i, y) * 2,
+        *(r(9, 37), torch.randint(37, (9, 1)), r(9, 1)),
+    ),
+    "a column's element": (
+        lambda x, i, y: x.scatter(0, i, y).exp(),
+        *(r(9, 37), torch.randint(9, (1, 37)), r(1, 37)),
+    ),
+    "a number": (lambda x, i: x.scatter(1, i, 2.5) * 2, r(9, 37), torch.randint(37, (9, 1))),
+    "one hot": (
+        lambda i: torch.zeros(9, 37).scatter(1, i, 1.0) * 2,
+        torch.randint(37, (9, 1)),
+    ),
+    "several": (
+        lambda x, i, y: x.scatter(1, i, y) * 2,
+        *(r(9, 37), torch.arange(20).repeat(9, 1), r(9, 20)),
+    ),
+    "of doubles": (
+        lambda x, i: x.scatter(-1, i, 2) * 2,
+        *(r(9, 37).double(), torch.randint(37, (9, 1))),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCATTERED)
+def test_scattered(case):
+    agree(*SCATTERED[case], kernels=None)
+
+
+def test_what_is_scattered_is_in_range():
+    f = jit(lambda x, i: x.scatter(1, i, 2.5) * 2, backend=every_kernel)
+    f(r(3, 5), torch.tensor([[0], [4], [2]]))
+    for bad in (5, -1):
+        with pytest.raises(RuntimeError, match=f"index {bad} is out of bounds for dimension 1"):
+            f(r(3, 5), torch.tensor([[0], [bad], [2]]))
 
 
 def random_program(seed: int):
@@ -242,12 +343,18 @@ def random_program(seed: int):
             return x.sum(d, keepdim=True) + x
         if kind == 12 and x.dim() > 1:
             return torch.stack([x, x * 2], d)
+        if kind == 13:
+            return x.split(1 + int(u[2] * n), d)[-1]
+        if kind == 14:
+            return x.split([n // 2, n - n // 2], d)[1]
+        if kind == 15:
+            return x + x.argmax(d, keepdim=True).to(dtype)
         return x.clamp(-2, 2) * 1.5 if dtype.is_floating_point else x * 3 - 1
 
     def f(x: Tensor) -> tuple[Tensor, ...]:
         values = [x]
         for u in plan:
-            x = step(values[int(u[4] * len(values))], int(u[0] * 15), u)
+            x = step(values[int(u[4] * len(values))], int(u[0] * 18), u)
             values.append(x + 1)
         return tuple(values[-3:])
 

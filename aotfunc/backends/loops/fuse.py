@@ -9,7 +9,6 @@ import heapq
 import operator
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.fx import Node
@@ -18,7 +17,7 @@ from ...graph import draws
 from .ir import Unfit
 from .lower import lower
 from .members import computed, seen_through
-from .views import source_of
+from .views import SEVERAL, source_of
 
 #: a kernel of more nodes is slow to compile, and has more values than there are registers
 MOST = 64
@@ -141,7 +140,7 @@ def shown(n: Node) -> Iterator[Node]:
     """A value, and the views of it that kernels look through."""
     yield n
     for u in n.users:
-        if source_of(u) is not None or u.target is torch.ops.aten.unbind.int:
+        if source_of(u) is not None or u.target in SEVERAL:
             yield from shown(u)
 
 

@@ -15,8 +15,9 @@ from torch.fx import Node
 
 from ...trace.shapes.rules import broadcast
 from .checks import index_of, wrapped
+from .dtypes import cast, said
 from .ir import Expr, Given, Unfit, apply, number
-from .places import Index, Place
+from .places import FIRST, Index, Place
 from .views import changed, expand, first_of, shape_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,21 @@ def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Exp
     here = At(at.place[:-1], at.mask)
     found = index_of(work, index, here, 0, shape_of(weight)[0], out_of_self)
     return work.value(weight, (looked_up(found), at.place[-1]), at.mask)
+
+
+def scatter(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
+    """One element of each row is another one."""
+    dim, shape = dim % max(1, len(at.place)), list(shape_of(x))
+    if not shape or shape_of(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
+        raise Unfit("elements that may be the same")
+    here = At(changed(at.place, dim, FIRST), at.mask)
+    found = index_of(work, index, here, 0, shape[dim], outside(RuntimeError, shape[dim], dim))
+    old = work.value(x, at.place, at.mask)
+    if isinstance(new, Node):
+        value: Expr = cast(work.value(new, here.place, at.mask), old.dtype)
+    else:
+        value = number(said(new), old.dtype)
+    return apply("where", apply("eq", work.position(at.place[dim]), found), value, old)
 
 
 def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr:
@@ -189,6 +205,8 @@ TAKEN: dict[Any, Callable[..., Expr]] = {
     aten.index_select.default: index_select,
     aten.embedding.default: embedding,
     aten.index.Tensor: index,
+    aten.scatter.src: scatter,
+    aten.scatter.value: scatter,
     aten.constant_pad_nd.default: constant_pad,
     aten.slice_backward.default: slice_backward,
     aten.select_backward.default: select_backward,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -14,7 +13,7 @@ from .dtypes import DTYPES
 from .indexed import TAKEN, iota
 from .pointwise import RULES
 from .reductions import REDUCTIONS
-from .views import source_of
+from .views import SEVERAL, source_of
 
 
 def computed(n: Any) -> bool:
@@ -47,8 +46,5 @@ def plain(n: Node) -> bool:
 def seen_through(n: Any) -> bool:
     """Whether a kernel that reads this node reads its argument, or a number, in its place."""
     return isinstance(n, Node) and (
-        source_of(n) is not None
-        or constant(n) is not None
-        or iota(n)
-        or n.target is torch.ops.aten.unbind.int
+        source_of(n) is not None or constant(n) is not None or iota(n) or n.target in SEVERAL
     )

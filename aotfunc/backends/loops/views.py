@@ -105,6 +105,23 @@ VIEWS: dict[Any, Callable[..., Place] | None] = {
 }
 
 
+def unbound(shape: Shape, place: Place, i: int, dim: int = 0) -> Place:
+    return select(shape, place, dim, i)
+
+
+def part(shape: Shape, place: Place, i: int, size: int | Shape, dim: int = 0) -> Place:
+    start = i * size if isinstance(size, int) else sum(size[:i])
+    return changed(place, dim, place[dim].shifted(start))
+
+
+#: likewise for an op that shows its argument in several parts, with the part's number
+SEVERAL: dict[Any, Callable[..., Place]] = {
+    aten.unbind.int: unbound,
+    aten.split.Tensor: part,
+    aten.split_with_sizes.default: part,
+}
+
+
 def source_of(n: Any) -> Node | None:
     """The argument that a view shows; None for anything else."""
     if not isinstance(n, Node) or n.op != "call_function":
@@ -113,7 +130,7 @@ def source_of(n: Any) -> Node | None:
         return n.args[0]  # type: ignore[return-value]
     if n.target is operator.getitem:
         several = n.args[0]
-        if isinstance(several, Node) and several.target is aten.unbind.int:
+        if isinstance(several, Node) and several.target in SEVERAL:
             return several.args[0]  # type: ignore[return-value]
     return None
 
@@ -124,8 +141,8 @@ def behind(n: Node, place: Place, extents: Sequence[int]) -> Place:
     assert source is not None
     shape = shape_of(source)
     if n.target is operator.getitem:
-        unbind, at = n.args
-        return select(shape, place, (*unbind.args, 0)[1], at)  # type: ignore
+        several, i = n.args
+        return SEVERAL[several.target](shape, place, i, *several.args[1:])  # type: ignore
     move = VIEWS[n.target]
     return (
         regrouped(place, shape_of(n), shape, extents)

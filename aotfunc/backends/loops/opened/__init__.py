@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ir import ROUNDED, wide
-from . import losses, norms, pooling, softmax
+from . import extremes, losses, norms, pooling, softmax
 
 aten = torch.ops.aten
 
@@ -63,6 +63,14 @@ OPENED: dict[Any, Callable] = {
     aten.nll_loss_forward.default: losses.nll_loss,
     aten.nll_loss_backward.default: losses.nll_loss_backward,
     aten.max_pool2d_with_indices.default: pooling.max_pool,
+    aten.avg_pool2d.default: pooling.avg_pool,
+    aten.avg_pool2d_backward.default: pooling.avg_pool_backward,
+    aten._adaptive_avg_pool2d.default: pooling.adaptive,
+    aten._adaptive_avg_pool2d_backward.default: pooling.adaptive_backward,
+    aten.argmax.default: extremes.arg("amax"),
+    aten.argmin.default: extremes.arg("amin"),
+    aten.max.dim: extremes.along("amax"),
+    aten.min.dim: extremes.along("amin"),
     aten.var.correction: of_any_floats(norms.var),
     aten.std.correction: of_any_floats(norms.std),
     aten.var_mean.correction: of_any_floats(norms.var_mean),

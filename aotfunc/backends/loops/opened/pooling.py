@@ -25,11 +25,7 @@ def max_pool(
         return NotImplemented
     h, w = x.shape[-2:]
     places = torch.arange(h * w, dtype=torch.int32).view(h, w)
-    windows = [
-        (..., slice(i, h - kh + i + 1, sh), slice(j, w - kw + j + 1, sw))
-        for i in range(kh)
-        for j in range(kw)
-    ]
+    windows = slices(x, (kh, kw), (sh, sw))
     value = x[windows[0]].contiguous()
     place = places[windows[0]].expand(value.shape)
     for window in windows[1:]:
@@ -41,3 +37,81 @@ def max_pool(
 
 def pair(n: Sequence[int]) -> tuple[int, int]:
     return n[0], n[-1]
+
+
+def slices(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> list[tuple]:
+    """For each place in a window those of all windows."""
+    (h, w), (kh, kw), (sh, sw) = x.shape[-2:], size, stride
+    return [
+        (..., slice(i, h - kh + i + 1, sh), slice(j, w - kw + j + 1, sw))
+        for i in range(kh)
+        for j in range(kw)
+    ]
+
+
+def avg_pool(
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> Any:
+    """The sum of each window of few elements, divided by their number. PyTorch's own is as fast for
+    large ones that are several steps apart."""
+    (kh, kw), (sh, sw) = pair(size), pair(stride or size)
+    most = 9 if sw == 1 else 4
+    if pair(padding) != (0, 0) or ceil_mode or kh * kw > most or not in_rows(x):
+        return NotImplemented
+    first, *windows = slices(x, (kh, kw), (sh, sw))
+    total = x[first]
+    for window in windows:
+        total = total + x[window]
+    return (total / (divisor or kh * kw)).contiguous()
+
+
+def in_rows(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel() > 0
+
+
+def avg_pool_backward(
+    g: Tensor,
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Any:
+    """Of windows beside each other."""
+    kh, kw = pair(size)
+    if pair(padding) != (0, 0) or ceil_mode or pair(stride or size) != (kh, kw):
+        return NotImplemented
+    if not (in_rows(x) and in_rows(g)):
+        return NotImplemented
+    *rest, oh, ow = g.shape
+    g = (g / (divisor or kh * kw)).view(*rest, oh, 1, ow, 1)
+    gx = g.expand(*rest, oh, kh, ow, kw).reshape(*rest, oh * kh, ow * kw)
+    (h, w) = x.shape[-2:]
+    missing = (0, w - ow * kw, 0, h - oh * kh)
+    return torch.constant_pad_nd(gx, missing) if any(missing) else gx
+
+
+def adaptive(x: Tensor, size: Sequence[int]) -> Any:
+    """As average pooling where windows are of one size."""
+    window = divided(x, size)
+    return NotImplemented if window is None else avg_pool(x, window)
+
+
+def adaptive_backward(g: Tensor, x: Tensor) -> Any:
+    window = divided(x, g.shape[-2:])
+    if window is None:
+        return NotImplemented
+    return avg_pool_backward(g, x, window, window, (0, 0), False, True, None)
+
+
+def divided(x: Tensor, size: Sequence[int]) -> tuple[int, int] | None:
+    (h, w), (oh, ow) = x.shape[-2:], size
+    return None if h % oh or w % ow else (h // oh, w // ow)
