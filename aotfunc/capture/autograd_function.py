@@ -20,7 +20,7 @@ from ..trace.shapes.sig import floating
 from ..trace.traced import current
 from . import opaque
 from .calls import Step, interned
-from .custom_derivative import CustomDerivative, Later
+from .custom_derivative import CustomDerivative
 from .deferred import Deferred
 from .function_rules import Context, recorded_backward, recorded_jvp
 from .function_vmap import OwnRule, on_real_batch
@@ -140,7 +140,7 @@ def call_function(
         unguarded = tuple(k for k, r in enumerate(own, len(refs)) if r not in guarded)
         fields = (name, len(inputs), vals, backwards, forward_part, saved, batching, narrow)
         parts = [forward_part, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
-        unique = batching is not None or any(isinstance(p, Exception | Later) for p in parts)
+        unique = batching is not None or any(isinstance(p, Exception) for p in parts)
         make = CustomDerivative if unique else functools.partial(interned, CustomDerivative)
         return interned(End, make(*fields, unguarded))
 

@@ -9,12 +9,13 @@ import copy
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ..cache import Cache
 from ..errors import CaptureError
 from ..graph import Program
 from ..trace.marks import once
@@ -57,7 +58,7 @@ def recorded_backward(
 ) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
     """``record(refs, residuals)``, which records a Function's backward as programs: for all inputs,
     and for those alone that require grad. It appends the values that they read."""
-    wanted, requiring = gradients_of(args, backward), tuple(map(requires_grad, args))
+    wanted, requiring = Gradients.of(args, backward), tuple(map(requires_grad, args))
     diff = [floating(o) for o in outs]
     sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
     tensors, floats = [isinstance(a, Tensor) for a in args], tuple(map(floating, args))
@@ -67,9 +68,9 @@ def recorded_backward(
             ctx.needs_input_grad, found = needed, []
             for have in patterns(sum(diff), ctx.materialize_grads):
                 present = iter(have or (True,) * sum(diff))
-                given = [yes and next(present) for yes in diff]
+                given = tuple([yes and next(present) for yes in diff])
                 here = [sig for sig, yes in zip(sigs, given, strict=True) if sig and yes]
-                rule = with_gaps(wanted, given)
+                rule = Gaps(wanted, given)
                 found.append(
                     (have, rule_program(name, ctx, rule, here, backward, refs, residuals))
                 )
@@ -91,9 +92,9 @@ def recorded_jvp(
     kept: list[Tensor] = []
     if jvp is None:
         return None, kept
-    floats = [floating(a) for a in args]
+    floats = tuple(map(floating, args))
     sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
-    rule = with_gaps(lambda ctx, *ts: listed(jvp(ctx, *ts)), floats)
+    rule = Gaps(Tangents(jvp), floats)
     saved, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
     made = rule_program(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
     ctx.to_save = saved
@@ -137,45 +138,61 @@ def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
     return [p for p in itertools.product((True, False), repeat=count) if any(p)]
 
 
-def with_gaps(rule: Callable, given: Sequence[bool]) -> Callable:
+class Gaps(NamedTuple):
     """The rule called with ``None`` where nothing is given."""
 
-    def call(ctx: Any, *values: Tensor) -> Any:
+    rule: Callable
+    given: tuple[bool, ...]
+
+    def __call__(self, ctx: Any, *values: Tensor) -> Any:
         feed = iter(values)
-        return rule(ctx, *[next(feed) if yes else None for yes in given])
-
-    return call
+        return self.rule(ctx, *[next(feed) if yes else None for yes in self.given])
 
 
-def gradients_of(args: Any, backward: Callable) -> Callable:
+class Tangents(NamedTuple):
+    """The jvp, returning a list."""
+
+    jvp: Callable
+
+    def __call__(self, ctx: Any, *tangents: Any) -> list:
+        return listed(self.jvp(ctx, *tangents))
+
+
+class Gradients(NamedTuple):
     """The backward, returning one gradient per tensor argument as autograd takes it: of the
     argument's shape and dtype, None for integers. It runs without autocast: a backward belongs
     outside of it."""
-    wrapped = getattr(backward, "__wrapped__", None) is not None
-    last = wrapped and backward.__code__ is _ONCE  # type: ignore[attr-defined]
-    body = backward.__wrapped__ if last else backward  # type: ignore[attr-defined]
 
-    wanted = [
-        (a.shape, a.dtype) if floating(a) else None for a in args if isinstance(a, Tensor)
-    ]  # and no tensor
-    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    backward: Callable
+    places: tuple[int, ...]  # of the tensors
+    wanted: tuple[tuple[torch.Size, torch.dtype] | None, ...]
 
-    def fit(g: Any, want: Any) -> Any:
-        if g is None or want is None:
-            return None
-        shape, dtype = want
-        if g.shape != shape:
-            g = g.sum_to_size(shape)
-        if g.dtype != dtype:
-            g = (torch.real(g) if g.is_complex() and not dtype.is_complex else g).to(dtype)
-        return once(g) if last else g
+    @classmethod
+    def of(cls, args: Any, backward: Callable) -> Gradients:
+        places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        wanted = [(args[i].shape, args[i].dtype) if floating(args[i]) else None for i in places]
+        return cls(backward, tuple(places), tuple(wanted))
 
-    def call(ctx: Any, *cts: Any) -> list:
+    def __call__(self, ctx: Any, *cts: Any) -> list:
+        body, last = self.backward, False
+        if getattr(body, "__wrapped__", None) is not None and body.__code__ is _ONCE:  # type: ignore[attr-defined]
+            body, last = body.__wrapped__, True  # type: ignore[attr-defined]
         with torch._C._DisableAutocast():
             grads = dict(enumerate(listed(body(ctx, *cts))))
-        return [fit(grads.get(i), want) for i, want in zip(places, wanted, strict=True)]
+        pairs = zip(self.places, self.wanted, strict=True)
+        return [fitting(grads.get(i), want, last) for i, want in pairs]
 
-    return call
+
+def fitting(g: Any, want: tuple[torch.Size, torch.dtype] | None, last: bool) -> Any:
+    """A gradient of this shape and dtype, which ``last`` is differentiated no more."""
+    if g is None or want is None:
+        return None
+    shape, dtype = want
+    if g.shape != shape:
+        g = g.sum_to_size(shape)
+    if g.dtype != dtype:
+        g = (torch.real(g) if g.is_complex() and not dtype.is_complex else g).to(dtype)
+    return once(g) if last else g
 
 
 @torch.autograd.function.once_differentiable  # type: ignore[type-var]
@@ -189,10 +206,11 @@ _ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
 
 class _UnderWay(threading.local):
     def __init__(self) -> None:
-        self.rules: list[Any] = []
+        self.rules: list[Any] = []  # derivatives that are being recorded
+        self.compared: list[Any] = []  # keys of those that are, to be compared
 
 
-_under_way = _UnderWay()  # the derivatives that are being recorded
+_under_way = _UnderWay()
 
 
 class Held(int):
@@ -248,7 +266,44 @@ def later(
             )
         return RuleProgram(program, first, len(more))
 
-    return Later(make, first, len(more))
+    new = Later(make, first, len(more))
+    try:
+        kept = tuple((name, by_value(x)) for name, x in vars(ctx).items())
+    except TypeError:
+        return new
+    return shared((name, rule, kept, first, tuple(sigs), tuple(more), calls), new)
+
+
+#: rules to be recorded on demand
+_later = Cache(4096)
+
+
+def shared(key: tuple, new: Later) -> Later:
+    """The same rule of an earlier call, so that programs that have it are the same, too; ``new``
+    where that has been recorded and would be another by now."""
+    known = _later.get(key)
+    if known is not None and known.made is not None and key not in _under_way.compared:
+        _under_way.compared.append(key)
+        try:
+            known = known if new.part() == known.made else None
+        finally:
+            _under_way.compared.remove(key)
+    if known is None:
+        _later.put(key, known := new)
+    return known
+
+
+#: what is the same if it looks the same
+PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, Held)
+
+
+def by_value(x: Any) -> Any:
+    """A key for a plain value. Raises TypeError for others."""
+    if isinstance(x, tuple):
+        return type(x), tuple(map(by_value, x))
+    if type(x) not in PLAIN:
+        raise TypeError(f"{type(x).__name__} is no plain value")
+    return type(x), repr(x)
 
 
 def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:

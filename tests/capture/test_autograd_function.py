@@ -7,6 +7,7 @@ from torch.autograd import Function
 
 import aotfunc
 from aotfunc import grad, jacrev, jvp, make_fx, vjp, vmap
+from aotfunc.capture.captured import Captured
 from aotfunc.errors import AotfuncError
 from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
@@ -476,3 +477,76 @@ def test_a_rule_that_asks_what_is_needed_is_differentiated_again(f):
         torch.testing.assert_close(second, twice)
     third = aotfunc.grad(lambda x: aotfunc.vmap(aotfunc.grad(aotfunc.grad(f)))(x).sum())(x)
     torch.testing.assert_close(third, torch.full_like(x, 6.0))
+
+
+class Project(Function):
+    """Its backward and that of Lift call each other."""
+
+    generate_vmap_rule = True
+    scale = 1.0
+
+    @staticmethod
+    def forward(x):
+        return x.sin() * Project.scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.power = 2
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return Lift.apply(g) * x.cos() * Project.scale**ctx.power
+
+
+class Lift(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * 3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return Project.apply(g) + x
+
+
+def projected(x):
+    return Lift.apply(Project.apply(x)).sum()
+
+
+def square_of_gradient(A, x):
+    return (A.grad(projected)(x) ** 2).sum()
+
+
+MUTUAL = {
+    "grad": lambda A, x: A.grad(projected)(x),
+    "jacrev": lambda A, x: A.jacrev(A.grad(projected))(x),
+    "second": lambda A, x: A.grad(lambda y: square_of_gradient(A, y))(x),
+    "third": lambda A, x: A.grad(lambda y: A.grad(lambda z: square_of_gradient(A, z))(y).sum())(x),
+    "vmap": lambda A, x: A.vmap(A.grad(projected))(x.expand(2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MUTUAL)
+def test_functions_whose_backwards_call_each_other_are_captured_once(name, monkeypatch):
+    made, build = [], Captured._build
+    monkeypatch.setattr(Captured, "_build", lambda *args: made.append(1) or build(*args))
+    for k in range(5):
+        made.clear()
+        MUTUAL[name](aotfunc, torch.full((3,), 0.1 * k))
+    assert not made
+
+
+@pytest.mark.parametrize("name", MUTUAL)
+def test_functions_whose_backwards_call_each_other_read_what_has_changed(name, monkeypatch):
+    x = f64(3)
+    for scale in (1.0, 2.0, 0.5, 2.0):
+        monkeypatch.setattr(Project, "scale", scale)
+        assert_same(MUTUAL[name](aotfunc, x), MUTUAL[name](torch.func, x))

@@ -10,8 +10,10 @@ from .parts import Mixed, OpCall, Part, broadcast_part, part_rule, spans
 
 
 @part_rule(
-    "slice.Tensor split.Tensor split_with_sizes unfold cat slice_scatter flip roll linalg_cross"
+    "slice.Tensor split.Tensor split_with_sizes unfold cat slice_scatter flip roll rot90 "
+    "linalg_cross glu glu_backward unsafe_split.Tensor"
 )
+@part_rule("narrow_copy slice_copy.Tensor split_copy.Tensor split_with_sizes_copy unfold_copy")
 @part_rule("cumsum cumprod logcumsumexp cummax cummin sort sort.stable topk gather")
 @part_rule("_safe_softmax _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data")
 @part_rule("scatter.src scatter.value scatter_add scatter_reduce.two _fft_r2c _fft_c2c _fft_c2r")
@@ -31,6 +33,14 @@ def slice_backward(c: OpCall) -> Any:
     return part
 
 
+@part_rule("unfold_backward")
+def unfold_backward(c: OpCall) -> Any:
+    sig, part = c.alike()
+    part.without([*c.dims(sig.ndim - 1), sig.ndim - 1])
+    c.scaled("input_sizes", part.dim, part.each)
+    return part
+
+
 @part_rule("constant_pad_nd")
 def padded(c: OpCall) -> Any:
     sig, part = c.alike()
@@ -42,6 +52,14 @@ def padded(c: OpCall) -> Any:
 def select_scatter(c: OpCall) -> Any:
     (sig, part), (_, src) = c.tensors
     if part is None or src != part.without(c.dims(sig.ndim)):
+        raise Mixed
+    return part
+
+
+@part_rule("diagonal_scatter")
+def diagonal_scatter(c: OpCall) -> Any:
+    (sig, part), (_, src) = c.tensors
+    if part is None or src != part.without([c.arg[d] % sig.ndim for d in ("dim1", "dim2")]):
         raise Mixed
     return part
 
@@ -67,6 +85,16 @@ def embedded(c: OpCall) -> Any:
     return c.only("indices")[1]
 
 
+@part_rule("searchsorted.Tensor")
+def searched(c: OpCall) -> Any:
+    (edges, at), (sig, part) = c.tensors[:2]
+    if c.arg["sorter"] is not None or (at is not None and (at != part or edges.ndim != sig.ndim)):
+        raise Mixed
+    if part is None or (edges.ndim > 1 and (at is None or part.dim == sig.ndim - 1)):
+        raise Mixed
+    return part
+
+
 @part_rule("index_select")
 def rows_selected(c: OpCall) -> Any:
     (sig, part), (_, index) = c.tensors
@@ -77,7 +105,7 @@ def rows_selected(c: OpCall) -> Any:
     return c.only("self")[1]
 
 
-@part_rule("index_add index_copy index_fill.int_Scalar")
+@part_rule("index_add index_copy index_reduce index_fill.int_Scalar")
 def rows_replaced(c: OpCall) -> Any:
     sig, part = c.of("self")
     source = c.of("source") if "source" in c.arg else (sig, part)

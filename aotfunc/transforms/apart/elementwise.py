@@ -9,7 +9,8 @@ from ...trace.shapes.sig import Sig
 from .parts import Mixed, OpCall, broadcast_part, part_rule
 
 
-@part_rule("clone _to_copy zeros_like ones_like full_like fill.Scalar floor_divide _prelu_kernel")
+@part_rule("clone _to_copy alias_copy zeros_like ones_like full_like fill.Scalar floor_divide")
+@part_rule("_prelu_kernel _prelu_kernel_backward ldexp.Tensor log_sigmoid_forward log_sigmoid_backward")
 def pointwise(c: OpCall) -> Any:
     try:
         shape = broadcast(*[sig.shape for sig, _ in c.tensors])
@@ -27,6 +28,7 @@ def pointwise(c: OpCall) -> Any:
 @part_rule(
     "mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward"
 )
+@part_rule("soft_margin_loss soft_margin_loss_backward")
 def losses(c: OpCall) -> Any:
     if c.arg["reduction"]:
         raise Mixed

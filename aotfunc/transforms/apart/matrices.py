@@ -57,6 +57,16 @@ def matrices(c: OpCall) -> Any:
     return c.each(part)
 
 
+@part_rule("lu_unpack linalg_lu_solve linalg_ldl_factor_ex linalg_ldl_solve geqrf")
+@part_rule("linalg_householder_product ormqr _cdist_forward linalg_pinv.atol_rtol_tensor")
+def several(c: OpCall) -> Any:
+    """Batches of matrices, and of what belongs to each: pivots, factors, tolerances."""
+    sig, part = c.tensors[0]
+    if sig.ndim < 3 or any(p != Part(0) or not s.ndim for s, p in c.tensors):
+        raise Mixed
+    return c.each(part) if part is not None else None
+
+
 @part_rule("_linalg_check_errors")
 def checked(c: OpCall) -> Any:
     return None

@@ -6,6 +6,8 @@ from typing import Any
 
 from .parts import Mixed, OpCall, Part, part_rule
 
+PADS, BACK = ("reflection", "replication"), ("", "_backward")
+
 
 @part_rule("nll_loss_forward nll_loss_backward")
 def nll_loss(c: OpCall) -> Any:
@@ -27,9 +29,47 @@ def nll_loss(c: OpCall) -> Any:
 @part_rule(
     "max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward"
 )
-@part_rule("_adaptive_avg_pool2d_backward")
+@part_rule("_adaptive_avg_pool2d_backward adaptive_max_pool2d adaptive_max_pool2d_backward")
+@part_rule("adaptive_max_pool3d adaptive_max_pool3d_backward max_unpool2d max_unpool3d")
+@part_rule(" ".join(f"{way}_pad{d}d{back}" for way in PADS for d in (1, 2, 3) for back in BACK))
+@part_rule("channel_shuffle upsample_linear1d upsample_bilinear2d upsample_bicubic2d")
+@part_rule("upsample_trilinear3d upsample_nearest1d upsample_nearest2d upsample_nearest3d")
+@part_rule("_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d")
 def pooled(c: OpCall) -> Any:
     return in_front(c, c.alike()[1])
+
+
+@part_rule("upsample_linear1d_backward upsample_bilinear2d_backward upsample_bicubic2d_backward")
+@part_rule("upsample_trilinear3d_backward upsample_nearest1d_backward upsample_nearest2d_backward")
+@part_rule("upsample_nearest3d_backward")
+@part_rule(" ".join(f"_upsample_nearest_exact{d}d_backward" for d in (1, 2, 3)))
+def upsample_backward(c: OpCall) -> Any:
+    part = pooled(c)
+    c.scaled("input_size", 0, part.each)
+    return part
+
+
+@part_rule("grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward")
+def grid_sampler(c: OpCall) -> Any:
+    found = in_front(c, c.alike()[1])
+    if isinstance(found, list):
+        return [p if yes else None for p, yes in zip(found, c.arg["output_mask"], strict=True)]
+    return found
+
+
+@part_rule("pixel_shuffle pixel_unshuffle")
+def pixels(c: OpCall) -> Any:
+    sig, part = c.alike()
+    part.without(range(sig.ndim - 3, sig.ndim))
+    return part
+
+
+@part_rule("im2col col2im")
+def blocks(c: OpCall) -> Any:
+    sig, part = c.alike()
+    if sig.ndim != (3 if "output_size" in c.arg else 4):
+        raise Mixed
+    return in_front(c, part)
 
 
 @part_rule(

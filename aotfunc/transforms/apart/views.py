@@ -11,7 +11,7 @@ import torch
 from .parts import FACTORIES, Mixed, OpCall, Part, part_rule
 
 
-@part_rule("view _unsafe_view reshape")
+@part_rule("view _unsafe_view reshape view_copy")
 def reshaped(c: OpCall) -> Any:
     sig, part = c.alike()
     shape, size = c.val.shape, c.walk.size
@@ -43,8 +43,8 @@ def repeated(c: OpCall) -> Any:
     return made(c, "size", [d for d in range(c.val.ndim) if d < lead or sig.shape[d - lead] == 1])
 
 
-@part_rule("new_zeros new_ones new_full")
-@part_rule("full zeros ones new_zeros new_ones new_full", table=FACTORIES)
+@part_rule("new_zeros new_ones new_full new_empty")
+@part_rule("full zeros ones new_zeros new_ones new_full new_empty", table=FACTORIES)
 def filled(c: OpCall) -> Any:
     return made(c, "size", range(c.val.ndim))
 
@@ -68,13 +68,13 @@ def numbered(c: OpCall) -> Any:
     return Part(0, 1, True)
 
 
-@part_rule("permute")
+@part_rule("permute permute_copy")
 def permuted(c: OpCall) -> Any:
     sig, part = c.alike()
     return part.to(c.dims(sig.ndim, "dims").index(part.dim))
 
 
-@part_rule("t transpose.int")
+@part_rule("t transpose.int t_copy transpose_copy.int")
 def transposed(c: OpCall) -> Any:
     sig, part = c.alike()
     if sig.ndim < 2:
@@ -83,29 +83,46 @@ def transposed(c: OpCall) -> Any:
     return part.to({i: j, j: i}.get(part.dim, part.dim))
 
 
-@part_rule("unsqueeze")
+@part_rule("unsqueeze unsqueeze_copy")
 def unsqueezed(c: OpCall) -> Any:
     sig, part = c.alike()
     return part.to(part.dim + (c.arg["dim"] % (sig.ndim + 1) <= part.dim))
 
 
-@part_rule("squeeze squeeze.dim squeeze.dims")
+@part_rule("squeeze squeeze.dim squeeze.dims squeeze_copy squeeze_copy.dim squeeze_copy.dims")
 def squeezed(c: OpCall) -> Any:
     sig, part = c.alike()
     dims = c.dims(sig.ndim) if "dim" in c.arg else range(sig.ndim)
     return part.without([d for d in dims if sig.shape[d] == 1])
 
 
-@part_rule("select.int unbind.int")
+@part_rule("select.int unbind.int select_copy.int unbind_copy.int")
 def selected(c: OpCall) -> Any:
     sig, part = c.alike()
     return c.each(part.without(c.dims(sig.ndim)))
 
 
-@part_rule("diagonal")
+@part_rule("diagonal diagonal_copy")
 def diagonal(c: OpCall) -> Any:
     sig, part = c.alike()
     return part.without([c.arg["dim1"] % sig.ndim, c.arg["dim2"] % sig.ndim])
+
+
+@part_rule("diag_embed")
+def diag_embed(c: OpCall) -> Any:
+    sig, part = c.alike()
+    part.without([sig.ndim - 1])
+    new = [c.arg[d] % c.val.ndim for d in ("dim1", "dim2")]
+    return part.to([d for d in range(c.val.ndim) if d not in new][part.dim])
+
+
+@part_rule("repeat")
+def tiled(c: OpCall) -> Any:
+    sig, part = c.alike()
+    d = part.dim + c.val.ndim - sig.ndim
+    if c.arg["repeats"][d] != 1:
+        raise Mixed
+    return part.to(d)
 
 
 @part_rule("select_backward")
