@@ -3,7 +3,7 @@ call one, and what became of them.
 
 python -m benchmarks.clients_tests LIBRARY RESULTS [pytest's arguments]: LIBRARY is torch.func or
 aotfunc; RESULTS, a JSON file, gets {test: [calls of a transform, outcome, seconds of processor
-time]}."""
+time, those of a third run of it in the same process or None where that fails]}."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Results:
     through."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls, self.start = 0, 0.0
         self.tests: dict[str, list] = {}
         for place, names in PLACES.items():
             module = importlib.import_module(place)
@@ -42,11 +42,25 @@ class Results:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        test = self.tests[item.nodeid] = [0, "passed", 0.0]
-        self.calls, start = 0, time.process_time()
-        result = yield
-        test[0], test[2] = self.calls, time.process_time() - start
-        return result
+        self.tests[item.nodeid] = [0, "passed", 0.0, None]
+        self.calls, self.start = 0, time.process_time()
+        return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item):
+        """Run a test that has passed twice more."""
+        test = self.tests[item.nodeid]
+        test[0], test[2] = self.calls, time.process_time() - self.start
+        if test[:2] == [0, "passed"] or test[1] != "passed":
+            return
+        given = {name: item.funcargs[name] for name in item._fixtureinfo.argnames}
+        try:
+            for _ in range(2):
+                start = time.process_time()
+                item.obj(**given)
+        except Exception:
+            return
+        test[3] = time.process_time() - start
 
     def pytest_runtest_logreport(self, report):
         if report.outcome != "passed":

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from ..cache import Cache
 from ..debug import Line
+from ..errors import RuleError
 from ..graph import Program, draws, size
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
@@ -75,6 +76,39 @@ class Step:
         for r in results:
             if isinstance(r, Node):
                 f.bind(r, grad)
+
+
+class Row(Step):
+    """``(batch, sample) -> the row of the batch that belongs to the sample``: batched, it is the
+    whole batch."""
+
+    __name__, dissolved_with = "row", None
+
+    def inline(self, *_: Any) -> Any:
+        raise RuleError("a row of a batch does not run by itself: it is batched first")
+
+    __call__ = inline
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        self.bind(
+            f,
+            [f.b.node(self, (f.read(refs[0], grad), f.read(refs[1], False)), {}, self.outs[0])],
+            grad,
+        )
+
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        return [given[0]], []
+
+    def pull(
+        self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
+        return [], []
+
+    def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        return [None]
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        return walk.env[n.args[0]], True
 
 
 class CallStep(Step):

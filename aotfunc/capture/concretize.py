@@ -8,8 +8,9 @@ all of them, for this call; two different ones are an error."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from ..graph import Program, cut, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import has_values
-from ..trace.records import Record, flat_tensors
+from ..trace.records import Record, flat_tensors, results_of, written_slots
 from ..trace.replay import generators
 from ..trace.scalars import FIRST, bits_of
 from ..trace.seeds import named_generators
@@ -36,7 +37,7 @@ from ..trace.tracer import Trace
 from ..transforms.lower import lowered
 from ..transforms.tidy import REWRITES, rebuilt
 from ..transforms.vmap import vmap
-from .calls import CallStep
+from .calls import CallStep, Row
 
 
 class Samples(NamedTuple):
@@ -78,6 +79,10 @@ def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int 
     """Real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and at which
     dimension; None for what is the same for all of them."""
     with as_if_outside(), paused_gc():
+        try:
+            return follow_trace(trace).batch_of([trace.ref_of(t)[0] for t in tensors], trace)
+        except Unsteady:
+            pass
         program = so_far(trace, tensors)
         values, _ = batches(trace, tensors, "the batch of an autograd.Function")
     inputs = [
@@ -117,13 +122,16 @@ def follow_trace(trace: Trace) -> Followed:
 
 
 class Followed:
-    """The values of a recording as far as it has come, for all samples of all batches around it at
-    dimension 0."""
+    """The values of a recording as far as it has come. Those that ``differ`` are there for all
+    samples of all batches around it, at dimension 0."""
 
     def __init__(self, trace: Trace) -> None:
         self.outer = samples_around(trace)
         self.count = samples_around(trace, itself=True)
         self.values: dict[int, Tensor] = {}
+        self.stale: set[int] = set()  # what shows memory that another value was written through
+        dims = () if trace.samples is None else trace.samples.dims
+        self.differ = {i for i, d in enumerate(dims) if d is not None}  # between the samples
         self.done, self.number = (
             0,
             len(trace.inputs),
@@ -134,25 +142,77 @@ class Followed:
         new = trace.records[self.done :]
         going_on = trace in under_way.traces and trace.concrete_inputs is not None
         written = any(
-            t.mutates for t in under_way.traces
-        )  # in a recording around, too, to what this one closes over
+            t.mutates for t in under_way.traces if t is not trace
+        )  # in a recording around, to what this one closes over
         if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
             raise Unsteady
-        if not new:
-            return
-        refs, program = steps_as_program(new, self.number, trace.numbers)
-        values = [self.value(trace, r) for r in refs]
-        sigs = list(map(sig_of, values))
-        code = compiled(
-            batched_program(program, Samples((0,) * len(values), self.count, "error"), sigs)
-        )
+        for whole, steps in itertools.groupby(new, lambda record: record[0].__class__ is Row):
+            if whole:
+                self.take(trace, [*steps])
+            else:
+                self.run(trace, [*steps])
+
+    def showing(self, trace: Trace, new: Sequence[Record]) -> set[int]:
+        """Those of the values that there are already which show memory that these steps write
+        to."""
+        roots = trace.roots().of
+        written = {refs[s] for instr, refs, *_ in new for s in written_slots(instr)}
+        shown = {roots.get(r, r) for r in written}
+        if any(root < len(trace.inputs) for root in shown):
+            raise Unsteady
+        return {r for r in (*shown, *roots) if r < self.number and roots.get(r, r) in shown}
+
+    def take(self, trace: Trace, rows: Sequence[Record]) -> None:
+        """Rows of batches that are there already."""
+        if self.outer != 1:
+            raise Unsteady
+        for _, (batch, _), *_ in rows:
+            with quiet():
+                self.values[self.number] = trace.lifted[~batch].detach()
+            self.differ.add(self.number)
+            self.number += 1
+        self.done += len(rows)
+
+    def run(self, trace: Trace, new: Sequence[Record]) -> None:
+        old = self.showing(trace, new) if trace.mutates else set()
+        refs, written, program = steps_as_program(new, self.number, trace.numbers, old)
+        if len({trace.root(r) for r in written}) < len(written):  # each would change the other
+            raise Unsteady
+        values = [self.one(trace, r) for r in refs]
+        dims = self.dims(refs)
+        self.stale |= old.difference(written)
+        number = self.number
+        for instr, read, *_ in new:
+            results = range(number, number := number + results_of(instr))
+            if not self.differ.isdisjoint(read):
+                shown = {trace.root(read[s]) for s in written_slots(instr)}
+                there = (*written, *range(self.number, number)) if shown else ()
+                self.differ.update(results, (r for r in there if trace.root(r) in shown))
+        made = [*range(self.number, number), *written]
+        samples, sigs = Samples(dims, self.count, "error"), [*map(sig_of, values)]
+        program = batched_program(program, samples, sigs, self.dims(made))
         with quiet(), torch.no_grad():
-            made = code(*values)
-        self.values.update(enumerate(made, self.number))
-        self.number += len(made)
+            self.values.update(zip(made, compiled(program)(*values), strict=True))
+        self.number = number
         self.done += len(new)
 
+    def batch_of(self, refs: Sequence[int], trace: Trace) -> list[tuple[Tensor, int | None]]:
+        return [*zip([self.one(trace, r) for r in refs], self.dims(refs), strict=True)]
+
+    def dims(self, refs: Sequence[int]) -> tuple[int | None, ...]:
+        """Where the batch is in each of these values."""
+        return tuple([0 if r in self.differ else None for r in refs])
+
     def value(self, trace: Trace, ref: int) -> Tensor:
+        """What :meth:`one` is, for all samples."""
+        x = self.one(trace, ref)
+        with quiet():
+            return x if ref in self.differ else x.expand(self.count, *x.shape)
+
+    def one(self, trace: Trace, ref: int) -> Tensor:
+        """The value: for all samples if it differs, else the one that all have."""
+        if ref in self.stale:
+            raise Unsteady
         if ref not in self.values:
             self.values[ref] = self.given(trace, ref)
         return self.values[ref]
@@ -171,6 +231,9 @@ class Followed:
         elif not has_values(t) or not (trace.may_ask_constants or ref in trace.made_inside):
             raise Unsteady
         with quiet(), torch.no_grad():
+            if dim is None and self.outer == 1:
+                return t.detach() if known is None else known[0]
+            self.differ.add(ref)
             if known is None:
                 x = t.detach().expand(self.outer, *t.shape)
             else:
@@ -192,21 +255,22 @@ def repeat_samples(x: Tensor, times: int) -> Tensor:
 
 
 def steady(instr: Any) -> bool:
-    """Whether a step is nothing but a function of the tensors that it reads."""
+    """Whether a step is nothing but a function of the tensors that it reads, and writes to those
+    alone."""
     facts = instr.facts
-    if facts.random or facts.writes:
+    if facts.random:
         return False
-    return instr.__class__ is CallStep or (
+    return instr.__class__ in (CallStep, Row) or (
         instr.__class__ is Instr and not (facts.effect or facts.dynamic)
     )
 
 
 def steps_as_program(
-    records: Sequence[Record], number: int, numbers: Sequence[float]
-) -> tuple[list[int], Program]:
+    records: Sequence[Record], number: int, numbers: Sequence[float], old: Collection[int]
+) -> tuple[list[int], list[int], Program]:
     """Steps, from the one that makes the value ``number`` on, as a program of the values that they
-    read and do not make; it returns all that they make. A loop's rounds are the same program. The
-    Python ``numbers`` are literals."""
+    read and do not make; it returns all that they make, and what becomes of the ``old`` ones that
+    they read. A loop's rounds are the same program. The Python ``numbers`` are literals."""
     read: dict[int, Sig] = {}
     for instr, refs, *_ in records:
         known = (
@@ -220,6 +284,8 @@ def steps_as_program(
     literals = {r: numbers[FIRST - r] for _, refs, *_ in records for r in refs if r <= FIRST}
     place = {r: i for i, r in enumerate(read)} | {r: FIRST - i for i, r in enumerate(literals)}
     shift = len(read) - number
+    written = [r for r in read if r in old]
+    ends = tuple(map(place.__getitem__, written))
     own = tuple(
         [
             (r[0], tuple([place[x] if x in place else x + shift for x in r[1]]), r[2], None, None)
@@ -229,15 +295,20 @@ def steps_as_program(
 
     def make() -> Program:
         trace, b = Trace(), Builder(REWRITES)
+        trace.mutates = any(instr.facts.writes for instr, *_ in own)
         trace.inputs += read.values()
         trace.records += own
         trace.numbers += literals.values()
         f = Functionalizer(trace, b, input_nodes(trace, b))
         f.run()
-        made = [f.read(r) for r in range(len(read), f.number)]
+        made = [f.read(r) for r in (*range(len(read), f.number), *ends)]
         return Program(b.finish(made), len(read), len(made), (), "asked")
 
-    return list(read), _programs.once((own, *read.values(), bits_of(literals.values())), make)
+    return (
+        list(read),
+        written,
+        _programs.once((own, ends, *read.values(), bits_of(literals.values())), make),
+    )
 
 
 # ----- the whole of it ---------------------------------------------------------------------------
@@ -258,7 +329,10 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         program, inputs = closed(program), trace.lifted
     if samples is not None:
         program = batched_program(
-            program, samples, trace.as_placed([*map(signature, trace.origins)])
+            program,
+            samples,
+            trace.as_placed([*map(signature, trace.origins)]),
+            [0] * program.n_outputs,
         )
     outer = outside(trace)
     if outer is None:
@@ -272,10 +346,11 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         return [v.flatten(0, 1) for v in values], count * samples.size
 
 
-def batched_program(program: Program, samples: Samples, sigs: Sequence[Any]) -> Program:
-    outs = [0] * program.n_outputs
+def batched_program(
+    program: Program, samples: Samples, sigs: Sequence[Any], outs: Sequence[int | None]
+) -> Program:
     return program.derived(
-        ("asked", *samples, *sigs),
+        ("asked", *samples, *sigs, *outs),
         lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs),
     )
 

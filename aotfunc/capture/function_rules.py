@@ -9,7 +9,8 @@ import copy
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,7 +139,8 @@ def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
     return [p for p in itertools.product((True, False), repeat=count) if any(p)]
 
 
-class Gaps(NamedTuple):
+@dataclass(frozen=True)
+class Gaps:
     """The rule called with ``None`` where nothing is given."""
 
     rule: Callable
@@ -149,7 +151,8 @@ class Gaps(NamedTuple):
         return self.rule(ctx, *[next(feed) if yes else None for yes in self.given])
 
 
-class Tangents(NamedTuple):
+@dataclass(frozen=True)
+class Tangents:
     """The jvp, returning a list."""
 
     jvp: Callable
@@ -158,7 +161,8 @@ class Tangents(NamedTuple):
         return listed(self.jvp(ctx, *tangents))
 
 
-class Gradients(NamedTuple):
+@dataclass(frozen=True)
+class Gradients:
     """The backward, returning one gradient per tensor argument as autograd takes it: of the
     argument's shape and dtype, None for integers. It runs without autocast: a backward belongs
     outside of it."""

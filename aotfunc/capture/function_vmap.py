@@ -18,7 +18,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_, 
 
 from ..debug import Line, at, user_line
 from ..errors import ArgumentError, CaptureError, RuleError
-from ..trace.functionalize import Functionalizer
 from ..trace.kinds import has_values
 from ..trace.memory import version
 from ..trace.modes import Surroundings
@@ -26,7 +25,7 @@ from ..trace.shapes.sig import make_sig
 from ..trace.traced import Traced, current, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.walk import traced
-from .calls import Step, interned
+from .calls import Row, interned
 from .concretize import batch_of
 from .tree import Operands
 
@@ -177,39 +176,6 @@ def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
         x = x.movedim(dim, 0)
     sig = make_sig(tuple(x.shape[1:]), tuple(x.stride()[1:]), x.dtype, x.device)
     return trace.record(interned(Row, (sig,)), [x, sample])[0]
-
-
-class Row(Step):
-    """``(batch, sample) -> the row of the batch that belongs to the sample``: batched, it is the
-    whole batch."""
-
-    __name__, dissolved_with = "row", None
-
-    def inline(self, *_: Any) -> Any:
-        raise RuleError("a row of a batch does not run by itself: it is batched first")
-
-    __call__ = inline
-
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
-        self.bind(
-            f,
-            [f.b.node(self, (f.read(refs[0], grad), f.read(refs[1], False)), {}, self.outs[0])],
-            grad,
-        )
-
-    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        return [given[0]], []
-
-    def pull(
-        self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any
-    ) -> tuple[list, list]:
-        return [], []
-
-    def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        return [None]
-
-    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        return walk.env[n.args[0]], True
 
 
 # ----- as a batching rule ------------------------------------------------------------------------

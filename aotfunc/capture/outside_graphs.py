@@ -16,7 +16,7 @@ from ..errors import CaptureError
 from ..trace.patches import ORIGINALS
 from ..trace.traced import Traced, quiet
 from ..trace.tracer import Trace
-from .function_vmap import Row
+from .calls import Row
 
 
 def gradients(

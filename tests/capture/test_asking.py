@@ -460,3 +460,82 @@ def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
         steps.append(sum(ran))
         assert_same(out, how(f(n, asks=False))(x))
     assert steps[0] >= 10 and steps[1] < 2.5 * steps[0]
+
+
+# ----- writes between questions ------------------------------------------------------------------
+
+
+def written_through_itself(x):
+    y = x * 2
+    part = y[:2]
+    a = y.sum().item()
+    y.add_(1)
+    b = part.sum().item()
+    part.mul_(3)
+    return y * a + b + y.sum().item()
+
+
+def written_through_a_view(x):
+    y = x * 2
+    a = y.sum().item()
+    rows = y.view(2, 2)
+    rows.add_(1)
+    b = y.sum().item()
+    y.mul_(2)
+    rows[0].add_(rows.sum().item())
+    return y * a + b * rows.flatten() + y.sum().item()
+
+
+def views_made_before_the_question(x):
+    y = x * 2
+    first, last = y[:3], y[1:]
+    a = y.sum().item()
+    first.mul_(5)
+    b = last.sum().item()
+    last.copy_(first.clone())
+    return first * a + y.sum().item() * b
+
+
+def of_what_is_the_same_for_all(x):
+    y = torch.ones(4)
+    a = y.sum().item()
+    y.add_(x)
+    b = y.sum().item()
+    y.mul_(b)
+    return y + a + y.sum().item()
+
+
+def an_accumulator(x):
+    total, rounds = torch.zeros(4), 0
+    while total.sum().item() < 5:
+        total += x * x
+        rounds += 1
+    return total * rounds
+
+
+@pytest.mark.parametrize("around", ["vmap", "vmap twice", "vmap of grad"])
+@pytest.mark.parametrize(
+    "f",
+    [
+        written_through_itself,
+        written_through_a_view,
+        views_made_before_the_question,
+        of_what_is_the_same_for_all,
+        an_accumulator,
+    ],
+)
+def test_writes_between_questions(f, around, monkeypatch):
+    whole, so_far = [], concretize.so_far
+    monkeypatch.setattr(concretize, "so_far", lambda *args: whole.append(1) or so_far(*args))
+    x = torch.tensor([0.3, -1.2, 0.7, 0.4])
+    if around == "vmap of grad":
+        expected = grads(lambda x: f(x).sum())(x)
+        got = vmap(grad(lambda x: f(x).sum()))(x.repeat(3, 1))
+    elif around == "vmap":
+        expected, got = f(x), vmap(f)(x.repeat(3, 1))
+    else:
+        expected, got = f(x), vmap(vmap(f))(x.repeat(2, 3, 1)).flatten(0, 1)
+    for row in got:
+        torch.testing.assert_close(row, expected)
+    if f in (of_what_is_the_same_for_all, an_accumulator):  # the others read what is stale
+        assert around != "vmap" or not whole

@@ -67,3 +67,21 @@ def test_a_loss_that_has_its_gradient_from_the_forward():
     assert_same(
         vmap(grad(f, (0, 1)), (0, None, 0))(x, w, t), loop(grads(f, (0, 1)), (0, None, 0))(x, w, t)
     )
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_statistics_of_a_norm_that_all_samples_share_in_memory(norm):
+    """PyTorch's kernels of these backwards read the statistics as if they were contiguous."""
+    aten, x, g = torch.ops.aten, torch.randn(3, 4, 5), torch.randn(3, 3, 4, 5)
+    if norm == "layer":
+        _, mean, rstd = aten.native_layer_norm(x, [5], None, None, 1e-5)
+        f = lambda g, m, r: aten.native_layer_norm_backward(
+            g, x, [5], m, r, None, None, [True, False, False]
+        )[0]
+    else:
+        _, mean, rstd = aten.native_group_norm(x, None, None, 3, 4, 5, 2, 1e-5)
+        f = lambda g, m, r: aten.native_group_norm_backward(
+            g, x, m, r, None, 3, 4, 5, 2, [True, False, False]
+        )[0]
+    shared = mean.expand(3, *mean.shape), rstd.expand(3, *rstd.shape)
+    assert_same(vmap(f)(g, *shared), torch.stack([f(row, mean, rstd) for row in g]))

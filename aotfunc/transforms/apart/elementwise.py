@@ -10,7 +10,9 @@ from .parts import Mixed, OpCall, broadcast_part, part_rule
 
 
 @part_rule("clone _to_copy alias_copy zeros_like ones_like full_like fill.Scalar floor_divide")
-@part_rule("_prelu_kernel _prelu_kernel_backward ldexp.Tensor log_sigmoid_forward log_sigmoid_backward")
+@part_rule(
+    "_prelu_kernel _prelu_kernel_backward ldexp.Tensor log_sigmoid_forward log_sigmoid_backward"
+)
 def pointwise(c: OpCall) -> Any:
     try:
         shape = broadcast(*[sig.shape for sig, _ in c.tensors])
