@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from benchmarks.cpu.columns import HEADS, columns, head, own
+from benchmarks.cpu.columns import HEADS, MORE, columns, head, own
 from benchmarks.cpu.processes import Cells, first_calls, measured, memory
 from benchmarks.cpu.workloads import Workload, workloads
 from benchmarks.measure import DOCS, Report, arguments, ms
@@ -156,7 +156,10 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a file of what is measured already: go on")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds of timing a workload")
     options = parser.parse_args()
-    names = [c for c in columns() if c in (options.columns or c).split(",")]
+    asked = (
+        options.columns.split(",") if options.columns else [c for c in columns() if c not in MORE]
+    )
+    names = [c for c in columns() if c in asked]
     chosen = {
         name: w
         for name, w in workloads(options.quick).items()

@@ -110,6 +110,20 @@ def ours(backend: str) -> Column:
     return column
 
 
+def ghost(w: Workload, quick: bool) -> Ways:
+    return {"by hand": lambda: w.ghost} if w.ghost else {}
+
+
+def exact(w: Workload, quick: bool) -> Ways:
+    import aotfunc
+
+    return both(w, aotfunc, lambda f: aotfunc.jit(f, backend="cpp", exact=True))
+
+
+#: columns that are run where they are asked for by name
+MORE: dict[str, Column] = {"ghost": ghost, "exact": exact}
+
+
 def columns() -> dict[str, Column]:
     """Those that are installed; ours are the registered backends."""
     peers = {
@@ -121,7 +135,7 @@ def columns() -> dict[str, Column]:
     }
     if importlib.util.find_spec("jax") is None:
         del peers["jax"]
-    return peers | {name: ours(name) for name in own()}
+    return peers | {name: ours(name) for name in own()} | MORE
 
 
 def own() -> list[str]:
@@ -137,11 +151,12 @@ HEADS = {
     "aot-nop": "AOTAutograd, no compiler",
     "aot-inductor": "AOTAutograd, Inductor",
     "jax": "jax.jit",
+    "ghost": "ghost clipping by hand",
 }
 
 
 def head(column: str) -> str:
-    return HEADS.get(column, f"ours, {column}")
+    return HEADS.get(column, "ours, cpp, exact" if column == "exact" else f"ours, {column}")
 
 
 def prepare(column: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -48,6 +49,17 @@ def conv_net(p, x, t):
     return cross_entropy(h @ p["7.weight"].T + p["7.bias"], t[None])
 
 
+def encoder_block(p, x, t, heads=4):
+    length, width = x.shape
+    h = layer_norm(x, p["g1"], p["b1"])
+    q, k, v = (h @ p["qkv"].T).reshape(length, 3, heads, -1).transpose(1, 2, 0, 3)
+    scores = jax.nn.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(width // heads), -1)
+    x = x + (scores @ v).swapaxes(0, 1).reshape(length, width) @ p["out"].T
+    h = layer_norm(x, p["g2"], p["b2"])
+    x = x + jax.nn.gelu(h @ p["up"].T, approximate=False) @ p["down"].T
+    return ((x - t) ** 2).mean()
+
+
 def mlp_loss(p, x, y):
     return ((jnp.tanh(jnp.tanh(x @ p[0] + p[1]) @ p[2] + p[3]) - y) ** 2).mean()
 
@@ -87,6 +99,7 @@ def functions(quick: bool) -> dict[str, Callable]:
         "log_softmax_nll": cross_entropy,
         "classifier": classifier,
         "conv_net": conv_net,
+        "encoder_block": encoder_block,
         "mlp_loss": mlp_loss,
         "sinusoid_loss": sinusoid_loss,
         "scalar_net": lambda x, w1, w2: ((jnp.tanh(x @ w1) @ w2) ** 2).sum(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -50,6 +52,18 @@ def log_softmax_nll(x, t):
 def classifier(p, x, t):
     logits = torch.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
     return F.cross_entropy(logits[None], t[None])
+
+
+def encoder_block(p, x, t, heads=4):
+    """The loss of one sequence."""
+    length, width = x.shape
+    h = F.layer_norm(x, (width,), p["g1"], p["b1"])
+    q, k, v = F.linear(h, p["qkv"]).view(length, 3, heads, -1).permute(1, 2, 0, 3).unbind(0)
+    scores = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // heads), -1)
+    x = x + F.linear((scores @ v).transpose(0, 1).reshape(length, width), p["out"])
+    h = F.layer_norm(x, (width,), p["g2"], p["b2"])
+    x = x + F.linear(F.gelu(F.linear(h, p["up"])), p["down"])
+    return (x - t).square().mean()
 
 
 def sinusoid_loss(p, x, y):

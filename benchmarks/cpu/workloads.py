@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu import in_torch, programs
+from benchmarks.cpu import ghost, in_torch, programs
 from benchmarks.graph_programs import mlp_loss, potential
 from benchmarks.programs import conv_net, transformer
 
@@ -27,6 +27,7 @@ class Workload:
     args: Callable[[], tuple]
     wrt: int = 0
     by_hand: Callable | None = None  # the same in plain PyTorch, where that is one line
+    ghost: Callable | None = None  # DP-SGD without per-sample gradients, by hand
     cold: bool = True  # whether first calls are measured, too: at one size of each
 
 
@@ -119,6 +120,51 @@ def per_sample_gradients(quick: bool) -> Iterator[tuple[str, Workload]]:
             f"{label}, conv net {image}×{image}, batch {conv_batch}",
             Workload(group, "conv_net", loss, program, conv_args),
         )
+
+
+def clipped_sums(quick: bool) -> Iterator[tuple[str, Workload]]:
+    """What need not be as large as batch × parameters."""
+    group = "DP-SGD of larger networks"
+    by_hand = {
+        "classifier": ghost.clipped_sum(ghost.classifier),
+        "conv_net": ghost.clipped_sum(ghost.conv_net),
+        "encoder_block": ghost.clipped_sum(ghost.encoder_block),
+    }
+    batch, inside, hidden = (4, 16, 8) if quick else (256, 784, 1024)
+    channels, image, images = (2, 8, 2) if quick else (64, 16, 64)
+    width, length, sequences = (16, 4, 2) if quick else (256, 64, 16)
+
+    def mlp_args():
+        p = {"w1": weight(inside, hidden), "b1": r(hidden), "w2": weight(hidden, 10), "b2": r(10)}
+        return p, r(batch, inside), torch.randint(10, (batch,))
+
+    loss, params = conv_net(channels, image)
+
+    def conv_args():
+        return params, r(images, 1, image, image), torch.randint(10, (images,))
+
+    def block_args():
+        shapes = {"qkv": (3, 1), "out": (1, 1), "up": (4, 1), "down": (1, 4)}
+        p = {k: weight(m * width, n * width) for k, (m, n) in shapes.items()}
+        p |= {k: 1 + 0.1 * r(width) for k in ("g1", "g2")}
+        p |= {k: 0.1 * r(width) for k in ("b1", "b2")}
+        return p, r(sequences, length, width), r(sequences, length, width)
+
+    for label, function, f, args in (
+        (f"MLP {inside}-{hidden}-10, batch {batch}", "classifier", in_torch.classifier, mlp_args),
+        (
+            f"conv net {image}×{image}, {channels} channels, batch {images}",
+            "conv_net",
+            loss,
+            conv_args,
+        ),
+        (
+            f"transformer block, {sequences}×{length}×{width}",
+            *("encoder_block", in_torch.encoder_block, block_args),
+        ),
+    ):
+        work = Workload(group, function, f, programs.clipped_sum, args, ghost=by_hand[function])
+        yield f"DP-SGD, {label}", work
 
 
 def nested(quick: bool) -> Iterator[tuple[str, Workload]]:
@@ -243,5 +289,5 @@ def tiny(quick: bool) -> Iterator[tuple[str, Workload]]:
 def workloads(quick: bool) -> dict[str, Workload]:
     """Name -> workload, in the order of the tables."""
     torch.manual_seed(0)
-    makers = (pointwise, rows, per_sample_gradients, nested, blocks, tiny)
+    makers = (pointwise, rows, per_sample_gradients, clipped_sums, nested, blocks, tiny)
     return {name: w for make in makers for name, w in make(quick)}

@@ -16,7 +16,7 @@ from torch import fx
 from torch.fx import Node
 
 from ...trace.node_views import calls_view
-from .order import CALL, LOOPED, MOVED, Order, Plan, cheapest, convolution_steps
+from .order import CALL, LOOPED, STORED, Order, Plan, cheapest, convolution_steps, matrix_steps
 from .products import MATRICES, Product, Products
 
 aten = torch.ops.aten
@@ -27,8 +27,6 @@ REDUCTIONS = (
     aten.linalg_vector_norm.default,
 )
 SUMS = frozenset((*PRODUCTS, *REDUCTIONS, operator.getitem))
-#: estimates are not exact: what a rewriting costs counts so much more
-MARGIN = 1.05
 
 Way = tuple[list[Node], Plan, Order]
 
@@ -102,11 +100,13 @@ def best(
             if n not in alive and n not in otherwise:
                 alive.add(n)
                 rest += products.parts[n]
-        return sum(costs.get(n, 0) for n in alive) + MARGIN * sum(prices[n] for n in otherwise)
+        return sum(costs.get(n, 0) for n in alive) + sum(prices[n] for n in otherwise)
 
     now = min((set(prices), set[Node]()), key=total)
-    for n in prices:  # one by one: is it better the other way?
-        now = min((now - {n}, now | {n}), key=lambda way: (total(way), len(way)))
+    # those that a value is part of, together, then one by one
+    sharing = [frozenset([n for n in prices if m in cones[n]]) for m in costs if not calls_view(m)]
+    for some in dict.fromkeys((*sharing, *[frozenset([n]) for n in prices])):
+        now = min((now, now - some, now | some), key=lambda way: (total(way), len(way)))
     return now
 
 
@@ -119,15 +119,15 @@ def cost(n: Node, products: Products) -> float:
         call: Any = n.args[0]
         images, _, *places = call.args[0].meta["val"].shape
         apart = call.args[-2] > 1
-        return CALL + convolution_steps(images * math.prod(places) * size, apart) + MOVED * size
+        return CALL + convolution_steps(images * math.prod(places) * size, apart) + STORED * size
     reads = [a.meta["val"].proto.numel() for a in n.all_input_nodes]
     if n.target in PRODUCTS:
         steps = size * n.args[0].meta["val"].shape[-1]
-        return CALL + steps + MOVED * (sum(reads) + size)
+        return CALL + matrix_steps(steps, sum(reads), size)
     if n.target in REDUCTIONS:
-        return CALL + LOOPED / 2 * reads[0] + MOVED * size
+        return CALL + LOOPED / 2 * reads[0] + STORED * size
     in_loop = len(n.users) == 1 and next(iter(n.users)).target not in PRODUCTS
-    return LOOPED / 2 * size + (0 if in_loop else CALL + MOVED * size)
+    return LOOPED / 2 * size + (0 if in_loop else CALL + STORED * size)
 
 
 def way(products: Products, p: Product) -> tuple[float, Way]:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .products import Dims
+from .products import Dims, flat
 from .windows import Windows
 
-#: Costs count multiply-adds of a matrix product; to read or write an element of memory takes as
-# long as a dozen of these, one of a kernel's loop as two, a call as thousands.
-MOVED, LOOPED, CALL = 12, 2, 2000
+#: Costs count multiply-adds of a matrix product. A step of a kernel's loop takes as long as two, to
+# read an element of a matrix as long as 8, to store one in new memory as long as 24, a call 2000.
+LOOPED, READ, STORED, CALL = 2, 8, 24, 2000
 
 Labels = tuple[int, ...]
 #: the place of a factor, or the two halves of a product
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
     @property
     def labels(self) -> list[Labels]:
-        return [sum(dims, ()) for dims in self.factors]
+        return [flat(dims) for dims in self.factors]
 
     @property
     def windows(self) -> list[Windows | None]:
@@ -72,10 +72,10 @@ def cheapest(plan: Plan) -> tuple[float, Order]:
         for part, others in ((x, theirs), (y, mine)):
             if (w := alone(part)) and w.convolves(others, out):
                 return CALL + convolution_steps(steps, len(out.intersection(w.images)) > 0)
-            made += 2 * MOVED * count(w.labels) if w else 0
+            made += STORED / 2 * count(w.labels) if w else 0  # the norm's both sides share them
         if as_matrices(mine, theirs, out):
-            return CALL + made + steps + MOVED * (count(mine) + count(theirs) + count(out))
-        return CALL + made + LOOPED * steps + MOVED * count(out)
+            return CALL + made + matrix_steps(steps, count(mine) + count(theirs), count(out))
+        return CALL + made + LOOPED * steps + STORED * count(out)
 
     left = {part: labels(part) for part in range(1, every + 1)}
     best: dict[int, tuple[float, Order]] = {}
@@ -96,6 +96,11 @@ def cheapest(plan: Plan) -> tuple[float, Order]:
             half = (half - 1) & part
         best[part] = min(ways, key=lambda way: way[0])
     return best[every]
+
+
+def matrix_steps(steps: int, reads: int, size: int) -> int:
+    """What a product of matrices costs."""
+    return steps + READ * reads + STORED * size
 
 
 def convolution_steps(steps: int, apart: bool) -> int:

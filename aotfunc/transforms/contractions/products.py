@@ -38,7 +38,7 @@ class Factor:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        return sum(self.dims, ())
+        return flat(self.dims)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Product:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        return sum(self.dims, ())
+        return flat(self.dims)
 
     @property
     def summed(self) -> set[int]:
@@ -188,6 +188,11 @@ class Products:
             () if d in over else dim for d, dim in enumerate(p.dims) if keepdim or d not in over
         ]
         return replace(p, dims=tuple(kept), scale=p.scale * self.count(gone))
+
+
+def flat(dims: Dims) -> tuple[int, ...]:
+    """The labels of these dimensions, one after another."""
+    return tuple([label for dim in dims for label in dim])
 
 
 def substituted(p: Product, labels: dict[int, tuple[int, ...]]) -> Product:

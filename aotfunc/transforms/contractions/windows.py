@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from .products import Dims, Factor, Product, Products, rule
+from .products import Dims, Factor, Product, Products, flat, rule
 
 aten = torch.ops.aten
 
@@ -52,7 +52,6 @@ class Windows:
     def __init__(self, dims: Dims, form: tuple) -> None:
         self.kernel, *self.geometry = form[1:]
         self.dims, rank = dims, len(self.kernel)
-        flat = lambda dims: sum(dims, ())
         self.labels, self.images, self.channels = flat(dims), flat(dims[:2]), dims[2]
         self.inside, self.places = flat(dims[3 : 3 + rank]), flat(dims[3 + rank :])
 
