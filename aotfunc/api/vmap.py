@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..capture.capture import as_called, capture, parameter_names
 from ..capture.captured import Captured
-from ..capture.concretize import Samples, batches
+from ..capture.concretize import batches
+from ..capture.followed import Samples
 from ..capture.tree import Arguments, flatten, leaf_paths, unflatten
 from ..debug import where_defined
 from ..errors import ArgumentError, CaptureError

@@ -8,16 +8,14 @@ all of them, for this call; two different ones are an error."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.interpret import Interpreted
 from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError
@@ -25,28 +23,16 @@ from ..graph import Program, cut, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import has_values
-from ..trace.records import Record, flat_tensors, results_of, written_slots
+from ..trace.records import flat_tensors
 from ..trace.replay import generators
-from ..trace.scalars import FIRST, bits_of
+from ..trace.scalars import bits_of
 from ..trace.seeds import named_generators
-from ..trace.shapes.instr import Instr
-from ..trace.shapes.sig import Sig, sig_of
 from ..trace.tape import signature
 from ..trace.traced import Traced, as_if_outside, quiet, under_way
 from ..trace.tracer import Trace
-from ..transforms.lower import lowered
 from ..transforms.tidy import REWRITES, rebuilt
-from ..transforms.vmap import vmap
-from .calls import CallStep, Row
-
-
-class Samples(NamedTuple):
-    """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each
-    (None: unbatched), the size of the batch, and ``randomness``."""
-
-    dims: tuple[int | None, ...]
-    size: int
-    randomness: str
+from .calls import CallStep
+from .followed import Unsteady, batched_program, compiled, follow_trace, followed_batches
 
 
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
@@ -96,224 +82,6 @@ def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int 
     ]
 
 
-# ----- step by step ------------------------------------------------------------------------------
-
-
-class Unsteady(Exception):
-    """A recording that cannot be followed step by step: something writes, draws or looks back at
-    earlier steps."""
-
-
-def followed_batches(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
-    """As :func:`batches`, but each step is run once, however often a recording is asked; None if
-    that cannot be."""
-    try:
-        follower = follow_trace(trace)
-        return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
-    except Unsteady:
-        return None
-
-
-def follow_trace(trace: Trace) -> Followed:
-    if trace.followed is None:
-        trace.followed = Followed(trace)
-    trace.followed.catch_up(trace)
-    return trace.followed
-
-
-class Followed:
-    """The values of a recording as far as it has come. Those that ``differ`` are there for all
-    samples of all batches around it, at dimension 0."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.outer = samples_around(trace)
-        self.count = samples_around(trace, itself=True)
-        self.values: dict[int, Tensor] = {}
-        self.stale: set[int] = set()  # what shows memory that another value was written through
-        dims = () if trace.samples is None else trace.samples.dims
-        self.differ = {i for i, d in enumerate(dims) if d is not None}  # between the samples
-        self.done, self.number = (
-            0,
-            len(trace.inputs),
-        )  # steps that have been run, and values up to there
-
-    def catch_up(self, trace: Trace) -> None:
-        """Run what has been recorded since."""
-        new = trace.records[self.done :]
-        going_on = trace in under_way.traces and trace.concrete_inputs is not None
-        written = any(
-            t.mutates for t in under_way.traces if t is not trace
-        )  # in a recording around, to what this one closes over
-        if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
-            raise Unsteady
-        for whole, steps in itertools.groupby(new, lambda record: record[0].__class__ is Row):
-            if whole:
-                self.take(trace, [*steps])
-            else:
-                self.run(trace, [*steps])
-
-    def showing(self, trace: Trace, new: Sequence[Record]) -> set[int]:
-        """Those of the values that there are already which show memory that these steps write
-        to."""
-        roots = trace.roots().of
-        written = {refs[s] for instr, refs, *_ in new for s in written_slots(instr)}
-        shown = {roots.get(r, r) for r in written}
-        if any(root < len(trace.inputs) for root in shown):
-            raise Unsteady
-        return {r for r in (*shown, *roots) if r < self.number and roots.get(r, r) in shown}
-
-    def take(self, trace: Trace, rows: Sequence[Record]) -> None:
-        """Rows of batches that are there already."""
-        if self.outer != 1:
-            raise Unsteady
-        for _, (batch, _), *_ in rows:
-            with quiet():
-                self.values[self.number] = trace.lifted[~batch].detach()
-            self.differ.add(self.number)
-            self.number += 1
-        self.done += len(rows)
-
-    def run(self, trace: Trace, new: Sequence[Record]) -> None:
-        old = self.showing(trace, new) if trace.mutates else set()
-        refs, written, program = steps_as_program(new, self.number, trace.numbers, old)
-        if len({trace.root(r) for r in written}) < len(written):  # each would change the other
-            raise Unsteady
-        values = [self.one(trace, r) for r in refs]
-        dims = self.dims(refs)
-        self.stale |= old.difference(written)
-        number = self.number
-        for instr, read, *_ in new:
-            results = range(number, number := number + results_of(instr))
-            if not self.differ.isdisjoint(read):
-                shown = {trace.root(read[s]) for s in written_slots(instr)}
-                there = (*written, *range(self.number, number)) if shown else ()
-                self.differ.update(results, (r for r in there if trace.root(r) in shown))
-        made = [*range(self.number, number), *written]
-        samples, sigs = Samples(dims, self.count, "error"), [*map(sig_of, values)]
-        program = batched_program(program, samples, sigs, self.dims(made))
-        with quiet(), torch.no_grad():
-            self.values.update(zip(made, compiled(program)(*values), strict=True))
-        self.number = number
-        self.done += len(new)
-
-    def batch_of(self, refs: Sequence[int], trace: Trace) -> list[tuple[Tensor, int | None]]:
-        return [*zip([self.one(trace, r) for r in refs], self.dims(refs), strict=True)]
-
-    def dims(self, refs: Sequence[int]) -> tuple[int | None, ...]:
-        """Where the batch is in each of these values."""
-        return tuple([0 if r in self.differ else None for r in refs])
-
-    def value(self, trace: Trace, ref: int) -> Tensor:
-        """What :meth:`one` is, for all samples."""
-        x = self.one(trace, ref)
-        with quiet():
-            return x if ref in self.differ else x.expand(self.count, *x.shape)
-
-    def one(self, trace: Trace, ref: int) -> Tensor:
-        """The value: for all samples if it differs, else the one that all have."""
-        if ref in self.stale:
-            raise Unsteady
-        if ref not in self.values:
-            self.values[ref] = self.given(trace, ref)
-        return self.values[ref]
-
-    def given(self, trace: Trace, ref: int) -> Tensor:
-        """The value of an input, or of a tensor from outside."""
-        t = trace.origins[ref] if ref >= 0 else trace.lifted[~ref]
-        dim = trace.samples.dims[ref] if ref >= 0 and trace.samples is not None else None
-        known = None
-        if t.__class__ is Traced:
-            if t.tracer not in under_way.traces:
-                raise Unsteady
-            known = follow_trace(t.tracer).value(
-                t.tracer, t.ref
-            )  # traces rules, for which nothing is set aside
-        elif not has_values(t) or not (trace.may_ask_constants or ref in trace.made_inside):
-            raise Unsteady
-        with quiet(), torch.no_grad():
-            if dim is None and self.outer == 1:
-                return t.detach() if known is None else known[0]
-            self.differ.add(ref)
-            if known is None:
-                x = t.detach().expand(self.outer, *t.shape)
-            else:
-                x = repeat_samples(known, self.outer // len(known))
-            if dim is None:
-                return repeat_samples(x, self.count // self.outer)
-            return x.movedim(dim % t.ndim + 1, 1).flatten(0, 1)
-
-
-def samples_around(trace: Trace, itself: bool = False) -> int:
-    """How many samples the batches have together in which a recording goes on."""
-    traces = under_way.traces
-    around = traces[: traces.index(trace) + itself] if trace in traces else []
-    return math.prod(t.samples.size for t in around if t.samples is not None)
-
-
-def repeat_samples(x: Tensor, times: int) -> Tensor:
-    return x if times == 1 else x.unsqueeze(1).expand(len(x), times, *x.shape[1:]).flatten(0, 1)
-
-
-def steady(instr: Any) -> bool:
-    """Whether a step is nothing but a function of the tensors that it reads, and writes to those
-    alone."""
-    facts = instr.facts
-    if facts.random:
-        return False
-    return instr.__class__ in (CallStep, Row) or (
-        instr.__class__ is Instr and not (facts.effect or facts.dynamic)
-    )
-
-
-def steps_as_program(
-    records: Sequence[Record], number: int, numbers: Sequence[float], old: Collection[int]
-) -> tuple[list[int], list[int], Program]:
-    """Steps, from the one that makes the value ``number`` on, as a program of the values that they
-    read and do not make; it returns all that they make, and what becomes of the ``old`` ones that
-    they read. A loop's rounds are the same program. The Python ``numbers`` are literals."""
-    read: dict[int, Sig] = {}
-    for instr, refs, *_ in records:
-        known = (
-            instr.sigs
-            if instr.__class__ is Instr
-            else [p.meta["val"] for p in instr.program.placeholders]
-        )
-        for r, sig in zip(refs, known, strict=True):
-            if FIRST < r < number and (r not in read or instr.__class__ is Instr):
-                read[r] = sig
-    literals = {r: numbers[FIRST - r] for _, refs, *_ in records for r in refs if r <= FIRST}
-    place = {r: i for i, r in enumerate(read)} | {r: FIRST - i for i, r in enumerate(literals)}
-    shift = len(read) - number
-    written = [r for r in read if r in old]
-    ends = tuple(map(place.__getitem__, written))
-    own = tuple(
-        [
-            (r[0], tuple([place[x] if x in place else x + shift for x in r[1]]), r[2], None, None)
-            for r in records
-        ]
-    )
-
-    def make() -> Program:
-        trace, b = Trace(), Builder(REWRITES)
-        trace.mutates = any(instr.facts.writes for instr, *_ in own)
-        trace.inputs += read.values()
-        trace.records += own
-        trace.numbers += literals.values()
-        f = Functionalizer(trace, b, input_nodes(trace, b))
-        f.run()
-        made = [f.read(r) for r in (*range(len(read), f.number), *ends)]
-        return Program(b.finish(made), len(read), len(made), (), "asked")
-
-    return (
-        list(read),
-        written,
-        _programs.once((own, ends, *read.values(), bits_of(literals.values())), make),
-    )
-
-
-# ----- the whole of it ---------------------------------------------------------------------------
-
-
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
     """Real values of ``tensors`` with all samples at dimension 0, and how many samples there
     are."""
@@ -344,15 +112,6 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         return values, count
     with quiet():
         return [v.flatten(0, 1) for v in values], count * samples.size
-
-
-def batched_program(
-    program: Program, samples: Samples, sigs: Sequence[Any], outs: Sequence[int | None]
-) -> Program:
-    return program.derived(
-        ("asked", *samples, *sigs, *outs),
-        lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs),
-    )
 
 
 def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
@@ -398,10 +157,6 @@ def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[
         yield flat_tensors(results)
     finally:
         trace.forget(records, count)
-
-
-def compiled(program: Program) -> Callable[..., tuple]:
-    return program.once(compiled, lambda: Interpreted(lowered(program).graph))
 
 
 def run_once(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:

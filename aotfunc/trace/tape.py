@@ -98,7 +98,7 @@ class Tape:
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
         self._values: Replay | None = None
         self.answered = False  # whether a value was asked for
-        self.followed: Any = None  # see concretize.py
+        self.followed: Any = None  # see capture/followed.py
         self._roots: Roots | None = None
         self._places: tuple[MemoryPlace, ...] | None = None
         self.finished = False

@@ -6,7 +6,7 @@ import torch
 
 import aotfunc
 from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
-from aotfunc.capture import concretize
+from aotfunc.capture import concretize, followed
 from aotfunc.errors import AotfuncError
 from aotfunc.trace import replay
 from tests.inputs import f64
@@ -451,7 +451,7 @@ def test_what_has_been_run_for_an_answer_is_not_run_again(monkeypatch, f, how):
         )
 
     counted(replay, "instr_run", lambda *_: 1)
-    counted(concretize, "steps_as_program", lambda records, *_: len(records))
+    counted(followed, "steps_as_program", lambda records, *_: len(records))
     counted(concretize, "so_far", lambda trace, _: len(trace.records))
     x, steps = f64(2, 3, 4) if how is not grad else f64(4), []
     for n in (10, 20):
