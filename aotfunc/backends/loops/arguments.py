@@ -26,6 +26,7 @@ def lanes_of(kernel: Kernel) -> str:
     k = kernel.vector
     vectors = [e for e in walk(kernel.values) if k in kernel.axes(e) or isinstance(e, Reduce)]
     stores = [s for s in kernel.stores if kernel.extents and kernel.accesses[s.access].strides[k]]
+    stores += kernel.scatters
     dtypes = {e.dtype for e in vectors} | {s.value.dtype for s in stores}
     fits = [w for w, types in VECTORS.items() if dtypes <= set(types)]
     return fits[0] if fits and kernel.extents else "1"
@@ -54,12 +55,17 @@ def named(kernel: Kernel) -> Iterator[tuple[str, int]]:
                 yield f"{name}_{k}", step
         if w.start:
             yield f"{name}_start", w.start
+    for s in kernel.scatters:
+        yield f"s{s.access}_size", s.size
 
 
 def rows(kernel: Kernel) -> int:
     """How many rows a kernel's function divides its work into: the points of the outer axes, but
-    for the vector axis if there is another one; blocks of the cross axis, or of rows."""
+    for the vector axis if there is another one; blocks of the cross axis, or of rows; one
+    where several rows may be added to one place."""
     outer = list(kernel.extents[: kernel.outer])
+    if kernel.scatters:
+        return 1
     if kernel.blocks:
         return -(-math.prod(outer) // ROWS)
     if kernel.cross >= 0:

@@ -115,12 +115,17 @@ class Axes:
         return len(self.accesses) - 1
 
     def load(self, n: Node, place: Place, mask: Expr | None) -> Expr:
+        shift = self.shift(n, place)
+        return Load(wide(n.meta["val"].dtype), self.access(n, place), shift, mask)
+
+    def shift(self, n: Node, place: Place) -> Expr | None:
+        """How much further an element is because of indices that are looked up."""
         shift: Expr | None = None
         for index, stride in zip(place, n.meta["val"].stride(), strict=True):
             for e, step in index.found:
                 more = self.times(e, step * stride)
                 shift = more if shift is None else shift + more
-        return Load(wide(n.meta["val"].dtype), self.access(n, place), shift, mask)
+        return shift
 
     def times(self, e: Expr, n: int) -> Expr:
         if (e, n) not in self.values:

@@ -84,7 +84,9 @@ def worth(nodes: Sequence[Node]) -> bool:
     if isinstance(val, Tensor) and val.numel() <= SMALL:
         return True
     kernel = lower(nodes, nodes, "kernel")
-    return any(isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values))
+    return bool(kernel.scatters) or any(
+        isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values)
+    )
 
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:

@@ -57,4 +57,7 @@ def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
         start += index.start * stride
         for d, step in index.steps:
             strides[d] += step * stride  # type: ignore[index]
+    for d, stride in enumerate(strides):
+        if stride < 0:  # from the other end
+            strides[d], start = -stride, start + stride * (shape[d] - 1)
     return Check(tensor, (shape, tuple(strides), start), low, high, error)

@@ -60,6 +60,7 @@ class Printer(Values):
             start = f" + s{i}_start" * (a.start != 0)
             self.say(f"{kind} *const p{i} = ({kind} *)buffers[{i}]{start};  // {a.name}")
         self.emit(self.known(0))
+        self.cleared()
         self.body()
         head = [f"// {line}" for line in kernel.comments]
         head.append(
@@ -109,6 +110,16 @@ class Printer(Values):
         else:
             self.passes()
         self.close(1 + kernel.blocks)
+
+    def cleared(self) -> None:
+        """Zeros where values are added, and all rows for one call."""
+        if not self.kernel.scatters:
+            return
+        for s in self.kernel.scatters:
+            self.say(f"for (int64_t i = 0; i < s{s.access}_size; i++) p{s.access}[i] = 0;")
+        every = range(self.kernel.outer)
+        axes = [k for k in every if self.split or k != self.vector]
+        self.say(f"end = {' * '.join([f'n{k}' for k in axes]) or 1};")
 
     def block(self) -> None:
         """A block of rows, and where its sums lie."""
@@ -189,16 +200,18 @@ class Printer(Values):
         ranks: dict[Expr, int] = {}
         for e in values:
             ranks[e] = max([ranks[a] for a in e.args], default=0) + isinstance(e, Reduce)
-        left = [s for s in self.kernel.stores if self.varies(s.access)]
+        left = [s for s in self.kernel.stores if self.varies(s)]
         reduces = [e for e in values if isinstance(e, Reduce)]
         for rank in sorted({ranks[e] for e in reduces}):
             now = [e for e in reduces if ranks[e] == rank]
-            stores = [s for s in left if ranks[s.value] < rank]
+            stores = [s for s in left if max([ranks[e] for e in s.needs]) < rank]
             left = [s for s in left if s not in stores]
-            later = [s.value for s in left] + [e.value for e in reduces if ranks[e] > rank]
+            later = [e for s in left for e in s.needs] + [
+                e.value for e in reduces if ranks[e] > rank
+            ]
             last = [s for s in left if ranks[s.value] == max(ranks.values())]
             self.reduce(now, stores, self.kept(now, later, last))
-        self.put([s for s in self.kernel.stores if not self.varies(s.access)], inside=False)
+        self.put([s for s in self.kernel.stores if not self.varies(s)], inside=False)
         self.put(left, inside=True)
 
     def kept(self, now: Sequence[Reduce], later: Sequence[Expr], last: list[Store]) -> list[Store]:
@@ -222,7 +235,7 @@ class Printer(Values):
         """Store these values, inside of the reduced axes or once."""
         if not stores:
             return
-        values = [s.value for s in stores]
+        values = [e for s in stores for e in s.needs]
         if inside:
             self.before(values)
         names = dict(self.names)
@@ -237,8 +250,10 @@ class Printer(Values):
         if loops:
             self.names = names
 
-    def varies(self, access: int) -> bool:
-        return any(self.kernel.accesses[access].strides[k] for k in self.inner)
+    def varies(self, s: Store) -> bool:
+        """Whether a value has several places in a row."""
+        walked = any([self.kernel.accesses[s.access].strides[k] for k in self.inner])
+        return walked or (s.shift is not None and bool(self.kernel.axes(s.shift) & self.inner))
 
     def before(self, values: Iterable[Expr]) -> None:
         """What these values need that does not vary inside the loops to come."""
@@ -277,7 +292,7 @@ class Printer(Values):
     def reduce(self, now: list[Reduce], stores: list[Store], kept: list[Store]) -> None:
         """One pass over the reduced axes, for reductions that do not need each other, and what is
         stored on the way."""
-        values = [e.value for e in now] + [s.value for s in stores]
+        values = [e.value for e in now] + [e for s in stores for e in s.needs]
         self.before(values)
         totals = {e: self.fresh("a") for e in now}
         tiles = f"{TILE} / {self.lanes}"

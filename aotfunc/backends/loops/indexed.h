@@ -17,10 +17,32 @@ AOT V aot_each_of(const T *p, int64_t n, Wanted wanted, Place place) {
     if (i < n && wanted(i)) __builtin_memcpy((T *)&v + i, p + place(i), sizeof(T));
   return aot_memory<V, T>::load(v);
 }
+#if AOT_BYTES == 64
+AOT floats aot_gathered(const float *p, int64_t n, ints at) {
+  return __builtin_ia32_gathersiv16sf(floats{}, p, at, n < 16 ? (1u << n) - 1 : -1, 4);
+}
+AOT doubles aot_gathered(const double *p, int64_t n, longs at) {
+  typedef long long lanes __attribute__((vector_size(64)));
+  return __builtin_ia32_gatherdiv8df(doubles{}, p, (lanes)at, n < 8 ? (1u << n) - 1 : -1, 8);
+}
+template <class V> AOT V aot_looked_up(const float *p, int64_t n, int64_t stride, ints shift) {
+  return aot_gathered(p, n, shift + aot_ramp<ints>(0, stride));
+}
+template <class V> AOT V aot_looked_up(const double *p, int64_t n, int64_t stride, longs shift) {
+  return aot_gathered(p, n, shift + aot_ramp<longs>((int64_t)0, stride));
+}
+#endif
 template <class V, class T, class I>
 AOT V aot_looked_up(const T *p, int64_t n, int64_t stride, I shift) {
   return aot_each_of<V>(
       p, n, [](int) { return true; }, [=](int i) { return i * stride + shift[i]; });
+}
+// A value more at each of these places, of which some may be the same.
+template <class V, class T, class I>
+AOT void aot_add_each(T *p, V v, int64_t n, int64_t stride, I shift) {
+  _Pragma("GCC unroll 16")
+  for (int i = 0; i < aot_lanes<V>; i++)
+    if (i < n) p[i * stride + shift[i]] += v[i];
 }
 template <class V, class T, class M, class I>
 AOT V aot_masked(const T *p, int64_t n, int64_t stride, M mask, I shift) {

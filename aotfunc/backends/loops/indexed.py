@@ -86,24 +86,34 @@ def scatter(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) ->
 
 
 def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr:
-    """Dimensions that are indexed together lie where the first of them was, or first of all if
-    others are between them. A negative index counts from the end."""
+    return work.value(x, indexed(work, at, shape_of(x), asked), at.mask)
+
+
+def indexed(work: Lowering, at: At, size: Sequence[int], asked: Sequence[Node | None]) -> Place:
+    """Where an indexed tensor of this size lies. A negative index counts from the end."""
     indices = {d: i for d, i in enumerate(asked) if i is not None}
-    shape = broadcast(*[shape_of(i) for i in indices.values()])
-    dims = list(indices)
-    first = dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0
+    first, shape = together(asked)
     behind = first + len(shape)
     common, rest = at.place[first:behind], iter([*at.place[:first], *at.place[behind:]])
     where = []
-    for d, size in enumerate(shape_of(x)):
+    for d, n in enumerate(size):
         if d not in indices:
             where.append(next(rest))
             continue
         here = At(expand(shape_of(indices[d]), common), at.mask)
-        error = outside(IndexError, size, dims.index(d))
-        found = index_of(work, indices[d], here, -size, size, error)
-        where.append(looked_up(wrapped(work, found, size)))
-    return work.value(x, tuple(where), at.mask)
+        found = index_of(
+            work, indices[d], here, -n, n, outside(IndexError, n, list(indices).index(d))
+        )
+        where.append(looked_up(wrapped(work, found, n)))
+    return tuple(where)
+
+
+def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
+    """Where dimensions that are indexed together lie, and their shape: where the first of them was,
+    or first of all if others are between them."""
+    dims = [d for d, i in enumerate(asked) if i is not None]
+    shape = broadcast(*[shape_of(i) for i in asked if i is not None])
+    return (dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0), tuple(shape)
 
 
 # --- cut, padded, joined ---

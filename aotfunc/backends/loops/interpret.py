@@ -74,9 +74,18 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
         assert isinstance(e, Apply)
         return FUNCTIONS[e.fn](*args)
 
-    for e in walk([s.value for s in kernel.stores]):
+    for e in walk(kernel.values):
         values[e] = value(e)
     for s in kernel.stores:
+        if s.shift is not None:
+            place = affine(kernel.accesses[s.access]) + values[s.shift]
+            found = values[s.value]
+            for k in inner:
+                if k not in kernel.axes(s.shift) and not kernel.accesses[s.access].strides[k]:
+                    place, found = place.narrow(k, 0, 1), found.expand(place.shape).narrow(k, 0, 1)
+            flat = tensors[s.access].view(-1)
+            flat.zero_().index_put_((place,), found.expand(place.shape), accumulate=True)
+            continue
         if s.blocks:
             rows = values[s.value].expand(kernel.extents).flatten(0, kernel.outer - 1)
             found = torch.stack([block.sum(0) for block in rows.split(ROWS)])

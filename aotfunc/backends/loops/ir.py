@@ -231,11 +231,18 @@ class Access:
 class Store:
     """A value put into an output at each point; where the value is a reduction's, at each point
     of the other axes. With ``blocks`` it is added up over each block of the outer axes, see
-    :mod:`.blocks`, and the output has a place for each of them."""
+    :mod:`.blocks`, and the output has a place for each of them. With ``shift`` it is added to the
+    element so much further of an output of ``size`` elements, which are 0 before."""
 
     access: int
     value: Expr
     blocks: bool = False
+    shift: Expr | None = None
+    size: int = 0
+
+    @property
+    def needs(self) -> list[Expr]:
+        return [self.value] if self.shift is None else [self.value, self.shift]
 
 
 @dataclass(frozen=True)
@@ -271,13 +278,18 @@ class Kernel:
 
     @property
     def values(self) -> list[Expr]:
-        """What is stored."""
-        return [s.value for s in self.stores]
+        """What is stored, and where if that is computed."""
+        return [e for s in self.stores for e in s.needs]
 
     @property
     def blocks(self) -> bool:
         """Whether its rows run in blocks, over which values are added up."""
         return any([s.blocks for s in self.stores])
+
+    @property
+    def scatters(self) -> list[Store]:
+        """The stores that add where indices say."""
+        return [s for s in self.stores if s.shift is not None]
 
     @property
     def outer(self) -> int:
@@ -364,8 +376,9 @@ def show(kernel: Kernel) -> str:
     lines += [f"  {name}: {short(e.dtype)} = {text(e)}" for e, name in names.items()]
     for s in kernel.stores:
         access = kernel.accesses[s.access]
-        sign = "+=" if s.blocks else "="
-        lines.append(f"  {access.name}[{place(access)}] {sign} {word(s.value)}")
+        where = place(access, word(s.shift) if s.shift else "")
+        sign = "+=" if s.blocks or s.shift else "="
+        lines.append(f"  {access.name}[{where}] {sign} {word(s.value)}")
     return "\n".join(lines)
 
 

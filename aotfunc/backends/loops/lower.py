@@ -40,6 +40,7 @@ from .members import seen_through
 from .places import FIRST, Index, Place, Split
 from .pointwise import ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
+from .scatter import ADDED
 from .views import VIEWS, behind, expand, shape_of, source_of
 from .waste import often, one_way
 
@@ -71,6 +72,8 @@ class Lowering(Axes):
     def store(self, n: Node) -> Store:
         if n.target is block_sums:
             return self.added_up(n)
+        if n.target in ADDED:
+            return self.scattered(n)
         whole = [p for p, mask in self.places.get(n, ()) if mask is None and self.whole(p, n)]
         place = whole[0] if whole else self.root(shape_of(n))
         value = self.value(n, place)
@@ -91,6 +94,18 @@ class Lowering(Axes):
         self.reduced = inner
         return Store(self.access(n, (FIRST, *place[dims:])), self.value(x, place), blocks=True)
 
+    def scattered(self, n: Node) -> Store:
+        """A value added where indices say, at each point of the kernel or of its outer axes."""
+        value, shape, where = ADDED[n.target](n)
+        place = self.root(shape)
+        found = self.value(value, expand(shape_of(value), place))
+        target = where(self, place)
+        shift = self.shift(n, target)
+        if shift is None:
+            raise Unfit("indices of which there is one")
+        size = n.meta["val"].numel()
+        return Store(self.access(n, target), found, shift=shift, size=size)
+
     def value(self, n: Node, place: Place, mask: Expr | None = None) -> Expr:
         found = self.values.get((n, place, mask))
         if found is None:
@@ -109,7 +124,7 @@ class Lowering(Axes):
         self.places.setdefault(n, []).append((place, mask))
         if n.target in REDUCTIONS:
             return self.reduction(n, place, mask)
-        if n.target is block_sums:
+        if n.target is block_sums or n.target in ADDED:
             raise Unfit("what another kernel adds up")
         if n.target in TAKEN:
             return cast(
@@ -198,7 +213,7 @@ class Lowering(Axes):
         outer = set(range(rank - len(self.reduced)))
         for s in stores:
             walked = accesses[s.access]
-            if s.blocks:
+            if s.blocks or s.shift is not None:
                 continue
             if not outer <= {k for k, stride in enumerate(walked.strides) if stride}:
                 raise Unfit("a result that is smaller than the kernel, or overlaps itself")

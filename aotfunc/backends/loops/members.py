@@ -13,6 +13,7 @@ from .dtypes import DTYPES
 from .indexed import TAKEN, iota
 from .pointwise import RULES
 from .reductions import REDUCTIONS
+from .scatter import adds
 from .views import SEVERAL, source_of
 
 
@@ -27,6 +28,7 @@ def computed(n: Any) -> bool:
             or n.target in REDUCTIONS
             or n.target in TAKEN
             or n.target is block_sums
+            or adds(n)
         )
         and plain(n)
         and all(map(plain, n.all_input_nodes))

@@ -131,6 +131,9 @@ def power(x: Expr, e: Any) -> Expr:
         -0.5: lambda: apply("rsqrt", x),
         -1: lambda: apply("reciprocal", x),
         -2: lambda: 1 / (x * x),
+        4: lambda: (x * x) * (x * x),
+        -3: lambda: 1 / (x * x) / x,  # reaches as far as the power does
+        -4: lambda: 1 / (x * x) / (x * x),
     }
     return quick[e]() if e in quick else apply("pow", x, e)
 

@@ -229,22 +229,26 @@ class Values:
         return f"aot_ramp<{self.type(e)}>({first}, {step})" if wide else first
 
     def store(self, s: Store) -> None:
-        i, e = s.access, s.value
-        wide = self.vectors and self.kernel.accesses[i].strides[self.vector] != 0
+        i, e, at = s.access, s.value, self.place(s.access)
+        apart = s.shift is not None and self.wide(s.shift)
+        wide = apart or (self.vectors and self.kernel.accesses[i].strides[self.vector] != 0)
         value = self.word(e, wide)
+        if s.shift is not None and not apart:
+            at += f" + {self.word(s.shift, False)}"
         if not wide:
-            self.say(f"*({self.place(i)}) {'+=' if s.blocks else '='} {value};")
+            self.say(f"*({at}) {'=' if not (s.blocks or s.shift) else '+='} {value};")
             return
         if e.dtype is torch.bool:
             value = f"-{value}"
         step = self.stride(i, self.vector)
-        if s.blocks:
-            value = f"aot_get<{VECTORS[self.lanes][e.dtype]}>({self.place(i)}, n) + {value}"
-        self.say(
-            f"aot_put({self.place(i)}, {value}, n);"
-            if step == "1"
-            else f"aot_scatter({self.place(i)}, {value}, n, {step});"
-        )
+        if apart and s.shift is not None:
+            self.say(f"aot_add_each({at}, {value}, n, {step}, {self.word(s.shift, True)});")
+            return
+        put, get = ("aot_put", "aot_get") if step == "1" else ("aot_scatter", "aot_gather")
+        rest = "n" if step == "1" else f"n, {step}"
+        if s.blocks or s.shift is not None:
+            value = f"{get}<{VECTORS[self.lanes][e.dtype]}>({at}, {rest}) + {value}"
+        self.say(f"{put}({at}, {value}, {rest});")
 
 
 def memory(dtype: torch.dtype) -> str:

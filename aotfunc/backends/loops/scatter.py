@@ -1,0 +1,90 @@
+"""Ops that add values into zeros where indices say: the other way round of a look-up.
+
+Several values may be added to one place, so one thread adds them all, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from .checks import index_of
+from .constants import constant
+from .indexed import At, indexed, looked_up, out_of_self, outside, together
+from .ir import Unfit
+from .places import Place
+from .views import changed, shape_of
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+aten = torch.ops.aten
+
+#: a target: what is added, its shape with the indices', and where a point of that is in the result
+Added = tuple[Node, tuple[int, ...], Callable[["Lowering", Place], Place]]
+
+
+def index_put(n: Node) -> Added:
+    x, asked, value, accumulate = (*n.args, False)[:4]
+    if not accumulate:
+        raise Unfit("values that are put")
+    first, shape = together(asked)
+    size = shape_of(x)
+    rest = tuple([n for d, n in enumerate(size) if d >= len(asked) or asked[d] is None])
+
+    def where(work: Lowering, place: Place) -> Place:
+        return indexed(work, At(place, None), size, asked)
+
+    return value, (*rest[:first], *shape, *rest[first:]), where
+
+
+def scatter_add(n: Node) -> Added:
+    x, dim, index, value = n.args
+    shape = shape_of(index)
+    if not shape or shape != shape_of(value):
+        raise Unfit("a part of the values")
+    size = shape_of(x)[dim]
+
+    def where(work: Lowering, place: Place) -> Place:
+        error = outside(RuntimeError, size, dim % len(shape))
+        i = index_of(work, index, At(place, None), 0, size, error)
+        return changed(place, dim, looked_up(i))
+
+    return value, shape, where
+
+
+def index_add(n: Node) -> Added:
+    x, dim, index, value = n.args
+    if n.kwargs.get("alpha", 1) != 1 or not shape_of(index) or not shape_of(x):
+        raise Unfit("values times a number")
+    size = shape_of(x)[dim]
+
+    def where(work: Lowering, place: Place) -> Place:
+        i = index_of(work, index, At((place[dim],), None), 0, size, out_of_self)
+        return changed(place, dim, looked_up(i))
+
+    return value, shape_of(value), where
+
+
+#: op -> what it adds where
+ADDED: dict[Any, Callable[[Node], Added]] = {
+    aten.index_put.default: index_put,
+    aten.scatter_add.default: scatter_add,
+    aten.index_add.default: index_add,
+}
+
+
+def adds(n: Node) -> bool:
+    """Whether a node adds values into zeros."""
+    if n.target not in ADDED or str(constant(n.args[0])) not in ("0", "0.0"):
+        return False
+    val = n.meta["val"]
+    if val.dtype not in (torch.float32, torch.float64) or not val.is_contiguous():
+        return False
+    try:
+        value, _, _ = ADDED[n.target](n)
+    except Unfit:
+        return False
+    return isinstance(value, Node) and value.meta["val"].dtype is val.dtype
