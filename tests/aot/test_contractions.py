@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from aotfunc import aot_function, functional_call, grad, jacrev, jit, vmap
+from aotfunc import aot_function, functional_call, grad, jacfwd, jacrev, jit, vmap
 from aotfunc.backends import Backend
 from aotfunc.trace.node_views import calls_view
 from aotfunc.transforms.contractions import choice
@@ -435,3 +435,52 @@ def test_exact():
     for exact in (True, False):
         copy = pickle.loads(pickle.dumps(jit(torch.sin, backend="cpp", exact=exact)))
         assert copy.pipeline.exact is exact
+
+
+# ----- identity matrices --------------------------------------------------------------------------
+
+WEIGHTS = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+IDENTITIES = {
+    "on the left": (lambda w, v: (torch.eye(6, dtype=w.dtype) @ w).sin(), 0),
+    "on the right": (lambda w, v: (w.T @ torch.eye(6, dtype=w.dtype)).sin(), 0),
+    "of batches": (lambda w, v: torch.eye(6, dtype=w.dtype).expand(3, 6, 6) @ w.sin(), 0),
+    "twice": (lambda w, v: torch.eye(6, dtype=w.dtype) @ torch.eye(6, dtype=w.dtype) @ v, 0),
+    "between": (lambda w, v: w @ torch.eye(6, dtype=w.dtype) @ v, 1),
+    "squared": (lambda w, v: (torch.eye(6, dtype=w.dtype) @ w).square().sum(), 0),
+    "a row of it": (lambda w, v: torch.eye(6, dtype=w.dtype)[2:3] @ w, 1),
+    "its sum": (lambda w, v: torch.eye(6, dtype=w.dtype).sum(0) @ v, None),
+    "its trace": (lambda w, v: (torch.eye(6, dtype=w.dtype) * w).sum(), None),
+    "in two dimensions": (
+        lambda w, v: torch.eye(6, dtype=w.dtype).view(6, 2, 3).flatten(1) @ w.sin(),
+        0,
+    ),
+    "a part": (lambda w, v: torch.eye(4, 6, dtype=w.dtype) @ w.sin(), 1),
+}
+
+
+@pytest.mark.parametrize("case", IDENTITIES)
+def test_a_product_with_an_identity_is_the_other_factor(case):
+    f, products = IDENTITIES[case]
+    shown = compiled(f, *WEIGHTS)
+    if products is not None:
+        assert shown.calls(aten.mm.default, aten.bmm.default) == products
+
+
+@pytest.mark.parametrize("transform", [jacrev, jacfwd])
+def test_a_jacobian_multiplies_no_identity(transform):
+    w, v = WEIGHTS
+    f = transform(lambda x: (torch.tanh(x @ w) @ v).view(2, 2))
+    shown = compiled(f, torch.randn(6, dtype=torch.float64))
+    assert shown.calls(aten.mm.default) == 2
+
+
+def test_the_other_factor_is_copied():
+    """A result shares no memory with an argument, nor with another result."""
+    f = jit(lambda w: (torch.eye(6, dtype=w.dtype) @ w, torch.eye(6, dtype=w.dtype) @ w), "cpp")
+    w = WEIGHTS[0].clone()
+    for one in f(w):
+        one.add_(1)
+    assert_close(w, WEIGHTS[0], rtol=0, atol=0)
+    assert_close(f(w)[0], w, rtol=0, atol=0)
+    w = WEIGHTS[0]
+    assert jit(jacrev(lambda x: x @ w))(w[0]).data_ptr() != w.data_ptr()

@@ -39,13 +39,19 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
     ways: dict[Node, tuple[float, Way]] = {
         n: way(products, products.found[n])
         for n, nodes in cones.items()
-        if sum(joins(m) for m in nodes) > 1 and any(m.target in SUMS for m in nodes)
+        if another(products.found[n], nodes) and any(m.target in SUMS for m in nodes)
     }
     found: dict[Node, Way] = {}
     for group in groups(cones):
         for n in best(group, cones, {n: ways[n][0] for n in group if n in ways}, products):
             found[n] = ways[n][1]
     return found
+
+
+def another(p: Product, nodes: Sequence[Node]) -> bool:
+    """Whether there is another way than these nodes: an order, or factors that are not read."""
+    count = sum(joins(m) for m in nodes)
+    return count > 1 or len(p.factors) <= count
 
 
 def needed_of(graph: fx.Graph, products: Products) -> list[Node]:

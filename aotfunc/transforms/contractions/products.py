@@ -187,7 +187,27 @@ class Products:
         kept = [
             () if d in over else dim for d, dim in enumerate(p.dims) if keepdim or d not in over
         ]
-        return replace(p, dims=tuple(kept), scale=p.scale * self.count(gone))
+        p = replace(p, dims=tuple(kept), scale=p.scale * self.count(gone))
+        return self.without_identities(p)
+
+    def without_identities(self, p: Product) -> Product:
+        """A sum over a side of an identity matrix is what the other side says of the factors that
+        have the first one's labels."""
+        for f in p.factors:
+            if not identity(f):
+                continue
+            rest = tuple([other for other in p.factors if other is not f])
+            summed = {label for g in rest for label in g.labels}.difference(p.labels)
+            for kept, gone in (f.dims, f.dims[::-1]):
+                same: dict[int, tuple[int, ...]] = {}
+                if gone and summed.issuperset(gone) and self.unify(kept, gone, same):
+                    return self.without_identities(substituted(replace(p, factors=rest), same))
+        return p
+
+
+def identity(f: Factor) -> bool:
+    val = f.node.meta["val"]
+    return f.node.target in (aten.eye.default, aten.eye.m) and val.shape[0] == val.shape[1]
 
 
 def flat(dims: Dims) -> tuple[int, ...]:

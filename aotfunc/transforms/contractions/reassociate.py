@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from ...graph import Program
 from ...trace.emit import Builder, paused_gc
+from ...trace.node_views import viewed
 from ...trace.shapes.sig import Sig
 from ...trace.views import laid_out
 from ..decompose import separate_outputs
@@ -29,7 +30,8 @@ def reassociated(program: Program) -> Program:
             return NotImplemented
         nodes, plan, order = ways[n]
         new = apply(b, (computed,), traced(computed), [env[a] for a in nodes], plan, order)
-        return strided(b, laid_out(b, new, n.meta["val"]), n.meta["val"])
+        new = strided(b, laid_out(b, new, n.meta["val"]), n.meta["val"])
+        return apart(b, new, [env[a] for a in nodes])
 
     with paused_gc():
         b, env = builder(), dict[Node, Any]()
@@ -37,6 +39,14 @@ def reassociated(program: Program) -> Program:
         outs = separate_outputs(b, program.outputs, env)
         graph = b.finish(outs)
         return Program(graph, program.n_inputs, program.n_outputs, program.mutated, "reassociate")
+
+
+def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
+    """``x``, or a copy of it where it shows one of these."""
+    base: Node | None = x
+    while base is not None and base not in factors:
+        base = viewed(base)
+    return x if base is None else b.call(torch.ops.aten.clone.default, x)
 
 
 def strided(b: Builder, x: Node, sig: Sig) -> Node:
