@@ -21,12 +21,23 @@ LIMIT_S = 60
 # AOTFUNC_BACKEND names, as those then do that name eager
 if os.environ.setdefault("AOTFUNC_BACKEND", "eager") != "eager":
     backends.REGISTRY["eager"] = backends.lookup("auto")
+    LIMIT_S = 300
 
 
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", f"limit(seconds): time limit of one test (default {LIMIT_S} s)"
     )
+    config.addinivalue_line(
+        "markers", "eager: a test of bits, ops or graphs that only the eager backend has"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if backends.REGISTRY["eager"] != backends.EAGER:
+        for item in items:
+            if item.get_closest_marker("eager"):
+                item.add_marker(pytest.mark.skip("only the eager backend's"))
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,7 @@ def made(compiled, x):
     return [(made_by, size) for made_by, _, size, _ in stages(compiled)(x)]
 
 
+@pytest.mark.eager  # others have stages of their own
 def test_of_compiled_functions():
     leaf = X.clone().requires_grad_()
     assert made(jit(f), X) == [("capture", 3)]

@@ -99,7 +99,8 @@ class Pipeline:
     def rounds(self) -> bool:
         """Whether an input may be rounded to the low precision of what it is computed with, where
         eager does not round a number."""
-        return not self.forward_backend is self.backward_backend is backends.EAGER
+        ours = (backends.AUTO, backends.CPP, backends.EAGER)
+        return not (self.forward_backend in ours and self.backward_backend in ours)
 
     def takes_numbers(self, rec: Captured) -> bool:
         """Whether Python numbers may be inputs of its programs."""

@@ -48,6 +48,38 @@ def test_the_same_numbers(case, dtype):
         assert_close(got, want, rtol=0, atol=0)
 
 
+#: what is computed with a matrix
+OTHERS = {
+    "a number": 0.7123456,
+    "a whole number": 1003,
+    **{f"one {d}": torch.tensor(0.7123456, dtype=d) for d in (torch.float64, torch.float32)},
+    "one integer": torch.tensor(1003),
+    "integers": torch.arange(1, 1481).view(37, 40),
+    "one of another rank": torch.tensor([0.7123456]),
+}
+OPS = {
+    **{f.__name__: f for f in (torch.add, torch.sub, torch.mul, torch.div, torch.fmod, torch.gt)},
+    **{f.__name__: f for f in (torch.pow, torch.atan2, torch.remainder, torch.maximum)},
+    "subtracted from": lambda x, y: y - x,
+    "divided by": lambda x, y: y / x,
+    "power of": lambda x, y: y**x,
+    "times": lambda x, y: y * x,
+    "addcmul": lambda x, y: torch.addcmul(x, x, y),
+    "where": lambda x, y: torch.where(x > 0, x, y),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_numbers_of_other_dtypes(op, dtype):
+    """Most ops round what they compute with to the dtype of the result."""
+    x = ((torch.rand(37, 40) + 0.5) * 2).to(dtype)
+    tensors = op in ("maximum", "atan2", "addcmul")
+    ys = {name: y for name, y in OTHERS.items() if isinstance(y, torch.Tensor) or not tensors}
+    f = lambda x, ys: {name: OPS[op](x, y) for name, y in ys.items()}
+    assert_close(jit(f, backend=every_kernel)(x, ys), f(x, ys), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_special_values(dtype):
     x = torch.tensor([*SPECIAL, 65504, 65520, 6e-8, 3e-8, 1e-7] * 2).to(dtype)

@@ -38,7 +38,7 @@ from .ir import (
 )
 from .members import seen_through
 from .places import FIRST, Index, Place, Split
-from .pointwise import ROUND_FIRST, RULES
+from .pointwise import FACTORS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
 from .scatter import ADDED
 from .views import VIEWS, behind, expand, shape_of, source_of
@@ -185,7 +185,8 @@ class Lowering(Axes):
             if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
                 value = cast(value, torch.bool)
             else:
-                value = cast(value, dtype)
+                as_it_is = n.target in FACTORS and i == 1 and not shape_of(a)
+                value = cast(value if as_it_is else cast(value, common), dtype)
             read.append(value)
             return value
 

@@ -111,8 +111,11 @@ ROUND_FIRST = frozenset(
     (
         *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
         *(aten.rsub.Tensor, aten.rsub.Scalar, aten.pow.Tensor_Scalar, aten.pow.Scalar),
+        aten.fmod.Scalar,
     )
 )
+#: tensors of another dtype are rounded by all ops, but for one number by which these multiply
+FACTORS = (aten.mul.Tensor, aten.div.Tensor)
 
 rule("any", maximum, aten.maximum.default)
 rule("any", minimum, aten.minimum.default)
