@@ -203,6 +203,12 @@ EXTRA = {
         jit(f, backend="cpp")(x, torch.tensor([0, 2, 1]))
         for f in (kernels, lambda x, i: grad(kernels)(x, i))
     ],
+    "sums in blocks": lambda: jit(
+        grad(lambda x, w: F.layer_norm(x, (4,), w).sin().sum(), argnums=(0, 1)), backend="cpp"
+    )(x.repeat(20, 1), x[0]),
+    "scattered sums": lambda: jit(grad(lambda x, i: x[i].sin().sum()), backend="cpp")(
+        x, torch.tensor([0, 2, 1, 0])
+    ),
 }
 
 if __name__ == "__main__":

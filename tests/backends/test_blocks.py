@@ -93,3 +93,11 @@ def test_the_op_alone():
     x = r(5, 13, 3)
     assert_close(block_sums(x, 2), torch.stack([b.sum(0) for b in x.flatten(0, 1).split(32)]))
     assert block_sums(x.to("meta"), 1).shape == block_sums(x, 1).shape == (1, 13, 3)
+
+
+def test_large_results():
+    """Memory in huge pages is as good as any: at its ends, of several results, at odd sizes."""
+    for n in (1 << 20, (1 << 21) + 77):
+        x = r(n)
+        plus, twice = jit(lambda x: (x + 1, x * 2), backend="cpp")(x)
+        assert torch.equal(plus, x + 1) and torch.equal(twice, x * 2)

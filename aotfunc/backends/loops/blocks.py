@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .reductions import REDUCTIONS
 from .views import shape_of
@@ -27,10 +28,11 @@ def sums(x: Tensor, dims: int) -> Tensor:
 
 
 def blank(x: Tensor, dims: int) -> Tensor:
-    """A tensor like the result. A copy: making a new one imports sympy."""
+    """A tensor like the result, without memory."""
     blocks = -(-math.prod(x.shape[:dims]) // ROWS)
-    row = x[(0,) * dims]
-    return row.expand(blocks, *row.shape).clone(memory_format=torch.contiguous_format)
+    made = torch.empty((blocks, *x.shape[dims:]), dtype=x.dtype, device="meta")
+    # not by an op of x, which would import Dynamo
+    return FakeTensor(x.fake_mode, made, x.device) if isinstance(x, FakeTensor) else made
 
 
 _library.impl("block_sums", sums, "CPU")

@@ -160,7 +160,9 @@ class Native:
         plan = [inputs_of(order, outputs), len(outputs), len(order), len(sizes)]
         plan += [rows, grain or 0, largest, kernel.address, *order, *sizes]
         for shape, strides, dtype in outputs:
-            plan += [self.dtypes[dtype], len(shape), *shape, *strides]
+            elements = 1 + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
+            bytes = max(0, elements) * dtype.itemsize
+            plan += [self.dtypes[dtype], bytes, len(shape), *shape, *strides]
         name = kernel.function.__name__
         return function(name, self.launch, (array("q", plan).tobytes(), plain), __name__)
 
