@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def is_contiguous(sig: Sig) -> bool:
     """Contiguous; strides of dimensions of size 1 are moot."""
-    return in_order(sig, range(sig.ndim))
+    return 0 in sig.shape or in_order(sig, range(sig.ndim))
 
 
 def by_rows(sig: Sig) -> bool:
@@ -64,6 +64,7 @@ def normalised_backward(sigs: Sequence[Sig]) -> dict[int, torch.memory_format]:
 READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]]] = {
     aten.native_group_norm.default: normalised,
     aten.native_group_norm_backward.default: normalised_backward,
+    aten.native_layer_norm_backward.default: densely(3, 4),
     aten._scaled_dot_product_flash_attention_for_cpu.default: rows(0, 1, 2),
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: rows(1, 2, 3, 4),
     aten._pdist_forward.default: densely(0),

@@ -215,7 +215,6 @@ def _(tangents, out, g, x, shape, mean, rstd, weight, bias, mask):
 @vmap_of(aten.native_layer_norm_backward)
 def _(g, x, shape, mean, rstd, weight, bias, mask, *, batched, size):
     g, x, mean, rstd = all_batched((g, x, mean, rstd), batched, size)
-    mean, rstd = mean.contiguous(), rstd.contiguous()  # the kernel reads no strides of these
     of_x = of_w = of_b = None
     if mask[0]:
         apart = batched[4]
@@ -363,7 +362,6 @@ def _(tangents, out, g, x, mean, rstd, weight, n, c, pixels, groups, mask):
 @vmap_of(aten.native_group_norm_backward)
 def _(g, x, mean, rstd, weight, n, c, pixels, groups, mask, *, batched, size):
     g, x, mean, rstd = all_batched((g, x, mean, rstd), batched, size)
-    mean, rstd = mean.contiguous(), rstd.contiguous()  # the kernel reads no strides of these
     of_x = of_w = of_b = None
     if mask[0]:
         gh, w = (g * along_channels(weight, g.dim() - 3), None) if batched[4] else (g, weight)
