@@ -21,6 +21,7 @@ from . import native
 from .arguments import rows, sizes
 from .blocks import in_blocks
 from .cpp import function
+from .folded import fold
 from .fuse import Unit, calls, grouped, stored
 from .ir import Apply, Check, Kernel, walk
 from .launch import Launch, has_memory
@@ -109,6 +110,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
         else:
             new[u.nodes[0]] = graph.node_copy(u.nodes[0], new.__getitem__)
     graph.node_copy(output_node(old), new.__getitem__)
+    fold(graph, (LaidOut, InRange))
     return graph, source
 
 
