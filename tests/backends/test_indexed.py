@@ -168,6 +168,10 @@ GRADIENTS = {
     "heads": (lambda x: x.view(3, 3, 4, 3).transpose(1, 2).exp().softmax(-1), r(9, 12)),
     "unbound": (lambda x: (lambda a, b, c: a * b + c.exp())(*x.view(9, 3, 4).unbind(1)), r(9, 12)),
     "in parts": (lambda x: (lambda a, b: a * b.exp())(*x.split(6, 1)), r(9, 12)),
+    "every second": (lambda x: x[:, ::2].exp() * x[:, 1::2], r(9, 12)),
+    "every third row": (lambda x: x[1:8:3].exp() * 2, r(9, 12)),
+    "rows and columns apart": (lambda x: x[2::4, 1:-1:5].exp(), r(12, 20)),
+    "pairs": (lambda x: torch.stack([-x[:, 1::2], x[:, ::2]], -1).flatten(1) * x, r(9, 12)),
     "the greatest": (lambda x: x.max(1).values * 3, r(9, 12)),
     "the least of columns": (lambda x: x.min(0, keepdim=True).values * x, r(9, 12)),
 }
@@ -347,6 +351,8 @@ def random_program(seed: int):
             return x.split(1 + int(u[2] * n), d)[-1]
         if kind == 14:
             return x.split([n // 2, n - n // 2], d)[1]
+        if kind == 16:
+            return torch.slice_copy(x, d, int(u[2] * n), None, 1 + int(u[3] * 3))
         if kind == 15:
             return x + x.argmax(d, keepdim=True).to(dtype)
         return x.clamp(-2, 2) * 1.5 if dtype.is_floating_point else x * 3 - 1
@@ -354,7 +360,7 @@ def random_program(seed: int):
     def f(x: Tensor) -> tuple[Tensor, ...]:
         values = [x]
         for u in plan:
-            x = step(values[int(u[4] * len(values))], int(u[0] * 18), u)
+            x = step(values[int(u[4] * len(values))], int(u[0] * 19), u)
             values.append(x + 1)
         return tuple(values[-3:])
 

@@ -17,7 +17,7 @@ from ...trace.shapes.rules import broadcast
 from .checks import index_of, wrapped
 from .dtypes import cast, said
 from .ir import Expr, Given, Unfit, apply, number
-from .places import FIRST, Index, Place
+from .places import FIRST, Index, Place, divided
 from .views import changed, expand, first_of, shape_of
 
 if TYPE_CHECKING:
@@ -140,11 +140,11 @@ def constant_pad(work: Lowering, at: At, x: Node, pad: Sequence[int], value: Any
 def slice_backward(
     work: Lowering, at: At, g: Node, sizes: Any, dim: int, start: int, end: int, step: int
 ) -> Expr:
-    if step != 1:
-        raise Unfit("a slice with gaps")
-    index = at.place[dim].shifted(-first_of(start, sizes[dim]))
-    inside = work.inside(index, 0, shape_of(g)[dim])
-    return padded(work, g, changed(at.place, dim, index), inside, at.mask)
+    first, rest = divmod(first_of(start, sizes[dim]), step)
+    index, gap = divided(at.place[dim], step, work.extents)
+    index = index.shifted(-first)
+    tests = [work.inside(gap, rest, rest + 1), work.inside(index, 0, shape_of(g)[dim])]
+    return padded(work, g, changed(at.place, dim, index), work.both(tests), at.mask)
 
 
 def select_backward(work: Lowering, at: At, g: Node, sizes: Any, dim: int, index: int) -> Expr:
