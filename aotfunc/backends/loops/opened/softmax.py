@@ -8,7 +8,7 @@ from torch import Tensor
 
 def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     e = (x - x.amax(dim, keepdim=True)).exp()
-    return e / e.sum(dim, keepdim=True)
+    return e * (1 / e.sum(dim, keepdim=True))  # one division a row
 
 
 def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
