@@ -134,3 +134,13 @@ def test_special_values(case, value, dtype):
     unit = max(1e-5, 8 * torch.finfo(dtype).eps)
     got, want = jit(f, backend=every_kernel)(*args), f(*args)
     assert_close(got, want, equal_nan=True, rtol=unit, atol=unit)
+
+
+def test_nothing_is_normalised():
+    """Gradients of norms of no rows."""
+    for f in (F.layer_norm, F.rms_norm):
+        norm = lambda x, w, f=f: f(x, (5,), w)
+        x, w = torch.randn(0, 3, 5), torch.rand(5)
+        found = gradients(jit(norm, backend=every_kernel), (x, w), torch.float32)
+        for got, want in zip(found, gradients(norm, (x, w), torch.float32), strict=True):
+            assert_close(got, want)

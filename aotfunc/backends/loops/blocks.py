@@ -51,7 +51,7 @@ def in_blocks(graph: fx.Graph) -> None:
             continue
         x, val = n.args[0], n.meta["val"]
         before = x.meta["val"]
-        plain = before.dtype is val.dtype and before.is_contiguous()
+        plain = before.dtype is val.dtype and before.is_contiguous() and before.numel() > 0
         leading = dims == tuple(range(len(dims))) and len(val.shape) == len(rest)
         if plain and leading and val.dtype in (torch.float32, torch.float64):
             with graph.inserting_before(n):
