@@ -38,6 +38,8 @@ HOWS = {
     "closed over": lambda f: lambda x, w: jit(lambda x: f(x, w))(x),
 }
 
+pytestmark = pytest.mark.eager  # the dtype of a sum of gradients shows in its bits
+
 
 def twice(x, w, dtype=torch.bfloat16, **options):
     with torch.autocast("cpu", dtype, **options):
@@ -65,7 +67,6 @@ def equal(got, want):
         assert mine is theirs is None or torch.equal(mine, theirs)
 
 
-@pytest.mark.eager  # the dtype of a sum of gradients shows in its bits
 @pytest.mark.parametrize("computed", [False, True], ids=["leaves", "computed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("body", BODIES)
