@@ -85,9 +85,9 @@ def worth(nodes: Sequence[Node]) -> bool:
     if isinstance(val, Tensor) and val.numel() <= SMALL:
         return True
     kernel = lower(nodes, nodes, "kernel")
-    return bool(kernel.scatters) or any(
-        isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values)
-    )
+    if kernel.scatters or schedule(kernel).cross >= 0:
+        return True
+    return any(isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values))
 
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:

@@ -154,13 +154,35 @@ class Printer(Values):
         self.point(outer, {j: (f"i{j}", f"n{j}") for j in outer} | {k: ("block", "blocks")})
         self.say(f"const int64_t first = block * {BLOCK};")
         self.say(f"const int64_t last = n{k} - first < {BLOCK} ? n{k} : first + {BLOCK};")
-        self.open(f"for (int64_t begin_ = 0; begin_ < n{v}; begin_ += {BLOCK})")
-        self.say(f"const int64_t end_ = n{v} - begin_ < {BLOCK} ? n{v} : begin_ + {BLOCK};")
+        turned = self.to_turn()
+        step = self.lanes if turned else str(BLOCK)
+        self.open(f"for (int64_t begin_ = 0; begin_ < n{v}; begin_ += {step})")
+        self.say(f"const int64_t end_ = n{v} - begin_ < {step} ? n{v} : begin_ + {step};")
+        for i in turned:
+            strides = self.kernel.accesses[i].strides
+            steps = [f" + i{j} * {self.stride(i, j)}" for j in outer if strides[j] and j != k]
+            at = f"p{i}{''.join(steps)} + first + begin_ * {self.stride(i, v)}"
+            self.say(f"floats t{i}[{BLOCK}];")
+            self.say(
+                f"aot_turn<{BLOCK}>(t{i}, {at}, {self.stride(i, v)}, end_ - begin_, last - first);"
+            )
+            self.turned[i] = f"t{i}[i{k} - first]"
         self.open(f"for (int64_t i{k} = first; i{k} < last; i{k}++)")
         self.pointers(outer)
         self.emit(self.known(1))
         self.along("begin_", "end_")
         self.close(2)
+
+    def to_turn(self) -> list[int]:
+        """Memory that is contiguous along the cross axis: a block of it is read line by line, and
+        turned in registers."""
+        k, v, found = self.kernel.cross, self.vector, dict[int, None]()
+        for e in walk(self.kernel.values):
+            if isinstance(e, Load) and not e.args and self.lanes == "FLOATS":
+                a = self.kernel.accesses[e.access]
+                if a.dtype is torch.float32 and a.strides[k] == 1 and a.strides[v] not in (0, 1):
+                    found[e.access] = None
+        return list(found)
 
     def pointers(self, axes: list[int]) -> None:
         """The buffers at this row."""

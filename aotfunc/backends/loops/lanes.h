@@ -101,6 +101,38 @@ template <class V, class T> AOT void aot_scatter(T *p, V v, int64_t n, int64_t s
     __builtin_memcpy(p + i * stride, (T *)&m + i, sizeof(T));
 }
 
+// A block of n times m floats, m of them neighbours, as vectors across these: `rows` of them, or zeros.
+// Each round moves the lower and upper half of the lines between each other's elements.
+template <int... i> struct aot_numbers {};
+template <int n, int... i> struct aot_up_to : aot_up_to<n - 1, n - 1, i...> {};
+template <int... i> struct aot_up_to<0, i...> { typedef aot_numbers<i...> type; };
+template <int first, int... i> AOT floats aot_between(floats x, floats y, aot_numbers<i...>) {
+  return __builtin_shufflevector(x, y, (first + i / 2 + i % 2 * FLOATS)...);
+}
+template <int rows>
+AOT void aot_turn(floats *out, const float *p, int64_t stride, int64_t n, int64_t m) {
+  typedef typename aot_up_to<FLOATS>::type lanes;
+  for (int64_t first = 0; first < rows; first += FLOATS) {
+    floats x[FLOATS], y[FLOATS];
+    int64_t left = m - first < 0 ? 0 : m - first;
+    _Pragma("GCC unroll 16")
+    for (int64_t i = 0; i < FLOATS; i++)
+      x[i] = i < n && left ? aot_get<floats>(p + i * stride + first, left) : floats{};
+    _Pragma("GCC unroll 4")
+    for (int64_t round = 1; round < FLOATS; round *= 2) {
+      _Pragma("GCC unroll 8")
+      for (int64_t i = 0; i < FLOATS / 2; i++) {
+        y[2 * i] = aot_between<0>(x[i], x[i + FLOATS / 2], lanes{});
+        y[2 * i + 1] = aot_between<FLOATS / 2>(x[i], x[i + FLOATS / 2], lanes{});
+      }
+      _Pragma("GCC unroll 16")
+      for (int64_t i = 0; i < FLOATS; i++) x[i] = y[i];
+    }
+    _Pragma("GCC unroll 16")
+    for (int64_t i = 0; i < FLOATS; i++) out[first + i] = x[i];
+  }
+}
+
 // Integers wrap around.
 AOT ints aot_iadd(ints x, ints y) { return (ints)((uints)x + (uints)y); }
 AOT longs aot_iadd(longs x, longs y) { return (longs)((ulongs)x + (ulongs)y); }

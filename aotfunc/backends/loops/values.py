@@ -44,6 +44,8 @@ class Values:
         self.numbers = {e: f"c{i}" for i, e in enumerate(given(kernel))}
         #: values that are in memory, where a later result will be
         self.spilled: dict[Expr, int] = {}
+        #: what the memory of an access is called that is in registers
+        self.turned: dict[int, str] = {}
         self.lines: list[str] = []
         self.depth = 1
         self.count = 0
@@ -189,6 +191,8 @@ class Values:
 
     def load(self, e: Load, wide: bool) -> str:
         i = e.access
+        if i in self.turned:
+            return self.turned[i]
         at, shift, mask = self.place(i), "", ""
         if e.shift is not None and self.wide(e.shift):
             shift = self.word(e.shift, True)
