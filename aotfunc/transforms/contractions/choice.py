@@ -120,13 +120,13 @@ def cost(n: Node, products: Products) -> float:
     """What it takes to compute a node as it is. What only a sum reads is not stored."""
     if calls_view(n):
         return 0
-    size = n.meta["val"].proto.numel()
+    size = n.meta["val"].numel
     if n.target is operator.getitem:  # a convolution's weight gradient
         call: Any = n.args[0]
         images, _, *places = call.args[0].meta["val"].shape
         apart = call.args[-2] > 1
         return CALL + convolution_steps(images * math.prod(places) * size, apart) + STORED * size
-    reads = [a.meta["val"].proto.numel() for a in n.all_input_nodes]
+    reads = [a.meta["val"].numel for a in n.all_input_nodes]
     if n.target in PRODUCTS:
         steps = size * n.args[0].meta["val"].shape[-1]
         return CALL + matrix_steps(steps, sum(reads), size)

@@ -313,11 +313,14 @@ def _div(ps: Products, n: Node, x: Any, y: Any) -> Product | None:
         return None
     if y.__class__ is not Node:
         return scaled(ps, n, x, 1 / y) if y else None
-    if y.meta["val"].proto.numel() >= n.meta["val"].proto.numel():
+    if y.meta["val"].numel >= n.meta["val"].numel:
         return None  # a division for each element, as there is
+    over = ps.of(n, x)
+    if over.square or len(over.factors) == MOST:
+        return None
     inverse = ps.leaf(y)
     factor = replace(inverse.factors[0], form=("reciprocal",))
-    return ps.times(ps.of(n, x), replace(inverse, factors=(factor,)))
+    return ps.times(over, replace(inverse, factors=(factor,)))
 
 
 @rule(aten.neg.default)
@@ -393,12 +396,19 @@ def product(
     left: Callable = lambda p: p,
     right: Callable = lambda p: p,
 ) -> Product | None:
-    """The product of two nodes, of which those stay whole that have too many factors."""
+    """The product of two nodes, of which those stay whole that have too many factors, and squares,
+    which would no longer be known not to be negative."""
     parts = [ps.of(n, x), ps.of(n, y)]
-    while sum(len(p.factors) for p in parts) > MOST:
-        i = max((0, 1), key=lambda i: len(parts[i].factors))
+
+    def keep_whole(i: int) -> None:
         parts[i] = ps.leaf((x, y)[i])
         ps.parts[n].remove((x, y)[i])
+
+    for i in (0, 1):
+        if parts[i].square and x is not y:
+            keep_whole(i)
+    while sum(len(p.factors) for p in parts) > MOST:
+        keep_whole(max((0, 1), key=lambda i: len(parts[i].factors)))
     return ps.times(left(parts[0]), right(parts[1]))
 
 
