@@ -442,6 +442,14 @@ def test_exact():
         assert copy.pipeline.exact is exact
 
 
+def test_through_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("AOTFUNC_CACHE_DIR", str(tmp_path))
+    model, args = mlp()
+    f = clipped_sum(model, F.cross_entropy)
+    for exact in (False, True):
+        assert_close(jit(f, backend="cpp", exact=exact)(*args), f(*args), rtol=1e-9, atol=1e-11)
+
+
 # ----- identity matrices --------------------------------------------------------------------------
 
 WEIGHTS = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from .products import Dims, Factor, Product, Products, flat, rule
+from .products import MOST, Dims, Factor, Product, Products, flat, rule
 
 aten = torch.ops.aten
 
@@ -26,15 +26,15 @@ def _weight_gradient(ps: Products, n: Node, call: Node, i: int) -> Product | Non
     if call.target is not BACKWARD or call.args[-1] != WEIGHT_ONLY:
         return None
     g, x, _, _, stride, padding, dilation, transposed, _, groups, _ = call.args
-    if transposed:
-        return None
     images, outs, *places = g.meta["val"].shape
     _, channels, *kernel = n.meta["val"].shape
+    if transposed or {len(v) for v in (stride, padding, dilation)} != {len(kernel)}:
+        return None
     shape = (images, groups, channels, *kernel, *places)
     dims = tuple([(ps.label(k),) if k > 1 else () for k in shape])
     geometry = [tuple(v) for v in (kernel, stride, padding, dilation)]
     cotangent = ps.viewed(ps.of(n, g), (images, groups, outs // groups, *places))
-    if cotangent is None:
+    if cotangent is None or cotangent.square or len(cotangent.factors) == MOST:
         return None
     # images, groups, output channels, channels, places in a window, windows
     first, rest = cotangent.dims[:3], cotangent.dims[3:]
