@@ -192,11 +192,13 @@ class Products:
 
     def without_identities(self, p: Product) -> Product:
         """A sum over a side of an identity matrix is what the other side says of the factors that
-        have the first one's labels."""
+        have the first one's labels. A factor that has both would be read along its diagonal."""
         for f in p.factors:
             if not identity(f):
                 continue
             rest = tuple([other for other in p.factors if other is not f])
+            if any(all(set(side).intersection(g.labels) for side in f.dims) for g in rest):
+                continue
             summed = {label for g in rest for label in g.labels}.difference(p.labels)
             for kept, gone in (f.dims, f.dims[::-1]):
                 same: dict[int, tuple[int, ...]] = {}
