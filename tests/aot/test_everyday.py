@@ -146,7 +146,7 @@ def test_what_would_go_on_after_the_capture_is_refused(f, transform):
 
 def test_reprs():
     f = A.jit(wave)
-    assert repr(f) == "<jit of wave(x, scale: float = 2.0), compiled by eager: 0 entries>"
+    assert repr(f) == "<jit of wave(x, scale: float = 2.0), compiled by auto: 0 entries>"
     f(X)
     (entry,) = f.entries.values()
     assert repr(f).endswith("1 entry>")
