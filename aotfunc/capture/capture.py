@@ -45,7 +45,7 @@ def capture(
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
     ``samples[i]`` is the signature to use for leaf i instead of its own (a sample of a batch), and
-    ``batch`` says what batch (:class:`~aotfunc.capture.concretize.Samples`). ``differentiated``
+    ``batch`` says what batch (:class:`~aotfunc.capture.followed.Samples`). ``differentiated``
     leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why;
     with ``constants`` those of closed-over tensors may. ``numbers``: Python numbers may be inputs
     of the program; those of ``following``, which stand among the leaves, are.

@@ -393,7 +393,7 @@ EMPTY = {
     "transposed": lambda: torch.ones(3, 0).t(),
     "permuted": lambda: torch.ones(2, 3, 0, 4).permute(3, 1, 2, 0),
 }
-WRITES = {
+IN_PLACE = {
     "mul_": lambda y: y.mul_(2),
     "lerp_": lambda y: y.lerp_(y, 0.3),
     "copy_": lambda y: y.copy_(torch.ones(y.shape)),
@@ -403,12 +403,12 @@ WRITES = {
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["the argument", "a clone"])
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", IN_PLACE)
 @pytest.mark.parametrize("layout", EMPTY)
 def test_what_is_empty_keeps_its_strides(layout, write, own):
     def f(x):
         y = x.clone() if own else x
-        WRITES[write](y)
+        IN_PLACE[write](y)
         return y.clone(), y * 1
 
     def strides(f, x):
