@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from aotfunc import jit
 from aotfunc.native import toolchain
 from benchmarks.maths import BINARY, UNARY, largest
+from tests.kernels import every_kernel
 
 from .test_native import applied
 
@@ -33,3 +35,16 @@ def test_halves(plain, dtype):
     torch.testing.assert_close(
         applied(f"aot_as_{name}(x)", y), y.to(dtype).float(), rtol=0, atol=0, equal_nan=True
     )
+
+
+def test_kernels(plain):
+    """Blocks of rows, values added where indices say, look-ups, transposed memory."""
+    x, y, i = torch.randn(70, 37), torch.randn(37, 70), torch.randint(70, (50,))
+
+    def f(x, y, i):
+        e = (x * y.t()).exp()
+        added = torch.zeros(70, 37).index_put((i,), x[i].sin(), accumulate=True)
+        return e / e.sum(-1, keepdim=True), e.sum(0), added, y.t().contiguous()
+
+    for a, b in zip(jit(f, backend=every_kernel)(x, y, i), f(x, y, i), strict=True):
+        torch.testing.assert_close(a, b)
