@@ -294,6 +294,23 @@ def test_common_factors():
         assert compiled(f, x).largest() <= 50 * 60
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x * x * 2).sum(0),
+        lambda x: (x * x).sum(-1, keepdim=True),
+        lambda x: (x * x).mean(0),
+        lambda x: (x * x).sum(dim=[]),
+        lambda x: torch.linalg.vector_norm(x * x, dim=0),
+        lambda x: torch.cosine_similarity(x, x * 2, dim=0),
+    ],
+)
+def test_numbers_without_dimensions(f):
+    """They have a dimension 0 to sum over all the same."""
+    x = torch.tensor(3.0)
+    torch.testing.assert_close(jit(f, backend="cpp")(x), f(x))
+
+
 def test_no_rewriting_without_a_gain():
     x, w, b = r(20, 30), r(30, 40), r(40)
 

@@ -353,6 +353,12 @@ def random_program(seed: int):
             return x.split([n // 2, n - n // 2], d)[1]
         if kind == 16:
             return torch.slice_copy(x, d, int(u[2] * n), None, 1 + int(u[3] * 3))
+        if kind == 17 and x.dim() > 1:
+            return x.diagonal(int(u[2] * 3) - 1, d, (d + 1) % x.dim())
+        if kind == 18 and x.dim() < 4:
+            return x.unfold(d, 1 + int(u[2] * n), 1 + int(u[3] * 3))
+        if kind == 19:
+            return x.sort(d).values  # no kernel: reads the whole
         if kind == 15:
             return x + x.argmax(d, keepdim=True).to(dtype)
         return x.clamp(-2, 2) * 1.5 if dtype.is_floating_point else x * 3 - 1
@@ -360,7 +366,9 @@ def random_program(seed: int):
     def f(x: Tensor) -> tuple[Tensor, ...]:
         values = [x]
         for u in plan:
-            x = step(values[int(u[4] * len(values))], int(u[0] * 19), u)
+            x = step(values[int(u[4] * len(values))], int(u[0] * 22), u)
+            if x.numel() == 0:  # a diagonal beside the matrix
+                x = values[-1]
             values.append(x + 1)
         return tuple(values[-3:])
 

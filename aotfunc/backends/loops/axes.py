@@ -50,8 +50,12 @@ class Axes:
             axis -= len(parts)
 
     def whole(self, place: Place, n: Node) -> bool:
+        """Whether each element of a value is met here, once."""
+        axes = [k for index in place for k in index.axes]
         sizes = zip(place, shape_of(n), strict=True)
-        return all([covers(index, size, self.extents) for index, size in sizes])
+        return len({*axes}) == len(axes) and all(  # a diagonal has one axis for two dimensions
+            [covers(index, size, self.extents) for index, size in sizes]
+        )
 
     def root(self, shape: tuple[int, ...]) -> Place:
         """Where a result lies that nothing in this kernel reads."""

@@ -340,7 +340,7 @@ def _sum(
     ps: Products, n: Node, x: Node, over: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Product | None:
     p = ps.of(n, x)
-    over = over or range(len(p.dims))
+    over = (over or range(len(p.dims))) if p.dims else ()  # a 0-dim tensor takes dimension 0, too
     out = ps.summed(p, over, keepdim)
     if n.target is aten.mean.dim:
         return replace(out, scale=out.scale / ps.count([k for d in over for k in p.dims[d]]))
@@ -373,7 +373,8 @@ def _norm(
     p = product(ps, n, x, x)
     if p is None:
         return None
-    return replace(ps.summed(p, over or range(len(p.dims)), keepdim), rooted=True)
+    over = (over or range(len(p.dims))) if p.dims else ()
+    return replace(ps.summed(p, over, keepdim), rooted=True)
 
 
 @rule(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
