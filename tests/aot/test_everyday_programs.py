@@ -78,6 +78,16 @@ def test_distributions(name, what):
         assert_same(run(compiled), want)
 
 
+@pytest.fixture
+def validation():
+    """Switched on: Dynamo switches it off, for the whole process, where it is first used."""
+    before = D.Distribution._validate_args
+    D.Distribution.set_default_validate_args(True)
+    yield
+    D.Distribution.set_default_validate_args(before)
+
+
+@pytest.mark.usefixtures("validation")
 @pytest.mark.parametrize(
     "way", [jit, lambda f: aot_function(f, "eager"), lambda f: jit(lambda s: jit(f)(s))]
 )
@@ -90,6 +100,7 @@ def test_validation_happens_at_every_call(way):
             f(torch.tensor(bad))
 
 
+@pytest.mark.usefixtures("validation")
 def test_validation_at_the_first_call_and_of_samples():
     with pytest.raises(RuntimeError, match="scale of Normal"):
         jit(lambda s: D.Normal(0.0, s).mean)(torch.tensor(-1.0))
