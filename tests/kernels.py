@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from aotfunc.backends import Backend, opened
@@ -22,6 +23,18 @@ def compiled(gm: fx.GraphModule, example_inputs: list) -> Callable:
     graph, _ = with_kernels(gm, lambda nodes: True)
     EveryKernel.made += [n.target for n in graph.nodes if isinstance(n.target, Launch)]
     return compile_graph(graph)
+
+
+def with_threads(f: Callable, *args: object) -> list:
+    """The results with one thread, two and three."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(f(*args))
+    finally:
+        torch.set_num_threads(before)
+    return results
 
 
 every_kernel = EveryKernel(compiled, opened)

@@ -66,7 +66,7 @@ def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int 
     dimension; None for what is the same for all of them."""
     with as_if_outside(), paused_gc():
         try:
-            return follow_trace(trace).batch_of([trace.ref_of(t)[0] for t in tensors], trace)
+            return follow_trace(trace).batch_of(trace, [trace.ref_of(t)[0] for t in tensors])
         except Unsteady:
             pass
         program = so_far(trace, tensors)

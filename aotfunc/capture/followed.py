@@ -113,6 +113,7 @@ class Followed:
         self.done += len(rows)
 
     def run(self, trace: Trace, new: Sequence[Record]) -> None:
+        """Run steps, as one batched program of what they read."""
         old = self.showing(trace, new) if trace.mutates else set()
         refs, written, program = steps_as_program(new, self.number, trace.numbers, old)
         if len({trace.root(r) for r in written}) < len(written):  # each would change the other
@@ -135,7 +136,8 @@ class Followed:
         self.number = number
         self.done += len(new)
 
-    def batch_of(self, refs: Sequence[int], trace: Trace) -> list[tuple[Tensor, int | None]]:
+    def batch_of(self, trace: Trace, refs: Sequence[int]) -> list[tuple[Tensor, int | None]]:
+        """The values, and where the batch is in each."""
         return [*zip([self.one(trace, r) for r in refs], self.dims(refs), strict=True)]
 
     def dims(self, refs: Sequence[int]) -> tuple[int | None, ...]:

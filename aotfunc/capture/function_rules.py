@@ -22,6 +22,7 @@ from ..graph import Program
 from ..trace.marks import once
 from ..trace.nested import listed
 from ..trace.recording import record_into
+from ..trace.shapes.instr import SIMPLE
 from ..trace.shapes.sig import Sig, floating
 from ..trace.traced import current
 from ..trace.tracer import Trace
@@ -272,17 +273,17 @@ def later(
 
     new = Later(make, first, len(more))
     try:
-        kept = tuple((name, by_value(x)) for name, x in vars(ctx).items())
+        kept = tuple((name, plain_key(x)) for name, x in vars(ctx).items())
     except TypeError:
         return new
-    return shared((name, rule, kept, first, tuple(sigs), tuple(more), calls), new)
+    return earlier((name, rule, kept, first, tuple(sigs), tuple(more), calls), new)
 
 
 #: rules to be recorded on demand
 _later = Cache(4096)
 
 
-def shared(key: tuple, new: Later) -> Later:
+def earlier(key: tuple, new: Later) -> Later:
     """The same rule of an earlier call, so that programs that have it are the same, too; ``new``
     where that has been recorded and would be another by now."""
     known = _later.get(key)
@@ -297,15 +298,11 @@ def shared(key: tuple, new: Later) -> Later:
     return known
 
 
-#: what is the same if it looks the same
-PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, Held)
-
-
-def by_value(x: Any) -> Any:
+def plain_key(x: Any) -> Any:
     """A key for a plain value. Raises TypeError for others."""
     if isinstance(x, tuple):
-        return type(x), tuple(map(by_value, x))
-    if type(x) not in PLAIN:
+        return type(x), tuple(map(plain_key, x))
+    if type(x) not in (*SIMPLE, float, complex, Held):
         raise TypeError(f"{type(x).__name__} is no plain value")
     return type(x), repr(x)
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from aotfunc import grad, jit
 from aotfunc.backends.loops.blocks import block_sums
 from tests.backends.test_cpp import against_the_interpreter, agree, kernels_of, r
-from tests.kernels import every_kernel
+from tests.kernels import every_kernel, with_threads
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -78,14 +78,7 @@ def test_gradients_of_norms(name, shape):
 def test_any_number_of_threads():
     x, y = r(1000, 190), r(190)
     f = jit(both, backend="cpp")
-    before, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(f(x, y))
-    finally:
-        torch.set_num_threads(before)
-    for one, *others in zip(*results, strict=True):
+    for one, *others in zip(*with_threads(f, x, y), strict=True):
         assert all([torch.equal(one, other) for other in others])
 
 

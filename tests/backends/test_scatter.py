@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from aotfunc import grad, jit
 from tests.backends.test_cpp import against_the_interpreter, agree, kernels_of, r
-from tests.kernels import every_kernel
+from tests.kernels import every_kernel, with_threads
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -109,13 +109,7 @@ def test_any_number_of_threads():
     where = torch.randint(50, (100_000,))
     v = r(100_000, 3)
     f = jit(lambda v, i: put((50, 3), (i,), v.exp()), backend="cpp")
-    before, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(f(v, where))
-    finally:
-        torch.set_num_threads(before)
+    results = with_threads(f, v, where)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     want = torch.zeros(50, 3, dtype=torch.float64).index_add(0, where, v.double().exp())
     assert_close(results[0].double(), want, rtol=1e-4, atol=1e-4)

@@ -335,27 +335,22 @@ def _pow(ps: Products, n: Node, x: Node, exponent: Any) -> Product | None:
     return product(ps, n, x, x) if exponent == 2 else None
 
 
-@rule(aten.sum.dim_IntList, aten.mean.dim)
+@rule(aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default)
 def _sum(
     ps: Products, n: Node, x: Node, over: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Product | None:
     p = ps.of(n, x)
-    over = (over or range(len(p.dims))) if p.dims else ()  # a 0-dim tensor takes dimension 0, too
+    over = dimensions(p, over)
     out = ps.summed(p, over, keepdim)
-    if n.target is aten.mean.dim:
+    if n.target in (aten.mean.dim, aten.mean.default):
         return replace(out, scale=out.scale / ps.count([k for d in over for k in p.dims[d]]))
     return out
 
 
-@rule(aten.sum.default, aten.mean.default)
-def _sum_of_all(ps: Products, n: Node, x: Node, *, dtype: Any = None) -> Product | None:
-    p = ps.of(n, x)
-    out = ps.summed(p, range(len(p.dims)))
-    return (
-        replace(out, scale=out.scale / ps.count(p.labels))
-        if n.target is aten.mean.default
-        else out
-    )
+def dimensions(p: Product, over: Sequence[int] | None) -> Sequence[int]:
+    """Those that an op is told to sum over: all if it is told none. A 0-dim tensor has a
+    dimension 0 to be told of."""
+    return (over or range(len(p.dims))) if p.dims else ()
 
 
 @rule(aten.linalg_vector_norm.default)
@@ -373,8 +368,7 @@ def _norm(
     p = product(ps, n, x, x)
     if p is None:
         return None
-    over = (over or range(len(p.dims))) if p.dims else ()
-    return replace(ps.summed(p, over, keepdim), rooted=True)
+    return replace(ps.summed(p, dimensions(p, over), keepdim), rooted=True)
 
 
 @rule(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
