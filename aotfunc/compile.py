@@ -20,9 +20,11 @@ from .api.jit import aot_module as aot_module
 from .api.jit import jit as jit
 from .backends import lookup
 from .backends import register as register
+from .debug import at
 from .errors import BackendError, CaptureError
 from .partition import default_partition as default_partition
 from .partition import min_cut_rematerialization_partition as min_cut_rematerialization_partition
+from .runtime.anomaly import has_nan
 from .runtime.compiled import EVERY
 from .runtime.compiled import Compiled as Compiled
 
@@ -64,27 +66,19 @@ def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
                 got, said = ((t.shape, t.dtype, t.device) for t in (value, expected))
                 if got != said:
                     raise CaptureError(
-                        f"{n.format_node()} is {got}, the graph says {said}{line_of(n)}"
+                        f"{n.format_node()} is {got}, the graph says {said}{at(n.meta.get('line'))}"
                     )
                 if (
                     n.op == "call_function"
-                    and nan(value)
-                    and not any(nan(self.env[i]) for i in n._input_nodes)
+                    and has_nan(value)
+                    and not any(has_nan(self.env[i]) for i in n._input_nodes)
                 ):
                     raise CaptureError(
-                        f"{n.format_node()} is the first value with a NaN{line_of(n)}"
+                        f"{n.format_node()} is the first value with a NaN{at(n.meta.get('line'))}"
                     )
             return value
 
     return lambda *args: Checked(fx_g, garbage_collect_values=False).run(*args)
-
-
-def nan(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
-
-
-def line_of(n: fx.Node) -> str:
-    return f" (at {n.meta['line']})" if n.meta.get("line") else ""
 
 
 def make_boxed_func(f: Callable) -> Callable:

@@ -19,9 +19,8 @@ from torch.compiler import is_dynamo_compiling
 from .cache import EVERY
 
 #: AOTFUNC_DEBUG: 1 verifies every graph after every pass; 2 also compares every value of a run on
-# the eager backend
-#: with the shape, strides and dtype that its graph says it has; 3 prints every program, 4 the
-# generated Python as well
+#: the eager backend with the shape, strides and dtype that its graph says it has; 3 also prints
+#: every program, 4 the generated Python
 LEVEL = int(os.environ.get("AOTFUNC_DEBUG", "0"))
 
 #: AOTFUNC_TRACEBACK=full shows our frames in the tracebacks of errors.
@@ -86,24 +85,25 @@ def where_defined(f: Any) -> str:
 
 def line_of_error(error: BaseException) -> Line | None:
     """The innermost of the user's lines that an error came through."""
-    found, step = None, error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_OURS, _TORCH, "<frozen")):
-            found = Line(step.tb_frame.f_code, step.tb_lasti)
-        step = step.tb_next
-    return found
+    return innermost(error, lambda name: not name.startswith(_NOT_THE_USERS))
 
 
 def line_in_a_rule(error: BaseException) -> Line | None:
-    """The innermost line of a rule, ours or an extension's, that an error came through on its way
-    here."""
+    """The innermost line of a rule, ours or an extension's, that an error came through."""
+    table = _RULES + "table.py"
+    return innermost(
+        error,
+        lambda name: (
+            (name.startswith(_RULES) and name != table) or not name.startswith(_NOT_THE_USERS)
+        ),
+    )
+
+
+def innermost(error: BaseException, in_file: Callable[[str], bool]) -> Line | None:
+    """The innermost line, in one of these files, that an error came through."""
     found, step = None, error.__traceback__
     while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS) or (
-            name.startswith(_RULES) and name != _RULES + "table.py"
-        ):
+        if in_file(step.tb_frame.f_code.co_filename):
             found = Line(step.tb_frame.f_code, step.tb_lasti)
         step = step.tb_next
     return found

@@ -17,7 +17,7 @@ the user's intent about derivatives and are removed only when a graph is compile
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -170,6 +170,15 @@ def output_node(graph: fx.Graph) -> Node:
     return next(iter(reversed(graph.nodes)))
 
 
+def dependents(graph: fx.Graph, inputs: Iterable[Node]) -> set[Node]:
+    """What depends on these inputs, and these."""
+    found = set(inputs)
+    for n in graph.nodes:
+        if n.op == "call_function" and any(i in found for i in n._input_nodes):
+            found.add(n)
+    return found
+
+
 def cut(
     graph: fx.Graph,
     late_inputs: Sequence[Node],
@@ -181,10 +190,7 @@ def cut(
     Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that
     is needed is early; residuals are the early values (or other placeholders) that late nodes or
     late outputs read."""
-    dependent = set(late_inputs)
-    for n in graph.nodes:
-        if n.op == "call_function" and any(i in dependent for i in n._input_nodes):
-            dependent.add(n)
+    dependent = dependents(graph, late_inputs)
     late_wanted = {o for o in late_outs if isinstance(o, Node)}
     early_wanted = {o for o in early_outs if isinstance(o, Node)}
     residuals: dict[Node, None] = {

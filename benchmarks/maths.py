@@ -1,6 +1,6 @@
-"""How accurate and how fast the C++ backend's maths functions are: writes ``docs/maths.md``.
+"""How accurate and how fast the C++ backend's maths functions are.
 
-``python -m benchmarks.maths``. An error is in units in the last place of the right result, which
+``python -m benchmarks.maths [--write]``. An error is in units in the last place of the right result, which
 is float64's for float32 and mpmath's for float64. Samples are spread evenly over the bits of all
 finite numbers, the usual range beside them; special values are NaN, infinities, zeros, denormals
 and the edges of overflow, where the result must be the right one of NaN, infinity and signed zero.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aotfunc.backends.loops.native import PRELUDE, Kernel, load
+from benchmarks.measure import DOCS, arguments
 
 UNARY = [
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sigmoid", "sin", "cos", "tan"),
@@ -161,7 +161,7 @@ def row(name: str) -> str:
 FIRST = """\
 # Maths functions of the C++ backend
 
-`python -m benchmarks.maths` writes this table: the largest error in units in the last place (ULP),
+`python -m benchmarks.maths --write` makes this table: the largest error in units in the last place (ULP),
 for float32 over twelve million arguments beside all pairs of special values, for float64 over a few
 thousand; and the time for each element in float32, 10,000 elements, one thread.
 `exp`, `sigmoid`, `log`, `sin`, `cos`, `tanh` and `erf` in float32 are our own (`benchmarks/fit_polynomials.py`
@@ -175,7 +175,9 @@ A CPU without AVX2 and FMA uses the C library in Sleef's place: then `log10`, `e
 """
 
 if __name__ == "__main__":
+    options = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     table = FIRST + "\n".join(map(row, (*UNARY, *BINARY))) + "\n"
-    Path(__file__).parents[1].joinpath("docs", "maths.md").write_text(table)
     print(table)
+    if options.write:
+        DOCS.joinpath("maths.md").write_text(table)

@@ -3,6 +3,15 @@
 import torch
 
 
+class SavesInputs(torch.autograd.Function):
+    """For Functions without ``ctx`` in their forward: what it is given is saved."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

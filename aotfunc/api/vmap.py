@@ -115,7 +115,7 @@ def _run(
     for k, (ref, root, (old, new)) in (
         enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ()
     ):
-        i = root if root >= 0 else program.n_inputs - 1 - root
+        i = rec.trace.position(root)
         if i not in program.mutated or (old is None) != (new is None):
             continue
         x = inputs[i]

@@ -123,11 +123,7 @@ class CallStep(Step):
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         planned = [p.meta["val"] for p in self.program.placeholders]
         nodes = [laid_out(f.b, f.read(r, grad), val) for r, val in zip(refs, planned, strict=True)]
-        relaid = any(
-            n.meta["val"].stride != val.stride for n, val in zip(nodes, planned, strict=True)
-        )
-        outs = f.b.splice(self.program.graph, nodes, self.program.outputs, relaid)
-        self.finish(f, refs, outs, grad, line)
+        self.finish(f, refs, f.b.inlined(self.program, nodes), grad, line)
 
     def views(self) -> Sequence[Any]:
         results = range(self.program.n_outputs)
@@ -301,8 +297,7 @@ class CompiledCall:
     dissolved_with = "calls"
 
     def inline(self, b: Builder, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
-        body = inner(self.program)
-        return list(b.splice(body.graph, args, body.outputs))
+        return b.inlined(inner(self.program), args)
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any

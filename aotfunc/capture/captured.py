@@ -78,6 +78,8 @@ class Captured:
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
+        """What each value shows, see :func:`~aotfunc.trace.aliases.shown`; memory that Functions
+        passed on and nothing else shows is a value's own."""
         found = shown(self.trace)
         paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
         for step in {step for path in paths for step in path if step.passed}:
@@ -93,11 +95,15 @@ class Captured:
         return found
 
     @property
+    def returned(self) -> list[Shown]:
+        """What each returned tensor shows."""
+        return [self.seen.get(r) or Shown(r) for r in self.refs]
+
+    @property
     def roots(self) -> list[int]:
         """For each returned tensor the value that it is a view of, or itself; what a Function
         passed on is its own."""
-        paths = [self.seen[r].path if r in self.seen else [Shown(r)] for r in self.refs]
-        return [next((s.ref for s in path[:0:-1] if s.passed), path[0].ref) for path in paths]
+        return [next((s.ref for s in x.path[:0:-1] if s.passed), x.root) for x in self.returned]
 
     @property
     def key(self) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError
-from ..graph import Program, cut, weight
+from ..graph import Program, dependents, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import has_values
@@ -74,8 +74,7 @@ def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int 
     inputs = [
         p for p, d in zip(program.placeholders, trace.samples.dims, strict=False) if d is not None
     ]
-    _, late, _ = cut(program.graph, inputs, (), program.outputs)
-    differ = {*inputs, *late}
+    differ = dependents(program.graph, inputs)
     return [
         (v, 0) if o in differ else (v[0], None)
         for v, o in zip(values, program.outputs, strict=True)

@@ -235,4 +235,4 @@ def splice_rule(
     b: Builder, part: RuleProgram, given: Sequence[Node], residuals: Sequence[Node]
 ) -> list:
     inputs = [*given, *residuals[part.first : part.first + part.n_residuals]]
-    return list(b.splice(part.program.graph, inputs, part.program.outputs))
+    return b.inlined(part.program, inputs)

@@ -108,7 +108,7 @@ def memory_group(trace: Trace, ref: int) -> Any:
     root, count = trace.root(ref), len(trace.inputs)
     if root >= count:
         return root
-    return "outside", trace.layout()[root if root >= 0 else count - root - 1].group
+    return "outside", trace.layout()[trace.position(root)].group
 
 
 # ----- what checkpoints and nested compiled functions read ---------------------------------------

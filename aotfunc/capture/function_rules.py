@@ -339,7 +339,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
 
     def with_nones() -> Program:
         b = builder()
-        outs = b.splice(base.graph, b.inputs(base.placeholders), base.outputs)
+        outs = b.inlined(base, b.inputs(base.placeholders))
         full: list = [None] * len(rec.leaves)
         for i, o in zip(rec.tensors, outs, strict=False):
             full[i] = o

@@ -234,6 +234,5 @@ def check_closed_over(outs: Sequence[Tensor]) -> None:
     assert trace is not None
     for o in outs:
         trace.ref_of(o)
-    for i, t in enumerate(trace.lifted):
-        if -1 - i not in trace.made_inside:
-            raise CaptureError(f"it closes over a tensor of shape {list(t.shape)}")
+    for t in trace.foreign():
+        raise CaptureError(f"it closes over a tensor of shape {list(t.shape)}")

@@ -94,9 +94,7 @@ def outside_ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[
     were computed from one of ``ins`` there."""
     wanted = [t for ref in ins if (t := from_outside(trace, ref)) is not None]
     found = {}
-    for ref in (
-        (*range(len(trace.inputs)), *range(-1, -1 - len(trace.lifted), -1)) if wanted else ()
-    ):
+    for ref in trace.given_refs() if wanted else ():
         t = from_outside(trace, ref)
         if t is None or t.grad_fn is None or not trace.autograd.reaches(ref, outs):
             continue

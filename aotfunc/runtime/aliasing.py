@@ -42,7 +42,7 @@ def without_views(
 
     Results share memory with an input and with one another where the recording says so, and
     nowhere else. ``quiet``: captured with gradients off, so that no view needs to be detached."""
-    steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
+    steps = [step for s in rec.returned for step in s.path]
     if any(s.apart and rec.seen[s.ref] is not s for s in steps):
         raise CaptureError(
             "a detached tensor was written with what requires grad, and its shape changed in place"
@@ -58,7 +58,7 @@ def without_views(
 def memory_program(rec: Captured) -> tuple[tuple[int, bool], ...]:
     """What the program computes for the tensors that are returned, as :meth:`Captured.program`
     takes it."""
-    steps = [step for r in rec.refs for step in (rec.seen.get(r) or Shown(r)).path]
+    steps = [step for s in rec.returned for step in s.path]
     count = len(rec.trace.inputs)
     return tuple(
         dict.fromkeys(
@@ -71,7 +71,7 @@ def separated(
     rec: Captured, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool
 ) -> tuple[Program, Any]:
     """The program, which computes the memory of the values ``owned``, and the views."""
-    count, returned = len(rec.trace.inputs), [rec.seen.get(r) or Shown(r) for r in rec.refs]
+    count, returned = len(rec.trace.inputs), rec.returned
     if rec.refs == tuple(r for r, _ in owned) and not any(s.of for s in returned):
         return program, None
     itself = {
@@ -85,9 +85,7 @@ def separated(
             made[r] = b.placeholder(o.name, o.meta["val"])
 
         def memory(ref: int) -> Node:
-            return (
-                made[ref, True] if ref >= count else inputs[ref if ref >= 0 else count - ref - 1]
-            )
+            return made[ref, True] if ref >= count else inputs[rec.trace.position(ref)]
 
         def node(s: Shown) -> Node:
             x = memory(s.root)
@@ -116,9 +114,7 @@ def separated(
 def view_program(rec: Captured, ref: int) -> Program:
     """What leads from the memory that a value was made with to the value, as a program."""
     start, *path = rec.seen[ref].path
-    sig = rec.trace.signatures()[
-        start.ref if start.ref >= 0 else len(rec.trace.inputs) - start.ref - 1
-    ]
+    sig = rec.trace.signatures()[rec.trace.position(start.ref)]
     with paused_gc():
         b = Builder(None, merge=False)
         x, made = b.placeholder("memory", sig), dict[Any, Node]()

@@ -9,37 +9,27 @@ compiled call like any other; random numbers that it draws again are those of th
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx import Node
 
 from ..capture.calls import CompiledCall
-from ..capture.custom_derivative import CustomDerivative
 from ..debug import outside_dynamo
 from ..errors import AotfuncError
-from ..graph import Program, kept_alive
-from ..trace.emit import Builder, remap, remap_dict
 from ..trace.memory import version
 from ..trace.modes import without_modes
-from ..trace.views import laid_out
-from ..transforms.activity import active_nodes, flat_inputs, live, sources
 from ..transforms.lower import CALLS, lowered
-from ..transforms.tidy import rebuilt
-from ..transforms.vjp import contiguous_sig, vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
-from .execute import before_writes, contiguous, copied, execute, write_back
-from .late_reads import Versions, check_memory, check_unwritten, late_reads, storages, versions
+from .execute import contiguous, copied, execute, write_back
+from .halves import Halves
+from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .redraw import generator_states, redrawn
 
 aten = torch.ops.aten
-#: nodes of autograd for one call, each with a backward graph of its own
-MANY = 32
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
 
@@ -136,97 +126,6 @@ def unviewed(outs: Sequence) -> Sequence:
     return outs
 
 
-class Halves:
-    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient
-    program if asked for."""
-
-    def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
-        self.call, self.wrt = call, wrt
-        program = call.program
-        self.program = program.flat()
-        self.count = self.program.n_outputs
-        #: which results have a derivative: the others do not require grad, as in eager
-        self.live = live(program, wrt)
-        self.any_live = any(self.live)
-        self.needed: tuple[int, ...] = ()
-        self.unreached: tuple[int, ...] = ()
-        self.masks = masks(self.program, wrt, self.live)
-        #: for each result the inputs by which its derivative is zero, unless the program has one
-        self.flat = flat_inputs(self.program, wrt)
-        #: inputs of some results and not of others
-        self.differing = [
-            i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1
-        ]
-        self.materializes = materializes(self.program)
-        reads = late_reads(program)
-        self.late_reads = reads if any(reads) else None
-        self._backwards: dict[tuple[bool, ...], Any] = {}
-        if not self.any_live:
-            return
-        joint = vjp(self.program, wrt, self.live, recompute=False)
-        grads = joint.outputs[self.count : self.count + len(wrt)]
-        zeros = set().union(*self.flat)
-        self.unreached = tuple(
-            i for i, g in zip(wrt, grads, strict=True) if g is None and i not in zeros
-        )
-        self.needed = tuple(
-            inputs_read(joint, joint.outputs[self.count :], len(program.placeholders))
-        )
-        self.forward, self.backward = call.split(joint, self.count, last=True)
-
-    def parts(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
-        """The live results and their inputs, ``(results, inputs)`` of each node."""
-        apart = tuple(
-            [i for i in self.differing if not tensors[i].is_leaf or tensors[i]._backward_hooks]
-        )
-        return self.program.once(
-            ("parts", self.wrt, apart), lambda: parts(self.masks, self.wrt, apart)
-        )
-
-    def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The inputs, with copies of those that the backward reads and that the call writes to."""
-        return before_writes(self.call.program, tensors, self.needed)
-
-    def reached(self, tensors: Sequence[Tensor], inputs: Sequence[int]) -> list[Tensor]:
-        """These inputs, with no way back to those that have no gradient: their hooks would run,
-        and their graph be freed. The results require grad because of them too."""
-        return [
-            tensors[i].detach().requires_grad_() if i in self.unreached else tensors[i]
-            for i in inputs
-        ]
-
-    def backward_for(self, have: tuple[bool, ...]) -> Any:
-        """The backward half where only some results have a cotangent."""
-        if all(have):
-            return self.backward
-        found = self._backwards.get(have)
-        if found is None:
-            half, absent = self.backward, [i for i, yes in enumerate(have) if not yes]
-            smaller = without_cotangents(half.program, len(have), absent)
-            found = self._backwards[have] = CompiledCall(
-                smaller, half.compile, half.split, half.__name__
-            )
-        return found
-
-    def zero(self, i: int, outs: set[int]) -> Tensor | None:
-        """The gradient of an input that has none in the program, for cotangents of ``outs``."""
-        if not any(i in self.flat[k] for k in outs):
-            return None
-        sig = self.program.placeholders[i].meta["val"]
-        return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
-
-    def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
-        """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
-
-        def make() -> Program:
-            lives = iter(have)
-            cts = [yes and next(lives) for yes in self.live]
-            joint = vjp(self.program, self.wrt, cts, keep=())
-            return only_inputs(joint, self.needed, len(self.program.placeholders))
-
-        return self.call.derived(("gradient", self.wrt, have), make, "gradient")
-
-
 def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence, Versions | None]:
     """The results of a call and the new values of written inputs, if some of them have a
     derivative; where its backward looks for what is not to be written to."""
@@ -260,7 +159,7 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     return results, read_late
 
 
-class Differentiated(torch.autograd.Function):
+class CompiledFunction(torch.autograd.Function):
     """Results of a compiled call, as a node of autograd."""
 
     @staticmethod
@@ -332,106 +231,4 @@ def unchanged(ctx: Any) -> list[Tensor]:
 
 
 #: without the look for torch.func's wrappers, of which compiled code sees none
-apply = super(torch.autograd.Function, Differentiated).apply
-
-# ----- what a program's results have in common ---------------------------------------------------
-
-
-def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[int, int]:
-    """For each live result the inputs ``wrt`` that it has a derivative of, as bits."""
-    inputs = program.placeholders
-    found = {inputs[i]: 1 << i for i in wrt}
-    for n in active_nodes(program.graph.nodes, list(found), zeros=True):
-        for i in sources(n) if n.op == "call_function" else ():
-            found[n] = found.get(n, 0) | found.get(i, 0)
-    return {
-        k: found[o] for k, (o, yes) in enumerate(zip(program.outputs, live, strict=True)) if yes
-    }
-
-
-def parts(
-    masks: dict[int, int], wrt: Sequence[int], apart: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
-    """The results and their inputs in groups that no derivative connects. Of the inputs ``apart``,
-    which have hooks or a graph of their own, all results of a group depend, or none: autograd
-    would go there for any. Where there would be more than MANY groups there are fewer."""
-    strict = sum(1 << i for i in apart)
-    groups: dict[int, list[int]] = {}
-    for k, mask in masks.items():
-        outs = [k]
-        for other in [m for m in groups if m & mask and not (m ^ mask) & strict]:
-            mask, outs = mask | other, [*groups.pop(other), *outs]
-        groups[mask] = outs
-    if len(groups) > MANY:
-        return parts(masks, wrt, ()) if apart else [(list(masks), list(wrt))]
-    return [(sorted(outs), [i for i in wrt if mask >> i & 1]) for mask, outs in groups.items()]
-
-
-def materializes(program: Program) -> bool:
-    """Whether a Function in it has several outputs, and a backward that gets zeros where one has
-    no cotangent."""
-
-    def one(n: Node) -> bool:
-        if isinstance(n.target, CustomDerivative):
-            return None in n.target.backward and n.target.n_outputs > 1
-        return isinstance(n.target, CompiledCall) and materializes(n.target.program)
-
-    return program.once("materializes", lambda: any(map(one, program.graph.nodes)))
-
-
-# ----- smaller programs --------------------------------------------------------------------------
-
-
-def inputs_read(program: Program, outs: Sequence[Any], count: int) -> list[int]:
-    """The positions, among the first ``count`` inputs, of those that ``outs`` and what stays
-    anyway depend on."""
-    seen = {o for o in outs if isinstance(o, Node)}
-    for n in reversed(program.graph.nodes):
-        if n in seen or (n.op == "call_function" and kept_alive(n)):
-            seen.update(n._input_nodes)
-    return [i for i, p in enumerate(program.placeholders[:count]) if p in seen]
-
-
-def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
-    """The program without those of its first ``count`` inputs that nothing depends on."""
-    unused = [p for i, p in enumerate(program.placeholders[:count]) if i not in needed]
-    return rebuilt(program, "only_inputs", env=dict.fromkeys(unused))
-
-
-def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:
-    """A backward half without those of its ``count`` cotangents, the last inputs, that do not
-    arrive.
-
-    What depends on absent cotangents alone is dropped (feeding zeros would give 0 * inf = nan); a
-    gradient without terms is None."""
-    placeholders = program.placeholders
-    cotangents = placeholders[len(placeholders) - count :]
-    missing = {cotangents[i] for i in absent}
-    linear = set(cotangents)  # depends on cotangents
-
-    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-        read = [i for i in n._input_nodes if i in linear]
-        absent = [i for i in read if i in missing]
-        if read:
-            linear.add(n)
-        if not absent:
-            return NotImplemented
-        if absent == read:
-            missing.add(n)
-            return None
-        env = ChainMap({i: zero_cotangent(b, i) for i in absent}, env)  # type: ignore[assignment]
-        return b.node(n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"])
-
-    return rebuilt(program, "backward", visit, env=dict.fromkeys(missing))
-
-
-def zero_cotangent(b: Any, n: Node) -> Any:
-    val = n.meta["val"]
-    kwargs = {"dtype": val.dtype, "device": val.device}
-    return laid_out(
-        b,
-        b.make(
-            "call_function", aten.zeros.default, (list(val.shape),), kwargs, contiguous_sig(val)
-        ),
-        val,
-    )
+apply = super(torch.autograd.Function, CompiledFunction).apply

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture.calls import CompiledCall
-from ..graph import Program
+from ..graph import Program, dependents
 from ..trace.recording import without_functorch
 from ..trace.shapes.sig import Sig, sig_of
 from ..transforms.vmap import vmap
@@ -104,11 +104,9 @@ def over_batch(
 
 def dependent(program: Program, dims: Sequence[int | None]) -> list[bool]:
     """Which outputs depend on an input that has a batch dimension."""
-    seen = {p for p, d in zip(program.placeholders, dims, strict=True) if d is not None}
-    for n in program.graph.nodes:
-        if any(i in seen for i in n._input_nodes):
-            seen.add(n)
-    return [isinstance(o, Node) and o in seen for o in program.outputs]
+    inputs = [p for p, d in zip(program.placeholders, dims, strict=True) if d is not None]
+    found = dependents(program.graph, inputs)
+    return [isinstance(o, Node) and o in found for o in program.outputs]
 
 
 def older_batch(t: Tensor, level: int) -> Tensor | None:

@@ -28,8 +28,8 @@ Casts = tuple[tuple[int, torch.dtype], ...]
 
 def casts_of(rec: Captured) -> Casts:
     """The casts that a region of autocast around the function keeps when it is over."""
-    count = len(rec.trace.inputs)
-    return tuple([(i if i >= 0 else count - 1 - i, dtype) for i, dtype in rec.trace.casts_left])
+    trace = rec.trace
+    return tuple([(trace.position(ref), dtype) for ref, dtype in trace.casts_left])
 
 
 def record_sharing(

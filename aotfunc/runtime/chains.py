@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..graph import Program, kept_alive
-from ..trace.emit import Builder, displaced, paused_gc, remap, remap_dict
+from ..trace.emit import Builder, paused_gc, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, viewed
 from ..trace.records import results_of, written_slots
@@ -42,7 +41,7 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
     trace, refs = rec.trace, dict.fromkeys(rec.refs)
     autograd = trace.autograd
     count = len(trace.inputs)
-    written = [i if i < count else count - i - 1 for i in mutated]
+    written = [*map(trace.ref_at, mutated)]
     ends = {*refs, *written}
     if len(ends) < 2 or not (autograd.active() & ends):
         return None
@@ -89,9 +88,11 @@ def dissolved(program: Program) -> Program:
         if plain is None:
             if alike := views.get(call_text(n.target, args), []):
                 return alike.pop(0)
-            return b.item(*args) if n.target is operator.getitem else relaid(b, n, env)
+            return (
+                b.item(*args) if n.target is operator.getitem else b.call_like(n, env, moved=True)
+            )
         b.meta = {}
-        outs = b.splice(plain.graph, args, plain.outputs)
+        outs = b.inlined(plain, args)
         for v in outs[len(n.meta["val"]) :]:
             for m in reversed(chain_of(v) if isinstance(v, Node) else []):
                 for made in (m.args[0], m) if m.target is operator.getitem else (m,):
@@ -330,7 +331,7 @@ def stage_of(
             n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role"))
             for n in reads
         }
-        b.copy(nodes, env, relaid)
+        b.copy(nodes, env, moved)
         program = fresh(
             Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ()
         )
@@ -347,20 +348,12 @@ def view_maker(
         env: dict[Node, Any] = {
             source: b.placeholder(source.name, said.get(source, source.meta["val"]))
         }
-        b.copy(calls, env, relaid)
+        b.copy(calls, env, moved)
         said[calls[-1]] = env[calls[-1]].meta["val"]
         fn = compile_graph(b.finish([env[calls[-1]]]))
     return lambda values: fn(*values)
 
 
-def relaid(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-    """The copy of a call; where it reads a value that is laid out otherwise, it is inferred
-    anew."""
-    args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
-    if n.target is operator.getitem:
-        val = args[0].meta["val"][args[1]]
-    elif isinstance(n.target, OpOverload) and any(
-        displaced(i.meta["val"], env[i]) for i in n._input_nodes
-    ):
-        args, val = b.again(n.target, args, kwargs, val)
-    return b.node(n.target, args, kwargs, val)
+def moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+    """The copy of a call, some of whose arguments may be laid out otherwise."""
+    return b.call_like(n, env, moved=True)

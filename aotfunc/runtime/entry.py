@@ -72,9 +72,8 @@ class Entry:
         self.inside = inside if inside else None
         self.casts = casts_of(rec)
         self.inference = made_in_inference_mode(rec)
-        count = len(rec.trace.inputs)
         self.differentiated = [
-            (i if i >= 0 else count - 1 - i, line) for i, line in rec.trace.differentiated.items()
+            (rec.trace.position(ref), line) for ref, line in rec.trace.differentiated.items()
         ]
         self.idle = (
             not call.program.n_outputs

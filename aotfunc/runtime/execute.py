@@ -83,7 +83,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         if by_us and (
             forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         ):
-            outs = Differentiable.apply(program, generator_states(program), *tensors)
+            outs = ProgramFunction.apply(program, generator_states(program), *tensors)
         else:
             fn = on_eager(program)
             outs = (
@@ -174,7 +174,7 @@ def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:
     return live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad or forward))
 
 
-class Differentiable(torch.autograd.Function):
+class ProgramFunction(torch.autograd.Function):
     """An un-jitted program as one autograd node. Its backward is our vjp of the program, run in
     the same way and so differentiable again; random numbers that it draws again are those of the
     forward."""

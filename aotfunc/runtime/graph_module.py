@@ -180,7 +180,7 @@ def graph_module(
             attr = f"_generator{len(generators)}"
             setattr(root, attr, g)
             generators[id(g)] = b.make("get_attr", attr, (), {}, None, name=attr.lstrip("_"))
-        results = list(b.splice(program.graph, inputs, program.outputs))
+        results = b.inlined(program, inputs)
         for n in b.graph.nodes if generators else ():
             n.args = tuple([generators.get(id(a), a) for a in n.args])
             n.kwargs = {k: generators.get(id(a), a) for k, a in n.kwargs.items()}

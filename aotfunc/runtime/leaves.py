@@ -53,7 +53,7 @@ class Leaves:
         if not leaves:
             return
         owned = [ref for ref, _ in memory_program(rec)]
-        finals = [trace.finals[i] if i < count else count - 1 - i for i in mutated]
+        finals = [trace.finals[i] if i < count else trace.ref_at(i) for i in mutated]
         given = {rec.refs[k] for k in self.returned}
         if given and (computed_from(rec, given) - given).intersection(
             (*owned, *rec.refs, *finals)

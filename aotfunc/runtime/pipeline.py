@@ -68,7 +68,7 @@ class Pipeline:
     def __repr__(self) -> str:
         names = dict.fromkeys(
             [
-                c if isinstance(c, str) else title(backends.lookup(c).compile)
+                c if isinstance(c, str) else function_name(backends.lookup(c).compile)
                 for c in self.compilers
             ]
         )
@@ -184,7 +184,10 @@ def compiled_by(
     gm = graph_module(program, program.name.replace(" ", "_") or "Graph")
     if debug.watched is not None or debug.LEVEL >= 3:
         debug.note(
-            f"compiled by {title(compiler)}", gm.graph, lambda: gm.code.strip(), size(gm.graph)
+            f"compiled by {function_name(compiler)}",
+            gm.graph,
+            lambda: gm.code.strip(),
+            size(gm.graph),
         )
     try:
         fn = compiler(gm, [t.detach() for t in tensors])
@@ -192,7 +195,7 @@ def compiled_by(
         raise
     except Exception as e:
         raise BackendError(
-            f"{what}: the compiler {title(compiler)} failed on {gm._get_name()} "
+            f"{what}: the compiler {function_name(compiler)} failed on {gm._get_name()} "
             f"({len(gm.graph.nodes)} nodes): {type(e).__name__}: {e}\nThe graph is this error's "
             f".graph_module:\n{short_code(gm.code)}",
             graph_module=gm,
@@ -254,13 +257,16 @@ def sig_from(val: Any) -> Any:
     return tuple(sig_from(v) for v in val) if isinstance(val, list | tuple) else val
 
 
+def function_name(f: Any) -> str:
+    return getattr(f, "__qualname__", None) or f"a {type(f).__name__}"
+
+
 def title(f: Any) -> str:
     """What a function is called in messages, with its parameters where they are known."""
-    name = getattr(f, "__qualname__", None) or f"a {type(f).__name__}"
     try:
-        return f"{name}{inspect.signature(f)}"
+        return f"{function_name(f)}{inspect.signature(f)}"
     except (TypeError, ValueError):
-        return name
+        return function_name(f)
 
 
 def short_code(code: str, limit: int = 40) -> str:

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.immutable_collections import immutable_dict
 
-from ..graph import kept_alive
+from ..graph import Program, kept_alive
 from .collector import paused_gc as paused_gc
 from .kernels import misread
 from .shapes.instr import encode, env_key, intern, interned
@@ -173,6 +173,24 @@ class Builder:
         args = (copy(args[0], torch.contiguous_format), *args[1:])
         return args, infer_val(target, args, kwargs)
 
+    def reshape(self, x: Node, shape: Sequence[int]) -> Any:
+        """A view of ``x`` in this shape, of a copy where it has none."""
+        view = _aten.view.default
+        args, val = self.again(view, (x, list(shape)), {}, None)
+        return self.node(view, args, {}, val)
+
+    def call_like(self, n: Node, env: Mapping[Node, Any], moved: bool = False) -> Any:
+        """The copy of a call, which reads what ``env`` has for its arguments. Where some of that
+        has ``moved`` (it lies, or is laid out, otherwise than the call was recorded for), the
+        signature is inferred anew."""
+        args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
+        if moved and n.target is operator.getitem:
+            val = args[0].meta["val"][args[1]]
+        elif moved and isinstance(n.target, OpOverload):
+            if any([displaced(i.meta["val"], env[i]) for i in n._input_nodes]):
+                args, val = self.again(n.target, args, kwargs, val)
+        return self.node(n.target, args, kwargs, val)
+
     def item(self, node: Any, i: int) -> Any:
         """The i-th output of a node with several."""
         if node.__class__ is not Node:
@@ -192,23 +210,12 @@ class Builder:
             elif n.op == "call_function":
                 self.meta = carried(n)
                 new = NotImplemented if visit is None else visit(self, n, env)
-                if new is NotImplemented:
-                    args, kwargs = remap(n.args, env), remap_dict(n.kwargs, env)
-                    new = self.node(n.target, args, kwargs, n.meta["val"])
-                env[n] = new
+                env[n] = self.call_like(n, env) if new is NotImplemented else new
         self.meta = {}
 
-    def splice(
-        self,
-        graph: fx.Graph | Sequence[Node],
-        inputs: Sequence[Any],
-        outputs: Any,
-        relaid: bool = False,
-    ) -> Any:
+    def splice(self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any) -> Any:
         """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs``
-        mapped. Some inputs may be ``relaid``, with other strides than their placeholders:
-        signatures are then inferred anew; so are those of what is computed from values that lie
-        elsewhere in a storage."""
+        mapped. Some inputs may lie, or be laid out, otherwise than their placeholders."""
         env: dict[Node, Any] = {}
         moved = False
         feed = iter(inputs)
@@ -218,21 +225,17 @@ class Builder:
                 env[n] = next(feed)
                 moved = moved or displaced(n.meta["val"], env[n])
             elif n.op == "call_function":
-                meta = n.meta
                 self.meta = {**kept, **carried(n)}
                 if "region" in kept:
                     self.meta["region"] = kept["region"]
-                args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), meta["val"]
-                if relaid and isinstance(n.target, OpOverload):
-                    args, val = self.again(n.target, args, kwargs, val)
-                elif moved and n.args and isinstance(n.target, OpOverload):
-                    if n.args[0].__class__ is Node and displaced(n.args[0].meta["val"], args[0]):
-                        args, val = self.again(n.target, args, kwargs, val)
-                elif (relaid or moved) and n.target is operator.getitem:
-                    val = args[0].meta["val"][args[1]]
-                env[n] = self.node(n.target, args, kwargs, val)
+                env[n] = self.call_like(n, env, moved)
         self.meta = kept
         return remap(outputs, env)
+
+    def inlined(self, program: Program, inputs: Sequence[Any]) -> list:
+        """What a program returns for these inputs, new values of written ones included, in this
+        graph."""
+        return list(self.splice(program.graph, inputs, program.outputs))
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:
         """End the graph with this flat tuple of outputs and drop what is not read (draws and
@@ -265,7 +268,7 @@ def carried(n: Node) -> dict[str, Any]:
     return {k: meta[k] for k in _CARRIED if k in meta}
 
 
-def remap(a: Any, env: dict[Node, Any]) -> Any:
+def remap(a: Any, env: Mapping[Node, Any]) -> Any:
     """``a`` with its nodes replaced."""
     cls = a.__class__
     if cls is Node:
@@ -277,7 +280,7 @@ def remap(a: Any, env: dict[Node, Any]) -> Any:
     return a
 
 
-def remap_dict(kwargs: dict, env: dict[Node, Any]) -> dict:
+def remap_dict(kwargs: dict, env: Mapping[Node, Any]) -> dict:
     return {k: remap(v, env) for k, v in kwargs.items()} if kwargs else _EMPTY
 
 

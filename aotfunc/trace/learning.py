@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..debug import at, user_line
 from ..errors import CaptureError, OpError
+from .nested import alike
 from .scalars import NUMBER, with_number
 from .shapes.infer import infer, signatures
 from .shapes.instr import Instr, intern, interned
@@ -35,23 +37,13 @@ def learn(
             f"nested tensors are not captured{at(user_line())}: pad them, and use a "
             "mask where it matters"
         )
-    count = 0
+    slots = itertools.count()
 
     def template(a: Any) -> Any:
-        nonlocal count
-        if isinstance(a, Tensor):
-            count += 1
-            return Slot(count - 1)
-        if isinstance(a, list | tuple):
-            return (
-                type(a)(template(x) for x in a)
-                if type(a) in (list, tuple)
-                else [template(x) for x in a]
-            )
-        return a
+        return Slot(next(slots)) if isinstance(a, Tensor) else a
 
-    targs = tuple(template(a) for a in args)
-    tkwargs = {k: template(v) for k, v in kwargs.items()}
+    targs = tuple([alike(template, a) for a in args])
+    tkwargs = {k: alike(template, v) for k, v in kwargs.items()}
     outs = None
     facts = Facts(func)
     if facts.dynamic or not facts.returns_tensors:

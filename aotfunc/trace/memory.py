@@ -102,7 +102,7 @@ def memory_of(t: Tensor) -> tuple[Any, int]:
         if root >= count:
             return (id(trace), root), t.sig.offset * t.element_size()
         base = trace.inputs[root].offset if root >= 0 else trace.lifted[-root - 1].storage_offset()
-        group, start, *_ = trace.layout()[root if root >= 0 else count - root - 1]
+        group, start, *_ = trace.layout()[trace.position(root)]
         return (id(trace), "group", group), start + (t.sig.offset - base) * t.element_size()
     try:
         return t.untyped_storage()._cdata, t.storage_offset() * t.element_size()

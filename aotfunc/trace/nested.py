@@ -13,6 +13,14 @@ def mapped(f: Callable, tree: Any, *others: Any) -> Any:
     return f(tree, *others)
 
 
+def alike(f: Callable, tree: Any) -> Any:
+    """``f`` of each leaf, in lists and tuples as before."""
+    if not isinstance(tree, list | tuple):
+        return f(tree)
+    found = [alike(f, x) for x in tree]
+    return tuple(found) if type(tree) is tuple else found
+
+
 def listed(result: Any) -> list:
     """The results of a call that has one or several."""
     return list(result) if isinstance(result, list | tuple) else [result]

@@ -273,12 +273,26 @@ class Tape:
         if root >= count or count + len(self.lifted) < 2:
             return set()
         places = self.layout()
-        group, _, _, kin = places[root if root >= 0 else count - root - 1]
-        return {
-            i if i < count else count - i - 1
-            for i, p in enumerate(places)
-            if (p.group, p.kin) == (group, kin)
-        }
+        group, _, _, kin = places[self.position(root)]
+        return {self.ref_at(i) for i, p in enumerate(places) if (p.group, p.kin) == (group, kin)}
+
+    def given_refs(self) -> list[int]:
+        """The numbers of the inputs, then of the lifted tensors, in the order of a program's
+        placeholders."""
+        return [*range(len(self.inputs)), *range(-1, -1 - len(self.lifted), -1)]
+
+    def foreign(self) -> list[Tensor]:
+        """The lifted tensors that ``f`` has not made itself."""
+        return [t for i, t in enumerate(self.lifted) if -1 - i not in self.made_inside]
+
+    def position(self, ref: int) -> int:
+        """Where an input, or a lifted tensor, is among these."""
+        return ref if ref >= 0 else len(self.inputs) - 1 - ref
+
+    def ref_at(self, position: int) -> int:
+        """The number of the one that is there."""
+        count = len(self.inputs)
+        return position if position < count else count - 1 - position
 
     def root(self, ref: int) -> int:
         """The value whose storage this one shares."""

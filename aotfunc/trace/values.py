@@ -54,7 +54,7 @@ class Values:
         self.cuts: dict[tuple, Node] = {}  # and one node each for that
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
         self.placeholders = list(inputs)
-        refs = [*range(len(trace.inputs)), *(-1 - i for i in range(len(trace.lifted)))]
+        refs = trace.given_refs()
         self.mutates = trace.mutates
         self.number = len(trace.inputs)
         if not self.mutates:
@@ -263,8 +263,7 @@ class Values:
         if not self.mutates:
             return []
         found = []
-        refs = [*range(len(self.trace.inputs)), *(-1 - i for i in range(len(self.trace.lifted)))]
-        for index, ref in enumerate(refs):
+        for index, ref in enumerate(self.trace.given_refs()):
             view = self.env[ref]
             storage = view.storage
             changed = storage.written or (

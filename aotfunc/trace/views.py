@@ -133,15 +133,7 @@ def scatter(b: Builder, link: Link, base: Node, new: Node) -> Node:
 
 
 def reshaped(b: Builder, base: Node, new: Node, *_: Any, **__: Any) -> Node:
-    shape = list(base.meta["val"].shape)
-    try:
-        return b.call(aten.view.default, new, shape)
-    except RuntimeError:
-        return b.call(
-            aten.view.default,
-            b.call(aten.clone.default, new, memory_format=torch.contiguous_format),
-            shape,
-        )
+    return b.reshape(new, base.meta["val"].shape)
 
 
 def _permuted(b: Builder, base: Node, new: Node, index: Any, dims: Sequence[int]) -> Node:

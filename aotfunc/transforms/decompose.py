@@ -14,12 +14,11 @@ from torch.fx import Node
 from ..errors import GraphError
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc, remap
-from ..trace.nested import mapped
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
 from .rules.schema import full_args
-from .walk import builder, traced
+from .walk import as_graph, builder, traced
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -45,20 +44,10 @@ def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth
         body = table.get(n.target) if depth < 20 else None
         if body is None:
             return NotImplemented
-        inner, holes = builder(), dict[Node, Node]()
-
-        def hole(a: Any) -> Any:
-            if isinstance(a, Node):
-                if a not in holes:
-                    holes[a] = inner.placeholder("x", a.meta["val"])
-                return holes[a]
-            return a
-
         op: Any = n.target
-        args = mapped(hole, remap(full_args(op, n.args, n.kwargs), env))
-        outs = traced(by_schema(op, body), opened=table)(inner, *args)
-        outs = as_declared(inner, outs, n.meta["val"], op)
-        sub: dict[Node, Any] = {p: a for a, p in holes.items()}
+        args = remap(full_args(op, n.args, n.kwargs), env)
+        inner, outs, given = as_graph(traced(by_schema(op, body), opened=table), args)
+        outs, sub = as_declared(inner, outs, n.meta["val"], op), dict[Node, Any](given)
         again = any(m.target is op for m in inner.graph.nodes)
         copy_opened(b, inner.graph.nodes, sub, {} if again else table, depth + 1)
         return remap(outs, sub)

@@ -51,9 +51,7 @@ def closing_over_no_tensor(op: OpOverload) -> Callable[[Callable], Callable]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             result = rule(*args, **kwargs)
             trace = current()
-            if trace is not None and any(
-                -1 - i not in trace.made_inside for i in range(len(trace.lifted))
-            ):
+            if trace is not None and trace.foreign():
                 raise RuleError(
                     f"a rule registered for {op} closes over a tensor; give it to the op as an "
                     "argument"

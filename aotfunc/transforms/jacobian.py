@@ -56,13 +56,11 @@ def jacobian_rows(
         b = builder()
         inputs = b.inputs(base.placeholders)
         blocks: list = []
-        outs: Any = b.splice(base.graph, inputs, base.outputs)
+        outs = b.inlined(base, inputs)
         for i in range(n_out):
             have = tuple(k == i for k in range(base.n_outputs))
             early, late, direct = halve(vjp(base, wrt, have, fill=True, keep=()), 0, 1)
-            residuals = splice_program(b, early, inputs)[: early.n_outputs] + [
-                inputs[k] for k in direct
-            ]
+            residuals = b.inlined(early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
             val = base.vals[i]
             pieces = []
             for start, count in chunks(val.numel, chunk):
@@ -74,7 +72,7 @@ def jacobian_rows(
             for k, x in enumerate(wrt):
                 rows = joined(b, [p[k] for p in pieces], 0)
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
-                blocks.append(reshape_node(b, rows, shape))
+                blocks.append(b.reshape(rows, shape))
         own = range(len(blocks), len(blocks) + base.n_outputs)
         return assembled(b, [*blocks, *outs[n_out:]], base, "jacrev", own)
 
@@ -87,12 +85,12 @@ def jacobian_columns(
         base = numbered_draws(base)
         b = builder()
         inputs = b.inputs(base.placeholders)
-        outs: Any = b.splice(base.graph, inputs, base.outputs)
+        outs = b.inlined(base, inputs)
         columns: list[list] = []
         for x in wrt:
             linear = linear_program(base, (x,), n_out)
             early, late, direct = halve(linear, base.n_outputs, 1)
-            residuals = splice_program(b, early, inputs)[base.n_outputs : early.n_outputs] + [
+            residuals = b.inlined(early, inputs)[base.n_outputs : early.n_outputs] + [
                 inputs[k] for k in direct
             ]
             val = base.placeholders[x].meta["val"]
@@ -108,15 +106,11 @@ def jacobian_columns(
                 whole = joined(b, [p[i] for p in pieces], 0)
                 rank = len(base.vals[i].shape)
                 whole = b.call(aten.permute.default, whole, [*range(1, rank + 1), 0])
-                column.append(reshape_node(b, whole, [*base.vals[i].shape, *val.shape]))
+                column.append(b.reshape(whole, [*base.vals[i].shape, *val.shape]))
             columns.append(column)
         blocks = [columns[k][i] for i in range(n_out) for k in range(len(wrt))]
         own = range(len(blocks), len(blocks) + base.n_outputs)
         return assembled(b, [*blocks, *outs[n_out:]], base, "jacfwd", own)
-
-
-def splice_program(b: Builder, program: Program, inputs: Sequence[Any]) -> list:
-    return list(b.splice(program.graph, inputs, program.outputs))
 
 
 def rows_of_late(
@@ -126,13 +120,10 @@ def rows_of_late(
     sig = basis.meta["val"]
     if count == 1:
         row = b.call(aten.view.default, basis, list(sig.shape[1:]))
-        return [
-            b.call(aten.unsqueeze.default, x, 0)
-            for x in splice_program(b, late, [*residuals, row])
-        ]
+        return [b.call(aten.unsqueeze.default, x, 0) for x in b.inlined(late, [*residuals, row])]
     dims = [None] * len(residuals) + [0]
     sigs = [r.meta["val"] for r in (*residuals, basis)]
-    return splice_program(b, vmap(late, dims, sigs, count, randomness), [*residuals, basis])
+    return b.inlined(vmap(late, dims, sigs, count, randomness), [*residuals, basis])
 
 
 def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
@@ -158,14 +149,3 @@ def make_dense(shape: tuple, sig: Sig) -> Sig:
 
 def joined(b: Builder, pieces: Sequence[Node], dim: int) -> Node:
     return pieces[0] if len(pieces) == 1 else b.call(aten.cat.default, list(pieces), dim)
-
-
-def reshape_node(b: Builder, x: Node, shape: Sequence[int]) -> Node:
-    try:
-        return b.call(aten.view.default, x, list(shape))
-    except RuntimeError:
-        return b.call(
-            aten.view.default,
-            b.call(aten.clone.default, x, memory_format=torch.contiguous_format),
-            list(shape),
-        )

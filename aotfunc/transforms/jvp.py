@@ -16,7 +16,7 @@ from torch.fx import Node
 from ..debug import at
 from ..errors import RuleError
 from ..graph import Program
-from ..trace.emit import Builder, carried, paused_gc, remap, remap_dict
+from ..trace.emit import Builder, paused_gc, remap
 from ..trace.marks import check_gradient, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig
@@ -25,7 +25,7 @@ from .activity import active_nodes
 from .rules.schema import full_args, tensor_args
 from .rules.table import RULES
 from .vjp import as_arguments, contiguous_sig, reverse, role
-from .walk import apply, builder, errors_of, node_outputs, traced
+from .walk import apply, as_graph, builder, errors_of, node_outputs, traced
 
 aten = torch.ops.aten
 
@@ -35,18 +35,14 @@ def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, A
     node) along the way."""
     nodes = list(nodes)
     active = active_nodes(nodes, list(tangents))
-    for n in nodes:
-        if n.op != "call_function":
-            continue
-        b.meta = carried(n)
-        new = env[n] = b.node(
-            n.target, remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
-        )
-        if n in active:
-            t = push(b, n, new, env, tangents)
-            if t is not None:
-                tangents[n] = t
-    b.meta = {}
+
+    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+        new = b.call_like(n, env)
+        if n in active and (t := push(b, n, new, env, tangents)) is not None:
+            tangents[n] = t
+        return new
+
+    b.copy(nodes, env, visit)
 
 
 def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
@@ -134,32 +130,14 @@ def derived(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
 
 def forward_by_parts(b: Builder, body: Any, ts: list, args: Any, op: OpOverload) -> Any:
     """Forward mode through the op's decomposition."""
-    inner = builder()
-    flat_args: list[Node] = []
-
-    def hole(a: Any) -> Any:
-        if isinstance(a, Node):
-            flat_args.append(a)
-            return inner.placeholder("x", a.meta["val"])
-        return a
-
-    holes = mapped(hole, args)
-    outs = traced(body)(inner, *holes)
-    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
-    env: dict[Node, Any] = dict(zip(placeholders, flat_args, strict=True))
-    flat_ts = [
-        t for i in tensor_args(op) for t in _per_tensor(args[i], ts[tensor_args(op).index(i)])
-    ]
-    tensors = [p for i in tensor_args(op) for p in _per_tensor(holes[i], holes[i])]
-    tangents = {p: t for p, t in zip(tensors, flat_ts, strict=True) if t is not None}
-    forward(b, inner.graph.nodes, env, tangents)
+    inner, outs, given = as_graph(traced(body), args)
+    of: dict[Any, Any] = {}
+    for i, t in zip(tensor_args(op), ts, strict=True):
+        each = t if isinstance(t, list) else [t] * len(leaves(args[i]))
+        of.update(zip(leaves(args[i]), each, strict=True))
+    tangents = {p: of[a] for p, a in given.items() if of.get(a) is not None}
+    forward(b, inner.graph.nodes, dict(given), tangents)
     return [tangents.get(o) for o in outs] if isinstance(outs, list) else tangents.get(outs)
-
-
-def _per_tensor(a: Any, t: Any) -> list:
-    if isinstance(a, list | tuple):
-        return list(t) if t is not None else [None] * len(a)
-    return [t] if isinstance(a, Node) else []
 
 
 def forward_by_transposition(

@@ -41,7 +41,7 @@ class Regions:
         for n in b.graph.nodes:
             if "region" in n.meta and n.op == "call_function":
                 self.nodes.setdefault(n.meta["region"], []).append(n)
-        self.again: dict[Any, dict[Node, Any]] = {}
+        self.again: dict[Any, Kept] = {}
 
     def recomputed(self, n: Node) -> Node:
         """``n`` on recomputed arguments, if it lies in a region."""
@@ -50,20 +50,25 @@ class Regions:
             return n
         env = self.again.get(region)
         if env is None:
-            env = self.again[region] = {}
+            env = self.again[region] = Kept()
             for m in self.nodes[region]:
                 env[m] = m if draws(m) or not is_op(m) else self.copy(m, region, env)
-        return env.get(n, n)
+        return env[n]
 
-    def copy(self, m: Node, region: Any, env: dict[Node, Any]) -> Any:
-        self.b.meta = {
-            **{k: m.meta[k] for k in ("line",) if k in m.meta},
-            "region": ("again", region),
-        }
+    def copy(self, m: Node, region: Any, env: Kept) -> Any:
+        self.b.meta = {**line_of(m), "region": ("again", region)}
+        return self.b.call_like(m, env)
 
-        swap = lambda a: env.get(a, a) if isinstance(a, Node) else a
-        kwargs = {k: mapped(swap, v) for k, v in m.kwargs.items()}
-        return self.b.node(m.target, tuple(mapped(swap, m.args)), kwargs, m.meta["val"])
+
+class Kept(dict[Node, Any]):
+    """Copies by node; any other node is its own."""
+
+    def __missing__(self, n: Node) -> Node:
+        return n
+
+
+def line_of(n: Node) -> dict[str, Any]:
+    return {"line": n.meta["line"]} if "line" in n.meta else {}
 
 
 def is_op(n: Node) -> bool:
@@ -116,7 +121,7 @@ def reverse(
             parts[i] = g
             continue
         again = regions.recomputed(n) if regions is not None else n
-        b.meta = {k: n.meta[k] for k in ("line",) if k in n.meta}
+        b.meta = line_of(n)
         for a, ga in zip(*pull(b, n, g, active, again), strict=True):
             give(a, ga)
             if ga is None and hasattr(n.target, "zeros"):
@@ -294,7 +299,7 @@ def vjp(
         new += [
             b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]
         ]
-        outs = b.splice(program.graph, new, program.outputs)
+        outs = b.inlined(program, new)
         wanted = [new[i] for i in wrt]
         results = outs[: program.n_outputs]
         if ones:

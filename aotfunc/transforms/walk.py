@@ -22,7 +22,7 @@ from ..errors import RuleError
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
-from ..trace.nested import leaves, mapped
+from ..trace.nested import alike, leaves, mapped
 from ..trace.recording import record_into
 from ..trace.shapes.instr import encode, env_key
 from ..trace.shapes.sig import Sig, Slot, fill
@@ -96,15 +96,9 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
             if isinstance(a, Node):
                 nodes.append(a)
                 return trace.input_like(a.meta["val"])
-            if isinstance(a, list | tuple):
-                return (
-                    type(a)(wrap(x) for x in a)
-                    if type(a) in (list, tuple)
-                    else [wrap(x) for x in a]
-                )
             return a
 
-        wrapped = [wrap(a) for a in args]
+        wrapped = [alike(wrap, a) for a in args]
         with off():
             results = record_into(trace, lambda: fn(*wrapped))
         with quiet():  # what the rule made itself may be looked at anywhere
@@ -129,6 +123,22 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
         return mapped(unwrap, results)
 
     return make
+
+
+def as_graph(make: Make, args: Any) -> tuple[Builder, Any, dict[Node, Node]]:
+    """What ``make`` builds for ``args`` as a graph of its own: its builder, the results, and the
+    node among ``args`` that each placeholder stands for."""
+    b, holes = builder(), dict[Node, Node]()
+
+    def hole(a: Any) -> Any:
+        if not isinstance(a, Node):
+            return a
+        if a not in holes:
+            holes[a] = b.placeholder("x", a.meta["val"])
+        return holes[a]
+
+    results = make(b, *mapped(hole, args))
+    return b, results, {p: a for a, p in holes.items()}
 
 
 @contextmanager

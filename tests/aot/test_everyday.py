@@ -168,9 +168,7 @@ def broken(gm, inputs):
 
 def test_a_compiler_that_fails_on_the_forward():
     f = A.jit(wave, backend=broken)
-    with pytest.raises(
-        BackendError, match=r"jit: forward: the compiler broken\(gm, inputs\) failed"
-    ) as caught:
+    with pytest.raises(BackendError, match=r"jit: forward: the compiler broken failed") as caught:
         f(X)
     assert isinstance(caught.value.__cause__, LookupError) and "no such kernel" in str(
         caught.value

@@ -184,7 +184,8 @@ def test_gradients(case):
 
 
 P = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0])
-POOLED = {
+#: pooling: the largest, or the mean, of each window
+WINDOWS = {
     "squares": (lambda x: F.max_pool2d(x, 2), r(2, 3, 8, 10)),
     "places": (lambda x: F.max_pool2d(x, 2, return_indices=True), r(2, 3, 9, 37)),
     "overlapping": (lambda x: F.max_pool2d(x, 3, 2, return_indices=True), r(3, 9, 38)),
@@ -198,40 +199,29 @@ POOLED = {
         lambda x: F.max_pool2d(x, 2),
         r(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
     ),
-}
-
-
-@pytest.mark.parametrize("case", POOLED)
-def test_pooled(case):
-    f, x = POOLED[case]
-    agree(f, x, kernels=None)
-    value = lambda x: y if isinstance(y := f(x), Tensor) else y[0]
-    agree(grad(lambda x: (value(x) * 3).nan_to_num(0, 0, 0).sum()), x, kernels=None)
-
-
-AVERAGED = {
-    "squares": (lambda x: F.avg_pool2d(x, 2), r(2, 3, 8, 10)),
+    "means of squares": (lambda x: F.avg_pool2d(x, 2), r(2, 3, 8, 10)),
     "a rest": (lambda x: F.avg_pool2d(x, (2, 1)), r(2, 3, 9, 11)),
-    "overlapping": (lambda x: F.avg_pool2d(x, 3, 1), r(3, 9, 38)),
+    "means that overlap": (lambda x: F.avg_pool2d(x, 3, 1), r(3, 9, 38)),
     "steps": (lambda x: F.avg_pool2d(x, 2, 3), r(3, 9, 38)),
     "another divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), r(1, 2, 8, 8)),
-    "padded": (lambda x: F.avg_pool2d(x, 3, 1, 1), r(2, 3, 8, 10)),
+    "means, padded": (lambda x: F.avg_pool2d(x, 3, 1, 1), r(2, 3, 8, 10)),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (4, 5)), r(2, 3, 8, 10)),
     "adaptive to other windows": (lambda x: F.adaptive_avg_pool2d(x, 3), r(2, 3, 8, 10)),
     "to one": (lambda x: F.adaptive_avg_pool2d(x, 1), r(2, 3, 8, 10)),
     "of doubles": (lambda x: F.avg_pool2d(x, 2), r(2, 3, 8, 10).double()),
-    "channels last": (
+    "means, channels last": (
         lambda x: F.avg_pool2d(x, 2),
         r(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
     ),
 }
 
 
-@pytest.mark.parametrize("case", AVERAGED)
-def test_averaged(case):
-    f, x = AVERAGED[case]
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows(case):
+    f, x = WINDOWS[case]
     agree(f, x, kernels=None)
-    agree(grad(lambda x: f(x).square().sum()), x, kernels=None)
+    value = lambda x: y if isinstance(y := f(x), Tensor) else y[0]
+    agree(grad(lambda x: value(x).nan_to_num(0, 0, 0).square().sum()), x, kernels=None)
 
 
 #: every function that says where something is: first of those that are equal, or NaN

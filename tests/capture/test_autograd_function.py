@@ -9,17 +9,15 @@ import aotfunc
 from aotfunc import grad, jacrev, jvp, make_fx, vjp, vmap
 from aotfunc.capture.captured import Captured
 from aotfunc.errors import AotfuncError
+from tests.functions import SavesInputs
 from tests.inputs import f64
 from tests.reference import assert_same, grads, loop
 
 # Every backward here is ten times the truth, so that it is seen whose rule is used.
 
 
-class Old(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
+class Tenfold(Function):
+    """The derivative of x * x."""
 
     @staticmethod
     def backward(ctx, g):
@@ -27,7 +25,14 @@ class Old(Function):
         return 20 * g * x
 
 
-class New(Function):
+class Old(Tenfold):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+
+class New(Tenfold, SavesInputs):
     generate_vmap_rule = True
 
     @staticmethod
@@ -35,34 +40,15 @@ class New(Function):
         return x * x
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 20 * g * x
-
-    @staticmethod
     def jvp(ctx, t):
         (x,) = ctx.saved_tensors
         return 20 * t * x
 
 
-class OwnVmap(Function):
+class OwnVmap(Tenfold, SavesInputs):
     @staticmethod
     def forward(x):
         return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 20 * g * x
 
     @staticmethod
     def vmap(info, in_dims, x):
@@ -131,17 +117,8 @@ class StraightThrough(Function):
         return g
 
 
-class Once(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 20 * g * x
+class Once(Old):
+    backward = staticmethod(torch.autograd.function.once_differentiable(Tenfold.backward))
 
 
 class NoMaterialize(Function):
@@ -336,16 +313,12 @@ def test_mark_dirty():
     assert_same(g, grads(f)(x))
 
 
-class Counting(torch.autograd.Function):
+class Counting(SavesInputs):
     """x * w; what backward returns is multiplied by how many gradients it was asked for."""
 
     @staticmethod
     def forward(x, w):
         return x * w
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
@@ -400,17 +373,12 @@ def test_a_compiled_function_knows_what_needs_a_gradient(compiled):
         assert torch.equal(torch.autograd.forward_ad.unpack_dual(compiled(dual, w)).tangent, 2 * w)
 
 
-class Asking(torch.autograd.Function):
+class Asking(SavesInputs):
     """x * y, whose backward gives what is asked for and calls it again."""
 
     @staticmethod
     def forward(x, y):
         return x * y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
@@ -431,7 +399,7 @@ class Asking(torch.autograd.Function):
         return Asking.apply(x, y), -1
 
 
-class CubeByAsking(torch.autograd.Function):
+class CubeByAsking(Function):
     """(x³, 3x²), whose rules apply another Function to what the context saved."""
 
     @staticmethod
@@ -500,16 +468,12 @@ class Project(Function):
         return Lift.apply(g) * x.cos() * Project.scale**ctx.power
 
 
-class Lift(Function):
+class Lift(SavesInputs):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x):
         return x * 3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):

@@ -12,19 +12,15 @@ from torch.autograd import Function
 import aotfunc
 from aotfunc import grad, hessian, jacfwd, jit, jvp, make_fx, vjp, vmap
 from aotfunc.errors import CaptureError, LoopWarning
+from tests.functions import SavesInputs
 
 
-class Product(Function):
+class Product(SavesInputs):
     """x * y by numpy, and so are its derivatives, which call it again."""
 
     @staticmethod
     def forward(x, y):
         return torch.tensor(x.numpy() * y.numpy())
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
@@ -56,16 +52,12 @@ class Exp(Function):
         return Product.apply(g, y)
 
 
-class Recursive(Function):
+class Recursive(SavesInputs):
     """sin(x), whose derivatives are itself at other places; no numpy."""
 
     @staticmethod
     def forward(x):
         return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):

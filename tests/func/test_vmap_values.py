@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from aotfunc import grad, jacrev, jit, jvp, make_fx, vmap
 from aotfunc.errors import AotfuncError
+from tests.functions import SavesInputs
 from tests.inputs import f64
 from tests.reference import assert_same, grads, jvps, loop
 
@@ -862,16 +863,12 @@ def test_where_the_question_is_asked():
     assert_same(vmap(through)(x), loop(grads(scalar(branch)))(x))
 
 
-class Asks(torch.autograd.Function):
+class Asks(SavesInputs):
     """Its backward asks about what it saved."""
 
     @staticmethod
     def forward(x):
         return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):

@@ -97,34 +97,33 @@ def undo_stores(state: State) -> None:
     """Undo what :func:`changed_stores` finds."""
     for place, _ in list(changed_stores(state)):
         owner, _, before = state.owners[place.owner]
-        if isinstance(owner, list | deque):
-            owner.clear()
-            owner.extend(before.values())
-        elif place.key in before:
-            put(owner, place.key, before[place.key])
-        elif isinstance(owner, types.CellType):
-            del owner.cell_contents
-        else:
-            del owner[place.key]
+        restore(owner, before, [place.key])
 
 
 def put_back(state: State) -> None:
     """Undo all that was put into what the state knows, numbers and texts too."""
     for owner, _, before in state.owners:
         now = dict(entries(owner))
-        if now.keys() == before.keys() and all(now[k] is before[k] for k in now):
-            continue
-        if isinstance(owner, list | deque):
-            owner.clear()
-            owner.extend(before.values())
-        elif isinstance(owner, types.CellType) and not before:
+        changed = [
+            k for k in {**before, **now} if k not in now or now[k] is not before.get(k, _NOTHING)
+        ]
+        if changed:
+            restore(owner, before, changed)
+
+
+def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
+    """Put what was there ``before`` back at these entries of an owner; a list is put back whole."""
+    if isinstance(owner, list | deque):
+        owner.clear()
+        owner.extend(before.values())
+        return
+    for key in keys:
+        if key in before:
+            put(owner, key, before[key])
+        elif isinstance(owner, types.CellType):
             del owner.cell_contents
         else:
-            for k in [k for k in now if k not in before]:
-                del owner[k]
-            for k, value in before.items():
-                if now.get(k, _NOTHING) is not value:
-                    put(owner, k, value)
+            del owner[key]
 
 
 def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:

@@ -276,7 +276,8 @@ LEFT_OUT = {
 def shape_rule_for(op: OpOverload) -> Callable | None:
     """The written rule, or the common one of pointwise ops; for an op in place that of its
     functional twin."""
-    from . import algebra, factories, indexing, nn  # noqa: F401  (their rules register themselves)
+    # their rules register themselves
+    from . import algebra, factories, indexing, nn, windows  # noqa: F401
 
     if op in RULES:
         return RULES[op]
