@@ -4,9 +4,8 @@ from .trace.collector import paused_gc
 
 __version__ = "0.1.0"
 
-with (
-    paused_gc()
-):  # of the objects that PyTorch has made by now, one collection takes longer than these imports
+# of the objects that PyTorch has made by now, one collection takes longer than these imports
+with paused_gc():
     from .api.check import check_grads as check_grads
     from .api.coverage import coverage as coverage
     from .api.func import functionalize as functionalize

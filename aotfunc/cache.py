@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 #: no generation is closed with fewer entries than this: what one call needs may be heavy, and is
-# used again at once
+#: used again at once
 FEW = 8
 
 #: every cache there is, for clear_caches

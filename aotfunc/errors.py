@@ -78,6 +78,5 @@ class LoopWarning(UserWarning):
 
 
 for category in (LoopWarning, BackendWarning):
-    warnings.filterwarnings(
-        "once", category=category, append=True
-    )  # behind whatever the user asks for
+    # behind whatever the user asks for
+    warnings.filterwarnings("once", category=category, append=True)

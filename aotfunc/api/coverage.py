@@ -117,9 +117,8 @@ def said_of(op: OpOverload) -> tuple[dict[str, str], dict[str, str]]:
         for k, v in given.items()
         if not v.startswith(("not_implemented", "non_differentiable"))
     }
-    one_for_all = (
-        op.name().startswith("aten::_foreach_") and op._overloadname == "Tensor"
-    )  # has no reverse formula
+    # has no reverse formula
+    one_for_all = op.name().startswith("aten::_foreach_") and op._overloadname == "Tensor"
     of_arguments = {k: v for k, v in known.items() if k in arguments and not one_for_all}
     return of_arguments, {k: v for k, v in known.items() if k not in arguments}
 

@@ -160,9 +160,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     vals = base.vals[:n_out]
 
     @entry
-    def vjp_fn(
-        *cotangents: Any, **_: Any
-    ) -> tuple:  # torch.func's retain_graph and create_graph decide nothing here
+    def vjp_fn(*cotangents: Any, **_: Any) -> tuple:
+        # torch.func's retain_graph and create_graph decide nothing here
         while len(cotangents) > 1 and isinstance(cotangents[-1], bool | None):
             cotangents = cotangents[:-1]
         if len(cotangents) == 1 and (

@@ -32,9 +32,8 @@ def compile_graph(
     """A function of the graph's placeholders that returns its flat outputs as a tuple. With
     ``sized``, nodes' arguments with :class:`Times` in them, the size that these multiply is its
     first argument."""
-    env: dict[
-        str, Any
-    ] = {}  # what the code reads besides its own values, under names that are none of theirs
+    #: what the code reads besides its own values, under names that are none of theirs
+    env: dict[str, Any] = {}
     taken = {n.name for n in graph.nodes}
     targets: dict[Any, str] = {}
     lines: list[str] = []

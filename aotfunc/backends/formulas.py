@@ -78,9 +78,8 @@ def floor_division(a: Tensor, b: Any) -> Any:
     if not floats(a, b):
         return NotImplemented
     quotient, rest = a / b, fmod(a, b)
-    exact = torch.where(
-        quotient.isinf() & ~a.isinf(), quotient, (a - rest) / b
-    )  # fmod may be nan there
+    # fmod may be nan there
+    exact = torch.where(quotient.isinf() & ~a.isinf(), quotient, (a - rest) / b)
     exact = torch.where((rest != 0) & ((rest < 0) != (b < 0)), exact - 1, exact)
     floor = exact.floor()
     floor = torch.where(exact - floor > 0.5, floor + 1, floor)

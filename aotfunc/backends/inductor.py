@@ -33,7 +33,7 @@ ALPHA = (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 INTEGER_DIVISIONS = (aten.div, aten.floor_divide, aten.remainder, aten.fmod)
 
 #: Inductor's settings, and what it has been told of an op, are the process's: one compile at a
-# time
+#: time
 _LOCK = threading.RLock()
 
 
@@ -85,9 +85,8 @@ class InductorGraph:
     def __call__(self, *args: Tensor) -> Sequence:
         if self.fn is None:
             return self.eager(*args)
-        if any(
-            [a.is_conj() or a.is_neg() for a in args]
-        ):  # lazily: the memory that the code reads is not the value
+        # lazily: the memory that the code reads is not the value
+        if any([a.is_conj() or a.is_neg() for a in args]):
             args = tuple([resolved(a) for a in args])
         first = self.repairs is None
         state = torch.get_rng_state() if first and self.draws else None
@@ -124,9 +123,8 @@ def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], Non
         ):
             raise BackendError(f"{n.name} is Python code")
         given = [getattr(gm, n.target)] if n.op == "get_attr" else [*n.args, *n.kwargs.values()]
-        if any(
-            isinstance(a, torch.Generator) for a in given
-        ):  # code in the disk cache would draw from a copy
+        # code in the disk cache would draw from a copy
+        if any(isinstance(a, torch.Generator) for a in given):
             raise BackendError(f"{n.name} takes a torch.Generator")
     failing: set[Any] = set()
     count = len(output_node(gm.graph).args[0])  # type: ignore[arg-type]
@@ -134,9 +132,8 @@ def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], Non
         while True:
             ours = prepared(gm, failing)
             more = len(output_node(ours.graph).args[0]) > count  # type: ignore[arg-type]
-            marked = any(
-                "should_fallback" in n.meta for n in ours.graph.nodes
-            )  # the key of the disk cache is the code
+            # the key of the disk cache is the code
+            marked = any("should_fallback" in n.meta for n in ours.graph.nodes)
             fakes = [n.meta["val"] for n in ours.graph.nodes if n.op == "placeholder"]
             try:
                 with config.patch(force_disable_caches=True) if marked else nullcontext():

@@ -94,10 +94,8 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
             return cls.forward(ctx, *args)
         try:
             output = cls.forward(*args)
-        except (
-            CaptureError,
-            ValueError,
-        ) as why:  # it asks for values that are not there, or writes to numpy's
+        except (CaptureError, ValueError) as why:
+            # it asks for values that are not there, or writes to numpy's
             output = opaque.record(cls, args, batching, why)
         cls.setup_context(ctx, args, output)
         return output

@@ -308,9 +308,8 @@ class CompiledCall:
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
         whole = program.flat()
         count = whole.n_outputs
-        have = tuple(
-            i in g for i in range(count)
-        )  # new values of written inputs have cotangents, too
+        # new values of written inputs have cotangents, too
+        have = tuple(i in g for i in range(count))
         forward, backward = whole.once(
             ("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count)
         )

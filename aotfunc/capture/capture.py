@@ -83,9 +83,8 @@ def capture(
                     t = first.setdefault(id(x), t)
                     trace.stand_for(t, x)
             t.__dict__.update(attributes(x))
-            whole = (
-                samples is not None and i not in samples and x.dim()
-            )  # an index may stand beside traced ones
+            # an index may stand beside traced ones
+            whole = samples is not None and i not in samples and x.dim()
             values[i] = x if whole or id(x) in outside else t
     for i in differentiated:
         autograd.leaves[values[i].ref] = True

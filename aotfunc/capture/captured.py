@@ -87,11 +87,8 @@ class Captured:
             if root >= len(self.trace.inputs) and all(
                 step in path for path in paths if path[0].ref == root
             ):
-                step.of, step.apart, step.passed = (
-                    None,
-                    False,
-                    False,
-                )  # nothing else shows that memory
+                # nothing else shows that memory
+                step.of, step.apart, step.passed = None, False, False
         return found
 
     @property
@@ -210,9 +207,8 @@ class Captured:
             returned: dict[int, Node] = {}
             outs += [n for _, n in f.mutated()]
             for ref, n in {r: f.read(r) for r in self.refs}.items():
-                returned[ref] = (
-                    b.call(aten.alias.default, n) if n in returned.values() else n
-                )  # tensors of their own
+                # tensors of their own
+                returned[ref] = b.call(aten.alias.default, n) if n in returned.values() else n
             outs += [returned[r] for r in self.refs]
             return Program(b.finish(outs), len(trace.inputs), len(outs), (), "capture")
 

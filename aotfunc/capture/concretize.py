@@ -88,9 +88,8 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
         raise trace.unanswered(what)
     program, samples = so_far(trace, tensors), trace.samples
     inputs = [*trace.origins, *trace.lifted]
-    if (
-        trace.concrete_inputs is None
-    ):  # then closed-over tensors may still be asked, and what depends on them alone
+    # then closed-over tensors may still be asked, and what depends on them alone
+    if trace.concrete_inputs is None:
         if any(p.users for p in program.placeholders[: program.n_inputs]):
             raise trace.unanswered(what)
         program, inputs = closed(program), trace.lifted

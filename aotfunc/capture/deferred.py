@@ -181,9 +181,8 @@ def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[in
         outs = [shown_by(o) for o in program.outputs]
         finals = dict(zip(program.mutated, outs[program.n_outputs :], strict=True))
         own = [o for o in outs[: program.n_outputs] if isinstance(o, Node)]
-        seen = lambda i, p: (
-            p in read and i not in finals if again else {p, finals.get(i)} & read
-        )  # what a checkpoint writes itself, as statistics, it reads as it is by then
+        # what a checkpoint writes itself, as statistics, it reads as it is by then
+        seen = lambda i, p: p in read and i not in finals if again else {p, finals.get(i)} & read
         return (
             [i for i, p in enumerate(program.placeholders) if seen(i, p)],
             [i for i, o in enumerate(own) if o in read],

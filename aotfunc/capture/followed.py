@@ -71,18 +71,15 @@ class Followed:
         self.stale: set[int] = set()  # what shows memory that another value was written through
         dims = () if trace.samples is None else trace.samples.dims
         self.differ = {i for i, d in enumerate(dims) if d is not None}  # between the samples
-        self.done, self.number = (
-            0,
-            len(trace.inputs),
-        )  # steps that have been run, and values up to there
+        # steps that have been run, and values up to there
+        self.done, self.number = 0, len(trace.inputs)
 
     def catch_up(self, trace: Trace) -> None:
         """Run what has been recorded since."""
         new = trace.records[self.done :]
         going_on = trace in under_way.traces and trace.concrete_inputs is not None
-        written = any(
-            t.mutates for t in under_way.traces if t is not trace
-        )  # in a recording around, to what this one closes over
+        # in a recording around, to what this one closes over
+        written = any(t.mutates for t in under_way.traces if t is not trace)
         if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
             raise Unsteady
         for whole, steps in itertools.groupby(new, lambda record: record[0].__class__ is Row):
@@ -166,9 +163,8 @@ class Followed:
         if t.__class__ is Traced:
             if t.tracer not in under_way.traces:
                 raise Unsteady
-            known = follow_trace(t.tracer).value(
-                t.tracer, t.ref
-            )  # traces rules, for which nothing is set aside
+            # traces rules, for which nothing is set aside
+            known = follow_trace(t.tracer).value(t.tracer, t.ref)
         elif not has_values(t) or not (trace.may_ask_constants or ref in trace.made_inside):
             raise Unsteady
         with quiet(), torch.no_grad():

@@ -319,9 +319,8 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
         rec = record_into(inner, lambda: Captured(inner, rule(*values), lambda: ()))
     except NotImplementedError as e:
         return CaptureError(f"{name} has no derivative: {e}")
-    except (
-        Exception
-    ) as e:  # the user's: it is raised where this derivative is asked for, as in eager
+    except Exception as e:
+        # the user's: it is raised where this derivative is asked for, as in eager
         return e.with_traceback(None)
     finally:
         _under_way.rules.pop()

@@ -197,9 +197,8 @@ class OwnRule:
         info = Info(walk.size, walk.randomness)
 
         def body(*tensors: Tensor) -> Any:
-            copies = [
-                t.clone() for t in tensors
-            ]  # a Function may write to its argument: the recorded call does so, too
+            # a Function may write to its argument: the recorded call does so, too
+            copies = [t.clone() for t in tensors]
             with self.surroundings.again():
                 leaves, _, out_dims = call(self.cls, info, dims, self.operands.rebuilt(copies))
             outs = [(o, d) for o, d in zip(leaves, out_dims, strict=True) if isinstance(o, Tensor)]

@@ -76,9 +76,8 @@ def register_hook(t: Traced, hook: Callable) -> Any:
             g = g if changed is None else changed
         return g
 
-    if (
-        t.is_leaf and t.ref not in trace.autograd.leaves
-    ):  # a view made under no_grad, which no gradient reaches
+    # a view made under no_grad, which no gradient reaches
+    if t.is_leaf and t.ref not in trace.autograd.leaves:
         return _Handle()
     context = Context()
     context.materialize_grads = False

@@ -161,9 +161,8 @@ def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
 
 def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
     """What a container holds, and the container without it."""
-    first = chain(
-        (False,), repeat(True)
-    )  # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
+    # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
+    first = chain((False,), repeat(True))
     x = Opened(x) if is_data(x) and holds_tensor(x) else x
     return pytree.tree_flatten(x, is_leaf=lambda v: next(first) or is_whole(v))
 

@@ -33,7 +33,7 @@ class HookedCall:
 
     def __init__(self) -> None:
         #: per reverse walk: the hooks' program for the gradients that are there, these gradients,
-        # what it closes over
+        #: what it closes over
         self.given: WeakKeyDictionary[Builder, tuple[Any, list, list]] = WeakKeyDictionary()
         self._batched: WeakKeyDictionary[Any, HookedCall] = WeakKeyDictionary()
 
@@ -59,9 +59,8 @@ class Front(Identity):
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
         inputs = self.parts(n)[0]
-        if (
-            found := self.link.given.pop(b, None)
-        ) is None:  # a path to the input that does not pass the output
+        # a path to the input that does not pass the output
+        if (found := self.link.given.pop(b, None)) is None:
             return inputs, [g.get(i) for i in range(self.n_outputs)]
         part, cotangents, residuals = found
         if is_ours(part):

@@ -42,9 +42,8 @@ class Undisturbed:
 
     def undo(self) -> None:
         if getattr(self.body, "__dynamo_disable", None) == self.call:
-            delattr(
-                self.body, "__dynamo_disable"
-            )  # PyTorch keeps there what it calls for ``f``, and makes its own
+            # PyTorch keeps there what it calls for ``f``, and makes its own
+            delattr(self.body, "__dynamo_disable")
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" not in sys.modules:

@@ -132,9 +132,8 @@ class Operands:
 
     @property
     def key(self) -> tuple:
-        kinds = tuple(
-            (type(x), repr(x) if isinstance(x, float) else "") for x in self.plain
-        )  # 1, 1.0, True are equal
+        # 1, 1.0, True are equal
+        kinds = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in self.plain)
         return (self.spec, self.places, self.plain, kinds)
 
     def __eq__(self, other: object) -> bool:
@@ -148,9 +147,8 @@ def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
     """Leaves and spec; the spec of a bare tensor is None."""
     if isinstance(tree, Tensor):
         return [tree], None
-    if tree.__class__ is list and all(
-        [isinstance(x, Tensor) for x in tree]
-    ):  # as transforms return them
+    # as transforms return them
+    if tree.__class__ is list and all([isinstance(x, Tensor) for x in tree]):
         return list(tree), spec_of_list(len(tree))
     return flatten_tree(tree)
 

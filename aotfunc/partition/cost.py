@@ -62,7 +62,7 @@ def nbytes(val: Any) -> int:
 # ----- how long ----------------------------------------------------------------------------------
 
 #: memory movers that a fusing backend folds into their readers, though they are not tagged as
-# pointwise fmt: off
+#: pointwise
 _FOLDS = frozenset(
     {
         "_to_copy",

@@ -18,7 +18,7 @@ from torch.fx import Node
 #: libraries whose functional ops compute the same from the same inputs, unless tagged as random
 TRUSTED = frozenset({"aten", "prims", "prim", "aotfunc"})
 #: libraries whose functional-looking ops talk to other processes: never moved out of the forward,
-# never doubled
+#: never doubled
 COLLECTIVE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 #: ops that return a view without saying so in the schema
 SILENT_VIEWS = frozenset({"aten::_unsafe_view"})

@@ -74,9 +74,8 @@ def separated(
     count, returned = len(rec.trace.inputs), rec.returned
     if rec.refs == tuple(r for r, _ in owned) and not any(s.of for s in returned):
         return program, None
-    itself = {
-        ref: i for i, ref in enumerate(rec.trace.finals)
-    }  # an argument stays the tensor that it was
+    # an argument stays the tensor that it was
+    itself = {ref: i for i, ref in enumerate(rec.trace.finals)}
     with paused_gc():
         b = Builder(None, merge=False)
         inputs = b.inputs(program.placeholders)
@@ -179,9 +178,8 @@ class Changes:
         trace = rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
-        self.ops: list[
-            tuple[int, list[tuple]]
-        ] = []  # (position, [(op, other arguments, keywords, under no_grad)])
+        #: (position, [(op, other arguments, keywords, under no_grad)])
+        self.ops: list[tuple[int, list[tuple]]] = []
         if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
             return
         for i, ref in enumerate(trace.finals):

@@ -99,9 +99,8 @@ def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
 
 def users(t: Tensor) -> int:
     """How many tensors use the memory of this one."""
-    return (
-        storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1
-    )  # but for the one that asks
+    # but for the one that asks
+    return storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1
 
 
 storage_users = torch._C._storage_Use_Count

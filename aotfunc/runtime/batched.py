@@ -19,9 +19,8 @@ from ..trace.shapes.sig import Sig, sig_of
 from ..transforms.vmap import vmap
 
 _functorch = torch._C._functorch
-_OLD = torch._C._parse_dispatch_key(
-    "Batched"
-)  # torch has two kinds of vmap: autograd's own is the older
+# torch has two kinds of vmap: autograd's own is the older
+_OLD = torch._C._parse_dispatch_key("Batched")
 
 
 def only_batches(tensors: Sequence[Tensor]) -> bool:

@@ -195,8 +195,7 @@ class Cut:
             *(p for i, p in enumerate(self.placeholders) if i not in whole.mutated),
         }
         #: results that are views of other results or of inputs, and are made by PyTorch; not those
-        # under no_grad, which
-        #: have no derivative
+        #: under no_grad, which have no derivative
         self.views: dict[Node, list[Node]] = {}
         for n in self.nodes:
             if (
@@ -266,9 +265,8 @@ class Cut:
                 i for i in n._input_nodes if i in self.stage and self.stage[i] < self.stage[n]
             )
         steps: list[tuple] = []
-        said: dict[
-            Node, Any
-        ] = {}  # signatures of values that cross, where an input was given a new value its own
+        #: signatures of values that cross, where an input was given a new value its own
+        said: dict[Node, Any] = {}
         written = [n for n in self.written if n in self.cuts or n in sources]
 
         def step(fn: Callable, reads: list[int], outs: Sequence[Node]) -> None:

@@ -42,7 +42,7 @@ from .redraw import undrawn
 from .repeated import OTHER, repeated
 
 #: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
-# say that there are many
+#: say that there are many
 NODES, LIMIT, WARN_AT = 1 << 15, 1024, 64
 
 #: all compiled functions, for clear_compile_cache
@@ -173,9 +173,8 @@ class Compiled:
         entry = self.entries.get(full)
         if entry is not None and entry.whereabouts is not None:
             now = whereabouts([*tensors, *entry.closed(state.tensors)])
-            if (
-                entry.whereabouts != now
-            ):  # what a write reaches depends on which arguments share memory
+            # what a write reaches depends on which arguments share memory
+            if entry.whereabouts != now:
                 full = (*full, now)
                 entry = self.entries.get(full)
         if entry is not None:

@@ -153,9 +153,8 @@ class Entry:
             if self.views is not None:
                 outs = self.views(*tensors, *outs)
             if shown:
-                given = {
-                    *map(id, tensors)
-                }  # an argument that shows another one is returned itself
+                # an argument that shows another one is returned itself
+                given = {*map(id, tensors)}
                 outs = [o if id(o) in given else shown.get(k, o) for k, o in enumerate(outs)]
             if self.inside is not None:
                 outs = self.inside.returns(outs)

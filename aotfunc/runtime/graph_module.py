@@ -187,7 +187,6 @@ def graph_module(
         tree = tuple(results) if outputs is None else outputs(b, inputs, results)
         graph = b.finish_tree(tree)
         for n in graph.nodes:
-            object.__setattr__(
-                n, "meta", Meta(n.meta, fakes)
-            )  # the node's own way looks itself up in tables
+            # the node's own way looks itself up in tables
+            object.__setattr__(n, "meta", Meta(n.meta, fakes))
     return Specialised(root, graph, name)

@@ -47,7 +47,7 @@ class Leaves:
                 "a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad"
             )
         #: what is computed from one: results of the program by their positions, then written
-        # inputs by theirs
+        #: inputs by theirs
         self.results: list[int] = []
         self.written: list[int] = []
         if not leaves:

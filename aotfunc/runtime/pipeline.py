@@ -54,9 +54,8 @@ class Pipeline:
         self.exact = exact
         self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
         self.forward_backend, self.backward_backend = map(backends.lookup, self.compilers)
-        self.eagerly: list[
-            tuple[str, dict[str, str]]
-        ] = []  # what a backend runs eagerly in which half, and why
+        #: what a backend runs eagerly in which half, and why
+        self.eagerly: list[tuple[str, dict[str, str]]] = []
 
     def __reduce__(self) -> Any:  # ops and backends by their names
         table = self.decompositions and {str(op): body for op, body in self.decompositions.items()}

@@ -33,9 +33,8 @@ def repeated(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple)
     alike = metadata_check(tensors)
     environment, leaves = environment_key(), leaves_of(tensors)
     check, closed = entry.check, entry.closed if entry.sources else None
-    count = (
-        len(tensors) if [*map(id, given[0])] == [*map(id, tensors)] else -1
-    )  # of arguments, if all are tensors
+    # of arguments, if all are tensors
+    count = len(tensors) if [*map(id, given[0])] == [*map(id, tensors)] else -1
 
     def call(args: tuple, kwargs: dict) -> Any:
         tensors: Sequence[Tensor] = args

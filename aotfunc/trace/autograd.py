@@ -33,31 +33,24 @@ class Autograd:
         rewritten: list[Tensor],
     ) -> None:
         self.inputs, self.lifted, self.records, self.rewritten = inputs, lifted, records, rewritten
-        self.leaves: dict[
-            int, bool
-        ] = {}  # refs that the user, or the transform, marked as requiring grad
+        #: refs that the user, or the transform, marked as requiring grad
+        self.leaves: dict[int, bool] = {}
         self.leaf_tensors: list[Traced] = []
-        self.made: list[
-            weakref.ref[Traced]
-        ] = []  # now, of nothing: torch.ones(..., requires_grad=True) says so later
-        self.computed: set[int] = (
-            set()
-        )  # those of the leaves that have a history: inputs, results of nested functions
+        #: now, of nothing: torch.ones(..., requires_grad=True) says so later
+        self.made: list[weakref.ref[Traced]] = []
+        #: those of the leaves that have a history: inputs, results of nested functions
+        self.computed: set[int] = set()
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
-        self.flags: dict[
-            int, tuple[bool, Any]
-        ] = {}  # inputs that start to require grad, or stop; where used before
+        #: inputs that start to require grad, or stop; where used before
+        self.flags: dict[int, tuple[bool, Any]] = {}
         self.retained: list[Traced] = []
         self.kept: set[int] = set()  # the values that these are in the end
-        self.inference: set[int] = (
-            set()
-        )  # values made in an inference mode that the function switched on
-        self.overwritten: set[int] = (
-            set()
-        )  # records in which a tensor that requires grad gets a value that does not
-        self.copied: list[
-            tuple[int, int]
-        ] = []  # those in which an argument does that is given one that requires grad
+        #: values made in an inference mode that the function switched on
+        self.inference: set[int] = set()
+        #: records in which a tensor that requires grad gets a value that does not
+        self.overwritten: set[int] = set()
+        #: those in which an argument does that is given one that requires grad
+        self.copied: list[tuple[int, int]] = []
         self.settled: list[bool] | None = (
             None  # which lifted tensors required grad when the recording was over
         )
@@ -69,14 +62,12 @@ class Autograd:
             used = any(t.ref in refs for _, refs, *_ in self.records)
             self.flags[t.ref] = (value, debug.user_line(2) if used else None)
             (self.protected.add if value else self.protected.discard)(t.ref)
-        if value and self.made_quietly(
-            t.ref
-        ):  # what is computed from it, views included, is not cut off any more
+        # what is computed from it, views included, is not cut off any more
+        if value and self.made_quietly(t.ref):
             with torch.enable_grad():
                 t.ref = t.detach().ref
-        reach = (
-            self.reach()
-        )  # what was computed so far, views aside, does not become a result of this leaf
+        # what was computed so far, views aside, does not become a result of this leaf
+        reach = self.reach()
         self.leaves[t.ref] = value
         if value:
             reach.active.update((t.ref, *reach.views.get(t.ref, ())))
@@ -228,9 +219,8 @@ class Reach:
     def __init__(self, active: set[int], count: int, lifted: Sequence[Tensor] = ()) -> None:
         self.active, self.lifted = active, lifted
         self.settled: list[bool] | None = None
-        self.ends: list[
-            int
-        ] = []  # for each record that is done, how many values there were after it
+        #: for each record that is done, how many values there were after it
+        self.ends: list[int] = []
         self.count = count
         self.bases: dict[int, int] = {}  # of each view the value that it shows
         self.views: dict[int, list[int]] = {}  # and the views of each value

@@ -25,9 +25,8 @@ def averaging(forward: Callable) -> Callable:
         self._check_input_dim(x)
         count.add_(1)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        out = F.batch_norm(
-            x, mean, var, self.weight, self.bias, True, 1.0, self.eps
-        )  # which leaves the batch's there
+        # which leaves the batch's there
+        out = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
         with torch.no_grad():
             for average, new in ((self.running_mean, mean), (self.running_var, var)):
                 average.add_((new - average) / count)

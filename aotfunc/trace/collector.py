@@ -7,7 +7,7 @@ import os
 import threading
 
 #: what is under way, by thread; the collector belongs to the process, so the last to leave puts it
-# back
+#: back
 _under_way: dict[object, int] = {}
 _lock = threading.Lock()
 _was_on = False

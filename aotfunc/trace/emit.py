@@ -96,9 +96,8 @@ class Builder:
         self._insert(node)
         self._table[(op, target if op == "call_function" else None)][node] = None
         self.graph._len += 1
-        meta = (
-            node.meta
-        )  # assigning it would take the node out of the graph's lookup table and put it back
+        # assigning it would take the node out of the graph's lookup table and put it back
+        meta = node.meta
         meta["val"] = val
         if self.meta:
             meta.update(self.meta)

@@ -27,7 +27,7 @@ from .writes import WRITES, functional_twin
 aten = torch.ops.aten
 
 #: in place, comparisons have the derivative zero in both arguments; autograd sees nothing of
-# logical ops
+#: logical ops
 COMPARISONS = frozenset(
     getattr(packet, name)
     for packet in (aten.eq_, aten.ne_, aten.lt_, aten.le_, aten.gt_, aten.ge_)
@@ -113,9 +113,8 @@ class Functionalizer(Values):
             ref = self.number
             self.number += 1
             self.env[ref] = self.seen(base, instr.op, args, instr.kwargs, i, sig)
-            cut = (
-                refs[0] in self.cut and instr.op is not aten.detach.default
-            )  # which is a cut itself
+            # which is a cut itself
+            cut = refs[0] in self.cut and instr.op is not aten.detach.default
             if cut or (not grad and sig.differentiable):
                 self.cut[ref] = self.how_cut(instr, refs)
 
@@ -155,9 +154,8 @@ class Functionalizer(Values):
         else:
             twin = functional_twin(op, line)
             news = self._twin_results(twin, instr, nodes)
-        if (
-            op is aten.copy_.default and not self.direct
-        ):  # what is read of the copy is not read of its source
+        # what is read of the copy is not read of its source
+        if op is aten.copy_.default and not self.direct:
             news[0] = self.b.call(aten.clone.default, news[0])
         if self.intent and grad and op in TRUTH and nodes[0].meta["val"].differentiable:
             news[0] = self.truth(op, nodes, news[0])

@@ -45,9 +45,8 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
             continue
         if not (owner.requires_grad or is_part(t, owner)):
             trace.rewritten.append(owner)
-        elif (
-            not facts.accumulates or len(tracked) > 1 or tracked[0] is not t
-        ):  # else its derivative is 1
+        elif not facts.accumulates or len(tracked) > 1 or tracked[0] is not t:
+            # else its derivative is 1
             raise CaptureError(
                 "a tensor from outside that requires grad is written to, and autograd is to see it"
                 f"{at(user_line(4))}: pass it as an argument, or write to it under no_grad"
@@ -68,12 +67,10 @@ def follow_writes(trace: Trace, written: Sequence[Any]) -> None:
         if trace.seen_as(owner) in trace.autograd.active():
             trace.rewritten.append(owner)
             with quiet():
-                super(Function, GiveHistory).apply(
-                    owner, torch.empty(0, requires_grad=True)
-                )  # which is not redirected
-                _ = torch._C.TensorBase.grad_fn.__get__(
-                    t
-                )  # a view finds out only when it is asked
+                # which is not redirected
+                super(Function, GiveHistory).apply(owner, torch.empty(0, requires_grad=True))
+                # a view finds out only when it is asked
+                _ = torch._C.TensorBase.grad_fn.__get__(t)
 
 
 def has_history(t: Tensor) -> bool:
@@ -95,7 +92,6 @@ def take_back(trace: Tape) -> None:
     with quiet():
         for t in trace.rewritten:
             torch._C.TensorBase.detach_(t)
-        for t, version in reversed(
-            written
-        ):  # those that share memory count together, and the first one had it right
+        # those that share memory count together, and the first one had it right
+        for t, version in reversed(written):
             torch._C._autograd._unsafe_set_version_counter((t,), (version,))

@@ -194,8 +194,7 @@ def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
         written = {root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
         outside = root(value) < len(trace.inputs)
         told = new in results and (outside or root(value) in results)
-        renewed = (
-            hooks and root(old) != old
-        )  # a view whose memory was written to has another history, without hooks
+        # a view whose memory was written to has another history, without hooks
+        renewed = hooks and root(old) != old
         if told or written & shared or (new in written and (renewed or outside or used & shared)):
             raise CaptureError(why)

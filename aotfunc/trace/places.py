@@ -89,9 +89,8 @@ def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor 
     shown = _getitem(x, tuple(parts))
     indices: list[Tensor | None] = [None] * shown.dim()
     for p, i in zip(places, numbers, strict=True):
-        kept = [
-            q is None or isinstance(q, slice) for q in parts
-        ]  # the dimensions of what they show
+        # the dimensions of what they show
+        kept = [q is None or isinstance(q, slice) for q in parts]
         indices[-sum(kept[p:]) if ... in parts[:p] else sum(kept[:p])] = i
     return shown, indices
 
@@ -139,7 +138,7 @@ def select(self: Tensor, dim: Any, index: Any) -> Tensor:
 
 
 #: methods for outside tensors, too (with a ``__getitem__`` of Python's they would be sequences for
-# ``torch.tensor``)
+#: ``torch.tensor``)
 METHODS = {"narrow": narrow, "select": select}
 for name, method in {"__getitem__": getitem, "__setitem__": setitem, **METHODS}.items():
     setattr(Traced, name, method)

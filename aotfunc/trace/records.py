@@ -80,9 +80,8 @@ class Roots:
         self.done, self.number = 0, count
         self.of: dict[int, int] = {}  # for each view the value whose storage it shares
         self.written: set[int] = set()  # such values
-        self.conjugates = set(
-            conjugates
-        )  # inputs, and views of them, which eager has not computed yet
+        # inputs, and views of them, which eager has not computed yet
+        self.conjugates = set(conjugates)
 
     def extended(self, records: list[Record]) -> Roots:
         of = self.of

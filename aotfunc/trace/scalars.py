@@ -29,7 +29,7 @@ NUMBER = Sig((), (), torch.float64, torch.device("cpu"), 0)
 TENSOR = make_sig(NUMBER.shape, NUMBER.stride, NUMBER.dtype, NUMBER.device)
 
 #: the first number of a recording has the reference FIRST, the next FIRST - 1: behind all lifted
-# tensors
+#: tensors
 FIRST = -(1 << 40)
 
 #: ops whose number may be an input, and the op that takes a tensor in its place

@@ -55,15 +55,13 @@ class Tape:
         self.of_a_rule: bool = outer is not None and outer.of_a_rule
         self.records: list[Record] = []
         self.count = 0
-        self.inputs: list[
-            Sig
-        ] = []  # traced values know their recording; it must not hold them when it is over
+        #: traced values know their recording; it must not hold them when it is over
+        self.inputs: list[Sig] = []
         self.arguments: list[Traced] = []  # the tensors themselves, while they are used
         self.finals: list[int] = []  # the values that they are in the end
         self.lifted: list[Tensor] = []  # outside tensors, by reference
-        self.made_inside: set[int] = (
-            set()
-        )  # those among them that f makes anew on each run: torch.tensor(3)
+        #: those among them that f makes anew on each run: torch.tensor(3)
+        self.made_inside: set[int] = set()
         self.depth = 0  # of the modes, while it is recorded
         self.lifts_numbers = False  # see scalars
         self.numbers: list[float] = []  # which may be inputs
@@ -85,9 +83,8 @@ class Tape:
         self.mutates = False
         self.strided = False  # counts from where a storage begins
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
-        self.differentiated: dict[
-            int, str
-        ] = {}  # inputs and lifted tensors that a gradient was taken of: (at line)
+        #: inputs and lifted tensors that a gradient was taken of: (at line)
+        self.differentiated: dict[int, str] = {}
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded
         self.regions = 0
@@ -105,16 +102,14 @@ class Tape:
         self.refused: CaptureError | None = None  # a question that had no answer
         self.place: tuple | None = None  # an index that was asked for its number, see special
         self.in_lstsq = False
-        self.opened: Mapping[
-            OpOverload, Callable
-        ] = {}  # decompositions, instead of an answer of SPECIAL's
+        #: decompositions, instead of an answer of SPECIAL's
+        self.opened: Mapping[OpOverload, Callable] = {}
 
     def new(self, sig: Sig) -> Traced:
         if _inference_mode():
             self.autograd.inference.add(self.count)
-            with torch.inference_mode(
-                False
-            ):  # a traced value of inference mode could not be a view of an argument
+            # a traced value of inference mode could not be a view of an argument
+            with torch.inference_mode(False):
                 return self.new(sig)
         t = _wrapper(Traced, *sig.form)
         t.tracer = self
@@ -152,9 +147,8 @@ class Tape:
                 check_leak(t)
                 t = t.tracer.value(t)
             ordinary = ordinary_tensor(t)
-            if (
-                ordinary is not t and not self.may_ask_constants
-            ):  # it would not be found again at the next call
+            # it would not be found again at the next call
+            if ordinary is not t and not self.may_ask_constants:
                 raise of_subclass(t, "a tensor from outside")
             check_kind(ordinary)
             if ordinary.__class__ is not Traced and not ordinary.is_inference():

@@ -46,11 +46,10 @@ class Values:
             FIRST - i: numbers.get(i, x) for i, x in enumerate(trace.numbers)
         }
         #: a view that was written, and a copy, are what was written; else they are read from the
-        # memory they show
+        #: memory they show
         self.direct = True
-        self.cut: dict[
-            int, OpOverload
-        ] = {}  # made under no_grad, and how it is read where gradients are on
+        #: made under no_grad, and how it is read where gradients are on
+        self.cut: dict[int, OpOverload] = {}
         self.cuts: dict[tuple, Node] = {}  # and one node each for that
         self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
         self.placeholders = list(inputs)

@@ -18,7 +18,7 @@ from .shapes.sig import Sig
 aten = torch.ops.aten
 
 #: ``x.narrow(dim, start, length)`` where ``start`` is a tensor; only recorded: graphs hold what it
-# shows
+#: shows
 _library = torch.library.Library("aotfunc", "FRAGMENT")
 _library.define("narrow_at(Tensor(a) x, int dim, Tensor start, int length) -> Tensor(a)")
 _library.impl(
@@ -76,9 +76,8 @@ def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
     ):
         last = chain[-1][4] if chain else base
         return (*chain, strided(last, val, val.offset - last.offset))
-    first = (
-        chain[0] if chain and chain[0][0] is aten.as_strided.default else None
-    )  # a part of the storage
+    # a part of the storage
+    first = chain[0] if chain and chain[0][0] is aten.as_strided.default else None
     start = (
         val.offset - base.offset if first is None else first[1][2] + val.offset - first[4].offset
     )
@@ -155,9 +154,8 @@ def _split(b: Builder, base: Node, new: Node, index: int, sizes: Any, dim: int =
 
 
 def _expanded(b: Builder, base: Node, new: Node, index: Any, *_: Any, **__: Any) -> Node:
-    if (
-        new.meta["val"].shape != base.meta["val"].shape
-    ):  # a part of it that is not expanded was written
+    # a part of it that is not expanded was written
+    if new.meta["val"].shape != base.meta["val"].shape:
         raise CaptureError(
             "a write through an expanded tensor: several elements share memory; clone() it first"
         )

@@ -48,9 +48,8 @@ def sources(n: Node) -> Sequence[Node]:
     """What a node can have a derivative of."""
     if n.target is hidden_write:
         return n.args[:1]  # type: ignore[return-value]
-    count = (
-        None if isinstance(n.target, OpOverload) else getattr(n.target, "n_inputs", None)
-    )  # a custom derivative's
+    # a custom derivative's
+    count = None if isinstance(n.target, OpOverload) else getattr(n.target, "n_inputs", None)
     return n._input_nodes if count is None else n.args[:count]  # type: ignore[return-value]
 
 

@@ -127,9 +127,8 @@ def forward_rule(op: OpOverload) -> Callable:
     """A forward rule from forward AD's formula."""
 
     def rule(tangents: tuple, out: Any, *args: Any) -> Any:
-        if (
-            op.namespace != "aten"
-        ):  # forward AD has no formula for a custom op, and takes its tangent for zero
+        # forward AD has no formula for a custom op, and takes its tangent for zero
+        if op.namespace != "aten":
             raise NoFormula("PyTorch has forward formulas for its own ops alone")
         with forward_ad.dual_level():
 
@@ -138,9 +137,8 @@ def forward_rule(op: OpOverload) -> Callable:
                     return [dual(x, y) for x, y in zip(a, t or [None] * len(a), strict=True)]
                 if t is None:
                     return a
-                shared = overlaps_itself(
-                    a.sig
-                )  # forward AD copies a tangent into memory laid out as the primal
+                # forward AD copies a tangent into memory laid out as the primal
+                shared = overlaps_itself(a.sig)
                 primal = (
                     a.clone(memory_format=torch.contiguous_format) if shared else a.tracer.alias(a)
                 )
@@ -162,9 +160,8 @@ def forward_rule(op: OpOverload) -> Callable:
                 )
 
             result = mapped(tangent, outs)
-            if all(
-                t is None for t in leaves(result)
-            ):  # not a zero: forward AD knows nothing of it
+            # not a zero: forward AD knows nothing of it
+            if all(t is None for t in leaves(result)):
                 raise NoFormula("forward AD does not differentiate it")
             return result
 
@@ -212,9 +209,8 @@ def batching_rule(op: OpOverload) -> Callable:
         if not has_batching_rule(op):  # what PyTorch does then is a loop over the samples
             raise NoFormula("PyTorch has no batching rule for it")
         try:
-            outs = torch._functorch.apis.vmap(body, in_dims=tuple(dims))(
-                *xs
-            )  # also where torch.func is patched
+            # also where torch.func is patched
+            outs = torch._functorch.apis.vmap(body, in_dims=tuple(dims))(*xs)
         except Exception as e:  # a rule of the user's may raise anything
             raise NoFormula(str(e).split("\n")[0]) from e
         if not plain:

@@ -86,9 +86,8 @@ class Batch:
             return self.b.node(op, (old, new), {}, new.meta["val"]), True
         if not isinstance(op, OpOverload):
             return op.batch(self, n)
-        if (
-            not op._schema.returns
-        ):  # a check of values, such as _linalg_check_errors: as good for a batch of them
+        # a check of values, such as _linalg_check_errors: as good for a batch of them
+        if not op._schema.returns:
             args = remap(n.args, self.env)
             if op._schema.name == "aten::_assert_async":
                 args = (self.b.call(aten.all.default, args[0]), *args[1:])

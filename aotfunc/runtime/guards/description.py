@@ -30,7 +30,7 @@ class Description:
         self.constants: dict[str, Any] = {}
         self.opaque: list[Any] = []  # guarded by identity
         #: dictionaries (of classes, too), lists and cells, the variable that holds each, and what
-        # was in it
+        #: was in it
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}

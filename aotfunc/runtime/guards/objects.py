@@ -32,7 +32,7 @@ _NOT_STATE = frozenset(
     | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 )
 #: methods that Python calls without naming them, but not while a function is computed, unless it
-# makes texts
+#: makes texts
 _NOT_CALLED = frozenset(
     {
         "__repr__",

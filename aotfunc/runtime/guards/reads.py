@@ -200,9 +200,8 @@ class Names:
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
         self.of_torch: set[str] = {"training"}  # what the methods of torch's modules read
-        self.opened: set[str] = (
-            set()
-        )  # libraries whose objects the function uses: their code is the user's
+        #: libraries whose objects the function uses: their code is the user's
+        self.opened: set[str] = set()
         self.any = False
         #: whether the functions could tell a number from what stands for it: they look at types, or
         #: go on after errors

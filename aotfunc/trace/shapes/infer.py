@@ -54,16 +54,14 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
                 *fill(args, metas), **{k: fill(v, metas) for k, v in kwargs.items()} | _on_meta(op)
             )
         except (NotImplementedError, RuntimeError) as e:
-            if "data-dependent shape" in str(
-                e
-            ):  # the fake implementation of a custom op asks for such a size
+            # the fake implementation of a custom op asks for such a size
+            if "data-dependent shape" in str(e):
                 Facts(op).dynamic = True
             missing = isinstance(e, NotImplementedError) or "fake impl" in str(e)
             if not missing and (Facts(op).dynamic or sum(s.numel for s in sigs) >= AFFORDABLE):
                 raise
-            outs = _on_zeros(
-                op, args, kwargs, sigs
-            )  # it may take what the meta kernel refuses; if not, eager says so
+            # it may take what the meta kernel refuses; if not, eager says so
+            outs = _on_zeros(op, args, kwargs, sigs)
     return signatures(outs, device)
 
 
@@ -86,7 +84,7 @@ DEVICE_DECIDES = (
     "nonzero_static",
 ) + (("_embedding_bag", "_embedding_bag_forward_only"))
 #: zeros are indices out of bounds to them, or a failed assertion, which kernels on a GPU do not
-# survive
+#: survive
 NOT_OF_ZEROS = {
     "lu_unpack",
     "linalg_lu_solve",

@@ -203,9 +203,8 @@ def _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask):
         )
     )
     sure_in_order(g, x, mean, rstd, weight, bias)
-    sure(
-        k < x.ndim or all(n > 1 for n in x.shape)
-    )  # else the bias's gradient is a clone of g, strides and all
+    # else the bias's gradient is a clone of g, strides and all
+    sure(k < x.ndim or all(n > 1 for n in x.shape))
     return (
         like(x) if mask[0] else None,
         new(x, shape) if mask[1] and weight is not None else None,

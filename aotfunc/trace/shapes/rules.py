@@ -27,7 +27,7 @@ from .sig import Facts, Sig, contiguous_stride, fill, make_sig
 aten = torch.ops.aten
 
 #: op -> rule(*args, **kwargs): called with signatures for tensors, returns signatures (None where
-# there is no tensor)
+#: there is no tensor)
 RULES: dict[OpOverload, Callable] = {}
 
 
@@ -239,7 +239,7 @@ UNTAGGED = {
     *("hardswish", "complex", "polar", "rsub"),
 }
 #: pointwise, but composed of others on meta, and with strides by the rule only if all operands are
-# in natural order
+#: in natural order
 COMPOSED = {
     *(
         "masked_fill",

@@ -97,7 +97,7 @@ def contiguous_stride(shape: tuple) -> tuple:
 
 
 #: two equal signatures are not identical after one was forgotten: they only miss caches and
-# rewritings
+#: rewritings
 _sigs = Cache(1 << 14)
 
 
@@ -170,9 +170,8 @@ class Facts:
         ]
         #: the argument that the returns are views of, or None
         self.view_of: int | None = None
-        if (
-            views and op is not aten.lift_fresh.default
-        ):  # a constant made inside is new on every run
+        # a constant made inside is new on every run
+        if views and op is not aten.lift_fresh.default:
             shared = views[0].before_set
             self.view_of = next(
                 (
@@ -193,7 +192,7 @@ class Facts:
         self.strided = "as_strided" in op._schema.name
         self.pure = not (self.writes or self.strided) and self.view_of is None
         #: makes a tensor of no other's values: it may be told to require grad
-        # (`requires_grad=True`)
+        #: (`requires_grad=True`)
         self.factory = "pin_memory" in self.names or op is aten.lift_fresh.default
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"

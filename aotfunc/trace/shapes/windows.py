@@ -84,9 +84,8 @@ def pooled_shape(
         sure(k > 0 and s > 0 and d > 0 and 0 <= p <= k // 2)
         room = i + 2 * p - d * (k - 1) - 1
         n = (-(-room // s) if ceil else room // s) + 1
-        n -= (
-            ceil and (n - 1) * s >= i + p
-        )  # the last window starts inside the input or its left padding
+        # the last window starts inside the input or its left padding
+        n -= ceil and (n - 1) * s >= i + p
         sure(n > 0)
         sizes.append(n)
     return (*x.shape[:-2], *sizes)

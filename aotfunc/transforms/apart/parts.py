@@ -114,7 +114,7 @@ class OpCall:
 
 
 #: where the results of an op with a batched argument hold the batch, a list for several; raises
-# Mixed
+#: Mixed
 Rule = Callable[[OpCall], Any]
 RULES: dict[OpOverload, Rule] = {}
 #: of ops that make a batched value out of what is not

@@ -134,9 +134,8 @@ def number_added(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
         return constant_result(b, val, op, x, y)
     adds = op is operator.add
     if n is not None:
-        if (
-            n == 0 and np.signbit(n) == adds and same(x, val)
-        ):  # x - 0 and x + -0 are x, but -0 + 0 is 0
+        # x - 0 and x + -0 are x, but -0 + 0 is 0
+        if n == 0 and np.signbit(n) == adds and same(x, val):
             return x
         if (
             x.__class__ is y.__class__ is Node

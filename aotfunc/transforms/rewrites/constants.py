@@ -189,9 +189,8 @@ def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
         or not float(value).is_integer()
     ):
         return None
-    total = (
-        value * (x.meta["val"].numel // val.numel) + 0.0
-    )  # a sum starts with 0, so that of minus zeros is 0
+    # a sum starts with 0, so that of minus zeros is 0
+    total = value * (x.meta["val"].numel // val.numel) + 0.0
     return filled(b, val, total) if abs(total) < 2**24 else None
 
 

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 REWRITES: dict[Any, list] = defaultdict(list)
 
 #: what a Python number is for tensors of these dtypes: the kernels convert it to the dtype before
-# they compute
+#: they compute
 EXACT = frozenset((torch.float32, torch.float64))
 
 

@@ -106,9 +106,8 @@ def _(g: Tensor, x: Tensor, approximate: str, *, batched: tuple[bool, bool]) -> 
     rank = max(g.dim() - batched[0], x.dim() - batched[1])
     g, x = (t if b else t.unsqueeze(0) for t, b in zip((g, x), batched, strict=True))
     g, x = align(g, rank), align(x, rank)
-    return aten.gelu_backward(
-        *torch.broadcast_tensors(g, x), approximate=approximate
-    )  # oneDNN's does not broadcast
+    # oneDNN's does not broadcast
+    return aten.gelu_backward(*torch.broadcast_tensors(g, x), approximate=approximate)
 
 
 pointwise(aten.silu, silu_first)
@@ -149,9 +148,8 @@ def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Te
 @vmap_of(aten.log_sigmoid_forward)
 def _(x: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
     out, buffer = aten.log_sigmoid_forward(x)
-    return out, buffer if buffer.dim() == x.dim() else buffer.expand(
-        size, 0
-    )  # empty where the device needs none
+    # empty where the device needs none
+    return out, buffer if buffer.dim() == x.dim() else buffer.expand(size, 0)
 
 
 def as_batch(op: OpOverload) -> Any:

@@ -134,10 +134,8 @@ decompose_as(
     aten._aminmax.dim,
     lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)),
 )
-for name in (
-    "conj_physical",
-    "conj",
-):  # PyTorch's decompositions of Fourier transforms speak in prims
+# PyTorch's decompositions of Fourier transforms speak in prims
+for name in ("conj_physical", "conj"):
     if hasattr(torch.ops.prims, name):
         op = getattr(torch.ops.prims, name).default
         linear(op, lambda g, x: g.conj(), batch=elementwise(op))
@@ -147,9 +145,8 @@ for op in named("_conj_copy"):
     linear(op, lambda g, x: g.conj(), batch=elementwise(op))
 for op in named("_neg_view_copy"):
     linear(op, lambda g, x: -g, batch=elementwise(op))
-vmap_of(aten._dirichlet_grad)(
-    aten._dirichlet_grad.default
-)  # elements beside elements, whatever the shape
+# elements beside elements, whatever the shape
+vmap_of(aten._dirichlet_grad)(aten._dirichlet_grad.default)
 nondiff(*named("detach_copy"), batch=lambda op: op)
 nondiff(*named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
 

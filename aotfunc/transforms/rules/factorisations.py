@@ -86,9 +86,8 @@ def _(g, out, a, full_matrices, compute_uv, driver):
     k = min(m, n)
     u, vh = u[..., :k], vh[..., :k, :]
     row, column = s.unsqueeze(-2), s.unsqueeze(-1)
-    gap = (row - column) * (row + column) + torch.eye(
-        k, dtype=s.dtype, device=s.device
-    )  # one on the diagonal
+    # one on the diagonal
+    gap = (row - column) * (row + column) + torch.eye(k, dtype=s.dtype, device=s.device)
     inner = [] if gs is None else [torch.diag_embed(gs.to(a.dtype))]
     outside = []
     if gu is not None:

@@ -12,7 +12,7 @@ from .schema import aten
 from .table import decompose_as
 
 #: ``_foreach_<name>`` is ``aten.<name>`` on each element; numbers and single tensors are for all
-# of them
+#: of them
 NAMES = """
 abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min clone copy cos cosh div erf erfc
 exp expm1 floor frac lerp lgamma log log10 log1p log2 max maximum minimum mm mul neg norm pow

@@ -52,9 +52,8 @@ for op in (
     ),
 ):
     vmap_of(op)(leading(op))
-vmap_of(aten.linalg_matrix_exp)(
-    lambda a: aten.linalg_matrix_exp(a.contiguous())
-)  # no view of the leading dimensions
+# no view of the leading dimensions
+vmap_of(aten.linalg_matrix_exp)(lambda a: aten.linalg_matrix_exp(a.contiguous()))
 for op in (aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve):
     vmap_of(op)(leading(op, broadcasts=True))
 

@@ -48,9 +48,8 @@ def _(g, out, x, dim):
 
 @jvp_of(aten._softmax)
 def _(tangents, out, x, dim):
-    return aten._softmax_backward_data(
-        tangents[0].to(out.dtype), out, dim, out.dtype
-    )  # the Jacobian is symmetric
+    # the Jacobian is symmetric
+    return aten._softmax_backward_data(tangents[0].to(out.dtype), out, dim, out.dtype)
 
 
 @vjp_of(aten._safe_softmax)

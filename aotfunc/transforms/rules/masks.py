@@ -121,9 +121,8 @@ def batch_masked_scatter_backward(
     g, mask = torch.broadcast_tensors(align(g, rank), align(mask, rank))
     g, mask = flattened(g, True), flattened(mask, True)
     length = prod(sizes)
-    nth = torch.where(
-        mask, running(mask), length
-    )  # the unselected go to one place more, which is then left out
+    # the unselected go to one place more, which is then left out
+    nth = torch.where(mask, running(mask), length)
     return g.new_zeros(size, length + 1).scatter(1, nth, g)[:, :length].reshape(size, *sizes)
 
 

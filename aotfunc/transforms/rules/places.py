@@ -34,7 +34,7 @@ class Places:
         mask = {i for i, index in used.items() if is_mask(index)}
         at = list(used)
         #: rank of the broadcast indices (a mask is as many vectors of positions as it has
-        # dimensions)
+        #: dimensions)
         self.rank = max(
             (1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0
         )
@@ -158,9 +158,8 @@ def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) ->
         return [torch.full((x.shape[0], length), fill, device=x.device)] * (x.dim() - 1)
     found = x if x.dtype == torch.bool else x != 0
     found = found.flatten(1) if x.dim() > 1 else found.unsqueeze(1)
-    order = torch.argsort(
-        found, dim=1, descending=True, stable=True
-    )  # the true ones first, in order
+    # the true ones first, in order
+    order = torch.argsort(found, dim=1, descending=True, stable=True)
     columns, stride = [], 1
     if exact:
         order = order.narrow(1, 0, length)

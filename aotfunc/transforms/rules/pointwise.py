@@ -44,10 +44,8 @@ for op in functional(aten.mul):
     pointwise(op, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
 for op in (aten.div.Tensor, aten.div.Scalar):
     pointwise(op, lambda g, out, x, y: g / y, lambda g, out, x, y: -(g / y * out))
-for op in (
-    aten.div.Tensor_mode,
-    aten.div.Scalar_mode,
-):  # rounded: piecewise constant; rounding_mode=None: true division
+# rounded: piecewise constant; rounding_mode=None: true division
+for op in (aten.div.Tensor_mode, aten.div.Scalar_mode):
     pointwise(
         op,
         lambda g, out, x, y, mode: g / y if mode is None else torch.zeros_like(g),
@@ -258,9 +256,8 @@ def copying(op: OpOverload) -> Any:
 
 
 linear(aten.clone, lambda g, x: g, batch=copying(aten.clone.default))
-linear(
-    aten._to_copy, lambda g, x: g.to(x.device), batch=copying(aten._to_copy.default)
-)  # the walker casts the dtype
+# the walker casts the dtype
+linear(aten._to_copy, lambda g, x: g.to(x.device), batch=copying(aten._to_copy.default))
 linear(aten._lazy_clone, lambda g, x: g, batch=elementwise(aten._lazy_clone.default))
 
 

@@ -188,9 +188,8 @@ def _(
     like, p = aligned([x, p], batched, size)
     if randomness == "different":
         return aten.bernoulli.Tensor(like, p, generator=generator)
-    draw = aten.uniform(
-        torch.empty_like(like[0], dtype=drawn_dtype(p.dtype)), generator=generator
-    )  # in the order of memory
+    # in the order of memory
+    draw = aten.uniform(torch.empty_like(like[0], dtype=drawn_dtype(p.dtype)), generator=generator)
     return (draw < p).to(x.dtype)
 
 
@@ -254,9 +253,8 @@ def _(
         aten._assert_async.msg(
             valid, "multinomial: probabilities must be finite, not negative, and not all zero"
         )
-        race = p / aten.exponential(
-            p[0], 1.0, generator=generator
-        )  # as the op draws it; the greatest wins
+        # as the op draws it; the greatest wins
+        race = p / aten.exponential(p[0], 1.0, generator=generator)
         return race.argmax(-1, keepdim=True) if count == 1 else race.topk(count)[1]
     p = expand_lead(p, batched[0], size)
     return draw(p.flatten(0, -2)).reshape(*p.shape[:-1], count)

@@ -58,9 +58,5 @@ def _(*args: Any, batched: Any, size: Any) -> Any:
         bias = b_x + b_h if has_biases else x.new_zeros(size, w_x.shape[1])
         out, h_end, c_end = lstm_layer(x, w_x, w_h, bias, *ends, reverse)
         h_end, c_end = h_end.reshape(h.shape), c_end.reshape(c.shape)
-    return (
-        out,
-        h_end,
-        c_end,
-        torch.empty(size, 0, dtype=torch.uint8, device=x.device),
-    )  # the workspace is not read
+    # the workspace is not read
+    return out, h_end, c_end, torch.empty(size, 0, dtype=torch.uint8, device=x.device)

@@ -177,9 +177,8 @@ def norm_backward(
         extreme = (size == norm) | (size != size)
         return x.sgn() * extreme * (g / extreme.sum(dims_of(x, dim), keepdim=True))
     zero = norm == 0
-    norm = norm.masked_fill(
-        zero, 1
-    )  # before the division: 0 / 0 would come back in the next derivative
+    # before the division: 0 / 0 would come back in the next derivative
+    norm = norm.masked_fill(zero, 1)
     if p == 2:
         return x * (g / norm).masked_fill(zero, 0)
     if p < 1:

@@ -34,9 +34,8 @@ for op in named(
     "view", "_unsafe_view", "_reshape_alias", "_reshape_alias_copy", "view_copy", "_reshape_copy"
 ):
     linear(op, lambda g, x: g.reshape(x.shape), batch=batch_reshape)
-    jvp_of(op)(
-        lambda tangents, out, *_: tangents[0].reshape(out.shape)
-    )  # a tangent need not have its primal's strides
+    # a tangent need not have its primal's strides
+    jvp_of(op)(lambda tangents, out, *_: tangents[0].reshape(out.shape))
 
 for op in named("alias", "alias_copy", "lift", "lift_fresh", "lift_fresh_copy"):
     linear(op, lambda g, x: g, batch=op)

@@ -54,12 +54,12 @@ class OpRules:
     #: no derivative at all: every tangent and cotangent is zero
     nondiff: bool = False
     #: the derivative is zero, of real numbers at least, and autograd says that the result requires
-    # grad
+    #: grad
     zero: bool = False
     #: positions of the arguments by which the derivative is zero: no rule has it, but autograd does
     flat: tuple[int, ...] = ()
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
-    # ones
+    #: ones
     diff_outputs: tuple[int, ...] | None = None
     verbs: list[str] = field(default_factory=list)
 
@@ -217,9 +217,8 @@ def linear(
 
     def jvp(tangents: tuple[Tensor | None, ...], out: Tensor, *args: Any) -> Tensor | None:
         def on(i: int, t: Any) -> Tensor:
-            if isinstance(
-                t, list | tuple
-            ):  # a list counts as one argument: absent tangents in it are zeros
+            # a list counts as one argument: absent tangents in it are zeros
+            if isinstance(t, list | tuple):
                 t = [
                     torch.zeros_like(x) if d is None else d
                     for d, x in zip(t, args[where[i]], strict=True)
