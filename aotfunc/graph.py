@@ -87,7 +87,7 @@ class Program:
         self.name = name
         self.cache: dict[Any, Any] = {}  # what belongs to it: see once
         if debug.LEVEL:
-            verify(graph, name)
+            verify_graph(graph, name)
         if debug.watched is not None or debug.LEVEL >= 3:
             debug.note(name, graph, lambda: self.code, size(graph))
 
@@ -261,7 +261,7 @@ def size(graph: fx.Graph) -> int:
     return sum(n.op == "call_function" and n.target is not operator.getitem for n in graph.nodes)
 
 
-def verify(graph: fx.Graph, made_by: str = "") -> None:
+def verify_graph(graph: fx.Graph, made_by: str = "") -> None:
     """Check the grammar; raises :class:`GraphError` naming the pass that made the graph."""
 
     def wrong(what: str) -> GraphError:

@@ -102,7 +102,7 @@ def _directions(tree: Any) -> Any:
     return tree_map(torch.randn_like, tree)
 
 
-def _moved(tree: Any, direction: Any, step: float) -> Any:
+def _stepped(tree: Any, direction: Any, step: float) -> Any:
     return tree_map(lambda x, d: x + step * d, tree, direction)
 
 
@@ -130,8 +130,8 @@ def _check(
 ) -> None:
     direction = _directions(args)
     with torch.no_grad():
-        upper = flatten(f(*_moved(args, direction, eps)))[0]
-        lower = flatten(f(*_moved(args, direction, -eps)))[0]
+        upper = flatten(f(*_stepped(args, direction, eps)))[0]
+        lower = flatten(f(*_stepped(args, direction, -eps)))[0]
     numeric = [(u - v) / (2 * eps) for u, v in zip(upper, lower, strict=True)]
     close = {"atol": atol, "rtol": rtol, "check_dtype": False}
     if "fwd" in modes:
@@ -144,7 +144,10 @@ def _check(
         out, pull = vjp(f, *args)
         cotangent = _directions(out)
         gradient = pull(cotangent)
-        got, want = _real_dot(gradient, direction), _real_dot(cotangent, _like(numeric, cotangent))
+        got, want = (
+            _real_dot(gradient, direction),
+            _real_dot(cotangent, _as_tree(numeric, cotangent)),
+        )
         torch.testing.assert_close(
             got, want, **close, msg=lambda m: f"reverse mode is wrong{path}: {m}"
         )
@@ -159,6 +162,6 @@ def _check(
                 _check(derivative, args, order - 1, modes, eps, atol, rtol, where)
 
 
-def _like(leaves: Sequence[Tensor], tree: Any) -> Any:
+def _as_tree(leaves: Sequence[Tensor], tree: Any) -> Any:
     _, spec = flatten(tree)
     return leaves[0] if spec is None else tree_unflatten(list(leaves), spec)

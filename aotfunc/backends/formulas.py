@@ -108,7 +108,7 @@ def division(a: Tensor, b: Any, *, rounding_mode: str | None = None) -> Any:
     return truncated_division(a, b) if rounding_mode == "trunc" else NotImplemented
 
 
-def on_cpu(body: Callable) -> Callable:
+def only_on_cpu(body: Callable) -> Callable:
     return lambda x: body(x) if x.device.type == "cpu" and floats(x, x) else NotImplemented
 
 
@@ -166,7 +166,7 @@ FORMULAS: dict[Any, Callable] = {
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), scaled(torch.sub)),
     **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), scaled(torch.rsub)),
     **dict.fromkeys((aten.lerp.Tensor, aten.lerp.Scalar), lerp),
-    aten.expm1.default: widened(on_cpu(expm1)),
-    aten.atanh.default: widened(on_cpu(atanh)),
-    aten.erf.default: widened(on_cpu(erf)),
+    aten.expm1.default: widened(only_on_cpu(expm1)),
+    aten.atanh.default: widened(only_on_cpu(atanh)),
+    aten.erf.default: widened(only_on_cpu(erf)),
 }

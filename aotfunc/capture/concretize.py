@@ -100,7 +100,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
             trace.as_placed([*map(signature, trace.origins)]),
             [0] * program.n_outputs,
         )
-    outer = outside(trace)
+    outer = around(trace)
     if outer is None:
         values, count = run_once(program, inputs, what), 1
     else:
@@ -139,7 +139,7 @@ def closed(program: Program) -> Program:
 _programs = Cache(1 << 16, weight)
 
 
-def outside(trace: Trace) -> Trace | None:
+def around(trace: Trace) -> Trace | None:
     """The recording in which this one goes on."""
     traces = under_way.traces
     place = traces.index(trace) if trace in traces else len(traces)

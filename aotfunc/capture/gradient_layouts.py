@@ -30,14 +30,14 @@ def computed_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tup
 
     def found() -> tuple[Sig, ...]:
         if trace.mutates or not all(stands_alone(instr) for instr, *_ in trace.records):
-            return derived(trace, step, refs)
+            return derived_layouts(trace, step, refs)
         part, given = path(trace, step, refs)  # other rounds of a loop have the same one
-        return _layouts.once((part.key(), step, given), lambda: derived(part, step, given))
+        return _layouts.once((part.key(), step, given), lambda: derived_layouts(part, step, given))
 
     return _layouts.once((trace.key(), step, refs), found)
 
 
-def derived(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Sig, ...]:
+def derived_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Sig, ...]:
     with as_if_outside(), paused_gc():
         b = Builder(None, merge=False)
         f = Functionalizer(trace, b, input_nodes(trace, b))

@@ -14,7 +14,7 @@ def without_comments(source: str) -> str:
     return re.sub("//[^\n]*", "", source)
 
 
-def digest(text: str) -> str:
+def key_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -22,9 +22,9 @@ def built(source: str) -> Path:
     """The compiled file of this source; where there is no compiler, one that any compiler has left
     there. Raises CompilerError."""
     code = without_comments(source)  # these name the numbers that the kernels get
-    key = digest(f"{toolchain.target()}\n{code}")
+    key = key_of(f"{toolchain.target()}\n{code}")
     try:
-        key = f"{key}-{digest(toolchain.identity())[:16]}"
+        key = f"{key}-{key_of(toolchain.identity())[:16]}"
     except CompilerError:
         if found := store.find_any(key):
             return found

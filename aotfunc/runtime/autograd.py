@@ -46,14 +46,14 @@ def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     )
     read_late = None
     if not wrt:
-        outs = results_of(call, program.n_outputs, tensors)
+        outs = own_results(call, program.n_outputs, tensors)
     else:
         halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
         if halves.any_live:
             outs, read_late = differentiated(halves, tensors)
         else:
             with torch.no_grad():
-                outs = unviewed(results_of(call, program.n_outputs, tensors))
+                outs = unviewed(own_results(call, program.n_outputs, tensors))
     if program.mutated:
         write_back(program, tensors, with_own_memory(program, tensors, outs))
     if read_late is not None:
@@ -72,7 +72,7 @@ def run_half(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     return execute(call.program, tensors) if op_by_op() else call(*tensors)
 
 
-def results_of(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Sequence:
+def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Sequence:
     """What compiled code returns, the first ``count`` with memory of their own."""
     run = call.compiled(tensors)
     outs = run(*tensors)
@@ -133,7 +133,7 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     given, before = halves.unwritten(tensors), generator_states(halves.call.program)
     torch._C._set_grad_enabled(False)  # a tenth of the time of torch.no_grad()
     try:
-        outs = results_of(halves.forward, count, given)
+        outs = own_results(halves.forward, count, given)
         results, residuals = list(unviewed(outs[:count])), outs[count:]
     finally:
         torch._C._set_grad_enabled(True)

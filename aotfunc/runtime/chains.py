@@ -329,7 +329,7 @@ def stage_of(
             n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role"))
             for n in reads
         }
-        b.copy(nodes, env, moved)
+        b.copy(nodes, env, call_moved)
         program = fresh(
             Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ()
         )
@@ -346,12 +346,12 @@ def view_maker(
         env: dict[Node, Any] = {
             source: b.placeholder(source.name, said.get(source, source.meta["val"]))
         }
-        b.copy(calls, env, moved)
+        b.copy(calls, env, call_moved)
         said[calls[-1]] = env[calls[-1]].meta["val"]
         fn = compile_graph(b.finish([env[calls[-1]]]))
     return lambda values: fn(*values)
 
 
-def moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+def call_moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
     """The copy of a call, some of whose arguments may be laid out otherwise."""
     return b.call_like(n, env, moved=True)

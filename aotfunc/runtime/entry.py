@@ -38,7 +38,7 @@ from .guards.given import Given
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
 from .guards.returned import Finish, recorded
 from .guards.state import State
-from .guards.stores import Place, left_behind, put_back
+from .guards.stores import Place, left_behind, undo_changes
 from .leaves import Leaves, made_in_inference_mode
 
 if TYPE_CHECKING:
@@ -292,6 +292,6 @@ def followed(
     except Exception:  # the function's own comes again
         pass
     following.ask()
-    put_back(state)
+    undo_changes(state)
     rewind()
     return captured(None)

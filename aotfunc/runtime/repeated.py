@@ -25,7 +25,7 @@ OTHER = object()
 def repeated(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple) -> Callable:
     """``call(args, kwargs)``, which takes a call with arguments like ``given`` to ``entry``, whose
     they are, and answers OTHER to another one, or where that is not so easily seen."""
-    same = structure(given)
+    same = same_structure(given)
     plain = all(t.__class__ in TENSORS and not t.__dict__ for t in tensors)
     alone = first_alike(tensors) is None and not entry.shared.given and entry.whereabouts is None
     if not (tensors and same and plain and alone):
@@ -63,7 +63,7 @@ def leaves_of(tensors: Sequence[Tensor]) -> list[bool]:
     return [t.is_leaf for t in tensors if t.requires_grad]
 
 
-def structure(x: Any) -> Callable[[Any, list], bool] | None:
+def same_structure(x: Any) -> Callable[[Any, list], bool] | None:
     """``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values, tensors
     apart, which are added to ``found``; where it stands for a tensor, whatever ``y`` is. None for
     what has other things in it."""
@@ -79,7 +79,7 @@ def structure(x: Any) -> Callable[[Any, list], bool] | None:
     if any(k.__class__ is not str for k in keys):
         return None
     count, values = len(x), dict.values if cls is dict else iter
-    parts = [part for v in values(x) if (part := structure(v)) is not None]
+    parts = [part for v in values(x) if (part := same_structure(v)) is not None]
     if len(parts) < count:
         return None
 

@@ -57,7 +57,7 @@ def as_inputs(values: Sequence[float]) -> list[Tensor]:
         return [torch.tensor(x, dtype=TENSOR.dtype, device=TENSOR.device) for x in values]
 
 
-class Step(NamedTuple):
+class Origin(NamedTuple):
     """How an expression comes about: ``op`` of the values at ``parts``, or, without one, the
     number that is followed at place ``parts``, or the constant in it."""
 
@@ -72,7 +72,7 @@ class Following:
 
     def __init__(self, values: dict[int, float], places: Sequence[int], rounds: bool) -> None:
         self.places, self.rounds = places, rounds
-        self.steps: list[Step] = []
+        self.steps: list[Origin] = []
         self.known: dict[Any, Expression] = {}
         self.inputs: list[Expression] = []
         self.made: list[weakref.ref] = []
@@ -88,7 +88,7 @@ class Following:
     def expression(self, key: tuple, value: float, parts: Any, op: Any = None) -> Expression:
         if key not in self.known:
             self.known[key] = Expression(self, len(self.steps), value)
-            self.steps.append(Step(op, parts))
+            self.steps.append(Origin(op, parts))
         return self.known[key]
 
     def part(self, x: Any) -> Expression:
@@ -184,14 +184,14 @@ class Number:
     __deepcopy__ = __copy__
 
 
-def plain(x: Any) -> Any:
+def as_number(x: Any) -> Any:
     """A number instead of what stands for it."""
     return x.expression.ask() if type(x) in KINDS.values() else x
 
 
 def asking(name: str) -> Callable:
     def method(self: Number, *args: Any) -> Any:
-        return getattr(self.expression.ask(), name)(*map(plain, args))
+        return getattr(self.expression.ask(), name)(*map(as_number, args))
 
     return method
 
@@ -207,7 +207,9 @@ def computing(name: str, reflected: bool) -> Callable:
         # sum() adds more precisely than + does
         if number and not more and (name != "add" or by_operator(sys._getframe(1))):
             return computed(self.expression.home, op, (left, right))
-        return (pow if name == "pow" else op)(plain(left), plain(right), *map(plain, more))
+        return (pow if name == "pow" else op)(
+            as_number(left), as_number(right), *map(as_number, more)
+        )
 
     return method
 
@@ -226,7 +228,7 @@ def computed(home: Following, op: Callable, operands: tuple) -> Any:
     parts = [*map(home.part, operands)]
     value, places = op(*[p.value for p in parts]), tuple([p.place for p in parts])
     if type(value) not in KINDS:  # complex
-        return op(*map(plain, operands))
+        return op(*map(as_number, operands))
     return standing_for(home.expression((op, *places), value, places, op))
 
 

@@ -81,14 +81,14 @@ def frozen(t: Tensor) -> bool:
     )
 
 
-def grad(self: Tensor) -> Tensor | None:
+def read_grad(self: Tensor) -> Tensor | None:
     """Another tensor after each backward pass."""
     if frozen(self):
         raise refusal("the .grad", "Pass gradients as arguments.")
     return _grad.__get__(self)
 
 
-def asking(split: Callable) -> Callable:
+def splitting(split: Callable) -> Callable:
     """``tensor_split``, which reads indices from the memory of a tensor."""
 
     def listed(x: Any) -> Any:
@@ -114,9 +114,9 @@ def set_grad(t: Tensor, value: Any) -> None:
 watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
-    | {(x, "tensor_split"): asking(x.tensor_split) for x in (Tensor, torch)}
+    | {(x, "tensor_split"): splitting(x.tensor_split) for x in (Tensor, torch)}
     | {
-        (Tensor, "grad"): property(grad, set_grad),
+        (Tensor, "grad"): property(read_grad, set_grad),
         (_BatchNorm, "forward"): averaging(_BatchNorm.forward),
     }
 )

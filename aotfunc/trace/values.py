@@ -97,7 +97,7 @@ class Values:
         first = base if base in mine else max(mine, key=lambda i: sigs[i].numel)
         node = self.placeholders[first]
         for link in chains[first]:  # what else the memory holds has no derivative here
-            node = inverse(self.b, link, self.detached(self.placeholders[base]), node, None)
+            node = inverse(self.b, link, self.detached(self.placeholders[base]), node)
         storage = Storage(node, refs[first], memory=memory)
         storage.chain = chains[first]
         for i in mine:
@@ -236,7 +236,7 @@ class Values:
             bases.append(replay_view(self.b, link, bases[-1]))
         whole = new
         for link, base in zip(reversed(view.chain), reversed(bases), strict=False):
-            whole = inverse(self.b, link, base, whole, line)
+            whole = inverse(self.b, link, base, whole)
         whole = self.fitted(whole, storage.sig)
         if not grad and target.differentiable:
             whole = self.b.node(hidden_write, (storage.node, whole), {}, whole.meta["val"])

@@ -9,7 +9,6 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..debug import Line
 from ..errors import CaptureError
 from .emit import Builder
 from .shapes.rules import in_order, memory_order
@@ -111,7 +110,7 @@ def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
     return node, (size, stride, start + node.meta["val"].offset)
 
 
-def inverse(b: Builder, link: Link, base: Node, new: Node, line: Line | None) -> Node:
+def inverse(b: Builder, link: Link, base: Node, new: Node) -> Node:
     """The value of ``base`` after what the link sees of it became ``new``."""
     op, args, kwargs, index, _ = link
     rule = INVERSES.get(op)

@@ -55,7 +55,7 @@ def fragment(walk: Batch, n: Node) -> Make:
             full = list(args)
             if "batched" not in rule.wants:  # the rule wants every tensor batched
                 for i, yes in zip(tensor_args(op), flags, strict=True):
-                    full[i] = all_batched(b, full[i], yes, size)
+                    full[i] = with_batch(b, full[i], yes, size)
             full = promoted(b, n, full)
             extras = {
                 "batched": flags,
@@ -74,13 +74,13 @@ def fragment(walk: Batch, n: Node) -> Make:
             raise RuleError(
                 f"{op} draws random numbers and has no batching rule{at(n.meta.get('line'))}"
             )
-        result, looped = derived(walk, b, n, flags, size, args)
+        result, looped = derived_batch(walk, b, n, flags, size, args)
         return checked_result(b, result, want, size), looped
 
     return make
 
 
-def derived(
+def derived_batch(
     walk: Batch, b: Builder, n: Node, flags: tuple, size: int, args: Any
 ) -> tuple[Any, list[OpOverload]]:
     """The batched op without a rule of ours."""
@@ -123,7 +123,7 @@ def sample_sigs(a: Any) -> Any:
     return a.meta["val"] if isinstance(a, Node) else None
 
 
-def all_batched(b: Builder, a: Any, yes: Any, size: int) -> Any:
+def with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
     """An argument with a batch dimension in each tensor; ``yes`` says which have one."""
 
     def expanded(x: Any, yes: Any) -> Any:

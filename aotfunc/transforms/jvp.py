@@ -103,12 +103,12 @@ def jvp_make(n: Node) -> Any:
             raise RuleError(
                 f"{op} draws random numbers and has no forward rule{at(n.meta.get('line'))}"
             )
-        return fit_tangents(b, derived(b, n, ts, out, args), out)
+        return fit_tangents(b, derived_tangents(b, n, ts, out, args), out)
 
     return make
 
 
-def derived(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
+def derived_tangents(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
     op = n.target
     try:
         return traced(fallback.forward_rule(op), intent=False)(b, tuple(ts), out, *args)

@@ -57,7 +57,7 @@ def native_check(
     None where that is not to be had, or most of it would stay Python."""
     if (at := steps_of()) is None:
         return None
-    program = _translated.once(source, lambda: Program(lines, paths))
+    program = _translated.once(source, lambda: Translation(lines, paths))
     if program.left > len(lines) // 4:
         return None
     constants = tuple([find(space) for find in program.constants])
@@ -79,7 +79,7 @@ class Other(Exception):
     """A line of another form."""
 
 
-class Program:
+class Translation:
     """The steps of these lines, which find the tensors ``paths``."""
 
     def __init__(self, lines: Sequence[str], paths: Sequence[str]) -> None:

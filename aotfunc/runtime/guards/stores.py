@@ -100,7 +100,7 @@ def undo_stores(state: State) -> None:
         restore(owner, before, [place.key])
 
 
-def put_back(state: State) -> None:
+def undo_changes(state: State) -> None:
     """Undo all that was put into what the state knows, numbers and texts too."""
     for owner, _, before in state.owners:
         now = dict(entries(owner))
