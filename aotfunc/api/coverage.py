@@ -47,10 +47,9 @@ _ELSEWHERE = re.compile(
 
 @cache
 def ops() -> tuple[OpOverload, ...]:
-    """The overloads that can stand in a captured graph and that a derivative or a batch can meet:
-    those of aten that write to nothing, take and return tensors, run on dense tensors of this
-    build's CPU (or GPU) and are not composite (PyTorch takes those apart before they are
-    recorded)."""
+    """The overloads that a derivative or a batch can meet in a captured graph: those of aten that
+    write to nothing, take and return tensors, and run on dense tensors of this build's CPU or GPU.
+    Composite ops are left out: PyTorch takes them apart before they are recorded."""
     return tuple(sorted(_found(), key=str))
 
 

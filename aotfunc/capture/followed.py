@@ -205,9 +205,10 @@ def steady(instr: Any) -> bool:
 def steps_as_program(
     records: Sequence[Record], number: int, numbers: Sequence[float], old: Collection[int]
 ) -> tuple[list[int], list[int], Program]:
-    """Steps, from the one that makes the value ``number`` on, as a program of the values that they
-    read and do not make; it returns all that they make, and what becomes of the ``old`` ones that
-    they read. A loop's rounds are the same program. The Python ``numbers`` are literals."""
+    """``(read, written, program)``: steps as a program of the values that they ``read`` and do not
+    make. The first one makes the value ``number``. The program returns all that they make, then
+    the new values of those among ``old`` that they read. A loop's rounds are the same program. The
+    Python ``numbers`` are literals."""
     read: dict[int, Sig] = {}
     for instr, refs, *_ in records:
         known = (

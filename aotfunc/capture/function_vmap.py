@@ -123,9 +123,9 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
 
 
 def may_be_real(trace: Trace) -> bool:
-    """Whether the recording is of an outermost ``vmap`` that runs at once, on tensors with values;
-    and nothing was drawn in it yet, which would be drawn again, nor written to a tensor from
-    outside, where a rule would not see it."""
+    """Whether the recording is of an outermost ``vmap`` that runs at once, on tensors with values.
+    A draw in it would be drawn again, and a write to a tensor from outside would not be seen by
+    the rule: then it may not."""
     return (
         trace.samples is not None
         and trace.may_ask_constants

@@ -2,10 +2,10 @@
 attributes, with tensors in them.
 
 PyTorch's trees know containers and the classes that were registered with them. An instance of a
-plain data class is put in other words before it is flattened: an :class:`Opened`, whose children
-are what the attributes (and, of a dictionary that is a dataclass too, the items) hold, and from
-whose leaves an instance of the class is made again. Its ``__init__`` does not run for that. An
-instance without a tensor is a value like any other."""
+plain data class becomes an :class:`Opened` before it is flattened. The children of that are what
+the attributes hold, and the items of a dictionary that is a dataclass too. From its leaves an
+instance of the class is made again, without its ``__init__``. An instance without a tensor is a
+value like any other."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ except ImportError:  # pragma: no cover
 def split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
     """The early and the late graph of ``joint`` when ``saved`` is handed over, in that order.
 
-    The late graph computes again whatever it reads and is not handed. Nodes keep their names and
+    The late graph computes again what it reads and is not handed. Nodes keep their names and
     metadata. Raises PartitionError if an input is needed and not among ``saved``."""
     with paused_gc():
         return _split_now(joint, saved)
@@ -110,7 +110,7 @@ class Copy:
         return new
 
     def placeholder(self, n: Node, role: str | None = None) -> None:
-        """An input that stands for ``n``, whatever ``n`` was."""
+        """An input that stands for ``n``."""
         new = self.graph.create_node(
             "placeholder",
             n.target if n.op == "placeholder" else n.name,

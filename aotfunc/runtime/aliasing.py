@@ -35,10 +35,9 @@ aten = torch.ops.aten
 def without_views(
     rec: Captured, quiet: bool = False
 ) -> tuple[Program, Callable[..., tuple] | None]:
-    """``(program, views)``: the program of what the recording was computed for, one result for
-    each piece of memory that a returned tensor shows, and ``views(*inputs, *its results)``, run
-    after written inputs have been updated, for the tensors that were returned (None where these
-    are the program's results).
+    """``(program, views)``. The program has one result for each piece of memory that a returned
+    tensor shows. ``views(*inputs, *results)`` makes the tensors that were returned, once written
+    inputs have their new values; it is None where these are the program's results.
 
     Results share memory with an input and with one another where the recording says so, and
     nowhere else. ``quiet``: captured with gradients off, so that no view needs to be detached."""

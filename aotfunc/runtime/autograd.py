@@ -80,10 +80,9 @@ def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Se
 
 
 def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """With copies where one of the first ``count`` is the same tensor as another or an input, or
-    shares memory: a graph without its marks of intent may compute two results in one node, and a
-    compiler may hand out the memory of an input, of another result or of a constant that it keeps.
-    """
+    """The results, copied where one of the first ``count`` is an input or another one, or shares
+    memory. A graph without its marks of intent may compute two results in one node; a compiler may
+    hand out the memory of an input, of another result, or of a constant that it keeps."""
     found, seen = outs, {*map(id, tensors)}
     for i, o in enumerate(outs[:count]):
         if isinstance(o, Tensor):
@@ -229,5 +228,5 @@ def unchanged(ctx: Any) -> list[Tensor]:
     return ctx.inputs
 
 
-#: without the look for torch.func's wrappers, of which compiled code sees none
+#: ``CompiledFunction.apply`` that does not look for torch.func's wrappers: there are none here
 apply = super(torch.autograd.Function, CompiledFunction).apply

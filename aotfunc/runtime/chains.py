@@ -156,9 +156,9 @@ class Chain:
 
 
 class Cut:
-    """Where the graph of a call is cut for the gradients of its inputs ``wrt``; at new values of
-    written inputs only if these are ``apart`` in memory, for a later write to one must not reach
-    what is kept of another."""
+    """Where the graph of a call is cut for the gradients of its inputs ``wrt``. It is cut at new
+    values of written inputs only if these are ``apart`` in memory: a later write to one must not
+    reach what is kept of another."""
 
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...], apart: bool) -> None:
         assert call.plain is not None

@@ -167,8 +167,8 @@ def materializes(program: Program) -> bool:
 
 
 def inputs_read(program: Program, outs: Sequence[Any], count: int) -> list[int]:
-    """The positions, among the first ``count`` inputs, of those that ``outs`` and what stays
-    anyway depend on."""
+    """The positions of those of the first ``count`` inputs that ``outs``, draws or effects depend
+    on."""
     seen = {o for o in outs if isinstance(o, Node)}
     for n in reversed(program.graph.nodes):
         if n in seen or (n.op == "call_function" and kept_alive(n)):

@@ -2,7 +2,7 @@
 
 Most calls of a compiled function are like the call before. One that is given tensors without
 attributes, plain values and trees of these needs no key: C++ compares the tensors, and the rest is
-looked at as ever."""
+looked at as for other calls."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def repeated(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple)
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> list[bool]:
-    """Of those that require grad, which are leaves."""
+    """Whether each tensor that requires grad is a leaf."""
     return [t.is_leaf for t in tensors if t.requires_grad]
 
 
 def same_structure(x: Any) -> Callable[[Any, list], bool] | None:
-    """``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values, tensors
-    apart, which are added to ``found``; where it stands for a tensor, whatever ``y`` is. None for
-    what has other things in it."""
+    """``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values. What stands in
+    the place of a tensor is added to ``found`` and not compared. None where ``x`` has objects of
+    other kinds in it."""
     cls = x.__class__
     if cls in TENSORS:
         return tensor

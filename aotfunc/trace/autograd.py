@@ -148,9 +148,9 @@ class Autograd:
         ]
 
     def overwrite(self, refs: Sequence[int], kin: set[int]) -> None:
-        """The last record gave the first of ``refs`` the value of the others: it requires grad
-        still if it did, or one of its ``kin``, though nothing of it is left, and has a gradient of
-        zeros. (Values that are copied to whole arguments last are copied outside, too.)"""
+        """The last record gave the first of ``refs`` the value of the others. If it, or one of its
+        ``kin``, required grad, it still does, though nothing of it is left: its gradient is zero.
+        (What is copied to a whole argument last is copied outside, too.)"""
         active, base = self.active(), self.reach().bases.get(refs[0], refs[0])
         record = len(self.records) - 1
         copies = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)

@@ -1,8 +1,8 @@
 """Autocast's cache, as a recording keeps it (PyTorch's own would hand out traced values later).
 
-A leaf that requires grad, as a weight is, is cast once for all its uses, those in nested compiled
-functions among them, and their gradients are added in the narrow dtype; of any other tensor each
-use has a cast of its own."""
+A leaf that requires grad, as a weight does, is cast once for all its uses, also in nested compiled
+functions; the gradients of these are added in the narrow dtype. Any other tensor is cast anew for
+each use."""
 
 from __future__ import annotations
 

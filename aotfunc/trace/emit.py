@@ -155,8 +155,8 @@ class Builder:
         return self.node(target, args, kwargs, infer_val(target, args, kwargs))
 
     def again(self, target: OpOverload, args: tuple, kwargs: dict, val: Any) -> tuple[tuple, Any]:
-        """``(args, signature)`` of a call that was recorded for arguments that lay otherwise: with
-        copies of those that the kernel would misread, and of what cannot be viewed so."""
+        """``(args, signature)`` of a call whose arguments lie otherwise than when it was recorded.
+        Those that the kernel would misread are copied, and what cannot be viewed so."""
         copy = lambda a, form: self.call(_aten.clone.default, a, memory_format=form)
         if copies := misread(
             target, [a.meta["val"] if a.__class__ is Node else None for a in args]

@@ -31,9 +31,9 @@ class GiveHistory(Function):
 
 
 def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence[Any]) -> None:
-    """Keep autograd's own record of a write, made behind our back where parameters take part, off
-    outside tensors: it is taken back when the recording ends, or, where there is an older one, the
-    write is refused."""
+    """Keep autograd's own record of a write off outside tensors; C++ makes one where parameters
+    take part. It is taken back when the recording ends; a write to a tensor that has an older one
+    is refused."""
     tracked = [t for t in args if requires_grad(t)]
     if not tracked:
         follow_writes(trace, written)

@@ -1,9 +1,10 @@
 """The ops that write down in a graph what autograd would know: identities in value, each with a
 derivative of its own.
 
-A value made under ``torch.no_grad()`` and read outside passes through ``aten.detach``, a view made
-there through ``dead_end`` (it requires grad if what it shows does, and has no derivative); a write
-that autograd does not see is ``hidden_write(old, new)``: the new value with the old derivative."""
+A value made under ``torch.no_grad()`` and read outside passes through ``aten.detach``. A view made
+there passes through ``dead_end``: it requires grad if what it shows does, and has no derivative. A
+write that autograd does not see is ``hidden_write(old, new)``: the new value with the old
+derivative."""
 
 import torch
 

@@ -1,9 +1,9 @@
 """How tensors lie in memory: which of them overlap, and where each begins. A write to one is seen
 through the others.
 
-Memory is what a storage holds, or, for the values of a recording, what their root stands for: so
-the parts of one buffer are told apart also where they are samples of a batch, whose own signatures
-begin at 0."""
+Memory is what a storage holds; for the values of a recording it is what their root stands for. So
+the parts of one buffer are told apart where they are samples of a batch, too, though the signature
+of each begins at 0."""
 
 from __future__ import annotations
 

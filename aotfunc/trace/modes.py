@@ -21,9 +21,8 @@ _NONE = nullcontext()
 
 
 def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
-    """Autocast and function modes off, meanwhile: around programs, and whatever else has been
-    through them. ``dtype``: the default dtype of the recording, for a program that runs later than
-    it."""
+    """Autocast and function modes off, meanwhile: what a program computes has been through them.
+    ``dtype``: the default dtype of the recording, for a program that runs later than it."""
     changed = dtype is not None and torch.get_default_dtype() is not dtype
     if not (changed or any_modes()):
         return _NONE

@@ -2,7 +2,7 @@
 without a way through PyTorch's dispatcher, which is a third of what recording them costs.
 
 Where anything lies on that way (a mode, autocast, torch.func, forward AD, what C++ autograd
-records), or the op is new to the recordings, PyTorch is asked as ever."""
+records), or the op is new to the recordings, the op takes it."""
 
 from __future__ import annotations
 

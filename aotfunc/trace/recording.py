@@ -26,7 +26,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     """``body()`` recorded into ``trace``: with gradients and tangents on, autocast's cache and
     Dynamo off, functorch's levels and saved_tensors_hooks aside (parameters make autograd save
     traced values), no garbage collection. All of it holds for this thread alone and is undone
-    whatever is raised, whenever.
+    even where Ctrl-C comes in between.
 
     Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """

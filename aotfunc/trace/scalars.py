@@ -1,10 +1,10 @@
-"""Python numbers among the arguments of ops that may be inputs of a program: one that changes from
-call to call (a learning rate, a time step) is then no program each.
+"""Python numbers among the arguments of ops that may be inputs of a program: a number that changes
+from call to call (a learning rate, a time step) then makes no new program.
 
 A number stands in a recording as a value does; whether it is a literal of the program or an input
 of it is decided when the program is looked up. As an input it is a 0-dim float64 tensor on the
-CPU, which is what PyTorch makes of a number before it computes; where such a tensor would decide
-the dtype of the result, and a number would not, it is cast first, or stays a literal. Numbers that
+CPU, as PyTorch makes of a number before it computes. Where such a tensor would decide the dtype of
+the result, and a number would not, it is cast first, or stays a literal. Numbers that
 rewritings and kernels look at (0, 1, 2, 0.5 and their like) are always literals."""
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ class Traced(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Values that are the same whatever is differentiated or batched can be pickled where a
+        """A value that depends on no differentiated or batched input can be pickled where a
         function runs once."""
         value = (
             self.tracer.known_value(self)

@@ -4,8 +4,8 @@ that can be proved.
 The batch is followed through a finished graph: for each value, which dimension it lies in. Every
 op must treat the samples alike and apart from one another (:mod:`.apart` says what each op does
 with the batch). Then each sample's results are one function of this sample and of what is not
-batched, which does not say how many samples there are; what holds for the size that the graph was
-made for holds for any."""
+batched. The number of samples is no part of that function, so that what holds for the size that
+the graph was made for holds for any."""
 
 from __future__ import annotations
 

@@ -143,8 +143,8 @@ def as_graph(make: Make, args: Any) -> tuple[Builder, Any, dict[Node, Node]]:
 
 @contextmanager
 def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
-    """Raise RuleError for whatever goes wrong in a rule inside, with the op, the rule's line, and
-    the user's. A rule raises NotImplementedError for arguments that it is not made for."""
+    """Raise RuleError for an error in a rule inside, with the op, the rule's line, and the user's.
+    A rule raises NotImplementedError for arguments that it is not made for."""
     try:
         yield
     except RuleError:

@@ -1,9 +1,9 @@
 """The check of a large state as native code: the lines of the Python check, translated into steps
 that ``check.cpp`` takes one by one.
 
-A step calls what Python calls for its line, so both come to the same end; and only a state that is
-the same is told natively, every other one is looked at by the Python check. Lines of other forms
-than the usual stay Python functions between the steps."""
+A step calls what Python calls for its line, so both come to the same end. The native check answers
+for a state that is the same; the Python check looks at every other one. Lines of unusual forms stay
+Python functions between the steps."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The Python state that a function reads: a key for it, and a quick check that it is as it was.
 
-From ``f`` and the objects among its arguments everything is followed that the code can name:
+All that the code of ``f`` can name is followed from ``f`` and the objects among its arguments:
 closure variables, globals, defaults, attributes of objects, modules and classes, elements of
-containers, and from the functions that are met on the way, in turn. What is found is described by
+containers. The functions met on the way are followed in turn. What is found is described by
 structure, never by address: two modules of one architecture are the same state with other tensors.
 Tensors are inputs: the check fetches them by the path on which they were found."""
 

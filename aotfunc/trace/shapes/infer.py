@@ -95,10 +95,9 @@ NOT_OF_ZEROS = {
 
 
 def better_tried(op: OpOverload, sigs: tuple) -> bool:
-    """Whether the device's kernel, on zeros, is a better witness than the meta kernel: where the
-    strides (or empty statistics, or the dimensions of a single loss) of the results depend on the
-    device in ways that meta kernels do not know, for unusual layouts they often do not; and where
-    the meta kernel is written in Python."""
+    """Whether to ask the device's kernel, run on zeros, before the meta kernel. Meta kernels often
+    do not know which strides, empty statistics or dimensions a device gives its results; those
+    written in Python import half of PyTorch."""
     name = plain_name(op)
     facts, affordable = Facts(op), sum(s.numel for s in sigs) < AFFORDABLE
     if name in NOT_OF_ZEROS or facts.effect or by_values(op, sigs):

@@ -1,9 +1,8 @@
 """The table of rewritings and the questions that they ask of nodes.
 
 A rule is ``(builder, val, *args, **kwargs) -> replacement | None``. The replacement has the same
-bits as the op it stands for and exactly the signature ``val``: the ops behind were planned for
-these strides and this offset, and a ``view`` of other ones may be impossible. :func:`fit` checks
-that."""
+bits as the op it stands for and exactly the signature ``val``, which :func:`fit` checks: the ops
+behind were planned for these strides and this offset, and may have no ``view`` of others."""
 
 from __future__ import annotations
 

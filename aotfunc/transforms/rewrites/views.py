@@ -1,11 +1,10 @@
 """Moves: a chain of ops that only show the same elements in another shape or order is made as
 short as it can be.
 
-Two views of the same memory with the same shape, strides and offset are the same value, whatever
-way led to them. So a chain may end at any of its links that has the signature wanted; and what
-shows all elements of a contiguous tensor without a copy is a ``view`` of it, or a ``permute`` of
-one. Not so where the memory is that of an expanded input: its elements are as many variables, of
-which a turn shows others in the same place."""
+Two views of the same memory with the same shape, strides and offset are the same value. So a chain
+may end at any of its links that has the signature wanted; and what shows all elements of a
+contiguous tensor without a copy is a ``view`` of it, or a ``permute`` of one. An expanded input is
+left alone: each of its elements is a variable, though they share memory."""
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 batch, which is folded into ``N``.
 
 Log-probabilities are ``(T, N, C)``, targets ``(N, S)`` or all of them in one vector. The reverse
-kernel reads what the forward kernel computed on the way, whose shape depends on the longest
-target; it is computed again from the folded arguments, which makes it the same node of the graph
-as the forward pass's."""
+kernel reads a buffer of the forward kernel, whose shape depends on the longest target. The rule
+computes it again from the folded arguments, and the graph merges that with the forward pass."""
 
 from __future__ import annotations
 
