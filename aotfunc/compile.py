@@ -61,21 +61,17 @@ def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
     class Checked(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            expected = n.meta.get("val")
+            expected, line = n.meta.get("val"), at(n.meta.get("line"))
             if isinstance(value, Tensor) and isinstance(expected, Tensor):
                 got, said = ((t.shape, t.dtype, t.device) for t in (value, expected))
                 if got != said:
-                    raise CaptureError(
-                        f"{n.format_node()} is {got}, the graph says {said}{at(n.meta.get('line'))}"
-                    )
+                    raise CaptureError(f"{n.format_node()} is {got}, the graph says {said}{line}")
                 if (
                     n.op == "call_function"
                     and has_nan(value)
                     and not any(has_nan(self.env[i]) for i in n._input_nodes)
                 ):
-                    raise CaptureError(
-                        f"{n.format_node()} is the first value with a NaN{at(n.meta.get('line'))}"
-                    )
+                    raise CaptureError(f"{n.format_node()} is the first value with a NaN{line}")
             return value
 
     return lambda *args: Checked(fx_g, garbage_collect_values=False).run(*args)

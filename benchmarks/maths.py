@@ -1,10 +1,10 @@
 """How accurate and how fast the C++ backend's maths functions are.
 
-``python -m benchmarks.maths [--write]``. An error is in units in the last place of the right result, which
-is float64's for float32 and mpmath's for float64. Samples are spread evenly over the bits of all
-finite numbers, the usual range beside them; special values are NaN, infinities, zeros, denormals
-and the edges of overflow, where the result must be the right one of NaN, infinity and signed zero.
-"""
+``python -m benchmarks.maths [--write]``. An error is in units in the last place of the right
+result, which is float64's for float32 and mpmath's for float64. Samples are spread evenly over the
+bits of all finite numbers, the usual range beside them; special values are NaN, infinities, zeros,
+denormals and the edges of overflow, where the result must be the right one of NaN, infinity and
+signed zero."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class CustomDerivative:
     """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a
     derivative of the user's.
 
-    ``backward`` maps the pattern of cotangents that are there (None: any, absent ones as
-    zeros) to a RuleProgram ``(cotangents, residuals) -> gradients of the inputs``, or to the error that
+    ``backward`` maps the pattern of cotangents that are there (None: any, absent ones as zeros) to
+    a RuleProgram ``(cotangents, residuals) -> gradients of the inputs``, or to the error that
     recording it raised; ``forward`` is one ``(tangents, residuals) -> tangents`` or None.
     ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own
     :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments are its

@@ -74,7 +74,8 @@ class Deferred:
         return next((s.old for s in self.trace.stand_ins if s.hooks and s.new == ref), None)
 
     def settle(self) -> None:
-        """Record the backward as it is now. It waits on, to be the same if it is asked for again."""
+        """Record the backward as it is now. It waits on, to be the same if it is asked for
+        again."""
         step, refs = self.make(self)
         derivative = step.derivative
         rules = [p if isinstance(p, RuleProgram) else type(p) for p in derivative.rules]

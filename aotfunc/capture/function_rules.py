@@ -58,8 +58,8 @@ def requires_grad(a: Any) -> bool:
 def recorded_backward(
     trace: Trace, name: str, args: Any, ctx: Context, outs: Sequence[Any], backward: Callable
 ) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
-    """``record(refs, residuals)``, which records a Function's backward as programs: for all inputs,
-    and for those alone that require grad. It appends the values that they read."""
+    """``record(refs, residuals)``, which records a Function's backward as programs: for all
+    inputs, and for those alone that require grad. It appends the values that they read."""
     wanted, requiring = Gradients.of(args, backward), tuple(map(requires_grad, args))
     diff = [floating(o) for o in outs]
     sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
@@ -253,8 +253,8 @@ def later(
     more: list,
     calls: Any,
 ) -> Later:
-    """The rule as a RuleProgram to be recorded on demand: a program of its given values (``sigs``) and of
-    what the context keeps (``more``). It holds no tensor."""
+    """The rule as a RuleProgram to be recorded on demand: a program of its given values (``sigs``)
+    and of what the context keeps (``more``). It holds no tensor."""
 
     def on(*xs: Tensor) -> Any:
         given, kept = xs[: len(sigs)], xs[len(sigs) :]

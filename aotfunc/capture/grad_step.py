@@ -1,4 +1,5 @@
-"""``torch.autograd.grad`` as a step of a recording: the reverse walk of what was recorded before."""
+"""``torch.autograd.grad`` as a step of a recording: the reverse walk of what was recorded
+before."""
 
 from __future__ import annotations
 

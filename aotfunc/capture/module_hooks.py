@@ -1,8 +1,8 @@
 """Full backward hooks and pre-hooks of modules inside a recording.
 
 As in eager, an identity in front of the module and one behind it call the hooks when the reverse
-walk passes. The hooks are recorded as programs of the gradients. A hook is given the gradients of the
-module's outputs and inputs together: a :class:`HookedCall` takes those of the outputs from the
+walk passes. The hooks are recorded as programs of the gradients. A hook is given the gradients of
+the module's outputs and inputs together: a :class:`HookedCall` takes those of the outputs from the
 identity behind to the one in front."""
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ def call_text(target: Any, args: tuple) -> str:
 
 
 class Chain:
-    """Steps ``(function of a list of tensors, positions of what it reads)``. Each appends its results
-    to the values."""
+    """Steps ``(function of a list of tensors, positions of what it reads)``. Each appends its
+    results to the values."""
 
     def __init__(
         self,

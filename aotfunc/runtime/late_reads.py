@@ -1,6 +1,6 @@
-"""What a backward reads when autograd calls it: hooks, the contexts of Functions and checkpoints do
-so unguarded. A compiled one has the values as they were, and refuses once they were written to, or
-``.data = `` gave a tensor other memory, which no version tells."""
+"""What a backward reads when autograd calls it: hooks, the contexts of Functions and checkpoints
+do so unguarded. A compiled one has the values as they were, and refuses once they were written to,
+or ``.data = `` gave a tensor other memory, which no version tells."""
 
 from __future__ import annotations
 

@@ -268,8 +268,9 @@ def title(f: Any) -> str:
         return function_name(f)
 
 
-def short_code(code: str, limit: int = 40) -> str:
+def short_code(code: str) -> str:
+    """The first lines of a graph's code, for an error."""
     lines = code.strip().splitlines()
-    return "\n".join(
-        [*lines[:limit], f"… {len(lines) - limit} more lines"] if len(lines) > limit else lines
-    )
+    if (more := len(lines) - 40) > 0:
+        lines[40:] = [f"… {more} more lines"]
+    return "\n".join(lines)

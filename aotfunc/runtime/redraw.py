@@ -1,5 +1,5 @@
-"""Random numbers drawn again, or not drawn after all: generators of a program are set to the states
-that they had earlier."""
+"""Random numbers drawn again, or not drawn after all: generators of a program are set to the
+states that they had earlier."""
 
 from __future__ import annotations
 

@@ -64,9 +64,9 @@ def leaves_of(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def same_structure(x: Any) -> Callable[[Any, list], bool] | None:
-    """``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values. What stands in
-    the place of a tensor is added to ``found`` and not compared. None where ``x`` has objects of
-    other kinds in it."""
+    """``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values. What stands
+    in the place of a tensor is added to ``found`` and not compared. None where ``x`` has objects
+    of other kinds in it."""
     cls = x.__class__
     if cls in TENSORS:
         return tensor

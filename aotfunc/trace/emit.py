@@ -26,7 +26,8 @@ from .shapes.sig import Facts, Sig, Slot, sig_of
 
 #: a rewriting of one op: ``(builder, val, *args) -> Node | None`` (None: leave it)
 Rewrite = Callable[..., Any]
-#: what stands for a call in a copy of its graph: ``(builder, call, copies by node) -> nested nodes``
+#: what stands for a call in a copy of its graph: ``(builder, call, copies by node) -> nested
+#: nodes``
 Visit = Callable[["Builder", Node, dict[Node, Any]], Any]
 
 _EMPTY = immutable_dict()

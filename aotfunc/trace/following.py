@@ -3,8 +3,8 @@ be used for others of them.
 
 In the place of each stands a :class:`Number`, which computes as Python does and remembers how, an
 :class:`Expression`. An op that takes it gets the expression's value as an input of the program.
-What else is done with it (a comparison, a text, a shape, ``math.sqrt``) asks for its value, and the
-expression notes that it was ``asked``. PyTorch takes a ``SymFloat`` wherever it takes a
+What else is done with it (a comparison, a text, a shape, ``math.sqrt``) asks for its value, and
+the expression notes that it was ``asked``. PyTorch takes a ``SymFloat`` wherever it takes a
 number, and hands it to the recording or asks it."""
 
 from __future__ import annotations

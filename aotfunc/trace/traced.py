@@ -23,7 +23,8 @@ from .shapes.sig import Sig
 if TYPE_CHECKING:
     from .tracer import Trace
 
-#: what layers above do with a traced value, by name; :func:`aotfunc.capture.patches.install` fills it
+#: what layers above do with a traced value, by name; filled by
+#: :func:`aotfunc.capture.patches.install`
 HOOKS: dict[str, Callable] = {}
 
 

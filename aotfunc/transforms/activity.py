@@ -77,8 +77,8 @@ def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
 
 
 def flat_inputs(program: Program, wrt: tuple[int, ...]) -> list[set[int]]:
-    """For each output, the inputs ``wrt`` from which a way leads through an argument by which an op
-    is flat. Where the program has no derivative by one of them, autograd has zeros."""
+    """For each output, the inputs ``wrt`` from which a way leads through an argument by which an
+    op is flat. Where the program has no derivative by one of them, autograd has zeros."""
 
     def find() -> list[set[int]]:
         inputs = program.placeholders

@@ -1,8 +1,8 @@
-"""How one op is batched: by the first that answers of our rule, PyTorch's batching rule, what the op
-consists of, and a loop over the samples.
+"""How one op is batched: by the first that answers of our rule, PyTorch's batching rule, what the
+op consists of, and a loop over the samples.
 
-What all rules would have to do is done here: tensors are batched where a rule wants them so, dtypes
-are those without a batch, and what a rule returned is looked at."""
+What all rules would have to do is done here: tensors are batched where a rule wants them so,
+dtypes are those without a batch, and what a rule returned is looked at."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverl
 
 
 def fragment(walk: Batch, n: Node) -> Make:
-    """How to build the batched op: ``make(builder, flags, size, *args) -> (result, looped ops)``."""
+    """How to build it: ``make(builder, flags, size, *args) -> (result, looped ops)``."""
     op: Any = n.target
     line = RULES.get(op)
     rule: Any = line.vmap if line is not None else None

@@ -1,5 +1,6 @@
 """Where a second derivative is zero because an op's backward is piecewise constant, autograd has
-zeros and not None: with gradients of gradients that pass it, around the call, in it, and nested."""
+zeros and not None: with gradients of gradients that pass it, around the call, in it, and
+nested."""
 
 import pytest
 import torch
@@ -145,7 +146,8 @@ def test_only_results_that_a_gradient_reaches_have_zeros():
 
 
 def test_each_flat_op_is_a_backward():
-    """What is declared reads a value after the gradient, and PyTorch differentiates it to zeros."""
+    """What is declared reads a value after the gradient, and PyTorch differentiates it to
+    zeros."""
     ops = [op for op, line in RULES.items() if line.flat]
     assert len(ops) == 25
     for op in ops:

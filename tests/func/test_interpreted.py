@@ -1,4 +1,5 @@
-"""A graph gives the same results on the runs that go through its calls and on those of its code."""
+"""A graph gives the same results on the runs that go through its calls and on those of its
+code."""
 
 import weakref
 

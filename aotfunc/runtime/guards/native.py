@@ -2,8 +2,8 @@
 that ``check.cpp`` takes one by one.
 
 A step calls what Python calls for its line, so both come to the same end. The native check answers
-for a state that is the same; the Python check looks at every other one. Lines of unusual forms stay
-Python functions between the steps."""
+for a state that is the same; the Python check looks at every other one. Lines of unusual forms
+stay Python functions between the steps."""
 
 from __future__ import annotations
 

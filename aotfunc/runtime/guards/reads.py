@@ -203,8 +203,8 @@ class Names:
         #: libraries whose objects the function uses: their code is the user's
         self.opened: set[str] = set()
         self.any = False
-        #: whether the functions could tell a number from what stands for it: they look at types, or
-        #: go on after errors
+        #: whether the functions could tell a number from what stands for it: they look at types,
+        #: or go on after errors
         self.tells_apart = False
         self._entered: set[Any] = set()
 

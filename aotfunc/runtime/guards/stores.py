@@ -112,7 +112,8 @@ def undo_changes(state: State) -> None:
 
 
 def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
-    """Put what was there ``before`` back at these entries of an owner; a list is put back whole."""
+    """Put what was there ``before`` back at these entries of an owner; a list is put back
+    whole."""
     if isinstance(owner, list | deque):
         owner.clear()
         owner.extend(before.values())

@@ -1,4 +1,4 @@
-"""Shape rules of what moves a window over its input: convolutions and pooling. See :mod:`.rules`."""
+"""Shape rules of convolutions and pooling. See :mod:`.rules`."""
 
 from __future__ import annotations
 

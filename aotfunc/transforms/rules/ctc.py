@@ -1,5 +1,5 @@
-"""The connectionist temporal classification loss: a form that can be recorded, its gradient, and its
-batch, which is folded into ``N``.
+"""The connectionist temporal classification loss: a form that can be recorded, its gradient, and
+its batch, which is folded into ``N``.
 
 Log-probabilities are ``(T, N, C)``, targets ``(N, S)`` or all of them in one vector. The reverse
 kernel reads a buffer of the forward kernel, whose shape depends on the longest target. The rule

@@ -1,4 +1,5 @@
-"""What positions in a flattened tensor and masks mean: take, put, masked_select, masked_scatter."""
+"""What positions in a flattened tensor and masks mean: take, put, masked_select,
+masked_scatter."""
 
 from __future__ import annotations
 

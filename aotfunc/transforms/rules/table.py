@@ -56,7 +56,8 @@ class OpRules:
     #: the derivative is zero, of real numbers at least, and autograd says that the result requires
     #: grad
     zero: bool = False
-    #: positions of the arguments by which the derivative is zero: no rule has it, but autograd does
+    #: positions of the arguments by which the derivative is zero: no rule has it, but autograd
+    #: does
     flat: tuple[int, ...] = ()
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
     #: ones
