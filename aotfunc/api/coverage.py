@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from ..trace.shapes.sig import Facts
 from ..transforms import fallback
 from ..transforms.rules.schema import tensor_args
-from ..transforms.rules.table import RULES
+from ..transforms.rules.table import entry_for
 from ..transforms.vmap import TRANSPARENT
 
 aten = torch.ops.aten
@@ -133,14 +133,14 @@ def step(op: OpOverload, transform: str) -> str:
     >>> step(torch.ops.aten.sin.default, "vjp")
     'rule'
     """
-    line = RULES.get(op)
     if transform == "vmap":
         return _batching(op)
-    if (line is not None and line.nondiff) or op is aten.detach.default:
+    entry = entry_for(op)
+    if entry.nondiff or op is aten.detach.default:
         return "zero"
-    if line is not None and getattr(line, transform) is not None:
+    if getattr(entry, transform) is not None:
         return "rule"
-    if transform == "jvp" and line is not None and line.vjp is not None:
+    if transform == "jvp" and entry.vjp is not None:
         return "transposed"
     if Facts(op).random:
         return "none"
@@ -151,8 +151,7 @@ def step(op: OpOverload, transform: str) -> str:
 
 
 def _batching(op: OpOverload) -> str:
-    line = RULES.get(op)
-    if (line is not None and line.vmap is not None) or op in TRANSPARENT:
+    if entry_for(op).vmap is not None or op in TRANSPARENT:
         return "rule"
     if Facts(op).random:
         return "none"

@@ -114,7 +114,7 @@ def rule_program(
 ) -> Any:
     """A rule recorded as a program, or the error that this raised; ``residuals`` get what it reads
     as it is ``seen``."""
-    if calls in _under_way.rules:
+    if calls in _recorded_now.rules:
         bare, read = held(ctx)
     else:
         made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs, calls)
@@ -126,7 +126,7 @@ def rule_program(
         return found
     first = len(residuals)
     residuals += found
-    if calls in _under_way.rules:
+    if calls in _recorded_now.rules:
         more = [current().ref_of(t)[1] for t in read]  # type: ignore[union-attr]
         return later(name, rule, bare, first, sigs, more, calls)
     return RuleProgram(program, first, len(read))
@@ -209,13 +209,13 @@ def _once_differentiable(ctx: Any, g: Any) -> Any:
 _ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
 
 
-class _UnderWay(threading.local):
+class _RecordedNow(threading.local):
     def __init__(self) -> None:
         self.rules: list[Any] = []  # derivatives that are being recorded
         self.compared: list[Any] = []  # keys of those that are, to be compared
 
 
-_under_way = _UnderWay()
+_recorded_now = _RecordedNow()
 
 
 class Held(int):
@@ -287,12 +287,12 @@ def earlier(key: tuple, new: Later) -> Later:
     """The same rule of an earlier call, so that programs that have it are the same, too; ``new``
     where that has been recorded and would be another by now."""
     known = _later.get(key)
-    if known is not None and known.made is not None and key not in _under_way.compared:
-        _under_way.compared.append(key)
+    if known is not None and known.made is not None and key not in _recorded_now.compared:
+        _recorded_now.compared.append(key)
         try:
             known = known if new.part() == known.made else None
         finally:
-            _under_way.compared.remove(key)
+            _recorded_now.compared.remove(key)
     if known is None:
         _later.put(key, known := new)
     return known
@@ -314,7 +314,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     inner.of_a_rule = True
     values = [inner.input_like(sig) for sig in sigs]
     inner.autograd.leaves.update((t.ref, True) for t in values)
-    _under_way.rules.append(calls)
+    _recorded_now.rules.append(calls)
     try:
         rec = record_into(inner, lambda: Captured(inner, rule(*values), lambda: ()))
     except NotImplementedError as e:
@@ -323,7 +323,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
         # the user's: it is raised where this derivative is asked for, as in eager
         return e.with_traceback(None)
     finally:
-        _under_way.rules.pop()
+        _recorded_now.rules.pop()
     base = rec.program()
     trace = current()
     if inner.strided and trace is not None:

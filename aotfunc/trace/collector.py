@@ -8,7 +8,7 @@ import threading
 
 #: what is under way, by thread; the collector belongs to the process, so the last to leave puts it
 #: back
-_under_way: dict[object, int] = {}
+_pauses: dict[object, int] = {}
 _lock = threading.Lock()
 _was_on = False
 
@@ -23,9 +23,9 @@ class paused_gc:
         global _was_on
         try:
             with _lock:
-                if not _under_way:
+                if not _pauses:
                     _was_on = gc.isenabled()
-                _under_way[self] = threading.get_ident()
+                _pauses[self] = threading.get_ident()
                 gc.disable()
         except BaseException:  # Ctrl-C
             _leave(self)
@@ -41,8 +41,8 @@ class paused_gc:
 
 def _leave(mine: object) -> None:
     with _lock:
-        _under_way.pop(mine, None)
-        if not _under_way and _was_on:
+        _pauses.pop(mine, None)
+        if not _pauses and _was_on:
             gc.enable()
 
 
@@ -50,9 +50,9 @@ def _alone() -> None:
     """In a forked process only the thread that forked goes on."""
     global _lock
     _lock = threading.Lock()
-    for key in [k for k, thread in _under_way.items() if thread != threading.get_ident()]:
-        del _under_way[key]
-        if not _under_way and _was_on:
+    for key in [k for k, thread in _pauses.items() if thread != threading.get_ident()]:
+        del _pauses[key]
+        if not _pauses and _was_on:
             gc.enable()
 
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..graph import Program
 from ..trace.marks import dead_end, hidden_write
 from ..trace.shapes.sig import Sig
-from .rules.table import RULES
+from .rules.table import entry_for
 
 aten = torch.ops.aten
 
@@ -58,10 +58,10 @@ def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
         parent, i = n.args
         if (live := getattr(parent.target, "live", None)) is not None:  # type: ignore[union-attr]
             return not live(parent, active)[i]
-        line = RULES.get(parent.target)  # type: ignore[union-attr]
-        return line is not None and line.diff_outputs is not None and i not in line.diff_outputs
-    line = RULES.get(n.target)
-    return line is not None and line.nondiff and not (zeros and line.zero)
+        carrying = entry_for(parent.target).diff_outputs  # type: ignore[union-attr]
+        return carrying is not None and i not in carrying
+    entry = entry_for(n.target)
+    return entry.nondiff and not (zeros and entry.zero)
 
 
 def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
@@ -99,5 +99,4 @@ def flat_sources(n: Node) -> list[Any]:
     """The arguments by which a node's op is flat."""
     if (of_call := getattr(n.target, "flat", None)) is not None:
         return of_call(n)
-    line = RULES.get(n.target)
-    return [] if line is None else [n.args[i] for i in line.flat]
+    return [n.args[i] for i in entry_for(n.target).flat]

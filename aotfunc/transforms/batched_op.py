@@ -20,7 +20,7 @@ from ..trace.nested import leaves, mapped
 from ..trace.shapes.sig import Facts, Sig
 from . import fallback, loops
 from .rules.schema import full_args, tensor_args
-from .rules.table import RULES
+from .rules.table import entry_for
 from .walk import Make, apply, as_graph, errors_of, traced
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverl
 def fragment(walk: Batch, n: Node) -> Make:
     """How to build it: ``make(builder, flags, size, *args) -> (result, looped ops)``."""
     op: Any = n.target
-    line = RULES.get(op)
-    rule: Any = line.vmap if line is not None else None
+    rule: Any = entry_for(op).vmap
     want = n.meta["val"]
 
     def make(b: Builder, flags: tuple, size: int, *args: Any) -> Any:

@@ -23,7 +23,7 @@ from ..trace.shapes.sig import Facts, Sig
 from . import fallback
 from .activity import active_nodes
 from .rules.schema import full_args, tensor_args
-from .rules.table import RULES
+from .rules.table import entry_for
 from .vjp import as_arguments, contiguous_sig, reverse, role
 from .walk import apply, as_graph, builder, errors_of, node_outputs, traced
 
@@ -82,9 +82,8 @@ def jvp_make(n: Node) -> Any:
     """How to build the forward fragment: own rule, transpose of the own reverse rule, PyTorch's
     formula, its transpose, decomposition."""
     op = n.target
-    line = RULES.get(op)
-    forward = line.jvp if line is not None else None
-    backward = line.vjp if line is not None else None
+    entry = entry_for(op)
+    forward, backward = entry.jvp, entry.vjp
 
     def make(b: Builder, ts: list, out: Any, *args: Any) -> Any:
         if forward is not None:
@@ -145,7 +144,7 @@ def forward_by_transposition(
 ) -> Any:
     """The forward rule as the derivative of the (linear) reverse rule with respect to its
     cotangent: the adjoint of the adjoint."""
-    carrying = line_outputs(op)
+    carrying = entry_for(op).diff_outputs
     # cotangents of unknown value: the result cannot depend on them
     dummies = [
         b.make("call_function", aten.empty_like.default, (o,), {}, o.meta["val"])
@@ -171,11 +170,6 @@ def forward_by_transposition(
     back = iter(reverse(b, [ga for ga, _ in kept], [t for _, t in kept], real))
     found = iter([next(back) if d is not None else None for d in dummies])
     return mapped(lambda _: next(found), out)
-
-
-def line_outputs(op: OpOverload) -> tuple[int, ...] | None:
-    line = RULES.get(op)
-    return line.diff_outputs if line is not None else None
 
 
 def _has(t: Any) -> bool:

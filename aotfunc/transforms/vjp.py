@@ -25,7 +25,7 @@ from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .activity import active_nodes, has_derivative
 from .rules.schema import full_args, tensor_args
-from .rules.table import RULES, zeros
+from .rules.table import entry_for, zeros
 from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
 
 aten = torch.ops.aten
@@ -178,8 +178,8 @@ def vjp_make(n: Node) -> Any:
     """How to build the reverse fragment of this node's op: its own rule, PyTorch's formula, or its
     decomposition."""
     op = n.target
-    line = RULES.get(op)
-    rule = None if line is None else no_slope if line.zero else line.vjp
+    entry = entry_for(op)
+    rule = no_slope if entry.zero else entry.vjp
 
     def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
         if rule is not None:

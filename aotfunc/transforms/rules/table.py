@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -62,15 +62,22 @@ class OpRules:
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
     #: ones
     diff_outputs: tuple[int, ...] | None = None
-    verbs: list[str] = field(default_factory=list)
 
 
 RULES: dict[OpOverload, OpRules] = {}
 DECOMPOSITIONS: dict[OpOverload, Formula] = {}
 
 
-def rule_of(op: OpOverload | OpOverloadPacket) -> OpRules:
-    """The table's line for ``op``, made empty if there is none yet."""
+_EMPTY = OpRules()
+
+
+def entry_for(op: Any) -> OpRules:
+    """The table's entry for ``op``, to be read; an empty one where there is none."""
+    return RULES.get(op, _EMPTY)
+
+
+def writable_entry(op: OpOverload | OpOverloadPacket) -> OpRules:
+    """The table's entry for ``op``, to be written; made empty if there is none yet."""
     return RULES.setdefault(overload(op), OpRules())
 
 
@@ -121,9 +128,7 @@ def stating(
 
     def register(rule: Formula) -> Formula:
         for op in ops:
-            line = rule_of(op)
-            vars(line).update({transform: adapt(rule, leading), **fields})
-            line.verbs.append(f"{transform}_of")
+            vars(writable_entry(op)).update({transform: adapt(rule, leading), **fields})
         return rule
 
     return register
@@ -161,12 +166,11 @@ def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> N
     the cotangent from the output's cotangent and, the same thing, the output's tangent from the
     argument's tangent. Written without conjugates; the verb conjugates. No formula at all means
     zero derivative."""
-    line = rule_of(op)
+    entry = writable_entry(op)
     op = overload(op)
-    line.vmap = adapt(elementwise(op), 0)
-    line.verbs.append("pointwise")
+    entry.vmap = adapt(elementwise(op), 0)
     if not any(formulas):
-        line.nondiff = line.zero = True
+        entry.nondiff = entry.zero = True
         return
     rules = [adapt(f, 2) if f else None for f in formulas]
 
@@ -187,7 +191,7 @@ def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> N
             )
         )
 
-    line.vjp, line.jvp = adapt(vjp, 2), adapt(jvp, 2)
+    entry.vjp, entry.jvp = adapt(vjp, 2), adapt(jvp, 2)
 
 
 def linear(
@@ -204,9 +208,8 @@ def linear(
     the op is linear in all of them together (``scatter_add``, not ``mm``), and then it is the op
     on all tangents at once. ``batch`` is the vmap rule (see :func:`shifted`, :func:`elementwise`).
     """
-    line = rule_of(op)
+    entry = writable_entry(op)
     op = overload(op)
-    line.verbs.append("linear")
     where = tensor_args(op)
     rules = [adapt(t, 1) if t else None for t in transposes]
 
@@ -241,9 +244,9 @@ def linear(
                 full[at] = torch.zeros_like(args[at]) if t is None else t
         return call_op(op, full)
 
-    line.vjp, line.jvp = adapt(vjp, 2), adapt(joint_jvp if jointly else jvp, 2)
+    entry.vjp, entry.jvp = adapt(vjp, 2), adapt(joint_jvp if jointly else jvp, 2)
     if batch:
-        line.vmap = adapt(batch, 0)
+        entry.vmap = adapt(batch, 0)
 
 
 def nondiff(
@@ -254,11 +257,10 @@ def nondiff(
     """``ops`` have no derivative: integer-valued, comparisons, factories; or it is ``zero``, as
     that of a draw by its parameters. ``batch(op)`` makes the vmap rule."""
     for op in ops:
-        line = rule_of(op)
-        line.nondiff, line.zero = True, zero
-        line.verbs.append("nondiff")
+        entry = writable_entry(op)
+        entry.nondiff, entry.zero = True, zero
         if batch:
-            line.vmap = adapt(batch(overload(op)), 0)
+            entry.vmap = adapt(batch(overload(op)), 0)
 
 
 def zeros(g: Tensor, *_: Any) -> Tensor:
@@ -272,16 +274,13 @@ def flat(*ops: OpOverload | OpOverloadPacket, by: tuple[int, ...] = (1,)) -> Non
     derivative there, which keeps graphs short; autograd has zeros, and fills ``.grad`` with them.
     """
     for op in ops:
-        line = rule_of(op)
-        line.flat = by
-        line.verbs.append("flat")
+        writable_entry(op).flat = by
 
 
 def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
     """Where there is neither a rule nor a formula of PyTorch's, ``op`` is transformed as what
     ``body(*args)`` does."""
     DECOMPOSITIONS[overload(op)] = body
-    rule_of(op).verbs.append("decompose_as")
 
 
 # ----- what rules are made of --------------------------------------------------------------------
