@@ -10,7 +10,7 @@ import torch
 import aotfunc
 from aotfunc.api.coverage import KINDS, TRANSFORMS, coverage, ops, step
 from aotfunc.errors import AotfuncError
-from aotfunc.transforms import jvp, loops, vjp, vmap, walk
+from aotfunc.transforms import batched_op, jvp, loops, vjp, walk
 from aotfunc.transforms.rules.table import RULES
 
 SHAPES = [(3, 3), (3,), (2, 4, 4), (1, 2, 4, 4), (1, 2, 4, 4, 4), (), (2, 3, 3, 2)]
@@ -116,12 +116,12 @@ def taken(monkeypatch):
     noting("vjp", vjp, "as_arguments", reverse, lambda rule, op: op)
     noting("vjp", vjp, "reverse_by_parts", "decomposition", lambda b, n, *rest: n.target)
     noting("jvp", jvp, "jvp_make", "rule", lambda n: n.target)
-    noting("jvp", jvp, "derived", "derived", lambda b, n, *rest: n.target)
+    noting("jvp", jvp, "derived_tangents", "derived", lambda b, n, *rest: n.target)
     noting("jvp", jvp, "forward_by_transposition", transposed, lambda b, rule, op, *rest: op)
     noting("jvp", jvp, "forward_by_parts", "decomposition", lambda b, body, ts, args, op: op)
-    noting("vmap", vmap.Batch, "make", "rule", lambda batch, n: n.target)
-    noting("vmap", vmap.Batch, "derived", "derived", lambda batch, b, n, *rest: n.target)
-    noting("vmap", vmap.Batch, "opened", "decomposition", lambda batch, b, n, *rest: n.target)
+    noting("vmap", batched_op, "fragment", "rule", lambda walk, n: n.target)
+    noting("vmap", batched_op, "derived_batch", "derived", lambda walk, b, n, *rest: n.target)
+    noting("vmap", batched_op, "by_parts", "decomposition", lambda walk, b, n, *rest: n.target)
     noting("vmap", loops, "looped", "loop", lambda b, n, *rest: n.target)
     noting("vmap", loops, "looped_by_value", "loop", lambda b, n, *rest: n.target)
     return steps

@@ -30,7 +30,7 @@ def state() -> dict:
         "inside a mode": _python_dispatch.is_in_torch_dispatch_mode(),
         "inside a mode, for torch.compile": in_any_mode(),
         "recordings": len(under_way.traces),
-        "pauses": len(collector._under_way),
+        "pauses": len(collector._pauses),
         "functorch": torch._C._functorch.peek_interpreter_stack(),
         "Dynamo": torch._C._dynamo.eval_frame.get_eval_frame_callback(),
         "generator": torch.default_generator.get_state().sum().item(),
@@ -150,7 +150,7 @@ def test_a_forked_child_collects_garbage():
     inside.wait(10)
     pid = os.fork()
     if not pid:
-        os._exit(0 if gc.isenabled() and not collector._under_way else 1)
+        os._exit(0 if gc.isenabled() and not collector._pauses else 1)
     outside.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and gc.isenabled()
