@@ -8,6 +8,9 @@ __version__ = "0.1.0"
 with paused_gc():
     from .api.check import check_grads as check_grads
     from .api.coverage import coverage as coverage
+    from .api.export import Exported as Exported
+    from .api.export import export as export
+    from .api.export import load as load
     from .api.func import functionalize as functionalize
     from .api.func import grad as grad
     from .api.func import grad_and_value as grad_and_value

@@ -71,3 +71,69 @@ def test_decompositions_of_inductor_in_a_fresh_process():
     code = "import torch; from aotfunc.backends.inductor import decompositions as d; d(); "
     code += "torch._inductor.lowering"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ----- torch.compile(backend="aotfunc") ----------------------------------------------------------
+
+
+@pytest.fixture
+def compiled():
+    yield lambda f, **options: torch.compile(f, backend="aotfunc", **options)
+    torch._dynamo.reset()
+
+
+NETS = {
+    "mlp": lambda: nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)
+    ),
+    "layer of a transformer": lambda: nn.TransformerEncoderLayer(3, 1, 8),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_dynamos_graphs_of_several_sizes(compiled, net):
+    ours = net()
+    theirs = copy.deepcopy(ours)
+    f = compiled(ours, options={"backend": "eager"})
+    for n in (5, 5, 6, 7):
+        x, results = torch.randn(n, 3), []
+        for module in (f, theirs):
+            torch.manual_seed(n)
+            results.append(module(x))
+            results[-1].square().sum().backward()
+        assert_same(*results)
+        pairs = [*zip(ours.parameters(), theirs.parameters(), strict=True)]
+        torch.testing.assert_close([p.grad for p, _ in pairs], [q.grad for _, q in pairs])
+        assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_dynamos_graphs_write_and_alias(compiled):
+    def f(x, n):
+        y = x * n
+        if y.sum() > 0:
+            y = y.sin()
+        y.add_(x.shape[0])
+        x.mul_(2)
+        return {"y": y, "part": x[1:], "size": x.shape[0]}
+
+    g = compiled(f, dynamic=True)
+    for n in (3, 4, 5):
+        x = torch.randn(n, 2)
+        z = x.clone()
+        ours, theirs = g(x, n), f(z, n)
+        torch.testing.assert_close(ours, theirs)
+        assert_same(x, z)
+        assert ours["part"].data_ptr() == x[1:].data_ptr()
+
+
+def test_dynamos_graphs_with_transforms_inside(compiled):
+    f = compiled(torch.func.vmap(torch.func.grad(lambda x: x.sin().sum())), fullgraph=True)
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(f(x), x.cos())
+
+
+def test_options_of_the_backend(compiled):
+    f = compiled(torch.sin, options={"speed": 11})
+    with pytest.raises(Exception, match="there is no option speed"):
+        f(torch.ones(2))

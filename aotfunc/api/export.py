@@ -1,0 +1,295 @@
+"""``export`` and ``load``: a function or a module as a file, to call, differentiate and transform
+where its source is not."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..capture.capture import argument_names, capture, parameter_names
+from ..capture.tree import Arguments
+from ..debug import at, user_line
+from ..errors import ArgumentError
+from ..partition import min_cut_rematerialization_partition
+from ..runtime.aliasing import Changes
+from ..runtime.compiled import Compiled
+from ..runtime.execute import execute
+from ..runtime.graph_module import graph_module
+from ..runtime.halved import Halved, halves_of
+from ..runtime.pipeline import Compiler, Partition
+from ..runtime.saved import described, restored
+from ..runtime.saved_trees import Places, made, pattern, take
+from ..transforms.fresh import fresh
+from .jit import CompiledModule
+
+#: of the file's format
+VERSION = 1
+
+
+def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
+    """What ``f``, a function or a module, does for arguments like these, as a module that can be
+    saved: ``export(f, x).save("f.aot")``, and ``load("f.aot")`` in another process.
+
+    The :class:`Exported` takes arguments of the same trees, shapes, dtypes, devices and Python
+    values, in any layout. Tensors that ``f`` closes over, or the parameters and buffers of the
+    module under their names, are its own. It holds the captured graph, and where something
+    requires grad the joint graph and its forward and backward half, too; of a compiled function
+    they are cut as that one cuts them. Gradients are taken on: modes (training, autocast) are
+    those of now. Raises CaptureError where ``f`` asks for values or runs Python code at each call,
+    ArgumentError for arguments or results that are neither tensors, plain values, nor containers
+    and instances that hold such.
+
+    >>> double = export(lambda x, scale: {"y": x * scale}, torch.ones(2), 2.0)
+    >>> double(torch.arange(2.0), 2.0)
+    {'y': tensor([0., 2.])}
+    """
+    partition: Partition = min_cut_rematerialization_partition
+    compiled = f._compiled if isinstance(f, CompiledModule) else f
+    if isinstance(compiled, Compiled):
+        f, partition = compiled.f, compiled.pipeline.partition
+    arguments = Arguments(args, kwargs, f)
+    # one tensor in two places is not one in the next call
+    arguments.leaves = [copied(x) if isinstance(x, Tensor) else x for x in arguments.leaves]
+    inputs = [x for x in arguments.leaves if isinstance(x, Tensor)]
+    given, keywords = arguments.rebuilt(arguments.leaves)
+    names, results = argument_names(f, len(args)), Places([])
+
+    def flat(*args: Any, **kwargs: Any) -> list[Tensor]:
+        results.tree = pattern(f(*args, **kwargs), "the result", results)
+        return results.tensors
+
+    with torch.enable_grad():
+        rec = capture(
+            flat,
+            arguments.leaves,
+            arguments.rebuilt,
+            why_not="export captures the function once for all values",
+            constants=False,
+            name_of=parameter_names(f, arguments),
+        )
+    name = getattr(f, "__name__", type(f).__name__)
+    if Changes(rec):
+        raise ArgumentError(
+            f"export: {name} changes the shape of an argument in place{at(user_line(2))}; "
+            "return the changed tensor instead"
+        )
+    state, used = state_of(f, rec.closed_over)
+    places = Places(inputs)
+    data = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "name": name,
+        "arguments": {
+            n: pattern(x, f"argument {n}", places)
+            for n, x in [*zip(names, given, strict=True), *keywords.items()]
+        },
+        "positional": len(names),
+        "results": results.tree,
+        "program": described(fresh(rec.program(), rec.aliases)),
+        "state": used,
+        "differentiated": [x.requires_grad for x in inputs],
+        "halves": {},
+    }
+    copies: dict[int, Tensor] = {}
+    exported = Exported(data, {n: copies.setdefault(id(t), owned(t)) for n, t in state.items()})
+    exported._cut(partition)
+    return exported
+
+
+def copied(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_(t.requires_grad)
+
+
+def owned(t: Tensor) -> Tensor:
+    new = copied(t)
+    return nn.Parameter(new.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+
+def state_of(f: Callable, used: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """All that a module holds, by name, and other tensors that were ``used``; the names of these."""
+    held: dict[str, Tensor] = {}
+    if isinstance(f, nn.Module):
+        held.update(f.named_parameters(remove_duplicate=False))
+        held.update(f.named_buffers(remove_duplicate=False))
+    known = {id(t): name for name, t in reversed(held.items())}
+    for t in used:
+        if id(t) not in known:
+            known[id(t)] = f"constant{len(held)}"
+            held[known[id(t)]] = t
+    return held, [known[id(t)] for t in used]
+
+
+class Exported(nn.Module):
+    """What :func:`export` and :func:`load` return: a captured function that is called as the
+    function was, with the tensors that it needs.
+
+    It is compiled for its ``backend`` at the first call, differentiable to any order, and may be
+    transformed. Its parameters and buffers have the names of the module that it was made from, so
+    that the ``state_dict`` of one fits the other. Raises ArgumentError for arguments that it was
+    not exported for. Mappings among the results are dictionaries, other instances namespaces;
+    results that share memory with an argument do so here, too, those that share it only with one
+    another do not."""
+
+    def __init__(
+        self, data: dict[str, Any], state: dict[str, Tensor], backend: str | Compiler = "auto"
+    ) -> None:
+        super().__init__()
+        self._data, self._program = data, restored(data["program"])
+        self._signatures = [p.meta["val"] for p in self._program.placeholders]
+        self._pipeline = Halved(data["name"], backend)
+        self._pipeline.halves = {k: restored(p) for k, p in data["halves"].items()}
+        program = self._program
+
+        def run(*tensors: Tensor) -> list[Any]:
+            return list(execute(program, tensors))
+
+        run.__name__ = run.__qualname__ = data["name"]
+        self._run, self._compiled = run, Compiled(run, self._pipeline)
+        for name, t in state.items():
+            put(self, name, t)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outs = self._compiled(*self._inputs(args, kwargs, self))
+        return made(self._data["results"], outs)
+
+    def _inputs(self, args: tuple, kwargs: dict[str, Any], state: nn.Module) -> list[Tensor]:
+        """The inputs of the program for a call, with the tensors that ``state`` holds."""
+        name, wanted = self._data["name"], self._data["arguments"]
+        given = {**dict(zip(wanted, args[: self._data["positional"]], strict=False)), **kwargs}
+        if len(given) < len(args) + len(kwargs) or given.keys() != wanted.keys():
+            raise ArgumentError(
+                f"{name} takes the arguments {[*wanted]}, not {len(args)} and {[*kwargs]}"
+                f"{at(user_line(2))}"
+            )
+        found: dict[int, tuple[str, Tensor]] = {}
+        try:
+            for key, data in wanted.items():
+                take(data, given[key], f"the argument {key}", found)
+            inputs = [found[i] for i in range(len(found))]
+            inputs += [(n, tensor_at(state, n)) for n in self._data["state"]]
+            for (where, t), sig in zip(inputs, self._signatures, strict=True):
+                if (tuple(t.shape), t.dtype, t.device) != (sig.shape, sig.dtype, sig.device):
+                    got = f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}"
+                    raise ArgumentError(
+                        f"{where} is {got}, and was exported as {sig} on {sig.device}"
+                    )
+        except ArgumentError as e:
+            raise ArgumentError(
+                f"{name}: {e}{at(user_line(2))}; export the function again for these"
+            ) from None
+        return [t for _, t in inputs]
+
+    def _cut(self, partition: Partition) -> None:
+        """Cut the joint program, for derivatives by what requires grad now."""
+        state = [tensor_at(self, n) for n in self._data["state"]]
+        flags = [*self._data["differentiated"], *(t.requires_grad for t in state)]
+        wrt = tuple(i for i, yes in enumerate(flags) if yes)
+        if wrt:
+            halves = halves_of(self._run, self._signatures, wrt, partition)
+            self._pipeline.halves = halves
+            self._data["halves"] = {k: described(p) for k, p in halves.items()}
+
+    @property
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """The graphs that it holds, as modules to read and to run: "function", and where
+        something requires grad "joint", "forward" and "backward"."""
+        programs = {"function": self._program, **self._pipeline.halves}
+        return {name: graph_module(p, name) for name, p in programs.items()}
+
+    def to_torch(self) -> Any:
+        """The ``torch.export.ExportedProgram`` of the function, which ``torch.onnx.export`` takes.
+        Derivatives that the user wrote are not in it. Raises what ``torch.export`` raises where it
+        refuses the graph."""
+        examples = [torch.empty_like(s.proto, device=s.device) for s in self._signatures]
+        given = {k: made(tree, examples) for k, tree in self._data["arguments"].items()}
+        args = tuple(given.values())[: self._data["positional"]]
+        keywords = dict([*given.items()][len(args) :])
+        return torch.export.export(OpByOp(self), args, keywords, strict=False)
+
+    def save(self, file: str | Path) -> None:
+        """Write it to a file, with the values that its tensors have now."""
+        first: dict[int, str] = {}
+        names = {
+            name: [first.setdefault(id(t), name), isinstance(t, nn.Parameter), t.requires_grad]
+            for name, t in state_of(self, ())[0].items()
+        }
+        tensors = io.BytesIO()
+        torch.save({n: tensor_at(self, n).detach() for n in first.values()}, tensors)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr("program.json", json.dumps({**self._data, "tensors": names}))
+            z.writestr("tensors.pt", tensors.getvalue())
+
+    def __reduce__(self) -> Any:
+        return Exported, (self._data, state_of(self, ())[0], self._pipeline.compilers[0])
+
+    def __repr__(self) -> str:
+        return f"<exported {self._data['name']}: {self._program.signature}>"
+
+
+class OpByOp(nn.Module):
+    """An :class:`Exported` that calls its ops one by one, for tracers that watch."""
+
+    def __init__(self, exported: Exported) -> None:
+        super().__init__()
+        self._exported, self._graph = [exported], exported.graphs["function"]
+        for name, t in state_of(exported, ())[0].items():
+            put(self, name, t)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (exported,) = self._exported
+        tensors = exported._inputs(args, kwargs, self)
+        outs = self._graph(*tensors)
+        program = exported._program
+        for index, new in zip(program.mutated, outs[program.n_outputs :], strict=True):
+            tensors[index].copy_(new)
+        return made(exported._data["results"], outs)
+
+
+def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:
+    """What :meth:`Exported.save` wrote to a file, to be compiled by ``backend``.
+
+    Nothing in the file is run as code, and its tensors are read with ``weights_only``. Raises
+    ArgumentError for a file that is none of ours or of another format, and for an op that is not
+    registered in this process."""
+    try:
+        with zipfile.ZipFile(file) as z:
+            data, raw = json.loads(z.read("program.json")), z.read("tensors.pt")
+    except (zipfile.BadZipFile, KeyError, ValueError) as e:
+        raise ArgumentError(f"load: {file} is not a file that export wrote ({e})") from e
+    if data.get("version") != VERSION:
+        raise ArgumentError(
+            f"load: {file} has the format {data.get('version')}, and this version of aotfunc reads "
+            f"{VERSION}: export the function again"
+        )
+    tensors = torch.load(io.BytesIO(raw), weights_only=True)
+    state: dict[str, Tensor] = {}
+    for name, (first, parameter, grad) in data["tensors"].items():
+        t = state.get(first, tensors[first])
+        kind = nn.Parameter(t, grad) if parameter and first == name else t.requires_grad_(grad)
+        state[name] = kind
+    return Exported(data, state, backend)
+
+
+def put(module: nn.Module, name: str, t: Tensor) -> None:
+    """Let a module hold a tensor under a name with dots."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    if isinstance(t, nn.Parameter):
+        module.register_parameter(last, t)
+    else:
+        module.register_buffer(last, t)
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(path), last)

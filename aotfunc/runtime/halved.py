@@ -1,0 +1,65 @@
+"""A pipeline that cuts a joint program as another process did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..capture.calls import CompiledCall
+from ..capture.capture import capture, parameter_names
+from ..capture.tree import Arguments
+from ..graph import Program
+from ..trace.shapes.sig import Sig
+from .aliasing import without_views
+from .autograd import Halves
+from .pipeline import Compiler, Partition, Pipeline
+
+
+class Halved(Pipeline):
+    """A pipeline with ``halves``: a "joint" program, and the "forward" and "backward" that it is
+    cut into. Others are cut by the minimum cut."""
+
+    def __init__(self, name: str, compiler: str | Compiler) -> None:
+        super().__init__(name, compiler)
+        self.halves: dict[str, Program] = {}
+
+    def split(
+        self, joint: Program, n_early: int, last: bool = False
+    ) -> tuple[CompiledCall, CompiledCall]:
+        if not (last and self.halves and joint.code == self.halves["joint"].code):
+            return super().split(joint, n_early, last)
+        compilers = {"forward": self.forward, "backward": self.backward}
+        forward, backward = (
+            CompiledCall(self.halves[half], run, self.split, f"{self.name}_{half}")
+            for half, run in compilers.items()
+        )
+        return forward, backward
+
+
+def halves_of(
+    run: Callable, signatures: Sequence[Sig], wrt: tuple[int, ...], partition: Partition
+) -> dict[str, Program]:
+    """The joint program of ``run`` for tensors like these, differentiated by those that ``wrt``
+    names, and its halves; none where no result has a derivative."""
+    examples = [s.fresh().requires_grad_(i in wrt) for i, s in enumerate(signatures)]
+    arguments, found = Arguments(examples, {}), {}
+    rec = capture(
+        run,
+        arguments.leaves,
+        arguments.rebuilt,
+        samples=dict(enumerate(signatures)),
+        why_not="export captures the function once for all values",
+        constants=False,
+        name_of=parameter_names(run, arguments),
+    )
+    program, _ = without_views(rec)
+    pipeline = Pipeline("export", "eager", partition=partition, exact=True)
+
+    def split(joint: Program, n_early: int, last: bool = False) -> Any:
+        found["joint"] = joint
+        return pipeline.split(joint, n_early, last)
+
+    halves = Halves(CompiledCall(program, pipeline.forward, split, "export"), wrt)
+    if halves.any_live:
+        found.update(forward=halves.forward.program, backward=halves.backward.program)
+    return found

@@ -1,0 +1,121 @@
+"""Trees of tensors and plain values as plain data for a file, and back.
+
+The classes of instances may be missing where the file is read: mappings become dictionaries, and
+instances namespaces."""
+
+from __future__ import annotations
+
+import types
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Size, Tensor
+
+from ..capture.instances import attributes_of, is_data
+from ..debug import at, user_line
+from ..errors import ArgumentError
+from .saved import plain, value
+
+
+class Places:
+    """The tensors of a tree in order; those that are met are added."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors, self.tree = tensors, None
+        self.index = {id(t): i for i, t in enumerate(tensors)}
+
+    def of(self, t: Tensor) -> int:
+        if id(t) not in self.index:
+            self.index[id(t)] = len(self.tensors)
+            self.tensors.append(t)
+        return self.index[id(t)]
+
+
+def pattern(x: Any, where: str, places: Places) -> Any:
+    """A tree of tensors and plain values as data: where each tensor stands."""
+    if isinstance(x, Tensor):
+        return {"place": places.of(x)}
+    if type(x) is Size:
+        return {"size": list(x)}
+    if isinstance(x, Mapping):
+        pairs = [[plain(k, {}), pattern(v, f"{where}[{k!r}]", places)] for k, v in x.items()]
+        return {"dict": pairs}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        parts = [pattern(v, f"{where}.{k}", places) for k, v in zip(x._fields, x, strict=True)]
+        return {"named": [type(x).__name__, list(x._fields), parts]}
+    if isinstance(x, tuple | list):
+        parts = [pattern(v, f"{where}[{i}]", places) for i, v in enumerate(x)]
+        return {"list" if isinstance(x, list) else "tuple": parts}
+    if is_data(x):
+        fields = {k: pattern(v, f"{where}.{k}", places) for k, v in attributes_of(x).items()}
+        return {"instance": [type(x).__name__, fields]}
+    try:
+        return {"is": plain(x, {})}
+    except RuntimeError:
+        raise ArgumentError(
+            f"export: {where} is a {type(x).__name__}, which cannot be written to a file"
+            f"{at(user_line(2))}: pass and return tensors, plain values, containers and instances"
+        ) from None
+
+
+def made(data: Any, tensors: Sequence[Tensor]) -> Any:
+    """The tree of a pattern, with tensors in their places."""
+    ((kind, of),) = data.items()
+    if kind == "place":
+        return tensors[of]
+    if kind == "dict":
+        return {value(k, ()): made(v, tensors) for k, v in of}
+    if kind == "named":
+        name, fields, parts = of
+        return namedtuple(name, fields)(*[made(p, tensors) for p in parts])  # type: ignore[misc]
+    if kind in ("tuple", "list"):
+        parts = [made(p, tensors) for p in of]
+        return parts if kind == "list" else tuple(parts)
+    if kind == "instance":
+        return types.SimpleNamespace(**{k: made(v, tensors) for k, v in of[1].items()})
+    return Size(of) if kind == "size" else value(of, ())
+
+
+def take(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) -> None:
+    """Put the tensors of an argument into ``found``; raises ArgumentError where it is another tree
+    than the pattern."""
+    ((kind, of),) = data.items()
+    children: list[tuple[Any, Any, str]] = []
+    if kind == "place" and isinstance(x, Tensor):
+        found[of] = (where, x)
+    elif kind == "dict" and isinstance(x, Mapping) and {*x} == {k for k, _ in of}:
+        children = [(v, x[k], f"{where}[{k!r}]") for k, v in of]
+    elif kind in ("tuple", "list", "named") and isinstance(x, tuple | list):
+        parts = of[2] if kind == "named" else of
+        if len(parts) != len(x):
+            raise ArgumentError(
+                f"{where} has {len(x)} elements, and was exported with {len(parts)}"
+            )
+        children = [(p, y, f"{where}[{i}]") for i, (p, y) in enumerate(zip(parts, x, strict=True))]
+    elif kind == "instance" and all(hasattr(x, k) for k in of[1]):
+        children = [(p, getattr(x, k), f"{where}.{k}") for k, p in of[1].items()]
+    elif not (kind in ("size", "is") and same(x, made(data, ()))):
+        raise ArgumentError(f"{where} is {shown(x)}, and was exported as {told(data)}")
+    for child in children:
+        take(*child, found)
+
+
+def same(x: Any, y: Any) -> bool:
+    return type(x) is type(y) and repr(x) == repr(y)  # nan is itself, -0.0 is not 0.0
+
+
+def shown(x: Any) -> str:
+    return f"a tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+
+
+def told(data: Any) -> str:
+    """A pattern as an error says it."""
+    ((kind, of),) = data.items()
+    if kind == "place":
+        return "a tensor"
+    if kind == "is":
+        return repr(value(of, ()))
+    if kind == "dict":
+        return f"a dictionary with the keys {[k for k, _ in of]}"
+    return f"a {kind} of {len(of[1] if kind in ('named', 'instance') else of)}"
