@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ..capture.custom_derivative import CustomDerivative, Later, RuleProgram
 from ..errors import ArgumentError, CaptureError
-from ..graph import Program, verify
+from ..graph import Program, verify_graph
 from ..trace.emit import Builder
 from ..trace.marks import fail
 from ..trace.shapes.sig import Sig, make_sig
@@ -151,7 +151,7 @@ def restored(data: dict[str, Any]) -> Program:
         nodes.append(b.make("call_function", call, args, kwargs, val, name=item["name"]))
     b.meta = {}
     graph = b.finish(value(data["outputs"], nodes))
-    verify(graph, "the file")
+    verify_graph(graph, "the file")
     return Program(graph, data["inputs"], data["results"], data["written"], data["name"])
 
 
