@@ -254,7 +254,11 @@ def forgetful(x):
     return checkpoint(lambda t: (t.sin() * t).exp(), x, use_reentrant=False) * 2
 
 
-@pytest.mark.parametrize("f", [Cube.apply, quiet, forgetful, torch.sin, F.gelu], ids=str)
+@pytest.mark.parametrize(
+    "f",
+    [Cube.apply, quiet, forgetful, torch.sin, F.gelu],
+    ids=["Cube", "quiet", "forgetful", "sin", "gelu"],
+)
 def test_derivatives(saved, f):
     x = leaf(4)
     wrapped = lambda x: f(x)
@@ -327,7 +331,9 @@ def test_in_another_process(tmp_path):
     torch.testing.assert_close(g, gradients(net, x, to=[net.first.weight])[0])
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
 def test_copies(saved, copied):
     net, x = Net().eval(), torch.randn(5, 3)
     twin = copied(saved(net, x))
