@@ -189,16 +189,20 @@ class Stages(list[Stage]):
 
 #: where programs are noted as they are made, while :func:`stages` watches
 watched: Stages | None = None
+_printed: Any = None  # the graph that was printed last, under AOTFUNC_DEBUG=3
 
 
 def note(made_by: str, graph: Any, code: Callable[[], str], size: int) -> None:
     """Show a new program to :func:`stages`, and under AOTFUNC_DEBUG=3."""
-    if watched is not None and any(graph is stage.graph for stage in watched):
+    global _printed
+    known = [] if watched is None else [stage.graph for stage in watched]
+    if any(graph is g for g in (*known, _printed)):
         return  # only called by another name
     stage = Stage(made_by, code(), size, graph)
     if watched is not None:
         watched.append(stage)
     if LEVEL >= 3:
+        _printed = graph
         print(repr(Stages([stage])), end="\n\n", file=sys.stderr)
 
 
