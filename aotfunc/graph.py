@@ -179,6 +179,15 @@ def dependents(graph: fx.Graph, inputs: Iterable[Node]) -> set[Node]:
     return found
 
 
+def needed(nodes: Sequence[Node], outs: Iterable[Any]) -> set[Any]:
+    """What ``outs``, draws and effects among ``nodes`` depend on, and these."""
+    found = set(outs)
+    for n in reversed(nodes):
+        if n in found or kept_alive(n):
+            found.update((n, *n._input_nodes))
+    return found
+
+
 def cut(
     graph: fx.Graph,
     late_inputs: Sequence[Node],
@@ -207,11 +216,9 @@ def cut(
                 else:
                     residuals[i] = None
     early_wanted.update(residuals)
-    early: list[Node] = []
-    for n in reversed(nodes):
-        if n not in dependent and (n in early_wanted or kept_alive(n)):
-            early.append(n)
-            early_wanted.update(n._input_nodes)
+    free = [n for n in nodes if n not in dependent]
+    wanted = needed(free, early_wanted)
+    early = [n for n in free if n in wanted]
     order = {n: k for k, n in enumerate(graph.nodes)}
     # an op with several outputs crosses as its items
     whole = [r for r in residuals if isinstance(r.meta["val"], tuple)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..backends.interpret import Interpreted
 from ..cache import Cache
 from ..debug import Line
 from ..errors import RuleError
@@ -27,6 +28,7 @@ from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked
 from ..transforms.activity import flat_inputs, has_derivative, live
 from ..transforms.jvp import jvp, tangent_sig
+from ..transforms.lower import lowered
 from ..transforms.vjp import contiguous_sig, vjp
 from ..transforms.vmap import vmap
 
@@ -176,6 +178,11 @@ class CompiledStep(CallStep):
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         nodes = [f.read(r, grad) for r in refs]
         self.finish(f, refs, emit_call(f.b, self.call, nodes), grad, line)
+
+
+def on_eager(program: Program) -> Callable[..., tuple]:
+    """The program on the eager backend, new values of written inputs among its results."""
+    return program.once(on_eager, lambda: Interpreted(lowered(program).graph))
 
 
 def counts_from_storage(n: Node) -> bool:

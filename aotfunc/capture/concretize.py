@@ -31,8 +31,8 @@ from ..trace.tape import signature
 from ..trace.traced import Traced, as_if_outside, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES, rebuilt
-from .calls import CallStep
-from .followed import Unsteady, batched_program, compiled, follow_trace, followed_batches
+from .calls import CallStep, on_eager
+from .followed import Unsteady, batched_program, follow_trace, followed_batches
 
 
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
@@ -150,7 +150,7 @@ def around(trace: Trace) -> Trace | None:
 def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The results of a program run next in ``trace``, which does not remember it afterwards."""
     records, count = len(trace.records), trace.count
-    results = trace.record(CallStep(program, compiled), inputs)
+    results = trace.record(CallStep(program, on_eager), inputs)
     try:
         yield flat_tensors(results)
     finally:
@@ -168,7 +168,7 @@ def run_once(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tens
         raise CaptureError(f"{what} was asked for, but the inputs have no values{at(user_line())}")
     try:
         with quiet(), torch.no_grad():
-            return [o.unsqueeze(0) for o in compiled(program)(*reals)]
+            return [o.unsqueeze(0) for o in on_eager(program)(*reals)]
     finally:
         for g, state in states:
             g.set_state(state)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.interpret import Interpreted
 from ..cache import Cache
 from ..graph import Program, weight
 from ..trace.emit import Builder
@@ -23,10 +22,9 @@ from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import Sig, sig_of
 from ..trace.traced import Traced, quiet, under_way
 from ..trace.tracer import Trace
-from ..transforms.lower import lowered
 from ..transforms.tidy import REWRITES
 from ..transforms.vmap import vmap
-from .calls import CallStep, Row
+from .calls import CallStep, Row, on_eager
 
 
 class Samples(NamedTuple):
@@ -129,7 +127,7 @@ class Followed:
         samples, sigs = Samples(dims, self.count, "error"), [*map(sig_of, values)]
         program = batched_program(program, samples, sigs, self.dims(made))
         with quiet(), torch.no_grad():
-            self.values.update(zip(made, compiled(program)(*values), strict=True))
+            self.values.update(zip(made, on_eager(program)(*values), strict=True))
         self.number = number
         self.done += len(new)
 
@@ -259,7 +257,3 @@ def batched_program(
         ("asked", *samples, *sigs, *outs),
         lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs),
     )
-
-
-def compiled(program: Program) -> Callable[..., tuple]:
-    return program.once(compiled, lambda: Interpreted(lowered(program).graph))

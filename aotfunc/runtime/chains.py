@@ -20,7 +20,7 @@ from torch.fx import Node
 from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
-from ..graph import Program, kept_alive
+from ..graph import Program, needed
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, viewed
@@ -279,7 +279,8 @@ class Cut:
         for k in range(max(self.stage.values()) + 1):
             mine = [n for n in self.nodes if self.stage[n] == k]
             outs = [n for n in mine if n in wanted and n not in self.views]
-            if body := nodes_needed(mine, outs):
+            reach = needed(mine, outs)
+            if body := [n for n in mine if n in reach]:
                 reads = [
                     i
                     for i in dict.fromkeys(i for n in body for i in n._input_nodes)
@@ -307,15 +308,6 @@ def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
     t, new = values
     t.copy_(new)
     return [t]
-
-
-def nodes_needed(nodes: Sequence[Node], outs: Sequence[Node]) -> list[Node]:
-    """Those of the nodes that ``outs`` depend on, draws and effects."""
-    seen = set(outs)
-    for n in reversed(nodes):
-        if n in seen or kept_alive(n):
-            seen.update((n, *n._input_nodes))
-    return [n for n in nodes if n in seen]
 
 
 def stage_of(

@@ -13,8 +13,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.fx import Node
 
-from ..backends.interpret import Interpreted
-from ..capture.calls import CallStep, hidden_writes
+from ..capture.calls import CallStep, hidden_writes, on_eager
 from ..debug import outside_dynamo
 from ..graph import Program
 from ..trace.modes import without_modes
@@ -22,18 +21,13 @@ from ..trace.node_views import storage_root
 from ..trace.shapes.sig import contiguous_stride
 from ..trace.traced import current
 from ..transforms.activity import has_derivative, live
-from ..transforms.lower import lowered, marked
+from ..transforms.lower import marked
 from ..transforms.vjp import vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .duals import pushed_program, refuse_cuts
 from .late_reads import check_memory, storages
 from .redraw import generator_states, redrawn
-
-
-def on_eager(program: Program) -> Callable[..., tuple]:
-    """The program on the eager backend, new values of mutated inputs among its results."""
-    return program.once(on_eager, lambda: Interpreted(lowered(program).graph))
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:

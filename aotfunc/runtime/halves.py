@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative
-from ..graph import Program, kept_alive
+from ..graph import Program, needed
 from ..trace.emit import Builder
 from ..trace.views import laid_out
 from ..transforms.activity import active_nodes, flat_inputs, live, sources
@@ -169,11 +169,9 @@ def materializes(program: Program) -> bool:
 def inputs_read(program: Program, outs: Sequence[Any], count: int) -> list[int]:
     """The positions of those of the first ``count`` inputs that ``outs``, draws or effects depend
     on."""
-    seen = {o for o in outs if isinstance(o, Node)}
-    for n in reversed(program.graph.nodes):
-        if n in seen or (n.op == "call_function" and kept_alive(n)):
-            seen.update(n._input_nodes)
-    return [i for i, p in enumerate(program.placeholders[:count]) if p in seen]
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    found = needed(calls, outs)
+    return [i for i, p in enumerate(program.placeholders[:count]) if p in found]
 
 
 def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:

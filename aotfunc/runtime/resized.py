@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from torch import fx
 
 from ..backends.eager import compile_graph
+from ..capture.calls import on_eager
 from ..graph import Program
 from ..trace.shapes.sig import Sig, contiguous_stride
 from ..transforms.apart.parts import Mixed
 from ..transforms.lower import lowered
 from ..transforms.sizes import size_multiples
-from .execute import on_eager, ours
+from .execute import ours
 
 Dims = Sequence[int | None]
 
