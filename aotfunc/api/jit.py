@@ -12,6 +12,7 @@ from ..errors import ArgumentError
 from ..partition import default_partition
 from ..runtime.compiled import Compiled
 from ..runtime.guards.explain import Explanation
+from ..runtime.lowering import Lowered
 from ..runtime.pipeline import Compiler, Partition, Pipeline
 
 #: options of functorch's aot_function that are accepted and have no meaning here
@@ -138,6 +139,10 @@ class CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiled(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+        """See :meth:`Compiled.lower`."""
+        return self._compiled.lower(*args, **kwargs)
 
     def explain(self) -> Explanation:
         """See :meth:`Compiled.explain`."""

@@ -122,6 +122,19 @@ def flops(n: Node) -> float:
     return 0.0
 
 
+def moves(n: Node) -> bool:
+    """Whether the node reads and writes memory: views and numbers do not."""
+    free = n.op != "call_function" or n.target is operator.getitem
+    return not (free or is_view(n) or is_symbol(n))
+
+
+def traffic(n: Node) -> int:
+    """Bytes that the node reads and writes where it runs by itself."""
+    if not moves(n):
+        return 0
+    return nbytes(n.meta.get("val")) + sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])
+
+
 @dataclass(frozen=True)
 class Roofline:
     """Time is the larger of arithmetic and traffic; what fuses costs a fraction of its output.
@@ -134,12 +147,11 @@ class Roofline:
     fused: float = 0.1
 
     def time(self, n: Node) -> float:
-        if n.op != "call_function" or n.target is operator.getitem or is_view(n) or is_symbol(n):
+        if not moves(n):
             return 0.0
         written = nbytes(n.meta.get("val"))
         if self.fused < 1 and n.target.__class__ is OpOverload:
             folds = traits(n.target).pointwise or n.target._schema.name.split("::")[1] in _FOLDS
             if folds or not n.all_input_nodes:
                 return self.fused * written
-        traffic = written + sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])
-        return max(flops(n) / self.intensity, traffic)
+        return max(flops(n) / self.intensity, traffic(n))

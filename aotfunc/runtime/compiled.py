@@ -37,6 +37,7 @@ from .guards.keys import describe_argument, environment_key, first_alike, reache
 from .guards.reads import Names
 from .guards.state import State, look
 from .guards.stores import undo_stores
+from .lowering import Lowered
 from .pipeline import Pipeline, title
 from .redraw import undrawn
 from .repeated import OTHER, repeated
@@ -51,6 +52,21 @@ EVERY: weakref.WeakSet[Compiled] = weakref.WeakSet()
 
 def weight_of(entry: Entry) -> int:
     return max(weight((entry.call, entry.call.plain)), NODES // LIMIT)
+
+
+def described(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor], list[Any]]:
+    """The key of a call without what its function reads; the tensors and objects among the
+    arguments."""
+    parts: list = [len(args)]
+    tensors: list[Tensor] = []
+    objects: list[Any] = []
+    for a in args:
+        describe_argument(a, parts, tensors, objects)
+    if kwargs:
+        describe_argument(kwargs, parts, tensors, objects)
+    if len(tensors) > 1 and (same := first_alike(tensors)) is not None:
+        parts.append((same, first_alike(containers((args, kwargs)))))
+    return (*parts, *environment_key()), tensors, objects
 
 
 class Compiled:
@@ -117,16 +133,7 @@ class Compiled:
             result = self._repeated(args, kwargs)
             if result is not OTHER:
                 return result
-        parts: list = [len(args)]
-        tensors: list[Tensor] = []
-        objects: list[Any] = []
-        for a in args:
-            describe_argument(a, parts, tensors, objects)
-        if kwargs:
-            describe_argument(kwargs, parts, tensors, objects)
-        if len(tensors) > 1 and (same := first_alike(tensors)) is not None:
-            parts.append((same, first_alike(containers((args, kwargs)))))
-        key = (*parts, *environment_key())
+        key, tensors, objects = described(args, kwargs)
         try:
             entry = self._recent.get(key)
         except TypeError:
@@ -159,17 +166,7 @@ class Compiled:
             found = self.with_other_numbers(family, values, tensors, objects, given)
             if found is not None:
                 return found[0]
-        arguments = Arguments(*given)
-        names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
-        labels = [
-            x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}"
-            for x in objects
-        ]
-        state = look(self.f, objects, labels, self._names)
-        for x in objects:
-            if type(x).__hash__ is None and any(x is o for o in state.opaque):
-                raise self.unhashable(arguments)
-        full = (key, reached_tensors(tensors, state.tensors), *state.key)
+        arguments, labels, state, full = self.seen(key, tensors, objects, given)
         entry = self.entries.get(full)
         if entry is not None and entry.whereabouts is not None:
             now = whereabouts([*tensors, *entry.closed(state.tensors)])
@@ -208,6 +205,55 @@ class Compiled:
         if new or not again:
             self.watch_growth(entry.facts)
         return result
+
+    def seen(
+        self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple
+    ) -> tuple[Arguments, list[str], State, tuple]:
+        """The arguments of a call, what its ``objects`` are called, the state that the function
+        reads, and the whole key."""
+        arguments = Arguments(*given)
+        names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
+        labels = [
+            x.__qualname__ if isinstance(x, type) else f"argument {names.get(id(x), '')}"
+            for x in objects
+        ]
+        state = look(self.f, objects, labels, self._names)
+        for x in objects:
+            if type(x).__hash__ is None and any(x is o for o in state.opaque):
+                raise self.unhashable(arguments)
+        full = (key, reached_tensors(tensors, state.tensors), *state.key)
+        return arguments, labels, state, full
+
+    @entry
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+        """The function captured for arguments like these, and not called: its graphs, what they
+        cost, and :meth:`~aotfunc.runtime.lowering.Lowered.compile`, ahead of the first call. The
+        capture runs the function's Python code; what that binds or adds outside is undone. Raises
+        what a first call raises.
+
+        >>> low = jit(lambda x: torch.sin(x) * 2).lower(torch.ones(3))
+        >>> print(low.code)
+        def forward(self, x):
+            sin = torch.ops.aten.sin.default(x);  x = None
+            mul = torch.ops.aten.mul.Tensor(sin, 2);  sin = None
+            return (mul,)
+        >>> low.memory_analysis()
+        {'arguments': 12, 'results': 12, 'function peak': 24}
+        """
+        given = (args, kwargs)
+        key, tensors, objects = described(*given)
+        arguments, _, state, full = self.seen(key, tensors, objects, given)
+        found = self.entries.get(full)
+        if found is None:
+            for t in tensors:
+                check_kind(t)
+            self.captures += 1
+            try:
+                found, _ = captured_entry(self, arguments, tensors, given, state, key, [], None)
+            finally:
+                undo_stores(state)
+            self.store(full, found, state)
+        return Lowered(self, found, [*tensors, *found.closed(state.tensors)])
 
     def with_other_numbers(
         self,

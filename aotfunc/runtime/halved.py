@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..capture.calls import CompiledCall
 from ..capture.capture import capture, parameter_names
@@ -11,7 +10,7 @@ from ..capture.tree import Arguments
 from ..graph import Program
 from ..trace.shapes.sig import Sig
 from .aliasing import without_views
-from .autograd import Halves
+from .halves import Halves
 from .pipeline import Compiler, Partition, Pipeline
 
 
@@ -42,7 +41,7 @@ def halves_of(
     """The joint program of ``run`` for tensors like these, differentiated by those that ``wrt``
     names, and its halves; none where no result has a derivative."""
     examples = [s.fresh().requires_grad_(i in wrt) for i, s in enumerate(signatures)]
-    arguments, found = Arguments(examples, {}), {}
+    arguments = Arguments(examples, {})
     rec = capture(
         run,
         arguments.leaves,
@@ -54,12 +53,6 @@ def halves_of(
     )
     program, _ = without_views(rec)
     pipeline = Pipeline("export", "eager", partition=partition, exact=True)
-
-    def split(joint: Program, n_early: int, last: bool = False) -> Any:
-        found["joint"] = joint
-        return pipeline.split(joint, n_early, last)
-
-    halves = Halves(CompiledCall(program, pipeline.forward, split, "export"), wrt)
-    if halves.any_live:
-        found.update(forward=halves.forward.program, backward=halves.backward.program)
-    return found
+    return Halves(
+        CompiledCall(program, pipeline.forward, pipeline.split, "export"), wrt
+    ).programs()

@@ -54,7 +54,7 @@ class Halves:
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
             return
-        joint = vjp(self.program, wrt, self.live, recompute=False)
+        joint = self.joint()
         grads = joint.outputs[self.count : self.count + len(wrt)]
         zeros = set().union(*self.flat)
         self.unreached = tuple(
@@ -64,6 +64,17 @@ class Halves:
             inputs_read(joint, joint.outputs[self.count :], len(program.placeholders))
         )
         self.forward, self.backward = call.split(joint, self.count, last=True)
+
+    def joint(self) -> Program:
+        """The program of the results and the gradients, before it is cut."""
+        return vjp(self.program, self.wrt, self.live, recompute=False)
+
+    def programs(self) -> dict[str, Program]:
+        """The joint program and its halves by name; none where no result has a derivative."""
+        if not self.any_live:
+            return {}
+        forward, backward = self.forward.program, self.backward.program
+        return {"joint": self.joint(), "forward": forward, "backward": backward}
 
     def parts(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
         """The live results and their inputs, ``(results, inputs)`` of each node."""

@@ -1,0 +1,106 @@
+"""What a compiled function does for one signature, before it runs: graphs, costs, and compiling
+ahead of the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import Program
+from ..partition.cost import flops, nbytes, traffic
+from ..partition.memory import peak, saved
+from .graph_module import graph_module
+from .halves import Halves
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
+    from .entry import Entry
+
+
+class Lowered:
+    """What :meth:`Compiled.lower` returns: a function captured for one signature.
+
+    Where gradients are on and an argument or a closed-over tensor requires grad, it runs as a
+    "forward" and a "backward" half of a "joint" graph, else as the "function"."""
+
+    def __init__(self, compiled: Compiled, entry: Entry, tensors: Sequence[Tensor]) -> None:
+        self._compiled, self._entry, self._tensors = compiled, entry, tensors
+        call = entry.call
+        grads = entry.enables or torch.is_grad_enabled()
+        wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad]) if grads else ()
+        halves = call.program.once(("halves", wrt), lambda: Halves(call, wrt)) if wrt else None
+        self._halves = halves if halves is not None and halves.any_live else None
+
+    @property
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """The graphs by name, as modules."""
+        programs = {"function": self._entry.call.program}
+        if self._halves is not None:
+            programs.update(self._halves.programs())
+        return {name: graph_module(p, name) for name, p in programs.items()}
+
+    @property
+    def graph(self) -> fx.Graph:
+        """What the function does, as a graph."""
+        return self.graphs["function"].graph
+
+    @property
+    def code(self) -> str:
+        """What the function does, as Python."""
+        return self.graphs["function"].code.strip()
+
+    def compile(self) -> Callable:
+        """The function, compiled now for this signature, its backward too: the first call finds it
+        so."""
+        if self._halves is None:
+            self._entry.call.compiled(self._tensors)
+        else:
+            for half in (self._halves.forward, self._halves.backward):
+                half.compiled(examples(half.program))
+        return self._compiled
+
+    def cost_analysis(self) -> dict[str, dict[str, float]]:
+        """For each half: "flops", the floating point operations of
+        its products, convolutions and attention, and "bytes accessed", what its
+        ops read and write where they run one by one."""
+        return {
+            name: {
+                "flops": sum(map(flops, gm.graph.nodes)),
+                "bytes accessed": sum(map(traffic, gm.graph.nodes)),
+            }
+            for name, gm in self._run()
+        }
+
+    def memory_analysis(self) -> dict[str, int]:
+        """In bytes: "arguments" and closed-over tensors, "results", "saved" for the backward
+        beyond these, and the "peak" of each half beyond its inputs, where ops run one by one and
+        values are freed when they are not read any more (not counted is what kernels need for
+        themselves)."""
+        program = self._entry.call.program
+        found = {
+            "arguments": sum([nbytes(p.meta["val"]) for p in program.placeholders]),
+            "results": sum(map(nbytes, program.vals)),
+        }
+        if self._halves is not None:
+            found["saved"] = saved(self._halves.forward.program.graph, self._halves.count)
+        return found | {f"{name} peak": peak(gm.graph) for name, gm in self._run()}
+
+    def _run(self) -> list[tuple[str, fx.GraphModule]]:
+        graphs = self.graphs
+        return [(k, graphs[k]) for k in ("forward", "backward") if k in graphs] or [
+            *graphs.items()
+        ]
+
+    def __repr__(self) -> str:
+        return f"<{self._compiled.who} for {self._entry.call.program.signature}>"
+
+
+def examples(program: Program) -> list[Tensor]:
+    """Tensors as the program takes them, to compile for."""
+    return [
+        torch.empty_like(p.meta["val"].proto, device=p.meta["val"].device)
+        for p in program.placeholders
+    ]
