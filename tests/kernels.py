@@ -14,14 +14,18 @@ from aotfunc.backends.loops.launch import Launch
 
 
 class EveryKernel(Backend):
-    """``made`` is what kernels there were, in the order of compilation."""
+    """``made`` is what kernels there were, in the order of compilation, but for that of matrix
+    products, ``multiplied`` the launches of this one."""
 
     made: list[Launch] = []
+    multiplied: list[Launch] = []
 
 
 def compiled(gm: fx.GraphModule, example_inputs: list) -> Callable:
     graph, _ = with_kernels(gm, lambda nodes: True)
-    EveryKernel.made += [n.target for n in graph.nodes if isinstance(n.target, Launch)]
+    launches = [n.target for n in graph.nodes if isinstance(n.target, Launch)]
+    EveryKernel.made += [f for f in launches if f.__name__ != "aot_matmul"]
+    EveryKernel.multiplied += [f for f in launches if f.__name__ == "aot_matmul"]
     return compile_graph(graph)
 
 

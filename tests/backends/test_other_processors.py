@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from aotfunc import jit
+from aotfunc.backends.loops import matmul
 from aotfunc.native import toolchain
 from benchmarks.maths import BINARY, UNARY, largest
 from tests.kernels import every_kernel
@@ -28,11 +30,11 @@ def test_units_in_the_last_place(plain, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves(plain, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-    torch.testing.assert_close(applied("x", x), x, rtol=0, atol=0, equal_nan=True)
+    assert_close(applied("x", x), x, rtol=0, atol=0, equal_nan=True)
     bits = torch.arange(-(2**19), 2**19, dtype=torch.int32) * 4096
     y = torch.cat([bits, bits + 1, bits + 2048]).view(torch.float32)
     name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
-    torch.testing.assert_close(
+    assert_close(
         applied(f"aot_as_{name}(x)", y), y.to(dtype).float(), rtol=0, atol=0, equal_nan=True
     )
 
@@ -47,4 +49,15 @@ def test_kernels(plain):
         return e / e.sum(-1, keepdim=True), e.sum(0), added, y.t().contiguous()
 
     for a, b in zip(jit(f, backend=every_kernel)(x, y, i), f(x, y, i), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
+
+
+def test_products(plain):
+    """Of matrices, with rows and columns left over."""
+    matmul.kernel.cache_clear()
+    try:
+        x, y = torch.randn(53, 300), torch.randn(70, 300)
+        for f in (lambda x, y: x @ y.t(), lambda x, y: y.t() @ y[:, :45], lambda x, y: x @ y[0]):
+            assert_close(jit(f, backend=every_kernel)(x, y), f(x, y), rtol=1e-5, atol=1e-4)
+    finally:
+        matmul.kernel.cache_clear()

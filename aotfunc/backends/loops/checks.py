@@ -10,8 +10,7 @@ from torch.fx import Node
 
 from .classes import class_of
 from .ir import Check, Expr, Given, Load, Unfit, apply, number
-from .places import Place, along
-from .views import behind, shape_of, source_of
+from .views import in_memory, shape_of
 
 if TYPE_CHECKING:
     from .indexed import At
@@ -30,7 +29,7 @@ def index_of(
         raise Unfit(f"indices of {e.dtype}")
     memory = work.accesses[e.access].tensor
     if memory.target is not class_of and (n, low, high) not in work.checks:
-        work.checks[n, low, high] = check_of(n, memory, low, high, error)
+        work.checks[n, low, high] = check_of(n, low, high, error)
     key = (e, "index")
     if key not in work.values:
         work.values[key] = Load(work.integer, e.access, None, e.mask)
@@ -45,18 +44,10 @@ def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
     return work.values[found, size, "wrapped"]
 
 
-def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
+def check_of(n: Node, low: int, high: int, error: Any) -> Check:
     """That of the elements of a view of a tensor in memory."""
     shape = shape_of(n)
-    place: Place = tuple([along(d) for d in range(len(shape))])
-    while n is not tensor:
-        place = behind(n, place, shape)
-        n = source_of(n)  # type: ignore[assignment]
-    strides, start = [0] * len(shape), 0
-    for index, stride in zip(place, n.meta["val"].stride(), strict=True):
-        start += index.start * stride
-        for d, step in index.steps:
-            strides[d] += step * stride  # type: ignore[index]
+    tensor, strides, start = in_memory(n)
     for d, stride in enumerate(strides):
         if stride < 0:  # from the other end
             strides[d], start = -stride, start + stride * (shape[d] - 1)

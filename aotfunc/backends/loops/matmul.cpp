@@ -1,0 +1,223 @@
+// Products of matrices: c[b, i, j] = the sum over k of a[b, i, k] * b[b, k, j].
+//
+// A tile of sums stays in registers while k runs: some rows of two vectors. The columns that a tile
+// reads lie in memory as vectors, or are packed so; a row of `a` is read number by number, from
+// where it is, or packed where many tiles read it. Which sums are added up in which order depends
+// on the sizes alone, not on threads.
+
+struct Matrix { int64_t start, batch, row, column; };  // where it begins, and steps
+
+// What matmul.py packs.
+struct Sizes { int64_t m, n, k; Matrix a, b, c; };
+
+enum : int64_t {
+  ROWS = AOT_BYTES == 64 ? 12 : 6,  // of a tile: with two vectors each they fill the registers
+  BLOCK = 48,                       // rows of a task
+  DEEP = 256,                       // of k at a time
+  MANY = 1024,                      // columns at a time
+  FEW = 4,                          // tiles beside each other that are worth packed rows
+};
+
+template <class T> struct Piece {
+  const T *a;
+  int64_t down, along;  // of a
+  const T *b;
+  int64_t next;  // row of b
+  int64_t k;
+  T *c;
+  int64_t row, column;  // of c
+  int64_t rows, columns;
+  bool more;  // is added to c
+};
+
+template <class V, class T, int rows, int width> static void tile(const Piece<T> &p) {
+  V sum[rows][width] = {};
+  const T *a[rows / 3], *b = p.b;
+  const int64_t down = p.down, along = p.along;
+  for (int i = 0; i < rows / 3; i++) a[i] = p.a + 3 * i * down;
+  for (int64_t k = 0; k < p.k; k++) {
+    V y[width];
+    _Pragma("GCC unroll 2")
+    for (int j = 0; j < width; j++) y[j] = aot_raw<V>(b + j * aot_lanes<V>);
+    b += p.next;
+    _Pragma("GCC unroll 4")
+    for (int i = 0; i < rows / 3; i++) {
+      _Pragma("GCC unroll 3")
+      for (int r = 0; r < 3; r++) {
+        const V x = a[i][r * down] - V{};
+        _Pragma("GCC unroll 2")
+        for (int j = 0; j < width; j++) sum[3 * i + r][j] = aot_fma(x, y[j], sum[3 * i + r][j]);
+      }
+      a[i] += along;
+    }
+  }
+  _Pragma("GCC unroll 12")
+  for (int i = 0; i < rows; i++) {
+    if (i >= p.rows) return;
+    _Pragma("GCC unroll 2")
+    for (int j = 0; j < width; j++) {
+      const int64_t n = p.columns - j * aot_lanes<V>;
+      if (n <= 0) continue;
+      T *c = p.c + i * p.row + j * aot_lanes<V> * p.column;
+      V s = sum[i][j];
+      if (p.column == 1) {
+        if (p.more) s += aot_get<V>(c, n);
+        aot_put(c, s, n);
+      } else {
+        for (int64_t l = 0; l < n && l < aot_lanes<V>; l++)
+          c[l * p.column] = p.more ? c[l * p.column] + s[l] : s[l];
+      }
+    }
+  }
+}
+
+// n lines of floats, each contiguous along k, as a vector for each k, `apart` from each other.
+// What is written behind a vector's n lanes is overwritten by the next.
+static void pack(float *to, int64_t apart, const float *p, int64_t line, int64_t n, int64_t k) {
+  floats block[FLOATS];
+  for (int64_t first = 0; first < k; first += FLOATS) {
+    const int64_t m = k - first < FLOATS ? k - first : (int64_t)FLOATS;
+    aot_turn<FLOATS>(block, p + first, line, n, m);
+    for (int64_t i = 0; i < m; i++) aot_raw(to + (first + i) * apart, block[i]);
+  }
+}
+static void pack(double *to, int64_t apart, const double *p, int64_t line, int64_t n, int64_t k) {
+  for (int64_t i = 0; i < k; i++)
+    for (int64_t j = 0; j < apart; j++) to[i * apart + j] = j < n ? p[j * line + i] : 0;
+}
+
+// Rows of b as vectors, zeros behind the last column.
+template <class V, class T>
+static void pack_columns(T *to, int64_t wide, const T *b, int64_t row, int64_t column, int64_t n,
+                         int64_t k) {
+  for (int64_t j = 0; j < wide; j += aot_lanes<V>) {
+    const int64_t left = n - j < 0 ? 0 : n - j < aot_lanes<V> ? n - j : aot_lanes<V>;
+    const T *from = b + j * column;
+    if (column == 1)
+      for (int64_t i = 0; i < k; i++) aot_put(to + i * wide + j, aot_get<V>(from + i * row, left));
+    else if (row == 1 && sizeof(T) == 4)
+      pack(to + j, wide, from, column, left, k);
+    else
+      for (int64_t i = 0; i < k; i++)
+        for (int64_t l = 0; l < aot_lanes<V>; l++)
+          to[i * wide + j + l] = l < left ? from[i * row + l * column] : 0;
+  }
+}
+
+// Rows of a, so many for each k, zeros behind the last.
+template <class T>
+static void pack_rows(T *to, int64_t rows, const T *a, int64_t row, int64_t column, int64_t n,
+                      int64_t k) {
+  if (column == 1) return pack(to, rows, a, row, n, k);
+  for (int64_t i = 0; i < k; i++)
+    for (int64_t r = 0; r < rows; r++) to[i * rows + r] = r < n ? a[i * column + r * row] : 0;
+}
+
+template <class V, class T, int width> static void tile_of(int64_t rows, const Piece<T> &p) {
+  rows == 6 ? tile<V, T, 6, width>(p) : tile<V, T, ROWS, width>(p);
+}
+
+// Some rows of c.
+template <class V, class T>
+static void rows_of(const Sizes &s, const T *a, const T *b, T *c, int64_t first, int64_t last) {
+  enum : int64_t { WIDE = 2 * aot_lanes<V> };
+  static thread_local struct { T columns[DEEP * MANY], rows[(DEEP + 1) * 16]; }
+      packed __attribute__((aligned(64)));
+  for (int64_t k = 0; k < s.k; k += DEEP)
+    for (int64_t j = 0; j < s.n; j += MANY) {
+      const int64_t deep = s.k - k < DEEP ? s.k - k : DEEP, many = s.n - j < MANY ? s.n - j : MANY;
+      const bool direct = s.b.column == 1 && last - first <= BLOCK;
+      const T *left = b + k * s.b.row + j * s.b.column;
+      for (int64_t w = 0; w < many; w += WIDE)
+        if (!direct || many - w < WIDE)
+          pack_columns<V>(packed.columns + w * deep, many - w > aot_lanes<V> ? WIDE : WIDE / 2,
+                          left + w * s.b.column, s.b.row, s.b.column, many - w, deep);
+      for (int64_t i = first; i < last; i += ROWS) {
+        const int64_t n = last - i < ROWS ? last - i : ROWS;
+        const int64_t rows = n > 6 ? ROWS : 6;
+        Piece<T> p = {a + i * s.a.row + k * s.a.column, s.a.row, s.a.column};
+        if (n < rows || (s.a.row != 1 && many > FEW * WIDE)) {
+          pack_rows(packed.rows, rows, p.a, s.a.row, s.a.column, n, deep);
+          p.a = packed.rows, p.down = 1, p.along = rows;
+        }
+        p.k = deep, p.row = s.c.row, p.column = s.c.column, p.rows = n, p.more = k > 0;
+        for (int64_t w = 0; w < many; w += WIDE) {
+          p.columns = many - w;
+          p.c = c + i * s.c.row + (j + w) * s.c.column;
+          const bool one = p.columns <= aot_lanes<V>;
+          if (direct && p.columns >= WIDE)
+            p.b = left + w, p.next = s.b.row;
+          else
+            p.b = packed.columns + w * deep, p.next = one ? WIDE / 2 : WIDE;
+          one ? tile_of<V, T, 1>(rows, p) : tile_of<V, T, 2>(rows, p);
+        }
+      }
+    }
+}
+
+// One row of c, several vectors of its columns at a time.
+template <class V, class T>
+static void row_of(const Sizes &s, const T *a, const T *b, T *c) {
+  enum : int64_t { L = aot_lanes<V>, WIDE = 4 * L };
+  for (int64_t j = 0; j < s.n; j += WIDE) {
+    V sum[4] = {};
+    const int64_t n = s.n - j;
+    const T *p = b + j;
+    if (n >= WIDE)
+      for (int64_t k = 0; k < s.k; k++, p += s.b.row)
+        for (int i = 0; i < 4; i++)
+          sum[i] = aot_fma(a[k * s.a.column] - V{}, aot_raw<V>(p + i * L), sum[i]);
+    else
+      for (int64_t k = 0; k < s.k; k++, p += s.b.row)
+        for (int i = 0; i < 4 && i * L < n; i++)
+          sum[i] = aot_fma(a[k * s.a.column] - V{}, aot_get<V>(p + i * L, n - i * L), sum[i]);
+    for (int i = 0; i < 4 && i * L < n; i++) {
+      T *to = c + (j + i * L) * s.c.column;
+      s.c.column == 1 ? aot_put(to, sum[i], n - i * L)
+                      : aot_scatter(to, sum[i], n - i * L < L ? n - i * L : L, s.c.column);
+    }
+  }
+}
+
+// One row of c of columns of b that are contiguous, as the row of a is.
+template <class V, class T>
+static void dots_of(const Sizes &s, const T *a, const T *b, T *c) {
+  enum : int64_t { L = aot_lanes<V> };
+  for (int64_t j = 0; j < s.n; j++, b += s.b.column, c += s.c.column) {
+    V sum[4] = {};
+    int64_t k = 0;
+    for (; k + 4 * L <= s.k; k += 4 * L)
+      for (int i = 0; i < 4; i++)
+        sum[i] = aot_fma(aot_raw<V>(a + k + i * L), aot_raw<V>(b + k + i * L), sum[i]);
+    for (; k < s.k; k += L)
+      sum[0] = aot_fma(aot_get<V>(a + k, s.k - k), aot_get<V>(b + k, s.k - k), sum[0]);
+    *c = aot_across((sum[0] + sum[1]) + (sum[2] + sum[3]), [](V x, V y) { return x + y; });
+  }
+}
+
+// Rows from `begin` to `end` of all batches' blocks.
+template <class V, class T>
+AOT void product(int64_t begin, int64_t end, const int64_t *sizes, void *const *buffers) {
+  const Sizes &s = *(const Sizes *)sizes;
+  const T *a = (const T *)buffers[0] + s.a.start, *b = (const T *)buffers[1] + s.b.start;
+  T *c = (T *)buffers[2] + s.c.start;
+  const int64_t blocks = (s.m + BLOCK - 1) / BLOCK;
+  while (begin < end) {
+    const int64_t batch = begin / blocks, first = begin % blocks;
+    const int64_t last = blocks - first < end - begin ? blocks : first + end - begin;
+    const T *x = a + batch * s.a.batch, *y = b + batch * s.b.batch;
+    T *z = c + batch * s.c.batch;
+    if (s.m == 1 && s.b.column == 1)
+      row_of<V>(s, x, y, z);
+    else if (s.m == 1 && s.b.row == 1 && s.a.column == 1)
+      dots_of<V>(s, x, y, z);
+    else
+      rows_of<V>(s, x, y, z, first * BLOCK, last * BLOCK < s.m ? last * BLOCK : s.m);
+    begin += last - first;
+  }
+}
+
+extern "C" __attribute__((visibility("default"))) void aot_matmul(
+    int64_t begin, int64_t end, const int64_t *sizes, void *const *buffers) {
+  product<VECTOR, NUMBER>(begin, end, sizes, buffers);
+}

@@ -1,0 +1,155 @@
+"""Products of matrices as launches of one kernel, which is compiled once for all graphs.
+
+It reads its matrices where they lie, transposed or expanded, so no view of them is made. Extents
+and steps are arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from ...errors import CompilerError
+from ...native.build import built
+from . import native
+from .ir import Unfit
+from .members import plain, seen_through
+from .places import Split
+from .tasks import Task
+from .views import in_memory, shape_of
+
+aten = torch.ops.aten
+
+#: what C++ calls a vector of them and one
+DTYPES = {torch.float32: ("floats", "float"), torch.float64: ("doubles", "double")}
+
+#: rows of a product that one thread computes (BLOCK in matmul.cpp)
+BLOCK = 48
+
+#: multiplications that a thread gets at least
+GRAIN = 1 << 19
+
+
+class Matrices(NamedTuple):
+    """Where they begin in a tensor, and the steps from one to the next, down and along."""
+
+    start: int
+    batch: int
+    row: int
+    column: int
+
+    def transposed(self) -> Matrices:
+        return Matrices(self.start, self.batch, self.column, self.row)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``c[i, j]`` is the sum over ``k < deep`` of ``a[i, k] * b[k, j]``, for each of a batch."""
+
+    memory: tuple[Node, Node, Node]
+    batch: int
+    rows: int
+    columns: int
+    deep: int
+    a: Matrices
+    b: Matrices
+    c: Matrices
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What the kernel is told."""
+        return (self.rows, self.columns, self.deep, *self.a, *self.b, *self.c)
+
+    @property
+    def tasks(self) -> int:
+        return self.batch * -(-self.rows // BLOCK)
+
+    @property
+    def grain(self) -> int:
+        """How many tasks are worth a thread."""
+        return max(1, GRAIN // (min(self.rows, BLOCK) * self.columns * self.deep))
+
+    def transposed(self) -> Product:
+        """The product of the other matrix with this one, both turned over."""
+        x, y, z = self.memory
+        return Product(
+            (y, x, z),
+            *(self.batch, self.columns, self.rows, self.deep),
+            *(self.b.transposed(), self.a.transposed(), self.c.transposed()),
+        )
+
+    def in_one(self) -> Product:
+        """Batches as rows, where these follow each other and the columns are the same for all."""
+        a, c, n = self.a, self.c, self.rows
+        if self.b.batch or self.batch == 1:
+            return self
+        if n == 1:
+            a, c = a._replace(row=a.batch), c._replace(row=c.batch)
+        elif (a.batch, c.batch) != (n * a.row, n * c.row):
+            return self
+        return replace(self, batch=1, rows=self.batch * n, a=a, c=c)
+
+
+#: op -> the dimensions of its factors and of its result
+SPELLED = {
+    aten.mm.default: ("ik", "kj", "ij"),
+    aten.bmm.default: ("bik", "bkj", "bij"),
+    aten.mv.default: ("ik", "k", "i"),
+    aten.dot.default: ("k", "k", ""),
+}
+
+#: the rows and columns of the factors and of the result
+PLANES = ("ik", "kj", "ij")
+
+
+def product(n: Node) -> Task | None:
+    """The launch that a product of matrices is, None for what the kernel does not compute."""
+    if n.target not in SPELLED or not n.users or not all(map(plain, (n, *n.all_input_nodes))):
+        return None
+    if (compiled := kernel(n.meta["val"].dtype)) is None:
+        return None
+    extents, nodes, matrices = {"b": 1, "i": 1, "j": 1}, [], []
+    tensors: Any = (*n.args, n)
+    for tensor, dims, plane in zip(tensors, SPELLED[n.target], PLANES, strict=True):
+        node, strides, start = shown(tensor)
+        steps = dict.fromkeys("bijk", 0) | dict(zip(dims, strides, strict=True))
+        extents |= zip(dims, shape_of(tensor), strict=True)
+        nodes.append(node)
+        matrices.append(Matrices(start, *[steps[k] for k in ("b", *plane)]))
+    x, y, z = nodes
+    p = Product((x, y, z), *[extents[k] for k in "bijk"], *matrices)  # type: ignore[arg-type]
+    if p.columns == 1:
+        p = p.transposed()
+    p = p.in_one()
+    return Task(compiled, p.tasks, p.sizes, p.memory, p.memory[-1:], p.grain)
+
+
+def shown(n: Node) -> tuple[Node, Sequence[int], int]:
+    """The tensor that a node shows, with the steps and the start there; the node's own where a
+    view of it must be made."""
+    try:
+        root, strides, start = in_memory(n)
+        if not seen_through(root):
+            return root, strides, start
+    except (Unfit, Split):
+        pass
+    return n, n.meta["val"].stride(), 0
+
+
+@functools.cache
+def kernel(dtype: torch.dtype) -> native.Kernel | None:
+    """The kernel for this dtype, None where there is none or no compiler."""
+    if dtype not in DTYPES:
+        return None
+    vector, number = DTYPES[dtype]
+    parts = [(native.HERE / name).read_text() for name in ("vectors.h", "lanes.h", "matmul.cpp")]
+    source = f"#define VECTOR {vector}\n#define NUMBER {number}\n" + "\n".join(parts)
+    try:
+        return native.Kernel(ctypes.CDLL(str(built(source)))["aot_matmul"])
+    except CompilerError:
+        return None
