@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -237,15 +238,13 @@ def cut(
 def kept_alive(n: Node) -> bool:
     """Whether a node must stay although it is not read: a draw moves the generator on, an effect
     is seen outside."""
-    target = n.target
-    if isinstance(target, OpOverload):
-        schema = target._schema
-        return (
-            draws(n)
-            or not schema.returns
-            or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
-        )
-    return draws(n)
+    return draws(n) or acts(n)
+
+
+def acts(n: Node) -> bool:
+    """Whether a node calls an op that writes to an argument, or returns nothing."""
+    op = n.target
+    return isinstance(op, OpOverload) and (op._schema.is_mutable or not op._schema.returns)
 
 
 def draws(n: Node) -> bool:
@@ -254,13 +253,25 @@ def draws(n: Node) -> bool:
     op = n.target
     if not isinstance(op, OpOverload):
         return bool(getattr(op, "draws", False))
-    if torch.Tag.nondeterministic_seeded not in op.tags:
-        return False
-    for i, a in enumerate(op._schema.arguments):
-        if a.name in ("dropout_p", "train", "training"):
-            given = n.args[i] if i < len(n.args) else n.kwargs.get(a.name, a.default_value)
-            return given is None or bool(given)
-    return True
+    switches = drawing(op)
+    for i, a in switches or ():
+        given = n.args[i] if i < len(n.args) else n.kwargs.get(a.name, a.default_value)
+        if given is not None and not isinstance(given, Node) and not given:
+            return False
+    return switches is not None
+
+
+@cache
+def drawing(op: OpOverload) -> list[tuple[int, Any]] | None:
+    """None for an op that never draws; else the arguments that switch that off where they are
+    zero or false."""
+    arguments = list(enumerate(op._schema.arguments))
+    tagged = torch.Tag.nondeterministic_seeded in op.tags
+    if not tagged and not any("Generator" in str(a.type) for _, a in arguments):
+        return None
+    return [
+        (i, a) for i, a in arguments if a.name in ("dropout_p", "dropout", "train", "training")
+    ]
 
 
 def size(graph: fx.Graph) -> int:
@@ -288,10 +299,7 @@ def verify_graph(graph: fx.Graph, made_by: str = "") -> None:
         if n.op == "call_function":
             target = n.target
             if isinstance(target, OpOverload):
-                if any(
-                    a.alias_info is not None and a.alias_info.is_write
-                    for a in target._schema.arguments
-                ):
+                if target._schema.is_mutable:
                     raise wrong(f"{n} mutates: {target}")
             elif target is not operator.getitem and not isinstance(target, Target):
                 raise wrong(f"{n} calls {target}, which is neither an op nor a Target")

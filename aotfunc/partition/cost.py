@@ -16,7 +16,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from .ops import is_symbol, is_view, traits
+from .ops import is_symbol, is_view
 
 
 class Cost(Protocol):
@@ -151,7 +151,10 @@ class Roofline:
             return 0.0
         written = nbytes(n.meta.get("val"))
         if self.fused < 1 and n.target.__class__ is OpOverload:
-            folds = traits(n.target).pointwise or n.target._schema.name.split("::")[1] in _FOLDS
+            folds = (
+                torch.Tag.pointwise in n.target.tags
+                or n.target._schema.name.split("::")[1] in _FOLDS
+            )
             if folds or not n.all_input_nodes:
                 return self.fused * written
         return max(flops(n) / self.intensity, traffic(n))
