@@ -4,17 +4,15 @@ for."""
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import linecache
 import os
 import sys
 from collections.abc import Callable
-from types import CodeType, TracebackType
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from .cache import EVERY
 
@@ -119,44 +117,6 @@ def outside_dynamo(f: Callable) -> Callable:
         eval_frame.set_code_exec_strategy(f.__code__, eval_frame._FrameExecStrategy(skip, skip))
     f._torchdynamo_disable = True  # type: ignore[attr-defined]
     return f
-
-
-def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
-    """Mark ``f`` as a way into aotfunc: errors leave it with a short traceback, the user's lines
-    (``AOTFUNC_TRACEBACK=full`` shows all). Dynamo reads ``in_graph`` instead, or does not look
-    into it."""
-
-    @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return f(*args, **kwargs)
-        except Exception as e:
-            e.__traceback__ = short_traceback(e.__traceback__)
-            raise
-
-    outside_dynamo(call)
-    if in_graph is None:
-        return call
-
-    @functools.wraps(f)
-    def read(*args: Any, **kwargs: Any) -> Any:
-        return in_graph(*args, **kwargs) if is_dynamo_compiling() else call(*args, **kwargs)
-
-    return read
-
-
-def short_traceback(traceback: TracebackType | None) -> TracebackType | None:
-    """Without frames of ours, nor of torch's that these call."""
-    shown, hidden = [], False
-    while traceback is not None and not FULL:
-        name = traceback.tb_frame.f_code.co_filename
-        hidden = name.startswith(_OURS) or (hidden and name.startswith(_TORCH))
-        if not hidden:
-            shown.append(traceback)
-        traceback = traceback.tb_next
-    for t in reversed(shown):
-        traceback = TracebackType(traceback, t.tb_frame, t.tb_lasti, t.tb_lineno)
-    return traceback
 
 
 def at(line: Line | None) -> str:

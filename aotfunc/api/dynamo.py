@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from ..debug import at, entry, user_line
+from ..debug import at, user_line
 from ..errors import CaptureError
+from ..trace.entering import entry
 from ..trace.kinds import is_fake
 from ..trace.traced import quiet
 

@@ -16,13 +16,13 @@ from torch.compiler import is_dynamo_compiling
 
 from ..capture.capture import as_called, capture, parameter_names
 from ..capture.tree import Arguments, flatten, in_order_of, unflatten
-from ..debug import entry
 from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes, without_views
 from ..runtime.anomaly import without_nan
 from ..runtime.execute import contiguous, execute
 from ..runtime.late_reads import check_memory, storages
+from ..trace.entering import entry
 from ..trace.kinds import ordinary_tensor
 from ..trace.memory import version
 from ..trace.modes import without_modes

@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_unflatten
 from ..capture.capture import argument_names, capture, parameter_names
 from ..capture.instances import flatten_tree
 from ..capture.tree import Arguments
-from ..debug import entry, outside_dynamo
+from ..debug import outside_dynamo
 from ..errors import ArgumentError
 from ..graph import output_node
 from ..runtime.aliasing import Changes
 from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
+from ..trace.entering import entry
 from ..trace.marks import dead_end, hidden_write
 from ..transforms.decompose import decomposed
 from ..transforms.fresh import fresh

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ..debug import at, line_of_error
 from ..errors import CaptureError
+from ..trace.entering import as_outside
 from ..trace.following import Following
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
@@ -99,7 +100,7 @@ def capture(
 
     def call() -> Captured:
         try:
-            result = f(*args, **kwargs)
+            result = as_outside(f, *args, **kwargs)
         except RuntimeError as e:
             if type(e).__module__ == "torch._dynamo.exc":
                 if (operator := called_by(e)) is not None:

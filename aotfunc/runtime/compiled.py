@@ -22,9 +22,10 @@ from ..capture.calls import CompiledStep
 from ..capture.capture import labelled
 from ..capture.instances import containers
 from ..capture.tree import Arguments
-from ..debug import at, entry, outside_dynamo, user_line
+from ..debug import at, outside_dynamo, user_line
 from ..errors import ArgumentError, CaptureError
 from ..graph import weight
+from ..trace.entering import entry, without_function_modes
 from ..trace.kinds import check_kind
 from ..trace.memory import whereabouts
 from ..trace.modes import OTHERS, function_modes_key
@@ -129,6 +130,9 @@ class Compiled:
 
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return without_function_modes(self.called, args, kwargs)
+
+    def called(self, args: tuple, kwargs: dict) -> Any:
         if self._repeated is not None:
             result = self._repeated(args, kwargs)
             if result is not OTHER:

@@ -35,7 +35,7 @@ def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
 
 def any_modes() -> bool:
     """Whether autocast or a function mode is on."""
-    return _autocast() or _function_modes() > 0
+    return _autocast() or torch._C._is_torch_function_mode_enabled()
 
 
 def off() -> ExitStack:

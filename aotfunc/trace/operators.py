@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._C import (
     _is_any_autocast_enabled,
+    _is_torch_function_mode_enabled,
     _len_torch_dispatch_stack,
-    _len_torch_function_stack,
 )
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
@@ -47,7 +47,7 @@ def is_open(trace: Trace) -> bool:
         bool(traces)
         and traces[-1] is trace
         and _len_torch_dispatch_stack() == trace.depth
-        and not _len_torch_function_stack()
+        and not _is_torch_function_mode_enabled()
         and not _is_any_autocast_enabled()
         and forward_ad._current_level < 0
         and _level_of_functorch() is None

@@ -1,0 +1,95 @@
+"""The way into aotfunc and back to the user's function: tracebacks without our frames, and
+function modes (``torch.set_default_device`` is one) that see the user's calls and none of ours.
+
+A ``TorchFunctionMode`` is asked at each ``x.shape``: what is looked at here would be most of what
+it sees."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from ..debug import _OURS, _TORCH, FULL, outside_dynamo
+
+_modes_are_on = torch._C._is_torch_function_mode_enabled
+_state, _set_state = torch._C._get_torch_function_state, torch._C._set_torch_function_state
+_OFF = torch._C._TorchFunctionState.ALL_DISABLED
+
+
+class _Aside(threading.local):
+    def __init__(self) -> None:
+        self.state: Any = None  # what function modes were before they were set aside
+
+
+_aside = _Aside()
+
+
+def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
+    """Mark ``f`` as a way into aotfunc: errors leave it with a short traceback, the user's lines
+    (``AOTFUNC_TRACEBACK=full`` shows all), and function modes are off but in :func:`as_outside`.
+    Dynamo reads ``in_graph`` instead, or does not look into it."""
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return without_function_modes(f, *args, **kwargs)
+        except Exception as e:
+            e.__traceback__ = short_traceback(e.__traceback__)
+            raise
+
+    outside_dynamo(call)
+    if in_graph is None:
+        return call
+
+    @functools.wraps(f)
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return in_graph(*args, **kwargs) if is_dynamo_compiling() else call(*args, **kwargs)
+
+    return read
+
+
+def without_function_modes(f: Callable, *args: Any, **kwargs: Any) -> Any:
+    """``f(*args, **kwargs)`` with them set aside."""
+    if not _modes_are_on():
+        return f(*args, **kwargs)
+    outer, _aside.state = _aside.state, _state()
+    try:
+        _set_state(_OFF)
+        return f(*args, **kwargs)
+    finally:
+        _set_state(_aside.state)
+        _aside.state = outer
+
+
+def as_outside(f: Callable, *args: Any, **kwargs: Any) -> Any:
+    """``f(*args, **kwargs)``, the user's, with the function modes that there were."""
+    mine = _aside.state
+    if mine is None:
+        return f(*args, **kwargs)
+    try:
+        _aside.state = None
+        _set_state(mine)
+        return f(*args, **kwargs)
+    finally:
+        _set_state(_OFF)
+        _aside.state = mine
+
+
+def short_traceback(traceback: TracebackType | None) -> TracebackType | None:
+    """Without frames of ours, nor of torch's that these call."""
+    shown, hidden = [], False
+    while traceback is not None and not FULL:
+        name = traceback.tb_frame.f_code.co_filename
+        hidden = name.startswith(_OURS) or (hidden and name.startswith(_TORCH))
+        if not hidden:
+            shown.append(traceback)
+        traceback = traceback.tb_next
+    for t in reversed(shown):
+        traceback = TracebackType(traceback, t.tb_frame, t.tb_lasti, t.tb_lineno)
+    return traceback
