@@ -74,7 +74,7 @@ BEGIN = Begin(())
 def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``cls.apply(*args)`` inside a recording; Functions with ``setup_context`` and without."""
     new_style = cls.setup_context is not Function.setup_context
-    if kwargs or new_style:
+    if kwargs or (new_style and not takes_as_given(cls.forward, args)):
         bound = inspect.signature(cls.forward).bind(
             *(args if new_style else (None, *args)), **kwargs
         )
@@ -105,6 +105,12 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         backward = None
     jvp = cls.jvp if cls.jvp is not Function.jvp else None
     return call_function(cls.__name__, args, forward, ctx, backward, jvp, batching)
+
+
+def takes_as_given(forward: Any, args: Sequence[Any]) -> bool:
+    """Whether a function has a parameter for each of these arguments, and no others."""
+    code = getattr(forward, "__code__", None)
+    return code is not None and code.co_argcount == len(args)
 
 
 def call_function(

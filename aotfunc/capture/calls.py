@@ -41,6 +41,7 @@ class StepFacts:
     view_of = None
     random = False
     pure = False
+    untracked = False
 
     def __init__(self, writes: Sequence[int] = (), results: int = 0) -> None:
         self.writes = tuple(writes)

@@ -120,7 +120,9 @@ def check_checkpoints(trace: Trace) -> None:
     gradient is taken; what it writes itself, as statistics, it does not depend on."""
     regions: dict[int, list[tuple[int, range]]] = {}
     number = len(trace.inputs)
-    for k, (instr, _, _, region, _) in enumerate(trace.records if trace.mutates else ()):
+    for k, (instr, _, _, region, _) in enumerate(
+        trace.records if trace.mutates and trace.regions else ()
+    ):
         made = range(number, number := number + results_of(instr))
         if region is not None:
             regions.setdefault(region, []).append((k, made))
@@ -144,8 +146,10 @@ def check_checkpoints(trace: Trace) -> None:
 
 def check_calls(trace: Trace) -> None:
     """Refuse a write to what the backward of a nested compiled function reads."""
+    if not (trace.mutates and any(isinstance(r[0], CallStep) for r in trace.records)):
+        return
     number = len(trace.inputs)
-    for k, (instr, refs, grad, _, line) in enumerate(trace.records if trace.mutates else ()):
+    for k, (instr, refs, grad, _, line) in enumerate(trace.records):
         made = range(number, number := number + results_of(instr))
         if not (grad and isinstance(instr, CallStep)):
             continue

@@ -60,7 +60,9 @@ def recorded_backward(
 ) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
     """``record(refs, residuals)``, which records a Function's backward as programs: for all
     inputs, and for those alone that require grad. It appends the values that they read."""
-    wanted, requiring = Gradients.of(args, backward), tuple(map(requires_grad, args))
+    wanted = Gradients.of(args, backward)
+    # a derivative may be differentiated by any of its values
+    requiring = () if trace.of_a_rule else tuple(map(requires_grad, args))
     diff = [floating(o) for o in outs]
     sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
     tensors, floats = [isinstance(a, Tensor) for a in args], tuple(map(floating, args))
@@ -79,7 +81,7 @@ def recorded_backward(
             return tuple(found)
 
         narrow = None
-        if any(requiring) and not trace.of_a_rule and requiring != floats:
+        if any(requiring) and requiring != floats:
             mask = tuple(itertools.compress(requiring, tensors))
             narrow = (mask, recorded(requiring))
         return recorded(floats), narrow

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, register_pytree_node, tree_unflatten
 
 from ..errors import CaptureError
+from .plain_trees import flattened, maker
 
 
 class Opened:
@@ -116,8 +117,16 @@ def holds_tensor(x: Any, depth: int = 0) -> bool:
 
 def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Leaves and spec of a tree; instances that hold tensors are trees."""
+    if (found := flattened(tree)) is not None:
+        return found
     leaves, spec = tree_flatten(tree)
     return tree_flatten(opened_in(tree)) if any(map(is_data, leaves)) else (leaves, spec)
+
+
+def unflatten_tree(leaves: list[Any], spec: TreeSpec) -> Any:
+    """The tree of these leaves."""
+    make = maker(spec)
+    return tree_unflatten(leaves, spec) if make is None else make(leaves)
 
 
 def opened_instance(x: Any, always: bool = False) -> Any:
@@ -169,6 +178,6 @@ def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
 
 def reassigned(tree: Any, leaves: Sequence[Any]) -> bool:
     """Whether the instances in a tree that was made of these leaves hold something else by now."""
-    if not any(map(is_data, tree_flatten(tree)[0])):
+    if flattened(tree) is not None or not any(map(is_data, tree_flatten(tree)[0])):
         return False
     return list(map(id, flatten_tree(tree)[0])) != list(map(id, leaves))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from ..trace.kinds import ordinary_tensor
-from .instances import Opened, flatten_tree, is_data, is_whole, names_of
+from .instances import Opened, flatten_tree, is_data, is_whole, names_of, unflatten_tree
+from .plain_trees import flattened
 
 
 class Arguments:
@@ -48,18 +48,18 @@ class Arguments:
         other.leaves = leaves
         return other
 
-    def rebuilt(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    def rebuilt(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with these leaves instead."""
         args = [
             leaves[span.start]
             if spec is None
-            else tree_unflatten(leaves[span.start : span.stop], spec)
+            else unflatten_tree(leaves[span.start : span.stop], spec)
             for span, spec in zip(self.spans, self.specs, strict=True)
         ]
         if self.kw_spec is None:
             return args, {}
         start = self.spans[-1].stop if self.spans else 0
-        return args, tree_unflatten(list(leaves[start:]), self.kw_spec)
+        return args, unflatten_tree(list(leaves[start:]), self.kw_spec)
 
     def said(self, k: int) -> str:
         """What an error calls leaf ``k``: ``batch['x'] (argument 1)``."""
@@ -105,7 +105,7 @@ class Operands:
     differ in the tensors only."""
 
     def __init__(self, args: Sequence[Any]) -> None:
-        leaves, self.spec = tree_flatten(tuple(args))
+        leaves, self.spec = flattened(tuple(args)) or tree_flatten(tuple(args))
         self.places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
         self.tensors = [leaves[i] for i in self.places]
         self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
@@ -121,14 +121,14 @@ class Operands:
         leaves = list(self.plain)
         for i, x in zip(self.places, values, strict=True):
             leaves[i] = x
-        return tree_unflatten(leaves, self.spec)
+        return unflatten_tree(leaves, self.spec)
 
     def dims(self, values: Sequence[int | None]) -> tuple:
         """The same trees of dimensions: ``values`` for the tensors, None for all else."""
         leaves: list[int | None] = [None] * len(self.plain)
         for i, d in zip(self.places, values, strict=True):
             leaves[i] = d
-        return tree_unflatten(leaves, self.spec)
+        return unflatten_tree(leaves, self.spec)
 
     @property
     def key(self) -> tuple:
@@ -145,21 +145,11 @@ class Operands:
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
     """Leaves and spec; the spec of a bare tensor is None."""
-    if isinstance(tree, Tensor):
-        return [tree], None
-    # as transforms return them
-    if tree.__class__ is list and all([isinstance(x, Tensor) for x in tree]):
-        return list(tree), spec_of_list(len(tree))
-    return flatten_tree(tree)
-
-
-@cache
-def spec_of_list(count: int) -> TreeSpec:
-    return flatten_tree([None] * count)[1]
+    return ([tree], None) if isinstance(tree, Tensor) else flatten_tree(tree)
 
 
 def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:
-    return leaves[0] if spec is None else tree_unflatten(list(leaves), spec)
+    return leaves[0] if spec is None else unflatten_tree(list(leaves), spec)
 
 
 def parameter(f: Callable | None, i: int) -> str | None:

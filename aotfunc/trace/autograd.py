@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import debug
 from .records import Record, instr_op, result_sigs, results_of, written_slots
+from .shapes.instr import Instr
 from .shapes.sig import Sig
 from .traced import Traced
 
@@ -168,10 +169,10 @@ class Autograd:
 
     def settle(self) -> None:
         """Remember what outside tensors are now: what is asked later is answered as if now."""
-        if self.rewritten or any(t.__class__ is Traced for t in self.lifted):
+        if self.rewritten:
             self.reach()
         else:
-            self.settled = [t.requires_grad for t in self.lifted]
+            self.settled = [*map(needs_grad, self.lifted)]
             if self._reached is not None:
                 self._reached.settled = self.settled
 
@@ -188,28 +189,9 @@ class Autograd:
         self.retained.clear()
 
 
-#: ops of whose floating results autograd says that they do not require grad
-UNTRACKED = frozenset(
-    getattr(packet, name)
-    for packet in (
-        aten.zeros_like,
-        aten.ones_like,
-        aten.full_like,
-        aten.empty_like,
-        aten.rand_like,
-        aten.randn_like,
-    )
-    + (
-        aten.new_zeros,
-        aten.new_ones,
-        aten.new_full,
-        aten.new_empty,
-        aten.new_empty_strided,
-        aten.histc,
-        aten.detach,
-    )
-    for name in packet.overloads()
-)
+def needs_grad(t: Tensor) -> bool:
+    """Whether a tensor from outside requires grad; a value of an outer recording, there."""
+    return t.tracer.autograd.requires_grad(t) if t.__class__ is Traced else t.requires_grad
 
 
 class Reach:
@@ -241,27 +223,33 @@ class Reach:
         """Go as far as the recording has come; ``leaves`` may say of a value that it requires no
         grad."""
         for k in range(len(self.ends), len(records)):
-            instr, refs, *_ = records[k]
+            instr, refs, grad, *_ = records[k]
             first = self.ends[-1] if k else self.count
-            self.ends.append(first + results_of(instr))
-            if instr.facts.view_of is not None and refs and instr_op(instr) not in UNTRACKED:
+            simple = instr.__class__ is Instr and instr.simple
+            self.ends.append(first + (1 if simple else results_of(instr)))
+            if (
+                not simple
+                and instr.facts.view_of is not None
+                and refs
+                and not instr.facts.untracked
+            ):
                 base = self.bases.get(refs[0], refs[0])
                 self.bases.update(dict.fromkeys(range(first, self.ends[k]), base))
                 self.views.setdefault(base, []).extend(range(first, self.ends[k]))
             for i in [-1 - r for r in refs if r < 0]:
                 if i < len(self.lifted):  # not a number
                     self.use(i)
-            self.step(self.active, records[k], k, leaves)
+            if grad or not simple:
+                self.step(self.active, records[k], k, leaves)
 
     def use(self, i: int) -> None:
         """An outside tensor, as it is now; a value of an outer recording is there what it was
         before it was written."""
         t = self.lifted[i]
-        if t.__class__ is not Traced:
-            yes = t.requires_grad if self.settled is None else self.settled[i]
-            (self.active.add if yes else self.active.discard)(-1 - i)
-        elif t.tracer.autograd.requires_grad(t):
+        if needs_grad(t) if self.settled is None else self.settled[i]:
             self.active.add(-1 - i)
+        elif t.__class__ is not Traced:
+            self.active.discard(-1 - i)
 
     def step(
         self,
@@ -275,16 +263,21 @@ class Reach:
         views made under no_grad, which require grad if what they show does."""
         instr, refs, grad, *_ = record
         seen = grad or (unseen_views and instr.facts.view_of is not None and refs)
-        if active.isdisjoint(refs) or instr_op(instr) in UNTRACKED or not seen:
+        if active.isdisjoint(refs) or instr.facts.untracked or not seen:
+            return
+        if instr.__class__ is Instr and instr.simple:
+            made = self.ends[k] - 1
+            if instr.outs.differentiable and leaves.get(made) is not False:
+                active.add(made)
             return
         sigs, slots = result_sigs(instr), written_slots(instr)
         live, written = [True] * len(sigs), [True] * len(slots)
         if hasattr(instr, "live"):
             live, written = instr.live([r in active for r in refs])
-        made = range(self.ends[k] - len(sigs), self.ends[k])
+        results = range(self.ends[k] - len(sigs), self.ends[k])
         active.update(
             m
-            for m, sig, yes in zip(made, sigs, live, strict=True)
+            for m, sig, yes in zip(results, sigs, live, strict=True)
             if yes and sig.differentiable and leaves.get(m) is not False
         )
         for slot, yes in zip(slots, written, strict=True):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
 
 from ..debug import at, user_line
 from ..errors import CaptureError
 from . import histories
+from .nested import leaves
 from .shapes.sig import Sig
 from .traced import Traced, quiet
 
@@ -62,10 +62,8 @@ def write_results(trace: Trace, facts: Any, outs: Any, args: tuple, kwargs: dict
     if trace.hooked:
         keep_hooked(trace, [argument(i) for i in facts.writes])
     if _grad_enabled():
-        given, to = (
-            tree_leaves((args, kwargs)),
-            tree_leaves([argument(i) for i in facts.writes]),
-        )
+        given = leaves([*args, *kwargs.values()] if kwargs else args)
+        to = leaves([argument(i) for i in facts.writes])
         histories.keep_off(trace, facts, [t for t in given if isinstance(t, Tensor)], to)
     single = not isinstance(outs, tuple)
     results = []
@@ -133,9 +131,7 @@ def refresh(t: Traced, sig: Sig) -> None:
 
 
 def keep_hooked(trace: Trace, written: list) -> None:
-    if any(
-        t.__class__ is Traced and trace.root(t.ref) in trace.hooked for t in tree_leaves(written)
-    ):
+    if any(t.__class__ is Traced and trace.root(t.ref) in trace.hooked for t in leaves(written)):
         line = at(user_line(3))
         raise CaptureError(
             f"a write to an argument with a hook{line}: register the hook after it, on a new "

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
 
+from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError, OpError
-from .nested import alike
+from .nested import alike, leaves
 from .scalars import NUMBER, with_number
 from .shapes.infer import infer, signatures
 from .shapes.instr import Instr, intern, interned
@@ -47,7 +47,7 @@ def learn(
     outs = None
     facts = Facts(func)
     if facts.dynamic or not facts.returns_tensors:
-        outs = by_value(trace, func, targs, tkwargs, sigs, args, kwargs)
+        outs = by_value(trace, key, func, targs, tkwargs, sigs, args, kwargs)
         key = (*key, outs)
         known = interned(key)
         if known is not None:
@@ -65,8 +65,13 @@ def learn(
         raise OpError.like(e, said) from None
 
 
+#: calls whose result has no shape that meta kernels could tell
+_by_values_alone = Cache(4096)
+
+
 def by_value(
     trace: Trace,
+    key: tuple,
     func: OpOverload,
     targs: Any,
     tkwargs: Any,
@@ -76,10 +81,12 @@ def by_value(
 ) -> Any:
     """The result's signature of an op whose shape depends on data: static if the meta kernel
     can, else by running."""
-    try:
-        return infer(func, targs, tkwargs, sigs)
-    except Exception:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if _by_values_alone.get(key) is None:
+        try:
+            return infer(func, targs, tkwargs, sigs)
+        except Exception:
+            _by_values_alone.put(key, True)
+    tensors = [t for t in leaves([*args, *kwargs.values()]) if isinstance(t, Tensor)]
     asked = shaping(func, sigs)
 
     def shape(*values: Tensor) -> Any:

@@ -59,7 +59,8 @@ class Replay:
 
     def lose(self, trace: Answering, root: int) -> None:
         """Something unknown was written there."""
-        for ref in [r for r in self.env if trace.root(r) == root]:
+        of = trace.roots().of
+        for ref in [r for r in self.env if of.get(r, r) == root]:
             del self.env[ref]
 
     def value(self, trace: Answering, ref: int) -> Tensor | None:

@@ -136,6 +136,13 @@ class Slot(int):
         return f"%{int(self)}"
 
 
+UNTRACKED = frozenset(
+    f"aten::{name}"
+    for name in ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+    + ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "histc", "detach")
+)
+
+
 @cache
 class Facts:
     """What an overload's schema and tags say: which arguments it writes, what its returns alias,
@@ -194,6 +201,8 @@ class Facts:
         #: makes a tensor of no other's values: it may be told to require grad
         #: (`requires_grad=True`)
         self.factory = "pin_memory" in self.names or op is aten.lift_fresh.default
+        #: autograd says of its floating results that they do not require grad
+        self.untracked = schema.name in UNTRACKED
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"
 

@@ -1,0 +1,81 @@
+"""Trees that most calls have, of lists, tuples, dictionaries with names, tensors and plain values:
+flattened, and made again of other leaves, by a look-up. PyTorch's trees know many more kinds, and
+ask of every leaf which it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from ..cache import Cache
+from ..trace.traced import Traced
+
+_LEAVES = frozenset({Tensor, nn.Parameter, Traced, int, float, bool, str, type(None)})
+_specs = Cache(4096)
+#: by the ``id`` of a spec: the spec, and what makes its tree of leaves
+_makers = Cache(4096)
+
+
+def flattened(tree: Any) -> tuple[list[Any], TreeSpec] | None:
+    """Leaves and spec, as PyTorch says; None if there is another kind in the tree."""
+    leaves: list[Any] = []
+    key: list[Any] = []
+    if not described(tree, leaves, key):
+        return None
+    return leaves, _specs.once(tuple(key), lambda: spec_of(tree))
+
+
+def described(x: Any, leaves: list[Any], key: list[Any]) -> bool:
+    cls = type(x)
+    if cls in _LEAVES:
+        leaves.append(x)
+        key.append(None)
+        return True
+    if cls is dict:
+        key += (cls, len(x), *x)
+        if not all([type(k) is str for k in x]):
+            return False
+        x = x.values()
+    elif cls is list or cls is tuple:
+        key += (cls, len(x))
+    else:
+        return False
+    for child in x:
+        if type(child) in _LEAVES:
+            leaves.append(child)
+            key.append(None)
+        elif not described(child, leaves, key):
+            return False
+    return True
+
+
+def spec_of(tree: Any) -> TreeSpec:
+    spec = tree_flatten(tree)[1]
+    count = iter(range(spec.num_leaves))
+    _makers.put(id(spec), (spec, eval(f"lambda x: {expression(spec, count)}")))
+    return spec
+
+
+def expression(spec: TreeSpec, places: Any) -> str:
+    """The tree as Python, of the leaves ``x``."""
+    if spec.is_leaf():
+        return f"x[{next(places)}]"
+    children = [expression(c, places) for c in spec.children()]
+    if spec.type is dict:
+        return (
+            "{"
+            + ", ".join(f"{k!r}: {c}" for k, c in zip(spec.context, children, strict=True))
+            + "}"
+        )
+    if spec.type is list:
+        return f"[{', '.join(children)}]"
+    return f"({''.join(f'{c}, ' for c in children)})"
+
+
+def maker(spec: TreeSpec) -> Callable[[Sequence[Any]], Any] | None:
+    """What makes the tree of leaves, if its spec was found here."""
+    found = _makers.get(id(spec))
+    return found[1] if found is not None and found[0] is spec else None
