@@ -70,6 +70,19 @@ def memory_replaced(compiler):
     y.sum().backward()
 
 
+def variable_changed(compiler):
+    x, scale = leaf(), 2.0
+
+    def f(x):
+        y = x.exp()
+        y.register_hook(lambda g: g * scale)
+        return y * 1
+
+    y = compiler(f)(x)
+    scale = 3.0
+    y.sum().backward()
+
+
 ones = lambda *shape: lambda: torch.ones(*shape or (3,))
 leaf = lambda: torch.ones(3, requires_grad=True)
 pair = lambda: torch.arange(6.0).view(2, 3)
@@ -216,6 +229,7 @@ PROGRAMS: dict[str, Callable] = {
     ),
     "a write, before the backward, to a result that a hook reads": result_written,
     "`x.data = y` between a call and its backward": memory_replaced,
+    "`scale = 3.0`, which a hook reads, between a call and its backward": variable_changed,
     "`saved_tensors_hooks` inside": on(leaf)(
         lambda x: (
             torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x

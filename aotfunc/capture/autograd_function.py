@@ -21,7 +21,7 @@ from ..trace.traced import current
 from . import opaque
 from .calls import Step, interned
 from .custom_derivative import CustomDerivative
-from .deferred import Deferred
+from .deferred import Deferred, calls_late
 from .function_rules import Context, recorded_backward, recorded_jvp
 from .function_vmap import OwnRule, on_real_batch
 from .tree import Operands
@@ -103,6 +103,8 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
     backward = cls.backward if cls.backward is not Function.backward else cls.vjp
     if backward is Function.vjp:
         backward = None
+    else:
+        calls_late(backward)
     jvp = cls.jvp if cls.jvp is not Function.jvp else None
     return call_function(cls.__name__, args, forward, ctx, backward, jvp, batching)
 

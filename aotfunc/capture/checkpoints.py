@@ -21,6 +21,7 @@ from ..trace.shapes.sig import fill, floating
 from ..trace.traced import current
 from ..trace.tracer import Trace
 from .autograd_function import apply_function, call_function
+from .deferred import calls_late
 from .function_rules import Context
 
 
@@ -31,6 +32,7 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
         return
+    calls_late(fn)
     outer, start = trace.region, len(trace.records)
     trace.region = trace.regions = trace.regions + 1
     try:
@@ -75,6 +77,7 @@ def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return apply_function(cls, *args, **kwargs)
     trace = current()
     assert trace is not None
+    calls_late(args[0])
     outer, records = trace.region, len(trace.records)
     trace.region = trace.regions = trace.regions + 1
     given = [a for a in args[2:] if isinstance(a, Tensor)]

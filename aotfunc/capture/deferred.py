@@ -19,10 +19,19 @@ from ..graph import Program
 from ..trace.node_views import viewed
 from ..trace.records import results_of, written_slots
 from ..trace.scalars import FIRST
+from ..trace.traced import under_way
 from ..trace.tracer import Trace
 from .calls import CallStep, CompiledCall
 from .custom_derivative import CustomDerivative, RuleProgram
 from .grad_step import GradStep
+
+
+def calls_late(*functions: Callable) -> None:
+    """Autograd calls these when the function is over, and the variables of Python that they read
+    may have changed by then."""
+    for trace in under_way.traces:
+        if not trace.may_ask_constants:
+            trace.late += functions
 
 
 class Deferred:

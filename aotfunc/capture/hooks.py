@@ -20,6 +20,7 @@ from ..trace import outside
 from ..trace.records import instr_op, written_slots
 from ..trace.traced import Traced
 from .autograd_function import call_function
+from .deferred import calls_late
 from .function_rules import Context
 
 
@@ -61,6 +62,7 @@ def register_hook(t: Traced, hook: Callable) -> Any:
             "first, outside"
         )
 
+    calls_late(hook)
     why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written "
     why += "or both are returned; "
     why += "register the hook on a clone()"

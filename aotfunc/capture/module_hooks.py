@@ -24,7 +24,7 @@ from ..transforms.vjp import contiguous_sig
 from ..transforms.walk import filled_node
 from .autograd_function import BEGIN, End
 from .custom_derivative import CustomDerivative, RuleProgram, failing, is_ours, splice_rule
-from .deferred import Deferred
+from .deferred import Deferred, calls_late
 from .function_rules import patterns, recorded_rule
 
 
@@ -133,6 +133,7 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
     outs = args if isinstance(args, tuple) else (args,)
     if not tracked(outs):
         return args
+    calls_late(*hook.user_pre_hooks, *hook.user_hooks)
     places, vals = tensors_among(trace, outs)
     name = f"{type(hook.module).__name__}_output"
     first = End(Behind(name, vals, (), hook.link, {}, 0))

@@ -27,6 +27,7 @@ from .batched import call_batched
 from .execute import contiguous, copied, execute, write_back
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
+from .late_state import at_moment, moment
 from .redraw import generator_states, redrawn
 
 aten = torch.ops.aten
@@ -174,6 +175,7 @@ class CompiledFunction(torch.autograd.Function):
     ) -> tuple:
         ctx.set_materialize_grads(False)
         ctx.halves, ctx.part, ctx.states, ctx.read_late = halves, part, before, read_late
+        ctx.moment = moment() if halves.reads_state else None
         ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
         ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
         # not saved tensors: a plain backward must not mind if one that it does not read has
@@ -190,6 +192,8 @@ class CompiledFunction(torch.autograd.Function):
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         if ctx.read_late is not None:
             check_unwritten(ctx.read_late, ctx.halves.call.__name__)
+        if ctx.moment is not None:
+            ctx.moment.check(ctx.halves.call.__name__)
         if ctx.inputs is not None:
             check_memory(ctx.inputs, ctx.memory, ctx.halves.call.__name__)
         # asked for, they raise an error the second time, unless the graph was retained, even if
@@ -201,7 +205,7 @@ class CompiledFunction(torch.autograd.Function):
         with without_modes(ctx.dtype):
             given = [contiguous(c) for c in cts if c is not None]
             if torch.is_grad_enabled() or (halves.materializes and not all(have)):
-                with redrawn(ctx.states):
+                with redrawn(ctx.states), at_moment(ctx.moment):
                     grads = call_batched(
                         call_compiled, halves.gradient(have), [*unchanged(ctx), *given]
                     )
@@ -210,7 +214,7 @@ class CompiledFunction(torch.autograd.Function):
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
                 grads = call_batched(run_half, halves.backward_for(have), [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.inputs = ctx.memory = ctx.read_late = None
+            ctx.inputs = ctx.memory = ctx.read_late = ctx.moment = None
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
         return *[None] * 7, *grads

@@ -36,9 +36,11 @@ from .guards.check import Check
 from .guards.explain import Facts, facts_of
 from .guards.given import Given
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
+from .guards.reads import Names
 from .guards.returned import Finish, recorded
 from .guards.state import State
 from .guards.stores import Place, left_behind, undo_changes
+from .late_state import Read, read_late, watched
 from .leaves import Leaves, made_in_inference_mode
 
 if TYPE_CHECKING:
@@ -59,7 +61,12 @@ class Entry:
         enables: bool,
         finish: Finish,
         inside: Leaves,
+        late: Read,
+        names: Names,
     ) -> None:
+        #: the names by which its backward reads state when it is called, and what there was of it
+        self.late, self.names, self.watched = late, names, late is None or bool(late)
+        self.reached, self.labels = state.facts, state.labels
         self.step, self.views, self.key, self.facts = step, views, key, facts
         self.call = call = step.call
         #: gradients were off, and the function turned them on in places: its marks say where
@@ -100,6 +107,7 @@ class Entry:
         self.bare = (
             not (self.enables or self.inference or self.differentiated or self.idle)
             and self.changes is self.inside is self.views is call.plain is None
+            and not self.watched
         )
         self.kept: list[Any] = []
         #: takes a call like the last one here
@@ -122,6 +130,13 @@ class Entry:
         arguments)``."""
         if self.bare and current() is None and not any_modes():
             return self.tree(call_compiled(self.call, tensors), where)
+        if (trace := current()) is not None:
+            trace.late.append(self.late)
+        elif self.watched:
+            return watched(self, where[0], where[1], lambda: self.called(tensors, where))
+        return self.called(tensors, where)
+
+    def called(self, tensors: list[Tensor], where: tuple) -> Any:
         if self.inference:
             with torch.inference_mode():
                 return self.results(tensors, where)
@@ -204,10 +219,12 @@ def captured_entry(
     """Capture the function for a call: the entry, and whether its program is new."""
     function, name = compiled.f, compiled.name
     places: list[Place] = []
+    late: list[Read] = []
 
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Given(args, kwargs)
         result = called(*args, **kwargs)
+        late[:] = [read_late(current().late, compiled._names.opened)]  # type: ignore[union-attr]
         mine.check(argument_names(function, len(args)), name)
         places.extend(left_behind(state, compiled.titled, containers(given)))
         return recorded(result, places, state, mine.containers)
@@ -265,17 +282,18 @@ def captured_entry(
     facts = facts_of(described, state.facts)
     compiled._history.note([e.facts for e in compiled.entries.values()], facts)
     inside = Leaves(rec, program.mutated)
-    entry = Entry(rec, step, views, state, key, facts, enables, finish, inside)
+    names = compiled._names
+    entry = Entry(rec, step, views, state, key, facts, enables, finish, inside, late[0], names)
     if following is not None:
         assert family is not None
         family.asked |= following.asked()
         if free := following.free():
             entry.family = family
             entry.served = Served(following, free, values, entry)
-            names = labelled(function, arguments)[0]
+            labels = labelled(function, arguments)[0]
             for i in free:
                 found = AnyNumber(type(values[i]).__name__)
-                entry.facts = {**entry.facts, f"argument {names[following.places[i]]}": found}
+                entry.facts = {**entry.facts, f"argument {labels[following.places[i]]}": found}
     return entry, new
 
 

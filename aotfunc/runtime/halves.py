@@ -21,6 +21,7 @@ from ..transforms.tidy import rebuilt
 from ..transforms.vjp import contiguous_sig, vjp
 from .execute import before_writes
 from .late_reads import late_reads
+from .late_state import reads_state
 
 aten = torch.ops.aten
 #: nodes of autograd for one call, each with a backward graph of its own
@@ -51,6 +52,7 @@ class Halves:
         self.materializes = materializes(self.program)
         reads = late_reads(program)
         self.late_reads = reads if any(reads) else None
+        self.reads_state = reads_state(program)
         self._backwards: dict[tuple[bool, ...], Any] = {}
         if not self.any_live:
             return

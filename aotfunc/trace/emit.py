@@ -133,7 +133,7 @@ class Builder:
         if (
             not self.merge
             or not mergeable(target)
-            or (not self.final and casts(target, args, val))
+            or (not self.final and adds_apart(target, args, val))
         ):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
@@ -305,8 +305,11 @@ def mergeable(target: Any) -> bool:
 _mergeable: dict[Any, bool] = {}
 
 
-def casts(target: Any, args: Sequence[Any], val: Any) -> bool:
-    """Whether a call has a derivative that goes from one dtype to another."""
+def adds_apart(target: Any, args: Sequence[Any], val: Any) -> bool:
+    """Whether two such calls cannot be one, because it shows in which dtype, or order, the
+    gradients of their results are added: a cast, and what has few digits."""
+    if val.__class__ is Sig and val.dtype in (torch.bfloat16, torch.float16):
+        return True
     if target is not _aten._to_copy.default or args[0].__class__ is not Node:
         return False
     sig = args[0].meta["val"]

@@ -75,6 +75,8 @@ class Tape:
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
         self.deferred: list[Any] = []  # backwards that are recorded later, see deferred.py
+        #: functions that autograd calls when all is over; names by which such functions read
+        self.late: list[Any] = []
         self.seeds = Seeds()
         self.caches_casts: bool = torch.is_autocast_cache_enabled()
         self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
@@ -200,6 +202,7 @@ class Tape:
         self.finals = [t.ref for t in self.arguments]
         self.arguments.clear()
         self.deferred.clear()
+        self.late.clear()
         self.casts_left = [*self.casts]
         self.casts.clear()
         self.autograd.finish()

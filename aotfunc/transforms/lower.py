@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import Program
-from ..trace.emit import Builder, casts, remap
+from ..trace.emit import Builder, adds_apart, remap
 from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
 from .tidy import FINAL, rebuilt
 
@@ -36,10 +36,10 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
     derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them."""
     final = dissolve == EVERYTHING
-    casting = final and any(
-        casts(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes
+    apart = final and any(
+        adds_apart(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes
     )
-    if not (casting or marked(program)):
+    if not (apart or marked(program)):
         return program
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:

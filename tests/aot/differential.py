@@ -96,12 +96,12 @@ def far(a: Tensor, b: Tensor) -> str | None:
 
 
 def rounded(x: Tensor) -> bool:
-    """Whether these are numbers of bfloat16, whatever holds them now."""
-    return (
-        x.is_floating_point()
-        and bool((x == x.bfloat16()).all())
-        and not bool((x == x.round()).all())
-    )
+    """Whether these are numbers of bfloat16, or sums of two such, whatever holds them now."""
+    if not x.is_floating_point():
+        return False
+    digits = torch.frexp(x.float()).mantissa * 2**16
+    short = (x == x.float()).all() and (digits == digits.round()).all()
+    return bool(short) and not bool((x == x.round()).all())
 
 
 Picture = dict[str, "Look | Tensor"]

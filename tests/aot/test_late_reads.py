@@ -1,6 +1,8 @@
 """A backward reads tensors and Python's variables as they are when autograd calls it: compiled, it
 reads the same, or is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -673,3 +675,145 @@ def test_a_result_gets_other_memory(way, reader):
     b.data = torch.zeros(3)
     with pytest.raises(AotfuncError, match="other memory after the call"):
         y.sum().backward()
+
+
+# ----- Python's variables ------------------------------------------------------------------------
+
+
+class Late(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, state):
+        ctx.state = state
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.state.late, None
+
+
+class Read(nn.Module):
+    """What a backward reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.late, self.lin = 2.0, nn.Linear(3, 3, bias=False)
+
+    def forward(self, t):
+        return self.lin(t) * self.late
+
+
+def by_hook(s, x):
+    v = x.sin()
+    v.register_hook(lambda g: g * s.late)
+    return v
+
+
+def by_helper(s, x):
+    v = x.sin()
+    v.register_hook(lambda g: helper(g, s))
+    return v
+
+
+def helper(g, s):
+    return g * s.late
+
+
+def by_module(s, x):
+    m = nn.Identity()
+    m.register_full_backward_hook(lambda m, gi, go: (gi[0] * s.late,))
+    return m(x.sin())
+
+
+LATE = {
+    "hook": by_hook,
+    "helper": by_helper,
+    "nested": lambda s, x: jit(lambda x: by_hook(s, x))(x) * 2,
+    "module": by_module,
+    "Function": lambda s, x: Late.apply(x, s),
+    "checkpoint": lambda s, x: checkpoint(s, x, use_reentrant=False),
+    "reentrant": lambda s, x: checkpoint(s, x, use_reentrant=True),
+}
+
+
+def gradients(C, name, change):
+    """Of a function that reads two things, one of them when autograd calls; ``change`` comes
+    between its calls and their backwards."""
+    torch.manual_seed(0)
+    read, other = Read(), SimpleNamespace(early=3.0, drop=nn.Dropout(0.0))
+    old = read.lin.weight
+    f = C(lambda x: other.drop(LATE[name](read, x).sin()) * other.early)
+    x = torch.arange(1.0, 4.0).requires_grad_()
+    for _ in range(2):
+        y = f(x)
+        change(read, other)
+        y.sum().backward()
+    return [t if t is None else t.clone() for t in (x.grad, old.grad, read.lin.weight.grad)]
+
+
+def assert_same_or_none(xs, ys):
+    for a, b in zip(xs, ys, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_variable_that_changes_before_the_backward(way, name):
+    """Eager's backward reads it as it is by then."""
+    nothing, change = (lambda read, other: None), lambda read, other: setattr(read, "late", 5.0)
+    want = gradients(lambda f: f, name, nothing)
+    if name != "nested":  # which is compiled in any way
+        assert not torch.equal(want[0], gradients(lambda f: f, name, change)[0])
+    assert_same_or_none(gradients(WAYS[way], name, nothing), want)
+    with pytest.raises(AotfuncError, match=r"late is another .* hook, a Function or a checkpoint"):
+        gradients(WAYS[way], name, change)
+
+
+@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_the_backward_does_not_read_may_change(way, name):
+    def change(read, other):
+        other.early = other.early + 1
+        other.drop.p = 0.2
+
+    want = gradients(lambda f: f, name, change)
+    assert_same_or_none(gradients(WAYS[way], name, change), want)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "reentrant"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_parameter_of_a_checkpoint_is_bound_anew(way, name):
+    def change(read, other):
+        read.lin.weight = nn.Parameter(torch.ones(3, 3))
+
+    with pytest.raises(AotfuncError, match=r"lin\.weight is another"):
+        gradients(WAYS[way], name, change)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_function_that_changes_what_its_hooks_read(way):
+    """The backward is to find what there is at the end of the call."""
+
+    def run(C):
+        s, x = SimpleNamespace(late=1.0), torch.ones(3, requires_grad=True)
+
+        def f(x):
+            s.late = s.late + 1
+            return by_hook(s, x) * 1
+
+        f = C(f)
+        for _ in range(3):
+            f(x).sum().backward()
+        return x.grad
+
+    assert_same(run(WAYS[way]), run(lambda f: f))
+
+
+def test_second_derivatives_read_late_too():
+    s, x = SimpleNamespace(late=2.0), torch.ones(3, requires_grad=True)
+    f = jit(lambda x: by_hook(s, x) ** 2)
+    (g,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+    s.late = 3.0
+    with pytest.raises(AotfuncError, match="late is another"):
+        g.sum().backward()

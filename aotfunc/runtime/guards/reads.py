@@ -199,6 +199,7 @@ class Names:
     def __init__(self) -> None:
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
+        self.variables: set[str] = set()
         self.of_torch: set[str] = {"training"}  # what the methods of torch's modules read
         #: libraries whose objects the function uses: their code is the user's
         self.opened: set[str] = set()
@@ -226,6 +227,7 @@ class Names:
             self._entered.add(code)
             self.attributes |= reads.attributes
             self.written |= reads.written
+            self.variables |= reads.variables
             self.any = self.any or reads.any_name
             self.tells_apart = self.tells_apart or tells_apart(code)
         return reads

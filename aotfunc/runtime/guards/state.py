@@ -43,6 +43,7 @@ class State(Functions):
         self, f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names
     ) -> None:
         super().__init__(names)
+        self.labels = labels
         self.meet(f, "f", ROOT)
         for i, (x, label) in enumerate(zip(objects, labels, strict=True)):
             self.meet(x, f"objects[{i}]", label)

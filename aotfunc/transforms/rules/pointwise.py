@@ -32,6 +32,12 @@ def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
                 yield op
 
 
+def narrow(x: Tensor) -> bool:
+    """Whether a value has so few digits that the order of its products shows: there it is
+    PyTorch's."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
 # ----- sums, products, quotients -----------------------------------------------------------------
 
 for op in functional(aten.add):
@@ -42,14 +48,22 @@ for op in functional(aten.rsub):
     pointwise(op, lambda g, out, x, y, alpha: times(-g, alpha), lambda g, out, x, y, alpha: g)
 for op in functional(aten.mul):
     pointwise(op, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
+
+
+def quotient_in_divisor(g: Tensor, out: Tensor, x: Any, y: Any) -> Tensor:
+    return -(g * (out / y)) if narrow(out) else -(g / y * out)
+
+
 for op in (aten.div.Tensor, aten.div.Scalar):
-    pointwise(op, lambda g, out, x, y: g / y, lambda g, out, x, y: -(g / y * out))
+    pointwise(op, lambda g, out, x, y: g / y, quotient_in_divisor)
 # rounded: piecewise constant; rounding_mode=None: true division
 for op in (aten.div.Tensor_mode, aten.div.Scalar_mode):
     pointwise(
         op,
         lambda g, out, x, y, mode: g / y if mode is None else torch.zeros_like(g),
-        lambda g, out, x, y, mode: -(g / y * out) if mode is None else torch.zeros_like(g),
+        lambda g, out, x, y, mode: (
+            quotient_in_divisor(g, out, x, y) if mode is None else torch.zeros_like(g)
+        ),
     )
 pointwise(aten.neg, lambda g, out, x: -g)
 pointwise(aten.reciprocal, lambda g, out, x: -(g * (out * out)))
@@ -102,6 +116,8 @@ def power_of_number(g: Tensor, out: Tensor, x: Tensor, n: Any) -> Tensor:
         return torch.zeros_like(g)
     if n == 1:
         return g
+    if narrow(out) and n != 2:
+        return g * (x ** (n - 1) * n)
     return g * (x if n == 2 else x ** (n - 1)) * n
 
 
