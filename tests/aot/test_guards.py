@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
-from aotfunc import aot_function, aot_module, grad, jit
+from aotfunc import aot_function, aot_module, grad, jit, vmap
 from tests.aot import state_helper
 from tests.aot.state_helper import through
 from tests.reference import assert_same
@@ -1157,3 +1157,11 @@ def test_explain(compiler):
     finally:
         state_helper.helper = helper
     assert "helper was helper at state_helper.py" in g.explain()
+
+
+def test_explain_says_the_options_of_transforms_and_not_how_they_are_entered():
+    f = jit(vmap(grad(lambda x: x.sin().sum()), in_dims=1))
+    f(torch.ones(2, 3))
+    text = f.explain()
+    assert ".in_dims == 1" in text and ".argnums == 0" in text
+    assert "in_graph" not in text and "dynamo" not in text
