@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from .classes import class_of
 from .ir import Check, Expr, Given, Load, Unfit, apply, number
-from .views import in_memory, shape_of
+from .places import Place, along
+from .views import behind, shape_of, source_of
 
 if TYPE_CHECKING:
     from .indexed import At
@@ -29,7 +30,7 @@ def index_of(
         raise Unfit(f"indices of {e.dtype}")
     memory = work.accesses[e.access].tensor
     if memory.target is not class_of and (n, low, high) not in work.checks:
-        work.checks[n, low, high] = check_of(n, low, high, error)
+        work.checks[n, low, high] = check_of(n, memory, low, high, error)
     key = (e, "index")
     if key not in work.values:
         work.values[key] = Load(work.integer, e.access, None, e.mask)
@@ -44,10 +45,18 @@ def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
     return work.values[found, size, "wrapped"]
 
 
-def check_of(n: Node, low: int, high: int, error: Any) -> Check:
+def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
     """That of the elements of a view of a tensor in memory."""
     shape = shape_of(n)
-    tensor, strides, start = in_memory(n)
+    place: Place = tuple([along(d) for d in range(len(shape))])
+    while n is not tensor:
+        place = behind(n, place, shape)
+        n = source_of(n)  # type: ignore[assignment]
+    strides, start = [0] * len(shape), 0
+    for index, stride in zip(place, n.meta["val"].stride(), strict=True):
+        start += index.start * stride
+        for d, step in index.steps:
+            strides[d] += step * stride  # type: ignore[index]
     for d, stride in enumerate(strides):
         if stride < 0:  # from the other end
             strides[d], start = -stride, start + stride * (shape[d] - 1)

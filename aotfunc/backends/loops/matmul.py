@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ...errors import CompilerError
 from ...native.build import built
 from . import native
-from .ir import Unfit
 from .members import plain, seen_through
-from .places import Split
 from .tasks import Task
-from .views import in_memory, shape_of
+from .views import shape_of, source_of
 
 aten = torch.ops.aten
 
@@ -130,15 +129,25 @@ def product(n: Node) -> Task | None:
 
 
 def shown(n: Node) -> tuple[Node, Sequence[int], int]:
-    """The tensor that a node shows, with the steps and the start there; the node's own where a
-    view of it must be made."""
-    try:
-        root, strides, start = in_memory(n)
-        if not seen_through(root):
-            return root, strides, start
-    except (Unfit, Split):
-        pass
+    """The tensor in memory that a node shows, with the node's strides and where it begins there."""
+    root = n
+    while (source := source_of(root)) is not None:
+        root = source
+    if root is not n and not seen_through(root):
+        val = root.meta["val"]
+        base = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+        view = viewed(n, root, base)
+        if view.untyped_storage()._cdata == base.untyped_storage()._cdata:
+            return root, view.stride(), view.storage_offset()
     return n, n.meta["val"].stride(), 0
+
+
+def viewed(n: Any, root: Node, base: Tensor) -> Any:
+    """The views of a node, of this tensor in the place of their root."""
+    if n is root:
+        return base
+    source = viewed(n.args[0], root, base)
+    return n.target(source, *n.args[1:], **n.kwargs)
 
 
 @functools.cache

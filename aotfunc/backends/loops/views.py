@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .places import FIRST, Index, Place, along, regrouped
+from .places import FIRST, Index, Place, regrouped
 
 aten = torch.ops.aten
 
@@ -149,18 +149,3 @@ def behind(n: Node, place: Place, extents: Sequence[int]) -> Place:
         if move is None
         else move(shape, place, *n.args[1:])
     )
-
-
-def in_memory(n: Node) -> tuple[Node, list[int], int]:
-    """The tensor that a node shows, the steps along the node's dimensions in it, and where it
-    begins. Raises as :func:`behind`."""
-    shape = shape_of(n)
-    place: Place = tuple([along(d) for d in range(len(shape))])
-    while (source := source_of(n)) is not None:
-        place, n = behind(n, place, shape), source
-    strides, start = [0] * len(shape), 0
-    for index, stride in zip(place, n.meta["val"].stride(), strict=True):
-        start += index.start * stride
-        for d, step in index.steps:
-            strides[d] += step * stride  # type: ignore[index]
-    return n, strides, start
