@@ -102,26 +102,9 @@ def capture(
         try:
             result = as_outside(f, *args, **kwargs)
         except RuntimeError as e:
-            if type(e).__module__ == "torch._dynamo.exc":
-                if (operator := called_by(e)) is not None:
-                    raise on_functions(operator) from e
-                raise CaptureError(
-                    "a function that torch.compile has compiled does not take traced "
-                    f"values{at(line_of_error(e))}; call the "
-                    "function that it was made from, or capture inside "
-                    'torch.compiler.set_stance("force_eager")'
-                ) from e
-            if str(e) == f"{LEAF}.":
-                raise CaptureError(
-                    f"{LEAF}{at(line_of_error(e))}. If it is a view of what was written to since: "
-                    "make the view after that write"
-                ) from e
-            if "data is not allocated" not in str(e):
+            if (better := refusal_of(e)) is None:
                 raise
-            raise CaptureError(
-                "an op that reads its argument's memory itself was given a traced "
-                f"value{at(line_of_error(e))}; pass it Python numbers (x.tolist())"
-            ) from e
+            raise better from e
         plain = not kwargs and all(issubclass(type(a), Tensor) for a in args)
         if not plain and reassigned((args, kwargs), values):
             raise CaptureError(
@@ -133,6 +116,30 @@ def capture(
     recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded
+
+
+def refusal_of(error: RuntimeError) -> CaptureError | None:
+    """Our words for what PyTorch raises where it meets a traced value; None for any other error."""
+    line = at(line_of_error(error))
+    if type(error).__module__ == "torch._dynamo.exc":
+        if (operator := called_by(error)) is not None:
+            return on_functions(operator)
+        return CaptureError(
+            f"a function that torch.compile has compiled does not take traced values{line}; call "
+            "the function that it was made from, or capture inside "
+            'torch.compiler.set_stance("force_eager")'
+        )
+    if str(error) == f"{LEAF}.":
+        return CaptureError(
+            f"{LEAF}{line}. If it is a view of what was written to since: make the view after "
+            "that write"
+        )
+    if "data is not allocated" in str(error):
+        return CaptureError(
+            "an op that reads its argument's memory itself was given a traced "
+            f"value{line}; pass it Python numbers (x.tolist())"
+        )
+    return None
 
 
 #: what C++ says of leaves; also of views whose memory got a history since, before they are asked

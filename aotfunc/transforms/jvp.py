@@ -24,7 +24,7 @@ from . import fallback
 from .activity import active_nodes
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for
-from .vjp import as_arguments, contiguous_sig, reverse, role
+from .vjp import as_arguments, contiguous_sig, primals, reverse
 from .walk import apply, as_graph, builder, errors_of, node_outputs, traced
 
 aten = torch.ops.aten
@@ -212,14 +212,12 @@ def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
     with paused_gc():
         b = builder()
         old = program.placeholders
-        new = [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[: program.n_inputs]]
+        new = primals(b, old[: program.n_inputs])
         ts = [
             b.placeholder(f"{old[i].name}_t", tangent_sig(old[i].meta["val"]), role="tangent")
             for i in wrt
         ]
-        new += [
-            b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]
-        ]
+        new += primals(b, old[program.n_inputs :])
         env: dict[Node, Any] = dict(zip(old, new, strict=True))
         tangents: dict[Node, Any] = {old[i]: t for i, t in zip(wrt, ts, strict=True)}
         forward(b, program.graph.nodes, env, tangents)

@@ -290,15 +290,13 @@ def vjp(
         if cts is None:
             cts = [has_derivative(v) for v in vals]
         old = program.placeholders
-        new = [b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[: program.n_inputs]]
+        new = primals(b, old[: program.n_inputs])
         seeds: list[Any] = [None] * len(vals)
         if not ones:
             for i, v in enumerate(vals):
                 if cts[i]:
                     seeds[i] = b.placeholder(f"tangents_{i}", contiguous_sig(v), role="tangent")
-        new += [
-            b.placeholder(p.name, p.meta["val"], role=role(p)) for p in old[program.n_inputs :]
-        ]
+        new += primals(b, old[program.n_inputs :])
         outs = b.inlined(program, new)
         wanted = [new[i] for i in wrt]
         results = outs[: program.n_outputs]
@@ -319,10 +317,15 @@ def vjp(
         return Program(graph, program.n_inputs + count, len(first), mutated, "vjp")
 
 
-def role(p: Node) -> str:
-    """The role of a placeholder in the derived program: "param" stays, everything else becomes
+def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
+    """Placeholders like these, for a derived program: the role "param" stays, any other becomes
     "primal"."""
-    return "param" if p.meta.get("role") == "param" else "primal"
+    return [
+        b.placeholder(
+            p.name, p.meta["val"], role="param" if p.meta.get("role") == "param" else "primal"
+        )
+        for p in placeholders
+    ]
 
 
 def contiguous_sig(sig: Sig) -> Sig:
