@@ -25,6 +25,7 @@ Object *PyObject_GetAttr(Object *, Object *);
 Object *PyObject_GenericGetDict(Object *, void *);
 Object *PyObject_CallNoArgs(Object *);
 Object *PyObject_Vectorcall(Object *, Object *const *, int64_t, Object *);
+Object *PyObject_Call(Object *, Object *, Object *);
 int PyObject_IsTrue(Object *);
 int64_t PyObject_Size(Object *);
 int PyDict_Contains(Object *, Object *);
@@ -38,7 +39,8 @@ void Py_DecRef(Object *);
 Object *aot_dict, *aot_ordered_dict, *aot_none;  // set by native.py
 }
 
-// The steps, numbered as in native.py. `a`, `b` and `to` are registers, or constants where negative.
+// The steps, numbered as in native.py. `a`, `b` and `to` are registers; the constants lie before
+// these, the first one at -1.
 enum Op {
   ITEM,        // to = a[b]
   ATTRIBUTE,   // to = getattr(a, b); a.__dict__ as Python keeps it where b is None
@@ -64,10 +66,6 @@ struct Program {
 };
 
 static bool is(Object *x, Object *type) { return x->type == type; }
-
-static Object *at(int32_t i, Object *const *constants, Object *const *registers) {
-  return i < 0 ? constants[~i] : registers[i];
-}
 
 // The counts as Python keeps them: the lower half counts, and is negative where nothing is counted.
 static int32_t &references(Object *x) { return *(int32_t *)&x->references; }
@@ -107,11 +105,10 @@ static bool item_not_false(Object *x, Object *key) {
 }
 
 // Lines that are left to Python: a function of some registers to a tuple for those from `first` on.
-static bool python(
-    Object *f, const int32_t *words, Object *const *k, Object **r, int32_t first) {
+static bool python(Object *f, const int32_t *words, Object **r, int32_t first) {
   int64_t given = words[0], made = words[1];
   Object **args = (Object **)__builtin_alloca((given + 1) * sizeof(Object *));
-  for (int64_t i = 0; i < given; i++) args[i] = at(words[2 + i], k, r);
+  for (int64_t i = 0; i < given; i++) args[i] = r[words[2 + i]];
   Object *found = PyObject_Vectorcall(f, args, given, 0);
   if (!found) return false;
   bool yes = found != aot_none;
@@ -121,10 +118,10 @@ static bool python(
 }
 
 // The tensors, or null where the state is another one, or an error was raised.
-static Object *checked(const Program *p, Object *const *k, Object **r, Object *alike) {
+static Object *checked(const Program *p, Object **r, Object *alike) {
   const int32_t *words = (const int32_t *)(p->rest + p->steps);
   for (const Step *s = p->rest, *end = s + p->steps; s < end; s++) {
-    Object *a = at(s->a, k, r), *b = at(s->b, k, r), *x = 0;
+    Object *a = r[s->a], *b = r[s->b], *x = 0;
     switch (s->op) {
       case ITEM:
         x = is(a, aot_dict) ? kept(PyDict_GetItemWithError(a, b)) : PyObject_GetItem(a, b);
@@ -135,13 +132,13 @@ static Object *checked(const Program *p, Object *const *k, Object **r, Object *a
       case TYPE: x = kept((Object *)a->type); break;
       case CALL: x = PyObject_CallNoArgs(a); break;
       case PYTHON:
-        if (!python(a, words + s->to, k, r, s->b)) return 0;
+        if (!python(a, words + s->to, r, s->b)) return 0;
         continue;
       case SAME:
         if (a != b) return 0;
         continue;
       case ITEM_SAME:
-        if (other_item(a, b, at(s->to, k, r))) return 0;
+        if (other_item(a, b, r[s->to])) return 0;
         continue;
       case TYPE_SAME:
         if (a->type != b) return 0;
@@ -156,7 +153,7 @@ static Object *checked(const Program *p, Object *const *k, Object **r, Object *a
         if (item_not_false(a, b)) return 0;
         continue;
       case LENGTH:
-        if (PyObject_Size(a) != s->to) return 0;
+        if ((is_dict(a) ? PyDict_Size(a) : PyObject_Size(a)) != s->to) return 0;
         continue;
     }
     if (!x) return 0;
@@ -164,9 +161,9 @@ static Object *checked(const Program *p, Object *const *k, Object **r, Object *a
   }
   Tuple *found = (Tuple *)PyTuple_New(p->tensors);
   if (!found) return 0;
-  for (int64_t i = 0; i < p->tensors; i++) found->elements[i] = kept(at(words[i], k, r));
+  for (int64_t i = 0; i < p->tensors; i++) found->elements[i] = kept(r[words[i]]);
   if (p->tensors) {
-    Object *same = PyObject_Vectorcall(alike, found->elements, p->tensors, 0);
+    Object *same = PyObject_Call(alike, found, 0);
     bool yes = same && PyObject_IsTrue(same) == 1;
     dropped(same);
     if (!yes) {
@@ -183,14 +180,16 @@ extern "C" Object *aot_check(Object *self, Object *const *args, int64_t count) {
   Object **of = ((Tuple *)self)->elements;
   const Program *p = (const Program *)PyBytes_AsString(of[0]);
   if (count == 2) {
-    int64_t size = p->registers * sizeof(Object *);
-    Object **r = (Object **)PyMem_Malloc(size), *found = 0;
-    if (r) {
-      __builtin_memset(r, 0, size);
+    Tuple *k = (Tuple *)of[1];
+    Object **all = (Object **)PyMem_Malloc((k->length + p->registers) * sizeof(Object *));
+    Object **r = all + k->length, *found = 0;
+    if (all) {
+      for (int64_t i = 0; i < k->length; i++) r[~i] = k->elements[i];
+      __builtin_memset(r, 0, p->registers * sizeof(Object *));
       r[0] = args[0], r[1] = args[1];
-      found = checked(p, ((Tuple *)of[1])->elements, r, of[2]);
+      found = checked(p, r, of[2]);
       for (int64_t i = 2; i < p->registers; i++) dropped(r[i]);
-      PyMem_Free(r);
+      PyMem_Free(all);
     }
     if (found || (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception))) return found;
     PyErr_Clear();

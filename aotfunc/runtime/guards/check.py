@@ -17,8 +17,9 @@ from .containers import content
 from .keys import tensor_facts
 from .state import State
 
-#: calls after which a check of so many lines becomes native; a compiler runs once on a machine
-MANY, LARGE = 1000, 100
+#: calls after which a check of so many lines becomes native: they save what that costs; a compiler
+# runs once on a machine
+MANY, LARGE = 300, 100
 
 _code = Cache(256)  # by source: entries of one function often have the same check
 

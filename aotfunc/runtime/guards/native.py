@@ -7,10 +7,11 @@ stay Python functions between the steps."""
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import functools
+import itertools
 import operator
+import re
 import sys
 import types
 from array import array
@@ -79,6 +80,34 @@ class Other(Exception):
     """A line of another form."""
 
 
+#: how a line gets at an object: a variable, then keys, attributes and calls
+STEP = r"\['(?P<key>[^'\\]*)'\]|\[(?P<number>\d+)\]|\.(?P<name>\w+)|\(\)"
+PLACE = rf"\w+(?:{re.sub('P<[a-z]+>', ':', STEP)})*"
+OBJECT = rf"type\({PLACE}\)|{PLACE}"
+BINDING = re.compile(rf"(\w+) = ({OBJECT})")
+#: what must be false
+TEST = re.compile(
+    rf"(?:'(?P<key>[^'\\]*)' in (?P<owner>{PLACE})|len\((?P<counted>{PLACE})\) != (?P<n>\d+)|"
+    rf"(?P<x>{OBJECT})(?: is not (?P<y>{OBJECT}))?)(?: or |$)"
+)
+KNOWN = {"None": None, "True": True, "False": False}
+
+
+@functools.lru_cache(4096)
+def steps_in(path: str) -> list[tuple[int, Any]]:
+    """What leads from a variable to an object: ``(ITEM, key)``, ``(ATTRIBUTE, name)``, ``(CALL,
+    None)``."""
+    found: list[tuple[int, Any]] = []
+    for key, number, name in map(re.Match.groups, re.finditer(STEP, path)):
+        if name is not None:
+            found.append((ATTRIBUTE, name))
+        elif key is not None or number is not None:
+            found.append((ITEM, key if number is None else int(number)))
+        else:
+            found.append((CALL, None))
+    return found
+
+
 class Translation:
     """The steps of these lines, which find the tensors ``paths``."""
 
@@ -91,25 +120,26 @@ class Translation:
         self.steps: list[tuple[int, int, int, int]] = []
         self.words: list[int] = []  # what the steps of lines that stay Python need
         self.left = 0  # how many lines do
-        others: list[tuple[str, ast.stmt]] = []
-        done: list[tuple[int, int, int, int]] = []
-        for line, statement in zip(lines, ast.parse("\n".join(lines)).body, strict=True):
-            count, self.steps = self.count, []
+        others: list[str] = []
+        for line in lines:
+            count, size = self.count, len(self.steps)
             try:
-                self.statement(statement)
+                self.translate(line)
             except Other:
                 self.count = count
-                self.typed = {r: cls for r, cls in self.typed.items() if r < count}
-                others.append((line, statement))
-                for name in bound(statement):
+                del self.steps[size:]
+                others.append(line)
+                for name in bound(line):
                     self.registers[name] = self.new()
             else:
-                done += [*self.python(others, len(paths)), *self.steps]
-                others = []
-        done += self.python(others, len(paths))
+                if others:
+                    self.steps[size:size] = [self.python(others, len(paths))]
+                    others = []
+        if others:
+            self.steps.append(self.python(others, len(paths)))
         tensors = [self.registers[v] for v in paths]
-        sizes = array("q", [len(done), self.count, len(tensors)])
-        rest = array("i", [*[n for step in done for n in step], *tensors, *self.words])
+        sizes = array("q", [len(self.steps), self.count, len(tensors)])
+        rest = array("i", [*itertools.chain.from_iterable(self.steps), *tensors, *self.words])
         self.packed = sizes.tobytes() + rest.tobytes()
 
     def new(self) -> int:
@@ -139,77 +169,79 @@ class Translation:
         self.steps.append((op, to, a, b))
         return to
 
-    def statement(self, statement: ast.stmt) -> None:
-        match statement:
-            case ast.Assign(targets=[ast.Name(name)], value=value):
-                self.registers[name] = self.value(value)
-            case ast.If(test=ast.BoolOp(ast.Or(), tests), body=[ast.Return(None)]):
-                for test in tests:
-                    self.require(test)
-            case ast.If(test=test, body=[ast.Return(None)]):
-                self.require(test)
-            case _:
+    def translate(self, line: str) -> None:
+        if m := BINDING.fullmatch(line):
+            self.registers[m[1]] = self.value(m[2])
+            return
+        tests, at = line.removeprefix("if ").removesuffix(": return"), 0
+        while at < len(tests):
+            if (m := TEST.match(tests, at)) is None:
                 raise Other
+            self.require(m)
+            at = m.end()
 
-    def value(self, x: ast.expr) -> int:
-        """Where the value of this expression is found: in a register, or among the constants."""
-        match x:
-            case ast.Name(name) if name in self.registers:
-                return self.registers[name]
-            case ast.Name(name) if name.startswith("k"):
-                return self.constant(name, operator.itemgetter(name))
-            case ast.Constant(True | False | None as known):
-                return self.constant(known, lambda space: known)
-            case ast.Subscript(owner, ast.Constant(str() | int() as key)):
-                return self.step(ITEM, self.value(owner), self.text(key))
-            case ast.Attribute(owner, "__dict__"):
-                a = self.value(owner)
-                return self.step(ATTRIBUTE, a, self.fields(self.typed.get(a)))
-            case ast.Attribute(owner, name):
-                return self.step(ATTRIBUTE, self.value(owner), self.text(name))
-            case ast.Call(ast.Name("type"), [of], []):
-                return self.step(TYPE, self.value(of))
-            case ast.Call(called, [], []):
-                return self.step(CALL, self.value(called))
+    def value(self, place: str) -> int:
+        """Where the object at this place is found: in a register, or among the constants."""
+        if (known := self.registers.get(place)) is not None:
+            return known
+        if place.startswith("type("):
+            return self.step(TYPE, self.value(place[5:-1]))
+        name = re.match(r"\w+", place)[0]  # type: ignore[index]
+        return self.after(self.variable(name), steps_in(place[len(name) :]))
+
+    def variable(self, name: str) -> int:
+        if (known := self.registers.get(name)) is not None:
+            return known
+        if name in KNOWN:
+            return self.constant(KNOWN[name], lambda space: KNOWN[name])
+        if name.startswith("k"):
+            return self.constant(name, operator.itemgetter(name))
         raise Other
 
-    def require(self, test: ast.expr) -> None:
-        """That this is false."""
-        match test:
-            case ast.Compare(
-                ast.Subscript(owner, ast.Constant(str() | int() as key)), [ast.IsNot()], [y]
-            ):
-                to = self.value(y)
-                self.steps.append((ITEM_SAME, to, self.value(owner), self.text(key)))
-            case ast.Compare(ast.Call(ast.Name("type"), [of], []), [ast.IsNot()], [y]):
-                a, b = self.value(of), self.value(y)
-                self.steps.append((TYPE_SAME, 0, a, b))
-                if isinstance(y, ast.Name) and b < 0 <= a:
-                    self.typed[a] = y.id
-            case ast.Compare(x, [ast.IsNot()], [y]):
-                self.steps.append((SAME, 0, self.value(x), self.value(y)))
-            case ast.Compare(ast.Constant(str() as key), [ast.In()], [owner]):
-                self.steps.append((ABSENT, 0, self.value(owner), self.text(key)))
-            case ast.Compare(
-                ast.Call(ast.Name("len"), [of], []), [ast.NotEq()], [ast.Constant(int() as n)]
-            ) if n < 2**31:
-                self.steps.append((LENGTH, n, self.value(of), 0))
-            case ast.Subscript(owner, ast.Constant(str() | int() as key)):
-                self.steps.append((ITEM_FALSE, 0, self.value(owner), self.text(key)))
-            case ast.Name() | ast.Attribute():
-                self.steps.append((FALSE, 0, self.value(test), 0))
-            case _:
-                raise Other
+    def after(self, a: int, steps: list[tuple[int, Any]]) -> int:
+        """Where these steps lead from what is found at ``a``."""
+        for op, key in steps:
+            if op == CALL:
+                a = self.step(CALL, a)
+            elif key == "__dict__" and op == ATTRIBUTE:
+                a = self.step(op, a, self.fields(self.typed.get(a)))
+            else:
+                a = self.step(op, a, self.text(key))
+        return a
 
-    def python(self, others: list[tuple[str, ast.stmt]], tensors: int) -> list:
+    def require(self, test: re.Match) -> None:
+        """That this is false."""
+        key, owner, counted, n, x, y = test.groups()
+        if key is not None:
+            self.steps.append((ABSENT, 0, self.value(owner), self.text(key)))
+        elif counted is not None:
+            if int(n) >= 2**31:
+                raise Other
+            self.steps.append((LENGTH, int(n), self.value(counted), 0))
+        elif x.startswith("type(") and y is not None:
+            a, b = self.value(x[5:-1]), self.value(y)
+            self.steps.append((TYPE_SAME, 0, a, b))
+            if b < 0 <= a:
+                self.typed[a] = y
+        else:
+            to = 0 if y is None else self.value(y)
+            place, bracket, last = x.rpartition("[")
+            if bracket and x.endswith("]"):
+                [(_, key)] = steps_in(f"[{last}")
+                op = ITEM_FALSE if y is None else ITEM_SAME
+                self.steps.append((op, to, self.value(place), self.text(key)))
+            elif y is None:
+                self.steps.append((FALSE, 0, self.value(x), 0))
+            else:
+                self.steps.append((SAME, 0, self.value(x), to))
+
+    def python(self, others: list[str], tensors: int) -> tuple[int, int, int, int]:
         """The step that lets Python do these lines."""
-        if not others:
-            return []
         self.left += len(others)
-        made = [name for _, statement in others for name in bound(statement)]
-        names = {n.id for _, s in others for n in ast.walk(s) if isinstance(n, ast.Name)}
+        made = [name for line in others for name in bound(line)]
+        names = set(re.findall(r"\w+", " ".join(others)))
         given = sorted((names & self.registers.keys()) - {*made})
-        body = "".join(f"    {line}\n" for line, _ in others)
+        body = "".join(f"    {line}\n" for line in others)
         result = f"({', '.join(made)}{',' * (len(made) == 1)})"
         text = f"def part({', '.join(given)}):\n{body}    return {result}\n"
         space: dict[str, Any] = {}
@@ -218,10 +250,10 @@ class Translation:
         k = self.constant(text, lambda space: types.FunctionType(code, space))
         where = tensors + len(self.words)
         self.words += [len(given), len(made), *[self.registers[v] for v in given]]
-        return [(PYTHON, where, k, self.registers[made[0]] if made else 0)]
+        return (PYTHON, where, k, self.registers[made[0]] if made else 0)
 
 
-def bound(statement: ast.stmt) -> list[str]:
+def bound(line: str) -> list[str]:
     """The variables that are bound here."""
-    targets = statement.targets if isinstance(statement, ast.Assign) else []
-    return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+    binds = not line.startswith(("if ", "return"))
+    return re.findall(r"\w+", line.partition(" = ")[0]) if binds else []
