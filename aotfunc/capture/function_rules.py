@@ -61,11 +61,12 @@ def recorded_backward(
     """``record(refs, residuals)``, which records a Function's backward as programs: for all
     inputs, and for those alone that require grad. It appends the values that they read."""
     wanted = Gradients.of(args, backward)
-    # a derivative may be differentiated by any of its values
-    requiring = () if trace.of_a_rule else tuple(map(requires_grad, args))
     diff = [floating(o) for o in outs]
     sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
     tensors, floats = [isinstance(a, Tensor) for a in args], tuple(map(floating, args))
+    # a derivative may be differentiated by any of its values
+    narrows = sum(floats) > 1 and not trace.of_a_rule
+    requiring = tuple(map(requires_grad, args)) if narrows else floats
 
     def record(refs: Callable, residuals: list[int]) -> tuple[tuple, Any]:
         def recorded(needed: tuple[bool, ...]) -> tuple:
