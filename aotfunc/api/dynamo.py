@@ -195,6 +195,12 @@ class Checked(Interpreter):
     """Where Dynamo has read 0 for the index of each sample: nothing but its use as an index may
     have followed."""
 
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target is operator.getitem:  # an index is known by the brackets around it
+            x, index = args
+            return x[index]
+        return super().call_function(target, args, kwargs)
+
     def run_node(self, n: Node) -> Any:
         value, read = super().run_node(n), example(n)
         number = n.target == "item" and not isinstance(read, torch.SymInt)

@@ -290,8 +290,9 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
         )
         program, views = without_views(rec)
         inputs, changes = [*tensors_of(arguments), *rec.closed_over], Changes(rec)
-        outs = execute(program, changes.before(inputs) if changes else inputs)
-        outs = outs if views is None else views(*inputs, *outs)
+        with rec.gradients():
+            outs = execute(program, changes.before(inputs) if changes else inputs)
+            outs = outs if views is None else views(*inputs, *outs)
         changes.after(inputs)
         return rec.results(outs)
 

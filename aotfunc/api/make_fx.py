@@ -115,7 +115,13 @@ def make_fx(
                         dict(kw),
                         inputs[index].meta["val"],
                     )
-            leaves = list(rec.leaves)
+            # a graph would make a tuple of a shape
+            leaves = [
+                b.make("call_function", torch.Size, (tuple(x),), {}, x)
+                if isinstance(x, torch.Size)
+                else x
+                for x in rec.leaves
+            ]
             for i, r in zip(rec.tensors, results[: program.n_outputs], strict=True):
                 leaves[i] = r
             return leaves[0] if rec.spec is None else leaves

@@ -110,7 +110,8 @@ def _run(
     """The results of a batched program; a written input that is returned is itself, and a view of
     it is its view. ``dims``: for each result the dimension of the batch in the input whose memory
     it shows, and in the result."""
-    outs = list(execute(program, inputs))
+    with rec.gradients():
+        outs = list(execute(program, inputs))
     Changes(rec).after(inputs)
     for k, (ref, root, (old, new)) in (
         enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ()

@@ -4,6 +4,7 @@ recording's key."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +102,17 @@ class Captured:
         """For each returned tensor the value that it is a view of, or itself; what a Function
         passed on is its own."""
         return [next((s.ref for s in x.path[:0:-1] if s.passed), x.root) for x in self.returned]
+
+    @property
+    def enables(self) -> bool:
+        """Whether the function ran with gradients off, and turned them on in places; its marks
+        say where."""
+        return not torch.is_grad_enabled() and any(grad for _, _, grad, *_ in self.trace.records)
+
+    def gradients(self) -> AbstractContextManager:
+        """Gradients on, around its program, where the function turned them on."""
+        on = self.enables and not torch.is_inference_mode_enabled()
+        return torch.enable_grad() if on else nullcontext()
 
     @property
     def key(self) -> Any:

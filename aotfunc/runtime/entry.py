@@ -37,7 +37,7 @@ from .guards.explain import Facts, facts_of
 from .guards.given import Given
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
 from .guards.reads import Names
-from .guards.returned import Finish, recorded
+from .guards.returned import Finish, recorded, skeleton
 from .guards.state import State
 from .guards.stores import Place, left_behind, undo_changes
 from .late_state import Read, read_late, watched
@@ -220,6 +220,7 @@ def captured_entry(
     function, name = compiled.f, compiled.name
     places: list[Place] = []
     late: list[Read] = []
+    shared: list[Any] = []
 
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Given(args, kwargs)
@@ -227,7 +228,9 @@ def captured_entry(
         late[:] = [read_late(current().late, compiled._names.opened)]  # type: ignore[union-attr]
         mine.check(argument_names(function, len(args)), name)
         places.extend(left_behind(state, compiled.titled, containers(given)))
-        return recorded(result, places, state, mine.containers)
+        returned = recorded(result, places, state, mine.containers)
+        shared[:] = [skeleton(returned[0] if places else returned)]
+        return returned
 
     called, known = as_called(function), states([*arguments.leaves, *state.opaque])
 
@@ -254,9 +257,9 @@ def captured_entry(
     rec = captured(None) if following is None else followed(captured, following, state)
     rec.trace.seeds.check_compiled(known, name)
     rec.literal = not compiled.pipeline.takes_numbers(rec)
-    finish = Finish(rec, state, places, compiled.titled)
+    finish = Finish(rec, state, places, compiled.titled, *shared)
     quiet = as_called(function) is not function
-    enables = quiet and any(grad for _, _, grad, *_ in rec.trace.records)
+    enables = quiet and rec.enables
     program, views = without_views(rec, quiet and not enables)
     # what requires grad decides where a call is cut
     alike = (

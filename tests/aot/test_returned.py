@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from aotfunc import aot_module, jit
+from aotfunc.capture.instances import flatten_tree
 from aotfunc.errors import CaptureError
 from tests.aot.compiled_by import COMPILERS, every_compiler
 from tests.reference import assert_same
@@ -447,3 +448,67 @@ def test_aot_module_returns_what_is_the_modules():
         itself, table, out = f(X)
         assert itself is m and table is m.table
         assert_same((table["k"], out), (X * (2 + k), m.lin(X)))
+
+
+# ----- the same object in several places ---------------------------------------------------------
+
+KEPT = [1]
+
+
+def lists(x):
+    one = [x * 2]
+    return [one, one, [x]], lambda r: r[0] is r[1] is not r[2]
+
+
+def empty(x):
+    return [[]] * 2, lambda r: r[0] is r[1]
+
+
+def tables(x):
+    one = {"a": x * 2}
+    return (one, [(one,)], one["a"]), lambda r: r[0] is r[1][0][0] and r[2] is r[0]["a"]
+
+
+def tuples(x):
+    one = (x + 1,)
+    return (one, {"b": one}, (), ()), lambda r: r[0] is r[1]["b"]
+
+
+def data(x):
+    one = Pair(x * 2, [x])
+    return (one, [one], one.b), lambda r: r[0] is r[1][0] and r[0].b is r[2]
+
+
+def objects(x):
+    one = Pair(1)
+    return (one, [one], {"c": one}, x + 1), lambda r: r[0] is r[1][0] is r[2]["c"]
+
+
+def with_outside(x):
+    one = [x]
+    return [one, KEPT, [KEPT, one]], lambda r: r[0] is r[2][1] and r[1] is KEPT is r[2][0]
+
+
+def with_argument(x, rows):
+    one = [rows]
+    return [one, rows, one], lambda r: r[0] is r[2] and r[0][0] is r[1]
+
+
+@every_compiler
+@pytest.mark.parametrize(
+    "f", [lists, empty, tables, tuples, data, objects, with_outside, with_argument]
+)
+def test_what_is_in_a_result_twice_is_one_object(f, compiler):
+    compiled = COMPILERS[compiler](lambda *args: f(*args)[0])
+    given = [X] if f is with_argument else None
+    args = (X,) if given is None else (X, given)
+    want, holds = f(*args)
+    assert holds(want)
+    first, second = compiled(*args), compiled(*args)
+    assert holds(first) and holds(second)
+    assert_same(flatten_tree(first)[0], flatten_tree(want)[0])
+    assert all(
+        a is not b or a is KEPT or a is given
+        for a, b in zip(first, second, strict=True)
+        if a != ()
+    )

@@ -244,3 +244,41 @@ def test_contexts_of_ones_own():
     )
     with pytest.raises(CaptureError, match="contexts of your own"):
         grad(lambda x: checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum())(X)
+
+
+# ----- gradients that a function turns on --------------------------------------------------------
+
+
+def turned_on(x):
+    before = x * 2
+    with torch.enable_grad():
+        inside = x.sin() * before
+    return before, inside, inside + 1, x
+
+
+TURNED_ON = {
+    "vmap": lambda T: T.vmap(turned_on),
+    "vmap of vmap": lambda T: T.vmap(T.vmap(turned_on)),
+    "functionalize": lambda T: T.functionalize(turned_on),
+}
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("name", TURNED_ON)
+def test_results_require_grad_where_the_function_turns_gradients_on(name, around):
+    x = W.clone().requires_grad_()
+    found = []
+    for T in (aotfunc, torch.func):
+        with around():
+            outs = TURNED_ON[name](T)(x)
+        total = sum(o.sum() for o in outs if o.requires_grad)
+        found.append(([o.requires_grad for o in outs], *torch.autograd.grad(total, x)))
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][1], found[1][1])
+
+
+def test_inference_mode_stays_on():
+    x = W.clone().requires_grad_()
+    with torch.inference_mode():
+        outs = vmap(turned_on)(x)
+    assert not any(o.requires_grad for o in outs[:3])

@@ -262,6 +262,23 @@ def test_an_index_computed_from_a_sample():
     torch.testing.assert_close(f(x, i), x[rows, i] + x[rows, i + 1] - x[rows, -i])
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda a, i: W[i] * a,
+        lambda a, i: W[i, 0] * a,
+        lambda a, i: W[:, i // 2] * a,
+        lambda a, i: W[i][i // 2] * a,
+        lambda a, i: W[-i, i] * a,
+        lambda a, i: grad(lambda a: (W[i] * a * a).sum())(a),
+    ],
+)
+def test_an_index_into_what_is_no_sample(f):
+    x, i = torch.randn(2, 3, dtype=torch.float64), torch.tensor([1, 2])
+    got = torch.compile(lambda x, i: vmap(f)(x, i), backend="eager", fullgraph=True)(x, i)
+    torch.testing.assert_close(got, torch.stack([f(x[0], 1), f(x[1], 2)]))
+
+
 def test_errors_are_ours_and_leave_nothing_behind():
     x = torch.randn(3)
     with pytest.raises(ArgumentError, match="zero dimensions"):

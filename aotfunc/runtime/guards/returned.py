@@ -8,11 +8,12 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from ...capture.captured import Captured
-from ...capture.instances import Opened, containers, holds_tensor, is_data, is_whole
+from ...capture.instances import Opened, containers, flatten_tree, one_level, remade
 from ...errors import CaptureError
 from ...trace.holding import SHARED, holds_traced
 from .description import is_plain
@@ -49,19 +50,38 @@ def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence
     return referred(result, {**again, **known}), [referred(x, known) for x in stored.values()]
 
 
-def referred(tree: Any, known: dict[int, Reference]) -> Any:
-    """The tree with references for the objects that are known."""
+def referred(tree: Any, known: dict[int, Any]) -> Any:
+    """The tree with references for the objects that are known; a container that is in it twice is
+    one container in the new tree, too."""
+    made = dict(known)
 
-    def leaf(x: Any) -> Any:
-        if id(x) in known:
-            return known[id(x)]
-        if not (is_data(x) and holds_tensor(x)):
+    def new(x: Any) -> Any:
+        if isinstance(x, Tensor) or id(x) in made:
+            return made.get(id(x), x)
+        children, spec = one_level(x)
+        if spec.is_leaf():
             return x
-        found = Opened(x)
-        found.children = [referred(v, known) for v in found.children]
-        return found
+        if spec.type is Opened:
+            made[id(x)] = found = Opened(x)
+            found.children = [*map(new, children)]
+        else:
+            made[id(x)] = tree_unflatten([*map(new, children)], spec)
+        return made[id(x)]
 
-    return tree_map(leaf, tree, is_leaf=lambda x: id(x) in known or is_whole(x))
+    return new(tree)
+
+
+def skeleton(tree: Any) -> Any:
+    """The tree with a tensor that stands for each of its own, if a container is in it twice: one
+    spec for both would make two of it."""
+    found = [id(c) for c in containers(tree) if c != ()]
+    if len({*found}) == len(found):
+        return None
+    leaves = [PLACE if isinstance(x, Tensor) else x for x in flatten_tree(tree)[0]]
+    return remade(tree, iter(leaves), {})
+
+
+PLACE = torch.empty(0)
 
 
 class Finish:
@@ -69,8 +89,15 @@ class Finish:
     in their places, and to fill the result with the objects that are due."""
 
     def __init__(
-        self, rec: Captured, state: State, places: Sequence[Place], titled: Callable[[], str]
+        self,
+        rec: Captured,
+        state: State,
+        places: Sequence[Place],
+        titled: Callable[[], str],
+        shared: Any,
     ) -> None:
+        """``shared``: the skeleton of the result, if there is one."""
+        self.shared = shared
         result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore
         self.spec, self.values, self.count = result, values, result.num_leaves if result else 0
         numbers = {k: n for n, k in enumerate(dict.fromkeys(id(p.value) for p in places))}
@@ -80,7 +107,8 @@ class Finish:
         others = [
             (i, x) for i, x in enumerate(rec.leaves) if not isinstance(x, Tensor | Reference)
         ]
-        self.copies = [(i, pristine(x, known, titled)) for i, x in others if not immutable(x)]
+        memo = Memo(known)
+        self.copies = [(i, pristine(x, memo, titled)) for i, x in others if not immutable(x)]
         held = {v: x for x in state.kept if (v := state.seen[id(x)])}
         names = [x.where for _, x in self.references if x.kind == "state"]
         self.find = finder(state, [*[state.owners[p.owner][1] for p in places], *names])
@@ -91,15 +119,16 @@ class Finish:
         ]
 
     def __bool__(self) -> bool:
-        return bool(self.keys or self.references or self.copies)
+        return bool(self.keys or self.references or self.copies or self.shared is not None)
 
     def __call__(self, leaves: list, f: Callable, objects: Sequence[Any], arguments: tuple) -> Any:
         """The result, of the leaves that the program gives."""
         first, self.found = self.found, None
         found = first or self.find(f, objects)
         outside, given = iter(found[len(self.keys) :]), None
+        memo: dict[int, Any] = {}  # an object that is there twice is copied once
         for i, x in self.copies:
-            leaves[i] = copy.deepcopy(x)
+            leaves[i] = copy.deepcopy(x, memo)
         later = []
         for i, x in self.references:
             if x.kind == "state":
@@ -114,7 +143,10 @@ class Finish:
         )
         for i, k in later:
             leaves[i] = values[k]
-        result = tree_unflatten(leaves[: self.count], self.spec)
+        if self.shared is None:
+            result = tree_unflatten(leaves[: self.count], self.spec)
+        else:
+            result = remade(self.shared, iter(leaves[: self.count]), {})
         for owner, (key, number, grows) in zip(found, self.keys, strict=False):
             if grows and first is None:
                 owner.append(values[number])
@@ -133,23 +165,28 @@ def immutable(x: Any) -> bool:
     return isinstance(x, SHARED) or (is_plain(x) and not getattr(x, "__dict__", None))
 
 
-def pristine(x: Any, known: set[int], titled: Callable[[], str]) -> Any:
+class Memo(dict):
+    """What deepcopy has copied; objects that are ``known`` outside must not be."""
+
+    def __init__(self, known: set[int]) -> None:
+        self.known = known
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key in self.known:
+            raise CaptureError("it refers to an object that is there outside of the function")
+        return dict.get(self, key, default)
+
+
+def pristine(x: Any, memo: Memo, titled: Callable[[], str]) -> Any:
     """A copy of an object that the function has made: each call gets another one."""
-
-    class Memo(dict):
-        def get(self, key: Any, default: Any = None) -> Any:
-            if key in known:
-                raise CaptureError("it refers to an object that is there outside of the function")
-            return dict.get(self, key, default)
-
     same = "which would be the same object at every call"
-    if holds_traced(x, known):
+    if holds_traced(x, memo.known):
         raise CaptureError(
             f"{titled()} returns a {type(x).__name__} that holds tensors, {same}; return a "
             "dataclass, or a tuple or dictionary of the tensors"
         )
     try:
-        return copy.deepcopy(x, Memo())
+        return copy.deepcopy(x, memo)
     except Exception as e:
         raise CaptureError(
             f"{titled()} returns a {type(x).__name__}, {same} and cannot be copied ({e}); return "
