@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import threading
+from functools import cache
 from typing import Any
 
+from ..trace.patches import Exchange
 from . import func, jacobians, vmap
 
 OURS = {
@@ -19,23 +20,32 @@ OURS = {
 #: the modules of PyTorch that have them, and under which names
 PLACES = {"torch.func": tuple(OURS), "functorch": tuple(OURS), "torch": ("vmap",)}
 
-_lock = threading.Lock()
-_before: dict[tuple[Any, str], Any] = {}
-_patches: list[Patch] = []
+
+@cache
+def exchange() -> Exchange:
+    """Ours for theirs, wherever this build of PyTorch has them."""
+    new: dict[tuple[Any, str], Any] = {}
+    for place, names in PLACES.items():
+        try:
+            module = importlib.import_module(place)
+        except ImportError:
+            continue
+        new |= {(module, name): OURS[name] for name in names if hasattr(module, name)}
+    return Exchange(new)
 
 
 class Patch:
     """What :func:`patch_torch_func` returns: ``undo()``, or the end of a ``with`` block, puts back
     what was there."""
 
+    def __init__(self) -> None:
+        self.undone = False
+        exchange().__enter__()
+
     def undo(self) -> None:
-        with _lock:
-            if self in _patches:
-                _patches.remove(self)
-            for (module, name), theirs in _before.items() if not _patches else ():
-                setattr(module, name, theirs)
-            if not _patches:
-                _before.clear()
+        if not self.undone:
+            self.undone = True
+            exchange().__exit__()
 
     def __enter__(self) -> Patch:
         return self
@@ -56,16 +66,4 @@ def patch_torch_func() -> Patch:
     ...     torch.func.grad is grad
     True
     """
-    patch = Patch()
-    with _lock:
-        for place, names in PLACES.items() if not _patches else ():
-            try:
-                module = importlib.import_module(place)
-            except ImportError:
-                continue
-            for name in names:
-                if hasattr(module, name):
-                    _before[module, name] = getattr(module, name)
-                    setattr(module, name, OURS[name])
-        _patches.append(patch)
-    return patch
+    return Patch()
