@@ -28,7 +28,7 @@ from ..trace.replay import generators
 from ..trace.scalars import bits_of
 from ..trace.seeds import named_generators
 from ..trace.tape import signature
-from ..trace.traced import Traced, as_if_outside, quiet, under_way
+from ..trace.traced import Traced, around, as_if_outside, quiet
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES, rebuilt
 from .calls import CallStep, on_eager
@@ -100,7 +100,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
             trace.as_placed([*map(signature, trace.origins)]),
             [0] * program.n_outputs,
         )
-    outer = around(trace)
+    outer = next(reversed(around(trace)), None)
     if outer is None:
         values, count = run_once(program, inputs, what), 1
     else:
@@ -137,13 +137,6 @@ def closed(program: Program) -> Program:
 
 
 _programs = Cache(1 << 16, weight)
-
-
-def around(trace: Trace) -> Trace | None:
-    """The recording in which this one goes on."""
-    traces = under_way.traces
-    place = traces.index(trace) if trace in traces else len(traces)
-    return traces[place - 1] if place else None
 
 
 @contextmanager

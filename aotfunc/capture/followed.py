@@ -20,7 +20,7 @@ from ..trace.records import Record, results_of, written_slots
 from ..trace.scalars import FIRST, bits_of
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import Sig, sig_of
-from ..trace.traced import Traced, quiet, under_way
+from ..trace.traced import Traced, around, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES
 from ..transforms.vmap import vmap
@@ -180,9 +180,8 @@ class Followed:
 
 def samples_around(trace: Trace, itself: bool = False) -> int:
     """How many samples the batches have together in which a recording goes on."""
-    traces = under_way.traces
-    around = traces[: traces.index(trace) + itself] if trace in traces else []
-    return math.prod(t.samples.size for t in around if t.samples is not None)
+    traces = [*around(trace), trace] if itself else around(trace)
+    return math.prod(t.samples.size for t in traces if t.samples is not None)
 
 
 def repeat_samples(x: Tensor, times: int) -> Tensor:

@@ -22,7 +22,7 @@ from ..trace.kinds import has_values
 from ..trace.memory import version
 from ..trace.modes import Surroundings
 from ..trace.shapes.sig import make_sig
-from ..trace.traced import Traced, current, quiet, under_way
+from ..trace.traced import Traced, current, no_recording, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.walk import traced
 from .calls import Row, interned
@@ -156,17 +156,16 @@ def set_aside(trace: Trace) -> Iterator[None]:
     """Meanwhile nothing is recorded, and autograd, dispatch modes and saved-tensor hooks are as
     outside."""
     modes: list = []
-    traces, under_way.traces = under_way.traces, []
     hooks = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
     try:
         while trace not in modes:
             modes.append(torch._C._pop_torch_dispatch_stack(None))
-        yield
+        with no_recording():
+            yield
     finally:
         for mode in reversed(modes):
             torch._C._push_on_torch_dispatch_stack(mode)
         torch._C._autograd._saved_tensors_hooks_set_tracing(hooks)
-        under_way.traces = traces
 
 
 def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:

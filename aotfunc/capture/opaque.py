@@ -16,7 +16,7 @@ from ..trace.functionalize import Functionalizer
 from ..trace.modes import Surroundings
 from ..trace.nested import listed
 from ..trace.shapes.sig import Sig, sig_of
-from ..trace.traced import current, quiet, under_way
+from ..trace.traced import current, no_recording, quiet
 from .calls import Step, interned
 from .tree import Operands
 
@@ -96,14 +96,10 @@ class OpaqueForward(Step):
 def forward_result(call: ForwardCall, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the
     copies."""
-    traces, under_way.traces = under_way.traces, []
-    try:
-        with quiet(), torch.no_grad():
-            copies = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
-            with call.surroundings.again():
-                return call.cls.forward(*call.operands.rebuilt(copies)), copies
-    finally:
-        under_way.traces = traces
+    with no_recording(), quiet(), torch.no_grad():
+        copies = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+        with call.surroundings.again():
+            return call.cls.forward(*call.operands.rebuilt(copies)), copies
 
 
 def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Exception) -> Any:

@@ -15,7 +15,7 @@ from .in_place import refresh
 from .marks import hidden_write
 from .patches import ORIGINALS, Attribute, Code
 from .records import written_slots
-from .traced import Traced, current, under_way
+from .traced import Traced, around, current
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -117,8 +117,7 @@ def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
         if ref < len(trace.inputs):
             trace.differentiated[ref] = line
         if ref < 0:  # then it is outside of the recording around this one, too, or a value of that
-            around = under_way.traces[: under_way.traces.index(trace)]
-            return check_hooks(around[-1] if around else None, t, line)
+            return check_hooks(next(reversed(around(trace)), None), t, line)
         hooks = any(s.hooks and s.new == ref for s in trace.stand_ins)
     if hooks:
         raise CaptureError(

@@ -43,6 +43,22 @@ def current() -> Trace | None:
     return traces[-1] if traces else None
 
 
+def around(trace: Trace) -> list[Trace]:
+    """The recordings around this one, the outermost first; around one that is over, all."""
+    traces = under_way.traces
+    return traces[: traces.index(trace)] if trace in traces else list(traces)
+
+
+@contextmanager
+def no_recording() -> Iterator[None]:
+    """Meanwhile no recording is under way in this thread."""
+    traces, under_way.traces = under_way.traces, []
+    try:
+        yield
+    finally:
+        under_way.traces = traces
+
+
 class Traced(Tensor):
     """A tensor that stands for a value of a recording: shape, dtype and device are real, there is
     no data."""
