@@ -33,6 +33,7 @@ def jit(
     f: None = None,
     backend: str | Compiler = "auto",
     static_argnums: Any = None,
+    static_argnames: Any = None,
     exact: bool = False,
 ) -> Callable[..., Compiled]: ...
 
@@ -42,6 +43,7 @@ def jit(
     f: Callable,
     backend: str | Compiler = "auto",
     static_argnums: Any = None,
+    static_argnames: Any = None,
     exact: bool = False,
 ) -> Compiled: ...
 
@@ -50,6 +52,7 @@ def jit(
     f: Callable | None = None,
     backend: str | Compiler = "auto",
     static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
     exact: bool = False,
 ) -> Any:
     """``f`` captured once per signature and compiled by ``backend``, a name (see
@@ -61,7 +64,8 @@ def jit(
     state that ``f`` and what it calls read (:mod:`aotfunc.runtime.guards.state`): closures,
     globals, attributes, containers, modes and hooks of modules. Tensors among it are inputs.
     Results are differentiable to any order, and transforms of the jitted function stay compiled.
-    ``static_argnums`` is accepted for compatibility: Python arguments are always static. Raises
+    ``static_argnums`` and ``static_argnames`` are accepted for compatibility: Python arguments
+    are always static. Raises
     CaptureError if ``f`` asks for values or changes a list or dictionary that is an argument,
     ArgumentError for a Python argument that can neither be hashed nor be described by its
     attributes, BackendError, which keeps the graph, if the compiler fails. Copies and pickled ones
@@ -79,7 +83,7 @@ def jit(
     tensor([2., 2.])
     """
     if f is None:
-        return functools.partial(jit, backend=backend, static_argnums=static_argnums, exact=exact)
+        return functools.partial(jit, backend=backend, exact=exact)
     return Compiled(f, Pipeline("jit", backend, exact=exact))
 
 
@@ -102,6 +106,7 @@ def aot_function(
     partition_fn: Partition = default_partition,
     decompositions: dict | None = None,
     static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
     exact: bool = False,
     **options: Any,
 ) -> Any:
@@ -129,13 +134,23 @@ def aot_function(
     return Compiled(fn, pipeline) if fn is not None else lambda fn: Compiled(fn, pipeline)
 
 
+#: what a compiled module shares with the original: each has what the other is given
+SHARED = (
+    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
 class CompiledModule(nn.Module):
-    """A module whose forward is compiled; parameters and buffers are the original's."""
+    """A module whose forward is compiled, and which is the original in all else: parameters,
+    buffers, submodules and their names, state, mode, attributes and methods. Hooks that are
+    registered here run around the compiled call."""
 
     def __init__(self, module: nn.Module, compiled: Compiled) -> None:
         super().__init__()
-        self.orig_module = module
-        self._compiled = compiled
+        del self.__dict__["training"]
+        self.__dict__ |= {name: module.__dict__[name] for name in SHARED}
+        self.__dict__ |= {"orig_module": module, "_compiled": compiled}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiled(*args, **kwargs)
@@ -148,8 +163,46 @@ class CompiledModule(nn.Module):
         """See :meth:`Compiled.explain`."""
         return self._compiled.explain()
 
+    # ----- what classes of modules may do in their own way ---------------------------------------
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        self.orig_module.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.orig_module.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.orig_module._load_from_state_dict(*args)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CompiledModule:
+        self.orig_module._apply(*args, **kwargs)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "orig_module" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.orig_module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or "orig_module" not in self.__dict__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.orig_module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.orig_module, name)
+
 
 def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """:func:`aot_function` of a module: a module with the same parameters and buffers whose
-    forward is compiled."""
+    """:func:`aot_function` of a module: a module that has all that ``mod`` has, parameters, state
+    and attributes under the same names, and whose forward is compiled. The options are those of
+    :func:`aot_function`.
+
+    >>> net = aot_module(torch.nn.Linear(2, 1), "eager")
+    >>> list(net.state_dict()), net.in_features
+    (['weight', 'bias'], 2)
+    >>> net(torch.ones(3, 2)).sum().backward(); net.weight.grad
+    tensor([[3., 3.]])
+    """
     return CompiledModule(mod, aot_function(mod, *args, **kwargs))

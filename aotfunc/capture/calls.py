@@ -29,7 +29,7 @@ from ..trace.views import Link, laid_out, linked
 from ..transforms.activity import flat_inputs, has_derivative, live
 from ..transforms.jvp import jvp, tangent_sig
 from ..transforms.lower import lowered
-from ..transforms.vjp import contiguous_sig, vjp
+from ..transforms.vjp import cotangent_sig, vjp
 from ..transforms.vmap import vmap
 
 aten = torch.ops.aten
@@ -318,11 +318,19 @@ class CompiledCall:
         count = whole.n_outputs
         # new values of written inputs have cotangents, too
         have = tuple(i in g for i in range(count))
+        plan = tuple(
+            [
+                cotangent_sig(v, g[i].meta["val"].stride) if i in g else None
+                for i, v in enumerate(whole.vals)
+            ]
+        )
         forward, backward = whole.once(
-            ("split", wrt, have), lambda: self.split(vjp(whole, wrt, have), count)
+            ("split", wrt, plan), lambda: self.split(vjp(whole, wrt, have, plan=plan), count)
         )
         residuals = becomes(b, n, forward, count)
-        cotangents = [as_contiguous(b, g[i]) for i in range(count) if have[i]]
+        cotangents = [
+            laid_out(b, g[i], sig, exactly=True) for i, sig in enumerate(plan) if sig is not None
+        ]
         grads = emit_call(b, backward, [*residuals, *cotangents])
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
@@ -362,13 +370,6 @@ class CompiledCall:
             key, lambda: CompiledCall(make(), self.compile, self.split, f"vmap_{self.__name__}")
         )
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
-
-
-def as_contiguous(b: Builder, x: Node) -> Node:
-    """``x`` with the strides of a new contiguous tensor, those of dimensions of size 1 too."""
-    if x.meta["val"].stride == contiguous_sig(x.meta["val"]).stride:
-        return x
-    return b.call(aten.clone.default, x, memory_format=torch.contiguous_format)
 
 
 _steps = Cache(4096)

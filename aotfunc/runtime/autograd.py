@@ -24,7 +24,7 @@ from ..trace.modes import without_modes
 from ..transforms.lower import CALLS, lowered
 from .aliasing import with_own_memory
 from .batched import call_batched
-from .execute import contiguous, copied, execute, write_back
+from .execute import as_planned, copied, execute, write_back
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
@@ -203,16 +203,18 @@ class CompiledFunction(torch.autograd.Function):
         there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):
-            given = [contiguous(c) for c in cts if c is not None]
+            plan, given = as_planned(cts, [halves.vals[i] for i in outs])
+            sigs = tuple([sig for sig in plan if sig is not None])
             if torch.is_grad_enabled() or (halves.materializes and not all(have)):
                 with redrawn(ctx.states), at_moment(ctx.moment):
                     grads = call_batched(
-                        call_compiled, halves.gradient(have), [*unchanged(ctx), *given]
+                        call_compiled, halves.gradient(have, sigs), [*unchanged(ctx), *given]
                     )
             else:
                 feed = iter(saved)
                 residuals = [next(feed) if r is None else r for r in ctx.residuals]
-                grads = call_batched(run_half, halves.backward_for(have), [*residuals, *given])
+                half = halves.backward_for(have, sigs)
+                grads = call_batched(run_half, half, [*residuals, *given])
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.inputs = ctx.memory = ctx.read_late = ctx.moment = None
         found = dict(zip(halves.wrt, grads, strict=True))

@@ -90,6 +90,7 @@ class Compiled:
         self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         self._families = Cache(LIMIT)  # calls that differ in Python numbers alone
         self._repeated: Callable[[tuple, dict], Any] | None = None  # for a call like the last one
+        self._unkept: Entry | None = None  # whose code the next capture takes
         #: entries that differ in Python numbers that are inputs of their program share one
         self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
             weakref.WeakValueDictionary()
@@ -184,7 +185,7 @@ class Compiled:
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         for t in tensors:
             check_kind(t)
-        before = of_python()
+        before, learnt = of_python(), len(self._names.ran or ())
         try:
             self.captures += 1
             entry, new = captured_entry(
@@ -197,11 +198,15 @@ class Compiled:
             undo_stores(state)
             raise
         after = look(self.f, objects, labels, self._names)
-        changed = (dict(state.facts), dict(after.facts)) if after.key != state.key else None
+        # where it has run more than was known to run, it was not known what it reads
+        known = learnt == len(self._names.ran or ())
+        differs = known and after.key != state.key
+        changed = (dict(state.facts), dict(after.facts)) if differs else None
+        self._unkept = None if known else entry
         self._history.changed = changed
         # a function that changes what it reads is captured at every call, until it does not change
         # any more
-        again = changed is None and not drew and function_modes_key() is not OTHERS
+        again = known and changed is None and not drew and function_modes_key() is not OTHERS
         if entry.reusable and again:
             if values and current() is None and family is None:
                 self._families.put(alike, Family(values))

@@ -224,7 +224,8 @@ def captured_entry(
 
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Given(args, kwargs)
-        result = called(*args, **kwargs)
+        with compiled._names.watching():
+            result = called(*args, **kwargs)
         late[:] = [read_late(current().late, compiled._names.opened)]  # type: ignore[union-attr]
         mine.check(argument_names(function, len(args)), name)
         places.extend(left_behind(state, compiled.titled, containers(given)))
@@ -267,7 +268,8 @@ def captured_entry(
         environment_key(),
         frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes),
     )
-    step = compiled._steps.get(alike) if rec.numbers or following is not None else None
+    shares = rec.numbers or following is not None or compiled._names.ran is not None
+    step = compiled._steps.get(alike) if shares else None
     if new := step is None:
         whole = Program(
             program.graph,

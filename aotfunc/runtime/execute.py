@@ -18,11 +18,11 @@ from ..debug import outside_dynamo
 from ..graph import Program
 from ..trace.modes import without_modes
 from ..trace.node_views import storage_root
-from ..trace.shapes.sig import contiguous_stride
+from ..trace.shapes.sig import Sig, contiguous_stride
 from ..trace.traced import current
 from ..transforms.activity import has_derivative, live
 from ..transforms.lower import marked
-from ..transforms.vjp import vjp
+from ..transforms.vjp import cotangent_sig, vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .duals import pushed_program, refuse_cuts
@@ -93,6 +93,26 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
 def ours(program: Program) -> bool:
     """Whether the derivative of a program's results must be taken from us."""
     return program.once(ours, lambda: marked(program) or beyond_autograd(program))
+
+
+def as_planned(
+    cts: Sequence[Tensor | None], vals: Sequence[Any]
+) -> tuple[tuple[Sig | None, ...], list[Tensor]]:
+    """How the cotangents of these values are to lie, and those that are there, laid out so."""
+    plan = tuple(
+        [c if c is None else cotangent_sig(v, c.stride()) for c, v in zip(cts, vals, strict=True)]
+    )
+    pairs = zip(cts, plan, strict=True)
+    return plan, [laid(c, sig) for c, sig in pairs if c is not None and sig is not None]
+
+
+def laid(t: Tensor, sig: Sig) -> Tensor:
+    """``t`` laid out as this signature, which is contiguous or in channels_last. (Batches of
+    torch.func's do not know memory formats.)"""
+    if sig.plain:
+        return contiguous(t)
+    order = [0, *range(2, sig.ndim), 1]
+    return contiguous(t.permute(order)).permute(0, -1, *range(1, sig.ndim - 1))
 
 
 def contiguous(t: Tensor) -> Tensor:
@@ -220,11 +240,10 @@ class ProgramFunction(torch.autograd.Function):
         check_memory(tensors, ctx.memory, "a transform")
         wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)
         whole = program.flat()
-        have = tuple(
-            has_derivative(v) and c is not None for v, c in zip(whole.vals, cts, strict=True)
-        )
-        joint = whole.once(("vjp", wrt, have), lambda: vjp(whole, wrt, have, keep=()))
-        given = [contiguous(c) for c, yes in zip(cts, have, strict=True) if yes and c is not None]
+        cts = [c if has_derivative(v) else None for v, c in zip(whole.vals, cts, strict=True)]
+        have = tuple([c is not None for c in cts])
+        plan, given = as_planned(cts, whole.vals)
+        joint = whole.once(("vjp", wrt, plan), lambda: vjp(whole, wrt, have, keep=(), plan=plan))
         with without_modes(ctx.dtype), redrawn(ctx.states):
             grads = call_batched(execute, joint, [*tensors, *given])
         result: list = [None] * (len(tensors) + 2)

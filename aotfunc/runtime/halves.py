@@ -14,11 +14,13 @@ from torch.fx import Node
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative
 from ..graph import Program, needed
-from ..trace.emit import Builder
+from ..trace.emit import Builder, paused_gc
+from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
 from ..transforms.activity import active_nodes, flat_inputs, live, sources
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import contiguous_sig, vjp
+from ..transforms.walk import builder
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
@@ -49,11 +51,12 @@ class Halves:
         self.differing = [
             i for i in wrt if len({mask >> i & 1 for mask in self.masks.values()}) > 1
         ]
+        self.vals = self.program.vals
         self.materializes = materializes(self.program)
         reads = late_reads(program)
         self.late_reads = reads if any(reads) else None
         self.reads_state = reads_state(program)
-        self._backwards: dict[tuple[bool, ...], Any] = {}
+        self._backwards: dict[tuple, Any] = {}
         if not self.any_live:
             return
         joint = self.joint()
@@ -99,16 +102,22 @@ class Halves:
             for i in inputs
         ]
 
-    def backward_for(self, have: tuple[bool, ...]) -> Any:
-        """The backward half where only some results have a cotangent."""
-        if all(have):
+    def backward_for(self, have: tuple[bool, ...], sigs: tuple[Sig, ...]) -> Any:
+        """The backward half where only some results have a cotangent, and those lie as ``sigs``
+        say."""
+        plain = all([sig.plain for sig in sigs])
+        if plain and all(have):
             return self.backward
-        found = self._backwards.get(have)
+        found = self._backwards.get((have, sigs))
         if found is None:
             half, absent = self.backward, [i for i, yes in enumerate(have) if not yes]
-            smaller = without_cotangents(half.program, len(have), absent)
-            found = self._backwards[have] = CompiledCall(
-                smaller, half.compile, half.split, half.__name__
+            program = half.program
+            if absent:
+                program = without_cotangents(program, len(have), absent)
+            if not plain:
+                program = with_cotangents_laid(program, sigs)
+            found = self._backwards[have, sigs] = CompiledCall(
+                program, half.compile, half.split, half.__name__
             )
         return found
 
@@ -119,16 +128,17 @@ class Halves:
         sig = self.program.placeholders[i].meta["val"]
         return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
-    def gradient(self, have: tuple[bool, ...]) -> CompiledCall:
+    def gradient(self, have: tuple[bool, ...], sigs: tuple[Sig, ...]) -> CompiledCall:
         """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
 
         def make() -> Program:
-            lives = iter(have)
+            lives, given = iter(have), iter(sigs)
             cts = [yes and next(lives) for yes in self.live]
-            joint = vjp(self.program, self.wrt, cts, keep=())
+            plan = [next(given) if yes else None for yes in cts]
+            joint = vjp(self.program, self.wrt, cts, keep=(), plan=plan)
             return only_inputs(joint, self.needed, len(self.program.placeholders))
 
-        return self.call.derived(("gradient", self.wrt, have), make, "gradient")
+        return self.call.derived(("gradient", self.wrt, have, sigs), make, "gradient")
 
 
 # ----- what a program's results have in common ---------------------------------------------------
@@ -217,6 +227,20 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
         return b.call_like(n, ChainMap({i: zero_cotangent(b, i) for i in absent}, env))
 
     return rebuilt(program, "backward", visit, env=dict.fromkeys(missing))
+
+
+def with_cotangents_laid(program: Program, sigs: Sequence[Sig]) -> Program:
+    """A backward half whose cotangents, the last inputs, lie as these signatures say."""
+    old = program.placeholders
+    vals = [*[p.meta["val"] for p in old[: len(old) - len(sigs)]], *sigs]
+    with paused_gc():
+        b = builder()
+        new = [
+            b.placeholder(p.name, v, role=p.meta.get("role"))
+            for p, v in zip(old, vals, strict=True)
+        ]
+        outs = b.splice(program.graph, new, program.outputs, relaid=True)
+        return Program(b.finish(outs), program.n_inputs, program.n_outputs, (), program.name)
 
 
 def zero_cotangent(b: Any, n: Node) -> Any:

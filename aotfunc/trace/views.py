@@ -216,14 +216,14 @@ INVERSES: dict[OpOverload, Any] = {
 }
 
 
-def laid_out(b: Builder, x: Node, sig: Sig) -> Node:
+def laid_out(b: Builder, x: Node, sig: Sig, exactly: bool = False) -> Node:
     """``x`` with its dimensions in memory in the order of ``sig``: what that views can be
-    viewed."""
+    viewed; ``exactly``: with the strides of a dense ``sig``, those of dimensions of size 1 too."""
     val = x.meta["val"]
     if val.stride == sig.stride:
         return x
     order = memory_order(sig.shape, (sig,))
-    if in_order(val, order):
+    if in_order(val, order) and not exactly:
         return x
     if order == sorted(order):
         return b.call(aten.clone.default, x, memory_format=torch.contiguous_format)

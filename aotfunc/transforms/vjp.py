@@ -19,8 +19,10 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
+from ..trace.kernels import images
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
+from ..trace.shapes.rules import formatted
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .activity import active_nodes, has_derivative
@@ -276,6 +278,7 @@ def vjp(
     fill: bool = False,
     keep: Sequence[int] | None = None,
     recompute: bool = True,
+    plan: Sequence[Sig | None] | None = None,
 ) -> Program:
     """The joint program: ``(inputs, cotangents, closed-over) -> (kept outputs, gradients)``.
 
@@ -283,7 +286,8 @@ def vjp(
     (default: all floating ones have). Cotangents are inputs, or with ``ones`` all ones. The
     gradient of an input on which nothing depends is ``None``, or with ``fill`` zeros. ``keep``
     lists the outputs to return (default: all). ``recompute``: checkpointed regions are computed
-    again (a partitioner decides that itself)."""
+    again (a partitioner decides that itself). ``plan``: the signatures of the cotangents of all
+    outputs, as they lie in memory (default: contiguous)."""
     with paused_gc():
         b = builder()
         vals = program.vals
@@ -295,7 +299,8 @@ def vjp(
         if not ones:
             for i, v in enumerate(vals):
                 if cts[i]:
-                    seeds[i] = b.placeholder(f"tangents_{i}", contiguous_sig(v), role="tangent")
+                    sig = contiguous_sig(v) if plan is None else plan[i]
+                    seeds[i] = b.placeholder(f"tangents_{i}", sig, role="tangent")
         new += primals(b, old[program.n_inputs :])
         outs = b.inlined(program, new)
         wanted = [new[i] for i in wrt]
@@ -326,6 +331,16 @@ def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
         )
         for p in placeholders
     ]
+
+
+def cotangent_sig(sig: Sig, stride: Sequence[int]) -> Sig:
+    """How a program is to get the cotangent of a value, where one with these strides arrives: in
+    channels_last where both are, or where the cotangent is expanded, which has no say in eager's
+    kernels either; contiguous elsewhere."""
+    if sig.plain or (form := images(sig)) is torch.contiguous_format:
+        return contiguous_sig(sig)
+    last = make_sig(sig.shape, formatted(sig.shape, form), sig.dtype, sig.device)
+    return last if 0 in stride or tuple(stride) == last.stride else contiguous_sig(sig)
 
 
 def contiguous_sig(sig: Sig) -> Sig:

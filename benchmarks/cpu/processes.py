@@ -27,7 +27,8 @@ def environment(**more: str) -> dict[str, str]:
 
 def worker(task: dict, env: dict[str, str], limit_s: float) -> tuple[list[dict], str | None]:
     """The lines that it printed, and how it ended if not well."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu.worker", json.dumps(task)]
+    module = task.get("worker", "benchmarks.cpu.worker")
+    command = [sys.executable, "-W", "ignore", "-m", module, json.dumps(task)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
             code = subprocess.run(

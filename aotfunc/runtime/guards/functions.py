@@ -31,7 +31,9 @@ class Functions(Containers):
         library = library_of(code.co_filename)
         if root:
             self.names.open(library)
-        known = not self.names.follows(library)
+        known = not self.names.follows(library, code)
+        if known and library in self.names.opened:  # it has not run
+            return
         self.meet(f.__defaults__, f"{v}.__defaults__", f"{label}.__defaults__")
         self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")
         reads = None if known else self.names.enter(code)

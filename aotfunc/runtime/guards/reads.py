@@ -8,6 +8,8 @@ import itertools
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy
@@ -192,11 +194,22 @@ _NO_FORWARD = frozenset(
 )
 
 
+class LargeLibrary(Exception):
+    """The functions name, one another, too many of a library's."""
+
+
 class Names:
     """The names by which the functions that have been met read their state; they only become
-    more."""
+    more.
 
-    def __init__(self) -> None:
+    Of a library that the function uses every function is followed that another one names. Where
+    these are more than ``MANY``, most of them never run (they load files, print, export): then
+    those are followed that have ``ran`` while the function was captured."""
+
+    MANY = 300
+
+    def __init__(self, ran: set[Any] | None = None) -> None:
+        self.ran = ran
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
         self.variables: set[str] = set()
@@ -208,18 +221,48 @@ class Names:
         #: or go on after errors
         self.tells_apart = False
         self._entered: set[Any] = set()
+        self._named: set[types.CodeType] = set()  # of libraries
 
     def __len__(self) -> int:
-        sets = (self.attributes, self.written, self.of_torch, self.opened)
+        sets = (self.attributes, self.written, self.of_torch, self.opened, self.ran or ())
         return sum(map(len, sets)) + self.any
 
     def open(self, library: str | None) -> None:
         if library is not None and library not in CLOSED:
             self.opened.add(library)
 
-    def follows(self, library: str | None) -> bool:
+    def follows(self, library: str | None, code: types.CodeType | None = None) -> bool:
         """Whether code of this library is followed."""
-        return library is None or library in self.opened
+        if library is None or library not in self.opened:
+            return library is None
+        if self.ran is None and code is not None:
+            self._named.add(code)
+            if len(self._named) > self.MANY:
+                raise LargeLibrary
+        return code is None or self.ran is None or code in self.ran
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Notes which functions of large libraries run inside."""
+        if self.ran is None:
+            yield
+            return
+        if sys.getprofile() is not None:  # what it would be told is not ours to take
+            self.ran.add(object())  # not known to be all, so that nothing is kept
+            yield
+            return
+        seen: set[types.CodeType] = set()
+
+        def note(frame: types.FrameType, event: str, _: Any) -> None:
+            if event == "call":
+                seen.add(frame.f_code)
+
+        sys.setprofile(note)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            self.ran.update(c for c in seen if library_of(c.co_filename) in self.opened)
 
     def enter(self, code: types.CodeType) -> Reads:
         reads = reads_of(code)

@@ -27,7 +27,7 @@ from torch.library import CustomOpDef
 from .containers import BYTES
 from .description import NOTHING
 from .functions import ROOT, Functions
-from .reads import CLOSED, Names, library_of, library_of_module
+from .reads import CLOSED, LargeLibrary, Names, library_of, library_of_module
 
 _GLOBAL_HOOKS = tuple(
     n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks")
@@ -66,7 +66,7 @@ class State(Functions):
         for name in sorted(self.names.attributes & table.keys()):
             x = table[name]
             if isinstance(x, types.FunctionType) and self.names.follows(
-                library_of(x.__code__.co_filename)
+                library_of(x.__code__.co_filename), x.__code__
             ):
                 self.meet(x, f"{where}['{name}']", f"Tensor.{name}")
         self.finish()
@@ -163,6 +163,10 @@ def look(f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Name
     """The state, looked at again while functions are found that read other names."""
     while True:
         known = len(names)
-        state = State(f, objects, labels, names)
+        try:
+            state = State(f, objects, labels, names)
+        except LargeLibrary:
+            names.__init__(ran=set())  # type: ignore[misc]
+            continue
         if len(names) == known:
             return state

@@ -16,7 +16,7 @@ from torch import Tensor
 from .batching import all_batched
 from .lookup import count_up
 from .schema import aten
-from .table import jvp_of, total, vjp_of, vmap_of
+from .table import jvp_of, refuse_sparse, total, vjp_of, vmap_of
 
 
 def lined_up(index: Tensor, step: Any) -> Tensor:
@@ -214,6 +214,7 @@ def _(
     needs: Any,
 ) -> list[Tensor | None]:
     """By ops that have derivatives of their own, which the reverse kernels do not."""
+    refuse_sparse(sparse and needs[0])
     g = g[0]
     if mode == 2:
         args = (indices, offsets, by_freq, mode, False, weights, last, padding_idx)

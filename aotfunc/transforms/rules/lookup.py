@@ -12,7 +12,7 @@ from .batching import expand_lead
 from .index import count_up
 from .places import nonzero_each
 from .schema import aten
-from .table import linear, nondiff, vmap_of
+from .table import linear, nondiff, refuse_sparse, vmap_of
 
 # ----- embedding ---------------------------------------------------------------------------------
 
@@ -43,11 +43,16 @@ def _(
     )
 
 
+def embedding_back(
+    g: Tensor, weight: Tensor, indices: Tensor, pad: Any, by_freq: bool, sparse: bool
+) -> Tensor:
+    refuse_sparse(sparse)
+    return aten.embedding_dense_backward(g, indices, weight.shape[0], pad, by_freq)
+
+
 linear(
     aten.embedding,
-    lambda g, weight, indices, pad, by_freq: aten.embedding_dense_backward(
-        g, indices, weight.shape[0], pad, by_freq
-    ),
+    embedding_back,
     None,
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .batching import expand_lead, past_batch
 from .schema import Formula, aten, call_op, overload
-from .table import conj, jvp_of, linear, times, vjp_of, vmap_of
+from .table import conj, jvp_of, linear, refuse_sparse, times, vjp_of, vmap_of
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
@@ -56,9 +56,14 @@ def gathered(g: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tens
     return fitted(g.gather(dim, index), src.shape)
 
 
+def scattered(g: Tensor, x: Tensor, dim: int, index: Tensor, sparse: bool) -> Tensor:
+    refuse_sparse(sparse)
+    return g.new_zeros(x.shape).scatter_add(dim, index, g)
+
+
 linear(
     aten.gather,
-    lambda g, x, dim, index: g.new_zeros(x.shape).scatter_add(dim, index, g),
+    scattered,
     None,
     batch=indexed_along(aten.gather),
 )

@@ -317,3 +317,11 @@ def conj(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.conj() if x.is_complex() else x
     return x.conjugate() if isinstance(x, complex) else x
+
+
+def refuse_sparse(sparse: bool) -> None:
+    """Refuse what eager has a sparse gradient of: graphs hold dense tensors."""
+    if sparse:
+        raise NotImplementedError(
+            "its gradient would be sparse, and programs compute dense ones; say sparse=False"
+        )
