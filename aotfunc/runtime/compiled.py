@@ -185,7 +185,7 @@ class Compiled:
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         for t in tensors:
             check_kind(t)
-        before, learnt = of_python(), len(self._names.ran or ())
+        before, learnt = of_python(), self._names.learnt
         try:
             self.captures += 1
             entry, new = captured_entry(
@@ -199,7 +199,7 @@ class Compiled:
             raise
         after = look(self.f, objects, labels, self._names)
         # where it has run more than was known to run, it was not known what it reads
-        known = learnt == len(self._names.ran or ())
+        known = learnt == self._names.learnt
         differs = known and after.key != state.key
         changed = (dict(state.facts), dict(after.facts)) if differs else None
         self._unkept = None if known else entry

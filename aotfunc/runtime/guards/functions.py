@@ -32,7 +32,7 @@ class Functions(Containers):
         if root:
             self.names.open(library)
         known = not self.names.follows(library, code)
-        if known and library in self.names.opened:  # it has not run
+        if self.names.idle(library, code):
             return
         self.meet(f.__defaults__, f"{v}.__defaults__", f"{label}.__defaults__")
         self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import logging
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -84,6 +85,16 @@ class Objects(Description):
             (label, Named(f"a {type(x).__qualname__}, which changes when it is used", id(token)))
         )
         self.lines.append("return")
+
+    def logger(self, x: logging.Logger, v: str, label: str) -> None:
+        """Which messages it lets through; what becomes of them decides nothing."""
+        self.require(v, x)
+        now = (x.getEffectiveLevel(), x.disabled, x.manager.disable)
+        self.key += (id(x), now)
+        self.opaque.append(x)
+        self.facts.append((label, now))
+        state = f"({v}.getEffectiveLevel(), {v}.disabled, {v}.manager.disable)"
+        self.lines.append(f"if {state} != {now}: return")
 
     def object(self, x: Any, v: str, label: str) -> None:
         cls = type(x)

@@ -210,6 +210,8 @@ class Names:
 
     def __init__(self, ran: set[Any] | None = None) -> None:
         self.ran = ran
+        #: how many functions of large libraries it has been seen to run
+        self.learnt = 0
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
         self.variables: set[str] = set()
@@ -224,7 +226,7 @@ class Names:
         self._named: set[types.CodeType] = set()  # of libraries
 
     def __len__(self) -> int:
-        sets = (self.attributes, self.written, self.of_torch, self.opened, self.ran or ())
+        sets = (self.attributes, self.written, self.of_torch, self.opened)
         return sum(map(len, sets)) + self.any
 
     def open(self, library: str | None) -> None:
@@ -241,6 +243,10 @@ class Names:
                 raise LargeLibrary
         return code is None or self.ran is None or code in self.ran
 
+    def idle(self, library: str | None, code: types.CodeType) -> bool:
+        """Whether it is known that this function of a library has not run."""
+        return library is not None and self.ran is not None and code not in self.ran
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Notes which functions of large libraries run inside."""
@@ -248,7 +254,7 @@ class Names:
             yield
             return
         if sys.getprofile() is not None:  # what it would be told is not ours to take
-            self.ran.add(object())  # not known to be all, so that nothing is kept
+            self.learnt += 1  # not known to be all, so that nothing is kept
             yield
             return
         seen: set[types.CodeType] = set()
@@ -262,7 +268,9 @@ class Names:
             yield
         finally:
             sys.setprofile(None)
-            self.ran.update(c for c in seen if library_of(c.co_filename) in self.opened)
+            new = seen - self.ran
+            self.learnt += sum(library_of(c.co_filename) in self.opened for c in new)
+            self.ran |= new
 
     def enter(self, code: types.CodeType) -> Reads:
         reads = reads_of(code)

@@ -9,16 +9,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from ...capture.captured import Captured
-from ...capture.instances import Opened, containers, flatten_tree, one_level, remade
+from ...capture.instances import Opened, containers, one_level, remade
 from ...errors import CaptureError
-from ...trace.holding import SHARED, holds_traced
+from ...trace.holding import SHARED, holds_traced, slots_of
 from .description import is_plain
+from .reads import CLOSED, library_of_module
 from .state import State
 from .stores import Place, finder, put
+
+#: how a class says otherwise how its instances are made and copied
+_COPYING = (
+    "__new__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getstate__",
+    "__setstate__",
+    "__copy__",
+) + (("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
+_OTHERWISE = (Tensor, nn.Module, types.FunctionType, types.MethodType, list, tuple, dict, set)
 
 
 class Reference:
@@ -53,17 +65,22 @@ def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence
 def referred(tree: Any, known: dict[int, Any]) -> Any:
     """The tree with references for the objects that are known; a container that is in it twice is
     one container in the new tree, too."""
-    made = dict(known)
+    made, around = dict(known), set[int]()
 
     def new(x: Any) -> Any:
         if isinstance(x, Tensor) or id(x) in made:
             return made.get(id(x), x)
         children, spec = one_level(x)
         if spec.is_leaf():
-            return x
+            if id(x) in around or not is_record(x) or not holds_traced(x, {*known}):
+                return x
+            children, spec = one_level(Opened(x))
         if spec.type is Opened:
-            made[id(x)] = found = Opened(x)
+            around.add(id(x))
+            found = Opened(x)
             found.children = [*map(new, children)]
+            around.remove(id(x))
+            made[id(x)] = found
         else:
             made[id(x)] = tree_unflatten([*map(new, children)], spec)
         return made[id(x)]
@@ -77,11 +94,39 @@ def skeleton(tree: Any) -> Any:
     found = [id(c) for c in containers(tree) if c != ()]
     if len({*found}) == len(found):
         return None
-    leaves = [PLACE if isinstance(x, Tensor) else x for x in flatten_tree(tree)[0]]
-    return remade(tree, iter(leaves), {})
+    made: dict[int, Any] = {}
+
+    def bare(x: Any) -> Any:
+        children, spec = one_level(x)
+        if spec.is_leaf():
+            return PLACE if isinstance(x, Tensor) else x
+        if id(x) not in made:
+            inner = [*map(bare, children)]
+            if spec.type is Opened:
+                made[id(x)] = copy.copy(x)
+                made[id(x)].children = inner
+            else:
+                made[id(x)] = tree_unflatten(inner, spec)
+        return made[id(x)]
+
+    return bare(tree)
 
 
 PLACE = torch.empty(0)
+
+
+def is_record(x: Any) -> bool:
+    """Whether an object is what its attributes hold, as those are whose class says nothing else
+    about how to copy them."""
+    cls = type(x)
+    own = [n for n in _COPYING if getattr(cls, n, None) is not getattr(object, n, None)]
+    return (
+        not own
+        and hasattr(x, "__dict__")
+        and not slots_of(cls)
+        and not isinstance(x, (*SHARED, *_OTHERWISE))
+        and library_of_module(cls.__module__) not in CLOSED
+    )
 
 
 class Finish:

@@ -12,6 +12,7 @@ import collections
 import contextvars
 import functools
 import io
+import logging
 import operator
 import os
 import random
@@ -135,6 +136,8 @@ class State(Functions):
                 self.meet(now, f"{v}.get()", label)
         elif isinstance(x, CustomOpDef):  # its rules are recorded as a part of the function
             self.parts(x, v, label, ("_backward_fn", "_setup_context_fn"))
+        elif isinstance(x, logging.Logger):
+            self.logger(x, v, label)
         elif isinstance(x, weakref.ref):
             self.key.append(cls)
             self.meet(x(), f"{v}()", label)

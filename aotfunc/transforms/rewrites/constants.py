@@ -102,7 +102,10 @@ def plain_number(value: Any, dtype: torch.dtype) -> Any:
     if dtype is torch.float32:
         with np.errstate(all="ignore"):
             short = np.float32(value)
-        value = float(str(short)) if np.isfinite(short) else value
+        if np.isfinite(short):
+            value = float(str(short))
+            if abs(value) > torch.finfo(dtype).max:  # the largest float32 is shorter rounded up
+                value = float(short)
     whole = (
         value.is_integer() and abs(value) < 2**53 and (value != 0 or math.copysign(1, value) > 0)
     )
