@@ -240,9 +240,9 @@ class ProgramFunction(torch.autograd.Function):
         check_memory(tensors, ctx.memory, "a transform")
         wrt = tuple(i for i, need in enumerate(ctx.needs_input_grad[2:]) if need)
         whole = program.flat()
-        cts = [c if has_derivative(v) else None for v, c in zip(whole.vals, cts, strict=True)]
-        have = tuple([c is not None for c in cts])
-        plan, given = as_planned(cts, whole.vals)
+        found = [c if has_derivative(v) else None for v, c in zip(whole.vals, cts, strict=True)]
+        have = [c is not None for c in found]
+        plan, given = as_planned(found, whole.vals)
         joint = whole.once(("vjp", wrt, plan), lambda: vjp(whole, wrt, have, keep=(), plan=plan))
         with without_modes(ctx.dtype), redrawn(ctx.states):
             grads = call_batched(execute, joint, [*tensors, *given])

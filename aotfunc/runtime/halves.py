@@ -239,7 +239,7 @@ def with_cotangents_laid(program: Program, sigs: Sequence[Sig]) -> Program:
             b.placeholder(p.name, v, role=p.meta.get("role"))
             for p, v in zip(old, vals, strict=True)
         ]
-        outs = b.splice(program.graph, new, program.outputs, relaid=True)
+        outs = b.inlined(program, new)
         return Program(b.finish(outs), program.n_inputs, program.n_outputs, (), program.name)
 
 

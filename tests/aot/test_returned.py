@@ -358,7 +358,6 @@ def test_what_cannot_be_copied_is_refused():
         "holds tensors": [
             closure,
             lambda x: functools.partial(torch.mul, x * 2),
-            lambda x: made_instance([x * 2], 0),
         ],
         "cannot be copied": [lambda x: (x, m.table.keys()), lambda x: made_instance(m, 0)],
     }
