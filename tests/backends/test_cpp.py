@@ -22,6 +22,7 @@ from aotfunc.backends.loops.interpret import interpret
 from aotfunc.backends.loops.lower import lower
 from aotfunc.backends.loops.pointwise import RULES
 from aotfunc.backends.loops.schedule import schedule
+from aotfunc.backends.loops.steps import in_steps
 from aotfunc.errors import CompilerError, GraphError
 from tests.kernels import every_kernel
 
@@ -269,6 +270,7 @@ def test_a_person_can_read_it(capsys, monkeypatch):
 
 def kernels_of(f, *args):
     gm = make_fx(f)(*args)
+    in_steps(gm.graph)
     in_blocks(gm.graph)
     return [
         schedule(lower(u.nodes, stored(u.nodes), "k"))

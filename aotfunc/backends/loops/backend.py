@@ -27,6 +27,7 @@ from .matmul import product
 from .members import seen_through
 from .recompute import recompute
 from .schedule import schedule
+from .steps import in_steps
 from .tasks import InRange, LaidOut, Task, launch
 
 #: elements that take no longer than calling PyTorch does, which is what a launch saves
@@ -96,6 +97,7 @@ def worth(nodes: Sequence[Node]) -> bool:
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
     """The graph with launches of kernels in the place of what these compute, and their source."""
     old = copied(gm.graph)
+    in_steps(old)
     in_blocks(old)
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)

@@ -6,6 +6,7 @@ It stores what each block of rows adds up to, and a second kernel adds up these 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -29,8 +30,12 @@ def sums(x: Tensor, dims: int) -> Tensor:
 
 def blank(x: Tensor, dims: int) -> Tensor:
     """A tensor like the result, without memory."""
-    blocks = -(-math.prod(x.shape[:dims]) // ROWS)
-    made = torch.empty((blocks, *x.shape[dims:]), dtype=x.dtype, device="meta")
+    return like(x, (-(-math.prod(x.shape[:dims]) // ROWS), *x.shape[dims:]))
+
+
+def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of another shape, without memory."""
+    made = torch.empty(shape, dtype=x.dtype, device="meta")
     # not by an op of x, which would import Dynamo
     return FakeTensor(x.fake_mode, made, x.device) if isinstance(x, FakeTensor) else made
 

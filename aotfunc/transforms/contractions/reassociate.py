@@ -15,15 +15,19 @@ from ...trace.shapes.sig import Sig
 from ...trace.views import laid_out
 from ..decompose import separate_outputs
 from ..walk import apply, builder, traced
-from .choice import chosen
+from .choice import Way, chosen
 from .order import computed
 
 
 def reassociated(program: Program) -> Program:
     """The program with its sums of products in the order that costs least."""
-    ways = chosen(program.graph)
-    if not ways:
-        return program
+    with paused_gc():
+        ways = chosen(program.graph)
+        return in_order(program, ways) if ways else program
+
+
+def in_order(program: Program, ways: dict[Node, Way]) -> Program:
+    """The program with these nodes computed otherwise."""
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         if n not in ways:
@@ -33,12 +37,11 @@ def reassociated(program: Program) -> Program:
         new = strided(b, laid_out(b, new, n.meta["val"]), n.meta["val"])
         return apart(b, new, [env[a] for a in nodes])
 
-    with paused_gc():
-        b, env = builder(), dict[Node, Any]()
-        b.copy(program.graph.nodes, env, visit)
-        outs = separate_outputs(b, program.outputs, env)
-        graph = b.finish(outs)
-        return Program(graph, program.n_inputs, program.n_outputs, program.mutated, "reassociate")
+    b, env = builder(), dict[Node, Any]()
+    b.copy(program.graph.nodes, env, visit)
+    outs = separate_outputs(b, program.outputs, env)
+    graph = b.finish(outs)
+    return Program(graph, program.n_inputs, program.n_outputs, program.mutated, "reassociate")
 
 
 def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
