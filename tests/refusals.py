@@ -192,6 +192,9 @@ PROGRAMS: dict[str, Callable] = {
     "`w.data = …`": closed_over(parameter, assigned("data")),
     "`w.grad = …`": closed_over(parameter, assigned("grad")),
     "`w.requires_grad_(False)`": closed_over(parameter, lambda w, x: w.requires_grad_(False) * x),
+    "`w.register_hook(…)`": closed_over(
+        parameter, lambda w, x: (w.register_hook(print), w * x)[1]
+    ),
     "`x.data = y` of an argument": on(ones(), ones())(
         lambda x, y: (setattr(x, "data", y), x * 2)[1]
     ),

@@ -67,6 +67,16 @@ def detach_(self: Tensor) -> Tensor:
     return _base.detach_(self)
 
 
+def register_hook(self: Tensor, hook: Callable) -> Any:
+    check_flag(self, "register_hook()")
+    return ORIGINALS["tensor_hook"](self, hook)
+
+
+def register_post_accumulate_grad_hook(self: Tensor, hook: Callable) -> Any:
+    check_flag(self, "register_post_accumulate_grad_hook()")
+    return ORIGINALS["post_accumulate_hook"](self, hook)
+
+
 def check_flag(t: Tensor, what: str) -> None:
     """A function compiled once would set it once."""
     trace = current()
@@ -103,6 +113,13 @@ PATCHES = (
     ),
     Attribute("requires_grad_", Tensor, "requires_grad_", requires_grad_),
     Attribute("detach_", Tensor, "detach_", detach_),
+    Attribute("tensor_hook", Tensor, "register_hook", register_hook),
+    Attribute(
+        "post_accumulate_hook",
+        Tensor,
+        "register_post_accumulate_grad_hook",
+        register_post_accumulate_grad_hook,
+    ),
     Code("swap", torch.utils.swap_tensors, swap_tensors, _swap_template),
 )
 

@@ -330,3 +330,24 @@ def test_a_gradient_taken_inside_of_what_retains_its_gradient():
     inner_gradient(w)
     assert_same(w.grad, torch.full((3,), 12.0))
     assert_same(jit(lambda w: inner_gradient(w.view_as(w)))(w), torch.full((3,), 12.0))
+
+
+@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")])
+@pytest.mark.parametrize("name", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_of_a_tensor_from_outside_is_registered_there(name, way):
+    """Eager registers one more at each call."""
+    w = torch.ones(3, requires_grad=True)
+    tensors = [w, nn.Linear(3, 3).weight, *([w * 2] if name == "register_hook" else [])]
+    for t in tensors:
+        f = way(lambda x, t=t: (getattr(t, name)(lambda g: None), x * t)[1])
+        with pytest.raises(CaptureError, match=rf"{name}\(\) of a tensor from outside"):
+            f(torch.ones(3))
+        assert not t._backward_hooks and not t._post_accumulate_grad_hooks
+
+
+def test_a_transform_registers_hooks_at_every_call():
+    w, calls = torch.ones(3, requires_grad=True), []
+    for _ in range(2):
+        grad(lambda x: (w.register_hook(calls.append), (x * w).sum())[1])(torch.ones(3))
+    (w * 1).sum().backward()
+    assert len(calls) == 2
