@@ -13,8 +13,9 @@ from ..debug import at, user_line
 from ..errors import CaptureError
 from . import histories
 from .nested import leaves
-from .shapes.sig import Sig
+from .shapes.sig import Facts, Sig
 from .traced import Traced, quiet
+from .writes import twin_of
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -46,10 +47,14 @@ OVERWRITES = frozenset(
 )
 
 
-def write_results(trace: Trace, facts: Any, outs: Any, args: tuple, kwargs: dict | None) -> Any:
+def write_results(
+    trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dict | None
+) -> Any:
     """Results of an op that writes: the written arguments themselves, refreshed where their
     metadata changed."""
-
+    facts = Facts(op)
+    if kwargs and (made := resized(trace, op, outs, args, kwargs)) is not None:
+        return made
     if not (_tangents_enabled() or torch.is_inference_mode_enabled()):
         raise CaptureError(
             "a write where forward-mode derivatives are switched "
@@ -97,6 +102,44 @@ def write_results(trace: Trace, facts: Any, outs: Any, args: tuple, kwargs: dict
             refresh(t, sig)
         results.append(t)
     return results[0] if single and results else tuple(results) if results else None
+
+
+def resized(trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dict) -> Any:
+    """The results of an op for which PyTorch resizes what is passed as ``out=``, where the
+    function has made that and nothing else shows it: it becomes what the op returns. None if that
+    is not so."""
+    names, twin = [Facts(op).names[i] for i in Facts(op).writes], twin_of(op)
+    if twin is None or not all(n in kwargs for n in names):
+        return None
+    to, sigs = [kwargs[n] for n in names], outs if isinstance(outs, tuple) else (outs,)
+    if all(t.shape == sig.shape for t, sig in zip(to, sigs, strict=True)):
+        return None
+    record, read = trace.records.pop(), {*map(id, leaves(args))}
+    if not all(id(t) not in read and is_alone(trace, t) for t in to):
+        trace.records.append(record)
+        return None
+    with trace:
+        made = twin(*args, **{k: x for k, x in kwargs.items() if k not in names})
+        for t, sig, new in zip(
+            to, sigs, made if isinstance(made, tuple | list) else (made,), strict=True
+        ):
+            laid = new.new_empty_strided(sig.shape, sig.stride, dtype=sig.dtype)
+            laid.copy_(new)
+            t.ref = laid.ref
+            refresh(t, laid.sig)
+    return tuple(to) if isinstance(outs, tuple) else to[0]
+
+
+def is_alone(trace: Trace, t: Tensor) -> bool:
+    """Whether a tensor was made in this recording, of no other's memory, without a gradient, and
+    no other shows its memory."""
+    if t.__class__ is not Traced or t.tracer is not trace or t.requires_grad:
+        return False
+    return (
+        t.ref >= len(trace.inputs)
+        and trace.root(t.ref) == t.ref
+        and t.ref not in trace.roots().of.values()
+    )
 
 
 def check_reshaped(trace: Trace, op: OpOverload, t: Tensor, new: Sig) -> None:

@@ -128,7 +128,7 @@ class Trace(Answering, TorchDispatchMode):
             if facts.reshapes:
                 self.reshapes = True
                 check_reshaped(self, func, args[0], outs)
-            return write_results(self, facts, outs, args, kwargs)
+            return write_results(self, func, outs, args, kwargs)
         elif facts.strided:
             self.strided = True
         results = self.wrap(outs, facts)

@@ -155,6 +155,12 @@ def test_errors_of_the_function_itself_pass():
 OUTSIDE = torch.ones(3)
 
 
+def shown_by_another(out, x):
+    first = out[:1]
+    torch.sin(x, out=out)
+    return first
+
+
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize(
     "f",
@@ -162,7 +168,8 @@ OUTSIDE = torch.ones(3)
         lambda x: torch.sin(x.sum(), out=x.view_as(x)),
         lambda x: torch.sin(x.clone(), out=OUTSIDE[:1]),
         lambda x: torch.sin(x, out=OUTSIDE),
-        lambda x: torch.sort(x, out=(torch.empty(0), torch.empty(0, dtype=torch.long)))[0],
+        lambda x: torch.sort(x, out=(torch.empty(0), OUTSIDE.long()[:1]))[0],
+        lambda x: shown_by_another(torch.empty(1), x),
     ],
 )
 def test_out_of_another_shape(f):
