@@ -180,7 +180,7 @@ def dependents(graph: fx.Graph, inputs: Iterable[Node]) -> set[Node]:
     return found
 
 
-def needed(nodes: Sequence[Node], outs: Iterable[Any]) -> set[Any]:
+def needed_for(nodes: Sequence[Node], outs: Iterable[Any]) -> set[Any]:
     """What ``outs``, draws and effects among ``nodes`` depend on, and these."""
     found = set(outs)
     for n in reversed(nodes):
@@ -218,7 +218,7 @@ def cut(
                     residuals[i] = None
     early_wanted.update(residuals)
     free = [n for n in nodes if n not in dependent]
-    wanted = needed(free, early_wanted)
+    wanted = needed_for(free, early_wanted)
     early = [n for n in free if n in wanted]
     order = {n: k for k, n in enumerate(graph.nodes)}
     # an op with several outputs crosses as its items

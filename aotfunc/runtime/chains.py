@@ -20,7 +20,7 @@ from torch.fx import Node
 from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
-from ..graph import Program, needed
+from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, viewed
@@ -279,7 +279,7 @@ class Cut:
         for k in range(max(self.stage.values()) + 1):
             mine = [n for n in self.nodes if self.stage[n] == k]
             outs = [n for n in mine if n in wanted and n not in self.views]
-            reach = needed(mine, outs)
+            reach = needed_for(mine, outs)
             if body := [n for n in mine if n in reach]:
                 reads = [
                     i

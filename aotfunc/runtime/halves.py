@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative
-from ..graph import Program, needed
+from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
@@ -193,7 +193,7 @@ def inputs_read(program: Program, outs: Sequence[Any], count: int) -> list[int]:
     """The positions of those of the first ``count`` inputs that ``outs``, draws or effects depend
     on."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
-    found = needed(calls, outs)
+    found = needed_for(calls, outs)
     return [i for i, p in enumerate(program.placeholders[:count]) if p in found]
 
 

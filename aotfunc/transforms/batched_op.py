@@ -54,7 +54,7 @@ def fragment(walk: Batch, n: Node) -> Make:
             full = list(args)
             if "batched" not in rule.wants:  # the rule wants every tensor batched
                 for i, yes in zip(tensor_args(op), flags, strict=True):
-                    full[i] = with_batch(b, full[i], yes, size)
+                    full[i] = all_with_batch(b, full[i], yes, size)
             full = promoted(b, n, full)
             extras = {
                 "batched": flags,
@@ -122,7 +122,7 @@ def sample_sigs(a: Any) -> Any:
     return a.meta["val"] if isinstance(a, Node) else None
 
 
-def with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
+def all_with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
     """An argument with a batch dimension in each tensor; ``yes`` says which have one."""
 
     def expanded(x: Any, yes: Any) -> Any:
