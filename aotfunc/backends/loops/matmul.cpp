@@ -30,6 +30,25 @@ template <class T> struct Piece {
   bool more;  // is added to c
 };
 
+// The sums of a tile in memory, so many vectors for each row, to c.
+template <class V, class T>
+__attribute__((noinline)) static void put(const Piece<T> &p, const V *done, int64_t width) {
+  for (int64_t i = 0; i < p.rows; i++)
+    for (int64_t j = 0; j < width; j++) {
+      const int64_t n = p.columns - j * aot_lanes<V>;
+      if (n <= 0) break;
+      T *c = p.c + i * p.row + j * aot_lanes<V> * p.column;
+      V s = done[i * width + j];
+      if (p.column == 1) {
+        if (p.more) s += aot_get<V>(c, n);
+        aot_put(c, s, n);
+      } else {
+        for (int64_t l = 0; l < n && l < aot_lanes<V>; l++)
+          c[l * p.column] = p.more ? c[l * p.column] + s[l] : s[l];
+      }
+    }
+}
+
 template <class V, class T, int rows, int width> static void tile(const Piece<T> &p) {
   V sum[rows][width] = {};
   const T *a[rows / 3], *b = p.b;
@@ -51,24 +70,16 @@ template <class V, class T, int rows, int width> static void tile(const Piece<T>
       a[i] += along;
     }
   }
+  const bool usual =
+      p.column == 1 && !p.more && p.rows == rows && p.columns >= width * aot_lanes<V>;
+  V rest[rows][width];
+  T *const to = usual ? p.c : (T *)rest;
+  const int64_t row = usual ? p.row : width * aot_lanes<V>;
   _Pragma("GCC unroll 12")
-  for (int i = 0; i < rows; i++) {
-    if (i >= p.rows) return;
+  for (int i = 0; i < rows; i++)
     _Pragma("GCC unroll 2")
-    for (int j = 0; j < width; j++) {
-      const int64_t n = p.columns - j * aot_lanes<V>;
-      if (n <= 0) continue;
-      T *c = p.c + i * p.row + j * aot_lanes<V> * p.column;
-      V s = sum[i][j];
-      if (p.column == 1) {
-        if (p.more) s += aot_get<V>(c, n);
-        aot_put(c, s, n);
-      } else {
-        for (int64_t l = 0; l < n && l < aot_lanes<V>; l++)
-          c[l * p.column] = p.more ? c[l * p.column] + s[l] : s[l];
-      }
-    }
-  }
+    for (int j = 0; j < width; j++) aot_raw(to + i * row + j * aot_lanes<V>, sum[i][j]);
+  if (!usual) put(p, rest[0], width);
 }
 
 // n lines of floats, each contiguous along k, as a vector for each k, `apart` from each other.
