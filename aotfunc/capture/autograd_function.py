@@ -52,7 +52,8 @@ class End(Step):
         inputs, operands = taken[: d.n_inputs], taken[d.n_inputs :]
         raw = [f.read(r, False) for r in refs[: d.n_outputs]]
         residuals = [f.read(r, True) for r in refs[d.n_outputs : len(refs) - d.n_inputs]]
-        node = f.b.make("call_function", d, (*inputs, *raw, *residuals, *operands), {}, d.vals)
+        vals = tuple([r.meta["val"] for r in raw])  # a write may have laid them out otherwise
+        node = f.b.make("call_function", d, (*inputs, *raw, *residuals, *operands), {}, vals)
         self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
