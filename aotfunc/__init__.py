@@ -17,6 +17,7 @@ with paused_gc():
     from .api.func import jvp as jvp
     from .api.func import linearize as linearize
     from .api.func import vjp as vjp
+    from .api.fwd_and_bwd import fwd_and_bwd as fwd_and_bwd
     from .api.jacobians import hessian as hessian
     from .api.jacobians import jacfwd as jacfwd
     from .api.jacobians import jacrev as jacrev

@@ -20,7 +20,7 @@ from ..errors import ArgumentError
 from ..partition import min_cut_rematerialization_partition
 from ..runtime.aliasing import Changes
 from ..runtime.compiled import Compiled
-from ..runtime.execute import execute
+from ..runtime.execute import as_function
 from ..runtime.graph_module import graph_module
 from ..runtime.halved import Halved, halves_of
 from ..runtime.pipeline import Compiler, Partition
@@ -145,13 +145,8 @@ class Exported(nn.Module):
         self._signatures = [p.meta["val"] for p in self._program.placeholders]
         self._pipeline = Halved(data["name"], backend)
         self._pipeline.halves = {k: restored(p) for k, p in data["halves"].items()}
-        program = self._program
-
-        def run(*tensors: Tensor) -> list[Any]:
-            return list(execute(program, tensors))
-
-        run.__name__ = run.__qualname__ = data["name"]
-        self._run, self._compiled = run, Compiled(run, self._pipeline)
+        self._run = as_function(self._program, data["name"])
+        self._compiled = Compiled(self._run, self._pipeline)
         for name, t in state.items():
             put(self, name, t)
 

@@ -90,6 +90,17 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     return outs[: program.n_outputs]
 
 
+def as_function(program: Program, name: str = "") -> Callable[..., list]:
+    """The program as a Python function of its inputs and closed-over tensors, to be captured
+    again."""
+
+    def run(*tensors: Tensor) -> list:
+        return list(execute(program, tensors))
+
+    run.__name__ = run.__qualname__ = name or program.name
+    return run
+
+
 def ours(program: Program) -> bool:
     """Whether the derivative of a program's results must be taken from us."""
     return program.once(ours, lambda: marked(program) or beyond_autograd(program))

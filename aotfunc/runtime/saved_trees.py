@@ -106,7 +106,9 @@ def same(x: Any, y: Any) -> bool:
 
 
 def shown(x: Any) -> str:
-    return f"a tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+    """A leaf as an error says it."""
+    dtype = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else ""
+    return f"{dtype}{list(x.shape)}" if dtype else repr(x)
 
 
 def told(data: Any) -> str:

@@ -1,0 +1,103 @@
+"""``fwd_and_bwd``: the two halves of a derivative as functions, residuals as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..capture.tree import Arguments, flatten, structure, unflatten
+from ..debug import at, entry, user_line
+from ..errors import ArgumentError, CaptureError
+from ..partition import min_cut_rematerialization_partition
+from ..runtime.compiled import Compiled
+from ..runtime.execute import as_function, contiguous
+from ..runtime.pipeline import Compiler, Partition, Pipeline
+from ..runtime.saved_trees import shown
+from ..transforms.activity import has_derivative
+from ..transforms.fresh import fresh
+from ..transforms.vjp import vjp as vjp_pass
+from .call import Call, chosen_tree, positions
+
+
+@entry
+def fwd_and_bwd(
+    f: Callable,
+    *args: Any,
+    argnums: int | tuple[int, ...] = 0,
+    backend: str | Compiler = "auto",
+    partition_fn: Partition = min_cut_rematerialization_partition,
+    **kwargs: Any,
+) -> tuple[Callable, Callable]:
+    """``(forward, backward)`` of ``f`` for arguments like these, compiled by ``backend``, cut by
+    ``partition_fn``.
+
+    ``forward(*args, **kwargs) -> (output, residuals)`` takes other values of the same trees,
+    shapes, dtypes and Python values; the residuals are a tuple of tensors, to keep, to send or to
+    stack. ``backward(residuals, cotangents)`` maps cotangents of the output, in its tree, to the
+    gradient by argument ``argnums`` (a tuple of them for several). Both may be transformed, and
+    batched residuals go into a batched backward. Raises CaptureError where ``f`` writes to an
+    argument, ArgumentError where a differentiated leaf is no floating tensor, or for arguments and
+    cotangents of other shapes.
+
+    >>> forward, backward = fwd_and_bwd(lambda x: torch.sin(x), torch.zeros(2))
+    >>> y, residuals = forward(torch.zeros(2))
+    >>> backward(residuals, torch.ones(2))
+    tensor([1., 1.])
+    """
+    arguments = Arguments(args, kwargs, f)
+    call = Call("fwd_and_bwd", f, arguments, positions("fwd_and_bwd", arguments, argnums), False)
+    call.check_tensors()
+    if call.program.mutated:
+        raise CaptureError(
+            f"fwd_and_bwd: the function writes to an argument, or to what it closes over"
+            f"{at(user_line())}; return the new value instead"
+        )
+    program, count = fresh(call.program, call.aliases), call.program.n_outputs
+    live = [has_derivative(val) for val in program.vals]
+    pipeline = Pipeline("fwd_and_bwd", backend, partition=partition_fn)
+    joint = vjp_pass(program.flat(), call.wrt, live, fill=True)
+    early, late = (half.program for half in pipeline.split(joint, count))
+    run_early, run_late = (Compiled(as_function(half), pipeline) for half in (early, late))
+    closed, spec, results = call.rec.closed_over, call.spec, program.vals
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Any, tuple]:
+        given = Arguments(args, kwargs, f)
+        if given.key != arguments.key:
+            raise ArgumentError(
+                f"forward: the arguments are {structure((args, kwargs))}, and were "
+                f"{structure(arguments.rebuilt(arguments.leaves))}{at(user_line())}"
+            )
+        tensors = []
+        for k, (x, known) in enumerate(zip(given.leaves, arguments.leaves, strict=True)):
+            if not isinstance(known, Tensor):
+                fits = not isinstance(x, Tensor) and (x is known or x == known)
+            elif fits := alike(x, known):
+                tensors.append(x)
+            if not fits:
+                raise ArgumentError(
+                    f"forward: {given.said(k)} is {shown(x)}, and was {shown(known)}"
+                    f"{at(user_line())}"
+                )
+        outs = run_early(*tensors, *closed)
+        return unflatten(outs[:count], spec), tuple(outs[count:])
+
+    def backward(residuals: Sequence[Any], cotangents: Any) -> Any:
+        leaves, given = flatten(cotangents)
+        if given != spec or not all(map(alike, leaves, results)):
+            raise ArgumentError(
+                f"backward: the cotangents are {structure(cotangents)}, and the output is a tree of "
+                f"{results}{at(user_line())}"
+            )
+        cts = [contiguous(c) for c, yes in zip(leaves, live, strict=True) if yes]
+        grads = run_late(*residuals, *cts)
+        return chosen_tree(arguments, argnums, grads)
+
+    return forward, backward
+
+
+def alike(x: Any, known: Any) -> bool:
+    """Whether a tensor has the shape, dtype and device of another, or of a signature."""
+    facts = (tuple(known.shape), known.dtype, known.device)
+    return isinstance(x, Tensor) and (tuple(x.shape), x.dtype, x.device) == facts
