@@ -241,10 +241,18 @@ def kept_alive(n: Node) -> bool:
     return draws(n) or acts(n)
 
 
+#: libraries whose functional-looking ops talk to other processes: none may be left out, doubled or
+#: moved past another, as all processes have to call the same ones in the same order
+COLLECTIVE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+
+
 def acts(n: Node) -> bool:
-    """Whether a node calls an op that writes to an argument, or returns nothing."""
+    """Whether a node calls an op that writes to an argument, returns nothing, or talks to other
+    processes."""
     op = n.target
-    return isinstance(op, OpOverload) and (op._schema.is_mutable or not op._schema.returns)
+    return isinstance(op, OpOverload) and (
+        op._schema.is_mutable or not op._schema.returns or op.namespace in COLLECTIVE
+    )
 
 
 def draws(n: Node) -> bool:

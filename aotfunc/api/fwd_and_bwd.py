@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from ..capture.tree import Arguments, flatten, structure, unflatten
-from ..debug import at, entry, user_line
+from ..debug import at, user_line
 from ..errors import ArgumentError, CaptureError
 from ..partition import min_cut_rematerialization_partition
 from ..runtime.compiled import Compiled
 from ..runtime.execute import as_function, contiguous
 from ..runtime.pipeline import Compiler, Partition, Pipeline
 from ..runtime.saved_trees import shown
+from ..trace.entering import entry
 from ..transforms.activity import has_derivative
 from ..transforms.fresh import fresh
 from ..transforms.vjp import vjp as vjp_pass

@@ -18,9 +18,6 @@ from ..trace.shapes.sig import Facts
 
 #: libraries whose functional ops compute the same from the same inputs, unless tagged as random
 TRUSTED = frozenset({"aten", "prims", "prim", "aotfunc"})
-#: libraries whose functional-looking ops talk to other processes: never moved out of the forward,
-#: never doubled
-COLLECTIVE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 #: ops that return a view without saying so in the schema
 SILENT_VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.lift_fresh.default)
 
@@ -53,7 +50,7 @@ def has_effect(n: Node) -> bool:
     if n.op != "call_function":
         return n.op in ("call_method", "call_module")
     told = n.meta.get("effect") or getattr(n.target, "effect", False)
-    return acts(n) or getattr(n.target, "namespace", "") in COLLECTIVE or bool(told)
+    return acts(n) or bool(told)
 
 
 def writes(n: Node) -> bool:

@@ -37,6 +37,9 @@ def learn(
             f"nested tensors are not captured{at(user_line())}: pad them, and use a "
             "mask where it matters"
         )
+    if func._schema.name == "_c10d_functional::_wrap_tensor_autograd":
+        # a tensor that waits when it is first read: a graph waits where it is made
+        func = torch.ops._c10d_functional.wait_tensor.default
     slots = itertools.count()
 
     def template(a: Any) -> Any:

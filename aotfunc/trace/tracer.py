@@ -46,7 +46,7 @@ class Trace(Answering, TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if func.__class__ is not OpOverload:
-            raise on_functions(func.__name__)
+            return of_objects(func, args)
         if self.autograd.made:
             self.autograd.adopt_leaves()
         call = func._op  # hashes in C, which an overload does not
@@ -253,6 +253,22 @@ class Trace(Answering, TorchDispatchMode):
         """Record an op that the recording answers itself; its results."""
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         return self.wrap(instr.outs, instr.facts)
+
+
+def of_objects(func: Any, args: tuple) -> Any:
+    """What an operator returns that takes more than tensors and plain values: the end of a named
+    range of the profiler's, which is over with the capture. Others are refused."""
+    space = getattr(func, "namespace", None)
+    if space == "profiler":
+        return func(*args)
+    if space == "c10d":
+        name = func._schema.name.removeprefix("c10d::").rstrip("_")
+        raise CaptureError(
+            f"torch.distributed's {name} writes into its argument while other processes wait"
+            f"{at(debug.user_line())}, which is not captured: call the function of its kind in "
+            "torch.distributed._functional_collectives, which returns a tensor and has a derivative"
+        )
+    raise on_functions(func.__name__)
 
 
 def on_functions(name: str) -> CaptureError:

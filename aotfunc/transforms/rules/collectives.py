@@ -1,0 +1,75 @@
+"""What tensors that processes exchange mean: the functional collectives of torch.distributed.
+
+Each process differentiates the sum of what all processes compute, as every one runs the same
+program: the cotangents of a value that went to all come back from all. (The formulas are those of
+transposition: a sum over processes is its own transpose, gathering and scattering are each
+other's.)
+
+Collectives count in pieces of dimension 0, so a batch goes to dimension 1 meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from .table import linear
+
+space, differentiable = torch.ops._c10d_functional, torch.ops._c10d_functional_autograd
+
+
+def done(x: Tensor) -> Tensor:
+    return space.wait_tensor(x)
+
+
+def mean_or_sum(how: str, name: str) -> None:
+    if how not in ("sum", "avg"):
+        raise NotImplementedError(
+            f"{name} by {how!r} over the processes has no derivative here, only by 'sum' and 'avg'"
+        )
+
+
+def reduced(x: Tensor, how: str, group: Any) -> Tensor:
+    mean_or_sum(how, "all_reduce")
+    return done(space.all_reduce(x.contiguous(), how, group))
+
+
+def gathered(g: Tensor, x: Tensor, how: str, size: int, group: Any) -> Tensor:
+    mean_or_sum(how, "reduce_scatter")
+    all_of_it = done(space.all_gather_into_tensor(g.contiguous(), size, group))
+    return all_of_it / size if how == "avg" else all_of_it
+
+
+def scattered(g: Tensor, x: Tensor, size: int, group: Any) -> Tensor:
+    return done(space.reduce_scatter_tensor(g.contiguous(), "sum", size, group))
+
+
+def sent_back(g: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> Tensor:
+    return done(space.all_to_all_single(g.contiguous(), sent, received, group))
+
+
+def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
+    """The sum over all processes, where the value came from; all of them take part."""
+    mine = distributed_c10d._resolve_process_group(group).rank() == source
+    here = torch.full((), mine, dtype=torch.bool, device=g.device)
+    return torch.where(here, reduced(g, "sum", group), 0)  # read by all: else some would not call
+
+
+def beside_pieces(op: Any) -> Callable:
+    """The vmap rule of an op that cuts dimension 0 into pieces."""
+    return lambda x, *args: op(x.movedim(0, 1).contiguous(), *args).movedim(1, 0)
+
+
+linear(space.all_reduce, lambda g, x, how, group: reduced(g, how, group), batch=space.all_reduce)
+linear(space.wait_tensor, lambda g, x: g, batch=space.wait_tensor)
+linear(space.broadcast, at_source, batch=space.broadcast)
+for names in (space, differentiable):
+    for op, transpose in (
+        (names.all_gather_into_tensor, scattered),
+        (names.reduce_scatter_tensor, gathered),
+        (names.all_to_all_single, sent_back),
+    ):
+        linear(op, transpose, batch=beside_pieces(op))
