@@ -25,7 +25,7 @@ from ..capture.tree import Arguments
 from ..debug import at, outside_dynamo, user_line
 from ..errors import ArgumentError, CaptureError
 from ..graph import weight
-from ..trace.entering import entry, without_function_modes
+from ..trace.entering import entry, modes_are_on, without_function_modes
 from ..trace.kinds import check_kind
 from ..trace.memory import whereabouts
 from ..trace.modes import OTHERS, function_modes_key
@@ -131,9 +131,8 @@ class Compiled:
 
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return without_function_modes(self.called, args, kwargs)
-
-    def called(self, args: tuple, kwargs: dict) -> Any:
+        if modes_are_on():
+            return without_function_modes(self, *args, **kwargs)
         if self._repeated is not None:
             result = self._repeated(args, kwargs)
             if result is not OTHER:

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..debug import _OURS, _TORCH, FULL, outside_dynamo
 
-_modes_are_on = torch._C._is_torch_function_mode_enabled
+modes_are_on = torch._C._is_torch_function_mode_enabled
 _state, _set_state = torch._C._get_torch_function_state, torch._C._set_torch_function_state
 _OFF = torch._C._TorchFunctionState.ALL_DISABLED
 
@@ -56,7 +56,7 @@ def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
 
 def without_function_modes(f: Callable, *args: Any, **kwargs: Any) -> Any:
     """``f(*args, **kwargs)`` with them set aside."""
-    if not _modes_are_on():
+    if not modes_are_on():
         return f(*args, **kwargs)
     outer, _aside.state = _aside.state, _state()
     try:

@@ -49,9 +49,10 @@ def is_place(x: Tensor) -> bool:
 def places_in(index: Any) -> list[int]:
     """Where an index of numbers and slices has places."""
     parts = index if isinstance(index, tuple) else (index,)
-    found = [i for i, p in enumerate(parts) if isinstance(p, Tensor) and is_place(p)]
-    if not found:
-        return found
+    tensors = [i for i, p in enumerate(parts) if isinstance(p, Tensor)]
+    if not tensors:  # most have none
+        return tensors
+    found = [i for i in tensors if is_place(parts[i])]
     others = [p for i, p in enumerate(parts) if i not in found]
     return found if all(p is None or p is ... or type(p) in (int, slice) for p in others) else []
 

@@ -90,8 +90,7 @@ def validated(asking: FrameType) -> str | None:
 
 
 def _select(trace: Trace, x: Tensor, dim: int, index: int) -> Any:
-    if trace.place is None:
-        return NotImplemented
+    assert trace.place is not None
     place, spot, error = trace.place
     trace.place = None
     if spot != subscript(sys._getframe(2)):
@@ -102,9 +101,8 @@ def _select(trace: Trace, x: Tensor, dim: int, index: int) -> Any:
 
 
 def _slice(trace: Trace, *_: Any, **__: Any) -> Any:
-    if trace.place is not None:
-        raise trace.place[2]
-    return NotImplemented
+    assert trace.place is not None
+    raise trace.place[2]
 
 
 def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
@@ -214,8 +212,6 @@ def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
 _ANSWERS: dict[OpOverload, Callable] = {
     **{op: partial(_laid, op) for op in READ_AS_LAID},
     aten._local_scalar_dense.default: _scalar,
-    aten.select.int: _select,
-    aten.slice.Tensor: _slice,
     aten.equal.default: _equal,
     aten.lift_fresh.default: _lift_fresh,
     aten._conj.default: _conj,
@@ -231,3 +227,5 @@ _ANSWERS: dict[OpOverload, Callable] = {
 }
 #: by what the overloads call, which hashes in C
 SPECIAL: dict[Any, Callable] = {op._op: answer for op, answer in _ANSWERS.items()}
+#: where an index was asked for its number
+AT_A_PLACE = {**SPECIAL, aten.select.int._op: _select, aten.slice.Tensor._op: _slice}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import debug
 from ..debug import at
-from ..errors import CaptureError
+from ..errors import CaptureError, OpError
 from .modes import without_modes
 from .shapes.sig import Sig
 
@@ -165,6 +165,15 @@ class Traced(Tensor):
             f"tensors have no attribute {name!r}: those of a subclass are plain tensors inside a "
             "captured function"
         )
+
+    def __len__(self) -> int:
+        if not self.sig.shape:
+            raise OpError.like(
+                TypeError(),
+                f"len() of a 0-d tensor{at(debug.user_line())}; torch.DoubleTensor and its like "
+                "take no traced numbers: use torch.tensor([...], dtype=torch.float64)",
+            )
+        return self.sig.shape[0]
 
     def __index__(self) -> int:  # in a frame of its own, see places.subscript
         return Tensor.__index__(self)

@@ -28,7 +28,7 @@ from .replay import Answering
 from .scalars import FIRST, NUMBER, TAKES_NUMBER, beside_tensor, generic
 from .shapes.instr import SIMPLE, Instr, encode, env_key, intern, interned
 from .shapes.sig import Sig, Slot
-from .special import SPECIAL
+from .special import AT_A_PLACE, SPECIAL
 from .traced import Traced
 
 _grad_enabled = torch.is_grad_enabled
@@ -54,7 +54,7 @@ class Trace(Answering, TorchDispatchMode):
         followed = None
         if self.following is not None:
             args, kwargs, followed = self._followed(args, kwargs, lifts)
-        special = SPECIAL.get(call)
+        special = (SPECIAL if self.place is None else AT_A_PLACE).get(call)
         if special is not None:
             body = self.opened.get(func)
             done = (

@@ -79,3 +79,21 @@ def test_a_dtype_that_would_lose_the_number(dtype, call):
         f(torch.ones(2))
     with pytest.raises(TypeError, match="does not become"):
         CALLS[call](f, torch.ones(2))
+
+
+@pytest.mark.parametrize("make", [torch.DoubleTensor, torch.LongTensor])
+def test_constructors_of_a_type_name_the_way_out(make):
+    with pytest.raises(TypeError, match=r"test_constructors.py:\d+.*use torch.tensor"):
+        jit(lambda x: make([x[0], x[1]]), backend="eager")(torch.ones(2))
+
+
+def test_lengths():
+    def f(x):
+        assert len(x) == 2 and [len(row) for row in x] == [3, 3]
+        with pytest.raises(TypeError, match="of a 0-d tensor"):
+            len(x.sum())
+        return x * 2
+
+    x = torch.ones(2, 3)
+    for compiled in (f, jit(f, backend="eager"), functionalize(f), make_fx(f)(x)):
+        assert torch.equal(compiled(x), x * 2)
