@@ -119,7 +119,7 @@ def capture(
 
 
 def refusal_of(error: RuntimeError) -> CaptureError | None:
-    """Our words for what PyTorch raises where it meets a traced value; None for any other error."""
+    """Our words for what PyTorch raises of a traced value; None for any other error."""
     line = at(line_of_error(error))
     if type(error).__module__ == "torch._dynamo.exc":
         if (operator := called_by(error)) is not None:

@@ -182,9 +182,9 @@ class Gradients:
         return cls(backward, tuple(places), tuple(wanted))
 
     def __call__(self, ctx: Any, *cts: Any) -> list:
-        body, last = self.backward, False
-        if getattr(body, "__wrapped__", None) is not None and body.__code__ is _ONCE:  # type: ignore[attr-defined]
-            body, last = body.__wrapped__, True  # type: ignore[attr-defined]
+        body: Any = self.backward
+        last = hasattr(body, "__wrapped__") and body.__code__ is _ONCE
+        body = body.__wrapped__ if last else body
         with torch._C._DisableAutocast():
             grads = dict(enumerate(listed(body(ctx, *cts))))
         pairs = zip(self.places, self.wanted, strict=True)
