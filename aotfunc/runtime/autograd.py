@@ -152,9 +152,7 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
         for i, o in zip(mine, new, strict=True):
             # autograd calls the hooks of all results of a node, those that no gradient reaches
             # with None
-            results[i] = (
-                aten.lift.default(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
-            )
+            results[i] = lifted(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
     return results, read_late
 
 
@@ -222,6 +220,24 @@ class CompiledFunction(torch.autograd.Function):
         return *[None] * 7, *grads
 
 
+def lifted(o: Tensor) -> Tensor:
+    """The tensor behind one more node, and no view; PyTorch's op for it has no derivative of
+    complex numbers."""
+    return lift(o) if o.is_complex() else aten.lift.default(o)
+
+
+class Lift(torch.autograd.Function):
+    """See :func:`lifted`."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.empty(0, dtype=o.dtype, device=o.device).set_(o)  # type: ignore[call-overload]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
 def unchanged(ctx: Any) -> list[Tensor]:
     """The inputs, as autograd would have saved them."""
     for t, before in zip(ctx.inputs, ctx.versions, strict=True):
@@ -236,3 +252,4 @@ def unchanged(ctx: Any) -> list[Tensor]:
 
 #: ``CompiledFunction.apply`` that does not look for torch.func's wrappers: there are none here
 apply = super(torch.autograd.Function, CompiledFunction).apply
+lift = super(torch.autograd.Function, Lift).apply

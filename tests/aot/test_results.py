@@ -220,3 +220,26 @@ def test_batched_and_dual_values_go_past_compiled_code(wrap, monkeypatch):
             forward_ad.unpack_dual(h(forward_ad.make_dual(x, torch.ones(4)))) for h in (g, f)
         )
     assert_same(tuple(got), tuple(want))
+
+
+@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")])
+def test_several_complex_results(way):
+    """One node of autograd gives each of them a node of its own."""
+
+    def f(z):
+        return z * z, z.exp() * 2, (z * 3).real.sin()
+
+    def run(C):
+        z, calls = torch.tensor([1 + 2j, 3 - 1j], requires_grad=True), []
+        a, b, c = C(f)(z)
+        a.register_hook(lambda g: calls.append("a"))
+        b.register_hook(lambda g: g * 2)
+        b.mul_(1j)
+        assert not (a._is_view() or b._is_view() or calls)
+        (g,) = torch.autograd.grad(b.real.sum() + c.sum(), z, create_graph=True)
+        (h,) = torch.autograd.grad(g.abs().sum(), z)
+        return a.detach(), b.detach(), c.detach(), g.detach(), h, calls
+
+    got, want = run(way), run(lambda f: f)
+    assert got[-1] == want[-1]
+    assert_same(got[:-1], want[:-1], rtol=1e-5, atol=1e-5)
