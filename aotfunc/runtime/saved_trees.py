@@ -1,7 +1,7 @@
 """Trees of tensors and plain values as plain data for a file, and back.
 
 The classes of instances may be missing where the file is read: mappings become dictionaries, and
-instances namespaces."""
+other instances namespaces."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ class Places:
         return self.index[id(t)]
 
 
+class Record(dict):
+    """A dictionary whose items are attributes, too, in the place of an instance that was both."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 def pattern(x: Any, where: str, places: Places) -> Any:
     """A tree of tensors and plain values as data: where each tensor stands."""
     if isinstance(x, Tensor):
@@ -40,7 +49,7 @@ def pattern(x: Any, where: str, places: Places) -> Any:
         return {"size": list(x)}
     if isinstance(x, Mapping):
         pairs = [[plain(k, {}), pattern(v, f"{where}[{k!r}]", places)] for k, v in x.items()]
-        return {"dict": pairs}
+        return {"record" if is_data(x) else "dict": pairs}
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         parts = [pattern(v, f"{where}.{k}", places) for k, v in zip(x._fields, x, strict=True)]
         return {"named": [type(x).__name__, list(x._fields), parts]}
@@ -64,8 +73,9 @@ def made(data: Any, tensors: Sequence[Tensor]) -> Any:
     ((kind, of),) = data.items()
     if kind == "place":
         return tensors[of]
-    if kind == "dict":
-        return {value(k, ()): made(v, tensors) for k, v in of}
+    if kind in ("dict", "record"):
+        items = {value(k, ()): made(v, tensors) for k, v in of}
+        return items if kind == "dict" else Record(items)
     if kind == "named":
         name, fields, parts = of
         return namedtuple(name, fields)(*[made(p, tensors) for p in parts])  # type: ignore[misc]
@@ -84,7 +94,7 @@ def take(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) ->
     children: list[tuple[Any, Any, str]] = []
     if kind == "place" and isinstance(x, Tensor):
         found[of] = (where, x)
-    elif kind == "dict" and isinstance(x, Mapping) and {*x} == {k for k, _ in of}:
+    elif kind in ("dict", "record") and isinstance(x, Mapping) and {*x} == {k for k, _ in of}:
         children = [(v, x[k], f"{where}[{k!r}]") for k, v in of]
     elif kind in ("tuple", "list", "named") and isinstance(x, tuple | list):
         parts = of[2] if kind == "named" else of
@@ -118,6 +128,6 @@ def told(data: Any) -> str:
         return "a tensor"
     if kind == "is":
         return repr(value(of, ()))
-    if kind == "dict":
+    if kind in ("dict", "record"):
         return f"a dictionary with the keys {[k for k, _ in of]}"
     return f"a {kind} of {len(of[1] if kind in ('named', 'instance') else of)}"

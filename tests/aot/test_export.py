@@ -128,6 +128,17 @@ class Output(OrderedDict):
     pass
 
 
+@dataclasses.dataclass
+class Both(OrderedDict):
+    """A dictionary with attributes, as models of transformers return them."""
+
+    loss: torch.Tensor
+    state: torch.Tensor
+
+    def __post_init__(self):
+        self.update(loss=self.loss, state=self.state)
+
+
 def test_trees(saved):
     def f(batch, pair, many, *, by, flag=True):
         y = batch.x * batch.scale + pair.a
@@ -150,6 +161,13 @@ def test_trees(saved):
     names = types.SimpleNamespace(x=x, scale=0.5)
     swapped = found(names, pair=args[1], many={"j": None, "k": [x, 4]}, by=2)
     assert_same(swapped[0], plain)
+
+
+def test_an_instance_that_is_a_dictionary(saved):
+    x = torch.randn(3)
+    found = saved(lambda x: Both(x.sum(), x * 2), x)(x)
+    assert found.keys() == {"loss", "state"} and not hasattr(found, "other")
+    assert_same([found.loss, found["state"]], [x.sum(), x * 2])
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from .table import linear
 
-space, differentiable = torch.ops._c10d_functional, torch.ops._c10d_functional_autograd
+space = torch.ops._c10d_functional
 
 
 def done(x: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ def sent_back(g: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> Ten
 
 def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
     """The sum over all processes, where the value came from; all of them take part."""
-    mine = distributed_c10d._resolve_process_group(group).rank() == source
+    mine = torch.distributed.distributed_c10d._resolve_process_group(group).rank() == source
     here = torch.full((), mine, dtype=torch.bool, device=g.device)
     return torch.where(here, reduced(g, "sum", group), 0)  # read by all: else some would not call
 
@@ -63,13 +62,14 @@ def beside_pieces(op: Any) -> Callable:
     return lambda x, *args: op(x.movedim(0, 1).contiguous(), *args).movedim(1, 0)
 
 
-linear(space.all_reduce, lambda g, x, how, group: reduced(g, how, group), batch=space.all_reduce)
-linear(space.wait_tensor, lambda g, x: g, batch=space.wait_tensor)
-linear(space.broadcast, at_source, batch=space.broadcast)
-for names in (space, differentiable):
-    for op, transpose in (
-        (names.all_gather_into_tensor, scattered),
-        (names.reduce_scatter_tensor, gathered),
-        (names.all_to_all_single, sent_back),
-    ):
-        linear(op, transpose, batch=beside_pieces(op))
+if torch.distributed.is_available():
+    linear(space.all_reduce, lambda g, x, *how: reduced(g, *how), batch=space.all_reduce)
+    linear(space.wait_tensor, lambda g, x: g, batch=space.wait_tensor)
+    linear(space.broadcast, at_source, batch=space.broadcast)
+    for names in (space, torch.ops._c10d_functional_autograd):
+        for op, transpose in (
+            (names.all_gather_into_tensor, scattered),
+            (names.reduce_scatter_tensor, gathered),
+            (names.all_to_all_single, sent_back),
+        ):
+            linear(op, transpose, batch=beside_pieces(op))
