@@ -49,7 +49,8 @@ def pattern(x: Any, where: str, places: Places) -> Any:
         return {"size": list(x)}
     if isinstance(x, Mapping):
         pairs = [[plain(k, {}), pattern(v, f"{where}[{k!r}]", places)] for k, v in x.items()]
-        return {"record" if is_data(x) else "dict": pairs}
+        attributes = [isinstance(k, str) and getattr(x, k, None) is v for k, v in x.items()]
+        return {"record" if attributes and all(attributes) else "dict": pairs}
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         parts = [pattern(v, f"{where}.{k}", places) for k, v in zip(x._fields, x, strict=True)]
         return {"named": [type(x).__name__, list(x._fields), parts]}
