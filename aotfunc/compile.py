@@ -1,10 +1,9 @@
 """The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to
 look inside.
 
-Some mean nothing here, and say so when they are called: the TorchScript and TensorExpr compilers,
-``get_aot_compilation_context`` with its relatives (a compiler sees all it needs in the graph
-module that it is given), ``pythonkey_decompose`` (``make_fx`` takes a decomposition table), and
-the minifier."""
+Some mean nothing here, and say so when they are called: the TensorExpr compiler,
+``get_aot_compilation_context`` (a compiler sees all it needs in the graph module that it is given)
+and ``pythonkey_decompose`` (``make_fx`` takes a decomposition table)."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .api.jit import aot_function as aot_function
@@ -20,13 +20,16 @@ from .api.jit import aot_module as aot_module
 from .api.jit import jit as jit
 from .backends import lookup
 from .backends import register as register
+from .backends.minify import minifier as minifier
 from .debug import at
 from .errors import BackendError, CaptureError
+from .graph import output_node
 from .partition import default_partition as default_partition
 from .partition import min_cut_rematerialization_partition as min_cut_rematerialization_partition
 from .runtime.anomaly import has_nan
 from .runtime.compiled import EVERY
 from .runtime.compiled import Compiled as Compiled
+from .runtime.pipeline import naming
 
 compiled_function = aot_function
 compiled_module = aot_module
@@ -110,6 +113,39 @@ def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
     return (aot_module if isinstance(fn, nn.Module) else aot_function)(fn, **options)
 
 
+def ts_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
+    """The compiler that hands the graph to TorchScript (``torch.jit.trace``)."""
+    outs = output_node(fx_g.graph).args[0]
+    there = [i for i, o in enumerate(outs) if isinstance(o, fx.Node)]
+    if not there:
+        return fx_g
+    script = torch.jit.trace(
+        lambda *args: tuple([fx_g(*args)[i] for i in there]),
+        tuple(example_inputs),
+        check_trace=False,
+    )
+
+    def run(*args: Tensor) -> list:
+        found = list(outs)  # literals stand for themselves
+        for i, value in zip(there, script(*args), strict=True):
+            found[i] = value
+        return found
+
+    return run
+
+
+def get_aot_graph_name() -> str:
+    """What the graph is called that a compiler is being given in this thread: the function, the
+    half, and how manieth it is of this thread's: ``jit_forward_0``. Raises BackendError where none
+    is."""
+    if not naming.names:
+        raise BackendError("get_aot_graph_name: no graph is being compiled in this thread")
+    return naming.names[-1]
+
+
+get_graph_being_compiled = get_aot_graph_name
+
+
 # ----- pictures ----------------------------------------------------------------------------------
 
 
@@ -176,17 +212,11 @@ def meaningless(name: str, instead: str) -> Callable:
     return function
 
 
-ts_compile = meaningless("ts_compile", "TorchScript is no backend; use backend='inductor'")
 nnc_jit = meaningless("nnc_jit", "TensorExpr is no backend; use backend='inductor'")
 get_aot_compilation_context = meaningless(
     "get_aot_compilation_context", "a compiler is given the graph module"
 )
-get_aot_graph_name = meaningless("get_aot_graph_name", "a compiler is given the graph module")
-get_graph_being_compiled = meaningless(
-    "get_graph_being_compiled", "a compiler is given the graph module"
-)
 pythonkey_decompose = meaningless("pythonkey_decompose", "pass decomposition_table to make_fx")
-minifier = meaningless("minifier", "debug_compile names the first node that is wrong")
 
 #: no options: policies are passed as values
 config: dict[str, Any] = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,7 +87,8 @@ class Pipeline:
         program = self.opened(program)
         if self.reassociates(program, backend):
             program = reassociated(lowered(program, EVERYTHING))
-        fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")
+        with naming(f"{self.name}_{half}"):
+            fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
@@ -135,6 +138,26 @@ class Pipeline:
             CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),
         )
+
+
+class Naming(threading.local):
+    """What the graphs are called that this thread is compiling, the innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.count = 0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.names.append(f"{name}_{self.count}")
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.names.pop()
+
+
+naming = Naming()
 
 
 class Declining(dict):
