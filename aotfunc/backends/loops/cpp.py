@@ -119,7 +119,10 @@ class Printer(Values):
             self.say(f"for (int64_t i = 0; i < s{s.access}_size; i++) p{s.access}[i] = 0;")
         every = range(self.kernel.outer)
         axes = [k for k in every if self.split or k != self.vector]
-        self.say(f"end = {' * '.join([f'n{k}' for k in axes]) or 1};")
+        rows = " * ".join([f"n{k}" for k in axes]) or "1"
+        self.say(
+            f"end = ({rows} + {ROWS - 1}) / {ROWS};" if self.kernel.blocks else f"end = {rows};"
+        )
 
     def block(self) -> None:
         """A block of rows, and where its sums lie."""
