@@ -262,6 +262,9 @@ PROGRAMS: dict[str, Callable] = {
     "`torch.jit.trace` of a compiled function": lambda compiler: torch.jit.trace(
         compiler(lambda x: x * 2), (torch.ones(3),)
     ),
+    "a lazy module that was never called": lambda compiler: compiler(nn.LazyLinear(3))(
+        torch.ones(3)
+    ),
     "a sparse argument": lambda compiler: compiler(lambda x: x * 2)(torch.eye(3).to_sparse()),
     "a compiler that fails": lambda compiler: jit(
         lambda x: x * 2, backend=lambda gm, inputs: 1 / 0

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import Distribution
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._pytree import TreeSpec
 
 from ...capture.instances import flatten_tree, without_class
+from ...debug import at, user_line
+from ...errors import CaptureError
 from ...trace.kinds import check_kind
 from ...trace.modes import Surroundings, function_modes_key
 from ...trace.traced import attributes
@@ -106,6 +109,11 @@ def tensor_facts(t: Tensor) -> TensorFacts:
     if sig is not None:
         return TensorFacts(
             t.__class__, t.requires_grad, sig.dtype, sig.shape, sig.device, sig.stride, 0
+        )
+    if isinstance(t, UninitializedTensorMixin):
+        raise CaptureError(
+            f"a lazy module has a parameter or buffer without a shape{at(user_line())}; call the "
+            "module once before it is compiled"
         )
     if t.is_nested:  # it has no shape, and is refused where it is used
         return TensorFacts(t.__class__, t.requires_grad, t.dtype, (), t.device, None, 0)
