@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec
 from ...capture.instances import flatten_tree, without_class
 from ...debug import at, user_line
 from ...errors import CaptureError
+from ...trace.following import with_values
 from ...trace.kinds import check_kind
 from ...trace.modes import Surroundings, function_modes_key
 from ...trace.traced import attributes
@@ -77,7 +78,7 @@ def bits(x: Any) -> Any:
     if isinstance(x, np.generic):
         return x.tobytes() if x.dtype.kind != "O" else id(x)
     if isinstance(x, float):
-        return float.hex(x)
+        return float.hex(with_values(x))  # during a capture it may be one that is followed
     return complex.__repr__(x) if isinstance(x, complex) else x
 
 
