@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..capture.capture import argument_names, capture, parameter_names
 from ..capture.tree import Arguments
 from ..debug import at, user_line
-from ..errors import ArgumentError
+from ..errors import AotfuncError, ArgumentError, GraphError
 from ..partition import min_cut_rematerialization_partition
 from ..runtime.aliasing import Changes
 from ..runtime.compiled import Compiled
@@ -26,6 +26,7 @@ from ..runtime.halved import Halved, halves_of
 from ..runtime.pipeline import Compiler, Partition
 from ..runtime.saved import described, restored
 from ..runtime.saved_trees import Places, made, pattern, take
+from ..trace.memory import places_of
 from ..transforms.fresh import fresh
 from .jit import CompiledModule
 
@@ -59,7 +60,11 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
     arguments.leaves = [copied(x) if isinstance(x, Tensor) else x for x in arguments.leaves]
     inputs = [x for x in arguments.leaves if isinstance(x, Tensor)]
     given, keywords = arguments.rebuilt(arguments.leaves)
-    names, results = argument_names(f, len(args)), Places([])
+    names = [  # a keyword may have the name of a positional argument
+        f"{n} (argument {i})" if n in keywords else n
+        for i, n in enumerate(argument_names(f, len(args)))
+    ]
+    results = Places([])
 
     def flat(*args: Any, **kwargs: Any) -> list[Tensor]:
         results.tree = pattern(f(*args, **kwargs), "the result", results)
@@ -94,6 +99,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
         "results": results.tree,
         "program": described(fresh(rec.program(), rec.aliases)),
         "state": used,
+        "not persistent": not_persistent(f),
         "differentiated": [x.requires_grad for x in inputs],
         "halves": {},
     }
@@ -126,6 +132,12 @@ def state_of(f: Callable, used: Sequence[Tensor]) -> tuple[dict[str, Tensor], li
     return held, [known[id(t)] for t in used]
 
 
+def not_persistent(f: Callable) -> list[str]:
+    """The buffers of a module that its ``state_dict`` leaves out."""
+    modules = f.named_modules(remove_duplicate=False) if isinstance(f, nn.Module) else ()
+    return [f"{at}.{n}".lstrip(".") for at, m in modules for n in m._non_persistent_buffers_set]
+
+
 class Exported(nn.Module):
     """What :func:`export` and :func:`load` return: a captured function that is called as the
     function was, with the tensors that it needs.
@@ -148,11 +160,23 @@ class Exported(nn.Module):
         self._run = as_function(self._program, data["name"])
         self._compiled = Compiled(self._run, self._pipeline)
         for name, t in state.items():
-            put(self, name, t)
+            put(self, name, t, name not in data["not persistent"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outs = self._compiled(*self._inputs(args, kwargs, self))
         return made(self._data["results"], outs)
+
+    def _check(self) -> None:
+        """Raise where arguments, results or tensors are not there in the graph."""
+        data, program = self._data, self._program
+        if not 0 <= data["positional"] <= len(data["arguments"]):
+            raise GraphError(f"load: {data['name']} takes fewer arguments than it names")
+        for tree in data["arguments"].values():
+            made(tree, self._signatures[: program.n_inputs])
+        made(data["results"], program.vals)
+        held = [tensor_at(self, n) for n in data["state"]]
+        if program.n_inputs + len(held) != len(self._signatures):
+            raise GraphError(f"load: the graph of {data['name']} takes other tensors than it has")
 
     def _inputs(self, args: tuple, kwargs: dict[str, Any], state: nn.Module) -> list[Tensor]:
         """The inputs of the program for a call, with the tensors that ``state`` holds."""
@@ -175,11 +199,26 @@ class Exported(nn.Module):
                     raise ArgumentError(
                         f"{where} is {got}, and was exported as {sig} on {sig.device}"
                     )
+            self._check_memory(inputs)
         except ArgumentError as e:
             raise ArgumentError(
                 f"{name}: {e}{at(user_line(2))}; export the function again for these"
             ) from None
         return [t for _, t in inputs]
+
+    def _check_memory(self, inputs: Sequence[tuple[str, Tensor]]) -> None:
+        """Raise ArgumentError where a write to one tensor would be seen through another: what is
+        read after it, the captured program reads from before."""
+        if not self._program.mutated:
+            return
+        groups = [place.group for place in places_of([t for _, t in inputs])]
+        for i in self._program.mutated:
+            for k, (where, _) in enumerate(inputs):
+                if k != i and groups[k] == groups[i]:
+                    raise ArgumentError(
+                        f"{inputs[i][0]}, which is written to, shares memory with {where}, and "
+                        "was exported as one that does not"
+                    )
 
     def _cut(self, partition: Partition) -> None:
         """Cut the joint program, for derivatives by what requires grad now."""
@@ -251,40 +290,50 @@ def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:
     """What :meth:`Exported.save` wrote to a file, to be compiled by ``backend``.
 
     Nothing in the file is run as code, and its tensors are read with ``weights_only``. Raises
-    ArgumentError for a file that is none of ours or of another format, and for an op that is not
-    registered in this process."""
+    ArgumentError for a file that is none of ours, damaged or of another format, and for an op that
+    is not registered in this process; GraphError for a graph that is not legal."""
     try:
         with zipfile.ZipFile(file) as z:
             data, raw = json.loads(z.read("program.json")), z.read("tensors.pt")
     except (zipfile.BadZipFile, KeyError, ValueError) as e:
         raise ArgumentError(f"load: {file} is not a file that export wrote ({e})") from e
-    if data.get("version") != VERSION:
-        raise ArgumentError(
-            f"load: {file} has the format {data.get('version')}, and this version of aotfunc reads "
-            f"{VERSION}: export the function again"
-        )
-    tensors = torch.load(io.BytesIO(raw), weights_only=True)
-    state: dict[str, Tensor] = {}
-    for name, (first, parameter, grad) in data["tensors"].items():
-        t = state.get(first, tensors[first])
-        kind = nn.Parameter(t, grad) if parameter and first == name else t.requires_grad_(grad)
-        state[name] = kind
-    return Exported(data, state, backend)
+    try:
+        if data["version"] != VERSION:
+            raise ArgumentError(
+                f"load: {file} has the format {data['version']}, and this version of aotfunc reads "
+                f"{VERSION}: export the function again"
+            )
+        tensors = torch.load(io.BytesIO(raw), weights_only=True)
+        state: dict[str, Tensor] = {}
+        for name, (first, parameter, grad) in data["tensors"].items():
+            t = state.get(first, tensors[first])
+            kind = nn.Parameter(t, grad) if parameter and first == name else t.requires_grad_(grad)
+            state[name] = kind
+        exported = Exported(data, state, backend)
+        exported._check()
+        return exported
+    except AotfuncError:
+        raise
+    except Exception as e:
+        raise ArgumentError(f"load: {file} cannot be read here ({type(e).__name__}: {e})") from e
 
 
-def put(module: nn.Module, name: str, t: Tensor) -> None:
-    """Let a module hold a tensor under a name with dots."""
+def put(module: nn.Module, name: str, t: Tensor, persistent: bool = True) -> None:
+    """Let a module hold a tensor under a name with dots, which may be that of a method, too."""
     *path, last = name.split(".")
     for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
+        module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
     if isinstance(t, nn.Parameter):
-        module.register_parameter(last, t)
-    else:
-        module.register_buffer(last, t)
+        module._parameters[last] = t
+        return
+    module._buffers[last] = t
+    if not persistent:
+        module._non_persistent_buffers_set.add(last)
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(path), last)
+    *path, last = name.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    held = module._parameters if last in module._parameters else module._buffers
+    return held[last]  # type: ignore[return-value]

@@ -206,13 +206,13 @@ def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
 
 
 def argument_names(f: Callable, count: int) -> list[str]:
-    """The names of the first ``count`` parameters of ``f``."""
+    """The names of the first ``count`` positional arguments of ``f``; those of ``*args`` are
+    numbered."""
     called = f.forward if isinstance(f, torch.nn.Module) else f
     try:
+        parameters = inspect.signature(called).parameters.items()
         names = [
-            n
-            for n, p in inspect.signature(called).parameters.items()
-            if p.kind is not p.VAR_POSITIONAL
+            n for n, p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
     except (TypeError, ValueError):
         names = []

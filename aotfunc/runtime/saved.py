@@ -205,6 +205,8 @@ def value(x: Any, nodes: Sequence[Node]) -> Any:
         return x
     ((kind, of),) = x.items()
     if kind == "node":
+        if not 0 <= of < len(nodes):
+            raise ArgumentError(f"load: a node reads node {of}, and {len(nodes)} are there so far")
         return nodes[of]
     if kind == "tuple":
         return tuple([value(i, nodes) for i in of])
@@ -220,4 +222,6 @@ def value(x: Any, nodes: Sequence[Node]) -> Any:
         return found
     if kind == "device":
         return torch.device(of)
-    return complex(*of)
+    if kind == "complex":
+        return complex(*of)
+    raise ArgumentError(f"load: a value is a {kind}, which this version of aotfunc does not know")

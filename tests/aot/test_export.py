@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import aotfunc
 from aotfunc import export, grad, hessian, jacrev, jit, load, vmap
-from aotfunc.errors import ArgumentError, CaptureError
+from aotfunc.errors import ArgumentError, CaptureError, GraphError
 from aotfunc.partition import default_partition
 from tests.reference import assert_same
 
@@ -56,6 +56,53 @@ class Net(nn.Module):
 
 
 # ----- modules -----------------------------------------------------------------------------------
+
+
+def test_what_the_state_dict_leaves_out(saved):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+            self.register_buffer("kept", torch.ones(()))
+
+        def forward(self, x):
+            self.seen.add_(1)
+            return x * self.seen + self.kept
+
+    net = nn.Sequential(Inner(), Inner())
+    net.register_buffer("outer", torch.ones(2), persistent=False)
+    found, x = saved(net, torch.ones(2)), torch.randn(2)
+    for _ in range(2):
+        torch.testing.assert_close(found(x), net(x))
+    for m in (found, copy.deepcopy(found), saved(found, x)):
+        assert [*m.state_dict()] == [*net.state_dict()]
+        net.load_state_dict(m.state_dict())
+        assert_same(m.get_buffer("0.seen"), net.get_buffer("0.seen"))
+
+
+@pytest.mark.parametrize("name", ["save", "graphs", "to_torch", "_data", "_run", "backend"])
+def test_names_that_are_taken(saved, name):
+    """Parameters and modules may be called as what an exported function has itself."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.ones(2) * 3))
+            self.inner = nn.ModuleDict({f"{name}_": nn.Linear(2, 2), f"{name}": nn.Linear(2, 2)})
+            self.inner.register_buffer("shift", torch.ones(2))
+
+        def forward(self, x):
+            return self.inner[name](x) * getattr(self, name) + self.inner.shift
+
+    for net in (Net(), nn.Sequential(OrderedDict({name: nn.Linear(2, 2)}))):
+        found, x = saved(net, torch.ones(2)), torch.randn(2)
+        for m in (found, copy.deepcopy(found), saved(found, x)):
+            assert [*m.state_dict()] == [*net.state_dict()]
+            torch.testing.assert_close(m(x), net(x))
+            m(x).sum().backward()
+        net(x).sum().backward()
+        for p, q in zip(found.parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_module(saved):
@@ -206,7 +253,63 @@ def test_one_tensor_in_two_places(saved):
     torch.testing.assert_close(found(x, y), x.sin() * y)
 
 
+def test_names_of_arguments(saved):
+    """Those of ``*args`` have none, and a keyword may be called as a positional argument is."""
+    x, y, z = torch.randn(3, 3)
+
+    def many(a, *rest, k, **kw):
+        return a + sum(rest) * k + kw["z"]
+
+    def same(x, /, **kw):
+        return x + 2 * kw["x"]
+
+    def all_of_them(*args, **kw):
+        return args[0] - args[1] * kw["arg0"]
+
+    found = saved(many, x, y, z, k=2, z=y)(z, x, y, k=2, z=z)
+    torch.testing.assert_close(found, z + 2 * (x + y) + z)
+    torch.testing.assert_close(saved(same, x, x=y)(y, x=z), y + 2 * z)
+    torch.testing.assert_close(saved(all_of_them, x, y, arg0=z)(y, z, arg0=x), y - z * x)
+
+
 # ----- memory ------------------------------------------------------------------------------------
+
+
+def test_a_write_that_another_argument_sees(saved):
+    """The captured program reads from before the write."""
+
+    def f(x, y):
+        x.add_(1)
+        return y * 2
+
+    found, z = saved(f, torch.zeros(3), torch.zeros(3)), torch.zeros(6)
+    for x, y in ((z, z), (z[:4], z[2:])):
+        with pytest.raises(ArgumentError, match="exported as"):
+            found(x, y)
+    for x, y in ((z[:3], z[:3]), (z[:3], z[2:5])):
+        with pytest.raises(ArgumentError, match="argument x, which is written to, shares memory"):
+            found(x, y)
+        with pytest.raises(ArgumentError, match="shares memory with the argument y"):
+            jit(found)(x, y)
+    assert_same(z, torch.zeros(6))
+    assert_same(found(z[:3], z[3:]), torch.zeros(3))
+    assert_same(z, torch.tensor([1.0, 1, 1, 0, 0, 0]))
+
+
+def test_a_write_to_a_buffer_that_is_given(saved):
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x):
+            self.n.add_(1)
+            return x * 2
+
+    found = saved(Counted(), torch.ones(()))
+    with pytest.raises(ArgumentError, match="n, which is written to, shares memory"):
+        found(found.n)
+    assert_same(found.n, torch.zeros(()))
 
 
 def test_writes_and_views(saved):
@@ -396,6 +499,24 @@ def test_files_that_cannot_be_read(tmp_path):
         (call("aten.from_file.default"), "no op"),
     ):
         with pytest.raises(ArgumentError, match=words):
+            load(changed(change))
+    node = lambda place: lambda data: data["program"]["nodes"][1].update(args=[{"node": place}])
+    for change in (
+        node(7),
+        node(1),
+        node(-1),
+        lambda data: data["program"]["nodes"][1].update(args=[{"riddle": 1}]),
+        lambda data: data["program"].update(outputs=[]),
+        lambda data: data["program"].pop("nodes"),
+        lambda data: data.update(state=["no.such"]),
+        lambda data: data.update(positional="x"),
+        lambda data: data.update(results={"place": 1}),
+        lambda data: data["arguments"].update(arg0={"place": 2}),
+        lambda data: data["program"]["nodes"][0]["value"].update(tensor=[3]),
+        lambda data: data["tensors"].update(more=["more", True, True]),
+        lambda data: data.clear(),
+    ):
+        with pytest.raises((ArgumentError, GraphError)):
             load(changed(change))
     (tmp_path / "h.aot").write_text("text")
     with pytest.raises(ArgumentError, match="not a file that export wrote"):
