@@ -14,7 +14,7 @@ from ..partition import min_cut_rematerialization_partition
 from ..runtime.compiled import Compiled
 from ..runtime.execute import as_function, contiguous
 from ..runtime.pipeline import Compiler, Partition, Pipeline
-from ..runtime.saved_trees import shown
+from ..runtime.saved_trees import same, shown
 from ..trace.entering import entry
 from ..transforms.activity import has_derivative
 from ..transforms.fresh import fresh
@@ -39,8 +39,8 @@ def fwd_and_bwd(
     stack. ``backward(residuals, cotangents)`` maps cotangents of the output, in its tree, to the
     gradient by argument ``argnums`` (a tuple of them for several). Both may be transformed, and
     batched residuals go into a batched backward. Raises CaptureError where ``f`` writes to an
-    argument, ArgumentError where a differentiated leaf is no floating tensor, or for arguments and
-    cotangents of other shapes.
+    argument, ArgumentError where a differentiated leaf is no floating tensor, or for arguments,
+    residuals and cotangents of other shapes.
 
     >>> forward, backward = fwd_and_bwd(lambda x: torch.sin(x), torch.zeros(2))
     >>> y, residuals = forward(torch.zeros(2))
@@ -62,18 +62,21 @@ def fwd_and_bwd(
     early, late = (half.program for half in pipeline.split(joint, count))
     run_early, run_late = (Compiled(as_function(half), pipeline) for half in (early, late))
     closed, spec, results = call.rec.closed_over, call.spec, program.vals
+    kept = [p.meta["val"] for p in late.placeholders[: len(early.outputs) - count]]
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Any, tuple]:
         given = Arguments(args, kwargs, f)
         if given.key != arguments.key:
+            known_args, known_kwargs = arguments.rebuilt(arguments.leaves)
             raise ArgumentError(
                 f"forward: the arguments are {structure((args, kwargs))}, and were "
-                f"{structure(arguments.rebuilt(arguments.leaves))}{at(user_line())}"
+                f"{structure((tuple(known_args), known_kwargs))}{at(user_line())}"
             )
         tensors = []
         for k, (x, known) in enumerate(zip(given.leaves, arguments.leaves, strict=True)):
             if not isinstance(known, Tensor):
-                fits = not isinstance(x, Tensor) and (x is known or x == known)
+                number = isinstance(known, int | float | complex)
+                fits = x is known or (same(x, known) if number else x == known)
             elif fits := alike(x, known):
                 tensors.append(x)
             if not fits:
@@ -85,6 +88,11 @@ def fwd_and_bwd(
         return unflatten(outs[:count], spec), tuple(outs[count:])
 
     def backward(residuals: Sequence[Any], cotangents: Any) -> Any:
+        if len(residuals) != len(kept) or not all(map(alike, residuals, kept)):
+            raise ArgumentError(
+                f"backward: the residuals are {structure(residuals)}, and forward returns {kept}"
+                f"{at(user_line())}"
+            )
         leaves, given = flatten(cotangents)
         if given != spec or not all(map(alike, leaves, results)):
             raise ArgumentError(

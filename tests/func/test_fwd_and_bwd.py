@@ -123,3 +123,25 @@ def test_inside_a_transform():
 
     a = torch.randn(3)
     torch.testing.assert_close(grad(f)(a), (2 * a).cos())
+
+
+def test_values_that_are_equal_and_others():
+    """1 is not True nor 1.0, and 0.0 is not -0.0: results have other dtypes and signs; NaN is
+    itself."""
+    x = torch.ones(2)
+    for known, others in ((1, (True, 1.0)), (0.0, (-0.0, 0)), (True, (1,))):
+        forward, _ = fwd_and_bwd(lambda x, k: x / torch.tensor(k), x, known)
+        torch.testing.assert_close(forward(x, known)[0], x / known if known else x * torch.inf)
+        for other in others:
+            with pytest.raises(ArgumentError, match=f"is {other}, and was {known}"):
+                forward(x, other)
+    forward, _ = fwd_and_bwd(lambda x, k: x * k, x, float("nan"))
+    assert forward(x, float("nan"))[0].isnan().all()
+
+
+def test_residuals_of_another_call():
+    forward, backward = fwd_and_bwd(lambda x: (x.sin() * x).exp(), torch.ones(3))
+    y, residuals = forward(torch.ones(3))
+    for wrong in (residuals[1:], (*residuals, y), tuple(r.double() for r in residuals), (None,)):
+        with pytest.raises(ArgumentError, match="backward: the residuals are"):
+            backward(wrong, y)
