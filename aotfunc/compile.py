@@ -119,11 +119,12 @@ def ts_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callab
     there = [i for i, o in enumerate(outs) if isinstance(o, fx.Node)]
     if not there:
         return fx_g
-    script = torch.jit.trace(
-        lambda *args: tuple([fx_g(*args)[i] for i in there]),
-        tuple(example_inputs),
-        check_trace=False,
-    )
+
+    def tensors(*args: Tensor) -> tuple:
+        found = fx_g(*args)
+        return tuple([found[i] for i in there])
+
+    script = torch.jit.trace(tensors, tuple(example_inputs), check_trace=False)
 
     def run(*args: Tensor) -> list:
         found = list(outs)  # literals stand for themselves

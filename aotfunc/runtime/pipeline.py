@@ -31,6 +31,7 @@ from ..transforms.decompose import decomposed
 from ..transforms.lower import CALLS, EVERYTHING, lowered
 from ..transforms.walk import builder
 from .graph_module import graph_module
+from .redraw import generator_states, redrawn
 
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
@@ -212,7 +213,8 @@ def compiled_by(
             size(gm.graph),
         )
     try:
-        fn = compiler(gm, [t.detach() for t in tensors])
+        with redrawn(generator_states(program)):  # it may run the graph on the examples
+            fn = compiler(gm, [t.detach() for t in tensors])
     except AotfuncError:
         raise
     except Exception as e:

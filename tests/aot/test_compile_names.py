@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aotfunc import compile as names
@@ -148,6 +149,41 @@ def test_ts_compile():
         out, three = f(x, w)
         assert three == 3
         torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], x.detach().cos() * w)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_compiler_may_run_the_graph(requires_grad):
+    """What it draws from generators in doing so is not missing from the first call."""
+    g, x = torch.Generator(), torch.randn(50, requires_grad=requires_grad)
+
+    def runs(gm, inputs):
+        gm(*inputs)
+        return gm
+
+    def drawn(f):
+        torch.manual_seed(3)
+        g.manual_seed(4)
+        return f(x), torch.rand(3), torch.rand(3, generator=g)
+
+    for f, compilers in (
+        (lambda x: F.dropout(x) + torch.rand(50), [runs, names.ts_compile]),
+        (lambda x: x * torch.rand(50, generator=g), [runs]),
+    ):
+        for compiler in compilers:
+            compiled = names.aot_function(f, compiler)
+            for _ in range(2):
+                assert_same(drawn(compiled), drawn(f))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_a_mask_is_drawn_once_by_torchscript():
+    x = torch.ones(50, requires_grad=True)
+    compiled = names.aot_function(lambda x: F.dropout(x) * x, names.ts_compile)
+    for _ in range(2):
+        y = compiled(x)
+        (g,) = torch.autograd.grad(y.sum(), x)
+        assert_same(g, 2 * y.detach())
 
 
 def test_the_graph_being_compiled_has_a_name():
