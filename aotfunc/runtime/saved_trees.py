@@ -95,21 +95,31 @@ def take(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) ->
     children: list[tuple[Any, Any, str]] = []
     if kind == "place" and isinstance(x, Tensor):
         found[of] = (where, x)
-    elif kind in ("dict", "record") and isinstance(x, Mapping) and {*x} == {k for k, _ in of}:
-        children = [(v, x[k], f"{where}[{k!r}]") for k, v in of]
-    elif kind in ("tuple", "list", "named") and isinstance(x, tuple | list):
+    elif kind in ("dict", "record") and isinstance(x, Mapping) and [*x] == keys(of):
+        children = [
+            (v, y, f"{where}[{k!r}]") for (k, y), (_, v) in zip(x.items(), of, strict=True)
+        ]
+    elif (
+        (kind == "list" and isinstance(x, list))
+        or (kind == "tuple" and isinstance(x, tuple) and not hasattr(x, "_fields"))
+        or (kind == "named" and [*getattr(x, "_fields", ())] == of[1])
+    ):
         parts = of[2] if kind == "named" else of
         if len(parts) != len(x):
             raise ArgumentError(
                 f"{where} has {len(x)} elements, and was exported with {len(parts)}"
             )
         children = [(p, y, f"{where}[{i}]") for i, (p, y) in enumerate(zip(parts, x, strict=True))]
-    elif kind == "instance" and all(hasattr(x, k) for k in of[1]):
+    elif kind == "instance" and is_data(x) and attributes_of(x).keys() == of[1].keys():
         children = [(p, getattr(x, k), f"{where}.{k}") for k, p in of[1].items()]
     elif not (kind in ("size", "is") and same(x, made(data, ()))):
         raise ArgumentError(f"{where} is {shown(x)}, and was exported as {told(data)}")
     for child in children:
         take(*child, found)
+
+
+def keys(pairs: Sequence) -> list:
+    return [value(k, ()) for k, _ in pairs]
 
 
 def same(x: Any, y: Any) -> bool:
@@ -130,5 +140,7 @@ def told(data: Any) -> str:
     if kind == "is":
         return repr(value(of, ()))
     if kind in ("dict", "record"):
-        return f"a dictionary with the keys {[k for k, _ in of]}"
-    return f"a {kind} of {len(of[1] if kind in ('named', 'instance') else of)}"
+        return f"a dictionary with the keys {keys(of)}, in this order"
+    if kind in ("named", "instance"):
+        return f"a {of[0]} with the attributes {[*of[1]]}"
+    return f"a {kind} of {len(of)}"

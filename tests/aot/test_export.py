@@ -206,8 +206,28 @@ def test_trees(saved):
     assert batch.scale == 2.0
     # keys in another order, arguments by name, a namespace of the same attributes
     names = types.SimpleNamespace(x=x, scale=0.5)
-    swapped = found(names, pair=args[1], many={"j": None, "k": [x, 4]}, by=2)
+    swapped = found(names, pair=args[1], many={"k": [x, 4], "j": None}, by=2)
     assert_same(swapped[0], plain)
+
+
+def test_trees_that_a_function_tells_apart(saved):
+    """The order of keys, the type of a sequence, the names of fields, another attribute."""
+    x, y = torch.ones(2), torch.zeros(2)
+    one, other = namedtuple("One", "a b"), namedtuple("One", "b a")
+    for args, others in (
+        ({"a": x, "b": y}, [{"b": x, "a": y}, {"a": x}]),
+        ((x, y), [[x, y], one(x, y), (x,)]),
+        ([x, y], [(x, y)]),
+        (one(x, y), [other(x, y), (x, y)]),
+        (types.SimpleNamespace(a=x), [types.SimpleNamespace(a=x, b=y), one(x, y)]),
+    ):
+        found = saved(lambda tree: (tree[0] if isinstance(tree, list) else x) * 2, args)
+        torch.testing.assert_close(found(args), x * 2)
+        for wrong in others:
+            with pytest.raises(ArgumentError, match="exported"):
+                found(wrong)
+    found = saved(lambda d: d[0, "k"] * 2, {(0, "k"): x})
+    torch.testing.assert_close(found({(0, "k"): x}), x * 2)
 
 
 def test_an_instance_that_is_a_dictionary(saved):
