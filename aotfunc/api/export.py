@@ -16,12 +16,15 @@ from torch import Tensor, fx, nn
 from ..capture.capture import argument_names, capture, parameter_names
 from ..capture.tree import Arguments
 from ..debug import at, user_line
-from ..errors import AotfuncError, ArgumentError, GraphError
+from ..errors import AotfuncError, ArgumentError, CaptureError, GraphError
 from ..partition import min_cut_rematerialization_partition
 from ..runtime.aliasing import Changes
 from ..runtime.compiled import Compiled
 from ..runtime.execute import as_function
 from ..runtime.graph_module import graph_module
+from ..runtime.guards.reads import Names
+from ..runtime.guards.state import State
+from ..runtime.guards.stores import changed_stores, undo_changes
 from ..runtime.halved import Halved, halves_of
 from ..runtime.pipeline import Compiler, Partition
 from ..runtime.saved import described, restored
@@ -43,9 +46,9 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
     module under their names, are its own. It holds the captured graph, and where something
     requires grad the joint graph and its forward and backward half, too; of a compiled function
     they are cut as that one cuts them. Gradients are taken on: modes (training, autocast) are
-    those of now. Raises CaptureError where ``f`` asks for values or runs Python code at each call,
-    ArgumentError for arguments or results that are neither tensors, plain values, nor containers
-    and instances that hold such.
+    those of now. Raises CaptureError where ``f`` asks for values, leaves tensors outside or runs
+    Python code at each call, ArgumentError for arguments or results that are neither tensors,
+    plain values, nor containers and instances that hold such.
 
     >>> double = export(lambda x, scale: {"y": x * scale}, torch.ones(2), 2.0)
     >>> double(torch.arange(2.0), 2.0)
@@ -70,6 +73,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
         results.tree = pattern(f(*args, **kwargs), "the result", results)
         return results.tensors
 
+    outside = State(f, [], [], Names())
     with torch.enable_grad():
         rec = capture(
             flat,
@@ -80,6 +84,12 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
             name_of=parameter_names(f, arguments),
         )
     name = getattr(f, "__name__", type(f).__name__)
+    if left := [place.key for place, _ in changed_stores(outside)]:
+        undo_changes(outside)
+        raise CaptureError(
+            f"export: {name} leaves tensors in {left[0]!r} outside{at(user_line(2))}, where "
+            "what is loaded has no place for them; return them, or write to a buffer in place"
+        )
     if Changes(rec):
         raise ArgumentError(
             f"export: {name} changes the shape of an argument in place{at(user_line(2))}; "

@@ -204,7 +204,7 @@ def test_trees(saved):
     assert shape == x.shape and type(shape) is torch.Size
     assert_same(batch.x, eager[3].x)
     assert batch.scale == 2.0
-    # keys in another order, arguments by name, a namespace of the same attributes
+    # arguments by name, a namespace of the same attributes
     names = types.SimpleNamespace(x=x, scale=0.5)
     swapped = found(names, pair=args[1], many={"k": [x, 4], "j": None}, by=2)
     assert_same(swapped[0], plain)
@@ -541,6 +541,29 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "h.aot").write_text("text")
     with pytest.raises(ArgumentError, match="not a file that export wrote"):
         load(tmp_path / "h.aot")
+
+
+def test_tensors_left_outside():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = None
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen = x * 2
+            return x * 3
+
+    class Renews(Keeps):
+        def forward(self, x):
+            self.n = self.n + 1
+            return x * self.n
+
+    for net in (Keeps(), Renews()):
+        n = net.n
+        with pytest.raises(CaptureError, match=r"leaves tensors in '(seen|n)' outside"):
+            export(net, torch.ones(2))
+        assert net.seen is None and net.n is n
 
 
 def test_what_cannot_be_exported():
