@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from ..cache import Cache
@@ -107,7 +108,8 @@ class Captured:
     def enables(self) -> bool:
         """Whether the function ran with gradients off, and turned them on in places; its marks
         say where."""
-        return not torch.is_grad_enabled() and any(grad for _, _, grad, *_ in self.trace.records)
+        off = not torch.is_grad_enabled() and forward_ad._current_level < 0  # see as_called
+        return off and any(grad for _, _, grad, *_ in self.trace.records)
 
     def gradients(self) -> AbstractContextManager:
         """Gradients on, around its program, where the function turned them on."""

@@ -241,8 +241,6 @@ def check(name: str, dtype: str, composition: str, layout: str, count: int = SAM
         try:
             with table.limited(LIMIT_S):
                 for k, sample in enumerate(table.samples(name, dtype, count)):
-                    if sample.kwargs.get("sparse"):  # as autograd's gradient would be
-                        continue
                     call = Call.of(
                         table.OPS[name], sample, trusted=name not in table.WRONG_IN_AUTOGRAD
                     )

@@ -7,7 +7,7 @@ import os
 import sys
 import types
 
-from ... import debug
+from ...trace import entering
 from .containers import Containers
 from .description import NOTHING, is_plain, passing
 from .keys import Named
@@ -38,7 +38,7 @@ class Functions(Containers):
         self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")
         reads = None if known else self.names.enter(code)
         # what it wraps is all that an entry into aotfunc calls
-        entry = code.co_filename == debug.__file__ and "__wrapped__" in f.__dict__
+        entry = code.co_filename == entering.__file__ and "__wrapped__" in f.__dict__
         if f.__closure__ and not entry:
             cells = self.bind(f"{v}.__closure__")
             for i, (name, cell) in enumerate(zip(code.co_freevars, f.__closure__, strict=True)):

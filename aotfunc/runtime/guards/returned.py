@@ -85,7 +85,10 @@ def referred(tree: Any, known: dict[int, Any]) -> Any:
             made[id(x)] = tree_unflatten([*map(new, children)], spec)
         return made[id(x)]
 
-    return new(tree)
+    try:
+        return new(tree)
+    finally:
+        made.clear()  # a function that calls itself lives until the garbage collector comes
 
 
 def skeleton(tree: Any) -> Any:
