@@ -28,6 +28,7 @@ from ..runtime.guards.stores import changed_stores, undo_changes
 from ..runtime.halved import Halved, halves_of
 from ..runtime.pipeline import Compiler, Partition
 from ..runtime.saved import described, restored
+from ..runtime.saved_state import copied, not_persistent, owned, put, state_of, tensor_at
 from ..runtime.saved_trees import Places, made, pattern, take
 from ..trace.memory import places_of
 from ..transforms.fresh import fresh
@@ -117,35 +118,6 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
     exported = Exported(data, {n: copies.setdefault(id(t), owned(t)) for n, t in state.items()})
     exported._cut(partition)
     return exported
-
-
-def copied(t: Tensor) -> Tensor:
-    return t.detach().clone().requires_grad_(t.requires_grad)
-
-
-def owned(t: Tensor) -> Tensor:
-    new = copied(t)
-    return nn.Parameter(new.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else new
-
-
-def state_of(f: Callable, used: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """All that a module holds, by name, and other tensors that were ``used``; the names of these."""
-    held: dict[str, Tensor] = {}
-    if isinstance(f, nn.Module):
-        held.update(f.named_parameters(remove_duplicate=False))
-        held.update(f.named_buffers(remove_duplicate=False))
-    known = {id(t): name for name, t in reversed(held.items())}
-    for t in used:
-        if id(t) not in known:
-            known[id(t)] = f"constant{len(held)}"
-            held[known[id(t)]] = t
-    return held, [known[id(t)] for t in used]
-
-
-def not_persistent(f: Callable) -> list[str]:
-    """The buffers of a module that its ``state_dict`` leaves out."""
-    modules = f.named_modules(remove_duplicate=False) if isinstance(f, nn.Module) else ()
-    return [f"{at}.{n}".lstrip(".") for at, m in modules for n in m._non_persistent_buffers_set]
 
 
 class Exported(nn.Module):
@@ -326,24 +298,3 @@ def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:
         raise
     except Exception as e:
         raise ArgumentError(f"load: {file} cannot be read here ({type(e).__name__}: {e})") from e
-
-
-def put(module: nn.Module, name: str, t: Tensor, persistent: bool = True) -> None:
-    """Let a module hold a tensor under a name with dots, which may be that of a method, too."""
-    *path, last = name.split(".")
-    for part in path:
-        module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    if isinstance(t, nn.Parameter):
-        module._parameters[last] = t
-        return
-    module._buffers[last] = t
-    if not persistent:
-        module._non_persistent_buffers_set.add(last)
-
-
-def tensor_at(module: nn.Module, name: str) -> Tensor:
-    *path, last = name.split(".")
-    for part in path:
-        module = module._modules[part]  # type: ignore[assignment]
-    held = module._parameters if last in module._parameters else module._buffers
-    return held[last]  # type: ignore[return-value]
