@@ -28,8 +28,9 @@ from ..runtime.guards.stores import changed_stores, undo_changes
 from ..runtime.halved import Halved, halves_of
 from ..runtime.pipeline import Compiler, Partition
 from ..runtime.saved import described, restored
-from ..runtime.saved_state import copied, not_persistent, owned, put, state_of, tensor_at
-from ..runtime.saved_trees import Places, made, pattern, take
+from ..runtime.saved_state import detached_copy, not_persistent, owned, put, state_of, tensor_at
+from ..runtime.saved_trees import Places, filled, pattern, take
+from ..runtime.specialised import leaf_facts, said
 from ..trace.memory import places_of
 from ..transforms.fresh import fresh
 from .jit import CompiledModule
@@ -61,7 +62,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
         f, partition = compiled.f, compiled.pipeline.partition
     arguments = Arguments(args, kwargs, f)
     # one tensor in two places is not one in the next call
-    arguments.leaves = [copied(x) if isinstance(x, Tensor) else x for x in arguments.leaves]
+    arguments.leaves = [detached_copy(x) if isinstance(x, Tensor) else x for x in arguments.leaves]
     inputs = [x for x in arguments.leaves if isinstance(x, Tensor)]
     given, keywords = arguments.rebuilt(arguments.leaves)
     names = [  # a keyword may have the name of a positional argument
@@ -146,7 +147,7 @@ class Exported(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outs = self._compiled(*self._inputs(args, kwargs, self))
-        return made(self._data["results"], outs)
+        return filled(self._data["results"], outs)
 
     def _check(self) -> None:
         """Raise where arguments, results or tensors are not there in the graph."""
@@ -154,8 +155,8 @@ class Exported(nn.Module):
         if not 0 <= data["positional"] <= len(data["arguments"]):
             raise GraphError(f"load: {data['name']} takes fewer arguments than it names")
         for tree in data["arguments"].values():
-            made(tree, self._signatures[: program.n_inputs])
-        made(data["results"], program.vals)
+            filled(tree, self._signatures[: program.n_inputs])
+        filled(data["results"], program.vals)
         held = [tensor_at(self, n) for n in data["state"]]
         if program.n_inputs + len(held) != len(self._signatures):
             raise GraphError(f"load: the graph of {data['name']} takes other tensors than it has")
@@ -176,10 +177,10 @@ class Exported(nn.Module):
             inputs = [found[i] for i in range(len(found))]
             inputs += [(n, tensor_at(state, n)) for n in self._data["state"]]
             for (where, t), sig in zip(inputs, self._signatures, strict=True):
-                if (tuple(t.shape), t.dtype, t.device) != (sig.shape, sig.dtype, sig.device):
-                    got = f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device}"
+                got, wanted_facts = leaf_facts(t), (sig.shape, sig.dtype, sig.device)
+                if got != wanted_facts:
                     raise ArgumentError(
-                        f"{where} is {got}, and was exported as {sig} on {sig.device}"
+                        f"{where} is {said(got)}, and was exported as {said(wanted_facts)}"
                     )
             self._check_memory(inputs)
         except ArgumentError as e:
@@ -220,11 +221,10 @@ class Exported(nn.Module):
         return {name: graph_module(p, name) for name, p in programs.items()}
 
     def to_torch(self) -> Any:
-        """The ``torch.export.ExportedProgram`` of the function, which ``torch.onnx.export`` takes.
-        Derivatives that the user wrote are not in it. Raises what ``torch.export`` raises where it
-        refuses the graph."""
+        """The ``torch.export.ExportedProgram`` of the function, op by op, without derivatives that
+        the user wrote. Raises what ``torch.export`` raises where it refuses the graph."""
         examples = [torch.empty_like(s.proto, device=s.device) for s in self._signatures]
-        given = {k: made(tree, examples) for k, tree in self._data["arguments"].items()}
+        given = {k: filled(tree, examples) for k, tree in self._data["arguments"].items()}
         args = tuple(given.values())[: self._data["positional"]]
         keywords = dict([*given.items()][len(args) :])
         return torch.export.export(OpByOp(self), args, keywords, strict=False)
@@ -265,7 +265,7 @@ class OpByOp(nn.Module):
         program = exported._program
         for index, new in zip(program.mutated, outs[program.n_outputs :], strict=True):
             tensors[index].copy_(new)
-        return made(exported._data["results"], outs)
+        return filled(exported._data["results"], outs)
 
 
 def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:

@@ -15,6 +15,7 @@ from ..runtime.compiled import Compiled
 from ..runtime.execute import as_function, contiguous
 from ..runtime.pipeline import Compiler, Partition, Pipeline
 from ..runtime.saved_trees import same, shown
+from ..runtime.specialised import leaf_facts
 from ..trace.entering import entry
 from ..transforms.activity import has_derivative
 from ..transforms.fresh import fresh
@@ -108,5 +109,4 @@ def fwd_and_bwd(
 
 def alike(x: Any, known: Any) -> bool:
     """Whether a tensor has the shape, dtype and device of another, or of a signature."""
-    facts = (tuple(known.shape), known.dtype, known.device)
-    return isinstance(x, Tensor) and (tuple(x.shape), x.dtype, x.device) == facts
+    return leaf_facts(x) == (tuple(known.shape), known.dtype, known.device)

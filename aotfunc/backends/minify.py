@@ -50,13 +50,10 @@ def minifier(
 
 def fails(module_fails: Fails, gm: fx.GraphModule, inputs: list) -> bool:
     try:
-        return bool(module_fails(gm, [copied(x) for x in inputs]))
+        given = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        return bool(module_fails(gm, given))
     except Exception:  # it fails in another way
         return False
-
-
-def copied(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
 
 def smaller(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModule, list]]:
@@ -68,12 +65,12 @@ def smaller(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModule, 
     returned = output_node(gm.graph).all_input_nodes
     for n in dict.fromkeys([*calls, *returned]):
         if returned != [n]:
-            yield from made(gm, values.found, [n], set(), size)
+            yield from reduced(gm, values.found, [n], set(), size)
     width = len(calls)
     while width:  # ever fewer at a time
         for start in range(0, len(calls), width):
             known = set(calls[start : start + width])
-            yield from made(gm, values.found, returned, known, size)
+            yield from reduced(gm, values.found, returned, known, size)
         width //= 2
 
 
@@ -89,7 +86,7 @@ class Values(fx.Interpreter):
         return self.found[n]
 
 
-def made(
+def reduced(
     gm: fx.GraphModule, values: dict, outs: Sequence[Node], known: set[Node], size: int
 ) -> Iterator[tuple[fx.GraphModule, list]]:
     """The graph with the results ``outs`` that takes the ``known`` values as inputs, if it has

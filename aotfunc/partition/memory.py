@@ -7,11 +7,12 @@ import operator
 from torch import fx
 from torch.fx import Node
 
+from ..graph import output_node
 from .cost import nbytes
 from .ops import base, is_symbol
 
 
-def made(n: Node) -> list[Node]:
+def new_memory(n: Node) -> list[Node]:
     """The values that own the memory that a node makes: its own, or its parts."""
     if n.op != "call_function" or is_symbol(n) or n.target is operator.getitem:
         return []
@@ -36,7 +37,7 @@ def peak(graph: fx.Graph) -> int:
     for n in graph.nodes:
         if n.op == "output":
             break
-        new = made(n)
+        new = new_memory(n)
         mine.update(new)
         live += sum([nbytes(v.meta["val"]) for v in new])
         most = max(most, live)
@@ -49,7 +50,7 @@ def peak(graph: fx.Graph) -> int:
 def saved(forward: fx.Graph, n_results: int) -> int:
     """Bytes of what a forward hands to its backward beyond its inputs and results; views are the
     memory that they show."""
-    outputs = next(iter(reversed(forward.nodes))).args[0]
+    outputs = output_node(forward).args[0]
     owners = [base(n) for n in outputs if isinstance(n, Node)]
     results = {base(n) for n in outputs[:n_results] if isinstance(n, Node)}
     rest = {n for n in owners if n.op != "placeholder"} - results

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 
-def copied(t: Tensor) -> Tensor:
+def detached_copy(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_(t.requires_grad)
 
 
 def owned(t: Tensor) -> Tensor:
-    new = copied(t)
+    new = detached_copy(t)
     return nn.Parameter(new.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 

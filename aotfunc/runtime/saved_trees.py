@@ -69,22 +69,22 @@ def pattern(x: Any, where: str, places: Places) -> Any:
         ) from None
 
 
-def made(data: Any, tensors: Sequence[Tensor]) -> Any:
+def filled(data: Any, tensors: Sequence[Tensor]) -> Any:
     """The tree of a pattern, with tensors in their places."""
     ((kind, of),) = data.items()
     if kind == "place":
         return tensors[of]
     if kind in ("dict", "record"):
-        items = {value(k, ()): made(v, tensors) for k, v in of}
+        items = {value(k, ()): filled(v, tensors) for k, v in of}
         return items if kind == "dict" else Record(items)
     if kind == "named":
         name, fields, parts = of
-        return namedtuple(name, fields)(*[made(p, tensors) for p in parts])  # type: ignore[misc]
+        return namedtuple(name, fields)(*[filled(p, tensors) for p in parts])  # type: ignore[misc]
     if kind in ("tuple", "list"):
-        parts = [made(p, tensors) for p in of]
+        parts = [filled(p, tensors) for p in of]
         return parts if kind == "list" else tuple(parts)
     if kind == "instance":
-        return types.SimpleNamespace(**{k: made(v, tensors) for k, v in of[1].items()})
+        return types.SimpleNamespace(**{k: filled(v, tensors) for k, v in of[1].items()})
     return Size(of) if kind == "size" else value(of, ())
 
 
@@ -112,7 +112,7 @@ def take(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) ->
         children = [(p, y, f"{where}[{i}]") for i, (p, y) in enumerate(zip(parts, x, strict=True))]
     elif kind == "instance" and is_data(x) and attributes_of(x).keys() == of[1].keys():
         children = [(p, getattr(x, k), f"{where}.{k}") for k, p in of[1].items()]
-    elif not (kind in ("size", "is") and same(x, made(data, ()))):
+    elif not (kind in ("size", "is") and same(x, filled(data, ()))):
         raise ArgumentError(f"{where} is {shown(x)}, and was exported as {told(data)}")
     for child in children:
         take(*child, found)

@@ -20,6 +20,7 @@ import aotfunc
 from aotfunc import export, grad, hessian, jacrev, jit, load, vmap
 from aotfunc.errors import ArgumentError, CaptureError, GraphError
 from aotfunc.partition import default_partition
+from tests.functions import Cube
 from tests.reference import assert_same
 
 
@@ -361,21 +362,9 @@ def test_closed_over(saved):
 # ----- derivatives -------------------------------------------------------------------------------
 
 
-class Cube(torch.autograd.Function):
-    """Its derivative is another than that of what it computes."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return Sevenfold.apply(g * x)
-
-
 class Sevenfold(torch.autograd.Function):
+    """Its derivative is another than that of what it computes, and applies it again."""
+
     @staticmethod
     def forward(ctx, x):
         return x * 7
@@ -383,6 +372,10 @@ class Sevenfold(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return Sevenfold.apply(g) * 2
+
+
+def twisted(x):
+    return Sevenfold.apply(Cube.apply(x))
 
 
 def quiet(x):
@@ -397,8 +390,8 @@ def forgetful(x):
 
 @pytest.mark.parametrize(
     "f",
-    [Cube.apply, quiet, forgetful, torch.sin, F.gelu],
-    ids=["Cube", "quiet", "forgetful", "sin", "gelu"],
+    [twisted, quiet, forgetful, torch.sin, F.gelu],
+    ids=["Functions", "quiet", "forgetful", "sin", "gelu"],
 )
 def test_derivatives(saved, f):
     x = leaf(4)
