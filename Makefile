@@ -15,17 +15,19 @@ STAMP := $(VENV)/.installed
 help: ## show this list
 	@echo "aotfunc: make <target>"
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), JOBS=$(JOBS) (test processes), PIP_ARGS (for pip install)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), JOBS=$(JOBS) (test processes),"
+	@echo "  PIP_ARGS (for pip install)"
 
-venv: $(STAMP) ## create .venv and install aotfunc with its test tools (done by every other target when needed)
+venv: $(STAMP) ## create .venv with the test tools (other targets do it when needed)
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aotfunc needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "aotfunc needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[test]'
 	@touch $@
 
-demo: $(STAMP) ## train a small network on scikit-learn's digits: graphs, per-sample gradients, timings
+demo: $(STAMP) ## train a small network on digits: graphs, per-sample gradients, timings
 	$(PY) examples/digits.py
 
 test: $(STAMP) ## run the tests (JOBS processes, one thread each)
@@ -43,7 +45,8 @@ types: $(STAMP) ## mypy over aotfunc/
 
 bench: $(STAMP) ## run the benchmarks that need no GPU (installs the bench extra: jax)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[bench]'
-	@set -e; for b in capture graphs eager overhead first_use partition inductor_cache maths clipping cpu; do echo "== $$b"; $(PY) -m benchmarks.$$b; done
+	@set -e; for b in capture graphs eager overhead first_use partition inductor_cache maths \
+	  clipping cpu; do echo "== $$b"; $(PY) -m benchmarks.$$b; done
 
 check: lint types test ## all that must pass before a change is handed in
 

@@ -1,5 +1,5 @@
-"""DP-SGD's clipped sums of per-sample gradients: time and memory, beside torch.func, torch.compile,
-JAX and ghost clipping by hand.
+"""DP-SGD's clipped sums of per-sample gradients: time and memory, beside torch.func,
+torch.compile, JAX and ghost clipping by hand.
 
 python -m benchmarks.clipping [--quick] [--write]."""
 
@@ -16,12 +16,12 @@ from benchmarks.measure import Report, arguments
 COLUMNS = ("torch", "compile", "jax", "ghost", "exact", "cpp")
 
 WHAT = (
-    "A call computes every sample's gradient, shortens it to norm 1 and adds them up. Ours is the "
-    "program that torch.func, torch.compile and JAX run, `vmap(grad(loss))`, norms, a product with the "
-    "scales (`benchmarks/cpu/programs.py`); ghost clipping is written for each network, layer by "
-    "layer, in plain PyTorch with one backward pass (`benchmarks/cpu/ghost.py`). "
-    "[contractions.md](contractions.md) says what ours makes of the program, and `exact=True` leaves "
-    "undone."
+    "A call computes every sample's gradient, shortens it to norm 1 and adds them up. Ours is "
+    "the program that torch.func, torch.compile and JAX run, `vmap(grad(loss))`, norms, a "
+    "product with the scales (`benchmarks/cpu/programs.py`); ghost clipping is written for each "
+    "network, layer by layer, in plain PyTorch with one backward pass "
+    "(`benchmarks/cpu/ghost.py`). [contractions.md](contractions.md) says what ours makes of the "
+    "program, and `exact=True` leaves undone."
 )
 
 

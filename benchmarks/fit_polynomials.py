@@ -7,6 +7,7 @@ from the lowest coefficient on, each time fitting those that are left again."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 
 import mpmath
@@ -16,6 +17,7 @@ from mpmath import mp, mpf
 mp.prec = 120
 
 POINTS = 400
+INDENT = " " * 4
 
 #: of a piece of a table: its polynomial has this degree, and is fitted at so many points
 DEGREE, PIECE = 5, 40
@@ -153,13 +155,18 @@ TABLES: dict[str, tuple] = {
 }
 
 
+def row(numbers: list[str]) -> str:
+    return textwrap.fill(
+        "{" + ", ".join(numbers) + "},", 99, initial_indent=INDENT, subsequent_indent=INDENT
+    )
+
+
 def table(name: str) -> str:
     what, f, first = TABLES[name]
     found = pieces(f, first)
     at = 4 * (127 + first) % 32  # the last five of the first one's bits
     columns = zip(*found[-at:], *found[:-at], strict=True)
-    lines = ["    {" + ", ".join([f"{c.hex()}f" for c in column]) + "}," for column in columns]
-    body = "\n".join(lines)
+    body = "\n".join([row([f"{c.hex()}f" for c in column]) for column in columns])
     return f"""
 // {what}, in pieces
 static const float aot_{name}_pieces[{DEGREE + 2}][32] = {{

@@ -29,8 +29,9 @@ BINARY = ("pow", "atan2", "hypot", "fmod")
 TYPES = {torch.float32: ("floats", "float"), torch.float64: ("doubles", "double")}
 
 SPECIAL = [
-    float("nan"), float("inf"), 0.0, 1.0, 0.5, 2.0, 3.0, 1e-45, 1e-40, 1.2e-38, 5e-324, 1e-310, 88.7,
-    88.73, 89.5, 103.9, 104.1, 127.9, 128.0, 150.0, 709.7, 709.8, 745.1, 745.2, 1e10, 3.4e38, 1.7e308,
+    float("nan"), float("inf"), 0.0, 1.0, 0.5, 2.0, 3.0, 1e-45, 1e-40, 1.2e-38, 5e-324, 1e-310,
+    88.7, 88.73, 89.5, 103.9, 104.1, 127.9, 128.0, 150.0, 709.7, 709.8, 745.1, 745.2, 1e10, 3.4e38,
+    1.7e308,
 ]  # fmt: skip
 
 
@@ -161,13 +162,14 @@ def row(name: str) -> str:
 FIRST = """\
 # Maths functions of the C++ backend
 
-`python -m benchmarks.maths --write` makes this table: the largest error in units in the last place (ULP),
-for float32 over twelve million arguments beside all pairs of special values, for float64 over a few
-thousand; and the time for each element in float32, 10,000 elements, one thread.
-`exp`, `sigmoid`, `log`, `sin`, `cos`, `tanh` and `erf` in float32 are our own (`benchmarks/fit_polynomials.py`
-fits them), the others are Sleef's, as mostly in eager PyTorch. `lgamma` is measured for positive
-arguments below its overflow: near its zeros at negative ones all digits can be lost, as in eager.
-A CPU without AVX2 and FMA uses the C library in Sleef's place, which this command does not measure.
+`python -m benchmarks.maths --write` makes this table: the largest error in units in the last place
+(ULP), for float32 over twelve million arguments beside all pairs of special values, for float64
+over a few thousand; and the time for each element in float32, 10,000 elements, one thread.
+`exp`, `sigmoid`, `log`, `sin`, `cos`, `tanh` and `erf` in float32 are our own
+(`benchmarks/fit_polynomials.py` fits them), the others are Sleef's, as mostly in eager PyTorch.
+`lgamma` is measured for positive arguments below its overflow: near its zeros at negative ones all
+digits can be lost, as in eager. A CPU without AVX2 and FMA uses the C library in Sleef's place,
+which this command does not measure.
 
 | function | float32 ULP | float64 ULP | ns | eager ns |
 | --- | --- | --- | --- | --- |

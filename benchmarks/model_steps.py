@@ -1,4 +1,5 @@
-"""One network in this process, by the columns asked for: right or wrong, how fast, how much memory.
+"""Measure one network in this process, by the columns asked for: right or wrong, how fast, how
+much memory.
 
 python -m benchmarks.model_steps JSON prints one line of JSON for each thing found, as
 :mod:`benchmarks.cpu.worker` does."""

@@ -30,21 +30,21 @@ HEADS = {
 PEERS = ("compile", "aot_eager")
 
 METHOD = (
-    "Two layers each, random parameters, float32, dropout off (`benchmarks/model_programs.py`). A "
-    "step is forward and backward, gradients left in the parameters. Times are medians of "
-    "processor time with one thread; the columns take turns in one process, and behind each stands "
-    "how many times as long eager takes. The loss, every gradient and every buffer of two "
-    "steps are compared with float64's before anything is timed: the error may be ten times "
-    "that of eager float32, and 1e-5 at least."
+    "Two layers each, random parameters, float32, dropout off (`benchmarks/model_programs.py`). "
+    "A step is forward and backward, gradients left in the parameters. Times are medians of "
+    "processor time with one thread; the columns take turns in one process, and behind each "
+    "stands how many times as long eager takes. The loss, every gradient and every buffer of two "
+    "steps are compared with float64's before anything is timed: the error may be ten times that "
+    "of eager float32, and 1e-5 at least."
 )
 FIRST = (
-    "Processor time of the first step with empty caches, compilers included, imports and a trivial "
-    "first call not."
+    "Processor time of the first step with empty caches, compilers included, imports and a "
+    "trivial first call not."
 )
 DIFFERS = (
-    "The largest difference from eager of the loss, any gradient and any buffer in two steps, and → "
-    "of the losses of twenty steps of AdamW; relative to the largest element of each tensor. 0: "
-    "the same bits."
+    "The largest difference from eager of the loss, any gradient and any buffer in two steps, "
+    "and → of the losses of twenty steps of AdamW; relative to the largest element of each "
+    "tensor. 0: the same bits."
 )
 SAMPLES = (
     "Gradients of each of 4 samples, in evaluation mode: a loop over the samples by autograd, and "

@@ -106,7 +106,8 @@ def main(quick: bool = False):
     error = ((forces - right).norm() / right.norm()).item()
     change = drift(energy, 100 if quick else 1000)
     print(
-        f"loss {losses[0]:.2f} -> {losses[-1]:.5f}; forces on new clusters {100 * error:.1f} % off; "
+        f"loss {losses[0]:.2f} -> {losses[-1]:.5f}; "
+        f"forces on new clusters {100 * error:.1f} % off; "
         f"a trajectory's energy changes by {change:.1e}"
     )
     assert error < (0.5 if quick else 0.1), error

@@ -18,8 +18,8 @@ from aotfunc.errors import AotfuncError
 PAGE = Path(__file__).parents[1] / "docs" / "refusals.md"
 TITLE = """# What is refused
 
-Each program below is refused when it is first called, or its backward is, and the caller's tensors and generators
-are as they were.
+Each program below is refused when it is first called, or its backward is, and the caller's
+tensors and generators are as they were.
 `python -m tests.refusals` runs them and writes this page; `tests/test_refusals.py` compares it.
 
 | program | message |

@@ -1,5 +1,5 @@
 """Imports point down, never sideways, and the package never leans on the libraries it is checked
-against."""
+against. Its files and lines are short."""
 
 import ast
 import sys
@@ -184,3 +184,11 @@ def test_the_checker_sees(path: str, source: str):
 )
 def test_the_checker_lets_pass(path: str, source: str):
     assert not complaints(source, path)
+
+
+def test_files_and_lines_are_short():
+    native = [p for end in ("*.cpp", "*.h") for p in (ROOT / "aotfunc").rglob(end)]
+    lines = {p: p.read_text().splitlines() for p in (*FILES, *native)}
+    assert not [str(p) for p in lines if len(lines[p]) > 400], "look for the second question"
+    long = [f"{p}:{i}" for p in lines for i, text in enumerate(lines[p], 1) if len(text) > 99]
+    assert not long

@@ -282,8 +282,8 @@ def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:
     try:
         if data["version"] != VERSION:
             raise ArgumentError(
-                f"load: {file} has the format {data['version']}, and this version of aotfunc reads "
-                f"{VERSION}: export the function again"
+                f"load: {file} has the format {data['version']}, and this version of aotfunc "
+                f"reads {VERSION}: export the function again"
             )
         tensors = torch.load(io.BytesIO(raw), weights_only=True)
         state: dict[str, Tensor] = {}

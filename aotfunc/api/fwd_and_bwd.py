@@ -97,8 +97,8 @@ def fwd_and_bwd(
         leaves, given = flatten(cotangents)
         if given != spec or not all(map(alike, leaves, results)):
             raise ArgumentError(
-                f"backward: the cotangents are {structure(cotangents)}, and the output is a tree of "
-                f"{results}{at(user_line())}"
+                f"backward: the cotangents are {structure(cotangents)}, and the output is a tree "
+                f"of {results}{at(user_line())}"
             )
         cts = [contiguous(c) for c, yes in zip(leaves, live, strict=True) if yes]
         grads = run_late(*residuals, *cts)

@@ -1,6 +1,6 @@
 """Shrink a graph on which something fails, by delta debugging: Zeller and Hildebrandt,
-"Simplifying and Isolating Failure-Inducing Input", IEEE Transactions on Software Engineering, 2002.
-"""
+"Simplifying and Isolating Failure-Inducing Input", IEEE Transactions on Software Engineering,
+2002."""
 
 from __future__ import annotations
 

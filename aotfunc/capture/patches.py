@@ -169,7 +169,12 @@ graph = torch.autograd.graph
 
 #: everything that the first capture exchanges, for the whole process
 PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
-    Code("apply", Function.apply.__func__, recorded_apply, _ApplyTemplate.apply.__func__),  # type: ignore
+    Code(
+        "apply",
+        Function.apply.__func__,
+        recorded_apply,
+        _ApplyTemplate.apply.__func__,  # type: ignore[attr-defined]
+    ),
     Code("grad", torch.autograd.grad, autograd_grad, _grad_template),
     Code("backward", torch.autograd.backward, autograd_backward, _backward_template),
     Code("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template),

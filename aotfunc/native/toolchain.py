@@ -46,8 +46,8 @@ def compiler() -> list[str]:
     raise CompilerError(
         f"there is no C++ compiler: CXX={chosen} was not found"
         if chosen
-        else f"there is no C++ compiler on the PATH ({', '.join(NAMES)}): install g++, name one in "
-        "the environment variable CXX, or pass backend='eager'"
+        else f"there is no C++ compiler on the PATH ({', '.join(NAMES)}): install g++, name one "
+        "in the environment variable CXX, or pass backend='eager'"
     )
 
 

@@ -231,7 +231,8 @@ class Lift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, o: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.empty(0, dtype=o.dtype, device=o.device).set_(o)  # type: ignore[call-overload]
+        empty: Any = torch.empty(0, dtype=o.dtype, device=o.device)
+        return empty.set_(o)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]

@@ -18,7 +18,8 @@ def owned(t: Tensor) -> Tensor:
 
 
 def state_of(f: Callable, used: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """All that a module holds, by name, and other tensors that were ``used``; the names of these."""
+    """Find all tensors of a module by name, and other tensors that were ``used``; name
+    these."""
     held: dict[str, Tensor] = {}
     if isinstance(f, nn.Module):
         held.update(f.named_parameters(remove_duplicate=False))

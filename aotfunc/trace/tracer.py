@@ -266,7 +266,8 @@ def of_objects(func: Any, args: tuple) -> Any:
         raise CaptureError(
             f"torch.distributed's {name} writes into its argument while other processes wait"
             f"{at(debug.user_line())}, which is not captured: call the function of its kind in "
-            "torch.distributed._functional_collectives, which returns a tensor and has a derivative"
+            "torch.distributed._functional_collectives, which returns a tensor and has a "
+            "derivative"
         )
     raise on_functions(func.__name__)
 

@@ -22,22 +22,22 @@ from benchmarks.cpu.workloads import Workload, workloads
 from benchmarks.measure import DOCS, Report, arguments, ms
 
 METHOD = [
-    "Times are medians of processor time per call with one thread; the columns of a row take turns "
-    "in one process, and each runs the program in the ways that it has: the transformed function "
-    "compiled whole, or (ᵃ, training steps only) the compiled function differentiated by "
-    "autograd, or (ʰ) plain PyTorch written by hand. The fastest stands here. The fastest peer "
-    "is bold; behind ours stands how many times as long that peer takes. malloc keeps memory that is "
-    "given back, except blocks of more than 32 MiB: a result of 10M elements is new memory at each "
-    "call, page faults included.",
+    "Times are medians of processor time per call with one thread; the columns of a row take "
+    "turns in one process, and each runs the program in the ways that it has: the transformed "
+    "function compiled whole, or (ᵃ, training steps only) the compiled function differentiated "
+    "by autograd, or (ʰ) plain PyTorch written by hand. The fastest stands here. The fastest "
+    "peer is bold; behind ours stands how many times as long that peer takes. malloc keeps "
+    "memory that is given back, except blocks of more than 32 MiB: a result of 10M elements is "
+    "new memory at each call, page faults included.",
     "Every result is compared with PyTorch's in float64 before it is timed: the largest error "
     "relative to the largest element of each result may be ten times that of eager float32, and "
     "1e-5 at least. Arguments are float32.",
 ]
 COLD = (
     "Processor time of the first call in a fresh process, compilers included, imports and a "
-    "trivial first call of each library not: with empty caches → with those on disk that the first "
-    "left. Inductor's precompiled header was there before. Training steps are the program of the "
-    "whole step."
+    "trivial first call of each library not: with empty caches → with those on disk that the "
+    "first left. Inductor's precompiled header was there before. Training steps are the program "
+    "of the whole step."
 )
 MEMORY = (
     "The most memory that one call has at any time, results and libraries' scratch memory "
@@ -85,8 +85,8 @@ def summary(found: dict[str, Cells], column: str) -> str:
         return f"{head(column)}: nothing measured."
     behind = sum(ratio < 1 for ratio in ratios.values())
     return (
-        f"{head(column)}: {statistics.geometric_mean(ratios.values()):.2f}x of the fastest peer in "
-        f"the geometric mean of {len(ratios)} workloads, behind it on {behind}."
+        f"{head(column)}: {statistics.geometric_mean(ratios.values()):.2f}x of the fastest peer "
+        f"in the geometric mean of {len(ratios)} workloads, behind it on {behind}."
     )
 
 

@@ -1,8 +1,8 @@
-"""DP-SGD as one writes it by hand: the norms of per-sample gradients from what goes into each layer
-and what comes back to it ("ghost clipping"), one backward pass for norms and sums.
+"""DP-SGD as one writes it by hand: the norms of per-sample gradients from what goes into each
+layer and what comes back to it ("ghost clipping"), one backward pass for norms and sums.
 
-A forward function returns the samples' losses and its layers, each with its parameters' names, what
-it read and what it returned."""
+A forward function returns the samples' losses and its layers, each with its parameters' names,
+what it read and what it returned."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class Norm:
         return (g * F.layer_norm(self.read, self.read.shape[-1:])).sum(1), g.sum(1)
 
     def squares(self, g: Tensor) -> Tensor:
-        return sum(each.square().sum(1) for each in self.gradients(g))  # type: ignore[return-value]
+        scale, shift = self.gradients(g)
+        return scale.square().sum(1) + shift.square().sum(1)
 
     def sums(self, g: Tensor, scale: Tensor) -> dict[str, Tensor]:
         weight, bias = self.gradients(g)

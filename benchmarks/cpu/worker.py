@@ -29,7 +29,7 @@ def say(kind: str, way: Way, **found: Any) -> None:
     print(json.dumps({"kind": kind, "column": way[0], "way": way[1], **found}), flush=True)
 
 
-# ----- right or wrong ------------------------------------------------------------------------------
+# ----- right or wrong ---------------------------------------------------------------------------
 
 
 def double(t: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def runners(w: Workload, names: list[str], skip: list, quick: bool) -> dict[Way,
     return right
 
 
-# ----- how fast, how much memory -------------------------------------------------------------------
+# ----- how fast, how much memory ----------------------------------------------------------------
 
 
 def times(runs: dict[Way, Callable], repeats: int, budget_s: float) -> dict[Way, float]:

@@ -417,7 +417,7 @@ class Drawing:
             + [f"with torch.autocast('cpu', torch.bfloat16):\n    {CALLS[0]}"] * 4 * self.single
         )
         table = [c for c in table if not any(word in c for word in self.off)]
-        # eager leaves out what a reentrant checkpoint closes over where some gradients are asked for
+        # eager leaves out what a reentrant checkpoint closes over, for some sets of inputs
         reentrant = "use_reentrant=True" in text_of_f
         derivatives = [d for d in DERIVATIVES if not (reentrant and "{leaf}" in d)]
         if re.search(

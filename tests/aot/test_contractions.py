@@ -104,7 +104,7 @@ def mlp(inside=80, width=60, outside=10, bias=True):
     return model, (parameters(model), r(32, inside), torch.randint(outside, (32,)))
 
 
-# ----- per-sample gradients ------------------------------------------------------------------------
+# ----- per-sample gradients ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -250,7 +250,7 @@ def test_tangent_kernels():
 
 
 def test_gradients_through_norms():
-    """A penalty on the norms of per-sample gradients, differentiated with respect to parameters."""
+    """A penalty on the norms of per-sample gradients, differentiated by parameters."""
     model, (params, x, y) = mlp()
     penalty = lambda p: clipped_sum(model, F.cross_entropy)(p, x, y)[0].sum()
     assert compiled(grad(penalty), params).largest() < 32 * 80 * 60
@@ -271,7 +271,7 @@ def test_derivatives_of_compiled_functions(always):
     assert_close(jacrev(grad(loss(fast)))(w), jacrev(grad(loss(f)))(w), rtol=1e-8, atol=1e-10)
 
 
-# ----- other products ------------------------------------------------------------------------------
+# ----- other products ---------------------------------------------------------------------------
 
 
 def test_chains_of_matrices():
@@ -385,7 +385,7 @@ def test_random_programs(seed, always):
     compiled(f, *args)
 
 
-# ----- non-finite values, precision, the switch ----------------------------------------------------
+# ----- non-finite values, precision, the switch -------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -467,7 +467,7 @@ def test_through_kernels(tmp_path, monkeypatch):
         assert_close(jit(f, backend="cpp", exact=exact)(*args), f(*args), rtol=1e-9, atol=1e-11)
 
 
-# ----- identity matrices --------------------------------------------------------------------------
+# ----- identity matrices ------------------------------------------------------------------------
 
 WEIGHTS = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
 IDENTITIES = {

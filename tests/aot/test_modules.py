@@ -232,7 +232,7 @@ def test_a_submodule_called_twice():
 
 @dataclass
 class Output(OrderedDict):
-    """A result as transformers has them: a dictionary, a dataclass and a tuple of what is there."""
+    """A result as in transformers: a dictionary, a dataclass and a tuple of what is there."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None

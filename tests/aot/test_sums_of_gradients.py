@@ -1,9 +1,9 @@
-"""Gradients of one value of few digits are added in autograd's order, that of the ops from the last
-to the first: every bit is eager's.
+"""Gradients of one value of few digits are added in autograd's order, that of the ops from the
+last to the first: every bit is eager's.
 
-It cannot be so everywhere: a compiled call is one node of autograd, so that the gradients of its input, and
-of a result that others are computed from, are added inside of it first. Second derivatives have
-formulas of their own."""
+It cannot be so everywhere: a compiled call is one node of autograd, so that the gradients of its
+input, and of a result that others are computed from, are added inside of it first. Second
+derivatives have formulas of their own."""
 
 import random
 

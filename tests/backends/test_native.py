@@ -68,7 +68,8 @@ def test_strides_and_tails():
     source = """
 extern "C" void kernel(int64_t begin, int64_t end, const int64_t *sizes, void *const *buffers) {
   for (int64_t i = begin; i < end; i++)
-    aot_put((float *)buffers[1] + i * 5, aot_gather<floats>((float *)buffers[0] + i, 5, sizes[0]), 5);
+    aot_put((float *)buffers[1] + i * 5,
+            aot_gather<floats>((float *)buffers[0] + i, 5, sizes[0]), 5);
 }"""
     x, out = torch.randn(5, 3), torch.empty(3, 5)
     load(PRELUDE + source)["kernel"](3, (3,), (x, out))

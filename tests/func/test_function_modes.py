@@ -1,4 +1,5 @@
-"""A function mode sees the calls of the user's function, and none that a transform makes itself."""
+"""A function mode sees the calls of the user's function and none that a transform makes
+itself."""
 
 import functools
 

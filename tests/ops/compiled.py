@@ -3,7 +3,7 @@
 
 Samples of each op (one, or --samples of them), in float32 (in the first dtype that it takes where
 that is none) or in another --dtype. With cpp a kernel is made also where calling the op would be
-as good. Ops are compiled a few at a time, and each by itself where not all of these are right. With
+as good. Ops are compiled a few at a time, and each by itself where not all are right. With
 --log each outcome is appended to FILE as it comes, and what FILE holds already is not run again.
 --write puts the outcomes into the backend's page in docs. Status 1 if one is wrong or an error.
 """

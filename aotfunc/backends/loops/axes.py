@@ -191,8 +191,8 @@ def spread(place: Place, shape: Sequence[int]) -> Place:
 
 
 def in_memory(place: Place, shape: Sequence[int], source: Node, extents: Sequence[int]) -> Place:
-    """As :func:`regrouped` for a tensor in memory: neighbouring dimensions that are walked in equal
-    steps need not be told apart."""
+    """Merge dimensions as :func:`regrouped` does, for a tensor in memory: neighbours that are
+    walked in equal steps become one."""
     have, strides = shape_of(source), source.meta["val"].stride()
     sizes, last = [1], [0]
     for d, (size, stride) in enumerate(zip(have, strides, strict=True)):

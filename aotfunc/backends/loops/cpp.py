@@ -1,35 +1,25 @@
-"""Kernels as C++ functions. Extents and strides are arguments: the text says which strides are 0
-or 1 and nothing else of them.
+"""Print kernels as C++ functions. Extents and strides are arguments: the text depends only on
+which strides are 0 or 1.
 
-Where all values are as wide as each other the vector axis is computed a register of
-floats or doubles at a time, integers and bools likewise; elsewhere by single numbers. A reduction whose vector axis is
-not reduced runs through memory row by row, with an accumulator for each point of a tile of that axis.
+Where all values are equally wide, the vector axis is computed a register of floats, doubles,
+integers or bools at a time, elsewhere by single numbers. A reduction whose vector axis is not
+reduced runs through memory row by row, with an accumulator for each point of a tile of that axis.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from .arguments import BLOCK, VECTORS, given, named
+from .accumulators import Accumulators
+from .arguments import BLOCK, given, named
 from .blocks import ROWS
 from .ir import SLOW, Apply, Const, Expr, Kernel, Load, Position, Reduce, Store, walk
-from .values import NUMBERS, Values, memory
+from .values import NUMBERS, memory
 
 #: points of the vector axis that have accumulators at the same time
 TILE = 1024
-
-#: what a reduction begins with, of floating point or not, and how it goes on
-START = {"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True}
-STEP = {
-    "prod": "mul",
-    "max": "maximum",
-    "min": "minimum",
-    "any": "bitwise_or",
-    "all": "bitwise_and",
-}
 
 
 def function(kernel: Kernel) -> str:
@@ -37,11 +27,9 @@ def function(kernel: Kernel) -> str:
     return Printer(kernel).text()
 
 
-class Printer(Values):
+class Printer(Accumulators):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        #: the vector axis is one of the outer ones
-        self.columns = 0 <= self.vector < kernel.outer
         #: rows are points of the vector axis
         self.split = self.columns and kernel.outer == 1
         #: values that vary along it, but not inside, are kept for a tile
@@ -240,8 +228,8 @@ class Printer(Values):
         self.put(left, inside=True)
 
     def kept(self, now: Sequence[Reduce], later: Sequence[Expr], last: list[Store]) -> list[Store]:
-        """What is computed for reductions now, takes long, and is needed later, stored where one of
-        the last results will be."""
+        """Choose values that are computed for reductions now, take long and are needed later: each
+        is stored where one of the last results will be."""
         needed = set(walk(later))
         free = [s.access for s in last if s.access not in self.spilled.values()]
         found = []
@@ -350,54 +338,3 @@ class Printer(Values):
             else:
                 self.say(f"const {self.type(e)} {name} = {self.finish(e, a)};")
                 self.names[e] = name
-
-    @property
-    def across(self) -> bool:
-        """Whether the lanes of an accumulator are one value."""
-        return self.vectors and not self.columns
-
-    def accumulator(self, e: Reduce) -> str:
-        if e.fn == "sum" and e.dtype is torch.float32:
-            return "double" if not self.vectors else "long_sums" if self.across else "sums"
-        return VECTORS[self.lanes][e.dtype] if self.vectors else NUMBERS[e.dtype]
-
-    def start(self, e: Reduce) -> str:
-        if e.fn == "sum" and e.dtype.is_floating_point:
-            return f"{self.accumulator(e)}{{}}"
-        return self.constant(Const(e.dtype, neutral(e)), self.vectors)
-
-    def step(self, e: Reduce, a: str) -> None:
-        value = self.word(e.value, self.vectors)
-        if self.across:
-            rest = self.constant(Const(e.dtype, neutral(e)), True)
-            value = f"aot_or({value}, {rest}, n)"
-        if e.fn == "sum" and e.dtype.is_floating_point:
-            self.say(f"aot_sum({a}, {value});")
-        elif e.fn == "sum":
-            self.say(f"{a} = aot_iadd({a}, {value});")
-        else:
-            self.say(f"{a} = {self.call(STEP[e.fn], e.dtype, [a, value], self.vectors)};")
-
-    def finish(self, e: Reduce, a: str) -> str:
-        summed = e.fn == "sum" and e.dtype.is_floating_point
-        if not self.across:
-            if not summed:
-                return a
-            if self.accumulator(e) == "sums":
-                return f"aot_summed({a})"
-            return f"({NUMBERS[e.dtype]}){a}" if not self.vectors else a
-        if summed:
-            return f"aot_across_sum({a})"
-        fn = {"sum": "add", "prod": "mul"}.get(e.fn, STEP.get(e.fn, e.fn))
-        kind = VECTORS[self.lanes][e.dtype]
-        step = self.call(fn, e.dtype, ["x", "y"], True)
-        total = f"aot_across({a}, []({kind} x, {kind} y) -> {kind} {{ return {step}; }})"
-        return f"{total} != 0" if e.dtype is torch.bool else total
-
-
-def neutral(e: Reduce) -> bool | int | float:
-    """What changes no value of the reduction."""
-    if e.fn in ("max", "min") and not e.dtype.is_floating_point:
-        info = torch.iinfo(e.dtype)
-        return info.min if e.fn == "max" else info.max
-    return START[e.fn]

@@ -109,8 +109,8 @@ def indexed(work: Lowering, at: At, size: Sequence[int], asked: Sequence[Node | 
 
 
 def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
-    """Where dimensions that are indexed together lie, and their shape: where the first of them was,
-    or first of all if others are between them."""
+    """Return where dimensions that are indexed together lie, and their shape: in the place of the
+    first of them, or first of all if others are between them."""
     dims = [d for d, i in enumerate(asked) if i is not None]
     shape = broadcast(*[shape_of(i) for i in asked if i is not None])
     return (dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0), tuple(shape)

@@ -209,7 +209,7 @@ REDUCTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Ramp:
-    """A number that is ``start`` at the first point, and a step more for each step along an axis."""
+    """A number that is ``start`` at the first point and grows by a step along each axis."""
 
     strides: tuple[int, ...]
     start: int = 0

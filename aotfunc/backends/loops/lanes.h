@@ -101,8 +101,9 @@ template <class V, class T> AOT void aot_scatter(T *p, V v, int64_t n, int64_t s
     __builtin_memcpy(p + i * stride, (T *)&m + i, sizeof(T));
 }
 
-// A block of n times m floats, m of them neighbours, as vectors across these: `rows` of them, or zeros.
-// Each round moves the lower and upper half of the lines between each other's elements.
+// Reads a block of n times m floats, m of them neighbours, as vectors across these: `rows` of
+// them, or zeros. Each round moves the lower and upper half of the lines between each other's
+// elements.
 template <int... i> struct aot_numbers {};
 template <int n, int... i> struct aot_up_to : aot_up_to<n - 1, n - 1, i...> {};
 template <int... i> struct aot_up_to<0, i...> { typedef aot_numbers<i...> type; };

@@ -1,8 +1,8 @@
 // A launch as Python calls it: a kernel's outputs are allocated, and it runs.
 //
-// CPython's stable ABI and PyTorch's C shim are declared here, so that no headers are needed. Only
-// the usual is done: with anything else, a wrong argument or a failure, the plain form in launch.py
-// is called in its place.
+// CPython's stable ABI and PyTorch's C shim are declared here, so that no headers are needed. This
+// does the usual case; launch.py's plain form is called for any other, for a wrong argument and
+// after a failure.
 
 typedef __INT64_TYPE__ int64_t;
 typedef __INT32_TYPE__ int32_t;
@@ -18,7 +18,7 @@ struct Object {  // launch.py has seen that it is this
 
 typedef void (*Kernel)(int64_t, int64_t, const int64_t *, void *const *);
 
-// What launch.py packs: these words, order[buffers], sizes[lengths], and for each output its dtype,
+// launch.py packs these words, order[buffers], sizes[lengths], and for each output its dtype,
 // its bytes, its number of dimensions, its sizes and its strides.
 struct Plan {
   int64_t inputs, outputs, buffers, lengths, rows, grain, elements;  // of the largest output
@@ -78,8 +78,8 @@ static void run(const Plan *plan, int64_t elements, Call *call) {
   PyEval_RestoreThread(state);
 }
 
-// Large memory, which is often new, in huge pages: the kernel of the system clears these four times
-// as fast as it makes small ones.
+// Puts large memory, which is often new, in huge pages: the system clears these four times as fast
+// as it makes small ones.
 static void in_huge_pages(void *data, int64_t bytes) {
 #ifdef __linux__
   enum : uint64_t { PAGE = 1 << 21 };

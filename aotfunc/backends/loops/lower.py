@@ -1,8 +1,8 @@
 """Nodes of an aten graph as one kernel: each value an expression over the kernel's axes.
 
-A value is asked for at a *place*: an index into each of its dimensions. Places are derived from
-a result to its arguments, through broadcasting, views and look-ups, so the same value may be
-computed at two places; under a *mask*, where it may lie outside of its tensor, and is any number."""
+A value is asked for at a *place*: an index into each of its dimensions. Places are derived from a
+result to its arguments, through broadcasting, views and look-ups, so the same value may be
+computed at two places. Under a *mask* it may lie outside of its tensor and be any number."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 // aot_sinh aot_cosh aot_tanh aot_asinh aot_acosh aot_atanh aot_erf aot_erfc aot_lgamma
 // aot_pow aot_fmod, each of float, double, floats and doubles.
 
-// In float32 exp, sigmoid, log, sin, cos, tanh and erf are our own, of the polynomials above; the others are
-// Sleef's.
+// In float32 exp, sigmoid, log, sin, cos, tanh and erf are our own, of the polynomials above; the
+// others are Sleef's.
 
 // AOT_SLEEF: libtorch_cpu exports Sleef's vector functions.
 #if defined(AOT_SLEEF) && defined(__AVX2__) && defined(__FMA__)
@@ -76,7 +76,9 @@ AOT_SLEEF_OF_DOUBLES(erf, u10, aot_erf)
 // p 2^n for whole |n| < 300. Without an instruction the power is two factors: results may be
 // denormal.
 #if AOT_BYTES == 64
-AOT floats aot_scaled(floats p, floats n) { return __builtin_ia32_scalefps512_mask(p, n, p, -1, 4); }
+AOT floats aot_scaled(floats p, floats n) {
+  return __builtin_ia32_scalefps512_mask(p, n, p, -1, 4);
+}
 #else
 AOT floats aot_scaled(floats p, floats n) {
   ints whole = __builtin_convertvector(n == n ? n : floats{}, ints), half = whole >> 1;
@@ -96,8 +98,8 @@ AOT floats aot_exp(floats x) {
 AOT_NUMBER1(aot_exp)
 
 // sin(x - n pi), and its sign turned where the last bit of `odd` is set. pi is in three parts, all
-// of one sign, so that -0 stays; while |x| <= aot_far the first difference is exact and what is left
-// out of pi does not count. Adding aot_whole rounds to whole numbers.
+// of one sign, so that -0 stays; while |x| <= aot_far the first difference is exact and what is
+// left out of pi does not count. Adding aot_whole rounds to whole numbers.
 #ifdef __FMA__
 static const float aot_far = 32768, aot_whole = 0x1.8p23f;
 #else
@@ -107,7 +109,8 @@ AOT floats aot_sin_of(floats x, floats n, floats odd) {
   floats r = aot_fma(n, aot_floats(-0x1.921fb4p+1f), x);
   r = aot_fma(n, aot_floats(-0x1.4442d0p-23f), r);
   r = aot_fma(n, aot_floats(-0x1.846988p-47f), r);
-  floats z = r * r, y = aot_least(aot_floats(1), aot_abs(aot_fma(r * z, aot_sin_polynomial(z), r)));
+  floats z = r * r, s = aot_fma(r * z, aot_sin_polynomial(z), r);
+  floats y = aot_least(aot_floats(1), aot_abs(s));
   return (floats)((ints)y ^ (((ints)odd << 31) ^ ((ints)r & (int32_t)0x80000000)));
 }
 AOT floats aot_sin(floats x) {

@@ -1,7 +1,7 @@
 // Products of matrices: c[b, i, j] = the sum over k of a[b, i, k] * b[b, k, j].
 //
-// A tile of sums stays in registers while k runs: some rows of two vectors. The columns that a tile
-// reads lie in memory as vectors, or are packed so; a row of `a` is read number by number, from
+// A tile of sums stays in registers while k runs: some rows of two vectors. The columns of a tile
+// lie in memory as vectors, or are packed so; a row of `a` is read number by number, from
 // where it is, or packed where many tiles read it. Which sums are added up in which order depends
 // on the sizes alone, not on threads.
 

@@ -129,7 +129,7 @@ def product(n: Node) -> Task | None:
 
 
 def shown(n: Node) -> tuple[Node, Sequence[int], int]:
-    """The tensor in memory that a node shows, with the node's strides and where it begins there."""
+    """Find the tensor in memory that a node shows, and the node's strides and offset in it."""
     root = n
     while (source := source_of(root)) is not None:
         root = source

@@ -1,4 +1,5 @@
-"""Which values a kernel computes once more, from what another has read, instead of reading them."""
+"""Choose the values that a kernel computes again, from what another kernel has read, instead of
+reading them."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def made_of(v: Node, unit: Unit) -> tuple[list[Node], list[Node]]:
 
 
 def smaller(n: Node, v: Node) -> bool:
-    """Whether a value lacks a dimension of another one; its size says nothing of the next call's."""
+    """Say whether a value lacks a dimension of another one; its size differs from call to
+    call."""
     return rank(n) < rank(v)
 
 

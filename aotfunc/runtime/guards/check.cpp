@@ -59,7 +59,7 @@ struct Step {
   int32_t op, to, a, b;
 };
 
-// packed by native.py: after the steps come the registers of the tensors, and what PYTHON steps need
+// packed by native.py: after the steps come the tensors' registers, then the words of PYTHON steps
 struct Program {
   int64_t steps, registers, tensors;
   Step rest[];
@@ -67,7 +67,7 @@ struct Program {
 
 static bool is(Object *x, Object *type) { return x->type == type; }
 
-// The counts as Python keeps them: the lower half counts, and is negative where nothing is counted.
+// Python's reference count: the lower half counts, and is negative for immortal objects.
 static int32_t &references(Object *x) { return *(int32_t *)&x->references; }
 
 static Object *kept(Object *x) {
@@ -104,7 +104,7 @@ static bool item_not_false(Object *x, Object *key) {
   return yes;
 }
 
-// Lines that are left to Python: a function of some registers to a tuple for those from `first` on.
+// Runs lines that are left to Python: a function of some registers fills those from `first` on.
 static bool python(Object *f, const int32_t *words, Object **r, int32_t first) {
   int64_t given = words[0], made = words[1];
   Object **args = (Object **)__builtin_alloca((given + 1) * sizeof(Object *));

@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from ...trace.node_views import calls_view
 from .order import CALL, LOOPED, STORED, Order, Plan, cheapest, convolution_steps, matrix_steps
-from .products import MATRICES, Product, Products
+from .products import Product
+from .recognition import MATRICES, Products
 
 aten = torch.ops.aten
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from .products import Dims, flat
 from .windows import Windows
 
-#: Costs count multiply-adds of a matrix product. A step of a kernel's loop takes as long as two, to
-# read an element of a matrix as long as 8, to store one in new memory as long as 24, a call 2000.
+#: Costs count multiply-adds of a matrix product. A kernel's loop takes 2 for a step, 8 to read an
+#: element of a matrix, 24 to store one in new memory; a call takes 2000.
 LOOPED, READ, STORED, CALL = 2, 8, 24, 2000
 
 Labels = tuple[int, ...]

@@ -4,45 +4,17 @@ images and windows."""
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Node
 
-from .products import MOST, Dims, Factor, Product, Products, flat, rule
+from .products import Dims, flat
 
 aten = torch.ops.aten
 
-BACKWARD = aten.convolution_backward.default
 WEIGHT_ONLY = [False, True, False]
-
-
-@rule(operator.getitem)
-def _weight_gradient(ps: Products, n: Node, call: Node, i: int) -> Product | None:
-    if call.target is not BACKWARD or call.args[-1] != WEIGHT_ONLY:
-        return None
-    g, x, _, _, stride, padding, dilation, transposed, _, groups, _ = call.args
-    images, outs, *places = g.meta["val"].shape
-    _, channels, *kernel = n.meta["val"].shape
-    if transposed or {len(v) for v in (stride, padding, dilation)} != {len(kernel)}:
-        return None
-    shape = (images, groups, channels, *kernel, *places)
-    dims = tuple([(ps.label(k),) if k > 1 else () for k in shape])
-    geometry = [tuple(v) for v in (kernel, stride, padding, dilation)]
-    cotangent = ps.viewed(ps.of(n, g), (images, groups, outs // groups, *places))
-    if cotangent is None or cotangent.square or len(cotangent.factors) == MOST:
-        return None
-    # images, groups, output channels, channels, places in a window, windows
-    first, rest = cotangent.dims[:3], cotangent.dims[3:]
-    cotangent = replace(cotangent, dims=(*first, (), *[()] * len(kernel), *rest))
-    windows = Factor(x, dims, ("windows", *geometry))
-    p = ps.times(cotangent, Product((windows,), (*dims[:2], (), *dims[2:])))
-    p = p and ps.summed(p, [0, *range(4 + len(kernel), 4 + 2 * len(kernel))])
-    return p and ps.viewed(p, n.meta["val"].shape)
 
 
 class Windows:

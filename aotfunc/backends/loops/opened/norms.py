@@ -89,8 +89,8 @@ def floats(x: Tensor) -> Tensor:
 
 
 def slow(x: Tensor, running: bool = False) -> bool:
-    """Whether PyTorch's own batch norm is faster than kernels: of bfloat16 and float16 with running
-    statistics, or whose channels are last in memory."""
+    """Say whether PyTorch's own batch norm is faster than kernels: of bfloat16 and float16 with
+    running statistics."""
     return x.dtype in ROUNDED and (running or not x.is_contiguous())
 
 

@@ -58,8 +58,8 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Any:
-    """The sum of each window of few elements, divided by their number. PyTorch's own is as fast for
-    large ones that are several steps apart."""
+    """The sum of each window of few elements, divided by their number. PyTorch's own is as fast
+    for large ones that are several steps apart."""
     (kh, kw), (sh, sw) = pair(size), pair(stride or size)
     most = 9 if sw == 1 else 4
     if pair(padding) != (0, 0) or ceil_mode or kh * kw > most or not in_rows(x):

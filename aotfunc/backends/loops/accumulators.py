@@ -1,0 +1,79 @@
+"""How a reduction accumulates in C++: what it begins with, one step, and its result."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .arguments import VECTORS
+from .ir import Const, Kernel, Reduce
+from .values import NUMBERS, Values
+
+#: what a reduction begins with, of floating point or not, and how it goes on
+START = {"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True}
+STEP = {
+    "prod": "mul",
+    "max": "maximum",
+    "min": "minimum",
+    "any": "bitwise_or",
+    "all": "bitwise_and",
+}
+
+
+class Accumulators(Values):
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        #: the vector axis is one of the outer ones
+        self.columns = 0 <= self.vector < kernel.outer
+
+    @property
+    def across(self) -> bool:
+        """Whether the lanes of an accumulator are one value."""
+        return self.vectors and not self.columns
+
+    def accumulator(self, e: Reduce) -> str:
+        if e.fn == "sum" and e.dtype is torch.float32:
+            return "double" if not self.vectors else "long_sums" if self.across else "sums"
+        return VECTORS[self.lanes][e.dtype] if self.vectors else NUMBERS[e.dtype]
+
+    def start(self, e: Reduce) -> str:
+        if e.fn == "sum" and e.dtype.is_floating_point:
+            return f"{self.accumulator(e)}{{}}"
+        return self.constant(Const(e.dtype, neutral(e)), self.vectors)
+
+    def step(self, e: Reduce, a: str) -> None:
+        value = self.word(e.value, self.vectors)
+        if self.across:
+            rest = self.constant(Const(e.dtype, neutral(e)), True)
+            value = f"aot_or({value}, {rest}, n)"
+        if e.fn == "sum" and e.dtype.is_floating_point:
+            self.say(f"aot_sum({a}, {value});")
+        elif e.fn == "sum":
+            self.say(f"{a} = aot_iadd({a}, {value});")
+        else:
+            self.say(f"{a} = {self.call(STEP[e.fn], e.dtype, [a, value], self.vectors)};")
+
+    def finish(self, e: Reduce, a: str) -> str:
+        summed = e.fn == "sum" and e.dtype.is_floating_point
+        if not self.across:
+            if not summed:
+                return a
+            if self.accumulator(e) == "sums":
+                return f"aot_summed({a})"
+            return f"({NUMBERS[e.dtype]}){a}" if not self.vectors else a
+        if summed:
+            return f"aot_across_sum({a})"
+        fn = {"sum": "add", "prod": "mul"}.get(e.fn, STEP.get(e.fn, e.fn))
+        kind = VECTORS[self.lanes][e.dtype]
+        step = self.call(fn, e.dtype, ["x", "y"], True)
+        total = f"aot_across({a}, []({kind} x, {kind} y) -> {kind} {{ return {step}; }})"
+        return f"{total} != 0" if e.dtype is torch.bool else total
+
+
+def neutral(e: Reduce) -> bool | int | float:
+    """What changes no value of the reduction."""
+    if e.fn in ("max", "min") and not e.dtype.is_floating_point:
+        info = torch.iinfo(e.dtype)
+        return info.min if e.fn == "max" else info.max
+    return START[e.fn]
