@@ -73,6 +73,8 @@ READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]
     aten.fractional_max_pool3d_backward.default: densely(4),
     aten.nll_loss2d_backward.default: densely(1),
     aten.linalg_matrix_exp.default: densely(0),
+    aten.mkldnn_rnn_layer.default: densely(*range(7)),
+    aten.mkldnn_rnn_layer_backward.default: densely(*range(10)),
 }
 
 

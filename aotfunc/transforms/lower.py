@@ -10,6 +10,7 @@ from torch.fx import Node
 from ..graph import Program
 from ..trace.emit import Builder, adds_apart, remap
 from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
+from .rules.recurrent import WORKSPACE, layer, layer_with_workspace
 from .tidy import FINAL, rebuilt
 
 aten = torch.ops.aten
@@ -32,6 +33,11 @@ CALLS = frozenset({"calls"})
 EVERYTHING = MARKS | CALLS
 
 
+def for_backward(n: Node) -> bool:
+    """Whether anything reads the workspace of this recurrent layer."""
+    return any(user.args[1] == WORKSPACE for user in n.users)
+
+
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
     derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them."""
@@ -39,13 +45,16 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     apart = final and any(
         adds_apart(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes
     )
-    if not (apart or marked(program)):
+    backwards = map(for_backward, program.graph.find_nodes(op="call_function", target=layer))
+    if not (apart or any(backwards) or marked(program)):
         return program
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         target: Any = n.target
         if "marks" in dissolve and (target in IDENTITIES or target is hidden_write):
             return remap(n.args[target is hidden_write], env)
+        if target is layer and for_backward(n):
+            return b.node(layer_with_workspace, remap(n.args, env), {}, n.meta["val"])
         if getattr(target, "dissolved_with", None) in dissolve:
             return target.inline(b, remap(n.args, env), lambda p: lowered(p, dissolve))
         return NotImplemented

@@ -82,6 +82,7 @@ DEVICE_DECIDES = (
     "multi_margin_loss",
     "multilabel_margin_loss",
     "nonzero_static",
+    "mkldnn_rnn_layer",
 ) + (("_embedding_bag", "_embedding_bag_forward_only"))
 #: zeros are indices out of bounds to them, or a failed assertion, which kernels on a GPU do not
 #: survive
@@ -161,7 +162,8 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     ]
     states = [g.get_state() for g in generators]
     try:
-        return op(*fill(args, real), **{k: fill(v, real) for k, v in kwargs.items()})
+        with torch.enable_grad():  # with what only a backward reads
+            return op(*fill(args, real), **{k: fill(v, real) for k, v in kwargs.items()})
     finally:
         for g, state in zip(generators, states, strict=True):
             g.set_state(state)
