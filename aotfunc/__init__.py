@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 # of the objects that PyTorch has made by now, one collection takes longer than these imports
 with paused_gc():
     from .api.check import check_grads as check_grads
+    from .api.control_flow import map as map
+    from .api.control_flow import scan as scan
     from .api.coverage import coverage as coverage
     from .api.export import Exported as Exported
     from .api.export import export as export

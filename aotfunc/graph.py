@@ -5,7 +5,7 @@
     call        := call_function(target, args, kwargs)
     target      := OpOverload that neither mutates nor (after functionalisation) aliases
                  | operator.getitem                       one output of an op with several | Target
-                 a nested compiled call, a custom derivative
+                 a nested compiled call, a custom derivative, control flow
     args        := node | literal | list of these output      := (tuple,)
     flat: results, then the new values of mutated inputs
 
@@ -40,8 +40,8 @@ class Target(Protocol):
 
     @property
     def dissolved_with(self) -> str | None:
-        """The kind that ``lowered`` dissolves it with: "calls", "customs", or None for what stays
-        a node."""
+        """The kind that ``lowered`` dissolves it with: "calls", "customs", "bodies" for what stays
+        a node with other bodies, or None for what stays as it is."""
 
     def __call__(self, *tensors: Any) -> Sequence[Any]:
         """Run it: its flat results."""
@@ -135,9 +135,12 @@ class Program:
     def code(self) -> str:
         """The program as a Python function."""
         text = self.graph.python_code("self").src.strip()
-        return text.replace(
-            "def forward(self, ", f"def {self.name.replace(' ', '_') or 'program'}(", 1
-        )
+        name = self.name.replace(" ", "_") or "program"
+        text = text.replace("def forward(self, ", f"def {name}(", 1)
+        for n in self.graph.nodes:
+            for body in getattr(n.target, "bodies", ()):
+                text += f"\n\n# {n.name} is a {n.target!r} of\n{body.code}"
+        return text
 
     def __repr__(self) -> str:
         return (

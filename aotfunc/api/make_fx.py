@@ -26,6 +26,7 @@ from ..trace.marks import dead_end, hidden_write
 from ..transforms.decompose import decomposed
 from ..transforms.fresh import fresh
 from ..transforms.lower import EVERYTHING
+from .operators import with_operators
 
 aten = torch.ops.aten
 
@@ -131,9 +132,10 @@ def make_fx(
             getattr(f, "__name__", type(f).__name__),
             constants,
             outputs,
-            EVERYTHING - {"marks"},
+            kept := EVERYTHING - {"marks"},
             rec.names(),
         )
+        with_operators(gm, kept)
         _as_called(gm, f, arguments, args, kwargs, rec)
         if check_inputs:
             names = [*argument_names(f, len(args)), *kwargs]

@@ -149,6 +149,9 @@ class Roofline:
     def time(self, n: Node) -> float:
         if not moves(n):
             return 0.0
+        if bodies := getattr(n.target, "bodies", ()):  # control flow
+            ops = [m for body in bodies for m in body.graph.nodes]
+            return getattr(n.target, "length", 1) * sum(map(self.time, ops))
         written = nbytes(n.meta.get("val"))
         if self.fused < 1 and n.target.__class__ is OpOverload:
             folds = (

@@ -79,15 +79,20 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         ):
             outs = ProgramFunction.apply(program, generator_states(program), *tensors)
         else:
-            fn = on_eager(program)
-            outs = (
-                distinct(program, fn(*tensors), program.n_outputs, tensors)
-                if by_us
-                else fn(*tensors)
-            )
+            outs = values(program, tensors)
+            if by_us:
+                outs = distinct(program, outs, program.n_outputs, tensors)
         if program.mutated:
             write_back(program, given, outs)
     return outs[: program.n_outputs]
+
+
+def values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
+    """All outputs of a program, eagerly; control flow meets no batches of torch.func's, whose
+    strides nobody knows."""
+    if program.once("flow", lambda: any(hasattr(n.target, "bodies") for n in program.graph.nodes)):
+        return call_batched(lambda p, given: on_eager(p)(*given), program, tensors)
+    return on_eager(program)(*tensors)
 
 
 def as_function(program: Program, name: str = "") -> Callable[..., list]:
@@ -208,7 +213,7 @@ class ProgramFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore
-        outs = on_eager(program)(*tensors)
+        outs = values(program, tensors)
         pairs = zip(
             distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True
         )

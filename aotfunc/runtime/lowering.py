@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from ..graph import Program
 from ..partition.cost import flops, nbytes, traffic
 from ..partition.memory import peak, saved
 from .graph_module import graph_module
 from .halves import Halves
+from .pipeline import examples
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -96,11 +96,3 @@ class Lowered:
 
     def __repr__(self) -> str:
         return f"<{self._compiled.who} for {self._entry.call.program.signature}>"
-
-
-def examples(program: Program) -> list[Tensor]:
-    """Tensors as the program takes them, to compile for."""
-    return [
-        torch.empty_like(p.meta["val"].proto, device=p.meta["val"].device)
-        for p in program.placeholders
-    ]

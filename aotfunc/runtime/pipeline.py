@@ -205,6 +205,7 @@ def compiled_by(
     if table is not None:
         program = decomposed(lowered(program, EVERYTHING), Declining(table))
     gm = graph_module(program, program.name.replace(" ", "_") or "Graph")
+    flow = compile_bodies(gm.graph, backend, what)
     if debug.watched is not None or debug.LEVEL >= 3:
         debug.note(
             f"compiled by {function_name(compiler)}",
@@ -212,6 +213,8 @@ def compiled_by(
             lambda: gm.code.strip(),
             size(gm.graph),
         )
+    if flow and backend != backends.CPP:  # whose ops know nothing of bodies
+        return compile_graph(gm.graph)
     try:
         with redrawn(generator_states(program)):  # it may run the graph on the examples
             fn = compiler(gm, [t.detach() for t in tensors])
@@ -234,6 +237,37 @@ def compiled_by(
 
     call.eagerly = getattr(fn, "eagerly", None)  # type: ignore[attr-defined]
     return call
+
+
+def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
+    """Let control flow run bodies that are compiled as the graph is, each once; whether there is
+    any. Compilers that are not ours get the bodies alone."""
+    found = [n for n in graph.nodes if hasattr(n.target, "bodies")]
+
+    def compiled(body: Program) -> Callable:
+        return body.once(
+            ("compiled", backend.compile),
+            lambda: compiled_by(backend, body, examples(body), f"{what}, {body.name}"),
+        )
+
+    for n in found:
+        target: Any = n.target
+        run = functools.partial(run_bodies, target, list(map(compiled, target.bodies)))
+        run.__name__ = target.__name__  # type: ignore[attr-defined]
+        n.target = run
+    return bool(found)
+
+
+def run_bodies(target: Any, bodies: Sequence[Callable], *tensors: Tensor) -> Sequence:
+    return target.run(bodies, tensors)
+
+
+def examples(program: Program) -> list[Tensor]:
+    """Tensors as the program takes them, to compile for."""
+    return [
+        torch.empty_like(p.meta["val"].proto, device=p.meta["val"].device)
+        for p in program.placeholders
+    ]
 
 
 def partitioned(

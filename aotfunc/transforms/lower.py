@@ -40,7 +40,8 @@ def for_backward(n: Node) -> bool:
 
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
-    derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them."""
+    derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them; the
+    bodies of control flow, too."""
     final = dissolve == EVERYTHING
     apart = final and any(
         adds_apart(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes
@@ -49,14 +50,26 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     if not (apart or any(backwards) or marked(program)):
         return program
 
+    def inner(body: Program) -> Program:
+        """A body lowered; once more it is itself."""
+        key = ("lowered", dissolve)
+        made = body.once(key, lambda: lowered(body, dissolve))
+        return made.once(key, lambda: made)
+
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         target: Any = n.target
         if "marks" in dissolve and (target in IDENTITIES or target is hidden_write):
             return remap(n.args[target is hidden_write], env)
         if target is layer and for_backward(n):
             return b.node(layer_with_workspace, remap(n.args, env), {}, n.meta["val"])
-        if getattr(target, "dissolved_with", None) in dissolve:
-            return target.inline(b, remap(n.args, env), lambda p: lowered(p, dissolve))
+        kind = getattr(target, "dissolved_with", None)
+        if kind == "bodies":
+            target, places = target.reading({u.args[1] for u in n.users})
+            outs = target.inline(b, remap(n.args, env), inner)
+            made = dict(zip(places, outs, strict=True))
+            return [made.get(i) for i in range(len(n.meta["val"]))]
+        if kind in dissolve:
+            return target.inline(b, remap(n.args, env), inner)
         return NotImplemented
 
     return rebuilt(program, "lower", visit, Builder(FINAL, final=final))

@@ -186,8 +186,7 @@ TRIPLES = [
 ]
 
 
-def check(names, wrap=lambda f: f):
-    ours, reference = base, base
+def check(names, wrap=lambda f: f, ours=base, reference=base):
     for name in reversed(names):
         mine, theirs = TRANSFORMS[name]
         ours, reference = mine(ours), theirs(reference)

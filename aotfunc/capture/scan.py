@@ -1,0 +1,258 @@
+"""A loop as one node of a graph: its body is a program, and each transform makes another loop of
+another body. So a graph does not grow with the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph import Program, size
+from ..trace.emit import Builder
+from ..trace.node_views import storage_root
+from ..trace.shapes.sig import Sig
+from ..trace.views import laid_out
+from ..transforms.activity import flat_inputs, has_derivative, live
+from ..transforms.jvp import jvp
+from ..transforms.vjp import vjp
+from ..transforms.vmap import inserted, vmap, with_dim_moved
+from ..transforms.walk import filled_node
+from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning, row_sig
+from .scan_halves import Half, backward_body, linear_body
+
+#: rows that are kept as tensors of their own before they become a part of their stack
+ROWS = 256
+
+
+class Scan(Flow):
+    """The target of a node ``(constants, carry, stacks) -> (carry, stacks)``.
+
+    ``body`` maps ``(constants, carry, one row of each stack)`` to ``(carry, one row of each
+    result)`` and is called ``length`` times, at least once; with ``reverse`` from the last row to
+    the first. A stack has its rows along dimension 0; what is carried or stacked is contiguous."""
+
+    __name__ = "scan"
+
+    def __init__(
+        self, body: Program, n_consts: int, n_carry: int, length: int, reverse: bool = False
+    ) -> None:
+        carry = [p.meta["val"] for p in body.placeholders[n_consts : n_consts + n_carry]]
+        self.body = body.once(("carried", n_consts, n_carry), lambda: results_as(body, carry))
+        self.bodies = (self.body,)
+        self.n_consts, self.n_carry, self.length, self.reverse = n_consts, n_carry, length, reverse
+
+    def __repr__(self) -> str:
+        way = ", in reverse" if self.reverse else ""
+        return (
+            f"<scan of {self.length} steps{way}: {self.body.signature}, "
+            f"{size(self.body.graph)} nodes>"
+        )
+
+    @property
+    def vals(self) -> tuple:
+        """Signatures of its results."""
+        vals = self.body.vals
+        rows = [inserted(v, 0, self.length) for v in vals[self.n_carry :]]
+        return (*vals[: self.n_carry], *rows)
+
+    def with_bodies(self, bodies: Sequence[Program]) -> Scan:
+        return Scan(bodies[0], self.n_consts, self.n_carry, self.length, self.reverse)
+
+    def reading(self, read: set[int]) -> tuple[Scan, list[int]]:
+        kept = [i for i in range(self.body.n_outputs) if i < self.n_carry or i in read]
+        return self.with_bodies([returning(self.body, kept)]), kept
+
+    def run(self, bodies: Sequence[Callable], tensors: Sequence[Tensor]) -> list[Tensor]:
+        [body] = bodies
+        first, last = self.n_consts, self.n_consts + self.n_carry
+        planned = [p.meta["val"] for p in self.body.placeholders[:first]]
+        consts = [as_planned(t, sig) for t, sig in zip(tensors[:first], planned, strict=True)]
+        carry: Sequence[Tensor] = [t.contiguous() for t in tensors[first:last]]
+        rows = [t.contiguous() for t in tensors[last:]]
+        k = self.n_carry
+        parts: list[list[Tensor]] = []
+        for start in self.blocks():
+            part = [t[start : start + ROWS].unbind(0) for t in rows]
+            made = []
+            for t in self.order(min(ROWS, self.length - start)):
+                outs = body(*consts, *carry, *[r[t] for r in part])
+                carry = outs[:k]
+                made.append(outs[k:])
+            made = made[::-1] if self.reverse else made
+            parts.append([torch.stack(y) for y in zip(*made, strict=True)])
+        carry = [
+            x.clone() if shared else x
+            for x, shared in zip(carry, shared_memory(self.body, self.n_carry), strict=True)
+        ]
+        parts = parts[::-1] if self.reverse else parts
+        ys = [y[0] if len(y) == 1 else torch.cat(y) for y in zip(*parts, strict=True)]
+        return [*carry, *ys]
+
+    def order(self, count: int) -> range:
+        """The numbers below ``count`` in the order of the steps."""
+        return range(count - 1, -1, -1) if self.reverse else range(count)
+
+    def blocks(self) -> list[int]:
+        """The first row of each part of the stacks."""
+        return [ROWS * i for i in self.order(-(-self.length // ROWS))]
+
+    def form(self, args: Sequence[Any]) -> tuple[list, dict[str, Any]]:
+        """Its arguments and options as the operator of its name takes them."""
+        first, last = self.n_consts, self.n_consts + self.n_carry
+        groups = [list(args[:first]), list(args[first:last]), list(args[last:])]
+        return groups, {"length": self.length, "reverse": self.reverse}
+
+    # ----- as a node -----------------------------------------------------------------------------
+
+    def live(self, n: Node, active: Any) -> list[bool]:
+        """Which results of the node ``n`` have a derivative where its ``active`` arguments do."""
+        return self.derivative([a in active for a in n.args])[1]
+
+    def flat(self, n: Node) -> list[Node]:
+        """The arguments of the node ``n`` by which the loop is flat."""
+        wrt = tuple(i for i, a in enumerate(n.args) if has_derivative(a.meta["val"]))
+        return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
+
+    def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
+        """``(inputs, results)`` of the body with a derivative in some step, where these arguments
+        have one."""
+        wrt = {i for i, yes in enumerate(given) if yes}
+        while True:
+            flags = live(self.body, tuple(sorted(wrt)))
+            carried = {self.n_consts + k for k in range(self.n_carry) if flags[k]}
+            if carried <= wrt:
+                return tuple(sorted(wrt)), flags
+            wrt |= carried
+
+    def parts(self, wrt: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """These inputs of the body by what they are: constants, carry, rows."""
+        first, last = self.n_consts, self.n_consts + self.n_carry
+        return (
+            [i for i in wrt if i < first],
+            [i for i in wrt if first <= i < last],
+            [i for i in wrt if i >= last],
+        )
+
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
+        """Reverse mode: the loop also stacks residuals, and there is one that goes back. Its carry
+        are the cotangents of the constants so far, and those of the carry."""
+        wrt, flags = self.derivative([a in active for a in n.args])
+        k = self.n_carry
+        given = [j for j in range(k, len(flags)) if flags[j] and j in g]
+        have = tuple([flags[j] if j < k else j in given for j in range(len(flags))])
+        half = self.body.once(
+            ("pull", self.n_consts, k, wrt, have),
+            lambda: Half(self, vjp(self.body, wrt, have), sum(have)),
+        )
+        _, carries, _ = self.parts(wrt)
+        saved = half.saved(b, n, self)
+        sigs = [p.meta["val"] for p in self.body.placeholders]
+        back, consts, stacked = half.once(
+            ("back", wrt, have), lambda: backward_body(self, half, wrt, have)
+        )
+        zero = lambda i: filled_node(b, 0, sigs[i])
+        start = [zero(i) for i in consts]
+        for i in carries:
+            ct = g.get(i - self.n_consts)
+            start.append(zero(i) if ct is None else laid_out(b, ct, sigs[i], exactly=True))
+        vals = n.meta["val"]
+        cts = [laid_out(b, g[j], vals[j], exactly=True) for j in given]
+        args = [*saved.consts, *start, *saved.rows, *cts]
+        loop = Scan(back, len(saved.consts), len(start), self.length, not self.reverse)
+        outs = emit_flow(b, loop, args)
+        found: dict[int, Any] = dict(zip((*consts, *carries, *stacked), outs, strict=True))
+        return [n.args[i] for i in wrt], [found.get(i) for i in wrt]
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        """Forward mode: ``new`` also stacks residuals, and there is a loop for the tangents, which
+        are linear in the tangents given."""
+        wrt, flags = self.derivative([a in tangents for a in n.args])
+        half = self.body.once(
+            ("push", self.n_consts, self.n_carry, wrt),
+            lambda: Half(self, jvp(self.body, wrt, zeros=False), len(wrt)),
+        )
+        consts, carries, rows = self.parts(wrt)
+        saved = half.saved(b, new, self)
+        linear, stacked = half.once(("linear", wrt), lambda: linear_body(self, half, wrt))
+        sigs = [a.meta["val"] for a in new.args]  # type: ignore[union-attr]
+
+        def tangent(i: int, sig: Sig) -> Node:
+            t = tangents.get(n.args[i])
+            return filled_node(b, 0, sig) if t is None else laid_out(b, t, sig, exactly=True)
+
+        args = [
+            *saved.consts,
+            *[tangent(i, dense(sigs[i])) for i in consts],
+            *[tangent(i, sigs[i]) for i in carries],
+            *saved.rows,
+            *[tangent(i, sigs[i]) for i in rows],
+        ]
+        n_consts = len(saved.consts) + len(consts)
+        loop = Scan(linear, n_consts, len(carries), self.length, self.reverse)
+        outs = emit_flow(b, loop, args)
+        places = [*[i - self.n_consts for i in carries], *stacked]
+        found: dict[int, Any] = dict(zip(places, outs, strict=True))
+        return [found.get(j) if flags[j] else None for j in range(len(flags))]
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        """Batching: what is the same for all samples in every step stays as it is."""
+        b, first, last = walk.b, self.n_consts, self.n_consts + self.n_carry
+        met, flags = self.met([walk.has(a) for a in n.args], walk.randomness == "different")
+        args = []
+        for i, a in enumerate(n.args):
+            new = walk.expanded(a) if met[i] else walk.env[a]
+            if first <= i:
+                new = with_dim_moved(b, new, 0, 1) if i >= last and met[i] else new
+                new = laid_out(b, new, dense(new.meta["val"]), exactly=True)
+            args.append(new)
+        sigs = tuple(
+            a.meta["val"] if i < last else row_sig(a.meta["val"]) for i, a in enumerate(args)
+        )
+        dims = [0 if yes else None for yes in met]
+        outs = [0 if yes else None for yes in flags]
+        key = ("vmap", tuple(met), sigs, walk.size, walk.randomness, walk.strict)
+        body = self.body.derived(
+            key,
+            lambda: vmap(self.body, dims, sigs, walk.size, walk.randomness, outs, walk.strict),
+        )
+        results = emit_flow(b, self.with_bodies([body]), args)
+        for j in range(self.n_carry, len(flags)):
+            if flags[j]:
+                results[j] = with_dim_moved(b, results[j], 1, 0)
+        return results, flags
+
+    def met(self, given: Sequence[bool], apart: bool) -> tuple[list[bool], list[bool]]:
+        """Which inputs and results of the body differ between samples in some step; with draws
+        ``apart`` what they draw differs."""
+        found = list(given)
+        while True:
+            flags = differing(self.body, found, apart)
+            more = found.copy()
+            for k in range(self.n_carry):
+                more[self.n_consts + k] |= flags[k]
+            if more == found:
+                return found, [*found[self.n_consts :][: self.n_carry], *flags[self.n_carry :]]
+            found = more
+
+
+# ----- running -----------------------------------------------------------------------------------
+
+
+def shared_memory(body: Program, count: int) -> list[bool]:
+    """Which of the first ``count`` results may show the memory of an input, or of one another."""
+
+    def find() -> list[bool]:
+        seen = set(body.placeholders)
+        flags = []
+        for o in body.outputs[:count]:
+            root = storage_root(o)
+            flags.append(root in seen)
+            seen.add(root)
+        return flags
+
+    return body.once(("shared memory", count), find)
