@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import debug
 from ..debug import at
-from ..errors import CaptureError
+from ..errors import CaptureError, OpError
 from ..trace import outside
 from ..trace.records import instr_op, written_slots
 from ..trace.traced import Traced
@@ -48,6 +48,11 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     Refused where that is not what a hook of autograd's sees: what ``t`` was used for before, or an
     input's gradient after a write."""
     trace = t.tracer
+    if not t.requires_grad:
+        raise OpError(
+            "cannot register a hook on a tensor that doesn't require "
+            f"gradient{at(debug.user_line())}"
+        )
     own = trace.root(t.ref)
     if any(
         t.ref in refs and grad and reads(instr, refs, t.ref)

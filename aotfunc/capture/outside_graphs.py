@@ -18,6 +18,9 @@ from ..trace.traced import Traced, quiet
 from ..trace.tracer import Trace
 from .calls import Row
 
+#: ``grad_fn`` as it is outside of recordings
+node_of = torch._C.TensorBase.grad_fn.__get__
+
 
 def gradients(
     trace: Trace,
@@ -96,7 +99,7 @@ def outside_ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[
     found = {}
     for ref in trace.given_refs() if wanted else ():
         t = from_outside(trace, ref)
-        if t is None or t.grad_fn is None or not trace.autograd.reaches(ref, outs):
+        if t is None or node_of(t) is None or not trace.autograd.reaches(ref, outs):
             continue
         if any(x is not t and leads_to(t, x) for x in wanted):
             found[ref] = t
@@ -141,12 +144,12 @@ def value(trace: Trace, ref: int) -> Tensor:
 
 def leads_to(t: Tensor, x: Tensor) -> bool:
     """Whether autograd's graph of ``t`` leads back to ``x``."""
-    seen, stack = set(), [t.grad_fn]
+    seen, stack = set(), [node_of(t)]
     while stack:
         fn: Any = stack.pop()
         if fn is None or fn in seen:
             continue
-        if fn is x.grad_fn or getattr(fn, "variable", None) is x:
+        if fn is node_of(x) or getattr(fn, "variable", None) is x:
             return True
         seen.add(fn)
         stack.extend(f for f, _ in fn.next_functions)

@@ -23,7 +23,7 @@ from ..capture.capture import labelled
 from ..capture.instances import containers
 from ..capture.tree import Arguments
 from ..debug import at, outside_dynamo, user_line
-from ..errors import ArgumentError, CaptureError
+from ..errors import AotfuncError, ArgumentError, CaptureError, OpError
 from ..graph import weight
 from ..trace.entering import entry, modes_are_on, without_function_modes
 from ..trace.kinds import check_kind
@@ -37,7 +37,7 @@ from .guards.explain import Explanation, Facts, History, explained
 from .guards.keys import describe_argument, environment_key, first_alike, reached_tensors
 from .guards.reads import Names
 from .guards.state import State, look
-from .guards.stores import undo_stores
+from .guards.stores import undo_changes, undo_stores
 from .lowering import Lowered
 from .pipeline import Pipeline, title
 from .redraw import undrawn
@@ -193,8 +193,11 @@ class Compiled:
             drew = of_python() != before
             with undrawn(entry.call):
                 result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
-        except BaseException:
-            undo_stores(state)
+            if entry.gradients is not None:
+                torch._C._set_grad_enabled(entry.gradients)
+        except BaseException as e:
+            ours = isinstance(e, AotfuncError) and not isinstance(e, OpError)
+            (undo_changes if ours else undo_stores)(state)  # the function's own leaves the rest
             raise
         after = look(self.f, objects, labels, self._names)
         # where it has run more than was known to run, it was not known what it reads
@@ -259,7 +262,7 @@ class Compiled:
             try:
                 found, _ = captured_entry(self, arguments, tensors, given, state, key, [], None)
             finally:
-                undo_stores(state)
+                undo_changes(state)
             self.store(full, found, state)
         return Lowered(self, found, [*tensors, *found.closed(state.tensors)])
 

@@ -98,7 +98,9 @@ class Entry:
             whereabouts([*rec.trace.origins, *rec.closed_over]) if rec.trace.placed else None
         )
         # values of an outer recording are only good for that one
-        self.reusable = not any(t.__class__ is Traced for t in self.sources)
+        self.reusable = not (
+            rec.trace.runs_always or any(t.__class__ is Traced for t in self.sources)
+        )
         self.plain = rec.spec is None
         self.rebuild = rebuilder(rec.spec)
         self.check = Check(state)
@@ -109,6 +111,8 @@ class Entry:
             and self.changes is self.inside is self.views is call.plain is None
             and not self.watched
         )
+        #: whether the function leaves gradients on or off, where it leaves a mode as it was not
+        self.gradients: bool | None = None
         self.kept: list[Any] = []
         #: takes a call like the last one here
         self.repeated: Callable[[tuple, dict], Any] | None = None
@@ -221,6 +225,16 @@ def captured_entry(
     places: list[Place] = []
     late: list[Read] = []
     shared: list[Any] = []
+    gradients: list[bool] = []
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        before = environment_key()
+        result = function(*args, **kwargs)
+        left = environment_key() != before
+        if left:  # what it sets, it is to set at every call
+            current().runs_always = True  # type: ignore[union-attr]
+        gradients[:] = [torch.is_grad_enabled()] if left else []
+        return result
 
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Given(args, kwargs)
@@ -233,7 +247,7 @@ def captured_entry(
         shared[:] = [skeleton(returned[0] if places else returned)]
         return returned
 
-    called, known = as_called(function), states([*arguments.leaves, *state.opaque])
+    called, known = as_called(observed), states([*arguments.leaves, *state.opaque])
 
     def captured(following: Following | None) -> Captured:
         places.clear()
@@ -259,7 +273,7 @@ def captured_entry(
     rec.trace.seeds.check_compiled(known, name)
     rec.literal = not compiled.pipeline.takes_numbers(rec)
     finish = Finish(rec, state, places, compiled.titled, *shared)
-    quiet = as_called(function) is not function
+    quiet = called is not observed
     enables = quiet and rec.enables
     program, views = without_views(rec, quiet and not enables)
     # what requires grad decides where a call is cut
@@ -289,6 +303,7 @@ def captured_entry(
     inside = Leaves(rec, program.mutated)
     names = compiled._names
     entry = Entry(rec, step, views, state, key, facts, enables, finish, inside, late[0], names)
+    entry.gradients = gradients[0] if gradients else None
     if following is not None:
         assert family is not None
         family.asked |= following.asked()

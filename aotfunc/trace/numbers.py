@@ -33,7 +33,7 @@ WAY = (
     "Compute with the tensor, use torch.where instead of `if`, or pass the number "
     "as a Python argument."
 )
-_grad = torch._C.TensorBase.grad
+_grad, _grad_fn = torch._C.TensorBase.grad, torch._C.TensorBase.grad_fn
 
 
 def refusal(what: str, way: str = WAY) -> CaptureError:
@@ -88,6 +88,16 @@ def read_grad(self: Tensor) -> Tensor | None:
     return _grad.__get__(self)
 
 
+def read_grad_fn(self: Tensor) -> Any:
+    """A node of autograd's: what is done to it, as registering a hook, no recording sees, so the
+    function is to run at every call."""
+    node = _grad_fn.__get__(self)
+    if node is not None and frozen(self):
+        for trace in under_way.traces:
+            trace.runs_always = True
+    return node
+
+
 def splitting(split: Callable) -> Callable:
     """``tensor_split``, which reads indices from the memory of a tensor."""
 
@@ -111,12 +121,18 @@ def set_grad(t: Tensor, value: Any) -> None:
     (watch.old.get((Tensor, "grad")) or _grad).__set__(t, value)
 
 
+def delete_grad(t: Tensor) -> None:
+    """As ``t.grad = None``."""
+    set_grad(t, None)
+
+
 watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
     | {(x, "tensor_split"): splitting(x.tensor_split) for x in (Tensor, torch)}
     | {
-        (Tensor, "grad"): property(read_grad, set_grad),
+        (Tensor, "grad"): property(read_grad, set_grad, delete_grad),
+        (Tensor, "grad_fn"): property(read_grad_fn),
         (_BatchNorm, "forward"): averaging(_BatchNorm.forward),
     }
 )

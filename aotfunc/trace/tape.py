@@ -84,6 +84,7 @@ class Tape:
         self.casts_left: list[tuple[int, torch.dtype]] = []
         self.mutates = False
         self.strided = False  # counts from where a storage begins
+        self.runs_always = False  # does what no recording sees, so it must run at every call
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
         #: inputs and lifted tensors that a gradient was taken of: (at line)
         self.differentiated: dict[int, str] = {}

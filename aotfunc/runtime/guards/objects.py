@@ -166,6 +166,7 @@ class Objects(Description):
         self.key.append(id(cls))
         self.opaque.append(cls)
         self.class_of(cls)
+        self.owners.append((Kind(m), f"Kind({v})", {"__class__": cls}))
         d = self.bind(f"{v}.__dict__")
         library = library_of_module(cls.__module__)
         self.names.open(library)
@@ -181,19 +182,16 @@ class Objects(Description):
         for name in _TABLES:
             children = table[name]
             self.key.append(len(children))
-            counted = users or (
+            t = self.bind(f"{d}['{name}']") if children else f"{d}['{name}']"
+            self.owners.append((children, t, dict(children)))
+            if users or (
                 name == "_modules" and (children or cls.__module__ == nn.Sequential.__module__)
-            )
-            if not children and counted:
-                self.lines.append(f"if {d}['{name}']: return")
-            elif children:
-                t = self.bind(f"{d}['{name}']")
-                self.owners.append((children, t, dict(children)))
-                if counted:
-                    self.lines.append(f"if len({t}) != {len(children)}: return")
-                for k, child in children.items():
-                    self.key.append(k)
-                    self.meet(child, f"{t}[{k!r}]", f"{label}.{k}")
+            ):
+                changed = f"len({t}) != {len(children)}" if children else t
+                self.lines.append(f"if {changed}: return")
+            for k, child in children.items():
+                self.key.append(k)
+                self.meet(child, f"{t}[{k!r}]", f"{label}.{k}")
         if self.hooks([(table[n], f"{d}['{n}']", f"{label}.{n}") for n in _HOOKS]):
             for name in _HOW_HOOKS_ARE_CALLED:
                 self.meet(table[name], f"{d}['{name}']", f"{label}.{name}")
@@ -207,6 +205,7 @@ class Objects(Description):
                 self.meet(t, expr, label)
         else:
             self.lines.append(f"if {' or '.join(e for _, e, _ in tables)}: return")
+            self.owners += [(t, expr, {}) for t, expr, _ in tables]
         return full
 
     def class_of(self, cls: type) -> None:
@@ -317,3 +316,16 @@ class Slots:
 
     def __delitem__(self, name: str) -> None:
         object.__delattr__(self.x, name)
+
+
+class Kind:
+    """The class of an object as a dictionary, which a parametrization writes to."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [("__class__", type(self.x))]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.x.__class__ = value

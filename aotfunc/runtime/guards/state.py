@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.library import CustomOpDef
 
 from .containers import BYTES
@@ -120,7 +121,7 @@ class State(Functions):
                 part for text in texts(x.__reduce__()) for part in text.split(".")
             )
             self.same(x, v, label)
-        elif (
+        elif isinstance(x, Node) or (
             isinstance(x, _MOVING)
             and not isinstance(x, io.IOBase)
             and library_of_module(cls.__module__) in CLOSED

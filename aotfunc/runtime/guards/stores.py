@@ -118,6 +118,11 @@ def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
         owner.clear()
         owner.extend(before.values())
         return
+    if isinstance(owner, dict) and not owner.keys() >= {*keys} & before.keys():
+        new = {k: x for k, x in owner.items() if k not in before}
+        kept = {k: x for k, x in before.items() if k in owner or k in keys}
+        owner.clear()  # in the order that it had
+        owner.update({**kept, **new})
     for key in keys:
         if key in before:
             put(owner, key, before[key])
