@@ -56,7 +56,8 @@ class Builder:
 
     ``rewrites`` maps a target to local rewriting rules; with ``merge`` (the default) equal pure
     nodes are made once. Casts are not, for their gradients are added in the dtype that they cast
-    from, unless the graph is ``final``: it is not going to be differentiated."""
+    from, nor what has few digits, of which copies and products with one stay, too: where gradients
+    are added shows; unless the graph is ``final``: it is not going to be differentiated."""
 
     def __init__(
         self,
@@ -121,20 +122,17 @@ class Builder:
     def node(self, target: Any, args: tuple, kwargs: dict, val: Any) -> Any:
         """The value of ``target(*args, **kwargs)``: rewritten, or an equal node made before, or a
         new one."""
+        apart = not self.final and adds_apart(target, args, val)
         for rewrite in self.rewrites.get(target, ()):
             better = rewrite(self, val, *args, **kwargs)
-            if better is not None:
+            if better is not None and not (apart and any(better is a for a in args)):
                 return better
         if "draw" in self.meta and draw_op(target):  # copies of one draw, see jacobian.py
             drawn = ("draw", self.meta["draw"])
             if drawn not in self.seen:
                 self.seen[drawn] = self.make("call_function", target, args, kwargs, val)
             return self.seen[drawn]
-        if (
-            not self.merge
-            or not mergeable(target)
-            or (not self.final and adds_apart(target, args, val))
-        ):
+        if apart or not self.merge or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
         if target in COMMUTATIVE and len(args) == 2 and not kwargs:

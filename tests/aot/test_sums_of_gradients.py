@@ -2,8 +2,8 @@
 last to the first: every bit is eager's.
 
 It cannot be so everywhere: a compiled call is one node of autograd, so that the gradients of its
-input, and of a result that others are computed from, are added inside of it first. Second
-derivatives have formulas of their own."""
+input, and of a result that others are computed from, are added inside of it first; a view of all
+of a tensor is that tensor. Second derivatives have formulas of their own."""
 
 import random
 
@@ -26,6 +26,10 @@ USES = {
     "matrices": lambda v: v @ v.t() + v * v @ v + F.linear(v, v.tanh()),
     "views": lambda v: v[0] * v[:, 1] + v[1:].sum(0) * v.t()[2] + v.sum(1),
     "softmax": lambda v: v.softmax(-1) * v + F.layer_norm(v, (3,)) * v.tanh() + v,
+    "a copy": lambda v: (lambda c: c * 3 + v * 0.7 + c.sin() + v * v + c.cos())(v.clone()),
+    "a copy in place": lambda v: v.clone().add_(v.sin()).mul_(v) + v * 0.3,
+    "times one": lambda v: (lambda c: c * 3 + v * 0.7 + c.sin() + v * v + c.cos())(v * 1),
+    "laid out anew": lambda v: (lambda c: c * 3 + v * 0.7 + c.sin() + v * v)(v.t().contiguous()),
     "in place": lambda v: (v * 0.7).mul_(v).add_(v.sin()).mul_(v.cos()),
 }
 
