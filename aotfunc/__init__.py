@@ -10,6 +10,9 @@ with paused_gc():
     from .api.control_flow import map as map
     from .api.control_flow import scan as scan
     from .api.coverage import coverage as coverage
+    from .api.custom import custom_jvp as custom_jvp
+    from .api.custom import custom_vjp as custom_vjp
+    from .api.custom import custom_vmap as custom_vmap
     from .api.export import Exported as Exported
     from .api.export import export as export
     from .api.export import load as load

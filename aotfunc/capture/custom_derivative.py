@@ -55,7 +55,7 @@ class CustomDerivative:
 
     ``backward`` maps the pattern of cotangents that are there (None: any, absent ones as zeros) to
     a RuleProgram ``(cotangents, residuals) -> gradients of the inputs``, or to the error that
-    recording it raised; ``forward`` is one ``(tangents, residuals) -> tangents`` or None.
+    recording it raised; ``forward`` is one ``(tangents, residuals) -> tangents``, an error or None.
     ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own
     :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments are its
     operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a
@@ -68,7 +68,7 @@ class CustomDerivative:
         n_inputs: int,
         vals: tuple,
         backward: tuple,
-        forward: RuleProgram | Later | None,
+        forward: RuleProgram | Later | Exception | None,
         saved: tuple,
         batching: Any,
         narrow: tuple[tuple[bool, ...], tuple] | None = None,
@@ -123,6 +123,8 @@ class CustomDerivative:
             r if k is None else b.item(again, k)
             for r, k in zip(residuals, self.saved, strict=True)
         ]
+        if not self.backward and (forward := self.forward_rule()) is not None:
+            return inputs, self.transposed_forward(b, forward, g, inputs, active, residuals)
         places = [i for i, v in enumerate(self.vals) if v.differentiable]
         have = tuple(i in g for i in places)
         backward = self.backward_for([x in active for x in inputs])
@@ -134,6 +136,37 @@ class CustomDerivative:
         else:
             cts = [g[i] if i in g else filled_node(b, 0, self.vals[i]) for i in places]
         return inputs, splice_rule(b, part, cts, residuals)
+
+    def forward_rule(self) -> RuleProgram | None:
+        """The user's jvp, if there is one; raises what recording it raised."""
+        forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
+        if isinstance(forward, Exception):
+            raise forward
+        return forward
+
+    def transposed_forward(
+        self,
+        b: Builder,
+        forward: RuleProgram,
+        g: dict[int, Node],
+        inputs: list,
+        active: Any,
+        residuals: list,
+    ) -> list:
+        """The cotangents by the transpose of the jvp, which is linear in the tangents."""
+        tangents = {
+            x: unknown(b, x.meta["val"]) if x in active else filled_node(b, 0, x.meta["val"])
+            for x in inputs
+            if x.meta["val"].differentiable
+        }
+        wanted = [x for x in tangents if x in active]
+        outs = splice_rule(b, forward, [tangents[x] for x in inputs if x in tangents], residuals)
+        pairs = [(outs[i], g[i]) for i in g if isinstance(outs[i], Node)]
+        back = reverse(
+            b, [o for o, _ in pairs], [c for _, c in pairs], [tangents[x] for x in wanted]
+        )
+        found = dict(zip(wanted, back, strict=True))
+        return [found.get(x) for x in inputs]
 
     def zeros(self, b: Builder) -> dict[int, Node] | None:
         """The cotangents that the backward gets where autograd comes by without any."""
@@ -147,8 +180,7 @@ class CustomDerivative:
             remap(r, env) if k is None else b.item(new, k)
             for r, k in zip(residuals, self.saved, strict=True)
         ]
-        forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
-        if isinstance(forward, RuleProgram):
+        if (forward := self.forward_rule()) is not None:
             ts = [
                 tangents[x] if x in tangents else filled_node(b, 0, x.meta["val"])
                 for x in inputs

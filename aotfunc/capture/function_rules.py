@@ -92,7 +92,7 @@ def recorded_backward(
 
 def recorded_jvp(
     trace: Trace, name: str, args: Any, ctx: Context, jvp: Any
-) -> tuple[RuleProgram | Later | None, list[Tensor]]:
+) -> tuple[RuleProgram | Later | Exception | None, list[Tensor]]:
     """A Function's jvp, which autograd calls at once, and the tensors that it reads."""
     kept: list[Tensor] = []
     if jvp is None:
@@ -103,7 +103,7 @@ def recorded_jvp(
     saved, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
     made = rule_program(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
     ctx.to_save = saved
-    return made if isinstance(made, RuleProgram | Later) else None, kept
+    return made, kept
 
 
 def rule_program(

@@ -100,12 +100,13 @@ def in_order_of(template: Any, tree: Any) -> Any:
 
 
 class Operands:
-    """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's:
-    ``plain`` are the leaves with None where a tensor goes, ``places`` say where. Equal if they
-    differ in the tensors only."""
+    """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's
+    (``opened``: instances that hold tensors are trees, too): ``plain`` are the leaves with None
+    where a tensor goes, ``places`` say where. Equal if they differ in the tensors only."""
 
-    def __init__(self, args: Sequence[Any]) -> None:
-        leaves, self.spec = flattened(tuple(args)) or tree_flatten(tuple(args))
+    def __init__(self, args: Sequence[Any], opened: bool = False) -> None:
+        flat = flatten_tree if opened else tree_flatten
+        leaves, self.spec = flattened(tuple(args)) or flat(tuple(args))
         self.places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
         self.tensors = [leaves[i] for i in self.places]
         self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)

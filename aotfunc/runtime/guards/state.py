@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.library import CustomOpDef
 
+from ...capture.custom_function import CustomRules
 from .containers import BYTES
 from .description import NOTHING
 from .functions import ROOT, Functions
@@ -137,6 +138,8 @@ class State(Functions):
                 self.meet(now, f"{v}.get()", label)
         elif isinstance(x, CustomOpDef):  # its rules are recorded as a part of the function
             self.parts(x, v, label, ("_backward_fn", "_setup_context_fn"))
+        elif isinstance(x, CustomRules):  # so are those of a function of ours
+            self.parts(x, v, label, CustomRules.PARTS)
         elif isinstance(x, logging.Logger):
             self.logger(x, v, label)
         elif isinstance(x, weakref.ref):

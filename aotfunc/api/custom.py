@@ -1,0 +1,176 @@
+"""Functions with rules of the user's: ``custom_vjp``, ``custom_jvp``, ``custom_vmap``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from ..capture.custom_function import CustomRules
+from ..capture.tree import structure
+from ..errors import ArgumentError
+from ..trace.entering import entry
+from ..trace.traced import current
+from .func import functionalize
+
+
+class CustomFunction(CustomRules):
+    """A function with rules of its own. Made by :func:`custom_vjp`, :func:`custom_jvp` or
+    :func:`custom_vmap`, which all take all rules: ``defvjp``, ``defjvp``, ``def_vmap``."""
+
+    def __init__(self, f: Callable, places: tuple[int, ...]) -> None:
+        functools.update_wrapper(self, f)
+        super().__init__(f, places)
+
+    def __repr__(self) -> str:
+        return f"<custom function {self.__name__}>"
+
+    def __get__(self, owner: Any, cls: type | None = None) -> Any:
+        return self if owner is None else types.MethodType(self, owner)
+
+    def defvjp(self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False) -> None:
+        """Reverse mode: ``fwd(*args) -> (output, residuals)``, ``bwd(*fixed, residuals,
+        cotangents) -> gradients``, a tuple with one for each argument that is not fixed, None for
+        zero.
+
+        The cotangents have the output's tree; None stands for what has none, and with
+        ``symbolic_zeros`` for zeros, too. Residuals are any tree. ``fwd`` is differentiated in
+        its turn for higher orders, and forward mode is the transpose of ``bwd`` where there is no
+        ``defjvp``."""
+        self.forward, self.backward = fwd, bwd
+        self.symbolic_zeros = symbolic_zeros
+
+    def defjvp(self, jvp: Callable) -> Callable:
+        """Forward mode: ``jvp(*fixed, primals, tangents) -> (output, tangents of it)``; both are
+        tuples over the arguments that are not fixed. A tangent is None where its argument is no
+        floating tensor; a returned one may be None for zero. Reverse mode is the transpose of it
+        where there is no ``defvjp``."""
+        self.tangents_of = jvp
+        return jvp
+
+    def def_vmap(self, rule: Callable) -> Callable:
+        """Batching: ``rule(size, in_batched, *args) -> (output, out_batched)``. ``in_batched`` and
+        ``out_batched`` are trees of truth values like the arguments and the output; what is
+        batched has its batch in dimension 0."""
+        self.batched = rule
+        return rule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.backward is None and self.tangents_of is None and self.batched is None:
+            raise ArgumentError(
+                f"{self.__name__} has no rules yet: call its defvjp, defjvp or def_vmap"
+            )
+        if kwargs:
+            args = positional(self.f, args, kwargs)
+        if current() is not None:
+            return self.record(*args)
+        return self._alone(*args)
+
+    @entry
+    def _alone(self, *args: Any) -> Any:
+        """A call outside of all transforms: captured and run, differentiable by autograd."""
+        return functionalize(self.record)(*args)
+
+
+def positional(f: Callable, args: tuple, kwargs: dict) -> tuple:
+    """All arguments by position, defaults included."""
+    bound = inspect.signature(f).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise ArgumentError(
+            f"{getattr(f, '__name__', f)}: a function with rules takes no keyword-only arguments, "
+            f"and got {structure(bound.kwargs)}"
+        )
+    return bound.args
+
+
+def custom(
+    f: Callable | None,
+    nondiff_argnums: int | tuple[int, ...],
+    nondiff_argnames: str | tuple[str, ...],
+) -> Any:
+    if f is None:
+        return lambda f: custom(f, nondiff_argnums, nondiff_argnames)
+    names = (nondiff_argnames,) if isinstance(nondiff_argnames, str) else nondiff_argnames
+    places = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else nondiff_argnums
+    parameters = list(inspect.signature(f).parameters) if names else []
+    if unknown := [name for name in names if name not in parameters]:
+        raise ArgumentError(
+            f"nondiff_argnames={nondiff_argnames!r}: {unknown[0]!r} is no parameter of "
+            f"{getattr(f, '__name__', f)}"
+        )
+    made = f if isinstance(f, CustomFunction) else CustomFunction(f, ())
+    made.places = tuple(sorted({*made.places, *places, *map(parameters.index, names)}))
+    return made
+
+
+def custom_vjp(
+    f: Callable | None = None,
+    *,
+    nondiff_argnums: int | tuple[int, ...] = (),
+    nondiff_argnames: str | tuple[str, ...] = (),
+) -> Any:
+    """``f`` with a reverse mode of your own, see :meth:`CustomFunction.defvjp`; the protocol is
+    JAX's.
+
+    Arguments and results are trees. Those named in ``nondiff_argnums`` or ``nondiff_argnames``
+    have no derivative, may be any Python values, and come first in ``bwd``. What ``f`` closes over
+    has no rule: CaptureError if it requires grad. ArgumentError where a rule returns another
+    structure.
+
+    >>> import torch
+    >>> from aotfunc import grad
+    >>> @custom_vjp
+    ... def clipped(x):
+    ...     return x.sin()
+    >>> clipped.defvjp(lambda x: (x.sin(), x.cos()), lambda cos, g: ((g * cos).clamp(-0.1, 0.1),))
+    >>> grad(lambda x: clipped(x).sum())(torch.zeros(2))
+    tensor([0.1000, 0.1000])
+    """
+    return custom(f, nondiff_argnums, nondiff_argnames)
+
+
+def custom_jvp(
+    f: Callable | None = None,
+    *,
+    nondiff_argnums: int | tuple[int, ...] = (),
+    nondiff_argnames: str | tuple[str, ...] = (),
+) -> Any:
+    """``f`` with a forward mode of your own, see :meth:`CustomFunction.defjvp`, which is transposed
+    for reverse mode; otherwise as :func:`custom_vjp`.
+
+    >>> import torch
+    >>> from aotfunc import grad
+    >>> @custom_jvp
+    ... def log1pexp(x):
+    ...     return torch.log1p(torch.exp(x))
+    >>> @log1pexp.defjvp
+    ... def rule(primals, tangents):
+    ...     (x,), (t,) = primals, tangents
+    ...     return log1pexp(x), t * (1 - 1 / (1 + torch.exp(x)))
+    >>> grad(log1pexp)(torch.tensor(100.0))
+    tensor(1.)
+    """
+    return custom(f, nondiff_argnums, nondiff_argnames)
+
+
+def custom_vmap(f: Callable | None = None) -> Any:
+    """``f`` with a batching rule of your own, see :meth:`CustomFunction.def_vmap`. Its derivative
+    is that of ``f``, under ``vmap`` that of the rule, unless it has rules for that, too.
+
+    >>> import torch
+    >>> from aotfunc import vmap
+    >>> @custom_vmap
+    ... def solve(a, b):
+    ...     return torch.linalg.solve(a, b)
+    >>> @solve.def_vmap
+    ... def rule(size, in_batched, a, b):
+    ...     if in_batched == [False, True]:  # one matrix, many right hand sides
+    ...         return torch.linalg.solve(a, b.mT).mT, True
+    ...     return vmap(torch.linalg.solve, [0 if yes else None for yes in in_batched])(a, b), True
+    >>> vmap(solve, (None, 0))(2 * torch.eye(2), torch.ones(3, 2)).shape
+    torch.Size([3, 2])
+    """
+    return custom(f, (), ())

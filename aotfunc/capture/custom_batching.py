@@ -1,0 +1,91 @@
+"""The batching rule that a user wrote for a function, as a graph node.
+
+Such a node passes the function's results through, with the derivatives that they have. Under
+``vmap`` it is what the rule makes of the batched arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from ..debug import Line
+from ..graph import Program
+from ..trace.emit import Builder
+from ..trace.functionalize import Functionalizer
+from ..trace.traced import current
+from .autograd_function import BEGIN
+from .calls import Step
+from .function_vmap import OwnRule
+from .tree import Operands
+
+
+class CustomBatching:
+    """The target of a node ``(results, operands) -> results`` that is batched by ``rule``, a
+    function of the operands. Of its arguments the ``n_inputs`` results have derivatives."""
+
+    dissolved_with = "customs"
+
+    def __init__(self, name: str, n_results: int, rule: OwnRule) -> None:
+        self.__name__, self.n_inputs, self.rule = name, n_results, rule
+
+    def __call__(self, *args: Tensor) -> tuple:
+        return args[: self.n_inputs]
+
+    def inline(self, b: Builder, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
+        return list(args[: self.n_inputs])
+
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
+        return list(n.args[: self.n_inputs]), [g.get(i) for i in range(self.n_inputs)]
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        return [tangents.get(a) for a in n.args[: self.n_inputs]]
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        return self.rule(walk, n.args[self.n_inputs :], n.meta.get("line"))
+
+
+class BatchedBy(Step):
+    """The end of a function with a batching rule, ``(results, operands) -> results``; a Begin has
+    kept the operands as they were."""
+
+    def __init__(self, target: CustomBatching, vals: tuple) -> None:
+        super().__init__(vals)
+        self.target = target
+
+    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+        operands, count = f.snapshots.pop(), len(self.outs)
+        results = [f.read(r, grad) for r in refs[:count]]
+        vals = tuple([r.meta["val"] for r in results])
+        node = f.b.make("call_function", self.target, (*results, *operands), {}, vals)
+        self.bind(f, [f.b.item(node, i) for i in range(count)], grad)
+
+    def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        return list(given[: len(self.outs)]), []
+
+    def handed(self, refs: Sequence[int]) -> Sequence[int]:
+        return refs[len(self.outs) :]
+
+    def run(self, values: list[Tensor]) -> list[Tensor]:
+        return values[: len(self.outs)]
+
+
+def with_batching(owner: Any, args: tuple, body: Callable[[], list[Any]]) -> list[Any]:
+    """The leaves that ``body()`` returns, recorded, with ``owner.vmap`` as the rule by which the
+    call on ``args`` is batched."""
+    trace = current()
+    assert trace is not None
+    operands = Operands(args)
+    trace.record(BEGIN, operands.tensors)
+    leaves = body()
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+    vals = tuple(trace.ref_of(leaves[i])[1] for i in places)
+    step = BatchedBy(CustomBatching(owner.__name__, len(places), OwnRule(owner, args)), vals)
+    results = trace.record(step, [*(leaves[i] for i in places), *operands.tensors])
+    for i, new in zip(places, results, strict=True):
+        leaves[i] = new
+    return leaves

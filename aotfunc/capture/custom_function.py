@@ -1,0 +1,245 @@
+"""A call of a function with rules of the user's, recorded: its results are marked as having the
+derivative, and the batching, that the rules say."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..debug import at
+from ..errors import ArgumentError, CaptureError
+from ..trace.traced import current
+from .autograd_function import call_function
+from .custom_batching import with_batching
+from .deferred import calls_late
+from .function_rules import Context
+from .instances import flatten_tree, unflatten_tree
+from .tree import Operands, in_order_of, parameter, structure
+
+
+class CustomRules:
+    """A function and the rules that replace what the transforms would make of it.
+
+    Reverse mode is ``forward(*args) -> (output, residuals)`` and ``backward(*fixed, residuals,
+    cotangents)``, forward mode ``tangents_of(*fixed, primals, tangents) -> (output, tangents)``,
+    batching ``batched(size, in_batched, *args) -> (output, out_batched)``. The arguments at the
+    positions ``places`` are ``fixed``: they have no derivative."""
+
+    #: what a call depends on
+    PARTS = ("f", "places", "forward", "backward", "symbolic_zeros", "tangents_of", "batched")
+    generate_vmap_rule = False  # as torch.func asks a Function with a vmap
+
+    def __init__(self, f: Callable, places: tuple[int, ...]) -> None:
+        self.f, self.places = f, places
+        name = getattr(f, "__name__", type(f).__name__)
+        self.__name__ = name if name.isidentifier() else "function"  # FX prints no lambda
+        self.forward: Callable | None = None
+        self.backward: Callable | None = None
+        self.tangents_of: Callable | None = None
+        self.batched: Callable | None = None
+        self.symbolic_zeros = False
+
+    def record(self, *args: Any) -> Any:
+        """``f(*args)``, recorded with the rules."""
+        if self.backward is None and self.tangents_of is None:
+            leaves, spec = self.body(args)
+            return unflatten_tree(leaves, spec)
+        calls_late(*[r for r in (self.forward, self.backward, self.tangents_of) if r is not None])
+        context = Context()
+        context.set_materialize_grads(not self.symbolic_zeros)
+        leaves = call_function(
+            self.__name__,
+            flatten_tree(args)[0],
+            lambda context: self.run(context, args),
+            context,
+            None if self.backward is None else Pullback(self),
+            None if self.tangents_of is None else Pushforward(self),
+        )
+        return unflatten_tree(list(leaves), context.spec)
+
+    def run(self, context: Any, args: tuple) -> tuple:
+        """The leaves of the output; what the rules read goes into the context."""
+        primals = Operands(args, opened=True)
+        # without a derivative, or called by its own forward, it is its body; a backward that is
+        # asked for all the same asks the forward again
+        context.again = self.backward is not None and (
+            self in _running.rules or not any(t.requires_grad for t in primals.tensors)
+        )
+        with torch.enable_grad(), reads_checked(self, context, primals.tensors):
+            if self.backward is None or context.again:
+                leaves, context.spec = self.body(args)
+                kept: Any = args
+            else:
+                output, kept = self.output_and_residuals(args)
+                leaves, context.spec = flatten_tree(output)
+        residuals = Operands((kept, self.fixed(args)), opened=True)
+        context.save_for_forward(*primals.tensors)
+        context.save_for_backward(*residuals.tensors)
+        context.shapes = tuple([t.shape for t in primals.tensors])
+        context.residuals, context.primals = residuals.without_tensors(), primals.without_tensors()
+        context.places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
+        return tuple(leaves)
+
+    def output_and_residuals(self, args: tuple) -> tuple[Any, Any]:
+        """What the user's forward returns. The function itself is its body meanwhile."""
+        _running.rules.append(self)
+        try:
+            result = self.forward(*args)  # type: ignore[misc]
+        finally:
+            _running.rules.pop()
+        return pair(self, "the forward", "(output, residuals)", result)
+
+    def fixed(self, args: Sequence[Any]) -> list:
+        return [args[i] for i in self.places]
+
+    def varying(self, args: Sequence[Any]) -> tuple:
+        return tuple([a for i, a in enumerate(args) if i not in self.places])
+
+    # ----- batching ------------------------------------------------------------------------------
+
+    def body(self, args: tuple) -> tuple[list, Any]:
+        """The leaves and the tree of ``f(*args)``, recorded with its batching."""
+        spec = None
+
+        def leaves() -> list:
+            nonlocal spec
+            found, spec = flatten_tree(self.f(*args))
+            return found
+
+        return leaves() if self.batched is None else with_batching(self, args, leaves), spec
+
+    def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        """The batching rule as an ``autograd.Function`` has it; batched arguments have the batch
+        in front."""
+        dims, spec = flatten_tree(in_dims)
+        flags = unflatten_tree([d is not None for d in dims], spec)
+        result = self.batched(info.batch_size, list(flags), *args)  # type: ignore[misc]
+        output, batched = pair(self, "the batching rule", "(output, out_batched)", result)
+        flags, spec = flatten_tree(batched)
+        return output, unflatten_tree([0 if yes else None for yes in flags], spec)
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """The user's backward as that of an ``autograd.Function``: a gradient for each leaf."""
+
+    rules: CustomRules
+
+    def __call__(self, context: Any, *cotangents: Any) -> list:
+        rules, spec = self.rules, context.primals.spec
+        residuals, fixed = context.residuals.rebuilt(context.to_save)
+        if context.again:
+            if context.draws:
+                raise CaptureError(
+                    f"{rules.__name__} draws random numbers, and its derivative was not known to "
+                    "be wanted: let an argument require grad, and let the forward not call the "
+                    "function itself"
+                )
+            _, residuals = rules.output_and_residuals(residuals)
+        tree = unflatten_tree(list(cotangents), context.spec)
+        grads = rules.backward(*fixed, residuals, tree)  # type: ignore[misc]
+        args = unflatten_tree(list(context.primals.plain), spec)
+        given = rules.varying(args)
+        if not isinstance(grads, tuple | list) or len(grads) != len(given):
+            raise ArgumentError(
+                f"{rules.__name__}: the backward must return a tuple of {len(given)}, one gradient "
+                f"for each argument that has one, not {structure(grads)}"
+            )
+        shapes, feed = iter(context.shapes), iter(grads)
+        found: list = []
+        for i, a in enumerate(args):
+            leaves, leaf_spec = flatten_tree(a)
+            here = [
+                next(shapes) if k in context.primals.places else None
+                for k in range(len(found), len(found) + len(leaves))
+            ]
+            grad = None if i in rules.places else next(feed)
+            if grad is None:
+                found += [None] * len(leaves)
+            else:
+                found += gradients(rules, i, leaf_spec, in_order_of(a, grad), here)
+        return found
+
+
+def gradients(
+    rules: CustomRules, i: int, spec: Any, grad: Any, shapes: Sequence[torch.Size | None]
+) -> list:
+    """The leaves of the gradient of argument ``i``, which has the tree ``spec`` and tensors of
+    these shapes."""
+    name = parameter(rules.f, i) or f"argument {i}"
+    leaves, given = flatten_tree(grad)
+    if given != spec:
+        raise ArgumentError(
+            f"{rules.__name__}: the backward's gradient of {name} is {structure(grad)}, which does "
+            "not have that argument's structure"
+        )
+    for g, shape in zip(leaves, shapes, strict=True):
+        if isinstance(g, Tensor) and shape is not None and g.shape != shape:
+            raise ArgumentError(
+                f"{rules.__name__}: the backward's gradient of {name} has shape {list(g.shape)}, "
+                f"and the argument {list(shape)}"
+            )
+    return leaves
+
+
+@dataclass(frozen=True)
+class Pushforward:
+    """The user's jvp as that of an ``autograd.Function``: a tangent for each tensor of the
+    output."""
+
+    rules: CustomRules
+
+    def __call__(self, context: Any, *tangents: Any) -> list:
+        rules, spec = self.rules, context.primals.spec
+        primals = context.primals.rebuilt(context.saved_for_forward)
+        given = unflatten_tree(list(tangents), spec)
+        result = rules.tangents_of(  # type: ignore[misc]
+            *rules.fixed(primals), rules.varying(primals), rules.varying(given)
+        )
+        output, found = pair(rules, "the jvp", "(output, tangents)", result)
+        leaves, out_spec = flatten_tree(in_order_of(output, found))
+        if out_spec != context.spec:
+            raise ArgumentError(
+                f"{rules.__name__}: the tangents that the jvp returns are {structure(found)}, "
+                f"which does not have the structure of its output {structure(output)}"
+            )
+        return [leaves[i] for i in context.places]
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.rules: list[CustomRules] = []  # those whose forward is running
+
+
+_running = _Running()
+
+
+def pair(rules: CustomRules, which: str, what: str, result: Any) -> Any:
+    """The result of a rule that must return two things."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    raise ArgumentError(f"{rules.__name__}: {which} must return {what}, not {structure(result)}")
+
+
+@contextmanager
+def reads_checked(rules: CustomRules, context: Any, args: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse a function that reads what requires grad and is no argument, for which there is no
+    rule; note whether it draws random numbers."""
+    trace = current()
+    assert trace is not None
+    start, count, known = len(trace.records), trace.count, {trace.ref_of(t)[0] for t in args}
+    yield
+    active, context.draws = trace.autograd.active(), False
+    for instr, refs, grad, _, line in trace.records[start:]:
+        context.draws |= instr.facts.random
+        if grad and any(r in active for r in refs if r < count and r not in known):
+            raise CaptureError(
+                f"{rules.__name__} closes over a tensor that requires grad{at(line)}, and its "
+                "rules are for its arguments: pass the tensor as one, or detach() it"
+            )
