@@ -23,6 +23,9 @@ with paused_gc():
     from .api.func import linearize as linearize
     from .api.func import vjp as vjp
     from .api.fwd_and_bwd import fwd_and_bwd as fwd_and_bwd
+    from .api.implicit import custom_linear_solve as custom_linear_solve
+    from .api.implicit import custom_root as custom_root
+    from .api.implicit import linear_transpose as linear_transpose
     from .api.jacobians import hessian as hessian
     from .api.jacobians import jacfwd as jacfwd
     from .api.jacobians import jacrev as jacrev
@@ -32,6 +35,8 @@ with paused_gc():
     from .api.make_fx import make_fx as make_fx
     from .api.patch import patch_torch_func as patch_torch_func
     from .api.rearrange import rearrange as rearrange
+    from .api.shapes import closure_convert as closure_convert
+    from .api.shapes import eval_shape as eval_shape
     from .api.stateless import combine_state_for_ensemble as combine_state_for_ensemble
     from .api.stateless import functional_call as functional_call
     from .api.stateless import make_functional as make_functional

@@ -169,15 +169,24 @@ class Call:
         """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there
         is one."""
         Changes(self.rec).after(self.inputs, self.wrt)
-        leaves = list(self.rec.leaves)
-        for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
-            leaves[i] = t
+        leaves = self.leaves(tensors, first)
         output = unflatten(leaves[: self.n_out], self.spec)
         return (
             (output, tree_unflatten(leaves[self.n_out :], self.aux_spec))
             if self.has_aux
             else (output,)
         )
+
+    def tree(self, tensors: Sequence[Tensor]) -> Any:
+        """The output with these tensors."""
+        return unflatten(self.leaves(tensors), self.spec)
+
+    def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:
+        """What the function returned, flat, with these tensors from leaf ``first`` on."""
+        leaves = list(self.rec.leaves)
+        for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
+            leaves[i] = t
+        return leaves
 
 
 def primals_and_tangents(

@@ -138,8 +138,8 @@ def custom_jvp(
     nondiff_argnums: int | tuple[int, ...] = (),
     nondiff_argnames: str | tuple[str, ...] = (),
 ) -> Any:
-    """``f`` with a forward mode of your own, see :meth:`CustomFunction.defjvp`, which is transposed
-    for reverse mode; otherwise as :func:`custom_vjp`.
+    """``f`` with a forward mode of your own, see :meth:`CustomFunction.defjvp`, transposed for
+    reverse mode; otherwise as :func:`custom_vjp`.
 
     >>> import torch
     >>> from aotfunc import grad

@@ -31,6 +31,9 @@ class CustomBatching:
     def __init__(self, name: str, n_results: int, rule: OwnRule) -> None:
         self.__name__, self.n_inputs, self.rule = name, n_results, rule
 
+    def __repr__(self) -> str:
+        return f"the batching rule of {self.__name__}"
+
     def __call__(self, *args: Tensor) -> tuple:
         return args[: self.n_inputs]
 

@@ -55,7 +55,8 @@ class CustomDerivative:
 
     ``backward`` maps the pattern of cotangents that are there (None: any, absent ones as zeros) to
     a RuleProgram ``(cotangents, residuals) -> gradients of the inputs``, or to the error that
-    recording it raised; ``forward`` is one ``(tangents, residuals) -> tangents``, an error or None.
+    recording it raised; ``forward`` is one ``(tangents, residuals) -> tangents``, an error or
+    None.
     ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own
     :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments are its
     operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a

@@ -148,7 +148,7 @@ class Pullback:
         given = rules.varying(args)
         if not isinstance(grads, tuple | list) or len(grads) != len(given):
             raise ArgumentError(
-                f"{rules.__name__}: the backward must return a tuple of {len(given)}, one gradient "
+                f"{rules.__name__}: the backward must return a tuple of {len(given)}, a gradient "
                 f"for each argument that has one, not {structure(grads)}"
             )
         shapes, feed = iter(context.shapes), iter(grads)
@@ -176,8 +176,8 @@ def gradients(
     leaves, given = flatten_tree(grad)
     if given != spec:
         raise ArgumentError(
-            f"{rules.__name__}: the backward's gradient of {name} is {structure(grad)}, which does "
-            "not have that argument's structure"
+            f"{rules.__name__}: the backward's gradient of {name} is {structure(grad)}, which "
+            "does not have that argument's structure"
         )
     for g, shape in zip(leaves, shapes, strict=True):
         if isinstance(g, Tensor) and shape is not None and g.shape != shape:

@@ -322,7 +322,7 @@ ERRORS = {
         custom_vjp,
         lambda f: f.defvjp(lambda x: (x, x), lambda r, g: g),
         ArgumentError,
-        "must return a tuple of 1, one gradient for each argument",
+        "must return a tuple of 1, a gradient for each argument",
     ),
     "structure": (
         custom_vjp,

@@ -1,0 +1,215 @@
+"""Functions that are known by an equation: their derivatives are those of the equation, whatever
+solves it.
+
+Formulas: implicit function theorem, as in Blondel et al., "Efficient and Modular Implicit
+Differentiation" (2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..capture.tree import Arguments, flatten, structure
+from ..errors import ArgumentError
+from ..graph import dependents
+from ..trace.entering import entry
+from ..trace.shapes.sig import floating
+from ..transforms.jvp import jvp as jvp_pass
+from .call import Call, positions
+from .custom import custom_vjp
+from .func import jvp, vjp
+from .shapes import closure_convert
+
+Solve = Callable[[Callable, Any], Any]
+
+
+@entry
+def custom_root(f: Callable, guess: Any, solve: Solve, tangent_solve: Solve) -> Any:
+    """The ``x`` that ``solve(f, guess)`` finds with ``f(x) = 0``, differentiable by all that ``f``
+    closes over.
+
+    ``x`` and ``f(x)`` have the tree of ``guess``. ``tangent_solve(g, y)`` solves ``g(x) = y`` for
+    the linear ``g``, the Jacobian of ``f`` at the root or its transpose. What ``solve`` does is
+    not differentiated, and the guess has no derivative. As ``jax.lax.custom_root``, under every
+    transform and to any order.
+
+    >>> def newton(f, x):
+    ...     for _ in range(10):
+    ...         value, slope = jvp(f, (x,), (torch.ones_like(x),))
+    ...         x = x - value / slope
+    ...     return x
+    >>> def root(a):
+    ...     invert = lambda g, y: y / g(torch.ones_like(y))
+    ...     return custom_root(lambda x: x**2 - a, torch.tensor(1.0), newton, invert)
+    >>> from aotfunc import grad
+    >>> root(torch.tensor(4.0)), grad(root)(torch.tensor(4.0))
+    (tensor(2.), tensor(0.2500))
+    """
+    pure, tensors = closure_convert(f, guess)
+    return _root(pure, solve, tangent_solve, guess, *tensors)
+
+
+@custom_vjp(nondiff_argnums=(0, 1, 2, 3))
+def _root(pure: Callable, solve: Solve, tangent_solve: Solve, guess: Any, *tensors: Tensor) -> Any:
+    with torch.no_grad():
+        return solve(lambda x: alike("custom_root", x, pure(x, *tensors)), guess)
+
+
+def _root_forward(
+    pure: Callable, solve: Solve, tangent_solve: Solve, guess: Any, *tensors: Tensor
+) -> Any:
+    x = _root.f(pure, solve, tangent_solve, guess, *tensors)
+    return x, (x, tensors)
+
+
+def _root_backward(
+    pure: Callable, solve: Solve, tangent_solve: Solve, guess: Any, residuals: Any, cotangent: Any
+) -> tuple:
+    x, tensors = residuals
+    pull_x = vjp(lambda x: pure(x, *tensors), x)[1]
+    w = custom_linear_solve(lambda u: pull_x(u)[0], cotangent, tangent_solve, tangent_solve)
+    return tuple(pulled(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w)))
+
+
+_root.defvjp(_root_forward, _root_backward)
+
+
+@entry
+def custom_linear_solve(
+    matvec: Callable,
+    b: Any,
+    solve: Solve,
+    transpose_solve: Solve | None = None,
+    symmetric: bool = False,
+) -> Any:
+    """The ``x`` that ``solve(matvec, b)`` finds with ``matvec(x) = b``, differentiable by ``b``
+    and by all that ``matvec`` closes over.
+
+    ``matvec`` is linear; ``x`` has the tree of ``b``. ``transpose_solve(vecmat, b)`` solves with
+    the transpose, for reverse mode; with ``symmetric`` (Hermitian) it is ``solve``. What they do
+    is not differentiated. As ``jax.lax.custom_linear_solve``.
+
+    >>> a = torch.tensor([[2.0, 1.0], [0.0, 4.0]])
+    >>> def solve(matvec, b):  # any solver: here by the matrix
+    ...     return torch.linalg.solve(jacfwd(matvec)(b), b)
+    >>> from aotfunc import grad, jacfwd
+    >>> x = lambda b: custom_linear_solve(lambda v: a @ v, b, solve, solve)
+    >>> x(torch.ones(2)), grad(lambda b: x(b).sum())(torch.ones(2))
+    (tensor([0.3750, 0.2500]), tensor([0.5000, 0.1250]))
+    """
+    pure, tensors = closure_convert(matvec, b)
+    back = solve if symmetric else transpose_solve
+    return _solution(pure, solve, back, symmetric, b, *tensors)
+
+
+@custom_vjp(nondiff_argnums=(0, 1, 2, 3))
+def _solution(
+    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, b: Any, *tensors: Tensor
+) -> Any:
+    with torch.no_grad():
+        return solve(lambda x: alike("custom_linear_solve", x, pure(x, *tensors)), b)
+
+
+def _solution_forward(
+    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, b: Any, *tensors: Tensor
+) -> Any:
+    x = _solution.f(pure, solve, back, symmetric, b, *tensors)
+    return x, (x, tensors)
+
+
+def _solution_backward(
+    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, residuals: Any, ct: Any
+) -> tuple:
+    x, tensors = residuals
+    if back is None:
+        raise ArgumentError(
+            "custom_linear_solve: reverse mode solves with the transpose: give transpose_solve, "
+            "or symmetric=True"
+        )
+    transposed = vjp(lambda x: pure(x, *tensors), ct)[1]
+    there = (lambda x: pure(x, *tensors)) if symmetric else (lambda u: transposed(u)[0])
+    w = custom_linear_solve(there, ct, back, solve, symmetric)
+    return w, *pulled(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w))
+
+
+def _solution_tangents(
+    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, primals: Any, tangents: Any
+) -> tuple:
+    (_, *tensors), (tangent, *changes) = primals, tangents
+    x = _solution(pure, solve, back, symmetric, *primals)
+    places = [i for i, t in enumerate(changes) if t is not None]
+    if places:
+        moved = jvp(
+            of_some(lambda *tensors: pure(x, *tensors), tensors, places),
+            tuple(tensors[i] for i in places),
+            tuple(changes[i] for i in places),
+        )[1]
+        tangent = tree_map(torch.sub, tangent, moved)
+    there = lambda x: pure(x, *tensors)
+    return x, custom_linear_solve(there, tangent, solve, back, symmetric)
+
+
+_solution.defvjp(_solution_forward, _solution_backward)
+_solution.defjvp(_solution_tangents)
+
+
+def pulled(f: Callable, tensors: Sequence[Tensor], cotangent: Any) -> list[Tensor | None]:
+    """The gradients of ``f(*tensors)`` by those that have one."""
+    places = [i for i, t in enumerate(tensors) if floating(t)]
+    grads: list[Tensor | None] = [None] * len(tensors)
+    if places:
+        pull = vjp(of_some(f, tensors, places), *[tensors[i] for i in places])[1]
+        for i, g in zip(places, pull(cotangent), strict=True):
+            grads[i] = g
+    return grads
+
+
+def of_some(f: Callable, tensors: Sequence[Tensor], places: Sequence[int]) -> Callable:
+    """``f(*tensors)`` as a function of those at these places."""
+
+    def call(*some: Tensor) -> Any:
+        given = list(tensors)
+        for i, t in zip(places, some, strict=True):
+            given[i] = t
+        return f(*given)
+
+    return call
+
+
+def alike(name: str, x: Any, value: Any) -> Any:
+    """``value``, which must have the structure of ``x``."""
+    if flatten(value)[1] != flatten(x)[1]:
+        raise ArgumentError(
+            f"{name}: the function of {structure(x)} returns {structure(value)}: they must have "
+            "one structure"
+        )
+    return value
+
+
+@entry
+def linear_transpose(f: Callable, *primals: Any) -> Callable:
+    """The transpose of a linear ``f``, for arguments like ``primals``, whose values do not matter:
+    ``transposed(cotangents)`` is a tuple with a tree like each primal.
+
+    Raises ArgumentError where the derivative of ``f`` depends on the primals. (What ``f`` adds to
+    a linear map, it has no derivative of.)
+
+    >>> a = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    >>> linear_transpose(lambda x: a @ x, torch.ones(2))(torch.tensor([1.0, 0.0]))
+    (tensor([1., 2.]),)
+    """
+    arguments, every = Arguments(primals, {}, f), tuple(range(len(primals)))
+    call = Call(
+        "linear_transpose", f, arguments, positions("linear_transpose", arguments, every), False
+    )
+    call.check_tensors()
+    program, wrt = call.program, call.wrt
+    pushed = call.derived((), lambda: jvp_pass(program, wrt, zeros=False))
+    moved = dependents(pushed.graph, [pushed.placeholders[i] for i in wrt])
+    if not moved.isdisjoint(pushed.outputs[program.n_outputs :]):
+        raise ArgumentError("linear_transpose: the function is not linear in its arguments")
+    return vjp(f, *primals)[1]
