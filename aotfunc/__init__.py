@@ -7,8 +7,12 @@ __version__ = "0.1.0"
 # of the objects that PyTorch has made by now, one collection takes longer than these imports
 with paused_gc():
     from .api.check import check_grads as check_grads
+    from .api.control_flow import associative_scan as associative_scan
+    from .api.control_flow import cond as cond
     from .api.control_flow import map as map
     from .api.control_flow import scan as scan
+    from .api.control_flow import switch as switch
+    from .api.control_flow import while_loop as while_loop
     from .api.coverage import coverage as coverage
     from .api.custom import custom_jvp as custom_jvp
     from .api.custom import custom_vjp as custom_vjp

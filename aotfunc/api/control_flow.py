@@ -3,29 +3,38 @@ recorded once."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..capture.bodies import dense, emit_flow, hoisted, row_sig
-from ..capture.capture import as_called, capture
-from ..capture.captured import Captured
+from ..capture.bodies import drawn, emit_flow, hoisted
 from ..capture.scan import Scan
-from ..capture.tree import flatten, leaf_paths, structure, unflatten
+from ..capture.switch import Switch
+from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
+from ..capture.while_loop import While, as_condition
 from ..debug import at, user_line, where_defined
-from ..errors import ArgumentError, CaptureError
-from ..graph import Program
-from ..runtime.execute import execute
-from ..trace.emit import Builder, paused_gc
+from ..errors import ArgumentError
+from ..trace.emit import Builder
 from ..trace.entering import entry
-from ..trace.shapes.sig import Sig, sig_of
-from ..trace.traced import Traced
-from ..transforms.fresh import fresh
+from ..trace.traced import under_way
 from ..transforms.vmap import inserted
-from ..transforms.walk import builder, filled_node
-from .vmap import vmap
+from ..transforms.walk import filled_node
+from .flow_bodies import (
+    Body,
+    one,
+    one_element,
+    path,
+    row,
+    run_flow,
+    signature,
+    tensors,
+    together,
+    trip_count,
+)
+from .vmap import debug_unwrap, vmap
 
 aten = torch.ops.aten
 
@@ -63,9 +72,14 @@ def scan(
         x = None if xs is None else unflatten(leaves[count:], x_spec)
         return [unflatten(leaves[:count], spec), x], {}
 
-    step = Body(
-        "scan", f, rebuilt, [*[one(x) for x in carry], *[row(x) for x in rows]], [*carry, *rows]
-    )
+    sigs = [*[one(x) for x in carry], *[row(x) for x in rows]]
+
+    def arranged(result: Any) -> Any:
+        pair = isinstance(result, tuple | list) and len(result) == 2
+        return (in_order_of(init, result[0]), result[1]) if pair else result
+
+    why = "scan records its body once for all steps"
+    step = Body("scan", f, rebuilt, sigs, [*carry, *rows], why, arranged)
     given = step.returned
     if not (isinstance(given, tuple | list) and len(given) == 2):
         raise ArgumentError(
@@ -131,146 +145,210 @@ def map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
     return unflatten([torch.cat(y) for y in zip(*parts, strict=True)], y_spec)
 
 
-# ----- what is looped over -----------------------------------------------------------------------
+@entry
+def cond(pred: Any, true_fn: Callable, false_fn: Callable, *operands: Any) -> Any:
+    """``true_fn(*operands)`` where ``pred`` holds, else ``false_fn(*operands)``, as one op of a
+    graph; only the one that is taken runs.
+
+    ``pred`` is a tensor with one element, or a bool. Operands may be any trees; the functions may
+    close over tensors, and return trees of tensors of equal structure, shapes and dtypes. Under
+    ``vmap`` with a ``pred`` that differs between samples both run, and each sample gets its own:
+    neither values nor derivatives of the branch that it does not take reach it, be they infinite
+    or NaN. Raises ArgumentError for another ``pred`` and for results that differ, CaptureError
+    where a branch writes to a tensor from outside.
+
+    >>> f = lambda x: cond(x > 0, torch.log, lambda x: x * 0, x)
+    >>> vmap(grad(f))(torch.tensor([2.0, 0.0]))
+    tensor([0.5000, 0.0000])
+    """
+    if isinstance(pred, bool):
+        return (true_fn if pred else false_fn)(*operands)
+    holds = one_element("cond", "pred", pred)
+    holds = holds if holds.dtype is torch.bool else holds != 0
+    return choice("cond", holds, (false_fn, true_fn), operands)
 
 
-def tensors(name: str, what: str, leaves: Sequence[Any], spec: Any) -> list[Tensor]:
-    """Leaves of a tree as contiguous tensors; numbers become tensors."""
-    found = []
-    for k, x in enumerate(leaves):
-        if isinstance(x, bool | int | float | complex):
-            x = torch.as_tensor(x)
-        if not isinstance(x, Tensor):
-            raise ArgumentError(
-                f"{name}: {what}{path(spec, k)} is a {type(x).__name__}; it must be a tensor"
-                f"{at(user_line())}"
-            )
-        found.append(x.contiguous())
-    return found
+@entry
+def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
+    """``branches[index](*operands)``, as one op of a graph: :func:`cond` for any number of
+    branches. An ``index`` (an integer tensor with one element, or an int) below 0 or too large
+    means the first or the last.
 
-
-def path(spec: Any, k: int) -> str:
-    """Where leaf ``k`` is in a tree."""
-    return leaf_paths(spec)[k] if spec is not None else ""
-
-
-def trip_count(name: str, rows: Sequence[Tensor], spec: Any, length: int | None) -> int:
-    for k, x in enumerate(rows):
-        if not x.dim():
-            raise ArgumentError(
-                f"{name}: xs{path(spec, k)} has no dimension to go along{at(user_line())}"
-            )
-    counts = {x.shape[0] for x in rows} | ({length} if length is not None else set())
-    if len(counts) == 1:
-        return counts.pop()
-    if not counts:
-        raise ArgumentError(f"{name}: without xs the number of steps is length=…{at(user_line())}")
-    said = [f"xs{path(spec, k)} has {x.shape[0]} rows" for k, x in enumerate(rows)]
-    said += [f"length is {length}"] if length is not None else []
-    raise ArgumentError(f"{name}: the numbers of steps differ: {'; '.join(said)}{at(user_line())}")
-
-
-def one(x: Tensor) -> Sig:
-    """The signature of what is carried."""
-    return dense(signature(x))
-
-
-def row(x: Tensor) -> Sig:
-    """The signature of one row of a stack."""
-    return row_sig(signature(x))
-
-
-def signature(x: Tensor) -> Sig:
-    return x.sig if x.__class__ is Traced else sig_of(x)
-
-
-class Body:
-    """A function recorded once, on values of the signatures ``sigs``, as the body of control flow
-    called ``name``. ``rebuilt`` makes its arguments of their leaves."""
-
-    def __init__(
-        self,
-        name: str,
-        f: Callable,
-        rebuilt: Callable,
-        sigs: Sequence[Sig],
-        leaves: Sequence[Tensor],
-    ) -> None:
-        self.name, self.f, self.sigs = name, f, sigs
-
-        def call(*args: Any) -> Any:
-            self.returned = f(*args)
-            return self.returned
-
-        self.rec: Captured = capture(
-            as_called(call),
-            leaves,
-            rebuilt,
-            samples=dict(enumerate(sigs)),
-            why_not=f"{name} records {where_defined(f)} once for all steps",
-            constants=False,
+    >>> switch(torch.tensor(1), [torch.sin, torch.neg, torch.cos], torch.tensor(2.0))
+    tensor(-2.)
+    """
+    if not branches:
+        raise ArgumentError(f"switch: there are no branches{at(user_line())}")
+    if isinstance(index, int):
+        return branches[min(max(index, 0), len(branches) - 1)](*operands)
+    chosen = one_element("switch", "index", index)
+    if chosen.is_floating_point() or chosen.is_complex():
+        raise ArgumentError(
+            f"switch: the index must be an integer, not {chosen.dtype}{at(user_line())}"
         )
+    return choice("switch", chosen.long().clamp(0, len(branches) - 1), branches, operands)
 
-    def check_carry(self, before: Any, after: Any, new: tuple, spec: Any) -> None:
-        """The carry has the tree, shapes and dtypes that it had."""
-        leaves, new_spec = new
-        if new_spec != spec:
+
+def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tuple) -> Any:
+    """What ``branches[index]`` returns."""
+    arguments = Arguments(operands, {})
+    places = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
+    given = [arguments.leaves[k] for k in places]
+
+    def rebuilt(leaves: Sequence[Any]) -> tuple[list, dict]:
+        whole = list(arguments.leaves)
+        for k, x in zip(places, leaves, strict=True):
+            whole[k] = x
+        return arguments.rebuilt(whole)
+
+    sigs = [signature(x).start for x in given]
+    why = f"a branch of {name} is recorded whether or not it is taken"
+    steps: list[Body] = []
+    for f in branches:
+        like = functools.partial(in_order_of, steps[0].returned) if steps else lambda x: x
+        steps.append(Body(name, f, rebuilt, sigs, given, why, like))
+    first, spec = flatten(steps[0].returned)
+    for step in steps[1:]:
+        step.check_like(steps[0])
+    results = [k for k, x in enumerate(first) if isinstance(x, Tensor)]
+    consts, bodies = together(steps)
+    build = lambda b, args: emit_flow(b, Switch(bodies), args)
+    outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])
+    leaves = list(first)
+    for k, x in zip(results, outs, strict=True):
+        leaves[k] = x
+    return unflatten(leaves, spec)
+
+
+@entry
+def while_loop(
+    cond_fn: Callable, body_fn: Callable, init: Any, max_steps: int | None = None
+) -> Any:
+    """The last carry of ``while cond_fn(carry): carry = body_fn(carry)``, which starts with
+    ``init`` and goes at most ``max_steps`` steps; as one op of a graph.
+
+    Trees, closures and errors are those of :func:`scan`; ``cond_fn`` returns a tensor with one
+    element. Under ``vmap`` each sample stops at its own step. Reverse mode keeps what it needs of
+    each step and so has to know a bound: ``max_steps``, or where a transform is not compiled the
+    number of steps, which is then counted first. The backward takes the time of all ``max_steps``,
+    of which those that are too many do nothing.
+
+    >>> while_loop(lambda x: x < 100, lambda x: x * x, torch.tensor(3.0))
+    tensor(6561.)
+    >>> def root(a):
+    ...     far = lambda x: (x * x - a).abs() > 1e-6
+    ...     return while_loop(far, lambda x: (x + a / x) / 2, a)
+    >>> vmap(grad(root))(torch.tensor([4.0, 9.0]))
+    tensor([0.2500, 0.1667])
+    """
+    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
+        raise ArgumentError(f"while_loop: max_steps must be a positive int, not {max_steps!r}")
+
+    def limit(inputs: Sequence[Tensor], draws: bool) -> int | None:
+        if max_steps is not None or draws:  # counting would draw, too
+            return max_steps
+        return counted(cond_fn, body_fn, init, inputs)
+
+    return repeated(cond_fn, body_fn, init, limit)
+
+
+def repeated(cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable) -> Any:
+    """:func:`while_loop` with ``limit(inputs, whether it draws)`` for the most steps."""
+    carry, spec = flatten(init)
+    carry = tensors("while_loop", "init", carry, spec)
+
+    def rebuilt(leaves: Sequence[Any]) -> tuple[list, dict]:
+        return [unflatten(leaves, spec)], {}
+
+    sigs = [one(x) for x in carry]
+    why = "while_loop records its functions once for all steps"
+    like = functools.partial(in_order_of, init)
+    test = Body("while_loop", cond_fn, rebuilt, sigs, carry, why)
+    step = Body("while_loop", body_fn, rebuilt, sigs, carry, why, like)
+    holds = test.returned
+    if not (isinstance(holds, Tensor) and holds.numel() == 1):
+        raise ArgumentError(
+            f"while_loop: {where_defined(cond_fn)} must return a tensor with one element, not "
+            f"{structure(holds)}"
+        )
+    step.check_carry(init, step.returned, flatten(step.returned), spec)
+    consts, (condition, body) = together([test, step])
+    inputs = [*consts, *carry]
+    max_steps = limit(inputs, any([*drawn(condition), *drawn(body)]))
+
+    def build(b: Builder, args: list) -> list:
+        return emit_flow(b, While(as_condition(condition), body, len(consts), max_steps), args)
+
+    key = ("while_loop", condition, max_steps)
+    return unflatten(run_flow(body, key, build, inputs), spec)
+
+
+def counted(
+    cond_fn: Callable, body_fn: Callable, init: Any, inputs: Sequence[Tensor]
+) -> int | None:
+    """A bound for the number of steps where one is needed and known: something may be
+    differentiated, and a value may be asked for."""
+    traces = under_way.traces
+    if not any(x.requires_grad for x in inputs) or any(t.why_not is not None for t in traces):
+        return None
+    step = lambda c: (body_fn(c[0]), c[1] + 1)
+    with torch.no_grad():
+        start = init, torch.tensor(0)
+        _, steps = repeated(lambda c: cond_fn(c[0]), step, start, lambda *_: None)
+    most = int(debug_unwrap(steps).max())
+    return 1 << max(most - 1, 0).bit_length()
+
+
+@entry
+def associative_scan(f: Callable, xs: Any, reverse: bool = False, dim: int = 0) -> Any:
+    """``ys`` with ``ys[0] = xs[0]`` and ``ys[t] = f(ys[t - 1], xs[t])`` along ``dim``, for an
+    associative ``f`` of two elements, in about ``2 log2(n)`` steps that each take all elements at
+    once.
+
+    ``xs`` is a tree of tensors, and ``f`` maps two trees of elements to a third. ``reverse``
+    starts at the last element. Raises ArgumentError where ``f`` changes the tree, a shape or a
+    dtype.
+
+    >>> associative_scan(torch.maximum, torch.tensor([1, 3, 2, 5, 4]))
+    tensor([1, 3, 3, 5, 5])
+    """
+    leaves, spec = flatten(xs)
+    rows = tensors("associative_scan", "xs", leaves, spec)
+    for k, x in enumerate(rows):
+        if not -x.dim() <= dim < x.dim():
             raise ArgumentError(
-                f"{self.name}: {where_defined(self.f)} must return the carry with the structure "
-                f"that it had: it got {structure(before)} and returned {structure(after)}"
+                f"associative_scan: xs{path(spec, k)} has no dimension {dim}{at(user_line())}"
             )
-        for k, x in enumerate(leaves):
-            old = self.sigs[k]
-            if not isinstance(x, Tensor) or (tuple(x.shape), x.dtype) != (old.shape, old.dtype):
-                now = structure(x)
-                raise ArgumentError(
-                    f"{self.name}: the carry{path(spec, k)} must keep its shape and dtype: "
-                    f"{where_defined(self.f)} got {old} and returned {now}"
-                )
+    rows = [x.movedim(dim, 0).flip(0) if reverse else x.movedim(dim, 0) for x in rows]
+    trip_count("associative_scan", rows, spec, None)
 
-    def body(self) -> Program:
-        """What it does as a program ``(closed-over tensors, arguments) -> results``. Raises
-        CaptureError where it writes to one of these."""
-        program = self.rec.program()
-        if program.mutated:
-            raise CaptureError(
-                f"{self.name}: {where_defined(self.f)} writes to "
-                f"{self.written(program)}, which would be done once for all steps; write to a "
-                "clone(), and carry what has to last"
+    def combined(x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
+        tree = vmap(f)(unflatten(x, spec), unflatten(y, spec))
+        found, found_spec = flatten(tree)
+        if found_spec != spec or not all(
+            [(a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(found, x, strict=True)]
+        ):
+            raise ArgumentError(
+                f"associative_scan: {where_defined(f)} must return what it gets, for all elements "
+                f"{structure(unflatten(x, spec))}, not {structure(tree)}"
             )
-        return program.once("body", lambda: consts_first(program))
+        return found
 
-    def written(self, program: Program) -> str:
-        index = program.mutated[0]
-        return "its argument" if index < program.n_inputs else "a tensor from outside"
+    def prefixes(x: list[Tensor]) -> list[Tensor]:
+        count = x[0].shape[0]
+        if count < 2:
+            return x
+        odd = prefixes(combined([a[:-1:2] for a in x], [a[1::2] for a in x]))
+        even = [a[:1] for a in x]
+        if count > 2:
+            before = [a[:-1] if count % 2 == 0 else a for a in odd]
+            rest = combined(before, [a[2::2] for a in x])
+            even = [torch.cat(parts) for parts in zip(even, rest, strict=True)]
+        half = count // 2
+        pairs = [
+            torch.stack([a[:half], b], 1).flatten(0, 1) for a, b in zip(even, odd, strict=True)
+        ]
+        return [torch.cat([p, a[half:]]) for p, a in zip(pairs, even, strict=True)]
 
-
-def consts_first(program: Program) -> Program:
-    """The program with its closed-over tensors as its first inputs."""
-    with paused_gc():
-        b = builder()
-        old, n = program.placeholders, program.n_inputs
-        new = b.inputs([*old[n:], *old[:n]])
-        consts = len(old) - n
-        outs = b.inlined(program, [*new[consts:], *new[:consts]])
-        return Program(b.finish(outs), len(old), program.n_outputs, (), program.name)
-
-
-def run_flow(
-    body: Program,
-    key: tuple,
-    build: Callable[[Builder, list], list],
-    inputs: Sequence[Tensor],
-) -> tuple:
-    """The results for these inputs of what ``build(builder, nodes)`` makes of ``body``; ``key``
-    says what else that depends on."""
-    sigs = tuple([signature(x) for x in inputs])
-
-    def program() -> Program:
-        with paused_gc():
-            b = builder()
-            args = [b.placeholder("x", sig) for sig in sigs]
-            outs = build(b, args)
-            return fresh(Program(b.finish(outs), len(args), len(outs), (), str(key[0])), ())
-
-    return execute(body.derived((*key, sigs), program), inputs)
+    found = prefixes(rows)
+    return unflatten([(y.flip(0) if reverse else y).movedim(0, dim) for y in found], spec)

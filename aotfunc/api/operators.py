@@ -1,5 +1,5 @@
-"""Control flow in the code of a graph module: calls of these functions, with modules as bodies.
-They run, and can be captured again."""
+"""Control flow as others call it: in the code of a graph module, calls of functions that take
+modules as bodies, which run and can be captured again; and torch's own operators on functions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_map
 
 from ..runtime.graph_module import graph_module
+from ..trace.traced import HOOKS
 from . import control_flow
 
 
@@ -34,7 +36,37 @@ def scan(
     return [*carry, *ys]
 
 
-OPERATORS: dict[str, Callable] = {"scan": scan}
+def switch(*bodies_and_operands: Any) -> Any:
+    """:func:`aotfunc.switch` with ``bodies[index](*operands)``, called as ``switch(*bodies, index,
+    operands)``."""
+    *bodies, index, operands = bodies_and_operands
+    if has_torch_function(given := (index, *operands)):
+        return handle_torch_function(switch, given, *bodies_and_operands)
+    return control_flow.switch(index.long(), bodies, *operands)
+
+
+def while_loop(
+    condition: Callable,
+    body: Callable,
+    constants: Sequence[Tensor],
+    init: Sequence[Tensor],
+    max_steps: int | None,
+) -> list[Tensor]:
+    """:func:`aotfunc.while_loop` with ``condition(*constants, *carry)`` and ``body(*constants,
+    *carry)``."""
+    if has_torch_function(given := (*constants, *init)):
+        return handle_torch_function(
+            while_loop, given, condition, body, constants, init, max_steps
+        )
+    return control_flow.while_loop(
+        lambda carry: condition(*constants, *carry)[0],
+        lambda carry: list(body(*constants, *carry)),
+        list(init),
+        max_steps,
+    )
+
+
+OPERATORS: dict[str, Callable] = {"scan": scan, "switch": switch, "while_loop": while_loop}
 
 
 def with_operators(gm: fx.GraphModule, dissolve: frozenset[str]) -> fx.GraphModule:
@@ -55,3 +87,44 @@ def with_operators(gm: fx.GraphModule, dissolve: frozenset[str]) -> fx.GraphModu
     if found:
         gm.recompile()
     return gm
+
+
+# ----- torch's own -------------------------------------------------------------------------------
+
+
+def torch_cond(pred: Any, true_fn: Callable, false_fn: Callable, operands: Sequence) -> Any:
+    """``torch.cond`` inside a captured function."""
+    if not isinstance(pred, Tensor):
+        pred = bool(pred)
+    return control_flow.cond(pred, true_fn, false_fn, *operands)
+
+
+def torch_while_loop(cond_fn: Callable, body_fn: Callable, carried: Sequence) -> Any:
+    """torch's ``while_loop``, whose functions take what is carried as arguments."""
+    step = lambda carry: tuple(body_fn(*carry))
+    return control_flow.while_loop(lambda carry: cond_fn(*carry), step, tuple(carried))
+
+
+def torch_scan(f: Callable, init: Any, xs: Any, dim: int, reverse: bool) -> Any:
+    """torch's ``scan``, which goes along any dimension."""
+    rows = tree_map(lambda x: x.movedim(dim, 0), xs)
+    carry, ys = control_flow.scan(f, init, rows, reverse=reverse)
+    return carry, tree_map(lambda y: y.movedim(0, dim) if dim < y.dim() else y, ys)
+
+
+def torch_map(f: Callable, xs: Any, *args: Any) -> Any:
+    """torch's ``map``, whose further arguments are the same for all rows."""
+    return control_flow.map(lambda x: f(x, *args), xs)
+
+
+def torch_associative_scan(f: Callable, xs: Any, dim: int, reverse: bool) -> Any:
+    return control_flow.associative_scan(f, xs, reverse, dim)
+
+
+HOOKS.update(
+    cond=torch_cond,
+    while_loop=torch_while_loop,
+    scan=torch_scan,
+    map=torch_map,
+    associative_scan=torch_associative_scan,
+)

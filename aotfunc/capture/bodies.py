@@ -156,3 +156,18 @@ def results_as(body: Program, wanted: Sequence[Sig]) -> Program:
         for k, v in enumerate(wanted):
             outs[k] = laid_out(b, outs[k], v, exactly=True)
         return Program(b.finish(outs), body.n_inputs, body.n_outputs, (), body.name)
+
+
+def with_constants(body: Program, places: Sequence[int], consts: Sequence[Sig]) -> Program:
+    """The body as a program of these constants, of which its own lie at these ``places``, and of
+    its other inputs."""
+
+    def make() -> Program:
+        with paused_gc():
+            b = builder()
+            given = [b.placeholder("const", sig) for sig in consts]
+            rest = b.inputs(body.placeholders[len(places) :])
+            outs = b.inlined(body, [*[given[i] for i in places], *rest])
+            return Program(b.finish(outs), len(given) + len(rest), len(outs), (), body.name)
+
+    return body.once(("constants", *places, *consts), make)

@@ -153,7 +153,7 @@ def under_fake_mode() -> bool:
 
 
 def called_by(error: BaseException) -> str | None:
-    """The operator on functions, torch.cond or its like, in which Dynamo raised an error."""
+    """The operator on functions in which Dynamo raised an error."""
     step = error.__traceback__
     while step is not None:
         folder, file = os.path.split(step.tb_frame.f_code.co_filename)
@@ -166,7 +166,7 @@ def called_by(error: BaseException) -> str | None:
     return None
 
 
-OPERATORS = ("cond", "while_loop", "scan", "map", "associative_scan", "flex_attention")
+OPERATORS = ("flex_attention",)
 
 
 def as_called(f: Callable) -> Callable:

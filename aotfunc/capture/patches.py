@@ -165,7 +165,49 @@ def pad_packed(
     return pad(data, sizes, batch_first, value, length)
 
 
+def _cond_template(pred, true_fn, false_fn, operands=()):  # type: ignore[no-untyped-def]
+    if torch.compiler.is_dynamo_compiling() or _aotfunc_recording() is None:
+        return _torch_cond(pred, true_fn, false_fn, operands)
+    return _aotfunc_cond(pred, true_fn, false_fn, operands)
+
+
+def _while_loop_template(cond_fn, body_fn, carried_inputs):  # type: ignore[no-untyped-def]
+    if torch.compiler.is_dynamo_compiling() or _aotfunc_recording() is None:
+        return _torch_while_loop(cond_fn, body_fn, carried_inputs)
+    return _aotfunc_while_loop(cond_fn, body_fn, carried_inputs)
+
+
+def _scan_template(combine_fn, init, xs, *, dim=0, reverse=False):  # type: ignore[no-untyped-def]
+    if torch.compiler.is_dynamo_compiling() or _aotfunc_recording() is None:
+        return _torch_scan(combine_fn, init, xs, dim=dim, reverse=reverse)
+    return _aotfunc_scan(combine_fn, init, xs, dim, reverse)
+
+
+def _map_template(f, xs, *args):  # type: ignore[no-untyped-def]
+    if torch.compiler.is_dynamo_compiling() or _aotfunc_recording() is None:
+        return _torch_map(f, xs, *args)
+    return _aotfunc_map(f, xs, *args)
+
+
+def _associative_scan_template(  # type: ignore[no-untyped-def]
+    combine_fn, xs, dim, reverse=False, combine_mode="pointwise"
+):
+    if torch.compiler.is_dynamo_compiling() or _aotfunc_recording() is None:
+        return _torch_associative_scan(combine_fn, xs, dim, reverse, combine_mode)
+    return _aotfunc_associative_scan(combine_fn, xs, dim, reverse)
+
+
+def above(name: str) -> Any:
+    """What a layer above does under this name."""
+    return lambda *args: HOOKS[name](*args)
+
+
 graph = torch.autograd.graph
+#: functions of torch's package have the names of their modules
+operators = {
+    name: getattr(sys.modules[f"torch._higher_order_ops.{name}"], name)
+    for name in ("while_loop", "scan", "map", "associative_scan")
+}
 
 #: everything that the first capture exchanges, for the whole process
 PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
@@ -196,6 +238,16 @@ PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
         checkpoint_region,
     ),
     Undisturbed(torch_checkpoint.checkpoint),
+    Code("cond", torch.cond, above("cond"), _cond_template),
+    Code("while_loop", operators["while_loop"], above("while_loop"), _while_loop_template),
+    Code("scan", operators["scan"], above("scan"), _scan_template),
+    Code("map", operators["map"], above("map"), _map_template),
+    Code(
+        "associative_scan",
+        operators["associative_scan"],
+        above("associative_scan"),
+        _associative_scan_template,
+    ),
     Attribute("numpy", Tensor, "numpy", numpy_of_a_constant),
     Attribute("tolist", Tensor, "tolist", tolist_of_a_constant),
     Attribute("deepcopy", Tensor, "__deepcopy__", deepcopy_of_a_constant),

@@ -4,6 +4,7 @@ another body. So a graph does not grow with the number of steps."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -75,29 +76,23 @@ class Scan(Flow):
         k = self.n_carry
         parts: list[list[Tensor]] = []
         for start in self.blocks():
-            part = [t[start : start + ROWS].unbind(0) for t in rows]
+            count = min(ROWS, self.length - start)
+            part = [t[start : start + count].unbind(0)[:: -1 if self.reverse else 1] for t in rows]
             made = []
-            for t in self.order(min(ROWS, self.length - start)):
-                outs = body(*consts, *carry, *[r[t] for r in part])
+            for row in zip(*part, strict=True) if part else repeat((), count):
+                outs = body(*consts, *carry, *row)
                 carry = outs[:k]
                 made.append(outs[k:])
             made = made[::-1] if self.reverse else made
             parts.append([torch.stack(y) for y in zip(*made, strict=True)])
-        carry = [
-            x.clone() if shared else x
-            for x, shared in zip(carry, shared_memory(self.body, self.n_carry), strict=True)
-        ]
         parts = parts[::-1] if self.reverse else parts
         ys = [y[0] if len(y) == 1 else torch.cat(y) for y in zip(*parts, strict=True)]
-        return [*carry, *ys]
+        return [*own_memory(self.body, carry), *ys]
 
-    def order(self, count: int) -> range:
-        """The numbers below ``count`` in the order of the steps."""
-        return range(count - 1, -1, -1) if self.reverse else range(count)
-
-    def blocks(self) -> list[int]:
-        """The first row of each part of the stacks."""
-        return [ROWS * i for i in self.order(-(-self.length // ROWS))]
+    def blocks(self) -> range:
+        """The first row of each part of the stacks, in the order of the steps."""
+        starts = range(0, self.length, ROWS)
+        return starts[::-1] if self.reverse else starts
 
     def form(self, args: Sequence[Any]) -> tuple[list, dict[str, Any]]:
         """Its arguments and options as the operator of its name takes them."""
@@ -243,16 +238,18 @@ class Scan(Flow):
 # ----- running -----------------------------------------------------------------------------------
 
 
-def shared_memory(body: Program, count: int) -> list[bool]:
-    """Which of the first ``count`` results may show the memory of an input, or of one another."""
+def own_memory(body: Program, carry: Sequence[Tensor]) -> list[Tensor]:
+    """What a body has returned to be carried, with copies of what may show the memory of an input,
+    or of another result."""
 
     def find() -> list[bool]:
         seen = set(body.placeholders)
         flags = []
-        for o in body.outputs[:count]:
+        for o in body.outputs[: len(carry)]:
             root = storage_root(o)
             flags.append(root in seen)
             seen.add(root)
         return flags
 
-    return body.once(("shared memory", count), find)
+    shared = body.once(("shared memory", len(carry)), find)
+    return [x.clone() if yes else x for x, yes in zip(carry, shared, strict=True)]

@@ -28,7 +28,9 @@ def generator_states(program: Program) -> list[tuple[Generator, Tensor]]:
 def generators_of(program: Program) -> list[Generator]:
     found: dict[int, Generator] = {}
     for n in lowered(program, EVERYTHING).graph.nodes:
-        if n.op == "call_function" and draws(n):
+        if bodies := getattr(n.target, "bodies", ()):  # control flow
+            found |= {id(g): g for body in bodies for g in generators_of(body)}
+        elif n.op == "call_function" and draws(n):
             given = next(
                 (a for a in (*n.args, *n.kwargs.values()) if isinstance(a, Generator)), None
             )

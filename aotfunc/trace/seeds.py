@@ -92,7 +92,8 @@ class Seeds:
 
 def changed(known: States) -> bool:
     """Whether a state is another one now; if so, all are put back."""
-    same = all(torch.equal(g.get_state(), state) for g, state in known.values())
+    with quiet():
+        same = all(torch.equal(g.get_state(), state) for g, state in known.values())
     for g, state in () if same else known.values():
         g.set_state(state)
     return not same

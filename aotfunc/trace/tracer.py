@@ -273,10 +273,9 @@ def of_objects(func: Any, args: tuple) -> Any:
 
 
 def on_functions(name: str) -> CaptureError:
-    """The refusal of an operator that takes functions: torch.cond, while_loop, scan, map,
-    flex_attention, …"""
+    """The refusal of an operator that takes functions: flex_attention, …"""
     return CaptureError(
         f"{name} calls functions that are given to it, which is not "
-        f"captured{at(debug.user_line())}. Write it with torch.where, a Python `if` or a Python "
-        "loop; attention by scaled_dot_product_attention with a mask"
+        f"captured{at(debug.user_line())}. Write it with aotfunc.cond, scan or while_loop, or "
+        "with torch.where; attention by scaled_dot_product_attention with a mask"
     )

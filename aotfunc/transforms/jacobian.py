@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..debug import at
+from ..errors import RuleError
 from ..graph import Program, draws
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
@@ -29,6 +32,12 @@ def numbered_draws(program: Program) -> Program:
     inlined = lowered(program, frozenset({"calls"}))
     if not any(draws(n) for n in inlined.graph.nodes):
         return program
+    for n in inlined.graph.nodes:
+        if draws(n) and not isinstance(n.target, OpOverload):
+            raise RuleError(
+                f"{n.target.__name__} draws random numbers{at(n.meta.get('line'))}, and Jacobians "
+                "need them several times: draw outside of it and pass them (as xs)"
+            )
     program = rebuilt(inlined, "numbered_draws")
     for k, n in enumerate(program.graph.nodes):
         if n.op == "call_function" and draws(n):

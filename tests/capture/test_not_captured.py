@@ -5,9 +5,6 @@ import warnings
 
 import pytest
 import torch
-from torch._higher_order_ops.map import map as map_op
-from torch._higher_order_ops.scan import scan
-from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.utils.rnn import (
     PackedSequence,
@@ -34,15 +31,10 @@ TRANSFORMS = {
     "jvp": lambda f: jvp(f, (X,), (X,)),
 }
 OPERATORS = {
-    "cond": lambda x: torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x / 4, (x,)),
-    "while_loop": lambda x: while_loop(lambda x: x.sum() < 10, lambda x: (x.abs() + 1,), (x,))[0],
-    "scan": lambda x: scan(lambda c, y: (c + y, c * y), x[0] * 0, x)[1],
-    "map": lambda x: map_op(lambda y: y * 2, x),
     "flex_attention": lambda x: flex_attention(Q * x.sum(), Q, Q),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # cond
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", OPERATORS)

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from aotfunc import scan
+from aotfunc import cond, scan, switch, while_loop
 from tests.func.test_compositions import MATRIX, TRANSFORMS, check
 
 
@@ -24,21 +24,41 @@ def step(x):
 
 
 def looped(x):
-    rows = torch.stack([x.sin(), x * 2, x + 1])
+    rows = torch.stack([x.sin(), x * 2])
     (h, _), ys = scan(step(x), (x, torch.tensor(0)), rows, reverse=True)
     return h + (ys["y"] * rows).sum(0)
 
 
 def unrolled(x):
-    rows = torch.stack([x.sin(), x * 2, x + 1])
-    carry, ys = (x, torch.tensor(0)), [None] * 3
-    for t in (2, 1, 0):
+    rows = torch.stack([x.sin(), x * 2])
+    carry, ys = (x, torch.tensor(0)), [None] * 2
+    for t in (1, 0):
         carry, y = step(x)(carry, rows[t])
         ys[t] = y["y"]
     return carry[0] + (torch.stack(ys) * rows).sum(0)
 
 
-PROGRAMS = {"scan": (looped, unrolled)}
+def grown(x):
+    return lambda c: (c[0] * 1.4 + 0.1 * torch.tanh(MATRIX @ x), c[1] + 1)
+
+
+def branched(x):
+    a = cond(x[0] > 0, lambda x: MATRIX @ x.sin() * x, lambda x: x.tanh() * x.sum(), x)
+    b = switch((x[1] > -1).long() + (x[2] > 1), [torch.sin, torch.tanh, lambda y: a * y], x)
+    y, _ = while_loop(lambda c: (c[0] ** 2).sum() < 6, grown(x), (x, torch.tensor(0)), 9)
+    return b + y * x
+
+
+def branched_in_python(x):
+    a = MATRIX @ x.sin() * x if x[0] > 0 else x.tanh() * x.sum()
+    b = [torch.sin, torch.tanh, lambda y: a * y][int(x[1] > -1) + int(x[2] > 1)](x)
+    c = x, torch.tensor(0)
+    while (c[0] ** 2).sum() < 6:
+        c = grown(x)(c)
+    return b + c[0] * x
+
+
+PROGRAMS = {"scan": (looped, unrolled), "branches": (branched, branched_in_python)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import aotfunc
 from aotfunc import backends, grad, hessian, jit, jvp, linearize, make_fx, scan, vmap
 from aotfunc.debug import stages
-from aotfunc.errors import ArgumentError, CaptureError
+from aotfunc.errors import ArgumentError, CaptureError, RuleError
 from tests.reference import assert_same
 
 W = torch.tensor([[0.5, -0.2, 0.1], [0.3, 0.8, -0.6], [-0.4, 0.2, 0.9]], dtype=torch.float64)
@@ -50,8 +50,8 @@ def same(f, *args, argnums=(0,)):
 
 def test_trees_numbers_and_none():
     def step(carry, x):
-        carry["n"] = carry["n"] + 1
-        carry["h"] = (carry["h"][0] + x["a"], carry["h"][1] * 2)
+        n = carry["n"] + 1  # in another order than in init
+        carry = {"h": (carry["h"][0] + x["a"], carry["h"][1] * 2), "n": n}
         return carry, (None, [x["b"] * carry["n"]])
 
     init = {"n": 0, "h": (torch.zeros(2), 1.0)}
@@ -213,6 +213,17 @@ def test_draws():
         got = wrap(run(scan))(h)
         torch.manual_seed(3)
         assert_same(got, torch.func.grad(run(by_loop))(h))
+    ours = torch.Generator()
+    drawn = lambda h: scan(lambda c, x: (c * torch.rand(3, generator=ours), c), h, length=2)[0]
+    leaf = h.clone().requires_grad_()
+    for f in (drawn, jit(drawn)):
+        ours.manual_seed(1)
+        out = f(leaf)
+        out.sum().backward()
+        assert_same(out, leaf * leaf.grad)
+        leaf.grad = None
+    with pytest.raises(RuleError, match=r"scan draws random numbers.*pass them"):
+        aotfunc.jacrev(drawn)(h)
     draw = lambda h: scan(lambda c, x: (c + torch.rand(()), c), h, length=3)
     apart, shared = (vmap(draw, randomness=r)(torch.zeros(4))[0] for r in ("different", "same"))
     assert len(set(apart.tolist())) == 4 and len(set(shared.tolist())) == 1
@@ -386,7 +397,7 @@ ERRORS = {
     "asks": (
         lambda: scan(lambda c, x: (c * 2 if c.sum() > 0 else c, None), H, XS),
         CaptureError,
-        "records .* once for all steps",
+        "records its body once for all steps",
     ),
 }
 

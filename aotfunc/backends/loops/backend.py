@@ -68,6 +68,7 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
         return run(*args)
 
     call.source = run.source  # type: ignore[attr-defined]
+    call.unchecked = run  # type: ignore[attr-defined]
     call.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
     return call
 

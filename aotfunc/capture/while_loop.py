@@ -1,0 +1,230 @@
+"""A loop that runs while a predicate holds, as one node of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..debug import at
+from ..errors import RuleError
+from ..graph import Program, size
+from ..trace.emit import Builder, paused_gc
+from ..trace.views import laid_out
+from ..transforms.activity import flat_inputs, has_derivative
+from ..transforms.jvp import jvp
+from ..transforms.vmap import vmap
+from ..transforms.walk import builder, filled_node
+from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as
+from .scan import Scan, own_memory
+from .switch import Switch
+
+aten = torch.ops.aten
+
+
+class While(Flow):
+    """The target of a node ``(constants, carry) -> carry``: the ``body`` is called while the
+    ``condition`` holds, at most ``max_steps`` times. Both are programs of all arguments; what is
+    carried is contiguous."""
+
+    __name__ = "while_loop"
+
+    def __init__(
+        self, condition: Program, body: Program, n_consts: int, max_steps: int | None
+    ) -> None:
+        self.n_consts, self.max_steps = n_consts, max_steps
+        carry = [p.meta["val"] for p in body.placeholders[n_consts:]]
+        body = body.once(("carried", n_consts, len(carry)), lambda: results_as(body, carry))
+        self.condition, self.body = self.bodies = condition, body
+
+    def __repr__(self) -> str:
+        most = "" if self.max_steps is None else f" of at most {self.max_steps} steps"
+        return f"<while_loop{most}: {self.body.signature}, {size(self.body.graph)} nodes>"
+
+    @property
+    def vals(self) -> tuple:
+        return tuple(self.body.vals)
+
+    def with_bodies(self, bodies: Sequence[Program]) -> While:
+        condition, body = bodies
+        return While(condition, body, self.n_consts, self.max_steps)
+
+    def reading(self, read: set[int]) -> tuple[While, list[int]]:
+        return self, list(range(len(self.vals)))
+
+    def run(self, bodies: Sequence[Callable], tensors: Sequence[Tensor]) -> list[Tensor]:
+        condition, body = bodies
+        n, count = self.n_consts, 0
+        planned = [p.meta["val"] for p in self.body.placeholders]
+        start = [as_planned(t, sig) for t, sig in zip(tensors, planned, strict=True)]
+        consts, carry = start[:n], start[n:]
+        while count != self.max_steps and condition(*consts, *carry)[0]:
+            carry = body(*consts, *carry)
+            count += 1
+        return own_memory(self.body, carry) if count else [x.clone() for x in carry]
+
+    def form(self, args: Sequence[Any]) -> tuple[list, dict[str, Any]]:
+        n = self.n_consts
+        return [list(args[:n]), list(args[n:])], {"max_steps": self.max_steps}
+
+    # ----- as a node -----------------------------------------------------------------------------
+
+    def live(self, n: Node, active: Any) -> list[bool]:
+        """Which results of the node ``n`` have a derivative where its ``active`` arguments do."""
+        wrt = self.derivative([a in active for a in n.args])
+        return [self.n_consts + k in wrt for k in range(len(self.vals))]
+
+    def flat(self, n: Node) -> list[Node]:
+        """The arguments of the node ``n`` by which the loop is flat."""
+        vals = [a.meta["val"] for a in n.args]  # type: ignore[union-attr]
+        wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
+        return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
+
+    def derivative(self, given: Sequence[bool]) -> tuple[int, ...]:
+        """The inputs of the body with a derivative in some step, where these arguments have
+        one."""
+        return Scan(self.body, self.n_consts, len(self.vals), 1).derivative(given)[0]
+
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
+        """Reverse mode: the loop becomes one of ``max_steps`` steps, of which those that are too
+        many do nothing."""
+        if self.max_steps is None:
+            raise RuleError(
+                "reverse mode through a while_loop whose number of steps is not known"
+                f"{at(n.meta.get('line'))}: say while_loop(..., max_steps=…), which bounds what "
+                "is kept for the backward"
+            )
+        loop = n.target = Scan(self.guarded(), self.n_consts, len(self.vals), self.max_steps)
+        return loop.pull(b, n, g, active, again)
+
+    def guarded(self) -> Program:
+        """``(constants, carry) -> carry``: a step where the condition holds, else none."""
+
+        def make() -> Program:
+            with paused_gc():
+                b = builder()
+                args = b.inputs(self.body.placeholders)
+                [holds] = b.inlined(self.condition, args)
+                skip = Builder()
+                kept = skip.inputs(self.body.placeholders)[self.n_consts :]
+                none = Program(skip.finish(kept), len(args), len(kept), (), "skipped")
+                outs = emit_flow(b, Switch([none, self.body]), [holds, *args])
+                return Program(b.finish(outs), len(args), len(outs), (), "guarded")
+
+        return self.body.once(("guarded", self.condition), make)
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        """Forward mode: a loop beside this one carries the tangents with the values."""
+        wrt = self.derivative([a in tangents for a in n.args])
+        k, count = self.n_consts, len(self.vals)
+        consts, carries = [i for i in wrt if i < k], [i for i in wrt if i >= k]
+        condition, body = self.body.once(("pushed", self.condition, wrt), lambda: self.pushed(wrt))
+        sigs = [p.meta["val"] for p in body.placeholders]
+
+        def tangent(i: int, place: int) -> Node:
+            t = tangents.get(n.args[i])
+            sig = sigs[place]
+            return filled_node(b, 0, sig) if t is None else laid_out(b, t, sig, exactly=True)
+
+        args = list(new.args)
+        ts = [tangent(i, k + j) for j, i in enumerate(consts)]
+        us = [tangent(i, k + len(consts) + count + j) for j, i in enumerate(carries)]
+        loop = While(condition, body, k + len(consts), self.max_steps)
+        outs = emit_flow(b, loop, [*args[:k], *ts, *args[k:], *us])
+        found = dict(zip(carries, outs[count:], strict=True))
+        return [found.get(k + j) for j in range(count)]
+
+    def pushed(self, wrt: tuple[int, ...]) -> tuple[Program, Program]:
+        """The condition and the body with tangents of these inputs beside the values."""
+        k, count = self.n_consts, len(self.vals)
+        values = self.body.placeholders
+        carries = [i for i in wrt if i >= k]
+
+        def made(program: Program, with_tangents: bool) -> Program:
+            b = builder()
+
+            def tangents(chosen: list[int]) -> dict[int, Node]:
+                sigs = {i: dense(values[i].meta["val"]) for i in chosen}
+                return {i: b.placeholder("tangent", sig) for i, sig in sigs.items()}
+
+            consts, of = b.inputs(values[:k]), tangents([i for i in wrt if i < k])
+            carry, more = b.inputs(values[k:]), tangents(carries)
+            inputs, of = len(values) + len(wrt), of | more
+            if not with_tangents:
+                outs = b.inlined(program, [*consts, *carry])
+                return Program(b.finish(outs), inputs, len(outs), (), program.name)
+            given = program.placeholders[len(values) :]
+            ts = [laid_out(b, of[i], p.meta["val"]) for i, p in zip(wrt, given, strict=True)]
+            outs = b.inlined(program, [*consts, *carry, *ts])
+            outs[count:] = [
+                filled_node(b, 0, values[i].meta["val"]) if t is None else t
+                for i, t in [(i, outs[count + i - k]) for i in carries]
+            ]
+            return Program(b.finish(outs), inputs, len(outs), (), program.name)
+
+        with paused_gc():
+            joint = jvp(self.body, wrt, zeros=False)
+            return made(self.condition, False), made(joint, True)
+
+    def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
+        """Batching: where the condition differs between samples, the loop runs while it holds for
+        any, and each sample stops at its own step."""
+        b, k, count = walk.b, self.n_consts, len(self.vals)
+        apart = walk.randomness == "different"
+        met, body = [walk.has(a) for a in n.args], self.body
+        one = lambda found: Scan(body, k, count, 1).met(found, apart)[0]
+        met = one(met)
+        [several] = differing(self.condition, met, apart)
+        if several:
+            body = self.guarded()
+            met = one([*met[:k], *[True] * count])
+        args = []
+        for i, a in enumerate(n.args):
+            new = walk.expanded(a) if met[i] else walk.env[a]
+            if i >= k:
+                new = laid_out(b, new, dense(new.meta["val"]), exactly=True)
+            args.append(new)
+        dims = [0 if yes else None for yes in met]
+        sigs = tuple([a.meta["val"] for a in args])
+        rest = (walk.size, walk.randomness)
+        key = ("vmap", tuple(met), sigs, *rest, walk.strict, several)
+
+        def make(program: Program, outs: Sequence[int | None]) -> Program:
+            return program.derived(
+                key, lambda: vmap(program, dims, sigs, *rest, outs, walk.strict)
+            )
+
+        condition = make(self.condition, [0 if several else None])
+        if several:
+            condition = condition.once("any", lambda: of_any(condition))
+        loop = While(condition, make(body, dims[k:]), k, self.max_steps)
+        return emit_flow(b, loop, args), met[k:]
+
+
+def of_any(condition: Program) -> Program:
+    """Whether a condition holds for a sample of a batch."""
+    with paused_gc():
+        b = builder()
+        [holds] = b.inlined(condition, b.inputs(condition.placeholders))
+        graph = b.finish([b.call(aten.any.default, holds)])
+        return Program(graph, condition.n_inputs, 1, (), "condition")
+
+
+def as_condition(program: Program) -> Program:
+    """The program with its one result as a bool without dimensions."""
+
+    def make() -> Program:
+        with paused_gc():
+            b = builder()
+            [holds] = b.inlined(program, b.inputs(program.placeholders))
+            holds = b.reshape(holds, [])
+            if holds.meta["val"].dtype is not torch.bool:
+                holds = b.call(aten.ne.Scalar, holds, 0)
+            return Program(b.finish([holds]), program.n_inputs, 1, (), "condition")
+
+    return program.once(as_condition, make)
