@@ -77,6 +77,12 @@ class LoopWarning(UserWarning):
     strict=True)`` raises RuleError instead."""
 
 
-for category in (LoopWarning, BackendWarning):
+class CheckpointWarning(UserWarning):
+    """A checkpoint writes to a tensor from outside, as batch norm does to its running statistics.
+    That happens once, at the call; in eager mode the backward, which computes again, writes again.
+    Shown once for each line."""
+
+
+for category in (LoopWarning, BackendWarning, CheckpointWarning):
     # behind whatever the user asks for
     warnings.filterwarnings("once", category=category, append=True)

@@ -7,6 +7,7 @@ made or written to later has no place there, and the derivative that reads it is
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..debug import Line, at
-from ..errors import CaptureError
+from ..errors import CaptureError, CheckpointWarning
 from ..graph import Program
 from ..trace.node_views import viewed
 from ..trace.records import results_of, written_slots
@@ -126,7 +127,8 @@ def memory_group(trace: Trace, ref: int) -> Any:
 
 def check_checkpoints(trace: Trace) -> None:
     """Refuse a write to what a checkpoint has read, and does when it computes again, before a
-    gradient is taken; what it writes itself, as statistics, it does not depend on."""
+    gradient is taken; what it writes itself, as statistics, it does not depend on, and writes
+    once."""
     regions: dict[int, list[tuple[int, range]]] = {}
     number = len(trace.inputs)
     for k, (instr, _, _, region, _) in enumerate(
@@ -146,7 +148,17 @@ def check_checkpoints(trace: Trace) -> None:
             for r in refs
             if r not in own and r > FIRST
         }
-        read -= {memory_group(trace, refs[s]) for i, refs, *_ in steps for s in written_slots(i)}
+        own_writes = {
+            memory_group(trace, refs[s]) for i, refs, *_ in steps for s in written_slots(i)
+        }
+        if any(type(group) is tuple for group in own_writes):
+            warnings.warn(
+                f"a checkpoint writes to a tensor from outside{at(steps[0][4])}, as batch norm to "
+                "its running statistics: once, where eager mode writes again in the backward",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        read -= own_writes
         later = trace.records[last + 1 :]
         taken = next((k for k, r in enumerate(later) if isinstance(r[0], GradStep)), None)
         if not read.isdisjoint(written_memory(trace, last + 1, taken)):

@@ -1,6 +1,7 @@
 """A backward reads tensors and Python's variables as they are when autograd calls it: compiled, it
 reads the same, or is refused."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_function, grad, jit, jvp, min_cut_rematerialization_partition, vjp, vmap
-from aotfunc.errors import AotfuncError, CaptureError
+from aotfunc.errors import AotfuncError, CaptureError, CheckpointWarning
 from tests.functions import Square
 from tests.reference import assert_same
 
@@ -365,6 +366,7 @@ def test_what_a_checkpoint_reads_is_written_to_inside(way, reentrant):
     assert_same(WAYS[way](lambda x: f(x, True))(x), x.sin() * 1.5 * x.cos() * 1.5)
 
 
+@pytest.mark.filterwarnings("ignore:a checkpoint writes")
 @pytest.mark.parametrize("way", WAYS)
 def test_statistics_of_a_module_that_is_checkpointed_twice(way):
     """What the second one writes, the first does not depend on."""
@@ -379,6 +381,24 @@ def test_statistics_of_a_module_that_is_checkpointed_twice(way):
         return x.grad, m.weight.grad, y
 
     assert_same(run(WAYS[way]), run(lambda f: f))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_statistics_of_a_module_that_is_checkpointed(way, reentrant):
+    """They are written once, and that is said: eager writes again in the backward."""
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    counts = []
+    for wrap in (WAYS[way], lambda f: f):
+        m = nn.BatchNorm1d(3)
+        f = wrap(lambda x, m=m: checkpoint(m, x, use_reentrant=reentrant))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            f(x).sum().backward()
+        counts.append((int(m.num_batches_tracked), [w.category for w in caught]))
+        m.eval()
+        f(x)
+    assert counts == [(1, [CheckpointWarning]), (2, [])]
 
 
 def number_changes(x):
