@@ -15,11 +15,12 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn import functional as F
 
-from ..debug import _OURS
+from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
 from .casts import cast
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
+from .outside import StandIn
 from .places import is_integer, part, subscript
 from .shapes.infer import TOLD, infer
 from .shapes.instr import env_key, intern, interned
@@ -45,6 +46,20 @@ def _conj(trace: Trace, x: Tensor) -> Tensor:
 
 
 TOLD[aten._conj.default] = lambda x: infer(aten._conj_physical.default, (Slot(0),), {}, (x,))
+
+
+def _view_as_real(trace: Trace, x: Tensor) -> Any:
+    """Of an input that is a lazy conjugate, whose memory holds other numbers: of a copy."""
+    ref = trace.ref_of(x)[0]
+    root = trace.root(ref)
+    if not (0 <= root < len(trace.origins) and trace.origins[root].is_conj()):
+        return NotImplemented
+    with trace:
+        copy = x.clone()
+        why = f"the real or imaginary part of a conjugated argument{at(user_line())} shares its "
+        why += "memory, and is written or returned; pass z.resolve_conj()"
+        trace.stand_ins.append(StandIn(len(trace.records), ref, ref, copy.ref, why))
+        return torch.view_as_real(copy)
 
 
 def _lift_fresh(trace: Trace, x: Tensor) -> Any:
@@ -215,6 +230,7 @@ _ANSWERS: dict[OpOverload, Callable] = {
     aten.equal.default: _equal,
     aten.lift_fresh.default: _lift_fresh,
     aten._conj.default: _conj,
+    aten.view_as_real.default: _view_as_real,
     aten._to_copy.default: cast,
     aten.native_batch_norm.default: _with_trace(_batch_norm),
     aten._native_batch_norm_legit.default: _with_trace(_batch_norm),

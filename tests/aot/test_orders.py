@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_function, functionalize, jit, jvp, vmap
+from aotfunc.errors import CaptureError
 from tests.aot.test_training import COMPILED
 from tests.inputs import f64
 from tests.reference import assert_same
@@ -204,3 +205,30 @@ def test_marks_outlive_every_order(name, around):
         return found
 
     assert_same(orders(AROUND[around](MARKED[name])), orders(MARKED[name]))
+
+
+@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")])
+def test_parts_of_a_conjugated_argument(way):
+    """Its memory holds other numbers: they are computed; what would share the memory is
+    refused."""
+    z = torch.randn(4, dtype=torch.complex64)
+    for f in (
+        lambda z: z.imag * 2,
+        lambda z: z.real.sin() + z[1:].imag.sum(),
+        lambda z: torch.view_as_real(z.resolve_conj()),
+        lambda z: torch.view_as_real(z[::2].clone()) + 1,
+        lambda z: z.conj().imag * 3,
+    ):
+        compiled = way(f)
+        for given in (z, z.conj(), z.conj()[1:]):
+            assert_same(compiled(given), f(given))
+    x = torch.randn(4, requires_grad=True)
+    loss = lambda z, x: (z.imag * x).sum()
+    given = ((x * (1 + 2j)).conj(), x)
+    assert_same(
+        torch.autograd.grad(way(loss)(*given), x, retain_graph=True),
+        torch.autograd.grad(loss(*given), x),
+    )
+    for f in (lambda z: z.imag, lambda z: z.real.add_(1).sum()):
+        with pytest.raises(CaptureError, match=r"conjugated argument .*z\.resolve_conj\(\)"):
+            way(f)(z.conj())
