@@ -203,6 +203,9 @@ PROGRAMS: dict[str, Callable] = {
     "`torch.sin(x, out=b)` of another shape": closed_over(
         ones(2), lambda b, x: torch.sin(x, out=b)
     ),
+    "`z.real.add_(1)`, `z` a conjugated argument": on(lambda: (torch.ones(3) * 1j).conj())(
+        lambda z: z.real.add_(1)
+    ),
     "`x.expand(2, 3).add_(1)`": on(ones())(lambda x: x.expand(2, 3).add_(1)),
     "writes to overlapping arguments": lambda compiler: compiler(lambda a, b: a.add_(b.sum()))(
         *(lambda t: (t[:4], t[2:]))(torch.arange(6.0))
