@@ -29,9 +29,10 @@ OURS = ("aten", "prims", "aotfunc", "aotfunc_effect")
 def compile_graph(
     graph: fx.Graph, sized: Mapping[Node, tuple] | None = None
 ) -> Callable[..., tuple]:
-    """A function of the graph's placeholders that returns its flat outputs as a tuple. With
-    ``sized``, nodes' arguments with :class:`Times` in them, the size that these multiply is its
-    first argument."""
+    """A function of the graph's placeholders that returns its flat outputs as a tuple. Its
+    attribute ``boxed`` takes them as one list, which it empties: an input is then free after its
+    last use. With ``sized``, nodes' arguments with :class:`Times` in them, the size that these
+    multiply is its first argument."""
     #: what the code reads besides its own values, under names that are none of theirs
     env: dict[str, Any] = {}
     taken = {n.name for n in graph.nodes}
@@ -39,14 +40,16 @@ def compile_graph(
     lines: list[str] = []
     last = last_uses(graph)
     parameters = []
-    size = "size"
-    while size in taken:
-        size += "_"
 
-    def outside(value: Any, name: str) -> str:
+    def free(name: str) -> str:
         while name in taken:
             name += "_"
-        env[name] = value
+        return name
+
+    size, values = free("size"), free("values")
+
+    def outside(value: Any, name: str) -> str:
+        env[name := free(name)] = value
         return name
 
     def literal(a: Any) -> str:
@@ -96,13 +99,18 @@ def compile_graph(
             lines.append(f"del {', '.join([d.name for d in dead])}")
     if sized is not None:
         parameters.insert(0, size)
-    source = f"def run({', '.join(parameters)}):\n    " + "\n    ".join(lines)
+    inputs = [f"{', '.join(parameters)}, = {values}", f"{values}.clear()"] if parameters else []
+    source = "\n    ".join([f"def run({values}):", *inputs, *lines])
     if debug.LEVEL >= 4:
         print(source, end="\n\n", file=sys.stderr)
     exec(compile(source, "<aotfunc>", "exec"), env)
-    fn = env["run"]
-    fn.source = source
-    return fn
+    boxed = env["run"]
+
+    def run(*values: Any) -> tuple:
+        return boxed([*values])
+
+    run.boxed, run.source = boxed, source  # type: ignore[attr-defined]
+    return run
 
 
 aten, functions, methods = torch.ops.aten, torch._C._VariableFunctions, torch._C.TensorBase

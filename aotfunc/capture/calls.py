@@ -272,10 +272,11 @@ class CompiledCall:
         return f"<compiled call {self.__name__}: {program.signature}, {size(program.graph)} nodes>"
 
     def __call__(self, *args: Tensor) -> Sequence:
-        return self.compiled(args)(*args)
+        return self.compiled(args)([*args])
 
-    def compiled(self, args: Sequence[Tensor]) -> Callable[..., Sequence]:
-        """The program as it was compiled; now, for arguments like these, where it was not."""
+    def compiled(self, args: Sequence[Tensor]) -> Callable[[list[Tensor]], Sequence]:
+        """The program as it was compiled, as a function of a list, which it may empty; now, for
+        arguments like these, where it was not."""
         run = self.program.cache.get(self.compile)
         if run is None:
             run = self.program.once(self.compile, lambda: self.compile(self.program, args))

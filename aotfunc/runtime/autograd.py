@@ -68,15 +68,16 @@ def op_by_op() -> bool:
     return _inside_functorch() is not None or forward_ad._current_level >= 0
 
 
-def run_half(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
-    """What a half of a compiled call returns."""
-    return execute(call.program, tensors) if op_by_op() else call(*tensors)
+def run_half(call: CompiledCall, tensors: list[Tensor]) -> Sequence:
+    """What a half of a compiled call returns. The list may be empty then: a tensor that is only in
+    there is free after its last use."""
+    return execute(call.program, tensors) if op_by_op() else call.compiled(tensors)(tensors)
 
 
 def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Sequence:
     """What compiled code returns, the first ``count`` with memory of their own."""
     run = call.compiled(tensors)
-    outs = run(*tensors)
+    outs = run([*tensors])
     return outs if getattr(run, "own", -1) >= count else owned(outs, count, tensors)
 
 
@@ -204,20 +205,27 @@ class CompiledFunction(torch.autograd.Function):
             plan, given = as_planned(cts, [halves.vals[i] for i in outs])
             sigs = tuple([sig for sig in plan if sig is not None])
             if torch.is_grad_enabled() or (halves.materializes and not all(have)):
+                values = [*unchanged(ctx), *given]
                 with redrawn(ctx.states), at_moment(ctx.moment):
-                    grads = call_batched(
-                        call_compiled, halves.gradient(have, sigs), [*unchanged(ctx), *given]
-                    )
+                    let_go(ctx)
+                    grads = call_batched(call_compiled, halves.gradient(have, sigs), values)
             else:
                 feed = iter(saved)
-                residuals = [next(feed) if r is None else r for r in ctx.residuals]
-                half = halves.backward_for(have, sigs)
-                grads = call_batched(run_half, half, [*residuals, *given])
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.inputs = ctx.memory = ctx.read_late = ctx.moment = None
+                values = [next(feed) if r is None else r for r in ctx.residuals]
+                values += given
+                let_go(ctx)
+                del saved, feed, given
+                grads = call_batched(run_half, halves.backward_for(have, sigs), values)
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
         return *[None] * 7, *grads
+
+
+def let_go(ctx: Any) -> None:
+    """Let a node forget what it has saved, unless the graph is retained."""
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.maybe_clear_saved_tensors()
+        ctx.inputs = ctx.memory = ctx.read_late = ctx.moment = None
 
 
 def lifted(o: Tensor) -> Tensor:

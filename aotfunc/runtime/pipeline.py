@@ -195,10 +195,11 @@ def loaded(
 def compiled_by(
     backend: Backend, program: Program, tensors: Sequence[Tensor], what: str
 ) -> Callable:
-    """Hand the program to a backend as a GraphModule with example inputs. Raises BackendError,
-    which keeps the graph, where the compiler raises an error that is not ours."""
+    """A function of a list of inputs, which it may empty: the program handed to a backend as a
+    GraphModule with example inputs. Raises BackendError, which keeps the graph, where the compiler
+    raises an error that is not ours."""
     if backend == backends.EAGER:
-        return compile_graph(lowered(program, EVERYTHING).graph)
+        return compile_graph(lowered(program, EVERYTHING).graph).boxed
     if backend == backends.AUTO:
         return automatic(program.graph, lambda b: compiled_by(b, program, tensors, what))
     table, compiler = backend.table, backend.compile
@@ -227,12 +228,12 @@ def compiled_by(
             f".graph_module:\n{short_code(gm.code)}",
             graph_module=gm,
         ) from e
-    if hasattr(fn, "own"):  # it returns a tuple
-        return fn
+    if hasattr(fn, "boxed"):  # of ours: it returns a tuple
+        return fn.boxed
     boxed = backend.boxed or getattr(fn, "_boxed_call", False)
 
-    def call(*args: Tensor) -> Sequence:
-        outs = fn(list(args)) if boxed else fn(*args)
+    def call(args: list[Tensor]) -> Sequence:
+        outs = fn(args) if boxed else fn(*args)
         return outs if isinstance(outs, list | tuple) else (outs,)
 
     call.eagerly = getattr(fn, "eagerly", None)  # type: ignore[attr-defined]

@@ -147,3 +147,29 @@ def test_constants_made_inside_are_the_entrys_own():
     g = jit(lambda x: x * torch.tensor([1.0, 2.0, 3.0]))
     for _ in range(3):
         torch.testing.assert_close(g(X), X * torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_residuals_are_free_when_the_backward_has_read_them():
+    alive = []
+
+    def compiler(gm, example_inputs):
+        def run(values):
+            refs = [weakref.ref(v) for v in values]
+            outs = gm(*values)
+            values.clear()
+            alive.append([r() is not None for r in refs])
+            return outs
+
+        run._boxed_call = True
+        return run
+
+    w = torch.randn(3, 3, requires_grad=True)
+    f = aot_function(lambda x: (x @ w).sin().exp(), "eager", compiler)
+    out = f(X)
+    out.backward(torch.ones(2, 3), retain_graph=True)
+    out.backward(torch.ones(2, 3))
+    torch.testing.assert_close(w.grad, 2 * torch.autograd.grad((X @ w).sin().exp().sum(), w)[0])
+    *residuals, cotangent = alive.pop()
+    assert cotangent and sum(residuals) == 1  # X is the caller's
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward(torch.ones(2, 3))

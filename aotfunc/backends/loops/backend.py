@@ -55,21 +55,25 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
         n.target = n.target.run
     run = compile_graph(graph)
     if not launches:
-        run.own = 0  # type: ignore[attr-defined]
+        run.boxed.own = 0  # type: ignore[attr-defined]
         return run
     by_ops = functools.cache(lambda: compile_graph(gm.graph))
 
-    def call(*args: Tensor) -> tuple:
+    def boxed(args: list[Tensor]) -> tuple:
         if any([a.__class__ not in TENSORS or a.is_neg() for a in args]):
             if not all([has_memory(a) for a in args]):
-                return by_ops()(*args)
+                return by_ops().boxed(args)
             # the memory that kernels read would not be the value
-            args = tuple([resolved(a) if a.is_neg() else a for a in args])
-        return run(*args)
+            args[:] = [resolved(a) if a.is_neg() else a for a in args]
+        return run.boxed(args)
 
-    call.source = run.source  # type: ignore[attr-defined]
+    boxed.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
+
+    def call(*args: Tensor) -> tuple:
+        return boxed([*args])
+
+    call.boxed, call.source = boxed, run.source  # type: ignore[attr-defined]
     call.unchecked = run  # type: ignore[attr-defined]
-    call.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
     return call
 
 
