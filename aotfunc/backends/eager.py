@@ -8,7 +8,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -26,9 +26,16 @@ from ..trace.shapes.sig import Sig
 OURS = ("aten", "prims", "aotfunc", "aotfunc_effect")
 
 
-def compile_graph(
-    graph: fx.Graph, sized: Mapping[Node, tuple] | None = None
-) -> Callable[..., tuple]:
+class Generated(Protocol):
+    """What :func:`compile_graph` returns."""
+
+    boxed: Callable[[list], tuple]
+    source: str
+
+    def __call__(self, *values: Any) -> tuple: ...
+
+
+def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) -> Generated:
     """A function of the graph's placeholders that returns its flat outputs as a tuple. Its
     attribute ``boxed`` takes them as one list, which it empties: an input is then free after its
     last use. With ``sized``, nodes' arguments with :class:`Times` in them, the size that these
@@ -99,8 +106,10 @@ def compile_graph(
             lines.append(f"del {', '.join([d.name for d in dead])}")
     if sized is not None:
         parameters.insert(0, size)
-    inputs = [f"{', '.join(parameters)}, = {values}", f"{values}.clear()"] if parameters else []
-    source = "\n    ".join([f"def run({values}):", *inputs, *lines])
+    taken_out = [f"{', '.join(parameters)}, = {values}", f"{values}.clear()"]
+    unread = [n.name for n in graph.nodes if n.op == "placeholder" and not n.users]
+    start = [*(taken_out if parameters else []), *(["del " + ", ".join(unread)] if unread else [])]
+    source = "\n    ".join([f"def run({values}):", *start, *lines])
     if debug.LEVEL >= 4:
         print(source, end="\n\n", file=sys.stderr)
     exec(compile(source, "<aotfunc>", "exec"), env)
@@ -110,7 +119,7 @@ def compile_graph(
         return boxed([*values])
 
     run.boxed, run.source = boxed, source  # type: ignore[attr-defined]
-    return run
+    return cast(Generated, run)
 
 
 aten, functions, methods = torch.ops.aten, torch._C._VariableFunctions, torch._C.TensorBase

@@ -142,12 +142,14 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     nodes = halves.parts(tensors)
     if len(nodes) > 1:  # residuals may be results of another node: they must not hold each other
         residuals = [r.detach() if isinstance(r, Tensor) else r for r in residuals]
+    every = dict(enumerate(residuals))
     for part in nodes:
         mine, inputs = part
         found = [results[i] for i in mine]
+        kept = every if len(nodes) == 1 else {i: every[i] for i in halves.residuals_of(mine)}
         new = apply(
             halves,
-            *(part, found, residuals, needed, before, read_late),
+            *(part, found, kept, needed, before, read_late),
             *halves.reached(given, inputs),
         )
         for i, o in zip(mine, new, strict=True):
@@ -166,7 +168,7 @@ class CompiledFunction(torch.autograd.Function):
         halves: Halves,
         part: tuple,
         results: list[Tensor],
-        residuals: Sequence,
+        residuals: dict[int, Any],
         needed: list[Tensor],
         before: list,
         read_late: Versions | None,
@@ -175,14 +177,15 @@ class CompiledFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.halves, ctx.part, ctx.states, ctx.read_late = halves, part, before, read_late
         ctx.moment = moment() if halves.reads_state else None
-        ctx.residuals = [None if isinstance(r, Tensor) else r for r in residuals]
-        ctx.save_for_backward(*[r for r in residuals if isinstance(r, Tensor)])
+        kept = [r for r in residuals.values() if isinstance(r, Tensor)]
+        ctx.residuals = {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()}
+        ctx.save_for_backward(*kept)
         # not saved tensors: a plain backward must not mind if one that it does not read has
         # changed
         ctx.inputs = needed  # their gradients may depend on it, though the results do not
         ctx.versions = list(map(version, ctx.inputs))
         ctx.memory = storages(ctx.inputs)
-        ctx.keeps = bool(needed) or any(isinstance(r, Tensor) for r in residuals)
+        ctx.keeps = bool(needed or kept)
         ctx.dtype = torch.get_default_dtype()
         return tuple(results)
 
@@ -210,12 +213,13 @@ class CompiledFunction(torch.autograd.Function):
                     let_go(ctx)
                     grads = call_batched(call_compiled, halves.gradient(have, sigs), values)
             else:
+                half, reads = halves.backward_for(have, sigs)
                 feed = iter(saved)
-                values = [next(feed) if r is None else r for r in ctx.residuals]
-                values += given
+                kept = {i: next(feed) if r is None else r for i, r in ctx.residuals.items()}
+                values = [*[kept[i] for i in reads], *given]
                 let_go(ctx)
-                del saved, feed, given
-                grads = call_batched(run_half, halves.backward_for(have, sigs), values)
+                del saved, feed, kept, given
+                grads = call_batched(run_half, half, values)
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
         return *[None] * 7, *grads

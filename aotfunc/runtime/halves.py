@@ -69,6 +69,9 @@ class Halves:
             inputs_read(joint, joint.outputs[self.count :], len(program.placeholders))
         )
         self.forward, self.backward = call.split(joint, self.count, last=True)
+        self.saved: Sequence[int] = range(
+            len(self.backward.program.placeholders) - sum(map(bool, self.live))
+        )
 
     def joint(self) -> Program:
         """The program of the results and the gradients, before it is cut."""
@@ -102,24 +105,33 @@ class Halves:
             for i in inputs
         ]
 
-    def backward_for(self, have: tuple[bool, ...], sigs: tuple[Sig, ...]) -> Any:
+    def backward_for(
+        self, have: tuple[bool, ...], sigs: tuple[Sig, ...]
+    ) -> tuple[CompiledCall, Sequence[int]]:
         """The backward half where only some results have a cotangent, and those lie as ``sigs``
-        say."""
-        plain = all([sig.plain for sig in sigs])
+        say; which of the residuals it takes."""
+        half, plain = self.backward, all([sig.plain for sig in sigs])
         if plain and all(have):
-            return self.backward
+            return half, self.saved
         found = self._backwards.get((have, sigs))
         if found is None:
-            half, absent = self.backward, [i for i, yes in enumerate(have) if not yes]
+            reads, count = self.saved, len(self.saved)
+            absent = [i for i, yes in enumerate(have) if not yes]
             program = half.program
             if absent:
                 program = without_cotangents(program, len(have), absent)
+                reads = inputs_read(program, program.outputs, count)
+                program = only_inputs(program, reads, count)
             if not plain:
                 program = with_cotangents_laid(program, sigs)
-            found = self._backwards[have, sigs] = CompiledCall(
-                program, half.compile, half.split, half.__name__
-            )
+            half = CompiledCall(program, half.compile, half.split, half.__name__)
+            found = self._backwards[have, sigs] = half, reads
         return found
+
+    def residuals_of(self, outs: Sequence[int]) -> Sequence[int]:
+        """Which of the residuals the gradients of these results read."""
+        have = tuple([i in outs for i, yes in enumerate(self.live) if yes])
+        return self.backward_for(have, tuple([contiguous_sig(self.vals[i]) for i in outs]))[1]
 
     def zero(self, i: int, outs: set[int]) -> Tensor | None:
         """The gradient of an input that has none in the program, for cotangents of ``outs``."""

@@ -173,3 +173,24 @@ def test_residuals_are_free_when_the_backward_has_read_them():
     assert cotangent and sum(residuals) == 1  # X is the caller's
     with pytest.raises(RuntimeError, match="second time"):
         out.backward(torch.ones(2, 3))
+
+
+def test_each_part_of_a_call_keeps_what_its_gradients_read():
+    counts = []
+
+    def compiler(gm, example_inputs):
+        def run(*values):
+            counts.append(len(values))
+            return gm(*values)
+
+        return run
+
+    w, v = (torch.randn(3, 3, requires_grad=True) for _ in "wv")
+    f = lambda w, v: ((X @ w).sin(), (X @ v).exp())
+    a, b = aot_function(f, "eager", compiler)(w, v)
+    (2 * a).sum().backward()
+    (3 * b).sum().backward()
+    assert counts == [3, 3]  # X, one value, the cotangent
+    a, b = f(w, v)
+    expected = torch.autograd.grad((2 * a).sum() + (3 * b).sum(), (w, v))
+    torch.testing.assert_close((w.grad, v.grad), expected)
