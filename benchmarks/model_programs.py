@@ -18,12 +18,14 @@ WIDTH, HEADS, WORDS = 256, 4, 1000
 
 @dataclass(frozen=True)
 class Network:
-    """A network, a batch of inputs for it by their names, and the loss of what it returns."""
+    """A network, a batch of inputs for it by their names, and the loss of what it returns.
+    ``in_double``: the same in float64."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
     loss: Callable[[Any], Tensor] = lambda out: out.loss
     batch: int = 4
+    in_double: Callable[[nn.Module], nn.Module] = nn.Module.double
 
 
 def networks(quick: bool = False) -> dict[str, Network]:
@@ -110,7 +112,9 @@ def of_text(length: int) -> dict[str, Network]:
         ),
         "Llama": Network(made("LlamaForCausalLM", **grouped), text),
         "Qwen2": Network(made("Qwen2ForCausalLM", **grouped), text),
-        "Mixtral": Network(made("MixtralForCausalLM", **grouped, num_local_experts=4), text),
+        "Mixtral": Network(
+            made("MixtralForCausalLM", **grouped, num_local_experts=4), text, in_double=one_by_one
+        ),
         "Mamba": Network(made("MambaForCausalLM", **width, **ids), text),
         "T5": Network(
             made(
@@ -122,6 +126,12 @@ def of_text(length: int) -> dict[str, Network]:
             text,
         ),
     }
+
+
+def one_by_one(model: Any) -> nn.Module:
+    """In float64, for which PyTorch has no product of groups: expert by expert."""
+    model.set_experts_implementation("eager")
+    return model.double()
 
 
 def of_images(side: int) -> dict[str, Network]:

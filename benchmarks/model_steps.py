@@ -49,9 +49,10 @@ class Step:
 
     def __init__(self, network: Network, column: str, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        self.loss, self.module = network.loss, network.make().to(dtype)
+        self.loss, self.module = network.loss, network.make()
         self.inputs = network.inputs(network.batch)
         if dtype is torch.float64:
+            self.module = network.in_double(self.module)
             self.inputs = {k: double(v) for k, v in self.inputs.items()}
         self.forward = COLUMNS[column](self.module)
 

@@ -1,8 +1,8 @@
 """Whole networks: a training step of each, ours beside eager PyTorch and torch.compile.
 
-python -m benchmarks.models [--quick] [--only REGEX] [--columns a,b] [--peers] [--keep FILE]
-[--write]. Each network has a process of its own in which the columns take turns. Those of
-transformers need `pip install aotfunc[models]`."""
+python -m benchmarks.models [--quick] [--only REGEX] [--columns a,b] [--peers [REGEX]]
+[--keep FILE] [--write]. Each network has a process of its own in which the columns take turns.
+Those of transformers need `pip install aotfunc[models]`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default="", metavar="REGEX", help="networks by name")
     parser.add_argument("--columns", default="", help=f"of {', '.join(COLUMNS)}")
-    parser.add_argument("--peers", action="store_true", help="torch.compile, too (takes long)")
+    parser.add_argument(
+        *("--peers",),
+        nargs="?",
+        const="",
+        metavar="REGEX",
+        help="networks with torch.compile, too",
+    )
     parser.add_argument("--keep", type=Path, help="a file of what is measured already: go on")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing a network")
     parser.add_argument("--skip-samples", action="store_true", help="no per-sample gradients")
@@ -116,7 +122,7 @@ def main() -> None:
     asked = (
         options.columns.split(",")
         if options.columns
-        else [c for c in COLUMNS if options.peers or c not in PEERS]
+        else [c for c in COLUMNS if options.peers is not None or c not in PEERS]
     )
     names = [c for c in COLUMNS if c in asked]
     kept = json.loads(options.keep.read_text()) if options.keep and options.keep.exists() else {}
@@ -125,7 +131,8 @@ def main() -> None:
     for name in chosen:
         for mode in modes:
             cells = kept.setdefault(mode, {}).setdefault(name, {})
-            columns = [c for c in names if c not in cells and (mode == "steps" or c not in PEERS)]
+            peers = mode == "steps" and bool(re.search(options.peers or "", name))
+            columns = [c for c in names if c not in cells and (peers or c not in PEERS)]
             if not set(columns) - {"eager"}:
                 continue
             task = {"worker": "benchmarks.model_steps", "name": name, "mode": mode}
