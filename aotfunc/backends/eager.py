@@ -45,7 +45,7 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
     taken = {n.name for n in graph.nodes}
     targets: dict[Any, str] = {}
     lines: list[str] = []
-    last = last_uses(graph)
+    last, read = last_uses(graph), {i for n in graph.nodes for i in n._input_nodes}
     parameters = []
 
     def free(name: str) -> str:
@@ -81,6 +81,8 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
             # a tangent that is given to a compiled call may have fewer gaps than its primal
             if debug.LEVEL >= 2 and sized is None and n.meta.get("role") != "tangent":
                 lines.append(f"{literal(functools.partial(compare, n))}({n.name})")
+            if n not in read:
+                lines.append(f"del {n.name}")
             continue
         if n.op == "get_attr":
             lines.append(f"{n.name} = {literal(getattr(graph.owning_module, n.target))}")
@@ -106,10 +108,8 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
             lines.append(f"del {', '.join([d.name for d in dead])}")
     if sized is not None:
         parameters.insert(0, size)
-    taken_out = [f"{', '.join(parameters)}, = {values}", f"{values}.clear()"]
-    unread = [n.name for n in graph.nodes if n.op == "placeholder" and not n.users]
-    start = [*(taken_out if parameters else []), *(["del " + ", ".join(unread)] if unread else [])]
-    source = "\n    ".join([f"def run({values}):", *start, *lines])
+    inputs = [f"{', '.join(parameters)}, = {values}", f"{values}.clear()"] if parameters else []
+    source = "\n    ".join([f"def run({values}):", *inputs, *lines])
     if debug.LEVEL >= 4:
         print(source, end="\n\n", file=sys.stderr)
     exec(compile(source, "<aotfunc>", "exec"), env)

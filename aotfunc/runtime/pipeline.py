@@ -30,6 +30,7 @@ from ..transforms.contractions import reassociated
 from ..transforms.decompose import decomposed
 from ..transforms.lower import CALLS, EVERYTHING, lowered
 from ..transforms.walk import builder
+from .failed import kept_as_script
 from .graph_module import graph_module
 from .redraw import generator_states, redrawn
 
@@ -222,10 +223,14 @@ def compiled_by(
     except AotfuncError:
         raise
     except Exception as e:
+        try:
+            script = f" It is kept as a script in {kept_as_script(gm, backend, e)}"
+        except OSError:
+            script = ""
         raise BackendError(
             f"{what}: the compiler {function_name(compiler)} failed on {gm._get_name()} "
             f"({len(gm.graph.nodes)} nodes): {type(e).__name__}: {e}\nThe graph is this error's "
-            f".graph_module:\n{short_code(gm.code)}",
+            f".graph_module.{script}\n{short_code(gm.code)}",
             graph_module=gm,
         ) from e
     if hasattr(fn, "boxed"):  # of ours: it returns a tuple

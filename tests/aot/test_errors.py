@@ -1,6 +1,13 @@
 """What compiled functions refuse, and what they say then."""
 
+import importlib
+import os
+import re
+import subprocess
+import sys
 import warnings
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +196,33 @@ def test_leaked_value():
     jit(lambda x: (kept.add(x * 2), x)[1])(X)
     with pytest.raises((AotfuncError, RuntimeError)):
         kept.pop() + 1
+
+
+def test_a_graph_on_which_a_compiler_fails_is_kept_as_a_script(tmp_path, monkeypatch):
+    (tmp_path / "brittle.py").write_text(
+        "def compiler(gm, example_inputs):\n"
+        "    assert 'aten.tanh.default' not in gm.code, 'no tanh'\n"
+        "    return gm\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    w, index = torch.randn(3, 3), torch.tensor([2, 0])
+    f = jit(lambda x: (x.t() @ w).tanh()[index].exp(), importlib.import_module("brittle").compiler)
+    with pytest.raises(BackendError, match=r"kept as a script in .*py\n") as caught:
+        f(torch.randn(3, 3))
+    script = re.search(r"script in (.*)\n", str(caught.value))[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = partial(subprocess.run, capture_output=True, text=True, env=env)
+    assert run([sys.executable, script]).stderr.endswith("AssertionError: no tanh\n")
+    [line] = re.findall(".* = .*", run([sys.executable, script, "minify"]).stdout)
+    assert "torch.ops.aten.tanh.default(" in line
+
+
+def test_the_script_says_where_a_compiler_without_a_name_goes():
+    def compiler(gm, example_inputs):
+        raise LookupError
+
+    with pytest.raises(BackendError) as caught:
+        jit(torch.sin, compiler)(torch.ones(2))
+    script = Path(re.search(r"script in (.*)\n", str(caught.value))[1]).read_text()
+    compile(script, "script", "exec")
+    assert "compiler here, which has no name to import" in script
