@@ -11,7 +11,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_example(path: Path):
-    if path.stem == "digits":
+    if path.stem in ("digits", "distributed"):
         pytest.importorskip("sklearn")
         pytest.importorskip("rich")
     rng_state = torch.get_rng_state()
