@@ -10,7 +10,7 @@ import timeit
 import torch
 
 from aotfunc.backends.loops.launch import Launch, native_form
-from aotfunc.backends.loops.native import PRELUDE, load
+from aotfunc.backends.loops.native import PRELUDE, load_kernels
 from benchmarks.measure import Report, arguments, ms
 
 SOURCE = """
@@ -23,7 +23,9 @@ extern "C" void add(int64_t begin, int64_t end, const int64_t *, void *const *bu
 
 
 def row(n: int, quick: bool) -> list[str]:
-    launch = Launch(load(PRELUDE + SOURCE)["add"], n, (), [((n,), (1,), torch.float32)], (0, 1, 2))
+    launch = Launch(
+        load_kernels(PRELUDE + SOURCE)["add"], n, (), [((n,), (1,), torch.float32)], (0, 1, 2)
+    )
     x, y = torch.randn(2, n)
     assert torch.equal(launch(x, y), x + y)
     number, repeat = 10_000_000 // (n + 10_000), 5 if quick else 50

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aotfunc.backends.loops.native import PRELUDE, Kernel, load
+from aotfunc.backends.loops.native import PRELUDE, LoadedKernel, load_kernels
 from benchmarks.measure import DOCS, arguments
 
 UNARY = [
@@ -35,7 +35,7 @@ SPECIAL = [
 ]  # fmt: skip
 
 
-def kernel(name: str, dtype: torch.dtype) -> Kernel:
+def kernel(name: str, dtype: torch.dtype) -> LoadedKernel:
     """``aot_name`` of every element."""
     v, t = TYPES[dtype]
     second = f", aot_get<{v}>(y + i, n)" if name in BINARY else ""
@@ -47,7 +47,7 @@ extern "C" void kernel(int64_t begin, int64_t end, const int64_t *, void *const 
     aot_put(out + i, aot_{name}(aot_get<{v}>(x + i, n){second}), n);
   }}
 }}"""
-    return load(PRELUDE + source)["kernel"]
+    return load_kernels(PRELUDE + source)["kernel"]
 
 
 def ours(name: str, x: Tensor, y: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def enter(x: Tensor, differentiated: bool) -> Tensor:
     if not x.dim() and is_fake(x) and x.dtype in INDICES:
         with quiet():
             # indexing reads the value
-            sample.constant = torch.zeros((), dtype=x.dtype).as_subclass(Index)
+            sample.constant = torch.zeros((), dtype=x.dtype).as_subclass(TracedIndex)
     return sample
 
 
@@ -103,7 +103,7 @@ def enter(x: Tensor, differentiated: bool) -> Tensor:
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
-class Index(Tensor):
+class TracedIndex(Tensor):
     """What an index is read as, and what is computed from it. Where the value has one element,
     PyTorch 2.11's Dynamo would take the item of a list for good; here it breaks the graph."""
 
@@ -174,7 +174,7 @@ class Body:
                 "result"
             )
         self.results = [n.args[1] for n in results]
-        for_show = behind([*examples, *entered], (*outs, *aux, *operands))
+        for_show = nodes_behind([*examples, *entered], (*outs, *aux, *operands))
         ours = Graph()
         env: dict[Node, Node] = {
             n: ours.placeholder(f"entered_{k}") for k, n in enumerate(entered)
@@ -220,7 +220,7 @@ def example(n: Node) -> Any:
     return n.meta.get("example_value")
 
 
-def behind(nodes: Sequence[Node], stop: Sequence[Node]) -> set[Node]:
+def nodes_behind(nodes: Sequence[Node], stop: Sequence[Node]) -> set[Node]:
     """These nodes and all that they are computed from, as far as ``stop``."""
     found: set[Node] = set()
     queue = list(nodes)

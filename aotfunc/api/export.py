@@ -27,10 +27,17 @@ from ..runtime.guards.state import State
 from ..runtime.guards.stores import changed_stores, undo_changes
 from ..runtime.halved import Halved, halves_of
 from ..runtime.pipeline import Compiler, Partition
-from ..runtime.saved import described, restored
-from ..runtime.saved_state import detached_copy, not_persistent, owned, put, state_of, tensor_at
-from ..runtime.saved_trees import Places, filled, pattern, take
-from ..runtime.specialised import leaf_facts, said
+from ..runtime.saved import program_data, program_of
+from ..runtime.saved_state import (
+    detached_copy,
+    not_persistent,
+    own_copy,
+    set_tensor,
+    state_of,
+    tensor_at,
+)
+from ..runtime.saved_trees import TensorTable, collect, pattern, tree_of
+from ..runtime.specialised import fact_text, leaf_facts
 from ..trace.memory import places_of
 from ..transforms.fresh import fresh
 from .jit import CompiledModule
@@ -69,7 +76,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
         f"{n} (argument {i})" if n in keywords else n
         for i, n in enumerate(argument_names(f, len(args)))
     ]
-    results = Places([])
+    results = TensorTable([])
 
     def flat(*args: Any, **kwargs: Any) -> list[Tensor]:
         results.tree = pattern(f(*args, **kwargs), "the result", results)
@@ -98,7 +105,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
             "return the changed tensor instead"
         )
     state, used = state_of(f, rec.closed_over)
-    places = Places(inputs)
+    places = TensorTable(inputs)
     data = {
         "version": VERSION,
         "torch": torch.__version__,
@@ -109,14 +116,14 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
         },
         "positional": len(names),
         "results": results.tree,
-        "program": described(fresh(rec.program(), rec.aliases)),
+        "program": program_data(fresh(rec.program(), rec.aliases)),
         "state": used,
         "not persistent": not_persistent(f),
         "differentiated": [x.requires_grad for x in inputs],
         "halves": {},
     }
     copies: dict[int, Tensor] = {}
-    exported = Exported(data, {n: copies.setdefault(id(t), owned(t)) for n, t in state.items()})
+    exported = Exported(data, {n: copies.setdefault(id(t), own_copy(t)) for n, t in state.items()})
     exported._cut(partition)
     return exported
 
@@ -136,18 +143,18 @@ class Exported(nn.Module):
         self, data: dict[str, Any], state: dict[str, Tensor], backend: str | Compiler = "auto"
     ) -> None:
         super().__init__()
-        self._data, self._program = data, restored(data["program"])
+        self._data, self._program = data, program_of(data["program"])
         self._signatures = [p.meta["val"] for p in self._program.placeholders]
         self._pipeline = Halved(data["name"], backend)
-        self._pipeline.halves = {k: restored(p) for k, p in data["halves"].items()}
+        self._pipeline.halves = {k: program_of(p) for k, p in data["halves"].items()}
         self._run = as_function(self._program, data["name"])
         self._compiled = Compiled(self._run, self._pipeline)
         for name, t in state.items():
-            put(self, name, t, name not in data["not persistent"])
+            set_tensor(self, name, t, name not in data["not persistent"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outs = self._compiled(*self._inputs(args, kwargs, self))
-        return filled(self._data["results"], outs)
+        return tree_of(self._data["results"], outs)
 
     def _check(self) -> None:
         """Raise where arguments, results or tensors are not there in the graph."""
@@ -155,8 +162,8 @@ class Exported(nn.Module):
         if not 0 <= data["positional"] <= len(data["arguments"]):
             raise GraphError(f"load: {data['name']} takes fewer arguments than it names")
         for tree in data["arguments"].values():
-            filled(tree, self._signatures[: program.n_inputs])
-        filled(data["results"], program.vals)
+            tree_of(tree, self._signatures[: program.n_inputs])
+        tree_of(data["results"], program.vals)
         held = [tensor_at(self, n) for n in data["state"]]
         if program.n_inputs + len(held) != len(self._signatures):
             raise GraphError(f"load: the graph of {data['name']} takes other tensors than it has")
@@ -173,14 +180,15 @@ class Exported(nn.Module):
         found: dict[int, tuple[str, Tensor]] = {}
         try:
             for key, data in wanted.items():
-                take(data, given[key], f"the argument {key}", found)
+                collect(data, given[key], f"the argument {key}", found)
             inputs = [found[i] for i in range(len(found))]
             inputs += [(n, tensor_at(state, n)) for n in self._data["state"]]
             for (where, t), sig in zip(inputs, self._signatures, strict=True):
                 got, wanted_facts = leaf_facts(t), (sig.shape, sig.dtype, sig.device)
                 if got != wanted_facts:
                     raise ArgumentError(
-                        f"{where} is {said(got)}, and was exported as {said(wanted_facts)}"
+                        f"{where} is {fact_text(got)}, and was exported as "
+                        f"{fact_text(wanted_facts)}"
                     )
             self._check_memory(inputs)
         except ArgumentError as e:
@@ -211,7 +219,7 @@ class Exported(nn.Module):
         if wrt:
             halves = halves_of(self._run, self._signatures, wrt, partition)
             self._pipeline.halves = halves
-            self._data["halves"] = {k: described(p) for k, p in halves.items()}
+            self._data["halves"] = {k: program_data(p) for k, p in halves.items()}
 
     @property
     def graphs(self) -> dict[str, fx.GraphModule]:
@@ -224,7 +232,7 @@ class Exported(nn.Module):
         """The ``torch.export.ExportedProgram`` of the function, op by op, without derivatives that
         the user wrote. Raises what ``torch.export`` raises where it refuses the graph."""
         examples = [torch.empty_like(s.proto, device=s.device) for s in self._signatures]
-        given = {k: filled(tree, examples) for k, tree in self._data["arguments"].items()}
+        given = {k: tree_of(tree, examples) for k, tree in self._data["arguments"].items()}
         args = tuple(given.values())[: self._data["positional"]]
         keywords = dict([*given.items()][len(args) :])
         return torch.export.export(OpByOp(self), args, keywords, strict=False)
@@ -256,7 +264,7 @@ class OpByOp(nn.Module):
         super().__init__()
         self._exported, self._graph = [exported], exported.graphs["function"]
         for name, t in state_of(exported, ())[0].items():
-            put(self, name, t)
+            set_tensor(self, name, t)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         (exported,) = self._exported
@@ -265,7 +273,7 @@ class OpByOp(nn.Module):
         program = exported._program
         for index, new in zip(program.mutated, outs[program.n_outputs :], strict=True):
             tensors[index].copy_(new)
-        return filled(exported._data["results"], outs)
+        return tree_of(exported._data["results"], outs)
 
 
 def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:

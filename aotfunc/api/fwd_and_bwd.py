@@ -14,7 +14,7 @@ from ..partition import min_cut_rematerialization_partition
 from ..runtime.compiled import Compiled
 from ..runtime.execute import as_function, contiguous
 from ..runtime.pipeline import Compiler, Partition, Pipeline
-from ..runtime.saved_trees import same, shown
+from ..runtime.saved_trees import leaf_text, same_text
 from ..runtime.specialised import leaf_facts
 from ..trace.entering import entry
 from ..transforms.activity import has_derivative
@@ -77,25 +77,25 @@ def fwd_and_bwd(
         for k, (x, known) in enumerate(zip(given.leaves, arguments.leaves, strict=True)):
             if not isinstance(known, Tensor):
                 number = isinstance(known, int | float | complex)
-                fits = x is known or (same(x, known) if number else x == known)
-            elif fits := alike(x, known):
+                fits = x is known or (same_text(x, known) if number else x == known)
+            elif fits := same_facts(x, known):
                 tensors.append(x)
             if not fits:
                 raise ArgumentError(
-                    f"forward: {given.said(k)} is {shown(x)}, and was {shown(known)}"
+                    f"forward: {given.said(k)} is {leaf_text(x)}, and was {leaf_text(known)}"
                     f"{at(user_line())}"
                 )
         outs = run_early(*tensors, *closed)
         return unflatten(outs[:count], spec), tuple(outs[count:])
 
     def backward(residuals: Sequence[Any], cotangents: Any) -> Any:
-        if len(residuals) != len(kept) or not all(map(alike, residuals, kept)):
+        if len(residuals) != len(kept) or not all(map(same_facts, residuals, kept)):
             raise ArgumentError(
                 f"backward: the residuals are {structure(residuals)}, and forward returns {kept}"
                 f"{at(user_line())}"
             )
         leaves, given = flatten(cotangents)
-        if given != spec or not all(map(alike, leaves, results)):
+        if given != spec or not all(map(same_facts, leaves, results)):
             raise ArgumentError(
                 f"backward: the cotangents are {structure(cotangents)}, and the output is a tree "
                 f"of {results}{at(user_line())}"
@@ -107,6 +107,6 @@ def fwd_and_bwd(
     return forward, backward
 
 
-def alike(x: Any, known: Any) -> bool:
+def same_facts(x: Any, known: Any) -> bool:
     """Whether a tensor has the shape, dtype and device of another, or of a signature."""
     return leaf_facts(x) == (tuple(known.shape), known.dtype, known.device)

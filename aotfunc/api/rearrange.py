@@ -37,7 +37,7 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
     sides = pattern.split("->")
     if len(sides) != 2:
         raise wrong("the pattern is not of the form 'left -> right'")
-    left, right = (groups(side) for side in sides)
+    left, right = (parse_side(side) for side in sides)
     if left is None or right is None:
         raise wrong("a side is not a list of axes")
     rest = [f"...{i}" for i in range(x.dim() - sum(g is not REST for g in left))]
@@ -58,7 +58,7 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
     return x.reshape([math.prod(sizes[a] for a in group) for group in right])
 
 
-def groups(side: str) -> list[Group] | None:
+def parse_side(side: str) -> list[Group] | None:
     """The dimensions of one side; None where it has something else than axes."""
     found: list[Group] = []
     for merged, dots, name, other in re.findall(r"(\([^()]*\))|(\.\.\.)|(\w+)|(\S)", side):

@@ -32,7 +32,7 @@ def automatic(graph: fx.Graph, compiled: Callable[[Backend], Callable]) -> Calla
         error = e
     run = compiled(EAGER)
     run.eagerly = {"the whole graph": str(error).splitlines()[0]}  # type: ignore[attr-defined]
-    if toolchain.found() and (which := toolchain.identity()) not in _failed:
+    if toolchain.found() and (which := toolchain.compiler_identity()) not in _failed:
         _failed.add(which)
         warnings.warn(
             f"backend='auto' runs graphs op by op: {error}", BackendWarning, stacklevel=2

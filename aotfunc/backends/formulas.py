@@ -53,14 +53,14 @@ def rounded(x: float, dtype: torch.dtype) -> float:
     return x if abs(x) <= torch.finfo(dtype).max else math.copysign(math.inf, x)
 
 
-def floats(*args: Any) -> bool:
+def is_floating(*args: Any) -> bool:
     """Whether what is computed from these is a real floating-point number."""
     return torch.result_type(*args).is_floating_point
 
 
 def remainder(a: Any, b: Any) -> Any:
     """Exact: a - floor(a / b) * b is off by as much as a is large, and nan for an infinite b."""
-    if not floats(a, b):
+    if not is_floating(a, b):
         return NotImplemented
     rest = fmod(a, b)
     return torch.where((rest != 0) & ((b < 0) != (rest < 0)), rest + b, rest)
@@ -75,7 +75,7 @@ def fmod(a: Any, b: Any) -> Tensor:
 def floor_division(a: Tensor, b: Any) -> Any:
     """Python's: floor(a / b) rounds up where the division does (1 // 0.1 is 9), and an infinite a
     gives nan."""
-    if not floats(a, b):
+    if not is_floating(a, b):
         return NotImplemented
     quotient, rest = a / b, fmod(a, b)
     # fmod may be nan there
@@ -96,7 +96,7 @@ def floor_division(a: Tensor, b: Any) -> Any:
 def truncated_division(a: Tensor, b: Any) -> Any:
     """Of integers: the one that complains of a division by zero, which ends the process otherwise,
     is the floor's."""
-    if floats(a, b):
+    if is_floating(a, b):
         return NotImplemented
     floor = torch.div(a, b, rounding_mode="floor")
     return floor + ((floor * b != a) & ((a < 0) != (b < 0)))
@@ -109,7 +109,7 @@ def division(a: Tensor, b: Any, *, rounding_mode: str | None = None) -> Any:
 
 
 def only_on_cpu(body: Callable) -> Callable:
-    return lambda x: body(x) if x.device.type == "cpu" and floats(x, x) else NotImplemented
+    return lambda x: body(x) if x.device.type == "cpu" and is_floating(x, x) else NotImplemented
 
 
 def expm1(x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def erf(x: Tensor) -> Any:
     return torch.where(x.abs() < 0.5, x * series, torch.erf(x))
 
 
-def scaled(op: Callable) -> Callable:
+def scaled_sum(op: Callable) -> Callable:
     """A sum with a multiple, which is rounded by itself otherwise."""
 
     def body(a: Tensor, b: Any, alpha: Any = 1) -> Any:
@@ -157,14 +157,14 @@ FORMULAS: dict[Any, Callable] = {
         (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor),
         widened(remainder),
     ),
-    aten.fmod.Scalar: widened(lambda a, b: fmod(a, b) if floats(a, b) else NotImplemented),
+    aten.fmod.Scalar: widened(lambda a, b: fmod(a, b) if is_floating(a, b) else NotImplemented),
     **dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), widened(division)),
     **dict.fromkeys(
         (aten.floor_divide.default, aten.floor_divide.Scalar), widened(floor_division)
     ),
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), scaled(torch.add)),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), scaled(torch.sub)),
-    **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), scaled(torch.rsub)),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), scaled_sum(torch.add)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), scaled_sum(torch.sub)),
+    **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), scaled_sum(torch.rsub)),
     **dict.fromkeys((aten.lerp.Tensor, aten.lerp.Scalar), lerp),
     aten.expm1.default: widened(only_on_cpu(expm1)),
     aten.atanh.default: widened(only_on_cpu(atanh)),

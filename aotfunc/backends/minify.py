@@ -41,7 +41,7 @@ def minifier(
     shrunk = True
     while shrunk:
         shrunk = False
-        for gm, given in smaller(best, inputs):
+        for gm, given in candidates(best, inputs):
             if fails(module_fails, gm, given):
                 best, inputs, shrunk = gm, given, True
                 break
@@ -56,25 +56,25 @@ def fails(module_fails: Fails, gm: fx.GraphModule, inputs: list) -> bool:
         return False
 
 
-def smaller(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModule, list]]:
+def candidates(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModule, list]]:
     """Smaller graphs, the smallest first: those that end early, then those that begin late."""
     size = len(gm.graph.nodes)
-    values = Values(gm)
+    values = Recorded(gm)
     values.run(*inputs)
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     returned = output_node(gm.graph).all_input_nodes
     for n in dict.fromkeys([*calls, *returned]):
         if returned != [n]:
-            yield from reduced(gm, values.found, [n], set(), size)
+            yield from rebuilt_between(gm, values.found, [n], set(), size)
     width = len(calls)
     while width:  # ever fewer at a time
         for start in range(0, len(calls), width):
             known = set(calls[start : start + width])
-            yield from reduced(gm, values.found, returned, known, size)
+            yield from rebuilt_between(gm, values.found, returned, known, size)
         width //= 2
 
 
-class Values(fx.Interpreter):
+class Recorded(fx.Interpreter):
     """Keeps the value of each node."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -86,7 +86,7 @@ class Values(fx.Interpreter):
         return self.found[n]
 
 
-def reduced(
+def rebuilt_between(
     gm: fx.GraphModule, values: dict, outs: Sequence[Node], known: set[Node], size: int
 ) -> Iterator[tuple[fx.GraphModule, list]]:
     """The graph with the results ``outs`` that takes the ``known`` values as inputs, if it has

@@ -16,7 +16,7 @@ from torch.fx import Node
 from ..cache import Cache
 from ..errors import CaptureError
 from ..graph import Program, weight
-from ..trace.aliases import Shown, shown
+from ..trace.aliases import Shown, final_views
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import is_fake
@@ -80,9 +80,9 @@ class Captured:
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
-        """What each value shows, see :func:`~aotfunc.trace.aliases.shown`; memory that Functions
-        passed on and nothing else shows is a value's own."""
-        found = shown(self.trace)
+        """What each value shows, see :func:`~aotfunc.trace.aliases.final_views`; memory that
+        Functions passed on and nothing else shows is a value's own."""
+        found = final_views(self.trace)
         paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
         for step in {step for path in paths for step in path if step.passed}:
             root = step.root

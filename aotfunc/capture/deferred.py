@@ -17,7 +17,7 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError, CheckpointWarning
 from ..graph import Program
-from ..trace.node_views import viewed
+from ..trace.node_views import view_source
 from ..trace.records import results_of, written_slots
 from ..trace.scalars import FIRST
 from ..trace.traced import under_way
@@ -223,7 +223,7 @@ def shown_by(n: Any) -> Any:
         source, item = n.args if n.target is operator.getitem else (n, 0)
         if isinstance(source.target, CustomDerivative):
             n = source.target.parts(source)[1][item]
-        elif (above := viewed(n)) is not None:
+        elif (above := view_source(n)) is not None:
             n = above
         else:
             break

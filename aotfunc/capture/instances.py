@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, register_pytree_node, tree_unflatten
 
 from ..errors import CaptureError
-from .plain_trees import flattened, maker
+from .plain_trees import flatten_plain, maker_of
 
 
 class Opened:
@@ -37,7 +37,7 @@ class Opened:
         self.context = (type(x), tuple(attributes), tuple(more), tuple(items))
 
 
-def made(children: Any, context: Any) -> Any:
+def rebuild(children: Any, context: Any) -> Any:
     """The instance with these children."""
     cls, attributes, more, items = context
     values = dict(zip((*attributes, *more), children, strict=True))
@@ -65,13 +65,13 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     return pytree.tree_flatten(tree, is_leaf=is_whole)
 
 
-def names_of(context: Any) -> list[str]:
+def stored_names(context: Any) -> list[str]:
     """What to call the children."""
     _, attributes, more, _ = context
     return list(map(str, (*attributes, *more)))
 
 
-register_pytree_node(Opened, lambda x: (x.children, x.context), made)
+register_pytree_node(Opened, lambda x: (x.children, x.context), rebuild)
 register_pytree_flatten_spec(Opened, lambda x, spec: Opened(x).children)
 
 
@@ -117,7 +117,7 @@ def holds_tensor(x: Any, depth: int = 0) -> bool:
 
 def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Leaves and spec of a tree; instances that hold tensors are trees."""
-    if (found := flattened(tree)) is not None:
+    if (found := flatten_plain(tree)) is not None:
         return found
     leaves, spec = tree_flatten(tree)
     return tree_flatten(opened_in(tree)) if any(map(is_data, leaves)) else (leaves, spec)
@@ -125,7 +125,7 @@ def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 def unflatten_tree(leaves: list[Any], spec: TreeSpec) -> Any:
     """The tree of these leaves."""
-    make = maker(spec)
+    make = maker_of(spec)
     return tree_unflatten(leaves, spec) if make is None else make(leaves)
 
 
@@ -178,6 +178,6 @@ def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
 
 def reassigned(tree: Any, leaves: Sequence[Any]) -> bool:
     """Whether the instances in a tree that was made of these leaves hold something else by now."""
-    if flattened(tree) is not None or not any(map(is_data, tree_flatten(tree)[0])):
+    if flatten_plain(tree) is not None or not any(map(is_data, tree_flatten(tree)[0])):
         return False
     return list(map(id, flatten_tree(tree)[0])) != list(map(id, leaves))

@@ -53,7 +53,7 @@ def gradients(
         )
     stops = graphs | known  # a gradient in one of these has a part inside, too
     others = [x for x, ref in zip(ins, refs, strict=True) if ref not in known]
-    found = inside([*(value(trace, ref) for ref in stops), *others])
+    found = inside([*(outside_value(trace, ref) for ref in stops), *others])
     parts = [(t, g) for t, g in zip(stops.values(), found, strict=False) if g is not None]
     done = grad_outside(
         [t for t, _ in parts],
@@ -133,7 +133,7 @@ def open_to_autograd(trace: Trace, ref: int) -> bool:
     return t.__class__ is not Traced or open_to_autograd(t.tracer, t.ref)  # type: ignore
 
 
-def value(trace: Trace, ref: int) -> Tensor:
+def outside_value(trace: Trace, ref: int) -> Tensor:
     """A tensor from outside, as a value of the recording."""
     if ref < 0:
         return trace.lifted[-1 - ref]

@@ -21,7 +21,7 @@ from ..trace import outside
 from ..trace.patches import ORIGINALS, Attribute, Code, recorder
 from ..trace.traced import HOOKS, under_way
 from ..transforms.rules.ctc import recordable
-from ..transforms.rules.packed import padded
+from ..transforms.rules.packed import padded_sequences
 from . import module_hooks
 from .checkpoints import checkpoint_region, recorded_apply
 from .constants import deepcopy_of_a_constant, numpy_of_a_constant, tolist_of_a_constant, unpickled
@@ -161,7 +161,7 @@ def pad_packed(
     data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int
 ) -> tuple[Tensor, Tensor]:
     """``torch.nn.utils.rnn.pad_packed_sequence``, likewise."""
-    pad = ORIGINALS["pad_packed"] if recorder() is None else padded
+    pad = ORIGINALS["pad_packed"] if recorder() is None else padded_sequences
     return pad(data, sizes, batch_first, value, length)
 
 

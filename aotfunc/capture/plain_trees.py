@@ -19,16 +19,16 @@ _specs = Cache(4096)
 _makers = Cache(4096)
 
 
-def flattened(tree: Any) -> tuple[list[Any], TreeSpec] | None:
+def flatten_plain(tree: Any) -> tuple[list[Any], TreeSpec] | None:
     """Leaves and spec, as PyTorch says; None if there is another kind in the tree."""
     leaves: list[Any] = []
     key: list[Any] = []
-    if not described(tree, leaves, key):
+    if not describe_tree(tree, leaves, key):
         return None
     return leaves, _specs.once(tuple(key), lambda: spec_of(tree))
 
 
-def described(x: Any, leaves: list[Any], key: list[Any]) -> bool:
+def describe_tree(x: Any, leaves: list[Any], key: list[Any]) -> bool:
     cls = type(x)
     if cls in _LEAVES:
         leaves.append(x)
@@ -47,7 +47,7 @@ def described(x: Any, leaves: list[Any], key: list[Any]) -> bool:
         if type(child) in _LEAVES:
             leaves.append(child)
             key.append(None)
-        elif not described(child, leaves, key):
+        elif not describe_tree(child, leaves, key):
             return False
     return True
 
@@ -75,7 +75,7 @@ def expression(spec: TreeSpec, places: Any) -> str:
     return f"({''.join(f'{c}, ' for c in children)})"
 
 
-def maker(spec: TreeSpec) -> Callable[[Sequence[Any]], Any] | None:
+def maker_of(spec: TreeSpec) -> Callable[[Sequence[Any]], Any] | None:
     """What makes the tree of leaves, if its spec was found here."""
     found = _makers.get(id(spec))
     return found[1] if found is not None and found[0] is spec else None

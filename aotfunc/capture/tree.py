@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from ..trace.kinds import ordinary_tensor
-from .instances import Opened, flatten_tree, is_data, is_whole, names_of, unflatten_tree
-from .plain_trees import flattened
+from .instances import Opened, flatten_tree, is_data, is_whole, stored_names, unflatten_tree
+from .plain_trees import flatten_plain
 
 
 class Arguments:
@@ -106,7 +106,7 @@ class Operands:
 
     def __init__(self, args: Sequence[Any], opened: bool = False) -> None:
         flat = flatten_tree if opened else tree_flatten
-        leaves, self.spec = flattened(tuple(args)) or flat(tuple(args))
+        leaves, self.spec = flatten_plain(tuple(args)) or flat(tuple(args))
         self.places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
         self.tensors = [leaves[i] for i in self.places]
         self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
@@ -189,7 +189,7 @@ def leaf_labels(spec: TreeSpec) -> list[str]:
 
 def child_names(spec: TreeSpec) -> list[Any]:
     """Keys, attributes or numbers of what a tree holds."""
-    names = names_of(spec.context) if spec.type is Opened else spec.context
+    names = stored_names(spec.context) if spec.type is Opened else spec.context
     names = names if isinstance(names, list) else []
     return [*names[: spec.num_children], *range(len(names), spec.num_children)]
 

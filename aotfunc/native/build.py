@@ -22,9 +22,9 @@ def built(source: str) -> Path:
     """The compiled file of this source; where there is no compiler, one that any compiler has left
     there. Raises CompilerError."""
     code = without_comments(source)  # these name the numbers that the kernels get
-    key = key_of(f"{toolchain.target()}\n{code}")
+    key = key_of(f"{toolchain.target_facts()}\n{code}")
     try:
-        key = f"{key}-{key_of(toolchain.identity())[:16]}"
+        key = f"{key}-{key_of(toolchain.compiler_identity())[:16]}"
     except CompilerError:
         if found := store.find_any(key):
             return found

@@ -31,7 +31,7 @@ FASTCALL = 0x80
 _methods: dict[tuple[str, int], Method] = {}
 
 
-def function(name: str, at: int, data: tuple, module: str) -> Callable:
+def python_function(name: str, at: int, data: tuple, module: str) -> Callable:
     """A Python function that calls ``Object *at(Object *data, Object *const *args, int64_t
     count)``."""
     method = _methods.get((name, at))

@@ -64,7 +64,7 @@ def whole(path: Path) -> bool:
     return content[-SIZE:] == digest(path.stem, content[:-SIZE])
 
 
-def place() -> Path:
+def kernel_directory() -> Path:
     """Where this process looks for compiled kernels."""
     try:
         return directory()
@@ -74,20 +74,20 @@ def place() -> Path:
 
 def find(key: str) -> Path | None:
     """The compiled kernel of this key, or None."""
-    path = place() / f"{key}.so"
+    path = kernel_directory() / f"{key}.so"
     return path if whole(path) else None
 
 
 def find_any(start: str) -> Path | None:
     """A compiled kernel whose key begins so, or None."""
-    return next(filter(whole, place().glob(f"{start}*.so")), None)
+    return next(filter(whole, kernel_directory().glob(f"{start}*.so")), None)
 
 
 def add(key: str, source: str, build: Callable[[Path, Path], None]) -> Path:
     """Let ``build(source file, library)`` make the compiled kernel of this key, and keep both.
     Raises CompilerError, with the source kept."""
     try:
-        return written(directory(), key, source, build)
+        return build_in(directory(), key, source, build)
     except OSError as e:
         warnings.warn(
             f"compiled kernels are kept for this process only, in a temporary directory: {e}; the "
@@ -96,14 +96,14 @@ def add(key: str, source: str, build: Callable[[Path, Path], None]) -> Path:
             stacklevel=2,
         )
     try:
-        return written(temporary(os.getpid()), key, source, build)
+        return build_in(temporary(os.getpid()), key, source, build)
     except OSError as e:
         error = CompilerError(f"there is no place for a compiled kernel: {e}")
         error.source = source
         raise error from e
 
 
-def written(root: Path, key: str, source: str, build: Callable[[Path, Path], None]) -> Path:
+def build_in(root: Path, key: str, source: str, build: Callable[[Path, Path], None]) -> Path:
     kept, result = root / f"{key}.cpp", root / f"{key}.so"
     with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as work:
         text, library = Path(work, kept.name), Path(work, result.name)

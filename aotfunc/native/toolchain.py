@@ -96,12 +96,12 @@ def flags() -> tuple[str, ...]:
     return (*FLAGS, "-DAOT_SLEEF") if sleef else FLAGS
 
 
-def target() -> str:
+def target_facts() -> str:
     """What a compiled kernel depends on beside its source and its compiler."""
     return "\n".join((*flags(), processor(), torch.__version__))
 
 
-def identity() -> str:
+def compiler_identity() -> str:
     """Which compiler it is, by path, time and size: no process is started. Raises
     CompilerError."""
     command = compiler()

@@ -134,12 +134,12 @@ def saving_cost(n: Node, inside: bool) -> float:
         return 1.0
     if n.op == "placeholder":  # free, but not worth holding for its sizes alone
         return float(nbytes(n.meta.get("val"))) if n.meta.get("mutated") else 8.0
-    if n.op == "get_attr" or is_view(n) or not is_single(n) or (inside and not once(maker(n))):
+    if n.op == "get_attr" or is_view(n) or not is_single(n) or (inside and not once(producer(n))):
         return INF
     return float(nbytes(n.meta["val"]))
 
 
-def maker(n: Node) -> Node:
+def producer(n: Node) -> Node:
     """The node that computes ``n``: for a part of a tuple that of the tuple."""
     while n.target is operator.getitem:
         n = n.all_input_nodes[0]
@@ -152,9 +152,9 @@ def reason(n: Node, border: bool, never: bool) -> str:
         return "parameter" if n.meta.get("role") == "param" else "input"
     if is_symbol(n):
         return "size"
-    if is_random(maker(n)):
+    if is_random(producer(n)):
         return "random: may run only once"
-    if once(maker(n)):
+    if once(producer(n)):
         return "may run only once"
     if border:
         return "border of a checkpointed region"

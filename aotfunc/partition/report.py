@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .cost import nbytes, shape_of
+from .cost import nbytes, shape_hint
 from .ops import made_at
 
 
@@ -38,7 +38,7 @@ def residuals(fw: fx.GraphModule) -> list[Residual]:
     for (name, why), n in zip(reasons.items(), outputs[fw.meta["num_fwd_outputs"] :], strict=True):
         val = n.meta["val"]
         dtype = getattr(val, "dtype", None)
-        shape = shape_of(val) if dtype is not None else ()
+        shape = shape_hint(val) if dtype is not None else ()
         found.append(Residual(name, shape, dtype, nbytes(val), made_at(n), why))
     return found
 

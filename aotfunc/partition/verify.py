@@ -28,13 +28,15 @@ def verify(
     early, late = list(fw.graph.nodes), list(bw.graph.nodes)
     saved = late_args(early, len(roles.early_outputs))
 
-    expect("forward inputs", inputs_of(early), [n.name for n in roles.early_inputs])
+    expect("forward inputs", placeholder_names(early), [n.name for n in roles.early_inputs])
     expect(
         "forward outputs",
         outputs_of(early)[: len(roles.early_outputs)],
         names(roles.early_outputs),
     )
-    expect("backward inputs", inputs_of(late), [*saved, *[n.name for n in roles.late_inputs]])
+    expect(
+        "backward inputs", placeholder_names(late), [*saved, *[n.name for n in roles.late_inputs]]
+    )
     expect("gradients", outputs_of(late), names(roles.late_outputs))
     for graph in (early, late):
         for n in graph:
@@ -115,7 +117,7 @@ def is_clone_of_input(n: Node) -> bool:
     return isinstance(cloned, Node) and cloned.op == "placeholder"
 
 
-def inputs_of(nodes: list[Node]) -> list[str]:
+def placeholder_names(nodes: list[Node]) -> list[str]:
     return [n.name for n in nodes if n.op == "placeholder"]
 
 

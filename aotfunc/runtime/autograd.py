@@ -24,7 +24,7 @@ from ..trace.modes import without_modes
 from ..transforms.lower import CALLS, lowered
 from .aliasing import with_own_memory
 from .batched import call_batched
-from .execute import as_planned, copied, execute, write_back
+from .execute import as_planned, execute, strided_copy, write_back
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
@@ -81,7 +81,7 @@ def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Se
     return outs if getattr(run, "own", -1) >= count else owned(outs, count, tensors)
 
 
-def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
+def distinct_results(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
     """The results, copied where one of the first ``count`` is an input or another one, or shares
     memory. A graph without its marks of intent may compute two results in one node; a compiler may
     hand out the memory of an input, of another result, or of a constant that it keeps."""
@@ -93,7 +93,7 @@ def owned(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
                 users(o) > 1 and not among_views(o, outs[count:], (*tensors, *outs[:i]))
             ):
                 found = list(found) if found is outs else found
-                found[i] = copied(o)  # type: ignore[index]
+                found[i] = strided_copy(o)  # type: ignore[index]
             seen.add(known)
     return found
 

@@ -23,7 +23,7 @@ from ..capture.captured import Captured
 from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.marks import dead_end
-from ..trace.node_views import chain_of, viewed
+from ..trace.node_views import chain_of, view_source
 from ..trace.records import results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
@@ -214,7 +214,7 @@ class Cut:
         """The views that lead to ``n`` from a value that autograd knows, the first one first."""
         chain: list[Node] = []
         while n not in roots and (not chain or n not in self.views):
-            above = viewed(n)
+            above = view_source(n)
             if above is None:
                 return []
             chain.insert(0, n)

@@ -41,7 +41,7 @@ from .guards.stores import undo_changes, undo_stores
 from .lowering import Lowered
 from .pipeline import Pipeline, title
 from .redraw import undrawn
-from .repeated import OTHER, repeated
+from .repeated import OTHER, repeated_call
 
 #: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
 #: say that there are many
@@ -55,7 +55,7 @@ def weight_of(entry: Entry) -> int:
     return max(weight((entry.call, entry.call.plain)), NODES // LIMIT)
 
 
-def described(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor], list[Any]]:
+def describe_call(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor], list[Any]]:
     """The key of a call without what its function reads; the tensors and objects among the
     arguments."""
     parts: list = [len(args)]
@@ -137,7 +137,7 @@ class Compiled:
             result = self._repeated(args, kwargs)
             if result is not OTHER:
                 return result
-        key, tensors, objects = described(args, kwargs)
+        key, tensors, objects = describe_call(args, kwargs)
         try:
             entry = self._recent.get(key)
         except TypeError:
@@ -148,7 +148,7 @@ class Compiled:
                 closed = [*tensors, *entry.closed(found)]
                 if entry.whereabouts is None or entry.whereabouts == whereabouts(closed):
                     if entry.repeated is None:
-                        entry.repeated = repeated(self.f, entry, tensors, (args, kwargs))
+                        entry.repeated = repeated_call(self.f, entry, tensors, (args, kwargs))
                     self._repeated = entry.repeated
                     return entry(closed, self.f, objects, (args, kwargs))
         return self.looked_up(key, tensors, objects, (args, kwargs))
@@ -252,7 +252,7 @@ class Compiled:
         {'arguments': 12, 'results': 12, 'function peak': 24}
         """
         given = (args, kwargs)
-        key, tensors, objects = described(*given)
+        key, tensors, objects = describe_call(*given)
         arguments, _, state, full = self.seen(key, tensors, objects, given)
         found = self.entries.get(full)
         if found is None:

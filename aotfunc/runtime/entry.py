@@ -34,7 +34,7 @@ from .changing import Family, Served
 from .execute import run_eager
 from .guards.check import Check
 from .guards.explain import Facts, facts_of
-from .guards.given import Given
+from .guards.given import Snapshot
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
 from .guards.reads import Names
 from .guards.returned import Finish, recorded, skeleton
@@ -237,7 +237,7 @@ def captured_entry(
         return result
 
     def f(*args: Any, **kwargs: Any) -> Any:
-        mine = Given(args, kwargs)
+        mine = Snapshot(args, kwargs)
         with compiled._names.watching():
             result = called(*args, **kwargs)
         late[:] = [read_late(current().late, compiled._names.opened)]  # type: ignore[union-attr]

@@ -149,7 +149,7 @@ def before_writes(
         return tensors
     written = {tensors[i].untyped_storage()._cdata for i in program.mutated}
     return [
-        copied(t) if i in kept and t.untyped_storage()._cdata in written else t
+        strided_copy(t) if i in kept and t.untyped_storage()._cdata in written else t
         for i, t in enumerate(tensors)
     ]
 
@@ -171,12 +171,12 @@ def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Ten
     first = {id(t): n for t, n in zip(tensors, program.placeholders, strict=True)}
     for i, (o, n) in enumerate(zip(found[:count], results, strict=False)):
         if isinstance(o, Tensor) and id(o) in first:
-            found[i] = o.detach() if first[id(o)] is n else copied(o)
+            found[i] = o.detach() if first[id(o)] is n else strided_copy(o)
         first.setdefault(id(o), n)
     return found
 
 
-def copied(t: Tensor) -> Tensor:
+def strided_copy(t: Tensor) -> Tensor:
     """A copy that lies as ``t`` does, as what reads it expects: ``clone()`` closes gaps and undoes
     expansions."""
     copy = t.clone()

@@ -77,10 +77,10 @@ class Moment:
     def check(self, name: str) -> None:
         """Raises AotfuncError where what the backward reads is another now."""
         tensors = self.entry.check.tensors(self.f, self.objects)
-        if self.tensors is None or (tensors is not None and same(tensors, self.tensors)):
+        if self.tensors is None or (tensors is not None and same_objects(tensors, self.tensors)):
             return
-        for label in changed(self.facts, self.tensors, *self.now()):
-            if self.entry.late is None or not self.entry.late.isdisjoint(named(label)):
+        for label in changed_labels(self.facts, self.tensors, *self.now()):
+            if self.entry.late is None or not self.entry.late.isdisjoint(last_names(label)):
                 raise AotfuncError(
                     f"{label} is another than it was at the call of {name}, whose backward reads "
                     "it, in a hook, a Function or a checkpoint; eager reads what is there by now: "
@@ -88,11 +88,11 @@ class Moment:
                 )
 
 
-def same(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+def same_objects(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
     return len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))
 
 
-def changed(
+def changed_labels(
     facts: list[tuple[str, Any]],
     tensors: Sequence[Tensor],
     facts_now: list[tuple[str, Any]],
@@ -112,7 +112,7 @@ def by_label(facts: list[tuple[str, Any]], tensors: Sequence[Tensor]) -> dict[st
     return dict(zip(labels, tensors, strict=True))
 
 
-def named(label: str) -> set[str]:
+def last_names(label: str) -> set[str]:
     """The names by which code gets at what has this label, the last step to it."""
     steps = [s for s in label.split(".") if not s.endswith(("__", "()"))]
     return set(re.findall(r"\w+", steps[-1])) if steps else set()

@@ -22,7 +22,7 @@ tracing = torch._C._get_tracing_state  # of torch.jit.trace, which would keep wh
 OTHER = object()
 
 
-def repeated(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple) -> Callable:
+def repeated_call(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple) -> Callable:
     """``call(args, kwargs)``, which takes a call with arguments like ``given`` to ``entry``, whose
     they are, and answers OTHER to another one, or where that is not so easily seen."""
     same = same_structure(given)

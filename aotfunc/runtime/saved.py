@@ -29,7 +29,7 @@ NAMED = {torch.dtype: "torch.", torch.layout: "torch.", torch.memory_format: "to
 # ----- to data -----------------------------------------------------------------------------------
 
 
-def described(program: Program, depth: int = 0) -> dict[str, Any]:
+def program_data(program: Program, depth: int = 0) -> dict[str, Any]:
     """The program as data. Raises CaptureError for a node that runs Python code, and for a random
     generator of the user's."""
     program = lowered(program, CALLS)
@@ -37,11 +37,11 @@ def described(program: Program, depth: int = 0) -> dict[str, Any]:
     regions: dict[Any, int] = {}
 
     def node(n: Node) -> dict[str, Any]:
-        found: dict[str, Any] = {"name": n.name, "value": plain(n.meta["val"], number)}
+        found: dict[str, Any] = {"name": n.name, "value": as_data(n.meta["val"], number)}
         if n.op == "call_function":
-            found["call"] = target(n, depth)
-            found["args"] = plain(n.args, number)
-            found["kwargs"] = {k: plain(a, number) for k, a in n.kwargs.items()}
+            found["call"] = target_data(n, depth)
+            found["args"] = as_data(n.args, number)
+            found["kwargs"] = {k: as_data(a, number) for k, a in n.kwargs.items()}
         if n.meta.get("line") is not None:
             found["line"] = str(n.meta["line"])
         if n.meta.get("role") is not None:
@@ -53,14 +53,14 @@ def described(program: Program, depth: int = 0) -> dict[str, Any]:
     return {
         "name": program.name,
         "nodes": [node(n) for n in program.graph.nodes if n.op != "output"],
-        "outputs": plain(program.outputs, number),
+        "outputs": as_data(program.outputs, number),
         "inputs": program.n_inputs,
         "results": program.n_outputs,
         "written": list(program.mutated),
     }
 
 
-def target(n: Node, depth: int) -> Any:
+def target_data(n: Node, depth: int) -> Any:
     if n.target is operator.getitem:
         return "getitem"
     if isinstance(n.target, CustomDerivative):
@@ -84,7 +84,7 @@ def derivative(d: CustomDerivative, depth: int) -> dict[str, Any]:
                 return {"error": f"the file holds {DEPTH} derivatives of {d.__name__}, no more"}
             part = part.part()
         if isinstance(part, RuleProgram):
-            return [described(part.program, depth + 1), part.first, part.n_residuals]
+            return [program_data(part.program, depth + 1), part.first, part.n_residuals]
         return {"error": str(part)} if isinstance(part, Exception) else None
 
     def rules(backward: Any) -> list:
@@ -93,7 +93,7 @@ def derivative(d: CustomDerivative, depth: int) -> dict[str, Any]:
     return {
         "derivative": d.__name__,
         "inputs": d.n_inputs,
-        "values": plain(d.vals, {}),
+        "values": as_data(d.vals, {}),
         "backward": rules(d.backward.items()),
         "forward": rule(d.forward),
         "saved": list(d.saved),
@@ -102,16 +102,22 @@ def derivative(d: CustomDerivative, depth: int) -> dict[str, Any]:
     }
 
 
-def plain(x: Any, number: dict[Node, int]) -> Any:
+def as_data(x: Any, number: dict[Node, int]) -> Any:
     """An argument or a signature as data."""
     if isinstance(x, Node):
         return {"node": number[x]}
     if isinstance(x, Sig):
         return {
-            "tensor": [list(x.shape), list(x.stride), plain(x.dtype, {}), str(x.device), x.offset]
+            "tensor": [
+                list(x.shape),
+                list(x.stride),
+                as_data(x.dtype, {}),
+                str(x.device),
+                x.offset,
+            ]
         }
     if isinstance(x, tuple | list):
-        items = [plain(i, number) for i in x]
+        items = [as_data(i, number) for i in x]
         return items if isinstance(x, list) else {"tuple": items}
     if type(x) in NAMED:
         return {"torch": str(x).removeprefix(NAMED[type(x)])}
@@ -132,30 +138,30 @@ def plain(x: Any, number: dict[Node, int]) -> Any:
 # ----- from data ---------------------------------------------------------------------------------
 
 
-def restored(data: dict[str, Any]) -> Program:
-    """The program that :func:`described` made the data of. Raises ArgumentError for an op that is
-    not there, GraphError for a graph that is not legal."""
+def program_of(data: dict[str, Any]) -> Program:
+    """Make the program again that :func:`program_data` turned into data. Raises ArgumentError for
+    an unknown op, GraphError for a graph that is not legal."""
     b = Builder(merge=False)
     nodes: list[Node] = []
     for item in data["nodes"]:
         b.meta = {k: item[k] for k in ("line", "role") if k in item}
         if "region" in item:
             b.meta["region"] = ("loaded", item["region"])
-        val = value(item["value"], nodes)
+        val = from_data(item["value"], nodes)
         if "call" not in item:
             nodes.append(b.placeholder(item["name"], val))
             continue
-        args, kwargs = value(item["args"], nodes), item["kwargs"]
-        kwargs = {k: value(a, nodes) for k, a in kwargs.items()}
-        call = called(item["call"])
+        args, kwargs = from_data(item["args"], nodes), item["kwargs"]
+        kwargs = {k: from_data(a, nodes) for k, a in kwargs.items()}
+        call = function_named(item["call"])
         nodes.append(b.make("call_function", call, args, kwargs, val, name=item["name"]))
     b.meta = {}
-    graph = b.finish(value(data["outputs"], nodes))
+    graph = b.finish(from_data(data["outputs"], nodes))
     verify_graph(graph, "the file")
     return Program(graph, data["inputs"], data["results"], data["written"], data["name"])
 
 
-def called(name: Any) -> Callable:
+def function_named(name: Any) -> Callable:
     if name == "getitem":
         return operator.getitem
     if isinstance(name, dict):
@@ -178,7 +184,7 @@ def restored_derivative(data: dict[str, Any]) -> CustomDerivative:
     def rule(part: Any) -> Any:
         if isinstance(part, dict):
             return CaptureError(part["error"])
-        return part and RuleProgram(restored(part[0]), part[1], part[2])
+        return part and RuleProgram(program_of(part[0]), part[1], part[2])
 
     def rules(backward: list) -> tuple:
         return tuple([(have and tuple(have), rule(part)) for have, part in backward])
@@ -187,7 +193,7 @@ def restored_derivative(data: dict[str, Any]) -> CustomDerivative:
     return CustomDerivative(
         data["derivative"],
         data["inputs"],
-        value(data["values"], []),
+        from_data(data["values"], []),
         rules(data["backward"]),
         rule(data["forward"]),
         tuple(data["saved"]),
@@ -197,10 +203,10 @@ def restored_derivative(data: dict[str, Any]) -> CustomDerivative:
     )
 
 
-def value(x: Any, nodes: Sequence[Node]) -> Any:
-    """What :func:`plain` made data of."""
+def from_data(x: Any, nodes: Sequence[Node]) -> Any:
+    """What :func:`as_data` made data of."""
     if isinstance(x, list):
-        return [value(i, nodes) for i in x]
+        return [from_data(i, nodes) for i in x]
     if not isinstance(x, dict):
         return x
     ((kind, of),) = x.items()
@@ -209,11 +215,11 @@ def value(x: Any, nodes: Sequence[Node]) -> Any:
             raise ArgumentError(f"load: a node reads node {of}, and {len(nodes)} are there so far")
         return nodes[of]
     if kind == "tuple":
-        return tuple([value(i, nodes) for i in of])
+        return tuple([from_data(i, nodes) for i in of])
     if kind == "tensor":
         shape, stride, dtype, device, offset = of
         return make_sig(
-            tuple(shape), tuple(stride), value(dtype, ()), torch.device(device), offset
+            tuple(shape), tuple(stride), from_data(dtype, ()), torch.device(device), offset
         )
     if kind == "torch":
         found = getattr(torch, of, None)

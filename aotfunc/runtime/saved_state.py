@@ -12,7 +12,7 @@ def detached_copy(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_(t.requires_grad)
 
 
-def owned(t: Tensor) -> Tensor:
+def own_copy(t: Tensor) -> Tensor:
     new = detached_copy(t)
     return nn.Parameter(new.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else new
 
@@ -38,7 +38,7 @@ def not_persistent(f: Callable) -> list[str]:
     return [f"{at}.{n}".lstrip(".") for at, m in modules for n in m._non_persistent_buffers_set]
 
 
-def put(module: nn.Module, name: str, t: Tensor, persistent: bool = True) -> None:
+def set_tensor(module: nn.Module, name: str, t: Tensor, persistent: bool = True) -> None:
     """Let a module hold a tensor under a name with dots, which may be that of a method, too."""
     *path, last = name.split(".")
     for part in path:

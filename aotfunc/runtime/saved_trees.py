@@ -15,10 +15,10 @@ from torch import Size, Tensor
 from ..capture.instances import attributes_of, is_data
 from ..debug import at, user_line
 from ..errors import ArgumentError
-from .saved import plain, value
+from .saved import as_data, from_data
 
 
-class Places:
+class TensorTable:
     """The tensors of a tree in order; those that are met are added."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -41,14 +41,14 @@ class Record(dict):
         return self[name]
 
 
-def pattern(x: Any, where: str, places: Places) -> Any:
+def pattern(x: Any, where: str, places: TensorTable) -> Any:
     """A tree of tensors and plain values as data: where each tensor stands."""
     if isinstance(x, Tensor):
         return {"place": places.of(x)}
     if type(x) is Size:
         return {"size": list(x)}
     if isinstance(x, Mapping):
-        pairs = [[plain(k, {}), pattern(v, f"{where}[{k!r}]", places)] for k, v in x.items()]
+        pairs = [[as_data(k, {}), pattern(v, f"{where}[{k!r}]", places)] for k, v in x.items()]
         attributes = [isinstance(k, str) and getattr(x, k, None) is v for k, v in x.items()]
         return {"record" if attributes and all(attributes) else "dict": pairs}
     if isinstance(x, tuple) and hasattr(x, "_fields"):
@@ -61,7 +61,7 @@ def pattern(x: Any, where: str, places: Places) -> Any:
         fields = {k: pattern(v, f"{where}.{k}", places) for k, v in attributes_of(x).items()}
         return {"instance": [type(x).__name__, fields]}
     try:
-        return {"is": plain(x, {})}
+        return {"is": as_data(x, {})}
     except RuntimeError:
         raise ArgumentError(
             f"export: {where} is a {type(x).__name__}, which cannot be written to a file"
@@ -69,26 +69,26 @@ def pattern(x: Any, where: str, places: Places) -> Any:
         ) from None
 
 
-def filled(data: Any, tensors: Sequence[Tensor]) -> Any:
+def tree_of(data: Any, tensors: Sequence[Tensor]) -> Any:
     """The tree of a pattern, with tensors in their places."""
     ((kind, of),) = data.items()
     if kind == "place":
         return tensors[of]
     if kind in ("dict", "record"):
-        items = {value(k, ()): filled(v, tensors) for k, v in of}
+        items = {from_data(k, ()): tree_of(v, tensors) for k, v in of}
         return items if kind == "dict" else Record(items)
     if kind == "named":
         name, fields, parts = of
-        return namedtuple(name, fields)(*[filled(p, tensors) for p in parts])  # type: ignore[misc]
+        return namedtuple(name, fields)(*[tree_of(p, tensors) for p in parts])  # type: ignore[misc]
     if kind in ("tuple", "list"):
-        parts = [filled(p, tensors) for p in of]
+        parts = [tree_of(p, tensors) for p in of]
         return parts if kind == "list" else tuple(parts)
     if kind == "instance":
-        return types.SimpleNamespace(**{k: filled(v, tensors) for k, v in of[1].items()})
-    return Size(of) if kind == "size" else value(of, ())
+        return types.SimpleNamespace(**{k: tree_of(v, tensors) for k, v in of[1].items()})
+    return Size(of) if kind == "size" else from_data(of, ())
 
 
-def take(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) -> None:
+def collect(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) -> None:
     """Put the tensors of an argument into ``found``; raises ArgumentError where it is another tree
     than the pattern."""
     ((kind, of),) = data.items()
@@ -112,21 +112,21 @@ def take(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) ->
         children = [(p, y, f"{where}[{i}]") for i, (p, y) in enumerate(zip(parts, x, strict=True))]
     elif kind == "instance" and is_data(x) and attributes_of(x).keys() == of[1].keys():
         children = [(p, getattr(x, k), f"{where}.{k}") for k, p in of[1].items()]
-    elif not (kind in ("size", "is") and same(x, filled(data, ()))):
-        raise ArgumentError(f"{where} is {shown(x)}, and was exported as {told(data)}")
+    elif not (kind in ("size", "is") and same_text(x, tree_of(data, ()))):
+        raise ArgumentError(f"{where} is {leaf_text(x)}, and was exported as {told(data)}")
     for child in children:
-        take(*child, found)
+        collect(*child, found)
 
 
 def keys(pairs: Sequence) -> list:
-    return [value(k, ()) for k, _ in pairs]
+    return [from_data(k, ()) for k, _ in pairs]
 
 
-def same(x: Any, y: Any) -> bool:
+def same_text(x: Any, y: Any) -> bool:
     return type(x) is type(y) and repr(x) == repr(y)  # nan is itself, -0.0 is not 0.0
 
 
-def shown(x: Any) -> str:
+def leaf_text(x: Any) -> str:
     """A leaf as an error says it."""
     dtype = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else ""
     return f"{dtype}{list(x.shape)}" if dtype else repr(x)
@@ -138,7 +138,7 @@ def told(data: Any) -> str:
     if kind == "place":
         return "a tensor"
     if kind == "is":
-        return repr(value(of, ()))
+        return repr(from_data(of, ()))
     if kind in ("dict", "record"):
         return f"a dictionary with the keys {keys(of)}, in this order"
     if kind in ("named", "instance"):

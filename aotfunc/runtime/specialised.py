@@ -64,13 +64,13 @@ def check_facts(made_for: dict[str, list], given: dict[str, Any]) -> None:
             if want is not None and leaf_facts(leaf) != want:
                 leaf_of = f"{name} (leaf {i})" if len(wanted) > 1 else name
                 raise ArgumentError(
-                    f"the module was made for {leaf_of} = {said(want)}, "
-                    f"not {said(leaf_facts(leaf))}: "
+                    f"the module was made for {leaf_of} = {fact_text(want)}, "
+                    f"not {fact_text(leaf_facts(leaf))}: "
                     "call make_fx again for these arguments, or make_fx(..., check_inputs=False)"
                 )
 
 
-def said(fact: Any) -> str:
+def fact_text(fact: Any) -> str:
     if fact is None:
         return "another kind of object"
     if len(fact) == 2:

@@ -55,7 +55,7 @@ class Shown:
         return found[::-1]
 
 
-def shown(trace: Trace) -> dict[int, Shown]:
+def final_views(trace: Trace) -> dict[int, Shown]:
     """What each value shows in the end; values that are not there have memory of their own."""
     found: dict[int, Shown] = {}
 

@@ -24,7 +24,9 @@ cache_enabled, enable_cache = torch.is_autocast_cache_enabled, torch.set_autocas
 clear_cache = torch.clear_autocast_cache
 
 
-def cast(trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+def record_cast(
+    trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any
+) -> Any:
     """``_to_copy``: where it is autocast's of a leaf, what that has been cast to before, or is
     now, to be kept."""
     if (

@@ -206,7 +206,7 @@ def computing(name: str, reflected: bool) -> Callable:
         number = type(other) in KINDS or type(other) in KINDS.values()
         # sum() adds more precisely than + does
         if number and not more and (name != "add" or by_operator(sys._getframe(1))):
-            return computed(self.expression.home, op, (left, right))
+            return operator_result(self.expression.home, op, (left, right))
         return (pow if name == "pow" else op)(
             as_number(left), as_number(right), *map(as_number, more)
         )
@@ -221,10 +221,10 @@ def by_operator(frame: Any) -> bool:
 
 def computing_alone(name: str) -> Callable:
     op = getattr(operator, name)
-    return lambda self: computed(self.expression.home, op, (self,))
+    return lambda self: operator_result(self.expression.home, op, (self,))
 
 
-def computed(home: Following, op: Callable, operands: tuple) -> Any:
+def operator_result(home: Following, op: Callable, operands: tuple) -> Any:
     parts = [*map(home.part, operands)]
     value, places = op(*[p.value for p in parts]), tuple([p.place for p in parts])
     if type(value) not in KINDS:  # complex

@@ -20,7 +20,7 @@ from .scalars import NUMBER, with_tensor
 from .shapes.instr import Instr
 from .shapes.sig import Sig, fill
 from .tracer import Trace
-from .values import Values, View
+from .values import ValueNodes, View
 from .views import COMPUTED, Link, replay_view
 from .writes import WRITES, functional_twin
 
@@ -36,7 +36,7 @@ COMPARISONS = frozenset(
 TRUTH = COMPARISONS | {getattr(aten, f"logical_{n}_").default for n in ("and", "or", "xor", "not")}
 
 
-class Functionalizer(Values):
+class Functionalizer(ValueNodes):
     """Builds the functional graph of one recording."""
 
     def run(self) -> None:
@@ -58,7 +58,7 @@ class Functionalizer(Values):
     def _nodes(self, instr: Instr, refs: Sequence[int], grad: bool) -> list[Any]:
         """The values of an op's tensors, and of its number where that is no literal."""
         nodes: list[Any] = [self.read(r, grad) for r in refs]
-        if instr.number is torch.float32 and literal(nodes) is None:
+        if instr.number is torch.float32 and scalar_of(nodes) is None:
             i = instr.sigs.index(NUMBER)
             nodes[i] = self.b.call(aten._to_copy.default, nodes[i], dtype=instr.number)
         return nodes
@@ -72,7 +72,7 @@ class Functionalizer(Values):
                 Link((instr.op, fill(instr.args, nodes)[1:], {}, None, instr.outs)),
                 nodes[0],
             )
-        if instr.number is not None and literal(nodes) is None:
+        if instr.number is not None and scalar_of(nodes) is None:
             return self.b.node(*with_tensor(instr.op, fill(instr.args, nodes)), {}, instr.outs)
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
         args, outs = fill(instr.args, nodes), instr.outs
@@ -225,7 +225,7 @@ def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> li
     return made
 
 
-def literal(values: Sequence[Any]) -> float | None:
+def scalar_of(values: Sequence[Any]) -> float | None:
     """The number among an op's values; None where that is a node, too."""
     return next((v for v in values if v.__class__ is float or v.__class__ is int), None)
 

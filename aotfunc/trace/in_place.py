@@ -53,7 +53,7 @@ def write_results(
     """Results of an op that writes: the written arguments themselves, refreshed where their
     metadata changed."""
     facts = Facts(op)
-    if kwargs and (made := resized(trace, op, outs, args, kwargs)) is not None:
+    if kwargs and (made := resize_out(trace, op, outs, args, kwargs)) is not None:
         return made
     if not (_tangents_enabled() or torch.is_inference_mode_enabled()):
         raise CaptureError(
@@ -104,7 +104,7 @@ def write_results(
     return results[0] if single and results else tuple(results) if results else None
 
 
-def resized(trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dict) -> Any:
+def resize_out(trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dict) -> Any:
     """The results of an op for which PyTorch resizes what is passed as ``out=``, where the
     function has made that and nothing else shows it: it becomes what the op returns. None if that
     is not so."""

@@ -42,7 +42,7 @@ def densely(*positions: int) -> Callable:
     }
 
 
-def rows(*positions: int) -> Callable:
+def by_rows_of(*positions: int) -> Callable:
     return lambda sigs: {i: torch.contiguous_format for i in positions if not by_rows(sigs[i])}
 
 
@@ -65,8 +65,8 @@ READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]
     aten.native_group_norm.default: normalised,
     aten.native_group_norm_backward.default: normalised_backward,
     aten.native_layer_norm_backward.default: densely(3, 4),
-    aten._scaled_dot_product_flash_attention_for_cpu.default: rows(0, 1, 2),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: rows(1, 2, 3, 4),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: by_rows_of(0, 1, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: by_rows_of(1, 2, 3, 4),
     aten._pdist_forward.default: densely(0),
     aten._pdist_backward.default: densely(0, 1, 3),
     aten.fractional_max_pool2d_backward.default: densely(4),

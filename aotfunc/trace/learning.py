@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError, OpError
-from .nested import alike, leaves
+from .nested import leaves, map_nested
 from .scalars import NUMBER, with_number
 from .shapes.infer import infer, signatures
 from .shapes.instr import Instr, intern, interned
@@ -45,8 +45,8 @@ def learn(
     def template(a: Any) -> Any:
         return Slot(next(slots)) if isinstance(a, Tensor) else a
 
-    targs = tuple([alike(template, a) for a in args])
-    tkwargs = {k: alike(template, v) for k, v in kwargs.items()}
+    targs = tuple([map_nested(template, a) for a in args])
+    tkwargs = {k: map_nested(template, v) for k, v in kwargs.items()}
     outs = None
     facts = Facts(func)
     if facts.dynamic or not facts.returns_tensors:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .aliases import shown
+from .aliases import final_views
 from .shapes.sig import Sig, contiguous_stride
 from .traced import Traced
 
@@ -83,7 +83,7 @@ def view_key(t: Tensor) -> Any:
     """What identifies the tensor that autograd knows ``t`` as a view of."""
     if t.__class__ is not Traced:
         return id(t if t._base is None else t._base)
-    trace, seen = t.tracer, shown(t.tracer).get(t.ref)
+    trace, seen = t.tracer, final_views(t.tracer).get(t.ref)
     path = [] if seen is None else seen.path
     ref = next(
         (s.ref for s in reversed(path[1:]) if s.call[0] is aten.detach.default),

@@ -13,11 +13,11 @@ def mapped(f: Callable, tree: Any, *others: Any) -> Any:
     return f(tree, *others)
 
 
-def alike(f: Callable, tree: Any) -> Any:
+def map_nested(f: Callable, tree: Any) -> Any:
     """``f`` of each leaf, in lists and tuples as before."""
     if not isinstance(tree, list | tuple):
         return f(tree)
-    found = [alike(f, x) for x in tree]
+    found = [map_nested(f, x) for x in tree]
     return tuple(found) if type(tree) is tuple else found
 
 

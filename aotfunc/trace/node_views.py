@@ -15,7 +15,7 @@ def calls_view(n: Any) -> bool:
     return isinstance(n.target, OpOverload) and Facts(n.target).view_of is not None
 
 
-def viewed(n: Node) -> Node | None:
+def view_source(n: Node) -> Node | None:
     """The node that ``n`` is a view of."""
     if n.op != "call_function":
         return None
@@ -27,7 +27,7 @@ def viewed(n: Node) -> Node | None:
 def chain_of(n: Node) -> list[Node]:
     """The views that lead from ``n`` to the node whose memory it shows, the last one first."""
     chain: list[Node] = []
-    while (above := viewed(n)) is not None:
+    while (above := view_source(n)) is not None:
         chain.append(n)
         n = above
     return chain
@@ -35,6 +35,6 @@ def chain_of(n: Node) -> list[Node]:
 
 def storage_root(n: Any) -> Any:
     """The node whose memory ``n`` shows; a number is its own."""
-    while isinstance(n, Node) and (above := viewed(n)) is not None:
+    while isinstance(n, Node) and (above := view_source(n)) is not None:
         n = above
     return n

@@ -67,7 +67,7 @@ def detach_(self: Tensor) -> Tensor:
     return _base.detach_(self)
 
 
-def register_hook(self: Tensor, hook: Callable) -> Any:
+def checked_register_hook(self: Tensor, hook: Callable) -> Any:
     check_flag(self, "register_hook()")
     return ORIGINALS["tensor_hook"](self, hook)
 
@@ -113,7 +113,7 @@ PATCHES = (
     ),
     Attribute("requires_grad_", Tensor, "requires_grad_", requires_grad_),
     Attribute("detach_", Tensor, "detach_", detach_),
-    Attribute("tensor_hook", Tensor, "register_hook", register_hook),
+    Attribute("tensor_hook", Tensor, "register_hook", checked_register_hook),
     Attribute(
         "post_accumulate_hook",
         Tensor,

@@ -57,7 +57,7 @@ def places_in(index: Any) -> list[int]:
     return found if all(p is None or p is ... or type(p) in (int, slice) for p in others) else []
 
 
-def part(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
+def narrow_traced(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
     """The view ``x.narrow(dim, start, length)``."""
     trace = current()
     if trace is None:  # a value leaked
@@ -103,7 +103,7 @@ def getitem(self: Tensor, index: Any) -> Tensor:
     shown, indices = rest(self, index, places)
     for dim, i in reversed(list(enumerate(indices))):
         if i is not None:
-            shown = part(shown, dim, i, 1).squeeze(dim)
+            shown = narrow_traced(shown, dim, i, 1).squeeze(dim)
     return shown
 
 
@@ -128,13 +128,13 @@ def assigned(x: Tensor, value: Any, rank: int) -> Tensor:
 
 def narrow(self: Tensor, dim: Any, start: Any, length: Any) -> Tensor:
     if isinstance(start, Tensor) and is_place(start):
-        return part(self, range(self.dim())[dim], start, length)
+        return narrow_traced(self, range(self.dim())[dim], start, length)
     return _narrow(self, dim, start, length)
 
 
 def select(self: Tensor, dim: Any, index: Any) -> Tensor:
     if isinstance(index, Tensor) and is_place(index):
-        return part(self, range(self.dim())[dim], index, 1).squeeze(dim)
+        return narrow_traced(self, range(self.dim())[dim], index, 1).squeeze(dim)
     return _select(self, dim, index)
 
 

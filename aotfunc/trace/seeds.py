@@ -64,7 +64,7 @@ class Seeds:
 
     def check(self) -> None:
         """Refuse a generator that was seeded after a draw from it."""
-        if changed(self.drawn):
+        if undo_draws(self.drawn):
             raise CaptureError(
                 "a torch.Generator was seeded after a draw from it, inside a captured "
                 f"function{at(user_line())}; use one generator for each seed"
@@ -73,7 +73,7 @@ class Seeds:
     def check_compiled(self, known: States, name: str) -> None:
         """Refuse what a compiled function does to generators only once: seeding one, or making
         one. ``known``: those that it finds outside, as they were before."""
-        if changed(known):
+        if undo_draws(known):
             raise CaptureError(
                 f"a torch.Generator is seeded inside a compiled function, which {name} would do "
                 f"only once{at(user_line())}; seed it outside"
@@ -90,7 +90,7 @@ class Seeds:
             )
 
 
-def changed(known: States) -> bool:
+def undo_draws(known: States) -> bool:
     """Whether a state is another one now; if so, all are put back."""
     with quiet():
         same = all(torch.equal(g.get_state(), state) for g, state in known.values())

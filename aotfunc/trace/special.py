@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
-from .casts import cast
+from .casts import record_cast
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
@@ -112,7 +112,7 @@ def _select(trace: Trace, x: Tensor, dim: int, index: int) -> Any:
         raise error
     forgive(error)
     with trace:
-        return part(x, dim, place, 1).squeeze(dim)
+        return narrow_traced(x, dim, place, 1).squeeze(dim)
 
 
 def _slice(trace: Trace, *_: Any, **__: Any) -> Any:

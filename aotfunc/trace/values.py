@@ -28,7 +28,7 @@ from .views import COMPUTED, Link, inverse, laid_out, linked, replay_view, restr
 aten = torch.ops.aten
 
 
-class Values:
+class ValueNodes:
     """The node of each value of one recording, as its graph is built; ``read`` and ``write`` are
     what recorded steps of other layers need."""
 

@@ -117,11 +117,11 @@ def inverse(b: Builder, link: Link, base: Node, new: Node) -> Node:
     if op is aten.as_strided.default:
         base, args = in_memory(b, base, args)
     if rule is None:
-        return scatter(b, link, base, new)
+        return scatter_through(b, link, base, new)
     return rule(b, base, new, index, *args, **kwargs)
 
 
-def scatter(b: Builder, link: Link, base: Node, new: Node) -> Node:
+def scatter_through(b: Builder, link: Link, base: Node, new: Node) -> Node:
     """The inverse of any view at all: look through it at the numbers of the elements, and put
     there."""
     sig: Sig = base.meta["val"]
@@ -130,7 +130,7 @@ def scatter(b: Builder, link: Link, base: Node, new: Node) -> Node:
     return b.call(aten.put.default, base, where, new)
 
 
-def reshaped(b: Builder, base: Node, new: Node, *_: Any, **__: Any) -> Node:
+def reshape_back(b: Builder, base: Node, new: Node, *_: Any, **__: Any) -> Node:
     return b.reshape(new, base.meta["val"].shape)
 
 
@@ -180,7 +180,7 @@ INVERSES: dict[OpOverload, Any] = {
             aten.squeeze.dims,
             aten.unsqueeze.default,
         ),
-        reshaped,
+        reshape_back,
     ),
     **dict.fromkeys(
         (aten.alias.default, aten.detach.default, aten.lift_fresh.default),

@@ -79,7 +79,7 @@ def jacobian_rows(
                     )
                 )
             for k, x in enumerate(wrt):
-                rows = joined(b, [p[k] for p in pieces], 0)
+                rows = cat_pieces(b, [p[k] for p in pieces], 0)
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
                 blocks.append(b.reshape(rows, shape))
         own = range(len(blocks), len(blocks) + base.n_outputs)
@@ -112,7 +112,7 @@ def jacobian_columns(
                 )
             column = []
             for i in range(n_out):
-                whole = joined(b, [p[i] for p in pieces], 0)
+                whole = cat_pieces(b, [p[i] for p in pieces], 0)
                 rank = len(base.vals[i].shape)
                 whole = b.call(aten.permute.default, whole, [*range(1, rank + 1), 0])
                 column.append(b.reshape(whole, [*base.vals[i].shape, *val.shape]))
@@ -156,5 +156,5 @@ def make_dense(shape: tuple, sig: Sig) -> Sig:
     return make_sig(shape, contiguous_stride(shape), sig.dtype, sig.device)
 
 
-def joined(b: Builder, pieces: Sequence[Node], dim: int) -> Node:
+def cat_pieces(b: Builder, pieces: Sequence[Node], dim: int) -> Node:
     return pieces[0] if len(pieces) == 1 else b.call(aten.cat.default, list(pieces), dim)

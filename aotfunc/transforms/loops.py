@@ -55,7 +55,7 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
             for i, yes in zip(where, flags, strict=True):
                 full[i] = at_sample(full[i], yes, k, lambda x, k: x[k])
             rows.append(call_op(op, full))
-        return stacked(rows)
+        return stack_nested(rows)
 
     try:
         return traced(loop)(b, *args)
@@ -86,10 +86,10 @@ def at_sample(a: Any, yes: Any, k: int, select: Callable) -> Any:
     return mapped(lambda x, y: select(x, k) if y and x is not None else x, a, yes)
 
 
-def stacked(rows: list) -> Any:
+def stack_nested(rows: list) -> Any:
     """The samples' results along a new dimension 0; lists of results, of any depth, as lists."""
     if isinstance(rows[0], list | tuple):
-        return [stacked(list(column)) for column in zip(*rows, strict=True)]
+        return [stack_nested(list(column)) for column in zip(*rows, strict=True)]
     return torch.stack(rows)
 
 

@@ -22,7 +22,7 @@ from ..errors import RuleError
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
-from ..trace.nested import alike, leaves, mapped
+from ..trace.nested import leaves, map_nested, mapped
 from ..trace.recording import record_into
 from ..trace.shapes.instr import encode, env_key
 from ..trace.shapes.sig import Sig, Slot, fill
@@ -98,7 +98,7 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
                 return trace.input_like(a.meta["val"])
             return a
 
-        wrapped = [alike(wrap, a) for a in args]
+        wrapped = [map_nested(wrap, a) for a in args]
         with off():
             results = record_into(trace, lambda: fn(*wrapped))
         with quiet():  # what the rule made itself may be looked at anywhere

@@ -124,7 +124,7 @@ def test_no_place_for_kernels(automatic, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(store, "written", full)
+    monkeypatch.setattr(store, "build_in", full)
     compiled = jit(f)
     with pytest.warns(BackendWarning) as found:
         torch.testing.assert_close(run(compiled), run(f), rtol=0, atol=0)

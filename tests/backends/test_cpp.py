@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import aotfunc
 from aotfunc import aot_function, aot_module, grad, jacrev, jit, make_fx, vmap
 from aotfunc.backends.loops import backend, native
-from aotfunc.backends.loops.arguments import rows, sizes
+from aotfunc.backends.loops.arguments import count_rows, sizes
 from aotfunc.backends.loops.blocks import in_blocks
 from aotfunc.backends.loops.fuse import grouped, stored
 from aotfunc.backends.loops.interpret import interpret
@@ -381,7 +381,7 @@ def test_random_programs(first):
 def against_the_interpreter(kernel) -> None:
     """A kernel on random memory."""
     source, names = backend.text([kernel])
-    library = native.load(f"{native.PRELUDE}{source}\n")
+    library = native.load_kernels(f"{native.PRELUDE}{source}\n")
     tensors = []
     for a in kernel.accesses:
         val = a.tensor.meta["val"]
@@ -393,7 +393,7 @@ def against_the_interpreter(kernel) -> None:
     apart = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
     interpret(kernel, apart)
     ours = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
-    library[names[kernel.name]](rows(kernel), sizes(kernel), ours)
+    library[names[kernel.name]](count_rows(kernel), sizes(kernel), ours)
     for a, b in itertools.zip_longest(ours, apart):
         assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
 

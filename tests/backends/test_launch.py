@@ -69,7 +69,7 @@ def vector(n, dtype=torch.float32):
 
 
 def made(name, *args, **options) -> Launch:
-    return Launch(native.load(SOURCE)[name], *args, **options)
+    return Launch(native.load_kernels(SOURCE)[name], *args, **options)
 
 
 def add(n: int) -> Launch:
@@ -319,7 +319,7 @@ def unlike():
 
 @pytest.mark.parametrize("what", LACKS)
 def test_the_plain_form_instead(cache, monkeypatch, what):
-    kernel = native.load(SOURCE)["add"]
+    kernel = native.load_kernels(SOURCE)["add"]
     monkeypatch.setattr(
         launch, "native_form", launch.functools.cache(launch.native_form.__wrapped__)
     )
@@ -336,7 +336,7 @@ def test_compiled_for_the_first_launch(cache, monkeypatch):
     runs, compile = [], toolchain.compile
     monkeypatch.setattr(toolchain, "compile", lambda *paths: (runs.append(1), compile(*paths)))
     fresh = lambda: launch.functools.cache(launch.native_form.__wrapped__)
-    kernel = native.load(SOURCE)["add"]
+    kernel = native.load_kernels(SOURCE)["add"]
     assert len(runs) == 1
     for _ in range(2):
         monkeypatch.setattr(launch, "native_form", fresh())

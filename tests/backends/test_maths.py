@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aotfunc.backends.loops import native
-from aotfunc.backends.loops.native import PRELUDE, load
+from aotfunc.backends.loops.native import PRELUDE, load_kernels
 from benchmarks import fit_polynomials
 from benchmarks.maths import BINARY, UNARY, error, largest, largest_double, ours, right, samples
 
@@ -47,7 +47,7 @@ extern "C" void kernel(int64_t begin, int64_t end, const int64_t *sizes, void *c
 }}"""
     x, y = samples(dtype, 100)
     out = torch.empty(len(UNARY) + len(BINARY), len(x), dtype=dtype)
-    load(PRELUDE + source)["kernel"](len(x), (len(x),), (out, x, y))
+    load_kernels(PRELUDE + source)["kernel"](len(x), (len(x),), (out, x, y))
     for one, name in zip(out, [*UNARY, *BINARY]):
         torch.testing.assert_close(one, ours(name, x, y), rtol=0, atol=0, equal_nan=True)
 

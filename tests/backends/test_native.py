@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from aotfunc.backends.loops.native import PRELUDE, load
+from aotfunc.backends.loops.native import PRELUDE, load_kernels
 
 C_TYPE = {
     torch.float32: ("float", "floats"),
@@ -35,7 +35,7 @@ extern "C" void {name}(int64_t begin, int64_t end, const int64_t *, void *const 
 def applied(expression: str, x: torch.Tensor) -> torch.Tensor:
     """``expression`` of every element of ``x``."""
     out = torch.empty_like(x)
-    kernel = load(PRELUDE + pointwise("kernel", expression, x.dtype))["kernel"]
+    kernel = load_kernels(PRELUDE + pointwise("kernel", expression, x.dtype))["kernel"]
     kernel(x.numel(), (), (x, out))
     return out
 
@@ -72,7 +72,7 @@ extern "C" void kernel(int64_t begin, int64_t end, const int64_t *sizes, void *c
             aot_gather<floats>((float *)buffers[0] + i, 5, sizes[0]), 5);
 }"""
     x, out = torch.randn(5, 3), torch.empty(3, 5)
-    load(PRELUDE + source)["kernel"](3, (3,), (x, out))
+    load_kernels(PRELUDE + source)["kernel"](3, (3,), (x, out))
     assert torch.equal(out, x.T)
 
 

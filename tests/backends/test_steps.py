@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from aotfunc import grad, jit
-from aotfunc.backends.loops.arguments import rows
+from aotfunc.backends.loops.arguments import count_rows
 from tests.backends.test_cpp import agree, kernels_of, r
 from tests.kernels import with_threads
 
@@ -70,7 +70,7 @@ def test_special_values():
 
 def test_the_first_step_has_rows():
     first, second = kernels_of(lambda x, y: ((x - y) ** 2).mean(), r(300, 1000), r(300, 1000))
-    assert rows(first) == 300 and rows(second) == 1
+    assert count_rows(first) == 300 and count_rows(second) == 1
 
 
 def test_gradients():

@@ -32,7 +32,7 @@ def right(source: str = SOURCE) -> bool:
     """Whether the kernel, loaded as a new process would, computes what it should."""
     native.LOADED.clear()
     x = torch.zeros(3)
-    native.load(source)["kernel"](3, (), (x,))
+    native.load_kernels(source)["kernel"](3, (), (x,))
     return x.tolist() == [1, 2, 3]
 
 
@@ -193,7 +193,7 @@ def test_no_place_at_all(cache, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(store, "written", full)
+    monkeypatch.setattr(store, "build_in", full)
     with pytest.warns(BackendWarning), pytest.raises(CompilerError, match="no place") as e:
         right()
     assert e.value.source == SOURCE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from aotfunc.capture.plain_trees import flattened, maker
+from aotfunc.capture.plain_trees import flatten_plain, maker_of
 
 Pair = namedtuple("Pair", "a b")
 t = torch.ones(2)
@@ -40,14 +40,14 @@ def same(a, b):
 @pytest.mark.parametrize("tree", PLAIN, ids=str)
 def test_as_pytorch_does(tree):
     for _ in range(2):
-        leaves, spec = flattened(tree)
+        leaves, spec = flatten_plain(tree)
         expected, expected_spec = tree_flatten(tree)
         assert same(leaves, expected) and spec == expected_spec
-        assert same(maker(spec)(leaves), tree) and same(tree_unflatten(leaves, spec), tree)
+        assert same(maker_of(spec)(leaves), tree) and same(tree_unflatten(leaves, spec), tree)
 
 
 def test_trees_that_differ_have_specs_that_do():
-    specs = [flattened(tree)[1] for tree in PLAIN]
+    specs = [flatten_plain(tree)[1] for tree in PLAIN]
     for i, a in enumerate(specs):
         for j, b in enumerate(specs):
             assert (a == b) is (tree_flatten(PLAIN[i])[1] == tree_flatten(PLAIN[j])[1])
@@ -55,4 +55,4 @@ def test_trees_that_differ_have_specs_that_do():
 
 @pytest.mark.parametrize("tree", OTHERS, ids=lambda x: type(x).__name__)
 def test_other_kinds_are_left_to_pytorch(tree):
-    assert flattened(tree) is flattened([tree]) is None
+    assert flatten_plain(tree) is flatten_plain([tree]) is None

@@ -8,7 +8,7 @@ import torch
 
 from .arguments import VECTORS
 from .ir import Const, Kernel, Reduce
-from .values import NUMBERS, Values
+from .values import NUMBERS, KernelText
 
 #: what a reduction begins with, of floating point or not, and how it goes on
 START = {"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True}
@@ -21,7 +21,7 @@ STEP = {
 }
 
 
-class Accumulators(Values):
+class Accumulators(KernelText):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         #: the vector axis is one of the outer ones

@@ -33,9 +33,9 @@ def lanes_of(kernel: Kernel) -> str:
 
 
 def sizes(kernel: Kernel) -> tuple[int, ...]:
-    """The numbers that a kernel's function gets: those of :func:`named`, the bits of doubles."""
+    """List the numbers that a kernel's function gets: :func:`named_sizes`, and bits of doubles."""
     numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
-    return (*[n for _, n in named(kernel)], *numbers)
+    return (*[n for _, n in named_sizes(kernel)], *numbers)
 
 
 def given(kernel: Kernel) -> list[Const]:
@@ -43,7 +43,7 @@ def given(kernel: Kernel) -> list[Const]:
     return [e for e in walk(kernel.values) if isinstance(e, Const) and e.given]
 
 
-def named(kernel: Kernel) -> Iterator[tuple[str, int]]:
+def named_sizes(kernel: Kernel) -> Iterator[tuple[str, int]]:
     """Extents, steps and starts, and what they are called: those that are not 0 or 1."""
     for k, n in enumerate(kernel.extents):
         yield f"n{k}", n
@@ -59,7 +59,7 @@ def named(kernel: Kernel) -> Iterator[tuple[str, int]]:
         yield f"s{s.access}_size", s.size
 
 
-def rows(kernel: Kernel) -> int:
+def count_rows(kernel: Kernel) -> int:
     """How many rows a kernel's function divides its work into: the points of the outer axes, but
     for the vector axis if there is another one; blocks of the cross axis, or of rows; one
     where several rows may be added to one place."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .ir import Access, Expr, Given, Load, Position, Ramp, Unfit, apply, number, wide
+from .ir import Access, Expr, Given, Load, Position, Ramp, Unfit, function_of, number, wide
 from .places import FIRST, Index, Place, Split, bounds, covers, matched, regrouped
 from .views import shape_of
 
@@ -67,7 +67,7 @@ class Axes:
         for axes in (list(every), [k for k in every if k not in self.reduced]):
             try:
                 if (place := matched(sizes, axes, self.extents)) is not None:
-                    return spread(place, shape)
+                    return with_unit_dims(place, shape)
             except Split as found:
                 split = split or found
         if split:
@@ -167,7 +167,7 @@ class Axes:
     def test(self, fn: str, index: Index, n: int) -> Expr:
         if (fn, index, n) not in self.values:
             limit = number(Given(n), self.integer)
-            self.values[fn, index, n] = apply(fn, self.position(index), limit)
+            self.values[fn, index, n] = function_of(fn, self.position(index), limit)
         return self.values[fn, index, n]
 
     def both(self, tests: Sequence[Expr | None]) -> Expr | None:
@@ -178,19 +178,21 @@ class Axes:
                 result = result if test is None else test
             elif ("and", result, test) not in self.values:
                 key = ("and", result, test)
-                result = self.values[key] = apply("bitwise_and", result, test)
+                result = self.values[key] = function_of("bitwise_and", result, test)
             else:
                 result = self.values["and", result, test]
         return result
 
 
-def spread(place: Place, shape: Sequence[int]) -> Place:
+def with_unit_dims(place: Place, shape: Sequence[int]) -> Place:
     """A place of the dimensions that are not of size 1, for all of them."""
     rest = iter(place)
     return tuple([FIRST if size == 1 else next(rest) for size in shape])
 
 
-def in_memory(place: Place, shape: Sequence[int], source: Node, extents: Sequence[int]) -> Place:
+def merged_in_memory(
+    place: Place, shape: Sequence[int], source: Node, extents: Sequence[int]
+) -> Place:
     """Merge dimensions as :func:`regrouped` does, for a tensor in memory: neighbours that are
     walked in equal steps become one."""
     have, strides = shape_of(source), source.meta["val"].stride()

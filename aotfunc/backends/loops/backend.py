@@ -15,15 +15,15 @@ from ...graph import output_node, size
 from ..eager import compile_graph
 from ..results import resolved
 from . import native
-from .arguments import rows, sizes
+from .arguments import count_rows, sizes
 from .blocks import in_blocks
-from .cpp import function
+from .cpp import print_kernel
 from .folded import fold
 from .fuse import Unit, calls, grouped, stored
 from .ir import Apply, Kernel, walk
 from .launch import Launch, has_memory
 from .lower import lower
-from .matmul import product
+from .matmul import matrix_product
 from .members import seen_through
 from .recompute import recompute
 from .schedule import schedule
@@ -101,16 +101,16 @@ def worth(nodes: Sequence[Node]) -> bool:
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
     """The graph with launches of kernels in the place of what these compute, and their source."""
-    old = copied(gm.graph)
+    old = copy_graph(gm.graph)
     in_steps(old)
     in_blocks(old)
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
-    kernels = {u: named(u) for u in found if u.kernel}
+    kernels = {u: kernel_of(u) for u in found if u.kernel}
     source, name_of = text(list(kernels.values()))
-    library: Any = native.load(f"{native.PRELUDE}{source}\n") if source else {}
+    library: Any = native.load_kernels(f"{native.PRELUDE}{source}\n") if source else {}
     tasks = {u: task(k, library[name_of[k.name]]) for u, k in kernels.items()}
-    tasks |= {u: p for u in found if u not in tasks and (p := product(u.nodes[0]))}
+    tasks |= {u: p for u in found if u not in tasks and (p := matrix_product(u.nodes[0]))}
     graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
     for n in old.nodes:
@@ -126,7 +126,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     return graph, source
 
 
-def copied(graph: fx.Graph) -> fx.Graph:
+def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy, which may be changed."""
     new: dict[Node, Node] = {}
     copy = fx.Graph()
@@ -150,19 +150,19 @@ def needed(found: Sequence[Unit], tasks: Mapping[Unit, Task], graph: fx.Graph) -
     return kept[::-1]
 
 
-def task(kernel: Kernel, compiled: native.Kernel) -> Task:
+def task(kernel: Kernel, compiled: native.LoadedKernel) -> Task:
     return Task(
         compiled,
-        rows(kernel),
+        count_rows(kernel),
         sizes(kernel),
         [a.tensor for a in kernel.accesses],
         [kernel.accesses[s.access].tensor for s in kernel.stores],
-        max(1, native.GRAIN * rows(kernel) // max(1, math.prod(kernel.extents))),
+        max(1, native.GRAIN * count_rows(kernel) // max(1, math.prod(kernel.extents))),
         kernel.checks,
     )
 
 
-def named(u: Unit) -> Kernel:
+def kernel_of(u: Unit) -> Kernel:
     """The unit's kernel, called as the last value that it stores."""
     outs = stored(u.nodes)
     return schedule(lower(u.nodes, outs, f"k_{outs[-1].name}"))
@@ -174,7 +174,7 @@ def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str]]:
     functions: dict[str, str] = {}
     names: dict[str, str] = {}  # code -> the first kernel that has it
     for kernel in kernels:
-        found = function(kernel)
+        found = print_kernel(kernel)
         code = native.without_comments(found).replace(f" {kernel.name}(", " (")
         functions[kernel.name] = name = names.setdefault(code, kernel.name)
         texts.setdefault(name, found)

@@ -30,10 +30,10 @@ def sums(x: Tensor, dims: int) -> Tensor:
 
 def blank(x: Tensor, dims: int) -> Tensor:
     """A tensor like the result, without memory."""
-    return like(x, (-(-math.prod(x.shape[:dims]) // ROWS), *x.shape[dims:]))
+    return meta_like(x, (-(-math.prod(x.shape[:dims]) // ROWS), *x.shape[dims:]))
 
 
-def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+def meta_like(x: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of another shape, without memory."""
     made = torch.empty(shape, dtype=x.dtype, device="meta")
     # not by an op of x, which would import Dynamo
@@ -48,7 +48,7 @@ block_sums = torch.ops.aotfunc.block_sums.default
 def in_blocks(graph: fx.Graph) -> None:
     """Sum first over blocks where a tensor of the same shape is also summed along its rows.
     Changes the graph."""
-    asked = {n: over(n) for n in graph.nodes if n.target in REDUCTIONS}
+    asked = {n: reduced_dims(n) for n in graph.nodes if n.target in REDUCTIONS}
     along = set(asked.values())
     for n, (shape, dims) in asked.items():
         rest = tuple(range(len(dims), len(shape)))
@@ -65,7 +65,7 @@ def in_blocks(graph: fx.Graph) -> None:
             n.args = (first, [0])
 
 
-def over(n: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def reduced_dims(n: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of what a node reduces, and over which of its dimensions."""
     shape = shape_of(n.args[0])  # type: ignore[arg-type]
     dims = REDUCTIONS[n.target](*n.args, **n.kwargs).dims

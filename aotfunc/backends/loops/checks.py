@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from .classes import class_of
-from .ir import Check, Expr, Given, Load, Unfit, apply, number
-from .places import Place, along
-from .views import behind, shape_of, source_of
+from .ir import Expr, Given, Load, Requirement, Unfit, function_of, number
+from .places import Place, index_along
+from .views import shape_of, source_of, source_place
 
 if TYPE_CHECKING:
     from .indexed import At
@@ -41,16 +41,16 @@ def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
     """An index that counts from the end where it is negative."""
     if (found, size, "wrapped") not in work.values:
         end = found + number(Given(size), work.integer)
-        work.values[found, size, "wrapped"] = apply("where", found < 0, end, found)
+        work.values[found, size, "wrapped"] = function_of("where", found < 0, end, found)
     return work.values[found, size, "wrapped"]
 
 
-def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
+def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Requirement:
     """That of the elements of a view of a tensor in memory."""
     shape = shape_of(n)
-    place: Place = tuple([along(d) for d in range(len(shape))])
+    place: Place = tuple([index_along(d) for d in range(len(shape))])
     while n is not tensor:
-        place = behind(n, place, shape)
+        place = source_place(n, place, shape)
         n = source_of(n)  # type: ignore[assignment]
     strides, start = [0] * len(shape), 0
     for index, stride in zip(place, n.meta["val"].stride(), strict=True):
@@ -60,4 +60,4 @@ def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Check:
     for d, stride in enumerate(strides):
         if stride < 0:  # from the other end
             strides[d], start = -stride, start + stride * (shape[d] - 1)
-    return Check(tensor, (shape, tuple(strides), start), low, high, error)
+    return Requirement(tensor, (shape, tuple(strides), start), low, high, error)

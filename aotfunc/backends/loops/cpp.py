@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from .accumulators import Accumulators
-from .arguments import BLOCK, given, named
+from .arguments import BLOCK, given, named_sizes
 from .blocks import ROWS
 from .ir import SLOW, Apply, Const, Expr, Kernel, Load, Position, Reduce, Store, walk
 from .values import NUMBERS, memory
@@ -22,7 +22,7 @@ from .values import NUMBERS, memory
 TILE = 1024
 
 
-def function(kernel: Kernel) -> str:
+def print_kernel(kernel: Kernel) -> str:
     """The kernel as the text of an exported function."""
     return Printer(kernel).text()
 
@@ -37,7 +37,7 @@ class Printer(Accumulators):
 
     def text(self) -> str:
         kernel = self.kernel
-        names = [name for name, _ in named(kernel)]
+        names = [name for name, _ in named_sizes(kernel)]
         for at, name in enumerate(names):
             self.say(f"const int64_t {name} = sizes[{at}];")
         for at, e in enumerate(given(kernel), len(names)):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .ir import ROUNDED, Apply, Cast, Const, Expr, Given, Load, Unfit, apply, number, wide
+from .ir import ROUNDED, Apply, Cast, Const, Expr, Given, Load, Unfit, function_of, number, wide
 
 #: dtypes of the tensors that kernels compute
 DTYPES = (
@@ -51,7 +51,7 @@ def integer(nodes: Sequence[Node]) -> torch.dtype:
     return torch.int32
 
 
-def said(a: Any) -> Any:
+def as_given(a: Any) -> Any:
     """A number of the graph as one that is given with the call."""
     return Given(a) if isinstance(a, float) or (type(a) is int and abs(a) < 2**53) else a
 
@@ -63,7 +63,7 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
             return number(Given(value.value) if value.given else value.value, dtype)
         value = cast(value, torch.float32)
         exact = isinstance(value, Apply) and value.fn == ROUNDED[dtype]
-        return value if exact else apply(ROUNDED[dtype], value)
+        return value if exact else function_of(ROUNDED[dtype], value)
     if value.dtype is dtype:
         return value
     if isinstance(value, Load) and (dtype, value.dtype) == NARROW:

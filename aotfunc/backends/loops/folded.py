@@ -32,7 +32,7 @@ def fold(graph: fx.Graph, ours: tuple[type, ...]) -> None:
     known: dict[Node, Any] = {}
     for n in graph.nodes:
         if n.op == "call_function" and all(m in known for m in n.all_input_nodes):
-            if pure(n, ours) and (value := computed(n, known)) is not None:
+            if pure(n, ours) and (value := try_to_compute(n, known)) is not None:
                 known[n] = value
     if not known:
         return
@@ -63,7 +63,7 @@ def pure(n: Node, ours: tuple[type, ...]) -> bool:
     )
 
 
-def computed(n: Node, known: dict[Node, Any]) -> Any:
+def try_to_compute(n: Node, known: dict[Node, Any]) -> Any:
     """The value, None where it is large, not as the graph says, or cannot be had: the call will
     say why."""
     said = n.meta.get("val")

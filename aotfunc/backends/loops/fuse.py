@@ -16,7 +16,7 @@ from torch.fx import Node
 from ...graph import draws
 from .ir import Unfit
 from .lower import lower
-from .members import computed, seen_through
+from .members import in_kernels, seen_through
 from .views import SEVERAL, source_of
 
 #: a kernel of more nodes is slow to compile, and has more values than there are registers
@@ -55,11 +55,11 @@ class Groups:
         if not (one.kernel and other.kernel) or len(one.nodes) + len(other.nodes) > MOST:
             return False
         for first, last in ((p, q), (q, p)):  # no unit runs between them
-            between = bits(self.before[last] & ~(1 << first))
+            between = set_bits(self.before[last] & ~(1 << first))
             if any(self.before[i] >> first & 1 for i in between):
                 return False
         nodes = sorted([*one.nodes, *other.nodes], key=self.rank.__getitem__)
-        if not fits(nodes):
+        if not can_lower(nodes):
             return False
         one.nodes, other.nodes = nodes, []
         self.at.update(dict.fromkeys(nodes, p))
@@ -72,7 +72,7 @@ class Groups:
         return True
 
 
-def bits(mask: int) -> Iterator[int]:
+def set_bits(mask: int) -> Iterator[int]:
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1
@@ -90,7 +90,7 @@ def calls(
             found += [Unit([n], False) for n in u.nodes]
         else:
             found.append(u)
-    return ordered(graph, found)
+    return in_dependency_order(graph, found)
 
 
 def grouped(graph: fx.Graph) -> Groups:
@@ -101,16 +101,16 @@ def grouped(graph: fx.Graph) -> Groups:
     for n in graph.nodes:
         if n.op in ("placeholder", "get_attr", "output"):
             continue
-        reads = {at[m] for m in read(n) if m in at}
+        reads = {at[m] for m in values_read(n) if m in at}
         if keeps_its_turn(n):
             if last is not None:
                 reads.add(last)
             last = len(groups.units)
-        kernel = bool(n.users) and computed(n) and not seen_through(n) and fits([n])
+        kernel = bool(n.users) and in_kernels(n) and not seen_through(n) and can_lower([n])
         groups.add(n, kernel, reads)
         if not kernel:
             continue
-        beside = {at[u] for m in read(n) for v in shown(m) for u in v.users if u in at}
+        beside = {at[u] for m in values_read(n) for v in with_views(m) for u in v.users if u in at}
         for near in (reads, beside - reads):
             for place in sorted(near, reverse=True):
                 if place != at[n] and groups.units[place].nodes:
@@ -118,33 +118,33 @@ def grouped(graph: fx.Graph) -> Groups:
     return groups
 
 
-def read(n: Node) -> Iterator[Node]:
+def values_read(n: Node) -> Iterator[Node]:
     """The values that must be there when a node runs: a kernel looks through views."""
     for m in n.all_input_nodes:
-        if computed(n) and not seen_through(n):
-            yield from behind(m)
+        if in_kernels(n) and not seen_through(n):
+            yield from values_behind(m)
         else:
             yield m
 
 
-def behind(m: Node) -> Iterator[Node]:
+def values_behind(m: Node) -> Iterator[Node]:
     """A value, or what a view or a constant is made of."""
     if not seen_through(m):
         yield m
         return
     for source in m.all_input_nodes:
-        yield from behind(source)
+        yield from values_behind(source)
 
 
-def shown(n: Node) -> Iterator[Node]:
+def with_views(n: Node) -> Iterator[Node]:
     """A value, and the views of it that kernels look through."""
     yield n
     for u in n.users:
         if source_of(u) is not None or u.target in SEVERAL:
-            yield from shown(u)
+            yield from with_views(u)
 
 
-def fits(nodes: Sequence[Node]) -> bool:
+def can_lower(nodes: Sequence[Node]) -> bool:
     try:
         lower(nodes, stored(nodes), "kernel")
     except Unfit:
@@ -171,7 +171,7 @@ def keeps_its_turn(n: Node) -> bool:
     return not isinstance(n.target, OpOverload) or draws(n) or n.is_impure()
 
 
-def ordered(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
+def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
     """Each unit after those that it reads from, otherwise in the graph's order."""
     rank = {n: i for i, n in enumerate(graph.nodes)}
     of = {n: u for u in found for n in u.nodes}
@@ -181,7 +181,7 @@ def ordered(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
         if n not in of:
             continue
         unit = of[n]
-        needed = read(n) if unit.kernel else n.all_input_nodes
+        needed = values_read(n) if unit.kernel else n.all_input_nodes
         waits[unit].update([of[m] for m in needed if of.get(m, unit) is not unit])
         if keeps_its_turn(n):
             if last is not None and last is not unit:

@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from ...trace.shapes.rules import broadcast
 from .checks import index_of, wrapped
-from .dtypes import cast, said
-from .ir import Expr, Given, Unfit, apply, number
-from .places import FIRST, Index, Place, divided
-from .views import changed, expand, first_of, shape_of
+from .dtypes import as_given, cast
+from .ir import Expr, Given, Unfit, function_of, number
+from .places import FIRST, Index, Place, divide_index
+from .views import expand, first_of, shape_of, with_index
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -53,7 +53,7 @@ def gather(work: Lowering, at: At, x: Node, dim: int, index: Node, **_: Any) -> 
         raise Unfit("a gather from one number")
     dim, size = dim % len(at.place), shape_of(x)[dim]
     found = index_of(work, index, at, 0, size, outside(RuntimeError, size, dim))
-    return work.value(x, changed(at.place, dim, looked_up(found)), at.mask)
+    return work.value(x, with_index(at.place, dim, looked_up(found)), at.mask)
 
 
 def index_select(work: Lowering, at: At, x: Node, dim: int, index: Node) -> Expr:
@@ -61,7 +61,7 @@ def index_select(work: Lowering, at: At, x: Node, dim: int, index: Node) -> Expr
         raise Unfit("an index that is one number")
     here = At((at.place[dim],), at.mask)
     found = index_of(work, index, here, 0, shape_of(x)[dim], out_of_self)
-    return work.value(x, changed(at.place, dim, looked_up(found)), at.mask)
+    return work.value(x, with_index(at.place, dim, looked_up(found)), at.mask)
 
 
 def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Expr:
@@ -70,26 +70,28 @@ def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Exp
     return work.value(weight, (looked_up(found), at.place[-1]), at.mask)
 
 
-def scatter(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
+def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
     """One element of each row is another one."""
     dim, shape = dim % max(1, len(at.place)), list(shape_of(x))
     if not shape or shape_of(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
         raise Unfit("elements that may be the same")
-    here = At(changed(at.place, dim, FIRST), at.mask)
+    here = At(with_index(at.place, dim, FIRST), at.mask)
     found = index_of(work, index, here, 0, shape[dim], outside(RuntimeError, shape[dim], dim))
     old = work.value(x, at.place, at.mask)
     if isinstance(new, Node):
         value: Expr = cast(work.value(new, here.place, at.mask), old.dtype)
     else:
-        value = number(said(new), old.dtype)
-    return apply("where", apply("eq", work.position(at.place[dim]), found), value, old)
+        value = number(as_given(new), old.dtype)
+    return function_of("where", function_of("eq", work.position(at.place[dim]), found), value, old)
 
 
 def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr:
-    return work.value(x, indexed(work, at, shape_of(x), asked), at.mask)
+    return work.value(x, place_of_indexed(work, at, shape_of(x), asked), at.mask)
 
 
-def indexed(work: Lowering, at: At, size: Sequence[int], asked: Sequence[Node | None]) -> Place:
+def place_of_indexed(
+    work: Lowering, at: At, size: Sequence[int], asked: Sequence[Node | None]
+) -> Place:
     """Where an indexed tensor of this size lies. A negative index counts from the end."""
     indices = {d: i for d, i in enumerate(asked) if i is not None}
     first, shape = together(asked)
@@ -119,12 +121,16 @@ def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
 # --- cut, padded, joined ---
 
 
-def padded(
+def value_or_fill(
     work: Lowering, x: Node, place: Place, inside: Expr | None, mask: Expr | None, value: Any = 0
 ) -> Expr:
     """A value where it is ``inside``, elsewhere this number."""
     found = work.value(x, place, work.both([mask, inside]))
-    return found if inside is None else apply("where", inside, found, number(value, found.dtype))
+    return (
+        found
+        if inside is None
+        else function_of("where", inside, found, number(value, found.dtype))
+    )
 
 
 def constant_pad(work: Lowering, at: At, x: Node, pad: Sequence[int], value: Any = 0) -> Expr:
@@ -132,25 +138,25 @@ def constant_pad(work: Lowering, at: At, x: Node, pad: Sequence[int], value: Any
     for i in range(len(pad) // 2):
         d = len(place) - 1 - i
         index = place[d].shifted(-pad[2 * i])
-        place = changed(place, d, index)
+        place = with_index(place, d, index)
         tests.append(work.inside(index, 0, shape_of(x)[d]))
-    return padded(work, x, place, work.both(tests), at.mask, Given(value))
+    return value_or_fill(work, x, place, work.both(tests), at.mask, Given(value))
 
 
 def slice_backward(
     work: Lowering, at: At, g: Node, sizes: Any, dim: int, start: int, end: int, step: int
 ) -> Expr:
     first, rest = divmod(first_of(start, sizes[dim]), step)
-    index, gap = divided(at.place[dim], step, work.extents)
+    index, gap = divide_index(at.place[dim], step, work.extents)
     index = index.shifted(-first)
     tests = [work.inside(gap, rest, rest + 1), work.inside(index, 0, shape_of(g)[dim])]
-    return padded(work, g, changed(at.place, dim, index), work.both(tests), at.mask)
+    return value_or_fill(work, g, with_index(at.place, dim, index), work.both(tests), at.mask)
 
 
 def select_backward(work: Lowering, at: At, g: Node, sizes: Any, dim: int, index: int) -> Expr:
     index %= sizes[dim]
     inside = work.inside(at.place[dim], index, index + 1)
-    return padded(work, g, without(at.place, dim), inside, at.mask)
+    return value_or_fill(work, g, without(at.place, dim), inside, at.mask)
 
 
 def without(place: Place, dim: int) -> Place:
@@ -161,13 +167,13 @@ def without(place: Place, dim: int) -> Place:
 def cat(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
     ends = list(itertools.accumulate([shape_of(x)[dim] for x in parts]))
     index = at.place[dim]
-    return joined(work, at, parts, ends, index, lambda i: changed(at.place, dim, i))
+    return part_of_cat(work, at, parts, ends, index, lambda i: with_index(at.place, dim, i))
 
 
 def stack(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
     rest = without(at.place, dim)
     ends = range(1, len(parts) + 1)
-    return joined(work, at, parts, ends, at.place[dim], lambda i: rest)
+    return part_of_cat(work, at, parts, ends, at.place[dim], lambda i: rest)
 
 
 #: more parts than these are copied one by one, which is up to nine times as fast as asking at each
@@ -175,7 +181,7 @@ def stack(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
 MOST = 4
 
 
-def joined(
+def part_of_cat(
     work: Lowering,
     at: At,
     parts: Sequence[Node],
@@ -195,7 +201,7 @@ def joined(
         elif value.dtype is not result.dtype:
             raise Unfit("parts of several dtypes")
         elif before := work.inside(index, 0, end):
-            result = apply("where", before, value, result)
+            result = function_of("where", before, value, result)
         else:
             result = value
     assert result is not None
@@ -205,7 +211,7 @@ def joined(
 def triangle(fn: str) -> Callable[..., Expr]:
     def rule(work: Lowering, at: At, x: Node, diagonal: int = 0) -> Expr:
         past = (at.place[-1] + at.place[-2] * -1).shifted(-diagonal)
-        return padded(work, x, at.place, work.test(fn, past, 0), at.mask)
+        return value_or_fill(work, x, at.place, work.test(fn, past, 0), at.mask)
 
     return rule
 
@@ -216,8 +222,8 @@ TAKEN: dict[Any, Callable[..., Expr]] = {
     aten.index_select.default: index_select,
     aten.embedding.default: embedding,
     aten.index.Tensor: index,
-    aten.scatter.src: scatter,
-    aten.scatter.value: scatter,
+    aten.scatter.src: scatter_element,
+    aten.scatter.value: scatter_element,
     aten.constant_pad_nd.default: constant_pad,
     aten.slice_backward.default: slice_backward,
     aten.select_backward.default: select_backward,
@@ -231,7 +237,7 @@ TAKEN: dict[Any, Callable[..., Expr]] = {
 
 
 def arange(work: Lowering, n: Node, place: Place) -> Expr:
-    start, _, step = counting(n)
+    start, _, step = arange_bounds(n)
     return work.position((place[0] * step).shifted(start))
 
 
@@ -245,7 +251,7 @@ IOTAS: dict[Any, Callable[[Lowering, Node, Place], Expr]] = {
 }
 
 
-def counting(n: Node) -> tuple[Any, Any, Any]:
+def arange_bounds(n: Node) -> tuple[Any, Any, Any]:
     """Start, end and step of an arange."""
     args = n.args if len(n.args) > 1 else (0, *n.args)
     return (*args, 1)[:3]
@@ -257,7 +263,7 @@ def iota(n: Node) -> bool:
         return False
     if IOTAS[n.target] is eye:
         return True
-    numbers = counting(n)
+    numbers = arange_bounds(n)
     dtype = n.meta["val"].dtype
     most = round(2 / torch.finfo(dtype).eps) if dtype.is_floating_point else torch.iinfo(dtype).max
     return all([type(i) is int and abs(i) <= min(most, 2**31 - 1) for i in numbers])

@@ -26,43 +26,43 @@ class Expr:
         return ()
 
     def __add__(self, other: Operand) -> Expr:
-        return apply("add", self, other)
+        return function_of("add", self, other)
 
     def __radd__(self, other: Operand) -> Expr:
-        return apply("add", other, self)
+        return function_of("add", other, self)
 
     def __sub__(self, other: Operand) -> Expr:
-        return apply("sub", self, other)
+        return function_of("sub", self, other)
 
     def __rsub__(self, other: Operand) -> Expr:
-        return apply("sub", other, self)
+        return function_of("sub", other, self)
 
     def __mul__(self, other: Operand) -> Expr:
-        return apply("mul", self, other)
+        return function_of("mul", self, other)
 
     def __rmul__(self, other: Operand) -> Expr:
-        return apply("mul", other, self)
+        return function_of("mul", other, self)
 
     def __truediv__(self, other: Operand) -> Expr:
-        return apply("div", self, other)
+        return function_of("div", self, other)
 
     def __rtruediv__(self, other: Operand) -> Expr:
-        return apply("div", other, self)
+        return function_of("div", other, self)
 
     def __neg__(self) -> Expr:
-        return apply("neg", self)
+        return function_of("neg", self)
 
     def __lt__(self, other: Operand) -> Expr:
-        return apply("lt", self, other)
+        return function_of("lt", self, other)
 
     def __le__(self, other: Operand) -> Expr:
-        return apply("le", self, other)
+        return function_of("le", self, other)
 
     def __gt__(self, other: Operand) -> Expr:
-        return apply("gt", self, other)
+        return function_of("gt", self, other)
 
     def __ge__(self, other: Operand) -> Expr:
-        return apply("ge", self, other)
+        return function_of("ge", self, other)
 
 
 Operand = Expr | bool | int | float
@@ -128,7 +128,7 @@ class Reduce(Expr):
         return (self.value,)
 
 
-def apply(fn: str, *args: Operand) -> Expr:
+def function_of(fn: str, *args: Operand) -> Expr:
     """``fn`` of values of one dtype; a number becomes one of this dtype."""
     dtype = next(a.dtype for a in reversed(args) if isinstance(a, Expr))
     values = tuple([a if isinstance(a, Expr) else number(a, dtype) for a in args])
@@ -246,7 +246,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Check:
+class Requirement:
     """What must hold before a kernel may run: the elements of a tensor that this window (shape,
     strides, start) shows are ``low`` at least and less than ``high``. ``error`` makes of another
     one what is raised."""
@@ -272,7 +272,7 @@ class Kernel:
     ramps: tuple[Ramp, ...] = ()
     vector: int = -1
     cross: int = -1
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Requirement, ...] = ()
     comments: tuple[str, ...] = ()
     axes_of: dict[Expr, frozenset[int]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -329,7 +329,7 @@ def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
             stack += [(a, False) for a in reversed(e.args)]
 
 
-def names_of(kernel: Kernel) -> dict[Expr, str]:
+def value_names(kernel: Kernel) -> dict[Expr, str]:
     """A name for each value that is not a number: ``v0``, ``v1``, … in the order of
     computation."""
     values = [e for e in walk(kernel.values) if not isinstance(e, Const)]
@@ -339,7 +339,7 @@ def names_of(kernel: Kernel) -> dict[Expr, str]:
 def show(kernel: Kernel) -> str:
     """The kernel as text: a line for each value and store."""
     axes = [f"i{k}" for k in range(len(kernel.extents))]
-    names = names_of(kernel)
+    names = value_names(kernel)
 
     def place(walked: Access | Ramp, shift: str = "") -> str:
         steps = [

@@ -23,7 +23,7 @@ from ...debug import LEVEL
 from ...errors import ArgumentError, BackendWarning, CompilerError
 from ...native import toolchain
 from ...native.build import built
-from ...native.fastcall import Unlike, address, check_objects, function, word
+from ...native.fastcall import Unlike, address, check_objects, python_function, word
 from . import native
 
 #: the shape, strides and dtype of a tensor
@@ -45,7 +45,7 @@ class Launch:
 
     def __init__(
         self,
-        kernel: native.Kernel,
+        kernel: native.LoadedKernel,
         rows: int,
         sizes: Sequence[int],
         outputs: Sequence[Output],
@@ -53,7 +53,7 @@ class Launch:
         grain: int | None = None,
     ) -> None:
         self.__name__ = kernel.function.__name__
-        self.plain = functools.partial(called, kernel, rows, sizes, outputs, order, grain)
+        self.plain = functools.partial(launch_plainly, kernel, rows, sizes, outputs, order, grain)
         self.run: Callable = self.plain
         if (quick := native_form()) and all(d in quick.dtypes for *_, d in outputs):
             self.run = quick(self.plain)
@@ -62,8 +62,8 @@ class Launch:
         return self.run(*inputs)
 
 
-def called(
-    kernel: native.Kernel,
+def launch_plainly(
+    kernel: native.LoadedKernel,
     rows: int,
     sizes: Sequence[int],
     outputs: Sequence[Output],
@@ -72,7 +72,7 @@ def called(
     *inputs: Tensor,
 ) -> Any:
     """The plain form of a launch."""
-    name, count = kernel.function.__name__, inputs_of(order, outputs)
+    name, count = kernel.function.__name__, count_inputs(order, outputs)
     if len(inputs) != count:
         raise TypeError(f"the kernel {name} takes {count} tensors, not {len(inputs)}")
     with torch._C.DisableTorchFunctionSubclass():
@@ -107,7 +107,7 @@ def has_memory(t: Tensor) -> bool:
         return False
 
 
-def inputs_of(order: Sequence[int], outputs: Sequence[Output]) -> int:
+def count_inputs(order: Sequence[int], outputs: Sequence[Output]) -> int:
     """How many inputs there are: what a kernel does not write it reads."""
     return max(order, default=-1) + 1 - len(outputs)
 
@@ -151,25 +151,25 @@ class Native:
         forked = ctypes.c_int32.in_dll(library, "aot_forked")
         forked.value = native._forked
         os.register_at_fork(after_in_child=lambda: setattr(forked, "value", 1))
-        self.first(native.Kernel(library.aot_first))
+        self.first(native.LoadedKernel(library.aot_first))
 
     def __call__(self, plain: functools.partial) -> Callable:
         """A native function that does the same."""
         kernel, rows, sizes, outputs, order, grain = plain.args
         largest = max([math.prod(shape) for shape, _, _ in outputs], default=0)
-        plan = [inputs_of(order, outputs), len(outputs), len(order), len(sizes)]
+        plan = [count_inputs(order, outputs), len(outputs), len(order), len(sizes)]
         plan += [rows, grain or 0, largest, kernel.address, *order, *sizes]
         for shape, strides, dtype in outputs:
             elements = 1 + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
             bytes = max(0, elements) * dtype.itemsize
             plan += [self.dtypes[dtype], bytes, len(shape), *shape, *strides]
         name = kernel.function.__name__
-        return function(name, self.launch, (array("q", plan).tobytes(), plain), __name__)
+        return python_function(name, self.launch, (array("q", plan).tobytes(), plain), __name__)
 
-    def first(self, kernel: native.Kernel) -> None:
+    def first(self, kernel: native.LoadedKernel) -> None:
         """See that a launch works. Raises Unlike."""
         outputs = [((2, 3), (1, 2), torch.float32)]
-        launch = self(functools.partial(called, kernel, 6, (), outputs, (0, 1), None))
+        launch = self(functools.partial(launch_plainly, kernel, 6, (), outputs, (0, 1), None))
         for x in (torch.arange(6.0), nn.Parameter(torch.arange(7.0))[1:]):
             y = launch(x)
             facts = (type(y), y.shape, y.stride(), y.dtype, y.requires_grad)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axes import Axes, in_memory
+from .axes import Axes, merged_in_memory
 from .blocks import block_sums
 from .constants import constant
-from .dtypes import NARROW, cast, integer, said, working
+from .dtypes import NARROW, as_given, cast, integer, working
 from .indexed import IOTAS, TAKEN, At, iota
 from .ir import (
     ROUNDED,
@@ -24,12 +24,12 @@ from .ir import (
     Access,
     Apply,
     Cast,
-    Check,
     Expr,
     Given,
     Kernel,
     Ramp,
     Reduce,
+    Requirement,
     Store,
     Unfit,
     number,
@@ -41,7 +41,7 @@ from .places import FIRST, Index, Place, Split
 from .pointwise import FACTORS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
 from .scatter import ADDED
-from .views import VIEWS, behind, expand, shape_of, source_of
+from .views import VIEWS, expand, shape_of, source_of, source_place
 from .waste import often, one_way
 
 
@@ -67,7 +67,7 @@ class Lowering(Axes):
         self.nodes = dict.fromkeys(nodes)
         self.places: dict[Node, list[tuple[Place, Expr | None]]] = {}  # where each is computed
         self.slow: set[Node] = set()
-        self.checks: dict[Any, Check] = {}
+        self.checks: dict[Any, Requirement] = {}
 
     def store(self, n: Node) -> Store:
         if n.target is block_sums:
@@ -114,7 +114,7 @@ class Lowering(Axes):
 
     def made(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         if (fixed := constant(n)) is not None:
-            return number(said(fixed), n.meta["val"].dtype)
+            return number(as_given(fixed), n.meta["val"].dtype)
         if iota(n):
             return cast(IOTAS[n.target](self, n, place), n.meta["val"].dtype)
         if (source := source_of(n)) is not None:
@@ -133,10 +133,10 @@ class Lowering(Axes):
         return self.pointwise(n, place, mask)
 
     def behind(self, n: Node, source: Node, place: Place) -> Place:
-        if VIEWS.get(n.target, behind) is None and source_of(source) is None:
+        if VIEWS.get(n.target, source_place) is None and source_of(source) is None:
             if source not in self.nodes and not seen_through(source):
-                return in_memory(place, shape_of(n), source, self.extents)
-        return behind(n, place, self.extents)
+                return merged_in_memory(place, shape_of(n), source, self.extents)
+        return source_place(n, place, self.extents)
 
     def reduction(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         if mask is not None and not self.axes_of(mask) <= self.reached(place):
@@ -180,7 +180,7 @@ class Lowering(Axes):
             if not isinstance(a, Node):
                 if common in ROUNDED and (rule.kind == "compare" or n.target in ROUND_FIRST):
                     a = number(a, common).value
-                return said(a) if dtype.is_floating_point else a
+                return as_given(a) if dtype.is_floating_point else a
             value = self.value(a, expand(shape_of(a), place), mask)
             if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
                 value = cast(value, torch.bool)
@@ -193,7 +193,7 @@ class Lowering(Axes):
         args = [given(i, a) for i, a in enumerate(n.args)]
         kwargs = {k: given(k, a) for k, a in n.kwargs.items()}
         result = rule.body(*args, **kwargs)
-        if slow(result, set(read)):
+        if is_slow(result, set(read)):
             self.slow.add(n)
         return cast(result, out)
 
@@ -235,12 +235,12 @@ class Lowering(Axes):
         )
 
 
-def slow(e: Expr, given: set[Expr]) -> bool:
+def is_slow(e: Expr, given: set[Expr]) -> bool:
     """Whether a value takes long to compute of these."""
     if e in given:
         return False
     given.add(e)
-    return (isinstance(e, Apply) and e.fn in SLOW) or any([slow(a, given) for a in e.args])
+    return (isinstance(e, Apply) and e.fn in SLOW) or any([is_slow(a, given) for a in e.args])
 
 
 def comment(n: Node) -> str:

@@ -18,7 +18,7 @@ from torch.fx import Node
 from ...errors import CompilerError
 from ...native.build import built
 from . import native
-from .members import plain, seen_through
+from .members import plain_on_cpu, seen_through
 from .tasks import Task
 from .views import shape_of, source_of
 
@@ -47,7 +47,7 @@ class Matrices(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Product:
+class MatrixProduct:
     """``c[i, j]`` is the sum over ``k < deep`` of ``a[i, k] * b[k, j]``, for each of a batch."""
 
     memory: tuple[Node, Node, Node]
@@ -73,16 +73,16 @@ class Product:
         """How many tasks are worth a thread."""
         return max(1, GRAIN // (min(self.rows, BLOCK) * self.columns * self.deep))
 
-    def transposed(self) -> Product:
+    def transposed(self) -> MatrixProduct:
         """The product of the other matrix with this one, both turned over."""
         x, y, z = self.memory
-        return Product(
+        return MatrixProduct(
             (y, x, z),
             *(self.batch, self.columns, self.rows, self.deep),
             *(self.b.transposed(), self.a.transposed(), self.c.transposed()),
         )
 
-    def in_one(self) -> Product:
+    def in_one(self) -> MatrixProduct:
         """Batches as rows, where these follow each other and the columns are the same for all."""
         a, c, n = self.a, self.c, self.rows
         if self.b.batch or self.batch == 1:
@@ -106,29 +106,33 @@ SPELLED = {
 PLANES = ("ik", "kj", "ij")
 
 
-def product(n: Node) -> Task | None:
+def matrix_product(n: Node) -> Task | None:
     """The launch that a product of matrices is, None for what the kernel does not compute."""
-    if n.target not in SPELLED or not n.users or not all(map(plain, (n, *n.all_input_nodes))):
+    if (
+        n.target not in SPELLED
+        or not n.users
+        or not all(map(plain_on_cpu, (n, *n.all_input_nodes)))
+    ):
         return None
     if (compiled := kernel(n.meta["val"].dtype)) is None:
         return None
     extents, nodes, matrices = {"b": 1, "i": 1, "j": 1}, [], []
     tensors: Any = (*n.args, n)
     for tensor, dims, plane in zip(tensors, SPELLED[n.target], PLANES, strict=True):
-        node, strides, start = shown(tensor)
+        node, strides, start = tensor_shown(tensor)
         steps = dict.fromkeys("bijk", 0) | dict(zip(dims, strides, strict=True))
         extents |= zip(dims, shape_of(tensor), strict=True)
         nodes.append(node)
         matrices.append(Matrices(start, *[steps[k] for k in ("b", *plane)]))
     x, y, z = nodes
-    p = Product((x, y, z), *[extents[k] for k in "bijk"], *matrices)  # type: ignore[arg-type]
+    p = MatrixProduct((x, y, z), *[extents[k] for k in "bijk"], *matrices)  # type: ignore[arg-type]
     if p.columns == 1:
         p = p.transposed()
     p = p.in_one()
     return Task(compiled, p.tasks, p.sizes, p.memory, p.memory[-1:], p.grain)
 
 
-def shown(n: Node) -> tuple[Node, Sequence[int], int]:
+def tensor_shown(n: Node) -> tuple[Node, Sequence[int], int]:
     """Find the tensor in memory that a node shows, and the node's strides and offset in it."""
     root = n
     while (source := source_of(root)) is not None:
@@ -136,22 +140,22 @@ def shown(n: Node) -> tuple[Node, Sequence[int], int]:
     if root is not n and not seen_through(root):
         val = root.meta["val"]
         base = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
-        view = viewed(n, root, base)
+        view = viewed_again(n, root, base)
         if view.untyped_storage()._cdata == base.untyped_storage()._cdata:
             return root, view.stride(), view.storage_offset()
     return n, n.meta["val"].stride(), 0
 
 
-def viewed(n: Any, root: Node, base: Tensor) -> Any:
+def viewed_again(n: Any, root: Node, base: Tensor) -> Any:
     """The views of a node, of this tensor in the place of their root."""
     if n is root:
         return base
-    source = viewed(n.args[0], root, base)
+    source = viewed_again(n.args[0], root, base)
     return n.target(source, *n.args[1:], **n.kwargs)
 
 
 @functools.cache
-def kernel(dtype: torch.dtype) -> native.Kernel | None:
+def kernel(dtype: torch.dtype) -> native.LoadedKernel | None:
     """The kernel for this dtype, None where there is none or no compiler."""
     if dtype not in DTYPES:
         return None
@@ -159,6 +163,6 @@ def kernel(dtype: torch.dtype) -> native.Kernel | None:
     parts = [(native.HERE / name).read_text() for name in ("vectors.h", "lanes.h", "matmul.cpp")]
     source = f"#define VECTOR {vector}\n#define NUMBER {number}\n" + "\n".join(parts)
     try:
-        return native.Kernel(ctypes.CDLL(str(built(source)))["aot_matmul"])
+        return native.LoadedKernel(ctypes.CDLL(str(built(source)))["aot_matmul"])
     except CompilerError:
         return None

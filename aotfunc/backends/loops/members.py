@@ -17,7 +17,7 @@ from .scatter import adds
 from .views import SEVERAL, source_of
 
 
-def computed(n: Any) -> bool:
+def in_kernels(n: Any) -> bool:
     """Whether a node may be part of a kernel: there is a rule for it, and it is a plain tensor on
     the CPU made of such."""
     return (
@@ -30,12 +30,12 @@ def computed(n: Any) -> bool:
             or n.target is block_sums
             or adds(n)
         )
-        and plain(n)
-        and all(map(plain, n.all_input_nodes))
+        and plain_on_cpu(n)
+        and all(map(plain_on_cpu, n.all_input_nodes))
     )
 
 
-def plain(n: Node) -> bool:
+def plain_on_cpu(n: Node) -> bool:
     val = n.meta.get("val")
     return (
         isinstance(val, Tensor)

@@ -46,7 +46,7 @@ def _in_child() -> None:
 os.register_at_fork(after_in_child=_in_child)
 
 
-class Kernel:
+class LoadedKernel:
     """A kernel, callable as ``kernel(rows, sizes, tensors)``.
 
     The tensors' memory is passed as it is: their dtypes, sizes and strides are the caller's
@@ -82,15 +82,15 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.loaded = ctypes.CDLL(str(path))
-        self.kernels: dict[str, Kernel] = {}
+        self.kernels: dict[str, LoadedKernel] = {}
 
-    def __getitem__(self, name: str) -> Kernel:
+    def __getitem__(self, name: str) -> LoadedKernel:
         if name not in self.kernels:
-            self.kernels[name] = Kernel(self.loaded[name])
+            self.kernels[name] = LoadedKernel(self.loaded[name])
         return self.kernels[name]
 
 
-def load(source: str) -> Library:
+def load_kernels(source: str) -> Library:
     """The kernels of ``source``, which begins with :data:`PRELUDE`. Compiles at most once in this
     process and all that share the disk cache. Raises CompilerError."""
     code = without_comments(source)

@@ -54,7 +54,7 @@ class Split(Exception):
         self.axis, self.inner = axis, inner
 
 
-def along(axis: int, step: int = 1) -> Index:
+def index_along(axis: int, step: int = 1) -> Index:
     return Index(((axis, step),))
 
 
@@ -79,7 +79,7 @@ def covers(index: Index, size: int, extents: Sequence[int]) -> bool:
     return reached == size
 
 
-def divided(index: Index, n: int, extents: Sequence[int]) -> tuple[Index, Index]:
+def divide_index(index: Index, n: int, extents: Sequence[int]) -> tuple[Index, Index]:
     """Quotient and remainder. Raises Split where an axis must be two for them to be affine, Unfit
     where they are not."""
     start, rest = divmod(index.start, n)
@@ -100,7 +100,7 @@ def regrouped(
     place: Place, shape: Sequence[int], have: Sequence[int], extents: Sequence[int]
 ) -> Place:
     """Where a value of shape ``have`` lies whose elements are shown in another ``shape``. Raises
-    as :func:`divided`."""
+    as :func:`divide_index`."""
     found = [FIRST] * len(have)
     left = list(zip(place, shape, strict=True))
     flat, size = FIRST, 1
@@ -113,7 +113,7 @@ def regrouped(
         if size == have[d]:
             found[d], flat = flat, FIRST
         else:
-            flat, found[d] = divided(flat, have[d], extents)
+            flat, found[d] = divide_index(flat, have[d], extents)
         size //= have[d]
     return tuple(found)
 
@@ -139,6 +139,6 @@ def matched(sizes: Sequence[int], axes: Sequence[int], extents: Sequence[int]) -
             return None
         index, step = FIRST, 1
         for k in reversed(taken):
-            index, step = index + along(k, step), step * extents[k]
+            index, step = index + index_along(k, step), step * extents[k]
         found.append(index)
     return None if rest else tuple(found)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .ir import Expr, Operand, Unfit, apply, number
+from .ir import Expr, Operand, Unfit, function_of, number
 
 aten = torch.ops.aten
 
@@ -32,45 +32,45 @@ class Rule:
 RULES: dict[Any, Rule] = {}
 
 
-def rule(kind: str, body: Callable[..., Expr], *ops: Any) -> None:
+def add_rule(kind: str, body: Callable[..., Expr], *ops: Any) -> None:
     for op in ops:
         RULES[op] = Rule(kind, body)
 
 
 def fn(name: str) -> Callable[..., Expr]:
-    return lambda *args: apply(name, *args)
+    return lambda *args: function_of(name, *args)
 
 
 def where(c: Expr, a: Operand, b: Operand) -> Expr:
-    return apply("where", c, a, b)
+    return function_of("where", c, a, b)
 
 
 def maximum(a: Operand, b: Operand) -> Expr:
-    return apply("maximum", a, b)
+    return function_of("maximum", a, b)
 
 
 def minimum(a: Operand, b: Operand) -> Expr:
-    return apply("minimum", a, b)
+    return function_of("minimum", a, b)
 
 
 def exp(x: Expr) -> Expr:
-    return apply("exp", x)
+    return function_of("exp", x)
 
 
 def sigmoid(x: Expr) -> Expr:
-    return apply("sigmoid", x)
+    return function_of("sigmoid", x)
 
 
 def tanh(x: Expr) -> Expr:
-    return apply("tanh", x)
+    return function_of("tanh", x)
 
 
 def erf(x: Expr) -> Expr:
-    return apply("erf", x)
+    return function_of("erf", x)
 
 
 def log1p(x: Expr) -> Expr:
-    return apply("log1p", x)
+    return function_of("log1p", x)
 
 
 # --- functions of one value ---
@@ -80,32 +80,34 @@ for _name in (
     *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
     *("asinh", "acosh", "atanh", "erf", "erfc", "sigmoid", "lgamma"),
 ):
-    rule("float", fn(_name), getattr(aten, _name).default)
+    add_rule("float", fn(_name), getattr(aten, _name).default)
 
 for _name in ("neg", "abs"):
-    rule("any", fn(_name), getattr(aten, _name).default)
+    add_rule("any", fn(_name), getattr(aten, _name).default)
 
 for _name in ("floor", "ceil", "trunc", "round"):
-    rule("float", fn(_name), getattr(aten, _name).default)
+    add_rule("float", fn(_name), getattr(aten, _name).default)
 
-rule("any", lambda x: where(x < 0, 0, x), aten.relu.default)
-rule("any", lambda x: where(x > 0, 1, where(x < 0, -1, number(0, x.dtype))), aten.sign.default)
-rule("float", lambda x: x - apply("trunc", x), aten.frac.default)
-rule("float", lambda x: x * sigmoid(x), aten.silu.default)
-rule("any", lambda x: x * x, aten.square.default)
+add_rule("any", lambda x: where(x < 0, 0, x), aten.relu.default)
+add_rule("any", lambda x: where(x > 0, 1, where(x < 0, -1, number(0, x.dtype))), aten.sign.default)
+add_rule("float", lambda x: x - function_of("trunc", x), aten.frac.default)
+add_rule("float", lambda x: x * sigmoid(x), aten.silu.default)
+add_rule("any", lambda x: x * x, aten.square.default)
 
 # --- arithmetic ---
 
 
-def scaled(b: Operand, alpha: Any) -> Operand:
+def times_alpha(b: Operand, alpha: Any) -> Operand:
     return b if alpha == 1 else b * alpha
 
 
-rule("any", lambda a, b, alpha=1: a + scaled(b, alpha), aten.add.Tensor, aten.add.Scalar)
-rule("any", lambda a, b, alpha=1: a - scaled(b, alpha), aten.sub.Tensor, aten.sub.Scalar)
-rule("any", lambda a, b, alpha=1: b - scaled(a, alpha), aten.rsub.Tensor, aten.rsub.Scalar)
-rule("any", lambda a, b: a * b, aten.mul.Tensor, aten.mul.Scalar)
-rule("float", lambda a, b: a / b, aten.div.Tensor, aten.div.Scalar)
+add_rule("any", lambda a, b, alpha=1: a + times_alpha(b, alpha), aten.add.Tensor, aten.add.Scalar)
+add_rule("any", lambda a, b, alpha=1: a - times_alpha(b, alpha), aten.sub.Tensor, aten.sub.Scalar)
+add_rule(
+    "any", lambda a, b, alpha=1: b - times_alpha(a, alpha), aten.rsub.Tensor, aten.rsub.Scalar
+)
+add_rule("any", lambda a, b: a * b, aten.mul.Tensor, aten.mul.Scalar)
+add_rule("float", lambda a, b: a / b, aten.div.Tensor, aten.div.Scalar)
 #: these round their numbers to bfloat16 or float16, others compute with them as they are
 ROUND_FIRST = frozenset(
     (
@@ -117,11 +119,11 @@ ROUND_FIRST = frozenset(
 #: tensors of another dtype are rounded by all ops, but for one number by which these multiply
 FACTORS = (aten.mul.Tensor, aten.div.Tensor)
 
-rule("any", maximum, aten.maximum.default)
-rule("any", minimum, aten.minimum.default)
-rule("float", fn("atan2"), aten.atan2.default)
-rule("float", lambda x, a, b, value=1: x + value * a * b, aten.addcmul.default)
-rule("float", lambda x, a, b, value=1: x + value * a / b, aten.addcdiv.default)
+add_rule("any", maximum, aten.maximum.default)
+add_rule("any", minimum, aten.minimum.default)
+add_rule("float", fn("atan2"), aten.atan2.default)
+add_rule("float", lambda x, a, b, value=1: x + value * a * b, aten.addcmul.default)
+add_rule("float", lambda x, a, b, value=1: x + value * a / b, aten.addcdiv.default)
 
 
 def power(x: Expr, e: Any) -> Expr:
@@ -130,19 +132,19 @@ def power(x: Expr, e: Any) -> Expr:
     quick = {
         2: lambda: x * x,
         3: lambda: x * x * x,
-        0.5: lambda: apply("sqrt", x),
-        -0.5: lambda: apply("rsqrt", x),
-        -1: lambda: apply("reciprocal", x),
+        0.5: lambda: function_of("sqrt", x),
+        -0.5: lambda: function_of("rsqrt", x),
+        -1: lambda: function_of("reciprocal", x),
         -2: lambda: 1 / (x * x),
         4: lambda: (x * x) * (x * x),
         -3: lambda: 1 / (x * x) / x,  # reaches as far as the power does
         -4: lambda: 1 / (x * x) / (x * x),
     }
-    return quick[e]() if e in quick else apply("pow", x, e)
+    return quick[e]() if e in quick else function_of("pow", x, e)
 
 
-rule("any", power, aten.pow.Tensor_Scalar)
-rule("float", fn("pow"), aten.pow.Tensor_Tensor, aten.pow.Scalar)
+add_rule("any", power, aten.pow.Tensor_Scalar)
+add_rule("float", fn("pow"), aten.pow.Tensor_Tensor, aten.pow.Scalar)
 
 
 def clamp(x: Expr, low: Any = None, high: Any = None) -> Expr:
@@ -152,11 +154,11 @@ def clamp(x: Expr, low: Any = None, high: Any = None) -> Expr:
     return x if high is None else minimum(x, high)
 
 
-rule("any", lambda x, min=None, max=None: clamp(x, min, max), aten.clamp.default)
-rule("any", lambda x, min=None, max=None: clamp(x, min, max), aten.clamp.Tensor)
-rule("any", lambda x, min: clamp(x, min), aten.clamp_min.default, aten.clamp_min.Tensor)
-rule("any", lambda x, max: clamp(x, None, max), aten.clamp_max.default, aten.clamp_max.Tensor)
-rule("any", lambda x, min_val=-1, max_val=1: clamp(x, min_val, max_val), aten.hardtanh.default)
+add_rule("any", lambda x, min=None, max=None: clamp(x, min, max), aten.clamp.default)
+add_rule("any", lambda x, min=None, max=None: clamp(x, min, max), aten.clamp.Tensor)
+add_rule("any", lambda x, min: clamp(x, min), aten.clamp_min.default, aten.clamp_min.Tensor)
+add_rule("any", lambda x, max: clamp(x, None, max), aten.clamp_max.default, aten.clamp_max.Tensor)
+add_rule("any", lambda x, min_val=-1, max_val=1: clamp(x, min_val, max_val), aten.hardtanh.default)
 
 
 def lerp(start: Expr, end: Expr, weight: Any) -> Expr:
@@ -164,30 +166,34 @@ def lerp(start: Expr, end: Expr, weight: Any) -> Expr:
     far = end - (end - start) * (1 - weight)
     if not isinstance(weight, Expr):
         return near if abs(weight) < 0.5 else far
-    return where(apply("abs", weight) < 0.5, near, far)
+    return where(function_of("abs", weight) < 0.5, near, far)
 
 
-rule("float", lerp, aten.lerp.Scalar, aten.lerp.Tensor)
-rule("float", fn("fmod"), aten.fmod.Tensor, aten.fmod.Scalar)
-rule("cast", lambda x, **_: x, aten._to_copy.default, aten.clone.default)
+add_rule("float", lerp, aten.lerp.Scalar, aten.lerp.Tensor)
+add_rule("float", fn("fmod"), aten.fmod.Tensor, aten.fmod.Scalar)
+add_rule("cast", lambda x, **_: x, aten._to_copy.default, aten.clone.default)
 
 # --- comparisons, logic, bits, choice ---
 
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     _op = getattr(aten, _name)
-    rule("compare", fn(_name), _op.Tensor, _op.Scalar)
+    add_rule("compare", fn(_name), _op.Tensor, _op.Scalar)
 
-rule("compare", lambda x: apply("ne", x, x), aten.isnan.default)
-rule("compare", lambda x: apply("eq", apply("abs", x), math.inf), aten.isinf.default)
-rule("truth", fn("bitwise_and"), aten.logical_and.default)
-rule("truth", fn("bitwise_or"), aten.logical_or.default)
-rule("truth", fn("bitwise_xor"), aten.logical_xor.default)
-rule("truth", fn("bitwise_not"), aten.logical_not.default)
+add_rule("compare", lambda x: function_of("ne", x, x), aten.isnan.default)
+add_rule(
+    "compare", lambda x: function_of("eq", function_of("abs", x), math.inf), aten.isinf.default
+)
+add_rule("truth", fn("bitwise_and"), aten.logical_and.default)
+add_rule("truth", fn("bitwise_or"), aten.logical_or.default)
+add_rule("truth", fn("bitwise_xor"), aten.logical_xor.default)
+add_rule("truth", fn("bitwise_not"), aten.logical_not.default)
 for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
-    rule("bits", fn(_name), getattr(aten, _name).Tensor, getattr(aten, _name).Scalar)
-rule("bits", fn("bitwise_not"), aten.bitwise_not.default)
-rule("where", where, aten.where.self)
-rule("masked", lambda x, m, v: where(m, v, x), aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+    add_rule("bits", fn(_name), getattr(aten, _name).Tensor, getattr(aten, _name).Scalar)
+add_rule("bits", fn("bitwise_not"), aten.bitwise_not.default)
+add_rule("where", where, aten.where.self)
+add_rule(
+    "masked", lambda x, m, v: where(m, v, x), aten.masked_fill.Scalar, aten.masked_fill.Tensor
+)
 
 # --- activations and their derivatives ---
 
@@ -212,7 +218,7 @@ def gelu_backward(g: Expr, x: Expr, approximate: str = "none") -> Expr:
 
 
 def elu(x: Expr, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Expr:
-    return where(x < 0, apply("expm1", x * input_scale) * (alpha * scale), x * scale)
+    return where(x < 0, function_of("expm1", x * input_scale) * (alpha * scale), x * scale)
 
 
 def softplus(x: Expr, beta: Any = 1, threshold: Any = 20) -> Expr:
@@ -235,24 +241,28 @@ def hardsigmoid(x: Expr) -> Expr:
 
 def between(low: float, high: float, inside: Expr, x: Expr) -> Expr:
     """A value where x lies inside of these bounds, 0 elsewhere."""
-    return where(apply("bitwise_and", x > low, x < high), inside, 0)
+    return where(function_of("bitwise_and", x > low, x < high), inside, 0)
 
 
-rule("float", hardsigmoid, aten.hardsigmoid.default)
-rule("float", lambda g, x: between(-3, 3, g * (1 / 6), x), aten.hardsigmoid_backward.default)
-rule("float", lambda x: x * clamp(x + 3, 0, 6) / 6, aten.hardswish.default)
-rule("float", gelu, aten.gelu.default)
-rule("float", gelu_backward, aten.gelu_backward.default)
-rule("float", elu, aten.elu.default)
-rule("float", softplus, aten.softplus.default)
-rule("float", softplus_backward, aten.softplus_backward.default)
-rule("float", silu_backward, aten.silu_backward.default)
-rule("float", lambda g, y: g * (1 - y * y), aten.tanh_backward.default)
-rule("float", lambda g, y: g * ((1 - y) * y), aten.sigmoid_backward.default)
-rule("any", lambda g, x, threshold: where(x <= threshold, 0, g), aten.threshold_backward.default)
-rule("any", lambda x, threshold, value: where(x <= threshold, value, x), aten.threshold.default)
-rule("float", lambda x, slope=0.01: where(x > 0, x, x * slope), aten.leaky_relu.default)
-rule(
+add_rule("float", hardsigmoid, aten.hardsigmoid.default)
+add_rule("float", lambda g, x: between(-3, 3, g * (1 / 6), x), aten.hardsigmoid_backward.default)
+add_rule("float", lambda x: x * clamp(x + 3, 0, 6) / 6, aten.hardswish.default)
+add_rule("float", gelu, aten.gelu.default)
+add_rule("float", gelu_backward, aten.gelu_backward.default)
+add_rule("float", elu, aten.elu.default)
+add_rule("float", softplus, aten.softplus.default)
+add_rule("float", softplus_backward, aten.softplus_backward.default)
+add_rule("float", silu_backward, aten.silu_backward.default)
+add_rule("float", lambda g, y: g * (1 - y * y), aten.tanh_backward.default)
+add_rule("float", lambda g, y: g * ((1 - y) * y), aten.sigmoid_backward.default)
+add_rule(
+    "any", lambda g, x, threshold: where(x <= threshold, 0, g), aten.threshold_backward.default
+)
+add_rule(
+    "any", lambda x, threshold, value: where(x <= threshold, value, x), aten.threshold.default
+)
+add_rule("float", lambda x, slope=0.01: where(x > 0, x, x * slope), aten.leaky_relu.default)
+add_rule(
     "float",
     lambda g, x, slope, is_result: where(x > 0, g, g * slope),
     aten.leaky_relu_backward.default,

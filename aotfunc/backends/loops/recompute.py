@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import fx
 from torch.fx import Node
 
-from .fuse import MOST, Unit, fits, stored
+from .fuse import MOST, Unit, can_lower, stored
 from .ir import SLOW, Apply, walk
 from .lower import lower
 from .members import seen_through
@@ -62,7 +62,7 @@ def made_of(v: Node, unit: Unit) -> tuple[list[Node], list[Node]]:
         if n in nodes or n in memory:
             return
         shown = seen_through(n)
-        if n is not v and not shown and (n not in inside or smaller(n, v)):
+        if n is not v and not shown and (n not in inside or lacks_dimension(n, v)):
             memory[n] = None
             return
         for m in n.all_input_nodes:
@@ -74,7 +74,7 @@ def made_of(v: Node, unit: Unit) -> tuple[list[Node], list[Node]]:
     return list(nodes), list(memory)
 
 
-def smaller(n: Node, v: Node) -> bool:
+def lacks_dimension(n: Node, v: Node) -> bool:
     """Say whether a value lacks a dimension of another one; its size differs from call to
     call."""
     return rank(n) < rank(v)
@@ -95,20 +95,20 @@ def pays(v: Node, unit: Unit, reader: Unit) -> bool:
     if any(n.target not in RULES for n in computed) or len(nodes) + len(reader.nodes) > MOST:
         return False
     read = set().union(*map(read_by, reader.nodes))
-    more = [m for m in memory if m not in read and not smaller(m, v)]
+    more = [m for m in memory if m not in read and not lacks_dimension(m, v)]
     if len(more) > 1 or any(numel(m) > numel(v) for m in more):
         return False
     inside = set(unit.nodes) - set(nodes)
-    twice = summed(v, reader)  # at least, as reductions are passes of their own
-    return not any((twice or readers_of(n) & inside) and slow(n) for n in computed)
+    twice = feeds_reduction(v, reader)  # at least, as reductions are passes of their own
+    return not any((twice or readers_of(n) & inside) and computes_slowly(n) for n in computed)
 
 
-def slow(n: Node) -> bool:
+def computes_slowly(n: Node) -> bool:
     kernel = lower([n], [n], "kernel")
     return any(isinstance(e, Apply) and e.fn in SLOW for e in walk(kernel.values))
 
 
-def summed(v: Node, reader: Unit) -> bool:
+def feeds_reduction(v: Node, reader: Unit) -> bool:
     """Whether a reduction of the unit needs a value."""
     needs = {v}
     for n in reader.nodes:
@@ -134,7 +134,7 @@ def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit) -> None:
     left = [n for n in unit.nodes if n in order]
     moved = [n for n in new.values() if not seen_through(n)]
     both = sorted([*moved, *reader.nodes], key=order.__getitem__)
-    if new[v].users and left and fits(left) and fits(both):
+    if new[v].users and left and can_lower(left) and can_lower(both):
         unit.nodes, reader.nodes = left, both
         return
     for n, copy in reversed(new.items()):  # as it was, with copies of what is erased

@@ -21,7 +21,7 @@ class Reduction:
     mean: bool = False
 
 
-def over(fn: str, mean: bool = False) -> Callable[..., Reduction]:
+def reduction_of(fn: str, mean: bool = False) -> Callable[..., Reduction]:
     def asked(x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Reduction:
         dims = [dim] if isinstance(dim, int) else dim or ()
         return Reduction(fn, dims, keepdim, mean)
@@ -30,11 +30,11 @@ def over(fn: str, mean: bool = False) -> Callable[..., Reduction]:
 
 
 REDUCTIONS: dict[Any, Callable[..., Reduction]] = {
-    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), over("sum")),
-    **dict.fromkeys((aten.mean.default, aten.mean.dim), over("sum", mean=True)),
-    **dict.fromkeys((aten.prod.default, aten.prod.dim_int), over("prod")),
-    **dict.fromkeys((aten.amax.default, aten.max.default), over("max")),
-    **dict.fromkeys((aten.amin.default, aten.min.default), over("min")),
-    **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), over("any")),
-    **dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), over("all")),
+    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), reduction_of("sum")),
+    **dict.fromkeys((aten.mean.default, aten.mean.dim), reduction_of("sum", mean=True)),
+    **dict.fromkeys((aten.prod.default, aten.prod.dim_int), reduction_of("prod")),
+    **dict.fromkeys((aten.amax.default, aten.max.default), reduction_of("max")),
+    **dict.fromkeys((aten.amin.default, aten.min.default), reduction_of("min")),
+    **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), reduction_of("any")),
+    **dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), reduction_of("all")),
 }

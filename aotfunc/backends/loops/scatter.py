@@ -12,10 +12,10 @@ from torch.fx import Node
 
 from .checks import index_of
 from .constants import constant
-from .indexed import At, indexed, looked_up, out_of_self, outside, together
+from .indexed import At, looked_up, out_of_self, outside, place_of_indexed, together
 from .ir import Unfit
 from .places import Place
-from .views import changed, shape_of
+from .views import shape_of, with_index
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -35,7 +35,7 @@ def index_put(n: Node) -> Added:
     rest = tuple([n for d, n in enumerate(size) if d >= len(asked) or asked[d] is None])
 
     def where(work: Lowering, place: Place) -> Place:
-        return indexed(work, At(place, None), size, asked)
+        return place_of_indexed(work, At(place, None), size, asked)
 
     return value, (*rest[:first], *shape, *rest[first:]), where
 
@@ -50,7 +50,7 @@ def scatter_add(n: Node) -> Added:
     def where(work: Lowering, place: Place) -> Place:
         error = outside(RuntimeError, size, dim % len(shape))
         i = index_of(work, index, At(place, None), 0, size, error)
-        return changed(place, dim, looked_up(i))
+        return with_index(place, dim, looked_up(i))
 
     return value, shape, where
 
@@ -63,7 +63,7 @@ def index_add(n: Node) -> Added:
 
     def where(work: Lowering, place: Place) -> Place:
         i = index_of(work, index, At((place[dim],), None), 0, size, out_of_self)
-        return changed(place, dim, looked_up(i))
+        return with_index(place, dim, looked_up(i))
 
     return value, shape_of(value), where
 

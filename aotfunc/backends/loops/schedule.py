@@ -14,7 +14,7 @@ SHORT = 8
 def schedule(kernel: Kernel) -> Kernel:
     """The kernel with its axes ordered as its memory is, neighbours merged where every access
     allows it, and its vector axis chosen."""
-    kernel = merged(ordered(kernel))
+    kernel = merged(order_axes(kernel))
     kernel = replace(kernel, vector=vector_axis(kernel))
     return replace(kernel, cross=cross_axis(kernel))
 
@@ -42,7 +42,7 @@ def widest(kernel: Kernel) -> list[int]:
     return sorted(stores + rest, key=lambda i: kernel.accesses[i].strides.count(0))
 
 
-def ordered(kernel: Kernel) -> Kernel:
+def order_axes(kernel: Kernel) -> Kernel:
     """Axes with larger steps first; an access that does not vary along two axes leaves their order
     to the next."""
     columns = [kernel.accesses[i].strides for i in widest(kernel)]
@@ -64,7 +64,7 @@ def merged(kernel: Kernel) -> Kernel:
     """Neighbouring axes as one where every access walks them in equal steps."""
     groups: list[list[int]] = []
     for k in range(len(kernel.extents)):
-        if groups and k != kernel.outer and joins(kernel, groups[-1][-1], k):
+        if groups and k != kernel.outer and can_merge(kernel, groups[-1][-1], k):
             groups[-1].append(k)
         else:
             groups.append([k])
@@ -78,7 +78,7 @@ def merged(kernel: Kernel) -> Kernel:
     return rearranged(kernel, extents, reduced, lambda s: tuple([s[g[-1]] for g in groups]))
 
 
-def joins(kernel: Kernel, k: int, inner: int) -> bool:
+def can_merge(kernel: Kernel, k: int, inner: int) -> bool:
     n = kernel.extents[inner]
     walked: list[Access | Ramp] = [*kernel.accesses, *kernel.ramps]
     return all(w.strides[k] == n * w.strides[inner] for w in walked)

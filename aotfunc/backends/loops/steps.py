@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from .blocks import like
-from .members import computed, seen_through
+from .blocks import meta_like
+from .members import in_kernels, seen_through
 from .views import source_of
 
 aten = torch.ops.aten
@@ -40,17 +40,17 @@ def in_steps(graph: fx.Graph) -> None:
             val = n.args[0].meta["val"]
             plain = val.dtype in (torch.float32, torch.float64) and val.numel() >= MANY
             if plain and not n.meta["val"].dim():
-                take(graph, n)
+                split_reduction(graph, n)
 
 
 def made_here(x: Any) -> bool:
     """Whether a kernel may compute a value; one that is in memory is PyTorch's to reduce."""
     while (source := source_of(x)) is not None:
         x = source
-    return computed(x) and not seen_through(x)
+    return in_kernels(x) and not seen_through(x)
 
 
-def take(graph: fx.Graph, n: Node) -> None:
+def split_reduction(graph: fx.Graph, n: Node) -> None:
     x, step = n.args[0], STEPS[n.target]
     val = x.meta["val"]  # type: ignore[union-attr]
     leading = next((d for d in range(val.dim()) if math.prod(val.shape[:d]) >= FEW), None)
@@ -58,7 +58,7 @@ def take(graph: fx.Graph, n: Node) -> None:
     def call(target: Any, shape: Any, *args: Any) -> Node:
         with graph.inserting_before(n):
             new = graph.call_function(target, args)
-        new.meta = {**n.meta, "val": like(val, shape)}
+        new.meta = {**n.meta, "val": meta_like(val, shape)}
         return new
 
     if leading is None:

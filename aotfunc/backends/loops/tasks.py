@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ...errors import GraphError
 from . import native
-from .ir import Check
+from .ir import Requirement
 from .launch import Launch
 
 
@@ -21,13 +21,13 @@ from .launch import Launch
 class Task:
     """What a launch runs, on the memory of which values, and which of these it makes."""
 
-    compiled: native.Kernel
+    compiled: native.LoadedKernel
     rows: int
     sizes: Sequence[int]
     memory: Sequence[Node]
     outs: Sequence[Node]
     grain: int
-    checks: Sequence[Check] = ()
+    checks: Sequence[Requirement] = ()
 
 
 def launch(graph: fx.Graph, new: dict[Node, Any], task: Task) -> None:
@@ -44,11 +44,13 @@ def launch(graph: fx.Graph, new: dict[Node, Any], task: Task) -> None:
         [place[n] for n in task.memory],
         task.grain,
     )
-    checks: dict[Node, list[Check]] = {n: [] for n in inputs}
+    checks: dict[Node, list[Requirement]] = {n: [] for n in inputs}
     for c in task.checks:
         checks[c.tensor].append(c)
     args = [
-        checked(graph, new[n] if n.op != "call_function" else laid_out(graph, new[n]), checks[n])
+        with_checks(
+            graph, new[n] if n.op != "call_function" else with_layout(graph, new[n]), checks[n]
+        )
         for n in inputs
     ]
     call = graph.create_node("call_function", target, tuple(args), {})
@@ -88,7 +90,7 @@ class LaidOut:
         return torch.empty_strided(t.shape, self.stride, dtype=t.dtype).copy_(t)
 
 
-def laid_out(graph: fx.Graph, n: Node) -> Node:
+def with_layout(graph: fx.Graph, n: Node) -> Node:
     """What a kernel may read of a called op's result; a kernel's own needs no look."""
     if "laid_out" not in n.meta:
         target = LaidOut(n.meta["val"])
@@ -103,7 +105,7 @@ class InRange:
 
     __name__ = "in_range"
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, check: Requirement) -> None:
         self.check = check
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class InRange:
         return t
 
 
-def checked(graph: fx.Graph, n: Node, checks: Sequence[Check]) -> Node:
+def with_checks(graph: fx.Graph, n: Node, checks: Sequence[Requirement]) -> Node:
     """A kernel's input behind what must hold of it."""
     for c in checks:
         found = n.meta.setdefault("in_range", {})

@@ -31,7 +31,7 @@ OPERATORS = {
 }
 
 
-class Values:
+class KernelText:
     """The text of a kernel as far as it is written, and what its values are called in it."""
 
     def __init__(self, kernel: Kernel) -> None:
@@ -113,7 +113,7 @@ class Values:
         return f"aot_{vector}({number})"
 
     def constant(self, e: Const, wide: bool) -> str:
-        text = self.numbers.get(e) or literal(e)
+        text = self.numbers.get(e) or cpp_literal(e)
         return self.filled(e.dtype, text) if wide else text
 
     def expression(self, e: Expr) -> str:
@@ -259,7 +259,7 @@ def memory(dtype: torch.dtype) -> str:
     return MEMORY.get(dtype) or NUMBERS[dtype]
 
 
-def literal(e: Const) -> str:
+def cpp_literal(e: Const) -> str:
     value, suffix = e.value, "f" if e.dtype is torch.float32 else ""
     if e.dtype is torch.bool:
         return "true" if value else "false"

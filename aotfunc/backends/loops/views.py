@@ -57,10 +57,10 @@ def sliced(
     end: int | None = None,
     step: int = 1,
 ) -> Place:
-    return changed(place, dim, (place[dim] * step).shifted(first_of(start, shape[dim])))
+    return with_index(place, dim, (place[dim] * step).shifted(first_of(start, shape[dim])))
 
 
-def changed(place: Place, dim: int, index: Index) -> Place:
+def with_index(place: Place, dim: int, index: Index) -> Place:
     """The place with another index into one dimension."""
     dim %= len(place)
     return (*place[:dim], index, *place[dim + 1 :])
@@ -74,7 +74,7 @@ def first_of(start: int | None, size: int) -> int:
 
 def flip(shape: Shape, place: Place, dims: Shape) -> Place:
     for d in dims:
-        place = changed(place, d, (place[d] * -1).shifted(shape[d] - 1))
+        place = with_index(place, d, (place[d] * -1).shifted(shape[d] - 1))
     return place
 
 
@@ -105,20 +105,20 @@ VIEWS: dict[Any, Callable[..., Place] | None] = {
 }
 
 
-def unbound(shape: Shape, place: Place, i: int, dim: int = 0) -> Place:
+def place_of_unbound(shape: Shape, place: Place, i: int, dim: int = 0) -> Place:
     return select(shape, place, dim, i)
 
 
-def part(shape: Shape, place: Place, i: int, size: int | Shape, dim: int = 0) -> Place:
+def place_of_part(shape: Shape, place: Place, i: int, size: int | Shape, dim: int = 0) -> Place:
     start = i * size if isinstance(size, int) else sum(size[:i])
-    return changed(place, dim, place[dim].shifted(start))
+    return with_index(place, dim, place[dim].shifted(start))
 
 
 #: likewise for an op that shows its argument in several parts, with the part's number
 SEVERAL: dict[Any, Callable[..., Place]] = {
-    aten.unbind.int: unbound,
-    aten.split.Tensor: part,
-    aten.split_with_sizes.default: part,
+    aten.unbind.int: place_of_unbound,
+    aten.split.Tensor: place_of_part,
+    aten.split_with_sizes.default: place_of_part,
 }
 
 
@@ -135,7 +135,7 @@ def source_of(n: Any) -> Node | None:
     return None
 
 
-def behind(n: Node, place: Place, extents: Sequence[int]) -> Place:
+def source_place(n: Node, place: Place, extents: Sequence[int]) -> Place:
     """Where the argument of a view lies. Raises Split and Unfit as :func:`places.divided`."""
     source = source_of(n)
     assert source is not None

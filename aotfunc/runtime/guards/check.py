@@ -46,7 +46,7 @@ class Check:
             if self.native:
                 self.quicken(state.lines, state.paths)
             return
-        space = {"is_": is_, "content": content, "unbound": unbound, **found}
+        space = {"is_": is_, "content": content, "unbound": is_unbound, **found}
         exec(_code.once(source, lambda: compile(source, "<check>", "exec")), space)
         self.python: Callable[[Callable, Sequence[Any]], tuple | None] = space["tensors"]
         self.source, self.space, self.native = source, space, False
@@ -88,7 +88,7 @@ def check_source(state: State) -> str:
 """
 
 
-def unbound(cell: types.CellType) -> bool:
+def is_unbound(cell: types.CellType) -> bool:
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:

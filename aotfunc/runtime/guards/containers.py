@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .description import is_plain, plain
+from .description import by_bits, is_plain
 from .objects import Objects
 
 #: objects in a container that are looked at; of more only their number counts
@@ -35,7 +35,7 @@ class Containers(Objects):
             for i, e in enumerate(x if len(x) <= LIMIT else ()):
                 self.meet(e, f"{v}[{i}]", f"{label}[{i}]")
             return
-        self.key.append(plain(tuple(x)))
+        self.key.append(by_bits(tuple(x)))
         self.facts.append((label, tuple(x)))
         if len(x) <= 4:
             names = [f"{v}_{i}" for i in range(len(x))]

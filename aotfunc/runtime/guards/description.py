@@ -63,7 +63,7 @@ class Description:
         """Describe ``x``, which ``expr`` yields, now if it is a plain value, and later
         otherwise."""
         if is_plain(x):
-            self.key += (x.__class__, plain(x))
+            self.key += (x.__class__, by_bits(x))
             self.facts.append((label, x))
             self.require(expr, x)
             self.of_subclass(x, expr, label)
@@ -107,8 +107,8 @@ def is_plain(x: Any) -> bool:
     return is_value(x) or (x.__class__ in (tuple, torch.Size) and all(map(is_plain, x)))
 
 
-def plain(x: Any) -> Any:
-    return tuple([(e.__class__, plain(e)) for e in x]) if isinstance(x, tuple) else bits(x)
+def by_bits(x: Any) -> Any:
+    return tuple([(e.__class__, by_bits(e)) for e in x]) if isinstance(x, tuple) else bits(x)
 
 
 def passing(x: Any) -> bool:

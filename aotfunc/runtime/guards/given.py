@@ -11,7 +11,7 @@ from ...errors import CaptureError
 from ...trace.traced import Traced, attributes
 
 
-class Given:
+class Snapshot:
     """The rebuilt arguments, as they were before the function ran."""
 
     def __init__(self, args: tuple, kwargs: dict) -> None:

@@ -24,7 +24,7 @@ from ...cache import Cache
 from ...errors import CompilerError
 from ...native import store
 from ...native.build import built
-from ...native.fastcall import Unlike, address, check_objects, function
+from ...native.fastcall import Unlike, address, check_objects, python_function
 
 ITEM, ATTRIBUTE, TYPE, CALL, PYTHON = range(5)
 SAME, ITEM_SAME, TYPE_SAME, ABSENT, FALSE, ITEM_FALSE, LENGTH = range(5, 12)
@@ -63,7 +63,7 @@ def native_check(
         return None
     constants = tuple([find(space) for find in program.constants])
     data = (program.packed, constants, space["alike"], python)
-    return function("check", at, data, __name__)
+    return python_function("check", at, data, __name__)
 
 
 def has_plain_fields(cls: Any) -> bool:

@@ -19,7 +19,7 @@ from ...trace.holding import SHARED, holds_traced, slots_of
 from .description import is_plain
 from .reads import CLOSED, library_of_module
 from .state import State
-from .stores import Place, finder, put
+from .stores import Place, finder, store
 
 #: how a class says otherwise how its instances are made and copied
 _COPYING = (
@@ -199,7 +199,7 @@ class Finish:
             if grows and first is None:
                 owner.append(values[number])
             else:
-                put(owner, key, values[number])
+                store(owner, key, values[number])
         return result
 
 

@@ -86,7 +86,7 @@ def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = 
     return found
 
 
-def put(owner: Any, key: Any, value: Any) -> None:
+def store(owner: Any, key: Any, value: Any) -> None:
     if isinstance(owner, types.CellType):
         owner.cell_contents = value
     else:
@@ -125,7 +125,7 @@ def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
         owner.update({**kept, **new})
     for key in keys:
         if key in before:
-            put(owner, key, before[key])
+            store(owner, key, before[key])
         elif isinstance(owner, types.CellType):
             del owner.cell_contents
         else:

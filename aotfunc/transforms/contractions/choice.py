@@ -43,7 +43,7 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
         if another(products.found[n], nodes) and any(m.target in SUMS for m in nodes)
     }
     found: dict[Node, Way] = {}
-    for group in groups(cones):
+    for group in overlapping_cones(cones):
         for n in best(group, cones, {n: ways[n][0] for n in group if n in ways}, products):
             found[n] = ways[n][1]
     return found
@@ -51,7 +51,7 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
 
 def another(p: Product, nodes: Sequence[Node]) -> bool:
     """Whether there is another way than these nodes: an order, or factors that are not read."""
-    count = sum(joins(m) for m in nodes)
+    count = sum(contracts(m) for m in nodes)
     return count > 1 or len(p.factors) <= count
 
 
@@ -77,12 +77,12 @@ def cone(n: Node, products: Products) -> list[Node]:
     return list(nodes)
 
 
-def joins(n: Node) -> bool:
+def contracts(n: Node) -> bool:
     """Whether a node multiplies, sums or expands: of several there may be a better order."""
     return n.target in SUMS or n.target is aten.expand.default or len(n.all_input_nodes) > 1
 
 
-def groups(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
+def overlapping_cones(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
     """Needed values whose cones meet."""
     of: dict[Node, list[Node]] = {}
     for n, nodes in cones.items():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .products import Dims, flat
+from .products import Dims, labels_of
 from .windows import Windows
 
 #: Costs count multiply-adds of a matrix product. A kernel's loop takes 2 for a step, 8 to read an
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
     @property
     def labels(self) -> list[Labels]:
-        return [flat(dims) for dims in self.factors]
+        return [labels_of(dims) for dims in self.factors]
 
     @property
     def windows(self) -> list[Windows | None]:
@@ -116,7 +116,7 @@ def as_matrices(x: Any, y: Any, out: Any) -> bool:
     return bool((x & y) - out) and kept > bool(x & y & out)
 
 
-def computed(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
+def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
     """The plan's product of these tensors in this order: plain tensor code."""
     p = Plan(*plan)
     factors, windows = p.labels, p.windows
@@ -147,7 +147,7 @@ def computed(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
                     return w.weight_gradient(*result(one), tensors[other], keep, extent)
         pair = [result(half) for half in order]
         pair.sort(key=lambda one: [k in one[1] for k in p.out], reverse=True)
-        return multiplied(*pair[0], *pair[1], keep, extent)
+        return pair_contracted(*pair[0], *pair[1], keep, extent)
 
     x, labels = result(order)
     x = x.permute([labels.index(k) for k in p.out if k in labels])
@@ -159,7 +159,7 @@ def computed(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
     return (x.sqrt() if p.rooted else x).reshape(p.shape)
 
 
-def multiplied(
+def pair_contracted(
     x: Tensor, mine: Labels, y: Tensor, theirs: Labels, keep: set[int], extent: Any
 ) -> tuple[Tensor, Labels]:
     """The product of two, summed over the labels that need not be kept."""
@@ -178,12 +178,12 @@ def multiplied(
             product = x.reshape(m, k).mm(y.reshape(k, n))
         return product.reshape(extent(out)), out
     every = (*out, *over)
-    x, y = (aligned(t, labels, every) for t, labels in ((x, mine), (y, theirs)))
+    x, y = (with_every_label(t, labels, every) for t, labels in ((x, mine), (y, theirs)))
     product = x * y
     return (product.sum(list(range(len(out), len(every)))) if over else product), out
 
 
-def aligned(x: Tensor, labels: Labels, every: Labels) -> Tensor:
+def with_every_label(x: Tensor, labels: Labels, every: Labels) -> Tensor:
     """With a dimension for each of these labels, of extent 1 where ``x`` has none."""
     x = x.permute([labels.index(k) for k in every if k in labels])
     for i, k in enumerate(every):

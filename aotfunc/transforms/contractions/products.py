@@ -30,7 +30,7 @@ class Factor:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        return flat(self.dims)
+        return labels_of(self.dims)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Product:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        return flat(self.dims)
+        return labels_of(self.dims)
 
     @property
     def summed(self) -> set[int]:
@@ -114,7 +114,7 @@ class Algebra:
             if mine and other and not self.unify(mine, other, same):
                 return None
         x, y = substituted(x, same), substituted(y, same)
-        dims = tuple([written(d or e, same) for d, e in zip(ours, theirs, strict=True)])
+        dims = tuple([relabelled(d or e, same) for d, e in zip(ours, theirs, strict=True)])
         scale = x.scale * y.scale
         square = alike and bool(x.summed)
         return (
@@ -156,7 +156,7 @@ class Algebra:
         """A sum over a side of an identity matrix is what the other side says of the factors that
         have the first one's labels. A factor that has both would be read along its diagonal."""
         for f in p.factors:
-            if not identity(f):
+            if not is_identity(f):
                 continue
             rest = tuple([other for other in p.factors if other is not f])
             if any(all(set(side).intersection(g.labels) for side in f.dims) for g in rest):
@@ -169,12 +169,12 @@ class Algebra:
         return p
 
 
-def identity(f: Factor) -> bool:
+def is_identity(f: Factor) -> bool:
     val = f.node.meta["val"]
     return f.node.target in (aten.eye.default, aten.eye.m) and val.shape[0] == val.shape[1]
 
 
-def flat(dims: Dims) -> tuple[int, ...]:
+def labels_of(dims: Dims) -> tuple[int, ...]:
     """The labels of these dimensions, one after another."""
     return tuple([label for dim in dims for label in dim])
 
@@ -182,13 +182,13 @@ def flat(dims: Dims) -> tuple[int, ...]:
 def substituted(p: Product, labels: dict[int, tuple[int, ...]]) -> Product:
     if not labels:
         return p
-    every = lambda dims: tuple([written(d, labels) for d in dims])
+    every = lambda dims: tuple([relabelled(d, labels) for d in dims])
     factors = tuple([replace(f, dims=every(f.dims)) for f in p.factors])
     return replace(p, factors=factors, dims=every(p.dims))
 
 
-def written(dim: Sequence[int], labels: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+def relabelled(dim: Sequence[int], labels: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
     out: tuple[int, ...] = ()
     for label in dim:
-        out += written(labels[label], labels) if label in labels else (label,)
+        out += relabelled(labels[label], labels) if label in labels else (label,)
     return out

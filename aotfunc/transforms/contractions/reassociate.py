@@ -10,31 +10,31 @@ from torch.fx import Node
 
 from ...graph import Program
 from ...trace.emit import Builder, paused_gc
-from ...trace.node_views import viewed
+from ...trace.node_views import view_source
 from ...trace.shapes.sig import Sig
 from ...trace.views import laid_out
 from ..decompose import separate_outputs
 from ..walk import apply, builder, traced
 from .choice import Way, chosen
-from .order import computed
+from .order import contracted
 
 
 def reassociated(program: Program) -> Program:
     """The program with its sums of products in the order that costs least."""
     with paused_gc():
         ways = chosen(program.graph)
-        return in_order(program, ways) if ways else program
+        return rewritten(program, ways) if ways else program
 
 
-def in_order(program: Program, ways: dict[Node, Way]) -> Program:
+def rewritten(program: Program, ways: dict[Node, Way]) -> Program:
     """The program with these nodes computed otherwise."""
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         if n not in ways:
             return NotImplemented
         nodes, plan, order = ways[n]
-        new = apply(b, (computed,), traced(computed), [env[a] for a in nodes], plan, order)
-        new = strided(b, laid_out(b, new, n.meta["val"]), n.meta["val"])
+        new = apply(b, (contracted,), traced(contracted), [env[a] for a in nodes], plan, order)
+        new = with_strides(b, laid_out(b, new, n.meta["val"]), n.meta["val"])
         return apart(b, new, [env[a] for a in nodes])
 
     b, env = builder(), dict[Node, Any]()
@@ -48,11 +48,11 @@ def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
     """``x``, or a copy of it where it shows one of these."""
     base: Node | None = x
     while base is not None and base not in factors:
-        base = viewed(base)
+        base = view_source(base)
     return x if base is None else b.call(torch.ops.aten.clone.default, x)
 
 
-def strided(b: Builder, x: Node, sig: Sig) -> Node:
+def with_strides(b: Builder, x: Node, sig: Sig) -> Node:
     """``x``, which lies in memory as ``sig`` says, with its strides also where the extent is 1."""
     if x.meta["val"].stride == sig.stride:
         return x

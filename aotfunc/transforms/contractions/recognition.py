@@ -34,7 +34,7 @@ class Products(Algebra):
         self.leaves: dict[Node, Product] = {}
         for n in graph.nodes:
             rule = RULES.get(n.target)
-            if rule is not None and fits(n):
+            if rule is not None and may_be_product(n):
                 self.parts[n] = []
                 product = rule(self, n, *n.args, **n.kwargs)
                 if product is None:
@@ -58,7 +58,7 @@ class Products(Algebra):
         return product
 
 
-def fits(n: Node) -> bool:
+def may_be_product(n: Node) -> bool:
     """Say whether a node and the tensors that it reads have elements, all on one device and of one
     dtype, which is computed in as it is."""
     call: Any = n.args[0] if n.target is operator.getitem else n
@@ -77,7 +77,7 @@ def fits(n: Node) -> bool:
 RULES: dict[Any, Callable] = {}
 
 
-def rule(*ops: Any) -> Callable:
+def recognises(*ops: Any) -> Callable:
     def register(f: Callable) -> Callable:
         RULES.update(dict.fromkeys(ops, f))
         return f
@@ -85,12 +85,12 @@ def rule(*ops: Any) -> Callable:
     return register
 
 
-@rule(aten.view.default, aten._unsafe_view.default)
+@recognises(aten.view.default, aten._unsafe_view.default)
 def _view(ps: Products, n: Node, x: Node, shape: Any) -> Product | None:
     return ps.viewed(ps.of(n, x), n.meta["val"].shape)
 
 
-@rule(
+@recognises(
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
     aten.clone.default,
 )
@@ -98,25 +98,25 @@ def _same_values(ps: Products, n: Node, x: Node, *_: Any, **__: Any) -> Product 
     return ps.viewed(ps.of(n, x), n.meta["val"].shape)
 
 
-@rule(aten.select.int)
+@recognises(aten.select.int)
 def _select(ps: Products, n: Node, x: Node, dim: int, index: Any) -> Product | None:
     if x.meta["val"].shape[dim] != 1:
         return None
     return ps.viewed(ps.of(n, x), n.meta["val"].shape)
 
 
-@rule(aten.expand.default)
+@recognises(aten.expand.default)
 def _expand(ps: Products, n: Node, x: Node, *_: Any, **__: Any) -> Product:
     return ps.expanded(ps.of(n, x), n.meta["val"].shape)
 
 
-@rule(aten.permute.default)
+@recognises(aten.permute.default)
 def _permute(ps: Products, n: Node, x: Node, order: Sequence[int]) -> Product:
     p = ps.of(n, x)
     return replace(p, dims=tuple([p.dims[d] for d in order]))
 
 
-@rule(aten.t.default, aten.transpose.int)
+@recognises(aten.t.default, aten.transpose.int)
 def _transpose(ps: Products, n: Node, x: Node, i: int = 0, j: int = -1) -> Product:
     p = ps.of(n, x)
     dims = list(p.dims)
@@ -125,20 +125,20 @@ def _transpose(ps: Products, n: Node, x: Node, i: int = 0, j: int = -1) -> Produ
     return replace(p, dims=tuple(dims))
 
 
-@rule(aten.mul.Tensor)
+@recognises(aten.mul.Tensor)
 def _mul(ps: Products, n: Node, x: Any, y: Any) -> Product | None:
     if x.__class__ is Node and y.__class__ is Node:
-        return product(ps, n, x, y)
+        return product_of(ps, n, x, y)
     x, y = (x, y) if x.__class__ is Node else (y, x)
-    return scaled(ps, n, x, y)
+    return scalar_multiple(ps, n, x, y)
 
 
-@rule(aten.div.Tensor)
+@recognises(aten.div.Tensor)
 def _div(ps: Products, n: Node, x: Any, y: Any) -> Product | None:
     if x.__class__ is not Node:
         return None
     if y.__class__ is not Node:
-        return scaled(ps, n, x, 1 / y) if y else None
+        return scalar_multiple(ps, n, x, 1 / y) if y else None
     if y.meta["val"].numel >= n.meta["val"].numel:
         return None  # a division for each element, as there is
     over = ps.of(n, x)
@@ -149,17 +149,17 @@ def _div(ps: Products, n: Node, x: Any, y: Any) -> Product | None:
     return ps.times(over, replace(inverse, factors=(factor,)))
 
 
-@rule(aten.neg.default)
+@recognises(aten.neg.default)
 def _neg(ps: Products, n: Node, x: Node) -> Product | None:
-    return scaled(ps, n, x, -1)
+    return scalar_multiple(ps, n, x, -1)
 
 
-@rule(aten.pow.Tensor_Scalar)
+@recognises(aten.pow.Tensor_Scalar)
 def _pow(ps: Products, n: Node, x: Node, exponent: Any) -> Product | None:
-    return product(ps, n, x, x) if exponent == 2 else None
+    return product_of(ps, n, x, x) if exponent == 2 else None
 
 
-@rule(aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default)
+@recognises(aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default)
 def _sum(
     ps: Products, n: Node, x: Node, over: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Product | None:
@@ -177,7 +177,7 @@ def dimensions(p: Product, over: Sequence[int] | None) -> Sequence[int]:
     return (over or range(len(p.dims))) if p.dims else ()
 
 
-@rule(aten.linalg_vector_norm.default)
+@recognises(aten.linalg_vector_norm.default)
 def _norm(
     ps: Products,
     n: Node,
@@ -189,27 +189,27 @@ def _norm(
 ) -> Product | None:
     if order != 2:
         return None
-    p = product(ps, n, x, x)
+    p = product_of(ps, n, x, x)
     if p is None:
         return None
     return replace(ps.summed(p, dimensions(p, over), keepdim), rooted=True)
 
 
-@rule(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
+@recognises(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
 def _matmul(ps: Products, n: Node, x: Node, y: Node) -> Product | None:
     """The rows of the one times the columns of the other, summed."""
     rows = lambda p: replace(p, dims=(*p.dims, ())) if n.target in MATRICES else p
     columns = lambda p: (
         replace(p, dims=(*p.dims[:-2], (), *p.dims[-2:])) if n.target in MATRICES else p
     )
-    p = product(ps, n, x, y, rows, columns)
+    p = product_of(ps, n, x, y, rows, columns)
     return p and ps.summed(p, [-2 if n.target in MATRICES else -1])
 
 
 MATRICES = (aten.bmm.default, aten.mm.default)
 
 
-def product(
+def product_of(
     ps: Products,
     n: Node,
     x: Node,
@@ -233,7 +233,7 @@ def product(
     return ps.times(left(parts[0]), right(parts[1]))
 
 
-def scaled(ps: Products, n: Node, x: Node, by: Any) -> Product | None:
+def scalar_multiple(ps: Products, n: Node, x: Node, by: Any) -> Product | None:
     if by.__class__ not in (int, float) or not math.isfinite(by):
         return None
     p = ps.of(n, x)
@@ -241,7 +241,7 @@ def scaled(ps: Products, n: Node, x: Node, by: Any) -> Product | None:
     return replace(p, scale=scale, square=p.square and by > 0) if math.isfinite(scale) else None
 
 
-@rule(operator.getitem)
+@recognises(operator.getitem)
 def _weight_gradient(ps: Products, n: Node, call: Node, i: int) -> Product | None:
     if call.target is not aten.convolution_backward.default or call.args[-1] != WEIGHT_ONLY:
         return None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .products import Dims, flat
+from .products import Dims, labels_of
 
 aten = torch.ops.aten
 
@@ -24,8 +24,8 @@ class Windows:
     def __init__(self, dims: Dims, form: tuple) -> None:
         self.kernel, *self.geometry = form[1:]
         self.dims, rank = dims, len(self.kernel)
-        self.labels, self.images, self.channels = flat(dims), flat(dims[:2]), dims[2]
-        self.inside, self.places = flat(dims[3 : 3 + rank]), flat(dims[3 + rank :])
+        self.labels, self.images, self.channels = labels_of(dims), labels_of(dims[:2]), dims[2]
+        self.inside, self.places = labels_of(dims[3 : 3 + rank]), labels_of(dims[3 + rank :])
 
     def convolves(self, others: Collection[int], out: Collection[int]) -> bool:
         """Whether the product with a tensor of ``others``, of which ``out`` is left, is the weight

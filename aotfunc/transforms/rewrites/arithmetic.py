@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from ...trace.emit import Builder
 from ...trace.shapes.sig import Sig
-from .constants import constant_result, filled, filled_with, is_one
-from .table import EXACT, aten, fit, rewrite, same
+from .constants import constant_result, filled_constant, filled_with, is_one
+from .table import EXACT, aten, fit_or_none, has_signature, rewrite
 
 NEG = aten.neg.default
 
@@ -33,22 +33,22 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
         return None
     m, n = filled_with(x), filled_with(y)
     if n is not None:
-        if n == 1 and same(x, val):
+        if n == 1 and has_signature(x, val):
             return x
         if m is not None:
             return constant_result(b, val, operator.mul, x, y)
         if y.__class__ is Node and val.dtype in EXACT and y.meta["val"].dtype is val.dtype:
             return times_number(b, val, x, n)
     elif m is not None and x.__class__ is Node:
-        if m == 1 and same(y, val):
+        if m == 1 and has_signature(y, val):
             return y
         if val.dtype in EXACT and x.meta["val"].dtype is val.dtype:
             return times_number(b, val, y, m)
     # a minus sign commutes with products: pull it out, where it meets others
     if negated(x, val):
-        return fit(val, b.call(NEG, b.call(aten.mul.Tensor, x.args[0], y)))
+        return fit_or_none(val, b.call(NEG, b.call(aten.mul.Tensor, x.args[0], y)))
     if negated(y, val):
-        return fit(val, b.call(NEG, b.call(aten.mul.Tensor, x, y.args[0])))
+        return fit_or_none(val, b.call(NEG, b.call(aten.mul.Tensor, x, y.args[0])))
     return None
 
 
@@ -56,7 +56,7 @@ def times_number(b: Builder, val: Sig, x: Any, n: Any) -> Any:
     """``x`` times a number instead of a tensor filled with it, unless that tensor gives the result
     its shape."""
     return (
-        fit(val, b.call(aten.mul.Tensor, x, n))
+        fit_or_none(val, b.call(aten.mul.Tensor, x, n))
         if x.__class__ is Node and x.meta["val"].dtype is val.dtype
         else None
     )
@@ -66,7 +66,7 @@ def times_number(b: Builder, val: Sig, x: Any, n: Any) -> Any:
 def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
     if val.dtype.is_complex:
         return None
-    if is_one(y) and same(x, val):
+    if is_one(y) and has_signature(x, val):
         return x
     m = filled_with(x)
     if m is not None:
@@ -78,20 +78,20 @@ def _div(b: Builder, val: Sig, x: Any, y: Any) -> Any:
             and y.__class__ is Node
             and y.meta["val"].dtype is val.dtype
         ):
-            return fit(val, b.call(aten.reciprocal.default, y))
+            return fit_or_none(val, b.call(aten.reciprocal.default, y))
     if negated(x, val):
-        return fit(val, b.call(NEG, b.call(aten.div.Tensor, x.args[0], y)))
+        return fit_or_none(val, b.call(NEG, b.call(aten.div.Tensor, x.args[0], y)))
     if negated(y, val):
-        return fit(val, b.call(NEG, b.call(aten.div.Tensor, x, y.args[0])))
+        return fit_or_none(val, b.call(NEG, b.call(aten.div.Tensor, x, y.args[0])))
     return None
 
 
 @rewrite(NEG)
 def _neg(b: Builder, val: Sig, x: Any) -> Any:
-    if x.target is NEG and same(x.args[0], val):
+    if x.target is NEG and has_signature(x.args[0], val):
         return x.args[0]
     n = filled_with(x)
-    return None if n is None or val.dtype not in EXACT else filled(b, val, -float(n))
+    return None if n is None or val.dtype not in EXACT else filled_constant(b, val, -float(n))
 
 
 @rewrite(aten.add.Tensor)
@@ -102,12 +102,12 @@ def _add(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
         return None
     if negated(y, val):
         return (
-            fit(val, b.call(aten.sub.Tensor, x, y.args[0]))
+            fit_or_none(val, b.call(aten.sub.Tensor, x, y.args[0]))
             if val.dtype.is_floating_point
             else None
         )
     if negated(x, val) and y.__class__ is Node and val.dtype.is_floating_point:
-        return fit(val, b.call(aten.sub.Tensor, y, x.args[0]))
+        return fit_or_none(val, b.call(aten.sub.Tensor, y, x.args[0]))
     return number_added(b, val, operator.add, x, y) if val.dtype in EXACT else None
 
 
@@ -117,7 +117,7 @@ def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
         return None
     if negated(y, val):
         return (
-            fit(val, b.call(aten.add.Tensor, x, y.args[0]))
+            fit_or_none(val, b.call(aten.add.Tensor, x, y.args[0]))
             if val.dtype.is_floating_point
             else None
         )
@@ -135,21 +135,21 @@ def number_added(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
     adds = op is operator.add
     if n is not None:
         # x - 0 and x + -0 are x, but -0 + 0 is 0
-        if n == 0 and np.signbit(n) == adds and same(x, val):
+        if n == 0 and np.signbit(n) == adds and has_signature(x, val):
             return x
         if (
             x.__class__ is y.__class__ is Node
             and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype
         ):
-            return fit(val, b.call(aten.add.Tensor if adds else aten.sub.Tensor, x, n))
+            return fit_or_none(val, b.call(aten.add.Tensor if adds else aten.sub.Tensor, x, n))
     elif (
         x.__class__ is y.__class__ is Node
         and x.meta["val"].dtype is y.meta["val"].dtype is val.dtype
     ):
-        return fit(val, b.call(aten.add.Tensor if adds else aten.rsub.Scalar, y, m))
+        return fit_or_none(val, b.call(aten.add.Tensor if adds else aten.rsub.Scalar, y, m))
     return None
 
 
 @rewrite(aten.pow.Tensor_Scalar)
 def _pow(b: Builder, val: Sig, x: Any, exponent: Any) -> Any:
-    return x if exponent == 1 and same(x, val) else None
+    return x if exponent == 1 and has_signature(x, val) else None

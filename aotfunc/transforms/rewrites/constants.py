@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
 from ...trace.shapes.sig import Sig, contiguous_stride
-from .table import EXACT, aten, fit, is_call, rewrite, tried
+from .table import EXACT, aten, fit_or_none, is_call, rewrite, tried
 
 FULL = aten.full.default
 VIEW, EXPAND, PERMUTE, TRANSPOSE, T = (
@@ -57,7 +57,7 @@ def is_one(a: Any) -> bool:
     return filled_with(a) == 1
 
 
-def filled(b: Builder, val: Sig, value: Any) -> Any:
+def filled_constant(b: Builder, val: Sig, value: Any) -> Any:
     """A tensor of this signature filled with this number; None if its layout is not that of a
     constant.
 
@@ -135,7 +135,7 @@ def constant_result(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
             value = float(op(real(x), real(y)))
         except OverflowError:
             return None
-    return filled(b, val, value) if math.isfinite(value) else None
+    return filled_constant(b, val, value) if math.isfinite(value) else None
 
 
 # ----- one way of writing them -------------------------------------------------------------------
@@ -154,19 +154,21 @@ def _full(
 
 @rewrite(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
 def _ones(b: Builder, val: Sig, *_: Any, pin_memory: Any = None, **__: Any) -> Any:
-    return None if pin_memory else filled(b, val, 1)
+    return None if pin_memory else filled_constant(b, val, 1)
 
 
 @rewrite(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 def _zeros(b: Builder, val: Sig, *_: Any, pin_memory: Any = None, **__: Any) -> Any:
-    return None if pin_memory else filled(b, val, 0)
+    return None if pin_memory else filled_constant(b, val, 0)
 
 
 @rewrite(aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default)
 def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: Any) -> Any:
     value = args[-1]
     return (
-        None if pin_memory or value.__class__ not in (int, float, bool) else filled(b, val, value)
+        None
+        if pin_memory or value.__class__ not in (int, float, bool)
+        else filled_constant(b, val, value)
     )
 
 
@@ -177,7 +179,7 @@ def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: An
 def _part(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
     """A part of a constant is a constant."""
     value = filled_with(x) if is_call(x, FULL, EXPAND) else None
-    return None if value is None else filled(b, val, value)
+    return None if value is None else filled_constant(b, val, value)
 
 
 @rewrite(aten.sum.default, aten.sum.dim_IntList)
@@ -194,13 +196,13 @@ def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
         return None
     # a sum starts with 0, so that of minus zeros is 0
     total = value * (x.meta["val"].numel // val.numel) + 0.0
-    return filled(b, val, total) if abs(total) < 2**24 else None
+    return filled_constant(b, val, total) if abs(total) < 2**24 else None
 
 
 @rewrite(aten.where.self)
 def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
     if is_call(condition, FULL):
-        return fit(val, x if condition.args[1] else y)
+        return fit_or_none(val, x if condition.args[1] else y)
     return None
 
 

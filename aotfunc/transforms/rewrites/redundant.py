@@ -10,7 +10,7 @@ from typing import Any
 from ...trace.emit import Builder
 from ...trace.node_views import storage_root
 from ...trace.shapes.sig import Sig
-from .table import aten, fit, is_call, rewrite, same
+from .table import aten, fit_or_none, has_signature, is_call, rewrite
 
 
 @rewrite(aten.clone.default, aten._to_copy.default)
@@ -22,12 +22,12 @@ def _copy(b: Builder, val: Sig, x: Any, **_: Any) -> Any:
 
 @rewrite(aten._conj_physical.default)
 def _conj(b: Builder, val: Sig, x: Any) -> Any:
-    return fit(val, x.args[0]) if is_call(x, aten._conj_physical.default) else None
+    return fit_or_none(val, x.args[0]) if is_call(x, aten._conj_physical.default) else None
 
 
 @rewrite(aten.cat.default)
 def _cat(b: Builder, val: Sig, xs: Any, dim: int = 0) -> Any:
-    return xs[0] if len(xs) == 1 and same(xs[0], val) else None
+    return xs[0] if len(xs) == 1 and has_signature(xs[0], val) else None
 
 
 @rewrite(aten.select_scatter.default, aten.slice_scatter.default)
@@ -40,7 +40,7 @@ def _overwritten(b: Builder, val: Sig, x: Any, source: Any, *place: Any, **named
             and dict(x.kwargs) == named
             and x.args[1].meta["val"].shape == source.meta["val"].shape
         ):
-            return fit(val, b.call(op, x.args[0], source, *place, **named))
+            return fit_or_none(val, b.call(op, x.args[0], source, *place, **named))
     return None
 
 

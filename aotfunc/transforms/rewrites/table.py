@@ -1,8 +1,9 @@
 """The table of rewritings and the questions that they ask of nodes.
 
 A rule is ``(builder, val, *args, **kwargs) -> replacement | None``. The replacement has the same
-bits as the op it stands for and exactly the signature ``val``, which :func:`fit` checks: the ops
-behind were planned for these strides and this offset, and may have no ``view`` of others."""
+bits as the op it stands for and exactly the signature ``val``, which :func:`fit_or_none`
+checks: the ops behind were planned for these strides and this offset, and may have no ``view`` of
+others."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def is_call(a: Any, *targets: Any) -> bool:
     return a.__class__ is Node and a.op == "call_function" and a.target in targets
 
 
-def same(a: Any, val: Sig) -> bool:
+def has_signature(a: Any, val: Sig) -> bool:
     """Whether ``a`` is a tensor of exactly this signature."""
     if a.__class__ is not Node:
         return False
@@ -52,9 +53,9 @@ def same(a: Any, val: Sig) -> bool:
     )
 
 
-def fit(val: Sig, a: Any) -> Any:
+def fit_or_none(val: Sig, a: Any) -> Any:
     """``a`` if it can stand where ``val`` is expected, else None."""
-    return a if same(a, val) else None
+    return a if has_signature(a, val) else None
 
 
 def tried(b: Builder, val: Sig, target: Any, *args: Any) -> Any:

@@ -23,7 +23,7 @@ from .constants import (
     TURNS,
     VIEW,
     T,
-    filled,
+    filled_constant,
     filled_with,
 )
 from .table import aten, rewrite, tried
@@ -57,7 +57,7 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any)
         and (val.plain or x.meta["val"].numel != 1)
         and (value := filled_with(x)) is not None
     ):
-        return filled(b, val, value)
+        return filled_constant(b, val, value)
     return None
 
 
@@ -120,7 +120,7 @@ def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
     sig = origin.meta["val"]
     if origin.target is FULL:
         value = filled_with(origin)
-        return None if value is None else filled(b, val, value)
+        return None if value is None else filled_constant(b, val, value)
     if sig.plain and sig.numel == val.numel:
         if val.plain:
             return b.node(VIEW, (origin, list(val.shape)), {}, val)

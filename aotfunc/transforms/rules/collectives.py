@@ -31,18 +31,18 @@ def mean_or_sum(how: str, name: str) -> None:
         )
 
 
-def reduced(x: Tensor, how: str, group: Any) -> Tensor:
+def all_reduce(x: Tensor, how: str, group: Any) -> Tensor:
     mean_or_sum(how, "all_reduce")
     return done(space.all_reduce(x.contiguous(), how, group))
 
 
-def gathered(g: Tensor, x: Tensor, how: str, size: int, group: Any) -> Tensor:
+def all_gather(g: Tensor, x: Tensor, how: str, size: int, group: Any) -> Tensor:
     mean_or_sum(how, "reduce_scatter")
     all_of_it = done(space.all_gather_into_tensor(g.contiguous(), size, group))
     return all_of_it / size if how == "avg" else all_of_it
 
 
-def scattered(g: Tensor, x: Tensor, size: int, group: Any) -> Tensor:
+def reduce_scatter(g: Tensor, x: Tensor, size: int, group: Any) -> Tensor:
     return done(space.reduce_scatter_tensor(g.contiguous(), "sum", size, group))
 
 
@@ -54,7 +54,9 @@ def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
     """The sum over all processes, where the value came from; all of them take part."""
     mine = torch.distributed.distributed_c10d._resolve_process_group(group).rank() == source
     here = torch.full((), mine, dtype=torch.bool, device=g.device)
-    return torch.where(here, reduced(g, "sum", group), 0)  # read by all: else some would not call
+    return torch.where(
+        here, all_reduce(g, "sum", group), 0
+    )  # read by all: else some would not call
 
 
 def beside_pieces(op: Any) -> Callable:
@@ -63,13 +65,13 @@ def beside_pieces(op: Any) -> Callable:
 
 
 if torch.distributed.is_available():
-    linear(space.all_reduce, lambda g, x, *how: reduced(g, *how), batch=space.all_reduce)
+    linear(space.all_reduce, lambda g, x, *how: all_reduce(g, *how), batch=space.all_reduce)
     linear(space.wait_tensor, lambda g, x: g, batch=space.wait_tensor)
     linear(space.broadcast, at_source, batch=space.broadcast)
     for names in (space, torch.ops._c10d_functional_autograd):
         for op, transpose in (
-            (names.all_gather_into_tensor, scattered),
-            (names.reduce_scatter_tensor, gathered),
+            (names.all_gather_into_tensor, reduce_scatter),
+            (names.reduce_scatter_tensor, all_gather),
             (names.all_to_all_single, sent_back),
         ):
             linear(op, transpose, batch=beside_pieces(op))

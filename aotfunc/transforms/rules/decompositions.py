@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .batching import elementwise, shifted
-from .schema import aten, named
+from .schema import aten, overloads_named
 from .table import decompose_as, linear, nondiff, vmap_of
 
 # ----- convolutions ------------------------------------------------------------------------------
 
 
-def convolved(
+def convolution(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -40,17 +40,17 @@ def convolved(
 
 
 def dilated(x, w, kernel_size, bias=None, stride=(1,), padding=(0,), dilation=(1,)):
-    return convolved(x, w, bias, stride, padding, dilation)
+    return convolution(x, w, bias, stride, padding, dilation)
 
 
 def conv_transposed(
     x, w, kernel_size, bias=None, stride=(1,), padding=(0,), output_padding=(0,), dilation=(1,)
 ):
-    return convolved(x, w, bias, stride, padding, dilation, True, output_padding)
+    return convolution(x, w, bias, stride, padding, dilation, True, output_padding)
 
 
 def by_columns(x, w, kernel_size, bias, stride, padding):
-    return convolved(x, w, bias, stride, padding)
+    return convolution(x, w, bias, stride, padding)
 
 
 def by_columns_backward(g, x, w, kernel_size, stride, padding, output_mask):
@@ -61,7 +61,7 @@ def by_columns_backward(g, x, w, kernel_size, stride, padding, output_mask):
 
 def over_time(x: Tensor, w: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
     """``conv_tbc``: images ``(time, batch, channels)``, weights ``(time, in, out)``."""
-    return convolved(x.permute(1, 2, 0), w.permute(2, 1, 0), bias, [1], [pad]).permute(2, 0, 1)
+    return convolution(x.permute(1, 2, 0), w.permute(2, 1, 0), bias, [1], [pad]).permute(2, 0, 1)
 
 
 decompose_as(aten.slow_conv_dilated2d, dilated)
@@ -141,14 +141,14 @@ for name in ("conj_physical", "conj"):
         linear(op, lambda g, x: g.conj(), batch=elementwise(op))
 
 
-for op in named("_conj_copy"):
+for op in overloads_named("_conj_copy"):
     linear(op, lambda g, x: g.conj(), batch=elementwise(op))
-for op in named("_neg_view_copy"):
+for op in overloads_named("_neg_view_copy"):
     linear(op, lambda g, x: -g, batch=elementwise(op))
 # elements beside elements, whatever the shape
 vmap_of(aten._dirichlet_grad)(aten._dirichlet_grad.default)
-nondiff(*named("detach_copy"), batch=lambda op: op)
-nondiff(*named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
+nondiff(*overloads_named("detach_copy"), batch=lambda op: op)
+nondiff(*overloads_named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
 
 
 def power_sum(
@@ -157,7 +157,7 @@ def power_sum(
     return (x if dtype is None else x.to(dtype)).abs().pow(ord).sum(dim, keepdim)
 
 
-for op in named("linalg__powsum"):
+for op in overloads_named("linalg__powsum"):
     vmap_of(op)(shifted(op, "dim"))
     decompose_as(op, power_sum)
 

@@ -51,7 +51,7 @@ for packet in (
 nondiff(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, batch=copying)
 
 
-def resized(op: OpOverload) -> Callable[..., Tensor]:
+def per_sample_size(op: OpOverload) -> Callable[..., Tensor]:
     """The vmap rule of ``x.new_zeros(size)`` and the like: one for each sample."""
 
     def batch(x: Tensor, shape: Any, *rest: Any) -> Tensor:
@@ -71,7 +71,7 @@ def new_restrided(op: OpOverload) -> Callable[..., Tensor]:
     return batch
 
 
-nondiff(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, batch=resized)
+nondiff(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, batch=per_sample_size)
 nondiff(aten.new_empty_strided, batch=new_restrided)
 
 

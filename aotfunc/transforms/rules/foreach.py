@@ -36,10 +36,10 @@ OTHERWISE = {
     "norm": lambda x, ord, dtype: aten.linalg_vector_norm(x, ord, dtype=dtype),
     "powsum": lambda x, ord, dtype: aten.linalg__powsum(x, ord, dtype=dtype),
     "addcmul": lambda x, y, z, value: (
-        torch.addcmul(x, y, z, value=value) if number(value) else x + value * y * z
+        torch.addcmul(x, y, z, value=value) if is_number(value) else x + value * y * z
     ),
     "addcdiv": lambda x, y, z, value: (
-        torch.addcdiv(x, y, z, value=value) if number(value) else x + value * y / z
+        torch.addcdiv(x, y, z, value=value) if is_number(value) else x + value * y / z
     ),
     "clone": lambda x, memory_format=None: aten.clone(x, memory_format=memory_format),
     "add": lambda x, y, alpha=1: torch.add(x, y, alpha=alpha),
@@ -47,7 +47,7 @@ OTHERWISE = {
 }
 
 
-def number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return not isinstance(value, Tensor)
 
 
@@ -58,7 +58,7 @@ def on_each(op: OpOverload, one: Any) -> Any:
 
     def body(*args: Any, **named: Any) -> list:
         full = dict(zip(names, args, strict=False)) | named
-        if number(full.get("scalars", 0)):
+        if is_number(full.get("scalars", 0)):
             each = lists
         else:
             full["scalars"], each = full["scalars"].unbind(0), {*lists, "scalars"}

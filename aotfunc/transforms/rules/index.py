@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .batching import align, expand_lead
 from .places import (
+    IndexLayout,
     Indices,
-    Places,
     at_most,
     count_read,
     count_written,
     is_mask,
-    numbered,
+    masks_numbered,
     numbered_each,
     one_sample,
 )
@@ -32,17 +32,17 @@ def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
     return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
 
 
-def read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
+def index_read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
     """``x[indices]``, whose shape is known."""
     count = count_read(indices, shape)
-    return aten.index.Tensor(x, indices if count is None else numbered(indices, count))
+    return aten.index.Tensor(x, indices if count is None else masks_numbered(indices, count))
 
 
 # ----- index and index_put: NumPy's advanced indexing, see :mod:`.places` ------------------------
 
 
 def with_example(
-    indices: Indices, batched: Sequence[bool], size: Any, places: Places
+    indices: Indices, batched: Sequence[bool], size: Any, places: IndexLayout
 ) -> list[Any]:
     """The indices, preceded by the number of the example, to which all of them broadcast."""
     rank = places.rank
@@ -60,7 +60,7 @@ def batch_index(
     x_batched, index_batched = batched
     if (count := count_read(one_sample(indices, index_batched), shape)) is not None:
         indices, index_batched = numbered_each(indices, index_batched, count)
-    places = Places(indices, index_batched)
+    places = IndexLayout(indices, index_batched)
     if not any(index_batched) and places.together:
         return aten.index.Tensor(x, [None, *indices])
     if not x_batched:
@@ -124,7 +124,7 @@ def batch_index_put(
                 text = f"{count.number} elements are written where a mask selects others"
                 aten._assert_async.msg(fits.all(), text)
         indices, index_batched = numbered_each(indices, index_batched, count)
-    places = Places(indices, index_batched)
+    places = IndexLayout(indices, index_batched)
     x = expand_lead(x, x_batched, size)
     rank = places.result_rank(x.dim() - 1)
     if values_batched:
@@ -147,7 +147,7 @@ def put_one_for_all(
     count, there = at_most(indices, index_batched)
     each = there.dim() == 2
     indices, index_batched = numbered_each(indices, index_batched, count)
-    places = Places(indices, index_batched)
+    places = IndexLayout(indices, index_batched)
     rank = places.result_rank(x.dim() - x_batched)
     if values_batched:
         values = align(values, rank)
@@ -160,7 +160,7 @@ def put_one_for_all(
     return batch_index_put(x, indices, values, accumulate, batched=batched, size=size)
 
 
-def along_positions(there: Tensor, places: Places, rank: int) -> Tensor:
+def along_positions(there: Tensor, places: IndexLayout, rank: int) -> Tensor:
     """``there [(B,) n]``, of the last of the dimensions of the indices in a result of ``rank``."""
     return there.reshape(*there.shape, *[1] * (rank - places.front - places.rank))
 
@@ -182,7 +182,7 @@ def where_written(x: Tensor, indices: Indices, values: Tensor) -> Indices:
         or (count := count_written(indices, values.shape, x.dim())) is None
     ):
         return indices
-    return numbered(indices, count)
+    return masks_numbered(indices, count)
 
 
 def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tensor:
@@ -198,10 +198,10 @@ def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tenso
         return aten.index.Tensor(g, numbers)
     unbatched = [False] * len(indices)
     count, there = at_most(indices, unbatched)
-    numbers = numbered(indices, count)
+    numbers = masks_numbered(indices, count)
     found = aten.index.Tensor(g, numbers)
     return torch.where(
-        along_positions(there, Places(numbers, unbatched), found.dim()), found, 0
+        along_positions(there, IndexLayout(numbers, unbatched), found.dim()), found, 0
     ).sum_to_size(values.shape)
 
 
@@ -216,7 +216,7 @@ for op in (aten.index.Tensor, aten._unsafe_index.Tensor):
 
 @jvp_of(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _(tangents: Any, out: Tensor, x: Tensor, indices: Any) -> Tensor:
-    return read(tangents[0], indices, out.shape)
+    return index_read(tangents[0], indices, out.shape)
 
 
 for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):

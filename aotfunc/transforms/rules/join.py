@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .batching import expand_lead, shifted
-from .schema import Formula, aten, call_op, named, overload
+from .schema import Formula, aten, call_op, overload, overloads_named
 from .table import jvp_of, linear
 
 
@@ -59,11 +59,11 @@ def unbind_back(gs: Sequence[Tensor | None], x: Tensor, dim: int) -> Tensor:
     return torch.stack([zero if g is None else g for g in gs], dim)
 
 
-for op in named("split.Tensor", "unsafe_split.Tensor", "split_copy.Tensor"):
+for op in overloads_named("split.Tensor", "unsafe_split.Tensor", "split_copy.Tensor"):
     linear(op, split_back, batch=shifted(op, "dim"))
-for op in named("split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy"):
+for op in overloads_named("split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy"):
     linear(op, pieces_back, batch=shifted(op, "dim"))
-for op in named("unbind.int", "unbind_copy.int"):
+for op in overloads_named("unbind.int", "unbind_copy.int"):
     linear(op, unbind_back, batch=shifted(op, "dim"))
 
 

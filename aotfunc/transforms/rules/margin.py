@@ -96,7 +96,7 @@ def _(g, x, target, reduction, is_target, *, batched, size):
 # ----- second derivatives ------------------------------------------------------------------------
 
 
-def spread(g: Tensor, rows: int, reduction: int) -> Tensor:
+def row_cotangents(g: Tensor, rows: int, reduction: int) -> Tensor:
     """The cotangents of the rows' losses, ``(rows, 1)``, from that of the reduced loss."""
     g = g / rows if reduction == MEAN else g
     return g.reshape(-1, 1)
@@ -112,7 +112,7 @@ def multi_margin_gradient(g, x, target, p, margin, weight=None, reduction=MEAN):
     if weight is not None:
         slope = slope * weight.gather(0, target.reshape(-1)).reshape(-1, 1)
     slope = slope.scatter_add(1, y, -slope.sum(1, keepdim=True))
-    return (slope * spread(g, rows.shape[0], reduction)).reshape(x.shape)
+    return (slope * row_cotangents(g, rows.shape[0], reduction)).reshape(x.shape)
 
 
 decompose_as(aten.multi_margin_loss_backward, multi_margin_gradient)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .batching import align, expand_lead
-from .index import batch_index, batch_index_put, read
+from .index import batch_index, batch_index_put, index_read
 from .schema import aten
 from .table import broadcast_shapes, jvp_of, linear
 
 # ----- take and put: positions in the flattened tensor -------------------------------------------
 
 
-def flattened(x: Tensor, batched: bool) -> Tensor:
+def flatten_samples(x: Tensor, batched: bool) -> Tensor:
     return (
         x.flatten(1)
         if batched and x.dim() > 1
@@ -31,18 +31,18 @@ def flattened(x: Tensor, batched: bool) -> Tensor:
 def batch_take(x: Tensor, index: Tensor, *, batched: tuple[bool, bool], size: Any) -> Tensor:
     if not batched[0]:
         return x.take(index)
-    return batch_index(flattened(x, True), [index], batched=(True, [batched[1]]), size=size)
+    return batch_index(flatten_samples(x, True), [index], batched=(True, [batched[1]]), size=size)
 
 
 def batch_put(
     x: Tensor, index: Tensor, source: Tensor, accumulate: bool, *, batched: Any, size: Any
 ) -> Tensor:
     shape = x.shape[1:] if batched[0] else x.shape
-    x = expand_lead(flattened(x, batched[0]), batched[0], size)
+    x = expand_lead(flatten_samples(x, batched[0]), batched[0], size)
     out = batch_index_put(
         x,
-        [flattened(index, batched[1])],
-        flattened(source, batched[2]),
+        [flatten_samples(index, batched[1])],
+        flatten_samples(source, batched[2]),
         accumulate,
         batched=(True, [batched[1]], batched[2]),
         size=size,
@@ -89,7 +89,7 @@ linear(
 @jvp_of(aten.masked_select)
 def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     full = broadcast_shapes(x.shape, mask.shape) or (1,)
-    return read(tangents[0].expand(full), [mask.expand(full)], out.shape)
+    return index_read(tangents[0].expand(full), [mask.expand(full)], out.shape)
 
 
 def running(mask: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def batch_masked_scatter(
             mask.logical_not().all(), "masked_scatter: the source has too few elements"
         )
         return x.clone()
-    nth = running(flattened(mask, True)).clamp_min(0)
-    return torch.where(mask, flattened(source, True).gather(1, nth).reshape(x.shape), x)
+    nth = running(flatten_samples(mask, True)).clamp_min(0)
+    return torch.where(mask, flatten_samples(source, True).gather(1, nth).reshape(x.shape), x)
 
 
 def batch_masked_scatter_backward(
@@ -120,7 +120,7 @@ def batch_masked_scatter_backward(
     g, mask = (expand_lead(t, b, size) for t, b in zip((g, mask), batched, strict=True))
     rank = max(g.dim(), mask.dim()) - 1
     g, mask = torch.broadcast_tensors(align(g, rank), align(mask, rank))
-    g, mask = flattened(g, True), flattened(mask, True)
+    g, mask = flatten_samples(g, True), flatten_samples(mask, True)
     length = prod(sizes)
     # the unselected go to one place more, which is then left out
     nth = torch.where(mask, running(mask), length)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def padded(
+def padded_sequences(
     data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int
 ) -> tuple[Tensor, Tensor]:
     """``(T, N, *)`` of ``data``, in which step t has the next ``sizes[t]`` rows, and the length of

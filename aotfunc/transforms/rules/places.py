@@ -23,7 +23,7 @@ def is_mask(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
-class Places:
+class IndexLayout:
     """The layout of advanced indices in the unbatched op: NumPy's.
 
     The indexed dimensions are replaced, at the place of the first, by the broadcast shape of the
@@ -95,7 +95,7 @@ def count_read(indices: Indices, shape: Sequence[Any]) -> Count | None:
     masks = sum(map(is_mask, indices))
     if not masks:
         return None
-    places = Places(indices, [False] * len(indices))
+    places = IndexLayout(indices, [False] * len(indices))
     return Count(shape[places.front + places.rank - 1], masks > 1 or bool(widths(indices)))
 
 
@@ -104,7 +104,7 @@ def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count |
     this shape are written there; ``None`` if one value is written to all."""
     if found := widths(indices):
         return Count(found[0], True)
-    places = Places(indices, [False] * len(indices))
+    places = IndexLayout(indices, [False] * len(indices))
     at = len(values) - (places.result_rank(rank) - (places.front + places.rank - 1))
     return (
         Count(values[at], sum(map(is_mask, indices)) > 1) if at >= 0 and values[at] != 1 else None
@@ -126,7 +126,7 @@ def at_most(indices: Indices, batched: Sequence[bool]) -> tuple[Count, Tensor]:
     return Count(count, True), there
 
 
-def numbered(indices: Indices, count: Count) -> list[Tensor | None]:
+def masks_numbered(indices: Indices, count: Count) -> list[Tensor | None]:
     """The indices of the unbatched op, masks as vectors of positions."""
     return numbered_each(indices, [False] * len(indices), count)[0]
 

@@ -32,7 +32,7 @@ def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
                 yield op
 
 
-def narrow(x: Tensor) -> bool:
+def is_low_precision(x: Tensor) -> bool:
     """Whether a value has so few digits that the order of its products shows: there it is
     PyTorch's."""
     return x.dtype in (torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ for op in functional(aten.mul):
 
 
 def quotient_in_divisor(g: Tensor, out: Tensor, x: Any, y: Any) -> Tensor:
-    return -(g * (out / y)) if narrow(out) else -(g / y * out)
+    return -(g * (out / y)) if is_low_precision(out) else -(g / y * out)
 
 
 for op in (aten.div.Tensor, aten.div.Scalar):
@@ -116,7 +116,7 @@ def power_of_number(g: Tensor, out: Tensor, x: Tensor, n: Any) -> Tensor:
         return torch.zeros_like(g)
     if n == 1:
         return g
-    if narrow(out) and n != 2:
+    if is_low_precision(out) and n != 2:
         return g * (x ** (n - 1) * n)
     return g * (x if n == 2 else x ** (n - 1)) * n
 

@@ -25,7 +25,7 @@ def shared(draw: Tensor, size: int) -> Tensor:
     return draw.expand(size, *draw.shape)
 
 
-def aligned(tensors: Any, batched: Any, size: int) -> list[Tensor]:
+def as_batches(tensors: Any, batched: Any, size: int) -> list[Tensor]:
     """The tensors as batches, ranks equal so that they broadcast sample by sample."""
     rank = max(x.dim() - b for x, b in zip(tensors, batched, strict=True))
     return [align(expand_lead(x, b, size), rank) for x, b in zip(tensors, batched, strict=True)]
@@ -140,7 +140,7 @@ def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
             if any(batched):
                 raise no_shared_draw()
             return shared(call_op(op, full), size)
-        for i, x in zip(where, aligned([args[i] for i in where], batched, size), strict=True):
+        for i, x in zip(where, as_batches([args[i] for i in where], batched, size), strict=True):
             full[i] = x
         return call_op(op, full)
 
@@ -185,7 +185,7 @@ def drawn_dtype(dtype: torch.dtype) -> torch.dtype:
 def _(
     x: Tensor, p: Tensor, generator: Any, *, batched: tuple[bool, bool], size: int, randomness: str
 ) -> Tensor:
-    like, p = aligned([x, p], batched, size)
+    like, p = as_batches([x, p], batched, size)
     if randomness == "different":
         return aten.bernoulli.Tensor(like, p, generator=generator)
     # in the order of memory
@@ -198,7 +198,7 @@ def normal(
 ) -> Tensor:
     """``mean + std * noise``, as the op itself computes it."""
     tensors = [v for v in (mean, std) if isinstance(v, Tensor)]
-    values = iter(aligned(tensors, batched, size))
+    values = iter(as_batches(tensors, batched, size))
     mean, std = (next(values) if isinstance(v, Tensor) else v for v in (mean, std))
     shape = broadcast_shapes(*(v.shape for v in (mean, std) if isinstance(v, Tensor)))
     width = 1.0 if isinstance(std, Tensor) else std

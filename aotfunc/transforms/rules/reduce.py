@@ -1,6 +1,6 @@
 """What reductions to fewer elements and selections along a dimension mean.
 
-Shapes: ``out`` has the reduced dimensions removed, or 1 with ``keepdim``; :func:`restored` brings
+Shapes: ``out`` has the reduced dimensions removed, or 1 with ``keepdim``; :func:`unreduced` brings
 a cotangent of it back to a shape that broadcasts against the input."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dims_of(x: Tensor, dim: Any) -> tuple[int, ...]:
     return tuple(d % x.dim() for d in dim) if dim and x.dim() else tuple(range(x.dim()))
 
 
-def restored(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+def unreduced(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     """``g`` with the reduced dimensions of ``x`` put back as 1."""
     if keepdim or x.dim() == 0:
         return g
@@ -60,25 +60,27 @@ def as_vectors(x: Tensor) -> Tensor:
     return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
 
-def summed(op: Any) -> Callable[..., Any]:
+def with_dtype(op: Any) -> Callable[..., Any]:
     """``op`` with its keyword-only ``dtype`` given by position, without keeping dimensions."""
     return lambda x, dims, dtype=None: op(x, dims, dtype=dtype)
 
 
 # ----- sums and means ----------------------------------------------------------------------------
 
-linear(aten.sum, lambda g, x: g.expand(x.shape), batch=per_sample(summed(aten.sum)))
+linear(aten.sum, lambda g, x: g.expand(x.shape), batch=per_sample(with_dtype(aten.sum)))
 linear(
     aten.sum.dim_IntList,
-    lambda g, x, dim, keepdim: restored(g, x, dim, keepdim).expand(x.shape),
+    lambda g, x, dim, keepdim: unreduced(g, x, dim, keepdim).expand(x.shape),
     batch=shifted(aten.sum.dim_IntList, "dim"),
 )
 linear(
-    aten.mean, lambda g, x: (g / x.numel()).expand(x.shape), batch=per_sample(summed(aten.mean))
+    aten.mean,
+    lambda g, x: (g / x.numel()).expand(x.shape),
+    batch=per_sample(with_dtype(aten.mean)),
 )
 linear(
     aten.mean.dim,
-    lambda g, x, dim, keepdim: (restored(g, x, dim, keepdim) / count(x, dim)).expand(x.shape),
+    lambda g, x, dim, keepdim: (unreduced(g, x, dim, keepdim) / count(x, dim)).expand(x.shape),
     batch=shifted(aten.mean.dim, "dim"),
 )
 linear(
@@ -90,7 +92,7 @@ linear(
 
 @vjp_of(aten.nansum)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
-    return [restored(g, x, dim, keepdim) * (x == x)]
+    return [unreduced(g, x, dim, keepdim) * (x == x)]
 
 
 vmap_of(aten.nansum)(shifted(aten.nansum, "dim"))
@@ -102,7 +104,7 @@ vmap_of(aten.nansum)(shifted(aten.nansum, "dim"))
 def var_backward(g: Tensor, x: Tensor, dim: Any, correction: Any, keepdim: bool) -> Tensor:
     freedom = max(count(x, dim) - (1 if correction is None else correction), 0)
     factor = 2 / freedom if freedom else math.inf
-    return restored(g, x, dim, keepdim) * factor * (x - x.mean(dims_of(x, dim), keepdim=True))
+    return unreduced(g, x, dim, keepdim) * factor * (x - x.mean(dims_of(x, dim), keepdim=True))
 
 
 def std_backward(
@@ -112,7 +114,7 @@ def std_backward(
 
 
 def mean_backward(g: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
-    return (restored(g, x, dim, keepdim) / count(x, dim)).expand(x.shape)
+    return (unreduced(g, x, dim, keepdim) / count(x, dim)).expand(x.shape)
 
 
 @vjp_of(aten.var.correction)
@@ -167,7 +169,7 @@ def norm_backward(
     g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any = None, keepdim: bool = False
 ) -> Tensor:
     p = 2.0 if p is None else float(p)
-    g, norm = restored(g, x, dim, keepdim), restored(norm, x, dim, keepdim)
+    g, norm = unreduced(g, x, dim, keepdim), unreduced(norm, x, dim, keepdim)
     if p == 0:
         return torch.zeros_like(x)
     if p == 1:
@@ -248,13 +250,13 @@ def equals(x: Tensor, out: Tensor) -> Tensor:
 @vjp_of(aten.amax, aten.amin)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
     return [
-        share(restored(g, x, dim, keepdim), x == restored(out, x, dim, keepdim), dims_of(x, dim))
+        share(unreduced(g, x, dim, keepdim), x == unreduced(out, x, dim, keepdim), dims_of(x, dim))
     ]
 
 
 @jvp_of(aten.amax, aten.amin)
 def _(tangents: tuple[Tensor], out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
-    mask = x == restored(out, x, dim, keepdim)
+    mask = x == unreduced(out, x, dim, keepdim)
     return keep(mask, tangents[0]).sum(dims_of(x, dim), keepdim) / mask.sum(
         dims_of(x, dim), keepdim
     )
@@ -276,8 +278,8 @@ def _(tangents: tuple[Tensor], out: Tensor, x: Tensor) -> Tensor:
 def _(g: Any, outs: Any, x: Tensor, dim: int | None, keepdim: bool) -> list[Tensor]:
     terms = [
         share(
-            restored(c, x, dim, keepdim),
-            equals(x, restored(out, x, dim, keepdim)),
+            unreduced(c, x, dim, keepdim),
+            equals(x, unreduced(out, x, dim, keepdim)),
             dims_of(x, dim),
         )
         for c, out in zip(g, outs, strict=True)
@@ -350,7 +352,7 @@ for op in (
 
 @vjp_of(aten.logsumexp)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor]:
-    return [restored(g, x, dim, keepdim) * (x - restored(out, x, dim, keepdim)).exp().conj()]
+    return [unreduced(g, x, dim, keepdim) * (x - unreduced(out, x, dim, keepdim)).exp().conj()]
 
 
 vmap_of(aten.logsumexp)(shifted(aten.logsumexp, "dim"))
@@ -372,7 +374,7 @@ nondiff(aten._is_all_true, batch=lambda op: per_sample(aten.all.dims))
 nondiff(aten._is_any_true, batch=lambda op: per_sample(aten.any.dims))
 
 
-def counting(x: Tensor, dim: int | None) -> Tensor:
+def count_nonzero(x: Tensor, dim: int | None) -> Tensor:
     return (
         aten.count_nonzero(as_vectors(x), 1)
         if dim is None
@@ -391,5 +393,5 @@ def arg_extreme(op: OpOverload) -> Callable[..., Tensor]:
     return batch
 
 
-nondiff(aten.count_nonzero, batch=lambda op: counting)
+nondiff(aten.count_nonzero, batch=lambda op: count_nonzero)
 nondiff(aten.argmax, aten.argmin, batch=arg_extreme)

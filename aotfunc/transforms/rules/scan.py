@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batching import shifted
-from .reduce import as_vectors, restored
+from .reduce import as_vectors, unreduced
 from .schema import aten
 from .table import jvp_of, linear, vjp_of, vmap_of
 
@@ -74,7 +74,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, keepdim: bool) -> list[Tensor
     others = (
         prod_of_others(x.transpose(dim, -1)).transpose(dim, -1) if x.dim() else torch.ones_like(x)
     )
-    return [restored(g, x, dim, keepdim) * others.conj()]
+    return [unreduced(g, x, dim, keepdim) * others.conj()]
 
 
 def prod_of_others(x: Tensor) -> Tensor:

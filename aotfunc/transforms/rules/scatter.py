@@ -52,18 +52,18 @@ def indexed_along(op: Any) -> Formula:
     return batch
 
 
-def gathered(g: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+def gather_cotangent(g: Tensor, x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     return fitted(g.gather(dim, index), src.shape)
 
 
-def scattered(g: Tensor, x: Tensor, dim: int, index: Tensor, sparse: bool) -> Tensor:
+def scatter_cotangent(g: Tensor, x: Tensor, dim: int, index: Tensor, sparse: bool) -> Tensor:
     refuse_sparse(sparse)
     return g.new_zeros(x.shape).scatter_add(dim, index, g)
 
 
 linear(
     aten.gather,
-    scattered,
+    scatter_cotangent,
     None,
     batch=indexed_along(aten.gather),
 )
@@ -71,7 +71,7 @@ linear(
     aten.scatter.src,
     lambda g, x, dim, index, src: g.scatter(dim, index, 0),
     None,
-    gathered,
+    gather_cotangent,
     batch=indexed_along(aten.scatter.src),
     jointly=True,
 )
@@ -79,7 +79,7 @@ linear(
     aten.scatter_add,
     lambda g, *_: g,
     None,
-    gathered,
+    gather_cotangent,
     batch=indexed_along(aten.scatter_add),
     jointly=True,
 )

@@ -44,7 +44,7 @@ def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
     return op(*args[:split], **dict(zip(names, args[split:], strict=True)))
 
 
-def named(*names: str) -> Any:
+def overloads_named(*names: str) -> Any:
     """Overloads by name, those that this build of torch has."""
     found = []
     for name in names:

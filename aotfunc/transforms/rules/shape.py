@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batching import align, past_batch, shifted
-from .schema import aten, named
+from .schema import aten, overloads_named
 from .table import jvp_of, linear, nondiff, vmap_of
 
 # ----- the same elements under another shape -----------------------------------------------------
@@ -30,17 +30,17 @@ def batch_reshape(x: Tensor, size: Sequence[Any]) -> Tensor:
     return x.reshape(x.shape[0], *known_size(size, prod(x.shape[1:])))
 
 
-for op in named(
+for op in overloads_named(
     "view", "_unsafe_view", "_reshape_alias", "_reshape_alias_copy", "view_copy", "_reshape_copy"
 ):
     linear(op, lambda g, x: g.reshape(x.shape), batch=batch_reshape)
     # a tangent need not have its primal's strides
     jvp_of(op)(lambda tangents, out, *_: tangents[0].reshape(out.shape))
 
-for op in named("alias", "alias_copy", "lift", "lift_fresh", "lift_fresh_copy"):
+for op in overloads_named("alias", "alias_copy", "lift", "lift_fresh", "lift_fresh_copy"):
     linear(op, lambda g, x: g, batch=op)
 
-nondiff(*named("view.dtype", "view_copy.dtype"), batch=lambda op: op)
+nondiff(*overloads_named("view.dtype", "view_copy.dtype"), batch=lambda op: op)
 
 
 def batch_squeeze(x: Tensor, dim: Any = None) -> Tensor:
@@ -55,11 +55,11 @@ def squeeze_dim_back(g: Tensor, x: Tensor, dim: int) -> Tensor:
     return g.unsqueeze(dim) if x.dim() > g.dim() else g
 
 
-for op in named("squeeze", "squeeze_copy", "squeeze.dims", "squeeze_copy.dims"):
+for op in overloads_named("squeeze", "squeeze_copy", "squeeze.dims", "squeeze_copy.dims"):
     linear(op, lambda g, x: g.reshape(x.shape), batch=batch_squeeze)
-for op in named("squeeze.dim", "squeeze_copy.dim"):
+for op in overloads_named("squeeze.dim", "squeeze_copy.dim"):
     linear(op, squeeze_dim_back, batch=batch_squeeze)
-for op in named("unsqueeze", "unsqueeze_copy"):
+for op in overloads_named("unsqueeze", "unsqueeze_copy"):
     linear(
         op, lambda g, x, dim: g.squeeze(dim), batch=lambda x, dim: x.unsqueeze(dim % x.dim() + 1)
     )
@@ -69,7 +69,9 @@ def batch_expand(x: Tensor, size: Sequence[Any]) -> Tensor:
     return align(x, len(size)).expand(-1, *size)
 
 
-for op in named("expand", "expand_copy"):  # the walker sums the cotangent back to the shape of x
+for op in overloads_named(
+    "expand", "expand_copy"
+):  # the walker sums the cotangent back to the shape of x
     linear(op, lambda g, x: g, batch=batch_expand)
 
 
@@ -106,11 +108,11 @@ def batch_permute(x: Tensor, dims: Sequence[int]) -> Tensor:
     return x.permute(0, *(d % (x.dim() - 1) + 1 for d in dims))
 
 
-for op in named("permute", "permute_copy"):
+for op in overloads_named("permute", "permute_copy"):
     linear(op, permute_back, batch=batch_permute)
-for op in named("transpose.int", "transpose_copy.int"):
+for op in overloads_named("transpose.int", "transpose_copy.int"):
     linear(op, lambda g, x, a, b: g.transpose(a, b), batch=shifted(op, "dim0", "dim1"))
-for op in named("t", "t_copy"):
+for op in overloads_named("t", "t_copy"):
     linear(op, lambda g, x: g.t(), batch=lambda x: x.transpose(1, 2) if x.dim() == 3 else x)
 
 
@@ -139,7 +141,7 @@ linear(
     lambda g, x, r: torch.pixel_shuffle(g, r),
     batch=aten.pixel_unshuffle.default,
 )
-for op in named("channel_shuffle", "native_channel_shuffle"):
+for op in overloads_named("channel_shuffle", "native_channel_shuffle"):
     linear(
         op,
         lambda g, x, groups: torch.channel_shuffle(g, x.shape[1] // groups),
@@ -148,9 +150,9 @@ for op in named("channel_shuffle", "native_channel_shuffle"):
 
 # ----- complex numbers as pairs ------------------------------------------------------------------
 
-for op in named("view_as_real", "view_as_real_copy"):
+for op in overloads_named("view_as_real", "view_as_real_copy"):
     linear(op, lambda g, x: torch.view_as_complex(g.contiguous()), batch=op)
-for op in named("view_as_complex", "view_as_complex_copy"):
+for op in overloads_named("view_as_complex", "view_as_complex_copy"):
     linear(op, lambda g, x: torch.view_as_real(g.resolve_conj()), batch=op)
 
 # ----- counts ------------------------------------------------------------------------------------

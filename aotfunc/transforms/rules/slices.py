@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batching import expand_lead, past_batch, shifted
-from .schema import Formula, aten, call_op, named, overload
+from .schema import Formula, aten, call_op, overload, overloads_named
 from .table import linear
 
 
@@ -45,7 +45,7 @@ def slice_back(g: Tensor, x: Tensor, dim: int, start: Any, end: Any, step: Any) 
     )
 
 
-for op in named("slice.Tensor", "slice_copy.Tensor"):
+for op in overloads_named("slice.Tensor", "slice_copy.Tensor"):
     linear(op, slice_back, batch=shifted(op, "dim"))
 linear(
     aten.narrow_copy,
@@ -56,11 +56,11 @@ linear(
     ),
     batch=shifted(aten.narrow_copy, "dim"),
 )
-for op in named("select.int", "select_copy.int"):
+for op in overloads_named("select.int", "select_copy.int"):
     linear(
         op, lambda g, x, dim, i: aten.select_backward(g, x.shape, dim, i), batch=shifted(op, "dim")
     )
-for op in named("diagonal", "diagonal_copy"):
+for op in overloads_named("diagonal", "diagonal_copy"):
     linear(
         op,
         lambda g, x, offset, a, b: aten.diagonal_backward(g, x.shape, offset, a, b),
@@ -82,7 +82,7 @@ def batch_unfold_backward(
     return aten.unfold_backward(g, [g.shape[0], *sizes], dim % len(sizes) + 1, size, step)
 
 
-for op in named("unfold", "unfold_copy"):
+for op in overloads_named("unfold", "unfold_copy"):
     linear(
         op,
         lambda g, x, d, size, step: aten.unfold_backward(g, x.shape, d, size, step),
@@ -199,7 +199,7 @@ def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any, sample: Any) -> T
     return x.flatten(1).index_copy(1, at, src.reshape(src.shape[0], -1)).reshape(x.shape)
 
 
-for op in named("as_strided", "as_strided_copy"):
+for op in overloads_named("as_strided", "as_strided_copy"):
     linear(op, as_strided_back, batch=batch_as_strided)
 linear(
     aten.as_strided_scatter,

@@ -28,17 +28,17 @@ FLOATS = (torch.float32, torch.float64)
 
 def of_floats(body: Callable) -> Callable:
     """A body for tensors of float32 or of float64 that are not empty."""
-    return lambda *args, **options: body(*args, **options) if fit(args) else NotImplemented
+    return lambda *args, **options: body(*args, **options) if can_open(args) else NotImplemented
 
 
 def of_any_floats(body: Callable) -> Callable:
     """Likewise, or of bfloat16 or float16, or these beside float32."""
     return lambda *args, **options: (
-        body(*args, **options) if fit(args, ROUNDED) else NotImplemented
+        body(*args, **options) if can_open(args, ROUNDED) else NotImplemented
     )
 
 
-def fit(args: Sequence, more: Container[torch.dtype] = ()) -> bool:
+def can_open(args: Sequence, more: Container[torch.dtype] = ()) -> bool:
     found = [a for a in args if isinstance(a, Tensor)]
     dtypes = {wide(t.dtype) if t.dtype in more else t.dtype for t in found}
     return (
@@ -69,8 +69,8 @@ OPENED: dict[Any, Callable] = {
     aten._adaptive_avg_pool2d_backward.default: pooling.adaptive_backward,
     aten.argmax.default: extremes.arg("amax"),
     aten.argmin.default: extremes.arg("amin"),
-    aten.max.dim: extremes.along("amax"),
-    aten.min.dim: extremes.along("amin"),
+    aten.max.dim: extremes.with_positions("amax"),
+    aten.min.dim: extremes.with_positions("amin"),
     aten.var.correction: of_any_floats(norms.var),
     aten.std.correction: of_any_floats(norms.std),
     aten.var_mean.correction: of_any_floats(norms.var_mean),

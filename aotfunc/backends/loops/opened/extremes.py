@@ -15,7 +15,7 @@ NARROW = (torch.float32, *ROUNDED)
 WIDE = (torch.float64, torch.int64)
 
 
-def place(x: Tensor, dims: list[int], best: Tensor) -> Tensor:
+def first_position(x: Tensor, dims: list[int], best: Tensor) -> Tensor:
     """Of the first element that is the best of some dimensions, all or one, or is NaN."""
     count = x.shape[dims[0]] if len(dims) == 1 else x.numel()
     places = torch.arange(count, dtype=torch.int32 if x.dtype in NARROW else torch.int64)
@@ -26,28 +26,28 @@ def place(x: Tensor, dims: list[int], best: Tensor) -> Tensor:
     return torch.where(here, places, count).amin(dims, keepdim=True).long()
 
 
-def fits(x: Tensor) -> bool:
+def supported(x: Tensor) -> bool:
     return x.dtype in (*NARROW, *WIDE) and 0 < x.numel() < 2**31 and x.dim() > 0
 
 
 def arg(best: str) -> Any:
     def body(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
-        if not fits(x):
+        if not supported(x):
             return NotImplemented
         dims = list(range(x.dim())) if dim is None else [dim % x.dim()]
-        found = place(x, dims, getattr(x, best)(dims, keepdim=True))
+        found = first_position(x, dims, getattr(x, best)(dims, keepdim=True))
         return found if keepdim else found.squeeze(dims)
 
     return body
 
 
-def along(best: str) -> Any:
+def with_positions(best: str) -> Any:
     def body(x: Tensor, dim: int, keepdim: bool = False) -> Any:
-        if not fits(x):
+        if not supported(x):
             return NotImplemented
         dims = [dim % x.dim()]
         value = getattr(x, best)(dims, keepdim=True)
-        found = place(x, dims, value)
+        found = first_position(x, dims, value)
         return (value, found) if keepdim else (value.squeeze(dims), found.squeeze(dims))
 
     return body

@@ -10,14 +10,14 @@ from torch import Tensor
 from ..classes import class_of
 
 
-def reduced(x: Tensor, reduction: int) -> Tensor:
+def by_reduction(x: Tensor, reduction: int) -> Tensor:
     """By a loss's number: nothing, the mean, the sum."""
     return (x, x.mean(), x.sum())[reduction] if reduction else x
 
 
 def mse_loss(x: Tensor, y: Tensor, reduction: int = 1) -> Tensor:
     d = x - y
-    return reduced(d * d, reduction)
+    return by_reduction(d * d, reduction)
 
 
 def mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:

@@ -18,7 +18,7 @@ def layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = list(range(x.dim() - len(shape), x.dim()))
-    x = floats(x)
+    x = as_floats(x)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
@@ -40,7 +40,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor | None, ...]:
     rank = x.dim() - len(shape)
     dims, rows = list(range(rank, x.dim())), list(range(rank))
-    x, g = floats(x), floats(g)
+    x, g = as_floats(x), as_floats(g)
     normal = (x - mean) * rstd
     gx = gw = gb = None
     if wanted[0]:
@@ -61,7 +61,7 @@ def var_mean(
     count = math.prod([x.shape[d] for d in dims]) - (1 if correction is None else correction)
     if count <= 0:
         return NotImplemented
-    x = floats(x)
+    x = as_floats(x)
     mean = x.mean(dims, keepdim=True)
     var = (x - mean).square().sum(dims, keepdim=keepdim) / count
     return var, (mean if keepdim else x.mean(dims))
@@ -83,18 +83,18 @@ def channels(x: Tensor) -> tuple[list[int], tuple[int, ...]]:
     return [0, *rest], (1, -1, *[1 for _ in rest])
 
 
-def floats(x: Tensor) -> Tensor:
+def as_floats(x: Tensor) -> Tensor:
     """What is computed with: bfloat16 and float16 as floats."""
     return x.float() if x.dtype in ROUNDED else x
 
 
-def slow(x: Tensor, running: bool = False) -> bool:
+def is_slower(x: Tensor, running: bool = False) -> bool:
     """Say whether PyTorch's own batch norm is faster than kernels: of bfloat16 and float16 with
     running statistics."""
     return x.dtype in ROUNDED and (running or not x.is_contiguous())
 
 
-def scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
     if weight is not None:
         y = y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)
@@ -108,7 +108,7 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> Any:
-    if not training or slow(x):
+    if not training or is_slower(x):
         return NotImplemented
     y, mean, rstd, _ = of_batch(x, weight, bias, eps)
     return y, mean, rstd
@@ -118,12 +118,12 @@ def of_batch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dims, shape = channels(x)
-    x = floats(x)
+    x = as_floats(x)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     var = (centred * centred).mean(dims, keepdim=True)
     rstd = (var + eps).rsqrt()
-    y = scaled(centred * rstd, weight, bias, shape)
+    y = affine(centred * rstd, weight, bias, shape)
     return y, mean.view(-1), rstd.view(-1), var.view(-1)
 
 
@@ -138,12 +138,12 @@ def batch_norm_functional(
     eps: float,
 ) -> Any:
     count = x.numel() // x.shape[1]
-    if not training or count == 1 or slow(x):
+    if not training or count == 1 or is_slower(x):
         return NotImplemented
     y, mean, rstd, var = of_batch(x, weight, bias, eps)
     unbiased = var * (count / (count - 1))
-    new_mean = momentum * mean + (1 - momentum) * floats(running_mean)
-    new_var = momentum * unbiased + (1 - momentum) * floats(running_var)
+    new_mean = momentum * mean + (1 - momentum) * as_floats(running_mean)
+    new_var = momentum * unbiased + (1 - momentum) * as_floats(running_var)
     return y, mean, rstd, new_mean, new_var
 
 
@@ -157,9 +157,9 @@ def batch_norm_inference(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, shape = channels(x)
-    y = (x - mean.view(shape)) * (floats(var) + eps).rsqrt().view(shape)
+    y = (x - mean.view(shape)) * (as_floats(var) + eps).rsqrt().view(shape)
     none = x.new_empty(0)
-    return scaled(y, weight, bias, shape), none, none.clone()
+    return affine(y, weight, bias, shape), none, none.clone()
 
 
 def batch_norm_backward(
@@ -180,19 +180,19 @@ def batch_norm_backward(
     else:
         mean, rstd = (
             running_mean,
-            None if running_var is None else (floats(running_var) + eps).rsqrt(),
+            None if running_var is None else (as_floats(running_var) + eps).rsqrt(),
         )
     # a gradient of another layout is copied first, as PyTorch does
-    if mean is None or rstd is None or g.stride() != x.stride() or slow(x, not training):
+    if mean is None or rstd is None or g.stride() != x.stride() or is_slower(x, not training):
         return NotImplemented
-    x, g, rstd = floats(x), floats(g), rstd.view(shape)
+    x, g, rstd = as_floats(x), as_floats(g), rstd.view(shape)
     normal = (x - mean.view(shape)) * rstd
     gb, gw = g.sum(dims, keepdim=True), (g * normal).sum(dims, keepdim=True)
     gx = g
     if training:
         count = x.numel() // x.shape[1]
         gx = g - (gb + normal * gw) / count
-    gx = scaled(gx * rstd, weight, None, shape)
+    gx = affine(gx * rstd, weight, None, shape)
     gradients = (gx, gw.view(-1), gb.view(-1))
     return tuple([y if asked else None for y, asked in zip(gradients, wanted, strict=True)])
 
@@ -212,7 +212,7 @@ def group_norm(
     in_groups = x.view(n, groups, -1)
     y, mean, rstd = layer_norm(in_groups, in_groups.shape[2:], None, None, eps)
     shape = (1, c, 1)
-    y = scaled(y.view(n, c, size), weight, bias, shape)
+    y = affine(y.view(n, c, size), weight, bias, shape)
     return y.view(x.shape), mean.view(n, groups), rstd.view(n, groups)
 
 

@@ -101,17 +101,17 @@ def avg_pool_backward(
 
 def adaptive(x: Tensor, size: Sequence[int]) -> Any:
     """As average pooling where windows are of one size."""
-    window = divided(x, size)
+    window = window_size(x, size)
     return NotImplemented if window is None else avg_pool(x, window)
 
 
 def adaptive_backward(g: Tensor, x: Tensor) -> Any:
-    window = divided(x, g.shape[-2:])
+    window = window_size(x, g.shape[-2:])
     if window is None:
         return NotImplemented
     return avg_pool_backward(g, x, window, window, (0, 0), False, True, None)
 
 
-def divided(x: Tensor, size: Sequence[int]) -> tuple[int, int] | None:
+def window_size(x: Tensor, size: Sequence[int]) -> tuple[int, int] | None:
     (h, w), (oh, ow) = x.shape[-2:], size
     return None if h % oh or w % ow else (h // oh, w // ow)
