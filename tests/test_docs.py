@@ -45,6 +45,22 @@ def test_the_examples_of_a_page(page, monkeypatch):
     ).failed
 
 
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name
+)
+def test_the_links_of_a_page_lead_somewhere(page):
+    titles = lambda p: [
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in p.read_text().splitlines()
+        if line.startswith("#")
+    ]
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, title = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not title or title in titles(there), target
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_is_public_has_a_docstring(name):
     assert getattr(aotfunc, name).__doc__
