@@ -173,6 +173,7 @@ def stages(f: Callable) -> Callable[..., Stages]:
     ``f`` may be a function that calls transforms, a transformed function, or one compiled by
     ``jit``, ``aot_function`` or ``aot_module``. It is captured anew, as in a fresh process; what
     was remembered is there again afterwards. A pass that leaves its program as it is makes none.
+    An error of ``f`` is raised; AOTFUNC_DEBUG=3 prints the programs that were made until then.
 
     >>> stages(grad(lambda x: x.sin()))(torch.zeros(()))
     # capture: 1 nodes

@@ -93,7 +93,7 @@ class Call:
         differentiated: Sequence[int],
         has_aux: bool,
     ) -> None:
-        self.name, self.arguments, self.has_aux = name, arguments, has_aux
+        self.name, self.f, self.arguments, self.has_aux = name, f, arguments, has_aux
         self.n_out, self.spec, self.aux_spec = 0, None, None
 
         def flat(*args: Any, **kwargs: Any) -> list:
@@ -126,8 +126,8 @@ class Call:
             return result, None
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ArgumentError(
-                f"{self.name}: with has_aux=True the function must return (output, aux), not "
-                f"{structure(result)}"
+                f"{self.name}: with has_aux=True {where_defined(self.f)} must return "
+                f"(output, aux), not {structure(result)}"
             )
         return result
 
@@ -149,17 +149,17 @@ class Call:
         if self.n_out != 1 or not isinstance(out, Tensor) or self.spec is not None:
             kind = type(out).__name__ if self.n_out == 1 and self.spec is None else "a tree"
             raise ArgumentError(
-                f"{self.name}: the function must return one scalar tensor, not {kind}"
+                f"{self.name}: {where_defined(self.f)} must return one scalar tensor, not {kind}"
             )
         if out.dim():
             raise ArgumentError(
-                f"{self.name}: the function must return a tensor with zero dimensions, not one of "
-                f"shape {list(out.shape)}; sum() it, or use vjp or jacrev"
+                f"{self.name}: {where_defined(self.f)} must return a tensor with zero dimensions, "
+                f"not one of shape {list(out.shape)}; sum() it, or use vjp or jacrev"
             )
         if not out.is_floating_point():
             raise ArgumentError(
-                f"{self.name}: the function must return a real floating tensor, not {out.dtype}; "
-                "use vjp or jacrev"
+                f"{self.name}: {where_defined(self.f)} must return a real floating tensor, not "
+                f"{out.dtype}; use vjp or jacrev"
             )
 
     def derived(self, key: tuple, make: Callable[[], Program]) -> Program:

@@ -152,6 +152,9 @@ class CompiledModule(nn.Module):
         self.__dict__ |= {name: module.__dict__[name] for name in SHARED}
         self.__dict__ |= {"orig_module": module, "_compiled": compiled}
 
+    def extra_repr(self) -> str:
+        return repr(self._compiled)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiled(*args, **kwargs)
 

@@ -179,8 +179,8 @@ def _batched_program(
                     f"vmap: {where_defined(func)} returned None: is a `return` missing?"
                 )
             raise ArgumentError(
-                f"vmap: the function must return tensors, but the result{path} is {x!r} of type "
-                f"{type(x).__name__}; out_dims=None lets other values pass"
+                f"vmap: {where_defined(func)} must return tensors, but the result{path} is {x!r} "
+                f"of type {type(x).__name__}; out_dims=None lets other values pass"
             )
     results_dims = tuple(flat[k] for k in rec.tensors)
     base = rec.program()
