@@ -4,7 +4,7 @@ from .trace.collector import paused_gc
 
 __version__ = "0.1.0"
 
-# of the objects that PyTorch has made by now, one collection takes longer than these imports
+# a collection that visits PyTorch's objects takes longer than these imports
 with paused_gc():
     from .api.check import check_grads as check_grads
     from .api.control_flow import associative_scan as associative_scan

@@ -1,5 +1,4 @@
-"""What is remembered between calls, and how much of it: one bounded cache for everything that is
-made once."""
+"""One bounded cache for everything that is made once and remembered between calls."""
 
 from __future__ import annotations
 
@@ -7,11 +6,11 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
-#: no generation is closed with fewer entries than this: what one call needs may be heavy, and is
-#: used again at once
+#: no generation is closed with fewer entries: one call may need heavy ones, and needs them again
+#: at once
 FEW = 8
 
-#: every cache there is, for clear_caches
+#: every cache, for clear_caches
 EVERY: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 
@@ -32,7 +31,7 @@ class Cache:
         EVERY.add(self)
 
     def get(self, key: Hashable) -> Any:
-        """The value for this key, or None."""
+        """Return the value for this key, or None."""
         value = self.young.get(key)
         if value is None:
             value = self.old.get(key)
@@ -47,7 +46,7 @@ class Cache:
         self.weight += self.weigh(value)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value for this key, made if there is none."""
+        """Return the value for this key, made if there is none."""
         value = self.get(key)
         if value is None:
             value = make()
@@ -73,8 +72,8 @@ class Cache:
 
 
 def clear_caches() -> None:
-    """Forget all that was captured, derived and compiled, and give the memory back. Nothing
-    changes but the time that the next calls take: functions are captured again.
+    """Forget all that was captured, derived and compiled, and give the memory back. Only the time
+    of the next calls changes: functions are captured again.
 
     >>> f = jit(torch.exp)
     >>> f(torch.zeros(2)); clear_caches(); f(torch.zeros(2))

@@ -1,5 +1,5 @@
-"""The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and what helps to
-look inside.
+"""The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and tools to look
+inside.
 
 Some mean nothing here, and say so when they are called: the TensorExpr compiler,
 ``get_aot_compilation_context`` (a compiler sees all it needs in the graph module that it is given)
@@ -39,12 +39,12 @@ compiled_module = aot_module
 
 
 def nop(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
-    """The compiler that does nothing: the graph module itself."""
+    """Compile nothing: return the graph module itself."""
     return fx_g
 
 
 def print_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
-    """The compiler that prints the graph's code and does nothing else.
+    """Print the graph's code and compile nothing.
 
     >>> f = aot_function(lambda x: torch.sin(x), print_compile)
     >>> _ = f(torch.zeros(2))  # doctest: +NORMALIZE_WHITESPACE
@@ -57,9 +57,9 @@ def print_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
 
 
 def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
-    """The compiler that checks: it runs op by op and raises where a value is not what the graph
-    says it is (shape, dtype, device), or where finite numbers first become NaN, naming the node
-    and the user's line."""
+    """Return a runner that checks: it runs op by op and raises where a value is not as the graph
+    says (shape, dtype, device), or where finite numbers first become NaN, naming the node and the
+    user's line."""
 
     class Checked(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -81,7 +81,7 @@ def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
 
 
 def make_boxed_func(f: Callable) -> Callable:
-    """``f`` as a function of one list of its arguments, which it may empty to free memory
+    """Return ``f`` as a function of one list of its arguments, which it may empty to free memory
     early."""
 
     def boxed(args: list) -> Any:
@@ -92,7 +92,7 @@ def make_boxed_func(f: Callable) -> Callable:
 
 
 def make_boxed_compiler(compiler: str | Callable) -> Callable:
-    """The compiler, whose results take one list of arguments."""
+    """Return the compiler with results that take one list of arguments."""
     compiler = lookup(compiler)
 
     def boxed(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
@@ -102,8 +102,8 @@ def make_boxed_compiler(compiler: str | Callable) -> Callable:
 
 
 def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
-    """``fn`` (a function or a module) compiled by Inductor with the min-cut partition: cheap
-    values are recomputed in the backward, inside its fused loops, instead of being saved.
+    """Return ``fn`` (a function or a module) compiled by Inductor with the min-cut partition:
+    cheap values are recomputed in the backward, inside its fused loops, instead of being saved.
     ``kwargs`` are those of :func:`aot_function`."""
     options = {
         "fw_compiler": "inductor",
@@ -114,7 +114,7 @@ def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
 
 
 def ts_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
-    """The compiler that hands the graph to TorchScript (``torch.jit.trace``)."""
+    """Hand the graph to TorchScript (``torch.jit.trace``)."""
     outs = output_node(fx_g.graph).args[0]
     there = [i for i, o in enumerate(outs) if isinstance(o, fx.Node)]
     if not there:
@@ -136,9 +136,9 @@ def ts_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callab
 
 
 def get_aot_graph_name() -> str:
-    """What the graph is called that a compiler is being given in this thread: the function, the
-    half, and how manieth it is of this thread's: ``jit_forward_0``. Raises BackendError where none
-    is."""
+    """Return the name of the graph that a compiler is being given in this thread, as
+    ``jit_forward_0``: the function, the half, and its number in this thread. Raises BackendError
+    if there is none."""
     if not naming.names:
         raise BackendError("get_aot_graph_name: no graph is being compiled in this thread")
     return naming.names[-1]
@@ -182,7 +182,7 @@ def draw_graph(
 
 
 def draw_graph_compile(name: str) -> Callable:
-    """A compiler that draws each graph into the file ``name`` and does nothing else."""
+    """Return a compiler that draws each graph into the file ``name`` and does nothing else."""
 
     def compiler(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
         draw_graph(fx_g, name)
@@ -194,7 +194,7 @@ def draw_graph_compile(name: str) -> Callable:
 def draw_joint_graph(
     graph: fx.GraphModule, joint_inputs: Any, file_name: str = "full_graph.svg", **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """A partition function that draws the joint graph and then does as
+    """Return a partition function that draws the joint graph and then does as
     :func:`default_partition`."""
     draw_graph(graph, file_name)
     return default_partition(graph, joint_inputs, **kwargs)
@@ -204,7 +204,7 @@ def draw_joint_graph(
 
 
 def meaningless(name: str, instead: str) -> Callable:
-    """The function of this name, which raises BackendError and says what to use instead."""
+    """Return the function of this name, which raises BackendError and says what to use instead."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
         raise BackendError(f"aotfunc.compile.{name} means nothing here: {instead}")
@@ -221,15 +221,16 @@ pythonkey_decompose = meaningless("pythonkey_decompose", "pass decomposition_tab
 
 #: no options: policies are passed as values
 config: dict[str, Any] = {}
-#: AOTAutograd's have no say here: ``decompositions=`` of :func:`aot_function` takes a table
+#: AOTAutograd's options have no meaning here: ``decompositions=`` of :func:`aot_function` takes a
+#: table
 default_decompositions: dict[Any, Callable] = {}
 
 
 def aot_module_simplified(
     mod: nn.Module, args: Sequence[Any], *compilers: Any, **options: Any
 ) -> Callable:
-    """:func:`aot_module` as a function of the module's arguments; ``args`` are an example, which
-    is not needed."""
+    """Return :func:`aot_module` as a function of the module's arguments; ``args`` are an example,
+    which is not needed."""
     return aot_module(mod, *compilers, **options)
 
 
@@ -237,8 +238,8 @@ def aot_module_simplified(
 
 
 def num_of_recompilations() -> int:
-    """How many signatures have been captured, of all compiled functions alive, since the last
-    clear_compile_cache()."""
+    """Return how many signatures have been captured, of all compiled functions alive, since the
+    last clear_compile_cache()."""
     return sum(c.captures for c in EVERY)
 
 

@@ -1,5 +1,5 @@
-"""Looking inside: where the user's code is, the programs of a call, and what AOTFUNC_DEBUG asks
-for."""
+"""Tools to look inside: lines of the user's code, the programs of a call, and the levels of
+AOTFUNC_DEBUG."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ FULL = os.environ.get("AOTFUNC_TRACEBACK") == "full"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _RULES = os.path.join(_OURS, "transforms", "rules", "")
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-#: files whose lines say nothing to a user: the last is what runs the end of a `with` block
+#: files whose lines say nothing to a user; the last one runs the end of a `with` block
 _NOT_THE_USERS = (_OURS, _TORCH, "<frozen", contextlib.__file__)
 _is_user: dict[str, bool] = {}  # by file: a code object that Dynamo made need not be hashable
 
 
 class Line(NamedTuple):
-    """A place in the user's code, by the offset of an instruction: which line that is takes time
-    to find, and is found when it is read."""
+    """A place in the user's code, by the offset of an instruction. The line number takes time to
+    find, and is found when it is read."""
 
     code: CodeType
     offset: int
@@ -56,7 +56,7 @@ _make = tuple.__new__  # Line(...) adds a Python frame
 
 
 def user_line(depth: int = 1) -> Line | None:
-    """The innermost line on the stack that lies neither in torch nor in aotfunc."""
+    """Return the innermost line on the stack that lies neither in torch nor in aotfunc."""
     frame = sys._getframe(depth)
     while frame is not None:
         code = frame.f_code
@@ -71,7 +71,7 @@ def user_line(depth: int = 1) -> Line | None:
 
 
 def where_defined(f: Any) -> str:
-    """Where a function was defined, for an error about what it returns."""
+    """Return where a function was defined, for an error about its results."""
     code = getattr(inspect.unwrap(f) if callable(f) else f, "__code__", None)
     name = getattr(f, "__name__", type(f).__name__)
     return (
@@ -82,12 +82,12 @@ def where_defined(f: Any) -> str:
 
 
 def line_of_error(error: BaseException) -> Line | None:
-    """The innermost of the user's lines that an error came through."""
+    """Return the innermost of the user's lines that an error came through."""
     return innermost(error, lambda name: not name.startswith(_NOT_THE_USERS))
 
 
 def line_in_a_rule(error: BaseException) -> Line | None:
-    """The innermost line of a rule, ours or an extension's, that an error came through."""
+    """Return the innermost line of a rule, ours or an extension's, that an error came through."""
     table = _RULES + "table.py"
     return innermost(
         error,
@@ -98,7 +98,7 @@ def line_in_a_rule(error: BaseException) -> Line | None:
 
 
 def innermost(error: BaseException, in_file: Callable[[str], bool]) -> Line | None:
-    """The innermost line, in one of these files, that an error came through."""
+    """Return the innermost line, in one of these files, that an error came through."""
     found, step = None, error.__traceback__
     while step is not None:
         if in_file(step.tb_frame.f_code.co_filename):
@@ -108,9 +108,9 @@ def innermost(error: BaseException, in_file: Callable[[str], bool]) -> Line | No
 
 
 def outside_dynamo(f: Callable) -> Callable:
-    """Mark ``f`` as something that Dynamo does not look into: inside ``torch.compile`` a call of
-    it is a graph break, and what it calls runs as it is. (Dynamo's own ``disable`` would import
-    Dynamo, which takes seconds.)"""
+    """Keep Dynamo out of ``f``: inside ``torch.compile`` a call of it is a graph break, and the
+    functions that it calls run as they are. (Dynamo's own ``disable`` would import Dynamo, which
+    takes seconds.)"""
     eval_frame = torch._C._dynamo.eval_frame
     if hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP
@@ -120,7 +120,7 @@ def outside_dynamo(f: Callable) -> Callable:
 
 
 def at(line: Line | None) -> str:
-    """`` (at file:line in function: source)``, or nothing where the line is not known."""
+    """Return `` (at file:line in function: source)``, or nothing where the line is not known."""
     return f" (at {line})" if line else ""
 
 
@@ -135,8 +135,8 @@ class Stage(NamedTuple):
 
 
 class Stages(list[Stage]):
-    """The programs of one call in order; printed, each as Python under a line such as ``# vjp: 31
-    -> 25 nodes``."""
+    """The programs of one call in order; each prints as Python under a line such as ``# vjp: 31 ->
+    25 nodes``."""
 
     def __repr__(self) -> str:
         parts, before = [], None
@@ -147,7 +147,7 @@ class Stages(list[Stage]):
         return "\n\n".join(parts)
 
 
-#: where programs are noted as they are made, while :func:`stages` watches
+#: the list in which new programs are noted while :func:`stages` watches
 watched: Stages | None = None
 _printed: Any = None  # the graph that was printed last, under AOTFUNC_DEBUG=3
 
@@ -167,8 +167,8 @@ def note(made_by: str, graph: Any, code: Callable[[], str], size: int) -> None:
 
 
 def stages(f: Callable) -> Callable[..., Stages]:
-    """The function ``(*args, **kwargs) -> Stages`` that calls ``f`` and returns the programs that
-    this made, in order.
+    """Return the function ``(*args, **kwargs) -> Stages`` that calls ``f`` and returns the
+    programs that this made, in order.
 
     ``f`` may be a function that calls transforms, a transformed function, or one compiled by
     ``jit``, ``aot_function`` or ``aot_module``. It is captured anew, as in a fresh process; what

@@ -27,7 +27,7 @@ class OpError(CaptureError):
 
     @staticmethod
     def like(error: Exception, message: str) -> OpError:
-        """One of ``error``'s class, too."""
+        """Return an OpError that is also of ``error``'s class."""
         kind = next(
             (
                 k
@@ -50,9 +50,9 @@ class GraphError(AotfuncError, AssertionError):
 
 
 class BackendError(AotfuncError, ImportError):
-    """A backend is unknown, what it needs is not installed (the message says what to install), or
-    it failed on a graph: that is ``graph_module``, the message names the half, and the compiler's
-    own error is the cause."""
+    """A backend is unknown, lacks something that it needs (the message says what to install), or
+    failed on a graph: ``graph_module`` is that graph, the message names the half, and the
+    compiler's own error is the cause."""
 
     def __init__(self, message: str, graph_module: Any = None) -> None:
         super().__init__(message)
@@ -60,8 +60,8 @@ class BackendError(AotfuncError, ImportError):
 
 
 class CompilerError(BackendError):
-    """The C++ compiler is missing or refused a kernel; the message holds what it said and where
-    the source is kept, which is ``source``, too."""
+    """The C++ compiler is missing or refused a kernel; the message holds its words and the path of
+    the source, which is ``source``, too."""
 
     source: str | None = None
 

@@ -1,5 +1,5 @@
-"""For authors of ops and backends: verbs that state an op's rules, a check of them, and backends
-by name.
+"""The page for authors of ops and backends: verbs that state an op's rules, a check of them, and
+backends by name.
 
 A rule is plain tensor code; conventions are in :mod:`aotfunc.transforms.rules.table`. Say what an
 op's derivative is by one of ``pointwise``, ``linear``, ``nondiff``, or by ``vjp_of`` and, where

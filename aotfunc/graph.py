@@ -1,4 +1,4 @@
-"""What a legal graph is, and the program that carries one.
+"""The grammar of legal graphs, and the program that carries one.
 
     graph       := placeholder* call* output
     placeholder    an input, or (behind the inputs) a closed-over tensor; meta["role"] says which
@@ -94,7 +94,7 @@ class Program:
 
     @property
     def weight(self) -> int:
-        """How much memory it takes: its number of nodes."""
+        """Return its number of nodes, as a measure of memory."""
         return len(self.graph.nodes)
 
     @property
@@ -107,25 +107,26 @@ class Program:
 
     @property
     def vals(self) -> list:
-        """Signature of each result; literals stand for themselves."""
+        """Return the signature of each result; literals stand for themselves."""
         return [
             o.meta["val"] if isinstance(o, Node) else o for o in self.outputs[: self.n_outputs]
         ]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What belongs to this program and lives as long: facts, its code, its halves."""
+        """Return ``make()``, kept as long as this program under ``key``: facts, its code, its
+        halves."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]
 
     def derived(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What a transform makes of this program; there may be many (one for each size of a
-        batch), so the cache of all programs forgets them in time."""
+        """Return the program that a transform makes of this one. There may be many (one for each
+        size of a batch), so the cache of all programs forgets them in time."""
         return _derived.once((self, *key), make)
 
     def flat(self) -> Program:
-        """The same graph with its closed-over tensors among the inputs, and the new values among
-        the results."""
+        """Return the same graph with its closed-over tensors among the inputs, and the new values
+        among the results."""
         outs = self.n_outputs + len(self.mutated)
         return self.once(
             "flat", lambda: Program(self.graph, len(self.placeholders), outs, (), self.name)
@@ -133,7 +134,7 @@ class Program:
 
     @property
     def code(self) -> str:
-        """The program as a Python function."""
+        """Return the program as a Python function."""
         text = self.graph.python_code("self").src.strip()
         name = self.name.replace(" ", "_") or "program"
         text = text.replace("def forward(self, ", f"def {name}(", 1)
@@ -149,18 +150,19 @@ class Program:
 
     @property
     def signature(self) -> str:
-        """What goes in, closed-over tensors included, and what comes out."""
+        """Return the signature: inputs, closed-over tensors included, and results."""
         given = ", ".join([str(p.meta["val"]) for p in self.placeholders])
         return f"({given}) -> ({', '.join(map(str, self.vals))})"
 
 
 class Times(int):
-    """A literal that is so many times the size of a batch, in code that is shared by programs for
-    different sizes."""
+    """A literal that is a multiple of a batch's size, in code that programs for different sizes
+    share."""
 
 
 def weight(made: Any) -> int:
-    """How many nodes there are in a program, in what carries one, or in several of these."""
+    """Return how many nodes there are in a program, in what carries one, or in several of
+    these."""
     if isinstance(made, tuple):
         return sum(map(weight, made))
     program = getattr(made, "program", made)
@@ -175,7 +177,7 @@ def output_node(graph: fx.Graph) -> Node:
 
 
 def dependents(graph: fx.Graph, inputs: Iterable[Node]) -> set[Node]:
-    """What depends on these inputs, and these."""
+    """Return these inputs and all nodes that depend on them."""
     found = set(inputs)
     for n in graph.nodes:
         if n.op == "call_function" and any(i in found for i in n._input_nodes):
@@ -184,7 +186,7 @@ def dependents(graph: fx.Graph, inputs: Iterable[Node]) -> set[Node]:
 
 
 def needed_for(nodes: Sequence[Node], outs: Iterable[Any]) -> set[Any]:
-    """What ``outs``, draws and effects among ``nodes`` depend on, and these."""
+    """Return ``outs``, draws and effects among ``nodes``, and all that they depend on."""
     found = set(outs)
     for n in reversed(nodes):
         if n in found or kept_alive(n):
@@ -239,19 +241,19 @@ def cut(
 
 
 def kept_alive(n: Node) -> bool:
-    """Whether a node must stay although it is not read: a draw moves the generator on, an effect
-    is seen outside."""
+    """Return whether a node must stay although it is not read: a draw moves the generator on, an
+    effect is seen outside."""
     return draws(n) or acts(n)
 
 
-#: libraries whose functional-looking ops talk to other processes: none may be left out, doubled or
-#: moved past another, as all processes have to call the same ones in the same order
+#: libraries whose functional-looking ops talk to other processes: no call may be left out, doubled
+#: or moved past another, as all processes have to make the same calls in the same order
 COLLECTIVE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 
 
 def acts(n: Node) -> bool:
-    """Whether a node calls an op that writes to an argument, returns nothing, or talks to other
-    processes."""
+    """Return whether a node calls an op that writes to an argument, returns nothing, or talks to
+    other processes."""
     op = n.target
     return isinstance(op, OpOverload) and (
         op._schema.is_mutable or not op._schema.returns or op.namespace in COLLECTIVE
@@ -259,8 +261,8 @@ def acts(n: Node) -> bool:
 
 
 def draws(n: Node) -> bool:
-    """Whether a node draws random numbers; attention with dropout_p=0 and dropout in evaluation
-    are tagged as if they did."""
+    """Return whether a node draws random numbers; attention with dropout_p=0 and dropout in
+    evaluation are tagged as if they did."""
     op = n.target
     if not isinstance(op, OpOverload):
         return bool(getattr(op, "draws", False))
@@ -274,8 +276,8 @@ def draws(n: Node) -> bool:
 
 @cache
 def drawing(op: OpOverload) -> list[tuple[int, Any]] | None:
-    """None for an op that never draws; else the arguments that switch that off where they are
-    zero or false."""
+    """Return None for an op that never draws, else the arguments that switch drawing off where
+    they are zero or false."""
     arguments = list(enumerate(op._schema.arguments))
     tagged = torch.Tag.nondeterministic_seeded in op.tags
     if not tagged and not any("Generator" in str(a.type) for _, a in arguments):
@@ -286,7 +288,7 @@ def drawing(op: OpOverload) -> list[tuple[int, Any]] | None:
 
 
 def size(graph: fx.Graph) -> int:
-    """How many ops a graph has: calls without ``getitem``."""
+    """Return how many ops a graph has: calls without ``getitem``."""
     return sum(n.op == "call_function" and n.target is not operator.getitem for n in graph.nodes)
 
 

@@ -1,5 +1,5 @@
-"""One call of a transform: which leaves of its arguments are differentiated or batched, what the
-function did on them, and how results go back into trees."""
+"""One call of a transform: its differentiated or batched leaves, what the function did on them,
+and its results as trees."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Dims = int | None | tuple | list | dict
 
 
 def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> list[int]:
-    """Leaf positions of the differentiated arguments; each must be a floating or complex
+    """Find the leaf positions of the differentiated arguments; each must be a floating or complex
     tensor."""
     count = len(args.spans)
     if not isinstance(argnums, int) and not (
@@ -63,8 +63,8 @@ def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
 
 
 def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:
-    """``values`` of the differentiated leaves in the shape of the arguments: one tree, or a tuple
-    of them."""
+    """Return ``values`` of the differentiated leaves in the shape of the arguments: one tree, or a
+    tuple of them."""
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     feed = iter(values)
     trees = []
@@ -79,8 +79,8 @@ def tensors_of(args: Arguments) -> list[Tensor]:
 
 
 class Call:
-    """One call of ``f`` by a transform: its arguments, what it did on them, and how results go
-    back into trees.
+    """One call of ``f`` by a transform: the arguments, the recording, and the results back in
+    trees.
 
     With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come first.
     """
@@ -132,7 +132,7 @@ class Call:
         return result
 
     def check_tensors(self) -> None:
-        """Every leaf of the output is a tensor."""
+        """Check that every leaf of the output is a tensor."""
         for k, x in enumerate(self.rec.leaves[: self.n_out]):
             if not isinstance(x, Tensor):
                 raise ArgumentError(
@@ -141,7 +141,7 @@ class Call:
                 )
 
     def path(self, k: int) -> str:
-        """Where leaf ``k`` is in the output."""
+        """Return the path of leaf ``k`` in the output."""
         return leaf_paths(self.spec)[k] if self.spec is not None else ""
 
     def check_scalar(self) -> None:
@@ -166,8 +166,8 @@ class Call:
         return self.program.derived((self.name, self.wrt, *key), make)
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
-        """``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where there
-        is one."""
+        """Return ``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where
+        there is one."""
         Changes(self.rec).after(self.inputs, self.wrt)
         leaves = self.leaves(tensors, first)
         output = unflatten(leaves[: self.n_out], self.spec)
@@ -232,7 +232,7 @@ def unlike(primals: Any, tangents: Any) -> str:
 
 
 def like_tangent(t: Tensor, p: Tensor) -> Tensor:
-    """``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
+    """Return ``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
     want = tangent_sig(p.sig if p.__class__ is Traced else sig_of(p))
     t = t.to(p.dtype)
     if t.stride() != want.stride or t.storage_offset():
@@ -243,7 +243,7 @@ def like_tangent(t: Tensor, p: Tensor) -> Tensor:
 
 
 def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | None]:
-    """One dim per leaf, non-negative."""
+    """Return one non-negative dim per leaf."""
     if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
         if in_dims is None:
             raise ArgumentError("vmap: in_dims is None: no argument is batched")
@@ -283,7 +283,7 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
 
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
-    """The leaves of ``prefix`` repeated for the leaves of ``tree`` below them."""
+    """Return the leaves of ``prefix`` repeated for the leaves of ``tree`` below them."""
     flat: list = []
     prefix = in_order_of(tree, prefix)
     try:
@@ -320,7 +320,7 @@ def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
 
 
 def sample_sig(x: Tensor, dim: int) -> Sig:
-    """The signature of one sample of a batch."""
+    """Return the signature of one sample of a batch."""
     shape, stride = list(x.shape), list(x.stride())
     del shape[dim], stride[dim]
     return make_sig(tuple(shape), tuple(stride), x.dtype, x.device)

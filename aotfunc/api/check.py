@@ -1,5 +1,4 @@
-"""Checks of derivatives against finite differences, and of an op's rules against what they stand
-for."""
+"""Compare derivatives with finite differences, and an op's rules with what they stand for."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ KINDS = {
     "none": "an error that names op, transform and line",
 }
 
-#: ops on other than dense tensors, private to a device or to PyTorch's own tests
+#: ops on tensors that are not dense, and ops private to a device or to PyTorch's own tests
 _ELSEWHERE = re.compile(
     r"sparse|coalesce|_co[ol]_|c?c?(col|row)_indices|_?(indices|values)(_copy)?$|_(bs|cs)[cr]"
     r"|_to_dense|dense_dim|spdiags|nested|jagged|padded|quant(?!ile)|qparams|per_channel|int[48]"
@@ -47,9 +47,9 @@ _ELSEWHERE = re.compile(
 
 @cache
 def ops() -> tuple[OpOverload, ...]:
-    """The overloads that a derivative or a batch can meet in a captured graph: those of aten that
-    write to nothing, take and return tensors, and run on dense tensors of this build's CPU or GPU.
-    Composite ops are left out: PyTorch takes them apart before they are recorded."""
+    """Return the overloads that a derivative or a batch can meet in a captured graph: those of
+    aten that write to nothing, take and return tensors, and run on dense tensors of this build's
+    CPU or GPU. Composite ops are left out: PyTorch takes them apart before they are recorded."""
     return tuple(sorted(_found(), key=str))
 
 
@@ -79,7 +79,7 @@ def _found() -> Iterator[OpOverload]:
 
 @cache
 def formulas() -> dict[str, dict[str, str]]:
-    """PyTorch's table of derivatives: for each op that is in it, what is said of its arguments and
+    """Read PyTorch's table of derivatives: for each op in it, the entries of its arguments and
     results."""
     import torchgen
 
@@ -96,8 +96,8 @@ def formulas() -> dict[str, dict[str, str]]:
 
 
 def said_of(op: OpOverload) -> tuple[dict[str, str], dict[str, str]]:
-    """What PyTorch's table says of the op's tensor arguments (reverse mode) and of its results
-    (forward mode). The ops on lists have the formulas of the ops on their elements."""
+    """Return the entries of PyTorch's table for the op's tensor arguments (reverse mode) and its
+    results (forward mode). Ops on lists have the formulas of the ops on their elements."""
     entry = formulas().get(op.name())
     if entry is None and op.name().startswith("aten::_foreach_"):
         base = op.name().partition("_foreach_")[2].partition(".")[0]
@@ -126,9 +126,9 @@ def said_of(op: OpOverload) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def step(op: OpOverload, transform: str) -> str:
-    """The step that answers for ``op`` under ``transform``, one of ``KINDS``: what the walkers
-    would do first. (A rule may decline rare arguments, and a formula fail on some, and then the
-    next step is tried.)
+    """Return the step that answers for ``op`` under ``transform``, one of ``KINDS``: what the
+    walkers would do first. (A rule may decline rare arguments, and a formula fail on some, and
+    then the next step is tried.)
 
     >>> step(torch.ops.aten.sin.default, "vjp")
     'rule'
@@ -163,7 +163,7 @@ def _batching(op: OpOverload) -> str:
 
 
 def coverage() -> dict[str, dict[str, int]]:
-    """Print, and return, for how many op overloads each step of the look-up answers, per
+    """Print and return the number of op overloads that each step of the look-up answers, per
     transform.
 
     Counted are the overloads that :func:`ops` lists: aten's functional, dense, not composite ones,

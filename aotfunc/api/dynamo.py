@@ -26,9 +26,9 @@ from ..trace.traced import quiet
 
 
 def read_by_dynamo(reads: Callable, runs: Callable) -> Callable:
-    """A decorator for a transform ``(f, *options) -> function``: Dynamo reads ``reads(f, args,
-    kwargs, *options)`` where it meets a call of that function, and the graph calls ``runs`` (see
-    :func:`node`)."""
+    """Make a decorator for a transform ``(f, *options) -> function``: Dynamo reads ``reads(f,
+    args, kwargs, *options)`` where it meets a call of that function, and the graph calls ``runs``
+    (see :func:`node`)."""
 
     def decorate(transform: Callable) -> Callable:
         @functools.wraps(transform)
@@ -51,7 +51,7 @@ def read_by_dynamo(reads: Callable, runs: Callable) -> Callable:
 
 
 def read_as(reads: Callable) -> Callable:
-    """A decorator for a transform that takes the arguments of ``f`` too: Dynamo reads
+    """Make a decorator for a transform that takes the arguments of ``f`` too: Dynamo reads
     ``reads(transform)`` instead."""
     return lambda transform: entry(transform, reads(transform))
 
@@ -64,8 +64,8 @@ def node(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``reads(*args, **kwargs)`` read by Dynamo as one node of its graph, which calls
-    ``runs(transform, body, given, more, *options)`` when it runs, the arguments from
+    """Let Dynamo read ``reads(*args, **kwargs)`` as one node of its graph. When the graph runs,
+    the node calls ``runs(transform, body, given, more, *options)`` with the arguments of
     :func:`leave`. Where Dynamo cannot read it, ``plain`` is called."""
     from torch._higher_order_ops.wrap import dynamo_bypassing_wrapper
 
@@ -79,7 +79,7 @@ def node(
 
 
 def prepare() -> None:
-    """Called by Dynamo while it reads: the two functions are nodes of its graphs."""
+    """Make the two functions nodes of Dynamo's graphs; Dynamo calls this while it reads."""
     torch.compiler.allow_in_graph(enter)
     torch.compiler.allow_in_graph(leave)
 
@@ -88,7 +88,7 @@ prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def enter(x: Tensor, differentiated: bool) -> Tensor:
-    """What ``f`` is called on. Only its metadata counts."""
+    """Return the stand-ins that ``f`` is called on. Only their metadata counts."""
     if differentiated:
         return x.detach().requires_grad_().clone()
     sample = x.view_as(x)
@@ -104,8 +104,9 @@ INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 class TracedIndex(Tensor):
-    """What an index is read as, and what is computed from it. Where the value has one element,
-    PyTorch 2.11's Dynamo would take the item of a list for good; here it breaks the graph."""
+    """An index as Dynamo reads it, and values computed from it. PyTorch 2.11's Dynamo would keep
+    the item of a list for good where the value has one element; this class breaks the graph
+    there."""
 
     def numel(self) -> int:
         return 0
@@ -120,8 +121,9 @@ def leave(
     aux: Any,
     options: Any,
 ) -> list:
-    """The results, which look like ``examples``. ``given``: the tensors for which ``entered``
-    stands; ``more``: others that the transform takes; ``outs``, ``aux``: what ``f`` returns."""
+    """Return results that look like ``examples``. ``given``: the tensors that ``entered`` stands
+    for; ``more``: other tensors that the transform takes; ``outs``, ``aux``: the results of
+    ``f``."""
     return [x.clone() for x in examples]
 
 
@@ -129,7 +131,7 @@ def leave(
 
 
 def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
-    """The node's work, as a function of what the subgraph takes."""
+    """Return the node's work, as a function of what the subgraph takes."""
     if not isinstance(graph, GraphModule):  # Dynamo did not read it
         return lambda plain, args, kwargs: plain(*args, **kwargs)
     if "aotfunc" not in graph.meta:
@@ -148,8 +150,8 @@ def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
 
 
 def of_one_size(x: Any) -> Any:
-    """An operand with numbers for symbolic ones, which the compiled function is guarded on from
-    here on."""
+    """Return an operand with numbers for symbolic ones; the compiled function is guarded on them
+    from here on."""
     if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(x)](x)
     if isinstance(x, Tensor) and any(isinstance(s, torch.SymInt) for s in (*x.shape, *x.stride())):
@@ -192,8 +194,8 @@ class Body:
 
 
 class Checked(Interpreter):
-    """Where Dynamo has read 0 for the index of each sample: nothing but its use as an index may
-    have followed."""
+    """The index of each sample, where Dynamo has read 0 for it: it may only be used as an
+    index."""
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is operator.getitem:  # an index is known by the brackets around it
@@ -216,12 +218,12 @@ class Checked(Interpreter):
 
 
 def example(n: Node) -> Any:
-    """What Dynamo reckoned that a node gives."""
+    """Return Dynamo's example of a node's value."""
     return n.meta.get("example_value")
 
 
 def nodes_behind(nodes: Sequence[Node], stop: Sequence[Node]) -> set[Node]:
-    """These nodes and all that they are computed from, as far as ``stop``."""
+    """Return these nodes and all that they are computed from, up to ``stop``."""
     found: set[Node] = set()
     queue = list(nodes)
     while queue:

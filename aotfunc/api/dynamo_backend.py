@@ -1,4 +1,4 @@
-"""``torch.compile(f, backend="aotfunc")``: what compiles the graphs that Dynamo finds."""
+"""``torch.compile(f, backend="aotfunc")``: compile the graphs that Dynamo finds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def compiled_graph(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable:
-    """A graph of Dynamo's (torch functions, which may write; sizes among its inputs) under
+    """Return a graph of Dynamo's (torch functions, which may write; sizes among its inputs) under
     :func:`jit`: its forward and backward are captured at the first call, and again for other
     sizes. ``options`` are :func:`jit`'s, ``mode`` has no meaning.
 

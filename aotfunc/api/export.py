@@ -47,7 +47,7 @@ VERSION = 1
 
 
 def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
-    """What ``f``, a function or a module, does for arguments like these, as a module that can be
+    """Capture the function or module ``f``, for arguments like these, as a module that can be
     saved: ``export(f, x).save("f.aot")``, and ``load("f.aot")`` in another process.
 
     The :class:`Exported` takes arguments of the same trees, shapes, dtypes, devices and Python
@@ -68,7 +68,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
     if isinstance(compiled, Compiled):
         f, partition = compiled.f, compiled.pipeline.partition
     arguments = Arguments(args, kwargs, f)
-    # one tensor in two places is not one in the next call
+    # a tensor that is in two places here may be two tensors at the next call
     arguments.leaves = [detached_copy(x) if isinstance(x, Tensor) else x for x in arguments.leaves]
     inputs = [x for x in arguments.leaves if isinstance(x, Tensor)]
     given, keywords = arguments.rebuilt(arguments.leaves)
@@ -129,8 +129,8 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
 
 
 class Exported(nn.Module):
-    """What :func:`export` and :func:`load` return: a captured function that is called as the
-    function was, with the tensors that it needs.
+    """A captured function with the tensors that it needs, called as the function was;
+    :func:`export` and :func:`load` return it.
 
     It is compiled for its ``backend`` at the first call, differentiable to any order, and may be
     transformed. Its parameters and buffers have the names of the module that it was made from, so
@@ -157,7 +157,7 @@ class Exported(nn.Module):
         return tree_of(self._data["results"], outs)
 
     def _check(self) -> None:
-        """Raise where arguments, results or tensors are not there in the graph."""
+        """Raise if the graph lacks arguments, results or tensors."""
         data, program = self._data, self._program
         if not 0 <= data["positional"] <= len(data["arguments"]):
             raise GraphError(f"load: {data['name']} takes fewer arguments than it names")
@@ -169,7 +169,7 @@ class Exported(nn.Module):
             raise GraphError(f"load: the graph of {data['name']} takes other tensors than it has")
 
     def _inputs(self, args: tuple, kwargs: dict[str, Any], state: nn.Module) -> list[Tensor]:
-        """The inputs of the program for a call, with the tensors that ``state`` holds."""
+        """Return the inputs of the program for a call, with the tensors that ``state`` holds."""
         name, wanted = self._data["name"], self._data["arguments"]
         given = {**dict(zip(wanted, args[: self._data["positional"]], strict=False)), **kwargs}
         if len(given) < len(args) + len(kwargs) or given.keys() != wanted.keys():
@@ -198,8 +198,8 @@ class Exported(nn.Module):
         return [t for _, t in inputs]
 
     def _check_memory(self, inputs: Sequence[tuple[str, Tensor]]) -> None:
-        """Raise ArgumentError where a write to one tensor would be seen through another: what is
-        read after it, the captured program reads from before."""
+        """Raise ArgumentError if a write to one tensor would be seen through another one that the
+        captured program reads before the write."""
         if not self._program.mutated:
             return
         groups = [place.group for place in places_of([t for _, t in inputs])]
@@ -223,14 +223,15 @@ class Exported(nn.Module):
 
     @property
     def graphs(self) -> dict[str, fx.GraphModule]:
-        """The graphs that it holds, as modules to read and to run: "function", and where
-        something requires grad "joint", "forward" and "backward"."""
+        """Return its graphs, as modules to read and to run: "function", and where something
+        requires grad "joint", "forward" and "backward"."""
         programs = {"function": self._program, **self._pipeline.halves}
         return {name: graph_module(p, name) for name, p in programs.items()}
 
     def to_torch(self) -> Any:
-        """The ``torch.export.ExportedProgram`` of the function, op by op, without derivatives that
-        the user wrote. Raises what ``torch.export`` raises where it refuses the graph."""
+        """Return the ``torch.export.ExportedProgram`` of the function, op by op, without
+        derivatives that the user wrote. Raises what ``torch.export`` raises where it refuses the
+        graph."""
         examples = [torch.empty_like(s.proto, device=s.device) for s in self._signatures]
         given = {k: tree_of(tree, examples) for k, tree in self._data["arguments"].items()}
         args = tuple(given.values())[: self._data["positional"]]
@@ -238,7 +239,7 @@ class Exported(nn.Module):
         return torch.export.export(OpByOp(self), args, keywords, strict=False)
 
     def save(self, file: str | Path) -> None:
-        """Write it to a file, with the values that its tensors have now."""
+        """Write the function to a file, with the present values of its tensors."""
         first: dict[int, str] = {}
         names = {
             name: [first.setdefault(id(t), name), isinstance(t, nn.Parameter), t.requires_grad]
@@ -277,7 +278,7 @@ class OpByOp(nn.Module):
 
 
 def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:
-    """What :meth:`Exported.save` wrote to a file, to be compiled by ``backend``.
+    """Read the function that :meth:`Exported.save` wrote to a file, to be compiled by ``backend``.
 
     Nothing in the file is run as code, and its tensors are read with ``weights_only``. Raises
     ArgumentError for a file that is none of ours, damaged or of another format, and for an op that

@@ -50,8 +50,8 @@ from .readings import (
 def grad_and_value(
     func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 ) -> Callable:
-    """The function ``(*args) -> (gradient, value)`` of a scalar function; ``(gradient, (value,
-    aux))`` with ``has_aux``.
+    """Return the function ``(*args) -> (gradient, value)`` of a scalar function; ``(gradient,
+    (value, aux))`` with ``has_aux``.
 
     The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf
     the shape and dtype of its primal. Arguments that do not matter get zeros. Raises ArgumentError
@@ -74,8 +74,8 @@ def grad_and_value(
 
 @read_by_dynamo(gradient, run_gradient)
 def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """The gradient of a scalar function with respect to the arguments ``argnums``; ``(gradient,
-    aux)`` with ``has_aux``.
+    """Return the gradient of a scalar function with respect to the arguments ``argnums``;
+    ``(gradient, aux)`` with ``has_aux``.
 
     Shapes and errors as in :func:`grad_and_value`.
 
@@ -119,8 +119,8 @@ def _gradient(
 
 
 def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, list[int]]:
-    """A joint program cut by what depends on its late inputs; the early results have memory of
-    their own."""
+    """Return a joint program cut by what depends on its late inputs; the early results have memory
+    of their own."""
 
     def make() -> Any:
         early, late, direct = halve(joint, call.program.n_outputs, n_late)
@@ -132,8 +132,8 @@ def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, 
 
 @read_as(vjp_in_graph)
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
-    """``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps cotangents
-    of the output to a tuple of cotangents of the primals.
+    """Return ``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps
+    cotangents of the output to a tuple of cotangents of the primals.
 
     ``vjp_fn`` takes one tree like the output, or its parts as separate arguments; it may be called
     often, and under ``vmap``. Raises ArgumentError for non-floating primals, or cotangents that do
@@ -161,7 +161,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 
     @entry
     def vjp_fn(*cotangents: Any, **_: Any) -> tuple:
-        # torch.func's retain_graph and create_graph decide nothing here
+        # torch.func's retain_graph and create_graph have no meaning here
         while len(cotangents) > 1 and isinstance(cotangents[-1], bool | None):
             cotangents = cotangents[:-1]
         if len(cotangents) == 1 and (
@@ -208,7 +208,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 def jvp(
     func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False
 ) -> tuple:
-    """``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional
+    """Return ``(output, output tangent)``, or ``(output, output tangent, aux)``: the directional
     derivative along ``tangents``.
 
     ``primals`` and ``tangents`` are tuples of equal trees; the tangent has the output's tree,
@@ -271,8 +271,8 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 
 
 def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
-    """``func`` without intermediate mutation: the same results, and the same final values of
-    mutated arguments.
+    """Return ``func`` without intermediate mutation: the same results, and the same final values
+    of mutated arguments.
 
     Views are always removed with the mutations (``remove`` is accepted for compatibility:
     "mutations" or "mutations_and_views")."""

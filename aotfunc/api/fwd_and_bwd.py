@@ -32,8 +32,8 @@ def fwd_and_bwd(
     partition_fn: Partition = min_cut_rematerialization_partition,
     **kwargs: Any,
 ) -> tuple[Callable, Callable]:
-    """``(forward, backward)`` of ``f`` for arguments like these, compiled by ``backend``, cut by
-    ``partition_fn``.
+    """Return ``(forward, backward)`` of ``f`` for arguments like these, compiled by ``backend``,
+    cut by ``partition_fn``.
 
     ``forward(*args, **kwargs) -> (output, residuals)`` takes other values of the same trees,
     shapes, dtypes and Python values; the residuals are a tuple of tensors, to keep, to send or to
@@ -108,5 +108,5 @@ def fwd_and_bwd(
 
 
 def same_facts(x: Any, known: Any) -> bool:
-    """Whether a tensor has the shape, dtype and device of another, or of a signature."""
+    """Return whether a tensor has the shape, dtype and device of another, or of a signature."""
     return leaf_facts(x) == (tuple(known.shape), known.dtype, known.device)

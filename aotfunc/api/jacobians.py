@@ -25,8 +25,8 @@ def jacrev(
     chunk_size: int | None = None,
     _preallocate_and_copy: bool = False,
 ) -> Callable:
-    """The Jacobian by reverse mode: for each output of shape ``O`` and argument of shape ``I`` a
-    tensor of shape ``O + I``.
+    """Return the Jacobian by reverse mode: for each output of shape ``O`` and argument of shape
+    ``I`` a tensor of shape ``O + I``.
 
     The result has the output's tree, with the tree of the arguments (a tuple for a tuple
     ``argnums``) in place of each leaf. ``chunk_size``: rows at a time (``_preallocate_and_copy``,
@@ -53,8 +53,8 @@ def jacfwd(
     randomness: str = "error",
     chunk_size: int | None = None,
 ) -> Callable:
-    """The Jacobian by forward mode; results as in :func:`jacrev`. ``chunk_size``: columns at a
-    time.
+    """Return the Jacobian by forward mode; results as in :func:`jacrev`. ``chunk_size``: columns
+    at a time.
 
     >>> jacfwd(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],
@@ -85,8 +85,8 @@ def hessian(
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable:
-    """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of shape
-    ``I`` a tensor of shape ``I + I``.
+    """Return the Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of
+    shape ``I`` a tensor of shape ``I + I``.
 
     >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
     tensor([[6., 0.],

@@ -1,4 +1,4 @@
-"""What users call to compile: jit, aot_function, aot_module."""
+"""The functions that compile: jit, aot_function, aot_module."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def jit(
     static_argnames: str | Sequence[str] | None = None,
     exact: bool = False,
 ) -> Any:
-    """``f`` captured once per signature and compiled by ``backend``, a name (see
+    """Return ``f`` captured once per signature and compiled by ``backend``, a name (see
     ``aotfunc.backends``) or a ``compiler(gm, example_inputs) -> callable``. "auto" is "cpp" on the
     CPU where there is a C++ compiler, else "eager".
 
@@ -110,8 +110,8 @@ def aot_function(
     exact: bool = False,
     **options: Any,
 ) -> Any:
-    """``fn`` with its forward and backward captured ahead of time, partitioned by ``partition_fn``
-    and compiled.
+    """Return ``fn`` with its forward and backward captured ahead of time, partitioned by
+    ``partition_fn`` and compiled.
 
     ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and
     return a callable, or are names of backends. ``partition_fn(joint_module, joint_inputs, *,
@@ -134,7 +134,7 @@ def aot_function(
     return Compiled(fn, pipeline) if fn is not None else lambda fn: Compiled(fn, pipeline)
 
 
-#: what a compiled module shares with the original: each has what the other is given
+#: tables that a compiled module shares with the original: an entry of one is an entry of the other
 SHARED = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -142,9 +142,9 @@ SHARED = (
 
 
 class CompiledModule(nn.Module):
-    """A module whose forward is compiled, and which is the original in all else: parameters,
-    buffers, submodules and their names, state, mode, attributes and methods. Hooks that are
-    registered here run around the compiled call."""
+    """A module whose forward is compiled and which is the original in all else: parameters,
+    buffers, submodules and their names, state, mode, attributes and methods. Hooks registered here
+    run around the compiled call."""
 
     def __init__(self, module: nn.Module, compiled: Compiled) -> None:
         super().__init__()
@@ -198,8 +198,8 @@ class CompiledModule(nn.Module):
 
 
 def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """:func:`aot_function` of a module: a module that has all that ``mod`` has, parameters, state
-    and attributes under the same names, and whose forward is compiled. The options are those of
+    """Compile the forward of a module, as :func:`aot_function` does. The result has all that
+    ``mod`` has: parameters, state and attributes under the same names. The options are those of
     :func:`aot_function`.
 
     >>> net = aot_module(torch.nn.Linear(2, 1), "eager")

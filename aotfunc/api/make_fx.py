@@ -1,4 +1,4 @@
-"""``make_fx``: what a function does, as a graph module."""
+"""``make_fx``: a function as a graph module."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def make_fx(
     verbose: bool = False,
     **_: Any,
 ) -> Callable[..., fx.GraphModule]:
-    """The function ``(*args, **kwargs) -> GraphModule``: what ``f`` does for these arguments, as
-    readable aten code.
+    """Return the function ``(*args, **kwargs) -> GraphModule`` that captures ``f`` for these
+    arguments as readable aten ops.
 
     The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final
     ``copy_``s where ``f`` writes to its inputs. ``f`` is specialised to the arguments' shapes,
@@ -158,8 +158,7 @@ def _as_called(
             out.args = (_literal_tree(out.args[0], rec.spec),)
             gm.recompile()
         return
-    # every leaf is an argument, those that are not tensors too: they were specialised, and are
-    # ignored
+    # every leaf is an argument; those that are not tensors were specialised and are ignored
     graph = gm.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     feed = iter(placeholders)
@@ -188,7 +187,7 @@ def _as_called(
 
 
 class AsCalled(_PyTreeCodeGen):
-    """Generated code that takes a function's arguments; instances among them, too."""
+    """Generate code that takes a function's arguments, instances among them too."""
 
     def process_inputs(self, *args: Any) -> Any:
         return flatten_tree(args)[0]

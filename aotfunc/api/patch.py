@@ -17,13 +17,13 @@ OURS = {
     **{name: getattr(jacobians, name) for name in ("hessian", "jacfwd", "jacrev")},
     "vmap": vmap.vmap,
 }
-#: the modules of PyTorch that have them, and under which names
+#: PyTorch's modules that have the transforms, and the names there
 PLACES = {"torch.func": tuple(OURS), "functorch": tuple(OURS), "torch": ("vmap",)}
 
 
 @cache
 def exchange() -> Exchange:
-    """Ours for theirs, wherever this build of PyTorch has them."""
+    """Put our functions in the place of theirs, wherever this build of PyTorch has them."""
     new: dict[tuple[Any, str], Any] = {}
     for place, names in PLACES.items():
         try:
@@ -35,8 +35,8 @@ def exchange() -> Exchange:
 
 
 class Patch:
-    """What :func:`patch_torch_func` returns: ``undo()``, or the end of a ``with`` block, puts back
-    what was there."""
+    """The handle that :func:`patch_torch_func` returns: ``undo()``, or the end of a ``with``
+    block, puts PyTorch's functions back."""
 
     def __init__(self) -> None:
         self.undone = False
@@ -56,8 +56,7 @@ class Patch:
 
 def patch_torch_func() -> Patch:
     """Put our transforms in the place of ``torch.func``'s, ``functorch``'s and ``torch.vmap``, in
-    all threads: what is looked up or imported there from now on is ours. What was imported before
-    stays PyTorch's.
+    all threads: later look-ups and imports there find ours. Names imported earlier stay PyTorch's.
 
     Returns an object whose ``undo()`` puts PyTorch's back, and which is a context manager that
     does so at its end; of several patches the last one undone does.

@@ -1,4 +1,4 @@
-"""What Dynamo reads in place of each transform, and what its graph runs then.
+"""The Python that Dynamo reads in place of each transform, and the function that its graph runs.
 
 A reading ``reads(func, args, kwargs, *options)`` is Python that Dynamo can read: it calls ``func``
 on what :func:`enter` gives, and returns what :func:`leave` does. ``runs(transform, body, given,
@@ -21,8 +21,8 @@ from .dynamo import enter, leave, node
 
 
 def paired(template: Any, tree: Any, prefix: bool = False) -> list:
-    """The leaves of ``tree`` that stand where ``template`` has its leaves; with ``prefix`` a leaf
-    that stands in the place of a whole tree is repeated."""
+    """Return the leaves of ``tree`` that stand where ``template`` has its leaves; with ``prefix``
+    a leaf that stands in the place of a whole tree is repeated."""
     if prefix and (tree is None or isinstance(tree, int)):
         return [tree] * len(tree_flatten(template)[0])
     if isinstance(template, dict) and isinstance(tree, dict) and template.keys() == tree.keys():
@@ -39,7 +39,7 @@ def paired(template: Any, tree: Any, prefix: bool = False) -> list:
 
 
 def tensors(leaves: list) -> list[Tensor]:
-    """Those among the leaves of a result. Other values must be plain."""
+    """Return the tensors among the leaves of a result. Other values must be plain."""
     for x in leaves:
         if not isinstance(x, Tensor | int | float | str | None):
             raise ArgumentError("a result is neither a tensor nor a plain value")
@@ -47,7 +47,7 @@ def tensors(leaves: list) -> list[Tensor]:
 
 
 def refilled(leaves: list, spec: Any, values: Sequence[Tensor]) -> Any:
-    """A tree with ``values`` for its tensors."""
+    """Return a tree with ``values`` for its tensors."""
     feed = iter(values)
     return tree_unflatten([next(feed) if isinstance(x, Tensor) else x for x in leaves], spec)
 
@@ -62,7 +62,7 @@ def batched(
     *chunks: int,
     **options: Any,
 ) -> Any:
-    """``vmap`` and ``chunk_vmap``."""
+    """Return the readings of ``vmap`` and ``chunk_vmap``."""
     leaves, spec = tree_flatten(args)
     given, dims, entered, samples = [], [], [], []
     for x, d in zip(
@@ -123,7 +123,7 @@ class StandInCall:
         self.aux, self.aux_spec = tree_flatten(aux)
 
     def results(self, examples: list, more: list, *options: Any) -> tuple[list, tuple]:
-        """What takes the place of ``examples``, and the auxiliary result where there is one."""
+        """Return stand-ins for ``examples``, and the auxiliary result if there is one."""
         aux = tensors(self.aux)
         values = leave([*examples, *aux], self.given, more, self.entered, self.outs, aux, options)
         count = len(examples)
@@ -132,7 +132,7 @@ class StandInCall:
         return values[:count], (refilled(self.aux, self.aux_spec, values[count:]),)
 
     def chosen(self, values: list) -> Any:
-        """``values`` in the trees of the differentiated arguments."""
+        """Return ``values`` in the trees of the differentiated arguments."""
         trees = tree_unflatten(values, self.spec)
         return trees[0] if self.one else trees
 
@@ -198,7 +198,7 @@ def run_jacobian(jac: Callable, body: Callable, given: list, more: list, options
 
 
 def pushed(jvp: Callable) -> Callable:
-    """What Dynamo reads in place of ``jvp``."""
+    """Let Dynamo read this in place of ``jvp``."""
 
     def push(
         func: Callable, primals: tuple, tangents: tuple, strict: bool, has_aux: bool
@@ -237,8 +237,8 @@ def run_push(jvp: Callable, body: Callable, given: list, more: list, strict: boo
 
 
 def in_two_steps(linear: Callable, run_linear: Callable) -> Callable:
-    """What Dynamo reads in place of ``vjp`` or ``linearize``. The linear function that these
-    return computes the value again: what they keep for it is not known before the graph runs."""
+    """Let Dynamo read this in place of ``vjp`` or ``linearize``. The linear function that these
+    return computes the value again, as its residuals are not known before the graph runs."""
 
     def decorate(transform: Callable) -> Callable:
         def reads(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
@@ -300,8 +300,8 @@ def run_push_again(linearize: Callable, body: Callable, given: list, more: list)
 
 
 def repeatable(body: Callable) -> Callable:
-    """``body``, which runs once more than in eager: it may not draw random numbers, nor write to
-    what is outside."""
+    """Return ``body``, which runs once more than in eager: it may not draw random numbers, nor
+    write to what is outside."""
 
     def call(*tensors: Tensor) -> Any:
         result, trace = body(*tensors), current()

@@ -1,4 +1,4 @@
-"""``rearrange``: the dimensions of a tensor split, ordered anew and merged, as a pattern says."""
+"""``rearrange``: split, reorder and merge the dimensions of a tensor by a pattern."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ REST: Group = ["..."]  # stands for any number of dimensions
 
 
 def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: int) -> Tensor:
-    """``tensor`` with its dimensions as in ``pattern``, ``"left -> right"``: each side names the
-    axes, ``...`` stands for any, those in parentheses are one dimension together, ``1`` is a
-    dimension of size 1. Several tensors are stacked first. ``axes_lengths``: the sizes of axes
-    that the shape does not tell.
+    """Return ``tensor`` with its dimensions as in ``pattern``, ``"left -> right"``: each side
+    names the axes, ``...`` stands for any, those in parentheses are one dimension together, ``1``
+    is a dimension of size 1. Several tensors are stacked first. ``axes_lengths``: the sizes of
+    axes that the shape does not tell.
 
     Raises ArgumentError where the pattern is none, its sides name different axes, or it does not
     fit the shape.
@@ -59,7 +59,7 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
 
 
 def parse_side(side: str) -> list[Group] | None:
-    """The dimensions of one side; None where it has something else than axes."""
+    """Return the dimensions of one side; None where it has something else than axes."""
     found: list[Group] = []
     for merged, dots, name, other in re.findall(r"(\([^()]*\))|(\.\.\.)|(\w+)|(\S)", side):
         inner = merged[1:-1].split()
@@ -70,7 +70,7 @@ def parse_side(side: str) -> list[Group] | None:
 
 
 def spelled_out(side: list[Group], rest: list[str]) -> list[Group]:
-    """A side with the names of ``rest`` for the dots: dimensions of their own, or within
+    """Return a side with the names of ``rest`` for the dots: dimensions of their own, or within
     parentheses."""
     found: list[Group] = []
     for g in side:

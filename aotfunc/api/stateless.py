@@ -1,4 +1,4 @@
-"""Modules as functions: what turns an ``nn.Module``'s state into arguments."""
+"""Modules as functions: the state of an ``nn.Module`` becomes arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..errors import ArgumentError
 
 
 def _emptied(model: nn.Module) -> nn.Module:
-    """A copy of the module whose tensors are on the meta device: only its structure counts."""
+    """Return a copy of the module whose tensors are on the meta device: only its structure
+    counts."""
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(t, device="meta")
@@ -28,8 +29,8 @@ def _emptied(model: nn.Module) -> nn.Module:
 def make_functional_with_buffers(
     model: nn.Module, disable_autograd_tracking: bool = False
 ) -> tuple[Callable, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """``(fmodel, params, buffers)`` with ``fmodel(params, buffers, *args, **kwargs)`` doing what
-    ``model(*args, **kwargs)`` does.
+    """Return ``(fmodel, params, buffers)`` with ``fmodel(params, buffers, *args, **kwargs)`` doing
+    what ``model(*args, **kwargs)`` does.
 
     ``params`` and ``buffers`` are the model's own tensors in order of their names; with
     ``disable_autograd_tracking`` the parameters are detached.
@@ -71,7 +72,8 @@ class FunctionalModule(FunctionalModuleWithBuffers):
 def make_functional(
     model: nn.Module, disable_autograd_tracking: bool = False
 ) -> tuple[Callable, tuple[Tensor, ...]]:
-    """``(fmodel, params)`` with ``fmodel(params, *args, **kwargs)``; for a model without buffers.
+    """Return ``(fmodel, params)`` with ``fmodel(params, *args, **kwargs)``; for a model without
+    buffers.
 
     Raises ArgumentError if the model has buffers (see :func:`make_functional_with_buffers`).
     """
@@ -86,8 +88,8 @@ def make_functional(
 def combine_state_for_ensemble(
     models: Sequence[nn.Module],
 ) -> tuple[Callable, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """``(fmodel, params, buffers)`` of models of one architecture, each tensor stacked along a new
-    dimension 0.
+    """Return ``(fmodel, params, buffers)`` of models of one architecture, each tensor stacked
+    along a new dimension 0.
 
     ``vmap(fmodel, in_dims=(0, 0, None))(params, buffers, x)`` runs all models on ``x``. Raises
     ArgumentError for no models, models of different classes, or mixed training modes."""

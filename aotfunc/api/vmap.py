@@ -39,8 +39,8 @@ def vmap(
     chunk_size: int | None = None,
     strict: bool = False,
 ) -> Callable:
-    """``func`` over batches: each tensor argument has a batch dimension where ``in_dims`` says,
-    each result where ``out_dims`` says.
+    """Return ``func`` over batches: each tensor argument has a batch dimension where ``in_dims``
+    says, each result where ``out_dims`` says.
 
     ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a
     prefix of the arguments' (the results') tree. Keyword arguments are not batched.
@@ -88,14 +88,14 @@ def vmap(
 
 
 class Options(NamedTuple):
-    """What the caller of ``vmap`` says of the batched function."""
+    """The options that the caller of ``vmap`` gives for the batched function."""
 
     out_dims: Dims
     randomness: str
     strict: bool
 
     def dims_of(self, leaves: list, spec: Any) -> list[int | None]:
-        """The dimension of the batch in each leaf of a result."""
+        """Return the dimension of the batch in each leaf of a result."""
         if isinstance(self.out_dims, int):
             return [self.out_dims] * len(leaves)
         return broadcast_prefix(self.out_dims, unflatten(leaves, spec), "out_dims")
@@ -107,9 +107,9 @@ def _run(
     inputs: list[Tensor],
     dims: Sequence[tuple[int | None, int | None]],
 ) -> Any:
-    """The results of a batched program; a written input that is returned is itself, and a view of
-    it is its view. ``dims``: for each result the dimension of the batch in the input whose memory
-    it shows, and in the result."""
+    """Run a batched program. A written input that is returned is itself, and a view of it is its
+    view. ``dims``: for each result the batch dimension in the input whose memory it shows, and in
+    the result."""
     with rec.gradients():
         outs = list(execute(program, inputs))
     Changes(rec).after(inputs)
@@ -131,7 +131,7 @@ def _run(
 
 
 def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:
-    """The view of a written input ``x`` that a result is, for the batch of them."""
+    """Return the view of a written input ``x`` that a result is, for the whole batch."""
     view = view_program(rec, ref)
     size = 1 if old is None else x.shape[old]
     return vmap_pass(view, (old,), (signature(x),), size, "error", (new,), False)
@@ -144,7 +144,7 @@ def _batched_program(
     size: int,
     options: Options,
 ) -> tuple[Captured, Program, list[Tensor], list[tuple[int | None, int | None]]]:
-    """The recording of one sample, the batched program, what to run it on, and the dimensions as
+    """Return the recording of one sample, the batched program, its inputs, and the dimensions as
     _run takes them."""
     samples = {
         k: sample_sig(x, d)
@@ -222,7 +222,7 @@ def _chunked(
             [x if d is None else x.narrow(d, start, count) for x, d in parts_of]
         )
         rec, program, inputs, places = _batched_program(func, piece, dims, count, options)
-        # no two chunks would draw the same
+        # several chunks would draw the same numbers
         if options.randomness == "same" and any(map(draws, program.graph.nodes)):
             if parts:
                 raise ArgumentError(
@@ -242,9 +242,9 @@ def _chunked(
 
 
 def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
-    """The value of a tensor inside a transform, to look at in a debugger: that of all samples
-    where it is batched, at dimension 0. Any other tensor is itself (``recurse`` is accepted for
-    compatibility).
+    """Return the value of a tensor inside a transform, to look at in a debugger: all samples, at
+    dimension 0, if it is batched. Any other tensor is returned as it is (``recurse`` is accepted
+    for compatibility).
 
     >>> _ = vmap(lambda x: print(debug_unwrap(x * 2)))(torch.ones(2))  # doctest: +SKIP
     tensor([2., 2.])
@@ -263,7 +263,7 @@ def chunk_vmap(
     randomness: str = "error",
     chunks: int = 2,
 ) -> Callable:
-    """:func:`vmap` in ``chunks`` parts, one after another, to use less memory."""
+    """Run :func:`vmap` in ``chunks`` parts, one after another, to use less memory."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)

@@ -40,28 +40,29 @@ class Backend:
 
 
 def eager(gm: Any, example_inputs: Any) -> Callable:
-    """The graph's own generated Python."""
+    """Return the graph's own generated Python."""
     from .eager import compile_graph
 
     return compile_graph(gm.graph)
 
 
 def cpp(gm: Any, example_inputs: Any) -> Callable:
-    """C++ kernels for the CPU."""
+    """Compile C++ kernels for the CPU."""
     from .loops.backend import cpp
 
     return cpp(gm, example_inputs)
 
 
 def auto(gm: Any, example_inputs: Any) -> Callable:
-    """C++ kernels on the CPU, where there is a compiler; else the graph's own generated Python."""
+    """Compile C++ kernels on the CPU if there is a compiler; else generate Python for the
+    graph."""
     from .auto import automatic
 
     return automatic(gm.graph, lambda backend: backend(gm, example_inputs))
 
 
 def opened() -> Mapping:
-    """What the C++ backend takes apart."""
+    """Return the decompositions that the C++ backend asks for."""
     from .loops.opened import OPENED
 
     return OPENED
@@ -80,7 +81,7 @@ REGISTRY: dict[str, Backend] = {
 
 
 def lookup(backend: str | Callable) -> Backend:
-    """The backend of this name; a bare compiler becomes one. ``AOTFUNC_BACKEND`` says what
+    """Return the backend of this name; a bare compiler becomes one. ``AOTFUNC_BACKEND`` says what
     "auto" is. Raises BackendError for an unknown name."""
     if backend == "auto":
         backend = os.environ.get("AOTFUNC_BACKEND") or backend

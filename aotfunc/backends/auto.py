@@ -1,4 +1,4 @@
-"""Which backend a graph gets where none is named."""
+"""The choice of a backend for a graph where none is named."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..native import toolchain
 from ..trace.records import flat_tensors
 from . import AUTO, CPP, EAGER, Backend
 
-#: compilers that have failed, and that users know of
+#: compilers that have failed and been reported
 _failed: set[str] = set()
 
 
 def automatic(graph: fx.Graph, compiled: Callable[[Backend], Callable]) -> Callable:
-    """``compiled(CPP)`` for a graph on the CPU, where there are kernels or what makes them; else
+    """Return ``compiled(CPP)`` for a graph on the CPU, if there are kernels or a compiler; else
     ``compiled(EAGER)``.
 
     Where C++ fails a BackendWarning says so, once for each compiler; where there is no compiler
@@ -41,19 +41,19 @@ def automatic(graph: fx.Graph, compiled: Callable[[Backend], Callable]) -> Calla
 
 
 def suited(graph: fx.Graph, backend: Backend) -> Backend:
-    """The backend that this one means for a graph."""
+    """Return the backend that this one chooses for a graph."""
     return backend if backend != AUTO else CPP if on_cpu(graph) and possible() else EAGER
 
 
 def on_cpu(graph: fx.Graph) -> bool:
-    """Whether all its values are."""
+    """Return whether all its values are."""
     vals = [n.meta.get("val") for n in graph.nodes]
     return all(t.device.type == "cpu" for v in vals for t in flat_tensors(v))
 
 
 def possible() -> bool:
-    """Whether there is a compiler, or the disk store has what launches kernels, and so may have
-    kernels."""
+    """Return whether there is a compiler, or the disk store has what launches kernels, and so may
+    have kernels."""
     from .loops.launch import native_form
 
     return toolchain.found() or native_form() is not None

@@ -78,7 +78,7 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
     for n in graph.nodes:
         if n.op == "placeholder":
             parameters.append(n.name)
-            # a tangent that is given to a compiled call may have fewer gaps than its primal
+            # a tangent given to a compiled call may have fewer gaps than its primal
             if debug.LEVEL >= 2 and sized is None and n.meta.get("role") != "tangent":
                 lines.append(f"{literal(functools.partial(compare, n))}({n.name})")
             if n not in read:
@@ -154,8 +154,8 @@ BINDINGS: dict[Any, Callable] = {
 
 
 def binds_one_overload(n: Node) -> bool:
-    """Whether a call of the op's binding can only mean this overload: a tensor first, and no
-    argument by name."""
+    """Return whether a call of the op's binding can only mean this overload: a tensor first, and
+    no argument by name."""
     return (
         not n.kwargs
         and n.args[0].__class__ is Node
@@ -164,8 +164,8 @@ def binds_one_overload(n: Node) -> bool:
 
 
 def entry_of(n: Node) -> Callable:
-    """What is called for a node: the overload's C entry (``OpOverload.__call__`` adds a Python
-    frame), or a binding."""
+    """Return the callable for a node: the overload's C entry (``OpOverload.__call__`` adds a
+    Python frame), or a binding."""
     target = n.target
     if not isinstance(target, OpOverload):
         return target
@@ -174,13 +174,13 @@ def entry_of(n: Node) -> Callable:
 
 
 def unsure(n: Node) -> bool:
-    """Whether the result may be laid out otherwise than the graph says."""
+    """Return whether the result may be laid out otherwise than the graph says."""
     return isinstance(n.target, OpOverload) and n.target.namespace not in OURS
 
 
 def as_said(n: Node, value: Any) -> Any:
-    """What a custom op returned, laid out as its fake implementation says: readers were captured
-    on that ground."""
+    """Lay out a custom op's result as its fake implementation says; readers were captured for that
+    layout."""
 
     def fit(sig: Any, x: Any) -> Any:
         if isinstance(sig, tuple) and isinstance(x, tuple | list):
@@ -203,8 +203,8 @@ def as_said(n: Node, value: Any) -> Any:
 
 
 def compare(n: Node, value: Any) -> None:
-    """Raise GraphError where a value is not what the graph says of it: shape, strides, dtype,
-    device; of several results, those that are read."""
+    """Raise GraphError where a value has another shape, stride, dtype or device than the graph
+    says. Of several results only those that are read count."""
 
     def differ(sig: Any, x: Any) -> bool:
         if isinstance(sig, tuple):
@@ -229,8 +229,8 @@ def compare(n: Node, value: Any) -> None:
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """For each node, the values that are not read after it (inputs included: the caller decides
-    how long they live)."""
+    """List, for each node, the values that are not read after it (inputs included: the caller
+    decides how long they live)."""
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for n in reversed(graph.nodes):

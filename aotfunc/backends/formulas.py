@@ -1,5 +1,5 @@
-"""Ops that Inductor computes by formulas which give other numbers than PyTorch's kernels, written
-out as those are.
+"""Ops whose Inductor formulas give other numbers than PyTorch's kernels, written out as the
+kernels compute them.
 
 A body that answers NotImplemented leaves its op as it is: Inductor's formula is right for these
 dtypes or devices."""
@@ -23,8 +23,8 @@ ERF = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) fo
 
 
 def widened(body: Callable) -> Callable:
-    """A formula computed in float32 where its arguments are of low precision: its op rounds once,
-    at the end. Numbers are rounded before, as the kernels for the CPU do."""
+    """Return a formula computed in float32 where its arguments are of low precision: its op rounds
+    once, at the end. Numbers are rounded before, as the kernels for the CPU do."""
 
     @functools.wraps(body)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -54,12 +54,13 @@ def rounded(x: float, dtype: torch.dtype) -> float:
 
 
 def is_floating(*args: Any) -> bool:
-    """Whether what is computed from these is a real floating-point number."""
+    """Return whether what is computed from these is a real floating-point number."""
     return torch.result_type(*args).is_floating_point
 
 
 def remainder(a: Any, b: Any) -> Any:
-    """Exact: a - floor(a / b) * b is off by as much as a is large, and nan for an infinite b."""
+    """Compute the exact remainder: a - floor(a / b) * b loses digits where a is large, and is nan
+    for an infinite b."""
     if not is_floating(a, b):
         return NotImplemented
     rest = fmod(a, b)
@@ -73,8 +74,8 @@ def fmod(a: Any, b: Any) -> Tensor:
 
 
 def floor_division(a: Tensor, b: Any) -> Any:
-    """Python's: floor(a / b) rounds up where the division does (1 // 0.1 is 9), and an infinite a
-    gives nan."""
+    """Compute Python's floor division: floor(a / b) rounds up where the division does (1 // 0.1 is
+    9), and an infinite a gives nan."""
     if not is_floating(a, b):
         return NotImplemented
     quotient, rest = a / b, fmod(a, b)
@@ -94,8 +95,8 @@ def floor_division(a: Tensor, b: Any) -> Any:
 
 
 def truncated_division(a: Tensor, b: Any) -> Any:
-    """Of integers: the one that complains of a division by zero, which ends the process otherwise,
-    is the floor's."""
+    """Divide integers by way of the floor, whose kernel raises for a zero; the truncated one ends
+    the process."""
     if is_floating(a, b):
         return NotImplemented
     floor = torch.div(a, b, rounding_mode="floor")
@@ -113,17 +114,18 @@ def only_on_cpu(body: Callable) -> Callable:
 
 
 def expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1 has lost small numbers."""
+    """Compute small values directly: exp(x) - 1 would lose their digits."""
     return torch.tanh(x / 2) * (x.exp() + 1)
 
 
 def atanh(x: Tensor) -> Tensor:
-    """log((1 + x) / (1 - x)) / 2 has lost small numbers."""
+    """Compute small values directly: log((1 + x) / (1 - x)) / 2 would lose their digits."""
     return (torch.log1p(x) - torch.log1p(-x)) / 2
 
 
 def erf(x: Tensor) -> Any:
-    """The approximation is good to 1e-7, not to seven digits."""
+    """Compute small arguments by a series: there the approximation is good to 1e-7, and not to
+    seven digits."""
     if x.dtype is torch.float64:
         return NotImplemented
     series = functools.reduce(
@@ -133,7 +135,7 @@ def erf(x: Tensor) -> Any:
 
 
 def scaled_sum(op: Callable) -> Callable:
-    """A sum with a multiple, which is rounded by itself otherwise."""
+    """Return a sum with a multiple, computed without rounding the multiple by itself."""
 
     def body(a: Tensor, b: Any, alpha: Any = 1) -> Any:
         return (
@@ -144,7 +146,7 @@ def scaled_sum(op: Callable) -> Callable:
 
 
 def lerp(start: Tensor, end: Tensor, weight: Any) -> Any:
-    """Rounded at each step otherwise."""
+    """Compute without rounding at each step."""
     if start.dtype not in LOW:
         return NotImplemented
     return torch.lerp(

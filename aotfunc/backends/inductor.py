@@ -1,5 +1,5 @@
-"""PyTorch's Inductor as a backend: C++ on CPU (needs g++), Triton on GPU; what it cannot take is
-run eagerly."""
+"""PyTorch's Inductor as a backend: C++ on CPU (needs g++), Triton on GPU, and eager kernels for
+ops that it fails on."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ ALPHA = (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 #: ops that divide integers where the result is of integers
 INTEGER_DIVISIONS = (aten.div, aten.floor_divide, aten.remainder, aten.fmod)
 
-#: Inductor's settings, and what it has been told of an op, are the process's: one compile at a
-#: time
+#: Inductor's settings, and its table of known ops, belong to the process: one compile at a time
 _LOCK = threading.RLock()
 
 
@@ -85,7 +84,7 @@ class InductorGraph:
     def __call__(self, *args: Tensor) -> Sequence:
         if self.fn is None:
             return self.eager(*args)
-        # lazily: the memory that the code reads is not the value
+        # made lazily: the memory that the code reads is not yet the value
         if any([a.is_conj() or a.is_neg() for a in args]):
             args = tuple([resolved(a) for a in args])
         first = self.repairs is None
@@ -110,8 +109,8 @@ class InductorGraph:
 
 
 def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:
-    """What Inductor makes of a graph; ops that it fails on are left to eager kernels, and ``say``
-    is told."""
+    """Compile a graph by Inductor; ops that it fails on are left to eager kernels, and ``say`` is
+    told."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -123,7 +122,7 @@ def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], Non
         ):
             raise BackendError(f"{n.name} is Python code")
         given = [getattr(gm, n.target)] if n.op == "get_attr" else [*n.args, *n.kwargs.values()]
-        # code in the disk cache would draw from a copy
+        # code from the disk cache would draw from a copy
         if any(isinstance(a, torch.Generator) for a in given):
             raise BackendError(f"{n.name} takes a torch.Generator")
     failing: set[Any] = set()
@@ -151,8 +150,8 @@ def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], Non
 
 @contextmanager
 def settled(gm: fx.GraphModule) -> Iterator[None]:
-    """Inductor's surroundings: random ops left alone, low precision rounded as in eager mode, and
-    a mode of fake tensors with a ShapeEnv, without which its disk cache does not work."""
+    """Set Inductor's surroundings: random ops left alone, low precision rounded as in eager mode,
+    and a mode of fake tensors with a ShapeEnv, which its disk cache needs."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.codegen.cpp import CppKernel
@@ -173,7 +172,8 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
         # PyTorch 2.13 keeps draws in order by itself
         chained = torch.__version__ < "2.13" and sum(map(draws, gm.graph.nodes)) > 1
         order = config.patch(post_grad_custom_post_pass=chain_draws) if chained else nullcontext()
-        # before PyTorch 2.13 its C++ takes float32 to bfloat16 and back for the number that it was
+        # before PyTorch 2.13 its C++ keeps the exact float32 of a value that is rounded to
+        # bfloat16
         rounded = patch.object(CppKernel, "cache_dtype_convert", lambda *args: None)
         for context in (_LOCK, settings, order, drawing, rounded, tracing(TracingContext(mode))):
             stack.enter_context(context)
@@ -183,7 +183,7 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
 
 
 def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
-    """A copy for Inductor, which rewrites what it is given."""
+    """Return a copy for Inductor, which rewrites its input."""
     from torch._inductor.decomposition import decompositions
     from torch._inductor.lowering import constrain_to_fx_strides, lowerings, make_fallback
 
@@ -216,13 +216,13 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
 
 
 def first_results(fn: Callable, count: int) -> Callable:
-    """The first results of a compiled graph; unread draws come behind them."""
+    """Return the first results of a compiled graph; unread draws come behind them."""
     return lambda args: fn(args)[:count]
 
 
 def unread_draws(graph: fx.Graph) -> Iterator[fx.Node]:
-    """What nothing reads of the random numbers drawn: as results, they are drawn, and in their
-    turn."""
+    """List the random numbers that are drawn and not read; as results they are still drawn, and in
+    order."""
     for n in list(graph.nodes):
         if n.op == "call_function" and draws(n) and not n.users:
             val = n.meta["val"]
@@ -251,8 +251,8 @@ def chain_draws(graph: fx.Graph) -> None:
 
 
 def misplaced(n: fx.Node) -> bool:
-    """Whether a node counts from where the storage of an input begins; Inductor would count from
-    the input."""
+    """Return whether a node counts from where the storage of an input begins; Inductor would count
+    from the input."""
     if n.target not in (aten.as_strided.default, aten.as_strided_scatter.default):
         return False
     source = storage_root(n.args[0])
@@ -260,8 +260,8 @@ def misplaced(n: fx.Node) -> bool:
 
 
 def may_end_the_process(n: fx.Node) -> bool:
-    """Whether a node divides integers: before PyTorch 2.13, Inductor's code on the CPU has no look
-    at zeros among the divisors."""
+    """Return whether a node divides integers: before PyTorch 2.13, Inductor's code on the CPU has
+    no look at zeros among the divisors."""
     val = n.meta.get("val")
     return (
         torch.__version__ < "2.13"
@@ -273,7 +273,7 @@ def may_end_the_process(n: fx.Node) -> bool:
 
 
 def swapped(n: fx.Node) -> list[int]:
-    """The order of a transpose's dimensions: Inductor knows ``permute`` only."""
+    """Return the order of a transpose's dimensions, as Inductor knows ``permute`` only."""
     order = list(range(n.args[0].meta["val"].dim()))  # type: ignore[union-attr]
     i, j = n.args[1:] if n.target is aten.transpose.int else (0, -1)
     if order:
@@ -286,12 +286,12 @@ def ops_of(gm: fx.GraphModule) -> set[OpOverload]:
 
 
 def targets_named(error: Exception) -> set[str]:
-    """The ops that an error of Inductor's lowering names."""
+    """Return the ops that an error of Inductor's lowering names."""
     return set(re.findall(r"target: (\S+)", str(error)))
 
 
 def decompositions() -> dict:
-    """What Inductor wants opened up before it compiles."""
+    """Return the decompositions that Inductor applies before it compiles."""
     # some decompositions ask what a lowering can do
     from torch._inductor import decomposition, lowering  # noqa: F401
 

@@ -1,5 +1,5 @@
-"""A graph that may run a few times only: a list of calls, gone through at each run. Python is
-generated when it turns out to run often."""
+"""A graph that may run only a few times: a list of calls, gone through at each run. Python is
+generated when it runs often."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Calls:
         return len(self.start) - 1
 
     def place(self, a: Any) -> int:
-        """Where an argument is found; a list with nodes in it is made by a call of its own."""
+        """Find the place of an argument; a list with nodes in it is made by a call of its own."""
         if a.__class__ is Node:
             return self.places[a]
         if isinstance(a, list | tuple) and any(isinstance(x, Node | list | tuple) for x in a):

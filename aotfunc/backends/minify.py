@@ -20,7 +20,7 @@ Fails = Callable[[fx.GraphModule, list], bool]
 def minifier(
     fail_f: fx.GraphModule, inps: Sequence[Any], module_fails: Fails, **_: Any
 ) -> tuple[fx.GraphModule, list]:
-    """``(graph module, inputs)`` with as few nodes as can be found for which
+    """Return ``(graph module, inputs)`` with as few nodes as can be found for which
     ``module_fails(graph_module, inputs)`` is still true; it may raise, which counts as false.
 
     A smaller graph returns one value instead of all, or takes a value as an input instead of
@@ -57,7 +57,8 @@ def fails(module_fails: Fails, gm: fx.GraphModule, inputs: list) -> bool:
 
 
 def candidates(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModule, list]]:
-    """Smaller graphs, the smallest first: those that end early, then those that begin late."""
+    """Yield smaller graphs, the smallest first: those that end early, then those that begin
+    late."""
     size = len(gm.graph.nodes)
     values = Recorded(gm)
     values.run(*inputs)
@@ -75,7 +76,7 @@ def candidates(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModul
 
 
 class Recorded(fx.Interpreter):
-    """Keeps the value of each node."""
+    """An interpreter that keeps the value of each node."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
@@ -89,8 +90,8 @@ class Recorded(fx.Interpreter):
 def rebuilt_between(
     gm: fx.GraphModule, values: dict, outs: Sequence[Node], known: set[Node], size: int
 ) -> Iterator[tuple[fx.GraphModule, list]]:
-    """The graph with the results ``outs`` that takes the ``known`` values as inputs, if it has
-    less than ``size`` nodes, or as many and more of them inputs."""
+    """Yield the graph with the results ``outs`` that takes the ``known`` values as inputs, if it
+    has less than ``size`` nodes, or as many and more of them inputs."""
     needed, todo = set(), list(outs)
     while todo:
         n = todo.pop()

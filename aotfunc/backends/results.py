@@ -1,4 +1,5 @@
-"""What a graph says of its results, and how those of compiled code are brought to it."""
+"""The results that a graph promises, and the repairs that bring compiled code's results to
+them."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class Results:
         self.roots = [storage_root(o) for o in self.outputs]
 
     def repairs(self, args: Sequence, outs: Sequence) -> list[Repair]:
-        """What has to be done to these results, and to those of every later call; raises
-        GraphError where nothing helps."""
+        """List the repairs of these results, and of those of every later call. Raises GraphError
+        where none helps."""
         found: list[Repair] = []
         owners: dict[int, list[tuple[Node, Pick]]] = {}  # address -> the values whose memory it is
         for i, a in enumerate(args):
@@ -61,7 +62,7 @@ class Results:
 
 
 def address_of(t: Tensor) -> int:
-    """The address of a tensor's memory, 0 where it has none."""
+    """Return the address of a tensor's memory, 0 where it has none."""
     return t.untyped_storage().data_ptr() if t.numel() and t.layout is torch.strided else 0
 
 
@@ -74,8 +75,8 @@ def result(k: int) -> Pick:
 
 
 def view(owner: Pick, base: Tensor, out: Tensor) -> Pick:
-    """``out`` as a view of ``base``, an argument or an earlier result, so that autograd notices
-    writes to it if this is saved."""
+    """Return ``out`` as a view of ``base``, an argument or an earlier result, so that autograd
+    notices writes to it if this is saved."""
     size, stride, start = out.shape, out.stride(), out.storage_offset() - base.storage_offset()
 
     def shown(args: Sequence, outs: Sequence) -> Tensor:
@@ -86,7 +87,7 @@ def view(owner: Pick, base: Tensor, out: Tensor) -> Pick:
 
 
 def copy(k: int, size: tuple, stride: tuple) -> Pick:
-    """A copy of result ``k`` in the graph's layout."""
+    """Return a copy of result ``k`` in the graph's layout."""
 
     def copied(args: Sequence, outs: Sequence) -> Tensor:
         out = outs[k]
@@ -96,7 +97,7 @@ def copy(k: int, size: tuple, stride: tuple) -> Pick:
 
 
 def resolved(t: Tensor) -> Tensor:
-    """The tensor with its conjugation or negation carried out, laid out as before."""
+    """Return the tensor with its conjugation or negation carried out, laid out as before."""
     extent = (
         1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     )

@@ -28,8 +28,8 @@ from .tree import Operands
 
 
 class Begin(Step):
-    """The start of a Function: remembers the values of its tensor arguments, before ``forward``
-    may write to them."""
+    """The start of a Function: remembers the values of its tensor arguments before ``forward`` may
+    write to them."""
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         f.snapshots.append([f.read(r, True) for r in refs])
@@ -40,7 +40,7 @@ class Begin(Step):
 
 class End(Step):
     """The end of a Function, ``(values, residuals, inputs) -> outputs``: the values, with the
-    derivative it says."""
+    Function's derivative."""
 
     def __init__(self, derivative: CustomDerivative) -> None:
         super().__init__(derivative.vals)
@@ -57,8 +57,8 @@ class End(Step):
         self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """The Function's inputs alone, the last of the step's, decide whether its outputs require
-        grad."""
+        """Tell which outputs require grad: only the Function's inputs, the last of the step's,
+        decide."""
         d = self.derivative
         return [any(given[len(given) - d.n_inputs :])] * d.n_outputs, []
 
@@ -73,7 +73,8 @@ BEGIN = Begin(())
 
 
 def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.apply(*args)`` inside a recording; Functions with ``setup_context`` and without."""
+    """Run ``cls.apply(*args)`` inside a recording, for Functions with ``setup_context`` and
+    without."""
     new_style = cls.setup_context is not Function.setup_context
     if kwargs or (new_style and not takes_as_given(cls.forward, args)):
         bound = inspect.signature(cls.forward).bind(
@@ -96,7 +97,7 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             output = cls.forward(*args)
         except (CaptureError, ValueError) as why:
-            # it asks for values that are not there, or writes to numpy's
+            # the forward asks for values that are not there, or writes to numpy's
             output = opaque.record(cls, args, batching, why)
         cls.setup_context(ctx, args, output)
         return output
@@ -111,7 +112,7 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def takes_as_given(forward: Any, args: Sequence[Any]) -> bool:
-    """Whether a function has a parameter for each of these arguments, and no others."""
+    """Return whether a function has a parameter for each of these arguments, and no others."""
     code = getattr(forward, "__code__", None)
     return code is not None and code.co_argcount == len(args)
 

@@ -1,4 +1,4 @@
-"""Recorded steps that are more than one op, and the graph nodes that have subgraphs of their own.
+"""Recorded steps that are more than one op, and graph nodes that have subgraphs of their own.
 
 A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.instr.Instr` does; ``lower``
 puts it into the functional graph. A *call* is the target of a graph node: it says itself how it is
@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 
 class StepFacts:
-    """What the tracer asks of any recorded step."""
+    """The facts that the tracer asks of any recorded step."""
 
     view_of = None
     random = False
@@ -49,7 +49,8 @@ class StepFacts:
 
 
 class Step:
-    """Base: results have the signatures ``outs`` (literals stand for themselves)."""
+    """Base of recorded steps: results have the signatures ``outs`` (literals stand for
+    themselves)."""
 
     anywhere = None  # it is the same wherever its inputs lie, see Instr
 
@@ -66,13 +67,14 @@ class Step:
         raise NotImplementedError
 
     def views(self) -> Sequence[Any]:
-        """For each result that shows the memory of an input: which one, and the calls ``((op,
-        args, kwargs, results), index)`` of the views that lead there. None for the others."""
+        """List, for each result that shows the memory of an input, that input and the calls
+        ``((op, args, kwargs, results), index)`` of the views on the way; None for the other
+        results."""
         return ()
 
     def handed(self, refs: Sequence[int]) -> Sequence[int]:
-        """Of the tensors of a step whose results are its first ones, with another derivative,
-        those that it may show the memory of."""
+        """List the tensors whose memory the results may show, of a step whose results are its
+        first tensors with another derivative."""
         return ()
 
     def bind(self, f: Functionalizer, results: Sequence[Any], grad: bool) -> None:
@@ -115,7 +117,7 @@ class Row(Step):
 
 
 class CallStep(Step):
-    """A program called inside a recording: dissolved into it."""
+    """A program called inside a recording and dissolved into it."""
 
     def __init__(self, program: Program, runner: Callable[..., Any]) -> None:
         super().__init__(program.vals, program.mutated)
@@ -150,8 +152,8 @@ class CallStep(Step):
             f.write(refs[index], new, grad and not hidden, line)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """Which results, and which written inputs, have a derivative where the inputs ``given``
-        have one."""
+        """Return which results, and which written inputs, have a derivative where the inputs
+        ``given`` have one."""
         program = self.program
         flags = live(program, tuple(i for i, yes in enumerate(given) if yes))
         count = program.n_outputs
@@ -182,17 +184,18 @@ class CompiledStep(CallStep):
 
 
 def on_eager(program: Program) -> Callable[..., tuple]:
-    """The program on the eager backend, new values of written inputs among its results."""
+    """Return the program on the eager backend, new values of written inputs among its results."""
     return program.once(on_eager, lambda: Interpreted(lowered(program).graph))
 
 
 def counts_from_storage(n: Node) -> bool:
-    """Whether a node counts from where a storage begins."""
+    """Return whether a node counts from where a storage begins."""
     return isinstance(n.target, OpOverload) and Facts(n.target).strided
 
 
 def hidden_writes(program: Program) -> list[bool]:
-    """For each written input of a program whether autograd was to see none of the writes."""
+    """Tell, for each written input of a program, whether all its writes are hidden from
+    autograd."""
 
     def untouched(index: int, n: Node) -> bool:
         while n.target is hidden_write:
@@ -204,8 +207,8 @@ def hidden_writes(program: Program) -> list[bool]:
 
 
 def shown_input(program: Program, k: int) -> tuple[int, list[tuple[tuple, int | None]]] | None:
-    """The input that result ``k`` is a view of, and the views that lead there, as
-    :meth:`Step.views` says; None if it has memory of its own."""
+    """Return the input that result ``k`` is a view of, and the views on the way, as
+    :meth:`Step.views` does; None if the result has memory of its own."""
     n: Any = program.outputs[k]
     calls: list[tuple[tuple, int | None]] = []
     while isinstance(n, Node) and n.op == "call_function":
@@ -224,7 +227,7 @@ def shown_input(program: Program, k: int) -> tuple[int, list[tuple[tuple, int | 
 
 
 def links(sig: Sig, calls: Sequence[tuple[tuple, int | None]]) -> list[Link]:
-    """The same views of a tensor of signature ``sig``, as links of a chain."""
+    """Return the same views of a tensor of signature ``sig``, as links of a chain."""
     found: list[Link] = []
     for (op, args, kwargs, val), index in calls:
         found.append(
@@ -235,20 +238,20 @@ def links(sig: Sig, calls: Sequence[tuple[tuple, int | None]]) -> list[Link]:
 
 
 def all_vals(program: Program) -> tuple:
-    """Signatures of all outputs, new values of mutated inputs included."""
+    """Return signatures of all outputs, new values of mutated inputs included."""
     return tuple(o.meta["val"] if isinstance(o, Node) else o for o in program.outputs)
 
 
 def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
-    """A call node and its outputs."""
+    """Add a call node; return it and its outputs."""
     vals = all_vals(call.program)
     node = b.make("call_function", call, tuple(nodes), {}, vals)
     return [b.item(node, i) if v.__class__ is Sig else v for i, v in enumerate(vals)]
 
 
 def becomes(b: Builder, n: Node, half: CompiledCall, count: int) -> list[Node]:
-    """Let a call node be one of a half that returns residuals behind the ``count`` results; the
-    residuals. A second node would draw random numbers again."""
+    """Let a call node call a half that returns residuals behind the ``count`` results, and return
+    the residuals. (A second node would draw random numbers again.)"""
     n.target, n.meta["val"] = half, all_vals(half.program)
     return [b.item(n, i) for i, v in enumerate(n.meta["val"]) if i >= count and v.__class__ is Sig]
 
@@ -264,7 +267,7 @@ class CompiledCall:
         self, program: Program, compile: Callable, split: Callable, name: str = "jit"
     ) -> None:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
-        #: the program as recorded, where results were computed from one another
+        #: the program as recorded, for results that were computed from one another
         self.plain: Program | None = None
 
     def __repr__(self) -> str:
@@ -284,7 +287,7 @@ class CompiledCall:
 
     @property
     def draws(self) -> bool:
-        """Whether a call draws random numbers."""
+        """Return whether a call draws random numbers."""
         return self.program.once("draws", lambda: any(map(draws, self.program.graph.nodes)))
 
     def derived(self, key: tuple, make: Callable[[], Program], kind: str) -> CompiledCall:
@@ -294,11 +297,12 @@ class CompiledCall:
         )
 
     def live(self, n: Node, active: dict[Node, None]) -> list[bool]:
-        """Which outputs of the node ``n`` have a derivative where its ``active`` arguments do."""
+        """Return which outputs of the node ``n`` have a derivative where its ``active`` arguments
+        do."""
         return live(self.program, tuple(i for i, a in enumerate(n.args) if a in active))
 
     def flat(self, n: Node) -> list[Node]:
-        """The arguments of the node ``n`` by which the call is flat."""
+        """Return the arguments of the node ``n`` by which the call is flat."""
         vals = [a.meta["val"] for a in n.args]
         wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
         return [n.args[i] for i in set().union(*flat_inputs(self.program, wrt))]
@@ -311,8 +315,8 @@ class CompiledCall:
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: the node becomes a call of the forward half, which also returns residuals,
-        and there is one of the backward half."""
+        """Reverse mode: let the node call the forward half, which also returns residuals, and add
+        a call of the backward half."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
         whole = program.flat()
@@ -336,8 +340,8 @@ class CompiledCall:
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: ``new`` becomes a call for the values and residuals, and there is one for
-        the tangents, which are linear in the tangents given."""
+        """Forward mode: let ``new`` call for the values and residuals, and add a call for the
+        tangents, which is linear in the tangents given."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
         whole = program.flat()
@@ -377,5 +381,6 @@ _steps = Cache(4096)
 
 
 def interned(cls: Any, *args: Any) -> Any:
-    """One object for equal arguments: recordings are keyed by the identity of their steps."""
+    """Return one object for equal arguments: recordings are keyed by the identity of their
+    steps."""
     return _steps.once((cls, *args), lambda: cls(*args))

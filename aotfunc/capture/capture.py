@@ -1,5 +1,4 @@
-"""A call of ``f`` recorded, and the program that the recording stands for: looked up by the
-recording's key, built when it is new."""
+"""Record a call of ``f``; look the program up by the recording's key, or build it."""
 
 from __future__ import annotations
 
@@ -119,7 +118,7 @@ def capture(
 
 
 def refusal_of(error: RuntimeError) -> CaptureError | None:
-    """Our words for what PyTorch raises of a traced value; None for any other error."""
+    """Return our words for PyTorch's error about a traced value; None for any other error."""
     line = at(line_of_error(error))
     if type(error).__module__ == "torch._dynamo.exc":
         if (operator := called_by(error)) is not None:
@@ -142,13 +141,13 @@ def refusal_of(error: RuntimeError) -> CaptureError | None:
     return None
 
 
-#: what C++ says of leaves; also of views whose memory got a history since, before they are asked
+#: C++'s errors about leaves, also for views whose memory has got a history since
 LEAF = "a leaf Variable that requires grad is being used in an in-place operation"
 
 
 def under_fake_mode() -> bool:
-    """Whether FakeTensors are made here, with which the tensor that a number becomes would not
-    mix."""
+    """Return whether FakeTensors are made here, with which the tensor that a number becomes would
+    not mix."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -170,13 +169,13 @@ OPERATORS = ("flex_attention",)
 
 
 def as_called(f: Callable) -> Callable:
-    """``f`` with gradients off if they are off here: a recording turns them on. What autograd then
-    would not see is there for forward_ad."""
+    """Return ``f`` with gradients off if they are off here, as a recording turns them on;
+    forward_ad still sees what autograd would not."""
     return f if torch.is_grad_enabled() or forward_ad._current_level >= 0 else torch.no_grad()(f)
 
 
 def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
-    """Names for the leaves of a call, after the function's parameters."""
+    """Return names for the leaves of a call, after the function's parameters."""
 
     def names() -> list[str]:
         try:
@@ -206,8 +205,8 @@ def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
 
 
 def argument_names(f: Callable, count: int) -> list[str]:
-    """The names of the first ``count`` positional arguments of ``f``; those of ``*args`` are
-    numbered."""
+    """Return the names of the first ``count`` positional arguments of ``f``; those of ``*args``
+    are numbered."""
     called = f.forward if isinstance(f, torch.nn.Module) else f
     try:
         parameters = inspect.signature(called).parameters.items()
@@ -220,7 +219,7 @@ def argument_names(f: Callable, count: int) -> list[str]:
 
 
 def labelled(f: Callable, arguments: Arguments) -> tuple[list[str], list[Any]]:
-    """A name for each leaf of a call, and the leaf."""
+    """Return a name for each leaf of a call, and the leaf."""
     names: list[str] = []
     for base, spec in zip(argument_names(f, len(arguments.specs)), arguments.specs, strict=True):
         names += [f"{base}{rest}" for rest in (leaf_labels(spec) if spec is not None else [""])]

@@ -1,4 +1,4 @@
-"""What one call of a function did, and the program that it stands for: looked up by the
+"""The recording of one call of a function, and the program that it stands for, looked up by the
 recording's key."""
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from .tree import flatten, unflatten
 
 aten = torch.ops.aten
 
-#: by what was recorded; weighed in nodes: each takes a kilobyte or two with all that is made of it
+#: by recording; weighed in nodes, each of which takes a kilobyte or two with all that is made of
+#: it
 _programs = Cache(1 << 16, weight)
 
 
 class Numbers:
-    """The Python numbers of recordings that differ in nothing else: ``first``, and the places that
+    """The Python numbers of recordings that differ only in these: ``first``, and the places that
     have ``varied``."""
 
     def __init__(self, first: tuple) -> None:
@@ -44,7 +45,7 @@ class Numbers:
         self.varied: tuple[int, ...] = ()
 
     def inputs(self, now: tuple) -> tuple[tuple[int, ...], ...]:
-        """The numbers that are inputs from now on: for each its places."""
+        """Return, for each number that is an input from now on, its places."""
         if now != self.first:
             changed = {i for i, (x, y) in enumerate(zip(now, self.first, strict=True)) if x != y}
             if not changed.issubset(self.varied):
@@ -56,7 +57,8 @@ class Numbers:
 
 
 class Captured:
-    """What one call did: the trace, the leaves that it returned, and which of them are tensors."""
+    """The recording of one call: the trace, the leaves that it returned, and which of them are
+    tensors."""
 
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
@@ -80,8 +82,8 @@ class Captured:
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
-        """What each value shows, see :func:`~aotfunc.trace.aliases.final_views`; memory that
-        Functions passed on and nothing else shows is a value's own."""
+        """Find what each value shows, see :func:`~aotfunc.trace.aliases.final_views`. Memory that
+        only Functions passed on counts as the value's own."""
         found = final_views(self.trace)
         paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
         for step in {step for path in paths for step in path if step.passed}:
@@ -89,36 +91,36 @@ class Captured:
             if root >= len(self.trace.inputs) and all(
                 step in path for path in paths if path[0].ref == root
             ):
-                # nothing else shows that memory
+                # no other value shows that memory
                 step.of, step.apart, step.passed = None, False, False
         return found
 
     @property
     def returned(self) -> list[Shown]:
-        """What each returned tensor shows."""
+        """Find what each returned tensor shows."""
         return [self.seen.get(r) or Shown(r) for r in self.refs]
 
     @property
     def roots(self) -> list[int]:
-        """For each returned tensor the value that it is a view of, or itself; what a Function
-        passed on is its own."""
+        """Return, for each returned tensor, the value that it is a view of, or itself; a tensor
+        that a Function passed on is its own."""
         return [next((s.ref for s in x.path[:0:-1] if s.passed), x.root) for x in self.returned]
 
     @property
     def enables(self) -> bool:
-        """Whether the function ran with gradients off, and turned them on in places; its marks
-        say where."""
+        """Return whether the function ran with gradients off and turned them on in places, which
+        its marks tell."""
         off = not torch.is_grad_enabled() and forward_ad._current_level < 0  # see as_called
         return off and any(grad for _, _, grad, *_ in self.trace.records)
 
     def gradients(self) -> AbstractContextManager:
-        """Gradients on, around its program, where the function turned them on."""
+        """Turn gradients on, around its program, if the function turned them on."""
         on = self.enables and not torch.is_inference_mode_enabled()
         return torch.enable_grad() if on else nullcontext()
 
     @property
     def key(self) -> Any:
-        """What its programs depend on. It decides which numbers are inputs of them."""
+        """Return the key of its programs. This decides which numbers are their inputs."""
         if self._key is None:
             self._key = self.keyed()
         return self._key
@@ -141,7 +143,7 @@ class Captured:
 
     @property
     def closed_over(self) -> list[Tensor]:
-        """What its programs take behind the inputs."""
+        """Return the inputs of its programs behind the function's own."""
         assert self.key
         return self.trace.lifted if not self.numbers else self.with_numbers
 
@@ -158,9 +160,9 @@ class Captured:
         ]
 
     def program(self, memory: tuple[tuple[int, bool], ...] | None = None) -> Program:
-        """The functional program: inputs, then closed-over tensors, to the tensors among the
-        results. With ``memory``, pairs of a value and a flag, to these instead: the value, or the
-        whole memory that it was made with."""
+        """Return the functional program: inputs, then closed-over tensors, to the tensors among
+        the results. With ``memory``, pairs of a value and a flag, it computes these instead: the
+        value, or the whole memory that it was made with."""
         if memory is None and self._program is not None:
             return self._program
         program = _programs.once((*self.key, memory), lambda: self._build(memory))
@@ -195,8 +197,8 @@ class Captured:
         return Functionalizer(self.trace, b, inputs, numbers=numbers)
 
     def _memory(self, f: Functionalizer, ref: int) -> Node:
-        """The memory of a value, no part of what was copied into it; without a derivative where
-        all that is returned of it is detached."""
+        """Return the memory of a value, no part of what was copied into it; without a derivative
+        where all that is returned of it is detached."""
         node = f.memory(ref)
         if node.meta["val"].offset and f.trace.mutates and f.env[ref].storage.memory.version:
             node = f.fitted(f.b.call(aten.clone.default, node), f.env[ref].storage.sig)
@@ -209,8 +211,8 @@ class Captured:
         return f.detached(node) if alone and node.meta["val"].differentiable else node
 
     def as_recorded(self, memory: tuple[tuple[int, bool], ...]) -> Program:
-        """:meth:`program` op by op, nothing rewritten or merged; the last results are the tensors
-        returned."""
+        """Return :meth:`program` op by op, nothing rewritten or merged; its last results are the
+        returned tensors."""
         trace = self.trace
         with paused_gc():
             b = Builder(None, merge=False)
@@ -228,8 +230,8 @@ class Captured:
 
     @property
     def aliases(self) -> tuple[tuple[int, int], ...]:
-        """``(position, root)`` of those among the returned tensors that share memory with an
-        input, a closed-over tensor or one another."""
+        """List ``(position, root)`` of the returned tensors that share memory with an input, a
+        closed-over tensor or one another."""
         return self.program().once("aliases", self.shared)
 
     def shared(self) -> tuple[tuple[int, int], ...]:
@@ -237,7 +239,7 @@ class Captured:
         return tuple((i, r) for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
-        """The returned tree with these tensors in it."""
+        """Return the returned tree with these tensors in it."""
         leaves = list(self.leaves)
         for i, t in zip(self.tensors, tensors, strict=True):
             leaves[i] = t

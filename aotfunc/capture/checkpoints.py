@@ -26,8 +26,8 @@ from .function_rules import Context
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Non-reentrant checkpointing inside a recording: what runs meanwhile is tagged, to be
-    computed again in the backward."""
+    """Tag the ops inside, so that the backward computes them again: non-reentrant checkpointing
+    inside a recording."""
     trace = recorder()
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
@@ -71,8 +71,9 @@ def keep_saved(trace: Trace, start: int, context: Any) -> None:
 
 
 def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Function.apply`` inside a recording; reentrant checkpoints are Functions, too. Without an
-    argument that requires grad a compiled one has no derivative of what it closes over either."""
+    """Run ``Function.apply`` inside a recording; reentrant checkpoints are Functions, too.
+    Without an argument that requires grad a compiled checkpoint has no derivative by what it
+    closes over."""
     if cls is not torch_checkpoint.CheckpointFunction:
         return apply_function(cls, *args, **kwargs)
     trace = current()
@@ -111,7 +112,7 @@ def written_in_checkpoint() -> CaptureError:
 
 
 def requiring_grad(t: Tensor, because_of: Sequence[Tensor]) -> Tensor:
-    """A result that requires grad as those of a Function do, though nothing of it has a
+    """Return a result that requires grad as a Function's results do, though no part of it has a
     derivative."""
     if t.requires_grad or not floating(t):
         return t

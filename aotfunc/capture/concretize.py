@@ -1,5 +1,5 @@
-"""What ``f`` asks of values that differ between the samples of a batch: answered if all samples
-agree.
+"""Values that ``f`` asks for and that differ between the samples of a batch: answered if all
+samples agree.
 
 ``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value, and each sample
 has its own. What has been recorded so far is batched and run on the whole batch, in every
@@ -36,7 +36,7 @@ from .followed import Unsteady, batched_program, follow_trace, followed_batches
 
 
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-    """``question(*values)`` for the values of ``tensors``, which must be the same in all
+    """Return ``question(*values)`` for the values of ``tensors``, which must be the same in all
     samples."""
     line = at(user_line())
     with as_if_outside(), paused_gc():
@@ -62,8 +62,8 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
 
 
 def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
-    """Real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and at which
-    dimension; None for what is the same for all of them."""
+    """Return real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and
+    at which dimension; None for what is the same for all of them."""
     with as_if_outside(), paused_gc():
         try:
             return follow_trace(trace).batch_of(trace, [trace.ref_of(t)[0] for t in tensors])
@@ -82,8 +82,8 @@ def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int 
 
 
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
-    """Real values of ``tensors`` with all samples at dimension 0, and how many samples there
-    are."""
+    """Return real values of ``tensors`` with all samples at dimension 0, and how many samples
+    there are."""
     if trace.concrete_inputs is None and not trace.may_ask_constants:
         raise trace.unanswered(what)
     program, samples = so_far(trace, tensors), trace.samples
@@ -113,8 +113,8 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
 
 
 def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
-    """What has been recorded up to now as a program for the values of ``tensors``; it writes
-    nothing back."""
+    """Return the recording up to now as a program for the values of ``tensors``; it writes nothing
+    back."""
     refs = tuple([trace.ref_of(t)[0] for t in tensors])
 
     def make() -> Program:
@@ -128,7 +128,8 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
 
 
 def closed(program: Program) -> Program:
-    """The program as one of its closed-over tensors alone, on which it depends."""
+    """Return the program as a function of one of its closed-over tensors alone, on which it
+    depends."""
 
     inputs = program.placeholders[: program.n_inputs]
     return program.once(
@@ -141,7 +142,7 @@ _programs = Cache(1 << 16, weight)
 
 @contextmanager
 def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The results of a program run next in ``trace``, which does not remember it afterwards."""
+    """Return the results of a program run next in ``trace``, which does not remember it."""
     records, count = len(trace.records), trace.count
     results = trace.record(CallStep(program, on_eager), inputs)
     try:
@@ -168,7 +169,8 @@ def run_once(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tens
 
 
 def bit_patterns(x: Tensor) -> Tensor:
-    """Equal where and only where the values are the same, NaN and signed zeros included."""
+    """Return bit patterns, which are equal exactly where the values are the same, NaN and signed
+    zeros included."""
     if x.is_complex():
         return bit_patterns(torch.view_as_real(x.resolve_conj()))
     if x.is_floating_point():
@@ -178,7 +180,7 @@ def bit_patterns(x: Tensor) -> Tensor:
 
 
 def same_answer(a: Any, b: Any) -> bool:
-    """Whether two answers are the same: ``nan`` is itself, and 0.0 is not -0.0."""
+    """Return whether two answers are the same: ``nan`` is itself, and 0.0 is not -0.0."""
     if isinstance(a, tuple):
         return len(a) == len(b) and all(map(same_answer, a, b))
     if isinstance(a, Tensor):

@@ -1,5 +1,4 @@
-"""The values of tensors from outside, where a recording may look at them: numpy, lists, copies,
-pickles."""
+"""The values of tensors from outside, for numpy, lists, copies and pickles inside a recording."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ from ..trace.traced import current, quiet, under_way
 
 @functools.wraps(Tensor.numpy)
 def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
-    """Memory of a tensor from outside; what torch does on the way must not be recorded."""
+    """Return the numpy array in the memory of a tensor from outside, without recording torch's
+    steps."""
     if current() is None:
         return ORIGINALS["numpy"](self, force=force)
     value = constant_value(self)
@@ -26,12 +26,12 @@ def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
 
 
 def tolist_of_a_constant(self: Tensor) -> Any:
-    """Values of a tensor from outside."""
+    """Return the values of a tensor from outside as a list."""
     return ORIGINALS["tolist"](constant_value(self))
 
 
 def deepcopy_of_a_constant(self: Tensor, memo: dict) -> Tensor:
-    """A copy of a tensor from outside, as a new leaf."""
+    """Return a copy of a tensor from outside, as a new leaf."""
     if current() is None or under_way.quiet:
         return ORIGINALS["deepcopy"](self, memo)
     if id(self) not in memo:
@@ -40,7 +40,7 @@ def deepcopy_of_a_constant(self: Tensor, memo: dict) -> Tensor:
 
 
 def unpickled(*parts: Any) -> Tensor:
-    """A tensor in memory that pickle has read, as one from outside."""
+    """Return a tensor in memory that pickle has read, as a tensor from outside."""
     trace = current()
     if trace is None or under_way.quiet:
         return ORIGINALS["rebuild"](*parts)
@@ -54,6 +54,6 @@ def unpickled(*parts: Any) -> Tensor:
 
 
 def constant_value(t: Tensor) -> Tensor:
-    """The value of a tensor from outside, if it may be asked for."""
+    """Return the value of a tensor from outside, if it may be asked for."""
     trace = current()
     return t if trace is None or under_way.quiet else trace.value(t)

@@ -35,15 +35,15 @@ class RuleProgram(NamedTuple):
 
 
 class Later:
-    """A RuleProgram that is recorded when it is asked for: a backward that applies its own
-    Function would recurse for ever."""
+    """A RuleProgram that is recorded on demand: recording a backward that applies its own Function
+    would recurse for ever."""
 
     def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
         self.make, self.first, self.n_residuals = make, first, n_residuals
         self.made: Any = None
 
     def part(self) -> Any:
-        """The program, or the error that recording it raised."""
+        """Return the program, or the error that recording it raised."""
         if self.made is None:
             self.made, self.make = self.make(), None  # type: ignore[assignment]
         return self.made
@@ -85,7 +85,7 @@ class CustomDerivative:
 
     @property
     def rules(self) -> list:
-        """All that was recorded of the user's backward."""
+        """Return all rules that were recorded of the user's backward."""
         return [*self.backward.values(), *(p for _, p in (self.narrow[1] if self.narrow else ()))]
 
     dissolved_with = "customs"
@@ -98,7 +98,7 @@ class CustomDerivative:
         return list(n.args[:i]), list(n.args[i:o]), list(n.args[o:])
 
     def backward_for(self, wanted: Sequence[bool]) -> dict[Any, Any]:
-        """The backward for where these inputs need a gradient."""
+        """Return the backward for a gradient of these inputs."""
         if self.narrow is not None and all(
             m or not w for m, w in zip(self.narrow[0], wanted, strict=True)
         ):
@@ -106,7 +106,7 @@ class CustomDerivative:
         return self.backward
 
     def part(self, backward: dict[Any, Any], have: tuple[bool, ...]) -> RuleProgram | Exception:
-        """The program for these cotangents, or what the user's backward raised."""
+        """Return the program for these cotangents, or what the user's backward raised."""
         part = backward.get(have, backward.get(None))
         if part is None:
             raise CaptureError(f"{self.__name__} has no backward")
@@ -170,7 +170,7 @@ class CustomDerivative:
         return [found.get(x) for x in inputs]
 
     def zeros(self, b: Builder) -> dict[int, Node] | None:
-        """The cotangents that the backward gets where autograd comes by without any."""
+        """Return the cotangents that the backward gets if autograd comes by without any."""
         if None not in self.backward:
             return None
         return {i: filled_node(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable}
@@ -237,7 +237,7 @@ class CustomDerivative:
         return b.make("call_function", d, (*new, *rest), {}, d.vals), [True] * self.n_outputs
 
     def batched(self, walk: Any, vals: tuple, batched: Callable[[Any], Any]) -> CustomDerivative:
-        """The same with each part ``batched``."""
+        """Return the same derivative with each part ``batched``."""
         each = lambda backward: tuple((have, batched(part)) for have, part in backward)
         narrow = (self.narrow[0], each(self.narrow[1])) if self.narrow is not None else None
         backward, forward = each(self.backward.items()), batched(self.forward)
@@ -247,12 +247,13 @@ class CustomDerivative:
 
 
 def is_ours(part: Any) -> bool:
-    """Whether this is an error of ours: raised at once. The user's are raised by the backward."""
+    """Return whether this is an error of ours: raised at once. The user's are raised by the
+    backward."""
     return isinstance(part, AotfuncError) and not isinstance(part, OpError)
 
 
 def failing(b: Builder, error: Exception, g: dict[int, Node], inputs: Sequence[Node]) -> list:
-    """Gradients of ``inputs`` that raise an error where the cotangents ``g`` are there."""
+    """Return gradients of ``inputs`` that raise an error if the cotangents ``g`` are there."""
     never = b.call(aten.sum.default, b.call(fail, next(iter(g.values())), number_of(error)))
     if never.meta["val"].dtype.is_complex:
         never = b.call(aten.abs.default, never)

@@ -1,5 +1,6 @@
-"""When a backward is recorded: autograd calls it when the function is over, and it reads Python's
-variables as they are by then. So those of Functions and hooks wait until a gradient is taken.
+"""When a backward is recorded. Autograd calls it after the function is over, and it reads Python's
+variables as they are by then; so the backwards of Functions and hooks wait until a gradient is
+taken.
 
 What they read of tensors goes into their step, where the function was applied: a tensor that is
 made or written to later has no place there, and the derivative that reads it is refused."""
@@ -28,8 +29,8 @@ from .grad_step import GradStep
 
 
 def calls_late(*functions: Callable) -> None:
-    """Autograd calls these when the function is over, and the variables of Python that they read
-    may have changed by then."""
+    """Return whether autograd calls these after the function is over, when the Python variables
+    that they read may have changed."""
     for trace in under_way.traces:
         if not trace.may_ask_constants:
             trace.late += functions
@@ -37,13 +38,13 @@ def calls_late(*functions: Callable) -> None:
 
 class Deferred:
     """A step whose backward waits. ``make(self)`` returns the step with its backward, and the
-    numbers of the values that this reads beside the step's own."""
+    numbers of the further values that the backward reads."""
 
     def __init__(
         self, trace: Trace, name: str, raw: Sequence[Tensor], results: Sequence[Any], saved: Any
     ) -> None:
-        """``raw`` became ``results`` by the last record; ``saved`` are the tensors that autograd
-        itself guards against writes."""
+        """Remember that ``raw`` became ``results`` by the last record; autograd itself guards the
+        tensors ``saved`` against writes."""
         self.trace, self.name, self.record = trace, name, len(trace.records) - 1
         self.count = trace.count - len(results)
         self.raw = {new.ref: trace.ref_of(o)[0] for o, new in zip(raw, results, strict=True)}
@@ -53,12 +54,12 @@ class Deferred:
         self.made: Any = None
 
     def wait(self, make: Callable[[Deferred], tuple[Any, list[int]]]) -> None:
-        """From here on writes are seen by the backward, and come too late for us."""
+        """Wait from here on: the backward would see later writes, and the recording cannot."""
         self.make, self.written_from = make, len(self.trace.records)
         self.trace.deferred.append(self)
 
     def refs(self, tensors: Sequence[Tensor]) -> list[int] | CaptureError:
-        """The values that a backward reads, as the step finds them."""
+        """Return the values that a backward reads, as the step finds them."""
         found: list[int] = []
         written: set[Any] = set()
         for t in tensors:
@@ -84,7 +85,7 @@ class Deferred:
         return next((s.old for s in self.trace.stand_ins if s.hooks and s.new == ref), None)
 
     def settle(self) -> None:
-        """Record the backward as it is now. It waits on, to be the same if it is asked for
+        """Record the backward as it is now. It waits on, and must be the same if it is asked for
         again."""
         step, refs = self.make(self)
         derivative = step.derivative
@@ -108,7 +109,7 @@ def too_late(what: str, line: Line | None) -> CaptureError:
 
 
 def written_memory(trace: Trace, start: int, count: int | None = None) -> set[Any]:
-    """What is written to by the ``count`` records from this one on, or by all."""
+    """Return the memory that the ``count`` records from this one on, or all of them, write to."""
     later = trace.records[start:][:count]
     return {
         memory_group(trace, refs[s]) for instr, refs, *_ in later for s in written_slots(instr)
@@ -166,7 +167,7 @@ def check_checkpoints(trace: Trace) -> None:
 
 
 def check_calls(trace: Trace) -> None:
-    """Refuse a write to what the backward of a nested compiled function reads."""
+    """Refuse a write to a value that the backward of a nested compiled function reads."""
     if not (trace.mutates and any(isinstance(r[0], CallStep) for r in trace.records)):
         return
     number = len(trace.inputs)
@@ -188,8 +189,8 @@ def check_calls(trace: Trace) -> None:
 
 
 def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[int]]:
-    """The inputs and results that the backwards in a program read, and autograd would let be
-    written to; ``again``: those that its checkpoints read, when they compute again."""
+    """Return the inputs and results that the backwards in a program read and that autograd would
+    let be written to; ``again``: those that its checkpoints read when they compute again."""
 
     def find() -> tuple[list[int], list[int]]:
         read: set[Any] = set()
@@ -207,7 +208,7 @@ def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[in
         outs = [shown_by(o) for o in program.outputs]
         finals = dict(zip(program.mutated, outs[program.n_outputs :], strict=True))
         own = [o for o in outs[: program.n_outputs] if isinstance(o, Node)]
-        # what a checkpoint writes itself, as statistics, it reads as it is by then
+        # statistics that a checkpoint writes itself are read as they are by then
         seen = lambda i, p: p in read and i not in finals if again else {p, finals.get(i)} & read
         return (
             [i for i, p in enumerate(program.placeholders) if seen(i, p)],
@@ -218,7 +219,7 @@ def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[in
 
 
 def shown_by(n: Any) -> Any:
-    """The node whose memory this shows: it is a view of it, or what a Function returned."""
+    """Return the node whose memory this shows: it is a view of it, or what a Function returned."""
     while isinstance(n, Node):
         source, item = n.args if n.target is operator.getitem else (n, 0)
         if isinstance(source.target, CustomDerivative):

@@ -1,5 +1,5 @@
-"""The values of a recording for all samples of the batches around it, as far as it has come: each
-step is run once, however often the recording is asked."""
+"""The values of a recording so far, for all samples of the batches around it. Each step runs once,
+however often values are asked for."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Samples(NamedTuple):
 
 
 class Unsteady(Exception):
-    """A recording that cannot be followed step by step: something writes, draws or looks back at
-    earlier steps."""
+    """Raised for a recording that cannot be followed step by step: something writes, draws or
+    looks back at earlier steps."""
 
 
 def followed_batches(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
-    """As :func:`batches`, but each step is run once, however often a recording is asked; None if
-    that cannot be."""
+    """Return :func:`batches`, running each step once however often it is asked; None if that
+    cannot be done."""
     try:
         follower = follow_trace(trace)
         return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
@@ -59,8 +59,8 @@ def follow_trace(trace: Trace) -> Followed:
 
 
 class Followed:
-    """The values of a recording as far as it has come. Those that ``differ`` are there for all
-    samples of all batches around it, at dimension 0."""
+    """The values of a recording so far. Those that ``differ`` are there for all samples of all
+    batches around it, at dimension 0."""
 
     def __init__(self, trace: Trace) -> None:
         self.outer = samples_around(trace)
@@ -69,14 +69,14 @@ class Followed:
         self.stale: set[int] = set()  # what shows memory that another value was written through
         dims = () if trace.samples is None else trace.samples.dims
         self.differ = {i for i, d in enumerate(dims) if d is not None}  # between the samples
-        # steps that have been run, and values up to there
+        # number of steps that have been run, and of values by then
         self.done, self.number = 0, len(trace.inputs)
 
     def catch_up(self, trace: Trace) -> None:
-        """Run what has been recorded since."""
+        """Run the steps recorded since the last call."""
         new = trace.records[self.done :]
         going_on = trace in under_way.traces and trace.concrete_inputs is not None
-        # in a recording around, to what this one closes over
+        # step outwards, to the values that this recording closes over
         written = any(t.mutates for t in under_way.traces if t is not trace)
         if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
             raise Unsteady
@@ -87,8 +87,7 @@ class Followed:
                 self.run(trace, [*steps])
 
     def showing(self, trace: Trace, new: Sequence[Record]) -> set[int]:
-        """Those of the values that there are already which show memory that these steps write
-        to."""
+        """Return those of the existing values that show memory which these steps write to."""
         roots = trace.roots().of
         written = {refs[s] for instr, refs, *_ in new for s in written_slots(instr)}
         shown = {roots.get(r, r) for r in written}
@@ -97,7 +96,7 @@ class Followed:
         return {r for r in (*shown, *roots) if r < self.number and roots.get(r, r) in shown}
 
     def take(self, trace: Trace, rows: Sequence[Record]) -> None:
-        """Rows of batches that are there already."""
+        """Take rows of batches that are there already."""
         if self.outer != 1:
             raise Unsteady
         for _, (batch, _), *_ in rows:
@@ -108,7 +107,7 @@ class Followed:
         self.done += len(rows)
 
     def run(self, trace: Trace, new: Sequence[Record]) -> None:
-        """Run steps, as one batched program of what they read."""
+        """Run steps as one batched program of the values that they read."""
         old = self.showing(trace, new) if trace.mutates else set()
         refs, written, program = steps_as_program(new, self.number, trace.numbers, old)
         if len({trace.root(r) for r in written}) < len(written):  # each would change the other
@@ -132,21 +131,21 @@ class Followed:
         self.done += len(new)
 
     def batch_of(self, trace: Trace, refs: Sequence[int]) -> list[tuple[Tensor, int | None]]:
-        """The values, and where the batch is in each."""
+        """Return the values, and the batch dimension of each."""
         return [*zip([self.one(trace, r) for r in refs], self.dims(refs), strict=True)]
 
     def dims(self, refs: Sequence[int]) -> tuple[int | None, ...]:
-        """Where the batch is in each of these values."""
+        """Return the batch dimension of each of these values."""
         return tuple([0 if r in self.differ else None for r in refs])
 
     def value(self, trace: Trace, ref: int) -> Tensor:
-        """What :meth:`one` is, for all samples."""
+        """Return the value of :meth:`one` for all samples."""
         x = self.one(trace, ref)
         with quiet():
             return x if ref in self.differ else x.expand(self.count, *x.shape)
 
     def one(self, trace: Trace, ref: int) -> Tensor:
-        """The value: for all samples if it differs, else the one that all have."""
+        """Return the value: for all samples if it differs, else the common one."""
         if ref in self.stale:
             raise Unsteady
         if ref not in self.values:
@@ -154,7 +153,7 @@ class Followed:
         return self.values[ref]
 
     def given(self, trace: Trace, ref: int) -> Tensor:
-        """The value of an input, or of a tensor from outside."""
+        """Return the value of an input, or of a tensor from outside."""
         t = trace.origins[ref] if ref >= 0 else trace.lifted[~ref]
         dim = trace.samples.dims[ref] if ref >= 0 and trace.samples is not None else None
         known = None
@@ -179,7 +178,7 @@ class Followed:
 
 
 def samples_around(trace: Trace, itself: bool = False) -> int:
-    """How many samples the batches have together in which a recording goes on."""
+    """Return how many samples the batches around a recording have together."""
     traces = [*around(trace), trace] if itself else around(trace)
     return math.prod(t.samples.size for t in traces if t.samples is not None)
 
@@ -189,8 +188,8 @@ def repeat_samples(x: Tensor, times: int) -> Tensor:
 
 
 def steady(instr: Any) -> bool:
-    """Whether a step is nothing but a function of the tensors that it reads, and writes to those
-    alone."""
+    """Return whether a step is nothing but a function of the tensors that it reads, and writes to
+    those alone."""
     facts = instr.facts
     if facts.random:
         return False
@@ -202,9 +201,9 @@ def steady(instr: Any) -> bool:
 def steps_as_program(
     records: Sequence[Record], number: int, numbers: Sequence[float], old: Collection[int]
 ) -> tuple[list[int], list[int], Program]:
-    """``(read, written, program)``: steps as a program of the values that they ``read`` and do not
-    make. The first one makes the value ``number``. The program returns all that they make, then
-    the new values of those among ``old`` that they read. A loop's rounds are the same program. The
+    """Return ``(read, written, program)`` of these steps: the program takes the values that they
+    ``read`` and do not make. It returns all that they make, from value ``number`` on, then the new
+    values of those among ``old`` that they read. The rounds of a loop give the same program. The
     Python ``numbers`` are literals."""
     read: dict[int, Sig] = {}
     for instr, refs, *_ in records:

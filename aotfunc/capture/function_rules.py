@@ -1,4 +1,4 @@
-"""The backward and the jvp of an ``autograd.Function`` become programs.
+"""Record the backward and the jvp of an ``autograd.Function`` as programs.
 
 A rule reads its context, and the programs what that keeps. A rule that is under way when it is
 asked for again, as its derivative calls its own Function, is recorded on demand."""
@@ -34,7 +34,7 @@ from .custom_derivative import Later, RuleProgram
 
 
 class Context(FunctionCtx):
-    """What ``ctx`` is inside a recording."""
+    """The ``ctx`` of a Function inside a recording."""
 
     saved_for_forward: tuple = ()
     to_save: tuple = ()
@@ -58,7 +58,7 @@ def requires_grad(a: Any) -> bool:
 def recorded_backward(
     trace: Trace, name: str, args: Any, ctx: Context, outs: Sequence[Any], backward: Callable
 ) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
-    """``record(refs, residuals)``, which records a Function's backward as programs: for all
+    """Return ``record(refs, residuals)``, which records a Function's backward as programs: for all
     inputs, and for those alone that require grad. It appends the values that they read."""
     wanted = Gradients.of(args, backward)
     diff = [floating(o) for o in outs]
@@ -115,8 +115,8 @@ def rule_program(
     seen: Callable,
     residuals: list,
 ) -> Any:
-    """A rule recorded as a program, or the error that this raised; ``residuals`` get what it reads
-    as it is ``seen``."""
+    """Return a rule recorded as a program, or the error that this raised; ``residuals`` get what
+    it reads as it is ``seen``."""
     if calls in _recorded_now.rules:
         bare, read = held(ctx)
     else:
@@ -136,7 +136,7 @@ def rule_program(
 
 
 def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
-    """The sets of cotangents that a backward is recorded for: ``[None]`` with materialised
+    """Return the sets of cotangents that a backward is recorded for: ``[None]`` with materialised
     gradients, where absent ones are zeros; otherwise every set that is not empty."""
     if materialize or count > 4:
         return [None]
@@ -145,7 +145,7 @@ def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
 
 @dataclass(frozen=True)
 class Gaps:
-    """The rule called with ``None`` where nothing is given."""
+    """Calls the rule with ``None`` in the places of absent values."""
 
     rule: Callable
     given: tuple[bool, ...]
@@ -157,7 +157,7 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Tangents:
-    """The jvp, returning a list."""
+    """Calls the jvp and returns a list."""
 
     jvp: Callable
 
@@ -167,9 +167,8 @@ class Tangents:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The backward, returning one gradient per tensor argument as autograd takes it: of the
-    argument's shape and dtype, None for integers. It runs without autocast: a backward belongs
-    outside of it."""
+    """Calls the backward and returns one gradient per tensor argument, as autograd takes it: of
+    the argument's shape and dtype, None for integers. It runs without autocast."""
 
     backward: Callable
     places: tuple[int, ...]  # of the tensors
@@ -192,7 +191,7 @@ class Gradients:
 
 
 def fitting(g: Any, want: tuple[torch.Size, torch.dtype] | None, last: bool) -> Any:
-    """A gradient of this shape and dtype, which ``last`` is differentiated no more."""
+    """Return a gradient of this shape and dtype, which ``last`` is differentiated no more."""
     if g is None or want is None:
         return None
     shape, dtype = want
@@ -226,7 +225,8 @@ class Held(int):
 
 
 def held(ctx: Context) -> tuple[Context, list[Tensor]]:
-    """A copy of a context that says Held where it keeps a tensor, and these tensors, each once."""
+    """Return a copy of a context that says Held where it keeps a tensor, and these tensors, each
+    once."""
     kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
     tensors = list({id(t): t for t in kept if isinstance(t, Tensor)}.values())
     numbers = {id(t): Held(i) for i, t in enumerate(tensors)}
@@ -236,7 +236,7 @@ def held(ctx: Context) -> tuple[Context, list[Tensor]]:
 
 
 def with_kept(ctx: Context, put: Callable[[Any], Any]) -> Context:
-    """A copy of ``ctx`` with ``put`` applied to each value that it keeps."""
+    """Return a copy of ``ctx`` with ``put`` applied to each value that it keeps."""
     new = copy.copy(ctx)
     for name, value in vars(ctx).items():
         setattr(new, name, put(value))
@@ -256,8 +256,8 @@ def later(
     more: list,
     calls: Any,
 ) -> Later:
-    """The rule as a RuleProgram to be recorded on demand: a program of its given values (``sigs``)
-    and of what the context keeps (``more``). It holds no tensor."""
+    """Return the rule as a RuleProgram to be recorded on demand: a program of its given values
+    (``sigs``) and of what the context keeps (``more``). It holds no tensor."""
 
     def on(*xs: Tensor) -> Any:
         given, kept = xs[: len(sigs)], xs[len(sigs) :]
@@ -287,8 +287,8 @@ _later = Cache(4096)
 
 
 def earlier(key: tuple, new: Later) -> Later:
-    """The same rule of an earlier call, so that programs that have it are the same, too; ``new``
-    where that has been recorded and would be another by now."""
+    """Return the equal rule of an earlier call, so that programs that hold it are equal, too;
+    ``new`` if recording the earlier one again would give another."""
     known = _later.get(key)
     if known is not None and known.made is not None and key not in _recorded_now.compared:
         _recorded_now.compared.append(key)
@@ -302,7 +302,7 @@ def earlier(key: tuple, new: Later) -> Later:
 
 
 def plain_key(x: Any) -> Any:
-    """A key for a plain value. Raises TypeError for others."""
+    """Return a key for a plain value. Raises TypeError for others."""
     if isinstance(x, tuple):
         return type(x), tuple(map(plain_key, x))
     if type(x) not in (*SIMPLE, float, complex, Held):
@@ -311,8 +311,8 @@ def plain_key(x: Any) -> Any:
 
 
 def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
-    """``(program, closed-over tensors)`` of a rule on values with these signatures, a result per
-    leaf; or the error that it raised."""
+    """Return ``(program, closed-over tensors)`` of a rule on values with these signatures, a
+    result per leaf; or the error that it raised."""
     inner = Trace("the derivative of an autograd.Function is recorded without values", ask=agreed)
     inner.of_a_rule = True
     values = [inner.input_like(sig) for sig in sigs]
@@ -323,7 +323,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     except NotImplementedError as e:
         return CaptureError(f"{name} has no derivative: {e}")
     except Exception as e:
-        # the user's: it is raised where this derivative is asked for, as in eager
+        # the user's error: raised where this derivative is asked for, as in eager
         return e.with_traceback(None)
     finally:
         _recorded_now.rules.pop()

@@ -1,5 +1,5 @@
-"""The ``vmap`` that a user wrote for an ``autograd.Function``: called on the real batch where
-there is one, otherwise recorded as the batching rule of the Function's node.
+"""The ``vmap`` of an ``autograd.Function``: called on the real batch if there is one, otherwise
+recorded as the batching rule of the Function's node.
 
 On the real batch it may, as with torch.func, look at values, close over tensors and differentiate
 a graph from outside."""
@@ -31,15 +31,15 @@ from .tree import Operands
 
 
 class Info(NamedTuple):
-    """What the ``vmap`` of a Function is told about the batch."""
+    """The information about the batch that a Function's ``vmap`` gets."""
 
     batch_size: int
     randomness: str
 
 
 def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, list]:
-    """What ``cls.vmap`` returns, flat: the leaves of its output, their tree, and a dim for each of
-    them."""
+    """Return the results of ``cls.vmap``, flat: the leaves of its output, their tree, and a dim
+    for each of them."""
     name = cls.__name__
     if cls.generate_vmap_rule:
         raise RuleError(
@@ -77,8 +77,8 @@ def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, li
 
 
 def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
-    """The results of ``cls.vmap`` on the real batched tensors that the arguments stand for, as
-    values of the recording. NotImplemented where the recording is not of an outermost ``vmap``
+    """Return the results of ``cls.vmap`` on the real batched tensors that the arguments stand for,
+    as values of the recording. NotImplemented where the recording is not of an outermost ``vmap``
     over real tensors, or none is batched."""
     trace = current()
     assert trace is not None
@@ -123,9 +123,9 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
 
 
 def may_be_real(trace: Trace) -> bool:
-    """Whether the recording is of an outermost ``vmap`` that runs at once, on tensors with values.
-    A draw in it would be drawn again, and a write to a tensor from outside would not be seen by
-    the rule: then it may not."""
+    """Return whether the recording is of an outermost ``vmap`` that runs at once, on tensors with
+    values. A draw in it would be drawn again, and a write to a tensor from outside would not be
+    seen by the rule: then it may not."""
     return (
         trace.samples is not None
         and trace.may_ask_constants
@@ -144,7 +144,8 @@ def is_unwrapped(t: Tensor) -> bool:
 
 
 def unshared(trace: Trace, x: Tensor) -> Tensor:
-    """``x`` in memory of its own: a write to it must not be seen before the recording runs."""
+    """Return ``x`` in memory of its own: a write to it must not be seen before the recording
+    runs."""
     memory = x.untyped_storage()._cdata
     shared = any(memory == t.untyped_storage()._cdata for t in (*trace.origins, *trace.lifted))
     with quiet():
@@ -153,8 +154,7 @@ def unshared(trace: Trace, x: Tensor) -> Tensor:
 
 @contextmanager
 def set_aside(trace: Trace) -> Iterator[None]:
-    """Meanwhile nothing is recorded, and autograd, dispatch modes and saved-tensor hooks are as
-    outside."""
+    """Set the recording, autograd, dispatch modes and saved-tensor hooks aside."""
     modes: list = []
     hooks = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
     try:
@@ -169,7 +169,7 @@ def set_aside(trace: Trace) -> Iterator[None]:
 
 
 def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
-    """The part of the real batch ``x`` that belongs to the same sample as the batched value
+    """Return the part of the real batch ``x`` that belongs to the same sample as the batched value
     ``sample``."""
     with quiet():
         x = x.movedim(dim, 0)
@@ -223,7 +223,7 @@ class OwnRule:
 
 
 class Told(CaptureError):
-    """An error that says already which Function is meant."""
+    """An error that already names its Function."""
 
 
 def check_closed_over(outs: Sequence[Tensor]) -> None:

@@ -1,5 +1,4 @@
-"""The state of the default generator, set or looked at inside a recording: numbers are drawn when
-it runs."""
+"""The state of the default generator, set or read inside a recording."""
 
 from __future__ import annotations
 
@@ -13,37 +12,38 @@ from ..trace.tracer import Trace
 
 
 def drawn(trace: Trace) -> bool:
-    """Whether random numbers were drawn already, as far as the recording goes: they are drawn when
-    it runs."""
+    """Return whether random numbers were drawn already, as far as the recording goes: they are
+    drawn when it runs."""
     return any(r[0].facts.random for r in trace.records)
 
 
 def set_rng_state(new_state: Tensor) -> None:
-    """The default generator's state may be set before the first draw, by a function that is run
-    again each time."""
+    """Set the default generator's state, which is allowed before the first draw and in a function
+    that runs again each time."""
     ORIGINALS["set_state"](settable("torch.set_rng_state", new_state))
 
 
 def manual_seed(seed: int) -> Any:
-    """As :func:`set_rng_state`."""
+    """Seed the default generator; allowed as in :func:`set_rng_state`."""
     return ORIGINALS["seed"](settable("torch.manual_seed", seed))
 
 
 def random_seed() -> int:
-    """As :func:`set_rng_state`."""
+    """Seed the default generator anew; allowed as in :func:`set_rng_state`."""
     settable("torch.seed", None)
     return ORIGINALS["random_seed"]()
 
 
 def get_rng_state() -> Tensor:
-    """The default generator's state, as long as it is the one that the program will find."""
+    """Return the default generator's state, as long as it is the one that the program will
+    find."""
     settable("torch.get_rng_state", None)
     return ORIGINALS["get_state"]()
 
 
 def settable(what: str, value: Any) -> Any:
-    """``value``; raises CaptureError where the generator's state is set, or looked at, at another
-    time than it runs."""
+    """Return ``value``; raises CaptureError where the generator's state is set, or looked at, at
+    another time than it runs."""
     trace = current()
     if trace is not None:
         if drawn(trace):

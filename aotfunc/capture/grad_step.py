@@ -24,9 +24,9 @@ aten = torch.ops.aten
 
 
 class GradStep(Step):
-    """``torch.autograd.grad(outputs, inputs, grad_outputs)`` met inside a function; with a
-    ``size`` it is that of ``is_grads_batched``, the number of gradients that are given for each
-    output and due for each input."""
+    """A call of ``torch.autograd.grad(outputs, inputs, grad_outputs)`` inside a function. With
+    ``size``, a call with ``is_grads_batched``: so many gradients are given for each output and
+    returned for each input."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GradStep(Step):
         self.bind(f, grads, grad and self.create_graph)
 
 
-#: views that some layouts have, and others not
+#: views that only some layouts have
 BY_LAYOUT = frozenset(
     (aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default)
 )
@@ -94,7 +94,8 @@ BY_LAYOUT = frozenset(
 def for_each(
     b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Sequence[Node], size: int
 ) -> list[Node]:
-    """``outs``, which were computed from ``inputs``, for each of a batch of these."""
+    """Return ``outs``, which were computed from ``inputs``, for each of a batch of these
+    inputs."""
     _, nodes, residuals = cut(b.graph, inputs, (), outs)
     inner = builder()
     env = {n: inner.placeholder(n.name, n.meta["val"]) for n in (*inputs, *residuals)}

@@ -1,5 +1,5 @@
-"""How gradients taken inside a recording are laid out: as they are computed, which is known once
-the program is derived. Whether ``g.reshape(-1)`` shares memory with ``g`` depends on it."""
+"""The layouts of gradients taken inside a recording. They are known once the program is derived;
+whether ``g.reshape(-1)`` shares memory with ``g`` depends on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _layouts = Cache(256)  # keys are whole recordings
 
 
 def computed_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Sig, ...]:
-    """The signatures of the results of a gradient step, about to be recorded for the values
+    """Return the signatures of the results of a gradient step, about to be recorded for the values
     ``refs``; those that it has where its derivation is refused, which it will be again."""
 
     def found() -> tuple[Sig, ...]:
@@ -53,20 +53,21 @@ def derived_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tupl
 
 
 def dense(sig: Sig) -> Sig:
-    """How ops that keep a layout lay out their result for a tensor of this signature."""
+    """Return the signature that layout-keeping ops give the result for a tensor of this
+    signature."""
     with torch._C._DisableTorchDispatch():
         stride = sig.proto.clone().stride()  # empty_like would import sympy
     return make_sig(sig.shape, stride, sig.dtype, sig.device)
 
 
 def stands_alone(instr: Any) -> bool:
-    """Whether a step has to do with no other one, as the parts of a Function have."""
+    """Return whether a step has to do with no other one, as the parts of a Function have."""
     return isinstance(instr, Instr | CallStep | GradStep)
 
 
 def path(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Trace, tuple[int, ...]]:
-    """What leads from the differentiated values of the step on, as a recording of its own, and
-    what ``refs`` are called there."""
+    """Return the part of the recording behind the differentiated values of the step, as a
+    recording of its own, and the names of ``refs`` in it."""
     wanted, sigs = refs[len(refs) - len(step.outs) :], dict(enumerate(trace.signatures()))
     count = len(trace.inputs)
     sigs |= {-1 - i: sigs[count + i] for i in range(len(trace.lifted))}

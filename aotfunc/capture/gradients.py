@@ -34,7 +34,7 @@ def autograd_grad(
     is_grads_batched: bool = False,
     materialize_grads: bool = False,
 ) -> Any:
-    """``torch.autograd.grad`` inside a recording: one recorded step."""
+    """Run ``torch.autograd.grad`` inside a recording, as one recorded step."""
     trace = current()
     assert trace is not None
     outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -84,8 +84,8 @@ def gradients_inside(
     size: int | None,
     ins: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The gradients in ``ins``, as far as the recording goes: None for those that do not lead to
-    ``outs`` here."""
+    """Return the gradients in ``ins``, as far as the recording goes: None for those that do not
+    lead to ``outs`` here."""
     refs = [trace.ref_of(o)[0] for o in outs]
     used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
@@ -117,7 +117,8 @@ def autograd_backward(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> None:
-    """``.backward()`` inside a recording: gradients of the leaves that were made inside."""
+    """Run ``.backward()`` inside a recording: take the gradients of the leaves that were made
+    inside."""
     trace = current()
     assert trace is not None
     outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)

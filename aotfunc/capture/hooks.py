@@ -25,8 +25,8 @@ from .function_rules import Context
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
-    """Hooks of several tensors are refused; those of FlopCounterMode, which follow modules
-    backward, do nothing."""
+    """Refuse hooks of several tensors; those of FlopCounterMode, which follow modules backward, do
+    nothing."""
     if sys._getframe(2).f_code.co_filename == module_tracker.__file__:
         return RemovableHandle(OrderedDict())
     raise CaptureError(
@@ -36,17 +36,17 @@ def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
 
 
 def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
-    """Whether a step has a derivative with respect to ``ref`` as it was before: not the value that
-    it writes there."""
+    """Return whether a step has a derivative with respect to ``ref`` as it was before: not the
+    value that it writes there."""
     return instr_op(instr) is not torch.ops.aten.detach.default and all(
         refs[s] != ref for s in written_slots(instr)
     )
 
 
 def register_hook(t: Traced, hook: Callable) -> Any:
-    """A tensor hook: from here on ``t`` is a value whose cotangent passes through the hook.
-    Refused where that is not what a hook of autograd's sees: what ``t`` was used for before, or an
-    input's gradient after a write."""
+    """Register a tensor hook: from here on ``t`` is a value whose cotangent passes through the
+    hook. Refused where autograd's hook would see more: earlier uses of ``t``, or an input's
+    gradient after a write."""
     trace = t.tracer
     if not t.requires_grad:
         raise OpError(
@@ -99,8 +99,8 @@ def register_hook(t: Traced, hook: Callable) -> Any:
 
 
 def before_hooks(t: Traced) -> Traced:
-    """The value that a tensor was before hooks were registered on it: its gradient has passed
-    them."""
+    """Return the value that a tensor was before hooks were registered on it: its gradient has
+    passed them."""
     hooked = {s.new: s.old for s in t.tracer.stand_ins if s.hooks}
     twin = t.tracer.alias(t)
     while twin.ref in hooked:

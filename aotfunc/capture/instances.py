@@ -25,8 +25,8 @@ from .plain_trees import flatten_plain, maker_of
 
 
 class Opened:
-    """What an instance holds: attributes, then those items of a dictionary that are not the
-    attribute of their name, or those of a tuple, by number."""
+    """The content of an instance: its attributes, then the items of a dictionary that are not the
+    attribute of their name, or the items of a tuple, by number."""
 
     def __init__(self, x: Any) -> None:
         attributes = attributes_of(x)
@@ -38,7 +38,7 @@ class Opened:
 
 
 def rebuild(children: Any, context: Any) -> Any:
-    """The instance with these children."""
+    """Return the instance with these children."""
     cls, attributes, more, items = context
     values = dict(zip((*attributes, *more), children, strict=True))
     of_tuple = issubclass(cls, tuple)
@@ -53,8 +53,8 @@ def rebuild(children: Any, context: Any) -> Any:
 
 
 def is_whole(x: Any) -> bool:
-    """Whether ``x`` is more than the tuple that PyTorch's trees would make of it: a shape, which
-    is a value here, or a named tuple with attributes."""
+    """Return whether ``x`` is more than the tuple that PyTorch's trees would make of it: a shape,
+    which is a value here, or a named tuple with attributes."""
     cls = type(x)
     return cls is Size or (
         cls is not tuple and issubclass(cls, tuple) and bool(getattr(x, "__dict__", None))
@@ -66,7 +66,7 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 
 def stored_names(context: Any) -> list[str]:
-    """What to call the children."""
+    """Name the children."""
     _, attributes, more, _ = context
     return list(map(str, (*attributes, *more)))
 
@@ -85,7 +85,7 @@ def attributes_of(x: Any) -> dict[str, Any]:
 
 
 def is_data(x: Any) -> bool:
-    """Whether ``x`` is an instance of a class that is there to hold data."""
+    """Return whether ``x`` is an instance of a class that is there to hold data."""
     try:
         cls = x.__class__
     except Exception as e:
@@ -116,7 +116,7 @@ def holds_tensor(x: Any, depth: int = 0) -> bool:
 
 
 def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Leaves and spec of a tree; instances that hold tensors are trees."""
+    """Return leaves and spec of a tree; instances that hold tensors are trees."""
     if (found := flatten_plain(tree)) is not None:
         return found
     leaves, spec = tree_flatten(tree)
@@ -124,14 +124,13 @@ def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 
 def unflatten_tree(leaves: list[Any], spec: TreeSpec) -> Any:
-    """The tree of these leaves."""
+    """Return the tree of these leaves."""
     make = maker_of(spec)
     return tree_unflatten(leaves, spec) if make is None else make(leaves)
 
 
 def opened_instance(x: Any, always: bool = False) -> Any:
-    """A leaf, or what it holds if there is a tensor in it, put in words that PyTorch's trees
-    know."""
+    """Return a leaf, or its content in PyTorch's kinds of trees if it holds a tensor."""
     if not (is_data(x) and (always or holds_tensor(x))):
         return x
     found = Opened(x)
@@ -140,7 +139,7 @@ def opened_instance(x: Any, always: bool = False) -> Any:
 
 
 def opened_in(tree: Any, always: bool = False) -> Any:
-    """A tree whose leaves are opened."""
+    """Return a tree whose leaves are opened."""
     leaves, spec = tree_flatten(tree)
     return (
         tree_unflatten([opened_instance(x, always) for x in leaves], spec)
@@ -150,7 +149,7 @@ def opened_in(tree: Any, always: bool = False) -> Any:
 
 
 def containers(tree: Any) -> list[Any]:
-    """The lists, tuples, dictionaries and instances that a tree is made of, the outer ones
+    """Return the lists, tuples, dictionaries and instances that a tree is made of, the outer ones
     first."""
     if isinstance(tree, Tensor):
         return []
@@ -159,8 +158,8 @@ def containers(tree: Any) -> list[Any]:
 
 
 def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
-    """The tree of these leaves; a container that is in it twice is one container in the new tree,
-    too."""
+    """Return the tree of these leaves; a container that is in it twice is one container in the new
+    tree, too."""
     children, spec = one_level(tree)
     if spec.is_leaf():
         return next(leaves)
@@ -169,15 +168,16 @@ def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
 
 
 def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
-    """What a container holds, and the container without it."""
-    # `is_leaf` must not hold ``x``: pytree leaves a cycle behind
+    """Return the children of a container, and the container without them."""
+    # `is_leaf` must not hold ``x``: pytree leaves a reference cycle behind
     first = chain((False,), repeat(True))
     x = Opened(x) if is_data(x) and holds_tensor(x) else x
     return pytree.tree_flatten(x, is_leaf=lambda v: next(first) or is_whole(v))
 
 
 def reassigned(tree: Any, leaves: Sequence[Any]) -> bool:
-    """Whether the instances in a tree that was made of these leaves hold something else by now."""
+    """Return whether the instances in a tree that was made of these leaves hold something else by
+    now."""
     if flatten_plain(tree) is not None or not any(map(is_data, tree_flatten(tree)[0])):
         return False
     return list(map(id, flatten_tree(tree)[0])) != list(map(id, leaves))

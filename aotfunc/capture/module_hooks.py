@@ -29,7 +29,7 @@ from .function_rules import patterns, recorded_rule
 
 
 class HookedCall:
-    """Between the two identities around one call of a module."""
+    """One call of a module, between its two identities."""
 
     def __init__(self) -> None:
         #: per reverse walk: the hooks' program for the gradients that are there, these gradients,
@@ -53,7 +53,7 @@ class Identity(CustomDerivative):
 
 
 class Front(Identity):
-    """In front of a module: hooks may replace the gradients of its inputs."""
+    """The identity in front of a module: hooks may replace the gradients of its inputs."""
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
@@ -79,8 +79,8 @@ class Front(Identity):
 
 
 class Behind(Identity):
-    """Behind a module: pre-hooks may replace the gradients of its outputs. ``hooks`` are the
-    programs for the front."""
+    """The identity behind a module: pre-hooks may replace the gradients of its outputs. ``hooks``
+    are the programs for the front."""
 
     def __init__(
         self, name: str, vals: tuple, backward: tuple, link: HookedCall, hooks: dict, saved: int
@@ -147,8 +147,8 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
 def recorded_hooks(
     waiting: Deferred, hook: Any, name: str, count: int, places: list[int], vals: tuple
 ) -> tuple[End, list[int]]:
-    """The identity behind a module, which has ``count`` results, with its hooks as programs; and
-    the values that they read."""
+    """Return the identity behind a module, which has ``count`` results, with its hooks as
+    programs; and the values that they read."""
     residuals: list[int] = []
 
     def part(rule: Callable, sigs: Sequence[Any]) -> Any:
@@ -198,7 +198,7 @@ def tracked(values: Sequence[Any]) -> bool:
 
 
 def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple]:
-    """The places and signatures of the tensors among these."""
+    """Return the places and signatures of the tensors among these."""
     places = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
     return places, tuple(trace.ref_of(values[i])[1] for i in places)
 
@@ -206,7 +206,8 @@ def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple
 def record_identity(
     trace: Trace, values: tuple, places: list[int], step: End, name: str
 ) -> tuple[Deferred, Any]:
-    """Record the identity of the values at ``places``; also what may wait for its backward."""
+    """Record the identity of the values at ``places``; return it with the step that may wait for
+    its backward."""
     tensors = [values[i] for i in places]
     trace.record(BEGIN, tensors)
     results = trace.record(step, [*tensors, *tensors])
@@ -225,8 +226,8 @@ def packed(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:
 
 
 def pre_hooked(hook: Any, gradients: tuple, places: Sequence[int]) -> list:
-    """The gradients of a module's outputs after its pre-hooks; its hooks are called too if no
-    input has a gradient."""
+    """Return the gradients of a module's outputs after its pre-hooks; its hooks are called too if
+    no input has a gradient."""
     for f in hook.user_pre_hooks:
         gradients = replaced("pre hook", "grad_output", f(hook.module, gradients), gradients)
     if hook.input_tensors_index is None:
@@ -247,7 +248,7 @@ def pre_hooked(hook: Any, gradients: tuple, places: Sequence[int]) -> list:
 
 
 def hooked(hook: Any, gradients: tuple, outer: tuple) -> list:
-    """The gradients of a module's inputs after its hooks."""
+    """Return the gradients of a module's inputs after its hooks."""
     for f in hook.user_hooks:
         gradients = replaced("hook", "grad_input", f(hook.module, gradients, outer), gradients)
     return [gradients[i] for i in hook.input_tensors_index]
@@ -264,7 +265,7 @@ def replaced(kind: str, what: str, new: Any, old: tuple) -> Any:
     return new
 
 
-#: what ``nn.Module`` calls where there are such hooks
+#: the functions that ``nn.Module`` calls if there are such hooks
 PATCHES = tuple(
     Attribute(f.__name__, BackwardHook, f.__name__, f)
     for f in (setup_input_hook, setup_output_hook)

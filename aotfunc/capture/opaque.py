@@ -1,5 +1,5 @@
-"""The forward of an ``autograd.Function`` that needs values (numpy inside it, say), as one node of
-the graph."""
+"""The forward of an ``autograd.Function`` that needs values (of numpy, say), as one node of the
+graph."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class OpaqueForward(Step):
         return f"{self.call.cls.__name__}.forward"
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """The tensors among the results. The Function gets copies: it may write to its
+        """Return the tensors among the results. The Function gets copies: it may write to its
         arguments."""
         output, _ = forward_result(self.call, tensors)
         return [o for o in listed(output) if isinstance(o, Tensor)]
@@ -94,8 +94,8 @@ class OpaqueForward(Step):
 
 
 def forward_result(call: ForwardCall, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """What ``cls.forward`` returns on copies of these tensors, outside of every recording; and the
-    copies."""
+    """Run ``cls.forward`` on copies of these tensors, outside of every recording; return its
+    result and the copies."""
     with no_recording(), quiet(), torch.no_grad():
         copies = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
         with call.surroundings.again():
@@ -103,8 +103,8 @@ def forward_result(call: ForwardCall, tensors: Sequence[Tensor]) -> tuple[Any, l
 
 
 def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Exception) -> Any:
-    """``cls.forward(*args)`` recorded as one step; what it returns. Its results' shapes are those
-    of a run on zeros.
+    """Record ``cls.forward(*args)`` as one step and return its results. Their shapes are those of
+    a run on zeros.
 
     Raises ``why`` where that run fails, where a result that is no tensor may depend on values, and
     where it writes to an argument that it does not return."""

@@ -32,8 +32,9 @@ def gradients(
     create_graph: bool,
     batched: bool,
 ) -> list[Tensor | None]:
-    """The gradients of the values ``outs`` in ``ins``; ``inside`` gives those that the recording
-    knows. From where these reach tensors from outside, autograd goes on, on traced gradients."""
+    """Return the gradients of the values ``outs`` in ``ins``; ``inside`` gives those that the
+    recording knows. From where these reach tensors from outside, autograd goes on, on traced
+    gradients."""
     refs = [trace.ref_of(x)[0] for x in ins]
     real: dict[int, Any] = {
         r: from_outside(trace, r) for r in (*outs, *refs) if open_to_autograd(trace, r)
@@ -76,14 +77,14 @@ def grad_outside(
     create_graph: bool,
     *options: Any,
 ) -> Any:
-    """``autograd.grad`` of tensors from outside alone; ``grads`` may be traced."""
+    """Return ``autograd.grad`` of tensors from outside alone; ``grads`` may be traced."""
     with Unpacking() if create_graph else nullcontext():
         return ORIGINALS["grad"](outputs, inputs, grads, retain_graph, create_graph, *options)
 
 
 class Unpacking(TorchDispatchMode):
-    """Lets results that autograd has saved keep their history: it detaches what it saved, and then
-    gives it that of the result. A detached tensor of a recording would not show it."""
+    """Keep the history of saved results: autograd detaches what it saved and then sets the history
+    of the result, which a detached tensor of a recording would not show."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.detach.default or args[0].__class__ is Traced:
@@ -93,8 +94,8 @@ class Unpacking(TorchDispatchMode):
 
 
 def outside_ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[int, Tensor]:
-    """The tensors from outside, by their numbers, that ``outs`` were computed from here, and that
-    were computed from one of ``ins`` there."""
+    """Return the tensors from outside, by their numbers, that ``outs`` were computed from here,
+    and that were computed from one of ``ins`` there."""
     wanted = [t for ref in ins if (t := from_outside(trace, ref)) is not None]
     found = {}
     for ref in trace.given_refs() if wanted else ():
@@ -107,21 +108,22 @@ def outside_ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[
 
 
 def source(trace: Trace, ref: int) -> Tensor | None:
-    """The tensor that an input or a lifted tensor stands for, or is a sample of."""
+    """Return the tensor that an input or a lifted tensor stands for, or is a sample of."""
     if ref >= len(trace.inputs):
         return None
     return trace.origins[ref] if ref >= 0 else trace.lifted[-1 - ref]
 
 
 def from_outside(trace: Trace, ref: int) -> Tensor | None:
-    """The tensor from outside of all recordings that a value stands for, or is a sample of."""
+    """Return the tensor from outside of all recordings that a value stands for, or is a sample
+    of."""
     t = source(trace, ref)
     return t if t.__class__ is not Traced else from_outside(t.tracer, t.ref)  # type: ignore
 
 
 def open_to_autograd(trace: Trace, ref: int) -> bool:
-    """Whether a value is what it stands for outside: closed over, or passed by ``vmap`` to all
-    samples alike; and this runs once."""
+    """Return whether a value is what it stands for outside: closed over, or passed by ``vmap`` to
+    all samples alike; and this runs once."""
     t = source(trace, ref)
     alike = ref < 0 or (
         t is not None and trace.samples is not None and trace.samples.dims[ref] is None
@@ -134,7 +136,7 @@ def open_to_autograd(trace: Trace, ref: int) -> bool:
 
 
 def outside_value(trace: Trace, ref: int) -> Tensor:
-    """A tensor from outside, as a value of the recording."""
+    """Return a tensor from outside, as a value of the recording."""
     if ref < 0:
         return trace.lifted[-1 - ref]
     twin = trace.alias(trace.arguments[ref])

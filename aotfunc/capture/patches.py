@@ -1,4 +1,4 @@
-"""What the first capture changes in torch, in one table, and how that is taken back."""
+"""The table of all that the first capture changes in torch, and its undoing."""
 
 # The templates get the names that they lack here with the globals of the code they replace.
 # ruff: noqa: F821
@@ -31,8 +31,8 @@ from .hooks import register_hook, register_multi_grad_hook
 
 
 class Undisturbed:
-    """A function ``f`` that PyTorch keeps Dynamo out of, which must not import Dynamo sooner than
-    other code does."""
+    """A function ``f`` that PyTorch keeps Dynamo out of, exchanged without importing Dynamo any
+    sooner."""
 
     def __init__(self, f: Any) -> None:
         self.f, self.body = f, f.__wrapped__
@@ -42,7 +42,7 @@ class Undisturbed:
 
     def undo(self) -> None:
         if getattr(self.body, "__dynamo_disable", None) == self.call:
-            # PyTorch keeps there what it calls for ``f``, and makes its own
+            # PyTorch keeps its wrapper of ``f`` there and makes a new one
             delattr(self.body, "__dynamo_disable")
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,8 +53,8 @@ class Undisturbed:
 
 
 def enter_saved_tensors_hooks(self: Any) -> None:
-    """Hooks that change what a derivative reads are refused, as a graph saves other tensors than
-    autograd does. Where a tensor is kept meanwhile makes no difference to it."""
+    """Refuse hooks that change what a derivative reads: a graph saves other tensors than autograd
+    does. Hooks that only keep a tensor elsewhere make no difference."""
     if recorder() is not None and not isinstance(self, torch.autograd.graph.save_on_cpu):
         raise CaptureError(
             "saved_tensors_hooks inside a captured function are not "
@@ -64,7 +64,7 @@ def enter_saved_tensors_hooks(self: Any) -> None:
 
 
 def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
-    """What a custom op asks before it calls its registered backward as an
+    """Answer a custom op's question whether to call its registered backward as an
     ``autograd.Function``."""
     if recorder() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
@@ -124,8 +124,8 @@ def _set_state_template(new_state):  # type: ignore[no-untyped-def]
 
 
 def _fastpath_template() -> bool:
-    """nn's fused layers have no derivative. (What torch looks up is spelled out: Dynamo looks into
-    this function.)"""
+    """Tell that nn's fused layers are off while recording: they have no derivative. (Torch's
+    look-ups are spelled out, as Dynamo looks into this function.)"""
     return _is_fastpath_enabled and _aotfunc_recording() is None
 
 
@@ -153,14 +153,14 @@ def _ctc_loss_template(  # type: ignore[no-untyped-def]
 
 
 def ctc_loss(*args: Any) -> Tensor:
-    """The loss in a form that a recording can take."""
+    """Return the loss in a form that a recording can take."""
     return recordable(ORIGINALS["ctc_loss"], *args)
 
 
 def pad_packed(
     data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int
 ) -> tuple[Tensor, Tensor]:
-    """``torch.nn.utils.rnn.pad_packed_sequence``, likewise."""
+    """Run ``torch.nn.utils.rnn.pad_packed_sequence`` in a form that a recording can take."""
     pad = ORIGINALS["pad_packed"] if recorder() is None else padded_sequences
     return pad(data, sizes, batch_first, value, length)
 
@@ -209,7 +209,7 @@ operators = {
     for name in ("while_loop", "scan", "map", "associative_scan")
 }
 
-#: everything that the first capture exchanges, for the whole process
+#: all that the first capture exchanges, for the whole process
 PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
     Code(
         "apply",
@@ -262,10 +262,10 @@ _installed = False
 
 
 def install() -> None:
-    """Exchange all that, unless it is; each step may be done again by another thread."""
+    """Exchange all of them, unless that is done; another thread may repeat each step."""
     global _installed
     if not _installed:
-        # it knows getters of Tensor as torch has them, and keeps them
+        # Dynamo knows the getters of Tensor as torch has them, and keeps them
         torch.overrides.get_default_nowrap_functions()
         HOOKS.update(
             register_hook=register_hook,

@@ -43,13 +43,13 @@ class Arguments:
         self.leaves = list(map(ordinary_tensor, self.leaves))
 
     def with_leaves(self, leaves: list[Any]) -> Arguments:
-        """The same trees of other leaves."""
+        """Return the same trees of other leaves."""
         other = copy.copy(self)
         other.leaves = leaves
         return other
 
     def rebuilt(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments with these leaves instead."""
+        """Return the arguments with these leaves instead."""
         args = [
             leaves[span.start]
             if spec is None
@@ -62,7 +62,7 @@ class Arguments:
         return args, unflatten_tree(list(leaves[start:]), self.kw_spec)
 
     def said(self, k: int) -> str:
-        """What an error calls leaf ``k``: ``batch['x'] (argument 1)``."""
+        """Name leaf ``k`` for an error: ``batch['x'] (argument 1)``."""
         for i, (span, spec) in enumerate(zip(self.spans, self.specs, strict=True)):
             if k in span:
                 path = leaf_paths(spec)[k - span.start] if spec is not None else ""
@@ -74,12 +74,13 @@ class Arguments:
 
     @property
     def key(self) -> tuple:
-        """The trees, for a cache key."""
+        """Return the trees as a cache key."""
         return (tuple(self.specs), self.kw_spec)
 
 
 def in_order_of(template: Any, tree: Any) -> Any:
-    """``tree`` with the keys of its dictionaries in the order that they have in ``template``."""
+    """Return ``tree`` with the keys of its dictionaries in the order that they have in
+    ``template``."""
     if is_data(tree) or is_whole(tree):
         return tree
     if isinstance(tree, dict) and isinstance(template, dict) and tree.keys() == template.keys():
@@ -112,20 +113,20 @@ class Operands:
         self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
 
     def without_tensors(self) -> Operands:
-        """What may be kept without keeping tensors alive."""
+        """Return the operands without their tensors, to keep without keeping these alive."""
         other = copy.copy(self)
         other.tensors = []
         return other
 
     def rebuilt(self, values: Sequence[Any]) -> tuple:
-        """The arguments with ``values`` for the tensors."""
+        """Return the arguments with ``values`` for the tensors."""
         leaves = list(self.plain)
         for i, x in zip(self.places, values, strict=True):
             leaves[i] = x
         return unflatten_tree(leaves, self.spec)
 
     def dims(self, values: Sequence[int | None]) -> tuple:
-        """The same trees of dimensions: ``values`` for the tensors, None for all else."""
+        """Return the same trees of dimensions: ``values`` for the tensors, None for all else."""
         leaves: list[int | None] = [None] * len(self.plain)
         for i, d in zip(self.places, values, strict=True):
             leaves[i] = d
@@ -145,7 +146,7 @@ class Operands:
 
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec | None]:
-    """Leaves and spec; the spec of a bare tensor is None."""
+    """Return leaves and spec; the spec of a bare tensor is None."""
     return ([tree], None) if isinstance(tree, Tensor) else flatten_tree(tree)
 
 
@@ -154,8 +155,8 @@ def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:
 
 
 def parameter(f: Callable | None, i: int) -> str | None:
-    """The name of the parameter that positional argument ``i`` is for; ``args[1]`` of a variadic
-    one."""
+    """Return the name of the parameter that positional argument ``i`` is for; ``args[1]`` of a
+    variadic one."""
     try:
         parameters = list(inspect.signature(f).parameters.values()) if f is not None else []
     except (TypeError, ValueError):
@@ -169,7 +170,7 @@ def parameter(f: Callable | None, i: int) -> str | None:
 
 
 def leaf_paths(spec: TreeSpec) -> list[str]:
-    """``['key']``, ``[0]`` or ``.field`` for each leaf of a tree, joined along the path."""
+    """Return ``['key']``, ``[0]`` or ``.field`` for each leaf of a tree, joined along the path."""
     if spec.is_leaf():
         return [""]
     paths = []
@@ -180,7 +181,7 @@ def leaf_paths(spec: TreeSpec) -> list[str]:
 
 
 def leaf_labels(spec: TreeSpec) -> list[str]:
-    """``_key`` or ``_0`` for each leaf of a tree, joined along the path."""
+    """Return ``_key`` or ``_0`` for each leaf of a tree, joined along the path."""
     if spec.is_leaf():
         return [""]
     children = zip(child_names(spec), spec.children(), strict=True)
@@ -188,14 +189,14 @@ def leaf_labels(spec: TreeSpec) -> list[str]:
 
 
 def child_names(spec: TreeSpec) -> list[Any]:
-    """Keys, attributes or numbers of what a tree holds."""
+    """List the keys, attributes or numbers of a tree's children."""
     names = stored_names(spec.context) if spec.type is Opened else spec.context
     names = names if isinstance(names, list) else []
     return [*names[: spec.num_children], *range(len(names), spec.num_children)]
 
 
 def structure(tree: Any) -> str:
-    """A tree as an error shows it: tensors by dtype and shape, other leaves by type."""
+    """Return a tree as an error shows it: tensors by dtype and shape, other leaves by type."""
 
     class Shown:
         def __init__(self, x: Any) -> None:

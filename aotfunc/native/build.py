@@ -19,8 +19,8 @@ def key_of(text: str) -> str:
 
 
 def built(source: str) -> Path:
-    """The compiled file of this source; where there is no compiler, one that any compiler has left
-    there. Raises CompilerError."""
+    """Return the compiled file of this source, or, without a compiler, one that any compiler has
+    left there. Raises CompilerError."""
     code = without_comments(source)  # these name the numbers that the kernels get
     key = key_of(f"{toolchain.target_facts()}\n{code}")
     try:

@@ -1,5 +1,5 @@
-"""C functions as Python functions, without Python's headers: what is declared of CPython by hand
-is looked at first."""
+"""C functions as Python functions, without Python's headers: hand-written declarations of CPython
+are checked first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Unlike(Exception):
-    """This Python or PyTorch is unlike those that the native code knows."""
+    """Raised where this Python or PyTorch differs from those that the native code knows."""
 
 
 class Method(ctypes.Structure):
@@ -32,7 +32,7 @@ _methods: dict[tuple[str, int], Method] = {}
 
 
 def python_function(name: str, at: int, data: tuple, module: str) -> Callable:
-    """A Python function that calls ``Object *at(Object *data, Object *const *args, int64_t
+    """Return a Python function that calls ``Object *at(Object *data, Object *const *args, int64_t
     count)``."""
     method = _methods.get((name, at))
     if method is None:
@@ -45,18 +45,18 @@ def python_function(name: str, at: int, data: tuple, module: str) -> Callable:
 
 
 def address(function: Any) -> int:
-    """Where a function of a loaded library is."""
+    """Return the address of a function of a loaded library."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def word(x: Any, offset: int) -> int:
-    """What an object has there."""
+    """Read the word of an object at this place."""
     return ctypes.c_int64.from_address(id(x) + offset).value
 
 
 def check_objects() -> None:
-    """Raises Unlike where an object does not begin with a count and a class, or a tuple goes on
-    with its length and its elements."""
+    """Check that objects begin with a count and a class, and that a tuple goes on with its length
+    and its elements. Raises Unlike."""
     sizes = (object.__basicsize__, tuple.__basicsize__, ctypes.sizeof(ctypes.c_void_p))
     if sys.implementation.name != "cpython" or sizes != (16, 24, 8):
         raise Unlike("objects of this Python are laid out in another way")

@@ -23,8 +23,8 @@ SIZE = hashlib.sha256().digest_size
 
 
 def directory() -> Path:
-    """Where compiled kernels are kept: ``kernels`` in ``AOTFUNC_CACHE_DIR``, else in ``aotfunc``
-    in the user's cache directory. Raises OSError where others could write there."""
+    """Return the directory of compiled kernels: ``kernels`` in ``AOTFUNC_CACHE_DIR``, else in
+    ``aotfunc`` in the user's cache directory. Raises OSError where others could write there."""
     named, cache = os.environ.get("AOTFUNC_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     above = Path(named) if named else Path(cache or "~/.cache") / "aotfunc"
     path = above.expanduser() / "kernels"
@@ -39,14 +39,14 @@ def directory() -> Path:
 
 @functools.cache
 def temporary(pid: int) -> Path:
-    """The directory that process ``pid`` uses instead."""
+    """Return the directory that process ``pid`` uses instead."""
     path = tempfile.mkdtemp(prefix="aotfunc-")
     atexit.register(removed, path, pid)
     return Path(path)
 
 
 def removed(path: str, pid: int) -> None:
-    """Remove it, but not from a forked child."""
+    """Remove the directory, but not from a forked child."""
     if os.getpid() == pid:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -56,7 +56,7 @@ def digest(key: str, content: bytes) -> bytes:
 
 
 def whole(path: Path) -> bool:
-    """Whether this file is there, and as it was written."""
+    """Return whether this file is there, and as it was written."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -65,7 +65,7 @@ def whole(path: Path) -> bool:
 
 
 def kernel_directory() -> Path:
-    """Where this process looks for compiled kernels."""
+    """Return the directory in which this process looks for compiled kernels."""
     try:
         return directory()
     except OSError:
@@ -73,13 +73,13 @@ def kernel_directory() -> Path:
 
 
 def find(key: str) -> Path | None:
-    """The compiled kernel of this key, or None."""
+    """Return the compiled kernel of this key, or None."""
     path = kernel_directory() / f"{key}.so"
     return path if whole(path) else None
 
 
 def find_any(start: str) -> Path | None:
-    """A compiled kernel whose key begins so, or None."""
+    """Return a compiled kernel whose key begins so, or None."""
     return next(filter(whole, kernel_directory().glob(f"{start}*.so")), None)
 
 

@@ -1,4 +1,4 @@
-"""The C++ compiler: which one, with which flags, and what is different about this machine."""
+"""The C++ compiler, its flags, and the facts about this machine that compiled code depends on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ FLAGS = (
 
 
 def compiler() -> list[str]:
-    """The compiler as the beginning of a command. Raises CompilerError where there is none."""
+    """Return the compiler as the beginning of a command. Raises CompilerError where there is
+    none."""
     chosen = os.environ.get("CXX")
     for words in [shlex.split(chosen)] if chosen else [[name] for name in NAMES]:
         if found := shutil.which(words[0]):
@@ -52,7 +53,7 @@ def compiler() -> list[str]:
 
 
 def found() -> bool:
-    """Whether there is a compiler."""
+    """Return whether there is a compiler."""
     try:
         return bool(compiler())
     except CompilerError:
@@ -61,13 +62,13 @@ def found() -> bool:
 
 @functools.cache
 def torch_library() -> str:
-    """The path of libtorch_cpu, whose vector maths and threads the kernels use."""
+    """Return the path of libtorch_cpu, whose vector maths and threads the kernels use."""
     return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 
 
 @functools.cache
 def torch_exports(name: str) -> bool:
-    """Whether libtorch_cpu has a function of this name."""
+    """Return whether libtorch_cpu has a function of this name."""
     try:
         return hasattr(ctypes.CDLL(torch_library()), name)
     except OSError:
@@ -76,7 +77,7 @@ def torch_exports(name: str) -> bool:
 
 @functools.cache
 def processor() -> str:
-    """What ``-march=native`` asks: the first processor's model and flags."""
+    """Return the first processor's model and flags, which ``-march=native`` asks for."""
     lines = []
     try:
         with open("/proc/cpuinfo") as file:
@@ -91,18 +92,18 @@ def processor() -> str:
 
 
 def flags() -> tuple[str, ...]:
-    """The flags that a kernel is compiled with."""
+    """Return the flags that a kernel is compiled with."""
     sleef = all(map(torch_exports, ("Sleef_expf8_u10avx2", "Sleef_atan2d8_u10avx512f")))
     return (*FLAGS, "-DAOT_SLEEF") if sleef else FLAGS
 
 
 def target_facts() -> str:
-    """What a compiled kernel depends on beside its source and its compiler."""
+    """Return the facts that a compiled kernel depends on beside its source and its compiler."""
     return "\n".join((*flags(), processor(), torch.__version__))
 
 
 def compiler_identity() -> str:
-    """Which compiler it is, by path, time and size: no process is started. Raises
+    """Return which compiler it is, by path, time and size: no process is started. Raises
     CompilerError."""
     command = compiler()
     stat = os.stat(command[0])

@@ -1,4 +1,4 @@
-"""Which results of a function are views, and of what; they are made outside the compiled graph.
+"""The results of a function that are views; they are made outside the compiled graph.
 
 A view that leaves a compiled graph would be a mere piece of memory. Made by the view's own ops
 from the input, or from the result it is a view of, it is one for autograd too: later writes are
@@ -35,9 +35,9 @@ aten = torch.ops.aten
 def without_views(
     rec: Captured, quiet: bool = False
 ) -> tuple[Program, Callable[..., tuple] | None]:
-    """``(program, views)``. The program has one result for each piece of memory that a returned
-    tensor shows. ``views(*inputs, *results)`` makes the tensors that were returned, once written
-    inputs have their new values; it is None where these are the program's results.
+    """Return ``(program, views)``. The program has one result for each piece of memory that a
+    returned tensor shows. ``views(*inputs, *results)`` makes the tensors that were returned, once
+    written inputs have their new values; it is None where these are the program's results.
 
     Results share memory with an input and with one another where the recording says so, and
     nowhere else. ``quiet``: captured with gradients off, so that no view needs to be detached."""
@@ -55,8 +55,8 @@ def without_views(
 
 
 def memory_program(rec: Captured) -> tuple[tuple[int, bool], ...]:
-    """What the program computes for the tensors that are returned, as :meth:`Captured.program`
-    takes it."""
+    """Return the program for the memory of the returned tensors, as :meth:`Captured.program` takes
+    it."""
     steps = [step for s in rec.returned for step in s.path]
     count = len(rec.trace.inputs)
     return tuple(
@@ -69,7 +69,7 @@ def memory_program(rec: Captured) -> tuple[tuple[int, bool], ...]:
 def separated(
     rec: Captured, program: Program, owned: Sequence[tuple[int, bool]], quiet: bool
 ) -> tuple[Program, Any]:
-    """The program, which computes the memory of the values ``owned``, and the views."""
+    """Return the program, which computes the memory of the values ``owned``, and the views."""
     count, returned = len(rec.trace.inputs), rec.returned
     if rec.refs == tuple(r for r, _ in owned) and not any(s.of for s in returned):
         return program, None
@@ -110,7 +110,7 @@ def separated(
 
 
 def view_program(rec: Captured, ref: int) -> Program:
-    """What leads from the memory that a value was made with to the value, as a program."""
+    """Return the views from the memory that a value was made with to the value, as a program."""
     start, *path = rec.seen[ref].path
     sig = rec.trace.signatures()[rec.trace.position(start.ref)]
     with paused_gc():
@@ -122,7 +122,7 @@ def view_program(rec: Captured, ref: int) -> Program:
 
 
 def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
-    """The view of ``x`` that a step of a path is; ``x`` may be laid out otherwise than the
+    """Return the view of ``x`` that a step of a path is; ``x`` may be laid out otherwise than the
     recording knew, as gradients are."""
     op, args, kwargs, val = step.call
     if Facts(op).reshapes:
@@ -145,15 +145,15 @@ def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node
 
 
 def cut_view(op: Callable, *args: Any, **kwargs: Any) -> Any:
-    """A view made under no_grad: it has no derivative, and requires grad if what it is a view of
-    does."""
+    """Return a view made under no_grad: it has no derivative, and requires grad if what it is a
+    view of does."""
     with torch.no_grad():
         return op(*args, **kwargs)
 
 
 class Passed(torch.autograd.Function):
-    """What a Function was given and returns: the memory of one tensor, with the derivative of
-    another."""
+    """A pair that a Function was given and returns: the memory of one tensor with the derivative
+    of another."""
 
     @staticmethod
     def forward(ctx: Any, memory: Tensor, new: Tensor) -> Tensor:  # type: ignore[override]
@@ -169,9 +169,9 @@ def passed(memory: Tensor, new: Tensor) -> Tensor:
 
 
 class Changes:
-    """What ``f`` changed of its arguments besides their values: whether they require grad, before
+    """The changes of ``f`` to its arguments besides their values: whether they require grad before
     anything reads them, and retain it; their shape and history in place (``x.t_()``,
-    ``x.detach_()``). Nothing but the argument itself depends on these."""
+    ``x.detach_()``). They affect only the argument itself."""
 
     def __init__(self, rec: Captured) -> None:
         trace = rec.trace
@@ -204,8 +204,8 @@ class Changes:
         return bool(self.flags or self.retained or self.ops)
 
     def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What the program runs on: its backward must not see the shapes that arguments have
-        later."""
+        """Return the inputs that the program runs on: its backward must not see shapes that
+        arguments have later."""
         for i, value, line in self.flags:
             if line is not None:
                 raise CaptureError(
@@ -219,16 +219,16 @@ class Changes:
         return [t.view_as(t) if i in changed else t for i, t in enumerate(tensors)]
 
     def after(self, tensors: Sequence[Tensor], but: Sequence[int] = ()) -> None:
-        """To the tensors themselves, but for those at the positions ``but``."""
+        """Apply the changes to the tensors themselves, but for those at the positions ``but``."""
         for i, ops in self.ops:
             t = tensors[i]
             if i in but:
                 continue
-            # no value changes: what the backward keeps of it is still good
+            # no value changes: the values kept by the backward are still good
             kept = current() is None and not t.is_inference()
             with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
                 for op, args, kwargs, unseen in ops:
-                    # of a view it is that of its base by now, which autograd does not look up
+                    # a view's flag is that of its base by now, and autograd does not look there
                     t.grad_fn  # noqa: B018
                     with torch.no_grad() if unseen else nullcontext():
                         t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
@@ -244,8 +244,8 @@ def is_in_place(step: Shown) -> tuple:
 def with_own_memory(
     program: Program, tensors: Sequence[Any], outs: Sequence[Any]
 ) -> Sequence[Any]:
-    """The results of a program, with copies where the new value of a written input is, or is a
-    view of, another written input: that one may be written first."""
+    """Return the results of a program, with copies where the new value of a written input is, or
+    is a view of, another written input: that one may be written first."""
     count, mutated = program.n_outputs, program.mutated
     if len(mutated) < 2:
         return outs
@@ -267,7 +267,7 @@ def with_own_memory(
 
 
 def written_root(n: Any) -> Any:
-    """The node whose memory ``n`` shows; of a hidden write, that of what it writes."""
+    """Return the node whose memory ``n`` shows; of a hidden write, that of what it writes."""
     while isinstance(n := storage_root(n), Node) and n.target is hidden_write:
         n = n.args[1]
     return n

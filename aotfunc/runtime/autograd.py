@@ -35,8 +35,8 @@ _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
 
 def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
-    """The results of a compiled call on real tensors, written inputs updated, differentiable if an
-    input is."""
+    """Return the results of a compiled call on real tensors, written inputs updated,
+    differentiable if an input is."""
     program = call.program
     if op_by_op():
         return execute(program.once("op by op", lambda: lowered(program, CALLS)), tensors)
@@ -63,8 +63,8 @@ def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
 
 
 def op_by_op() -> bool:
-    """Whether PyTorch's own transforms are at work (torch.func's, forward AD): values are then
-    batched or dual, and compiled code sees none of that."""
+    """Return whether PyTorch's own transforms are at work (torch.func's, forward AD): values are
+    then batched or dual, and compiled code sees none of that."""
     return _inside_functorch() is not None or forward_ad._current_level >= 0
 
 
@@ -75,16 +75,17 @@ def run_half(call: CompiledCall, tensors: list[Tensor]) -> Sequence:
 
 
 def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """What compiled code returns, the first ``count`` with memory of their own."""
+    """Return the results of compiled code, the first ``count`` with memory of their own."""
     run = call.compiled(tensors)
     outs = run([*tensors])
     return outs if getattr(run, "own", -1) >= count else owned(outs, count, tensors)
 
 
 def distinct_results(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """The results, copied where one of the first ``count`` is an input or another one, or shares
-    memory. A graph without its marks of intent may compute two results in one node; a compiler may
-    hand out the memory of an input, of another result, or of a constant that it keeps."""
+    """Return the results, copied where one of the first ``count`` is an input or another one, or
+    shares memory. A graph without its marks of intent may compute two results in one node; a
+    compiler may hand out the memory of an input, of another result, or of a constant that it
+    keeps."""
     found, seen = outs, {*map(id, tensors)}
     for i, o in enumerate(outs[:count]):
         if isinstance(o, Tensor):
@@ -99,7 +100,7 @@ def distinct_results(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> S
 
 
 def users(t: Tensor) -> int:
-    """How many tensors use the memory of this one."""
+    """Return how many tensors use the memory of this one."""
     # but for the one that asks
     return storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1
 
@@ -108,9 +109,9 @@ storage_users = torch._C._storage_Use_Count
 
 
 def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
-    """Whether the memory of ``t`` is shared by residuals alone, and by the tensor that they, or
-    ``t``, are views of; not by the ``others``. Autograd sees through such views when ``t`` is
-    written."""
+    """Return whether the memory of ``t`` is shared by residuals alone, and by the tensor that
+    they, or ``t``, are views of; not by the ``others``. Autograd sees through such views when
+    ``t`` is written."""
     base, memory = t if t._base is None else t._base, t.untyped_storage()._cdata
     views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
     if users(t) != len(views | {id(t), id(base)}):
@@ -119,15 +120,15 @@ def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
 
 
 def unviewed(outs: Sequence) -> Sequence:
-    """The results, none of them a view for autograd: it would refuse to have one written to that
-    was made where no gradients are recorded."""
+    """Return the results, none of them a view for autograd: it would refuse to have one written to
+    that was made where no gradients are recorded."""
     if any(isinstance(o, Tensor) and o._is_view() for o in outs):
         return [o.detach() if isinstance(o, Tensor) and o._is_view() else o for o in outs]
     return outs
 
 
 def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence, Versions | None]:
-    """The results of a call and the new values of written inputs, if some of them have a
+    """Return the results of a call and the new values of written inputs, if some of them have a
     derivative; where its backward looks for what is not to be written to."""
     read_late: Versions | None = None if halves.late_reads is None else []
     count = halves.count
@@ -153,8 +154,8 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
             *halves.reached(given, inputs),
         )
         for i, o in zip(mine, new, strict=True):
-            # autograd calls the hooks of all results of a node, those that no gradient reaches
-            # with None
+            # autograd calls the hooks of all results of a node, with None for those that no
+            # gradient reaches
             results[i] = lifted(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
     return results, read_late
 
@@ -198,7 +199,7 @@ class CompiledFunction(torch.autograd.Function):
             ctx.moment.check(ctx.halves.call.__name__)
         if ctx.inputs is not None:
             check_memory(ctx.inputs, ctx.memory, ctx.halves.call.__name__)
-        # asked for, they raise an error the second time, unless the graph was retained, even if
+        # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
         halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
         outs, inputs = ctx.part
@@ -233,13 +234,13 @@ def let_go(ctx: Any) -> None:
 
 
 def lifted(o: Tensor) -> Tensor:
-    """The tensor behind one more node, and no view; PyTorch's op for it has no derivative of
+    """Return the tensor behind one more node, as no view; PyTorch's op for it has no derivative of
     complex numbers."""
     return lift(o) if o.is_complex() else aten.lift.default(o)
 
 
 class Lift(torch.autograd.Function):
-    """See :func:`lifted`."""
+    """Lift a result: see :func:`lifted`."""
 
     @staticmethod
     def forward(ctx: Any, o: Tensor) -> Tensor:  # type: ignore[override]
@@ -252,7 +253,7 @@ class Lift(torch.autograd.Function):
 
 
 def unchanged(ctx: Any) -> list[Tensor]:
-    """The inputs, as autograd would have saved them."""
+    """Return the inputs as autograd would have saved them."""
     for t, before in zip(ctx.inputs, ctx.versions, strict=True):
         if version(t) != before:
             raise AotfuncError(
@@ -263,6 +264,6 @@ def unchanged(ctx: Any) -> list[Tensor]:
     return ctx.inputs
 
 
-#: ``CompiledFunction.apply`` that does not look for torch.func's wrappers: there are none here
+#: ``CompiledFunction.apply`` without the look for torch.func's wrappers: there are none here
 apply = super(torch.autograd.Function, CompiledFunction).apply
 lift = super(torch.autograd.Function, Lift).apply

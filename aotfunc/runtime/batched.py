@@ -1,6 +1,6 @@
-"""A compiled call on tensors that torch's own vmap has batched, as
-``autograd.grad(is_grads_batched=True)`` and ``jacobian(vectorize=True)`` do to run a backward: by
-our vmap of its program, so that it stays compiled."""
+"""Compiled calls on tensors that torch's own vmap has batched, as
+``autograd.grad(is_grads_batched=True)`` and ``jacobian(vectorize=True)`` do to run a backward. Our
+vmap of the program runs, so that it stays compiled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OLD = torch._C._parse_dispatch_key("Batched")
 
 
 def only_batches(tensors: Sequence[Tensor]) -> bool:
-    """Whether there are batches among these, and nothing else of torch.func's."""
+    """Return whether there are batches among these, and nothing else of torch.func's."""
     if older_levels():
         return any(torch._C._dispatch_keys(t).has(_OLD) for t in tensors)
     found = [t for t in tensors if _functorch.is_functorch_wrapped_tensor(t)]
@@ -32,7 +32,7 @@ def only_batches(tensors: Sequence[Tensor]) -> bool:
 
 
 def call_batched(run: Callable[..., Sequence], call: Any, tensors: Sequence[Tensor]) -> Sequence:
-    """``run(call, tensors)``, where torch's vmap may have batched some of them."""
+    """Return ``run(call, tensors)``, where torch's vmap may have batched some of them."""
     if (_functorch.peek_interpreter_stack() is not None or older_levels()) and only_batches(
         tensors
     ):
@@ -43,8 +43,9 @@ def call_batched(run: Callable[..., Sequence], call: Any, tensors: Sequence[Tens
 def on_batches(
     run: Callable[..., Sequence], call: CompiledCall | Program, tensors: Sequence[Tensor]
 ) -> list:
-    """``run(call, tensors)`` of a call or a program, the batch dimensions that the tensors have at
-    each level of vmap made dimensions of the program's; random numbers are shared by a batch."""
+    """Return ``run(call, tensors)`` of a call or a program, the batch dimensions that the tensors
+    have at each level of vmap made dimensions of the program's; random numbers are shared by a
+    batch."""
     wraps: list[tuple[Callable, int, list[bool]]] = []
 
     def peel(bare: list[Tensor], dims: tuple, wrap: Callable, level: int) -> None:
@@ -102,21 +103,21 @@ def over_batch(
 
 
 def dependent(program: Program, dims: Sequence[int | None]) -> list[bool]:
-    """Which outputs depend on an input that has a batch dimension."""
+    """Return which outputs depend on an input that has a batch dimension."""
     inputs = [p for p, d in zip(program.placeholders, dims, strict=True) if d is not None]
     found = dependents(program.graph, inputs)
     return [isinstance(o, Node) and o in found for o in program.outputs]
 
 
 def older_batch(t: Tensor, level: int) -> Tensor | None:
-    """The batch that ``t`` is of at this level of the older vmap; others would be expanded to any
-    size."""
+    """Return the batch that ``t`` is of at this level of the older vmap; tensors without one would
+    be expanded to any size."""
     first, second = (torch._remove_batch_dim(t, level, size, 0) for size in (1, 2))
     return first if first.shape == second.shape else None
 
 
 def older_levels() -> int:
-    """How many levels of the older vmap are under way."""
+    """Return how many levels of the older vmap are under way."""
     count = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     return count

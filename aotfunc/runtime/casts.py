@@ -27,7 +27,7 @@ Casts = tuple[tuple[int, torch.dtype], ...]
 
 
 def casts_of(rec: Captured) -> Casts:
-    """The casts that a region of autocast around the function keeps when it is over."""
+    """Return the casts that a region of autocast around the function keeps at its end."""
     trace = rec.trace
     return tuple([(trace.position(ref), dtype) for ref, dtype in trace.casts_left])
 
@@ -35,7 +35,7 @@ def casts_of(rec: Captured) -> Casts:
 def record_sharing(
     trace: Trace, step: CompiledStep, casts: Casts, inputs: Sequence[Tensor]
 ) -> Any:
-    """The results of the step in a recording, whose casts it shares."""
+    """Return the results of the step in a recording, whose casts it shares."""
     if not (casts and trace.caches_casts and nesting() and torch.is_grad_enabled()):
         return trace.record(step, inputs)
     step, shared = step.program.once(("takes", casts), lambda: taking(step.call, casts))
@@ -43,7 +43,7 @@ def record_sharing(
 
 
 def taking(call: CompiledCall, casts: Casts) -> tuple[CompiledStep, Casts]:
-    """The step that takes casts as its last inputs, and which."""
+    """Return the step that takes casts as its last inputs, and these casts."""
     program = call.program
     found = {casting(program.placeholders[i], dtype): (i, dtype) for i, dtype in casts}
     found.pop(None, None)
@@ -62,7 +62,7 @@ def taking(call: CompiledCall, casts: Casts) -> tuple[CompiledStep, Casts]:
 
 
 def casting(p: Node, dtype: torch.dtype) -> Node | None:
-    """The cast of an input, where there is one alone: others are no casts of autocast's."""
+    """Return the cast of an input if there is exactly one: others are not autocast's."""
     found = [
         n for n in p.users if n.target is aten._to_copy.default and n.kwargs == {"dtype": dtype}
     ]

@@ -37,7 +37,8 @@ from .execute import before_writes, write_back
 
 
 def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
-    """The program to cut; None where autograd sees no result that was computed from another."""
+    """Return the program to cut; None if autograd sees no result that was computed from
+    another."""
     trace, refs = rec.trace, dict.fromkeys(rec.refs)
     autograd = trace.autograd
     count = len(trace.inputs)
@@ -61,7 +62,7 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
 
 
 def read_when_written(trace: Trace, ref: int) -> bool:
-    """Whether something was computed from an input after the last write to it, in view of
+    """Return whether something was computed from an input after the last write to it, in view of
     autograd."""
     last, base = 0, trace.root(ref)
     for k, (instr, refs, *_) in enumerate(trace.records):
@@ -78,8 +79,8 @@ def has_chain(step: Any) -> bool:
 
 
 def dissolved(program: Program) -> Program:
-    """The program without nested calls that have a chain; a view that a nested function returned
-    is the view made for it in there."""
+    """Return the program without nested calls that have a chain; a view that a nested function
+    returned is the view made for it in there."""
     views: dict[str, list[Node]] = {}  # in the order of the results
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
@@ -107,7 +108,7 @@ def dissolved(program: Program) -> Program:
 def chained(
     call: CompiledCall, tensors: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], dict[int, Tensor]] | None:
-    """``(results, views)`` of a call as a chain, written inputs updated; the views by their
+    """Return ``(results, views)`` of a call as a chain, written inputs updated; the views by their
     positions among the tensors that the function returned. None where one call is enough."""
     if not torch.is_grad_enabled() or op_by_op():
         return None
@@ -156,9 +157,9 @@ class Chain:
 
 
 class Cut:
-    """Where the graph of a call is cut for the gradients of its inputs ``wrt``. It is cut at new
-    values of written inputs only if these are ``apart`` in memory: a later write to one must not
-    reach what is kept of another."""
+    """The cuts of a call's graph for the gradients of its inputs ``wrt``. New values of written
+    inputs are cuts only if these inputs are ``apart`` in memory: a later write to one must not
+    reach values kept of another."""
 
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...], apart: bool) -> None:
         assert call.plain is not None
@@ -211,7 +212,8 @@ class Cut:
         self.stage = self.numbered()
 
     def chain_of(self, n: Node, roots: set[Node]) -> list[Node]:
-        """The views that lead to ``n`` from a value that autograd knows, the first one first."""
+        """Return the views that lead to ``n`` from a value that autograd knows, the first one
+        first."""
         chain: list[Node] = []
         while n not in roots and (not chain or n not in self.views):
             above = view_source(n)
@@ -224,7 +226,7 @@ class Cut:
         return [n, *chain]
 
     def dependent(self, results: Sequence[Node]) -> set[Node]:
-        """Those from which results or new values of written inputs are computed."""
+        """Return the nodes from which results or new values of written inputs are computed."""
         bits = {n: 1 << k for k, n in enumerate(dict.fromkeys([*results, *self.views]))}
         found, masks = 0, dict.fromkeys(self.active, 0)
         for n in self.active:
@@ -236,8 +238,8 @@ class Cut:
         return {n for n, bit in bits.items() if found & bit}
 
     def numbered(self) -> dict[Node, int]:
-        """The stage that computes each node: a new one begins where something reads a result that
-        is to be cut at."""
+        """Return the stage that computes each node: a new one begins where something reads a
+        result that is to be cut at."""
         stage: dict[Node, int] = {}
         number, pending = 0, set[Node]()
         for n in self.nodes:
@@ -304,7 +306,7 @@ class Cut:
 
 
 def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Give a written input its new value; what is computed from that reads the input."""
+    """Give a written input its new value; later values are computed from the input."""
     t, new = values
     t.copy_(new)
     return [t]
@@ -313,8 +315,8 @@ def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
 def stage_of(
     nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]
 ) -> Program:
-    """These nodes as a program of what they read; the signatures that are ``said`` of values, and
-    of its results."""
+    """Return these nodes as a program of what they read; the signatures that are ``said`` of
+    values, and of its results."""
     with paused_gc():
         b = builder()
         env: dict[Node, Any] = {
@@ -332,7 +334,7 @@ def stage_of(
 def view_maker(
     source: Node, calls: Sequence[Node], said: dict[Node, Any]
 ) -> Callable[[Sequence[Tensor]], Sequence]:
-    """The function that makes a view by PyTorch's own ops."""
+    """Return the function that makes a view by PyTorch's own ops."""
     with paused_gc():
         b = Builder(None, merge=False)
         env: dict[Node, Any] = {
@@ -345,5 +347,5 @@ def view_maker(
 
 
 def call_moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-    """The copy of a call, some of whose arguments may be laid out otherwise."""
+    """Copy a call, some of whose arguments may be laid out otherwise."""
     return b.call_like(n, env, moved=True)

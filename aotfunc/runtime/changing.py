@@ -1,4 +1,4 @@
-"""Which Python numbers may change without another capture: those among a call's arguments that
+"""The Python numbers that may change without another capture: those among a call's arguments that
 the function only computes with.
 
 A number that has changed since an earlier call is followed by the next capture
@@ -24,8 +24,8 @@ KEPT = 8
 
 
 def with_any_numbers(key: tuple) -> tuple[tuple, list[float]]:
-    """What identifies the calls that differ from the one of this key in numbers alone, and the
-    numbers of this one. A number stands behind its class."""
+    """Return the key of all calls that differ from this one in numbers alone, and the numbers of
+    this one. A number stands behind its class."""
     places = [i for i, part in enumerate(key, 1) if part is float or part is int]
     values = [float.fromhex(x) if type(x := key[i]) is str else x for i in places]
     parts = list(key)
@@ -35,8 +35,8 @@ def with_any_numbers(key: tuple) -> tuple[tuple, list[float]]:
 
 
 class Family:
-    """Calls that differ in numbers alone: those of the first, which have changed, those that a
-    capture asked for, and the entries that serve many, which the compiled function keeps."""
+    """Calls that differ in numbers alone: the numbers of the first, which of them have changed,
+    which a capture asked for, and the entries that serve many calls."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.first = values
@@ -47,8 +47,8 @@ class Family:
     def following(
         self, values: Sequence[float], leaves: Sequence[Any], rounds: bool
     ) -> Following | None:
-        """What the capture for a call with these leaves is to follow. A number that is a part of
-        a leaf, such as a slice, is not followed, nor are those beside it."""
+        """Return the numbers that the capture of a call with these leaves follows. A number that
+        is a part of a leaf, such as a slice, is not followed, nor are those beside it."""
         pairs = enumerate(zip(values, self.first, strict=True))
         self.changed |= {i for i, (x, y) in pairs if bits(x) != bits(y)}
         places = [i for i, x in enumerate(leaves) if type(x) in KINDS]
@@ -61,14 +61,15 @@ class Family:
         self.entries = [(served, weakref.ref(entry)), *self.entries[: KEPT - 1]]
 
     def serving(self, values: Sequence[float]) -> Iterator[tuple[Entry, list[tuple[int, Tensor]]]]:
-        """The entries for a call with these numbers, and the inputs that stand for them."""
+        """Yield the entries for a call with these numbers, and the inputs that stand for them."""
         for served, ref in self.entries:
             if (entry := ref()) is not None and (inputs := served.inputs(values)) is not None:
                 yield entry, inputs
 
 
 class Served:
-    """The calls that an entry serves: any numbers at the places ``free``, these at the others."""
+    """The calls that an entry serves: any numbers at the places ``free``, these numbers at the
+    others."""
 
     def __init__(
         self, following: Following, free: Collection[int], values: Sequence[float], entry: Entry
@@ -77,8 +78,8 @@ class Served:
         self.recipe = Recipe(following, entry.sources)
 
     def inputs(self, values: Sequence[float]) -> list[tuple[int, Tensor]] | None:
-        """What stands for the numbers among the closed-over tensors; None if it is no such
-        call."""
+        """Return the closed-over tensors that stand for the numbers; None for a call that the
+        entry does not serve."""
         if any(bits(values[i]) != x for i, x in self.fixed):
             return None
         return self.recipe.inputs_for(values)

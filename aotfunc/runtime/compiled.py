@@ -1,4 +1,4 @@
-"""Which entry a call of a compiled function uses, and how long it is kept.
+"""The choice of an entry for a call of a compiled function, and how long entries are kept.
 
 A :class:`Compiled` function is captured once per signature (:mod:`.entry`), and looks its entry up
 by the signature of the call (:mod:`.guards`)."""
@@ -43,8 +43,7 @@ from .pipeline import Pipeline, title
 from .redraw import undrawn
 from .repeated import OTHER, repeated_call
 
-#: nodes of graphs, and signatures, kept of one function, and captures after which it is time to
-#: say that there are many
+#: limits for one function: nodes of graphs, and signatures, kept; and captures before a warning
 NODES, LIMIT, WARN_AT = 1 << 15, 1024, 64
 
 #: all compiled functions, for clear_compile_cache
@@ -56,7 +55,7 @@ def weight_of(entry: Entry) -> int:
 
 
 def describe_call(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor], list[Any]]:
-    """The key of a call without what its function reads; the tensors and objects among the
+    """Return the key of a call without what its function reads; the tensors and objects among the
     arguments."""
     parts: list = [len(args)]
     tensors: list[Tensor] = []
@@ -116,8 +115,8 @@ class Compiled:
     # ----- copying and pickling: what was captured stays behind ----------------------------------
 
     def __reduce__(self) -> Any:
-        """By its name where that is this compiled function, as a decorated one is; else by its
-        parts."""
+        """Pickle by name if the name is bound to this compiled function, as a decorator binds it;
+        else by its parts."""
         new = copyreg.__newobj__  # type: ignore[attr-defined]
         found: Any = sys.modules.get(getattr(self, "__module__", None) or "")
         for name in getattr(self, "__qualname__", "").split("."):
@@ -157,8 +156,8 @@ class Compiled:
     def looked_up(
         self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple
     ) -> Any:
-        """A call, with the arguments ``given``, for which the entry last used is not the right
-        one."""
+        """Look the entry of a call up and run it, if the entry used last does not fit; ``given``
+        are the arguments."""
         if torch._C._get_tracing_state() is not None:  # the shapes of arguments are tensors
             raise CaptureError(
                 f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function "
@@ -174,7 +173,7 @@ class Compiled:
         entry = self.entries.get(full)
         if entry is not None and entry.whereabouts is not None:
             now = whereabouts([*tensors, *entry.closed(state.tensors)])
-            # what a write reaches depends on which arguments share memory
+            # the reach of a write depends on which arguments share memory
             if entry.whereabouts != now:
                 full = (*full, now)
                 entry = self.entries.get(full)
@@ -200,14 +199,14 @@ class Compiled:
             (undo_changes if ours else undo_stores)(state)  # the function's own leaves the rest
             raise
         after = look(self.f, objects, labels, self._names)
-        # where it has run more than was known to run, it was not known what it reads
+        # more functions ran than were known to, so more may be read
         known = learnt == self._names.learnt
         differs = known and after.key != state.key
         changed = (dict(state.facts), dict(after.facts)) if differs else None
         self._unkept = None if known else entry
         self._history.changed = changed
-        # a function that changes what it reads is captured at every call, until it does not change
-        # any more
+        # a function that changes the state it reads is captured at every call, until it stops
+        # doing so
         again = known and changed is None and not drew and function_modes_key() is not OTHERS
         if entry.reusable and again:
             if values and current() is None and family is None:
@@ -220,8 +219,8 @@ class Compiled:
     def seen(
         self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple
     ) -> tuple[Arguments, list[str], State, tuple]:
-        """The arguments of a call, what its ``objects`` are called, the state that the function
-        reads, and the whole key."""
+        """Return the arguments of a call, the names of its ``objects``, the state that the
+        function reads, and the whole key."""
         arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
         labels = [
@@ -237,10 +236,10 @@ class Compiled:
 
     @entry
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
-        """The function captured for arguments like these, and not called: its graphs, what they
-        cost, and :meth:`~aotfunc.runtime.lowering.Lowered.compile`, ahead of the first call. The
-        capture runs the function's Python code; what that binds or adds outside is undone. Raises
-        what a first call raises.
+        """Return the function captured for arguments like these, and not called: its graphs, what
+        they cost, and :meth:`~aotfunc.runtime.lowering.Lowered.compile`, ahead of the first call.
+        The capture runs the function's Python code; what that binds or adds outside is undone.
+        Raises what a first call raises.
 
         >>> low = jit(lambda x: torch.sin(x) * 2).lower(torch.ones(3))
         >>> print(low.code)
@@ -274,7 +273,7 @@ class Compiled:
         objects: list[Any],
         given: tuple,
     ) -> tuple | None:
-        """The result (in a tuple) by an entry that was captured for other numbers."""
+        """Return the result (in a tuple) of an entry that was captured for other numbers."""
         for kept, inputs in family.serving(values):
             found = kept.check.tensors(self.f, objects)
             if found is None or not kept.shared.again(tensors, found):
@@ -287,7 +286,7 @@ class Compiled:
         return None
 
     def unhashable(self, arguments: Arguments) -> ArgumentError:
-        """The error for an argument that cannot be part of a key."""
+        """Return the error for an argument that cannot be part of a key."""
         for name, x in zip(*labelled(self.f, arguments), strict=True):
             try:
                 hash(x)
@@ -301,7 +300,7 @@ class Compiled:
         )
 
     def store(self, full: tuple, entry: Entry, state: State) -> None:
-        """Keep an entry as long as what its key names by ``id`` lives."""
+        """Keep an entry as long as the objects live that its key names by ``id``."""
         mine = weakref.ref(self)
 
         def drop(_: Any) -> None:
@@ -334,7 +333,7 @@ class Compiled:
         self.captures, self._history = 0, History()
 
     def watch_growth(self, facts: Facts) -> None:
-        """Warn, once, of a function that is captured again and again, and say what is to blame."""
+        """Warn, once, of a function that is captured again and again, and name the cause."""
         why = self._history.growth(facts, WARN_AT)
         if why is not None:
             times = f"{self.captures} times{at(user_line())}"
@@ -348,9 +347,8 @@ class Compiled:
         return f"{self.name} of {title(self.f)}"
 
     def explain(self) -> Explanation:
-        """What each entry depends on (a call with all of it equal uses the entry again), what was
-        different when the function was last captured, and what its backend runs eagerly. A text
-        that shows itself.
+        """Return a text that says what each entry depends on (a call with all of it equal uses the
+        entry again), what had changed at the last capture, and what the backend runs eagerly.
 
         >>> rate = [0.5]
         >>> f = jit(lambda x: x * rate[0])

@@ -1,5 +1,5 @@
-"""Tensors of ``torch.autograd.forward_ad`` in a program: which have a tangent, and which must not
-have one."""
+"""Tensors of ``torch.autograd.forward_ad`` in a program: which have a tangent, and which may
+not."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def has_tangent(t: Tensor) -> bool:
 
 
 def pushed_program(program: Program, wrt: tuple[int, ...]) -> Program:
-    """``(inputs, tangents) -> (outputs, their tangents or None)``, new values of written inputs
-    among the outputs."""
+    """Return ``(inputs, tangents) -> (outputs, their tangents or None)``, new values of written
+    inputs among the outputs."""
     return program.once(("pushed", wrt), lambda: jvp(program.flat(), wrt, zeros=False))
 
 
 def refuse_cuts(program: Program, tensors: Sequence[Tensor]) -> None:
-    """Raise CaptureError where a tangent meets a cut: eager's tangents pass ``no_grad`` and stop
-    at ``detach``, and a program does not tell these apart."""
+    """Raise CaptureError if a tangent meets a cut: eager's tangents pass ``no_grad`` and stop at
+    ``detach``, and a program does not tell these apart."""
     wrt = tuple(i for i, t in enumerate(tensors) if has_tangent(t))
     if wrt and program.once(("cut", wrt), lambda: meets_a_cut(program, wrt)):
         raise CaptureError(

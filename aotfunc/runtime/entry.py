@@ -1,4 +1,4 @@
-"""What a compiled function keeps of one capture, how it is made, and how a call goes through it.
+"""One capture of a compiled function: how it is made, and how a call goes through it.
 
 An :class:`Entry` holds for one signature. It takes the tensors of a call to the captured program:
 as one node of an outer capture, or as one node of autograd (:mod:`.autograd`). Around the program
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Entry:
-    """What was captured for one signature."""
+    """The capture for one signature."""
 
     def __init__(
         self,
@@ -64,15 +64,15 @@ class Entry:
         late: Read,
         names: Names,
     ) -> None:
-        #: the names by which its backward reads state when it is called, and what there was of it
+        #: the names by which its backward reads state when it is called, and that state
         self.late, self.names, self.watched = late, names, late is None or bool(late)
         self.reached, self.labels = state.facts, state.labels
         self.step, self.views, self.key, self.facts = step, views, key, facts
         self.call = call = step.call
-        #: gradients were off, and the function turned them on in places: its marks say where
+        #: gradients were off, and the function turned them on in places, which its marks tell
         self.enables = enables
         self.spec, self.tensors = rec.spec, rec.tensors
-        # the structure with what is constant in it; what was traced, and the arguments, may go
+        # the result's structure with its constants; the trace and the arguments may go
         self.leaves = [None if i in rec.tensors else x for i, x in enumerate(rec.leaves)]
         changes = Changes(rec)
         self.changes = changes if changes else None
@@ -87,8 +87,8 @@ class Entry:
             and not call.program.mutated
             and not has_effects(call.program)
         )
-        # closed-over tensors are inputs, found in the state; what f made itself, or hides from us,
-        # is the entry's own
+        # closed-over tensors are inputs, found in the state; tensors that f made itself, or that
+        # the state does not show, belong to the entry
         found = {id(t): i for i, t in enumerate(state.tensors)}
         self.sources = [found.get(id(t), t) for t in rec.closed_over]
         known = len(self.sources) > 1 and all(s.__class__ is int for s in self.sources)
@@ -124,14 +124,14 @@ class Entry:
         return f"<entry of {self.call.__name__}: {self.call.program.signature}>"
 
     def closed(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The closed-over tensors, where these are the tensors of the state."""
+        """Return the closed-over tensors, if these are the tensors of the state."""
         if self.pick is not None:
             return self.pick(found)
         return [found[s] if s.__class__ is int else s for s in self.sources]
 
     def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
-        """The result for these tensors of a call that is, in Python, ``where = (f, objects,
-        arguments)``."""
+        """Return the result of a call with these tensors; in Python the call is ``where = (f,
+        objects, arguments)``."""
         if self.bare and current() is None and not any_modes():
             return self.tree(call_compiled(self.call, tensors), where)
         if (trace := current()) is not None:
@@ -182,7 +182,7 @@ class Entry:
         return self.tree(outs, where)
 
     def tree(self, outs: Sequence[Any], where: tuple) -> Any:
-        """What the function returns, with these tensors in it."""
+        """Return the function's result with these tensors in it."""
         if self.plain:
             return outs[0]
         leaves = list(self.leaves)
@@ -192,7 +192,7 @@ class Entry:
 
 
 def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
-    """``leaves -> tree``: directly for a flat tuple, list or dictionary."""
+    """Return ``leaves -> tree``: directly for a flat tuple, list or dictionary."""
     if (
         spec is not None
         and spec.num_children == spec.num_leaves
@@ -220,7 +220,7 @@ def captured_entry(
     values: list[float],
     family: Family | None,
 ) -> tuple[Entry, bool]:
-    """Capture the function for a call: the entry, and whether its program is new."""
+    """Capture the function for a call; return the entry and whether its program is new."""
     function, name = compiled.f, compiled.name
     places: list[Place] = []
     late: list[Read] = []
@@ -320,8 +320,8 @@ def captured_entry(
 def followed(
     captured: Callable[[Following | None], Captured], following: Following, state: State
 ) -> Captured:
-    """A capture that follows numbers; one that does not where something takes numbers alone, or
-    keeps them."""
+    """Return a capture that follows numbers; one that does not where something takes numbers
+    alone, or keeps them."""
     rewind = rewinder()
     try:
         rec = captured(following)

@@ -1,5 +1,5 @@
-"""Running a program: recorded if a recording is under way, otherwise on the eager backend,
-differentiable by plain autograd either way."""
+"""Run a program: recorded if a recording is under way, otherwise on the eager backend; plain
+autograd can differentiate either."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .redraw import generator_states, redrawn
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:
-    """The program as a function of real tensors; mutated inputs are written back."""
+    """Return the program as a function of real tensors; mutated inputs are written back."""
     fn = on_eager(program)
 
     def call(*tensors: Tensor) -> tuple:
@@ -45,8 +45,8 @@ def run_eager(program: Program) -> Callable[..., tuple]:
 def write_back(
     program: Program, tensors: Sequence[Tensor], outs: Sequence[Any], done: Collection[int] = ()
 ) -> None:
-    """Give the written inputs their new values, but for those that have them, with the derivative
-    that these have in the program: what is the input itself by now may have been detached."""
+    """Give the written inputs their new values and derivatives. Inputs that have them already are
+    skipped: a result that is the input itself may have been detached."""
     hidden = hidden_writes(program)
     news = with_own_memory(program, tensors, outs)[program.n_outputs :]
     if torch.is_grad_enabled() and any(new.requires_grad for new in news):
@@ -62,7 +62,7 @@ def write_back(
 
 
 def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
-    """The results of a program for these inputs and closed-over tensors."""
+    """Return the results of a program for these inputs and closed-over tensors."""
     trace = current()
     if trace is not None:
         return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
@@ -96,8 +96,8 @@ def values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
 
 
 def as_function(program: Program, name: str = "") -> Callable[..., list]:
-    """The program as a Python function of its inputs and closed-over tensors, to be captured
-    again."""
+    """Return the program as a Python function of its inputs and closed-over tensors, to be
+    captured again."""
 
     def run(*tensors: Tensor) -> list:
         return list(execute(program, tensors))
@@ -107,14 +107,15 @@ def as_function(program: Program, name: str = "") -> Callable[..., list]:
 
 
 def ours(program: Program) -> bool:
-    """Whether the derivative of a program's results must be taken from us."""
+    """Return whether the derivative of a program's results must be taken from us."""
     return program.once(ours, lambda: marked(program) or beyond_autograd(program))
 
 
 def as_planned(
     cts: Sequence[Tensor | None], vals: Sequence[Any]
 ) -> tuple[tuple[Sig | None, ...], list[Tensor]]:
-    """How the cotangents of these values are to lie, and those that are there, laid out so."""
+    """Return the layouts in which cotangents of these values are expected, and the given
+    cotangents laid out so."""
     plan = tuple(
         [c if c is None else cotangent_sig(v, c.stride()) for c, v in zip(cts, vals, strict=True)]
     )
@@ -123,8 +124,8 @@ def as_planned(
 
 
 def laid(t: Tensor, sig: Sig) -> Tensor:
-    """``t`` laid out as this signature, which is contiguous or in channels_last. (Batches of
-    torch.func's do not know memory formats.)"""
+    """Return ``t`` laid out as this signature, which is contiguous or in channels_last. (Batches
+    of torch.func's do not know memory formats.)"""
     if sig.plain:
         return contiguous(t)
     order = [0, *range(2, sig.ndim), 1]
@@ -132,7 +133,7 @@ def laid(t: Tensor, sig: Sig) -> Tensor:
 
 
 def contiguous(t: Tensor) -> Tensor:
-    """``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of
+    """Return ``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of
     dimensions of size 1."""
     t = t.contiguous()
     if 1 in t.shape and t.stride() != contiguous_stride(t.shape):
@@ -143,8 +144,8 @@ def contiguous(t: Tensor) -> Tensor:
 def before_writes(
     program: Program, tensors: Sequence[Tensor], kept: Sequence[int]
 ) -> Sequence[Tensor]:
-    """The inputs, with copies of those that autograd keeps and whose memory the program will write
-    to."""
+    """Return the inputs, with copies of those that autograd keeps and whose memory the program
+    will write to."""
     if not program.mutated:
         return tensors
     written = {tensors[i].untyped_storage()._cdata for i in program.mutated}
@@ -155,9 +156,9 @@ def before_writes(
 
 
 def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:
-    """With others where one of the first ``count`` is the same tensor as another, or an input:
-    without its marks of intent a graph may compute two results in one node. They share its memory
-    if the results do (``x.detach()``)."""
+    """Replace those of the first ``count`` that are the same tensor as another, or an input:
+    without its marks of intent a graph may compute two results in one node. The new ones share its
+    memory if the results do (``x.detach()``)."""
     seen = set(map(id, tensors))
     total = len(seen)
     seen.update(map(id, outs[:count]))
@@ -177,8 +178,8 @@ def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Ten
 
 
 def strided_copy(t: Tensor) -> Tensor:
-    """A copy that lies as ``t`` does, as what reads it expects: ``clone()`` closes gaps and undoes
-    expansions."""
+    """Return a copy with the strides of ``t``, as its readers expect: ``clone()`` closes gaps and
+    undoes expansions."""
     copy = t.clone()
     if copy.stride() == t.stride() or not t.numel():
         return copy
@@ -190,8 +191,8 @@ def strided_copy(t: Tensor) -> Tensor:
 
 
 def beyond_autograd(program: Program) -> bool:
-    """Whether the graph has backward ops: PyTorch differentiates some of them and not others, we
-    all of them."""
+    """Return whether the graph has backward ops: PyTorch differentiates some of them and not
+    others, we all of them."""
     return any(
         isinstance(n.target, OpOverload) and "_backward" in n.target._schema.name
         for n in program.graph.nodes
@@ -199,15 +200,14 @@ def beyond_autograd(program: Program) -> bool:
 
 
 def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:
-    """Which of the results have a derivative."""
+    """Return which of the results have a derivative."""
     forward = forward_ad._current_level >= 0  # any may have a tangent
     return live(program, tuple(i for i, t in enumerate(tensors) if t.requires_grad or forward))
 
 
 class ProgramFunction(torch.autograd.Function):
     """An un-jitted program as one autograd node. Its backward is our vjp of the program, run in
-    the same way and so differentiable again; random numbers that it draws again are those of the
-    forward."""
+    the same way and so differentiable again; it draws the random numbers of the forward again."""
 
     generate_vmap_rule = True
 
@@ -240,7 +240,7 @@ class ProgramFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple:
-        """The tangents of torch's forward mode; ours has no need of it."""
+        """Push tangents of torch's forward mode; our own forward mode does not come here."""
         program, given = ctx.program, tangents[2:]
         wrt = tuple(i for i, t in enumerate(given) if t is not None)
         with redrawn(ctx.states):

@@ -44,9 +44,8 @@ class Fakes:
 
 
 class LazyMode(FakeTensorMode):
-    """A FakeTensorMode that becomes one when an op runs under it, because making one imports
-    Dynamo, which takes seconds. Until then it knows what FakeTensors ask for when they are made.
-    """
+    """A FakeTensorMode that is made when an op first runs under it: making one imports Dynamo,
+    which takes seconds. Until then it answers what FakeTensors ask for when they are made."""
 
     _allow_unsafe_data_ptr_access = allow_meta = True
 

@@ -15,8 +15,8 @@ from .pipeline import Compiler, Partition, Pipeline
 
 
 class Halved(Pipeline):
-    """A pipeline with ``halves``: a "joint" program, and the "forward" and "backward" that it is
-    cut into. Others are cut by the minimum cut."""
+    """A pipeline with ``halves``: a "joint" program, and the "forward" and "backward" cut from it.
+    Other programs are cut by the minimum cut."""
 
     def __init__(self, name: str, compiler: str | Compiler) -> None:
         super().__init__(name, compiler)
@@ -38,8 +38,8 @@ class Halved(Pipeline):
 def halves_of(
     run: Callable, signatures: Sequence[Sig], wrt: tuple[int, ...], partition: Partition
 ) -> dict[str, Program]:
-    """The joint program of ``run`` for tensors like these, differentiated by those that ``wrt``
-    names, and its halves; none where no result has a derivative."""
+    """Return the joint program of ``run`` for tensors like these, differentiated by those that
+    ``wrt`` names, and its halves; none where no result has a derivative."""
     examples = [s.fresh().requires_grad_(i in wrt) for i, s in enumerate(signatures)]
     arguments = Arguments(examples, {})
     rec = capture(

@@ -1,4 +1,4 @@
-"""The two halves of a compiled call, for the gradients of some of its inputs: what each computes,
+"""The two halves of a compiled call, for the gradients of some of its inputs: their programs,
 which results and inputs belong together, and smaller backwards for fewer cotangents."""
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ MANY = 32
 
 
 class Halves:
-    """What a call needs for the gradients of its inputs ``wrt``: both halves, and the gradient
-    program if asked for."""
+    """The halves for the gradients of a call's inputs ``wrt``, and the gradient program if it is
+    asked for."""
 
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
         self.call, self.wrt = call, wrt
         program = call.program
         self.program = program.flat()
         self.count = self.program.n_outputs
-        #: which results have a derivative: the others do not require grad, as in eager
+        #: whether each result has a derivative: the others do not require grad, as in eager
         self.live = live(program, wrt)
         self.any_live = any(self.live)
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
         self.masks = masks(self.program, wrt, self.live)
-        #: for each result the inputs by which its derivative is zero, unless the program has one
+        #: for each result, the inputs by which its derivative is zero, unless the program has one
         self.flat = flat_inputs(self.program, wrt)
         #: inputs of some results and not of others
         self.differing = [
@@ -74,18 +74,19 @@ class Halves:
         )
 
     def joint(self) -> Program:
-        """The program of the results and the gradients, before it is cut."""
+        """Return the program of the results and the gradients, before it is cut."""
         return vjp(self.program, self.wrt, self.live, recompute=False)
 
     def programs(self) -> dict[str, Program]:
-        """The joint program and its halves by name; none where no result has a derivative."""
+        """Return the joint program and its halves by name; none where no result has a
+        derivative."""
         if not self.any_live:
             return {}
         forward, backward = self.forward.program, self.backward.program
         return {"joint": self.joint(), "forward": forward, "backward": backward}
 
     def parts(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], list[int]]]:
-        """The live results and their inputs, ``(results, inputs)`` of each node."""
+        """Return the live results and their inputs, ``(results, inputs)`` of each node."""
         apart = tuple(
             [i for i in self.differing if not tensors[i].is_leaf or tensors[i]._backward_hooks]
         )
@@ -94,12 +95,13 @@ class Halves:
         )
 
     def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The inputs, with copies of those that the backward reads and that the call writes to."""
+        """Return the inputs, with copies of those that the backward reads and that the call writes
+        to."""
         return before_writes(self.call.program, tensors, self.needed)
 
     def reached(self, tensors: Sequence[Tensor], inputs: Sequence[int]) -> list[Tensor]:
-        """These inputs, with no way back to those that have no gradient: their hooks would run,
-        and their graph be freed. The results require grad because of them too."""
+        """Return these inputs, with no way back to those that have no gradient: their hooks would
+        run, and their graph be freed. The results require grad because of them too."""
         return [
             tensors[i].detach().requires_grad_() if i in self.unreached else tensors[i]
             for i in inputs
@@ -134,14 +136,15 @@ class Halves:
         return self.backward_for(have, tuple([contiguous_sig(self.vals[i]) for i in outs]))[1]
 
     def zero(self, i: int, outs: set[int]) -> Tensor | None:
-        """The gradient of an input that has none in the program, for cotangents of ``outs``."""
+        """Return the gradient of an input that has none in the program, for cotangents of
+        ``outs``."""
         if not any(i in self.flat[k] for k in outs):
             return None
         sig = self.program.placeholders[i].meta["val"]
         return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
     def gradient(self, have: tuple[bool, ...], sigs: tuple[Sig, ...]) -> CompiledCall:
-        """``(needed inputs, cotangents) -> gradients`` as one compiled call."""
+        """Return ``(needed inputs, cotangents) -> gradients`` as one compiled call."""
 
         def make() -> Program:
             lives, given = iter(have), iter(sigs)
@@ -157,7 +160,7 @@ class Halves:
 
 
 def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[int, int]:
-    """For each live result the inputs ``wrt`` that it has a derivative of, as bits."""
+    """Return, as bits, the inputs ``wrt`` that each live result has a derivative of."""
     inputs = program.placeholders
     found = {inputs[i]: 1 << i for i in wrt}
     for n in active_nodes(program.graph.nodes, list(found), zeros=True):
@@ -171,9 +174,9 @@ def masks(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> dict[in
 def parts(
     masks: dict[int, int], wrt: Sequence[int], apart: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """The results and their inputs in groups that no derivative connects. Of the inputs ``apart``,
-    which have hooks or a graph of their own, all results of a group depend, or none: autograd
-    would go there for any. Where there would be more than MANY groups there are fewer."""
+    """Return the results and their inputs in groups that no derivative connects. Of the inputs
+    ``apart``, which have hooks or a graph of their own, all results of a group depend, or none:
+    autograd would go there for any. Where there would be more than MANY groups there are fewer."""
     strict = sum(1 << i for i in apart)
     groups: dict[int, list[int]] = {}
     for k, mask in masks.items():
@@ -187,8 +190,8 @@ def parts(
 
 
 def materializes(program: Program) -> bool:
-    """Whether a Function in it has several outputs, and a backward that gets zeros where one has
-    no cotangent."""
+    """Return whether a Function in it has several outputs, and a backward that gets zeros where
+    one has no cotangent."""
 
     def one(n: Node) -> bool:
         if isinstance(n.target, CustomDerivative):
@@ -202,22 +205,22 @@ def materializes(program: Program) -> bool:
 
 
 def inputs_read(program: Program, outs: Sequence[Any], count: int) -> list[int]:
-    """The positions of those of the first ``count`` inputs that ``outs``, draws or effects depend
-    on."""
+    """Return the positions of those of the first ``count`` inputs that ``outs``, draws or effects
+    depend on."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     found = needed_for(calls, outs)
     return [i for i, p in enumerate(program.placeholders[:count]) if p in found]
 
 
 def only_inputs(program: Program, needed: Sequence[int], count: int) -> Program:
-    """The program without those of its first ``count`` inputs that nothing depends on."""
+    """Return the program without those of its first ``count`` inputs that nothing depends on."""
     unused = [p for i, p in enumerate(program.placeholders[:count]) if i not in needed]
     return rebuilt(program, "only_inputs", env=dict.fromkeys(unused))
 
 
 def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> Program:
-    """A backward half without those of its ``count`` cotangents, the last inputs, that do not
-    arrive.
+    """Return a backward half without those of its ``count`` cotangents, the last inputs, that do
+    not arrive.
 
     What depends on absent cotangents alone is dropped (feeding zeros would give 0 * inf = nan); a
     gradient without terms is None."""
@@ -242,7 +245,7 @@ def without_cotangents(program: Program, count: int, absent: Sequence[int]) -> P
 
 
 def with_cotangents_laid(program: Program, sigs: Sequence[Sig]) -> Program:
-    """A backward half whose cotangents, the last inputs, lie as these signatures say."""
+    """Return a backward half whose cotangents, the last inputs, lie as these signatures say."""
     old = program.placeholders
     vals = [*[p.meta["val"] for p in old[: len(old) - len(sigs)]], *sigs]
     with paused_gc():

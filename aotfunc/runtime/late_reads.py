@@ -1,6 +1,6 @@
-"""What a backward reads when autograd calls it: hooks, the contexts of Functions and checkpoints
-do so unguarded. A compiled one has the values as they were, and refuses once they were written to,
-or ``.data = `` gave a tensor other memory, which no version tells."""
+"""Reads of a backward when autograd calls it: hooks, contexts of Functions and checkpoints read
+unguarded. A compiled backward has the values of its call, and refuses if they were written to, or
+if ``.data = `` gave a tensor other memory, which no version tells."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Versions = list[tuple[weakref.ref[Tensor], Tensor, int]]
 
 
 def late_reads(program: Program) -> tuple[list[int], list[int]]:
-    """The inputs and results of a program that its backward reads in eager mode without a guard of
-    autograd's."""
+    """Return the inputs and results of a program that its backward reads in eager mode without a
+    guard of autograd's."""
     backwards, checkpoints = unguarded(program), unguarded(program, again=True)
     inputs, results = ({*a, *b} for a, b in zip(backwards, checkpoints, strict=True))
     return sorted(inputs), sorted(results)
@@ -30,10 +30,10 @@ def late_reads(program: Program) -> tuple[list[int], list[int]]:
 def versions(
     reads: tuple[list[int], list[int]], tensors: Sequence[Tensor], outs: Sequence[Tensor]
 ) -> Versions:
-    """What of a call may not be written to until its backward."""
+    """The tensors of a call that may not be written to until its backward."""
     inputs, results = reads
     found = [tensors[i] for i in inputs] + [outs[i] for i in results]
-    # a result, and what was written, know the backward that is to know them
+    # results and written tensors know the backward that reads them
     return [(weakref.ref(t), t.detach(), version(t)) for t in found]
 
 
@@ -50,7 +50,7 @@ def check_unwritten(known: Versions, name: str) -> None:
 
 
 def storages(tensors: Sequence[Tensor]) -> list[torch.UntypedStorage]:
-    """What the tensors lie in; nothing of torch.func's wrappers, which tell no memory."""
+    """Return the storages of the tensors; none of torch.func's wrappers, which tell no memory."""
     try:
         return [t.untyped_storage() for t in tensors]
     except (RuntimeError, NotImplementedError):
@@ -60,8 +60,8 @@ def storages(tensors: Sequence[Tensor]) -> list[torch.UntypedStorage]:
 def check_memory(
     tensors: Sequence[Tensor], before: Sequence[torch.UntypedStorage], name: str
 ) -> None:
-    """Refuse a backward that depends on tensors whose memory is not that of the call: eager reads
-    what it saved of them there, and what it computed from them here."""
+    """Refuse a backward that depends on tensors with other memory than at the call: eager would
+    read saved values there, and computed ones here."""
     for t, memory in zip(tensors, before, strict=False):
         if t.untyped_storage()._cdata != memory._cdata:
             raise AotfuncError(

@@ -1,6 +1,6 @@
-"""The Python state that a backward reads when autograd calls it: hooks, the backwards of Functions
-and checkpoints look variables up by then. A compiled one has the values of its call, and refuses
-once one of them is another."""
+"""The Python state that a backward reads when autograd calls it: hooks, and the backwards of
+Functions and checkpoints, look variables up by then. A compiled one has the values of its call,
+and refuses if one of them has changed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .guards.state import look
 if TYPE_CHECKING:
     from .entry import Entry
 
-#: names by which state is read; None where any may be
+#: names by which state is read; None for any name
 Read = frozenset[str] | None
 
 
 def read_late(late: Sequence[Any], opened: set[str]) -> Read:
-    """The names by which functions that are called late read their state, and such names;
+    """Return the names by which functions that are called late read their state, and such names;
     ``opened`` are the libraries whose code is followed."""
     functions = [x for x in late if callable(x)]
     names, found = Names(), set[str]()
@@ -44,7 +44,7 @@ def read_late(late: Sequence[Any], opened: set[str]) -> Read:
 
 
 def reads_state(program: Program) -> bool:
-    """Whether the backward of a program calls functions of the user's."""
+    """Return whether the backward of a program calls functions of the user's."""
 
     def find() -> bool:
         return any(
@@ -58,7 +58,7 @@ def reads_state(program: Program) -> bool:
 
 
 class Moment:
-    """The state of a compiled function when a call was over."""
+    """The state of a compiled function at the end of a call."""
 
     def __init__(self, entry: Entry, f: Callable, objects: Sequence[Any]) -> None:
         self.entry, self.f, self.objects = entry, f, objects
@@ -75,7 +75,7 @@ class Moment:
         return state.facts, state.tensors
 
     def check(self, name: str) -> None:
-        """Raises AotfuncError where what the backward reads is another now."""
+        """Raise AotfuncError if the state that the backward reads has changed."""
         tensors = self.entry.check.tensors(self.f, self.objects)
         if self.tensors is None or (tensors is not None and same_objects(tensors, self.tensors)):
             return
@@ -98,7 +98,7 @@ def changed_labels(
     facts_now: list[tuple[str, Any]],
     tensors_now: Sequence[Tensor],
 ) -> Iterator[str]:
-    """The labels of what is not as it was."""
+    """Yield the labels of facts that have changed."""
     old, new = dict(facts), dict(facts_now)
     for label in {**old, **new}:
         if label not in old or label not in new or repr(old[label]) != repr(new[label]):
@@ -113,7 +113,8 @@ def by_label(facts: list[tuple[str, Any]], tensors: Sequence[Tensor]) -> dict[st
 
 
 def last_names(label: str) -> set[str]:
-    """The names by which code gets at what has this label, the last step to it."""
+    """Return the names by which code reaches the object of this label, in the label's last
+    step."""
     steps = [s for s in label.split(".") if not s.endswith(("__", "()"))]
     return set(re.findall(r"\w+", steps[-1])) if steps else set()
 
@@ -126,7 +127,7 @@ _now = _Now()
 
 
 def moment() -> Moment | None:
-    """That of the call under way in this thread, if its backward reads late."""
+    """Return the moment of the call under way in this thread, if its backward reads late."""
     return _now.moment
 
 
@@ -140,7 +141,7 @@ def at_moment(m: Moment | None) -> Iterator[None]:
 
 
 def watched(entry: Entry, f: Callable, objects: Sequence[Any], call: Callable[[], Any]) -> Any:
-    """The result of a call whose backward reads late."""
+    """Return the result of a call whose backward reads late."""
     if not torch.is_grad_enabled():
         return call()
     m = Moment(entry, f, objects)

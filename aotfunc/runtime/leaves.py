@@ -17,7 +17,7 @@ from .aliasing import memory_program
 
 
 class Leaves:
-    """Which results of a program, and of the function, require grad because of leaves that the
+    """The results of a program, and of the function, that require grad because of leaves that the
     function made.
 
     Raises CaptureError where such a leaf is returned beside what was computed from it: autograd
@@ -46,8 +46,7 @@ class Leaves:
             raise CaptureError(
                 "a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad"
             )
-        #: what is computed from one: results of the program by their positions, then written
-        #: inputs by theirs
+        #: computed from a leaf: results of the program, then written inputs, by their positions
         self.results: list[int] = []
         self.written: list[int] = []
         if not leaves:
@@ -91,8 +90,8 @@ class Leaves:
                 Attached.apply(torch.zeros((), requires_grad=True), t)
 
     def returns(self, outs: Sequence[Any]) -> Sequence[Any]:
-        """The tensors that the function returns, those that are leaves as leaves; some retain
-        their gradient."""
+        """Return the tensors that the function returns, those that are leaves as leaves; some
+        retain their gradient."""
         outs = list(outs)
         for k in self.returned:
             outs[k] = outs[k].requires_grad_()
@@ -105,15 +104,15 @@ class Leaves:
 
 
 def computed_from(rec: Captured, leaves: set[int]) -> set[int]:
-    """What was computed from leaves, and these."""
+    """Return these values and all that was computed from them or from leaves."""
     reach = Reach(set(leaves), len(rec.trace.inputs))
     reach.extend(rec.trace.records, rec.trace.autograd.leaves)
     return reach.active
 
 
 def made_in_inference_mode(rec: Captured) -> bool:
-    """Whether the function has made its results in inference mode, which it switched on. Raises
-    CaptureError where it has made others too: a program runs in the mode, or outside."""
+    """Return whether the function has made its results in inference mode, which it switched on.
+    Raises CaptureError where it has made others too: a program runs in the mode, or outside."""
     trace = rec.trace
     made = [trace.root(ref) in trace.autograd.inference for ref in rec.refs]
     if not any(made):

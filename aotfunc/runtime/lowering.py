@@ -1,5 +1,5 @@
-"""What a compiled function does for one signature, before it runs: graphs, costs, and compiling
-ahead of the first call."""
+"""A compiled function for one signature, before it runs: graphs, costs, and compiling ahead of the
+first call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Lowered:
-    """What :meth:`Compiled.lower` returns: a function captured for one signature.
+    """A function captured for one signature; :meth:`Compiled.lower` returns it.
 
     Where gradients are on and an argument or a closed-over tensor requires grad, it runs as a
     "forward" and a "backward" half of a "joint" graph, else as the "function"."""
@@ -44,17 +44,17 @@ class Lowered:
 
     @property
     def graph(self) -> fx.Graph:
-        """What the function does, as a graph."""
+        """Return the function's graph."""
         return self.graphs["function"].graph
 
     @property
     def code(self) -> str:
-        """What the function does, as Python."""
+        """Return the function as Python."""
         return self.graphs["function"].code.strip()
 
     def compile(self) -> Callable:
-        """The function, compiled now for this signature, its backward too: the first call finds it
-        so."""
+        """Compile the function now for this signature, its backward too; the first call uses
+        it."""
         if self._halves is None:
             self._entry.call.compiled(self._tensors)
         else:
@@ -63,9 +63,9 @@ class Lowered:
         return self._compiled
 
     def cost_analysis(self) -> dict[str, dict[str, float]]:
-        """For each half: "flops", the floating point operations of
-        its products, convolutions and attention, and "bytes accessed", what its
-        ops read and write where they run one by one."""
+        """Return for each half "flops", the floating point operations of its products,
+        convolutions and attention, and "bytes accessed", the reads and writes of its ops run one
+        by one."""
         return {
             name: {
                 "flops": sum(map(flops, gm.graph.nodes)),
@@ -75,10 +75,10 @@ class Lowered:
         }
 
     def memory_analysis(self) -> dict[str, int]:
-        """In bytes: "arguments" and closed-over tensors, "results", "saved" for the backward
-        beyond these, and the "peak" of each half beyond its inputs, where ops run one by one and
-        values are freed when they are not read any more (not counted is what kernels need for
-        themselves)."""
+        """Return bytes: "arguments" and closed-over tensors, "results", "saved" for the backward
+        beyond these, and the "peak" of each half beyond its inputs, for ops that run one by one
+        with values freed after their last read (memory that kernels need for themselves is not
+        counted)."""
         program = self._entry.call.program
         found = {
             "arguments": sum([nbytes(p.meta["val"]) for p in program.placeholders]),

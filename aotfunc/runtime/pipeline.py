@@ -1,4 +1,4 @@
-"""What happens to the programs of a compiled function: decompositions, partition, compilers."""
+"""The pipeline of a compiled function's programs: decompositions, partition, compilers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 
 class Pipeline:
-    """What happens to the programs of a compiled function: which compilers, partition and
-    decompositions they get, and whether values must be ``exact``, as the ops compute them.
+    """The compilers, partition and decompositions of a compiled function's programs, and whether
+    values must be ``exact``, as the ops compute them.
 
     Compiled code knows its pipeline and not the function, so it does not keep alive what that
     closes over."""
@@ -58,7 +58,7 @@ class Pipeline:
         self.exact = exact
         self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
         self.forward_backend, self.backward_backend = map(backends.lookup, self.compilers)
-        #: what a backend runs eagerly in which half, and why
+        #: ops that a backend runs eagerly, by half, and why
         self.eagerly: list[tuple[str, dict[str, str]]] = []
 
     def __reduce__(self) -> Any:  # ops and backends by their names
@@ -96,18 +96,19 @@ class Pipeline:
         return fn
 
     def reassociates(self, program: Program, *compilers: Backend) -> bool:
-        """Whether all of these want its sums of products in another order, and may have them."""
+        """Return whether all of these want its sums of products in another order, and may have
+        them."""
         return not self.exact and all([suited(program.graph, b).reassociates for b in compilers])
 
     @property
     def rounds(self) -> bool:
-        """Whether an input may be rounded to the low precision of what it is computed with, where
+        """Return whether an input may be rounded to the low precision of other operands, where
         eager does not round a number."""
         ours = (backends.AUTO, backends.CPP, backends.EAGER)
         return not (self.forward_backend in ours and self.backward_backend in ours)
 
     def takes_numbers(self, rec: Captured) -> bool:
-        """Whether Python numbers may be inputs of its programs."""
+        """Return whether Python numbers may be inputs of its programs."""
         if not self.rounds:
             return True
         counted = [
@@ -120,7 +121,7 @@ class Pipeline:
         )
 
     def opened(self, program: Program) -> Program:
-        """With the user's decompositions; they come after differentiation, as they need not be
+        """Apply the user's decompositions; they come after differentiation, as they need not be
         differentiable."""
         return (
             decomposed(program, Declining(self.decompositions)) if self.decompositions else program
@@ -129,7 +130,7 @@ class Pipeline:
     def split(
         self, joint: Program, n_early: int, last: bool = False
     ) -> tuple[CompiledCall, CompiledCall]:
-        """The two halves of a joint program ``(primals, cotangents) -> (n_early results,
+        """Return the two halves of a joint program ``(primals, cotangents) -> (n_early results,
         gradients)``. Unless they are the ``last`` that is made of it they keep their marks of
         intent, for higher derivatives."""
         joint, dissolve = self.opened(joint), EVERYTHING if last else CALLS
@@ -143,7 +144,7 @@ class Pipeline:
 
 
 class Naming(threading.local):
-    """What the graphs are called that this thread is compiling, the innermost last."""
+    """The names of the graphs that this thread is compiling, the innermost last."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -186,7 +187,7 @@ def loaded(
     table: dict | None,
     exact: bool = False,
 ) -> Pipeline:
-    """A pipeline of its pickled parts."""
+    """Make a pipeline of its pickled parts."""
     ops = table and {
         functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()
     }
@@ -283,7 +284,8 @@ def examples(program: Program) -> list[Tensor]:
 def partitioned(
     partition: Partition, joint: Program, n_early: int, dissolve: frozenset[str]
 ) -> tuple[Program, Program]:
-    """Let a functorch partition function cut the joint program; its two modules as programs."""
+    """Let a functorch partition function cut the joint program; return its two modules as
+    programs."""
     gm = graph_module(joint, "joint", dissolve=dissolve)
     for n, p in zip(
         [n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True
@@ -297,7 +299,7 @@ def partitioned(
 
 
 def imported(gm: fx.GraphModule, name: str) -> Program:
-    """A foreign graph as a program: its metadata becomes signatures."""
+    """Import a foreign graph as a program: its metadata becomes signatures."""
     with paused_gc():
         b = builder()
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -330,7 +332,7 @@ def function_name(f: Any) -> str:
 
 
 def title(f: Any) -> str:
-    """What a function is called in messages, with its parameters where they are known."""
+    """Return the name of a function for messages, with its parameters if they are known."""
     try:
         return f"{function_name(f)}{inspect.signature(f)}"
     except (TypeError, ValueError):
@@ -338,7 +340,7 @@ def title(f: Any) -> str:
 
 
 def short_code(code: str) -> str:
-    """The first lines of a graph's code, for an error."""
+    """Return the first lines of a graph's code, for an error."""
     lines = code.strip().splitlines()
     if (more := len(lines) - 40) > 0:
         lines[40:] = [f"… {more} more lines"]

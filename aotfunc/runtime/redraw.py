@@ -1,5 +1,4 @@
-"""Random numbers drawn again, or not drawn after all: generators of a program are set to the
-states that they had earlier."""
+"""Draw random numbers again, or undo draws: set generators of a program to earlier states."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from ..transforms.lower import EVERYTHING, lowered
 
 
 def generator_states(program: Program) -> list[tuple[Generator, Tensor]]:
-    """The generators that a program draws from, with their states now."""
+    """Return the generators that a program draws from, with their states now."""
     found = program.cache.get("generators")
     if found is None:
         found = program.once("generators", lambda: generators_of(program))
@@ -51,7 +50,7 @@ def default_generator(device: torch.device) -> Generator:
 
 @contextmanager
 def undrawn(call: CompiledCall) -> Iterator[None]:
-    """The generators of a call as they were, where it is refused on the way."""
+    """Restore the generators of a call that is refused on the way."""
     before = generator_states(call.program) if call.draws and current() is None else []
     try:
         yield
@@ -63,7 +62,7 @@ def undrawn(call: CompiledCall) -> Iterator[None]:
 
 @contextmanager
 def redrawn(states: Sequence[tuple[Generator, Tensor]]) -> Iterator[None]:
-    """The generators as they were then, for a while."""
+    """Set the generators to earlier states inside the block."""
     now = [(g, g.get_state()) for g, _ in states]
     for g, state in states:
         g.set_state(state)

@@ -1,4 +1,4 @@
-"""A call like the last one: what it takes to see that it is.
+"""A fast path for a call like the last one.
 
 Most calls of a compiled function are like the call before. One that is given tensors without
 attributes, plain values and trees of these needs no key: C++ compares the tensors, and the rest is
@@ -18,13 +18,13 @@ from .guards.keys import ATOMS, TENSORS, bits, environment_key, first_alike
 
 tracing = torch._C._get_tracing_state  # of torch.jit.trace, which would keep what kernels compute
 
-#: what another call than the last one gets
+#: the result for any other call than the last one
 OTHER = object()
 
 
 def repeated_call(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple) -> Callable:
-    """``call(args, kwargs)``, which takes a call with arguments like ``given`` to ``entry``, whose
-    they are, and answers OTHER to another one, or where that is not so easily seen."""
+    """Return ``call(args, kwargs)``, which takes a call like ``given`` to ``entry`` and returns
+    OTHER for any other call, or one that is not easily compared."""
     same = same_structure(given)
     plain = all(t.__class__ in TENSORS and not t.__dict__ for t in tensors)
     alone = first_alike(tensors) is None and not entry.shared.given and entry.whereabouts is None
@@ -33,7 +33,7 @@ def repeated_call(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: t
     alike = metadata_check(tensors)
     environment, leaves = environment_key(), leaves_of(tensors)
     check, closed = entry.check, entry.closed if entry.sources else None
-    # of arguments, if all are tensors
+    # the tensors, if all arguments are tensors
     count = len(tensors) if [*map(id, given[0])] == [*map(id, tensors)] else -1
 
     def call(args: tuple, kwargs: dict) -> Any:
@@ -59,14 +59,14 @@ def repeated_call(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: t
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> list[bool]:
-    """Whether each tensor that requires grad is a leaf."""
+    """Return whether each tensor that requires grad is a leaf."""
     return [t.is_leaf for t in tensors if t.requires_grad]
 
 
 def same_structure(x: Any) -> Callable[[Any, list], bool] | None:
-    """``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values. What stands
-    in the place of a tensor is added to ``found`` and not compared. None where ``x`` has objects
-    of other kinds in it."""
+    """Return ``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values.
+    Tensors in ``y`` are added to ``found`` and not compared. None if ``x`` holds objects of other
+    kinds."""
     cls = x.__class__
     if cls in TENSORS:
         return tensor

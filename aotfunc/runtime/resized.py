@@ -1,5 +1,5 @@
-"""Programs of a batched function for batches of several sizes share their code, where it is proved
-that the size is a literal of it and nothing else."""
+"""Share code between the programs of a batched function for batches of several sizes, where the
+size is proved to be a literal of the code and nothing else."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Dims = Sequence[int | None]
 def resized_program(
     base: Program, dims: tuple, sigs: Sequence[Sig], size: int, how: tuple, make: Callable
 ) -> Program:
-    """The batched ``base`` for a batch of this size, which ``make`` makes; ``dims`` and ``sigs``
-    are of its inputs, ``how`` is what else it depends on, the dimensions of the batch in the
-    results second."""
+    """Return the batched ``base`` for a batch of this size, which ``make`` makes; ``dims`` and
+    ``sigs`` are of its inputs, ``how`` is what else it depends on, the dimensions of the batch in
+    the results second."""
     layouts = [batch_layout(sig, dim) for sig, dim in zip(sigs, dims, strict=True)]
     if size < 2 or None in layouts:  # a dimension of one has any stride
         return make()
@@ -34,7 +34,7 @@ def resized_program(
 
 
 def batch_layout(sig: Sig, dim: int | None) -> tuple | None:
-    """A key that batches share which differ in their size alone; None if that is hard to say."""
+    """Return a key that batches share which differ only in size; None if that is hard to say."""
     if dim is None:
         return (sig,)
     rest = [d for d in range(sig.ndim) if d != dim]

@@ -30,8 +30,8 @@ NAMED = {torch.dtype: "torch.", torch.layout: "torch.", torch.memory_format: "to
 
 
 def program_data(program: Program, depth: int = 0) -> dict[str, Any]:
-    """The program as data. Raises CaptureError for a node that runs Python code, and for a random
-    generator of the user's."""
+    """Return the program as data. Raises CaptureError for a node that runs Python code, and for a
+    random generator of the user's."""
     program = lowered(program, CALLS)
     number = {n: i for i, n in enumerate(program.graph.nodes)}
     regions: dict[Any, int] = {}
@@ -75,8 +75,8 @@ def target_data(n: Node, depth: int) -> Any:
 
 
 def derivative(d: CustomDerivative, depth: int) -> dict[str, Any]:
-    """A derivative that the user wrote: the programs that were recorded of it. Its own rule for
-    batches is left out, the programs are batched instead."""
+    """Return a derivative that the user wrote: the programs that were recorded of it. Its own rule
+    for batches is left out, the programs are batched instead."""
 
     def rule(part: Any) -> Any:
         if isinstance(part, Later):
@@ -103,7 +103,7 @@ def derivative(d: CustomDerivative, depth: int) -> dict[str, Any]:
 
 
 def as_data(x: Any, number: dict[Node, int]) -> Any:
-    """An argument or a signature as data."""
+    """Return an argument or a signature as data."""
     if isinstance(x, Node):
         return {"node": number[x]}
     if isinstance(x, Sig):
@@ -204,7 +204,7 @@ def restored_derivative(data: dict[str, Any]) -> CustomDerivative:
 
 
 def from_data(x: Any, nodes: Sequence[Node]) -> Any:
-    """What :func:`as_data` made data of."""
+    """Undo :func:`as_data`."""
     if isinstance(x, list):
         return [from_data(i, nodes) for i in x]
     if not isinstance(x, dict):

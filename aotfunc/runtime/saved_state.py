@@ -1,4 +1,4 @@
-"""The tensors of a saved function: what a module holds, by name, as copies, and put into another
+"""The tensors of a saved function: those of a module by name, as copies, and put into another
 module under the same names."""
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def state_of(f: Callable, used: Sequence[Tensor]) -> tuple[dict[str, Tensor], li
 
 
 def not_persistent(f: Callable) -> list[str]:
-    """The buffers of a module that its ``state_dict`` leaves out."""
+    """Return the buffers of a module that its ``state_dict`` leaves out."""
     modules = f.named_modules(remove_duplicate=False) if isinstance(f, nn.Module) else ()
     return [f"{at}.{n}".lstrip(".") for at, m in modules for n in m._non_persistent_buffers_set]
 
 
 def set_tensor(module: nn.Module, name: str, t: Tensor, persistent: bool = True) -> None:
-    """Let a module hold a tensor under a name with dots, which may be that of a method, too."""
+    """Let a module hold a tensor under a name with dots, even one that a method has."""
     *path, last = name.split(".")
     for part in path:
         module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]

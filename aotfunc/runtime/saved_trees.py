@@ -19,7 +19,7 @@ from .saved import as_data, from_data
 
 
 class TensorTable:
-    """The tensors of a tree in order; those that are met are added."""
+    """The tensors of a tree in order; new ones are added."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors, self.tree = tensors, None
@@ -33,7 +33,7 @@ class TensorTable:
 
 
 class Record(dict):
-    """A dictionary whose items are attributes, too, in the place of an instance that was both."""
+    """A dictionary whose items are also attributes, for an instance that was both."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -42,7 +42,7 @@ class Record(dict):
 
 
 def pattern(x: Any, where: str, places: TensorTable) -> Any:
-    """A tree of tensors and plain values as data: where each tensor stands."""
+    """Return a tree of tensors and plain values as data: where each tensor stands."""
     if isinstance(x, Tensor):
         return {"place": places.of(x)}
     if type(x) is Size:
@@ -70,7 +70,7 @@ def pattern(x: Any, where: str, places: TensorTable) -> Any:
 
 
 def tree_of(data: Any, tensors: Sequence[Tensor]) -> Any:
-    """The tree of a pattern, with tensors in their places."""
+    """Return the tree of a pattern, with tensors in their places."""
     ((kind, of),) = data.items()
     if kind == "place":
         return tensors[of]
@@ -89,8 +89,8 @@ def tree_of(data: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def collect(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) -> None:
-    """Put the tensors of an argument into ``found``; raises ArgumentError where it is another tree
-    than the pattern."""
+    """Put the tensors of an argument into ``found``; raises ArgumentError for another tree than
+    the pattern."""
     ((kind, of),) = data.items()
     children: list[tuple[Any, Any, str]] = []
     if kind == "place" and isinstance(x, Tensor):
@@ -127,13 +127,13 @@ def same_text(x: Any, y: Any) -> bool:
 
 
 def leaf_text(x: Any) -> str:
-    """A leaf as an error says it."""
+    """Return the words for a leaf in an error."""
     dtype = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else ""
     return f"{dtype}{list(x.shape)}" if dtype else repr(x)
 
 
 def told(data: Any) -> str:
-    """A pattern as an error says it."""
+    """Return the words for a pattern in an error."""
     ((kind, of),) = data.items()
     if kind == "place":
         return "a tensor"

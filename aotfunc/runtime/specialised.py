@@ -1,5 +1,5 @@
-"""A graph module that refuses other shapes, dtypes, devices and Python values than it was made
-for."""
+"""A graph module that refuses shapes, dtypes, devices and Python values other than those it was
+made for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN = (bool, int, float, complex, str, type(None), torch.dtype)
 
 
 def leaf_facts(x: Any) -> Any:
-    """What a graph was specialised to, of one leaf."""
+    """Return the facts of one leaf that a graph was specialised to."""
     if isinstance(x, Tensor):
         return tuple(x.shape), x.dtype, x.device
     return (type(x), repr(x)) if isinstance(x, PLAIN) else None  # nan is itself, -0.0 is not 0.0

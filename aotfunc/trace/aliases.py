@@ -1,5 +1,5 @@
-"""Which values of a recording share memory, and through which views. The record tells, not the
-graph, which has been rewritten since."""
+"""Find which values of a recording share memory, and through which views. The record tells, not
+the graph, which has been rewritten since."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ aten = torch.ops.aten
 
 
 class Shown:
-    """What a value shows: memory of its own (``of`` is None: ``ref`` was made with it), or what
-    another one shows, seen through a ``call`` ``(op, args, kwargs, results)``: its result
-    ``index``, if there are several. The op may be one that changes its argument's shape in
-    place. ``cut``: made under no_grad. ``apart``: detached, and then written in view of autograd:
-    it has a derivative of its own. So has what a Function was given and returns, which is
-    ``passed``."""
+    """The memory that a value shows. ``of`` is None for memory of its own (``ref`` was made with
+    it); else it is the value seen through a ``call`` ``(op, args, kwargs, results)``, of which it
+    is result ``index`` if there are several. The op may change its argument's shape in place.
+    ``cut``: made under no_grad. ``apart``: detached and then written in view of autograd, so that
+    it has a derivative of its own. The same holds for a value that a Function was given and
+    returns, which is ``passed``."""
 
     __slots__ = ("apart", "call", "cut", "index", "of", "passed", "ref")
 
@@ -40,13 +40,13 @@ class Shown:
 
     @property
     def root(self) -> int:
-        """The value whose memory this is."""
+        """Return the value that the memory was made with."""
         return self.path[0].ref
 
     @property
     def path(self) -> list[Shown]:
-        """From the memory to this value; of what Functions passed on, the last one has all of the
-        derivative."""
+        """Return the path from the memory to this value. Of values that Functions passed on, the
+        last one has all of the derivative."""
         found, step = [self], self.of
         while step is not None:
             if not (step.passed and any(s.passed for s in found)):
@@ -56,7 +56,8 @@ class Shown:
 
 
 def final_views(trace: Trace) -> dict[int, Shown]:
-    """What each value shows in the end; values that are not there have memory of their own."""
+    """Find what each value shows in the end; values that are not there have memory of their
+    own."""
     found: dict[int, Shown] = {}
 
     def of(ref: int) -> Shown:

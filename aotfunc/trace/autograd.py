@@ -1,5 +1,5 @@
-"""What autograd would answer about the values of a recording: which require grad, are leaves, lead
-to others."""
+"""Autograd's answers about the values of a recording: which require grad, are leaves, lead to
+others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 class Autograd:
-    """The leaves of a recording, and what requires grad through them; the lists are the
+    """The leaves of a recording, and the values that require grad through them; the lists are the
     recording's own."""
 
     def __init__(
@@ -37,12 +37,12 @@ class Autograd:
         #: refs that the user, or the transform, marked as requiring grad
         self.leaves: dict[int, bool] = {}
         self.leaf_tensors: list[Traced] = []
-        #: now, of nothing: torch.ones(..., requires_grad=True) says so later
+        #: marked leaves of nothing so far: torch.ones(..., requires_grad=True) says so later
         self.made: list[weakref.ref[Traced]] = []
-        #: those of the leaves that have a history: inputs, results of nested functions
+        #: the leaves that have a history: inputs, results of nested functions
         self.computed: set[int] = set()
         self.protected: set[int] = set()  # inputs that autograd does not let be written to
-        #: inputs that start to require grad, or stop; where used before
+        #: inputs that start or stop to require grad, and where they were used before
         self.flags: dict[int, tuple[bool, Any]] = {}
         self.retained: list[Traced] = []
         self.kept: set[int] = set()  # the values that these are in the end
@@ -50,7 +50,7 @@ class Autograd:
         self.inference: set[int] = set()
         #: records in which a tensor that requires grad gets a value that does not
         self.overwritten: set[int] = set()
-        #: those in which an argument does that is given one that requires grad
+        #: records in which an argument that requires grad gets a value that does, too
         self.copied: list[tuple[int, int]] = []
         self.settled: list[bool] | None = (
             None  # which lifted tensors required grad when the recording was over
@@ -58,16 +58,16 @@ class Autograd:
         self._reached: Reach | None = None  # see active
 
     def mark_leaf(self, t: Traced, value: bool) -> None:
-        """``t.requires_grad_(value)``"""
+        """Record ``t.requires_grad_(value)``."""
         if 0 <= t.ref < len(self.inputs) and self.requires_grad(t) is not value:
             used = any(t.ref in refs for _, refs, *_ in self.records)
             self.flags[t.ref] = (value, debug.user_line(2) if used else None)
             (self.protected.add if value else self.protected.discard)(t.ref)
-        # what is computed from it, views included, is not cut off any more
+        # values computed from it, views included, are not cut off any more
         if value and self.made_quietly(t.ref):
             with torch.enable_grad():
                 t.ref = t.detach().ref
-        # what was computed so far, views aside, does not become a result of this leaf
+        # values computed so far, views aside, do not become results of this leaf
         reach = self.reach()
         self.leaves[t.ref] = value
         if value:
@@ -77,19 +77,19 @@ class Autograd:
             reach.active.discard(t.ref)
 
     def mark_computed(self, t: Traced) -> None:
-        """``t`` was computed from a leaf that a nested function has made."""
+        """Note that ``t`` was computed from a leaf that a nested function has made."""
         self.reach().active.add(t.ref)
         self.leaves[t.ref] = True
         self.computed.add(t.ref)
 
     def made_quietly(self, ref: int) -> bool:
-        """Whether a value was made with gradients off."""
+        """Return whether a value was made with gradients off."""
         return ref >= len(self.inputs) and not self.records[self.reach().maker(ref)][2]
 
     def is_leaf(self, t: Traced) -> bool:
         if not t.requires_grad or (t.ref in self.leaves and t.ref not in self.computed):
             return True
-        # a view has no history then; what else requires grad was written to since
+        # a view has no history then; other values that require grad were written since
         return t.ref in self.reach().bases and self.made_quietly(t.ref)
 
     def adopt_leaves(self) -> None:
@@ -103,9 +103,9 @@ class Autograd:
         self.made.clear()
 
     def requires_grad(self, t: Traced, ref: int | None = None) -> bool:
-        """Whether autograd would record from here: a path of differentiable steps leads back to a
-        leaf that requires grad. ``ref``: the number that a value of an outer recording has in this
-        one."""
+        """Return whether autograd would record from here: a path of differentiable steps leads
+        back to a leaf that requires grad. ``ref``: the number that a value of an outer recording
+        has in this one."""
         ref = t.ref if ref is None else ref
         self.adopt_leaves()
         if (known := self.leaves.get(ref)) is not None:
@@ -113,7 +113,7 @@ class Autograd:
         return t.sig.differentiable and ref in self.active()
 
     def active(self) -> set[int]:
-        """The values that depend differentiably on a leaf, among those recorded so far."""
+        """Return the values that depend differentiably on a leaf, among those recorded so far."""
         return self.reach().active
 
     def reach(self) -> Reach:
@@ -127,12 +127,13 @@ class Autograd:
         return self._reached
 
     def reaches(self, ref: int, outs: Sequence[int]) -> bool:
-        """Whether one of ``outs`` was computed from the value ``ref``, as autograd sees it."""
+        """Return whether one of ``outs`` was computed from the value ``ref``, as autograd sees
+        it."""
         return not self.reach().of(ref, self.records, self.leaves).isdisjoint(outs)
 
     def leaves_of(self, outs: Sequence[int]) -> tuple[list[int], list[Traced]]:
-        """What ``.backward()`` of ``outs`` would give a gradient: leaves from outside, and tensors
-        made inside."""
+        """List the tensors that ``.backward()`` of ``outs`` would give a gradient: leaves from
+        outside, and tensors made inside."""
         self.adopt_leaves()
         outside = {i for i in range(len(self.inputs)) if self.leaves.get(i)}
         rewritten = set(map(id, self.rewritten))
@@ -149,9 +150,9 @@ class Autograd:
         ]
 
     def overwrite(self, refs: Sequence[int], kin: set[int]) -> None:
-        """The last record gave the first of ``refs`` the value of the others. If it, or one of its
-        ``kin``, required grad, it still does, though nothing of it is left: its gradient is zero.
-        (What is copied to a whole argument last is copied outside, too.)"""
+        """Note that the last record gave the first of ``refs`` the value of the others. If it, or
+        one of its ``kin``, required grad, it still does, with gradient zero, as nothing of it is
+        left. (A copy to a whole argument that comes last is made outside, too.)"""
         active, base = self.active(), self.reach().bases.get(refs[0], refs[0])
         record = len(self.records) - 1
         copies = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
@@ -164,11 +165,12 @@ class Autograd:
             self.copied.append((record, base))
 
     def forget(self) -> None:
-        """The recording went back."""
+        """Forget the records that the recording went back over."""
         self._reached = None
 
     def settle(self) -> None:
-        """Remember what outside tensors are now: what is asked later is answered as if now."""
+        """Remember the present state of outside tensors: later questions are answered as of
+        now."""
         if self.rewritten:
             self.reach()
         else:
@@ -190,29 +192,29 @@ class Autograd:
 
 
 def needs_grad(t: Tensor) -> bool:
-    """Whether a tensor from outside requires grad; a value of an outer recording, there."""
+    """Return whether a tensor from outside requires grad; a value of an outer recording, there."""
     return t.tracer.autograd.requires_grad(t) if t.__class__ is Traced else t.requires_grad
 
 
 class Reach:
-    """The values of a recording that a differentiable path leads to from ``active`` ones and, as
-    they are when they are used, from tensors of ``lifted`` that require grad."""
+    """The values of a recording that a differentiable path leads to, from ``active`` ones and from
+    tensors of ``lifted`` that require grad when they are used."""
 
     def __init__(self, active: set[int], count: int, lifted: Sequence[Tensor] = ()) -> None:
         self.active, self.lifted = active, lifted
         self.settled: list[bool] | None = None
-        #: for each record that is done, how many values there were after it
+        #: for each record done so far, the number of values after it
         self.ends: list[int] = []
         self.count = count
         self.bases: dict[int, int] = {}  # of each view the value that it shows
         self.views: dict[int, list[int]] = {}  # and the views of each value
 
     def maker(self, ref: int) -> int:
-        """The record that made a value."""
+        """Return the record that made a value."""
         return bisect_right(self.ends, ref)
 
     def of(self, ref: int, records: list[Record], leaves: dict[int, bool]) -> set[int]:
-        """What a path leads to from ``ref`` alone."""
+        """Return the values that a path leads to from ``ref`` alone."""
         start = self.maker(ref) + 1 if ref >= self.count else 0
         active = {ref}
         for k in range(start, len(records)):
@@ -220,8 +222,8 @@ class Reach:
         return active
 
     def extend(self, records: list[Record], leaves: dict[int, bool]) -> None:
-        """Go as far as the recording has come; ``leaves`` may say of a value that it requires no
-        grad."""
+        """Extend the reach to the present end of the recording; ``leaves`` may tell that a value
+        requires no grad."""
         for k in range(len(self.ends), len(records)):
             instr, refs, grad, *_ = records[k]
             first = self.ends[-1] if k else self.count
@@ -243,8 +245,8 @@ class Reach:
                 self.step(self.active, records[k], k, leaves)
 
     def use(self, i: int) -> None:
-        """An outside tensor, as it is now; a value of an outer recording is there what it was
-        before it was written."""
+        """Use an outside tensor in its present state; a value of an outer recording counts as it
+        was before it was written."""
         t = self.lifted[i]
         if needs_grad(t) if self.settled is None else self.settled[i]:
             self.active.add(-1 - i)
@@ -259,8 +261,8 @@ class Reach:
         leaves: dict[int, bool],
         unseen_views: bool = True,
     ) -> None:
-        """Add to ``active`` what record ``k`` makes of the values there. ``unseen_views``: also
-        views made under no_grad, which require grad if what they show does."""
+        """Add to ``active`` the values that record ``k`` makes of active ones. ``unseen_views``:
+        also views made under no_grad, which require grad if the value that they show does."""
         instr, refs, grad, *_ = record
         seen = grad or (unseen_views and instr.facts.view_of is not None and refs)
         if active.isdisjoint(refs) or instr.facts.untracked or not seen:

@@ -1,5 +1,5 @@
-"""Batch norm's cumulative average (``momentum=None``), whose factor is a number that it asks a
-counter for."""
+"""Batch norm's cumulative average (``momentum=None``), whose factor is a number read from a
+counter."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .traced import current
 
 
 def averaging(forward: Callable) -> Callable:
-    """``_BatchNorm.forward``, which computes with the counter as a tensor while a function is
-    captured."""
+    """Return ``_BatchNorm.forward``, which computes with the counter as a tensor while a function
+    is captured."""
 
     @functools.wraps(forward)
     def method(self, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -25,7 +25,7 @@ def averaging(forward: Callable) -> Callable:
         self._check_input_dim(x)
         count.add_(1)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        # which leaves the batch's there
+        # this leaves the batch's statistics there
         out = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
         with torch.no_grad():
             for average, new in ((self.running_mean, mean), (self.running_var, var)):

@@ -27,8 +27,7 @@ clear_cache = torch.clear_autocast_cache
 def record_cast(
     trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any
 ) -> Any:
-    """``_to_copy``: where it is autocast's of a leaf, what that has been cast to before, or is
-    now, to be kept."""
+    """Record ``_to_copy``. Autocast's cast of a leaf is kept, and found again for later uses."""
     if (
         dtype is None
         or kwargs
@@ -44,7 +43,7 @@ def record_cast(
 
 
 def kept(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The cast of a leaf that all its uses share."""
+    """Return the cast of a leaf that all its uses share."""
     ref, sig = trace.ref_of(x)
     made = trace.casts.get((ref, dtype))
     if made is None:
@@ -57,7 +56,7 @@ def kept(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nesting() -> int:
-    """How many autocast contexts have been entered."""
+    """Return how many autocast contexts have been entered."""
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 

@@ -6,16 +6,16 @@ import gc
 import os
 import threading
 
-#: what is under way, by thread; the collector belongs to the process, so the last to leave puts it
-#: back
+#: the threads that make graphs; the collector belongs to the process, so the last one switches it
+#: on again
 _pauses: dict[object, int] = {}
 _lock = threading.Lock()
 _was_on = False
 
 
 class paused_gc:
-    """No cyclic garbage collection meanwhile: graphs are many small objects that live on, and
-    scanning them again and again is most of the time of making them."""
+    """Pause cyclic garbage collection: graphs are many small objects that live on, and scanning
+    them again and again would be most of the time of making them."""
 
     __slots__ = ()
 
@@ -47,7 +47,7 @@ def _leave(mine: object) -> None:
 
 
 def _alone() -> None:
-    """In a forked process only the thread that forked goes on."""
+    """Forget other threads: in a forked process only the thread that forked goes on."""
     global _lock
     _lock = threading.Lock()
     for key in [k for k, thread in _pauses.items() if thread != threading.get_ident()]:

@@ -1,5 +1,5 @@
-"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers: PyTorch would read them from memory; they
-are stacked.
+"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers. PyTorch would read them from memory; here
+they are stacked.
 
 As in eager no derivative goes through. The functions are exchanged while a recording is under way.
 """
@@ -19,7 +19,7 @@ from .traced import Traced, current, under_way
 
 
 def to_stack(data: Any) -> bool:
-    """Whether nested lists hold a number that would have to be read now."""
+    """Return whether nested lists hold a number that would have to be read now."""
     if not isinstance(data, list | tuple) or current() is None or under_way.quiet:
         return False
     return any(
@@ -30,8 +30,8 @@ def to_stack(data: Any) -> bool:
 def stacked_numbers(
     data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bool = False
 ) -> Tensor:
-    """The tensor of nested lists of numbers and tensors of one element each; the common dtype if
-    ``dtype`` is None."""
+    """Return the tensor of nested lists of numbers and tensors of one element each; the common
+    dtype if ``dtype`` is None."""
     if dtype is None:
         dtype = functools.reduce(
             torch.promote_types, (torch.as_tensor(x).dtype for x in leaves(data))
@@ -56,7 +56,7 @@ def stacked_numbers(
 
 
 def stacking(make: Callable) -> Callable:
-    """``torch.tensor`` and its like, for lists of traced numbers too."""
+    """Return ``torch.tensor`` and its like, for lists of traced numbers too."""
 
     @functools.wraps(make)
     def function(data: Any, *args: Any, **kwargs: Any) -> Any:

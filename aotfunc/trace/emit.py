@@ -1,5 +1,5 @@
-"""Making graph nodes fast: one small emitter, which merges equal nodes and rewrites them by local
-rules as they are made.
+"""Make graph nodes fast: one small emitter merges equal nodes and applies local rewritings as
+nodes are made.
 
 ``fx.Graph.create_node`` walks its arguments as a tree and names through regular expressions, 15 to
 30 µs a node. The emitter does the same bookkeeping directly; it knows private fields of
@@ -26,7 +26,7 @@ from .shapes.sig import Facts, Sig, Slot, sig_of
 
 #: a rewriting of one op: ``(builder, val, *args) -> Node | None`` (None: leave it)
 Rewrite = Callable[..., Any]
-#: what stands for a call in a copy of its graph: ``(builder, call, copies by node) -> nested
+#: a stand-in for a call in a copy of its graph: ``(builder, call, copies by node) -> nested
 #: nodes``
 Visit = Callable[["Builder", Node, dict[Node, Any]], Any]
 
@@ -35,7 +35,7 @@ _aten = torch.ops.aten
 
 
 def base_name(target: Any) -> str:
-    """What a node of this target is called, before numbering."""
+    """Return the name of a node of this target, before numbering."""
     if target.__class__ is not OpOverload:
         return getattr(target, "__name__", type(target).__name__).lower()
     name = _names.get(target)
@@ -45,7 +45,7 @@ def base_name(target: Any) -> str:
 
 
 _names: dict[OpOverload, str] = {}  # of ops only: compiled calls come and go
-#: names that mean something in the code of an fx.GraphModule
+#: names that have a meaning in the code of an fx.GraphModule
 _BUILTIN = frozenset(
     (*dir(builtins), "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")
 )
@@ -150,12 +150,12 @@ class Builder:
         return node
 
     def call(self, target: OpOverload, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`node`, with the signature of the result inferred."""
+        """Add a node as :meth:`node` does, with the inferred signature of its result."""
         return self.node(target, args, kwargs, infer_val(target, args, kwargs))
 
     def again(self, target: OpOverload, args: tuple, kwargs: dict, val: Any) -> tuple[tuple, Any]:
-        """``(args, signature)`` of a call whose arguments lie otherwise than when it was recorded.
-        Those that the kernel would misread are copied, and what cannot be viewed so."""
+        """Return ``(args, signature)`` of a call whose arguments lie otherwise than when it was
+        recorded. Those that the kernel would misread are copied, and what cannot be viewed so."""
         copy = lambda a, form: self.call(_aten.clone.default, a, memory_format=form)
         if copies := misread(
             target, [a.meta["val"] if a.__class__ is Node else None for a in args]
@@ -172,14 +172,14 @@ class Builder:
         return args, infer_val(target, args, kwargs)
 
     def reshape(self, x: Node, shape: Sequence[int]) -> Any:
-        """A view of ``x`` in this shape, of a copy where it has none."""
+        """Return a view of ``x`` in this shape, or of a copy if it has none."""
         view = _aten.view.default
         args, val = self.again(view, (x, list(shape)), {}, None)
         return self.node(view, args, {}, val)
 
     def call_like(self, n: Node, env: Mapping[Node, Any], moved: bool = False) -> Any:
-        """The copy of a call, which reads what ``env`` has for its arguments. Where some of that
-        has ``moved`` (it lies, or is laid out, otherwise than the call was recorded for), the
+        """Return the copy of a call, which reads its arguments from ``env``. Where some of these
+        have ``moved`` (they lie, or are laid out, otherwise than the call was recorded for), the
         signature is inferred anew."""
         args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
         if moved and n.target is operator.getitem:
@@ -190,7 +190,7 @@ class Builder:
         return self.node(n.target, args, kwargs, val)
 
     def item(self, node: Any, i: int) -> Any:
-        """The i-th output of a node with several."""
+        """Return the i-th output of a node with several."""
         if node.__class__ is not Node:
             return node[i]
         return self.node(operator.getitem, (node, i), {}, node.meta["val"][i])
@@ -200,8 +200,9 @@ class Builder:
     def copy(
         self, nodes: Iterable[Node], env: dict[Node, Any], visit: Visit | None = None
     ) -> None:
-        """Copy nodes, and put the copies into ``env``; a placeholder that is not in there becomes
-        an input. ``visit`` returns what stands for a call, or NotImplemented: its copy does."""
+        """Copy nodes, and put the copies into ``env``; a placeholder that is not in there
+        becomes an input. ``visit`` returns a stand-in for a call, or NotImplemented for the
+        call's copy."""
         for n in nodes:
             if n.op == "placeholder" and n not in env:
                 [env[n]] = self.inputs([n])
@@ -231,8 +232,8 @@ class Builder:
         return remap(outputs, env)
 
     def inlined(self, program: Program, inputs: Sequence[Any]) -> list:
-        """What a program returns for these inputs, new values of written ones included, in this
-        graph."""
+        """Copy a program into this graph for these inputs; return its results, new values of
+        written inputs included."""
         return list(self.splice(program.graph, inputs, program.outputs))
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:
@@ -248,7 +249,7 @@ class Builder:
 
 
 def displaced(planned: Any, x: Any) -> bool:
-    """Whether a value begins elsewhere in its storage, or is laid out otherwise, than was
+    """Return whether a value begins elsewhere in its storage, or is laid out otherwise, than was
     planned."""
     sig = x.meta["val"] if x.__class__ is Node else None
     if sig is planned or sig.__class__ is not Sig or planned.__class__ is not Sig:
@@ -260,14 +261,14 @@ _CARRIED = ("line", "region", "draw")
 
 
 def carried(n: Node) -> dict[str, Any]:
-    """What a copy of a node keeps: the user's line, its checkpointed region, the number of its
-    draw."""
+    """Return the metadata that a copy of a node keeps: the user's line, its checkpointed region,
+    the number of its draw."""
     meta = n.meta
     return {k: meta[k] for k in _CARRIED if k in meta}
 
 
 def remap(a: Any, env: Mapping[Node, Any]) -> Any:
-    """``a`` with its nodes replaced."""
+    """Return ``a`` with its nodes replaced."""
     cls = a.__class__
     if cls is Node:
         return env[a]
@@ -287,7 +288,7 @@ def draw_op(target: Any) -> bool:
 
 
 def mergeable(target: Any) -> bool:
-    """Whether two equal calls may be one: not draws, effects, nor uninitialised memory."""
+    """Return whether two equal calls may be one: not draws, effects, nor uninitialised memory."""
     if target.__class__ is OpOverload:
         mine = _mergeable.get(target)
         if mine is None:
@@ -304,7 +305,7 @@ _mergeable: dict[Any, bool] = {}
 
 
 def adds_apart(target: Any, args: Sequence[Any], val: Any) -> bool:
-    """Whether two such calls cannot be one, because it shows in which dtype, or order, the
+    """Return whether two such calls cannot be one, because it shows in which dtype, or order, the
     gradients of their results are added: a cast, and what has few digits."""
     if val.__class__ is Sig and val.dtype in (torch.bfloat16, torch.float16):
         return True
@@ -347,7 +348,7 @@ def _key_part(a: Any, key: list) -> None:
 
 
 def drop_dead(graph: fx.Graph, out: Node) -> None:
-    """Dead-code elimination in one sweep from the back."""
+    """Drop dead code in one sweep from the back."""
     for n in reversed(list(graph.nodes)):
         if (
             n.users
@@ -369,7 +370,7 @@ def erase(graph: fx.Graph, n: Node) -> None:
 
 
 def infer_val(target: OpOverload, args: tuple, kwargs: dict) -> Any:
-    """The signature(s) of what an op returns for nodes and literals."""
+    """Return the signature(s) of what an op returns for nodes and literals."""
     key: list = [target._op]
     sigs: list[Sig] = []
 

@@ -1,4 +1,4 @@
-"""The way into aotfunc and back to the user's function: tracebacks without our frames, and
+"""The ways into aotfunc and back to the user's function: tracebacks without our frames, and
 function modes (``torch.set_default_device`` is one) that see the user's calls and none of ours.
 
 A ``TorchFunctionMode`` is asked at each ``x.shape``: what is looked at here would be most of what
@@ -31,9 +31,9 @@ _aside = _Aside()
 
 
 def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
-    """Mark ``f`` as a way into aotfunc: errors leave it with a short traceback, the user's lines
-    (``AOTFUNC_TRACEBACK=full`` shows all), and function modes are off but in :func:`as_outside`.
-    Dynamo reads ``in_graph`` instead, or does not look into it."""
+    """Mark ``f`` as a way into aotfunc: errors leave it with a short traceback of the user's lines
+    (``AOTFUNC_TRACEBACK=full`` shows all), and function modes are off except in
+    :func:`as_outside`. Dynamo reads ``in_graph`` instead, or does not look into it."""
 
     @functools.wraps(f)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
 
 
 def without_function_modes(f: Callable, *args: Any, **kwargs: Any) -> Any:
-    """``f(*args, **kwargs)`` with them set aside."""
+    """Return ``f(*args, **kwargs)`` with function modes set aside."""
     if not modes_are_on():
         return f(*args, **kwargs)
     outer, _aside.state = _aside.state, _state()
@@ -68,7 +68,8 @@ def without_function_modes(f: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def as_outside(f: Callable, *args: Any, **kwargs: Any) -> Any:
-    """``f(*args, **kwargs)``, the user's, with the function modes that there were."""
+    """Return ``f(*args, **kwargs)``, the user's, with the function modes that there were
+    outside."""
     mine = _aside.state
     if mine is None:
         return f(*args, **kwargs)
@@ -82,7 +83,7 @@ def as_outside(f: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def short_traceback(traceback: TracebackType | None) -> TracebackType | None:
-    """Without frames of ours, nor of torch's that these call."""
+    """Return the traceback without our frames, nor torch's that these call."""
     shown, hidden = [], False
     while traceback is not None and not FULL:
         name = traceback.tb_frame.f_code.co_filename

@@ -31,8 +31,8 @@ LOW = (torch.float16, torch.bfloat16)
 
 
 class Expression:
-    """A value that ``step`` computes: an operator and the places of what it takes, the place of a
-    number among those that are followed, or a constant."""
+    """A value that ``step`` computes: an operator with the places of its operands, the place of a
+    followed number, or a constant."""
 
     def __init__(self, home: Following, place: int, value: float) -> None:
         self.home, self.place, self.value = home, place, value
@@ -45,7 +45,7 @@ class Expression:
         return self.value
 
     def input(self) -> Tensor:
-        """What stands for it in recordings."""
+        """Return the input that stands for it in recordings."""
         if self.tensor is None:
             (self.tensor,) = as_inputs([self.value])
             self.home.inputs.append(self)
@@ -58,17 +58,17 @@ def as_inputs(values: Sequence[float]) -> list[Tensor]:
 
 
 class Origin(NamedTuple):
-    """How an expression comes about: ``op`` of the values at ``parts``, or, without one, the
-    number that is followed at place ``parts``, or the constant in it."""
+    """The origin of an expression: ``op`` of the values at ``parts``; without an op, the number
+    followed at place ``parts``, or the constant in it."""
 
     op: Callable | None
     parts: Any
 
 
 class Following:
-    """What one capture follows: numbers by their place among those of the call. ``places`` says
-    which leaves of the arguments these are. A compiler that ``rounds`` inputs to the precision of
-    what they are computed with gets numbers as literals in low precision."""
+    """The numbers that one capture follows, by their place among those of the call. ``places`` are
+    the arguments' leaves that hold them. A compiler that ``rounds`` inputs to the precision of
+    other operands gets numbers as literals in low precision."""
 
     def __init__(self, values: dict[int, float], places: Sequence[int], rounds: bool) -> None:
         self.places, self.rounds = places, rounds
@@ -79,7 +79,7 @@ class Following:
         self.leaves = {i: self.expression(("given", i), x, i) for i, x in values.items()}
 
     def among(self, leaves: Sequence[Any]) -> list[Any]:
-        """The leaves of the arguments for the capture."""
+        """Return the leaves of the arguments for the capture."""
         new = list(leaves)
         for i, e in self.leaves.items():
             new[self.places[i]] = standing_for(e)
@@ -102,16 +102,16 @@ class Following:
             e.ask()
 
     def asked(self) -> set[int]:
-        """The places of those numbers that the function does more with than compute."""
+        """Return the places of numbers that the function does more with than compute."""
         return self.behind([e for e in self.known.values() if e.asked])
 
     def free(self) -> set[int]:
-        """The places of those numbers on whose values the recording does not depend."""
+        """Return the places of numbers on whose values the recording does not depend."""
         fixed = self.behind([e for e in self.known.values() if e.asked or e.literal])
         return {*self.leaves} - fixed
 
     def behind(self, found: Sequence[Expression]) -> set[int]:
-        """The places of those numbers that these expressions are made of."""
+        """Return the places of the numbers that these expressions are made of."""
         reached = {e.place for e in found}
         for place, (op, parts) in reversed([*enumerate(self.steps)]):
             if op is not None and place in reached:
@@ -119,7 +119,7 @@ class Following:
         return {i for i, e in self.leaves.items() if e.place in reached}
 
     def escaped(self) -> bool:
-        """Whether a number lives on: it was returned, or put somewhere."""
+        """Return whether a number lives on: it was returned, or put somewhere."""
         if any(ref() is not None for ref in self.made):
             gc.collect()
         kept = [x for ref in self.made if (x := ref()) is not None]
@@ -129,7 +129,7 @@ class Following:
 
 
 class Node:
-    """What PyTorch asks a SymFloat or a SymInt by."""
+    """The attributes that PyTorch asks a SymFloat or a SymInt for."""
 
     def __init__(self, expression: Expression) -> None:
         self.expression = expression
@@ -150,11 +150,11 @@ class Node:
         return int(self.expression.ask())
 
     def maybe_as_int(self) -> None:
-        """It is no constant."""
+        """Return None: the number is no constant."""
 
 
 class Number:
-    """Stands for a number during a capture."""
+    """The stand-in for a number during a capture."""
 
     def __init__(self, expression: Expression) -> None:
         self.node, self.expression = Node(expression), expression
@@ -185,7 +185,7 @@ class Number:
 
 
 def as_number(x: Any) -> Any:
-    """A number instead of what stands for it."""
+    """Return the number that a stand-in stands for."""
     return x.expression.ask() if type(x) in KINDS.values() else x
 
 
@@ -215,7 +215,7 @@ def computing(name: str, reflected: bool) -> Callable:
 
 
 def by_operator(frame: Any) -> bool:
-    """Whether a frame is at a ``+``, and not in a call of what adds."""
+    """Return whether a frame is at a ``+``, and not in a call of what adds."""
     return frame.f_code.co_code[frame.f_lasti] == _BINARY_OP
 
 
@@ -233,7 +233,7 @@ def operator_result(home: Following, op: Callable, operands: tuple) -> Any:
 
 
 def methods_of(cls: type) -> dict[str, Callable]:
-    """The methods of what stands for numbers of a class."""
+    """Return the methods of stand-ins for numbers of a class."""
     own = {*dir(object), "__getnewargs__", "__getformat__"} - {"__str__", "__repr__", "__format__"}
     methods = {n: asking(n) for n in dir(cls) if n not in own and callable(getattr(cls, n))}
     for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
@@ -252,8 +252,8 @@ def kinds(bases: dict[type, tuple]) -> dict[type, type[Number]]:
     return {cls: type("Number", (Number, *of), methods_of(cls)) for cls, of in bases.items()}
 
 
-#: what stands for numbers of a class during a capture, and what becomes of it if something keeps
-#: it: of what is no SymFloat, PyTorch does not make a tensor without a value
+#: the stand-ins for numbers of a class during a capture, and their values if something keeps them:
+#: PyTorch makes a tensor without a value of a SymFloat only
 KINDS = kinds({float: (SymFloat,), int: (SymInt,)})
 _KEPT = kinds({float: (), int: ()})
 
@@ -266,7 +266,7 @@ def standing_for(expression: Expression) -> Number:
 
 
 def expressions_in(x: Any) -> Iterator[Expression]:
-    """Those of the numbers among an op's arguments."""
+    """Return the expressions of the numbers among an op's arguments."""
     if (found := expression_of(x)) is not None:
         yield found
     elif type(x) in (tuple, list):
@@ -287,7 +287,7 @@ def expression_of(x: Any) -> Expression | None:
 
 
 def with_values(x: Any) -> Any:
-    """An op's arguments with plain numbers."""
+    """Return an op's arguments with plain numbers."""
     if (found := expression_of(x)) is not None:
         return found.value
     if type(x) in (tuple, list):
@@ -308,8 +308,8 @@ class Recipe:
         self.inputs = [(at[id(e.tensor)], e.place, type(e.value)) for e in used]
 
     def inputs_for(self, values: Sequence[float]) -> list[tuple[int, Tensor]] | None:
-        """Which they are among the closed-over tensors, and the tensors; None where other numbers
-        would have led to another program."""
+        """Return which they are among the closed-over tensors, and the tensors; None where other
+        numbers would have led to another program."""
         found: list[Any] = []
         try:
             for op, parts in self.steps:

@@ -1,4 +1,4 @@
-"""From a recording to a functional graph: nothing in it mutates and nothing aliases.
+"""Make a functional graph of a recording: nothing in it mutates and nothing aliases.
 
 A recording that never writes is copied as it is; otherwise :mod:`.values` says which node a tensor
 is by now. Intent is made explicit by :mod:`.marks`, so that it survives every later rewriting."""
@@ -56,7 +56,7 @@ class Functionalizer(ValueNodes):
         self.b.meta = {}
 
     def _nodes(self, instr: Instr, refs: Sequence[int], grad: bool) -> list[Any]:
-        """The values of an op's tensors, and of its number where that is no literal."""
+        """Return the values of an op's tensors, and of its number if that is no literal."""
         nodes: list[Any] = [self.read(r, grad) for r in refs]
         if instr.number is torch.float32 and scalar_of(nodes) is None:
             i = instr.sigs.index(NUMBER)
@@ -91,8 +91,8 @@ class Functionalizer(ValueNodes):
                     self._results(self.b.item(out, i), o, grad, how)
 
     def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:
-        """A view shares the storage of its argument, the first tensor; another says where it
-        starts."""
+        """Return a view of the storage of its argument, the first tensor; another argument tells
+        where it starts."""
         base = self.env[refs[0]]
         outs = instr.outs
         if not self.intent and instr.op is aten.detach.default:
@@ -113,7 +113,7 @@ class Functionalizer(ValueNodes):
             ref = self.number
             self.number += 1
             self.env[ref] = self.seen(base, instr.op, args, instr.kwargs, i, sig)
-            # which is a cut itself
+            # the marking op is a cut itself
             cut = refs[0] in self.cut and instr.op is not aten.detach.default
             if cut or (not grad and sig.differentiable):
                 self.cut[ref] = self.how_cut(instr, refs)
@@ -154,7 +154,7 @@ class Functionalizer(ValueNodes):
         else:
             twin = functional_twin(op, line)
             news = self._twin_results(twin, instr, nodes)
-        # what is read of the copy is not read of its source
+        # values read from the copy are not read from its source
         if op is aten.copy_.default and not self.direct:
             news[0] = self.b.call(aten.clone.default, news[0])
         if self.intent and grad and op in TRUTH and nodes[0].meta["val"].differentiable:
@@ -163,7 +163,7 @@ class Functionalizer(ValueNodes):
             news[0] = self.still_requiring_grad(nodes[0], news[0], written[0])
         for ref, new in zip(written, news[-len(written) :], strict=True):
             self.write(ref, new, grad, line)
-        # results that are not the written arguments themselves
+        # results other than the written arguments
         extra = news[: len(news) - len(written)] if len(news) > len(written) else []
         outs = instr.outs if isinstance(instr.outs, tuple) else (instr.outs,)
         fresh = [o for o, same in zip(outs, facts.same, strict=False) if same is None]
@@ -171,7 +171,7 @@ class Functionalizer(ValueNodes):
             self._results(self.fitted(new, o) if o.__class__ is Sig else new, o, grad)
 
     def truth(self, op: OpOverload, nodes: list[Node], new: Node) -> Node:
-        """What an op that answers with truth values leaves in a tensor of numbers."""
+        """Return the truth values that an op leaves in a tensor of numbers."""
         old, *others = nodes
         if op in COMPARISONS:
             old = self.b.call(aten.mul.Tensor, old, 0)
@@ -184,8 +184,8 @@ class Functionalizer(ValueNodes):
         )
 
     def still_requiring_grad(self, old: Node, new: Node, ref: int) -> Node:
-        """The new value of a tensor that requires grad, and does so still: the derivative of the
-        old one is zero; that of a view is the base's, in which these places became zero."""
+        """Return the new value of a tensor that requires grad, and does so still: the derivative
+        of the old one is zero; that of a view is the base's, in which these places became zero."""
         new = self.fitted(new, old.meta["val"])
         if ref in self.trace.autograd.reach().bases:
             sig: Sig = old.meta["val"]
@@ -212,7 +212,7 @@ class Functionalizer(ValueNodes):
 
 
 def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> list[Node]:
-    """A placeholder for each input and each lifted tensor of a recording."""
+    """Return a placeholder for each input and each lifted tensor of a recording."""
     made = []
     count, sigs = len(trace.inputs), trace.signatures()
     for i, sig in enumerate(sigs[:count]):
@@ -226,7 +226,7 @@ def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> li
 
 
 def scalar_of(values: Sequence[Any]) -> float | None:
-    """The number among an op's values; None where that is a node, too."""
+    """Return the number among an op's values; None if it is a node, too."""
     return next((v for v in values if v.__class__ is float or v.__class__ is int), None)
 
 

@@ -1,6 +1,6 @@
-"""What PyTorch's autograd knows of tensors from outside that a recording writes to: meanwhile what
-it would know in eager mode, so that they answer for themselves; afterwards nothing, for the
-program is yet to run."""
+"""The autograd histories of outside tensors that a recording writes to: those of eager mode while
+it records, so that the tensors answer for themselves, and none afterwards, as the program has not
+run yet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class GiveHistory(Function):
-    """Gives a tensor a history, and does not touch its values."""
+    """Give a tensor a history without touching its values."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
@@ -31,9 +31,9 @@ class GiveHistory(Function):
 
 
 def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence[Any]) -> None:
-    """Keep autograd's own record of a write off outside tensors; C++ makes one where parameters
-    take part. It is taken back when the recording ends; a write to a tensor that has an older one
-    is refused."""
+    """Keep autograd's own record of a write off outside tensors; C++ makes one if parameters take
+    part. It is taken back when the recording ends; a write to a tensor with an older one is
+    refused."""
     tracked = [t for t in args if requires_grad(t)]
     if not tracked:
         follow_writes(trace, written)
@@ -54,7 +54,7 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
 
 
 def follow_writes(trace: Trace, written: Sequence[Any]) -> None:
-    """Let outside tensors that were just written to require grad if what was written does."""
+    """Let outside tensors that were just written require grad if the written value does."""
     for t in written:
         owner = t._base if t._is_view() else t
         if (
@@ -67,24 +67,24 @@ def follow_writes(trace: Trace, written: Sequence[Any]) -> None:
         if trace.seen_as(owner) in trace.autograd.active():
             trace.rewritten.append(owner)
             with quiet():
-                # which is not redirected
+                # this function is not redirected
                 super(Function, GiveHistory).apply(owner, torch.empty(0, requires_grad=True))
                 # a view finds out only when it is asked
                 _ = torch._C.TensorBase.grad_fn.__get__(t)
 
 
 def has_history(t: Tensor) -> bool:
-    """Whether it has a history for the time of a recording."""
+    """Return whether it has a history for the time of a recording."""
     return any(t is r for trace in under_way.traces for r in trace.rewritten)
 
 
 def is_part(t: Tensor, owner: Tensor) -> bool:
-    """Whether ``t`` is a view made outside: its history could not be taken back."""
+    """Return whether ``t`` is a view made outside: its history could not be taken back."""
     return owner is not t and t.__class__ is not Traced
 
 
 def take_back(trace: Tape) -> None:
-    """Nothing was written after all: PyTorch has counted writes that were recorded."""
+    """Take back the versions: PyTorch has counted writes that were only recorded."""
     written = [(t, version) for t, version in trace.versions if t._version != version]
     trace.versions.clear()
     if not (written or trace.rewritten):
@@ -92,6 +92,6 @@ def take_back(trace: Tape) -> None:
     with quiet():
         for t in trace.rewritten:
             torch._C.TensorBase.detach_(t)
-        # those that share memory count together, and the first one had it right
+        # tensors that share memory count together, and the first one had it right
         for t, version in reversed(written):
             torch._C._autograd._unsafe_set_version_counter((t,), (version,))

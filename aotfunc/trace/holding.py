@@ -1,4 +1,4 @@
-"""Whether an object holds a traced value, however deep."""
+"""Find whether an object holds a traced value, however deep."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from .traced import Traced
 
-#: what nothing can be changed of, or what is known by its name
+#: objects that nothing changes, or that are known by their name
 SHARED = (type, types.ModuleType, types.BuiltinFunctionType)
 
 
 def holds_traced(x: Any, seen: set[int]) -> bool:
-    """Whether there is a traced value in an object, beside those in objects that were ``seen``, by
-    ``id``."""
+    """Return whether there is a traced value in an object, beside those in objects that were
+    ``seen``, by ``id``."""
     todo, seen, alive = [x], set(seen), []
     while todo:
         e = todo.pop()
@@ -31,7 +31,7 @@ def holds_traced(x: Any, seen: set[int]) -> bool:
 
 
 def contents(x: Any) -> Iterator[Any]:
-    """What an object holds."""
+    """Yield what an object holds."""
     cls = type(x)
     if cls is types.FunctionType:
         yield from [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
@@ -50,7 +50,7 @@ def contents(x: Any) -> Iterator[Any]:
 
 
 def slots_of(cls: type) -> list[str]:
-    """The names of the slots that instances of a class have."""
+    """Return the names of the slots that instances of a class have."""
     own = [c.__dict__ for c in cls.__mro__ if "__slots__" in c.__dict__]
     return [
         n for table in own for n, e in table.items() if isinstance(e, types.MemberDescriptorType)

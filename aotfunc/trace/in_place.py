@@ -1,5 +1,5 @@
-"""What an op that writes does to traced tensors: its results, their new metadata, and what is
-refused."""
+"""The effects of an op that writes to traced tensors: its results, their new metadata, and
+refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPE_OF_GRADIENT = (
     " changes the shape of a tensor whose gradient would keep the old one; make a view of it"
 )
 
-#: writes after which nothing is left of the derivative of what they write to
+#: writes that leave nothing of the old derivative
 OVERWRITES = frozenset(
     getattr(packet, name)
     for packet in (
@@ -50,7 +50,7 @@ OVERWRITES = frozenset(
 def write_results(
     trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dict | None
 ) -> Any:
-    """Results of an op that writes: the written arguments themselves, refreshed where their
+    """Return results of an op that writes: the written arguments themselves, refreshed where their
     metadata changed."""
     facts = Facts(op)
     if kwargs and (made := resize_out(trace, op, outs, args, kwargs)) is not None:
@@ -105,9 +105,8 @@ def write_results(
 
 
 def resize_out(trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dict) -> Any:
-    """The results of an op for which PyTorch resizes what is passed as ``out=``, where the
-    function has made that and nothing else shows it: it becomes what the op returns. None if that
-    is not so."""
+    """Return the results of an op that would resize its ``out=`` argument, if the function has
+    made that tensor and nothing else shows it: it becomes the op's result. None otherwise."""
     names, twin = [Facts(op).names[i] for i in Facts(op).writes], twin_of(op)
     if twin is None or not all(n in kwargs for n in names):
         return None
@@ -131,8 +130,8 @@ def resize_out(trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dic
 
 
 def is_alone(trace: Trace, t: Tensor) -> bool:
-    """Whether a tensor was made in this recording, of no other's memory, without a gradient, and
-    no other shows its memory."""
+    """Return whether a tensor was made in this recording, of no other's memory, without a
+    gradient, and no other shows its memory."""
     if t.__class__ is not Traced or t.tracer is not trace or t.requires_grad:
         return False
     return (
@@ -166,7 +165,7 @@ def check_reshaped(trace: Trace, op: OpOverload, t: Tensor, new: Sig) -> None:
 
 
 def refresh(t: Traced, sig: Sig) -> None:
-    """``t`` has other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
+    """Give ``t`` other metadata from here on (``unsqueeze_``, a resized ``out=``)."""
     fresh = _wrapper(Traced, *sig.form)
     with quiet():
         torch._C.TensorBase.data.__set__(t, fresh)

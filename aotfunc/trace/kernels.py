@@ -1,5 +1,5 @@
-"""Kernels that read their arguments' memory as if it lay in one way only: what lies otherwise is
-copied before.
+"""Kernels that read their arguments' memory in one layout only: arguments in other layouts are
+copied first.
 
 PyTorch's own functions see to that before they call the kernels, and a capture records what they
 do. A transform or a rule calls the kernels with values that may lie otherwise; some then refuse,
@@ -19,17 +19,17 @@ aten = torch.ops.aten
 
 
 def is_contiguous(sig: Sig) -> bool:
-    """Contiguous; strides of dimensions of size 1 are moot."""
+    """Return whether the strides are contiguous; those of dimensions of size 1 do not count."""
     return 0 in sig.shape or in_order(sig, range(sig.ndim))
 
 
 def by_rows(sig: Sig) -> bool:
-    """The last dimension is innermost, with no gaps."""
+    """Return whether the last dimension is innermost, with no gaps."""
     return not sig.shape or sig.shape[-1] == 1 or sig.stride[-1] == 1
 
 
 def images(sig: Sig) -> torch.memory_format:
-    """As images of channels: channels_last where they lie so, else contiguous."""
+    """Return the format of images of channels: channels_last if they lie so, else contiguous."""
     for form, order in CHANNELS_LAST.items():
         if len(order) == sig.ndim and not is_contiguous(sig) and in_order(sig, order):
             return form
@@ -47,20 +47,20 @@ def by_rows_of(*positions: int) -> Callable:
 
 
 def normalised(sigs: Sequence[Sig]) -> dict[int, torch.memory_format]:
-    """A group norm: images in either format, weight and bias dense."""
+    """Return the copies for a group norm: images in either format, weight and bias dense."""
     there = {} if images(sigs[0]) is not torch.contiguous_format else densely(0)(sigs)
     return there | densely(1, 2)(sigs)
 
 
 def normalised_backward(sigs: Sequence[Sig]) -> dict[int, torch.memory_format]:
-    """The cotangent as the images."""
+    """Return the copies for a gradient: the cotangent as the images."""
     there, form = densely(2, 3, 4)(sigs), images(sigs[1])
     if form is torch.contiguous_format:
         return there | densely(0, 1)(sigs)
     return there if images(sigs[0]) is form else there | {0: form}
 
 
-#: op -> which of its arguments, given their signatures, are to be copied, and into which format
+#: op -> the arguments to copy, given their signatures, and into which format
 READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]]] = {
     aten.native_group_norm.default: normalised,
     aten.native_group_norm_backward.default: normalised_backward,
@@ -79,7 +79,7 @@ READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]
 
 
 def misread(op: Any, sigs: Sequence[Any]) -> dict[int, torch.memory_format]:
-    """Which arguments, by position, this kernel would read wrongly, and the format to copy each
-    into; ``sigs`` has a signature where there is a tensor."""
+    """Return which arguments, by position, this kernel would read wrongly, and the format to copy
+    each into; ``sigs`` has a signature where there is a tensor."""
     wanted = READ_AS_LAID.get(op)
     return {} if wanted is None else wanted(sigs)

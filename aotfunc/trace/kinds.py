@@ -1,4 +1,4 @@
-"""Which tensors a recording can stand for, and which have values to look at."""
+"""The tensors that a recording can stand for, and those that have values to look at."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _KINDS = {Tensor, torch.nn.Parameter, Traced}
 
 
 def dispatches(t: Tensor) -> bool:
-    """Whether a tensor is of a foreign subclass that answers ops itself."""
+    """Return whether a tensor is of a foreign subclass that answers ops itself."""
     cls = type(t)
     return cls not in _KINDS and getattr(cls, "__torch_dispatch__", _plain) is not _plain
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether a tensor is a FakeTensor, or AOTAutograd's around one: ops on it, so programs too,
-    say what shapes and dtypes they give."""
+    """Return whether a tensor is a FakeTensor, or AOTAutograd's around one: ops on it, so programs
+    too, say what shapes and dtypes they give."""
     return type(t).__module__ in (
         "torch._subclasses.fake_tensor",
         "torch._subclasses.functional_tensor",
@@ -74,8 +74,8 @@ _disabled = Traced.__torch_function__
 
 
 def ordinary_tensor(x: Any) -> Any:
-    """An instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the same
-    memory and history: its ``__torch_function__`` would be asked about the ops of programs.
+    """Return an instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the
+    same memory and history: its ``__torch_function__`` would be asked about the ops of programs.
     Anything else is itself."""
     cls = x.__class__
     if (
@@ -90,7 +90,7 @@ def ordinary_tensor(x: Any) -> Any:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of
+    """Return whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of
     torch.func's."""
     return not (
         dispatches(t) or t.device.type == "meta" or torch._C._functorch.is_batchedtensor(t)

@@ -1,4 +1,4 @@
-"""What an op does that a recording has not met before: its instruction."""
+"""Make the instruction of a call that a recording has not met before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-#: ops whose result has a shape that depends on the values of masks, and of no other tensor
+#: ops whose result's shape depends on the values of masks and of no other tensor
 SHAPED_BY_MASKS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_select.default)
 
 
@@ -82,8 +82,8 @@ def by_value(
     args: tuple,
     kwargs: dict,
 ) -> Any:
-    """The result's signature of an op whose shape depends on data: static if the meta kernel
-    can, else by running."""
+    """Return the result's signature of an op whose shape depends on data: static if the meta
+    kernel can, else by running."""
     if _by_values_alone.get(key) is None:
         try:
             return infer(func, targs, tkwargs, sigs)
@@ -104,16 +104,16 @@ def by_value(
 
 
 def shaping(func: OpOverload, sigs: Sequence[Any]) -> list[int]:
-    """Which of the tensors among an op's arguments have values that the shape of its result
-    depends on."""
+    """Return the positions of the tensors among an op's arguments whose values decide the shape of
+    its result."""
     if func not in SHAPED_BY_MASKS or 0 in sigs[0].shape:
         return list(range(len(sigs)))
     return [i for i, s in enumerate(sigs) if i and s.dtype in (torch.bool, torch.uint8)]
 
 
 def follows_default(instr: Instr, kwargs: dict) -> bool:
-    """Whether the dtype of the result is the default dtype: that of a factory, or of an op on
-    integers."""
+    """Return whether the dtype of the result is the default dtype: that of a factory, or of an op
+    on integers."""
     outs = instr.outs
     made = (
         outs.__class__ is Sig
@@ -124,6 +124,6 @@ def follows_default(instr: Instr, kwargs: dict) -> bool:
 
 
 def zeros_of(sig: Sig) -> Tensor:
-    """A tensor of this signature, one zero everywhere."""
+    """Return a tensor of this signature, one zero everywhere."""
     with quiet():
         return torch.zeros((), dtype=sig.dtype, device=sig.device).expand(sig.shape)

@@ -1,5 +1,5 @@
-"""The ops that write down in a graph what autograd would know: identities in value, each with a
-derivative of its own.
+"""Ops that write autograd's knowledge down in a graph: identities in value, each with a derivative
+of its own.
 
 A value made under ``torch.no_grad()`` and read outside passes through ``aten.detach``. A view made
 there passes through ``dead_end``: it requires grad if what it shows does, and has no derivative. A
@@ -51,11 +51,11 @@ def _fail(x: torch.Tensor, error: int) -> torch.Tensor:
 _library.define("fail(Tensor x, int error) -> Tensor")
 _library.impl("fail", _fail, "CompositeExplicitAutograd")
 _library.impl("fail", lambda x, error: x.clone(), "Meta")
-#: raises what a user's backward raised when it was recorded
+#: raises the error that recording a user's backward raised
 fail = torch.ops.aotfunc.fail.default
 
 
 def number_of(error: Exception) -> int:
-    """The number by which ``fail`` knows an error."""
+    """Return the number by which ``fail`` knows an error."""
     _errors.append(error)
     return len(_errors) - 1

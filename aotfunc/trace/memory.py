@@ -1,4 +1,4 @@
-"""How tensors lie in memory: which of them overlap, and where each begins. A write to one is seen
+"""The memory of tensors: which of them overlap, and where each begins. A write to one is seen
 through the others.
 
 Memory is what a storage holds; for the values of a recording it is what their root stands for. So
@@ -24,10 +24,9 @@ aten = torch.ops.aten
 
 
 class MemoryPlace(NamedTuple):
-    """``group`` is the same for tensors that overlap, directly or through others; ``start`` and
-    ``step``, the distance of the samples where the tensor is a batch, are in bytes. ``kin`` is the
-    same for those of a group that autograd knows as views of one tensor: a detached one is not.
-    """
+    """``group`` is the same for tensors that overlap, directly or through others. ``start`` and
+    ``step`` (between samples, if the tensor is a batch) are in bytes. ``kin`` is the same for
+    those of a group that autograd knows as views of one tensor: a detached one is not."""
 
     group: int
     start: int
@@ -38,7 +37,7 @@ class MemoryPlace(NamedTuple):
 def places_of(
     tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None
 ) -> tuple[MemoryPlace, ...]:
-    """A place for each tensor. ``dims``: the dimensions along which they are batches."""
+    """Return a place for each tensor. ``dims``: the dimensions along which they are batches."""
     known = [memory_of(t) for t in tensors]
     groups = list(range(len(tensors)))
     beside: dict[Any, list[int]] = {}
@@ -71,7 +70,7 @@ def places_of(
 
 
 def whereabouts(tensors: Sequence[Tensor]) -> tuple:
-    """All that a program may depend on of where tensors lie."""
+    """Return all facts about where tensors lie that a program may depend on."""
     return places_of(tensors), tuple([torch._C.TensorBase.storage_offset(t) for t in tensors])
 
 
@@ -80,7 +79,7 @@ def step_of(t: Tensor, dim: int | None) -> int | None:
 
 
 def view_key(t: Tensor) -> Any:
-    """What identifies the tensor that autograd knows ``t`` as a view of."""
+    """Return the identity of the tensor that autograd knows ``t`` as a view of."""
     if t.__class__ is not Traced:
         return id(t if t._base is None else t._base)
     trace, seen = t.tracer, final_views(t.tracer).get(t.ref)
@@ -95,7 +94,7 @@ def view_key(t: Tensor) -> Any:
 
 
 def memory_of(t: Tensor) -> tuple[Any, int]:
-    """What identifies the memory that ``t`` lies in, and at which byte of it ``t`` begins."""
+    """Return the identity of ``t``'s memory, and the byte of it at which ``t`` begins."""
     if t.__class__ is Traced:
         trace, root = t.tracer, t.tracer.root(t.ref)
         count = len(trace.inputs)
@@ -111,12 +110,14 @@ def memory_of(t: Tensor) -> tuple[Any, int]:
 
 
 def version(t: Tensor) -> int:
-    """How often a tensor has been written to; tensors made in inference mode do not count."""
+    """Return how often a tensor has been written to; tensors made in inference mode do not
+    count."""
     return 0 if t.is_inference() else t._version
 
 
 def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
-    """Whether two tensors of one memory share an element. Where that is hard to tell: yes."""
+    """Return whether two tensors of one memory share an element. Where that is hard to tell:
+    yes."""
     if not (
         a.numel() and b.numel() and a_start < b_start + extent(b) and b_start < a_start + extent(a)
     ):
@@ -129,15 +130,15 @@ def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
 
 
 def extent(t: Tensor) -> int:
-    """Bytes from the first element of ``t`` to behind its last."""
+    """Return the bytes from the first element of ``t`` to behind its last."""
     return (
         1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     ) * t.element_size()
 
 
 def offset_inside(base: Sig, at: MemoryPlace, sig: Sig, place: MemoryPlace) -> int | None:
-    """At which element of ``base`` a tensor of signature ``sig`` begins that lies wholly inside of
-    it; None if it does not."""
+    """Return the element of ``base`` at which a tensor of signature ``sig`` begins that lies
+    wholly inside of it; None if it does not."""
     size = base.dtype.itemsize
     start, odd = divmod(place.start - at.start, size)
     dense = base.stride == contiguous_stride(base.shape) and (
@@ -152,8 +153,8 @@ def offset_inside(base: Sig, at: MemoryPlace, sig: Sig, place: MemoryPlace) -> i
 
 
 def overlaps_itself(sig: Sig) -> bool:
-    """Whether steps along one dimension, or along two, lead to the same memory. (Three or more are
-    not looked at.)"""
+    """Return whether steps along one dimension, or along two, lead to the same memory. (Three or
+    more are not looked at.)"""
     if 0 in sig.shape:
         return False
     steps = [(s, n) for s, n in zip(sig.stride, sig.shape, strict=True) if n > 1]
@@ -163,7 +164,7 @@ def overlaps_itself(sig: Sig) -> bool:
 
 
 def _block(t: Tensor, start: int) -> np.ndarray:
-    """An array that lies where ``t`` does, relative to others; it is never read."""
+    """Return an array that lies where ``t`` does, relative to others; it is never read."""
 
     class Block:
         __array_interface__ = {

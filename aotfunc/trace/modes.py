@@ -1,5 +1,4 @@
-"""Modes around a call act while a function is recorded, and then no more: not on what was recorded
-of it.
+"""Modes around a call act while a function is recorded, and not later on the recorded program.
 
 Autocast has put its casts into the recording, a ``TorchFunctionMode``
 (``torch.set_default_device`` is one) has changed the calls that it sees. Rules, shape inference
@@ -21,8 +20,8 @@ _NONE = nullcontext()
 
 
 def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
-    """Autocast and function modes off, meanwhile: what a program computes has been through them.
-    ``dtype``: the default dtype of the recording, for a program that runs later than it."""
+    """Switch autocast and function modes off: the recorded program has been through them.
+    ``dtype``: the default dtype of the recording, for a program that runs later."""
     changed = dtype is not None and torch.get_default_dtype() is not dtype
     if not (changed or any_modes()):
         return _NONE
@@ -34,12 +33,12 @@ def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
 
 
 def any_modes() -> bool:
-    """Whether autocast or a function mode is on."""
+    """Return whether autocast or a function mode is on."""
     return _autocast() or torch._C._is_torch_function_mode_enabled()
 
 
 def off() -> ExitStack:
-    """As :func:`without_modes`, whether there are any or not."""
+    """Switch modes off as :func:`without_modes` does, whether there are any or not."""
     stack = ExitStack()
     stack.enter_context(torch._C._DisableAutocast())
     stack.enter_context(torch._C.DisableTorchFunction())
@@ -47,8 +46,8 @@ def off() -> ExitStack:
 
 
 def outside_inference_mode(f: Callable) -> Callable:
-    """``f`` outside of inference mode, in which autograd's own formulas record nothing and traced
-    values could not be written to."""
+    """Return ``f`` outside of inference mode, in which autograd's own formulas record nothing and
+    traced values could not be written to."""
 
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +60,7 @@ def outside_inference_mode(f: Callable) -> Callable:
 
 
 class Surroundings(NamedTuple):
-    """The autocast of a moment, for a part of the user's code that runs later."""
+    """The autocast state of a moment, for a part of the user's code that runs later."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     cached: bool
@@ -75,7 +74,7 @@ class Surroundings(NamedTuple):
         return cls(on, torch.is_autocast_cache_enabled())
 
     def again(self) -> ExitStack:
-        """As it was then; function modes as they are."""
+        """Restore autocast inside the block; leave function modes as they are."""
         stack = ExitStack()
         stack.enter_context(torch._C._DisableAutocast())
         stack.enter_context(torch._C._EnableTorchFunction())
@@ -85,7 +84,8 @@ class Surroundings(NamedTuple):
 
 
 def function_modes_key() -> torch.device | str | None:
-    """The default device, or OTHERS where a mode is on that may do something else at each call."""
+    """Return the default device, or OTHERS if a mode is on that may act differently at each
+    call."""
     device = None
     for i in range(_function_modes()):
         mode = torch._C._get_function_stack_at(i)

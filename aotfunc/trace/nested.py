@@ -7,14 +7,15 @@ from typing import Any
 
 
 def mapped(f: Callable, tree: Any, *others: Any) -> Any:
-    """``f`` of each leaf, and of what stands in its place in the other trees, as nested lists."""
+    """Return ``f`` of each leaf and of the corresponding parts of the other trees, as nested
+    lists."""
     if isinstance(tree, list | tuple):
         return [mapped(f, *xs) for xs in zip(tree, *others, strict=True)]
     return f(tree, *others)
 
 
 def map_nested(f: Callable, tree: Any) -> Any:
-    """``f`` of each leaf, in lists and tuples as before."""
+    """Return ``f`` of each leaf, in lists and tuples as before."""
     if not isinstance(tree, list | tuple):
         return f(tree)
     found = [map_nested(f, x) for x in tree]
@@ -22,10 +23,10 @@ def map_nested(f: Callable, tree: Any) -> Any:
 
 
 def listed(result: Any) -> list:
-    """The results of a call that has one or several."""
+    """Return the results of a call that has one or several, as a list."""
     return list(result) if isinstance(result, list | tuple) else [result]
 
 
 def leaves(tree: Any) -> list:
-    """What nested lists and tuples hold."""
+    """List the leaves of nested lists and tuples."""
     return [x for part in tree for x in leaves(part)] if isinstance(tree, list | tuple) else [tree]

@@ -1,4 +1,4 @@
-"""Which node a node of a graph is a view of."""
+"""Find the node that a node of a graph is a view of."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def calls_view(n: Any) -> bool:
 
 
 def view_source(n: Node) -> Node | None:
-    """The node that ``n`` is a view of."""
+    """Return the node that ``n`` is a view of."""
     if n.op != "call_function":
         return None
     if n.target is operator.getitem and calls_view(n.args[0]):
@@ -25,7 +25,8 @@ def view_source(n: Node) -> Node | None:
 
 
 def chain_of(n: Node) -> list[Node]:
-    """The views that lead from ``n`` to the node whose memory it shows, the last one first."""
+    """Return the views that lead from ``n`` to the node whose memory it shows, the last one
+    first."""
     chain: list[Node] = []
     while (above := view_source(n)) is not None:
         chain.append(n)
@@ -34,7 +35,7 @@ def chain_of(n: Node) -> list[Node]:
 
 
 def storage_root(n: Any) -> Any:
-    """The node whose memory ``n`` shows; a number is its own."""
+    """Return the node whose memory ``n`` shows; a number is its own."""
     while isinstance(n, Node) and (above := view_source(n)) is not None:
         n = above
     return n

@@ -1,5 +1,5 @@
-"""What PyTorch reads of a tensor without an op that a recording would see: refused in what is
-compiled once.
+"""Reads of a tensor's memory without an op that a recording would see: refused in functions that
+are compiled once.
 
 ``float(c)`` and ``range(c)`` are ops, but inside of ``torch.tensor([c, 2])`` dispatch is off;
 printing, pickling and sharing memory never were ops. While a number would be frozen, the methods
@@ -23,7 +23,7 @@ from .patches import Exchange
 from .places import METHODS
 from .traced import Traced, current, under_way
 
-#: methods that read values, and what they are asked for
+#: methods that read values, and the words for what they read
 READERS = {
     **dict.fromkeys(("__float__", "__int__", "__index__", "__complex__", "__bool__"), "a number"),
     "__repr__": "the text",
@@ -37,8 +37,8 @@ _grad, _grad_fn = torch._C.TensorBase.grad, torch._C.TensorBase.grad_fn
 
 
 def refusal(what: str, way: str = WAY) -> CaptureError:
-    """The error for a question whose answer would be frozen. A function that catches it goes on
-    without eager's number, so the captures under way fail all the same: see
+    """Return the error for a question whose answer would be frozen. A function that catches it
+    goes on without eager's number, so the captures under way fail all the same: see
     :func:`~aotfunc.trace.recording.record_into`."""
     error = CaptureError(
         f"{what} was asked for that depends on a tensor from outside, but the function is "
@@ -51,15 +51,15 @@ def refusal(what: str, way: str = WAY) -> CaptureError:
 
 
 def forgive(error: CaptureError) -> None:
-    """It could be done without the number."""
+    """Forget the refusal: the number was not needed."""
     for trace in under_way.traces:
         if trace.refused is error:
             trace.refused = None
 
 
 def refusing(read: Callable, what: str) -> Callable:
-    """The method, for tensors whose values may be asked for by the recording under way in this
-    thread."""
+    """Return the method, refusing a tensor whose value would be frozen by the recording under way
+    in this thread."""
 
     @functools.wraps(read)
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def refusing(read: Callable, what: str) -> Callable:
 
 
 def frozen(t: Tensor) -> bool:
-    """Whether what is read of ``t`` would stay as it is now."""
+    """Return whether what is read of ``t`` would stay as it is now."""
     trace = current()
     return (
         trace is not None

@@ -1,5 +1,5 @@
 """Operators and functions of traced values that make one new tensor and do nothing else, recorded
-without a way through PyTorch's dispatcher, which is a third of what recording them costs.
+without PyTorch's dispatcher, which takes a third of the time of recording them.
 
 Where anything lies on that way (a mode, autocast, torch.func, forward AD, what C++ autograd
 records), or the op is new to the recordings, the op takes it."""
@@ -41,7 +41,7 @@ UNARY = {
 
 
 def is_open(trace: Trace) -> bool:
-    """Whether nothing lies between an op and this recording."""
+    """Return whether nothing lies between an op and this recording."""
     traces = under_way.traces
     return (
         bool(traces)

@@ -1,5 +1,5 @@
-"""What ``f`` does past every op, to the memory, the gradient or the flags of a tensor: a recording
-would not see it, and a traced value left in a tensor from outside has no data."""
+"""Changes that ``f`` makes without an op, to the memory, the gradient or the flags of a tensor: a
+recording would not see them, and a traced value left in an outside tensor has no data."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse_grad(self: Tensor, value: Any) -> None:
 
 
 def with_data(value: Any) -> Any:
-    """What leaked from a recording that is over, as a tensor that has data."""
+    """Return a leaked value, of a recording that is over, as a tensor that has data."""
     return value.tracer.value(value) if value.__class__ is Traced else value
 
 
@@ -78,7 +78,7 @@ def register_post_accumulate_grad_hook(self: Tensor, hook: Callable) -> Any:
 
 
 def check_flag(t: Tensor, what: str) -> None:
-    """A function compiled once would set it once."""
+    """Refuse to set a flag: a function compiled once would set it once."""
     trace = current()
     made_now = torch._C._functorch.is_functorch_wrapped_tensor(t)  # by a transform of torch.func's
     if trace is not None and not trace.may_ask_constants and not made_now:
@@ -125,8 +125,8 @@ PATCHES = (
 
 
 def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
-    """Refuse a gradient that is taken, at ``line`` of a recording, with respect to a tensor from
-    outside with hooks, as autograd would call these. Of inputs it is known at each call."""
+    """Refuse a gradient, taken at ``line`` of a recording, by a tensor from outside with hooks, as
+    autograd would call these. Hooks of inputs are checked at each call."""
     if trace is None:
         hooks: Any = t._backward_hooks or t.retains_grad
     else:
@@ -148,8 +148,8 @@ def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
 
 
 def check_grad(t: Traced) -> None:
-    """An argument's ``.grad`` is another tensor at each call, which a function compiled once would
-    not see."""
+    """Refuse an argument's ``.grad``: it is another tensor at each call, which a function compiled
+    once would not see."""
     trace = t.tracer
     if not trace.may_ask_constants and any(t is a for a in trace.arguments):
         raise CaptureError(
@@ -159,8 +159,8 @@ def check_grad(t: Traced) -> None:
 
 
 def give_memory(t: Traced, value: Tensor) -> None:
-    """``t.data = value``: ``t`` becomes a copy of ``value``, with the derivative that it had;
-    older views stay."""
+    """Record ``t.data = value``: ``t`` becomes a copy of ``value`` with its old derivative; older
+    views stay."""
     trace, line = t.tracer, user_line()
     if current() is not trace or any(t is a for a in trace.arguments):
         raise CaptureError(
@@ -186,8 +186,8 @@ def give_memory(t: Traced, value: Tensor) -> None:
 
 class StandIn(NamedTuple):
     """A value that stands, after so many records, for ``old``, and in eager shares the memory of
-    ``value``: after ``t.data = value``, or with a hook. ``why`` is the error where that is seen.
-    """
+    ``value``: after ``t.data = value``, or with a hook. ``why`` is the error for a program that
+    could see the difference."""
 
     start: int
     value: int
@@ -198,7 +198,7 @@ class StandIn(NamedTuple):
 
 
 def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
-    """Refuse what would tell that a value which stands for another has memory of its own."""
+    """Refuse ops that would tell that a stand-in has memory of its own."""
     root = trace.root
     for start, value, old, new, why, hooks in trace.stand_ins:
         shared, results, later = (

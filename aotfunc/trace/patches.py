@@ -17,15 +17,15 @@ from .traced import current
 if TYPE_CHECKING:
     from .tracer import Trace
 
-#: what is exchanged, as torch defines it
+#: the functions that are exchanged, as torch defines them
 ORIGINALS: dict[str, Any] = {}
 
-#: the module in which Dynamo keeps what it knows of torch's functions
+#: the module in which Dynamo keeps its rules for torch's functions
 DYNAMO = "torch._dynamo.trace_rules"
 
 
 def recorder() -> Trace | None:
-    """The recording under way, unless it leaves autograd alone."""
+    """Return the recording under way, unless it leaves autograd alone."""
     trace = current()
     return trace if trace is not None and trace.keeps_intent else None
 
@@ -41,7 +41,7 @@ class Code:
         self.name, self.f, self.ours, self.template = name, f, ours, template
 
     def install(self) -> None:
-        """Twice, from two threads, is as once."""
+        """Exchange the code; a second thread may do so again."""
         f, name = self.f, self.name
         twin = types.FunctionType(
             f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__
@@ -79,8 +79,8 @@ class Attribute:
 
 
 class Exchange:
-    """Puts attributes in the place of others while any thread needs it. Dynamo, if it is imported
-    meanwhile, looks torch's functions up by name and would keep ours: it has to look again."""
+    """Exchange attributes while any thread needs it. If Dynamo is imported meanwhile, it looks
+    torch's functions up by name and would keep ours; it has to look again."""
 
     def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
         self.lock, self.count = threading.Lock(), 0

@@ -30,14 +30,14 @@ _getitem, _setitem, _narrow, _select = (
 
 
 def is_integer(x: Tensor) -> bool:
-    """Whether PyTorch would take this for a number in an index: bytes are masks."""
+    """Return whether PyTorch would take this for a number in an index: bytes are masks."""
     return not (
         x.dim() or x.is_floating_point() or x.is_complex() or x.dtype in (torch.bool, torch.uint8)
     )
 
 
 def is_place(x: Tensor) -> bool:
-    """Whether this is an integer that is not asked for its number."""
+    """Return whether this is an integer that is not asked for its number."""
     if not is_integer(x):
         return False
     if x.__class__ is Traced:
@@ -47,7 +47,7 @@ def is_place(x: Tensor) -> bool:
 
 
 def places_in(index: Any) -> list[int]:
-    """Where an index of numbers and slices has places."""
+    """Find the places in an index of numbers and slices."""
     parts = index if isinstance(index, tuple) else (index,)
     tensors = [i for i, p in enumerate(parts) if isinstance(p, Tensor)]
     if not tensors:  # most have none
@@ -58,7 +58,7 @@ def places_in(index: Any) -> list[int]:
 
 
 def narrow_traced(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
-    """The view ``x.narrow(dim, start, length)``."""
+    """Return the view ``x.narrow(dim, start, length)``."""
     trace = current()
     if trace is None:  # a value leaked
         return _narrow(x, dim, start, length)
@@ -73,7 +73,7 @@ def narrow_traced(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
 
 
 def as_copied(x: Sig, dim: int, start: Sig, length: int) -> Sig:
-    """What a graph has in place of the view: a copy, laid out as one."""
+    """Return the copy that a graph has instead of the view, laid out as the view."""
     where = make_sig((length,), (1,), torch.int64, x.device)
     return infer(aten.index_select.default, (Slot(0), dim, Slot(1)), {}, (x, where))
 
@@ -82,7 +82,8 @@ TOLD[narrow_at] = as_copied
 
 
 def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor | None]]:
-    """What the other parts of an index show of ``x``, and an index into that for the places."""
+    """Return the view of ``x`` by the other parts of an index, and an index into it for the
+    places."""
     parts = list(index) if isinstance(index, tuple) else [index]
     numbers = [parts[p] for p in places]
     for p in places:
@@ -90,7 +91,7 @@ def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor 
     shown = _getitem(x, tuple(parts))
     indices: list[Tensor | None] = [None] * shown.dim()
     for p, i in zip(places, numbers, strict=True):
-        # the dimensions of what they show
+        # the dimensions of that view
         kept = [q is None or isinstance(q, slice) for q in parts]
         indices[-sum(kept[p:]) if ... in parts[:p] else sum(kept[:p])] = i
     return shown, indices
@@ -118,7 +119,7 @@ def setitem(self: Tensor, index: Any, value: Any) -> None:
 
 
 def assigned(x: Tensor, value: Any, rank: int) -> Tensor:
-    """A value as it is assigned to a part of ``x`` that has this rank."""
+    """Return a value as it is assigned to a part of ``x`` of this rank."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=x.dtype, device=x.device)
     while value.dim() > rank and value.shape[0] == 1:
@@ -146,8 +147,8 @@ for name, method in {"__getitem__": getitem, "__setitem__": setitem, **METHODS}.
 
 
 def subscript(frame: FrameType) -> tuple[int, int] | None:
-    """Which ``x[...]`` a frame executes. If it asks for a number by itself, ``x`` is a tensor:
-    other containers call ``__index__``, a function of ours."""
+    """Return which ``x[...]`` a frame executes. If it asks for a number by itself, ``x`` is a
+    tensor: other containers call ``__index__``, a function of ours."""
     code, at = frame.f_code.co_code, frame.f_lasti
     name = dis.opname[code[at]]
     yes = name in ("BINARY_SUBSCR", "STORE_SUBSCR") or (

@@ -1,5 +1,4 @@
-"""A function body recorded into a trace, with what of the thread and of PyTorch is set aside
-meanwhile."""
+"""Record a function body into a trace, with the state of the thread and of PyTorch set aside."""
 
 from __future__ import annotations
 
@@ -23,10 +22,10 @@ functions = Exchange(CONSTRUCTORS | CONTEXTS)
 
 
 def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
-    """``body()`` recorded into ``trace``: with gradients and tangents on, autocast's cache and
-    Dynamo off, functorch's levels and saved_tensors_hooks aside (parameters make autograd save
-    traced values), no garbage collection. All of it holds for this thread alone and is undone
-    even where Ctrl-C comes in between.
+    """Return ``body()`` recorded into ``trace``: with gradients and tangents on, autocast's cache
+    and Dynamo off, functorch's levels and saved_tensors_hooks aside (parameters make autograd save
+    traced values), no garbage collection. All of it holds for this thread alone and is undone even
+    where Ctrl-C comes in between.
 
     Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """
@@ -86,7 +85,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
 
 
 def without_functorch() -> Any:
-    """torch.func's levels set aside, if there are any."""
+    """Set torch.func's levels aside, if there are any."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack

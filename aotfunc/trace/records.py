@@ -1,4 +1,4 @@
-"""The steps of a recording: what one makes, what it writes, and running it."""
+"""The steps of a recording: the values that one makes and writes, and running it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 
 
 def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
-    """Run one recorded step; its new results, flat."""
+    """Run one recorded step and return its new results, flat."""
     if not isinstance(instr, Instr):
         return instr.run(values)
     if instr.op is aten.view_as_real.default:
@@ -48,7 +48,7 @@ def flat_tensors(outs: Any) -> list:
 
 
 def result_sigs(instr: Any) -> list:
-    """The signatures of the new values that a step makes."""
+    """Return the signatures of the new values that a step makes."""
     if instr.__class__ is not Instr:
         return new_sigs(instr)
     if instr.made is None:
@@ -69,12 +69,12 @@ def new_sigs(instr: Any) -> list:
 
 
 def results_of(instr: Any) -> int:
-    """How many new values a step makes."""
+    """Return how many new values a step makes."""
     return len(result_sigs(instr))
 
 
 class Roots:
-    """Whose memory views show, and which memory is written to, as far as a recording has come."""
+    """The roots of views, and the memory that is written to, as far as a recording has come."""
 
     def __init__(self, count: int, conjugates: Iterable[int] = ()) -> None:
         self.done, self.number = 0, count
@@ -103,7 +103,7 @@ def instr_op(instr: Any) -> Any:
 
 
 def written_slots(instr: Any) -> list[int]:
-    """Which of a step's tensors it writes."""
+    """Return which of its tensors a step writes."""
     if not instr.facts.writes:
         return []
     if not isinstance(instr, Instr):

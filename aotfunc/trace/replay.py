@@ -1,4 +1,5 @@
-"""Values on request: a recording run on its concrete inputs, as far as it has come."""
+"""Compute values on request by running a recording, as far as it has come, on its concrete
+inputs."""
 
 from __future__ import annotations
 
@@ -23,15 +24,15 @@ from .traced import Traced, quiet, under_way
 
 
 class Replay:
-    """Runs a recording on its concrete inputs, as far as it has come, on copies of what it writes;
-    generators of random numbers are left as they were."""
+    """Run a recording on its concrete inputs, as far as it has come, on copies of written tensors;
+    generators of random numbers keep their states."""
 
     def __init__(self, trace: Answering) -> None:
         self.done = self.lifted = self.numbers = 0  # of the recording, so much
         self.env: dict[int, Any] = {}
         self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
-        # samples of a batch, and recordings inside of others, start at another state of the
-        # generator, and so does each call of what is compiled once
+        # samples of a batch, recordings inside of others, and each call of a compiled function
+        # start at another state of the generator
         self.draws = (
             trace.samples is None
             and trace.may_ask_constants
@@ -58,13 +59,13 @@ class Replay:
         return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
     def lose(self, trace: Answering, root: int) -> None:
-        """Something unknown was written there."""
+        """Note that an unknown value was written there."""
         of = trace.roots().of
         for ref in [r for r in self.env if of.get(r, r) == root]:
             del self.env[ref]
 
     def value(self, trace: Answering, ref: int) -> Tensor | None:
-        """The value of a result of the recording; None if it depends on inputs that are not
+        """Return the value of a result of the recording; None if it depends on inputs that are not
         there."""
         new = trace.records[self.done :]
         with quiet(), torch.no_grad(), self.drawing(new):
@@ -90,7 +91,7 @@ class Replay:
         return self.env.get(ref)
 
     def drawing(self, records: Sequence[Record]) -> AbstractContextManager:
-        """Generators meanwhile go on where the replay left them."""
+        """Let generators go on, inside the block, where the replay left them."""
         if all([instr.__class__ is Instr and not instr.facts.random for instr, *_ in records]):
             return nullcontext()
         return self.going_on(generators(records))
@@ -109,15 +110,15 @@ class Replay:
 
 
 class Answering(Tape):
-    """A recording that answers questions about the values of its tensors."""
+    """The recordings that answer questions about the values of their tensors."""
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
-        """The real value of ``t``: replay the recording on the concrete inputs."""
+        """Return the real value of ``t``: replay the recording on the concrete inputs."""
         return self.answer(lambda value: value, [t], what)
 
     def answer(self, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-        """``question(*values)`` for the real values of ``tensors``. Where there is one for each
-        sample of a batch, all samples must give the same answer."""
+        """Return ``question(*values)`` for the real values of ``tensors``. Where there is one for
+        each sample of a batch, all samples must give the same answer."""
         if not self.may_ask_constants and any(
             t.__class__ is not Traced and not self._made(t) for t in tensors
         ):
@@ -142,11 +143,11 @@ class Answering(Tape):
         )
 
     def _made(self, t: Tensor) -> bool:
-        """Whether ``f`` makes this tensor anew on each run, always the same."""
+        """Return whether ``f`` makes this tensor anew on each run, always the same."""
         return self._lift_refs.get(id(t)) in self.made_inside
 
     def known_value(self, t: Tensor) -> Tensor | None:
-        """The value of ``t`` if it depends on nothing but known inputs."""
+        """Return the value of ``t`` if it depends on nothing but known inputs."""
         if t.__class__ is Traced and t.tracer is not self:
             return t.tracer.known_value(t)
         ref = t.ref if t.__class__ is Traced else self._lift_refs.get(id(t))
@@ -161,7 +162,8 @@ class Answering(Tape):
 
 
 def generators(records: Sequence[Record]) -> set[torch.Generator]:
-    """The generators that a recording may draw from: the devices' own, and those it names."""
+    """Return the generators that a recording may draw from: the devices' own, and those it
+    names."""
     found = {torch.default_generator}
     if torch.cuda.is_initialized():
         found.update(torch.cuda.default_generators)
@@ -176,8 +178,8 @@ def generators(records: Sequence[Record]) -> set[torch.Generator]:
 
 
 def known(trace: Answering, t: Tensor) -> Tensor | None:
-    """The real tensor that this is or stands for, if it has values that stay as they are until the
-    next call."""
+    """Return the real tensor that this is or stands for, if it has values that stay as they are
+    until the next call."""
     if t.__class__ is Traced:
         return t.tracer.known_value(t)
     return t if trace.may_ask_constants and has_values(t) else None

@@ -24,7 +24,7 @@ from .writes import twin_of
 
 aten = torch.ops.aten
 
-#: what stands for the signature of a number, and what that is as a tensor
+#: the stand-in for the signature of a number, and its signature as a tensor
 NUMBER = Sig((), (), torch.float64, torch.device("cpu"), 0)
 TENSOR = make_sig(NUMBER.shape, NUMBER.stride, NUMBER.dtype, NUMBER.device)
 
@@ -32,7 +32,7 @@ TENSOR = make_sig(NUMBER.shape, NUMBER.stride, NUMBER.dtype, NUMBER.device)
 #: tensors
 FIRST = -(1 << 40)
 
-#: ops whose number may be an input, and the op that takes a tensor in its place
+#: ops whose number may be an input -> the op that takes a tensor in its place
 FORMS: dict[OpOverload, OpOverload] = {
     **{op: op for name in ("add", "sub", "mul", "div") for op in (getattr(aten, name).Tensor,)},
     **{
@@ -48,34 +48,34 @@ FORMS: dict[OpOverload, OpOverload] = {
 
 
 def generic(x: float) -> bool:
-    """Whether nothing depends on which number this is."""
+    """Return whether nothing depends on which number this is."""
     if x.__class__ is int:
         return 3 < abs(x) < 1 << 53
     return math.isfinite(x) and not (abs(x) <= 3 and (2 * x).is_integer())
 
 
 def bits_of(numbers: Iterable[float]) -> tuple:
-    """What numbers have in common that are the same; none is a zero or NaN, see generic."""
+    """Return a key that equal numbers share; none is a zero or NaN, see generic."""
     return tuple([(x.__class__, x) for x in numbers])
 
 
 def with_tensor(op: OpOverload, args: tuple) -> tuple[OpOverload, tuple]:
-    """The call with a tensor in place of the number."""
+    """Return the call with a tensor in place of the number."""
     form = FORMS.get(op, op)
     return (aten.sub.Tensor, args[::-1]) if form is aten.rsub.Tensor else (form, args)
 
 
-#: those ops, by what they call, which hashes in C
+#: these ops by the functions that they call, which hash in C
 TAKES_NUMBER = frozenset(op._op for op in FORMS)
 
 
 def beside_tensor(args: tuple) -> bool:
-    """Whether a number among these arguments is one of two, and the other is a tensor."""
+    """Return whether a number among these arguments is one of two, and the other is a tensor."""
     return len(args) == 2 and (isinstance(args[0], Tensor) or isinstance(args[1], Tensor))
 
 
 def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:
-    """The instruction for a call with a number among its arguments; NUMBER stands for the
+    """Return the instruction for a call with a number among its arguments; NUMBER stands for the
     number's signature."""
     tensors = tuple([s for s in sigs if s is not NUMBER])
     outs = infer(op, tuple([Slot(0) if isinstance(a, Tensor) else a for a in args]), {}, tensors)
@@ -85,8 +85,8 @@ def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:
 
 
 def dtype_of_number(op: OpOverload, sigs: tuple, outs: Any) -> torch.dtype | None:
-    """The dtype with which the number may be a tensor; None where it may not. ``outs``: what the
-    op returns."""
+    """Return the dtype with which the number may be a tensor; None where it may not. ``outs``:
+    what the op returns."""
     if outs.__class__ is not Sig or not any(s.differentiable for s in sigs if s is not NUMBER):
         return None
     plain = twin_of(op) or op

@@ -1,5 +1,5 @@
-"""Generators of random numbers that ``f`` seeds. A recording draws nothing, its program draws when
-it runs: so a state that is set between two draws, or in a function that is compiled once, would be
+"""Generators of random numbers that ``f`` seeds. A recording draws nothing, and its program draws
+when it runs; so a state set between two draws, or in a function that is compiled once, would be
 set at the wrong time."""
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ States = dict[int, tuple[Generator, Tensor]]  # Python may have several objects 
 
 
 def states(objects: Iterable[Any]) -> States:
-    """The generators among these with their states now."""
+    """Return the generators among these with their states now."""
     with quiet():
         return {g._cdata: (g, g.get_state()) for g in objects if isinstance(g, Generator)}
 
 
 def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
-    """The generators among the arguments of recorded ops, or of nodes."""
-    # isinstance(a, Generator) would run Python of torch's
+    """Return the generators among the arguments of recorded ops, or of nodes."""
+    # isinstance(a, Generator) would run torch's Python
     return [
         a
         for c in calls
@@ -37,8 +37,8 @@ def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
 
 
 class Seeds:
-    """What one recording knows of generators: ``drawn``, those that it named, as they were at
-    their first draw, and ``before``, the default generator's state before ``f`` set it."""
+    """The generators of one recording: those that it named (``drawn``), as they were at their
+    first draw, and the state of the default generator ``before`` ``f`` set it."""
 
     def __init__(self) -> None:
         self.drawn: States = {}
@@ -51,12 +51,12 @@ class Seeds:
         )
 
     def setting(self) -> None:
-        """The default generator is about to be set."""
+        """Note that the default generator is about to be set."""
         if self.before is None:
             self.before = torch.default_generator.get_state()
 
     def refuse(self, what: str) -> None:
-        """Raise CaptureError, the default generator as it was."""
+        """Put the default generator back and raise CaptureError."""
         if self.before is not None:
             torch.default_generator.set_state(self.before)
         way_out = "draw from a generator of your own: torch.Generator().manual_seed(seed)"
@@ -71,8 +71,8 @@ class Seeds:
             )
 
     def check_compiled(self, known: States, name: str) -> None:
-        """Refuse what a compiled function does to generators only once: seeding one, or making
-        one. ``known``: those that it finds outside, as they were before."""
+        """Refuse to seed or make a generator in a compiled function, which would do so once.
+        ``known``: the generators that it finds outside, in their earlier states."""
         if undo_draws(known):
             raise CaptureError(
                 f"a torch.Generator is seeded inside a compiled function, which {name} would do "
@@ -100,15 +100,15 @@ def undo_draws(known: States) -> bool:
 
 
 def of_python() -> tuple:
-    """The states of Python's and NumPy's global generators, which are drawn from while ``f`` is
-    recorded."""
+    """Return the states of Python's and NumPy's global generators, which are drawn from while
+    ``f`` is recorded."""
     state: Any = np.random.get_state()
     _, keys, place, *rest = state
     return random.getstate(), keys.tobytes(), place, *rest
 
 
 def rewinder() -> Callable[[], None]:
-    """What sets the generators of :func:`of_python` to where they are now."""
+    """Return a function that sets the generators of :func:`of_python` to where they are now."""
     python, numpy = random.getstate(), np.random.get_state()
 
     def rewind() -> None:

@@ -63,7 +63,7 @@ def _view_as_real(trace: Trace, x: Tensor) -> Any:
 
 
 def _lift_fresh(trace: Trace, x: Tensor) -> Any:
-    """A constant made by ``f``, or a tensor in numpy's memory, which may change."""
+    """Record a constant made by ``f``, or a tensor in numpy's memory, which may change."""
     if x.untyped_storage().resizable():
         trace.made_inside.add(trace.lift(x))
     return NotImplemented
@@ -88,8 +88,8 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
 
 
 def validated(asking: FrameType) -> str | None:
-    """What ``torch.distributions`` or a loss checks and raises an error for, if it is that which
-    asks: the program then checks it at each call."""
+    """Return the check that ``torch.distributions`` or a loss makes, if it is asking: the program
+    then makes it at each call."""
     frame: FrameType | None = asking
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
@@ -125,8 +125,8 @@ def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
 
 
 def _batch_norm(trace: Trace, x, *args):  # type: ignore[no-untyped-def]
-    """``native_batch_norm`` updates the running statistics and does not say so; the functional op
-    returns them."""
+    """Record the functional op: ``native_batch_norm`` updates the running statistics and its
+    schema does not say so."""
     weight, bias, mean, var, train, momentum, eps, *_ = args
     if train and mean is not None:
         out, m, s, new_mean, new_var = aten._native_batch_norm_legit_functional(
@@ -155,9 +155,8 @@ def _cudnn_batch_norm(trace: Trace, x: Any, *args: Any) -> tuple:
 
 
 def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-untyped-def]
-    """Two drivers return residuals only if every matrix has full rank, a question of values (where
-    it cannot be asked, full rank is taken for granted). The op is recorded without them; they are
-    added."""
+    """Record lstsq without the residuals that two drivers return only if every matrix has full
+    rank, a question of values (full rank is taken for granted where it cannot be asked)."""
     tall = a.dim() > 1 and a.shape[-2] > a.shape[-1]
     if driver not in ("gelsd", "gelss") or not tall or trace.in_lstsq:
         return NotImplemented
@@ -196,8 +195,8 @@ def _batch_norm_no_update(trace: Trace, x: Any, *args: Any) -> tuple:
 def _pack_padded(
     trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """The lengths shape the result, and recurrent layers read the sizes of its steps from memory:
-    both are asked."""
+    """Return the lengths shape the result, and recurrent layers read the sizes of its steps from
+    memory: both are asked."""
 
     def packed(lengths: Tensor) -> tuple[Tensor, Tensor]:
         numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
@@ -210,7 +209,7 @@ def _pack_padded(
 
 
 def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
-    """An op whose kernel reads memory as if it lay in one way only."""
+    """Lay the arguments of an op out for its kernel, which reads memory in one layout only."""
     copies = misread(op, [trace.ref_of(a)[1] if isinstance(a, Tensor) else None for a in args])
     if not copies:
         return NotImplemented
@@ -241,7 +240,7 @@ _ANSWERS: dict[OpOverload, Callable] = {
     aten.linalg_lstsq.default: _with_trace(_lstsq),
     aten._pack_padded_sequence.default: _pack_padded,
 }
-#: by what the overloads call, which hashes in C
+#: by the functions that the overloads call, which hash in C
 SPECIAL: dict[Any, Callable] = {op._op: answer for op, answer in _ANSWERS.items()}
 #: where an index was asked for its number
 AT_A_PLACE = {**SPECIAL, aten.select.int._op: _select, aten.slice.Tensor._op: _slice}

@@ -1,4 +1,4 @@
-"""What traced tensors share where a recording writes: memory, its storages and their views.
+"""The storages and views of traced tensors in a recording that writes.
 
 Every traced tensor is a *view*: a storage (its current value is a node, and it counts versions)
 and a chain of view ops."""
@@ -17,8 +17,8 @@ from .views import Link, replay_view, strided
 
 
 class Memory:
-    """What storages share whose derivatives are apart: the version, and which of them was written
-    last."""
+    """Memory that storages with separate derivatives share: its version, and the storage that was
+    written last."""
 
     __slots__ = ("first", "version", "writer")
 
@@ -27,9 +27,9 @@ class Memory:
 
 
 class Storage:
-    """What views share: the current value, as of a version of the memory; ``ref`` where it is an
-    input or a lifted tensor, which shows it through ``chain``. A detached tensor begins another
-    storage of the same memory."""
+    """The storage of views: its current value, as of a version of the memory. ``ref`` is an input
+    or lifted tensor, which shows it through ``chain``. A detached tensor begins another storage of
+    the same memory."""
 
     __slots__ = ("chain", "cut", "memory", "node", "ref", "shown", "sig", "version", "written")
 
@@ -45,8 +45,8 @@ class Storage:
         self.shown: dict[int, tuple[int, Node]] = {}
 
     def seen_through(self, b: Builder, link: Link, node: Node) -> Node:
-        """``node`` seen through a link of a view's chain: one node, that a view and the views of
-        it depend on."""
+        """Return ``node`` seen through a link of a view's chain: one node, that a view and the
+        views of it depend on."""
         version, found = self.shown.get(id(link), (None, node))
         if version != self.version:
             found = replay_view(b, link, node)
@@ -55,8 +55,8 @@ class Storage:
 
 
 class View:
-    """A storage seen through a chain of view ops; remembers its node for the version it was read
-    at."""
+    """A storage seen through a chain of view ops; it remembers its node for the version it was
+    read at."""
 
     __slots__ = ("chain", "node", "storage", "version")
 
@@ -73,7 +73,7 @@ class View:
 def covered(
     sigs: dict[int, Sig], places: Sequence[MemoryPlace], base: int, i: int
 ) -> tuple[Link, ...]:
-    """How the input ``base`` shows the input ``i``, which lies inside of it."""
+    """Return how the input ``base`` shows the input ``i``, which lies inside of it."""
     if i == base or (sigs[i] is sigs[base] and places[i][:3] == places[base][:3]):
         return ()
     start = offset_inside(sigs[base], places[base], sigs[i], places[i])

@@ -1,5 +1,5 @@
-"""What a recording holds: its inputs, the tensors from outside, its ops, and how its values are
-numbered."""
+"""The contents of a recording: its inputs, the tensors from outside, its ops, and the numbers of
+its values."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class Tape:
     ) -> None:
         super().__init__()
         outer = current()
-        #: not inside of anything that is compiled once, however deep
+        #: false inside of anything that is compiled once, however deep
         self.may_ask_constants: bool = constants and (outer is None or outer.may_ask_constants)
         self.keeps_intent = intent
         #: its program may be differentiated by any of its values
         self.of_a_rule: bool = outer is not None and outer.of_a_rule
         self.records: list[Record] = []
         self.count = 0
-        #: traced values know their recording; it must not hold them when it is over
+        #: traced values know their recording, which must not hold them when it is over
         self.inputs: list[Sig] = []
         self.arguments: list[Traced] = []  # the tensors themselves, while they are used
         self.finals: list[int] = []  # the values that they are in the end
         self.lifted: list[Tensor] = []  # outside tensors, by reference
-        #: those among them that f makes anew on each run: torch.tensor(3)
+        #: lifted tensors that f makes anew on each run: torch.tensor(3)
         self.made_inside: set[int] = set()
         self.depth = 0  # of the modes, while it is recorded
         self.lifts_numbers = False  # see scalars
@@ -68,9 +68,9 @@ class Tape:
         self.following: Following | None = None if outer is None else outer.following
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
-        #: outside tensors without a history, which have one meanwhile
+        #: outside tensors without a history, which have one while recording
         self.rewritten: list[Tensor] = []
-        #: outside tensors, in the order in which they were met, and their versions by then
+        #: outside tensors, in the order of their first use, and their versions then
         self.versions: list[tuple[Tensor, int]] = []
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
@@ -122,12 +122,12 @@ class Tape:
         return t
 
     def input(self, real: Tensor) -> Traced:
-        """A new input with the signature of ``real``."""
+        """Return a new input with the signature of ``real``."""
         check_kind(real)
         return self.input_like(signature(real))
 
     def input_like(self, sig: Sig) -> Traced:
-        """A new input of this signature."""
+        """Return a new input of this signature."""
         self.inputs.append(sig)
         self.arguments.append(self.new(sig))
         return self.arguments[-1]
@@ -140,7 +140,7 @@ class Tape:
         return twin
 
     def lift(self, t: Tensor) -> int:
-        """The number of an outside tensor: a constant by reference, or a value of an outer
+        """Return the number of an outside tensor: a constant by reference, or a value of an outer
         recording."""
         key = id(t)
         ref = self._lift_refs.get(key)
@@ -161,12 +161,11 @@ class Tape:
         return ref
 
     def stand_for(self, t: Traced, real: Tensor) -> None:
-        """Let ``t``, an input, be what is recorded where ``f`` reaches ``real`` by another way: it
-        closes over it."""
+        """Let ``t``, an input, stand for ``real``, which ``f`` also reaches by closing over it."""
         self._lift_refs[id(real)] = t.ref
 
     def seen_as(self, t: Tensor) -> int | None:
-        """The number of an outside tensor, or of the argument that it is, if it has one."""
+        """Return the number of an outside tensor, or of the argument that it is, if it has one."""
         return self._lift_refs.get(id(t))
 
     def ref_of(self, t: Tensor) -> tuple[int, Sig]:
@@ -178,8 +177,8 @@ class Tape:
         return ref, signature(self.lifted[-ref - 1])
 
     def _unchanged(self, ref: int) -> Sig:
-        """The signature of an argument that ``f`` reaches from outside, too: there it is what it
-        was."""
+        """Return the signature of an argument that ``f`` reaches from outside, too: there it is
+        what it was."""
         now = self.arguments[ref] if self.arguments else None
         if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
             raise CaptureError(
@@ -195,8 +194,7 @@ class Tape:
             waiting.settle()
 
     def finish(self) -> None:
-        """Nothing is recorded any more; traced values may live on, and go when their last user
-        does."""
+        """Stop recording; traced values may live on, and go when their last user does."""
         self.finished = True
         self.autograd.settle()
         histories.take_back(self)
@@ -209,7 +207,7 @@ class Tape:
         self.autograd.finish()
 
     def forget(self, records: int, count: int) -> None:
-        """Go back to when there were so many records and values."""
+        """Go back to an earlier number of records and values."""
         del self.records[records:]
         self.deferred = [d for d in self.deferred if d.record < records]
         self.count = count
@@ -222,7 +220,7 @@ class Tape:
             self.followed = None
 
     def key(self) -> tuple:
-        """A key that is equal for recordings of the same ops, signatures and wiring."""
+        """Return a key that is equal for recordings of the same ops, signatures and wiring."""
         memory = self.layout() if self.mutates else None
         if self.placed:
             records = tuple([r[:4] for r in self.records])
@@ -238,21 +236,22 @@ class Tape:
 
     @property
     def placed(self) -> bool:
-        """Whether it matters where in their storages the inputs begin: for writes, and for what
-        counts from there."""
+        """Return whether it matters where inputs begin in their storages: for writes, and for ops
+        that count from there."""
         return self.mutates or self.strided
 
     def signatures(self) -> list[Sig]:
-        """Those of the inputs, then of the lifted tensors, as a program has them."""
+        """Return the signatures of the inputs, then of the lifted tensors, as a program has
+        them."""
         return self.as_placed([*self.inputs, *map(signature, self.lifted)])
 
     def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
-        """Signatures, at the beginning of a storage where it does not matter where in one they
-        are."""
+        """Return the signatures, moved to the beginning of a storage where their place does not
+        matter."""
         return list(sigs) if self.placed else [s.start for s in sigs]
 
     def layout(self) -> tuple[MemoryPlace, ...]:
-        """For each input, then each lifted tensor: where it lies in memory."""
+        """Return, for each input, then each lifted tensor, where it lies in memory."""
         if len(self.origins) != len(self.inputs):  # the inputs of a rule: nothing but values
             return tuple(
                 MemoryPlace(i, 0, None) for i in range(len(self.inputs) + len(self.lifted))
@@ -265,8 +264,8 @@ class Tape:
         return self._places
 
     def kin(self, ref: int) -> set[int]:
-        """The tensors from outside that autograd knows as views of the same tensor as the one that
-        ``ref`` shows, and that overlap with it."""
+        """Return the tensors from outside that autograd knows as views of the same tensor as the
+        one that ``ref`` shows, and that overlap with it."""
         root, count = self.root(ref), len(self.inputs)
         if root >= count or count + len(self.lifted) < 2:
             return set()
@@ -275,25 +274,25 @@ class Tape:
         return {self.ref_at(i) for i, p in enumerate(places) if (p.group, p.kin) == (group, kin)}
 
     def given_refs(self) -> list[int]:
-        """The numbers of the inputs, then of the lifted tensors, in the order of a program's
-        placeholders."""
+        """Return the numbers of the inputs, then of the lifted tensors, in the order of a
+        program's placeholders."""
         return [*range(len(self.inputs)), *range(-1, -1 - len(self.lifted), -1)]
 
     def foreign(self) -> list[Tensor]:
-        """The lifted tensors that ``f`` has not made itself."""
+        """Return the lifted tensors that ``f`` has not made itself."""
         return [t for i, t in enumerate(self.lifted) if -1 - i not in self.made_inside]
 
     def position(self, ref: int) -> int:
-        """Where an input, or a lifted tensor, is among these."""
+        """Return the position of an input, or a lifted tensor, among these."""
         return ref if ref >= 0 else len(self.inputs) - 1 - ref
 
     def ref_at(self, position: int) -> int:
-        """The number of the one that is there."""
+        """Return the number of the tensor that is there."""
         count = len(self.inputs)
         return position if position < count else count - 1 - position
 
     def root(self, ref: int) -> int:
-        """The value whose storage this one shares."""
+        """Return the value whose storage this one shares."""
         return self.roots().of.get(ref, ref)
 
     def roots(self) -> Roots:
@@ -304,11 +303,11 @@ class Tape:
         return self._roots.extended(self.records)
 
     def conjugated(self, ref: int) -> bool:
-        """Whether this is a conjugate, or a view of one, which eager would not have computed
-        yet."""
+        """Return whether this is a conjugate, or a view of one, which eager would not have
+        computed yet."""
         return ref in self.roots().conjugates
 
 
 def signature(t: Tensor) -> Sig:
-    """The signature of a tensor from outside, or of a value of any recording."""
+    """Return the signature of a tensor from outside, or of a value of any recording."""
     return t.sig if t.__class__ is Traced else sig_of(t)

@@ -23,7 +23,7 @@ from .shapes.sig import Sig
 if TYPE_CHECKING:
     from .tracer import Trace
 
-#: what layers above do with a traced value, by name; filled by
+#: the functions of layers above for traced values, by name; filled by
 #: :func:`aotfunc.capture.patches.install`
 HOOKS: dict[str, Callable] = {}
 
@@ -38,20 +38,20 @@ under_way = _Stack()
 
 
 def current() -> Trace | None:
-    """The innermost recording under way in this thread."""
+    """Return the innermost recording under way in this thread."""
     traces = under_way.traces
     return traces[-1] if traces else None
 
 
 def around(trace: Trace) -> list[Trace]:
-    """The recordings around this one, the outermost first; around one that is over, all."""
+    """Return the recordings around this one, the outermost first; around one that is over, all."""
     traces = under_way.traces
     return traces[: traces.index(trace)] if trace in traces else list(traces)
 
 
 @contextmanager
 def no_recording() -> Iterator[None]:
-    """Meanwhile no recording is under way in this thread."""
+    """Let no recording be under way in this thread inside the block."""
     traces, under_way.traces = under_way.traces, []
     try:
         yield
@@ -71,8 +71,8 @@ class Traced(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """An op outside of every recording: a value leaked. It has data if its recording can be
-        run."""
+        """Run an op outside of every recording: a value leaked. It has data if its recording can
+        be run."""
         from torch.utils._pytree import tree_map_only
 
         args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
@@ -142,16 +142,16 @@ class Traced(Tensor):
         HOOKS["give_memory"](self, value)
 
     def is_conj(self) -> bool:
-        """As in eager, though a traced conjugate is computed at once."""
+        """Return what eager would, though a traced conjugate is computed at once."""
         return self.is_complex() and self.tracer.conjugated(self.ref)
 
     def resolve_conj(self) -> Tensor:
-        """A copy where eager has a conjugate view, whose bit it would resolve."""
+        """Return a copy where eager has a conjugate view, whose bit it would resolve."""
         return self.clone() if self.tracer.conjugated(self.ref) else self
 
     def as_subclass(self, cls: type) -> Tensor:  # type: ignore[override]
-        """A traced value is a plain tensor: it stands for an instance of a subclass that changes
-        nothing of that."""
+        """Return a plain-tensor answer: a traced value stands for an instance of a subclass that
+        changes nothing."""
         if only_adds(cls):
             return self
         raise CaptureError(
@@ -204,7 +204,7 @@ class Traced(Tensor):
         return array
 
     def check_numpy(self) -> None:
-        """Refuse what would cut a derivative without a word."""
+        """Refuse ``.numpy()`` where it would cut a derivative without a word."""
         if self.requires_grad:
             raise CaptureError(
                 "a value that is being differentiated was turned into a numpy "
@@ -246,7 +246,7 @@ class Traced(Tensor):
             return format(value, spec)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
-        """A leaf of its own, without a derivative, as in eager."""
+        """Return a leaf of its own, without a derivative, as in eager."""
         if not self.is_leaf:
             raise CaptureError(
                 "deepcopy of a value that is computed from what requires "
@@ -258,8 +258,8 @@ class Traced(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A value that depends on no differentiated or batched input can be pickled where a
-        function runs once."""
+        """Pickle a value that depends on no differentiated or batched input, where a function runs
+        once."""
         value = (
             self.tracer.known_value(self)
             if self.tracer.may_ask_constants and not self.requires_grad
@@ -273,12 +273,12 @@ class Traced(Tensor):
             return value.__reduce_ex__(protocol)
 
 
-#: what a traced value knows of itself
+#: facts that a traced value knows of itself
 _OWN = frozenset({"tracer", "ref", "sig", "_grad"})
 
 
 def attributes(t: Tensor) -> dict[str, Any]:
-    """The attributes that a tensor was given in Python."""
+    """Return the attributes that a tensor was given in Python."""
     given = t.__dict__
     if t.__class__ is Traced:
         return {k: v for k, v in given.items() if k not in _OWN}
@@ -291,8 +291,8 @@ def attributes(t: Tensor) -> dict[str, Any]:
 
 
 class GradFn:
-    """What ``grad_fn`` is: a sign that there is one. Its graph is not to be walked, nor hooked,
-    before it is made."""
+    """The ``grad_fn`` of a traced value: a sign that there is one. Its graph does not exist yet,
+    so it cannot be walked or hooked."""
 
     def name(self) -> str:
         return "traced"
@@ -313,8 +313,8 @@ def _live(x: Traced) -> Tensor:
 
 
 def check_leak(t: Traced) -> None:
-    """A value of a finished transform is a constant, unless that transform ran inside one that
-    still runs."""
+    """Refuse a value of a finished transform that ran inside one that still runs; any other is a
+    constant."""
     if any(
         x.__class__ is Traced and not x.tracer.finished
         for x in (*t.tracer.origins, *t.tracer.lifted)
@@ -326,7 +326,7 @@ def check_leak(t: Traced) -> None:
 
 
 def only_adds(cls: type) -> bool:
-    """Whether a subclass of Tensor adds to what a tensor is, and changes nothing of it."""
+    """Return whether a subclass of Tensor adds to what a tensor is, and changes nothing of it."""
     added = (set(vars(c)) for c in cls.__mro__ if issubclass(c, Tensor) and c is not Tensor)
     return all(name in _HARMLESS or not hasattr(Tensor, name) for names in added for name in names)
 
@@ -348,8 +348,8 @@ _HARMLESS = frozenset(
 
 
 def as_if_outside() -> Any:
-    """Dispatch as outside of ops: within one, autograd and batching are switched off, which rules
-    rely on."""
+    """Restore dispatch as outside of ops: within one, autograd and batching are switched off,
+    which rules rely on."""
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
 
 
@@ -358,7 +358,7 @@ _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No recording meanwhile, and no mode that what is recorded has been through."""
+    """Set the recording aside, and all modes that recorded programs have been through."""
     under_way.quiet += 1
     try:
         with torch._C._DisableTorchDispatch(), without_modes():

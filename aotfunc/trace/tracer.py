@@ -1,4 +1,4 @@
-"""Recording: runs a Python function on traced values and keeps a flat list of the aten ops it met.
+"""Run a Python function on traced values and keep a flat list of the aten ops it met.
 
 Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of
 them. What autograd would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is
@@ -140,8 +140,8 @@ class Trace(Answering, TorchDispatchMode):
 
     def direct(self, key: tuple, refs: tuple[int, ...], number: float | None = None) -> Any:
         """Record an op that makes one new tensor and is known by its key, as
-        :meth:`__torch_dispatch__` would, with the number that is to be the last of its arguments;
-        None if it is another one."""
+        :meth:`__torch_dispatch__` would, with a number as the last of its arguments; return None
+        for any other op."""
         instr = interned(key)
         if instr is None or not instr.simple or key[-1][0] is not self.dtype:
             return None
@@ -157,7 +157,7 @@ class Trace(Answering, TorchDispatchMode):
         return t if _tangents_enabled() else self.without_tangents(t)
 
     def _sink(self, refs: list[int]) -> Callable[[Tensor], tuple[None, Sig]]:
-        """How to encode a tensor among the arguments."""
+        """Return the function that encodes a tensor among the arguments."""
 
         def sink(t: Tensor) -> tuple[None, Sig]:
             ref, sig = self.ref_of(t)
@@ -167,8 +167,8 @@ class Trace(Answering, TorchDispatchMode):
         return sink
 
     def _with_dtype(self, instr: Instr, types: Any, args: tuple, kwargs: dict) -> Any:
-        """An op under a default dtype that ``f`` has set, and under which its program does not
-        run: it is told."""
+        """Give an op the default dtype that ``f`` has set, as its program does not run under
+        it."""
         if "dtype" not in instr.facts.names:
             raise CaptureError(
                 f"the dtype of {instr.op}'s result is the default dtype, which is another one "
@@ -180,7 +180,8 @@ class Trace(Answering, TorchDispatchMode):
         )
 
     def _followed(self, args: tuple, kwargs: dict | None, lifts: bool) -> tuple:
-        """An op's arguments with plain numbers, and the expression that is to be an input."""
+        """Return an op's arguments with plain numbers, and the expression that is to be an
+        input."""
         found = [*expressions_in(args), *(expressions_in(kwargs) if kwargs else ())]
         if not found:
             return args, kwargs, None
@@ -197,7 +198,7 @@ class Trace(Answering, TorchDispatchMode):
         return args, kwargs, None
 
     def _with_literal(self, op: OpOverload, types: Any, args: tuple, count: int) -> Any:
-        """An op whose number cannot be an input."""
+        """Record an op whose number cannot be an input."""
         del self.numbers[count:]
         self.lifts_numbers = False
         try:
@@ -214,7 +215,7 @@ class Trace(Answering, TorchDispatchMode):
             self.opened = opened
 
     def wrap(self, outs: Any, facts: Any = None) -> Any:
-        """Traced values for signatures, in the same structure."""
+        """Make traced values for signatures, in the same structure."""
         if outs.__class__ is Sig:
             return self.new(outs)
         if isinstance(outs, tuple):
@@ -223,7 +224,8 @@ class Trace(Answering, TorchDispatchMode):
         return outs
 
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
-        """Record a step of another layer (a nested program, a custom derivative); its results."""
+        """Record a step of another layer (a nested program, a custom derivative) and return its
+        results."""
         self.autograd.adopt_leaves()
         refs = tuple([self.ref_of(t)[0] for t in tensors])
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
@@ -239,7 +241,7 @@ class Trace(Answering, TorchDispatchMode):
         return results if _tangents_enabled() else self.without_tangents(results)
 
     def without_tangents(self, results: Any) -> Any:
-        """What an op returns where forward-mode derivatives are switched off."""
+        """Return the results of an op, with forward-mode derivatives switched off."""
         if isinstance(results, tuple | list):
             return type(results)(map(self.without_tangents, results))
         if results.__class__ is not Traced or not results.sig.differentiable:
@@ -250,14 +252,14 @@ class Trace(Answering, TorchDispatchMode):
         return self.note(instr, (results.ref,))
 
     def note(self, instr: Instr, refs: tuple[int, ...]) -> Any:
-        """Record an op that the recording answers itself; its results."""
+        """Record an op that the recording answers itself, and return its results."""
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         return self.wrap(instr.outs, instr.facts)
 
 
 def of_objects(func: Any, args: tuple) -> Any:
-    """What an operator returns that takes more than tensors and plain values: the end of a named
-    range of the profiler's, which is over with the capture. Others are refused."""
+    """Return the result of an operator that takes other objects: the end of a profiler's named
+    range, which is over with the capture. Other such operators are refused."""
     space = getattr(func, "namespace", None)
     if space == "profiler":
         return func(*args)

@@ -1,4 +1,4 @@
-"""The node that is the value of each recorded tensor, through writes and views.
+"""Find the node that is the value of each recorded tensor, through writes and views.
 
 A write to a view (see :mod:`.storages`) computes the storage's new value through the inverses of
 the view's chain; a read through another view replays that view's chain on the current value."""
@@ -29,8 +29,8 @@ aten = torch.ops.aten
 
 
 class ValueNodes:
-    """The node of each value of one recording, as its graph is built; ``read`` and ``write`` are
-    what recorded steps of other layers need."""
+    """The node of each value of one recording, as its graph is built. Recorded steps of other
+    layers use ``read`` and ``write``."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class ValueNodes:
         self.env: dict[int, Any] = {
             FIRST - i: numbers.get(i, x) for i, x in enumerate(trace.numbers)
         }
-        #: a view that was written, and a copy, are what was written; else they are read from the
-        #: memory they show
+        #: a view that was written, and a copy, are the written value; other views are read from
+        #: the memory they show
         self.direct = True
         #: made under no_grad, and how it is read where gradients are on
         self.cut: dict[int, OpOverload] = {}
@@ -90,8 +90,8 @@ class ValueNodes:
         places: Sequence[MemoryPlace],
         memory: Any,
     ) -> Memory:
-        """A storage, laid out as the input ``base``, for inputs that autograd knows as views of
-        one tensor."""
+        """Bind inputs that autograd knows as views of one tensor to one storage, laid out as the
+        input ``base``."""
         sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in (*mine, base)}
         chains = {i: covered(sigs, places, base, i) for i in mine}
         first = base if base in mine else max(mine, key=lambda i: sigs[i].numel)
@@ -108,8 +108,8 @@ class ValueNodes:
         return storage.memory
 
     def read(self, ref: int, grad: bool = True) -> Node:
-        """The current value of a tensor; cut off if it was made under no_grad and is read where
-        gradients are on."""
+        """Return the current value of a tensor; cut off if it was made under no_grad and is read
+        where gradients are on."""
         view = self.env[ref]
         if view.__class__ is View:
             storage = view.storage
@@ -128,8 +128,8 @@ class ValueNodes:
         return node if how is None else self.detached(node, how)
 
     def current(self, storage: Storage) -> Node:
-        """The value of a storage; where the memory was written through another one, the derivative
-        stays."""
+        """Return the value of a storage; where the memory was written through another one, the
+        derivative stays."""
         memory = storage.memory
         if storage.version != memory.version:
             new = memory.writer.node
@@ -142,7 +142,7 @@ class ValueNodes:
         return storage.node
 
     def became(self, storage: Storage, node: Node) -> None:
-        """The storage has another value from here on, and its memory."""
+        """Give the storage, and its memory, another value from here on."""
         memory = storage.memory
         memory.version, memory.writer = memory.version + 1, storage
         storage.node, storage.version, storage.written = node, memory.version, True
@@ -158,22 +158,21 @@ class ValueNodes:
     def seen(
         self, base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig
     ) -> View:
-        """A tensor seen through a view op, or one that became what the op shows of it."""
+        """Return a tensor seen through a view op, or one that became what the op shows of it."""
         if op in (aten.as_strided.default, aten.resize.default):
             return View(base.storage, restrided(base.storage.sig, base.chain, sig))
         return self.through(base, linked(base.sig, op, args, kwargs, index, sig))
 
     def shown(self, ref: int) -> Node:
-        """As :meth:`read`, always as a view of the memory it shares: also where it was itself
-        written last."""
+        """Read a tensor as a view of the memory it shares, even if it was itself written last."""
         view = self.env[ref]
         if view.__class__ is View and view.chain and view.storage.memory.version:
             view.version = -1
         return self.read(ref)
 
     def memory(self, ref: int) -> Node:
-        """The current value of all the memory that a value was made with (what is computed has its
-        own)."""
+        """Return the current value of all the memory that a value was made with (a computed value
+        has its own)."""
         view = self.env[ref]
         node = view
         if view.__class__ is View:
@@ -200,7 +199,7 @@ class ValueNodes:
         return ref
 
     def how_cut(self, instr: Instr, refs: Sequence[int]) -> OpOverload:
-        """How the results of an op under no_grad are read where gradients are on."""
+        """Return how the results of an op under no_grad are read where gradients are on."""
         if instr.facts.view_of is None or instr.op is aten.detach.default:
             return aten.detach.default
         return self.cut.get(refs[0], dead_end)
@@ -245,7 +244,7 @@ class ValueNodes:
             view.node, view.version = new, storage.version
 
     def fitted(self, node: Node, sig: Sig) -> Node:
-        """Cast and expanded as a write into a tensor of this signature does."""
+        """Cast and expand a value as a write into a tensor of this signature does."""
         val: Sig = node.meta["val"]
         if val.dtype is not sig.dtype or val.device != sig.device:
             node = self.b.call(aten._to_copy.default, node, dtype=sig.dtype, device=sig.device)
@@ -258,7 +257,8 @@ class ValueNodes:
         return node
 
     def mutated(self) -> list[tuple[int, Node]]:
-        """Inputs and lifted tensors that were written: ``(placeholder index, final value)``."""
+        """Return inputs and lifted tensors that were written: ``(placeholder index, final
+        value)``."""
         if not self.mutates:
             return []
         found = []

@@ -16,8 +16,8 @@ from .shapes.sig import Sig
 
 aten = torch.ops.aten
 
-#: ``x.narrow(dim, start, length)`` where ``start`` is a tensor; only recorded: graphs hold what it
-#: shows
+#: ``x.narrow(dim, start, length)`` with a tensor ``start``; only recorded, as graphs hold the
+#: view's value
 _library = torch.library.Library("aotfunc", "FRAGMENT")
 _library.define("narrow_at(Tensor(a) x, int dim, Tensor start, int length) -> Tensor(a)")
 _library.impl(
@@ -49,7 +49,7 @@ def replay_view(b: Builder, link: Link, node: Node) -> Node:
 
 
 def places(b: Builder, start: Node, length: int) -> Node:
-    """The indices from ``start`` on."""
+    """Return the indices from ``start`` on."""
     sig: Sig = start.meta["val"]
     if sig.dtype not in (torch.int64, torch.int32):
         start = b.call(aten._to_copy.default, start, dtype=torch.int64)
@@ -61,15 +61,15 @@ def places(b: Builder, start: Node, length: int) -> Node:
 def linked(
     base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | None, val: Sig
 ) -> Link:
-    """A view op on a tensor of signature ``base``."""
+    """Return a view op on a tensor of signature ``base`` as a link."""
     if op is aten.as_strided.default:
         return strided(base, val, val.offset - base.offset)
     return Link((op, args, kwargs, index, val))
 
 
 def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
-    """The chain of a tensor that counts in the memory of the storage ``base``, whatever it was
-    taken from."""
+    """Return the chain of a tensor that counts in the memory of the storage ``base``, whatever it
+    was taken from."""
     if val.dtype is not base.dtype or any(
         link[0] in (*COMPUTED, aten._neg_view.default) for link in chain
     ):
@@ -84,7 +84,7 @@ def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
 
 
 def strided(base: Sig, val: Sig, start: int) -> Link:
-    """A view of the memory of ``base``, from an element counted from its first one on."""
+    """Return a view of the memory of ``base``, from an element counted from its first one on."""
     return Link(
         (
             aten.as_strided.default,
@@ -97,8 +97,8 @@ def strided(base: Sig, val: Sig, start: int) -> Link:
 
 
 def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
-    """``as_strided``'s arguments for a value that has, or is given, the layout which the link
-    counts in."""
+    """Return ``as_strided``'s arguments for a value with the layout that the link counts in,
+    copied into it if need be."""
     size, stride, start, layout = args
     if node.meta["val"].stride != layout:
         node = b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
@@ -111,7 +111,7 @@ def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
 
 
 def inverse(b: Builder, link: Link, base: Node, new: Node) -> Node:
-    """The value of ``base`` after what the link sees of it became ``new``."""
+    """Return the value of ``base`` after the link's view of it became ``new``."""
     op, args, kwargs, index, _ = link
     rule = INVERSES.get(op)
     if op is aten.as_strided.default:
@@ -122,8 +122,8 @@ def inverse(b: Builder, link: Link, base: Node, new: Node) -> Node:
 
 
 def scatter_through(b: Builder, link: Link, base: Node, new: Node) -> Node:
-    """The inverse of any view at all: look through it at the numbers of the elements, and put
-    there."""
+    """Invert any view at all: look through it at the numbers of the elements, and put the new
+    values there."""
     sig: Sig = base.meta["val"]
     numbers = b.call(aten.arange.default, sig.numel, device=sig.device)
     where = replay_view(b, link, b.call(aten.view.default, numbers, list(sig.shape)))
@@ -217,7 +217,7 @@ INVERSES: dict[OpOverload, Any] = {
 
 
 def laid_out(b: Builder, x: Node, sig: Sig, exactly: bool = False) -> Node:
-    """``x`` with its dimensions in memory in the order of ``sig``: what that views can be
+    """Return ``x`` with its dimensions in memory in the order of ``sig``: what that views can be
     viewed; ``exactly``: with the strides of a dense ``sig``, those of dimensions of size 1 too."""
     val = x.meta["val"]
     if val.stride == sig.stride:

@@ -1,4 +1,4 @@
-"""Ops that write, as ops that return what would be written."""
+"""Functional forms of ops that write."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def _filled_diagonal(b: Builder, x: Node, value: Any, wrap: bool = False) -> Nod
 
 
 def _drawn_in_place(b: Builder, x: Node, p: float = 0.5, generator: Any = None) -> Node:
-    """In place, draws come in the order of memory; the functional op draws in that of the
-    dimensions."""
+    """Draw in place in the order of memory; the functional op draws in that of the dimensions."""
     sig = x.meta["val"]
     order = sorted(range(sig.ndim), key=lambda d: (-sig.stride[d], sig.shape[d] == 1))
     if order == sorted(order):
@@ -45,7 +44,7 @@ def _drawn_in_place(b: Builder, x: Node, p: float = 0.5, generator: Any = None) 
 
 
 def _integers(b: Builder, x: Node, low: int, high: int | None, generator: Any = None) -> Node:
-    """The op's own twin is called ``random.from``, which is no Python."""
+    """Return the op's twin for ``random.from``, whose name is no Python."""
     if high is None:
         return b.call(getattr(aten.random, "from"), x, low, high, generator=generator)
     if generator is None:
@@ -80,7 +79,7 @@ WRITES: dict[OpOverload, Any] = {
 
 @cache
 def twin_of(op: OpOverload) -> OpOverload | None:
-    """The overload that returns what ``op`` writes: same arguments, without the trailing
+    """Return the overload that returns what ``op`` writes: same arguments, without the trailing
     underscore or the ``out``s."""
     if op in (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
         return aten.rrelu_with_noise_functional.default

@@ -1,4 +1,5 @@
-"""Which nodes of a program a derivative flows through, and which inputs it may come from."""
+"""Find the nodes of a program that a derivative flows through, and the inputs that it may come
+from."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ def has_derivative(val: Any) -> bool:
 
 
 def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[Node, None]:
-    """The nodes through which a derivative with respect to ``wrt`` can flow, in graph order; with
-    ``zeros`` also those where it is zero, or ends, and autograd says all the same that they
-    require grad."""
+    """Return the nodes through which a derivative with respect to ``wrt`` can flow, in graph
+    order; with ``zeros`` also those where it is zero, or ends, and autograd says all the same that
+    they require grad."""
     active = dict.fromkeys(wrt)
     for n in nodes:
         if n in active or n.op != "call_function" or n.target is aten.detach.default:
@@ -45,7 +46,7 @@ def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[N
 
 
 def sources(n: Node) -> Sequence[Node]:
-    """What a node can have a derivative of."""
+    """List the nodes that a node can have a derivative of."""
     if n.target is hidden_write:
         return n.args[:1]  # type: ignore[return-value]
     # a custom derivative's
@@ -65,8 +66,8 @@ def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
 
 
 def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
-    """Which outputs of a program, new values of written inputs included, require grad if the
-    inputs ``wrt`` do."""
+    """Return which outputs of a program, new values of written inputs included, require grad if
+    the inputs ``wrt`` do."""
 
     def find() -> list[bool]:
         inputs = program.placeholders
@@ -77,7 +78,7 @@ def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
 
 
 def flat_inputs(program: Program, wrt: tuple[int, ...]) -> list[set[int]]:
-    """For each output, the inputs ``wrt`` from which a way leads through an argument by which an
+    """List, for each output, the inputs ``wrt`` with a way to it through an argument by which an
     op is flat. Where the program has no derivative by one of them, autograd has zeros."""
 
     def find() -> list[set[int]]:
@@ -96,7 +97,7 @@ def flat_inputs(program: Program, wrt: tuple[int, ...]) -> list[set[int]]:
 
 
 def flat_sources(n: Node) -> list[Any]:
-    """The arguments by which a node's op is flat."""
+    """Return the arguments by which a node's op is flat."""
     if (of_call := getattr(n.target, "flat", None)) is not None:
         return of_call(n)
     return [n.args[i] for i in entry_for(n.target).flat]

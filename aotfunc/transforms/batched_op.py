@@ -1,5 +1,5 @@
-"""How one op is batched: by the first that answers of our rule, PyTorch's batching rule, what the
-op consists of, and a loop over the samples.
+"""Batch one op: by our rule, PyTorch's batching rule, the op's decomposition, or a loop over the
+samples, whichever answers first.
 
 What all rules would have to do is done here: tensors are batched where a rule wants them so,
 dtypes are those without a batch, and what a rule returned is looked at."""
@@ -30,8 +30,8 @@ aten = torch.ops.aten
 
 
 def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverload]]:
-    """``(results, looped ops)`` of the node ``n`` in the batched graph; ``randomness`` says how it
-    draws, if it does."""
+    """Return ``(results, looped ops)`` of the node ``n`` in the batched graph; ``randomness`` says
+    how it draws, if it does."""
     op: Any = n.target
     args = full_args(op, n.args, n.kwargs)
     where = tensor_args(op)
@@ -42,7 +42,8 @@ def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverl
 
 
 def fragment(walk: Batch, n: Node) -> Make:
-    """How to build it: ``make(builder, flags, size, *args) -> (result, looped ops)``."""
+    """Return ``make(builder, flags, size, *args) -> (result, looped ops)``, which builds the
+    batched op."""
     op: Any = n.target
     rule: Any = entry_for(op).vmap
     want = n.meta["val"]
@@ -82,7 +83,7 @@ def fragment(walk: Batch, n: Node) -> Make:
 def derived_batch(
     walk: Batch, b: Builder, n: Node, flags: tuple, size: int, args: Any
 ) -> tuple[Any, list[OpOverload]]:
-    """The batched op without a rule of ours."""
+    """Return the batched op without a rule of ours."""
     op: Any = n.target
     if Facts(op).dynamic:
         return loops.looped_by_value(b, n, flags, size, args), [op]
@@ -100,7 +101,7 @@ def derived_batch(
 def by_parts(
     walk: Batch, b: Builder, n: Node, body: Any, flags: tuple, args: Any
 ) -> tuple[Any, list[OpOverload]]:
-    """Batch what the op consists of."""
+    """Batch the ops of the decomposition."""
     old, sub = full_args(n.target, n.args, n.kwargs), walk.inside(b)
     inner, outs, given = as_graph(traced(body), old)
     known: dict[Any, tuple[Any, Any]] = {}
@@ -116,14 +117,14 @@ def by_parts(
 
 
 def sample_sigs(a: Any) -> Any:
-    """The unbatched signatures: a fragment also depends on them (ranks, dtype promotion)."""
+    """Return the unbatched signatures, as a fragment depends on them (ranks, dtype promotion)."""
     if isinstance(a, list | tuple):
         return tuple(sample_sigs(x) for x in a)
     return a.meta["val"] if isinstance(a, Node) else None
 
 
 def all_with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
-    """An argument with a batch dimension in each tensor; ``yes`` says which have one."""
+    """Return an argument with a batch dimension in each tensor; ``yes`` says which have one."""
 
     def expanded(x: Any, yes: Any) -> Any:
         if not isinstance(x, Node) or yes:
@@ -134,8 +135,8 @@ def all_with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
 
 
 def promoted(b: Builder, n: Node, args: list) -> list:
-    """A batched 0-dim tensor is no longer 0-dim, and would take part in dtype promotion: cast it
-    as it would have been. One that is not batched is as precise as it was, where it can be."""
+    """Cast a batched 0-dim tensor, which is no longer 0-dim, as dtype promotion without a batch
+    would have. An unbatched one keeps its precision if it can."""
     op = n.target
     if torch.Tag.pointwise not in op.tags:
         return args
@@ -162,8 +163,8 @@ def promoted(b: Builder, n: Node, args: list) -> list:
 
 
 def promotion(sigs: Sequence[Sig]) -> torch.dtype:
-    """The dtype that tensors of these signatures are computed in: 0-dim ones count only if they
-    are of a higher category."""
+    """Return the dtype that tensors of these signatures are computed in: 0-dim ones count only if
+    they are of a higher category."""
 
     def category(d: torch.dtype) -> int:
         return 3 if d.is_complex else 2 if d.is_floating_point else 1 if d is not torch.bool else 0
@@ -177,8 +178,8 @@ def promotion(sigs: Sequence[Sig]) -> torch.dtype:
 
 
 def checked_result(b: Builder, result: Any, want: Any, size: int) -> Any:
-    """The result of a rule, in the unbatched dtype. Raises ValueError where it is not of the
-    unbatched shape behind the batch."""
+    """Return the result of a rule, in the unbatched dtype. Raises ValueError where it is not of
+    the unbatched shape behind the batch."""
     if isinstance(want, tuple):
         if not isinstance(result, list | tuple):
             result = [result]

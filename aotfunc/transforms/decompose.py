@@ -1,4 +1,4 @@
-"""Opens ops up: each op in a table is replaced by what its function does."""
+"""Open ops up: replace each op in a table by the ops of its function."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
-    """The program with the table's ops opened up, again and again until none is left.
+    """Return the program with the table's ops opened up, again and again until none is left.
 
     Values keep their dtypes and strides: what was captured behind them, and a backward half that
     is compiled apart, rely on these."""
@@ -38,7 +38,7 @@ def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
 
 
 def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth: int = 0) -> None:
-    """As :meth:`Builder.copy`, with the table's ops opened up."""
+    """Copy nodes as :meth:`Builder.copy` does, with the table's ops opened up."""
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         body = table.get(n.target) if depth < 20 else None
@@ -56,8 +56,8 @@ def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth
 
 
 def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
-    """The outputs, copied where one shows memory that it did not show before: a ``cat`` of one is
-    no input."""
+    """Return the outputs, copied if one shows memory that it did not show before: a ``cat`` of one
+    tensor is not an input."""
     owners = {new: old for old, new in env.items() if old.op == "placeholder"}
     new = remap(list(outs), env)
     for i, (old, mine) in enumerate(zip(outs, new, strict=True)):
@@ -69,9 +69,9 @@ def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
 
 
 def by_schema(op: OpOverload, body: Callable) -> Callable:
-    """``body`` as a function of all the arguments that the op's schema names, called as PyTorch
-    calls decompositions: without defaults at the end, by keyword what the schema or the body
-    itself takes by keyword only."""
+    """Return ``body`` as a function of all the arguments that the op's schema names, called as
+    PyTorch calls decompositions: without defaults at the end, by keyword what the schema or the
+    body itself takes by keyword only."""
     schema = op._schema.arguments
     keywords = {a.name for a in schema if a.kwarg_only} | keywords_of(body)
 
@@ -105,8 +105,7 @@ def is_default(argument: Any, value: Any) -> bool:
 
 
 def as_declared(b: Builder, out: Any, val: Any, op: OpOverload) -> Any:
-    """What a decomposition returned, with the dtypes and strides that the op's own results
-    have."""
+    """Return a decomposition's results with the dtypes and strides of the op's own."""
     if isinstance(val, tuple):
         items: Sequence = (
             out if isinstance(out, list | tuple) else [b.item(out, i) for i in range(len(val))]

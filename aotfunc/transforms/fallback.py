@@ -30,7 +30,7 @@ class NoFormula(Exception):
 
 
 def with_tensors(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
-    """``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor
+    """Return ``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor
     arguments) replaced by ``f(x, i)``."""
 
     def one(a: Any, i: int) -> Any:
@@ -43,8 +43,8 @@ def with_tensors(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor])
 
 
 def closing_over_no_tensor(op: OpOverload) -> Callable[[Callable], Callable]:
-    """For a rule that may have been registered for a custom op: what it closes over would be kept
-    as it is now."""
+    """Make a decorator that refuses a rule which closes over a tensor: one registered for a custom
+    op would keep the tensor as it is now."""
 
     def decorate(rule: Callable) -> Callable:
         @wraps(rule)
@@ -64,14 +64,15 @@ def closing_over_no_tensor(op: OpOverload) -> Callable[[Callable], Callable]:
 
 
 def without_formula(op: OpOverload) -> bool:
-    """Whether ``op`` was registered for devices only: autograd takes its results for constants."""
+    """Return whether ``op`` was registered for devices only: autograd takes its results for
+    constants."""
     keys = "Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return op.namespace not in ("aten", "prims") and not any(has(op.name(), key) for key in keys)
 
 
 def reverse_rule(op: OpOverload) -> Callable:
-    """A reverse rule from autograd's formula."""
+    """Return a reverse rule from autograd's formula."""
     if without_formula(op):
         raise NoFormula(
             f"register one by torch.library.register_autograd({op.name()!r}, ...), or detach() "
@@ -124,7 +125,7 @@ def reverse_rule(op: OpOverload) -> Callable:
 
 
 def forward_rule(op: OpOverload) -> Callable:
-    """A forward rule from forward AD's formula."""
+    """Return a forward rule from forward AD's formula."""
 
     def rule(tangents: tuple, out: Any, *args: Any) -> Any:
         # forward AD has no formula for a custom op, and takes its tangent for zero
@@ -169,7 +170,7 @@ def forward_rule(op: OpOverload) -> Callable:
 
 
 def batching_rule(op: OpOverload) -> Callable:
-    """A batching rule from PyTorch's; batch at 0 in and out."""
+    """Return a batching rule from PyTorch's; batch at 0 in and out."""
 
     @closing_over_no_tensor(op)
     def rule(*args: Any, batched: tuple) -> Any:
@@ -223,14 +224,14 @@ def batching_rule(op: OpOverload) -> Callable:
 
 @cache
 def has_batching_rule(op: OpOverload) -> bool:
-    """Whether PyTorch batches ``op`` itself; what it has no rule for it loops over, also within
-    composite ops."""
+    """Return whether PyTorch batches ``op`` itself; what it has no rule for it loops over, also
+    within composite ops."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "FuncTorchBatched")
 
 
 @cache
 def decomposition(op: OpOverload) -> Callable | None:
-    """What the op consists of, as a function of all its arguments in schema order."""
+    """Return the op's decomposition, as a function of all its arguments in schema order."""
     from torch._decomp import decomposition_table
 
     body = DECOMPOSITIONS.get(op) or decomposition_table.get(op)

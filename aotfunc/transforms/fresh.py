@@ -1,4 +1,4 @@
-"""Results that must not share memory with inputs or with one another get memory of their own:
+"""Give results memory of their own where they must not share it with inputs or with one another:
 rewriting may have made them the same."""
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .walk import builder
 
 aten = torch.ops.aten
 
-#: for a result that may share memory with anything
+#: stands for a result that may share memory with anything
 ANYTHING = None
 
 
 def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
-    """The program with copies where an output would be an input, a view of one, or show another
-    output's memory.
+    """Return the program with copies where an output would be an input, a view of one, or show
+    another output's memory.
 
     ``aliases``: pairs of an output and a number. Outputs of one number share their memory, and are
     views of the input of that number if there is one (closed-over tensors count -1, -2, …); those
@@ -69,8 +69,8 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
 def output_copy(
     b: Builder, x: Node, out: Node, top: Node, group: Any, alone: bool, made: dict
 ) -> Node:
-    """A copy of ``x``; of what it shows (``top``), seen through the same views, if others share it
-    or if a mere copy would be laid out otherwise."""
+    """Return a copy of ``x``; of what it shows (``top``), seen through the same views, if others
+    share it or if a mere copy would be laid out otherwise."""
     val = out.meta["val"]
     if x is not top and not (alone and infer_val(aten.clone.default, (x,), {}) is val):
         chain = chain_of(out)
@@ -96,7 +96,7 @@ def copy_of(b: Builder, x: Node) -> Node:
 
 
 def replay_views(b: Builder, source: Any, chain: Sequence[Node], made: dict[tuple, Any]) -> Any:
-    """The chain's ops applied to ``source``."""
+    """Return the chain's ops applied to ``source``."""
     x = source
     for n in reversed(chain):
         calls = [n.args[0], n] if n.target is operator.getitem else [n]

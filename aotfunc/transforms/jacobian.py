@@ -27,8 +27,8 @@ aten = torch.ops.aten
 
 
 def numbered_draws(program: Program) -> Program:
-    """The program with its draws numbered, so that the copies of it that are put together share
-    them."""
+    """Return the program with its draws numbered, so that the copies of it that are put together
+    share them."""
     inlined = lowered(program, frozenset({"calls"}))
     if not any(draws(n) for n in inlined.graph.nodes):
         return program
@@ -58,7 +58,7 @@ def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: ra
 def jacobian_rows(
     base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str
 ) -> Program:
-    """Per output: the backward half, batched over a basis of its cotangents, residuals
+    """Return, per output, the backward half batched over a basis of its cotangents, residuals
     unbatched."""
     with paused_gc():
         base = numbered_draws(base)
@@ -89,7 +89,7 @@ def jacobian_rows(
 def jacobian_columns(
     base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str
 ) -> Program:
-    """Per argument: the linear part, batched over a basis of its tangents."""
+    """Return, per argument, the linear part batched over a basis of its tangents."""
     with paused_gc():
         base = numbered_draws(base)
         b = builder()
@@ -125,7 +125,8 @@ def jacobian_columns(
 def rows_of_late(
     b: Builder, late: Program, residuals: Sequence[Any], basis: Node, count: int, randomness: str
 ) -> list:
-    """The results of ``late`` for each row of ``basis``, in front; a single row needs no batch."""
+    """Return the results of ``late`` for each row of ``basis``, in front; a single row needs no
+    batch."""
     sig = basis.meta["val"]
     if count == 1:
         row = b.call(aten.view.default, basis, list(sig.shape[1:]))
@@ -136,14 +137,14 @@ def rows_of_late(
 
 
 def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
-    """``(start, count)`` of each part."""
+    """Return ``(start, count)`` of each part."""
     step = total if chunk is None else chunk
     return [(i, min(step, total - i)) for i in range(0, total, step)] if total else [(0, 0)]
 
 
 def basis_rows(b: Builder, sig: Sig, start: int, count: int) -> Node:
-    """Rows ``start`` to ``start + count`` of the identity over the elements of ``sig``, each in
-    its shape."""
+    """Return rows ``start`` to ``start + count`` of the identity over the elements of ``sig``,
+    each in its shape."""
     if sig.numel == 1 and count == 1:
         return filled_node(b, 1, make_dense((1, *sig.shape), sig))
     eye = b.call(aten.eye.default, sig.numel, dtype=sig.dtype, device=sig.device)

@@ -1,4 +1,4 @@
-"""Forward mode: walks a graph forwards and carries a tangent along with each value.
+"""Forward mode: walk a graph forwards and carry a tangent along with each value.
 
 An op without a written forward rule has its reverse rule transposed: the reverse rule is linear in
 the cotangent, and the derivative of that linear map, applied to tangents, is the forward rule."""
@@ -46,7 +46,7 @@ def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, A
 
 
 def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
-    """The tangent of one node; None for zero, a list for an op with several outputs."""
+    """Return the tangent of one node; None for zero, a list for an op with several outputs."""
     op = n.target
     if op is operator.getitem:
         parts = tangents.get(n.args[0])
@@ -79,8 +79,8 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
 
 
 def jvp_make(n: Node) -> Any:
-    """How to build the forward fragment: own rule, transpose of the own reverse rule, PyTorch's
-    formula, its transpose, decomposition."""
+    """Return how to build the forward fragment: own rule, transpose of the own reverse rule,
+    PyTorch's formula, its transpose, decomposition."""
     op = n.target
     entry = entry_for(op)
     forward, backward = entry.jvp, entry.vjp
@@ -128,7 +128,7 @@ def derived_tangents(b: Builder, n: Node, ts: list, out: Any, args: Any) -> Any:
 
 
 def forward_by_parts(b: Builder, body: Any, ts: list, args: Any, op: OpOverload) -> Any:
-    """Forward mode through the op's decomposition."""
+    """Differentiate the op's decomposition in forward mode."""
     inner, outs, given = as_graph(traced(body), args)
     of: dict[Any, Any] = {}
     for i, t in zip(tensor_args(op), ts, strict=True):
@@ -142,7 +142,7 @@ def forward_by_parts(b: Builder, body: Any, ts: list, args: Any, op: OpOverload)
 def forward_by_transposition(
     b: Builder, vjp_rule: Any, op: OpOverload, ts: list, out: Any, args: Any
 ) -> Any:
-    """The forward rule as the derivative of the (linear) reverse rule with respect to its
+    """Return the forward rule as the derivative of the (linear) reverse rule with respect to its
     cotangent: the adjoint of the adjoint."""
     carrying = entry_for(op).diff_outputs
     # cotangents of unknown value: the result cannot depend on them
@@ -177,7 +177,7 @@ def _has(t: Any) -> bool:
 
 
 def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
-    """Tangents in the shape and dtype of their outputs."""
+    """Return tangents in the shape and dtype of their outputs."""
     if isinstance(out, list):
         parts = result if isinstance(result, list | tuple) else [result]
         parts = [*parts, *[None] * (len(out) - len(parts))]
@@ -197,14 +197,14 @@ def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
 
 
 def tangent_sig(primal: Sig) -> Sig:
-    """How the tangent of an input lies in memory: as its primal, wherever that begins, unless that
-    overlaps itself."""
+    """Return how the tangent of an input lies in memory: as its primal, wherever that begins,
+    unless that overlaps itself."""
     whole = all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
     return primal.start if whole else contiguous_sig(primal.start)
 
 
 def jvp(program: Program, wrt: Sequence[int], zeros: bool = True) -> Program:
-    """The tangent program: ``(inputs, tangents of wrt, closed-over) -> (outputs, output
+    """Return the tangent program: ``(inputs, tangents of wrt, closed-over) -> (outputs, output
     tangents)``.
 
     Tangents that are zero are made (``zeros``) or ``None``; those of integer outputs are zeros of

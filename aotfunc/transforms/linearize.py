@@ -1,5 +1,4 @@
-"""Linearisation: a tangent or joint program cut by what depends on its tangents (or
-cotangents)."""
+"""Linearise: cut a tangent or joint program by dependence on its tangents (or cotangents)."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ aten = torch.ops.aten
 
 
 def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, list[int]]:
-    """A joint program cut by what depends on its ``n_late`` late inputs (those right after the
-    primals).
+    """Return a joint program cut by what depends on its ``n_late`` late inputs (those right after
+    the primals).
 
     Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program
     ``(residuals, late inputs) -> rest``, and which inputs are residuals as they are: they come
@@ -30,7 +29,7 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
     first, rest, written = outs[:n_early], outs[n_early : joint.n_outputs], outs[joint.n_outputs :]
     early_nodes, late_nodes, residuals = cut(joint.graph, late, [*first, *written], rest)
     inputs = [*placeholders[:n_primal], *placeholders[joint.n_inputs :]]
-    # a residual that shows an input which is written to at the end must be what it was
+    # a residual that shows an input which is written to at the end must keep its value
     volatile = {placeholders[i] for i in joint.mutated}
     copied = {r for r in residuals if storage_root(r) in volatile}
     direct = [inputs.index(r) for r in residuals if r.op == "placeholder" and r not in copied]
@@ -63,7 +62,7 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
 
 
 def linear_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program:
-    """The tangent program of the arguments ``wrt``: all results, then tangents of the first
+    """Return the tangent program of the arguments ``wrt``: all results, then tangents of the first
     ``n_out``."""
     whole = jvp(base, wrt)
     count = base.n_outputs

@@ -43,8 +43,8 @@ def report(op: OpOverload, line: Line | None, strict: bool) -> None:
 
 
 def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Exception) -> Any:
-    """The op of ``n`` called for each sample on the new ``args``; ``flags`` says which of them are
-    batched."""
+    """Return the op of ``n`` called for each sample on the new ``args``; ``flags`` says which of
+    them are batched."""
     op = n.target
     where = tensor_args(op)
 
@@ -64,8 +64,8 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
 
 
 def looped_by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
-    """As :func:`looped`, for an op whose result's shape depends on values: ``n`` says what it is
-    for every sample."""
+    """Batch by a loop, as :func:`looped`, an op whose result's shape depends on values: ``n``
+    tells the length for every sample."""
     op, want = n.target, n.meta["val"]
     named = [a.name for a in op._schema.arguments if a.kwarg_only]
 
@@ -82,19 +82,20 @@ def looped_by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> 
 
 
 def at_sample(a: Any, yes: Any, k: int, select: Callable) -> Any:
-    """The part of an argument that the k-th sample sees."""
+    """Return the part of an argument that the k-th sample sees."""
     return mapped(lambda x, y: select(x, k) if y and x is not None else x, a, yes)
 
 
 def stack_nested(rows: list) -> Any:
-    """The samples' results along a new dimension 0; lists of results, of any depth, as lists."""
+    """Return the samples' results along a new dimension 0; lists of results, of any depth, as
+    lists."""
     if isinstance(rows[0], list | tuple):
         return [stack_nested(list(column)) for column in zip(*rows, strict=True)]
     return torch.stack(rows)
 
 
 def no_samples(val: Any) -> Any:
-    """An empty batch of what a node with this value returns."""
+    """Return an empty batch of what a node with this value returns."""
     if isinstance(val, tuple):
         return [no_samples(v) for v in val]
     return (

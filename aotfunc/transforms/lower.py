@@ -1,4 +1,4 @@
-"""The last pass before a graph is run: marks of intent have done their work and are dissolved."""
+"""The last pass before a graph is run: dissolve marks of intent, which have done their work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ IDENTITIES = (aten.detach.default, dead_end, no_tangent, once)
 
 
 def marked(program: Program) -> bool:
-    """Whether the graph carries intent that plain autograd, run over its ops, would not see."""
+    """Return whether the graph carries intent that plain autograd, run over its ops, would not
+    see."""
     return any(
         n.target in (*IDENTITIES, hidden_write, check_gradient)
         or getattr(n.target, "dissolved_with", "")

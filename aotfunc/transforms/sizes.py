@@ -1,5 +1,5 @@
-"""A batched program for batches of any size: which of its literals are multiples of the size, if
-that can be proved.
+"""Prove which literals of a batched program are multiples of the batch's size, so that it serves
+batches of any size.
 
 The batch is followed through a finished graph: for each value, which dimension it lies in. Every
 op must treat the samples alike and apart from one another (:mod:`.apart` says what each op does
@@ -24,9 +24,9 @@ from .apart.parts import FACTORIES, Mixed, OpCall, Part, Walk
 def size_multiples(
     program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], size: int
 ) -> dict[Node, tuple]:
-    """The arguments, with Times in them, of those nodes of a batched program whose literals depend
-    on the ``size`` that it was made for. ``dims`` and ``out_dims``: where the batch is, for each
-    input and each result. Raises Mixed if some op is not known to keep samples apart."""
+    """Return the arguments, with Times in them, of those nodes of a batched program whose literals
+    depend on the ``size`` that it was made for. ``dims`` and ``out_dims``: where the batch is, for
+    each input and each result. Raises Mixed if some op is not known to keep samples apart."""
     if program.mutated or size < 2:
         raise Mixed
     try:
@@ -52,7 +52,7 @@ def follow_batch(
 
 
 def part_of(walk: Walk, n: Node) -> Any:
-    """Where the result of a node holds the batch; a list for several."""
+    """Return where the result of a node holds the batch; a list for several."""
     if n.target is operator.getitem:
         parent = walk.parts[n.args[0]]  # type: ignore[index]
         return parent[n.args[1]] if isinstance(parent, list) else parent  # type: ignore[index]

@@ -1,5 +1,5 @@
-"""Tidying: local rewritings that make graphs small and keep every value bit for bit, NaN,
-infinities and signed zeros included.
+"""Tidy graphs: local rewritings make them small and keep every value bit for bit, NaN, infinities
+and signed zeros included.
 
 They are applied as nodes are made (:class:`~aotfunc.trace.emit.Builder`), so each level of a
 nested transform works on a tidy graph. The rules, by subject, are in ``rewrites/``."""
@@ -30,8 +30,8 @@ def rebuilt(
     b: Builder | None = None,
     env: dict[Node, Any] | None = None,
 ) -> Program:
-    """The program copied by a pass, whose name it gets: rewritten, equal nodes merged, dead ones
-    gone, names counted anew.
+    """Return the program copied by a pass, whose name it gets: rewritten, equal nodes merged, dead
+    ones gone, names counted anew.
 
     ``visit`` may replace calls, see :meth:`~aotfunc.trace.emit.Builder.copy`. What stands in
     ``env`` for an input is read in its place, and the input is gone."""

@@ -1,4 +1,4 @@
-"""Reverse mode: walks a graph backwards and splices each op's reverse rule.
+"""Reverse mode: walk a graph backwards and splice each op's reverse rule.
 
 :func:`reverse` is the transform. It works on nodes of a graph under construction, so that it
 serves whole programs, ``torch.autograd.grad`` inside a function and rules that differentiate
@@ -34,8 +34,8 @@ aten = torch.ops.aten
 
 
 class Regions:
-    """Checkpointed regions of a forward graph: what the reverse walk reads of one is computed
-    again, when it gets there."""
+    """The checkpointed regions of a forward graph: values that the reverse walk reads of one are
+    computed again when it gets there."""
 
     def __init__(self, b: Builder) -> None:
         self.b = b
@@ -46,7 +46,7 @@ class Regions:
         self.again: dict[Any, Kept] = {}
 
     def recomputed(self, n: Node) -> Node:
-        """``n`` on recomputed arguments, if it lies in a region."""
+        """Return ``n`` on recomputed arguments, if it lies in a region."""
         region = n.meta.get("region")
         if region is None:
             return n
@@ -84,10 +84,10 @@ def reverse(
     wrt: Sequence[Node],
     recompute: bool = False,
 ) -> list[Node | None]:
-    """The cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where nothing
-    depends. Zeros, which ops with a derivative of zero give, are handed on as others are: autograd
-    sees what they are multiplied by. Where a user's backward returns None, one further on may get
-    zeros for it.
+    """Return the cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where
+    nothing depends. Zeros, which ops with a derivative of zero give, are handed on as others are:
+    autograd sees what they are multiplied by. Where a user's backward returns None, one further on
+    may get zeros for it.
 
     With ``recompute`` the values of checkpointed regions are computed again instead of kept.
     """
@@ -133,7 +133,7 @@ def reverse(
 
 
 def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, list]:
-    """Cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat.
+    """Return cotangents for the tensor arguments of one node: ``(arguments, cotangents)``, flat.
     ``again`` is the node to read values of."""
     op = n.target
     if op is dead_end:
@@ -167,8 +167,8 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
 
 
 def by_output(g: Any, val: Any) -> Any:
-    """The cotangents of a node with this value: those of several outputs, given by their numbers,
-    in lists."""
+    """Nest the cotangents of a node with this value: those of several outputs, given by number, in
+    lists."""
     return (
         [by_output((g or {}).get(i), v) for i, v in enumerate(val)]
         if isinstance(val, tuple)
@@ -177,8 +177,8 @@ def by_output(g: Any, val: Any) -> Any:
 
 
 def vjp_make(n: Node) -> Any:
-    """How to build the reverse fragment of this node's op: its own rule, PyTorch's formula, or its
-    decomposition."""
+    """Return how to build the reverse fragment of this node's op: its own rule, PyTorch's formula,
+    or its decomposition."""
     op = n.target
     entry = entry_for(op)
     rule = no_slope if entry.zero else entry.vjp
@@ -223,8 +223,8 @@ def reverse_by_parts(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: 
 
 
 def as_arguments(rule: Any, op: OpOverload) -> Any:
-    """The rule with the chores done: each cotangent summed to its argument's shape and cast to its
-    dtype."""
+    """Return the rule with the chores done: each cotangent summed to its argument's shape and cast
+    to its dtype."""
     where = tensor_args(op)
 
     def fit(ga: Any, a: Any) -> Any:
@@ -262,7 +262,7 @@ def as_arguments(rule: Any, op: OpOverload) -> Any:
 
 
 def unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
-    """``g`` summed to a shape that broadcasts to its own."""
+    """Return ``g`` summed to a shape that broadcasts to its own."""
     lead = g.dim() - len(shape)
     dims = [d for d, n in enumerate(g.shape) if n != 1 and (d < lead or shape[d - lead] == 1)]
     if dims:
@@ -280,7 +280,8 @@ def vjp(
     recompute: bool = True,
     plan: Sequence[Sig | None] | None = None,
 ) -> Program:
-    """The joint program: ``(inputs, cotangents, closed-over) -> (kept outputs, gradients)``.
+    """Return the joint program: ``(inputs, cotangents, closed-over) -> (kept outputs,
+    gradients)``.
 
     ``wrt`` are input positions; ``cts`` says which outputs have a cotangent, the rest are zero
     (default: all floating ones have). Cotangents are inputs, or with ``ones`` all ones. The
@@ -323,8 +324,8 @@ def vjp(
 
 
 def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
-    """Placeholders like these, for a derived program: the role "param" stays, any other becomes
-    "primal"."""
+    """Make placeholders like these for a derived program: the role "param" stays, any other
+    becomes "primal"."""
     return [
         b.placeholder(
             p.name, p.meta["val"], role="param" if p.meta.get("role") == "param" else "primal"
@@ -334,9 +335,9 @@ def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
 
 
 def cotangent_sig(sig: Sig, stride: Sequence[int]) -> Sig:
-    """How a program is to get the cotangent of a value, where one with these strides arrives: in
-    channels_last where both are, or where the cotangent is expanded, which has no say in eager's
-    kernels either; contiguous elsewhere."""
+    """Return how a program is to get the cotangent of a value, where one with these strides
+    arrives: in channels_last where both are, or where the cotangent is expanded, which has no say
+    in eager's kernels either; contiguous elsewhere."""
     if sig.plain or (form := images(sig)) is torch.contiguous_format:
         return contiguous_sig(sig)
     last = make_sig(sig.shape, formatted(sig.shape, form), sig.dtype, sig.device)
@@ -344,7 +345,7 @@ def cotangent_sig(sig: Sig, stride: Sequence[int]) -> Sig:
 
 
 def contiguous_sig(sig: Sig) -> Sig:
-    """The signature of a fresh contiguous tensor of this shape."""
+    """Return the signature of a fresh contiguous tensor of this shape."""
     return (
         sig
         if sig.plain

@@ -1,4 +1,4 @@
-"""Batching: walks a graph and gives every op that meets the batch a form with one more dimension,
+"""Batching: walk a graph and give every op that meets the batch a form with one more dimension,
 the batch at 0.
 
 Ops that do not meet it are copied as they are: what is the same for all samples is computed once.
@@ -27,7 +27,7 @@ from .walk import builder
 
 aten = torch.ops.aten
 
-#: ops that mean the same with the batch in front, whatever their arguments
+#: ops that have the same meaning with the batch in front, whatever their arguments
 TRANSPARENT = {
     once,
     no_tangent,
@@ -41,14 +41,14 @@ TRANSPARENT = {
 
 
 class Batch:
-    """One batching walk: the size, what random ops do, and which old nodes are batched in the new
-    graph."""
+    """One batching walk: the size, the randomness, and the batched old nodes in the new graph."""
 
     def __init__(self, b: Builder, size: int, randomness: str, strict: bool = False) -> None:
         self.b, self.size, self.randomness, self.strict = b, size, randomness, strict
         self.env: dict[Node, Any] = {}
         self.batched: dict[Node, Any] = {}
-        #: the ops that were batched by a loop over the samples, and where the user called them
+        #: the ops that were batched by a loop over the samples, and the user's lines that call
+        #: them
         self.loops: list[tuple[OpOverload, Any]] = []
 
     def has(self, a: Any) -> Any:
@@ -65,7 +65,7 @@ class Batch:
         self.b.copy(nodes, self.env, visit)
 
     def once_each(self, n: Node) -> bool:
-        """Whether an unbatched draw is made once per sample."""
+        """Return whether an unbatched draw is made once per sample."""
         if self.randomness == "error":
             raise ArgumentError(
                 f"vmap: {n.target} draws random numbers{at(n.meta.get('line'))}; say with "
@@ -102,14 +102,15 @@ class Batch:
         return out, True
 
     def expanded(self, n: Node) -> Node:
-        """The new value of an old node, given a batch dimension if it has none."""
+        """Return the new value of an old node, given a batch dimension if it has none."""
         new = self.env[n]
         if self.batched.get(n):
             return new
         return self.b.call(aten.expand.default, new, [self.size, *new.meta["val"].shape])
 
     def inside(self, b: Builder) -> Batch:
-        """A walk over what is in one op, for the same batch, into the builder ``b``."""
+        """Return a walk over the ops inside of one op, for the same batch, into the builder
+        ``b``."""
         return Batch(b, self.size, self.randomness, self.strict)
 
 
@@ -122,8 +123,8 @@ def vmap(
     out_dims: Sequence[int | None] | None = None,
     strict: bool = False,
 ) -> Program:
-    """The batched program. ``in_dims`` and ``sigs``: one per input, for the *batched* inputs;
-    ``out_dims``: one per result.
+    """Return the batched program. ``in_dims`` and ``sigs``: one per input, for the *batched*
+    inputs; ``out_dims``: one per result.
 
     A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in
     its own layout. Ops that only a loop over the samples can batch are reported by a LoopWarning,
@@ -166,7 +167,7 @@ def vmap(
 
 
 def shared_write(target: Node, value: Node) -> str:
-    """The error for writing a batched value to an unbatched tensor."""
+    """Return the error for writing a batched value to an unbatched tensor."""
     text = (
         f"vmap: a tensor that is the same for all samples ({target.name}) was written with a "
         f"value that differs between samples{at(value.meta.get('line'))}; make it an input with "
@@ -186,7 +187,7 @@ def shared_write(target: Node, value: Node) -> str:
 
 
 def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
-    """A result with its batch dimension where it was asked for."""
+    """Return a result with its batch dimension where the caller asked for it."""
     if not isinstance(o, Node):
         if dim is not None:
             raise ArgumentError(
@@ -211,7 +212,7 @@ def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
 
 
 def with_dim_moved(b: Builder, n: Node, source: int, target: int) -> Node:
-    """``n`` with one dimension moved."""
+    """Return ``n`` with one dimension moved."""
     if source == target:
         return n
     order = list(range(len(n.meta["val"].shape)))
@@ -220,7 +221,7 @@ def with_dim_moved(b: Builder, n: Node, source: int, target: int) -> Node:
 
 
 def inserted(sig: Sig, dim: int, size: int) -> Sig:
-    """The signature of a contiguous batched tensor whose samples have this shape."""
+    """Return the signature of a contiguous batched tensor whose samples have this shape."""
     shape = list(sig.shape)
     shape.insert(dim, size)
     return make_sig(tuple(shape), contiguous_stride(tuple(shape)), sig.dtype, sig.device)

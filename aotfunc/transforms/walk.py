@@ -1,5 +1,5 @@
-"""What the walkers share: a rule is traced once per signature into a fragment and copied from then
-on.
+"""The mechanism that walkers share: a rule is traced once per signature into a fragment and copied
+from then on.
 
 :func:`apply` is the whole mechanism. It keys on the rule's tag, the signatures of the nodes and
 the literals; the first time it lets ``make`` build the result on placeholders, tidied, and
@@ -32,7 +32,7 @@ from .tidy import REWRITES
 
 aten = torch.ops.aten
 
-#: builds a result out of nodes: ``(builder, *args) -> nested nodes``
+#: a function that makes a result of nodes: ``(builder, *args) -> nested nodes``
 Make = Callable[..., Any]
 
 
@@ -52,13 +52,13 @@ _fragments = Cache(1 << 15, lambda fragment: 1 + len(fragment.nodes))
 
 
 def builder() -> Builder:
-    """A builder that merges equal nodes and simplifies as it goes."""
+    """Return a builder that merges equal nodes and simplifies as it goes."""
     return Builder(REWRITES)
 
 
 def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
-    """The result of ``make(builder, *args)`` in ``b``, through the fragment cache. ``args``:
-    nested nodes and literals."""
+    """Return the result of ``make(builder, *args)`` in ``b``, through the fragment cache.
+    ``args``: nested nodes and literals."""
     key: list = [tag]
     nodes: list[Node] = []
 
@@ -82,9 +82,9 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
 
 
 def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Make:
-    """``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph into the
-    builder; ``opened``: functions to call in place of ops that a recording would answer itself.
-    """
+    """Return ``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph
+    into the builder; ``opened``: functions to call in place of ops that a recording would answer
+    itself."""
 
     @outside_inference_mode
     def make(b: Builder, *args: Any) -> Any:
@@ -126,8 +126,8 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
 
 
 def as_graph(make: Make, args: Any) -> tuple[Builder, Any, dict[Node, Node]]:
-    """What ``make`` builds for ``args`` as a graph of its own: its builder, the results, and the
-    node among ``args`` that each placeholder stands for."""
+    """Build ``make``'s result for ``args`` as a graph of its own; return its builder, the results,
+    and the node among ``args`` that each placeholder stands for."""
     b, holes = builder(), dict[Node, Node]()
 
     def hole(a: Any) -> Any:
@@ -144,7 +144,7 @@ def as_graph(make: Make, args: Any) -> tuple[Builder, Any, dict[Node, Node]]:
 @contextmanager
 def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
     """Raise RuleError for an error in a rule inside, with the op, the rule's line, and the user's.
-    A rule raises NotImplementedError for arguments that it is not made for."""
+    A rule raises NotImplementedError for arguments that it does not cover."""
     try:
         yield
     except RuleError:
@@ -162,7 +162,7 @@ def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
 
 
 def constant_node(b: Builder, t: Tensor) -> Node:
-    """A number that a rule made, as a node."""
+    """Return a number that a rule made, as a node."""
     if t.dim():
         raise RuleError(
             f"a rule closes over a tensor of shape {tuple(t.shape)}; only numbers may be constants"
@@ -171,20 +171,19 @@ def constant_node(b: Builder, t: Tensor) -> Node:
 
 
 def filled_node(b: Builder, value: Any, sig: Sig) -> Node:
-    """A tensor like ``sig``, filled with a number."""
+    """Return a tensor like ``sig``, filled with a number."""
     return b.call(aten.full.default, list(sig.shape), value, dtype=sig.dtype, device=sig.device)
 
 
 def unknown(b: Builder, sig: Sig) -> Node:
-    """A tensor like ``sig`` of any value: an input of what is linear in it, to be dropped with
-    it."""
+    """Return a tensor like ``sig`` of any value: an input of a linear result, dropped with it."""
     kwargs = {"dtype": sig.dtype, "device": sig.device}
     return b.make("call_function", aten.empty.memory_format, (list(sig.shape),), kwargs, sig)
 
 
 def node_outputs(b: Builder, n: Node) -> Any:
-    """What a node returns, as a rule wants it: itself, or the list of its outputs, lists among
-    them."""
+    """Return a node's outputs as a rule wants them: itself, or the list of its outputs, lists
+    among them."""
     val = n.meta["val"]
     if not isinstance(val, tuple):
         return n

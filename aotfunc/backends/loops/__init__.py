@@ -1,1 +1,1 @@
-"""Loops: graphs as kernels over axes, compiled as C++ for the CPU."""
+"""Graphs as kernels over axes, compiled as C++ for the CPU."""

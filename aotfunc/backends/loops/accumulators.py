@@ -1,4 +1,4 @@
-"""How a reduction accumulates in C++: what it begins with, one step, and its result."""
+"""How a reduction accumulates in C++: its start, one step, and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .arguments import VECTORS
 from .ir import Const, Kernel, Reduce
 from .values import NUMBERS, KernelText
 
-#: what a reduction begins with, of floating point or not, and how it goes on
+#: the start of each reduction, of floating point or not, and the function of its step
 START = {"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True}
 STEP = {
     "prod": "mul",
@@ -24,7 +24,7 @@ STEP = {
 class Accumulators(KernelText):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        #: the vector axis is one of the outer ones
+        #: whether the vector axis is one of the outer ones
         self.columns = 0 <= self.vector < kernel.outer
 
     @property
@@ -72,7 +72,7 @@ class Accumulators(KernelText):
 
 
 def neutral(e: Reduce) -> bool | int | float:
-    """What changes no value of the reduction."""
+    """Return the value that changes no value of the reduction."""
     if e.fn in ("max", "min") and not e.dtype.is_floating_point:
         info = torch.iinfo(e.dtype)
         return info.min if e.fn == "max" else info.max

@@ -1,4 +1,4 @@
-"""What a kernel's function is called with: how many rows, which sizes, and which memory."""
+"""The arguments of a kernel's function: how many rows, which sizes, and which memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = 16
 
 
 def lanes_of(kernel: Kernel) -> str:
-    """How many points are computed at a time, as the text says it."""
+    """Return how many points are computed at a time, as the text spells it."""
     k = kernel.vector
     vectors = [e for e in walk(kernel.values) if k in kernel.axes(e) or isinstance(e, Reduce)]
     stores = [s for s in kernel.stores if kernel.extents and kernel.accesses[s.access].strides[k]]
@@ -39,12 +39,12 @@ def sizes(kernel: Kernel) -> tuple[int, ...]:
 
 
 def given(kernel: Kernel) -> list[Const]:
-    """The numbers that are arguments."""
+    """List the numbers that are arguments."""
     return [e for e in walk(kernel.values) if isinstance(e, Const) and e.given]
 
 
 def named_sizes(kernel: Kernel) -> Iterator[tuple[str, int]]:
-    """Extents, steps and starts, and what they are called: those that are not 0 or 1."""
+    """Yield names and values of extents, steps and starts, but for those that are 0 or 1."""
     for k, n in enumerate(kernel.extents):
         yield f"n{k}", n
     walked: list[tuple[str, Access | Ramp]] = [(f"s{i}", a) for i, a in enumerate(kernel.accesses)]
@@ -60,9 +60,9 @@ def named_sizes(kernel: Kernel) -> Iterator[tuple[str, int]]:
 
 
 def count_rows(kernel: Kernel) -> int:
-    """How many rows a kernel's function divides its work into: the points of the outer axes, but
-    for the vector axis if there is another one; blocks of the cross axis, or of rows; one
-    where several rows may be added to one place."""
+    """Return how many rows a kernel's function divides its work into: the points of the outer
+    axes, but for the vector axis if there is another one; blocks of the cross axis, or of rows;
+    one where several rows may be added to one place."""
     outer = list(kernel.extents[: kernel.outer])
     if kernel.scatters:
         return 1

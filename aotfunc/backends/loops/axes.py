@@ -1,4 +1,4 @@
-"""The axes of a kernel, and where values lie along them: in memory, and inside of what bounds.
+"""The axes of a kernel, and where values lie along them: in memory, and inside of which bounds.
 
 ``factors`` are the extents of the axes that stand for each dimension, in the order in which these
 come up; they may say in advance that one is several axes."""
@@ -30,7 +30,7 @@ class Axes:
         self.values: dict[Any, Expr] = {}
 
     def axes(self, sizes: Sequence[int]) -> list[int]:
-        """New axes for dimensions of these sizes."""
+        """Make new axes for dimensions of these sizes."""
         first = len(self.extents)
         for size in sizes:
             if self.dimensions == len(self.factors):
@@ -42,7 +42,7 @@ class Axes:
         return list(range(first, len(self.extents)))
 
     def split(self, axis: int, inner: int) -> None:
-        """Say for the next time that an axis is two."""
+        """Remember, for the next attempt, that an axis is two."""
         for parts in self.factors:
             if axis < len(parts):
                 parts[axis : axis + 1] = [parts[axis] // inner, inner]
@@ -50,7 +50,7 @@ class Axes:
             axis -= len(parts)
 
     def whole(self, place: Place, n: Node) -> bool:
-        """Whether each element of a value is met here, once."""
+        """Return whether each element of a value is met here, once."""
         axes = [k for index in place for k in index.axes]
         sizes = zip(place, shape_of(n), strict=True)
         return len({*axes}) == len(axes) and all(  # a diagonal has one axis for two dimensions
@@ -58,7 +58,7 @@ class Axes:
         )
 
     def root(self, shape: tuple[int, ...]) -> Place:
-        """Where a result lies that nothing in this kernel reads."""
+        """Place a result that nothing in this kernel reads."""
         sizes = [size for size in shape if size != 1]
         if not self.extents:
             self.axes(sizes)
@@ -75,8 +75,8 @@ class Axes:
         raise Unfit("results of other sizes")
 
     def bind(self, sizes: list[int], place: Place) -> Place:
-        """Where the reduced dimensions, of these sizes, lie. Raises Unfit where other axes are
-        reduced already."""
+        """Place the reduced dimensions, of these sizes. Raises Unfit where other axes are reduced
+        already."""
         taken = self.reached(place)
         free = [k for k in range(len(self.extents)) if k not in taken]
         if not free and not self.reduced:
@@ -90,7 +90,7 @@ class Axes:
         return found
 
     def reached(self, place: Place) -> set[int]:
-        """The axes that a place varies along."""
+        """Return the axes that a place varies along."""
         found: set[int] = set()
         for index in place:
             found.update(index.axes)
@@ -123,7 +123,7 @@ class Axes:
         return Load(wide(n.meta["val"].dtype), self.access(n, place), shift, mask)
 
     def shift(self, n: Node, place: Place) -> Expr | None:
-        """How much further an element is because of indices that are looked up."""
+        """Return the offset that looked-up indices add to an element."""
         shift: Expr | None = None
         for index, stride in zip(place, n.meta["val"].stride(), strict=True):
             for e, step in index.found:
@@ -139,7 +139,7 @@ class Axes:
     # --- positions as numbers ---
 
     def position(self, index: Index) -> Expr:
-        """An index as a number."""
+        """Return an index as an integer expression."""
         if index not in self.values:
             self.values[index] = self.affine(index)
             for e, step in index.found:
@@ -157,8 +157,8 @@ class Axes:
         return Position(self.integer, len(self.ramps) - 1)
 
     def inside(self, index: Index, low: int, high: int) -> Expr | None:
-        """Where an index is ``low`` at least and less than ``high``; None where that is
-        everywhere."""
+        """Return the condition that an index is ``low`` at least and less than ``high``; None if
+        it always holds."""
         least, most = (low - 1, high) if index.found else bounds(index, self.extents)
         above = self.test("ge", index.shifted(-low), 0) if least < low else None
         below = self.test("lt", index, high) if most >= high else None
@@ -171,7 +171,7 @@ class Axes:
         return self.values[fn, index, n]
 
     def both(self, tests: Sequence[Expr | None]) -> Expr | None:
-        """Where all of these hold that are not None; None where that is everywhere."""
+        """Return the conjunction of these conditions that are not None; None if there are none."""
         result: Expr | None = None
         for test in tests:
             if test is None or result is None:
@@ -185,7 +185,7 @@ class Axes:
 
 
 def with_unit_dims(place: Place, shape: Sequence[int]) -> Place:
-    """A place of the dimensions that are not of size 1, for all of them."""
+    """Return a place of the dimensions that are not of size 1, for all of them."""
     rest = iter(place)
     return tuple([FIRST if size == 1 else next(rest) for size in shape])
 

@@ -1,4 +1,5 @@
-"""The C++ backend: a graph's kernels in one source, compiled, called in the place of its nodes."""
+"""The C++ backend: compiles a graph's kernels from one source and calls them in the place of its
+nodes."""
 
 from __future__ import annotations
 
@@ -30,10 +31,10 @@ from .schedule import schedule
 from .steps import in_steps
 from .tasks import InRange, LaidOut, Task, launch
 
-#: elements that take no longer than calling PyTorch does, which is what a launch saves
+#: number of elements that take no longer than a call of PyTorch, which a launch saves
 SMALL = 32768
 
-#: bytes that are new memory at each call: a launch asks for it in larger pieces than PyTorch does
+#: number of bytes that are new memory at each call: a launch asks for it in larger pieces
 LARGE = 1 << 25
 
 #: classes of tensors that have memory, or are zeros
@@ -45,8 +46,8 @@ QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "er
 
 def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++
-    kernels, a kernel that is there before multiplies matrices, other ops are called as they are.
-    Raises CompilerError where there is no C++ compiler, or it fails."""
+    kernels, an existing kernel multiplies matrices, and other ops are called as they are. Raises
+    CompilerError if there is no C++ compiler, or it fails."""
     graph, source = with_kernels(gm)
     if source and (debug.watched is not None or debug.LEVEL >= 3):
         debug.note("cpp", graph, lambda: source, size(graph))
@@ -78,7 +79,8 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
 
 
 def own(results: Sequence[Any]) -> int:
-    """How many of the first results are of launches, and so tensors whose memory only they use."""
+    """Return how many of the first results are those of launches, whose memory nothing else
+    uses."""
     for count, n in enumerate(results):
         if not isinstance(n, Node) or n.meta.get("laid_out") is not n or n in results[:count]:
             return count
@@ -86,7 +88,7 @@ def own(results: Sequence[Any]) -> int:
 
 
 def worth(nodes: Sequence[Node]) -> bool:
-    """Whether these nodes are better as a kernel than called one by one."""
+    """Return whether these nodes are better as a kernel than called one by one."""
     if len(nodes) > 1:
         return True
     val = nodes[0].meta["val"]
@@ -100,7 +102,8 @@ def worth(nodes: Sequence[Node]) -> bool:
 
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
-    """The graph with launches of kernels in the place of what these compute, and their source."""
+    """Return the graph with launches of kernels in the place of what these compute, and their
+    source."""
     old = copy_graph(gm.graph)
     in_steps(old)
     in_blocks(old)
@@ -127,7 +130,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy, which may be changed."""
+    """Return a copy of the graph, which may be changed."""
     new: dict[Node, Node] = {}
     copy = fx.Graph()
     for n in graph.nodes:
@@ -136,7 +139,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def needed(found: Sequence[Unit], tasks: Mapping[Unit, Task], graph: fx.Graph) -> list[Unit]:
-    """Those without the views and numbers that only kernels read, which look through them."""
+    """Return the units without the views and numbers that only kernels read, which look through
+    them."""
     reads = set(output_node(graph).all_input_nodes)
     kept = []
     for u in reversed(found):
@@ -163,13 +167,13 @@ def task(kernel: Kernel, compiled: native.LoadedKernel) -> Task:
 
 
 def kernel_of(u: Unit) -> Kernel:
-    """The unit's kernel, called as the last value that it stores."""
+    """Return the unit's kernel, named after the last value that it stores."""
     outs = stored(u.nodes)
     return schedule(lower(u.nodes, outs, f"k_{outs[-1].name}"))
 
 
 def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str]]:
-    """Their source, and for each the name of its function: equal ones share it."""
+    """Return the kernels' source, and the function's name for each; equal kernels share one."""
     texts: dict[str, str] = {}
     functions: dict[str, str] = {}
     names: dict[str, str] = {}  # code -> the first kernel that has it

@@ -1,4 +1,4 @@
-"""Sums over rows, in the kernel that also sums along them: blocks of rows first, then the blocks.
+"""Sums over rows, in a kernel that also sums along them: blocks of rows first, then the blocks.
 
 A kernel that runs row by row cannot finish a sum over rows, as other threads have the other rows.
 It stores what each block of rows adds up to, and a second kernel adds up these few."""
@@ -23,18 +23,18 @@ _library.define("block_sums(Tensor x, int dims) -> Tensor")
 
 
 def sums(x: Tensor, dims: int) -> Tensor:
-    """The sum of each block of the points of the first ``dims`` dimensions."""
+    """Return the sum of each block of the points of the first ``dims`` dimensions."""
     rows = x.reshape(-1, *x.shape[dims:])
     return torch.stack([block.sum(0) for block in rows.split(ROWS)])
 
 
 def blank(x: Tensor, dims: int) -> Tensor:
-    """A tensor like the result, without memory."""
+    """Return a tensor like the result, without memory."""
     return meta_like(x, (-(-math.prod(x.shape[:dims]) // ROWS), *x.shape[dims:]))
 
 
 def meta_like(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of another shape, without memory."""
+    """Return a tensor of another shape, without memory."""
     made = torch.empty(shape, dtype=x.dtype, device="meta")
     # not by an op of x, which would import Dynamo
     return FakeTensor(x.fake_mode, made, x.device) if isinstance(x, FakeTensor) else made
@@ -66,7 +66,7 @@ def in_blocks(graph: fx.Graph) -> None:
 
 
 def reduced_dims(n: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of what a node reduces, and over which of its dimensions."""
+    """Return the shape of what a node reduces, and over which of its dimensions."""
     shape = shape_of(n.args[0])  # type: ignore[arg-type]
     dims = REDUCTIONS[n.target](*n.args, **n.kwargs).dims
     every = range(len(shape))

@@ -1,4 +1,4 @@
-"""Indices that a kernel looks up, and what must hold of them before it runs."""
+"""The indices that a kernel looks up, and the bounds that they must keep."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def index_of(
     work: Lowering, n: Node, at: At, low: int, high: int, error: Callable[[int], Exception]
 ) -> Expr:
-    """An element of a tensor of indices, which are in range. Raises Unfit where these are not
-    in memory."""
+    """Return an element of a tensor of indices, checked to be in range. Raises Unfit for indices
+    that are not in memory."""
     e = work.value(n, at.place, at.mask)
     if not isinstance(e, Load) or e.shift is not None:
         raise Unfit("indices that are computed")
@@ -38,7 +38,7 @@ def index_of(
 
 
 def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
-    """An index that counts from the end where it is negative."""
+    """Return an index that counts from the end where it is negative."""
     if (found, size, "wrapped") not in work.values:
         end = found + number(Given(size), work.integer)
         work.values[found, size, "wrapped"] = function_of("where", found < 0, end, found)
@@ -46,7 +46,7 @@ def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
 
 
 def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Requirement:
-    """That of the elements of a view of a tensor in memory."""
+    """Return the requirement on the elements of a view of a tensor in memory."""
     shape = shape_of(n)
     place: Place = tuple([index_along(d) for d in range(len(shape))])
     while n is not tensor:

@@ -10,7 +10,8 @@ _library.define("class_of(Tensor target, int classes, int ignore_index) -> Tenso
 
 
 def targets(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """The targets, 0 for those that are ignored. Raises IndexError for one that is no class."""
+    """Return the targets, 0 for those that are ignored. Raises IndexError for one that is no
+    class."""
     low, high = map(int, target.aminmax())
     if low >= 0 and high < classes and not low <= ignore_index <= high:
         return target.clone()

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
-#: op -> the number that its result is full of, or which argument it is
+#: op -> the number that fills its result, or the argument that holds it
 FULL: dict[Any, Any] = {
     aten.full.default: lambda size, value, **_: value,
     aten.full_like.default: lambda x, value, **_: value,
@@ -25,7 +25,7 @@ FULL: dict[Any, Any] = {
 
 
 def constant(n: Any) -> bool | int | float | None:
-    """The number that a node is full of, None if it is not known to be of one."""
+    """Return the number that a node is full of, None if it is not known to be of one."""
     if not isinstance(n, Node) or n.op != "call_function" or n.target not in FULL:
         return None
     value = FULL[n.target](*n.args, **n.kwargs)

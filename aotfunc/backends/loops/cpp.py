@@ -18,21 +18,21 @@ from .blocks import ROWS
 from .ir import SLOW, Apply, Const, Expr, Kernel, Load, Position, Reduce, Store, walk
 from .values import NUMBERS, memory
 
-#: points of the vector axis that have accumulators at the same time
+#: number of points of the vector axis that have accumulators at the same time
 TILE = 1024
 
 
 def print_kernel(kernel: Kernel) -> str:
-    """The kernel as the text of an exported function."""
+    """Return the kernel as the text of an exported function."""
     return Printer(kernel).text()
 
 
 class Printer(Accumulators):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        #: rows are points of the vector axis
+        #: whether rows are points of the vector axis
         self.split = self.columns and kernel.outer == 1
-        #: values that vary along it, but not inside, are kept for a tile
+        #: whether values that vary along it, but not inside, are kept for a tile
         self.tiled = self.columns and kernel.reduced > 0
 
     def text(self) -> str:
@@ -62,7 +62,8 @@ class Printer(Accumulators):
         return ("" if written else "const ") + memory(self.kernel.accesses[i].dtype)
 
     def known(self, level: int) -> list[Expr]:
-        """Values that hold for the whole call (0), or for a row (1), and need no reduction."""
+        """List the values that hold for the whole call (0), or for a row (1), and need no
+        reduction."""
         found, late = [], set()
         for e in walk(self.kernel.values):
             axes = self.kernel.axes(e)
@@ -100,7 +101,7 @@ class Printer(Accumulators):
         self.close(1 + kernel.blocks)
 
     def cleared(self) -> None:
-        """Zeros where values are added, and all rows for one call."""
+        """Write zeros where values are added, and let one call compute all rows."""
         if not self.kernel.scatters:
             return
         for s in self.kernel.scatters:
@@ -113,7 +114,7 @@ class Printer(Accumulators):
         )
 
     def block(self) -> None:
-        """A block of rows, and where its sums lie."""
+        """Open the loop over the rows of a block, and point to the sums of that block."""
         rows, size = [
             " * ".join([f"n{k}" for k in axes])
             for axes in (range(self.kernel.outer), sorted(self.inner))
@@ -127,7 +128,7 @@ class Printer(Accumulators):
             self.say(f"for (int64_t i = 0; i < size; i++) b{i}[i] = 0;")
 
     def point(self, outer: list[int], counted: Mapping[int, tuple[str, str]]) -> None:
-        """Where a row is: for each axis a name, and up to what it counts."""
+        """Compute the indices of a row: a name for each axis, and the size that it counts to."""
         if len(outer) > 1:
             self.say("int64_t rest = row;")
         for k in reversed(outer[1:]):
@@ -138,8 +139,8 @@ class Printer(Accumulators):
             self.say(f"const int64_t {counted[outer[0]][0]} = {'rest' if outer[1:] else 'row'};")
 
     def crossed(self, outer: list[int]) -> None:
-        """A block of the cross axis, beside blocks of the vector axis: a line of memory that is
-        read for one point of it is still there for the next."""
+        """Run blocks of the cross axis beside blocks of the vector axis: a cache line that is read
+        for one point is still there for the next."""
         k, v = self.kernel.cross, self.vector
         self.say(f"const int64_t blocks = (n{k} + {BLOCK - 1}) / {BLOCK};")
         self.point(outer, {j: (f"i{j}", f"n{j}") for j in outer} | {k: ("block", "blocks")})
@@ -165,8 +166,8 @@ class Printer(Accumulators):
         self.close(2)
 
     def to_turn(self) -> list[int]:
-        """Memory that is contiguous along the cross axis: a block of it is read line by line, and
-        turned in registers."""
+        """List the memory that is contiguous along the cross axis: its blocks are read line by
+        line and turned in registers."""
         k, v, found = self.kernel.cross, self.vector, dict[int, None]()
         for e in walk(self.kernel.values):
             if isinstance(e, Load) and not e.args and self.lanes == "FLOATS":
@@ -176,7 +177,7 @@ class Printer(Accumulators):
         return list(found)
 
     def pointers(self, axes: list[int]) -> None:
-        """The buffers at this row."""
+        """Point to the buffers at this row."""
         added_up = [s.access for s in self.kernel.stores if s.blocks]
         for i, a in enumerate(self.kernel.accesses):
             start = f"b{i}" if i in added_up else f"p{i}"
@@ -184,7 +185,7 @@ class Printer(Accumulators):
             self.say(f"{self.pointer(i)} *const q{i} = {start}{''.join(steps)};")
 
     def along(self, first: str, last: str) -> None:
-        """Along the vector axis, one of the outer ones."""
+        """Loop along the vector axis, which is one of the outer ones."""
         if self.tiled:
             self.open(f"for (int64_t begin_ = {first}; begin_ < {last}; begin_ += {TILE})")
             self.say(f"const int64_t end_ = {last} - begin_ < {TILE} ? {last} : begin_ + {TILE};")
@@ -196,7 +197,8 @@ class Printer(Accumulators):
         self.close()
 
     def stepped(self, first: str, last: str, more: str = "") -> None:
-        """A loop over the vector axis, so many lanes of it at a time."""
+        """Open a loop over the vector axis that takes as many points at a time as there are
+        lanes."""
         j, w = f"i{self.vector}", self.lanes
         start = f"{first}, t = 0" if more else first
         self.open(f"for (int64_t {j} = {start}; {j} < {last}; {j} += {w}{more})")
@@ -207,8 +209,8 @@ class Printer(Accumulators):
         self.stepped("begin_", "end_", ", t++")
 
     def passes(self) -> None:
-        """Reductions in the order in which they need each other; each value is stored as soon as
-        it is computed, and what takes long to compute is kept in the place of a later result."""
+        """Write reductions in the order of their dependencies. Each value is stored as soon as it
+        is computed; one that takes long is kept in the place of a later result."""
         values = list(walk(self.kernel.values))
         ranks: dict[Expr, int] = {}
         for e in values:
@@ -264,12 +266,12 @@ class Printer(Accumulators):
             self.names = names
 
     def varies(self, s: Store) -> bool:
-        """Whether a value has several places in a row."""
+        """Return whether a value has several places in a row."""
         walked = any([self.kernel.accesses[s.access].strides[k] for k in self.inner])
         return walked or (s.shift is not None and bool(self.kernel.axes(s.shift) & self.inner))
 
     def before(self, values: Iterable[Expr]) -> None:
-        """What these values need that does not vary inside the loops to come."""
+        """Compute the values that these need and that do not vary inside the loops to come."""
         inside = [e for e in walk(list(values)) if self.kernel.axes(e) & self.inner]
         needed = {a for e in inside for a in e.args} | set(values)
         early = [e for e in walk(list(values)) if e in needed and e not in inside]
@@ -292,7 +294,7 @@ class Printer(Accumulators):
         self.names = names | {e: f"{name}[t]" for e, name in arrays.items()}
 
     def loops(self) -> int:
-        """Open the loops over the reduced axes; how many there are."""
+        """Open the loops over the reduced axes and return their number."""
         for k in sorted(self.inner):
             if k == self.vector:
                 self.stepped("0", f"n{k}")
@@ -303,8 +305,8 @@ class Printer(Accumulators):
     # --- reductions ---
 
     def reduce(self, now: list[Reduce], stores: list[Store], kept: list[Store]) -> None:
-        """One pass over the reduced axes, for reductions that do not need each other, and what is
-        stored on the way."""
+        """Write one pass over the reduced axes, for independent reductions and the values stored
+        on the way."""
         values = [e.value for e in now] + [e for s in stores for e in s.needs]
         self.before(values)
         totals = {e: self.fresh("a") for e in now}

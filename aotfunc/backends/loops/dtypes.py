@@ -23,7 +23,8 @@ NARROW = (torch.int32, torch.int64)
 
 
 def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
-    """The dtype that an op computes in. Raises Unfit for one that its body is not meant for."""
+    """Return the dtype that an op computes in. Raises Unfit for a dtype that its body does not
+    cover."""
     if kind in ("compare", "truth"):
         values = [a.meta["val"] if isinstance(a, Node) else a for a in n.args]
         common = values[0].dtype if len(values) == 1 else torch.result_type(*values)
@@ -41,7 +42,8 @@ def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
 
 
 def integer(nodes: Sequence[Node]) -> torch.dtype:
-    """The dtype of indices: one that fills as many lanes as the values do, and holds them."""
+    """Return the dtype of indices: one that fills as many lanes as the values do, and holds
+    them."""
     dtypes = {wide(n.meta["val"].dtype) for n in nodes}
     if torch.float64 in dtypes or (torch.int64 in dtypes and torch.float32 not in dtypes):
         return torch.int64
@@ -52,12 +54,12 @@ def integer(nodes: Sequence[Node]) -> torch.dtype:
 
 
 def as_given(a: Any) -> Any:
-    """A number of the graph as one that is given with the call."""
+    """Mark a number of the graph as one that is given with the call."""
     return Given(a) if isinstance(a, float) or (type(a) is int and abs(a) < 2**53) else a
 
 
 def cast(value: Expr, dtype: torch.dtype) -> Expr:
-    """The value in this dtype, rounded or wrapped to it."""
+    """Return the value in this dtype, rounded or wrapped to it."""
     if dtype in ROUNDED:
         if isinstance(value, Const):
             return number(Given(value.value) if value.given else value.value, dtype)

@@ -20,15 +20,16 @@ from .views import VIEWS
 
 aten = torch.ops.aten
 
-#: a value of more bytes is computed again and again: what is compiled should hold little memory
+#: a larger value is computed at each call: compiled code should hold little memory
 MOST = 1 << 20
 
-#: ops that return their argument in some cases, and do not say so
+#: ops that may return their argument although their schemas do not say so
 RETURNED = frozenset((aten.conj_physical.default, *VIEWS))
 
 
 def fold(graph: fx.Graph, ours: tuple[type, ...]) -> None:
-    """Change the graph, in which nodes that call kernels and what is ``ours`` have no effects."""
+    """Compute the constant values of the graph. Nodes that call kernels, and targets in ``ours``,
+    have no effects."""
     known: dict[Node, Any] = {}
     for n in graph.nodes:
         if n.op == "call_function" and all(m in known for m in n.all_input_nodes):
@@ -64,8 +65,8 @@ def pure(n: Node, ours: tuple[type, ...]) -> bool:
 
 
 def try_to_compute(n: Node, known: dict[Node, Any]) -> Any:
-    """The value, None where it is large, not as the graph says, or cannot be had: the call will
-    say why."""
+    """Compute the value. None if it is large, is not as the graph says, or cannot be computed: the
+    call will raise the error."""
     said = n.meta.get("val")
     if isinstance(said, Tensor) and said.numel() * said.element_size() > MOST:
         return None
@@ -85,7 +86,7 @@ def facts(t: Tensor) -> tuple:
 
 
 def only_reads(u: Node) -> bool:
-    """Whether a node neither returns nor writes the memory that it is given."""
+    """Return whether a node neither returns nor writes the memory that it is given."""
     if isinstance(u.target, Launch):
         return True
     return (

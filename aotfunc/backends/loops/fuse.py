@@ -24,7 +24,7 @@ MOST = 64
 
 
 class Unit:
-    """Nodes that run together: a kernel's, or one that is called."""
+    """Nodes that run together in one kernel, or one node that is called."""
 
     def __init__(self, nodes: Sequence[Node], kernel: bool) -> None:
         self.nodes = list(nodes)
@@ -32,7 +32,7 @@ class Unit:
 
 
 class Groups:
-    """The units so far, and for each those that must have run before, as bits."""
+    """The units so far, and for each, as bits, the units that must run before it."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.rank = {n: i for i, n in enumerate(graph.nodes)}
@@ -41,7 +41,7 @@ class Groups:
         self.at: dict[Node, int] = {}
 
     def add(self, n: Node, kernel: bool, reads: set[int]) -> None:
-        """A unit of one node."""
+        """Add a unit of one node."""
         self.at[n] = len(self.units)
         self.units.append(Unit([n], kernel))
         before = 0
@@ -82,8 +82,8 @@ def set_bits(mask: int) -> Iterator[int]:
 def calls(
     graph: fx.Graph, units: Sequence[Unit], worth: Callable[[Sequence[Node]], bool]
 ) -> list[Unit]:
-    """The units, in an order in which they can run. A kernel that is not ``worth`` being one is
-    several calls."""
+    """Return the units, in an order in which they can run. A kernel that is not ``worth`` being
+    one is several calls."""
     found = []
     for u in units:
         if u.kernel and not worth(u.nodes):
@@ -94,7 +94,7 @@ def calls(
 
 
 def grouped(graph: fx.Graph) -> Groups:
-    """Each node alone, then with the kernels that it reads from or that read what it reads."""
+    """Try each node alone, then with the kernels that it reads from or shares an argument with."""
     groups = Groups(graph)
     at = groups.at
     last: int | None = None  # what draws random numbers or has effects keeps its turn
@@ -119,7 +119,7 @@ def grouped(graph: fx.Graph) -> Groups:
 
 
 def values_read(n: Node) -> Iterator[Node]:
-    """The values that must be there when a node runs: a kernel looks through views."""
+    """Yield the values that must exist when a node runs: a kernel looks through views."""
     for m in n.all_input_nodes:
         if in_kernels(n) and not seen_through(n):
             yield from values_behind(m)
@@ -128,7 +128,7 @@ def values_read(n: Node) -> Iterator[Node]:
 
 
 def values_behind(m: Node) -> Iterator[Node]:
-    """A value, or what a view or a constant is made of."""
+    """Yield the value itself, or the values that a view or a constant is made of."""
     if not seen_through(m):
         yield m
         return
@@ -137,7 +137,7 @@ def values_behind(m: Node) -> Iterator[Node]:
 
 
 def with_views(n: Node) -> Iterator[Node]:
-    """A value, and the views of it that kernels look through."""
+    """Yield a value, and the views of it that kernels look through."""
     yield n
     for u in n.users:
         if source_of(u) is not None or u.target in SEVERAL:
@@ -153,7 +153,7 @@ def can_lower(nodes: Sequence[Node]) -> bool:
 
 
 def stored(nodes: Sequence[Node]) -> list[Node]:
-    """Those whose values are read elsewhere, also through views."""
+    """Return the nodes whose values are read elsewhere, also through views."""
     inside = set(nodes)
 
     def leaves(n: Node) -> bool:
@@ -172,7 +172,7 @@ def keeps_its_turn(n: Node) -> bool:
 
 
 def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
-    """Each unit after those that it reads from, otherwise in the graph's order."""
+    """Return each unit after those that it reads from, otherwise in the graph's order."""
     rank = {n: i for i, n in enumerate(graph.nodes)}
     of = {n: u for u in found for n in u.nodes}
     waits: dict[Unit, set[Unit]] = {u: set() for u in found}

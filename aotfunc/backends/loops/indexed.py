@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class At:
-    """Where a result lies, and where that is inside of it."""
+    """The place of a result, and the condition that it is inside."""
 
     place: Place
     mask: Expr | None
@@ -71,7 +71,7 @@ def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Exp
 
 
 def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
-    """One element of each row is another one."""
+    """Place one element of each row in another row."""
     dim, shape = dim % max(1, len(at.place)), list(shape_of(x))
     if not shape or shape_of(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
         raise Unfit("elements that may be the same")
@@ -92,7 +92,7 @@ def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr
 def place_of_indexed(
     work: Lowering, at: At, size: Sequence[int], asked: Sequence[Node | None]
 ) -> Place:
-    """Where an indexed tensor of this size lies. A negative index counts from the end."""
+    """Return the place of an indexed tensor of this size. A negative index counts from the end."""
     indices = {d: i for d, i in enumerate(asked) if i is not None}
     first, shape = together(asked)
     behind = first + len(shape)
@@ -124,7 +124,7 @@ def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
 def value_or_fill(
     work: Lowering, x: Node, place: Place, inside: Expr | None, mask: Expr | None, value: Any = 0
 ) -> Expr:
-    """A value where it is ``inside``, elsewhere this number."""
+    """Return a value where it is ``inside``, elsewhere this number."""
     found = work.value(x, place, work.both([mask, inside]))
     return (
         found
@@ -189,7 +189,7 @@ def part_of_cat(
     index: Index,
     place: Callable[[Index], Place],
 ) -> Expr:
-    """The part that an index into a dimension, up to one of these ends, lies in."""
+    """Return the part that an index into a dimension, up to one of these ends, lies in."""
     if len(parts) > MOST:
         raise Unfit("many parts")
     result: Expr | None = None
@@ -252,13 +252,13 @@ IOTAS: dict[Any, Callable[[Lowering, Node, Place], Expr]] = {
 
 
 def arange_bounds(n: Node) -> tuple[Any, Any, Any]:
-    """Start, end and step of an arange."""
+    """Return start, end and step of an arange."""
     args = n.args if len(n.args) > 1 else (0, *n.args)
     return (*args, 1)[:3]
 
 
 def iota(n: Node) -> bool:
-    """Whether a node is made of where its elements are, exactly."""
+    """Return whether a node is made of where its elements are, exactly."""
     if n.target not in IOTAS:
         return False
     if IOTAS[n.target] is eye:

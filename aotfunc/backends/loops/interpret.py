@@ -1,4 +1,4 @@
-"""Kernels computed in plain torch: what every printer is checked against."""
+"""Kernels computed in plain torch, as a reference for the printer."""
 
 from __future__ import annotations
 

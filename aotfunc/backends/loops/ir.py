@@ -129,18 +129,18 @@ class Reduce(Expr):
 
 
 def function_of(fn: str, *args: Operand) -> Expr:
-    """``fn`` of values of one dtype; a number becomes one of this dtype."""
+    """Return ``fn`` of values of one dtype; a number becomes one of this dtype."""
     dtype = next(a.dtype for a in reversed(args) if isinstance(a, Expr))
     values = tuple([a if isinstance(a, Expr) else number(a, dtype) for a in args])
     return Apply(torch.bool if fn in COMPARISONS else dtype, fn, values)
 
 
 class Given(float):
-    """A number that the graph says: it may be another one in the graph of other sizes."""
+    """A number of the graph that may be another one in the graph of other sizes."""
 
 
 def number(value: bool | int | float, dtype: torch.dtype) -> Const:
-    """A number as one of this dtype. Raises Unfit where the dtype does not hold it."""
+    """Return a number as one of this dtype. Raises Unfit where the dtype does not hold it."""
     if dtype.is_floating_point:
         given = isinstance(value, Given) and value not in (0, 1, -1)
         return Const(wide(dtype), torch.tensor(float(value), dtype=dtype).item(), given)
@@ -155,17 +155,17 @@ def number(value: bool | int | float, dtype: torch.dtype) -> Const:
     return Const(dtype, int(value), given)
 
 
-#: dtypes of memory that are computed with as float32, and the function that rounds to them
+#: dtypes whose memory is computed with as float32, and the function that rounds to each
 ROUNDED = {torch.bfloat16: "as_bf16", torch.float16: "as_f16"}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the values of a tensor are computed in."""
+    """Return the dtype that the values of a tensor are computed in."""
     return torch.float32 if dtype in ROUNDED else dtype
 
 
 class Unfit(Exception):
-    """What cannot be computed by a kernel, or not in this one."""
+    """Raised for a value that no kernel, or not this one, can compute."""
 
 
 #: functions: how each prints, and how the interpreter computes it
@@ -186,7 +186,7 @@ FUNCTIONS: dict[str, Any] = {
     "as_f16": lambda x: x.half().float(),
 }
 
-#: functions that take longer than memory
+#: functions that take longer to compute than to read from memory
 SLOW = frozenset(
     (
         *("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"),
@@ -217,8 +217,8 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Access:
-    """A tensor as a kernel walks it: a step for each axis, in elements, from the one that is
-    ``start`` behind its first. ``tensor`` says which of the caller's it is."""
+    """A tensor as a kernel walks it: a step, in elements, for each axis, beginning at element
+    ``start``. ``tensor`` says which of the caller's it is."""
 
     name: str
     dtype: torch.dtype
@@ -247,9 +247,9 @@ class Store:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What must hold before a kernel may run: the elements of a tensor that this window (shape,
-    strides, start) shows are ``low`` at least and less than ``high``. ``error`` makes of another
-    one what is raised."""
+    """A condition for running a kernel: the elements of the window (shape, strides, start) of a
+    tensor are ``low`` at least and less than ``high``. ``error`` turns an element outside into the
+    error to raise."""
 
     tensor: Any
     window: tuple[tuple[int, ...], tuple[int, ...], int]
@@ -278,26 +278,26 @@ class Kernel:
 
     @property
     def values(self) -> list[Expr]:
-        """What is stored, and where if that is computed."""
+        """Return the stored values, and the places that are computed for them."""
         return [e for s in self.stores for e in s.needs]
 
     @property
     def blocks(self) -> bool:
-        """Whether its rows run in blocks, over which values are added up."""
+        """Return whether its rows run in blocks, over which values are added up."""
         return any([s.blocks for s in self.stores])
 
     @property
     def scatters(self) -> list[Store]:
-        """The stores that add where indices say."""
+        """Return the stores that add where indices say."""
         return [s for s in self.stores if s.shift is not None]
 
     @property
     def outer(self) -> int:
-        """How many axes are not reduced."""
+        """Return the number of axes that are not reduced."""
         return len(self.extents) - self.reduced
 
     def axes(self, e: Expr) -> frozenset[int]:
-        """The axes along which a value varies."""
+        """Return the axes along which a value varies."""
         found = self.axes_of.get(e)
         if found is None:
             found = frozenset().union(*[self.axes(a) for a in e.args])
@@ -314,7 +314,7 @@ class Kernel:
 
 
 def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
-    """Every expression below these once, arguments first."""
+    """Yield every expression below these once, arguments first."""
     seen: set[Expr] = set()
     stack = [(e, False) for e in reversed(roots)]
     while stack:
@@ -330,14 +330,14 @@ def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
 
 
 def value_names(kernel: Kernel) -> dict[Expr, str]:
-    """A name for each value that is not a number: ``v0``, ``v1``, … in the order of
+    """Return a name for each value that is not a number: ``v0``, ``v1``, … in the order of
     computation."""
     values = [e for e in walk(kernel.values) if not isinstance(e, Const)]
     return {e: f"v{i}" for i, e in enumerate(values)}
 
 
 def show(kernel: Kernel) -> str:
-    """The kernel as text: a line for each value and store."""
+    """Return the kernel as text: a line for each value and store."""
     axes = [f"i{k}" for k in range(len(kernel.extents))]
     names = value_names(kernel)
 

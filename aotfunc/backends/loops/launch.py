@@ -71,7 +71,7 @@ def launch_plainly(
     grain: int | None,
     *inputs: Tensor,
 ) -> Any:
-    """The plain form of a launch."""
+    """Run a launch in Python."""
     name, count = kernel.function.__name__, count_inputs(order, outputs)
     if len(inputs) != count:
         raise TypeError(f"the kernel {name} takes {count} tensors, not {len(inputs)}")
@@ -93,14 +93,14 @@ def launch_plainly(
 
 
 def materialized(t: Any) -> Any:
-    """A tensor of zeros that has no memory yet gets some."""
+    """Give memory to a tensor of zeros that has none yet."""
     if not isinstance(t, Tensor) or not t._is_zerotensor():  # type: ignore[attr-defined]
         return t
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).zero_()
 
 
 def has_memory(t: Tensor) -> bool:
-    """Whether a kernel can read ``t``, which may be sparse, fake or on another device."""
+    """Return whether a kernel can read ``t``, which may be sparse, fake or on another device."""
     try:
         return t.untyped_storage().device.type == "cpu" and bool(t.data_ptr() or not t.numel())
     except RuntimeError:
@@ -108,7 +108,7 @@ def has_memory(t: Tensor) -> bool:
 
 
 def count_inputs(order: Sequence[int], outputs: Sequence[Output]) -> int:
-    """How many inputs there are: what a kernel does not write it reads."""
+    """Return how many inputs there are: those buffers that a kernel does not write."""
     return max(order, default=-1) + 1 - len(outputs)
 
 
@@ -117,8 +117,8 @@ def count_inputs(order: Sequence[int], outputs: Sequence[Output]) -> int:
 
 @functools.cache
 def native_form() -> Native | None:
-    """What makes a native function of a plain launch, if it can be had here; with AOTFUNC_DEBUG a
-    warning says why not."""
+    """Return a function that makes a native function of a plain launch, if it can be had here;
+    under AOTFUNC_DEBUG a warning says why not."""
     try:
         return Native()
     except (CompilerError, OSError, AttributeError, ValueError, Unlike) as e:
@@ -128,8 +128,8 @@ def native_form() -> Native | None:
 
 
 class Native:
-    """The functions of ``launch.cpp``, told what they must know about this process. Raises Unlike,
-    and AttributeError or OSError where PyTorch or Python lacks what they call."""
+    """The functions of ``launch.cpp``, with the facts that they need about this process. Raises
+    Unlike, and AttributeError or OSError where PyTorch or Python lacks what they call."""
 
     def __init__(self) -> None:
         offset = offset_of_tensors()
@@ -154,7 +154,7 @@ class Native:
         self.first(native.LoadedKernel(library.aot_first))
 
     def __call__(self, plain: functools.partial) -> Callable:
-        """A native function that does the same."""
+        """Return a native function that does the same."""
         kernel, rows, sizes, outputs, order, grain = plain.args
         largest = max([math.prod(shape) for shape, _, _ in outputs], default=0)
         plan = [count_inputs(order, outputs), len(outputs), len(order), len(sizes)]
@@ -167,7 +167,7 @@ class Native:
         return python_function(name, self.launch, (array("q", plan).tobytes(), plain), __name__)
 
     def first(self, kernel: native.LoadedKernel) -> None:
-        """See that a launch works. Raises Unlike."""
+        """Check that a launch works. Raises Unlike."""
         outputs = [((2, 3), (1, 2), torch.float32)]
         launch = self(functools.partial(launch_plainly, kernel, 6, (), outputs, (0, 1), None))
         for x in (torch.arange(6.0), nn.Parameter(torch.arange(7.0))[1:]):
@@ -179,7 +179,8 @@ class Native:
 
 
 def offset_of_tensors() -> int:
-    """Where a Python tensor has its ``at::Tensor``. Raises Unlike where that does not show."""
+    """Find the offset of ``at::Tensor`` in a Python tensor. Raises Unlike where it cannot be
+    told."""
     check_objects()
     x = torch.zeros(2)
     several = (x, x[1:], x.detach().requires_grad_(), nn.Parameter(x))

@@ -46,8 +46,8 @@ from .waste import often, one_way
 
 
 def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
-    """The kernel that computes these nodes, in the graph's order, and stores some of them. The
-    ``tensor`` of each access is its node. Raises Unfit where one kernel does not do."""
+    """Return the kernel that computes these nodes, in the graph's order, and stores some of them.
+    The ``tensor`` of each access is its node. Raises Unfit where one kernel does not do."""
     factors: list[list[int]] = []
     for _ in range(8):
         work = Lowering(nodes, factors)
@@ -60,7 +60,7 @@ def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
 
 
 class Lowering(Axes):
-    """What is known of a kernel so far."""
+    """The state of a kernel in the making."""
 
     def __init__(self, nodes: Sequence[Node], factors: list[list[int]]) -> None:
         super().__init__(factors, integer(nodes))
@@ -84,7 +84,7 @@ class Lowering(Axes):
         return Store(self.access(n, place), value)
 
     def added_up(self, n: Node) -> Store:
-        """A value summed over blocks of the axes that are not reduced."""
+        """Return a value summed over blocks of the axes that are not reduced."""
         x, dims = n.args
         whole = [p for p, mask in self.places.get(x, ()) if mask is None and self.whole(p, x)]
         place = whole[0] if whole else self.root(shape_of(x))
@@ -95,7 +95,8 @@ class Lowering(Axes):
         return Store(self.access(n, (FIRST, *place[dims:])), self.value(x, place), blocks=True)
 
     def scattered(self, n: Node) -> Store:
-        """A value added where indices say, at each point of the kernel or of its outer axes."""
+        """Return a value added where indices say, at each point of the kernel or of its outer
+        axes."""
         value, shape, where = ADDED[n.target](n)
         place = self.root(shape)
         found = self.value(value, expand(shape_of(value), place))
@@ -236,7 +237,7 @@ class Lowering(Axes):
 
 
 def is_slow(e: Expr, given: set[Expr]) -> bool:
-    """Whether a value takes long to compute of these."""
+    """Return whether a value takes long to compute of these."""
     if e in given:
         return False
     given.add(e)

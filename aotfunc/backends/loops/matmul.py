@@ -24,18 +24,19 @@ from .views import shape_of, source_of
 
 aten = torch.ops.aten
 
-#: what C++ calls a vector of them and one
+#: the C++ names of a vector of them and of one
 DTYPES = {torch.float32: ("floats", "float"), torch.float64: ("doubles", "double")}
 
-#: rows of a product that one thread computes (BLOCK in matmul.cpp)
+#: number of rows of a product that one thread computes (BLOCK in matmul.cpp)
 BLOCK = 48
 
-#: multiplications that a thread gets at least
+#: least number of multiplications for a thread
 GRAIN = 1 << 19
 
 
 class Matrices(NamedTuple):
-    """Where they begin in a tensor, and the steps from one to the next, down and along."""
+    """Matrices in a tensor: where they begin, and the steps from one to the next, down and
+    along."""
 
     start: int
     batch: int
@@ -61,7 +62,7 @@ class MatrixProduct:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What the kernel is told."""
+        """Return the sizes that the kernel takes."""
         return (self.rows, self.columns, self.deep, *self.a, *self.b, *self.c)
 
     @property
@@ -70,11 +71,11 @@ class MatrixProduct:
 
     @property
     def grain(self) -> int:
-        """How many tasks are worth a thread."""
+        """Return how many tasks are worth a thread."""
         return max(1, GRAIN // (min(self.rows, BLOCK) * self.columns * self.deep))
 
     def transposed(self) -> MatrixProduct:
-        """The product of the other matrix with this one, both turned over."""
+        """Return the product with both matrices transposed and swapped."""
         x, y, z = self.memory
         return MatrixProduct(
             (y, x, z),
@@ -83,7 +84,8 @@ class MatrixProduct:
         )
 
     def in_one(self) -> MatrixProduct:
-        """Batches as rows, where these follow each other and the columns are the same for all."""
+        """Return batches as rows, if they follow each other and the columns are the same for
+        all."""
         a, c, n = self.a, self.c, self.rows
         if self.b.batch or self.batch == 1:
             return self
@@ -107,7 +109,8 @@ PLANES = ("ik", "kj", "ij")
 
 
 def matrix_product(n: Node) -> Task | None:
-    """The launch that a product of matrices is, None for what the kernel does not compute."""
+    """Return the launch for a product of matrices; None for one that the kernel does not
+    compute."""
     if (
         n.target not in SPELLED
         or not n.users
@@ -147,7 +150,7 @@ def tensor_shown(n: Node) -> tuple[Node, Sequence[int], int]:
 
 
 def viewed_again(n: Any, root: Node, base: Tensor) -> Any:
-    """The views of a node, of this tensor in the place of their root."""
+    """Apply the views of a node to this tensor in the place of their root."""
     if n is root:
         return base
     source = viewed_again(n.args[0], root, base)
@@ -156,7 +159,7 @@ def viewed_again(n: Any, root: Node, base: Tensor) -> Any:
 
 @functools.cache
 def kernel(dtype: torch.dtype) -> native.LoadedKernel | None:
-    """The kernel for this dtype, None where there is none or no compiler."""
+    """Return the kernel for this dtype, None where there is none or no compiler."""
     if dtype not in DTYPES:
         return None
     vector, number = DTYPES[dtype]

@@ -18,8 +18,8 @@ from .views import SEVERAL, source_of
 
 
 def in_kernels(n: Any) -> bool:
-    """Whether a node may be part of a kernel: there is a rule for it, and it is a plain tensor on
-    the CPU made of such."""
+    """Return whether a node may be part of a kernel: there is a rule for it, and it is a plain
+    tensor on the CPU made of such."""
     return (
         isinstance(n, Node)
         and n.op == "call_function"
@@ -46,7 +46,8 @@ def plain_on_cpu(n: Node) -> bool:
 
 
 def seen_through(n: Any) -> bool:
-    """Whether a kernel that reads this node reads its argument, or a number, in its place."""
+    """Return whether a kernel that reads this node reads its argument, or a number, in its
+    place."""
     return isinstance(n, Node) and (
         source_of(n) is not None or constant(n) is not None or iota(n) or n.target in SEVERAL
     )

@@ -91,8 +91,8 @@ class Library:
 
 
 def load_kernels(source: str) -> Library:
-    """The kernels of ``source``, which begins with :data:`PRELUDE`. Compiles at most once in this
-    process and all that share the disk cache. Raises CompilerError."""
+    """Return the kernels of ``source``, which begins with :data:`PRELUDE`. Compiles at most once
+    in this process and all that share the disk cache. Raises CompilerError."""
     code = without_comments(source)
     library = LOADED.get(code)
     if library is None:
@@ -102,8 +102,8 @@ def load_kernels(source: str) -> Library:
 
 @functools.cache
 def threads() -> Callable | None:
-    """``aot_threads`` of ``threads.cpp``; None for a PyTorch without what it calls, and where it
-    cannot be compiled."""
+    """Return ``aot_threads`` of ``threads.cpp``; None for a PyTorch without what it calls, and
+    where it cannot be compiled."""
     if not toolchain.torch_exports("torch_parallel_for"):
         return None
     try:

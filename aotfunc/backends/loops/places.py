@@ -11,8 +11,8 @@ from .ir import Expr, Unfit
 
 @dataclass(frozen=True)
 class Index:
-    """``start``, and so much for each step along an axis, or for each one of a value that is
-    looked up."""
+    """An index: ``start``, plus a step along an axis, or along a value that is looked up, each
+    times its factor."""
 
     steps: tuple[tuple[int | Expr, int], ...] = ()
     start: int = 0
@@ -32,7 +32,7 @@ class Index:
 
     @property
     def axes(self) -> list[int]:
-        """The axes, the one with the longest steps first."""
+        """Return the axes, the one with the longest steps first."""
         steps = [(-abs(s), w) for w, s in self.steps if isinstance(w, int)]
         return [k for _, k in sorted(steps)]
 
@@ -48,7 +48,8 @@ FIRST = Index()
 
 
 class Split(Exception):
-    """An axis must be two, the inner one of this extent, for an index to be affine."""
+    """Raised to ask for an axis to be two, the inner one of this extent, so that an index is
+    affine."""
 
     def __init__(self, axis: int, inner: int) -> None:
         self.axis, self.inner = axis, inner
@@ -59,7 +60,7 @@ def index_along(axis: int, step: int = 1) -> Index:
 
 
 def bounds(index: Index, extents: Sequence[int]) -> tuple[int, int]:
-    """The least and the greatest value of an index without values that are looked up."""
+    """Return the least and the greatest value of an index without values that are looked up."""
     ends = [s * (extents[k] - 1) for k, s in index.steps if isinstance(k, int)]
     return (
         index.start + sum([e for e in ends if e < 0]),
@@ -68,7 +69,7 @@ def bounds(index: Index, extents: Sequence[int]) -> tuple[int, int]:
 
 
 def covers(index: Index, size: int, extents: Sequence[int]) -> bool:
-    """Whether an index takes each value below ``size`` once."""
+    """Return whether an index takes each value below ``size`` once."""
     if index.start or index.found:
         return False
     reached = 1
@@ -80,8 +81,8 @@ def covers(index: Index, size: int, extents: Sequence[int]) -> bool:
 
 
 def divide_index(index: Index, n: int, extents: Sequence[int]) -> tuple[Index, Index]:
-    """Quotient and remainder. Raises Split where an axis must be two for them to be affine, Unfit
-    where they are not."""
+    """Return quotient and remainder. Raises Split where an axis must be two for them to be affine,
+    Unfit where they are not."""
     start, rest = divmod(index.start, n)
     whole = Index(tuple([(w, s // n) for w, s in index.steps if s % n == 0]), start)
     part = Index(tuple([(w, s) for w, s in index.steps if s % n]), rest)
@@ -99,8 +100,8 @@ def divide_index(index: Index, n: int, extents: Sequence[int]) -> tuple[Index, I
 def regrouped(
     place: Place, shape: Sequence[int], have: Sequence[int], extents: Sequence[int]
 ) -> Place:
-    """Where a value of shape ``have`` lies whose elements are shown in another ``shape``. Raises
-    as :func:`divide_index`."""
+    """Return the place of a value of shape ``have`` whose elements are shown in another ``shape``.
+    Raises as :func:`divide_index`."""
     found = [FIRST] * len(have)
     left = list(zip(place, shape, strict=True))
     flat, size = FIRST, 1
@@ -119,8 +120,8 @@ def regrouped(
 
 
 def matched(sizes: Sequence[int], axes: Sequence[int], extents: Sequence[int]) -> Place | None:
-    """The place of dimensions of these sizes, each along the next of the axes; None where they are
-    not of these sizes. Raises Split where an axis belongs to two of them."""
+    """Return the place of dimensions of these sizes, each along the next of the axes; None where
+    they are not of these sizes. Raises Split where an axis belongs to two of them."""
     rest = list(axes)
     found = []
     for size in sizes:

@@ -240,7 +240,7 @@ def hardsigmoid(x: Expr) -> Expr:
 
 
 def between(low: float, high: float, inside: Expr, x: Expr) -> Expr:
-    """A value where x lies inside of these bounds, 0 elsewhere."""
+    """Return a value where x lies inside of these bounds, 0 elsewhere."""
     return where(function_of("bitwise_and", x > low, x < high), inside, 0)
 
 

@@ -18,9 +18,8 @@ from .views import shape_of
 
 
 def recompute(graph: fx.Graph, units: Sequence[Unit]) -> list[Unit]:
-    """The units, in which values that one kernel stored for another one alone have moved to that
-    one. These are pointwise in no more memory than they are themselves, and in what is much
-    smaller. Changes the graph."""
+    """Return the units, with values that one kernel stored for another one alone moved into that
+    one. The moved values are cheap to compute."""
     of = {n: u for u in units for n in u.nodes}
     for unit in units:
         for v in reversed(stored(unit.nodes)) if unit.kernel else ():
@@ -36,7 +35,7 @@ def recompute(graph: fx.Graph, units: Sequence[Unit]) -> list[Unit]:
 
 
 def readers_of(v: Node) -> set[Node]:
-    """The nodes that read a value, also through views."""
+    """Return the nodes that read a value, also through views."""
     found: set[Node] = set()
     for u in v.users:
         found |= readers_of(u) if seen_through(u) and u.users else {u}
@@ -44,7 +43,7 @@ def readers_of(v: Node) -> set[Node]:
 
 
 def read_by(n: Node) -> set[Node]:
-    """The values that a node reads, also through views."""
+    """Return the values that a node reads, also through views."""
     found: set[Node] = set()
     for m in n.all_input_nodes:
         found |= read_by(m) if seen_through(m) else {m}
@@ -52,8 +51,8 @@ def read_by(n: Node) -> set[Node]:
 
 
 def made_of(v: Node, unit: Unit) -> tuple[list[Node], list[Node]]:
-    """The nodes of the unit that a value is computed by, up to those that are much smaller, and
-    views of them, in order; and the memory that they read."""
+    """Return the nodes of the unit that a value is computed by, up to those that are much smaller,
+    and views of them, in order; and the memory that they read."""
     inside = set(unit.nodes)
     nodes: dict[Node, None] = {}
     memory: dict[Node, None] = {}
@@ -89,7 +88,7 @@ def numel(n: Node) -> int:
 
 
 def pays(v: Node, unit: Unit, reader: Unit) -> bool:
-    """Whether a value is better computed where it is read."""
+    """Return whether a value is better computed where it is read."""
     nodes, memory = made_of(v, unit)
     computed = [n for n in nodes if not seen_through(n)]
     if any(n.target not in RULES for n in computed) or len(nodes) + len(reader.nodes) > MOST:
@@ -109,7 +108,7 @@ def computes_slowly(n: Node) -> bool:
 
 
 def feeds_reduction(v: Node, reader: Unit) -> bool:
-    """Whether a reduction of the unit needs a value."""
+    """Return whether a reduction of the unit needs a value."""
     needs = {v}
     for n in reader.nodes:
         if needs & read_by(n):
@@ -118,8 +117,8 @@ def feeds_reduction(v: Node, reader: Unit) -> bool:
 
 
 def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit) -> None:
-    """Compute a value in its reader, unless that, or what is left of the unit, is no kernel, or
-    the reader shares a view of it with the unit."""
+    """Compute a value in its reader. It stays where either unit would be no kernel, or where the
+    reader shares a view of it with the unit."""
     nodes, _ = made_of(v, unit)
     new: dict[Node, Node] = {}
     with graph.inserting_before(v.next):

@@ -1,4 +1,4 @@
-"""Ops that make one element of many, by what they do with which dimensions."""
+"""Ops that make one element of many: the function, and the dimensions that it reduces."""
 
 from __future__ import annotations
 

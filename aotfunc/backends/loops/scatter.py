@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-#: a target: what is added, its shape with the indices', and where a point of that is in the result
+#: A target: the added value, its shape and the indices', and the place of its points in the
+#: result.
 Added = tuple[Node, tuple[int, ...], Callable[["Lowering", Place], Place]]
 
 
@@ -68,7 +69,7 @@ def index_add(n: Node) -> Added:
     return value, shape_of(value), where
 
 
-#: op -> what it adds where
+#: op -> the value that it adds and the places
 ADDED: dict[Any, Callable[[Node], Added]] = {
     aten.index_put.default: index_put,
     aten.scatter_add.default: scatter_add,
@@ -77,7 +78,7 @@ ADDED: dict[Any, Callable[[Node], Added]] = {
 
 
 def adds(n: Node) -> bool:
-    """Whether a node adds values into zeros."""
+    """Return whether a node adds values into zeros."""
     if n.target not in ADDED or str(constant(n.args[0])) not in ("0", "0.0"):
         return False
     val = n.meta["val"]

@@ -1,4 +1,4 @@
-"""In which order a kernel's axes run, which become one, and which is computed in vectors."""
+"""Order a kernel's axes, merge those that run as one, and choose the one to compute in vectors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SHORT = 8
 
 
 def schedule(kernel: Kernel) -> Kernel:
-    """The kernel with its axes ordered as its memory is, neighbours merged where every access
-    allows it, and its vector axis chosen."""
+    """Return the kernel with its axes ordered as its memory is, neighbours merged where every
+    access allows it, and its vector axis chosen."""
     kernel = merged(order_axes(kernel))
     kernel = replace(kernel, vector=vector_axis(kernel))
     return replace(kernel, cross=cross_axis(kernel))
@@ -36,15 +36,16 @@ def rearranged(
 
 
 def widest(kernel: Kernel) -> list[int]:
-    """The accesses that decide: outputs first, then inputs, the ones with the most axes first."""
+    """Return the accesses that decide the order: outputs first, then inputs, those with the most
+    axes first."""
     stores = [s.access for s in kernel.stores]
     rest = [i for i in range(len(kernel.accesses)) if i not in stores]
     return sorted(stores + rest, key=lambda i: kernel.accesses[i].strides.count(0))
 
 
 def order_axes(kernel: Kernel) -> Kernel:
-    """Axes with larger steps first; an access that does not vary along two axes leaves their order
-    to the next."""
+    """Order axes by their steps, larger ones first; an access that does not vary along two axes
+    leaves their order to the next."""
     columns = [kernel.accesses[i].strides for i in widest(kernel)]
 
     def steps(k: int) -> tuple:
@@ -61,7 +62,7 @@ def order_axes(kernel: Kernel) -> Kernel:
 
 
 def merged(kernel: Kernel) -> Kernel:
-    """Neighbouring axes as one where every access walks them in equal steps."""
+    """Merge neighbouring axes that every access walks in equal steps."""
     groups: list[list[int]] = []
     for k in range(len(kernel.extents)):
         if groups and k != kernel.outer and can_merge(kernel, groups[-1][-1], k):
@@ -85,9 +86,9 @@ def can_merge(kernel: Kernel, k: int, inner: int) -> bool:
 
 
 def vector_axis(kernel: Kernel) -> int:
-    """The axis along which more of what is walked everywhere is contiguous, that of the most axes
-    before all: the last of all, or an outer one. One that is shorter than a vector leaves it to
-    another."""
+    """Return the axis along which more of what is walked everywhere is contiguous, that of the
+    most axes before all: the last of all, or an outer one. One that is shorter than a vector
+    leaves it to another."""
     last = len(kernel.extents) - 1
     choices = {last} if kernel.blocks else {*range(kernel.outer), last} - {-1}
     if not choices:
@@ -106,8 +107,8 @@ def vector_axis(kernel: Kernel) -> int:
 
 
 def cross_axis(kernel: Kernel) -> int:
-    """An outer axis along which a tensor is contiguous that is walked in large steps along the
-    vector axis, as a transposed one is; -1 if there is none."""
+    """Return an outer axis along which a tensor is contiguous that is walked in large steps along
+    the vector axis, as a transposed one is; -1 if there is none."""
     if kernel.reduced:
         return -1
     for a in kernel.accesses:

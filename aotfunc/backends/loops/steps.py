@@ -17,7 +17,8 @@ from .views import source_of
 
 aten = torch.ops.aten
 
-#: elements that are worth a second step, and how many the rows and each of them have at least
+#: number of elements that are worth a second step, and the least number of rows and of elements in
+#: each
 MANY, FEW = 1 << 18, 16
 
 #: elements of a row that a tensor of one dimension is cut into
@@ -44,7 +45,8 @@ def in_steps(graph: fx.Graph) -> None:
 
 
 def made_here(x: Any) -> bool:
-    """Whether a kernel may compute a value; one that is in memory is PyTorch's to reduce."""
+    """Return whether a kernel may compute a value; one that is in memory is PyTorch's to
+    reduce."""
     while (source := source_of(x)) is not None:
         x = source
     return in_kernels(x) and not seen_through(x)

@@ -1,4 +1,4 @@
-"""Launches as nodes of a graph: what they run, on which memory, and what must hold before."""
+"""Launches as nodes of a graph: the kernel, its memory, and the conditions for running it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .launch import Launch
 
 @dataclass(frozen=True)
 class Task:
-    """What a launch runs, on the memory of which values, and which of these it makes."""
+    """A launch: its kernel, the values whose memory it gets, and those that it makes."""
 
     compiled: native.LoadedKernel
     rows: int
@@ -31,7 +31,7 @@ class Task:
 
 
 def launch(graph: fx.Graph, new: dict[Node, Any], task: Task) -> None:
-    """Nodes that run a kernel and take its results."""
+    """Make nodes that run a kernel and take its results."""
     outs = task.outs
     inputs = [n for n in dict.fromkeys(task.memory) if n not in outs]
     place = {n: i for i, n in enumerate([*inputs, *outs])}
@@ -91,7 +91,8 @@ class LaidOut:
 
 
 def with_layout(graph: fx.Graph, n: Node) -> Node:
-    """What a kernel may read of a called op's result; a kernel's own needs no look."""
+    """Return a called op's result in the layout that kernels expect; a kernel's own needs no
+    check."""
     if "laid_out" not in n.meta:
         target = LaidOut(n.meta["val"])
         n.meta["laid_out"] = graph.create_node("call_function", target, (n,), {})
@@ -120,7 +121,7 @@ class InRange:
 
 
 def with_checks(graph: fx.Graph, n: Node, checks: Sequence[Requirement]) -> Node:
-    """A kernel's input behind what must hold of it."""
+    """Return a kernel's input behind the checks of its requirements."""
     for c in checks:
         found = n.meta.setdefault("in_range", {})
         key = (c.window, c.low, c.high)

@@ -21,7 +21,7 @@ NUMBERS = {
     torch.int64: "int64_t",
 }
 
-#: how those are stored that are computed with as something else
+#: the memory types of dtypes that are computed with as another one
 MEMORY = {torch.bool: "uint8_t", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 OPERATORS = {
@@ -32,7 +32,7 @@ OPERATORS = {
 
 
 class KernelText:
-    """The text of a kernel as far as it is written, and what its values are called in it."""
+    """The text of a kernel so far, and the names of its values in it."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -42,9 +42,9 @@ class KernelText:
         self.inner = frozenset(range(kernel.outer, len(kernel.extents)))
         self.names: dict[Expr, str] = {}
         self.numbers = {e: f"c{i}" for i, e in enumerate(given(kernel))}
-        #: values that are in memory, where a later result will be
+        #: values kept in memory, in the place of a later result
         self.spilled: dict[Expr, int] = {}
-        #: what the memory of an access is called that is in registers
+        #: the names of accesses whose memory is in registers
         self.turned: dict[int, str] = {}
         self.lines: list[str] = []
         self.depth = 1
@@ -67,14 +67,14 @@ class KernelText:
         return f"{letter}{self.count - 1}"
 
     def wide(self, e: Expr) -> bool:
-        """Whether a value is a vector."""
+        """Return whether a value is a vector."""
         return self.vectors and self.vector in self.kernel.axes(e)
 
     def type(self, e: Expr) -> str:
         return VECTORS[self.lanes][e.dtype] if self.wide(e) else NUMBERS[e.dtype]
 
     def emit(self, values: Iterable[Expr]) -> None:
-        """Lines for these values and what they need, unless they are there already."""
+        """Write lines for these values and what they need, unless they have names already."""
         for e in self.missing(values):
             name = self.fresh("v")
             self.say(f"const {self.type(e)} {name} = {self.expression(e)};")
@@ -97,7 +97,7 @@ class KernelText:
         return found
 
     def word(self, e: Expr, wide: bool) -> str:
-        """A value as an operand, in all lanes if ``wide``."""
+        """Return a value as an operand, in all lanes if ``wide``."""
         if isinstance(e, Const):
             return self.constant(e, wide)
         name = self.names[e]
@@ -106,7 +106,7 @@ class KernelText:
         return self.filled(e.dtype, name)
 
     def filled(self, dtype: torch.dtype, number: str) -> str:
-        """A number in all lanes."""
+        """Return a number in all lanes."""
         vector = VECTORS[self.lanes][dtype]
         if dtype is torch.bool:
             return f"aot_mask({vector}{{}}, {number})"
@@ -180,7 +180,7 @@ class KernelText:
         return "1" if step == 1 and k == self.vector else f"{name}_{k}" if step else "0"
 
     def place(self, i: int) -> str:
-        """The address of this point."""
+        """Return the address of this point."""
         a = self.kernel.accesses[i]
         axes = [k for k in range(len(a.strides)) if a.strides[k]]
         if not axes:

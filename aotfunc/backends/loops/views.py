@@ -1,5 +1,5 @@
-"""Ops whose result shows elements of their argument: where the argument lies, from where the
-result does."""
+"""Ops whose result shows elements of their argument: the argument's place, from that of the
+result."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def sliced(
 
 
 def with_index(place: Place, dim: int, index: Index) -> Place:
-    """The place with another index into one dimension."""
+    """Return the place with another index into one dimension."""
     dim %= len(place)
     return (*place[:dim], index, *place[dim + 1 :])
 
 
 def first_of(start: int | None, size: int) -> int:
-    """Where a slice begins."""
+    """Return where a slice begins."""
     start = start or 0
     return min(max(start + size if start < 0 else start, 0), size)
 
@@ -85,7 +85,7 @@ def diagonal(shape: Shape, place: Place, offset: int = 0, i: int = 0, j: int = 1
     return tuple([both[d] if d in both else next(rest) for d in range(len(shape))])
 
 
-#: op -> where its argument lies; None where the elements are those in the same order
+#: op -> the place of its argument; None for the same elements in the same order
 VIEWS: dict[Any, Callable[..., Place] | None] = {
     aten.expand.default: expand,
     aten.permute.default: permute,
@@ -114,7 +114,7 @@ def place_of_part(shape: Shape, place: Place, i: int, size: int | Shape, dim: in
     return with_index(place, dim, place[dim].shifted(start))
 
 
-#: likewise for an op that shows its argument in several parts, with the part's number
+#: the same for ops that show their argument in several parts, with the part's number
 SEVERAL: dict[Any, Callable[..., Place]] = {
     aten.unbind.int: place_of_unbound,
     aten.split.Tensor: place_of_part,
@@ -123,7 +123,7 @@ SEVERAL: dict[Any, Callable[..., Place]] = {
 
 
 def source_of(n: Any) -> Node | None:
-    """The argument that a view shows; None for anything else."""
+    """Return the argument that a view shows; None for anything else."""
     if not isinstance(n, Node) or n.op != "call_function":
         return None
     if n.target in VIEWS:
@@ -136,7 +136,8 @@ def source_of(n: Any) -> Node | None:
 
 
 def source_place(n: Node, place: Place, extents: Sequence[int]) -> Place:
-    """Where the argument of a view lies. Raises Split and Unfit as :func:`places.divided`."""
+    """Return the place of a view's argument. Raises Split and Unfit as
+    :func:`places.divide_index`."""
     source = source_of(n)
     assert source is not None
     shape = shape_of(source)

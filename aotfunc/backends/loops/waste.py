@@ -1,4 +1,4 @@
-"""Which kernels would compute values again and again, or read memory in large steps."""
+"""Refuse kernels that would compute values again and again, or read memory in large steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def often(work: Lowering, n: Node, outer: set[int]) -> None:
-    """Raise Unfit where a value would be computed again and again."""
+    """Raise Unfit if a value would be computed again and again."""
     points = 0
     for place, _ in work.places[n]:
         axes = work.reached(place)
@@ -31,8 +31,8 @@ def often(work: Lowering, n: Node, outer: set[int]) -> None:
 
 
 def one_way(work: Lowering) -> None:
-    """Raise Unfit where a value is walked along in two ways, as sums over its rows and over
-    its columns do: one of them would go through memory in large steps."""
+    """Raise Unfit if a value is walked along in two ways, as sums over its rows and over its
+    columns do: one of them would go through memory in large steps."""
     ways: dict[Node, set[Place]] = {
         n: {place for place, _ in places} for n, places in work.places.items()
     }

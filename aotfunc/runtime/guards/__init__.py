@@ -1,2 +1,2 @@
-"""When a compiled entry may be used again: keys of arguments and surroundings, and the Python
+"""Conditions for using a compiled entry again: keys of arguments and surroundings, and the Python
 state that is read."""

@@ -1,5 +1,5 @@
-"""The quick check that a state is as it was, which also fetches its tensors by their paths:
-generated Python, and native code after many calls where there is a C++ compiler."""
+"""A quick check that a state is as it was, which also fetches its tensors by their paths:
+generated Python, and native code after many calls if there is a C++ compiler."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from .containers import content
 from .keys import tensor_facts
 from .state import State
 
-#: calls after which a check of so many lines becomes native: they save what that costs; a compiler
-# runs once on a machine
+#: a check of so many lines becomes native after so many calls, which save the time of compiling; a
+#: compiler runs once on a machine
 MANY, LARGE = 300, 100
 
 _code = Cache(256)  # by source: entries of one function often have the same check
 
 
 class Check:
-    """A quick way to tell whether a state is still the one that was looked at, and to fetch its
-    tensors."""
+    """A quick check that a state is still the one that was described, and its tensors."""
 
     def __init__(self, state: State) -> None:
         self.source = ""
@@ -35,8 +34,8 @@ class Check:
         self.renew(state)
 
     def renew(self, state: State) -> None:
-        """Take the objects of an equal state for those to compare with. (Another thread may be
-        checking meanwhile.)"""
+        """Compare with the objects of an equal state from now on. (Another thread may be checking
+        meanwhile.)"""
         source, found = (
             check_source(state),
             {**state.constants, "alike": metadata_check(state.tensors)},
@@ -55,7 +54,7 @@ class Check:
             self.count(state.lines, state.paths)
 
     def count(self, lines: Sequence[str], paths: Sequence[str]) -> None:
-        """Let the check become native after many calls."""
+        """Count calls, and make the check native after many."""
         python, calls = self.python, itertools.count(1)
 
         def tensors(f: Callable, objects: Sequence[Any]) -> tuple | None:
@@ -66,7 +65,7 @@ class Check:
         self.tensors = tensors
 
     def quicken(self, lines: Sequence[str], paths: Sequence[str]) -> None:
-        """Make the check native, if that is to be had."""
+        """Make the check native, if native code can be had."""
         from .native import native_check  # most calls are no such many
 
         quick = native_check(self.source, lines, paths, self.python, self.space)
@@ -74,8 +73,8 @@ class Check:
 
 
 def check_source(state: State) -> str:
-    """The check as Python: a function of ``f`` and the objects among the arguments to the tensors
-    that are reached, or to None where the state is another one."""
+    """Return the check as Python: a function of ``f`` and the objects among the arguments to the
+    tensors that are reached, or to None where the state is another one."""
     body = "".join(f"        {line}\n" for line in state.lines)
     found = ", ".join(state.paths) + ("," if len(state.paths) == 1 else "")
     alike = " if alike(*found) else None" if found else ""
@@ -97,8 +96,8 @@ def is_unbound(cell: types.CellType) -> bool:
 
 
 def metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Whether tensors have the shapes, strides, dtypes, devices and requires_grad that these
-    have."""
+    """Return whether tensors have the shapes, strides, dtypes, devices and requires_grad that
+    these have."""
     if not any(t.__class__ is Traced for t in tensors):
         try:
             from torch._C._dynamo.guards import TensorGuards

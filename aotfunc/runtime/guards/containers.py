@@ -1,4 +1,4 @@
-"""Containers as state: their type, their length and what is in them."""
+"""Containers as state: their type, their length and their elements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from .description import by_bits, is_plain
 from .objects import Objects
 
-#: objects in a container that are looked at; of more only their number counts
+#: number of objects in a container that are described; of larger ones only the length counts
 LIMIT = 10_000
 
 BYTES = bytearray | array.array | memoryview
@@ -68,14 +68,14 @@ class Containers(Objects):
         self.extra(x, v, label)
 
     def unordered(self, x: set | frozenset, v: str, label: str) -> None:
-        """A set, in the order in which it is run through."""
+        """Describe a set, in the order of iteration."""
         self.key += (type(x), len(x))
         self.require(f"type({v})", type(x))
         self.elements([*x], self.bind(f"[*{v}]"), label)
         self.extra(x, v, label)
 
     def content(self, x: Any, v: str, label: str) -> None:
-        """An array or a slice, by what is in it."""
+        """Describe an array or a slice by its content."""
         if isinstance(x, np.ndarray) and x.dtype.kind == "O":
             self.key += (x.shape, x.strides)
             self.lines.append(f"if {v}.shape != {x.shape} or {v}.strides != {x.strides}: return")
@@ -87,7 +87,7 @@ class Containers(Objects):
         self.lines.append(f"if content({v}) != {self.constant(now)}: return")
 
     def extra(self, x: Any, v: str, label: str) -> None:
-        """The attributes of a container of the user's own class."""
+        """Describe the attributes of a container of the user's own class."""
         if type(x).__module__.partition(".")[0] not in {"builtins", "collections", "torch"}:
             self.class_of(type(x))
             if getattr(x, "__dict__", None):
@@ -95,7 +95,8 @@ class Containers(Objects):
 
 
 def content(x: Any) -> Any:
-    """A description of an array or a slice that compares equal where it has the same elements."""
+    """Return a description of an array or a slice that compares equal where it has the same
+    elements."""
     if isinstance(x, np.ndarray):
         return (x.dtype, x.shape, x.strides, x.tobytes())
     if isinstance(x, slice):

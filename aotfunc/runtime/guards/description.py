@@ -1,5 +1,5 @@
-"""What all state is described with: the key, lines of the check, tensors and their paths, facts
-for people."""
+"""Tools to describe state: the key, lines of the check, tensors and their paths, facts for
+people."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Description:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
         self.opaque: list[Any] = []  # guarded by identity
-        #: dictionaries (of classes, too), lists and cells, the variable that holds each, and what
-        #: was in it
+        #: dictionaries (of classes, too), lists and cells: the variable that holds each, and its
+        #: content
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}
@@ -50,7 +50,7 @@ class Description:
         return name
 
     def require(self, expr: str, x: Any) -> None:
-        """That ``expr`` is the object ``x``."""
+        """Require that ``expr`` is the object ``x``."""
         known = repr(x) if x is None or x is True or x is False else self.constant(x)
         self.lines.append(f"if {expr} is not {known}: return")
 
@@ -60,8 +60,7 @@ class Description:
         return name
 
     def meet(self, x: Any, expr: str, label: str) -> None:
-        """Describe ``x``, which ``expr`` yields, now if it is a plain value, and later
-        otherwise."""
+        """Describe ``x``, which ``expr`` yields: now if it is a plain value, later otherwise."""
         if is_plain(x):
             self.key += (x.__class__, by_bits(x))
             self.facts.append((label, x))
@@ -90,12 +89,12 @@ class Description:
             self._todo.append((x, v, label))
 
     def may_grow(self, x: Any, expr: str) -> None:
-        """A container that the code only adds to: it is not described, and may get tensors."""
+        """Let a container that the code only adds to get tensors; it is not described."""
         if isinstance(x, list | dict | collections.deque):
             self.owners.append((x, expr, dict(x) if isinstance(x, dict) else dict(enumerate(x))))
 
     def of_subclass(self, x: Any, expr: str, label: str) -> None:
-        """The attributes, and the class, of a number or text that has a class of the user's."""
+        """Describe the attributes, and the class, of a number or text of a user's class."""
         cls = type(x)
         if not isinstance(x, Enum | tuple) and library_of_module(cls.__module__) not in CLOSED:
             self.meet(cls, f"type({expr})", label)
@@ -103,7 +102,7 @@ class Description:
 
 
 def is_plain(x: Any) -> bool:
-    """A plain value, or a tuple of them."""
+    """Return whether this is a plain value, or a tuple of them."""
     return is_value(x) or (x.__class__ in (tuple, torch.Size) and all(map(is_plain, x)))
 
 
@@ -112,7 +111,7 @@ def by_bits(x: Any) -> Any:
 
 
 def passing(x: Any) -> bool:
-    """Whether a value that the code only adds to need not be looked at: a counter, a list that is
-    appended to."""
+    """Return whether a value that the code only adds to need not be looked at: a counter, a list
+    that is appended to."""
     full = getattr(x, "maxlen", None) is not None  # then what is added shifts the rest
     return isinstance(x, int | float | complex | str) or (type(x) in _GROWING and not full)

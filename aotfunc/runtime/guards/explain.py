@@ -1,5 +1,5 @@
-"""What the entries of a compiled function depend on, and why it was captured again, for people to
-read."""
+"""Explanations for people: what entries of a compiled function depend on, and why it was captured
+again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Explanation(str):
 
 
 class History:
-    """What a function has been captured for."""
+    """The reasons for a function's captures."""
 
     def __init__(self) -> None:
         self.programs: list[Facts] = []  # of the first captures of a program each
@@ -34,12 +34,12 @@ class History:
         self.changed: tuple[Facts, Facts] | None = None  # by the last capture itself
 
     def note(self, entries: list[Facts], captured: Facts) -> None:
-        """The last capture, and the entries that there were before."""
+        """Remember the last capture, and the entries before it."""
         self.last = entries, captured
 
     def why(self) -> list[str]:
-        """Why the function was captured last: what was different from the entry most like it, and
-        what it changed."""
+        """Return why the function was captured last: the differences from the entry most like it,
+        and what it changed itself."""
         why: list[str] = []
         if self.last is not None and self.last[0]:
             why = min([[*differences(old, self.last[1])] for old in self.last[0]], key=len)
@@ -53,7 +53,7 @@ class History:
         return why
 
     def growth(self, facts: Facts, limit: int) -> str | None:
-        """What is to blame, said once, when the ``limit``-th program is captured."""
+        """Return the warning about the ``limit``-th program, once."""
         if self.warned:
             return None
         self.programs.append(facts)
@@ -64,13 +64,13 @@ class History:
 
 
 def facts_of(given: Facts, reached: Sequence[tuple[str, Any]]) -> Facts:
-    """All that an entry depends on, by name: its arguments, what it reads, and the
+    """Return all that an entry depends on, by name: its arguments, what it reads, and the
     surroundings."""
     return {**given, **dict(reached), **dict(zip(ENVIRONMENT, environment_key(), strict=False))}
 
 
 def differences(old: Facts, new: Facts) -> Iterator[str]:
-    """What was something else."""
+    """List what was different."""
     for name in {**old, **new}:
         if name not in new:
             yield f"{name} was {worded(old[name])}, and is not there any more"
@@ -83,7 +83,7 @@ def differences(old: Facts, new: Facts) -> Iterator[str]:
 
 
 def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
-    """Which of the things described took many values: ``(name, latest value)``."""
+    """Return which of the described things took many values: ``(name, latest value)``."""
     found = []
     for name, latest in history[-1].items():
         values = {repr(h[name]) for h in history if name in h}
@@ -93,7 +93,8 @@ def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
 
 
 def guards(facts: Facts) -> list[str]:
-    """One line for each thing that an entry depends on, but for what is as always."""
+    """Return one line for each thing that an entry depends on, but for those that are as
+    always."""
     usual = (True, False, -1, torch.float32, None, None, False, Distribution._validate_args)
     hidden = dict(zip(ENVIRONMENT, usual, strict=False))
     lines = []
@@ -125,7 +126,7 @@ def explained(
     why: Sequence[str],
     eagerly: Sequence[str] = (),
 ) -> Explanation:
-    """The whole text."""
+    """Return the whole text."""
     count = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"
     lines = [f"{who}: captured {captures} {'time' if captures == 1 else 'times'}, {count}"]
     for i, facts in enumerate(entries):
@@ -138,7 +139,7 @@ def explained(
 
 
 def growth(history: Sequence[Facts]) -> str:
-    """What keeps changing, and what to do about it."""
+    """Say what keeps changing, and how to avoid it."""
     guilty = changing(history)
     given = [
         (name.removeprefix("argument "), x) for name, x in guilty if name.startswith("argument ")

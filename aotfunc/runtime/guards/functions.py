@@ -13,7 +13,7 @@ from .description import NOTHING, is_plain, passing
 from .keys import Named
 from .reads import library_of, library_of_module
 
-#: what the compiled function itself is called in descriptions, if it is an object
+#: the name of the compiled function itself in descriptions, if it is an object
 ROOT = "self"
 
 
@@ -21,7 +21,7 @@ class Functions(Containers):
     """Describes functions and Python modules."""
 
     def function(self, f: types.FunctionType, v: str, label: str) -> None:
-        """Code, defaults, closure variables, and the globals that it names."""
+        """Describe code, defaults, closure variables, and the globals that the code names."""
         code = f.__code__
         root = label == ROOT
         label = f.__name__ if root else label
@@ -37,7 +37,7 @@ class Functions(Containers):
         self.meet(f.__defaults__, f"{v}.__defaults__", f"{label}.__defaults__")
         self.meet(f.__kwdefaults__, f"{v}.__kwdefaults__", f"{label}.__kwdefaults__")
         reads = None if known else self.names.enter(code)
-        # what it wraps is all that an entry into aotfunc calls
+        # the wrapped function is all that an entry into aotfunc calls
         entry = code.co_filename == entering.__file__ and "__wrapped__" in f.__dict__
         if f.__closure__ and not entry:
             cells = self.bind(f"{v}.__closure__")
@@ -99,7 +99,7 @@ class Functions(Containers):
                 self.may_grow(x, f"{d}['{name}']")
 
     def python_module(self, m: types.ModuleType, v: str, label: str) -> None:
-        """The names that the code may look up in it."""
+        """Describe the names that the code may look up in the module."""
         self.require(v, m)
         self.key.append(m.__name__)
         d, table = None, vars(m)

@@ -1,5 +1,5 @@
-"""Arguments are rebuilt for a capture, of traced values: what the function does to them, but for
-writes to tensors, the caller would not see."""
+"""Refuse changes of arguments that a capture would lose: arguments are rebuilt of traced values,
+so the caller would see only writes to tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a compiled entry may be used again: keys of the arguments and of the surroundings.
+"""Keys of arguments and surroundings, by which a compiled entry is found.
 
 A key is one flat tuple. Every description starts with its kind, so that no two different things
 flatten to equal keys; numbers stand beside their type and floats by their bits, since ``1 == 1.0
@@ -60,7 +60,7 @@ _VALUES = (
 
 
 def is_value(x: Any) -> bool:
-    """Whether ``x`` is described by what it is equal to."""
+    """Return whether ``x`` is described by what it is equal to."""
     try:
         cls = x.__class__
     except Exception as e:
@@ -69,7 +69,8 @@ def is_value(x: Any) -> bool:
 
 
 def bits(x: Any) -> Any:
-    """A plain value, such that equal ones of one class mean the same: numbers by their bits."""
+    """Return a plain value such that equal ones of one class mean the same: numbers by their
+    bits."""
     cls = x.__class__
     if cls in ATOMS:
         return x
@@ -83,7 +84,7 @@ def bits(x: Any) -> Any:
 
 
 class TensorFacts(NamedTuple):
-    """What is the same for two tensors that a program cannot tell apart."""
+    """The facts of a tensor that a program can tell apart."""
 
     cls: type
     requires_grad: bool
@@ -124,7 +125,7 @@ def tensor_facts(t: Tensor) -> TensorFacts:
 
 
 class Named(NamedTuple):
-    """An object that is known by its identity alone."""
+    """An object known by its identity alone."""
 
     name: str
     number: int
@@ -134,7 +135,7 @@ class Named(NamedTuple):
 
 
 class AnyNumber(Enum):
-    """Stands for a number that may be any, in keys and for people."""
+    """A number that may be any, in keys and for people."""
 
     FLOAT = "float"
     INT = "int"
@@ -144,7 +145,7 @@ class AnyNumber(Enum):
 
 
 def noted(x: Any) -> Any:
-    """What to remember of ``x``, without keeping it alive."""
+    """Return a note of ``x`` that does not keep it alive."""
     if isinstance(x, Tensor):
         return tensor_facts(x)
     if is_value(x):
@@ -225,15 +226,15 @@ def describe_attributes(t: Tensor, key: list, objects: list[Any]) -> None:
 
 
 def first_alike(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """Of each tensor the first that is the same one; None if no two are."""
+    """Return, for each tensor, the position of the first that is the same one; None if no two
+    are."""
     ids = [*map(id, tensors)]
     return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
 
 
 class Shared:
-    """Which of the arguments are tensors of the state, as it was at the capture. Shapes belong to
-    the key and to the check, so that no others need be looked at than those of a shape that occurs
-    on both sides."""
+    """The arguments that are tensors of the state, as they were at the capture. Shapes belong to
+    the key and to the check, so only tensors need comparing whose shape occurs on both sides."""
 
     def __init__(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> None:
         shapes = {t.shape for t in tensors} & {t.shape for t in found}
@@ -247,14 +248,14 @@ class Shared:
         return reached_tensors([tensors[i] for i in self.given], [found[i] for i in self.found])
 
     def again(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
-        """Whether the same are."""
+        """Return whether the same are."""
         return not self.given or self.of(tensors, found) == self.places
 
 
 def reached_tensors(
     tensors: Sequence[Tensor], found: Sequence[Tensor]
 ) -> tuple[int | None, ...] | None:
-    """Which of the tensors ``found`` in the state each of these is; None if none of them is
+    """Return which of the tensors ``found`` in the state each of these is; None if none of them is
     one."""
     if not found or {*map(id, tensors)}.isdisjoint(map(id, found)):
         return None
@@ -263,7 +264,7 @@ def reached_tensors(
 
 
 def classes_in(spec: TreeSpec) -> list[type]:
-    """The user's classes in a tree, whose methods the function may call."""
+    """Return the user's classes in a tree, whose methods the function may call."""
     named = (spec.type, *(spec.context if isinstance(spec.context, tuple) else (spec.context,)))
     found = [
         c for c in named if isinstance(c, type) and library_of_module(c.__module__) not in CLOSED
@@ -274,7 +275,7 @@ def classes_in(spec: TreeSpec) -> list[type]:
 # ----- surroundings ------------------------------------------------------------------------------
 
 
-#: what the parts of :func:`environment_key` are
+#: the meaning of each part of :func:`environment_key`
 ENVIRONMENT = (
     *(
         "grad mode",
@@ -289,7 +290,7 @@ ENVIRONMENT = (
 )
 
 
-# bound once: a call reads them all
+# bound once: each call reads them all
 _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _default_dtype, _deterministic = torch.get_default_dtype, torch._C._get_deterministic_algorithms
 _autocast, _flash = torch._C._is_any_autocast_enabled, torch._C._get_flash_sdp_enabled
@@ -297,8 +298,8 @@ _math, _mem_efficient = torch._C._get_math_sdp_enabled, torch._C._get_mem_effici
 
 
 def environment_key() -> tuple:
-    """Grad modes, autocast, defaults of tensors and distributions, determinism, which kernels
-    attention may use."""
+    """Return grad modes, autocast, defaults of tensors and distributions, determinism, and the
+    kernels that attention may use."""
     return (
         _grad(),
         _inference(),

@@ -34,7 +34,7 @@ _translated = Cache(64)  # by the lines
 
 @functools.cache
 def steps_of() -> int | None:
-    """Where ``aot_check`` is; None where it cannot be had."""
+    """Load ``aot_check``; None where it cannot be had."""
     try:
         check_objects()
         store.directory()
@@ -54,8 +54,8 @@ def native_check(
     python: Callable,
     space: dict[str, Any],
 ) -> Callable | None:
-    """The check ``python``, of this source and with the globals ``space``, as a native function;
-    None where that is not to be had, or most of it would stay Python."""
+    """Return the check ``python``, of this source and with the globals ``space``, as a native
+    function; None where that is not to be had, or most of it would stay Python."""
     if (at := steps_of()) is None:
         return None
     program = _translated.once(source, lambda: Translation(lines, paths))
@@ -67,7 +67,7 @@ def native_check(
 
 
 def has_plain_fields(cls: Any) -> bool:
-    """Whether ``x.__dict__`` is what Python keeps there, for ``x`` of this class."""
+    """Return whether ``x.__dict__`` is what Python keeps there, for ``x`` of this class."""
     found = next((c.__dict__["__dict__"] for c in cls.__mro__ if "__dict__" in c.__dict__), None)
     return (
         isinstance(found, types.GetSetDescriptorType)
@@ -77,15 +77,15 @@ def has_plain_fields(cls: Any) -> bool:
 
 
 class Other(Exception):
-    """A line of another form."""
+    """Raised for a line of another form."""
 
 
-#: how a line gets at an object: a variable, then keys, attributes and calls
+#: the steps of a line to an object: a variable, then keys, attributes and calls
 STEP = r"\['(?P<key>[^'\\]*)'\]|\[(?P<number>\d+)\]|\.(?P<name>\w+)|\(\)"
 PLACE = rf"\w+(?:{re.sub('P<[a-z]+>', ':', STEP)})*"
 OBJECT = rf"type\({PLACE}\)|{PLACE}"
 BINDING = re.compile(rf"(\w+) = ({OBJECT})")
-#: what must be false
+#: the condition that must be false
 TEST = re.compile(
     rf"(?:'(?P<key>[^'\\]*)' in (?P<owner>{PLACE})|len\((?P<counted>{PLACE})\) != (?P<n>\d+)|"
     rf"(?P<x>{OBJECT})(?: is not (?P<y>{OBJECT}))?)(?: or |$)"
@@ -95,8 +95,8 @@ KNOWN = {"None": None, "True": True, "False": False}
 
 @functools.lru_cache(4096)
 def steps_in(path: str) -> list[tuple[int, Any]]:
-    """What leads from a variable to an object: ``(ITEM, key)``, ``(ATTRIBUTE, name)``, ``(CALL,
-    None)``."""
+    """List the steps from a variable to an object: ``(ITEM, key)``, ``(ATTRIBUTE, name)``,
+    ``(CALL, None)``."""
     found: list[tuple[int, Any]] = []
     for key, number, name in map(re.Match.groups, re.finditer(STEP, path)):
         if name is not None:
@@ -153,12 +153,12 @@ class Translation:
         return self.places[key]
 
     def text(self, x: str | int) -> int:
-        """A constant that is compared by its value, and used as a key."""
+        """Return a constant that is compared by its value, and used as a key."""
         x = sys.intern(x) if isinstance(x, str) else x
         return self.constant((type(x), x), lambda space: x)
 
     def fields(self, cls: str | None) -> int:
-        """How to get the `__dict__` of an object, whose class this constant is."""
+        """Return how to get the `__dict__` of an object, whose class this constant is."""
         if cls is None:
             return self.text("__dict__")
         find = lambda space: None if has_plain_fields(space[cls]) else "__dict__"
@@ -181,7 +181,7 @@ class Translation:
             at = m.end()
 
     def value(self, place: str) -> int:
-        """Where the object at this place is found: in a register, or among the constants."""
+        """Return the place of the object: in a register, or among the constants."""
         if (known := self.registers.get(place)) is not None:
             return known
         if place.startswith("type("):
@@ -199,7 +199,7 @@ class Translation:
         raise Other
 
     def after(self, a: int, steps: list[tuple[int, Any]]) -> int:
-        """Where these steps lead from what is found at ``a``."""
+        """Return the place that these steps lead to from ``a``."""
         for op, key in steps:
             if op == CALL:
                 a = self.step(CALL, a)
@@ -210,7 +210,7 @@ class Translation:
         return a
 
     def require(self, test: re.Match) -> None:
-        """That this is false."""
+        """Require that the condition is false."""
         key, owner, counted, n, x, y = test.groups()
         if key is not None:
             self.steps.append((ABSENT, 0, self.value(owner), self.text(key)))
@@ -236,7 +236,7 @@ class Translation:
                 self.steps.append((SAME, 0, self.value(x), to))
 
     def python(self, others: list[str], tensors: int) -> tuple[int, int, int, int]:
-        """The step that lets Python do these lines."""
+        """Return the step that lets Python do these lines."""
         self.left += len(others)
         made = [name for line in others for name in bound(line)]
         names = set(re.findall(r"\w+", " ".join(others)))
@@ -254,6 +254,6 @@ class Translation:
 
 
 def bound(line: str) -> list[str]:
-    """The variables that are bound here."""
+    """Return the variables that are bound here."""
     binds = not line.startswith(("if ", "return"))
     return re.findall(r"\w+", line.partition(" = ")[0]) if binds else []

@@ -32,8 +32,7 @@ _NOT_STATE = frozenset(
     {*_HOOKS, *_HOW_HOOKS_ARE_CALLED, *_TABLES, "_non_persistent_buffers_set", "_state_dict_hooks"}
     | {"_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 )
-#: methods that Python calls without naming them, but not while a function is computed, unless it
-#: makes texts
+#: methods that Python calls unnamed, but not while a function computes, unless it makes texts
 _NOT_CALLED = frozenset(
     {
         "__repr__",
@@ -48,7 +47,7 @@ _NOT_CALLED = frozenset(
     | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
 )
 _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
-#: classes whose instances are known by what is in them
+#: classes whose instances are known by their content
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 #: libraries' classes whose methods compute with their attributes
@@ -66,7 +65,7 @@ class Objects(Description):
                 self.meet(getattr(x, name), f"{v}.{name}", label)
 
     def same(self, x: Any, expr: str, label: str) -> None:
-        """An object that nothing is known of but its identity."""
+        """Describe an object by its identity alone."""
         self.key.append(id(x))
         self.opaque.append(x)
         self.facts.append((label, noted(x)))
@@ -78,7 +77,7 @@ class Objects(Description):
             self.lines.append(f"if {expr} is not {self.constant(weakref.ref(x))}(): return")
 
     def moving(self, x: Any, label: str) -> None:
-        """An object that is never what it was: the function is captured at every call."""
+        """Describe an object that differs at each look: the function is captured at every call."""
         token = object()
         self.key.append(token)
         self.facts.append(
@@ -87,7 +86,7 @@ class Objects(Description):
         self.lines.append("return")
 
     def logger(self, x: logging.Logger, v: str, label: str) -> None:
-        """Which messages it lets through; what becomes of them decides nothing."""
+        """Describe which messages a logger lets through; their destination decides nothing."""
         self.require(v, x)
         now = (x.getEffectiveLevel(), x.disabled, x.manager.disable)
         self.key += (id(x), now)
@@ -130,8 +129,8 @@ class Objects(Description):
             self.same(x, v, label)
 
     def attributes(self, x: Any, d: str, label: str, wanted: Callable[[str, Any], bool]) -> int:
-        """Those that the code may name; how many there are. ``d`` holds the dictionary of
-        ``x``."""
+        """Describe the attributes that the code may name and return their number. ``d`` holds the
+        dictionary of ``x``."""
         table, count = x.__dict__, 0
         self.owners.append((table, d, dict(table)))
         for name, e in table.items():
@@ -146,7 +145,8 @@ class Objects(Description):
         return count
 
     def static(self, cls: type) -> list[str]:
-        """The names that instances find in their class, unless they have one of their own."""
+        """Return the names that instances find in their class, unless they have one of their
+        own."""
         if cls not in self._static:
             named = self.names.attributes
             self._static[cls] = sorted(
@@ -159,7 +159,7 @@ class Objects(Description):
         return names.any or name in names.attributes or (name in names.written and not passing(x))
 
     def module(self, m: nn.Module, v: str, label: str) -> None:
-        """Its mode, plain attributes, parameters, buffers, children and hooks."""
+        """Describe a module's mode, plain attributes, parameters, buffers, children and hooks."""
         cls, table = type(m), m.__dict__
         self._modules = True
         self.require(f"type({v})", cls)
@@ -197,7 +197,7 @@ class Objects(Description):
                 self.meet(table[name], f"{d}['{name}']", f"{label}.{name}")
 
     def hooks(self, tables: Sequence[tuple[dict, str, str]]) -> bool:
-        """Tables of hooks, which are nearly always empty."""
+        """Describe tables of hooks, which are nearly always empty."""
         full = any(t for t, _, _ in tables)
         self.key.append(full)
         if full:
@@ -209,7 +209,7 @@ class Objects(Description):
         return full
 
     def class_of(self, cls: type) -> None:
-        """The attributes of a class and of its bases that the code may name."""
+        """Describe the attributes of a class and of its bases that the code may name."""
         if cls in self._classes:
             return
         self._classes.add(cls)
@@ -259,7 +259,8 @@ class Objects(Description):
                     self.may_grow(e, f"{p}['{name}']")
 
     def functional(self, cls: type) -> None:
-        """The functions of ``torch.nn.functional`` that the methods of a class of torch's call."""
+        """Describe the functions of ``torch.nn.functional`` that the methods of one of torch's
+        classes call."""
         table = vars(torch.nn.functional)
         if found := [n for n in functions_of(cls) if n not in self._functions and n in table]:
             self._functions.update(found)
@@ -270,8 +271,8 @@ class Objects(Description):
 
 @functools.lru_cache(1024)
 def functions_of(cls: type) -> tuple[str, ...]:
-    """What the methods of a class call of ``torch.nn.functional``, and what these functions call
-    of it."""
+    """List the functions of ``torch.nn.functional`` that the methods of a class call, and those
+    that these call."""
     table = vars(torch.nn.functional)
     methods = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
     names = {n for f in methods for n in reads_of(f.__code__).attributes}

@@ -1,4 +1,4 @@
-"""Which globals, closure variables and attributes the code of a function reads."""
+"""Find the globals, closure variables and attributes that the code of a function reads."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ...debug import _OURS, _TORCH
 _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 _NUMPY = os.path.dirname(os.path.abspath(numpy.__file__)) + os.sep
 
-#: calls of them that change a container and whose result says nothing about it
+#: calls of these change a container, and their results say nothing about it
 _GROWS = frozenset({"append", "add", "extend", "update"})
-#: what reads attributes that the code does not name
+#: functions that read attributes by names that the code does not hold
 _BY_ANY_NAME = frozenset(
     {"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"}
 )
 _ASKS = frozenset({"getattr", "hasattr"})
 _IMPORTS = frozenset({"import_module", "__import__"})
-#: what makes a text of an object, and the methods that say which
+#: functions that make a text of an object, and the methods that they call
 _TELLS = frozenset({"str", "repr", "format", "ascii"})
 _TEXTS = frozenset({"__str__", "__repr__", "__format__"})
 
 
 class Reads(NamedTuple):
-    """``variables`` are globals and closure variables, ``written`` names of either kind, or of
-    attributes, that only occur in ``n += 1`` and ``names.append(x)``. With ``any_name`` attributes
+    """``variables`` are globals and closure variables; ``written`` are names of either kind, or of
+    attributes, that occur only in ``n += 1`` and ``names.append(x)``. With ``any_name`` attributes
     are read by names made at run time."""
 
     variables: frozenset[str]
@@ -47,7 +47,7 @@ class Reads(NamedTuple):
 
 @functools.lru_cache(4096)
 def reads_of(code: types.CodeType) -> Reads:
-    """What a code object, and the functions defined in it, read."""
+    """Find the names that a code object, and the functions defined in it, read."""
     variables: set[str] = set()
     attributes: set[str] = set()
     written: set[str] = set()
@@ -108,7 +108,7 @@ def reads_of(code: types.CodeType) -> Reads:
 
 @functools.lru_cache(4096)
 def tells_apart(code: types.CodeType) -> bool:
-    """Whether a function calls ``type``, or goes on after errors."""
+    """Return whether a function calls ``type``, or goes on after errors."""
     kinds = [step.opname for step in dis.get_instructions(code)]
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return (
@@ -120,8 +120,8 @@ def tells_apart(code: types.CodeType) -> bool:
 
 
 def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
-    """Whether what is loaded here is changed, and its old value has no other use: ``n += 1``,
-    ``names.append(x)``."""
+    """Return whether what is loaded here is changed, and its old value has no other use: ``n +=
+    1``, ``names.append(x)``."""
     name, rest = steps[i].argval, [s.opname for s in steps[i + 1 : i + 5]]
     if rest[:1] and rest[0] in ("LOAD_METHOD", "LOAD_ATTR") and steps[i + 1].argval in _GROWS:
         return True
@@ -136,7 +136,7 @@ def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
 
 
 def _raised(steps: list[dis.Instruction], i: int) -> bool:
-    """Whether the text made here is the message of an error."""
+    """Return whether the text made here is the message of an error."""
     makes = ("FORMAT", "BUILD_STRING", "CONVERT", "LOAD", "CALL", "PRECALL", "BINARY")
     return (
         next((s.opname for s in steps[i:] if not s.opname.startswith(makes)), "")
@@ -145,7 +145,7 @@ def _raised(steps: list[dis.Instruction], i: int) -> bool:
 
 
 def _constant_name(steps: list[dis.Instruction], i: int) -> bool:
-    """Whether the second argument of the call whose arguments begin here is a constant."""
+    """Return whether the second argument of the call whose arguments begin here is a constant."""
     i += 1
     while steps[i].opname == "LOAD_ATTR":
         i += 1
@@ -158,13 +158,13 @@ def _constant_name(steps: list[dis.Instruction], i: int) -> bool:
     return steps[i].opname == "LOAD_CONST" and not made
 
 
-#: their code is not followed: what it reads is known, or hidden
+#: their code is not followed: its reads are known, or hidden
 CLOSED = frozenset({"python", "torch", "numpy", "aotfunc"})
 
 
 @functools.lru_cache(4096)
 def library_of(filename: str) -> str | None:
-    """The library that a file belongs to, or None for a file of the user's."""
+    """Return the library that a file belongs to, or None for a file of the user's."""
     for name, folder in (
         ("aotfunc", _OURS),
         ("torch", _TORCH),
@@ -181,7 +181,7 @@ def library_of(filename: str) -> str | None:
 
 @functools.lru_cache(4096)
 def library_of_module(name: str) -> str | None:
-    """The library that a module, named in full, belongs to."""
+    """Return the library that a module, named in full, belongs to."""
     top = name.partition(".")[0]
     if top in sys.stdlib_module_names:
         return "python"
@@ -195,12 +195,11 @@ _NO_FORWARD = frozenset(
 
 
 class LargeLibrary(Exception):
-    """The functions name, one another, too many of a library's."""
+    """Raised where the functions name too many functions of a library, one another."""
 
 
 class Names:
-    """The names by which the functions that have been met read their state; they only become
-    more.
+    """The names by which the functions met so far read their state; they only become more.
 
     Of a library that the function uses every function is followed that another one names. Where
     these are more than ``MANY``, most of them never run (they load files, print, export): then
@@ -210,7 +209,7 @@ class Names:
 
     def __init__(self, ran: set[Any] | None = None) -> None:
         self.ran = ran
-        #: how many functions of large libraries it has been seen to run
+        #: number of functions of large libraries seen to run
         self.learnt = 0
         self.attributes: set[str] = {"forward", "__wrapped__"}
         self.written: set[str] = set()
@@ -219,8 +218,8 @@ class Names:
         #: libraries whose objects the function uses: their code is the user's
         self.opened: set[str] = set()
         self.any = False
-        #: whether the functions could tell a number from what stands for it: they look at types,
-        #: or go on after errors
+        #: whether the functions could tell a number from its stand-in: they look at types, or go
+        #: on after errors
         self.tells_apart = False
         self._entered: set[Any] = set()
         self._named: set[types.CodeType] = set()  # of libraries
@@ -234,7 +233,7 @@ class Names:
             self.opened.add(library)
 
     def follows(self, library: str | None, code: types.CodeType | None = None) -> bool:
-        """Whether code of this library is followed."""
+        """Return whether code of this library is followed."""
         if library is None or library not in self.opened:
             return library is None
         if self.ran is None and code is not None:
@@ -244,12 +243,12 @@ class Names:
         return code is None or self.ran is None or code in self.ran
 
     def idle(self, library: str | None, code: types.CodeType) -> bool:
-        """Whether it is known that this function of a library has not run."""
+        """Return whether it is known that this function of a library has not run."""
         return library is not None and self.ran is not None and code not in self.ran
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Notes which functions of large libraries run inside."""
+        """Note which functions of large libraries run inside."""
         if self.ran is None:
             yield
             return
@@ -284,7 +283,7 @@ class Names:
         return reads
 
     def enter_class(self, cls: type) -> None:
-        """A class of torch's that is a module."""
+        """Follow a class of torch's that is a module."""
         if cls not in self._entered:
             self._entered.add(cls)
             for name, f in cls.__dict__.items():

@@ -1,5 +1,5 @@
-"""What a compiled function returns that is no tensor: objects from outside by their paths, those
-that it makes inside as copies, one for each call."""
+"""Results of a compiled function that are no tensors: objects from outside by their paths, and
+copies, one for each call, of those that it makes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .reads import CLOSED, library_of_module
 from .state import State
 from .stores import Place, finder, store
 
-#: how a class says otherwise how its instances are made and copied
+#: methods by which a class controls how its instances are made and copied
 _COPYING = (
     "__new__",
     "__reduce__",
@@ -34,17 +34,17 @@ _OTHERWISE = (Tensor, nn.Module, types.FunctionType, types.MethodType, list, tup
 
 
 class Reference:
-    """Stands in a result for an object that is there at each call: ``kind`` is "state" (``where``
-    is a variable of the state's check), "arguments" (the number of a container) or "stored" (that
-    of a value)."""
+    """The stand-in, in a result, for an object that exists at each call: ``kind`` is "state"
+    (``where`` is a variable of the state's check), "arguments" (the number of a container) or
+    "stored" (that of a value)."""
 
     def __init__(self, kind: str, where: Any) -> None:
         self.kind, self.where = kind, where
 
 
 def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence[Any]) -> Any:
-    """What is recorded of a result, and of the values in ``places`` if there are any: references
-    for what the state holds, and for the containers ``given``."""
+    """Return the record of a result, and of the values in ``places`` if there are any: references
+    for objects of the state and for the containers ``given``."""
     known = {id(x): Reference("arguments", k) for k, x in enumerate(given)}
     known.update(
         (id(x), Reference("state", state.seen[id(x)]))
@@ -63,8 +63,8 @@ def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence
 
 
 def referred(tree: Any, known: dict[int, Any]) -> Any:
-    """The tree with references for the objects that are known; a container that is in it twice is
-    one container in the new tree, too."""
+    """Return the tree with references for the objects that are known; a container that is in it
+    twice is one container in the new tree, too."""
     made, around = dict(known), set[int]()
 
     def new(x: Any) -> Any:
@@ -92,8 +92,8 @@ def referred(tree: Any, known: dict[int, Any]) -> Any:
 
 
 def skeleton(tree: Any) -> Any:
-    """The tree with a tensor that stands for each of its own, if a container is in it twice: one
-    spec for both would make two of it."""
+    """Return the tree with a tensor that stands for each of its own, if a container is in it
+    twice: one spec for both would make two of it."""
     found = [id(c) for c in containers(tree) if c != ()]
     if len({*found}) == len(found):
         return None
@@ -119,8 +119,8 @@ PLACE = torch.empty(0)
 
 
 def is_record(x: Any) -> bool:
-    """Whether an object is what its attributes hold, as those are whose class says nothing else
-    about how to copy them."""
+    """Return whether an object is what its attributes hold, as those are whose class says nothing
+    else about how to copy them."""
     cls = type(x)
     own = [n for n in _COPYING if getattr(cls, n, None) is not getattr(object, n, None)]
     return (
@@ -133,8 +133,8 @@ def is_record(x: Any) -> bool:
 
 
 class Finish:
-    """What is left to do when a call has its tensors: to put those that the function binds outside
-    in their places, and to fill the result with the objects that are due."""
+    """The last part of a call: puts tensors that the function binds outside in their places, and
+    fills the result with objects."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Finish:
         return bool(self.keys or self.references or self.copies or self.shared is not None)
 
     def __call__(self, leaves: list, f: Callable, objects: Sequence[Any], arguments: tuple) -> Any:
-        """The result, of the leaves that the program gives."""
+        """Return the result, made of the leaves that the program gives."""
         first, self.found = self.found, None
         found = first or self.find(f, objects)
         outside, given = iter(found[len(self.keys) :]), None
@@ -207,14 +207,14 @@ class Finish:
 
 
 def immutable(x: Any) -> bool:
-    """Whether it makes no difference that all calls return the same object."""
+    """Return whether it makes no difference that all calls return the same object."""
     if isinstance(x, types.FunctionType):
         return not holds_traced(x, set())
     return isinstance(x, SHARED) or (is_plain(x) and not getattr(x, "__dict__", None))
 
 
 class Memo(dict):
-    """What deepcopy has copied; objects that are ``known`` outside must not be."""
+    """The memo of deepcopy; it must not hold objects ``known`` outside."""
 
     def __init__(self, known: set[int]) -> None:
         self.known = known
@@ -226,7 +226,7 @@ class Memo(dict):
 
 
 def pristine(x: Any, memo: Memo, titled: Callable[[], str]) -> Any:
-    """A copy of an object that the function has made: each call gets another one."""
+    """Return a copy of an object that the function has made; each call gets a new one."""
     same = "which would be the same object at every call"
     if holds_traced(x, memo.known):
         raise CaptureError(

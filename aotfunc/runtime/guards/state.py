@@ -35,12 +35,13 @@ from .reads import CLOSED, LargeLibrary, Names, library_of, library_of_module
 _GLOBAL_HOOKS = tuple(
     n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks")
 )
-#: libraries' objects that are different ones after every use, in a way that does not show
+#: libraries' objects that change at every use, in a way that does not show
 _MOVING = (Iterator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 class State(Functions):
-    """What ``f`` and ``objects``, called ``labels``, reach now, by the names in ``names``."""
+    """The state that ``f`` and ``objects``, called ``labels``, reach now, by the names in
+    ``names``."""
 
     def __init__(
         self, f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names
@@ -62,7 +63,8 @@ class State(Functions):
             self.lines.append(f"if len({{{ids}}}) != {len(self.distinct)}: return")
 
     def methods_of_tensors(self) -> None:
-        """Those that the user has added to ``torch.Tensor``, or put in the place of others."""
+        """Describe the methods that the user has added to ``torch.Tensor``, or put in the place of
+        others."""
         table = vars(Tensor)
         where = self.constant(table)
         self.lines.append(f"if len({where}) != {len(table)}: return")
@@ -156,7 +158,7 @@ class State(Functions):
 
 
 def texts(x: Any) -> list[str]:
-    """The strings in nested tuples."""
+    """Return the strings in nested tuples."""
     return (
         [t for e in x for t in texts(e)]
         if isinstance(x, tuple)
@@ -167,7 +169,7 @@ def texts(x: Any) -> list[str]:
 
 
 def look(f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names) -> State:
-    """The state, looked at again while functions are found that read other names."""
+    """Return the state, looked at again while functions are found that read other names."""
     while True:
         known = len(names)
         try:

@@ -47,8 +47,9 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed_stores(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
-    """Where the function has put tensors since the state was looked at, traced ones or such as
-    were elsewhere, and these; there are none where it is an object that hides them."""
+    """Find the entries into which the function has put tensors (traced ones, or tensors from
+    elsewhere) since the state was described; none where it put them into an object that hides
+    them."""
     known = set(state.seen)
     owners = {id(owner): (i, owner, before) for i, (owner, _, before) in enumerate(state.owners)}
     for i, owner, before in owners.values():
@@ -63,9 +64,9 @@ def changed_stores(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
 
 
 def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = ()) -> list[Place]:
-    """Where the function has put tensors; what inner transforms leaked stays where it is. It sees
-    the containers ``given``, of its arguments, as copies: refused where it has changed one that it
-    reaches by another way, too."""
+    """Find the entries into which the function has put tensors; tensors that leaked from inner
+    transforms stay there. Refused if it changed one of the containers ``given``, which are copies
+    of arguments, that it also reaches by another way."""
     found = []
     twice = {id(x) for c in given for x in (c, getattr(c, "__dict__", c))}
     for place, tensors in changed_stores(state):
@@ -94,14 +95,14 @@ def store(owner: Any, key: Any, value: Any) -> None:
 
 
 def undo_stores(state: State) -> None:
-    """Undo what :func:`changed_stores` finds."""
+    """Undo the changes that :func:`changed_stores` finds."""
     for place, _ in list(changed_stores(state)):
         owner, _, before = state.owners[place.owner]
         restore(owner, before, [place.key])
 
 
 def undo_changes(state: State) -> None:
-    """Undo all that was put into what the state knows, numbers and texts too."""
+    """Undo all changes of the described state, numbers and texts too."""
     for owner, _, before in state.owners:
         now = dict(entries(owner))
         changed = [
@@ -112,8 +113,7 @@ def undo_changes(state: State) -> None:
 
 
 def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
-    """Put what was there ``before`` back at these entries of an owner; a list is put back
-    whole."""
+    """Put ``before`` back at these entries of an owner; a list is put back whole."""
     if isinstance(owner, list | deque):
         owner.clear()
         owner.extend(before.values())
@@ -133,8 +133,8 @@ def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
 
 
 def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
-    """A function of ``f`` and the objects among the arguments to what these variables of the
-    state's check hold."""
+    """Return a function of ``f`` and the objects among the arguments to what these variables of
+    the state's check hold."""
     body = "".join(f"    {line}\n" for line in lines_needed(state.lines, names))
     space = {"Slots": Slots, **state.constants}
     exec(f"def found(f, objects):\n{body}    return [{', '.join(names)}]\n", space)
@@ -142,7 +142,7 @@ def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[A
 
 
 def lines_needed(lines: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The lines that bind these variables, and those that they are made of."""
+    """Return the lines that bind these variables, and those that they are made of."""
     wanted, found = set(re.findall(r"\bv\d+\b", " ".join(names))), []
     for line in reversed(lines):
         name, bound, expr = line.partition(" = ")

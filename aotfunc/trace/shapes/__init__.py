@@ -1,2 +1,2 @@
-"""What ops return, told without running them: signatures, own shape rules, kernels on meta
+"""Results of ops, told without running them: signatures, own shape rules, kernels on meta
 tensors."""

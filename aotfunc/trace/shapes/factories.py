@@ -98,7 +98,7 @@ def _eye_m(n, m, **options):
 
 
 def below(row: int, column: int, offset: int) -> int:
-    """How many places of a matrix lie on or below a diagonal."""
+    """Return how many places of a matrix lie on or below a diagonal."""
     sure(row >= 0 and column >= 0)
     return sum(min(max(i + offset + 1, 0), column) for i in range(row))
 

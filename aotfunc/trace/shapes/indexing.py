@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def contiguous_joined(parts):
-    """Decline unless joined (shape, stride)s are contiguous for sure: where all are channels-last,
+    """Decline unless the joined (shape, stride)s are surely contiguous: if all are channels-last,
     so is the result."""
     shape, _ = parts[0]
     sure(
@@ -139,7 +139,7 @@ def _index_put(x, indices, values, accumulate=False):
 
 
 def fitting_masks(x: Sig, indices: Sequence[Sig | None]) -> bool:
-    """Whether there are masks among the indices; declines unless they fit."""
+    """Return whether there are masks among the indices; declines unless they fit."""
     masks, d = False, 0
     for i in indices:
         if i is not None and i.dtype is torch.bool:

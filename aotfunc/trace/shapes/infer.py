@@ -1,4 +1,4 @@
-"""What an op returns for given signatures, without running it: our own rule, else PyTorch's kernel
+"""The signatures of an op's results for given signatures: by our own rule, else PyTorch's kernel
 on meta tensors, else a run on zeros."""
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ aten = torch.ops.aten
 _deterministic = torch._C._get_deterministic_algorithms
 
 
-#: the signatures of what ops return that are only recorded, and never run
+#: the signatures of results of ops that are only recorded, and never run
 TOLD: dict[OpOverload, Callable] = {}
 
 
 def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of the outputs: by our own rule, else as PyTorch says."""
+    """Return the signatures of the outputs: by our own rule, else as PyTorch says."""
     from .rules import by_rule
 
     if (told := TOLD.get(op)) is not None:
@@ -37,8 +37,8 @@ def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of the outputs, from the op's meta kernel; from a run on zeros where it has
-    none, does not know the layout, or would have to import half of PyTorch."""
+    """Return the signatures of the outputs, from the op's meta kernel; from a run on zeros where
+    it has none, does not know the layout, or would have to import half of PyTorch."""
     device = output_device(op, kwargs, sigs)
     args = tuple([no_generator(a) for a in args])
     kwargs = {k: no_generator(v) for k, v in kwargs.items()}
@@ -60,21 +60,22 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
             missing = isinstance(e, NotImplementedError) or "fake impl" in str(e)
             if not missing and (Facts(op).dynamic or sum(s.numel for s in sigs) >= AFFORDABLE):
                 raise
-            # it may take what the meta kernel refuses; if not, eager says so
+            # a run may take arguments that the meta kernel refuses; if not, the error is eager's
             outs = _on_zeros(op, args, kwargs, sigs)
     return signatures(outs, device)
 
 
 def no_generator(a: Any) -> Any:
-    """Nothing is drawn from the user's for a signature, and some meta kernels take none."""
+    """Draw nothing from the user's generator for a signature; some meta kernels take none."""
     return None if isinstance(a, torch.Generator) else a
 
 
-#: elements of zeros on which an op may be tried
+#: number of elements of zeros on which an op may be tried
 AFFORDABLE = 1 << 22
 
 
-#: ops whose results the device's kernel lays out, or leaves empty, as no meta kernel says
+#: ops whose results the device's kernel lays out, or leaves empty, in a way that no meta kernel
+#: knows
 DEVICE_DECIDES = (
     "linalg_",
     "_linalg_",
@@ -96,9 +97,9 @@ NOT_OF_ZEROS = {
 
 
 def better_tried(op: OpOverload, sigs: tuple) -> bool:
-    """Whether to ask the device's kernel, run on zeros, before the meta kernel. Meta kernels often
-    do not know which strides, empty statistics or dimensions a device gives its results; those
-    written in Python import half of PyTorch."""
+    """Return whether to ask the device's kernel, run on zeros, before the meta kernel. Meta
+    kernels often do not know which strides, empty statistics or dimensions a device gives its
+    results; those written in Python import half of PyTorch."""
     name = plain_name(op)
     facts, affordable = Facts(op), sum(s.numel for s in sigs) < AFFORDABLE
     if name in NOT_OF_ZEROS or facts.effect or by_values(op, sigs):
@@ -114,7 +115,7 @@ def better_tried(op: OpOverload, sigs: tuple) -> bool:
 
 
 def by_values(op: OpOverload, sigs: tuple) -> bool:
-    """Whether the result's shape depends on values, for arguments of these signatures: with
+    """Return whether the result's shape depends on values, for arguments of these signatures: with
     indices it does not."""
     masks = any(s.dtype in (torch.bool, torch.uint8) for s in sigs[1:])
     return Facts(op).dynamic and (op is not aten.index.Tensor or masks)
@@ -133,8 +134,8 @@ MADE_OF_SUCH = {
 
 @cache
 def python_meta(op: OpOverload) -> bool:
-    """Whether the op's meta kernel is written in Python, or made of such: it imports sympy and
-    often Dynamo, seconds in a fresh process."""
+    """Return whether the op's meta kernel is written in Python, or made of such: it imports sympy
+    and often Dynamo, seconds in a fresh process."""
     if plain_name(op) in MADE_OF_SUCH:
         return True
     entries = torch._C._dispatch_dump(op.name()).splitlines()
@@ -142,7 +143,7 @@ def python_meta(op: OpOverload) -> bool:
 
 
 def _on_meta(op: OpOverload) -> dict:
-    """Factories take their device as an argument: on meta they must be told so."""
+    """Call a factory with meta as its device argument."""
     return (
         {"device": torch.device("meta")}
         if any(a.name == "device" for a in op._schema.arguments)
@@ -151,8 +152,8 @@ def _on_meta(op: OpOverload) -> dict:
 
 
 def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The stated fall-back for ops without a meta kernel: run once on zeros of the right shape,
-    keep the signature."""
+    """Run an op without a meta kernel once on zeros of the right shape, and keep the
+    signatures."""
     if by_values(op, sigs):
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
     real = [zeros_at(s) for s in sigs]
@@ -170,15 +171,15 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def zeros_at(s: Sig) -> Tensor:
-    """Zeros with this signature, the offset included."""
+    """Return zeros with this signature, the offset included."""
     reach = s.offset + 1 + sum((n - 1) * step for n, step in zip(s.shape, s.stride, strict=True))
     memory = torch.zeros(reach if s.numel else s.offset, dtype=s.dtype, device=s.device)
     return memory.as_strided(s.shape, s.stride, s.offset)
 
 
 def output_device(op: OpOverload, kwargs: dict, sigs: tuple) -> torch.device:
-    """The device of an op's results: asked for, or that of its tensors (0-dim CPU tensors follow
-    the others)."""
+    """Return the device of an op's results: the one asked for, or that of its tensors (0-dim CPU
+    tensors follow the others)."""
     if plain_name(op) in MIXES:
         return sigs[0].device
     if (asked := kwargs.get("device")) is not None:
@@ -218,7 +219,7 @@ def check_devices(op: OpOverload, sigs: tuple) -> None:
 
 
 def signatures(outs: Any, device: torch.device | None = None) -> Any:
-    """A result with its tensors replaced by signatures; lists become tuples."""
+    """Return a result with its tensors replaced by signatures; lists become tuples."""
     if isinstance(outs, Tensor):
         return sig_of(outs, device)
     if isinstance(outs, list | tuple):

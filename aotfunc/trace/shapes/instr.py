@@ -22,10 +22,10 @@ aten = torch.ops.aten
 
 
 class Instr:
-    """An op with its literals and argument signatures, and what it returns: interned. ``anywhere``
-    is that of the same call at the beginning of every storage, where that makes a difference to
-    the signatures alone; ``number`` the dtype with which a Python number among its arguments may
-    be a tensor; ``simple``, that it makes one new tensor of others, and does nothing else."""
+    """An op with its literals, argument signatures and result signatures, interned. ``anywhere``
+    is the Instr of the same call at the beginning of every storage, if that changes only the
+    signatures; ``number`` is the dtype with which a Python number among its arguments may be a
+    tensor; ``simple`` tells that it makes one new tensor and does nothing else."""
 
     __slots__ = (
         *("op", "args", "kwargs", "sigs", "outs", "facts", "anywhere"),
@@ -65,7 +65,7 @@ SIMPLE = frozenset(
 
 
 def env_key() -> tuple:
-    """The global settings that shape inference depends on."""
+    """Return the global settings that shape inference depends on."""
     return (torch.get_default_dtype(), _deterministic())
 
 
@@ -105,7 +105,8 @@ def encode(a: Any, key: list, sink: Any) -> Any:
 def intern(
     key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None
 ) -> Instr:
-    """The instruction for this key, made (its outputs inferred, unless given) if it is new."""
+    """Return the instruction for this key, made (its outputs inferred, unless given) if it is
+    new."""
     facts, anywhere = Facts(op), None
     if any(s.offset for s in sigs) and not facts.strided and not facts.writes:
         there = tuple([k.start if k.__class__ is Sig else k for k in key])

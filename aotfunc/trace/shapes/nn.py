@@ -22,7 +22,7 @@ from .sig import Sig
 
 aten = torch.ops.aten
 
-#: what half precision is accumulated in
+#: the dtype that half precision is accumulated in
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -60,8 +60,8 @@ def _log_sigmoid(x):
 
 @shape_rule(aten._ctc_loss.Tensor)
 def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
-    """The signatures of the loss and its buffer; ``rules/ctc.py`` appends a target of maximal
-    length, and the buffer has that length."""
+    """Return the signatures of the loss and its buffer; ``rules/ctc.py`` appends a target of
+    maximal length, and the buffer has that length."""
     sure(log_probs.dtype.is_floating_point and log_probs.ndim == 3 and targets.ndim == 2)
     steps, n, _ = log_probs.shape
     sure(targets.shape[0] == input_lengths.numel == target_lengths.numel == n)
@@ -245,7 +245,7 @@ def _group_norm_fits(x: Sig, weight: Any, bias: Any, n: int, c: int, hw: int, gr
 
 
 def _batch_norm_fits(x: Sig, *features: Sig | None) -> None:
-    """One of each per channel, all of one ordinary dtype."""
+    """Decline unless there is one of each per channel, all of one ordinary dtype."""
     sure(x.dtype in (torch.float32, torch.float64) and x.ndim >= 2 and 0 not in x.shape)
     sure(all(f is None or (f.dtype is x.dtype and f.shape == x.shape[1:2]) for f in features))
     sure_in_order(x, *features)

@@ -1,5 +1,4 @@
-"""Our own answers to what an op returns: shape rules for the common algebra, so that no meta
-kernel has to run.
+"""Our own shape rules for the common algebra, so that no meta kernel has to run.
 
 PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a
 fresh process; a rule here is a few lines and imports nothing. A rule takes the op's arguments with
@@ -32,11 +31,11 @@ RULES: dict[OpOverload, Callable] = {}
 
 
 class Unsure(Exception):
-    """A rule leaves this call to the meta kernel."""
+    """Raised by a rule to leave this call to the meta kernel."""
 
 
 def shape_rule(*ops: Any) -> Callable[[Callable], Callable]:
-    """Decorator: this function answers for these overloads (a packet stands for its
+    """Make a decorator: the function answers for these overloads (a packet stands for its
     ``default``)."""
 
     def register(f: Callable) -> Callable:
@@ -48,7 +47,7 @@ def shape_rule(*ops: Any) -> Callable[[Callable], Callable]:
 
 
 def by_rule(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """The signatures of what ``op`` returns (arguments as for :func:`.infer.infer`), or
+    """Return the signatures of what ``op`` returns (arguments as for :func:`.infer.infer`), or
     NotImplemented."""
     known = shape_rule_for(op)
     if known is None:
@@ -73,8 +72,8 @@ def sure(condition: Any) -> None:
 def new(
     like: Sig, shape: Iterable[int], dtype: torch.dtype | None = None, stride: tuple | None = None
 ) -> Sig:
-    """A new tensor on the device of ``like``, of its dtype unless given; contiguous unless strides
-    are given."""
+    """Return a new tensor on the device of ``like``, of its dtype unless given; contiguous unless
+    strides are given."""
     shape = tuple(shape)
     sure(all(n >= 0 for n in shape))
     return make_sig(
@@ -91,14 +90,14 @@ def sure_in_order(*sigs: Sig | None) -> None:
 
 
 def axis(dim: int, ndim: int) -> int:
-    """The dimension counted from the front; IndexError if there is no such."""
+    """Return the dimension counted from the front; IndexError if there is no such."""
     if not -max(ndim, 1) <= dim < max(ndim, 1):
         raise IndexError
     return dim % max(ndim, 1)
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
-    """The shape that these broadcast to."""
+    """Return the shape that these broadcast to."""
     result = [1] * max(map(len, shapes), default=0)
     for shape in shapes:
         for i in range(1, len(shape) + 1):
@@ -110,7 +109,7 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
 
 
 def ordered_strides(shape: tuple, order: Sequence[int]) -> tuple:
-    """Dense strides with the dimensions in this order in memory, outermost first."""
+    """Return dense strides with the dimensions in this order in memory, outermost first."""
     strides, step = [0] * len(shape), 1
     for d in reversed(order):
         strides[d] = step
@@ -122,7 +121,7 @@ CHANNELS_LAST = {torch.channels_last: (0, 2, 3, 1), torch.channels_last_3d: (0, 
 
 
 def formatted(shape: tuple, memory_format: torch.memory_format) -> tuple:
-    """The strides of a tensor in this memory format."""
+    """Return the strides of a tensor in this memory format."""
     if memory_format is torch.contiguous_format:
         return contiguous_stride(shape)
     order = CHANNELS_LAST[memory_format]
@@ -131,7 +130,7 @@ def formatted(shape: tuple, memory_format: torch.memory_format) -> tuple:
 
 
 def in_order(sig: Sig, order: Sequence[int]) -> bool:
-    """Whether the elements lie densely with the dimensions in this order (strides of size-1
+    """Return whether the elements lie densely with the dimensions in this order (strides of size-1
     dimensions are moot)."""
     step = 1
     for d in reversed(order):
@@ -144,8 +143,8 @@ def in_order(sig: Sig, order: Sequence[int]) -> bool:
 
 
 def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
-    """The strides of a pointwise result: dense, the dimensions in the operands' common order
-    (TensorIterator's rule).
+    """Return the strides of a pointwise result: dense, the dimensions in the operands' common
+    order (TensorIterator's rule).
 
     Declines where kernels differ: no elements, and unusual layouts together with dimensions of
     size 1, overlap or broadcasting."""
@@ -172,12 +171,13 @@ def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
 
 
 def ordinary(sig: Sig) -> bool:
-    """In natural order, dimensions of size 1 too: of some of these, kernels keep the strides."""
+    """Return whether these are in natural order, dimensions of size 1 too, whose strides some
+    kernels keep."""
     return sig.stride == contiguous_stride(sig.shape) or (1 not in sig.shape and natural(sig))
 
 
 def natural(sig: Sig) -> bool:
-    """Whether the dimensions lie in memory in their own order, expanded ones aside."""
+    """Return whether the dimensions lie in memory in their own order, expanded ones aside."""
     step, size = math.inf, 0
     for n, s in zip(sig.shape, sig.stride, strict=True):
         if s:
@@ -188,8 +188,8 @@ def natural(sig: Sig) -> bool:
 
 
 def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
-    """The dimensions from outermost to innermost, as the operands' strides have them; broadcast
-    ones have no say.
+    """Return the dimensions from outermost to innermost, as the operands' strides have them;
+    broadcast ones have no say.
 
     An insertion sort, because the comparison may be undecided: earlier operands come first, equal
     strides go by size."""
@@ -201,7 +201,8 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
         strides.append([0] * lead + [0 if n == 1 and m != 1 else step for n, step, m in moved])
 
     def compare(a: int, b: int) -> int:
-        """1 if dimension ``a`` is the outer one, -1 if the inner one, 0 if no operand decides."""
+        """Return 1 if dimension ``a`` is the outer one, -1 if it is the inner one, 0 if no operand
+        decides."""
         for stride in strides:
             sa, sb = stride[a], stride[b]
             if sa and sb:
@@ -274,7 +275,7 @@ LEFT_OUT = {
 
 @cache
 def shape_rule_for(op: OpOverload) -> Callable | None:
-    """The written rule, or the common one of pointwise ops; for an op in place that of its
+    """Return the written rule, or the common one of pointwise ops; for an op in place that of its
     functional twin."""
     # their rules register themselves
     from . import algebra, factories, indexing, nn, windows  # noqa: F401
@@ -298,12 +299,13 @@ def shape_rule_for(op: OpOverload) -> Callable | None:
 
 
 def takes(op: OpOverload) -> list[str]:
-    """The types of its arguments: `pow.Scalar` is not what `pow_.Scalar` computes."""
+    """Return whether the overload takes arguments of these types: `pow.Scalar` is not what
+    `pow_.Scalar` computes."""
     return [str(a.type) for a in op._schema.arguments]
 
 
 def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
-    """A write to ``x`` of what the functional op would return."""
+    """Return the signature of a write to ``x`` of the functional op's result."""
     out = functional(x, *args, **kwargs)
     sure(out.shape == x.shape and torch.can_cast(out.dtype, x.dtype) and 0 not in x.stride)
     return x
@@ -311,8 +313,8 @@ def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
 
 @cache
 def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
-    """A tensor that asks a kernel for its result dtype: with dimensions and without elements, or a
-    single number."""
+    """Return a tensor that asks a kernel for its result dtype: with dimensions and without
+    elements, or a single number."""
     with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():  # wrapped by no mode
         return (
             torch.empty(0, dtype=dtype, device="cpu")
@@ -322,7 +324,7 @@ def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
 
 
 def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """One rule for every pointwise op."""
+    """Return the rule for every pointwise op."""
     operands = [a for a in (*args, *kwargs.values()) if a.__class__ is Sig]
     sure(operands and not any(isinstance(a, list | tuple) for a in args))
     shape = operands[0].shape

@@ -1,4 +1,4 @@
-"""Signatures: what is known of a tensor without its values, and what an op's schema says.
+"""Signatures: the facts of a tensor without its values, and the facts of an op's schema.
 
 A tensor's signature (:class:`Sig`) is interned, so that signatures compare and hash by identity.
 """
@@ -35,14 +35,14 @@ class Sig:
             offset,
         )
         self.plain = offset == 0 and stride == contiguous_stride(shape)
-        #: what a tensor without data is made with, after its class
+        #: a tensor without data is made with these, after its class
         laid = (None, None) if self.plain else (stride, offset)
         self.form = (shape, *laid, None, dtype, torch.strided, device)
         with torch._C._DisableTorchDispatch():
             self.proto = self.fresh()
 
     def fresh(self) -> Tensor:
-        """A new meta tensor with this signature."""
+        """Return a new meta tensor with this signature."""
         if not self.offset:
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         return torch.empty(self.extent, dtype=self.dtype, device="meta").as_strided(
@@ -51,7 +51,7 @@ class Sig:
 
     @property
     def extent(self) -> int:
-        """How many elements of the storage it reaches."""
+        """Return how many elements of the storage it reaches."""
         return (
             self.offset
             + 1
@@ -68,11 +68,11 @@ class Sig:
 
     @property
     def start(self) -> Sig:
-        """The same at the beginning of a storage."""
+        """Return the same signature at the beginning of a storage."""
         return self.moved(-self.offset)
 
     def moved(self, by: int) -> Sig:
-        """The same, so many elements further on."""
+        """Return the same signature, so many elements further on."""
         return (
             make_sig(self.shape, self.stride, self.dtype, self.device, self.offset + by)
             if by
@@ -88,7 +88,7 @@ class Sig:
 
 
 def contiguous_stride(shape: tuple) -> tuple:
-    """Strides of a contiguous tensor of this shape."""
+    """Return strides of a contiguous tensor of this shape."""
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
@@ -96,15 +96,14 @@ def contiguous_stride(shape: tuple) -> tuple:
     return tuple(reversed(strides))
 
 
-#: two equal signatures are not identical after one was forgotten: they only miss caches and
-#: rewritings
+#: two equal signatures differ after one was forgotten: caches and rewritings then miss
 _sigs = Cache(1 << 14)
 
 
 def make_sig(
     shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, offset: int = 0
 ) -> Sig:
-    """The one signature with these values."""
+    """Return the one signature with these values."""
     key = (shape, stride, dtype, device, offset)
     sig = _sigs.get(key)
     if sig is None:
@@ -114,7 +113,7 @@ def make_sig(
 
 
 def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
-    """The signature of a tensor (``device`` overrides: a meta tensor stands for one of that
+    """Return the signature of a tensor (``device`` overrides: a meta tensor stands for one of that
     device)."""
     if t.layout is not torch.strided or t.is_quantized:
         raise CaptureError(
@@ -125,7 +124,7 @@ def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
 
 
 def floating(x: Any) -> bool:
-    """Whether ``x`` is a tensor of floating or complex numbers."""
+    """Return whether ``x`` is a tensor of floating or complex numbers."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
@@ -201,19 +200,19 @@ class Facts:
         #: makes a tensor of no other's values: it may be told to require grad
         #: (`requires_grad=True`)
         self.factory = "pin_memory" in self.names or op is aten.lift_fresh.default
-        #: autograd says of its floating results that they do not require grad
+        #: its floating results do not require grad, says autograd
         self.untracked = schema.name in UNTRACKED
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"
 
 
 def moved_by(outs: Any, by: int) -> Any:
-    """Views of a tensor, if that lay so many elements further on."""
+    """Return the same views of a tensor that lies so many elements further on."""
     return outs.moved(by) if outs.__class__ is Sig else tuple([moved_by(o, by) for o in outs])
 
 
 def fill(template: Any, values: Any) -> Any:
-    """The template with each slot replaced by its value."""
+    """Return the template with each slot replaced by its value."""
     cls = template.__class__
     if cls is Slot:
         return values[template]

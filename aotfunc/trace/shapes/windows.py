@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def per_dim(values: Sequence[int], n: int) -> list[int]:
-    """One value per spatial dimension."""
+    """Return one value per spatial dimension."""
     sure(len(values) in (1, n))
     return list(values) * (n if len(values) == 1 else 1)
 
@@ -73,7 +73,7 @@ def pooled_shape(
     dilation: Sequence[int],
     ceil: bool,
 ) -> tuple:
-    """The shape after a two-dimensional pooling."""
+    """Return the shape after a two-dimensional pooling."""
     sure(x.ndim in (3, 4) and 0 not in x.shape)
     sure_in_order(x)
     sizes = []

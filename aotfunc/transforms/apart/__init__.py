@@ -1,7 +1,7 @@
-"""Where the results of an op hold the batch, for each op that treats the samples of a batch alike
-and apart from one another: pointwise ops with the batch aligned, reductions and views that leave
-its dimension alone, products of matrices whose rows, columns or batch it is, and so on. What is
-not written down here is not known to do so."""
+"""Rules for where the results of an op hold the batch, for each op that treats the samples of a
+batch alike and apart from one another: pointwise ops with the batch aligned, reductions and views
+that leave its dimension alone, products of matrices whose rows, columns or batch it is, and so on.
+An op without a rule is not known to do so."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OF_NUMBERS = {
 
 @cache
 def part_rule_for(op: OpOverload) -> Rule | None:
-    """The rule written for an op, or that of pointwise ones."""
+    """Return the rule written for an op, or that of pointwise ones."""
     if op in RULES:
         return RULES[op]
     facts, name = Facts(op), op._schema.name.removeprefix("aten::")

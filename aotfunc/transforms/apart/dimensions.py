@@ -18,7 +18,7 @@ from .parts import Mixed, OpCall, Part, broadcast_part, part_rule, spans
 @part_rule("_safe_softmax _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data")
 @part_rule("scatter.src scatter.value scatter_add scatter_reduce.two _fft_r2c _fft_c2c _fft_c2r")
 def along(c: OpCall) -> Any:
-    """One result or several, which have the dimensions of the arguments."""
+    """Keep the batch in the results of an op along other dimensions."""
     sig, part = c.alike()
     part.without(
         c.dims(sig.ndim, next(name for name in ("dim", "dims", "dimension") if name in c.arg))
@@ -140,7 +140,8 @@ def put(c: OpCall) -> Any:
 
 
 def entries_of(c: OpCall) -> tuple[Part, int]:
-    """Where the entries of ``x[indices]`` hold the batch, and how many dimensions they have."""
+    """Return where the entries of ``x[indices]`` hold the batch, and how many dimensions they
+    have."""
     sig, part = c.of("self")
     indices = {
         d: (i.meta["val"], c.walk.parts[i])

@@ -20,8 +20,8 @@ def added(c: OpCall) -> Any:
 
 
 def product(left: tuple[Sig, Part | None], right: tuple[Sig, Part | None]) -> Part:
-    """The part of a product of matrices, or of a batch of such: rows of the left, columns of the
-    right, or its own."""
+    """Return the part of a product of matrices, or of a batch of such: rows of the left, columns
+    of the right, or its own."""
     (sig, a), (_, b) = left, right
     rows = sig.ndim - 2
     if a is not None and b is None and a.dim == rows:
@@ -50,7 +50,7 @@ def applied(c: OpCall) -> Any:
 )
 @part_rule("cholesky_inverse triangular_solve")
 def matrices(c: OpCall) -> Any:
-    """Of batches of matrices."""
+    """Keep the batch among the batches of matrices."""
     sig, part = c.alike()
     if part.dim or sig.ndim < 3:
         raise Mixed
@@ -60,7 +60,7 @@ def matrices(c: OpCall) -> Any:
 @part_rule("lu_unpack linalg_lu_solve linalg_ldl_factor_ex linalg_ldl_solve geqrf")
 @part_rule("linalg_householder_product ormqr _cdist_forward linalg_pinv.atol_rtol_tensor")
 def several(c: OpCall) -> Any:
-    """Batches of matrices, and of what belongs to each: pivots, factors, tolerances."""
+    """Keep the batch of matrices and of their parts: pivots, factors, tolerances."""
     sig, part = c.tensors[0]
     if sig.ndim < 3 or any(p != Part(0) or not s.ndim for s, p in c.tensors):
         raise Mixed

@@ -160,7 +160,8 @@ def convolution_backward(c: OpCall) -> Any:
 
 
 def among_channels(c: OpCall, *images: str) -> None:
-    """Each sample has groups of channels, and weights, of its own."""
+    """Keep the batch among the channels: each sample has groups of channels, and weights, of its
+    own."""
     groups, left = divmod(c.arg["groups"], c.walk.size)
     apart = all((p := c.of(name)[1]) is not None and p.dim == 1 for name in images)
     vectors = [c.of(name)[1] for name in ("weight", "bias") if c.arg.get(name) is not None]

@@ -1,5 +1,5 @@
-"""Where a value of a batched graph holds the batch, and what a rule that follows it through an op
-is asked and answers (the rules are in the files beside it)."""
+"""Where a value of a batched graph holds the batch, and the question and answer of a rule that
+follows it through an op (the rules are in the files beside it)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ class Part(NamedTuple):
         return self._replace(dim=dim)
 
     def without(self, dims: Sequence[int]) -> Part:
-        """The part when these dimensions are gone. Raises Mixed if one of them is its own."""
+        """Return the part after these dimensions are gone. Raises Mixed if one of them is its
+        own."""
         if self.dim in dims:
             raise Mixed
         return self.to(self.dim - sum(d < self.dim for d in set(dims)))
 
 
 class Mixed(Exception):
-    """An op that is not known to keep the samples apart."""
+    """Raised for an op that is not known to keep the samples apart."""
 
 
 class Walk:
@@ -69,26 +70,26 @@ class OpCall:
         self.batched = any(part is not None for _, part in self.tensors)
 
     def of(self, name: str) -> tuple[Any, Part | None]:
-        """A tensor argument's signature, and its part."""
+        """Return a tensor argument's signature, and its part."""
         x = self.arg[name]
         return (x.meta["val"], self.walk.parts[x]) if isinstance(x, Node) else (None, None)
 
     def only(self, name: str) -> tuple[Sig, Part]:
-        """The tensor called so, if it alone is batched."""
+        """Return the tensor of this name, if it alone is batched."""
         sig, part = self.of(name)
         if part is None or sum(p is not None for _, p in self.tensors) > 1:
             raise Mixed
         return sig, part
 
     def alike(self) -> tuple[Sig, Part]:
-        """The first tensor, if all have the same part and rank."""
+        """Return the first tensor, if all have the same part and rank."""
         sig, part = self.tensors[0]
         if part is None or any(p != part or s.ndim != sig.ndim for s, p in self.tensors):
             raise Mixed
         return sig, part
 
     def dims(self, rank: int, name: str = "dim") -> list[int]:
-        """The dimensions that an argument names, counted from the front."""
+        """Return the dimensions that an argument names, counted from the front."""
         given = self.arg[name]
         given = list(given) if isinstance(given, list | tuple) else [given]
         if None in given or not given:  # all of them
@@ -96,8 +97,8 @@ class OpCall:
         return [d % rank for d in given]
 
     def scaled(self, name: str, at: int | None, each: int) -> None:
-        """The argument (its entry ``at``, if it is a list) is ``each`` times the size, unless it
-        says -1."""
+        """Note that the argument (its entry ``at``, if it is a list) is ``each`` times the size,
+        unless it is -1."""
         i = self.names.index(name)
         args = list(self.walk.args.get(self.n, self.n.args))
         if i >= len(args):
@@ -109,21 +110,19 @@ class OpCall:
         self.walk.args[self.n] = tuple(args)
 
     def each(self, part: Part) -> Any:
-        """The part of the result, or of each of several."""
+        """Return the part of the result, or of each of several."""
         return [part] * len(self.val) if isinstance(self.val, tuple) else part
 
 
-#: where the results of an op with a batched argument hold the batch, a list for several; raises
-#: Mixed
+#: rules for the results of an op with a batched argument, a list for several; a rule raises Mixed
 Rule = Callable[[OpCall], Any]
 RULES: dict[OpOverload, Rule] = {}
-#: of ops that make a batched value out of what is not
+#: rules for ops that make a batched value without a batched argument
 FACTORIES: dict[OpOverload, Rule] = {}
 
 
 def part_rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
-    """Decorator: this function answers for these ops of aten; those that PyTorch does not have are
-    left out."""
+    """Make a decorator: the function answers for these ops of aten, as far as PyTorch has them."""
 
     def register(f: Rule) -> Rule:
         for name in names.split():
@@ -137,7 +136,7 @@ def part_rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
 
 
 def broadcast_part(tensors: Sequence[tuple[Sig, Part | None]], rank: int) -> Part:
-    """The part of what these broadcast to."""
+    """Return the part of the shape that these broadcast to."""
     found = {(sig.ndim - part.dim, part.each) for sig, part in tensors if part is not None}
     if len(found) != 1:
         raise Mixed
@@ -148,5 +147,5 @@ def broadcast_part(tensors: Sequence[tuple[Sig, Part | None]], rank: int) -> Par
 
 
 def spans(sig: Sig, back: int) -> bool:
-    """Whether a tensor has more than one entry in the dimension so many from the back."""
+    """Return whether a tensor has more than one entry in the dimension so many from the back."""
     return sig.ndim >= back and sig.shape[-back] != 1

@@ -50,8 +50,8 @@ def filled(c: OpCall) -> Any:
 
 
 def made(c: OpCall, name: str, dims: Sequence[int]) -> Part | None:
-    """The first of these dimensions whose length is the size (or a multiple) is taken for the
-    batch: if it is none, the ops that read the value will not find it aligned."""
+    """Take the first of these dimensions whose length is the size (or a multiple) for the batch;
+    if it is none, the ops that read the value will not find it aligned."""
     for d in dims:
         each, left = divmod(c.val.shape[d], c.walk.size)
         if not left and (each == 1 or (each and c.walk.multiples)):

@@ -1,4 +1,4 @@
-"""Which sums of products are computed in another order: what costs least together.
+"""Choose the sums of products to compute in another order: those that cost least together.
 
 A value that others read, or that is a result, is *needed*; its *cone* are the values that only it
 is a product of. Needed values whose cones meet are decided together: not to compute a gradient
@@ -33,7 +33,7 @@ Way = tuple[list[Node], Plan, Order]
 
 
 def chosen(graph: fx.Graph) -> dict[Node, Way]:
-    """The nodes to compute otherwise: of which nodes, which product, in which order."""
+    """Return, for each node to compute otherwise, its factors, its product and the order."""
     products = Products(graph)
     needed = needed_of(graph, products)
     cones = {n: cone(n, products) for n in needed}
@@ -50,13 +50,14 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
 
 
 def another(p: Product, nodes: Sequence[Node]) -> bool:
-    """Whether there is another way than these nodes: an order, or factors that are not read."""
+    """Return whether there is another way than these nodes: an order, or factors that are not
+    read."""
     count = sum(contracts(m) for m in nodes)
     return count > 1 or len(p.factors) <= count
 
 
 def needed_of(graph: fx.Graph, products: Products) -> list[Node]:
-    """The values that must be there, whoever's product they are."""
+    """Return the values that must exist in any case."""
     needed = set[Node]()
     for n in reversed(graph.nodes):
         if n in products.found and any(
@@ -67,7 +68,7 @@ def needed_of(graph: fx.Graph, products: Products) -> list[Node]:
 
 
 def cone(n: Node, products: Products) -> list[Node]:
-    """``n`` and what its product is made of."""
+    """Return ``n`` and the values that its product is made of."""
     nodes, rest = dict[Node, None](), [n]
     while rest:
         n = rest.pop()
@@ -78,12 +79,13 @@ def cone(n: Node, products: Products) -> list[Node]:
 
 
 def contracts(n: Node) -> bool:
-    """Whether a node multiplies, sums or expands: of several there may be a better order."""
+    """Return whether a node multiplies, sums or expands: of several there may be a better
+    order."""
     return n.target in SUMS or n.target is aten.expand.default or len(n.all_input_nodes) > 1
 
 
 def overlapping_cones(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
-    """Needed values whose cones meet."""
+    """Return the needed values in groups whose cones meet."""
     of: dict[Node, list[Node]] = {}
     for n, nodes in cones.items():
         group = [n]
@@ -97,7 +99,7 @@ def overlapping_cones(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
 def best(
     group: Sequence[Node], cones: dict, prices: dict[Node, float], products: Products
 ) -> set[Node]:
-    """Those of the group that are computed otherwise."""
+    """Return the nodes of the group to compute otherwise."""
     costs = {m: cost(m, products) for n in group for m in cones[n]}
 
     def total(otherwise: set[Node]) -> float:
@@ -110,7 +112,7 @@ def best(
         return sum(costs.get(n, 0) for n in alive) + sum(prices[n] for n in otherwise)
 
     now = min((set(prices), set[Node]()), key=total)
-    # those that a value is part of, together, then one by one
+    # a value's cone together, then one by one
     sharing = [frozenset([n for n in prices if m in cones[n]]) for m in costs if not calls_view(m)]
     for some in dict.fromkeys((*sharing, *[frozenset([n]) for n in prices])):
         now = min((now, now - some, now | some), key=lambda way: (total(way), len(way)))
@@ -118,7 +120,8 @@ def best(
 
 
 def cost(n: Node, products: Products) -> float:
-    """What it takes to compute a node as it is. What only a sum reads is not stored."""
+    """Return the cost of computing a node as it is. A value that only a sum reads is not
+    stored."""
     if calls_view(n):
         return 0
     size = n.meta["val"].numel
@@ -138,7 +141,7 @@ def cost(n: Node, products: Products) -> float:
 
 
 def way(products: Products, p: Product) -> tuple[float, Way]:
-    """The price of a product in its cheapest order, and that."""
+    """Return the price of a product in its cheapest order, and that order."""
     places: dict[int, int] = {}
     here = lambda labels: tuple([places.setdefault(k, len(places)) for k in labels])
     factors, out = tuple([tuple(map(here, f.dims)) for f in p.factors]), here(p.labels)

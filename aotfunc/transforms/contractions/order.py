@@ -22,9 +22,9 @@ Order = Any
 
 
 class Plan(NamedTuple):
-    """A product of tensors: the labels of their dimensions and what is made of them first, its own
-    labels, the extents of all, and what happens to the result. Labels are numbered by their place
-    in ``extents``."""
+    """A product of tensors: the labels of their dimensions, the forms made of them first, the
+    labels of the product, the extents of all labels, and the last steps on the result. Labels are
+    numbered by their place in ``extents``."""
 
     factors: tuple[Dims, ...]
     forms: tuple[tuple, ...]
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
     @property
     def windows(self) -> list[Windows | None]:
-        """The factors that are windows of images."""
+        """Return the factors that are windows of images."""
         return [
             Windows(dims, form) if form[:1] == ("windows",) else None
             for dims, form in zip(self.factors, self.forms, strict=True)
@@ -50,13 +50,13 @@ class Plan(NamedTuple):
 
 @lru_cache(1 << 12)
 def cheapest(plan: Plan) -> tuple[float, Order]:
-    """The cost and the order of the best of all ways to multiply two and two."""
+    """Return the cost and the order of the best of all ways to multiply in pairs."""
     factors, windows = plan.labels, plan.windows
     every = (1 << len(factors)) - 1
     count = lambda labels: math.prod([plan.extents[k] for k in labels])
 
     def labels(part: int) -> frozenset[int]:
-        """Those that this part of the factors has when all others are summed away."""
+        """Return the labels that this part of the factors has after all others are summed away."""
         inside, outside = set[int](), set(plan.out)
         for i, f in enumerate(factors):
             (inside if part >> i & 1 else outside).update(f)
@@ -66,7 +66,7 @@ def cheapest(plan: Plan) -> tuple[float, Order]:
         return windows[part.bit_length() - 1] if part & (part - 1) == 0 else None
 
     def price(x: int, y: int) -> float:
-        """Of multiplying these two parts."""
+        """Return the cost of multiplying these two parts."""
         mine, theirs, out = left[x], left[y], left[x | y]
         steps, made = count(mine | theirs), 0.0
         for part, others in ((x, theirs), (y, mine)):
@@ -99,25 +99,25 @@ def cheapest(plan: Plan) -> tuple[float, Order]:
 
 
 def matrix_steps(steps: int, reads: int, size: int) -> int:
-    """What a product of matrices costs."""
+    """Return the cost of a product of matrices."""
     return steps + READ * reads + STORED * size
 
 
 def convolution_steps(steps: int, apart: bool) -> int:
-    """What a weight gradient costs: for each image apart it takes longer."""
+    """Return the cost of a weight gradient: it is larger for each image apart."""
     return 2 * steps if apart else steps
 
 
 def as_matrices(x: Any, y: Any, out: Any) -> bool:
-    """Whether the product of two is one of matrices: something is summed, and something is left of
-    both, or of one if there is but one product."""
+    """Return whether the product of two is one of matrices: something is summed, and something is
+    left of both, or of one if there is but one product."""
     x, y, out = set(x), set(y), set(out)
     kept = bool(x - y) + bool(y - x)
     return bool((x & y) - out) and kept > bool(x & y & out)
 
 
 def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
-    """The plan's product of these tensors in this order: plain tensor code."""
+    """Return the plan's product of these tensors in this order: plain tensor code."""
     p = Plan(*plan)
     factors, windows = p.labels, p.windows
     extent = lambda labels: [p.extents[k] for k in labels]
@@ -130,7 +130,7 @@ def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
         return {order} if order.__class__ is int else leaves(order[0]) | leaves(order[1])
 
     def kept(order: Order) -> set[int]:
-        """The labels that are needed of what is computed in this order."""
+        """Return the labels of a result in this order that later steps need."""
         mine = leaves(order)
         return set(p.out).union(*[f for i, f in enumerate(factors) if i not in mine])
 
@@ -162,7 +162,7 @@ def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
 def pair_contracted(
     x: Tensor, mine: Labels, y: Tensor, theirs: Labels, keep: set[int], extent: Any
 ) -> tuple[Tensor, Labels]:
-    """The product of two, summed over the labels that need not be kept."""
+    """Return the product of two, summed over the labels that need not be kept."""
     both = [k for k in mine if k in theirs]
     batch, over = [k for k in both if k in keep], [k for k in both if k not in keep]
     rows = [k for k in mine if k not in theirs]
@@ -184,7 +184,7 @@ def pair_contracted(
 
 
 def with_every_label(x: Tensor, labels: Labels, every: Labels) -> Tensor:
-    """With a dimension for each of these labels, of extent 1 where ``x`` has none."""
+    """Give ``x`` a dimension for each of these labels, of extent 1 for a label that it lacks."""
     x = x.permute([labels.index(k) for k in every if k in labels])
     for i, k in enumerate(every):
         if k not in labels:

@@ -1,4 +1,4 @@
-"""Sums of products of tensors, as einsums: what views, products and sums make of them.
+"""Sums of products of tensors, as einsums, and their views, products and sums.
 
 A *label* is an index with an extent; a dimension of a tensor is a tuple of labels, outermost first
 (a ``view`` that merges two dimensions puts their labels into one tuple), and of none where its
@@ -21,8 +21,8 @@ Dims = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Factor:
-    """A node with the labels of its dimensions, or what a form makes of it: ``("reciprocal",)``,
-    or the ``("windows", …)`` of an image."""
+    """A node with the labels of its dimensions, or a form of it: ``("reciprocal",)``, or the
+    ``("windows", …)`` of an image."""
 
     node: Node
     dims: Dims
@@ -54,7 +54,7 @@ class Product:
 
 
 class Algebra:
-    """The extents of labels, and what an op makes of products: a method for each."""
+    """The extents of labels, and a method for each op on products."""
 
     def __init__(self) -> None:
         self.extents: list[int] = []
@@ -67,7 +67,7 @@ class Algebra:
         return math.prod([self.extents[label] for label in labels])
 
     def renamed(self, p: Product) -> Product:
-        """With labels of its own."""
+        """Return the product with labels of its own."""
         labels = dict.fromkeys((*p.labels, *[label for f in p.factors for label in f.labels]))
         return substituted(p, {label: (self.label(self.extents[label]),) for label in labels})
 
@@ -77,7 +77,8 @@ class Algebra:
     # ----- operations ----------------------------------------------------------------------------
 
     def viewed(self, p: Product, shape: Sequence[int]) -> Product | None:
-        """As a ``view``; None where that would cut a label's extent into uneven parts."""
+        """Return the product as a ``view``; None where that would cut a label's extent into uneven
+        parts."""
         rest = list(reversed(p.labels))
         dims, cuts = list[tuple[int, ...]](), dict[int, tuple[int, ...]]()
         for extent in shape:
@@ -102,8 +103,8 @@ class Algebra:
         return replace(p, dims=tuple(new))
 
     def times(self, x: Product, y: Product) -> Product | None:
-        """The product of two, broadcast; None where their dimensions are of labels that do not
-        match."""
+        """Return the product of two, broadcast; None where their dimensions are of labels that do
+        not match."""
         rank = max(len(x.dims), len(y.dims))
         ours, theirs = (((),) * (rank - len(p.dims)) + p.dims for p in (x, y))
         alike = ours == theirs and x.factors == y.factors and x.scale == y.scale
@@ -122,7 +123,7 @@ class Algebra:
         )
 
     def unify(self, mine: tuple, other: tuple, same: dict[int, tuple[int, ...]]) -> bool:
-        """Find out which labels of two equal dimensions are the same, or the same together."""
+        """Find out which labels of two equal dimensions are the same, alone or together."""
         xs, ys = list(reversed(mine)), list(reversed(other))
         while xs and ys:
             x, y = xs.pop(), ys.pop()
@@ -142,7 +143,8 @@ class Algebra:
         return not (xs or ys)
 
     def summed(self, p: Product, over: Sequence[int], keepdim: bool = False) -> Product:
-        """Summed over these dimensions: as often as it was expanded along one, it is added."""
+        """Sum over these dimensions; a product that was expanded along one is added that many
+        times."""
         over = [d % len(p.dims) for d in over]
         read = {label for f in p.factors for label in f.labels}
         gone = [label for d in over for label in p.dims[d] if label not in read]
@@ -153,8 +155,9 @@ class Algebra:
         return self.without_identities(p)
 
     def without_identities(self, p: Product) -> Product:
-        """A sum over a side of an identity matrix is what the other side says of the factors that
-        have the first one's labels. A factor that has both would be read along its diagonal."""
+        """Replace a sum over one side of an identity matrix: the other factors get the other
+        side's labels. A factor that has labels of both sides would be read along its diagonal, so
+        it keeps the identity."""
         for f in p.factors:
             if not is_identity(f):
                 continue
@@ -175,7 +178,7 @@ def is_identity(f: Factor) -> bool:
 
 
 def labels_of(dims: Dims) -> tuple[int, ...]:
-    """The labels of these dimensions, one after another."""
+    """Return the labels of these dimensions, one after another."""
     return tuple([label for dim in dims for label in dim])
 
 

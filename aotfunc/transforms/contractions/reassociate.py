@@ -1,5 +1,5 @@
-"""A pass that computes sums of products in another order where that costs less: for one, the norms
-of per-sample gradients without the per-sample gradients. Results differ by rounding."""
+"""A pass that computes sums of products in another order where that costs less: for example, the
+norms of per-sample gradients without the per-sample gradients. Results differ by rounding."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .order import contracted
 
 
 def reassociated(program: Program) -> Program:
-    """The program with its sums of products in the order that costs least."""
+    """Return the program with its sums of products in the order that costs least."""
     with paused_gc():
         ways = chosen(program.graph)
         return rewritten(program, ways) if ways else program
 
 
 def rewritten(program: Program, ways: dict[Node, Way]) -> Program:
-    """The program with these nodes computed otherwise."""
+    """Return the program with these nodes computed otherwise."""
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         if n not in ways:
@@ -45,7 +45,7 @@ def rewritten(program: Program, ways: dict[Node, Way]) -> Program:
 
 
 def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
-    """``x``, or a copy of it where it shows one of these."""
+    """Return ``x``, or a copy of it where it shows one of these."""
     base: Node | None = x
     while base is not None and base not in factors:
         base = view_source(base)
@@ -53,7 +53,8 @@ def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
 
 
 def with_strides(b: Builder, x: Node, sig: Sig) -> Node:
-    """``x``, which lies in memory as ``sig`` says, with its strides also where the extent is 1."""
+    """Return ``x``, which lies in memory as ``sig`` says, with its strides also where the extent
+    is 1."""
     if x.meta["val"].stride == sig.stride:
         return x
     return b.call(torch.ops.aten.as_strided.default, x, list(sig.shape), list(sig.stride))

@@ -1,5 +1,5 @@
-"""Which sum of products each node of a graph is: the einsum that the nodes behind it spell
-out."""
+"""Recognise the sum of products that each node of a graph is: the einsum of the nodes behind
+it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Products(Algebra):
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
         self.found: dict[Node, Product] = {}
-        #: node -> the arguments whose products its own is made of
+        #: node -> the arguments whose products became part of its own
         self.parts: dict[Node, list[Node]] = {}
         self.leaves: dict[Node, Product] = {}
         for n in graph.nodes:
@@ -43,14 +43,14 @@ class Products(Algebra):
                     self.found[n] = product
 
     def leaf(self, n: Node) -> Product:
-        """The product of this one factor."""
+        """Return the product of this one factor."""
         if n not in self.leaves:
             dims = tuple([(self.label(k),) if k > 1 else () for k in n.meta["val"].shape])
             self.leaves[n] = Product((Factor(n, dims),), dims)
         return self.leaves[n]
 
     def of(self, reader: Node, n: Node) -> Product:
-        """The product that ``n`` is, as a part of what ``reader`` is."""
+        """Return the product that ``n`` is, as a part of ``reader``'s."""
         product = self.found.get(n)
         if product is None or product.rooted:
             return self.leaf(n)
@@ -73,7 +73,7 @@ def may_be_product(n: Node) -> bool:
     )
 
 
-#: op -> (products, node, *args) -> what the node is, or None: nothing better than itself
+#: op -> (products, node, *args) -> the node's product, or None: the node stays a factor
 RULES: dict[Any, Callable] = {}
 
 
@@ -172,8 +172,8 @@ def _sum(
 
 
 def dimensions(p: Product, over: Sequence[int] | None) -> Sequence[int]:
-    """Those that an op is told to sum over: all if it is told none. A 0-dim tensor has a
-    dimension 0 to be told of."""
+    """Return the dimensions that an op is told to sum over: all if it is told none. A 0-dim tensor
+    has a dimension 0 to be told of."""
     return (over or range(len(p.dims))) if p.dims else ()
 
 
@@ -197,7 +197,7 @@ def _norm(
 
 @recognises(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
 def _matmul(ps: Products, n: Node, x: Node, y: Node) -> Product | None:
-    """The rows of the one times the columns of the other, summed."""
+    """Multiply the rows of the one with the columns of the other, and sum."""
     rows = lambda p: replace(p, dims=(*p.dims, ())) if n.target in MATRICES else p
     columns = lambda p: (
         replace(p, dims=(*p.dims[:-2], (), *p.dims[-2:])) if n.target in MATRICES else p
@@ -217,7 +217,7 @@ def product_of(
     left: Callable = lambda p: p,
     right: Callable = lambda p: p,
 ) -> Product | None:
-    """The product of two nodes, of which those stay whole that have too many factors, and squares,
+    """Multiply two nodes. A factor stays whole if it has too many factors itself, or is a square,
     which would no longer be known not to be negative."""
     parts = [ps.of(n, x), ps.of(n, y)]
 

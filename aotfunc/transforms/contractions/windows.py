@@ -18,7 +18,7 @@ WEIGHT_ONLY = [False, True, False]
 
 
 class Windows:
-    """A factor that is the windows of an image, by what its dimensions are: images, groups,
+    """A factor that is the windows of an image, and the meaning of its dimensions: images, groups,
     channels, places in a window, windows."""
 
     def __init__(self, dims: Dims, form: tuple) -> None:
@@ -28,8 +28,8 @@ class Windows:
         self.inside, self.places = labels_of(dims[3 : 3 + rank]), labels_of(dims[3 + rank :])
 
     def convolves(self, others: Collection[int], out: Collection[int]) -> bool:
-        """Whether the product with a tensor of ``others``, of which ``out`` is left, is the weight
-        gradient of a convolution."""
+        """Return whether the product with a tensor of ``others``, of which ``out`` is left, is the
+        weight gradient of a convolution."""
         kept = {*self.channels, *self.inside}
         return (
             {*self.images, *self.places}.issubset(others)
@@ -39,7 +39,7 @@ class Windows:
         )
 
     def of(self, x: Tensor) -> Tensor:
-        """The windows of ``x``, groups and channels in one dimension."""
+        """Return the windows of ``x``, groups and channels in one dimension."""
         stride, padding, dilation = self.geometry
         rank = len(self.kernel)
         x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
@@ -50,7 +50,7 @@ class Windows:
     def weight_gradient(
         self, g: Tensor, labels: Sequence[int], x: Tensor, keep: Collection[int], extent: Callable
     ) -> tuple[Tensor, tuple[int, ...]]:
-        """The windows of ``x`` times ``g``, whose groups are the images that are kept."""
+        """Return the windows of ``x`` times ``g``, whose groups are the images that are kept."""
         count = lambda labels: math.prod(extent(labels))
         apart = [k for k in self.images if k in keep]
         images = [k for k in self.images if k not in keep]

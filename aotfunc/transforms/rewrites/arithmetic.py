@@ -18,12 +18,12 @@ NEG = aten.neg.default
 
 
 def is_bool(x: Any) -> bool:
-    """Whether this is a tensor of truth values, which cannot be subtracted."""
+    """Return whether this is a tensor of truth values, which cannot be subtracted."""
     return x.__class__ is Node and x.meta["val"].dtype is torch.bool
 
 
 def negated(x: Any, val: Sig) -> bool:
-    """Whether ``x`` is minus something of the dtype of the result."""
+    """Return whether ``x`` is minus something of the dtype of the result."""
     return x.__class__ is Node and x.target is NEG and x.meta["val"].dtype is val.dtype
 
 
@@ -44,7 +44,7 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
             return y
         if val.dtype in EXACT and x.meta["val"].dtype is val.dtype:
             return times_number(b, val, y, m)
-    # a minus sign commutes with products: pull it out, where it meets others
+    # a minus sign commutes with products: pull it out to meet others
     if negated(x, val):
         return fit_or_none(val, b.call(NEG, b.call(aten.mul.Tensor, x.args[0], y)))
     if negated(y, val):
@@ -53,8 +53,8 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
 
 
 def times_number(b: Builder, val: Sig, x: Any, n: Any) -> Any:
-    """``x`` times a number instead of a tensor filled with it, unless that tensor gives the result
-    its shape."""
+    """Return ``x`` times a number instead of a tensor filled with it, unless that tensor gives the
+    result its shape."""
     return (
         fit_or_none(val, b.call(aten.mul.Tensor, x, n))
         if x.__class__ is Node and x.meta["val"].dtype is val.dtype
@@ -125,8 +125,8 @@ def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
 
 
 def number_added(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
-    """A sum or difference with a tensor filled with a number: of two it is a constant, of one it
-    needs no tensor."""
+    """Return a sum or difference with a tensor filled with a number: of two it is a constant, of
+    one it needs no tensor."""
     m, n = filled_with(x), filled_with(y)
     if m is None and n is None:
         return None

@@ -1,5 +1,5 @@
-"""Pointwise ops broadcast by themselves: an argument need not be expanded for them, nor a constant
-be filled."""
+"""Pointwise ops broadcast by themselves: their arguments need no expansion, and constants no
+filled tensors."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ for op in (*SINGLE, aten.tanh_backward.default, aten.sigmoid_backward.default):
 
 
 def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
-    """What ``a`` is broadcast from (with ``copies`` also if it is a dense copy of that); None if
-    it is not."""
+    """Return the value that ``a`` is broadcast from (with ``copies`` also through a dense copy of
+    it); None if it is not broadcast."""
     val = a.meta["val"]
     if a.target is FULL:
         return full(b, val, a.args[1], ()) if val.shape else None
@@ -67,6 +67,6 @@ def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
 
 
 def one_dtype(args: tuple) -> bool:
-    """Whether all tensors have one dtype: else it matters to the result's which of them are
+    """Return whether all tensors have one dtype: else it matters to the result's which of them are
     0-dim."""
     return len({a.meta["val"].dtype for a in args if a.__class__ is Node}) == 1

@@ -39,7 +39,7 @@ MOVES = TURNS | {EXPAND, *RESHAPES}
 
 
 def filled_with(a: Any) -> Any:
-    """The number that ``a`` is filled with everywhere, or None."""
+    """Return the number that ``a`` is filled with everywhere, or None."""
     if a.__class__ in (int, float):
         return a
     while a.__class__ is Node and a.op == "call_function":
@@ -58,8 +58,8 @@ def is_one(a: Any) -> bool:
 
 
 def filled_constant(b: Builder, val: Sig, value: Any) -> Any:
-    """A tensor of this signature filled with this number; None if its layout is not that of a
-    constant.
+    """Return a tensor of this signature filled with this number; None if it is laid out otherwise
+    than constants are.
 
     Its storage offset is 0, whatever was planned: of a constant nothing else can be seen at
     another offset."""
@@ -73,12 +73,12 @@ def filled_constant(b: Builder, val: Sig, value: Any) -> Any:
 
 
 def is_expanded(a: Any) -> bool:
-    """Whether ``a`` is an expanded constant."""
+    """Return whether ``a`` is an expanded constant."""
     return is_call(a, EXPAND) and is_call(a.args[0], FULL) and filled_with(a) is not None
 
 
 def full(b: Builder, val: Sig, value: Any, shape: Any = None) -> Node:
-    """``full``, written one way so that equal ones merge."""
+    """Return ``full`` in its one form, so that equal ones merge."""
     value = plain_number(value, val.dtype)
     return b.call(
         FULL,
@@ -90,7 +90,7 @@ def full(b: Builder, val: Sig, value: Any, shape: Any = None) -> Node:
 
 
 def plain_number(value: Any, dtype: torch.dtype) -> Any:
-    """The shortest Python number with this value in ``dtype``."""
+    """Return the shortest Python number with this value in ``dtype``."""
     if dtype not in EXACT or value.__class__ not in (int, float):
         return value
     try:
@@ -113,14 +113,14 @@ def plain_number(value: Any, dtype: torch.dtype) -> Any:
 
 
 def of_dtype(a: Any, dtype: torch.dtype) -> bool:
-    """Whether :func:`filled_with` of ``a`` is its value in this dtype; 0.1 in float32 is not 0.1
-    in float64."""
+    """Return whether :func:`filled_with` of ``a`` is its value in this dtype; 0.1 in float32 is
+    not 0.1 in float64."""
     return a.__class__ is not Node or a.meta["val"].dtype is dtype
 
 
 def constant_result(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
-    """The constant ``op(a, c)`` of two constants, computed in their dtype; None where that is not
-    to be had.
+    """Return the constant ``op(a, c)`` of two constants, computed in their dtype; None if it
+    cannot be computed.
 
     Arithmetic is the same to the bit wherever IEEE 754 holds, but for a quotient: a GPU multiplies
     by the reciprocal of a number, which is the same for a numerator of one only."""
@@ -177,14 +177,15 @@ def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: An
 
 @rewrite(aten.select.int, aten.slice.Tensor, aten.as_strided.default, aten.clone.default)
 def _part(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
-    """A part of a constant is a constant."""
+    """Replace a part of a constant by a smaller constant."""
     value = filled_with(x) if is_call(x, FULL, EXPAND) else None
     return None if value is None else filled_constant(b, val, value)
 
 
 @rewrite(aten.sum.default, aten.sum.dim_IntList)
 def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
-    """The sum of equal whole numbers is exact in any order, as long as it is small."""
+    """Add up a constant of whole numbers: their sum is exact in any order, as long as it is
+    small."""
     value = filled_with(x) if is_call(x, FULL, EXPAND) else None
     if (
         value is None
@@ -210,7 +211,8 @@ def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
 
 
 def solid(b: Builder, val: Sig, op: Any, args: tuple, named: dict) -> Any:
-    """The call with expanded constants as dense ones, if its result is laid out the same."""
+    """Return the call with expanded constants as dense ones, if its result is laid out the
+    same."""
     dense = tuple(
         [
             full(b, a.meta["val"], filled_with(a), a.meta["val"].shape) if is_expanded(a) else a

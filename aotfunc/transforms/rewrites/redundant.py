@@ -32,7 +32,7 @@ def _cat(b: Builder, val: Sig, xs: Any, dim: int = 0) -> Any:
 
 @rewrite(aten.select_scatter.default, aten.slice_scatter.default)
 def _overwritten(b: Builder, val: Sig, x: Any, source: Any, *place: Any, **named: Any) -> Any:
-    """Of two writes to the same place the last one counts."""
+    """Drop the first of two writes to the same place."""
     for op in (aten.select_scatter.default, aten.slice_scatter.default):
         if (
             is_call(x, op)
@@ -55,7 +55,7 @@ def _item(b: Builder, val: Any, x: Any, i: int) -> Any:
 def _from_the_front(
     op: Any, b: Builder, val: Any, x: Any, dim: Any = None, *rest: Any, **named: Any
 ) -> Any:
-    """The call with its dimensions not negative, so that equal calls are written alike."""
+    """Return the call with its dimensions not negative, so that equal calls are written alike."""
     rank = len(x.meta["val"].shape)
     if dim.__class__ is int:
         return b.node(op, (x, dim + rank, *rest), named, val) if dim < 0 < rank else None

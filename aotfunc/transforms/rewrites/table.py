@@ -20,8 +20,7 @@ aten = torch.ops.aten
 
 REWRITES: dict[Any, list] = defaultdict(list)
 
-#: what a Python number is for tensors of these dtypes: the kernels convert it to the dtype before
-#: they compute
+#: dtypes to which kernels convert a Python number before they compute
 EXACT = frozenset((torch.float32, torch.float64))
 
 
@@ -39,7 +38,7 @@ def is_call(a: Any, *targets: Any) -> bool:
 
 
 def has_signature(a: Any, val: Sig) -> bool:
-    """Whether ``a`` is a tensor of exactly this signature."""
+    """Return whether ``a`` is a tensor of exactly this signature."""
     if a.__class__ is not Node:
         return False
     sig = a.meta["val"]
@@ -54,12 +53,12 @@ def has_signature(a: Any, val: Sig) -> bool:
 
 
 def fit_or_none(val: Sig, a: Any) -> Any:
-    """``a`` if it can stand where ``val`` is expected, else None."""
+    """Return ``a`` if it can stand where ``val`` is expected, else None."""
     return a if has_signature(a, val) else None
 
 
 def tried(b: Builder, val: Sig, target: Any, *args: Any) -> Any:
-    """The node of this call if the call is possible and returns ``val``, else None."""
+    """Return the node of this call if the call is possible and returns ``val``, else None."""
     try:
         found = infer_val(target, args, {})
     except RuntimeError:

@@ -1,5 +1,4 @@
-"""Moves: a chain of ops that only show the same elements in another shape or order is made as
-short as it can be.
+"""Shorten chains of ops that only show the same elements in another shape or order.
 
 Two views of the same memory with the same shape, strides and offset are the same value. So a chain
 may end at any of its links that has the signature wanted; and what shows all elements of a
@@ -62,8 +61,8 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any)
 
 
 def turned_variables(x: Any, turns: bool) -> bool:
-    """Whether a chain of moves that ends with ``x``, or a turn of it, turns a value whose elements
-    share memory."""
+    """Return whether a chain of moves that ends with ``x``, or a turn of it, turns a value whose
+    elements share memory."""
     while x.target in MOVES:
         turns = turns or x.target in TURNS
         x = x.args[0]
@@ -84,8 +83,8 @@ def _turned(b: Builder, val: Sig, x: Any, *how: Any) -> Any:
 
 
 def order(how: tuple, rank: int) -> list[int]:
-    """The dimensions in the order that ``t()``, ``transpose(i, j)`` or ``permute(dims)`` puts
-    them."""
+    """Return the dimensions in the order that ``t()``, ``transpose(i, j)`` or ``permute(dims)``
+    puts them."""
     if len(how) == 1:
         return [d % rank for d in how[0]]
     dims = list(range(rank))
@@ -96,8 +95,8 @@ def order(how: tuple, rank: int) -> list[int]:
 
 
 def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = None) -> Any:
-    """``x`` with its dimensions in this order, written one way; None if it is written so already,
-    as ``how``."""
+    """Return ``x`` with its dimensions in this order, in its one form; None if that is the present
+    form ``how``."""
     off = [d for d, k in enumerate(dims) if d != k]
     if not off:
         return x
@@ -109,8 +108,8 @@ def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = No
 
 
 def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
-    """The move of the move ``x`` with this signature, as fewer moves of what lies below; None if
-    that cannot be."""
+    """Return the move of the move ``x`` with this signature, as fewer moves of what lies below;
+    None if that cannot be."""
     origin, links = x, 0
     while origin.target in MOVES:
         origin = origin.args[0]
@@ -131,7 +130,8 @@ def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
 
 
 def as_turn(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
-    """A turn of the contiguous ``origin``, or if ``two`` moves are welcome, of a view of it."""
+    """Return a turn of the contiguous ``origin``, or if ``two`` moves are welcome, of a view of
+    it."""
     if not two and sorted(origin.meta["val"].shape) != sorted(val.shape):
         return None
     inside = sorted(range(len(val.shape)), key=lambda d: (-val.stride[d], val.shape[d] == 1))

@@ -87,7 +87,8 @@ def softplus_second(
 def elu_second(
     h: Tensor, out: Tensor, g: Tensor, a: float, b: float, c: float, is_out: bool, x: Tensor
 ) -> Tensor:
-    """``elu`` is ``b x`` for positive ``x`` and ``a b (exp(c x) - 1)`` otherwise."""
+    """Differentiate ``elu`` twice: it is ``b x`` for positive ``x`` and ``a b (exp(c x) - 1)``
+    otherwise."""
     return keep(x < 0, h * g * (c if is_out else (c * x).exp() * (a * b * c * c)))
 
 
@@ -106,7 +107,7 @@ def _(g: Tensor, x: Tensor, approximate: str, *, batched: tuple[bool, bool]) -> 
     rank = max(g.dim() - batched[0], x.dim() - batched[1])
     g, x = (t if b else t.unsqueeze(0) for t, b in zip((g, x), batched, strict=True))
     g, x = align(g, rank), align(x, rank)
-    # oneDNN's does not broadcast
+    # oneDNN's kernel does not broadcast
     return aten.gelu_backward(*torch.broadcast_tensors(g, x), approximate=approximate)
 
 
@@ -153,8 +154,8 @@ def _(x: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
 
 
 def as_batch(op: OpOverload) -> Any:
-    """The vmap rule of an elementwise op that does not broadcast every argument: all tensors come
-    batched."""
+    """Return the vmap rule of an elementwise op that does not broadcast every argument: all
+    tensors come batched."""
     return lambda *args: elementwise(op)(*args, batched=(True,) * len(tensor_args(op)))
 
 
@@ -213,8 +214,8 @@ def _(h: Tensor, out: Tensor, g: Tensor, x: Tensor, dim: int) -> list[Tensor]:
 
 
 def last_of_unbatched(op: Any, x_at: int) -> Any:
-    """The vmap rule of glu and its backward: count the dimension past the batch; all tensors carry
-    it."""
+    """Return the vmap rule of glu and its backward: count the dimension past the batch; all
+    tensors carry it."""
 
     def batch(*args: Any) -> Tensor:
         dim = args[-1] % (args[x_at].dim() - 1) + 1

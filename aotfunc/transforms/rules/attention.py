@@ -58,7 +58,7 @@ def scale_of(q: Tensor, scale: float | None) -> float:
 def attention_matrix(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """The attention matrix ``P``; a row that may look nowhere is zero."""
+    """Return the attention matrix ``P``; a row that may look nowhere is zero."""
     scores = (q @ k.mT) * scale
     if mask is not None:
         scores = (
@@ -71,12 +71,12 @@ def attention_matrix(
 
 
 def through_softmax(p: Tensor, v: Any) -> Any:
-    """The symmetric Jacobian of ``P`` by the scores, applied to ``v``."""
+    """Apply the symmetric Jacobian of ``P`` by the scores to ``v``."""
     return p * (v - (p * v).sum(-1, keepdim=True))
 
 
 def per_head(x: Any, q: Tensor) -> Any:
-    """Keys or values repeated for all the query heads that share them."""
+    """Return keys or values repeated for all the query heads that share them."""
     if x is ABSENT or x.shape[-3] == q.shape[-3]:
         return x
     repeats = q.shape[-3] // x.shape[-3]
@@ -84,14 +84,14 @@ def per_head(x: Any, q: Tensor) -> Any:
 
 
 def shared_heads(g: Any, x: Tensor) -> Any:
-    """The transpose of :func:`per_head`."""
+    """Apply the transpose of :func:`per_head`."""
     if g is ABSENT or g.shape[-3] == x.shape[-3]:
         return g
     return g.unflatten(-3, (x.shape[-3], -1)).sum(-3)
 
 
 def tangent(tangents: Any, q, k, v, mask, causal, scale) -> Tensor | None:
-    """The tangent of the output from those of ``(q, k, v, mask)``."""
+    """Return the tangent of the output from those of ``(q, k, v, mask)``."""
     tq, tk, tv, t_mask = or_absent(*tangents)
     k, v, tk, tv = (per_head(x, q) for x in (k, v, tk, tv))
     s = scale_of(q, scale)
@@ -101,8 +101,8 @@ def tangent(tangents: Any, q, k, v, mask, causal, scale) -> Tensor | None:
 
 
 def cotangent(g, q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cotangents of ``(q, k, v, scores)``, the last being the mask's: what the kernels' backward
-    ops compute."""
+    """Return cotangents of ``(q, k, v, scores)``, the last being the mask's: what the kernels'
+    backward ops compute."""
     keys, values = per_head(k, q), per_head(v, q)
     s = scale_of(q, scale)
     p = attention_matrix(q, keys, mask, causal, s)
@@ -114,7 +114,7 @@ def cotangent(g, q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor, 
 def tangent_of_cotangent(
     tangents: Any, g, q, k, v, mask, causal, scale
 ) -> tuple[Tensor | None, ...]:
-    """Tangents of :func:`cotangent` from those of ``(g, q, k, v, mask)``."""
+    """Return tangents of :func:`cotangent` from those of ``(g, q, k, v, mask)``."""
     tg, tq, tk, tv, t_mask = or_absent(*tangents)
     keys, values, tk, tv = (per_head(x, q) for x in (k, v, tk, tv))
     s = scale_of(q, scale)
@@ -138,7 +138,7 @@ def tangent_of_cotangent(
 def cotangent_of_cotangent(
     cotangents: Any, g, q, k, v, mask, causal, scale
 ) -> tuple[Tensor | None, ...]:
-    """Cotangents of ``(g, q, k, v, scores)`` from those of :func:`cotangent`'s ``(q, k, v,
+    """Return cotangents of ``(g, q, k, v, scores)`` from those of :func:`cotangent`'s ``(q, k, v,
     scores)``."""
     a, b, c, d = or_absent(*cotangents)
     keys, values, b, c = (per_head(x, q) for x in (k, v, b, c))

@@ -1,4 +1,4 @@
-"""Where a batch goes when an op runs once for all samples: in front, beside the dimensions that it
+"""Places for a batch when an op runs once for all samples: in front, beside the dimensions that it
 broadcasts or names; folded into ``N``; or among the channels.
 
 A batch arrives at dimension 0."""
@@ -17,16 +17,16 @@ from .schema import Formula, call_op, overload, tensor_args
 
 
 def align(x: Tensor, rank: int) -> Tensor:
-    """``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast against
-    ``rank`` ones."""
+    """Return ``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast
+    against ``rank`` ones."""
     return (
         x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if x.dim() <= rank else x
     )
 
 
 def elementwise(op: OpOverload) -> Formula:
-    """The vmap rule of an op that broadcasts its tensor arguments: align their ranks behind the
-    batch, call the op."""
+    """Return the vmap rule of an op that broadcasts its tensor arguments: align their ranks behind
+    the batch, call the op."""
     where = tensor_args(op)
 
     def batch(*args: Any, batched: tuple[Any, ...]) -> Any:
@@ -44,7 +44,7 @@ def elementwise(op: OpOverload) -> Formula:
 
 
 def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self") -> Formula:
-    """The vmap rule of an op on one tensor argument whose ``names`` are dimensions: each is
+    """Return the vmap rule of an op on one tensor argument whose ``names`` are dimensions: each is
     counted past the batch.
 
     A dimension that is ``None`` or an empty list stands for all of them and becomes all but the
@@ -74,7 +74,8 @@ def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self")
 
 
 def past_batch(dim: Any, rank: int) -> Any:
-    """Dimension(s) of an unbatched tensor of ``rank``, counted in the batched one (batch at 0)."""
+    """Return the dimension(s) of an unbatched tensor of ``rank``, counted in the batched one
+    (batch at 0)."""
     if isinstance(dim, int):
         return dim % rank + 1
     if not dim:
@@ -83,12 +84,12 @@ def past_batch(dim: Any, rank: int) -> Any:
 
 
 def expand_lead(x: Tensor, batched: bool, size: Any) -> Tensor:
-    """``x`` with the batch at 0, repeated over it if it had none."""
+    """Return ``x`` with the batch at 0, repeated over it if it had none."""
     return x if batched else x.expand(size, *x.shape)
 
 
 def with_batch(x: Tensor, carries: bool, size: int) -> Tensor:
-    """``x`` with the batch in front, repeated if it does not carry it yet.
+    """Return ``x`` with the batch in front, repeated if it does not carry it yet.
 
     Really repeated: some kernels read saved statistics and indices as if they were contiguous, and
     past their end."""
@@ -96,7 +97,7 @@ def with_batch(x: Tensor, carries: bool, size: int) -> Tensor:
 
 
 def all_batched(tensors: Sequence[Tensor | None], batched: Sequence[bool], size: int) -> list[Any]:
-    """All of the tensors with the batch in front; an absent one stays ``None``."""
+    """Return all of the tensors with the batch in front; an absent one stays ``None``."""
     return [None if t is None else with_batch(t, b, size) for t, b in zip(tensors, batched)]
 
 
@@ -119,14 +120,14 @@ def out_of(x: Tensor, dim: int, size: int, groups: int = 1) -> Tensor:
 
 
 def along_channels(vector: Tensor, spatial: int) -> Tensor:
-    """A vector over the channels, or a batch of them, shaped to broadcast against ``(..., N, C,
+    """Shape a vector over the channels, or a batch of them, to broadcast against ``(..., N, C,
     *spatial)``."""
     return vector.reshape(*vector.shape[:-1], 1, -1, *[1] * spatial)
 
 
 def planes(op: OpOverload | OpOverloadPacket, spatial: int) -> Formula:
-    """The vmap rule of an op whose tensor arguments are all images ``(N, C, *spatial)`` or ``(C,
-    *spatial)``."""
+    """Return the vmap rule of an op whose tensor arguments are all images ``(N, C, *spatial)`` or
+    ``(C, *spatial)``."""
     op = overload(op)
     where = tensor_args(op)
 

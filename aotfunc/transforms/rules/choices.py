@@ -16,12 +16,12 @@ from .table import pointwise, vmap_of, zeros
 
 
 def keep(mask: Tensor, g: Tensor) -> Tensor:
-    """``g`` where ``mask`` holds, zero elsewhere (even if ``g`` is not finite there)."""
+    """Return ``g`` where ``mask`` holds, zero elsewhere (even if ``g`` is not finite there)."""
     return torch.where(mask, g, 0)
 
 
 def split_on_ties(g: Tensor, x: Tensor, y: Tensor, lost: Tensor) -> Tensor:
-    """``g`` to the winner, half of it to each of two equals."""
+    """Return ``g`` to the winner, half of it to each of two equals."""
     return torch.where(x == y, g / 2, g).masked_fill(lost, 0)
 
 

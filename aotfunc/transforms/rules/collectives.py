@@ -51,7 +51,7 @@ def sent_back(g: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> Ten
 
 
 def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
-    """The sum over all processes, where the value came from; all of them take part."""
+    """Return the sum over all processes at the value's source; all of them take part."""
     mine = torch.distributed.distributed_c10d._resolve_process_group(group).rank() == source
     here = torch.full((), mine, dtype=torch.bool, device=g.device)
     return torch.where(
@@ -60,7 +60,7 @@ def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
 
 
 def beside_pieces(op: Any) -> Callable:
-    """The vmap rule of an op that cuts dimension 0 into pieces."""
+    """Return the vmap rule of an op that cuts dimension 0 into pieces."""
     return lambda x, *args: op(x.movedim(0, 1).contiguous(), *args).movedim(1, 0)
 
 

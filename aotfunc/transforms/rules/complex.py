@@ -55,7 +55,8 @@ def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
 
 
 def across(t: Tensor, out: Tensor, z: Tensor) -> Tensor:
-    """The part of ``t`` across the direction of ``z``, by its length; its own transpose."""
+    """Return the part of ``t`` across the direction of ``z``, by its length; this map is its own
+    transpose."""
     return torch.where(z == 0, 0, (t - out * (out.conj() * t).real) / z.abs())
 
 

@@ -31,7 +31,8 @@ def _(g, out, x, w, bias, stride, padding, dilation, transposed, output_padding,
 
 
 def convolution_tangent(tangents, x, w, shape, *geometry) -> Tensor | None:
-    """The tangent of a convolution's result, of this shape, from those of ``(x, w, bias)``."""
+    """Return the tangent of a convolution's result, of this shape, from those of ``(x, w,
+    bias)``."""
     tx, tw, tb = tangents
     if tx is None and tw is None:
         return None if tb is None else along_channels(tb, len(shape) - 2).expand(shape)
@@ -71,8 +72,8 @@ def _(x, w, bias, *geometry, batched, size):
 
 
 def weight_lanes(w: Tensor, apart: bool, geometry: Any, groups: int) -> Tensor:
-    """A batch of weights as one: each a set of groups ``apart``, or more output channels in the
-    same groups."""
+    """Return a batch of weights as one: each a set of groups ``apart``, or more output channels in
+    the same groups."""
     return into(w, 0) if apart else into(w, 1) if geometry[3] else into(w, 0, groups)
 
 

@@ -28,8 +28,8 @@ def recordable(
     reduction: str,
     zero_infinity: bool,
 ) -> Tensor:
-    """``F.ctc_loss`` with buffers of a known size: append one dummy example whose target has
-    maximal length. (C++ fills a tensor of lengths, and makes a buffer as long as the longest,
+    """Return ``F.ctc_loss`` with buffers of a known size: append one dummy example whose target
+    has maximal length. (C++ fills a tensor of lengths, and makes a buffer as long as the longest,
     which a recording cannot see.)"""
 
     def each(*args: Any) -> Tensor:
@@ -54,8 +54,8 @@ def recordable(
 
 
 def target_rows(targets: Tensor, lengths: Tensor) -> Tensor:
-    """Targets ``(N, S)``. Where all are in one vector, each is a row behind which there is
-    something of the next."""
+    """Return targets as ``(N, S)``. Targets in one vector become rows that run on into the next
+    ones."""
     if targets.dim() == 2:
         return targets
     begin = (lengths.cumsum(0) - lengths).unsqueeze(1)
@@ -71,7 +71,7 @@ def among_longest(
     of_target: Tensor,
     label: int,
 ) -> Tensor:
-    """The losses from a call with one more example, whose target is as long as any can be;
+    """Return the losses from a call with one more example, whose target is as long as any can be;
     ``label`` is not blank."""
     single = log_probs.dim() == 2
     if single:
@@ -91,8 +91,8 @@ def among_longest(
 def folded(
     log_probs: Tensor, targets: Tensor, lengths: tuple, batched: tuple[bool, ...], size: Any
 ) -> tuple[Tensor, Tensor, Any, Any]:
-    """The arguments with the batch in front of ``N``; lengths are lists of numbers, or tensors
-    with a flag each."""
+    """Return the arguments with the batch in front of ``N``; lengths are lists of numbers, or
+    tensors with a flag each."""
     log_probs, targets = all_batched((log_probs, targets), batched, size)
     if isinstance(lengths[0], Tensor):
         of_input, of_target = (n.flatten() for n in all_batched(lengths, batched[2:], size))
@@ -103,7 +103,7 @@ def folded(
 
 @vjp_of(aten._ctc_loss.default, aten._ctc_loss.Tensor, diff_outputs=(0,))
 def _(g, out, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity):
-    """The cotangent is a factor outside of the kernel: then only second derivatives open the
+    """Treat the cotangent as a factor outside of the kernel: then only second derivatives open the
     kernel up."""
     g = g[0]
     how = (targets, input_lengths, target_lengths, *out, blank, zero_infinity)

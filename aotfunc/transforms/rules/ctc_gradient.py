@@ -20,15 +20,15 @@ NEVER = -1e30  # the logarithm of a probability of zero; -inf would have no deri
 
 
 def column(lengths: Any, like: Tensor) -> Tensor:
-    """Lengths, numbers or a tensor of them, as ``(N, 1)``."""
+    """Return lengths (numbers or a tensor) as ``(N, 1)``."""
     if isinstance(lengths, Tensor):
         return lengths.to(like.device).reshape(-1, 1)
     return torch.cat([like.new_full((1, 1), n, dtype=torch.int64) for n in lengths])
 
 
 def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> Tensor:
-    """Targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between, before
-    and behind."""
+    """Return targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between,
+    before and behind."""
     targets = target_rows(targets, of_target)
     blanks = torch.full_like(targets, blank)
     pairs = torch.stack([blanks, targets], -1).flatten(1)
@@ -36,8 +36,8 @@ def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> T
 
 
 def moved(x: Tensor, by: int, fill: Any) -> Tensor:
-    """``x`` with its last dimension moved on (back for negative ``by``), ``fill`` where nothing
-    comes in."""
+    """Return ``x`` with its last dimension moved on (back for negative ``by``), ``fill`` where
+    nothing comes in."""
     gap = x.new_full((*x.shape[:-1], min(abs(by), x.shape[-1])), fill)
     kept = x.shape[-1] - gap.shape[-1]
     return (
@@ -48,8 +48,8 @@ def moved(x: Tensor, by: int, fill: Any) -> Tensor:
 
 
 def one_step_on(x: Tensor, skip: Tensor, by: int) -> Tensor:
-    """Log-probabilities one step on: from the same state, from the one before and, where ``skip``,
-    the one before."""
+    """Return log-probabilities one step on: from the same state, from the one before and, where
+    ``skip``, from the one before that."""
     before = [x, moved(x, by, NEVER), torch.where(skip, moved(x, 2 * by, NEVER), NEVER)]
     return torch.stack(before).logsumexp(0)
 

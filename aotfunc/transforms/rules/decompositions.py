@@ -1,4 +1,4 @@
-"""Ops that say in other words what aten says already: each is transformed as what it consists of.
+"""Ops that are other names for ops of aten: each is transformed as its decomposition.
 
 Kernels for one device or precision (``slow_conv2d``, ``_int_mm``), derivatives that PyTorch has as
 ops of their own (``glu_jvp``), and the functional twins of views. Where a rule or PyTorch's own
@@ -30,7 +30,7 @@ def convolution(
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
 ) -> Tensor:
-    """The convolution of images ``(N, C, ...)``, or of one without ``N``."""
+    """Return the convolution of images ``(N, C, ...)``, or of one without ``N``."""
     spatial = w.dim() - 2
     single = x.dim() == spatial + 1
     ones, zeros = [1] * spatial, [0] * spatial
@@ -60,7 +60,8 @@ def by_columns_backward(g, x, w, kernel_size, stride, padding, output_mask):
 
 
 def over_time(x: Tensor, w: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
-    """``conv_tbc``: images ``(time, batch, channels)``, weights ``(time, in, out)``."""
+    """Convolve as ``conv_tbc``: images ``(time, batch, channels)``, weights ``(time, in,
+    out)``."""
     return convolution(x.permute(1, 2, 0), w.permute(2, 1, 0), bias, [1], [pad]).permute(2, 0, 1)
 
 
@@ -85,8 +86,8 @@ decompose_as(
 def weight_norm_backward(
     g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Of ``w = scale * v / norms``, ``norms`` being those of ``v`` over all dimensions but
-    ``dim``."""
+    """Differentiate ``w = scale * v / norms``, ``norms`` being those of ``v`` over all dimensions
+    but ``dim``."""
     others = [d for d in range(v.dim()) if d != dim % v.dim()]
     of_scale = (g * v).sum(others, keepdim=True) / norms
     return scale / norms * (g - v * of_scale / norms), of_scale
@@ -134,7 +135,7 @@ decompose_as(
     aten._aminmax.dim,
     lambda x, dim, keepdim=False: tuple(aten.aminmax(x, dim=dim, keepdim=keepdim)),
 )
-# PyTorch's decompositions of Fourier transforms speak in prims
+# PyTorch's decompositions of Fourier transforms use prims
 for name in ("conj_physical", "conj"):
     if hasattr(torch.ops.prims, name):
         op = getattr(torch.ops.prims, name).default
@@ -174,7 +175,7 @@ def _(x: Tensor, message: str, token: Tensor) -> Tensor:
 
 
 def numbers_between(start: Any, end: Any, steps: int, dtype: torch.dtype | None) -> Tensor:
-    """``linspace`` along a new last dimension, from both ends as the kernel does it."""
+    """Return ``linspace`` along a new last dimension, from both ends as the kernel does it."""
     some = start if isinstance(start, Tensor) else end
     if dtype is None:
         is_complex = any(

@@ -17,12 +17,12 @@ from .table import broadcast_shapes, decompose_as, jvp_of, total, vmap_of
 
 
 def row_differences(x: Tensor, y: Tensor) -> Tensor:
-    """``x[i] - y[j]`` for all rows: ``[..., P, R, M]``."""
+    """Return ``x[i] - y[j]`` for all rows: ``[..., P, R, M]``."""
     return x.unsqueeze(-2) - y.unsqueeze(-3)
 
 
 def norm_tangent(t: Tensor, norm: Tensor, d: Tensor, p: float) -> Tensor:
-    """The tangent of the norm of the rows of ``d`` for the tangent ``t`` of ``d``."""
+    """Return the tangent of the norm of the rows of ``d`` for the tangent ``t`` of ``d``."""
     return (norm_backward(torch.ones_like(norm), norm, d, p, -1) * t).sum(-1)
 
 
@@ -57,7 +57,7 @@ def _(
 
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers of the rows of all pairs, in pdist's order."""
+    """List the row numbers of all pairs, in pdist's order."""
     first, second = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device).unbind(0)
     return first, second
 

@@ -20,13 +20,13 @@ from .table import jvp_of, refuse_sparse, total, vjp_of, vmap_of
 
 
 def lined_up(index: Tensor, step: Any) -> Tensor:
-    """Numbers ``[B, n]`` as ``[B * n]``, those of each sample moved on by ``step``."""
+    """Return numbers ``[B, n]`` as ``[B * n]``, those of each sample moved on by ``step``."""
     return (index + count_up(index.shape[0], index, 1) * step).flatten()
 
 
 def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
-    """Row numbers ``[B, n]`` of tables of that many rows, as row numbers ``[B * n]`` of one table
-    of them all."""
+    """Return row numbers ``[B, n]`` of tables of that many rows as row numbers ``[B * n]`` of one
+    table of them all."""
     moved = lined_up(index, table)
     return (
         moved
@@ -36,7 +36,7 @@ def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
 
 
 def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
-    """Where the bags begin (and with ``last``, where the last one ends) among the ``B * n``
+    """Return where the bags begin (and with ``last``, where the last one ends) among the ``B * n``
     indices of all samples."""
     if not last:
         return lined_up(offsets, n)
@@ -44,15 +44,15 @@ def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
 
 
 def bag_of_each(indices: Tensor, begins: Tensor) -> Tensor:
-    """The bag that each index is in. (What the kernel leaves behind says it too, but not in all of
-    its cases.)"""
+    """Return the bag that each index is in. (What the kernel leaves behind says it too, but not in
+    all of its cases.)"""
     number = torch.arange(indices.shape[-1], device=indices.device, dtype=begins.dtype)
     number = number.expand(indices.shape).contiguous()
     return torch.searchsorted(begins.contiguous(), number, right=True) - 1
 
 
 def bag_sizes(indices: Tensor, bag: Tensor, bags: Any, padding_idx: int) -> Tensor:
-    """How many indices each bag has, padding not counted."""
+    """Return how many indices each bag has, padding not counted."""
     real = torch.ones_like(bag) if padding_idx < 0 else (indices != padding_idx).to(bag.dtype)
     return bag.new_zeros(*bag.shape[:-1], bags).scatter_add(-1, bag, real)
 
@@ -189,8 +189,8 @@ def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Ten
 
 
 def largest_rows(weight: Tensor, bags: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    """For each of these bags and each column, the row of the table that the largest entry is in,
-    and whether the bag has any row; ``args`` are those of the op."""
+    """Return, for each of these bags and each column, the row of the table that the largest entry
+    is in, and whether the bag has any row; ``args`` are the op's."""
     indices, offsets, _, _, _, _, last, padding_idx = args
     bag = bag_of_each(indices, offsets[:-1] if last else offsets)
     some = bag_sizes(indices, bag, bags, padding_idx).unsqueeze(-1) > 0
@@ -213,7 +213,7 @@ def _(
     *,
     needs: Any,
 ) -> list[Tensor | None]:
-    """By ops that have derivatives of their own, which the reverse kernels do not."""
+    """Differentiate by ops that have derivatives of their own; the reverse kernels have none."""
     refuse_sparse(sparse and needs[0])
     g = g[0]
     if mode == 2:
@@ -253,8 +253,8 @@ def _(
     last: bool,
     padding_idx: int,
 ) -> Any:
-    """Linear in the table and in the weights, but for the largest rows (mode 2), which are read
-    where they are."""
+    """Differentiate: linear in the table and in the weights, except that the largest rows (mode 2)
+    are read where they are."""
     of_table, of_weights = tangents[0], tangents[3]
     before, after = (indices, offsets, by_freq, mode, False), (last, padding_idx)
     if mode == 2:

@@ -10,7 +10,7 @@ from .table import jvp_of, total, vjp_of
 
 
 def half_triangle(x: Tensor) -> Tensor:
-    """The lower triangle, with half the diagonal."""
+    """Return the lower triangle, with half the diagonal."""
     return x.tril() - 0.5 * torch.diag_embed(x.diagonal(0, -2, -1))
 
 
@@ -44,7 +44,7 @@ def _(g, out, factor, upper):
 
 
 def off_diagonal(x: Tensor, gaps_of: Tensor) -> Tensor:
-    """``x_ij / (w_j - w_i)``, zero on the diagonal."""
+    """Return ``x_ij / (w_j - w_i)``, zero on the diagonal."""
     gaps = gaps_of.unsqueeze(-2) - gaps_of.unsqueeze(-1)
     one = torch.eye(gaps.shape[-1], dtype=gaps.dtype, device=gaps.device)
     return (x - torch.diag_embed(x.diagonal(0, -2, -1))) / (gaps + one)
@@ -73,7 +73,7 @@ def skew(x: Tensor) -> Tensor:
 
 @vjp_of(aten._linalg_svd)
 def _(g, out, a, full_matrices, compute_uv, driver):
-    """``a = u diag(s) vh``. Columns of ``u`` beyond the ``k = min(m, n)``-th are not
+    """Return ``a = u diag(s) vh``. Columns of ``u`` beyond the ``k = min(m, n)``-th are not
     differentiable, and left out.
 
     The phases of complex singular vectors are arbitrary: this is the gradient of a function that

@@ -14,7 +14,7 @@ from .pointwise import copying
 from .schema import aten, call_op, tensor_args
 from .table import jvp_of, nondiff, vjp_of, vmap_of
 
-# From numbers alone: there is nothing to differentiate or to batch.
+# Made from numbers alone: there is nothing to differentiate or to batch.
 for packet in (
     *(
         aten.zeros,
@@ -52,7 +52,7 @@ nondiff(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, batch=
 
 
 def per_sample_size(op: OpOverload) -> Callable[..., Tensor]:
-    """The vmap rule of ``x.new_zeros(size)`` and the like: one for each sample."""
+    """Return the vmap rule of ``x.new_zeros(size)`` and the like: one for each sample."""
 
     def batch(x: Tensor, shape: Any, *rest: Any) -> Tensor:
         return call_op(op, [x, [x.shape[0], *shape], *rest])
@@ -61,8 +61,8 @@ def per_sample_size(op: OpOverload) -> Callable[..., Tensor]:
 
 
 def new_restrided(op: OpOverload) -> Callable[..., Tensor]:
-    """The same for ``x.new_empty_strided(size, strides)``: samples one after another, each laid
-    out as asked."""
+    """Return the vmap rule of ``x.new_empty_strided(size, strides)``: samples one after another,
+    each laid out as asked."""
 
     def batch(x: Tensor, shape: Any, strides: Any, *rest: Any) -> Tensor:
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

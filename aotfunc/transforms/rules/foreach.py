@@ -52,7 +52,7 @@ def is_number(value: Any) -> bool:
 
 
 def on_each(op: OpOverload, one: Any) -> Any:
-    """``op`` by elements. A tensor of scalars (``addcmul.Tensor``) has one for each element."""
+    """Return ``op`` on each element. A tensor of scalars (``addcmul.Tensor``) has one for each."""
     names = [a.name for a in op._schema.arguments]
     lists = {a.name for a in op._schema.arguments if str(a.type).startswith("List")}
 

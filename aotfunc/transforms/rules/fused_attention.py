@@ -28,7 +28,7 @@ cudnn = aten._scaled_dot_product_cudnn_attention
 cudnn_backward = aten._scaled_dot_product_cudnn_attention_backward
 
 MASKS = ("attn_mask", "attn_bias")
-#: what has ``N`` in front
+#: the tensors that have ``N`` in front
 FOLDED = ("grad_out", "grad_out_", "query", "key", "value", "out", "logsumexp")
 
 
@@ -92,18 +92,18 @@ class KernelCall:
         self.mask = next((name for name in MASKS if name in names), None)
 
     def defined(self) -> tuple:
-        """What the definition takes: ``(q, k, v, mask, causal, scale)``."""
+        """Return the arguments of the definition: ``(q, k, v, mask, causal, scale)``."""
         a = self.args
         undropped(a["dropout_p"])
         mask = a.get(self.mask)
         return a["query"], a["key"], a["value"], mask, a["is_causal"], a["scale"]
 
     def of_mask(self, each: Sequence[Any]) -> Any:
-        """What belongs to the mask among what belongs to each tensor."""
+        """Return the mask's entry among the entries of each tensor."""
         return None if self.mask is None else each[self.tensors.index(self.mask)]
 
     def folded(self, batched: Sequence[bool], size: int) -> list[Any]:
-        """All arguments with the batch in ``N``; of what has none, the first sample's."""
+        """Fold the batch of all arguments into ``N``; those without one are the first sample's."""
         args = dict(self.args)
         for name, b in zip(self.tensors, batched, strict=True):
             if name in FOLDED:
@@ -118,15 +118,15 @@ class KernelCall:
         return list(args.values())
 
     def wants_mask(self) -> bool:
-        """Whether a backward op is asked for the gradient of the mask."""
+        """Return whether a backward op is asked for the gradient of the mask."""
         return bool(self.args.get("grad_input_mask", (False,))[-1])
 
 
 def folded_mask(
     mask: Tensor | None, carries: bool, size: int, n: int, whole: Sequence[int] | None
 ) -> Tensor | None:
-    """The mask of a folded batch of ``n``: it broadcasts to ``(N, H, L, S)`` from any rank, or is
-    expanded to the ``whole`` of it."""
+    """Return the mask of a folded batch of ``n``: it broadcasts to ``(N, H, L, S)`` from any rank,
+    or is expanded to the ``whole`` of it."""
     if mask is None or (not carries and not whole and (mask.dim() < 4 or mask.shape[0] == 1)):
         return mask
     mask = align(with_batch(mask, carries, size), 4)
@@ -138,7 +138,7 @@ def unfolded(x: Any, size: int) -> Any:
 
 
 def shared_value(x: Any, size: int) -> Any:
-    """A value that all of the batch share, such as the state of the random generator, as a
+    """Return a value that all samples share, such as the state of the random generator, as a
     batch."""
     return x.expand(size, *x.shape) if isinstance(x, Tensor) else x
 

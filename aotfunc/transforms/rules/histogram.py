@@ -27,8 +27,8 @@ nondiff(
 def tally(
     at: Tensor, valid: Tensor | None, weight: Tensor | None, bins: Any, like: Tensor
 ) -> Tensor:
-    """The weights (or ones) of a batch of elements ``[B, n]``, summed by their bin numbers ``at``:
-    ``[B, bins]``."""
+    """Return the weights (or ones) of a batch of elements ``[B, n]``, summed by their bin numbers
+    ``at``: ``[B, bins]``."""
     each = torch.ones_like(at, dtype=like.dtype) if weight is None else weight.to(like.dtype)
     if valid is not None:
         at, each = at.masked_fill(~valid, 0), each.masked_fill(~valid, 0)
@@ -56,8 +56,8 @@ def _(
 
 
 def span(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Both ends ``[B]`` of the bins over a batch of elements: as given, of the data where these
-    are equal, and one apart from the data where it is constant."""
+    """Return both ends ``[B]`` of the bins over a batch of elements: as given, of the data where
+    these are equal, and one apart from the data where it is constant."""
     if low != high:
         return x.new_full(x.shape[:1], low), x.new_full(x.shape[:1], high)
     least, most = (
@@ -70,7 +70,7 @@ def span(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
 
 
 def defined(counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """NaN for a sample whose data has no finite range, where the unbatched op raises."""
+    """Put NaN for a sample whose data has no finite range, where the unbatched op raises."""
     finite = (low.isfinite() & high.isfinite()).reshape(-1, *[1] * (counts.dim() - 1))
     return torch.where(finite, counts, math.nan)
 
@@ -85,7 +85,7 @@ def _(x: Tensor, bins: int, low: Any, high: Any) -> Tensor:
 
 
 def spaced(low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Edges ``[B, bins + 1]`` of equal bins, from both ends as ``linspace`` has them."""
+    """Return edges ``[B, bins + 1]`` of equal bins, from both ends as ``linspace`` has them."""
     low, high = low.unsqueeze(1), high.unsqueeze(1)
     step = (high - low) / bins
     i = torch.arange(bins + 1, device=low.device, dtype=low.dtype)
@@ -95,7 +95,7 @@ def spaced(low: Tensor, high: Tensor, bins: int) -> Tensor:
 def histogram(
     points: Sequence[Tensor], edges: Sequence[Tensor], weight: Tensor | None, density: bool
 ) -> Tensor:
-    """A batch of histograms: coordinates ``[B, n]`` and sorted edges ``[B, k + 1]`` of each
+    """Return a batch of histograms: coordinates ``[B, n]`` and sorted edges ``[B, k + 1]`` of each
     dimension, weights ``[B, n]``; counts ``[B, *k]``, or with ``density`` such that they integrate
     to one."""
     at, valid, total = 0, None, 1
@@ -118,8 +118,8 @@ def histogram(
 
 
 def ends(points: Sequence[Tensor], given: Sequence[float] | None) -> list[tuple[Tensor, Tensor]]:
-    """Both ends of the bins in each dimension: as given, or of the data, and half apart from them
-    where they are equal (a whole for ``histc``, see :func:`span`)."""
+    """Return both ends of the bins in each dimension: as given, or of the data, and half apart
+    from them where they are equal (a whole for ``histc``, see :func:`span`)."""
     found = []
     for d, x in enumerate(points):
         if given is None:
@@ -142,7 +142,7 @@ def counted(
     weight: Tensor | None,
     density: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A batch of histograms with this many equal bins, and their edges."""
+    """Return a batch of histograms with this many equal bins, and their edges."""
     limits = ends(points, given)
     edges = [spaced(*pair, k) for pair, k in zip(limits, bins, strict=True)]
     counts = histogram(points, edges, weight, density)
@@ -180,7 +180,7 @@ def _(
 
 
 def coordinates(x: Tensor, carries: bool, size: Any) -> list[Tensor]:
-    """Points ``[*, D]`` as their coordinates, ``[B, n]`` each."""
+    """Return points ``[*, D]`` as their coordinates, ``[B, n]`` each."""
     x = with_batch(x, carries, size)
     return list(x.reshape(size, -1, x.shape[-1]).unbind(2))
 

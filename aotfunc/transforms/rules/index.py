@@ -28,12 +28,12 @@ from .table import jvp_of, linear, vmap_of
 
 
 def count_up(size: Any, like: Tensor, rank: int) -> Tensor:
-    """``0 .. size - 1`` along dimension 0, followed by ``rank`` dimensions of one."""
+    """Return ``0 .. size - 1`` along dimension 0, followed by ``rank`` dimensions of one."""
     return torch.arange(size, device=like.device).reshape(size, *[1] * rank)
 
 
 def index_read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
-    """``x[indices]``, whose shape is known."""
+    """Return ``x[indices]``, whose shape is known."""
     count = count_read(indices, shape)
     return aten.index.Tensor(x, indices if count is None else masks_numbered(indices, count))
 
@@ -44,7 +44,8 @@ def index_read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
 def with_example(
     indices: Indices, batched: Sequence[bool], size: Any, places: IndexLayout
 ) -> list[Any]:
-    """The indices, preceded by the number of the example, to which all of them broadcast."""
+    """Return the indices, preceded by the number of the example, to which all of them
+    broadcast."""
     rank = places.rank
     aligned = [
         align(index, rank) if index is not None and b else index
@@ -74,14 +75,14 @@ def batch_index(
 
 
 def only_mask(indices: Indices) -> tuple[int, Tensor | None]:
-    """The place and the boolean mask, if that is the only index."""
+    """Return the place and the boolean mask, if that is the only index."""
     used = [(i, index) for i, index in enumerate(indices) if index is not None]
     return used[0] if len(used) == 1 and is_mask(used[0][1]) else (0, None)
 
 
 def across_mask(values: Sequence[Any], rest: int, rank: int) -> list[Any] | None:
-    """A shape in which values written through a mask of ``rank`` dimensions broadcast against the
-    whole tensor.
+    """Return a shape in which values written through a mask of ``rank`` dimensions broadcast
+    against the whole tensor.
 
     There is one if they are the same for all selected elements; ``rest`` dimensions come after
     those of the mask."""
@@ -141,8 +142,8 @@ def batch_index_put(
 def put_one_for_all(
     x: Tensor, indices: Indices, values: Tensor, accumulate: bool, batched: Any, size: Any
 ) -> Tensor:
-    """One value for all that masks, beside other indices, select: written to as many positions as
-    they may select, the first again and again behind the last."""
+    """Return one value for all that masks, beside other indices, select: written to as many
+    positions as they may select, the first again and again behind the last."""
     x_batched, index_batched, values_batched = batched
     count, there = at_most(indices, index_batched)
     each = there.dim() == 2
@@ -161,7 +162,8 @@ def put_one_for_all(
 
 
 def along_positions(there: Tensor, places: IndexLayout, rank: int) -> Tensor:
-    """``there [(B,) n]``, of the last of the dimensions of the indices in a result of ``rank``."""
+    """Shape ``there [(B,) n]`` along the last of the dimensions of the indices in a result of
+    ``rank``."""
     return there.reshape(*there.shape, *[1] * (rank - places.front - places.rank))
 
 
@@ -176,7 +178,7 @@ def put_back(g: Tensor, x: Tensor, indices: Any, values: Tensor, accumulate: boo
 
 
 def where_written(x: Tensor, indices: Indices, values: Tensor) -> Indices:
-    """The indices, masks as positions if the values written say how many they select."""
+    """Return the indices, masks as positions if the written values tell how many they select."""
     if (
         not any(map(is_mask, indices))
         or (count := count_written(indices, values.shape, x.dim())) is None

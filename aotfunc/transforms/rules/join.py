@@ -15,7 +15,7 @@ from .table import jvp_of, linear
 
 
 def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:
-    """The vmap rule of an op that acts on ``trailing`` dimensions of its first ``tensors``
+    """Return the vmap rule of an op that acts on ``trailing`` dimensions of its first ``tensors``
     arguments, under one or two dimensions over which it maps: fold the batch into those."""
     op = overload(op)
 
@@ -34,7 +34,7 @@ def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:
 
 
 def pieces_back(gs: Sequence[Tensor | None], x: Tensor, sizes: Sequence[Any], dim: int) -> Tensor:
-    """The cotangent of ``x`` from those of its pieces along ``dim``."""
+    """Return the cotangent of ``x`` from those of its pieces along ``dim``."""
     there = [i for i, g in enumerate(gs) if g is not None]
     if len(there) == 1:
         start = sum(sizes[: there[0]])
@@ -68,7 +68,8 @@ for op in overloads_named("unbind.int", "unbind_copy.int"):
 
 
 def skipped(x: Tensor, rank: int) -> bool:
-    """Whether ``cat`` passes over ``x``: an empty vector may stand among tensors of any rank."""
+    """Return whether ``cat`` passes over ``x``: an empty vector may stand among tensors of any
+    rank."""
     return x.dim() == 1 and rank != 1 and x.shape[0] == 0
 
 
@@ -95,7 +96,7 @@ linear(aten.stack, lambda g, tensors, dim: list(g.unbind(dim)), batch=batch_stac
 
 
 def corners(tensors: Sequence[Tensor]) -> list[tuple[Any, Any, Any, Any]]:
-    """Of each block of ``block_diag``: its first row and column, its height and width."""
+    """List the first row and column, the height and the width of each block of ``block_diag``."""
     found, row, column = [], 0, 0
     for x in tensors:
         height, width = (1, 1) if x.dim() == 0 else (1, x.shape[0]) if x.dim() == 1 else x.shape
@@ -140,8 +141,8 @@ def _(tangents: Any, out: Tensor, x: Tensor, pad: Any, value: Any) -> Tensor:
 
 
 def pad_lines(kind: str, rank: int) -> None:
-    """Reflection and replication pads of ``rank`` dimensions; the backward reads only the shape of
-    its ``self``."""
+    """State the rules of reflection and replication pads of ``rank`` dimensions; the backward
+    reads only the shape of its ``self``."""
     forward, backward = (
         getattr(aten, f"{kind}_pad{rank}d"),
         getattr(aten, f"{kind}_pad{rank}d_backward"),

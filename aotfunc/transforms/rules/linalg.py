@@ -19,7 +19,7 @@ from .table import broadcast_shapes, conj, jvp_of, linear, total, vjp_of, vmap_o
 
 
 def leading(op: OpOverload | OpOverloadPacket, broadcasts: bool = False) -> Formula:
-    """The vmap rule of an op with free leading dimensions, which may broadcast."""
+    """Return the vmap rule of an op with free leading dimensions, which may broadcast."""
     op = overload(op)
     where = tensor_args(op)
 
@@ -129,7 +129,7 @@ def _(tangents, out, a):
 
 
 def is_vector(a: Tensor, b: Tensor) -> bool:
-    """Whether ``b`` is a batch of vectors to ``_linalg_solve_ex``."""
+    """Return whether ``b`` is a batch of vectors to ``_linalg_solve_ex``."""
     return b.dim() == 1 or (a.dim() - 1 == b.dim() and a.shape[:-1] == b.shape)
 
 
@@ -155,7 +155,7 @@ def _(tangents, out, a, b, left):
 
 
 def adjugate(a: Tensor) -> Tensor:
-    """``det(a) * inv(a)``, for singular ``a`` too.
+    """Return ``det(a) * inv(a)``, for singular ``a`` too.
 
     Of ``a = p @ lower @ upper``, where partial pivoting leaves the zero of a matrix of rank n - 1
     to the last pivot, ``adj(a) = det(p) * prod(the other pivots) * upper'^-1 @ diag(last, …, last,
@@ -170,7 +170,7 @@ def adjugate(a: Tensor) -> Tensor:
     rows = (p.mT @ a.detach()).abs().amax(-1)
 
     def off_zero(bound: float) -> Tensor:
-        """What takes each pivot that is small beside its row away from zero."""
+        """Return the shifts that take pivots away from zero that are small beside their rows."""
         small = bound * torch.where(rows > 0, rows, 1)
         return torch.where(pivots.abs() < small, small - pivots, 0)
 
@@ -247,7 +247,7 @@ def _(tangents, out, a, b, upper, left, unit):
 
 @vjp_of(aten.triangular_solve, diff_outputs=(0, 1))
 def _(g, out, b, a, upper, transpose, unit, *, needs):
-    """``(x, a copy of a)`` with ``a x = b``, or ``a.mT x = b``."""
+    """Return ``(x, a copy of a)`` with ``a x = b``, or ``a.mT x = b``."""
     gx, of_a = g
     if gx is None:
         return None, of_a
@@ -261,8 +261,8 @@ def _(g, out, b, a, upper, transpose, unit, *, needs):
 
 @vjp_of(aten.linalg_lstsq, diff_outputs=(0, 1))
 def _(g, out, a, b, rcond, *, needs):
-    """Of ``x = pinv(a) @ b`` and, where there are any, of the residuals ``|a @ x - b|^2``; for
-    ``a`` of full rank."""
+    """Differentiate ``x = pinv(a) @ b`` and, where there are any, the residuals ``|a @ x - b|^2``,
+    for ``a`` of full rank."""
     x, gx, of_residual = out[0], g[0], g[1] if out[1].numel() else None
     vector = is_vector(a, b)
     if vector:
@@ -295,8 +295,8 @@ def _(g, out, a, b, rcond, *, needs):
 
 @vmap_of(aten.linalg_lstsq)
 def _(a, b, rcond, driver, *, shape):
-    """All samples in one call; what is left out (residuals of one driver, the rank with another)
-    is left out of all."""
+    """Batch all samples in one call; the residuals of one driver, and the rank of another, are
+    left out for all."""
     outs = aten.linalg_lstsq(a, b, rcond, driver=driver)
     return tuple(
         o if tuple(s) != (0,) else o.new_empty(a.shape[0], 0)

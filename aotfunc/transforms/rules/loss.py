@@ -18,8 +18,8 @@ from .table import broadcast_shapes, jvp_of, linear, vjp_of, vmap_of
 
 
 def along_dim(op: OpOverload | OpOverloadPacket) -> Formula:
-    """The vmap rule of an op with a ``dim`` whose tensor arguments, one or several, have one
-    shape."""
+    """Return the vmap rule of an op with a ``dim`` whose tensor arguments, one or several, have
+    one shape."""
     op = overload(op)
     dim_at = [a.name for a in op._schema.arguments].index("dim")
 
@@ -95,7 +95,7 @@ NONE, MEAN, SUM = 0, 1, 2  # values of the argument `reduction`
 
 
 def reduce(loss: Tensor, reduction: int, kept: int = 0) -> Tensor:
-    """``loss`` reduced over all but its first ``kept`` dimensions."""
+    """Return ``loss`` reduced over all but its first ``kept`` dimensions."""
     if reduction == NONE or loss.dim() == kept:
         return loss
     dims = list(range(kept, loss.dim()))
@@ -103,16 +103,16 @@ def reduce(loss: Tensor, reduction: int, kept: int = 0) -> Tensor:
 
 
 def per_element(g: Tensor, reduction: int, count: int) -> Tensor:
-    """The cotangent of each element's loss, to be broadcast, from that of the reduced loss over
-    ``count`` elements."""
+    """Return the cotangent of each element's loss, to be broadcast, from that of the reduced loss
+    over ``count`` elements."""
     return g / count if reduction == MEAN else g
 
 
 def expanded_args(
     op: OpOverload, args: Sequence[Any], batched: Sequence[bool], size: int, skip: int = 0
 ) -> tuple[list[Any], torch.Size]:
-    """The arguments with all tensors expanded to one shape behind the batch, which no kernel does,
-    and that shape.
+    """Return the arguments with all tensors expanded to one shape behind the batch, which no
+    kernel does, and that shape.
 
     The first ``skip`` tensors are expanded with the others but have no say in the shape.
     """
@@ -131,8 +131,8 @@ def expanded_args(
 
 
 def batch_loss(op: OpOverload | OpOverloadPacket, at: int) -> Formula:
-    """The vmap rule of an elementwise loss with its ``reduction`` in place ``at``: reduce over all
-    but the batch."""
+    """Return the vmap rule of an elementwise loss with its ``reduction`` in place ``at``: reduce
+    over all but the batch."""
     op = overload(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Tensor:
@@ -144,7 +144,7 @@ def batch_loss(op: OpOverload | OpOverloadPacket, at: int) -> Formula:
 
 
 def batch_loss_backward(op: OpOverload | OpOverloadPacket, at: int) -> Formula:
-    """The vmap rule of the backward op of an elementwise loss."""
+    """Return the vmap rule of the backward op of an elementwise loss."""
     op = overload(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Tensor:
@@ -205,7 +205,7 @@ def unweighted(needs: tuple[bool, ...], op: OpOverloadPacket) -> None:
 
 
 def opposite(gx: Tensor, *rest: Any) -> Tensor:
-    """The target's cotangent where the loss depends on the difference only."""
+    """Return the target's cotangent where the loss depends on the difference only."""
     return -gx
 
 
@@ -290,7 +290,7 @@ def _(g, out, x, y, weight, pos_weight, reduction, *, needs):
 def picked_weights(
     x: Tensor, target: Tensor, weight: Tensor | None, ignore: int, weight_batched: bool
 ) -> Tensor:
-    """The weight of each target, zero for those to be ignored."""
+    """Return the weight of each target, zero for those to be ignored."""
     counts = target != ignore
     if weight is None:
         return counts.to(x.dtype)

@@ -21,13 +21,13 @@ from .table import decompose_as, linear, vmap_of
 
 
 def classes(x: Tensor) -> Tensor:
-    """A batch of ``(N, C)``, ``(C,)`` or ``()`` as rows of classes."""
+    """Return a batch of ``(N, C)``, ``(C,)`` or ``()`` as rows of classes."""
     return x.reshape(-1, x.shape[-1] if x.dim() > 1 else 1)
 
 
 def per_row(x: Tensor, g: Tensor, carries: bool, reduction: int) -> Tensor:
-    """The cotangent of each row's loss, from that of the reduced loss of each sample of the batch
-    ``x``."""
+    """Return the cotangent of each row's loss, from that of the reduced loss of each sample of the
+    batch ``x``."""
     shape = x.shape[:-1] if x.dim() > 1 else x.shape
     g = with_batch(g, carries, x.shape[0])
     if reduction == NONE:
@@ -38,7 +38,7 @@ def per_row(x: Tensor, g: Tensor, carries: bool, reduction: int) -> Tensor:
 
 
 def reduced_losses(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
-    """Losses of the rows, reduced for each sample of the batch ``x``; unreduced ones as they
+    """Return the rows' losses, reduced for each sample of the batch ``x``; unreduced ones as they
     are."""
     if reduction == NONE:
         return loss
@@ -48,7 +48,8 @@ def reduced_losses(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
 def weighing(
     weight: Tensor | None, carries: bool, target: Tensor, size: Any
 ) -> tuple[Tensor | None, Callable]:
-    """The weight as the kernel can take it, and what remains to be done to each row's loss."""
+    """Return the weight as the kernel can take it, and what remains to be done to each row's
+    loss."""
     if weight is None or not carries:
         return weight, lambda loss: loss
     each = weight.gather(1, target.reshape(size, -1)).flatten()
@@ -97,14 +98,14 @@ def _(g, x, target, reduction, is_target, *, batched, size):
 
 
 def row_cotangents(g: Tensor, rows: int, reduction: int) -> Tensor:
-    """The cotangents of the rows' losses, ``(rows, 1)``, from that of the reduced loss."""
+    """Return the cotangents of the rows' losses, ``(rows, 1)``, from that of the reduced loss."""
     g = g / rows if reduction == MEAN else g
     return g.reshape(-1, 1)
 
 
 def multi_margin_gradient(g, x, target, p, margin, weight=None, reduction=MEAN):
-    """The gradient of ``sum_j w_y max(0, margin - x_y + x_j)^p / C`` over the other classes ``j``,
-    by ops that have derivatives."""
+    """Return the gradient of ``sum_j w_y max(0, margin - x_y + x_j)^p / C`` over the other classes
+    ``j``, by ops that have derivatives."""
     rows, y = x.reshape(-1, x.shape[-1] if x.dim() else 1), target.reshape(-1, 1)
     gap = margin - rows.gather(1, y) + rows
     others = (gap > 0).scatter(1, y, False)
@@ -121,7 +122,8 @@ decompose_as(aten.multi_margin_loss_backward, multi_margin_gradient)
 def multilabel_margin_transposed(
     g: Tensor, gy: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor
 ):
-    """The gradient is piecewise constant in ``x`` and linear in the cotangent ``gy``."""
+    """Differentiate the gradient: it is piecewise constant in ``x`` and linear in the cotangent
+    ``gy``."""
     ones = x.new_ones(x.shape[:-1])
     slope = aten.multilabel_margin_loss_backward(ones, x, target, NONE, is_target)
     loss = (g * slope).sum(-1)

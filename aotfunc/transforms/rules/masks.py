@@ -93,7 +93,7 @@ def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def running(mask: Tensor) -> Tensor:
-    """For each true element of each row of ``mask [B, n]``, how many stand before it."""
+    """Return, for each true element of each row of ``mask [B, n]``, how many stand before it."""
     return mask.cumsum(1) - 1
 
 

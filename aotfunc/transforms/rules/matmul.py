@@ -19,34 +19,34 @@ from .table import conj, jvp_of, linear, times, vjp_of, vmap_of
 
 
 def adjoint(x: Tensor) -> Tensor:
-    """The conjugate transpose of a matrix or of a batch of them."""
+    """Return the conjugate transpose of a matrix or of a batch of them."""
     return conj(x.t() if x.dim() == 2 else x.transpose(1, 2))
 
 
 def is_transposed(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory as the transpose of a contiguous matrix, as a linear layer's
-    ``weight.t()`` does."""
+    """Return whether ``x`` lies in memory as the transpose of a contiguous matrix, as a linear
+    layer's ``weight.t()`` does."""
     return x.stride(0) == 1 and x.stride(1) == x.shape[0] and x.shape[0] != 1
 
 
 def mm_left(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The cotangent of ``a`` in ``a @ b``, laid out in memory as ``a`` is."""
+    """Return the cotangent of ``a`` in ``a @ b``, laid out in memory as ``a`` is."""
     return torch.mm(conj(b), g.t()).t() if is_transposed(a) else torch.mm(g, adjoint(b))
 
 
 def mm_right(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The cotangent of ``b`` in ``a @ b``, laid out in memory as ``b`` is."""
+    """Return the cotangent of ``b`` in ``a @ b``, laid out in memory as ``b`` is."""
     return torch.mm(g.t(), conj(a)).t() if is_transposed(b) else torch.mm(adjoint(a), g)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ`` over the last dimension of each."""
+    """Return ``a bᵀ`` over the last dimension of each."""
     return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
 def as_dtype(x: Any, dtype: torch.dtype) -> Any:
-    """A Python number as these kernels read it: cut to an integer or a truth value where the
-    tensors are such."""
+    """Return a Python number as these kernels read it: cut to an integer or a truth value where
+    the tensors are such."""
     if dtype == torch.bool:
         return bool(x)
     return (
@@ -58,7 +58,7 @@ def as_dtype(x: Any, dtype: torch.dtype) -> Any:
 
 
 def batch_mm(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
-    """``[B?, n, k] @ [B?, k, m] -> [B, n, m]``."""
+    """Return ``[B?, n, k] @ [B?, k, m] -> [B, n, m]``."""
     if batched[0] and batched[1]:
         return torch.bmm(a, b)
     if batched[0]:
@@ -68,7 +68,7 @@ def batch_mm(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
 
 
 def batch_bmm(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
-    """``[B?, p, n, k] @ [B?, p, k, m] -> [B, p, n, m]``."""
+    """Return ``[B?, p, n, k] @ [B?, p, k, m] -> [B, p, n, m]``."""
     if batched[0] and batched[1]:
         return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
     if batched[0]:
@@ -78,7 +78,7 @@ def batch_bmm(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
 
 
 def batch_mv(a: Tensor, v: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
-    """``[B?, n, k] @ [B?, k] -> [B, n]``."""
+    """Return ``[B?, n, k] @ [B?, k] -> [B, n]``."""
     if batched[0] and batched[1]:
         return torch.bmm(a, v.unsqueeze(2)).squeeze(2)
     if batched[0]:
@@ -87,14 +87,14 @@ def batch_mv(a: Tensor, v: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
 
 
 def batch_dot(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
-    """``[B?, n] · [B?, n] -> [B]``."""
+    """Return ``[B?, n] · [B?, n] -> [B]``."""
     if batched[0] and batched[1]:
         return (a * b).sum(1)
     return torch.mv(a, b) if batched[0] else torch.mv(b, a)
 
 
 def batch_vdot(a: Tensor, b: Tensor, *, batched: tuple[bool, ...]) -> Tensor:
-    """``conj([B?, n]) · [B?, n] -> [B]``."""
+    """Return ``conj([B?, n]) · [B?, n] -> [B]``."""
     return batch_dot(conj(a), b, batched=batched)
 
 
@@ -123,8 +123,8 @@ linear(aten.vdot, lambda g, a, b: conj(g) * b, lambda g, a, b: g * a, batch=batc
 
 
 def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
-    """The lines of ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)`` from those
-    of its product."""
+    """Return the lines of ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)`` from
+    those of its product."""
 
     @vjp_of(op)
     def vjp(
@@ -189,8 +189,8 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
 
 
 def summed_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a batch of products, ``[p, n, k] @ [p, k, m] -> [n, m]``: one product over ``p``
-    and ``k``."""
+    """Return the sum of a batch of products, ``[p, n, k] @ [p, k, m] -> [n, m]``: one product over
+    ``p`` and ``k``."""
     return torch.bmm(a, b).sum(0)
 
 
@@ -229,7 +229,7 @@ fused(
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """All leading dimensions as one."""
+    """Return all leading dimensions as one."""
     return x.unsqueeze(0) if x.dim() == 1 else x if x.dim() == 2 else x.flatten(0, -2)
 
 

@@ -101,7 +101,7 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
         for i, v in zip(stats, vectors[2:], strict=True):
             rest[i] = v
         out, *vectors = call_op(overload(op), [x, *vectors[:2], *rest])
-        # nothing reads the statistics, and the kernels do not agree whether there are any
+        # nothing reads the statistics, and the kernels differ in whether there are any
         if not training:
             vectors = [x.new_zeros(size, *s) for s in shape[1:3]] + [
                 out_of(v, 0, size) for v in vectors[2:]

@@ -20,7 +20,7 @@ from .table import total
 
 @dataclass
 class Layout:
-    """How one op sees the common formulas.
+    """The view of the common formulas that one op has.
 
     ``over`` are the dimensions the statistics are taken over (empty where they are constants, as
     in evaluation), ``shared`` those that the weight, of ``shape``, is shared along. ``image``,
@@ -37,7 +37,7 @@ class Layout:
     centred: bool = True
 
     def hat(self, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
-        """The normalised image."""
+        """Return the normalised image."""
         return (self.image(x) - self.stat(mean) if self.centred else self.image(x)) * self.stat(
             rstd
         )
@@ -46,8 +46,8 @@ class Layout:
         return v.mean(self.over, keepdim=True)
 
     def project(self, v: Tensor, hat: Tensor) -> Tensor:
-        """The part of a change ``v`` of ``x`` that survives the normalisation, but for ``rstd``: a
-        symmetric map."""
+        """Return the part of a change ``v`` of ``x`` that survives the normalisation, but for
+        ``rstd``: a symmetric map."""
         if not self.over:
             return v
         moved = v - self.mean(v) if self.centred else v
@@ -55,12 +55,12 @@ class Layout:
 
 
 def weighted(v: Tensor | None, w: Tensor | None) -> Tensor | None:
-    """``v * w``, where a missing weight is one."""
+    """Return ``v * w``, where a missing weight is one."""
     return v if v is None or w is None else v * w
 
 
 def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, mean, rstd):
-    """Tangents of ``(out, mean, rstd)``."""
+    """Return tangents of ``(out, mean, rstd)``."""
     tx, tw, tb = tangents
     hat, of_mean, of_rstd = at.hat(x, mean, rstd), None, None
     terms = []
@@ -82,7 +82,7 @@ def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, me
 def of_statistics(
     at: Layout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd
 ) -> Tensor | None:
-    """The cotangent of ``x`` by way of the saved statistics."""
+    """Return the cotangent of ``x`` by way of the saved statistics."""
     if not at.over or (g_mean is None and g_rstd is None):
         return None
     image = at.image(x)
@@ -98,7 +98,7 @@ def of_statistics(
 def backward_tangent(
     at: Layout, tangents: Sequence[Tensor | None], mask, g, x, weight, mean, rstd
 ):
-    """Tangents of ``(gradient of x, of the weight, of the bias)``."""
+    """Return tangents of ``(gradient of x, of the weight, of the bias)``."""
     tg, tx, tw = (
         None if t is None else f(t)
         for t, f in zip(tangents, (at.image, at.image, at.affine), strict=True)
@@ -127,8 +127,8 @@ def backward_tangent(
 def backward_cotangent(
     at: Layout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs
 ):
-    """Cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of the
-    bias)``."""
+    """Return cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of
+    the bias)``."""
     a, b, c = (
         None if t is None else f(t)
         for t, f in zip(cotangents, (at.image, at.affine, at.affine), strict=True)
@@ -161,5 +161,5 @@ def backward_cotangent(
 
 
 def summed_over(v: Tensor, at: Layout) -> Tensor:
-    """``v`` summed over what the weight is shared along."""
+    """Sum ``v`` over the dimensions that the weight is shared along."""
     return (v.sum(at.shared) if at.shared else v).reshape(at.shape)

@@ -10,9 +10,9 @@ from torch import Tensor
 def padded_sequences(
     data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int
 ) -> tuple[Tensor, Tensor]:
-    """``(T, N, *)`` of ``data``, in which step t has the next ``sizes[t]`` rows, and the length of
-    each sequence; N before T with ``batch_first``. ``value`` stands where a sequence is over, for
-    ``length`` steps."""
+    """Return ``(T, N, *)`` of ``data``, in which step t has the next ``sizes[t]`` rows, and the
+    length of each sequence; N before T with ``batch_first``. ``value`` stands where a sequence is
+    over, for ``length`` steps."""
     steps = sizes.tolist()
     start, rows, there = 0, [], []
     for n in [*steps, *[0] * (length - len(steps))]:

@@ -1,5 +1,5 @@
-"""Where advanced indices lead: the layout of what they show, and boolean ones as vectors of
-positions.
+"""The places that advanced indices lead to: the layout of the result, and boolean indices as
+vectors of positions.
 
 How many elements a mask selects is known here from the shape of a result, or of what is written;
 an op that asks for it would have to look at the values."""
@@ -45,17 +45,17 @@ class IndexLayout:
         self.front = at[0] if at and self.together else 0
 
     def result_rank(self, rank: int) -> int:
-        """Rank of what indexing a tensor of ``rank`` gives."""
+        """Return the rank of the result of indexing a tensor of ``rank``."""
         return rank - self.taken + self.rank
 
     def to_front(self, x: Tensor) -> Tensor:
-        """``[B, indices, front, rest] -> [B, front, indices, rest]``."""
+        """Return ``[B, indices, front, rest] -> [B, front, indices, rest]``."""
         return x.movedim(
             list(range(1, self.rank + 1)), list(range(self.front + 1, self.front + self.rank + 1))
         )
 
     def from_front(self, x: Tensor) -> Tensor:
-        """``[B, front, indices, rest] -> [B, indices, front, rest]``."""
+        """Return ``[B, front, indices, rest] -> [B, indices, front, rest]``."""
         return x.movedim(
             list(range(self.front + 1, self.front + self.rank + 1)), list(range(1, self.rank + 1))
         )
@@ -65,15 +65,15 @@ class IndexLayout:
 
 
 class Count(NamedTuple):
-    """How many elements each mask of an index selects; ``repeated``: it may also be one, for all
-    of them."""
+    """How many elements each mask of an index selects; with ``repeated`` also one for all of
+    them."""
 
     number: Any
     repeated: bool
 
 
 def one_sample(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]:
-    """Indices as one example has them, for their shapes."""
+    """Return the indices of one example, for their shapes."""
     return [
         i.new_empty(i.shape[1:]) if b and i is not None else i
         for i, b in zip(indices, batched, strict=True)
@@ -81,7 +81,8 @@ def one_sample(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]
 
 
 def widths(indices: Indices) -> list[Any]:
-    """Lengths, other than one, of the other indices where they meet the positions of a mask."""
+    """Return the lengths, other than one, of the other indices where they meet the positions of a
+    mask."""
     return [
         i.shape[-1]
         for i in indices
@@ -90,8 +91,8 @@ def widths(indices: Indices) -> list[Any]:
 
 
 def count_read(indices: Indices, shape: Sequence[Any]) -> Count | None:
-    """What the masks among the (unbatched) indices select if the result has this shape; ``None``
-    without a mask."""
+    """Count the elements that the masks among the (unbatched) indices select if the result has
+    this shape; ``None`` without a mask."""
     masks = sum(map(is_mask, indices))
     if not masks:
         return None
@@ -100,8 +101,8 @@ def count_read(indices: Indices, shape: Sequence[Any]) -> Count | None:
 
 
 def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count | None:
-    """What the masks among the (unbatched) indices of a tensor of ``rank`` select if values of
-    this shape are written there; ``None`` if one value is written to all."""
+    """Count the elements that the masks among the (unbatched) indices of a tensor of ``rank``
+    select if values of this shape are written there; ``None`` if one value is written to all."""
     if found := widths(indices):
         return Count(found[0], True)
     places = IndexLayout(indices, [False] * len(indices))
@@ -112,8 +113,8 @@ def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count |
 
 
 def at_most(indices: Indices, batched: Sequence[bool]) -> tuple[Count, Tensor]:
-    """For masks that select an unknown number of elements: how many these may be, and which of so
-    many positions are there, ``[count]`` or ``[B, count]``."""
+    """Return, for masks that select an unknown number of elements, the most that these may be, and
+    which of so many positions are there, ``[count]`` or ``[B, count]``."""
     masks = [(i, b) for i, b in zip(indices, batched, strict=True) if i is not None and is_mask(i)]
     count = max(prod(i.shape[b:]) for i, b in masks)
     selected = [
@@ -127,15 +128,15 @@ def at_most(indices: Indices, batched: Sequence[bool]) -> tuple[Count, Tensor]:
 
 
 def masks_numbered(indices: Indices, count: Count) -> list[Tensor | None]:
-    """The indices of the unbatched op, masks as vectors of positions."""
+    """Return the indices of the unbatched op, masks as vectors of positions."""
     return numbered_each(indices, [False] * len(indices), count)[0]
 
 
 def numbered_each(
     indices: Indices, batched: Sequence[bool], count: Count
 ) -> tuple[list[Tensor | None], list[bool]]:
-    """The indices and which are batched, masks as one vector of positions ``[count]``, or ``[B,
-    count]`` of each example, for each of their dimensions."""
+    """Return the indices and which are batched, masks as one vector of positions ``[count]``, or
+    ``[B, count]`` of each example, for each of their dimensions."""
     found: list[tuple[Tensor | None, bool]] = []
     for index, b in zip(indices, batched, strict=True):
         if index is None or not is_mask(index):
@@ -152,8 +153,8 @@ def numbered_each(
 
 
 def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) -> list[Tensor]:
-    """The columns ``[B, length]`` of ``nonzero_static`` for each example; ``exact``: each finds at
-    least ``length``."""
+    """Return the columns ``[B, length]`` of ``nonzero_static`` for each example; ``exact``: each
+    finds at least ``length``."""
     if not length or not x.numel():
         return [torch.full((x.shape[0], length), fill, device=x.device)] * (x.dim() - 1)
     found = x if x.dtype == torch.bool else x != 0
@@ -175,7 +176,7 @@ def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) ->
 
 
 def nonzero_each(x: Tensor, length: Any, fill: int = -1) -> Tensor:
-    """``nonzero_static`` for each example: ``[B, length, rank]``."""
+    """Return ``nonzero_static`` for each example: ``[B, length, rank]``."""
     columns = columns_each(x, length, fill)
     return (
         torch.stack(columns, 2)

@@ -23,7 +23,7 @@ from .table import jvp_of, linear, pointwise, times, total, vjp_of, vmap_of
 
 
 def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
-    """The overloads of ``packets`` that take and return tensors and write to none."""
+    """Yield the overloads of ``packets`` that take and return tensors and write to none."""
     for packet in packets:
         for name in packet.overloads():
             op = getattr(packet, name)
@@ -33,7 +33,7 @@ def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
 
 
 def is_low_precision(x: Tensor) -> bool:
-    """Whether a value has so few digits that the order of its products shows: there it is
+    """Return whether a value has so few digits that the order of its products shows: there it is
     PyTorch's."""
     return x.dtype in (torch.bfloat16, torch.float16)
 
@@ -161,8 +161,8 @@ pointwise(
 
 
 def log_slope(log: Any, floor: float) -> Any:
-    """``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and ``y`` not
-    above ``floor``."""
+    """Return ``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and
+    ``y`` not above ``floor``."""
 
     def formula(g: Tensor, out: Tensor, x: Tensor, y: Any) -> Tensor:
         if isinstance(y, Tensor):
@@ -201,7 +201,7 @@ pointwise(aten.atanh, lambda g, out, x: g / (1 - x * x))
 
 
 def over_square(y: Tensor, x: Tensor, which: Tensor) -> Tensor:
-    """``which / (x² + y²)``, zero at the origin."""
+    """Return ``which / (x² + y²)``, zero at the origin."""
     square = x * x + y * y
     return (which / square).masked_fill(square == 0, 0)
 
@@ -258,8 +258,8 @@ vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
 
 
 def copying(op: OpOverload) -> Any:
-    """The vmap rule of an op whose ``memory_format`` may fit only the unbatched rank: values
-    matter, strides do not."""
+    """Return the vmap rule of an op whose ``memory_format`` may fit only the unbatched rank:
+    values matter, strides do not."""
     batch, at = elementwise(op), [a.name for a in op._schema.arguments].index("memory_format")
 
     def rule(*args: Any, batched: tuple[bool, ...]) -> Tensor:

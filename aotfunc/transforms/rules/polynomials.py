@@ -24,7 +24,7 @@ H, HE = aten.special_hermite_polynomial_h, aten.special_hermite_polynomial_he
 
 
 def sum_below(x: Tensor, n: Any, step: int, term: Callable[[int], Tensor]) -> Tensor:
-    """The sum of the terms of the degrees ``n - 1``, ``n - 1 - step``, … down to 0."""
+    """Return the sum of the terms of the degrees ``n - 1``, ``n - 1 - step``, … down to 0."""
     if isinstance(n, Tensor):
         raise NotImplementedError(
             "its derivative is a sum over all lower degrees: give the degree as a number"
@@ -38,7 +38,7 @@ def second_kind(x: Tensor, n: Any) -> Tensor:
 
 
 def previous(n: Any) -> Any:
-    """The degree below."""
+    """Return the next lower degree."""
     if isinstance(n, Tensor):
         return (n.trunc() if n.is_floating_point() else n) - 1
     return int(n) - 1
@@ -57,7 +57,7 @@ SLOPES: list[tuple[OpOverloadPacket, Slope]] = [
 
 
 def shifted_polynomial(slope: Slope) -> Slope:
-    """Of the same polynomial in ``2 x - 1``."""
+    """Differentiate the same polynomial in ``2 x - 1``."""
     return lambda x, n: 2 * slope(2 * x - 1, n)
 
 

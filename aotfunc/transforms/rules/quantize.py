@@ -1,5 +1,5 @@
-"""Batching of fake quantisation (rounding to what an integer could say): per tensor it is
-elementwise, and where scales differ between samples each sample is a channel with its own."""
+"""Batch fake quantisation (rounding to the values of an integer type): per tensor it is
+elementwise; where scales differ between samples each sample is a channel with its own."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from .table import broadcast_shapes, jvp_of, nondiff, pointwise, vjp_of, vmap_of
 
 
 def shared(draw: Tensor, size: int) -> Tensor:
-    """One sample's draw, as a batch."""
+    """Return one sample's draw as a batch."""
     return draw.expand(size, *draw.shape)
 
 
 def as_batches(tensors: Any, batched: Any, size: int) -> list[Tensor]:
-    """The tensors as batches, ranks equal so that they broadcast sample by sample."""
+    """Return the tensors as batches, ranks equal so that they broadcast sample by sample."""
     rank = max(x.dim() - b for x, b in zip(tensors, batched, strict=True))
     return [align(expand_lead(x, b, size), rank) for x, b in zip(tensors, batched, strict=True)]
 
@@ -54,7 +54,7 @@ def of_size(op: OpOverload) -> Callable[..., Tensor]:
 
 
 def sized(*packets: Any) -> list[OpOverload]:
-    """The overloads that make a tensor of a ``size`` from numbers."""
+    """List the overloads that make a tensor of a ``size`` from numbers."""
     ops = [
         getattr(p, name)
         for p in packets
@@ -89,8 +89,8 @@ nondiff(aten.randperm, aten.randperm.generator, batch=permutations)
 
 
 def of_shape(op: OpOverload) -> Callable[..., Tensor]:
-    """The first tensor argument gives only shape and dtype; there may be a 0-dim bound that must
-    not be batched."""
+    """Batch a draw whose first tensor argument gives only shape and dtype; a 0-dim bound must not
+    be batched."""
     names = [a.name for a in op._schema.arguments]
     where = tensor_args(op)
 
@@ -131,7 +131,7 @@ nondiff(
 
 
 def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
-    """The tensor arguments are the parameters, and broadcast."""
+    """Batch draws whose tensor arguments are their parameters, and broadcast."""
     where = tensor_args(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int, randomness: str) -> Tensor:
@@ -177,7 +177,8 @@ def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness:
 
 
 def drawn_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the uniform numbers that ``bernoulli`` compares with probabilities of ``dtype``."""
+    """Return the dtype of the uniform numbers that ``bernoulli`` compares with probabilities of
+    ``dtype``."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -196,7 +197,7 @@ def _(
 def normal(
     mean: Any, std: Any, generator: Any, batched: list[bool], size: int, randomness: str
 ) -> Tensor:
-    """``mean + std * noise``, as the op itself computes it."""
+    """Return ``mean + std * noise``, as the op itself computes it."""
     tensors = [v for v in (mean, std) if isinstance(v, Tensor)]
     values = iter(as_batches(tensors, batched, size))
     mean, std = (next(values) if isinstance(v, Tensor) else v for v in (mean, std))

@@ -22,15 +22,15 @@ from .table import jvp_of, linear, nondiff, vjp_of, vmap_of
 
 
 def dims_of(x: Tensor, dim: Any) -> tuple[int, ...]:
-    """The dimensions that ``dim`` names, not negative: an int, a list, or ``None`` or ``[]`` for
-    all."""
+    """Return the dimensions that ``dim`` names, not negative: an int, a list, or ``None`` or
+    ``[]`` for all."""
     if isinstance(dim, int):
         dim = [dim]
     return tuple(d % x.dim() for d in dim) if dim and x.dim() else tuple(range(x.dim()))
 
 
 def unreduced(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    """``g`` with the reduced dimensions of ``x`` put back as 1."""
+    """Return ``g`` with the reduced dimensions of ``x`` put back as 1."""
     if keepdim or x.dim() == 0:
         return g
     dims = dims_of(x, dim)
@@ -40,13 +40,13 @@ def unreduced(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> T
 
 
 def count(x: Tensor, dim: Any) -> Any:
-    """How many elements each output is made of."""
+    """Return how many elements each output is made of."""
     return math.prod(x.shape[d] for d in dims_of(x, dim))
 
 
 def per_sample(op: Any) -> Callable[..., Any]:
-    """The vmap rule of a reduction of everything, from ``op(x, dims, *rest)`` that reduces some
-    dimensions."""
+    """Return the vmap rule of a reduction of everything, from ``op(x, dims, *rest)`` that reduces
+    some dimensions."""
 
     def batch(x: Tensor, *rest: Any) -> Any:
         x = x.unsqueeze(1) if x.dim() == 1 else x
@@ -56,12 +56,13 @@ def per_sample(op: Any) -> Callable[..., Any]:
 
 
 def as_vectors(x: Tensor) -> Tensor:
-    """A batch of tensors as a batch of vectors."""
+    """Return a batch of tensors as a batch of vectors."""
     return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
 
 def with_dtype(op: Any) -> Callable[..., Any]:
-    """``op`` with its keyword-only ``dtype`` given by position, without keeping dimensions."""
+    """Return ``op`` with its keyword-only ``dtype`` given by position, without keeping
+    dimensions."""
     return lambda x, dims, dtype=None: op(x, dims, dtype=dtype)
 
 
@@ -238,12 +239,12 @@ def _(x: Tensor, y: Tensor, p: Any) -> Tensor:
 
 
 def share(g: Tensor, mask: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``g`` in equal parts to the places that ``mask`` marks."""
+    """Divide ``g`` equally among the places that ``mask`` marks."""
     return g / mask.sum(dims, keepdim=True) * mask
 
 
 def equals(x: Tensor, out: Tensor) -> Tensor:
-    """Where ``x`` is ``out``; if that is NaN, where ``x`` is NaN."""
+    """Return where ``x`` is ``out``; if that is NaN, where ``x`` is NaN."""
     return (x == out) | ((x != x) & (out != out))
 
 
@@ -311,13 +312,13 @@ def _(x: Tensor, dim: int | None, keepdim: bool) -> tuple[Tensor, Tensor]:
 
 
 def selection(op: OpOverload) -> None:
-    """The rules of an op ``(x, …, dim, …) -> (values, indices)`` with ``values = x.gather(dim,
-    indices)``."""
+    """State the rules of an op ``(x, …, dim, …) -> (values, indices)`` with ``values =
+    x.gather(dim, indices)``."""
     names = [a.name for a in op._schema.arguments]
     dim_at, keepdim_at = names.index("dim"), names.index("keepdim") if "keepdim" in names else None
 
     def place(args: Any) -> tuple[int, bool]:
-        """The dimension, and whether the outputs lack it."""
+        """Return the dimension, and whether the outputs lack it."""
         return args[dim_at], keepdim_at is not None and not args[keepdim_at] and args[0].dim() > 0
 
     def vjp(g: Any, outs: Any, *args: Any) -> list[Tensor]:
@@ -383,7 +384,7 @@ def count_nonzero(x: Tensor, dim: int | None) -> Tensor:
 
 
 def arg_extreme(op: OpOverload) -> Callable[..., Tensor]:
-    """The vmap rule of argmax: without a dimension, the index into the flattened sample."""
+    """Return the vmap rule of argmax: without a dimension, the index into the flattened sample."""
 
     def batch(x: Tensor, dim: int | None, keepdim: bool) -> Tensor:
         if dim is not None:

@@ -43,13 +43,13 @@ FEW = 10
 
 
 def moved_along(x: Tensor, step: int, fill: float) -> Tensor:
-    """``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such
+    """Return ``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such
     element."""
     return aten.constant_pad_nd(x, [step, -step], fill)
 
 
 def products_before(x: Tensor) -> Tensor:
-    """The product of the elements before each one along the last dimension."""
+    """Return the product of the elements before each one along the last dimension."""
     return moved_along(x, 1, 1).cumprod(-1)
 
 
@@ -78,8 +78,8 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, keepdim: bool) -> list[Tensor
 
 
 def prod_of_others(x: Tensor) -> Tensor:
-    """The product of all other elements along the last dimension: right for zeros, unlike ``out /
-    x``."""
+    """Return the product of all other elements along the last dimension: right for zeros, unlike
+    ``out / x``."""
     if x.shape[-1] == 0:
         return x
     if x.dim() == 1 and len(x) <= FEW:
@@ -88,8 +88,8 @@ def prod_of_others(x: Tensor) -> Tensor:
 
 
 def one_by_one(factors: tuple[Tensor, ...]) -> Tensor:
-    """The same of a few numbers, each as a product of two: their derivatives are products of
-    numbers again, and equal ones are computed once; those of a scan are scans, and grow
+    """Return the same of a few numbers, each as a product of two: their derivatives are products
+    of numbers again, and equal ones are computed once; those of a scan are scans, and grow
     tenfold."""
     one = torch.ones_like(factors[0])
     before = [one, *itertools.accumulate(factors[:-1], torch.mul)]
@@ -116,9 +116,9 @@ linear(
 
 
 def exponentials(x: Tensor, out: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """``exp(x[k] - out[k])`` and the factors ``exp(out[k] - out[k + 1])`` (``step`` -1) or
-    ``exp(out[k - 1] - out[k])`` (1). None overflows, as ``out`` does not decrease; zero
-    where there is no mass yet (``out`` is -inf)."""
+    """Return ``exp(x[k] - out[k])`` and the factors ``exp(out[k] - out[k + 1])`` (``step`` -1) or
+    ``exp(out[k - 1] - out[k])`` (1). None overflows, as ``out`` does not decrease; zero where
+    there is no mass yet (``out`` is -inf)."""
     empty = torch.real(out) == -math.inf
     other = moved_along(out, step, math.inf if step < 0 else -math.inf)
     decay = out - other if step < 0 else other - out
@@ -127,7 +127,7 @@ def exponentials(x: Tensor, out: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 @vjp_of(aten.logcumsumexp, aten._logcumsumexp)
 def _(g: Tensor, out: Tensor, x: Tensor, dim: int) -> list[Tensor]:
-    """Weights ``exp(x[k] - out[j])``, as products."""
+    """Return the weights ``exp(x[k] - out[j])``, as products."""
     if x.dim() == 0 or x.numel() == 0:
         return [g]
     x, g, out = x.transpose(dim, -1), g.transpose(dim, -1), out.transpose(dim, -1)

@@ -18,8 +18,8 @@ from .table import conj, jvp_of, linear, refuse_sparse, times, vjp_of, vmap_of
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
-    """``x`` filled up with zeros at the far ends to ``shape``: what an op does not read has no
-    gradient."""
+    """Fill ``x`` up with zeros at the far ends to ``shape``: elements that an op does not read
+    have no gradient."""
     if x.shape == torch.Size(shape):
         return x
     return torch.nn.functional.pad(
@@ -31,8 +31,8 @@ def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
 
 
 def indexed_along(op: Any) -> Formula:
-    """The vmap rule of ``op(self, dim, index, ...)`` whose tensors all have one rank (a number
-    counts as a vector)."""
+    """Return the vmap rule of ``op(self, dim, index, ...)`` whose tensors all have one rank (a
+    number counts as a vector)."""
     op = overload(op)
     schema = [a.name for a in op._schema.arguments]
     tensors_at = [schema.index(name) for name in ("self", "index", "src") if name in schema]
@@ -113,7 +113,8 @@ def scatter_reduce_back(
     reduce: str,
     include_self: bool = True,
 ) -> tuple[Tensor, None, Tensor]:
-    """The cotangents of ``scatter_reduce``; the other reducing writes are special cases of it."""
+    """Return the cotangents of ``scatter_reduce``; the other reducing writes are special cases of
+    it."""
 
     def reduced(by: str, x: Tensor, src: Tensor) -> Tensor:
         return x.scatter_reduce(dim, index, src, by, include_self=include_self)
@@ -165,8 +166,8 @@ for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.redu
 
 
 def every_position(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:
-    """Positions ``[n]`` along ``dim``, or ``[B, n]`` of each example, for every element of a
-    tensor of ``shape``."""
+    """Return positions ``[n]`` along ``dim``, or ``[B, n]`` of each example, for every element of
+    a tensor of ``shape``."""
     ones = [1] * len(shape)
     ones[dim] = shape[dim]
     if index.dim() == 2:
@@ -196,13 +197,14 @@ def batch_index_select(
 
 
 def select_for(g: Tensor, source: Tensor, dim: int, index: Tensor) -> Tensor:
-    """What an op wrote from ``source`` (perhaps a number) to the positions ``index`` of ``g``."""
+    """Return the values that an op wrote from ``source`` (perhaps a number) to the positions
+    ``index`` of ``g``."""
     return g.index_select(dim, index).reshape(source.shape)
 
 
 def write_rule(op: Any, scatter: Any) -> Formula:
-    """The vmap rule of ``op(self, dim, index, source, ...)``; ``scatter``, called alike, takes an
-    index per element."""
+    """Return the vmap rule of ``op(self, dim, index, source, ...)``; ``scatter``, called alike,
+    takes an index per element."""
     op = overload(op)
 
     def batch(

@@ -1,5 +1,5 @@
-"""What a rule asks of an op's schema: its overloads, its tensor arguments, and a call with all
-arguments in order."""
+"""Questions to an op's schema: its overloads, its tensor arguments, and a call with all arguments
+in order."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Formula = Callable[..., Any]
 
 
 def overload(op: OpOverload | OpOverloadPacket) -> OpOverload:
-    """The overload that ``op`` names: itself, or a packet's ``default``."""
+    """Return the overload that ``op`` names: itself, or a packet's ``default``."""
     return op.default if isinstance(op, OpOverloadPacket) else op
 
 
 @cache
 def tensor_args(op: OpOverload) -> tuple[int, ...]:
-    """Positions of the tensor arguments (``Tensor``, ``Tensor?``, ``Tensor[]``, ``Tensor?[]``) in
-    the schema."""
+    """Return positions of the tensor arguments (``Tensor``, ``Tensor?``, ``Tensor[]``,
+    ``Tensor?[]``) in the schema."""
     kinds = ("Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]")
     return tuple(i for i, a in enumerate(op._schema.arguments) if str(a.type) in kinds)
 
 
 def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """All arguments of the schema in order, keyword-only ones too, defaults filled in."""
+    """Return all arguments of the schema in order, keyword-only ones too, defaults filled in."""
     schema = op._schema.arguments
     full = list(args)
     for a in schema[len(args) :]:
@@ -45,7 +45,7 @@ def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
 
 
 def overloads_named(*names: str) -> Any:
-    """Overloads by name, those that this build of torch has."""
+    """List the overloads of these names that this build of torch has."""
     found = []
     for name in names:
         packet, _, which = name.partition(".")

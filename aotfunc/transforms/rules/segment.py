@@ -15,8 +15,8 @@ from .table import decompose_as, vmap_of
 
 
 def contiguous_batch(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:
-    """A batch that is contiguous to the last stride: the kernels step by those of dimensions of
-    size 1 too."""
+    """Make a batch contiguous to the last stride: the kernels step by those of dimensions of size
+    1 too."""
     if x is None:
         return None
     x = with_batch(x, carries, size)
@@ -67,7 +67,7 @@ def _(
     return aten._segment_reduce_backward(g, out, data, reduce, axis=axis + 1, **how)
 
 
-#: what a reduction is called by ``scatter_reduce``, and what changes nothing in it
+#: the name of each reduction for ``scatter_reduce``, and its neutral value
 AS_SCATTER = {
     "sum": ("sum", 0),
     "prod": ("prod", 1),
@@ -77,8 +77,8 @@ AS_SCATTER = {
 
 
 def segment_gradient(g, out, data, reduce, lengths=None, offsets=None, axis=0, initial=None):
-    """The gradient of ``segment_reduce``: each element is one that is written to the place of its
-    segment; those after the last segment are in none."""
+    """Return the gradient of ``segment_reduce``: each element is one that is written to the place
+    of its segment; those after the last segment are in none."""
     count = offsets.diff(dim=axis) if lengths is None else lengths
     ends = count.cumsum(axis)
     positions = torch.arange(data.shape[axis], device=data.device).expand(*ends.shape[:-1], -1)

@@ -21,7 +21,7 @@ from .table import jvp_of, linear, nondiff, vmap_of
 
 
 def known_size(size: Sequence[Any], numel: Any) -> list[Any]:
-    """``size`` with its -1 worked out."""
+    """Return ``size`` with its -1 worked out."""
     rest = prod(s for s in size if not (isinstance(s, int) and s == -1))
     return [numel // rest if isinstance(s, int) and s == -1 else s for s in size]
 

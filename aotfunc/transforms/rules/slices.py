@@ -19,7 +19,7 @@ from .table import linear
 
 
 def of_input(op: Any, *names: str) -> Formula:
-    """The vmap rule of a transpose that takes ``input_sizes`` of the primal and ``names``,
+    """Return the vmap rule of a transpose that takes ``input_sizes`` of the primal and ``names``,
     dimensions of the primal."""
     op = overload(op)
     schema = [a.name for a in op._schema.arguments]
@@ -122,8 +122,8 @@ linear(aten.triu, lambda g, x, k: g.triu(k), batch=aten.triu.default)
 
 
 def scatter_lines(op: Any, view: Any, *dims: str) -> None:
-    """``op(self, src, *where)``: ``self`` with its part ``view(self, *where)`` replaced by
-    ``src``."""
+    """State the rules of ``op(self, src, *where)``: ``self`` with its part ``view(self, *where)``
+    replaced by ``src``."""
     op = overload(op)
 
     def batch(
@@ -155,8 +155,8 @@ scatter_lines(aten.diagonal_scatter, aten.diagonal, "dim1", "dim2")
 def cells(
     x: Tensor, layout: tuple[Sequence[Any], Sequence[Any], Any], to: tuple[Any, Any, Any]
 ) -> Tensor:
-    """For each element of ``x.as_strided(*to)``, its number among the elements of ``x`` (of this
-    shape, stride and offset)."""
+    """Return, for each element of ``x.as_strided(*to)``, its number among the elements of ``x``
+    (of this shape, stride and offset)."""
     shape, stride, start = layout
     size, strides, offset = to
     offset = 0 if offset is None else offset - start

@@ -26,8 +26,8 @@ TERMS = 8  # of a series: enough for its sixth derivative in float64, where |x| 
 def near_zero(
     x: Tensor, term: Callable[[int], float], away: Callable[[Tensor], Tensor], times: Any = 1
 ) -> Tensor:
-    """``away(x)``, which divides by its argument; near zero, where digits cancel, more with each
-    derivative, the power series ``times * sum(term(k) * x**(2 * k))``."""
+    """Return ``away(x)``, which divides by its argument; near zero, where digits cancel, more with
+    each derivative, the power series ``times * sum(term(k) * x**(2 * k))``."""
     near = x.abs() < NEAR
     y = x.masked_fill(~near, 0)
     square, series = y * y, term(TERMS - 1)
@@ -118,18 +118,18 @@ pointwise(aten.special_zeta.self_scalar, zeta_in_y)
 
 
 def i1_slope(k: int) -> float:
-    """The coefficient of ``x**(2k)`` in the derivative of the Bessel function I1, see DLMF
+    """Return the coefficient of ``x**(2k)`` in the derivative of the Bessel function I1, see DLMF
     10.25.2."""
     return (2 * k + 1) / (2 ** (2 * k + 1) * math.factorial(k) * math.factorial(k + 1))
 
 
 def j1_slope(k: int) -> float:
-    """The same of J1, see DLMF 10.2.2."""
+    """Return the same of J1, see DLMF 10.2.2."""
     return (-1) ** k * i1_slope(k)
 
 
 def sphere_slope(k: int) -> float:
-    """The coefficient of ``x**(2k + 1)`` in the derivative of sin(x) / x."""
+    """Return the coefficient of ``x**(2k + 1)`` in the derivative of sin(x) / x."""
     return (-1) ** (k + 1) * (2 * k + 2) / math.factorial(2 * k + 3)
 
 

@@ -1,4 +1,4 @@
-"""What is known about each op: one OpRules per overload, stated with a few verbs.
+"""The rules of each op: one OpRules per overload, stated with a few verbs.
 
 A rule is plain tensor code. It is written once, called by the walkers while they trace it into a
 fragment, and may as well be called in a Python shell. Conventions, the same for every verb:
@@ -45,8 +45,7 @@ from .schema import Formula, aten, call_op, overload, tensor_args
 
 @dataclass
 class OpRules:
-    """How one op behaves under each transform; ``None`` where nothing is written and the fallback
-    decides."""
+    """The rules of one op under each transform; ``None`` where the fallback decides."""
 
     vjp: Formula | None = None
     jvp: Formula | None = None
@@ -72,12 +71,12 @@ _EMPTY = OpRules()
 
 
 def entry_for(op: Any) -> OpRules:
-    """The table's entry for ``op``, to be read; an empty one where there is none."""
+    """Return the table's entry for ``op``, to be read; an empty one where there is none."""
     return RULES.get(op, _EMPTY)
 
 
 def writable_entry(op: OpOverload | OpOverloadPacket) -> OpRules:
-    """The table's entry for ``op``, to be written; made empty if there is none yet."""
+    """Return the table's entry for ``op``, to be written; made empty if there is none yet."""
     return RULES.setdefault(overload(op), OpRules())
 
 
@@ -85,9 +84,9 @@ EXTRAS = ("needs", "batched", "size", "randomness", "shape", "sample")
 
 
 def parameters(f: Formula) -> tuple[int, tuple[str, ...], bool]:
-    """How many positional parameters ``f`` has, its keyword-only ones, and whether it takes any
-    number of positional ones, as an op does. Read off the code: signatures of two thousand rules
-    would take half the time of the import."""
+    """Return how many positional parameters ``f`` has, its keyword-only ones, and whether it takes
+    any number of positional ones, as an op does. Read off the code: signatures of two thousand
+    rules would take half the time of the import."""
     code = getattr(f, "__code__", None)
     if code is None:
         return 0, (), True
@@ -100,8 +99,8 @@ def parameters(f: Formula) -> tuple[int, tuple[str, ...], bool]:
 
 
 def adapt(rule: Formula, leading: int) -> Formula:
-    """Wrap ``rule`` so that it may be called with every argument and every extra; it is given what
-    it names.
+    """Wrap ``rule`` so that it may be called with every argument and every extra; it gets those
+    that it names.
 
     ``leading`` is the number of parameters before the op's own arguments.
     """
@@ -124,7 +123,7 @@ def adapt(rule: Formula, leading: int) -> Formula:
 def stating(
     transform: str, ops: Sequence[OpOverload | OpOverloadPacket], leading: int, **fields: Any
 ) -> Callable[[Formula], Formula]:
-    """Decorator: this function is the rule of ``ops`` under this transform."""
+    """Make a decorator: the function is the rule of ``ops`` under this transform."""
 
     def register(rule: Formula) -> Formula:
         for op in ops:
@@ -137,7 +136,8 @@ def stating(
 def vjp_of(
     *ops: OpOverload | OpOverloadPacket, diff_outputs: tuple[int, ...] | None = None
 ) -> Callable[[Formula], Formula]:
-    """Decorator: this function is the reverse rule ``(g, out, *args) -> cotangents`` of ``ops``.
+    """Make a decorator: the function is the reverse rule ``(g, out, *args) -> cotangents`` of
+    ``ops``.
 
     ``diff_outputs`` lists the outputs that carry a derivative, where it is not all floating ones.
     """
@@ -145,7 +145,7 @@ def vjp_of(
 
 
 def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
-    """Decorator: this function is the forward rule ``(tangents, out, *args) -> tangents`` of
+    """Make a decorator: the function is the forward rule ``(tangents, out, *args) -> tangents`` of
     ``ops``.
 
     ``tangents`` is a tuple, one entry per tensor argument. Without a forward rule the reverse rule
@@ -154,13 +154,14 @@ def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
 
 
 def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
-    """Decorator: this function is the batching rule ``(*args) -> outputs``, batch at dimension 0,
-    of ``ops``."""
+    """Make a decorator: the function is the batching rule ``(*args) -> outputs``, batch at
+    dimension 0, of ``ops``."""
     return stating("vmap", ops, 0)
 
 
 def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> None:
-    """``op`` acts on each element: a diagonal Jacobian, holomorphic where complex.
+    """State that ``op`` acts on each element: its Jacobian is diagonal, and holomorphic where
+    complex.
 
     One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``:
     the cotangent from the output's cotangent and, the same thing, the output's tangent from the
@@ -200,7 +201,7 @@ def linear(
     batch: Formula | None = None,
     jointly: bool = False,
 ) -> None:
-    """``op`` is linear in each listed tensor argument (``None``: in that one it has no
+    """State that ``op`` is linear in each listed tensor argument (``None``: in that one it has no
     derivative).
 
     One transpose ``(g, *args)`` per tensor argument, written for the conjugate already where it
@@ -254,8 +255,8 @@ def nondiff(
     batch: Callable[[OpOverload], Formula] | None = None,
     zero: bool = False,
 ) -> None:
-    """``ops`` have no derivative: integer-valued, comparisons, factories; or it is ``zero``, as
-    that of a draw by its parameters. ``batch(op)`` makes the vmap rule."""
+    """State that ``ops`` have no derivative: integer-valued, comparisons, factories; or that it is
+    ``zero``, as that of a draw by its parameters. ``batch(op)`` makes the vmap rule."""
     for op in ops:
         entry = writable_entry(op)
         entry.nondiff, entry.zero = True, zero
@@ -264,22 +265,22 @@ def nondiff(
 
 
 def zeros(g: Tensor, *_: Any) -> Tensor:
-    """The formula of a derivative that is zero: no value of ``g`` counts, but where that is not
-    there nothing is."""
+    """Return the formula of a derivative that is zero: no value of ``g`` counts, but where that is
+    not there nothing is."""
     return aten.zero.default(g).detach()
 
 
 def flat(*ops: OpOverload | OpOverloadPacket, by: tuple[int, ...] = (1,)) -> None:
-    """``ops`` are piecewise constant in the arguments at the positions ``by``. Their rules have no
-    derivative there, which keeps graphs short; autograd has zeros, and fills ``.grad`` with them.
-    """
+    """State that ``ops`` are piecewise constant in the arguments at the positions ``by``. Their
+    rules have no derivative there, which keeps graphs short; autograd has zeros, and fills
+    ``.grad`` with them."""
     for op in ops:
         writable_entry(op).flat = by
 
 
 def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
-    """Where there is neither a rule nor a formula of PyTorch's, ``op`` is transformed as what
-    ``body(*args)`` does."""
+    """Let ``op`` be transformed as ``body(*args)``, where there is neither a rule nor a formula of
+    PyTorch's."""
     DECOMPOSITIONS[overload(op)] = body
 
 
@@ -287,12 +288,12 @@ def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
 
 
 def present(t: Any) -> bool:
-    """Whether a tangent is there: not ``None`` and not a list of nothing but ``None``."""
+    """Return whether a tangent is there: not ``None`` and not a list of nothing but ``None``."""
     return any(x is not None for x in t) if isinstance(t, list | tuple) else t is not None
 
 
 def total(*terms: Any) -> Any:
-    """The sum of the terms that are there; ``None`` where none is."""
+    """Return the sum of the terms that are there; ``None`` where none is."""
     result = None
     for term in terms:
         if term is not None:
@@ -301,26 +302,26 @@ def total(*terms: Any) -> Any:
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """The shape that these broadcast to, which they do. (``torch.broadcast_shapes`` imports
+    """Return the shape that these, which fit, broadcast to. (``torch.broadcast_shapes`` imports
     sympy.)"""
     sizes = zip_longest(*map(reversed, shapes), fillvalue=1)
     return torch.Size([next((n for n in along if n != 1), 1) for along in sizes][::-1])
 
 
 def times(x: Tensor, by: Any) -> Tensor:
-    """``x * by`` without the multiplication by one."""
+    """Return ``x * by`` without the multiplication by one."""
     return x if not isinstance(by, Tensor) and by == 1 else x * by
 
 
 def conj(x: Any) -> Any:
-    """The conjugate of a tensor or a number, and ``x`` itself if that is real."""
+    """Return the conjugate of a tensor or a number, and ``x`` itself if that is real."""
     if isinstance(x, Tensor):
         return x.conj() if x.is_complex() else x
     return x.conjugate() if isinstance(x, complex) else x
 
 
 def refuse_sparse(sparse: bool) -> None:
-    """Refuse what eager has a sparse gradient of: graphs hold dense tensors."""
+    """Refuse an op that has a sparse gradient in eager: graphs hold dense tensors."""
     if sparse:
         raise NotImplementedError(
             "its gradient would be sparse, and programs compute dense ones; say sparse=False"

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def outer_product(x: Tensor, y: Tensor) -> Any:
-    """A product of matrices that sums nothing."""
+    """Multiply matrices whose product sums nothing."""
     if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
         return NotImplemented
     return (x * y).contiguous()
@@ -27,12 +27,13 @@ FLOATS = (torch.float32, torch.float64)
 
 
 def of_floats(body: Callable) -> Callable:
-    """A body for tensors of float32 or of float64 that are not empty."""
+    """Wrap a body for tensors of float32 or of float64 that are not empty."""
     return lambda *args, **options: body(*args, **options) if can_open(args) else NotImplemented
 
 
 def of_any_floats(body: Callable) -> Callable:
-    """Likewise, or of bfloat16 or float16, or these beside float32."""
+    """Return whether the arguments fit as in :func:`of_floats`, bfloat16 or float16 included,
+    alone or beside float32."""
     return lambda *args, **options: (
         body(*args, **options) if can_open(args, ROUNDED) else NotImplemented
     )
@@ -49,8 +50,8 @@ def can_open(args: Sequence, more: Container[torch.dtype] = ()) -> bool:
     )
 
 
-#: op -> what it is then. PyTorch's own softmax, group norm, and batch norm with running statistics
-#: of bfloat16 and float16 are faster than kernels of these
+#: op -> its body. PyTorch's own softmax, group norm, and batch norm with running statistics are
+#: faster than kernels of bfloat16 and float16
 OPENED: dict[Any, Callable] = {
     aten.mm.default: outer_product,
     aten.bmm.default: outer_product,

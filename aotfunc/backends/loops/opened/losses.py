@@ -11,7 +11,7 @@ from ..classes import class_of
 
 
 def by_reduction(x: Tensor, reduction: int) -> Tensor:
-    """By a loss's number: nothing, the mean, the sum."""
+    """Reduce by a loss's number: not at all, to the mean, or to the sum."""
     return (x, x.mean(), x.sum())[reduction] if reduction else x
 
 

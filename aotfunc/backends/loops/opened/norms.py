@@ -78,13 +78,13 @@ def std(x: Tensor, dim: Any = None, **options: Any) -> Any:
 
 
 def channels(x: Tensor) -> tuple[list[int], tuple[int, ...]]:
-    """The dimensions that batch norm sums over, and the shape of one value per channel."""
+    """Return the dimensions that batch norm sums over, and the shape of one value per channel."""
     rest = range(2, x.dim())
     return [0, *rest], (1, -1, *[1 for _ in rest])
 
 
 def as_floats(x: Tensor) -> Tensor:
-    """What is computed with: bfloat16 and float16 as floats."""
+    """Convert bfloat16 and float16 to float32 to compute with."""
     return x.float() if x.dtype in ROUNDED else x
 
 
@@ -228,7 +228,7 @@ def group_norm_backward(
     groups: int,
     wanted: Sequence[bool],
 ) -> Any:
-    """Sums over each channel of each element of the batch first: all else is made of them."""
+    """Compute sums over each channel of each element of the batch; the rest is made of them."""
     if not (x.is_contiguous() and g.is_contiguous()):
         return NotImplemented
     shape = (n, groups, c // groups, size)

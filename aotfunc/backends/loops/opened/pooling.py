@@ -17,7 +17,8 @@ def max_pool(
     dilation: Sequence[int] = (1, 1),
     ceil_mode: bool = False,
 ) -> Any:
-    """The greatest of each window of few elements, NaN before all, and where it is."""
+    """Return the greatest of each window of few elements, NaN before all others, and its
+    position."""
     (kh, kw), (sh, sw) = pair(size), pair(stride or size)
     if pair(padding) != (0, 0) or pair(dilation) != (1, 1) or ceil_mode or kh * kw > 9:
         return NotImplemented
@@ -40,7 +41,7 @@ def pair(n: Sequence[int]) -> tuple[int, int]:
 
 
 def slices(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> list[tuple]:
-    """For each place in a window those of all windows."""
+    """List, for each place in a window, that element of all windows."""
     (h, w), (kh, kw), (sh, sw) = x.shape[-2:], size, stride
     return [
         (..., slice(i, h - kh + i + 1, sh), slice(j, w - kw + j + 1, sw))
@@ -58,8 +59,8 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Any:
-    """The sum of each window of few elements, divided by their number. PyTorch's own is as fast
-    for large ones that are several steps apart."""
+    """Return the sum of each window of few elements, divided by their number. PyTorch's own is as
+    fast for large ones that are several steps apart."""
     (kh, kw), (sh, sw) = pair(size), pair(stride or size)
     most = 9 if sw == 1 else 4
     if pair(padding) != (0, 0) or ceil_mode or kh * kw > most or not in_rows(x):
@@ -85,7 +86,7 @@ def avg_pool_backward(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Any:
-    """Of windows beside each other."""
+    """Compute the gradient of windows that lie beside each other."""
     kh, kw = pair(size)
     if pair(padding) != (0, 0) or ceil_mode or pair(stride or size) != (kh, kw):
         return NotImplemented
@@ -100,7 +101,7 @@ def avg_pool_backward(
 
 
 def adaptive(x: Tensor, size: Sequence[int]) -> Any:
-    """As average pooling where windows are of one size."""
+    """Compute as average pooling if windows are of one size."""
     window = window_size(x, size)
     return NotImplemented if window is None else avg_pool(x, window)
 
