@@ -33,39 +33,39 @@ from .errors import GraphError
 
 @runtime_checkable
 class Target(Protocol):
-    """What a node calls that is no op: it has programs of its own, and each pass asks it for its
-    part."""
+    """The target of a node that is no op: it has programs of its own, and each pass asks it for
+    its part."""
 
     __name__: str
 
     @property
     def dissolved_with(self) -> str | None:
-        """The kind that ``lowered`` dissolves it with: "calls", "customs", "bodies" for what stays
-        a node with other bodies, or None for what stays as it is."""
+        """Return the kind that ``lowered`` dissolves it with: "calls", "customs", "bodies" for a
+        node that stays with other bodies, or None for one that stays as it is."""
 
     def __call__(self, *tensors: Any) -> Sequence[Any]:
-        """Run it: its flat results."""
+        """Run it and return its flat results."""
 
     def inline(self, b: Any, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
-        """Its results as nodes of the builder ``b``, for ``args``; ``inner`` lowers the programs
-        in it."""
+        """Return its results as nodes of the builder ``b``, for ``args``; ``inner`` lowers the
+        programs in it."""
 
     def pull(
         self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: ``(arguments, their cotangents)`` of the node ``n`` for the cotangents
-        ``g`` of its results; ``again`` is the node whose values may be read."""
+        """Reverse mode: return ``(arguments, their cotangents)`` of the node ``n`` for the
+        cotangents ``g`` of its results; values may be read from the node ``again``."""
 
     def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: the tangents of the results of ``n``, which has become ``new``."""
+        """Forward mode: return the tangents of the results of ``n``, which has become ``new``."""
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batching: ``(results, which of them are batched)`` of ``n`` for the new arguments in
-        ``walk.env``."""
+        """Batching: return ``(results, which of them are batched)`` of ``n`` for the new arguments
+        in ``walk.env``."""
 
 
 class Program:
-    """A functional graph with what is needed to call it.
+    """A functional graph with the facts needed to call it.
 
     The graph's placeholders are ``n_inputs`` inputs followed by closed-over tensors; its flat
     outputs are ``n_outputs`` results (nodes or literals) followed by the new value of each

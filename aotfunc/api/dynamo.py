@@ -135,8 +135,8 @@ def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
     if not isinstance(graph, GraphModule):  # Dynamo did not read it
         return lambda plain, args, kwargs: plain(*args, **kwargs)
     if "aotfunc" not in graph.meta:
-        graph.meta["aotfunc"] = Body(graph)
-    body: Body = graph.meta["aotfunc"]
+        graph.meta["aotfunc"] = SubgraphBody(graph)
+    body: SubgraphBody = graph.meta["aotfunc"]
 
     def call(*operands: Any) -> tuple:
         operands = tuple(map(of_one_size, operands))
@@ -159,7 +159,7 @@ def of_one_size(x: Any) -> Any:
     return x
 
 
-class Body:
+class SubgraphBody:
     """``f`` as a function of the tensors that enter, and then of all that the subgraph takes, to
     ``(outs, aux)``."""
 

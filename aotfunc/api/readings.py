@@ -38,7 +38,7 @@ def paired(template: Any, tree: Any, prefix: bool = False) -> list:
     return [tree]
 
 
-def tensors(leaves: list) -> list[Tensor]:
+def result_tensors(leaves: list) -> list[Tensor]:
     """Return the tensors among the leaves of a result. Other values must be plain."""
     for x in leaves:
         if not isinstance(x, Tensor | int | float | str | None):
@@ -77,7 +77,7 @@ def batched(
         samples.append(x if d is None else entered[-1])
     result = func(*tree_unflatten(samples, spec), **kwargs)
     leaves, spec = tree_flatten(result)
-    outs, where = tensors(leaves), paired(result, out_dims, True)
+    outs, where = result_tensors(leaves), paired(result, out_dims, True)
     to = [d for x, d in zip(leaves, where, strict=True) if isinstance(x, Tensor)]
     if not all(isinstance(x, Tensor) or d is None for x, d in zip(leaves, where, strict=True)):
         raise ArgumentError(
@@ -124,7 +124,7 @@ class StandInCall:
 
     def results(self, examples: list, more: list, *options: Any) -> tuple[list, tuple]:
         """Return stand-ins for ``examples``, and the auxiliary result if there is one."""
-        aux = tensors(self.aux)
+        aux = result_tensors(self.aux)
         values = leave([*examples, *aux], self.given, more, self.entered, self.outs, aux, options)
         count = len(examples)
         if not self.has_aux:

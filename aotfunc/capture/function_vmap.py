@@ -111,13 +111,17 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     for t, (x, d), was in zip(mine, batch, before, strict=True):
         if version(x) != was:
             with torch.no_grad():
-                t.copy_(x if d is None else row(trace, x, 0, sample))
+                t.copy_(x if d is None else part_of_sample(trace, x, 0, sample))
             known[id(x)] = t
 
     def value(x: Any, dim: int | None) -> Any:
         if id(x) in known:
             return known[id(x)]
-        return row(trace, x, dim, sample) if isinstance(x, Tensor) and dim is not None else x
+        return (
+            part_of_sample(trace, x, dim, sample)
+            if isinstance(x, Tensor) and dim is not None
+            else x
+        )
 
     return tree_unflatten([value(x, d) for x, d in zip(leaves, out_dims, strict=True)], spec)
 
@@ -168,7 +172,7 @@ def set_aside(trace: Trace) -> Iterator[None]:
         torch._C._autograd._saved_tensors_hooks_set_tracing(hooks)
 
 
-def row(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
+def part_of_sample(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
     """Return the part of the real batch ``x`` that belongs to the same sample as the batched value
     ``sample``."""
     with quiet():

@@ -11,7 +11,7 @@ from ..trace.traced import current
 from ..trace.tracer import Trace
 
 
-def drawn(trace: Trace) -> bool:
+def has_drawn(trace: Trace) -> bool:
     """Return whether random numbers were drawn already, as far as the recording goes: they are
     drawn when it runs."""
     return any(r[0].facts.random for r in trace.records)
@@ -46,7 +46,7 @@ def settable(what: str, value: Any) -> Any:
     another time than it runs."""
     trace = current()
     if trace is not None:
-        if drawn(trace):
+        if has_drawn(trace):
             trace.seeds.refuse(
                 f"{what} after a draw inside a captured function, which draws when it runs"
             )

@@ -31,7 +31,7 @@ def computed_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tup
     def found() -> tuple[Sig, ...]:
         if trace.mutates or not all(stands_alone(instr) for instr, *_ in trace.records):
             return derived_layouts(trace, step, refs)
-        part, given = path(trace, step, refs)  # other rounds of a loop have the same one
+        part, given = path_from(trace, step, refs)  # other rounds of a loop have the same one
         return _layouts.once((part.key(), step, given), lambda: derived_layouts(part, step, given))
 
     return _layouts.once((trace.key(), step, refs), found)
@@ -49,10 +49,10 @@ def derived_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tupl
             return step.outs
         made = [f.read(r).meta["val"].start for r in range(first, f.number)]
     # eager expands some too; others, as those of means, it computes after that
-    return tuple([dense(sig) if overlaps_itself(sig) else sig for sig in made])
+    return tuple([dense_layout(sig) if overlaps_itself(sig) else sig for sig in made])
 
 
-def dense(sig: Sig) -> Sig:
+def dense_layout(sig: Sig) -> Sig:
     """Return the signature that layout-keeping ops give the result for a tensor of this
     signature."""
     with torch._C._DisableTorchDispatch():
@@ -65,7 +65,9 @@ def stands_alone(instr: Any) -> bool:
     return isinstance(instr, Instr | CallStep | GradStep)
 
 
-def path(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Trace, tuple[int, ...]]:
+def path_from(
+    trace: Trace, step: GradStep, refs: tuple[int, ...]
+) -> tuple[Trace, tuple[int, ...]]:
     """Return the part of the recording behind the differentiated values of the step, as a
     recording of its own, and the names of ``refs`` in it."""
     wanted, sigs = refs[len(refs) - len(step.outs) :], dict(enumerate(trace.signatures()))

@@ -19,7 +19,7 @@ from ..trace.tracer import Trace
 from . import outside_graphs
 from .calls import interned
 from .grad_step import GradStep
-from .gradient_layouts import computed_layouts, dense
+from .gradient_layouts import computed_layouts, dense_layout
 from .hooks import before_hooks
 
 
@@ -93,7 +93,7 @@ def gradients_inside(
         return [None] * len(ins)
     for x in wanted:
         outside.check_hooks(trace, x, at(debug.user_line()))
-    sigs = [dense(trace.ref_of(x)[1]) for x in wanted]
+    sigs = [dense_layout(trace.ref_of(x)[1]) for x in wanted]
     if size is not None:
         sigs = [
             make_sig(s := (size, *x.shape), contiguous_stride(s), x.dtype, x.device) for x in sigs

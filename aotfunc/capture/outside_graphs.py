@@ -145,7 +145,7 @@ def outside_value(trace: Trace, ref: int) -> Tensor:
 
 
 def leads_to(t: Tensor, x: Tensor) -> bool:
-    """Whether autograd's graph of ``t`` leads back to ``x``."""
+    """Return whether autograd's graph of ``t`` leads back to ``x``."""
     seen, stack = set(), [node_of(t)]
     while stack:
         fn: Any = stack.pop()

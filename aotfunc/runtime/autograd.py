@@ -24,7 +24,7 @@ from ..trace.modes import without_modes
 from ..transforms.lower import CALLS, lowered
 from .aliasing import with_own_memory
 from .batched import call_batched
-from .execute import as_planned, execute, strided_copy, write_back
+from .execute import execute, lay_cotangents, strided_copy, write_back
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
@@ -206,7 +206,7 @@ class CompiledFunction(torch.autograd.Function):
         there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):
-            plan, given = as_planned(cts, [halves.vals[i] for i in outs])
+            plan, given = lay_cotangents(cts, [halves.vals[i] for i in outs])
             sigs = tuple([sig for sig in plan if sig is not None])
             if torch.is_grad_enabled() or (halves.materializes and not all(have)):
                 values = [*unchanged(ctx), *given]

@@ -105,7 +105,7 @@ class Entry:
         self.rebuild = rebuilder(rec.spec)
         self.check = Check(state)
         self.finish = finish or None
-        #: the program is all there is to a call
+        #: the call is the program alone
         self.bare = (
             not (self.enables or self.inference or self.differentiated or self.idle)
             and self.changes is self.inside is self.views is call.plain is None
@@ -114,7 +114,7 @@ class Entry:
         #: whether the function leaves gradients on or off, where it leaves a mode as it was not
         self.gradients: bool | None = None
         self.kept: list[Any] = []
-        #: takes a call like the last one here
+        #: the fast path for a call like the last one
         self.repeated: Callable[[tuple, dict], Any] | None = None
         #: the calls that it serves among those that differ in Python numbers alone
         self.served: Served | None = None

@@ -111,7 +111,7 @@ def ours(program: Program) -> bool:
     return program.once(ours, lambda: marked(program) or beyond_autograd(program))
 
 
-def as_planned(
+def lay_cotangents(
     cts: Sequence[Tensor | None], vals: Sequence[Any]
 ) -> tuple[tuple[Sig | None, ...], list[Tensor]]:
     """Return the layouts in which cotangents of these values are expected, and the given
@@ -258,7 +258,7 @@ class ProgramFunction(torch.autograd.Function):
         whole = program.flat()
         found = [c if has_derivative(v) else None for v, c in zip(whole.vals, cts, strict=True)]
         have = [c is not None for c in found]
-        plan, given = as_planned(found, whole.vals)
+        plan, given = lay_cotangents(found, whole.vals)
         joint = whole.once(("vjp", wrt, plan), lambda: vjp(whole, wrt, have, keep=(), plan=plan))
         with without_modes(ctx.dtype), redrawn(ctx.states):
             grads = call_batched(execute, joint, [*tensors, *given])

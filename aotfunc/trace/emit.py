@@ -120,8 +120,8 @@ class Builder:
         ]
 
     def node(self, target: Any, args: tuple, kwargs: dict, val: Any) -> Any:
-        """The value of ``target(*args, **kwargs)``: rewritten, or an equal node made before, or a
-        new one."""
+        """Return the value of ``target(*args, **kwargs)``: rewritten, or an equal earlier node, or
+        a new one."""
         apart = not self.final and adds_apart(target, args, val)
         for rewrite in self.rewrites.get(target, ()):
             better = rewrite(self, val, *args, **kwargs)

@@ -82,7 +82,7 @@ def frozen(t: Tensor) -> bool:
 
 
 def read_grad(self: Tensor) -> Tensor | None:
-    """Another tensor after each backward pass."""
+    """Refuse ``.grad``, which is another tensor after each backward pass."""
     if frozen(self):
         raise refusal("the .grad", "Pass gradients as arguments.")
     return _grad.__get__(self)
@@ -99,7 +99,7 @@ def read_grad_fn(self: Tensor) -> Any:
 
 
 def splitting(split: Callable) -> Callable:
-    """``tensor_split``, which reads indices from the memory of a tensor."""
+    """Return ``tensor_split``, which reads indices from the memory of a tensor."""
 
     def listed(x: Any) -> Any:
         return x.tolist() if isinstance(x, Tensor) and x.dim() == 1 else x

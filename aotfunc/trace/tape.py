@@ -80,13 +80,13 @@ class Tape:
         self.seeds = Seeds()
         self.caches_casts: bool = torch.is_autocast_cache_enabled()
         self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
-        #: those that the end of the recording found there: the region goes on outside
+        #: regions found there by the end of the recording: they go on outside
         self.casts_left: list[tuple[int, torch.dtype]] = []
         self.mutates = False
         self.strided = False  # counts from where a storage begins
         self.runs_always = False  # does what no recording sees, so it must run at every call
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
-        #: inputs and lifted tensors that a gradient was taken of: (at line)
+        #: inputs and lifted tensors whose gradient was taken: (at line)
         self.differentiated: dict[int, str] = {}
         self.reshapes = False  # in place
         self.region: int | None = None  # the checkpointed region that is being recorded

@@ -40,8 +40,8 @@ def for_backward(n: Node) -> bool:
 
 
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
-    """The program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
-    derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them; the
+    """Return the program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
+    derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them, in the
     bodies of control flow, too."""
     final = dissolve == EVERYTHING
     apart = final and any(
