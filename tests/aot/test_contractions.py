@@ -17,6 +17,7 @@ from aotfunc import aot_function, functional_call, grad, jacfwd, jacrev, jit, vm
 from aotfunc.backends import Backend
 from aotfunc.trace.node_views import calls_view
 from aotfunc.transforms.contractions import choice
+from tests.inputs import f32, f64
 
 aten = torch.ops.aten
 
@@ -58,10 +59,6 @@ def compiled(f, *args, tight=True):
     return shown
 
 
-def r(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
-
-
 NORMS = {
     "pow": lambda g: g.flatten(1).pow(2).sum(1),
     "mul": lambda g: (g * g).sum(tuple(range(1, g.dim()))),
@@ -101,7 +98,7 @@ def parameters(model):
 def mlp(inside=80, width=60, outside=10, bias=True):
     layers = nn.Linear(inside, width, bias), nn.Tanh(), nn.Linear(width, outside, bias)
     model = nn.Sequential(*layers)
-    return model, (parameters(model), r(32, inside), torch.randint(outside, (32,)))
+    return model, (parameters(model), f64(32, inside), torch.randint(outside, (32,)))
 
 
 # ----- per-sample gradients ---------------------------------------------------------------------
@@ -130,7 +127,7 @@ def test_a_gradient_that_something_else_reads_is_computed_once():
         g = a[:, :, None] * b[:, None, :]
         return (g * g).sum((1, 2)), (s[:, None, None] * g).sum(0), g.abs().amax()
 
-    shown = compiled(f, r(16, 40), r(16, 50), r(16))
+    shown = compiled(f, f64(16, 40), f64(16, 50), f64(16))
     assert (
         sum(n.meta["val"].numel() == 16 * 40 * 50 for n in shown.values) <= 3
     )  # it, abs, times s
@@ -142,7 +139,7 @@ def test_sequences():
     model = nn.Sequential(*layers)
     f = clipped_sum(model, F.mse_loss)
     for length, small in ((6, True), (200, False)):
-        shown = compiled(f, parameters(model), r(8, length, 64), r(8, length, 64))
+        shown = compiled(f, parameters(model), f64(8, length, 64), f64(8, length, 64))
         assert (8 * 64 * 96 in [n.meta["val"].numel() for n in shown.values]) is not small
 
 
@@ -158,7 +155,7 @@ def test_shared_weights():
             return self.layer(self.layer(x).tanh())
 
     model = Tied()
-    compiled(clipped_sum(model, F.mse_loss), parameters(model), r(16, 40), r(16, 40))
+    compiled(clipped_sum(model, F.mse_loss), parameters(model), f64(16, 40), f64(16, 40))
 
 
 CONVOLUTIONS = {
@@ -179,7 +176,7 @@ def test_convolutions(name, batch, always):
     layer, shape = CONVOLUTIONS[name]
     loss = lambda out, y: (out.sin() * out).sum() * y.sum()
     f = clipped_sum(layer, loss)
-    args = parameters(layer), r(batch, *shape), r(batch)
+    args = parameters(layer), f64(batch, *shape), f64(batch)
     compiled(f, *args)
     penalty = lambda p: (f(p, *args[1:])[0] * torch.arange(1.0, batch + 1)).sum()
     compiled(grad(penalty), args[0])
@@ -188,7 +185,7 @@ def test_convolutions(name, batch, always):
 def test_transposed_convolutions(always):
     layer = nn.ConvTranspose2d(2, 3, 3, stride=2)
     loss = lambda out, y: out.square().sum() * y.sum()
-    compiled(clipped_sum(layer, loss), parameters(layer), r(3, 2, 4, 4), r(3))
+    compiled(clipped_sum(layer, loss), parameters(layer), f64(3, 2, 4, 4), f64(3))
 
 
 def test_a_network_of_convolutions():
@@ -196,13 +193,15 @@ def test_a_network_of_convolutions():
     pool = nn.MaxPool2d(2)
     deep = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(32, 64, 3, padding=1)
     model = nn.Sequential(*deep, nn.ReLU(), pool, nn.Flatten(), nn.Linear(256, 30))
-    args = parameters(model), r(16, 3, 8, 8), torch.randint(30, (16,))
+    args = parameters(model), f64(16, 3, 8, 8), torch.randint(30, (16,))
     assert compiled(clipped_sum(model, F.cross_entropy), *args).largest() < 16 * 32 * 64 * 9
 
 
 def test_a_transformer_block():
     model = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
-    shown = compiled(clipped_sum(model, F.mse_loss), parameters(model), r(8, 9, 64), r(8, 9, 64))
+    shown = compiled(
+        clipped_sum(model, F.mse_loss), parameters(model), f64(8, 9, 64), f64(8, 9, 64)
+    )
     assert shown.largest() < 8 * 64 * 64
 
 
@@ -217,9 +216,9 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_other_layers(name, always):
     model = nn.Sequential(*MODELS[name])
-    x = r(5, 3, 6, 6)
+    x = f64(5, 3, 6, 6)
     loss = lambda out, y: (out * out).sum() * y.sum()
-    compiled(clipped_sum(model, loss), parameters(model), x, r(5))
+    compiled(clipped_sum(model, loss), parameters(model), x, f64(5))
 
 
 def test_embeddings(always):
@@ -234,19 +233,19 @@ def test_embeddings(always):
 def test_sizes(batch, inside, width, always):
     model = nn.Sequential(nn.Linear(inside, width), nn.Tanh(), nn.Linear(width, 3))
     y = torch.randint(3, (batch,))
-    compiled(clipped_sum(model, F.cross_entropy), parameters(model), r(batch, inside), y)
+    compiled(clipped_sum(model, F.cross_entropy), parameters(model), f64(batch, inside), y)
 
 
 def test_tangent_kernels():
     """The products of Jacobians of pairs of samples."""
     f = lambda p, x: ((x @ p["w"] + p["b"]).tanh() @ p["v"]).sum()
-    p = {"w": r(60, 50), "b": r(50), "v": r(50, 3)}
+    p = {"w": f64(60, 50), "b": f64(50), "v": f64(50, 3)}
 
     def kernel(p, x, y):
         a, b = (vmap(grad(f), (None, 0))(p, z) for z in (x, y))
         return sum(a[k].flatten(1) @ b[k].flatten(1).t() for k in p)
 
-    assert compiled(kernel, p, r(20, 60), r(24, 60)).largest() <= 24 * 60
+    assert compiled(kernel, p, f64(20, 60), f64(24, 60)).largest() <= 24 * 60
 
 
 def test_gradients_through_norms():
@@ -276,15 +275,15 @@ def test_derivatives_of_compiled_functions(always):
 
 def test_chains_of_matrices():
     """A vector is multiplied last where that saves products of matrices."""
-    a, b, v = r(60, 60), r(60, 60), r(60)
+    a, b, v = f64(60, 60), f64(60, 60), f64(60)
     assert compiled(lambda: a @ b @ v).largest() == 60
-    assert compiled(lambda a, b, x: a @ b @ x, a, b, r(60, 1)).largest() == 60
-    assert compiled(lambda x, y: (x @ y.t()).sum(), r(90, 50), r(80, 50)).largest() <= 50
+    assert compiled(lambda a, b, x: a @ b @ x, a, b, f64(60, 1)).largest() == 60
+    assert compiled(lambda x, y: (x @ y.t()).sum(), f64(90, 50), f64(80, 50)).largest() <= 50
 
 
 def test_common_factors():
     outer = lambda x, s: (x * s[:, None]).sum(1)
-    x, s = r(50, 60), r(50)
+    x, s = f64(50, 60), f64(50)
     compiled(outer, x, s)
     expanded = (
         lambda x: x[:, None].expand(-1, 300, -1).sum(1),
@@ -312,7 +311,7 @@ def test_numbers_without_dimensions(f):
 
 
 def test_no_rewriting_without_a_gain():
-    x, w, b = r(20, 30), r(30, 40), r(40)
+    x, w, b = f64(20, 30), f64(30, 40), f64(40)
 
     def step(w, b):
         h = torch.softmax(x @ w * 0.3 + b, -1)
@@ -330,7 +329,7 @@ def test_random_programs(seed, always):
     the sum of products that it is."""
     draw = random.Random(seed)
     args = [
-        r(*[draw.choice((1, 2, 3, 4, 6)) for _ in range(draw.randint(0, 4))]) for _ in range(4)
+        f64(*[draw.choice((1, 2, 3, 4, 6)) for _ in range(draw.randint(0, 4))]) for _ in range(4)
     ]
 
     def split(x):
@@ -407,7 +406,7 @@ def test_samples_that_are_not_finite(bad):
 def test_factors_that_are_not_finite(bad):
     """Products of the same factors: where some are infinite and others 0, they are NaN in any
     order."""
-    a, b, s = r(16, 40), r(16, 50), r(16)
+    a, b, s = f64(16, 40), f64(16, 50), f64(16)
     a[2], b[2, :7], s[2] = 0, bad, 1
     a[3, 3] = bad
     compiled(lambda a, b, s: torch.einsum("b,boi->oi", s, a[:, :, None] * b[:, None]), a, b, s)
@@ -415,7 +414,7 @@ def test_factors_that_are_not_finite(bad):
 
 def test_a_gradient_of_zero_by_inner_products(always):
     """Rounding does not make a square negative, of which the root would be NaN."""
-    a = r(64, 4, 30, dtype=torch.float32)
+    a = f32(64, 4, 30)
     a, b = torch.cat([a, -a], 1), torch.ones(64, 8, 20)
     squares = lambda a, b: (a.mT @ b).square().sum((1, 2))
     for f in (
@@ -437,7 +436,7 @@ def test_results_have_memory_and_strides_of_their_own(always):
         z = x.expand(1, *x.shape).sum(0)
         return z, (x[..., None] * y).sum(-1), (x.t() @ y).t()
 
-    x, y = r(4, 1), r(4, 6)
+    x, y = f64(4, 1), f64(4, 6)
     got, want = jit(f, backend=Shown().backend)(x, y), f(x, y)
     assert_close(got, want)
     assert [t.stride() for t in got] == [t.stride() for t in want]

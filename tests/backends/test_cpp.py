@@ -44,71 +44,88 @@ def agree(f, *args, kernels: int | None = 1, **tolerance) -> None:
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-def r(*shape: int, dtype=torch.float32) -> Tensor:
+def floats(*shape: int, dtype=torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype, generator=GENERATOR)
 
 
 POINTWISE = {
-    "a chain": (lambda x, y: (x * y + x).tanh().exp() * 2.5 - y, r(37, 19), r(37, 19)),
-    "a bias": (lambda x, b: F.gelu(x + b, approximate="tanh"), r(37, 19), r(19)),
-    "a column": (lambda x, b: (x + b).sigmoid() * b, r(37, 19), r(37, 1)),
-    "transposed": (lambda x, y: x.t() * y + 1, r(19, 37), r(37, 19)),
-    "transposed blocks": (lambda x, y: x.transpose(0, 2) * y.sin(), r(19, 3, 37), r(37, 3, 19)),
-    "transposed with a row": (lambda x, y: x.t() * y + 1, r(70, 37), r(1, 70)),
-    "transposed odd blocks": (lambda x, y: x.mT * y - x.mT.sin(), r(2, 33, 47), r(2, 47, 33)),
-    "two transposed": (lambda x, y: x.t() / y.t(), r(40, 19), r(40, 19)),
-    "a short one transposed": (lambda x, y: x.mT * y, r(3, 5, 70), r(3, 70, 5)),
-    "transposed and cut": (lambda x, y: x[:, 3:-2].t() * y, r(40, 50), r(45, 40)),
-    "strided": (lambda x: x.sin() + 1, r(40, 38)[::2, ::3]),
-    "expanded": (lambda x: x.sin() + 1, r(1, 7).expand(5, 7)),
-    "doubles": (lambda x: torch.where(x > 0, x.log(), -x) * 3, r(5, 7, dtype=torch.float64)),
-    "bools": (lambda x, y: (x > y) & (x < 1), r(33), r(33)),
-    "bools compare": (lambda x: (x > 0) < (x < 1), r(33)),
-    "dtypes": (lambda x, i: x * i + (i > 2), r(33), torch.arange(33)),
+    "a chain": (lambda x, y: (x * y + x).tanh().exp() * 2.5 - y, floats(37, 19), floats(37, 19)),
+    "a bias": (lambda x, b: F.gelu(x + b, approximate="tanh"), floats(37, 19), floats(19)),
+    "a column": (lambda x, b: (x + b).sigmoid() * b, floats(37, 19), floats(37, 1)),
+    "transposed": (lambda x, y: x.t() * y + 1, floats(19, 37), floats(37, 19)),
+    "transposed blocks": (
+        lambda x, y: x.transpose(0, 2) * y.sin(),
+        floats(19, 3, 37),
+        floats(37, 3, 19),
+    ),
+    "transposed with a row": (lambda x, y: x.t() * y + 1, floats(70, 37), floats(1, 70)),
+    "transposed odd blocks": (
+        lambda x, y: x.mT * y - x.mT.sin(),
+        floats(2, 33, 47),
+        floats(2, 47, 33),
+    ),
+    "two transposed": (lambda x, y: x.t() / y.t(), floats(40, 19), floats(40, 19)),
+    "a short one transposed": (lambda x, y: x.mT * y, floats(3, 5, 70), floats(3, 70, 5)),
+    "transposed and cut": (lambda x, y: x[:, 3:-2].t() * y, floats(40, 50), floats(45, 40)),
+    "strided": (lambda x: x.sin() + 1, floats(40, 38)[::2, ::3]),
+    "expanded": (lambda x: x.sin() + 1, floats(1, 7).expand(5, 7)),
+    "doubles": (lambda x: torch.where(x > 0, x.log(), -x) * 3, floats(5, 7, dtype=torch.float64)),
+    "bools": (lambda x, y: (x > y) & (x < 1), floats(33), floats(33)),
+    "bools compare": (lambda x: (x > 0) < (x < 1), floats(33)),
+    "dtypes": (lambda x, i: x * i + (i > 2), floats(33), torch.arange(33)),
     "wrapping": (lambda i, j: i * j + 7 - i, torch.arange(33) * 2**58, torch.arange(33)),
     "bytes": (lambda i: i * i + 100, torch.arange(-100, 100, dtype=torch.int8)),
     "special": (lambda x: torch.maximum(x.relu(), x * 2), torch.tensor(SPECIAL)),
-    "one number": (lambda x: x.sin() * 2, r()),
-    "two results": (lambda x: (x.sin(), x.cos() * 2), r(50, 3)),
-    "a negative zero": (lambda x, b: (x / -0.0, x / b), r(33), torch.tensor(-0.0)),
+    "one number": (lambda x: x.sin() * 2, floats()),
+    "two results": (lambda x: (x.sin(), x.cos() * 2), floats(50, 3)),
+    "a negative zero": (lambda x, b: (x / -0.0, x / b), floats(33), torch.tensor(-0.0)),
     "products that overflow": (
         lambda x: (x.addcmul(x, x, value=1e-30), x.addcdiv(x, 1 / x, value=1e-30)),
         torch.full((9,), 1e25),
     ),
 }
 REDUCED = {
-    "rows": (lambda x: x.exp().sum(1), r(37, 19)),
-    "columns": (lambda x: x.exp().sum(0), r(37, 19)),
-    "columns and values": (lambda x: (x.exp(), x.exp().sum(0)), r(300, 19)),
-    "many columns": (lambda x: x.exp().sum(0), r(3, 2300)),
-    "all": (lambda x: x.exp().sum(), r(37, 19)),
-    "of doubles": (lambda x: x.exp().sum(1), r(37, 19, dtype=torch.float64)),
-    "columns of doubles": (lambda x: x.exp().sum(0), r(37, 19, dtype=torch.float64)),
-    "a mean": (lambda x: (x * x).mean(-1, keepdim=True) * x, r(37, 19)),
-    "outer and inner": (lambda x: (x * x).mean((0, 2)), r(7, 5, 19)),
-    "any": (lambda x: (x > 2).any(-1), r(37, 19)),
-    "all of columns": (lambda x: (x > -2).all(0), r(37, 19)),
-    "extremes": (lambda x: (x * 2).amax(1) - x.amin(1), r(37, 19)),
+    "rows": (lambda x: x.exp().sum(1), floats(37, 19)),
+    "columns": (lambda x: x.exp().sum(0), floats(37, 19)),
+    "columns and values": (lambda x: (x.exp(), x.exp().sum(0)), floats(300, 19)),
+    "many columns": (lambda x: x.exp().sum(0), floats(3, 2300)),
+    "all": (lambda x: x.exp().sum(), floats(37, 19)),
+    "of doubles": (lambda x: x.exp().sum(1), floats(37, 19, dtype=torch.float64)),
+    "columns of doubles": (lambda x: x.exp().sum(0), floats(37, 19, dtype=torch.float64)),
+    "a mean": (lambda x: (x * x).mean(-1, keepdim=True) * x, floats(37, 19)),
+    "outer and inner": (lambda x: (x * x).mean((0, 2)), floats(7, 5, 19)),
+    "any": (lambda x: (x > 2).any(-1), floats(37, 19)),
+    "all of columns": (lambda x: (x > -2).all(0), floats(37, 19)),
+    "extremes": (lambda x: (x * 2).amax(1) - x.amin(1), floats(37, 19)),
     "nan is the largest": (
         lambda x: (x * 2).amax(1),
         torch.tensor([SPECIAL, SPECIAL[1:] + [0.0]]),
     ),
-    "a product": (lambda x: (x * 2).prod(1), r(37, 9)),
+    "a product": (lambda x: (x * 2).prod(1), floats(37, 9)),
     "any and all of bytes": (
         lambda x: ((x + x).any(1), (x + x).all(1)),
         torch.tensor([[1, 2, 4], [0, 2, 4]], dtype=torch.uint8),
     ),
     "integers": (lambda x: (x * 2).sum(1), torch.arange(60).reshape(6, 10)),
     "largest integers": (lambda x: (x * 2).amax(1), torch.arange(-60, 0).reshape(6, 10).int()),
-    "counting": (lambda x: (x > 0).sum(1), r(6, 10)),
-    "a sum of one": (lambda x: (x * 2).sum(1).sum(0).mean(), r(1, 9)),
-    "dtypes in columns": (lambda x: (x == x.amax(0)).sum(0) * x, r(5, 19)),
-    "columns of one number": (lambda x: x.exp().sum(0), r().expand(9, 19)),
-    "softmax": (lambda x: torch.softmax(x * 2, -1), r(37, 19)),
-    "softmax of columns": (lambda x: torch.softmax(x * 2, 0), r(37, 19)),
-    "in the middle": (lambda x: torch.log_softmax(x * 2, 1), r(4, 37, 19)),
-    "layer_norm": (lambda x, w, b: F.layer_norm(x, (19,), w, b), r(4, 37, 19), r(19), r(19)),
-    "rms_norm": (lambda x, w: x * torch.rsqrt((x * x).mean(-1, True) + 1e-5) * w, r(9, 19), r(19)),
+    "counting": (lambda x: (x > 0).sum(1), floats(6, 10)),
+    "a sum of one": (lambda x: (x * 2).sum(1).sum(0).mean(), floats(1, 9)),
+    "dtypes in columns": (lambda x: (x == x.amax(0)).sum(0) * x, floats(5, 19)),
+    "columns of one number": (lambda x: x.exp().sum(0), floats().expand(9, 19)),
+    "softmax": (lambda x: torch.softmax(x * 2, -1), floats(37, 19)),
+    "softmax of columns": (lambda x: torch.softmax(x * 2, 0), floats(37, 19)),
+    "in the middle": (lambda x: torch.log_softmax(x * 2, 1), floats(4, 37, 19)),
+    "layer_norm": (
+        lambda x, w, b: F.layer_norm(x, (19,), w, b),
+        floats(4, 37, 19),
+        floats(19),
+        floats(19),
+    ),
+    "rms_norm": (
+        lambda x, w: x * torch.rsqrt((x * x).mean(-1, True) + 1e-5) * w,
+        floats(9, 19),
+        floats(19),
+    ),
 }
 
 
@@ -124,34 +141,36 @@ def test_reductions(case):
 
 def test_nothing():
     """An empty tensor has no memory to read, not even where it is broadcast."""
-    for x in (r(0, 3), r(1).expand(0), r(3, 1).expand(3, 0)):
+    for x in (floats(0, 3), floats(1).expand(0), floats(3, 1).expand(3, 0)):
         agree(lambda x: (x.sin() + 1, (x.exp() * 2).sum()), x, kernels=0)
 
 
 def test_a_sum_beside_what_it_does_not_depend_on():
-    agree(lambda x, y: (x > 0).any() * y.sum(0), r(9), r(4, 9), kernels=None)
-    agree(lambda x: (x.expand(5, 9) * 2).amax(0), r(5, 1), kernels=None)
-    agree(lambda x: (x.expand(5, 9) * 2).sum(0), r(5, 1), kernels=None)
-    agree(lambda x, y: torch.where((x > 0).any(0), y, 0 * y), r(9, 1), r(9), kernels=None)
+    agree(lambda x, y: (x > 0).any() * y.sum(0), floats(9), floats(4, 9), kernels=None)
+    agree(lambda x: (x.expand(5, 9) * 2).amax(0), floats(5, 1), kernels=None)
+    agree(lambda x: (x.expand(5, 9) * 2).sum(0), floats(5, 1), kernels=None)
+    agree(
+        lambda x, y: torch.where((x > 0).any(0), y, 0 * y), floats(9, 1), floats(9), kernels=None
+    )
 
 
 def test_one_kernel_does_not_read_in_two_orders():
     """Greatest of rows and of columns of a square matrix are two kernels."""
-    agree(lambda x: (x.exp().amax(0), x.exp().amax(1)), r(16, 16), kernels=None)
-    agree(lambda x: x + x.t(), r(5, 5), kernels=0)
+    agree(lambda x: (x.exp().amax(0), x.exp().amax(1)), floats(16, 16), kernels=None)
+    agree(lambda x: x + x.t(), floats(5, 5), kernels=0)
 
 
 GRADIENTS = {
     "layer_norm": (
         lambda x, w, b: F.gelu(F.layer_norm(x, (19,), w, b)),
-        r(4, 37, 19),
-        r(19),
-        r(19),
+        floats(4, 37, 19),
+        floats(19),
+        floats(19),
     ),
-    "softmax": (lambda x, y: torch.softmax(x, -1) * y, r(37, 19), r(37, 19)),
-    "mlp": (lambda x, w, b: torch.tanh(x @ w + b), r(11, 19), r(19, 5), r(5)),
-    "bias and gelu": (lambda x, b: F.gelu(x + b), r(64, 64), r(64)),
-    "log_softmax": (lambda x: torch.log_softmax(x, 1)[:, 2], r(11, 19)),
+    "softmax": (lambda x, y: torch.softmax(x, -1) * y, floats(37, 19), floats(37, 19)),
+    "mlp": (lambda x, w, b: torch.tanh(x @ w + b), floats(11, 19), floats(19, 5), floats(5)),
+    "bias and gelu": (lambda x, b: F.gelu(x + b), floats(64, 64), floats(64)),
+    "log_softmax": (lambda x: torch.log_softmax(x, 1)[:, 2], floats(11, 19)),
 }
 
 
@@ -174,7 +193,7 @@ def test_gradients(case):
 
 
 def test_transforms_and_ahead_of_time():
-    x, w = r(11, 19), r(19, 5)
+    x, w = floats(11, 19), floats(19, 5)
     per_sample = vmap(grad(lambda w, x: torch.tanh(x @ w).square().mean()), (None, 0))
     assert_close(jit(per_sample, backend="cpp")(w, x), per_sample(w, x))
     f = lambda x: (x.sin() * x).sum(-1)
@@ -193,8 +212,8 @@ def test_written_arguments_and_draws():
         return x * noise + torch.rand_like(x)
 
     for seed in range(2):
-        got, want = r(5), None
-        want, y = got.clone(), r(5)
+        got, want = floats(5), None
+        want, y = got.clone(), floats(5)
         torch.manual_seed(seed)
         a = jit(f, backend="cpp")(got, y)
         torch.manual_seed(seed)
@@ -205,7 +224,7 @@ def test_written_arguments_and_draws():
 def test_an_op_that_lays_its_result_out_otherwise():
     """Kernels read memory by the strides that the graph says: a result with others is copied, one
     of another shape or dtype refused."""
-    x = r(4, 6)
+    x = floats(4, 6)
     gm = make_fx(lambda x: ((x @ x.t()).exp() * 2,))(x)
     (mm,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.mm.default]
     mm.target = lambda a, b: (b.t() @ a.t().exp()).t()
@@ -232,9 +251,9 @@ def test_ten_sizes_are_compiled_once(cache):
         return F.layer_norm(torch.tanh(x @ w), (19,)).square().mean()
 
     step = jit(grad(f, argnums=1), backend="cpp")
-    w = r(7, 19)
+    w = floats(7, 19)
     for n in range(2, 12):
-        x = r(n, 7)
+        x = floats(n, 7)
         assert_close(step(x, w), grad(f, argnums=1)(x, w), rtol=1e-4, atol=1e-6)
     assert step.captures == 10 and len(native.LOADED) == 1
 
@@ -243,24 +262,24 @@ def test_equal_kernels_are_compiled_once():
     def f(x, y):
         return (x.tanh() * 2) @ (y.tanh() * 2)
 
-    agree(f, r(5, 5), r(5, 5), kernels=2, rtol=1e-5, atol=1e-5)
+    agree(f, floats(5, 5), floats(5, 5), kernels=2, rtol=1e-5, atol=1e-5)
     assert len({launch.__name__ for launch in every_kernel.made[-2:]}) == 1
 
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    x = r(5)
+    x = floats(5)
     with pytest.raises(CompilerError, match="no-such-compiler"):
         jit(lambda x: x.exp() + 1.2345678, backend="cpp")(x)
 
 
 def test_a_person_can_read_it(capsys, monkeypatch):
     monkeypatch.setattr(aotfunc.debug, "LEVEL", 4)
-    jit(lambda x, b: (x + b).tanh(), backend="cpp")(r(3, 4), r(4))
+    jit(lambda x, b: (x + b).tanh(), backend="cpp")(floats(3, 4), floats(4))
     said = capsys.readouterr().err
     assert "// tanh: float32 = aten.tanh.default(add)" in said and "void k_tanh(" in said
     stages = aotfunc.debug.stages(jit(lambda x: (x.sin() * 2).sum(), backend="cpp", exact=True))(
-        r(4)
+        floats(4)
     )
     assert "# cpp: 3 -> 1 nodes" in str(stages) and "void k_sum_1(" in str(stages)
 
@@ -280,7 +299,7 @@ def kernels_of(f, *args):
 
 
 def test_a_kernel_prints():
-    (kernel,) = kernels_of(lambda x, b: (x + b).exp().sum(1), r(4, 5), r(5))
+    (kernel,) = kernels_of(lambda x, b: (x + b).exp().sum(1), floats(4, 5), floats(5))
     assert str(kernel) == (
         "k: for i0<4, i1<5\n"
         "  v0: float32 = x[5*i0 + i1]\n"

@@ -20,7 +20,7 @@ def kernels():
     assert matmul.kernel(torch.float32) and matmul.kernel(torch.float64)
 
 
-def r(*shape: int, dtype=torch.float32) -> torch.Tensor:
+def floats(*shape: int, dtype=torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, dtype=dtype, generator=generator)
 
@@ -50,37 +50,47 @@ SIZES = [(1, 1, 2), (1, 7, 5), (7, 1, 300), (7, 5, 2), (13, 33, 17), (50, 70, 30
 def test_layouts_and_sizes(left, right, dtype):
     f = lambda x, y: x @ y
     for m, n, k in SIZES:
-        agree(f, LAYOUTS[left](r(m, k, dtype=dtype)), LAYOUTS[right](r(k, n, dtype=dtype)))
+        agree(
+            f, LAYOUTS[left](floats(m, k, dtype=dtype)), LAYOUTS[right](floats(k, n, dtype=dtype))
+        )
 
 
 def test_every_remainder():
     """Tiles of rows and columns, whole and cut off."""
     for m, n in itertools.product((*range(1, 14), 24, 49), (1, 3, 15, 16, 17, 31, 32, 33, 47, 65)):
-        agree(lambda x, y: x @ y, r(m, 3), r(3, n))
+        agree(lambda x, y: x @ y, floats(m, 3), floats(3, n))
 
 
 BATCHES = {
-    "bmm": (torch.bmm, r(3, 13, 7), r(3, 7, 20)),
-    "transposed": (lambda x, y: torch.bmm(x.mT, y.mT), r(3, 7, 13), r(3, 20, 7)),
-    "one left": (lambda x, y: x @ y, r(13, 7), r(3, 7, 20)),
-    "one right": (lambda x, y: x @ y, r(3, 13, 7), r(7, 20)),
-    "one row each": (lambda x, y: torch.bmm(x, y.expand(5, 7, 20)), r(5, 1, 7), r(7, 20)),
-    "rows of their own": (torch.bmm, r(5, 1, 7), r(5, 7, 20)),
-    "columns of their own": (torch.bmm, r(5, 9, 7), r(5, 7, 1)),
-    "rows apart": (lambda x, y: torch.bmm(x[:, :3], y.expand(5, 7, 20)), r(5, 9, 7), r(7, 20)),
+    "bmm": (torch.bmm, floats(3, 13, 7), floats(3, 7, 20)),
+    "transposed": (lambda x, y: torch.bmm(x.mT, y.mT), floats(3, 7, 13), floats(3, 20, 7)),
+    "one left": (lambda x, y: x @ y, floats(13, 7), floats(3, 7, 20)),
+    "one right": (lambda x, y: x @ y, floats(3, 13, 7), floats(7, 20)),
+    "one row each": (
+        lambda x, y: torch.bmm(x, y.expand(5, 7, 20)),
+        floats(5, 1, 7),
+        floats(7, 20),
+    ),
+    "rows of their own": (torch.bmm, floats(5, 1, 7), floats(5, 7, 20)),
+    "columns of their own": (torch.bmm, floats(5, 9, 7), floats(5, 7, 1)),
+    "rows apart": (
+        lambda x, y: torch.bmm(x[:, :3], y.expand(5, 7, 20)),
+        floats(5, 9, 7),
+        floats(7, 20),
+    ),
     "heads": (
         lambda x, y: x.view(2, 5, 3, 4).transpose(1, 2) @ y.view(2, 5, 3, 4).permute(0, 2, 3, 1),
-        r(2, 5, 12),
-        r(2, 5, 12),
+        floats(2, 5, 12),
+        floats(2, 5, 12),
     ),
-    "a slice": (lambda x, y: x[1, 2:, 1::2] @ y[:, 3:], r(3, 9, 15), r(7, 8)),
-    "turned round": (lambda x, y: x @ y.flip(0), r(4, 7), r(7, 20)),
-    "chosen": (lambda x, y: x.unbind(1)[2] @ y, r(4, 3, 7), r(7, 5)),
-    "mv": (lambda x, y: x @ y, r(40, 7), r(7)),
-    "vm": (lambda x, y: x @ y, r(100), r(100, 70)),
-    "a column": (lambda x, y: x @ y[:, 3], r(40, 70), r(70, 5)),
-    "dot": (torch.dot, r(300), r(300)),
-    "dot in steps": (lambda x, y: x[::2] @ y[1::3], r(20), r(30)),
+    "a slice": (lambda x, y: x[1, 2:, 1::2] @ y[:, 3:], floats(3, 9, 15), floats(7, 8)),
+    "turned round": (lambda x, y: x @ y.flip(0), floats(4, 7), floats(7, 20)),
+    "chosen": (lambda x, y: x.unbind(1)[2] @ y, floats(4, 3, 7), floats(7, 5)),
+    "mv": (lambda x, y: x @ y, floats(40, 7), floats(7)),
+    "vm": (lambda x, y: x @ y, floats(100), floats(100, 70)),
+    "a column": (lambda x, y: x @ y[:, 3], floats(40, 70), floats(70, 5)),
+    "dot": (torch.dot, floats(300), floats(300)),
+    "dot in steps": (lambda x, y: x[::2] @ y[1::3], floats(20), floats(30)),
 }
 
 
@@ -93,7 +103,7 @@ def test_batches_and_views(case):
 
 def test_sums_do_not_depend_on_threads():
     for shape in ((5, 100, 60), (3, 7, 400)):
-        x, y = r(*shape), r(shape[0], shape[2], 150)
+        x, y = floats(*shape), floats(shape[0], shape[2], 150)
         one, *more = with_threads(jit(torch.bmm, backend="cpp"), x, y)
         assert all(torch.equal(one, other) for other in more)
 
@@ -119,7 +129,7 @@ def test_other_dtypes_are_called():
 
 
 def test_transforms():
-    x, w, v = r(4, 6, 7), r(4, 7, 5), r(6, 5)
+    x, w, v = floats(4, 6, 7), floats(4, 7, 5), floats(6, 5)
 
     def loss(w, x, v):
         return (torch.tanh(x @ w) * v).sum()
@@ -136,4 +146,4 @@ def test_transforms():
 
 def test_without_a_compiler_products_are_called(monkeypatch):
     monkeypatch.setattr(matmul, "kernel", lambda dtype: None)
-    agree(lambda x, y: x @ y, r(3, 4), r(4, 5), products=0)
+    agree(lambda x, y: x @ y, floats(3, 4), floats(4, 5), products=0)

@@ -16,17 +16,17 @@ def layouts(*shape):
     """Tensors of one shape in every order in memory, with gaps, at an offset, expanded."""
     g = torch.Generator().manual_seed(0)
 
-    def r(*s):
+    def doubles(*s):
         return torch.randn(*s, dtype=F64, generator=g)
 
     for order in itertools.permutations(range(len(shape))):
         inverse = sorted(range(len(shape)), key=order.__getitem__)
-        yield r(*[shape[d] for d in order]).permute(inverse)
-    yield r(*shape[:-1], 2 * shape[-1])[..., ::2]
-    yield r(*shape[1:], 2 * shape[0])[..., ::2].movedim(-1, 0)
-    yield r(shape[0] + 1, *shape[1:])[1:]
-    yield r(*shape[:-1], 1).expand(*shape)
-    yield r(1, *shape[1:]).expand(*shape)
+        yield doubles(*[shape[d] for d in order]).permute(inverse)
+    yield doubles(*shape[:-1], 2 * shape[-1])[..., ::2]
+    yield doubles(*shape[1:], 2 * shape[0])[..., ::2].movedim(-1, 0)
+    yield doubles(shape[0] + 1, *shape[1:])[1:]
+    yield doubles(*shape[:-1], 1).expand(*shape)
+    yield doubles(1, *shape[1:]).expand(*shape)
 
 
 VIEWS = {

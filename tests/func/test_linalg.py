@@ -11,7 +11,7 @@ from aotfunc import grad, hessian, jacfwd, jacrev, vmap
 F64 = torch.float64
 
 
-def r(*shape, seed=0, dtype=F64):
+def doubles(*shape, seed=0, dtype=F64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
@@ -32,9 +32,10 @@ SINGULAR = {
     "zeros": torch.zeros(3, 3, dtype=F64),
     "number": torch.zeros(1, 1, dtype=F64),
     "small on the diagonal": torch.diag(torch.tensor([1e-8, 1.0, 1e-8], dtype=F64)),
-    "complex": r(3, 2, dtype=torch.complex128) @ r(2, 3, seed=1, dtype=torch.complex128),
-    **{f"rank 3, {k}": r(4, 3, seed=k) @ r(3, 4, seed=k + 10) for k in range(6)},
-    **{f"rank 2, {k}": r(4, 2, seed=k) @ r(2, 4, seed=k + 10) for k in range(3)},
+    "complex": doubles(3, 2, dtype=torch.complex128)
+    @ doubles(2, 3, seed=1, dtype=torch.complex128),
+    **{f"rank 3, {k}": doubles(4, 3, seed=k) @ doubles(3, 4, seed=k + 10) for k in range(6)},
+    **{f"rank 2, {k}": doubles(4, 2, seed=k) @ doubles(2, 4, seed=k + 10) for k in range(3)},
 }
 
 
@@ -87,7 +88,7 @@ def hermitian(x):
 @pytest.mark.parametrize("name", SPECTRA)
 def test_second_derivatives_of_spectra_in_every_order(name):
     f = SPECTRA[name]
-    a = torch.diag(torch.tensor([1.0, 3.0, 6.0], dtype=F64)) + 0.1 * r(3, 3)
+    a = torch.diag(torch.tensor([1.0, 3.0, 6.0], dtype=F64)) + 0.1 * doubles(3, 3)
     want = torch.autograd.functional.hessian(f, a)
     for outer in (jacrev, jacfwd):
         for inner in (jacrev, jacfwd):
