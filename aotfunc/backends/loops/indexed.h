@@ -1,4 +1,4 @@
-// Lanes that are read where a mask allows it, or at an index of their own.
+// Lanes that are read under a mask, or at indices of their own.
 
 // first, first + step, first + 2 step, ...
 template <class V, class T> AOT V aot_ramp(T first, int64_t step) {
@@ -8,7 +8,7 @@ template <class V, class T> AOT V aot_ramp(T first, int64_t step) {
   return v * (T)step + first;
 }
 
-// The first n elements that `wanted` asks for, each where `place` says, 0 for the others.
+// Reads the first n elements that `wanted` asks for, each at its `place`; the others are 0.
 template <class V, class T, class Wanted, class Place>
 AOT V aot_each_of(const T *p, int64_t n, Wanted wanted, Place place) {
   typename aot_memory<V, T>::type v = {};
@@ -37,7 +37,7 @@ AOT V aot_looked_up(const T *p, int64_t n, int64_t stride, I shift) {
   return aot_each_of<V>(
       p, n, [](int) { return true; }, [=](int i) { return i * stride + shift[i]; });
 }
-// A value more at each of these places, of which some may be the same.
+// Adds a value at each of these places, some of which may be the same.
 template <class V, class T, class I>
 AOT void aot_add_each(T *p, V v, int64_t n, int64_t stride, I shift) {
   _Pragma("GCC unroll 16")

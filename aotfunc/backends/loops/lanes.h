@@ -11,7 +11,7 @@ template <class V> struct aot_unaligned { V v; } __attribute__((packed, may_alia
 template <class V> AOT V aot_raw(const void *p) { return ((const aot_unaligned<V> *)p)->v; }
 template <class V> AOT void aot_raw(void *p, V v) { ((aot_unaligned<V> *)p)->v = v; }
 
-// Memory of T in lanes of V, and back.
+// Converts memory of T to lanes of V, and back.
 template <class V, class T> struct aot_memory {
   typedef T type __attribute__((vector_size(sizeof(T) * aot_lanes<V>)));
   AOT V load(type x) { return __builtin_convertvector(x, V); }
@@ -25,7 +25,7 @@ template <class T> struct aot_halves {
 template <> struct aot_memory<floats, bf16> : aot_halves<bf16> {};
 template <> struct aot_memory<floats, f16> : aot_halves<f16> {};
 
-// Some lanes: n elements, a stride apart.
+// Lanes of n elements, a stride apart.
 template <class V, class T>
 __attribute__((noinline)) static V aot_some(const T *p, int64_t n, int64_t stride) {
   typename aot_memory<V, T>::type v = {};
@@ -38,7 +38,7 @@ __attribute__((noinline)) static void aot_put_some(T *p, V v, int64_t n, int64_t
   for (int64_t i = 0; i < n; i++) __builtin_memcpy(p + i * stride, (T *)&m + i, sizeof(T));
 }
 
-// Neighbours.
+// Lanes of neighbours.
 template <class V, class T> AOT V aot_first(V, const T *p, int64_t n) {
   return aot_some<V>(p, n, 1);
 }
@@ -84,7 +84,7 @@ template <class V, class T> AOT void aot_put(T *p, V v, int64_t n) {
   if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_put_first(p, v, n);
   aot_put(p, v);
 }
-// Elements a stride apart.
+// Lanes of elements a stride apart.
 template <class V, class T> AOT V aot_gather(const T *p, int64_t n, int64_t stride) {
   if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_some<V>(p, n, stride);
   typename aot_memory<V, T>::type v;
@@ -155,12 +155,12 @@ AOT ints aot_before(floats, int64_t n) { return aot_count<ints>() < (int32_t)n; 
 AOT ints aot_before(ints, int64_t n) { return aot_count<ints>() < (int32_t)n; }
 AOT longs aot_before(doubles, int64_t n) { return aot_count<longs>() < n; }
 AOT longs aot_before(longs, int64_t n) { return aot_count<longs>() < n; }
-// x in the first n lanes, and in those behind them what changes nothing.
+// x in the first n lanes, and the neutral element in the lanes behind them.
 template <class V> AOT V aot_or(V x, V neutral, int64_t n) {
   return n < aot_lanes<V> ? aot_before(x, n) ? x : neutral : x;
 }
 
-// All lanes into one number, pairwise.
+// Combines all lanes into one number, pairwise.
 template <class V, class F> AOT auto aot_across(V x, F f) {
   _Pragma("GCC unroll 4")
   for (int half = aot_lanes<V> / 2; half; half /= 2) {

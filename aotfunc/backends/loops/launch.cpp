@@ -47,7 +47,7 @@ int aoti_torch_empty_strided(
 int aoti_torch_delete_tensor_object(Tensor);
 int torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *);
 
-// what launch.py finds out
+// facts that launch.py finds out
 int64_t aot_offset;                // of the at::Tensor in a Python tensor
 void *aot_tensor, *aot_parameter;  // the Python classes
 Object *(*aot_wrap)(Tensor);       // THPVariable_Wrap
@@ -138,7 +138,7 @@ extern "C" Object *aot_launch(Object *self, Object *const *args, int64_t count) 
   return usual ? result : PyObject_Vectorcall(PyTuple_GetItem(self, 1), args, count, 0);
 }
 
-// A kernel for the first launch, which shows whether all this works here.
+// A kernel for the first launch, which shows whether launches work here.
 extern "C" void aot_first(int64_t begin, int64_t end, const int64_t *, void *const *buffers) {
   for (int64_t i = begin; i < end; i++) ((float *)buffers[1])[i] = ((float *)buffers[0])[i];
 }

@@ -143,8 +143,8 @@ AOT floats aot_log(floats x) {
 }
 AOT_NUMBER1(aot_log)
 
-// An odd function: of one polynomial for each interval of |x| where there is an instruction that
-// picks 16 of 32 numbers, the first one less |x|; of two and the exponential elsewhere.
+// An odd function. With an instruction that picks 16 of 32 numbers it has one polynomial for each
+// interval of |x|, the first one less |x|; elsewhere two polynomials and the exponential.
 #if AOT_BYTES == 64
 AOT floats aot_pick(const float *table, ints i) {
   return __builtin_shuffle(aot_raw<floats>(table), aot_raw<floats>(table + 16), i);
@@ -175,8 +175,8 @@ AOT floats aot_erf(floats x) {
 AOT_NUMBER1(aot_tanh)
 AOT_NUMBER1(aot_erf)
 
-// 1 / (1 + exp(-x)), of the exponential that cannot overflow, and without what rounding the
-// denominator has lost.
+// 1 / (1 + exp(-x)), from the exponential that cannot overflow, corrected by the rounding error of
+// the denominator.
 template <class V> AOT V aot_sigmoid_of(V x) {
   V e = aot_exp(-aot_abs(x)), s = 1 + e, lost = e - (s - 1);
   V y = (x < 0 ? e : V{} + 1) / s;

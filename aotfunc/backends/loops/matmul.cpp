@@ -7,7 +7,7 @@
 
 struct Matrix { int64_t start, batch, row, column; };  // where it begins, and steps
 
-// What matmul.py packs.
+// The arguments that matmul.py packs.
 struct Sizes { int64_t m, n, k; Matrix a, b, c; };
 
 enum : int64_t {
@@ -30,7 +30,7 @@ template <class T> struct Piece {
   bool more;  // is added to c
 };
 
-// The sums of a tile in memory, so many vectors for each row, to c.
+// Adds the sums of a tile in memory, so many vectors for each row, to c.
 template <class V, class T>
 __attribute__((noinline)) static void put(const Piece<T> &p, const V *done, int64_t width) {
   for (int64_t i = 0; i < p.rows; i++)
@@ -82,8 +82,8 @@ template <class V, class T, int rows, int width> static void tile(const Piece<T>
   if (!usual) put(p, rest[0], width);
 }
 
-// n lines of floats, each contiguous along k, as a vector for each k, `apart` from each other.
-// What is written behind a vector's n lanes is overwritten by the next.
+// Transposes n lines of floats, each contiguous along k, into a vector for each k, `apart` from
+// each other. The next vector overwrites what is written behind a vector's n lanes.
 static void pack(float *to, int64_t apart, const float *p, int64_t line, int64_t n, int64_t k) {
   floats block[FLOATS];
   for (int64_t first = 0; first < k; first += FLOATS) {
@@ -97,7 +97,7 @@ static void pack(double *to, int64_t apart, const double *p, int64_t line, int64
     for (int64_t j = 0; j < apart; j++) to[i * apart + j] = j < n ? p[j * line + i] : 0;
 }
 
-// Rows of b as vectors, zeros behind the last column.
+// Packs rows of b as vectors, with zeros behind the last column.
 template <class V, class T>
 static void pack_columns(T *to, int64_t wide, const T *b, int64_t row, int64_t column, int64_t n,
                          int64_t k) {
@@ -115,7 +115,7 @@ static void pack_columns(T *to, int64_t wide, const T *b, int64_t row, int64_t c
   }
 }
 
-// Rows of a, so many for each k, zeros behind the last.
+// Packs rows of a, so many for each k, with zeros behind the last.
 template <class T>
 static void pack_rows(T *to, int64_t rows, const T *a, int64_t row, int64_t column, int64_t n,
                       int64_t k) {
@@ -128,7 +128,7 @@ template <class V, class T, int width> static void tile_of(int64_t rows, const P
   rows == 6 ? tile<V, T, 6, width>(p) : tile<V, T, ROWS, width>(p);
 }
 
-// Some rows of c.
+// Computes some rows of c.
 template <class V, class T>
 static void rows_of(const Sizes &s, const T *a, const T *b, T *c, int64_t first, int64_t last) {
   enum : int64_t { WIDE = 2 * aot_lanes<V> };
@@ -166,7 +166,7 @@ static void rows_of(const Sizes &s, const T *a, const T *b, T *c, int64_t first,
     }
 }
 
-// One row of c, several vectors of its columns at a time.
+// Computes one row of c, several vectors of its columns at a time.
 template <class V, class T>
 static void row_of(const Sizes &s, const T *a, const T *b, T *c) {
   enum : int64_t { L = aot_lanes<V>, WIDE = 4 * L };
@@ -190,7 +190,7 @@ static void row_of(const Sizes &s, const T *a, const T *b, T *c) {
   }
 }
 
-// One row of c of columns of b that are contiguous, as the row of a is.
+// Computes one row of c from columns of b that are contiguous, as the row of a is.
 template <class V, class T>
 static void dots_of(const Sizes &s, const T *a, const T *b, T *c) {
   enum : int64_t { L = aot_lanes<V> };
@@ -206,7 +206,7 @@ static void dots_of(const Sizes &s, const T *a, const T *b, T *c) {
   }
 }
 
-// Rows from `begin` to `end` of all batches' blocks.
+// Computes rows `begin` to `end` of all batches' blocks.
 template <class V, class T>
 AOT void product(int64_t begin, int64_t end, const int64_t *sizes, void *const *buffers) {
   const Sizes &s = *(const Sizes *)sizes;

@@ -1,4 +1,4 @@
-// Rows of a kernel, divided among PyTorch's threads.
+// Divides the rows of a kernel among PyTorch's threads.
 
 typedef __INT64_TYPE__ int64_t;
 typedef void (*Kernel)(int64_t, int64_t, const int64_t *, void *const *);

@@ -43,7 +43,7 @@ struct f16 { uint16_t bits; operator float() const; void operator=(float); };
 
 #define AOT static inline __attribute__((always_inline))
 
-// The same function in every lane, where there is no instruction for all of them.
+// Calls a function in every lane, if there is no instruction for all of them.
 template <class V, class F> AOT V aot_each(V x, F f) {
   _Pragma("GCC unroll 16")
   for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); i++) x[i] = f(x[i]);
@@ -108,7 +108,7 @@ AOT halves aot_narrow(floats x, f16) {
   inline void half::operator=(float x) { bits = aot_narrow(floats{} + x, half{})[0]; }
 AOT_HALF(bf16)
 AOT_HALF(f16)
-// To bfloat16 or float16 and back: what a cast in the middle of a chain does.
+// Rounds to bfloat16 or float16 and back, as a cast in the middle of a chain does.
 AOT floats aot_as_bf16(floats x) { return aot_float(aot_narrow(x, bf16{}), bf16{}); }
 AOT floats aot_as_f16(floats x) { return aot_float(aot_narrow(x, f16{}), f16{}); }
 AOT float aot_as_bf16(float x) { return aot_as_bf16(aot_floats(x))[0]; }
@@ -210,7 +210,7 @@ AOT floats aot_least(floats x, floats y) { return x < y ? x : y; }
 AOT floats aot_most(floats x, floats y) { return x > y ? x : y; }
 #endif
 
-// Whether any lane is greater than this.
+// Returns whether any lane is greater than this.
 #if AOT_BYTES == 64
 AOT bool aot_any_above(floats x, float y) {
   return __builtin_ia32_cmpps512_mask(x, aot_floats(y), 14, -1, 4);
@@ -226,7 +226,7 @@ AOT bool aot_any_above(floats x, float y) {
 }
 #endif
 
-// x * y + z, rounded once where the CPU can.
+// x * y + z, rounded once if the CPU can.
 #if AOT_BYTES == 64
 AOT floats aot_fma(floats x, floats y, floats z) {
   return __builtin_ia32_vfmaddps512_mask(x, y, z, -1, 4);

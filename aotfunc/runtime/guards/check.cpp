@@ -1,4 +1,4 @@
-// A check of the state, step by step: see native.py. Every step does what its line of Python does,
+// Checks the state, step by step: see native.py. Every step does what its line of Python does,
 // through the same functions of CPython, whose stable ABI is declared here.
 
 typedef __INT64_TYPE__ int64_t;
@@ -81,7 +81,7 @@ static void dropped(Object *x) {
   else references(x)--;
 }
 
-// x[key], and whether that is another object than y
+// Tells whether x[key] is another object than y.
 static bool other_item(Object *x, Object *key, Object *y) {
   if (is(x, aot_dict)) return PyDict_GetItemWithError(x, key) != y;
   Object *found = PyObject_GetItem(x, key);
@@ -117,7 +117,7 @@ static bool python(Object *f, const int32_t *words, Object **r, int32_t first) {
   return yes;
 }
 
-// The tensors, or null where the state is another one, or an error was raised.
+// Returns the tensors, or null where the state is another one or an error was raised.
 static Object *checked(const Program *p, Object **r, Object *alike) {
   const int32_t *words = (const int32_t *)(p->rest + p->steps);
   for (const Step *s = p->rest, *end = s + p->steps; s < end; s++) {
@@ -174,8 +174,8 @@ static Object *checked(const Program *p, Object **r, Object *alike) {
   return found;
 }
 
-// `self` is the program, its constants, the comparison of metadata, and the check in Python, which
-// has the word on every state that is not found to be the same
+// `self` is the program, its constants, the comparison of metadata, and the Python check, which
+// decides about every state that is not found to be the same.
 extern "C" Object *aot_check(Object *self, Object *const *args, int64_t count) {
   Object **of = ((Tuple *)self)->elements;
   const Program *p = (const Program *)PyBytes_AsString(of[0]);
