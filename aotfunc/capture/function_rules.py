@@ -93,7 +93,8 @@ def recorded_backward(
 def recorded_jvp(
     trace: Trace, name: str, args: Any, ctx: Context, jvp: Any
 ) -> tuple[RuleProgram | Later | Exception | None, list[Tensor]]:
-    """A Function's jvp, which autograd calls at once, and the tensors that it reads."""
+    """Record a Function's jvp, which autograd calls at once; return it and the tensors that it
+    reads."""
     kept: list[Tensor] = []
     if jvp is None:
         return None, kept

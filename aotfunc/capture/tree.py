@@ -101,9 +101,10 @@ def in_order_of(template: Any, tree: Any) -> Any:
 
 
 class Operands:
-    """The arguments of an ``autograd.Function`` as torch.func sees them, trees of PyTorch's
+    """The arguments of an ``autograd.Function`` as torch.func sees them, as PyTorch's trees
     (``opened``: instances that hold tensors are trees, too): ``plain`` are the leaves with None
-    where a tensor goes, ``places`` say where. Equal if they differ in the tensors only."""
+    for each tensor, ``places`` are the tensors' places. Two are equal if only their tensors
+    differ."""
 
     def __init__(self, args: Sequence[Any], opened: bool = False) -> None:
         flat = flatten_tree if opened else tree_flatten
