@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from aotfunc import grad, jit
 from aotfunc.backends.loops.blocks import block_sums
-from tests.backends.test_cpp import against_the_interpreter, agree, kernels_of, r
+from tests.backends.test_cpp import against_the_interpreter, agree, floats, kernels_of
 from tests.kernels import every_kernel, with_threads
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -30,26 +30,32 @@ def both(x, y):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_both_ways(shape, dtype):
-    x, y = r(*shape, dtype=dtype), r(shape[-1], dtype=dtype)
+    x, y = floats(*shape, dtype=dtype), floats(shape[-1], dtype=dtype)
     agree(both, x, y, kernels=None)
     for kernel in kernels_of(both, x, y):
         against_the_interpreter(kernel)
 
 
 def test_one_kernel_reads_the_rows():
-    agree(both, r(100, 19), r(19), kernels=3)
-    assert sum(kernel.blocks for kernel in kernels_of(both, r(100, 19), r(19))) == 1
+    agree(both, floats(100, 19), floats(19), kernels=3)
+    assert sum(kernel.blocks for kernel in kernels_of(both, floats(100, 19), floats(19))) == 1
 
 
 @pytest.mark.parametrize(
-    "x", [r(19, 70).t(), r(140, 38)[::2, ::2], r(70, 1).expand(70, 19), r(1, 19).expand(70, 19)]
+    "x",
+    [
+        floats(19, 70).t(),
+        floats(140, 38)[::2, ::2],
+        floats(70, 1).expand(70, 19),
+        floats(1, 19).expand(70, 19),
+    ],
 )
 def test_other_layouts(x):
-    agree(both, x, r(19), kernels=None)
+    agree(both, x, floats(19), kernels=None)
 
 
 def test_special_values():
-    x = r(70, 19)
+    x = floats(70, 19)
     x[3, 4], x[50, 5], x[60, 6], x[:, 7] = math.nan, math.inf, -math.inf, -0.0
     f = lambda x: (x.amax(1), x.sum(0), (x * 0 + 1).sum(0))
     agree(f, x, kernels=None)
@@ -66,8 +72,8 @@ NORMS = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_norms(name, shape):
     """Of float32 against plain autograd in float64."""
-    args = r(*shape), 1 + r(shape[-1]) / 9, r(shape[-1])
-    weight = r(*shape)
+    args = floats(*shape), 1 + floats(shape[-1]) / 9, floats(shape[-1])
+    weight = floats(*shape)
     loss = lambda *a: (NORMS[name](*a) * weight.to(a[0].dtype)).sum()
     got = jit(grad(loss, argnums=(0, 1, 2)), backend=every_kernel)(*args)
     leaves = [a.double().requires_grad_() for a in args]
@@ -76,14 +82,14 @@ def test_gradients_of_norms(name, shape):
 
 
 def test_any_number_of_threads():
-    x, y = r(1000, 190), r(190)
+    x, y = floats(1000, 190), floats(190)
     f = jit(both, backend="cpp")
     for one, *others in zip(*with_threads(f, x, y), strict=True):
         assert all([torch.equal(one, other) for other in others])
 
 
 def test_the_op_alone():
-    x = r(5, 13, 3)
+    x = floats(5, 13, 3)
     assert_close(block_sums(x, 2), torch.stack([b.sum(0) for b in x.flatten(0, 1).split(32)]))
     assert block_sums(x.to("meta"), 1).shape == block_sums(x, 1).shape == (1, 13, 3)
 
@@ -91,6 +97,6 @@ def test_the_op_alone():
 def test_large_results():
     """Memory in huge pages is as good as any: at its ends, of several results, at odd sizes."""
     for n in (1 << 20, (1 << 21) + 77):
-        x = r(n)
+        x = floats(n)
         plus, twice = jit(lambda x: (x + 1, x * 2), backend="cpp")(x)
         assert torch.equal(plus, x + 1) and torch.equal(twice, x * 2)

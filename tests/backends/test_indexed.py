@@ -14,89 +14,101 @@ from torch.testing import assert_close
 
 from aotfunc import grad, jit
 from aotfunc.backends.loops import native
-from tests.backends.test_cpp import against_the_interpreter, agree, kernels_of, r
+from tests.backends.test_cpp import against_the_interpreter, agree, floats, kernels_of
 from tests.kernels import every_kernel
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 I = torch.tensor([3, 0, 6, 6, 1])
 SHOWN = {
-    "a column": (lambda x: x[:, 3].exp() * 2, r(37, 19)),
-    "a row below": (lambda x, y: x[-2] * y + 1, r(37, 19), r(37, 19)),
-    "columns": (lambda x: x[:, 2:13].exp(), r(37, 19)),
-    "every third": (lambda x: x[1::3].exp(), r(37, 19)),
-    "neighbours": (lambda x: (x[1:] - x[:-1]) * (x[1:] + x[:-1]), r(70)),
-    "neighbours in rows": (lambda x: (x[:, 1:] - x[:, :-1]).square().sum(-1), r(9, 70)),
-    "computed neighbours": (lambda x: (lambda y: y[1:] * y[:-1])(x * 2 + 1), r(70)),
-    "of what is stored too": (lambda x: (lambda y: (y, y[:, :5] * 2))(x.exp()), r(9, 70)),
-    "flipped": (lambda x: x.flip(1) * x, r(9, 20)),
-    "a diagonal": (lambda x: x.diagonal().exp(), r(9, 20)),
-    "below the diagonal": (lambda x: x.diagonal(-2).exp() * 2, r(9, 20)),
-    "unbound": (lambda x: (lambda q, k, v: q * k + v)(*x.unbind(1)), r(5, 3, 7)),
-    "in parts": (lambda x: (lambda a, b, c: a * b + c.exp())(*x.split(7, 1)), r(9, 21)),
-    "in parts of several sizes": (lambda x: x.split([2, 5, 3], -1)[1].exp(), r(9, 10)),
-    "in chunks": (lambda x: [c.exp() * 2 for c in x.chunk(3)], r(7, 5)),
-    "slices of slices": (lambda x: x[3:, 2:][1:-1, ::2].exp(), r(20, 21)),
-    "reduced": (lambda x: x[:, 4:].exp().sum(0), r(9, 21)),
+    "a column": (lambda x: x[:, 3].exp() * 2, floats(37, 19)),
+    "a row below": (lambda x, y: x[-2] * y + 1, floats(37, 19), floats(37, 19)),
+    "columns": (lambda x: x[:, 2:13].exp(), floats(37, 19)),
+    "every third": (lambda x: x[1::3].exp(), floats(37, 19)),
+    "neighbours": (lambda x: (x[1:] - x[:-1]) * (x[1:] + x[:-1]), floats(70)),
+    "neighbours in rows": (lambda x: (x[:, 1:] - x[:, :-1]).square().sum(-1), floats(9, 70)),
+    "computed neighbours": (lambda x: (lambda y: y[1:] * y[:-1])(x * 2 + 1), floats(70)),
+    "of what is stored too": (lambda x: (lambda y: (y, y[:, :5] * 2))(x.exp()), floats(9, 70)),
+    "flipped": (lambda x: x.flip(1) * x, floats(9, 20)),
+    "a diagonal": (lambda x: x.diagonal().exp(), floats(9, 20)),
+    "below the diagonal": (lambda x: x.diagonal(-2).exp() * 2, floats(9, 20)),
+    "unbound": (lambda x: (lambda q, k, v: q * k + v)(*x.unbind(1)), floats(5, 3, 7)),
+    "in parts": (lambda x: (lambda a, b, c: a * b + c.exp())(*x.split(7, 1)), floats(9, 21)),
+    "in parts of several sizes": (lambda x: x.split([2, 5, 3], -1)[1].exp(), floats(9, 10)),
+    "in chunks": (lambda x: [c.exp() * 2 for c in x.chunk(3)], floats(7, 5)),
+    "slices of slices": (lambda x: x[3:, 2:][1:-1, ::2].exp(), floats(20, 21)),
+    "reduced": (lambda x: x[:, 4:].exp().sum(0), floats(9, 21)),
 }
 RESHAPED = {
-    "split": (lambda x, y: x.view(5, 4, 3) * y, r(20, 3), r(5, 4, 3)),
-    "merged": (lambda x, y: (x * 2).view(20, 3) * y, r(5, 4, 3), r(20, 3)),
-    "merged and a row": (lambda x, b: (x.exp().view(-1, 12) + b).tanh(), r(5, 4, 3), r(12)),
-    "regrouped": (lambda x, y: (x + 1).view(6, 4, 5).exp() * y, r(2, 12, 5), r(6, 4, 5)),
-    "two ways": (lambda x: ((x * 2).view(6, 10), (x * 2).exp()), r(3, 20)),
-    "reduced after merging": (lambda x: x.exp().view(5, 12).sum(-1), r(5, 4, 3)),
-    "reduced after splitting": (lambda x: x.exp().view(5, 4, 3).sum(1), r(20, 3)),
-    "all of it": (lambda x: x.exp().view(-1).sum(), r(5, 4, 3)),
-    "unmergeable": (lambda x: x.t().reshape(-1).exp(), r(5, 4)),
-    "with ones": (lambda x, y: x.view(5, 1, 4, 1, 3) * y, r(20, 1, 3), r(1, 4, 1, 1)),
-    "sliced after": (lambda x: x.view(5, 12)[:, 2:7].exp(), r(5, 4, 3)),
-    "memory sliced after merging": (lambda x: x.view(60)[7:50].exp(), r(5, 4, 3)),
-    "heads": (lambda x: x.view(2, 7, 3, 4).transpose(1, 2).softmax(-1), r(2, 7, 12)),
+    "split": (lambda x, y: x.view(5, 4, 3) * y, floats(20, 3), floats(5, 4, 3)),
+    "merged": (lambda x, y: (x * 2).view(20, 3) * y, floats(5, 4, 3), floats(20, 3)),
+    "merged and a row": (
+        lambda x, b: (x.exp().view(-1, 12) + b).tanh(),
+        floats(5, 4, 3),
+        floats(12),
+    ),
+    "regrouped": (lambda x, y: (x + 1).view(6, 4, 5).exp() * y, floats(2, 12, 5), floats(6, 4, 5)),
+    "two ways": (lambda x: ((x * 2).view(6, 10), (x * 2).exp()), floats(3, 20)),
+    "reduced after merging": (lambda x: x.exp().view(5, 12).sum(-1), floats(5, 4, 3)),
+    "reduced after splitting": (lambda x: x.exp().view(5, 4, 3).sum(1), floats(20, 3)),
+    "all of it": (lambda x: x.exp().view(-1).sum(), floats(5, 4, 3)),
+    "unmergeable": (lambda x: x.t().reshape(-1).exp(), floats(5, 4)),
+    "with ones": (lambda x, y: x.view(5, 1, 4, 1, 3) * y, floats(20, 1, 3), floats(1, 4, 1, 1)),
+    "sliced after": (lambda x: x.view(5, 12)[:, 2:7].exp(), floats(5, 4, 3)),
+    "memory sliced after merging": (lambda x: x.view(60)[7:50].exp(), floats(5, 4, 3)),
+    "heads": (lambda x: x.view(2, 7, 3, 4).transpose(1, 2).softmax(-1), floats(2, 7, 12)),
 }
 LOOKED_UP = {
-    "rows": (lambda x, i: x[i].exp() * 2, r(7, 19), I),
-    "rows from the end": (lambda x, i: x[i - 7].exp() * 2, r(7, 19), I),
-    "negative rows": (lambda x, i: x[i].exp() * 2, r(7, 19), I - 7),
-    "columns": (lambda x, i: x[:, i].exp() * 2, r(9, 7), I),
-    "pairs": (lambda x, i, j: x[i, j].exp(), r(7, 7), I, I.flip(0)),
-    "pairs apart": (lambda x, i, j: x[i, :, j].exp(), r(7, 3, 7), I, I.flip(0)),
-    "broadcast": (lambda x, i, j: x[i[:, None], j].exp(), r(7, 7), I, I.flip(0)),
-    "of what was computed": (lambda x, i: (x.exp() * 2)[i[:1]], r(7, 19), I),
-    "gathered": (lambda x, i: x.gather(1, i).exp(), r(7, 19), torch.randint(19, (7, 4))),
-    "gathered columns": (lambda x, i: x.gather(0, i).exp(), r(7, 19), torch.randint(7, (4, 19))),
-    "selected": (lambda x, i: x.index_select(1, i).exp(), r(9, 7), I),
-    "embedded": (lambda w, i: F.embedding(i, w) * 2 + 1, r(7, 19), torch.randint(7, (3, 5))),
-    "int32": (lambda x, i: x[i].exp() * 2, r(7, 19), I.int()),
-    "doubles": (lambda x, i: x[i].exp() * 2, r(7, 19).double(), I),
+    "rows": (lambda x, i: x[i].exp() * 2, floats(7, 19), I),
+    "rows from the end": (lambda x, i: x[i - 7].exp() * 2, floats(7, 19), I),
+    "negative rows": (lambda x, i: x[i].exp() * 2, floats(7, 19), I - 7),
+    "columns": (lambda x, i: x[:, i].exp() * 2, floats(9, 7), I),
+    "pairs": (lambda x, i, j: x[i, j].exp(), floats(7, 7), I, I.flip(0)),
+    "pairs apart": (lambda x, i, j: x[i, :, j].exp(), floats(7, 3, 7), I, I.flip(0)),
+    "broadcast": (lambda x, i, j: x[i[:, None], j].exp(), floats(7, 7), I, I.flip(0)),
+    "of what was computed": (lambda x, i: (x.exp() * 2)[i[:1]], floats(7, 19), I),
+    "gathered": (lambda x, i: x.gather(1, i).exp(), floats(7, 19), torch.randint(19, (7, 4))),
+    "gathered columns": (
+        lambda x, i: x.gather(0, i).exp(),
+        floats(7, 19),
+        torch.randint(7, (4, 19)),
+    ),
+    "selected": (lambda x, i: x.index_select(1, i).exp(), floats(9, 7), I),
+    "embedded": (lambda w, i: F.embedding(i, w) * 2 + 1, floats(7, 19), torch.randint(7, (3, 5))),
+    "int32": (lambda x, i: x[i].exp() * 2, floats(7, 19), I.int()),
+    "doubles": (lambda x, i: x[i].exp() * 2, floats(7, 19).double(), I),
     "longs": (lambda x, i: x[i] * 2 + 1, torch.arange(70).reshape(7, 10), I),
-    "bools": (lambda x, i: x[i] & (i > 2)[:, None], r(7, 10) > 0, I),
-    "strided": (lambda x, i: x[i[::2]].exp(), r(14, 19)[::2, ::2], torch.randint(7, (9,))),
-    "summed": (lambda x, i: x[i].exp().sum(0), r(7, 19), I),
-    "a row of two": (lambda x, i: (x[i[0]] - x[i[1]]).exp(), r(7, 19), torch.randint(7, (2, 9))),
+    "bools": (lambda x, i: x[i] & (i > 2)[:, None], floats(7, 10) > 0, I),
+    "strided": (lambda x, i: x[i[::2]].exp(), floats(14, 19)[::2, ::2], torch.randint(7, (9,))),
+    "summed": (lambda x, i: x[i].exp().sum(0), floats(7, 19), I),
+    "a row of two": (
+        lambda x, i: (x[i[0]] - x[i[1]]).exp(),
+        floats(7, 19),
+        torch.randint(7, (2, 9)),
+    ),
 }
 PADDED = {
-    "padded": (lambda x: F.pad(x, (2, 3)).exp(), r(9, 21)),
-    "padded by a number": (lambda x: F.pad(x, (2, 0, 0, 1), value=1.5) * 2, r(9, 21)),
-    "cut": (lambda x: F.pad(x, (-2, 3, 1, -1)).exp(), r(9, 21)),
-    "joined": (lambda x, y: torch.cat([x, y], 1) * 2 + 1, r(9, 21), r(9, 4)),
-    "joined rows": (lambda x, y: torch.cat([x * 2, y]).exp(), r(9, 21), r(4, 21)),
-    "joined with nothing": (lambda x, y: torch.cat([x, y]).exp(), r(9, 21), r(0, 21)),
-    "stacked": (lambda x, y: torch.stack([x, y], 1).exp(), r(9, 21), r(9, 21)),
-    "rotated halves": (lambda x: torch.cat([-x[..., 5:], x[..., :5]], -1) * x, r(9, 10)),
-    "a triangle": (lambda x: x.tril() + x.triu(1) * 2, r(9, 21)),
+    "padded": (lambda x: F.pad(x, (2, 3)).exp(), floats(9, 21)),
+    "padded by a number": (lambda x: F.pad(x, (2, 0, 0, 1), value=1.5) * 2, floats(9, 21)),
+    "cut": (lambda x: F.pad(x, (-2, 3, 1, -1)).exp(), floats(9, 21)),
+    "joined": (lambda x, y: torch.cat([x, y], 1) * 2 + 1, floats(9, 21), floats(9, 4)),
+    "joined rows": (lambda x, y: torch.cat([x * 2, y]).exp(), floats(9, 21), floats(4, 21)),
+    "joined with nothing": (lambda x, y: torch.cat([x, y]).exp(), floats(9, 21), floats(0, 21)),
+    "stacked": (lambda x, y: torch.stack([x, y], 1).exp(), floats(9, 21), floats(9, 21)),
+    "rotated halves": (lambda x: torch.cat([-x[..., 5:], x[..., :5]], -1) * x, floats(9, 10)),
+    "a triangle": (lambda x: x.tril() + x.triu(1) * 2, floats(9, 21)),
     "nan outside": (lambda x: x.tril().exp(), torch.full((9, 9), math.nan).tril(-1) + 1),
     "causal": (
         lambda x: x.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -math.inf).softmax(-1),
-        r(3, 9, 9),
+        floats(3, 9, 9),
     ),
     "one hot": (lambda i: (torch.arange(9) == i[:, None]).float() * 2, I),
-    "counted": (lambda x: x * torch.arange(21) + torch.arange(3, 87, 4), r(9, 21)),
-    "counted in floats": (lambda x: x * torch.arange(21.0), r(9, 21)),
-    "the unit matrix": (lambda x: x + torch.eye(9, 21) * 3, r(9, 21)),
-    "of doubles": (lambda x: F.pad(x, (2, 3)).exp(), r(9, 21).double()),
+    "counted": (lambda x: x * torch.arange(21) + torch.arange(3, 87, 4), floats(9, 21)),
+    "counted in floats": (lambda x: x * torch.arange(21.0), floats(9, 21)),
+    "the unit matrix": (lambda x: x + torch.eye(9, 21) * 3, floats(9, 21)),
+    "of doubles": (lambda x: F.pad(x, (2, 3)).exp(), floats(9, 21).double()),
     "of longs": (lambda x: F.pad(x, (2, 3)) * 2 + 1, torch.arange(60).reshape(5, 12)),
-    "of bools": (lambda x: F.pad(x, (2, 3)) & ~F.pad(x, (3, 2)), r(9, 21) > 0),
+    "of bools": (lambda x: F.pad(x, (2, 3)) & ~F.pad(x, (3, 2)), floats(9, 21) > 0),
 }
 
 
@@ -135,7 +147,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", [7, -8, -1, 2**40])
 def test_an_index_out_of_range(case, wrong):
     """Raises what eager mode raises."""
-    f, x, i = WRONG[case], r(7, 7), torch.tensor([0, 1, 2, 3, 4, 5, wrong])
+    f, x, i = WRONG[case], floats(7, 7), torch.tensor([0, 1, 2, 3, 4, 5, wrong])
     try:
         want = f(x, i)
     except (IndexError, RuntimeError) as error:
@@ -154,26 +166,29 @@ def test_cross_entropy(weighted, reduction, ignored):
     target[list(ignored)] = -100
     weight = torch.rand(19) if weighted else None
     f = lambda x: F.cross_entropy(x, target, weight, reduction=reduction)
-    agree(f, r(9, 19), kernels=None)
-    agree(grad(lambda x: f(x).square().sum()), r(9, 19), kernels=None)
+    agree(f, floats(9, 19), kernels=None)
+    agree(grad(lambda x: f(x).square().sum()), floats(9, 19), kernels=None)
 
 
 GRADIENTS = {
-    "sliced": (lambda x: x[:, 2:9].exp() * x[:, :7], r(9, 12)),
-    "selected": (lambda x: x[:, 2].exp() * x[:, 3], r(9, 12)),
-    "joined": (lambda x: torch.cat([-x[:, 6:], x[:, :6]], 1) * x, r(9, 12)),
-    "padded": (lambda x: F.pad(x, (1, 2), value=2.0).square(), r(9, 12)),
-    "looked up": (lambda x: x[I].exp() * 2, r(9, 12)),
-    "a triangle": (lambda x: x.exp().tril().square(), r(9, 12)),
-    "heads": (lambda x: x.view(3, 3, 4, 3).transpose(1, 2).exp().softmax(-1), r(9, 12)),
-    "unbound": (lambda x: (lambda a, b, c: a * b + c.exp())(*x.view(9, 3, 4).unbind(1)), r(9, 12)),
-    "in parts": (lambda x: (lambda a, b: a * b.exp())(*x.split(6, 1)), r(9, 12)),
-    "every second": (lambda x: x[:, ::2].exp() * x[:, 1::2], r(9, 12)),
-    "every third row": (lambda x: x[1:8:3].exp() * 2, r(9, 12)),
-    "rows and columns apart": (lambda x: x[2::4, 1:-1:5].exp(), r(12, 20)),
-    "pairs": (lambda x: torch.stack([-x[:, 1::2], x[:, ::2]], -1).flatten(1) * x, r(9, 12)),
-    "the greatest": (lambda x: x.max(1).values * 3, r(9, 12)),
-    "the least of columns": (lambda x: x.min(0, keepdim=True).values * x, r(9, 12)),
+    "sliced": (lambda x: x[:, 2:9].exp() * x[:, :7], floats(9, 12)),
+    "selected": (lambda x: x[:, 2].exp() * x[:, 3], floats(9, 12)),
+    "joined": (lambda x: torch.cat([-x[:, 6:], x[:, :6]], 1) * x, floats(9, 12)),
+    "padded": (lambda x: F.pad(x, (1, 2), value=2.0).square(), floats(9, 12)),
+    "looked up": (lambda x: x[I].exp() * 2, floats(9, 12)),
+    "a triangle": (lambda x: x.exp().tril().square(), floats(9, 12)),
+    "heads": (lambda x: x.view(3, 3, 4, 3).transpose(1, 2).exp().softmax(-1), floats(9, 12)),
+    "unbound": (
+        lambda x: (lambda a, b, c: a * b + c.exp())(*x.view(9, 3, 4).unbind(1)),
+        floats(9, 12),
+    ),
+    "in parts": (lambda x: (lambda a, b: a * b.exp())(*x.split(6, 1)), floats(9, 12)),
+    "every second": (lambda x: x[:, ::2].exp() * x[:, 1::2], floats(9, 12)),
+    "every third row": (lambda x: x[1:8:3].exp() * 2, floats(9, 12)),
+    "rows and columns apart": (lambda x: x[2::4, 1:-1:5].exp(), floats(12, 20)),
+    "pairs": (lambda x: torch.stack([-x[:, 1::2], x[:, ::2]], -1).flatten(1) * x, floats(9, 12)),
+    "the greatest": (lambda x: x.max(1).values * 3, floats(9, 12)),
+    "the least of columns": (lambda x: x.min(0, keepdim=True).values * x, floats(9, 12)),
 }
 
 
@@ -186,32 +201,35 @@ def test_gradients(case):
 P = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0])
 #: pooling: the largest, or the mean, of each window
 WINDOWS = {
-    "squares": (lambda x: F.max_pool2d(x, 2), r(2, 3, 8, 10)),
-    "places": (lambda x: F.max_pool2d(x, 2, return_indices=True), r(2, 3, 9, 37)),
-    "overlapping": (lambda x: F.max_pool2d(x, 3, 2, return_indices=True), r(3, 9, 38)),
-    "oblong": (lambda x: F.max_pool2d(x, (2, 3), return_indices=True), r(2, 1, 8, 12).double()),
+    "squares": (lambda x: F.max_pool2d(x, 2), floats(2, 3, 8, 10)),
+    "places": (lambda x: F.max_pool2d(x, 2, return_indices=True), floats(2, 3, 9, 37)),
+    "overlapping": (lambda x: F.max_pool2d(x, 3, 2, return_indices=True), floats(3, 9, 38)),
+    "oblong": (
+        lambda x: F.max_pool2d(x, (2, 3), return_indices=True),
+        floats(2, 1, 8, 12).double(),
+    ),
     "special": (
         lambda x: F.max_pool2d(x, 2, return_indices=True),
         P[torch.randint(6, (2, 3, 16, 16))],
     ),
-    "padded": (lambda x: F.max_pool2d(x, 3, 1, 1), r(2, 3, 8, 10)),
+    "padded": (lambda x: F.max_pool2d(x, 3, 1, 1), floats(2, 3, 8, 10)),
     "channels last": (
         lambda x: F.max_pool2d(x, 2),
-        r(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
+        floats(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
     ),
-    "means of squares": (lambda x: F.avg_pool2d(x, 2), r(2, 3, 8, 10)),
-    "a rest": (lambda x: F.avg_pool2d(x, (2, 1)), r(2, 3, 9, 11)),
-    "means that overlap": (lambda x: F.avg_pool2d(x, 3, 1), r(3, 9, 38)),
-    "steps": (lambda x: F.avg_pool2d(x, 2, 3), r(3, 9, 38)),
-    "another divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), r(1, 2, 8, 8)),
-    "means, padded": (lambda x: F.avg_pool2d(x, 3, 1, 1), r(2, 3, 8, 10)),
-    "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (4, 5)), r(2, 3, 8, 10)),
-    "adaptive to other windows": (lambda x: F.adaptive_avg_pool2d(x, 3), r(2, 3, 8, 10)),
-    "to one": (lambda x: F.adaptive_avg_pool2d(x, 1), r(2, 3, 8, 10)),
-    "of doubles": (lambda x: F.avg_pool2d(x, 2), r(2, 3, 8, 10).double()),
+    "means of squares": (lambda x: F.avg_pool2d(x, 2), floats(2, 3, 8, 10)),
+    "a rest": (lambda x: F.avg_pool2d(x, (2, 1)), floats(2, 3, 9, 11)),
+    "means that overlap": (lambda x: F.avg_pool2d(x, 3, 1), floats(3, 9, 38)),
+    "steps": (lambda x: F.avg_pool2d(x, 2, 3), floats(3, 9, 38)),
+    "another divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), floats(1, 2, 8, 8)),
+    "means, padded": (lambda x: F.avg_pool2d(x, 3, 1, 1), floats(2, 3, 8, 10)),
+    "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (4, 5)), floats(2, 3, 8, 10)),
+    "adaptive to other windows": (lambda x: F.adaptive_avg_pool2d(x, 3), floats(2, 3, 8, 10)),
+    "to one": (lambda x: F.adaptive_avg_pool2d(x, 1), floats(2, 3, 8, 10)),
+    "of doubles": (lambda x: F.avg_pool2d(x, 2), floats(2, 3, 8, 10).double()),
     "means, channels last": (
         lambda x: F.avg_pool2d(x, 2),
-        r(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
+        floats(2, 3, 8, 10).contiguous(memory_format=torch.channels_last),
     ),
 }
 
@@ -259,24 +277,24 @@ def test_nothing_is_sought_in_vain():
 SCATTERED = {
     "a row's element": (
         lambda x, i, y: x.scatter(1, i, y) * 2,
-        *(r(9, 37), torch.randint(37, (9, 1)), r(9, 1)),
+        *(floats(9, 37), torch.randint(37, (9, 1)), floats(9, 1)),
     ),
     "a column's element": (
         lambda x, i, y: x.scatter(0, i, y).exp(),
-        *(r(9, 37), torch.randint(9, (1, 37)), r(1, 37)),
+        *(floats(9, 37), torch.randint(9, (1, 37)), floats(1, 37)),
     ),
-    "a number": (lambda x, i: x.scatter(1, i, 2.5) * 2, r(9, 37), torch.randint(37, (9, 1))),
+    "a number": (lambda x, i: x.scatter(1, i, 2.5) * 2, floats(9, 37), torch.randint(37, (9, 1))),
     "one hot": (
         lambda i: torch.zeros(9, 37).scatter(1, i, 1.0) * 2,
         torch.randint(37, (9, 1)),
     ),
     "several": (
         lambda x, i, y: x.scatter(1, i, y) * 2,
-        *(r(9, 37), torch.arange(20).repeat(9, 1), r(9, 20)),
+        *(floats(9, 37), torch.arange(20).repeat(9, 1), floats(9, 20)),
     ),
     "of doubles": (
         lambda x, i: x.scatter(-1, i, 2) * 2,
-        *(r(9, 37).double(), torch.randint(37, (9, 1))),
+        *(floats(9, 37).double(), torch.randint(37, (9, 1))),
     ),
 }
 
@@ -288,10 +306,10 @@ def test_scattered(case):
 
 def test_what_is_scattered_is_in_range():
     f = jit(lambda x, i: x.scatter(1, i, 2.5) * 2, backend=every_kernel)
-    f(r(3, 5), torch.tensor([[0], [4], [2]]))
+    f(floats(3, 5), torch.tensor([[0], [4], [2]]))
     for bad in (5, -1):
         with pytest.raises(RuntimeError, match=f"index {bad} is out of bounds for dimension 1"):
-            f(r(3, 5), torch.tensor([[0], [bad], [2]]))
+            f(floats(3, 5), torch.tensor([[0], [bad], [2]]))
 
 
 def random_program(seed: int):
@@ -387,6 +405,6 @@ def test_ten_sizes_are_compiled_once(cache):
 
     step = jit(grad(f), backend="cpp")
     for n in range(4, 14):
-        x, i = r(n, 27), torch.randint(n, (n,))
+        x, i = floats(n, 27), torch.randint(n, (n,))
         assert_close(step(x, i), grad(f)(x, i))
     assert step.captures == 10 and len(native.LOADED) == 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aotfunc import grad
 from tests import test_nested
-from tests.backends.test_cpp import agree, r
+from tests.backends.test_cpp import agree, floats
 from tests.kernels import every_kernel
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -37,7 +37,7 @@ CASES = {
 def test_what_is_stored(case):
     f, count = CASES[case]
     first = len(every_kernel.made)
-    agree(f, r(9, 19), kernels=None, rtol=1e-4, atol=1e-4)
+    agree(f, floats(9, 19), kernels=None, rtol=1e-4, atol=1e-4)
     shapes = [tuple(shape) for k in every_kernel.made[first:] for shape, *_ in k.plain.args[3]]
     assert count is None or shapes.count((9, 19)) == count
 
@@ -49,7 +49,7 @@ def read_in_another_order(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 1), (1, 3)])
 def test_what_the_reader_cannot_compute(shape):
-    agree(read_in_another_order, r(*shape), kernels=None)
+    agree(read_in_another_order, floats(*shape), kernels=None)
 
 
 @pytest.mark.parametrize("seed", [1, 4])

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from aotfunc import grad, jit
 from aotfunc.backends.loops import native
-from tests.backends.test_cpp import against_the_interpreter, agree, kernels_of, r
+from tests.backends.test_cpp import against_the_interpreter, agree, floats, kernels_of
 from tests.kernels import every_kernel, with_threads
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -25,29 +25,29 @@ def put(size, indices, value):
 
 
 CASES = {
-    "elements": (lambda v: put((7,), (index,), v.exp()), r(19)),
-    "rows": (lambda v: put((7, 3), (index,), v * 2), r(19, 3)),
-    "wide rows": (lambda v: put((7, 70), (index,), v * 2), r(19, 70)),
-    "columns": (lambda v: put((5, 7), (None, index), v.sin()), r(5, 19)),
-    "a row for all": (lambda v: put((7, 3), (index,), v), r(3)),
-    "two indices": (lambda v: put((7, 7), (few, few.flip(0)), v + 1), r(5)),
-    "two apart": (lambda v: put((7, 4, 7), (few, None, few.flip(0)), v + 1), r(5, 4)),
-    "a table": (lambda v: put((7, 2), (table,), v + 1), r(6, 3, 2)),
-    "transposed": (lambda v: put((7, 3), (index,), v.t()), r(3, 19)),
-    "sums": (lambda v: put((7,), (index,), v.exp().sum(1)), r(19, 33)),
+    "elements": (lambda v: put((7,), (index,), v.exp()), floats(19)),
+    "rows": (lambda v: put((7, 3), (index,), v * 2), floats(19, 3)),
+    "wide rows": (lambda v: put((7, 70), (index,), v * 2), floats(19, 70)),
+    "columns": (lambda v: put((5, 7), (None, index), v.sin()), floats(5, 19)),
+    "a row for all": (lambda v: put((7, 3), (index,), v), floats(3)),
+    "two indices": (lambda v: put((7, 7), (few, few.flip(0)), v + 1), floats(5)),
+    "two apart": (lambda v: put((7, 4, 7), (few, None, few.flip(0)), v + 1), floats(5, 4)),
+    "a table": (lambda v: put((7, 2), (table,), v + 1), floats(6, 3, 2)),
+    "transposed": (lambda v: put((7, 3), (index,), v.t()), floats(3, 19)),
+    "sums": (lambda v: put((7,), (index,), v.exp().sum(1)), floats(19, 33)),
     "sums and what is summed": (
         lambda v: (put((7, 33), (index,), v / v.exp().sum(1, True)), v.exp().sum(1)),
-        r(19, 33),
+        floats(19, 33),
     ),
     "scatter_add": (
         lambda v: torch.zeros(5, 7).scatter_add(1, index.expand(5, 19) % 7, v),
-        r(5, 19),
+        floats(5, 19),
     ),
-    "index_add": (lambda v: torch.zeros(5, 7).index_add(1, index % 7, v.cos()), r(5, 19)),
-    "index_add rows": (lambda v: torch.zeros(7, 18).index_add(0, index % 7, v), r(19, 18)),
-    "onto numbers": (lambda v: torch.ones(7).index_add(0, index % 7, v.cos()), r(19)),
-    "onto a tensor": (lambda v, x: x.index_add(0, index % 7, v.cos()), r(19), r(7)),
-    "read at once": (lambda v: put((7,), (index,), v.exp()).sin() + 1, r(19)),
+    "index_add": (lambda v: torch.zeros(5, 7).index_add(1, index % 7, v.cos()), floats(5, 19)),
+    "index_add rows": (lambda v: torch.zeros(7, 18).index_add(0, index % 7, v), floats(19, 18)),
+    "onto numbers": (lambda v: torch.ones(7).index_add(0, index % 7, v.cos()), floats(19)),
+    "onto a tensor": (lambda v, x: x.index_add(0, index % 7, v.cos()), floats(19), floats(7)),
+    "read at once": (lambda v: put((7,), (index,), v.exp()).sin() + 1, floats(19)),
 }
 
 
@@ -65,8 +65,8 @@ def test_added(case, dtype):
 
 
 def test_what_is_added_is_in_the_same_kernel():
-    agree(CASES["rows"][0], r(19, 3), kernels=1)
-    agree(CASES["sums and what is summed"][0], r(19, 33), kernels=1)
+    agree(CASES["rows"][0], floats(19, 3), kernels=1)
+    agree(CASES["sums and what is summed"][0], floats(19, 33), kernels=1)
 
 
 GATHERS = {
@@ -81,7 +81,7 @@ GATHERS = {
 
 @pytest.mark.parametrize("case", GATHERS)
 def test_gradients_of_look_ups(case):
-    f, x = GATHERS[case], r(7, 7)
+    f, x = GATHERS[case], floats(7, 7)
     leaf = x.double().requires_grad_()
     (want,) = torch.autograd.grad(f(leaf), leaf)
     assert_close(jit(grad(f), backend=every_kernel)(x).double(), want, rtol=1e-5, atol=1e-6)
@@ -93,22 +93,22 @@ def test_out_of_range(bad):
     where[4] = bad
     f = lambda v, i: torch.zeros(7).index_put((i,), v * 2, accumulate=True)
     g = jit(f, backend=every_kernel)
-    g(r(19), index)
+    g(floats(19), index)
     with pytest.raises(IndexError, match="out of bounds"):
-        f(r(19), where)
+        f(floats(19), where)
     with pytest.raises(IndexError, match="out of bounds"):
-        g(r(19), where)
+        g(floats(19), where)
 
 
 def test_special_values():
-    v = r(19)
+    v = floats(19)
     v[2], v[6], v[8] = float("nan"), float("inf"), -0.0
     agree(lambda v: put((7,), (index,), v * 1), v, kernels=None)
 
 
 def test_any_number_of_threads():
     where = torch.randint(50, (100_000,))
-    v = r(100_000, 3)
+    v = floats(100_000, 3)
     f = jit(lambda v, i: put((50, 3), (i,), v.exp()), backend="cpp")
     results = with_threads(f, v, where)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -121,7 +121,7 @@ def test_other_sizes_compile_nothing(cache):
 
     f = jit(lambda v, i: put((50, 3), (i,), v.exp()), backend="cpp")
     for n in range(20, 30):
-        f(r(n, 3), torch.randint(50, (n,)))
+        f(floats(n, 3), torch.randint(50, (n,)))
     assert len(native.LOADED) == 1
 
 
