@@ -79,7 +79,8 @@ def tree_of(data: Any, tensors: Sequence[Tensor]) -> Any:
         return items if kind == "dict" else Record(items)
     if kind == "named":
         name, fields, parts = of
-        return namedtuple(name, fields)(*[tree_of(p, tensors) for p in parts])  # type: ignore[misc]
+        cls: Any = namedtuple(name, fields)  # type: ignore[misc]
+        return cls(*[tree_of(p, tensors) for p in parts])
     if kind in ("tuple", "list"):
         parts = [tree_of(p, tensors) for p in of]
         return parts if kind == "list" else tuple(parts)

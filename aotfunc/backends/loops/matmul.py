@@ -128,7 +128,8 @@ def matrix_product(n: Node) -> Task | None:
         nodes.append(node)
         matrices.append(Matrices(start, *[steps[k] for k in ("b", *plane)]))
     x, y, z = nodes
-    p = MatrixProduct((x, y, z), *[extents[k] for k in "bijk"], *matrices)  # type: ignore[arg-type]
+    sizes: Any = [extents[k] for k in "bijk"]
+    p = MatrixProduct((x, y, z), *sizes, *matrices)
     if p.columns == 1:
         p = p.transposed()
     p = p.in_one()
