@@ -33,6 +33,11 @@ with paused_gc():
     from .api.jacobians import hessian as hessian
     from .api.jacobians import jacfwd as jacfwd
     from .api.jacobians import jacrev as jacrev
+    from .api.jet import diag_hessian as diag_hessian
+    from .api.jet import ggn as ggn
+    from .api.jet import hvp as hvp
+    from .api.jet import jet as jet
+    from .api.jet import laplacian as laplacian
     from .api.jit import aot_function as aot_function
     from .api.jit import aot_module as aot_module
     from .api.jit import jit as jit

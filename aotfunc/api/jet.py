@@ -1,0 +1,164 @@
+"""Higher derivatives along a direction, without towers of first ones: Taylor mode, and what it
+gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
+from ..errors import ArgumentError
+from ..runtime.execute import execute
+from ..trace.entering import entry
+from ..transforms.taylor import taylor
+from .call import Call, like_tangent, positions, tensors_of
+from .func import grad, jvp, vjp
+from .vmap import vmap
+
+
+@entry
+def jet(
+    func: Callable, primals: tuple, series: Sequence, *, factorial_scaled: bool = True
+) -> tuple[Any, list]:
+    """``(output, derivatives)`` of ``func`` along a curve: ``series[i]`` lists the first, second,
+    … derivative of primal ``i`` by the curve's parameter, ``derivatives`` those of the output.
+
+    All lists have one length, the order; None stands for zeros. A derivative has the tree and
+    shapes of its primal, or of the output. Without ``factorial_scaled`` they are coefficients of
+    the Taylor polynomial, k-th derivatives divided by ``k!``. The protocol is
+    ``jax.experimental.jet``'s. The cost grows with the square of the order. Raises ArgumentError
+    for series that do not fit.
+
+    >>> x, one = torch.tensor(0.0), torch.tensor(1.0)
+    >>> jet(lambda x: torch.exp(2 * x), (x,), ([one, None, None],))
+    (tensor(1.), [tensor(2.), tensor(4.), tensor(8.)])
+    """
+    if not isinstance(primals, tuple) or not primals or len(series) != len(primals):
+        raise ArgumentError(
+            f"jet: series must hold a list for each primal, {structure(series)} for "
+            f"{structure(primals)}"
+        )
+    if len(lengths := {len(terms) for terms in series}) != 1 or not (order := lengths.pop()):
+        raise ArgumentError("jet: the lists in series must have one length, at least 1")
+    arguments, everything = Arguments(primals, {}, func), tuple(range(len(primals)))
+    chosen = positions("jet", arguments, everything)
+    rows = [row for i, terms in enumerate(series) for row in by_leaf(arguments, primals, i, terms)]
+    call = Call("jet", func, arguments, chosen, False)
+    call.check_tensors()
+    given = tuple(tuple(t is not None for t in row) for row in rows)
+    base, wrt, n_out = call.program, call.wrt, call.n_out
+    program = call.derived((given, order, n_out), lambda: taylor(base, wrt, given, order, n_out))
+    tangents = [
+        like_tangent(t if factorial_scaled else t * math.factorial(k), arguments.leaves[i])
+        for i, row in zip(chosen, rows, strict=True)
+        for k, t in enumerate(row, 1)
+        if t is not None
+    ]
+    outs = execute(program, [*tensors_of(arguments), *tangents, *call.rec.closed_over])
+    (output,) = call.results(outs[: base.n_outputs])
+    found: list = list(outs[base.n_outputs :])
+    for i in range(n_out):
+        for k in range(order):
+            d = found[i * order + k]
+            d = torch.zeros_like(outs[i]) if d is None else d
+            found[i * order + k] = d if factorial_scaled else d / math.factorial(k + 1)
+    return output, [unflatten(found[k::order], call.spec) for k in range(order)]
+
+
+def by_leaf(arguments: Arguments, primals: tuple, i: int, terms: Sequence) -> list[list]:
+    """The terms of the series of primal ``i``, for each of its leaves."""
+    leaves = [arguments.leaves[k] for k in arguments.spans[i]]
+    rows: list[list] = [[] for _ in leaves]
+    for k, term in enumerate(terms, 1):
+        flat: list = [None] * len(leaves)
+        if term is not None:
+            flat, spec = flatten(in_order_of(primals[i], term))
+            if spec != arguments.specs[i]:
+                raise ArgumentError(
+                    f"jet: derivative {k} of {arguments.said(arguments.spans[i].start)} is "
+                    f"{structure(term)}, which has not the structure of its primal"
+                )
+        for row, x, t in zip(rows, leaves, flat, strict=True):
+            if isinstance(t, Tensor) and t.shape != x.shape:
+                raise ArgumentError(
+                    f"jet: derivative {k} of {arguments.said(arguments.spans[i].start)} has shape "
+                    f"{list(t.shape)}, and its primal {list(x.shape)}"
+                )
+            row.append(t)
+    return rows
+
+
+def hvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """``(gradient, Hessian times tangents)`` of a scalar ``f``, forward over reverse: trees like
+    the primal, or tuples of them for several.
+
+    >>> hvp(lambda x: (x ** 3).sum(), (torch.ones(2),), (torch.tensor([1.0, 2.0]),))
+    (tensor([3., 3.]), tensor([ 6., 12.]))
+    """
+    argnums = 0 if len(primals) == 1 else tuple(range(len(primals)))
+    return jvp(grad(f, argnums), primals, tangents)
+
+
+def ggn(f: Callable, loss: Callable, params: Any, tangent: Any) -> Any:
+    """The generalised Gauss-Newton matrix of ``loss(f(params))`` times ``tangent``, a tree like
+    ``params``: ``J^T H J v``, with the Jacobian ``J`` of ``f`` and the Hessian ``H`` of the scalar
+    ``loss`` by its argument.
+
+    Source: Schraudolph, "Fast Curvature Matrix-Vector Products" (2002).
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> ggn(lambda w: x @ w, lambda y: (y ** 2).sum(), torch.zeros(2), torch.tensor([1.0, 0.0]))
+    tensor([20., 28.])
+    """
+    output, pushed = jvp(f, (params,), (tangent,))
+    _, curved = jvp(grad(loss), (output,), (pushed,))
+    return vjp(f, params)[1](curved)[0]
+
+
+def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
+    """``diagonal(x)``: the second derivative of ``f(x)`` by each element of the tensor ``x`` of
+    shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
+
+    By Taylor mode of order 2 along each axis, ``chunk_size`` at a time: no Hessian is made.
+
+    >>> diag_hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
+    tensor([ 6., 12.])
+    """
+
+    def diagonal(x: Tensor) -> Any:
+        rows = second_derivatives(f, x, chunk_size)
+        return tree_of(rows, lambda d: d.reshape(*x.shape, *d.shape[1:]))
+
+    return diagonal
+
+
+def laplacian(f: Callable, *, chunk_size: int | None = None) -> Callable:
+    """``sum(x)``: the sum of the second derivatives of ``f(x)`` by each element of the tensor
+    ``x``, in the output's tree and shapes; computed as :func:`diag_hessian`.
+
+    >>> laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
+    tensor(18.)
+    """
+
+    def trace(x: Tensor) -> Any:
+        return tree_of(second_derivatives(f, x, chunk_size), lambda d: d.sum(0))
+
+    return trace
+
+
+def second_derivatives(f: Callable, x: Tensor, chunk_size: int | None) -> Any:
+    """The second derivatives of ``f(x)`` by each element of ``x``, in front."""
+    if not isinstance(x, Tensor):
+        raise ArgumentError(f"laplacian: x must be a tensor, not {structure(x)}")
+    axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
+    along = lambda axis: jet(f, (x,), ([axis, None],))[1][1]
+    return vmap(along, chunk_size=chunk_size)(axes)
+
+
+def tree_of(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    leaves, spec = flatten(tree)
+    return unflatten([change(x) for x in leaves], spec)

@@ -1,0 +1,292 @@
+"""Taylor mode: carries the coefficients of a power series along with each value.
+
+An op that is linear in what moves acts on each coefficient; a product is a convolution of them;
+a quotient is solved for its next one. Any other op ``y = f(x)`` has the series of its derivative,
+``y' = f'(x) x'``: its forward rule gives ``y'`` as a graph, in which ``y`` and ``x'`` are series
+again, and the k-th coefficient of ``y`` is the (k-1)-th of ``y'`` divided by ``k``. So every op
+with a forward rule has a series, and the k-th derivative costs a polynomial in k.
+
+Source: Griewank and Walther, "Evaluating Derivatives" (2008), chapter 13; Bettencourt et al.,
+"Taylor-Mode Automatic Differentiation for Higher-Order Derivatives in JAX" (2019)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..debug import at
+from ..errors import RuleError
+from ..graph import Program
+from ..trace.emit import paused_gc
+from ..trace.marks import hidden_write
+from .activity import has_derivative, is_nondiff
+from .jvp import fit_tangents, forward, push, tangent_sig
+from .lower import lowered
+from .vjp import Kept, primals
+from .walk import builder, filled_node, traced
+
+aten = torch.ops.aten
+
+#: ops that are other ops put together; as such their series are shorter than by their rules
+OPENED: dict[OpOverload, Callable[..., Tensor]] = {
+    aten.tanh_backward.default: lambda g, y: g * (1 - y * y),
+    aten.sigmoid_backward.default: lambda g, y: g * (y - y * y),
+    aten.silu.default: lambda x: x * torch.sigmoid(x),
+    aten.softplus_backward.default: lambda g, x, beta, threshold: torch.where(
+        x * beta > threshold, g, g * torch.sigmoid(x * beta)
+    ),
+    aten.rsqrt.default: lambda x: torch.reciprocal(torch.sqrt(x)),
+    aten.square.default: lambda x: x * x,
+}
+
+
+class Series:
+    """The coefficients, in the builder ``b``, of the values of a second graph, whose ops are those
+    of the program and of its derivatives."""
+
+    def __init__(self) -> None:
+        self.b, self.ops = builder(), builder()
+        self.given: dict[Node, Sequence[Node | None]] = {}  # of inputs
+        self.derivatives: dict[Node, Node] = {}  # an input that is the derivative of a value
+        self.integrals: dict[Node, Node] = {}  # the value that an input is the derivative of
+        self.known: dict[tuple[Node, int], Any] = {}
+        self.moves: dict[Node, bool] = {}
+        self.slopes: dict[Node, tuple[list, bool]] = {}
+        self.bodies: dict[Node, Any] = {}
+
+    # ----- the graph of ops ----------------------------------------------------------------------
+
+    def moving(self, n: Any) -> bool:
+        """Whether a value has coefficients beyond the first."""
+        if n.__class__ is not Node or not has_derivative(n.meta["val"]):
+            return False
+        if n not in self.moves:
+            if n.op == "placeholder":
+                series = self.given.get(n)
+                self.moves[n] = series is None or any(c is not None for c in series[1:])
+            else:
+                op = n.target
+                read = n.args[:1] if op is hidden_write else n._input_nodes
+                flat = op is aten.detach.default or is_nondiff(n, {}, False)
+                self.moves[n] = not flat and any(map(self.moving, read))
+        return self.moves[n]
+
+    def derivative(self, n: Node) -> Node:
+        """An input whose series is the derivative of that of ``n``."""
+        if n not in self.derivatives:
+            d = self.ops.placeholder("d", tangent_sig(n.meta["val"]))
+            self.derivatives[n], self.integrals[d] = d, n
+        return self.derivatives[n]
+
+    def slope(self, n: Node) -> tuple[list, bool]:
+        """The derivatives of the outputs of a call, by its forward rule; and whether they are
+        steady: linear in the derivatives of the arguments, by factors that do not move."""
+        if n not in self.slopes:
+            movers = [i for i in n._input_nodes if self.moving(i)]
+            given = {i: self.derivative(i) for i in movers}
+            found = push(self.ops, n, n, Kept(), given)
+            parts = found if isinstance(found, list) else [found]
+            known = [*movers, *self.outputs(n)]
+            ends, rest = {*given.values(), *known}, {i: self.derivative(i) for i in known}
+            forward(self.ops, between(self.ops.graph, ends, parts), Kept(), rest)  # type: ignore
+            self.slopes[n] = parts, not any(p in rest for p in parts if p not in movers)
+        return self.slopes[n]
+
+    def outputs(self, n: Node) -> list[Node]:
+        val = n.meta["val"]
+        if not isinstance(val, tuple):
+            return [n]
+        return [self.ops.item(n, i) for i, v in enumerate(val) if has_derivative(v)]
+
+    def opened(self, n: Node) -> Any:
+        """What a call is put together of, or None."""
+        if n not in self.bodies:
+            formula = OPENED.get(n.target)  # type: ignore[arg-type]
+            if n.target is aten.pow.Tensor_Scalar and whole_power(n.args[1]):
+                formula = lambda x, p: power(x, int(p))
+            self.bodies[n] = formula and traced(formula)(self.ops, *n.args)
+        return self.bodies[n]
+
+    # ----- coefficients --------------------------------------------------------------------------
+
+    def coefficient(self, n: Any, k: int) -> Any:
+        """The k-th coefficient of a value, None for zero; a list of them for several outputs."""
+        if n.__class__ is not Node:
+            return n if k == 0 else None
+        if (n, k) not in self.known:
+            self.known[n, k] = self.input(n, k) if n.op == "placeholder" else self.call(n, k)
+        return self.known[n, k]
+
+    def input(self, n: Node, k: int) -> Node | None:
+        if n in self.given:
+            return self.given[n][k] if k < len(self.given[n]) else None
+        c = self.coefficient(self.integrals[n], k + 1)
+        return c if c is None or k == 0 else self.b.call(aten.mul.Tensor, c, k + 1)
+
+    def call(self, n: Node, k: int) -> Any:
+        b, env = self.b, Values(self)
+        if k == 0:
+            return b.call_like(n, env, moved=True)
+        if not self.moving(n):
+            return None
+        if n.target is operator.getitem:
+            parts = self.coefficient(n.args[0], k)
+            return parts and parts[n.args[1]]
+        if not isinstance(n.target, OpOverload) and getattr(n.target, "program", None):
+            raise RuleError(f"jet: {n.target} has no series{at(n.meta.get('line'))}")
+        if (body := self.opened(n)) is not None:
+            return fit_tangents(b, self.coefficient(body, k), n)
+        if n.target in PRODUCTS:
+            return fit_tangents(b, self.product(n, k), n)
+        if n.target is aten.reciprocal.default or (
+            n.target is aten.div.Tensor and self.moving(n.args[1])
+        ):
+            return fit_tangents(b, self.quotient(n, k), n)
+        if n.target is aten.pow.Tensor_Scalar:
+            return self.powered(n, k)
+        slope, steady = self.slope(n)
+        if steady:
+            moved = {i: c for i in n._input_nodes if (c := self.coefficient(i, k)) is not None}
+            return push(b, n, self.coefficient(n, 0), env, moved)
+        found = [self.scaled(self.coefficient(p, k - 1), 1 / k) for p in slope]
+        return found if isinstance(n.meta["val"], tuple) else found[0]
+
+    # ----- series of products, quotients and powers ----------------------------------------------
+
+    def product(self, n: Node, k: int) -> Any:
+        x, y, *rest = n.args
+        return self.convolved(n.target, x, y, range(k + 1), k, rest)
+
+    def quotient(self, n: Node, k: int) -> Any:
+        """Of ``x = n y``: ``n_k = (x_k - sum of n_j y_(k-j) for j < k) / y_0``."""
+        x, y = (1, *n.args)[-2:]
+        known = self.convolved(aten.mul.Tensor, n, y, range(k), k)
+        first = self.coefficient(x, k)
+        if known is None:
+            rest = first
+        elif first is None:
+            rest = self.b.call(aten.neg.default, known)
+        else:
+            rest = self.b.call(aten.sub.Tensor, first, known)
+        return rest and self.b.call(aten.div.Tensor, rest, self.coefficient(y, 0))
+
+    def powered(self, n: Node, k: int) -> Any:
+        """Of ``n' x = p n x'``: ``k x_0 n_k`` is the sum of ``(p j - k + j) x_j n_(k-j)`` for j
+        from 1 to k (Knuth, "The Art of Computer Programming", volume 2, 4.7)."""
+        x, p = n.args
+        terms = [
+            self.scaled(self.times(aten.mul.Tensor, x, j, n, k - j), (p * j - k + j) / k)
+            for j in range(1, k + 1)
+        ]
+        found = self.total(terms)
+        return found and self.b.call(aten.div.Tensor, found, self.coefficient(x, 0))
+
+    def convolved(
+        self, op: OpOverload, x: Any, y: Any, js: Sequence[int], k: int, rest: Sequence = ()
+    ) -> Any:
+        """The sum of ``op(x_j, y_(k-j))``."""
+        return self.total([self.times(op, x, j, y, k - j, rest) for j in js])
+
+    def times(self, op: OpOverload, x: Any, i: int, y: Any, j: int, rest: Sequence = ()) -> Any:
+        left, right = self.coefficient(x, i), self.coefficient(y, j)
+        return None if left is None or right is None else self.b.call(op, left, right, *rest)
+
+    def total(self, terms: Sequence[Any]) -> Any:
+        found = None
+        for t in terms:
+            if t is not None:
+                found = t if found is None else self.b.call(aten.add.Tensor, found, t)
+        return found
+
+    def scaled(self, c: Any, factor: float) -> Any:
+        return c if c is None or factor == 1 else self.b.call(aten.mul.Tensor, c, factor)
+
+
+class Values(dict[Node, Any]):
+    """The first coefficients by node; zeros where there is none."""
+
+    def __init__(self, series: Series) -> None:
+        self.series = series
+
+    def __missing__(self, n: Node) -> Any:
+        value = self.series.coefficient(n, 0)
+        return filled_node(self.series.b, 0, n.meta["val"]) if value is None else value
+
+
+PRODUCTS = frozenset(
+    (aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
+)
+
+
+def between(graph: Any, ends: set[Node], outs: Sequence[Any]) -> list[Node]:
+    """The calls that ``outs`` depend on, from ``ends`` on, in order."""
+    found, waiting = set[Node](), [o for o in outs if o.__class__ is Node]
+    while waiting:
+        n = waiting.pop()
+        if n not in found and n not in ends and n.op == "call_function":
+            found.add(n)
+            waiting += n._input_nodes
+    return [n for n in graph.nodes if n in found]
+
+
+def whole_power(p: Any) -> bool:
+    return not isinstance(p, complex) and p == int(p) and 2 <= p <= 64
+
+
+def power(x: Tensor, p: int) -> Tensor:
+    """``x ** p`` by squaring."""
+    half = x if p < 4 else power(x, p // 2)
+    square = half * half
+    return x * square if p % 2 else square
+
+
+def taylor(
+    program: Program, wrt: Sequence[int], given: Sequence[Sequence[bool]], order: int, n_out: int
+) -> Program:
+    """The series of a program: ``(inputs, derivatives of wrt, closed-over) -> (outputs,
+    derivatives of the first n_out)``.
+
+    ``given[i][k - 1]`` says whether input ``wrt[i]`` has a derivative of order ``k``: the others
+    are zero. Derivatives of an output are its orders 1 to ``order``, None where zero."""
+    program = lowered(program, frozenset({"calls"}))
+    with paused_gc():
+        series = Series()
+        b, old = series.b, program.placeholders
+        new = primals(b, old[: program.n_inputs])
+        rows: dict[int, list] = {}
+        for i, flags in zip(wrt, given, strict=True):
+            sig = tangent_sig(old[i].meta["val"])
+            rows[i] = [
+                b.placeholder(f"{old[i].name}_{k}", sig, role="tangent") if yes else None
+                for k, yes in enumerate(flags, 1)
+            ]
+        count = sum(map(sum, given))
+        new += primals(b, old[program.n_inputs :])
+        env = dict(zip(old, series.ops.inputs(old), strict=True))
+        for i, (p, x) in enumerate(zip(old, new, strict=True)):
+            each = [
+                series.scaled(c, 1 / math.factorial(k)) for k, c in enumerate(rows.get(i, ()), 1)
+            ]
+            series.given[env[p]] = [x, *each]
+        series.ops.copy(program.graph.nodes, env)
+        for n in program.graph.nodes:  # draws in their order
+            if n.op == "call_function":
+                series.coefficient(env[n], 0)
+        outs = [env[o] if isinstance(o, Node) else o for o in program.outputs]
+        first = [series.coefficient(o, 0) for o in outs]
+        rest = [
+            series.scaled(series.coefficient(o, k), math.factorial(k))
+            for o in outs[:n_out]
+            for k in range(1, order + 1)
+        ]
+        found = [*first[: program.n_outputs], *rest]
+        graph = b.finish([*found, *first[program.n_outputs :]])
+        mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
+        return Program(graph, program.n_inputs + count, len(found), mutated, "jet")

@@ -1,0 +1,221 @@
+"""Taylor mode and what it gives, against towers of ``jvp`` and explicit Hessians."""
+
+import math
+
+import pytest
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._pytree import tree_leaves
+
+import aotfunc
+from aotfunc import (
+    diag_hessian,
+    ggn,
+    grad,
+    hessian,
+    hvp,
+    jacrev,
+    jet,
+    jit,
+    jvp,
+    laplacian,
+    make_fx,
+    vmap,
+)
+from aotfunc.errors import ArgumentError, RuleError
+from tests.ops.table import NO_FUNCTION, RANDOM
+
+D = torch.float64
+W = torch.randn(4, 4, dtype=D, generator=torch.Generator().manual_seed(5))
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(seed))
+
+
+def tower(f, x, derivatives):
+    """The derivatives of ``f`` along the curve, each by a jvp of the one before."""
+    terms = [(k, c) for k, c in enumerate(derivatives, 1) if c is not None]
+    h = lambda t: f(sum((c * (t**k / math.factorial(k)) for k, c in terms), x))
+    found = []
+    for _ in derivatives:
+        h = along(h)
+        found.append(h(torch.zeros((), dtype=D)))
+    return found
+
+
+def along(h):
+    return lambda t: jvp(h, (t,), (torch.ones_like(t),))[1]
+
+
+FUNCTIONS = {
+    "sums": lambda x: x + 2 * x - x.mean(),
+    "mlp": lambda x: torch.tanh(W @ torch.tanh(W @ x)).sum(),
+    "quotient": lambda x: torch.sin(x) / (2 + torch.cos(x)),
+    "quotient of numbers": lambda x: 1 / (3 + x * x),
+    "whole powers": lambda x: x**2 + x**3 - x**7,
+    "powers": lambda x: (x * x + 1) ** 1.7 + (x * x + 1) ** -2,
+    "branches": lambda x: torch.where(x > 0, x**2, x.sin()).maximum(x.exp() - 2),
+    "matrices": lambda x: torch.linalg.inv(torch.outer(x, x) + 3 * torch.eye(4, dtype=D)),
+    "written": lambda x: x.clone().mul_(x).add_(x).sin_(),
+    "a compiled function": lambda x: jit(lambda x: x.sin() * x)(x),
+    "a gradient": lambda x: grad(lambda x: (x.sin() * x).sum())(x),
+    "a batch": lambda x: vmap(lambda x: torch.tanh(W @ x))(torch.stack([x, x * x])),
+    "norms": lambda x: torch.nn.functional.layer_norm(x, (4,)) * torch.softmax(x, 0),
+    "detached": lambda x: x.detach() * x,
+    "integers": lambda x: x * (x * 10).long(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    f, x = FUNCTIONS[name], numbers(4)
+    everywhere = [numbers(4, seed=k) for k in range(1, 6)]
+    for derivatives in (everywhere, [everywhere[0], None, None, None, None]):
+        value, found = jet(f, (x,), (derivatives,))
+        torch.testing.assert_close(value, f(x))
+        torch.testing.assert_close(found, tower(f, x, derivatives))
+
+
+OPS = [
+    op
+    for op in op_db
+    if op.supports_forward_ad
+    and D in op.dtypes
+    and op.name.replace(".", "_") not in NO_FUNCTION | RANDOM
+]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.full_name)
+def test_ops(op):
+    small = (s for s in op.sample_inputs("cpu", D) if isinstance(s.input, torch.Tensor))
+    sample = next((s for s in small if 0 < s.input.numel() <= 200), None)
+    if sample is None:
+        pytest.skip("no small sample")
+    f = lambda x: op(x, *sample.args, **sample.kwargs)
+    x = sample.input
+    derivatives = [numbers(*x.shape, seed=k) for k in range(1, 4)]
+    try:
+        expected = tower(f, x, derivatives)
+    except (ArgumentError, RuleError, RuntimeError) as error:
+        pytest.skip(f"no tower: {error}")
+    for found, reference in zip(
+        tree_leaves(jet(f, (x,), (derivatives,))[1]), tree_leaves(expected), strict=True
+    ):
+        if reference.is_floating_point():
+            torch.testing.assert_close(found, reference, rtol=1e-6, atol=1e-8, equal_nan=True)
+
+
+def test_order_ten():
+    one = torch.ones((), dtype=D)
+    derivatives = [one] + [None] * 9
+    x = torch.tensor(0.3, dtype=D)
+    for f, k_th in (
+        (torch.exp, lambda k: x.exp()),
+        (torch.sin, lambda k: torch.sin(x + k * math.pi / 2)),
+        (torch.log, lambda k: (-1) ** (k - 1) * math.factorial(k - 1) / x**k),
+        (torch.sqrt, lambda k: x ** (0.5 - k) * math.prod(0.5 - j for j in range(k))),
+    ):
+        for k, found in enumerate(jet(f, (x,), (derivatives,))[1], 1):
+            torch.testing.assert_close(found, torch.as_tensor(k_th(k), dtype=D))
+
+
+def test_graphs_grow_with_the_square_of_the_order():
+    def size(order):
+        one = torch.ones(4, dtype=D)
+        f = lambda x: jet(FUNCTIONS["mlp"], (x,), ([one] + [None] * (order - 1),))[1]
+        return len(make_fx(f)(numbers(4)).graph.nodes)
+
+    assert size(16) / size(8) < 4.5
+
+
+def test_trees_and_several_primals():
+    f = lambda p, y: {"out": p["a"] * y, "sum": [p["a"].sum(), p["b"] ** 2]}
+    p = {"a": numbers(3), "b": numbers(seed=1)}
+    d = {"b": numbers(seed=2), "a": numbers(3, seed=3)}
+    value, found = jet(f, (p, numbers(3, seed=4)), ([d, None], [None, numbers(3, seed=5)]))
+    assert value.keys() == found[0].keys() == found[1].keys()
+    torch.testing.assert_close(found[1]["sum"][1], 2 * d["b"] ** 2)
+    torch.testing.assert_close(found[1]["out"], p["a"] * numbers(3, seed=5))
+    assert found[0]["out"].equal(d["a"] * numbers(3, seed=4))
+
+
+def test_coefficients_instead_of_derivatives():
+    x, one = torch.zeros((), dtype=D), torch.ones((), dtype=D)
+    terms = jet(torch.exp, (x,), ([one, None, None],), factorial_scaled=False)[1]
+    torch.testing.assert_close([t.item() for t in terms], [1.0, 1 / 2, 1 / 6])
+
+
+def test_under_transforms():
+    x, v = numbers(4), numbers(4, seed=1)
+    third = lambda x: jet(FUNCTIONS["mlp"], (x,), ([v, None, None],))[1][2]
+    by_tower = lambda x: tower(FUNCTIONS["mlp"], x, [v, None, None])[2]
+    batch = torch.stack([x, v])
+    for through in (
+        grad,
+        hessian,
+        jit,
+        lambda f: jit(grad(f)),
+        lambda f: lambda x: vmap(f)(batch),
+    ):
+        torch.testing.assert_close(through(third)(x), through(by_tower)(x))
+    y = x.clone().requires_grad_()
+    third(y).backward()
+    torch.testing.assert_close(y.grad, grad(by_tower)(x))
+    f = aotfunc.custom_vjp(torch.sin)
+    f.defvjp(lambda x: (x.sin(), x), lambda x, g: (g * x.cos(),))
+    torch.testing.assert_close(
+        jet(f, (x,), ([v, None, None],)), jet(torch.sin, (x,), ([v, None, None],))
+    )
+
+
+def test_laplacian_and_diagonal():
+    x, f = numbers(4), FUNCTIONS["mlp"]
+    whole = hessian(f)(x)
+    torch.testing.assert_close(laplacian(f)(x), whole.trace())
+    torch.testing.assert_close(laplacian(f, chunk_size=3)(x), whole.trace())
+    torch.testing.assert_close(diag_hessian(f)(x), whole.diagonal())
+    torch.testing.assert_close(grad(laplacian(f))(x), grad(lambda x: hessian(f)(x).trace())(x))
+    batch = numbers(3, 4)
+    torch.testing.assert_close(
+        jit(vmap(laplacian(f)))(batch), torch.stack([laplacian(f)(x) for x in batch])
+    )
+    of_tree = lambda x: {"y": torch.sin(x) * x.sum(), "z": (x**3).sum()}
+    found, expected = laplacian(of_tree)(x), hessian(of_tree)(x)
+    torch.testing.assert_close(found["y"], expected["y"].diagonal(dim1=1, dim2=2).sum(-1))
+    torch.testing.assert_close(found["z"], expected["z"].trace())
+    matrix = numbers(2, 3)
+    torch.testing.assert_close(
+        diag_hessian(lambda x: (x**3 * x.sum()).sum())(matrix),
+        hessian(lambda x: (x.view(2, 3) ** 3 * x.sum()).sum())(matrix.view(-1))
+        .diagonal()
+        .view(2, 3),
+    )
+
+
+def test_products_with_hessians():
+    x, v, f = numbers(4), numbers(4, seed=1), FUNCTIONS["mlp"]
+    gradient, product = hvp(f, (x,), (v,))
+    torch.testing.assert_close((gradient, product), (grad(f)(x), hessian(f)(x) @ v))
+    two = hvp(lambda x, y: (x * y**2).sum(), (x, v), (v, x))[1]
+    torch.testing.assert_close(two, (2 * v * x, 2 * v * v + 2 * x * x))
+    net = lambda w: torch.tanh(numbers(5, 4) @ w)
+    loss = lambda y: (y**2 * y.exp()).sum()
+    jacobian, curvature = jacrev(net)(x), hessian(loss)(net(x))
+    torch.testing.assert_close(ggn(net, loss, x, v), jacobian.mT @ curvature @ jacobian @ v)
+
+
+@pytest.mark.parametrize(
+    "primals, series, words",
+    [
+        ((numbers(2),), ([],), "must have one length, at least 1"),
+        ((numbers(2),), (), "series must hold a list for each primal"),
+        ((numbers(2), numbers(2)), ([None], [None, None]), "must have one length"),
+        ((numbers(2),), ([numbers(3)],), r"derivative 1 of x \(argument 0\) has shape \[3\]"),
+        ((numbers(2),), ([[numbers(2)]],), "has not the structure of its primal"),
+        ((torch.arange(2),), ([None],), "dtype torch.int64"),
+    ],
+)
+def test_errors(primals, series, words):
+    with pytest.raises(ArgumentError, match=words):
+        jet(lambda x, *_: x.sin(), primals, series)
