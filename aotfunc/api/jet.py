@@ -3,17 +3,22 @@ gives."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CaptureError
 from ..runtime.execute import execute
 from ..trace.entering import entry
+from ..trace.shapes.sig import Sig, sig_of
+from ..trace.traced import Traced
+from ..transforms.laplacian import laplacian as laplacian_pass
 from ..transforms.taylor import taylor
 from .call import Call, like_tangent, positions, tensors_of
 from .func import grad, jvp, vjp
@@ -130,35 +135,61 @@ def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
     """
 
     def diagonal(x: Tensor) -> Any:
-        rows = second_derivatives(f, x, chunk_size)
-        return tree_of(rows, lambda d: d.reshape(*x.shape, *d.shape[1:]))
+        axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
+        along = lambda axis: jet(f, (x,), ([axis, None],))[1][1]
+        leaves, spec = flatten(vmap(along, chunk_size=chunk_size)(axes))
+        return unflatten([d.reshape(*x.shape, *d.shape[1:]) for d in leaves], spec)
 
     return diagonal
 
 
-def laplacian(f: Callable, *, chunk_size: int | None = None) -> Callable:
-    """``sum(x)``: the sum of the second derivatives of ``f(x)`` by each element of the tensor
-    ``x``, in the output's tree and shapes; computed as :func:`diag_hessian`.
+def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -> Callable:
+    """``sums(*args)``: the sum of the second derivatives of ``f(*args)`` by each element of the
+    tensor ``args[argnums]``, in the output's tree and shapes.
+
+    By Taylor mode of order 2 along ``chunk_size`` axes at a time, whose second derivatives are
+    added up before what is linear in them: no Hessian is made. Raises CaptureError where ``f``
+    writes to an argument.
 
     >>> laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor(18.)
     """
 
-    def trace(x: Tensor) -> Any:
-        return tree_of(second_derivatives(f, x, chunk_size), lambda d: d.sum(0))
+    @entry
+    @functools.wraps(f)
+    def sums(*args: Any, **kwargs: Any) -> Any:
+        arguments = Arguments(args, kwargs, f)
+        chosen = positions("laplacian", arguments, argnums)
+        if len(chosen) != 1:
+            raise ArgumentError(f"laplacian: argument {argnums} must be a tensor")
+        call = Call("laplacian", f, arguments, chosen, False)
+        call.check_tensors()
+        base, at, n_out = call.program, call.wrt[0], call.n_out
+        if base.mutated:
+            raise CaptureError(
+                "laplacian: the function writes to an argument, or to what it closes over; return "
+                "the new value instead"
+            )
+        x = arguments.leaves[chosen[0]]
+        axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
+        found: list = [None] * n_out
+        for rows in axes.split(chunk_size or max(x.numel(), 1)):
+            sig = rows.sig if rows.__class__ is Traced else sig_of(rows)
+            program = call.derived((sig,), partial(laplacian_pass, base, at, n_out, sig))
+            parts = execute(program, [*tensors_of(arguments), rows, *call.rec.closed_over])
+            found = [added(t, part) for t, part in zip(found, parts, strict=True)]
+        vals = [v for v in base.vals if isinstance(v, Sig)]
+        return unflatten(
+            [
+                torch.zeros(v.shape, dtype=v.dtype, device=v.device) if t is None else t
+                for t, v in zip(found, vals[:n_out], strict=True)
+            ],
+            call.spec,
+        )
 
-    return trace
+    return sums
 
 
-def second_derivatives(f: Callable, x: Tensor, chunk_size: int | None) -> Any:
-    """The second derivatives of ``f(x)`` by each element of ``x``, in front."""
-    if not isinstance(x, Tensor):
-        raise ArgumentError(f"laplacian: x must be a tensor, not {structure(x)}")
-    axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
-    along = lambda axis: jet(f, (x,), ([axis, None],))[1][1]
-    return vmap(along, chunk_size=chunk_size)(axes)
-
-
-def tree_of(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    leaves, spec = flatten(tree)
-    return unflatten([change(x) for x in leaves], spec)
+def added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """Their sum, None for zero."""
+    return y if x is None else x if y is None else x + y

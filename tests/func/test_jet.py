@@ -219,3 +219,29 @@ def test_products_with_hessians():
 def test_errors(primals, series, words):
     with pytest.raises(ArgumentError, match=words):
         jet(lambda x, *_: x.sin(), primals, series)
+
+
+def test_laplacians_of_networks():
+    """Every kind of op between the products of first derivatives and the result."""
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.LayerNorm(6), torch.nn.Linear(6, 6)
+    ).double()
+    image = lambda x: torch.nn.functional.avg_pool2d(
+        torch.nn.functional.conv2d(x.view(1, 1, 2, 2).sin(), W.view(1, 1, 4, 4)[..., :1, :1]), 2
+    ).squeeze()
+    for f in (
+        lambda x: net(x.expand(3, 4).cumsum(0)).softmax(-1).prod(),
+        lambda x: image(x) * torch.cat([x, x * x]).amax(),
+        lambda x: (x / (1 + x.outer(x).mm(x.outer(x)).relu()).diagonal()).sum(),
+        lambda x: x.sum(),
+        lambda x: torch.ones((), dtype=D),
+    ):
+        x = numbers(4)
+        expected = hessian(f)(x).trace()
+        torch.testing.assert_close(laplacian(f)(x), expected)
+        torch.testing.assert_close(jit(laplacian(f, chunk_size=3))(x), expected)
+    with_parameters = lambda w, x: torch.tanh(w @ x).sum()
+    torch.testing.assert_close(
+        grad(lambda w: laplacian(with_parameters, 1)(w, numbers(4)))(W),
+        grad(lambda w: hessian(with_parameters, 1)(w, numbers(4)).trace())(W),
+    )

@@ -1,0 +1,82 @@
+"""The sum of a second derivative over a batch of directions, taken as early as it can be.
+
+A program that is quadratic in its direction has values of degree 0, 1 and 2 in it. Those of
+degree 1 are batched; a product of two of them is summed over the batch at once, and what is linear
+in that sum is computed for the sum alone: the forward Laplacian of Li et al., "A computational
+framework
+for neural network-based variational Monte Carlo with Forward Laplacian" (2024), as a rewriting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import Program, output_node
+from ..trace.emit import Builder, drop_dead, paused_gc
+from ..trace.shapes.sig import Sig
+from .taylor import PRODUCTS, taylor
+from .vmap import Batch
+from .walk import builder
+
+aten = torch.ops.aten
+
+
+class Summed(Batch):
+    """A batching walk that knows which values are sums over the batch already."""
+
+    def __init__(self, b: Builder, size: int) -> None:
+        super().__init__(b, size, "same")
+        self.sums: set[Node] = set()
+
+    def walk(self, nodes: Any) -> None:
+        self.b.copy(nodes, self.env, self.visit)
+
+    def visit(self, b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+        if any(i in self.sums for i in n._input_nodes):
+            self.sums.add(n)  # linear in them, and in what else is of degree 2
+            terms = {i: self.total(i) if self.batched.get(i) else env[i] for i in n._input_nodes}
+            return b.call_like(n, terms, moved=True)
+        if not any(self.batched.get(i) for i in n._input_nodes):
+            return NotImplemented
+        new, self.batched[n] = self.batch(n)
+        env[n] = new
+        if n.target in PRODUCTS and all(map(self.has, n.args[:2])):
+            self.batched[n] = False
+            self.sums.add(n)
+            return b.call(aten.sum.dim_IntList, new, [0])
+        return new
+
+    def total(self, n: Any) -> Any:
+        """The sum of a value of degree 2 over the batch."""
+        if n in self.sums:
+            return self.env[n]
+        return self.b.call(aten.sum.dim_IntList, self.expanded(n), [0])
+
+
+def summed(program: Program, direction: int, sig: Sig) -> Program:
+    """The sums of the results of a program that is quadratic in its input ``direction``, over the
+    rows of a tensor of signature ``sig`` that take its place. Literal results stay."""
+    with paused_gc():
+        b = builder()
+        walk = Summed(b, sig.shape[0])
+        for i, p in enumerate(program.placeholders):
+            val = sig if i == direction else p.meta["val"]
+            walk.env[p] = b.placeholder(p.name, val, role=p.meta.get("role"))
+            walk.batched[p] = i == direction
+        walk.walk(program.graph.nodes)
+        outs = [walk.total(o) if isinstance(o, Node) else o for o in program.outputs]
+        return Program(b.finish(outs), program.n_inputs, len(outs), (), "summed")
+
+
+def laplacian(program: Program, x: int, n_out: int, axes: Sig) -> Program:
+    """The sums of the second derivatives of the first ``n_out`` results along the rows of
+    ``axes``, an input behind the others: ``(inputs, axes, closed-over) -> sums``, None for
+    zero."""
+    along = taylor(program, (x,), ((True, False),), 2, n_out)
+    end = output_node(along.graph)
+    end.args = (along.outputs[program.n_outputs + 1 :: 2],)
+    drop_dead(along.graph, end)
+    only = Program(along.graph, along.n_inputs, n_out, (), along.name)
+    return summed(only, program.n_inputs, axes)

@@ -1,0 +1,137 @@
+"""Derivatives of order k along a line by Taylor mode, beside towers of first derivatives and
+``jax.experimental.jet``; Laplacians beside traces of Hessians.
+
+``python -m benchmarks.higher_order [--write]``; JAX needs the bench extra. Both packages compute
+the same values in float64, checked against each other. A graph's size is its number of ops (for
+JAX, of equations of the jaxpr)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.experimental import jet as jax_taylor
+from torch import Tensor
+
+import aotfunc
+from aotfunc.graph import size
+from benchmarks.measure import Report, arguments, interleaved, ms
+
+D = torch.float64
+WIDTH, DEEPEST_TOWER = 32, 6
+
+
+def network(weights: list, tanh: Callable) -> Callable:
+    """A network of three layers, with one output."""
+
+    def f(x: Any) -> Any:
+        for w in weights:
+            x = tanh(w @ x)
+        return x.sum()
+
+    return f
+
+
+def tower(jvp: Callable, f: Callable, x: Any, v: Any, k: int) -> Callable:
+    """The k-th derivative of ``t -> f(x + t v)``, a jvp of a jvp of …"""
+    if k == 0:
+        return lambda t: f(x + t * v)
+    below = tower(jvp, f, x, v, k - 1)
+    return lambda t: jvp(below, (t,), (t * 0 + 1,))[1]
+
+
+def first(f: Callable, *args: Any) -> tuple[Any, float]:
+    """The result of a first call, and its processor seconds."""
+    start = time.process_time()
+    result = f(*args)
+    return result, time.process_time() - start
+
+
+def order_row(k: int, weights: list, x: Tensor, v: Tensor) -> list[str]:
+    f, jf = network(weights, torch.tanh), network([jnp.array(w) for w in weights], jnp.tanh)
+    jx, jv = jnp.array(x), jnp.array(v)
+    ours = lambda x, v: aotfunc.jet(f, (x,), ([v, *[None] * (k - 1)],))[1][-1]
+    zeros = [jnp.zeros_like(jv)] * (k - 1)
+    theirs = lambda x, v: jax_taylor.jet(jf, (x,), ([v, *zeros],))[1][-1]
+    compiled, jitted = aotfunc.jit(ours), jax.jit(theirs)
+    value, ours_first = first(compiled, x, v)
+    expected, theirs_first = first(jitted, jx, jv)
+    torch.testing.assert_close(value, torch.tensor(float(expected), dtype=D), rtol=1e-8, atol=0)
+    times = interleaved(
+        {"ours": lambda: compiled(x, v), "jax": lambda: jitted(jx, jv).block_until_ready()}
+    )
+    nodes = lambda f: str(size(aotfunc.make_fx(f)(x, v).graph))
+    equations = lambda f: str(len(jax.make_jaxpr(f)(jx, jv).eqns))
+    towers = ["-", "-"]
+    if k <= DEEPEST_TOWER:
+        zero = torch.zeros((), dtype=D)
+        towers = [
+            nodes(lambda x, v: tower(aotfunc.jvp, f, x, v, k)(zero)),
+            equations(lambda x, v: tower(jax.jvp, jf, x, v, k)(jnp.zeros(()))),
+        ]
+    return [
+        *(str(k), nodes(ours), towers[0], equations(theirs), towers[1]),
+        *map(ms, (ours_first, theirs_first, *times.values())),
+    ]
+
+
+def laplacian_row(n: int) -> list[str]:
+    weights, x = sample(n)
+    f, jf = network(weights, torch.tanh), network([jnp.array(w) for w in weights], jnp.tanh)
+    jx = jnp.array(x)
+    laplacian = aotfunc.laplacian(f)
+    trace = lambda x: aotfunc.hessian(f)(x).trace()
+    plain = lambda x: torch.func.hessian(f)(x).trace()
+    by_us, by_trace = aotfunc.jit(laplacian), aotfunc.jit(trace)
+    by_jax = jax.jit(lambda x: jnp.trace(jax.hessian(jf)(x)))
+    expected = torch.tensor(float(by_jax(jx)), dtype=D)
+    for run in (laplacian, trace, plain, by_us, by_trace):
+        torch.testing.assert_close(run(x), expected, rtol=1e-6, atol=1e-9)
+    times = interleaved(
+        {
+            "laplacian": lambda: by_us(x),
+            "trace": lambda: by_trace(x),
+            "torch": lambda: plain(x),
+            "jax": lambda: by_jax(jx).block_until_ready(),
+        }
+    )
+    nodes = [str(size(aotfunc.make_fx(f)(x).graph)) for f in (laplacian, trace)]
+    return [str(n), *nodes, *map(ms, times.values())]
+
+
+def sample(n: int) -> tuple[list[Tensor], Tensor]:
+    """Three matrices and a vector."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, n, dtype=D, generator=generator) / n**0.5 for _ in range(3)]
+    return weights, torch.randn(n, dtype=D, generator=generator)
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    torch.set_num_threads(args.threads)
+    jax.config.update("jax_enable_x64", True)
+    command = "python -m benchmarks.higher_order --write"
+    report = Report("higher_order", "Higher derivatives", command)
+    weights, x = sample(WIDTH)
+    report.table(
+        f"k-th derivative along a line, a network of three layers of {WIDTH}",
+        ["k", "jet: ops", "tower: ops", "JAX's jet: ops", "JAX's tower: ops"]
+        + ["first call", "JAX's", "call", "JAX's"],
+        [order_row(k, weights, x, x.cos()) for k in range(1, 4 if args.quick else 11)],
+    )
+    report.table(
+        "Laplacian of a network of three layers of n",
+        ["n", "laplacian: ops", "trace of the Hessian: ops", "laplacian", "trace of the Hessian"]
+        + ["torch.func's trace", "JAX's trace"],
+        [laplacian_row(n) for n in ([8] if args.quick else [16, 64, 256])],
+    )
+    if args.write:
+        report.write()
+
+
+if __name__ == "__main__":
+    main()
