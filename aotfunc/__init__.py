@@ -46,6 +46,8 @@ with paused_gc():
     from .api.rearrange import rearrange as rearrange
     from .api.shapes import closure_convert as closure_convert
     from .api.shapes import eval_shape as eval_shape
+    from .api.sparse import sparse_hessian as sparse_hessian
+    from .api.sparse import sparse_jacobian as sparse_jacobian
     from .api.stateless import combine_state_for_ensemble as combine_state_for_ensemble
     from .api.stateless import functional_call as functional_call
     from .api.stateless import make_functional as make_functional

@@ -1,5 +1,5 @@
 """Derivatives of order k along a line by Taylor mode, beside towers of first derivatives and
-``jax.experimental.jet``; Laplacians beside traces of Hessians.
+``jax.experimental.jet``; Laplacians beside traces of Hessians; sparse Hessians beside dense ones.
 
 ``python -m benchmarks.higher_order [--write]``; JAX needs the bench extra. Both packages compute
 the same values in float64, checked against each other. A graph's size is its number of ops (for
@@ -22,7 +22,7 @@ from aotfunc.graph import size
 from benchmarks.measure import Report, arguments, interleaved, ms
 
 D = torch.float64
-WIDTH, DEEPEST_TOWER = 32, 6
+WIDTH, DEEPEST_TOWER, DENSE = 32, 6, 1000
 
 
 def network(weights: list, tanh: Callable) -> Callable:
@@ -103,6 +103,27 @@ def laplacian_row(n: int) -> list[str]:
     return [str(n), *nodes, *map(ms, times.values())]
 
 
+def sparse_row(n: int) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, dtype=D, generator=generator)
+    rosenbrock = lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+    by_colours, jx = aotfunc.sparse_hessian(rosenbrock), jnp.array(x)
+    result, ours_first = first(by_colours, x)
+    runs = {"sparse": lambda: by_colours(x)}
+    if n <= DENSE:
+        dense, by_jax = aotfunc.hessian(rosenbrock), jax.jit(jax.hessian(rosenbrock))
+        torch.testing.assert_close(result.to_dense(), dense(x))
+        runs["dense"] = lambda: dense(x)
+        runs["jax"] = lambda: by_jax(jx).block_until_ready()
+    times = interleaved(runs)
+    return [
+        str(n),
+        str(result._nnz()),
+        ms(ours_first),
+        *(ms(times.get(k)) for k in ("sparse", "dense", "jax")),
+    ]
+
+
 def sample(n: int) -> tuple[list[Tensor], Tensor]:
     """Three matrices and a vector."""
     generator = torch.Generator().manual_seed(0)
@@ -128,6 +149,11 @@ def main() -> None:
         ["n", "laplacian: ops", "trace of the Hessian: ops", "laplacian", "trace of the Hessian"]
         + ["torch.func's trace", "JAX's trace"],
         [laplacian_row(n) for n in ([8] if args.quick else [16, 64, 256])],
+    )
+    report.table(
+        "Hessian of Rosenbrock's function of n numbers",
+        ["n", "entries", "first call", "sparse_hessian", "hessian", "JAX's, compiled"],
+        [sparse_row(n) for n in ([100] if args.quick else [100, 1000, 10_000, 100_000])],
     )
     if args.write:
         report.write()

@@ -58,6 +58,11 @@ class OpRules:
     #: positions of the arguments by which the derivative is zero: no rule has it, but autograd
     #: does
     flat: tuple[int, ...] = ()
+    #: a result's element depends on one element of each argument
+    elementwise: bool = False
+    #: positions of the arguments that it is linear in; of all of them together if ``jointly``
+    linear: tuple[int, ...] = ()
+    jointly: bool = False
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
     #: ones
     diff_outputs: tuple[int, ...] | None = None
@@ -169,7 +174,7 @@ def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> N
     zero derivative."""
     entry = writable_entry(op)
     op = overload(op)
-    entry.vmap = adapt(elementwise(op), 0)
+    entry.vmap, entry.elementwise = adapt(elementwise(op), 0), True
     if not any(formulas):
         entry.nondiff = entry.zero = True
         return
@@ -213,6 +218,8 @@ def linear(
     op = overload(op)
     where = tensor_args(op)
     rules = [adapt(t, 1) if t else None for t in transposes]
+    entry.linear = tuple([i for i, rule in zip(where, rules, strict=False) if rule])
+    entry.jointly = jointly
 
     def vjp(g: Tensor, out: Tensor, *args: Any, needs: tuple[bool, ...]) -> list[Tensor | None]:
         return [

@@ -1,0 +1,291 @@
+"""Which elements of a result depend on which elements of an input, read off a graph.
+
+Each value of the graph has a Boolean matrix, a row for each of its elements and a column for each
+element of the input. An elementwise op joins the rows of its arguments. An op that is linear in an
+argument is run on numbers that name elements: where it moves, sums up or leaves out elements, the
+results say which. Products of matrices and convolutions have the pattern of their factors; of any
+other op every element depends on all that its arguments do."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..graph import Program
+from ..trace.nested import leaves, mapped
+from .activity import active_nodes
+from .lower import lowered
+from .rules.schema import call_op, full_args, tensor_args
+from .rules.table import entry_for
+
+aten = torch.ops.aten
+Pattern = Any  # a scipy.sparse.csr_array of bools
+
+#: reductions over dims, with keepdim; every element depends on all that it is made of
+REDUCTIONS = frozenset(
+    (aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.prod.dim_int)
+)
+#: ops along one dimension, on all of which each element depends
+ALONG = frozenset(
+    (
+        *(aten._softmax.default, aten._log_softmax.default),
+        *(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default),
+    )
+)
+
+
+#: ops that place their arguments side by side
+JOINS = frozenset((aten.cat.default, aten.stack.default))
+
+
+class Dependence:
+    """The patterns of the values of a program, for its input ``wrt``; ``tensors`` are its
+    arguments."""
+
+    def __init__(self, program: Program, wrt: int, tensors: Sequence[Tensor]) -> None:
+        program = lowered(program, frozenset({"calls", "customs"}))
+        self.values: dict[Node, Any] = dict(zip(program.placeholders, tensors, strict=True))
+        self.input, self.outputs = program.placeholders[wrt], program.outputs
+        self.active = active_nodes(program.graph.nodes, [self.input])
+        self.patterns: dict[Any, Pattern] = {}
+        #: whether it holds for these values alone: of indices, and of factors with zeros
+        self.by_value = False
+
+    def of(self, n: Any) -> Pattern:
+        """The pattern of a value: a row for each of its elements."""
+        if n not in self.patterns:
+            self.patterns[n] = self.found(n)
+        return self.patterns[n]
+
+    def found(self, n: Any) -> Pattern:
+        count = self.input.meta["val"].numel
+        if not isinstance(n, Node) or n not in self.active:
+            rows = n.meta["val"].numel if isinstance(n, Node) else 1
+            return sparse.csr_array((rows, count), dtype=bool)
+        if n is self.input:
+            return sparse.eye_array(count, dtype=bool, format="csr")
+        call, item = n.args if n.target is operator.getitem else (n, None)
+        if not isinstance(call.target, OpOverload):
+            return self.everything(call, n)
+        op, args = call.target, full_args(call.target, call.args, call.kwargs)
+        moving = [a for a in leaves(args) if isinstance(a, Node) and a in self.active]
+        if entry_for(op).elementwise:
+            return joined([named_rows(a, n) @ self.of(a) for a in moving])
+        if (factors := FACTORS.get(op)) is not None:
+            found = factors(self, *args)
+            return self.everything(call, n) if found is None else found
+        if op in REDUCTIONS or op in ALONG:
+            dims = args[1] if isinstance(args[1], list | tuple) else [args[1]]
+            x, keep = moving[0], op in ALONG or args[2]
+            total: Any = selection(lambda t: t.sum(dims or None, keepdim=bool(keep)), x)
+            if op in REDUCTIONS:
+                return total @ self.of(x)
+            return total.T @ total @ self.of(x)
+        parts = [self.linear(op, args, item, a, moving) for a in dict.fromkeys(moving)]
+        if any(p is None for p in parts):
+            return self.everything(call, n)
+        return joined(parts)
+
+    def everything(self, call: Node, n: Node) -> Pattern:
+        """Every element depends on what any element of an argument depends on."""
+        count = self.input.meta["val"].numel
+        rows = [self.of(a).sum(0) > 0 for a in call._input_nodes if a in self.active]
+        row = np.any(rows, 0) if rows else np.zeros(count, bool)
+        return sparse.csr_array(np.broadcast_to(row, (n.meta["val"].numel, count)))
+
+    def linear(
+        self, op: OpOverload, args: list, item: int | None, x: Node, moving: Sequence[Node]
+    ) -> Pattern:
+        """The pattern by the argument ``x`` of an op that is linear in it; None if it is not, or
+        mixes elements."""
+        rules = entry_for(op)
+        where = {i for i in tensor_args(op) if any(a is x for a in leaves(args[i]))}
+        others = any(a is not x for a in moving)
+        joins = op in JOINS
+        if not (joins or where.issubset(rules.linear)) or (
+            others and not (joins or rules.jointly)
+        ):
+            return None
+
+        def run(t: Tensor) -> Tensor:
+            zero = lambda a: t.new_zeros(a.meta["val"].shape)
+            put = lambda a: (
+                a
+                if not isinstance(a, Node)
+                else t
+                if a is x
+                else zero(a)
+                if a in self.active
+                else self.value(a)
+            )
+            result = call_op(op, mapped(put, args))
+            return result if item is None else result[item]
+
+        picked = selection(run, x)
+        return None if picked is None else picked @ self.of(x)
+
+    def value(self, n: Any) -> Any:
+        """The value of a node that does not depend on the input; floating numbers are float64."""
+        if not isinstance(n, Node):
+            return n
+        if n.op == "placeholder":
+            self.by_value = True
+        if n not in self.values:
+            args, kwargs = mapped(self.value, list(n.args)), dict(n.kwargs)
+            self.values[n] = n.target(*args, **{k: self.value(v) for k, v in kwargs.items()})  # type: ignore[operator]
+        x = self.values[n]
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    def nonzero(self, n: Any) -> Any:
+        """Where a factor may be something else than zero: anywhere, if it depends on the input."""
+        if n in self.active:
+            return np.ones(n.meta["val"].shape, bool)
+        return (self.value(n) != 0).numpy(force=True)
+
+
+def joined(parts: Sequence[Pattern]) -> Pattern:
+    found = parts[0]
+    for part in parts[1:]:
+        found = found + part
+    return found
+
+
+def picks(sources: Tensor, count: int) -> Pattern:
+    """The matrix that takes for each row the element with this number, none for -1."""
+    flat = sources.flatten().numpy(force=True)
+    rows = np.flatnonzero(flat >= 0)
+    return sparse.csr_array((np.ones(len(rows), bool), (rows, flat[rows])), (len(flat), count))
+
+
+def named_rows(a: Node, n: Node) -> Pattern:
+    """The matrix that broadcasts ``a`` to the shape of ``n``."""
+    shape = a.meta["val"].shape
+    return picks(
+        torch.arange(a.meta["val"].numel).view(shape).expand(n.meta["val"].shape),
+        a.meta["val"].numel,
+    )
+
+
+def selection(run: Any, x: Node) -> Pattern | None:
+    """The pattern of a linear map of tensors like ``x`` whose every result is a multiple of one
+    element, or whose every element goes to one result; None for other maps."""
+    shape, count = x.meta["val"].shape, x.meta["val"].numel
+    found = sources_of(run, shape)
+    if found is not None:
+        return picks(found, count)
+    start = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        out = run(start)
+    pull = lambda g: torch.autograd.grad(out, start, g, retain_graph=True)[0]
+    targets = sources_of(pull, out.shape)
+    return None if targets is None else picks(targets, out.numel()).T.tocsr()
+
+
+def sources_of(run: Any, shape: Sequence[int]) -> Tensor | None:
+    """For each result of a linear map the number of the one element that it is a multiple of, -1
+    where it is zero; None for other maps. Elements have random numbers as names."""
+    generator = torch.Generator().manual_seed(0)
+    count = int(np.prod(shape))
+    names, *checks = torch.rand(3, count, generator=generator, dtype=torch.float64) + 1
+    ordered = torch.arange(1, count + 1, dtype=torch.float64)
+    first = run(names.view(shape))
+    ratio = run((names * ordered).view(shape)) / first
+    number = torch.where(first == 0, 0, ratio).round().long() - 1
+    known = number >= 0
+    if not count or bool((number >= count).any()):
+        return number.fill_(-1) if not count else None
+    for other in checks:
+        expected = first * (other / names)[number.clamp(min=0)]
+        if not torch.allclose(run(other.view(shape))[known], expected[known], rtol=1e-9, atol=0):
+            return None
+        if bool((run(other.view(shape))[~known] != 0).any()):
+            return None
+    return number
+
+
+# ----- products of matrices, convolutions --------------------------------------------------------
+
+
+def eye(n: int) -> Pattern:
+    return sparse.eye_array(n, dtype=bool, format="csr")
+
+
+def kron(a: Any, b: Any) -> Pattern:
+    return sparse.kron(a, b, format="csr").astype(bool)
+
+
+def matrix_product(d: Dependence, a: Node, b: Node) -> Pattern:
+    (m, _), (_, n) = a.meta["val"].shape, b.meta["val"].shape
+    return joined([kron(d.nonzero(a), eye(n)) @ d.of(b), kron(eye(m), d.nonzero(b).T) @ d.of(a)])
+
+
+def matrix_vector(d: Dependence, a: Node, x: Node) -> Pattern:
+    left, right = d.nonzero(a), d.nonzero(x)[None]
+    return joined([sparse.csr_array(left) @ d.of(x), kron(eye(len(left)), right) @ d.of(a)])
+
+
+def batch_product(d: Dependence, a: Node, b: Node) -> Pattern:
+    m, n = a.meta["val"].shape[1], b.meta["val"].shape[2]
+    left = [kron(s, eye(n)) for s in d.nonzero(a)]
+    right = [kron(eye(m), s.T) for s in d.nonzero(b)]
+    blocks = lambda each: sparse.block_diag(each, format="csr").astype(bool)
+    return joined([blocks(left) @ d.of(b), blocks(right) @ d.of(a)])
+
+
+def matrix_product_and_sum(d: Dependence, x: Node, a: Node, b: Node, *_: Any) -> Pattern:
+    shape = (a.meta["val"].shape[0], b.meta["val"].shape[1])
+    count = x.meta["val"].numel
+    spread = picks(torch.arange(count).view(x.meta["val"].shape).expand(shape), count)
+    return joined([spread @ d.of(x), matrix_product(d, a, b)])
+
+
+def convolution(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> Pattern | None:
+    """One tap of the kernel at a time: each moves elements."""
+    if w in d.active or (bias is not None and bias in d.active):
+        return None
+    weight, outputs = d.value(w), 1 if how[3] else 0
+    found = []
+    for tap in (weight != 0).any(outputs).nonzero().tolist():
+        place = (*tap[:outputs], slice(None), *tap[outputs:])
+        one = torch.zeros_like(weight)
+        one[place] = (weight[place] != 0).double()
+        run = lambda t, one=one: aten.convolution.default(t, one, None, *how)
+        picked = selection(run, x)
+        if picked is None:
+            return None
+        found.append(picked @ d.of(x))
+    return joined(found) if found else None
+
+
+FACTORS: dict[Any, Any] = {
+    aten.mm.default: matrix_product,
+    aten.mv.default: matrix_vector,
+    aten.bmm.default: batch_product,
+    aten.addmm.default: matrix_product_and_sum,
+    aten.convolution.default: convolution,
+}
+
+
+# ----- colours -----------------------------------------------------------------------------------
+
+
+def coloured(pattern: Pattern) -> np.ndarray:
+    """A colour for each column, so that no row has two columns of one colour: largest first, as in
+    Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices" (1974)."""
+    columns, rows = pattern.tocsc(), pattern.tocsr()
+    colours = [-1] * pattern.shape[1]
+    rows_of, first = columns.indices.tolist(), columns.indptr.tolist()
+    columns_of, start = rows.indices.tolist(), rows.indptr.tolist()
+    for j in np.argsort(-np.diff(columns.indptr), kind="stable").tolist():
+        near = rows_of[first[j] : first[j + 1]]
+        taken = {colours[k] for i in near for k in columns_of[start[i] : start[i + 1]]}
+        colours[j] = next(c for c in range(len(taken) + 1) if c not in taken)
+    return np.array(colours)

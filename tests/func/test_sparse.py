@@ -1,0 +1,136 @@
+"""Sparse Jacobians and Hessians against dense ones, and the patterns that they find."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aotfunc import grad, hessian, jacrev, jit, sparse_hessian, sparse_jacobian, vmap
+from aotfunc.errors import ArgumentError, CaptureError
+
+D = torch.float64
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(12, dtype=D, generator=GENERATOR)
+FEW = torch.randn(12, 12, dtype=D, generator=GENERATOR) * (
+    torch.rand(12, 12, generator=GENERATOR) < 0.2
+)
+PLACES = torch.randperm(12, generator=GENERATOR)
+STENCIL = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=D)[None, None]
+
+# a function, and how many entries the pattern has beyond those that are not zero
+JACOBIANS = {
+    "shifted products": (lambda x: x[1:] * x[:-1], 0),
+    "elementwise": (torch.sin, 0),
+    "a sparse matrix": (lambda x: torch.tanh(FEW @ x), 0),
+    "indices": (lambda x: x[PLACES] * x, 0),
+    "differences": (lambda x: (x.roll(1) - 2 * x + x.roll(-1)) ** 2, 0),
+    "sums": (lambda x: x.view(3, 4).sum(1) * 2, 0),
+    "means": (lambda x: x.view(3, 4).mean(1).exp(), 0),
+    "softmax": (lambda x: x.view(3, 4).softmax(1), 0),
+    "products of rows": (lambda x: x.view(3, 4).prod(1), 0),
+    "maxima": (lambda x: x.view(3, 4).amax(0), 8),
+    "a stencil": (lambda x: F.conv2d(x.view(1, 1, 3, 4), STENCIL, padding=1) ** 2, 0),
+    "strides": (lambda x: F.conv1d(x.view(1, 1, 12), torch.ones(2, 1, 3, dtype=D), stride=2), 0),
+    "transposed": (
+        lambda x: F.conv_transpose2d(x.view(1, 2, 2, 3), STENCIL.expand(2, 2, 3, 3)),
+        0,
+    ),
+    "joined": (lambda x: torch.cat([x[:3], x[6:] * 2]), 0),
+    "stacked": (lambda x: torch.stack([x, x**2]), 0),
+    "scattered": (lambda x: torch.zeros(5, dtype=D).index_add(0, PLACES % 5, x * x), 0),
+    "branches": (lambda x: torch.where(x > 0, x, x**2), 0),
+    "padded": (lambda x: F.pad(x, (1, 2)), 0),
+    "dense": (lambda x: x / x.norm(), 0),
+    "matrices": (lambda x: x.view(3, 4) @ x.view(4, 3), 0),
+    "batches": (lambda x: torch.bmm(x.view(2, 2, 3), x.view(2, 3, 2)), 0),
+    "an affine map": (lambda x: F.linear(x.view(3, 4), FEW[:2, :4] + 1, FEW[0, :2]), 0),
+    "split": (
+        lambda x: sum(a * b for a, b in zip(x.split(4), x.flip(0).split(4), strict=True)),
+        0,
+    ),
+    "constant": (lambda x: torch.ones(3, dtype=D), 0),
+    "written": (lambda x: x.clone().index_put_((PLACES[:3],), x[:3] * x[3:6]), None),
+    "a compiled function": (lambda x: jit(lambda x: x[1:] * x[:-1])(x), 0),
+    "a batch of gradients": (lambda x: vmap(grad(lambda x: x**3))(x), 0),
+}
+
+
+@pytest.mark.parametrize("name", JACOBIANS)
+def test_jacobians(name):
+    f, more = JACOBIANS[name]
+    found, expected = sparse_jacobian(f)(X), jacrev(f)(X)
+    torch.testing.assert_close(found.to_dense(), expected)
+    assert more is None or found._nnz() == (expected != 0).sum() + more
+
+
+HESSIANS = {
+    "Rosenbrock": (
+        lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum(),
+        34,
+    ),
+    "elementwise": (lambda x: x.sin().sum(), 12),
+    "a ring": (lambda x: ((x.roll(1) - x) ** 4).sum(), 36),
+    "a chain": (lambda x: sum(((x[i] - x[i + 1]) ** 2 + 1) ** -3 for i in range(11)), 34),
+    "dense": (lambda x: x.norm(), 144),
+}
+
+
+@pytest.mark.parametrize("name", HESSIANS)
+def test_hessians(name):
+    f, entries = HESSIANS[name]
+    found = sparse_hessian(f)(X)
+    torch.testing.assert_close(found.to_dense(), hessian(f)(X))
+    assert found._nnz() == entries
+
+
+def test_few_products_for_many_entries():
+    """A band of three needs three products with the Jacobian at any size."""
+    calls = []
+
+    def f(x):
+        calls.append(x.shape)
+        return x.roll(1) * x * x.roll(-1)
+
+    x = torch.randn(3000, dtype=D)
+    found = sparse_jacobian(f)(x).coalesce()
+    assert found._nnz() == 9000
+    rows, columns = found.indices()
+    assert ((rows - columns + 1) % 3000).max() == 2
+
+
+def test_patterns_follow_values():
+    """Indices and zeros of matrices are looked at in each call."""
+    index, matrix = torch.tensor([0, 1]), torch.eye(3, dtype=D)
+    f = lambda x: torch.cat([x[index], matrix @ x])
+    x = torch.arange(3, dtype=D)
+    for _ in range(2):
+        torch.testing.assert_close(sparse_jacobian(f)(x).to_dense(), jacrev(f)(x))
+        index += 1
+        matrix[0, 2] = 5
+
+
+def test_rows_where_there_are_fewer():
+    f = lambda x: torch.stack([x.sum(), x[:2].prod()])
+    torch.testing.assert_close(sparse_jacobian(f)(X).to_dense(), jacrev(f)(X))
+    torch.testing.assert_close(sparse_jacobian(f, chunk_size=1)(X).to_dense(), jacrev(f)(X))
+
+
+def test_arguments_and_shapes():
+    f = lambda p, x, scale: (p["w"] * x * scale)[:, None]
+    p = {"w": X[:4]}
+    found = sparse_jacobian(f, 1)(p, X[4:8].clone(), scale=2.0)
+    assert found.shape == (4, 1, 4)
+    torch.testing.assert_close(found.to_dense(), jacrev(f, 1)(p, X[4:8], scale=2.0))
+    y = X.clone().requires_grad_()
+    sparse_jacobian(torch.sin)(y).to_dense().sum().backward()
+    torch.testing.assert_close(y.grad, -X.sin())
+
+
+def test_errors():
+    with pytest.raises(CaptureError, match="no transform takes its result, which is sparse"):
+        jit(sparse_jacobian(torch.sin))(X)
+    with pytest.raises(ArgumentError, match="must return one real floating tensor"):
+        sparse_jacobian(lambda x: (x, x))(X)
+    with pytest.raises(ArgumentError, match="argument 0 must be one real tensor"):
+        sparse_jacobian(torch.sin)(X.to(torch.complex128))
+    with pytest.raises(ArgumentError, match="zero dimensions"):
+        sparse_hessian(torch.sin)(X)
