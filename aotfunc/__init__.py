@@ -63,3 +63,4 @@ with paused_gc():
     from .partition import (
         min_cut_rematerialization_partition as min_cut_rematerialization_partition,
     )
+    from .partition import partition as partition

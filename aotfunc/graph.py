@@ -11,8 +11,9 @@
 
 Every node has ``meta["val"]``, its signature (a tuple of them for several outputs): shape, stride,
 dtype, device, nothing real; ``meta["line"]``, the user's line, where it is known; and
-``meta["region"]`` inside a checkpointed region. ``aten.detach`` and ``aotfunc.hidden_write`` carry
-the user's intent about derivatives and are removed only when a graph is compiled."""
+``meta["region"]`` inside a checkpointed region; ``meta["named"]``, what the user calls the value.
+``aten.detach`` and ``aotfunc.hidden_write`` carry the user's intent about derivatives and are
+removed only when a graph is compiled."""
 
 from __future__ import annotations
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 from torch import nn
 
 from ..errors import ArgumentError
-from ..partition import default_partition
+from ..partition import Policy, default_partition, min_cut_rematerialization_partition
+from ..partition.budget import Budget
+from ..partition.partitions import Budgeted
 from ..runtime.compiled import Compiled
 from ..runtime.guards.explain import Explanation
 from ..runtime.lowering import Lowered
 from ..runtime.pipeline import Compiler, Partition, Pipeline
+
+MemoryBudget: TypeAlias = float | int | str | Budget | None
 
 #: options of functorch's aot_function that are accepted and have no meaning here
 FUNCTORCH_OPTIONS = frozenset(
@@ -35,6 +39,8 @@ def jit(
     static_argnums: Any = None,
     static_argnames: Any = None,
     exact: bool = False,
+    memory_budget: MemoryBudget = None,
+    policy: Policy | None = None,
 ) -> Callable[..., Compiled]: ...
 
 
@@ -45,6 +51,8 @@ def jit(
     static_argnums: Any = None,
     static_argnames: Any = None,
     exact: bool = False,
+    memory_budget: MemoryBudget = None,
+    policy: Policy | None = None,
 ) -> Compiled: ...
 
 
@@ -54,6 +62,8 @@ def jit(
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
     exact: bool = False,
+    memory_budget: MemoryBudget = None,
+    policy: Policy | None = None,
 ) -> Any:
     """Return ``f`` captured once per signature and compiled by ``backend``, a name (see
     ``aotfunc.backends``) or a ``compiler(gm, example_inputs) -> callable``. "auto" is "cpp" on the
@@ -74,6 +84,10 @@ def jit(
     ``backend="cpp"`` computes sums of products in the order that costs least, which changes
     results by rounding; with ``exact`` it keeps the function's, see ``docs/contractions.md``.
 
+    ``memory_budget`` and ``policy`` say how much is saved for the backward, as for
+    :func:`aotfunc.partition`; by default what is cheap beside the memory that it takes is computed
+    again.
+
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
     >>> @jit(backend="eager")
@@ -83,8 +97,18 @@ def jit(
     tensor([2., 2.])
     """
     if f is None:
-        return functools.partial(jit, backend=backend, exact=exact)
-    return Compiled(f, Pipeline("jit", backend, exact=exact))
+        return functools.partial(
+            jit, backend=backend, exact=exact, memory_budget=memory_budget, policy=policy
+        )
+    partition = budgeted(min_cut_rematerialization_partition, memory_budget, policy)
+    return Compiled(f, Pipeline("jit", backend, partition=partition, exact=exact))
+
+
+def budgeted(default: Partition, memory_budget: MemoryBudget, policy: Policy | None) -> Partition:
+    """The partition function within a budget and by a policy, or the default without both."""
+    if memory_budget is None and policy is None:
+        return default
+    return Budgeted(1.0 if memory_budget is None else memory_budget, policy)
 
 
 @overload
@@ -103,11 +127,13 @@ def aot_function(
     fn: Callable | None = None,
     fw_compiler: str | Compiler = "auto",
     bw_compiler: str | Compiler | None = None,
-    partition_fn: Partition = default_partition,
+    partition_fn: Partition | None = None,
     decompositions: dict | None = None,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
     exact: bool = False,
+    memory_budget: MemoryBudget = None,
+    policy: Policy | None = None,
     **options: Any,
 ) -> Any:
     """Return ``fn`` with its forward and backward captured ahead of time, partitioned by
@@ -117,9 +143,10 @@ def aot_function(
     return a callable, or are names of backends. ``partition_fn(joint_module, joint_inputs, *,
     num_fwd_outputs)`` returns the forward module ``inputs -> (results, residuals)`` and the
     backward module ``(residuals, cotangents) -> gradients``; inputs that require no gradient have
-    none. ``decompositions`` maps ops to functions to use instead, after differentiation;
-    ``exact`` is :func:`jit`'s. functorch's other options change nothing here. Guards, errors and
-    guarantees are those of :func:`jit`; without ``fn`` it is a decorator, too.
+    none. The default computes nothing twice; ``memory_budget`` and ``policy`` are those of
+    :func:`aotfunc.partition`. ``decompositions`` maps ops to functions to use instead, after
+    differentiation; ``exact`` is :func:`jit`'s. functorch's other options change nothing here.
+    Guards, errors and guarantees are those of :func:`jit`; without ``fn`` it is a decorator, too.
 
     >>> f = aot_function(lambda x: torch.sin(x), "eager")
     >>> x = torch.zeros(2, requires_grad=True)
@@ -128,6 +155,10 @@ def aot_function(
     """
     if unknown := set(options) - FUNCTORCH_OPTIONS:
         raise ArgumentError(f"aot_function: there is no option {', '.join(sorted(unknown))}")
+    if partition_fn is None:
+        partition_fn = budgeted(default_partition, memory_budget, policy)
+    elif memory_budget is not None or policy is not None:
+        raise ArgumentError("aot_function: partition_fn decides what memory_budget and policy do")
     pipeline = Pipeline(
         "aot_function", fw_compiler, bw_compiler, partition_fn, decompositions, exact
     )

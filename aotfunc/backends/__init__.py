@@ -22,13 +22,15 @@ class Backend:
     are put in their place before, or is a function that makes this table when it is needed. With
     ``boxed`` the callable takes its inputs as one list, which it may empty to free memory early.
     With ``reassociates`` graphs come with their sums of products in the cheapest order, unless
-    results are to be ``exact``, see :func:`aotfunc.jit`.
+    results are to be ``exact``, see :func:`aotfunc.jit`. With ``fuses`` elementwise ops cost
+    little beside what reads them, and backwards rather run them again than keep their results.
     """
 
     compile: Callable[[Any, list], Callable]
     decompositions: Mapping | Callable[[], Mapping] | None = None
     boxed: bool = False
     reassociates: bool = False
+    fuses: bool = True
 
     def __call__(self, gm: Any, example_inputs: list) -> Callable:
         return self.compile(gm, example_inputs)
@@ -68,7 +70,7 @@ def opened() -> Mapping:
     return OPENED
 
 
-EAGER, AUTO = Backend(eager), Backend(auto)
+EAGER, AUTO = Backend(eager, fuses=False), Backend(auto)
 CPP = Backend(cpp, opened, reassociates=True)
 
 #: name -> backend

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from ..trace.patches import ORIGINALS, recorder
-from ..trace.records import written_slots
+from ..trace.records import Region, results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import fill, floating
-from ..trace.traced import current
+from ..trace.traced import Traced, current
 from ..trace.tracer import Trace
 from .autograd_function import apply_function, call_function
 from .deferred import calls_late
 from .function_rules import Context
+
+
+@contextmanager
+def region(trace: Trace, policy: Callable[[Node], int] | None = None) -> Iterator[None]:
+    """What is recorded meanwhile is a region of its own, to be computed again in the backward but
+    for what the policy lets be saved."""
+    outer, trace.regions = trace.region, trace.regions + 1
+    trace.region = trace.regions if policy is None else Region(trace.regions, policy)
+    try:
+        yield
+    finally:
+        trace.region = outer
+
+
+def name_value(x: Traced, name: str) -> None:
+    """Note what the user calls a value: the record that made it or wrote it last has that name."""
+    trace = x.tracer
+    end, root = trace.count, trace.root(x.ref)
+    for k in reversed(range(len(trace.records))):
+        instr, refs, *_ = trace.records[k]
+        end -= results_of(instr)
+        if end <= x.ref or any(trace.root(refs[s]) == root for s in written_slots(instr)):
+            trace.named[k] = name
+            return
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,12 +58,9 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
         return
     calls_late(fn)
-    outer, start = trace.region, len(trace.records)
-    trace.region = trace.regions = trace.regions + 1
-    try:
+    start = len(trace.records)
+    with region(trace):
         yield
-    finally:
-        trace.region = outer
     context_fn = kwargs.get(
         "context_fn", args[1] if len(args) > 1 else torch_checkpoint.noop_context_fn
     )
@@ -59,8 +81,8 @@ def keep_saved(trace: Trace, start: int, context: Any) -> None:
         torch_checkpoint.CheckpointPolicy.PREFER_SAVE,
     )
     told = torch_checkpoint.SelectiveCheckpointContext(is_recompute=False)
-    for i, (instr, refs, grad, region, line) in enumerate(trace.records[start:], start):
-        if isinstance(instr, Instr) and region == trace.regions:
+    for i, (instr, refs, grad, inside, line) in enumerate(trace.records[start:], start):
+        if isinstance(instr, Instr) and inside == trace.regions:
             protos = [s.proto for s in instr.sigs]
             args, kwargs = (
                 fill(instr.args, protos),
@@ -79,19 +101,17 @@ def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     trace = current()
     assert trace is not None
     calls_late(args[0])
-    outer, records = trace.region, len(trace.records)
-    trace.region = trace.regions = trace.regions + 1
+    records = len(trace.records)
     given = [a for a in args[2:] if isinstance(a, Tensor)]
     requiring = [a for a in given if a.requires_grad]
+    cut = nullcontext() if trace.may_ask_constants or requiring else torch.no_grad()
     try:
-        with nullcontext() if trace.may_ask_constants or requiring else torch.no_grad():
+        with region(trace), cut:
             result = args[0](*args[2:])
     except RuntimeError as e:
         if "a leaf Variable that requires grad" in str(e):
             raise written_in_checkpoint() from e
         raise
-    finally:
-        trace.region = outer
     if trace.may_ask_constants or not (requiring and torch.is_grad_enabled()):
         return result
     roots = {trace.root(trace.ref_of(a)[0]) for a in given}

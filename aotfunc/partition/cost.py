@@ -161,3 +161,13 @@ class Roofline:
             if folds or not n.all_input_nodes:
                 return self.fused * written
         return max(flops(n) / self.intensity, traffic(n))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Products, convolutions and attention take time, nothing else does."""
+
+    intensity: float = 64.0
+
+    def time(self, n: Node) -> float:
+        return flops(n) / self.intensity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 from torch.fx import Node
@@ -10,6 +11,8 @@ from torch.fx import Node
 from ..graph import output_node
 from .cost import nbytes
 from .ops import base, is_symbol
+from .roles import Joint
+from .split import schedule
 
 
 def new_memory(n: Node) -> list[Node]:
@@ -21,30 +24,53 @@ def new_memory(n: Node) -> list[Node]:
     return [n] if base(n) is n else []
 
 
-def peak(graph: fx.Graph) -> int:
-    """The most bytes of memory that values of the graph take at one time, beyond its inputs: each
-    is freed after the last op that reads it or a view of it, the results are not. What kernels
-    need for themselves is not counted."""
-    last: dict[Node, Node] = {}
-    for n in graph.nodes:
-        for i in n.all_input_nodes:
-            last[base(i)] = n
-    ends: dict[Node, list[Node]] = {}
-    for value, reader in last.items():
-        ends.setdefault(reader, []).append(value)
-    live, most = 0, 0
-    mine: set[Node] = set()
-    for n in graph.nodes:
-        if n.op == "output":
-            break
-        new = new_memory(n)
-        mine.update(new)
-        live += sum([nbytes(v.meta["val"]) for v in new])
-        most = max(most, live)
-        done = [v for v in (*ends.get(n, ()), *new) if v in mine and last.get(v, n) is n]
-        live -= sum([nbytes(v.meta["val"]) for v in dict.fromkeys(done)])
-        mine.difference_update(done)
-    return most
+class Layout:
+    """Which of some nodes, by number, owns the memory of each, and how many bytes it makes."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        index = {n: i for i, n in enumerate(nodes)}
+        self.inputs = [[index[p] for p in n.all_input_nodes] for n in nodes]
+        self.owner = [index[base(n)] for n in nodes]
+        self.size = [0] * len(nodes)
+        for n in nodes:
+            for part in new_memory(n):
+                self.size[index[part]] = nbytes(part.meta.get("val"))
+
+    def peak(self, order: Iterable[int], given: set[int], kept: set[int]) -> int:
+        """The most bytes that live at one time while these nodes run: the values ``given``, and
+        what is made. Each is freed after the last op that reads it or a view of it, those
+        ``kept`` are not. What kernels need for themselves is not counted."""
+        order, owner, size = list(order), self.owner, self.size
+        last = {owner[i]: i for i in order}
+        for i in order:
+            for p in self.inputs[i]:
+                last[owner[p]] = i
+        ends: dict[int, list[int]] = {}
+        for o, i in last.items():
+            if o not in kept:
+                ends.setdefault(i, []).append(o)
+        live = most = sum([size[o] for o in given])
+        made = set(given)
+        for i in order:
+            if owner[i] == i and i not in made:
+                made.add(i)
+                live += size[i]
+                most = max(most, live)
+            for o in ends.get(i, ()):
+                if o in made:
+                    live -= size[o]
+        return most
+
+
+def peak(graph: fx.Graph, given: Iterable[Node] = ()) -> int:
+    """The most bytes of memory that values of the graph take at one time, beyond its inputs other
+    than those ``given``; the results stay."""
+    nodes = [n for n in graph.nodes if n.op != "output"]
+    index, layout = {n: i for i, n in enumerate(nodes)}, Layout(nodes)
+    for n in given:
+        layout.size[index[n]] = nbytes(n.meta["val"])
+    kept = {layout.owner[index[o]] for o in output_node(graph).all_input_nodes}
+    return layout.peak(range(len(nodes)), {index[n] for n in given}, kept)
 
 
 def saved(forward: fx.Graph, n_results: int) -> int:
@@ -55,3 +81,25 @@ def saved(forward: fx.Graph, n_results: int) -> int:
     results = {base(n) for n in outputs[:n_results] if isinstance(n, Node)}
     rest = {n for n in owners if n.op != "placeholder"} - results
     return sum([nbytes(n.meta["val"]) for n in rest])
+
+
+class Simulation:
+    """The peaks of the two halves for any choice of what is saved, without making the graphs."""
+
+    def __init__(self, joint: Joint) -> None:
+        self.joint, self.layout = joint, Layout(joint.nodes)
+
+    def peaks(self, held: list[bool], hosted: set[int]) -> tuple[int, int]:
+        """The most bytes that live at one time in the forward and in the backward, when those that
+        are ``held`` are handed over: what the halves make, and what was saved until it is read
+        for the last time. Inputs and cotangents are not counted, nor what is ``hosted``, before
+        it comes back."""
+        joint, layout = self.joint, self.layout
+        early, late = schedule(joint, held, hosted)
+        saved = {layout.owner[i] for i, h in enumerate(held) if h and i not in hosted}
+        results, grads = (
+            {layout.owner[joint.index[o]] for o in outs if isinstance(o, Node)}
+            for outs in (joint.early_outputs, joint.late_outputs)
+        )
+        forward = layout.peak(early, set(), saved | results)
+        return forward, layout.peak(late, saved, grads)

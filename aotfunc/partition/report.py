@@ -1,17 +1,24 @@
-"""What a partition keeps between forward and backward: each value with its size, the user's line
-and the reason."""
+"""What a partition keeps and computes again, and how good it is: for people, as JSON, as a
+picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from .cost import nbytes, shape_hint
 from .ops import made_at
+from .problem import Choice
+from .within import Within
+
+GIVEN = ("input", "parameter")
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,134 @@ class Residual:
     bytes: int
     line: str | None
     reason: str
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """One op that runs in the forward and again in the backward; ``time`` in the cost's unit."""
+
+    name: str
+    op: str
+    time: float
+    bytes: int
+    line: str | None
+
+
+class Report:
+    """What :func:`partition` decided.
+
+    ``saved`` and ``recomputed`` list the values, ``bytes`` what is saved beyond the inputs,
+    ``time`` what is computed again, in the unit of the cost, and ``forward_time`` what the forward
+    takes. What takes a while to find is found when it is asked for: the simulated ``peaks`` of the
+    two halves, the ``bound`` on the time of any choice that saves at most ``limit`` bytes (the
+    budget's, or what was saved), the ``gap`` to it, and the ``frontier`` of best choices as
+    ``(bytes, time, peak)``."""
+
+    def __init__(self, fw: fx.GraphModule, within: Within, choice: Choice, limit: int) -> None:
+        self.limit = limit
+        self.saved = residuals(fw)
+        self.bytes, self.time = choice.bytes, choice.time
+        self.forward_time = within.problem.forward_time
+        self._within, self._choice = within, choice
+
+    @cached_property
+    def recomputed(self) -> list[Recomputed]:
+        problem = self._within.problem
+        twice = problem.twice(self._choice.saved) & (problem.time > 0)
+        found = []
+        for k in np.flatnonzero(twice):
+            n = problem.nodes[k]
+            time, size = float(problem.time[k]), nbytes(n.meta["val"])
+            found.append(Recomputed(n.name, str(n.target), time, size, made_at(n)))
+        return found
+
+    @cached_property
+    def peaks(self) -> tuple[int, int]:
+        return self._within.peaks(self._choice)
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks)
+
+    @cached_property
+    def bound(self) -> float:
+        return self._within.bound(self.limit) if self.time else 0.0
+
+    @property
+    def gap(self) -> float:
+        """How much more is computed again than the bound says, as a share of the bound."""
+        if self.time <= self.bound:
+            return 0.0
+        return self.time / self.bound - 1 if self.bound else float("inf")
+
+    @cached_property
+    def frontier(self) -> list[tuple[int, float, int]]:
+        points = self._within.frontier.points
+        return [(c.bytes, c.time, max(self._within.peaks(c))) for c in points]
+
+    def share(self, time: float) -> float:
+        """A time as a share of the forward's."""
+        return time / self.forward_time if self.forward_time else 0.0
+
+    def __str__(self) -> str:
+        lines = [table(self.saved)]
+        if self.recomputed:
+            lines += ["", again(self.recomputed, self.forward_time)]
+        lines += ["", f"peak {bytes_text(self.peak)}, simulated"]
+        if self.time:
+            lines.append(
+                f"computed again: {self.share(self.time):.2%} of the forward's time; no partition "
+                f"within {bytes_text(self.limit)} does with less than {self.share(self.bound):.2%}"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """All of it."""
+        return json.dumps(
+            {
+                "bytes": self.bytes,
+                "time": self.time,
+                "forward_time": self.forward_time,
+                "bound": self.bound,
+                "gap": self.gap if self.gap < float("inf") else None,
+                "peaks": self.peaks,
+                "saved": [asdict(r) | {"dtype": dtype_text(r.dtype)} for r in self.saved],
+                "recomputed": [asdict(r) for r in self.recomputed],
+                "frontier": self.frontier,
+            },
+            indent=1,
+        )
+
+    def svg(self) -> str:
+        """The frontier as a picture: bytes saved to the right, time computed again upwards (both
+        from 0), the chosen point filled."""
+        width, height, edge = 480, 320, 50
+        points = [(c, t) for c, t, _ in self.frontier]
+        most_bytes = max([b for b, _ in points] + [self.bytes, 1])
+        most_time = max([t for _, t in points] + [self.time, 1e-9])
+
+        def place(size: float, time: float) -> tuple[float, float]:
+            x = edge + size / most_bytes * (width - 2 * edge)
+            return round(x, 1), round(height - edge - time / most_time * (height - 2 * edge), 1)
+
+        line = " ".join(f"{x},{y}" for x, y in (place(*p) for p in points))
+        dots = [(p, "white") for p in points] + [((self.bytes, self.time), "black")]
+        circles = "".join(
+            f'<circle cx="{place(*p)[0]}" cy="{place(*p)[1]}" r="4" fill="{fill}" stroke="black">'
+            f"<title>{bytes_text(int(p[0]))}, {self.share(p[1]):.1%}</title></circle>"
+            for p, fill in dots
+        )
+        right, top, bottom = width - edge, edge, height - edge
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            'font-family="sans-serif" font-size="12">'
+            f'<path d="M{edge},{top} V{bottom} H{right}" fill="none" stroke="gray"/>'
+            f'<polyline points="{line}" fill="none" stroke="steelblue"/>{circles}'
+            f'<text x="{right}" y="{bottom + 20}" text-anchor="end">saved, up to '
+            f"{bytes_text(most_bytes)}</text>"
+            f'<text x="{edge}" y="{top - 12}">computed again, up to {self.share(most_time):.0%} '
+            "of the forward</text></svg>"
+        )
 
 
 def residuals(fw: fx.GraphModule) -> list[Residual]:
@@ -46,31 +181,45 @@ def residuals(fw: fx.GraphModule) -> list[Residual]:
 def table(rows: Iterable[Residual]) -> str:
     """The residuals as text, largest first, with the sum of those that the forward made."""
     rows = sorted(rows, key=lambda r: -r.bytes)
-    made = [r for r in rows if r.reason not in ("input", "parameter")]
-    kept = [r for r in rows if r not in made]
-    lines = [
-        (
-            r.name,
-            str(list(r.shape)),
-            str(r.dtype).removeprefix("torch."),
-            bytes_text(r.bytes),
-            r.reason,
-            (r.line or "").strip(),
-        )
+    made = [r for r in rows if r.reason not in GIVEN]
+    cells = [
+        (r.name, str(list(r.shape)), dtype_text(r.dtype), bytes_text(r.bytes), r.reason, shown(r))
         for r in made
     ]
-    lines.insert(0, ("saved", "shape", "dtype", "bytes", "why", "line"))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    text = [
-        "  ".join(
-            [cell.ljust(w) for cell, w in zip(line, widths, strict=False)] + [line[5]]
-        ).rstrip()
-        for line in lines
-    ]
     total = f"{len(made)} saved values, {bytes_text(sum(r.bytes for r in made))}"
-    if kept:
-        total += f"; and {len(kept)} inputs and parameters, which the caller keeps anyway"
-    return "\n".join([*text, total])
+    if len(made) < len(rows):
+        total += (
+            f"; and {len(rows) - len(made)} inputs and parameters, which the caller keeps anyway"
+        )
+    return "\n".join([*columns(("saved", "shape", "dtype", "bytes", "why", "line"), cells), total])
+
+
+def again(rows: Sequence[Recomputed], forward_time: float, most: int = 20) -> str:
+    """What is computed again as text, the dearest first."""
+    rows = sorted(rows, key=lambda r: -r.time)
+    share = lambda time: f"{time / forward_time:.2%}" if forward_time else "0%"
+    cells = [(r.name, r.op, share(r.time), bytes_text(r.bytes), shown(r)) for r in rows[:most]]
+    more = f", of which the {most} dearest are listed" if len(rows) > most else ""
+    total = f"{len(rows)} ops computed again{more}"
+    return "\n".join([*columns(("again", "op", "of forward", "bytes", "line"), cells), total])
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells in columns; the last is as long as it is."""
+    rows = [head, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    return [
+        "  ".join([*[c.ljust(w) for c, w in zip(row, widths, strict=False)], row[-1]]).rstrip()
+        for row in rows
+    ]
+
+
+def shown(r: Residual | Recomputed) -> str:
+    return (r.line or "").strip()
+
+
+def dtype_text(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def bytes_text(count: int) -> str:

@@ -15,6 +15,7 @@ Values cut between their two nodes are saved; values wholly on the sink's side a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,42 +41,43 @@ def min_cut(
     >>> min_cut([8, 2, 8], [INF, 1, 0], [[], [0], [1]], needed=[2])
     [False, True, False]
     """
-    network = Network(inputs, needed)
-    saves, redos = np.asarray(save, dtype=float), np.asarray(redo, dtype=float)
-    finite = saves[np.isfinite(saves)].sum() + redos[np.isfinite(redos)].sum()
-    kept, again = network.cut(saves, redos, finite)
-    # a cut is known now, and nothing dearer is ever cut: the integers may be as fine as its value
-    # allows
-    kept, again = network.cut(saves, redos, saves[kept].sum() + redos[again].sum())
-    return kept.tolist()
+    return Network(inputs, needed).cheapest(np.asarray(save), np.asarray(redo)).saved.tolist()
 
 
 class Network:
     """The network of a joint graph, built once; only its capacities change."""
 
     def __init__(self, inputs: Sequence[Sequence[int]], needed: Sequence[int]) -> None:
+        from scipy.sparse import csr_array  # slow to import: only who partitions pays
+
         count = self.count = len(inputs)
         self.v_in, self.source, self.sink = 2 * np.arange(count), 2 * count, 2 * count + 1
         wanted = np.asarray(needed, dtype=np.int64)
         readers = np.repeat(np.arange(count), [len(p) for p in inputs])
         read = np.fromiter((p for ps in inputs for p in ps), dtype=np.int64, count=len(readers))
-        self.rows = np.concatenate(
-            [np.full(count, self.source), self.v_in, 2 * read + 1, 2 * wanted + 1]
-        )
-        self.columns = np.concatenate(
-            [self.v_in, self.v_in + 1, 2 * readers, np.full(len(wanted), self.sink)]
-        )
+        rows = [np.full(count, self.source), self.v_in, 2 * read + 1, 2 * wanted + 1]
+        columns = [self.v_in, self.v_in + 1, 2 * readers, np.full(len(wanted), self.sink)]
         self.infinite = np.full(len(read) + len(wanted), _MAX, dtype=np.int32)
+        places = (np.concatenate(rows), np.concatenate(columns))
+        edges = 2 * count + len(self.infinite)
+        shape = (self.sink + 1, self.sink + 1)
+        #: which edge stands where
+        self.edge = csr_array((np.arange(edges, dtype=np.int32), places), shape=shape)
+        self.edge.sort_indices()
 
-    def cut(
-        self, save: np.ndarray, redo: np.ndarray, bound: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Which values are saved, and which are on the sink's side altogether, in the cheapest
-        cut.
+    def cheapest(self, save: np.ndarray, redo: np.ndarray) -> Cut:
+        """The cheapest cut where nothing is known of its cost."""
+        finite = save[np.isfinite(save)].sum() + redo[np.isfinite(redo)].sum()
+        # a cut is known then, and nothing dearer is ever cut: the integers may be as fine as its
+        # value allows
+        return self.cut(save, redo, self.cut(save, redo, finite).value)
+
+    def cut(self, save: np.ndarray, redo: np.ndarray, bound: float) -> Cut:
+        """The cheapest cut, the one nearest to the inputs of several.
 
         ``bound`` is not below its cost; costs become integers in units of about 5e-10 of it.
         """
-        from scipy.sparse import csr_array  # slow to import: only who partitions pays
+        from scipy.sparse import csr_array
         from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
         scale = (_MAX - 2 - 2 * self.count) / (1.01 * bound) if bound > 0 else 1.0
@@ -90,14 +92,23 @@ class Network:
         # saving costs at least one unit, so that nothing is saved in vain
         saves = np.where(np.isfinite(save), np.maximum(integers(save), 1), _MAX).astype(np.int32)
         redos = np.where(np.isfinite(redo), integers(redo), _MAX).astype(np.int32)
-        shape = (self.sink + 1, self.sink + 1)
-        network = csr_array(
-            (np.concatenate([redos, saves, self.infinite]), (self.rows, self.columns)), shape=shape
-        )
-
+        capacities = np.concatenate([redos, saves, self.infinite])[self.edge.data]
+        network = csr_array((capacities, self.edge.indices, self.edge.indptr), self.edge.shape)
         flow = maximum_flow(network, self.source, self.sink, method="dinic").flow
         residual = csr_array(network.astype(np.int64) - flow)
         residual.eliminate_zeros()
         near = np.zeros(self.sink + 1, dtype=bool)
         near[breadth_first_order(residual, self.source, return_predecessors=False)] = True
-        return near[self.v_in] & ~near[self.v_in + 1], ~near[self.v_in]
+        saved, again = near[self.v_in] & ~near[self.v_in + 1], ~near[self.v_in]
+        value = float(save[saved].sum() + redo[again].sum())
+        return Cut(saved, again, value, max(0.0, value - 2 * self.count / scale))
+
+
+class Cut(NamedTuple):
+    """Which values are saved and which computed again, what that costs, and what no cut costs
+    less than."""
+
+    saved: np.ndarray
+    again: np.ndarray
+    value: float
+    bound: float

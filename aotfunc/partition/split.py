@@ -7,11 +7,12 @@ last input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -24,38 +25,19 @@ except ImportError:  # pragma: no cover
     from torch.fx import GraphModule
 
 
-def split(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
-    """The early and the late graph of ``joint`` when ``saved`` is handed over, in that order.
-
-    The late graph computes again what it reads and is not handed. Nodes keep their names and
-    metadata. Raises PartitionError if an input is needed and not among ``saved``."""
-    with paused_gc():
-        return _split_now(joint, saved)
-
-
-def _split_now(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]:
-    nodes, inputs, index = joint.nodes, joint.inputs, joint.index
-    held = [False] * len(nodes)
-    for n in saved:
-        held[index[n]] = True
-
+def schedule(joint: Joint, held: list[bool], hosted: set[int]) -> tuple[list[int], list[int]]:
+    """What the early and the late part run, by number and in order, when those that are ``held``
+    are handed over; those ``hosted`` come back from the host in the late part."""
+    nodes, inputs = joint.nodes, joint.inputs
     kept = ancestors(inputs, [i for i, h in enumerate(held) if h])
     # nodes that run only to be saved follow their last input; all others stay where they are
     when = list(range(len(nodes)))
     for i in range(len(nodes)):
         if kept[i] and not joint.forward[i] and nodes[i].op != "placeholder":
             when[i] = max([when[p] for p in inputs[i]], default=i)
-    order = sorted(
+    early = sorted(
         [i for i in range(len(nodes)) if joint.forward[i] or kept[i]], key=lambda i: (when[i], i)
     )
-    early = Copy()
-    for n in joint.early_inputs:
-        early.placeholder(n)
-    for i in order:
-        if nodes[i].op != "placeholder":
-            early.node(nodes[i])
-    early.output(list(joint.early_outputs) + [early.keep(n) for n in saved])
-
     wanted = ancestors(inputs, [i for i in joint.needed if not held[i]], stop=held)
     # what is computed again stands before its first reader
     end = len(nodes)
@@ -67,15 +49,49 @@ def _split_now(joint: Joint, saved: Sequence[Node]) -> tuple[fx.Graph, fx.Graph]
             continue
         for p in inputs[i]:
             first[p] = min(first[p], first[i])
+    late = [i for i in range(end) if joint.live[i] or wanted[i] or i in hosted]
+    return early, sorted(late, key=lambda i: (first[i], i))
+
+
+def split(
+    joint: Joint, saved: Sequence[Node], hosted: Collection[Node] = ()
+) -> tuple[fx.Graph, fx.Graph]:
+    """The early and the late graph of ``joint`` when ``saved`` is handed over, in that order,
+    those ``hosted`` by way of the host's memory.
+
+    The late graph computes again what it reads and is not handed. Nodes keep their names and
+    metadata. Raises PartitionError if an input is needed and not among ``saved``."""
+    with paused_gc():
+        return _split_now(joint, saved, hosted)
+
+
+def _split_now(
+    joint: Joint, saved: Sequence[Node], hosted: Collection[Node]
+) -> tuple[fx.Graph, fx.Graph]:
+    nodes, index = joint.nodes, joint.index
+    held = [False] * len(nodes)
+    for n in saved:
+        held[index[n]] = True
+    early_order, late_order = schedule(joint, held, {index[n] for n in hosted})
+    early = Copy()
+    for n in joint.early_inputs:
+        early.placeholder(n)
+    for i in early_order:
+        if nodes[i].op != "placeholder":
+            early.node(nodes[i])
+        if nodes[i] in hosted:
+            early.offload(nodes[i])
+    early.output(list(joint.early_outputs) + [early.keep(n) for n in saved])
+
     late = Copy()
     for n in saved:
-        late.placeholder(n, role="residual")
+        late.placeholder(early.away.get(n, n), role="residual")
     for n in joint.late_inputs:
         late.placeholder(n)
-    for i in sorted(
-        [i for i in range(end) if joint.live[i] or wanted[i]], key=lambda i: (first[i], i)
-    ):
-        if nodes[i].op != "placeholder":
+    for i in late_order:
+        if nodes[i] in hosted:
+            late.bring_back(nodes[i], early.away[nodes[i]])
+        elif nodes[i].op != "placeholder":
             late.node(nodes[i])
         elif nodes[i] not in late.env:
             raise PartitionError(
@@ -90,12 +106,22 @@ def module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     return GraphModule(root, graph, class_name=name)
 
 
+def on_host(val: Any) -> Any:
+    """A value's metadata, in the host's memory."""
+    if isinstance(val, Tensor):
+        return val.to("cpu")
+    found = copy.copy(val)
+    found.device = torch.device("cpu")
+    return found
+
+
 class Copy:
     """A graph copied node by node from another; ``env`` maps old nodes to new ones."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.env: dict[Node, Node] = {}
+        self.away: dict[Node, Node] = {}  # copies in the host's memory
 
     def node(self, n: Node) -> Node:
         # arguments come afterwards: create_node searches those it is given for SymInts, half of
@@ -122,9 +148,26 @@ class Copy:
             new.meta.setdefault("role", role)
         self.env[n] = new
 
+    def copy(self, n: Node, name: str, device: Any) -> Node:
+        """A copy of the value of a new node on another device."""
+        to = torch.ops.aten._to_copy.default
+        return self.graph.create_node("call_function", to, (n,), {"device": device}, name=name)
+
+    def offload(self, n: Node) -> None:
+        new = self.copy(self.env[n], f"{n.name}_host", torch.device("cpu"))
+        new.meta = {"val": on_host(n.meta["val"]), "line": n.meta.get("line")}
+        self.away[n] = self.env[new] = new
+
+    def bring_back(self, n: Node, away: Node) -> None:
+        new = self.copy(self.env[away], n.name, torch.device(n.meta["val"].device))
+        new.meta = n.meta.copy()
+        self.env[n] = new
+
     def keep(self, n: Node) -> Node:
         """The node to hand over for ``n``: a copy of it if the caller's tensor is overwritten
-        after the early part."""
+        after the early part, or if it goes to the host."""
+        if n in self.away:
+            return self.away[n]
         if n.meta.get("mutated") and n.op == "placeholder":
             new = self.graph.create_node(
                 "call_function",

@@ -40,13 +40,16 @@ def verify(
     expect("gradients", outputs_of(late), names(roles.late_outputs))
     for graph in (early, late):
         for n in graph:
-            if n.op not in ("placeholder", "output") and n.name in named:
+            if n.op in ("placeholder", "output") or n in back or is_handed_copy(n):
+                continue
+            if n.name in named:
                 check_copy(n, named[n.name])
-            elif n.op not in ("placeholder", "output") and not is_clone_of_input(n):
+            else:
                 raise PartitionError(f"{describe(n)} is not in the joint graph")
 
     run_early, run_late = (
-        [n.name for n in g if n.op not in ("placeholder", "output")] for g in (early, late)
+        [n.name for n in g if n.op not in ("placeholder", "output") and n not in back]
+        for g in (early, late)
     )
     for name in set(run_early) & set(run_late):
         if once(named[name]):
@@ -132,11 +135,23 @@ def names(values: Sequence[Any]) -> list[Any]:
 def late_args(early: list[Node], num_outputs: int) -> list[str]:
     """The names under which the backward gets what the forward hands over."""
     handed = early[-1].args[0][num_outputs:]  # type: ignore[index]
-    return [n.args[0].name if is_handed_clone(n) else n.name for n in handed]
+    return [n.args[0].name if is_handed_copy(n) else n.name for n in handed]
 
 
-def is_handed_clone(n: Node) -> bool:
-    return n.name.endswith("_kept") and is_clone_of_input(n)
+def is_handed_copy(n: Node) -> bool:
+    """Whether the node is made to be handed over: a clone of an input, or a copy on the host."""
+    hosted = n.target is torch.ops.aten._to_copy.default and n.name.endswith("_host")
+    return hosted or (n.name.endswith("_kept") and is_clone_of_input(n))
+
+
+def is_brought_back(n: Node) -> bool:
+    """Whether the node is the value that its input had before it went to the host."""
+    source = n.args[0] if n.target is torch.ops.aten._to_copy.default else None
+    return (
+        isinstance(source, Node)
+        and source.op == "placeholder"
+        and (source.name == f"{n.name}_host")
+    )
 
 
 def expect(what: str, got: list[Any], wanted: list[Any]) -> None:

@@ -78,7 +78,7 @@ def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Se
     """Return the results of compiled code, the first ``count`` with memory of their own."""
     run = call.compiled(tensors)
     outs = run([*tensors])
-    return outs if getattr(run, "own", -1) >= count else owned(outs, count, tensors)
+    return outs if getattr(run, "own", -1) >= count else distinct_results(outs, count, tensors)
 
 
 def distinct_results(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:

@@ -40,7 +40,11 @@ class Lowered:
         programs = {"function": self._entry.call.program}
         if self._halves is not None:
             programs.update(self._halves.programs())
-        return {name: graph_module(p, name) for name, p in programs.items()}
+        graphs = {name: graph_module(p, name) for name, p in programs.items()}
+        if "joint" in graphs:
+            assert self._halves is not None
+            graphs["joint"].meta["num_fwd_outputs"] = self._halves.count
+        return graphs
 
     @property
     def graph(self) -> fx.Graph:

@@ -23,6 +23,7 @@ from ..errors import AotfuncError, BackendError
 from ..graph import Program, output_node, size
 from ..partition import min_cut_rematerialization_partition
 from ..partition.foreign import cut_by
+from ..partition.partitions import under
 from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import make_sig
@@ -136,7 +137,9 @@ class Pipeline:
         joint, dissolve = self.opened(joint), EVERYTHING if last else CALLS
         if self.reassociates(joint, self.forward_backend, self.backward_backend):
             joint = reassociated(lowered(joint, dissolve))
-        forward, backward = partitioned(self.partition, joint, n_early, dissolve)
+        fuses = suited(joint.graph, self.forward_backend).fuses
+        cut = under(self.partition, fuses)
+        forward, backward = partitioned(cut, joint, n_early, dissolve)
         return (
             CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),

@@ -257,7 +257,7 @@ def displaced(planned: Any, x: Any) -> bool:
     return (sig.offset, sig.stride) != (planned.offset, planned.stride)
 
 
-_CARRIED = ("line", "region", "draw")
+_CARRIED = ("line", "region", "draw", "named")
 
 
 def carried(n: Node) -> dict[str, Any]:

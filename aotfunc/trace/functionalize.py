@@ -42,6 +42,8 @@ class Functionalizer(ValueNodes):
     def run(self) -> None:
         for i, (instr, refs, grad, region, line) in enumerate(self.trace.records):
             self.b.meta = {"line": line} if region is None else {"line": line, "region": region}
+            if i in self.trace.named:
+                self.b.meta["named"] = self.trace.named[i]
             if instr.__class__ is not Instr:
                 instr.lower(self, refs, grad, line)
             elif instr.facts.writes:

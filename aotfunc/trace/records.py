@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from ..debug import Line
 from .shapes.instr import Instr
@@ -18,6 +19,19 @@ aten = torch.ops.aten
 # op, or an object of another layer with the same duty: `facts` and `lower(functionalizer,
 # record)`, see capture.calls.Step.
 Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
+
+
+class Region(NamedTuple):
+    """A checkpointed region in which a policy says what may be saved."""
+
+    number: int
+    policy: Callable[[Node], int]
+
+
+def saves(n: Node) -> bool:
+    """Whether the policy of its region lets the value of a node be saved."""
+    region = n.meta.get("region")
+    return region.__class__ is Region and bool(region.policy(n))
 
 
 def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from .casts import record_cast
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
-from .places import is_integer, part, subscript
+from .places import is_integer, narrow_traced, subscript
 from .shapes.infer import TOLD, infer
 from .shapes.instr import env_key, intern, interned
 from .shapes.sig import Slot
@@ -230,7 +230,7 @@ _ANSWERS: dict[OpOverload, Callable] = {
     aten.lift_fresh.default: _lift_fresh,
     aten._conj.default: _conj,
     aten.view_as_real.default: _view_as_real,
-    aten._to_copy.default: cast,
+    aten._to_copy.default: record_cast,
     aten.native_batch_norm.default: _with_trace(_batch_norm),
     aten._native_batch_norm_legit.default: _with_trace(_batch_norm),
     aten._batch_norm_with_update.default: _with_trace(_batch_norm_with_update),

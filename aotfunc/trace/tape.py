@@ -89,8 +89,9 @@ class Tape:
         #: inputs and lifted tensors whose gradient was taken: (at line)
         self.differentiated: dict[int, str] = {}
         self.reshapes = False  # in place
-        self.region: int | None = None  # the checkpointed region that is being recorded
+        self.region: Any = None  # the checkpointed region that is being recorded
         self.regions = 0
+        self.named: dict[int, str] = {}  # what the user calls the results of records
         self.why_not, self.ask = why_not, ask
         self.dtype: torch.dtype = torch.get_default_dtype() if outer is None else outer.dtype
         self.concrete_inputs: list[Tensor | None] | None = None
@@ -209,6 +210,7 @@ class Tape:
     def forget(self, records: int, count: int) -> None:
         """Go back to an earlier number of records and values."""
         del self.records[records:]
+        self.named = {k: name for k, name in self.named.items() if k < records}
         self.deferred = [d for d in self.deferred if d.record < records]
         self.count = count
         self._roots = None
@@ -232,6 +234,7 @@ class Tape:
             records,
             memory,
             tuple(self.autograd.overwritten),
+            tuple(self.named.items()),
         )
 
     @property

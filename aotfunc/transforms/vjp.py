@@ -22,6 +22,7 @@ from ..trace.emit import Builder, paused_gc
 from ..trace.kernels import images
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
+from ..trace.records import saves
 from ..trace.shapes.rules import formatted
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
@@ -54,7 +55,8 @@ class Regions:
         if env is None:
             env = self.again[region] = Kept()
             for m in self.nodes[region]:
-                env[m] = m if draws(m) or not is_op(m) else self.copy(m, region, env)
+                kept = draws(m) or not is_op(m) or saves(m)
+                env[m] = m if kept else self.copy(m, region, env)
         return env[n]
 
     def copy(self, m: Node, region: Any, env: Kept) -> Any:

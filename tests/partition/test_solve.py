@@ -22,7 +22,7 @@ from aotfunc.partition import (
     min_cut_rematerialization_partition,
     nbytes,
 )
-from aotfunc.partition.policy import saving_cost
+from aotfunc.partition.problem import saving_cost
 from aotfunc.partition.roles import read_joint
 from aotfunc.partition.solve import INF, min_cut
 from aotfunc.partition.split import module, split

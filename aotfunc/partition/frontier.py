@@ -1,0 +1,166 @@
+"""The best choices that there are: fewest bytes for each time, and what no choice can do.
+
+For each price the cheapest cut is a point on the lower convex hull of all choices in the plane of
+bytes and time, and the line of that price through it bounds all of them from below: by sweeping
+the price one finds every such point, and the least time that any choice within a budget takes.
+
+Layers that are alike switch together, so that there are few points. Times are therefore *tilted*
+by up to TILT, later values being dearer, and layers switch one by one; bounds are of times as
+they are."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from .problem import Choice, Problem
+from .solve import INF
+
+#: how much dearer the last value is than the first
+TILT = 0.02
+#: the sweep stops when points are this share of all bytes apart, or at so many cuts
+NEAR, MANY = 0.04, 48
+
+
+class Point(NamedTuple):
+    """A cut: the bytes and the (tilted) time that it is made of, and the choice."""
+
+    bytes: float
+    time: float
+    choice: Choice
+
+
+class Frontier:
+    """The cuts of a problem, found as they are asked for."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        count = len(problem.nodes)
+        self.tilt = 1 + TILT * np.arange(count) / max(count, 1)
+
+    @cached_property
+    def ends(self) -> tuple[Point, Point]:
+        """The least bytes, and nothing computed twice that need not be."""
+        return self.ends_of(self.tilt)
+
+    def ends_of(self, tilt: np.ndarray) -> tuple[Point, Point]:
+        problem = self.problem
+        most = self.point(problem.network.cheapest(problem.save, problem.redo(INF)).saved, tilt)
+        finite = problem.redo(1.0) * tilt
+        # so low that time only decides among the choices with the least bytes
+        price = 1e-6 * max(most.bytes, 1.0) / max(finite[finite < INF].sum(), 1.0)
+        return self.cut(price, tilt, most)[0], most
+
+    def point(self, saved: np.ndarray, tilt: np.ndarray) -> Point:
+        problem = self.problem
+        redo = problem.redo(1.0) * tilt
+        late = problem.late(saved)
+        choice = problem.choice(saved)
+        return Point(float(problem.save[saved].sum()), float(redo[late].sum()), choice)
+
+    def cut(self, price: float, tilt: np.ndarray, *known: Point) -> tuple[Point, float]:
+        """The cheapest choice at a price, and what none costs less than."""
+        problem = self.problem
+        bound = min([p.bytes + price * p.time for p in known])
+        found = problem.network.cut(problem.save, problem.redo(price) * tilt, bound * (1 + 1e-9))
+        return self.point(found.saved, tilt), found.bound
+
+    def between(self, low: Point, high: Point) -> Point | None:
+        """A point of the hull between two of them, if there is one."""
+        if low.time <= high.time or low.bytes >= high.bytes:
+            return None
+        price = (high.bytes - low.bytes) / (low.time - high.time)
+        found, _ = self.cut(price, self.tilt, low, high)
+        line = low.bytes + price * low.time
+        better = found.bytes + price * found.time < line * (1 - 1e-7)
+        inner = low.bytes < found.bytes < high.bytes
+        return found if better and inner else None
+
+    @cached_property
+    def cuts(self) -> list[Point]:
+        """Points all along the hull, from the least bytes to the most; more are added by
+        :meth:`within`."""
+        low, high = self.ends
+        points, apart = [low, high], NEAR * (high.bytes - low.bytes)
+        gaps = [(low.bytes - high.bytes, low.bytes, low, high)]
+        for _ in range(MANY):
+            if not gaps or -gaps[0][0] <= apart:
+                break
+            _, _, a, b = heapq.heappop(gaps)
+            if (c := self.between(a, b)) is not None:
+                points.append(c)
+                for p, q in ((a, c), (c, b)):
+                    heapq.heappush(gaps, (p.bytes - q.bytes, p.bytes, p, q))
+        return sorted(points, key=lambda p: p.bytes)
+
+    @cached_property
+    def points(self) -> list[Choice]:
+        """Choices of which none is better than another in both bytes and time, from the least
+        bytes to the most."""
+        return undominated([p.choice for p in self.cuts])
+
+    def within(self, limit: float, axis: str) -> Choice | None:
+        """The best choice whose ``axis``, "bytes" or "time", is at most ``limit``; None if there
+        is none."""
+        fits = lambda p: getattr(p.choice, axis) <= limit
+        found = [p.choice for p in self.cuts if fits(p)]
+        a, b = self.bracket(fits)
+        while a is not None and b is not None and (c := self.between(*ordered(a, b))) is not None:
+            if fits(c):
+                found.append(c.choice)
+                a = c
+            else:
+                b = c
+        other = "time" if axis == "bytes" else "bytes"
+        return min(found, key=lambda c: (getattr(c, other), getattr(c, axis)), default=None)
+
+    def bracket(self, fits: Callable[[Point], bool]) -> tuple[Point | None, Point | None]:
+        """The neighbours on the hull of which one fits and the other does not."""
+        for a, b in zip(self.cuts, self.cuts[1:], strict=False):
+            if fits(a) != fits(b):
+                return (a, b) if fits(a) else (b, a)
+        return None, None
+
+    def bound(self, limit: float, axis: str = "bytes") -> float:
+        """What no choice is better than: the least time within so many bytes, or the least bytes
+        within so much time.
+
+        The lines of all prices bound it; the best of them goes through the two points of the hull
+        on either side of the limit."""
+        problem = self.problem
+        flat = np.ones(len(problem.nodes))
+        low, high = self.ends_of(flat)
+        # inputs and sizes cost next to nothing in the cut, and nothing here
+        free = float(problem.save[problem.save < INF].sum() - problem.bytes.sum())
+        best = 0.0
+        while low.time > high.time and low.bytes < high.bytes:
+            price = (high.bytes - low.bytes) / (low.time - high.time)
+            found, value = self.cut(price, flat, low, high)
+            value -= free
+            line = (value - limit) / price if axis == "bytes" else value - price * limit
+            best = max(best, line)
+            inner = low.bytes < found.bytes < high.bytes
+            if not inner or value + free >= (low.bytes + price * low.time) * (1 - 1e-6):
+                break
+            if (found.bytes <= limit) if axis == "bytes" else (found.time > limit):
+                low = found
+            else:
+                high = found
+        return best
+
+
+def ordered(a: Point, b: Point) -> tuple[Point, Point]:
+    return (a, b) if a.bytes <= b.bytes else (b, a)
+
+
+def undominated(choices: list[Choice]) -> list[Choice]:
+    """Those that no other one is better than in bytes or time and not worse in the other."""
+    best: list[Choice] = []
+    for c in sorted(choices, key=lambda c: (c.bytes, c.time)):
+        if not best or c.time < best[-1].time:
+            best.append(c)
+    return best

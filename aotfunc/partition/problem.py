@@ -1,0 +1,243 @@
+"""What is to be decided: for each value that the backward may need, what saving it takes and what
+computing it again takes.
+
+Some values cost nothing or are ruled out, for everyone:
+
+- views and constants are never saved: a view is redone from the tensor that owns the storage;
+- of tuples the parts are saved; inputs and parameters are kept by the caller anyway, so saving
+  them is free;
+- draws, effects and unknown ops never run twice;
+- the inside of a checkpointed region is not saved, except draws, what the forward reads outside,
+  and what the region's policy lets be saved;
+- *free* values, which only the backward needs, run once on either side, so only what must be kept
+  for them counts."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ..trace.records import saves
+from .cost import Cost, nbytes
+from .ops import base, is_random, is_single, is_symbol, is_view, once, region
+from .policies import Policy, Verdict
+from .roles import Joint, PartitionError, ancestors, describe
+from .solve import INF, Network
+
+
+class Choice(NamedTuple):
+    """Which of the values are saved, how many bytes that is beyond the inputs, and how much time
+    it takes to compute the others again."""
+
+    saved: np.ndarray
+    bytes: int
+    time: float
+
+
+class Problem:
+    """The values of a joint graph that the backward may need, numbered anew. The arrays run
+    parallel to ``nodes``."""
+
+    def __init__(self, joint: Joint, cost: Cost, policy: Policy | None = None) -> None:
+        self.joint = joint
+        inside, self.border = regions(joint)
+        relevant = [i for i, yes in enumerate(ancestors(joint.inputs, joint.needed)) if yes]
+        local = {i: k for k, i in enumerate(relevant)}
+        self.nodes = [joint.nodes[i] for i in relevant]
+        self.inputs = [[local[p] for p in joint.inputs[i]] for i in relevant]
+        self.needed = [local[i] for i in joint.needed]
+        #: runs in the forward, whatever is saved
+        self.forward = np.array([joint.forward[i] for i in relevant], dtype=bool)
+        verdicts = [
+            self.verdict(i, n, i in inside, policy)
+            for i, n in zip(relevant, self.nodes, strict=True)
+        ]
+        #: that it is computed again was asked for
+        self.asked = np.array([v == Verdict.RECOMPUTE for v in verdicts], dtype=bool)
+        #: it is saved in the memory of the host
+        self.hosted = np.array([v == Verdict.OFFLOAD for v in verdicts], dtype=bool)
+        #: bytes to save it; infinite where that is ruled out
+        self.save = np.array(
+            [saving_cost(n, a) for n, a in zip(self.nodes, self.asked, strict=True)], dtype=float
+        )
+        self.save[self.hosted] = 1.0
+        #: time to compute it once more; infinite where that is ruled out
+        self.time = np.array(
+            [
+                INF if v >= Verdict.OFFLOAD or n.op == "placeholder" or once(n) else cost.time(n)
+                for n, v in zip(self.nodes, verdicts, strict=True)
+            ],
+            dtype=float,
+        )
+        check_feasible(self)
+        self.network = Network(self.inputs, self.needed)
+        #: bytes that are not there already: the caller keeps the inputs
+        able = (self.save < INF) & ~self.hosted
+        self.bytes = np.where(
+            able & np.array([counts(n) for n in self.nodes], dtype=bool), self.save, 0.0
+        )
+        self.forward_time = sum(
+            [cost.time(n) for n, f in zip(joint.nodes, joint.forward, strict=True) if f]
+        )
+
+    def verdict(self, i: int, n: Node, inside: bool, policy: Policy | None) -> int:
+        """What may become of a value: as its checkpointed region says, and then the policy."""
+        if i in self.border:
+            return Verdict.SAVE
+        if n.op in ("placeholder", "get_attr"):
+            return Verdict.FREE
+        if inside and not saves(maker(n)):
+            return Verdict.RECOMPUTE
+        given = Verdict.FREE if policy is None else policy(maker(n))
+        if given == Verdict.OFFLOAD and is_single(n) and not off_host(n):
+            given = Verdict.SAVE
+        single = is_single(n) and not is_view(n)
+        return given if single or given == Verdict.RECOMPUTE else Verdict.FREE
+
+    def again(self, price: float) -> np.ndarray:
+        """What a second run of each value costs at this price; at an infinite one nothing runs
+        twice that takes time, unless it was asked for."""
+        if price < INF:
+            return np.multiply(self.time, price, where=self.time < INF, out=self.time.copy())
+        return np.where(self.asked | (self.time == 0), self.time, INF)
+
+    def redo(self, price: float) -> np.ndarray:
+        """What the backward pays for running a value: the second run, if the forward runs it."""
+        again = self.again(price)
+        return np.where(self.forward | (self.time == INF), again, 0.0)
+
+    def cheapest(self, price: float) -> Choice:
+        """The choice with the least "bytes saved + price x time"."""
+        redo, again = self.redo(price), self.again(price)
+        while True:
+            saved = self.network.cheapest(self.save, redo).saved
+            # a free value turned out to run on both sides: its second run has its price after all
+            twice = self.twice(saved) & (redo < again)
+            if not twice.any():
+                return self.choice(saved)
+            redo = np.where(twice, again, redo)
+
+    def late(self, saved: np.ndarray) -> np.ndarray:
+        """The values that the backward computes when these are saved."""
+        held = saved.tolist()
+        return np.array(
+            ancestors(self.inputs, [k for k in self.needed if not held[k]], stop=held), dtype=bool
+        )
+
+    def twice(self, saved: np.ndarray) -> np.ndarray:
+        """The values that run in the forward and again in the backward."""
+        early = ancestors(self.inputs, np.flatnonzero(saved & ~self.forward).tolist())
+        return (self.forward | np.array(early, dtype=bool)) & self.late(saved)
+
+    def choice(self, saved: np.ndarray) -> Choice:
+        """What saving these takes."""
+        time = float(self.time[self.twice(saved)].sum())
+        return Choice(saved, int(self.bytes[saved].sum()), time)
+
+    def offloaded(self, choice: Choice) -> set[Node]:
+        """Those of the saved nodes that go to the host's memory."""
+        return {self.nodes[k] for k in np.flatnonzero(choice.saved & self.hosted)}
+
+    def reasons(self, choice: Choice) -> dict[Node, str]:
+        """The nodes to save, tensors before sizes, each with the reason."""
+        chosen = sorted(np.flatnonzero(choice.saved), key=lambda k: is_symbol(self.nodes[k]))
+        index, never = self.joint.index, not (self.twice(choice.saved) & (self.time > 0)).any()
+        return {
+            n: "offloaded to the host"
+            if self.hosted[k]
+            else reason(n, index[n] in self.border, never, self.time[k] == INF)
+            for n, k in [(self.nodes[k], k) for k in chosen]
+        }
+
+
+def off_host(n: Node) -> bool:
+    """Whether the value lies in the memory of an accelerator."""
+    device = getattr(n.meta["val"], "device", None)
+    return device is not None and torch.device(device).type != "cpu"
+
+
+def counts(n: Node) -> bool:
+    """Whether keeping the value takes memory of its own."""
+    return not is_symbol(n) and (n.op != "placeholder" or bool(n.meta.get("mutated")))
+
+
+def saving_cost(n: Node, inside: bool) -> float:
+    """What saving the value of ``n`` costs: bytes, next to nothing for sizes and inputs, infinite
+    where ruled out."""
+    if is_symbol(n):
+        return 1.0
+    if n.op == "placeholder":  # free, but not worth holding for its sizes alone
+        return float(nbytes(n.meta.get("val"))) if n.meta.get("mutated") else 8.0
+    if n.op == "get_attr" or is_view(n) or not is_single(n) or (inside and not once(maker(n))):
+        return INF
+    return float(nbytes(n.meta["val"]))
+
+
+def maker(n: Node) -> Node:
+    """The node that computes ``n``: for a part of a tuple that of the tuple."""
+    while n.target is operator.getitem:
+        n = n.all_input_nodes[0]
+    return n
+
+
+def reason(n: Node, border: bool, never: bool, must: bool) -> str:
+    """Why a saved value is saved, for the report."""
+    if n.op == "placeholder":
+        return "parameter" if n.meta.get("role") == "param" else "input"
+    if is_symbol(n):
+        return "size"
+    if is_random(maker(n)):
+        return "random: may run only once"
+    if once(maker(n)):
+        return "may run only once"
+    if border:
+        return "border of a checkpointed region"
+    if must:
+        return "the policy saves it"
+    return "read by the backward" if never else "cheaper to keep than to compute again"
+
+
+def regions(joint: Joint) -> tuple[set[int], set[int]]:
+    """The nodes inside of checkpointed regions, and those among them that the forward reads
+    outside of their region.
+
+    A free value computed from the inside belongs to it: saved, it would take the memory that the
+    region is to save."""
+    nodes, inputs = joint.nodes, joint.inputs
+    lies_in: dict[int, Any] = {}
+    for i, n in enumerate(nodes):
+        if joint.late[i] or n.op in ("placeholder", "get_attr"):
+            continue
+        own = region(n)
+        if own is None and not joint.forward[i]:
+            own = next((lies_in[p] for p in inputs[i] if p in lies_in), None)
+        if own is not None:
+            lies_in[i] = own
+    read = {joint.index[o] for o in joint.early_outputs if isinstance(o, Node)}
+    for i in range(len(nodes)):
+        if joint.forward[i]:
+            read.update(p for p in inputs[i] if p in lies_in and lies_in.get(i) != lies_in[p])
+    border = {joint.index[base(nodes[i])] for i in read} & lies_in.keys()
+    return set(lies_in), border
+
+
+def check_feasible(problem: Problem) -> None:
+    """Raise PartitionError if the backward needs a value that may be neither saved nor computed
+    again."""
+    able, again = problem.save < INF, problem.again(INF) < INF
+    at_hand: list[bool] = []
+    for k, inputs in enumerate(problem.inputs):
+        at_hand.append(able[k] or (again[k] and all([at_hand[p] for p in inputs])))
+    for k in problem.needed:
+        if not at_hand[k]:
+            while again[k]:  # to the one that is to blame
+                k = next(p for p in problem.inputs[k] if not at_hand[p])
+            raise PartitionError(
+                f"the backward needs {describe(problem.nodes[k])}, which can neither be saved (it "
+                "is a tuple, a view, a constant or inside a checkpointed region) nor computed "
+                "again (it draws, has an effect, or nothing may run twice)"
+            )

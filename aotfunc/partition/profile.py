@@ -1,0 +1,88 @@
+"""What computing a value again costs, measured."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..trace.traced import quiet
+from .cost import Roofline, moves, shape_of
+from .ops import once
+
+#: nanoseconds for a byte of traffic, of what cannot be measured
+_ESTIMATE = 0.1
+
+
+class Profiled:
+    """Time in nanoseconds: each op is run on tensors like its own, once for equal ones.
+
+    Ops that may run only once are not run here either; their time is estimated, as is that of ops
+    that fail."""
+
+    def __init__(self, repeat: int = 3) -> None:
+        self.repeat = repeat
+        self.known: dict[str, float] = {}
+
+    def time(self, n: Node) -> float:
+        if not moves(n):
+            return 0.0
+        facts = map_arg((n.args, n.kwargs), lambda i: Like(i.meta.get("val")))
+        key = f"{n.target}{facts}"
+        if key not in self.known:
+            try:
+                self.known[key] = self.measured(n)
+            except Exception:
+                self.known[key] = _ESTIMATE * Roofline(fused=1.0).time(n)
+        return self.known[key]
+
+    def measured(self, n: Node) -> float:
+        if once(n):
+            raise RuntimeError("may run only once")
+        with quiet(), torch.no_grad():
+            args, kwargs = map_arg((n.args, n.kwargs), lambda i: example(i.meta["val"]))
+            least = float("inf")
+            for _ in range(1 + self.repeat):
+                start = time.perf_counter_ns()
+                n.target(*args, **kwargs)  # type: ignore[operator]
+                synchronize(args)
+                least = min(least, time.perf_counter_ns() - start)
+        return least
+
+
+class Like:
+    """A value as text, by which equal ones are known."""
+
+    def __init__(self, val: Any) -> None:
+        self.val = val
+
+    def __repr__(self) -> str:
+        vals = self.val if isinstance(self.val, tuple | list) else [self.val]
+        return str(
+            [f"{v.dtype}{shape_of(v)}{v.stride}" if hasattr(v, "dtype") else v for v in vals]
+        )
+
+
+def example(val: Any) -> Any:
+    """A value like this one: random numbers, zeros for integers, which may be indices."""
+    if isinstance(val, tuple | list):
+        return tuple(map(example, val))
+    if not hasattr(val, "dtype"):
+        return val
+    stride = val.stride() if callable(val.stride) else val.stride
+    strides = [int(s) for s in stride]
+    made = torch.empty_strided(shape_of(val), strides, dtype=val.dtype, device=val.device)
+    if not val.dtype.is_floating_point:
+        return made.zero_()
+    return made.copy_(
+        torch.linspace(0.1, 0.9, max(made.numel(), 1))[: made.numel()].view(made.shape)
+    )
+
+
+def synchronize(args: Any) -> None:
+    if any(isinstance(a, Tensor) and a.is_cuda for a in args):
+        torch.cuda.synchronize()

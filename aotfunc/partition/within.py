@@ -1,0 +1,99 @@
+"""Which choice a budget buys."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from ..errors import ArgumentError
+from .budget import Budget, Bytes, Peak, Share, Time
+from .exact import best
+from .frontier import Frontier
+from .memory import Simulation
+from .problem import Choice, Problem
+from .roles import PartitionError
+from .solve import INF
+
+
+class Within:
+    """The choices within budgets for one joint graph; what they need is found when it is asked
+    for."""
+
+    def __init__(self, problem: Problem, exact: bool = False) -> None:
+        self.problem, self.exact = problem, exact
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        return Frontier(self.problem)
+
+    @cached_property
+    def simulation(self) -> Simulation:
+        return Simulation(self.problem.joint)
+
+    def peaks(self, choice: Choice) -> tuple[int, int]:
+        """The simulated peaks of forward and backward."""
+        index, nodes = self.problem.joint.index, self.problem.nodes
+        held = [False] * len(index)
+        for k in np.flatnonzero(choice.saved):
+            held[index[nodes[k]]] = True
+        return self.simulation.peaks(held, {index[n] for n in self.problem.offloaded(choice)})
+
+    @cached_property
+    def worthwhile(self) -> list[Choice]:
+        """The points of the frontier from the most bytes down, as long as the simulated peak does
+        not rise: what is computed again lives in the backward, and in the end all of it does."""
+        found: list[Choice] = []
+        least = INF
+        for choice in reversed(self.frontier.points):
+            if (peak := max(self.peaks(choice))) <= least:
+                found.append(choice)
+                least = peak
+        return found
+
+    def choice(self, budget: Budget) -> Choice:
+        """The best choice within the budget. Raises PartitionError if there is none."""
+        match budget:
+            case Share(1.0) if not self.exact:
+                return self.problem.cheapest(INF)
+            case Share(share):
+                most, least = self.worthwhile[0], self.worthwhile[-1]
+                limit = least.bytes + share * (most.bytes - least.bytes)
+                if self.exact:
+                    return self.limited(limit, "bytes")
+                return next(c for c in self.worthwhile if c.bytes <= limit)
+            case Peak():
+                if self.exact:
+                    raise ArgumentError("exact: peaks are simulated, and have no bound; drop it")
+                fit = [c for c in self.frontier.points if max(self.peaks(c)) <= budget.limit]
+                if not fit:
+                    lowest = min(max(self.peaks(c)) for c in self.frontier.points)
+                    raise too_little("a peak", budget.limit, lowest)
+                return min(fit, key=lambda c: c.time)
+            case Bytes():
+                return self.limited(budget.limit, "bytes")
+            case Time(share):
+                asked = self.frontier.ends[1].choice.time  # by checkpoints
+                return self.limited(asked + share * self.problem.forward_time, "time")
+        raise AssertionError(budget)
+
+    def bound(self, size: float) -> float:
+        """The least time within so many bytes: no choice takes less."""
+        found = self.frontier.bound(size)
+        return max(found, best(self.problem, size)[1]) if self.exact else found
+
+    def limited(self, limit: float, axis: str) -> Choice:
+        found = [self.frontier.within(limit, axis)]
+        if self.exact:
+            found.append(best(self.problem, limit, axis)[0])
+        other = "time" if axis == "bytes" else "bytes"
+        fit = [c for c in found if c is not None and getattr(c, axis) <= limit]
+        if not fit:
+            raise too_little("saving", limit, self.frontier.ends[0].choice.bytes)
+        return min(fit, key=lambda c: getattr(c, other))
+
+
+def too_little(what: str, limit: float, least: int) -> PartitionError:
+    return PartitionError(
+        f"memory_budget: {what} of at most {limit:.0f} bytes is not possible; the least is {least}"
+    )

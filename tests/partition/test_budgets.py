@@ -1,0 +1,263 @@
+"""Budgets buy the best that there is: against all subsets on small graphs, and against what the
+frontier itself promises on larger ones."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx
+
+from aotfunc import jit, partition
+from aotfunc.errors import ArgumentError
+from aotfunc.partition import Bytes, PartitionError, Peak, Profiled, Roofline, Time
+from aotfunc.partition.budget import Share, as_budget
+from aotfunc.partition.exact import best
+from aotfunc.partition.frontier import Frontier
+from aotfunc.partition.problem import Problem
+from aotfunc.partition.roles import read_joint
+from aotfunc.partition.solve import INF
+from tests.partition.joints import Hand, JointOf, aten, doubled, kept_bytes, sig
+from tests.partition.test_solve import MODELS
+
+# ----- small graphs, all choices -----------------------------------------------------------------
+
+
+def small(seed: int) -> fx.GraphModule:
+    """A random joint graph with at most 14 nodes before the backward: values that the forward
+    needs, values that only the backward reads, draws, and values of several sizes."""
+    rng = random.Random(seed)
+    h = Hand()
+    values = [h.input(name) for name in "ab"[: rng.randint(1, 2)]]
+    t = h.input("t", "tangent")
+    for _ in range(rng.randint(2, 10)):
+        op = rng.choice(
+            [aten.sin.default, aten.mul.Tensor, aten.exp.default, aten.rand_like.default]
+        )
+        inputs = rng.sample(values, min(len(values), 2)) if op is aten.mul.Tensor else [values[-1]]
+        inputs = inputs * 2 if op is aten.mul.Tensor and len(inputs) == 1 else inputs
+        values.append(h(op, *inputs, val=sig(rng.choice([1, 4, 16, 64]))))
+    gradient = t
+    for v in rng.sample(values, rng.randint(1, min(5, len(values)))):
+        gradient = h(aten.mul.Tensor, gradient, v)
+    return h.module([rng.choice(values), gradient])
+
+
+class Uneven:
+    """A cost that no two nodes share."""
+
+    def time(self, n: fx.Node) -> float:
+        made = n.op == "call_function"
+        return float(sum(map(ord, n.name)) % 23 + n.meta["val"].shape[0]) if made else 0.0
+
+
+def all_choices(gm: fx.GraphModule) -> list[tuple[int, float]]:
+    """(bytes, time) of every choice of what to save that can be carried out, counted by running
+    the two halves on sets of names."""
+    nodes = [n for n in gm.graph.nodes if n.op != "output"]
+    result, gradient = gm.graph.output_node().args[0]
+    late: set[fx.Node] = set()
+    for n in nodes:
+        if n.name == "t" or late & set(n.all_input_nodes):
+            late.add(n)
+    reads = {n: n.all_input_nodes for n in nodes}
+    time = {n: Uneven().time(n) for n in nodes}
+    random_ops = {n for n in nodes if n.target is aten.rand_like.default}
+    inputs = {n for n in nodes if n.op == "placeholder"}
+
+    def runs(ends: list[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
+        todo, found = list(ends), set()
+        while todo:
+            n = todo.pop()
+            if n not in found and n not in given:
+                found.add(n)
+                todo += reads[n]
+        return found
+
+    able = [n for n in nodes if n not in late and n not in inputs]
+    found = []
+    for size in range(len(able) + 1):
+        for subset in itertools.combinations(able, size):
+            early = runs([result, *subset, *(random_ops - late)], inputs) | inputs
+            backward = runs([gradient], {*subset, *inputs})
+            twice = (early & backward) - inputs
+            if not twice & random_ops:
+                bytes_ = sum(4 * n.meta["val"].shape[0] for n in subset)
+                found.append((bytes_, sum(time[n] for n in twice)))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_is_better(seed: int) -> None:
+    gm = small(seed)
+    problem = Problem(read_joint(gm.graph, 1), Uneven())
+    if not problem.nodes:
+        return
+    every = all_choices(gm)
+    frontier = Frontier(problem)
+    for c in frontier.points:
+        assert not [1 for size, time in every if size < c.bytes - 40 and time < c.time - 1e-9]
+        assert (c.bytes, pytest.approx(c.time)) in every
+    for limit in {size for size, _ in every}:
+        least = min(time for size, time in every if size <= limit)
+        found, bound = best(problem, limit)
+        assert found is not None and found.time == pytest.approx(least) and found.bytes <= limit
+        assert bound <= least + 1e-6
+        assert frontier.bound(limit) <= least + 1e-6
+        within = frontier.within(limit, "bytes")
+        assert within is None or (within.time >= least - 1e-9 and within.bytes <= limit)
+    for price in (0.1, 1.0, 7.0):
+        cheapest = problem.cheapest(price)
+        least = min(size + price * time for size, time in every)
+        free = (problem.time < INF) & ~problem.forward & (problem.time > 0)
+        if not free.any():  # their second run is not a cost that a cut can tell
+            assert cheapest.bytes + price * cheapest.time == pytest.approx(least, abs=20)
+        assert cheapest.bytes + price * cheapest.time >= least - 1e-6
+
+
+# ----- networks ----------------------------------------------------------------------------------
+
+BUDGETS = [0.0, 0.1, 0.3, 0.5, 0.7, 1.0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_budget_is_right_and_kept(name: str) -> None:
+    joint = MODELS[name]()
+
+    def split(module: fx.GraphModule, *, num_fwd_outputs: int, budget: object) -> tuple:
+        nonlocal report
+        fw, bw, report = partition(module, memory_budget=budget, num_fwd_outputs=num_fwd_outputs)
+        return fw, bw
+
+    report = None
+    sizes, times, peaks = [], [], []
+    for budget in BUDGETS:
+        fw, bw = joint.check(split, budget=budget)
+        assert report.bytes == kept_bytes(fw, 1)
+        assert report.time == pytest.approx(sum(Roofline().time(n) for n in doubled(fw, bw)))
+        assert report.time >= report.bound * (1 - 1e-9)
+        sizes.append(report.bytes)
+        times.append(-report.time)
+        peaks.append(report.peak)
+    assert sizes == sorted(sizes) and times == sorted(times) and peaks == sorted(peaks)
+    assert report.time == 0
+
+    half = (sizes[0] + sizes[-1]) // 2
+    joint.check(split, budget=half)
+    assert report.bytes <= half
+    joint.check(split, budget=Time(0.2))
+    assert report.time <= 0.2 * report.forward_time
+    middle = (peaks[0] + peaks[-1]) // 2
+    joint.check(split, budget=Peak(middle))
+    assert report.peak <= middle
+    if peaks[0] < peaks[-1]:
+        with pytest.raises(PartitionError, match=f"the least is {peaks[0]}"):
+            joint.check(split, budget=Peak(peaks[0] - 1))
+
+
+def test_exact_is_not_worse_and_says_so() -> None:
+    joint = MODELS["transformer"]().module
+    most = partition(joint, num_fwd_outputs=1).report.bytes
+    for share in (0.2, 0.5, 0.8):
+        budget = Bytes(int(share * most))
+        found = partition(joint, memory_budget=budget, num_fwd_outputs=1).report
+        exact = partition(joint, memory_budget=budget, num_fwd_outputs=1, exact=True).report
+        assert found.bytes <= budget.limit and exact.bytes <= budget.limit
+        assert exact.time <= found.time and exact.gap <= 1e-3
+
+
+def test_more_is_saved_than_must_be_only_where_the_budget_asks() -> None:
+    """Draws and what may run only once are saved under every budget."""
+    joint = JointOf(
+        lambda a, b: ((torch.rand_like(a) * a).exp() @ b).tanh(),
+        *(torch.randn(4, 4).requires_grad_() for _ in range(2)),
+    )
+    with pytest.raises(PartitionError, match="the least is 64"):
+        partition(joint.module, memory_budget="32 B", num_fwd_outputs=1)
+    assert partition(joint.module, memory_budget=64, num_fwd_outputs=1).report.bytes == 64
+
+
+# ----- what a budget may be ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        (0, Share(0.0)),
+        (1, Share(1.0)),
+        (0.5, Share(0.5)),
+        ("512MiB", Bytes(512 << 20)),
+        ("6 GB", Bytes(6 * 10**9)),
+        (4096, Bytes(4096)),
+        (Time(0.1), Time(0.1)),
+    ],
+)
+def test_budgets(given: object, meant: object) -> None:
+    assert as_budget(given) == meant
+
+
+@pytest.mark.parametrize("given", [1.5, -0.1, -8, "lots", None, True, [0.5]])
+def test_what_is_no_budget(given: object) -> None:
+    with pytest.raises(ArgumentError):
+        as_budget(given)
+
+
+def test_what_is_no_cost() -> None:
+    joint = MODELS["chain"]().module
+    with pytest.raises(ArgumentError, match="fused, roofline, flops, profiled"):
+        partition(joint, cost="guess", num_fwd_outputs=1)
+    with pytest.raises(ArgumentError, match="num_fwd_outputs"):
+        partition(joint)
+
+
+# ----- the report --------------------------------------------------------------------------------
+
+
+def test_report() -> None:
+    x, w = torch.randn(64, 64).requires_grad_(), torch.randn(64, 64).requires_grad_()
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return ((x @ w).sin().exp() @ w).tanh().sum()
+
+    joint = jit(f).lower(x, w).graphs["joint"]
+    found = partition(joint, memory_budget=0.4)
+    report = found.report
+    assert all(
+        "test_budgets.py" in r.line for r in report.saved if r.bytes and r.reason != "input"
+    )
+    assert report.recomputed and all("test_budgets.py" in r.line for r in report.recomputed)
+    assert sum(r.time for r in report.recomputed) == pytest.approx(report.time)
+    text = str(report)
+    assert "aten.sin.default" in text and "computed again" in text and "simulated" in text
+
+    told = json.loads(report.to_json())
+    assert told["bytes"] == report.bytes and len(told["saved"]) == len(report.saved)
+    assert [report.bytes, report.time, report.peak] in [
+        [size, pytest.approx(time), peak] for size, time, peak in told["frontier"]
+    ]
+    picture = ElementTree.fromstring(report.svg())
+    circles = picture.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == len(report.frontier) + 1
+
+    plain = [t.detach() for t in (x, w)]
+    outs = found.fw(*plain)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in outs[1:]}
+    theirs = {t.untyped_storage().data_ptr() for t in plain}
+    assert report.bytes == sum(s.nbytes() for p, s in storages.items() if p not in theirs)
+
+
+def test_measured_costs() -> None:
+    joint = MODELS["mlp"]().module
+    cost = Profiled(repeat=1)
+    _, _, report = partition(joint, memory_budget=0.5, cost=cost, num_fwd_outputs=1)
+    assert report.time > 0 and report.forward_time > 0
+    known = dict(cost.known)
+    partition(joint, memory_budget=0.2, cost=cost, num_fwd_outputs=1)
+    assert cost.known == known  # each op is measured once
+    products = [time for name, time in known.items() if "addmm" in name or "mm.default" in name]
+    assert products and np.isfinite(list(known.values())).all()
