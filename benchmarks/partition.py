@@ -1,144 +1,283 @@
-"""Forward/backward partitions beside PyTorch's: bytes saved, what runs twice, and the time that
+"""Partitions of forward and backward beside PyTorch's: memory, recomputation, and the time that
 partitioning takes.
 
-python -m benchmarks.partition [--layers 12]. The same joint graph (traced by PyTorch, with
-Inductor's decompositions) goes through both partitions of both systems. "Saved" counts distinct
-storages that the forward makes and hands over, inputs and parameters excepted. "Again" is the
-traffic of the nodes that run in both graphs (aotfunc's cost model, fused), as a fraction of the
-forward's. Times are the best of three."""
+python -m benchmarks.partition [--layers 12] [--large 225] [--run]. The same joint graphs (traced
+by PyTorch, with Inductor's decompositions, equal nodes merged) go through PyTorch's partitions and
+ours. "Saved" counts distinct storages that the forward makes and hands over, inputs and parameters
+excepted. "Again" is the time of the nodes that run in both graphs, as a share of the forward's,
+under aotfunc's cost for backends that fuse; "peak" is simulated. "Bytes" is what ours saves at
+PyTorch's recomputation over what PyTorch's saves, "time" what ours computes again at PyTorch's
+saved bytes over what PyTorch's does. ``--large`` measures graphs of many layers instead, ``--run``
+real peaks and backward times."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import math
+import random
+import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import functorch.compile as functorch
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._inductor.decomposition import select_decomp_table
+from torch import Tensor, fx
+from torch._functorch import config
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from aotfunc import partition
-from aotfunc.partition import Roofline, nbytes
+import aotfunc
+from aotfunc.partition import Bytes, Partition, Roofline, Time, nbytes
+from aotfunc.partition.frontier import Frontier
+from aotfunc.partition.memory import peak
 from aotfunc.partition.ops import base
+from aotfunc.partition.problem import Problem
+from aotfunc.partition.roles import read_joint
+from aotfunc.partition.solve import INF
+from benchmarks.partition_zoo import transformer, zoo
+
+COST = Roofline()
+Halves = tuple[fx.GraphModule, fx.GraphModule]
 
 
-class Block(nn.Module):
-    """A transformer block with attention written out."""
+class Measured:
+    """Megabytes saved, the time of what runs again as a share of the forward's, and the simulated
+    peak in megabytes."""
 
-    def __init__(self, d: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = (
-            self.qkv(self.norm(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        )
-        a = (q @ k.transpose(-1, -2) / (d // self.heads) ** 0.5).softmax(-1) @ v
-        x = x + self.out(a.transpose(1, 2).reshape(b, t, d))
-        return x + self.mlp(x)
+    def __init__(self, fw: fx.GraphModule, bw: fx.GraphModule, forward_time: float) -> None:
+        handed = fw.graph.output_node().args[0][1:]  # type: ignore[index]
+        late = [n for n in bw.graph.nodes if n.op == "placeholder"]
+        owners = {}
+        for n, given in zip(handed, late, strict=False):
+            if isinstance(n.meta["val"], Tensor) and base(n).op != "placeholder":
+                owners.setdefault(base(n), given)
+        self.bytes = sum(nbytes(n.meta["val"]) for n in owners)
+        times = {n.name: COST.time(n) for n in fw.graph.nodes}
+        run = [n for n in bw.graph.nodes if n.op == "call_function" and n.users]
+        self.time = sum(times.get(n.name, 0.0) for n in run)
+        self.again = self.time / forward_time
+        self.peak = max(peak(fw.graph), peak(bw.graph, owners.values()))
 
 
-class Residual(nn.Module):
-    """Two convolutions around a skip."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
-        self.m, self.n = nn.GroupNorm(4, c), nn.GroupNorm(4, c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x + self.n(self.b(F.relu(self.m(self.a(x))))))
-
-
-def chain(x: Tensor) -> Tensor:
-    for _ in range(30):
-        x = x.sin() * 1.1
-    return x.sum()
+def timed(f: Callable, *args: Any, repeat: int = 1) -> tuple[Any, float]:
+    """What ``f`` returns, and its least time in milliseconds."""
+    times = []
+    for _ in range(repeat):
+        gc.collect()
+        start = time.perf_counter()
+        out = f(*args)
+        times.append(time.perf_counter() - start)
+    return out, min(times) * 1e3
 
 
-def joint_graph(f: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
-    """PyTorch's own joint graph of a scalar function."""
+def theirs(joint: fx.GraphModule, budget: float | None) -> Halves:
+    """PyTorch's partition: without recomputation, or its minimum cut under a budget."""
+    joint = copy.deepcopy(joint)
+    if budget is None:
+        return functorch.default_partition(joint, (), num_fwd_outputs=1)
+    with config.patch(activation_memory_budget=budget):
+        return functorch.min_cut_rematerialization_partition(joint, (), num_fwd_outputs=1)
+
+
+def ours(joint: fx.GraphModule, budget: Any, **options: Any) -> Partition:
+    return aotfunc.partition(joint, memory_budget=budget, num_fwd_outputs=1, **options)
+
+
+def mean(ratios: Sequence[float]) -> str:
+    """The geometric mean and the largest."""
+    if not ratios:
+        return "-"
+    logs = [math.log(max(r, 1e-3)) for r in ratios]
+    return f"{math.exp(statistics.mean(logs)):.2f} (at most {max(ratios):.2f})"
+
+
+# ----- the zoo -----------------------------------------------------------------------------------
+
+MODES = {"default": None, "min-cut": 1.0, "budget 0.5": 0.5, "budget 0.1": 0.1}
+
+
+def compare(layers: int) -> None:
+    print(
+        "| model (nodes) | PyTorch's | saved MB | again | peak MB | ms | ours: bytes | time | ms "
+        "|\n| --- | --- " + "| ---: " * 7 + "|"
+    )
+    bytes_, times, zero, speed, gaps, exacts, peaks = [], [], [], [], [], [], []
+    for name, make in zoo(layers).items():
+        joint = make()
+        free = ours(joint, 0.0).report
+        lowest = min(peak for _, _, peak in free.frontier)
+        least = INF
+        for mode, budget in MODES.items():
+            (fw, bw), their_ms = timed(theirs, joint, budget)
+            m = Measured(fw, bw, free.forward_time)
+            least = min(least, m.peak)
+            saving, our_ms = timed(ours, joint, Time(m.again * (1 + 1e-9)))
+            kept = ours(joint, Bytes(m.bytes)).report
+            sharp = ours(joint, Bytes(m.bytes), exact=True).report
+            less = saving.report.bytes / m.bytes if m.bytes else 1.0
+            faster = kept.share(kept.time) / m.again if m.again else 1.0
+            (zero if budget is None else bytes_).append(less)
+            if budget is not None and m.again > 0:
+                times.append(faster)
+            speed.append(our_ms / their_ms)
+            gaps.append(kept.gap)
+            exacts.append(sharp.gap)
+            row = [f"{m.bytes / 1e6:.2f}", f"{m.again:.1%}", f"{m.peak / 1e6:.1f}"]
+            row += [f"{their_ms:.0f}", f"{less:.2f}", f"{faster:.2f}", f"{our_ms:.0f}"]
+            title = f"{name} ({len(joint.graph.nodes)})" if budget is None else ""
+            print(f"| {title} | {mode} | " + " | ".join(row) + " |", flush=True)
+        peaks.append(lowest / least)
+    print(f"\nbytes at equal recomputation: {mean(bytes_)}; without any: {mean(zero)}")
+    print(f"recomputation at equal bytes: {mean(times)}")
+    print(f"least peak: {mean(peaks)}; partitioning: {mean(speed)}")
+    print(f"gap: {max(gaps):.1%} at most, median {statistics.median(gaps):.1%}; ", end="")
+    print(f"with exact: {max(exacts):.2%} at most")
+
+
+# ----- many layers -------------------------------------------------------------------------------
+
+
+def large(layers: int) -> None:
+    """One cut beside networkx's, a frontier and a budget, for a tenth of the layers and all."""
+    import networkx as nx
+
     found = []
+    for count in (max(layers // 10, 1), layers):
+        joint = transformer(count, d=16)
+        _, whole = timed(ours, joint, 1.0, repeat=2)
+        problem = Problem(read_joint(joint.graph, 1), COST)
+        network = problem.network
+        redo = problem.redo(1.0)
+        bound = network.cheapest(problem.save, redo).value
+        cut, ms = timed(network.cut, problem.save, redo, bound, repeat=3)
+        frontier = Frontier(problem)
+        points, frontier_ms = timed(lambda f: f.points, frontier)
+        half = frontier.ends[1].choice.bytes / 2
+        choice, budget_ms = timed(frontier.within, half, "bytes")
+        least, bound_ms = timed(frontier.bound, half)
+        graph = nx.DiGraph()
+        for k, (save, again) in enumerate(zip(problem.save, redo, strict=True)):
+            graph.add_edge("source", 2 * k, **({} if again == INF else {"capacity": again}))
+            graph.add_edge(2 * k, 2 * k + 1, **({} if save == INF else {"capacity": save}))
+            for p in problem.inputs[k]:
+                graph.add_edge(2 * p + 1, 2 * k)
+        for k in problem.needed:
+            graph.add_edge(2 * k + 1, "sink")
+        value, their_ms = timed(nx.minimum_cut_value, graph, "source", "sink")
+        assert math.isclose(value, cut.value, rel_tol=1e-4)
+        found.append(whole)
+        print(
+            f"{len(joint.graph.nodes)} nodes: a cut {ms:.1f} ms, networkx's {their_ms:.0f} ms "
+            f"({their_ms / ms:.0f}x); partition {whole:.0f} ms; {len(points)} points of the "
+            f"frontier {frontier_ms:.0f} ms; half of the bytes {budget_ms + bound_ms:.0f} ms, gap "
+            f"{choice.time / least - 1:.2%}",
+            flush=True,
+        )
+    print(f"ten times the layers take {found[1] / found[0]:.1f} times as long to partition")
 
-    def spy(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        found.append(copy.deepcopy(joint))
-        return functorch.default_partition(joint, inputs, **options)
 
-    nop = functorch.nop
-    functorch.aot_function(f, nop, nop, partition_fn=spy, decompositions=select_decomp_table())(
-        *inputs
+# ----- real runs ---------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that ops have made and that live, after each op."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.made: list[weakref.ref] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outs = func(*args, **(kwargs or {}))
+        flat = outs if isinstance(outs, tuple | list) else [outs]
+        self.made += [weakref.ref(t) for t in flat if isinstance(t, Tensor)]
+        tensors = [t for r in self.made if (t := r()) is not None]
+        self.made = [weakref.ref(t) for t in tensors]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        live = sum(size for p, size in sizes.items() if p not in self.known)
+        self.most = max(self.most, live)
+        return outs
+
+
+def real_inputs(joint: fx.GraphModule) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and cotangents."""
+    nodes = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    torch.manual_seed(0)
+    made = [torch.randn(n.meta["val"].shape) * 0.02 for n in nodes]
+    late = ["tangents" in n.name for n in nodes]
+    return (
+        [t for t, yes in zip(made, late, strict=True) if not yes],
+        [t for t, yes in zip(made, late, strict=True) if yes],
     )
-    return found[0]
 
 
-def of_module(net: nn.Module, x: Tensor) -> fx.GraphModule:
-    names, params = zip(*net.named_parameters(), strict=True)
-    return joint_graph(
-        lambda x, *p: torch.func.functional_call(
-            net, dict(zip(names, p, strict=True)), (x,)
-        ).sum(),
-        x,
-        *params,
+def backward_time(halves: Halves, inputs: list[Tensor], cotangents: list[Tensor]) -> float:
+    outs = halves[0](*inputs)
+    start = time.perf_counter()
+    halves[1](*outs[1:], *cotangents)
+    return (time.perf_counter() - start) * 1e3
+
+
+def run(layers: int, repeat: int = 7) -> None:
+    """Real peaks beside simulated ones, and backward times at equal bytes, both executed op by op
+    and in random order."""
+    print(
+        "| model | PyTorch's | backward ms | ours | ratio | our peak MB | simulated |\n"
+        "| --- | --- " + "| ---: " * 5 + "|"
     )
-
-
-def measure(fw: fx.GraphModule, bw: fx.GraphModule) -> tuple[float, int, float]:
-    """Megabytes and number of saved values, and the fraction of the forward that runs again."""
-    handed = fw.graph.output_node().args[0][1:]  # type: ignore[index]
-    owners = {base(n) for n in handed if isinstance(n.meta["val"], Tensor)}  # type: ignore
-    made = [nbytes(n.meta["val"]) for n in owners if n.op != "placeholder"]
-    time_of = {n.name: Roofline().time(n) for n in fw.graph.nodes}
-    again = sum(time_of.get(n.name, 0.0) for n in bw.graph.nodes if n.op == "call_function")
-    return sum(made) / 1e6, len(made), again / sum(time_of.values())
+    ratios, off = [], []
+    for name, make in zoo(layers).items():
+        joint = make()
+        if any(
+            n.op == "placeholder" and not n.meta["val"].is_floating_point()
+            for n in joint.graph.nodes
+        ):
+            continue
+        inputs, cotangents = real_inputs(joint)
+        for mode, budget in list(MODES.items())[1:]:
+            their = theirs(joint, budget)
+            ours_ = ours(joint, Bytes(Measured(*their, 1.0).bytes), cost="profiled")
+            order = [0, 1] * repeat
+            random.shuffle(order)
+            times: tuple[list[float], list[float]] = ([], [])
+            for which in order:
+                halves = (their, (ours_.fw, ours_.bw))[which]
+                times[which].append(backward_time(halves, inputs, cotangents))
+            a, b = (statistics.median(t) for t in times)
+            ratios.append(b / a)
+            with Live([*inputs, *cotangents]) as live:
+                outs = fx.Interpreter(ours_.fw).boxed_run(list(inputs))
+                rest = [*outs[1:], *cotangents]
+                del outs
+                fx.Interpreter(ours_.bw).boxed_run(rest)
+            off.append(abs(ours_.report.peak / live.most - 1))
+            print(
+                f"| {name} | {mode} | {a:.1f} | {b:.1f} | {b / a:.2f} | {live.most / 1e6:.2f} | "
+                f"{ours_.report.peak / 1e6:.2f} |",
+                flush=True,
+            )
+    print(f"\nbackward at equal bytes: {mean(ratios)}; peaks are off by {max(off):.1%} at most")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12, help="of the transformer")
-    layers = parser.parse_args().layers
+    parser.add_argument("--layers", type=int, default=12, help="of the transformers")
+    parser.add_argument("--large", type=int, help="measure a transformer of so many layers")
+    parser.add_argument("--run", action="store_true", help="run the partitions")
+    options = parser.parse_args()
     torch.manual_seed(0)
+    random.seed(0)
     torch.set_num_threads(1)
-    mlp = nn.Sequential(
-        *[m for _ in range(4) for m in (nn.Linear(512, 512), nn.LayerNorm(512), nn.GELU())]
-    )
-    models = {
-        "mlp, 4 layers": lambda: of_module(mlp, torch.randn(256, 512)),
-        "chain of 30": lambda: joint_graph(chain, torch.randn(256, 1024).requires_grad_()),
-        "conv net, 4 blocks": lambda: of_module(
-            nn.Sequential(*[Residual(16) for _ in range(4)]), torch.randn(4, 16, 32, 32)
-        ),
-        f"transformer, {layers}": lambda: of_module(
-            nn.Sequential(*[Block(256, 4) for _ in range(layers)]), torch.randn(4, 128, 256)
-        ),
-    }
-    systems = {"aotfunc": partition, "torch": functorch}
-    print(
-        f"{'model':20} {'nodes':>6}  {'partition':24} {'saved MB':>9} {'values':>7} {'again':>7} "
-        f"{'ms':>8}"
-    )
-    for name, make in models.items():
-        joint = make()
-        for kind in ("default_partition", "min_cut_rematerialization_partition"):
-            for system, functions in systems.items():
-                seconds = []
-                for _ in range(3):
-                    graph = copy.deepcopy(joint)
-                    start = time.perf_counter()
-                    fw, bw = getattr(functions, kind)(graph, (), num_fwd_outputs=1)
-                    seconds.append(time.perf_counter() - start)
-                megabytes, count, again = measure(fw, bw)
-                label = f"{system} {kind.split('_')[0]}{'-cut' if 'cut' in kind else ''}"
-                row = f"{megabytes:9.2f} {count:7} {again:7.1%} {min(seconds) * 1e3:8.1f}"
-                print(f"{name:20} {len(joint.graph.nodes):6}  {label:24} {row}", flush=True)
+    if options.large:
+        large(options.large)
+    elif options.run:
+        run(options.layers)
+    else:
+        compare(options.layers)
 
 
 if __name__ == "__main__":
