@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 # a collection that visits PyTorch's objects takes longer than these imports
 with paused_gc():
     from .api.check import check_grads as check_grads
+    from .api.checkpoint import checkpoint as checkpoint
+    from .api.checkpoint import checkpoint_name as checkpoint_name
     from .api.control_flow import associative_scan as associative_scan
     from .api.control_flow import cond as cond
     from .api.control_flow import map as map

@@ -37,7 +37,10 @@ def test_the_examples_of_a_module(name):
     assert not runner.summarize(verbose=False).failed
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/walk.md", "docs/control_flow.md"])
+PAGES = ["CONTRIBUTING.md", "docs/partition.md", "docs/walk.md", "docs/control_flow.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_examples_of_a_page(page, monkeypatch):
     monkeypatch.setattr(backends, "REGISTRY", dict(backends.REGISTRY))
     assert not doctest.testfile(

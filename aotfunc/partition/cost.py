@@ -33,7 +33,7 @@ def hint(size: Any) -> int:
     return int(size)
 
 
-def shape_hint(val: Any) -> tuple[int, ...]:
+def shape_of(val: Any) -> tuple[int, ...]:
     """The shape in numbers."""
     return tuple([hint(d) for d in val.shape])
 
@@ -47,7 +47,7 @@ def nbytes(val: Any) -> int:
     dtype = getattr(val, "dtype", None)
     if dtype is None:
         return 0 if val is None else 8
-    shape = shape_hint(val)
+    shape = shape_of(val)
     if 0 in shape:
         return 0
     try:
@@ -104,13 +104,13 @@ def flops(n: Node) -> float:
     name = n.target._schema.name.split("::")[1]
 
     def shape(i: int) -> Sequence[int]:
-        return shape_hint(n.args[i].meta["val"])  # type: ignore[union-attr]
+        return shape_of(n.args[i].meta["val"])  # type: ignore[union-attr]
 
     if name in _PRODUCTS:
         left = shape(_PRODUCTS[name])
-        return 2.0 * math.prod(shape_hint(n.meta["val"])) * left[-1]
+        return 2.0 * math.prod(shape_of(n.meta["val"])) * left[-1]
     if name == "convolution":
-        pixels = shape(0) if n.args[6] else shape_hint(n.meta["val"])
+        pixels = shape(0) if n.args[6] else shape_of(n.meta["val"])
         return 2.0 * math.prod(pixels) * math.prod(shape(1)[1:])
     if name == "convolution_backward":
         pixels = shape(1) if n.args[7] else shape(0)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .cost import nbytes, shape_hint
+from .cost import nbytes, shape_of
 from .ops import made_at
 from .problem import Choice
 from .within import Within
@@ -173,7 +173,7 @@ def residuals(fw: fx.GraphModule) -> list[Residual]:
     for (name, why), n in zip(reasons.items(), outputs[fw.meta["num_fwd_outputs"] :], strict=True):
         val = n.meta["val"]
         dtype = getattr(val, "dtype", None)
-        shape = shape_hint(val) if dtype is not None else ()
+        shape = shape_of(val) if dtype is not None else ()
         found.append(Residual(name, shape, dtype, nbytes(val), made_at(n), why))
     return found
 

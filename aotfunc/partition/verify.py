@@ -28,15 +28,18 @@ def verify(
     early, late = list(fw.graph.nodes), list(bw.graph.nodes)
     saved = late_args(early, len(roles.early_outputs))
 
-    expect("forward inputs", placeholder_names(early), [n.name for n in roles.early_inputs])
+    expect("forward inputs", inputs_of(early), [n.name for n in roles.early_inputs])
     expect(
         "forward outputs",
         outputs_of(early)[: len(roles.early_outputs)],
         names(roles.early_outputs),
     )
     expect(
-        "backward inputs", placeholder_names(late), [*saved, *[n.name for n in roles.late_inputs]]
+        "backward inputs",
+        [name.removesuffix("_host") for name in inputs_of(late)],
+        [*saved, *[n.name for n in roles.late_inputs]],
     )
+    back = {n for n in late if is_brought_back(n)}
     expect("gradients", outputs_of(late), names(roles.late_outputs))
     for graph in (early, late):
         for n in graph:
@@ -120,7 +123,7 @@ def is_clone_of_input(n: Node) -> bool:
     return isinstance(cloned, Node) and cloned.op == "placeholder"
 
 
-def placeholder_names(nodes: list[Node]) -> list[str]:
+def inputs_of(nodes: list[Node]) -> list[str]:
     return [n.name for n in nodes if n.op == "placeholder"]
 
 

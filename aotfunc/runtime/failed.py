@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..backends import REGISTRY, Backend
-from ..native.store import place
+from ..native.store import kernel_directory
 
 SCRIPT = '''"""A graph on which a compiler failed: {error}
 
@@ -87,7 +87,7 @@ def kept_as_script(gm: fx.GraphModule, backend: Backend, error: Exception) -> Pa
         "inputs": indented([f"{described(v)}," for v in vals], 4),
     }
     name = hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:16]
-    path = place() / f"failed_{name}.py"
+    path = kernel_directory() / f"failed_{name}.py"
     path.write_text(SCRIPT.format(path=path, **parts))
     return path
 

@@ -139,8 +139,9 @@ class Dependence:
         if n.op == "placeholder":
             self.by_value = True
         if n not in self.values:
-            args, kwargs = mapped(self.value, list(n.args)), dict(n.kwargs)
-            self.values[n] = n.target(*args, **{k: self.value(v) for k, v in kwargs.items()})  # type: ignore[operator]
+            op: Any = n.target
+            args = mapped(self.value, list(n.args))
+            self.values[n] = op(*args, **{k: self.value(v) for k, v in n.kwargs.items()})
         x = self.values[n]
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
