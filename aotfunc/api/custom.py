@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from ..capture.autograd_function import takes_as_given
 from ..capture.custom_function import CustomRules
 from ..capture.tree import structure
 from ..errors import ArgumentError
@@ -62,8 +63,12 @@ class CustomFunction(CustomRules):
             raise ArgumentError(
                 f"{self.__name__} has no rules yet: call its defvjp, defjvp or def_vmap"
             )
-        if kwargs:
+        if kwargs or not takes_as_given(self.f, args):
             args = positional(self.f, args, kwargs)
+        if self.places and self.places[-1] >= len(args):
+            raise ArgumentError(
+                f"nondiff_argnums={self.places}: {self.__name__} got {len(args)} arguments"
+            )
         if current() is not None:
             return self.record(*args)
         return self._alone(*args)
@@ -76,7 +81,13 @@ class CustomFunction(CustomRules):
 
 def positional(f: Callable, args: tuple, kwargs: dict) -> tuple:
     """All arguments by position, defaults included."""
-    bound = inspect.signature(f).bind(*args, **kwargs)
+    try:
+        signature = inspect.signature(f)
+    except ValueError:  # a builtin function has none
+        if kwargs:
+            raise
+        return args
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     if bound.kwargs:
         raise ArgumentError(
@@ -95,6 +106,8 @@ def custom(
         return lambda f: custom(f, nondiff_argnums, nondiff_argnames)
     names = (nondiff_argnames,) if isinstance(nondiff_argnames, str) else nondiff_argnames
     places = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else nondiff_argnums
+    if any(i < 0 for i in places):
+        raise ArgumentError(f"nondiff_argnums={nondiff_argnums!r}: positions count from 0")
     parameters = list(inspect.signature(f).parameters) if names else []
     if unknown := [name for name in names if name not in parameters]:
         raise ArgumentError(

@@ -179,12 +179,7 @@ def gradients(
             f"{rules.__name__}: the backward's gradient of {name} is {structure(grad)}, which "
             "does not have that argument's structure"
         )
-    for g, shape in zip(leaves, shapes, strict=True):
-        if isinstance(g, Tensor) and shape is not None and g.shape != shape:
-            raise ArgumentError(
-                f"{rules.__name__}: the backward's gradient of {name} has shape {list(g.shape)}, "
-                f"and the argument {list(shape)}"
-            )
+    check_shapes(f"{rules.__name__}: the backward's gradient of {name}", leaves, shapes)
     return leaves
 
 
@@ -209,7 +204,16 @@ class Pushforward:
                 f"{rules.__name__}: the tangents that the jvp returns are {structure(found)}, "
                 f"which does not have the structure of its output {structure(output)}"
             )
+        sizes = [x.shape if isinstance(x, Tensor) else None for x in flatten_tree(output)[0]]
+        check_shapes(f"{rules.__name__}: a tangent of the output", leaves, sizes)
         return [leaves[i] for i in context.places]
+
+
+def check_shapes(what: str, leaves: Sequence[Any], shapes: Sequence[torch.Size | None]) -> None:
+    """Refuse a derivative that has not the shape of its value."""
+    for x, shape in zip(leaves, shapes, strict=True):
+        if isinstance(x, Tensor) and shape is not None and x.shape != shape:
+            raise ArgumentError(f"{what} has shape {list(x.shape)}, and its value {list(shape)}")
 
 
 class _Running(threading.local):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import TreeSpec
 
 from ..cache import Cache
 from ..errors import CaptureError
@@ -31,6 +32,7 @@ from ..transforms.walk import builder
 from .captured import Captured
 from .concretize import agreed
 from .custom_derivative import Later, RuleProgram
+from .tree import Operands
 
 
 class Context(FunctionCtx):
@@ -306,6 +308,10 @@ def plain_key(x: Any) -> Any:
     """Return a key for a plain value. Raises TypeError for others."""
     if isinstance(x, tuple):
         return type(x), tuple(map(plain_key, x))
+    if isinstance(x, Operands) and not x.tensors:
+        return type(x), x.spec, x.places, plain_key(x.plain)
+    if isinstance(x, TreeSpec):
+        return x
     if type(x) not in (*SIMPLE, float, complex, Held):
         raise TypeError(f"{type(x).__name__} is no plain value")
     return type(x), repr(x)

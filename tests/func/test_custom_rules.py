@@ -25,6 +25,7 @@ from aotfunc import (
     vjp,
     vmap,
 )
+from aotfunc.capture.calls import _steps
 from aotfunc.errors import AotfuncError, ArgumentError, CaptureError
 
 
@@ -342,6 +343,18 @@ ERRORS = {
         ArgumentError,
         r"the jvp must return \(output, tangents\)",
     ),
+    "tangent": (
+        custom_jvp,
+        lambda f: f.defjvp(lambda primals, tangents: (primals[0] * 2, tangents[0].sum())),
+        ArgumentError,
+        r"a tangent of the output has shape \[\], and its value \[3\]",
+    ),
+    "position": (
+        lambda f: custom_vjp(f, nondiff_argnums=1),
+        lambda f: f.defvjp(lambda x: (x, x), lambda n, r, g: (g,)),
+        ArgumentError,
+        r"nondiff_argnums=\(1,\): function got 1 arguments",
+    ),
 }
 
 
@@ -370,3 +383,27 @@ def test_closed_over_tensors_are_refused():
         grad(outer)(torch.ones(2))
     with pytest.raises(ArgumentError, match="'m' is no parameter"):
         custom_vjp(lambda x, n: x, nondiff_argnames="m")
+    with pytest.raises(ArgumentError, match="positions count from 0"):
+        custom_vjp(lambda x, n: x, nondiff_argnums=-1)
+
+
+def test_defaults_are_arguments():
+    f = custom_vjp(lambda x, scale=3.0: x * scale)
+    f.defvjp(lambda x, scale: (x * scale, scale), lambda scale, g: (g * scale, None))
+    f.def_vmap(lambda size, in_batched, x, scale: (x * scale + 1, True))
+    assert grad(f)(torch.tensor(1.0)) == 3
+    assert vmap(f)(torch.ones(2)).tolist() == [4, 4]
+    builtin = custom_vjp(torch.sin)
+    builtin.defvjp(lambda x: (x.sin(), None), lambda _, g: (g * 7,))
+    assert grad(builtin)(torch.tensor(1.0)) == 7
+
+
+def test_recursive_rules_are_recorded_once():
+    """A rule that calls its own function makes the same program at every call."""
+    f = by_itself()
+    x, w = inputs()
+    through = lambda: (f(x, w), grad(lambda x: f(x, w).sum())(x))
+    through()
+    before = len(_steps)
+    through()
+    assert len(_steps) == before
