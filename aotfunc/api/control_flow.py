@@ -24,6 +24,7 @@ from ..transforms.vmap import inserted
 from ..transforms.walk import filled_node
 from .flow_bodies import (
     Body,
+    inside_torch_func,
     one,
     one_element,
     path,
@@ -288,8 +289,8 @@ def counted(
 ) -> int | None:
     """A bound for the number of steps where one is needed and known: something may be
     differentiated, and a value may be asked for."""
-    traces = under_way.traces
-    if not any(x.requires_grad for x in inputs) or any(t.why_not is not None for t in traces):
+    hidden = any(t.why_not is not None for t in under_way.traces)
+    if hidden or inside_torch_func() or not any(x.requires_grad for x in inputs):
         return None
     step = lambda c: (body_fn(c[0]), c[1] + 1)
     with torch.no_grad():

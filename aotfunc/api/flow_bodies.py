@@ -18,7 +18,7 @@ from ..graph import Program
 from ..runtime.execute import execute
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import Sig, sig_of
-from ..trace.traced import Traced
+from ..trace.traced import Traced, current
 from ..transforms.fresh import fresh
 from ..transforms.walk import builder
 
@@ -112,6 +112,12 @@ class Body:
             why_not=why_not,
             constants=False,
         )
+        if inside_torch_func() and self.rec.closed_over:
+            raise CaptureError(
+                f"{name}: {where_defined(f)} closes over tensors inside a transform of "
+                "torch.func, which hides whether it follows them: carry them or pass them as "
+                f"operands, or use aotfunc's transform{at(user_line())}"
+            )
 
     def check_like(self, other: Body) -> None:
         """It returned what the ``other`` did, in other tensors."""
@@ -155,6 +161,11 @@ class Body:
     def written(self, program: Program) -> str:
         index = program.mutated[0]
         return "its argument" if index < program.n_inputs else "a tensor from outside"
+
+
+def inside_torch_func() -> bool:
+    """Whether a transform of torch.func's is under way, and no recording of ours inside of it."""
+    return current() is None and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def alike(x: Any, y: Any) -> bool:

@@ -248,7 +248,9 @@ def test_linearize_evaluates_once():
 
 
 def test_torch_func_and_forward_ad_around_it():
-    f = lambda h: scan(lambda c, x: ((W @ c + x).tanh(), c.sin()), h, XS)[1].sum()
+    f = lambda h: scan(lambda c, x: ((c * x).tanh() + c, c.sin()), h, XS)[1].sum()
+    with pytest.raises(CaptureError, match=r"closes over tensors.*carry them"):
+        torch.func.grad(lambda w: scan(lambda c, x: (c * w, c), H, XS)[0].sum())(H)
     assert_same(torch.func.grad(f)(H), grad(f)(H))
     batch = torch.stack([H, H * 2])
     assert_same(torch.func.vmap(f)(batch), vmap(f)(batch))
