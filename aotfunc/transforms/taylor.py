@@ -73,6 +73,12 @@ class Series:
                 self.moves[n] = series is None or any(c is not None for c in series[1:])
             else:
                 op = n.target
+                call: Any = n.args[0] if op is operator.getitem else n
+                if hasattr(call.target, "bodies") and any(map(self.moving, call._input_nodes)):
+                    raise RuleError(
+                        f"jet: {call.target.__name__} has no series{at(n.meta.get('line'))}: "
+                        "nest jvp or grad, or write a Python loop"
+                    )
                 read = n.args[:1] if op is hidden_write else n._input_nodes
                 flat = op is aten.detach.default or is_nondiff(n, {}, False)
                 self.moves[n] = not flat and any(map(self.moving, read))
