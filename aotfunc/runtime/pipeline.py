@@ -220,7 +220,7 @@ def compiled_by(
             size(gm.graph),
         )
     if flow and backend != backends.CPP:  # whose ops know nothing of bodies
-        return compile_graph(gm.graph)
+        return compile_graph(gm.graph).boxed
     try:
         with redrawn(generator_states(program)):  # it may run the graph on the examples
             fn = compiler(gm, [t.detach() for t in tensors])
@@ -257,7 +257,7 @@ def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
     def compiled(body: Program) -> Callable:
         return body.once(
             ("compiled", backend.compile),
-            lambda: compiled_by(backend, body, examples(body), f"{what}, {body.name}"),
+            lambda: unboxed(compiled_by(backend, body, examples(body), f"{what}, {body.name}")),
         )
 
     for n in found:
@@ -268,11 +268,21 @@ def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
     return bool(found)
 
 
+def unboxed(body: Callable[[list], Sequence]) -> Callable[..., Sequence]:
+    """A compiled body as a function of its arguments; ``unchecked`` asks nothing of them."""
+
+    def call(*args: Tensor) -> Sequence:
+        return body([*args])
+
+    call.unchecked = getattr(body, "unchecked", call)  # type: ignore[attr-defined]
+    return call
+
+
 def run_bodies(target: Any, bodies: Sequence[Callable], *tensors: Tensor) -> Sequence:
     """The results of control flow; what kernels ask of their arguments at each call is asked once
     for all steps."""
     if all([t.__class__ in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors]):
-        bodies = [getattr(body, "unchecked", body) for body in bodies]
+        bodies = [body.unchecked for body in bodies]  # type: ignore[attr-defined]
     return target.run(bodies, tensors)
 
 

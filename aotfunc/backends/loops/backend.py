@@ -69,12 +69,12 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
         return run.boxed(args)
 
     boxed.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
+    boxed.unchecked = run  # type: ignore[attr-defined]
 
     def call(*args: Tensor) -> tuple:
         return boxed([*args])
 
     call.boxed, call.source = boxed, run.source  # type: ignore[attr-defined]
-    call.unchecked = run  # type: ignore[attr-defined]
     return call
 
 
