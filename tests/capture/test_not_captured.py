@@ -149,3 +149,7 @@ def test_grouped_products_in_float32():
             run(lambda a, b: f(a, b).sin().sum(), (0, 1))(a, b), want, atol=1e-4, rtol=1e-4
         )
     assert_same(jit(f)(a, b), plain(a, b), atol=1e-4, rtol=1e-4)
+    w = b.mT.contiguous()  # a layer's weight: its gradient lies as it does
+    assert_same(grad(lambda w: f(a, w.mT).sin().sum())(w), want[1].mT, atol=1e-4, rtol=1e-4)
+    graph = make_fx(grad(lambda w: f(a, w.mT).sin().sum()))(w).graph
+    assert not graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)

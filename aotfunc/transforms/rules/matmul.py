@@ -322,4 +322,6 @@ def grouped_mm(g, out, a, b, offs=None, bias=None, out_dtype=None):
         raise NotImplementedError(
             "_grouped_mm with a bias or another dtype of its result has no derivative"
         )
-    return aten._grouped_mm(g, b.mT, offs), aten._grouped_mm(a.mT, g, offs)
+    turned = b.stride(-2) == 1  # and so is its cotangent, as in eager: a weight's then is not
+    of_b = aten._grouped_mm(g.mT, a, offs).mT if turned else aten._grouped_mm(a.mT, g, offs)
+    return aten._grouped_mm(g, b.mT, offs), of_b
