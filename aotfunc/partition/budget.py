@@ -44,6 +44,10 @@ class Time:
 
     share: float
 
+    def __post_init__(self) -> None:
+        if not self.share >= 0:
+            raise ArgumentError(f"Time({self.share}): a share of the forward's time is 0 or more")
+
 
 @dataclass(frozen=True)
 class Share:

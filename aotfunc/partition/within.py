@@ -22,6 +22,7 @@ class Within:
 
     def __init__(self, problem: Problem, exact: bool = False) -> None:
         self.problem, self.exact = problem, exact
+        self.solved: dict[tuple[float, str], tuple[Choice | None, float]] = {}
 
     @cached_property
     def frontier(self) -> Frontier:
@@ -80,12 +81,18 @@ class Within:
     def bound(self, size: float) -> float:
         """The least time within so many bytes: no choice takes less."""
         found = self.frontier.bound(size)
-        return max(found, best(self.problem, size)[1]) if self.exact else found
+        return max(found, self.best(size, "bytes")[1]) if self.exact else found
+
+    def best(self, limit: float, axis: str) -> tuple[Choice | None, float]:
+        """What the integer program finds, asked once."""
+        if (limit, axis) not in self.solved:
+            self.solved[limit, axis] = best(self.problem, limit, axis)
+        return self.solved[limit, axis]
 
     def limited(self, limit: float, axis: str) -> Choice:
         found = [self.frontier.within(limit, axis)]
         if self.exact:
-            found.append(best(self.problem, limit, axis)[0])
+            found.append(self.best(limit, axis)[0])
         other = "time" if axis == "bytes" else "bytes"
         fit = [c for c in found if c is not None and getattr(c, axis) <= limit]
         if not fit:

@@ -205,6 +205,8 @@ def test_budgets(given: object, meant: object) -> None:
 def test_what_is_no_budget(given: object) -> None:
     with pytest.raises(ArgumentError):
         as_budget(given)
+    with pytest.raises(ArgumentError, match="0 or more"):
+        Time(-0.1)
 
 
 def test_what_is_no_cost() -> None:
