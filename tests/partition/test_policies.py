@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,20 @@ def test_every_policy_at_every_budget_is_right(name: str) -> None:
             assert [n.target for n in fw.graph.nodes if is_random(n)] == drawn
             assert not [n for n in bw.graph.nodes if n.op == "call_function" and is_random(n)]
         assert peaks[p] == sorted(peaks[p])
+
+
+@pytest.mark.parametrize("name", ["views", "attention", "casts"])
+def test_sizes_may_be_symbols(name: str) -> None:
+    f, *inputs = PROGRAMS[name]
+    joint = JointOf(f, *inputs, mode="symbolic")
+    for policy in (None, nothing_saveable, save_dots):
+        for budget in (0.0, 0.5, 1.0):
+
+            def split(module: fx.GraphModule, **options: Any) -> tuple:
+                given = {"memory_budget": budget, "policy": policy}  # noqa: B023
+                return partition(module, **given, **options)[:2]
+
+            joint.check(split)
 
 
 # ----- which values ------------------------------------------------------------------------------
