@@ -25,8 +25,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program
 from ..trace.emit import paused_gc
-from ..trace.marks import hidden_write
-from .activity import has_derivative, is_nondiff
+from .activity import has_derivative, is_nondiff, sources
 from .jvp import fit_tangents, forward, push, tangent_sig
 from .lower import lowered
 from .vjp import Kept, primals
@@ -56,6 +55,8 @@ class Series:
         self.given: dict[Node, Sequence[Node | None]] = {}  # of inputs
         self.derivatives: dict[Node, Node] = {}  # an input that is the derivative of a value
         self.integrals: dict[Node, Node] = {}  # the value that an input is the derivative of
+        self.aliases: dict[Node, Node] = {}  # an input that has the series of a value
+        self.originals: dict[Node, Node] = {}  # the value that an input is an alias of
         self.known: dict[tuple[Node, int], Any] = {}
         self.moves: dict[Node, bool] = {}
         self.slopes: dict[Node, tuple[list, bool]] = {}
@@ -72,16 +73,10 @@ class Series:
                 series = self.given.get(n)
                 self.moves[n] = series is None or any(c is not None for c in series[1:])
             else:
-                op = n.target
-                call: Any = n.args[0] if op is operator.getitem else n
-                if hasattr(call.target, "bodies") and any(map(self.moving, call._input_nodes)):
-                    raise RuleError(
-                        f"jet: {call.target.__name__} has no series{at(n.meta.get('line'))}: "
-                        "nest jvp or grad, or write a Python loop"
-                    )
-                read = n.args[:1] if op is hidden_write else n._input_nodes
-                flat = op is aten.detach.default or is_nondiff(n, {}, False)
-                self.moves[n] = not flat and any(map(self.moving, read))
+                call = n.args[0] if n.target is operator.getitem else n
+                movers = {i: None for i in sources(call) if self.moving(i)}
+                flat = n.target is aten.detach.default or is_nondiff(n, movers, False)
+                self.moves[n] = bool(movers) and not flat
         return self.moves[n]
 
     def derivative(self, n: Node) -> Node:
@@ -91,18 +86,28 @@ class Series:
             self.derivatives[n], self.integrals[d] = d, n
         return self.derivatives[n]
 
+    def alias(self, n: Node) -> Node:
+        """An input whose series is that of ``n``: what is made of it is not simplified together
+        with what ``n`` is made of."""
+        if n not in self.aliases:
+            a = self.ops.placeholder("a", n.meta["val"])
+            self.aliases[n], self.originals[a] = a, n
+        return self.aliases[n]
+
     def slope(self, n: Node) -> tuple[list, bool]:
         """The derivatives of the outputs of a call, by its forward rule; and whether they are
         steady: linear in the derivatives of the arguments, by factors that do not move."""
         if n not in self.slopes:
             movers = [i for i in n._input_nodes if self.moving(i)]
             given = {i: self.derivative(i) for i in movers}
-            found = push(self.ops, n, n, Kept(), given)
+            read = {i: self.alias(i) for i in movers}
+            found = push(self.ops, n, n, Kept(read), given)
             parts = found if isinstance(found, list) else [found]
-            known = [*movers, *self.outputs(n)]
-            ends, rest = {*given.values(), *known}, {i: self.derivative(i) for i in known}
-            forward(self.ops, between(self.ops.graph, ends, parts), Kept(), rest)  # type: ignore
-            self.slopes[n] = parts, not any(p in rest for p in parts if p not in movers)
+            rest = {read[i]: d for i, d in given.items()}
+            rest |= {o: self.derivative(o) for o in self.outputs(n)}
+            ends = {*given.values(), *rest}
+            forward(self.ops, between(ends, parts), Kept(), rest)  # type: ignore
+            self.slopes[n] = parts, not any(p in rest for p in parts)
         return self.slopes[n]
 
     def outputs(self, n: Node) -> list[Node]:
@@ -133,6 +138,8 @@ class Series:
     def input(self, n: Node, k: int) -> Node | None:
         if n in self.given:
             return self.given[n][k] if k < len(self.given[n]) else None
+        if n in self.originals:
+            return self.coefficient(self.originals[n], k)
         c = self.coefficient(self.integrals[n], k + 1)
         return c if c is None or k == 0 else self.b.call(aten.mul.Tensor, c, k + 1)
 
@@ -145,8 +152,11 @@ class Series:
         if n.target is operator.getitem:
             parts = self.coefficient(n.args[0], k)
             return parts and parts[n.args[1]]
-        if not isinstance(n.target, OpOverload) and getattr(n.target, "program", None):
-            raise RuleError(f"jet: {n.target} has no series{at(n.meta.get('line'))}")
+        if hasattr(n.target, "bodies"):
+            raise RuleError(
+                f"jet: {n.target.__name__} has no series{at(n.meta.get('line'))}: "  # type: ignore
+                "nest jvp instead"
+            )
         if (body := self.opened(n)) is not None:
             return fit_tangents(b, self.coefficient(body, k), n)
         if n.target in PRODUCTS:
@@ -231,7 +241,7 @@ PRODUCTS = frozenset(
 )
 
 
-def between(graph: Any, ends: set[Node], outs: Sequence[Any]) -> list[Node]:
+def between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
     """The calls that ``outs`` depend on, from ``ends`` on, in order."""
     found, waiting = set[Node](), [o for o in outs if o.__class__ is Node]
     while waiting:
@@ -239,7 +249,7 @@ def between(graph: Any, ends: set[Node], outs: Sequence[Any]) -> list[Node]:
         if n not in found and n not in ends and n.op == "call_function":
             found.add(n)
             waiting += n._input_nodes
-    return [n for n in graph.nodes if n in found]
+    return sorted(found)
 
 
 def whole_power(p: Any) -> bool:
@@ -282,9 +292,10 @@ def taylor(
             ]
             series.given[env[p]] = [x, *each]
         series.ops.copy(program.graph.nodes, env)
-        for n in program.graph.nodes:  # draws in their order
+        for n in program.graph.nodes:  # in order: draws, and no deep recursion
             if n.op == "call_function":
-                series.coefficient(env[n], 0)
+                for k in range(order + 1):
+                    series.coefficient(env[n], k)
         outs = [env[o] if isinstance(o, Node) else o for o in program.outputs]
         first = [series.coefficient(o, 0) for o in outs]
         rest = [

@@ -62,6 +62,9 @@ FUNCTIONS = {
     "a gradient": lambda x: grad(lambda x: (x.sin() * x).sum())(x),
     "a batch": lambda x: vmap(lambda x: torch.tanh(W @ x))(torch.stack([x, x * x])),
     "norms": lambda x: torch.nn.functional.layer_norm(x, (4,)) * torch.softmax(x, 0),
+    "attention of views": lambda x: torch.nn.functional.scaled_dot_product_attention(
+        *(torch.outer(x, y).view(1, 1, 4, 4) for y in (x, x.sin(), x.cos()))
+    ),
     "detached": lambda x: x.detach() * x,
     "integers": lambda x: x * (x * 10).long(),
 }
@@ -118,6 +121,29 @@ def test_order_ten():
     ):
         for k, found in enumerate(jet(f, (x,), (derivatives,))[1], 1):
             torch.testing.assert_close(found, torch.as_tensor(k_th(k), dtype=D))
+
+
+def test_long_programs():
+    def f(x):
+        for _ in range(150):
+            x = torch.sin(x) * 1.01
+        return x
+
+    x, one = numbers(2), torch.ones(2, dtype=D)
+    found = jet(f, (x,), ([one, None],))[1][1]
+    torch.testing.assert_close(found, tower(f, x, [one, None])[1])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: aotfunc.map(torch.sin, x),
+        lambda x: aotfunc.scan(lambda c, y: (c * y, y), x[0], x)[0],
+    ],
+)
+def test_loops_are_refused(f):
+    with pytest.raises(RuleError, match="scan has no series"):
+        jet(f, (numbers(4),), ([numbers(4)],))
 
 
 def test_graphs_grow_with_the_square_of_the_order():
