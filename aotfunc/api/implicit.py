@@ -195,6 +195,7 @@ def linear_transpose(f: Callable, *primals: Any) -> Callable:
     """The transpose of a linear ``f``, for arguments like ``primals``, whose values do not matter:
     ``transposed(cotangents)`` is a tuple with a tree like each primal.
 
+    Complex functions are conjugated, too, as all cotangents of PyTorch's are: it is the adjoint.
     Raises ArgumentError where the derivative of ``f`` depends on the primals. (What ``f`` adds to
     a linear map, it has no derivative of.)
 

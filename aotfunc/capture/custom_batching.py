@@ -77,14 +77,14 @@ class BatchedBy(Step):
         return values[: len(self.outs)]
 
 
-def with_batching(owner: Any, args: tuple, body: Callable[[], list[Any]]) -> list[Any]:
-    """The leaves that ``body()`` returns, recorded, with ``owner.vmap`` as the rule by which the
-    call on ``args`` is batched."""
+def with_batching(args: tuple, call: Callable[[], tuple[Any, list]]) -> list:
+    """The leaves that ``owner, leaves = call()`` returns, recorded, with ``owner.vmap`` as the
+    rule by which the call on ``args`` is batched."""
     trace = current()
     assert trace is not None
     operands = Operands(args)
     trace.record(BEGIN, operands.tensors)
-    leaves = body()
+    owner, leaves = call()
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     vals = tuple(trace.ref_of(leaves[i])[1] for i in places)
     step = BatchedBy(CustomBatching(owner.__name__, len(places), OwnRule(owner, args)), vals)

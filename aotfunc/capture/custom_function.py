@@ -19,6 +19,7 @@ from .autograd_function import call_function
 from .custom_batching import with_batching
 from .deferred import calls_late
 from .function_rules import Context
+from .function_vmap import on_real_batch
 from .instances import flatten_tree, unflatten_tree
 from .tree import Operands, in_order_of, parameter, structure
 
@@ -33,7 +34,6 @@ class CustomRules:
 
     #: what a call depends on
     PARTS = ("f", "places", "forward", "backward", "symbolic_zeros", "tangents_of", "batched")
-    generate_vmap_rule = False  # as torch.func asks a Function with a vmap
 
     def __init__(self, f: Callable, places: tuple[int, ...]) -> None:
         self.f, self.places = f, places
@@ -105,24 +105,71 @@ class CustomRules:
 
     def body(self, args: tuple) -> tuple[list, Any]:
         """The leaves and the tree of ``f(*args)``, recorded with its batching."""
+        if self.batched is None:
+            return flatten_tree(self.f(*args))
+        result = on_real_batch(Batched(self), args)
+        if result is not NotImplemented:
+            return flatten_tree(result)
         spec = None
 
-        def leaves() -> list:
+        def call() -> tuple[Batched, list]:
             nonlocal spec
-            found, spec = flatten_tree(self.f(*args))
-            return found
+            output = self.f(*args)
+            leaves, spec = flatten_tree(output)
+            return Batched(self, output), leaves
 
-        return leaves() if self.batched is None else with_batching(self, args, leaves), spec
+        return with_batching(args, call), spec
+
+
+class Batched:
+    """The user's batching rule as that of an ``autograd.Function``, checked against ``sample``,
+    the output of one call, where that is known."""
+
+    generate_vmap_rule = False
+
+    def __init__(self, rules: CustomRules, sample: Any = NotImplemented) -> None:
+        self.rules, self.__name__ = rules, rules.__name__
+        if sample is not NotImplemented:
+            leaves, self.spec = flatten_tree(sample)
+            self.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves]
 
     def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        """The batching rule as an ``autograd.Function`` has it; batched arguments have the batch
-        in front."""
+        """Batched arguments come with the batch in front, whatever their ``in_dims``."""
+        rules = self.rules
         dims, spec = flatten_tree(in_dims)
+        front = [
+            x.movedim(d, 0) if d is not None else x
+            for x, d in zip(flatten_tree(args)[0], dims, strict=True)
+        ]
         flags = unflatten_tree([d is not None for d in dims], spec)
-        result = self.batched(info.batch_size, list(flags), *args)  # type: ignore[misc]
-        output, batched = pair(self, "the batching rule", "(output, out_batched)", result)
-        flags, spec = flatten_tree(batched)
-        return output, unflatten_tree([0 if yes else None for yes in flags], spec)
+        result = rules.batched(info.batch_size, list(flags), *unflatten_tree(front, spec))  # type: ignore[misc]
+        output, batched = pair(rules, "the batching rule", "(output, out_batched)", result)
+        leaves, out_spec = flatten_tree(output)
+        flags, flag_spec = flatten_tree(batched)
+        if flag_spec != out_spec or not all(isinstance(yes, bool) for yes in flags):
+            raise ArgumentError(
+                f"{rules.__name__}: the batching rule's out_batched must be True or False for "
+                f"each part of its output {structure(output)}, not {batched!r}"
+            )
+        if hasattr(self, "spec"):
+            self.check(info.batch_size, output, leaves, out_spec, flags)
+        return output, unflatten_tree([0 if yes else None for yes in flags], out_spec)
+
+    def check(self, size: int, output: Any, leaves: list, spec: Any, flags: list[bool]) -> None:
+        """The output has the structure, shapes and dtypes of one call's."""
+        name = f"{self.rules.__name__}: the batching rule's output"
+        if spec != self.spec:
+            raise ArgumentError(f"{name} is {structure(output)}, of another structure than f's")
+        for x, want, yes in zip(leaves, self.like, flags, strict=True):
+            if isinstance(x, Tensor) != (want is not None):
+                raise ArgumentError(f"{name} is {structure(output)}, and f's is not so")
+            if want is not None:
+                whole = (*([size] if yes else []), *want[0])
+                if (tuple(x.shape), x.dtype) != (whole, want[1]):
+                    raise ArgumentError(
+                        f"{name} has a tensor of shape {list(x.shape)} and {x.dtype}, where f and "
+                        f"out_batched say {list(whole)} and {want[1]}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -204,8 +251,15 @@ class Pushforward:
                 f"{rules.__name__}: the tangents that the jvp returns are {structure(found)}, "
                 f"which does not have the structure of its output {structure(output)}"
             )
-        sizes = [x.shape if isinstance(x, Tensor) else None for x in flatten_tree(output)[0]]
+        outputs = flatten_tree(output)[0]
+        sizes = [x.shape if isinstance(x, Tensor) else None for x in outputs]
         check_shapes(f"{rules.__name__}: a tangent of the output", leaves, sizes)
+        for x, t in zip(outputs, leaves, strict=True):
+            if isinstance(x, Tensor) and isinstance(t, Tensor) and x.dtype != t.dtype:
+                raise ArgumentError(
+                    f"{rules.__name__}: a tangent of the output is {t.dtype}, and its value "
+                    f"{x.dtype}"
+                )
         return [leaves[i] for i in context.places]
 
 

@@ -217,9 +217,12 @@ class OwnRule:
             if isinstance(error, Told) or self.cls.generate_vmap_rule:
                 raise
             name = self.cls.__name__
+            of_a_function = isinstance(self.cls, type)
+            rule = f"{name}.vmap" if of_a_function else f"the batching rule of {name}"
+            applied = f"{name}.apply" if of_a_function else name
             raise Told(
-                f"{name}.vmap is recorded here, not called on the real batch, and cannot "
-                f"be{at(line)}: {error}. Pass what it needs as arguments of {name}.apply, or call "
+                f"{rule} is recorded here, not called on the real batch, and cannot "
+                f"be{at(line)}: {error}. Pass what it needs as arguments of {applied}, or call "
                 "vmap outside of other transforms and of compiled functions, on tensors that do "
                 "not require grad"
             ) from error

@@ -407,3 +407,32 @@ def test_recursive_rules_are_recorded_once():
     before = len(_steps)
     through()
     assert len(_steps) == before
+
+
+def test_a_batching_rule_reads_tensors_from_outside():
+    w = torch.tensor([2.0, 3.0])
+    f = custom_vmap(lambda x: x * w)
+    f.def_vmap(lambda size, in_batched, x: (x * w + torch.tensor([100.0, 0.0]), True))
+    batch = torch.ones(4, 2)
+    assert vmap(f, 0)(batch).tolist() == [[102, 3]] * 4
+    assert vmap(f, 1)(batch.mT).tolist() == [[102, 3]] * 4
+    with pytest.raises(CaptureError, match="the batching rule of function is recorded here"):
+        jit(vmap(f))(batch)
+
+
+@pytest.mark.parametrize(
+    "rule, words",
+    [
+        (lambda size, in_batched, x: (None, None), "True or False for each part"),
+        (lambda size, in_batched, x: ({"a": x}, {"a": True}), "of another structure"),
+        (lambda size, in_batched, x: ((x, x), True), "True or False for each part"),
+        (lambda size, in_batched, x: (x, False), r"of shape \[4, 2\] .* say \[2\]"),
+        (lambda size, in_batched, x: (x[:3], True), r"of shape \[3, 2\] .* say \[4, 2\]"),
+        (lambda size, in_batched, x: (x.double(), True), "torch.float64, where f"),
+    ],
+)
+def test_what_a_batching_rule_returns_is_checked(rule, words):
+    f = custom_vmap(lambda x: x * 2)
+    f.def_vmap(rule)
+    with pytest.raises(ArgumentError, match=words):
+        jit(vmap(f))(torch.ones(4, 2))
