@@ -178,7 +178,7 @@ class Call:
         )
 
     def tree(self, tensors: Sequence[Tensor]) -> Any:
-        """The output with these tensors."""
+        """Return the output with these tensors."""
         return unflatten(self.leaves(tensors), self.spec)
 
     def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:

@@ -1,5 +1,5 @@
-"""``checkpoint`` and ``checkpoint_name``: what the backward computes again, and what it may
-keep."""
+"""``checkpoint`` and ``checkpoint_name``: values that the backward computes again, and values that
+it may keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch.utils.checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_leaves
 
-from ..capture.checkpoints import name_value, region
+from ..capture.checkpoints import name_value, recorded_region
 from ..capture.deferred import calls_late
 from ..partition.policies import Policy
 from ..trace.patches import recorder
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 def checkpoint(f: Callable | None = None, policy: Policy | None = None) -> Any:
-    """``f`` whose values the backward computes again from the arguments, but for draws, results,
-    and what ``policy`` (see :mod:`aotfunc.partition.policies`) lets be saved.
+    """Return ``f`` with values that the backward computes again from the arguments, except draws,
+    results, and values that ``policy`` (see :mod:`aotfunc.partition.policies`) lets be saved.
 
     It works inside every transform and compiled function. Outside of them it is
     ``torch.utils.checkpoint``, which saves nothing inside. Without ``f`` it is a decorator. Each
@@ -43,14 +43,14 @@ def checkpoint(f: Callable | None = None, policy: Policy | None = None) -> Any:
         if trace is None:
             return torch_checkpoint.checkpoint(f, *args, use_reentrant=False, **kwargs)
         calls_late(f)
-        with region(trace, policy):
+        with recorded_region(trace, policy):
             return f(*args, **kwargs)
 
     return checkpointed
 
 
 def checkpoint_name(x: T, name: str) -> T:
-    """``x``, a tensor or a tree of tensors, which policies know by this name: see
+    """Return ``x``, a tensor or a tree of tensors, which policies know by this name: see
     :func:`aotfunc.partition.save_only_these`. It is given to the op that made ``x`` or wrote it
     last; arguments of the captured function, which are kept anyway, get none.
 

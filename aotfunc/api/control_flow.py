@@ -48,7 +48,8 @@ def scan(
     length: int | None = None,
     reverse: bool = False,
 ) -> tuple[Any, Any]:
-    """``(final carry, ys)`` of the loop ``carry, ys[t] = f(carry, xs[t])``, as one op of a graph.
+    """Return ``(final carry, ys)`` of the loop ``carry, ys[t] = f(carry, xs[t])``, as one op of a
+    graph.
 
     ``init``, ``xs`` and what ``f`` returns are trees of tensors. Those in ``xs`` have one row for
     each step along dimension 0, as have those in ``ys``; with ``xs=None`` there are ``length``
@@ -116,7 +117,7 @@ def scan(
 
 @entry
 def map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
-    """``f`` of each row of the tensors in ``xs``, one after another: the results as stacks.
+    """Return ``f`` of each row of the tensors in ``xs``, one after another: the results as stacks.
 
     It takes the memory of one row at a time where :func:`vmap` takes that of all, and ``f`` may
     branch (:func:`cond`) on each row. With ``batch_size`` so many rows at a time go through
@@ -148,8 +149,8 @@ def map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
 
 @entry
 def cond(pred: Any, true_fn: Callable, false_fn: Callable, *operands: Any) -> Any:
-    """``true_fn(*operands)`` where ``pred`` holds, else ``false_fn(*operands)``, as one op of a
-    graph; only the one that is taken runs.
+    """Return ``true_fn(*operands)`` where ``pred`` holds, else ``false_fn(*operands)``, as one op
+    of a graph; only the one that is taken runs.
 
     ``pred`` is a tensor with one element, or a bool. Operands may be any trees; the functions may
     close over tensors, and return trees of tensors of equal structure, shapes and dtypes. Under
@@ -171,7 +172,7 @@ def cond(pred: Any, true_fn: Callable, false_fn: Callable, *operands: Any) -> An
 
 @entry
 def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
-    """``branches[index](*operands)``, as one op of a graph: :func:`cond` for any number of
+    """Return ``branches[index](*operands)``, as one op of a graph: :func:`cond` for any number of
     branches. An ``index`` (an integer tensor with one element, or an int) below 0 or too large
     means the first or the last.
 
@@ -191,7 +192,7 @@ def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
 
 
 def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tuple) -> Any:
-    """What ``branches[index]`` returns."""
+    """Return the results of ``branches[index]``."""
     arguments = Arguments(operands, {})
     places = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
     given = [arguments.leaves[k] for k in places]
@@ -225,7 +226,7 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
 def while_loop(
     cond_fn: Callable, body_fn: Callable, init: Any, max_steps: int | None = None
 ) -> Any:
-    """The last carry of ``while cond_fn(carry): carry = body_fn(carry)``, which starts with
+    """Return the last carry of ``while cond_fn(carry): carry = body_fn(carry)``, which starts with
     ``init`` and goes at most ``max_steps`` steps; as one op of a graph.
 
     Trees, closures and errors are those of :func:`scan`; ``cond_fn`` returns a tensor with one
@@ -248,13 +249,13 @@ def while_loop(
     def limit(inputs: Sequence[Tensor], draws: bool) -> int | None:
         if max_steps is not None or draws:  # counting would draw, too
             return max_steps
-        return counted(cond_fn, body_fn, init, inputs)
+        return step_bound(cond_fn, body_fn, init, inputs)
 
-    return repeated(cond_fn, body_fn, init, limit)
+    return while_loop_up_to(cond_fn, body_fn, init, limit)
 
 
-def repeated(cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable) -> Any:
-    """:func:`while_loop` with ``limit(inputs, whether it draws)`` for the most steps."""
+def while_loop_up_to(cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable) -> Any:
+    """Run :func:`while_loop` with ``limit(inputs, whether it draws)`` for the most steps."""
     carry, spec = flatten(init)
     carry = tensors("while_loop", "init", carry, spec)
 
@@ -284,10 +285,10 @@ def repeated(cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable) -
     return unflatten(run_flow(body, key, build, inputs), spec)
 
 
-def counted(
+def step_bound(
     cond_fn: Callable, body_fn: Callable, init: Any, inputs: Sequence[Tensor]
 ) -> int | None:
-    """A bound for the number of steps where one is needed and known: something may be
+    """Return a bound for the number of steps, if one is needed and known: something may be
     differentiated, and a value may be asked for."""
     hidden = any(t.why_not is not None for t in under_way.traces)
     if hidden or inside_torch_func() or not any(x.requires_grad for x in inputs):
@@ -295,16 +296,16 @@ def counted(
     step = lambda c: (body_fn(c[0]), c[1] + 1)
     with torch.no_grad():
         start = init, torch.tensor(0)
-        _, steps = repeated(lambda c: cond_fn(c[0]), step, start, lambda *_: None)
+        _, steps = while_loop_up_to(lambda c: cond_fn(c[0]), step, start, lambda *_: None)
     most = int(debug_unwrap(steps).max())
     return 1 << max(most - 1, 0).bit_length()
 
 
 @entry
 def associative_scan(f: Callable, xs: Any, reverse: bool = False, dim: int = 0) -> Any:
-    """``ys`` with ``ys[0] = xs[0]`` and ``ys[t] = f(ys[t - 1], xs[t])`` along ``dim``, for an
-    associative ``f`` of two elements, in about ``2 log2(n)`` steps that each take all elements at
-    once.
+    """Return ``ys`` with ``ys[0] = xs[0]`` and ``ys[t] = f(ys[t - 1], xs[t])`` along ``dim``, for
+    an associative ``f`` of two elements, in about ``2 log2(n)`` steps that each take all elements
+    at once.
 
     ``xs`` is a tree of tensors, and ``f`` maps two trees of elements to a third. ``reverse``
     starts at the last element. Raises ArgumentError where ``f`` changes the tree, a shape or a

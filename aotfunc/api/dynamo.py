@@ -186,7 +186,7 @@ class SubgraphBody:
                 env[n] = ours.node_copy(n, env.__getitem__)
         ours.output((tuple([env[n] for n in outs]), tuple([env[n] for n in aux])))
         module = GraphModule(graph, ours)
-        indexed = any(getattr(example(n), "constant", None) is not None for n in nodes)
+        indexed = any(getattr(example_value(n), "constant", None) is not None for n in nodes)
         self.call = Checked(module).run if indexed else module
 
     def __call__(self, *tensors: Any) -> tuple[tuple, tuple]:
@@ -204,7 +204,7 @@ class Checked(Interpreter):
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
-        value, read = super().run_node(n), example(n)
+        value, read = super().run_node(n), example_value(n)
         number = n.target == "item" and not isinstance(read, torch.SymInt)
         if number or (
             isinstance(value, Tensor) and isinstance(read, Tensor) and value.shape != read.shape
@@ -217,7 +217,7 @@ class Checked(Interpreter):
         return value
 
 
-def example(n: Node) -> Any:
+def example_value(n: Node) -> Any:
     """Return Dynamo's example of a node's value."""
     return n.meta.get("example_value")
 

@@ -29,8 +29,8 @@ Solve = Callable[[Callable, Any], Any]
 
 @entry
 def custom_root(f: Callable, guess: Any, solve: Solve, tangent_solve: Solve) -> Any:
-    """The ``x`` that ``solve(f, guess)`` finds with ``f(x) = 0``, differentiable by all that ``f``
-    closes over.
+    """Return the ``x`` that ``solve(f, guess)`` finds with ``f(x) = 0``, differentiable by all
+    that ``f`` closes over.
 
     ``x`` and ``f(x)`` have the tree of ``guess``. ``tangent_solve(g, y)`` solves ``g(x) = y`` for
     the linear ``g``, the Jacobian of ``f`` at the root or its transpose. What ``solve`` does is
@@ -56,7 +56,7 @@ def custom_root(f: Callable, guess: Any, solve: Solve, tangent_solve: Solve) -> 
 @custom_vjp(nondiff_argnums=(0, 1, 2, 3))
 def _root(pure: Callable, solve: Solve, tangent_solve: Solve, guess: Any, *tensors: Tensor) -> Any:
     with torch.no_grad():
-        return solve(lambda x: alike("custom_root", x, pure(x, *tensors)), guess)
+        return solve(lambda x: check_structure("custom_root", x, pure(x, *tensors)), guess)
 
 
 def _root_forward(
@@ -86,8 +86,8 @@ def custom_linear_solve(
     transpose_solve: Solve | None = None,
     symmetric: bool = False,
 ) -> Any:
-    """The ``x`` that ``solve(matvec, b)`` finds with ``matvec(x) = b``, differentiable by ``b``
-    and by all that ``matvec`` closes over.
+    """Return the ``x`` that ``solve(matvec, b)`` finds with ``matvec(x) = b``, differentiable by
+    ``b`` and by all that ``matvec`` closes over.
 
     ``matvec`` is linear; ``x`` has the tree of ``b``. ``transpose_solve(vecmat, b)`` solves with
     the transpose, for reverse mode; with ``symmetric`` (Hermitian) it is ``solve``. What they do
@@ -111,7 +111,7 @@ def _solution(
     pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, b: Any, *tensors: Tensor
 ) -> Any:
     with torch.no_grad():
-        return solve(lambda x: alike("custom_linear_solve", x, pure(x, *tensors)), b)
+        return solve(lambda x: check_structure("custom_linear_solve", x, pure(x, *tensors)), b)
 
 
 def _solution_forward(
@@ -158,7 +158,7 @@ _solution.defjvp(_solution_tangents)
 
 
 def pulled(f: Callable, tensors: Sequence[Tensor], cotangent: Any) -> list[Tensor | None]:
-    """The gradients of ``f(*tensors)`` by those that have one."""
+    """Return the gradients of ``f(*tensors)`` by those that have one."""
     places = [i for i, t in enumerate(tensors) if floating(t)]
     grads: list[Tensor | None] = [None] * len(tensors)
     if places:
@@ -169,7 +169,7 @@ def pulled(f: Callable, tensors: Sequence[Tensor], cotangent: Any) -> list[Tenso
 
 
 def of_some(f: Callable, tensors: Sequence[Tensor], places: Sequence[int]) -> Callable:
-    """``f(*tensors)`` as a function of those at these places."""
+    """Return ``f(*tensors)`` as a function of those at these places."""
 
     def call(*some: Tensor) -> Any:
         given = list(tensors)
@@ -180,8 +180,8 @@ def of_some(f: Callable, tensors: Sequence[Tensor], places: Sequence[int]) -> Ca
     return call
 
 
-def alike(name: str, x: Any, value: Any) -> Any:
-    """``value``, which must have the structure of ``x``."""
+def check_structure(name: str, x: Any, value: Any) -> Any:
+    """Return ``value``, which must have the structure of ``x``."""
     if flatten(value)[1] != flatten(x)[1]:
         raise ArgumentError(
             f"{name}: the function of {structure(x)} returns {structure(value)}: they must have "
@@ -192,8 +192,8 @@ def alike(name: str, x: Any, value: Any) -> Any:
 
 @entry
 def linear_transpose(f: Callable, *primals: Any) -> Callable:
-    """The transpose of a linear ``f``, for arguments like ``primals``, whose values do not matter:
-    ``transposed(cotangents)`` is a tuple with a tree like each primal.
+    """Return the transpose of a linear ``f``, for arguments like ``primals``, whose values do not
+    matter: ``transposed(cotangents)`` is a tuple with a tree like each primal.
 
     Complex functions are conjugated, too, as all cotangents of PyTorch's are: it is the adjoint.
     Raises ArgumentError where the derivative of ``f`` depends on the primals. (What ``f`` adds to

@@ -1,5 +1,4 @@
-"""Higher derivatives along a direction, without towers of first ones: Taylor mode, and what it
-gives."""
+"""Taylor mode: higher derivatives along a direction, without towers of first derivatives."""
 
 from __future__ import annotations
 
@@ -29,8 +28,9 @@ from .vmap import vmap
 def jet(
     func: Callable, primals: tuple, series: Sequence, *, factorial_scaled: bool = True
 ) -> tuple[Any, list]:
-    """``(output, derivatives)`` of ``func`` along a curve: ``series[i]`` lists the first, second,
-    … derivative of primal ``i`` by the curve's parameter, ``derivatives`` those of the output.
+    """Return ``(output, derivatives)`` of ``func`` along a curve: ``series[i]`` lists the first,
+    second, … derivative of primal ``i`` by the curve's parameter, ``derivatives`` those of the
+    output.
 
     All lists have one length, the order; None stands for zeros. A derivative has the tree and
     shapes of its primal, or of the output. Without ``factorial_scaled`` they are coefficients of
@@ -75,7 +75,7 @@ def jet(
 
 
 def by_leaf(arguments: Arguments, primals: tuple, i: int, terms: Sequence) -> list[list]:
-    """The terms of the series of primal ``i``, for each of its leaves."""
+    """Return the terms of the series of primal ``i``, for each of its leaves."""
     leaves = [arguments.leaves[k] for k in arguments.spans[i]]
     rows: list[list] = [[] for _ in leaves]
     for k, term in enumerate(terms, 1):
@@ -98,8 +98,8 @@ def by_leaf(arguments: Arguments, primals: tuple, i: int, terms: Sequence) -> li
 
 
 def hvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-    """``(gradient, Hessian times tangents)`` of a scalar ``f``, forward over reverse: trees like
-    the primal, or tuples of them for several.
+    """Return ``(gradient, Hessian times tangents)`` of a scalar ``f``, forward over reverse: trees
+    like the primal, or tuples of them for several.
 
     >>> hvp(lambda x: (x ** 3).sum(), (torch.ones(2),), (torch.tensor([1.0, 2.0]),))
     (tensor([3., 3.]), tensor([ 6., 12.]))
@@ -109,9 +109,9 @@ def hvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 
 def ggn(f: Callable, loss: Callable, params: Any, tangent: Any) -> Any:
-    """The generalised Gauss-Newton matrix of ``loss(f(params))`` times ``tangent``, a tree like
-    ``params``: ``J^T H J v``, with the Jacobian ``J`` of ``f`` and the Hessian ``H`` of the scalar
-    ``loss`` by its argument.
+    """Return the generalised Gauss-Newton matrix of ``loss(f(params))`` times ``tangent``, a tree
+    like ``params``: ``J^T H J v``, with the Jacobian ``J`` of ``f`` and the Hessian ``H`` of the
+    scalar ``loss`` by its argument.
 
     Source: Schraudolph, "Fast Curvature Matrix-Vector Products" (2002).
 
@@ -177,7 +177,7 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
             sig = rows.sig if rows.__class__ is Traced else sig_of(rows)
             program = call.derived((sig,), partial(laplacian_pass, base, at, n_out, sig))
             parts = execute(program, [*tensors_of(arguments), rows, *call.rec.closed_over])
-            found = [added(t, part) for t, part in zip(found, parts, strict=True)]
+            found = [sum_of(t, part) for t, part in zip(found, parts, strict=True)]
         vals = [v for v in base.vals if isinstance(v, Sig)]
         return unflatten(
             [
@@ -190,6 +190,6 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
     return sums
 
 
-def added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """Their sum, None for zero."""
+def sum_of(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """Return the sum of these, None for zero."""
     return y if x is None else x if y is None else x + y

@@ -105,7 +105,8 @@ def jit(
 
 
 def budgeted(default: Partition, memory_budget: MemoryBudget, policy: Policy | None) -> Partition:
-    """The partition function within a budget and by a policy, or the default without both."""
+    """Return the partition function within a budget and by a policy, or the default without
+    both."""
     if memory_budget is None and policy is None:
         return default
     return Budgeted(1.0 if memory_budget is None else memory_budget, policy)

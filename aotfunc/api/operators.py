@@ -1,5 +1,5 @@
-"""Control flow as others call it: in the code of a graph module, calls of functions that take
-modules as bodies, which run and can be captured again; and torch's own operators on functions."""
+"""Control flow as a graph module's code calls it, by functions that take modules as bodies, run,
+and can be captured again; and torch's own operators on functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scan(
     length: int,
     reverse: bool,
 ) -> list[Tensor]:
-    """:func:`aotfunc.scan` with ``body(*constants, *carry, *row) -> (*carry, *result)``."""
+    """Run :func:`aotfunc.scan` with ``body(*constants, *carry, *row) -> (*carry, *result)``."""
 
     if has_torch_function(given := (*constants, *init, *xs)):  # torch.fx traces it
         return handle_torch_function(scan, given, body, constants, init, xs, length, reverse)
@@ -37,8 +37,8 @@ def scan(
 
 
 def switch(*bodies_and_operands: Any) -> Any:
-    """:func:`aotfunc.switch` with ``bodies[index](*operands)``, called as ``switch(*bodies, index,
-    operands)``."""
+    """Run :func:`aotfunc.switch` with ``bodies[index](*operands)``, called as ``switch(*bodies,
+    index, operands)``."""
     *bodies, index, operands = bodies_and_operands
     if has_torch_function(given := (index, *operands)):
         return handle_torch_function(switch, given, *bodies_and_operands)
@@ -52,7 +52,7 @@ def while_loop(
     init: Sequence[Tensor],
     max_steps: int | None,
 ) -> list[Tensor]:
-    """:func:`aotfunc.while_loop` with ``condition(*constants, *carry)`` and ``body(*constants,
+    """Run :func:`aotfunc.while_loop` with ``condition(*constants, *carry)`` and ``body(*constants,
     *carry)``."""
     if has_torch_function(given := (*constants, *init)):
         return handle_torch_function(
@@ -70,8 +70,8 @@ OPERATORS: dict[str, Callable] = {"scan": scan, "switch": switch, "while_loop": 
 
 
 def with_operators(gm: fx.GraphModule, dissolve: frozenset[str]) -> fx.GraphModule:
-    """The module with its control flow as calls of :data:`OPERATORS`; the bodies are modules in
-    it."""
+    """Return the module with its control flow as calls of :data:`OPERATORS`; the bodies are
+    modules in it."""
     found = [n for n in gm.graph.nodes if hasattr(n.target, "bodies")]
     for n in found:
         target: Any = n.target
@@ -93,27 +93,27 @@ def with_operators(gm: fx.GraphModule, dissolve: frozenset[str]) -> fx.GraphModu
 
 
 def torch_cond(pred: Any, true_fn: Callable, false_fn: Callable, operands: Sequence) -> Any:
-    """``torch.cond`` inside a captured function."""
+    """Run ``torch.cond`` inside a captured function."""
     if not isinstance(pred, Tensor):
         pred = bool(pred)
     return control_flow.cond(pred, true_fn, false_fn, *operands)
 
 
 def torch_while_loop(cond_fn: Callable, body_fn: Callable, carried: Sequence) -> Any:
-    """torch's ``while_loop``, whose functions take what is carried as arguments."""
+    """Run torch's ``while_loop``, whose functions take the carried values as arguments."""
     step = lambda carry: tuple(body_fn(*carry))
     return control_flow.while_loop(lambda carry: cond_fn(*carry), step, tuple(carried))
 
 
 def torch_scan(f: Callable, init: Any, xs: Any, dim: int, reverse: bool) -> Any:
-    """torch's ``scan``, which goes along any dimension."""
+    """Run torch's ``scan``, which goes along any dimension."""
     rows = tree_map(lambda x: x.movedim(dim, 0), xs)
     carry, ys = control_flow.scan(f, init, rows, reverse=reverse)
     return carry, tree_map(lambda y: y.movedim(0, dim) if dim < y.dim() else y, ys)
 
 
 def torch_map(f: Callable, xs: Any, *args: Any) -> Any:
-    """torch's ``map``, whose further arguments are the same for all rows."""
+    """Run torch's ``map``, whose further arguments are the same for all rows."""
     return control_flow.map(lambda x: f(x, *args), xs)
 
 

@@ -1,4 +1,5 @@
-"""What a function returns, without running it; and its graph as a function of what it reads."""
+"""The results of a function without running it, and its graph as a function of the tensors that it
+reads."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from .call import Call, tensors_of
 
 @entry
 def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The tree that ``f(*args, **kwargs)`` returns, of tensors on the meta device: shapes, strides
-    and dtypes. Nothing is computed, and the arguments may be on the meta device, too.
+    """Return the tree that ``f(*args, **kwargs)`` returns, of tensors on the meta device: shapes,
+    strides and dtypes. Nothing is computed, and the arguments may be on the meta device, too.
 
     >>> eval_shape(lambda x: x @ x.mT, torch.empty(3, 5, device="meta")).shape
     torch.Size([3, 3])
@@ -33,8 +34,8 @@ def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
 
 @entry
 def closure_convert(f: Callable, *args: Any) -> tuple[Callable, list[Tensor]]:
-    """``(pure, tensors)``: ``pure(*args, *tensors)`` is ``f(*args)`` as a function of the tensors
-    that ``f`` closes over.
+    """Return ``(pure, tensors)``: ``pure(*args, *tensors)`` is ``f(*args)`` as a function of the
+    tensors that ``f`` closes over.
 
     ``pure`` takes arguments of the trees, shapes and Python values of ``args``, and is ``f`` as it
     was captured: for a rule that must differentiate what a function given by the user reads.

@@ -1,4 +1,4 @@
-"""Jacobians and Hessians with few entries: only those that there are are computed."""
+"""Jacobians and Hessians with few entries, computed by few products."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def of_call(
         return kept
 
     pattern, colours, by_rows = call.program.cache.get(("pattern", call.wrt)) or read()
-    values = entries(of_x, x, output.shape, pattern, colours, by_rows, chunk_size)
+    values = jacobian_entries(of_x, x, output.shape, pattern, colours, by_rows, chunk_size)
     places = torch.as_tensor(np.stack([pattern.row, pattern.col]).astype(np.int64))
     split = [
         torch.stack(torch.unravel_index(i.to(x.device), s)) if s else i.new_zeros(0, len(i))
@@ -114,7 +114,7 @@ def of_call(
     return torch.sparse_coo_tensor(torch.cat(split), values, shape, check_invariants=False)
 
 
-def entries(
+def jacobian_entries(
     f: Callable,
     x: Tensor,
     shape: torch.Size,
@@ -123,8 +123,8 @@ def entries(
     by_rows: bool,
     chunk_size: int | None,
 ) -> Tensor:
-    """The entries of the Jacobian in the pattern (a scipy.sparse.coo_array), by products with sums
-    of unit vectors, one for each colour."""
+    """Return the entries of the Jacobian in the pattern (a scipy.sparse.coo_array), by products
+    with sums of unit vectors, one for each colour."""
     count = int(colours.max(initial=-1)) + 1
     whole = lambda i: torch.as_tensor(i.astype(np.int64), device=x.device)
     row, col, colour = map(whole, (pattern.row, pattern.col, colours))

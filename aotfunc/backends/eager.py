@@ -36,7 +36,7 @@ class Generated(Protocol):
 
 
 def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) -> Generated:
-    """A function of the graph's placeholders that returns its flat outputs as a tuple. Its
+    """Return a function of the graph's placeholders that returns its flat outputs as a tuple. Its
     attribute ``boxed`` takes them as one list, which it empties: an input is then free after its
     last use. With ``sized``, nodes' arguments with :class:`Times` in them, the size that these
     multiply is its first argument."""

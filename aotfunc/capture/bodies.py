@@ -1,4 +1,4 @@
-"""What control flow shares, whose nodes carry the programs of its bodies."""
+"""The common half of control flow, whose nodes carry the programs of its bodies."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Flow:
         raise NotImplementedError
 
     def run(self, bodies: Sequence[Callable], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Its results, where these functions are its bodies."""
+        """Return the results with these functions in the place of the bodies."""
         raise NotImplementedError
 
     def with_bodies(self, bodies: Sequence[Program]) -> Any:
-        """The same of other bodies of the same form."""
+        """Return the same target with other bodies of the same form."""
         raise NotImplementedError
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
@@ -43,7 +43,7 @@ class Flow:
 
     @property
     def draws(self) -> bool:
-        """Whether a run draws random numbers."""
+        """Return whether a run draws random numbers."""
         return any(body.once(drawn, functools.partial(drawn, body)) for body in self.bodies)
 
     def inline(self, b: Builder, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
@@ -51,24 +51,24 @@ class Flow:
 
 
 def interpreted(body: Program) -> Callable[..., tuple]:
-    """The body, op by op."""
+    """Return the body, op by op."""
     return body.once(interpreted, lambda: Interpreted(lowered(body, EVERYTHING).graph))
 
 
 def emit_flow(b: Builder, target: Flow, args: Sequence[Any]) -> list:
-    """A node of control flow, and its results."""
+    """Return a node of control flow, and its results."""
     node = b.make("call_function", target, tuple(args), {}, target.vals)
     return [b.item(node, i) for i in range(len(target.vals))]
 
 
 def drawn(body: Program) -> list[Node]:
-    """The draws in a body."""
+    """Return the draws in a body."""
     return [n for n in body.graph.nodes if draws(n)]
 
 
 def differing(body: Program, given: Sequence[bool], apart: bool) -> list[bool]:
-    """Which results of a body differ between the samples of a batch where these inputs do, or,
-    with draws ``apart``, what it draws."""
+    """Return which results of a body differ between samples if these inputs do; with draws
+    ``apart`` also those drawn."""
     start = [p for p, yes in zip(body.placeholders, given, strict=True) if yes]
     reached = dependents(body.graph, [*start, *(drawn(body) if apart else ())])
     return [o in reached for o in body.outputs]
@@ -80,8 +80,8 @@ def part(
     outs: Sequence[Any],
     inputs: Sequence[Node] | None = None,
 ) -> Program:
-    """The program of these nodes of a program that returns ``outs``; ``inputs`` become its inputs
-    (default: those of the whole)."""
+    """Return the program of these nodes of a program that returns ``outs``; ``inputs`` become its
+    inputs (default: those of the whole)."""
     given = program.placeholders if inputs is None else inputs
     with paused_gc():
         b = builder()
@@ -92,9 +92,9 @@ def part(
 
 
 def hoisted(body: Program, n_consts: int) -> tuple[list[int], Program, Program]:
-    """``(read, before, body)``: which of its first ``n_consts`` inputs the body reads itself, the
-    program of what it computes from these inputs alone, and the body with these values behind the
-    constants that it reads."""
+    """Return ``(read, before, body)``: which of its first ``n_consts`` inputs the body reads
+    itself, the program of the values computed from these inputs alone, and the body with these
+    values behind the constants that it reads."""
 
     def make() -> tuple[list[int], Program, Program]:
         inputs = body.placeholders
@@ -117,7 +117,7 @@ def hoisted(body: Program, n_consts: int) -> tuple[list[int], Program, Program]:
 
 
 def returning(program: Program, chosen: Sequence[int]) -> Program:
-    """The program with these of its results alone."""
+    """Return the program with these of its results alone."""
     if len(chosen) == program.n_outputs:
         return program
     outs = program.outputs
@@ -128,7 +128,7 @@ def returning(program: Program, chosen: Sequence[int]) -> Program:
 
 
 def as_planned(t: Tensor, sig: Sig) -> Tensor:
-    """An argument as a body reads it."""
+    """Return an argument as a body reads it."""
     if t.stride() == sig.stride:
         return t
     planned = torch.empty_strided(sig.shape, sig.stride, dtype=t.dtype, device=t.device)
@@ -136,18 +136,18 @@ def as_planned(t: Tensor, sig: Sig) -> Tensor:
 
 
 def dense(sig: Sig) -> Sig:
-    """The signature of a contiguous tensor of this shape."""
+    """Return the signature of a contiguous tensor of this shape."""
     return make_sig(sig.shape, contiguous_stride(sig.shape), sig.dtype, sig.device)
 
 
 def row_sig(sig: Sig) -> Sig:
-    """The signature of one row of a contiguous stack."""
+    """Return the signature of one row of a contiguous stack."""
     shape = sig.shape[1:]
     return make_sig(shape, contiguous_stride(shape), sig.dtype, sig.device)
 
 
 def results_as(body: Program, wanted: Sequence[Sig]) -> Program:
-    """The body with its first results laid out like these."""
+    """Return the body with its first results laid out like these."""
     if all(o.meta["val"] is v for o, v in zip(body.outputs, wanted, strict=False)):
         return body
     with paused_gc():
@@ -159,8 +159,8 @@ def results_as(body: Program, wanted: Sequence[Sig]) -> Program:
 
 
 def with_constants(body: Program, places: Sequence[int], consts: Sequence[Sig]) -> Program:
-    """The body as a program of these constants, of which its own lie at these ``places``, and of
-    its other inputs."""
+    """Return the body as a program of these constants, of which its own lie at these ``places``,
+    and of its other inputs."""
 
     def make() -> Program:
         with paused_gc():

@@ -278,8 +278,8 @@ class CompiledCall:
         return self.compiled(args)([*args])
 
     def compiled(self, args: Sequence[Tensor]) -> Callable[[list[Tensor]], Sequence]:
-        """The program as it was compiled, as a function of a list, which it may empty; now, for
-        arguments like these, where it was not."""
+        """Return the program as it was compiled, as a function of a list, which it may empty; now,
+        for arguments like these, where it was not."""
         run = self.program.cache.get(self.compile)
         if run is None:
             run = self.program.once(self.compile, lambda: self.compile(self.program, args))

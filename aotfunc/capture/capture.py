@@ -152,7 +152,7 @@ def under_fake_mode() -> bool:
 
 
 def called_by(error: BaseException) -> str | None:
-    """The operator on functions in which Dynamo raised an error."""
+    """Return the operator on functions in which Dynamo raised an error."""
     step = error.__traceback__
     while step is not None:
         folder, file = os.path.split(step.tb_frame.f_code.co_filename)

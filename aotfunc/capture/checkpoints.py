@@ -27,7 +27,7 @@ from .function_rules import Context
 
 
 @contextmanager
-def region(trace: Trace, policy: Callable[[Node], int] | None = None) -> Iterator[None]:
+def recorded_region(trace: Trace, policy: Callable[[Node], int] | None = None) -> Iterator[None]:
     """What is recorded meanwhile is a region of its own, to be computed again in the backward but
     for what the policy lets be saved."""
     outer, trace.regions = trace.region, trace.regions + 1
@@ -59,7 +59,7 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
         return
     calls_late(fn)
     start = len(trace.records)
-    with region(trace):
+    with recorded_region(trace):
         yield
     context_fn = kwargs.get(
         "context_fn", args[1] if len(args) > 1 else torch_checkpoint.noop_context_fn
@@ -106,7 +106,7 @@ def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     requiring = [a for a in given if a.requires_grad]
     cut = nullcontext() if trace.may_ask_constants or requiring else torch.no_grad()
     try:
-        with region(trace), cut:
+        with recorded_region(trace), cut:
             result = args[0](*args[2:])
     except RuntimeError as e:
         if "a leaf Variable that requires grad" in str(e):

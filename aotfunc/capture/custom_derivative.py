@@ -139,7 +139,7 @@ class CustomDerivative:
         return inputs, splice_rule(b, part, cts, residuals)
 
     def forward_rule(self) -> RuleProgram | None:
-        """The user's jvp, if there is one; raises what recording it raised."""
+        """Return the user's jvp, if there is one; raises what recording it raised."""
         forward = self.forward.part() if isinstance(self.forward, Later) else self.forward
         if isinstance(forward, Exception):
             raise forward
@@ -154,7 +154,7 @@ class CustomDerivative:
         active: Any,
         residuals: list,
     ) -> list:
-        """The cotangents by the transpose of the jvp, which is linear in the tangents."""
+        """Return the cotangents by the transpose of the jvp, which is linear in the tangents."""
         tangents = {
             x: unknown(b, x.meta["val"]) if x in active else filled_node(b, 0, x.meta["val"])
             for x in inputs

@@ -25,7 +25,7 @@ from .tree import Operands, in_order_of, parameter, structure
 
 
 class CustomRules:
-    """A function and the rules that replace what the transforms would make of it.
+    """A function and the rules that replace those of the transforms.
 
     Reverse mode is ``forward(*args) -> (output, residuals)`` and ``backward(*fixed, residuals,
     cotangents)``, forward mode ``tangents_of(*fixed, primals, tangents) -> (output, tangents)``,
@@ -46,7 +46,7 @@ class CustomRules:
         self.symbolic_zeros = False
 
     def record(self, *args: Any) -> Any:
-        """``f(*args)``, recorded with the rules."""
+        """Return ``f(*args)``, recorded with the rules."""
         if self.backward is None and self.tangents_of is None:
             leaves, spec = self.body(args)
             return unflatten_tree(leaves, spec)
@@ -64,10 +64,10 @@ class CustomRules:
         return unflatten_tree(list(leaves), context.spec)
 
     def run(self, context: Any, args: tuple) -> tuple:
-        """The leaves of the output; what the rules read goes into the context."""
+        """Return the leaves of the output; what the rules read goes into the context."""
         primals = Operands(args, opened=True)
         # without a derivative, or called by its own forward, it is its body; a backward that is
-        # asked for all the same asks the forward again
+        # asked for after all asks the forward again
         context.again = self.backward is not None and (
             self in _running.rules or not any(t.requires_grad for t in primals.tensors)
         )
@@ -87,13 +87,14 @@ class CustomRules:
         return tuple(leaves)
 
     def output_and_residuals(self, args: tuple) -> tuple[Any, Any]:
-        """What the user's forward returns. The function itself is its body meanwhile."""
+        """Return the results and residuals of the user's forward, inside of which the function is
+        its body."""
         _running.rules.append(self)
         try:
             result = self.forward(*args)  # type: ignore[misc]
         finally:
             _running.rules.pop()
-        return pair(self, "the forward", "(output, residuals)", result)
+        return two_results(self, "the forward", "(output, residuals)", result)
 
     def fixed(self, args: Sequence[Any]) -> list:
         return [args[i] for i in self.places]
@@ -143,7 +144,7 @@ class Batched:
         ]
         flags = unflatten_tree([d is not None for d in dims], spec)
         result = rules.batched(info.batch_size, list(flags), *unflatten_tree(front, spec))  # type: ignore[misc]
-        output, batched = pair(rules, "the batching rule", "(output, out_batched)", result)
+        output, batched = two_results(rules, "the batching rule", "(output, out_batched)", result)
         leaves, out_spec = flatten_tree(output)
         flags, flag_spec = flatten_tree(batched)
         if flag_spec != out_spec or not all(isinstance(yes, bool) for yes in flags):
@@ -210,15 +211,15 @@ class Pullback:
             if grad is None:
                 found += [None] * len(leaves)
             else:
-                found += gradients(rules, i, leaf_spec, in_order_of(a, grad), here)
+                found += argument_gradients(rules, i, leaf_spec, in_order_of(a, grad), here)
         return found
 
 
-def gradients(
+def argument_gradients(
     rules: CustomRules, i: int, spec: Any, grad: Any, shapes: Sequence[torch.Size | None]
 ) -> list:
-    """The leaves of the gradient of argument ``i``, which has the tree ``spec`` and tensors of
-    these shapes."""
+    """Return the leaves of the gradient of argument ``i``, which has the tree ``spec`` and tensors
+    of these shapes."""
     name = parameter(rules.f, i) or f"argument {i}"
     leaves, given = flatten_tree(grad)
     if given != spec:
@@ -244,7 +245,7 @@ class Pushforward:
         result = rules.tangents_of(  # type: ignore[misc]
             *rules.fixed(primals), rules.varying(primals), rules.varying(given)
         )
-        output, found = pair(rules, "the jvp", "(output, tangents)", result)
+        output, found = two_results(rules, "the jvp", "(output, tangents)", result)
         leaves, out_spec = flatten_tree(in_order_of(output, found))
         if out_spec != context.spec:
             raise ArgumentError(
@@ -278,8 +279,8 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def pair(rules: CustomRules, which: str, what: str, result: Any) -> Any:
-    """The result of a rule that must return two things."""
+def two_results(rules: CustomRules, which: str, what: str, result: Any) -> Any:
+    """Return the result of a rule that must return two things."""
     if isinstance(result, tuple) and len(result) == 2:
         return result
     raise ArgumentError(f"{rules.__name__}: {which} must return {what}, not {structure(result)}")

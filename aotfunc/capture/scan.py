@@ -24,7 +24,7 @@ from ..transforms.walk import filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning, row_sig
 from .scan_halves import Half, backward_body, linear_body
 
-#: rows that are kept as tensors of their own before they become a part of their stack
+#: number of rows that are kept as tensors of their own before they join their stack
 ROWS = 256
 
 
@@ -54,7 +54,7 @@ class Scan(Flow):
 
     @property
     def vals(self) -> tuple:
-        """Signatures of its results."""
+        """Return the signatures of its results."""
         vals = self.body.vals
         rows = [inserted(v, 0, self.length) for v in vals[self.n_carry :]]
         return (*vals[: self.n_carry], *rows)
@@ -90,12 +90,12 @@ class Scan(Flow):
         return [*own_memory(self.body, carry), *ys]
 
     def blocks(self) -> range:
-        """The first row of each part of the stacks, in the order of the steps."""
+        """Return the first row of each part of the stacks, in the order of the steps."""
         starts = range(0, self.length, ROWS)
         return starts[::-1] if self.reverse else starts
 
     def form(self, args: Sequence[Any]) -> tuple[list, dict[str, Any]]:
-        """Its arguments and options as the operator of its name takes them."""
+        """Return its arguments and options as the operator of its name takes them."""
         first, last = self.n_consts, self.n_consts + self.n_carry
         groups = [list(args[:first]), list(args[first:last]), list(args[last:])]
         return groups, {"length": self.length, "reverse": self.reverse}
@@ -103,17 +103,18 @@ class Scan(Flow):
     # ----- as a node -----------------------------------------------------------------------------
 
     def live(self, n: Node, active: Any) -> list[bool]:
-        """Which results of the node ``n`` have a derivative where its ``active`` arguments do."""
+        """Return which results of the node ``n`` have a derivative where its ``active`` arguments
+        do."""
         return self.derivative([a in active for a in n.args])[1]
 
     def flat(self, n: Node) -> list[Node]:
-        """The arguments of the node ``n`` by which the loop is flat."""
+        """Return the arguments of the node ``n`` by which the loop is flat."""
         wrt = tuple(i for i, a in enumerate(n.args) if has_derivative(a.meta["val"]))
         return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
 
     def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
-        """``(inputs, results)`` of the body with a derivative in some step, where these arguments
-        have one."""
+        """Return ``(inputs, results)`` of the body with a derivative in some step, where these
+        arguments have one."""
         wrt = {i for i, yes in enumerate(given) if yes}
         while True:
             flags = live(self.body, tuple(sorted(wrt)))
@@ -123,7 +124,7 @@ class Scan(Flow):
             wrt |= carried
 
     def parts(self, wrt: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """These inputs of the body by what they are: constants, carry, rows."""
+        """Return these inputs of the body by what they are: constants, carry, rows."""
         first, last = self.n_consts, self.n_consts + self.n_carry
         return (
             [i for i in wrt if i < first],
@@ -134,8 +135,8 @@ class Scan(Flow):
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: the loop also stacks residuals, and there is one that goes back. Its carry
-        are the cotangents of the constants so far, and those of the carry."""
+        """Reverse mode: let the loop also stack residuals, and add a loop that goes back. Its
+        carry are the cotangents of the constants so far, and those of the carry."""
         wrt, flags = self.derivative([a in active for a in n.args])
         k = self.n_carry
         given = [j for j in range(k, len(flags)) if flags[j] and j in g]
@@ -164,8 +165,8 @@ class Scan(Flow):
         return [n.args[i] for i in wrt], [found.get(i) for i in wrt]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: ``new`` also stacks residuals, and there is a loop for the tangents, which
-        are linear in the tangents given."""
+        """Forward mode: let ``new`` also stack residuals, and add a loop for the tangents, which
+        is linear in the tangents given."""
         wrt, flags = self.derivative([a in tangents for a in n.args])
         half = self.body.once(
             ("push", self.n_consts, self.n_carry, wrt),
@@ -195,7 +196,7 @@ class Scan(Flow):
         return [found.get(j) if flags[j] else None for j in range(len(flags))]
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batching: what is the same for all samples in every step stays as it is."""
+        """Batching: values that all samples share in every step stay unbatched."""
         b, first, last = walk.b, self.n_consts, self.n_consts + self.n_carry
         met, flags = self.met([walk.has(a) for a in n.args], walk.randomness == "different")
         args = []
@@ -222,8 +223,8 @@ class Scan(Flow):
         return results, flags
 
     def met(self, given: Sequence[bool], apart: bool) -> tuple[list[bool], list[bool]]:
-        """Which inputs and results of the body differ between samples in some step; with draws
-        ``apart`` what they draw differs."""
+        """Return which inputs and results of the body differ between samples in some step; with
+        draws ``apart`` what they draw differs."""
         found = list(given)
         while True:
             flags = differing(self.body, found, apart)
@@ -239,7 +240,7 @@ class Scan(Flow):
 
 
 def own_memory(body: Program, carry: Sequence[Tensor]) -> list[Tensor]:
-    """What a body has returned to be carried, with copies of what may show the memory of an input,
+    """Return the values to be carried, with copies of those that may show the memory of an input
     or of another result."""
 
     def find() -> list[bool]:

@@ -1,5 +1,5 @@
-"""The derivative of a loop's body, in two: what the loop computes and keeps for it, and the body
-of the loop that is linear in tangents, or cotangents."""
+"""The derivative of a loop's body in two: the residuals that the loop computes for it, and the
+body of the loop that is linear in tangents or cotangents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Half:
         results, computed = list(early.outputs[:count]), list(early.outputs[count:])
         fixed = [r for r in computed if r not in varying and r.op != "placeholder"]
         self.fixed = part(early, [n for n in early.graph.nodes if n not in varying], fixed)
-        #: for each residual what it is, and its number there
+        #: for each residual its kind, and its number among those
         self.sources: list[tuple[str, int]] = []
         stacked: list[Node] = []
         for r in [*computed, *[inputs[i] for i in direct]]:
@@ -82,9 +82,9 @@ class Half:
         return found
 
     def inputs(self, b: Builder) -> Callable[[], list[Node]]:
-        """Placeholders for the residuals in a body: now those that are the same in every step; the
-        others, rows of stacks and so contiguous, when the function is called that is returned.
-        It returns all in the order of ``late``."""
+        """Add placeholders for the residuals to a body: now for those that are the same in every
+        step; for the others, which are contiguous rows of stacks, when the returned function is
+        called. This returns all in the order of ``late``."""
         sigs = [p.meta["val"] for p in self.late.placeholders[: len(self.sources)]]
         fixed = {
             i: b.placeholder("residual", sig)
@@ -104,7 +104,7 @@ class Half:
 def backward_body(
     scan: Scan, half: Half, wrt: tuple[int, ...], have: Sequence[bool]
 ) -> tuple[Program, list[int], list[int]]:
-    """``(residuals, cotangents of constants and carry, residuals, cotangents of rows) ->
+    """Return ``(residuals, cotangents of constants and carry, residuals, cotangents of rows) ->
     (cotangents of constants and carry, those of rows)``, and of which constants and which rows
     these are."""
     with paused_gc():
@@ -133,8 +133,8 @@ def backward_body(
 
 
 def linear_body(scan: Scan, half: Half, wrt: tuple[int, ...]) -> tuple[Program, list[int]]:
-    """``(residuals, tangents of constants and carry, residuals, tangents of rows) -> (tangents of
-    the carry, of rows)``, and of which results the last are."""
+    """Return ``(residuals, tangents of constants and carry, residuals, tangents of rows) ->
+    (tangents of the carry, of rows)``, and of which results the last are."""
     with paused_gc():
         b = builder()
         consts, carries, rows = scan.parts(wrt)

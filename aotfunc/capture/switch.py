@@ -65,14 +65,15 @@ class Switch(Flow):
     # ----- as a node -----------------------------------------------------------------------------
 
     def live(self, n: Node, active: Any) -> list[bool]:
-        """Which results of the node ``n`` have a derivative where its ``active`` arguments do."""
+        """Return which results of the node ``n`` have a derivative where its ``active`` arguments
+        do."""
         wrt = tuple(i for i, a in enumerate(n.args[1:]) if a in active)
         return [
             any(flags) for flags in zip(*[live(body, wrt) for body in self.bodies], strict=True)
         ]
 
     def flat(self, n: Node) -> list[Node]:
-        """The arguments of the node ``n`` by which all branches are flat."""
+        """Return the arguments of the node ``n`` by which all branches are flat."""
         operands = n.args[1:]
         wrt = tuple(i for i, a in enumerate(operands) if has_derivative(a.meta["val"]))
         found = set().union(*[s for body in self.bodies for s in flat_inputs(body, wrt)])
@@ -81,7 +82,7 @@ class Switch(Flow):
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: each branch also returns residuals, and there is a choice between their
+        """Reverse mode: let each branch also return residuals, and add a choice between their
         backwards."""
         operands = n.args[1:]
         wrt = tuple(i for i, a in enumerate(operands) if a in active)
@@ -89,13 +90,13 @@ class Switch(Flow):
         sigs = [dense(self.bodies[0].placeholders[i].meta["val"]) for i in wrt]
         half = self.bodies[0].once(
             ("pull", self.bodies, wrt, have),
-            lambda: halves(self, [vjp(p, wrt, have) for p in self.bodies], sum(have), sigs),
+            lambda: cut_branches(self, [vjp(p, wrt, have) for p in self.bodies], sum(have), sigs),
         )
         cts = [laid_out(b, g[j], v, exactly=True) for j, v in enumerate(self.vals) if j in g]
         return [operands[i] for i in wrt], half.late_results(b, n, cts)
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: each branch also returns residuals, and there is a choice between their
+        """Forward mode: let each branch also return residuals, and add a choice between their
         tangents."""
         operands = n.args[1:]
         wrt = tuple(i for i, a in enumerate(operands) if a in tangents)
@@ -103,7 +104,7 @@ class Switch(Flow):
         wanted = [v if yes else None for v, yes in zip(self.vals, flags, strict=True)]
         half = self.bodies[0].once(
             ("push", self.bodies, wrt),
-            lambda: halves(
+            lambda: cut_branches(
                 self, [jvp(p, wrt, zeros=False) for p in self.bodies], len(wrt), wanted
             ),
         )
@@ -121,22 +122,22 @@ class Switch(Flow):
         if not walk.has(n.args[0]):
             each = [differing(body, met, apart) for body in self.bodies]
             flags = list(map(any, zip(*each, strict=True)))
-            bodies = [batched(walk, body, met, args, flags) for body in self.bodies]
+            bodies = [batched_body(walk, body, met, args, flags) for body in self.bodies]
             return emit_flow(walk.b, Switch(bodies), [walk.env[n.args[0]], *args]), flags
         everything = [True] * len(self.vals)
-        bodies = [batched(walk, body, met, args, everything) for body in self.bodies]
+        bodies = [batched_body(walk, body, met, args, everything) for body in self.bodies]
         return chosen_rows(walk.b, walk.env[n.args[0]], bodies, met, args), everything
 
 
 def branch(body: Program) -> Program:
-    """The body with contiguous results that have memory of their own."""
+    """Return the body with contiguous results that have memory of their own."""
     return fresh(results_as(body, [dense(v) for v in body.vals]), ())
 
 
-def batched(
+def batched_body(
     walk: Any, body: Program, met: Sequence[bool], args: Sequence[Node], flags: Sequence[bool]
 ) -> Program:
-    """A body for a batch, where these arguments and results have its dimension."""
+    """Return a body for a batch, where these arguments and results have its dimension."""
     sigs = tuple([a.meta["val"] for a in args])
     dims, outs = ([0 if yes else None for yes in found] for found in (met, flags))
     key = ("vmap", tuple(met), tuple(flags), sigs, walk.size, walk.randomness, walk.strict)
@@ -148,8 +149,8 @@ def batched(
 def chosen_rows(
     b: Builder, index: Node, bodies: Sequence[Program], met: Sequence[bool], args: Sequence[Node]
 ) -> list[Node]:
-    """The results of a choice that each sample of a batch makes for itself. A branch runs where a
-    sample takes it. The other samples go through it as copies of one that does, without a
+    """Return the results of a choice that each sample of a batch makes for itself. A branch runs
+    where a sample takes it. The other samples go through it as copies of one that does, without a
     derivative: so no NaN can come of them."""
     results: list[Node] = []
     for k, body in enumerate(bodies):
@@ -166,7 +167,7 @@ def chosen_rows(
 
 
 def on_rows(body: Program, mask: Node, met: Sequence[bool]) -> tuple[Program, Program]:
-    """``(mask, operands) -> results`` for no samples, and for those of the mask."""
+    """Return ``(mask, operands) -> results`` for no samples, and for those of the mask."""
     with paused_gc():
         programs = []
         for run in (False, True):
@@ -189,13 +190,13 @@ def on_rows(body: Program, mask: Node, met: Sequence[bool]) -> tuple[Program, Pr
 
 
 def own_or_copied(b: Builder, mask: Node, x: Node, row: Node) -> Node:
-    """The rows of ``x`` in the mask, and copies of one of them for the others."""
+    """Return the rows of ``x`` in the mask, and copies of one of them for the others."""
     copy = b.call(aten.detach.default, b.call(aten.index_select.default, x, 0, row))
     return b.call(aten.where.self, beside(b, mask, x), x, copy)
 
 
 def beside(b: Builder, mask: Node, x: Node) -> Node:
-    """A mask of rows, to broadcast with ``x``."""
+    """Return a mask of rows, to broadcast with ``x``."""
     rank = x.meta["val"].ndim
     return b.call(aten.view.default, mask, [-1, *[1] * (rank - 1)]) if rank > 1 else mask
 
@@ -203,7 +204,7 @@ def beside(b: Builder, mask: Node, x: Node) -> Node:
 # ----- halves ------------------------------------------------------------------------------------
 
 
-class Halves(NamedTuple):
+class BranchHalves(NamedTuple):
     """Branches that also return residuals, and the branches of what is linear: programs of the
     operands ``read``, the residuals and the late inputs."""
 
@@ -223,9 +224,9 @@ class Halves(NamedTuple):
         return emit_flow(b, Switch(self.backs), args)
 
 
-def halves(
+def cut_branches(
     switch: Switch, joints: Sequence[Program], n_late: int, wanted: Sequence[Sig | None]
-) -> Halves:
+) -> BranchHalves:
     """Joint programs of the branches in two. What a branch keeps lies in places that it shares
     with the others; those that it does not need are zeros. ``wanted``: the signatures of the late
     results, None for those that are left out."""
@@ -275,4 +276,4 @@ def halves(
             ]
             total = len(given) + len(saved) + len(lates)
             backs.append(Program(b.finish(results), total, len(results), (), "backward"))
-    return Halves(forwards, backs, read, len(slots))
+    return BranchHalves(forwards, backs, read, len(slots))

@@ -73,26 +73,27 @@ class While(Flow):
     # ----- as a node -----------------------------------------------------------------------------
 
     def live(self, n: Node, active: Any) -> list[bool]:
-        """Which results of the node ``n`` have a derivative where its ``active`` arguments do."""
+        """Return which results of the node ``n`` have a derivative where its ``active`` arguments
+        do."""
         wrt = self.derivative([a in active for a in n.args])
         return [self.n_consts + k in wrt for k in range(len(self.vals))]
 
     def flat(self, n: Node) -> list[Node]:
-        """The arguments of the node ``n`` by which the loop is flat."""
+        """Return the arguments of the node ``n`` by which the loop is flat."""
         vals = [a.meta["val"] for a in n.args]  # type: ignore[union-attr]
         wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
         return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
 
     def derivative(self, given: Sequence[bool]) -> tuple[int, ...]:
-        """The inputs of the body with a derivative in some step, where these arguments have
+        """Return the inputs of the body with a derivative in some step, where these arguments have
         one."""
         return Scan(self.body, self.n_consts, len(self.vals), 1).derivative(given)[0]
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: the loop becomes one of ``max_steps`` steps, of which those that are too
-        many do nothing."""
+        """Reverse mode: make the loop one of ``max_steps`` steps, in which surplus steps do
+        nothing."""
         if self.max_steps is None:
             raise RuleError(
                 "reverse mode through a while_loop whose number of steps is not known"
@@ -103,7 +104,7 @@ class While(Flow):
         return loop.pull(b, n, g, active, again)
 
     def guarded(self) -> Program:
-        """``(constants, carry) -> carry``: a step where the condition holds, else none."""
+        """Return ``(constants, carry) -> carry``: a step if the condition holds, else none."""
 
         def make() -> Program:
             with paused_gc():
@@ -119,7 +120,7 @@ class While(Flow):
         return self.body.once(("guarded", self.condition), make)
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: a loop beside this one carries the tangents with the values."""
+        """Forward mode: add a loop beside this one that carries the tangents with the values."""
         wrt = self.derivative([a in tangents for a in n.args])
         k, count = self.n_consts, len(self.vals)
         consts, carries = [i for i in wrt if i < k], [i for i in wrt if i >= k]
@@ -140,7 +141,7 @@ class While(Flow):
         return [found.get(k + j) for j in range(count)]
 
     def pushed(self, wrt: tuple[int, ...]) -> tuple[Program, Program]:
-        """The condition and the body with tangents of these inputs beside the values."""
+        """Return the condition and the body with tangents of these inputs beside the values."""
         k, count = self.n_consts, len(self.vals)
         values = self.body.placeholders
         carries = [i for i in wrt if i >= k]
@@ -172,7 +173,7 @@ class While(Flow):
             return made(self.condition, False), made(joint, True)
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batching: where the condition differs between samples, the loop runs while it holds for
+        """Batching: if the condition differs between samples, the loop runs while it holds for
         any, and each sample stops at its own step."""
         b, k, count = walk.b, self.n_consts, len(self.vals)
         apart = walk.randomness == "different"
@@ -207,7 +208,7 @@ class While(Flow):
 
 
 def of_any(condition: Program) -> Program:
-    """Whether a condition holds for a sample of a batch."""
+    """Return whether a condition holds for a sample of a batch."""
     with paused_gc():
         b = builder()
         [holds] = b.inlined(condition, b.inputs(condition.placeholders))
@@ -216,7 +217,7 @@ def of_any(condition: Program) -> Program:
 
 
 def as_condition(program: Program) -> Program:
-    """The program with its one result as a bool without dimensions."""
+    """Return the program with its one result as a bool without dimensions."""
 
     def make() -> Program:
         with paused_gc():

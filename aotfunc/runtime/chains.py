@@ -115,7 +115,7 @@ def chained(
     wrt = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
     written = call.program.mutated
     apart = len({tensors[i].untyped_storage()._cdata for i in written}) == len(written)
-    chain = call.program.once(("chain", wrt, apart), lambda: Cut(call, wrt, apart).chain())
+    chain = call.program.once(("chain", wrt, apart), lambda: CallCuts(call, wrt, apart).chain())
     return None if chain is None else chain(tensors)
 
 
@@ -156,7 +156,7 @@ class Chain:
         return outs[: program.n_outputs], {k: values[i] for k, i in self.views.items()}
 
 
-class Cut:
+class CallCuts:
     """The cuts of a call's graph for the gradients of its inputs ``wrt``. New values of written
     inputs are cuts only if these inputs are ``apart`` in memory: a later write to one must not
     reach values kept of another."""

@@ -88,8 +88,8 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
 
 
 def values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
-    """All outputs of a program, eagerly; control flow meets no batches of torch.func's, whose
-    strides nobody knows."""
+    """Return all outputs of a program, run eagerly; control flow meets no batches of torch.func's,
+    whose strides are unknown."""
     if program.once("flow", lambda: any(hasattr(n.target, "bodies") for n in program.graph.nodes)):
         return call_batched(lambda p, given: on_eager(p)(*given), program, tensors)
     return on_eager(program)(*tensors)

@@ -74,8 +74,8 @@ if __name__ == "__main__":
 
 
 def kept_as_script(gm: fx.GraphModule, backend: Backend, error: Exception) -> Path:
-    """Write the graph, its inputs by their shapes, and what is known of the compiler, to a file
-    beside the kernels. Raises OSError where there is no place for it."""
+    """Write the graph, its inputs by their shapes, and the compiler's name and settings to a file
+    beside the kernels. Raises OSError if there is no place for it."""
     vals = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     held = {n.target: getattr(gm, n.target) for n in gm.graph.find_nodes(op="get_attr")}
     constants = [f'self.register_buffer("{k}", {described(t)})' for k, t in held.items()]
@@ -97,14 +97,14 @@ def indented(lines: list[str], by: int) -> str:
 
 
 def described(val: Any) -> str:
-    """What makes a value like this one."""
+    """Return code that makes a value like this one."""
     if not isinstance(val, Tensor):
         return repr(val)
     return f"tensor({tuple(val.shape)}, {val.stride()}, {val.dtype}, {str(val.device)!r})"
 
 
 def text_of(backend: Backend) -> str:
-    """The import of a compiler that has a name."""
+    """Return the import of a compiler that has a name."""
     named = [name for name, known in REGISTRY.items() if known is backend]
     if named:
         return f'compiler = aotfunc.backends.lookup("{named[0]}")'

@@ -110,8 +110,8 @@ class Halves:
     def backward_for(
         self, have: tuple[bool, ...], sigs: tuple[Sig, ...]
     ) -> tuple[CompiledCall, Sequence[int]]:
-        """The backward half where only some results have a cotangent, and those lie as ``sigs``
-        say; which of the residuals it takes."""
+        """Return the backward half where only some results have a cotangent, and those lie as
+        ``sigs`` say; which of the residuals it takes."""
         half, plain = self.backward, all([sig.plain for sig in sigs])
         if plain and all(have):
             return half, self.saved
@@ -131,7 +131,7 @@ class Halves:
         return found
 
     def residuals_of(self, outs: Sequence[int]) -> Sequence[int]:
-        """Which of the residuals the gradients of these results read."""
+        """Return which of the residuals the gradients of these results read."""
         have = tuple([i in outs for i, yes in enumerate(self.live) if yes])
         return self.backward_for(have, tuple([contiguous_sig(self.vals[i]) for i in outs]))[1]
 

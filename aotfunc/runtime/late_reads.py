@@ -30,7 +30,7 @@ def late_reads(program: Program) -> tuple[list[int], list[int]]:
 def versions(
     reads: tuple[list[int], list[int]], tensors: Sequence[Tensor], outs: Sequence[Tensor]
 ) -> Versions:
-    """The tensors of a call that may not be written to until its backward."""
+    """Return the tensors of a call that may not be written to until its backward."""
     inputs, results = reads
     found = [tensors[i] for i in inputs] + [outs[i] for i in results]
     # results and written tensors know the backward that reads them

@@ -200,9 +200,9 @@ def loaded(
 def compiled_by(
     backend: Backend, program: Program, tensors: Sequence[Tensor], what: str
 ) -> Callable:
-    """A function of a list of inputs, which it may empty: the program handed to a backend as a
-    GraphModule with example inputs. Raises BackendError, which keeps the graph, where the compiler
-    raises an error that is not ours."""
+    """Return a function of a list of inputs, which it may empty: the program handed to a backend
+    as a GraphModule with example inputs. Raises BackendError, which keeps the graph, where the
+    compiler raises an error that is not ours."""
     if backend == backends.EAGER:
         return compile_graph(lowered(program, EVERYTHING).graph).boxed
     if backend == backends.AUTO:
@@ -279,15 +279,15 @@ def unboxed(body: Callable[[list], Sequence]) -> Callable[..., Sequence]:
 
 
 def run_bodies(target: Any, bodies: Sequence[Callable], *tensors: Tensor) -> Sequence:
-    """The results of control flow; what kernels ask of their arguments at each call is asked once
-    for all steps."""
+    """Return the results of control flow; checks that kernels make of their arguments at each call
+    are made once for all steps."""
     if all([t.__class__ in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors]):
         bodies = [body.unchecked for body in bodies]  # type: ignore[attr-defined]
     return target.run(bodies, tensors)
 
 
 def examples(program: Program) -> list[Tensor]:
-    """Tensors as the program takes them, to compile for."""
+    """Return tensors as the program takes them, to compile with."""
     return [
         torch.empty_like(p.meta["val"].proto, device=p.meta["val"].device)
         for p in program.placeholders

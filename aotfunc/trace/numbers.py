@@ -89,8 +89,8 @@ def read_grad(self: Tensor) -> Tensor | None:
 
 
 def read_grad_fn(self: Tensor) -> Any:
-    """A node of autograd's: what is done to it, as registering a hook, no recording sees, so the
-    function is to run at every call."""
+    """Return a node of autograd's: what is done to it, as registering a hook, no recording sees,
+    so the function is to run at every call."""
     node = _grad_fn.__get__(self)
     if node is not None and frozen(self):
         for trace in under_way.traces:

@@ -29,7 +29,7 @@ class Region(NamedTuple):
 
 
 def saves(n: Node) -> bool:
-    """Whether the policy of its region lets the value of a node be saved."""
+    """Return whether the policy of its region lets the value of a node be saved."""
     region = n.meta.get("region")
     return region.__class__ is Region and bool(region.policy(n))
 

@@ -91,7 +91,7 @@ class Seeds:
 
 
 def undo_draws(known: States) -> bool:
-    """Whether a state is another one now; if so, all are put back."""
+    """Return whether a state has changed; if so, put all back."""
     with quiet():
         same = all(torch.equal(g.get_state(), state) for g, state in known.values())
     for g, state in () if same else known.values():

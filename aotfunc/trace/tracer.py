@@ -275,7 +275,7 @@ def of_objects(func: Any, args: tuple) -> Any:
 
 
 def on_functions(name: str) -> CaptureError:
-    """The refusal of an operator that takes functions: flex_attention, …"""
+    """Return the refusal of an operator that takes functions: flex_attention, …"""
     return CaptureError(
         f"{name} calls functions that are given to it, which is not "
         f"captured{at(debug.user_line())}. Write it with aotfunc.cond, scan or while_loop, or "

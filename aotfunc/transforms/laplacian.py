@@ -1,4 +1,4 @@
-"""The sum of a second derivative over a batch of directions, taken as early as it can be.
+"""Take the sum of a second derivative over a batch of directions as early as possible.
 
 A program that is quadratic in its direction has values of degree 0, 1 and 2 in it. Those of
 degree 1 are batched; a product of two of them is summed over the batch at once, and what is linear
@@ -49,15 +49,15 @@ class Summed(Batch):
         return new
 
     def total(self, n: Any) -> Any:
-        """The sum of a value of degree 2 over the batch."""
+        """Return the sum of a value of degree 2 over the batch."""
         if n in self.sums:
             return self.env[n]
         return self.b.call(aten.sum.dim_IntList, self.expanded(n), [0])
 
 
 def summed(program: Program, direction: int, sig: Sig) -> Program:
-    """The sums of the results of a program that is quadratic in its input ``direction``, over the
-    rows of a tensor of signature ``sig`` that take its place. Literal results stay."""
+    """Return the sums of the results of a program that is quadratic in its input ``direction``,
+    over the rows of a tensor of signature ``sig`` that take its place. Literal results stay."""
     with paused_gc():
         b = builder()
         walk = Summed(b, sig.shape[0])
@@ -71,8 +71,8 @@ def summed(program: Program, direction: int, sig: Sig) -> Program:
 
 
 def laplacian(program: Program, x: int, n_out: int, axes: Sig) -> Program:
-    """The sums of the second derivatives of the first ``n_out`` results along the rows of
-    ``axes``, an input behind the others: ``(inputs, axes, closed-over) -> sums``, None for
+    """Return the sums of the second derivatives of the first ``n_out`` results along the rows
+    of ``axes``, an input behind the others: ``(inputs, axes, closed-over) -> sums``, None for
     zero."""
     along = taylor(program, (x,), ((True, False),), 2, n_out)
     end = output_node(along.graph)

@@ -35,7 +35,7 @@ EVERYTHING = MARKS | CALLS
 
 
 def for_backward(n: Node) -> bool:
-    """Whether anything reads the workspace of this recurrent layer."""
+    """Return whether anything reads the workspace of this recurrent layer."""
     return any(user.args[1] == WORKSPACE for user in n.users)
 
 
@@ -52,7 +52,7 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
         return program
 
     def inner(body: Program) -> Program:
-        """A body lowered; once more it is itself."""
+        """Return a body lowered; once more it is itself."""
         key = ("lowered", dissolve)
         made = body.once(key, lambda: lowered(body, dissolve))
         return made.once(key, lambda: made)

@@ -1,4 +1,4 @@
-"""Which elements of a result depend on which elements of an input, read off a graph.
+"""Find which elements of a result depend on which elements of an input, by the graph.
 
 Each value of the graph has a Boolean matrix, a row for each of its elements and a column for each
 element of the input. An elementwise op joins the rows of its arguments. An op that is linear in an
@@ -56,11 +56,11 @@ class Dependence:
         self.input, self.outputs = program.placeholders[wrt], program.outputs
         self.active = active_nodes(program.graph.nodes, [self.input])
         self.patterns: dict[Any, Pattern] = {}
-        #: whether it holds for these values alone: of indices, and of factors with zeros
+        #: whether the pattern holds for these values alone: of indices, and of factors with zeros
         self.by_value = False
 
     def of(self, n: Any) -> Pattern:
-        """The pattern of a value: a row for each of its elements."""
+        """Return the pattern of a value: a row for each of its elements."""
         if n not in self.patterns:
             self.patterns[n] = self.found(n)
         return self.patterns[n]
@@ -85,7 +85,7 @@ class Dependence:
         if op in REDUCTIONS or op in ALONG:
             dims = args[1] if isinstance(args[1], list | tuple) else [args[1]]
             x, keep = moving[0], op in ALONG or args[2]
-            total: Any = selection(lambda t: t.sum(dims or None, keepdim=bool(keep)), x)
+            total: Any = selection_pattern(lambda t: t.sum(dims or None, keepdim=bool(keep)), x)
             if op in REDUCTIONS:
                 return total @ self.of(x)
             return total.T @ total @ self.of(x)
@@ -95,7 +95,8 @@ class Dependence:
         return joined(parts)
 
     def everything(self, call: Node, n: Node) -> Pattern:
-        """Every element depends on what any element of an argument depends on."""
+        """Return the pattern in which every element depends on all that any element of an argument
+        depends on."""
         count = self.input.meta["val"].numel
         rows = [self.of(a).sum(0) > 0 for a in call._input_nodes if a in self.active]
         row = np.any(rows, 0) if rows else np.zeros(count, bool)
@@ -104,8 +105,8 @@ class Dependence:
     def linear(
         self, op: OpOverload, args: list, item: int | None, x: Node, moving: Sequence[Node]
     ) -> Pattern:
-        """The pattern by the argument ``x`` of an op that is linear in it; None if it is not, or
-        mixes elements."""
+        """Return the pattern by the argument ``x`` of an op that is linear in it; None if it is
+        not, or mixes elements."""
         rules = entry_for(op)
         where = {i for i in tensor_args(op) if any(a is x for a in leaves(args[i]))}
         others = any(a is not x for a in moving)
@@ -129,11 +130,12 @@ class Dependence:
             result = call_op(op, mapped(put, args))
             return result if item is None else result[item]
 
-        picked = selection(run, x)
+        picked = selection_pattern(run, x)
         return None if picked is None else picked @ self.of(x)
 
     def value(self, n: Any) -> Any:
-        """The value of a node that does not depend on the input; floating numbers are float64."""
+        """Return the value of a node that does not depend on the input; floating numbers are
+        float64."""
         if not isinstance(n, Node):
             return n
         if n.op == "placeholder":
@@ -146,7 +148,7 @@ class Dependence:
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def nonzero(self, n: Any) -> Any:
-        """Where a factor may be something else than zero: anywhere, if it depends on the input."""
+        """Return where a factor may be nonzero: anywhere, if it depends on the input."""
         if n in self.active:
             return np.ones(n.meta["val"].shape, bool)
         return (self.value(n) != 0).numpy(force=True)
@@ -160,14 +162,14 @@ def joined(parts: Sequence[Pattern]) -> Pattern:
 
 
 def picks(sources: Tensor, count: int) -> Pattern:
-    """The matrix that takes for each row the element with this number, none for -1."""
+    """Return the matrix that takes for each row the element with this number, none for -1."""
     flat = sources.flatten().numpy(force=True)
     rows = np.flatnonzero(flat >= 0)
     return sparse.csr_array((np.ones(len(rows), bool), (rows, flat[rows])), (len(flat), count))
 
 
 def named_rows(a: Node, n: Node) -> Pattern:
-    """The matrix that broadcasts ``a`` to the shape of ``n``."""
+    """Return the matrix that broadcasts ``a`` to the shape of ``n``."""
     shape = a.meta["val"].shape
     return picks(
         torch.arange(a.meta["val"].numel).view(shape).expand(n.meta["val"].shape),
@@ -175,9 +177,9 @@ def named_rows(a: Node, n: Node) -> Pattern:
     )
 
 
-def selection(run: Any, x: Node) -> Pattern | None:
-    """The pattern of a linear map of tensors like ``x`` whose every result is a multiple of one
-    element, or whose every element goes to one result; None for other maps."""
+def selection_pattern(run: Any, x: Node) -> Pattern | None:
+    """Return the pattern of a linear map of tensors like ``x`` whose every result is a multiple of
+    one element, or whose every element goes to one result; None for other maps."""
     shape, count = x.meta["val"].shape, x.meta["val"].numel
     found = sources_of(run, shape)
     if found is not None:
@@ -191,8 +193,8 @@ def selection(run: Any, x: Node) -> Pattern | None:
 
 
 def sources_of(run: Any, shape: Sequence[int]) -> Tensor | None:
-    """For each result of a linear map the number of the one element that it is a multiple of, -1
-    where it is zero; None for other maps. Elements have random numbers as names."""
+    """Return, for each result of a linear map, the number of the one element that it is a multiple
+    of, -1 where it is zero; None for other maps. Elements have random numbers as names."""
     generator = torch.Generator().manual_seed(0)
     count = int(np.prod(shape))
     names, *checks = torch.rand(3, count, generator=generator, dtype=torch.float64) + 1
@@ -248,8 +250,8 @@ def matrix_product_and_sum(d: Dependence, x: Node, a: Node, b: Node, *_: Any) ->
     return joined([spread @ d.of(x), matrix_product(d, a, b)])
 
 
-def convolution(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> Pattern | None:
-    """One tap of the kernel at a time: each moves elements."""
+def convolution_taps(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> Pattern | None:
+    """Yield one tap of the kernel at a time: each moves elements."""
     if w in d.active or (bias is not None and bias in d.active):
         return None
     weight, outputs = d.value(w), 1 if how[3] else 0
@@ -259,7 +261,7 @@ def convolution(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> Patter
         one = torch.zeros_like(weight)
         one[place] = (weight[place] != 0).double()
         run = lambda t, one=one: aten.convolution.default(t, one, None, *how)
-        picked = selection(run, x)
+        picked = selection_pattern(run, x)
         if picked is None:
             return None
         found.append(picked @ d.of(x))
@@ -271,7 +273,7 @@ FACTORS: dict[Any, Any] = {
     aten.mv.default: matrix_vector,
     aten.bmm.default: batch_product,
     aten.addmm.default: matrix_product_and_sum,
-    aten.convolution.default: convolution,
+    aten.convolution.default: convolution_taps,
 }
 
 
@@ -279,8 +281,9 @@ FACTORS: dict[Any, Any] = {
 
 
 def coloured(pattern: Pattern) -> np.ndarray:
-    """A colour for each column, so that no row has two columns of one colour: largest first, as in
-    Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices" (1974)."""
+    """Return a colour for each column, so that no row has two columns of one colour: largest
+    first, as in Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices"
+    (1974)."""
     columns, rows = pattern.tocsc(), pattern.tocsr()
     colours = [-1] * pattern.shape[1]
     rows_of, first = columns.indices.tolist(), columns.indptr.tolist()

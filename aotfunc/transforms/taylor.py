@@ -1,4 +1,4 @@
-"""Taylor mode: carries the coefficients of a power series along with each value.
+"""Taylor mode: carry the coefficients of a power series along with each value.
 
 An op that is linear in what moves acts on each coefficient; a product is a convolution of them;
 a quotient is solved for its next one. Any other op ``y = f(x)`` has the series of its derivative,
@@ -33,7 +33,7 @@ from .walk import builder, filled_node, traced
 
 aten = torch.ops.aten
 
-#: ops that are other ops put together; as such their series are shorter than by their rules
+#: ops that are other ops put together; their series are shorter that way than by their rules
 OPENED: dict[OpOverload, Callable[..., Tensor]] = {
     aten.tanh_backward.default: lambda g, y: g * (1 - y * y),
     aten.sigmoid_backward.default: lambda g, y: g * (y - y * y),
@@ -65,7 +65,7 @@ class Series:
     # ----- the graph of ops ----------------------------------------------------------------------
 
     def moving(self, n: Any) -> bool:
-        """Whether a value has coefficients beyond the first."""
+        """Return whether a value has coefficients beyond the first."""
         if n.__class__ is not Node or not has_derivative(n.meta["val"]):
             return False
         if n not in self.moves:
@@ -80,7 +80,7 @@ class Series:
         return self.moves[n]
 
     def derivative(self, n: Node) -> Node:
-        """An input whose series is the derivative of that of ``n``."""
+        """Return an input whose series is the derivative of that of ``n``."""
         if n not in self.derivatives:
             d = self.ops.placeholder("d", tangent_sig(n.meta["val"]))
             self.derivatives[n], self.integrals[d] = d, n
@@ -95,8 +95,8 @@ class Series:
         return self.aliases[n]
 
     def slope(self, n: Node) -> tuple[list, bool]:
-        """The derivatives of the outputs of a call, by its forward rule; and whether they are
-        steady: linear in the derivatives of the arguments, by factors that do not move."""
+        """Return the derivatives of the outputs of a call, by its forward rule; and whether they
+        are steady: linear in the derivatives of the arguments, by factors that do not move."""
         if n not in self.slopes:
             movers = [i for i in n._input_nodes if self.moving(i)]
             given = {i: self.derivative(i) for i in movers}
@@ -117,18 +117,19 @@ class Series:
         return [self.ops.item(n, i) for i, v in enumerate(val) if has_derivative(v)]
 
     def opened(self, n: Node) -> Any:
-        """What a call is put together of, or None."""
+        """Return the ops that a call is put together of, or None."""
         if n not in self.bodies:
             formula = OPENED.get(n.target)  # type: ignore[arg-type]
             if n.target is aten.pow.Tensor_Scalar and whole_power(n.args[1]):
-                formula = lambda x, p: power(x, int(p))
+                formula = lambda x, p: integer_power(x, int(p))
             self.bodies[n] = formula and traced(formula)(self.ops, *n.args)
         return self.bodies[n]
 
     # ----- coefficients --------------------------------------------------------------------------
 
     def coefficient(self, n: Any, k: int) -> Any:
-        """The k-th coefficient of a value, None for zero; a list of them for several outputs."""
+        """Return the k-th coefficient of a value, None for zero; a list of them for several
+        outputs."""
         if n.__class__ is not Node:
             return n if k == 0 else None
         if (n, k) not in self.known:
@@ -181,7 +182,8 @@ class Series:
         return self.convolved(n.target, x, y, range(k + 1), k, rest)
 
     def quotient(self, n: Node, k: int) -> Any:
-        """Of ``x = n y``: ``n_k = (x_k - sum of n_j y_(k-j) for j < k) / y_0``."""
+        """Return the series of ``x = n y``: ``n_k = (x_k - sum of n_j y_(k-j) for j < k) /
+        y_0``."""
         x, y = (1, *n.args)[-2:]
         known = self.convolved(aten.mul.Tensor, n, y, range(k), k)
         first = self.coefficient(x, k)
@@ -194,8 +196,8 @@ class Series:
         return rest and self.b.call(aten.div.Tensor, rest, self.coefficient(y, 0))
 
     def powered(self, n: Node, k: int) -> Any:
-        """Of ``n' x = p n x'``: ``k x_0 n_k`` is the sum of ``(p j - k + j) x_j n_(k-j)`` for j
-        from 1 to k (Knuth, "The Art of Computer Programming", volume 2, 4.7)."""
+        """Return the series of ``n' x = p n x'``: ``k x_0 n_k`` is the sum of ``(p j - k + j) x_j
+        n_(k-j)`` for j from 1 to k (Knuth, "The Art of Computer Programming", volume 2, 4.7)."""
         x, p = n.args
         terms = [
             self.scaled(self.times(aten.mul.Tensor, x, j, n, k - j), (p * j - k + j) / k)
@@ -207,7 +209,7 @@ class Series:
     def convolved(
         self, op: OpOverload, x: Any, y: Any, js: Sequence[int], k: int, rest: Sequence = ()
     ) -> Any:
-        """The sum of ``op(x_j, y_(k-j))``."""
+        """Return the sum of ``op(x_j, y_(k-j))``."""
         return self.total([self.times(op, x, j, y, k - j, rest) for j in js])
 
     def times(self, op: OpOverload, x: Any, i: int, y: Any, j: int, rest: Sequence = ()) -> Any:
@@ -256,9 +258,9 @@ def whole_power(p: Any) -> bool:
     return not isinstance(p, complex) and p == int(p) and 2 <= p <= 64
 
 
-def power(x: Tensor, p: int) -> Tensor:
-    """``x ** p`` by squaring."""
-    half = x if p < 4 else power(x, p // 2)
+def integer_power(x: Tensor, p: int) -> Tensor:
+    """Return ``x ** p`` by squaring."""
+    half = x if p < 4 else integer_power(x, p // 2)
     square = half * half
     return x * square if p % 2 else square
 
@@ -266,7 +268,7 @@ def power(x: Tensor, p: int) -> Tensor:
 def taylor(
     program: Program, wrt: Sequence[int], given: Sequence[Sequence[bool]], order: int, n_out: int
 ) -> Program:
-    """The series of a program: ``(inputs, derivatives of wrt, closed-over) -> (outputs,
+    """Return the series of a program: ``(inputs, derivatives of wrt, closed-over) -> (outputs,
     derivatives of the first n_out)``.
 
     ``given[i][k - 1]`` says whether input ``wrt[i]`` has a derivative of order ``k``: the others

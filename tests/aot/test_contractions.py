@@ -48,7 +48,7 @@ class Shown:
 @pytest.fixture
 def always(monkeypatch):
     """Everything that can be computed otherwise is, at whatever cost."""
-    monkeypatch.setattr(choice, "best", lambda group, cones, prices, products: set(prices))
+    monkeypatch.setattr(choice, "worthwhile", lambda group, cones, prices, products: set(prices))
 
 
 def compiled(f, *args, tight=True):

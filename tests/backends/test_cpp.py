@@ -21,7 +21,7 @@ from aotfunc.backends.loops.fuse import grouped, stored
 from aotfunc.backends.loops.interpret import interpret
 from aotfunc.backends.loops.lower import lower
 from aotfunc.backends.loops.pointwise import RULES
-from aotfunc.backends.loops.schedule import schedule
+from aotfunc.backends.loops.schedule import schedule_kernel
 from aotfunc.backends.loops.steps import in_steps
 from aotfunc.errors import CompilerError, GraphError
 from tests.kernels import every_kernel
@@ -292,7 +292,7 @@ def kernels_of(f, *args):
     in_steps(gm.graph)
     in_blocks(gm.graph)
     return [
-        schedule(lower(u.nodes, stored(u.nodes), "k"))
+        schedule_kernel(lower(u.nodes, stored(u.nodes), "k"))
         for u in grouped(gm.graph).units
         if u.kernel and u.nodes
     ]

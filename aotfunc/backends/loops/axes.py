@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from .ir import Access, Expr, Given, Load, Position, Ramp, Unfit, function_of, number, wide
 from .places import FIRST, Index, Place, Split, bounds, covers, matched, regrouped
-from .views import shape_of
+from .views import static_shape
 
 
 class Axes:
@@ -52,7 +52,7 @@ class Axes:
     def whole(self, place: Place, n: Node) -> bool:
         """Return whether each element of a value is met here, once."""
         axes = [k for index in place for k in index.axes]
-        sizes = zip(place, shape_of(n), strict=True)
+        sizes = zip(place, static_shape(n), strict=True)
         return len({*axes}) == len(axes) and all(  # a diagonal has one axis for two dimensions
             [covers(index, size, self.extents) for index, size in sizes]
         )
@@ -195,7 +195,7 @@ def merged_in_memory(
 ) -> Place:
     """Merge dimensions as :func:`regrouped` does, for a tensor in memory: neighbours that are
     walked in equal steps become one."""
-    have, strides = shape_of(source), source.meta["val"].stride()
+    have, strides = static_shape(source), source.meta["val"].stride()
     sizes, last = [1], [0]
     for d, (size, stride) in enumerate(zip(have, strides, strict=True)):
         if size == 1:

@@ -24,10 +24,10 @@ from .fuse import Unit, calls, grouped, stored
 from .ir import Apply, Kernel, walk
 from .launch import Launch, has_memory
 from .lower import lower
-from .matmul import matrix_product
+from .matmul import product_launch
 from .members import seen_through
 from .recompute import recompute
-from .schedule import schedule
+from .schedule import schedule_kernel
 from .steps import in_steps
 from .tasks import InRange, LaidOut, Task, launch
 
@@ -96,7 +96,7 @@ def worth(nodes: Sequence[Node]) -> bool:
         if val.numel() <= SMALL or val.numel() * val.element_size() >= LARGE:
             return True
     kernel = lower(nodes, nodes, "kernel")
-    if kernel.scatters or schedule(kernel).cross >= 0:
+    if kernel.scatters or schedule_kernel(kernel).cross >= 0:
         return True
     return any(isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values))
 
@@ -113,7 +113,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     source, name_of = text(list(kernels.values()))
     library: Any = native.load_kernels(f"{native.PRELUDE}{source}\n") if source else {}
     tasks = {u: task(k, library[name_of[k.name]]) for u, k in kernels.items()}
-    tasks |= {u: p for u in found if u not in tasks and (p := matrix_product(u.nodes[0]))}
+    tasks |= {u: p for u in found if u not in tasks and (p := product_launch(u.nodes[0]))}
     graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
     for n in old.nodes:
@@ -169,7 +169,7 @@ def task(kernel: Kernel, compiled: native.LoadedKernel) -> Task:
 def kernel_of(u: Unit) -> Kernel:
     """Return the unit's kernel, named after the last value that it stores."""
     outs = stored(u.nodes)
-    return schedule(lower(u.nodes, outs, f"k_{outs[-1].name}"))
+    return schedule_kernel(lower(u.nodes, outs, f"k_{outs[-1].name}"))
 
 
 def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str]]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .reductions import REDUCTIONS
-from .views import shape_of
+from .views import static_shape
 
 #: rows of a block, whatever the number of threads
 ROWS = 32
@@ -67,7 +67,7 @@ def in_blocks(graph: fx.Graph) -> None:
 
 def reduced_dims(n: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shape of what a node reduces, and over which of its dimensions."""
-    shape = shape_of(n.args[0])  # type: ignore[arg-type]
+    shape = static_shape(n.args[0])  # type: ignore[arg-type]
     dims = REDUCTIONS[n.target](*n.args, **n.kwargs).dims
     every = range(len(shape))
     return shape, tuple(sorted([every[d] for d in dims if shape] if dims else every))

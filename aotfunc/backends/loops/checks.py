@@ -11,7 +11,7 @@ from torch.fx import Node
 from .classes import class_of
 from .ir import Expr, Given, Load, Requirement, Unfit, function_of, number
 from .places import Place, index_along
-from .views import shape_of, source_of, source_place
+from .views import source_of, source_place, static_shape
 
 if TYPE_CHECKING:
     from .indexed import At
@@ -47,7 +47,7 @@ def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
 
 def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Requirement:
     """Return the requirement on the elements of a view of a tensor in memory."""
-    shape = shape_of(n)
+    shape = static_shape(n)
     place: Place = tuple([index_along(d) for d in range(len(shape))])
     while n is not tensor:
         place = source_place(n, place, shape)

@@ -18,7 +18,7 @@ from .checks import index_of, wrapped
 from .dtypes import as_given, cast
 from .ir import Expr, Given, Unfit, function_of, number
 from .places import FIRST, Index, Place, divide_index
-from .views import expand, first_of, shape_of, with_index
+from .views import expand, first_of, static_shape, with_index
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -51,29 +51,29 @@ def out_of_self(i: int) -> Exception:
 def gather(work: Lowering, at: At, x: Node, dim: int, index: Node, **_: Any) -> Expr:
     if not at.place:
         raise Unfit("a gather from one number")
-    dim, size = dim % len(at.place), shape_of(x)[dim]
+    dim, size = dim % len(at.place), static_shape(x)[dim]
     found = index_of(work, index, at, 0, size, outside(RuntimeError, size, dim))
     return work.value(x, with_index(at.place, dim, looked_up(found)), at.mask)
 
 
 def index_select(work: Lowering, at: At, x: Node, dim: int, index: Node) -> Expr:
-    if not shape_of(index) or not at.place:
+    if not static_shape(index) or not at.place:
         raise Unfit("an index that is one number")
     here = At((at.place[dim],), at.mask)
-    found = index_of(work, index, here, 0, shape_of(x)[dim], out_of_self)
+    found = index_of(work, index, here, 0, static_shape(x)[dim], out_of_self)
     return work.value(x, with_index(at.place, dim, looked_up(found)), at.mask)
 
 
 def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Expr:
     here = At(at.place[:-1], at.mask)
-    found = index_of(work, index, here, 0, shape_of(weight)[0], out_of_self)
+    found = index_of(work, index, here, 0, static_shape(weight)[0], out_of_self)
     return work.value(weight, (looked_up(found), at.place[-1]), at.mask)
 
 
 def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
     """Place one element of each row in another row."""
-    dim, shape = dim % max(1, len(at.place)), list(shape_of(x))
-    if not shape or shape_of(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
+    dim, shape = dim % max(1, len(at.place)), list(static_shape(x))
+    if not shape or static_shape(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
         raise Unfit("elements that may be the same")
     here = At(with_index(at.place, dim, FIRST), at.mask)
     found = index_of(work, index, here, 0, shape[dim], outside(RuntimeError, shape[dim], dim))
@@ -86,7 +86,7 @@ def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new:
 
 
 def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr:
-    return work.value(x, place_of_indexed(work, at, shape_of(x), asked), at.mask)
+    return work.value(x, place_of_indexed(work, at, static_shape(x), asked), at.mask)
 
 
 def place_of_indexed(
@@ -102,7 +102,7 @@ def place_of_indexed(
         if d not in indices:
             where.append(next(rest))
             continue
-        here = At(expand(shape_of(indices[d]), common), at.mask)
+        here = At(expand(static_shape(indices[d]), common), at.mask)
         found = index_of(
             work, indices[d], here, -n, n, outside(IndexError, n, list(indices).index(d))
         )
@@ -114,7 +114,7 @@ def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
     """Return where dimensions that are indexed together lie, and their shape: in the place of the
     first of them, or first of all if others are between them."""
     dims = [d for d, i in enumerate(asked) if i is not None]
-    shape = broadcast(*[shape_of(i) for i in asked if i is not None])
+    shape = broadcast(*[static_shape(i) for i in asked if i is not None])
     return (dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0), tuple(shape)
 
 
@@ -139,7 +139,7 @@ def constant_pad(work: Lowering, at: At, x: Node, pad: Sequence[int], value: Any
         d = len(place) - 1 - i
         index = place[d].shifted(-pad[2 * i])
         place = with_index(place, d, index)
-        tests.append(work.inside(index, 0, shape_of(x)[d]))
+        tests.append(work.inside(index, 0, static_shape(x)[d]))
     return value_or_fill(work, x, place, work.both(tests), at.mask, Given(value))
 
 
@@ -149,7 +149,7 @@ def slice_backward(
     first, rest = divmod(first_of(start, sizes[dim]), step)
     index, gap = divide_index(at.place[dim], step, work.extents)
     index = index.shifted(-first)
-    tests = [work.inside(gap, rest, rest + 1), work.inside(index, 0, shape_of(g)[dim])]
+    tests = [work.inside(gap, rest, rest + 1), work.inside(index, 0, static_shape(g)[dim])]
     return value_or_fill(work, g, with_index(at.place, dim, index), work.both(tests), at.mask)
 
 
@@ -165,7 +165,7 @@ def without(place: Place, dim: int) -> Place:
 
 
 def cat(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
-    ends = list(itertools.accumulate([shape_of(x)[dim] for x in parts]))
+    ends = list(itertools.accumulate([static_shape(x)[dim] for x in parts]))
     index = at.place[dim]
     return part_of_cat(work, at, parts, ends, index, lambda i: with_index(at.place, dim, i))
 

@@ -41,7 +41,7 @@ from .places import FIRST, Index, Place, Split
 from .pointwise import FACTORS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
 from .scatter import ADDED
-from .views import VIEWS, expand, shape_of, source_of, source_place
+from .views import VIEWS, expand, source_of, source_place, static_shape
 from .waste import often, one_way
 
 
@@ -75,7 +75,7 @@ class Lowering(Axes):
         if n.target in ADDED:
             return self.scattered(n)
         whole = [p for p, mask in self.places.get(n, ()) if mask is None and self.whole(p, n)]
-        place = whole[0] if whole else self.root(shape_of(n))
+        place = whole[0] if whole else self.root(static_shape(n))
         value = self.value(n, place)
         if isinstance(value, Cast) and (value.value.dtype, value.dtype) == NARROW:
             value = value.value  # memory is wide enough
@@ -87,7 +87,7 @@ class Lowering(Axes):
         """Return a value summed over blocks of the axes that are not reduced."""
         x, dims = n.args
         whole = [p for p, mask in self.places.get(x, ()) if mask is None and self.whole(p, x)]
-        place = whole[0] if whole else self.root(shape_of(x))
+        place = whole[0] if whole else self.root(static_shape(x))
         inner = tuple(sorted(self.reached(place[dims:])))
         if not inner or self.reduced not in ((), inner) or not self.reached(place[:dims]):
             raise Unfit("blocks of other rows")
@@ -99,7 +99,7 @@ class Lowering(Axes):
         axes."""
         value, shape, where = ADDED[n.target](n)
         place = self.root(shape)
-        found = self.value(value, expand(shape_of(value), place))
+        found = self.value(value, expand(static_shape(value), place))
         target = where(self, place)
         shift = self.shift(n, target)
         if shift is None:
@@ -136,7 +136,7 @@ class Lowering(Axes):
     def behind(self, n: Node, source: Node, place: Place) -> Place:
         if VIEWS.get(n.target, source_place) is None and source_of(source) is None:
             if source not in self.nodes and not seen_through(source):
-                return merged_in_memory(place, shape_of(n), source, self.extents)
+                return merged_in_memory(place, static_shape(n), source, self.extents)
         return source_place(n, place, self.extents)
 
     def reduction(self, n: Node, place: Place, mask: Expr | None) -> Expr:
@@ -144,7 +144,7 @@ class Lowering(Axes):
             raise Unfit("a reduction over an axis that a mask varies along")
         asked = REDUCTIONS[n.target](*n.args, **n.kwargs)
         x: Node = n.args[0]  # type: ignore[assignment]
-        out, shape = n.meta["val"].dtype, shape_of(x)
+        out, shape = n.meta["val"].dtype, static_shape(x)
         every = range(len(shape))
         dims = {every[d] for d in asked.dims if shape} if asked.dims else set(every)
         sizes = [shape[d] for d in sorted(dims) if shape[d] != 1]
@@ -182,11 +182,11 @@ class Lowering(Axes):
                 if common in ROUNDED and (rule.kind == "compare" or n.target in ROUND_FIRST):
                     a = number(a, common).value
                 return as_given(a) if dtype.is_floating_point else a
-            value = self.value(a, expand(shape_of(a), place), mask)
+            value = self.value(a, expand(static_shape(a), place), mask)
             if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
                 value = cast(value, torch.bool)
             else:
-                as_it_is = n.target in FACTORS and i == 1 and not shape_of(a)
+                as_it_is = n.target in FACTORS and i == 1 and not static_shape(a)
                 value = cast(value if as_it_is else cast(value, common), dtype)
             read.append(value)
             return value

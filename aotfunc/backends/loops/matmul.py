@@ -20,7 +20,7 @@ from ...native.build import built
 from . import native
 from .members import plain_on_cpu, seen_through
 from .tasks import Task
-from .views import shape_of, source_of
+from .views import source_of, static_shape
 
 aten = torch.ops.aten
 
@@ -108,7 +108,7 @@ SPELLED = {
 PLANES = ("ik", "kj", "ij")
 
 
-def matrix_product(n: Node) -> Task | None:
+def product_launch(n: Node) -> Task | None:
     """Return the launch for a product of matrices; None for one that the kernel does not
     compute."""
     if (
@@ -124,7 +124,7 @@ def matrix_product(n: Node) -> Task | None:
     for tensor, dims, plane in zip(tensors, SPELLED[n.target], PLANES, strict=True):
         node, strides, start = tensor_shown(tensor)
         steps = dict.fromkeys("bijk", 0) | dict(zip(dims, strides, strict=True))
-        extents |= zip(dims, shape_of(tensor), strict=True)
+        extents |= zip(dims, static_shape(tensor), strict=True)
         nodes.append(node)
         matrices.append(Matrices(start, *[steps[k] for k in ("b", *plane)]))
     x, y, z = nodes

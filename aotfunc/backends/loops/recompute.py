@@ -14,7 +14,7 @@ from .lower import lower
 from .members import seen_through
 from .pointwise import RULES
 from .reductions import REDUCTIONS
-from .views import shape_of
+from .views import static_shape
 
 
 def recompute(graph: fx.Graph, units: Sequence[Unit]) -> list[Unit]:
@@ -80,7 +80,7 @@ def lacks_dimension(n: Node, v: Node) -> bool:
 
 
 def rank(n: Node) -> int:
-    return sum(size != 1 for size in shape_of(n))
+    return sum(size != 1 for size in static_shape(n))
 
 
 def numel(n: Node) -> int:

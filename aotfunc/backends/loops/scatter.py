@@ -15,7 +15,7 @@ from .constants import constant
 from .indexed import At, looked_up, out_of_self, outside, place_of_indexed, together
 from .ir import Unfit
 from .places import Place
-from .views import shape_of, with_index
+from .views import static_shape, with_index
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -32,7 +32,7 @@ def index_put(n: Node) -> Added:
     if not accumulate:
         raise Unfit("values that are put")
     first, shape = together(asked)
-    size = shape_of(x)
+    size = static_shape(x)
     rest = tuple([n for d, n in enumerate(size) if d >= len(asked) or asked[d] is None])
 
     def where(work: Lowering, place: Place) -> Place:
@@ -43,10 +43,10 @@ def index_put(n: Node) -> Added:
 
 def scatter_add(n: Node) -> Added:
     x, dim, index, value = n.args
-    shape = shape_of(index)
-    if not shape or shape != shape_of(value):
+    shape = static_shape(index)
+    if not shape or shape != static_shape(value):
         raise Unfit("a part of the values")
-    size = shape_of(x)[dim]
+    size = static_shape(x)[dim]
 
     def where(work: Lowering, place: Place) -> Place:
         error = outside(RuntimeError, size, dim % len(shape))
@@ -58,15 +58,15 @@ def scatter_add(n: Node) -> Added:
 
 def index_add(n: Node) -> Added:
     x, dim, index, value = n.args
-    if n.kwargs.get("alpha", 1) != 1 or not shape_of(index) or not shape_of(x):
+    if n.kwargs.get("alpha", 1) != 1 or not static_shape(index) or not static_shape(x):
         raise Unfit("values times a number")
-    size = shape_of(x)[dim]
+    size = static_shape(x)[dim]
 
     def where(work: Lowering, place: Place) -> Place:
         i = index_of(work, index, At((place[dim],), None), 0, size, out_of_self)
         return with_index(place, dim, looked_up(i))
 
-    return value, shape_of(value), where
+    return value, static_shape(value), where
 
 
 #: op -> the value that it adds and the places

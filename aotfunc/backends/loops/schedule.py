@@ -11,7 +11,7 @@ from .ir import Access, Kernel, Ramp
 SHORT = 8
 
 
-def schedule(kernel: Kernel) -> Kernel:
+def schedule_kernel(kernel: Kernel) -> Kernel:
     """Return the kernel with its axes ordered as its memory is, neighbours merged where every
     access allows it, and its vector axis chosen."""
     kernel = merged(order_axes(kernel))

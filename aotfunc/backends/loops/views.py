@@ -17,7 +17,7 @@ aten = torch.ops.aten
 Shape = Sequence[int]
 
 
-def shape_of(n: Node) -> tuple[int, ...]:
+def static_shape(n: Node) -> tuple[int, ...]:
     return tuple(n.meta["val"].shape)
 
 
@@ -140,13 +140,13 @@ def source_place(n: Node, place: Place, extents: Sequence[int]) -> Place:
     :func:`places.divide_index`."""
     source = source_of(n)
     assert source is not None
-    shape = shape_of(source)
+    shape = static_shape(source)
     if n.target is operator.getitem:
         several, i = n.args
         return SEVERAL[several.target](shape, place, i, *several.args[1:])  # type: ignore
     move = VIEWS[n.target]
     return (
-        regrouped(place, shape_of(n), shape, extents)
+        regrouped(place, static_shape(n), shape, extents)
         if move is None
         else move(shape, place, *n.args[1:])
     )

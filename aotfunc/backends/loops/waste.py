@@ -11,7 +11,7 @@ from torch.fx import Node
 from .ir import Unfit
 from .places import Place
 from .reductions import REDUCTIONS
-from .views import shape_of
+from .views import static_shape
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -26,7 +26,7 @@ def often(work: Lowering, n: Node, outer: set[int]) -> None:
             raise Unfit("a value that would be computed again and again")
         points += math.prod([work.extents[k] for k in axes])
     most = 5 if n in work.slow or n.target in REDUCTIONS else 16
-    if points * 4 > most * math.prod(shape_of(n)):
+    if points * 4 > most * math.prod(static_shape(n)):
         raise Unfit("a value that would be computed several times")
 
 

@@ -44,7 +44,7 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
     }
     found: dict[Node, Way] = {}
     for group in overlapping_cones(cones):
-        for n in best(group, cones, {n: ways[n][0] for n in group if n in ways}, products):
+        for n in worthwhile(group, cones, {n: ways[n][0] for n in group if n in ways}, products):
             found[n] = ways[n][1]
     return found
 
@@ -96,7 +96,7 @@ def overlapping_cones(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
     return {id(group): group for group in of.values()}.values()
 
 
-def best(
+def worthwhile(
     group: Sequence[Node], cones: dict, prices: dict[Node, float], products: Products
 ) -> set[Node]:
     """Return the nodes of the group to compute otherwise."""

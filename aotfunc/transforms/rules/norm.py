@@ -11,7 +11,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from .batching import align, all_batched, along_channels, into, out_of, with_batch
 from .normalized import (
-    Layout,
+    NormLayout,
     backward_cotangent,
     backward_tangent,
     forward_tangent,
@@ -29,14 +29,14 @@ def itself(x: Tensor) -> Tensor:
 # ----- batch norm --------------------------------------------------------------------------------
 
 
-def channels_layout(x: Tensor, training: bool) -> Layout:
+def channels_layout(x: Tensor, training: bool) -> NormLayout:
     others = [0, *range(2, x.dim())]
     shape = [1, x.shape[1], *[1] * (x.dim() - 2)]
 
     def broadcast(v: Tensor) -> Tensor:
         return v.reshape(shape)
 
-    return Layout(
+    return NormLayout(
         others if training else [], others, x.shape[1:2], itself, itself, broadcast, broadcast
     )
 
@@ -155,9 +155,9 @@ def _(g, x, *rest, batched, size):
 # ----- layer norm --------------------------------------------------------------------------------
 
 
-def trailing_layout(x: Tensor, shape: Sequence[int], centred: bool = True) -> Layout:
+def trailing_layout(x: Tensor, shape: Sequence[int], centred: bool = True) -> NormLayout:
     over = [d - len(shape) for d in range(len(shape))]
-    return Layout(
+    return NormLayout(
         over, list(range(x.dim() - len(shape))), shape, itself, itself, itself, itself, centred
     )
 
@@ -296,8 +296,8 @@ def _(g, x, shape, rstd, weight, mask, *, batched, size):
 # ----- group norm --------------------------------------------------------------------------------
 
 
-def groups_layout(x: Tensor, n: int, c: int, pixels: int, groups: int) -> Layout:
-    return Layout(
+def groups_layout(x: Tensor, n: int, c: int, pixels: int, groups: int) -> NormLayout:
+    return NormLayout(
         over=[2, 3],
         shared=[0, 3],
         shape=[c],

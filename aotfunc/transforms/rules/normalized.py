@@ -1,7 +1,7 @@
 """The one function behind all normalisations, and its first and second derivatives.
 
 ``hat = (x - mean) * rstd`` with statistics over some dimensions, then a weight and a bias. The ops
-differ in the layout, a :class:`Layout`, in which they use the formulas.
+differ in the layout, a :class:`NormLayout`, in which they use the formulas.
 
 The saved statistics are outputs that carry a derivative like any other: higher derivatives are
 written in plain ops on the mean and the rstd that the forward op saved, and reach ``x`` through
@@ -19,7 +19,7 @@ from .table import total
 
 
 @dataclass
-class Layout:
+class NormLayout:
     """The view of the common formulas that one op has.
 
     ``over`` are the dimensions the statistics are taken over (empty where they are constants, as
@@ -59,7 +59,7 @@ def weighted(v: Tensor | None, w: Tensor | None) -> Tensor | None:
     return v if v is None or w is None else v * w
 
 
-def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, mean, rstd):
+def forward_tangent(at: NormLayout, tangents: Sequence[Tensor | None], x, weight, mean, rstd):
     """Return tangents of ``(out, mean, rstd)``."""
     tx, tw, tb = tangents
     hat, of_mean, of_rstd = at.hat(x, mean, rstd), None, None
@@ -80,7 +80,7 @@ def forward_tangent(at: Layout, tangents: Sequence[Tensor | None], x, weight, me
 
 
 def of_statistics(
-    at: Layout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd
+    at: NormLayout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd
 ) -> Tensor | None:
     """Return the cotangent of ``x`` by way of the saved statistics."""
     if not at.over or (g_mean is None and g_rstd is None):
@@ -96,7 +96,7 @@ def of_statistics(
 
 
 def backward_tangent(
-    at: Layout, tangents: Sequence[Tensor | None], mask, g, x, weight, mean, rstd
+    at: NormLayout, tangents: Sequence[Tensor | None], mask, g, x, weight, mean, rstd
 ):
     """Return tangents of ``(gradient of x, of the weight, of the bias)``."""
     tg, tx, tw = (
@@ -125,7 +125,7 @@ def backward_tangent(
 
 
 def backward_cotangent(
-    at: Layout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs
+    at: NormLayout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs
 ):
     """Return cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of
     the bias)``."""
@@ -160,6 +160,6 @@ def backward_cotangent(
     return of_g, of_x, of_w
 
 
-def summed_over(v: Tensor, at: Layout) -> Tensor:
+def summed_over(v: Tensor, at: NormLayout) -> Tensor:
     """Sum ``v`` over the dimensions that the weight is shared along."""
     return (v.sum(at.shared) if at.shared else v).reshape(at.shape)
