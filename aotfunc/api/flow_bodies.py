@@ -112,12 +112,6 @@ class Body:
             why_not=why_not,
             constants=False,
         )
-        if inside_torch_func() and self.rec.closed_over:
-            raise CaptureError(
-                f"{name}: {where_defined(f)} closes over tensors inside a transform of "
-                "torch.func, which hides whether it follows them: carry them or pass them as "
-                f"operands, or use aotfunc's transform{at(user_line())}"
-            )
 
     def check_like(self, other: Body) -> None:
         """It returned what the ``other`` did, in other tensors."""

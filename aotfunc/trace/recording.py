@@ -7,6 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from . import operators  # noqa: F401
 from .casts import CONTEXTS, cache_enabled, enable_cache
@@ -14,8 +17,10 @@ from .collector import paused_gc
 from .constructors import CONSTRUCTORS
 from .numbers import watch
 from .patches import Exchange
-from .traced import under_way
+from .traced import current, under_way
 from .tracer import Trace
+
+functorch = torch._C._functorch
 
 #: functions of torch as a recording has them
 functions = Exchange(CONSTRUCTORS | CONTEXTS)
@@ -53,7 +58,9 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
         trace.finish()
 
     numbers = nullcontext() if trace.may_ask_constants else watch
-    with paused_gc(), without_functorch(), functions, numbers:
+    inside = functorch.peek_interpreter_stack() is not None
+    outer_values = ByReference(trace) if inside else nullcontext()
+    with paused_gc(), without_functorch(), outer_values, functions, numbers:
         try:
             if compiling is not None:
                 dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
@@ -86,8 +93,41 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
 
 def without_functorch() -> Any:
     """Set torch.func's levels aside, if there are any."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if functorch.peek_interpreter_stack() is None:
         return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
+
+
+class ByReference(TorchFunctionMode):
+    """Let tensors of torch.func's levels, which the recorded function closes over, be values of
+    the recording: the dispatcher would unwrap them, and lose what their level follows."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.values: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with what has the id
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore
+        if current() is None:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(self.value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def value(self, x: Any) -> Any:
+        if not (isinstance(x, Tensor) and is_set_aside(x)):
+            return x
+        if id(x) not in self.values:
+            self.values[id(x)] = x, self.trace.outside_value(x)
+        return self.values[id(x)][1]
+
+
+def is_set_aside(x: Tensor) -> bool:
+    """Return whether a tensor is of a level that is set aside, not of one that was entered
+    since."""
+    if not functorch.is_functorch_wrapped_tensor(x):
+        return False
+    if functorch.peek_interpreter_stack() is None:
+        return True
+    return functorch.is_gradtrackingtensor(x) and functorch.unwrap_if_dead(x) is not x

@@ -161,6 +161,14 @@ class Tape:
             ref = self._lift_refs[key] = -len(self.lifted)
         return ref
 
+    def outside_value(self, t: Tensor) -> Traced:
+        """Return an outside tensor as a value."""
+        ref = self.lift(t)
+        twin = self.new(signature(t))
+        self.count -= 1
+        twin.ref = ref
+        return twin
+
     def stand_for(self, t: Traced, real: Tensor) -> None:
         """Let ``t``, an input, stand for ``real``, which ``f`` also reaches by closing over it."""
         self._lift_refs[id(real)] = t.ref

@@ -76,6 +76,46 @@ def test_ours_inside_theirs(name):
     right_or_error(lambda: OURS_INSIDE[name](x), 3 * x**2)
 
 
+# a function of ours that closes over a value of torch.func's, which must not lose its derivative
+CLOSING = {
+    "grad": lambda a: grad(lambda x: (x * x * a).sum())(a.sin()),
+    "a call": lambda a: grad(lambda x: torch.dot(x * x, a))(a.sin()),
+    "values of its own": lambda a: grad(lambda x: (x * a.exp().clone()).sum())(a.sin()),
+    "a list": lambda a: grad(lambda x: torch.stack([x, a, a * x]).prod())(a.sin()),
+    "vmap": lambda a: vmap(lambda x: x * a)(torch.stack([a, a * a])).sum(0),
+    "jvp": lambda a: jvp(lambda x: x * x * a, (a.sin(),), (a.cos(),))[1],
+    "jacrev": lambda a: jacrev(lambda x: x * x * a)(a.sin()).sum(0),
+    "jit": lambda a: aotfunc.jit(lambda x: x * a)(a.sin()),
+    "aot_function": lambda a: aotfunc.aot_function(lambda x: x * a, "eager")(a.sin()),
+    "nested": lambda a: grad(lambda x: grad(lambda y: (y**3 * a * x).sum())(x).sum())(a.sin()),
+    "returned": lambda a: vmap(lambda x: (x, a), out_dims=(0, None))(a)[1] * a,
+    "scan": lambda a: aotfunc.scan(lambda c, x: (c * a, c), a.sin(), torch.ones(2))[0],
+}
+AROUND = {
+    "grad": lambda f: torch.func.grad(lambda a: f(a).sum()),
+    "grad(grad)": lambda f: torch.func.grad(
+        lambda a: torch.func.grad(lambda a: f(a).sum())(a).square().sum()
+    ),
+    "jvp": lambda f: lambda a: torch.func.jvp(f, (a,), (a,))[1],
+    "vmap": lambda f: lambda a: torch.func.vmap(f)(torch.stack([a, 2 * a])),
+    "vmap(grad)": lambda f: (
+        lambda a: torch.func.vmap(torch.func.grad(lambda a: f(a).sum()))(torch.stack([a, 2 * a]))
+    ),
+    "jacrev": lambda f: torch.func.jacrev(f),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", CLOSING)
+def test_ours_close_over_values_of_theirs(name, around):
+    f, a = CLOSING[name], f64(3)
+    with aotfunc.patch_torch_func():
+        expected = AROUND[around](f)(a)
+    right_or_error(lambda: AROUND[around](f)(a), expected)
+    if around in ("grad", "vmap"):
+        assert_same(AROUND[around](f)(a), expected)
+
+
 def test_ours_inside_functionalize_of_theirs():
     x = f64(3)
     right_or_error(lambda: torch.func.functionalize(grad(cube))(x), 3 * x**2)
