@@ -143,7 +143,8 @@ class Batched:
             for x, d in zip(flatten_tree(args)[0], dims, strict=True)
         ]
         flags = unflatten_tree([d is not None for d in dims], spec)
-        result = rules.batched(info.batch_size, list(flags), *unflatten_tree(front, spec))  # type: ignore[misc]
+        batched_args = unflatten_tree(front, spec)
+        result = rules.batched(info.batch_size, list(flags), *batched_args)  # type: ignore[misc]
         output, batched = two_results(rules, "the batching rule", "(output, out_batched)", result)
         leaves, out_spec = flatten_tree(output)
         flags, flag_spec = flatten_tree(batched)

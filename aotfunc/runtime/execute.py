@@ -87,10 +87,17 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     return outs[: program.n_outputs]
 
 
+def has_control_flow(program: Program) -> bool:
+    """Return whether a program has nodes with bodies."""
+    return program.once(
+        has_control_flow, lambda: any(hasattr(n.target, "bodies") for n in program.graph.nodes)
+    )
+
+
 def values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
     """Return all outputs of a program, run eagerly; control flow meets no batches of torch.func's,
     whose strides are unknown."""
-    if program.once("flow", lambda: any(hasattr(n.target, "bodies") for n in program.graph.nodes)):
+    if has_control_flow(program):
         return call_batched(lambda p, given: on_eager(p)(*given), program, tensors)
     return on_eager(program)(*tensors)
 

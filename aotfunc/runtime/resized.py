@@ -15,7 +15,7 @@ from ..trace.shapes.sig import Sig, contiguous_stride
 from ..transforms.apart.parts import Mixed
 from ..transforms.lower import lowered
 from ..transforms.sizes import size_multiples
-from .execute import ours
+from .execute import has_control_flow, ours
 
 Dims = Sequence[int | None]
 
@@ -86,7 +86,11 @@ class Resized(Program):
         self.n_inputs, self.n_outputs = like.n_inputs, like.n_outputs
         self.mutated, self.name = (), like.name
         self.like, self.make = like, make
-        self.cache = {on_eager: code, ours: ours(like)}
+        self.cache = {
+            on_eager: code,
+            ours: ours(like),
+            has_control_flow: has_control_flow(like),
+        }
 
     @property
     def weight(self) -> int:

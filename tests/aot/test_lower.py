@@ -98,7 +98,7 @@ def test_memory():
     x = torch.ones(1000, requires_grad=True)
     f = lambda x: x.exp().tanh().cos()
     every = aot_function(f, "eager", partition_fn=default_partition).lower(x).memory_analysis()
-    few = jit(f, "eager").lower(x).memory_analysis()
+    few = jit(f, "eager", memory_budget=0.0).lower(x).memory_analysis()
     assert every["arguments"] == every["results"] == 4000
     assert every["saved"] == 8000 and few["saved"] < 8000
     assert every["forward peak"] == 12000  # exp and tanh are kept, and there is the result

@@ -89,7 +89,7 @@ OPS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Using torch.cross")  # once in a process
+@pytest.mark.filterwarnings("ignore")  # of deprecated ops
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.full_name)
 def test_ops(op):
     small = (s for s in op.sample_inputs("cpu", D) if isinstance(s.input, torch.Tensor))

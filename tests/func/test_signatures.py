@@ -29,7 +29,7 @@ NAMES = {
     "chunk_vmap": "func in_dims=0 out_dims=0 randomness='error' chunks=2",
     "make_fx": "f decomposition_table=None tracing_mode='real'",
     "jit": "f=None backend='auto' static_argnums=None",
-    "aot_function": "fn=None fw_compiler='auto' bw_compiler=None partition_fn "
+    "aot_function": "fn=None fw_compiler='auto' bw_compiler=None partition_fn=None "
     "decompositions=None static_argnums=None",
     "aot_module": "mod",
     "check_grads": "f args order=2",

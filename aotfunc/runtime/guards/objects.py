@@ -329,4 +329,4 @@ class Kind:
         return [("__class__", type(self.x))]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.x.__class__ = value
+        object.__setattr__(self.x, "__class__", value)  # a module would take modules for parts
