@@ -18,8 +18,8 @@ from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes
 from ..trace.kinds import check_kind
-from ..trace.shapes.sig import Sig, floating, make_sig, sig_of
-from ..trace.traced import Traced
+from ..trace.shapes.sig import Sig, floating, make_sig
+from ..trace.tape import signature
 from ..transforms.jvp import tangent_sig
 
 Dims = int | None | tuple | list | dict
@@ -233,7 +233,7 @@ def unlike(primals: Any, tangents: Any) -> str:
 
 def like_tangent(t: Tensor, p: Tensor) -> Tensor:
     """Return ``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
-    want = tangent_sig(p.sig if p.__class__ is Traced else sig_of(p))
+    want = tangent_sig(signature(p))
     t = t.to(p.dtype)
     if t.stride() != want.stride or t.storage_offset():
         t = torch.empty_strided(

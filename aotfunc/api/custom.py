@@ -75,12 +75,12 @@ class CustomFunction(CustomRules):
 
     @entry
     def _alone(self, *args: Any) -> Any:
-        """A call outside of all transforms: captured and run, differentiable by autograd."""
+        """Capture and run a call outside of all transforms, differentiable by autograd."""
         return functionalize(self.record)(*args)
 
 
 def positional(f: Callable, args: tuple, kwargs: dict) -> tuple:
-    """All arguments by position, defaults included."""
+    """Return all arguments by position, defaults included."""
     try:
         signature = inspect.signature(f)
     except ValueError:  # a builtin function has none

@@ -17,8 +17,9 @@ from ..errors import ArgumentError, CaptureError
 from ..graph import Program
 from ..runtime.execute import execute
 from ..trace.emit import Builder, paused_gc
-from ..trace.shapes.sig import Sig, sig_of
-from ..trace.traced import Traced, current
+from ..trace.shapes.sig import Sig
+from ..trace.tape import signature
+from ..trace.traced import current
 from ..transforms.fresh import fresh
 from ..transforms.walk import builder
 
@@ -77,10 +78,6 @@ def one(x: Tensor) -> Sig:
 def row(x: Tensor) -> Sig:
     """The signature of one row of a stack."""
     return row_sig(signature(x))
-
-
-def signature(x: Tensor) -> Sig:
-    return x.sig if x.__class__ is Traced else sig_of(x)
 
 
 class Body:

@@ -15,8 +15,8 @@ from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
 from ..errors import ArgumentError, CaptureError
 from ..runtime.execute import execute
 from ..trace.entering import entry
-from ..trace.shapes.sig import Sig, sig_of
-from ..trace.traced import Traced
+from ..trace.shapes.sig import Sig
+from ..trace.tape import signature
 from ..transforms.laplacian import laplacian as laplacian_pass
 from ..transforms.taylor import taylor
 from .call import Call, like_tangent, positions, tensors_of
@@ -174,7 +174,7 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
         axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
         found: list = [None] * n_out
         for rows in axes.split(chunk_size or max(x.numel(), 1)):
-            sig = rows.sig if rows.__class__ is Traced else sig_of(rows)
+            sig = signature(rows)
             program = call.derived((sig,), partial(laplacian_pass, base, at, n_out, sig))
             parts = execute(program, [*tensors_of(arguments), rows, *call.rec.closed_over])
             found = [sum_of(t, part) for t, part in zip(found, parts, strict=True)]

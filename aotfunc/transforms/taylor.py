@@ -87,8 +87,8 @@ class Series:
         return self.derivatives[n]
 
     def alias(self, n: Node) -> Node:
-        """An input whose series is that of ``n``: what is made of it is not simplified together
-        with what ``n`` is made of."""
+        """Return an input whose series is that of ``n``: a rule's ops on it are not simplified
+        together with the ops that make ``n``."""
         if n not in self.aliases:
             a = self.ops.placeholder("a", n.meta["val"])
             self.aliases[n], self.originals[a] = a, n
