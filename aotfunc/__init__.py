@@ -66,3 +66,4 @@ with paused_gc():
         min_cut_rematerialization_partition as min_cut_rematerialization_partition,
     )
     from .partition import partition as partition
+    from .viewer import show as show

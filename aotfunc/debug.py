@@ -146,6 +146,12 @@ class Stages(list[Stage]):
             before = size
         return "\n\n".join(parts)
 
+    def __rich__(self) -> Any:
+        """Return what rich prints: the same in colours."""
+        from rich.syntax import Syntax
+
+        return Syntax(repr(self), "python", background_color="default")
+
 
 #: the list in which new programs are noted while :func:`stages` watches
 watched: Stages | None = None

@@ -14,8 +14,9 @@ FILES = sorted((ROOT / "aotfunc").rglob("*.py"))
 # From the top down; the units of one row are siblings. A unit may import itself and the rows
 # below.
 ROWS = [
+    ("__main__",),
     ("__init__",),
-    ("compile", "extend"),
+    ("compile", "extend", "viewer"),
     ("api",),
     ("runtime",),
     ("capture",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 from torch.fx import Node
@@ -36,10 +36,10 @@ class Layout:
             for part in new_memory(n):
                 self.size[index[part]] = nbytes(part.meta.get("val"))
 
-    def peak(self, order: Iterable[int], given: set[int], kept: set[int]) -> int:
-        """The most bytes that live at one time while these nodes run: the values ``given``, and
-        what is made. Each is freed after the last op that reads it or a view of it, those
-        ``kept`` are not. What kernels need for themselves is not counted."""
+    def live(self, order: Iterable[int], given: set[int], kept: set[int]) -> Iterator[int]:
+        """Yield the bytes that live while each of these nodes runs: the values ``given``, and what
+        is made. Each is freed after the last op that reads it or a view of it, those ``kept`` are
+        not. What kernels need for themselves is not counted."""
         order, owner, size = list(order), self.owner, self.size
         last = {owner[i]: i for i in order}
         for i in order:
@@ -49,17 +49,29 @@ class Layout:
         for o, i in last.items():
             if o not in kept:
                 ends.setdefault(i, []).append(o)
-        live = most = sum([size[o] for o in given])
+        live = sum([size[o] for o in given])
         made = set(given)
         for i in order:
             if owner[i] == i and i not in made:
                 made.add(i)
                 live += size[i]
-                most = max(most, live)
+            yield live
             for o in ends.get(i, ()):
                 if o in made:
                     live -= size[o]
-        return most
+
+    def peak(self, order: Iterable[int], given: set[int], kept: set[int]) -> int:
+        """Return the most bytes that live at one time while these nodes run, as ``live`` says."""
+        start = sum([self.size[o] for o in given])
+        return max(start, max(self.live(order, given, kept), default=0))
+
+
+def live_bytes(nodes: Sequence[Node], results: Iterable[Node]) -> list[int]:
+    """Return the bytes of memory, beyond the inputs, that values of a graph take while each of its
+    nodes runs; the results stay."""
+    index, layout = {n: i for i, n in enumerate(nodes)}, Layout(nodes)
+    kept = {layout.owner[index[o]] for o in results}
+    return list(layout.live(range(len(nodes)), set(), kept))
 
 
 def peak(graph: fx.Graph, given: Iterable[Node] = ()) -> int:

@@ -1,0 +1,117 @@
+"""Commands: what this machine has, the programs of a call, its times, and an empty cache."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import shutil
+import time
+import timeit
+from collections.abc import Callable, Sequence
+from platform import python_version
+from typing import Any
+
+import torch
+
+import aotfunc
+from aotfunc.errors import AotfuncError
+from aotfunc.native import store, toolchain
+
+BACKENDS = ("eager", "cpp", "inductor")
+
+
+def doctor() -> None:
+    """Print versions, the compiler, the cache, and whether each backend computes a gradient."""
+    print(f"aotfunc {aotfunc.__version__}, PyTorch {torch.__version__}, Python {python_version()}")
+    print("C++ compiler:", *toolchain.compiler() if toolchain.found() else ["none found"])
+    folder = store.directory()
+    files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+    print(f"cache: {folder}, {len(files)} files, {sum(files) / 2**20:.1f} MiB")
+    for backend in BACKENDS:
+        print(f"backend {backend}: {works(backend)}")
+
+
+def works(backend: str) -> str:
+    """Return whether a small training step is right with this backend, and how long it takes."""
+    x = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
+    step = lambda x: torch.tanh(x @ x.t()).sum()
+    (want,) = torch.autograd.grad(step(x), x)
+    start = time.perf_counter()
+    try:
+        (got,) = torch.autograd.grad(aotfunc.jit(step, backend=backend)(x), x)
+    except Exception as e:  # whatever a compiler raises is what the user wants to read
+        return f"{type(e).__name__}: {e}"
+    took = time.perf_counter() - start
+    return f"works ({took:.1f} s)" if torch.allclose(got, want) else "WRONG NUMBERS"
+
+
+def call_of(what: str, arguments: str) -> tuple[Callable, tuple]:
+    """Return the function that ``FILE.py:name`` names and the arguments that an expression makes
+    where the names of the file and ``torch`` are known."""
+    file, _, name = what.rpartition(":")
+    names = runpy.run_path(file)
+    if name not in names:
+        raise AotfuncError(f"{file} defines no {name!r}")
+    args = eval(f"({arguments},)" if arguments else "()", {"torch": torch, **names})
+    return names[name], args
+
+
+def show(what: str, arguments: str, to: str) -> None:
+    """Write the page of a call's programs, and print how many there are."""
+    f, args = call_of(what, arguments)
+    print(f"{to}: {aotfunc.show(f, *args, to=to)}")
+
+
+def bench(what: str, arguments: str) -> None:
+    """Print the time of a call, as it is and compiled by each backend."""
+    f, args = call_of(what, arguments)
+    print(f"{'as it is':10}{best(f, args):>12}")
+    for backend in BACKENDS:
+        compiled = aotfunc.jit(f, backend=backend)
+        start = time.perf_counter()
+        try:
+            compiled(*args)
+        except AotfuncError as e:
+            print(f"{backend:10}{type(e).__name__}: {e}")
+            continue
+        first = time.perf_counter() - start
+        print(f"{backend:10}{best(compiled, args):>12}   first call {first:.2f} s")
+
+
+def best(f: Callable, args: Sequence[Any]) -> str:
+    timer = timeit.Timer(lambda: f(*args))
+    count, _ = timer.autorange()
+    return f"{min(timer.repeat(5, count)) / count * 1e6:,.1f} µs"
+
+
+def clear_cache() -> None:
+    """Remove the compiled code that is kept on disk."""
+    folder = store.directory()
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"removed {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m aotfunc", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable) -> argparse.ArgumentParser:
+        says = (run.__doc__ or "").strip()
+        made = commands.add_parser(name, help=says, description=says)
+        made.set_defaults(run=run)
+        return made
+
+    command("doctor", doctor)
+    for name, run in (("show", show), ("bench", bench)):
+        made = command(name, run)
+        made.add_argument("what", metavar="FILE.py:function")
+        made.add_argument("--args", dest="arguments", default="", help="torch.randn(3), 2.0")
+        if run is show:
+            made.add_argument("--to", default="aotfunc.html", help="the page to write")
+    command("clear-cache", clear_cache)
+    given = vars(parser.parse_args(argv))
+    given.pop("run")(**given)
+
+
+if __name__ == "__main__":
+    main()

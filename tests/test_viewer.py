@@ -1,0 +1,202 @@
+"""The page of ``show``: what it says of the programs, and, where Chromium is installed, what a
+reader can do with it."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+import aotfunc
+from aotfunc.viewer.layout import arranged
+
+CHROMIUM = shutil.which("chromium")
+
+
+def data_of(page):
+    """The data that the page's script reads."""
+    text = re.search(r'<script id="data" type="application/json">(.*?)</script>', page.html, re.S)
+    return json.loads(text[1])
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 4))
+
+
+def loss(w, x):
+    return torch.tanh(x @ w).sum()
+
+
+@pytest.fixture(scope="module")
+def page():
+    w, x = torch.randn(3, 2, requires_grad=True), torch.randn(5, 3)
+    return aotfunc.show(aotfunc.jit(loss, backend="eager"), w, x, to=None)
+
+
+def node(stage, name):
+    return next(n for n in stage["nodes"] if n["name"] == name)
+
+
+def test_stages_in_order(page):
+    stages = data_of(page)["stages"]
+    assert [s["made_by"] for s in stages] == [s.made_by for s in page.stages]
+    assert [s["made_by"] for s in stages] == ["capture", "vjp", "forward", "backward"]
+
+
+def test_what_a_node_says(page):
+    tanh = node(data_of(page)["stages"][0], "tanh")
+    assert (tanh["op"], tanh["kind"], tanh["type"]) == ("tanh", "pointwise", "float32[5, 2]")
+    assert (tanh["bytes"], tanh["function"]) == (40, "loss")
+    assert tanh["line"].endswith("in loss: return torch.tanh(x @ w).sum()")
+    mm = node(data_of(page)["stages"][0], "mm")
+    assert (mm["kind"], mm["flops"]) == ("product", 2 * 5 * 3 * 2)
+
+
+def test_one_value_has_one_number_in_every_stage(page):
+    stages = data_of(page)["stages"]
+    for name in ("w", "x", "mm", "tanh"):
+        assert len({node(s, name)["value"] for s in stages[:3]}) == 1, name
+    # the product of the backward is another one than the forward's, whatever its name
+    product = next(n for n in stages[3]["nodes"] if n["kind"] == "product")
+    assert product["value"] == node(stages[1], "mm_1")["value"] != node(stages[0], "mm")["value"]
+    for stage in stages:
+        values = [n["value"] for n in stage["nodes"]]
+        assert len(set(values)) == len(values)
+
+
+def test_saved_values_are_marked_in_both_halves(page):
+    forward, backward = data_of(page)["stages"][2:]
+    marked = [{n["value"] for n in s["nodes"] if "mark" in n} for s in (forward, backward)]
+    saved = {n["value"] for n in backward["nodes"] if n["kind"] == "input"}
+    assert marked[0] == marked[1] == saved - {node(backward, "tangents_0")["value"]}
+
+
+def test_recomputed_ops_are_marked():
+    x = torch.randn(5, 3, requires_grad=True)
+    f = aotfunc.jit(lambda x: x.sin().exp().cos().sum(), backend="eager", memory_budget=0.0)
+    backward = data_of(aotfunc.show(f, x, to=None))["stages"][-1]
+    assert {n["op"] for n in backward["nodes"] if n.get("mark") == "recomputed"} >= {"sin", "exp"}
+
+
+def test_live_bytes_are_those_of_the_schedule(page):
+    capture = data_of(page)["stages"][0]
+    # a product of 40 bytes, both it and its tanh, the tanh and the sum
+    assert [n["live"] for n in capture["nodes"]] == [0, 0, 40, 80, 44]
+
+
+def test_edges_between_groups_of_lines_and_functions(page):
+    levels = data_of(page)["stages"][0]["levels"]
+    assert len(levels["ops"]["places"]) == 5
+    assert len(levels["lines"]["places"]) == 3  # two inputs and a line
+    assert levels["functions"]["edges"] == [[0, 2], [1, 2]]
+
+
+def test_groups_that_read_each_other_are_arranged():
+    found = arranged([0, 1, 0, 1], [(0, 1), (1, 2), (2, 3)])
+    assert found["edges"] == [(0, 1), (1, 0)] and len(found["places"]) == 2
+
+
+@pytest.mark.parametrize("what", ["a plain function", "a module", "a saved file"])
+def test_what_can_be_shown(tmp_path, what):
+    x, f = torch.randn(5, 8), net()
+    if what == "a plain function":
+        f = f.forward
+    if what == "a saved file":
+        aotfunc.export(f, x).save(tmp_path / "net.aot")
+        f = tmp_path / "net.aot"
+    page = aotfunc.show(f, x, to=tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == page.html
+    assert data_of(page)["stages"] and "<iframe" in page._repr_html_()
+
+
+def test_text_of_the_user_cannot_end_the_script():
+    def f(x):
+        return x.sin() if "</script><b>" else x
+
+    page = aotfunc.show(aotfunc.grad(f), torch.zeros(()), to=None)
+    assert (
+        page.html.count("</script>") == 2
+        and "</script><b>" in data_of(page)["stages"][0]["nodes"][1]["line"]
+    )
+
+
+ACTIONS = """
+<script>
+{
+const found = {}, node = (i, name) =>
+  columns[i].svg.querySelector(`.node[data-name="${name}"]`);
+const classes = (i, name) => [...node(i, name).classList];
+const click = e => e.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+found.columns = columns.map(c => c.stage.made_by);
+click(node(0, "NAME"));
+found.clicked = columns.map((c, i) => node(i, "NAME") && classes(i, "NAME"));
+found.kin = columns.map(c => c.svg.querySelectorAll(".kin").length);
+found.details = element("details").textContent;
+found.lines = columns[0].memory.querySelectorAll("line").length;
+element("search").value = "NAME";
+element("search").dispatchEvent(new Event("input"));
+found.hits = [element("found").textContent, document.querySelectorAll(".hit").length];
+const box = document.querySelectorAll("nav input")[1];
+click(box);
+found.more = columns.map(c => c.stage.made_by);
+element("level").value = "functions";
+element("level").dispatchEvent(new Event("change"));
+found.groups = columns[0].svg.querySelectorAll(".node").length;
+element("level").value = "ops";
+element("level").dispatchEvent(new Event("change"));
+const start = performance.now();
+for (let i = 0; i < 20; i++) { columns[0].top += 20; columns[0].draw(); }
+found.frame = (performance.now() - start) / 20;
+document.body.innerHTML = "";
+make(document.body, "pre", { id: "result" }, JSON.stringify(found));
+}
+</script>
+"""
+
+
+def in_chromium(page, tmp_path, name):
+    """What a reader finds who clicks on the node, searches for it, and shows another stage."""
+    file = tmp_path / "page.html"
+    file.write_text(page.html.replace("</body>", ACTIONS.replace("NAME", name) + "</body>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
+    dom = subprocess.run(
+        [CHROMIUM, *flags.split(), "--window-size=1500,900", f"--user-data-dir={tmp_path}/profile"]
+        + [file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    return json.loads(html.unescape(re.search(r'<pre id="result">(.*)</pre>', dom, re.S)[1]))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_in_a_browser(page, tmp_path):
+    found = in_chromium(page, tmp_path, "tanh")
+    assert found["columns"] == ["capture", "forward", "backward"]
+    assert all("same" in names for names in found["clicked"])
+    assert "saved" in found["clicked"][1] and "saved" in found["clicked"][2]
+    assert found["kin"][2] > 0  # what came of the same line in the backward
+    assert "aten.tanh.default" in found["details"] and "float32[5, 2]" in found["details"]
+    assert found["lines"] == 1
+    assert found["hits"][0].endswith("found") and found["hits"][1] >= 3
+    assert found["more"] == ["capture", "vjp", "forward", "backward"]
+    assert found["groups"] == 3
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_two_thousand_nodes_can_be_drawn(tmp_path):
+    def f(x):
+        for _ in range(1000):
+            x = x.sin() + x
+        return x.sum()
+
+    page = aotfunc.show(aotfunc.grad(f), torch.zeros(3), to=None)
+    assert len(data_of(page)["stages"][0]["nodes"]) > 2000
+    found = in_chromium(page, tmp_path, "sin")
+    print(found["frame"])
+    assert found["hits"][0] != "0 found"
