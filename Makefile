@@ -10,7 +10,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-cpp lint types bench check format clean
+.PHONY: help venv demo test test-cpp lint types docs bench check format clean
 
 help: ## show this list
 	@echo "aotfunc: make <target>"
@@ -42,6 +42,9 @@ lint: $(STAMP) ## ruff: rules and format
 
 types: $(STAMP) ## mypy over aotfunc/
 	$(PY) -m mypy
+
+docs: $(STAMP) ## build the documentation site into build/site
+	$(PY) -m mkdocs build --strict --quiet
 
 bench: $(STAMP) ## run the benchmarks that need no GPU (installs the bench extra: jax)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[bench]'

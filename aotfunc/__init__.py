@@ -1,11 +1,11 @@
 """aotfunc: function transforms for PyTorch as graph-to-graph passes."""
 
-from .trace.collector import paused_gc
+from .trace.collector import paused_gc as _paused_gc
 
 __version__ = "0.1.0"
 
 # a collection that visits PyTorch's objects takes longer than these imports
-with paused_gc():
+with _paused_gc():
     from .api.check import check_grads as check_grads
     from .api.checkpoint import checkpoint as checkpoint
     from .api.checkpoint import checkpoint_name as checkpoint_name

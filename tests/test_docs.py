@@ -4,6 +4,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,20 +39,21 @@ def test_the_examples_of_a_module(name):
     assert not runner.summarize(verbose=False).failed
 
 
-PAGES = ["CONTRIBUTING.md", "docs/partition.md", "docs/walk.md", "docs/control_flow.md"]
+API = ROOT / "docs" / "api.md"
+ALL_PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAGES = [p for p in ALL_PAGES if ">>> " in p.read_text()]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_examples_of_a_page(page, monkeypatch):
     monkeypatch.setattr(backends, "REGISTRY", dict(backends.REGISTRY))
-    assert not doctest.testfile(
-        str(ROOT / page), module_relative=False, optionflags=OPTIONS
-    ).failed
+    text = re.sub("^ *```.*$", "", page.read_text(), flags=re.M)
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    runner.run(doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0))
+    assert not runner.summarize(verbose=False).failed
 
 
-@pytest.mark.parametrize(
-    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda p: p.name)
 def test_the_links_of_a_page_lead_somewhere(page):
     titles = lambda p: [
         re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
@@ -62,6 +65,15 @@ def test_the_links_of_a_page_lead_somewhere(page):
         there = page.parent / path if path else page
         assert there.exists(), target
         assert not title or title in titles(there), target
+
+
+def test_the_site_is_built(tmp_path):
+    """Strictly: a broken link or reference is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    named = re.findall(r"(?:^::: aotfunc\.|`)(\w+)", API.read_text(), re.M)
+    assert not {*PUBLIC}.difference(named)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
