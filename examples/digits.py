@@ -6,14 +6,18 @@ where it is of use.
 3. training through a forward and a backward graph, split where the least memory is kept;
 4. what that split keeps;
 5. time per step beside plain autograd and torch.func.
+
+It leaves two pages in ``build/demo``: what was measured, as plots, and the graphs of a step.
 """
 
 import statistics
 import time
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
+from rich.live import Live
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
@@ -27,6 +31,7 @@ from aotfunc import (
     jit,
     make_fx,
     min_cut_rematerialization_partition,
+    show,
     vmap,
 )
 
@@ -142,6 +147,7 @@ def private_steps(params, images, labels, steps: int):
         f"-> {after:.2f}"
     )
     assert after < before
+    return norms
 
 
 class Keep:
@@ -162,19 +168,31 @@ def train(params, images, labels, test, epochs: int):
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in track(range(epochs), "training", console=console):
-        for drawn in torch.randperm(len(images)).split(BATCH):
-            if len(drawn) < BATCH:
-                continue  # a smaller last batch would be one more signature to compile
-            optimizer.zero_grad()
-            step_loss(leaves, images[drawn], labels[drawn]).backward()
-            optimizer.step()
-        schedule.step()
+    table = Table("epoch", "loss", "unseen digits right", "ms per step")
+    losses = []
+    with Live(table, console=console):
+        for epoch in range(epochs):
+            start, steps = time.perf_counter(), 0
+            for drawn in torch.randperm(len(images)).split(BATCH):
+                if len(drawn) < BATCH:
+                    continue  # a smaller last batch would be one more signature to compile
+                optimizer.zero_grad()
+                value = step_loss(leaves, images[drawn], labels[drawn])
+                value.backward()
+                optimizer.step()
+                losses.append(value.item())
+                steps += 1
+            schedule.step()
+            took = 1000 * (time.perf_counter() - start) / steps
+            mean = statistics.mean(losses[-steps:])
+            right = f"{100 * accuracy(leaves, *test):.1f} %"
+            table.add_row(f"{epoch + 1}", f"{mean:.3f}", right, f"{took:.1f}")
     trained = {name: p.detach() for name, p in leaves.items()}
     score = accuracy(trained, *test)
+    console.print()  # a live table ends without a new line where there is no terminal
     print(f"{epochs} epochs: {100 * score:.1f} % of {len(test[0])} unseen digits are right")
     assert len(kept.graphs) == 2, "one forward graph and one backward graph for all steps"
-    return trained, score, kept.graphs
+    return trained, score, losses, kept.graphs
 
 
 def residuals(forward: torch.fx.GraphModule) -> list[torch.fx.Node]:
@@ -206,6 +224,7 @@ def show_residuals(params, images, labels, min_cut: torch.fx.GraphModule):
         f"{kilobytes(default):.0f} KiB"
     )
     assert kilobytes(saved) <= kilobytes(default)
+    return {"min-cut": saved, "default": default}
 
 
 def median_ms(contestants: dict, rounds: int) -> dict[str, float]:
@@ -255,20 +274,47 @@ def show_times(params, images, labels, rounds: int):
             name, f"{whole_ms[name]:.2f}", f"{each_ms[name]:.2f}" if name in each_ms else ""
         )
     console.print(table)
+    return whole_ms
 
 
-def main(quick: bool = False):
+def leave_pages(folder: Path, params, batch, losses, norms, kept, times):
+    """Plot what was measured, and show the graphs of a step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (curve, histogram), (memory, bars) = figure.subplots(2, 2)
+    curve.plot(losses, linewidth=0.8)
+    curve.set(title="loss by step", yscale="log")
+    histogram.hist(norms.tolist(), bins=16)
+    histogram.set(title=f"norms of {BATCH} per-sample gradients, before training")
+    for partition, nodes in kept.items():
+        left = 0.0
+        for node in nodes:
+            memory.barh(partition, kilobytes([node]), left=left, edgecolor="white")
+            left += kilobytes([node])
+    memory.set(title="KiB that the forward keeps, value by value")
+    bars.barh(list(times), list(times.values()))
+    bars.set(title="milliseconds per step")
+    figure.savefig(folder / "measured.svg")
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    show(jit(loss), leaves, *batch, to=folder / "graphs.html")
+    print(f"{folder / 'measured.svg'} and {folder / 'graphs.html'}: look at them in a browser")
+
+
+def main(quick: bool = False, folder: Path = Path("build/demo")):
     torch.manual_seed(0)
     (images, labels), test = load()
     params = {name: p.detach().clone() for name, p in make_net().named_parameters()}
     batch = images[:BATCH], labels[:BATCH]
 
     show_gradient_graph(params, *batch)
-    private_steps(params, images, labels, steps=10 if quick else 40)
-    trained, score, (forward, _) = train(params, images, labels, test, epochs=2 if quick else 20)
+    norms = private_steps(params, images, labels, steps=10 if quick else 40)
+    trained, score, losses, (forward, _) = train(
+        params, images, labels, test, epochs=2 if quick else 20
+    )
     assert score > (0.7 if quick else 0.95), score
-    show_residuals(trained, *batch, forward)
-    show_times(trained, *batch, rounds=3 if quick else 60)
+    kept = show_residuals(trained, *batch, forward)
+    times = show_times(trained, *batch, rounds=3 if quick else 60)
+    leave_pages(folder, trained, batch, losses, norms, kept, times)
 
 
 if __name__ == "__main__":
