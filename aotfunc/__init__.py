@@ -6,6 +6,13 @@ __version__ = "0.1.0"
 
 # a collection that visits PyTorch's objects takes longer than these imports
 with _paused_gc():
+    from .api.axes import all_gather as all_gather
+    from .api.axes import axis_index as axis_index
+    from .api.axes import axis_size as axis_size
+    from .api.axes import pmax as pmax
+    from .api.axes import pmean as pmean
+    from .api.axes import pmin as pmin
+    from .api.axes import psum as psum
     from .api.check import check_grads as check_grads
     from .api.checkpoint import checkpoint as checkpoint
     from .api.checkpoint import checkpoint_name as checkpoint_name

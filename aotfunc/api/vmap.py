@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..capture.axes import AXES, axes
 from ..capture.capture import as_called, capture, parameter_names
 from ..capture.captured import Captured
 from ..capture.concretize import batches
@@ -38,6 +39,7 @@ def vmap(
     *,
     chunk_size: int | None = None,
     strict: bool = False,
+    axis_name: str | None = None,
 ) -> Callable:
     """Return ``func`` over batches: each tensor argument has a batch dimension where ``in_dims``
     says, each result where ``out_dims`` says.
@@ -45,8 +47,9 @@ def vmap(
     ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a
     prefix of the arguments' (the results') tree. Keyword arguments are not batched.
     ``randomness``: "error", "same" or "different" draws per sample. ``chunk_size``: samples at a
-    time (all at once where they share a draw). Raises ArgumentError if dims and arguments do not
-    fit, or sizes differ.
+    time (all at once where they share a draw). ``axis_name``: by which ``psum`` and its kind
+    inside of ``func`` know the batch; it excludes ``chunk_size``. Raises ArgumentError if dims and
+    arguments do not fit, or sizes differ.
 
     A few ops can only be batched by a loop over the samples: those whose result's shape depends on
     values, and ops of your own without ``torch.library.register_vmap``. They are called once per
@@ -72,6 +75,12 @@ def vmap(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"vmap: chunk_size must be a positive int, not {chunk_size!r}")
 
+    if chunk_size is not None and axis_name is not None:
+        raise ArgumentError(
+            "vmap: chunk_size and axis_name exclude each other, as a sum over the axis needs all "
+            "samples at once"
+        )
+
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
@@ -82,7 +91,10 @@ def vmap(
         return _chunked(func, arguments, dims, size, options, chunk_size)
 
     options = Options(
-        tuple(out_dims) if isinstance(out_dims, list) else out_dims, randomness, strict
+        tuple(out_dims) if isinstance(out_dims, list) else out_dims,
+        randomness,
+        strict,
+        axis_name,
     )
     return wrapper
 
@@ -93,6 +105,7 @@ class Options(NamedTuple):
     out_dims: Dims
     randomness: str
     strict: bool
+    axis: str | None
 
     def dims_of(self, leaves: list, spec: Any) -> list[int | None]:
         """Return the dimension of the batch in each leaf of a result."""
@@ -154,15 +167,17 @@ def _batched_program(
     tensor_dims = tuple(
         d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor)
     )
-    rec = capture(
-        as_called(func),
-        arguments.leaves,
-        arguments.rebuilt,
-        samples=samples,
-        batch=Samples(tensor_dims, size, options.randomness),
-        numbers=True,
-        name_of=parameter_names(func, arguments),
-    )
+    known = AXES.sizes if options.axis is None else {**AXES.sizes, options.axis: size}
+    with axes(known):
+        rec = capture(
+            as_called(func),
+            arguments.leaves,
+            arguments.rebuilt,
+            samples=samples,
+            batch=Samples(tensor_dims, size, options.randomness, options.axis),
+            numbers=True,
+            name_of=parameter_names(func, arguments),
+        )
     for i, _ in Changes(rec).ops:
         if tensor_dims[i] is not None:
             name = rec.names()[i]
@@ -187,12 +202,13 @@ def _batched_program(
     tensors = tensors_of(arguments)
     sigs = tuple(rec.trace.as_placed([*map(signature, tensors)]))
     own = rec.aliases
-    _, randomness, strict = options
-    how = (randomness, results_dims, strict, own)
+    _, randomness, strict, axis = options
+    how = (randomness, results_dims, strict, own, axis)
 
     def make() -> Program:
         return fresh(
-            vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict), own
+            vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict, axis),
+            own,
         )
 
     program = base.derived(

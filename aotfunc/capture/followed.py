@@ -24,16 +24,18 @@ from ..trace.traced import Traced, around, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES
 from ..transforms.vmap import vmap
+from .axes import AXES
 from .calls import CallStep, Row, on_eager
 
 
 class Samples(NamedTuple):
     """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each
-    (None: unbatched), the size of the batch, and ``randomness``."""
+    (None: unbatched), the size of the batch, ``randomness``, and the axis's name."""
 
     dims: tuple[int | None, ...]
     size: int
     randomness: str
+    axis: str | None = None
 
 
 class Unsteady(Exception):
@@ -79,6 +81,8 @@ class Followed:
         # step outwards, to the values that this recording closes over
         written = any(t.mutates for t in under_way.traces if t is not trace)
         if not going_on or written or not self.count or not all(steady(r[0]) for r in new):
+            raise Unsteady
+        if AXES.sizes:  # here all batches around are one
             raise Unsteady
         for whole, steps in itertools.groupby(new, lambda record: record[0].__class__ is Row):
             if whole:
@@ -253,5 +257,7 @@ def batched_program(
 ) -> Program:
     return program.derived(
         ("asked", *samples, *sigs, *outs),
-        lambda: vmap(program, samples.dims, sigs, samples.size, samples.randomness, outs),
+        lambda: vmap(
+            program, samples.dims, sigs, samples.size, samples.randomness, outs, axis=samples.axis
+        ),
     )

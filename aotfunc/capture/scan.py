@@ -211,10 +211,12 @@ class Scan(Flow):
         )
         dims = [0 if yes else None for yes in met]
         outs = [0 if yes else None for yes in flags]
-        key = ("vmap", tuple(met), sigs, walk.size, walk.randomness, walk.strict)
+        key = ("vmap", tuple(met), sigs, walk.size, walk.randomness, walk.strict, walk.axis)
         body = self.body.derived(
             key,
-            lambda: vmap(self.body, dims, sigs, walk.size, walk.randomness, outs, walk.strict),
+            lambda: vmap(
+                self.body, dims, sigs, walk.size, walk.randomness, outs, walk.strict, walk.axis
+            ),
         )
         results = emit_flow(b, self.with_bodies([body]), args)
         for j in range(self.n_carry, len(flags)):

@@ -193,11 +193,11 @@ class While(Flow):
         dims = [0 if yes else None for yes in met]
         sigs = tuple([a.meta["val"] for a in args])
         rest = (walk.size, walk.randomness)
-        key = ("vmap", tuple(met), sigs, *rest, walk.strict, several)
+        key = ("vmap", tuple(met), sigs, *rest, walk.strict, walk.axis, several)
 
         def make(program: Program, outs: Sequence[int | None]) -> Program:
             return program.derived(
-                key, lambda: vmap(program, dims, sigs, *rest, outs, walk.strict)
+                key, lambda: vmap(program, dims, sigs, *rest, outs, walk.strict, walk.axis)
             )
 
         condition = make(self.condition, [0 if several else None])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from ..capture.axes import axes
 from ..capture.calls import CompiledCall, CompiledStep
 from ..capture.capture import argument_names, as_called, capture, labelled, parameter_names
 from ..capture.captured import Captured
@@ -238,7 +239,7 @@ def captured_entry(
 
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Snapshot(args, kwargs)
-        with compiled._names.watching():
+        with compiled._names.watching(), axes({}):  # those outside are not in the key
             result = called(*args, **kwargs)
         late[:] = [read_late(current().late, compiled._names.opened)]  # type: ignore[union-attr]
         mine.check(argument_names(function, len(args)), name)

@@ -23,6 +23,7 @@ from ..trace.nested import mapped
 from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from . import loops
 from .batched_op import batched_op
+from .rules import axes
 from .walk import builder
 
 aten = torch.ops.aten
@@ -41,10 +42,19 @@ TRANSPARENT = {
 
 
 class Batch:
-    """One batching walk: the size, the randomness, and the batched old nodes in the new graph."""
+    """One batching walk: the size, the randomness, the axis's name, and the batched old nodes in
+    the new graph."""
 
-    def __init__(self, b: Builder, size: int, randomness: str, strict: bool = False) -> None:
+    def __init__(
+        self,
+        b: Builder,
+        size: int,
+        randomness: str,
+        strict: bool = False,
+        axis: str | None = None,
+    ) -> None:
         self.b, self.size, self.randomness, self.strict = b, size, randomness, strict
+        self.axis = axis
         self.env: dict[Node, Any] = {}
         self.batched: dict[Node, Any] = {}
         #: the ops that were batched by a loop over the samples, and the user's lines that call
@@ -56,13 +66,37 @@ class Batch:
 
     def walk(self, nodes: Any) -> None:
         def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-            met = any(self.batched.get(i) for i in n._input_nodes)
+            met = any(self.batched.get(i) for i in n._input_nodes) or self.names(n)
             if not (met or (draws(n) and self.once_each(n))):
                 return NotImplemented
             new, self.batched[n] = self.batch(n)
             return new
 
         self.b.copy(nodes, self.env, visit)
+
+    def names(self, n: Node) -> bool:
+        """Return whether a node is an op over this batch's axis."""
+        return n.target in axes.OPS and n.args[-1] == self.axis
+
+    def over_samples(self, n: Node) -> tuple[Node, bool]:
+        """Return the op over the axis as one over the batch, and whether samples differ in it."""
+        x: Any = n.args[0]
+        if n.target is axes.axis_index:
+            sig = n.meta["val"]
+            shape = [self.size, *sig.shape]
+            index = self.b.call(aten.arange.default, self.size, device=sig.device)
+            return self.b.call(aten.view.default, index, shape), True
+        if n.target is axes.all_gather:
+            if n.args[1] != self.size:
+                raise ArgumentError(
+                    f"vmap: {n.args[1]} samples are gathered along {self.axis!r}, which has "
+                    f"{self.size}{at(n.meta.get('line'))}"
+                )
+            return self.expanded(x), False
+        if not self.batched.get(x):
+            return self.b.call(aten.mul.Tensor, self.env[x], self.size), False
+        dtype = n.meta["val"].dtype
+        return self.b.call(aten.sum.dim_IntList, self.env[x], [0], dtype=dtype), False
 
     def once_each(self, n: Node) -> bool:
         """Return whether an unbatched draw is made once per sample."""
@@ -79,6 +113,8 @@ class Batch:
             parent, i = n.args
             flags = self.batched[parent]
             return self.b.item(self.env[parent], i), flags[i] if isinstance(flags, list) else flags
+        if self.names(n):
+            return self.over_samples(n)
         if op in TRANSPARENT:
             return self.b.call(op, self.env[n.args[0]], *n.args[1:]), True
         if op is hidden_write:
@@ -111,7 +147,7 @@ class Batch:
     def inside(self, b: Builder) -> Batch:
         """Return a walk over the ops inside of one op, for the same batch, into the builder
         ``b``."""
-        return Batch(b, self.size, self.randomness, self.strict)
+        return Batch(b, self.size, self.randomness, self.strict, self.axis)
 
 
 def vmap(
@@ -122,16 +158,17 @@ def vmap(
     randomness: str,
     out_dims: Sequence[int | None] | None = None,
     strict: bool = False,
+    axis: str | None = None,
 ) -> Program:
     """Return the batched program. ``in_dims`` and ``sigs``: one per input, for the *batched*
-    inputs; ``out_dims``: one per result.
+    inputs; ``out_dims``: one per result; ``axis``: the name of the batch's axis.
 
     A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in
     its own layout. Ops that only a loop over the samples can batch are reported by a LoopWarning,
     or with ``strict`` refused (RuleError)."""
     with paused_gc():
         b = builder()
-        batch = Batch(b, size, randomness, strict)
+        batch = Batch(b, size, randomness, strict, axis)
         closed = program.placeholders[len(in_dims) :]
         dims = [*in_dims, *[None] * len(closed)]
         sigs = [*sigs, *(p.meta["val"] for p in closed)]

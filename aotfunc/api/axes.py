@@ -1,0 +1,101 @@
+"""What the samples of a ``vmap`` tell each other: sums, means, maxima and gathered values over an
+axis that ``vmap(axis_name=…)`` has named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture.axes import AXES
+from ..capture.tree import flatten, unflatten
+from ..debug import at, user_line
+from ..errors import ArgumentError
+from ..transforms.rules import axes as ops
+
+
+def axis_size(axis_name: str) -> int:
+    """Return how many samples there are. Raises ArgumentError, as all functions of this page,
+    where no ``vmap`` around the call has this ``axis_name``; inside of a compiled function these
+    are the ``vmap``s in the function.
+
+    >>> vmap(lambda x: x / axis_size("i"), axis_name="i")(torch.ones(4))
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    if axis_name not in AXES.sizes:
+        known = ", ".join(map(repr, AXES.sizes)) or "none"
+        raise ArgumentError(
+            f"no vmap around this call has axis_name={axis_name!r}; known is {known}"
+            f"{at(user_line(2))}. A compiled function does not see the vmaps outside of it"
+        )
+    return AXES.sizes[axis_name]
+
+
+def axis_index(axis_name: str) -> Tensor:
+    """Return the number of the sample, a 0-dim int64 tensor.
+
+    >>> vmap(lambda x: x + axis_index("i"), axis_name="i")(torch.zeros(3))
+    tensor([0., 1., 2.])
+    """
+    axis_size(axis_name)
+    return ops.axis_index(torch.zeros((), dtype=torch.int64), axis_name)
+
+
+def each(f: Callable[[Tensor], Tensor], x: Any, axis_name: str) -> Any:
+    """Return ``f`` of each tensor of a tree."""
+    axis_size(axis_name)
+    leaves, spec = flatten(x)
+    return unflatten([f(torch.as_tensor(leaf)) for leaf in leaves], spec)
+
+
+def psum(x: Any, axis_name: str) -> Any:
+    """Return the sum of ``x``, a tensor or a tree of tensors, over all samples: the same for each
+    of them. Derivatives are those of what all samples compute together, so that the cotangent of
+    ``x`` is the sum of the cotangents of the result. Bools are counted.
+
+    >>> vmap(lambda x: x / psum(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
+    tensor([0.2500, 0.7500])
+    """
+    counted = lambda x: x.long() if x.dtype == torch.bool else x
+    return each(lambda x: ops.psum(counted(x), axis_name), x, axis_name)
+
+
+def pmean(x: Any, axis_name: str) -> Any:
+    """Return the mean over all samples.
+
+    >>> vmap(lambda x: x - pmean(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
+    tensor([-1.,  1.])
+    """
+    size = axis_size(axis_name)
+    return each(lambda x: ops.psum(x, axis_name) / size, x, axis_name)
+
+
+def pmax(x: Any, axis_name: str) -> Any:
+    """Return the elementwise maximum over all samples; its gradient is shared equally by those
+    that have it.
+
+    >>> vmap(lambda x: pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
+    tensor([3., 3.])
+    """
+    return each(lambda x: gathered(x, axis_name).amax(0), x, axis_name)
+
+
+def pmin(x: Any, axis_name: str) -> Any:
+    """Return the elementwise minimum over all samples, as :func:`pmax` does the maximum."""
+    return each(lambda x: gathered(x, axis_name).amin(0), x, axis_name)
+
+
+def all_gather(x: Any, axis_name: str, axis: int = 0) -> Any:
+    """Return the values of all samples, stacked at the new dimension ``axis``.
+
+    >>> vmap(lambda x: all_gather(x, "i").sort().values, axis_name="i")(torch.tensor([2, 1]))
+    tensor([[1, 2],
+            [1, 2]])
+    """
+    return each(lambda x: gathered(x, axis_name).movedim(0, axis), x, axis_name)
+
+
+def gathered(x: Tensor, axis_name: str) -> Tensor:
+    return ops.all_gather(x, axis_size(axis_name), axis_name)

@@ -1,0 +1,55 @@
+"""Ops over the samples of the ``vmap`` that gave its axis a name.
+
+Each sample differentiates the sum of what all samples compute, as a process of a parallel program
+does (see :mod:`.collectives`): a sum over the axis is its own transpose. A batch that is not the
+axis of an op goes through it like any other dimension."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .table import linear, nondiff
+
+_library = torch.library.Library("aotfunc", "FRAGMENT")
+
+
+def without_axis(*args: Any) -> NoReturn:
+    raise RuntimeError(f"there is no vmap with axis_name={args[-1]!r} around this op")
+
+
+def defined(schema: str, meta: Any) -> Any:
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    _library.impl(name, without_axis, "CompositeExplicitAutograd")
+    _library.impl(name, meta, "Meta")
+    return getattr(torch.ops.aotfunc, name).default
+
+
+#: the sum over the samples, in the argument's dtype
+psum = defined("psum(Tensor x, str axis) -> Tensor", lambda x, axis: x.clone())
+#: the values of all samples, at a new dimension 0 of this size
+all_gather = defined(
+    "all_gather(Tensor x, int size, str axis) -> Tensor",
+    lambda x, size, axis: x.new_empty((size, *x.shape)),
+)
+#: which sample it is, as a tensor like this 0-dim integer
+axis_index = defined("axis_index(Tensor x, str axis) -> Tensor", lambda x, axis: x.clone())
+
+OPS = (psum, all_gather, axis_index)
+
+
+def of_this_sample(g: Tensor, x: Tensor, size: int, axis: str) -> Tensor:
+    index = axis_index(torch.zeros(1, dtype=torch.int64, device=g.device), axis)
+    return psum(g, axis).index_select(0, index).squeeze(0)
+
+
+linear(psum, lambda g, x, axis: psum(g, axis), batch=lambda x, axis: psum(x, axis))
+linear(
+    all_gather,
+    of_this_sample,
+    batch=lambda x, size, axis: all_gather(x, size, axis).movedim(1, 0),
+)
+nondiff(axis_index)
