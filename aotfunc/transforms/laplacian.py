@@ -16,7 +16,8 @@ from torch.fx import Node
 from ..graph import Program, output_node
 from ..trace.emit import Builder, drop_dead, paused_gc
 from ..trace.shapes.sig import Sig
-from .taylor import PRODUCTS, taylor
+from .rules.table import entry_for
+from .taylor import taylor
 from .vmap import Batch
 from .walk import builder
 
@@ -42,7 +43,7 @@ class Summed(Batch):
             return NotImplemented
         new, self.batched[n] = self.batch(n)
         env[n] = new
-        if n.target in PRODUCTS and all(map(self.has, n.args[:2])):
+        if entry_for(n.target).bilinear and all(map(self.has, n.args[:2])):
             self.batched[n] = False
             self.sums.add(n)
             return b.call(aten.sum.dim_IntList, new, [0])

@@ -29,22 +29,6 @@ from .rules.table import entry_for
 aten = torch.ops.aten
 Pattern = Any  # a scipy.sparse.csr_array of bools
 
-#: reductions over dims, with keepdim; every element depends on all that it is made of
-REDUCTIONS = frozenset(
-    (aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.prod.dim_int)
-)
-#: ops along one dimension, on all of which each element depends
-ALONG = frozenset(
-    (
-        *(aten._softmax.default, aten._log_softmax.default),
-        *(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default),
-    )
-)
-
-
-#: ops that place their arguments side by side
-JOINS = frozenset((aten.cat.default, aten.stack.default))
-
 
 class Dependence:
     """The patterns of the values of a program, for its input ``wrt``; ``tensors`` are its
@@ -77,19 +61,21 @@ class Dependence:
             return self.everything(call, n)
         op, args = call.target, full_args(call.target, call.args, call.kwargs)
         moving = [a for a in leaves(args) if isinstance(a, Node) and a in self.active]
-        if entry_for(op).elementwise:
+        rules = entry_for(op)
+        if rules.elementwise:
             return joined([named_rows(a, n) @ self.of(a) for a in moving])
         if (factors := FACTORS.get(op)) is not None:
             found = factors(self, *args)
             return self.everything(call, n) if found is None else found
-        if op in REDUCTIONS or op in ALONG:
+        if rules.along:
             dims = args[1] if isinstance(args[1], list | tuple) else [args[1]]
-            x, keep = moving[0], op in ALONG or args[2]
-            total: Any = selection_pattern(lambda t: t.sum(dims or None, keepdim=bool(keep)), x)
-            if op in REDUCTIONS:
-                return total @ self.of(x)
-            return total.T @ total @ self.of(x)
-        parts = [self.linear(op, args, item, a, moving) for a in dict.fromkeys(moving)]
+            total: Any = selection_pattern(lambda t: t.sum(dims or None), moving[0])
+            found = total @ self.of(moving[0])
+            return found if total.shape[0] == n.meta["val"].numel else total.T @ found
+        places = [i for i in tensor_args(op) if any(a in self.active for a in leaves(args[i]))]
+        if not rules.linear_in(places):
+            return self.everything(call, n)
+        parts = [self.linear(op, args, item, a) for a in dict.fromkeys(moving)]
         if any(p is None for p in parts):
             return self.everything(call, n)
         return joined(parts)
@@ -102,19 +88,9 @@ class Dependence:
         row = np.any(rows, 0) if rows else np.zeros(count, bool)
         return sparse.csr_array(np.broadcast_to(row, (n.meta["val"].numel, count)))
 
-    def linear(
-        self, op: OpOverload, args: list, item: int | None, x: Node, moving: Sequence[Node]
-    ) -> Pattern:
-        """Return the pattern by the argument ``x`` of an op that is linear in it; None if it is
-        not, or mixes elements."""
-        rules = entry_for(op)
-        where = {i for i in tensor_args(op) if any(a is x for a in leaves(args[i]))}
-        others = any(a is not x for a in moving)
-        joins = op in JOINS
-        if not (joins or where.issubset(rules.linear)) or (
-            others and not (joins or rules.jointly)
-        ):
-            return None
+    def linear(self, op: OpOverload, args: list, item: int | None, x: Node) -> Pattern:
+        """Return the pattern by the argument ``x`` of an op that is linear in it; None if it mixes
+        elements."""
 
         def run(t: Tensor) -> Tensor:
             zero = lambda a: t.new_zeros(a.meta["val"].shape)

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..debug import at
@@ -28,22 +27,11 @@ from ..trace.emit import paused_gc
 from .activity import has_derivative, is_nondiff, sources
 from .jvp import fit_tangents, forward, push, tangent_sig
 from .lower import lowered
+from .rules.table import entry_for
 from .vjp import Kept, primals
 from .walk import builder, filled_node, traced
 
 aten = torch.ops.aten
-
-#: ops that are other ops put together; their series are shorter that way than by their rules
-OPENED: dict[OpOverload, Callable[..., Tensor]] = {
-    aten.tanh_backward.default: lambda g, y: g * (1 - y * y),
-    aten.sigmoid_backward.default: lambda g, y: g * (y - y * y),
-    aten.silu.default: lambda x: x * torch.sigmoid(x),
-    aten.softplus_backward.default: lambda g, x, beta, threshold: torch.where(
-        x * beta > threshold, g, g * torch.sigmoid(x * beta)
-    ),
-    aten.rsqrt.default: lambda x: torch.reciprocal(torch.sqrt(x)),
-    aten.square.default: lambda x: x * x,
-}
 
 
 class Series:
@@ -119,7 +107,7 @@ class Series:
     def opened(self, n: Node) -> Any:
         """Return the ops that a call is put together of, or None."""
         if n not in self.bodies:
-            formula = OPENED.get(n.target)  # type: ignore[arg-type]
+            formula = entry_for(n.target).series
             if n.target is aten.pow.Tensor_Scalar and whole_power(n.args[1]):
                 formula = lambda x, p: integer_power(x, int(p))
             self.bodies[n] = formula and traced(formula)(self.ops, *n.args)
@@ -160,8 +148,9 @@ class Series:
             )
         if (body := self.opened(n)) is not None:
             return fit_tangents(b, self.coefficient(body, k), n)
-        if n.target in PRODUCTS:
-            return fit_tangents(b, self.product(n, k), n)
+        if entry_for(n.target).bilinear:
+            product = self.convolved(n.target, *n.args[:2], range(k + 1), k, **n.kwargs)
+            return fit_tangents(b, product, n)
         if n.target is aten.reciprocal.default or (
             n.target is aten.div.Tensor and self.moving(n.args[1])
         ):
@@ -176,10 +165,6 @@ class Series:
         return found if isinstance(n.meta["val"], tuple) else found[0]
 
     # ----- series of products, quotients and powers ----------------------------------------------
-
-    def product(self, n: Node, k: int) -> Any:
-        x, y, *rest = n.args
-        return self.convolved(n.target, x, y, range(k + 1), k, rest)
 
     def quotient(self, n: Node, k: int) -> Any:
         """Return the series of ``x = n y``: ``n_k = (x_k - sum of n_j y_(k-j) for j < k) /
@@ -206,15 +191,13 @@ class Series:
         found = self.total(terms)
         return found and self.b.call(aten.div.Tensor, found, self.coefficient(x, 0))
 
-    def convolved(
-        self, op: OpOverload, x: Any, y: Any, js: Sequence[int], k: int, rest: Sequence = ()
-    ) -> Any:
+    def convolved(self, op: Any, x: Any, y: Any, js: Sequence[int], k: int, **how: Any) -> Any:
         """Return the sum of ``op(x_j, y_(k-j))``."""
-        return self.total([self.times(op, x, j, y, k - j, rest) for j in js])
+        return self.total([self.times(op, x, j, y, k - j, **how) for j in js])
 
-    def times(self, op: OpOverload, x: Any, i: int, y: Any, j: int, rest: Sequence = ()) -> Any:
+    def times(self, op: Any, x: Any, i: int, y: Any, j: int, **how: Any) -> Any:
         left, right = self.coefficient(x, i), self.coefficient(y, j)
-        return None if left is None or right is None else self.b.call(op, left, right, *rest)
+        return None if left is None or right is None else self.b.call(op, left, right, **how)
 
     def total(self, terms: Sequence[Any]) -> Any:
         found = None
@@ -236,11 +219,6 @@ class Values(dict[Node, Any]):
     def __missing__(self, n: Node) -> Any:
         value = self.series.coefficient(n, 0)
         return filled_node(self.series.b, 0, n.meta["val"]) if value is None else value
-
-
-PRODUCTS = frozenset(
-    (aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
-)
 
 
 def between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from .batching import align, elementwise
 from .choices import keep
 from .schema import aten, tensor_args
-from .table import pointwise, vjp_of, vmap_of
+from .table import pointwise, series_as, vjp_of, vmap_of
 
 # ----- piecewise linear: the second derivative is zero -------------------------------------------
 
@@ -112,6 +112,7 @@ def _(g: Tensor, x: Tensor, approximate: str, *, batched: tuple[bool, bool]) -> 
 
 
 pointwise(aten.silu, silu_first)
+series_as(aten.silu, lambda x: x * torch.sigmoid(x))
 pointwise(aten.silu_backward, lambda h, out, g, x: aten.silu_backward(h, x), silu_second)
 pointwise(aten.mish, lambda g, out, x: aten.mish_backward(g, x))
 pointwise(aten.mish_backward, lambda h, out, g, x: aten.mish_backward(h, x), mish_second)
@@ -122,6 +123,12 @@ pointwise(
     aten.softplus_backward,
     lambda h, out, g, x, beta, threshold: aten.softplus_backward(h, x, beta, threshold),
     softplus_second,
+)
+series_as(
+    aten.softplus_backward,
+    lambda g, x, beta, threshold: torch.where(
+        x * beta > threshold, g, g * torch.sigmoid(x * beta)
+    ),
 )
 pointwise(aten.elu, lambda g, out, x, a, b, c: aten.elu_backward(g, a, b, c, False, x))
 pointwise(aten.celu, lambda g, out, x, a: aten.elu_backward(g, a, 1, 1 / a, False, x))

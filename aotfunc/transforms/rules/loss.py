@@ -12,7 +12,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from .batching import align, all_batched, past_batch, with_batch
 from .schema import Formula, aten, call_op, overload, tensor_args
-from .table import broadcast_shapes, jvp_of, linear, vjp_of, vmap_of
+from .table import along_dims, broadcast_shapes, jvp_of, linear, vjp_of, vmap_of
 
 # ----- softmax -----------------------------------------------------------------------------------
 
@@ -37,6 +37,7 @@ def along_dim(op: OpOverload | OpOverloadPacket) -> Formula:
 
 for op in (aten._softmax, aten._log_softmax, aten._safe_softmax):
     vmap_of(op)(along_dim(op))
+    along_dims(op)
 for op in (aten._softmax_backward_data, aten._log_softmax_backward_data):
     vmap_of(op)(along_dim(op))
 
@@ -46,7 +47,7 @@ def _(g, out, x, dim):
     return [aten._softmax_backward_data(g, out, dim, x.dtype)]
 
 
-@jvp_of(aten._softmax)
+@jvp_of(aten._softmax, aten._safe_softmax)
 def _(tangents, out, x, dim):
     # the Jacobian is symmetric
     return aten._softmax_backward_data(tangents[0].to(out.dtype), out, dim, out.dtype)
@@ -55,11 +56,6 @@ def _(tangents, out, x, dim):
 @vjp_of(aten._safe_softmax)
 def _(g, out, x, dim):
     return [aten._softmax_backward_data(g, out, dim, out.dtype)]
-
-
-@jvp_of(aten._safe_softmax)
-def _(tangents, out, x, dim):
-    return aten._softmax_backward_data(tangents[0].to(out.dtype), out, dim, out.dtype)
 
 
 @vjp_of(aten._softmax_backward_data)

@@ -19,7 +19,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from .batching import elementwise
 from .schema import aten, tensor_args
-from .table import jvp_of, linear, pointwise, times, total, vjp_of, vmap_of
+from .table import jvp_of, linear, pointwise, series_as, times, total, vjp_of, vmap_of
 
 
 def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
@@ -47,7 +47,8 @@ for op in functional(aten.sub):
 for op in functional(aten.rsub):
     pointwise(op, lambda g, out, x, y, alpha: times(-g, alpha), lambda g, out, x, y, alpha: g)
 for op in functional(aten.mul):
-    pointwise(op, lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
+    formulas = (lambda g, out, x, y: g * y, lambda g, out, x, y: g * x)
+    pointwise(op, *formulas, linear=(0, 1))
 
 
 def quotient_in_divisor(g: Tensor, out: Tensor, x: Any, y: Any) -> Tensor:
@@ -141,6 +142,7 @@ pointwise(aten.pow.Tensor_Tensor, power_in_base, power_in_exponent)
 pointwise(aten.pow.Scalar, power_in_exponent)
 pointwise(aten.sqrt, lambda g, out, x: g / (2 * out))
 pointwise(aten.rsqrt, lambda g, out, x: g * out**3 * -0.5)
+series_as(aten.rsqrt, lambda x: torch.reciprocal(torch.sqrt(x)))
 pointwise(aten.exp, lambda g, out, x: g * out)
 pointwise(aten.exp2, lambda g, out, x: g * out * math.log(2))
 pointwise(aten.expm1, lambda g, out, x: g * (out + 1))
@@ -244,6 +246,8 @@ def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) ->
 
 for op in (aten.tanh_backward.default, aten.sigmoid_backward.default):
     vmap_of(op)(elementwise(op))
+series_as(aten.tanh_backward, lambda g, y: g * (1 - y * y))
+series_as(aten.sigmoid_backward, lambda g, y: g * (y - y * y))
 
 
 @vjp_of(aten.frexp.Tensor, diff_outputs=(0,))

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from .batching import align, shifted
 from .choices import keep
 from .schema import aten
-from .table import jvp_of, linear, nondiff, vjp_of, vmap_of
+from .table import along_dims, jvp_of, linear, nondiff, vjp_of, vmap_of
 
 # ----- helpers -----------------------------------------------------------------------------------
 
@@ -289,6 +289,7 @@ def _(g: Any, outs: Any, x: Tensor, dim: int | None, keepdim: bool) -> list[Tens
     return [sum(terms[1:], terms[0])]
 
 
+along_dims(aten.amax, aten.amin)
 for op in (aten.amax.default, aten.amin.default):
     vmap_of(op)(shifted(op, "dim"))
 vmap_of(aten.max)(per_sample(aten.amax))
@@ -357,6 +358,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> list[Tensor
 
 
 vmap_of(aten.logsumexp)(shifted(aten.logsumexp, "dim"))
+along_dims(aten.logsumexp)
 
 
 # ----- no derivative -----------------------------------------------------------------------------

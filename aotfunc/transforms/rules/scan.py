@@ -16,7 +16,7 @@ from torch import Tensor
 from .batching import shifted
 from .reduce import as_vectors, unreduced
 from .schema import aten
-from .table import jvp_of, linear, vjp_of, vmap_of
+from .table import along_dims, jvp_of, linear, vjp_of, vmap_of
 
 # ----- cumulative extremes: the values are the input at the indices ------------------------------
 
@@ -146,3 +146,4 @@ def _(tangents: tuple[Tensor], out: Tensor, x: Tensor, dim: int) -> Tensor:
 
 for op in (aten.logcumsumexp.default, aten._logcumsumexp.default):
     vmap_of(op)(shifted(op, "dim"))
+along_dims(aten.prod.dim_int, aten.cumprod, aten.cumsum, aten.logcumsumexp)

@@ -60,12 +60,25 @@ class OpRules:
     flat: tuple[int, ...] = ()
     #: a result's element depends on one element of each argument
     elementwise: bool = False
+    #: a result's element depends on all of the first argument along the dims that the second names
+    along: bool = False
     #: positions of the arguments that it is linear in; of all of them together if ``jointly``
     linear: tuple[int, ...] = ()
     jointly: bool = False
+    #: what it consists of, if the series of that is shorter than the one by its derivative
+    series: Formula | None = None
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
     #: ones
     diff_outputs: tuple[int, ...] | None = None
+
+    def linear_in(self, places: Sequence[int]) -> bool:
+        """Return whether the op is linear in the arguments at ``places`` together."""
+        return (self.jointly or len(places) == 1) and set(places).issubset(self.linear)
+
+    @property
+    def bilinear(self) -> bool:
+        """Whether it is linear in each of two arguments, and has no other derivative."""
+        return len(self.linear) == 2 and not self.jointly
 
 
 RULES: dict[OpOverload, OpRules] = {}
@@ -164,17 +177,19 @@ def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]
     return stating("vmap", ops, 0)
 
 
-def pointwise(op: OpOverload | OpOverloadPacket, *formulas: Formula | None) -> None:
+def pointwise(
+    op: OpOverload | OpOverloadPacket, *formulas: Formula | None, linear: tuple[int, ...] = ()
+) -> None:
     """State that ``op`` acts on each element: its Jacobian is diagonal, and holomorphic where
     complex.
 
     One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``:
     the cotangent from the output's cotangent and, the same thing, the output's tangent from the
     argument's tangent. Written without conjugates; the verb conjugates. No formula at all means
-    zero derivative."""
+    zero derivative. ``linear`` lists the arguments that a product is linear in."""
     entry = writable_entry(op)
     op = overload(op)
-    entry.vmap, entry.elementwise = adapt(elementwise(op), 0), True
+    entry.vmap, entry.elementwise, entry.linear = adapt(elementwise(op), 0), True, linear
     if not any(formulas):
         entry.nondiff = entry.zero = True
         return
@@ -283,6 +298,19 @@ def flat(*ops: OpOverload | OpOverloadPacket, by: tuple[int, ...] = (1,)) -> Non
     ``.grad`` with them."""
     for op in ops:
         writable_entry(op).flat = by
+
+
+def along_dims(*ops: OpOverload | OpOverloadPacket) -> None:
+    """State that an element of a result of ``ops`` depends on the elements of their first argument
+    along the dims that the second names, on all of them and on no others."""
+    for op in ops:
+        writable_entry(op).along = True
+
+
+def series_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
+    """Let ``jet`` take the series of ``op`` as that of ``body(*args)``, which is shorter than that
+    by the op's rules."""
+    writable_entry(op).series = body
 
 
 def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
