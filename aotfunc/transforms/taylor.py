@@ -149,7 +149,8 @@ class Series:
         if (body := self.opened(n)) is not None:
             return fit_tangents(b, self.coefficient(body, k), n)
         if entry_for(n.target).bilinear:
-            product = self.convolved(n.target, *n.args[:2], range(k + 1), k, **n.kwargs)
+            x, y = n.args
+            product = self.convolved(n.target, x, y, range(k + 1), k, **n.kwargs)
             return fit_tangents(b, product, n)
         if n.target is aten.reciprocal.default or (
             n.target is aten.div.Tensor and self.moving(n.args[1])

@@ -38,6 +38,19 @@ _GLOBAL_HOOKS = tuple(
 #: libraries' objects that change at every use, in a way that does not show
 _MOVING = (Iterator, random.Random, np.random.Generator, np.random.RandomState)
 
+#: the parts that a call of an object, or a look into it, depends on; a check reads no others
+PARTS: dict[type, tuple[str, ...]] = {
+    property: ("fget",),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    functools.cached_property: ("func",),
+    MappingView: ("mapping", "_mapping"),
+    os._Environ: ("_data",),
+    # their rules are recorded as a part of the function
+    CustomOpDef: ("_backward_fn", "_setup_context_fn"),
+    CustomRules: CustomRules.PARTS,
+}
+
 
 class State(Functions):
     """The state that ``f`` and ``objects``, called ``labels``, reach now, by the names in
@@ -105,8 +118,6 @@ class State(Functions):
                 self.meet(
                     getattr(x, name), f"{v}.{name}", label if name == "func" else f"{label}.{name}"
                 )
-        elif isinstance(x, property | staticmethod | classmethod | functools.cached_property):
-            self.parts(x, v, label, ("fget", "__func__", "func"))
         elif isinstance(x, list | tuple | collections.deque):
             self.sequence(x, v, label)
         elif isinstance(x, dict | types.MappingProxyType):
@@ -115,10 +126,8 @@ class State(Functions):
             self.unordered(x, v, label)
         elif isinstance(x, np.ndarray | slice | BYTES):
             self.content(x, v, label)
-        elif isinstance(x, MappingView) and hasattr(x, "mapping"):
-            self.parts(x, v, label, ("mapping",))
-        elif isinstance(x, os._Environ):
-            self.parts(x, v, label, ("_data",))
+        elif isinstance(x, tuple(PARTS)):
+            self.parts(x, v, label, next(PARTS[cls] for cls in PARTS if isinstance(x, cls)))
         elif isinstance(x, operator.attrgetter | operator.methodcaller):
             self.names.attributes.update(
                 part for text in texts(x.__reduce__()) for part in text.split(".")
@@ -138,10 +147,6 @@ class State(Functions):
                 )
             else:
                 self.meet(now, f"{v}.get()", label)
-        elif isinstance(x, CustomOpDef):  # its rules are recorded as a part of the function
-            self.parts(x, v, label, ("_backward_fn", "_setup_context_fn"))
-        elif isinstance(x, CustomRules):  # so are those of a function of ours
-            self.parts(x, v, label, CustomRules.PARTS)
         elif isinstance(x, logging.Logger):
             self.logger(x, v, label)
         elif isinstance(x, weakref.ref):
