@@ -24,28 +24,15 @@ INF = float("inf")
 _MAX = int(np.iinfo(np.int32).max)
 
 
-def min_cut(
-    save: Sequence[float],
-    redo: Sequence[float],
-    inputs: Sequence[Sequence[int]],
-    needed: Sequence[int],
-) -> list[bool]:
-    """The values to save: a boolean per value, of the cut nearest to the inputs among the
-    cheapest.
-
-    ``save[i]`` and ``redo[i]`` are the costs of keeping and of computing again (``inf``: not
-    allowed), ``inputs[i]`` the values that i is computed from, ``needed`` what the backward reads.
-    A finite cut must exist.
+class Network:
+    """The network of a joint graph, built once; only its capacities change. ``inputs[i]`` are the
+    values that i is computed from, ``needed`` what the backward reads.
 
     >>> # keep the small one in the middle
-    >>> min_cut([8, 2, 8], [INF, 1, 0], [[], [0], [1]], needed=[2])
+    >>> costs = np.array([8, 2, 8]), np.array([INF, 1, 0])
+    >>> Network([[], [0], [1]], needed=[2]).cheapest(*costs).saved.tolist()
     [False, True, False]
     """
-    return Network(inputs, needed).cheapest(np.asarray(save), np.asarray(redo)).saved.tolist()
-
-
-class Network:
-    """The network of a joint graph, built once; only its capacities change."""
 
     def __init__(self, inputs: Sequence[Sequence[int]], needed: Sequence[int]) -> None:
         from scipy.sparse import csr_array  # slow to import: only who partitions pays
@@ -66,14 +53,14 @@ class Network:
         self.edge.sort_indices()
 
     def cheapest(self, save: np.ndarray, redo: np.ndarray) -> Cut:
-        """The cheapest cut where nothing is known of its cost."""
+        """Return the cheapest cut where nothing is known of its cost."""
         finite = save[np.isfinite(save)].sum() + redo[np.isfinite(redo)].sum()
         # a cut is known then, and nothing dearer is ever cut: the integers may be as fine as its
         # value allows
         return self.cut(save, redo, self.cut(save, redo, finite).value)
 
     def cut(self, save: np.ndarray, redo: np.ndarray, bound: float) -> Cut:
-        """The cheapest cut, the one nearest to the inputs of several.
+        """Return the cheapest cut, of several the one nearest to the inputs.
 
         ``bound`` is not below its cost; costs become integers in units of about 5e-10 of it.
         """

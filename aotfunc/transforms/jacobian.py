@@ -71,15 +71,8 @@ def jacobian_rows(
             early, late, direct = halve(vjp(base, wrt, have, fill=True, keep=()), 0, 1)
             residuals = b.inlined(early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
             val = base.vals[i]
-            pieces = []
-            for start, count in chunks(val.numel, chunk):
-                pieces.append(
-                    rows_of_late(
-                        b, late, residuals, basis_rows(b, val, start, count), count, randomness
-                    )
-                )
-            for k, x in enumerate(wrt):
-                rows = cat_pieces(b, [p[k] for p in pieces], 0)
+            found = rows_of_late(b, late, residuals, val, chunk, randomness)
+            for x, rows in zip(wrt, found, strict=True):
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
                 blocks.append(b.reshape(rows, shape))
         own = range(len(blocks), len(blocks) + base.n_outputs)
@@ -103,16 +96,8 @@ def jacobian_columns(
                 inputs[k] for k in direct
             ]
             val = base.placeholders[x].meta["val"]
-            pieces = []
-            for start, count in chunks(val.numel, chunk):
-                pieces.append(
-                    rows_of_late(
-                        b, late, residuals, basis_rows(b, val, start, count), count, randomness
-                    )
-                )
             column = []
-            for i in range(n_out):
-                whole = cat_pieces(b, [p[i] for p in pieces], 0)
+            for i, whole in enumerate(rows_of_late(b, late, residuals, val, chunk, randomness)):
                 rank = len(base.vals[i].shape)
                 whole = b.call(aten.permute.default, whole, [*range(1, rank + 1), 0])
                 column.append(b.reshape(whole, [*base.vals[i].shape, *val.shape]))
@@ -123,10 +108,26 @@ def jacobian_columns(
 
 
 def rows_of_late(
+    b: Builder,
+    late: Program,
+    residuals: Sequence[Any],
+    val: Sig,
+    chunk: int | None,
+    randomness: str,
+) -> list:
+    """Return the results of ``late`` for each row of the identity over the elements of ``val``,
+    stacked in front, so many rows at a time as ``chunk`` says."""
+    pieces = []
+    for start, count in chunks(val.numel, chunk):
+        basis = basis_rows(b, val, start, count)
+        pieces.append(rows_at_once(b, late, residuals, basis, count, randomness))
+    return [cat_pieces(b, rows, 0) for rows in zip(*pieces, strict=True)]
+
+
+def rows_at_once(
     b: Builder, late: Program, residuals: Sequence[Any], basis: Node, count: int, randomness: str
 ) -> list:
-    """Return the results of ``late`` for each row of ``basis``, in front; a single row needs no
-    batch."""
+    """Return the results of ``late`` for each row of ``basis``; a single row needs no batch."""
     sig = basis.meta["val"]
     if count == 1:
         row = b.call(aten.view.default, basis, list(sig.shape[1:]))

@@ -18,12 +18,12 @@ from aotfunc.backends.loops import backend, native
 from aotfunc.backends.loops.arguments import count_rows, sizes
 from aotfunc.backends.loops.blocks import in_blocks
 from aotfunc.backends.loops.fuse import grouped, stored
-from aotfunc.backends.loops.interpret import interpret
 from aotfunc.backends.loops.lower import lower
 from aotfunc.backends.loops.pointwise import RULES
 from aotfunc.backends.loops.schedule import schedule_kernel
 from aotfunc.backends.loops.steps import in_steps
 from aotfunc.errors import CompilerError, GraphError
+from tests.backends.interpret import interpret
 from tests.kernels import every_kernel
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -10,6 +10,7 @@ import random
 
 import functorch.compile as functorch
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from aotfunc.partition import (
 )
 from aotfunc.partition.problem import saving_cost
 from aotfunc.partition.roles import read_joint
-from aotfunc.partition.solve import INF, min_cut
+from aotfunc.partition.solve import INF, Network
 from aotfunc.partition.split import module, split
 from aotfunc.partition.verify import verify
 from tests.partition.joints import JointOf, doubled, kept_bytes, saved
@@ -80,6 +81,10 @@ def test_as_cheap_as_networkx(seed: int) -> None:
     kept = min_cut(save, redo, inputs, needed)
     assert value(save, redo, inputs, needed, kept) == pytest.approx(wanted, rel=1e-6)
     assert kept == min_cut(save, redo, inputs, needed)
+
+
+def min_cut(save: list, redo: list, inputs: list, needed: list) -> list[bool]:
+    return Network(inputs, needed).cheapest(np.array(save), np.array(redo)).saved.tolist()
 
 
 def softmax(x: Tensor, w: Tensor) -> Tensor:

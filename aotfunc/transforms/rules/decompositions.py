@@ -100,21 +100,16 @@ decompose_as(aten._linalg_eigvals, lambda a: aten.linalg_eig(a)[0])
 # ----- gated linear units ------------------------------------------------------------------------
 
 
-def halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    first, second = x.chunk(2, dim)
-    return first, second
-
-
 def glu_tangent(out: Tensor, x: Tensor, dx: Tensor, dim: int) -> Tensor:
-    da, db = halves(dx, dim)
-    s = torch.sigmoid(halves(x, dim)[1])
+    da, db = dx.chunk(2, dim)
+    s = torch.sigmoid(x.chunk(2, dim)[1])
     return da * s + out * (1 - s) * db
 
 
 def glu_backward_tangent(
     gx: Tensor, g: Tensor, x: Tensor, dg: Tensor, dx: Tensor, dim: int
 ) -> Tensor:
-    (a, b), (da, db) = halves(x, dim), halves(dx, dim)
+    (a, b), (da, db) = x.chunk(2, dim), dx.chunk(2, dim)
     s = torch.sigmoid(b)
     slope = s * (1 - s)
     of_a = dg * s + g * slope * db

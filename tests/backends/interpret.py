@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import ROWS
-from .ir import (
+from aotfunc.backends.loops.blocks import ROWS
+from aotfunc.backends.loops.ir import (
     FUNCTIONS,
     REDUCTIONS,
     Access,
