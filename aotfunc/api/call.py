@@ -182,7 +182,7 @@ class Call:
         return unflatten(self.leaves(tensors), self.spec)
 
     def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:
-        """What the function returned, flat, with these tensors from leaf ``first`` on."""
+        """Return what the function returned, flat, with these tensors from leaf ``first`` on."""
         leaves = list(self.rec.leaves)
         for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
             leaves[i] = t

@@ -32,7 +32,7 @@ class CustomFunction(CustomRules):
         return self if owner is None else types.MethodType(self, owner)
 
     def defvjp(self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False) -> None:
-        """Reverse mode: ``fwd(*args) -> (output, residuals)``, ``bwd(*fixed, residuals,
+        """State the reverse mode: ``fwd(*args) -> (output, residuals)``, ``bwd(*fixed, residuals,
         cotangents) -> gradients``, a tuple with one for each argument that is not fixed, None for
         zero.
 
@@ -44,17 +44,17 @@ class CustomFunction(CustomRules):
         self.symbolic_zeros = symbolic_zeros
 
     def defjvp(self, jvp: Callable) -> Callable:
-        """Forward mode: ``jvp(*fixed, primals, tangents) -> (output, tangents of it)``; both are
-        tuples over the arguments that are not fixed. A tangent is None where its argument is no
-        floating tensor; a returned one may be None for zero. Reverse mode is the transpose of it
-        where there is no ``defvjp``."""
+        """State the forward mode: ``jvp(*fixed, primals, tangents) -> (output, tangents of it)``;
+        both are tuples over the arguments that are not fixed. A tangent is None where its argument
+        is no floating tensor; a returned one may be None for zero. Reverse mode is the transpose
+        of it where there is no ``defvjp``."""
         self.tangents_of = jvp
         return jvp
 
     def def_vmap(self, rule: Callable) -> Callable:
-        """Batching: ``rule(size, in_batched, *args) -> (output, out_batched)``. ``in_batched`` and
-        ``out_batched`` are trees of truth values like the arguments and the output; what is
-        batched has its batch in dimension 0."""
+        """State the batching: ``rule(size, in_batched, *args) -> (output, out_batched)``.
+        ``in_batched`` and ``out_batched`` are trees of truth values like the arguments and the
+        output; what is batched has its batch in dimension 0."""
         self.batched = rule
         return rule
 
@@ -125,8 +125,8 @@ def custom_vjp(
     nondiff_argnums: int | tuple[int, ...] = (),
     nondiff_argnames: str | tuple[str, ...] = (),
 ) -> Any:
-    """``f`` with a reverse mode of your own, see :meth:`CustomFunction.defvjp`; the protocol is
-    JAX's.
+    """Return ``f`` with a reverse mode of your own, see :meth:`CustomFunction.defvjp`; the
+    protocol is JAX's.
 
     Arguments and results are trees. Those named in ``nondiff_argnums`` or ``nondiff_argnames``
     have no derivative, may be any Python values, and come first in ``bwd``. What ``f`` closes over
@@ -151,8 +151,8 @@ def custom_jvp(
     nondiff_argnums: int | tuple[int, ...] = (),
     nondiff_argnames: str | tuple[str, ...] = (),
 ) -> Any:
-    """``f`` with a forward mode of your own, see :meth:`CustomFunction.defjvp`, transposed for
-    reverse mode; otherwise as :func:`custom_vjp`.
+    """Return ``f`` with a forward mode of your own, see :meth:`CustomFunction.defjvp`, transposed
+    for reverse mode; otherwise as :func:`custom_vjp`.
 
     >>> import torch
     >>> from aotfunc import grad
@@ -170,8 +170,9 @@ def custom_jvp(
 
 
 def custom_vmap(f: Callable | None = None) -> Any:
-    """``f`` with a batching rule of your own, see :meth:`CustomFunction.def_vmap`. Its derivative
-    is that of ``f``, under ``vmap`` that of the rule, unless it has rules for that, too.
+    """Return ``f`` with a batching rule of your own, see :meth:`CustomFunction.def_vmap`. Its
+    derivative is that of ``f``, under ``vmap`` that of the rule, unless it has rules for that,
+    too.
 
     >>> import torch
     >>> from aotfunc import vmap

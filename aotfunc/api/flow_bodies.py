@@ -25,7 +25,7 @@ from ..transforms.walk import builder
 
 
 def tensors(name: str, what: str, leaves: Sequence[Any], spec: Any) -> list[Tensor]:
-    """Leaves of a tree as contiguous tensors; numbers become tensors."""
+    """Return the leaves of a tree as contiguous tensors; numbers become tensors."""
     found = []
     for k, x in enumerate(leaves):
         if isinstance(x, bool | int | float | complex):
@@ -40,7 +40,7 @@ def tensors(name: str, what: str, leaves: Sequence[Any], spec: Any) -> list[Tens
 
 
 def one_element(name: str, what: str, x: Any) -> Tensor:
-    """A tensor with one element, without dimensions."""
+    """Return a tensor with one element, without dimensions."""
     if not isinstance(x, Tensor) or x.numel() != 1:
         shown = structure(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ArgumentError(
@@ -50,7 +50,7 @@ def one_element(name: str, what: str, x: Any) -> Tensor:
 
 
 def path(spec: Any, k: int) -> str:
-    """Where leaf ``k`` is in a tree."""
+    """Return where leaf ``k`` is in a tree."""
     return leaf_paths(spec)[k] if spec is not None else ""
 
 
@@ -71,12 +71,12 @@ def trip_count(name: str, rows: Sequence[Tensor], spec: Any, length: int | None)
 
 
 def one(x: Tensor) -> Sig:
-    """The signature of what is carried."""
+    """Return the signature of what is carried."""
     return dense(signature(x))
 
 
 def row(x: Tensor) -> Sig:
-    """The signature of one row of a stack."""
+    """Return the signature of one row of a stack."""
     return row_sig(signature(x))
 
 
@@ -111,7 +111,7 @@ class Body:
         )
 
     def check_like(self, other: Body) -> None:
-        """It returned what the ``other`` did, in other tensors."""
+        """Refuse a body that does not return what the ``other`` did."""
         (mine, spec), (theirs, their_spec) = flatten(self.returned), flatten(other.returned)
         if spec != their_spec or not all(map(alike, mine, theirs)):
             raise ArgumentError(
@@ -121,7 +121,7 @@ class Body:
             )
 
     def check_carry(self, before: Any, after: Any, new: tuple, spec: Any) -> None:
-        """The carry has the tree, shapes and dtypes that it had."""
+        """Refuse a carry of another tree, other shapes or dtypes than it had."""
         leaves, new_spec = new
         if new_spec != spec:
             raise ArgumentError(
@@ -138,7 +138,7 @@ class Body:
                 )
 
     def body(self) -> Program:
-        """What it does as a program ``(closed-over tensors, arguments) -> results``. Raises
+        """Return the body as a program ``(closed-over tensors, arguments) -> results``. Raises
         CaptureError where it writes to one of these."""
         program = self.rec.program()
         if program.mutated:
@@ -155,19 +155,20 @@ class Body:
 
 
 def inside_torch_func() -> bool:
-    """Whether a transform of torch.func's is under way, and no recording of ours inside of it."""
+    """Return whether a transform of torch.func's is under way, and no recording of ours inside of
+    it."""
     return current() is None and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def alike(x: Any, y: Any) -> bool:
-    """Whether two leaves are tensors of one shape and dtype, or equal."""
+    """Return whether two leaves are tensors of one shape and dtype, or equal."""
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         return (x.shape, x.dtype) == (y.shape, y.dtype)
     return type(x) is type(y) and bool(x == y)
 
 
 def consts_first(program: Program) -> Program:
-    """The program with its closed-over tensors as its first inputs."""
+    """Return the program with its closed-over tensors as its first inputs."""
     with paused_gc():
         b = builder()
         old, n = program.placeholders, program.n_inputs
@@ -178,8 +179,8 @@ def consts_first(program: Program) -> Program:
 
 
 def together(steps: Sequence[Body]) -> tuple[list[Tensor], list[Program]]:
-    """The tensors that several functions close over, each once, and their bodies as programs of
-    these and of their arguments."""
+    """Return the tensors that several functions close over, each once, and their bodies as
+    programs of these and of their arguments."""
     found: dict[int, Tensor] = {}
     for step in steps:
         found |= {id(t): t for t in step.rec.closed_over}
@@ -198,8 +199,8 @@ def run_flow(
     build: Callable[[Builder, list], list],
     inputs: Sequence[Tensor],
 ) -> tuple:
-    """The results for these inputs of what ``build(builder, nodes)`` makes of ``body``; ``key``
-    says what else that depends on."""
+    """Return the results for these inputs of what ``build(builder, nodes)`` makes of ``body``;
+    ``key`` says what else that depends on."""
     sigs = tuple([signature(x) for x in inputs])
 
     def program() -> Program:

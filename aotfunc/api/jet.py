@@ -125,8 +125,8 @@ def ggn(f: Callable, loss: Callable, params: Any, tangent: Any) -> Any:
 
 
 def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
-    """``diagonal(x)``: the second derivative of ``f(x)`` by each element of the tensor ``x`` of
-    shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
+    """Return ``diagonal(x)``, the second derivative of ``f(x)`` by each element of the tensor
+    ``x`` of shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
 
     By Taylor mode of order 2 along each axis, ``chunk_size`` at a time: no Hessian is made.
 
@@ -144,8 +144,8 @@ def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
 
 
 def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -> Callable:
-    """``sums(*args)``: the sum of the second derivatives of ``f(*args)`` by each element of the
-    tensor ``args[argnums]``, in the output's tree and shapes.
+    """Return ``sums(*args)``, the sum of the second derivatives of ``f(*args)`` by each element of
+    the tensor ``args[argnums]``, in the output's tree and shapes.
 
     By Taylor mode of order 2 along ``chunk_size`` axes at a time, whose second derivatives are
     added up before what is linear in them: no Hessian is made. Raises CaptureError where ``f``

@@ -22,8 +22,8 @@ from .vmap import vmap
 def sparse_jacobian(
     f: Callable, argnums: int = 0, *, chunk_size: int | None = None
 ) -> Callable[..., Tensor]:
-    """``jacobian(*args)``: the Jacobian of ``f(*args)``, a tensor of shape ``O``, by the tensor
-    ``args[argnums]`` of shape ``I``, as a sparse COO tensor of shape ``O + I``.
+    """Return ``jacobian(*args)``, the Jacobian of ``f(*args)``, a tensor of shape ``O``, by the
+    tensor ``args[argnums]`` of shape ``I``, as a sparse COO tensor of shape ``O + I``.
 
     Which entries there are is read off the graph of ``f``; some of them may be zero. Columns that
     share no row have one colour, and one product with the Jacobian computes them all; rows
@@ -49,8 +49,8 @@ def sparse_jacobian(
 def sparse_hessian(
     f: Callable, argnums: int = 0, *, chunk_size: int | None = None
 ) -> Callable[..., Tensor]:
-    """``hessian(*args)``: the Hessian of a scalar ``f`` by the tensor ``args[argnums]`` of shape
-    ``I``, as a sparse COO tensor of shape ``I + I``; otherwise as :func:`sparse_jacobian`.
+    """Return ``hessian(*args)``, the Hessian of a scalar ``f`` by the tensor ``args[argnums]`` of
+    shape ``I``, as a sparse COO tensor of shape ``I + I``; otherwise as :func:`sparse_jacobian`.
 
     >>> sparse_hessian(lambda x: (x[1:] * x[:-1]).sum())(torch.ones(3)).to_dense()
     tensor([[0., 1., 0.],

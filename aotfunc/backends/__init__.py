@@ -37,7 +37,7 @@ class Backend:
 
     @property
     def table(self) -> Mapping | None:
-        """The decompositions."""
+        """Return the decompositions."""
         return self.decompositions() if callable(self.decompositions) else self.decompositions
 
 

@@ -315,8 +315,8 @@ class CompiledCall:
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: let the node call the forward half, which also returns residuals, and add
-        a call of the backward half."""
+        """Let the node call the forward half, which also returns residuals, and add a call of the
+        backward half."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
         whole = program.flat()
@@ -340,8 +340,8 @@ class CompiledCall:
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: let ``new`` call for the values and residuals, and add a call for the
-        tangents, which is linear in the tangents given."""
+        """Let ``new`` call for the values and residuals, and add a call for the tangents, which is
+        linear in the tangents given."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
         whole = program.flat()

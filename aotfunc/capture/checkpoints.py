@@ -28,8 +28,8 @@ from .function_rules import Context
 
 @contextmanager
 def recorded_region(trace: Trace, policy: Callable[[Node], int] | None = None) -> Iterator[None]:
-    """What is recorded meanwhile is a region of its own, to be computed again in the backward but
-    for what the policy lets be saved."""
+    """Make what is recorded meanwhile a region of its own, to be computed again in the backward
+    but for what the policy lets be saved."""
     outer, trace.regions = trace.region, trace.regions + 1
     trace.region = trace.regions if policy is None else Region(trace.regions, policy)
     try:

@@ -78,8 +78,8 @@ class BatchedBy(Step):
 
 
 def with_batching(args: tuple, call: Callable[[], tuple[Any, list]]) -> list:
-    """The leaves that ``owner, leaves = call()`` returns, recorded, with ``owner.vmap`` as the
-    rule by which the call on ``args`` is batched."""
+    """Return the leaves that ``owner, leaves = call()`` returns, recorded, with ``owner.vmap`` as
+    the rule by which the call on ``args`` is batched."""
     trace = current()
     assert trace is not None
     operands = Operands(args)

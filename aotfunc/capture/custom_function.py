@@ -105,7 +105,7 @@ class CustomRules:
     # ----- batching ------------------------------------------------------------------------------
 
     def body(self, args: tuple) -> tuple[list, Any]:
-        """The leaves and the tree of ``f(*args)``, recorded with its batching."""
+        """Return the leaves and the tree of ``f(*args)``, recorded with its batching."""
         if self.batched is None:
             return flatten_tree(self.f(*args))
         result = on_real_batch(Batched(self), args)
@@ -135,7 +135,7 @@ class Batched:
             self.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves]
 
     def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        """Batched arguments come with the batch in front, whatever their ``in_dims``."""
+        """Call the rule with the batch of each argument in front, whatever its ``in_dims``."""
         rules = self.rules
         dims, spec = flatten_tree(in_dims)
         front = [
@@ -158,7 +158,7 @@ class Batched:
         return output, unflatten_tree([0 if yes else None for yes in flags], out_spec)
 
     def check(self, size: int, output: Any, leaves: list, spec: Any, flags: list[bool]) -> None:
-        """The output has the structure, shapes and dtypes of one call's."""
+        """Refuse an output of another structure, other shapes or dtypes than one call's."""
         name = f"{self.rules.__name__}: the batching rule's output"
         if spec != self.spec:
             raise ArgumentError(f"{name} is {structure(output)}, of another structure than f's")

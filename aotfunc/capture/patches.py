@@ -198,7 +198,7 @@ def _associative_scan_template(  # type: ignore[no-untyped-def]
 
 
 def above(name: str) -> Any:
-    """What a layer above does under this name."""
+    """Return what a layer above does under this name."""
     return lambda *args: HOOKS[name](*args)
 
 

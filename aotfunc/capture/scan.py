@@ -135,8 +135,8 @@ class Scan(Flow):
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: let the loop also stack residuals, and add a loop that goes back. Its
-        carry are the cotangents of the constants so far, and those of the carry."""
+        """Let the loop also stack residuals, and add a loop that goes back. It carries the
+        cotangents of the constants so far, and those of the carry."""
         wrt, flags = self.derivative([a in active for a in n.args])
         k = self.n_carry
         given = [j for j in range(k, len(flags)) if flags[j] and j in g]
@@ -165,8 +165,8 @@ class Scan(Flow):
         return [n.args[i] for i in wrt], [found.get(i) for i in wrt]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: let ``new`` also stack residuals, and add a loop for the tangents, which
-        is linear in the tangents given."""
+        """Let ``new`` also stack residuals, and add a loop for the tangents, which is linear in
+        the tangents given."""
         wrt, flags = self.derivative([a in tangents for a in n.args])
         half = self.body.once(
             ("push", self.n_consts, self.n_carry, wrt),
@@ -196,7 +196,7 @@ class Scan(Flow):
         return [found.get(j) if flags[j] else None for j in range(len(flags))]
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batching: values that all samples share in every step stay unbatched."""
+        """Batch the steps; what all samples share in every step stays unbatched."""
         b, first, last = walk.b, self.n_consts, self.n_consts + self.n_carry
         met, flags = self.met([walk.has(a) for a in n.args], walk.randomness == "different")
         args = []

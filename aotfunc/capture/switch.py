@@ -82,8 +82,7 @@ class Switch(Flow):
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: let each branch also return residuals, and add a choice between their
-        backwards."""
+        """Let each branch also return residuals, and add a choice between their backwards."""
         operands = n.args[1:]
         wrt = tuple(i for i, a in enumerate(operands) if a in active)
         have = tuple(j in g for j in range(len(self.vals)))
@@ -96,8 +95,7 @@ class Switch(Flow):
         return [operands[i] for i in wrt], half.late_results(b, n, cts)
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: let each branch also return residuals, and add a choice between their
-        tangents."""
+        """Let each branch also return residuals, and add a choice between their tangents."""
         operands = n.args[1:]
         wrt = tuple(i for i, a in enumerate(operands) if a in tangents)
         flags = self.live(n, tangents)
@@ -237,9 +235,9 @@ class BranchHalves(NamedTuple):
 def cut_branches(
     switch: Switch, joints: Sequence[Program], n_late: int, wanted: Sequence[Sig | None]
 ) -> BranchHalves:
-    """Joint programs of the branches in two. What a branch keeps lies in places that it shares
-    with the others; those that it does not need are zeros. ``wanted``: the signatures of the late
-    results, None for those that are left out."""
+    """Cut the joint programs of the branches in two. What a branch keeps lies in places that it
+    shares with the others; those that it does not need are zeros. ``wanted``: the signatures of
+    the late results, None for those that are left out."""
     count = len(switch.vals)
     parts = [halve(joint, count, n_late) for joint in joints]
     read = sorted({i for _, _, direct in parts for i in direct})

@@ -92,8 +92,7 @@ class While(Flow):
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: make the loop one of ``max_steps`` steps, in which surplus steps do
-        nothing."""
+        """Make the loop one of ``max_steps`` steps, in which surplus steps do nothing."""
         if self.max_steps is None:
             raise RuleError(
                 "reverse mode through a while_loop whose number of steps is not known"
@@ -120,7 +119,7 @@ class While(Flow):
         return self.body.once(("guarded", self.condition), make)
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: add a loop beside this one that carries the tangents with the values."""
+        """Add a loop beside this one that carries the tangents with the values."""
         wrt = self.derivative([a in tangents for a in n.args])
         k, count = self.n_consts, len(self.vals)
         consts, carries = [i for i in wrt if i < k], [i for i in wrt if i >= k]
@@ -173,8 +172,8 @@ class While(Flow):
             return made(self.condition, False), made(joint, True)
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batching: if the condition differs between samples, the loop runs while it holds for
-        any, and each sample stops at its own step."""
+        """Batch the steps. If the condition differs between samples, the loop runs while it holds
+        for any, and each sample stops at its own step."""
         b, k, count = walk.b, self.n_consts, len(self.vals)
         apart = walk.randomness == "different"
         met, body = [walk.has(a) for a in n.args], self.body

@@ -60,7 +60,7 @@ Budget = Bytes | Peak | Time | Share
 
 
 def as_budget(given: Any) -> Budget:
-    """What a ``memory_budget`` means. Raises ArgumentError for what is none."""
+    """Return what a ``memory_budget`` means. Raises ArgumentError for what is none."""
     match given:
         case Bytes() | Peak() | Time():
             return given
@@ -79,7 +79,7 @@ def as_budget(given: Any) -> Budget:
 
 
 def as_bytes(size: int | str) -> int:
-    """A number of bytes; of a text such as "512MiB" or "6 GB".
+    """Return a number of bytes, also that of a text such as "512MiB" or "6 GB".
 
     >>> as_bytes("1.5kB"), as_bytes("2MiB")
     (1500, 2097152)

@@ -26,22 +26,22 @@ class Cost(Protocol):
 
 
 def hint(size: Any) -> int:
-    """A size as a number; of a symbolic size what it was at capture (it steers choices, never
-    correctness)."""
+    """Return a size as a number: of a symbolic one what it was at capture. It steers choices,
+    never correctness."""
     if isinstance(size, torch.SymInt | torch.SymFloat):
         return int(size.node.hint) if size.node.has_hint() else 1
     return int(size)
 
 
 def shape_of(val: Any) -> tuple[int, ...]:
-    """The shape in numbers."""
+    """Return the shape in numbers."""
     return tuple([hint(d) for d in val.shape])
 
 
 def nbytes(val: Any) -> int:
-    """Bytes of storage that a value keeps alive: tensors (real, fake, or any signature with
-    ``shape``, ``stride`` and ``dtype``), numbers, and tuples of them. Expanded dimensions count
-    once."""
+    """Return the bytes of storage that a value keeps alive: tensors (real, fake, or any signature
+    with ``shape``, ``stride`` and ``dtype``), numbers, and tuples of them. Expanded dimensions
+    count once."""
     if isinstance(val, tuple | list):
         return sum([nbytes(v) for v in val])
     dtype = getattr(val, "dtype", None)
@@ -97,8 +97,8 @@ _PRODUCTS |= {"addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1, "_addmm_activat
 
 
 def flops(n: Node) -> float:
-    """Floating point operations of the ops that have many: products, convolutions, attention; 0
-    for all others."""
+    """Return the number of floating point operations of the ops that have many: products,
+    convolutions, attention; 0 for all others."""
     if n.target.__class__ is not OpOverload:
         return 0.0
     name = n.target._schema.name.split("::")[1]
@@ -123,13 +123,13 @@ def flops(n: Node) -> float:
 
 
 def moves(n: Node) -> bool:
-    """Whether the node reads and writes memory: views and numbers do not."""
+    """Return whether the node reads and writes memory, as views and numbers do not."""
     free = n.op != "call_function" or n.target is operator.getitem
     return not (free or is_view(n) or is_symbol(n))
 
 
 def traffic(n: Node) -> int:
-    """Bytes that the node reads and writes where it runs by itself."""
+    """Return the bytes that the node reads and writes where it runs by itself."""
     if not moves(n):
         return 0
     return nbytes(n.meta.get("val")) + sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])

@@ -21,8 +21,9 @@ from .solve import INF
 def best(
     problem: Problem, limit: float, axis: str = "bytes", seconds: float = 10.0
 ) -> tuple[Choice | None, float]:
-    """The choice with the least time within ``limit`` bytes (or, for the axis "time", the fewest
-    bytes within that time) that is found in so many seconds, and what no choice is better than."""
+    """Return the choice with the least time within ``limit`` bytes that is found in so many
+    seconds, and a bound that no choice beats; for the axis "time" the choice with the fewest bytes
+    within that time."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
     from scipy.sparse import csr_array
 

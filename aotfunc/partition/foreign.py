@@ -18,7 +18,7 @@ from .roles import Joint, PartitionError, ancestors, describe, read_joint
 def cut_by(
     partition: Callable, joint: fx.GraphModule, inputs: Sequence[Any], n_early: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The two halves that ``partition`` makes of a joint graph with ``n_early`` results.
+    """Return the two halves that ``partition`` makes of a joint graph with ``n_early`` results.
 
     A draw that no result depends on would be left to the backward, or out: it is made a result
     meanwhile. Raises PartitionError if the halves do not fit together, or if not every draw runs
@@ -41,7 +41,7 @@ def cut_by(
 
 
 def early_unread_draws(roles: Joint) -> list[Node]:
-    """The draws of the forward that no result depends on."""
+    """Return the draws of the forward that no result depends on."""
     read = ancestors(
         roles.inputs, [roles.index[o] for o in roles.early_outputs if isinstance(o, Node)]
     )
@@ -50,7 +50,7 @@ def early_unread_draws(roles: Joint) -> list[Node]:
 
 
 def single(n: Node) -> Node:
-    """The node, or the first of its several values."""
+    """Return the node, or the first of its several values."""
     val = n.meta["val"]
     if not isinstance(val, tuple | list):
         return n
@@ -81,8 +81,8 @@ def erase_leftovers(backward: fx.GraphModule, early: set[str]) -> None:
 def check(
     roles: Joint, forward: fx.GraphModule, backward: fx.GraphModule, extra: int, name: str
 ) -> None:
-    """Whether the halves fit each other and the joint graph, and each draw runs once, on its own
-    side, in order."""
+    """Refuse halves that do not fit each other and the joint graph, or in which a draw does not
+    run once, on its own side, in order."""
 
     def wrong(what: str) -> PartitionError:
         return PartitionError(f"partition_fn={name}: {what}{at(user_line())}")

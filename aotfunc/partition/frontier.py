@@ -44,7 +44,7 @@ class Frontier:
 
     @cached_property
     def ends(self) -> tuple[Point, Point]:
-        """The least bytes, and nothing computed twice that need not be."""
+        """Return the two ends: the least bytes, and nothing computed twice that need not be."""
         return self.ends_of(self.tilt)
 
     def ends_of(self, tilt: np.ndarray) -> tuple[Point, Point]:
@@ -63,14 +63,14 @@ class Frontier:
         return Point(float(problem.save[saved].sum()), float(redo[late].sum()), choice)
 
     def cut(self, price: float, tilt: np.ndarray, *known: Point) -> tuple[Point, float]:
-        """The cheapest choice at a price, and what none costs less than."""
+        """Return the cheapest choice at a price, and a bound that no choice beats."""
         problem = self.problem
         bound = min([p.bytes + price * p.time for p in known])
         found = problem.network.cut(problem.save, problem.redo(price) * tilt, bound * (1 + 1e-9))
         return self.point(found.saved, tilt), found.bound
 
     def between(self, low: Point, high: Point) -> Point | None:
-        """A point of the hull between two of them, if there is one."""
+        """Return a point of the hull between two of its points, if there is one."""
         if low.time <= high.time or low.bytes >= high.bytes:
             return None
         price = (high.bytes - low.bytes) / (low.time - high.time)
@@ -82,7 +82,7 @@ class Frontier:
 
     @cached_property
     def cuts(self) -> list[Point]:
-        """Points all along the hull, from the least bytes to the most; more are added by
+        """Return points all along the hull, from the least bytes to the most; more are added by
         :meth:`within`."""
         low, high = self.ends
         points, apart = [low, high], NEAR * (high.bytes - low.bytes)
@@ -99,13 +99,13 @@ class Frontier:
 
     @cached_property
     def points(self) -> list[Choice]:
-        """Choices of which none is better than another in both bytes and time, from the least
-        bytes to the most."""
+        """Return choices of which none is better than another in both bytes and time, from the
+        least bytes to the most."""
         return undominated([p.choice for p in self.cuts])
 
     def within(self, limit: float, axis: str) -> Choice | None:
-        """The best choice whose ``axis``, "bytes" or "time", is at most ``limit``; None if there
-        is none."""
+        """Return the best choice whose ``axis``, "bytes" or "time", is at most ``limit``; None if
+        there is none."""
         fits = lambda p: getattr(p.choice, axis) <= limit
         found = [p.choice for p in self.cuts if fits(p)]
         a, b = self.bracket(fits)
@@ -119,15 +119,15 @@ class Frontier:
         return min(found, key=lambda c: (getattr(c, other), getattr(c, axis)), default=None)
 
     def bracket(self, fits: Callable[[Point], bool]) -> tuple[Point | None, Point | None]:
-        """The neighbours on the hull of which one fits and the other does not."""
+        """Return the neighbours on the hull of which one fits and the other does not."""
         for a, b in zip(self.cuts, self.cuts[1:], strict=False):
             if fits(a) != fits(b):
                 return (a, b) if fits(a) else (b, a)
         return None, None
 
     def bound(self, limit: float, axis: str = "bytes") -> float:
-        """What no choice is better than: the least time within so many bytes, or the least bytes
-        within so much time.
+        """Return a bound that no choice beats: the least time within so many bytes, or the least
+        bytes within so much time.
 
         The lines of all prices bound it; the best of them goes through the two points of the hull
         on either side of the limit."""
@@ -158,7 +158,8 @@ def ordered(a: Point, b: Point) -> tuple[Point, Point]:
 
 
 def undominated(choices: list[Choice]) -> list[Choice]:
-    """Those that no other one is better than in bytes or time and not worse in the other."""
+    """Return the choices that no other one beats in bytes or time without being worse in the
+    other."""
     best: list[Choice] = []
     for c in sorted(choices, key=lambda c: (c.bytes, c.time)):
         if not best or c.time < best[-1].time:

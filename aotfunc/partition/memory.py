@@ -16,7 +16,7 @@ from .split import schedule
 
 
 def new_memory(n: Node) -> list[Node]:
-    """The values that own the memory that a node makes: its own, or its parts."""
+    """Return the values that own the memory that a node makes: its own, or its parts."""
     if n.op != "call_function" or is_symbol(n) or n.target is operator.getitem:
         return []
     if isinstance(n.meta.get("val"), tuple | list):
@@ -75,8 +75,8 @@ def live_bytes(nodes: Sequence[Node], results: Iterable[Node]) -> list[int]:
 
 
 def peak(graph: fx.Graph, given: Iterable[Node] = ()) -> int:
-    """The most bytes of memory that values of the graph take at one time, beyond its inputs other
-    than those ``given``; the results stay."""
+    """Return the most bytes of memory that values of the graph take at one time, beyond its inputs
+    other than those ``given``; the results stay."""
     nodes = [n for n in graph.nodes if n.op != "output"]
     index, layout = {n: i for i, n in enumerate(nodes)}, Layout(nodes)
     for n in given:
@@ -86,8 +86,8 @@ def peak(graph: fx.Graph, given: Iterable[Node] = ()) -> int:
 
 
 def saved(forward: fx.Graph, n_results: int) -> int:
-    """Bytes of what a forward hands to its backward beyond its inputs and results; views are the
-    memory that they show."""
+    """Return the bytes that a forward hands to its backward beyond its inputs and results; a view
+    counts as the memory that it shows."""
     outputs = output_node(forward).args[0]
     owners = [base(n) for n in outputs if isinstance(n, Node)]
     results = {base(n) for n in outputs[:n_results] if isinstance(n, Node)}
@@ -102,10 +102,10 @@ class Simulation:
         self.joint, self.layout = joint, Layout(joint.nodes)
 
     def peaks(self, held: list[bool], hosted: set[int]) -> tuple[int, int]:
-        """The most bytes that live at one time in the forward and in the backward, when those that
-        are ``held`` are handed over: what the halves make, and what was saved until it is read
-        for the last time. Inputs and cotangents are not counted, nor what is ``hosted``, before
-        it comes back."""
+        """Return the most bytes that live at one time in the forward and in the backward, when
+        those that are ``held`` are handed over: what the halves make, and what was saved until it
+        is read for the last time. Inputs and cotangents are not counted, nor what is ``hosted``,
+        before it comes back."""
         joint, layout = self.joint, self.layout
         early, late = schedule(joint, held, hosted)
         saved = {layout.owner[i] for i, h in enumerate(held) if h and i not in hosted}

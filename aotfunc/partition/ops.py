@@ -25,8 +25,8 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
 
 
 def is_view(n: Node) -> bool:
-    """Whether the value shares the storage of an input: views, the parts of a multi-output
-    view."""
+    """Return whether the value shares the storage of an input, as views do, and the parts of a
+    view with several results."""
     if n.target is operator.getitem:
         return n.args[0].__class__ is Node and is_view(n.args[0])  # type: ignore[arg-type]
     op = n.target
@@ -34,19 +34,19 @@ def is_view(n: Node) -> bool:
 
 
 def base(n: Node) -> Node:
-    """The node that owns the storage of ``n``: views followed to what they are views of."""
+    """Return the node that owns the storage of ``n``, found by following views."""
     while is_view(n):
         n = n.all_input_nodes[0]
     return n
 
 
 def is_random(n: Node) -> bool:
-    """Whether the node draws random numbers."""
+    """Return whether the node draws random numbers."""
     return draws(n) or bool(n.meta.get("random") or getattr(n.target, "random", False))
 
 
 def has_effect(n: Node) -> bool:
-    """Whether running the node is seen outside: it writes, prints, checks, communicates."""
+    """Return whether running the node is seen outside: it writes, prints, checks, communicates."""
     if n.op != "call_function":
         return n.op in ("call_method", "call_module")
     told = n.meta.get("effect") or getattr(n.target, "effect", False)
@@ -54,24 +54,24 @@ def has_effect(n: Node) -> bool:
 
 
 def writes(n: Node) -> bool:
-    """Whether the node writes one of its arguments."""
+    """Return whether the node writes one of its arguments."""
     return isinstance(n.target, OpOverload) and n.target._schema.is_mutable
 
 
 def is_pinned(n: Node) -> bool:
-    """Whether the node must run where ``f`` ran it, in order though it may not be read: draws and
-    effects."""
+    """Return whether the node must run where ``f`` ran it, in order, even unread: whether it draws
+    or has an effect."""
     return n.op not in ("placeholder", "get_attr", "output") and (is_random(n) or has_effect(n))
 
 
 def region(n: Node) -> Any:
-    """The checkpointed region that the node lies in, or None."""
+    """Return the checkpointed region that the node lies in, or None."""
     return n.meta.get("recompute", n.meta.get("region"))
 
 
 def once(n: Node) -> bool:
-    """Whether the node may run only once, because a second run could give another value or be
-    seen."""
+    """Return whether the node may run only once, because a second run could give another value or
+    be seen."""
     op = n.target
     known = (
         not isinstance(op, OpOverload)
@@ -83,16 +83,16 @@ def once(n: Node) -> bool:
 
 
 def is_symbol(n: Node) -> bool:
-    """Whether the value is a number (a size, an expression of sizes) and no tensor."""
+    """Return whether the value is a number (a size, an expression of sizes) and no tensor."""
     return isinstance(n.meta.get("val"), SYMBOLS)
 
 
 def is_single(n: Node) -> bool:
-    """Whether the value is one tensor or number; tuples are not saved, their parts are."""
+    """Return whether the value is one tensor or number; of tuples the parts are saved."""
     return n.meta.get("val") is not None and not isinstance(n.meta["val"], tuple | list)
 
 
 def made_at(n: Node) -> str | None:
-    """The user's source line that made the node."""
+    """Return the user's source line that made the node."""
     line = n.meta.get("line")
     return None if line is None else str(line)

@@ -43,7 +43,7 @@ def default_partition(
     >>> print(table(residuals(fw)))  # doctest: +SKIP
     """
     problem = Problem(read_joint(joint_module.graph, num_fwd_outputs), Roofline())
-    return halves(joint_module, problem, problem.cheapest(INF))
+    return verified_split(joint_module, problem, problem.cheapest(INF))
 
 
 def min_cut_rematerialization_partition(
@@ -62,7 +62,7 @@ def min_cut_rematerialization_partition(
     worth computing again; products, convolutions and reductions run once. A price of 0 saves the
     least that is possible."""
     problem = Problem(read_joint(joint_module.graph, num_fwd_outputs), cost or Roofline())
-    return halves(joint_module, problem, problem.cheapest(price))
+    return verified_split(joint_module, problem, problem.cheapest(price))
 
 
 class Partition(NamedTuple):
@@ -120,7 +120,7 @@ def partition(
     within = Within(problem, exact)
     budget = as_budget(memory_budget)
     choice = within.choice(budget)
-    fw, bw = halves(joint, problem, choice)
+    fw, bw = verified_split(joint, problem, choice)
     limit = budget.limit if type(budget) is Bytes else choice.bytes
     return Partition(fw, bw, Report(fw, within, choice, limit))
 
@@ -155,18 +155,18 @@ class Budgeted:
 
 
 def under(partition_fn: Callable, fuses: bool) -> Callable:
-    """A partition function with the cost for a backend that fuses elementwise ops, or not; one
-    that is not ours has costs of its own."""
+    """Return a partition function with the cost for a backend that fuses elementwise ops, or not.
+    A function that is not ours has costs of its own."""
     ours = partition_fn is min_cut_rematerialization_partition
     if not (ours or isinstance(partition_fn, Budgeted)):
         return partition_fn
     return functools.partial(partition_fn, cost=COSTS["fused" if fuses else "roofline"]())
 
 
-def halves(
+def verified_split(
     joint: fx.GraphModule, problem: Problem, choice: Choice
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The joint graph split at a choice, and verified."""
+    """Split the joint graph at a choice, and verify the parts."""
     count = len(problem.joint.early_outputs)
     reasons = problem.reasons(choice)
     early, late = split(problem.joint, list(reasons), problem.offloaded(choice))
@@ -186,7 +186,7 @@ COSTS: dict[str, Callable[[], Cost]] = {
 
 
 def as_cost(given: str | Cost) -> Cost:
-    """A cost by its name. Raises ArgumentError for another."""
+    """Return a cost by its name. Raises ArgumentError for another."""
     if not isinstance(given, str):
         return given
     if given not in COSTS:

@@ -37,7 +37,8 @@ Policy: TypeAlias = Callable[[Node], int]
 
 
 def names(n: Node) -> set[str]:
-    """What ``checkpoint_name`` called the value of a node, a view of it, or one of its parts."""
+    """Return the names that ``checkpoint_name`` gave to the value of a node, a view of it, or one
+    of its parts."""
     found = {n.meta["named"]} if "named" in n.meta else set()
     for user in n.users:
         if is_view(user) or user.target is operator.getitem:
@@ -46,22 +47,22 @@ def names(n: Node) -> set[str]:
 
 
 def nothing_saveable(n: Node) -> Verdict:
-    """All is computed again from the inputs."""
+    """Let all be computed again from the inputs."""
     return Verdict.RECOMPUTE
 
 
 def everything_saveable(n: Node) -> Verdict:
-    """The partition chooses among all values."""
+    """Let the partition choose among all values."""
     return Verdict.FREE
 
 
 def save_dots(n: Node) -> Verdict:
-    """Results of matrix products, convolutions and attention may be saved, nothing else."""
+    """Let results of matrix products, convolutions and attention be saved, nothing else."""
     return Verdict(flops(n) > 0)
 
 
 def save_dots_no_batch(n: Node) -> Verdict:
-    """Results of matrix products without a batch dimension may be saved, nothing else: in a
+    """Let results of matrix products without a batch dimension be saved, nothing else: in a
     network those with weights, and not the scores of attention."""
     name = getattr(n.target, "_opname", "")
     return Verdict(name in ("mm", "addmm", "mv", "addmv", "dot"))
@@ -78,7 +79,7 @@ class _Named:
 
 
 def save_only_these(*names: str) -> Policy:
-    """Values of these names may be saved, nothing else.
+    """Let values of these names be saved, nothing else.
 
     >>> save_only_these("attn") == save_only_these("attn")
     True
@@ -87,18 +88,18 @@ def save_only_these(*names: str) -> Policy:
 
 
 def save_any_but_these(*names: str) -> Policy:
-    """All values may be saved but those of these names."""
+    """Let all values be saved but those of these names."""
     return _Named(frozenset(names), Verdict.RECOMPUTE, Verdict.FREE)
 
 
 def must_save(*names: str) -> Policy:
-    """Values of these names are saved and not computed again; the partition chooses among the
-    others."""
+    """Save the values of these names and do not compute them again; the partition chooses among
+    the others."""
     return _Named(frozenset(names), Verdict.SAVE, Verdict.FREE)
 
 
 def offload(*names: str) -> Policy:
-    """Values of these names are copied to the host's memory in the forward, and back right before
+    """Copy the values of these names to the host's memory in the forward, and back right before
     the backward reads them first; on the CPU they are saved. The partition chooses among the
     others.
 
@@ -117,8 +118,7 @@ class _Where:
 
 
 def must_recompute(where: Callable[[Node], bool]) -> Policy:
-    """Values for which ``where(node)`` holds are not saved; the partition chooses among the
-    others."""
+    """Save no value for which ``where(node)`` holds; the partition chooses among the others."""
     return _Where(where)
 
 
@@ -132,12 +132,12 @@ class _Picked:
 
 
 def either(*policies: Policy) -> Policy:
-    """Of the verdicts of several policies the one that saves most."""
+    """Take the verdict of several policies that saves most."""
     return _Picked(max, policies)
 
 
 def both(*policies: Policy) -> Policy:
-    """Of the verdicts of several policies the one that saves least.
+    """Take the verdict of several policies that saves least.
 
     >>> both(save_dots, save_any_but_these("scores")) == both(save_dots, save_dots)
     False

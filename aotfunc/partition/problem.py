@@ -85,7 +85,8 @@ class Problem:
         )
 
     def verdict(self, i: int, n: Node, inside: bool, policy: Policy | None) -> int:
-        """What may become of a value: as its checkpointed region says, and then the policy."""
+        """Return what may become of a value: what its checkpointed region says, else what the
+        policy says."""
         if i in self.border:
             return Verdict.SAVE
         if n.op in ("placeholder", "get_attr"):
@@ -99,19 +100,20 @@ class Problem:
         return given if single or given == Verdict.RECOMPUTE else Verdict.FREE
 
     def again(self, price: float) -> np.ndarray:
-        """What a second run of each value costs at this price; at an infinite one nothing runs
-        twice that takes time, unless it was asked for."""
+        """Return what a second run of each value costs at this price. At an infinite price nothing
+        that takes time runs twice, unless it was asked for."""
         if price < INF:
             return np.multiply(self.time, price, where=self.time < INF, out=self.time.copy())
         return np.where(self.asked | (self.time == 0), self.time, INF)
 
     def redo(self, price: float) -> np.ndarray:
-        """What the backward pays for running a value: the second run, if the forward runs it."""
+        """Return what the backward pays to run a value: the price of a second run, if the forward
+        runs it."""
         again = self.again(price)
         return np.where(self.forward | (self.time == INF), again, 0.0)
 
     def cheapest(self, price: float) -> Choice:
-        """The choice with the least "bytes saved + price x time"."""
+        """Return the choice with the least "bytes saved + price x time"."""
         redo, again = self.redo(price), self.again(price)
         while True:
             saved = self.network.cheapest(self.save, redo).saved
@@ -122,28 +124,28 @@ class Problem:
             redo = np.where(twice, again, redo)
 
     def late(self, saved: np.ndarray) -> np.ndarray:
-        """The values that the backward computes when these are saved."""
+        """Return the values that the backward computes when these are saved."""
         held = saved.tolist()
         return np.array(
             ancestors(self.inputs, [k for k in self.needed if not held[k]], stop=held), dtype=bool
         )
 
     def twice(self, saved: np.ndarray) -> np.ndarray:
-        """The values that run in the forward and again in the backward."""
+        """Return the values that run in the forward and again in the backward."""
         early = ancestors(self.inputs, np.flatnonzero(saved & ~self.forward).tolist())
         return (self.forward | np.array(early, dtype=bool)) & self.late(saved)
 
     def choice(self, saved: np.ndarray) -> Choice:
-        """What saving these takes."""
+        """Return the choice that saves these values, with its costs."""
         time = float(self.time[self.twice(saved)].sum())
         return Choice(saved, int(self.bytes[saved].sum()), time)
 
     def offloaded(self, choice: Choice) -> set[Node]:
-        """Those of the saved nodes that go to the host's memory."""
+        """Return those of the saved nodes whose values go to the host's memory."""
         return {self.nodes[k] for k in np.flatnonzero(choice.saved & self.hosted)}
 
     def reasons(self, choice: Choice) -> dict[Node, str]:
-        """The nodes to save, tensors before sizes, each with the reason."""
+        """Return the nodes to save, tensors before sizes, each with the reason."""
         chosen = sorted(np.flatnonzero(choice.saved), key=lambda k: is_symbol(self.nodes[k]))
         index, never = self.joint.index, not (self.twice(choice.saved) & (self.time > 0)).any()
         return {
@@ -155,19 +157,19 @@ class Problem:
 
 
 def off_host(n: Node) -> bool:
-    """Whether the value lies in the memory of an accelerator."""
+    """Return whether the value lies in the memory of an accelerator."""
     device = getattr(n.meta["val"], "device", None)
     return device is not None and torch.device(device).type != "cpu"
 
 
 def counts(n: Node) -> bool:
-    """Whether keeping the value takes memory of its own."""
+    """Return whether keeping the value takes memory of its own."""
     return not is_symbol(n) and (n.op != "placeholder" or bool(n.meta.get("mutated")))
 
 
 def saving_cost(n: Node, inside: bool) -> float:
-    """What saving the value of ``n`` costs: bytes, next to nothing for sizes and inputs, infinite
-    where ruled out."""
+    """Return what it costs to save the value of ``n``: bytes; next to nothing for sizes and
+    inputs; infinity where it is ruled out."""
     if is_symbol(n):
         return 1.0
     if n.op == "placeholder":  # free, but not worth holding for its sizes alone
@@ -178,14 +180,15 @@ def saving_cost(n: Node, inside: bool) -> float:
 
 
 def maker(n: Node) -> Node:
-    """The node that computes ``n``: for a part of a tuple that of the tuple."""
+    """Return the node that computes ``n``; for a part of a tuple the one that computes the
+    tuple."""
     while n.target is operator.getitem:
         n = n.all_input_nodes[0]
     return n
 
 
 def reason(n: Node, border: bool, never: bool, must: bool) -> str:
-    """Why a saved value is saved, for the report."""
+    """Return why a saved value is saved, for the report."""
     if n.op == "placeholder":
         return "parameter" if n.meta.get("role") == "param" else "input"
     if is_symbol(n):
@@ -202,7 +205,7 @@ def reason(n: Node, border: bool, never: bool, must: bool) -> str:
 
 
 def regions(joint: Joint) -> tuple[set[int], set[int]]:
-    """The nodes inside of checkpointed regions, and those among them that the forward reads
+    """Return the nodes inside of checkpointed regions, and those among them that the forward reads
     outside of their region.
 
     A free value computed from the inside belongs to it: saved, it would take the memory that the

@@ -68,7 +68,8 @@ class Like:
 
 
 def example(val: Any) -> Any:
-    """A value like this one: random numbers, zeros for integers, which may be indices."""
+    """Make a value like this one, of random numbers; of zeros for integers, which may be
+    indices."""
     if isinstance(val, tuple | list):
         return tuple(map(example, val))
     if not hasattr(val, "dtype"):

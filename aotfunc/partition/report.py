@@ -86,7 +86,7 @@ class Report:
 
     @property
     def gap(self) -> float:
-        """How much more is computed again than the bound says, as a share of the bound."""
+        """Return how much more is computed again than the bound says, as a share of the bound."""
         if self.time <= self.bound:
             return 0.0
         return self.time / self.bound - 1 if self.bound else float("inf")
@@ -97,7 +97,7 @@ class Report:
         return [(c.bytes, c.time, max(self._within.peaks(c))) for c in points]
 
     def share(self, time: float) -> float:
-        """A time as a share of the forward's."""
+        """Return a time as a share of the forward's."""
         return time / self.forward_time if self.forward_time else 0.0
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """All of it."""
+        """Return the whole report as JSON."""
         return json.dumps(
             {
                 "bytes": self.bytes,
@@ -130,7 +130,7 @@ class Report:
         )
 
     def svg(self) -> str:
-        """The frontier as a picture: bytes saved to the right, time computed again upwards (both
+        """Draw the frontier as SVG: bytes saved to the right, time computed again upwards (both
         from 0), the chosen point filled."""
         width, height, edge = 480, 320, 50
         points = [(c, t) for c, t, _ in self.frontier]
@@ -162,7 +162,7 @@ class Report:
 
 
 def residuals(fw: fx.GraphModule) -> list[Residual]:
-    """What the forward graph of a partition hands to the backward, in order.
+    """Return what the forward graph of a partition hands to the backward, in order.
 
     >>> given = ("input", "parameter")
     >>> sum(r.bytes for r in residuals(fw) if r.reason not in given)  # doctest: +SKIP
@@ -179,7 +179,7 @@ def residuals(fw: fx.GraphModule) -> list[Residual]:
 
 
 def table(rows: Iterable[Residual]) -> str:
-    """The residuals as text, largest first, with the sum of those that the forward made."""
+    """Return the residuals as text, largest first, with the sum of those that the forward made."""
     rows = sorted(rows, key=lambda r: -r.bytes)
     made = [r for r in rows if r.reason not in GIVEN]
     cells = [
@@ -195,7 +195,7 @@ def table(rows: Iterable[Residual]) -> str:
 
 
 def again(rows: Sequence[Recomputed], forward_time: float, most: int = 20) -> str:
-    """What is computed again as text, the dearest first."""
+    """Return what is computed again as text, the dearest first."""
     rows = sorted(rows, key=lambda r: -r.time)
     share = lambda time: f"{time / forward_time:.2%}" if forward_time else "0%"
     cells = [(r.name, r.op, share(r.time), bytes_text(r.bytes), shown(r)) for r in rows[:most]]
@@ -205,7 +205,7 @@ def again(rows: Sequence[Recomputed], forward_time: float, most: int = 20) -> st
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells in columns; the last is as long as it is."""
+    """Lay lines of cells out in columns; the last cell has its own length."""
     rows = [head, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
     return [
@@ -223,7 +223,7 @@ def dtype_text(dtype: torch.dtype | None) -> str:
 
 
 def bytes_text(count: int) -> str:
-    """Bytes for people."""
+    """Return a number of bytes with its unit, for people."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

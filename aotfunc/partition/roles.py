@@ -23,13 +23,14 @@ class PartitionError(AotfuncError, AssertionError):
 
 
 def describe(n: Node) -> str:
-    """A node as errors name it: what it is and where it comes from."""
+    """Return how errors name a node: what it is and where it comes from."""
     line = made_at(n)
     return f"{n.name} = {n.target}" + (f" ({line.strip()})" if line else "")
 
 
 def is_tangent(n: Node) -> bool:
-    """Whether a placeholder is a cotangent of the outputs: by its role, else by its name."""
+    """Return whether a placeholder is a cotangent of the outputs: by its role, else by its
+    name."""
     role = n.meta.get("role")
     return role == "tangent" if role is not None else "tangents" in n.name
 
@@ -118,8 +119,8 @@ def read_joint(graph: fx.Graph, num_early: int) -> Joint:
 def ancestors(
     inputs: list[list[int]], ends: Iterable[int], stop: Sequence[bool] | None = None
 ) -> list[bool]:
-    """Which nodes are needed for ``ends``, themselves included; the walk goes neither to nor past
-    those in ``stop``."""
+    """Return which nodes are needed for ``ends``, these included. The walk does not enter those in
+    ``stop``."""
     seen = [False] * len(inputs)
     for i in ends:
         seen[i] = True

@@ -26,8 +26,8 @@ except ImportError:  # pragma: no cover
 
 
 def schedule(joint: Joint, held: list[bool], hosted: set[int]) -> tuple[list[int], list[int]]:
-    """What the early and the late part run, by number and in order, when those that are ``held``
-    are handed over; those ``hosted`` come back from the host in the late part."""
+    """Return the numbers of the nodes that the early and the late part run, in order, when those
+    ``held`` are handed over. Those ``hosted`` come back from the host in the late part."""
     nodes, inputs = joint.nodes, joint.inputs
     kept = ancestors(inputs, [i for i, h in enumerate(held) if h])
     # nodes that run only to be saved follow their last input; all others stay where they are
@@ -56,8 +56,8 @@ def schedule(joint: Joint, held: list[bool], hosted: set[int]) -> tuple[list[int
 def split(
     joint: Joint, saved: Sequence[Node], hosted: Collection[Node] = ()
 ) -> tuple[fx.Graph, fx.Graph]:
-    """The early and the late graph of ``joint`` when ``saved`` is handed over, in that order,
-    those ``hosted`` by way of the host's memory.
+    """Return the early and the late graph of ``joint`` when ``saved`` is handed over, in that
+    order, and those ``hosted`` by way of the host's memory.
 
     The late graph computes again what it reads and is not handed. Nodes keep their names and
     metadata. Raises PartitionError if an input is needed and not among ``saved``."""
@@ -102,12 +102,12 @@ def _split_now(
 
 
 def module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """``graph`` as a module that shares the constants of ``root``."""
+    """Return ``graph`` as a module that shares the constants of ``root``."""
     return GraphModule(root, graph, class_name=name)
 
 
 def on_host(val: Any) -> Any:
-    """A value's metadata, in the host's memory."""
+    """Return a value's metadata as it is in the host's memory."""
     if isinstance(val, Tensor):
         return val.to("cpu")
     found = copy.copy(val)
@@ -136,7 +136,7 @@ class Copy:
         return new
 
     def placeholder(self, n: Node, role: str | None = None) -> None:
-        """An input that stands for ``n``."""
+        """Add an input that stands for ``n``."""
         new = self.graph.create_node(
             "placeholder",
             n.target if n.op == "placeholder" else n.name,
@@ -149,7 +149,7 @@ class Copy:
         self.env[n] = new
 
     def copy(self, n: Node, name: str, device: Any) -> Node:
-        """A copy of the value of a new node on another device."""
+        """Add a copy of the value of a new node on another device."""
         to = torch.ops.aten._to_copy.default
         return self.graph.create_node("call_function", to, (n,), {"device": device}, name=name)
 
@@ -164,8 +164,8 @@ class Copy:
         self.env[n] = new
 
     def keep(self, n: Node) -> Node:
-        """The node to hand over for ``n``: a copy of it if the caller's tensor is overwritten
-        after the early part, or if it goes to the host."""
+        """Return the node to hand over for ``n``: a copy of it if the caller's tensor is
+        overwritten after the early part, or if it goes to the host."""
         if n in self.away:
             return self.away[n]
         if n.meta.get("mutated") and n.op == "placeholder":

@@ -32,7 +32,7 @@ def verify(
     expect(
         "forward outputs",
         outputs_of(early)[: len(roles.early_outputs)],
-        names(roles.early_outputs),
+        by_name(roles.early_outputs),
     )
     expect(
         "backward inputs",
@@ -40,7 +40,7 @@ def verify(
         [*saved, *[n.name for n in roles.late_inputs]],
     )
     back = {n for n in late if is_brought_back(n)}
-    expect("gradients", outputs_of(late), names(roles.late_outputs))
+    expect("gradients", outputs_of(late), by_name(roles.late_outputs))
     for graph in (early, late):
         for n in graph:
             if n.op in ("placeholder", "output") or n in back or is_handed_copy(n):
@@ -76,7 +76,7 @@ def verify(
 
 
 def check_saved(saved: list[Node], handed: Sequence[Node]) -> None:
-    """No tuple, no storage twice, no input that will be overwritten."""
+    """Refuse to hand over a tuple, a storage twice, or an input that will be overwritten."""
     owners: dict[Node, Node] = {}
     for n, given in zip(saved, handed, strict=True):
         if not is_single(n):
@@ -92,7 +92,7 @@ def check_saved(saved: list[Node], handed: Sequence[Node]) -> None:
 
 
 def check_copy(n: Node, original: Node) -> None:
-    """``n`` must be the same call on the same arguments."""
+    """Refuse ``n`` unless it is the same call on the same arguments."""
     if n.op != original.op or (n.target is not original.target and n.target != original.target):
         raise PartitionError(f"{n.name} was {original.target} and became {n.target}")
     if not equal_by_name(n.args, original.args) or not equal_by_name(n.kwargs, original.kwargs):
@@ -100,7 +100,8 @@ def check_copy(n: Node, original: Node) -> None:
 
 
 def equal_by_name(a: Any, b: Any) -> bool:
-    """Equal arguments of nodes of two graphs, nodes by name."""
+    """Return whether arguments of nodes of two graphs are equal, where nodes are compared by
+    name."""
     if a is b:
         return True
     if a.__class__ is not b.__class__ and not (
@@ -128,27 +129,28 @@ def inputs_of(nodes: list[Node]) -> list[str]:
 
 
 def outputs_of(nodes: list[Node]) -> list[Any]:
-    return names(nodes[-1].args[0])  # type: ignore[arg-type]
+    return by_name(nodes[-1].args[0])  # type: ignore[arg-type]
 
 
-def names(values: Sequence[Any]) -> list[Any]:
+def by_name(values: Sequence[Any]) -> list[Any]:
     return [v.name if isinstance(v, Node) else v for v in values]
 
 
 def late_args(early: list[Node], num_outputs: int) -> list[str]:
-    """The names under which the backward gets what the forward hands over."""
+    """Return the names under which the backward gets what the forward hands over."""
     handed = early[-1].args[0][num_outputs:]  # type: ignore[index]
     return [n.args[0].name if is_handed_copy(n) else n.name for n in handed]
 
 
 def is_handed_copy(n: Node) -> bool:
-    """Whether the node is made to be handed over: a clone of an input, or a copy on the host."""
+    """Return whether the node is made to be handed over: a clone of an input, or a copy on the
+    host."""
     hosted = n.target is torch.ops.aten._to_copy.default and n.name.endswith("_host")
     return hosted or (n.name.endswith("_kept") and is_clone_of_input(n))
 
 
 def is_brought_back(n: Node) -> bool:
-    """Whether the node is the value that its input had before it went to the host."""
+    """Return whether the node is the value that its input had before it went to the host."""
     source = n.args[0] if n.target is torch.ops.aten._to_copy.default else None
     return (
         isinstance(source, Node)

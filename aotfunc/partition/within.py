@@ -33,7 +33,7 @@ class Within:
         return Simulation(self.problem.joint)
 
     def peaks(self, choice: Choice) -> tuple[int, int]:
-        """The simulated peaks of forward and backward."""
+        """Return the simulated peaks of forward and backward."""
         index, nodes = self.problem.joint.index, self.problem.nodes
         held = [False] * len(index)
         for k in np.flatnonzero(choice.saved):
@@ -42,8 +42,8 @@ class Within:
 
     @cached_property
     def worthwhile(self) -> list[Choice]:
-        """The points of the frontier from the most bytes down, as long as the simulated peak does
-        not rise: what is computed again lives in the backward, and in the end all of it does."""
+        """Yield the points of the frontier from the most bytes down, as long as the simulated peak
+        does not rise: what is computed again lives in the backward, in the end all of it."""
         found: list[Choice] = []
         least = INF
         for choice in reversed(self.frontier.points):
@@ -53,7 +53,7 @@ class Within:
         return found
 
     def choice(self, budget: Budget) -> Choice:
-        """The best choice within the budget. Raises PartitionError if there is none."""
+        """Return the best choice within the budget. Raises PartitionError if there is none."""
         match budget:
             case Share(1.0) if not self.exact:
                 return self.problem.cheapest(INF)
@@ -79,12 +79,12 @@ class Within:
         raise AssertionError(budget)
 
     def bound(self, size: float) -> float:
-        """The least time within so many bytes: no choice takes less."""
+        """Return the least time within so many bytes; no choice takes less."""
         found = self.frontier.bound(size)
         return max(found, self.best(size, "bytes")[1]) if self.exact else found
 
     def best(self, limit: float, axis: str) -> tuple[Choice | None, float]:
-        """What the integer program finds, asked once."""
+        """Return what the integer program finds, which is asked once."""
         if (limit, axis) not in self.solved:
             self.solved[limit, axis] = best(self.problem, limit, axis)
         return self.solved[limit, axis]

@@ -69,8 +69,8 @@ def op_by_op() -> bool:
 
 
 def run_half(call: CompiledCall, tensors: list[Tensor]) -> Sequence:
-    """What a half of a compiled call returns. The list may be empty then: a tensor that is only in
-    there is free after its last use."""
+    """Run a half of a compiled call, and return its results. The list may be empty then: a tensor
+    that is only in there is free after its last use."""
     return execute(call.program, tensors) if op_by_op() else call.compiled(tensors)(tensors)
 
 

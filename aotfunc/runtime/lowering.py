@@ -36,7 +36,7 @@ class Lowered:
 
     @property
     def graphs(self) -> dict[str, fx.GraphModule]:
-        """The graphs by name, as modules."""
+        """Return the graphs by name, as modules."""
         programs = {"function": self._entry.call.program}
         if self._halves is not None:
             programs.update(self._halves.programs())

@@ -114,7 +114,7 @@ class Builder:
         return node
 
     def inputs(self, placeholders: Sequence[Node]) -> list[Node]:
-        """Placeholders like these."""
+        """Add placeholders like these."""
         return [
             self.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders
         ]

@@ -122,7 +122,7 @@ def set_grad(t: Tensor, value: Any) -> None:
 
 
 def delete_grad(t: Tensor) -> None:
-    """As ``t.grad = None``."""
+    """Delete ``t.grad``, as ``t.grad = None`` does."""
     set_grad(t, None)
 
 

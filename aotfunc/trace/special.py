@@ -49,7 +49,8 @@ TOLD[aten._conj.default] = lambda x: infer(aten._conj_physical.default, (Slot(0)
 
 
 def _view_as_real(trace: Trace, x: Tensor) -> Any:
-    """Of an input that is a lazy conjugate, whose memory holds other numbers: of a copy."""
+    """View an input as real numbers; a lazy conjugate, whose memory holds other ones, is copied
+    first."""
     ref = trace.ref_of(x)[0]
     root = trace.root(ref)
     if not (0 <= root < len(trace.origins) and trace.origins[root].is_conj()):

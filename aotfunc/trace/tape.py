@@ -134,7 +134,7 @@ class Tape:
         return self.arguments[-1]
 
     def alias(self, t: Traced) -> Traced:
-        """Another tensor object for the same value."""
+        """Return another tensor object for the same value."""
         twin = self.new(t.sig)
         self.count -= 1
         twin.ref = t.ref

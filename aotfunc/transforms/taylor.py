@@ -223,7 +223,7 @@ class Values(dict[Node, Any]):
 
 
 def between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
-    """The calls that ``outs`` depend on, from ``ends`` on, in order."""
+    """Return the calls that ``outs`` depend on, from ``ends`` on, in order."""
     found, waiting = set[Node](), [o for o in outs if o.__class__ is Node]
     while waiting:
         n = waiting.pop()

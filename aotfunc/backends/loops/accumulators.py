@@ -29,7 +29,7 @@ class Accumulators(KernelText):
 
     @property
     def across(self) -> bool:
-        """Whether the lanes of an accumulator are one value."""
+        """Return whether the lanes of an accumulator are one value."""
         return self.vectors and not self.columns
 
     def accumulator(self, e: Reduce) -> str:

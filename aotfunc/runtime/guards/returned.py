@@ -144,7 +144,7 @@ class Finish:
         titled: Callable[[], str],
         shared: Any,
     ) -> None:
-        """``shared``: the skeleton of the result, if there is one."""
+        """Follow the result; ``shared`` is its skeleton, if there is one."""
         self.shared = shared
         result, values = rec.spec.children() if places else (rec.spec, None)  # type: ignore
         self.spec, self.values, self.count = result, values, result.num_leaves if result else 0

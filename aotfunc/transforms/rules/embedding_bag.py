@@ -253,8 +253,8 @@ def _(
     last: bool,
     padding_idx: int,
 ) -> Any:
-    """Differentiate: linear in the table and in the weights, except that the largest rows (mode 2)
-    are read where they are."""
+    """Differentiate what is linear in the table and in the weights, except that the largest rows
+    (mode 2) are read where they are."""
     of_table, of_weights = tangents[0], tangents[3]
     before, after = (indices, offsets, by_freq, mode, False), (last, padding_idx)
     if mode == 2:

@@ -80,12 +80,12 @@ class Steps:
         self.by_c = o * (1 - tanh_c * tanh_c)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """In the order in which the steps are taken, or back."""
+        """Return ``x`` in the order in which the steps are taken, or back in that of time."""
         return x.flip(0) if self.reverse else x
 
 
 def gates(sums: Tensor) -> tuple[Tensor, ...]:
-    """The input, forget, cell and output gates, of one step or of all."""
+    """Return the input, forget, cell and output gates, of one step or of all."""
     i, f, g, o = sums.chunk(4, -1)
     return i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
 
@@ -115,8 +115,8 @@ def _(tangents: tuple, out: tuple, *args: Any) -> Any:
 
 
 def layer_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The cotangents of the layer's tensors, backwards through its steps. Its last states and its
-    workspace are not read."""
+    """Return the cotangents of the layer's tensors, backwards through its steps. Its last states
+    and its workspace are not read."""
     tensors, out, (g_out, g_h, g_c) = args[:7], args[7], args[10:13]
     reverse, mode, has_biases, batch_sizes = args[13], args[14], args[17], args[20]
     only_lstm(mode, batch_sizes)
@@ -148,8 +148,8 @@ decompose_as(aten.mkldnn_rnn_layer_backward, layer_backward)
 def layers(
     x: Tensor, w_x: Tensor, w_h: Tensor, bias: Any, h: Tensor, c: Tensor, reverse: bool
 ) -> tuple:
-    """A batch of layers ``[B, T, N, I]``, each with its weights: outputs ``[B, T, N, H]`` and the
-    last states."""
+    """Run a batch of layers on ``[B, T, N, I]``, each with its weights; return the outputs ``[B,
+    T, N, H]`` and the last states."""
     of_input = x @ w_x.mT.unsqueeze(1) + bias
     steps = range(x.shape[1])
     rows: list[Tensor] = []

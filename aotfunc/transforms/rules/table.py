@@ -77,7 +77,7 @@ class OpRules:
 
     @property
     def bilinear(self) -> bool:
-        """Whether it is linear in each of two arguments, and has no other derivative."""
+        """Return whether it is linear in each of two arguments, and has no other derivative."""
         return len(self.linear) == 2 and not self.jointly
 
 
