@@ -57,7 +57,7 @@ class Cache:
         self.young, self.old, self.weight = {}, {}, 0
 
     def pop(self, key: Hashable) -> Any:
-        """Forget this key; its value, or None."""
+        """Forget this key; return its value, or None."""
         young, old = self.young.pop(key, None), self.old.pop(key, None)
         return old if young is None else young
 

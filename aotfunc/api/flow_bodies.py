@@ -199,8 +199,8 @@ def run_flow(
     build: Callable[[Builder, list], list],
     inputs: Sequence[Tensor],
 ) -> tuple:
-    """Return the results for these inputs of what ``build(builder, nodes)`` makes of ``body``;
-    ``key`` says what else that depends on."""
+    """Build a program from ``body`` by ``build(builder, nodes)`` and return its results for these
+    inputs; ``key`` says what else the program depends on."""
     sigs = tuple([signature(x) for x in inputs])
 
     def program() -> Program:

@@ -300,8 +300,8 @@ def run_push_again(linearize: Callable, body: Callable, given: list, more: list)
 
 
 def repeatable(body: Callable) -> Callable:
-    """Return ``body``, which runs once more than in eager: it may not draw random numbers, nor
-    write to what is outside."""
+    """Return ``body``, which runs once more often than in eager. It may neither draw random
+    numbers nor write to what is outside."""
 
     def call(*tensors: Tensor) -> Any:
         result, trace = body(*tensors), current()

@@ -46,7 +46,7 @@ def suited(graph: fx.Graph, backend: Backend) -> Backend:
 
 
 def on_cpu(graph: fx.Graph) -> bool:
-    """Return whether all its values are."""
+    """Return whether all values of the graph are on the CPU."""
     vals = [n.meta.get("val") for n in graph.nodes]
     return all(t.device.type == "cpu" for v in vals for t in flat_tensors(v))
 

@@ -82,8 +82,8 @@ class Captured:
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
-        """Find what each value shows, see :func:`~aotfunc.trace.aliases.final_views`. Memory that
-        only Functions passed on counts as the value's own."""
+        """Find the memory that each value shows, see :func:`~aotfunc.trace.aliases.final_views`.
+        Memory that only Functions passed on counts as the value's own."""
         found = final_views(self.trace)
         paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
         for step in {step for path in paths for step in path if step.passed}:
@@ -97,7 +97,7 @@ class Captured:
 
     @property
     def returned(self) -> list[Shown]:
-        """Find what each returned tensor shows."""
+        """Find the memory that each returned tensor shows."""
         return [self.seen.get(r) or Shown(r) for r in self.refs]
 
     @property

@@ -170,7 +170,7 @@ class CustomDerivative:
         return [found.get(x) for x in inputs]
 
     def zeros(self, b: Builder) -> dict[int, Node] | None:
-        """Return the cotangents that the backward gets if autograd comes by without any."""
+        """Return the cotangents that the backward gets where autograd calls it without any."""
         if None not in self.backward:
             return None
         return {i: filled_node(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable}

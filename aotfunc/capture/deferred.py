@@ -85,8 +85,8 @@ class Deferred:
         return next((s.old for s in self.trace.stand_ins if s.hooks and s.new == ref), None)
 
     def settle(self) -> None:
-        """Record the backward as it is now. It waits on, and must be the same if it is asked for
-        again."""
+        """Record the backward as it is now. It goes on waiting, and must be the same when it is
+        asked for again."""
         step, refs = self.make(self)
         derivative = step.derivative
         rules = [p if isinstance(p, RuleProgram) else type(p) for p in derivative.rules]
@@ -127,9 +127,9 @@ def memory_group(trace: Trace, ref: int) -> Any:
 
 
 def check_checkpoints(trace: Trace) -> None:
-    """Refuse a write to what a checkpoint has read, and does when it computes again, before a
-    gradient is taken; what it writes itself, as statistics, it does not depend on, and writes
-    once."""
+    """Refuse a write, before a gradient is taken, to what a checkpoint has read and reads again
+    when it computes again. What it writes itself, such as statistics, does not count: it is
+    written once, and not read."""
     regions: dict[int, list[tuple[int, range]]] = {}
     number = len(trace.inputs)
     for k, (instr, _, _, region, _) in enumerate(

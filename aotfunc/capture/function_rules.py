@@ -194,7 +194,8 @@ class Gradients:
 
 
 def fitting(g: Any, want: tuple[torch.Size, torch.dtype] | None, last: bool) -> Any:
-    """Return a gradient of this shape and dtype, which ``last`` is differentiated no more."""
+    """Return a gradient in this shape and dtype; the ``last`` one may not be differentiated
+    again."""
     if g is None or want is None:
         return None
     shape, dtype = want

@@ -42,8 +42,8 @@ def get_rng_state() -> Tensor:
 
 
 def settable(what: str, value: Any) -> Any:
-    """Return ``value``; raises CaptureError where the generator's state is set, or looked at, at
-    another time than it runs."""
+    """Return ``value``. Raises CaptureError where the state of the generator would be set, or
+    looked at, at another time than when the program runs."""
     trace = current()
     if trace is not None:
         if has_drawn(trace):

@@ -25,8 +25,9 @@ _layouts = Cache(256)  # keys are whole recordings
 
 
 def computed_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Sig, ...]:
-    """Return the signatures of the results of a gradient step, about to be recorded for the values
-    ``refs``; those that it has where its derivation is refused, which it will be again."""
+    """Return the signatures of the results of a gradient step that is about to be recorded for the
+    values ``refs``. Where its derivation is refused they are the step's own: the refusal comes
+    again when the program is derived."""
 
     def found() -> tuple[Sig, ...]:
         if trace.mutates or not all(stands_alone(instr) for instr, *_ in trace.records):
@@ -61,7 +62,7 @@ def dense_layout(sig: Sig) -> Sig:
 
 
 def stands_alone(instr: Any) -> bool:
-    """Return whether a step has to do with no other one, as the parts of a Function have."""
+    """Return whether a step is complete by itself, as the parts of a Function are not."""
     return isinstance(instr, Instr | CallStep | GradStep)
 
 

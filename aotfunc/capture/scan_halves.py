@@ -70,7 +70,7 @@ class Half:
         return self.made[key]
 
     def saved(self, b: Builder, n: Node, scan: Scan) -> Saved:
-        """Let the node ``n`` be a loop that stacks the residuals, too; these."""
+        """Make the node ``n`` a loop that stacks the residuals, too, and return these."""
         n.target = scan.with_bodies([self.forward])
         n.meta["val"] = n.target.vals
         fixed = b.inlined(self.fixed, list(n.args))

@@ -207,7 +207,7 @@ class While(Flow):
 
 
 def of_any(condition: Program) -> Program:
-    """Return whether a condition holds for a sample of a batch."""
+    """Return whether a condition holds for any sample of a batch."""
     with paused_gc():
         b = builder()
         [holds] = b.inlined(condition, b.inputs(condition.placeholders))

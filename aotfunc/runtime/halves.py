@@ -190,8 +190,8 @@ def parts(
 
 
 def materializes(program: Program) -> bool:
-    """Return whether a Function in it has several outputs, and a backward that gets zeros where
-    one has no cotangent."""
+    """Return whether a Function in the program has several outputs and a backward that gets zeros
+    for an output without a cotangent."""
 
     def one(n: Node) -> bool:
         if isinstance(n.target, CustomDerivative):

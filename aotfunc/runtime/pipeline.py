@@ -269,8 +269,8 @@ def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
 
 
 def unboxed(body: Callable[[list], Sequence]) -> Callable[..., Sequence]:
-    """Return a compiled body as a function of its arguments; ``unchecked`` asks nothing of
-    them."""
+    """Return a compiled body as a function of its arguments, which an ``unchecked`` one does not
+    check."""
 
     def call(*args: Tensor) -> Sequence:
         return body([*args])

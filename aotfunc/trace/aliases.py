@@ -56,8 +56,8 @@ class Shown:
 
 
 def final_views(trace: Trace) -> dict[int, Shown]:
-    """Find what each value shows in the end; values that are not there have memory of their
-    own."""
+    """Find the memory that each value shows in the end; values that are not listed have memory of
+    their own."""
     found: dict[int, Shown] = {}
 
     def of(ref: int) -> Shown:

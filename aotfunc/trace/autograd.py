@@ -192,7 +192,8 @@ class Autograd:
 
 
 def needs_grad(t: Tensor) -> bool:
-    """Return whether a tensor from outside requires grad; a value of an outer recording, there."""
+    """Return whether a tensor from outside requires grad, or a value of an outer recording does so
+    there."""
     return t.tracer.autograd.requires_grad(t) if t.__class__ is Traced else t.requires_grad
 
 

@@ -305,8 +305,8 @@ _mergeable: dict[Any, bool] = {}
 
 
 def adds_apart(target: Any, args: Sequence[Any], val: Any) -> bool:
-    """Return whether two such calls cannot be one, because it shows in which dtype, or order, the
-    gradients of their results are added: a cast, and what has few digits."""
+    """Return whether two equal calls must stay two, as merging them would change the dtype or the
+    order in which the gradients of their results are added: casts, and values of few digits."""
     if val.__class__ is Sig and val.dtype in (torch.bfloat16, torch.float16):
         return True
     if target is not _aten._to_copy.default or args[0].__class__ is not Node:

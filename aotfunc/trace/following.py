@@ -308,8 +308,8 @@ class Recipe:
         self.inputs = [(at[id(e.tensor)], e.place, type(e.value)) for e in used]
 
     def inputs_for(self, values: Sequence[float]) -> list[tuple[int, Tensor]] | None:
-        """Return which they are among the closed-over tensors, and the tensors; None where other
-        numbers would have led to another program."""
+        """Return the inputs for these numbers, each with its position among the closed-over
+        tensors; None where they would have led to another program."""
         found: list[Any] = []
         try:
             for op, parts in self.steps:

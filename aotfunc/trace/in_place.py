@@ -130,8 +130,8 @@ def resize_out(trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dic
 
 
 def is_alone(trace: Trace, t: Tensor) -> bool:
-    """Return whether a tensor was made in this recording, of no other's memory, without a
-    gradient, and no other shows its memory."""
+    """Return whether a tensor was made in this recording without a gradient, and shares its memory
+    with no other."""
     if t.__class__ is not Traced or t.tracer is not trace or t.requires_grad:
         return False
     return (

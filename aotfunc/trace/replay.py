@@ -59,7 +59,7 @@ class Replay:
         return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
     def lose(self, trace: Answering, root: int) -> None:
-        """Note that an unknown value was written there."""
+        """Forget the values that show the memory ``root``: an unknown value was written there."""
         of = trace.roots().of
         for ref in [r for r in self.env if of.get(r, r) == root]:
             del self.env[ref]

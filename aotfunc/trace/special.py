@@ -89,8 +89,8 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
 
 
 def validated(asking: FrameType) -> str | None:
-    """Return the check that ``torch.distributions`` or a loss makes, if it is asking: the program
-    then makes it at each call."""
+    """Return the check of ``torch.distributions`` or of a loss, if it is the one that asks: the
+    program then makes it at each call."""
     frame: FrameType | None = asking
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
@@ -196,8 +196,8 @@ def _batch_norm_no_update(trace: Trace, x: Any, *args: Any) -> tuple:
 def _pack_padded(
     trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the lengths shape the result, and recurrent layers read the sizes of its steps from
-    memory: both are asked."""
+    """Ask for the lengths, which shape the result, and for the sizes of the steps, which recurrent
+    layers read from memory."""
 
     def packed(lengths: Tensor) -> tuple[Tensor, Tensor]:
         numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)

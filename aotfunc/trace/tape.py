@@ -186,8 +186,8 @@ class Tape:
         return ref, signature(self.lifted[-ref - 1])
 
     def _unchanged(self, ref: int) -> Sig:
-        """Return the signature of an argument that ``f`` reaches from outside, too: there it is
-        what it was."""
+        """Return the signature of an argument that ``f`` also reaches from outside, where no
+        change of its metadata shows. Refuse such a change."""
         now = self.arguments[ref] if self.arguments else None
         if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
             raise CaptureError(

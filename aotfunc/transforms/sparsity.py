@@ -227,7 +227,8 @@ def matrix_product_and_sum(d: Dependence, x: Node, a: Node, b: Node, *_: Any) ->
 
 
 def convolution_taps(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> Pattern | None:
-    """Yield one tap of the kernel at a time: each moves elements."""
+    """Return the pattern of a convolution: the union of those of its taps, each of which moves
+    elements."""
     if w in d.active or (bias is not None and bias in d.active):
         return None
     weight, outputs = d.value(w), 1 if how[3] else 0

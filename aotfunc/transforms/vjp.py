@@ -338,8 +338,8 @@ def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
 
 def cotangent_sig(sig: Sig, stride: Sequence[int]) -> Sig:
     """Return how a program is to get the cotangent of a value, where one with these strides
-    arrives: in channels_last where both are, or where the cotangent is expanded, which has no say
-    in eager's kernels either; contiguous elsewhere."""
+    arrives: in channels_last where both are so, or where the cotangent is expanded and leaves the
+    choice to the value, as in eager's kernels; contiguous elsewhere."""
     if sig.plain or (form := images(sig)) is torch.contiguous_format:
         return contiguous_sig(sig)
     last = make_sig(sig.shape, formatted(sig.shape, form), sig.dtype, sig.device)

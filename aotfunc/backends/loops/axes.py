@@ -50,7 +50,7 @@ class Axes:
             axis -= len(parts)
 
     def whole(self, place: Place, n: Node) -> bool:
-        """Return whether each element of a value is met here, once."""
+        """Return whether a kernel meets each element of the value exactly once here."""
         axes = [k for index in place for k in index.axes]
         sizes = zip(place, static_shape(n), strict=True)
         return len({*axes}) == len(axes) and all(  # a diagonal has one axis for two dimensions

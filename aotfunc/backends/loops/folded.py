@@ -65,8 +65,8 @@ def pure(n: Node, ours: tuple[type, ...]) -> bool:
 
 
 def try_to_compute(n: Node, known: dict[Node, Any]) -> Any:
-    """Compute the value. None if it is large, is not as the graph says, or cannot be computed: the
-    call will raise the error."""
+    """Compute the value. Return None if it is large, is not as the graph says, or cannot be
+    computed: then the call raises the error."""
     said = n.meta.get("val")
     if isinstance(said, Tensor) and said.numel() * said.element_size() > MOST:
         return None

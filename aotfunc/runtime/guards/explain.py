@@ -70,7 +70,7 @@ def facts_of(given: Facts, reached: Sequence[tuple[str, Any]]) -> Facts:
 
 
 def differences(old: Facts, new: Facts) -> Iterator[str]:
-    """List what was different."""
+    """List what differs between two captures."""
     for name in {**old, **new}:
         if name not in new:
             yield f"{name} was {worded(old[name])}, and is not there any more"
@@ -126,7 +126,7 @@ def explained(
     why: Sequence[str],
     eagerly: Sequence[str] = (),
 ) -> Explanation:
-    """Return the whole text."""
+    """Return the text that ``explain`` shows."""
     count = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"
     lines = [f"{who}: captured {captures} {'time' if captures == 1 else 'times'}, {count}"]
     for i, facts in enumerate(entries):

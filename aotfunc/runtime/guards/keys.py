@@ -69,8 +69,8 @@ def is_value(x: Any) -> bool:
 
 
 def bits(x: Any) -> Any:
-    """Return a plain value such that equal ones of one class mean the same: numbers by their
-    bits."""
+    """Return a plain value in a form in which only equal values of one class that mean the same
+    are equal: numbers by their bits."""
     cls = x.__class__
     if cls in ATOMS:
         return x
@@ -248,7 +248,7 @@ class Shared:
         return reached_tensors([tensors[i] for i in self.given], [found[i] for i in self.found])
 
     def again(self, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
-        """Return whether the same are."""
+        """Return whether the same arguments are tensors of the state as at the capture."""
         return not self.given or self.of(tensors, found) == self.places
 
 

@@ -136,7 +136,7 @@ def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
 
 
 def _raised(steps: list[dis.Instruction], i: int) -> bool:
-    """Return whether the text made here is the message of an error."""
+    """Return whether the text that is made here is the message of an error."""
     makes = ("FORMAT", "BUILD_STRING", "CONVERT", "LOAD", "CALL", "PRECALL", "BINARY")
     return (
         next((s.opname for s in steps[i:] if not s.opname.startswith(makes)), "")

@@ -299,7 +299,7 @@ def shape_rule_for(op: OpOverload) -> Callable | None:
 
 
 def takes(op: OpOverload) -> list[str]:
-    """Return whether the overload takes arguments of these types: `pow.Scalar` is not what
+    """Return the types of the overload's arguments, which tell `pow.Scalar` from what
     `pow_.Scalar` computes."""
     return [str(a.type) for a in op._schema.arguments]
 
@@ -324,7 +324,7 @@ def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
 
 
 def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Return the rule for every pointwise op."""
+    """Return the signatures of the results of a pointwise op, by the rule for all of them."""
     operands = [a for a in (*args, *kwargs.values()) if a.__class__ is Sig]
     sure(operands and not any(isinstance(a, list | tuple) for a in args))
     shape = operands[0].shape

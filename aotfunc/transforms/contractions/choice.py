@@ -50,8 +50,8 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
 
 
 def another(p: Product, nodes: Sequence[Node]) -> bool:
-    """Return whether there is another way than these nodes: an order, or factors that are not
-    read."""
+    """Return whether there is another way to compute these nodes: another order, or factors that
+    are not read."""
     count = sum(contracts(m) for m in nodes)
     return count > 1 or len(p.factors) <= count
 

@@ -172,8 +172,8 @@ def _sum(
 
 
 def dimensions(p: Product, over: Sequence[int] | None) -> Sequence[int]:
-    """Return the dimensions that an op is told to sum over: all if it is told none. A 0-dim tensor
-    has a dimension 0 to be told of."""
+    """Return the dimensions that an op is told to sum over, all if it is told none. A 0-dim tensor
+    counts as one with a dimension 0."""
     return (over or range(len(p.dims))) if p.dims else ()
 
 

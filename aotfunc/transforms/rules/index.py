@@ -142,8 +142,8 @@ def batch_index_put(
 def put_one_for_all(
     x: Tensor, indices: Indices, values: Tensor, accumulate: bool, batched: Any, size: Any
 ) -> Tensor:
-    """Return one value for all that masks, beside other indices, select: written to as many
-    positions as they may select, the first again and again behind the last."""
+    """Write one value to all elements that masks, beside other indices, select: to as many
+    positions as they may select, where the first stands again for those beyond the last."""
     x_batched, index_batched, values_batched = batched
     count, there = at_most(indices, index_batched)
     each = there.dim() == 2

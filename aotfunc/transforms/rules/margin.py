@@ -48,8 +48,8 @@ def reduced_losses(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
 def weighing(
     weight: Tensor | None, carries: bool, target: Tensor, size: Any
 ) -> tuple[Tensor | None, Callable]:
-    """Return the weight as the kernel can take it, and what remains to be done to each row's
-    loss."""
+    """Return the weight as the kernel takes it, and a function that weighs the losses of the rows
+    where the kernel does not."""
     if weight is None or not carries:
         return weight, lambda loss: loss
     each = weight.gather(1, target.reshape(size, -1)).flatten()

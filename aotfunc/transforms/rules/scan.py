@@ -88,9 +88,9 @@ def prod_of_others(x: Tensor) -> Tensor:
 
 
 def one_by_one(factors: tuple[Tensor, ...]) -> Tensor:
-    """Return the same of a few numbers, each as a product of two: their derivatives are products
-    of numbers again, and equal ones are computed once; those of a scan are scans, and grow
-    tenfold."""
+    """Return the product of all other factors, each as a product of two. The derivatives of these
+    are products of numbers again, and equal ones are computed once; those of a scan are scans, and
+    grow tenfold."""
     one = torch.ones_like(factors[0])
     before = [one, *itertools.accumulate(factors[:-1], torch.mul)]
     after = [one, *itertools.accumulate(factors[:0:-1], torch.mul)]

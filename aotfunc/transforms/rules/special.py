@@ -124,7 +124,8 @@ def i1_slope(k: int) -> float:
 
 
 def j1_slope(k: int) -> float:
-    """Return the same of J1, see DLMF 10.2.2."""
+    """Return the coefficient of ``x**(2k)`` in the derivative of the Bessel function J1, see DLMF
+    10.2.2."""
     return (-1) ** k * i1_slope(k)
 
 

@@ -287,8 +287,7 @@ def nondiff(
 
 
 def zeros(g: Tensor, *_: Any) -> Tensor:
-    """Return the formula of a derivative that is zero: no value of ``g`` counts, but where that is
-    not there nothing is."""
+    """Return a zero derivative: whatever value ``g`` has, but none where ``g`` is absent."""
     return aten.zero.default(g).detach()
 
 
