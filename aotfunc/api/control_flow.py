@@ -30,9 +30,9 @@ from .flow_bodies import (
     path,
     row,
     run_flow,
+    sharing_constants,
     signature,
     tensors,
-    together,
     trip_count,
 )
 from .vmap import debug_unwrap, vmap
@@ -213,7 +213,7 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
     for step in steps[1:]:
         step.check_like(steps[0])
     results = [k for k, x in enumerate(first) if isinstance(x, Tensor)]
-    consts, bodies = together(steps)
+    consts, bodies = sharing_constants(steps)
     build = lambda b, args: emit_flow(b, Switch(bodies), args)
     outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])
     leaves = list(first)
@@ -274,7 +274,7 @@ def while_loop_up_to(cond_fn: Callable, body_fn: Callable, init: Any, limit: Cal
             f"{structure(holds)}"
         )
     step.check_carry(init, step.returned, flatten(step.returned), spec)
-    consts, (condition, body) = together([test, step])
+    consts, (condition, body) = sharing_constants([test, step])
     inputs = [*consts, *carry]
     max_steps = limit(inputs, any([*drawn(condition), *drawn(body)]))
 

@@ -178,7 +178,7 @@ def consts_first(program: Program) -> Program:
         return Program(b.finish(outs), len(old), program.n_outputs, (), program.name)
 
 
-def together(steps: Sequence[Body]) -> tuple[list[Tensor], list[Program]]:
+def sharing_constants(steps: Sequence[Body]) -> tuple[list[Tensor], list[Program]]:
     """Return the tensors that several functions close over, each once, and their bodies as
     programs of these and of their arguments."""
     found: dict[int, Tensor] = {}

@@ -141,7 +141,7 @@ def _permuted(b: Builder, base: Node, new: Node, index: Any, dims: Sequence[int]
     return b.call(aten.permute.default, new, back)
 
 
-def _part(b: Builder, base: Node, new: Node, dim: int, start: int, length: int) -> Node:
+def _narrowed(b: Builder, base: Node, new: Node, dim: int, start: int, length: int) -> Node:
     return b.call(aten.slice_scatter.default, base, new, dim, start, start + length)
 
 
@@ -149,7 +149,7 @@ def _split(b: Builder, base: Node, new: Node, index: int, sizes: Any, dim: int =
     if isinstance(sizes, int):
         total = base.meta["val"].shape[dim]
         sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
-    return _part(b, base, new, dim, sum(sizes[:index]), sizes[index])
+    return _narrowed(b, base, new, dim, sum(sizes[:index]), sizes[index])
 
 
 def _expanded(b: Builder, base: Node, new: Node, index: Any, *_: Any, **__: Any) -> Node:

@@ -193,37 +193,27 @@ def sources_of(run: Any, shape: Sequence[int]) -> Tensor | None:
 # ----- products of matrices, convolutions --------------------------------------------------------
 
 
-def eye(n: int) -> Pattern:
-    return sparse.eye_array(n, dtype=bool, format="csr")
-
-
 def kron(a: Any, b: Any) -> Pattern:
     return sparse.kron(a, b, format="csr").astype(bool)
 
 
-def matrix_product(d: Dependence, a: Node, b: Node) -> Pattern:
-    (m, _), (_, n) = a.meta["val"].shape, b.meta["val"].shape
-    return joined([kron(d.nonzero(a), eye(n)) @ d.of(b), kron(eye(m), d.nonzero(b).T) @ d.of(a)])
-
-
-def matrix_vector(d: Dependence, a: Node, x: Node) -> Pattern:
-    left, right = d.nonzero(a), d.nonzero(x)[None]
-    return joined([sparse.csr_array(left) @ d.of(x), kron(eye(len(left)), right) @ d.of(a)])
-
-
-def batch_product(d: Dependence, a: Node, b: Node) -> Pattern:
-    m, n = a.meta["val"].shape[1], b.meta["val"].shape[2]
-    left = [kron(s, eye(n)) for s in d.nonzero(a)]
-    right = [kron(eye(m), s.T) for s in d.nonzero(b)]
+def matrix_products(d: Dependence, a: Node, b: Node) -> Pattern:
+    """Return the pattern of a product of matrices, of batches of them, or with vectors."""
+    left, right = np.atleast_2d(d.nonzero(a)), d.nonzero(b)
+    *batch, m, k = left.shape
+    n = 1 if right.ndim == 1 else right.shape[-1]
+    rows, columns = sparse.eye_array(m, dtype=bool), sparse.eye_array(n, dtype=bool)
+    by_right = [kron(s, columns) for s in left.reshape(*(batch or [1]), m, k)]
+    by_left = [kron(rows, s.T) for s in right.reshape(*(batch or [1]), k, n)]
     blocks = lambda each: sparse.block_diag(each, format="csr").astype(bool)
-    return joined([blocks(left) @ d.of(b), blocks(right) @ d.of(a)])
+    return joined([blocks(by_right) @ d.of(b), blocks(by_left) @ d.of(a)])
 
 
 def matrix_product_and_sum(d: Dependence, x: Node, a: Node, b: Node, *_: Any) -> Pattern:
     shape = (a.meta["val"].shape[0], b.meta["val"].shape[1])
     count = x.meta["val"].numel
     spread = picks(torch.arange(count).view(x.meta["val"].shape).expand(shape), count)
-    return joined([spread @ d.of(x), matrix_product(d, a, b)])
+    return joined([spread @ d.of(x), matrix_products(d, a, b)])
 
 
 def convolution_taps(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> Pattern | None:
@@ -246,9 +236,9 @@ def convolution_taps(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> P
 
 
 FACTORS: dict[Any, Any] = {
-    aten.mm.default: matrix_product,
-    aten.mv.default: matrix_vector,
-    aten.bmm.default: batch_product,
+    **dict.fromkeys(
+        (aten.mm.default, aten.mv.default, aten.bmm.default, aten.dot.default), matrix_products
+    ),
     aten.addmm.default: matrix_product_and_sum,
     aten.convolution.default: convolution_taps,
 }

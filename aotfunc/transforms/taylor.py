@@ -94,7 +94,7 @@ class Series:
             rest = {read[i]: d for i, d in given.items()}
             rest |= {o: self.derivative(o) for o in self.outputs(n)}
             ends = {*given.values(), *rest}
-            forward(self.ops, between(ends, parts), Kept(), rest)  # type: ignore
+            forward(self.ops, nodes_between(ends, parts), Kept(), rest)  # type: ignore
             self.slopes[n] = parts, not any(p in rest for p in parts)
         return self.slopes[n]
 
@@ -222,7 +222,7 @@ class Values(dict[Node, Any]):
         return filled_node(self.series.b, 0, n.meta["val"]) if value is None else value
 
 
-def between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
+def nodes_between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
     """Return the calls that ``outs`` depend on, from ``ends`` on, in order."""
     found, waiting = set[Node](), [o for o in outs if o.__class__ is Node]
     while waiting:

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from ...trace.shapes.rules import LEFT_OUT, UNTAGGED
 from ...trace.shapes.sig import Facts
 from . import dimensions, matrices, networks, views  # noqa: F401
-from .elementwise import pointwise
+from .elementwise import aligned
 from .parts import RULES, Rule
 
 aten = torch.ops.aten
@@ -35,6 +35,4 @@ def part_rule_for(op: OpOverload) -> Rule | None:
         return RULES[op]
     facts, name = Facts(op), op._schema.name.removeprefix("aten::")
     tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
-    return (
-        pointwise if tagged and facts.pure and not facts.random and name not in LEFT_OUT else None
-    )
+    return aligned if tagged and facts.pure and not facts.random and name not in LEFT_OUT else None

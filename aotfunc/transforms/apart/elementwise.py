@@ -13,7 +13,7 @@ from .parts import Mixed, OpCall, broadcast_part, part_rule
 @part_rule(
     "_prelu_kernel _prelu_kernel_backward ldexp.Tensor log_sigmoid_forward log_sigmoid_backward"
 )
-def pointwise(c: OpCall) -> Any:
+def aligned(c: OpCall) -> Any:
     try:
         shape = broadcast(*[sig.shape for sig, _ in c.tensors])
     except Unsure:
@@ -34,4 +34,4 @@ def pointwise(c: OpCall) -> Any:
 def losses(c: OpCall) -> Any:
     if c.arg["reduction"]:
         raise Mixed
-    return pointwise(c)
+    return aligned(c)
