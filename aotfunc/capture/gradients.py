@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,25 +37,14 @@ def autograd_grad(
     """Run ``torch.autograd.grad`` inside a recording, as one recorded step."""
     trace = current()
     assert trace is not None
-    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    keys = list(inputs) if isinstance(inputs, dict) else None
-    ins = (
-        [inputs]
-        if isinstance(inputs, Tensor)
-        else list(inputs.values() if keys is not None else inputs)
-    )
+    outs, keys = as_list(outputs), list(inputs) if isinstance(inputs, dict) else None
+    ins = as_list(inputs if keys is None else inputs.values())
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
         return outside_graphs.grad_outside(
             *(outputs, inputs, grad_outputs, retain_graph, create_graph, only_inputs),
             *(allow_unused, is_grads_batched, materialize_grads),
         )
-    gs = (
-        [None] * len(outs)
-        if grad_outputs is None
-        else [grad_outputs]
-        if isinstance(grad_outputs, Tensor)
-        else list(grad_outputs)
-    )
+    gs = [None] * len(outs) if grad_outputs is None else as_list(grad_outputs)
     for o, g in zip(outs, gs, strict=True):
         if g is None and (o.numel() != 1 or is_grads_batched):
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
@@ -109,6 +98,11 @@ def gradients_inside(
     return [next(found) if yes else None for yes in used]
 
 
+def as_list(tensors: Tensor | Iterable[Tensor]) -> list[Any]:
+    """List the tensors of an argument that is one or several."""
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
 def autograd_backward(
     tensors: Any,
     grad_tensors: Any = None,
@@ -121,17 +115,13 @@ def autograd_backward(
     inside."""
     trace = current()
     assert trace is not None
-    outs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    gs = (
-        [grad_tensors]
-        if grad_tensors is None or isinstance(grad_tensors, Tensor)
-        else list(grad_tensors)
-    )
+    outs = as_list(tensors)
+    gs = [None] if grad_tensors is None else as_list(grad_tensors)
     refs = [trace.ref_of(o)[0] for o in outs]
     if inputs is None:
         found, leaves = trace.autograd.leaves_of(refs)
     else:
-        leaves = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        leaves = as_list(inputs)
         found = [ref for ref, _ in map(trace.ref_of, leaves) if ref < len(trace.inputs)]
     if found:
         raise CaptureError(

@@ -19,6 +19,12 @@ _function_modes = torch._C._len_torch_function_stack
 _NONE = nullcontext()
 
 
+def device_generators() -> list[torch.Generator]:
+    """Return the default generators of all devices in use."""
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda]
+
+
 def without_modes(dtype: torch.dtype | None = None) -> AbstractContextManager:
     """Switch autocast and function modes off: the recorded program has been through them.
     ``dtype``: the default dtype of the recording, for a program that runs later."""

@@ -14,6 +14,7 @@ from ..debug import at, user_line
 from ..errors import CaptureError
 from .kinds import has_values
 from .memory import memory_of
+from .modes import device_generators
 from .numbers import refusal
 from .records import Record, instr_run, results_of, written_slots
 from .scalars import FIRST
@@ -164,9 +165,7 @@ class Answering(Tape):
 def generators(records: Sequence[Record]) -> set[torch.Generator]:
     """Return the generators that a recording may draw from: the devices' own, and those it
     names."""
-    found = {torch.default_generator}
-    if torch.cuda.is_initialized():
-        found.update(torch.cuda.default_generators)
+    found = {*device_generators()}
     for instr, *_ in records:
         if instr.facts.random:
             found.update(

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from ..debug import at, user_line
 from ..errors import CaptureError
+from .modes import device_generators
 from .traced import quiet
 
 States = dict[int, tuple[Generator, Tensor]]  # Python may have several objects for one generator
@@ -78,11 +79,7 @@ class Seeds:
                 f"a torch.Generator is seeded inside a compiled function, which {name} would do "
                 f"only once{at(user_line())}; seed it outside"
             )
-        own = [
-            torch.default_generator,
-            *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()),
-        ]
-        if self.drawn.keys() - known.keys() - {g._cdata for g in own}:
+        if self.drawn.keys() - known.keys() - {g._cdata for g in device_generators()}:
             raise CaptureError(
                 f"a torch.Generator is made inside a compiled function, which {name} would do "
                 f"only once{at(user_line())}; pass it as an argument, or close over it and seed "

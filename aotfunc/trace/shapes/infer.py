@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ...errors import CaptureError
-from ..modes import off
+from ..modes import device_generators, off
 from .sig import Facts, Sig, contiguous_stride, fill, sig_of
 
 aten = torch.ops.aten
@@ -157,10 +157,7 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     if by_values(op, sigs):
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
     real = [zeros_at(s) for s in sigs]
-    generators = [
-        torch.default_generator,
-        *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()),
-    ]
+    generators = device_generators()
     states = [g.get_state() for g in generators]
     try:
         with torch.enable_grad():  # with what only a backward reads
