@@ -42,6 +42,10 @@ JACOBIANS = {
     "dense": (lambda x: x / x.norm(), 0),
     "matrices": (lambda x: x.view(3, 4) @ x.view(4, 3), 0),
     "batches": (lambda x: torch.bmm(x.view(2, 2, 3), x.view(2, 3, 2)), 0),
+    "a square": (lambda x: torch.dot(x, x).view(1), 0),
+    "a square by vdot": (lambda x: torch.vdot(x, x).view(1), 0),
+    "cross products": (lambda x: torch.linalg.cross(x.view(4, 3), x.flip(0).view(4, 3)), None),
+    "a matrix and a vector": (lambda x: x.view(3, 4) @ x[:4], 0),
     "an affine map": (lambda x: F.linear(x.view(3, 4), FEW[:2, :4] + 1, FEW[0, :2]), 0),
     "split": (
         lambda x: sum(a * b for a, b in zip(x.split(4), x.flip(0).split(4), strict=True)),
