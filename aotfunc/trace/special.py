@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
+from .autograd import needs_grad
 from .casts import record_cast
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
 from .places import is_integer, narrow_traced, subscript
+from .records import flat_tensors
 from .shapes.infer import TOLD, infer
 from .shapes.instr import env_key, intern, interned
 from .shapes.sig import Slot
@@ -224,7 +226,27 @@ def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
         )
 
 
+def _on_lists(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
+    """Record a write to the tensors of a list as one write for each, as it is for autograd, if
+    only some are to require grad."""
+    sizes = range(len(args[0]))
+    each = [[a[k : k + 1] if isinstance(a, list | tuple) else a for a in args] for k in sizes]
+    if len({any(map(needs_grad, flat_tensors(one))) for one in each}) < 2:
+        return NotImplemented
+    with trace:
+        for one in each:
+            op(*one, **kwargs)
+
+
+_LISTS = [
+    op
+    for name in dir(torch)
+    if name.startswith("_foreach_") and name.endswith("_")
+    for packet in [getattr(aten, name)]
+    for op in map(packet.__getattr__, packet.overloads())
+]
 _ANSWERS: dict[OpOverload, Callable] = {
+    **{op: partial(_on_lists, op) for op in _LISTS},
     **{op: partial(_laid, op) for op in READ_AS_LAID},
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,

@@ -125,6 +125,13 @@ def written(x, c):
     return a, b, e, f
 
 
+def lists(x, c):
+    a, b, d, e = x * 1, c * 1, x * 2, c * 2
+    torch._foreach_add_([a, b], 1.0)
+    torch._foreach_mul_([d, e], [c, a])
+    return a, b, d, e, *torch._foreach_mul([a, b], [2.0, 3.0])
+
+
 def views(x, c):
     y, z = x * 2, c * 2
     return y.view(3, 1), y[0], z[:2], z.detach().view(-1), x.view(3, 1), c.view(3, 1)
@@ -242,6 +249,7 @@ FUNCTIONS = [
     not_reached,
     custom,
     written,
+    lists,
     views,
     views_unseen,
     asks_of_unseen_views,
